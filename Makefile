@@ -1,0 +1,49 @@
+# One environment, made from this file: every target builds what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+CORES := $(shell nproc 2>/dev/null || echo 2)
+# One thread a test process: two processes with two threads each would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
+
+.PHONY: setup demo test test-slow check bench tiny clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train a LoRA on 24 tarot cards, on any machine; ends with pictures and numbers"
+	@echo "make test       the CPU test suite"
+	@echo "make check      lint, format, types and make test"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make tiny       draw the pictures and train the embedded model again (hours)"
+	@echo "make bench      the side-by-side benchmark for this machine"
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flux2-lora needs Python 3.11 or newer, this is %s: make PYTHON=python3.11" % sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python train/demo.py
+
+test: setup
+	$(PYTEST) -m 'not slow'
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+tiny: setup
+	$(BIN)/python train/tiny.py
+
+bench: setup
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf .venv outputs .pytest_cache .mypy_cache .ruff_cache build *.egg-info
