@@ -1,0 +1,120 @@
+"""Make pictures: `python -m flux2.generate --model tiny --prompt "a small red cup on a blue background"`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from flux2 import adapters
+from flux2.pipeline import load
+from flux2.variants import VARIANTS
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m flux2.generate", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", choices=list(VARIANTS), help="which FLUX.2")
+    parser.add_argument("--path", help="repository id, folder or .safetensors file, if not the published place")
+    parser.add_argument("--autoencoder", help="likewise for the autoencoder, if it is not at PATH")
+    parser.add_argument("--text-encoder", help="likewise for the text encoder and its tokenizer")
+    parser.add_argument("--prompt", action="append", required=True, help="what to show; repeat for more pictures")
+    parser.add_argument("--image", action="append", default=[], type=Path, help="a reference picture; repeatable")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="PATH[:SCALE]", help="a LoRA: folder or file; repeatable"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out.png"), help="several pictures are numbered")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    parser.add_argument("--count", type=int, default=1, help="pictures of each prompt")
+    parser.add_argument("--width", type=int, help="pixels, a multiple of 16")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of 16")
+    parser.add_argument("--steps", type=int, help="by default what the model's authors use")
+    parser.add_argument("--guidance", type=float, help="likewise")
+    parser.add_argument("--device", help="cuda, cpu; the GPU if there is one")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="bf16 on a GPU, else fp32")
+    return parser.parse_args(argv)
+
+
+def split_adapter(given: str) -> tuple[str, float]:
+    """`PATH[:SCALE]` -> path and scale. A colon that is part of the path stays there."""
+    path, colon, scale = given.rpartition(":")
+    if not colon or Path(given).exists():
+        return given, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        return given, 1.0
+
+
+def open_picture(path: Path) -> Image.Image:
+    if not path.exists():
+        raise ValueError(f"--image {path} does not exist")
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"--image {path} cannot be read as a picture ({error})") from error
+
+
+def numbered(out: Path, index: int, count: int) -> Path:
+    return out if count == 1 else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
+
+
+def run(options: argparse.Namespace) -> list[Path]:
+    """Generate and write; returns the files. Raises ValueError for anything wrong in `options`."""
+    if options.count < 1:
+        raise ValueError(f"--count {options.count} must be at least 1")
+    if options.out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {options.out} must end in a picture's extension, such as .png or .jpg")
+    references = [open_picture(path) for path in options.image]
+    given = [split_adapter(adapter) for adapter in options.adapter]
+    for path, _ in given:
+        adapters.find(path)  # before minutes are spent on loading the model
+    pipeline = load(
+        options.model,
+        options.path,
+        autoencoder=options.autoencoder,
+        text_encoder=options.text_encoder,
+        device=options.device,
+        precision=options.precision,
+    )
+    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
+    pipeline.embeddings(prompts, options.guidance)  # before the transformer is loaded for the adapters
+    for path, scale in given:
+        pipeline.load_adapter(path, scale)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    steps = pipeline.variant.steps if options.steps is None else options.steps
+    with tqdm(total=len(prompts) * steps, unit="step", leave=False) as bar:
+        for i, prompt in enumerate(prompts):
+            (image,) = pipeline.generate(
+                prompt,
+                references=references,
+                seed=options.seed + i,
+                width=options.width,
+                height=options.height,
+                steps=options.steps,
+                guidance=options.guidance,
+                progress=lambda _: bar.update(),
+            )
+            written.append(numbered(options.out, i, len(prompts)))
+            image.save(written[-1])
+    return written
+
+
+def main() -> int:
+    options = arguments()
+    try:
+        for file in run(options):
+            print(file)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""Load once, generate many: `pipe = flux2.load("tiny"); pipe.generate("a small red cup on a blue background")`.
+
+One large model is in memory at a time where memory is short: the text encoder is read, used and freed before the
+transformer is loaded, and prompts that were encoded stay known. What a training run shows as samples goes through
+`render`, the same function, so those are the pictures that inference gives later.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from math import isqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux2 import adapters
+from flux2.autoencoder import Autoencoder
+from flux2.model import Transformer
+from flux2.sampling import initial_noise, sample
+from flux2.text_encoder import TextEncoder
+from flux2.variants import PIXELS_PER_TOKEN, Variant
+from flux2.weights import ModelSource, load_autoencoder, load_text_encoder, load_transformer, model_source
+
+ONE_REFERENCE_PIXELS = 2024**2  # as in the reference code; several share less
+MANY_REFERENCES_PIXELS = 1024**2
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """Equal-sized pictures -> (B, 3, H, W) float32 in [-1, 1]."""
+    arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1], clipped -> pictures."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def reference_image(image: Image.Image, max_pixels: int) -> Image.Image:
+    """A reference as the model gets it: shrunk to at most `max_pixels`, its middle cut out at multiples of 16."""
+    image = image.convert("RGB")
+    width, height = image.size
+    if width * height > max_pixels:  # in whole numbers: a float root a hair below a multiple of 16 loses a token
+        width, height = isqrt(max_pixels * width // height), isqrt(max_pixels * height // width)
+    if min(width, height) < PIXELS_PER_TOKEN:
+        raise ValueError(f"a reference of {width} x {height} pixels is too small: each side needs at least 16")
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = width % PIXELS_PER_TOKEN // 2, height % PIXELS_PER_TOKEN // 2
+    right, bottom = left + width - width % PIXELS_PER_TOKEN, top + height - height % PIXELS_PER_TOKEN
+    return image.crop((left, top, right, bottom))
+
+
+def pick_device(device: str | None) -> torch.device:
+    """`device`, else the GPU if there is one, else the CPU. Raises ValueError for a GPU that is not there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        chosen = torch.device(device or ("cuda" if gpus else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is not a device: give cuda, cuda:1 or cpu") from error
+    if chosen.type == "cuda" and not gpus:
+        raise ValueError(
+            f"device={device!r}: PyTorch {torch.__version__} sees no CUDA GPU here. Use device=cpu (practical for "
+            "model=tiny only), or install a CUDA build of PyTorch."
+        )
+    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
+        raise ValueError(f"device={device!r}: there are {gpus} GPUs, counted from cuda:0")
+    return chosen
+
+
+def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """`fp32` or `bf16`; by default bfloat16 on a GPU and float32 on a CPU."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in named:
+        raise ValueError(f"precision={dtype!r} must be one of {', '.join(named)}")
+    return named[dtype]
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises ValueError unless both are positive multiples of 16."""
+    if width % PIXELS_PER_TOKEN or height % PIXELS_PER_TOKEN or min(width, height) < PIXELS_PER_TOKEN:
+        raise ValueError(f"width={width}, height={height} must be multiples of {PIXELS_PER_TOKEN}")
+
+
+@torch.no_grad()
+def render(
+    transformer: Transformer,
+    autoencoder: Autoencoder,
+    text: Tensor,
+    *,
+    seeds: Sequence[int],
+    width: int,
+    height: int,
+    steps: int,
+    guidance: float,
+    references: Sequence[Tensor] = (),
+    empty: Tensor | None = None,
+    progress: Callable[[Tensor], None] | None = None,
+) -> list[Image.Image]:
+    """Pictures from prompt embeddings.
+
+    Args:
+        text: (B, T, text_width); one picture each.
+        seeds: B of them; a picture depends on its own alone.
+        width, height: pixels, multiples of 16.
+        references: latents (B, 128, h_i, w_i).
+        empty: (1, T, text_width), for classifier-free guidance.
+        steps, guidance, progress: as in `sampling.sample`.
+    """
+    check_size(width, height)
+    device = next(transformer.parameters()).device
+    noise = initial_noise(seeds, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN).to(device)
+    latents = sample(
+        transformer,
+        noise,
+        text.to(device),
+        steps=steps,
+        guidance=guidance,
+        references=[reference.to(device) for reference in references],
+        empty=None if empty is None else empty.to(device),
+        progress=progress,
+    )
+    parameter = next(autoencoder.parameters())
+    # one at a time: decoding 1024 px takes gigabytes of activations
+    parts = [autoencoder.decode(one[None].to(parameter)) for one in latents]
+    return to_images(torch.cat(parts))
+
+
+class Pipeline:
+    """A model ready to generate. Made by `flux2.load`; its parts are loaded when they are first needed."""
+
+    def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype, keep_text_encoder: bool) -> None:
+        self.source = source
+        self.device = device
+        self.dtype = dtype
+        self.keep_text_encoder = keep_text_encoder
+        self._text_encoder: TextEncoder | None = None
+        self._autoencoder: Autoencoder | None = None
+        self._transformer: Transformer | None = None
+        self._known: dict[tuple[str, int | None], Tensor] = {}
+        self._adapters: list[tuple[Path | str, float]] = []
+
+    @property
+    def variant(self) -> Variant:
+        return self.source.variant
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        if self._autoencoder is None:
+            # float32: small beside the transformer, and in bfloat16 its rounding shows in flat areas
+            self._autoencoder = load_autoencoder(self.source, self.device, torch.float32)
+        return self._autoencoder
+
+    @property
+    def transformer(self) -> Transformer:
+        if self._transformer is None:
+            self._transformer = load_transformer(self.source, self.device, self.dtype)
+        return self._transformer
+
+    def load_adapter(self, path: str | Path, scale: float = 1.0) -> None:
+        """Add a LoRA (`adapters.load` says which files), its update multiplied by `scale`; several add up."""
+        name = f"adapter_{len(self._adapters)}"
+        adapters.load(self.transformer, path, name=name, scale=scale)
+        self._adapters.append((path, scale))
+
+    def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
+        """(B, T, text_width) embeddings; prompts that were encoded before need no text encoder."""
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._known]
+        if unknown:
+            if self._text_encoder is None:
+                self._text_encoder = load_text_encoder(self.source, self.device, self.dtype)
+            for prompt in unknown:
+                self._known[prompt, length] = self._text_encoder.encode([prompt], length).cpu()
+            if not self.keep_text_encoder:
+                self._text_encoder = None
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return torch.cat([self._known[prompt, length] for prompt in prompts])
+
+    def embeddings(
+        self, prompts: Sequence[str], guidance: float | None = None, length: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the prompts and, if `guidance` means classifier-free guidance, of the empty prompt, (1, T, D).
+
+        Both at once, so that the text encoder is loaded once.
+        """
+        guidance = self.variant.guidance if guidance is None else guidance
+        classifier_free = not self.variant.transformer.guidance and guidance != 1
+        encoded = self.encode([*prompts, ""] if classifier_free else prompts, length)
+        return encoded[: len(prompts)], encoded[len(prompts) :] if classifier_free else None
+
+    @torch.no_grad()
+    def encode_references(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Latents (1, 128, h, w) of each reference at its own size."""
+        limit = ONE_REFERENCE_PIXELS if len(images) == 1 else MANY_REFERENCES_PIXELS
+        sized = [to_pixels([reference_image(image, limit)]).to(self.device) for image in images]
+        return [self.autoencoder.encode(pixels) for pixels in sized]
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        references: Sequence[Image.Image] = (),
+        seed: int | Sequence[int] = 0,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        length: int | None = None,
+        batch_size: int = 4,
+        progress: Callable[[Tensor], None] | None = None,
+    ) -> list[Image.Image]:
+        """Pictures of `prompt`, one a prompt.
+
+        Args:
+            prompt: one or several.
+            references: pictures to edit or to draw from, shared by all prompts.
+            seed: of the first prompt, the next ones counting up; or one seed a prompt.
+            width, height: multiples of 16; by default the size of the first reference, else the variant's.
+            steps, guidance: the variant's defaults if not given.
+            length: tokens that a prompt is padded to; the variant's if not given.
+            batch_size: pictures made at once; it changes memory and speed, the pictures at most by rounding.
+            progress: called after every step with the tokens.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seed has {len(seeds)} values for {len(prompts)} prompts; give one, or one a prompt")
+        variant = self.variant
+        # before anything large is loaded
+        check_size(PIXELS_PER_TOKEN if width is None else width, PIXELS_PER_TOKEN if height is None else height)
+        guidance = variant.guidance if guidance is None else guidance
+        text, empty = self.embeddings(prompts, guidance, length)
+        latents = self.encode_references(references)
+        if latents:
+            default_height, default_width = (side * PIXELS_PER_TOKEN for side in latents[0].shape[2:])
+        else:
+            default_height = default_width = variant.resolution
+        images: list[Image.Image] = []
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            count = len(prompts[part])
+            images += render(
+                self.transformer,
+                self.autoencoder,
+                text[part],
+                seeds=seeds[part],
+                width=default_width if width is None else width,
+                height=default_height if height is None else height,
+                steps=variant.steps if steps is None else steps,
+                guidance=guidance,
+                references=[latent.expand(count, -1, -1, -1) for latent in latents],
+                empty=empty,
+                progress=progress,
+            )
+        return images
+
+
+def load(
+    name: str = "tiny",
+    path: str | None = None,
+    *,
+    autoencoder: str | None = None,
+    text_encoder: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    keep_text_encoder: bool | None = None,
+) -> Pipeline:
+    """A pipeline for the model called `name` (see `variants.VARIANTS`).
+
+    Args:
+        path: a repository id, a folder in the published layout, or one .safetensors file with the transformer; the
+            published repository by default, the embedded files for `tiny`.
+        autoencoder, text_encoder: likewise, where they are not at `path`.
+        device: `cuda`, `cuda:1`, `cpu`; the GPU if there is one.
+        precision: `fp32` or `bf16` of the transformer and the text encoder.
+        keep_text_encoder: keep it in memory between calls; by default only for `tiny`.
+    """
+    source = model_source(name, path, autoencoder, text_encoder)
+    chosen = pick_device(device)
+    keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
+    return Pipeline(source, chosen, pick_dtype(precision, chosen), keep)

@@ -1,0 +1,123 @@
+"""From noise to latents: the time schedule, Euler steps, classifier-free guidance.
+
+The model predicts the flow `noise - image` along `x_s = (1 - s) * image + s * noise`, so sampling integrates
+dx/ds from s = 1 down to 0. The times are evenly spaced, then shifted towards noise by `exp(mu)`, more for larger
+pictures and fewer steps.
+Source: github.com/black-forest-labs/flux2, src/flux2/sampling.py (`get_schedule`, `compute_empirical_mu`, `denoise`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from flux2.model import Transformer
+from flux2.tokens import from_tokens, positions_with_references, text_positions, to_tokens, with_references
+from flux2.variants import TOKEN_CHANNELS
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """The published fit of the log-shift for a picture of `tokens` image tokens; references do not count.
+
+    Two lines in the number of tokens, for 10 and for 200 steps, interpolated in the number of steps; from 4300
+    tokens on the second line alone.
+    """
+    at_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * tokens + 1.89833333
+    slope = (at_200 - at_10) / 190.0
+    return slope * steps + at_200 - 200.0 * slope
+
+
+def shift(times: Tensor, mu: float) -> Tensor:
+    """Move times in [0, 1] towards 1: `a s / (1 + (a - 1) s)` with `a = exp(mu)`."""
+    a = math.exp(mu)
+    return a * times / (1 + (a - 1) * times)
+
+
+def schedule(steps: int, tokens: int) -> Tensor:
+    """(steps + 1,) float32 times from 1 to 0 for a picture of `tokens` image tokens."""
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), empirical_mu(tokens, steps)).float()
+
+
+def initial_noise(seeds: Sequence[int], height: int, width: int) -> Tensor:
+    """(B, 128, height, width) float32 noise on the CPU, a picture a seed: independent of batch and device."""
+    shape = (TOKEN_CHANNELS, height, width)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def euler(
+    flow: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    times: Tensor,
+    progress: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Integrate dx/ds = flow(x, s) along `times`; x is kept in float32 whatever the model computes in.
+
+    `flow` gets x and the time as a (B,) tensor; `progress` is called with x after every step.
+    """
+    x = x.float()
+    for now, after in pairwise(times):
+        x = x + (after - now) * flow(x, now.expand(x.shape[0])).float()
+        if progress is not None:
+            progress(x)
+    return x
+
+
+@torch.no_grad()
+def sample(
+    model: Transformer,
+    noise: Tensor,
+    text: Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    references: Sequence[Tensor] = (),
+    empty: Tensor | None = None,
+    progress: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Denoise.
+
+    Args:
+        noise: (B, 128, h, w) at time 1.
+        text: (B, T, text_width) embeddings of the prompts.
+        steps: number of Euler steps.
+        guidance: fed to a model with a guidance embedding; else the scale g of classifier-free guidance
+            `empty + g * (prompt - empty)`, 1 meaning none.
+        references: latents (B, 128, h_i, w_i) of reference images.
+        empty: (B or 1, T, text_width) embeddings of the empty prompt; needed for classifier-free guidance.
+        progress: called with the tokens after every step.
+
+    Returns:
+        (B, 128, h, w) float32 latents.
+    """
+    height, width = noise.shape[2:]
+    x = to_tokens(noise)
+    positions = positions_with_references(noise, references)
+    text_at = text_positions(text.shape[1], noise.device)
+    classifier_free = not model.config.guidance and guidance != 1
+    if classifier_free and empty is None:
+        raise ValueError(f"guidance={guidance} without a guidance embedding needs the empty prompt's embeddings")
+    value = torch.full((x.shape[0],), guidance, device=x.device) if model.config.guidance else None
+
+    def predict(tokens: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
+        inputs = with_references(tokens, references)
+        return model(inputs, positions, prompt, text_at, time, value, keep=tokens.shape[1])
+
+    def flow(tokens: Tensor, time: Tensor) -> Tensor:
+        prediction = predict(tokens, time, text)
+        if not classifier_free:
+            return prediction
+        assert empty is not None
+        unconditional = predict(tokens, time, empty.expand_as(text))
+        return unconditional + guidance * (prediction - unconditional)
+
+    times = schedule(steps, x.shape[1]).to(x.device)
+    return from_tokens(euler(flow, x, times, progress), height, width)

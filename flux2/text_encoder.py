@@ -1,0 +1,109 @@
+"""Prompts to embeddings: three hidden states of a language model, stacked.
+
+FLUX.2 reads the states after layers 10, 20 and 30 of Mistral Small 3.2 (dev) or after 9, 18 and 27 of Qwen3
+(klein), concatenated to one vector a token, every prompt padded to the same length. Nothing behind the last
+layer that is read is ever built or loaded: no later layers, no vision tower, no output head; and the model's
+final norm is replaced by the identity, because transformers applies it to the last state it returns, which in
+the full model is a later one than ours.
+
+The encoder sees which tokens are padding; the transformer does not and attends to all of them, as in training.
+Source: github.com/black-forest-labs/flux2, src/flux2/text_encoder.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+from flux2.variants import TextConfig
+
+# Two lines: the line break is in the published message, and a space instead of it changes the embeddings.
+SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+
+
+def chat(prompt: str, kind: str) -> list[dict[str, Any]]:
+    """The conversation that a prompt is sent as: Mistral with the system message, Qwen3 with a user turn alone."""
+    if kind == "qwen3":
+        return [{"role": "user", "content": prompt}]
+    parts = (("system", SYSTEM_MESSAGE), ("user", prompt.replace("[IMG]", "")))
+    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in parts]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], kind: str, length: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (B, length); padded on the tokenizer's own side, cut at `length`."""
+    options = {"add_generation_prompt": True, "enable_thinking": False} if kind == "qwen3" else {}
+    texts = [tokenizer.apply_chat_template(chat(prompt, kind), tokenize=False, **options) for prompt in prompts]
+    batch = tokenizer(
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        add_special_tokens=kind == "qwen3",  # Mistral's template writes them itself
+        return_tensors="pt",
+    )
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
+    """The language model of a published `text_encoder/config.json`, cut behind the last layer that is read."""
+    values = dict(config.get("text_config", config))
+    layers = max(text.layers)
+    if values["num_hidden_layers"] < layers:
+        raise ValueError(
+            f"the text encoder has {values['num_hidden_layers']} layers, but layer {layers} is read: "
+            "this is not the text encoder of this model"
+        )
+    values["num_hidden_layers"] = layers
+    if values.get("layer_types"):
+        values["layer_types"] = values["layer_types"][:layers]
+    model: nn.Module = (
+        MistralModel(MistralConfig(**values)) if text.kind == "mistral" else Qwen3Model(Qwen3Config(**values))
+    )
+    model.norm = nn.Identity()
+    return model
+
+
+class TextEncoder:
+    """Prompts -> embeddings. `layers` and `length` come from the variant; `length` can be given a call."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, text: TextConfig) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.text = text
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
+        """(B, length, width) embeddings of `prompts` on the encoder's device and in its dtype."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list of strings, got one string; wrap it in a list")
+        ids, mask = tokenize(self.tokenizer, prompts, self.text.kind, length or self.text.length)
+        device = next(self.model.parameters()).device
+        states = self.model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
+        ).hidden_states
+        return torch.cat([states[layer] for layer in self.text.layers], dim=-1)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a published `tokenizer/` folder.
+
+    Read from tokenizer.json by the plain class: the processor classes that some repositories name also want
+    image libraries, and are only needed to put pictures into the text encoder's own prompt. Raises ValueError if it is
+    not there or has no chat template.
+    """
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder} holds no tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{folder} holds no chat template (chat_template.jinja, or in tokenizer_config.json)")
+    return tokenizer

@@ -1,0 +1,53 @@
+"""Latents as tokens, and where each token stands.
+
+A position is four integers (t, h, w, l): image tokens carry their row and column at t = 0, the i-th reference image
+its own rows and columns at t = 10 + 10 i, text tokens their index as l. Order in the sequence: the image first, then
+its references; what the model predicts for the references is thrown away.
+Source: github.com/black-forest-labs/flux2, src/flux2/sampling.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+REFERENCE_SPACING = 10
+
+
+def image_positions(height: int, width: int, t: int = 0, device: torch.device | None = None) -> Tensor:
+    """(height * width, 4) positions of a latent grid, row by row."""
+    axes = (torch.tensor([t]), torch.arange(height), torch.arange(width), torch.arange(1))
+    return torch.cartesian_prod(*axes).to(device)
+
+
+def text_positions(length: int, device: torch.device | None = None) -> Tensor:
+    """(length, 4) positions of a prompt's tokens."""
+    positions = torch.zeros(length, 4, dtype=torch.long, device=device)
+    positions[:, 3] = torch.arange(length, device=device)
+    return positions
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h * w, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, height * width, C) -> (B, C, height, width): the inverse of `to_tokens`."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def positions_with_references(latents: Tensor, references: Sequence[Tensor] = ()) -> Tensor:
+    """(N, 4) positions of a picture's tokens and, behind them, of its references'; all are (B, C, h, w) latents."""
+    grids = [
+        image_positions(grid.shape[2], grid.shape[3], REFERENCE_SPACING * i, latents.device)
+        for i, grid in enumerate([latents, *references])
+    ]
+    return torch.cat(grids)
+
+
+def with_references(tokens: Tensor, references: Sequence[Tensor] = ()) -> Tensor:
+    """(B, n, C) image tokens and the tokens of references (B, C, h, w) -> (B, N, C)."""
+    return torch.cat([tokens, *(to_tokens(reference).to(tokens) for reference in references)], dim=1)

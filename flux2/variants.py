@@ -1,0 +1,187 @@
+"""The published FLUX.2 models, one frozen record each: what their files do not say about themselves.
+
+Sizes of the transformer and the autoencoder, which text encoder is read at which layers, whether the
+model takes a guidance value, and how its authors sample from it. Loading checks a checkpoint against
+these sizes, so a wrong file is an error that names the tensor, not a bad picture.
+
+Sources: Black Forest Labs' reference code (github.com/black-forest-labs/flux2) and the configuration
+files of the published repositories.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LATENT_CHANNELS = 32  # of the autoencoder, before patches of 2 x 2 are folded into channels
+TOKEN_CHANNELS = 4 * LATENT_CHANNELS
+PIXELS_PER_TOKEN = 16  # one token covers 16 x 16 pixels, whatever the model
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the MM-DiT. `hidden` is `heads * head_dim`; the mlp is `mlp_ratio * hidden` wide."""
+
+    heads: int
+    double_blocks: int
+    single_blocks: int
+    text_width: int
+    guidance: bool
+    head_dim: int = 128
+    mlp_ratio: float = 3.0
+    rope_axes: tuple[int, ...] = (32, 32, 32, 32)
+    rope_theta: int = 2000
+    channels: int = TOKEN_CHANNELS
+    time_width: int = 256
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if sum(self.rope_axes) != self.head_dim:
+            raise ValueError(f"rope_axes={self.rope_axes} must add up to head_dim={self.head_dim}")
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.hidden * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of the convolutional autoencoder. Every entry of `widths` but the last halves the side."""
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2
+    groups: int = 32
+    latent_channels: int = LATENT_CHANNELS
+    bn_eps: float = 1e-4
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which text encoder, which of its hidden states are stacked, and to how many tokens prompts are padded."""
+
+    kind: Literal["mistral", "qwen3"]
+    layers: tuple[int, int, int]
+    length: int = 512
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published model.
+
+    `steps` and `guidance` are the sampling defaults of its authors. `guidance` is a value fed to the model
+    when `transformer.guidance` is set, and the scale of classifier-free guidance otherwise (1 means none).
+    `training_guidance` is what the field trains LoRAs with. `licence` is empty where a commercial one applies.
+    """
+
+    name: str
+    repo: str
+    transformer: TransformerConfig
+    text: TextConfig
+    steps: int
+    guidance: float
+    resolution: int = 1024
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    training_guidance: float = 1.0
+    gated: bool = False
+    licence: str = ""
+    parameters: float = 0.0
+
+    @property
+    def classifier_free(self) -> bool:
+        """Whether the sampling default is classifier-free guidance (two predictions a step)."""
+        return not self.transformer.guidance and self.guidance > 1
+
+
+DEV = TransformerConfig(heads=48, double_blocks=8, single_blocks=48, text_width=15360, guidance=True)
+KLEIN_9B = TransformerConfig(heads=32, double_blocks=8, single_blocks=24, text_width=12288, guidance=False)
+KLEIN_4B = TransformerConfig(heads=24, double_blocks=5, single_blocks=20, text_width=7680, guidance=False)
+MISTRAL = TextConfig(kind="mistral", layers=(10, 20, 30))
+QWEN3 = TextConfig(kind="qwen3", layers=(9, 18, 27))
+NON_COMMERCIAL = "FLUX Non-Commercial License (black-forest-labs)"
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant(
+            name="tiny",
+            repo="",
+            transformer=TransformerConfig(
+                heads=6,
+                head_dim=32,
+                double_blocks=2,
+                single_blocks=4,
+                text_width=192,
+                guidance=True,
+                mlp_ratio=2.0,
+                rope_axes=(8, 8, 8, 8),
+            ),
+            autoencoder=AutoencoderConfig(widths=(16, 32, 48, 64), blocks=1, groups=1),
+            text=TextConfig(kind="mistral", layers=(1, 2, 3), length=32),
+            steps=16,
+            guidance=2.0,
+            resolution=128,
+        ),
+        Variant(
+            name="dev",
+            repo="black-forest-labs/FLUX.2-dev",
+            transformer=DEV,
+            text=MISTRAL,
+            steps=28,
+            guidance=4.0,
+            gated=True,
+            licence=NON_COMMERCIAL,
+            parameters=32.22e9,
+        ),
+        Variant(
+            name="klein_base_9b",
+            repo="black-forest-labs/FLUX.2-klein-base-9B",
+            transformer=KLEIN_9B,
+            text=QWEN3,
+            steps=50,
+            guidance=4.0,
+            gated=True,
+            licence=NON_COMMERCIAL,
+            parameters=9.08e9,
+        ),
+        Variant(
+            name="klein_9b",
+            repo="black-forest-labs/FLUX.2-klein-9B",
+            transformer=KLEIN_9B,
+            text=QWEN3,
+            steps=4,
+            guidance=1.0,
+            gated=True,
+            licence=NON_COMMERCIAL,
+            parameters=9.08e9,
+        ),
+        Variant(
+            name="klein_base_4b",
+            repo="black-forest-labs/FLUX.2-klein-base-4B",
+            transformer=KLEIN_4B,
+            text=QWEN3,
+            steps=50,
+            guidance=4.0,
+            parameters=3.88e9,
+        ),
+        Variant(
+            name="klein_4b",
+            repo="black-forest-labs/FLUX.2-klein-4B",
+            transformer=KLEIN_4B,
+            text=QWEN3,
+            steps=4,
+            guidance=1.0,
+            parameters=3.88e9,
+        ),
+    )
+}
+
+
+def variant(name: str) -> Variant:
+    """The record called `name`. Raises ValueError listing the known names."""
+    if name not in VARIANTS:
+        raise ValueError(f"model={name!r} is not a FLUX.2 model; choose one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]
