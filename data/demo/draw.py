@@ -1,0 +1,134 @@
+"""Draw the demonstration data set: 24 tarot cards with captions, in a style that `data.drawings` never has.
+
+What: a gold frame with double ink lines, a parchment panel with one subject, a dark title bar with a Roman numeral.
+`python data/demo/draw.py` writes data/demo/*.png and metadata.jsonl, the same bytes on every run.
+
+How: rectangles and thick strokes at four times the size, averaged down; the subject comes from
+`data.drawings.draw_subject`. Numerals are strokes and not text, because a font would differ between machines.
+
+Why these cards: a LoRA trained on them has two things to show. The style must come with the trigger word ("trtcrd"),
+and it must carry over to what no card shows: six of the fourteen subjects and four of the ten colours are left out.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Python put this script's own folder first, where a file could shadow a library; the imports need the root.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from PIL import Image, ImageDraw
+
+from data.drawings import COLOURS, INK, RGB, draw_subject
+
+TRIGGER = "trtcrd"
+
+CARDS: dict[str, tuple[str, str, str]] = {
+    "cup": ("red", "yellow", "purple"),
+    "sword": ("blue", "white", "orange"),
+    "star": ("yellow", "blue", "red"),
+    "moon": ("white", "purple", "blue"),
+    "sun": ("orange", "red", "yellow"),
+    "tower": ("purple", "white", "red"),
+    "key": ("orange", "blue", "yellow"),
+    "crown": ("white", "orange", "purple"),
+}
+
+GOLD: RGB = (224, 168, 40)
+PARCHMENT: RGB = (218, 186, 130)
+BAR: RGB = (50, 44, 92)
+NUMERAL: RGB = (250, 236, 200)
+
+# All lengths are fractions of the card's side, whole pixels at 128, so that lines are crisp where cards are trained.
+# The frame is, from the edge inwards, ink, gold, ink, gold, ink.
+FRAME_LINES = ((0 / 128, 2 / 128), (9 / 128, 11 / 128), (13 / 128, 15 / 128))
+FRAME = 15 / 128
+BAR_TOP = 90 / 128  # where the ink line above the title bar begins
+BAR_LINE = 2 / 128
+SUBJECT_CENTRE = (0.5, (FRAME + BAR_TOP) / 2)
+SUBJECT_SIZE = 0.47
+
+_OUTLINE = 2.8 / 128
+_NUMERAL_HEIGHT = 0.098
+_NUMERAL_STROKE = 0.024
+# Width of each numeral and the strokes in it, both in units of its height.
+_NUMERALS: dict[str, tuple[float, list[tuple[float, float, float, float]]]] = {
+    "I": (0.0, [(0.0, 0.0, 0.0, 1.0)]),
+    "V": (0.80, [(0.0, 0.0, 0.4, 1.0), (0.4, 1.0, 0.8, 0.0)]),
+    "X": (0.80, [(0.0, 0.0, 0.8, 1.0), (0.8, 0.0, 0.0, 1.0)]),
+}
+_NUMERAL_GAP = 0.52
+_SUPERSAMPLING = 4
+
+
+def roman(number: int) -> str:
+    """Roman numeral of 1 to 39, which needs the letters I, V and X only."""
+    if not 1 <= number <= 39:
+        raise ValueError(f"number is {number}; accepted: 1 to 39")
+    units = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
+    return "X" * (number // 10) + units[number % 10]
+
+
+def _draw_numeral(canvas: ImageDraw.ImageDraw, text: str, side: int) -> None:
+    width = sum(_NUMERALS[letter][0] for letter in text) + _NUMERAL_GAP * (len(text) - 1)
+    x = 0.5 - width * _NUMERAL_HEIGHT / 2
+    y = (BAR_TOP + BAR_LINE + 1 - FRAME - _NUMERAL_HEIGHT) / 2
+    r = _NUMERAL_STROKE / 2 * side
+    for letter in text:
+        letter_width, strokes = _NUMERALS[letter]
+        for x0, y0, x1, y1 in strokes:
+            start = ((x + x0 * _NUMERAL_HEIGHT) * side, (y + y0 * _NUMERAL_HEIGHT) * side)
+            end = ((x + x1 * _NUMERAL_HEIGHT) * side, (y + y1 * _NUMERAL_HEIGHT) * side)
+            canvas.line([start, end], NUMERAL, round(2 * r))
+            for cx, cy in (start, end):
+                canvas.ellipse((cx - r, cy - r, cx + r, cy + r), NUMERAL)
+        x += (letter_width + _NUMERAL_GAP) * _NUMERAL_HEIGHT
+
+
+def draw_card(shape: str, colour: str, number: int, pixels: int = 256) -> Image.Image:
+    """A square RGB card. Any subject and colour of `data.drawings` may be asked for, those on no card included."""
+    if colour not in COLOURS:
+        raise ValueError(f"colour is {colour!r}; accepted: {', '.join(COLOURS)}")
+    side = pixels * _SUPERSAMPLING
+    card = Image.new("RGB", (side, side), GOLD)
+    canvas = ImageDraw.Draw(card)
+
+    def rectangle(x0: float, y0: float, x1: float, y1: float, fill: RGB) -> None:
+        canvas.rectangle((round(x0 * side), round(y0 * side), round(x1 * side) - 1, round(y1 * side) - 1), fill)
+
+    for start, stop in FRAME_LINES:
+        rectangle(start, start, 1 - start, 1 - start, INK)
+        rectangle(stop, stop, 1 - stop, 1 - stop, GOLD)
+    rectangle(FRAME, FRAME, 1 - FRAME, BAR_TOP, PARCHMENT)
+    rectangle(FRAME, BAR_TOP, 1 - FRAME, BAR_TOP + BAR_LINE, INK)
+    rectangle(FRAME, BAR_TOP + BAR_LINE, 1 - FRAME, 1 - FRAME, BAR)
+    _draw_numeral(canvas, roman(number), side)
+    centre = (SUBJECT_CENTRE[0] * side, SUBJECT_CENTRE[1] * side)
+    draw_subject(canvas, shape, COLOURS[colour], centre, SUBJECT_SIZE * side, 0.0, _OUTLINE * side)
+    return card.reduce(_SUPERSAMPLING)
+
+
+def card_caption(shape: str, colour: str) -> str:
+    """The caption of a card, e.g. "a trtcrd of a red cup, tarot style"."""
+    article = "an" if colour[0] in "aeiou" else "a"
+    return f"a {TRIGGER} of {article} {colour} {shape}, tarot style"
+
+
+def all_cards() -> list[tuple[str, str, int]]:
+    """Shape, colour and number of the 24 cards; neighbouring numbers have different subjects."""
+    pairs = [(shape, colours[i]) for i in range(3) for shape, colours in CARDS.items()]
+    return [(shape, colour, number) for number, (shape, colour) in enumerate(pairs, start=1)]
+
+
+def main(folder: Path) -> None:
+    lines = []
+    for shape, colour, number in all_cards():
+        name = f"{number:02d}_{colour}_{shape}.png"
+        draw_card(shape, colour, number).save(folder / name, optimize=True)
+        lines.append(json.dumps({"file_name": name, "text": card_caption(shape, colour)}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(__file__).resolve().parent)

@@ -1,0 +1,506 @@
+"""Procedural pictures of one subject on a plain background, with captions and edit instructions.
+
+What: 14 bold subjects x 10 colours x 8 backgrounds x 2 sizes. A `Drawing` names one combination, `draw` renders it,
+`caption` describes it in many ways, `edit` gives an instruction and the drawing it leads to.
+
+How: every subject is a few polygons and strokes in a unit box, computed once, then rotated, scaled and painted with
+ImageDraw at four times the size and averaged down, which is the whole antialiasing.
+
+Why drawn and not collected: the embedded model has four million parameters and must train in about an hour. Flat
+shapes with thick outlines are what it can learn, every attribute is known exactly (so `data.probe` can read it back),
+and nobody else's pictures are needed. Captions vary on purpose, nonsense words included: a base model that knows one
+caption form only falls apart when a prompt carries an unknown word, and the trigger word of a LoRA is exactly that.
+"""
+
+import hashlib
+import math
+import random
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+RGB = tuple[int, int, int]
+Point = tuple[float, float]
+
+INK: RGB = (26, 22, 38)
+
+COLOURS: dict[str, RGB] = {
+    "red": (212, 40, 44),
+    "orange": (243, 132, 28),
+    "yellow": (252, 212, 48),
+    "green": (52, 156, 82),
+    "blue": (42, 98, 208),
+    "purple": (128, 62, 178),
+    "pink": (246, 120, 170),
+    "brown": (136, 84, 48),
+    "white": (255, 255, 255),
+    "black": (74, 80, 98),  # lighter than the ink, so that outlines and details still show on it
+}
+
+BACKGROUNDS: dict[str, RGB] = {
+    "white": (243, 238, 226),  # paper: a white subject must stand out from it
+    "grey": (193, 196, 198),
+    "blue": (168, 212, 242),
+    "green": (184, 226, 184),
+    "yellow": (252, 238, 160),
+    "pink": (252, 200, 218),
+    "purple": (208, 188, 240),
+    "orange": (255, 206, 160),
+}
+
+# Fraction of the picture's height that the subject's unit box takes.
+SIZES: dict[str, float] = {"small": 0.42, "large": 0.75}
+
+# Thinner outlines on the small subjects, or their details would close up.
+_OUTLINE: dict[str, float] = {"small": 2.7 / 128, "large": 3.4 / 128}
+_SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One piece of a subject: a painted polygon with an inked contour or, where `paint` is None, an ink stroke.
+
+    `loops` are the lines to ink: the contour and the contours of any holes, which show what is behind the subject;
+    `area` is the one polygon to fill.
+    """
+
+    loops: tuple[tuple[Point, ...], ...]
+    area: tuple[Point, ...]
+    paint: str | None
+
+
+def _arc(x: float, y: float, rx: float, ry: float, start: float, stop: float, count: int = 24) -> list[Point]:
+    """Points on an ellipse; degrees, 0 to the right, growing clockwise as y grows downwards."""
+    angles = np.radians(np.linspace(start, stop, count))
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
+
+
+def _circle(x: float, y: float, r: float, count: int = 40) -> list[Point]:
+    return _arc(x, y, r, r, 0, 360, count + 1)[:-1]
+
+
+def _curve(a: Point, b: Point, c: Point, d: Point, count: int = 14) -> list[Point]:
+    """Points on a cubic Bezier curve from a to d."""
+    t = np.linspace(0, 1, count)[:, None]
+    points = (1 - t) ** 3 * a + 3 * t * (1 - t) ** 2 * b + 3 * t**2 * (1 - t) * c + t**3 * np.array(d)
+    return [(float(x), float(y)) for x, y in points]
+
+
+def _mirrored(right: list[Point]) -> list[Point]:
+    """Close a right half, listed from top to bottom, with its mirror image."""
+    return right + [(-x, y) for x, y in reversed(right) if abs(x) > 1e-9]
+
+
+def _box(x0: float, y0: float, x1: float, y1: float) -> list[Point]:
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+
+def _part(contour: list[Point], paint: str | None = "colour", holes: Iterable[list[Point]] = ()) -> _Part:
+    loops, area = [tuple(contour)], list(contour)
+    for hole in holes:
+        # A slit to the hole and back makes one polygon of both (even-odd filling). It must be the shortest one:
+        # ImageDraw paints the edges of a polygon too, so that a slit across another hole would show.
+        i, j = min(
+            ((i, j) for i in range(len(area)) for j in range(len(hole))),
+            key=lambda ij: math.dist(area[ij[0]], hole[ij[1]]),
+        )
+        area[i + 1 : i + 1] = [*hole[j:], *hole[: j + 1], area[i]]
+        loops.append(tuple(hole))
+    return _Part(tuple(loops), tuple(area), paint)
+
+
+def _cup() -> list[_Part]:
+    half = [(0.40, -0.44), *_curve((0.40, -0.44), (0.40, -0.08), (0.26, 0.08), (0.085, 0.12))]
+    half += [*_curve((0.085, 0.12), (0.07, 0.28), (0.10, 0.36), (0.29, 0.42), 8), (0.29, 0.50)]
+    return [_part(_mirrored(half)), _part(_arc(0, -0.42, 0.40, 0.09, 0, 360, 41)[:-1], "shade")]
+
+
+def _sword() -> list[_Part]:
+    return [
+        _part(_mirrored([(0.0, -0.55), (0.14, -0.39), (0.14, 0.18)])),
+        _part([(0.0, -0.31), (0.0, 0.07)], None),
+        _part(_box(-0.075, 0.22, 0.075, 0.42), "shade"),
+        _part(_box(-0.35, 0.15, 0.35, 0.28)),
+        _part(_circle(0, 0.44, 0.11)),
+    ]
+
+
+def _star() -> list[_Part]:
+    points = []
+    for i in range(10):
+        r, a = (0.56 if i % 2 == 0 else 0.255), math.radians(36 * i - 90)
+        points.append((r * math.cos(a), 0.04 + r * math.sin(a)))
+    return [_part(points)]
+
+
+def _moon() -> list[_Part]:
+    # The inner circle cuts the outer one at the horns (+-angle), which gives a crescent open to the right.
+    outer = _arc(0.08, 0, 0.52, 0.52, 54, 306, 44)
+    top, bottom = outer[-1], outer[0]
+    centre_x = 0.265
+    r = math.dist((centre_x, 0), top)
+    a = math.degrees(math.atan2(bottom[1], bottom[0] - centre_x))
+    return [_part(outer[:-1] + _arc(centre_x, 0, r, r, 360 - a, a, 34)[:-1])]
+
+
+def _sun() -> list[_Part]:
+    rays = []
+    for i in range(8):
+        for offset, r in ((-16.0, 0.35), (0.0, 0.55), (16.0, 0.345)):
+            a = math.radians(45 * i + offset)
+            rays.append((r * math.cos(a), r * math.sin(a)))
+    return [_part(rays), _part(_circle(0, 0, 0.27))]
+
+
+def _tower() -> list[_Part]:
+    battlement = [(0.36, -0.22), (0.36, -0.50), (0.175, -0.50), (0.175, -0.40)]
+    left = [(-0.175, -0.40), (-0.175, -0.50), (-0.36, -0.50), (-0.36, -0.22)]
+    middle = [(0.075, -0.40), (0.075, -0.50), (-0.075, -0.50), (-0.075, -0.40)]
+    return [
+        _part([(-0.25, -0.24), (0.25, -0.24), (0.31, 0.50), (-0.31, 0.50)]),
+        _part(battlement + middle + left),
+        _part([*_arc(0, 0.27, 0.11, 0.11, 180, 360, 14), (0.11, 0.50), (-0.11, 0.50)], "ink"),
+        _part(_box(-0.045, -0.11, 0.045, 0.04), "ink"),
+    ]
+
+
+def _key() -> list[_Part]:
+    x, r, half = -0.04, 0.26, 0.085  # the axis is left of the middle, so that bow and bit together are centred
+    a = math.degrees(math.asin(half / r))
+    bow = [*reversed(_arc(x, -0.29, r, r, 90 + a, 450 - a, 40))]
+    upper_tooth = [(x - half, 0.54), (x + half, 0.54), (x + half, 0.46), (x + 0.32, 0.46), (x + 0.32, 0.335)]
+    lower_tooth = [(x + half, 0.335), (x + half, 0.235), (x + 0.32, 0.235), (x + 0.32, 0.11), (x + half, 0.11)]
+    return [_part([*bow, *upper_tooth, *lower_tooth], holes=[_circle(x, -0.29, 0.11, 24)])]
+
+
+def _heart() -> list[_Part]:
+    half = [
+        *_curve((0.0, -0.27), (0.08, -0.47), (0.26, -0.50), (0.36, -0.44), 14),
+        *_curve((0.36, -0.44), (0.56, -0.34), (0.56, -0.06), (0.40, 0.14), 14)[1:],
+        *_curve((0.40, 0.14), (0.28, 0.28), (0.12, 0.40), (0.0, 0.48), 12)[1:],
+    ]
+    return [_part(_mirrored(half))]
+
+
+def _crown() -> list[_Part]:
+    half = [(0.0, -0.30), (0.19, 0.06), (0.45, -0.22), (0.39, 0.40)]
+    return [
+        _part(_mirrored(half)),
+        _part([(-0.415, 0.20), (0.415, 0.20)], None),
+        _part(_circle(0, -0.33, 0.085, 24)),
+        _part(_circle(0.455, -0.23, 0.08, 24)),
+        _part(_circle(-0.455, -0.23, 0.08, 24)),
+    ]
+
+
+def _fish() -> list[_Part]:
+    upper = _curve((-0.54, 0.0), (-0.41, -0.43), (0.04, -0.44), (0.27, -0.10), 22)
+    tail = [(0.54, -0.33), (0.46, 0.0), (0.54, 0.33)]
+    lower = [(x, -y) for x, y in reversed(upper)][:-1]
+    return [
+        _part([*upper, *tail, *lower]),
+        _part(_circle(-0.33, -0.07, 0.045, 16), "ink"),
+        _part(_curve((-0.17, -0.20), (-0.07, -0.09), (-0.07, 0.09), (-0.17, 0.20), 12), None),
+    ]
+
+
+def _tree() -> list[_Part]:
+    half = [(0.0, -0.54), (0.25, -0.20), (0.14, -0.20), (0.35, 0.08), (0.22, 0.08), (0.44, 0.36)]
+    return [_part(_box(-0.085, 0.33, 0.085, 0.54), "shade"), _part(_mirrored(half))]
+
+
+def _wheel() -> list[_Part]:
+    # Six holes between rim, spokes and hub; each side of a hole keeps half a spoke's width from the spoke's axis.
+    outer, inner, hub, spoke = 0.51, 0.37, 0.15, 0.05
+    holes = []
+    for i in range(6):
+        start, stop = 60 * i - 30, 60 * i + 30
+        far, near = math.degrees(math.asin(spoke / inner)), math.degrees(math.asin(spoke / hub))
+        rim = _arc(0, 0, inner, inner, start + far, stop - far, 12)
+        holes.append(rim + _arc(0, 0, hub, hub, stop - near, start + near, 6))
+    return [_part(_circle(0, 0, outer, 60), holes=holes), _part(_circle(0, 0, 0.05, 14), "ink")]
+
+
+def _lantern() -> list[_Part]:
+    flame = [*_curve((0.0, -0.14), (0.05, -0.03), (0.105, 0.03), (0.105, 0.13), 8)]
+    flame += _arc(0, 0.13, 0.105, 0.105, 0, 90, 8)[1:]
+    return [
+        _part(_circle(0, -0.40, 0.145, 30), holes=[_circle(0, -0.40, 0.065, 20)]),
+        _part(_mirrored([(0.27, -0.20), (0.34, 0.10), (0.27, 0.40)])),
+        _part(_mirrored([(0.155, -0.14), (0.21, 0.10), (0.155, 0.32)]), "ink"),
+        _part(_mirrored(flame)),
+        _part(_mirrored([(0.12, -0.36), (0.37, -0.20)])),
+        _part(_box(-0.37, 0.39, 0.37, 0.53)),
+    ]
+
+
+def _bell() -> list[_Part]:
+    half = [
+        *_curve((0.0, -0.44), (0.26, -0.44), (0.27, -0.20), (0.29, -0.02), 14),
+        *_curve((0.29, -0.02), (0.30, 0.12), (0.36, 0.20), (0.44, 0.26), 8)[1:],
+        (0.44, 0.36),
+    ]
+    return [
+        _part(_circle(0, 0.40, 0.12, 24), "shade"),
+        _part(_circle(0, -0.45, 0.085, 20)),
+        _part(_mirrored(half)),
+        _part([(-0.33, 0.17), (0.33, 0.17)], None),
+    ]
+
+
+_SUBJECTS = {
+    "cup": _cup,
+    "sword": _sword,
+    "star": _star,
+    "moon": _moon,
+    "sun": _sun,
+    "tower": _tower,
+    "key": _key,
+    "heart": _heart,
+    "crown": _crown,
+    "fish": _fish,
+    "tree": _tree,
+    "wheel": _wheel,
+    "lantern": _lantern,
+    "bell": _bell,
+}
+SHAPES: tuple[str, ...] = tuple(_SUBJECTS)
+
+
+@cache
+def _parts(shape: str) -> tuple[_Part, ...]:
+    return tuple(_SUBJECTS[shape]())
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One subject in one colour and size on one background. Raises ValueError on a name that does not exist."""
+
+    shape: str
+    colour: str
+    background: str
+    size: str
+
+    def __post_init__(self) -> None:
+        accepted: dict[str, Iterable[str]] = {
+            "shape": SHAPES,
+            "colour": COLOURS,
+            "background": BACKGROUNDS,
+            "size": SIZES,
+        }
+        for key, names in accepted.items():
+            if getattr(self, key) not in names:
+                raise ValueError(f"{key} is {getattr(self, key)!r}; accepted: {', '.join(names)}")
+
+
+def draw_subject(
+    canvas: ImageDraw.ImageDraw,
+    shape: str,
+    colour: RGB,
+    centre: Point,
+    size: float,
+    angle: float,
+    outline_width: float,
+) -> None:
+    """Paint a subject on any canvas.
+
+    `centre`, `size` (the unit box's side; subjects take 0.85 to 1.1 of it) and `outline_width` are in canvas pixels,
+    `angle` in degrees clockwise. Nothing is antialiased here: paint large, then reduce.
+    """
+    if shape not in _SUBJECTS:
+        raise ValueError(f"shape is {shape!r}; accepted: {', '.join(SHAPES)}")
+    cos, sin = size * math.cos(math.radians(angle)), size * math.sin(math.radians(angle))
+
+    def placed(points: tuple[Point, ...]) -> list[Point]:
+        return [(centre[0] + cos * x - sin * y, centre[1] + sin * x + cos * y) for x, y in points]
+
+    width, r = round(outline_width), outline_width / 2
+    shade = (round(colour[0] * 0.8), round(colour[1] * 0.8), round(colour[2] * 0.82))
+    paints = {"colour": colour, "shade": shade, "ink": INK}
+    for part in _parts(shape):
+        if part.paint is None:
+            stroke = placed(part.loops[0])
+            canvas.line(stroke, INK, width, joint="curve")
+            for x, y in (stroke[0], stroke[-1]):
+                canvas.ellipse((x - r, y - r, x + r, y + r), INK)
+            continue
+        canvas.polygon(placed(part.area), paints[part.paint])
+        for loop in part.loops:
+            points = placed(loop)
+            canvas.line([*points, *points[:2]], INK, width, joint="curve")
+
+
+def draw(
+    drawing: Drawing,
+    pixels: int = 128,
+    dx: float = 0.0,
+    dy: float = 0.0,
+    scale: float = 1.0,
+    angle: float = 0.0,
+) -> Image.Image:
+    """Render a drawing as a square RGB picture; `dx`, `dy` shift by fractions of it, `angle` turns in degrees."""
+    if pixels < 16:
+        raise ValueError(f"pixels is {pixels}; it must be at least 16")
+    side = pixels * _SUPERSAMPLING
+    picture = Image.new("RGB", (side, side), BACKGROUNDS[drawing.background])
+    draw_subject(
+        ImageDraw.Draw(picture),
+        drawing.shape,
+        COLOURS[drawing.colour],
+        centre=(side * (0.5 + dx), side * (0.5 + dy)),
+        size=side * SIZES[drawing.size] * scale,
+        angle=angle,
+        outline_width=side * _OUTLINE[drawing.size],
+    )
+    return picture.reduce(_SUPERSAMPLING)
+
+
+def all_drawings() -> list[Drawing]:
+    """Every combination, in a fixed order."""
+    return [Drawing(s, c, b, z) for s in SHAPES for c in COLOURS for b in BACKGROUNDS for z in SIZES]
+
+
+def held_out(drawing: Drawing) -> bool:
+    """True for about a tenth of the combinations, which no training may show.
+
+    The size does not count: a drawing whose other size was trained on would hardly be unseen.
+    """
+    name = f"{drawing.shape} {drawing.colour} {drawing.background}"
+    return hashlib.sha256(name.encode()).digest()[0] < 26
+
+
+_LEADS = ("a drawing of", "a picture of", "an image of", "a card of")
+_STYLES = ("ink style", "vintage style", "tarot style", "flat style", "woodcut style")
+_KNOWN_WORDS = frozenset((*SHAPES, *COLOURS, *BACKGROUNDS, *SIZES, "background", "the", "style", "with"))
+
+
+def _with_article(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _nonsense(rng: random.Random) -> str:
+    while True:
+        word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7)))
+        if word not in _KNOWN_WORDS:
+            return word
+
+
+def plain_caption(drawing: Drawing) -> str:
+    """The usual form: "a small red cup on a blue background"."""
+    subject = _with_article(f"{drawing.size} {drawing.colour} {drawing.shape}")
+    return f"{subject} on {_with_article(drawing.background)} background"
+
+
+def caption(drawing: Drawing, rng: random.Random) -> str:
+    """A description of at most 16 words: the usual form in 40 %, else varied; nonsense words in 25 %.
+
+    Variations leave parts out, change the order and the articles, and add leading phrases, styles and nonsense, so
+    that the model learns which words matter and to ignore those it does not know.
+    """
+    if rng.random() < 0.4:
+        return plain_caption(drawing)
+    size_as_adjective = rng.random() < 0.85
+    adjectives = [drawing.size] if rng.random() < 0.7 and size_as_adjective else []
+    adjectives += [drawing.colour] if rng.random() < 0.9 else []
+    subject = " ".join([*adjectives, drawing.shape])
+    article = rng.choices(("a", "the", ""), (0.55, 0.25, 0.2))[0]
+    background = f"{_with_article(drawing.background)} background"
+    nonsense = rng.choice(("lead", "word", "style")) if rng.random() < 0.42 else ""
+
+    if nonsense == "word":
+        # Before the subject's own words, or before the adjectives' noun: both must leave the meaning alone.
+        words = subject.split()
+        words.insert(rng.randrange(len(words)), _nonsense(rng))
+        subject = " ".join(words)
+    if article:
+        subject = _with_article(subject) if article == "a" else f"the {subject}"
+    if nonsense == "lead":
+        subject = f"{_with_article(_nonsense(rng))} of {subject}"
+    elif rng.random() < 0.3:
+        subject = f"{rng.choice(_LEADS)} {subject}"
+
+    listed = not size_as_adjective
+    place = rng.choices(("after", "before", "listed", "left out"), (0.3, 0.2, 0.15, 0.35))[0]
+    text = f"{subject}, {drawing.size}" if listed else subject
+    if place == "after":
+        text = f"{text}, on {background}" if listed else f"{text} on {background}"
+    elif place == "before":
+        text = f"on {background}, {text}"
+    elif place == "listed":
+        text = f"{text}, {drawing.background} background"
+    if nonsense == "style":
+        text = f"{text}, {_nonsense(rng)} style"
+    elif rng.random() < 0.2:
+        text = f"{text}, {rng.choice(_STYLES)}"
+    return text
+
+
+EDITS: tuple[str, ...] = ("colour", "background", "shape", "size")
+
+# The first form of each kind is the canonical one.
+_EDIT_FORMS: dict[str, tuple[str, ...]] = {
+    "colour": (
+        "make it {new}",
+        "make the {shape} {new}",
+        "paint it {new}",
+        "paint the {shape} {new}",
+        "change its colour to {new}",
+        "turn it {new}",
+        "a {new} {shape} instead",
+    ),
+    "background": (
+        "change the background to {new}",
+        "put it on a {new} background",
+        "make the background {new}",
+        "put the {shape} on a {new} background",
+        "on a {new} background",
+        "{new} background",
+    ),
+    "shape": (
+        "turn it into a {new}",
+        "replace the {shape} with a {new}",
+        "replace it with a {new}",
+        "turn the {shape} into a {new}",
+        "make it a {new}",
+        "change the {shape} to a {new}",
+    ),
+    "size": ("make it {new}", "make the {shape} {new}", "draw it {new}", "change its size to {new}"),
+}
+_EDIT_NAMES: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "background": tuple(BACKGROUNDS),
+    "shape": SHAPES,
+    "size": tuple(SIZES),
+}
+
+
+def _instruction(form: str, drawing: Drawing, new: str) -> str:
+    if new[0] in "aeiou":
+        form = form.replace("a {new}", "an {new}")
+    return form.format(shape=drawing.shape, new=new)
+
+
+def plain_edit(drawing: Drawing, kind: str, new: str) -> tuple[str, Drawing]:
+    """The canonical instruction that sets attribute `kind` (see EDITS) to `new`, and the drawing it leads to."""
+    if kind not in EDITS:
+        raise ValueError(f"kind is {kind!r}; accepted: {', '.join(EDITS)}")
+    if getattr(drawing, kind) == new:
+        raise ValueError(f"new is {new!r}, which the drawing's {kind} is already: an edit must change something")
+    return _instruction(_EDIT_FORMS[kind][0], drawing, new), replace(drawing, **{kind: new})
+
+
+def edit(drawing: Drawing, rng: random.Random) -> tuple[str, Drawing]:
+    """A random instruction and the drawing it leads to, which always differs from `drawing` in one attribute.
+
+    From a drawing that is not held out, the result is not either: training on edits must not show held-out pictures.
+    """
+    while True:
+        kind = rng.choices(EDITS, (0.35, 0.25, 0.25, 0.15))[0]
+        new = rng.choice([name for name in _EDIT_NAMES[kind] if name != getattr(drawing, kind)])
+        result = replace(drawing, **{kind: new})
+        if held_out(drawing) or not held_out(result):
+            return _instruction(rng.choice(_EDIT_FORMS[kind]), drawing, new), result

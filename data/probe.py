@@ -1,0 +1,293 @@
+"""Read what a picture shows, without any learned model: subject, colour, background, size, and whether it is a card.
+
+What: `read` answers "is it the subject asked for, in its colour?", `style_distance` answers "is it a card?".
+
+How: the background's colour is the median of the border (of the panel, on a card). Pixels far from it are the mask;
+among its pixels, those that lie flat and are not ink vote for the colour. Mask and ink are aligned by centroid and
+root-mean-square radius to a small grid and compared with templates drawn by `data.drawings` that went through the
+same steps. Decoys (ellipses, boxes and other plain outlines) compete with the subjects: where one wins, or where the
+best match is poor, the subject is None.
+
+Why not a learned classifier: it would need training and a file, and would share the model's own blind spots. The price
+is leniency: a wobbly star is still nearest to the star. The probe says which subject a picture resembles, not how well
+it is drawn; `Reading.score` (1 for a clean drawing) says a little about that. A random smooth blob is rejected nearly
+always, but an outline that happens to resemble a subject is that subject to the probe. Report accuracies accordingly.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
+
+from data.demo.draw import BAR_TOP, FRAME, draw_card
+from data.drawings import BACKGROUNDS, COLOURS, INK, SHAPES, SIZES, Drawing, draw
+
+Array = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+PIXELS = 128
+GRID = 40
+MINIMUM_SCORE = 0.70  # clean drawings score 0.91 to 0.99, wobbly ones 0.75 and more
+CARD_FRAME_DISTANCE = 140.0  # a picture whose frame is nearer than this to the cards' is read as a card
+
+_REACH = 2.5  # the grid covers this many root-mean-square radii on each side of the centroid
+_MASK_DISTANCE = 21.0  # a white subject on the white background is 36 away
+_INK_LUMINANCE = float(np.mean(INK))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows. None stands for nothing recognisable; on a card, `background` is None."""
+
+    shape: str | None
+    colour: str | None
+    background: str | None
+    size: str | None
+    card: bool
+    score: float  # similarity to the best template, 0 to 1
+
+
+def _array(image: Image.Image) -> Array:
+    """RGB values as (PIXELS, PIXELS, 3)."""
+    if image.width != image.height:
+        raise ValueError(f"image is {image.width} x {image.height}; the probe reads square pictures only")
+    picture = image.convert("RGB")
+    if picture.width != PIXELS:
+        picture = picture.resize((PIXELS, PIXELS), Image.Resampling.BOX)
+    return np.asarray(picture, dtype=np.float32)
+
+
+def _smooth(values: Array) -> Array:
+    """Mean over 3 x 3 pixels, edges repeated: noise must not reach the mask."""
+    padded = np.pad(values, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows = padded[:-2] + padded[1:-1] + padded[2:]
+    return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+
+
+def _without_specks(mask: Mask) -> Mask:
+    """Keep the connected components that have at least a tenth of the largest one's pixels.
+
+    Components are found on blocks of 4 x 4 pixels, which is fast enough in numpy and joins what is nearly joined.
+    """
+    height, width = mask.shape
+    rows, columns = -(-height // 4), -(-width // 4)
+    padded = np.zeros((rows * 4, columns * 4), dtype=bool)
+    padded[:height, :width] = mask
+    counts = padded.reshape(rows, 4, columns, 4).sum((1, 3))
+    occupied = counts > 0
+    labels = np.zeros((rows + 2, columns + 2), dtype=np.int32)
+    labels[1:-1, 1:-1] = np.where(occupied, np.arange(1, rows * columns + 1).reshape(rows, columns), 0)
+    while True:
+        spread = np.maximum(np.maximum(labels[:-2], labels[1:-1]), labels[2:])
+        spread = np.maximum(np.maximum(spread[:, :-2], spread[:, 1:-1]), spread[:, 2:]) * occupied
+        if np.array_equal(spread, labels[1:-1, 1:-1]):
+            break
+        labels[1:-1, 1:-1] = spread
+    sizes = np.bincount(spread.ravel(), weights=counts.ravel())
+    sizes[0] = 0
+    keep = sizes >= 0.1 * sizes.max()
+    keep[0] = False
+    return mask & np.repeat(np.repeat(keep[spread], 4, 0), 4, 1)[:height, :width]
+
+
+def _eroded(mask: Mask) -> Mask:
+    """Pixels whose 3 x 3 neighbourhood lies in the mask."""
+    padded = np.pad(mask, 1)
+    rows = padded[:-2] & padded[1:-1] & padded[2:]
+    return rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
+
+
+def _closed(mask: Mask) -> Mask:
+    """Without gaps of a pixel or two: where white blends into ink, it passes the grey of a background."""
+    return _eroded(~_eroded(~np.pad(mask, 1)))[1:-1, 1:-1]
+
+
+def _read_colour(pixels: Array, mask: Mask, background: Array) -> str | None:
+    """The subject colour for which most pixels inside the outline vote; ink and background do not count."""
+    inside = _eroded(_eroded(mask))
+    values = pixels[inside if inside.any() else mask]
+    names = list(COLOURS)
+    palette = np.array([*COLOURS.values(), INK, background], dtype=np.float32)
+    # |v - p|^2 without |v|^2, which is the same for every p.
+    nearest = ((palette**2).sum(1) - 2 * values @ palette.T).argmin(1)
+    counted = nearest < len(names)
+    if not counted.any():
+        return None
+    # A blend of ink with a colour resembles another colour (orange: brown), so the third farthest from ink votes.
+    contrast = ((values[counted] - np.array(INK, dtype=np.float32)) ** 2).sum(1)
+    votes = nearest[counted][contrast >= np.quantile(contrast, 0.67)]
+    return names[int(np.bincount(votes, minlength=len(names)).argmax())]
+
+
+def _aligned(values: Array, x: float, y: float, radius: float) -> Array:
+    """Resample (H, W) values in 0..1 to a flattened grid around a centroid."""
+    pad = max(values.shape)
+    reach = min(_REACH * radius, pad)
+    image = Image.fromarray(np.pad(np.round(values * 255).astype(np.uint8), pad))
+    box = (x - reach + pad, y - reach + pad, x + reach + pad, y + reach + pad)
+    grid: Array = np.asarray(image.resize((GRID, GRID), Image.Resampling.BILINEAR, box), dtype=np.float32).ravel()
+    grid /= np.float32(255)
+    return grid
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A picture's subject as the templates see it: aligned mask and ink (GRID * GRID each), and measures in pixels."""
+
+    mask: Array
+    ink: Array
+    colour: str | None
+    radius: float
+    extent: float
+
+
+def _look(pixels: Array) -> tuple[_Look | None, Array]:
+    """The subject in (H, W, 3) pixels, None where there is nothing, and the background's colour (3,)."""
+    smooth = _smooth(pixels)
+    border = np.ones(pixels.shape[:2], dtype=bool)
+    border[3:-3, 3:-3] = False
+    background = np.median(smooth[border], axis=0).astype(np.float32)
+    mask: Mask = np.sqrt(((smooth - background) ** 2).sum(2)) > _MASK_DISTANCE
+    # Nothing on an empty picture, and no subject where there is no background around it (noise, a texture).
+    if mask.mean() < 0.01 or mask[border].mean() > 0.5:
+        return None, background
+    mask = _without_specks(_closed(mask))
+    ys, xs = np.nonzero(mask)
+    x, y = float(xs.mean()), float(ys.mean())
+    radius = float(np.sqrt(((xs - x) ** 2 + (ys - y) ** 2).mean()))
+    colour = _read_colour(pixels, mask, background)
+    fill = float(np.mean(COLOURS[colour])) if colour else 255.0
+    ink = np.clip((fill - smooth.mean(2)) / (fill - _INK_LUMINANCE), 0, 1) * mask
+    look = _Look(
+        mask=_aligned(mask.astype(np.float32), x + 0.5, y + 0.5, radius),
+        ink=_aligned(ink.astype(np.float32), x + 0.5, y + 0.5, radius),
+        colour=colour,
+        radius=radius,
+        extent=float(max(np.ptp(xs), np.ptp(ys)) + 1),
+    )
+    return look, background
+
+
+def _similarity(look: _Look, masks: Array, inks: Array) -> Array:
+    """Score of a look against (T, GRID * GRID) templates: overlap of the masks and of the ink, each 0 to 1."""
+
+    def overlap(a: Array, b: Array) -> Array:
+        return np.minimum(a, b).sum(1) / np.maximum(a, b).sum(1).clip(1e-6)
+
+    def cosine(a: Array, b: Array) -> Array:
+        lengths: Array = np.sqrt((a @ a) * (b * b).sum(1))
+        return (b @ a) / lengths.clip(1e-6)
+
+    return 0.6 * overlap(look.mask[None], masks) + 0.4 * cosine(look.ink, inks)
+
+
+def _decoys() -> list[Image.Image]:
+    """Outlines that are no subject: ellipses, boxes, diamonds and random blobs; with ink, without, and blurred."""
+    outlines = []
+    t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    for aspect in (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.9):
+        w, h = min(1.0, aspect), min(1.0, 1 / aspect)
+        for power in (1.0, 0.5, 2.0):  # an ellipse, a rounded box, a diamond
+            x, y = (np.sign(f) * np.abs(f) ** power for f in (np.cos(t), np.sin(t)))
+            outlines.append(np.stack([w * x, h * y], axis=1))
+        outlines.append(np.array([(-w, -h), (w, -h), (w, h), (-w, h)]))
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        r = 1 + sum(rng.normal(0, 0.22 / k**0.5) * np.cos(k * t + rng.uniform(0, 2 * np.pi)) for k in range(1, 6))
+        outline = np.stack([r * np.cos(t), r * np.sin(t)], axis=1)
+        outlines.append(outline / np.abs(outline).max())
+    pictures = []
+    for outline in outlines:
+        corners = [(float(x), float(y)) for x, y in PIXELS / 2 + 0.3 * PIXELS * outline]
+        for ink, blur in ((0, 0.0), (3, 0.0), (3, 3.0), (5, 5.0)):
+            picture = Image.new("RGB", (PIXELS, PIXELS), BACKGROUNDS["blue"])
+            canvas = ImageDraw.Draw(picture)
+            canvas.polygon(corners, COLOURS["yellow"])
+            if ink:
+                canvas.line([*corners, *corners[:2]], INK, ink, joint="curve")
+            pictures.append(picture.filter(ImageFilter.GaussianBlur(blur)))
+    return pictures
+
+
+@cache
+def _templates() -> tuple[list[str | None], Array, Array, dict[str, float]]:
+    """Names (None for decoys), masks and inks of all templates, and each subject's radius at size 1 in pixels."""
+    names: list[str | None] = []
+    looks: list[_Look] = []
+    radii: dict[str, float] = {}
+    for shape in SHAPES:
+        for size in SIZES:
+            for angle in (-5.0, 0.0, 5.0):
+                look, _ = _look(_array(draw(Drawing(shape, "yellow", "blue", size), PIXELS, angle=angle)))
+                assert look is not None
+                names.append(shape)
+                looks.append(look)
+                if angle == 0 and size == "large":
+                    radii[shape] = look.radius / SIZES[size]
+    for picture in _decoys():
+        look, _ = _look(_array(picture))
+        assert look is not None
+        names.append(None)
+        looks.append(look)
+    return names, np.stack([look.mask for look in looks]), np.stack([look.ink for look in looks]), radii
+
+
+def read(image: Image.Image) -> Reading:
+    """Read a square picture of any size, a plain drawing or a card."""
+    pixels = _array(image)
+    card = style_components(image)["frame"] < CARD_FRAME_DISTANCE
+    if card:
+        # A pixel or two inside the panel, in case the frame is blurred.
+        left, top = round(FRAME * PIXELS) + 2, round(FRAME * PIXELS) + 2
+        pixels = pixels[top : round(BAR_TOP * PIXELS) - 2, left : PIXELS - left]
+    look, background = _look(pixels)
+    tint = None if card else _nearest_background(background)
+    if look is None:
+        return Reading(None, None, tint, None, card, 0.0)
+    names, masks, inks, radii = _templates()
+    scores = _similarity(look, masks, inks)
+    best = int(scores.argmax())
+    score = float(scores[best])
+    shape = names[best] if score >= MINIMUM_SCORE else None
+    scale = look.radius / radii[shape] if shape else look.extent / (1.07 * PIXELS)
+    return Reading(shape, look.colour, tint, _nearest_size(scale), card, score)
+
+
+def _nearest_size(scale: float) -> str:
+    return min(SIZES, key=lambda name: abs(np.log(scale / SIZES[name])))
+
+
+def _nearest_background(colour: Array, limit: float = 60.0) -> str | None:
+    name = min(BACKGROUNDS, key=lambda name: float(np.linalg.norm(colour - BACKGROUNDS[name])))
+    return name if np.linalg.norm(colour - BACKGROUNDS[name]) <= limit else None
+
+
+@cache
+def _card_template() -> tuple[Array, dict[str, Mask]]:
+    """A card at PIXELS, and the regions of it that no subject, colour or numeral touches."""
+    cards = [np.asarray(draw_card(shape, "white", i, PIXELS), dtype=np.float32) for i, shape in enumerate(SHAPES, 1)]
+    cards += [np.asarray(draw_card("cup", "white", number, PIXELS), dtype=np.float32) for number in range(15, 40)]
+    fixed: Mask = np.ptp(np.stack(cards), axis=0).max(2) == 0
+    frame, bar = round(FRAME * PIXELS), round(BAR_TOP * PIXELS)
+    rows, columns = np.mgrid[:PIXELS, :PIXELS]
+    inside = (np.minimum(rows, columns) >= frame) & (np.maximum(rows, columns) < PIXELS - frame)
+    regions = {
+        "frame": ~inside,
+        "parchment": inside & fixed & (rows < bar),
+        "bar": inside & fixed & (rows >= bar),
+    }
+    return cards[0], regions
+
+
+def style_components(image: Image.Image) -> dict[str, float]:
+    """Mean RGB distance (0 to 441) to the cards in "frame", "parchment" and "bar", where no subject or numeral is."""
+    template, regions = _card_template()
+    distance = np.sqrt(((_array(image) - template) ** 2).sum(2))
+    return {name: float(distance[region].mean()) for name, region in regions.items()}
+
+
+def style_distance(image: Image.Image) -> float:
+    """How far a picture is from the cards' style: mean of the three components; a real card gives nearly 0."""
+    return float(np.mean(list(style_components(image).values())))
