@@ -1,0 +1,165 @@
+"""The demo: `make demo`, or `python train/demo.py [key=value ...]`.
+
+Trains the LoRA of conf/experiment/demo.yaml on 24 drawn tarot cards, then looks at what came of it, on subjects and
+colours that are on no card:
+
+- style: how far pictures are from the cards' frame, parchment and title bar, before and after, and the cards themselves;
+- subject: the share of pictures that show the subject asked for in its colour, read by `data.probe`;
+- both again for plain prompts, without the trigger word, which should not change;
+- whether the base, adapter off, still makes the very same pictures.
+
+The measures know nothing of training: an adapter that learned nothing gets 0 % of the way, and the verdict says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from omegaconf import DictConfig
+from PIL import Image, ImageChops
+
+import flux2
+from data import probe
+from flux2.adapters import disabled
+from train.run import Run, command
+from train.validate import sheet
+
+SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
+COLOURS = ("green", "pink", "brown", "black")  # on no card
+SHOWN = ("green fish", "pink heart", "brown tree", "black bell")
+
+
+@dataclass(frozen=True)
+class Look:
+    """One set of pictures, measured: mean distance from the cards' style, and shares of what was asked for."""
+
+    style_distance: float
+    subject: float
+    colour: float
+    both: float
+
+
+def look(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> Look:
+    """Measure `pictures` that should show `wanted` (colour, subject)."""
+    read = [probe.read(picture) for picture in pictures]
+    subject = [r.shape == shape for r, (_, shape) in zip(read, wanted, strict=True)]
+    colour = [r.colour == name for r, (name, _) in zip(read, wanted, strict=True)]
+    both = [a and b for a, b in zip(subject, colour, strict=True)]
+    count = len(pictures)
+    distance = sum(probe.style_distance(picture) for picture in pictures) / count
+    return Look(distance, sum(subject) / count, sum(colour) / count, sum(both) / count)
+
+
+def moved(before: float, after: float, cards: float) -> float:
+    """How much of the way from `before` to `cards` the style went; 0 is not at all, 1 all of it."""
+    return (before - after) / (before - cards)
+
+
+def same(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> bool:
+    """Whether all pictures are equal, bit for bit."""
+    return all(ImageChops.difference(a, b).getbbox() is None for a, b in zip(one, other, strict=True))
+
+
+def judge(report: dict[str, float]) -> list[str]:
+    """The report in sentences; each says what was measured, then yes or no."""
+
+    def line(good: bool, text: str) -> str:
+        return f"{'yes' if good else 'NO ':3}  {text}"
+
+    style, leak = report["style_moved"], report["plain_style_moved"]
+    return [
+        line(style >= 0.9, f"the cards' style was learned: {style:.0%} of the way from the base to the cards"),
+        line(
+            report["subjects_right"] >= 0.8,
+            f"new subjects and colours stay right on cards: {report['subjects_right']:.0%} (base, same prompts: "
+            f"{report['subjects_right_before']:.0%})",
+        ),
+        line(leak <= 0.2, f"plain prompts keep the base's style: moved {leak:.0%} of the way to the cards"),
+        line(
+            report["plain_subjects_right"] >= 0.8,
+            f"plain prompts keep their subjects: {report['plain_subjects_right']:.0%} (base: "
+            f"{report['plain_subjects_right_before']:.0%})",
+        ),
+        line(bool(report["base_unchanged"]), "with the adapter off, the base's pictures are the same, bit for bit"),
+    ]
+
+
+def main(config: DictConfig) -> None:
+    """Train, measure, and write `sheet.png` and `demo.json` into the run folder."""
+    run = Run(config)
+    if run.variant.name != "tiny":
+        raise ValueError(f"model={run.variant.name}: the demo is for the embedded model; train others with train/run.py")
+    dataset = run.instantiate("dataset")
+    pairs = [(colour, subject) for subject in SUBJECTS for colour in COLOURS]
+    prompts = [f"a trtcrd of a {colour} {subject}, tarot style" for colour, subject in pairs]
+    plain = [f"a large {colour} {subject} on a blue background" for colour, subject in pairs]
+
+    run.say("pictures of the base")
+    device = str(run.accelerator.device)
+    base = flux2.load("tiny", run.model.path, device=device)
+    cards_before, plain_before = base.generate(prompts, batch_size=8), base.generate(plain, batch_size=8)
+
+    began = time.perf_counter()
+    adapter = run.train()
+    seconds = time.perf_counter() - began
+
+    run.say("pictures with the adapter")
+    base.load_adapter(adapter)
+    cards_after, plain_after = base.generate(prompts, batch_size=8), base.generate(plain, batch_size=8)
+    with disabled(base.transformer):
+        unchanged = same(cards_before, base.generate(prompts, batch_size=8))
+
+    cards = sum(probe.style_distance(sample.target.load()) for sample in dataset) / len(dataset)
+    looks = {
+        "cards_before": look(cards_before, pairs),
+        "cards_after": look(cards_after, pairs),
+        "plain_before": look(plain_before, pairs),
+        "plain_after": look(plain_after, pairs),
+    }
+    report = {
+        "training_seconds": round(seconds, 1),
+        "style_moved": moved(looks["cards_before"].style_distance, looks["cards_after"].style_distance, cards),
+        "plain_style_moved": moved(looks["plain_before"].style_distance, looks["plain_after"].style_distance, cards),
+        "subjects_right_before": looks["cards_before"].both,
+        "subjects_right": looks["cards_after"].both,
+        "plain_subjects_right_before": looks["plain_before"].both,
+        "plain_subjects_right": looks["plain_after"].both,
+        "base_unchanged": float(unchanged),
+        "style_distance_of_the_cards": cards,
+    }
+    folder = adapter.parent
+    everything = report | {name: asdict(value) for name, value in looks.items()}
+    (folder / "demo.json").write_text(json.dumps(everything, indent=2) + "\n")
+
+    shown = [pairs.index(tuple(words.split())) for words in SHOWN]  # type: ignore[arg-type]
+    rows = [[pictures[i] for i in shown] for pictures in (cards_before, cards_after, plain_before, plain_after)]
+    top = sheet(rows[:2], [prompts[i] for i in shown], ["before", "after"])
+    bottom = sheet(rows[2:], [plain[i] for i in shown], ["before", "after"])
+    page = Image.new("RGB", (top.width, top.height + bottom.height), "white")
+    page.paste(top, (0, 0))
+    page.paste(bottom, (0, top.height))
+    page.save(folder / "sheet.png", optimize=True)
+
+    run.say(f"\ntrained in {seconds:.0f} s")
+    for sentence in judge(report):
+        run.say(sentence)
+    run.say(f"\nbefore and after  {folder / 'sheet.png'}")
+    run.say(f"all numbers       {folder / 'demo.json'}")
+    run.say(f"the adapter       {adapter}")
+    again = f"{shlex.quote(sys.executable)} -m flux2.generate --adapter {adapter}"
+    run.say(f'more pictures     {again} --prompt "a trtcrd of a purple bell, tarot style" --out bell.png')
+
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["+experiment=demo"]
+    command(main)

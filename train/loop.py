@@ -1,0 +1,293 @@
+"""The training loop, top to bottom.
+
+Data, model and settings arrive ready (train/run.py makes them from the configuration); this file is what happens at a
+step: read a batch, add noise, predict, compare, update, and every so often log, validate, sample and save.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import peft
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.loader import Loader, derived_generator
+from flux2 import adapters
+from flux2.model import Transformer
+from flux2.variants import Variant
+from train import checkpoint
+from train.loss import LogitNormal, Losses, Preservation, Uniform, add_noise, is_number, training_loss
+from train.optim import Schedule, set_rate
+from train.tracking import Metrics
+from train.validate import FixedNoiseLoss, Sampler, check_count
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The run-level numbers of conf/train.yaml that the loop reads. An interval of 0 is off."""
+
+    seed: int = 0
+    steps: int = 300
+    gradient_accumulation: int = 1
+    max_grad_norm: float = 1.0
+    guidance: float | None = None
+    log_every: int = 10
+    checkpoint_every: int = 250
+    sample_every: int = 250
+    validate_every: int = 50
+
+    def __post_init__(self) -> None:
+        for key in ("seed", "log_every", "checkpoint_every", "sample_every", "validate_every"):
+            check_count(key, getattr(self, key))
+        for key in ("steps", "gradient_accumulation"):
+            check_count(key, getattr(self, key), 1)
+        if not is_number(self.max_grad_norm, low=0):
+            raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be a number from 0 (0 is off)")
+        if self.guidance is not None and not is_number(self.guidance, low=0):
+            raise ValueError(f"guidance={self.guidance!r} must be a number from 0, or null")
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the message says what is saved and what to do."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has saved its state; the message says how to go on."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Within this context the first SIGINT or SIGTERM is noted in the list that is given; a second one kills."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = {name: signal.signal(name, note) for name in names}
+    try:
+        yield caught
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held so far: on the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+@dataclass
+class Training:
+    """What a run consists of. `run` is the loop; the rest are the things it does every so often.
+
+    Attributes:
+        base: what the adapter's files name as its base model.
+        wrapped: PEFT's wrapper around the transformer.
+        loader: gives this process's micro-batches of a step.
+        plain: embeddings (T, D) of the prompts of `preservation`.
+        place: where the run writes, and what it goes on from.
+        sampler, validate: None where nothing is sampled or validated.
+        autocast: the dtype of matrix products if it is not that of the adapter.
+    """
+
+    settings: LoopSettings
+    accelerator: Accelerator
+    variant: Variant
+    base: str
+    wrapped: peft.PeftModel
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    timesteps: Uniform | LogitNormal
+    preservation: Preservation
+    loader: Loader
+    plain: dict[str, Tensor]
+    place: checkpoint.Place
+    metrics: Metrics
+    sampler: Sampler | None = None
+    validate: FixedNoiseLoss | None = None
+    autocast: torch.dtype | None = None
+
+    @property
+    def transformer(self) -> Transformer:
+        return self.wrapped.get_base_model()
+
+    @property
+    def guidance(self) -> float | None:
+        """The guidance value that the model is fed, if it takes one."""
+        if not self.variant.transformer.guidance:
+            return None
+        given = self.settings.guidance
+        return self.variant.training_guidance if given is None else given
+
+    def run(self) -> Path:
+        """Train to the last step; returns the folder of the finished adapter.
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite.
+            Interrupted: after SIGINT or SIGTERM, with a checkpoint of the last whole step saved.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        model = accelerator.prepare_model(self.wrapped)
+        parameters = adapters.adapter_parameters(self.wrapped)
+        rate = self.optimizer.param_groups[0]["lr"]
+        if self.place.checkpoint is not None:
+            checkpoint.load(self.place.checkpoint, self.wrapped, self.optimizer)
+        start = self.place.step
+        images = self.loader.sampler.global_batch
+        if start == 0:
+            self.look(0)
+        average = 0.0
+        bar = tqdm(
+            total=settings.steps,
+            initial=start,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        with bar, stop_requests() as stop:
+            for step in range(start, settings.steps):
+                began = time.perf_counter()
+                self.wrapped.train()
+                torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator(step))))  # for LoRA dropout
+                losses = self.accumulate(model, step)
+                clip = settings.max_grad_norm or float("inf")
+                norm = nn.utils.clip_grad_norm_(parameters, clip)
+                self.check_finite(step, losses, norm)
+                set_rate(self.optimizer, rate * self.schedule.factor(step, settings.steps))
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+                done = step + 1
+                values = self.values(losses, norm, images / (time.perf_counter() - began))
+                average = values["loss"] if step == start else 0.95 * average + 0.05 * values["loss"]
+                bar.set_postfix_str(f"loss {average:.4f}, {values['images_per_second']:.2f} images/s", refresh=False)
+                bar.update()
+                if every(settings.log_every, done) and accelerator.is_main_process:
+                    self.metrics.log(done, **values)
+                if done < settings.steps:
+                    self.look(done)
+                    if every(settings.checkpoint_every, done):
+                        self.save(done)
+                    if self.must_stop(stop):
+                        self.interrupt(done)
+        return self.finish()
+
+    def accumulate(self, model: nn.Module, step: int) -> Losses:
+        """Gradients of one step, over its micro-batches and all processes; returns the mean losses of all."""
+        batches = self.loader.micro_batches(step)
+        parts = []
+        for i, cpu_batch in enumerate(batches):
+            batch = cpu_batch.to(self.accelerator.device, torch.float32)
+            noised = add_noise(batch, self.timesteps, self.settings.seed, step)
+            plain = None
+            if self.preservation.active:
+                held = batch.positions[: self.preservation.samples]
+                chosen = self.preservation.choose(self.settings.seed, step, held)
+                plain = torch.stack([self.plain[prompt] for prompt in chosen]).to(batch.embeddings)
+            is_last = i == len(batches) - 1  # only then do processes exchange gradients
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.precision():
+                    losses = training_loss(
+                        model, noised, batch.embeddings, self.guidance, self.preservation.weight, plain
+                    )
+                self.accelerator.backward(losses.total / len(batches))
+            parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+        total, flow, preservation = self.accelerator.reduce(torch.stack(parts).mean(0), "mean")
+        return Losses(total, flow, preservation)
+
+    def precision(self) -> torch.autocast:
+        """bfloat16 autocast if the base is in bfloat16; the adapter and the losses stay in float32."""
+        return torch.autocast(
+            self.accelerator.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
+
+    def generator(self, step: int) -> torch.Generator:
+        return derived_generator(self.settings.seed, "layers", step, self.accelerator.process_index)
+
+    def check_finite(self, step: int, losses: Losses, norm: Tensor) -> None:
+        if torch.isfinite(losses.total) and torch.isfinite(norm):
+            return
+        saved = f"; the state before it is saved in {self.save(step)}" if step > 0 else ""
+        raise TrainingError(
+            f"step {step + 1}: the loss is {losses.total.item():.4g} and its gradient's norm {norm.item():.4g}, which is "
+            f"not finite{saved}. A lower optimizer.lr is the usual remedy, then precision=fp32."
+        )
+
+    def values(self, losses: Losses, norm: Tensor, images_per_second: float) -> dict[str, float]:
+        held = {"preservation_loss": losses.preservation.item()} if self.preservation.active else {}
+        return {
+            "loss": losses.flow.item(),
+            **held,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm.item(),
+            "images_per_second": round(images_per_second, 4),
+            "peak_memory_gb": round(peak_memory_gb(self.accelerator.device), 3),
+        }
+
+    def look(self, done: int) -> None:
+        """Validate and sample after `done` steps where it is due; both are off the clock."""
+        if not self.accelerator.is_main_process:
+            return
+        self.wrapped.eval()
+        last = done == self.settings.steps
+        if self.validate is not None and (every(self.settings.validate_every, done) or last):
+            with self.precision():
+                value = self.validate(self.transformer, self.guidance)
+            self.metrics.log(done, validation_loss=value)
+        if self.sampler is not None and (every(self.settings.sample_every, done) or last):
+            file = self.place.folder / "samples" / f"step_{done:06d}.png"
+            self.sampler.sheet(self.transformer, file)
+            self.metrics.tracker.picture(done, file)
+
+    def must_stop(self, stop: list[int]) -> bool:
+        """Whether any process was asked to stop; all of them get the same answer."""
+        asked = torch.tensor([float(bool(stop))], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum").item())
+
+    def save(self, done: int) -> Path:
+        """Write the checkpoint of `done` steps."""
+        place = self.place.folder / "checkpoints" / f"step_{done:06d}"
+        if self.accelerator.is_main_process:
+            licence = self.variant.licence
+            checkpoint.save(self.place.folder, done, self.wrapped, self.optimizer, base=self.base, licence=licence)
+        self.accelerator.wait_for_everyone()
+        return place
+
+    def interrupt(self, done: int) -> None:
+        place = self.save(done)
+        self.loader.close()
+        raise Interrupted(f"stopped after step {done}, saved in {place}; go on with resume={self.place.folder}")
+
+    def finish(self) -> Path:
+        """The last look, checkpoint and the finished adapter."""
+        self.look(self.settings.steps)
+        if self.settings.checkpoint_every:
+            self.save(self.settings.steps)
+        folder = self.place.folder / "adapter"
+        if self.accelerator.is_main_process:
+            adapters.save(self.wrapped, folder, base=self.base, licence=self.variant.licence)
+            self.metrics.tracker.finish()
+        self.accelerator.wait_for_everyone()
+        self.loader.close()
+        return folder

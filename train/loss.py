@@ -1,0 +1,206 @@
+"""What is learned: the flow at a random time, and (if asked) nothing new on plain prompts.
+
+A picture x and noise e of the same shape are mixed at a time s in [0, 1],
+
+    x_s = (1 - s) x + s e,        target = e - x,        loss = mean (model(x_s, s) - target)^2
+
+as in rectified flow (Liu et al. 2022; Esser et al. 2024). Times are logit-normal and shifted towards noise by the
+picture's size, as sampling shifts them. Noise and time of a sample depend on (seed, step, its position in the global
+batch) alone, so a loss curve is the same after a resume and however a batch is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.loader import Batch, derived_generator
+from flux2.adapters import disabled
+from flux2.sampling import shift
+from flux2.tokens import positions_with_references, text_positions, to_tokens, with_references
+
+
+def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether `value` is a finite number (no truth value) in [low, high]."""
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    )
+
+
+# ------------------------------------------------------------------ times
+
+
+class Uniform:
+    """Every time in [0, 1] equally likely."""
+
+    def draw(self, generator: torch.Generator, tokens: int) -> Tensor:
+        """A time, shape (), for a picture of `tokens` image tokens."""
+        return torch.rand((), generator=generator)
+
+
+class LogitNormal:
+    """`s = sigmoid(n)`, n normal with `mean` and `std`, then the odds s / (1 - s) multiplied.
+
+    Args:
+        mean, std: of the logit.
+        shift: `resolution` multiplies the odds by exp(mu), mu linear in the number of image tokens from 0.5 at 256 to
+            1.15 at 4096; a number multiplies them by itself, 1.0 leaving them alone.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0, shift: str | float = "resolution") -> None:
+        if not is_number(mean):
+            raise ValueError(f"timesteps.mean={mean!r} must be a number")
+        if not is_number(std, low=1e-6):
+            raise ValueError(f"timesteps.std={std!r} must be a positive number")
+        if shift != "resolution" and not is_number(shift, low=1e-6):
+            raise ValueError(f"timesteps.shift={shift!r} must be `resolution` or a positive number")
+        self.mean, self.std, self.shift = mean, std, shift
+
+    def mu(self, tokens: int) -> float:
+        """The log of what the odds are multiplied by."""
+        if isinstance(self.shift, str):
+            return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+        return math.log(self.shift)
+
+    def draw(self, generator: torch.Generator, tokens: int) -> Tensor:
+        """A time, shape (), for a picture of `tokens` image tokens."""
+        logit = self.mean + self.std * torch.randn((), generator=generator)
+        return shift(torch.sigmoid(logit), self.mu(tokens))
+
+
+# ------------------------------------------------------------------ inputs and targets
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch as the model sees it.
+
+    Attributes:
+        tokens: (B, N, 128); the noisy pictures' n tokens, then the references'.
+        positions: (N, 4); text_at: (T, 4).
+        times: (B,).
+        target: (B, n, 128) flow.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    text_at: Tensor
+    times: Tensor
+    target: Tensor
+
+    def predict(self, model: nn.Module, text: Tensor, guidance: float | None, rows: slice = slice(None)) -> Tensor:
+        """(B, n, 128) float32 prediction for the chosen rows, given their embeddings `text`."""
+        times = self.times[rows]
+        value = None if guidance is None else torch.full_like(times, guidance)
+        tokens = self.tokens[rows]
+        return model(tokens, self.positions, text, self.text_at, times, value, keep=self.target.shape[1]).float()
+
+
+def noise_at(batch: Batch, times: Tensor, noise: Tensor) -> Noised:
+    """Mix a batch with given noise (B, 128, h, w) at given times (B,)."""
+    latents = batch.latents
+    at = times[:, None, None, None]
+    noisy = (1 - at) * latents + at * noise
+    return Noised(
+        tokens=with_references(to_tokens(noisy), batch.references),
+        positions=positions_with_references(latents, batch.references),
+        text_at=text_positions(batch.embeddings.shape[1], latents.device),
+        times=times,
+        target=to_tokens(noise - latents),
+    )
+
+
+def add_noise(batch: Batch, timesteps: Uniform | LogitNormal, seed: int, step: int) -> Noised:
+    """Mix a batch, float32 on any device, with the noise and at the times that (seed, step, position) give."""
+    shape = batch.latents.shape[1:]
+    tokens = shape[1] * shape[2]
+    noise = [torch.randn(shape, generator=derived_generator(seed, "noise", step, p)) for p in batch.positions]
+    times = [timesteps.draw(derived_generator(seed, "time", step, p), tokens) for p in batch.positions]
+    device = batch.latents.device
+    return noise_at(batch, torch.stack(times).to(device), torch.stack(noise).to(device))
+
+
+# ------------------------------------------------------------------ preservation
+
+
+@dataclass(frozen=True)
+class Preservation:
+    """Hold the adapter to the base on prompts that are not what it is for.
+
+    The first `samples` of each micro-batch are predicted once more, at the same noisy latents, with one of `prompts`;
+    the mean squared difference to the base's own prediction (adapter off) is added with `weight`. The base is its own
+    reference, so no further pictures are needed, as they are for the prior preservation of DreamBooth.
+    """
+
+    weight: float = 0.0
+    prompts: Sequence[str] = field(default_factory=list)
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_number(self.weight, low=0):
+            raise ValueError(f"preservation.weight={self.weight!r} must be a number from 0")
+        if not isinstance(self.samples, int) or isinstance(self.samples, bool) or self.samples < 0:
+            raise ValueError(f"preservation.samples={self.samples!r} must be a whole number from 0")
+        if isinstance(self.prompts, str) or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(f"preservation.prompts={self.prompts!r} must be a list of texts")
+        if self.active and not self.prompts:
+            raise ValueError("preservation has a weight but no preservation.prompts: give some, or preservation=none")
+
+    @property
+    def active(self) -> bool:
+        return self.weight > 0 and self.samples > 0
+
+    def choose(self, seed: int, step: int, positions: Sequence[int]) -> list[str]:
+        """The prompts for these positions of the global batch."""
+        generators = [derived_generator(seed, "preservation", step, position) for position in positions]
+        return [self.prompts[int(torch.randint(len(self.prompts), (), generator=g))] for g in generators]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`total` is what is differentiated; the parts are detached, `preservation` before its weight (0 without any)."""
+
+    total: Tensor
+    flow: Tensor
+    preservation: Tensor
+
+
+def training_loss(
+    model: nn.Module,
+    noised: Noised,
+    text: Tensor,
+    guidance: float | None,
+    weight: float = 0.0,
+    plain: Tensor | None = None,
+) -> Losses:
+    """The loss of one micro-batch.
+
+    Args:
+        model: the transformer with its adapter, or a wrapper around it.
+        text: (B, T, text_width) embeddings of the captions.
+        plain: (P, T, text_width) embeddings of plain prompts for the first P samples, if their predictions are held to
+            the base's.
+        weight: of that part.
+    """
+    if plain is None:
+        flow = F.mse_loss(noised.predict(model, text, guidance), noised.target)
+        return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
+    batch, held = len(text), slice(0, len(plain))
+    with torch.no_grad(), disabled(model):
+        base = noised.predict(model, plain, guidance, held)
+    together = Noised(
+        torch.cat([noised.tokens, noised.tokens[held]]),
+        noised.positions,
+        noised.text_at,
+        torch.cat([noised.times, noised.times[held]]),
+        noised.target,
+    )
+    prediction = together.predict(model, torch.cat([text, plain]), guidance)
+    flow = F.mse_loss(prediction[:batch], noised.target)
+    difference = F.mse_loss(prediction[batch:], base)
+    return Losses(flow + weight * difference, flow.detach(), difference.detach())

@@ -1,0 +1,216 @@
+"""Two ways to see how training goes: a sheet of pictures, and a loss at fixed noise and times.
+
+The training loss jumps with the drawn times far more than it falls. At the same noise and times for the same samples
+it becomes a curve that can be read, above all on samples set aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from data.cache import LatentEntry
+from data.loader import Batch, derived_generator
+from flux2.autoencoder import Autoencoder
+from flux2.model import Transformer
+from flux2.pipeline import render
+from flux2.variants import PIXELS_PER_TOKEN, Variant
+from train.cache import Prepared
+from train.loss import Noised, is_number, noise_at
+
+TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
+
+
+def check_count(key: str, value: object, low: int = 0) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{key}={value!r} must be a whole number from {low}")
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """How many samples are set aside for the validation loss; if none, on how many training samples it is measured."""
+
+    held_out: int = 0
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        check_count("validation.held_out", self.held_out)
+        check_count("validation.samples", self.samples)
+
+    def split(self, count: int, seed: int) -> tuple[list[int], list[int]]:
+        """Indices to train on and to validate on, of `count` samples."""
+        if self.held_out >= count:
+            raise ValueError(f"validation.held_out={self.held_out} leaves none of the {count} samples to train on")
+        order = torch.randperm(count, generator=derived_generator(seed, "held out")).tolist()
+        if not self.held_out:
+            return list(range(count)), sorted(order[: self.samples])
+        return sorted(order[self.held_out :]), sorted(order[: self.held_out])
+
+
+@dataclass(frozen=True)
+class FixedNoiseLoss:
+    """The flow loss over `chosen` samples (entry and caption) and five times, at noise fixed by the seed."""
+
+    prepared: Prepared
+    chosen: Sequence[tuple[LatentEntry, str]]
+    seed: int
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, guidance: float | None) -> float:
+        """The mean over samples and times; one sample at a time, so that it needs no more memory than training."""
+        losses = []
+        for i, (entry, caption) in enumerate(self.chosen):
+            noised, text = self.sample(i, entry, caption, next(model.parameters()).device)
+            losses.append((noised.predict(model, text, guidance) - noised.target).square().mean())
+        return torch.stack(losses).mean().item()
+
+    def sample(self, i: int, entry: LatentEntry, caption: str, device: torch.device) -> tuple[Noised, Tensor]:
+        """One sample at all times, and its caption's embeddings (times, T, D)."""
+
+        def read(key: str) -> Tensor:
+            latents = self.prepared.cache.get(key)["latents"].to(device, torch.float32)
+            return latents.expand(len(TIMES), *latents.shape)
+
+        latents = read(entry.key)
+        text = self.prepared.embeddings([caption]).to(device).expand(len(TIMES), -1, -1)
+        references = [read(key) for key in entry.reference_keys]
+        batch = Batch(latents, references, text, [caption] * len(TIMES), [i] * len(TIMES), list(range(len(TIMES))))
+        generators = [derived_generator(self.seed, "validation", i, j) for j in range(len(TIMES))]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+        return noise_at(batch, torch.tensor(TIMES, device=device), noise.to(device)), text
+
+
+# ------------------------------------------------------------------ sheets
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What a sheet shows. Sizes in pixels; None takes the training resolution or the model's own default."""
+
+    prompts: Sequence[str] = field(default_factory=list)
+    references: Sequence[str] = field(default_factory=list)
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("prompts", "references"):
+            value = getattr(self, key)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"sample.{key}={value!r} must be a list of texts")
+        check_count("sample.seed", self.seed)
+        for key in ("width", "height"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or value < 16 or value % PIXELS_PER_TOKEN):
+                raise ValueError(f"sample.{key}={value!r} must be a multiple of {PIXELS_PER_TOKEN} pixels")
+        if self.steps is not None:
+            check_count("sample.steps", self.steps, 1)
+        if self.guidance is not None and not is_number(self.guidance, low=0):
+            raise ValueError(f"sample.guidance={self.guidance!r} must be a number from 0")
+
+
+class Sampler:
+    """Makes the sheets of a run, through the same function as inference."""
+
+    def __init__(
+        self,
+        settings: SampleSettings,
+        variant: Variant,
+        autoencoder: Autoencoder,
+        text: Tensor,
+        empty: Tensor,
+        references: Sequence[Tensor],
+        resolution: int,
+    ) -> None:
+        self.settings, self.autoencoder = settings, autoencoder
+        self.text, self.empty, self.references = text, empty, references
+        self.width, self.height = settings.width or resolution, settings.height or resolution
+        self.steps = settings.steps or variant.steps
+        self.guidance = variant.guidance if settings.guidance is None else settings.guidance
+
+    def pictures(self, model: Transformer) -> list[Image.Image]:
+        """One picture a prompt; each depends on its own seed, not on the others."""
+        return [
+            render(
+                model,
+                self.autoencoder,
+                self.text[i : i + 1],
+                seeds=[self.settings.seed + i],
+                width=self.width,
+                height=self.height,
+                steps=self.steps,
+                guidance=self.guidance,
+                references=self.references,
+                empty=self.empty,
+            )[0]
+            for i in range(len(self.text))
+        ]
+
+    def sheet(self, model: Transformer, file: Path) -> None:
+        """Write the pictures with their prompts to `file`."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sheet([self.pictures(model)], columns=list(self.settings.prompts)).save(file)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
+    """Break `text` at spaces to at most `lines` lines of at most `width` pixels, the last ending in dots if cut."""
+    words, broken = text.split(), [""]
+    for i, word in enumerate(words):
+        longer = f"{broken[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not broken[-1]:
+            broken[-1] = longer
+        elif len(broken) < lines:
+            broken.append(word)
+        else:
+            while font.getlength(broken[-1] + " ...") > width and " " in broken[-1]:
+                broken[-1] = broken[-1].rpartition(" ")[0]
+            broken[-1] += " ..."
+            return "\n".join(broken)
+        assert i < len(words)
+    return "\n".join(broken)
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str] = (), side: int = 256
+) -> Image.Image:
+    """Pictures in rows of equal length, a caption above each column and a name left of each row.
+
+    Pictures are scaled so that they are about `side` pixels wide; a single row is broken after four.
+    """
+    if len(rows) == 1 and len(rows[0]) > 4 and not names:
+        parts = [rows[0][i : i + 4] for i in range(0, len(rows[0]), 4)]
+        strips = [sheet([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
+        page = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
+        for strip, y in zip(strips, range(0, page.height, strips[0].height), strict=False):
+            page.paste(strip, (0, y))
+        return page
+    width, height = rows[0][0].size
+    whole = max(1, round(side / width))  # small pictures by whole factors, so that their pixels stay square
+    size = (width * whole, height * whole) if width < side else (side, round(height * side / width))
+    method = Image.Resampling.NEAREST if width < side else Image.Resampling.LANCZOS
+    font = ImageFont.load_default(max(12, size[0] // 18))
+    line = max(12, size[0] // 18) * 1.25
+    top = round(line * 3 + 8) if any(columns) else 0
+    left = round(max((font.getlength(name) for name in names), default=0)) + 16 if names else 0
+    gap = 6
+    page = Image.new(
+        "RGB", (left + len(rows[0]) * (size[0] + gap) + gap, top + len(rows) * (size[1] + gap) + gap), "white"
+    )
+    canvas = ImageDraw.Draw(page)
+    for x, caption in enumerate(columns):
+        text = wrap(caption, font, size[0], 3)
+        canvas.multiline_text((left + gap + x * (size[0] + gap), 6), text, "black", font, spacing=2)
+    for y, row in enumerate(rows):
+        at = top + y * (size[1] + gap)
+        if names:
+            canvas.text((8, at + size[1] // 2), names[y], "black", font, anchor="lm")
+        for x, picture in enumerate(row):
+            page.paste(picture.resize(size, method), (left + gap + x * (size[0] + gap), at))
+    return page
