@@ -1,0 +1,251 @@
+"""data.cache: entries are whole or absent, found by content, and computed once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import data.cache
+from data.buckets import Buckets
+from data.cache import Cache, plan_embeddings, plan_latents
+from data.samples import Picture, Sample
+
+
+def picture(color: str, size: tuple[int, int] = (40, 40), name: str | None = None) -> Picture:
+    stream = BytesIO()
+    Image.new("RGB", size, color).save(stream, "PNG")
+    return Picture(name or color, lambda: BytesIO(stream.getvalue()))
+
+
+def encode_images(images: list[Image.Image]) -> Tensor:
+    """A stand-in autoencoder whose latents hold the mean colour of a picture."""
+    assert len(images) == 1
+    width, height = images[0].size
+    red, green, blue = images[0].resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
+    value = red / 255 + green / 10 + blue / 3
+    return torch.full((1, 128, height // 16, width // 16), value, dtype=torch.bfloat16)
+
+
+def encode_prompts(prompts: list[str]) -> Tensor:
+    assert len(prompts) == 1
+    return torch.full((1, 4, 6), float(len(prompts[0])))
+
+
+def refuse(_: list) -> Tensor:
+    raise AssertionError("the encoder was called though nothing is missing")
+
+
+def files(cache: Cache) -> list[Path]:
+    return [path for path in cache.folder.rglob("*") if path.is_file()] if cache.folder.exists() else []
+
+
+SAMPLES = [
+    Sample(picture("red"), "a", (picture("blue", (100, 50)),)),
+    Sample(picture("lime"), "b"),
+    Sample(picture("white", (80, 48)), "c"),
+]
+
+
+def plan(cache: Cache, samples: list[Sample] = SAMPLES, **changes: object) -> data.cache.LatentPlan:
+    arguments = {"buckets": Buckets(64), "encoder_id": "vae", "reference_max_pixels": 32 * 32} | changes
+    return plan_latents(cache, samples, **arguments)  # type: ignore[arg-type]
+
+
+def test_an_entry_comes_back_with_its_values_shape_and_dtype(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    key = cache.key("test", number=1)
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.randn(2, 5).bfloat16()[1:]}
+    assert key not in cache
+    cache.put(key, tensors, {"note": "x"})
+    assert key in cache
+    assert cache.path(key) == tmp_path / key[:2] / f"{key}.safetensors"
+    found = cache.get(key)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_a_key_depends_on_kind_and_recipe_but_not_on_the_order_of_arguments() -> None:
+    key = Cache.key("latents", size=(64, 32), encoder="vae")
+    assert key == Cache.key("latents", encoder="vae", size=(64, 32))
+    assert len({key, Cache.key("other", size=(64, 32), encoder="vae"), Cache.key("latents", size=(64, 32))}) == 3
+    # Fixed: a cache made yesterday, or on another machine, must be found.
+    assert Cache.key("a", c="x", b=(1, 2)) == hashlib.sha256(b'["a",{"b":[1,2],"c":"x"}]').hexdigest()
+
+
+def test_a_process_killed_while_writing_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path)
+    child = os.fork()  # a fresh interpreter would spend seconds importing torch
+    if child == 0:
+        monkeypatch.setattr(os, "replace", lambda *_: os._exit(9))
+        try:
+            cache.put("ab" * 32, {"x": torch.ones(1000)}, {})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert [path.suffix for path in files(cache)] == [".tmp"]
+    assert "ab" * 32 not in cache
+
+
+def test_a_failed_write_leaves_nothing_and_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    cache = Cache(tmp_path)
+    with pytest.raises(OSError, match="no space left"):
+        cache.put("ab" * 32, {"x": torch.ones(3)}, {})
+    assert files(cache) == []
+
+
+def test_a_truncated_entry_is_named_with_its_remedy(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    key = "ab" * 32
+    cache.put(key, {"x": torch.ones(100)}, {})
+    content = cache.path(key).read_bytes()
+    for length in (0, 4, len(content) // 2, len(content) - 1):
+        cache.path(key).write_bytes(content[:length])
+        with pytest.raises(ValueError, match=rf"{cache.path(key)} cannot be read .*delete it"):
+            cache.get(key)
+
+
+def test_getting_what_is_not_there_says_to_fill(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not exist .*fill the cache again"):
+        Cache(tmp_path).get("ab" * 32)
+
+
+def test_planning_gives_sizes_and_writes_nothing(tmp_path: Path) -> None:
+    planned = plan(Cache(tmp_path))
+    assert planned.missing == 4
+    assert [entry.size for entry in planned.entries] == [(64, 64), (64, 64), (80, 48)]
+    assert [entry.reference_sizes for entry in planned.entries] == [((32, 16),), (), ()]
+    assert planned.entries[0].bucket != planned.entries[1].bucket
+    assert files(planned.cache) == []
+
+
+def test_latents_are_filled_in_sample_order_and_keep_their_dtype(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    planned = plan(cache)
+    seen: list[tuple[int, int]] = []
+    planned.fill(encode_images, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert planned.missing == 0
+    for sample, entry in zip(SAMPLES, planned.entries, strict=True):
+        latents = cache.get(entry.key)["latents"]
+        assert latents.shape == (128, entry.size[1] // 16, entry.size[0] // 16)
+        assert torch.equal(latents, encode_images([sample.target.load().resize(entry.size)])[0])
+    reference = cache.get(planned.entries[0].reference_keys[0])["latents"]
+    assert reference.shape == (128, 1, 2)
+    assert reference.dtype == torch.bfloat16
+
+
+def test_a_second_fill_calls_no_encoder(tmp_path: Path) -> None:
+    plan(Cache(tmp_path)).fill(encode_images)
+    again = plan(Cache(tmp_path))
+    assert again.missing == 0
+    again.fill(refuse)
+    prompts = plan_embeddings(Cache(tmp_path), ["a", "b"], "text")
+    prompts.fill(encode_prompts)
+    prompts = plan_embeddings(Cache(tmp_path), ["b", "a"], "text")
+    assert prompts.missing == 0
+    prompts.fill(refuse)
+
+
+def test_an_interruption_keeps_what_was_computed(tmp_path: Path) -> None:
+    calls = 0
+
+    def stopped(images: list[Image.Image]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return encode_images(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        plan(Cache(tmp_path)).fill(stopped)
+    assert plan(Cache(tmp_path)).missing == 2
+
+
+def test_equal_content_under_another_name_is_one_entry(tmp_path: Path) -> None:
+    twins = [Sample(picture("red", name="x.png"), ""), Sample(picture("red", name="y.png"), "")]
+    planned = plan(Cache(tmp_path), twins)
+    assert planned.missing == 1
+    assert planned.entries[0].key == planned.entries[1].key
+
+
+@pytest.mark.parametrize("changes", [{"encoder_id": "other"}, {"buckets": Buckets(32)}])
+def test_another_encoder_or_size_is_another_entry(tmp_path: Path, changes: dict) -> None:
+    cache = Cache(tmp_path)
+    plan(cache, SAMPLES[1:]).fill(encode_images)
+    assert plan(cache, SAMPLES[1:], **changes).missing == 2
+
+
+def test_another_fit_version_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan(Cache(tmp_path)).fill(encode_images)
+    monkeypatch.setattr(data.cache, "FIT_VERSION", -1)
+    assert plan(Cache(tmp_path)).missing == 4
+
+
+def test_shares_of_processes_cover_everything_once_whenever_each_looks(tmp_path: Path) -> None:
+    encoded: list[str] = []
+
+    def counting(prompts: list[str]) -> Tensor:
+        encoded.extend(prompts)
+        return encode_prompts(prompts)
+
+    prompts = [f"prompt {i}" for i in range(10)]
+    # Process 1 plans only after process 0 has filled its share, as happens when it starts late.
+    for process in range(3):
+        plan_embeddings(Cache(tmp_path), prompts, "text").fill(counting, process, 3)
+    assert sorted(encoded) == prompts
+    assert plan_embeddings(Cache(tmp_path), prompts, "text").missing == 0
+
+
+def test_embeddings_are_found_by_prompt_and_encoder(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    planned = plan_embeddings(cache, ["", "a cat", "a cat"], "text")
+    assert list(planned.keys) == ["", "a cat"]
+    assert planned.missing == 2
+    planned.fill(encode_prompts)
+    assert torch.equal(cache.get(planned.keys["a cat"])["embeddings"], torch.full((4, 6), 5.0))
+    assert plan_embeddings(cache, ["a cat"], "another encoder").missing == 1
+
+
+def test_values_that_are_not_finite_are_named_and_not_stored(tmp_path: Path) -> None:
+    def broken(encode: Callable[[list], Tensor], value: float) -> Callable[[list], Tensor]:
+        def encoder(items: list) -> Tensor:
+            result = encode(items)
+            result.view(-1)[-1] = value
+            return result
+
+        return encoder
+
+    planned = plan(Cache(tmp_path), SAMPLES[1:2])
+    with pytest.raises(ValueError, match="picture lime has NaN"):
+        planned.fill(broken(encode_images, float("nan")))
+    prompts = plan_embeddings(Cache(tmp_path), ["a cat"], "text")
+    with pytest.raises(ValueError, match="prompt 'a cat' has NaN or infinite"):
+        prompts.fill(broken(encode_prompts, float("inf")))
+    assert files(Cache(tmp_path)) == []
+
+
+def test_an_encoder_that_returns_another_shape_is_caught(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"encode returned \(1, 128, 5, 3\) for \(1, 128, 3, 5\)"):
+        plan(Cache(tmp_path), SAMPLES[2:]).fill(lambda images: encode_images(images).mT)
+
+
+def test_metadata_says_what_an_entry_is(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    planned = plan_embeddings(cache, ["a cat"], "text")
+    planned.fill(encode_prompts)
+    content = cache.path(planned.keys["a cat"]).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["__metadata__"] == {"prompt": "a cat"}

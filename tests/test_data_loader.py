@@ -1,0 +1,306 @@
+"""data.loader: the same samples, places and dropouts whatever the split, and from any step on."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.cache import Cache, LatentEntry
+from data.loader import Batch, BucketSampler, Loader, _Memory, derived_generator
+
+SPLITS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)]  # batch_size, gradient_accumulation, num_processes
+
+
+def filled(folder: Path, count: int = 6) -> tuple[Cache, list[LatentEntry], list[str], dict[str, str]]:
+    """A cache of latents that hold the index of their sample, and embeddings of it plus 100 (empty prompt: -1)."""
+    cache = Cache(folder)
+    entries, captions, keys = [], [], {"": cache.key("text", prompt="")}
+    cache.put(keys[""], {"embeddings": torch.full((2, 3), -1.0)}, {})
+    for index in range(count):
+        wide = index % 3 == 2  # a third is wide and has a reference, so two buckets
+        size, references = ((48, 16), ((16, 32),)) if wide else ((32, 32), ())
+        key, caption = cache.key("latents", index=index), f"sample {index}"
+        cache.put(key, {"latents": torch.full((128, size[1] // 16, size[0] // 16), float(index)).bfloat16()}, {})
+        reference_keys = tuple(cache.key("reference", index=index) for _ in references)
+        for reference in reference_keys:
+            cache.put(reference, {"latents": torch.full((128, 2, 1), 50.0 + index)}, {})
+        keys[caption] = cache.key("text", prompt=caption)
+        cache.put(keys[caption], {"embeddings": torch.full((2, 3), 100.0 + index)}, {})
+        entries.append(LatentEntry(size, key, references, reference_keys))
+        captions.append(caption)
+    return cache, entries, captions, keys
+
+
+def by_position(contents: tuple, step: int, split: tuple[int, int, int], dropout: float) -> dict[int, tuple]:
+    """What each position of a step trains on, gathered over processes and micro-batches."""
+    batch_size, accumulation, processes = split
+    found = {}
+    for process in range(processes):
+        loader = Loader(
+            *contents,
+            batch_size=batch_size,
+            gradient_accumulation=accumulation,
+            num_processes=processes,
+            process_index=process,
+            seed=3,
+            caption_dropout=dropout,
+        )
+        batches = loader.micro_batches(step)
+        loader.close()
+        assert len(batches) == accumulation
+        for batch in batches:
+            for place, position in enumerate(batch.positions):
+                assert position not in found
+                tensors = (batch.latents[place], batch.embeddings[place], *(ref[place] for ref in batch.references))
+                values = tuple(tensor.flatten()[0].item() for tensor in tensors)
+                found[position] = (batch.indices[place], batch.captions[place], values)
+    return found
+
+
+def test_a_derived_generator_is_fixed_by_its_key() -> None:
+    def draw(*key: int | str) -> float:
+        return torch.rand((), generator=derived_generator(*key)).item()  # type: ignore[arg-type]
+
+    assert draw(0, "noise", 1, 2) == draw(0, "noise", 1, 2)
+    keys = [(0, "noise", 1, 2), (1, "noise", 1, 2), (0, "timestep", 1, 2), (0, "noise", 2, 1), (0, "noise", 12)]
+    assert len({draw(*key) for key in keys}) == len(keys)
+    # Fixed: a run resumed tomorrow, or elsewhere, must draw the same.
+    assert derived_generator(0, "noise", 1, 2).initial_seed() == 2575264877
+
+
+def test_derived_generators_of_neighbours_are_unrelated() -> None:
+    draws = torch.stack([torch.randn(8, generator=derived_generator(0, "noise", step)) for step in range(2000)])
+    correlation = torch.corrcoef(torch.cat([draws[:-1], draws[1:]], dim=1).T)
+    assert (correlation - torch.eye(16))[:8, 8:].abs().max() < 0.1
+
+
+def test_a_batch_is_a_function_of_seed_and_step() -> None:
+    buckets = ["a"] * 5 + ["b"] * 3
+    sampler = BucketSampler(buckets, 2, seed=1)
+    forwards = [sampler.batch(step) for step in range(40)]
+    assert [BucketSampler(buckets, 2, seed=1).batch(step) for step in reversed(range(40))] == forwards[::-1]
+    assert [BucketSampler(buckets, 2, seed=2).batch(step) for step in range(40)] != forwards
+
+
+def test_a_batch_has_one_bucket() -> None:
+    buckets = [i % 3 for i in range(20)]
+    sampler = BucketSampler(buckets, 4, seed=0)
+    assert all(len({buckets[i] for i in sampler.batch(step)}) == 1 for step in range(60))
+
+
+def test_within_a_bucket_all_are_seen_before_any_again() -> None:
+    buckets = ["a"] * 7 + ["b"] * 4 + ["c"]
+    sampler = BucketSampler(buckets, 3, seed=5)
+    streams: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    for step in range(60):
+        batch = sampler.batch(step)
+        streams[buckets[batch[0]]] += batch
+    for name, stream in streams.items():
+        members = {i for i, bucket in enumerate(buckets) if bucket == name}
+        passes = [stream[i : i + len(members)] for i in range(0, len(stream) - len(members) + 1, len(members))]
+        assert len(passes) > 3
+        assert all(set(one) == members for one in passes)
+        if name != "c":
+            assert len({tuple(one) for one in passes}) > 1  # reshuffled
+
+
+def test_after_as_many_steps_as_samples_each_was_seen_equally_often() -> None:
+    sampler = BucketSampler(["a"] * 7 + ["b"] * 2 + ["c"], 4, seed=0)
+    for cycle in range(3):
+        seen = Counter(i for step in range(10 * cycle, 10 * cycle + 10) for i in sampler.batch(step))
+        assert seen == dict.fromkeys(range(10), 4)
+
+
+def test_the_order_of_buckets_is_shuffled_anew_each_cycle() -> None:
+    buckets = ["a"] * 6 + ["b"] * 6
+    sampler = BucketSampler(buckets, 1, seed=0)
+    order = [buckets[sampler.batch(step)[0]] for step in range(36)]
+    assert len({tuple(order[i : i + 12]) for i in (0, 12, 24)}) == 3
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 17])
+def test_the_split_does_not_change_what_a_position_trains_on(tmp_path: Path, step: int) -> None:
+    contents = filled(tmp_path)
+    whole = by_position(contents, step, SPLITS[0], dropout=0.5)
+    assert sorted(whole) == [0, 1, 2, 3]
+    for split in SPLITS[1:]:
+        assert by_position(contents, step, split, dropout=0.5) == whole
+
+
+def test_the_positions_of_a_process_follow_the_documented_order(tmp_path: Path) -> None:
+    loader = Loader(*filled(tmp_path), batch_size=2, gradient_accumulation=2, num_processes=3, process_index=1, seed=0)
+    assert [batch.positions for batch in loader.micro_batches(0)] == [[2, 3], [8, 9]]
+    loader.close()
+
+
+def test_a_batch_stacks_what_the_cache_holds(tmp_path: Path) -> None:
+    loader = Loader(*filled(tmp_path), batch_size=2, seed=0)
+    shapes = set()
+    for step in range(8):
+        (batch,) = loader.micro_batches(step)
+        wide = batch.indices[0] % 3 == 2
+        shapes.add(batch.latents.shape)
+        assert batch.latents.shape == ((2, 128, 1, 3) if wide else (2, 128, 2, 2))
+        assert batch.latents.dtype == torch.bfloat16
+        assert batch.latents[:, 0, 0, 0].tolist() == batch.indices
+        assert [reference.shape for reference in batch.references] == ([(2, 128, 2, 1)] if wide else [])
+        for reference in batch.references:
+            assert reference[:, 0, 0, 0].tolist() == [50 + index for index in batch.indices]
+        assert batch.embeddings.shape == (2, 2, 3)
+        assert batch.embeddings[:, 0, 0].tolist() == [100 + index for index in batch.indices]
+        assert batch.captions == [f"sample {index}" for index in batch.indices]
+    assert len(shapes) == 2
+    loader.close()
+
+
+def test_captions_are_dropped_at_about_the_rate_asked_for(tmp_path: Path) -> None:
+    loader = Loader(*filled(tmp_path), batch_size=8, seed=0, caption_dropout=0.25)
+    steps = []
+    for step in range(100):
+        (batch,) = loader.micro_batches(step)
+        steps.append([caption == "" for caption in batch.captions])
+        for caption, embedding, index in zip(batch.captions, batch.embeddings, batch.indices, strict=True):
+            assert embedding[0, 0] == (-1 if caption == "" else 100 + index)
+    loader.close()
+    assert 160 < sum(map(sum, steps)) < 240  # 800 draws: 200, standard deviation 12
+    assert len(set(zip(*steps, strict=True))) == 8  # each position draws its own
+    assert len({tuple(step) for step in steps}) > 40  # and each step
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(0.0, 0), (1.0, 40)])
+def test_dropout_of_none_and_of_all_is_exact(tmp_path: Path, dropout: float, expected: int) -> None:
+    loader = Loader(*filled(tmp_path), batch_size=4, seed=0, caption_dropout=dropout)
+    assert sum(loader.micro_batches(step)[0].captions.count("") for step in range(10)) == expected
+    loader.close()
+
+
+def test_a_fresh_loader_continues_at_any_step(tmp_path: Path) -> None:
+    contents = filled(tmp_path)
+    first = Loader(*contents, batch_size=3, seed=0, caption_dropout=0.3)
+    for step in range(6):
+        (expected,) = first.micro_batches(step)
+    resumed = Loader(*contents, batch_size=3, seed=0, caption_dropout=0.3, memory_limit_gb=0)
+    (batch,) = resumed.micro_batches(5)
+    assert (batch.indices, batch.captions) == (expected.indices, expected.captions)
+    assert torch.equal(batch.latents, expected.latents)
+    assert torch.equal(batch.embeddings, expected.embeddings)
+    first.close()
+    resumed.close()
+
+
+def test_the_next_step_is_read_ahead(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path)
+    loader = Loader(cache, entries, captions, keys, batch_size=2, seed=0, memory_limit_gb=0)
+    loader.micro_batches(0)
+    assert loader._ahead is not None
+    loader._ahead[1].result()
+    for path in cache.folder.rglob("*.safetensors"):
+        path.unlink()
+    (batch,) = loader.micro_batches(1)
+    assert batch.latents[:, 0, 0, 0].tolist() == loader.sampler.batch(1)
+    loader.close()
+
+
+def test_an_error_while_reading_ahead_reaches_the_caller_of_that_step(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path, count=2)
+    loader = Loader(cache, entries, captions, keys, batch_size=1, seed=0)
+    cache.path(entries[loader.sampler.batch(1)[0]].key).unlink()
+    loader.micro_batches(0)
+    for _ in range(2):  # and again, if it is asked for again
+        with pytest.raises(ValueError, match=r"does not exist .*fill the cache again"):
+            loader.micro_batches(1)
+    loader.close()
+
+
+def test_memory_spares_the_disk_up_to_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = filled(tmp_path, count=2)
+    reads: Counter[str] = Counter()
+    get = Cache.get
+
+    def counting(cache: Cache, key: str) -> dict[str, torch.Tensor]:
+        reads[key] += 1
+        return get(cache, key)
+
+    monkeypatch.setattr(Cache, "get", counting)
+    for limit, expected in ((2.0, 1), (0.0, 9)):
+        reads.clear()
+        loader = Loader(*contents, batch_size=2, seed=0, memory_limit_gb=limit)
+        for step in range(8):
+            loader.micro_batches(step)
+        loader.close()
+        assert set(reads.values()) <= {expected, expected - 1} - {0}
+    # One sample's latents and embedding are 128 * 4 * 2 + 24 bytes: room for one sample of the two, not for both.
+    reads.clear()
+    loader = Loader(*contents, batch_size=2, seed=0, memory_limit_gb=1100 / 1e9)
+    for step in range(8):
+        loader.micro_batches(step)
+        assert loader._memory._held <= 1100
+    loader.close()
+    assert max(reads.values()) > 1
+
+
+def test_memory_forgets_the_least_recently_used_first(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    for name in "abc":
+        cache.put(name * 64, {"x": torch.zeros(10)}, {})
+    memory = _Memory(cache, 80)  # room for two of 40 bytes
+    for name in "abac":
+        memory.get(name * 64)
+    assert [key[0] for key in memory._entries] == ["a", "c"]
+
+
+def test_steps_may_be_asked_for_in_any_order(tmp_path: Path) -> None:
+    loader = Loader(*filled(tmp_path), batch_size=3, seed=0)
+    for step in (0, 5, 2, 3, 3):
+        (batch,) = loader.micro_batches(step)
+        assert batch.indices == loader.sampler.batch(step)
+    loader.close()
+
+
+def test_what_a_batch_is_changed_to_does_not_reach_the_next(tmp_path: Path) -> None:
+    loader = Loader(*filled(tmp_path, count=1), batch_size=1, seed=0)
+    loader.micro_batches(0)[0].latents.fill_(77)
+    assert loader.micro_batches(2)[0].latents.unique().tolist() == [0]
+    loader.close()
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    tensor = torch.ones(1, 128, 2, 2)
+    batch = Batch(tensor, [tensor, tensor], torch.ones(1, 2, 3), ["a"], [7], [0]).to("meta", torch.bfloat16)
+    for moved in (batch.latents, *batch.references, batch.embeddings):
+        assert moved.device.type == "meta"
+        assert moved.dtype == torch.bfloat16
+    assert (batch.captions, batch.indices, batch.positions) == (["a"], [7], [0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 2.0}, "batch_size=2.0"),
+        ({"gradient_accumulation": True}, "gradient_accumulation=True"),
+        ({"seed": "1"}, "seed='1'"),
+        ({"caption_dropout": 1.5}, "caption_dropout=1.5"),
+        ({"caption_dropout": "0.1"}, "caption_dropout='0.1'"),
+        ({"memory_limit_gb": -1}, "memory_limit_gb=-1"),
+    ],
+)
+def test_a_wrong_argument_is_named(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Loader(*filled(tmp_path, 1), **({"batch_size": 1, "seed": 0} | changes))
+
+
+def test_a_caption_without_an_embedding_is_named_before_training(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path, 2)
+    with pytest.raises(ValueError, match="1 prompts have no embedding, such as 'sample 1'"):
+        Loader(cache, entries, captions, {"sample 0": keys["sample 0"]}, batch_size=1, seed=0)
+    del keys[""]
+    Loader(cache, entries, captions, keys, batch_size=1, seed=0).close()
+    with pytest.raises(ValueError, match="no embedding, such as ''"):
+        Loader(cache, entries, captions, keys, batch_size=1, seed=0, caption_dropout=0.1)
+
+
+def test_no_samples_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        BucketSampler([], 1, 0)

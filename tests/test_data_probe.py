@@ -1,0 +1,179 @@
+"""The probe: right on drawings and cards, clean or degraded; silent on what is no subject; and a measure of style."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from data.demo.draw import draw_card
+from data.drawings import BACKGROUNDS, COLOURS, INK, SHAPES, Drawing, all_drawings, draw
+from data.probe import read, style_components, style_distance
+
+ATTRIBUTES = ("shape", "colour", "background", "size")
+CUP = Drawing("cup", "red", "blue", "large")
+
+
+def degraded(image: Image.Image, rng: np.random.Generator, blur: float = 1.2, noise: float = 8.0) -> Image.Image:
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), dtype=float)
+    return Image.fromarray((pixels + rng.normal(0, noise, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def wobbly(image: Image.Image, rng: np.random.Generator, amplitude: float = 2.0) -> Image.Image:
+    """Displaced by a smooth random field, as a small model draws."""
+    n = image.width
+    fields = rng.normal(0, amplitude, (2, 8, 8)).astype(np.float32)
+    dx, dy = (np.asarray(Image.fromarray(field).resize((n, n), Image.Resampling.BICUBIC)) for field in fields)
+    y, x = np.mgrid[:n, :n]
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(1)))
+    moved = pixels[(y + dy).round().astype(int).clip(0, n - 1), (x + dx).round().astype(int).clip(0, n - 1)]
+    return Image.fromarray(moved)
+
+
+def accuracy(count: int, change: Callable[[Image.Image, np.random.Generator], Image.Image]) -> dict[str, float]:
+    rng, numpy_rng = random.Random(0), np.random.default_rng(0)
+    right = dict.fromkeys(ATTRIBUTES, 0)
+    for drawing in rng.choices(all_drawings(), k=count):
+        dx, dy = rng.uniform(-0.03, 0.03), rng.uniform(-0.03, 0.03)
+        picture = draw(drawing, 128, dx, dy, rng.uniform(0.94, 1.06), rng.uniform(-4, 4))
+        reading = read(change(picture, numpy_rng))
+        assert not reading.card
+        for key in ATTRIBUTES:
+            right[key] += getattr(reading, key) == getattr(drawing, key)
+    return {key: value / count for key, value in right.items()}
+
+
+def blob(rng: np.random.Generator, irregularity: float) -> Image.Image:
+    """A filled and inked smooth outline that is no subject; an ellipse where `irregularity` is 0."""
+    picture = Image.new("RGB", (128, 128), BACKGROUNDS["yellow"])
+    t = np.linspace(0, 2 * np.pi, 90)
+    waves = (np.cos(k * t + rng.uniform(0, 6)) * rng.normal(0, irregularity / k**0.5) for k in range(1, 5))
+    r = rng.uniform(20, 40) * (1 + sum(waves))
+    aspect = rng.uniform(0.6, 1.5)
+    points = [
+        (float(x), float(y)) for x, y in zip(64 + r * np.cos(t) * aspect, 64 + r * np.sin(t) / aspect, strict=True)
+    ]
+    canvas = ImageDraw.Draw(picture)
+    canvas.polygon(points, list(COLOURS.values())[rng.integers(10)])
+    canvas.line(points, INK, 3)
+    return picture
+
+
+def test_clean_drawings_with_jitter_are_read_right_in_every_attribute():
+    assert min(accuracy(300, lambda picture, _: picture).values()) >= 0.995
+
+
+def test_blurred_and_noisy_drawings_are_read_right():
+    assert min(accuracy(200, degraded).values()) >= 0.97
+
+
+def test_wobbly_drawings_are_read_right():
+    assert min(accuracy(120, wobbly).values()) >= 0.95
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_subject_and_colour_are_read_right_on_every_card(shape):
+    for number, colour in enumerate(COLOURS, start=15):
+        reading = read(draw_card(shape, colour, number, 128))
+        assert (reading.shape, reading.colour, reading.background, reading.card) == (shape, colour, None, True)
+
+
+def test_cards_at_256_pixels_and_degraded_cards_are_read_right():
+    rng = np.random.default_rng(0)
+    for i, shape in enumerate(SHAPES):
+        colour = list(COLOURS)[i % 10]
+        for picture in (draw_card(shape, colour, 7, 256), degraded(draw_card(shape, colour, 7, 128), rng)):
+            reading = read(picture)
+            assert (reading.shape, reading.colour, reading.card) == (shape, colour, True)
+
+
+def test_drawings_at_256_pixels_are_read_right():
+    reading = read(draw(CUP, 256))
+    assert [getattr(reading, key) for key in ATTRIBUTES] == [getattr(CUP, key) for key in ATTRIBUTES]
+
+
+@pytest.mark.parametrize("tint", [*BACKGROUNDS.values(), (0, 0, 0), (210, 40, 40)])
+def test_an_empty_picture_shows_nothing(tint):
+    reading = read(Image.new("RGB", (128, 128), tint))
+    assert (reading.shape, reading.colour, reading.size, reading.score) == (None, None, None, 0.0)
+    assert reading.background == {rgb: name for name, rgb in BACKGROUNDS.items()}.get(tint)
+
+
+@pytest.mark.parametrize("cells", [4, 16, 128])
+def test_noise_coarse_or_fine_shows_no_subject(cells):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        assert read(noise.resize((128, 128), Image.Resampling.BICUBIC)).shape is None
+
+
+def test_ellipses_show_no_subject():
+    rng = np.random.default_rng(1)
+    assert [read(blob(rng, 0.0)).shape for _ in range(40)] == [None] * 40
+
+
+def test_random_blobs_hardly_ever_show_a_subject():
+    rng = np.random.default_rng(2)
+    assert sum(read(blob(rng, 0.2)).shape is None for _ in range(100)) >= 96
+
+
+def test_boxes_diamonds_and_blurred_discs_show_no_subject():
+    pictures = []
+    for corners in ([(30, 34), (98, 34), (98, 94), (30, 94)], [(64, 20), (110, 64), (64, 108), (18, 64)]):
+        picture = Image.new("RGB", (128, 128), BACKGROUNDS["pink"])
+        ImageDraw.Draw(picture).polygon(corners, COLOURS["green"], INK, 3)
+        pictures.append(picture)
+    disc = Image.new("RGB", (128, 128), BACKGROUNDS["pink"])
+    ImageDraw.Draw(disc).ellipse((30, 30, 98, 98), COLOURS["green"], INK, 4)
+    pictures.append(disc.filter(ImageFilter.GaussianBlur(4)))
+    assert [read(picture).shape for picture in pictures] == [None, None, None]
+    assert [read(picture).colour for picture in pictures] == ["green", "green", "green"]
+
+
+def test_specks_beside_the_subject_do_not_matter():
+    picture = draw(Drawing("key", "blue", "white", "small"))
+    ImageDraw.Draw(picture).rectangle((8, 8, 12, 12), INK)
+    reading = read(picture)
+    assert (reading.shape, reading.colour, reading.size) == ("key", "blue", "small")
+
+
+@pytest.mark.parametrize("pixels", [128, 256])
+def test_real_cards_are_at_no_distance_from_the_style_whatever_they_show(pixels):
+    for number, shape in enumerate(SHAPES, start=3):
+        assert style_distance(draw_card(shape, "red", number, pixels)) < 0.5
+
+
+def test_plain_drawings_are_far_from_the_style_in_every_component():
+    for drawing in all_drawings()[::40]:
+        picture = draw(drawing)
+        assert style_distance(picture) > 140
+        components = style_components(picture)
+        assert components["frame"] > 180
+        assert components["parchment"] > 40
+        assert components["bar"] > 120
+
+
+def test_components_see_their_own_region_only():
+    card = np.asarray(draw_card("cup", "red", 3, 128)).copy()
+    card[16:20, 40:80] = 0
+    panel = style_components(Image.fromarray(card))
+    assert panel["frame"] == panel["bar"] == 0
+    assert panel["parchment"] > 10
+    card[:15] = card[100:113, 15:25] = 0
+    changed = style_components(Image.fromarray(card))
+    assert changed["parchment"] == panel["parchment"]
+    assert changed["frame"] > 10
+    assert changed["bar"] > 10
+
+
+def test_a_frame_without_a_subject_is_a_card_that_shows_nothing():
+    empty = np.asarray(draw_card("cup", "red", 3, 128)).copy()
+    empty[15:90, 15:113] = (218, 186, 130)
+    reading = read(Image.fromarray(empty))
+    assert (reading.shape, reading.colour, reading.card) == (None, None, True)
+
+
+def test_only_square_pictures_are_read():
+    with pytest.raises(ValueError, match="64 x 32"):
+        read(Image.new("RGB", (64, 32)))

@@ -1,0 +1,425 @@
+"""data.samples: what a picture looks like once loaded, and what each source finds or complains of."""
+
+import hashlib
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from unittest.mock import Mock
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, HTTPError
+from PIL import Image
+
+from data.samples import Folder, HuggingFace, Picture
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def picture(content: bytes) -> Picture:
+    return Picture("here.png", lambda: BytesIO(content))
+
+
+def square(color: str = "red", mode: str = "RGB") -> bytes:
+    return encoded(Image.new(mode, (4, 4), color))
+
+
+def orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[274] = value
+    return exif
+
+
+def half(left: str, right: str) -> Image.Image:
+    """6 x 4 pixels, the left third of another colour than the rest."""
+    image = Image.new("RGB", (6, 4), right)
+    image.paste(left, (0, 0, 2, 4))
+    return image
+
+
+# --- pictures
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize(("value", "red_at"), [(1, (0, 2)), (3, (5, 2)), (6, (2, 0)), (8, (2, 5))])
+def test_exif_orientation_is_applied_to_pixels_and_size(kind: str, value: int, red_at: tuple[int, int]) -> None:
+    found = picture(encoded(half("red", "blue"), kind, exif=orientation(value)))
+    image = found.load()
+    assert image.size == found.size == ((4, 6) if value in (6, 8) else (6, 4))
+    red, _, blue = image.getpixel(red_at)  # type: ignore[misc]
+    assert red > 150 > 100 > blue
+
+
+def test_exif_behind_the_pixels_of_a_png_counts_too() -> None:
+    plain, turned = encoded(half("red", "blue")), encoded(half("red", "blue"), exif=orientation(6))
+    start = turned.index(b"eXIf") - 4
+    chunk = turned[start : start + 12 + int.from_bytes(turned[start : start + 4], "big")]
+    found = picture(plain[:-12] + chunk + plain[-12:])  # before IEND, the last 12 bytes
+    assert found.size == found.load().size == (4, 6)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_size_reads_the_header_alone(kind: str) -> None:
+    content = encoded(Image.effect_noise((300, 200), 90), kind)
+    start = content.index(b"IDAT") if kind == "PNG" else len(content) // 2
+    broken = picture(content[: start + 20])
+    assert broken.size == (300, 200)
+    with pytest.raises(ValueError, match=r"here.png cannot be read"):
+        broken.load()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))), WHITE),
+        (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 51))), (204, 204, 204)),
+        (encoded(Image.new("LA", (4, 4), (0, 51))), (204, 204, 204)),
+        (encoded(Image.new("P", (4, 4), 0), transparency=0), WHITE),
+        (encoded(Image.new("RGB", (4, 4), "red"), transparency=RED), WHITE),
+        (encoded(Image.new("L", (4, 4), 77)), (77, 77, 77)),
+        (encoded(Image.new("1", (4, 4), 1)), WHITE),
+        (encoded(Image.new("RGB", (4, 4), "red").convert("P")), RED),
+        (encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), RED),
+        (encoded(Image.fromarray(np.full((4, 4), 65535, np.uint16))), WHITE),
+        (encoded(Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))), (128, 128, 128)),
+        (encoded(Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)), "TIFF"), (128, 128, 128)),
+        (encoded(Image.fromarray(np.full((4, 4), 129, np.uint16))), (1, 1, 1)),  # 129 / 257 rounds up
+    ],
+    ids=[
+        "clear",
+        "smoke",
+        "gray_a",
+        "key_p",
+        "key_rgb",
+        "gray",
+        "bits",
+        "palette",
+        "cmyk",
+        "white16",
+        "gray16",
+        "tiff16",
+        "dark16",
+    ],
+)
+def test_any_mode_becomes_rgb_with_transparency_over_white(content: bytes, expected: tuple) -> None:
+    image = picture(content).load()
+    assert image.mode == "RGB"
+    assert image.getcolors() == [(16, expected)]
+
+
+def test_a_cmyk_jpeg_becomes_rgb() -> None:
+    image = picture(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).load()
+    red, green, blue = image.getpixel((4, 4))  # type: ignore[misc]
+    assert (image.mode, red > 240, green < 15, blue < 15) == ("RGB", True, True, True)
+
+
+def test_a_float_picture_is_refused_rather_than_guessed_at() -> None:
+    with pytest.raises(ValueError, match=r"here.png cannot be read .*mode F has no defined white"):
+        picture(encoded(Image.new("F", (4, 4), 0.5), "TIFF")).load()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", square()[:40]])
+def test_a_corrupt_picture_is_named(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"picture here.png cannot be read"):
+        picture(content).load()
+
+
+def test_a_bad_checksum_in_the_header_is_named() -> None:
+    content = bytearray(square())
+    content[20] ^= 255
+    assert zlib.crc32(bytes(content[12:29])) != int.from_bytes(content[29:33], "big")
+    for act in (lambda: picture(bytes(content)).size, picture(bytes(content)).load):
+        with pytest.raises(ValueError, match=r"here.png"):
+            act()
+
+
+def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(square())
+        (tmp_path / f"{name}.txt").write_text(name)
+    first, second = Folder(tmp_path)
+    assert first.target.digest() == second.target.digest() == hashlib.sha256(square()).hexdigest()
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+        first.target.digest()
+
+
+# --- Folder
+
+
+def write(folder: Path, **contents: str | bytes) -> Path:
+    """Files by stem and suffix joined with an underscore: a_png=..., a_txt=..., metadata_jsonl=..."""
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        path = folder / ".".join(name.rsplit("_", 1))
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def lines(*rows: dict) -> str:
+    return "\n".join(json.dumps(row) for row in rows) + "\n"
+
+
+def test_sidecar_captions_are_stripped_may_be_empty_and_come_in_order_of_names(tmp_path: Path) -> None:
+    write(tmp_path, b_png=square("blue"), a_JPG=square(), c_webp=square())
+    write(tmp_path, a_txt=" a red\n square \n", b_txt="\ufeffb", c_txt="")
+    write(tmp_path, **{"._a_png": "macOS litter"}, notes_md="x")
+    samples = Folder(str(tmp_path))
+    assert [sample.caption for sample in samples] == ["a red\n square", "b", ""]
+    assert [Path(sample.name).name for sample in samples] == ["a.JPG", "b.png", "c.webp"]
+    assert samples[1].target.load().getpixel((0, 0)) == (0, 0, 255)
+    assert samples[0].references == ()
+
+
+def test_a_source_is_a_sequence(tmp_path: Path) -> None:
+    samples = Folder(write(tmp_path, a_png=square(), a_txt="a", b_png=square(), b_txt="b"))
+    assert len(samples) == 2
+    assert samples[-1].caption == "b"
+    assert [sample.caption for sample in samples[:5]] == ["a", "b"]
+    with pytest.raises(IndexError):
+        samples[2]
+
+
+def test_metadata_gives_captions_and_references_in_the_order_of_its_lines(tmp_path: Path) -> None:
+    rows: tuple[dict, ...] = (
+        {"file_name": "b.png", "text": " second ", "before": "a.png", "extra": ["a.png", "b.png"], "unused": 3},
+        {"file_name": "a.png", "text": "line\u2028separator", "before": None, "extra": []},
+    )
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    write(tmp_path, a_png=square("red"), b_png=square("blue"), metadata_jsonl=text)
+    first, second = Folder(tmp_path, reference_columns=["before", "extra"])
+    assert (first.caption, second.caption) == ("second", "line\u2028separator")
+    assert [Path(p.name).name for p in (first.target, *first.references)] == ["b.png", "a.png", "a.png", "b.png"]
+    assert second.references == ()
+    assert Folder(tmp_path)[0].references == ()
+
+
+def test_metadata_columns_can_be_renamed(tmp_path: Path) -> None:
+    write(tmp_path, a_png=square(), metadata_jsonl=lines({"img": "a.png", "prompt": "hello"}))
+    assert Folder(tmp_path, "prompt", "img")[0].caption == "hello"
+
+
+def jsonl(text: str) -> Callable[[Path], Path]:
+    return lambda folder: write(folder, a_png=square(), metadata_jsonl=text)
+
+
+GOOD = lines({"file_name": "a.png", "text": "x"})
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "message"),
+    [
+        (lambda folder: folder / "gone", {}, "gone' does not exist"),
+        (lambda folder: write(folder, a_txt="x") / "a.txt", {}, "a.txt' is not a folder"),
+        (lambda folder: write(folder, a_txt="x"), {}, "holds no pictures .*.jpeg"),
+        (lambda folder: write(folder, a_png=square(), a_txt=b"\xff\xfe\xff"), {}, "a.txt is not UTF-8"),
+        (lambda folder: write(folder, a_heic=b"", b_png=square()), {}, "cannot read, convert them: a.heic"),
+        (
+            lambda folder: write(folder, a_png=square(), a_txt=""),
+            {"caption_column": "t"},
+            "metadata.jsonl does not exist",
+        ),
+        (jsonl(GOOD + "{oops\n"), {}, "metadata.jsonl line 2 is not JSON"),
+        (jsonl(GOOD + "[1]\n"), {}, r"line 2 is '\[1\]': each line is one JSON object"),
+        (jsonl(GOOD), {"caption_column": "caption"}, "line 1 has no column 'caption'; it has: file_name, text"),
+        (jsonl(GOOD), {"reference_columns": ["before"]}, "line 1 has no column 'before'"),
+        (jsonl(lines({"file_name": "a.png", "text": None})), {}, "line 1 holds None"),
+        (jsonl(lines({"file_name": "b.png", "text": ""})), {}, "do not exist in .*: b.png"),
+        (jsonl("\n"), {}, "metadata.jsonl is empty"),
+        (jsonl(GOOD), {"reference_columns": "before"}, "reference_columns='before' is str: a list"),
+        (jsonl(GOOD), {"reference_columns": [3]}, "reference_columns=3 is int"),
+        (jsonl(GOOD), {"caption_column": 5}, "caption_column=5 is int"),
+        (jsonl(GOOD), {"image_column": ""}, "image_column=''"),
+        (lambda _: None, {}, "dataset.path=None is NoneType"),
+    ],
+)
+def test_a_mistake_in_a_folder_is_one_clear_error(
+    tmp_path: Path, prepare: Callable, arguments: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Folder(prepare(tmp_path), **arguments)
+
+
+def test_at_most_five_missing_captions_are_named(tmp_path: Path) -> None:
+    write(tmp_path, **{f"{i}_png": square() for i in range(8)}, **{"3_txt": "x"})
+    with pytest.raises(ValueError, match=r"no caption for 0.png, 1.png, 2.png, 4.png, 5.png and 2 more: write a .txt"):
+        Folder(tmp_path)
+
+
+# --- HuggingFace
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_hugging_face_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps what `datasets` writes to this run's own folder."""
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    yield
+    patch.undo()
+
+
+COLORS = ("red", "lime", "blue")
+
+
+def table(path: Path, **more: list) -> Path:
+    columns = {
+        "image": [square(color) for color in COLORS],
+        "caption": [f" a {color} square " for color in COLORS],
+        "sources": [[{"bytes": square("white"), "path": None}, {"bytes": square("black"), "path": None}], [], None],
+        "number": [1, 2, 3],
+    }
+    path.parent.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns | more), path)
+    return path
+
+
+def test_a_parquet_file_gives_pictures_captions_and_references(tmp_path: Path) -> None:
+    path = table(tmp_path / "squares.parquet", before=[square("white"), None, square("black")])
+    samples = HuggingFace(path, reference_columns=["before", "sources"])
+    assert [sample.caption for sample in samples] == [f"a {color} square" for color in COLORS]
+    assert [sample.target.load().getpixel((0, 0)) for sample in samples] == [RED, (0, 255, 0), (0, 0, 255)]
+    black = (0, 0, 0)
+    references = [[picture.load().getpixel((0, 0)) for picture in sample.references] for sample in samples]
+    assert references == [[WHITE, WHITE, black], [], [black]]
+    assert samples[0].name == f"row 0 of {path}, column image"
+    assert samples[0].references[2].name == f"row 0 of {path}, column sources[1]"
+    assert samples[0].target.digest() == hashlib.sha256(square()).hexdigest()
+    assert samples[0].target.size == (4, 4)
+
+
+def test_a_slice_of_a_split_is_a_split(tmp_path: Path) -> None:
+    samples = HuggingFace(str(table(tmp_path / "squares.parquet")), split="train[1:]")
+    assert [sample.caption for sample in samples] == ["a lime square", "a blue square"]
+    assert samples[0].target.load().getpixel((0, 0)) == (0, 255, 0)
+
+
+def test_a_folder_of_parquet_files_has_the_splits_of_their_names(tmp_path: Path) -> None:
+    table(tmp_path / "train-00000-of-00002.parquet")
+    table(tmp_path / "train-00001-of-00002.parquet")
+    table(tmp_path / "test-00000-of-00001.parquet", caption=["x", "y", "z"])
+    (tmp_path / "README.md").write_text("# Squares\n")
+    assert len(HuggingFace(tmp_path)) == 6
+    assert [sample.caption for sample in HuggingFace(tmp_path, split="test")] == ["x", "y", "z"]
+
+
+def test_what_save_to_disk_wrote_is_read_without_decoding(tmp_path: Path) -> None:
+    rows = {"image": [Image.new("RGB", (4, 4), color) for color in COLORS], "caption": list(COLORS)}
+    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    saved.save_to_disk(tmp_path / "alone")
+    datasets.DatasetDict(train=saved, test=saved.select([2])).save_to_disk(tmp_path / "splits")
+    assert HuggingFace(tmp_path / "alone")[0].target.load().getpixel((1, 1)) == RED
+    (only,) = HuggingFace(tmp_path / "splits", split="test")
+    assert (only.caption, only.target.load().getpixel((1, 1))) == ("blue", (0, 0, 255))
+    with pytest.raises(ValueError, match="split='val' cannot be read: no such split; it has: train, test"):
+        HuggingFace(tmp_path / "splits", split="val")
+
+
+def test_a_column_of_paths_opens_the_files(tmp_path: Path) -> None:
+    folder = write(tmp_path / "pictures", a_png=square())
+    path = table(tmp_path / "t.parquet", image=[str(folder / "a.png"), str(folder / "gone.png"), None])
+    samples = HuggingFace(path)
+    assert samples[0].target.load().getpixel((0, 0)) == RED
+    with pytest.raises(ValueError, match=r"row 1 of .*t.parquet, column image cannot be read .*gone.png"):
+        _ = samples[1].target.size
+    with pytest.raises(ValueError, match=r"row 2 of .*t.parquet, column image cannot be read .*null"):
+        samples[2].target.digest()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "test"}, r"split='test' cannot be read: .*\['train'\]"),
+        ({"image_column": "img"}, "image_column='img' is not a column .* has: image, caption, sources, number"),
+        ({"caption_column": "text"}, "caption_column='text' is not a column .* has: image, caption"),
+        ({"reference_columns": ["before"]}, "reference_columns='before' is not a column"),
+        (
+            {"image_column": "number"},
+            "image_column='number' .* holds int64: pictures, encoded bytes, or paths expected",
+        ),
+        ({"image_column": "sources"}, "image_column='sources' .* holds list"),
+        ({"caption_column": "number"}, "caption_column='number' .* holds int64: text expected"),
+        ({"reference_columns": "sources"}, "reference_columns='sources' is str"),
+        ({"revision": "main"}, "revision='main'.* for a Hub id"),
+        ({"subset": 3}, "subset=3 is int"),
+        ({"split": None}, "split=None"),
+    ],
+)
+def test_a_mistaken_argument_is_one_clear_error(tmp_path: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HuggingFace(table(tmp_path / "squares.parquet"), **arguments)
+
+
+def test_a_row_without_a_caption_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"row 1 of .* has no 'caption'"):
+        HuggingFace(table(tmp_path / "t.parquet", caption=["x", None, "z"]))
+
+
+def test_an_empty_table_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
+    empty = datasets.Dataset.from_dict({"image": [], "caption": []}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)
+    with pytest.raises(ValueError, match="split 'train' of a/b is empty"):
+        HuggingFace("a/b")
+
+
+@pytest.mark.parametrize("path", ["gone.parquet", "./gone", "/gone/away", "~/gone-away", "a/b/c"])
+def test_a_local_path_that_does_not_exist_is_not_looked_for_on_the_hub(path: str) -> None:
+    with pytest.raises(ValueError, match=f"dataset.path='{path}' does not exist"):
+        HuggingFace(path)
+
+
+def test_a_folder_without_parquet_files_says_what_is_accepted(tmp_path: Path) -> None:
+    write(tmp_path, a_png=square(), a_txt="x")
+    with pytest.raises(ValueError, match=r"neither a .parquet file.* use data.samples.Folder"):
+        HuggingFace(tmp_path)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"bad.parquet', split='train' cannot be read: .*Parquet"):
+        HuggingFace(write(tmp_path, bad_parquet=b"nonsense") / "bad.parquet")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_error_with_the_local_alternative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"'someone/squares' could not be reached .*path=/path/to/file\.parquet, or"):
+        HuggingFace("someone/squares")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DatasetNotFoundError("It doesn't exist or cannot be accessed."), "datasets/a/b and run `hf auth login`"),
+        (GatedRepoError("gated", response=Mock(headers={})), "datasets/a/b and run `hf auth login`"),
+        (HTTPError("timed out"), r"'a/b' could not be reached on the Hub \(timed out\); a local copy works too"),
+        (DatasetGenerationError("bad row"), "path='a/b', split='train' cannot be read: bad row"),
+    ],
+)
+def test_what_goes_wrong_on_the_hub_has_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match=message) as caught:
+        HuggingFace("a/b")
+    assert caught.value.__cause__ is error
