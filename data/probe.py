@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from data.demo.draw import BAR_TOP, FRAME, draw_card
+from data.demo.draw import FRAME, PANEL_BOTTOM, PANEL_TOP, draw_card
 from data.drawings import BACKGROUNDS, COLOURS, INK, SHAPES, SIZES, Drawing, draw
 
 Array = npt.NDArray[np.float32]
@@ -30,7 +30,7 @@ Mask = npt.NDArray[np.bool_]
 PIXELS = 128
 GRID = 40
 MINIMUM_SCORE = 0.70  # clean drawings score 0.91 to 0.99, wobbly ones 0.75 and more
-CARD_FRAME_DISTANCE = 140.0  # a picture whose frame is nearer than this to the cards' is read as a card
+CARD_FRAME_DISTANCE = 90.0  # a picture whose frame is nearer than this to the cards' is read as a card
 
 _REACH = 2.5  # the grid covers this many root-mean-square radii on each side of the centroid
 _MASK_DISTANCE = 21.0  # a white subject on the white background is 36 away
@@ -104,12 +104,12 @@ def _closed(mask: Mask) -> Mask:
     return _eroded(~_eroded(~np.pad(mask, 1)))[1:-1, 1:-1]
 
 
-def _read_colour(pixels: Array, mask: Mask, background: Array) -> str | None:
-    """The subject colour for which most pixels inside the outline vote; ink and background do not count."""
+def _read_colour(pixels: Array, mask: Mask) -> str | None:
+    """The subject colour for which most pixels inside the outline vote; ink does not count."""
     inside = _eroded(_eroded(mask))
     values = pixels[inside if inside.any() else mask]
     names = list(COLOURS)
-    palette = np.array([*COLOURS.values(), INK, background], dtype=np.float32)
+    palette = np.array([*COLOURS.values(), INK], dtype=np.float32)
     # |v - p|^2 without |v|^2, which is the same for every p.
     nearest = ((palette**2).sum(1) - 2 * values @ palette.T).argmin(1)
     counted = nearest < len(names)
@@ -157,7 +157,7 @@ def _look(pixels: Array) -> tuple[_Look | None, Array]:
     ys, xs = np.nonzero(mask)
     x, y = float(xs.mean()), float(ys.mean())
     radius = float(np.sqrt(((xs - x) ** 2 + (ys - y) ** 2).mean()))
-    colour = _read_colour(pixels, mask, background)
+    colour = _read_colour(pixels, mask)
     fill = float(np.mean(COLOURS[colour])) if colour else 255.0
     ink = np.clip((fill - smooth.mean(2)) / (fill - _INK_LUMINANCE), 0, 1) * mask
     look = _Look(
@@ -240,8 +240,8 @@ def read(image: Image.Image) -> Reading:
     card = style_components(image)["frame"] < CARD_FRAME_DISTANCE
     if card:
         # A pixel or two inside the panel, in case the frame is blurred.
-        left, top = round(FRAME * PIXELS) + 2, round(FRAME * PIXELS) + 2
-        pixels = pixels[top : round(BAR_TOP * PIXELS) - 2, left : PIXELS - left]
+        left, top, bottom = (round(edge * PIXELS) for edge in (FRAME, PANEL_TOP, PANEL_BOTTOM))
+        pixels = pixels[top + 2 : bottom - 2, left + 2 : PIXELS - left - 2]
     look, background = _look(pixels)
     tint = None if card else _nearest_background(background)
     if look is None:
@@ -268,21 +268,21 @@ def _nearest_background(colour: Array, limit: float = 60.0) -> str | None:
 def _card_template() -> tuple[Array, dict[str, Mask]]:
     """A card at PIXELS, and the regions of it that no subject, colour or numeral touches."""
     cards = [np.asarray(draw_card(shape, "white", i, PIXELS), dtype=np.float32) for i, shape in enumerate(SHAPES, 1)]
-    cards += [np.asarray(draw_card("cup", "white", number, PIXELS), dtype=np.float32) for number in range(15, 40)]
+    cards += [np.asarray(draw_card("cup", "white", number, PIXELS), dtype=np.float32) for number in range(15, 31)]
     fixed: Mask = np.ptp(np.stack(cards), axis=0).max(2) == 0
-    frame, bar = round(FRAME * PIXELS), round(BAR_TOP * PIXELS)
+    frame, top, bottom = (round(edge * PIXELS) for edge in (FRAME, PANEL_TOP, PANEL_BOTTOM))
     rows, columns = np.mgrid[:PIXELS, :PIXELS]
     inside = (np.minimum(rows, columns) >= frame) & (np.maximum(rows, columns) < PIXELS - frame)
     regions = {
         "frame": ~inside,
-        "parchment": inside & fixed & (rows < bar),
-        "bar": inside & fixed & (rows >= bar),
+        "parchment": inside & fixed & (rows >= top) & (rows < bottom),
+        "bars": inside & fixed & ((rows < top) | (rows >= bottom)),
     }
     return cards[0], regions
 
 
 def style_components(image: Image.Image) -> dict[str, float]:
-    """Mean RGB distance (0 to 441) to the cards in "frame", "parchment" and "bar", where no subject or numeral is."""
+    """Mean RGB distance (0 to 441) to the cards in "frame", "parchment" and "bars", where no subject or numeral is."""
     template, regions = _card_template()
     distance = np.sqrt(((_array(image) - template) ** 2).sum(2))
     return {name: float(distance[region].mean()) for name, region in regions.items()}

@@ -20,7 +20,7 @@ def degraded(image: Image.Image, rng: np.random.Generator, blur: float = 1.2, no
     return Image.fromarray((pixels + rng.normal(0, noise, pixels.shape)).clip(0, 255).astype(np.uint8))
 
 
-def wobbly(image: Image.Image, rng: np.random.Generator, amplitude: float = 2.0) -> Image.Image:
+def wobbly(image: Image.Image, rng: np.random.Generator, amplitude: float = 2.5) -> Image.Image:
     """Displaced by a smooth random field, as a small model draws."""
     n = image.width
     fields = rng.normal(0, amplitude, (2, 8, 8)).astype(np.float32)
@@ -68,6 +68,14 @@ def test_blurred_and_noisy_drawings_are_read_right():
     assert min(accuracy(200, degraded).values()) >= 0.97
 
 
+def test_small_white_subjects_whose_blurred_outline_passes_the_colour_of_the_background_are_read_right():
+    rng = np.random.default_rng(0)
+    for shape in SHAPES:
+        for background in ("white", "grey"):
+            reading = read(degraded(draw(Drawing(shape, "white", background, "small")), rng, 1.1))
+            assert (reading.shape, reading.colour, reading.background) == (shape, "white", background)
+
+
 def test_wobbly_drawings_are_read_right():
     assert min(accuracy(120, wobbly).values()) >= 0.95
 
@@ -105,7 +113,8 @@ def test_noise_coarse_or_fine_shows_no_subject(cells):
     rng = np.random.default_rng(0)
     for _ in range(20):
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        assert read(noise.resize((128, 128), Image.Resampling.BICUBIC)).shape is None
+        reading = read(noise.resize((128, 128), Image.Resampling.BICUBIC))
+        assert (reading.shape, reading.colour, reading.size) == (None, None, None)
 
 
 def test_ellipses_show_no_subject():
@@ -147,29 +156,29 @@ def test_real_cards_are_at_no_distance_from_the_style_whatever_they_show(pixels)
 def test_plain_drawings_are_far_from_the_style_in_every_component():
     for drawing in all_drawings()[::40]:
         picture = draw(drawing)
-        assert style_distance(picture) > 140
+        assert style_distance(picture) > 120
         components = style_components(picture)
-        assert components["frame"] > 180
+        assert components["frame"] > 150
         assert components["parchment"] > 40
-        assert components["bar"] > 120
+        assert components["bars"] > 120
 
 
 def test_components_see_their_own_region_only():
     card = np.asarray(draw_card("cup", "red", 3, 128)).copy()
-    card[16:20, 40:80] = 0
+    card[30:34, 16:30] = 0
     panel = style_components(Image.fromarray(card))
-    assert panel["frame"] == panel["bar"] == 0
-    assert panel["parchment"] > 10
-    card[:15] = card[100:113, 15:25] = 0
+    assert panel["frame"] == panel["bars"] == 0
+    assert panel["parchment"] > 3
+    card[:9] = card[100:115, 14:24] = 0
     changed = style_components(Image.fromarray(card))
     assert changed["parchment"] == panel["parchment"]
     assert changed["frame"] > 10
-    assert changed["bar"] > 10
+    assert changed["bars"] > 10
 
 
 def test_a_frame_without_a_subject_is_a_card_that_shows_nothing():
     empty = np.asarray(draw_card("cup", "red", 3, 128)).copy()
-    empty[15:90, 15:113] = (218, 186, 130)
+    empty[29:97, 12:116] = (218, 186, 130)
     reading = read(Image.fromarray(empty))
     assert (reading.shape, reading.colour, reading.card) == (None, None, True)
 

@@ -1,6 +1,7 @@
 """Draw the demonstration data set: 24 tarot cards with captions, in a style that `data.drawings` never has.
 
-What: a gold frame with an ink line, a parchment panel with one subject, a dark title bar with a Roman numeral.
+What: a gold frame with an ink line, a parchment panel with one subject, a dark bar above it, and a dark title bar with
+a Roman numeral below.
 `python data/demo/draw.py` writes data/demo/*.png and metadata.jsonl, the same bytes on every run.
 
 How: rectangles and thick strokes at four times the size, averaged down; the subject comes from
@@ -41,24 +42,28 @@ BAR: RGB = (50, 44, 92)
 NUMERAL: RGB = (250, 236, 200)
 
 # All lengths are fractions of the card's side, whole pixels at 128, so that lines are crisp where cards are trained.
-# The frame is gold, then ink. Nothing is thinner than what the embedded autoencoder can code.
-FRAME_LINES = ((12 / 128, 15 / 128),)
-FRAME = 15 / 128
-BAR_TOP = 83 / 128  # where the ink line above the title bar begins
-BAR_LINE = 3 / 128
-SUBJECT_CENTRE = (0.5, (FRAME + BAR_TOP) / 2)
-SUBJECT_SIZE = 0.45
+# From the edge inwards: gold, ink; then a plain bar, the panel and the title bar, with ink lines between. Nothing is
+# thinner than what the embedded autoencoder can code, and the subject stands in the middle, where drawings have theirs:
+# what is to be learned is the style around it.
+GOLD_WIDTH = 9 / 128
+INK_WIDTH = 3 / 128
+FRAME = GOLD_WIDTH + INK_WIDTH
+PANEL_TOP = 29 / 128
+PANEL_BOTTOM = 97 / 128
+SUBJECT_CENTRE = (0.5, (PANEL_TOP + PANEL_BOTTOM) / 2)
+SUBJECT_SIZE = 0.44
 
-_OUTLINE = 2.8 / 128
-_NUMERAL_HEIGHT = 0.125
-_NUMERAL_STROKE = 0.033
+_OUTLINE = 2.7 / 128
+_NUMERAL_HEIGHT = 0.092
+_NUMERAL_STROKE = 0.03
+_DOT = 4 / 128
 # Width of each numeral and the strokes in it, both in units of its height.
 _NUMERALS: dict[str, tuple[float, list[tuple[float, float, float, float]]]] = {
     "I": (0.0, [(0.0, 0.0, 0.0, 1.0)]),
     "V": (0.80, [(0.0, 0.0, 0.4, 1.0), (0.4, 1.0, 0.8, 0.0)]),
     "X": (0.80, [(0.0, 0.0, 0.8, 1.0), (0.8, 0.0, 0.0, 1.0)]),
 }
-_NUMERAL_GAP = 0.52
+_NUMERAL_GAP = 0.62
 _SUPERSAMPLING = 4
 
 
@@ -73,7 +78,7 @@ def roman(number: int) -> str:
 def _draw_numeral(canvas: ImageDraw.ImageDraw, text: str, side: int) -> None:
     width = sum(_NUMERALS[letter][0] for letter in text) + _NUMERAL_GAP * (len(text) - 1)
     x = 0.5 - width * _NUMERAL_HEIGHT / 2
-    y = (BAR_TOP + BAR_LINE + 1 - FRAME - _NUMERAL_HEIGHT) / 2
+    y = (PANEL_BOTTOM + INK_WIDTH + 1 - FRAME - _NUMERAL_HEIGHT) / 2
     r = _NUMERAL_STROKE / 2 * side
     for letter in text:
         letter_width, strokes = _NUMERALS[letter]
@@ -97,12 +102,13 @@ def draw_card(shape: str, colour: str, number: int, pixels: int = 256) -> Image.
     def rectangle(x0: float, y0: float, x1: float, y1: float, fill: RGB) -> None:
         canvas.rectangle((round(x0 * side), round(y0 * side), round(x1 * side) - 1, round(y1 * side) - 1), fill)
 
-    for start, stop in FRAME_LINES:
-        rectangle(start, start, 1 - start, 1 - start, INK)
-        rectangle(stop, stop, 1 - stop, 1 - stop, GOLD)
-    rectangle(FRAME, FRAME, 1 - FRAME, BAR_TOP, PARCHMENT)
-    rectangle(FRAME, BAR_TOP, 1 - FRAME, BAR_TOP + BAR_LINE, INK)
-    rectangle(FRAME, BAR_TOP + BAR_LINE, 1 - FRAME, 1 - FRAME, BAR)
+    rectangle(GOLD_WIDTH, GOLD_WIDTH, 1 - GOLD_WIDTH, 1 - GOLD_WIDTH, INK)
+    rectangle(FRAME, FRAME, 1 - FRAME, PANEL_TOP - INK_WIDTH, BAR)
+    rectangle(FRAME, PANEL_TOP, 1 - FRAME, PANEL_BOTTOM, PARCHMENT)
+    rectangle(FRAME, PANEL_BOTTOM + INK_WIDTH, 1 - FRAME, 1 - FRAME, BAR)
+    y = (FRAME + PANEL_TOP - INK_WIDTH) / 2
+    for x in (0.3, 0.5, 0.7):
+        canvas.ellipse([side * v for v in (x - _DOT, y - _DOT, x + _DOT, y + _DOT)], GOLD)
     _draw_numeral(canvas, roman(number), side)
     centre = (SUBJECT_CENTRE[0] * side, SUBJECT_CENTRE[1] * side)
     draw_subject(canvas, shape, COLOURS[colour], centre, SUBJECT_SIZE * side, 0.0, _OUTLINE * side)
