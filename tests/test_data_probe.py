@@ -169,7 +169,7 @@ def test_components_see_their_own_region_only():
     panel = style_components(Image.fromarray(card))
     assert panel["frame"] == panel["bars"] == 0
     assert panel["parchment"] > 3
-    card[:9] = card[100:115, 14:24] = 0
+    card[:9] = card[100:115, 14:40] = 255
     changed = style_components(Image.fromarray(card))
     assert changed["parchment"] == panel["parchment"]
     assert changed["frame"] > 10
