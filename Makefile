@@ -40,7 +40,7 @@ check: setup
 	$(MAKE) test
 
 tiny: setup
-	$(BIN)/python train/tiny.py
+	$(BIN)/python -m train.tiny_model
 
 bench: setup
 	$(BIN)/python benchmarks/step.py

@@ -310,19 +310,26 @@ def read(place: Path, model: nn.Module) -> dict[str, Pair]:
     try:
         if not place.is_dir():
             return from_state(state, model)
-        if not (place / PEFT_CONFIG).exists():  # PEFT would look for it on the Hub
-            raise AdapterError(f"{PEFT_CONFIG} is missing")
-        config = peft.PeftConfig.from_pretrained(str(place))
-        if not isinstance(config, peft.LoraConfig) or config.use_dora:
-            raise AdapterError(f"it is of the kind {config.peft_type} (DoRA: {getattr(config, 'use_dora', False)})")
-        if config.init_lora_weights not in (True, False, "gaussian", "eva"):
-            raise AdapterError(
-                f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base"
-            )
+        config = _plain_lora(place)
         pairs = from_state({key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}, model)
         return {layer: Pair(pair.a, pair.b * _scale(config, layer)) for layer, pair in pairs.items()}
-    except ValueError as error:
+    except AdapterError as error:
         raise AdapterError(f"adapter {place}: {error}") from error
+
+
+def _plain_lora(place: Path) -> peft.LoraConfig:
+    """The configuration of a PEFT folder. Raises AdapterError unless its update is a plain scale * B A."""
+    if not (place / PEFT_CONFIG).exists():  # PEFT would look for it on the Hub
+        raise AdapterError(f"{PEFT_CONFIG} is missing")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(place))
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{PEFT_CONFIG} is not understood by PEFT {peft.__version__} ({error!r})") from error
+    if not isinstance(config, peft.LoraConfig) or config.use_dora:
+        raise AdapterError(f"it is of the kind {config.peft_type} (DoRA: {getattr(config, 'use_dora', False)})")
+    if config.init_lora_weights not in (True, False, "gaussian", "eva"):
+        raise AdapterError(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base")
+    return config
 
 
 def _scale(config: peft.LoraConfig, layer: str) -> float:

@@ -111,7 +111,7 @@ def main() -> int:
         for file in run(options):
             print(file)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library wrote
         return 2
     return 0
 

@@ -446,6 +446,12 @@ def load_text_encoder(
             model = build(json.loads(config_file.read_text()), text)
     except ValueError as error:
         raise WeightsError(f"{folder}: {error}") from error
+    width = len(text.layers) * model.get_parameter("embed_tokens.weight").shape[1]
+    takes = source.variant.transformer.text_width
+    if width != takes:
+        raise WeightsError(
+            f"{folder} makes embeddings of width {width}, {source.variant.name} takes {takes}: it is another model's"
+        )
     # saved as a language model, as part of a vision-language model, or as such by newer versions of transformers
     prefixes = ("model.language_model.", "language_model.model.", "model.", "")
     prefix = next((p for p in prefixes if f"{p}embed_tokens.weight" in files.names), None)

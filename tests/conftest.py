@@ -1,0 +1,51 @@
+"""Set-up of every test process, and model folders in the published layout.
+
+Small models and their counterparts in diffusers and transformers are made in `helpers`, which takes seconds to import:
+the fixtures import it when a test needs it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach the network
+
+import pytest
+
+if TYPE_CHECKING:
+    from flux2.weights import ModelSource
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # under xdist, one process a core: one thread a process
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`model_folders("dev")`: the folder of a small random model, written once; not to be changed."""
+    import helpers
+
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = helpers.write_model(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(params=["dev", "klein"])
+def source(request: pytest.FixtureRequest, model_folders: Callable[[str], Path]) -> ModelSource:
+    """A small random model of every kind: dev with a guidance embedding, klein without."""
+    import helpers
+
+    from flux2.weights import ModelSource
+
+    return ModelSource(helpers.VARIANTS[request.param], str(model_folders(request.param)))

@@ -1,0 +1,183 @@
+"""python -m flux2.generate: writes pictures; whatever is wrong is one line and exit code 2."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flux2 import adapters, generate
+from flux2.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def command(
+    model_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., int]:
+    """Runs the command in an empty folder with a small model in the place of `tiny`."""
+    monkeypatch.setitem(VARIANTS, "tiny", helpers.VARIANTS["dev"])
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> int:
+        path = ["--path", str(model_folders("dev"))]
+        sizes = ["--width", "32", "--height", "32", "--steps", "2"]
+        monkeypatch.setattr(
+            sys, "argv", ["generate", "--prompt", "a cup", "--device", "cpu", *path, *sizes, *arguments]
+        )
+        return generate.main()
+
+    return run
+
+
+def write_adapter(folder: Path, seed: int = 0) -> None:
+    model, _ = helpers.transformers("dev")
+    wrapped = adapters.attach(model, rank=2, seed=seed)
+    for parameter in adapters.adapter_parameters(model):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+    adapters.save(wrapped, folder, base="small")
+
+
+def pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image, dtype=int)
+
+
+def test_the_picture_is_the_pipelines(
+    command: Callable[..., int],
+    model_folders: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import flux2
+
+    assert command("--out", "new/cup.png", "--seed", "5") == 0
+    assert capsys.readouterr().out.split() == ["new/cup.png"]
+    pipeline = flux2.load("tiny", str(model_folders("dev")), device="cpu")
+    (wanted,) = pipeline.generate("a cup", seed=5, width=32, height=32, steps=2)
+    assert (pixels(tmp_path / "new" / "cup.png") == np.asarray(wanted)).all()
+
+
+def test_several_pictures_are_numbered_and_their_seeds_count_up(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--prompt", "a fox", "--count", "2", "--seed", "3") == 0
+    files = capsys.readouterr().out.split()
+    assert files == ["out_000.png", "out_001.png", "out_002.png", "out_003.png"]
+    assert command("--seed", "4", "--out", "alone.png") == 0
+    assert np.abs(pixels(tmp_path / "out_001.png") - pixels(tmp_path / "alone.png")).max() <= 1
+    assert np.abs(pixels(tmp_path / "out_001.png") - pixels(tmp_path / "out_000.png")).max() > 50
+
+
+def test_references_and_adapters_with_scales_are_used(command: Callable[..., int], tmp_path: Path) -> None:
+    for i in range(2):
+        write_adapter(tmp_path / f"lora{i}", i)
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "a.png")
+    Image.new("L", (32, 64), 90).save(tmp_path / "b.jpg")
+    runs = {
+        "plain": [],
+        "off": ["--adapter", "lora0:0"],
+        "one": ["--adapter", "lora0"],
+        "half": ["--adapter", "lora0:0.5"],
+        "both": ["--adapter", "lora0", "--adapter", "lora1/diffusers.safetensors"],
+        "reference": ["--image", "a.png"],
+        "references": ["--image", "a.png", "--image", "b.jpg"],
+    }
+    made = {}
+    for name, arguments in runs.items():
+        assert command("--out", f"{name}.png", *arguments) == 0
+        made[name] = pixels(tmp_path / f"{name}.png")
+    assert (made["plain"] == made["off"]).all()
+    distinct = ["plain", "one", "half", "both", "reference", "references"]
+    for i, name in enumerate(distinct):
+        for other in distinct[:i]:
+            assert np.abs(made[name] - made[other]).max() > 3, (name, other)
+
+
+def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run:2").mkdir()
+    assert generate.split_adapter("a/b:0.7") == ("a/b", 0.7)
+    assert generate.split_adapter("a/b:-1") == ("a/b", -1.0)
+    assert generate.split_adapter("run:2") == ("run:2", 1.0)
+    assert generate.split_adapter("run:2:0.5") == ("run:2", 0.5)
+    assert generate.split_adapter("C:/adapters") == ("C:/adapters", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "gone"], "adapter 'gone': does not exist; give an adapter folder"),
+        (["--adapter", "gone:0.5"], "adapter 'gone': does not exist"),
+        (["--adapter", "broken.safetensors"], "adapter broken.safetensors cannot be read"),
+        (["--image", "gone.png"], "--image gone.png does not exist"),
+        (["--image", "broken.png"], "--image broken.png cannot be read as a picture"),
+        (["--image", "cut.png"], "--image cut.png cannot be read as a picture"),
+        (["--image", "thin.png"], "a reference of 8 x 64 pixels is too small"),
+        (["--width", "100"], "width=100, height=32 must be multiples of 16"),
+        (["--height", "0"], "width=32, height=0 must be multiples of 16"),
+        (["--steps", "0"], "steps=0 must be at least 1"),
+        (["--count", "0"], "--count 0 must be at least 1"),
+        (["--device", "cuda"], "sees no CUDA GPU here. Use device=cpu"),
+        (["--device", "gpu"], "device='gpu' is not a device"),
+        (["--out", "cup.txt"], "--out cup.txt must end in a picture's extension"),
+        (["--out", "broken.png/cup.png"], "broken.png"),
+        (["--path", "gone"], "model.path='gone' does not exist: give a repository id"),
+        (["--path", "."], "is not in the published layout"),
+        (["--autoencoder", "gone.safetensors"], "model.autoencoder='gone.safetensors' does not exist"),
+        (["--text-encoder", "broken.png"], "model.text_encoder='broken.png' is neither a folder nor"),
+    ],
+)
+def test_whatever_is_wrong_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    command: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.safetensors").write_text("no tensors")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-40])
+    Image.new("RGB", (8, 64)).save(tmp_path / "thin.png")
+    assert command(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = [
+        line for line in printed.err.splitlines() if "step/s" not in line and "s/step" not in line and line.strip()
+    ]
+    assert line.startswith("error: ")
+    assert message in line
+    assert not list(tmp_path.glob("out*.png"))
+
+
+def test_the_real_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flux2.generate", "--prompt", "a cup", "--image", str(tmp_path / "gone.png")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [f"error: --image {tmp_path / 'gone.png'} does not exist"]
+
+
+def test_an_unknown_model_is_refused_by_the_command(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        command("--model", "flux1")
+    assert end.value.code == 2
+    assert "invalid choice: 'flux1'" in capsys.readouterr().err
