@@ -70,11 +70,28 @@ def reference_size(width: int, height: int, max_pixels: int) -> Size:
     Sides are floored to multiples of 16; only one below 16 pixels, less than a latent, is raised to 16. Raises
     ValueError for max_pixels below 16^2.
     """
+    width, height = _within(width, height, max_pixels)
+    return _floor(width), _floor(height)
+
+
+def fit_reference(image: Image.Image, max_pixels: int) -> Image.Image:
+    """A reference at its `reference_size`: shrunk if it is too large, then its middle cut out, as inference does."""
+    width, height = _within(*image.size, max_pixels)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    size = _floor(width), _floor(height)
+    if min(width, height) < PIXELS_PER_LATENT:
+        return fit(image, size)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
+def _within(width: int, height: int, max_pixels: int) -> Size:
     if max_pixels < PIXELS_PER_LATENT**2:
         raise ValueError(f"reference max_pixels={max_pixels} must be at least {PIXELS_PER_LATENT**2}, one latent")
     if width * height > max_pixels:  # in whole numbers: a float root a hair below a multiple of 16 loses a latent
-        width, height = math.isqrt(max_pixels * width // height), math.isqrt(max_pixels * height // width)
-    return _floor(width), _floor(height)
+        return math.isqrt(max_pixels * width // height), math.isqrt(max_pixels * height // width)
+    return width, height
 
 
 def _floor(side: int) -> int:

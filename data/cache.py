@@ -18,6 +18,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data.buckets import FIT_VERSION, PIXELS_PER_LATENT, Buckets, Size, fit, reference_size
+from data.buckets import FIT_VERSION, PIXELS_PER_LATENT, Buckets, Size, fit, fit_reference, reference_size
 from data.samples import Picture, Sample
 
 LATENT_CHANNELS = 128
@@ -107,7 +108,7 @@ class LatentPlan:
 
     cache: Cache
     entries: tuple[LatentEntry, ...]
-    work: Mapping[str, tuple[Picture, Size]]  # key -> what to encode
+    work: Mapping[str, tuple[Picture, Callable[[Image.Image], Image.Image]]]  # key -> what to encode, and how it is cut
 
     @property
     def missing(self) -> int:
@@ -128,8 +129,10 @@ class LatentPlan:
         cannot be read or whose latents are not finite.
         """
         for key in _share(self.cache, list(self.work), process_index, num_processes, progress):
-            picture, (width, height) = self.work[key]
-            latents = encode([fit(picture.load(), (width, height))])
+            picture, cut = self.work[key]
+            image = cut(picture.load())
+            latents = encode([image])
+            width, height = image.size
             expected = (1, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
             assert tuple(latents.shape) == expected, f"encode returned {tuple(latents.shape)} for {expected}"
             _check_finite(latents, f"the autoencoder's latents of picture {picture.name}")
@@ -178,20 +181,23 @@ def plan_latents(
     `encoder_id` is a fingerprint of the autoencoder's weights and dtype. References keep their shape, up to
     `reference_max_pixels` each. Raises ValueError, naming the picture, for one whose header cannot be read.
     """
-    work: dict[str, tuple[Picture, Size]] = {}
+    work: dict[str, tuple[Picture, Callable[[Image.Image], Image.Image]]] = {}
 
-    def key(picture: Picture, size: Size) -> str:
+    def key(picture: Picture, size: Size, is_reference: bool) -> str:
         recipe = {"picture": picture.digest(), "size": size, "fit": FIT_VERSION, "encoder": encoder_id}
-        found = cache.key("latents", **recipe)
-        work.setdefault(found, (picture, size))
+        found = cache.key("latents", reference=is_reference, **recipe)
+        cut = partial(fit_reference, max_pixels=reference_max_pixels) if is_reference else partial(fit, size=size)
+        work.setdefault(found, (picture, cut))
         return found
 
     entries = []
     for sample in samples:
         size = buckets.assign(*sample.target.size)
         reference_sizes = tuple(reference_size(*picture.size, reference_max_pixels) for picture in sample.references)
-        reference_keys = tuple(map(key, sample.references, reference_sizes))
-        entries.append(LatentEntry(size, key(sample.target, size), reference_sizes, reference_keys))
+        pairs = zip(sample.references, reference_sizes, strict=True)
+        reference_keys = tuple(key(picture, cap, is_reference=True) for picture, cap in pairs)
+        target_key = key(sample.target, size, is_reference=False)
+        entries.append(LatentEntry(size, target_key, reference_sizes, reference_keys))
     return LatentPlan(cache, tuple(entries), work)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image, ImageChops
 
-from data.buckets import Buckets, fit, reference_size
+from data.buckets import Buckets, fit, fit_reference, reference_size
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(64, 16), (512, 16), (1024, 64)])
@@ -91,3 +91,14 @@ def test_a_capped_reference_loses_no_latent_to_rounding() -> None:
 def test_a_reference_limit_below_one_latent_is_refused() -> None:
     with pytest.raises(ValueError, match="max_pixels=255"):
         reference_size(100, 100, 255)
+
+
+def test_a_reference_is_cropped_in_the_middle_and_not_scaled_when_it_fits():
+    image = Image.effect_noise((37, 70), 90).convert("RGB")
+    cut = fit_reference(image, 10_000)
+    assert cut.size == reference_size(37, 70, 10_000) == (32, 64)
+    assert cut.tobytes() == image.crop((2, 3, 34, 67)).tobytes()
+
+
+def test_a_reference_that_is_too_large_is_shrunk_to_its_reference_size():
+    assert fit_reference(Image.new("RGB", (640, 320)), 128**2).size == reference_size(640, 320, 128**2) == (176, 80)
