@@ -123,7 +123,8 @@ def main() -> None:
     text = torch.randn(1, options.text, config.text_width, generator=generator).to(device)
     target = torch.randn(tokens.shape, generator=generator).to(device)
     at = torch.tensor([0.5], device=device)
-    positions, text_at = image_positions(options.side, options.side, device=device), text_positions(options.text, device)
+    positions = image_positions(options.side, options.side, device=device)
+    text_at = text_positions(options.text, device)
 
     def backward(predict: Callable[[], Tensor], module: torch.nn.Module) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -28,6 +28,7 @@ from data.cache import Cache, EmbeddingPlan, LatentEntry, LatentPlan, plan_embed
 from data.samples import Sample
 from flux2.pipeline import to_pixels
 from flux2.weights import ModelSource, fingerprint, load_autoencoder, load_text_encoder
+from train.command import command
 
 Encode = Callable[[list[str]], Tensor]
 
@@ -114,9 +115,9 @@ def prepare(
     device = accelerator.device
     wanted = dict.fromkeys([*(sample.caption for sample in samples), "", *prompts])
     embeddings = plan_embeddings(cache, list(wanted), text_encoder.identity(source, dtype))
-    fill(embeddings, lambda: text_encoder.load(source, device, dtype), "prompts", accelerator)
-
+    # planned before the slow text encoder runs, since it finds pictures that cannot be read
     latents = plan_latents(cache, samples, buckets, f"{fingerprint(source, 'vae')} float32", reference_pixels)
+    fill(embeddings, lambda: text_encoder.load(source, device, dtype), "prompts", accelerator)
 
     def load_encoder() -> Callable[..., Tensor]:
         autoencoder = load_autoencoder(source, device, torch.float32)
@@ -141,6 +142,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    from train.run import command
-
     command(main)

@@ -12,6 +12,7 @@ that say how far to go.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 import peft
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 
 from flux2 import adapters
 
@@ -30,6 +32,8 @@ STATE_FILE = "state.json"
 FREE_KEYS = (
     "name",
     "steps",
+    "batch_size",  # their product with the number of processes is compared instead
+    "gradient_accumulation",
     "log_every",
     "checkpoint_every",
     "sample_every",
@@ -54,13 +58,34 @@ class Place:
     @property
     def step(self) -> int:
         """Finished steps."""
-        return 0 if self.checkpoint is None else int(json.loads((self.checkpoint / STATE_FILE).read_text())["step"])
+        return 0 if self.checkpoint is None else state(self.checkpoint)["step"]
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself: finished steps, base model, images a step."""
+    return json.loads((checkpoint / STATE_FILE).read_text())
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("checkpoints/step_*") if (path / STATE_FILE).exists()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """The configuration of a run. Raises ValueError if it cannot be read."""
+    file = folder / CONFIG_FILE
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # the file is not there, or one of the YAML reader's own
+        raise ValueError(f"{file} cannot be read ({error})") from error
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in `folder` has its adapter, and was not meant to go on from there."""
+    if not (folder / "adapter" / adapters.PEFT_FILE).exists():
+        return False
+    return all(state(path)["step"] >= configuration(folder)["steps"] for path in checkpoints(folder)[-1:])
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -75,75 +100,101 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
     return found
 
 
-def conflicts(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """What forbids to go on in `folder` with `config`."""
-    file = folder / CONFIG_FILE
-    if not file.exists():
-        return [f"{file} is missing"]
-    there = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(there, dict)
-    return differences(
+def conflicts(folder: Path, config: Mapping[str, Any], images: int) -> list[str]:
+    """What forbids to go on in `folder` with `config` and `images` a step."""
+    try:
+        there = configuration(folder)
+    except ValueError as error:
+        return [str(error)]
+    found = differences(
         {key: value for key, value in there.items() if key not in FREE_KEYS},
         {key: value for key, value in config.items() if key not in FREE_KEYS},
     )
+    before = [state(path)["images_per_step"] for path in checkpoints(folder)[-1:]]
+    if before and before != [images]:
+        cut = "batch_size * gradient_accumulation * processes"
+        found.append(f"{cut}={before[0]} there, {images} here")
+    return found
 
 
-def find(resume: str | None, fresh: Path, config: Mapping[str, Any]) -> Place:
+def find(resume: str | None, fresh: Path, config: Mapping[str, Any], images: int, *, chosen: bool) -> Place:
     """Decide where the run goes on, or starts.
 
     Args:
         resume: None, `auto`, a run folder or one of its checkpoints.
-        fresh: the folder of a new run; with `auto`, runs beside it are looked at. A path with an `output_dir` of its own
-            branches off into that.
+        fresh: the folder of a new run.
         config: the resolved configuration of this run.
+        images: a step trains on.
+        chosen: whether `fresh` was asked for, by `output_dir` or a sweep. Then `auto` looks there alone and not at the
+            runs beside it, and a path branches off into it.
 
     Raises:
-        ValueError: nothing to resume at a given path, a configuration that differs, or a new run into a folder that
-            holds one.
+        ValueError: nothing to resume at a given path, a configuration that differs, nothing left to do, or a new run
+            into a folder that holds one.
     """
+    occupied = (fresh / CONFIG_FILE).exists()
     if resume is None:
-        if (fresh / CONFIG_FILE).exists():
+        if occupied:
             raise ValueError(
                 f"output_dir={str(fresh)!r} already holds a run: choose another folder, or go on with it: resume=auto"
             )
         return Place(fresh)
     if resume == "auto":
-        runs = [fresh, *sorted((path for path in fresh.parent.glob("*") if path != fresh), reverse=True)]
-        for run in runs:
-            finished = (run / "adapter" / adapters.PEFT_FILE).exists()
-            if (run / CONFIG_FILE).exists() and not finished and checkpoints(run) and not conflicts(run, config):
-                return Place(run, checkpoints(run)[-1])
-        if (fresh / CONFIG_FILE).exists() and (problems := conflicts(fresh, config)):
+        beside = [] if chosen else sorted((path for path in fresh.parent.glob("*") if path != fresh), reverse=True)
+        for run in (fresh, *beside):
+            if checkpoints(run) and not conflicts(run, config, images) and not is_finished(run):
+                newest = checkpoints(run)[-1]
+                if state(newest)["step"] <= config["steps"]:
+                    return Place(run, newest)
+        if occupied and (problems := conflicts(fresh, config, images)):
             raise ValueError(f"resume=auto: the run in {fresh} has another configuration: {'; '.join(problems)}")
+        if occupied and checkpoints(fresh):
+            raise ValueError(
+                f"resume=auto: the run in {fresh} has done its steps: choose another output_dir, or train it for "
+                f"longer with resume={fresh} and more steps than steps={config['steps']}"
+            )
         return Place(fresh)
-    given = Path(resume).expanduser()
-    if not given.is_dir():
-        raise ValueError(f"resume={resume!r} is not a folder; give a run folder, one of its checkpoints, or auto")
-    given = given.resolve()
+    given = Path(resume).expanduser().resolve()
     is_checkpoint = (given / STATE_FILE).exists()
     folder = given.parent.parent if is_checkpoint else given
-    if problems := conflicts(folder, config):
+    if not (folder / CONFIG_FILE).exists():
+        what = "is neither a run folder nor a complete checkpoint" if given.is_dir() else "is not a folder"
+        raise ValueError(f"resume={resume!r} {what}; give a run folder, one of its checkpoints, or auto")
+    if problems := conflicts(folder, config, images):
         raise ValueError(
             f"resume={resume!r}: that run has another configuration, and going on would mix the two: "
             f"{'; '.join(problems)}. Start a new run, or set these keys as they were."
         )
     if not checkpoints(folder):
         raise ValueError(f"resume={resume!r} holds no complete checkpoint (checkpoints/step_*/{STATE_FILE})")
-    chosen, newest = given if is_checkpoint else checkpoints(folder)[-1], checkpoints(folder)[-1]
-    if config.get("output_dir") and fresh.resolve() != folder:
-        if (fresh / CONFIG_FILE).exists():
-            raise ValueError(f"output_dir={str(fresh)!r} already holds a run: choose another folder for the branch")
-        return Place(fresh, chosen)
-    if chosen != newest:
+    newest = checkpoints(folder)[-1]
+    start = given if is_checkpoint else newest
+    done = state(start)["step"]
+    if done > config["steps"] or (done == config["steps"] and is_finished(folder)):
         raise ValueError(
-            f"resume={resume!r}: {newest.name} of that run would be overwritten. Give output_dir=... to branch off into "
-            "another folder, or resume the run itself."
+            f"resume={resume!r} has done {done} steps: to train it for longer, set steps={done + 1} or more"
         )
-    return Place(folder, chosen)
+    if chosen and fresh.resolve() != folder:
+        if occupied:
+            raise ValueError(f"output_dir={str(fresh)!r} already holds a run: choose another folder for the branch")
+        return Place(fresh, start)
+    if start != newest:
+        raise ValueError(
+            f"resume={resume!r}: {newest.name} of that run would be overwritten. Give output_dir=... to branch off "
+            "into another folder, or resume the run itself."
+        )
+    return Place(folder, start)
 
 
 def save(
-    folder: Path, step: int, wrapped: peft.PeftModel, optimizer: torch.optim.Optimizer, *, base: str, licence: str
+    folder: Path,
+    step: int,
+    wrapped: peft.PeftModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    base: str,
+    licence: str,
+    images_per_step: int,
 ) -> Path:
     """Write the checkpoint of `step` finished steps; returns its folder. Called by the main process alone."""
     place = folder / "checkpoints" / f"step_{step:06d}"
@@ -152,7 +203,7 @@ def save(
     unfinished.mkdir(parents=True)
     adapters.save(wrapped, unfinished / "adapter", base=base, licence=licence)
     torch.save(optimizer.state_dict(), unfinished / "optimizer.pt")
-    (unfinished / STATE_FILE).write_text(json.dumps({"step": step, "base": base}))
+    (unfinished / STATE_FILE).write_text(json.dumps({"step": step, "base": base, "images_per_step": images_per_step}))
     shutil.rmtree(place, ignore_errors=True)  # of a run that went on from an earlier step
     unfinished.rename(place)
     return place
@@ -160,10 +211,11 @@ def save(
 
 def load(checkpoint: Path, wrapped: peft.PeftModel, optimizer: torch.optim.Optimizer) -> None:
     """Put adapter and optimizer back as they were saved."""
-    adapters.restore(wrapped, checkpoint / "adapter")
-    file = checkpoint / "optimizer.pt"
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): resume from an earlier checkpoint") from error
-    optimizer.load_state_dict(state)
+        adapters.restore(wrapped, checkpoint / "adapter")
+        values = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{checkpoint} cannot be read ({type(error).__name__}): delete it to go on from the one before"
+        ) from error
+    optimizer.load_state_dict(values)

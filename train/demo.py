@@ -3,7 +3,7 @@
 Trains the LoRA of conf/experiment/demo.yaml on 24 drawn tarot cards, then looks at what came of it, on subjects and
 colours that are on no card:
 
-- style: how far pictures are from the cards' frame, parchment and title bar, before and after, and the cards themselves;
+- style: how far pictures are from the cards' frame, parchment and title bar, before and after, and the cards too;
 - subject: the share of pictures that show the subject asked for in its colour, read by `data.probe`;
 - both again for plain prompts, without the trigger word, which should not change;
 - whether the base, adapter off, still makes the very same pictures.
@@ -28,10 +28,11 @@ from dataclasses import asdict, dataclass
 from omegaconf import DictConfig
 from PIL import Image, ImageChops
 
-import flux2
 from data import probe
 from flux2.adapters import disabled
-from train.run import Run, command
+from flux2.pipeline import Pipeline
+from train.command import command
+from train.run import Run
 from train.validate import sheet
 
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
@@ -62,7 +63,7 @@ def look(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> 
 
 def moved(before: float, after: float, cards: float) -> float:
     """How much of the way from `before` to `cards` the style went; 0 is not at all, 1 all of it."""
-    return (before - after) / (before - cards)
+    return (before - after) / (before - cards) if before != cards else 0.0
 
 
 def same(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> bool:
@@ -98,15 +99,16 @@ def main(config: DictConfig) -> None:
     """Train, measure, and write `sheet.png` and `demo.json` into the run folder."""
     run = Run(config)
     if run.variant.name != "tiny":
-        raise ValueError(f"model={run.variant.name}: the demo is for the embedded model; train others with train/run.py")
+        raise ValueError(
+            f"model={run.variant.name}: the demo is for the embedded model; train others with train/run.py"
+        )
     dataset = run.instantiate("dataset")
     pairs = [(colour, subject) for subject in SUBJECTS for colour in COLOURS]
     prompts = [f"a trtcrd of a {colour} {subject}, tarot style" for colour, subject in pairs]
     plain = [f"a large {colour} {subject} on a blue background" for colour, subject in pairs]
 
     run.say("pictures of the base")
-    device = str(run.accelerator.device)
-    base = flux2.load("tiny", run.model.path, device=device)
+    base = Pipeline(run.source, run.accelerator.device, run.dtype, keep_text_encoder=True)
     cards_before, plain_before = base.generate(prompts, batch_size=8), base.generate(plain, batch_size=8)
 
     began = time.perf_counter()

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -62,19 +62,25 @@ class TrainingError(ValueError):
     """Training cannot go on; the message says what is saved and what to do."""
 
 
-class Interrupted(Exception):
-    """Training was asked to stop and has saved its state; the message says how to go on."""
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and has saved its state; the message says how to go on. A sweep ends with it."""
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Within this context the first SIGINT or SIGTERM is noted in the list that is given; a second one kills."""
-    caught: list[int] = []
+def stop_requests() -> Iterator[list[float]]:
+    """Within this context the first SIGINT or SIGTERM is noted in the list that is given; a later one kills.
+
+    One within two seconds does not: of a Ctrl-C, the launcher of several processes sends them a second signal.
+    """
+    caught: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        if not caught:
+            caught.append(time.monotonic())
+        elif time.monotonic() > caught[0] + 2:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+            signal.raise_signal(number)
 
     names = (signal.SIGINT, signal.SIGTERM)
     before = {name: signal.signal(name, note) for name in names}
@@ -91,10 +97,6 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def every(interval: int, step: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 @dataclass
@@ -155,8 +157,6 @@ class Training:
             checkpoint.load(self.place.checkpoint, self.wrapped, self.optimizer)
         start = self.place.step
         images = self.loader.sampler.global_batch
-        if start == 0:
-            self.look(0)
         average = 0.0
         bar = tqdm(
             total=settings.steps,
@@ -165,7 +165,9 @@ class Training:
             disable=not accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        with bar, stop_requests() as stop:
+        with closing(self.metrics), closing(self.loader), bar, stop_requests() as stop:
+            if start == 0:
+                self.look(0, {})
             for step in range(start, settings.steps):
                 began = time.perf_counter()
                 self.wrapped.train()
@@ -183,15 +185,16 @@ class Training:
                 average = values["loss"] if step == start else 0.95 * average + 0.05 * values["loss"]
                 bar.set_postfix_str(f"loss {average:.4f}, {values['images_per_second']:.2f} images/s", refresh=False)
                 bar.update()
-                if every(settings.log_every, done) and accelerator.is_main_process:
-                    self.metrics.log(done, **values)
+                self.look(done, values if self.is_due(settings.log_every, done) else {})
                 if done < settings.steps:
-                    self.look(done)
-                    if every(settings.checkpoint_every, done):
+                    if self.is_due(settings.checkpoint_every, done):
                         self.save(done)
                     if self.must_stop(stop):
-                        self.interrupt(done)
-        return self.finish()
+                        place = self.save(done)
+                        raise Interrupted(
+                            f"stopped after step {done}, saved in {place}; go on with resume={self.place.folder}"
+                        )
+            return self.finish()
 
     def accumulate(self, model: nn.Module, step: int) -> Losses:
         """Gradients of one step, over its micro-batches and all processes; returns the mean losses of all."""
@@ -230,8 +233,8 @@ class Training:
             return
         saved = f"; the state before it is saved in {self.save(step)}" if step > 0 else ""
         raise TrainingError(
-            f"step {step + 1}: the loss is {losses.total.item():.4g} and its gradient's norm {norm.item():.4g}, which is "
-            f"not finite{saved}. A lower optimizer.lr is the usual remedy, then precision=fp32."
+            f"step {step + 1}: the loss is {losses.total.item():.4g} and its gradient's norm {norm.item():.4g}, which "
+            f"is not finite{saved}. A lower optimizer.lr is the usual remedy, then precision=fp32."
         )
 
     def values(self, losses: Losses, norm: Tensor, images_per_second: float) -> dict[str, float]:
@@ -245,22 +248,26 @@ class Training:
             "peak_memory_gb": round(peak_memory_gb(self.accelerator.device), 3),
         }
 
-    def look(self, done: int) -> None:
-        """Validate and sample after `done` steps where it is due; both are off the clock."""
+    def is_due(self, interval: int, done: int) -> bool:
+        """Whether something is due after `done` steps: at its interval and at the end; never with an interval of 0."""
+        return interval > 0 and (done % interval == 0 or done == self.settings.steps)
+
+    def look(self, done: int, values: dict[str, float]) -> None:
+        """After `done` steps: log `values`, validate and sample where it is due; off the clock."""
         if not self.accelerator.is_main_process:
             return
         self.wrapped.eval()
-        last = done == self.settings.steps
-        if self.validate is not None and (every(self.settings.validate_every, done) or last):
+        if self.validate is not None and self.is_due(self.settings.validate_every, done):
             with self.precision():
-                value = self.validate(self.transformer, self.guidance)
-            self.metrics.log(done, validation_loss=value)
-        if self.sampler is not None and (every(self.settings.sample_every, done) or last):
+                values = values | {"validation_loss": self.validate(self.transformer, self.guidance)}
+        if values:
+            self.metrics.log(done, **values)
+        if self.sampler is not None and self.is_due(self.settings.sample_every, done):
             file = self.place.folder / "samples" / f"step_{done:06d}.png"
             self.sampler.sheet(self.transformer, file)
             self.metrics.tracker.picture(done, file)
 
-    def must_stop(self, stop: list[int]) -> bool:
+    def must_stop(self, stop: list[float]) -> bool:
         """Whether any process was asked to stop; all of them get the same answer."""
         asked = torch.tensor([float(bool(stop))], device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum").item())
@@ -269,25 +276,24 @@ class Training:
         """Write the checkpoint of `done` steps."""
         place = self.place.folder / "checkpoints" / f"step_{done:06d}"
         if self.accelerator.is_main_process:
-            licence = self.variant.licence
-            checkpoint.save(self.place.folder, done, self.wrapped, self.optimizer, base=self.base, licence=licence)
+            checkpoint.save(
+                self.place.folder,
+                done,
+                self.wrapped,
+                self.optimizer,
+                base=self.base,
+                licence=self.variant.licence,
+                images_per_step=self.loader.sampler.global_batch,
+            )
         self.accelerator.wait_for_everyone()
         return place
 
-    def interrupt(self, done: int) -> None:
-        place = self.save(done)
-        self.loader.close()
-        raise Interrupted(f"stopped after step {done}, saved in {place}; go on with resume={self.place.folder}")
-
     def finish(self) -> Path:
-        """The last look, checkpoint and the finished adapter."""
-        self.look(self.settings.steps)
+        """The last checkpoint and the finished adapter."""
         if self.settings.checkpoint_every:
             self.save(self.settings.steps)
         folder = self.place.folder / "adapter"
         if self.accelerator.is_main_process:
             adapters.save(self.wrapped, folder, base=self.base, licence=self.variant.licence)
-            self.metrics.tracker.finish()
         self.accelerator.wait_for_everyone()
-        self.loader.close()
         return folder

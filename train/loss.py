@@ -146,14 +146,18 @@ class Preservation:
             raise ValueError(f"preservation.weight={self.weight!r} must be a number from 0")
         if not isinstance(self.samples, int) or isinstance(self.samples, bool) or self.samples < 0:
             raise ValueError(f"preservation.samples={self.samples!r} must be a whole number from 0")
-        if isinstance(self.prompts, str) or not all(isinstance(prompt, str) for prompt in self.prompts):
+        if not isinstance(self.prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in self.prompts):
             raise ValueError(f"preservation.prompts={self.prompts!r} must be a list of texts")
-        if self.active and not self.prompts:
-            raise ValueError("preservation has a weight but no preservation.prompts: give some, or preservation=none")
+        if self.weight > 0 and not self.prompts:
+            raise ValueError(
+                f"preservation.weight={self.weight} has no preservation.prompts: give some, or preservation=none"
+            )
+        if self.weight > 0 and not self.samples:
+            raise ValueError(f"preservation.weight={self.weight} holds no samples: preservation.samples=1 or more")
 
     @property
     def active(self) -> bool:
-        return self.weight > 0 and self.samples > 0
+        return self.weight > 0
 
     def choose(self, seed: int, step: int, positions: Sequence[int]) -> list[str]:
         """The prompts for these positions of the global batch."""

@@ -61,7 +61,7 @@ def build(make: Callable[..., torch.optim.Optimizer], parameters: Sequence[nn.Pa
         raise ValueError(f"optimizer.lr={settings.get('lr')!r} must be a number from 0")
     try:
         return make(list(parameters))
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
         given = ", ".join(f"optimizer.{key}={value!r}" for key, value in settings.items())
         raise ValueError(f"the optimizer refused its settings ({error}): {given}") from error
 

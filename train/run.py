@@ -13,45 +13,51 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import dataclasses
-import difflib
 import gc
 import os
+import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import hydra
+import huggingface_hub
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import constants as hub
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from PIL import Image
+from torch import nn
 
 from data.buckets import Buckets
 from data.cache import Cache
 from data.loader import Loader
 from data.samples import Picture, Source
+from flux2.adapters import adapter_parameters
 from flux2.checkpointing import set_policy
-from flux2.pipeline import pick_device, pick_dtype, reference_image, to_pixels
+from flux2.model import Transformer
+from flux2.pipeline import (
+    MANY_REFERENCES_PIXELS,
+    ONE_REFERENCE_PIXELS,
+    pick_device,
+    pick_dtype,
+    reference_image,
+    to_pixels,
+)
 from flux2.variants import Variant
-from flux2.weights import ModelSource, load_autoencoder, load_transformer, model_source
+from flux2.weights import ModelSource, load_autoencoder, load_transformer, looks_local, model_source
 from train import checkpoint
 from train.cache import LocalTextEncoder, Prepared, prepare
-from train.loop import Interrupted, LoopSettings, Training
+from train.command import checked, command, made
+from train.loop import LoopSettings, Training
 from train.loss import Preservation, is_number
 from train.optim import build
 from train.tracking import Metrics
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings, check_count
 
-CONFIG = "../conf"
 GROUPS = (
     "model",
     "precision",
@@ -68,9 +74,6 @@ GROUPS = (
     "validation",
     "sample",
 )
-
-if not OmegaConf.has_resolver("first"):
-    OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value is not None))
 
 
 @dataclass(frozen=True)
@@ -100,18 +103,6 @@ class RunSettings(LoopSettings):
             raise ValueError(f"name={self.name!r} must be a word without slashes: it becomes a folder")
 
 
-def checked(where: str, given: Mapping[str, Any], accepted: Callable[..., Any]) -> Any:
-    """`accepted(**given)` for a dataclass; a key that it does not have is an error that names the nearest ones."""
-    known = [field.name for field in dataclasses.fields(accepted)]  # type: ignore[arg-type]
-    prefix = f"{where}." if where else ""
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"{prefix}{key} is not a setting; {hint}")
-    return accepted(**given)
-
-
 @dataclass(frozen=True)
 class ModelSettings:
     """The group `model`."""
@@ -121,6 +112,9 @@ class ModelSettings:
     autoencoder: str | None
     text_encoder: str | None
     resolution: int
+
+    def __post_init__(self) -> None:
+        check_count("model.resolution", self.resolution, 16)
 
     def source(self) -> ModelSource:
         return model_source(self.name, self.path, self.autoencoder, self.text_encoder)
@@ -150,28 +144,63 @@ def make_accelerator(device: str | None) -> Accelerator:
     AcceleratorState._reset_state()  # a sweep runs several jobs in one process
     GradientState._reset_state()
     # without `cpu`, processes on a machine without a GPU do not find each other and train the same run twice
-    accelerator = Accelerator(cpu=chosen.type == "cpu")
+    accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"accelerate launch was configured for {accelerator.distributed_type.value}; this trains on one or several "
+            "GPUs, each with a whole copy of the model: accelerate launch --multi_gpu --num_processes 2 ..."
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     assert accelerator.num_processes == world, f"{accelerator.num_processes} processes know each other, not {world}"
     launched = any(key.startswith("ACCELERATE_") for key in os.environ)
-    if launched and world == 1 and chosen.type == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)  # `accelerate launch` leaves one thread, and half the machine idle
+    if launched and chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        # `accelerate launch` leaves one thread, and most of the machine idle
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return accelerator
 
 
-def prompt_picture(path: str) -> Image.Image:
-    """A reference picture of the sample sheets."""
-    return Picture(path, lambda: Path(path).open("rb")).load()
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_offline(places: Iterable[object]) -> bool:
+    """Whether one of `places` may be on the Hugging Face Hub, which cannot be reached; then as with HF_HUB_OFFLINE=1.
+
+    What was downloaded before is used then, or the error comes at once: left alone, the Hub's library would try again
+    for half a minute and say so each time.
+    """
+    remote = any(isinstance(place, str) and not looks_local(place) for place in places)
+    if not remote or hub.is_offline_mode():
+        return False
+    try:
+        huggingface_hub.get_session().head(hub.ENDPOINT, timeout=10)
+    except Exception:  # of the HTTP library that it is built on
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are not imported yet
+        hub.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        return True
+    return False
+
+
+def open_picture(path: str) -> Picture:
+    return Picture(path, lambda: Path(path).expanduser().open("rb"))
 
 
 class Run:
     """One configuration turned into objects. Constructing it checks every setting and loads nothing large."""
 
     def __init__(self, config: DictConfig) -> None:
-        self.config: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        self.config: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        for group in GROUPS:
+            if not isinstance(self.config.get(group), dict):
+                raise ValueError(
+                    f"{group}={self.config.get(group)!r} must be a group of settings, as in conf/train.yaml"
+                )
         top = {key: value for key, value in self.config.items() if key not in GROUPS}
-        self.settings: RunSettings = checked("", top, RunSettings)
         self.model: ModelSettings = checked("model", self.config["model"], ModelSettings)
+        self.settings: RunSettings = checked("", top, RunSettings)
         self.memory: MemorySettings = checked("memory", self.config["memory"], MemorySettings)
         precision: PrecisionSettings = checked("precision", self.config["precision"], PrecisionSettings)
         self.validation: ValidationSettings = checked("validation", self.config["validation"], ValidationSettings)
@@ -180,29 +209,36 @@ class Run:
         self.source = self.model.source()
         self.accelerator = make_accelerator(self.settings.device)
         self.dtype = pick_dtype(precision.dtype, self.accelerator.device)
-        self.make_adapter = self.instantiate("adapter")
-        self.make_optimizer = self.instantiate("optimizer")
+        self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
+        self.make_optimizer = self.instantiate("optimizer", "params")
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
         self.preservation: Preservation = self.instantiate("preservation")
         self.text_encoder: LocalTextEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
+        self.rehearse()
+
+    def rehearse(self) -> None:
+        """Attach to a model without memory, and open pictures: what cannot work says so now and not in an hour."""
+        with torch.device("meta"):
+            model = Transformer(self.variant.transformer)
+            set_policy(model, self.memory.checkpointing)
+            self.make_adapter(model, seed=self.settings.seed)
+        build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
+        for path in self.sample.references:
+            open_picture(path).load()
 
     @property
     def variant(self) -> Variant:
         return self.source.variant
 
-    def instantiate(self, group: str) -> Any:
-        """The object that a group's `_target_` makes. What it refuses is raised as it said it."""
-        try:
-            return instantiate(self.config[group], _convert_="object")
-        except InstantiationException as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            if isinstance(cause, ValueError):
-                raise cause from error
-            raise ValueError(f"{group}: {cause}") from error
+    @property
+    def images_per_step(self) -> int:
+        return self.settings.batch_size * self.settings.gradient_accumulation * self.accelerator.num_processes
+
+    def instantiate(self, group: str, *ours: str) -> Any:
+        """The object that a group's `_target_` makes; the arguments `ours` are no settings."""
+        return made(group, self.config[group], ours)
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -211,13 +247,15 @@ class Run:
     def place(self) -> checkpoint.Place:
         """The run folder, chosen by the main process for all."""
         output = self.settings.output_dir
-        fresh = Path(output or f"outputs/{self.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            fresh = Path(HydraConfig.get().runtime.output_dir)
+            output = HydraConfig.get().runtime.output_dir
+        fresh = Path(output or f"outputs/{self.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         shared: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
-                shared[0] = checkpoint.find(self.settings.resume, fresh, self.config)
+                shared[0] = checkpoint.find(
+                    self.settings.resume, fresh, self.config, self.images_per_step, chosen=output is not None
+                )
             except ValueError as error:
                 shared[0] = error
         broadcast_object_list(shared)
@@ -227,6 +265,10 @@ class Run:
 
     def prepare(self) -> tuple[Source, Prepared]:
         """The samples, and the cache filled with all that training reads."""
+        if is_offline(
+            [self.config["dataset"].get("path"), self.source.path, self.source.autoencoder, self.source.text_encoder]
+        ):
+            self.say(f"{hub.ENDPOINT} cannot be reached: going on with what was downloaded before")
         dataset: Source = self.instantiate("dataset")
         prompts = [*self.sample.prompts, *self.preservation.prompts]
         prepared = prepare(
@@ -244,11 +286,13 @@ class Run:
 
     def sampler(self, prepared: Prepared) -> Sampler | None:
         """What makes the sample sheets, if any are asked for."""
-        if not self.sample.prompts or not self.accelerator.is_main_process:
+        if not self.sample.prompts or not self.settings.sample_every or not self.accelerator.is_main_process:
             return None
         autoencoder = load_autoencoder(self.source, self.accelerator.device)
-        limit = self.settings.reference_resolution**2
-        pixels = [to_pixels([reference_image(prompt_picture(path), limit)]) for path in self.sample.references]
+        # as large as inference takes them, so that the pictures are those it gives
+        limit = ONE_REFERENCE_PIXELS if len(self.sample.references) == 1 else MANY_REFERENCES_PIXELS
+        pictures = [open_picture(path).load() for path in self.sample.references]
+        pixels = [to_pixels([reference_image(picture, limit)]) for picture in pictures]
         with torch.no_grad():
             references = [autoencoder.encode(picture.to(self.accelerator.device)) for picture in pixels]
         text, empty = prepared.embeddings(self.sample.prompts), prepared.embeddings([""])
@@ -262,20 +306,24 @@ class Run:
         trained, validated = self.validation.split(len(dataset), settings.seed)
         captions = [sample.caption for sample in dataset]
 
-        self.say(f"loading the transformer of {self.variant.name} ({self.dtype}) onto {accelerator.device}")
+        self.say(
+            f"loading the transformer of {self.variant.name} ({self.dtype}) onto {accelerator.device}; "
+            f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}"
+        )
         transformer = load_transformer(self.source, accelerator.device, self.dtype)
         set_policy(transformer, self.memory.checkpointing)
         wrapped = self.make_adapter(transformer, seed=settings.seed)
-        optimizer = build(self.make_optimizer, [p for p in wrapped.parameters() if p.requires_grad])
-        trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
+        trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
         self.say(f"{len(trained)} samples, {trainable:,} trained parameters, {settings.steps} steps in {place.folder}")
         if place.checkpoint is not None:
             self.say(f"going on from {place.checkpoint}")
 
+        metrics = Metrics(place.folder, self.tracker)
         if accelerator.is_main_process:
             place.folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.create(self.config), place.folder / checkpoint.CONFIG_FILE)
-            self.tracker.start(place.folder, settings.name, self.config)
+            metrics.start(settings.name, self.config, place.step)
         loader = Loader(
             prepared.cache,
             [prepared.entries[i] for i in trained],
@@ -303,7 +351,7 @@ class Run:
             loader=loader,
             plain=dict(zip(prompts, prepared.embeddings(prompts), strict=True)) if prompts else {},
             place=place,
-            metrics=Metrics(place.folder, self.tracker, place.step if place.checkpoint else None),
+            metrics=metrics,
             sampler=self.sampler(prepared),
             validate=FixedNoiseLoss(prepared, chosen, settings.seed) if chosen else None,
             autocast=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
@@ -315,38 +363,18 @@ def main(config: DictConfig) -> None:
     run = Run(config)
     adapter = run.train()
     folder = adapter.parent
-    path = f" --path {run.model.path}" if run.model.path else ""
     run.say(f"adapter   {adapter}")
     run.say(f"numbers   {folder / 'metrics.jsonl'}")
-    if run.sample.prompts:
+    if run.sample.prompts and run.settings.sample_every:
         run.say(f"pictures  {folder / 'samples'}")
-    prompt = run.sample.prompts[0] if run.sample.prompts else "..."
-    run.say(
-        f'use it    python -m flux2.generate --model {run.variant.name}{path} --adapter {adapter} --prompt "{prompt}"'
-    )
+    words = ["python", "-m", "flux2.generate", "--model", run.variant.name]
+    for option in ("path", "autoencoder", "text_encoder"):
+        if place := getattr(run.model, option):
+            words += [f"--{option.replace('_', '-')}", place]
+    words += ["--adapter", str(adapter), "--prompt", run.sample.prompts[0] if run.sample.prompts else "..."]
+    run.say(f"use it    {shlex.join(words)}")
     del run
     gc.collect()  # the next job of a sweep needs the memory
-
-
-def explain(error: Exception) -> str:
-    """One message for what a user can mend."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OmegaConfBaseException | HydraException):
-        return f"configuration: {text} (settings and choices are in conf/; --help lists them)"
-    return str(error)
-
-
-def command(task: Callable[[DictConfig], None]) -> None:
-    """Run `task` under Hydra; an error that a user can mend is one message and exit code 2, a stop request 130."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints a cut traceback itself
-    try:
-        hydra.main(version_base="1.3", config_path=CONFIG, config_name="train")(task)()
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OmegaConfBaseException, HydraException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

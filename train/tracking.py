@@ -46,16 +46,19 @@ class WandbTracker:
         import wandb
 
         kept = folder / "wandb_id"
-        self._run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=self.mode,  # type: ignore[arg-type]
-            name=f"{name}/{folder.name}",
-            config=config,
-            dir=str(folder),
-            id=kept.read_text() if kept.exists() else None,
-            resume="allow",
-        )
+        try:
+            self._run = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                mode=self.mode,  # type: ignore[arg-type]
+                name=f"{name}/{folder.name}",
+                config=config,
+                dir=str(folder),
+                id=kept.read_text() if kept.exists() else None,
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(f"tracker=wandb: {error}. Run `wandb login`, or use tracker.mode=offline") from error
         kept.write_text(self._run.id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -101,13 +104,25 @@ class Metrics:
     What a resumed run had logged past the checkpoint it goes on from is dropped from the file: a step is in it once.
     """
 
-    def __init__(self, folder: Path, tracker: Tracker, resumed_at: int | None = None) -> None:
-        self.file, self.tracker = folder / "metrics.jsonl", tracker
-        if resumed_at is not None and self.file.exists():
-            kept = [line for line in self.read() if line["step"] <= resumed_at]
+    def __init__(self, folder: Path, tracker: Tracker) -> None:
+        self.folder, self.file, self.tracker = folder, folder / "metrics.jsonl", tracker
+        self._started = False
+
+    def start(self, name: str, config: dict[str, Any], step: int) -> None:
+        """Before the first value of a run that has done `step` steps."""
+        self.file.touch()
+        if self.file.stat().st_size:
+            kept = [line for line in self.read() if 0 < step >= line["step"]]
             temporary = self.file.with_suffix(".part")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self.file)
+        self.tracker.start(self.folder, name, config)
+        self._started = True
+
+    def close(self) -> None:
+        """After the last value, also of a run that failed; does nothing where it was not started."""
+        if self._started:
+            self.tracker.finish()
 
     def read(self) -> list[dict[str, float]]:
         """All lines; a last one that a killed process left half written is not one."""

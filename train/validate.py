@@ -103,7 +103,7 @@ class SampleSettings:
     def __post_init__(self) -> None:
         for key in ("prompts", "references"):
             value = getattr(self, key)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
                 raise ValueError(f"sample.{key}={value!r} must be a list of texts")
         check_count("sample.seed", self.seed)
         for key in ("width", "height"):

@@ -1,0 +1,140 @@
+"""Every file of conf/ composes and makes its objects; experiments hold only differences."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from train_helpers import CONF, compose
+
+from data.samples import Folder, HuggingFace
+from flux2.adapters import attach
+from train.command import flat
+from train.run import GROUPS, Run
+
+pytest_plugins = ("train_helpers",)
+
+FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("*.yaml") if file.name != "train.yaml")
+EXPERIMENTS = [file.stem for file in FILES if file.parent.name == "experiment"]
+CHOICES = [(str(file.parent), file.stem) for file in FILES if file.parent.name != "experiment"]
+# what a choice asks for
+NEEDS = {
+    ("dataset", "folder"): ["dataset.path=/pictures"],
+    ("dataset", "huggingface"): ["dataset.path=someone/cards"],
+    ("preservation", "base"): ["preservation.prompts=[a cup]"],
+}
+OBJECTS = {
+    "adapter": "make_adapter",
+    "optimizer": "make_optimizer",
+    "schedule": "schedule",
+    "timesteps": "timesteps",
+    "preservation": "preservation",
+    "text_encoder": "text_encoder",
+    "tracker": "tracker",
+}
+
+
+def test_every_group_of_the_defaults_has_a_folder_and_every_folder_is_a_group():
+    folders = {group for group, _ in CHOICES}
+    assert folders == set(GROUPS) - {"buckets", "validation", "sample"}
+    assert {"debug", "demo", "tarot"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=["/".join(names) for names in CHOICES])
+def test_every_choice_composes_and_makes_its_objects(group, choice):
+    config = compose(f"{group}={choice}", *NEEDS.get((group, choice), []))
+    run = Run(config)
+    assert run.config[group] == OmegaConf.to_container(config[group], resolve=True)
+    if group in OBJECTS:
+        made, target = getattr(run, OBJECTS[group]), get_object(config[group]._target_)
+        settings = {key: value for key, value in run.config[group].items() if not key.startswith("_")}
+        if config[group].get("_partial_"):
+            assert isinstance(made, partial)
+            assert made.func is target
+            assert made.keywords == settings
+        else:
+            assert type(made) is target
+            assert all(getattr(made, key) == value for key, value in settings.items())
+    if group == "model":
+        assert run.variant.name == choice
+        assert run.buckets.resolution == run.settings.reference_resolution == run.variant.resolution
+
+
+def test_the_adapter_covers_the_layers_that_attach_does_by_default():
+    assert list(compose().adapter.targets) == list(attach.__kwdefaults__["targets"])
+
+
+def test_the_datasets_are_made_from_their_files(pictures, parquet):
+    folder = Run(compose("dataset=folder", f"dataset.path={pictures}")).instantiate("dataset")
+    table = Run(compose("dataset=huggingface", f"dataset.path={parquet}")).instantiate("dataset")
+    assert (type(folder), type(table)) == (Folder, HuggingFace)
+    assert [sample.caption for sample in folder] == [sample.caption for sample in table]
+    cards = Run(compose()).instantiate("dataset")
+    assert len(cards) == 24
+    assert all("trtcrd" in sample.caption for sample in cards)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_makes_its_objects(name):
+    run = Run(compose(f"+experiment={name}"))
+    assert run.settings.name == name
+    assert set(run.config) - set(GROUPS) == set(run.settings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_holds_only_differences(name):
+    raw = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+    standard = OmegaConf.load(CONF / "train.yaml").defaults
+    usual = {
+        str(group): choice for entry in standard if isinstance(entry, DictConfig) for group, choice in entry.items()
+    }
+    choices = [
+        (str(group).removeprefix("override /"), choice)
+        for entry in raw.pop("defaults", [])
+        for group, choice in entry.items()
+    ]
+    assert [(group, choice) for group, choice in choices if usual[group] == choice] == []
+    without = compose(*(f"{group}={choice}" for group, choice in choices))
+    same = []
+    for key in flat(raw):
+        value = OmegaConf.select(raw, key)
+        if not isinstance(value, DictConfig) and not OmegaConf.is_missing(without, key):
+            assert key in flat(without), f"{key} is no setting"
+            if OmegaConf.select(without, key) == value:
+                same.append(key)
+    assert same == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_is_headed_by_what_it_is_and_its_command(name):
+    head, _, rest = (CONF / "experiment" / f"{name}.yaml").read_text().partition("\n\n")
+    assert head.startswith("# @package _global_\n# ")
+    assert f"train/run.py +experiment={name}" in head
+    assert rest
+
+
+def test_the_tarot_experiment_has_the_settings_of_the_published_example():
+    config = compose("+experiment=tarot")
+    assert (config.model.name, config.dataset.path) == (
+        "dev",
+        "multimodalart/1920-raider-waite-tarot-public-domain",
+    )
+    assert (config.adapter.rank, config.batch_size, config.steps, config.seed) == (8, 2, 1000, 0)
+    assert (config.optimizer._target_, config.optimizer.lr) == ("bitsandbytes.optim.AdamW8bit", 1e-4)
+    assert (config.schedule._target_, config.schedule.warmup_steps) == ("train.optim.Constant", 200)
+    assert (config.guidance, config.memory.checkpointing, config.precision.dtype) == (1.0, "full", "bf16")
+    assert "trtcrd" in config.sample.prompts[0]
+
+
+def test_the_demo_preserves_plain_prompts_that_it_does_not_show():
+    config = compose("+experiment=demo")
+    assert len(config.preservation.prompts) >= config.preservation.samples
+    assert not any("trtcrd" in prompt for prompt in config.preservation.prompts)
+    assert not set(config.sample.prompts) & set(config.preservation.prompts)
+
+
+def test_the_configuration_is_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert compose("steps=7").steps == 7
+    assert Path(compose().dataset.path) == Path("data/demo")

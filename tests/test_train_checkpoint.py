@@ -1,0 +1,306 @@
+import json
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from flux2 import adapters
+from train import checkpoint
+from train.checkpoint import Place, find
+
+CONFIG = {
+    "name": "a",
+    "steps": 10,
+    "seed": 0,
+    "batch_size": 4,
+    "gradient_accumulation": 1,
+    "model": {"name": "tiny", "path": None},
+    "adapter": {"rank": 4, "targets": ["x", "y"]},
+    "dataset": {"path": "data/demo"},
+    "sample": {"prompts": []},
+}
+IMAGES = 4
+
+
+def changed(**groups):
+    """CONFIG with some keys of groups (or run-level keys) set."""
+    config = json.loads(json.dumps(CONFIG))
+    for key, value in groups.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    return config
+
+
+def make_run(folder: Path, *steps: int, finished: bool = False, config=CONFIG, images: int = IMAGES) -> Path:
+    """A run folder as training leaves it, with empty files in place of tensors."""
+    folder.mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    for step in steps:
+        place = folder / "checkpoints" / f"step_{step:06d}"
+        place.mkdir(parents=True)
+        (place / "state.json").write_text(json.dumps({"step": step, "base": "tiny", "images_per_step": images}))
+    if finished:
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / adapters.PEFT_FILE).touch()
+    return folder
+
+
+def look(resume, fresh, config=CONFIG, images=IMAGES, chosen=False):
+    return find(resume, fresh, config, images, chosen=chosen)
+
+
+# ------------------------------------------------------------------ where a run goes on
+
+
+def test_a_new_run_starts_in_its_own_folder(tmp_path):
+    assert look(None, tmp_path / "new") == Place(tmp_path / "new", None)
+    assert Place(tmp_path / "new").step == 0
+
+
+def test_a_new_run_into_the_folder_of_another_is_refused(tmp_path):
+    make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"output_dir=.*run' already holds a run.*resume=auto"):
+        look(None, tmp_path / "run", chosen=True)
+
+
+def test_a_run_folder_goes_on_from_its_newest_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", 2, 10, 9)
+    place = look(str(run), tmp_path / "new")
+    assert place == Place(run, run / "checkpoints" / "step_000010")
+    assert place.step == 10
+
+
+def test_the_newest_checkpoint_can_be_given_itself(tmp_path):
+    run = make_run(tmp_path / "run", 2, 4)
+    newest = run / "checkpoints" / "step_000004"
+    assert look(str(newest), tmp_path / "new") == Place(run, newest)
+
+
+def test_an_older_checkpoint_needs_a_folder_of_its_own_to_branch_off_into(tmp_path):
+    run = make_run(tmp_path / "run", 2, 4)
+    older = run / "checkpoints" / "step_000002"
+    with pytest.raises(ValueError, match=r"step_000004 of that run would be overwritten.*output_dir="):
+        look(str(older), tmp_path / "new")
+    branch = tmp_path / "branch"
+    assert look(str(older), branch, chosen=True) == Place(branch, older)
+    make_run(branch)
+    with pytest.raises(ValueError, match=r"already holds a run.*for the branch"):
+        look(str(older), branch, chosen=True)
+
+
+def test_a_checkpoint_that_was_not_finished_is_no_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    (run / "checkpoints" / "step_000004").mkdir()  # without its state.json
+    (run / "checkpoints" / ".step_000006.part").mkdir()
+    (run / "checkpoints" / ".step_000006.part" / "state.json").write_text('{"step": 6}')
+    assert look(str(run), tmp_path / "new").step == 2
+    with pytest.raises(ValueError, match="neither a run folder nor a complete checkpoint"):
+        look(str(run / "checkpoints" / "step_000004"), tmp_path / "new")
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"resume='/nowhere' is not a folder.*auto"):
+        look("/nowhere", tmp_path / "new")
+    with pytest.raises(ValueError, match="is neither a run folder nor a complete checkpoint"):
+        look(str(tmp_path), tmp_path / "new")
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        look(str(make_run(tmp_path / "run")), tmp_path / "new")
+
+
+def test_a_finished_run_needs_more_steps_to_go_on(tmp_path):
+    run = make_run(tmp_path / "run", 10, finished=True)
+    with pytest.raises(ValueError, match=r"has done 10 steps: to train it for longer, set steps=11 or more"):
+        look(str(run), tmp_path / "new")
+    assert look(str(run), tmp_path / "new", changed(steps=12)).step == 10
+    with pytest.raises(ValueError, match="has done 10 steps"):
+        look(str(run), tmp_path / "new", changed(steps=8))
+
+
+def test_a_run_that_was_killed_before_its_adapter_was_written_is_finished_off(tmp_path):
+    run = make_run(tmp_path / "run", 10)
+    assert look(str(run), tmp_path / "new").step == 10
+    assert look("auto", tmp_path / "new").step == 10
+
+
+# ------------------------------------------------------------------ another configuration
+
+
+def test_one_error_lists_all_keys_that_differ(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    config = changed(model={"name": "dev"}, adapter={"rank": 8}, dataset={"path": "other"}, seed=1)
+    with pytest.raises(ValueError, match="another configuration") as error:
+        look(str(run), tmp_path / "new", config)
+    for difference in (
+        "model.name='tiny' there, 'dev' here",
+        "adapter.rank=4 there, 8 here",
+        "dataset.path='data/demo' there, 'other' here",
+        "seed=0 there, 1 here",
+    ):
+        assert difference in str(error.value)
+    assert "adapter.targets" not in str(error.value)
+
+
+def test_a_key_that_only_one_of_them_has_differs(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    with pytest.raises(ValueError, match=r"adapter\.alpha=None there, 2 here"):
+        look(str(run), tmp_path / "new", changed(adapter={"alpha": 2}))
+
+
+def test_keys_that_change_nothing_learned_may_differ(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    config = changed(steps=20, name="b", sample={"prompts": ["a"]}) | {"log_every": 3, "cache_dir": "/x"}
+    assert look(str(run), tmp_path / "new", config).step == 2
+
+
+def test_images_may_be_cut_into_batches_differently_but_not_be_more_a_step(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    assert look(str(run), tmp_path / "new", changed(batch_size=2, gradient_accumulation=2)).step == 2
+    with pytest.raises(ValueError, match=r"batch_size \* gradient_accumulation \* processes=4 there, 8 here"):
+        look(str(run), tmp_path / "new", images=8)
+    assert look("auto", tmp_path / "new", images=8) == Place(tmp_path / "new")
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read"):
+        look(str(run), tmp_path / "new")
+    assert look("auto", tmp_path / "new") == Place(tmp_path / "new")
+
+
+# ------------------------------------------------------------------ auto
+
+
+def test_auto_takes_the_newest_unfinished_run_beside_the_new_one(tmp_path):
+    make_run(tmp_path / "2026-01-01", 2)
+    newest = make_run(tmp_path / "2026-01-03", 4)
+    make_run(tmp_path / "2026-01-02", 6)
+    assert look("auto", tmp_path / "2026-02-01") == Place(newest, newest / "checkpoints" / "step_000004")
+
+
+def test_auto_starts_anew_without_an_unfinished_run_of_this_configuration(tmp_path):
+    fresh = tmp_path / "9-new"
+    assert look("auto", fresh) == Place(fresh)
+    make_run(tmp_path / "1-finished", 10, finished=True)
+    make_run(tmp_path / "2-without-checkpoint")
+    make_run(tmp_path / "3-other-rank", 2, config=changed(adapter={"rank": 8}))
+    make_run(tmp_path / "4-beyond", 20, config=changed(steps=30))
+    (tmp_path / "5-no-run").mkdir()
+    (tmp_path / "6-file").touch()
+    assert look("auto", fresh) == Place(fresh)
+
+
+def test_a_finished_run_that_was_going_on_for_longer_is_unfinished_again(tmp_path):
+    run = make_run(tmp_path / "1", 10, 12, finished=True, config=changed(steps=20))
+    assert look("auto", tmp_path / "2", changed(steps=20)) == Place(run, run / "checkpoints" / "step_000012")
+
+
+def test_auto_with_a_folder_that_was_asked_for_looks_there_alone(tmp_path):
+    make_run(tmp_path / "beside", 4)
+    fresh = tmp_path / "mine"
+    assert look("auto", fresh, chosen=True) == Place(fresh)
+    make_run(fresh, 2)
+    assert look("auto", fresh, chosen=True) == Place(fresh, fresh / "checkpoints" / "step_000002")
+
+
+def test_auto_starts_again_in_its_folder_if_nothing_was_saved_there(tmp_path):
+    fresh = make_run(tmp_path / "mine")
+    assert look("auto", fresh, chosen=True) == Place(fresh)
+
+
+def test_auto_does_not_write_into_a_folder_whose_run_is_finished_or_another(tmp_path):
+    fresh = make_run(tmp_path / "mine", 10, finished=True)
+    with pytest.raises(ValueError, match="has done its steps"):
+        look("auto", fresh, chosen=True)
+    with pytest.raises(ValueError, match=r"another configuration: adapter\.rank=4 there, 8 here"):
+        look("auto", fresh, changed(adapter={"rank": 8}), chosen=True)
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.fixture
+def trained():
+    """A small adapter and its optimizer after two steps of random gradients."""
+
+    def make(seed=0, steps=2):
+        wrapped = adapters.attach(helpers.transformers("klein")[0], rank=2, seed=seed)
+        parameters = adapters.adapter_parameters(wrapped)
+        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        return wrapped, optimizer
+
+    return make
+
+
+def write(folder, step, trained, licence=""):
+    wrapped, optimizer = trained
+    return checkpoint.save(folder, step, wrapped, optimizer, base="tiny", licence=licence, images_per_step=IMAGES)
+
+
+def test_adapter_and_optimizer_come_back_bit_for_bit(tmp_path, trained):
+    first = trained()
+    place = write(tmp_path, 7, first)
+    assert place == tmp_path / "checkpoints" / "step_000007"
+    assert checkpoint.state(place) == {"step": 7, "base": "tiny", "images_per_step": IMAGES}
+    other = trained(seed=1, steps=1)
+    checkpoint.load(place, *other)
+    for one, two in zip(*(adapters.adapter_parameters(wrapped) for wrapped, _ in (first, other)), strict=True):
+        assert torch.equal(one, two)
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(first[1].state[one][key], other[1].state[two][key])
+
+
+def test_a_checkpoint_holds_an_adapter_as_it_is_used(tmp_path, trained):
+    place = write(tmp_path, 7, trained(), licence="some licence")
+    assert adapters.find(tmp_path) == place / "adapter"
+    assert {file.name for file in (place / "adapter").iterdir()} >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "diffusers.safetensors",
+    }
+    assert "some licence" in (place / "adapter" / "README.md").read_text()
+
+
+def test_saving_a_step_again_replaces_it_whole(tmp_path, trained):
+    place = write(tmp_path, 7, trained())
+    (place / "left over").touch()
+    second = trained(seed=3)
+    write(tmp_path, 7, second)
+    assert not (place / "left over").exists()
+    other = trained()
+    checkpoint.load(place, *other)
+    one, two = (adapters.layer_pairs(wrapped.get_base_model()) for wrapped in (second[0], other[0]))
+    assert all(torch.equal(one[layer].b, two[layer].b) for layer in one)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000007"]
+
+
+def test_a_checkpoint_appears_only_when_it_is_whole(tmp_path, trained, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path, 7, trained())
+    assert checkpoint.checkpoints(tmp_path) == []
+    monkeypatch.undo()
+    write(tmp_path, 7, trained())
+    assert len(checkpoint.checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("damaged", ["optimizer.pt", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("how", ["cut", "garbage", "missing"])
+def test_a_damaged_checkpoint_is_one_error_that_names_it(tmp_path, trained, damaged, how):
+    place = write(tmp_path, 7, trained())
+    file = place / damaged
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:100] if how == "cut" else b"\x05" * 200)
+    with pytest.raises(ValueError, match=r"step_000007 cannot be read .*delete it"):
+        checkpoint.load(place, *trained())

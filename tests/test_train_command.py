@@ -1,0 +1,270 @@
+"""What the command line says to a mistake: one line with the key, the value and a remedy, and exit code 2."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hydra.core.hydra_config import HydraConfig
+
+from train.command import check_keys, checked, explain, known_settings, made, no_setting
+from train.loop import Interrupted
+
+pytest_plugins = ("train_helpers",)
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("adapter.rnk=4", ["adapter.rnk=4 is not a setting", "did you mean adapter.rank?"]),
+        ("+adapter.rnk=4", ["adapter.rnk=4 is not a setting", "did you mean adapter.rank?"]),
+        ("stepz=3", ["stepz=3 is not a setting", "did you mean steps?"]),
+        ("+stepz=3", ["stepz=3 is not a setting", "did you mean steps?"]),
+        ("lr=1e-4", ["lr=1e-4 is not a setting", "did you mean optimizer.lr?"]),
+        ("modle=dev", ["modle=dev is not a setting", "did you mean model?"]),
+        ("+foo=1", ["foo=1 is not a setting", "known are seed, steps,"]),
+        ("+schedule.warmup=1", ["schedule.warmup=1 is not a setting", "did you mean schedule.warmup_steps?"]),
+        ("+optimizer.beta=1", ["optimizer.beta=1 is not a setting", "did you mean optimizer.betas?"]),
+        ("+sample.prompt=a", ["sample.prompt='a' is not a setting", "did you mean sample.prompts?"]),
+        ("+adapter.seed=3", ["adapter.seed=3 is not a setting", "known are adapter.rank"]),
+        ("experiment=debug", ["experiment=debug", "write +experiment=debug"]),
+    ],
+)
+def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mistake, said):
+    message = run_command.refused(mistake)
+    assert all(part in message for part in said), message
+    assert "append" not in message  # Hydra's advice for a misspelt key makes it worse
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("steps=abc", "steps='abc' must be a whole number from 1"),
+        ("steps=1.5", "steps=1.5 must be a whole number from 1"),
+        ("batch_size=0", "batch_size=0 must be a whole number from 1"),
+        ("caption_dropout=2", "caption_dropout=2 must be a number from 0 to 1"),
+        ("name=a/b", "name='a/b' must be a word without slashes"),
+        ("output_dir=3", "output_dir=3 must be a text"),
+        ("optimizer.lr=abc", "optimizer.lr='abc' must be a number from 0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]"),
+        ("adapter.rank=four", "adapter.rank='four' must be a whole number from 1"),
+        ("adapter.dropout=1", "adapter.dropout=1 must be a number in [0, 1)"),
+        ("timesteps.std=x", "timesteps.std='x' must be a positive number"),
+        ("schedule.warmup_steps=x", "schedule.warmup_steps='x' must be a whole number from 0"),
+        ("text_encoder.length=0", "text_encoder.length=0 must be a whole number from 1"),
+        ("memory.checkpointing=some", "memory.checkpointing='some' is not a policy; choose one of none, full"),
+        ("precision.dtype=fp16", "precision='fp16' must be one of fp32, bf16"),
+        ("buckets.step=17", "buckets.step=17 must be a positive whole multiple of 16"),
+        ("model.resolution=big", "model.resolution='big' must be a whole number from 16"),
+        ("model.name=flux", "model='flux' is not a FLUX.2 model; choose one of tiny, dev"),
+        ("validation.held_out=-1", "validation.held_out=-1 must be a whole number from 0"),
+        ("sample.prompts=cup", "sample.prompts='cup' must be a list of texts"),
+        ("sample.width=50", "sample.width=50 must be a multiple of 16 pixels"),
+        ("sample.references=[/nowhere.png]", "/nowhere.png cannot be read"),
+        ("preservation.weight=1", "preservation.weight=1 has no preservation.prompts: give some"),
+        ("tracker=null", "a group needs the name of a choice"),
+        ("~tracker", "tracker=None must be a group of settings"),
+        ("~memory.checkpointing", "memory.checkpointing is missing"),
+        ("device=gpu", "device='gpu' is not a device: give cuda"),
+    ],
+)
+def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(run_command, mistake, said):
+    assert said in run_command.refused(mistake)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_said(run_command):
+    message = run_command.refused("device=cuda")
+    assert "device='cuda'" in message
+    assert "sees no CUDA GPU here. Use device=cpu" in message
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("model=foo", "model=foo is not a choice; choose one of dev, klein_4b"),
+        ("model=tinny", "model=tinny is not a choice; did you mean tiny?"),
+        ("optimizer=foo", "optimizer=foo is not a choice; choose one of adamw, adamw_8bit"),
+        ("+experiment=foo", "experiment=foo is not a choice; choose one of debug, demo, tarot"),
+    ],
+)
+def test_an_unknown_choice_is_named_with_the_known_ones(run_command, mistake, said):
+    assert said in run_command.refused(mistake)
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("dataset=folder", "dataset.path must be given: add dataset.path=..."),
+        ("preservation=base", "preservation.prompts must be given"),
+    ],
+)
+def test_a_setting_without_a_default_is_asked_for(run_command, missing, said):
+    assert said in run_command.refused(missing)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("steps", "'steps' cannot be read: write key=value"),
+        ("steps=[1", "'steps=[1' cannot be read"),
+        ("sample.width=${foo}", "Interpolation key 'foo' not found full_key: sample.width"),
+    ],
+)
+def test_what_cannot_be_parsed_or_resolved_is_one_line_too(run_command, mistake, said):
+    assert said in run_command.refused(mistake)
+
+
+def test_a_target_that_matches_nothing_is_named_with_the_layers_there_are(run_command):
+    message = run_command.refused(r"adapter.targets=[attention\.q]")
+    assert r"adapter.targets: 'attention\\.q' matches no linear layer" in message
+    assert "double_blocks.N.img_attn.qkv" in message
+
+
+# ------------------------------------------------------------------ the command
+
+
+def raising(error):
+    def task(config):
+        raise error
+
+    return task
+
+
+def test_the_exit_code_says_how_it_ended(run_command):
+    assert run_command(task=lambda config: None) == (0, "", "")
+    assert run_command(task=raising(ValueError("a\n b"))) == (2, "", "error: a b\n")
+    stopped = Interrupted("stopped after step 3; go on with resume=x")
+    assert run_command(task=raising(stopped)) == (130, "", "stopped after step 3; go on with resume=x\n")
+    code, _, err = run_command(task=raising(KeyboardInterrupt()))
+    assert (code, err) == (130, "interrupted before there was anything to save\n")
+
+
+def test_what_is_our_own_mistake_keeps_its_traceback(run_command):
+    with pytest.raises(AssertionError, match="invariant"):
+        run_command(task=raising(AssertionError("invariant")))
+    with pytest.raises(ZeroDivisionError):
+        run_command(task=lambda config: 1 / 0)
+
+
+def test_tracebacks_can_be_asked_for(run_command, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="stepz"):
+        run_command(task=raising(ValueError("stepz")))
+
+
+def test_memory_that_does_not_suffice_names_what_needs_less(run_command):
+    message = run_command.refused(task=raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")))
+    assert "memory.checkpointing=full" in message
+    assert "batch_size" in message
+
+
+def test_help_lists_the_groups_and_the_settings(run_command):
+    code, out, err = run_command("--help")
+    assert (code, err) == (0, "")
+    assert "optimizer: adamw, adamw_8bit" in out
+    assert "rank: 16" in out
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+def test_a_job_that_fails_says_so_and_the_others_go_on(run_command, tmp_path):
+    ran = []
+
+    def task(config):
+        if config.adapter.rank == 0:
+            raise ValueError("rank 0")
+        ran.append((config.adapter.rank, HydraConfig.get().runtime.output_dir))
+
+    code, _, err = run_command("-m", "adapter.rank=2,0,8", f"output_dir={tmp_path}", task=task)
+    assert code == 2
+    assert ran == [(2, str(tmp_path / "0")), (8, str(tmp_path / "2"))]
+    assert err.startswith("error: job 1 (adapter.rank=0,")
+    assert err.endswith("): rank 0\n")
+    assert err.count("\n") == 1
+
+
+def test_a_stop_request_ends_the_whole_sweep(run_command, tmp_path):
+    ran = []
+
+    def task(config):
+        ran.append(config.steps)
+        raise Interrupted("stopped")
+
+    code, _, err = run_command("-m", "steps=1,2,3", f"output_dir={tmp_path}", task=task)
+    assert (code, err, ran) == (130, "stopped\n", [1])
+
+
+# ------------------------------------------------------------------ parts
+
+
+def test_keys_are_compared_within_their_group_first():
+    known = ["steps", "adapter", "adapter.rank", "sample.steps", "optimizer.lr"]
+    assert no_setting("adapter.rnk=4", known) == "adapter.rnk=4 is not a setting; did you mean adapter.rank?"
+    assert no_setting("sample.step", known).endswith("did you mean sample.steps?")
+    assert no_setting("rank=4", known).endswith("did you mean adapter.rank?")
+    assert no_setting("adapter.foo=4", known).endswith("known are adapter.rank")
+    assert no_setting("nothing.foo=4", known).endswith(f"known are {', '.join(known)}")
+
+
+def test_the_known_settings_are_those_of_the_choices_made():
+    assert "schedule.floor" not in known_settings([])
+    assert "schedule.floor" in known_settings(["schedule=cosine", "adapter.rnk=3"])
+    assert "schedule.floor" not in known_settings(["schedule=cosine", "model=foo"])  # does not compose
+    assert {"steps", "adapter", "adapter.rank", "sample.prompts"} <= set(known_settings([]))
+
+
+@dataclass(frozen=True)
+class Settings:
+    needed: int
+    more: list = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        if self.needed < 0:
+            raise ValueError(f"needed={self.needed} must not be negative")
+
+
+def test_a_group_becomes_its_dataclass_or_an_error_that_names_the_key():
+    assert checked("group", {"needed": 3}, Settings) == Settings(3)
+    for given, said in (
+        ({"needed": -1}, r"^group\.needed=-1 must not"),
+        ({}, r"^group\.needed is missing"),
+        ({"needed": 1, "mor": 2}, r"^group\.mor=2 is not a setting; did you mean group\.more\?"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            checked("group", given, Settings)
+
+
+def test_a_target_gets_its_settings_and_refuses_others():
+    target = {"_target_": "train.optim.Cosine", "warmup_steps": 3}
+    assert made("schedule", target).warmup_steps == 3
+    with pytest.raises(ValueError, match=r"^schedule\.flor=1 is not a setting; did you mean schedule\.floor\?"):
+        made("schedule", target | {"flor": 1})
+    with pytest.raises(ValueError, match=r"^schedule\.floor='x' must be"):
+        made("schedule", target | {"floor": "x"})
+    with pytest.raises(ValueError, match=r"^schedule: .*Sine"):
+        made("schedule", {"_target_": "train.optim.Sine"})
+
+
+def test_a_function_that_takes_any_setting_is_given_them():
+    assert made("x", {"_target_": "types.SimpleNamespace", "anything": 1}).anything == 1
+
+
+def test_what_is_given_later_is_no_setting():
+    partial = {"_target_": "flux2.adapters.attach", "_partial_": True, "rank": 3}
+    assert made("adapter", partial, ["model", "seed"]).keywords == {"rank": 3}
+    with pytest.raises(ValueError, match=r"adapter\.seed=1 is not a setting"):
+        made("adapter", partial | {"seed": 1}, ["model", "seed"])
+
+
+def test_a_message_is_one_line_whatever_a_library_wrote():
+    assert explain(ValueError("one\n\n   two\tthree")) == "one two three"
+
+
+def test_keys_of_the_top_have_no_prefix():
+    with pytest.raises(ValueError, match=r"^b=1 is not a setting; known are a$"):
+        check_keys("", {"b": 1}, ["a"])

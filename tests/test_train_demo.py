@@ -1,0 +1,201 @@
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from train_helpers import ROOT, adapter, compose, execute, values
+
+from data import probe
+from data.demo.draw import draw_card
+from data.drawings import Drawing, draw
+from data.samples import Folder
+from flux2.variants import VARIANTS
+from train import demo
+from train.demo import COLOURS, SHOWN, SUBJECTS, Look, judge, look, moved, same
+from train.run import Run
+
+pytest_plugins = ("train_helpers",)
+
+GOOD = {
+    "style_moved": 0.95,
+    "plain_style_moved": 0.05,
+    "subjects_right_before": 0.5,
+    "subjects_right": 0.9,
+    "plain_subjects_right_before": 1.0,
+    "plain_subjects_right": 0.95,
+    "base_unchanged": 1.0,
+}
+
+
+# ------------------------------------------------------------------ the measures
+
+
+def test_the_way_to_the_cards_is_measured_from_the_base():
+    assert moved(before=150, after=150, cards=10) == 0
+    assert moved(before=150, after=10, cards=10) == 1
+    assert moved(before=150, after=80, cards=10) == 0.5
+    assert moved(before=150, after=164, cards=10) == pytest.approx(-0.1)
+    assert moved(before=10, after=10, cards=10) == 0
+
+
+def test_pictures_are_the_same_only_bit_for_bit():
+    one = [Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")]
+    other = [picture.copy() for picture in one]
+    assert same(one, other)
+    other[1].putpixel((7, 7), (0, 0, 254))
+    assert not same(one, other)
+
+
+def test_cards_and_plain_drawings_are_looked_at_for_style_subject_and_colour():
+    cards = look([draw_card("cup", "red", 3), draw_card("star", "blue", 4)], [("red", "cup"), ("red", "star")])
+    assert cards.style_distance < 5
+    assert (cards.subject, cards.colour, cards.both) == (1.0, 0.5, 0.5)
+    plain = look([draw(Drawing("cup", "red", "blue", "large"))], [("red", "cup")])
+    assert plain.style_distance > 100
+    assert (plain.subject, plain.colour, plain.both) == (1.0, 1.0, 1.0)
+    assert look([draw(Drawing("cup", "red", "blue", "large"))], [("red", "fish")]) == replace(plain, subject=0, both=0)
+
+
+def test_what_is_asked_for_is_on_no_card_and_the_probe_knows_it():
+    captions = [sample.caption for sample in Folder(ROOT / "data" / "demo")]
+    assert not any(f" {word} " in caption or f" {word}," in caption for word in SUBJECTS for caption in captions)
+    assert not any(f" {word} " in caption for word in COLOURS for caption in captions)
+    assert set(SUBJECTS) <= set(probe.SHAPES)
+    assert set(COLOURS) <= set(probe.COLOURS)
+    pairs = {f"{colour} {subject}" for colour in COLOURS for subject in SUBJECTS}
+    assert set(SHOWN) <= pairs
+    for colour in COLOURS:  # a clean drawing of each counts as right
+        for subject in SUBJECTS:
+            assert look([draw(Drawing(subject, colour, "blue", "large"))], [(colour, subject)]).both == 1
+
+
+def test_everything_good_is_judged_so_in_every_sentence():
+    assert [sentence[:3] for sentence in judge(GOOD)] == ["yes"] * 5
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "sentence"),
+    [
+        ("style_moved", 0.89, 0),
+        ("subjects_right", 0.79, 1),
+        ("plain_style_moved", 0.21, 2),
+        ("plain_subjects_right", 0.79, 3),
+        ("base_unchanged", 0.0, 4),
+    ],
+)
+def test_what_missed_its_threshold_is_judged_so_with_its_number(key, bad, sentence):
+    judged = judge(GOOD | {key: bad})
+    assert [text[:3] for text in judged] == ["NO " if i == sentence else "yes" for i in range(5)]
+    if key != "base_unchanged":
+        assert f"{bad:.0%}" in judged[sentence]
+
+
+def test_an_adapter_that_learned_nothing_is_said_to_have_learned_nothing():
+    first = judge(GOOD | {"style_moved": moved(150, 150, 10), "plain_style_moved": moved(120, 120, 10)})[0]
+    assert first == "NO   the cards' style was learned: 0% of the way from the base to the cards"
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The demo with four prompts, each sampled in two steps."""
+    monkeypatch.setattr(demo, "SUBJECTS", ("heart", "fish"))
+    monkeypatch.setattr(demo, "COLOURS", ("green", "pink"))
+    monkeypatch.setattr(demo, "SHOWN", ("green fish", "pink heart"))
+    monkeypatch.setitem(VARIANTS, "tiny", replace(VARIANTS["tiny"], steps=2))
+
+
+def arguments(tmp_path, *more):
+    return [
+        *(
+            "+experiment=demo",
+            "steps=2",
+            "batch_size=2",
+            "preservation.samples=1",
+            "sample_every=0",
+            "validate_every=0",
+        ),
+        *("model.resolution=64", f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", *more),
+    ]
+
+
+def test_the_demo_writes_its_sheet_and_all_its_numbers(short, run_command, tmp_path):
+    code, out, err = run_command(*arguments(tmp_path), task=demo.main)
+    assert code == 0, err
+    run = tmp_path / "run"
+    report = json.loads((run / "demo.json").read_text())
+    assert report.keys() >= GOOD.keys() | {"training_seconds", "style_distance_of_the_cards", "cards_before"}
+    assert report["base_unchanged"] == 1.0
+    assert report["cards_before"].keys() == set(Look.__dataclass_fields__)
+    assert report["style_moved"] == pytest.approx(
+        moved(
+            report["cards_before"]["style_distance"],
+            report["cards_after"]["style_distance"],
+            report["style_distance_of_the_cards"],
+        )
+    )
+    page = Image.open(run / "sheet.png")
+    assert page.width > 2 * 256
+    assert page.height > 4 * 256
+    assert len(values(run)) == 1  # the last step
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter(run).items() if "lora_B" in name)
+    for sentence in judge(report):
+        assert sentence in out
+    assert f"{run / 'sheet.png'}\n" in out
+    assert f"-m flux2.generate --adapter {run / 'adapter'}" in out
+
+
+def test_the_demo_of_an_adapter_that_learns_nothing_says_so(short, run_command, tmp_path):
+    code, out, err = run_command(*arguments(tmp_path, "optimizer.lr=0", "steps=1"), task=demo.main)
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "demo.json").read_text())
+    assert report["style_moved"] == report["plain_style_moved"] == 0
+    assert report["cards_before"] == report["cards_after"]
+    assert "NO   the cards' style was learned: 0% of the way" in out
+
+
+def test_the_demo_is_for_the_embedded_model(small, run_command):
+    message = run_command.refused(*small(), task=demo.main)
+    assert message == "model=small_dev: the demo is for the embedded model; train others with train/run.py"
+
+
+def test_the_demo_is_an_entry_file_of_its_own():
+    done = execute([sys.executable, "train/demo.py", "stepz=3"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: stepz=3 is not a setting; did you mean steps?\n"
+
+
+@pytest.mark.slow
+def test_the_demo_learns_the_style_keeps_subjects_and_leaves_plain_prompts_alone(tmp_path):
+    run = tmp_path / "run"
+    done = execute([sys.executable, "train/demo.py", f"output_dir={run}"], timeout=3600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((run / "demo.json").read_text())
+    assert report["style_moved"] >= 0.9
+    assert report["subjects_right"] >= 0.8
+    assert report["plain_style_moved"] <= 0.2
+    assert report["plain_subjects_right"] >= 0.8
+    assert report["base_unchanged"] == 1.0
+    assert [sentence[:3] for sentence in judge(report)] == ["yes"] * 5
+    assert Image.open(run / "sheet.png").width > 1000
+
+
+@pytest.mark.slow
+def test_the_demos_adapter_without_its_preservation_changes_plain_prompts(tmp_path):
+    """What the experiment's preservation is for: without it the measure sees the style leak."""
+    run = tmp_path / "run"
+    done = execute([sys.executable, "train/demo.py", "preservation=none", f"output_dir={run}"], timeout=3600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((run / "demo.json").read_text())
+    assert report["style_moved"] >= 0.9
+    assert report["plain_style_moved"] > 0.2
+
+
+def test_the_demos_settings_are_those_of_its_experiment():
+    run = Run(compose("+experiment=demo"))
+    assert run.variant.name == "tiny"
+    assert run.preservation.active
+    assert len(run.instantiate("dataset")) == 24

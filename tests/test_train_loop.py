@@ -1,0 +1,483 @@
+"""The loop on small random models, whose losses and gradients are of the size of one."""
+
+import json
+import re
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from train_helpers import (
+    CAPTIONS,
+    adapter,
+    ask_to_stop,
+    compose,
+    execute,
+    launch,
+    lines,
+    random_tiny,
+    same_tensors,
+    values,
+)
+
+from flux2.weights import load_transformer
+from train import cache, loop
+from train.checkpoint import checkpoints
+from train.loop import Interrupted, LoopSettings, Training, TrainingError, stop_requests
+from train.run import Run
+
+pytest_plugins = ("train_helpers",)
+
+PRESERVE = ["preservation=base", "preservation.prompts=[a fox, the cup, a card]", "preservation.samples=1"]
+# everything that draws numbers or keeps state, at once
+EVERYTHING = [
+    "adapter.dropout=0.3",
+    "caption_dropout=0.5",
+    *PRESERVE,
+    "gradient_accumulation=2",
+    "schedule=cosine",
+    "schedule.warmup_steps=2",
+    "validate_every=2",
+    "validation.held_out=1",
+]
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The `Training` of every run that reaches its end."""
+    found = []
+    finish = Training.finish
+
+    def keep(self):
+        found.append(self)
+        return finish(self)
+
+    monkeypatch.setattr(Training, "finish", keep)
+    return found
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Every micro-batch that is trained on."""
+    seen = []
+    add_noise = loop.add_noise
+
+    def keep(batch, *rest):
+        seen.append(batch)
+        return add_noise(batch, *rest)
+
+    monkeypatch.setattr(loop, "add_noise", keep)
+    return seen
+
+
+# ------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "settings"),
+    [
+        ("stopped", "dev", EVERYTHING),
+        ("killed", "klein", [*EVERYTHING, "precision=bf16"]),
+        ("stopped", "klein", ["optimizer=adamw_8bit", "optimizer.lr=1e-2", "memory.checkpointing=none"]),
+        ("killed", "dev", []),
+    ],
+    ids=["everything", "everything in bfloat16", "8-bit optimizer", "plain"],
+)
+def test_a_run_that_stopped_and_goes_on_has_the_losses_of_one_that_did_not(
+    train, at_step, batches, way, kind, settings
+):
+    settings = [*settings, "steps=6"]
+    whole = train("whole", *settings, kind=kind)
+    assert len({batch.latents.shape for batch in batches}) == 2  # both buckets took part
+    if way == "stopped":
+        at_step(2, ask_to_stop())
+        with pytest.raises(Interrupted, match=r"stopped after step 3.*resume="):
+            train("cut", *settings, kind=kind)
+    else:
+
+        def die():
+            raise RuntimeError("power cut")
+
+        at_step(5, die)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train("cut", *settings, "checkpoint_every=2", kind=kind)
+        assert values_of_steps(whole.parent / "cut")[-1] == 5  # past the checkpoint of step 4
+    cut = train("cut", *settings, "resume=auto", kind=kind)
+    assert lines(cut) == lines(whole)
+    assert values_of_steps(cut) == list(dict.fromkeys(values_of_steps(cut)))  # each step once
+    assert values_of_steps(cut)[-6:] == [1, 2, 3, 4, 5, 6]
+    assert len(set(values(whole))) == 6
+    assert same_tensors(adapter(cut), adapter(whole))
+
+
+def values_of_steps(folder):
+    return [line["step"] for line in lines(folder)]
+
+
+def test_a_run_can_be_stopped_and_go_on_more_than_once(train, at_step):
+    whole = train("whole", "steps=5")
+    for step in (0, 2, 3):
+        at_step(step, ask_to_stop(signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train("cut", "steps=5", *(["resume=auto"] if step else []))
+    cut = train("cut", "steps=5", f"resume={whole.parent / 'cut'}")
+    assert lines(cut) == lines(whole)
+
+
+def test_a_half_written_last_line_and_what_came_after_the_checkpoint_are_dropped(train, at_step):
+    whole = train("whole", "steps=5")
+    at_step(2, ask_to_stop())
+    with pytest.raises(Interrupted):
+        train("cut", "steps=5")
+    file = whole.parent / "cut" / "metrics.jsonl"
+    with file.open("a") as metrics:
+        metrics.write('{"step": 4, "loss": 17}\n{"step": 5, "lo')
+    cut = train("cut", "steps=5", "resume=auto")
+    assert lines(cut) == lines(whole)
+
+
+def test_the_branch_of_an_older_checkpoint_has_the_losses_from_there_on(train):
+    whole = train("whole", "steps=5", "checkpoint_every=2")
+    branch = train("branch", "steps=5", f"resume={whole / 'checkpoints' / 'step_000002'}")
+    assert lines(branch) == lines(whole)[2:]
+    assert same_tensors(adapter(branch), adapter(whole))
+
+
+def test_a_finished_run_is_trained_for_longer(train):
+    whole = train("whole", "steps=5")
+    first = train("cut", "steps=3", "checkpoint_every=3")
+    longer = train("cut", "steps=5", f"resume={first}")
+    assert lines(longer) == lines(whole)
+
+
+def test_another_configuration_is_not_resumed(train):
+    run = train("run", "checkpoint_every=2")
+    for change, said in (
+        ("adapter.rank=2", "adapter.rank=4 there, 2 here"),
+        ("model.name=small_klein", "model.name='small_dev' there, 'small_klein' here"),
+        ("dataset.path=data/demo", "'data/demo' here"),
+    ):
+        with pytest.raises(ValueError, match="another configuration") as error:
+            train("run", f"resume={run}", change, "steps=9")
+        assert said in str(error.value)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train("run")
+
+
+# ------------------------------------------------------------------ the cache
+
+
+def test_filled_caches_give_the_same_losses_and_load_neither_encoder(train, tmp_path, monkeypatch):
+    settings = [f"cache_dir={tmp_path / 'own_cache'}", "caption_dropout=0.5", *PRESERVE]
+    empty = train("empty", *settings)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("an encoder is loaded")
+
+    monkeypatch.setattr(cache, "load_text_encoder", refuse)
+    monkeypatch.setattr(cache, "load_autoencoder", refuse)
+    filled = train("filled", *settings)
+    assert lines(filled) == lines(empty)
+    assert same_tensors(adapter(filled), adapter(empty))
+    with pytest.raises(AssertionError, match="an encoder is loaded"):
+        train("other", f"cache_dir={tmp_path / 'other_cache'}")
+
+
+# ------------------------------------------------------------------ how a batch is cut
+
+
+def test_the_draws_are_the_same_however_a_batch_is_cut(train, batches, monkeypatch):
+    noised = []
+    add_noise = loop.add_noise
+
+    def keep(*arguments):
+        noised.append(add_noise(*arguments))
+        return noised[-1]
+
+    monkeypatch.setattr(loop, "add_noise", keep)
+    drawn = []
+    for i, cut in enumerate((4, 2, 1)):
+        batches.clear(), noised.clear()
+        train(f"cut {i}", f"batch_size={cut}", f"gradient_accumulation={4 // cut}", "caption_dropout=0.5", "steps=3")
+        drawn.append(
+            {
+                "order": [index for batch in batches for index in batch.indices],
+                "captions": [caption for batch in batches for caption in batch.captions],
+                "positions": [position for batch in batches for position in batch.positions],
+                "times": [time for one in noised for time in one.times.tolist()],
+                "targets": [target.sum().item() for one in noised for target in one.target],
+            }
+        )
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[0]["positions"] == [0, 1, 2, 3] * 3
+    assert "" in drawn[0]["captions"]
+    assert len(set(drawn[0]["times"])) == 12
+
+
+@pytest.mark.parametrize("kind", ["dev", "klein"])
+def test_accumulated_micro_batches_train_as_one_batch_does(train, kind):
+    settings = ["optimizer.lr=1e-3", "caption_dropout=0.3", *PRESERVE, "preservation.samples=4"]
+    one = train("one", "batch_size=4", *settings, kind=kind)
+    two = train("two", "batch_size=2", "gradient_accumulation=2", *settings, kind=kind)
+    for key in ("loss", "preservation_loss", "grad_norm"):
+        assert values(two, key) == pytest.approx(values(one, key), rel=2e-5, abs=1e-9)
+    assert values(two)[0] == pytest.approx(values(one)[0], rel=1e-6)
+    for name, tensor in adapter(one).items():
+        torch.testing.assert_close(adapter(two)[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+def test_a_larger_batch_is_another_run(train):
+    assert values(train("one", "batch_size=1"))[0] != values(train("two", "batch_size=2"))[0]
+
+
+def test_two_processes_train_as_one_does(train, pictures, tmp_path):
+    """Real processes, through the entry file; what they train is of the size called tiny, with random weights."""
+    model = random_tiny_folder(tmp_path)
+    arguments = [
+        *("model=tiny", f"model.path={model}", "model.resolution=48", "dataset=folder", f"dataset.path={pictures}"),
+        *(f"cache_dir={tmp_path / 'cache'}", "steps=3", "log_every=1", "checkpoint_every=2", "sample_every=0"),
+        *("validate_every=3", "validation.samples=1", "adapter.rank=2", "optimizer.lr=1e-3", "caption_dropout=0.3"),
+        *("preservation=base", "preservation.prompts=[a red cup]", "preservation.samples=4"),
+    ]
+    two = tmp_path / "two"
+    script = [*launch("train/run.py", processes=2), *arguments, "batch_size=2", f"output_dir={two}"]
+    done = execute(script, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes: 2" in done.stdout
+    assert done.stdout.count("trained parameters") == 1  # one of them speaks
+    one = Run(compose(*arguments, "batch_size=4", f"output_dir={tmp_path / 'one'}")).train().parent
+    assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)] == [0, 1, 2, 3]
+    for key in ("loss", "preservation_loss", "grad_norm", "validation_loss"):
+        assert values(two, key) == pytest.approx(values(one, key), rel=1e-4, abs=1e-9)
+    assert values(two)[0] == pytest.approx(values(one)[0], rel=1e-6)
+    for name, tensor in adapter(one).items():
+        torch.testing.assert_close(adapter(two)[name], tensor, atol=2e-5, rtol=1e-2)
+    assert sorted(path.name for path in two.iterdir()) == ["adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
+    state = json.loads((two / "checkpoints" / "step_000002" / "state.json").read_text())
+    assert state == {"step": 2, "base": "tiny", "images_per_step": 4}
+
+
+def random_tiny_folder(tmp_path):
+    folder = tmp_path / "random tiny"
+    folder.mkdir()
+    return random_tiny(folder)
+
+
+# ------------------------------------------------------------------ what is learned
+
+
+def test_training_changes_the_adapter_and_nothing_else(train, captured):
+    train("run", *PRESERVE, "adapter.dropout=0.1")
+    (training,) = captured
+    base = load_transformer(Run(compose(*reread(training))).source, "cpu", torch.float32).state_dict()
+    state = training.wrapped.get_base_model().state_dict()
+    frozen = {name.replace(".base_layer", ""): tensor for name, tensor in state.items() if ".lora_" not in name}
+    assert frozen.keys() == base.keys()
+    assert all(torch.equal(frozen[name], base[name]) for name in base)
+    moved = {name: tensor for name, tensor in state.items() if ".lora_B" in name}
+    assert all(tensor.abs().max() > 1e-3 for tensor in moved.values())
+
+
+def reread(training):
+    """The overrides of the run's model, from its own configuration."""
+    file = (training.place.folder / "config.yaml").read_text()
+    return [f"model.{key}={re.search(rf'^  {key}: (.+)$', file, re.M)[1]}" for key in ("name", "path")]
+
+
+def test_training_lowers_the_loss_at_fixed_noise(train):
+    run = train("run", "steps=30", "validate_every=30", "batch_size=4", "log_every=0")
+    before, after = values(run, "validation_loss")
+    assert after < 0.9 * before
+
+
+def test_held_out_samples_are_never_trained_on(train, batches, captured):
+    train("run", "steps=12", "validation.held_out=2", "validate_every=12")
+    held = {caption for _, caption in captured[0].validate.chosen}
+    assert len(held) == 2
+    assert {caption for batch in batches for caption in batch.captions} == set(CAPTIONS) - held
+
+
+def test_dropped_captions_train_on_the_empty_prompt(train, batches):
+    train("run", "steps=3", "caption_dropout=1.0")
+    assert {caption for batch in batches for caption in batch.captions} == {""}
+    assert len({batch.embeddings.sum().item() for batch in batches}) == 1
+
+
+def test_the_guidance_that_a_model_takes_is_the_one_of_the_settings_or_its_own(train):
+    own, same, other = (train(name, *more) for name, more in
+                        (("own", []), ("same", ["guidance=1.0"]), ("other", ["guidance=3.0"])))  # fmt: skip
+    assert values(own) == values(same)
+    assert values(own)[0] != values(other)[0]
+    klein = [train(f"klein {value}", f"guidance={value}", kind="klein") for value in ("null", "3.0")]
+    assert values(klein[0]) == values(klein[1])  # which takes none
+
+
+def test_a_seed_changes_all_draws(train):
+    assert values(train("one"))[0] != values(train("two", "seed=1"))[0]
+
+
+# ------------------------------------------------------------------ the step
+
+
+def test_the_logged_rate_follows_the_schedule(train):
+    run = train("run", "schedule=cosine", "schedule.warmup_steps=1", "optimizer.lr=0.5", "steps=5")
+    wave = [0.5 * (1 + torch.cos(torch.tensor(torch.pi * done / 4)).item()) for done in range(4)]
+    assert values(run, "lr") == pytest.approx([0.25, *(0.5 * value for value in wave)])
+
+
+def test_the_gradient_is_clipped_to_its_norm_and_logged_before(train, captured, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *rest):
+        gradients = [parameter.grad.flatten() for group in self.param_groups for parameter in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    clipped = train("clipped", "max_grad_norm=0.01")
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    assert all(value > 0.02 for value in values(clipped, "grad_norm"))
+    norms.clear()
+    free = train("free", "max_grad_norm=0")
+    assert norms == pytest.approx(values(free, "grad_norm"), rel=1e-5)
+    assert values(free, "grad_norm")[0] == values(clipped, "grad_norm")[0]
+
+
+def test_bfloat16_is_near_to_float32_and_keeps_the_adapter_in_float32(train, captured):
+    exact, near = train("exact"), train("near", "precision=bf16")
+    assert values(near)[0] == pytest.approx(values(exact)[0], rel=0.02)
+    assert values(near)[0] != values(exact)[0]
+    kinds = {name: parameter.dtype for name, parameter in captured[1].wrapped.named_parameters()}
+    assert {kind for name, kind in kinds.items() if "lora_" in name} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if "lora_" not in name} == {torch.bfloat16}
+
+
+def test_recomputing_activations_changes_no_loss(train):
+    none, full = (train(policy, f"memory.checkpointing={policy}", "adapter.dropout=0.2") for policy in ("none", "full"))
+    assert lines(none) == lines(full)
+
+
+# ------------------------------------------------------------------ when something is due
+
+
+def test_intervals_say_when_and_the_end_is_always_shown(train):
+    run = train(
+        "run", "steps=5", "log_every=2", "checkpoint_every=2", "validate_every=3", "sample_every=4",
+        "sample.prompts=[a red cup]", "sample.steps=1",
+    )  # fmt: skip
+    assert [(line["step"], "loss" in line, "validation_loss" in line) for line in lines(run)] == [
+        (0, False, True),
+        (2, True, False),
+        (3, False, True),
+        (4, True, False),
+        (5, True, True),
+    ]
+    assert [path.name for path in checkpoints(run)] == ["step_000002", "step_000004", "step_000005"]
+    sheets = sorted(path.name for path in (run / "samples").iterdir())
+    assert sheets == ["step_000000.png", "step_000004.png", "step_000005.png"]
+
+
+def test_an_interval_of_zero_is_off(train):
+    run = train("run", "log_every=0", "sample.prompts=[a red cup]")
+    assert (run / "metrics.jsonl").read_text() == ""
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "config.yaml", "metrics.jsonl"]
+
+
+def test_looking_at_a_run_does_not_change_it(train):
+    settings = ["adapter.dropout=0.3", "caption_dropout=0.3"]
+    plain = train("plain", *settings)
+    seen = train(
+        "seen", *settings, "validate_every=1", "sample_every=1", "checkpoint_every=1",
+        "sample.prompts=[a red cup]", "sample.steps=1",
+    )  # fmt: skip
+    assert values(seen) == values(plain)
+    assert same_tensors(adapter(seen), adapter(plain))
+
+
+# ------------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_request_saves_the_step_and_leaves_the_handlers_as_they_were(train, at_step, number, tmp_path):
+    before = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
+    at_step(1, ask_to_stop(number))
+    with pytest.raises(Interrupted, match="stopped after step 2"):
+        train("run")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_000002"]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_stop_request_at_the_last_step_lets_the_run_end(train, at_step):
+    at_step(3, ask_to_stop())
+    assert (train("run") / "adapter").exists()
+
+
+def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with stop_requests() as stop:
+        signal.raise_signal(signal.SIGINT)
+        clock.now = 1.0
+        signal.raise_signal(signal.SIGTERM)
+        assert stop == [0.0]
+        clock.now = 3.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state_before_saved(train, monkeypatch, tmp_path):
+    whole = train("whole", "steps=5")
+    training_loss = loop.training_loss
+    calls = []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        losses = training_loss(*arguments)
+        return (
+            losses if len(calls) != 3 else type(losses)(losses.total * float("nan"), losses.flow, losses.preservation)
+        )
+
+    monkeypatch.setattr(loop, "training_loss", poisoned)
+    with pytest.raises(TrainingError, match=r"step 3: the loss is nan .*state before it is saved in .*step_000002.*lr"):
+        train("cut", "steps=5")
+    assert [path.name for path in checkpoints(tmp_path / "cut")] == ["step_000002"]
+    monkeypatch.setattr(loop, "training_loss", training_loss)
+    assert lines(train("cut", "steps=5", "resume=auto")) == lines(whole)
+
+
+def test_a_gradient_that_is_not_finite_stops_too(train, monkeypatch):
+    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda parameters, clip: torch.tensor(float("inf")))
+    with pytest.raises(TrainingError, match=r"step 1: .*norm inf, which is not finite\. A lower"):
+        train("run")
+
+
+def test_a_rate_far_too_high_ends_in_that_error_and_not_in_a_ruined_adapter(train, tmp_path):
+    with pytest.raises(TrainingError, match="not finite"):
+        train("run", "optimizer.lr=1e30")
+    (place,) = checkpoints(tmp_path / "run")
+    assert all(torch.isfinite(tensor).all() for tensor in adapter(place).values())
+
+
+# ------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, r"steps=0 must be a whole number from 1"),
+        ({"steps": 1.5}, r"steps=1\.5 must be"),
+        ({"steps": True}, r"steps=True must be"),
+        ({"gradient_accumulation": 0}, r"gradient_accumulation=0 must be"),
+        ({"log_every": -1}, r"log_every=-1 must be a whole number from 0"),
+        ({"seed": "x"}, r"seed='x' must be"),
+        ({"max_grad_norm": -1}, r"max_grad_norm=-1 must be"),
+        ({"max_grad_norm": float("nan")}, r"max_grad_norm=nan must be"),
+        ({"guidance": "high"}, r"guidance='high' must be"),
+    ],
+)
+def test_a_refused_setting_of_the_loop_is_named_with_its_value(settings, said):
+    with pytest.raises(ValueError, match=said):
+        LoopSettings(**settings)

@@ -1,0 +1,87 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from train.optim import Constant, Cosine, Linear, build, set_rate
+
+
+def factors(schedule, steps):
+    return [schedule.factor(step, steps) for step in range(steps)]
+
+
+def test_constant_is_flat_from_the_first_step():
+    assert factors(Constant(), 4) == [1.0] * 4
+
+
+def test_warm_up_rises_in_equal_parts_and_reaches_the_whole_rate_after_its_steps():
+    assert factors(Constant(warmup_steps=3), 6) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+def test_linear_falls_in_equal_parts_after_the_warm_up_to_its_floor():
+    assert factors(Linear(), 4) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert factors(Linear(warmup_steps=2), 6) == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])
+    assert Linear(floor=0.1).factor(4, 4) == pytest.approx(0.1)
+
+
+def test_cosine_is_half_a_wave_from_one_to_its_floor():
+    assert factors(Cosine(), 4) == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
+    assert Cosine(floor=0.2).factor(2, 4) == pytest.approx(0.6)
+    assert Cosine(warmup_steps=1, floor=0.2).factor(5, 5) == pytest.approx(0.2)
+
+
+def test_a_run_shorter_than_its_warm_up_never_reaches_the_whole_rate():
+    assert factors(Cosine(warmup_steps=9), 2) == pytest.approx([0.1, 0.2])
+
+
+def test_a_rate_depends_on_the_step_alone_so_that_resuming_needs_no_state():
+    schedule = Cosine(warmup_steps=3)
+    forwards = factors(schedule, 10)
+    assert [schedule.factor(step, 10) for step in reversed(range(10))] == forwards[::-1]
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: Constant(warmup_steps=-1), "schedule.warmup_steps=-1"),
+        (lambda: Constant(warmup_steps=1.5), "schedule.warmup_steps=1.5"),
+        (lambda: Constant(warmup_steps="ten"), "schedule.warmup_steps='ten'"),
+        (lambda: Cosine(floor=2), "schedule.floor=2"),
+        (lambda: Linear(floor="x"), "schedule.floor='x'"),
+    ],
+)
+def test_a_schedule_names_the_setting_that_it_refuses(make, key):
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        make()
+
+
+def test_an_optimizer_is_made_on_the_parameters_with_its_settings():
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = build(partial(torch.optim.AdamW, lr=0.5, betas=[0.8, 0.9], weight_decay=0.25), [parameter])
+    (group,) = optimizer.param_groups
+    assert group["params"] == [parameter]
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (0.5, (0.8, 0.9), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": "abc"}, r"optimizer\.lr='abc' must be a number"),
+        ({"lr": None}, r"optimizer\.lr=None must be a number"),
+        ({"lr": -1.0}, r"optimizer\.lr=-1\.0 must be a number from 0"),
+        ({"lr": 1.0, "betas": [0.9]}, r"refused its settings .*optimizer\.betas=\[0\.9\]"),
+        ({"lr": 1.0, "betas": [0.9, 7.0]}, r"refused its settings .*7\.0.*optimizer\.betas=\[0\.9, 7\.0\]"),
+        ({"lr": 1.0, "weight_decay": "x"}, r"refused its settings .*optimizer\.weight_decay='x'"),
+    ],
+)
+def test_a_refused_setting_of_the_optimizer_is_named_with_its_value(settings, said):
+    with pytest.raises(ValueError, match=said):
+        build(partial(torch.optim.AdamW, **settings), [nn.Parameter(torch.zeros(1))])
+
+
+def test_the_rate_is_set_for_all_groups():
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=1.0)
+    set_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]

@@ -1,0 +1,427 @@
+"""A whole run: through the command line, as its own process and as a library."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import helpers
+import pytest
+import torch
+from accelerate import DistributedType
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from train_helpers import (
+    ROOT,
+    adapter,
+    compose,
+    draw_picture,
+    environment,
+    execute,
+    launch,
+    lines,
+    one_message,
+    pixels,
+    random_tiny,
+    values,
+)
+
+import flux2
+import train.run
+from flux2.variants import VARIANTS
+from train import cache
+from train.checkpoint import checkpoints
+from train.run import Run, cores, make_accelerator
+from train.validate import Sampler
+
+pytest_plugins = ("train_helpers",)
+
+
+# ------------------------------------------------------------------ the run folder
+
+
+def test_a_run_folder_holds_all_that_was_made(train):
+    run = train(
+        "run",
+        "checkpoint_every=2",
+        "validate_every=2",
+        "sample_every=2",
+        "sample.prompts=[a red cup]",
+        "sample.steps=1",
+    )
+    assert sorted(path.name for path in run.iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "samples",
+    ]
+    assert {path.name for path in (run / "adapter").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "diffusers.safetensors",
+    }
+    assert all(key.startswith("transformer.") for key in keys(run / "adapter" / "diffusers.safetensors"))
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
+    assert first.keys() == {"step", "loss", "lr", "grad_norm", "images_per_second", "peak_memory_gb"}
+    assert first["images_per_second"] > 0
+    assert first["peak_memory_gb"] > 0.05
+
+
+def keys(file):
+    with safe_open(file, "pt") as tensors:
+        return list(tensors.keys())
+
+
+def test_the_configuration_is_kept_resolved_and_makes_the_same_run_again(train, tmp_path):
+    run = train("run")
+    text = (run / "config.yaml").read_text()
+    assert "${" not in text
+    assert "???" not in text
+    kept = OmegaConf.load(run / "config.yaml")
+    assert (kept.adapter.rank, kept.buckets.resolution, kept.optimizer._target_) == (4, 48, "torch.optim.AdamW")
+    kept.output_dir = str(tmp_path / "again")
+    assert lines(Run(kept).train().parent) == lines(run)
+
+
+@pytest.mark.parametrize("licence", ["", "FLUX Non-Commercial License"])
+def test_a_restricting_licence_is_named_in_every_adapter_that_is_saved(train, monkeypatch, small, licence):
+    variant = replace(helpers.VARIANTS["klein"], repo="owner/gated", gated=bool(licence), licence=licence)
+    monkeypatch.setitem(VARIANTS, "small_klein", variant)
+    run = train("run", "steps=1", "checkpoint_every=1", kind="klein")
+    for folder in (run / "adapter", checkpoints(run)[0] / "adapter"):
+        readme = (folder / "README.md").read_text()
+        assert "base_model: owner/gated" in readme
+        with safe_open(folder / "diffusers.safetensors", "pt") as tensors:
+            metadata = tensors.metadata()
+        assert metadata["base_model"] == "owner/gated"
+        assert metadata.get("base_model_license", "") == licence
+        assert ("Non-Commercial" in readme) == bool(licence)
+
+
+def test_a_run_names_its_folder_after_itself_and_the_time(small, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    adapter_folder = Run(compose(*small("name=cats", "steps=1"))).train()
+    assert adapter_folder.parts[:2] == ("outputs", "cats")
+    assert time.strptime(adapter_folder.parts[2], "%Y-%m-%d_%H-%M-%S")
+
+
+def test_settings_are_checked_before_anything_is_loaded_or_written(run_command, small, monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was loaded")
+
+    for module, name in ((cache, "load_text_encoder"), (cache, "load_autoencoder"), (train.run, "load_transformer")):
+        monkeypatch.setattr(module, name, refuse)
+    folder = tmp_path / "run"
+    for mistake in ("adapter.rank=0", "adapter.targets=[foo]", "optimizer.lr=x", "dataset.path=/nowhere"):
+        run_command.refused(*small(f"output_dir={folder}", f"cache_dir={tmp_path / 'cache'}", mistake))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ samples
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """The pictures of every sheet that is made."""
+    made = []
+    pictures = Sampler.pictures
+
+    def keep(self, model):
+        made.append(pictures(self, model))
+        return made[-1]
+
+    monkeypatch.setattr(Sampler, "pictures", keep)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "guidance"), [("dev", "null"), ("klein", "3.0"), ("klein", "1.0")])
+def test_the_sheets_show_what_inference_makes_of_the_base_and_of_the_finished_adapter(
+    train, sheets, kind, guidance, model_folders
+):
+    run = train(
+        "run", "sample_every=4", "sample.prompts=[a red cup, the fox]", "sample.seed=3", "sample.steps=2",
+        f"sample.guidance={guidance}", "sample.width=64", "sample.height=48", kind=kind,
+    )  # fmt: skip
+    pipeline = flux2.load(f"small_{kind}", str(model_folders(kind)), device="cpu")
+    scale = None if guidance == "null" else float(guidance)
+    options = {"seed": 3, "steps": 2, "guidance": scale, "width": 64, "height": 48}
+    base = pipeline.generate(["a red cup", "the fox"], **options)
+    pipeline.load_adapter(run)
+    final = pipeline.generate(["a red cup", "the fox"], **options)
+    for sheet, expected in zip(sheets, (base, final), strict=True):
+        for one, two in zip(sheet, expected, strict=True):
+            assert one.size == two.size == (64, 48)
+            assert abs(pixels(one) - pixels(two)).max() <= 1
+    assert abs(pixels(base[0]) - pixels(final[0])).max() > 8  # the adapter does something
+
+
+def test_sheets_of_edits_show_what_inference_makes_of_the_same_references(train, sheets, tmp_path, model_folders):
+    draw_picture(5, (100, 70)).save(tmp_path / "room.png")
+    train(
+        "run", "steps=1", "sample_every=1", "sample.prompts=[the red room]", "sample.steps=2",
+        f"sample.references=[{tmp_path / 'room.png'}]", "sample.width=48", "sample.height=48",
+    )  # fmt: skip
+    pipeline = flux2.load("small_dev", str(model_folders("dev")), device="cpu")
+    room = [draw_picture(5, (100, 70))]
+    options = {"seed": 0, "steps": 2, "width": 48, "height": 48}
+    (expected,) = pipeline.generate("the red room", references=room, **options)
+    assert abs(pixels(sheets[0][0]) - pixels(expected)).max() <= 1
+    (without,) = pipeline.generate("the red room", **options)
+    assert abs(pixels(without) - pixels(expected)).max() > 8
+
+
+# ------------------------------------------------------------------ processes
+
+
+def test_one_launched_process_uses_all_cores_and_one_of_several_its_share(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for key in ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    make_accelerator("cpu")
+    assert threads == []  # plain python: PyTorch's own choice
+    monkeypatch.setattr(train.run, "cores", lambda: 12)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    make_accelerator("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    make_accelerator("cpu")
+    assert threads == [12, 3]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # somebody asked for it
+    make_accelerator("cpu")
+    assert threads == [12, 3]
+
+
+def test_processes_that_do_not_know_each_other_are_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AssertionError, match="1 processes know each other, not 2"):
+        make_accelerator("cpu")
+
+
+def test_a_launcher_set_up_for_another_kind_of_parallelism_is_refused(monkeypatch):
+    fake = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(train.run, "Accelerator", lambda **kwargs: fake)
+    with pytest.raises(ValueError, match=r"configured for FSDP.*--multi_gpu"):
+        make_accelerator("cpu")
+
+
+def test_the_launchers_mixed_precision_does_not_change_the_runs(train, monkeypatch):
+    plain = train("plain")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert lines(train("launched")) == lines(plain)
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def test_a_sweep_trains_every_value_in_its_own_folder(run_command, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = small("dataset.path=" + compose(*small()).dataset.path)
+    code, out, err = run_command("-m", "+experiment=debug", *settings, "adapter.rank=2,8", "steps=2")
+    assert code == 0, err
+    (sweep,) = (tmp_path / "outputs" / "debug").iterdir()
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "multirun.yaml"]
+    for job, rank in (("0", 2), ("1", 8)):
+        assert OmegaConf.load(sweep / job / "config.yaml").adapter.rank == rank
+        assert {min(tensor.shape) for tensor in adapter(sweep / job).values()} == {rank}
+        assert len(values(sweep / job)) == 2
+        assert f"adapter   {sweep / job / 'adapter'}" in out
+    assert values(sweep / "0")[0] == pytest.approx(values(sweep / "1")[0])  # B is zero: the same base
+    assert values(sweep / "0")[1] != values(sweep / "1")[1]
+
+
+def test_a_job_of_a_sweep_that_fails_leaves_the_others_results(run_command, small, tmp_path):
+    code, _, err = run_command("-m", *small(f"output_dir={tmp_path / 'sweep'}"), "adapter.rank=2,0,8", "steps=1")
+    assert code == 2
+    assert err.count("error: ") == 1
+    assert "adapter.rank=0 must be a whole number from 1" in err
+    assert [len(values(tmp_path / "sweep" / job)) for job in ("0", "2")] == [1, 1]
+
+
+def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, small, tmp_path, model_folders):
+    prompt = 'sample.prompts=["a cup\'s fox"]'
+    code, out, err = run_command(
+        *small(f"output_dir={tmp_path / 'run'}", prompt, "sample_every=4", "sample.steps=1", "steps=1")
+    )
+    assert code == 0, err
+    run = tmp_path / "run"
+    assert out.splitlines()[-4:] == [
+        f"adapter   {run}/adapter",
+        f"numbers   {run}/metrics.jsonl",
+        f"pictures  {run}/samples",
+        f"use it    python -m flux2.generate --model small_dev --path {model_folders('dev')} --adapter {run}/adapter "
+        "--prompt 'a cup'\"'\"'s fox'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("model.path=/nowhere/model", ["model.path='/nowhere/model' does not exist", "give a repository id, a folder"]),
+        ("dataset.path=/nowhere/pictures", ["dataset.path='/nowhere/pictures' does not exist", "give a folder"]),
+        ("dataset.caption_column=title", ["caption_column='title'", "leave the columns out"]),
+        ("resume=/nowhere", ["resume='/nowhere' is not a folder", "or auto"]),
+        ("validation.held_out=6", ["validation.held_out=6 leaves none of the 6 samples"]),
+    ],
+)
+def test_a_place_that_is_not_there_is_named_with_its_key_and_a_remedy(run_command, small, mistake, said):
+    message = run_command.refused(*small(mistake))
+    assert all(part in message for part in said), message
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(run_command, small, parquet):
+    message = run_command.refused(
+        *small("dataset=huggingface", f"dataset.path={parquet}", "dataset.caption_column=text")
+    )
+    assert "dataset.caption_column='text' is not a column" in message
+    assert "it has: image, caption" in message
+
+
+def test_a_picture_that_cannot_be_read_is_named_before_any_encoder_is_loaded(run_command, small, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.txt").write_text("a broken picture")
+    monkeypatch.setattr(cache, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded"))
+    message = run_command.refused(*small(f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}"))
+    assert f"picture {folder / 'broken.png'} cannot be read" in message
+    assert "replace or remove it" in message
+
+
+def test_a_model_that_cannot_be_downloaded_is_named_with_the_way_to_give_a_local_one(run_command, parquet, tmp_path):
+    message = run_command.refused("+experiment=tarot", f"dataset.path={parquet}", f"cache_dir={tmp_path}")
+    assert "black-forest-labs/FLUX.2-dev" in message
+    assert "could not be reached" in message
+    assert "model.path=/path/to/FLUX.2" in message
+
+
+def test_a_run_that_ends_in_a_loss_that_is_not_finite_is_one_message(run_command, small, tmp_path):
+    code, _, err = run_command(*small("optimizer.lr=1e30", f"output_dir={tmp_path / 'run'}"))
+    assert code == 2
+    assert "error: step 2: the loss is" in err
+    assert "Traceback" not in err
+    assert str(tmp_path / "run" / "checkpoints" / "step_000001") in err
+
+
+# ------------------------------------------------------------------ other processes
+
+
+def test_accelerate_launch_trains_the_tarot_experiment_on_local_parquet_with_all_cores(parquet, tmp_path):
+    run = tmp_path / "run"
+    done = execute(
+        [
+            *launch("train/run.py", "+experiment=tarot", "model=tiny", f"dataset.path={parquet}", "steps=2"),
+            *("model.resolution=64", "sample.steps=1", "log_every=1", "checkpoint_every=2", "sample_every=2"),
+            *(f"output_dir={run}", f"cache_dir={tmp_path / 'cache'}"),
+        ]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"processes: 1, CPU threads each: {cores()}\n" in done.stdout
+    kept = OmegaConf.load(run / "config.yaml")
+    assert (kept.name, kept.adapter.rank, kept.optimizer._target_) == ("tarot", 8, "bitsandbytes.optim.AdamW8bit")
+    assert [line["step"] for line in lines(run)] == [0, 1, 2]
+    assert values(run, "lr") == pytest.approx([1e-4 / 201, 2e-4 / 201])
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["step_000000.png", "step_000002.png"]
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter(run).items() if "lora_B" in name)
+
+
+def test_without_network_the_tarot_experiment_says_which_repository_and_how_to_give_a_local_one(tmp_path):
+    started = time.monotonic()
+    done = execute(
+        [sys.executable, "train/run.py", "+experiment=tarot"],
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT="http://127.0.0.1:9",  # refuses connections, as a machine without network does
+        HF_HOME=str(tmp_path),
+    )
+    assert done.returncode == 2
+    message = one_message(done.stderr)
+    assert "multimodalart/1920-raider-waite-tarot-public-domain" in message
+    assert "could not be reached" in message
+    assert "dataset.path=/path/to/file.parquet" in message
+    assert "http://127.0.0.1:9 cannot be reached: going on with what was downloaded before" in done.stdout
+    assert time.monotonic() - started < 240  # ten seconds on a machine that does nothing else
+
+
+def test_a_mistake_on_the_command_line_of_the_entry_file_is_one_line(tmp_path):
+    done = execute([sys.executable, "train/run.py", "adapter.rnk=4", f"output_dir={tmp_path / 'run'}"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: adapter.rnk=4 is not a setting; did you mean adapter.rank?\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_saves_and_the_resumed_run_has_the_losses_of_an_uninterrupted_one(pictures, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    arguments = [
+        *("model=tiny", f"model.path={random_tiny(model)}", "model.resolution=48", "batch_size=2", "log_every=1"),
+        *("dataset=folder", f"dataset.path={pictures}", f"cache_dir={tmp_path / 'cache'}", "adapter.dropout=0.1"),
+        *("sample_every=0", "validate_every=0", "checkpoint_every=0", "adapter.rank=2", "optimizer.lr=1e-3"),
+    ]
+    cut = tmp_path / "cut"
+    process = subprocess.Popen(
+        [sys.executable, "train/run.py", *arguments, "steps=100000", f"output_dir={cut}"],
+        cwd=ROOT,
+        env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = cut / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    (place,) = checkpoints(cut)
+    done = len(values(cut))
+    assert f"stopped after step {done}, saved in {place}; go on with resume={cut}" in err
+    assert "Traceback" not in err
+    steps = f"steps={done + 2}"
+    resumed = Run(compose(*arguments, steps, "resume=auto", f"output_dir={cut}")).train().parent
+    whole = Run(compose(*arguments, steps, f"output_dir={tmp_path / 'whole'}")).train().parent
+    assert lines(resumed) == lines(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_to_the_launcher_of_two_processes_saves_once(pictures, tmp_path, number):
+    """A Ctrl-C reaches launcher and processes alike, and the launcher then signals them again."""
+    model = tmp_path / "model"
+    model.mkdir()
+    cut = tmp_path / "cut"
+    arguments = [
+        *("model=tiny", f"model.path={random_tiny(model)}", "model.resolution=48", "batch_size=1", "log_every=1"),
+        *("dataset=folder", f"dataset.path={pictures}", f"cache_dir={tmp_path / 'cache'}", "steps=100000"),
+        *("sample_every=0", "validate_every=0", "checkpoint_every=0", f"output_dir={cut}"),
+    ]
+    process = subprocess.Popen(
+        [*launch("train/run.py", processes=2), *arguments],
+        cwd=ROOT,
+        env=environment(ACCELERATE_USE_CPU="true"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = cut / "metrics.jsonl"
+    deadline = time.monotonic() + 400
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode != 0
+    (place,) = checkpoints(cut)
+    assert json.loads((place / "state.json").read_text())["step"] == len(values(cut))
+    assert f"saved in {place}" in err

@@ -1,0 +1,86 @@
+"""The script that draws and trains the embedded model, at a thousandth of its size."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flux2
+from data.drawings import held_out
+from train.tiny_model.fit import Phase, Recipe, rate, set_groups
+from train.tiny_model.world import catalogue, make_text_encoder, make_tokenizer, render
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_unknown_words_are_spelt_and_so_told_apart() -> None:
+    tokenizer = make_tokenizer()
+    known = tokenizer("a red cup", add_special_tokens=False)["input_ids"]
+    assert len(known) == 3
+    one, other = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("trtcrd", "ohwx"))
+    assert tokenizer.unk_token_id not in one + other
+    assert one != other
+    assert len(one) == 6
+
+
+def test_embeddings_differ_between_prompts_and_repeat_for_one_seed() -> None:
+    prompts = ["a red cup", "a red fish", ""]
+    embeddings = make_text_encoder(0).encode(prompts)
+    assert embeddings.shape == (3, 32, 192)
+    assert (embeddings[0] - embeddings[1]).abs().max() > 0.1
+    assert torch.equal(embeddings, make_text_encoder(0).encode(prompts))
+
+
+def test_nothing_held_out_is_drawn_and_an_edit_keeps_the_jitter_of_its_source() -> None:
+    world = catalogue(seed=0, drawings=500, edits=200, scenes=3)
+    assert len(world.jobs) == 703
+    assert not any(held_out(job.drawing) for job in world.jobs if job.drawing is not None)
+    for i, (source, instruction) in enumerate(world.edits):
+        result = world.jobs[world.drawings + i]
+        assert result.seed == world.jobs[source].seed
+        assert result.drawing != world.jobs[source].drawing
+        assert instruction
+    assert all(job.drawing is None for job in world.jobs[-3:])
+
+
+def test_a_job_renders_the_same_picture_every_time() -> None:
+    world = catalogue(seed=3, drawings=2, edits=1, scenes=1)
+    for job in world.jobs:
+        assert (render(job) == render(job)).all()
+        assert render(job).shape == (128, 128, 3)
+
+
+def test_rate_warms_up_stays_flat_and_falls_to_zero() -> None:
+    assert rate(0, 1000, 0.6) == pytest.approx(0.01)
+    assert rate(300, 1000, 0.6) == 1.0
+    assert rate(800, 1000, 0.6) == pytest.approx(0.5)
+    assert rate(1000, 1000, 0.6) == pytest.approx(0.0)
+
+
+def test_a_scaled_recipe_keeps_everything_but_counts_and_steps() -> None:
+    recipe = Recipe().scaled(0.001)
+    assert recipe.drawings == 24
+    assert recipe.transformer_lr == Recipe().transformer_lr
+    assert [phase.steps for phase in recipe.autoencoder] == [8, 8]
+    assert isinstance(recipe.autoencoder[0], Phase)
+
+
+def test_norm_groups_change_and_weights_stay() -> None:
+    layer = torch.nn.Sequential(torch.nn.GroupNorm(8, 16))
+    set_groups(layer, 1)
+    x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), torch.nn.functional.group_norm(x, 1, eps=layer[0].eps))
+
+
+@pytest.mark.slow
+def test_the_whole_script_runs_and_its_folder_opens(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "train.tiny_model", "--home", str(tmp_path / "home"), "--scale", "0.001"]
+    options = ["--folder", str(tmp_path / "model"), "--docs", str(tmp_path / "grid.png")]
+    environment = {"TORCHDYNAMO_DISABLE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    subprocess.run(command + options, cwd=ROOT, check=True, env=environment, timeout=600)
+    picture = flux2.load("tiny", str(tmp_path / "model"), device="cpu").generate("a red cup", steps=2)[0]
+    assert picture.size == (128, 128)
+    assert (tmp_path / "home" / "log.jsonl").exists()
+    assert (tmp_path / "grid.png").exists()

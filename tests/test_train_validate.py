@@ -1,0 +1,196 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+from train_helpers import compose, pixels, values
+
+from flux2 import adapters
+from flux2.weights import load_transformer
+from train.run import Run
+from train.validate import TIMES, FixedNoiseLoss, SampleSettings, ValidationSettings, sheet, wrap
+
+pytest_plugins = ("train_helpers",)
+
+
+# ------------------------------------------------------------------ which samples
+
+
+def test_held_out_samples_are_not_trained_on_and_the_others_all_are():
+    trained, validated = ValidationSettings(held_out=3).split(10, seed=0)
+    assert len(validated) == 3
+    assert sorted(trained + validated) == list(range(10))
+
+
+def test_without_held_out_samples_all_are_trained_on_and_some_validated():
+    trained, validated = ValidationSettings(held_out=0, samples=4).split(10, seed=0)
+    assert trained == list(range(10))
+    assert len(set(validated)) == 4
+    assert ValidationSettings(samples=99).split(5, seed=0)[1] == list(range(5))
+    assert ValidationSettings(samples=0).split(5, seed=0)[1] == []
+
+
+def test_the_choice_depends_on_the_seed_alone():
+    splits = [ValidationSettings(held_out=3).split(20, seed)[1] for seed in (0, 0, 1)]
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_holding_out_everything_is_refused():
+    with pytest.raises(ValueError, match=r"validation\.held_out=4 leaves none of the 4 samples"):
+        ValidationSettings(held_out=4).split(4, 0)
+    for settings in ({"held_out": -1}, {"samples": 1.5}, {"held_out": "x"}):
+        with pytest.raises(ValueError, match=r"validation\.\w+=.* must be a whole number"):
+            ValidationSettings(**settings)
+
+
+# ------------------------------------------------------------------ the loss at fixed noise
+
+
+@pytest.fixture
+def measured(small):
+    """A model and its loss at fixed noise over two samples."""
+    run = Run(compose(*small()))
+    dataset, prepared = run.prepare()
+    chosen = [(prepared.entries[i], dataset[i].caption) for i in (1, 4)]
+    return load_transformer(run.source), FixedNoiseLoss(prepared, chosen, seed=0)
+
+
+def test_the_loss_is_the_same_number_whenever_it_is_measured(measured):
+    model, loss = measured
+    torch.manual_seed(1)
+    first = loss(model, 1.0)
+    torch.manual_seed(2)
+    assert loss(model, 1.0) == first
+    assert FixedNoiseLoss(loss.prepared, loss.chosen, seed=1)(model, 1.0) != first
+
+
+def test_the_loss_is_the_mean_over_samples_and_times(measured):
+    model, loss = measured
+    means = []
+    for i, (entry, caption) in enumerate(loss.chosen):
+        noised, text = loss.sample(i, entry, caption, torch.device("cpu"))
+        assert torch.equal(noised.times, torch.tensor(TIMES))
+        assert torch.equal(text, loss.prepared.embeddings([caption] * len(TIMES)))
+        with torch.no_grad():
+            means.append((noised.predict(model, text, 1.0) - noised.target).square().mean().item())
+    assert loss(model, 1.0) == pytest.approx(sum(means) / 2, rel=1e-6)
+    assert means[0] != means[1]
+
+
+def test_noise_differs_between_samples_and_times(measured):
+    _, loss = measured
+    targets = [loss.sample(i, *loss.chosen[0], torch.device("cpu"))[0].target for i in (0, 1)]
+    rows = torch.cat(targets).flatten(1)
+    assert len({row.sum().item() for row in rows}) == 2 * len(TIMES)
+
+
+def test_the_loss_sees_the_adapter_and_leaves_no_gradient(measured):
+    model, loss = measured
+    before = loss(model, 1.0)
+    wrapped = adapters.attach(model, rank=2).eval()
+    assert loss(model, 1.0) == before
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    assert loss(model, 1.0) != before
+    assert all(parameter.grad is None for parameter in wrapped.parameters())
+
+
+def test_a_run_that_learns_nothing_has_a_flat_validation_loss(train):
+    run = train("run", "optimizer.lr=0", "validate_every=1", "adapter.dropout=0.5", "caption_dropout=0.5")
+    assert len(values(run, "validation_loss")) == 5
+    assert len(set(values(run, "validation_loss"))) == 1
+    assert len(set(values(run))) == 4
+
+
+# ------------------------------------------------------------------ sheets
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompts": "a cup"}, r"sample\.prompts='a cup' must be a list of texts"),
+        ({"prompts": [1]}, r"sample\.prompts=\[1\] must be"),
+        ({"prompts": 5}, r"sample\.prompts=5 must be"),
+        ({"references": "x.png"}, r"sample\.references='x\.png' must be"),
+        ({"seed": -1}, r"sample\.seed=-1 must be"),
+        ({"width": 100}, r"sample\.width=100 must be a multiple of 16"),
+        ({"height": "x"}, r"sample\.height='x' must be"),
+        ({"steps": 0}, r"sample\.steps=0 must be"),
+        ({"guidance": -1}, r"sample\.guidance=-1 must be"),
+    ],
+)
+def test_a_refused_setting_of_the_sheets_is_named_with_its_value(settings, said):
+    with pytest.raises(ValueError, match=said):
+        SampleSettings(**settings)
+
+
+def test_every_prompt_has_a_seed_of_its_own_whatever_the_others_are(small):
+    run = Run(compose(*small("sample.prompts=[a fox, a fox, a red cup]", "sample.steps=1", "sample_every=1")))
+    _, prepared = run.prepare()
+    sampler, model = run.sampler(prepared), load_transformer(run.source)
+    assert (sampler.width, sampler.height) == (48, 48)
+    first, second, third = sampler.pictures(model)
+    assert abs(pixels(first) - pixels(second)).max() > 8
+    alone = Run(compose(*small("sample.prompts=[a red cup]", "sample.seed=2", "sample.steps=1", "sample_every=1")))
+    (again,) = alone.sampler(prepared).pictures(model)
+    assert abs(pixels(again) - pixels(third)).max() == 0
+
+
+def test_a_run_without_prompts_or_sheets_has_no_sampler(small):
+    for settings in ([], ["sample.prompts=[a fox]"]):
+        run = Run(compose(*small(*settings)))
+        assert run.sampler(run.prepare()[1]) is None
+
+
+def plain(colour, size=(64, 48)):
+    return Image.new("RGB", size, colour)
+
+
+def test_a_sheet_holds_the_very_pixels_under_their_captions():
+    noise = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(one) for one in noise]
+    page = pixels(sheet([pictures], ["a red cup", "the fox"]))
+    top = page.shape[0] - 4 * 48 - 12  # a gap below the row, and one at the edge
+    for i, picture in enumerate(pictures):
+        left = 6 + i * (4 * 64 + 6)
+        shown = page[top : top + 4 * 48 : 4, left : left + 4 * 64 : 4]
+        assert (shown == pixels(picture)).all()
+        assert (page[:top, left : left + 200] < 128).any()  # the caption
+    assert (page[:4] == 255).all()
+
+
+def test_rows_are_named_and_columns_captioned():
+    page = pixels(sheet([[plain("red")], [plain("blue")]], ["a cup"], ["before", "after"]))
+    reds = (page == (255, 0, 0)).all(-1)
+    blues = (page == (0, 0, 255)).all(-1)
+    assert reds.sum() == blues.sum() == 256 * 192
+    ys, xs = np.nonzero(reds)
+    assert np.nonzero(blues)[0].min() == ys.max() + 7  # under it, a gap between
+    assert (page[ys.min() : ys.max(), : xs.min()] < 128).any()  # its name
+    assert sheet([[plain("red")]], [""]).height == 192 + 12  # no room for captions that are not there
+
+
+def test_a_long_row_is_broken_after_four():
+    page = pixels(sheet([[plain("red")] * 6], [f"prompt {i}" for i in range(6)]))
+    counts = [(page[half] == (255, 0, 0)).all(-1).sum() for half in np.array_split(range(page.shape[0]), 2)]
+    assert counts == [4 * 256 * 192, 2 * 256 * 192]
+
+
+def test_large_pictures_are_scaled_down_to_the_width_of_a_column():
+    page = sheet([[plain("red", (1024, 512))]], ["a cup"])
+    assert (pixels(page) == (255, 0, 0)).all(-1).sum() == 256 * 128
+
+
+def test_captions_are_broken_at_spaces_and_cut_with_dots():
+    font = ImageFont.load_default(12)
+    text = "a large red cup on a small blue background with a fox"
+    broken = wrap(text, font, 120, 9)
+    assert broken.replace("\n", " ") == text
+    assert all(font.getlength(line) <= 120 for line in broken.split("\n"))
+    cut = wrap(text, font, 120, 2).split("\n")
+    assert len(cut) == 2
+    assert cut[1].endswith(" ...")
+    assert font.getlength(cut[1]) <= 120
+    assert wrap("short", font, 120, 3) == "short"
+    assert wrap("oneverylongwordthatdoesnotfit", font, 50, 3) == "oneverylongwordthatdoesnotfit"

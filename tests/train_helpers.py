@@ -1,0 +1,246 @@
+"""Short training runs on small random models, in this process: what the tests of train/ share.
+
+A test module says `pytest_plugins = ("train_helpers",)` to get the fixtures, and imports the functions before that, so
+pytest is told: PYTEST_DONT_REWRITE.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import helpers
+import hydra
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from flux2.variants import VARIANTS
+from flux2.weights import TINY_FOLDER
+from train.command import command
+from train.loop import Training
+from train.run import Run, main
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+# a word of the small tokenizer's each, so that no two captions have the same embedding
+CAPTIONS = ["a red cup", "a blue fox", "the small card", "a tarot cup", "trtcrd in red", "the blue background"]
+NOT_NUMBERS_OF_LEARNING = ("images_per_second", "peak_memory_gb")
+
+Train = Callable[..., Path]
+
+
+def compose(*overrides: str) -> DictConfig:
+    """conf/train.yaml with `overrides`, as the command line composes it."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("train", list(overrides))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run without what depends on the machine's speed."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in NOT_NUMBERS_OF_LEARNING} for line in read]
+
+
+def values(folder: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in lines(folder) if key in line]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The finished adapter of a run folder, or that of a checkpoint."""
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def draw_picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def random_tiny(folder: Path) -> Path:
+    """A model of the size called `tiny` with random weights, for runs in other processes: what it predicts depends on
+    all of its weights, whatever the embedded ones are."""
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (folder / part).symlink_to(TINY_FOLDER / part, target_is_directory=True)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for file in sorted((TINY_FOLDER / "transformer").glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            normal = torch.randn(tensor.shape, generator=generator)
+            state[name] = normal / tensor.shape[-1] ** 0.5 if tensor.ndim > 1 else 1 + 0.1 * normal
+    (folder / "transformer").mkdir()
+    save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six captioned pictures, four square and two wide: two buckets at 48 px."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, caption in enumerate(CAPTIONS):
+        draw_picture(i, (48, 48) if i < 4 else (100, 50)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parquet(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a table with the columns `image` and `caption`."""
+    file = tmp_path_factory.mktemp("table") / "cards.parquet"
+    rows = [{"image": Image.open(pictures / f"{i}.png"), "caption": caption} for i, caption in enumerate(CAPTIONS)]
+    datasets.Dataset.from_list(rows).to_parquet(str(file))
+    return file
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Filled by the first run that needs an entry."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def small(
+    monkeypatch: pytest.MonkeyPatch, model_folders: Callable[[str], Path], pictures: Path, cache_folder: Path
+) -> Callable[..., list[str]]:
+    """`small(*overrides)`: the settings of a run of four steps on a small random model; `kind` is dev or klein."""
+    for variant in helpers.VARIANTS.values():
+        monkeypatch.setitem(VARIANTS, variant.name, replace(variant, resolution=48))
+
+    def overrides(*more: str, kind: str = "dev") -> list[str]:
+        intervals = ["log_every=1", "checkpoint_every=0", "sample_every=0", "validate_every=0"]
+        return [
+            f"model.name=small_{kind}",
+            f"model.path={model_folders(kind)}",
+            "model.resolution=48",
+            "dataset=folder",
+            f"dataset.path={pictures}",
+            f"cache_dir={cache_folder}",
+            "batch_size=2",
+            "steps=4",
+            "adapter.rank=4",
+            "optimizer.lr=1e-2",
+            *intervals,
+            *more,
+        ]
+
+    return overrides
+
+
+@pytest.fixture
+def train(small: Callable[..., list[str]], tmp_path: Path) -> Train:
+    """`train("run", *overrides)`: a small run into `tmp_path / "run"`; gives the run folder."""
+
+    def run(name: str, *overrides: str, kind: str = "dev") -> Path:
+        return Run(compose(*small(f"output_dir={tmp_path / name}", *overrides, kind=kind))).train().parent
+
+    return run
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """`at_step(3, action)`: call `action` once, before the gradients of the step with three finished ones."""
+
+    def plant(step: int, action: Callable[[], None]) -> None:
+        accumulate = Training.accumulate
+
+        def planted(self: Training, model: torch.nn.Module, now: int) -> Any:
+            if now == step:
+                monkeypatch.setattr(Training, "accumulate", accumulate)
+                action()
+            return accumulate(self, model, now)
+
+        monkeypatch.setattr(Training, "accumulate", planted)
+
+    return plant
+
+
+def ask_to_stop(number: int = signal.SIGTERM) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+class Command:
+    """Runs the command line in this process: `command("steps=3")` gives (exit code, standard output, errors)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def __call__(self, *arguments: str, task: Callable[[DictConfig], None] = main) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["train/run.py", *arguments])
+        GlobalHydra.instance().clear()
+        self.capfd.readouterr()
+        code = 0
+        try:
+            command(task)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = self.capfd.readouterr()
+        return code, out, err
+
+    def refused(self, *arguments: str, task: Callable[[DictConfig], None] = main) -> str:
+        """The one message of a command line that is refused with exit code 2."""
+        code, out, err = self(*arguments, task=task)
+        assert code == 2
+        message = one_message(err)
+        assert "Traceback" not in out
+        return message
+
+
+def one_message(err: str) -> str:
+    """The only thing that was written on the error stream, but for progress bars: a line `error: ...`."""
+    said = [line for line in err.splitlines() if line.strip() and not re.search(r"\d\d:\d\d[<,]", line)]
+    assert len(said) == 1, err
+    assert said[0].startswith("error: "), err
+    return said[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    yield Command(monkeypatch, capfd)
+    GlobalHydra.instance().clear()
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """For another process: as after a login, without what this one's launcher or test runner has set."""
+    dropped = ("OMP_NUM_THREADS", "WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONPATH", "HYDRA_FULL_ERROR")
+    mine = {key: value for key, value in os.environ.items() if key not in dropped and not key.startswith("ACCELERATE_")}
+    return mine | {"HF_HUB_OFFLINE": "1"} | extra
+
+
+def launch(*arguments: str, processes: int = 1) -> list[str]:
+    """The command line of `accelerate launch`."""
+    start = [sys.executable, "-m", "accelerate.commands.launch"]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        start += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", str(port)]
+    return [*start, *arguments]
+
+
+def execute(arguments: list[str], timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run another process from the repository root, to its end."""
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
+    )

@@ -1,0 +1,194 @@
+"""The command line of the entry files: Hydra composes conf/, and what a user can mend is one message, no traceback.
+
+A configuration is checked before anything large is loaded: `checked` and `made` turn a group into an object and refuse
+keys that nothing reads, which Hydra lets through behind a `+`. HYDRA_FULL_ERROR=1 shows tracebacks all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+CONFIG = Path(__file__).resolve().parent.parent / "conf"
+USER_ERRORS = (ValueError, OmegaConfBaseException, HydraException, torch.OutOfMemoryError)
+
+if not OmegaConf.has_resolver("first"):
+    OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value is not None))
+
+
+# ------------------------------------------------------------------ settings
+
+
+def no_setting(given: str, known: Iterable[str]) -> str:
+    """The message for `given` (a key, perhaps with its value), naming the nearest of `known`, else its neighbours."""
+    key, choices = given.lstrip("+~").partition("=")[0], list(known)
+    group, _, name = key.rpartition(".")
+    beside = {choice.rpartition(".")[2]: choice for choice in choices if choice.rpartition(".")[0] == group}
+    close = (
+        [beside[match] for match in difflib.get_close_matches(name, beside, 2)]
+        or [choice for choice in choices if choice.rpartition(".")[2] == name]
+        or difflib.get_close_matches(key, [] if beside else choices, 2, cutoff=0.75)
+    )
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(beside.values() or choices)}"
+    return f"{given} is not a setting; {hint}"
+
+
+def check_keys(group: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises ValueError for the first key of `given` that is not in `known`. `group` is "" at the top."""
+    prefix = f"{group}." if group else ""
+    names = list(known)
+    for key, value in given.items():
+        if key not in names:
+            raise ValueError(no_setting(f"{prefix}{key}={value!r}", [prefix + name for name in names]))
+
+
+def checked(group: str, given: Mapping[str, Any], accepted: Callable[..., Any]) -> Any:
+    """`accepted(**given)` for a dataclass. Raises ValueError, naming the key, for one too many, missing or mistyped."""
+    fields = dataclasses.fields(accepted)  # type: ignore[arg-type]
+    check_keys(group, given, [field.name for field in fields])
+    prefix = f"{group}." if group else ""
+    for field in fields:
+        if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{prefix}{field.name} is missing: give it a value")
+    try:
+        return accepted(**given)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(prefix) else f"{prefix}{error}") from error
+
+
+def accepted_names(target: Callable[..., Any]) -> list[str] | None:
+    """The names of the arguments of `target`; None if it takes any, or does not say which."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except ValueError:
+        return None
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return None if takes_any else [parameter.name for parameter in parameters]
+
+
+def made(group: str, given: Mapping[str, Any], ours: Sequence[str] = ()) -> Any:
+    """The object that a group's `_target_` makes. What it refuses is raised as it said it.
+
+    Args:
+        ours: its arguments that are no settings, being given later.
+    """
+    try:
+        known = accepted_names(get_object(given["_target_"]))
+        if known is not None:
+            settings = {key: value for key, value in given.items() if not key.startswith("_")}
+            check_keys(group, settings, [name for name in known if name not in ours])
+        return instantiate(given, _convert_="object")
+    except (InstantiationException, ImportError, KeyError, TypeError) as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ValueError):
+            raise cause from error
+        raise ValueError(f"{group}: {cause}") from error
+
+
+# ------------------------------------------------------------------ errors
+
+
+def flat(config: DictConfig, prefix: str = "") -> list[str]:
+    """All keys of a configuration, groups among them."""
+    found = []
+    for key in config:
+        found.append(f"{prefix}{key}")
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_missing() and not node._is_none():
+            found += flat(node, f"{prefix}{key}.")
+    return found
+
+
+def known_settings(overrides: Sequence[str]) -> list[str]:
+    """The keys that can be set, with the choices among `overrides` if they compose."""
+    chosen = [text for text in overrides if (CONFIG / text.lstrip("+~").partition("=")[0]).is_dir()]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
+        try:
+            return flat(hydra.compose("train", chosen))
+        except (HydraException, OmegaConfBaseException):
+            return flat(hydra.compose("train"))
+
+
+def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
+    """One line for what a user can mend."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: try memory.checkpointing=full, then a smaller batch_size or resolution ({text})"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        close = difflib.get_close_matches(choice, error.options, 1)
+        return f"{group}={choice} is not a choice; " + (
+            f"did you mean {close[0]}?" if close else f"choose one of {', '.join(error.options)}"
+        )
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be given: add {error.full_key}=..."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read: write key=value, and quote a value with special characters"
+    if found := re.match(r"Could not override '(.+?)'", text):
+        given = [item for item in overrides if item.lstrip("+~").partition("=")[0] == found[1]] or [found[1]]
+        if (CONFIG / found[1]).is_dir():
+            return f"{given[0]}: no {found[1]} is chosen yet that this could override; write +{given[0]}"
+        return no_setting(given[0], known_settings(overrides))
+    if text.startswith("Config group override must be"):
+        return f"a group needs the name of a choice, as in model=tiny ({text})"
+    if isinstance(error, OmegaConfBaseException | HydraException):
+        return f"configuration: {text} (settings and choices are in conf/; --help lists them)"
+    return text
+
+
+def command(task: Callable[[DictConfig], None]) -> None:
+    """Run `task` under Hydra; an error that a user can mend is one message and exit code 2, a stop request 130.
+
+    A job of a sweep that fails says so at once, and the others go on.
+    """
+    before = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints cut tracebacks itself
+    failed = []
+
+    def report(error: Exception, where: str = "") -> None:
+        if before == "1":
+            raise error
+        failed.append(where)  # not the error, whose traceback would hold the models of a failed job
+        print(f"error: {where}{explain(error, sys.argv[1:])}", file=sys.stderr)
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> None:
+        try:
+            task(config)
+        except USER_ERRORS as error:
+            this = HydraConfig.get()
+            sweep = this.mode == RunMode.MULTIRUN
+            report(error, f"job {this.job.num} ({this.job.override_dirname}): " if sweep else "")
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted before there was anything to save", file=sys.stderr)
+        sys.exit(130)
+    except USER_ERRORS as error:
+        report(error)
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before
+    if failed:
+        sys.exit(2)

@@ -1,0 +1,74 @@
+"""Draw the pictures and train the embedded model: `python -m train.tiny_model` (or `make tiny`).
+
+The embedded model is a real FLUX.2 in every part (autoencoder, transformer with a guidance embedding, text encoder,
+published folder layout), three thousand times smaller than dev, so that the whole framework can be run, tested and
+demonstrated on a laptop. Its world is `data.drawings`: one subject in one colour and size on one background, made from
+a caption or by editing a reference. flux2/assets/tiny/README.md is its model card.
+
+Stages, each skipped when its result is there; a stopped training goes on from its last checkpoint:
+
+1. text:         a tokenizer for the captions' words (unknown words are spelt letter by letter) and a frozen, random
+                 Mistral. Random states are enough: the transformer learns what the words mean.
+2. pictures:     drawings for training, pairs for edits, and abstract scenes that only the autoencoder sees, so that it
+                 can also code pictures that are no drawings.
+3. autoencoder:  L1 + MSE + gradient loss, the colours of areas, and a little KL; half drawings, half scenes;
+                 crops first, whole pictures last.
+4. latents:      every picture encoded, and the statistics that normalise the 128 channels.
+5. transformer:  flow matching. One batch in four edits a reference; one caption in ten is dropped. From `guide_from`
+                 on, half of each batch learns guided flows for guidance values in [1, 4], as in model-guidance
+                 (Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"): the embedding then means what
+                 it means in dev, and guidance 1 stays the plain flow that LoRAs are trained with.
+6. export:       averaged weights in bfloat16 to flux2/assets/tiny.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from flux2.weights import TINY_FOLDER
+from train.tiny_model.export import export, grid
+from train.tiny_model.fit import Recipe, encode_pictures, evaluate, train_autoencoder, train_transformer
+from train.tiny_model.world import catalogue, draw_pictures, make_text_encoder
+
+STAGES = ("text", "pictures", "autoencoder", "latents", "transformer", "export")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the pictures and train the embedded model.")
+    parser.add_argument("--home", type=Path, default=Path("outputs/tiny"), help="where checkpoints and the log go")
+    parser.add_argument("--folder", type=Path, default=TINY_FOLDER, help="where the finished model goes")
+    parser.add_argument("--docs", type=Path, default=Path("docs/tiny.png"), help="where the picture grid goes")
+    parser.add_argument("--until", choices=STAGES, default="export", help="the last stage to run")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all counts and steps, to try the script quickly")
+    options = parser.parse_args()
+    home, folder, until = options.home, options.folder, STAGES.index(options.until)
+    recipe = Recipe().scaled(options.scale)
+    home.mkdir(parents=True, exist_ok=True)
+
+    text = make_text_encoder(recipe.seed)
+    world = catalogue(recipe.seed, recipe.drawings, recipe.edits, recipe.scenes)
+    if until < 1:
+        return
+    pictures = draw_pictures(world.jobs, home / "pictures.npy")
+    if until < 2:
+        return
+    autoencoder = train_autoencoder(recipe, pictures, home)
+    if until < 3:
+        return
+    latents = encode_pictures(autoencoder, pictures[: recipe.drawings + recipe.edits], home / "latents.safetensors")
+    if until < 4:
+        return
+    model = train_transformer(recipe, world, latents, autoencoder, text, home)
+    if until < 5:
+        return
+    export(model, autoencoder, recipe.seed, folder)
+    scores = evaluate(model, autoencoder, text, None, 192)
+    (home / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    grid(folder, options.docs)
+    print(json.dumps(scores, indent=2))
+
+
+if __name__ == "__main__":
+    main()
