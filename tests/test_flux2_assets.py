@@ -73,7 +73,7 @@ def test_most_unseen_prompts_and_edits_come_out_as_asked() -> None:
 
 
 @pytest.mark.slow
-def test_unseen_prompts_are_right_in_95_percent_and_most_edits() -> None:
+def test_unseen_prompts_are_right_in_95_percent_and_edits_in_90() -> None:
     wanted = unseen(128, seed=12)
     made = pipeline().generate([plain_caption(drawing) for drawing in wanted], seed=0, batch_size=16)
     assert share(made, wanted) >= 0.95
@@ -85,7 +85,7 @@ def test_unseen_prompts_are_right_in_95_percent_and_most_edits() -> None:
         pipeline().generate(order, references=[draw(source)], seed=i)[0]
         for i, (source, (order, _)) in enumerate(zip(sources, orders, strict=True))
     ]
-    assert share(edited, [result for _, result in orders]) >= 0.80
+    assert share(edited, [result for _, result in orders]) >= 0.90
 
 
 def share(pictures: list, wanted: list[Drawing]) -> float:

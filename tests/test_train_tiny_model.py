@@ -1,18 +1,18 @@
 """The script that draws and trains the embedded model, at a thousandth of its size."""
 
-import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from train_helpers import execute
 
 import flux2
-from data.drawings import held_out
-from train.tiny_model.fit import Phase, Recipe, rate, set_groups
-from train.tiny_model.world import catalogue, make_text_encoder, make_tokenizer, render
-
-ROOT = Path(__file__).resolve().parents[1]
+from data.drawings import EDITS, held_out
+from train.tiny_model.fit import Phase, Recipe, draw_batch, edit_shares, rate, set_groups
+from train.tiny_model.world import Catalogue, catalogue, make_text_encoder, make_tokenizer, render
 
 
 def test_unknown_words_are_spelt_and_so_told_apart() -> None:
@@ -45,6 +45,33 @@ def test_nothing_held_out_is_drawn_and_an_edit_keeps_the_jitter_of_its_source() 
     assert all(job.drawing is None for job in world.jobs[-3:])
 
 
+def kind(world: Catalogue, target: int) -> str:
+    source, result = (asdict(world.jobs[i].drawing) for i in (world.edits[target - world.drawings][0], target))
+    (changed,) = (key for key in EDITS if source[key] != result[key])
+    return changed
+
+
+def test_a_lesson_sees_its_share_of_edits_and_of_each_kind() -> None:
+    recipe = Recipe()
+    world = catalogue(seed=0, drawings=300, edits=300, scenes=0)
+    latents = torch.arange(600.0)[:, None, None, None].expand(-1, 128, 8, 8)  # each picture's number
+    for lesson in recipe.transformer:
+        shares = edit_shares(world, lesson.kinds) if lesson.kinds else None
+        seen: list[str] = []
+        for step in range(lesson.edits_every * 40):
+            batch = draw_batch(recipe, lesson, world, shares, latents, step, np.random.default_rng(step))
+            edits = step % lesson.edits_every == lesson.edits_every - 1
+            assert len(batch.references) == edits
+            if edits:
+                targets = [int(latent[0, 0, 0]) for latent in batch.latents]
+                sources = [int(latent[0, 0, 0]) for latent in batch.references[0]]
+                assert sources == [world.edits[target - world.drawings][0] for target in targets]
+                seen += [kind(world, target) for target in targets]
+        assert len(seen) == 40 * 24
+        for name, share in (lesson.kinds or {}).items():
+            assert abs(seen.count(name) / len(seen) - share) < 0.06
+
+
 def test_a_job_renders_the_same_picture_every_time() -> None:
     world = catalogue(seed=3, drawings=2, edits=1, scenes=1)
     for job in world.jobs:
@@ -62,7 +89,9 @@ def test_rate_warms_up_stays_flat_and_falls_to_zero() -> None:
 def test_a_scaled_recipe_keeps_everything_but_counts_and_steps() -> None:
     recipe = Recipe().scaled(0.001)
     assert recipe.drawings == 24
-    assert recipe.transformer_lr == Recipe().transformer_lr
+    assert [lesson.steps for lesson in recipe.transformer] == [11, 8]
+    assert recipe.transformer[0].lr == Recipe().transformer[0].lr
+    assert recipe.judged == 8
     assert [phase.steps for phase in recipe.autoencoder] == [8, 8]
     assert isinstance(recipe.autoencoder[0], Phase)
 
@@ -78,8 +107,8 @@ def test_norm_groups_change_and_weights_stay() -> None:
 def test_the_whole_script_runs_and_its_folder_opens(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.tiny_model", "--home", str(tmp_path / "home"), "--scale", "0.001"]
     options = ["--folder", str(tmp_path / "model"), "--docs", str(tmp_path / "grid.png")]
-    environment = {"TORCHDYNAMO_DISABLE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    subprocess.run(command + options, cwd=ROOT, check=True, env=environment, timeout=600)
+    done = execute(command + options, timeout=1800, TORCHDYNAMO_DISABLE="1")
+    assert done.returncode == 0, done.stderr[-3000:]
     picture = flux2.load("tiny", str(tmp_path / "model"), device="cpu").generate("a red cup", steps=2)[0]
     assert picture.size == (128, 128)
     assert (tmp_path / "home" / "log.jsonl").exists()

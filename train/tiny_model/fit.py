@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import flux2.model
 from data import probe
-from data.drawings import Drawing, all_drawings, caption, draw, edit, held_out, plain_caption
+from data.drawings import EDITS, Drawing, all_drawings, caption, draw, edit, held_out, plain_caption
 from flux2.autoencoder import Autoencoder, patchify
 from flux2.sampling import initial_noise, sample
 from flux2.text_encoder import TextEncoder
@@ -46,6 +46,23 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """One part of the transformer's training.
+
+    The first part leaves edits of the size behind: they are few, and the subject must be drawn anew in another place.
+    The second has more edits, and more of those.
+    """
+
+    steps: int
+    lr: float
+    flat: float  # share of the steps before the learning rate decays
+    guide_from: float  # share of the steps before guided flows are learned
+    edits_every: int  # one batch in so many edits
+    kinds: dict[str, float] | None  # shares of the kinds of edits; None: as they were drawn
+    stream: int  # of random numbers; the autoencoder's phases have 1 and 2
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the result: counts of pictures, steps, batch sizes, rates."""
 
@@ -57,12 +74,21 @@ class Recipe:
         Phase(steps=8_000, groups=8, scenes=0.15, crops=0.6, lr=2e-3, areas=0.0),
         Phase(steps=6_000, groups=TINY.autoencoder.groups, scenes=0.5, crops=0.67, lr=1.5e-3, areas=1.0),
     )
-    transformer_steps: int = 11_000
+    transformer: tuple[Lesson, ...] = (
+        Lesson(steps=11_000, lr=1.2e-3, flat=0.6, guide_from=0.6, edits_every=4, kinds=None, stream=0),
+        Lesson(
+            steps=5_000,
+            lr=6e-4,
+            flat=0.3,
+            guide_from=0.0,
+            edits_every=2,
+            kinds={"colour": 0.15, "background": 0.15, "shape": 0.25, "size": 0.45},
+            stream=3,
+        ),
+    )
     transformer_batch: int = 32
-    transformer_lr: float = 1.2e-3
-    flat: float = 0.6  # share of the steps before the learning rate decays
-    guide_from: float = 0.6  # share of the steps before guided flows are learned
     average: float = 0.999  # decay of the averaged weights
+    judged: int = 192  # held-out prompts, and as many edits, for the final scores
 
     def scaled(self, scale: float) -> Recipe:
         """The same recipe with all counts and steps multiplied by `scale`, but at least 8."""
@@ -70,9 +96,10 @@ class Recipe:
         def part(count: int) -> int:
             return max(8, round(count * scale))
 
-        counts = {key: part(getattr(self, key)) for key in ("drawings", "edits", "scenes", "transformer_steps")}
+        counts = {key: part(getattr(self, key)) for key in ("drawings", "edits", "scenes", "judged")}
         phases = tuple(replace(phase, steps=part(phase.steps)) for phase in self.autoencoder)
-        return replace(self, autoencoder=phases, **counts)
+        lessons = tuple(replace(lesson, steps=part(lesson.steps)) for lesson in self.transformer)
+        return replace(self, autoencoder=phases, transformer=lessons, **counts)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, by: flux2.model.Rotation) -> Tensor:
@@ -293,11 +320,33 @@ class TinyBatch:
     captions: list[str]
 
 
-def draw_batch(recipe: Recipe, world: Catalogue, latents: Tensor, step: int, rng: np.random.Generator) -> TinyBatch:
-    """Every fourth batch edits; the other three draw from captions, edited pictures included."""
+def edit_shares(world: Catalogue, kinds: dict[str, float]) -> np.ndarray:
+    """How often each edit is to be drawn, so that the kinds of edits have these shares."""
+
+    def kind(i: int) -> str:
+        source, result = world.jobs[world.edits[i][0]].drawing, world.jobs[world.drawings + i].drawing
+        return next(key for key in EDITS if getattr(source, key) != getattr(result, key))
+
+    each = [kind(i) for i in range(len(world.edits))]
+    shares = np.array([kinds[key] / each.count(key) for key in each])
+    return shares / shares.sum()  # which is 1 before, but for a kind that a very small catalogue lacks
+
+
+def draw_batch(
+    recipe: Recipe,
+    lesson: Lesson,
+    world: Catalogue,
+    shares: np.ndarray | None,
+    latents: Tensor,
+    step: int,
+    rng: np.random.Generator,
+) -> TinyBatch:
+    """Every `edits_every`th batch edits; the others draw from captions, edited pictures included."""
     words = random.Random(int(rng.integers(2**31)))
-    if step % 4 == 3:
-        chosen = rng.integers(0, len(world.edits), recipe.transformer_batch * 3 // 4)
+    if step % lesson.edits_every == lesson.edits_every - 1:
+        count = recipe.transformer_batch * 3 // 4
+        every = len(world.edits)
+        chosen = rng.integers(0, every, count) if shares is None else rng.choice(every, count, p=shares)
         edits = [world.edits[i] for i in chosen]
         captions = [instruction for _, instruction in edits]
         references = [latents[torch.tensor([source for source, _ in edits])].float()]
@@ -313,22 +362,41 @@ def draw_batch(recipe: Recipe, world: Catalogue, latents: Tensor, step: int, rng
 def train_transformer(
     recipe: Recipe, world: Catalogue, latents: Tensor, autoencoder: Autoencoder, text: TextEncoder, home: Path
 ) -> flux2.model.Transformer:
+    """The averaged transformer of the last lesson."""
     torch.manual_seed(recipe.seed)
     flux2.model.attend = attend
     module = flux2.model.Transformer(TINY.transformer)
     initialise(module)
-    trainer = Trainer("transformer", module, recipe.transformer_lr, (0.9, 0.98), recipe.average, home)
+    for number, lesson in enumerate(recipe.transformer, start=1):
+        module = train_lesson(recipe, lesson, number, module, world, latents, autoencoder, text, home)
+    return module
+
+
+def train_lesson(
+    recipe: Recipe,
+    lesson: Lesson,
+    number: int,
+    start: flux2.model.Transformer,
+    world: Catalogue,
+    latents: Tensor,
+    autoencoder: Autoencoder,
+    text: TextEncoder,
+    home: Path,
+) -> flux2.model.Transformer:
+    module = copy.deepcopy(start).requires_grad_(True)
+    trainer = Trainer(f"transformer_{number}", module, lesson.lr, (0.9, 0.98), recipe.average, home)
     trainer.resume()
     student = torch.compile(module, dynamic=False)
     averaged = trainer.averaged
     assert isinstance(averaged, flux2.model.Transformer)
     teacher = torch.compile(averaged, dynamic=False)
     empty = text.encode([""])
-    total, smooth = recipe.transformer_steps, 1.0
+    shares = edit_shares(world, lesson.kinds) if lesson.kinds else None
+    total, smooth = lesson.steps, 1.0
 
     while trainer.step < total:
-        rng = step_generator(recipe, 0, trainer.step)
-        batch = draw_batch(recipe, world, latents, trainer.step, rng)
+        rng = step_generator(recipe, lesson.stream, trainer.step)
+        batch = draw_batch(recipe, lesson, world, shares, latents, trainer.step, rng)
         count = len(batch.captions)
         prompts = text.encode(batch.captions)
         noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
@@ -341,7 +409,7 @@ def train_transformer(
         text_at, keep = text_positions(prompts.shape[1]), x.shape[1]
         target = flow
         with torch.autocast("cpu", torch.bfloat16):
-            if trainer.step >= recipe.guide_from * total:
+            if trainer.step >= lesson.guide_from * total:
                 with torch.no_grad():
                     plain = torch.ones(count)
                     with_prompt = teacher(tokens, positions, prompts, text_at, time_, plain, keep).float()
@@ -349,14 +417,14 @@ def train_transformer(
                 target = flow + (guidance - 1)[:, None, None] * (with_prompt - without)
             prediction = student(tokens, positions, prompts, text_at, time_, guidance, keep).float()
         loss = F.mse_loss(prediction, target)
-        trainer.update(loss, recipe.transformer_lr * rate(trainer.step, total, recipe.flat))
+        trainer.update(loss, lesson.lr * rate(trainer.step, total, lesson.flat))
         smooth = 0.99 * smooth + 0.01 * F.mse_loss(prediction, flow).item()
         if trainer.step % 100 == 0:
             trainer.log(total, loss=smooth)
         if trainer.step % 500 == 0:
             trainer.save()
         if trainer.step % 2000 == 0 or trainer.step == total:
-            scores = evaluate(averaged, autoencoder, text, home / "samples.png", 64)
+            scores = evaluate(averaged, autoencoder, text, home / "samples.png", min(64, recipe.judged))
             trainer.log(total, **scores)
     trainer.save()
     return averaged
