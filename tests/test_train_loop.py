@@ -20,11 +20,13 @@ from train_helpers import (
     values,
 )
 
+from flux2 import adapters
 from flux2.weights import load_transformer
 from train import cache, loop
 from train.checkpoint import checkpoints
 from train.loop import Interrupted, LoopSettings, Training, TrainingError, stop_requests
 from train.run import Run
+from train.tracking import NoTracker
 
 pytest_plugins = ("train_helpers",)
 
@@ -240,7 +242,13 @@ def test_two_processes_train_as_one_does(train, pictures, tmp_path):
         *("preservation=base", "preservation.prompts=[a red cup]", "preservation.samples=4"),
     ]
     two = tmp_path / "two"
-    script = [*launch("train/run.py", processes=2), *arguments, "batch_size=2", f"output_dir={two}"]
+    script = [
+        *launch("train/run.py", processes=2),
+        *arguments,
+        "batch_size=1",
+        "gradient_accumulation=2",
+        f"output_dir={two}",
+    ]
     done = execute(script, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes: 2" in done.stdout
@@ -353,6 +361,30 @@ def test_bfloat16_is_near_to_float32_and_keeps_the_adapter_in_float32(train, cap
     assert {kind for name, kind in kinds.items() if "lora_" not in name} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", False), ("bf16", True)])
+def test_products_of_matrices_are_in_bfloat16_only_with_a_bfloat16_base(train, monkeypatch, precision, kind):
+    seen = []
+    training_loss = loop.training_loss
+
+    def spy(*arguments):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return training_loss(*arguments)
+
+    monkeypatch.setattr(loop, "training_loss", spy)
+    train("run", f"precision={precision}", "steps=2")
+    assert seen == [kind, kind]
+
+
+def test_validation_measures_the_adapter_as_it_is_used_without_dropout(train, captured, small):
+    run = train("run", "adapter.dropout=0.8", "validate_every=4")
+    model = load_transformer(Run(compose(*small())).source)
+    before = captured[0].validate(model, 1.0)
+    adapters.load(model, run)
+    after = captured[0].validate(model, 1.0)
+    assert values(run, "validation_loss") == pytest.approx([before, after], rel=1e-5)
+    assert abs(after - before) > 1e-3
+
+
 def test_recomputing_activations_changes_no_loss(train):
     none, full = (train(policy, f"memory.checkpointing={policy}", "adapter.dropout=0.2") for policy in ("none", "full"))
     assert lines(none) == lines(full)
@@ -413,6 +445,18 @@ def test_a_stop_request_saves_the_step_and_leaves_the_handlers_as_they_were(trai
 def test_a_stop_request_at_the_last_step_lets_the_run_end(train, at_step):
     at_step(3, ask_to_stop())
     assert (train("run") / "adapter").exists()
+
+
+def test_the_tracker_is_finished_however_a_run_ends(train, at_step, monkeypatch):
+    finished = []
+    monkeypatch.setattr(NoTracker, "finish", lambda self: finished.append("finished"))
+    train("whole", "steps=1")
+    at_step(0, ask_to_stop())
+    with pytest.raises(Interrupted):
+        train("stopped")
+    with pytest.raises(TrainingError):
+        train("failed", "optimizer.lr=1e30")
+    assert finished == ["finished"] * 3
 
 
 def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(monkeypatch):

@@ -161,14 +161,19 @@ def test_the_sheets_show_what_inference_makes_of_the_base_and_of_the_finished_ad
     assert abs(pixels(base[0]) - pixels(final[0])).max() > 8  # the adapter does something
 
 
-def test_sheets_of_edits_show_what_inference_makes_of_the_same_references(train, sheets, tmp_path, model_folders):
-    draw_picture(5, (100, 70)).save(tmp_path / "room.png")
+@pytest.mark.parametrize("count", [1, 2])
+def test_sheets_of_edits_show_what_inference_makes_of_the_same_references(
+    train, sheets, tmp_path, model_folders, count
+):
+    room = [draw_picture(5 + i, (100, 70)) for i in range(count)]
+    files = [tmp_path / f"room{i}.png" for i in range(count)]
+    for picture, file in zip(room, files, strict=True):
+        picture.save(file)
     train(
         "run", "steps=1", "sample_every=1", "sample.prompts=[the red room]", "sample.steps=2",
-        f"sample.references=[{tmp_path / 'room.png'}]", "sample.width=48", "sample.height=48",
+        f"sample.references=[{','.join(map(str, files))}]", "sample.width=48", "sample.height=48",
     )  # fmt: skip
     pipeline = flux2.load("small_dev", str(model_folders("dev")), device="cpu")
-    room = [draw_picture(5, (100, 70))]
     options = {"seed": 0, "steps": 2, "width": 48, "height": 48}
     (expected,) = pipeline.generate("the red room", references=room, **options)
     assert abs(pixels(sheets[0][0]) - pixels(expected)).max() <= 1

@@ -222,8 +222,11 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """For another process: as after a login, without what this one's launcher or test runner has set."""
-    dropped = ("OMP_NUM_THREADS", "WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONPATH", "HYDRA_FULL_ERROR")
+    """For another process: as after a login, without what a launcher has set.
+
+    The number of threads stays: tests run beside each other, and waiting threads of one slow the other down.
+    """
+    dropped = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PYTHONPATH", "HYDRA_FULL_ERROR")
     mine = {key: value for key, value in os.environ.items() if key not in dropped and not key.startswith("ACCELERATE_")}
     return mine | {"HF_HUB_OFFLINE": "1"} | extra
 
@@ -239,7 +242,7 @@ def launch(*arguments: str, processes: int = 1) -> list[str]:
     return [*start, *arguments]
 
 
-def execute(arguments: list[str], timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
+def execute(arguments: list[str], timeout: float = 900, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run another process from the repository root, to its end."""
     return subprocess.run(
         arguments, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
