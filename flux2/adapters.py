@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flux2.linear import fuse_lora
 from flux2.model import Transformer
 from flux2.weights import listed, swap_halves, transformer_module
 
@@ -129,6 +130,7 @@ def attach(
                 module.lora_A[name].float()
                 module.lora_B[name].float()
                 module.reset_lora_parameters(name, init_lora_weights=True)
+    fuse_lora(model)
     return wrapped
 
 
@@ -362,6 +364,7 @@ def attach_pairs(model: Transformer, pairs: Mapping[str, Pair], name: str, scale
         for side, value in ((module.lora_A[name], pair.a), (module.lora_B[name], pair.b)):
             side.weight.data = value.to(side.weight.device, torch.float32)
         module.scaling[name] = scale
+    fuse_lora(model)
     activate(model)
 
 
