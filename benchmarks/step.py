@@ -30,9 +30,9 @@ from torch import Tensor
 from flux2 import adapters
 from flux2.checkpointing import set_policy
 from flux2.model import Transformer
+from flux2.names import transformer_tensor
 from flux2.tokens import image_positions, text_positions
 from flux2.variants import KLEIN_4B, TransformerConfig
-from flux2.weights import transformer_tensor
 
 SMALL = replace(KLEIN_4B, heads=4, double_blocks=2, single_blocks=4, text_width=1536)
 DIFFUSERS_TARGETS = (

@@ -6,7 +6,7 @@ PEFT is the adapter library; this module chooses the layers and speaks the file 
 
 A LoRA on a fused q, k, v projection is exactly three on the separate ones: the same A, and B cut in thirds. Three
 separate ones fuse into one of rank 3r: the A stacked, the B on a block diagonal. The formats without an alpha get the
-scale folded into B. Names of layers come from the table in `weights`.
+scale folded into B. Names of layers come from the table in `names`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from flux2.linear import fuse_lora
 from flux2.model import Transformer
-from flux2.weights import listed, swap_halves, transformer_module
+from flux2.names import listed, swap_halves, transformer_module
 
 BLOCK_LINEARS = (
     r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])",

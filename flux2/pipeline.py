@@ -21,9 +21,10 @@ from flux2 import adapters
 from flux2.autoencoder import Autoencoder
 from flux2.model import Transformer
 from flux2.sampling import initial_noise, sample
+from flux2.sources import ModelSource, model_source
 from flux2.text_encoder import TextEncoder
 from flux2.variants import PIXELS_PER_TOKEN, Variant
-from flux2.weights import ModelSource, load_autoencoder, load_text_encoder, load_transformer, model_source
+from flux2.weights import load_autoencoder, load_text_encoder, load_transformer
 
 ONE_REFERENCE_PIXELS = 2024**2  # as in the reference code; several share less
 MANY_REFERENCES_PIXELS = 1024**2

@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 import pytest
 
 if TYPE_CHECKING:
-    from flux2.weights import ModelSource
+    from flux2.sources import ModelSource
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,6 +46,6 @@ def source(request: pytest.FixtureRequest, model_folders: Callable[[str], Path])
     """A small random model of every kind: dev with a guidance embedding, klein without."""
     import helpers
 
-    from flux2.weights import ModelSource
+    from flux2.sources import ModelSource
 
     return ModelSource(helpers.VARIANTS[request.param], str(model_folders(request.param)))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flux2 import adapters
 from flux2.adapters import AdapterError, Pair, from_state, layer_pairs, to_comfyui, to_diffusers
 from flux2.model import Transformer
-from flux2.weights import transformer_module
+from flux2.names import transformer_module
 
 EVERY = [".*"]  # every linear, the modulation and the final layer too
 BLOCK = [*(f"{stream}_{layer}" for stream in ("img", "txt") for layer in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2"))]
@@ -633,7 +633,8 @@ def test_a_peft_folder_that_is_no_plain_lora_is_refused(change: dict[str, Any], 
 
 
 def test_a_folder_loads_into_a_model_of_its_layout(model_folders: Callable[[str], Path], tmp_path: Path) -> None:
-    from flux2.weights import ModelSource, load_transformer
+    from flux2.sources import ModelSource
+    from flux2.weights import load_transformer
 
     wrapped, model = trained()
     adapters.save(wrapped, tmp_path, base="small")

@@ -9,8 +9,8 @@ from diffusers import Flux2Pipeline
 from torch import Tensor, nn
 
 from flux2.autoencoder import Autoencoder, patchify, unpatchify
+from flux2.names import autoencoder_tensor
 from flux2.variants import AutoencoderConfig
-from flux2.weights import autoencoder_tensor
 
 
 def draw(*shape: int) -> Tensor:

@@ -10,9 +10,9 @@ from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkp
 from torch import Tensor
 
 from flux2.model import Transformer
+from flux2.names import transformer_tensor
 from flux2.tokens import positions_with_references, to_tokens, with_references
 from flux2.variants import DEV, KLEIN_4B, KLEIN_9B, TransformerConfig
-from flux2.weights import transformer_tensor
 
 KINDS = ("dev", "klein")
 REFERENCES = {0: (), 1: ((2, 3),), 3: ((2, 3), (4, 2), (1, 5))}

@@ -17,8 +17,8 @@ from flux2 import adapters
 from flux2 import pipeline as pipeline_module
 from flux2.pipeline import Pipeline, pick_device, pick_dtype, reference_image, to_images, to_pixels
 from flux2.sampling import initial_noise
+from flux2.sources import ModelSource
 from flux2.variants import VARIANTS
-from flux2.weights import ModelSource
 
 PROMPTS = ["a small red fox", "the tarot card"]
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Mistral3ForConditionalGeneration
 
+from flux2.sources import ModelSource, WeightsError
 from flux2.text_encoder import SYSTEM_MESSAGE, build, chat, load_tokenizer, tokenize
 from flux2.variants import MISTRAL, TextConfig
-from flux2.weights import ModelSource, WeightsError, load_text_encoder
+from flux2.weights import load_text_encoder
 
 PROMPTS = ["a small red fox, trtcrd", "", "the tarot card\nof a blue [IMG]cup!", "fox " * 100]
 

@@ -16,17 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flux2 import weights
-from flux2.weights import (
-    ModelSource,
-    TensorFiles,
-    WeightsError,
-    fingerprint,
-    load_autoencoder,
-    load_transformer,
-    looks_local,
-    model_source,
-    transformer_module,
-)
+from flux2.files import TensorFiles
+from flux2.names import transformer_module, transformer_tensor
+from flux2.sources import TINY_FOLDER, ModelSource, WeightsError, fingerprint, looks_local, model_source
+from flux2.weights import load_autoencoder, load_transformer
 
 DEV = helpers.VARIANTS["dev"]
 
@@ -115,7 +108,7 @@ def test_parts_can_come_from_different_places(model_folders: Callable[[str], Pat
 def test_a_model_is_looked_for_in_its_repository_unless_a_path_is_given() -> None:
     assert model_source("dev").path == "black-forest-labs/FLUX.2-dev"
     assert model_source("dev", "/models/dev").path == "/models/dev"
-    assert model_source("tiny").path == str(weights.TINY_FOLDER)
+    assert model_source("tiny").path == str(TINY_FOLDER)
     with pytest.raises(ValueError, match=r"model.autoencoder=3 must be a repository id, a folder or a file"):
         model_source("dev", autoencoder=3)  # type: ignore[arg-type]
 
@@ -160,6 +153,55 @@ def test_models_are_built_without_memory(model_folders: Callable[[str], Path], m
         with pytest.raises(InterruptedError):
             load(source)
     assert built == [{"meta"}] * 3
+
+
+class Halves(torch.nn.Linear):
+    """A linear layer that keeps its weight in a form of its own: in half precision, under another name."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, bias=False)
+            del self.weight
+            self.kept = torch.nn.Parameter(torch.empty(self.out_features, self.in_features, dtype=torch.half), False)
+
+    def store(self, weight: Tensor) -> None:
+        assert weight.dtype == torch.float32, "the dtype of the file, not the model's"
+        self.kept = torch.nn.Parameter(weight.half(), False)
+
+
+@pytest.fixture
+def halved() -> weights.Transformer:
+    """A transformer on the meta device whose block linears have a method `store`."""
+    with torch.device("meta"):
+        model = weights.Transformer(DEV.transformer)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "blocks" in name:
+            model.set_submodule(name, Halves(module))
+    return model
+
+
+def test_a_module_that_stores_its_weight_itself_is_given_it(halved: weights.Transformer, tmp_path: Path) -> None:
+    model, reference = helpers.transformers("dev")
+    save_file(reference.state_dict(), tmp_path / "flux.safetensors")
+    published = {name: transformer_tensor(name) for name in weights.taken(halved)}
+    assert published.keys() == model.state_dict().keys()
+    weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model", dtype=torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        kept = name.replace(".weight", ".kept") if "_blocks." in name else name
+        dtype = torch.half if kept.endswith(".kept") else torch.bfloat16
+        assert torch.equal(halved.get_parameter(kept), tensor.to(dtype))
+
+
+def test_a_module_that_stores_its_weight_itself_needs_it_in_its_shape(
+    halved: weights.Transformer, tmp_path: Path
+) -> None:
+    state = helpers.transformers("dev")[0].state_dict()
+    state["single_blocks.0.linear2.weight"] = torch.zeros(2, 3)
+    del state["single_blocks.1.linear2.weight"]
+    save_file(state, tmp_path / "flux.safetensors")
+    published = {name: weights.Published((name,)) for name in weights.taken(halved)}
+    with pytest.raises(WeightsError, match=r"1 missing: single_blocks.1.linear2.weight; 1 misshaped: single_blocks.0"):
+        weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model")
 
 
 # ------------------------------------------------------------------ wrong files

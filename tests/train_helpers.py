@@ -29,8 +29,8 @@ from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from flux2.sources import TINY_FOLDER
 from flux2.variants import VARIANTS
-from flux2.weights import TINY_FOLDER
 from train.command import command
 from train.loop import Training
 from train.run import Run, main

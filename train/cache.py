@@ -27,7 +27,8 @@ from data.buckets import Buckets
 from data.cache import Cache, EmbeddingPlan, LatentEntry, LatentPlan, plan_embeddings, plan_latents
 from data.samples import Sample
 from flux2.pipeline import to_pixels
-from flux2.weights import ModelSource, fingerprint, load_autoencoder, load_text_encoder
+from flux2.sources import ModelSource, fingerprint
+from flux2.weights import load_autoencoder, load_text_encoder
 from train.command import command
 
 Encode = Callable[[list[str]], Tensor]

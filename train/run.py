@@ -47,8 +47,9 @@ from flux2.pipeline import (
     reference_image,
     to_pixels,
 )
+from flux2.sources import ModelSource, looks_local, model_source
 from flux2.variants import Variant
-from flux2.weights import ModelSource, load_autoencoder, load_transformer, looks_local, model_source
+from flux2.weights import load_autoencoder, load_transformer
 from train import checkpoint
 from train.cache import LocalTextEncoder, Prepared, prepare
 from train.command import checked, command, made

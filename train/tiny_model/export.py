@@ -17,7 +17,7 @@ import flux2
 from data.drawings import SHAPES, all_drawings, draw, edit, held_out, plain_caption
 from flux2.autoencoder import Autoencoder
 from flux2.model import Transformer
-from flux2.weights import autoencoder_tensor, transformer_tensor
+from flux2.names import autoencoder_tensor, transformer_tensor
 from train.tiny_model.world import PIXELS, TINY, jitter, make_language_model, make_tokenizer, text_config
 from train.validate import sheet
 
