@@ -27,14 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flux2.layers import BLOCK_LINEARS, linear_names
 from flux2.linear import fuse_lora
 from flux2.model import Transformer
 from flux2.names import listed, swap_halves, transformer_module
 
-BLOCK_LINEARS = (
-    r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])",
-    r"single_blocks\.\d+\.linear[12]",
-)
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_FILE = "diffusers.safetensors"
@@ -61,23 +58,10 @@ def target_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
     Raises:
         AdapterError: a pattern is no regular expression, or matches no linear layer.
     """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen: set[str] = set()
-    for target in targets:
-        try:
-            found = [name for name in linears if re.fullmatch(target, name)]
-        except re.error as error:
-            raise AdapterError(f"adapter.targets: {target!r} is not a regular expression ({error})") from error
-        if not found:
-            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name, count=1) for name in linears)
-            raise AdapterError(
-                f"adapter.targets: {target!r} matches no linear layer of the model. A target is a regular expression "
-                f"for a whole name; the layers are {', '.join(kinds)}"
-            )
-        chosen.update(found)
-    if not chosen:
-        raise AdapterError("adapter.targets is empty: name at least one layer")
-    return [name for name in linears if name in chosen]
+    try:
+        return linear_names(model, targets, "adapter.targets")
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
 
 
 def attach(
@@ -224,7 +208,7 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]
     for layer, module in model.named_modules():
         if not isinstance(module, nn.Linear | LoraLayer) or ".lora_" in layer:
             continue
-        rows, columns = module.weight.shape
+        rows, columns = module.out_features, module.in_features
         published = transformer_module(layer.removesuffix(".base_layer"))
         if layer in halves:
             found = pair(layer)

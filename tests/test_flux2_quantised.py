@@ -1,0 +1,448 @@
+"""Layers in FP8 and NF4: what they store, what they multiply, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flux2 import quantised
+from flux2.quantised import Float8Linear, Nf4Linear, QuantisedLinear, Workspace, quantise_rows
+
+IN, OUT = 64, 160
+FLOAT8 = torch.float8_e4m3fn
+KINDS = ["fp8", "fp8_rows", "fp8_both_layouts", "fp8_bf16_backward", "fp8_dequantised", "nf4"]
+OPTIONS: dict[str, dict[str, bool]] = {
+    "fp8": {},
+    "fp8_rows": {"rowwise": True},
+    "fp8_both_layouts": {"keep_both_layouts": True},
+    "fp8_bf16_backward": {"backward_fp8": False},
+    "fp8_dequantised": {"forward_fp8": False, "backward_fp8": False},
+    "fp8_rows_dequantised": {"rowwise": True, "forward_fp8": False, "backward_fp8": False},
+}
+
+
+def random_weight(seed: int = 0, rows: int = OUT, columns: int = IN) -> Tensor:
+    """Rows of very different sizes, so that scales matter."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(-1, 0.5, rows)[:, None]
+    return torch.randn(rows, columns, generator=generator) * sizes[torch.randperm(rows, generator=generator)] / 8
+
+
+def layer(kind: str, weight: Tensor | None = None, **more: Any) -> QuantisedLinear:
+    weight = random_weight() if weight is None else weight
+    sizes = (weight.shape[1], weight.shape[0])
+    made = Nf4Linear(*sizes, **more) if kind == "nf4" else Float8Linear(*sizes, **OPTIONS[kind], **more)
+    made.store(weight)
+    return made
+
+
+def rows(count: int = 5, width: int = IN, seed: int = 1) -> Tensor:
+    """Tokens of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, count, width, generator=generator) * torch.logspace(-3, 2, count)[:, None]
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Every row of x through e4m3 at its own scale, in float64."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(FLOAT8).double() * scale.double()
+
+
+def close(ours: Tensor, reference: Tensor) -> float:
+    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+
+
+# ------------------------------------------------------------------ fp8: what is stored
+
+
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_fp8_weights_are_scaled_to_the_range_of_e4m3(rowwise: bool) -> None:
+    weight = random_weight()
+    linear = Float8Linear(IN, OUT, rowwise=rowwise)
+    linear.store(weight)
+    scale = weight.abs().amax(1, keepdim=True) / 448 if rowwise else weight.abs().amax() / 448
+    assert torch.equal(linear.weight + 0, (weight / scale).to(FLOAT8).float() * scale)
+    assert linear.values().float().abs().max() == 448
+    assert linear.scales().shape == ((OUT,) if rowwise else (1,))
+    assert close(linear.weight, weight) < (0.028 if rowwise else 0.034)
+
+
+def test_a_weight_of_zeros_and_one_with_rows_of_zeros_are_exact() -> None:
+    for weight in (torch.zeros(32, 16), torch.cat([torch.zeros(16, 16), torch.ones(16, 16)])):
+        for kind in ("fp8", "fp8_rows", "nf4"):
+            linear = layer(kind, weight)
+            assert torch.equal(linear.weight + 0, weight)
+            assert torch.equal(linear(torch.zeros(3, 16)), torch.zeros(3, 32))
+
+
+def test_quantising_in_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("fp8", "fp8_rows", "nf4"):
+        whole = dict(layer(kind).named_parameters())
+        with monkeypatch.context() as patch:
+            patch.setattr(quantised, "CHUNK", 640)
+            pieces = dict(layer(kind).named_parameters())
+        assert whole.keys() == pieces.keys()
+        assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+# ------------------------------------------------------------------ fp8: products
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8_rows", "fp8_both_layouts"])
+def test_fp8_products_are_those_of_rows_rounded_to_e4m3(kind: str) -> None:
+    linear = layer(kind)
+    weight = linear.weight.double()
+    x, dy = rows(), rows(width=OUT, seed=2)
+    assert close(linear.product(x), rounded(x) @ weight.t()) < 1e-6
+    values = linear.values().double()  # type: ignore[operator]
+    if linear.rowwise:  # the gradient takes the scales of the rows before it is rounded
+        folded = dy * linear.scales()
+        assert close(linear.input_gradient(dy), rounded(folded) @ values) < 1e-6
+    else:
+        assert close(linear.input_gradient(dy), rounded(dy) @ weight) < 1e-6
+    assert close(linear.product(x), x.double() @ weight.t()) > 1e-3
+    assert close(linear.input_gradient(dy), dy.double() @ weight) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fp8_bf16_backward", "fp8_dequantised", "fp8_rows_dequantised", "nf4"])
+def test_products_that_are_not_in_fp8_are_those_of_the_dequantised_weight(kind: str) -> None:
+    linear = layer(kind)
+    weight = linear.weight.double()
+    x, dy = rows(), rows(width=OUT, seed=2)
+    if kind != "fp8_bf16_backward":
+        assert close(linear.product(x), x.double() @ weight.t()) < 1e-6
+    assert close(linear.input_gradient(dy), dy.double() @ weight) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autograd_gives_the_two_products_and_no_more(kind: str) -> None:
+    linear = layer(kind)
+    x, dy = rows().requires_grad_(), rows(width=OUT, seed=2)
+    y = linear(x)
+    y.backward(dy)
+    assert torch.equal(y.detach(), linear.product(x.detach()))
+    assert x.grad is not None
+    assert torch.equal(x.grad, linear.input_gradient(dy))
+    assert all(not parameter.requires_grad and parameter.grad is None for parameter in linear.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_in_the_dtype_of_their_input_or_of_autocast(kind: str) -> None:
+    linear = layer(kind)
+    exact = linear(rows())
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        assert linear(rows().to(dtype)).dtype == dtype
+        assert linear.input_gradient(rows(width=OUT).to(dtype)).dtype == dtype
+    x = rows().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x)
+    assert y.dtype == torch.bfloat16
+    assert close(y.detach(), exact) < 0.04
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+class Matrices(TorchDispatchMode):
+    """Notes the arguments of every product of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "matmul", "linear", "_scaled_mm"):
+            self.seen.append((name, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_backward_are_one_product_each_and_none_is_a_weight_gradient(kind: str) -> None:
+    linear = layer(kind)
+    x = rows().requires_grad_()
+    with Matrices() as products:
+        linear(x).sum().backward()
+    shapes = [
+        tuple(tuple(argument.shape) for argument in args[-2:]) for name, args, _ in products.seen if "_s" not in name
+    ]
+    shapes += [tuple(tuple(argument.shape) for argument in args[:2]) for name, args, _ in products.seen if "_s" in name]
+    assert sorted(shapes) == [((10, IN), (IN, OUT)), ((10, OUT), (OUT, IN))]
+    in_fp8 = [name == "_scaled_mm" for name, _, _ in products.seen]
+    backward_fp8 = kind in ("fp8", "fp8_rows", "fp8_both_layouts")
+    assert in_fp8 == [backward_fp8 or kind == "fp8_bf16_backward", backward_fp8]
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8_rows", "fp8_both_layouts"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_fp8_products_keep_to_the_rules_of_cuda(kind: str, device: str) -> None:
+    """A row-major, B column-major, sides multiples of 16, one scale a row and one a column, contiguous, in float32.
+    The CPU would take less strict arguments, the meta device checks some of these itself."""
+    linear = layer(kind).to(device)
+    # a gradient that comes transposed, and a part of a wider input
+    x = torch.randn(2, 5, 3 * IN, device=device)[..., IN : 2 * IN].requires_grad_()
+    with Matrices() as products:
+        linear(x).backward(torch.randn(OUT, 5, 2, device=device).permute(2, 1, 0))
+    assert [name for name, _, _ in products.seen] == ["_scaled_mm"] * 2
+    for (_, args, _), (inner, outer) in zip(products.seen, ((IN, OUT), (OUT, IN)), strict=True):
+        a, b, a_scale, b_scale = args[:4]
+        assert (a.dtype, b.dtype, a_scale.dtype, b_scale.dtype) == (FLOAT8, FLOAT8, torch.float32, torch.float32)
+        assert (a.shape, a.stride()) == ((10, inner), (inner, 1))
+        assert (b.shape, b.stride()) == ((inner, outer), (1, inner))
+        assert inner % 16 == outer % 16 == 0
+        assert (a_scale.shape, b_scale.shape) == ((10, 1), (1, outer))
+        assert a_scale.is_contiguous()
+        assert b_scale.is_contiguous()
+        assert b_scale.stride() == (outer, 1)
+        assert args[7] is True  # use_fast_accum
+
+
+def test_the_second_layout_is_kept_only_if_asked_for() -> None:
+    kept, copied = layer("fp8_both_layouts"), layer("fp8")
+    assert torch.equal(kept.transposed().float(), copied.transposed().float())  # type: ignore[operator]
+    assert kept.transposed().data_ptr() == kept.qweight_t.data_ptr()  # type: ignore[operator]
+    bytes_of = [sum(parameter.nbytes for parameter in linear.parameters()) for linear in (kept, copied)]
+    assert bytes_of == [2 * IN * OUT + 4, IN * OUT + 4]
+    kept.adopt(layer("fp8", random_weight(seed=5)).storage())
+    assert torch.equal(kept.transposed().float(), kept.values().t().float())  # type: ignore[operator]
+
+
+def test_what_is_not_finite_is_not_hidden() -> None:
+    for bad in (float("nan"), float("inf")):
+        x = rows()
+        x[0, 2, 7] = bad
+        values, scale = quantise_rows(x.flatten(0, 1))
+        whole = values.float() * scale
+        assert not whole[2].isfinite().all()
+        assert whole[[0, 1, 3]].isfinite().all()
+        for kind in KINDS:
+            assert not layer(kind)(x)[0, 2].isfinite().all()
+
+
+# ------------------------------------------------------------------ nf4
+
+
+def test_nf4_is_stored_as_bitsandbytes_stores_it_bit_for_bit() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = random_weight().to(dtype)
+        theirs = bnb.nn.Linear4bit(IN, OUT, bias=False, compress_statistics=True, quant_type="nf4")
+        theirs.weight = bnb.nn.Params4bit(
+            weight.clone(), requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
+        theirs = theirs.to("cpu")  # quantises
+        expected = theirs.state_dict()
+        ours = layer("nf4", weight).storage()
+        assert ours.keys() == expected.keys()
+        assert "weight.nested_absmax" in ours
+        assert all(ours[key].dtype == expected[key].dtype for key in ours)
+        assert all(torch.equal(ours[key], expected[key]) for key in ours)
+        state = bnb.functional.QuantState.from_dict(
+            {key.removeprefix("weight."): value for key, value in ours.items() if key != "weight"}, torch.device("cpu")
+        )
+        assert (state.dtype, tuple(state.shape), state.quant_type) == (dtype, (OUT, IN), "nf4")
+        assert torch.equal(
+            bnb.functional.dequantize_4bit(ours["weight"], state), layer("nf4", weight).dequantise(dtype)
+        )
+
+
+@pytest.mark.parametrize(("out", "columns"), [(48, 48), (10, 96), (5, 7), (3, 64), (160, 64)])
+def test_nf4_blocks_run_through_the_weight_whatever_its_width(out: int, columns: int) -> None:
+    """bitsandbytes' CPU kernel begins a block at every row, which gives other weights where 64 does not divide it."""
+    weight = random_weight(rows=out, columns=columns)
+    linear = layer("nf4", weight)
+    packed = linear.qweight.flatten()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[: weight.numel()].long()
+    absmax = linear.absmax.flatten().long()
+    offset = linear.offset.view(torch.float32)
+    nested = linear.nested_absmax.view(torch.float32).repeat_interleave(256)[: len(absmax)]
+    scales = bnb.functional.create_dynamic_map()[absmax] * nested + offset
+    table = bnb.functional.get_4bit_type("nf4", device="cpu")
+    expected = (table[codes] * scales.repeat_interleave(64)[: weight.numel()]).view(out, columns)
+    torch.testing.assert_close(linear.weight + 0, expected, rtol=1e-6, atol=1e-7)
+    assert close(linear.weight, weight) < 0.11
+
+
+def test_nf4_with_scales_that_are_not_quantised_is_read_too() -> None:
+    weight = random_weight()
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
+    tensors = {"weight": packed} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    linear = Nf4Linear(IN, OUT, device="meta")
+    linear.adopt(tensors)
+    assert not linear.nested
+    assert torch.equal(linear.weight + 0, bnb.functional.dequantize_4bit(packed, state))
+    assert linear.storage().keys() == tensors.keys()
+    assert all(torch.equal(linear.storage()[key], tensors[key]) for key in tensors)
+    linear.store(weight)
+    assert linear.storage().keys() == layer("nf4").storage().keys()
+
+
+def test_the_layers_of_a_model_dequantise_into_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose kernel writes where it is told to; here that is put on top of the CPU's."""
+    original, written = bnb.functional.dequantize_4bit, []
+
+    def with_out(packed: Tensor, state: Any, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return original(packed, state)
+        assert (out.shape, out.dtype) == (state.shape, state.dtype)
+        written.append(out.data_ptr())
+        return out.copy_(original(packed, state))
+
+    space = Workspace()
+    small, large = (layer("nf4", random_weight(rows=out), workspace=space) for out in (32, OUT))
+    x, separate = rows(), [layer("nf4", random_weight(rows=out)) for out in (32, OUT)]
+    expected = [linear(x) for linear in separate] + [linear.input_gradient(linear(x)) for linear in separate]
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", with_out)
+    monkeypatch.setattr(Nf4Linear, "out_devices", ("cpu",))
+    ours = [linear(x) for linear in (small, large)]
+    ours += [linear.input_gradient(y) for linear, y in zip((small, large), ours, strict=True)]
+    assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
+    assert len(written) == 4
+    assert len(set(written)) == 1
+    (buffer,) = space._buffers.values()
+    assert buffer.numel() == IN * OUT
+    read = small.weight + 0  # is not in the buffer
+    large(x)
+    assert torch.equal(read, separate[0].weight + 0)
+    assert copy.deepcopy(small).workspace._buffers == {}
+
+
+# ------------------------------------------------------------------ storage
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", ["meta", "cpu"])
+def test_storage_comes_back_bit_for_bit_through_a_file(kind: str, start: str, tmp_path: Path) -> None:
+    first = layer(kind)
+    save_file({key: tensor.contiguous() for key, tensor in first.storage().items()}, tmp_path / "layer.safetensors")
+    second = type(first)(IN, OUT, device=start, **OPTIONS.get(kind, {}))
+    second.adopt(load_file(tmp_path / "layer.safetensors"))
+    ours, theirs = dict(first.named_parameters()), dict(second.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(first(rows()), second(rows()))
+    assert first.storage().keys() == second.storage().keys()
+
+
+def test_a_scale_decides_whether_a_layer_is_rowwise() -> None:
+    rowwise = Float8Linear(IN, OUT, device="meta")
+    rowwise.adopt(layer("fp8_rows").storage())
+    assert rowwise.rowwise
+    assert torch.equal(rowwise.weight + 0, layer("fp8_rows").weight + 0)
+    spread = Float8Linear(IN, OUT, rowwise=True)
+    spread.adopt(layer("fp8").storage() | {"weight_scale": layer("fp8").storage()["weight_scale"].reshape(1)})
+    assert spread.rowwise
+    assert torch.equal(spread.weight + 0, layer("fp8").weight + 0)
+
+
+def changed(kind: str, **other: Tensor | None) -> dict[str, Tensor]:
+    tensors = layer(kind).storage() | {key.replace("__", "."): value for key, value in other.items()}
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "said"),
+    [
+        ("fp8", changed("fp8", weight_scale=None), "weight_scale missing"),
+        ("fp8", changed("fp8", weight_scale=torch.ones(3)), "a scale of shape (3,)"),
+        ("fp8", changed("fp8", weight=torch.zeros(OUT, IN)), "a weight in torch.float32"),
+        ("fp8", layer("fp8", random_weight(rows=32)).storage(), "a weight of shape (32, 64)"),
+        ("nf4", changed("nf4", weight__absmax=None), "weight.absmax missing"),
+        ("nf4", changed("nf4", weight__nested_quant_map=None), "weight.nested_quant_map missing"),
+        ("nf4", layer("nf4", random_weight(rows=32)).storage(), "shape (32, 64) instead of (160, 64)"),
+        ("nf4", changed("nf4", weight__quant_map=torch.linspace(-1, 1, 16)), "quant_map"),
+        ("nf4", changed("nf4", weight=torch.zeros(9, 1, dtype=torch.uint8)), "bytes 9 instead of 5120"),
+    ],
+)
+def test_a_weight_that_is_not_the_layers_is_refused(kind: str, tensors: dict[str, Tensor], said: str) -> None:
+    linear = layer(kind)
+    before = {name: parameter.clone() for name, parameter in linear.named_parameters()}
+    with pytest.raises(ValueError, match=rf"{re.escape(said)}|in_features={IN}") as error:
+        linear.adopt(tensors)
+    assert said in str(error.value)
+    assert f"in_features={IN}" in str(error.value)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in linear.named_parameters())
+
+
+def test_a_weight_of_another_shape_is_not_stored() -> None:
+    for kind in ("fp8", "nf4"):
+        with pytest.raises(ValueError, match=r"shape \(64, 160\) was given to .*Linear\(in_features=64"):
+            layer(kind).store(random_weight().t())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changing_the_dtype_of_a_model_changes_no_bit_of_what_is_stored(kind: str) -> None:
+    linear = layer(kind)
+    before = {name: parameter.clone() for name, parameter in linear.named_parameters()}
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        linear.to(dtype)
+        assert linear.weight.dtype == linear.dtype == dtype
+        assert all(torch.equal(parameter, before[name]) for name, parameter in linear.named_parameters())
+    assert torch.equal(linear(rows()), layer(kind)(rows()))
+    assert {parameter.dtype for parameter in linear.parameters()} == {torch.uint8}
+    assert not list(linear.buffers())
+
+
+@pytest.mark.parametrize(("out", "columns"), [(OUT, IN), (48, 48), (36864, 6144)])
+def test_a_layer_without_memory_has_the_bytes_that_it_will_have(out: int, columns: int) -> None:
+    size, blocks = out * columns, math.ceil(out * columns / 64)
+    expected = {
+        "fp8": size + 4,
+        "fp8_rows": size + 4 * out,
+        "fp8_both_layouts": 2 * size + 4,
+        "nf4": size // 2 + blocks + 4 * math.ceil(blocks / 256) + 4,
+    }
+    for kind, count in expected.items():
+        make: Any = Nf4Linear if kind == "nf4" else Float8Linear
+        linear = make(columns, out, device="meta", **OPTIONS.get(kind, {}))
+        assert all(parameter.is_meta for parameter in linear.parameters())
+        assert sum(parameter.nbytes for parameter in linear.parameters()) == count
+        if out < 1000:
+            linear.store(random_weight(rows=out, columns=columns))
+            assert sum(parameter.nbytes for parameter in linear.parameters()) == count
+            assert not linear.qweight.is_meta
+
+
+# ------------------------------------------------------------------ the weight that is read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_is_read_as_a_plain_tensor(kind: str) -> None:
+    linear = layer(kind)
+    weight = linear.weight
+    assert isinstance(linear, torch.nn.Linear)
+    assert (tuple(weight.shape), weight.dtype, weight.device.type) == ((OUT, IN), torch.float32, "cpu")
+    values = linear.dequantise(torch.float32)
+    for read in (weight.clone(), weight.data, weight + 0, weight.detach(), weight.float() * 1):
+        assert torch.equal(read, values)
+    assert type(weight + 0) is type(weight.t()) is type(weight[0]) is Tensor
+    assert torch.equal(weight @ torch.eye(IN), values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_writing_the_weight_is_refused_with_what_to_do(kind: str) -> None:
+    linear = layer(kind)
+    before = linear.weight.clone()
+
+    def added() -> None:
+        linear.weight.data += 1
+
+    def replaced() -> None:
+        linear.weight = torch.zeros(OUT, IN)
+
+    def data() -> None:
+        linear.weight.data = torch.zeros(OUT, IN)
+
+    for write in (added, replaced, data, lambda: linear.weight.add_(1), lambda: linear.weight.copy_(before)):
+        with pytest.raises(ValueError, match=r"cannot be written.*precision=bf16 or fp32"):
+            write()
+    assert torch.equal(linear.weight + 0, before)
