@@ -27,12 +27,20 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flux2.replay import current
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., width) -> (all others, width)."""
+    return x.reshape(-1, x.shape[-1])
+
 
 def product(linear: nn.Linear, x: Tensor) -> Tensor:
     """x W^T, and the bias if there is one: (..., in) -> (..., out), in memory of its own, in the dtype of x."""
     if hasattr(linear, "product"):
         return linear.product(x)  # type: ignore[operator]
-    return F.linear(x, linear.weight, linear.bias)
+    # as a matrix: of anything else PyTorch makes a batch at times, but not where a gradient is wanted
+    return F.linear(rows(x), linear.weight, linear.bias).view(*x.shape[:-1], -1)
 
 
 def input_gradient(linear: nn.Linear, dy: Tensor) -> Tensor:
@@ -40,6 +48,14 @@ def input_gradient(linear: nn.Linear, dy: Tensor) -> Tensor:
     if hasattr(linear, "input_gradient"):
         return linear.input_gradient(dy)  # type: ignore[operator]
     return dy @ linear.weight.to(dy.dtype)
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """x as a linear layer takes it: under autocast in its dtype."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -51,12 +67,31 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, linear: nn.Linear, x: Tensor) -> Tensor:
         ctx.linear = linear
-        return product(linear, x)
+        replay = None if torch.compiler.is_compiling() else current()
+        y = replay.recall(linear, x) if replay else None
+        if y is None:
+            y = product(linear, x)
+            if replay:
+                replay.remember(linear, y)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
         return None, input_gradient(ctx.linear, dy)
+
+
+class TailLinear(nn.Linear):
+    """An `nn.Linear` whose output a block's second run may leave out or have kept (replay.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            torch.compiler.is_compiling()
+            or current() is None
+            or any(parameter.requires_grad for parameter in self.parameters())
+        ):
+            return product(self, x)
+        return FrozenProduct.apply(self, autocasted(x))
 
 
 class LoraProduct(torch.autograd.Function):
@@ -69,9 +104,14 @@ class LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, linear: nn.Linear, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.linear, ctx.scale = linear, scale
-        h = F.linear(x, a.to(x.dtype)).flatten(0, -2)
-        y = product(linear, x)
-        y.view(-1, y.shape[-1]).addmm_(h, b.to(y.dtype).t(), alpha=scale)
+        h = F.linear(rows(x), a.to(x.dtype))
+        replay = current()
+        y = replay.recall(linear, x) if replay else None
+        if y is None:
+            y = product(linear, x)
+            y.view(-1, y.shape[-1]).addmm_(h, b.to(y.dtype).t(), alpha=scale)
+            if replay:
+                replay.remember(linear, y)
         kept = ctx.needs_input_grad
         ctx.save_for_backward(x if kept[2] else None, h if kept[3] else None, a, b)
         return y
@@ -81,16 +121,16 @@ class LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a, b = ctx.saved_tensors
         _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])
+        dy_rows = rows(dy)
         dx = da = db = None
         if needs_x or needs_a:
-            dh = rows @ b.to(dy.dtype)
+            dh = dy_rows @ b.to(dy.dtype)
             if ctx.scale != 1:
                 dh *= ctx.scale
         if needs_a:
-            da = (dh.t() @ x.reshape(-1, x.shape[-1])).to(a.dtype)
+            da = (dh.t() @ rows(x)).to(a.dtype)
         if needs_b:
-            db = (rows.t() @ h).to(b.dtype)
+            db = (dy_rows.t() @ h).to(b.dtype)
             if ctx.scale != 1:
                 db *= ctx.scale
         if needs_x:
@@ -119,7 +159,7 @@ class FusedLora(lora.Linear):
         if acts or name in self.lora_variant or self.lora_bias[name]:
             return None
         base = self.base_layer
-        known = hasattr(base, "product") or type(base).forward is nn.Linear.forward
+        known = hasattr(base, "product") or type(base).forward in (nn.Linear.forward, TailLinear.forward)
         return name if known and not any(parameter.requires_grad for parameter in base.parameters()) else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,8 +167,7 @@ class FusedLora(lora.Linear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocasted(x)
         if torch.compiler.is_compiling():  # which fuses by itself, and chooses what is kept
             return self.base_layer(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
         return LoraProduct.apply(self.base_layer, x, a, b, scale)

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux2.attention import attention
+from flux2.linear import TailLinear
 from flux2.variants import TransformerConfig
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate; each (B, 1, D)
@@ -65,7 +67,7 @@ def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, by: Rotation) -> Tensor:
     """Rotate q and k, then full attention: three of (B, H, L, head_dim) -> (B, L, H * head_dim)."""
-    return F.scaled_dot_product_attention(rotate(q, by), rotate(k, by), v).transpose(1, 2).flatten(2)
+    return attention(rotate(q, by), rotate(k, by), v).transpose(1, 2).flatten(2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.norm = QKNorm(config.head_dim, config.eps)
-        self.proj = nn.Linear(config.hidden, config.hidden, bias=False)
+        self.proj = TailLinear(config.hidden, config.hidden, bias=False)
 
     def queries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = split_heads(self.qkv(x), self.head_dim)
@@ -148,7 +150,7 @@ def mlp(config: TransformerConfig) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(config.hidden, 2 * config.mlp_width, bias=False),
         SwiGLU(),
-        nn.Linear(config.mlp_width, config.hidden, bias=False),
+        TailLinear(config.mlp_width, config.hidden, bias=False),
     )
 
 
@@ -192,7 +194,7 @@ class SingleBlock(nn.Module):
         self.split = [3 * config.hidden, 2 * config.mlp_width]
         self.pre_norm = nn.LayerNorm(config.hidden, eps=config.eps, elementwise_affine=False)
         self.linear1 = nn.Linear(config.hidden, sum(self.split), bias=False)
-        self.linear2 = nn.Linear(config.hidden + config.mlp_width, config.hidden, bias=False)
+        self.linear2 = TailLinear(config.hidden + config.mlp_width, config.hidden, bias=False)
         self.norm = QKNorm(config.head_dim, config.eps)
         self.act = SwiGLU()
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from flux2 import adapters, linear
-from flux2.linear import FrozenProduct, FusedLora, fuse_lora, input_gradient, product
+from flux2 import adapters
+from flux2.linear import FrozenProduct, FusedLora, LoraProduct, fuse_lora, input_gradient, product
 
 IN, OUT, RANK = 12, 20, 4
 
@@ -103,11 +103,13 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The linears that the fused Function multiplied with."""
     seen: list[nn.Module] = []
 
-    def watch(of: nn.Module, x: Tensor) -> Tensor:
-        seen.append(of)
-        return product(of, x)
+    apply = LoraProduct.apply
 
-    monkeypatch.setattr(linear, "product", watch)
+    def watch(of: nn.Module, *args: Any) -> Tensor:
+        seen.append(of)
+        return apply(of, *args)
+
+    monkeypatch.setattr(LoraProduct, "apply", watch)
     return seen
 
 

@@ -56,6 +56,13 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("schedule.warmup_steps=x", "schedule.warmup_steps='x' must be a whole number from 0"),
         ("text_encoder.length=0", "text_encoder.length=0 must be a whole number from 1"),
         ("memory.checkpointing=some", "memory.checkpointing='some' is not a policy; choose one of none, full"),
+        (
+            "memory.checkpointing=budget",
+            "memory.budget_gb=None must be a number from 0 with memory.checkpointing=budget",
+        ),
+        ("memory.budget_gb=4", "memory.budget_gb=4 is read with memory.checkpointing=budget alone, not with full"),
+        ("memory.attention=flash", "memory.attention='flash' must be a list of attention backends, best first"),
+        ("memory.attention=[flash,flash]", "memory.attention=['flash', 'flash'] must be a list of attention backends"),
         ("precision.dtype=fp16", "precision='fp16' must be one of fp32, bf16"),
         ("buckets.step=17", "buckets.step=17 must be a positive whole multiple of 16"),
         ("model.resolution=big", "model.resolution='big' must be a whole number from 16"),

@@ -386,8 +386,13 @@ def test_validation_measures_the_adapter_as_it_is_used_without_dropout(train, ca
 
 
 def test_recomputing_activations_changes_no_loss(train):
-    none, full = (train(policy, f"memory.checkpointing={policy}", "adapter.dropout=0.2") for policy in ("none", "full"))
-    assert lines(none) == lines(full)
+    def curve(policy, *more):
+        return lines(train(policy, f"memory.checkpointing={policy}", "adapter.dropout=0.2", *more))
+
+    none = curve("none")
+    assert none == curve("full")
+    assert none == curve("selective")
+    assert none == curve("budget", "memory.budget_gb=0.001")
 
 
 # ------------------------------------------------------------------ when something is due

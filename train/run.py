@@ -37,7 +37,8 @@ from data.cache import Cache
 from data.loader import Loader
 from data.samples import Picture, Source
 from flux2.adapters import adapter_parameters
-from flux2.checkpointing import set_policy
+from flux2.attention import check_backends, chosen_backend, preferred_backends
+from flux2.checkpointing import check_policy, set_policy
 from flux2.model import Transformer
 from flux2.pipeline import (
     MANY_REFERENCES_PIXELS,
@@ -133,6 +134,17 @@ class MemorySettings:
     """The group `memory`."""
 
     checkpointing: str
+    budget_gb: float | None = None
+    attention: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_policy(self.checkpointing, self.budget_gb)
+        check_backends(self.attention, "memory.attention")
+
+    def apply(self, model: Transformer, device: torch.device) -> None:
+        """Let the blocks of `model`, which computes on `device`, run as these settings say."""
+        backends = preferred_backends(self.attention, device)
+        set_policy(model, self.checkpointing, budget_gb=self.budget_gb, attention=backends)
 
 
 def make_accelerator(device: str | None) -> Accelerator:
@@ -223,9 +235,10 @@ class Run:
         """Attach to a model without memory, and open pictures: what cannot work says so now and not in an hour."""
         with torch.device("meta"):
             model = Transformer(self.variant.transformer)
-            set_policy(model, self.memory.checkpointing)
+            self.memory.apply(model, self.accelerator.device)
             self.make_adapter(model, seed=self.settings.seed)
         build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
+        self.attention_backend()
         for path in self.sample.references:
             open_picture(path).load()
 
@@ -285,6 +298,13 @@ class Run:
         )
         return dataset, prepared
 
+    def attention_backend(self) -> str:
+        """Which one computes the attention of a square picture."""
+        device, config = self.accelerator.device, self.variant.transformer
+        backends = preferred_backends(self.memory.attention, device)
+        tokens = (self.buckets.resolution // 16) ** 2
+        return chosen_backend(backends, config.heads, config.head_dim, tokens, device, self.dtype)
+
     def sampler(self, prepared: Prepared) -> Sampler | None:
         """What makes the sample sheets, if any are asked for."""
         if not self.sample.prompts or not self.settings.sample_every or not self.accelerator.is_main_process:
@@ -309,10 +329,11 @@ class Run:
 
         self.say(
             f"loading the transformer of {self.variant.name} ({self.dtype}) onto {accelerator.device}; "
-            f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}"
+            f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
+            f"attention: {self.attention_backend()}"
         )
         transformer = load_transformer(self.source, accelerator.device, self.dtype)
-        set_policy(transformer, self.memory.checkpointing)
+        self.memory.apply(transformer, accelerator.device)
         wrapped = self.make_adapter(transformer, seed=settings.seed)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
         trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
