@@ -342,11 +342,12 @@ def attach_pairs(model: Transformer, pairs: Mapping[str, Pair], name: str, scale
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         peft.inject_adapter_in_model(config, model, adapter_name=name)
+    device = model.img_in.weight.device  # where the model computes; the layer itself may lie in host memory
     for layer, pair in pairs.items():
         module = model.get_submodule(layer)
         assert isinstance(module, LoraLayer)
         for side, value in ((module.lora_A[name], pair.a), (module.lora_B[name], pair.b)):
-            side.weight.data = value.to(side.weight.device, torch.float32)
+            side.weight.data = value.to(device, torch.float32)
         module.scaling[name] = scale
     fuse_lora(model)
     activate(model)

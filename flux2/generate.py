@@ -36,7 +36,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="likewise")
     parser.add_argument("--device", help="cuda, cpu; the GPU if there is one")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--stream-blocks",
+        type=number_or_share,
+        default=0,
+        metavar="N",
+        help="blocks that stay in host memory and stream to the device: a number (8) or a share (0.5)",
+    )
     return parser.parse_args(argv)
+
+
+def number_or_share(given: str) -> int | float:
+    """`8` is a number of blocks, `0.5` and `1.0` are shares."""
+    return int(given) if given.isdecimal() else float(given)
 
 
 def split_adapter(given: str) -> tuple[str, float]:
@@ -80,6 +92,7 @@ def run(options: argparse.Namespace) -> list[Path]:
         text_encoder=options.text_encoder,
         device=options.device,
         precision=options.precision,
+        stream_blocks=options.stream_blocks,
     )
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     pipeline.embeddings(prompts, options.guidance)  # before the transformer is loaded for the adapters

@@ -20,6 +20,7 @@ from torch import Tensor
 from flux2 import adapters
 from flux2.autoencoder import Autoencoder
 from flux2.model import Transformer
+from flux2.offload import offload, streamed_blocks
 from flux2.sampling import initial_noise, sample
 from flux2.sources import ModelSource, model_source
 from flux2.text_encoder import TextEncoder
@@ -137,7 +138,16 @@ def render(
 class Pipeline:
     """A model ready to generate. Made by `flux2.load`; its parts are loaded when they are first needed."""
 
-    def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype, keep_text_encoder: bool) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        keep_text_encoder: bool,
+        stream_blocks: int | float = 0,
+    ) -> None:
+        self.streamed = streamed_blocks(source.variant.transformer, stream_blocks)
+        self.stream_blocks = stream_blocks
         self.source = source
         self.device = device
         self.dtype = dtype
@@ -162,7 +172,9 @@ class Pipeline:
     @property
     def transformer(self) -> Transformer:
         if self._transformer is None:
-            self._transformer = load_transformer(self.source, self.device, self.dtype)
+            transformer = load_transformer(self.source, self.device, self.dtype, host=self.streamed)
+            offload(transformer, self.stream_blocks, device=self.device)
+            self._transformer = transformer
         return self._transformer
 
     def load_adapter(self, path: str | Path, scale: float = 1.0) -> None:
@@ -274,6 +286,7 @@ def load(
     device: str | None = None,
     precision: str | None = None,
     keep_text_encoder: bool | None = None,
+    stream_blocks: int | float = 0,
 ) -> Pipeline:
     """A pipeline for the model called `name` (see `variants.VARIANTS`).
 
@@ -284,8 +297,10 @@ def load(
         device: `cuda`, `cuda:1`, `cpu`; the GPU if there is one.
         precision: `fp32` or `bf16` of the transformer and the text encoder.
         keep_text_encoder: keep it in memory between calls; by default only for `tiny`.
+        stream_blocks: blocks of the transformer that stay in host memory and stream to the device: a number, or a
+            share from 0.0 to 1.0.
     """
     source = model_source(name, path, autoencoder, text_encoder)
     chosen = pick_device(device)
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
-    return Pipeline(source, chosen, pick_dtype(precision, chosen), keep)
+    return Pipeline(source, chosen, pick_dtype(precision, chosen), keep, stream_blocks)

@@ -56,14 +56,28 @@ def taken(model: nn.Module) -> dict[str, torch.Size]:
     }
 
 
-def place(model: nn.Module, name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """Put `tensor` where the model keeps what is called `name`: quantised by the module itself, or as it is."""
+def place(
+    model: nn.Module,
+    name: str,
+    tensor: Tensor,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    home: torch.device | str,
+) -> None:
+    """Put `tensor` where the model keeps what is called `name`: quantised by the module itself, or as it is.
+
+    Args:
+        device: where it is quantised.
+        home: where it stays.
+    """
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     if isinstance(module, StoresWeight):
         module.store(tensor.to(device))
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(home)
         return
-    tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True).contiguous()
+    tensor = tensor.to(home, dtype if tensor.is_floating_point() else None, copy=True).contiguous()
     if leaf in module._buffers:
         module.register_buffer(leaf, tensor)
     else:
@@ -78,6 +92,7 @@ def fill(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     ignored: Callable[[str], bool] = lambda name: False,
+    host: Sequence[str] = (),
 ) -> None:
     """Fill a model built on the meta device.
 
@@ -88,6 +103,7 @@ def fill(
         what: the model's name in errors.
         device, dtype: of the filled tensors; integers keep their dtype.
         ignored: names in `files` that may stay unread.
+        host: modules whose tensors stay in host memory; they are quantised on `device` all the same.
     """
     shapes = taken(model)
     wanted = {name for entry in published.values() for name in entry.names}
@@ -101,17 +117,23 @@ def fill(
             if shape != shapes[name]:
                 misshaped.append(f"{entry.names[0]} {tuple(shape)} instead of {tuple(shapes[name])}")
     check(what, files, missing, unexpected, misshaped)
+    in_host = tuple(f"{module}." for module in host)
     for name, entry in published.items():
-        place(model, name, entry.join([files[part] for part in entry.names]), device, dtype)
+        tensor = entry.join([files[part] for part in entry.names])
+        place(model, name, tensor, device, dtype, "cpu" if name.startswith(in_host) else device)
     left = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     left |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
     assert not left, f"not filled: {listed(left)}"
 
 
 def load_transformer(
-    source: ModelSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    source: ModelSource,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    host: Sequence[str] = (),
 ) -> Transformer:
-    """The transformer on `device` in `dtype`, frozen, in evaluation mode."""
+    """The transformer on `device`, its modules `host` in host memory, in `dtype`, frozen, in evaluation mode."""
     with torch.device("meta"):
         model = Transformer(source.variant.transformer)
     files = tensor_files(source, "transformer")
@@ -128,6 +150,7 @@ def load_transformer(
         device,
         dtype,
         ignored=lambda name: bool(prefix) and not name.startswith(prefix),
+        host=host,
     )
     return model.eval()
 

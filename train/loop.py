@@ -150,7 +150,7 @@ class Training:
             Interrupted: after SIGINT or SIGTERM, with a checkpoint of the last whole step saved.
         """
         settings, accelerator = self.settings, self.accelerator
-        model = accelerator.prepare_model(self.wrapped)
+        model = accelerator.prepare_model(self.wrapped, device_placement=False)  # it is where it is to be
         parameters = adapters.adapter_parameters(self.wrapped)
         rate = self.optimizer.param_groups[0]["lr"]
         if self.place.checkpoint is not None:

@@ -31,6 +31,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data.buckets import Buckets
 from data.cache import Cache
@@ -40,6 +41,7 @@ from flux2.adapters import adapter_parameters
 from flux2.attention import check_backends, chosen_backend, preferred_backends
 from flux2.checkpointing import check_policy, set_policy
 from flux2.model import Transformer
+from flux2.offload import check_stream_blocks, offload, streamed_blocks
 from flux2.pipeline import (
     MANY_REFERENCES_PIXELS,
     ONE_REFERENCE_PIXELS,
@@ -136,10 +138,15 @@ class MemorySettings:
     checkpointing: str
     budget_gb: float | None = None
     attention: list[str] | None = None
+    stream_blocks: int | float = 0
+    offload_activations: bool = False
 
     def __post_init__(self) -> None:
         check_policy(self.checkpointing, self.budget_gb)
         check_backends(self.attention, "memory.attention")
+        check_stream_blocks(self.stream_blocks, "memory.stream_blocks")
+        if not isinstance(self.offload_activations, bool):
+            raise ValueError(f"memory.offload_activations={self.offload_activations!r} must be true or false")
 
     def apply(self, model: Transformer, device: torch.device) -> None:
         """Let the blocks of `model`, which computes on `device`, run as these settings say."""
@@ -220,6 +227,7 @@ class Run:
         self.sample: SampleSettings = checked("sample", self.config["sample"], SampleSettings)
         self.buckets: Buckets = checked("buckets", self.config["buckets"], Buckets)
         self.source = self.model.source()
+        self.streamed = streamed_blocks(self.variant.transformer, self.memory.stream_blocks, "memory.stream_blocks")
         self.accelerator = make_accelerator(self.settings.device)
         self.dtype = pick_dtype(precision.dtype, self.accelerator.device)
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
@@ -319,6 +327,20 @@ class Run:
         text, empty = prepared.embeddings(self.sample.prompts), prepared.embeddings([""])
         return Sampler(self.sample, self.variant, autoencoder, text, empty, references, self.buckets.resolution)
 
+    def stream(self, transformer: Transformer, wrapped: nn.Module) -> None:
+        """Let blocks and activations stream from host memory, if that is asked for."""
+        offloader = offload(
+            transformer,
+            self.memory.stream_blocks,
+            activations=self.memory.offload_activations,
+            device=self.accelerator.device,
+        )
+        if offloader is None:
+            return
+        self.say(str(offloader))
+        # frozen and the same in all processes: what streams has nothing to be exchanged
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, offloader.names(wrapped))
+
     def train(self) -> Path:
         """Prepare, train, and return the folder of the finished adapter."""
         settings, accelerator = self.settings, self.accelerator
@@ -332,9 +354,10 @@ class Run:
             f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
             f"attention: {self.attention_backend()}"
         )
-        transformer = load_transformer(self.source, accelerator.device, self.dtype)
+        transformer = load_transformer(self.source, accelerator.device, self.dtype, host=self.streamed)
         self.memory.apply(transformer, accelerator.device)
         wrapped = self.make_adapter(transformer, seed=settings.seed)
+        self.stream(transformer, wrapped)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
         trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
         self.say(f"{len(trained)} samples, {trainable:,} trained parameters, {settings.steps} steps in {place.folder}")
