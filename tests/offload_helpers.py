@@ -1,6 +1,7 @@
 """Copiers that make every mistake of residency show: what the tests of streaming share.
 
-A test module says `pytest_plugins = ("offload_helpers",)` to get the fixture.
+A test module says `pytest_plugins = ("offload_helpers",)` to get the fixture, and may import the rest before that:
+PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations

@@ -1,0 +1,80 @@
+"""Runs of train/run.py with blocks that stream: curve, adapter and pictures are those without, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+from train_helpers import CONF, adapter, compose, lines, same_tensors
+
+from flux2.checkpointing import POLICIES
+from flux2.offload import Offloader
+from train.run import Run
+
+pytest_plugins = ("train_helpers", "offload_helpers")
+
+EVENTS = [
+    "gradient_accumulation=2",
+    "validate_every=2",
+    "sample_every=2",
+    "sample.prompts=[a red cup]",
+    "sample.steps=2",
+    "preservation=base",
+    "preservation.prompts=[a cup]",
+    "preservation.weight=1.0",
+    "checkpoint_every=2",
+]
+
+
+def same_runs(one: Path, other: Path) -> None:
+    assert lines(one) == lines(other)
+    assert len(lines(one)) >= 3
+    assert same_tensors(adapter(one), adapter(other))
+    sheets = sorted(path.name for path in (one / "samples").glob("*.png"))
+    assert all((one / "samples" / name).read_bytes() == (other / "samples" / name).read_bytes() for name in sheets)
+
+
+@pytest.mark.parametrize("precision", sorted(file.stem for file in (CONF / "precision").glob("*.yaml")))
+def test_a_run_is_the_same_in_every_precision(train, scrambled: list[Offloader], precision: str) -> None:
+    plain = train("plain", f"precision={precision}", *EVENTS)
+    assert scrambled == []
+    streaming = train("streaming", f"precision={precision}", *EVENTS, "memory.stream_blocks=0.5")
+    same_runs(streaming, plain)
+    (offloader,) = scrambled
+    assert [block.name for block in offloader.blocks] == ["double_blocks.0", "single_blocks.0", "single_blocks.2"]
+    assert offloader.ring is not None
+    assert offloader.ring.copied > 30 * sum(block.host.nbytes for block in offloader.blocks)
+    assert len(list((streaming / "samples").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_a_run_is_the_same_under_every_policy(train, scrambled: list[Offloader], policy: str) -> None:
+    settings = [f"memory.checkpointing={policy}", "adapter.dropout=0.2", "steps=3"]
+    plain = train("plain", *settings, kind="klein")
+    streaming = train("streaming", *settings, "memory.stream_blocks=3", "memory.offload_activations=true", kind="klein")
+    same_runs(streaming, plain)
+    (offloader,) = scrambled
+    assert len(offloader.blocks) == 3
+    assert offloader.away is not None
+    assert offloader.away.copied > 0
+
+
+def test_a_run_resumes_with_streaming_where_it_stopped_without(train, scrambled: list[Offloader]) -> None:
+    whole = train("whole")
+    first = train("parts", "steps=2", "checkpoint_every=2")
+    parts = train("parts", f"resume={first}", "memory.stream_blocks=1.0")
+    assert same_tensors(adapter(parts), adapter(whole))
+    assert len(scrambled) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("memory.stream_blocks=1.5", "memory.stream_blocks=1.5 must be a number of blocks"),
+        ("memory.stream_blocks=half", "memory.stream_blocks='half' must be a number of blocks"),
+        ("memory.stream_blocks=true", "memory.stream_blocks=True must be a number of blocks"),
+        ("memory.stream_blocks=6", "memory.stream_blocks=6 is more than the model's 5 blocks: give 0 to 5"),
+        ("memory.offload_activations=1", "memory.offload_activations=1 must be true or false"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_message(small, setting: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        Run(compose(*small(setting)))
