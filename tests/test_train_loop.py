@@ -233,7 +233,10 @@ def test_a_larger_batch_is_another_run(train):
 
 
 def test_two_processes_train_as_one_does(train, pictures, tmp_path):
-    """Real processes, through the entry file; what they train is of the size called tiny, with random weights."""
+    """Real processes, through the entry file; what they train is of the size called tiny, with random weights.
+
+    In the two, half of the blocks stream.
+    """
     model = random_tiny_folder(tmp_path)
     arguments = [
         *("model=tiny", f"model.path={model}", "model.resolution=48", "dataset=folder", f"dataset.path={pictures}"),
@@ -247,6 +250,7 @@ def test_two_processes_train_as_one_does(train, pictures, tmp_path):
         *arguments,
         "batch_size=1",
         "gradient_accumulation=2",
+        "memory.stream_blocks=0.5",
         f"output_dir={two}",
     ]
     done = execute(script, ACCELERATE_USE_CPU="true")

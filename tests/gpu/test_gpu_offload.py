@@ -41,7 +41,7 @@ def random_model(config: TransformerConfig = CONFIG, precision: str = "bf16", po
     adapters.attach(model, rank=4)
     for parameter in adapters.adapter_parameters(model):
         parameter.data.normal_(std=0.02)
-    set_policy(model, policy)
+    set_policy(model, policy, budget_gb=0.5 if policy == "budget" else None)
     return model
 
 
@@ -92,7 +92,7 @@ def streaming(model: Transformer, **options: Any) -> Offloader:
 
 @pytest.mark.parametrize("activations", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("policy", POLICIES)
 def test_streaming_changes_no_loss_and_no_gradient_beyond_rounding(
     policy: str, precision: str, activations: bool
 ) -> None:
