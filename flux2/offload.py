@@ -212,7 +212,7 @@ class Signal(torch.autograd.Function):
         return tensors
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.then()
         return None, *gradients
 
