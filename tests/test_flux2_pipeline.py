@@ -202,9 +202,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for part in ("text_encoder", "autoencoder", "transformer"):
         function = getattr(pipeline_module, f"load_{part}")
 
-        def spy(*arguments: Any, part: str = part, function: Any = function) -> Any:
+        def spy(*arguments: Any, part: str = part, function: Any = function, **options: Any) -> Any:
             seen.append(part)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         monkeypatch.setattr(pipeline_module, f"load_{part}", spy)
     return seen
