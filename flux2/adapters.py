@@ -237,7 +237,8 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "",
     """Write the adapter in PEFT's form (adapter_model.safetensors, adapter_config.json) and diffusers.safetensors.
 
     Args:
-        folder: made if absent; each file is complete or absent, never half written.
+        folder: made if absent; each file is complete or absent, never half written, and where adapter_model.safetensors
+            is, the others are too.
         base: the model that the adapter was trained on: a variant's name.
         licence: of the base model where it restricts the use of the adapter; kept in the file's metadata.
     """
@@ -250,7 +251,9 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "",
         written = Path(scratch) if name == "default" else Path(scratch) / name  # PEFT's own choice
         (written / "README.md").write_text(adapter_card(base, licence))  # in place of PEFT's empty form
         save_file(to_diffusers(layer_pairs(wrapped.get_base_model(), name)), written / DIFFUSERS_FILE, metadata)
-        for file in sorted(path for path in written.iterdir() if path.is_file()):
+        (folder / PEFT_FILE).unlink(missing_ok=True)  # of an earlier adapter: while it is there, all files are its own
+        files = [path for path in written.iterdir() if path.is_file()]
+        for file in sorted(files, key=lambda path: path.name == PEFT_FILE):
             file.replace(folder / file.name)
 
 

@@ -1,14 +1,19 @@
 import json
+import re
+import shutil
 from pathlib import Path
 
 import helpers
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from flux2 import adapters
 from train import checkpoint
 from train.checkpoint import Place, find
+from train.folder import InUse, Lock
 
 CONFIG = {
     "name": "a",
@@ -33,21 +38,24 @@ def changed(**groups):
 
 
 def make_run(folder: Path, *steps: int, finished: bool = False, config=CONFIG, images: int = IMAGES) -> Path:
-    """A run folder as training leaves it, with empty files in place of tensors."""
+    """A run folder as training leaves it, without any tensors."""
     folder.mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     for step in steps:
         place = folder / "checkpoints" / f"step_{step:06d}"
         place.mkdir(parents=True)
         (place / "state.json").write_text(json.dumps({"step": step, "base": "tiny", "images_per_step": images}))
+        torch.save({"state": {}, "param_groups": []}, place / "optimizer.pt")
+        (place / "adapter").mkdir()
+        save_file({}, place / "adapter" / adapters.PEFT_FILE)
     if finished:
         (folder / "adapter").mkdir()
         (folder / "adapter" / adapters.PEFT_FILE).touch()
     return folder
 
 
-def look(resume, fresh, config=CONFIG, images=IMAGES, chosen=False):
-    return find(resume, fresh, config, images, chosen=chosen)
+def look(resume, fresh, config=CONFIG, images=IMAGES, chosen=False, say=print):
+    return find(resume, fresh, config, images, chosen=chosen, say=say)
 
 
 # ------------------------------------------------------------------ where a run goes on
@@ -166,7 +174,103 @@ def test_a_damaged_configuration_is_named(tmp_path):
     (run / "config.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"config\.yaml cannot be read"):
         look(str(run), tmp_path / "new")
-    assert look("auto", tmp_path / "new") == Place(tmp_path / "new")
+    said = []
+    assert look("auto", tmp_path / "new", say=said.append) == Place(tmp_path / "new")
+    assert len(said) == 1
+    assert re.match(r"warning: skipping .*run: .*config\.yaml cannot be read", said[0])
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "just words", "a: 1", "steps: many"])
+def test_a_configuration_that_is_none_is_named_and_not_compared(tmp_path, text):
+    run = make_run(tmp_path / "run", 2)
+    (run / "config.yaml").write_text(text)
+    for resume, fresh, chosen in ((str(run), tmp_path / "new", False), ("auto", run, True)):
+        with pytest.raises(ValueError, match=r"config\.yaml is not the configuration of a run") as error:
+            look(resume, fresh, chosen=chosen)
+        assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl"])
+def test_a_run_without_its_configuration_is_not_written_over(tmp_path, left):
+    run = make_run(tmp_path / "run", *([2] if left == "checkpoints" else []))
+    (run / "config.yaml").unlink()
+    if left == "metrics.jsonl":
+        (run / left).touch()
+    with pytest.raises(ValueError, match="already holds a run"):
+        look(None, run, chosen=True)
+    with pytest.raises(ValueError, match=r"resume=auto: .*config\.yaml cannot be read"):
+        look("auto", run, chosen=True)
+
+
+# ------------------------------------------------------------------ damaged states
+
+
+DAMAGED_STATES = ["", "garbage", "{}", "[]", '{"step": "2", "images_per_step": 4}', '{"step": 2}', '{"step": -1}']
+
+
+@pytest.mark.parametrize("text", DAMAGED_STATES)
+def test_a_damaged_state_is_one_error_that_names_the_file(tmp_path, text):
+    run = make_run(tmp_path / "run", 2, 4)
+    (run / "checkpoints" / "step_000004" / "state.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"step_000004/state\.json .*delete .*step_000004 to go on from the one before"
+    ):
+        look(str(run), tmp_path / "new")
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("file", ["state.json", "optimizer.pt", "adapter/adapter_model.safetensors"])
+def test_auto_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path, file, chosen):
+    run = make_run(tmp_path / "run", 2, 4)
+    (run / "checkpoints" / "step_000004" / file).write_text("garbage")
+    said = []
+    place = look("auto", run if chosen else tmp_path / "new", chosen=chosen, say=said.append)
+    assert place == Place(run, run / "checkpoints" / "step_000002")
+    assert len(said) == 1
+    assert said[0].startswith("warning: skipping a damaged checkpoint: ")
+    assert f"step_000004/{file}" in said[0]
+
+
+def test_auto_skips_a_damaged_run_and_takes_the_one_before(tmp_path):
+    older = make_run(tmp_path / "1", 2)
+    newer = make_run(tmp_path / "2", 4)
+    (newer / "checkpoints" / "step_000004" / "state.json").write_text("{}")
+    assert look("auto", tmp_path / "3") == Place(older, older / "checkpoints" / "step_000002")
+
+
+def test_auto_does_not_start_anew_over_checkpoints_that_cannot_be_read(tmp_path):
+    run = make_run(tmp_path / "1", 2)
+    (run / "checkpoints" / "step_000002" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no checkpoint of .*1 can be read"):
+        look("auto", run, chosen=True)
+
+
+def test_only_folders_named_after_a_step_are_checkpoints(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    shutil.copytree(run / "checkpoints" / "step_000002", run / "checkpoints" / "step_000002 (copy)")
+    shutil.copytree(run / "checkpoints" / "step_000002", run / "checkpoints" / "step_best")
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["step_000002"]
+    assert look("auto", tmp_path / "new").step == 2
+
+
+# ------------------------------------------------------------------ folders in use
+
+
+def test_auto_skips_a_run_that_is_alive(tmp_path):
+    run = make_run(tmp_path / "1", 2)
+    lock = Lock(run)
+    assert look("auto", tmp_path / "2") == Place(tmp_path / "2")
+    lock.release()
+    assert look("auto", tmp_path / "2").folder == run
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_folder_that_was_asked_for_and_is_in_use_is_named(tmp_path, resume):
+    run = make_run(tmp_path / "1", 2)
+    lock = Lock(run)
+    with pytest.raises(InUse, match=r"/1 is in use: another run writes there now"):
+        look(resume, run, chosen=True)
+    lock.release()
 
 
 # ------------------------------------------------------------------ auto
@@ -211,10 +315,34 @@ def test_auto_starts_again_in_its_folder_if_nothing_was_saved_there(tmp_path):
 
 def test_auto_does_not_write_into_a_folder_whose_run_is_finished_or_another(tmp_path):
     fresh = make_run(tmp_path / "mine", 10, finished=True)
-    with pytest.raises(ValueError, match="has done its steps"):
+    with pytest.raises(ValueError, match=r"has done its 10 steps: .*with steps=11 or more"):
         look("auto", fresh, chosen=True)
     with pytest.raises(ValueError, match=r"another configuration: adapter\.rank=4 there, 8 here"):
         look("auto", fresh, changed(adapter={"rank": 8}), chosen=True)
+
+
+def test_auto_in_a_finished_runs_folder_goes_on_with_more_steps(tmp_path):
+    run = make_run(tmp_path / "mine", 10, finished=True)
+    assert look("auto", run, changed(steps=12), chosen=True) == Place(run, run / "checkpoints" / "step_000010")
+    assert look("auto", tmp_path / "new", changed(steps=12)) == Place(tmp_path / "new")  # beside, finished is finished
+
+
+def test_auto_does_not_write_over_a_finished_run_without_checkpoints(tmp_path):
+    run = make_run(tmp_path / "mine", finished=True)
+    with pytest.raises(ValueError, match="has done its 10 steps"):
+        look("auto", run, changed(steps=12), chosen=True)
+
+
+def test_auto_that_starts_anew_says_which_key_of_the_newest_run_differs(tmp_path):
+    make_run(tmp_path / "1", 2, config=changed(seed=5))
+    make_run(tmp_path / "2", 2, config=changed(adapter={"rank": 8}))
+    said = []
+    assert look("auto", tmp_path / "3", say=said.append) == Place(tmp_path / "3")
+    assert said == [f"not going on with {tmp_path / '2'}: adapter.rank=8 there, 4 here"]
+    make_run(tmp_path / "0", 2)
+    said.clear()
+    assert look("auto", tmp_path / "3", say=said.append).folder == tmp_path / "0"
+    assert said == []
 
 
 # ------------------------------------------------------------------ files
@@ -280,14 +408,18 @@ def test_saving_a_step_again_replaces_it_whole(tmp_path, trained):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000007"]
 
 
-def test_a_checkpoint_appears_only_when_it_is_whole(tmp_path, trained, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "name", "kind"),
+    [(torch, "save", RuntimeError), (adapters, "save_file", SafetensorError), (Path, "write_text", OSError)],
+)
+def test_a_checkpoint_appears_only_when_it_is_whole(tmp_path, trained, monkeypatch, where, name, kind):
     def fail(*args, **kwargs):
-        raise OSError("disk full")
+        raise kind("disk full")
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(where, name, fail)
+    with pytest.raises(checkpoint.NotSaved, match=r"step_000007 could not be written \(disk full\)"):
         write(tmp_path, 7, trained())
-    assert checkpoint.checkpoints(tmp_path) == []
+    assert list((tmp_path / "checkpoints").iterdir()) == []
     monkeypatch.undo()
     write(tmp_path, 7, trained())
     assert len(checkpoint.checkpoints(tmp_path)) == 1
@@ -302,5 +434,15 @@ def test_a_damaged_checkpoint_is_one_error_that_names_it(tmp_path, trained, dama
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:100] if how == "cut" else b"\x05" * 200)
-    with pytest.raises(ValueError, match=r"step_000007 cannot be read .*delete it"):
+    with pytest.raises(ValueError, match=r"step_000007.* cannot be read .*delete .*step_000007 to go on"):
+        checkpoint.load(place, *trained())
+
+
+@pytest.mark.parametrize(
+    "wrong", [[1], {"state": {}}, {"state": {}, "param_groups": []}, {"state": 1, "param_groups": 2}]
+)
+def test_a_file_that_holds_no_state_of_this_optimizer_is_the_same_error(tmp_path, trained, wrong):
+    place = write(tmp_path, 7, trained())
+    torch.save(wrong, place / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"step_000007/optimizer\.pt .*delete .*step_000007 to go on"):
         checkpoint.load(place, *trained())

@@ -111,16 +111,67 @@ def test_a_run_names_its_folder_after_itself_and_the_time(small, monkeypatch, tm
     assert time.strptime(adapter_folder.parts[2], "%Y-%m-%d_%H-%M-%S")
 
 
-def test_settings_are_checked_before_anything_is_loaded_or_written(run_command, small, monkeypatch, tmp_path):
-    def refuse(*args, **kwargs):
-        raise AssertionError("something was loaded")
+def refuse_to_load(*args, **kwargs):
+    raise AssertionError("something was loaded")
 
+
+def test_settings_are_checked_before_anything_is_loaded_or_written(run_command, small, monkeypatch, tmp_path):
     for module, name in ((cache, "load_text_encoder"), (cache, "load_autoencoder"), (train.run, "load_transformer")):
-        monkeypatch.setattr(module, name, refuse)
+        monkeypatch.setattr(module, name, refuse_to_load)
     folder = tmp_path / "run"
     for mistake in ("adapter.rank=0", "adapter.targets=[foo]", "optimizer.lr=x", "dataset.path=/nowhere"):
         run_command.refused(*small(f"output_dir={folder}", f"cache_dir={tmp_path / 'cache'}", mistake))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_of_a_name_in_the_same_second_get_folders_of_their_own(small, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.run.time, "strftime", lambda _: "noon")
+    first, second = (Run(compose(*small("name=cats"))) for _ in range(2))
+    assert [run.place().folder.name for run in (first, second)] == ["noon", "noon_1"]
+    first.release()
+    second.release()
+
+
+def test_a_folder_that_another_run_writes_is_refused_by_name(run_command, small, tmp_path):
+    alive = Run(compose(*small(f"output_dir={tmp_path / 'run'}")))
+    assert alive.place() == alive.place()
+    for settings in ([], ["resume=auto"]):
+        message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}", *settings))
+        assert message.startswith(f"{tmp_path / 'run'} is in use")
+    alive.release()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_being_resumed_is_not_resumed_twice(run_command, train, small, tmp_path):
+    run = train("run", "steps=1", "checkpoint_every=1")
+    alive = Run(compose(*small(f"resume={run}")))
+    alive.place()
+    assert run_command.refused(*small(f"resume={run}")).startswith(f"{run} is in use")
+    alive.release()
+
+
+def test_places_that_cannot_be_written_are_named_before_anything_is_loaded(run_command, small, monkeypatch, tmp_path):
+    for module, name in ((cache, "load_text_encoder"), (cache, "load_autoencoder"), (train.run, "load_transformer")):
+        monkeypatch.setattr(module, name, refuse_to_load)
+    file = tmp_path / "file"
+    file.touch()
+    for key, said in (
+        ("output_dir", f"output_dir='{file}' cannot be written (File exists)"),
+        ("cache_dir", f"cache_dir='{file}' is not a folder"),
+    ):
+        assert said in run_command.refused(*small(f"output_dir={tmp_path / 'run'}", f"{key}={file}"))
+    message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}", f"cache_dir={file / 'cache'}"))
+    assert f"cache_dir='{file / 'cache'}' cannot be written (Not a directory)" in message
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_the_run_as_it_was(run_command, train, small):
+    run = train("run", "steps=1", "checkpoint_every=1")
+    (run / "checkpoints" / "step_000001" / "optimizer.pt").write_text("garbage")
+    before = {name: (run / name).read_text() for name in ("config.yaml", "metrics.jsonl")}
+    assert "step_000001/optimizer.pt cannot be read" in run_command.refused(*small(f"resume={run}", "steps=2"))
+    assert {name: (run / name).read_text() for name in before} == before
 
 
 # ------------------------------------------------------------------ samples

@@ -30,6 +30,7 @@ from flux2.pipeline import to_pixels
 from flux2.sources import ModelSource, fingerprint
 from flux2.weights import load_autoencoder, load_text_encoder
 from train.command import command
+from train.folder import make_writable
 
 Encode = Callable[[list[str]], Tensor]
 
@@ -118,6 +119,8 @@ def prepare(
     embeddings = plan_embeddings(cache, list(wanted), text_encoder.identity(source, dtype))
     # planned before the slow text encoder runs, since it finds pictures that cannot be read
     latents = plan_latents(cache, samples, buckets, f"{fingerprint(source, 'vae')} float32", reference_pixels)
+    if embeddings.missing or latents.missing:
+        make_writable(cache.folder, "cache_dir")  # and not only when an encoder is loaded
     fill(embeddings, lambda: text_encoder.load(source, device, dtype), "prompts", accelerator)
 
     def load_encoder() -> Callable[..., Tensor]:

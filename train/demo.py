@@ -102,6 +102,7 @@ def main(config: DictConfig) -> None:
         raise ValueError(
             f"model={run.variant.name}: the demo is for the embedded model; train others with train/run.py"
         )
+    run.place()  # what cannot be written says so before pictures are made
     dataset = run.instantiate("dataset")
     pairs = [(colour, subject) for subject in SUBJECTS for colour in COLOURS]
     prompts = [f"a trtcrd of a {colour} {subject}, tarot style" for colour, subject in pairs]

@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,7 @@ class Training:
         base: what the adapter's files name as its base model.
         wrapped: PEFT's wrapper around the transformer.
         loader: gives this process's micro-batches of a step.
+        begin: called by the main process once the checkpoint was read, before anything is written.
         plain: embeddings (T, D) of the prompts of `preservation`.
         place: where the run writes, and what it goes on from.
         sampler, validate: None where nothing is sampled or validated.
@@ -126,6 +127,7 @@ class Training:
     plain: dict[str, Tensor]
     place: checkpoint.Place
     metrics: Metrics
+    begin: Callable[[], None] = lambda: None
     sampler: Sampler | None = None
     validate: FixedNoiseLoss | None = None
     autocast: torch.dtype | None = None
@@ -155,6 +157,8 @@ class Training:
         rate = self.optimizer.param_groups[0]["lr"]
         if self.place.checkpoint is not None:
             checkpoint.load(self.place.checkpoint, self.wrapped, self.optimizer)
+        if accelerator.is_main_process:
+            self.begin()
         start = self.place.step
         images = self.loader.sampler.global_batch
         average = 0.0

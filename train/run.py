@@ -19,6 +19,7 @@ import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import huggingface_hub
@@ -53,7 +54,7 @@ from flux2.pipeline import (
 from flux2.sources import ModelSource, looks_local, model_source
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
-from train import checkpoint
+from train import checkpoint, folder
 from train.cache import LocalTextEncoder, Prepared, prepare
 from train.command import checked, command, made
 from train.loop import LoopSettings, Training
@@ -103,7 +104,11 @@ class RunSettings(LoopSettings):
             value = getattr(self, key)
             if not isinstance(value, str) and not (value is None and key not in ("name", "cache_dir")):
                 raise ValueError(f"{key}={value!r} must be a text")
-        if not self.name or "/" in self.name:
+            if key != "name" and value == "":
+                raise ValueError(
+                    f"{key}='' must not be empty" + ("" if key == "cache_dir" else ": leave it out, or null")
+                )
+        if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a word without slashes: it becomes a folder")
 
 
@@ -226,6 +231,8 @@ class Run:
         self.validation: ValidationSettings = checked("validation", self.config["validation"], ValidationSettings)
         self.sample: SampleSettings = checked("sample", self.config["sample"], SampleSettings)
         self.buckets: Buckets = checked("buckets", self.config["buckets"], Buckets)
+        self._place: checkpoint.Place | None = None
+        self._lock: folder.Lock | None = None
         self.source = self.model.source()
         self.streamed = streamed_blocks(self.variant.transformer, self.memory.stream_blocks, "memory.stream_blocks")
         self.accelerator = make_accelerator(self.settings.device)
@@ -267,26 +274,55 @@ class Run:
             print(text, flush=True)
 
     def place(self) -> checkpoint.Place:
-        """The run folder, chosen by the main process for all."""
+        """The run folder, chosen, made and held by the main process for all. The first call decides."""
+        if self._place is not None:
+            return self._place
+        shared: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                shared[0] = self.take_place()
+            except ValueError as error:
+                shared[0] = error
+            except OSError as error:
+                shared[0] = ValueError(f"the run folder: {error}")
+        broadcast_object_list(shared)
+        if isinstance(shared[0], ValueError):
+            raise shared[0]
+        self._place = shared[0]
+        return shared[0]
+
+    def take_place(self) -> checkpoint.Place:
+        """Choose the run folder, make it, and hold it to the end of the run."""
         output = self.settings.output_dir
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             output = HydraConfig.get().runtime.output_dir
         fresh = Path(output or f"outputs/{self.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-        shared: list[Any] = [None]
-        if self.accelerator.is_main_process:
+        resume, chosen = self.settings.resume, output is not None
+        while True:
+            place = checkpoint.find(
+                resume, fresh, self.config, self.images_per_step, chosen=chosen, say=partial(print, flush=True)
+            )
+            if place == checkpoint.Place(fresh) and not chosen:
+                place = checkpoint.Place(folder.make_new(fresh))
             try:
-                shared[0] = checkpoint.find(
-                    self.settings.resume, fresh, self.config, self.images_per_step, chosen=output is not None
-                )
-            except ValueError as error:
-                shared[0] = error
-        broadcast_object_list(shared)
-        if isinstance(shared[0], ValueError):
-            raise shared[0]
-        return shared[0]
+                folder.make_writable(place.folder, "output_dir" if chosen else "the run folder")
+                self._lock = folder.Lock(place.folder)
+            except folder.InUse:
+                if chosen or resume != "auto":
+                    raise
+                continue  # another took it since: look for one that is free
+            return place
+
+    def release(self) -> None:
+        """Let go of the run folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     def prepare(self) -> tuple[Source, Prepared]:
         """The samples, and the cache filled with all that training reads."""
+        cache = Path(self.settings.cache_dir).expanduser()
+        if cache.exists() and not cache.is_dir():
+            raise ValueError(f"cache_dir={self.settings.cache_dir!r} is not a folder: give another")
         if is_offline(
             [self.config["dataset"].get("path"), self.source.path, self.source.autoencoder, self.source.text_encoder]
         ):
@@ -343,8 +379,15 @@ class Run:
 
     def train(self) -> Path:
         """Prepare, train, and return the folder of the finished adapter."""
-        settings, accelerator = self.settings, self.accelerator
         place = self.place()
+        try:
+            return self.train_in(place)
+        finally:
+            self.release()
+
+    def train_in(self, place: checkpoint.Place) -> Path:
+        """Prepare and train in a folder that is held."""
+        settings, accelerator = self.settings, self.accelerator
         dataset, prepared = self.prepare()
         trained, validated = self.validation.split(len(dataset), settings.seed)
         captions = [sample.caption for sample in dataset]
@@ -365,10 +408,12 @@ class Run:
             self.say(f"going on from {place.checkpoint}")
 
         metrics = Metrics(place.folder, self.tracker)
-        if accelerator.is_main_process:
-            place.folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(self.config), place.folder / checkpoint.CONFIG_FILE)
+
+        def begin() -> None:  # only when the checkpoint was read is the folder changed
+            text = OmegaConf.to_yaml(OmegaConf.create(self.config))
+            folder.write_whole(place.folder / checkpoint.CONFIG_FILE, text)
             metrics.start(settings.name, self.config, place.step)
+
         loader = Loader(
             prepared.cache,
             [prepared.entries[i] for i in trained],
@@ -397,6 +442,7 @@ class Run:
             plain=dict(zip(prompts, prepared.embeddings(prompts), strict=True)) if prompts else {},
             place=place,
             metrics=metrics,
+            begin=begin,
             sampler=self.sampler(prepared),
             validate=FixedNoiseLoss(prepared, chosen, settings.seed) if chosen else None,
             autocast=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
@@ -407,11 +453,10 @@ def main(config: DictConfig) -> None:
     """Train one configuration and say where everything is."""
     run = Run(config)
     adapter = run.train()
-    folder = adapter.parent
     run.say(f"adapter   {adapter}")
-    run.say(f"numbers   {folder / 'metrics.jsonl'}")
+    run.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if run.sample.prompts and run.settings.sample_every:
-        run.say(f"pictures  {folder / 'samples'}")
+        run.say(f"pictures  {adapter.parent / 'samples'}")
     words = ["python", "-m", "flux2.generate", "--model", run.variant.name]
     for option in ("path", "autoencoder", "text_encoder"):
         if place := getattr(run.model, option):

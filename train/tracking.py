@@ -109,7 +109,7 @@ class Metrics:
         self._started = False
 
     def start(self, name: str, config: dict[str, Any], step: int) -> None:
-        """Before the first value of a run that has done `step` steps."""
+        """Before the first value of a run that has done `step` steps. Raises ValueError if nothing can be written."""
         self.file.touch()
         if self.file.stat().st_size:
             kept = [line for line in self.read() if 0 < step >= line["step"]]

@@ -1,0 +1,89 @@
+"""Who may write a run folder, and what is left when writing fails."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from train_helpers import ROOT
+
+from train import folder
+from train.folder import InUse, Lock, in_use, make_new, make_writable, write_whole
+
+
+def test_a_folder_is_held_by_one_until_it_lets_go(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    first = Lock(tmp_path)
+    assert in_use(tmp_path)
+    with pytest.raises(InUse, match=f"{tmp_path} is in use"):
+        Lock(tmp_path)
+    first.release()
+    first.release()
+    assert not in_use(tmp_path)
+    Lock(tmp_path).release()
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    code = f"import sys, time; from pathlib import Path; from train.folder import Lock; lock = Lock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"  # noqa: E501
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert in_use(tmp_path)
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+    Lock(tmp_path).release()
+
+
+def test_the_folder_of_a_run_that_wrote_nothing_goes_with_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    Lock(tmp_path / "run").release()
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_locks_runs_go_on_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "fcntl", None)
+    one, two = Lock(tmp_path), Lock(tmp_path)
+    assert not in_use(tmp_path)
+    one.release()
+    two.release()
+
+
+def test_a_folder_without_a_run_is_not_in_use_and_not_written(tmp_path):
+    assert not in_use(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_name_gets_a_number(tmp_path):
+    made = [make_new(tmp_path / "12-00-00").name for _ in range(3)]
+    assert made == ["12-00-00", "12-00-00_1", "12-00-00_2"]
+
+
+def test_what_cannot_be_written_is_named_with_its_key(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(
+            ValueError, match=r"^cache_dir='.*file.* cannot be written \((File exists|Not a directory)\)"
+        ):
+            make_writable(place, "cache_dir")
+    with pytest.raises(ValueError, match=r"cannot be made \(Not a directory\).*output_dir=\.\.\."):
+        make_new(tmp_path / "file" / "run")
+    make_writable(tmp_path / "new" / "folder", "cache_dir")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_a_file_is_as_it_was_where_it_cannot_be_written_whole(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    write_whole(file, "before")
+    whole = Path.write_text
+
+    def full(self, text):
+        whole(self, text[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be written \(No space left on device\)"):
+        write_whole(file, "after")
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]

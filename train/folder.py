@@ -1,0 +1,135 @@
+"""The folders that a run writes: one run at a time, writable before anything slow begins, files whole or absent.
+
+A run folder is held by a lock on its `.lock`, which the system lets go when the process ends, however it ends. So
+nothing stale can be left that blocks the next run. Where there are no such locks (Windows, some network file systems)
+nothing is held.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+IN_USE = "{} is in use: another run writes there now. Wait for its end, or choose another folder"
+TAKEN = (errno.EAGAIN, errno.EACCES)
+
+
+class InUse(ValueError):  # noqa: N818
+    """Another run writes into this folder now."""
+
+
+def reason(error: OSError) -> str:
+    """What the system says, without number and path."""
+    return error.strerror or str(error)
+
+
+def make_writable(folder: Path, key: str) -> None:
+    """Make `folder` and try it out. Raises ValueError, naming `key`, if nothing can be written there."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("written")
+    except OSError as error:
+        raise ValueError(f"{key}={str(folder)!r} cannot be written ({reason(error)}): give another folder") from error
+    finally:
+        if probe.is_file():
+            probe.unlink()
+
+
+def make_new(folder: Path) -> Path:
+    """Make `folder`, or where the name is taken the first free one of `folder_1`, `folder_2` ..., and return it."""
+    for name in itertools.chain([folder.name], (f"{folder.name}_{i}" for i in itertools.count(1))):
+        try:
+            folder.with_name(name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(
+                f"{folder} cannot be made ({reason(error)}): give another place, output_dir=..."
+            ) from error
+        return folder.with_name(name)
+    raise AssertionError("names do not end")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write beside `file` and put it in its place: it is as before or complete. Raises ValueError if it cannot be."""
+    unfinished = file.with_name(f".{file.name}.part")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ValueError(
+            f"{file} cannot be written ({reason(error)}): make room there, or give another folder"
+        ) from error
+
+
+class Lock:
+    """Holds a run folder until `release`, or the end of the process.
+
+    Raises:
+        InUse: another holds it.
+        ValueError: the lock file cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / LOCK_FILE
+        self._held: IO[str] | None = None
+        while self._held is None:
+            held = self._open()
+            if _lock(held) is False:
+                held.close()
+                raise InUse(IN_USE.format(folder))
+            try:
+                same = os.path.samestat(os.fstat(held.fileno()), self.file.stat())
+            except FileNotFoundError:
+                same = False
+            if same:
+                self._held = held
+            else:
+                held.close()  # the one that held it removed it meanwhile
+
+    def _open(self) -> IO[str]:
+        try:
+            return self.file.open("a")
+        except OSError as error:
+            raise ValueError(f"{self.file} cannot be written ({reason(error)}): give another output_dir") from error
+
+    def release(self) -> None:
+        """Let go; of a run that wrote nothing the folder is removed. May be called again."""
+        if self._held is None:
+            return
+        self.file.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+        self._held.close()
+        self._held = None
+
+
+def _lock(file: IO[str]) -> bool | None:
+    """True: it is ours now; False: it is another's; None: there are no locks here."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in TAKEN else None
+    return True
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a run writes into `folder` now."""
+    try:
+        with (folder / LOCK_FILE).open("a" if os.access(folder / LOCK_FILE, os.W_OK) else "r") as file:
+            return _lock(file) is False
+    except OSError:  # there is none, or it is another user's
+        return False
