@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from flux2 import adapters
 from flux2.pipeline import load
+from flux2.precision import NAMES, describe
 from flux2.variants import VARIANTS
 
 
@@ -35,7 +36,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="by default what the model's authors use")
     parser.add_argument("--guidance", type=float, help="likewise")
     parser.add_argument("--device", help="cuda, cpu; the GPU if there is one")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="bf16 on a GPU, else fp32")
+    parser.add_argument("--precision", choices=list(NAMES), help="bf16 on a GPU, else fp32")
     parser.add_argument(
         "--stream-blocks",
         type=number_or_share,
@@ -96,6 +97,8 @@ def run(options: argparse.Namespace) -> list[Path]:
     )
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     pipeline.embeddings(prompts, options.guidance)  # before the transformer is loaded for the adapters
+    if pipeline.precision.storage is not None:
+        print(describe(pipeline.transformer, pipeline.precision, pipeline.device), file=sys.stderr)
     for path, scale in given:
         pipeline.load_adapter(path, scale)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from flux2 import adapters
 from flux2.autoencoder import Autoencoder
 from flux2.model import Transformer
 from flux2.offload import offload, streamed_blocks
+from flux2.precision import Precision, pick
 from flux2.sampling import initial_noise, sample
 from flux2.sources import ModelSource, model_source
 from flux2.text_encoder import TextEncoder
@@ -73,16 +74,6 @@ def pick_device(device: str | None) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
         raise ValueError(f"device={device!r}: there are {gpus} GPUs, counted from cuda:0")
     return chosen
-
-
-def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """`fp32` or `bf16`; by default bfloat16 on a GPU and float32 on a CPU."""
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if dtype is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in named:
-        raise ValueError(f"precision={dtype!r} must be one of {', '.join(named)}")
-    return named[dtype]
 
 
 def check_size(width: int, height: int) -> None:
@@ -142,7 +133,7 @@ class Pipeline:
         self,
         source: ModelSource,
         device: torch.device,
-        dtype: torch.dtype,
+        precision: Precision,
         keep_text_encoder: bool,
         stream_blocks: int | float = 0,
     ) -> None:
@@ -150,7 +141,7 @@ class Pipeline:
         self.stream_blocks = stream_blocks
         self.source = source
         self.device = device
-        self.dtype = dtype
+        self.precision = precision
         self.keep_text_encoder = keep_text_encoder
         self._text_encoder: TextEncoder | None = None
         self._autoencoder: Autoencoder | None = None
@@ -172,7 +163,7 @@ class Pipeline:
     @property
     def transformer(self) -> Transformer:
         if self._transformer is None:
-            transformer = load_transformer(self.source, self.device, self.dtype, host=self.streamed)
+            transformer = load_transformer(self.source, self.device, self.precision, host=self.streamed)
             offload(transformer, self.stream_blocks, device=self.device)
             self._transformer = transformer
         return self._transformer
@@ -188,7 +179,7 @@ class Pipeline:
         unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._known]
         if unknown:
             if self._text_encoder is None:
-                self._text_encoder = load_text_encoder(self.source, self.device, self.dtype)
+                self._text_encoder = load_text_encoder(self.source, self.device, self.precision.dtype)
             for prompt in unknown:
                 self._known[prompt, length] = self._text_encoder.encode([prompt], length).cpu()
             if not self.keep_text_encoder:
@@ -295,7 +286,8 @@ def load(
             published repository by default, the embedded files for `tiny`.
         autoencoder, text_encoder: likewise, where they are not at `path`.
         device: `cuda`, `cuda:1`, `cpu`; the GPU if there is one.
-        precision: `fp32` or `bf16` of the transformer and the text encoder.
+        precision: `fp32`, `bf16`, `fp8` or `nf4` of the transformer (see `precision.py`); by default bf16 on a GPU and
+            fp32 on a CPU, as the text encoder is for `fp8` and `nf4`.
         keep_text_encoder: keep it in memory between calls; by default only for `tiny`.
         stream_blocks: blocks of the transformer that stay in host memory and stream to the device: a number, or a
             share from 0.0 to 1.0.
@@ -303,4 +295,4 @@ def load(
     source = model_source(name, path, autoencoder, text_encoder)
     chosen = pick_device(device)
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
-    return Pipeline(source, chosen, pick_dtype(precision, chosen), keep, stream_blocks)
+    return Pipeline(source, chosen, pick(precision, chosen), keep, stream_blocks)

@@ -11,22 +11,25 @@ device, so that each weight is quantised when it is loaded (`QuantisedLinear.sto
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from flux2.float8 import MULTIPLE, Float8Linear
 from flux2.layers import BLOCK_LINEARS, linear_names
-from flux2.quantised import MULTIPLE, Float8Linear, Nf4Linear, QuantisedLinear, Workspace
+from flux2.nf4 import Nf4Linear, Workspace
+from flux2.quantised import QuantisedLinear
 
-__all__ = ["Float8Linear", "Nf4Linear", "Precision", "QuantisedLinear", "convert", "describe", "pick"]
+__all__ = ["Float8Linear", "Nf4Linear", "Precision", "QuantisedLinear", "convert", "describe", "pick", "pick_dtype"]
 
 Storage = Literal["fp8", "nf4"]
 Backward = Literal["fp8", "bf16"]
 Matmul = Literal["auto", "fp8", "dequantised"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STORAGES: tuple[Storage, ...] = get_args(Storage)
 NAMES = ("auto", "fp32", "bf16", "fp8", "nf4")
 FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply FP8
 
@@ -55,7 +58,7 @@ class Precision:
     keep_both_layouts: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"storage": (None, *get_args(Storage)), "backward": get_args(Backward), "matmul": get_args(Matmul)}
+        choices = {"storage": (None, *STORAGES), "backward": get_args(Backward), "matmul": get_args(Matmul)}
         for key, accepted in choices.items():
             if getattr(self, key) not in accepted:
                 named = ", ".join("null" if choice is None else choice for choice in accepted)
@@ -101,14 +104,19 @@ def pick(name: str | None, device: torch.device) -> Precision:
 
     auto is bfloat16 on a GPU and float32 on a CPU, and so is what fp8 and nf4 leave unconverted.
     """
-    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name is None or name == "auto":
-        return Precision(usual)
-    if name in DTYPES:
-        return Precision(DTYPES[name])
-    if name not in get_args(Storage):
+    if name is not None and name not in NAMES:
         raise ValueError(f"precision={name!r} must be one of {', '.join(NAMES)}")
-    return replace(Precision(usual), storage=name)
+    storage = next((storage for storage in STORAGES if storage == name), None)
+    return Precision(pick_dtype(name if name in DTYPES else None, device), storage)
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """`fp32` or `bf16`; by default bfloat16 on a GPU and float32 on a CPU."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"precision.dtype={name!r} must be one of {', '.join(DTYPES)}, or null")
+    return DTYPES[name]
 
 
 def convert(model: nn.Module, precision: Precision, device: torch.device | str = "cpu") -> list[str]:

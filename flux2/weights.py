@@ -18,6 +18,7 @@ from flux2.autoencoder import Autoencoder
 from flux2.files import TensorFiles, tensor_files
 from flux2.model import Transformer
 from flux2.names import Published, autoencoder_tensor, listed, transformer_tensor
+from flux2.precision import Precision, convert
 from flux2.sources import ModelSource, WeightsError
 from flux2.text_encoder import TextEncoder, build, load_tokenizer
 
@@ -129,13 +130,19 @@ def fill(
 def load_transformer(
     source: ModelSource,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    precision: Precision | torch.dtype = torch.float32,
     *,
     host: Sequence[str] = (),
 ) -> Transformer:
-    """The transformer on `device`, its modules `host` in host memory, in `dtype`, frozen, in evaluation mode."""
+    """The transformer in `precision` (or all of it in one dtype) on `device`, frozen, in evaluation mode.
+
+    Its modules `host` stay in host memory.
+    """
+    if isinstance(precision, torch.dtype):
+        precision = Precision(precision)
     with torch.device("meta"):
         model = Transformer(source.variant.transformer)
+        convert(model, precision, device)
     files = tensor_files(source, "transformer")
     prefix = next((p for p in ("model.diffusion_model.", "diffusion_model.") if f"{p}img_in.weight" in files.names), "")
     if f"{prefix}img_in.weight" in files.names:  # Black Forest Labs' names, perhaps with ComfyUI's prefix
@@ -148,7 +155,7 @@ def load_transformer(
         published,
         f"the transformer of {source.variant.name}",
         device,
-        dtype,
+        precision.dtype,
         ignored=lambda name: bool(prefix) and not name.startswith(prefix),
         host=host,
     )

@@ -1,15 +1,18 @@
 """Every file of conf/ composes and makes its objects; experiments hold only differences."""
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from train_helpers import CONF, compose
 
 from data.samples import Folder, HuggingFace
 from flux2.adapters import attach
+from flux2.precision import Precision, pick
 from train.command import flat
 from train.run import GROUPS, Run
 
@@ -63,6 +66,17 @@ def test_every_choice_composes_and_makes_its_objects(group, choice):
 
 def test_the_adapter_covers_the_layers_that_attach_does_by_default():
     assert list(compose().adapter.targets) == list(attach.__kwdefaults__["targets"])
+
+
+@pytest.mark.parametrize(("choice", "storage"), [("auto", None), ("fp32", None), ("fp8", "fp8"), ("nf4", "nf4")])
+def test_a_precision_is_the_one_of_that_name_in_the_library(choice, storage):
+    run = Run(compose(f"precision={choice}", "device=cpu"))
+    assert run.precision == pick(choice, torch.device("cpu"))
+    assert run.precision.storage == storage
+
+
+def test_every_setting_of_fp8_is_in_its_file():
+    assert set(compose("precision=fp8").precision) == {field.name for field in fields(Precision)}
 
 
 def test_the_datasets_are_made_from_their_files(pictures, parquet):

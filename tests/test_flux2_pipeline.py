@@ -15,7 +15,7 @@ from PIL import Image
 import flux2
 from flux2 import adapters
 from flux2 import pipeline as pipeline_module
-from flux2.pipeline import Pipeline, pick_device, pick_dtype, reference_image, to_images, to_pixels
+from flux2.pipeline import Pipeline, pick_device, reference_image, to_images, to_pixels
 from flux2.sampling import initial_noise
 from flux2.sources import ModelSource
 from flux2.variants import VARIANTS
@@ -233,7 +233,7 @@ def test_load_finds_a_model_by_name_and_path(
 ) -> None:
     monkeypatch.setitem(VARIANTS, "tiny", helpers.VARIANTS["dev"])
     loaded = flux2.load("tiny", str(model_folders("dev")))
-    assert (loaded.device.type, loaded.dtype) == (
+    assert (loaded.device.type, loaded.precision.dtype) == (
         ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     )
     loaded = flux2.load("tiny", str(model_folders("dev")), device="cpu", precision="bf16")
@@ -259,14 +259,6 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     assert pick_device("cuda:1").index == 1
     with pytest.raises(ValueError, match="device='cuda:2': there are 2 GPUs, counted from cuda:0"):
         pick_device("cuda:2")
-
-
-def test_the_precision_follows_the_device_unless_given() -> None:
-    assert pick_dtype(None, torch.device("cuda")) == torch.bfloat16
-    assert pick_dtype(None, torch.device("cpu")) == torch.float32
-    assert pick_dtype("bf16", torch.device("cpu")) == torch.bfloat16
-    with pytest.raises(ValueError, match="precision='fp16' must be one of fp32, bf16"):
-        pick_dtype("fp16", torch.device("cpu"))
 
 
 # ------------------------------------------------------------------ adapters and pixels

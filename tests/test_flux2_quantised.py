@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux2 import quantised
-from flux2.quantised import Float8Linear, Nf4Linear, QuantisedLinear, Workspace, quantise_rows
+from flux2 import float8, nf4
+from flux2.float8 import Float8Linear, quantise_rows
+from flux2.nf4 import Nf4Linear, Workspace
+from flux2.quantised import QuantisedLinear
 
 IN, OUT = 64, 160
 FLOAT8 = torch.float8_e4m3fn
@@ -89,7 +91,8 @@ def test_quantising_in_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) ->
     for kind in ("fp8", "fp8_rows", "nf4"):
         whole = dict(layer(kind).named_parameters())
         with monkeypatch.context() as patch:
-            patch.setattr(quantised, "CHUNK", 640)
+            for module in (float8, nf4):
+                patch.setattr(module, "CHUNK", 640)
             pieces = dict(layer(kind).named_parameters())
         assert whole.keys() == pieces.keys()
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)

@@ -87,7 +87,7 @@ def test_the_autoencoder_loads_from_a_folder_and_from_the_published_single_file(
 def test_a_loaded_model_is_frozen_in_evaluation_mode_and_in_the_dtype_asked_for(
     model_folders: Callable[[str], Path],
 ) -> None:
-    model = load_transformer(ModelSource(DEV, str(model_folders("dev"))), dtype=torch.bfloat16)
+    model = load_transformer(ModelSource(DEV, str(model_folders("dev"))), precision=torch.bfloat16)
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -185,7 +185,7 @@ def test_a_module_that_stores_its_weight_itself_is_given_it(halved: weights.Tran
     save_file(reference.state_dict(), tmp_path / "flux.safetensors")
     published = {name: transformer_tensor(name) for name in weights.taken(halved)}
     assert published.keys() == model.state_dict().keys()
-    weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model", dtype=torch.bfloat16)
+    weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model", precision=torch.bfloat16)
     for name, tensor in model.state_dict().items():
         kept = name.replace(".weight", ".kept") if "_blocks." in name else name
         dtype = torch.half if kept.endswith(".kept") else torch.bfloat16

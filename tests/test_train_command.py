@@ -69,7 +69,7 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("memory.budget_gb=4", "memory.budget_gb=4 is read with memory.checkpointing=budget alone, not with full"),
         ("memory.attention=flash", "memory.attention='flash' must be a list of attention backends, best first"),
         ("memory.attention=[flash,flash]", "memory.attention=['flash', 'flash'] must be a list of attention backends"),
-        ("precision.dtype=fp16", "precision='fp16' must be one of fp32, bf16"),
+        ("precision.dtype=fp16", "precision.dtype='fp16' must be one of fp32, bf16"),
         ("buckets.step=17", "buckets.step=17 must be a positive whole multiple of 16"),
         ("model.resolution=big", "model.resolution='big' must be a whole number from 16"),
         ("model.name=flux", "model='flux' is not a FLUX.2 model; choose one of tiny, dev"),
@@ -86,6 +86,27 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
 )
 def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(run_command, mistake, said):
     assert said in run_command.refused(mistake)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("precision=fp8 precision.matmul=fast", "precision.matmul='fast' must be one of auto, fp8, dequantised"),
+        ("precision=fp8 precision.rowwise=some", "precision.rowwise='some' must be true or false"),
+        ("precision=fp8 precision.storage=int4", "precision.storage='int4' must be one of null, fp8, nf4"),
+        (
+            "precision=nf4 precision.layers=[linear9]",
+            "precision.layers: 'linear9' matches no linear layer",
+        ),
+        ("precision=nf4 precision.layers=[]", "precision.layers is empty: name at least one layer"),
+        ("precision=nf4 +precision.rowwise=true", "precision.rowwise=True does nothing with precision.storage='nf4'"),
+        ("+precision.backward=bf16", "precision.backward='bf16' does nothing with precision.storage=None"),
+        ("precision=nf4 precision.rowwise=true", "precision.rowwise=true is not a setting"),
+        ("precision=int4", "precision=int4 is not a choice; choose one of auto, bf16, fp32, fp8, nf4"),
+    ],
+)
+def test_a_precision_that_cannot_be_is_refused_before_anything_is_loaded(run_command, mistake, said):
+    assert said in run_command.refused(*mistake.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

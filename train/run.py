@@ -18,7 +18,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,10 +47,10 @@ from flux2.pipeline import (
     MANY_REFERENCES_PIXELS,
     ONE_REFERENCE_PIXELS,
     pick_device,
-    pick_dtype,
     reference_image,
     to_pixels,
 )
+from flux2.precision import Precision, convert, describe, pick, pick_dtype
 from flux2.sources import ModelSource, looks_local, model_source
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
@@ -131,9 +131,28 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """The group `precision`."""
+    """The group `precision`: of the frozen base. What is left out is as in `flux2.precision.Precision`."""
 
     dtype: str | None
+    storage: str | None = None
+    layers: list[str] | None = None
+    rowwise: bool | None = None
+    backward: str | None = None
+    matmul: str | None = None
+    keep_both_layouts: bool | None = None
+
+    def on(self, device: torch.device) -> Precision:
+        """The precision on `device`. Raises ValueError for what cannot be there, and for what would do nothing."""
+        given = {key: value for key, value in asdict(self).items() if key != "dtype" and value is not None}
+        usable = {None: (), "nf4": ("storage", "layers")}.get(self.storage, given)
+        for key, value in given.items():
+            if key not in usable:
+                raise ValueError(f"precision.{key}={value!r} does nothing with precision.storage={self.storage!r}")
+        if isinstance(self.layers, list):
+            given["layers"] = tuple(self.layers)
+        precision = replace(Precision(pick_dtype(self.dtype, device)), **given)
+        precision.multiplies_in_fp8(device)
+        return precision
 
 
 @dataclass(frozen=True)
@@ -227,7 +246,7 @@ class Run:
         self.model: ModelSettings = checked("model", self.config["model"], ModelSettings)
         self.settings: RunSettings = checked("", top, RunSettings)
         self.memory: MemorySettings = checked("memory", self.config["memory"], MemorySettings)
-        precision: PrecisionSettings = checked("precision", self.config["precision"], PrecisionSettings)
+        chosen: PrecisionSettings = checked("precision", self.config["precision"], PrecisionSettings)
         self.validation: ValidationSettings = checked("validation", self.config["validation"], ValidationSettings)
         self.sample: SampleSettings = checked("sample", self.config["sample"], SampleSettings)
         self.buckets: Buckets = checked("buckets", self.config["buckets"], Buckets)
@@ -236,7 +255,7 @@ class Run:
         self.source = self.model.source()
         self.streamed = streamed_blocks(self.variant.transformer, self.memory.stream_blocks, "memory.stream_blocks")
         self.accelerator = make_accelerator(self.settings.device)
-        self.dtype = pick_dtype(precision.dtype, self.accelerator.device)
+        self.precision = chosen.on(self.accelerator.device)
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
         self.make_optimizer = self.instantiate("optimizer", "params")
         self.schedule = self.instantiate("schedule")
@@ -250,6 +269,7 @@ class Run:
         """Attach to a model without memory, and open pictures: what cannot work says so now and not in an hour."""
         with torch.device("meta"):
             model = Transformer(self.variant.transformer)
+            convert(model, self.precision, self.accelerator.device)
             self.memory.apply(model, self.accelerator.device)
             self.make_adapter(model, seed=self.settings.seed)
         build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
@@ -338,7 +358,7 @@ class Run:
             prompts,
             self.buckets,
             self.settings.reference_resolution**2,
-            self.dtype,
+            self.precision.dtype,
         )
         return dataset, prepared
 
@@ -393,11 +413,12 @@ class Run:
         captions = [sample.caption for sample in dataset]
 
         self.say(
-            f"loading the transformer of {self.variant.name} ({self.dtype}) onto {accelerator.device}; "
+            f"loading the transformer of {self.variant.name} ({self.precision.name}) onto {accelerator.device}; "
             f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
             f"attention: {self.attention_backend()}"
         )
-        transformer = load_transformer(self.source, accelerator.device, self.dtype, host=self.streamed)
+        transformer = load_transformer(self.source, accelerator.device, self.precision, host=self.streamed)
+        self.say(describe(transformer, self.precision, accelerator.device))
         self.memory.apply(transformer, accelerator.device)
         wrapped = self.make_adapter(transformer, seed=settings.seed)
         self.stream(transformer, wrapped)
@@ -445,7 +466,7 @@ class Run:
             begin=begin,
             sampler=self.sampler(prepared),
             validate=FixedNoiseLoss(prepared, chosen, settings.seed) if chosen else None,
-            autocast=torch.bfloat16 if self.dtype == torch.bfloat16 else None,
+            autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
         ).run()
 
 
@@ -461,6 +482,8 @@ def main(config: DictConfig) -> None:
     for option in ("path", "autoencoder", "text_encoder"):
         if place := getattr(run.model, option):
             words += [f"--{option.replace('_', '-')}", place]
+    if run.precision.name != pick(None, run.accelerator.device).name:
+        words += ["--precision", run.precision.name]
     words += ["--adapter", str(adapter), "--prompt", run.sample.prompts[0] if run.sample.prompts else "..."]
     run.say(f"use it    {shlex.join(words)}")
     del run
