@@ -140,10 +140,12 @@ class Nf4Linear(QuantisedLinear):
         return self.dequantise(dtype, self.workspace.take(self.in_features * self.out_features, dtype, device))
 
     def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.shared(x.dtype))
+        y = F.linear(x.reshape(-1, self.in_features), self.shared(x.dtype))
+        return y.view(*x.shape[:-1], self.out_features)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        return dy @ self.shared(dy.dtype)
+        dx = dy.reshape(-1, self.out_features) @ self.shared(dy.dtype)
+        return dx.view(*dy.shape[:-1], self.in_features)
 
     def store(self, weight: Tensor) -> None:
         weight = self.place(weight)

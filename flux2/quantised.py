@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2.linear import FrozenProduct
+from flux2.linear import FrozenProduct, autocasted
 
 CHUNK = 1 << 24  # elements that are quantised at once: their float32 copies are then small beside a large weight
 
@@ -109,9 +109,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of x, or of autocast."""
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return FrozenProduct.apply(self, x)
+        return FrozenProduct.apply(self, autocasted(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype

@@ -16,6 +16,7 @@ import flux2
 from flux2 import adapters
 from flux2 import pipeline as pipeline_module
 from flux2.pipeline import Pipeline, pick_device, reference_image, to_images, to_pixels
+from flux2.precision import Precision
 from flux2.sampling import initial_noise
 from flux2.sources import ModelSource
 from flux2.variants import VARIANTS
@@ -31,7 +32,7 @@ REFERENCES = {0: [], 1: [picture(80, 64)], 2: [picture(64, 96, 1), picture(100, 
 
 
 def pipeline(source: ModelSource, keep: bool = True) -> Pipeline:
-    return Pipeline(source, torch.device("cpu"), torch.float32, keep_text_encoder=keep)
+    return Pipeline(source, torch.device("cpu"), Precision(), keep_text_encoder=keep)
 
 
 def kind_of(source: ModelSource) -> str:

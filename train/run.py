@@ -367,7 +367,7 @@ class Run:
         device, config = self.accelerator.device, self.variant.transformer
         backends = preferred_backends(self.memory.attention, device)
         tokens = (self.buckets.resolution // 16) ** 2
-        return chosen_backend(backends, config.heads, config.head_dim, tokens, device, self.dtype)
+        return chosen_backend(backends, config.heads, config.head_dim, tokens, device, self.precision.dtype)
 
     def sampler(self, prepared: Prepared) -> Sampler | None:
         """What makes the sample sheets, if any are asked for."""

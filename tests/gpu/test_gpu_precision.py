@@ -1,0 +1,113 @@
+"""FP8 and NF4 on a GPU: its own kernels, against the same layers on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flux2 import adapters
+from flux2.float8 import Float8Linear, quantise_rows
+from flux2.model import Transformer
+from flux2.nf4 import Nf4Linear, Workspace
+from flux2.precision import FP8_CAPABILITY, Precision, convert
+from flux2.tokens import image_positions, text_positions
+from flux2.variants import KLEIN_4B
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and PyTorch sees none"),
+]
+
+IN, OUT, TOKENS = 768, 1536, 300
+
+
+def needs_fp8() -> None:
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("this GPU has no FP8 products: compute capability 8.9 is needed")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def close(ours: Tensor, reference: Tensor) -> float:
+    ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
+    return float((ours - reference).norm() / reference.norm())
+
+
+def rounded(x: Tensor) -> Tensor:
+    values, scale = quantise_rows(x)
+    return values.double() * scale.double()
+
+
+@pytest.mark.parametrize("options", [{}, {"rowwise": True}, {"keep_both_layouts": True}], ids=str)
+def test_fp8_products_on_a_gpu_are_those_of_rows_rounded_to_e4m3(options: dict[str, Any]) -> None:
+    needs_fp8()
+    weight, x, dy = random(OUT, IN), random(TOKENS, IN, seed=1), random(TOKENS, OUT, seed=2)
+    linear = Float8Linear(IN, OUT, dtype=torch.bfloat16, **options)
+    linear.store(weight)
+    stored = linear.dequantise(torch.float64)
+    folded = dy * linear.scales() if linear.rowwise else dy
+    values = linear.values().double() if linear.rowwise else stored
+    expected = rounded(x) @ stored.t(), rounded(folded) @ values
+    linear.cuda()
+    again = Float8Linear(IN, OUT, device="cuda", **options)
+    again.store(weight.cuda())
+    assert torch.equal(again.qweight, linear.qweight)
+    assert close(linear.product(x.cuda()), expected[0]) < 5e-3
+    assert close(linear.input_gradient(dy.cuda()), expected[1]) < 5e-3
+
+
+def test_nf4_layers_on_a_gpu_share_one_buffer_and_multiply_with_the_weight_that_is_stored() -> None:
+    space = Workspace()
+    layers = []
+    for seed, out in enumerate((OUT, IN)):
+        linear = Nf4Linear(IN, out, dtype=torch.bfloat16, device="cuda", workspace=space)
+        linear.store(random(out, IN, seed=seed).cuda())
+        layers.append(linear)
+    x = random(TOKENS, IN, seed=3).cuda()
+    results = [linear.product(x) for linear in layers]
+    gradients = [linear.input_gradient(result) for linear, result in zip(layers, results, strict=True)]
+    (buffer,) = space._buffers.values()
+    assert (buffer.numel(), buffer.dtype) == (IN * OUT, torch.bfloat16)
+    for linear, result, gradient in zip(layers, results, gradients, strict=True):
+        weight = linear.dequantise(torch.float32)
+        assert close(result, x.float() @ weight.t()) < 5e-3
+        assert close(gradient, result.float() @ weight) < 5e-3
+        moved = Nf4Linear(linear.in_features, linear.out_features, device="meta")
+        moved.adopt({key: tensor.cpu() for key, tensor in linear.storage().items()})
+        assert close(moved.dequantise(torch.float32), weight) < 1e-5
+
+
+@pytest.mark.parametrize("storage", ["fp8", "nf4"])
+def test_a_step_on_a_gpu_has_the_gradients_of_float32(storage: Any) -> None:
+    config = replace(KLEIN_4B, heads=4, double_blocks=1, single_blocks=2, text_width=768)
+    torch.manual_seed(0)
+    base = Transformer(config)
+    state = {name: tensor.bfloat16().float() for name, tensor in base.state_dict().items()}
+
+    def gradients(precision: Precision) -> Tensor:
+        model = Transformer(config)
+        model.load_state_dict(state)
+        model = model.to("cuda", precision.dtype)
+        convert(model, precision, "cuda")
+        adapters.attach(model, rank=8)
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision.dtype == torch.bfloat16):
+            predicted = model(
+                random(1, 256, config.channels).cuda().float(),
+                image_positions(16, 16, device=torch.device("cuda")),
+                random(1, 64, config.text_width, seed=1).cuda().float(),
+                text_positions(64, torch.device("cuda")),
+                torch.tensor([0.5], device="cuda"),
+            )
+        (predicted.float() - random(*predicted.shape, seed=2).cuda()).square().mean().backward()
+        found = [parameter.grad for parameter in adapters.adapter_parameters(model)]
+        return torch.cat([gradient.flatten().double() for gradient in found if gradient is not None])
+
+    exact = gradients(Precision())
+    ours = gradients(Precision(torch.bfloat16, storage))
+    assert torch.cosine_similarity(ours, exact, dim=0) > (0.995 if storage == "fp8" else 0.97)

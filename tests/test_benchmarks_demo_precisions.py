@@ -1,0 +1,50 @@
+"""The benchmark that trains the demo in every precision: what it concludes from its runs."""
+
+import json
+import sys
+
+import pytest
+from train_helpers import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import demo_precisions as benchmark
+
+
+def run(style, loss):
+    return dict.fromkeys(benchmark.MEASURES, style) | {"validation_loss": [2.0, loss]}
+
+
+def test_a_precision_passes_if_its_mean_lies_within_the_seeds_of_float32():
+    found = benchmark.summary(
+        {
+            "fp32": [run(0.90, 1.0), run(0.95, 1.2)],
+            "fp8": [run(0.80, 1.3), run(1.00, 0.9)],
+            "nf4": [run(0.80, 1.3), run(0.90, 1.3)],
+        }
+    )
+    assert found["fp8"]["style_moved"] == {"mean": pytest.approx(0.9), "min": 0.8, "max": 1.0, "within_fp32": True}
+    assert found["fp8"]["final_validation_loss"]["within_fp32"]
+    assert not found["nf4"]["style_moved"]["within_fp32"]  # by more than one picture of 24
+    assert not found["nf4"]["final_validation_loss"]["within_fp32"]
+    assert all(value["within_fp32"] for value in found["fp32"].values())
+    nearly = benchmark.summary({"fp32": [run(0.90, 1.0)], "nf4": [run(0.87, 1.0)]})
+    assert nearly["nf4"]["subjects_right"]["within_fp32"]
+
+
+def test_every_precision_is_trained_at_every_seed_and_written_with_hardware_and_versions(monkeypatch, tmp_path):
+    trained = []
+
+    def fake(overrides, folder, cache):
+        trained.append((folder.name, list(overrides)))
+        return run(0.9, 1.0)
+
+    monkeypatch.setattr(benchmark, "trained", fake)
+    out = tmp_path / "results" / "demo.json"
+    result = benchmark.main(["--seeds", "2", "--out", str(out), "steps=4"])
+    assert json.loads(out.read_text()) == result
+    assert [name for name, _ in trained] == ["fp32_0", "fp8_0", "nf4_0", "fp32_1", "fp8_1", "nf4_1"]
+    assert trained[4][1] == ["precision=fp8", "precision.matmul=fp8", "seed=1", "steps=4"]
+    assert result["hardware"]
+    assert set(result["versions"]) == {"torch", "bitsandbytes", "peft"}
+    assert [len(runs) for runs in result["runs"].values()] == [2, 2, 2]
