@@ -35,6 +35,82 @@ def nested_quant_map(device: torch.device) -> Tensor:
     return bnb.create_dynamic_map().to(device)
 
 
+def quant_state(
+    absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> bnb.QuantState:
+    """bitsandbytes' description of a weight to be dequantised to `dtype` and `shape`; scales as bytes."""
+    nested = None
+    if nested_absmax is not None:
+        nested = bnb.QuantState(
+            nested_absmax.view(torch.float32),
+            code=nested_quant_map(absmax.device),
+            blocksize=NESTED_BLOCK,
+            dtype=torch.float32,
+        )
+    return bnb.QuantState(
+        absmax if nested else absmax.view(torch.float32),
+        shape=torch.Size(shape),
+        code=quant_map(absmax.device),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=offset.view(torch.float32)[0] if nested else None,
+        state2=nested,
+    )
+
+
+def unpack(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The weight (rows, columns), in `out` (as many elements of `dtype`) if it is given."""
+    size = rows * columns
+    # Blocks run through the whole weight. The CPU kernel starts anew at every row, so each row is made one block.
+    shape = (size // BLOCK, BLOCK) if size % BLOCK == 0 else (1, size)
+    exact = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    into = None if out is None else out.view(shape)
+    weight = bnb.dequantize_4bit(packed, quant_state(absmax, nested_absmax, offset, exact, shape), out=into)
+    return weight.view(rows, columns).to(dtype)
+
+
+@torch.library.custom_op(
+    "flux2::nf4_unpack",
+    mutates_args=(),
+    schema="(Tensor packed, Tensor absmax, Tensor? nested, Tensor offset, int rows, int columns, ScalarType dtype)"
+    " -> Tensor",
+)
+def unpacked(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`unpack` as one operation, which `torch.compile` does not look into."""
+    return unpack(packed, absmax, nested, offset, rows, columns, dtype)
+
+
+@unpacked.register_fake
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(rows, columns, dtype=dtype)
+
+
 class Workspace:
     """One buffer that all NF4 layers of a model dequantise into on a GPU, as large as the largest of them.
 
@@ -102,35 +178,15 @@ class Nf4Linear(QuantisedLinear):
 
     def state(self, dtype: torch.dtype, shape: tuple[int, ...]) -> bnb.QuantState:
         """bitsandbytes' description of the storage, to be dequantised to `dtype` and `shape`."""
-        device = self.qweight.device
-        nested = None
-        if self.nested:
-            nested = bnb.QuantState(
-                self.nested_absmax.view(torch.float32),
-                code=nested_quant_map(device),
-                blocksize=NESTED_BLOCK,
-                dtype=torch.float32,
-            )
-        return bnb.QuantState(
-            self.absmax if self.nested else self.absmax.view(torch.float32),
-            shape=torch.Size(shape),
-            code=quant_map(device),
-            blocksize=BLOCK,
-            quant_type="nf4",
-            dtype=dtype,
-            offset=self.offset.view(torch.float32)[0] if self.nested else None,
-            state2=nested,
-        )
+        return quant_state(self.absmax, self.nested_absmax if self.nested else None, self.offset, dtype, shape)
 
     def dequantise(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight (out, in), in `out` (out * in elements of `dtype`) if it is given."""
-        size = self.in_features * self.out_features
-        # Blocks run through the whole weight. The CPU kernel starts anew at every row, so each row is made one block.
-        shape = (size // BLOCK, BLOCK) if size % BLOCK == 0 else (1, size)
-        exact = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-        into = None if out is None else out.view(shape)
-        weight = bnb.dequantize_4bit(self.qweight, self.state(exact, shape), out=into)
-        return weight.view(self.out_features, self.in_features).to(dtype)
+        nested = self.nested_absmax if self.nested else None
+        sizes = (self.out_features, self.in_features)
+        if torch.compiler.is_compiling():
+            return unpacked(self.qweight, self.absmax, nested, self.offset, *sizes, dtype)
+        return unpack(self.qweight, self.absmax, nested, self.offset, *sizes, dtype, out)
 
     def shared(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) for one product: in the workspace where that can be."""

@@ -319,6 +319,20 @@ def test_the_layers_of_a_model_dequantise_into_one_buffer(monkeypatch: pytest.Mo
     assert copy.deepcopy(small).workspace._buffers == {}
 
 
+@pytest.mark.parametrize("kind", ["fp8", "fp8_rows", "nf4"])
+def test_a_compiled_layer_is_one_graph_with_the_same_results(kind: str) -> None:
+    linear, plain = layer(kind), layer(kind)
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    x, other = rows().requires_grad_(), rows().requires_grad_()
+    y, expected = compiled(x), plain(other)
+    y.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(y.detach(), expected.detach())
+    assert x.grad is not None
+    assert other.grad is not None
+    assert torch.equal(x.grad, other.grad)
+
+
 # ------------------------------------------------------------------ storage
 
 
