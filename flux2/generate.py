@@ -44,6 +44,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="blocks that stay in host memory and stream to the device: a number (8) or a share (0.5)",
     )
+    parser.add_argument("--cache", type=Path, help="folder of quantised copies; what FLUX2_CACHE names, else none")
     return parser.parse_args(argv)
 
 
@@ -94,6 +95,7 @@ def run(options: argparse.Namespace) -> list[Path]:
         device=options.device,
         precision=options.precision,
         stream_blocks=options.stream_blocks,
+        cache=options.cache,
     )
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     pipeline.embeddings(prompts, options.guidance)  # before the transformer is loaded for the adapters

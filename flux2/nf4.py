@@ -205,17 +205,17 @@ class Nf4Linear(QuantisedLinear):
 
     def store(self, weight: Tensor) -> None:
         weight = self.place(weight)
-        parts, scales = [], []
-        for part in weight.reshape(-1).split(CHUNK):
-            packed, state = bnb.quantize_4bit(part, blocksize=BLOCK, quant_type="nf4")
-            parts.append(packed)
+        packed = torch.empty(((weight.numel() + 1) // 2, 1), dtype=torch.uint8, device=weight.device)
+        scales = []
+        for part, into in zip(weight.reshape(-1).split(CHUNK), packed.split(CHUNK // 2), strict=True):
+            _, state = bnb.quantize_4bit(part, blocksize=BLOCK, quant_type="nf4", out=into)
             scales.append(state.absmax)
         absmax = torch.cat(scales)
         offset = absmax.mean()  # the scales are quantised as bitsandbytes does when it sees the whole weight
         codes, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         self.nested = True
         self.source_dtype = weight.dtype
-        self.hold("qweight", torch.cat(parts))
+        self.hold("qweight", packed)
         self.hold("absmax", codes)
         self.hold("nested_absmax", nested.absmax)
         self.hold("offset", offset.reshape(1))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flux2.linear import FrozenProduct, autocasted
 
-CHUNK = 1 << 24  # elements that are quantised at once: their float32 copies are then small beside a large weight
+CHUNK = 1 << 21  # elements that are quantised at once: their float32 copies are then small beside a large weight
 
 
 class DequantisedWeight(Tensor):

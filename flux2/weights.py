@@ -1,14 +1,18 @@
 """Fill a model with a published one's weights.
 
 Two namings are read for the transformer and the autoencoder: diffusers' and Black Forest Labs' own, which is also ours
-(flux2/names.py). Models are built on the meta device and filled tensor by tensor, so host memory holds one tensor more
-than the model. Loading is strict: missing, unexpected and misshaped tensors are one error that lists them.
+(flux2/names.py); weights may be quantised in the file (flux2/prequantised.py). Models are built on the meta device and
+filled tensor by tensor, quantised on the way where a layer is kept so, while threads read the next ones
+(flux2/reading.py): host memory never holds more than two tensors beside the model. Loading is strict: missing,
+unexpected and misshaped tensors are one error that lists them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,6 +23,10 @@ from flux2.files import TensorFiles, tensor_files
 from flux2.model import Transformer
 from flux2.names import Published, autoencoder_tensor, listed, transformer_tensor
 from flux2.precision import Precision, convert
+from flux2.prequantised import MARKER, Weight, find_part
+from flux2.quantised import QuantisedLinear
+from flux2.quantised_cache import QuantisedCache, put
+from flux2.reading import Digests, Job, run
 from flux2.sources import ModelSource, WeightsError
 from flux2.text_encoder import TextEncoder, build, load_tokenizer
 
@@ -30,8 +38,7 @@ def check(what: str, files: TensorFiles, missing: set[str], unexpected: set[str]
         if names
     ]
     if problems:
-        where = files.files[0] if len(files.files) == 1 else files.files[0].parent
-        raise WeightsError(f"{where} does not hold {what}: " + "; ".join(problems))
+        raise WeightsError(f"{files.place} does not hold {what}: " + "; ".join(problems))
 
 
 @runtime_checkable
@@ -57,32 +64,35 @@ def taken(model: nn.Module) -> dict[str, torch.Size]:
     }
 
 
-def place(
-    model: nn.Module,
-    name: str,
-    tensor: Tensor,
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-    home: torch.device | str,
-) -> None:
-    """Put `tensor` where the model keeps what is called `name`: quantised by the module itself, or as it is.
+@dataclass
+class Filled:
+    """How many of a model's layers were stored in their own form, and how the file held its weights.
 
-    Args:
-        device: where it is quantised.
-        home: where it stays.
+    Attributes:
+        quantised: layers whose weight was quantised now.
+        taken_over: layers whose weight was in their form in the file.
+        dequantised: tensors that were quantised in the file and are in another form here.
+        unused: tensors of the file that belong to weights and are not used: scales of inputs.
     """
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    if isinstance(module, StoresWeight):
-        module.store(tensor.to(device))
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(home)
-        return
-    tensor = tensor.to(home, dtype if tensor.is_floating_point() else None, copy=True).contiguous()
-    if leaf in module._buffers:
-        module.register_buffer(leaf, tensor)
-    else:
-        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+    quantised: int = 0
+    taken_over: int = 0
+    dequantised: int = 0
+    unused: int = 0
+
+    def said(self, files: TensorFiles) -> str:
+        """One line about a file that is quantised already; empty for others."""
+        if not self.taken_over and not self.dequantised:
+            return ""
+        text = f"{files.place} is quantised: {self.taken_over} layers are kept as they are there"
+        text += f", {self.dequantised} tensors are dequantised" if self.dequantised else ""
+        return text + (f", {self.unused} scales of inputs are not used" if self.unused else "")
+
+
+def homes(host: Sequence[str], device: torch.device) -> Callable[[str], torch.device]:
+    """Where the tensor or module of a name stays: in host memory if it is one of the modules `host` or in it."""
+    inside = tuple(f"{module}." for module in host)
+    return lambda name: torch.device("cpu") if name.startswith(inside) else device
 
 
 def fill(
@@ -94,37 +104,90 @@ def fill(
     dtype: torch.dtype | None = None,
     ignored: Callable[[str], bool] = lambda name: False,
     host: Sequence[str] = (),
-) -> None:
+    digests: Digests | None = None,
+) -> Filled:
     """Fill a model built on the meta device.
 
     Args:
-        model: every tensor of `taken(model)` is filled. A module with a method `store` is given its weight on
-            `device` in the file's dtype.
+        model: every tensor of `taken(model)` is filled. A module with a method `store` is given its weight in the
+            file's dtype, or in `dtype` if it is quantised in the file.
         published: for each of these names, where it is in `files`.
         what: the model's name in errors.
         device, dtype: of the filled tensors; integers keep their dtype.
         ignored: names in `files` that may stay unread.
         host: modules whose tensors stay in host memory; they are quantised on `device` all the same.
+        digests: gets the checksums of all that is read.
     """
+    device = torch.device(device)
+    home = homes(host, device)
     shapes = taken(model)
-    wanted = {name for entry in published.values() for name in entry.names}
-    missing = wanted - files.names
-    unexpected = {name for name in files.names - wanted if not ignored(name)}
-    misshaped = []
+    weights, missing = {}, set()
+    misshaped, unused = [], 0
+    unread = {name for name in files.names if not ignored(name) and name.rpartition(".")[2] != MARKER}
     for name, entry in published.items():
-        if missing.isdisjoint(entry.names):
-            with torch.device("meta"):
-                shape = entry.join([torch.empty(files.shape(part)) for part in entry.names]).shape
-            if shape != shapes[name]:
-                misshaped.append(f"{entry.names[0]} {tuple(shape)} instead of {tuple(shapes[name])}")
-    check(what, files, missing, unexpected, misshaped)
-    in_host = tuple(f"{module}." for module in host)
-    for name, entry in published.items():
-        tensor = entry.join([files[part] for part in entry.names])
-        place(model, name, tensor, device, dtype, "cpu" if name.startswith(in_host) else device)
+        parts = [find_part(files, key) for key in entry.names]
+        missing |= {key for key, part in zip(entry.names, parts, strict=True) if part is None}
+        there = [part for part in parts if part is not None]
+        for part in there:
+            unread -= part.names
+            unused += len(part.unused)
+        if len(there) == len(parts):
+            weights[name] = Weight(entry, tuple(there))
+            if weights[name].shape != shapes[name]:
+                shape = tuple(weights[name].shape)
+                misshaped.append(f"{entry.names[0]} {shape} instead of {tuple(shapes[name])}")
+    check(what, files, missing, unread, misshaped)
+
+    filled = Filled(unused=unused)
+
+    def job(name: str, weight: Weight) -> Job:
+        stays = home(name)
+        stores = isinstance(model.get_submodule(name.rpartition(".")[0]), StoresWeight)
+        reads = weight.reads(device if stores or not weight.plain else stays)
+        return Job(reads, lambda tensors: place(model, name, weight, tensors, dtype, stays, filled))
+
+    run([job(name, weight) for name, weight in weights.items()], digests)
+    files.check_unchanged()
     left = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     left |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
     assert not left, f"not filled: {listed(left)}"
+    return filled
+
+
+def place(
+    model: nn.Module,
+    name: str,
+    weight: Weight,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    stays: torch.device,
+    filled: Filled,
+) -> None:
+    """Put what was read of `weight` where the model keeps what is called `name`, and count it in `filled`."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, QuantisedLinear) and weight.taken_over_by(module, tensors):
+        filled.taken_over += 1
+        module.to(stays)
+        return
+    tensor = weight.dequantised(tensors, dtype or torch.float32)
+    tensors.clear()
+    filled.dequantised += not weight.plain
+    if isinstance(module, StoresWeight):
+        module.store(tensor)
+        filled.quantised += 1
+        module.to(stays)
+    else:
+        put(model, name, tensor.to(stays, dtype if tensor.is_floating_point() else None).contiguous())
+
+
+def transformer_names(model: Transformer, files: TensorFiles) -> tuple[dict[str, Published], Callable[[str], bool]]:
+    """Where each of the transformer's tensors is in `files`, and which of their names belong to other models."""
+    prefix = next((p for p in ("model.diffusion_model.", "diffusion_model.") if f"{p}img_in.weight" in files.names), "")
+    if f"{prefix}img_in.weight" in files.names:  # Black Forest Labs' names, perhaps with ComfyUI's prefix
+        published = {name: Published((prefix + name,)) for name in taken(model)}
+    else:
+        published = {name: transformer_tensor(name) for name in taken(model)}
+    return published, lambda name: bool(prefix) and not name.startswith(prefix)
 
 
 def load_transformer(
@@ -132,34 +195,45 @@ def load_transformer(
     device: torch.device | str = "cpu",
     precision: Precision | torch.dtype = torch.float32,
     *,
+    cache: Path | None = None,
     host: Sequence[str] = (),
+    say: Callable[[str], None] = print,
 ) -> Transformer:
-    """The transformer in `precision` (or all of it in one dtype) on `device`, frozen, in evaluation mode.
+    """The transformer on `device` in `precision`, or all of it in one dtype, frozen, in evaluation mode.
 
-    Its modules `host` stay in host memory.
+    Args:
+        cache: folder of quantised copies (flux2/quantised_cache.py). If it holds one of these files in this precision,
+            that is loaded in their place; otherwise one is made, if anything was quantised. None: no copies.
+        host: modules (`single_blocks.3`) that stay in host memory; they are quantised on `device` all the same.
+        say: is told, in a line each, of copies read and written, and of files that are quantised.
     """
     if isinstance(precision, torch.dtype):
         precision = Precision(precision)
-    with torch.device("meta"):
-        model = Transformer(source.variant.transformer)
-        convert(model, precision, device)
+    device = torch.device(device)
+
+    def build() -> Transformer:
+        with torch.device("meta"):
+            model = Transformer(source.variant.transformer)
+            convert(model, precision, device)
+        return model.eval()
+
     files = tensor_files(source, "transformer")
-    prefix = next((p for p in ("model.diffusion_model.", "diffusion_model.") if f"{p}img_in.weight" in files.names), "")
-    if f"{prefix}img_in.weight" in files.names:  # Black Forest Labs' names, perhaps with ComfyUI's prefix
-        published = {name: Published((prefix + name,)) for name in taken(model)}
-    else:
-        published = {name: transformer_tensor(name) for name in taken(model)}
-    fill(
-        model,
-        files,
-        published,
-        f"the transformer of {source.variant.name}",
-        device,
-        precision.dtype,
-        ignored=lambda name: bool(prefix) and not name.startswith(prefix),
-        host=host,
-    )
-    return model.eval()
+    model = build()
+    copies = None
+    if cache is not None and precision.storage is not None:
+        copies = QuantisedCache(cache, source.variant.name, files, model, precision, say)
+        if copies.read(model, homes(host, device)):
+            return model
+        model = build()  # what was read of a damaged copy is not kept
+    published, ignored = transformer_names(model, files)
+    digests = Digests() if copies is not None else None
+    what = f"the transformer of {source.variant.name}"
+    filled = fill(model, files, published, what, device, precision.dtype, ignored, host, digests)
+    if told := filled.said(files):
+        say(told)
+    if copies is not None and digests is not None and filled.quantised:
+        copies.write(model, digests)
+    return model
 
 
 def load_autoencoder(

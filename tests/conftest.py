@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach the network
+os.environ.pop("FLUX2_CACHE", None)  # no test may write where the developer keeps copies of models
 
 import pytest
 

@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux2 import weights
+from flux2 import reading, weights
 from flux2.files import TensorFiles
 from flux2.names import transformer_module, transformer_tensor
 from flux2.sources import TINY_FOLDER, ModelSource, WeightsError, fingerprint, looks_local, model_source
@@ -119,25 +119,26 @@ def test_a_model_is_looked_for_in_its_repository_unless_a_path_is_given() -> Non
 def test_loading_never_holds_a_second_copy(
     model_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the tensors that were read, never more than one fused parameter's are alive; the rest is the model."""
+    """Of what was read and is of another dtype than the model, there is never more than the next tensor beside one."""
     alive: dict[int, int] = {}
-    most = total = 0
-    read = TensorFiles.__getitem__
+    sizes: list[int] = []
+    most = 0
+    begin = reading.begin
 
-    def spy(self: TensorFiles, name: str) -> Tensor:
-        nonlocal most, total
-        tensor = read(self, name)
-        key, size = id(tensor), tensor.numel()
-        alive[key] = size
-        weakref.finalize(tensor, alive.pop, key, None)
-        most, total = max(most, sum(alive.values())), total + size
-        return tensor
+    def spy(*args: Any) -> Any:
+        nonlocal most
+        tensors, futures = begin(*args)
+        for tensor in tensors.values():
+            sizes.append(tensor.nbytes)
+            alive[id(tensor)] = tensor.nbytes
+            weakref.finalize(tensor, alive.pop, id(tensor), None)
+        most = max(most, sum(alive.values()))
+        return tensors, futures
 
-    monkeypatch.setattr(TensorFiles, "__getitem__", spy)
-    model = load_transformer(ModelSource(DEV, str(model_folders("dev"))))
-    largest = max(parameter.numel() for parameter in model.parameters())
-    assert total == sum(parameter.numel() for parameter in model.parameters())
-    assert most <= 2 * largest < total / 5
+    monkeypatch.setattr(reading, "begin", spy)
+    model = load_transformer(ModelSource(DEV, str(model_folders("dev"))), precision=torch.bfloat16)
+    assert sum(sizes) == sum(4 * parameter.numel() for parameter in model.parameters())
+    assert max(sizes) < most <= 1.5 * max(sizes) < sum(sizes) / 5
 
 
 def test_models_are_built_without_memory(model_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +186,7 @@ def test_a_module_that_stores_its_weight_itself_is_given_it(halved: weights.Tran
     save_file(reference.state_dict(), tmp_path / "flux.safetensors")
     published = {name: transformer_tensor(name) for name in weights.taken(halved)}
     assert published.keys() == model.state_dict().keys()
-    weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model", precision=torch.bfloat16)
+    weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model", dtype=torch.bfloat16)
     for name, tensor in model.state_dict().items():
         kept = name.replace(".weight", ".kept") if "_blocks." in name else name
         dtype = torch.half if kept.endswith(".kept") else torch.bfloat16

@@ -152,6 +152,18 @@ def test_bfloat16_with_a_base_in_few_bits_autocasts_as_plain_bfloat16_does(train
     assert all(tensor.dtype == torch.float32 for tensor in adapter(ours).values())
 
 
+def test_a_run_keeps_a_quantised_copy_that_the_next_one_reads(train, tmp_path, monkeypatch, capsys):
+    train("none", "precision=nf4", "quantised_dir=null", "steps=1")
+    assert "quantised copy" not in capsys.readouterr().out
+    monkeypatch.setenv("FLUX2_CACHE", str(tmp_path / "copies"))
+    first = train("first", "precision=nf4")
+    assert "writing a quantised copy of" in capsys.readouterr().out
+    (copy,) = (tmp_path / "copies").glob("*.safetensors")
+    second = train("second", "precision=nf4")
+    assert f"read from the quantised copy {copy}" in capsys.readouterr().out
+    assert lines(first) == lines(second)
+
+
 def test_the_first_steps_of_the_demo_have_the_losses_of_float32(tmp_path):
     """To 1 % in FP8 (0.5 % was measured) and 3 % in NF4 (1.6 %)."""
     losses = {}

@@ -46,6 +46,7 @@ FREE_KEYS = (
     "resume",
     "output_dir",
     "cache_dir",
+    "quantised_dir",
     "device",
     "sample",
     "tracker",

@@ -92,6 +92,7 @@ class RunSettings(LoopSettings):
     resume: str | None = None
     output_dir: str | None = None
     cache_dir: str = "outputs/cache"
+    quantised_dir: str | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -100,7 +101,7 @@ class RunSettings(LoopSettings):
         check_count("reference_resolution", self.reference_resolution, 16)
         if not is_number(self.caption_dropout, 0, 1):
             raise ValueError(f"caption_dropout={self.caption_dropout!r} must be a number from 0 to 1")
-        for key in ("name", "resume", "output_dir", "cache_dir", "device"):
+        for key in ("name", "resume", "output_dir", "cache_dir", "quantised_dir", "device"):
             value = getattr(self, key)
             if not isinstance(value, str) and not (value is None and key not in ("name", "cache_dir")):
                 raise ValueError(f"{key}={value!r} must be a text")
@@ -417,7 +418,10 @@ class Run:
             f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
             f"attention: {self.attention_backend()}"
         )
-        transformer = load_transformer(self.source, accelerator.device, self.precision, host=self.streamed)
+        copies = Path(settings.quantised_dir).expanduser() if settings.quantised_dir else None
+        transformer = load_transformer(
+            self.source, accelerator.device, self.precision, host=self.streamed, cache=copies, say=self.say
+        )
         self.say(describe(transformer, self.precision, accelerator.device))
         self.memory.apply(transformer, accelerator.device)
         wrapped = self.make_adapter(transformer, seed=settings.seed)

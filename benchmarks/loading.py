@@ -1,0 +1,235 @@
+"""Loading a large checkpoint into NF4: host memory, and the second start from the quantised copy.
+
+    python benchmarks/loading.py
+
+Writes a random bf16 checkpoint of klein 9B's shapes with fewer blocks (about 4 GB, in a temporary folder), and loads it
+in fresh processes: without a copy, with one being written, and from the copy. The memory is a process's own: from
+before the load to its highest, less what the loaded model keeps, in units of the largest published tensor. Files are
+read and not mapped, so that none of their pages are in it. Starts alternate, and each is measured twice: with the files
+in the page cache, as after a download or an earlier start, and after they were dropped from it, as on a fresh machine.
+
+The target is at most two tensors above the model, and a second start at least twice as fast.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from flux2.files import DTYPE_NAMES
+from flux2.model import Transformer
+from flux2.precision import Precision
+from flux2.sources import ModelSource
+from flux2.variants import VARIANTS, Variant
+from flux2.weights import load_transformer
+
+GB = 1e9
+
+
+def published(double: int, single: int) -> Variant:
+    """klein 9B with fewer blocks."""
+    whole = VARIANTS["klein_base_9b"]
+    return replace(whole, transformer=replace(whole.transformer, double_blocks=double, single_blocks=single))
+
+
+def write_checkpoint(variant: Variant, file: Path) -> tuple[int, int]:
+    """Random bf16 weights under Black Forest Labs' names; returns the bytes of all tensors and of the largest.
+
+    Written piece by piece: the measuring machine may have little memory.
+    """
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(variant.transformer).state_dict().items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * shape.numel()
+        header[name] = {"dtype": DTYPE_NAMES[torch.bfloat16], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    generator = torch.Generator().manual_seed(0)
+    # weights of different places are different pieces of one random stretch: drawing gigabytes would take minutes
+    noise = torch.randn((1 << 22) + 4099, generator=generator)
+    with file.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for i, shape in enumerate(shapes.values()):
+            scaled = (noise / shape[-1] ** 0.5).bfloat16().view(torch.uint8).numpy().data
+            left, at = 2 * shape.numel(), 2 * ((i * 977) % 4099)
+            while left:
+                part = scaled[at : at + min(left, len(scaled) - at)]
+                handle.write(part)
+                left, at = left - len(part), 0
+    return end, max(2 * shape.numel() for shape in shapes.values())
+
+
+# ------------------------------------------------------------------ one start, in a process of its own
+
+
+def memory(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def start(variant: Variant, file: Path, cache: Path | None) -> dict[str, float]:
+    """Load once and measure; times are of `load_transformer` alone, without Python's imports."""
+    precision = Precision(torch.bfloat16, storage="nf4")
+    sampled, stop = [memory("VmRSS")], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.02):
+            sampled.append(memory("VmRSS"))
+
+    sampler = threading.Thread(target=sample)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    sampler.start()
+    began = time.perf_counter()
+    told: list[tuple[float, str]] = []
+    model = load_transformer(
+        ModelSource(variant, str(file)),
+        "cpu",
+        precision,
+        cache=cache,
+        say=lambda text: told.append((time.perf_counter() - began, text)),
+    )
+    seconds = time.perf_counter() - began
+    stop.set()
+    sampler.join()
+    kept = sum(parameter.nbytes for parameter in model.parameters())
+    return {
+        "seconds": seconds,
+        # until the copy begins to be written, which is said
+        "seconds_without_writing": next((at for at, text in told if text.startswith("writing")), seconds),
+        "model_bytes": kept,
+        "peak_bytes": memory("VmHWM") - sampled[0],
+        "peak_sampled_bytes": max(sampled) - sampled[0],
+        "from_copy": float(any(text.startswith("read from the quantised copy") for _, text in told)),
+    }
+
+
+def fresh_start(options: argparse.Namespace, file: Path, cache: Path | None, dropped: bool) -> dict[str, float]:
+    """`start` in a new process. `dropped`: the files are not in the page cache."""
+    for each in [file, *(cache.glob("*.safetensors") if cache else [])]:
+        with each.open("rb") as handle:
+            os.fsync(handle.fileno())
+            if dropped:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while handle.read(1 << 24):
+                    pass
+    words = [sys.executable, __file__, "--start", str(file), "--double", str(options.double)]
+    words += ["--single", str(options.single), *(["--cache", str(cache)] if cache else [])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------ all of it
+
+
+def median(starts: list[dict[str, float]], key: str) -> float:
+    return statistics.median(start[key] for start in starts)
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    variant = published(options.double, options.single)
+    file, cache = folder / "checkpoint.safetensors", folder / "copies"
+    size, largest = write_checkpoint(variant, file)
+    print(f"{size / GB:.2f} GB in {file}, the largest tensor {largest / GB:.3f} GB", flush=True)
+    starts: dict[str, list[dict[str, float]]] = {}
+    for _ in range(options.repeats):
+        for dropped in (False, True):
+            where = "from disk" if dropped else "in the page cache"
+            shutil.rmtree(cache, ignore_errors=True)
+            for name in ("first", "second"):
+                measured = fresh_start(options, file, cache, dropped)
+                assert measured["from_copy"] == (name == "second"), f"the {name} start was not one"
+                starts.setdefault(f"{name}, {where}", []).append(measured)
+                print(f"{name} start, files {where}: {measured['seconds']:.1f} s", flush=True)
+    kept = [copy.stat().st_size for copy in cache.glob("*.safetensors")]
+    result: dict[str, Any] = {
+        "what": "load_transformer into NF4 beside bf16, on the CPU",
+        "checkpoint_gb": size / GB,
+        "largest_tensor_gb": largest / GB,
+        "copy_gb": kept[0] / GB,
+        "blocks": [options.double, options.single],
+        "repeats": options.repeats,
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "bitsandbytes": version("bitsandbytes"),
+        "python": platform.python_version(),
+        "starts": {},
+    }
+    for name, measured in starts.items():
+        above = max(one["peak_bytes"] - one["model_bytes"] for one in measured)
+        result["starts"][name] = {
+            "seconds": [round(one["seconds"], 2) for one in measured],
+            "seconds_without_writing": [round(one["seconds_without_writing"], 2) for one in measured],
+            "model_gb": measured[0]["model_bytes"] / GB,
+            "peak_gb": max(one["peak_bytes"] for one in measured) / GB,
+            "peak_sampled_gb": max(one["peak_sampled_bytes"] for one in measured) / GB,
+            "above_model_in_largest_tensors": above / largest,
+        }
+    for where in ("in the page cache", "from disk"):
+        first, second = starts[f"first, {where}"], starts[f"second, {where}"]
+        result[f"faster, {where}"] = median(first, "seconds_without_writing") / median(second, "seconds")
+        result[f"faster, {where}, writing counted"] = median(first, "seconds") / median(second, "seconds")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python benchmarks/loading.py", description=__doc__)
+    parser.add_argument("--double", type=int, default=2, help="double blocks")
+    parser.add_argument("--single", type=int, default=4, help="single blocks")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is written; a temporary folder")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loading_cpu.json"))
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.start:
+        print(json.dumps(start(published(options.double, options.single), options.start, options.cache)))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        result = compare(options, Path(folder))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    for name, measured in result["starts"].items():
+        print(
+            f"{name}: {measured['seconds']} s, {measured['above_model_in_largest_tensors']:.2f} tensors above the model"
+        )
+    print(
+        f"second start {result['faster, in the page cache']:.1f}x faster, from disk {result['faster, from disk']:.1f}x"
+    )
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""flux2.prequantised: what is quantised in its file already is taken over bit for bit where it can be."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flux2.float8 import Float8Linear
+from flux2.model import Transformer
+from flux2.names import swap_halves, transformer_tensor
+from flux2.nf4 import Nf4Linear
+from flux2.precision import Precision
+from flux2.sources import ModelSource, WeightsError
+from flux2.variants import VARIANTS, TransformerConfig, Variant
+from flux2.weights import load_transformer
+
+CONFIG = TransformerConfig(
+    heads=4,
+    head_dim=16,
+    rope_axes=(4, 4, 4, 4),
+    double_blocks=1,
+    single_blocks=1,
+    text_width=48,
+    time_width=32,
+    guidance=True,
+)
+NF4, FP8 = Precision(storage="nf4"), Precision(storage="fp8")
+Load = Callable[..., Transformer]
+
+
+def of_size(heads: int) -> Variant:
+    from dataclasses import replace
+
+    return replace(VARIANTS["dev"], name="small", repo="", transformer=replace(CONFIG, heads=heads))
+
+
+def weights(heads: int = 4) -> dict[str, Tensor]:
+    """Random weights under our names."""
+    with torch.device("meta"):
+        names = Transformer(of_size(heads).transformer).state_dict()
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in names.items()}
+
+
+def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same under diffusers' names."""
+    return {key: part for name, tensor in state.items() for key, part in transformer_tensor(name).split(tensor).items()}
+
+
+def joined(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """From diffusers' names back to ours."""
+    entries = {name: transformer_tensor(name) for name in like}
+    return {name: entry.join([state[key] for key in entry.names]) for name, entry in entries.items()}
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    def function(
+        state: dict[str, Tensor], precision: Precision | torch.dtype = torch.float32, heads: int = 4, **options: object
+    ) -> Transformer:
+        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(contiguous, tmp_path / "flux.safetensors")
+        source = ModelSource(of_size(heads), str(tmp_path / "flux.safetensors"))
+        return load_transformer(source, "cpu", precision, **options)  # type: ignore[arg-type]
+
+    return function
+
+
+def check_equal(model: Transformer, wanted: dict[str, Tensor]) -> None:
+    for name, tensor in wanted.items():
+        module, _, leaf = name.rpartition(".")
+        assert torch.equal(getattr(model.get_submodule(module), leaf) + 0, tensor), name
+
+
+# ------------------------------------------------------------------ bitsandbytes
+
+
+def in_four_bits(state: dict[str, Tensor], nested: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What bitsandbytes saves of a model whose matrices are in NF4; and the values that those stand for."""
+    stored, meant = dict(state), dict(state)
+    for name, tensor in state.items():
+        if tensor.ndim < 2:
+            continue
+        packed, quantisation = bnb.quantize_4bit(tensor, blocksize=64, compress_statistics=nested, quant_type="nf4")
+        told = quantisation.as_dict(packed=True)
+        stored |= {name: packed} | {f"{name}.{key}": value for key, value in told.items()}
+        scales = quantisation.absmax
+        if nested:
+            scales = bnb.dequantize_blockwise(scales, quantisation.state2) + quantisation.offset
+        nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1, 64).long()
+        meant[name] = (quantisation.code[nibbles] * scales[:, None]).reshape(tensor.shape)
+    return stored, meant
+
+
+def test_four_bits_in_diffusers_names_are_taken_over_bit_for_bit(load: Load) -> None:
+    state = weights()
+    stored, meant = in_four_bits(published(state))
+    said: list[str] = []
+    model = load(stored, NF4, say=said.append)
+    check_equal(model, joined(meant, state))
+    linear, fused = model.get_submodule("single_blocks.0.linear1"), model.get_submodule("double_blocks.0.txt_attn.qkv")
+    assert isinstance(linear, Nf4Linear)
+    assert isinstance(fused, Nf4Linear)
+    name = "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight"
+    assert torch.equal(linear.qweight, stored[name])
+    assert torch.equal(linear.absmax, stored[f"{name}.absmax"])
+    assert torch.equal(linear.nested_absmax.view(torch.float32), stored[f"{name}.nested_absmax"])
+    parts = [stored[f"transformer_blocks.0.attn.add_{part}_proj.weight"] for part in "qkv"]
+    assert torch.equal(fused.qweight, torch.cat(parts))
+    assert not fused.nested  # each part's scales have an offset of their own
+    assert said == [f"{tmp_file(said)} is quantised: 10 layers are kept as they are there, 11 tensors are dequantised"]
+
+
+def tmp_file(said: list[str]) -> str:
+    return said[0].partition(" is quantised")[0]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_four_bits_in_black_forest_labs_names_keep_their_quantised_scales(prefix: str, load: Load) -> None:
+    stored, meant = in_four_bits(weights())
+    model = load({prefix + name: tensor for name, tensor in stored.items()}, NF4)
+    check_equal(model, meant)
+    assert all(module.nested for module in model.modules() if isinstance(module, Nf4Linear))
+
+
+def test_four_bits_without_quantised_scales_are_taken_over(load: Load) -> None:
+    state = weights()
+    stored, meant = in_four_bits(published(state), nested=False)
+    model = load(stored, NF4)
+    check_equal(model, joined(meant, state))
+    assert not any(module.nested for module in model.modules() if isinstance(module, Nf4Linear))
+
+
+@pytest.mark.parametrize(("heads", "nested"), [(4, False), (8, True)])
+def test_halves_in_another_order_are_taken_over(heads: int, nested: bool, load: Load) -> None:
+    """At 8 heads a half is whole blocks of scales, which then stay quantised."""
+    state = weights(heads)
+    stored, meant = in_four_bits(published(state))
+    layer = r"final_layer\.adaLN_modulation\.1"
+    model = load(stored, Precision(storage="nf4", layers=(layer,)), heads)
+    check_equal(model, joined(meant, state))
+    swapped = model.get_submodule("final_layer.adaLN_modulation.1")
+    assert isinstance(swapped, Nf4Linear)
+    assert swapped.nested == nested
+    assert torch.equal(swapped.qweight, swap_halves(stored["norm_out.linear.weight"]))
+
+
+def test_four_bits_are_dequantised_for_other_precisions(load: Load) -> None:
+    state = weights()
+    stored, meant = in_four_bits(published(state))
+    wanted = joined(meant, state)
+    check_equal(load(stored, torch.float32), wanted)
+    name = "double_blocks.0.img_attn.qkv"
+    layer = load(stored, FP8).get_submodule(name)
+    fresh = Float8Linear(layer.in_features, layer.out_features, device="meta")
+    fresh.store(wanted[f"{name}.weight"])
+    assert torch.equal(layer.qweight, fresh.qweight)
+    assert torch.equal(layer.scale, fresh.scale)
+
+
+def test_parts_in_different_forms_are_joined_as_floats(load: Load) -> None:
+    """Quantisers leave out layers that they are told to."""
+    state = weights()
+    plain = published(state)
+    stored, meant = in_four_bits(plain)
+    name = "transformer_blocks.0.attn.to_k.weight"
+    stored = {key: tensor for key, tensor in stored.items() if not key.startswith(name)}
+    stored[name] = meant[name] = plain[name].bfloat16()
+    meant[name] = meant[name].float()
+    check_equal(load(stored, torch.float32), joined(meant, state))
+    model = load(stored, NF4)
+    fresh = Nf4Linear(64, 192, device="meta")
+    fresh.store(joined(meant, state)["double_blocks.0.img_attn.qkv.weight"])
+    assert torch.equal(model.get_submodule("double_blocks.0.img_attn.qkv").qweight, fresh.qweight)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "told"),
+    [
+        (".quant_state.bitsandbytes__nf4", "is in 4 bits, and of these only NF4 is read.* there is no quant_state"),
+        (".quant_map", "quant_map"),
+        (".nested_absmax", "nested_absmax"),
+    ],
+)
+def test_a_4_bit_weight_that_is_not_whole_is_named(suffix: str, told: str, load: Load) -> None:
+    stored, _ = in_four_bits(weights())
+    name = "single_blocks.0.linear2.weight"
+    del stored[name + suffix]
+    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} .*{told}"):
+        load(stored, NF4)
+
+
+def test_another_kind_of_4_bits_is_named(load: Load) -> None:
+    stored, _ = in_four_bits(weights())
+    name = "single_blocks.0.linear2.weight"
+    stored[f"{name}.quant_state.bitsandbytes__fp4"] = stored.pop(f"{name}.quant_state.bitsandbytes__nf4")
+    with pytest.raises(WeightsError, match=rf"{name} is in 4 bits.* there is bitsandbytes__fp4"):
+        load(stored, NF4)
+
+
+def test_a_4_bit_weight_of_another_shape_is_misshaped(load: Load) -> None:
+    state = weights()
+    state["single_blocks.0.linear2.weight"] = torch.randn(64, 128)
+    with pytest.raises(WeightsError, match=r"1 misshaped: single_blocks.0.linear2.weight \(64, 128\) instead of"):
+        load(in_four_bits(state)[0], NF4)
+    stored, _ = in_four_bits(weights())
+    stored["single_blocks.0.linear2.weight.quant_state.bitsandbytes__nf4"] = torch.zeros(9, dtype=torch.uint8)
+    with pytest.raises(WeightsError, match=r"quant_state.bitsandbytes__nf4 does not tell the shape"):
+        load(stored, NF4)
+
+
+def test_a_4_bit_folder_is_what_diffusers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by diffusers with bitsandbytes, as the published 4-bit repositories are; values as diffusers has them."""
+    import helpers
+    from diffusers import BitsAndBytesConfig, Flux2Transformer2DModel
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+
+    # diffusers wants a GPU here; bitsandbytes itself does not need one
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *_, **__: None)
+    plain = helpers.randomize(helpers.reference_transformer(CONFIG), seed=3)
+    plain.save_pretrained(tmp_path / "plain")
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    on_cpu = {"quantization_config": options, "device_map": {"": "cpu"}}
+    Flux2Transformer2DModel.from_pretrained(tmp_path / "plain", **on_cpu).save_pretrained(
+        tmp_path / "four" / "transformer"
+    )
+    theirs = Flux2Transformer2DModel.from_pretrained(tmp_path / "four" / "transformer", device_map={"": "cpu"})
+    meant = {}
+    for name, parameter in theirs.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:  # in rows of one block, as the CPU's kernel begins anew in each row
+            shape, state.shape = state.shape, torch.Size((state.shape.numel() // 64, 64))
+            state.dtype = torch.float32  # diffusers rounds to half precision
+            parameter = bnb.dequantize_4bit(parameter.data, state).reshape(shape)
+        meant[name] = parameter.float()
+    model = load_transformer(ModelSource(of_size(4), str(tmp_path / "four")), "cpu", NF4)
+    check_equal(model, joined(meant, weights()))
+    assert sum(isinstance(module, Nf4Linear) for module in model.modules()) == 10
+
+
+# ------------------------------------------------------------------ fp8
+
+
+def in_eight_bits(
+    state: dict[str, Tensor], spelling: str, inputs: str | None = None, rows: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A file in e4m3 with scales, and the values that it stands for; matrices of blocks alone are in it."""
+    stored, meant = dict(state), dict(state)
+    for name, tensor in state.items():
+        if "blocks." not in name or tensor.ndim < 2:
+            continue
+        scale = (tensor.abs().amax(dim=1, keepdim=True) if rows else tensor.abs().max()) / 448
+        module = name.removesuffix("weight")
+        stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        stored[module + spelling] = scale
+        if inputs is not None:
+            stored[module + inputs] = torch.tensor(1.0)
+        meant[name] = stored[name].float() * scale
+    return stored, meant
+
+
+SPELLINGS = [("weight_scale", None), ("weight_scale", "input_scale"), ("scale_weight", "scale_input")]
+
+
+@pytest.mark.parametrize(("spelling", "inputs"), SPELLINGS)
+def test_fp8_with_a_scale_a_tensor_is_taken_over(spelling: str, inputs: str | None, load: Load) -> None:
+    stored, meant = in_eight_bits(weights(), spelling, inputs)
+    stored["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    said: list[str] = []
+    model = load({f"model.diffusion_model.{name}": tensor for name, tensor in stored.items()}, FP8, say=said.append)
+    check_equal(model, meant)
+    layer = model.get_submodule("double_blocks.0.img_attn.qkv")
+    assert torch.equal(layer.qweight.view(torch.float8_e4m3fn), stored["double_blocks.0.img_attn.qkv.weight"])
+    assert layer.scale.view(torch.float32) == stored[f"double_blocks.0.img_attn.qkv.{spelling}"]
+    assert len(said) == 1
+    assert "10 layers are kept as they are there" in said[0]
+    assert ("10 scales of inputs are not used" in said[0]) == (inputs is not None)
+
+
+@pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight"])
+def test_fp8_in_diffusers_names_is_taken_over_where_one_scale_is_that_of_all(spelling: str, load: Load) -> None:
+    state = weights()
+    stored, meant = in_eight_bits(published(state), spelling)
+    model = load(stored, FP8)
+    wanted = joined(meant, state)
+    fused = "double_blocks.0.img_attn.qkv"
+    check_equal(model, {name: tensor for name, tensor in wanted.items() if "qkv" not in name})
+    fresh = Float8Linear(64, 192, device="meta")
+    fresh.store(wanted[f"{fused}.weight"])
+    assert torch.equal(model.get_submodule(fused).qweight, fresh.qweight)  # three scales: quantised with one
+
+    for part in "qkv":  # as some quantisers see to
+        stored[f"transformer_blocks.0.attn.to_{part}.{spelling}"] = torch.tensor(0.5)
+    layer = load(stored, FP8).get_submodule(fused)
+    assert torch.equal(layer.qweight[:64].view(torch.float8_e4m3fn), stored["transformer_blocks.0.attn.to_q.weight"])
+    assert layer.scale.view(torch.float32) == 0.5
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["one a tensor", "one a row"])
+@pytest.mark.parametrize("naming", [dict, published], ids=["ours", "diffusers'"])
+def test_fp8_is_dequantised_for_other_precisions(rows: bool, naming: Callable[..., dict], load: Load) -> None:
+    state = weights()
+    stored, meant = in_eight_bits(naming(state), "weight_scale", rows=rows)
+    wanted = joined(meant, state) if naming is published else meant
+    check_equal(load(stored, torch.float32), wanted)
+    name = "single_blocks.0.linear1"
+    layer = load(stored, NF4).get_submodule(name)
+    fresh = Nf4Linear(layer.in_features, layer.out_features, device="meta")
+    fresh.store(wanted[f"{name}.weight"])
+    assert torch.equal(layer.qweight, fresh.qweight)
+
+
+def test_fp8_halves_in_another_order_have_their_scales(load: Load) -> None:
+    state = weights()
+    stored = published(state)
+    name = "norm_out.linear"
+    scale = stored[f"{name}.weight"].abs().amax(dim=1, keepdim=True) / 448
+    stored[f"{name}.weight"] = (stored[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
+    stored[f"{name}.weight_scale"] = scale
+    meant = swap_halves(stored[f"{name}.weight"].float() * scale)
+    assert torch.equal(load(stored).final_layer.adaLN_modulation[1].weight, meant)
+
+
+def test_fp8_without_scales_is_what_it_says(load: Load) -> None:
+    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights().items()}
+    wanted = {name: tensor.float() for name, tensor in state.items()}
+    check_equal(load(state), wanted)
+    model = load(state, FP8)
+    check_equal(model, wanted)
+    assert model.get_submodule("single_blocks.0.linear1").scale.view(torch.float32) == 1
+    five = {name: tensor.to(torch.float8_e5m2) for name, tensor in weights().items()}
+    check_equal(load(five), {name: tensor.float() for name, tensor in five.items()})
+
+
+def test_a_scale_of_another_shape_is_named(load: Load) -> None:
+    stored, _ = in_eight_bits(weights(), "weight_scale")
+    stored["single_blocks.0.linear1.weight_scale"] = torch.ones(3)
+    with pytest.raises(WeightsError, match=r"single_blocks.0.linear1.weight of shape .* has a scale of shape \(3,\)"):
+        load(stored, FP8)
+
+
+def test_scales_of_weights_that_are_not_in_fp8_are_unexpected(load: Load) -> None:
+    state = weights() | {"single_blocks.0.linear1.weight_scale": torch.ones(1)}
+    with pytest.raises(WeightsError, match=r"1 unexpected: single_blocks.0.linear1.weight_scale"):
+        load(state)
+
+
+def test_the_state_that_is_written_for_joined_blocks_is_bitsandbytes_own(load: Load) -> None:
+    """What a joined layer saves, bitsandbytes reads."""
+    state = weights()
+    stored, meant = in_four_bits(published(state))
+    storage = load(stored, NF4).get_submodule("double_blocks.0.img_attn.qkv").storage()
+    told = json.loads(bytes(storage["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    assert told["shape"] == [192, 64]
+    quantisation = bnb.QuantState.from_dict(
+        {key: tensor for key, tensor in storage.items() if key != "weight"}, torch.device("cpu")
+    )
+    quantisation.shape = torch.Size((192, 64))
+    values = bnb.dequantize_4bit(storage["weight"], quantisation)
+    assert torch.equal(values, joined(meant, state)["double_blocks.0.img_attn.qkv.weight"])

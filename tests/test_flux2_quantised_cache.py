@@ -1,0 +1,360 @@
+"""flux2.quantised_cache: a copy is what was quantised, is used next time, and is never trusted nor in the way."""
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flux2 import quantised_cache, weights
+from flux2.model import Transformer
+from flux2.precision import Precision
+from flux2.quantised_cache import QuantisedCache
+from flux2.sources import ModelSource
+from flux2.variants import VARIANTS, TransformerConfig
+from flux2.weights import load_transformer
+
+CONFIG = TransformerConfig(
+    heads=4,
+    head_dim=16,
+    rope_axes=(4, 4, 4, 4),
+    double_blocks=1,
+    single_blocks=1,
+    text_width=48,
+    time_width=32,
+    guidance=False,
+)
+SMALL = replace(VARIANTS["dev"], name="small", repo="", transformer=CONFIG)
+NF4, FP8 = Precision(storage="nf4"), Precision(storage="fp8")
+
+
+class Place:
+    """A model's file and a folder for copies of it."""
+
+    def __init__(self, folder: Path) -> None:
+        with torch.device("meta"):
+            names = Transformer(CONFIG).state_dict()
+        generator = torch.Generator().manual_seed(1)
+        self.state = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in names.items()}
+        self.file = folder / "flux.safetensors"
+        self.cache = folder / "cache" / "weights"
+        self.said: list[str] = []
+        save_file(self.state, self.file)
+
+    def load(self, precision: Precision = NF4, **options: Any) -> Transformer:
+        self.said.clear()
+        source = ModelSource(SMALL, str(self.file))
+        return load_transformer(source, "cpu", precision, **{"cache": self.cache, "say": self.said.append} | options)
+
+    def fresh(self, precision: Precision = NF4) -> Transformer:
+        """Without copies."""
+        return self.load(precision, cache=None)
+
+    @property
+    def copies(self) -> list[Path]:
+        return sorted(self.cache.glob("*.safetensors"))
+
+    @property
+    def left_over(self) -> list[Path]:
+        return [file for file in self.cache.rglob("*") if file.is_file() and file.suffix not in KEPT]
+
+
+KEPT = {".safetensors", ".json", ".lock"}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def no_source(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, reading a model's own files is an error."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model's files were read")
+
+    return lambda: monkeypatch.setattr(weights, "fill", refuse)
+
+
+def equal(model: Transformer, other: Transformer) -> bool:
+    ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [NF4, FP8, Precision(storage="fp8", rowwise=True), Precision(storage="nf4", dtype=torch.bfloat16)],
+    ids=["nf4", "fp8", "fp8 rows", "nf4 beside bf16"],
+)
+def test_the_second_load_reads_the_copy_and_is_the_same_bit_for_bit(
+    precision: Precision, place: Place, no_source: Callable[[], None]
+) -> None:
+    first = place.load(precision)
+    size = place.copies[0].stat().st_size / 1e9
+    assert len(place.said) == 1
+    assert place.said[0].startswith(f"writing a quantised copy of {size:.2f} GB to {place.copies[0]} (")
+    no_source()
+    second = place.load(precision)
+    assert place.said == [f"read from the quantised copy {place.copies[0]}"]
+    assert equal(first, second)
+    place.said.clear()
+    assert not second.training
+    assert not any(parameter.requires_grad for parameter in second.parameters())
+    assert place.left_over == []
+
+
+def test_a_copy_is_a_safetensors_file_with_bitsandbytes_keys(place: Place) -> None:
+    model = place.load()
+    stored = load_file(place.copies[0])
+    layer = model.get_submodule("single_blocks.0.linear1")
+    assert torch.equal(stored["single_blocks.0.linear1.weight"], layer.qweight)
+    assert "single_blocks.0.linear1.weight.quant_state.bitsandbytes__nf4" in stored
+    assert torch.equal(stored["img_in.weight"], place.state["img_in.weight"])
+
+
+def test_what_is_not_quantised_gets_no_copy(place: Place) -> None:
+    for precision in (Precision(), Precision(torch.bfloat16)):
+        place.load(precision)
+    assert not place.cache.exists()
+
+
+def test_every_recipe_has_a_copy_of_its_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = [
+        NF4,
+        FP8,
+        Precision(storage="fp8", rowwise=True),
+        Precision(storage="nf4", dtype=torch.bfloat16),
+        Precision(storage="nf4", layers=(r"single_blocks\.\d+\.linear[12]",)),
+    ]
+    for recipe in recipes:
+        place.load(recipe)
+    assert len(place.copies) == len(recipes)
+    place.load(Precision(storage="fp8", backward="bf16"))  # computes otherwise, and stores the same
+    assert place.said[0].startswith("read from")
+    monkeypatch.setattr(quantised_cache, "VERSION", quantised_cache.VERSION + 1)
+    place.load()
+    assert len(place.copies) == len(recipes) + 1
+
+
+def test_changed_weights_get_another_copy(place: Place) -> None:
+    before = place.load()
+    place.state["single_blocks.0.linear1.weight"][0, 0] += 10
+    save_file(place.state, place.file)
+    after = place.load()
+    assert len(place.copies) == 2
+    assert not equal(before, after)
+    assert equal(after, place.fresh())
+
+
+def test_a_file_that_was_touched_is_read_again_and_its_copy_is_still_good(place: Place) -> None:
+    place.load()
+    written = place.copies[0].stat().st_mtime_ns
+    os.utime(place.file, ns=(0, 0))
+    place.load()
+    assert place.said == []  # neither read nor written
+    assert [copy.stat().st_mtime_ns for copy in place.copies] == [written]
+    place.load()
+    assert place.said[0].startswith("read from")
+
+
+def test_the_same_weights_in_another_place_share_a_copy(place: Place, tmp_path: Path) -> None:
+    place.load()
+    (tmp_path / "other").mkdir()
+    place.file = Path(shutil.copy(place.file, tmp_path / "other" / "again.safetensors"))
+    place.load()
+    assert len(place.copies) == 1
+    place.load()
+    assert place.said[0].startswith("read from")
+
+
+# ------------------------------------------------------------------ damage
+
+
+def flip(at: Callable[[bytes], int]) -> Callable[[bytes], bytes]:
+    def damage(raw: bytes) -> bytes:
+        i = at(raw)
+        return raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :]
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip(lambda raw: len(raw) - 1),
+        flip(lambda raw: len(raw) // 2),
+        flip(lambda raw: 8 + int.from_bytes(raw[:8], "little")),
+        flip(lambda raw: raw.index(b"checksums") + 40),
+        flip(lambda raw: raw.index(b"checksums")),
+        lambda raw: raw[:-1],
+        lambda raw: raw[:100],
+        lambda raw: b"",
+        lambda raw: bytes(len(raw)),
+        lambda raw: raw.replace(b"img_in.weight", b"img_on.weight"),
+    ],
+    ids=["last byte", "middle", "first", "a checksum", "no checksums", "cut", "cut early", "empty", "blank", "a name"],
+)
+def test_a_damaged_copy_is_said_not_used_and_made_anew(
+    damage: Callable[[bytes], bytes], place: Place, no_source: Callable[[], None]
+) -> None:
+    good = place.load()
+    copy = place.copies[0]
+    raw = copy.read_bytes()
+    copy.write_bytes(damage(raw))
+    again = place.load()
+    assert "is damaged and will be made anew" in place.said[0]
+    assert str(copy) in place.said[0]
+    assert place.said[1].startswith("writing a quantised copy")
+    assert equal(good, again)
+    assert copy.read_bytes() == raw
+    no_source()
+    assert equal(good, place.load())
+
+
+def test_a_damaged_note_is_as_none(place: Place) -> None:
+    place.load()
+    (note,) = (place.cache / "sources").glob("*.json")
+    for content in ("", "{", "[]", "{}", '{"content": 3}'):
+        note.write_text(content)
+        place.load()
+        assert place.said == []
+        place.load()
+        assert place.said[0].startswith("read from")
+
+
+# ------------------------------------------------------------------ what hinders
+
+
+def test_a_full_disk_is_said_before_anything_is_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage("."))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 1 << 40, (1 << 30) + 1000))
+    assert equal(place.load(), place.fresh())
+    place.load()
+    assert len(place.said) == 1
+    assert "no quantised copy is kept" in place.said[0]
+    assert "1.07 GB free" in place.said[0]
+    assert place.copies == place.left_over == []
+
+
+def test_a_disk_that_fills_while_writing_is_said_and_nothing_is_left(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(data: memoryview) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    wanted = place.fresh()
+    monkeypatch.setattr(quantised_cache, "checksum", full)  # after the first tensor
+    assert equal(place.load(), wanted)
+    assert len(place.said) == 2
+    assert "no quantised copy is kept" in place.said[1]
+    assert "No space left on device" in place.said[1]
+    assert place.copies == place.left_over == []
+
+
+def test_a_place_that_cannot_be_written_is_said_and_the_model_is_loaded(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    place.cache = tmp_path / "a file" / "weights"
+    assert equal(place.load(), place.fresh())
+    place.load()
+    assert len(place.said) == 1
+    assert f"no quantised copy is kept, so that the next start quantises again: {place.cache}" in place.said[0]
+
+
+def test_a_read_only_copy_is_read(place: Place, no_source: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    place.load()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
+
+    no_source()
+    for method in ("mkdir", "write_bytes", "replace", "unlink"):
+        monkeypatch.setattr(Path, method, refuse)
+    place.load()
+    assert place.said[0].startswith("read from")
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def test_while_another_process_writes_none_is_written(place: Place) -> None:
+    place.load()
+    (copy,) = place.copies
+    copy.unlink()
+    with filelock.FileLock(copy.with_suffix(".lock")):
+        assert equal(place.load(), place.fresh())
+        place.load()
+        assert place.said == place.copies == []
+    place.load()
+    assert place.copies == [copy]
+
+
+def test_what_an_ended_process_left_is_swept(place: Place) -> None:
+    place.load()
+    (copy,) = place.copies
+    copy.unlink()
+    copy.with_suffix(".123.partial").write_bytes(b"half")
+    place.load()
+    assert place.copies == [copy]
+    assert place.left_over == []
+
+
+def test_loads_at_the_same_time_do_not_tread_on_each_other(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = place.fresh()
+    together = threading.Barrier(3)
+    write = QuantisedCache.write
+
+    def at_once(self: QuantisedCache, *rest: Any) -> None:
+        together.wait(timeout=60)
+        write(self, *rest)
+
+    monkeypatch.setattr(QuantisedCache, "write", at_once)
+    models: list[Transformer] = []
+    threads = [threading.Thread(target=lambda: models.append(place.load())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(models) == 3
+    assert all(equal(model, wanted) for model in models)
+    assert len(place.copies) == 1
+    assert place.left_over == []
+    assert equal(place.load(), wanted)
+    assert place.said[0].startswith("read from")
+
+
+# ------------------------------------------------------------------ blocks in host memory
+
+
+def test_each_tensor_is_asked_for_its_home(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the model's files and from the copy; on a machine with one device alone the moves cannot be seen."""
+    asked: dict[str, str] = {}
+    original = weights.homes
+
+    def recorded(host: Sequence[str], device: torch.device) -> Callable[[str], torch.device]:
+        home = original(host, torch.device("meta"))
+
+        def ask(name: str) -> torch.device:
+            asked[name.removesuffix(".weight")] = str(home(name))
+            return torch.device("cpu")
+
+        return ask
+
+    monkeypatch.setattr(weights, "homes", recorded)
+    names = {name.removesuffix(".weight") for name in place.state}
+    wanted = {name: "cpu" if name.startswith("single_blocks.0.") else "meta" for name in names}
+    for said in ("writing", "read from"):
+        asked.clear()
+        place.load(host=["single_blocks.0"])
+        assert place.said[0].startswith(said)
+        assert asked == wanted
