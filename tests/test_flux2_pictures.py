@@ -1,0 +1,125 @@
+"""flux2.pictures: files are read as training reads them, and what cannot be written is known beforehand."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.samples import Picture
+from flux2.pictures import as_rgb, check_writable, read_picture
+from flux2.pipeline import reference_image
+
+RAMP = np.random.default_rng(0).integers(0, 256, (20, 24, 4), dtype=np.uint8)
+DEEP = np.random.default_rng(1).integers(0, 65536, (20, 24), dtype=np.uint16)
+COLOUR = Image.fromarray(RAMP[..., :3].copy())
+
+
+def turned(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[274] = value
+    return exif
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "rgb.png": COLOUR.save,
+    "rgb.jpg": COLOUR.save,
+    "rgb.webp": COLOUR.save,
+    "rgba.png": Image.fromarray(RAMP).save,
+    "rgba.tiff": Image.fromarray(RAMP).save,
+    "rgba.webp": lambda path: Image.fromarray(RAMP).save(path, lossless=True),
+    "clear.png": Image.new("RGBA", (24, 20), (0, 0, 0, 0)).save,
+    "la.png": Image.fromarray(RAMP[..., :2].copy(), "LA").save,
+    "key.png": lambda path: COLOUR.save(path, transparency=tuple(int(v) for v in RAMP[0, 0, :3])),
+    "palette.gif": lambda path: COLOUR.convert("P").save(path, transparency=3),
+    "palette.png": COLOUR.convert("P").save,
+    "grey.png": COLOUR.convert("L").save,
+    "bits.png": COLOUR.convert("1").save,
+    "cmyk.jpg": COLOUR.convert("CMYK").save,
+    "lab.tiff": Image.frombytes("LAB", (24, 20), RAMP[..., :3].tobytes()).save,
+    "deep.png": Image.fromarray(DEEP).save,
+    "deep.tiff": Image.fromarray(DEEP).save,
+    "deep_big_endian.tiff": Image.fromarray(DEEP.astype(">u2")).save,
+    "turned.jpg": lambda path: COLOUR.save(path, exif=turned(6)),
+    "turned.png": lambda path: Image.fromarray(RAMP).save(path, exif=turned(8)),
+    "turned.tiff": lambda path: COLOUR.save(path, exif=turned(5)),
+    "whole.tiff": Image.fromarray(DEEP.astype(np.int32)).save,
+    "float.tiff": Image.fromarray(DEEP.astype(np.float32)).save,
+    "no.png": lambda path: path.write_text("no picture"),  # type: ignore[dict-item, return-value]
+}
+REFUSED = {"whole.tiff", "float.tiff", "no.png"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_gives_the_same_pixels_as_in_training_or_is_refused_by_both(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    KINDS[name](path)
+    training = Picture(name, lambda: path.open("rb"))
+    if name in REFUSED:
+        for act in (training.load, lambda: read_picture(path, f"--image {name}")):
+            with pytest.raises(ValueError, match=f"{name} cannot be read"):
+                act()
+        return
+    wanted, ours = training.load(), read_picture(path, "--image")
+    assert ours.mode == wanted.mode == "RGB"
+    assert ours.size == wanted.size
+    assert (np.asarray(ours) == np.asarray(wanted)).all()
+    with Image.open(path) as opened:
+        assert (np.asarray(reference_image(opened, 10**6)) == np.asarray(reference_image(wanted, 10**6))).all()
+
+
+def test_clear_is_white_and_all_of_sixteen_bits_count() -> None:
+    assert as_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    levels = np.array([[0, 128, 129, 32896, 65406, 65407, 65535]], dtype=np.uint16)
+    assert np.asarray(as_rgb(Image.fromarray(levels)))[0, :, 0].tolist() == [0, 0, 1, 128, 254, 255, 255]
+
+
+def test_a_decompression_bomb_is_an_error_in_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.png"
+    COLOUR.save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for act in (Picture("bomb.png", lambda: path.open("rb")).load, lambda: read_picture(path, "--image bomb.png")):
+        with pytest.raises(ValueError, match=r"bomb.png cannot be read .*decompression bomb"):
+            act()
+
+
+def test_an_error_names_the_file_and_no_stream(tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"^--image x cannot be read as a picture \(cannot identify image file\)$"):
+        read_picture(tmp_path / "no.png", "--image x")
+    with pytest.raises(ValueError, match="--image y is not a file"):
+        read_picture(tmp_path, "--image y")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.txt", "must end in a picture's extension"),
+        ("a", "must end in a picture's extension"),
+        ("a.psd", "pictures cannot be saved as .psd, give .png or .jpg"),
+        ("a.xbm", "pictures cannot be saved as .xbm"),
+        ("a.h5", "pictures cannot be saved as .h5"),
+        ("folder.png", "is a folder"),
+        ("file/new/a.png", "file is not a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=rf"^--out x.*{message}"):
+        check_writable(tmp_path / name, "--out x")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.webp", "new/folder/a.tiff"])
+def test_usual_formats_can_be_written_into_folders_that_are_made_later(name: str, tmp_path: Path) -> None:
+    check_writable(tmp_path / name, "--out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_may_not_be_written_to_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # as root, nothing is read-only
+    with pytest.raises(ValueError, match="is read-only"):
+        check_writable(tmp_path / "a.png", "--out")
