@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flux2 import checks, peft_config
 from flux2.layers import BLOCK_LINEARS, linear_names
 from flux2.linear import fuse_lora
 from flux2.model import Transformer
@@ -34,7 +35,6 @@ from flux2.names import listed, swap_halves, transformer_module
 from flux2.quantised import QuantisedLinear
 
 PEFT_FILE = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_FILE = "diffusers.safetensors"
 
 
@@ -178,6 +178,20 @@ def fuse(parts: Sequence[Pair]) -> Pair:
     return Pair(torch.cat([part.a for part in parts]), torch.block_diag(*(part.b for part in parts)))
 
 
+def whole_pair(name: str, a: Tensor, b: Tensor, alpha: Tensor | None) -> Pair:
+    """The update of one layer. Raises AdapterError unless the shapes are (rank, in), (out, rank) and one number."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+        raise AdapterError(
+            f"{name}: lora_A has shape {tuple(a.shape)} and lora_B {tuple(b.shape)}; (rank, in) and (out, rank) of one "
+            "rank were expected"
+        )
+    if alpha is None:
+        return Pair(a, b)
+    if alpha.numel() != 1:
+        raise AdapterError(f"{name}: alpha has shape {tuple(alpha.shape)}; one number was expected")
+    return Pair(a, b * (alpha.item() / a.shape[0]))
+
+
 def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]:
     """Read the keys of diffusers or ComfyUI back into our layers.
 
@@ -186,8 +200,8 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]
         model: whose layers the keys must name.
 
     Raises:
-        AdapterError: a key is of neither format, a pair is incomplete, or a layer is not in the model or not of its
-            shape.
+        AdapterError: a key is of neither format, a tensor has values that are not finite, a pair is incomplete or of
+            two ranks, or a layer is not in the model or not of its shape.
     """
     if not state:
         raise AdapterError("it holds no tensors")
@@ -196,14 +210,15 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]
         match = re.fullmatch(r"(?:transformer\.|diffusion_model\.)?(.+?)\.(lora_A|lora_B|alpha)(?:\.weight)?", key)
         if not match:
             raise AdapterError(f"{key!r} is not a LoRA key of diffusers or ComfyUI")
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise AdapterError(f"{key} has NaN or infinite values: the training that made it failed")
         halves.setdefault(match[1], {})[match[2]] = tensor.float()
 
     def pair(name: str) -> Pair:
         half = halves.pop(name)
         if not {"lora_A", "lora_B"} <= half.keys():
             raise AdapterError(f"{name} has only {' and '.join(half)}: the file is incomplete")
-        a, b = half["lora_A"], half["lora_B"]
-        return Pair(a, b * (half["alpha"].item() / a.shape[0]) if "alpha" in half else b)
+        return whole_pair(name, half["lora_A"], half["lora_B"], half.get("alpha"))
 
     pairs = {}
     for layer, module in model.named_modules():
@@ -214,21 +229,30 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]
         if layer in halves:
             found = pair(layer)
         elif any(name in halves for name in published.names):
-            nothing = Pair(torch.zeros(0, columns), torch.zeros(rows // len(published.names), 0))
-            found = fuse([pair(name) if name in halves else nothing for name in published.names])
+            part_rows = rows // len(published.names)
+            nothing = Pair(torch.zeros(0, columns), torch.zeros(part_rows, 0))
+            parts = [pair(name) if name in halves else nothing for name in published.names]
+            for name, part in zip(published.names, parts, strict=True):
+                check_features(name, part, columns, part_rows)
+            found = fuse(parts)
             if published.kind == "swapped":
                 found = Pair(found.a, swap_halves(found.b))
         else:
             continue
-        if found.a.shape[1] != columns or found.b.shape[0] != rows:
-            raise AdapterError(
-                f"{layer}: the adapter is for a layer of {found.a.shape[1]} to {found.b.shape[0]} features, the "
-                f"model's has {columns} to {rows}. It was trained on another model."
-            )
+        check_features(layer, found, columns, rows)
         pairs[layer] = found
     if halves:
         raise AdapterError(f"the adapter has layers that this model does not: {listed(halves)}")
     return pairs
+
+
+def check_features(name: str, pair: Pair, columns: int, rows: int) -> None:
+    """Raises AdapterError unless `pair` is for a layer of `columns` to `rows` features."""
+    if pair.a.shape[1] != columns or pair.b.shape[0] != rows:
+        raise AdapterError(
+            f"{name}: the adapter is for a layer of {pair.a.shape[1]} to {pair.b.shape[0]} features, the "
+            f"model's has {columns} to {rows}. It was trained on another model."
+        )
 
 
 # ------------------------------------------------------------------ files
@@ -290,7 +314,8 @@ def read(place: Path, model: nn.Module) -> dict[str, Pair]:
     """The pairs in a file of diffusers or ComfyUI keys, or in a PEFT folder, checked against `model`.
 
     Raises:
-        AdapterError: unreadable, not a plain LoRA, or trained on another model.
+        AdapterError: unreadable, not a plain LoRA, of other ranks than its configuration says, or trained on another
+            model.
     """
     file = place / PEFT_FILE if place.is_dir() else place
     try:
@@ -300,36 +325,13 @@ def read(place: Path, model: nn.Module) -> dict[str, Pair]:
     try:
         if not place.is_dir():
             return from_state(state, model)
-        config = _plain_lora(place)
-        pairs = from_state({key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}, model)
-        return {layer: Pair(pair.a, pair.b * _scale(config, layer)) for layer, pair in pairs.items()}
-    except AdapterError as error:
+        config = peft_config.plain_lora(place)
+        state = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
+        peft_config.check_ranks(config, state)
+        pairs = from_state(state, model)
+        return {layer: Pair(pair.a, pair.b * peft_config.scale(config, layer)) for layer, pair in pairs.items()}
+    except ValueError as error:
         raise AdapterError(f"adapter {place}: {error}") from error
-
-
-def _plain_lora(place: Path) -> peft.LoraConfig:
-    """The configuration of a PEFT folder. Raises AdapterError unless its update is a plain scale * B A."""
-    if not (place / PEFT_CONFIG).exists():  # PEFT would look for it on the Hub
-        raise AdapterError(f"{PEFT_CONFIG} is missing")
-    try:
-        config = peft.PeftConfig.from_pretrained(str(place))
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{PEFT_CONFIG} is not understood by PEFT {peft.__version__} ({error!r})") from error
-    if not isinstance(config, peft.LoraConfig) or config.use_dora:
-        raise AdapterError(f"it is of the kind {config.peft_type} (DoRA: {getattr(config, 'use_dora', False)})")
-    if config.init_lora_weights not in (True, False, "gaussian", "eva"):
-        raise AdapterError(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base")
-    return config
-
-
-def _scale(config: peft.LoraConfig, layer: str) -> float:
-    """alpha / rank of one layer, as PEFT computes it; patterns are regular expressions for the name's end."""
-
-    def value(default: float, pattern: Mapping[str, float]) -> float:
-        return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
-
-    rank, alpha = value(config.r, config.rank_pattern), value(config.lora_alpha, config.alpha_pattern)
-    return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def attach_pairs(model: Transformer, pairs: Mapping[str, Pair], name: str, scale: float = 1.0) -> None:
@@ -369,8 +371,10 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
     """Attach the adapter at `path` to `model` for inference, in place, its update multiplied by `scale`.
 
     `path` is a PEFT folder, a run folder or checkpoint that holds one, or a .safetensors file with the keys of
-    diffusers or ComfyUI. Adapters that the model carries already stay active.
+    diffusers or ComfyUI. Adapters that the model carries already stay active. Raises AdapterError, `model` being as it
+    was, for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite number.
     """
+    scale = checks.number("scale", scale)
     attach_pairs(model, read(find(path), model), name, scale)
 
 

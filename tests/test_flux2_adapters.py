@@ -573,6 +573,7 @@ def test_the_adapter_of_another_model_is_an_error_and_changes_nothing(tmp_path: 
 
 
 LAYER = "diffusion_model.single_blocks.0.linear2"
+DIFFUSERS_LAYER = "transformer.transformer_blocks.0.attn"
 
 
 @pytest.mark.parametrize(
@@ -593,6 +594,25 @@ LAYER = "diffusion_model.single_blocks.0.linear2"
             {"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": (2, 48)},
             r"to_k has only lora_A: the file is incomplete",
         ),
+        (
+            {f"{LAYER}.lora_A.weight": (2, 192), f"{LAYER}.lora_B.weight": (48, 3)},
+            r"lora_A has shape \(2, 192\) and lora_B \(48, 3\); \(rank, in\) and \(out, rank\) of one rank",
+        ),
+        ({f"{LAYER}.lora_A.weight": (), f"{LAYER}.lora_B.weight": (48, 2)}, r"lora_A has shape \(\) and lora_B"),
+        ({f"{LAYER}.lora_A.weight": (0, 192), f"{LAYER}.lora_B.weight": (48, 0)}, r"lora_A has shape \(0, 192\)"),
+        (
+            {f"{LAYER}.lora_A.weight": (2, 192), f"{LAYER}.lora_B.weight": (48, 2), f"{LAYER}.alpha": (2,)},
+            r"single_blocks.0.linear2: alpha has shape \(2,\); one number was expected",
+        ),
+        (
+            {
+                f"{DIFFUSERS_LAYER}.to_q.lora_A.weight": (2, 48),
+                f"{DIFFUSERS_LAYER}.to_q.lora_B.weight": (48, 2),
+                f"{DIFFUSERS_LAYER}.to_k.lora_A.weight": (2, 40),
+                f"{DIFFUSERS_LAYER}.to_k.lora_B.weight": (48, 2),
+            },
+            r"to_k: the adapter is for a layer of 40 to 48 features, the model's has 48 to 48",
+        ),
     ],
 )
 def test_files_that_do_not_fit_are_refused_by_name(
@@ -603,6 +623,26 @@ def test_files_that_do_not_fit_are_refused_by_name(
     with pytest.raises(AdapterError, match=message) as error:
         adapters.load(fresh(), file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    state = {f"{LAYER}.lora_A.weight": torch.zeros(2, 192), f"{LAYER}.lora_B.weight": torch.full((48, 2), value)}
+    save_file(state, file)
+    with pytest.raises(AdapterError, match=r"lora.safetensors: .*linear2.lora_B.weight has NaN or infinite values"):
+        adapters.load(fresh(), file)
+
+
+@pytest.mark.parametrize(
+    ("scale", "kind"), [("0.5", TypeError), (True, TypeError), (float("nan"), ValueError), (float("inf"), ValueError)]
+)
+def test_a_scale_that_is_no_finite_number_changes_nothing(scale: Any, kind: type[Exception], tmp_path: Path) -> None:
+    adapters.save(trained()[0], tmp_path, base="small")
+    model = fresh()
+    with pytest.raises(kind, match=r"scale=.* must be a "):
+        adapters.load(model, tmp_path, scale=scale)
+    assert torch.equal(predict(model), predict(fresh()))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -621,11 +661,21 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base"),
         ({"peft_type": "LOHA"}, "it is of the kind .*LOHA"),
         ({"peft_type": "NOTHING"}, "adapter_config.json is not understood by PEFT .*NOTHING"),
+        ({"r": 32}, r"has rank \d+, but adapter_config.json says 32: the two files are not of one adapter"),
+        ({"r": 0}, "adapter_config.json"),
+        ({"r": "x"}, "adapter_config.json"),
+        ({"r": None}, "adapter_config.json"),
+        ({"lora_alpha": None}, "adapter_config.json: lora_alpha=None must be a number"),
+        ({"lora_alpha": "x"}, "adapter_config.json: lora_alpha='x' must be a number"),
+        ({"rank_pattern": {"(": 4}}, r"adapter_config.json: rank_pattern has '\(', no regular expression"),
+        ({"rank_pattern": {"linear1": 0}}, "adapter_config.json: linear1=0 must be at least 1"),
+        ({"alpha_pattern": {"linear1": "x"}}, "adapter_config.json: linear1='x' must be a number"),
+        ({"alpha_pattern": []}, "adapter_config.json"),
     ],
 )
 def test_a_peft_folder_that_is_no_plain_lora_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     adapters.save(trained()[0], tmp_path, base="small")
-    file = tmp_path / adapters.PEFT_CONFIG
+    file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(AdapterError, match=message) as error:
         adapters.load(fresh(), tmp_path)
