@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from flux2 import adapters
-from flux2.pipeline import load
+from flux2 import adapters, checks
+from flux2.pictures import check_writable, read_picture
+from flux2.pipeline import check_size, load, pick_device
 from flux2.precision import NAMES, describe
 from flux2.variants import VARIANTS
+
+MAX_COUNT = 10_000
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,36 +58,48 @@ def number_or_share(given: str) -> int | float:
 
 
 def split_adapter(given: str) -> tuple[str, float]:
-    """`PATH[:SCALE]` -> path and scale. A colon that is part of the path stays there."""
+    """`PATH[:SCALE]` -> path and scale. A colon that is part of the path stays there.
+
+    Raises ValueError for a scale that is not finite.
+    """
     path, colon, scale = given.rpartition(":")
     if not colon or Path(given).exists():
         return given, 1.0
     try:
-        return path, float(scale)
+        value = float(scale)
     except ValueError:
         return given, 1.0
-
-
-def open_picture(path: Path) -> Image.Image:
-    if not path.exists():
-        raise ValueError(f"--image {path} does not exist")
-    try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"--image {path} cannot be read as a picture ({error})") from error
+    if not math.isfinite(value):
+        raise ValueError(f"--adapter {given}: the scale {scale} must be a finite number")
+    return path, value
 
 
 def numbered(out: Path, index: int, count: int) -> Path:
     return out if count == 1 else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for what can be told before anything is loaded: numbers, and whether files can be written."""
+    if not 1 <= options.count <= MAX_COUNT:
+        raise ValueError(f"--count {options.count} must be at least 1 and at most {MAX_COUNT}")
+    checks.texts("--prompt", options.prompt)
+    pictures = len(options.prompt) * options.count
+    checks.seeds(options.seed, pictures)
+    width, height = (16 if side is None else side for side in (options.width, options.height))
+    check_size(width, height)
+    if options.steps is not None:
+        checks.steps(options.steps)
+    if options.guidance is not None:
+        checks.guidance(options.guidance)
+    pick_device(options.device)
+    for i in range(pictures):
+        check_writable(numbered(options.out, i, pictures), f"--out {options.out}")
+
+
 def run(options: argparse.Namespace) -> list[Path]:
     """Generate and write; returns the files. Raises ValueError for anything wrong in `options`."""
-    if options.count < 1:
-        raise ValueError(f"--count {options.count} must be at least 1")
-    if options.out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {options.out} must end in a picture's extension, such as .png or .jpg")
-    references = [open_picture(path) for path in options.image]
+    check(options)
+    references = [read_picture(path, f"--image {path}") for path in options.image]
     given = [split_adapter(adapter) for adapter in options.adapter]
     for path, _ in given:
         adapters.find(path)  # before minutes are spent on loading the model
@@ -123,14 +139,24 @@ def run(options: argparse.Namespace) -> list[Path]:
     return written
 
 
+def message(error: Exception) -> str:
+    """One line, whatever a library wrote, in which settings are called as this command calls them."""
+    line = " ".join(str(error).split())
+    line = re.sub(r"\bmodel\.(path|autoencoder|text_encoder)=", lambda key: f"--{key[1].replace('_', '-')} ", line)
+    return re.sub(r"\S{400,}", lambda name: f"{name[0][:120]}...{name[0][-40:]}", line)
+
+
 def main() -> int:
     options = arguments()
     try:
         for file in run(options):
             print(file)
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library wrote
+        print("error:", message(error), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import isqrt
 from pathlib import Path
 
@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2 import adapters
+from flux2 import adapters, checks
 from flux2.autoencoder import Autoencoder
 from flux2.model import Transformer
 from flux2.offload import offload, streamed_blocks
+from flux2.pictures import as_rgb
 from flux2.precision import Precision, pick
 from flux2.sampling import initial_noise, sample
 from flux2.sources import ModelSource, model_source
@@ -41,14 +42,19 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1], clipped -> pictures."""
+    """(B, 3, H, W) in [-1, 1], clipped -> pictures. Raises ValueError for NaN and infinite values."""
+    if not bool(torch.isfinite(pixels).all()):
+        raise ValueError(
+            "the picture that was computed has NaN or infinite pixels: an adapter, its scale or guidance is too "
+            "strong, the precision too low, or the weights are damaged"
+        )
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
 
 
 def reference_image(image: Image.Image, max_pixels: int) -> Image.Image:
     """A reference as the model gets it: shrunk to at most `max_pixels`, its middle cut out at multiples of 16."""
-    image = image.convert("RGB")
+    image = as_rgb(image)
     width, height = image.size
     if width * height > max_pixels:  # in whole numbers: a float root a hair below a multiple of 16 loses a token
         width, height = isqrt(max_pixels * width // height), isqrt(max_pixels * height // width)
@@ -66,8 +72,10 @@ def pick_device(device: str | None) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         chosen = torch.device(device or ("cuda" if gpus else "cpu"))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not a device: give cuda, cuda:1 or cpu") from error
+    if chosen.type not in ("cuda", "cpu"):
+        raise ValueError(f"device={device!r} is not supported: give cuda, cuda:1 or cpu")
     if chosen.type == "cuda" and not gpus:
         raise ValueError(
             f"device={device!r}: PyTorch {torch.__version__} sees no CUDA GPU here. Use device=cpu (practical for "
@@ -79,9 +87,19 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises ValueError unless both are positive multiples of 16."""
-    if width % PIXELS_PER_TOKEN or height % PIXELS_PER_TOKEN or min(width, height) < PIXELS_PER_TOKEN:
-        raise ValueError(f"width={width}, height={height} must be multiples of {PIXELS_PER_TOKEN}")
+    """Raises ValueError unless both are positive multiples of 16 and few enough pixels, TypeError unless whole."""
+    checks.size(width, height, PIXELS_PER_TOKEN)
+
+
+def check_references(images: object) -> list[Image.Image]:
+    """Reference pictures as a list. Raises TypeError, naming what was given, for anything else."""
+    if isinstance(images, Image.Image | str | bytes) or not isinstance(images, Iterable):
+        raise TypeError(f"references must be a list of pictures, got {type(images).__name__}")
+    given = list(images)
+    for image in given:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"references has {image!r} in it, which is {type(image).__name__}: open it with PIL.Image")
+    return given
 
 
 @torch.no_grad()
@@ -180,13 +198,19 @@ class Pipeline:
         return self._transformer
 
     def load_adapter(self, path: str | Path, scale: float = 1.0) -> None:
-        """Add a LoRA (`adapters.load` says which files), its update multiplied by `scale`; several add up."""
+        """Add a LoRA (`adapters.load` says which files), its update multiplied by `scale`; several add up.
+
+        Raises TypeError or ValueError, the pipeline being as it was, for a scale or an adapter that cannot be used.
+        """
+        scale = checks.number("scale", scale)
         name = f"adapter_{len(self._adapters)}"
         adapters.load(self.transformer, path, name=name, scale=scale)
         self._adapters.append((path, scale))
 
     def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """(B, T, text_width) embeddings; prompts that were encoded before need no text encoder."""
+        prompts = checks.texts("prompts", prompts)
+        length = None if length is None else checks.whole("length", length, 1, checks.MAX_LENGTH)
         unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._known]
         if unknown:
             if self._text_encoder is None:
@@ -244,15 +268,21 @@ class Pipeline:
             length: tokens that a prompt is padded to; the variant's if not given.
             batch_size: pictures made at once; it changes memory and speed, the pictures at most by rounding.
             progress: called after every step with the tokens.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or out of range; before anything is loaded.
+            ValueError: the pixels that were computed are not finite.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seed has {len(seeds)} values for {len(prompts)} prompts; give one, or one a prompt")
         variant = self.variant
         # before anything large is loaded
+        prompts = checks.texts("prompt", prompt)
+        seeds = checks.seeds(seed, len(prompts))
         check_size(PIXELS_PER_TOKEN if width is None else width, PIXELS_PER_TOKEN if height is None else height)
-        guidance = variant.guidance if guidance is None else guidance
+        steps = checks.steps(variant.steps if steps is None else steps)
+        guidance = checks.guidance(variant.guidance if guidance is None else guidance)
+        length = None if length is None else checks.whole("length", length, 1, checks.MAX_LENGTH)
+        batch_size = checks.whole("batch_size", batch_size, 1)
+        references = check_references(references)
         text, empty = self.embeddings(prompts, guidance, length)
         latents = self.encode_references(references)
         if latents:
@@ -270,7 +300,7 @@ class Pipeline:
                 seeds=seeds[part],
                 width=default_width if width is None else width,
                 height=default_height if height is None else height,
-                steps=variant.steps if steps is None else steps,
+                steps=steps,
                 guidance=guidance,
                 references=[latent.expand(count, -1, -1, -1) for latent in latents],
                 empty=empty,
@@ -281,10 +311,10 @@ class Pipeline:
 
 def load(
     name: str = "tiny",
-    path: str | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
-    autoencoder: str | None = None,
-    text_encoder: str | None = None,
+    autoencoder: str | os.PathLike[str] | None = None,
+    text_encoder: str | os.PathLike[str] | None = None,
     device: str | None = None,
     precision: str | None = None,
     keep_text_encoder: bool | None = None,
@@ -306,7 +336,10 @@ def load(
         cache: folder of quantised copies, with which the next start in `fp8` or `nf4` is faster; by default what the
             environment variable FLUX2_CACHE names, or none.
     """
-    source = model_source(name, path, autoencoder, text_encoder)
+    places = (
+        os.fspath(place) if isinstance(place, os.PathLike) else place for place in (path, autoencoder, text_encoder)
+    )
+    source = model_source(name, *places)
     chosen = pick_device(device)
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
     copies = cache or os.environ.get("FLUX2_CACHE")

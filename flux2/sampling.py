@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from flux2 import checks
 from flux2.model import Transformer
 from flux2.tokens import from_tokens, positions_with_references, text_positions, to_tokens, with_references
 from flux2.variants import TOKEN_CHANNELS
@@ -42,8 +43,7 @@ def shift(times: Tensor, mu: float) -> Tensor:
 
 def schedule(steps: int, tokens: int) -> Tensor:
     """(steps + 1,) float32 times from 1 to 0 for a picture of `tokens` image tokens."""
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
+    steps = checks.steps(steps)
     return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), empirical_mu(tokens, steps)).float()
 
 
@@ -98,6 +98,7 @@ def sample(
     Returns:
         (B, 128, h, w) float32 latents.
     """
+    guidance = checks.guidance(guidance)
     height, width = noise.shape[2:]
     x = to_tokens(noise)
     positions = positions_with_references(noise, references)

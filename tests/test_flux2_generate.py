@@ -128,11 +128,26 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
         (["--device", "cuda"], "sees no CUDA GPU here. Use device=cpu"),
         (["--device", "gpu"], "device='gpu' is not a device"),
         (["--out", "cup.txt"], "--out cup.txt must end in a picture's extension"),
+        (["--out", "cup.psd"], "--out cup.psd: pictures cannot be saved as .psd"),
+        (["--out", "x" * 5000 + ".png"], "File name too long"),
+        (["--out", "."], "--out . must end in a picture's extension"),
+        (["--adapter", "lora:nan"], "--adapter lora:nan: the scale nan must be a finite number"),
+        (["--adapter", "lora:1e400"], "the scale 1e400 must be a finite number"),
+        (["--guidance", "nan"], "guidance=nan must be a finite number"),
+        (["--guidance", "inf"], "guidance=inf must be a finite number"),
+        (["--guidance", "1e300"], "guidance=1e+300 must be from -1000 to 1000"),
+        (["--steps", "1000000000000"], "steps=1000000000000 must be at most 10000"),
+        (["--width", "1600000", "--height", "1024"], "width=1600000, height=1024 are more than"),
+        (["--seed", "1" + "0" * 30], "must be at most 18446744073709551615"),
+        (["--count", "1000000000000"], "--count 1000000000000 must be at least 1 and at most"),
+        (["--prompt", "a\udcff"], "is not valid Unicode"),
+        (["--device", "meta"], "device='meta' is not supported: give cuda, cuda:1 or cpu"),
+        (["--device", "mps"], "device='mps' is not supported: give cuda, cuda:1 or cpu"),
         (["--out", "broken.png/cup.png"], "broken.png"),
-        (["--path", "gone"], "model.path='gone' does not exist: give a repository id"),
+        (["--path", "gone"], "--path 'gone' does not exist: give a repository id"),
         (["--path", "."], "is not in the published layout"),
-        (["--autoencoder", "gone.safetensors"], "model.autoencoder='gone.safetensors' does not exist"),
-        (["--text-encoder", "broken.png"], "model.text_encoder='broken.png' is neither a folder nor"),
+        (["--autoencoder", "gone.safetensors"], "--autoencoder 'gone.safetensors' does not exist"),
+        (["--text-encoder", "broken.png"], "--text-encoder 'broken.png' is neither a folder nor"),
     ],
 )
 def test_whatever_is_wrong_is_one_line_and_exit_code_2(
@@ -157,7 +172,50 @@ def test_whatever_is_wrong_is_one_line_and_exit_code_2(
     ]
     assert line.startswith("error: ")
     assert message in line
+    assert len(line) < 700
     assert not list(tmp_path.glob("out*.png"))
+
+
+def test_numbers_and_places_are_checked_before_anything_is_loaded(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was asked for")
+
+    monkeypatch.setattr(generate, "load", refuse)
+    wrong = ("--steps", "0"), ("--width", "100"), ("--seed", "9" * 30), ("--guidance", "nan"), ("--out", "cup.psd")
+    for arguments in (*wrong, ("--device", "xla"), ("--out", "gone.txt")):
+        assert command(*arguments) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "run", interrupt)
+    assert command() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_adapter_whose_scale_makes_the_picture_overflow_is_an_error(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tmp_path / "lora")
+    assert command("--adapter", "lora:1e38") == 2
+    assert "error: the picture that was computed has NaN or infinite pixels" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*.png"))
+
+
+def test_a_clear_reference_is_the_white_that_training_saw(command: Callable[..., int], tmp_path: Path) -> None:
+    for name, colour in (("clear", (0, 0, 0, 0)), ("white", "white"), ("black", "black")):
+        Image.new("RGBA", (32, 32), colour).save(tmp_path / f"{name}.png")
+        assert command("--image", f"{name}.png", "--out", f"{name}_out.png") == 0
+    made = {name: pixels(tmp_path / f"{name}_out.png") for name in ("clear", "white", "black")}
+    assert (made["clear"] == made["white"]).all()
+    assert np.abs(made["clear"] - made["black"]).max() > 3
 
 
 def test_the_real_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:

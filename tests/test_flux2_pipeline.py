@@ -177,20 +177,43 @@ def test_progress_is_called_once_a_step(pipe: Pipeline) -> None:
         ({"height": 0}, "width=16, height=0 must be multiples of 16"),
         ({"width": -32}, "must be multiples of 16"),
         ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": None}, "prompt=None must be a text"),
+        ({"references": "a.png"}, "references must be a list of pictures, got str"),
+        ({"references": Image.new("RGB", (32, 32))}, "references must be a list of pictures, got Image"),
+        ({"references": ["a.png"]}, "references has 'a.png' in it, which is str"),
+        ({"width": 32.0}, "width=32.0 must be a whole number"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"steps": "4"}, "steps='4' must be a whole number"),
+        ({"guidance": float("nan")}, "guidance=nan must be a finite number"),
+        ({"guidance": "4"}, "guidance='4' must be a number"),
+        ({"length": 0}, "length=0 must be at least 1"),
+        ({"length": 2.5}, "length=2.5 must be a whole number"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_before_anything_is_loaded(
     options: dict[str, Any], message: str, pipe: Pipeline
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        pipe.generate("a cup", **options)
+    arguments: dict[str, Any] = {"prompt": "a cup", **options}
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe.generate(**arguments)
     assert pipe._text_encoder is None
     assert pipe._transformer is None
 
 
-def test_no_steps_are_an_error(pipe: Pipeline) -> None:
-    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
-        pipe.generate("a cup", steps=0, width=32, height=32)
+def test_whole_numbers_of_numpy_are_taken(pipe: Pipeline) -> None:
+    ours = pipe.generate("a cup", seed=np.int64(3), width=np.int32(16), height=16, steps=np.int64(1))
+    assert difference(ours, pipe.generate("a cup", seed=3, width=16, height=16, steps=1)) == 0
+
+
+def test_prompts_to_encode_are_checked(pipe: Pipeline) -> None:
+    assert pipe.encode("a cup").shape[0] == 1
+    with pytest.raises(ValueError, match="prompts is an empty list"):
+        pipe.encode([])
+    with pytest.raises(ValueError, match="length=0 must be at least 1"):
+        pipe.encode(["a cup"], length=0)
 
 
 # ------------------------------------------------------------------ loading
@@ -233,7 +256,7 @@ def test_load_finds_a_model_by_name_and_path(
     model_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(VARIANTS, "tiny", helpers.VARIANTS["dev"])
-    loaded = flux2.load("tiny", str(model_folders("dev")))
+    loaded = flux2.load("tiny", model_folders("dev"))  # a Path, and below a text
     assert (loaded.device.type, loaded.precision.dtype) == (
         ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     )
@@ -254,6 +277,9 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
         pick_device("cuda")
     with pytest.raises(ValueError, match="device='gpu' is not a device: give cuda, cuda:1 or cpu"):
         pick_device("gpu")
+    for name in ("meta", "mps", "xla"):
+        with pytest.raises(ValueError, match=f"device='{name}' is not supported: give cuda, cuda:1 or cpu"):
+            pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device(None).type == "cuda"
@@ -282,6 +308,36 @@ def test_adapters_change_the_picture_and_add_up(pipe: Pipeline, tmp_path: Path) 
         assert difference(pipe.generate(**options), pictures[0]) == 0
     pipe.load_adapter(tmp_path / "1", scale=-1.0)
     assert difference(pipe.generate(**options), pictures[1]) <= 1, "once and minus once is nothing"
+
+
+def test_an_adapter_that_cannot_be_used_leaves_the_pipeline_as_it_was(pipe: Pipeline, tmp_path: Path) -> None:
+    model, _ = helpers.transformers("klein")
+    wrapped = adapters.attach(model, rank=2)
+    adapters.save(wrapped, tmp_path / "good", base="small")
+    next(iter(adapters.adapter_parameters(model))).data.fill_(float("nan"))
+    adapters.save(wrapped, tmp_path / "bad", base="small")
+    options: dict[str, Any] = {"prompt": "a cup", "width": 16, "height": 16, "steps": 1}
+    before = pipe.generate(**options)
+    wrong: tuple[tuple[str, Any, type[Exception], str], ...] = (
+        ("good", "0.5", TypeError, "scale='0.5' must be a number, got str"),
+        ("good", None, TypeError, "scale=None must be a number"),
+        ("good", float("nan"), ValueError, "scale=nan must be a finite number"),
+        ("bad", 1.0, ValueError, r"bad: .* has NaN or infinite values"),
+    )
+    for name, scale, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            pipe.load_adapter(tmp_path / name, scale)
+    assert difference(pipe.generate(**options), before) == 0
+    pipe.load_adapter(tmp_path / "good", np.float32(0.5))
+    assert difference(pipe.generate(**options), before) == 0, "a fresh adapter changes nothing"
+
+
+def test_pixels_that_are_not_finite_are_no_picture() -> None:
+    for value in (float("nan"), float("inf")):
+        pixels = torch.zeros(1, 3, 16, 16)
+        pixels[0, 1, 2, 3] = value
+        with pytest.raises(ValueError, match="has NaN or infinite pixels"):
+            to_images(pixels)
 
 
 def test_pixels_and_pictures_are_inverse_and_clip() -> None:
