@@ -11,6 +11,8 @@ import pytest
 import torch
 from offload_helpers import LateCopier
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
+from torch.utils.checkpoint import checkpoint
 
 import flux2
 from flux2 import adapters
@@ -357,21 +359,22 @@ def test_a_weight_that_autograd_kept_is_found_again_or_is_an_error(scrambled: li
     loss.backward()
 
 
+def passes(model: Transformer, between: Callable[[], None] = lambda: None) -> list[Tensor]:
+    """A step, and a pass without gradients amid it, after which blocks come into other buffers."""
+    torch.manual_seed(0)
+    loss = predict(model).square().mean()
+    with torch.no_grad():
+        predict(model)
+    between()
+    loss.backward()
+    return [loss.detach(), *gradients(model)]
+
+
 @pytest.mark.parametrize("broken", ["nothing", "begin", "point_to", "packer", "current"])
 def test_the_tests_see_residency_that_is_broken(
     broken: str, monkeypatch: pytest.MonkeyPatch, scrambled: list[Offloader]
 ) -> None:
     """Each of the mechanisms is needed: without it, results are wrong or an error comes."""
-
-    def passes(model: Transformer, between: Callable[[], None]) -> list[Tensor]:
-        torch.manual_seed(0)
-        loss = predict(model).square().mean()
-        with torch.no_grad():
-            predict(model)
-        between()
-        loss.backward()
-        return [loss.detach(), *gradients(model)]
-
     policy = "full" if broken == "point_to" else "none"  # autograd keeps places, and only a recompute asks the modules
     plain, streaming = adapted(policy=policy, dropout=0.3), adapted(policy=policy, dropout=0.3)
     offloader = _made(offload(streaming, 1.0))
@@ -392,7 +395,7 @@ def test_the_tests_see_residency_that_is_broken(
             return buffer
 
         monkeypatch.setattr(ring, "use", forget)
-    expected = passes(plain, lambda: None)
+    expected = passes(plain)
     try:
         right = equal(passes(streaming, ring.slots.reverse), expected)
     except RuntimeError:
@@ -414,6 +417,39 @@ def _once(point_to: Callable[..., None]) -> Callable[..., None]:
             point_to(self, memory)
 
     return only_first
+
+
+def call(block: nn.Module, *args: Any) -> Any:
+    return block(*args)
+
+
+def recompute(block: nn.Module, *args: Any) -> Any:
+    return checkpoint(block, *args, use_reentrant=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", [False, True])
+@pytest.mark.parametrize("run", [call, recompute])
+def test_compiled_blocks_stream_and_blocks_of_a_kind_share_a_graph(
+    run: Callable[..., Any], activations: bool, scrambled: list[Offloader]
+) -> None:
+    graphs: list[Any] = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    plain, streaming = adapted(), adapted()
+    plain.run_block = torch.compile(run, backend=compiler, dynamic=False)
+    expected = passes(plain)
+    without = len(graphs)
+    torch._dynamo.reset()
+    streaming.run_block = torch.compile(run, backend=compiler, dynamic=False)
+    ring = _made(_made(offload(streaming, 1.0, activations=activations)).ring)
+    for _ in range(3):
+        assert equal(passes(streaming, ring.slots.reverse), expected)
+    assert len(graphs) == 2 * without
 
 
 # ------------------------------------------------------------------ activations
