@@ -174,9 +174,8 @@ def test_the_demo_learns_the_style_keeps_subjects_and_leaves_plain_prompts_alone
     done = execute([sys.executable, "train/demo.py", f"output_dir={run}"], timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((run / "demo.json").read_text())
-    # a little below what the demo itself calls good: of 24 pictures each is 4 %, and rounding differs between machines
-    assert report["style_moved"] >= 0.87
-    assert report["subjects_right"] >= 0.65
+    assert report["style_moved"] >= 0.9
+    assert report["subjects_right"] >= 0.8
     assert report["plain_style_moved"] <= 0.2
     assert report["plain_subjects_right"] >= 0.8
     assert report["base_unchanged"] == 1.0
@@ -188,10 +187,12 @@ def test_the_demo_learns_the_style_keeps_subjects_and_leaves_plain_prompts_alone
 def test_the_demos_adapter_without_its_preservation_changes_plain_prompts(tmp_path):
     """What the experiment's preservation is for: without it the measure sees the style leak."""
     run = tmp_path / "run"
-    done = execute([sys.executable, "train/demo.py", "preservation=none", f"output_dir={run}"], timeout=3600)
+    done = execute(
+        [sys.executable, "train/demo.py", "preservation=none", "steps=400", f"output_dir={run}"], timeout=3600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((run / "demo.json").read_text())
-    assert report["style_moved"] >= 0.87
+    assert report["style_moved"] >= 0.8
     assert report["plain_style_moved"] > 0.2
 
 

@@ -471,14 +471,18 @@ def test_the_tracker_is_finished_however_a_run_ends(train, at_step, monkeypatch)
 def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    with stop_requests() as stop:
-        signal.raise_signal(signal.SIGINT)
-        clock.now = 1.0
-        signal.raise_signal(signal.SIGTERM)
-        assert stop == [0.0]
-        clock.now = 3.0
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with stop_requests() as stop:
             signal.raise_signal(signal.SIGINT)
+            clock.now = 1.0
+            signal.raise_signal(signal.SIGTERM)
+            assert stop == [0.0]
+            clock.now = 3.0
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_state_before_saved(train, monkeypatch, tmp_path):

@@ -89,7 +89,7 @@ def test_rate_warms_up_stays_flat_and_falls_to_zero() -> None:
 def test_a_scaled_recipe_keeps_everything_but_counts_and_steps() -> None:
     recipe = Recipe().scaled(0.001)
     assert recipe.drawings == 24
-    assert [lesson.steps for lesson in recipe.transformer] == [11, 8]
+    assert [lesson.steps for lesson in recipe.transformer] == [11, 8, 8]
     assert recipe.transformer[0].lr == Recipe().transformer[0].lr
     assert recipe.judged == 8
     assert [phase.steps for phase in recipe.autoencoder] == [8, 8]

@@ -37,6 +37,7 @@ from train.validate import sheet
 
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
 COLOURS = ("green", "pink", "brown", "black")  # on no card
+PICTURES = 2  # of each prompt
 SHOWN = ("green fish", "pink heart", "brown tree", "black bell")
 
 
@@ -104,7 +105,7 @@ def main(config: DictConfig) -> None:
         )
     run.place()  # what cannot be written says so before pictures are made
     dataset = run.instantiate("dataset")
-    pairs = [(colour, subject) for subject in SUBJECTS for colour in COLOURS]
+    pairs = [(colour, subject) for subject in SUBJECTS for colour in COLOURS] * PICTURES
     prompts = [f"a trtcrd of a {colour} {subject}, tarot style" for colour, subject in pairs]
     plain = [f"a large {colour} {subject} on a blue background" for colour, subject in pairs]
 

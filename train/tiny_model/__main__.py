@@ -14,8 +14,8 @@ Stages, each skipped when its result is there; a stopped training goes on from i
 3. autoencoder:  L1 + MSE + gradient loss, the colours of areas, and a little KL; half drawings, half scenes;
                  crops first, whole pictures last.
 4. latents:      every picture encoded, and the statistics that normalise the 128 channels.
-5. transformer:  flow matching in two lessons: in the first, one batch in four edits a reference; in the second every
-                 other one, most often its size. One caption in ten is dropped. From `guide_from` on, half of each batch
+5. transformer:  flow matching in three lessons: in the first, one batch in four edits a reference; then every other
+                 one, most often its size. One caption in ten is dropped. From `guide_from` on, half of each batch
                  learns guided flows for guidance values in [1, 4], as in model-guidance (Tang et al. 2025, "Diffusion
                  Models without Classifier-free Guidance"): the embedding then means what it means in dev, and guidance
                  1 stays the plain flow that LoRAs are trained with.

@@ -50,7 +50,7 @@ class Lesson:
     """One part of the transformer's training.
 
     The first part leaves edits of the size behind: they are few, and the subject must be drawn anew in another place.
-    The second has more edits, and more of those.
+    The others have more edits, and more of those.
     """
 
     steps: int
@@ -84,6 +84,15 @@ class Recipe:
             edits_every=2,
             kinds={"colour": 0.15, "background": 0.15, "shape": 0.25, "size": 0.45},
             stream=3,
+        ),
+        Lesson(
+            steps=5_000,
+            lr=1e-3,
+            flat=0.4,
+            guide_from=0.0,
+            edits_every=2,
+            kinds={"colour": 0.1, "background": 0.1, "shape": 0.2, "size": 0.6},
+            stream=4,
         ),
     )
     transformer_batch: int = 32

@@ -1,0 +1,77 @@
+"""The demo over several seeds: how much of its numbers is chance.
+
+    python benchmarks/demo.py --seeds 0 1 2 [key=value ...]
+
+Runs train/demo.py once a seed, with any settings that are given, and writes what it measured, with medians, lowest and
+highest values, the hardware and the versions, to benchmarks/results/demo.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+
+import peft
+import torch
+
+from benchmarks.step import hardware
+
+KEYS = (
+    "training_seconds",
+    "style_moved",
+    "plain_style_moved",
+    "subjects_right_before",
+    "subjects_right",
+    "plain_subjects_right_before",
+    "plain_subjects_right",
+    "base_unchanged",
+)
+
+
+def run(seed: int, settings: list[str], folder: Path) -> dict[str, float]:
+    """The numbers of one demo. Raises CalledProcessError if it fails."""
+    command = [sys.executable, "train/demo.py", f"seed={seed}", f"output_dir={folder}", *settings]
+    subprocess.run(command, cwd=ROOT, check=True)
+    report = json.loads((folder / "demo.json").read_text())
+    return {key: report[key] for key in KEYS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "demo.json")
+    options, settings = parser.parse_known_args()
+
+    runs = {}
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            runs[seed] = run(seed, settings, Path(folder) / "run")
+    columns = {key: [values[key] for values in runs.values()] for key in KEYS}
+    result = {
+        "what": "train/demo.py, one run a seed; shares of 48 pictures",
+        "settings": settings,
+        "hardware": hardware(torch.device("cpu")),
+        "versions": {"torch": torch.__version__, "peft": peft.__version__},
+        "summary": {
+            key: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+            for key, values in columns.items()
+        },
+        "runs": runs,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["summary"], indent=2))
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
