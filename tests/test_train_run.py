@@ -489,7 +489,7 @@ def test_accelerate_launch_trains_the_tarot_experiment_on_local_parquet_with_all
         ]
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"processes: 1, CPU threads each: {cores()}\n" in done.stdout
+    assert f"processes: 1, CPU threads each: {cores()};" in done.stdout
     kept = OmegaConf.load(run / "config.yaml")
     assert (kept.name, kept.adapter.rank, kept.optimizer._target_) == ("tarot", 8, "bitsandbytes.optim.AdamW8bit")
     assert [line["step"] for line in lines(run)] == [0, 1, 2]
