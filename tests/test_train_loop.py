@@ -27,6 +27,7 @@ from train.checkpoint import checkpoints
 from train.loop import Interrupted, LoopSettings, Training, TrainingError, stop_requests
 from train.run import Run
 from train.tracking import NoTracker
+from train.validate import Sampler
 
 pytest_plugins = ("train_helpers",)
 
@@ -439,16 +440,144 @@ def test_looking_at_a_run_does_not_change_it(train):
 # ------------------------------------------------------------------ stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_stop_request_saves_the_step_and_leaves_the_handlers_as_they_were(train, at_step, number, tmp_path):
-    before = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(name) for name in SIGNALS]
     at_step(1, ask_to_stop(number))
     with pytest.raises(Interrupted, match="stopped after step 2"):
         train("run")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_000002"]
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
     assert not (tmp_path / "run" / "adapter").exists()
-    assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(name) for name in SIGNALS] == before
+
+
+def test_the_first_stop_request_is_answered_on_the_error_stream_by_the_first_process(capfd, monkeypatch):
+    for rank, said in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with stop_requests():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.count("stopping after this step; a second one stops at once") == said
+
+
+def test_a_hang_up_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_stopped_at_once_the_last_checkpoint_is_named(train, at_step, tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    at_step(3, interrupt)
+    with pytest.raises(Interrupted, match=r"without saving; the last checkpoint is .*step_000002; .*resume=.*run$"):
+        train("run", "checkpoint_every=2")
+    at_step(0, interrupt)
+    with pytest.raises(Interrupted, match=r"without saving; no checkpoint was saved yet"):
+        train("other")
+
+
+# ------------------------------------------------------------------ failing
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [ValueError("cache entry gone"), OSError("unplugged"), ZeroDivisionError("ours")])
+def test_an_error_in_mid_training_saves_the_last_whole_step_and_says_where(train, at_step, tmp_path, error):
+    plain = train("plain")
+    at_step(3, failing(error))
+    with pytest.raises(type(error), match=str(error)) as raised:
+        train("run")
+    note = f"The state after step 3 is saved in {tmp_path / 'run' / 'checkpoints' / 'step_000003'}; go on with resume="
+    assert note in raised.value.__notes__[0]
+    assert lines(train("run", "resume=auto")) == lines(plain)
+
+
+def test_an_error_in_the_middle_of_an_update_saves_nothing_that_is_half_done(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing(RuntimeError("ours")))
+    with pytest.raises(RuntimeError) as raised:
+        train("run")
+    assert raised.value.__notes__ == ["No checkpoint was saved yet."]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_sheet_that_fails_is_a_warning(train, monkeypatch, capfd):
+    monkeypatch.setattr(Sampler, "sheet", failing(OSError("disk full")))
+    settings = ["sample_every=2", "sample.prompts=[a fox]", "sample.steps=1"]
+    assert (train("run", *settings) / "adapter").exists()
+    said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 3
+    assert "the sheet of pictures after step 2 failed (OSError: disk full); training goes on" in said[1]
+
+
+def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):
+    monkeypatch.setattr(NoTracker, "log", failing(ConnectionError("no network")))
+    assert len(values(train("run"))) == 4
+    said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1
+    assert "the tracker failed (log: ConnectionError: no network); training goes on without it" in said[0]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_next_is_tried(train, monkeypatch, capfd):
+    save = torch.save
+    calls = []
+
+    def once(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no room")
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", once)
+    run = train("run", "checkpoint_every=1")
+    assert [path.name for path in checkpoints(run)] == ["step_000002", "step_000003", "step_000004"]
+    assert "step_000001 could not be written (no room)" in capfd.readouterr().err
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_an_adapter_that_cannot_be_written_leaves_a_state_to_go_on_from(train, monkeypatch, tmp_path):
+    save = adapters.save
+    folder = tmp_path / "run" / "adapter"
+
+    def full(wrapped, place, **about):
+        if place == folder:
+            raise OSError("disk full")
+        save(wrapped, place, **about)
+
+    monkeypatch.setattr(adapters, "save", full)
+    for settings in ([], ["checkpoint_every=4", "resume=auto"]):
+        with pytest.raises(TrainingError, match=r"all 4 steps are done, but .*\(disk full\)\. .*step_000004") as raised:
+            train("run", *settings)
+        assert f"resume={tmp_path / 'run'}" in str(raised.value)
+    monkeypatch.undo()
+
+
+def test_what_cannot_be_saved_says_what_is_still_there(train, monkeypatch, at_step, tmp_path):
+    def full():
+        monkeypatch.setattr(torch, "save", failing(OSError("disk full")))
+        raise ValueError("cache entry gone")
+
+    at_step(3, full)
+    with pytest.raises(ValueError, match="cache entry gone") as raised:
+        train("run", "checkpoint_every=2")
+    (note,) = raised.value.__notes__
+    assert "The state after step 3 could not be saved" in note
+    assert "The last checkpoint is" in note
+    assert "step_000002" in note
 
 
 def test_a_stop_request_at_the_last_step_lets_the_run_end(train, at_step):
@@ -485,8 +614,7 @@ def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(mon
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_state_before_saved(train, monkeypatch, tmp_path):
-    whole = train("whole", "steps=5")
+def test_a_loss_that_is_not_finite_stops_and_names_the_last_checkpoint(train, monkeypatch, tmp_path):
     training_loss = loop.training_loss
     calls = []
 
@@ -498,24 +626,25 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_saved(train, monk
         )
 
     monkeypatch.setattr(loop, "training_loss", poisoned)
-    with pytest.raises(TrainingError, match=r"step 3: the loss is nan .*state before it is saved in .*step_000002.*lr"):
-        train("cut", "steps=5")
-    assert [path.name for path in checkpoints(tmp_path / "cut")] == ["step_000002"]
-    monkeypatch.setattr(loop, "training_loss", training_loss)
-    assert lines(train("cut", "steps=5", "resume=auto")) == lines(whole)
+    said = (
+        r"step 3: the loss is nan .*ruined already: the last checkpoint is .*step_000002\. Start anew with a lower opt"
+    )
+    with pytest.raises(TrainingError, match=said):
+        train("cut", "steps=5", "checkpoint_every=1")
+    assert [path.name for path in checkpoints(tmp_path / "cut")] == ["step_000001", "step_000002"]
 
 
 def test_a_gradient_that_is_not_finite_stops_too(train, monkeypatch):
     monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda parameters, clip: torch.tensor(float("inf")))
-    with pytest.raises(TrainingError, match=r"step 1: .*norm inf, which is not finite\. A lower"):
+    with pytest.raises(TrainingError, match=r"step 1: .*norm inf, which is not finite\. No update was made yet"):
         train("run")
 
 
 def test_a_rate_far_too_high_ends_in_that_error_and_not_in_a_ruined_adapter(train, tmp_path):
     with pytest.raises(TrainingError, match="not finite"):
         train("run", "optimizer.lr=1e30")
-    (place,) = checkpoints(tmp_path / "run")
-    assert all(torch.isfinite(tensor).all() for tensor in adapter(place).values())
+    assert checkpoints(tmp_path / "run") == []
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 # ------------------------------------------------------------------ settings

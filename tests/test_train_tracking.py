@@ -60,6 +60,21 @@ def test_going_on_drops_what_was_logged_past_the_checkpoint_and_a_half_written_l
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("garbage", ["garbage", "[1]", '{"loss": 1}', '{"step": "x"}', "\x00\x00", "3"])
+def test_lines_that_are_none_are_skipped_when_a_run_goes_on(tmp_path, garbage):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 0.5}}\n{garbage}\n{{"step": 2, "loss": 0.25}}\n')
+    Metrics(tmp_path, NoTracker()).start("run", {}, 2)
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+
+
+def test_numbers_that_cannot_be_written_are_a_warning(tmp_path, capfd):
+    metrics = Metrics(tmp_path, tracker := Remembering())
+    (tmp_path / "metrics.jsonl").mkdir()
+    metrics.log(1, loss=0.5)
+    assert "warning: the numbers of step 1 could not be written to" in capfd.readouterr().err
+    assert tracker.events == [("log", 1, {"loss": 0.5})]
+
+
 def test_a_process_that_starts_nothing_finishes_nothing(tmp_path):
     metrics = Metrics(tmp_path, tracker := Remembering())
     metrics.close()

@@ -299,8 +299,10 @@ def save(
         (unfinished / STATE_FILE).write_text(json.dumps(about))
         shutil.rmtree(place, ignore_errors=True)  # of a run that went on from an earlier step
         unfinished.rename(place)
-    except NOT_WRITTEN as error:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if not isinstance(error, NOT_WRITTEN):
+            raise
         raise NotSaved(f"{place} could not be written ({error})") from error
     return place
 

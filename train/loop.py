@@ -6,13 +6,14 @@ step: read a batch, add noise, predict, compare, update, and every so often log,
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -29,7 +30,7 @@ from flux2.variants import Variant
 from train import checkpoint
 from train.loss import LogitNormal, Losses, Preservation, Uniform, add_noise, is_number, training_loss
 from train.optim import Schedule, set_rate
-from train.tracking import Metrics
+from train.tracking import Metrics, is_first_process, warn
 from train.validate import FixedNoiseLoss, Sampler, check_count
 
 
@@ -50,6 +51,8 @@ class LoopSettings:
     def __post_init__(self) -> None:
         for key in ("seed", "log_every", "checkpoint_every", "sample_every", "validate_every"):
             check_count(key, getattr(self, key))
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed!r} must be below 2 ** 63")
         for key in ("steps", "gradient_accumulation"):
             check_count(key, getattr(self, key), 1)
         if not is_number(self.max_grad_norm, low=0):
@@ -66,23 +69,32 @@ class Interrupted(KeyboardInterrupt):
     """Training was asked to stop and has saved its state; the message says how to go on. A sweep ends with it."""
 
 
+STOPPING = b"\nstopping after this step; a second one stops at once, without saving\n"
+
+
 @contextmanager
 def stop_requests() -> Iterator[list[float]]:
-    """Within this context the first SIGINT or SIGTERM is noted in the list that is given; a later one kills.
+    """Within this context the first SIGINT, SIGTERM or SIGHUP is noted in the list that is given; a later one kills.
 
-    One within two seconds does not: of a Ctrl-C, the launcher of several processes sends them a second signal.
+    SIGHUP stays ignored where it is, as under nohup. One within two seconds does not kill: of a Ctrl-C, the launcher of
+    several processes sends them a second signal.
     """
     caught: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         if not caught:
             caught.append(time.monotonic())
+            if is_first_process():
+                with suppress(OSError):  # the terminal may be gone; print is not for a handler
+                    os.write(2, STOPPING)
         elif time.monotonic() > caught[0] + 2:
             for name, handler in before.items():
                 signal.signal(name, handler)
             signal.raise_signal(number)
 
-    names = (signal.SIGINT, signal.SIGTERM)
+    names = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        names.append(signal.SIGHUP)
     before = {name: signal.signal(name, note) for name in names}
     try:
         yield caught
@@ -131,6 +143,8 @@ class Training:
     sampler: Sampler | None = None
     validate: FixedNoiseLoss | None = None
     autocast: torch.dtype | None = None
+    whole: int | None = field(default=None, init=False)  # finished steps; None while an update is under way
+    saved: int | None = field(default=None, init=False)  # steps of the last checkpoint of this process
 
     @property
     def transformer(self) -> Transformer:
@@ -148,8 +162,10 @@ class Training:
         """Train to the last step; returns the folder of the finished adapter.
 
         Raises:
-            TrainingError: the loss or its gradient is not finite.
-            Interrupted: after SIGINT or SIGTERM, with a checkpoint of the last whole step saved.
+            TrainingError: the loss or its gradient is not finite, or the adapter cannot be written.
+            Interrupted: after SIGINT, SIGTERM or SIGHUP, with a checkpoint of the last whole step saved.
+
+        To any other error a note is added that says what became of the last whole step.
         """
         settings, accelerator = self.settings, self.accelerator
         model = accelerator.prepare_model(self.wrapped, device_placement=False)  # it is where it is to be
@@ -169,7 +185,8 @@ class Training:
             disable=not accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        with closing(self.metrics), closing(self.loader), bar, stop_requests() as stop:
+        with closing(self.metrics), closing(self.loader), bar, stop_requests() as stop, self.rescued():
+            self.whole = start
             if start == 0:
                 self.look(0, {})
             for step in range(start, settings.steps):
@@ -181,10 +198,11 @@ class Training:
                 norm = nn.utils.clip_grad_norm_(parameters, clip)
                 self.check_finite(step, losses, norm)
                 set_rate(self.optimizer, rate * self.schedule.factor(step, settings.steps))
+                self.whole = None
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 
-                done = step + 1
+                self.whole = done = step + 1
                 values = self.values(losses, norm, images / (time.perf_counter() - began))
                 average = values["loss"] if step == start else 0.95 * average + 0.05 * values["loss"]
                 bar.set_postfix_str(f"loss {average:.4f}, {values['images_per_second']:.2f} images/s", refresh=False)
@@ -195,9 +213,8 @@ class Training:
                         self.save(done)
                     if self.must_stop(stop):
                         place = self.save(done)
-                        raise Interrupted(
-                            f"stopped after step {done}, saved in {place}; go on with resume={self.place.folder}"
-                        )
+                        saved = f"saved in {place}; go on with resume={self.place.folder}"
+                        raise Interrupted(f"stopped after step {done}, {saved if place else self.last()}")
             return self.finish()
 
     def accumulate(self, model: nn.Module, step: int) -> Losses:
@@ -235,10 +252,15 @@ class Training:
     def check_finite(self, step: int, losses: Losses, norm: Tensor) -> None:
         if torch.isfinite(losses.total) and torch.isfinite(norm):
             return
-        saved = f"; the state before it is saved in {self.save(step)}" if step > 0 else ""
+        remedy = (
+            "No update was made yet, so it is not the rate alone: try precision=fp32, and look at the model's files."
+            if step == 0
+            else f"What was learned may be ruined already: {self.last(advice=False)}. Start anew with a lower "
+            "optimizer.lr, and if that does not help, with precision=fp32."
+        )
         raise TrainingError(
             f"step {step + 1}: the loss is {losses.total.item():.4g} and its gradient's norm {norm.item():.4g}, which "
-            f"is not finite{saved}. A lower optimizer.lr is the usual remedy, then precision=fp32."
+            f"is not finite. {remedy}"
         )
 
     def values(self, losses: Losses, norm: Tensor, images_per_second: float) -> dict[str, float]:
@@ -268,29 +290,97 @@ class Training:
             self.metrics.log(done, **values)
         if self.sampler is not None and self.is_due(self.settings.sample_every, done):
             file = self.place.folder / "samples" / f"step_{done:06d}.png"
-            self.sampler.sheet(self.transformer, file)
-            self.metrics.tracker.picture(done, file)
+            with self.harmless(f"the sheet of pictures after step {done}"):
+                self.sampler.sheet(self.transformer, file)
+                self.metrics.picture(done, file)
+
+    @contextmanager
+    def harmless(self, what: str) -> Iterator[None]:
+        """Within this context what fails is a warning, but for memory that does not suffice."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a full disk, a picture library: no reason to lose the training
+            if hasattr(error, "saved"):
+                raise
+            warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
 
     def must_stop(self, stop: list[float]) -> bool:
         """Whether any process was asked to stop; all of them get the same answer."""
-        asked = torch.tensor([float(bool(stop))], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum").item())
+        return self.in_any_process(bool(stop))
 
-    def save(self, done: int) -> Path:
-        """Write the checkpoint of `done` steps."""
-        place = self.place.folder / "checkpoints" / f"step_{done:06d}"
+    def in_any_process(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process."""
+        flags = torch.tensor([float(flag)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags, "sum").item())
+
+    def save(self, done: int) -> Path | None:
+        """Write the checkpoint of `done` steps, waiting for it in all processes; None, after a warning, if it fails."""
+        failed = False
         if self.accelerator.is_main_process:
-            checkpoint.save(
-                self.place.folder,
-                done,
-                self.wrapped,
-                self.optimizer,
-                base=self.base,
-                licence=self.variant.licence,
-                images_per_step=self.loader.sampler.global_batch,
-            )
-        self.accelerator.wait_for_everyone()
+            try:
+                self.write(done)
+            except checkpoint.NotSaved as error:
+                failed = True
+                warn(str(error))
+        return None if self.in_any_process(failed) else self.place.folder / "checkpoints" / f"step_{done:06d}"
+
+    def write(self, done: int) -> Path:
+        """Write the checkpoint of `done` steps. Called by the main process alone."""
+        place = checkpoint.save(
+            self.place.folder,
+            done,
+            self.wrapped,
+            self.optimizer,
+            base=self.base,
+            licence=self.variant.licence,
+            images_per_step=self.loader.sampler.global_batch,
+        )
+        self.saved = done
         return place
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Within this context an error has the last whole step saved, and a note that says so."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"stopped at once without saving; {self.last()}") from error
+        except Exception as error:
+            if not isinstance(error, TrainingError) and not hasattr(error, "saved"):  # these say it themselves
+                error.add_note(self.rescue(self.whole))
+            raise
+
+    def rescue(self, done: int | None) -> str:
+        """Save the state of `done` steps after an error, if possible; says what became of it.
+
+        Other processes may wait for this one somewhere else, so it waits for none of them. None: an update was under
+        way, and there is no whole state.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        last = f"{self.last()[0].upper()}{self.last()[1:]}."
+        if done is None or done == self.place.step:
+            return last
+        if not self.accelerator.is_main_process:
+            return f"Process {self.accelerator.process_index} failed, and saves nothing. {last}"
+        if done != self.saved:
+            try:
+                self.write(done)
+            except (OSError, RuntimeError, MemoryError) as error:
+                return f"The state after step {done} could not be saved ({error}). {last}"
+        place = self.place.folder / "checkpoints" / f"step_{done:06d}"
+        return f"The state after step {done} is saved in {place}; go on with resume={self.place.folder}."
+
+    def last(self, *, advice: bool = True) -> str:
+        """Which checkpoint is the last."""
+        found = checkpoint.checkpoints(self.place.folder)
+        place = found[-1] if found else self.place.checkpoint
+        if place is None:
+            return "no checkpoint was saved yet"
+        return f"the last checkpoint is {place}" + (f"; go on with resume={place.parent.parent}" if advice else "")
 
     def finish(self) -> Path:
         """The last checkpoint and the finished adapter."""
@@ -298,6 +388,13 @@ class Training:
             self.save(self.settings.steps)
         folder = self.place.folder / "adapter"
         if self.accelerator.is_main_process:
-            adapters.save(self.wrapped, folder, base=self.base, licence=self.variant.licence)
+            try:
+                adapters.save(self.wrapped, folder, base=self.base, licence=self.variant.licence)
+            except checkpoint.NOT_WRITTEN as error:
+                saved = self.rescue(self.settings.steps)
+                raise TrainingError(
+                    f"all {self.settings.steps} steps are done, but the adapter cannot be written to {folder} "
+                    f"({error}). {saved} Make room there first."
+                ) from error
         self.accelerator.wait_for_everyone()
         return folder

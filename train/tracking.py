@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of several processes that speaks for all; the launcher sets RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def warn(text: str) -> None:
+    """One line on the error stream, above a progress bar."""
+    tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 class Tracker(Protocol):
@@ -107,6 +122,7 @@ class Metrics:
     def __init__(self, folder: Path, tracker: Tracker) -> None:
         self.folder, self.file, self.tracker = folder, folder / "metrics.jsonl", tracker
         self._started = False
+        self._said: set[str] = set()
 
     def start(self, name: str, config: dict[str, Any], step: int) -> None:
         """Before the first value of a run that has done `step` steps. Raises ValueError if nothing can be written."""
@@ -122,14 +138,40 @@ class Metrics:
     def close(self) -> None:
         """After the last value, also of a run that failed; does nothing where it was not started."""
         if self._started:
-            self.tracker.finish()
+            self._track("finish", self.tracker.finish)
 
     def read(self) -> list[dict[str, float]]:
-        """All lines; a last one that a killed process left half written is not one."""
-        lines = self.file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """All lines that are whole: a killed process or a full disk may have left others, which are skipped."""
+        found = []
+        for line in self.file.read_text(errors="replace").splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                found.append(values)
+        return found
 
     def log(self, step: int, **values: float) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self.tracker.log(step, values)
+        try:
+            with self.file.open("ab", buffering=0) as file:
+                before = file.tell()
+                line = (json.dumps({"step": step, **values}) + "\n").encode()
+                if file.write(line) != len(line):
+                    file.truncate(before)  # or the next line would be appended to half of this one
+                    raise OSError("no room for a whole line")
+        except OSError as error:
+            warn(f"the numbers of step {step} could not be written to {self.file} ({error}); training goes on")
+        self._track("log", self.tracker.log, step, values)
+
+    def picture(self, step: int, file: Path) -> None:
+        self._track("picture", self.tracker.picture, step, file)
+
+    def _track(self, what: str, call: Callable[..., None], *arguments: Any) -> None:
+        """Call the tracker; what fails there, such as a network, is said once for each kind of call."""
+        try:
+            call(*arguments)
+        except Exception as error:  # of whatever library it is
+            if what not in self._said:
+                self._said.add(what)
+                warn(f"the tracker failed ({what}: {type(error).__name__}: {error}); training goes on without it")
