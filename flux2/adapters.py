@@ -94,10 +94,16 @@ def attach(
         raise AdapterError(f"adapter.rank={rank!r} must be a whole number from 1")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise AdapterError(f"adapter.dropout={dropout!r} must be a number in [0, 1)")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0):
+    if alpha is not None and (
+        isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf")
+    ):
         raise AdapterError(f"adapter.alpha={alpha!r} must be a positive number, or null for the rank")
+    if not isinstance(rslora, bool):
+        raise AdapterError(f"adapter.rslora={rslora!r} must be true or false")
     if isinstance(targets, str):
         raise AdapterError(f"adapter.targets={targets!r} must be a list of regular expressions, got one string")
+    if not isinstance(targets, Sequence) or not all(isinstance(target, str) for target in targets):
+        raise AdapterError(f"adapter.targets={targets!r} must be a list of regular expressions")
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,

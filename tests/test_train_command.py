@@ -7,7 +7,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from train.command import check_keys, checked, explain, known_settings, made, no_setting
+from train.command import check_keys, checked, explain, known_settings, made, no_setting, own_errors
 from train.loop import Interrupted
 
 pytest_plugins = ("train_helpers",)
@@ -69,6 +69,17 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("memory.budget_gb=4", "memory.budget_gb=4 is read with memory.checkpointing=budget alone, not with full"),
         ("memory.attention=flash", "memory.attention='flash' must be a list of attention backends, best first"),
         ("memory.attention=[flash,flash]", "memory.attention=['flash', 'flash'] must be a list of attention backends"),
+        ("memory.checkpointing=[1]", "memory.checkpointing=[1] must be a text"),
+        ("precision.dtype=[1]", "precision.dtype=[1] must be a text, or null"),
+        ("model.name=[a]", "model.name=['a'] must be a text"),
+        ("adapter.targets=null", "adapter.targets=None must be a list of regular expressions"),
+        ("adapter.targets=5", "adapter.targets=5 must be a list of regular expressions"),
+        ("adapter.targets=[5]", "adapter.targets=[5] must be a list of regular expressions"),
+        ("adapter._target_=null", "adapter._target_=None must be the name of a class or a function"),
+        ("adapter.rslora=maybe", "adapter.rslora='maybe' must be true or false"),
+        ("adapter.alpha=nan", "adapter.alpha=nan must be a positive number, or null for the rank"),
+        ("adapter.alpha=inf", "adapter.alpha=inf must be a positive number, or null for the rank"),
+        ("seed=9223372036854775808", "seed=9223372036854775808 must be below 2 ** 63"),
         ("precision.dtype=fp16", "precision.dtype='fp16' must be one of fp32, bf16"),
         ("buckets.step=17", "buckets.step=17 must be a positive whole multiple of 16"),
         ("model.resolution=big", "model.resolution='big' must be a whole number from 16"),
@@ -175,6 +186,26 @@ def test_the_exit_code_says_how_it_ended(run_command):
     assert run_command(task=raising(stopped)) == (130, "", "stopped after step 3; go on with resume=x\n")
     code, _, err = run_command(task=raising(KeyboardInterrupt()))
     assert (code, err) == (130, "interrupted before there was anything to save\n")
+
+
+def test_what_the_system_refuses_is_one_line_and_what_was_saved_is_said_with_it(run_command):
+    error = OSError(28, "No space left on device", "/x")
+    error.add_note("The state after step 3 is saved in y.")
+    message = run_command.refused(task=raising(error))
+    assert message == "[Errno 28] No space left on device: '/x' The state after step 3 is saved in y."
+
+
+def test_of_several_processes_the_first_speaks_but_for_what_is_anothers_own(run_command, monkeypatch):
+    def alone(config):
+        with own_errors(1):
+            raise ValueError("only here")
+
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(task=raising(ValueError("a"))) == (2, "", "")
+    assert run_command("stepz=1") == (2, "", "")
+    assert run_command(task=alone) == (2, "", "error: only here (process 1)\n")
+    monkeypatch.setenv("RANK", "0")
+    assert run_command(task=raising(ValueError("a"))) == (2, "", "error: a\n")
 
 
 def test_what_is_our_own_mistake_keeps_its_traceback(run_command):

@@ -168,6 +168,22 @@ def test_the_demo_is_an_entry_file_of_its_own():
     assert done.stderr == "error: stepz=3 is not a setting; did you mean steps?\n"
 
 
+def test_the_demo_can_be_swept():
+    done = execute([sys.executable, "train/demo.py", "-m", "stepz=1,2"])
+    assert done.returncode == 2
+    assert done.stderr == "error: stepz=1,2 is not a setting; did you mean steps?\n"
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_pictures_are_made(run_command, monkeypatch, tmp_path):
+    (tmp_path / "run").touch()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("pictures are made")
+
+    monkeypatch.setattr(demo, "Pipeline", refuse)
+    assert "run' cannot be written (File exists)" in run_command.refused(*arguments(tmp_path), task=demo.main)
+
+
 @pytest.mark.slow
 def test_the_demo_learns_the_style_keeps_subjects_and_leaves_plain_prompts_alone(tmp_path):
     run = tmp_path / "run"

@@ -29,7 +29,7 @@ from data.samples import Sample
 from flux2.pipeline import to_pixels
 from flux2.sources import ModelSource, fingerprint
 from flux2.weights import load_autoencoder, load_text_encoder
-from train.command import command
+from train.command import command, own_errors
 from train.folder import make_writable
 
 Encode = Callable[[list[str]], Tensor]
@@ -81,8 +81,9 @@ def fill(
     if missing:
         if accelerator.is_main_process:
             print(f"encoding {missing} {what}")
-        encode = load()
-        with tqdm(total=0, unit=what, disable=not accelerator.is_main_process, leave=False) as bar:
+        bar = tqdm(total=0, unit=what, disable=not accelerator.is_main_process, leave=False)
+        with own_errors(accelerator.process_index), bar:
+            encode = load()
 
             def progress(done: int, total: int) -> None:
                 bar.total = total

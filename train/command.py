@@ -13,7 +13,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from train.tracking import is_first_process
+
 CONFIG = Path(__file__).resolve().parent.parent / "conf"
-USER_ERRORS = (ValueError, OmegaConfBaseException, HydraException, torch.OutOfMemoryError)
+USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, HydraException, torch.OutOfMemoryError)
 
 if not OmegaConf.has_resolver("first"):
     OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value is not None))
@@ -62,12 +66,15 @@ def check_keys(group: str, given: Mapping[str, Any], known: Iterable[str]) -> No
 
 def checked(group: str, given: Mapping[str, Any], accepted: Callable[..., Any]) -> Any:
     """`accepted(**given)` for a dataclass. Raises ValueError, naming the key, for one too many, missing or mistyped."""
-    fields = dataclasses.fields(accepted)  # type: ignore[arg-type]
+    fields, hints = dataclasses.fields(accepted), typing.get_type_hints(accepted)  # type: ignore[arg-type]
     check_keys(group, given, [field.name for field in fields])
     prefix = f"{group}." if group else ""
     for field in fields:
         if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{prefix}{field.name} is missing: give it a value")
+        value, hint = given.get(field.name, ""), hints[field.name]
+        if hint in (str, str | None) and not isinstance(value, hint):
+            raise ValueError(f"{prefix}{field.name}={value!r} must be a text{'' if hint is str else ', or null'}")
     try:
         return accepted(**given)
     except ValueError as error:
@@ -90,8 +97,11 @@ def made(group: str, given: Mapping[str, Any], ours: Sequence[str] = ()) -> Any:
     Args:
         ours: its arguments that are no settings, being given later.
     """
+    target = given.get("_target_")
+    if not isinstance(target, str) or not target:
+        raise ValueError(f"{group}._target_={target!r} must be the name of a class or a function")
     try:
-        known = accepted_names(get_object(given["_target_"]))
+        known = accepted_names(get_object(target))
         if known is not None:
             settings = {key: value for key, value in given.items() if not key.startswith("_")}
             check_keys(group, settings, [name for name in known if name not in ours])
@@ -132,7 +142,7 @@ def known_settings(overrides: Sequence[str]) -> list[str]:
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     """One line for what a user can mend."""
-    text = " ".join(str(error).split())
+    text = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory: try memory.checkpointing=full, then a smaller batch_size or resolution ({text})"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
@@ -157,10 +167,22 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     return text
 
 
+@contextmanager
+def own_errors(process: int) -> Iterator[None]:
+    """Within this context an error may be of this process alone: it is shown though it is not the first."""
+    try:
+        yield
+    except Exception as error:
+        if process > 0:
+            error.add_note(f"(process {process})")
+        raise
+
+
 def command(task: Callable[[DictConfig], None]) -> None:
     """Run `task` under Hydra; an error that a user can mend is one message and exit code 2, a stop request 130.
 
-    A job of a sweep that fails says so at once, and the others go on.
+    A job of a sweep that fails says so at once, and the others go on. Of several processes the first speaks, but for
+    what went wrong in another alone (`own_errors`).
     """
     before = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints cut tracebacks itself
@@ -170,7 +192,8 @@ def command(task: Callable[[DictConfig], None]) -> None:
         if before == "1":
             raise error
         failed.append(where)  # not the error, whose traceback would hold the models of a failed job
-        print(f"error: {where}{explain(error, sys.argv[1:])}", file=sys.stderr)
+        if is_first_process() or getattr(error, "__notes__", ()):  # a mistake in the settings is the same in all
+            print(f"error: {where}{explain(error, sys.argv[1:])}", file=sys.stderr)
 
     @functools.wraps(task)
     def job(config: DictConfig) -> None:

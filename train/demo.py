@@ -165,5 +165,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["+experiment=demo"]
+    sys.argv.append("+experiment=demo")  # at the end, as -m takes what follows it for its own
     command(main)

@@ -56,7 +56,7 @@ from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
 from train import checkpoint, folder
 from train.cache import LocalTextEncoder, Prepared, prepare
-from train.command import checked, command, made
+from train.command import checked, command, made, own_errors
 from train.loop import LoopSettings, Training
 from train.loss import Preservation, is_number
 from train.optim import build
@@ -419,9 +419,10 @@ class Run:
             f"attention: {self.attention_backend()}"
         )
         copies = Path(settings.quantised_dir).expanduser() if settings.quantised_dir else None
-        transformer = load_transformer(
-            self.source, accelerator.device, self.precision, host=self.streamed, cache=copies, say=self.say
-        )
+        with own_errors(accelerator.process_index):
+            transformer = load_transformer(
+                self.source, accelerator.device, self.precision, host=self.streamed, cache=copies, say=self.say
+            )
         self.say(describe(transformer, self.precision, accelerator.device))
         self.memory.apply(transformer, accelerator.device)
         wrapped = self.make_adapter(transformer, seed=settings.seed)
