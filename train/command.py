@@ -192,7 +192,7 @@ def command(task: Callable[[DictConfig], None]) -> None:
         if before == "1":
             raise error
         failed.append(where)  # not the error, whose traceback would hold the models of a failed job
-        if is_first_process() or getattr(error, "__notes__", ()):  # a mistake in the settings is the same in all
+        if is_first_process() or getattr(error, "__notes__", None):  # a mistake in the settings is the same in all
             print(f"error: {where}{explain(error, sys.argv[1:])}", file=sys.stderr)
 
     @functools.wraps(task)
