@@ -14,7 +14,9 @@ depend on what happened to be missing together.
 
 import hashlib
 import json
+import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +30,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from data.buckets import FIT_VERSION, PIXELS_PER_LATENT, Buckets, Size, fit, fit_reference, reference_size
-from data.samples import Picture, Sample
+from data.samples import Picture, Sample, shortened
 
 LATENT_CHANNELS = 128
+MAX_HEADER = 1 << 20  # bytes; an entry's own is a few hundred
+UNFINISHED_SECONDS = 24 * 3600.0  # what is older was left by a process that is no more
+Shape = tuple[int | None, ...]  # of an entry's tensor; None is any number from 1
+EMBEDDING_SHAPE: Shape = (None, None)
+log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # (entries done, entries to do), by this process
 
 
@@ -38,7 +45,7 @@ class Cache:
     """A folder of tensors, one safetensors file an entry at `folder/ab/abcdef....safetensors`.
 
     Files appear whole or not at all, so processes may share a folder and be killed at any time; what a killed one was
-    writing is left as a `.tmp`, never read.
+    writing is left as a `.tmp`, never read, and removed by `sweep` a day later.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -57,6 +64,41 @@ class Cache:
 
     def __contains__(self, key: str) -> bool:
         return self.path(key).is_file()
+
+    def holds(self, key: str, name: str, shape: Shape) -> bool:
+        """Whether there is an entry with a tensor `name` of `shape`, of full length: reads its header, no data."""
+        try:
+            with self.path(key).open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if length <= MAX_HEADER else {}
+                size = os.fstat(file.fileno()).st_size
+            ends = [entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__"]
+            return size == 8 + length + max(ends, default=0) and _fits(tuple(header[name]["shape"]), shape)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return False
+
+    def tensor(self, key: str, name: str, shape: Shape) -> Tensor:
+        """The tensor `name` of an entry, as `get`. ValueError, too, if the entry has none, or one of another shape."""
+        return self.pick(key, self.get(key), name, shape)
+
+    def pick(self, key: str, tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
+        """`tensors[name]`. ValueError, naming the entry `key` that they were read from, unless it is of `shape`."""
+        if name not in tensors or not _fits(tuple(tensors[name].shape), shape):
+            found = ", ".join(f"{other} {tuple(tensor.shape)}" for other, tensor in tensors.items()) or "nothing"
+            wanted = ", ".join("any" if side is None else str(side) for side in shape)
+            raise ValueError(
+                f"cache entry {self.path(key)} holds {found} instead of {name} ({wanted}): delete it and fill again"
+            )
+        return tensors[name]
+
+    def sweep(self) -> None:
+        """Removes what processes that were killed a day ago or earlier left half written."""
+        for unfinished in self.folder.glob("??/.*.tmp"):
+            try:
+                if time.time() - unfinished.stat().st_mtime > UNFINISHED_SECONDS:
+                    unfinished.unlink()
+            except FileNotFoundError:
+                continue  # another process swept it
 
     def get(self, key: str) -> dict[str, Tensor]:
         """An entry, read into CPU memory in the dtypes it was stored in. ValueError if it is missing or damaged."""
@@ -109,11 +151,15 @@ class LatentPlan:
     cache: Cache
     entries: tuple[LatentEntry, ...]
     work: Mapping[str, tuple[Picture, Callable[[Image.Image], Image.Image]]]  # key -> what to encode, and how it is cut
+    shapes: Mapping[str, Shape]  # key -> of its latents
 
     @property
     def missing(self) -> int:
-        """How many entries are not in the cache now."""
-        return sum(key not in self.cache for key in self.work)
+        """How many entries are not in the cache now, or not whole, or not of their shape."""
+        return sum(self.lacks(key) for key in self.work)
+
+    def lacks(self, key: str) -> bool:
+        return not self.cache.holds(key, "latents", self.shapes[key])
 
     def fill(
         self,
@@ -128,7 +174,8 @@ class LatentPlan:
         dtype and device. Stored as "latents", (128, H/16, W/16). Raises ValueError, naming the picture, for one that
         cannot be read or whose latents are not finite.
         """
-        for key in _share(self.cache, list(self.work), process_index, num_processes, progress):
+        self.cache.sweep()
+        for key in _share(self.lacks, list(self.work), process_index, num_processes, progress):
             picture, cut = self.work[key]
             image = cut(picture.load())
             latents = encode([image])
@@ -148,8 +195,11 @@ class EmbeddingPlan:
 
     @property
     def missing(self) -> int:
-        """How many entries are not in the cache now."""
-        return sum(key not in self.cache for key in self.keys.values())
+        """How many entries are not in the cache now, or not whole."""
+        return sum(self.lacks(key) for key in self.keys.values())
+
+    def lacks(self, key: str) -> bool:
+        return not self.cache.holds(key, "embeddings", EMBEDDING_SHAPE)
 
     def fill(
         self,
@@ -164,7 +214,8 @@ class EmbeddingPlan:
         (L, D). Raises ValueError, naming the prompt, if it is not finite.
         """
         prompts = {key: prompt for prompt, key in self.keys.items()}
-        for key in _share(self.cache, list(prompts), process_index, num_processes, progress):
+        self.cache.sweep()
+        for key in _share(self.lacks, list(prompts), process_index, num_processes, progress):
             embeddings = encode([prompts[key]])
             shape = tuple(embeddings.shape)
             assert len(shape) == 3, f"encode returned {shape}, not (1, L, D)"
@@ -178,27 +229,45 @@ def plan_latents(
 ) -> LatentPlan:
     """Finds the bucket and key of every picture; reads headers and hashes contents, decodes nothing.
 
+    Logs one warning, with their number, of pictures that are scaled up.
+
     `encoder_id` is a fingerprint of the autoencoder's weights and dtype. References keep their shape, up to
     `reference_max_pixels` each. Raises ValueError, naming the picture, for one whose header cannot be read.
     """
     work: dict[str, tuple[Picture, Callable[[Image.Image], Image.Image]]] = {}
+    shapes: dict[str, Shape] = {}
+    enlarged: dict[str, str] = {}
 
-    def key(picture: Picture, size: Size, is_reference: bool) -> str:
+    def key(picture: Picture, before: Size, size: Size, is_reference: bool) -> str:
         recipe = {"picture": picture.digest(), "size": size, "fit": FIT_VERSION, "encoder": encoder_id}
         found = cache.key("latents", reference=is_reference, **recipe)
         cut = partial(fit_reference, max_pixels=reference_max_pixels) if is_reference else partial(fit, size=size)
         work.setdefault(found, (picture, cut))
+        shapes[found] = latent_shape(size)
+        if size[0] > before[0] or size[1] > before[1]:
+            enlarged[found] = f"{shortened(picture.name)}, {before[0]} x {before[1]}"
         return found
 
     entries = []
     for sample in samples:
-        size = buckets.assign(*sample.target.size)
-        reference_sizes = tuple(reference_size(*picture.size, reference_max_pixels) for picture in sample.references)
-        pairs = zip(sample.references, reference_sizes, strict=True)
-        reference_keys = tuple(key(picture, cap, is_reference=True) for picture, cap in pairs)
-        target_key = key(sample.target, size, is_reference=False)
+        before = sample.target.size
+        size = buckets.assign(*before)
+        references = [(picture, picture.size) for picture in sample.references]
+        reference_sizes = tuple(reference_size(*own, reference_max_pixels) for _, own in references)
+        reference_keys = tuple(
+            key(picture, own, cap, is_reference=True)
+            for (picture, own), cap in zip(references, reference_sizes, strict=True)
+        )
+        target_key = key(sample.target, before, size, is_reference=False)
         entries.append(LatentEntry(size, target_key, reference_sizes, reference_keys))
-    return LatentPlan(cache, tuple(entries), work)
+    if enlarged:
+        log.warning(
+            "%d of %d pictures are smaller than the size that they are trained at and are scaled up, such as %s",
+            len(enlarged),
+            len(work),
+            next(iter(enlarged.values())),
+        )
+    return LatentPlan(cache, tuple(entries), work, shapes)
 
 
 def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str) -> EmbeddingPlan:
@@ -210,8 +279,21 @@ def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str) -> Em
     return EmbeddingPlan(cache, keys)
 
 
+def latent_shape(size: Size) -> Shape:
+    """Of the latents of a picture of `size` pixels, (width, height)."""
+    return LATENT_CHANNELS, size[1] // PIXELS_PER_LATENT, size[0] // PIXELS_PER_LATENT
+
+
+def _fits(found: tuple[int, ...], wanted: Shape) -> bool:
+    return len(found) == len(wanted) and all(a > 0 if b is None else a == b for a, b in zip(found, wanted, strict=True))
+
+
 def _share(
-    cache: Cache, keys: Sequence[str], process_index: int, num_processes: int, progress: Progress | None
+    lacks: Callable[[str], bool],
+    keys: Sequence[str],
+    process_index: int,
+    num_processes: int,
+    progress: Progress | None,
 ) -> Iterator[str]:
     """The missing keys that this process is to fill, reporting progress after each.
 
@@ -219,7 +301,7 @@ def _share(
     shares of two different lists would leave entries that nobody computes.
     """
     assert 0 <= process_index < num_processes
-    missing = [key for key in keys[process_index::num_processes] if key not in cache]
+    missing = [key for key in keys[process_index::num_processes] if lacks(key)]
     for done, key in enumerate(missing, start=1):
         yield key
         if progress is not None:

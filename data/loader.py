@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from data.cache import Cache, LatentEntry
+from data.cache import EMBEDDING_SHAPE, Cache, LatentEntry, Shape, latent_shape
 
 
 def derived_generator(seed: int, *key: int | str) -> torch.Generator:
@@ -161,6 +161,7 @@ class Loader:
             [entry.bucket for entry in entries], batch_size * gradient_accumulation * num_processes, seed
         )
         self._entries, self._captions, self._embedding_keys = entries, captions, embedding_keys
+        self._cache = cache
         self._memory = _Memory(cache, memory_limit_gb * 1e9)  # used by the reading thread alone
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -196,10 +197,16 @@ class Loader:
             for position, index in zip(positions, indices, strict=True)
         ]
         references = zip(*(entry.reference_keys for entry in entries), strict=True)  # by reference, each over the batch
+        size, reference_sizes = entries[0].bucket
         return Batch(
-            latents=self._stack("latents", [entry.key for entry in entries]),
-            references=[self._stack("latents", keys) for keys in references],
-            embeddings=self._stack("embeddings", [self._embedding_keys[caption] for caption in captions]),
+            latents=self._stack("latents", [entry.key for entry in entries], latent_shape(size)),
+            references=[
+                self._stack("latents", keys, latent_shape(each))
+                for keys, each in zip(references, reference_sizes, strict=True)
+            ],
+            embeddings=self._stack(
+                "embeddings", [self._embedding_keys[caption] for caption in captions], EMBEDDING_SHAPE
+            ),
             captions=captions,
             indices=indices,
             positions=list(positions),
@@ -209,8 +216,13 @@ class Loader:
         draw = torch.rand((), generator=derived_generator(self.seed, "dropout", step, position))
         return draw.item() < self.caption_dropout
 
-    def _stack(self, name: str, keys: Sequence[str]) -> Tensor:
-        return torch.stack([self._memory.get(key)[name] for key in keys])
+    def _stack(self, name: str, keys: Sequence[str], shape: Shape) -> Tensor:
+        """One tensor of every entry. ValueError, naming the entry, for one not of `shape` or not of the first's."""
+        stacked: list[Tensor] = []
+        for key in keys:
+            stacked.append(self._cache.pick(key, self._memory.get(key), name, shape))
+            shape = tuple(stacked[0].shape)
+        return torch.stack(stacked)
 
 
 class _Memory:

@@ -249,3 +249,65 @@ def test_metadata_says_what_an_entry_is(tmp_path: Path) -> None:
     content = cache.path(planned.keys["a cat"]).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert header["__metadata__"] == {"prompt": "a cat"}
+
+
+def test_an_entry_that_is_not_whole_or_another_thing_counts_as_missing_and_is_computed_again(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    planned = plan(cache)
+    planned.fill(encode_images)
+    assert planned.missing == 0
+    first, second, *_ = planned.work
+    content = cache.path(first).read_bytes()
+    wrong: list[bytes] = [b"", content[:5], content[:-1], content + b"x", b"\xff" * 100, b"no safetensors at all"]
+    for bad in wrong:
+        cache.path(first).write_bytes(bad)
+        assert planned.missing == 1, bad[:10]
+    cache.put(first, {"embeddings": torch.ones(2, 3)}, {})
+    cache.put(second, {"latents": torch.ones(128, 9, 9)}, {})
+    assert planned.missing == 2
+    planned.fill(encode_images)
+    assert planned.missing == 0
+    assert cache.path(first).read_bytes() == content
+
+
+def test_embeddings_that_are_something_else_count_as_missing(tmp_path: Path) -> None:
+    planned = plan_embeddings(Cache(tmp_path), ["a"], "encoder")
+    for tensors in ({"x": torch.ones(2, 3)}, {"embeddings": torch.ones(3)}, {"embeddings": torch.ones(0, 3)}):
+        planned.cache.put(planned.keys["a"], tensors, {})
+        assert planned.missing == 1
+    planned.fill(encode_prompts)
+    assert planned.missing == 0
+    assert planned.cache.tensor(planned.keys["a"], "embeddings", (None, None)).shape == (4, 6)
+
+
+def test_a_tensor_of_another_name_or_shape_is_an_error_that_names_the_entry(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    cache.put("ab" * 32, {"x": torch.ones(2, 3)}, {})
+    for name, shape in (("latents", (2, 3)), ("x", (128, 2, 3)), ("x", (2, 4))):
+        with pytest.raises(
+            ValueError, match=rf"{cache.path('ab' * 32)} holds x \(2, 3\) instead of {name} .*delete it"
+        ):
+            cache.tensor("ab" * 32, name, shape)
+
+
+def test_filling_removes_what_was_left_half_written_long_ago(tmp_path: Path) -> None:
+    (tmp_path / "ab").mkdir()
+    old, new = tmp_path / "ab" / ".abc.1.tmp", tmp_path / "ab" / ".abc.2.tmp"
+    for unfinished in (old, new):
+        unfinished.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    planned = plan(Cache(tmp_path))
+    assert old.exists(), "planning writes nothing"
+    planned.fill(encode_images)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_pictures_that_are_scaled_up_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = [Sample(picture("red", size, f"{size}"), "") for size in ((1, 1), (20000, 2), (64, 64), (90, 70))]
+    plan(Cache(tmp_path), samples)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 of 4 pictures are smaller than the size that they are trained at")
+    assert record.getMessage().endswith("such as (1, 1), 1 x 1")
+    caplog.clear()
+    plan(Cache(tmp_path), samples[2:])
+    assert not caplog.records

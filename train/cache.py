@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.buckets import Buckets
-from data.cache import Cache, EmbeddingPlan, LatentEntry, LatentPlan, plan_embeddings, plan_latents
+from data.cache import EMBEDDING_SHAPE, Cache, EmbeddingPlan, LatentEntry, LatentPlan, plan_embeddings, plan_latents
 from data.samples import Sample
 from flux2.pipeline import to_pixels
 from flux2.sources import ModelSource, fingerprint
@@ -69,7 +69,9 @@ class Prepared:
 
     def embeddings(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D), read from the cache."""
-        return torch.stack([self.cache.get(self.prompts[prompt])["embeddings"] for prompt in prompts])
+        return torch.stack(
+            [self.cache.tensor(self.prompts[prompt], "embeddings", EMBEDDING_SHAPE) for prompt in prompts]
+        )
 
 
 def fill(
