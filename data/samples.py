@@ -14,9 +14,11 @@ constructors check.
 
 import hashlib
 import json
+import logging
 import re
 import struct
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
 UNREADABLE = frozenset((".heic", ".heif", ".jxl"))  # photographs that Pillow cannot open: refused, not skipped
+log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[\w.-]+)?")
 
 
@@ -95,7 +98,11 @@ class Picture:
         return False
 
     def _unreadable(self, error: Exception) -> ValueError:
-        return ValueError(f"picture {self.name} cannot be read ({type(error).__name__}: {error}): replace or remove it")
+        what = re.sub(r" '?<_?io\..*", "", str(error))  # Pillow calls a stream by its Python name
+        name = shortened(self.name)
+        return ValueError(
+            f"picture {name} cannot be read ({type(error).__name__}: {shortened(what)}): replace or remove it"
+        )
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,13 @@ class Folder(Source):
         pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
         if not pictures:
             raise ValueError(f"dataset.path={str(self.path)!r} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        links = [file for file in self.path.iterdir() if file.is_symlink() and not file.name.startswith(".")]
+        broken = sorted(f.name for f in links if f.suffix.lower() in SUFFIXES | {".txt"} and not f.exists())
+        if broken:
+            raise ValueError(f"{self.path} has links to files that do not exist, mend or remove them: {_some(broken)}")
+        stems = Counter(file.stem for file in pictures)
+        if shared := [file.name for file in pictures if stems[file.stem] > 1]:
+            log.warning("%s: %d pictures share their caption with another: %s", self.path, len(shared), _some(shared))
         if silent := [file.name for file in pictures if not file.with_suffix(".txt").is_file()]:
             raise ValueError(
                 f"{self.path}: no caption for {_some(silent)}: write a .txt of the same name beside each "
@@ -204,10 +218,17 @@ class Folder(Source):
             for value in (row[caption], *names):
                 if not isinstance(value, str):
                     raise ValueError(f"{where} holds {value!r}: captions and file names are text")
+                if any("\ud800" <= character <= "\udfff" for character in value):
+                    raise ValueError(f"{where} holds {shortened(ascii(value))}: half of a character (a lone surrogate)")
+            if "" in names:
+                raise ValueError(f"{where} has an empty file name: name a picture, or for no reference write null")
             paths = [self.path / name for name in names]
-            missing += [name for name, path in zip(names, paths, strict=True) if not path.is_file()]
+            missing += [name for name, path in zip(names, paths, strict=True) if not _is_file(path)]
             target, *others = map(_file_picture, paths)
             samples.append(Sample(target, row[caption].strip(), tuple(others)))
+        twice = [name for name, times in Counter(sample.name for sample in samples).items() if times > 1]
+        if twice and not missing:
+            log.warning("%s names %d pictures on several lines: %s", file, len(twice), _some(twice))
         if missing:
             raise ValueError(f"{file} names files that do not exist in {self.path}: {_some(missing)}")
         if not samples:
@@ -384,6 +405,13 @@ def _file_picture(path: Path) -> Picture:
     return Picture(str(path), lambda: path.open("rb"))
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for the file system
+        return False
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -391,8 +419,13 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
+def shortened(name: str, most: int = 300) -> str:
+    """`name` for a message: its middle is left out if it is longer than `most` characters."""
+    return name if len(name) <= most else f"{name[: most - 60]}...{name[-57:]}"
+
+
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(map(shortened, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _text(key: str, value: object) -> str:

@@ -217,6 +217,12 @@ def jsonl(text: str) -> Callable[[Path], Path]:
     return lambda folder: write(folder, a_png=square(), metadata_jsonl=text)
 
 
+def dangling(folder: Path, name: str) -> Path:
+    write(folder, b_png=square(), b_txt="")
+    (folder / name).symlink_to(folder / "gone")
+    return folder
+
+
 GOOD = lines({"file_name": "a.png", "text": "x"})
 
 
@@ -240,6 +246,15 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
         (jsonl(lines({"file_name": "a.png", "text": None})), {}, "line 1 holds None"),
         (jsonl(lines({"file_name": "b.png", "text": ""})), {}, "do not exist in .*: b.png"),
         (jsonl("\n"), {}, "metadata.jsonl is empty"),
+        (
+            jsonl(GOOD + '{"file_name": "a.png", "text": "a \\ud800"}'),
+            {},
+            r"line 2 holds 'a .*ud800': half of a character",
+        ),
+        (jsonl(lines({"file_name": "", "text": "x"})), {}, "line 1 has an empty file name"),
+        (jsonl(lines({"file_name": "y" * 5000, "text": "x"})), {}, r"do not exist in .*: y{240}\.\.\.y{57}$"),
+        (lambda folder: dangling(folder, "a.png"), {}, "links to files that do not exist, mend or remove them: a.png"),
+        (lambda folder: dangling(folder, "a.txt"), {}, "links to files that do not exist, mend or remove them: a.txt"),
         (jsonl(GOOD), {"reference_columns": "before"}, "reference_columns='before' is str: a list"),
         (jsonl(GOOD), {"reference_columns": [3]}, "reference_columns=3 is int"),
         (jsonl(GOOD), {"caption_column": 5}, "caption_column=5 is int"),
@@ -258,6 +273,27 @@ def test_at_most_five_missing_captions_are_named(tmp_path: Path) -> None:
     write(tmp_path, **{f"{i}_png": square() for i in range(8)}, **{"3_txt": "x"})
     with pytest.raises(ValueError, match=r"no caption for 0.png, 1.png, 2.png, 4.png, 5.png and 2 more: write a .txt"):
         Folder(tmp_path)
+
+
+def test_pictures_that_share_a_caption_or_are_named_twice_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write(tmp_path / "a", g_png=square(), g_jpg=encoded(Image.new("RGB", (4, 4)), "JPEG"), g_txt="x")
+    assert len(Folder(write(folder, h_png=square(), h_txt=""))) == 3
+    twice = lines(*[{"file_name": name, "text": "x"} for name in ("g.png", "h.png", "g.png")])
+    assert len(Folder(write(folder, metadata_jsonl=twice))) == 3
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.endswith("2 pictures share their caption with another: g.jpg, g.png")
+    assert "metadata.jsonl names 1 pictures on several lines" in second
+    assert "g.png" in second
+
+
+def test_the_error_of_a_file_names_its_path_and_no_stream(tmp_path: Path) -> None:
+    (sample,) = Folder(write(tmp_path, a_png=b"no picture", a_txt=""))
+    with pytest.raises(
+        ValueError, match=r"a\.png cannot be read \(UnidentifiedImageError: cannot identify image file\)"
+    ):
+        sample.target.load()
 
 
 # --- HuggingFace
