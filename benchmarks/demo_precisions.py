@@ -4,8 +4,9 @@
 
 Trains conf/experiment/demo.yaml at three seeds on the embedded model in float32, in FP8 (products in FP8 too, forward
 and backward, as on a GPU) and in NF4, and takes the demo's own measures of what came of it (train/demo.py). A precision
-passes if its mean lies within the spread of float32's seeds, widened by what one picture of the 24 counts. Results go
-to benchmarks/results/demo_precisions.json with the hardware and the versions. Ten to twenty minutes a run on two cores.
+passes if its mean lies within the spread of float32's seeds, widened by what one picture of the 24 counts. The last
+validation loss is written too but not judged: it starts from the base's own, which is another in every precision.
+Results go to benchmarks/results/demo_precisions.json with the hardware and the versions.
 """
 
 from __future__ import annotations
@@ -72,14 +73,11 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
         found[name] = {}
         for key in (*MEASURES, "final_validation_loss"):
             values, exact = ([of(run, key) for run in runs] for runs in (each, runs["fp32"]))
-            slack = 1 / PICTURES if key != "final_validation_loss" else 0.0
             mean = statistics.mean(values)
-            found[name][key] = {
-                "mean": mean,
-                "min": min(values),
-                "max": max(values),
-                "within_fp32": min(exact) - slack <= mean <= max(exact) + slack,
-            }
+            found[name][key] = {"mean": mean, "min": min(values), "max": max(values)}
+            if key in MEASURES:
+                slack = 1 / PICTURES
+                found[name][key]["within_fp32"] = min(exact) - slack <= mean <= max(exact) + slack
     return found
 
 
@@ -119,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     for name, measures in result["summary"].items():
         shown = ", ".join(f"{key} {value['mean']:.3f}" for key, value in measures.items())
-        outside = [key for key, value in measures.items() if not value["within_fp32"]]
+        outside = [key for key, value in measures.items() if not value.get("within_fp32", True)]
         print(f"{name}: {shown}" + (f"; outside of fp32's spread: {', '.join(outside)}" if outside else ""))
     print(f"written to {options.out}")
     return result
