@@ -121,11 +121,14 @@ def tmp_file(said: list[str]) -> str:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_four_bits_in_black_forest_labs_names_keep_their_quantised_scales(prefix: str, load: Load) -> None:
+def test_four_bits_in_black_forest_labs_names_keep_their_quantised_scales(
+    prefix: str, load: Load, tmp_path: Path
+) -> None:
     stored, meant = in_four_bits(weights())
-    model = load({prefix + name: tensor for name, tensor in stored.items()}, NF4)
+    model = load({prefix + name: tensor for name, tensor in stored.items()}, NF4, cache=tmp_path / "copies")
     check_equal(model, meant)
     assert all(module.nested for module in model.modules() if isinstance(module, Nf4Linear))
+    assert not (tmp_path / "copies").exists()  # it would be as large as the file
 
 
 def test_four_bits_without_quantised_scales_are_taken_over(load: Load) -> None:

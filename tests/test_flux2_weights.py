@@ -236,6 +236,22 @@ def test_a_truncated_file_is_named(copied: Path) -> None:
         load_transformer(ModelSource(DEV, str(copied)))
 
 
+def test_a_file_that_changes_while_the_model_is_filled_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "flux.safetensors"
+    save_file(helpers.transformers("klein")[0].state_dict(), file)
+    read = weights.run
+
+    def write_meanwhile(*arguments: Any) -> None:
+        read(*arguments)
+        file.write_bytes(file.read_bytes() + b"more")
+
+    monkeypatch.setattr(weights, "run", write_meanwhile)
+    with pytest.raises(WeightsError, match=r"flux.safetensors was changed while it was read"):
+        load_transformer(ModelSource(helpers.VARIANTS["klein"], str(file)))
+
+
 def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
     (tmp_path / "flux.safetensors").write_text("<html>404</html>")
     with pytest.raises(WeightsError, match=r"flux.safetensors cannot be read"):
