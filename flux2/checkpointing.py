@@ -5,7 +5,8 @@
     selective   and the attention's output, which is then not computed again
     budget      as `full`, but as many of the last blocks as fit into `budget_gb` are run as in `none`
 
-A policy is a function that runs a block, set as `Transformer.run_block`; the model itself knows of none.
+A policy is a function that runs a block, set as `Transformer.run_block`; the model itself knows of none. Blocks can be
+compiled together with their policy (compiling.py); what follows is how it is done without.
 
 A second run gives autograd what it needs, and that is less than the block computes. The block's last linears (`linear2`
 of a single block, `img_mlp.2` and `txt_mlp.2` of a double one) end in
@@ -36,6 +37,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flux2 import compiling
 from flux2.attention import limited_to
 from flux2.model import DoubleBlock, SingleBlock, Transformer, call
 from flux2.replay import Replay, running
@@ -294,6 +296,9 @@ def set_policy(
     *,
     budget_gb: float | None = None,
     attention: Sequence[str] | None = None,
+    compile: bool = False,
+    shapes: int = 16,
+    compiler: str | Callable[..., Any] = "inductor",
 ) -> None:
     """Choose how the blocks of `model` are run.
 
@@ -301,16 +306,25 @@ def set_policy(
         policy: one of `POLICIES`.
         budget_gb: for "budget": 1e9 bytes that activations may take beyond "full".
         attention: backends to try, best first (attention.py); None is PyTorch's choice.
+        compile: whether blocks go through `torch.compile`, their recomputation with them (compiling.py).
+        shapes: how many different shapes of tokens are expected; with `compile` alone.
+        compiler: the backend of `torch.compile`.
 
     Raises:
         ValueError: a policy that there is not, or a budget that is missing or not read.
     """
     check_policy(policy, budget_gb)
-    keep: Run = call if attention is None else partial(call_with, tuple(attention))
-    recompute = Recompute(keep)
+    backends = None if attention is None else tuple(attention)
+    if compile:
+        keep, recompute, selective = (
+            compiling.compiled(run, backends, shapes, compiler)
+            for run in (compiling.run_once, compiling.run_again, compiling.run_again_but_attention)
+        )
+    else:
+        keep = call if backends is None else partial(call_with, backends)
+        recompute, selective = Recompute(keep), Recompute(keep, keeps_attention=True)
     if policy == "budget":
         assert budget_gb is not None
         model.run_block = Budgeted(model, budget_gb, keep, recompute)
     else:
-        runs: dict[str, Run] = {"none": keep, "full": recompute, "selective": Recompute(keep, keeps_attention=True)}
-        model.run_block = runs[policy]
+        model.run_block = {"none": keep, "full": recompute, "selective": selective}[policy]

@@ -31,7 +31,8 @@ from flux2.linear import TailLinear
 from flux2.variants import TransformerConfig
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate; each (B, 1, D)
-Rotation = tuple[Tensor, Tensor]  # cosine and sine of every token's angles; each (1, 1, L, head_dim / 2)
+Rotation = tuple[Tensor, Tensor, Tensor]  # every token's angles: cosine, sine, and both as one complex number;
+# each (1, 1, L, head_dim / 2)
 
 
 def sinusoid(x: Tensor, width: int) -> Tensor:
@@ -49,12 +50,16 @@ def rotation(positions: Tensor, axes: tuple[int, ...], theta: int) -> Rotation:
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
         angles.append(positions[:, axis, None].double() / theta**exponents)
     angle = torch.cat(angles, dim=-1)[None, None]  # (1, 1, L, head_dim / 2)
-    return angle.cos().float(), angle.sin().float()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return cos, sin, torch.complex(cos, sin)
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """Rotate adjacent pairs of the last dimension of x (B, H, L, head_dim), in float32."""
-    cos, sin = by
+    cos, sin, turn = by
+    if not torch.compiler.is_compiling():  # pairs as complex numbers: one operation, which compilers do not know
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
 
@@ -71,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, by: Rotation) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * x + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Embedder(nn.Module):
@@ -178,10 +183,10 @@ class DoubleBlock(nn.Module):
         attended = attend(q, k, v, by)  # (B, T + N, D)
         text_attended, image_attended = attended.split([text.shape[1], image.shape[1]], dim=1)
 
-        image = image + gate1 * self.img_attn.proj(image_attended)
-        image = image + gate2 * self.img_mlp(modulate(self.norm(image), shift2, scale2))
-        text = text + text_gate1 * self.txt_attn.proj(text_attended)
-        text = text + text_gate2 * self.txt_mlp(modulate(self.norm(text), text_shift2, text_scale2))
+        image = torch.addcmul(image, gate1, self.img_attn.proj(image_attended))
+        image = torch.addcmul(image, gate2, self.img_mlp(modulate(self.norm(image), shift2, scale2)))
+        text = torch.addcmul(text, text_gate1, self.txt_attn.proj(text_attended))
+        text = torch.addcmul(text, text_gate2, self.txt_mlp(modulate(self.norm(text), text_shift2, text_scale2)))
         return image, text
 
 
@@ -205,7 +210,7 @@ class SingleBlock(nn.Module):
         q, k, v = split_heads(qkv, self.head_dim)
         q, k = self.norm(q, k)
         attended = attend(q, k, v, by)
-        return x + gate * self.linear2(torch.cat([attended, self.act(h)], dim=-1))
+        return torch.addcmul(x, gate, self.linear2(torch.cat([attended, self.act(h)], dim=-1)))
 
 
 class FinalLayer(nn.Module):

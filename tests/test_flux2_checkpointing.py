@@ -1,5 +1,6 @@
 """flux2.checkpointing: policies save memory and change no number."""
 
+import collections
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,13 +11,18 @@ import peft
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flux2 import adapters, replay
 from flux2.attention import check_backends, chosen_backend, preferred_backends
 from flux2.checkpointing import POLICIES, blocks_within, kept_bytes, set_policy, tensors_in
+from flux2.float8 import Float8Linear
 from flux2.model import DoubleBlock, SingleBlock, Transformer
+from flux2.nf4 import Nf4Linear
 from flux2.variants import DEV, TransformerConfig
 
 
@@ -474,3 +480,94 @@ def test_without_a_wish_the_order_is_pytorchs_but_on_hopper(monkeypatch: pytest.
     for capability, expected in (((8, 9), None), ((9, 0), ("cudnn", "flash", "efficient", "math"))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, value=capability: value)
         assert preferred_backends(None, torch.device("cuda")) == expected
+
+
+# ------------------------------------------------------------------ compiled
+
+
+class Graphs:
+    """A compiler that changes nothing, and notes the graphs it is given."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.forward: list[collections.Counter[str]] = []
+        self.backward: list[collections.Counter[str]] = []
+        self.backend = aot_autograd(
+            fw_compiler=self.noting(self.forward),
+            bw_compiler=self.noting(self.backward),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+
+    def noting(self, to: list[collections.Counter[str]]) -> Any:
+        def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+            to.append(collections.Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+
+@pytest.mark.parametrize(
+    ("policy", "mm_of_a_single_block", "attention_again"),
+    # backward: five products a LoRA layer; again: all three of linear1, and of linear2 only the adapter's A
+    [("none", 10, 0), ("full", 10 + 4, 1), ("selective", 10 + 4, 0)],
+)
+def test_compiled_blocks_give_the_same_and_do_not_compute_their_last_linear_again(
+    policy: str, mm_of_a_single_block: int, attention_again: int
+) -> None:
+    model = small_model()
+    expected = gradients(model, "none")
+    graphs = Graphs()
+    order = ["flash", "math"]
+    set_policy(model, policy, compile=True, compiler=graphs.backend, attention=order if policy == "selective" else None)
+    model.zero_grad()
+    model(**helpers.transformer_inputs(model.config)).square().mean().backward()
+    for parameter, theirs in zip(adapters.adapter_parameters(model), expected, strict=True):
+        assert parameter.grad is not None
+        assert helpers.relative_error(parameter.grad, theirs) < 1e-5
+    # blocks of a kind share a graph, but for the first, whose input needs no gradient
+    assert sorted(graph["aten.mm.default"] for graph in graphs.forward) == [2 * 3, 8 * 3, 8 * 3]
+    assert min(graph["aten.mm.default"] for graph in graphs.backward) == mm_of_a_single_block
+    attention = (
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "run_with_rng_state",
+    )  # which runs the other
+    assert {sum(graph[name] for name in attention) for graph in graphs.backward} == {attention_again}
+
+
+def test_compilation_goes_on_for_as_many_shapes_as_are_expected() -> None:
+    model = small_model()
+    graphs = Graphs()
+    limit = torch._dynamo.config.recompile_limit
+    try:
+        torch._dynamo.config.recompile_limit = 2
+        set_policy(model, "full", compile=True, compiler=graphs.backend, shapes=4)
+        for width in range(2, 6):
+            model(**helpers.transformer_inputs(model.config, size=(2, width)))
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+    assert len(graphs.forward) == 4 * 3
+    with torch.no_grad():
+        model(**helpers.transformer_inputs(model.config, size=(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation", "forward", "backward"),
+    # backward: again, and for the gradient of its input
+    [(Float8Linear, "aten._scaled_mm.default", 1, 2), (Nf4Linear, "flux2.nf4_unpack.default", 1, 2)],
+)
+def test_a_block_with_a_quantised_layer_compiles(kind: Any, operation: str, forward: int, backward: int) -> None:
+    model = small_model()
+    for block in model.single_blocks:
+        base = block.linear1.base_layer
+        layer = kind(base.in_features, base.out_features)
+        layer.store(base.weight)
+        block.linear1.base_layer = layer
+    expected, graphs = gradients(model, "full"), Graphs()
+    set_policy(model, "full", compile=True, compiler=graphs.backend)
+    model.zero_grad()
+    model(**helpers.transformer_inputs(model.config)).square().mean().backward()
+    for parameter, theirs in zip(adapters.adapter_parameters(model), expected, strict=True):
+        assert parameter.grad is not None
+        assert helpers.relative_error(parameter.grad, theirs) < 1e-5
+    assert {graph[operation] for graph in graphs.forward} == {0, forward}
+    assert {graph[operation] for graph in graphs.backward} == {0, backward}

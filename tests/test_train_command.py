@@ -67,6 +67,7 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
             "memory.budget_gb=None must be a number from 0 with memory.checkpointing=budget",
         ),
         ("memory.budget_gb=4", "memory.budget_gb=4 is read with memory.checkpointing=budget alone, not with full"),
+        ("memory.compile=yes please", "memory.compile='yes please' must be true or false"),
         ("memory.attention=flash", "memory.attention='flash' must be a list of attention backends, best first"),
         ("memory.attention=[flash,flash]", "memory.attention=['flash', 'flash'] must be a list of attention backends"),
         ("memory.checkpointing=[1]", "memory.checkpointing=[1] must be a text"),
@@ -118,6 +119,13 @@ def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(run_command
 )
 def test_a_precision_that_cannot_be_is_refused_before_anything_is_loaded(run_command, mistake, said):
     assert said in run_command.refused(*mistake.split())
+
+
+@pytest.mark.parametrize("other", ["memory.stream_blocks=1", "memory.offload_activations=true"])
+def test_compiled_blocks_that_would_stream_are_refused(run_command, other):
+    assert "memory.compile=true does not go with memory.stream_blocks" in run_command.refused(
+        "memory.compile=true", other
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -162,6 +162,7 @@ class MemorySettings:
 
     checkpointing: str
     budget_gb: float | None = None
+    compile: bool = False
     attention: list[str] | None = None
     stream_blocks: int | float = 0
     offload_activations: bool = False
@@ -170,13 +171,25 @@ class MemorySettings:
         check_policy(self.checkpointing, self.budget_gb)
         check_backends(self.attention, "memory.attention")
         check_stream_blocks(self.stream_blocks, "memory.stream_blocks")
-        if not isinstance(self.offload_activations, bool):
-            raise ValueError(f"memory.offload_activations={self.offload_activations!r} must be true or false")
+        for key in ("compile", "offload_activations"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
+        if self.compile and (self.stream_blocks or self.offload_activations):
+            raise ValueError(
+                "memory.compile=true does not go with memory.stream_blocks or memory.offload_activations: compiled "
+                "blocks keep weights and activations where these cannot reach them. Give one of the two"
+            )
 
-    def apply(self, model: Transformer, device: torch.device) -> None:
+    def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
         """Let the blocks of `model`, which computes on `device`, run as these settings say."""
-        backends = preferred_backends(self.attention, device)
-        set_policy(model, self.checkpointing, budget_gb=self.budget_gb, attention=backends)
+        set_policy(
+            model,
+            self.checkpointing,
+            budget_gb=self.budget_gb,
+            attention=preferred_backends(self.attention, device),
+            compile=self.compile,
+            shapes=4 * len(buckets.sizes),  # with references, in validation and in sampling there are others
+        )
 
 
 def make_accelerator(device: str | None) -> Accelerator:
@@ -271,7 +284,7 @@ class Run:
         with torch.device("meta"):
             model = Transformer(self.variant.transformer)
             convert(model, self.precision, self.accelerator.device)
-            self.memory.apply(model, self.accelerator.device)
+            self.memory.apply(model, self.accelerator.device, self.buckets)
             self.make_adapter(model, seed=self.settings.seed)
         build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
         self.attention_backend()
@@ -424,7 +437,7 @@ class Run:
                 self.source, accelerator.device, self.precision, host=self.streamed, cache=copies, say=self.say
             )
         self.say(describe(transformer, self.precision, accelerator.device))
-        self.memory.apply(transformer, accelerator.device)
+        self.memory.apply(transformer, accelerator.device, self.buckets)
         wrapped = self.make_adapter(transformer, seed=settings.seed)
         self.stream(transformer, wrapped)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
