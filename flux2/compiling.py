@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from flux2.attention import limited_to
 
 KINDS = 2  # of blocks
-MODES = 5  # with gradients (of the input too, or not), without, each with the adapter or not
+MODES = 10  # with gradients (of the input too, or not) and without, with the adapter or not, streaming or not
 
 
 def attention_operations() -> list[Any]:

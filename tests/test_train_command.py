@@ -121,13 +121,6 @@ def test_a_precision_that_cannot_be_is_refused_before_anything_is_loaded(run_com
     assert said in run_command.refused(*mistake.split())
 
 
-@pytest.mark.parametrize("other", ["memory.stream_blocks=1", "memory.offload_activations=true"])
-def test_compiled_blocks_that_would_stream_are_refused(run_command, other):
-    assert "memory.compile=true does not go with memory.stream_blocks" in run_command.refused(
-        "memory.compile=true", other
-    )
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_said(run_command):
     message = run_command.refused("device=cuda")

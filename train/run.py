@@ -174,11 +174,6 @@ class MemorySettings:
         for key in ("compile", "offload_activations"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
-        if self.compile and (self.stream_blocks or self.offload_activations):
-            raise ValueError(
-                "memory.compile=true does not go with memory.stream_blocks or memory.offload_activations: compiled "
-                "blocks keep weights and activations where these cannot reach them. Give one of the two"
-            )
 
     def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
         """Let the blocks of `model`, which computes on `device`, run as these settings say."""
