@@ -446,3 +446,23 @@ def test_a_file_that_holds_no_state_of_this_optimizer_is_the_same_error(tmp_path
     torch.save(wrong, place / "optimizer.pt")
     with pytest.raises(ValueError, match=r"step_000007/optimizer\.pt .*delete .*step_000007 to go on"):
         checkpoint.load(place, *trained())
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_while_an_adapter_is_half_written_the_file_that_says_it_is_whole_is_absent(
+    tmp_path, trained, monkeypatch, written
+):
+    wrapped, _ = trained()
+    adapters.save(wrapped, tmp_path, base="tiny")  # an earlier one, of which nothing may seem to be the new one's
+    replace, calls = Path.replace, []
+
+    def cut(self, target):
+        calls.append(target)
+        if len(calls) > written:
+            raise OSError("killed")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", cut)
+    with pytest.raises(OSError, match="killed"):
+        adapters.save(wrapped, tmp_path, base="tiny")
+    assert not (tmp_path / adapters.PEFT_FILE).exists()
