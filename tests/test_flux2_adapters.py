@@ -248,11 +248,11 @@ def test_every_form_gives_back_the_same_model(kind: str, rslora: bool, tmp_path:
     for place in places:
         loaded = fresh(kind)
         adapters.load(loaded, tmp_path / place)
-        assert helpers.relative_error(predict(loaded, kind), wanted) <= 1e-6, place
+        assert helpers.relative_error(predict(loaded, kind), wanted) <= 3e-6, place
         assert not adapters.adapter_parameters(loaded), "what was loaded to be used is frozen"
         assert len(layer_pairs(loaded)) == len(layer_pairs(model))
     by_peft = peft.PeftModel.from_pretrained(fresh(kind), str(tmp_path / "adapter"))
-    assert helpers.relative_error(predict(by_peft.get_base_model(), kind), wanted) <= 1e-6
+    assert helpers.relative_error(predict(by_peft.get_base_model(), kind), wanted) <= 3e-6
 
 
 @pytest.mark.parametrize("kind", ["dev", "klein"])
