@@ -70,6 +70,11 @@ class Source(torch.autograd.Function):
         raise AssertionError("gradients are taken at the outputs of this node, not behind it")
 
 
+def where(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same part of the same memory, also for those without any (train/memory.py)."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
 class Attended:
     """Computes an attention, and keeps in `replay.stored` what its backward reads, but for q, k and v.
 
@@ -80,12 +85,12 @@ class Attended:
 
     def __init__(self, replay: Replay, *inputs: Tensor) -> None:
         self.shelf = shelf = Shelf()  # the graph knows only this, or it would hold itself
-        known = {(tensor.data_ptr(), tensor.shape, tensor.stride()): i for i, tensor in enumerate(inputs)}
+        known = {where(tensor): i for i, tensor in enumerate(inputs)}
 
         shelf.put = replay.put
 
         def pack(tensor: Tensor) -> tuple[bool, int]:
-            place = known.get((tensor.data_ptr(), tensor.shape, tensor.stride()))
+            place = known.get(where(tensor))
             return (True, place) if place is not None else (False, shelf.put(tensor.detach()))
 
         def unpack(found: tuple[bool, int]) -> Tensor:

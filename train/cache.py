@@ -31,6 +31,7 @@ from flux2.sources import ModelSource, fingerprint
 from flux2.weights import load_autoencoder, load_text_encoder
 from train.command import command, own_errors
 from train.folder import make_writable
+from train.outofmemory import watched
 
 Encode = Callable[[list[str]], Tensor]
 
@@ -84,13 +85,15 @@ def fill(
         if accelerator.is_main_process:
             print(f"encoding {missing} {what}")
         bar = tqdm(total=0, unit=what, disable=not accelerator.is_main_process, leave=False)
-        with own_errors(accelerator.process_index), bar:
+        doing = watched(f"while encoding {what}", what, accelerator.device)
+        with own_errors(accelerator.process_index), doing, bar:
             encode = load()
 
             def progress(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
+            encode = load()
             plan.fill(encode, accelerator.process_index, accelerator.num_processes, progress)
         del encode
         gc.collect()

@@ -66,6 +66,11 @@ class Place:
     checkpoint: Path | None = None
 
     @property
+    def origin(self) -> Path:
+        """The run folder that it goes on from."""
+        return self.folder if self.checkpoint is None else self.checkpoint.parent.parent
+
+    @property
     def step(self) -> int:
         """Finished steps."""
         return 0 if self.checkpoint is None else state(self.checkpoint)["step"]

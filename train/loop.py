@@ -30,6 +30,7 @@ from flux2.variants import Variant
 from train import checkpoint
 from train.loss import LogitNormal, Losses, Preservation, Uniform, add_noise, is_number, training_loss
 from train.optim import Schedule, set_rate
+from train.outofmemory import OutOfMemory, watched
 from train.tracking import Metrics, is_first_process, warn
 from train.validate import FixedNoiseLoss, Sampler, check_count
 
@@ -193,13 +194,15 @@ class Training:
                 began = time.perf_counter()
                 self.wrapped.train()
                 torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator(step))))  # for LoRA dropout
-                losses = self.accumulate(model, step)
+                with watched(f"in the forward and backward of step {step + 1}", "step", accelerator.device):
+                    losses = self.accumulate(model, step)
                 clip = settings.max_grad_norm or float("inf")
                 norm = nn.utils.clip_grad_norm_(parameters, clip)
                 self.check_finite(step, losses, norm)
                 set_rate(self.optimizer, rate * self.schedule.factor(step, settings.steps))
                 self.whole = None
-                self.optimizer.step()
+                with watched(f"in the optimizer's update of step {step + 1}", "update", accelerator.device):
+                    self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 
                 self.whole = done = step + 1
@@ -283,15 +286,17 @@ class Training:
         if not self.accelerator.is_main_process:
             return
         self.wrapped.eval()
+        device = self.accelerator.device
         if self.validate is not None and self.is_due(self.settings.validate_every, done):
-            with self.precision():
+            with watched(f"in the validation after step {done}", "validation", device), self.precision():
                 values = values | {"validation_loss": self.validate(self.transformer, self.guidance)}
         if values:
             self.metrics.log(done, **values)
         if self.sampler is not None and self.is_due(self.settings.sample_every, done):
             file = self.place.folder / "samples" / f"step_{done:06d}.png"
             with self.harmless(f"the sheet of pictures after step {done}"):
-                self.sampler.sheet(self.transformer, file)
+                with watched(f"while sampling after step {done}", "samples", device):
+                    self.sampler.sheet(self.transformer, file)
                 self.metrics.picture(done, file)
 
     @contextmanager
@@ -299,7 +304,7 @@ class Training:
         """Within this context what fails is a warning, but for memory that does not suffice."""
         try:
             yield
-        except torch.OutOfMemoryError:
+        except OutOfMemory:
             raise
         except Exception as error:  # a full disk, a picture library: no reason to lose the training
             if hasattr(error, "saved"):
@@ -349,6 +354,9 @@ class Training:
             raise
         except KeyboardInterrupt as error:
             raise Interrupted(f"stopped at once without saving; {self.last()}") from error
+        except OutOfMemory as error:
+            error.saved = self.rescue(self.whole)
+            raise
         except Exception as error:
             if not isinstance(error, TrainingError) and not hasattr(error, "saved"):  # these say it themselves
                 error.add_note(self.rescue(self.whole))

@@ -56,10 +56,12 @@ from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
 from train import checkpoint, folder
 from train.cache import LocalTextEncoder, Prepared, prepare
+from train.choose import FREE, advice, choice_of, completed, planned, still_fits
 from train.command import checked, command, made, own_errors
 from train.loop import LoopSettings, Training
 from train.loss import Preservation, is_number
 from train.optim import build
+from train.outofmemory import OutOfMemory, watched
 from train.tracking import Metrics
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings, check_count
 
@@ -158,7 +160,7 @@ class PrecisionSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The group `memory`."""
+    """The group `memory`. With `card_gb` train/choose.py chooses what is null."""
 
     checkpointing: str
     budget_gb: float | None = None
@@ -166,6 +168,7 @@ class MemorySettings:
     attention: list[str] | None = None
     stream_blocks: int | float = 0
     offload_activations: bool = False
+    card_gb: float | str | None = None
 
     def __post_init__(self) -> None:
         check_policy(self.checkpointing, self.budget_gb)
@@ -174,6 +177,8 @@ class MemorySettings:
         for key in ("compile", "offload_activations"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
+        if self.card_gb is not None and self.card_gb != FREE and not is_number(self.card_gb, 1):
+            raise ValueError(f"card_gb={self.card_gb!r} must be a number of GB, `{FREE}`, or null")
 
     def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
         """Let the blocks of `model`, which computes on `device`, run as these settings say."""
@@ -254,7 +259,8 @@ class Run:
         top = {key: value for key, value in self.config.items() if key not in GROUPS}
         self.model: ModelSettings = checked("model", self.config["model"], ModelSettings)
         self.settings: RunSettings = checked("", top, RunSettings)
-        self.memory: MemorySettings = checked("memory", self.config["memory"], MemorySettings)
+        self.given_memory = dict(self.config["memory"])
+        self.memory: MemorySettings = checked("memory", completed(self.given_memory), MemorySettings)
         chosen: PrecisionSettings = checked("precision", self.config["precision"], PrecisionSettings)
         self.validation: ValidationSettings = checked("validation", self.config["validation"], ValidationSettings)
         self.sample: SampleSettings = checked("sample", self.config["sample"], SampleSettings)
@@ -262,7 +268,6 @@ class Run:
         self._place: checkpoint.Place | None = None
         self._lock: folder.Lock | None = None
         self.source = self.model.source()
-        self.streamed = streamed_blocks(self.variant.transformer, self.memory.stream_blocks, "memory.stream_blocks")
         self.accelerator = make_accelerator(self.settings.device)
         self.precision = chosen.on(self.accelerator.device)
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
@@ -272,7 +277,15 @@ class Run:
         self.preservation: Preservation = self.instantiate("preservation")
         self.text_encoder: LocalTextEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
+        if self.memory.card_gb is not None:
+            self.set_memory(*planned(self, self.given_memory))
         self.rehearse()
+
+    def set_memory(self, chosen: dict[str, Any], why: str) -> None:
+        """Use what was chosen as the group `memory`, also in the configuration that is kept."""
+        self.config["memory"] = chosen
+        self.memory = checked("memory", chosen, MemorySettings)
+        self.say(why)
 
     def rehearse(self) -> None:
         """Attach to a model without memory, and open pictures: what cannot work says so now and not in an hour."""
@@ -285,6 +298,11 @@ class Run:
         self.attention_backend()
         for path in self.sample.references:
             open_picture(path).load()
+
+    @property
+    def streamed(self) -> list[str]:
+        """Names of the blocks that stream."""
+        return streamed_blocks(self.variant.transformer, self.memory.stream_blocks, "memory.stream_blocks")
 
     @property
     def variant(self) -> Variant:
@@ -406,6 +424,12 @@ class Run:
         # frozen and the same in all processes: what streams has nothing to be exchanged
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, offloader.names(wrapped))
 
+    def keep_memory(self, place: checkpoint.Place) -> None:
+        """Go on with what was chosen when the run began, if that fits here too and no other choice is asked for."""
+        kept = checkpoint.configuration(place.origin).get("memory", {})
+        if kept != self.config["memory"] and still_fits(self, kept):
+            self.set_memory(kept, f"memory as when the run began: {choice_of(kept)}")
+
     def train(self) -> Path:
         """Prepare, train, and return the folder of the finished adapter."""
         place = self.place()
@@ -417,6 +441,8 @@ class Run:
     def train_in(self, place: checkpoint.Place) -> Path:
         """Prepare and train in a folder that is held."""
         settings, accelerator = self.settings, self.accelerator
+        if place.checkpoint is not None and self.memory.card_gb is not None:
+            self.keep_memory(place)
         dataset, prepared = self.prepare()
         trained, validated = self.validation.split(len(dataset), settings.seed)
         captions = [sample.caption for sample in dataset]
@@ -427,14 +453,15 @@ class Run:
             f"attention: {self.attention_backend()}"
         )
         copies = Path(settings.quantised_dir).expanduser() if settings.quantised_dir else None
-        with own_errors(accelerator.process_index):
+        loading = watched("while loading the transformer", "step", accelerator.device)
+        with own_errors(accelerator.process_index), loading:
             transformer = load_transformer(
                 self.source, accelerator.device, self.precision, host=self.streamed, cache=copies, say=self.say
             )
-        self.say(describe(transformer, self.precision, accelerator.device))
-        self.memory.apply(transformer, accelerator.device, self.buckets)
-        wrapped = self.make_adapter(transformer, seed=settings.seed)
-        self.stream(transformer, wrapped)
+            self.say(describe(transformer, self.precision, accelerator.device))
+            self.memory.apply(transformer, accelerator.device, self.buckets)
+            wrapped = self.make_adapter(transformer, seed=settings.seed)
+            self.stream(transformer, wrapped)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
         trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
         self.say(f"{len(trained)} samples, {trainable:,} trained parameters, {settings.steps} steps in {place.folder}")
@@ -486,7 +513,10 @@ class Run:
 def main(config: DictConfig) -> None:
     """Train one configuration and say where everything is."""
     run = Run(config)
-    adapter = run.train()
+    try:
+        adapter = run.train()
+    except OutOfMemory as error:
+        raise ValueError(f"{error} {advice(run, error)}") from None
     run.say(f"adapter   {adapter}")
     run.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if run.sample.prompts and run.settings.sample_every:

@@ -62,11 +62,13 @@ class FixedNoiseLoss:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, guidance: float | None) -> float:
-        """The mean over samples and times; one sample at a time, so that it needs no more memory than training."""
+        """The mean over samples and times; one prediction at a time, so that it needs no more memory than training."""
         losses = []
         for i, (entry, caption) in enumerate(self.chosen):
             noised, text = self.sample(i, entry, caption, next(model.parameters()).device)
-            losses.append((noised.predict(model, text, guidance) - noised.target).square().mean())
+            for row in range(len(TIMES)):
+                at = slice(row, row + 1)
+                losses.append((noised.predict(model, text[at], guidance, at) - noised.target[at]).square().mean())
         return torch.stack(losses).mean().item()
 
     def sample(self, i: int, entry: LatentEntry, caption: str, device: torch.device) -> tuple[Noised, Tensor]:

@@ -1,0 +1,197 @@
+"""train/memory.py counts what really happens: compared with running models, and with PyTorch's own profiler."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import helpers
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from flux2.adapters import attach
+from flux2.checkpointing import set_policy
+from flux2.model import Transformer
+from flux2.quantised import Nf4Linear, quant_map
+from train import memory
+from train.memory import Count, Shape, autoencoder_peaks, gpu_kernels, size, step, train_block, train_end
+
+CONFIG = replace(helpers.TRANSFORMERS["dev"], double_blocks=2, single_blocks=3)
+SHAPE = Shape(2, 96, 32, 96)
+
+
+@contextmanager
+def no_kernels():
+    yield
+
+
+@pytest.fixture
+def as_on_a_cpu(monkeypatch):
+    """Count a CPU's kernels, as a CPU is what there is to compare with."""
+    monkeypatch.setattr(memory, "gpu_kernels", no_kernels)
+
+
+def model(device="cpu") -> Transformer:
+    with torch.device(device):
+        made = Transformer(CONFIG)
+        attach(made, rank=4)
+    return made.train()
+
+
+def runner(policy: str):
+    """What runs a block under a policy."""
+    network = Transformer.__new__(Transformer)
+    torch.nn.Module.__init__(network)
+    set_policy(network, policy)
+    return network.run_block
+
+
+def inputs(shape: Shape):
+    made = helpers.transformer_inputs(CONFIG, batch=shape.rows, size=(8, shape.image // 8), text=shape.text)
+    return made
+
+
+def whole_step(network: Transformer) -> tuple[int, int]:
+    """(kept after the forward, peak), in bytes, of a forward and backward through a whole model, really run."""
+    given = inputs(SHAPE)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    known = [*network.parameters(), *grads, *(value for value in given.values() if value is not None)]
+    with Count(known) as count:
+        loss = network(**given).square().mean()
+        kept = count.live
+        loss.backward()
+    return kept, count.peak
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "selective"])
+def test_a_model_takes_the_sum_of_its_blocks(policy, as_on_a_cpu):
+    network = model()
+    set_policy(network, policy)
+    kept, peak = whole_step(network)
+    shadow = model("meta")
+    costs = [
+        train_block(shadow, block, runner(policy), SHAPE, torch.float32, False)
+        for block in [*shadow.double_blocks, *shadow.single_blocks]
+    ]
+    stream = 4 * SHAPE.rows * SHAPE.tokens * CONFIG.hidden
+    outside = outside_blocks(SHAPE)
+    prediction = 4 * SHAPE.rows * SHAPE.predicted * CONFIG.channels
+    end = train_end(shadow, SHAPE, torch.float32, False)
+    assert sum(cost.kept for cost in costs) + stream + outside + prediction == pytest.approx(kept, rel=0.03)
+    assert sum(step(costs, end)) + stream + outside == pytest.approx(peak, rel=0.06)
+
+
+def outside_blocks(shape: Shape) -> int:
+    """Bytes that stay while blocks run and belong to none: modulations and angles."""
+    sets = 2 * 2 * 3 + 3
+    return 4 * (shape.rows * CONFIG.hidden * sets + shape.tokens * CONFIG.head_dim)
+
+
+def profiled_peak(work) -> int:
+    """The most bytes that PyTorch's allocator had handed out at once during `work`, above those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("kind", ["double_blocks", "single_blocks"])
+def test_a_block_takes_what_pytorchs_profiler_sees(kind, as_on_a_cpu):
+    network, policy = model(), runner("full")
+    block = getattr(network, kind)[0]
+    cost = train_block(model("meta"), getattr(model("meta"), kind)[0], policy, SHAPE, torch.float32, False)
+    tokens, rest = memory.arguments(network, block, SHAPE, torch.float32)
+    with torch.no_grad():
+        for tensor in tokens:
+            tensor.normal_()
+    for parameter in block.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def work():
+        out = policy(block, *tokens, *rest)
+        ends = out if isinstance(out, tuple) else (out,)
+        torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+
+    output = 4 * SHAPE.rows * SHAPE.tokens * CONFIG.hidden  # which this test holds
+    assert profiled_peak(work) == pytest.approx(cost.kept + cost.backward + output, rel=0.06)
+
+
+def test_what_a_block_keeps_is_what_autograd_saves(as_on_a_cpu):
+    network = model()
+    block = network.single_blocks[0]
+    cost = train_block(model("meta"), model("meta").single_blocks[0], runner("none"), SHAPE, torch.float32, False)
+    (x,), rest = memory.arguments(network, block, SHAPE, torch.float32)
+    known = {tensor.untyped_storage()._cdata for tensor in block.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        for tensor in rest[0]:
+            known.add(tensor.untyped_storage()._cdata)
+        out = block(x, *rest)
+    total = sum(nbytes for nbytes, _ in saved.values())
+    assert total == pytest.approx(cost.kept, rel=0.1)
+    assert out.shape == x.shape
+
+
+def test_the_count_follows_tensors_to_their_end():
+    with Count() as count:
+        one = torch.zeros(1000)
+        view = one[10:]
+        assert count.live == 4096
+        two = one + 1
+        assert (count.live, count.peak) == (8192, 8192)
+        del one
+        assert count.live == 8192  # the view holds it
+        del view, two
+        assert count.live == 0
+        assert count.start() == 0
+        torch.zeros(8, 16) @ torch.zeros(16, 4)
+    assert count.work.flops == {"fp32": 2 * 8 * 16 * 4}
+
+
+def test_the_gpus_kernels_stand_in_for_a_while_only():
+    import torch.nn.functional as functional
+
+    before = (functional.layer_norm, functional.rms_norm, functional.scaled_dot_product_attention)
+    options = (Nf4Linear.out_devices, Nf4Linear.dequantise)
+    with gpu_kernels():
+        assert functional.layer_norm is not before[0]
+    assert before == (functional.layer_norm, functional.rms_norm, functional.scaled_dot_product_attention)
+    assert options == (Nf4Linear.out_devices, Nf4Linear.dequantise)
+    assert not isinstance(quant_map(torch.device("cpu")), torch._subclasses.FakeTensor)
+
+
+def test_under_autocast_a_layer_norm_gives_float32_and_attention_bfloat16():
+    import torch.nn.functional as functional
+
+    with gpu_kernels(), FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        x = torch.empty(2, 3, 8, 16, dtype=torch.bfloat16)
+        assert functional.layer_norm(x, (16,)).dtype == torch.float32
+        assert functional.scaled_dot_product_attention(x.float(), x.float(), x.float()).dtype == torch.bfloat16
+
+
+def test_a_picture_in_the_autoencoder_takes_more_the_larger_it_is():
+    config = helpers.AUTOENCODER
+    weights, encode, decode = autoencoder_peaks(config, 64, 64)
+    larger = autoencoder_peaks(config, 128, 64)
+    assert larger[0] == weights
+    assert 1.7 < larger[1] / encode < 2.1
+    assert 1.7 < larger[2] / decode < 2.1
+
+
+def test_sizes_are_bytes():
+    assert size([torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)]) == 16

@@ -1,0 +1,434 @@
+"""train/plan.py and what it stands on: the figures, the choices, and what is said where memory does not suffice."""
+
+import socket
+import weakref
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pkgutil import resolve_name
+
+import bitsandbytes
+import psutil
+import pytest
+import torch
+from omegaconf import OmegaConf
+from train_helpers import adapter, compose, one_message, same_tensors
+
+from flux2.adapters import attach
+from flux2.precision import Precision
+from flux2.variants import VARIANTS
+from flux2.weights import load_text_encoder
+from train import cards, plan
+from train import choose as choosing
+from train import run as train_run
+from train.cards import GIB, SIZES, gpu, measured, usable
+from train.choose import advice, choose, free_bytes, skeleton, step_down
+from train.outofmemory import OutOfMemory, amounts, is_out_of_memory, watched
+from train.predict import Choice, Job, Planner, optimizer_bytes, text_encoder_bytes, trained
+from train.run import Run
+
+pytest_plugins = ("train_helpers",)
+
+ADAMW = partial(torch.optim.AdamW, lr=1e-4)
+H200 = gpu("NVIDIA H200", 141)
+
+
+def job(name="dev", storage=None, side=1024, references=(), rank=16, dtype=torch.bfloat16, **more) -> Job:
+    """A job as PERFORMANCE.md counts them: one picture, rank 16 on all block linears, AdamW."""
+    precision = Precision(dtype, storage, matmul="fp8" if storage == "fp8" else "auto")
+    variant = VARIANTS[name]
+    model = skeleton(variant, precision, lambda model: attach(model, rank=rank))
+    return Job(variant, model, dtype, ADAMW, (side, side), list(references), **more)
+
+
+@pytest.fixture(scope="module")
+def planner():
+    """`planner("dev", storage="nf4")`: made once for the arguments."""
+    made = {}
+
+    def get(*arguments, **more) -> Planner:
+        key = (arguments, tuple(sorted(more.items())))
+        if key not in made:
+            made[key] = Planner(job(*arguments, **more))
+        return made[key]
+
+    return get
+
+
+# ------------------------------------------------------------------ figures
+
+
+@pytest.mark.parametrize(
+    ("name", "storage", "expected"),
+    [
+        ("dev", None, 64.4),
+        ("dev", "fp8", 33.0),
+        ("dev", "nf4", 17.8),
+        ("klein_base_9b", None, 18.2),
+        ("klein_base_9b", "fp8", 9.4),
+        ("klein_base_9b", "nf4", 5.2),
+        ("klein_base_4b", None, 7.8),
+        ("klein_base_4b", "fp8", 4.1),
+        ("klein_base_4b", "nf4", 2.3),
+    ],
+)
+def test_weights_take_what_their_shapes_say(planner, name, storage, expected):
+    found = planner(name, storage=storage)
+    assert (sum(found.weights) + found.other_weights) / 1e9 == pytest.approx(expected, rel=0.02)
+
+
+def test_two_layouts_of_fp8_take_what_bfloat16_takes():
+    precision = Precision(torch.bfloat16, "fp8", matmul="fp8", keep_both_layouts=True)
+    model = skeleton(VARIANTS["dev"], precision, lambda model: attach(model, rank=1))
+    found = Planner(Job(VARIANTS["dev"], model, torch.bfloat16, ADAMW, (16, 16)))
+    assert (sum(found.weights) + found.other_weights) / 1e9 == pytest.approx(64.4, rel=0.01)
+
+
+def test_the_adapter_of_rank_16_takes_1_6_gb_with_its_optimizer(planner):
+    parts = planner("dev").adapter
+    assert sum(parts.values()) / 1e9 == pytest.approx(1.56, rel=0.01)
+    assert parts["adapter"] == parts["its gradients"] == parts["optimizer"] / 2
+
+
+def test_what_full_and_selective_recompute_keep_of_dev_at_1024(planner):
+    found = planner("dev")
+    kept, working, _ = found.blocks("full")
+    blocks = 56 * 4608 * 6144 * 2 / 1e9
+    assert blocks == pytest.approx(3.2, rel=0.02)
+    assert kept / 1e9 == pytest.approx(blocks * (1 + 8 / 56), rel=0.01)  # inputs; in double blocks a projection too
+    assert 1.0 < working / 1e9 < 2.4
+    assert (found.blocks("selective")[0] - kept) / 1e9 == pytest.approx(blocks, rel=0.05)  # the attention
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "references", "teraflops"),
+    [
+        ("dev", 512, 0, 268),
+        ("dev", 1024, 0, 891),
+        ("dev", 1024, 1, 1905),
+        ("klein_base_9b", 1024, 0, 243),
+        ("klein_base_4b", 512, 0, 32),
+        ("klein_base_4b", 1024, 0, 114),
+    ],
+)
+def test_the_work_of_a_forward_a_recompute_and_a_backward(planner, name, side, references, teraflops):
+    """The table counts the recompute as a whole forward; the adapter's products are about 1 % more."""
+    found = planner(name, side=side, references=((1024, 1024),) * references)
+    once = found.blocks("none")[2] + found.inference(found.job.shape, True)[1]
+    assert sum(once.flops.values()) / 1e12 == pytest.approx(teraflops, rel=0.025)
+
+
+def test_the_time_of_the_products_is_that_of_the_table(planner):
+    found = planner("dev")
+    work = found.blocks("none")[2] + found.inference(found.job.shape, True)[1]
+    assert H200.seconds(replace(work, bytes=0)) == pytest.approx(1.205, rel=0.02)
+    quick = planner("dev", storage="fp8")
+    work = quick.blocks("none")[2] + quick.inference(quick.job.shape, True)[1]
+    assert H200.seconds(replace(work, bytes=0)) == pytest.approx(0.750, rel=0.03)
+
+
+def test_streaming_a_whole_model_is_bound_by_the_bus(planner):
+    found = planner("dev", side=256)
+    slow = found.predict(Choice("full", stream_blocks=56))
+    assert slow.seconds(H200) == pytest.approx(2 * 62.8 / 50, rel=0.01)
+    assert found.predict(Choice("full")).seconds(H200) < 0.5 * slow.seconds(H200)
+
+
+def test_an_optimizer_is_measured_by_a_step_of_it():
+    parameters = [torch.nn.Parameter(torch.zeros(100, 50)), torch.nn.Parameter(torch.zeros(10))]
+    assert optimizer_bytes(ADAMW, parameters) == 8 * 5010
+    assert optimizer_bytes(partial(torch.optim.SGD, lr=1.0), parameters) == 0
+    assert optimizer_bytes(partial(torch.optim.SGD, lr=1.0, momentum=0.9), parameters) == 4 * 5010
+    assert optimizer_bytes(partial(bitsandbytes.optim.AdamW8bit, lr=1.0), parameters) == 2 * (5000 + 4 * 20) + 8 * 10
+
+
+def test_the_text_encoders_are_as_large_as_published():
+    found = {}
+    for name in ("dev", "klein_base_9b", "klein_base_4b"):
+        phases = Planner(replace(job("tiny"), variant=VARIANTS[name])).encoders({})
+        found[name] = phases["prompts"]["text encoder"] / 1e9
+    # of 24, 8.2 and 4.0 billion parameters those of the layers that are read, in two bytes, without output heads
+    assert found == pytest.approx({"dev": 34.7, "klein_base_9b": 11.7, "klein_base_4b": 6.2}, rel=0.02)
+
+
+def test_a_text_encoder_on_this_disk_is_counted_by_its_own_sizes():
+    run = Run(compose("model=tiny", "device=cpu"))
+    sizes = choosing.text_sizes(run.source)
+    held, activations = text_encoder_bytes(run.variant.text, 64, 32, torch.float32, sizes)
+    model = load_text_encoder(run.source, dtype=torch.float32).model
+    assert held == sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert 0 < activations < held
+
+
+# ------------------------------------------------------------------ choices
+
+
+@pytest.mark.parametrize("storage", [None, "fp8", "nf4"])
+def test_a_choice_fits_and_a_larger_card_never_gets_a_slower_one(planner, storage):
+    found = planner("dev", storage=storage)
+    times = []
+    for card in SIZES:
+        chosen = choose(found, {}, usable(card), H200)
+        if chosen is None:
+            assert not times, "a larger card must fit what a smaller one does"
+            continue
+        assert chosen.training <= usable(card)
+        times.append(chosen.seconds(H200))
+    assert len(times) >= 6
+    assert times == sorted(times, reverse=True)
+
+
+def test_the_same_question_gets_the_same_answer(planner):
+    answers = {choose(planner("dev"), {}, usable(24), H200).choice for _ in range(3)}
+    again = Planner(job("dev"))
+    assert answers == {choose(again, {}, usable(24), H200).choice}
+
+
+def test_more_recompute_and_more_streaming_never_take_more(planner):
+    found = planner("dev")
+    for between in ([Choice("budget", 20.0), Choice("budget", 5.0)], [Choice("selective")]):
+        choices = [Choice("none"), *between, Choice("full")]
+        totals = [found.predict(choice).total("step") for choice in choices]
+        assert totals == sorted(set(totals), reverse=True)
+    streamed = [found.predict(Choice("full", stream_blocks=number)).total("step") for number in range(3, 57)]
+    assert streamed == sorted(streamed, reverse=True)
+    assert found.predict(Choice("full", offload_activations=True)).total("step") < totals[-1]
+
+
+def test_what_is_given_is_not_chosen(planner):
+    found = planner("dev", storage="nf4")
+    assert choose(found, {"stream_blocks": 10}, usable(80), H200).choice.stream_blocks == 10
+    assert choose(found, {"checkpointing": "full"}, usable(141), H200).choice == Choice("full")
+    assert choose(found, {"checkpointing": "none"}, usable(24), H200) is None
+
+
+def test_nothing_leaves_the_device_that_need_not(planner):
+    assert choose(planner("klein_base_4b"), {}, usable(141), H200).choice == Choice("none")
+
+
+def test_stepping_down_takes_less_each_time_and_comes_to_an_end(planner):
+    found, now, sizes = planner("klein_base_4b"), Choice("none"), []
+    while now is not None:
+        sizes.append(found.predict(now).training)
+        assert len(sizes) < 200
+        now = step_down(found, now, H200, short=5e8)
+    assert len(sizes) > 3
+    assert all(after <= before - 5e8 for before, after in pairwise(sizes))
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("the planner needs no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["+experiment=tarot"], ["dev in bfloat16: 2 pictures of 4096 tokens with 512 of text", "34.7", "predicted"]),
+        (["+experiment=tarot", "+card=24", "batch_size=1"], ["For a card of 24 GB memory=auto would choose"]),
+        (["model=klein_base_4b"], ["klein_base_4b in bfloat16: 4 pictures of 4096 tokens"]),
+        (["model=tiny"], ["tiny in bfloat16: 4 pictures of 64 tokens"]),
+        (["model=tiny", "device=cpu"], ["tiny in float32", "in host memory"]),
+        (["+experiment=demo", "memory=8gb"], ["For a card of 8 GB", "10 pictures"]),
+    ],
+)
+def test_the_command_prints_the_plan_offline_and_without_weights(run_command, offline, arguments, said):
+    before = psutil.Process().memory_info().rss
+    code, out, err = run_command(*arguments, task=plan.main)
+    assert (code, err) == (0, "")
+    assert all(part in out for part in said), out
+    assert psutil.Process().memory_info().rss - before < 1e9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["+card=big"], "card='big' must be the size of a card in GB"),
+        (["memory=30gb"], "memory=30gb is not a choice"),
+        (["memory=auto", "memory.card_gb=lots"], "memory.card_gb='lots' must be a number of GB"),
+        (["+memory.card=24"], "memory.card=24 is not a setting"),
+        (["memory.checkpointing=some"], "memory.checkpointing='some' is not a policy"),
+        (["model.resolution=big"], "model.resolution='big' must be a whole number"),
+    ],
+)
+def test_bad_input_is_one_message(run_command, arguments, said):
+    assert said in run_command.refused(*arguments, task=plan.main)
+
+
+def test_a_measurement_counts_for_its_gpu_and_setting_alone(tmp_path):
+    setting = {"model": "dev", "checkpointing": "full"}
+    (tmp_path / "a.json").write_text(
+        '{"hardware": "NVIDIA H200, 132 SMs", "setting": {"model": "dev", "checkpointing": "full"},'
+        ' "seconds": {"flux2-lora": {"median": 0.9}}}'
+    )
+    assert measured("NVIDIA H200", setting, tmp_path) == 0.9
+    assert measured("NVIDIA H100", setting, tmp_path) is None
+    assert measured("NVIDIA H200", setting | {"checkpointing": "none"}, tmp_path) is None
+    assert measured(None, setting, tmp_path) is None
+
+
+def test_every_gpu_has_its_figures():
+    for name, size in (("NVIDIA GeForce RTX 4090", 24), ("NVIDIA H100 80GB HBM3", 80), ("NVIDIA A100-SXM4-40GB", 40)):
+        assert gpu(name, size).name in name
+    assert {gpu(None, size).size for size in SIZES} == set(SIZES)
+    assert all(known.bf16 < (known.fp8 or 1e9) for known in cards.GPUS)
+    assert usable(24) == int(23 * GIB * 0.97)
+
+
+# ------------------------------------------------------------------ runs
+
+
+def test_what_is_chosen_is_what_a_run_applies_and_keeps(train, small, monkeypatch):
+    seen = []
+    original = train_run.set_policy
+
+    def noted(model, policy, **options):
+        seen.append((policy, next(model.parameters()).is_meta))
+        original(model, policy, **options)
+
+    monkeypatch.setattr(train_run, "set_policy", noted)
+    run = train("run", "memory=8gb", "steps=1")
+    kept = OmegaConf.load(run / "config.yaml").memory
+    assert (kept.card_gb, kept.checkpointing, kept.budget_gb) == (8, "none", None)
+    assert seen == [("none", True), ("none", False)]  # rehearsed, and then the model that trains
+
+
+def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
+    monkeypatch.setattr("train.choose.free_bytes", lambda device: 7 * GIB)
+    run = Run(compose(*small("memory=auto")))
+    assert run.config["memory"]["card_gb"] == 8
+    assert run.memory.checkpointing == "none"
+    assert "memory for 8 GB: memory.checkpointing=none, the fastest that is predicted to fit" in capsys.readouterr().out
+    assert free_bytes(torch.device("cpu")) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_a_run_that_cannot_fit_says_what_would(small):
+    with pytest.raises(ValueError, match=r"memory.card_gb=1: this run does not fit. With memory.checkpointing=\w+"):
+        Run(compose(*small("memory=auto", "memory.card_gb=1")))
+
+
+def test_a_resumed_run_keeps_what_was_chosen_for_it(train, small, monkeypatch, tmp_path, capsys):
+    run = train("run", "memory=auto", "memory.card_gb=8", "steps=2", "checkpoint_every=2")
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("checkpointing: none", "checkpointing: full"))  # as by another planner
+    train("run", "memory=auto", "memory.card_gb=9", "steps=3", f"resume={run}")
+    assert "memory as when the run began: memory.checkpointing=full" in capsys.readouterr().out
+    assert OmegaConf.load(file).memory.checkpointing == "full"
+
+
+# ------------------------------------------------------------------ out of memory
+
+
+def raise_for_cpu(*arguments, **options):
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def raise_for_gpu(*arguments, **options):
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.50 GiB is "
+        "free. Including non-PyTorch memory, this process has 21 GiB memory in use."
+    )
+
+
+def test_the_amounts_are_read_from_pytorchs_messages():
+    for cause, asked, free in ((raise_for_gpu, 2.5 * GIB, 1.5 * GIB), (raise_for_cpu, 2**60, 0)):
+        with pytest.raises(RuntimeError) as caught:
+            cause()
+        assert is_out_of_memory(caught.value)
+        assert amounts(str(caught.value)) == (asked, free)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_other_errors_pass_and_the_step_is_let_go():
+    with pytest.raises(RuntimeError, match=r"^shapes$"), watched("", "step", torch.device("cpu")):
+        raise RuntimeError("shapes")
+    held = []
+
+    def work():
+        big = torch.zeros(1000)
+        held.append(weakref.ref(big))
+        raise_for_cpu()
+
+    with pytest.raises(OutOfMemory) as caught, watched("while testing", "step", torch.device("cpu")):
+        work()
+    assert held[0]() is None
+    assert caught.value.asked == 2**60
+    assert str(caught.value).startswith(f"out of memory while testing: {2**60 / 1e9:.2f} GB asked for, ")
+
+
+@pytest.mark.parametrize("cause", [raise_for_cpu, raise_for_gpu])
+def test_a_step_without_memory_saves_the_state_and_names_the_next_setting(
+    run_command, small, at_step, tmp_path, train, cause
+):
+    at_step(3, cause)
+    folder = tmp_path / "run"
+    code, _, err = run_command(*small(f"output_dir={folder}", "memory.checkpointing=none"))
+    message = one_message(err)
+    assert code == 2
+    assert "out of memory in the forward and backward of step 4: " in message
+    assert f"The state after step 3 is saved in {folder}/checkpoints/step_000003; go on with resume={folder}" in message
+    assert ("2.68 GB asked for, 1.61 GB free" in message) == (cause is raise_for_gpu)
+    whole = train("whole", "memory.checkpointing=none")
+    code, _, err = run_command(*small(f"resume={folder}", "memory.checkpointing=full"))
+    assert code == 0
+    assert same_tensors(adapter(folder), adapter(whole))
+
+
+def test_the_first_step_has_nothing_to_save(run_command, small, at_step, tmp_path):
+    at_step(0, raise_for_gpu)
+    message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}"))
+    assert "in the forward and backward of step 1" in message
+    assert "Nothing was trained yet that could be lost." in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "doing", "saved"),
+    [
+        ("train.run.load_transformer", "while loading the transformer", False),
+        ("train.validate.FixedNoiseLoss.__call__", "in the validation after step 2", True),
+        ("train.validate.Sampler.sheet", "while sampling after step 2", True),
+        ("torch.optim.AdamW.step", "in the optimizer's update of step 1", False),
+        ("flux2.autoencoder.Autoencoder.encode", "while encoding pictures", False),
+        ("flux2.text_encoder.TextEncoder.encode", "while encoding prompts", False),
+    ],
+)
+def test_what_was_being_done_is_named(run_command, small, monkeypatch, tmp_path, place, doing, saved):
+    owner, _, name = place.rpartition(".")
+    owner = resolve_name(owner)
+    original, calls, at = getattr(owner, name), [], 2 if "after step 2" in doing else 1
+
+    def once(*arguments, **options):
+        calls.append(1)
+        return raise_for_gpu() if len(calls) == at else original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, once)
+    folder = tmp_path / "run"
+    every = ["validate_every=2", "sample_every=2", "sample.prompts=[a cup]", "sample.steps=1"]
+    message = run_command.refused(*small(f"output_dir={folder}", f"cache_dir={tmp_path / 'cache'}", *every))
+    assert f"out of memory {doing}: 2.68 GB asked for, 1.61 GB free." in message
+    assert ((folder / "checkpoints" / "step_000002").exists()) == saved
+    assert ("step_000002" in message) == saved
+
+
+def test_the_advice_is_a_setting_that_takes_less(small):
+    run = Run(compose(*small("memory.checkpointing=none")))
+    said = advice(run, OutOfMemory("", "step", 0, 0))
+    assert said.startswith("Next step down: memory.checkpointing=")
+    said = advice(run, OutOfMemory("", "step", 10**15, 0))
+    assert said == "Less is needed with batch_size=1 with more gradient_accumulation or a smaller buckets.resolution."
+    assert "train/cache.py" in advice(run, OutOfMemory("", "prompts", 0, 0))
+    assert "reference_resolution" in advice(run, OutOfMemory("", "pictures", 0, 0))
+
+
+def test_trained_parameters_are_the_adapters():
+    model = job("tiny", rank=2).model
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert len(trained(model)) == sum(".lora_" in name for name, _ in model.named_parameters())

@@ -1,0 +1,246 @@
+"""How to set the group `memory` so that a run fits: for `memory=auto`, for the presets, and after an error.
+
+The fastest setting that is predicted to fit is chosen, and nothing else is looked at, so the choice for a size of
+memory is always the same, and more memory never gets a slower one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from flux2.checkpointing import POLICIES
+from flux2.model import Transformer
+from flux2.pipeline import pick_dtype
+from flux2.precision import Precision, convert
+from flux2.sources import ModelSource
+from flux2.variants import Variant
+from train.cards import CONTEXT_GB, GIB, Gpu, gpu, usable
+from train.outofmemory import OutOfMemory
+from train.predict import Choice, Job, Planner, Prediction
+
+if TYPE_CHECKING:
+    from train.run import Run
+
+CHOSEN = ("checkpointing", "budget_gb", "stream_blocks", "offload_activations")  # keys of `memory` that may be null
+FREE = "free"  # memory.card_gb: whatever is free on the device at hand
+
+
+def policies(planner: Planner, fixed: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """Ways to recompute, with their budgets; those with a budget from the most blocks kept to the fewest."""
+    for policy in [fixed["checkpointing"]] if "checkpointing" in fixed else POLICIES:
+        if policy != "budget":
+            yield policy, None
+        elif "budget_gb" in fixed:
+            yield policy, fixed["budget_gb"]
+        else:
+            budgets = (planner.budget_for(count) for count in range(len(planner.weights) - 1, 0, -1))
+            yield from ((policy, budget) for budget in budgets)
+
+
+def choices(planner: Planner, fixed: Mapping[str, Any], limit: float) -> Iterator[Prediction]:
+    """Ways to set the group `memory` that fit `limit` bytes, each with as few streamed blocks as that takes.
+
+    Args:
+        fixed: keys of the group that are not to be chosen, with their values.
+    """
+    total = len(planner.weights)
+    for policy, budget in policies(planner, fixed):
+        for away in [fixed["offload_activations"]] if "offload_activations" in fixed else [False, True]:
+            if away and policy in ("none", "budget") and "offload_activations" not in fixed:
+                continue  # block inputs are little of what is kept then
+            numbers = [fixed["stream_blocks"]] if "stream_blocks" in fixed else range(total + 1)
+            if policy == "budget" and len(numbers) > 1:
+                numbers = [0]  # what streams must be waited for sooner the less is computed
+            for number in numbers:
+                prediction = planner.predict(Choice(policy, budget, number, away))
+                if prediction.training <= limit:
+                    yield prediction
+                    break
+
+
+def choose(planner: Planner, fixed: Mapping[str, Any], limit: float, on: Gpu) -> Prediction | None:
+    """The fastest choice, as predicted, that fits `limit` bytes while the transformer is loaded; None if none does.
+
+    The same arguments give the same choice. Of those that take as long, it is the one that leaves most on the device.
+    """
+    found = choices(planner, fixed, limit)
+    return min(found, key=lambda p: (round(p.seconds(on), 6), p.moved, p.training), default=None)
+
+
+def step_down(planner: Planner, now: Choice, on: Gpu, short: float = 0.0) -> Choice | None:
+    """The fastest choice that needs less than `now`, by `short` bytes at least; None if there is none."""
+    found = choose(planner, {}, planner.predict(now).training - max(short, 1.0), on)
+    return None if found is None else found.choice
+
+
+# ------------------------------------------------------------------ the job of a run
+
+
+def text_sizes(source: ModelSource) -> dict[str, int]:
+    """Sizes of a text encoder that is on this disk, from its config.json; empty if it is not, or is of another kind."""
+    file = Path(source.where("text_encoder")).expanduser() / "text_encoder" / "config.json"
+    if not file.is_file():
+        return {}
+    values = json.loads(file.read_text())
+    values = values.get("text_config", values)
+    keys = {"mlp": "intermediate_size", "heads": "num_attention_heads", "pairs": "num_key_value_heads"}
+    keys |= {"head": "head_dim", "words": "vocab_size"}
+    return {name: values[key] for name, key in keys.items()} if set(keys.values()) <= values.keys() else {}
+
+
+def skeleton(variant: Variant, precision: Precision, adapt: Callable[[Transformer], object]) -> Transformer:
+    """The transformer in its precision and with its adapter, on the meta device."""
+    with torch.device("meta"):
+        model = Transformer(variant.transformer).to(precision.dtype)
+        convert(model, precision, "cpu")
+        adapt(model)
+    return model
+
+
+def planned_precision(run: Run, on_gpu: bool) -> Precision:
+    """That of a run, as on a GPU: FP8 products if the GPU at hand, or one that is not there, can do them."""
+    given = {key: value for key, value in run.config["precision"].items() if value is not None}
+    dtype = pick_dtype(given.pop("dtype", None), torch.device("cuda" if on_gpu else "cpu"))
+    if "layers" in given:
+        given["layers"] = tuple(given["layers"])
+    precision = Precision(dtype, **given)
+    if precision.storage != "fp8" or precision.matmul != "auto" or not on_gpu:
+        return precision
+    able = not torch.cuda.is_available() or precision.multiplies_in_fp8("cuda")
+    return replace(precision, matmul="fp8" if able else "dequantised")
+
+
+def job_of(run: Run, on_gpu: bool) -> Job:
+    """What of a run decides memory and time. Pictures are counted as squares, the largest of the buckets."""
+    settings, side = run.settings, run.buckets.resolution
+    columns = run.config["dataset"].get("reference_columns") or []
+    samples = bool(run.sample.prompts) and settings.sample_every > 0
+    held = min(run.preservation.samples, settings.batch_size) if run.preservation.active else 0
+    precision = planned_precision(run, on_gpu)
+    return Job(
+        variant=run.variant,
+        model=skeleton(run.variant, precision, partial(run.make_adapter, seed=settings.seed)),
+        dtype=precision.dtype,
+        optimizer=run.make_optimizer,
+        pixels=(side, side),
+        references=[(settings.reference_resolution,) * 2 for _ in columns],
+        sample_pixels=(run.sample.width or side, run.sample.height or side) if samples else None,
+        text_tokens=run.text_encoder.length or run.variant.text.length,
+        rows=settings.batch_size + held,
+        held=held,
+        accumulation=settings.gradient_accumulation,
+        validates=settings.validate_every > 0 and bool(run.validation.held_out or run.validation.samples),
+        on_gpu=on_gpu,
+        text_sizes=text_sizes(run.source),
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a GPU, or in the host for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def gpu_name(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def fixed_keys(memory: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the group that are given and so not to be chosen."""
+    return {key: memory[key] for key in CHOSEN if memory.get(key) is not None}
+
+
+def settings_of(choice: Choice) -> dict[str, Any]:
+    """All keys of the group that can be chosen."""
+    return {key: getattr(choice, key) for key in CHOSEN}
+
+
+def completed(memory: Mapping[str, Any]) -> dict[str, Any]:
+    """The group with what is to be chosen set to a default, so that the rest can be checked."""
+    needed = {"budget_gb": 0.0} if memory.get("checkpointing") == "budget" and memory.get("budget_gb") is None else {}
+    choice = choice_of({**memory, **needed})
+    chosen = {key: value for key, value in settings_of(choice).items() if key in memory}
+    return dict(memory) | (chosen if memory.get("card_gb") is not None else {})
+
+
+def choice_of(memory: Mapping[str, Any]) -> Choice:
+    """The choice that a group `memory` without nulls is."""
+    return Choice(**fixed_keys(memory))
+
+
+def planned(run: Run, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The group `memory` with its nulls chosen for `card_gb`, and a sentence that says what and why.
+
+    Raises:
+        ValueError: nothing that can be chosen fits.
+    """
+    device = run.accelerator.device
+    card_gb = memory["card_gb"]
+    if card_gb == FREE:  # of all processes the least, so that all choose alike
+        free = torch.tensor([float(free_bytes(device))], dtype=torch.float64, device=device)
+        card_gb = round(run.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
+    planner = Planner(job_of(run, device.type == "cuda"))
+    on, fixed, limit = gpu(gpu_name(device), card_gb), fixed_keys(memory), usable(card_gb)
+    found = choose(planner, fixed, limit, on)
+    if found is None:
+        raise ValueError(does_not_fit(planner, fixed, card_gb))
+    chosen = {key: value for key, value in settings_of(found.choice).items() if key in memory}
+    return dict(memory) | chosen | {"card_gb": card_gb}, (
+        f"memory for {card_gb:g} GB: {found.choice}, the fastest that is predicted to fit "
+        f"({found.training / 1e9:.1f} of {limit / 1e9:.1f} GB)"
+    )
+
+
+def still_fits(run: Run, kept: Mapping[str, Any]) -> bool:
+    """Whether a group `memory` that was chosen before agrees with what is given now and fits the memory of now."""
+    chosen, given = set(CHOSEN) & kept.keys(), fixed_keys(run.given_memory)
+    if kept.get("card_gb") is None or any(kept.get(key) != value for key, value in given.items()):
+        return False
+    if any(kept[key] is None for key in chosen - {"budget_gb"}) or chosen != set(CHOSEN) & run.given_memory.keys():
+        return False
+    planner = Planner(job_of(run, run.accelerator.device.type == "cuda"))
+    return planner.predict(choice_of(kept)).training <= usable(run.config["memory"]["card_gb"])
+
+
+def does_not_fit(planner: Planner, fixed: Mapping[str, Any], card_gb: float) -> str:
+    """The error where nothing fits, with what would."""
+    least = min(choices(planner, fixed, float("inf")), key=lambda p: p.training)
+    for number in range(len(planner.weights) + 1) if "stream_blocks" not in fixed else []:
+        more = planner.predict(replace(least.choice, stream_blocks=number))
+        least = min(least, more, key=lambda p: p.training)
+    return (
+        f"memory.card_gb={card_gb:g}: this run does not fit. With {least.choice} it is predicted to take "
+        f"{least.training / 1e9:.1f} GB of {usable(card_gb) / 1e9:.1f} GB. {smaller(planner.job)}"
+    )
+
+
+def smaller(job: Job) -> str:
+    """What else makes a run smaller, when the group `memory` has nothing more to give."""
+    ways = ["batch_size=1 with more gradient_accumulation"] if job.rows - job.held > 1 else []
+    return f"Less is needed with {' or '.join([*ways, 'a smaller buckets.resolution'])}."
+
+
+def advice(run: Run, error: OutOfMemory) -> str:
+    """What to add after memory did not suffice: the planner's next step down."""
+    if error.phase == "prompts":
+        return (
+            "Text encoders are large and needed only once: fill the cache where there is more memory "
+            "(train/cache.py, or device=cpu), and start again"
+        )
+    if error.phase == "pictures":
+        return "Smaller pictures need less: buckets.resolution, reference_resolution"
+    device = run.accelerator.device
+    planner, now = Planner(job_of(run, device.type == "cuda")), choice_of(run.config["memory"])
+    on = gpu(gpu_name(device), free_bytes(device) / GIB + CONTEXT_GB)
+    found = step_down(planner, now, on, max(error.asked - error.free, 0))
+    if found is None:
+        return smaller(planner.job)
+    before, after = planner.predict(now).training / 1e9, planner.predict(found).training / 1e9
+    return f"Next step down: {found} (predicted: {after:.1f} GB in place of {before:.1f} GB)"

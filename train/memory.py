@@ -1,0 +1,354 @@
+"""What a training step holds in memory and computes, counted from shapes: no weights, no GPU, no network.
+
+Blocks are run, forward and backward, on tensors that have a shape and no memory (PyTorch's fake tensors), and every
+tensor is counted from the operation that makes it to its end. So what is counted is what the code does: the adapter's
+layers, the policy of recompute, the precision's products. Where a GPU runs another kernel than a CPU (attention,
+norms, the dtypes of autocast) `gpu_kernels` puts the GPU's in. A model is the sum of its blocks (`step`), which the
+tests compare with whole models, and with what PyTorch's profiler sees allocated.
+
+Not counted are what CUDA itself and fragmentation take: train/plan.py names its assumptions about them.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from flux2.autoencoder import Autoencoder
+from flux2.model import DoubleBlock, Rotation, Transformer
+from flux2.quantised import Nf4Linear
+from flux2.variants import AutoencoderConfig
+
+GRANULE = 512  # bytes: the CUDA allocator hands out multiples of it
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16", torch.float8_e4m3fn: "fp8"}
+
+
+# ------------------------------------------------------------------ counting
+
+
+@dataclass
+class Work:
+    """What a piece of a step computes: floating-point operations by kind, and bytes that other operations move."""
+
+    flops: dict[str, float] = field(default_factory=dict)
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        kinds = dict.fromkeys([*self.flops, *other.flops])
+        flops = {kind: self.flops.get(kind, 0.0) + other.flops.get(kind, 0.0) for kind in kinds}
+        return Work(flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> Work:
+        return Work({kind: value * times for kind, value in self.flops.items()}, self.bytes * times)
+
+
+class Count(TorchDispatchMode):
+    """Counts the bytes of tensors made within this context while they live, and the work of its operations.
+
+    Args:
+        known: tensors that are counted elsewhere, as weights are.
+
+    Attributes:
+        live, peak: bytes now, and the most since the last `start`.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.live = self.peak = 0
+        self.work = Work()
+        for tensor in known:
+            self.hold(tensor, 0)
+
+    def start(self) -> int:
+        """Begin a new peak and new work; returns the bytes that live now."""
+        self.peak, self.work = self.live, Work()
+        return self.live
+
+    def hold(self, tensor: Tensor, size: int | None = None) -> bool:
+        """Count a tensor's storage until it is freed; False if it is counted already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.sizes:
+            return False
+        self.sizes[key] = -(-storage.nbytes() // GRANULE) * GRANULE if size is None else size
+        self.live += self.sizes[key]
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.free, key)
+        return True
+
+    def free(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        fresh = [self.hold(tensor) for tensor in made]
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.multiply(packet, args, kwargs or {}, out)
+        elif (any(fresh) or func._schema.is_mutable) and "empty" not in packet.__name__:
+            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            read = [] if packet.__name__ == "fill_" else read
+            self.work.bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*read, *made])
+        return out
+
+    def multiply(self, packet: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Count the operations of a matrix product, a convolution or attention."""
+        first = args[0]
+        kind = KINDS.get(first.dtype, "bf16")
+        if packet in (FLASH, FLASH_BACKWARD):
+            kind = "attention" if packet is FLASH else "attention_backward"
+        done = flop_registry[packet](*args, **kwargs, out_val=out)
+        self.work.flops[kind] = self.work.flops.get(kind, 0.0) + done
+        if packet is FLASH_BACKWARD and first.dtype != torch.float32:
+            # the kernels add the queries' gradient up in float32, in memory of their own
+            self.peak = max(self.peak, self.live + 4 * first.numel())
+
+
+class Rms(torch.autograd.Function):
+    """`F.rms_norm` as the GPU's one kernel: keeps its input and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1]))
+        return torch.relu(x)  # any operation that reads a tensor and writes one
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        x, _ = ctx.saved_tensors
+        return x * dy, None
+
+
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Within this context operations run as on a GPU where the CPU's keep other tensors.
+
+    Attention is flash attention, a norm is one kernel, under autocast a layer norm gives float32, and NF4 layers share
+    one buffer. The functions are replaced where they stand: a mode would not reach what runs again in the backward.
+    """
+    layer_norm = F.layer_norm
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            q, k, v = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (q, k, v))
+        return FLASH(q, k, v, 0.0, False, False)[0]
+
+    def float_norm(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *rest, **options)
+
+    def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+        return Rms.apply(x, weight)
+
+    def dequantise(layer: Nf4Linear, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        shape = (layer.out_features, layer.in_features)
+        weight = torch.empty(shape, dtype=dtype) if out is None else out.view(shape)
+        scales = layer.absmax.float()
+        return weight.fill_(scales.numel())
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (F, "scaled_dot_product_attention", attention),
+            (F, "layer_norm", float_norm),
+            (F, "rms_norm", rms_norm),
+            (Nf4Linear, "out_devices", ("cpu", "cuda")),
+            (Nf4Linear, "dequantise", dequantise),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+def fake(module: nn.Module) -> None:
+    """Give every parameter and buffer of a module on the meta device a fake one instead. Within FakeTensorMode."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                part._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# ------------------------------------------------------------------ blocks
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and work of one block.
+
+    Attributes:
+        kept: bytes that its forward leaves for the backward, with its output.
+        forward: the most bytes above those before it, during its forward.
+        backward: the most bytes above those kept, during its backward, with recompute and gradients of tokens; its
+            output is among those kept, but is free by then, and so is not counted here.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    work: Work
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What goes through the transformer at once: `rows` pictures of `image` tokens, their references' among them.
+
+    `predicted` of the image tokens get a prediction; all rows have `text` tokens.
+    """
+
+    rows: int
+    image: int
+    text: int
+    predicted: int
+
+    @property
+    def tokens(self) -> int:
+        return self.image + self.text
+
+
+def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], list[Any]]:
+    """The tokens that a block transforms, and what else it is given."""
+    config = model.config
+    by: Rotation = (
+        torch.empty(1, 1, shape.tokens, config.head_dim // 2),
+        torch.empty(1, 1, shape.tokens, config.head_dim // 2),
+    )
+
+    def modulation() -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape.rows, 1, config.hidden, dtype=dtype) for _ in range(3))
+
+    def tokens(count: int) -> Tensor:
+        return torch.empty(shape.rows, count, config.hidden, dtype=dtype, requires_grad=True)
+
+    if isinstance(block, DoubleBlock):
+        return [tokens(shape.image), tokens(shape.text)], [[modulation() for _ in range(2)] for _ in range(2)] + [by]
+    return [tokens(shape.tokens)], [modulation(), by]
+
+
+def prepared(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[nn.Module, Any, Count]:
+    """A fake copy of a block, its arguments, and a count that knows them. Within FakeTensorMode."""
+    block = copy.deepcopy(block).train()
+    fake(block)
+    for parameter in block.parameters():
+        if parameter.requires_grad:  # as with accumulated gradients, which are counted beside the optimizer
+            parameter.grad = torch.empty_like(parameter)
+    given = arguments(model, block, shape, dtype)
+    grads = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
+    known = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+    return block, given, Count([*block.parameters(), *block.buffers(), *grads, *known])
+
+
+def train_block(
+    model: Transformer, block: nn.Module, run: Callable[..., Any], shape: Shape, dtype: torch.dtype, autocast: bool
+) -> Cost:
+    """Count a block of `model` (on the meta device) in training, run by `run` as in `Transformer.run_block`."""
+    with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True):
+        block, (tokens, rest), count = prepared(model, block, shape, dtype)
+        lives = [0]
+        with count:
+            out: Any = tuple(tokens)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                for _ in range(2):  # what the second one adds is what one of many adds
+                    count.start()
+                    out = run(block, *out, *rest)
+                    out = out if isinstance(out, tuple) else (out,)
+                    lives.append(count.live)
+            forward, work = count.peak - lives[1], count.work
+            gradients = tuple(torch.empty_like(part) for part in out)
+            kept = count.start() - size(gradients)
+            torch.autograd.backward(out, gradients)
+            # a model lets go of a block's output when the next block's backward is over
+            backward = count.peak - kept - size(gradients)
+            return Cost(lives[2] - lives[1], forward, backward, work + count.work * 0.5)
+
+
+def infer_block(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype, autocast: bool) -> Cost:
+    """Count a block without gradients, as in sampling and validation."""
+    with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        block, (tokens, rest), count = prepared(model, block, shape, dtype)
+        with count, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = block(*tokens, *rest)
+            del out
+        return Cost(0, count.peak, 0, count.work)
+
+
+def train_end(model: Transformer, shape: Shape, dtype: torch.dtype, autocast: bool) -> Cost:
+    """Count the final layer and the loss."""
+    with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True):
+        config = model.config
+        layer = copy.deepcopy(model.final_layer)
+        fake(layer)
+        x = torch.empty(shape.rows, shape.predicted, config.hidden, dtype=dtype, requires_grad=True)
+        time = torch.empty(shape.rows, config.hidden, dtype=dtype)
+        target = torch.empty(shape.rows, shape.predicted, config.channels)
+        count = Count([*layer.parameters(), x, time, target])
+        with count:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = F.mse_loss(layer(x, time).float(), target)
+            loss.backward()
+        return Cost(0, 0, count.peak, count.work)
+
+
+def heaviest(blocks: Iterable[nn.Module]) -> nn.Module | None:
+    """The block with the most trained parameters: all are alike, but for the adapter's layers."""
+    return max(blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad), default=None)
+
+
+def step(costs: Sequence[Cost], end: Cost) -> tuple[int, int]:
+    """Bytes at the peak of one forward and backward through blocks in order: (kept by then, working set)."""
+    held, peaks = 0, []
+    for cost in costs:
+        peaks.append((held, cost.forward))
+        held += cost.kept
+    peaks.append((held, end.backward))
+    for cost in reversed(costs):
+        peaks.append((held, cost.backward))
+        held -= cost.kept
+    return max(peaks, key=sum)
+
+
+# ------------------------------------------------------------------ encoders
+
+
+def autoencoder_peaks(config: AutoencoderConfig, width: int, height: int) -> tuple[int, int, int]:
+    """Bytes of the autoencoder in float32: its weights, and the most above them to encode and to decode one picture.
+
+    Args:
+        width, height: of the picture, pixels.
+    """
+    with torch.device("meta"):
+        model = Autoencoder(config)
+    with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake(model)
+        known = [*model.parameters(), *model.buffers()]
+        peaks = []
+        for call, shape in (
+            (model.encode, (1, 3, height, width)),
+            (model.decode, (1, 4 * config.latent_channels, height // 16, width // 16)),
+        ):
+            given = torch.empty(shape)
+            with Count([*known, given]) as count:
+                call(given)
+            peaks.append(count.peak + size([given]))
+    return size(known), peaks[0], peaks[1]

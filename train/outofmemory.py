@@ -1,0 +1,76 @@
+"""Memory that does not suffice, as one message: what was being done, how much was asked for, how much was free."""
+
+from __future__ import annotations
+
+import gc
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+
+
+class OutOfMemory(ValueError):  # noqa: N818
+    """Memory did not suffice.
+
+    Attributes:
+        doing: what was being done, as in "while sampling after step 5".
+        phase: which of the planner's phases that belongs to.
+        asked, free: bytes; 0 where that is not known.
+        saved: what became of the training state.
+    """
+
+    def __init__(self, doing: str, phase: str, asked: int, free: int) -> None:
+        self.doing, self.phase, self.asked, self.free, self.saved = doing, phase, asked, free, ""
+        super().__init__(doing)
+
+    def __str__(self) -> str:
+        asked = f"{gigabytes(self.asked)} asked for" if self.asked else "an unknown amount asked for"
+        free = f", {gigabytes(self.free)} free" if self.free else ""
+        return f"out of memory {self.doing}: {asked}{free}. {self.saved}".strip()
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of PyTorch is for want of memory, on a GPU or in the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in SIGNS)
+
+
+def amounts(text: str) -> tuple[int, int]:
+    """(asked, free) bytes in PyTorch's message; 0 for what it does not say."""
+    number = r"([\d.]+) (bytes|[KMGT]iB|B)"
+    asked = re.search(f"[Tt]ried to allocate {number}", text)
+    free = re.search(f"of which {number} is free", text)
+    return tuple(int(float(found[1]) * UNITS[found[2]]) if found else 0 for found in (asked, free))  # type: ignore[return-value]
+
+
+@contextmanager
+def watched(doing: str, phase: str, device: torch.device) -> Iterator[None]:
+    """Within this context memory that does not suffice is an `OutOfMemory`, and what was in the making is let go."""
+    failed = None
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        asked, free = amounts(str(error))
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step
+        error.__traceback__ = None
+        failed = OutOfMemory(doing, phase, asked, free)
+    if failed is not None:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif not failed.free:
+            failed.free = psutil.virtual_memory().available
+        raise failed

@@ -1,0 +1,157 @@
+"""Will it fit, and how long will it take? `python train/plan.py +experiment=tarot [+card=24] [key=value ...]`
+
+Takes the settings of a training run and prints what memory holds in each of its phases, which cards that fits, and what
+`memory=auto` would choose there. All of it is predicted from shapes (train/memory.py, train/predict.py); docs/memory.md
+says how. It needs no weights, no network and no GPU, and changes nothing.
+
+`+card=24` plans for a card of 24 GB, like `memory=24gb`; otherwise it is planned for the GPU at hand, if there is one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from train.cards import GIB, SIZES, Gpu, gpu, measured, usable
+from train.choose import FREE, choice_of, choose, completed, does_not_fit, fixed_keys, job_of, settings_of
+from train.command import checked, command
+from train.loss import is_number
+from train.predict import Choice, Planner, Prediction, trained
+
+# ------------------------------------------------------------------ the table
+
+
+def gigabytes(value: float) -> str:
+    return "" if not value else f"{value / 1e9:.2f}" if value < 9.95e8 else f"{value / 1e9:.1f}"
+
+
+def phase_table(prediction: Prediction, on_gpu: bool) -> Table:
+    where = "on the GPU" if on_gpu else "in host memory"
+    table = Table(title=f"Predicted memory {where} in GB, with {prediction.choice}", box=SIMPLE, title_justify="left")
+    table.add_column("")
+    for phase in prediction.phases:
+        table.add_column(phase, justify="right")
+    names = dict.fromkeys(name for parts in prediction.phases.values() for name in parts)
+    for name in names:
+        values = [parts.get(name, 0) for parts in prediction.phases.values()]
+        if any(values):
+            table.add_row(name, *(gigabytes(value) for value in values))
+    table.add_section()
+    table.add_row("together", *(gigabytes(prediction.total(phase)) for phase in prediction.phases), style="bold")
+    return table
+
+
+def card_table(planner: Planner, now: Prediction, fixed: Mapping[str, Any]) -> Table:
+    """Whether it fits which card, and what would be chosen there."""
+    table = Table(title="Which card it fits, as predicted", box=SIMPLE, title_justify="left")
+    for name in ("card", "caching: prompts", "pictures", "training as set", "memory=auto would choose", "s/step"):
+        table.add_column(name, justify="right" if name in ("card", "s/step") else "left")
+    for card_gb in SIZES:
+        limit, on = usable(card_gb), gpu(None, card_gb)
+        caching = [
+            "" if phase not in now.phases else "yes" if now.total(phase) <= limit else "no"
+            for phase in ("prompts", "pictures")
+        ]
+        found = choose(planner, fixed, limit, on)
+        table.add_row(
+            f"{card_gb} GB",
+            *caching,
+            "yes" if now.training <= limit else "no",
+            "nothing fits" if found is None else str(found.choice).replace("memory.", ""),
+            "" if found is None else f"{found.seconds(on):.2f} ({on.name})",
+        )
+    return table
+
+
+def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None) -> str:
+    """One line on the time of a step."""
+    shape, job = prediction.choice, planner.job
+    found = measured(name, setting(planner, shape))
+    pictures = (job.rows - job.held) * job.accumulation
+    seconds = prediction.seconds(on) if found is None else found
+    said = f"predicted for {on.name}" if found is None else f"measured on {name}, in benchmarks/results"
+    flops = sum(prediction.work.flops.values()) / 1e12
+    return f"A step of {pictures} pictures: {seconds:.2f} s ({said}); {flops:.0f} TFLOP in products"
+
+
+def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
+    """What a file of benchmarks/results says that it measured."""
+    job = planner.job
+    return {
+        "model": job.variant.name,
+        "precision": str(job.dtype).removeprefix("torch."),
+        "pictures": job.rows,
+        "image_tokens": job.shape.image,
+        "text_tokens": job.shape.text,
+        "trained_parameters": sum(parameter.numel() for parameter in trained(job.model)),
+        **settings_of(choice),
+    }
+
+
+def main(config: DictConfig) -> None:
+    """Print the plan of one configuration."""
+    from train.run import MemorySettings, Run
+
+    given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    card = given.pop("card", None)
+    if card is not None and not is_number(card, low=1):
+        raise ValueError(f"card={card!r} must be the size of a card in GB, as in +card=24")
+    on_gpu = given.get("device") != "cpu"
+    memory = given["memory"]
+    if not isinstance(memory, dict):
+        raise ValueError(f"memory={memory!r} must be a group of settings, as in conf/train.yaml")
+    if memory.get("card_gb") is not None and card is None and memory["card_gb"] != FREE:
+        card = memory["card_gb"]
+    checked("memory", completed(memory), MemorySettings)
+    chooses = card is not None or memory.get("card_gb") == FREE
+    given["memory"] = completed(memory) | ({"card_gb": None} if "card_gb" in memory else {})
+    given["device"] = "cpu"
+    run = Run(OmegaConf.create(given))
+
+    gpu_here = torch.cuda.is_available() and on_gpu
+    name = torch.cuda.get_device_name() if gpu_here else None
+    if card is None and gpu_here:
+        card = round(torch.cuda.get_device_properties(0).total_memory / GIB, 1)
+    planner = Planner(job_of(run, on_gpu))
+    fixed = fixed_keys(memory) if chooses else {}
+    console = Console(width=max(120, Console().width), highlight=False)
+    now = planner.predict(choice_of(run.config["memory"]))
+    if chooses and card is not None:
+        found = choose(planner, fixed, usable(card), gpu(name, card))
+        if found is None:
+            console.print(does_not_fit(planner, fixed, card))
+        else:
+            now = found
+    on = gpu(name, card or next((size for size in SIZES if now.training <= usable(size)), SIZES[-1]))
+    shape, dtype = planner.job.shape, str(planner.job.dtype).removeprefix("torch.")
+    console.print(
+        f"{run.variant.name} in {dtype}: {shape.rows} pictures of {shape.image} tokens with {shape.text} of text, "
+        f"{sum(parameter.numel() for parameter in trained(planner.job.model)):,} trained parameters"
+    )
+    console.print(phase_table(now, on_gpu))
+    host = ", ".join(f"{part} {gigabytes(value)}" for part, value in now.host.items() if value)
+    console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
+    console.print(describe(planner, now, on, name))
+    if on_gpu:
+        console.print(card_table(planner, now, fixed))
+    if card is not None:
+        found = choose(planner, fixed, usable(card), gpu(name, card))
+        at = f"a card of {card:g} GB" if name is None else name
+        what = "nothing that it could choose fits" if found is None else f"would choose {found.choice}"
+        console.print(f"For {at} memory=auto {'' if found else 'finds that '}{what}")
+
+
+if __name__ == "__main__":
+    command(main)

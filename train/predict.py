@@ -1,0 +1,396 @@
+"""What a run would hold in memory, phase by phase, and how long its steps would take: predicted, not measured.
+
+A `Job` is what of a configuration matters; a `Choice` is how the group `memory` could be set. `Planner` counts the
+job's blocks once (train/memory.py) and then adds up any choice in no time. A phase is what is in memory together: the
+encoders, one after the other, before training; then the step, and between steps the update, validation and samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from flux2.checkpointing import blocks_within, kept_bytes, set_policy
+from flux2.model import Transformer
+from flux2.offload import streamed_blocks
+from flux2.quantised import Nf4Linear
+from flux2.ring import RING, slot_sizes
+from flux2.variants import PIXELS_PER_TOKEN, TextConfig, Variant
+from train.cards import Gpu
+from train.memory import (
+    Cost,
+    Shape,
+    Work,
+    autoencoder_peaks,
+    heaviest,
+    infer_block,
+    size,
+    step,
+    train_block,
+    train_end,
+)
+
+LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
+PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
+READ_AHEAD = 2.0e9  # cache entries that data.loader keeps, at most
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to set the group `memory`; from the top of `Planner.choices` down each takes less and is slower."""
+
+    checkpointing: str = "full"
+    budget_gb: float | None = None
+    stream_blocks: int | float = 0
+    offload_activations: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """By their keys, without those that are off."""
+        found: dict[str, Any] = {"checkpointing": self.checkpointing}
+        if self.checkpointing == "budget":
+            found["budget_gb"] = self.budget_gb
+        if self.stream_blocks:
+            found["stream_blocks"] = self.stream_blocks
+        if self.offload_activations:
+            found["offload_activations"] = True
+        return found
+
+    def __str__(self) -> str:
+        return " ".join(f"memory.{key}={str(value).lower()}" for key, value in self.settings().items())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of a configuration decides memory and time.
+
+    Attributes:
+        model: the transformer on the meta device, in its precision and with its adapter.
+        dtype: of what is not converted, and of activations.
+        optimizer: makes the optimizer from a list of parameters.
+        pixels: (width, height) of the largest training picture; references: those of each of its references.
+        sample_pixels: of the sample sheets' pictures, None if none are made.
+        rows: pictures a micro-batch, those of preservation counted again.
+        held: of them, those of preservation, which the base predicts too.
+        validates: whether a validation loss is taken.
+        on_gpu: else everything is in host memory.
+    """
+
+    variant: Variant
+    model: Transformer
+    dtype: torch.dtype
+    optimizer: MakeOptimizer
+    pixels: tuple[int, int]
+    references: Sequence[tuple[int, int]] = ()
+    sample_pixels: tuple[int, int] | None = None
+    text_tokens: int = 512
+    rows: int = 1
+    held: int = 0
+    accumulation: int = 1
+    validates: bool = False
+    on_gpu: bool = True
+    text_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def autocast(self) -> bool:
+        return self.dtype == torch.bfloat16
+
+    @property
+    def shape(self) -> Shape:
+        predicted = tokens(self.pixels)
+        image = predicted + sum(tokens(reference) for reference in self.references)
+        return Shape(self.rows, image, self.text_tokens, predicted)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.model.double_blocks, *self.model.single_blocks]
+
+
+def tokens(pixels: tuple[int, int]) -> int:
+    return (pixels[0] // PIXELS_PER_TOKEN) * (pixels[1] // PIXELS_PER_TOKEN)
+
+
+def frozen(module: nn.Module) -> list[torch.Tensor]:
+    return [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def optimizer_bytes(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of an optimizer's state: seen from one step on a small parameter, an 8-bit one's from its layout."""
+    numels = [parameter.numel() for parameter in parameters]
+    target = getattr(make, "func", make)
+    if getattr(target, "__module__", "").startswith("bitsandbytes") and "8bit" in getattr(target, "__name__", ""):
+        # two moments of a byte with a float32 scale a block of 256; small tensors stay in float32
+        return sum(2 * (n + 4 * math.ceil(n / 256)) if n >= 4096 else 8 * n for n in numels)
+    return round(sum(numels) * state_per_element(make))
+
+
+def state_per_element(make: MakeOptimizer) -> float:
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = make([parameter])
+    optimizer.step()
+    state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in state if tensor.numel() > 1) / parameter.numel()
+
+
+# ------------------------------------------------------------------ the text encoder
+
+# config.json of the published text encoders, by what they are and how wide
+TEXT_SIZES = {
+    ("mistral", 5120): {"mlp": 32768, "heads": 32, "pairs": 8, "head": 128, "words": 131072},
+    ("qwen3", 4096): {"mlp": 12288, "heads": 32, "pairs": 8, "head": 128, "words": 151936},
+    ("qwen3", 2560): {"mlp": 9728, "heads": 32, "pairs": 8, "head": 128, "words": 151936},
+}
+
+
+def text_encoder_bytes(
+    text: TextConfig, width: int, length: int, dtype: torch.dtype, sizes: Mapping[str, int]
+) -> tuple[int, int]:
+    """(weights, activations of one prompt) of the layers of a text encoder that are read.
+
+    Args:
+        width: of its hidden states.
+        length: tokens of a prompt.
+        sizes: `mlp` width, attention `heads`, key and value `pairs`, `head` width, `words` of the vocabulary.
+    """
+    layers, element = max(text.layers), dtype.itemsize
+    inner, shared = sizes["heads"] * sizes["head"], sizes["pairs"] * sizes["head"]
+    layer = width * (2 * inner + 2 * shared + 3 * sizes["mlp"]) + 2 * width
+    if text.kind == "qwen3":
+        layer += 2 * sizes["head"]
+    # every layer's output is handed out; beside them one layer's mlp
+    activations = length * (width * (layers + 1) + 3 * sizes["mlp"] + 2 * width)
+    return element * (layers * layer + sizes["words"] * width), element * activations
+
+
+# ------------------------------------------------------------------ predictions
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on the device by phase and component, bytes in host memory by component, and what a step takes.
+
+    Attributes:
+        moved: bytes a step between host and device.
+        work: of a step.
+    """
+
+    choice: Choice
+    phases: Mapping[str, Mapping[str, float]]
+    host: Mapping[str, float]
+    work: Work
+    moved: float
+
+    def total(self, phase: str) -> float:
+        return sum(self.phases[phase].values())
+
+    @property
+    def training(self) -> float:
+        """The most that any phase takes while the transformer is loaded."""
+        return max(self.total(phase) for phase in self.phases if phase not in ("prompts", "pictures"))
+
+    @property
+    def peak(self) -> float:
+        return max(self.total(phase) for phase in self.phases)
+
+    def seconds(self, gpu: Gpu, fused: bool = False) -> float:
+        """A step: its compute, or the copies beside it where they take longer."""
+        return max(gpu.seconds(self.work, fused), self.moved / (gpu.bus * 1e9))
+
+
+class Planner:
+    """Counts a job's blocks once, and adds up choices."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._costs: dict[tuple[str, nn.Module], Cost] = {}
+        self._blocks: dict[tuple[str, int], tuple[int, int, Work]] = {}
+        self._inferences: dict[tuple[Shape, bool], tuple[int, Work]] = {}
+
+    @cached_property
+    def kinds(self) -> list[nn.Module]:
+        """For each block the one of its kind that is counted for it."""
+        model = self.job.model
+        double, single = heaviest(model.double_blocks), heaviest(model.single_blocks)
+        kinds = [double] * len(model.double_blocks) + [single] * len(model.single_blocks)
+        return [block for block in kinds if block is not None]
+
+    @cached_property
+    def end(self) -> Cost:
+        return train_end(self.job.model, self.job.shape, self.job.dtype, self.job.autocast)
+
+    def cost(self, policy: str, block: nn.Module) -> Cost:
+        job, key = self.job, (policy, block)
+        if key not in self._costs:
+            set_policy(job.model, policy)  # the model is on the meta device and this job's alone
+            self._costs[key] = train_block(job.model, block, job.model.run_block, job.shape, job.dtype, job.autocast)
+        return self._costs[key]
+
+    def blocks(self, policy: str, budget_gb: float | None = None) -> tuple[int, int, Work]:
+        """Bytes kept and working set at the peak of a forward and backward, and their work."""
+        count = self.kept_within(budget_gb) if policy == "budget" and budget_gb is not None else 0
+        key = ("full" if policy == "budget" else policy, count)
+        if key not in self._blocks:
+            edge = len(self.kinds) - count
+            costs = [self.cost("none" if i >= edge else key[0], block) for i, block in enumerate(self.kinds)]
+            work = sum((cost.work for cost in costs), self.end.work)
+            if self.job.held:
+                work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
+            self._blocks[key] = *step(costs, self.end), work
+        return self._blocks[key]
+
+    def kept_within(self, budget_gb: float) -> int:
+        """How many of the last blocks `checkpointing=budget` keeps whole."""
+        shape = self.job.shape
+        config = self.job.model.config
+        return blocks_within(config, budget_gb, shape.rows * shape.tokens, self.job.dtype.itemsize)
+
+    def budget_for(self, count: int) -> float:
+        """The `budget_gb` that is just enough for `count` of the last blocks."""
+        job, config = self.job, self.job.model.config
+        needed = 0
+        for i in range(count):
+            kind = "single" if i < config.single_blocks else "double"
+            arguments = (job.shape.rows * job.shape.tokens, job.dtype.itemsize)
+            needed += kept_bytes(config, kind, "none", *arguments) - kept_bytes(config, kind, "full", *arguments)
+        return math.ceil(needed / 1e5) / 1e4
+
+    def inference(self, shape: Shape, autocast: bool) -> tuple[int, Work]:
+        """Peak and work of one prediction without gradients."""
+        if (shape, autocast) not in self._inferences:
+            model, dtype = self.job.model, self.job.dtype
+            counted = {block: infer_block(model, block, shape, dtype, autocast) for block in {*self.kinds}}
+            work = sum((counted[block].work for block in self.kinds), Work())
+            stream = shape.rows * shape.tokens * model.config.hidden * dtype.itemsize
+            self._inferences[shape, autocast] = max(cost.forward for cost in counted.values()) + stream, work
+        return self._inferences[shape, autocast]
+
+    @cached_property
+    def weights(self) -> list[int]:
+        """Frozen bytes of each block."""
+        return [size(frozen(block)) for block in self.job.blocks]
+
+    @cached_property
+    def other_weights(self) -> int:
+        return size(frozen(self.job.model)) - sum(self.weights)
+
+    @cached_property
+    def adapter(self) -> dict[str, float]:
+        parameters = trained(self.job.model)
+        return {
+            "adapter": size(parameters),
+            "its gradients": size(parameters),
+            "optimizer": optimizer_bytes(self.job.optimizer, parameters),
+        }
+
+    @cached_property
+    def autoencoder(self) -> tuple[int, int, int]:
+        width, height = max([self.job.pixels, *self.job.references, self.job.sample_pixels or (16, 16)], key=tokens)
+        return autoencoder_peaks(self.job.variant.autoencoder, width, height)
+
+    @cached_property
+    def workspace(self) -> int:
+        """Bytes of the buffer that NF4 layers are dequantised into, which stays."""
+        layers = [layer for layer in self.job.model.modules() if isinstance(layer, Nf4Linear)]
+        sizes = [layer.in_features * layer.out_features for layer in layers]
+        return self.job.dtype.itemsize * max(sizes, default=0)
+
+    @cached_property
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max(parameter.numel() for parameter in self.job.model.parameters())
+
+    @cached_property
+    def inputs(self) -> int:
+        """Bytes of a micro-batch: latents and embeddings in float32, what the first block is given, and angles."""
+        job, config, shape = self.job, self.job.model.config, self.job.shape
+        row = shape.text * config.text_width * (4 + job.dtype.itemsize) + shape.image * config.channels * 12
+        stream = shape.tokens * config.hidden * job.dtype.itemsize
+        return shape.rows * (row + stream) + shape.tokens * config.head_dim * 4
+
+    def count_streamed(self, given: int | float) -> tuple[int, int]:
+        """Bytes of the blocks that stream, and of the ring they stream through."""
+        names = streamed_blocks(self.job.model.config, given)
+        if not names:
+            return 0, 0
+        sizes = [self.weights[self.names[name]] for name in names]
+        return sum(sizes), sum(slot_sizes(sizes, RING))
+
+    @cached_property
+    def names(self) -> dict[str, int]:
+        """Which of the blocks has which name."""
+        config = self.job.model.config
+        double = [f"double_blocks.{i}" for i in range(config.double_blocks)]
+        single = [f"single_blocks.{i}" for i in range(config.single_blocks)]
+        return {name: i for i, name in enumerate([*double, *single])}
+
+    def predict(self, choice: Choice) -> Prediction:
+        """Add up a choice."""
+        job = self.job
+        kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb)
+        streamed, ring = self.count_streamed(choice.stream_blocks)
+        moved = 2.0 * streamed * job.accumulation
+        boundary = job.shape.rows * job.shape.tokens * job.model.config.hidden * job.dtype.itemsize
+        away = 0
+        if choice.offload_activations:
+            whole = len(self.kinds) if choice.checkpointing == "none" else self.kept_within(choice.budget_gb or 0.0)
+            away = boundary * (len(self.kinds) - whole)
+            kept += min(2 * boundary, away) - away  # two are on their way
+            moved += 2.0 * away * job.accumulation
+        libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
+        resident: dict[str, float] = {
+            "weights of blocks": sum(self.weights) - streamed,
+            "buffers of streamed blocks": ring,
+            "other weights": self.other_weights,
+            **self.adapter,
+            "dequantised layer": self.workspace,
+            "autoencoder": self.autoencoder[0] if job.sample_pixels else 0,
+            **libraries,
+        }
+        phases: dict[str, dict[str, float]] = {
+            **self.encoders(libraries),
+            "step": {**resident, "micro-batch": self.inputs, "kept for backward": kept, "working set": working},
+            "update": {**resident, "working set": self.adapter["adapter"]},
+        }
+        idle = {key: value for key, value in resident.items() if key != "its gradients"}
+        if job.validates:
+            shape = replace(job.shape, rows=1)
+            phases["validation"] = {**idle, "working set": self.inference(shape, job.autocast)[0]}
+        if job.sample_pixels:
+            shape = Shape(1, tokens(job.sample_pixels), job.text_tokens, tokens(job.sample_pixels))
+            phases["samples"] = {
+                **idle,
+                "working set": max(self.inference(shape, False)[0], self.autoencoder[2]),
+            }
+        host = {
+            "streamed blocks": streamed,
+            "block inputs": away,
+            "while loading": 2 * 2 * self.largest,  # two tensors as they are in the file
+            "cache entries read": READ_AHEAD,
+            "process (assumed)": PROCESS,
+        }
+        return Prediction(choice, phases, host, work * job.accumulation, moved)
+
+    def encoders(self, libraries: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """The phases that fill the cache; with a full cache they do not happen."""
+        job = self.job
+        weights, encode, _ = self.autoencoder
+        phases: dict[str, dict[str, float]] = {}
+        width = job.variant.transformer.text_width // len(job.variant.text.layers)
+        sizes = job.text_sizes or TEXT_SIZES.get((job.variant.text.kind, width))
+        if sizes:
+            held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, job.dtype, sizes)
+            phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
+        phases["pictures"] = {"autoencoder": weights, "working set": encode, **libraries}
+        return phases
