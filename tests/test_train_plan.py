@@ -38,7 +38,7 @@ def job(name="dev", storage=None, side=1024, references=(), rank=16, dtype=torch
     precision = Precision(dtype, storage, matmul="fp8" if storage == "fp8" else "auto")
     variant = VARIANTS[name]
     model = skeleton(variant, precision, lambda model: attach(model, rank=rank))
-    return Job(variant, model, dtype, ADAMW, (side, side), list(references), **more)
+    return Job(variant, model, dtype, ADAMW, (side, side), list(references), storage=storage, **more)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,14 @@ def test_what_is_given_is_not_chosen(planner):
     found = planner("dev", storage="nf4")
     assert choose(found, {"stream_blocks": 10}, usable(80), H200).choice.stream_blocks == 10
     assert choose(found, {"checkpointing": "full"}, usable(141), H200).choice == Choice("full")
-    assert choose(found, {"checkpointing": "none"}, usable(24), H200) is None
+    only = {"checkpointing": "none", "stream_blocks": 0}
+    assert choose(found, only, usable(24), H200) is None
+
+
+def test_of_a_lighter_precision_it_is_said_how_much_it_takes_less(planner):
+    said = choosing.lighter(planner("dev"))
+    assert said == "The base would take less with precision=fp8 31.4 GB, with precision=nf4 46.6 GB."
+    assert choosing.lighter(planner("dev", storage="nf4")) == ""
 
 
 def test_nothing_leaves_the_device_that_need_not(planner):
@@ -231,11 +238,15 @@ def offline(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["+experiment=tarot"], ["dev in bfloat16: 2 pictures of 4096 tokens with 512 of text", "34.7", "predicted"]),
+        (["+experiment=tarot"], ["dev in bf16: 2 pictures of 4096 tokens with 512 of text", "34.7", "predicted"]),
         (["+experiment=tarot", "+card=24", "batch_size=1"], ["For a card of 24 GB memory=auto would choose"]),
-        (["model=klein_base_4b"], ["klein_base_4b in bfloat16: 4 pictures of 4096 tokens"]),
-        (["model=tiny"], ["tiny in bfloat16: 4 pictures of 64 tokens"]),
-        (["model=tiny", "device=cpu"], ["tiny in float32", "in host memory"]),
+        (
+            ["+experiment=tarot", "precision=nf4", "memory=24gb"],
+            ["dev in nf4", "16.2", "dequantised layer", "For a card of 24 GB memory=auto would choose"],
+        ),
+        (["model=klein_base_4b"], ["klein_base_4b in bf16: 4 pictures of 4096 tokens"]),
+        (["model=tiny"], ["tiny in bf16: 4 pictures of 64 tokens"]),
+        (["model=tiny", "device=cpu"], ["tiny in fp32", "in host memory"]),
         (["+experiment=demo", "memory=8gb"], ["For a card of 8 GB", "10 pictures"]),
     ],
 )
@@ -423,7 +434,8 @@ def test_the_advice_is_a_setting_that_takes_less(small):
     said = advice(run, OutOfMemory("", "step", 0, 0))
     assert said.startswith("Next step down: memory.checkpointing=")
     said = advice(run, OutOfMemory("", "step", 10**15, 0))
-    assert said == "Less is needed with batch_size=1 with more gradient_accumulation or a smaller buckets.resolution."
+    assert said.startswith("The base would take less with precision=fp8 ")
+    assert said.endswith("with batch_size=1 with more gradient_accumulation or a smaller buckets.resolution.")
     assert "train/cache.py" in advice(run, OutOfMemory("", "prompts", 0, 0))
     assert "reference_resolution" in advice(run, OutOfMemory("", "pictures", 0, 0))
 

@@ -18,8 +18,7 @@ import torch
 
 from flux2.checkpointing import POLICIES
 from flux2.model import Transformer
-from flux2.pipeline import pick_dtype
-from flux2.precision import Precision, convert
+from flux2.precision import Precision, convert, pick_dtype
 from flux2.sources import ModelSource
 from flux2.variants import Variant
 from train.cards import CONTEXT_GB, GIB, Gpu, gpu, usable
@@ -139,6 +138,7 @@ def job_of(run: Run, on_gpu: bool) -> Job:
         accumulation=settings.gradient_accumulation,
         validates=settings.validate_every > 0 and bool(run.validation.held_out or run.validation.samples),
         on_gpu=on_gpu,
+        storage=precision.storage,
         text_sizes=text_sizes(run.source),
     )
 
@@ -192,10 +192,13 @@ def planned(run: Run, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if found is None:
         raise ValueError(does_not_fit(planner, fixed, card_gb))
     chosen = {key: value for key, value in settings_of(found.choice).items() if key in memory}
-    return dict(memory) | chosen | {"card_gb": card_gb}, (
+    why = (
         f"memory for {card_gb:g} GB: {found.choice}, the fastest that is predicted to fit "
         f"({found.training / 1e9:.1f} of {limit / 1e9:.1f} GB)"
     )
+    if found.moved:  # weights or activations leave the device
+        why = f"{why}. {lighter(planner)}".removesuffix(". ")
+    return dict(memory) | chosen | {"card_gb": card_gb}, why
 
 
 def still_fits(run: Run, kept: Mapping[str, Any]) -> bool:
@@ -217,14 +220,27 @@ def does_not_fit(planner: Planner, fixed: Mapping[str, Any], card_gb: float) -> 
         least = min(least, more, key=lambda p: p.training)
     return (
         f"memory.card_gb={card_gb:g}: this run does not fit. With {least.choice} it is predicted to take "
-        f"{least.training / 1e9:.1f} GB of {usable(card_gb) / 1e9:.1f} GB. {smaller(planner.job)}"
+        f"{least.training / 1e9:.1f} GB of {usable(card_gb) / 1e9:.1f} GB. {smaller(planner)}"
     )
 
 
-def smaller(job: Job) -> str:
+def lighter(planner: Planner) -> str:
+    """Which precisions of the base take less, and how much; empty if none does."""
+    element = {"fp32": 4, "bf16": 2, "fp8": 1, "nf4": 0.516}  # bytes of a weight, with its scales
+    now = element[planner.job.precision]
+    weights = sum(planner.weights) / now
+    found = [
+        f"precision={name} {weights * (now - element[name]) / 1e9:.1f} GB"
+        for name in ("fp8", "nf4")
+        if element[name] < now
+    ]
+    return f"The base would take less with {', with '.join(found)}." if found else ""
+
+
+def smaller(planner: Planner) -> str:
     """What else makes a run smaller, when the group `memory` has nothing more to give."""
-    ways = ["batch_size=1 with more gradient_accumulation"] if job.rows - job.held > 1 else []
-    return f"Less is needed with {' or '.join([*ways, 'a smaller buckets.resolution'])}."
+    ways = ["batch_size=1 with more gradient_accumulation"] if planner.job.rows - planner.job.held > 1 else []
+    return f"{lighter(planner)} Less is needed with {' or '.join([*ways, 'a smaller buckets.resolution'])}.".strip()
 
 
 def advice(run: Run, error: OutOfMemory) -> str:
@@ -241,6 +257,6 @@ def advice(run: Run, error: OutOfMemory) -> str:
     on = gpu(gpu_name(device), free_bytes(device) / GIB + CONTEXT_GB)
     found = step_down(planner, now, on, max(error.asked - error.free, 0))
     if found is None:
-        return smaller(planner.job)
+        return smaller(planner)
     before, after = planner.predict(now).training / 1e9, planner.predict(found).training / 1e9
     return f"Next step down: {found} (predicted: {after:.1f} GB in place of {before:.1f} GB)"

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from flux2.autoencoder import Autoencoder
 from flux2.model import DoubleBlock, Rotation, Transformer
-from flux2.quantised import Nf4Linear
+from flux2.nf4 import Nf4Linear
 from flux2.variants import AutoencoderConfig
 
 GRANULE = 512  # bytes: the CUDA allocator hands out multiples of it

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cards import GIB, SIZES, Gpu, gpu, measured, usable
-from train.choose import FREE, choice_of, choose, completed, does_not_fit, fixed_keys, job_of, settings_of
+from train.choose import FREE, choice_of, choose, completed, does_not_fit, fixed_keys, job_of, lighter, settings_of
 from train.command import checked, command
 from train.loss import is_number
 from train.predict import Choice, Planner, Prediction, trained
@@ -91,7 +91,7 @@ def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
     job = planner.job
     return {
         "model": job.variant.name,
-        "precision": str(job.dtype).removeprefix("torch."),
+        "precision": job.precision,
         "pictures": job.rows,
         "image_tokens": job.shape.image,
         "text_tokens": job.shape.text,
@@ -115,7 +115,7 @@ def main(config: DictConfig) -> None:
     if memory.get("card_gb") is not None and card is None and memory["card_gb"] != FREE:
         card = memory["card_gb"]
     checked("memory", completed(memory), MemorySettings)
-    chooses = card is not None or memory.get("card_gb") == FREE
+    chooses = memory.get("card_gb") is not None
     given["memory"] = completed(memory) | ({"card_gb": None} if "card_gb" in memory else {})
     given["device"] = "cpu"
     run = Run(OmegaConf.create(given))
@@ -125,20 +125,17 @@ def main(config: DictConfig) -> None:
     if card is None and gpu_here:
         card = round(torch.cuda.get_device_properties(0).total_memory / GIB, 1)
     planner = Planner(job_of(run, on_gpu))
-    fixed = fixed_keys(memory) if chooses else {}
+    fixed = fixed_keys(memory) if chooses else {}  # without it they are the group's defaults
     console = Console(width=max(120, Console().width), highlight=False)
     now = planner.predict(choice_of(run.config["memory"]))
     if chooses and card is not None:
         found = choose(planner, fixed, usable(card), gpu(name, card))
-        if found is None:
-            console.print(does_not_fit(planner, fixed, card))
-        else:
-            now = found
+        now = now if found is None else found
     on = gpu(name, card or next((size for size in SIZES if now.training <= usable(size)), SIZES[-1]))
-    shape, dtype = planner.job.shape, str(planner.job.dtype).removeprefix("torch.")
+    shape = planner.job.shape
     console.print(
-        f"{run.variant.name} in {dtype}: {shape.rows} pictures of {shape.image} tokens with {shape.text} of text, "
-        f"{sum(parameter.numel() for parameter in trained(planner.job.model)):,} trained parameters"
+        f"{run.variant.name} in {planner.job.precision}: {shape.rows} pictures of {shape.image} tokens with {shape.text} "
+        f"of text, {sum(parameter.numel() for parameter in trained(planner.job.model)):,} trained parameters"
     )
     console.print(phase_table(now, on_gpu))
     host = ", ".join(f"{part} {gigabytes(value)}" for part, value in now.host.items() if value)
@@ -149,8 +146,11 @@ def main(config: DictConfig) -> None:
     if card is not None:
         found = choose(planner, fixed, usable(card), gpu(name, card))
         at = f"a card of {card:g} GB" if name is None else name
-        what = "nothing that it could choose fits" if found is None else f"would choose {found.choice}"
-        console.print(f"For {at} memory=auto {'' if found else 'finds that '}{what}")
+        if found is None:
+            console.print(f"For {at}: {does_not_fit(planner, fixed, card)}")
+        else:
+            hint = f". {lighter(planner)}" if found.moved else ""
+            console.print(f"For {at} memory=auto would choose {found.choice}{hint}")
 
 
 if __name__ == "__main__":

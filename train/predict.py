@@ -18,8 +18,8 @@ from torch import nn
 
 from flux2.checkpointing import blocks_within, kept_bytes, set_policy
 from flux2.model import Transformer
+from flux2.nf4 import Nf4Linear
 from flux2.offload import streamed_blocks
-from flux2.quantised import Nf4Linear
 from flux2.ring import RING, slot_sizes
 from flux2.variants import PIXELS_PER_TOKEN, TextConfig, Variant
 from train.cards import Gpu
@@ -74,6 +74,7 @@ class Job:
     Attributes:
         model: the transformer on the meta device, in its precision and with its adapter.
         dtype: of what is not converted, and of activations.
+        storage: of the converted layers: fp8, nf4, or None.
         optimizer: makes the optimizer from a list of parameters.
         pixels: (width, height) of the largest training picture; references: those of each of its references.
         sample_pixels: of the sample sheets' pictures, None if none are made.
@@ -96,7 +97,13 @@ class Job:
     accumulation: int = 1
     validates: bool = False
     on_gpu: bool = True
+    storage: str | None = None
     text_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """As in `precision=...`."""
+        return self.storage or {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
 
     @property
     def autocast(self) -> bool:
