@@ -132,10 +132,10 @@ def main(config: DictConfig) -> None:
         found = choose(planner, fixed, usable(card), gpu(name, card))
         now = now if found is None else found
     on = gpu(name, card or next((size for size in SIZES if now.training <= usable(size)), SIZES[-1]))
-    shape = planner.job.shape
+    shape, count = planner.job.shape, sum(parameter.numel() for parameter in trained(planner.job.model))
     console.print(
-        f"{run.variant.name} in {planner.job.precision}: {shape.rows} pictures of {shape.image} tokens with {shape.text} "
-        f"of text, {sum(parameter.numel() for parameter in trained(planner.job.model)):,} trained parameters"
+        f"{run.variant.name} in {planner.job.precision}: {shape.rows} pictures of {shape.image} tokens "
+        f"with {shape.text} of text, {count:,} trained parameters"
     )
     console.print(phase_table(now, on_gpu))
     host = ", ".join(f"{part} {gigabytes(value)}" for part, value in now.host.items() if value)
