@@ -242,7 +242,7 @@ def offline(monkeypatch):
         (["+experiment=tarot", "+card=24", "batch_size=1"], ["For a card of 24 GB memory=auto would choose"]),
         (
             ["+experiment=tarot", "precision=nf4", "memory=24gb"],
-            ["dev in nf4", "16.2", "dequantised layer", "For a card of 24 GB memory=auto would choose"],
+            ["dev in nf4", "streamed blocks", "dequantised layer", "For a card of 24 GB memory=auto would choose"],
         ),
         (["model=klein_base_4b"], ["klein_base_4b in bf16: 4 pictures of 4096 tokens"]),
         (["model=tiny"], ["tiny in bf16: 4 pictures of 64 tokens"]),
@@ -396,7 +396,7 @@ def test_the_first_step_has_nothing_to_save(run_command, small, at_step, tmp_pat
     at_step(0, raise_for_gpu)
     message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}"))
     assert "in the forward and backward of step 1" in message
-    assert "Nothing was trained yet that could be lost." in message
+    assert "No checkpoint was saved yet." in message
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -230,10 +230,8 @@ class Shape:
 def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], list[Any]]:
     """The tokens that a block transforms, and what else it is given."""
     config = model.config
-    by: Rotation = (
-        torch.empty(1, 1, shape.tokens, config.head_dim // 2),
-        torch.empty(1, 1, shape.tokens, config.head_dim // 2),
-    )
+    angles = (1, 1, shape.tokens, config.head_dim // 2)
+    by: Rotation = (torch.empty(angles), torch.empty(angles), torch.empty(angles, dtype=torch.complex64))
 
     def modulation() -> tuple[Tensor, ...]:
         return tuple(torch.empty(shape.rows, 1, config.hidden, dtype=dtype) for _ in range(3))
