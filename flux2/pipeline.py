@@ -8,6 +8,7 @@ transformer is loaded, and prompts that were encoded stay known. What a training
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +32,7 @@ from flux2.text_encoder import TextEncoder
 from flux2.variants import PIXELS_PER_TOKEN, Variant
 from flux2.weights import load_autoencoder, load_text_encoder, load_transformer
 
+log = logging.getLogger(__name__)
 ONE_REFERENCE_PIXELS = 2024**2  # as in the reference code; several share less
 MANY_REFERENCES_PIXELS = 1024**2
 
@@ -217,6 +219,10 @@ class Pipeline:
                 self._text_encoder = load_text_encoder(self.source, self.device, self.precision.dtype)
             for prompt in unknown:
                 self._known[prompt, length] = self._text_encoder.encode([prompt], length).cpu()
+            if cut := self._text_encoder.cut:
+                tokens = length or self.variant.text.length
+                log.warning("%d prompts are longer than %d tokens and were cut: %.80r", len(cut), tokens, cut[0])
+                cut.clear()
             if not self.keep_text_encoder:
                 self._text_encoder = None
                 gc.collect()

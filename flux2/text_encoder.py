@@ -73,20 +73,33 @@ def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
     return model
 
 
+def is_cut(tokenizer: PreTrainedTokenizerFast, prompt: str, kind: str, length: int) -> bool:
+    """Whether `tokenize` leaves out a part of `prompt`."""
+    _, mask = tokenize(tokenizer, [prompt], kind, length + 1)
+    return bool(mask.all())
+
+
 class TextEncoder:
-    """Prompts -> embeddings. `layers` and `length` come from the variant; `length` can be given a call."""
+    """Prompts -> embeddings. `layers` and `length` come from the variant; `length` can be given a call.
+
+    `cut` holds the prompts that were longer than that, of which a part was left out.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, text: TextConfig) -> None:
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.text = text
+        self.cut: list[str] = []
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """(B, length, width) embeddings of `prompts` on the encoder's device and in its dtype."""
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of strings, got one string; wrap it in a list")
-        ids, mask = tokenize(self.tokenizer, prompts, self.text.kind, length or self.text.length)
+        length = length or self.text.length
+        ids, mask = tokenize(self.tokenizer, prompts, self.text.kind, length)
+        full = [prompt for prompt, row in zip(prompts, mask, strict=True) if row.all()]
+        self.cut += [prompt for prompt in full if is_cut(self.tokenizer, prompt, self.text.kind, length)]
         device = next(self.model.parameters()).device
         states = self.model(
             input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False

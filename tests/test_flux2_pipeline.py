@@ -208,6 +208,13 @@ def test_whole_numbers_of_numpy_are_taken(pipe: Pipeline) -> None:
     assert difference(ours, pipe.generate("a cup", seed=3, width=16, height=16, steps=1)) == 0
 
 
+def test_prompts_that_are_cut_are_told_once_with_their_number(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        pipe.encode(["a cup", "fox " * 100, "cup " * 100])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 prompts are longer than 24 tokens and were cut: 'fox fox")
+
+
 def test_prompts_to_encode_are_checked(pipe: Pipeline) -> None:
     assert pipe.encode("a cup").shape[0] == 1
     with pytest.raises(ValueError, match="prompts is an empty list"):

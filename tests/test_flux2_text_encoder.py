@@ -113,6 +113,18 @@ def test_qwen3_prompts_ask_for_an_answer_without_thinking(model_folders: Callabl
     assert words[-8:] == ["assistant", "\n", "<think>", "\n", "\n", "</think>", "\n", "\n"]
 
 
+def test_prompts_that_are_cut_are_known(source: ModelSource) -> None:
+    encoder = load_text_encoder(source, torch.device("cpu"), torch.float32)
+    encoder.encode(["a cup", "fox " * 100])
+    assert encoder.cut == ["fox " * 100]
+    _, mask = tokenize(encoder.tokenizer, ["a cup"], source.variant.text.kind, 64)
+    exact = int(mask.sum())
+    encoder.encode(["a cup"], length=exact)
+    assert len(encoder.cut) == 1, "a prompt that just fits is whole"
+    encoder.encode(["a cup"], length=exact - 1)
+    assert encoder.cut == ["fox " * 100, "a cup"]
+
+
 def test_a_length_can_be_given_a_call(source: ModelSource) -> None:
     encoder = load_text_encoder(source, dtype=torch.float32)
     assert encoder.encode(["a cup"], length=50).shape[1] == 50

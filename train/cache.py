@@ -47,6 +47,7 @@ class LocalTextEncoder:
         if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
             raise ValueError(f"text_encoder.length={length!r} must be a whole number from 1, or null")
         self.length = length
+        self.cut: list[str] = []  # prompts that were longer than the length, of which a part was left out
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
         """What an embedding depends on beside its prompt."""
@@ -57,6 +58,7 @@ class LocalTextEncoder:
     def load(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encode:
         """A function from prompts to (B, L, D) embeddings."""
         encoder = load_text_encoder(source, device, dtype)
+        self.cut = encoder.cut
         return lambda prompts: encoder.encode(prompts, self.length)
 
 
@@ -128,6 +130,10 @@ def prepare(
     if embeddings.missing or latents.missing:
         make_writable(cache.folder, "cache_dir")  # and not only when an encoder is loaded
     fill(embeddings, lambda: text_encoder.load(source, device, dtype), "prompts", accelerator)
+    if text_encoder.cut:
+        length = text_encoder.length or source.variant.text.length
+        first = text_encoder.cut[0][:80]
+        print(f"{len(text_encoder.cut)} prompts are longer than {length} tokens and were cut, such as {first!r}")
 
     def load_encoder() -> Callable[..., Tensor]:
         autoencoder = load_autoencoder(source, device, torch.float32)
