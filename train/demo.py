@@ -109,7 +109,7 @@ def main(config: DictConfig) -> None:
     prompts = [f"a trtcrd of a {colour} {subject}, tarot style" for colour, subject in pairs]
     plain = [f"a large {colour} {subject} on a blue background" for colour, subject in pairs]
 
-    run.say("pictures of the base")
+    run.say(f"{len(prompts) + len(plain)} pictures of the base, then {run.settings.steps} steps, then as many pictures")
     base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True)
     cards_before, plain_before = base.generate(prompts, batch_size=8), base.generate(plain, batch_size=8)
 
@@ -117,7 +117,7 @@ def main(config: DictConfig) -> None:
     adapter = run.train()
     seconds = time.perf_counter() - began
 
-    run.say("pictures with the adapter")
+    run.say("pictures with the adapter, and once more without it")
     base.load_adapter(adapter)
     cards_after, plain_after = base.generate(prompts, batch_size=8), base.generate(plain, batch_size=8)
     with disabled(base.transformer):

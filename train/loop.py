@@ -190,6 +190,7 @@ class Training:
             self.whole = start
             if start == 0:
                 self.look(0, {})
+                bar.unpause()  # or the sheet would count as a part of the first step
             for step in range(start, settings.steps):
                 began = time.perf_counter()
                 self.wrapped.train()
