@@ -95,7 +95,6 @@ def fill(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            encode = load()
             plan.fill(encode, accelerator.process_index, accelerator.num_processes, progress)
         del encode
         gc.collect()

@@ -296,6 +296,7 @@ class Run:
             self.make_adapter(model, seed=self.settings.seed)
         build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
         self.attention_backend()
+        assert all(model.get_submodule(block) for block in self.streamed)
         for path in self.sample.references:
             open_picture(path).load()
 
@@ -516,7 +517,8 @@ def main(config: DictConfig) -> None:
     try:
         adapter = run.train()
     except OutOfMemory as error:
-        raise ValueError(f"{error} {advice(run, error)}") from None
+        with own_errors(run.accelerator.process_index):
+            raise ValueError(f"{error} {advice(run, error)}") from None
     run.say(f"adapter   {adapter}")
     run.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if run.sample.prompts and run.settings.sample_every:
