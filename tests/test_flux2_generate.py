@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 from flux2 import adapters, generate
+from flux2.offload import Offloader
 from flux2.variants import VARIANTS
+
+pytest_plugins = ("offload_helpers",)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -239,3 +242,21 @@ def test_an_unknown_model_is_refused_by_the_command(
         command("--model", "flux1")
     assert end.value.code == 2
     assert "invalid choice: 'flux1'" in capsys.readouterr().err
+
+
+def test_blocks_that_stream_make_the_same_picture(
+    command: Callable[..., int], tmp_path: Path, scrambled: list[Offloader], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tmp_path / "adapter")
+    for name, arguments in {"plain": [], "half": ["--stream-blocks", "0.5"], "four": ["--stream-blocks", "4"]}.items():
+        assert command("--adapter", str(tmp_path / "adapter"), "--out", f"{name}.png", *arguments) == 0
+    assert [len(offloader.blocks) for offloader in scrambled] == [3, 4]
+    assert (tmp_path / "half.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+    assert (tmp_path / "four.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+    capsys.readouterr()
+    for given, said in (
+        ("6", "stream_blocks=6 is more than the model's 5 blocks"),
+        ("1.5", "stream_blocks=1.5 must be"),
+    ):
+        assert command("--stream-blocks", given) == 2
+        assert capsys.readouterr().err.startswith(f"error: {said}")
