@@ -149,8 +149,8 @@ def main(config: DictConfig) -> None:
         if found is None:
             console.print(f"For {at}: {does_not_fit(planner, fixed, card)}")
         else:
-            hint = f". {lighter(planner)}" if found.moved else ""
-            console.print(f"For {at} memory=auto would choose {found.choice}{hint}")
+            hint = lighter(planner) if found.moved else ""  # weights or activations leave the device
+            console.print(f"For {at} memory=auto would choose {found.choice}{'. ' if hint else ''}{hint}")
 
 
 if __name__ == "__main__":

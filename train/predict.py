@@ -221,6 +221,7 @@ class Planner:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self._predictions: dict[Choice, Prediction] = {}
         self._costs: dict[tuple[str, nn.Module], Cost] = {}
         self._blocks: dict[tuple[str, int], tuple[int, int, Work]] = {}
         self._inferences: dict[tuple[Shape, bool], tuple[int, Work]] = {}
@@ -343,7 +344,12 @@ class Planner:
         return {name: i for i, name in enumerate([*double, *single])}
 
     def predict(self, choice: Choice) -> Prediction:
-        """Add up a choice."""
+        """Add up a choice; what was added up once is known."""
+        if choice not in self._predictions:
+            self._predictions[choice] = self.add_up(choice)
+        return self._predictions[choice]
+
+    def add_up(self, choice: Choice) -> Prediction:
         job = self.job
         kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb)
         streamed, ring = self.count_streamed(choice.stream_blocks)
