@@ -107,15 +107,30 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sample:
-    """One example: the picture to learn, its caption (stripped, may be empty), and the pictures it is an edit of."""
+    """One example: the picture to learn and the pictures it is an edit of.
+
+    Attributes:
+        target: the picture to learn.
+        captions: at least one, stripped, may be empty; with several, which one is trained is drawn each time.
+        references: the pictures that the target is an edit of, in the order that the caption counts them.
+        weight: how often it is trained relative to others; 3.0 is three times in every pass over the data.
+        mask: where the target counts, white wholly and black not at all, as large as the target; None: everywhere.
+    """
 
     target: Picture
-    caption: str
+    captions: tuple[str, ...]
     references: tuple[Picture, ...] = ()
+    weight: float = 1.0
+    mask: Picture | None = None
 
     @property
     def name(self) -> str:
         return self.target.name
+
+    @property
+    def caption(self) -> str:
+        """The first of its captions."""
+        return self.captions[0]
 
 
 class Source(Sequence[Sample]):
@@ -194,7 +209,7 @@ class Folder(Source):
                 f"{self.path}: no caption for {_some(silent)}: write a .txt of the same name beside each "
                 "(it may be empty), or a metadata.jsonl for all"
             )
-        return [Sample(_file_picture(file), _read_text(file.with_suffix(".txt")).strip()) for file in pictures]
+        return [Sample(_file_picture(file), (_read_text(file.with_suffix(".txt")).strip(),)) for file in pictures]
 
     def _from_metadata(self, file: Path, image: str, caption: str, references: tuple[str, ...]) -> list[Sample]:
         samples, missing = [], []
@@ -225,7 +240,7 @@ class Folder(Source):
             paths = [self.path / name for name in names]
             missing += [name for name, path in zip(names, paths, strict=True) if not _is_file(path)]
             target, *others = map(_file_picture, paths)
-            samples.append(Sample(target, row[caption].strip(), tuple(others)))
+            samples.append(Sample(target, (row[caption].strip(),), tuple(others)))
         twice = [name for name, times in Counter(sample.name for sample in samples).items() if times > 1]
         if twice and not missing:
             log.warning("%s names %d pictures on several lines: %s", file, len(twice), _some(twice))
@@ -294,7 +309,7 @@ class HuggingFace(Source):
                 references += [self._picture(index, column, item) for item in range(len(cell) if cell.is_valid else 0)]
             elif cell.is_valid:
                 references.append(self._picture(index, column))
-        return Sample(self._picture(index, self._image), caption.strip(), tuple(references))
+        return Sample(self._picture(index, self._image), (caption.strip(),), tuple(references))
 
     def _cell(self, index: int, column: str, item: int | None = None) -> pa.Scalar:
         """The Arrow cell of a row, undecoded; `item` picks one of a list."""

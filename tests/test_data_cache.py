@@ -47,9 +47,9 @@ def files(cache: Cache) -> list[Path]:
 
 
 SAMPLES = [
-    Sample(picture("red"), "a", (picture("blue", (100, 50)),)),
-    Sample(picture("lime"), "b"),
-    Sample(picture("white", (80, 48)), "c"),
+    Sample(picture("red"), ("a",), (picture("blue", (100, 50)),)),
+    Sample(picture("lime"), ("b",)),
+    Sample(picture("white", (80, 48)), ("c",)),
 ]
 
 
@@ -175,7 +175,7 @@ def test_an_interruption_keeps_what_was_computed(tmp_path: Path) -> None:
 
 
 def test_equal_content_under_another_name_is_one_entry(tmp_path: Path) -> None:
-    twins = [Sample(picture("red", name="x.png"), ""), Sample(picture("red", name="y.png"), "")]
+    twins = [Sample(picture("red", name="x.png"), ("",)), Sample(picture("red", name="y.png"), ("",))]
     planned = plan(Cache(tmp_path), twins)
     assert planned.missing == 1
     assert planned.entries[0].key == planned.entries[1].key
@@ -303,7 +303,7 @@ def test_filling_removes_what_was_left_half_written_long_ago(tmp_path: Path) -> 
 
 
 def test_pictures_that_are_scaled_up_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    samples = [Sample(picture("red", size, f"{size}"), "") for size in ((1, 1), (20000, 2), (64, 64), (90, 70))]
+    samples = [Sample(picture("red", size, f"{size}"), ("",)) for size in ((1, 1), (20000, 2), (64, 64), (90, 70))]
     plan(Cache(tmp_path), samples)
     (record,) = caplog.records
     assert record.getMessage().startswith("2 of 4 pictures are smaller than the size that they are trained at")
