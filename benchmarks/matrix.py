@@ -49,7 +49,7 @@ from flux2.weights import transformer_tensor
 
 SMALL = TransformerConfig(heads=2, head_dim=64, double_blocks=1, single_blocks=2, text_width=64, guidance=False,
                           rope_axes=(16, 16, 16, 16))  # fmt: skip
-MODELS = {"dev": DEV, "klein_9b": KLEIN_9B, "klein_4b": KLEIN_4B, "small": SMALL}
+MODELS = {"dev": DEV, "klein_base_9b": KLEIN_9B, "klein_base_4b": KLEIN_4B, "small": SMALL}
 DIFFUSERS_TARGETS = (
     r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
@@ -61,6 +61,7 @@ BLOCKS = ("double_blocks.", "single_blocks.", "transformer_blocks.", "single_tra
 class Setup:
     """What all cases share."""
 
+    name: str
     config: TransformerConfig
     device: torch.device
     rank: int
@@ -83,11 +84,13 @@ class Case:
     policy: str = "full"
     compile: bool = False
     cudnn: bool = True
+    layouts: int = 1
 
     @property
     def name(self) -> str:
         words = ["diffusers + PEFT" if self.peer else "flux2-lora", self.precision]
         words += [] if self.peer else [self.policy]
+        words += ["both layouts"] if self.layouts == 2 else []
         words += ["compiled"] if self.compile else []
         return ", ".join(words + (["cuDNN attention"] if self.peer and self.cudnn else []))
 
@@ -97,6 +100,7 @@ CASES = [
     Case(False, "bf16", "selective"),
     Case(False, "bf16", compile=True),
     Case(False, "fp8"),
+    Case(False, "fp8", layouts=2),
     Case(False, "fp8", "selective"),
     Case(False, "fp8", compile=True),
     Case(False, "fp8", "selective", compile=True),
@@ -137,7 +141,13 @@ def ours(setup: Setup, case: Case) -> Any:
             continue
         layer: Any
         if case.precision == "fp8":
-            layer = Float8Linear(module.in_features, module.out_features, dtype=dtype, device=device)
+            layer = Float8Linear(
+                module.in_features,
+                module.out_features,
+                dtype=dtype,
+                device=device,
+                keep_both_layouts=case.layouts == 2,
+            )
         else:
             layer = Nf4Linear(module.in_features, module.out_features, dtype=dtype, device=device, workspace=workspace)
         layer.store(weight)
@@ -215,6 +225,24 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def setting(setup: Setup, case: Case, model: nn.Module) -> dict[str, Any]:
+    """A case of ours in the words of train/plan.py, which looks for its own setting among those measured."""
+    return {
+        "model": setup.name,
+        "precision": case.precision,
+        "pictures": 1,
+        "image_tokens": setup.side**2,
+        "text_tokens": setup.text,
+        "trained_parameters": sum(parameter.numel() for parameter in adapters.adapter_parameters(model)),
+        "compile": case.compile,
+        "checkpointing": case.policy,
+        "budget_gb": None,
+        "stream_blocks": 0,
+        "offload_activations": False,
+        "keep_both_layouts": case.layouts == 2,
+    }
 
 
 def timed(step: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
@@ -327,6 +355,7 @@ def measure(
         }
     gradients = None
     if not case.peer:
+        result["setting"] = setting(setup, case, model)
         gradients = [p.grad.cpu() for p in adapters.adapter_parameters(model) if p.grad is not None]
         if reference is not None:
             result["cosine of LoRA gradients with bf16"] = cosine(gradients, reference)
@@ -362,7 +391,7 @@ def run(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="klein_4b")
+    parser.add_argument("--model", choices=MODELS, default="klein_base_4b")
     parser.add_argument("--side", type=int, default=64, help="side of the latent grid: 64 is a picture of 1024 px")
     parser.add_argument("--text", type=int, default=512, help="prompt tokens")
     parser.add_argument("--rank", type=int, default=16)
@@ -383,7 +412,8 @@ def main() -> None:
             parser.error("--memory-gb is of a GPU")
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((options.memory_gb * 2**30 - 2**30) / total, device)
-    setup = Setup(MODELS[options.model], device, options.rank, options.compiler, options.side, options.text)
+    config = MODELS[options.model]
+    setup = Setup(options.model, config, device, options.rank, options.compiler, options.side, options.text)
     found = run(setup, options)
     result = {
         "what": f"{options.model}, batch 1, {options.side**2} + {options.text} tokens, rank {options.rank}",
