@@ -133,8 +133,9 @@ def test_the_time_of_the_products_is_that_of_the_table(planner):
 def test_streaming_a_whole_model_is_bound_by_the_bus(planner):
     found = planner("dev", side=256)
     slow = found.predict(Choice("full", stream_blocks=56))
-    assert slow.seconds(H200) == pytest.approx(2 * 62.8 / 50, rel=0.01)
-    assert found.predict(Choice("full")).seconds(H200) < 0.5 * slow.seconds(H200)
+    still = found.predict(Choice("full")).seconds(H200)
+    assert slow.seconds(H200) == pytest.approx(2 * 62.8 / 50 + 0.1 * still, rel=0.01)
+    assert still < 0.5 * slow.seconds(H200)
 
 
 def test_an_optimizer_is_measured_by_a_step_of_it():

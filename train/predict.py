@@ -39,6 +39,7 @@ from train.memory import (
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
+FELT = 0.1  # assumed: the share of copies that compute does not hide, or of compute that copies do not
 READ_AHEAD = 2.0e9  # cache entries that data.loader keeps, at most
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -220,8 +221,9 @@ class Prediction:
         return max(self.total(phase) for phase in self.phases)
 
     def seconds(self, gpu: Gpu) -> float:
-        """A step: its compute, or the copies beside it where they take longer."""
-        return max(gpu.seconds(self.work, fused=self.compiled), self.moved / (gpu.bus * 1e9))
+        """A step: its compute, or the copies beside it where they take longer, and a part of the other."""
+        both = gpu.seconds(self.work, fused=self.compiled), self.moved / (gpu.bus * 1e9)
+        return max(both) + FELT * min(both)
 
 
 class Planner:
