@@ -318,6 +318,12 @@ class Run:
         return streamed_blocks(self.variant.transformer, self.memory.stream_blocks, "memory.stream_blocks")
 
     @property
+    def copies(self) -> Path | None:
+        """The folder of quantised copies of models."""
+        given = self.settings.quantised_dir
+        return Path(given).expanduser() if given else None
+
+    @property
     def variant(self) -> Variant:
         return self.source.variant
 
@@ -465,11 +471,10 @@ class Run:
             f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
             f"attention: {self.attention_backend()}"
         )
-        copies = Path(settings.quantised_dir).expanduser() if settings.quantised_dir else None
         loading = watched("while loading the transformer", "step", accelerator.device)
         with own_errors(accelerator.process_index), loading:
             transformer = load_transformer(
-                self.source, accelerator.device, self.precision, host=self.streamed, cache=copies, say=self.say
+                self.source, accelerator.device, self.precision, host=self.streamed, cache=self.copies, say=self.say
             )
             self.say(describe(transformer, self.precision, accelerator.device))
             self.memory.apply(transformer, accelerator.device, self.buckets)
