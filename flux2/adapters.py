@@ -284,6 +284,9 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "",
         save_file(to_diffusers(layer_pairs(wrapped.get_base_model(), name)), written / DIFFUSERS_FILE, metadata)
         (folder / PEFT_FILE).unlink(missing_ok=True)  # of an earlier adapter: while it is there, all files are its own
         files = [path for path in written.iterdir() if path.is_file()]
+        readable = (written / "README.md").stat().st_mode  # as the umask says; safetensors writes for the owner alone
+        for file in files:
+            file.chmod(readable)
         for file in sorted(files, key=lambda path: path.name == PEFT_FILE):
             file.replace(folder / file.name)
 
