@@ -44,7 +44,7 @@ tiny: setup
 
 bench: setup
 	$(BIN)/python benchmarks/step.py
-	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/matrix.py; fi
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/matrix.py && $(BIN)/python benchmarks/fits.py; fi
 	$(BIN)/python benchmarks/tables.py
 
 clean:

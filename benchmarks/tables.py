@@ -17,17 +17,14 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
-import torch
-
-from flux2.adapters import attach
-from flux2.precision import Precision
+from benchmarks.fits import planner
 from flux2.variants import VARIANTS
 from train.cards import gpu, usable
-from train.choose import choose, skeleton
-from train.predict import Job, Planner
+from train.choose import choose
+from train.predict import Planner
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,13 +55,8 @@ def result(name: str) -> dict[str, Any]:
 
 
 @lru_cache
-def planner(name: str, storage: str | None, in_fp8: bool) -> Planner:
-    """One picture of 1024 x 1024, rank 16 on the linears of the blocks, AdamW."""
-    variant, matmul = VARIANTS[name], "fp8" if in_fp8 else "dequantised"
-    precision = Precision(torch.bfloat16, storage, matmul=matmul if storage == "fp8" else "auto")  # type: ignore[arg-type]
-    model = skeleton(variant, precision, lambda model: attach(model, rank=16))
-    optimizer = partial(torch.optim.AdamW, lr=1e-4)
-    return Planner(Job(variant, model, torch.bfloat16, optimizer, (1024, 1024), storage=storage))
+def known(name: str, storage: str | None, in_fp8: bool) -> Planner:
+    return planner(VARIANTS[name], storage, 1024, in_fp8)
 
 
 def fits() -> str:
@@ -75,7 +67,7 @@ def fits() -> str:
         for storage in (None, "fp8", "nf4"):
             cells = []
             for size, card in cards.items():
-                found = choose(planner(name, storage, card.fp8 is not None), {}, usable(size), card)
+                found = choose(known(name, storage, card.fp8 is not None), {}, usable(size), card)
                 streams = found is not None and found.choice.stream_blocks
                 cells.append("no" if found is None else f"{found.seconds(card):.1f}{'*' if streams else ''}")
             rows.append([f"{title}, {storage or 'bf16'}", *cells])
@@ -96,6 +88,8 @@ def steps() -> str:
     table = markdown(["median of a step (least to most)", "flux2-lora", "diffusers + PEFT", "ratio"], rows)
     for file in sorted(RESULTS.glob("matrix_*.json")):
         table += "\n" + matrix(json.loads(file.read_text()))
+    for file in sorted(RESULTS.glob("fits_*.json")):
+        table += "\n" + runs(json.loads(file.read_text()))
     return table
 
 
@@ -118,6 +112,27 @@ def matrix(found: dict[str, Any]) -> str:
         )
     head = [f"{found['hardware']}: {found['what']}", "step", "peak memory", "cosine with bf16"]
     return markdown(head, rows)
+
+
+def runs(found: dict[str, Any]) -> str:
+    """The cases of one run of benchmarks/fits.py."""
+    rows = []
+    for name, run in found["runs"].items():
+        missing = run.get("left out") or run.get("out of memory")
+        if missing:
+            rows.append([name, missing, "", ""])
+            continue
+        chosen = ", ".join(f"{key}={value}" for key, value in run.get("memory", {}).items() if value)
+        gigabytes = run.get("GB", {"predicted": float("nan"), "allocated": float("nan")})
+        rows.append(
+            [
+                name,
+                chosen,
+                f"{gigabytes['allocated']:.1f} GB ({gigabytes['predicted']:.1f} predicted)",
+                f"{run['seconds']['median']:.2f} s ({run['predicted seconds']:.2f} predicted)",
+            ]
+        )
+    return markdown([f"{found['hardware']}: model, base, px, card", "memory", "peak", "step"], rows)
 
 
 def precisions() -> str:
