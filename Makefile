@@ -14,7 +14,7 @@ help:
 	@echo "make check      lint, format, types and make test"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make tiny       draw the pictures and train the embedded model again (hours)"
-	@echo "make bench      the side-by-side benchmark for this machine"
+	@echo "make bench      the side-by-side benchmarks for this machine, and README's tables from them"
 
 setup: .venv/installed
 
@@ -44,6 +44,8 @@ tiny: setup
 
 bench: setup
 	$(BIN)/python benchmarks/step.py
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/matrix.py && $(BIN)/python benchmarks/fits.py; fi
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf .venv outputs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -23,7 +23,7 @@ import tempfile
 import peft
 import torch
 
-from benchmarks.step import hardware
+from benchmarks.models import hardware
 
 KEYS = (
     "training_seconds",

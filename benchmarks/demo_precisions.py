@@ -30,7 +30,7 @@ import hydra
 import peft
 import torch
 
-from benchmarks.step import hardware
+from benchmarks.models import hardware
 from train import demo
 
 PRECISIONS = {

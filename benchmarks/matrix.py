@@ -21,10 +21,7 @@ import argparse
 import gc
 import importlib.util
 import json
-import platform
 import statistics
-import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,33 +31,31 @@ import diffusers
 import peft
 import torch
 import torch.nn.functional as F
-from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
+from benchmarks.models import (
+    MODELS,
+    adapt,
+    adapt_with_peft,
+    clock,
+    diffusers_transformer,
+    hardware,
+    random_transformer,
+    to_four_bits,
+)
 from flux2 import adapters
 from flux2.attention import limited_to, preferred_backends
 from flux2.checkpointing import set_policy
-from flux2.float8 import Float8Linear
-from flux2.model import Transformer
-from flux2.nf4 import Nf4Linear, Workspace
+from flux2.precision import Precision
 from flux2.tokens import image_positions, text_positions
-from flux2.variants import DEV, KLEIN_4B, KLEIN_9B, TransformerConfig
-from flux2.weights import transformer_tensor
-
-SMALL = TransformerConfig(heads=2, head_dim=64, double_blocks=1, single_blocks=2, text_width=64, guidance=False,
-                          rope_axes=(16, 16, 16, 16))  # fmt: skip
-MODELS = {"dev": DEV, "klein_9b": KLEIN_9B, "klein_4b": KLEIN_4B, "small": SMALL}
-DIFFUSERS_TARGETS = (
-    r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
-    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
-)
-BLOCKS = ("double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks.")
+from flux2.variants import TransformerConfig
 
 
 @dataclass(frozen=True)
 class Setup:
     """What all cases share."""
 
+    name: str
     config: TransformerConfig
     device: torch.device
     rank: int
@@ -83,11 +78,13 @@ class Case:
     policy: str = "full"
     compile: bool = False
     cudnn: bool = True
+    layouts: int = 1
 
     @property
     def name(self) -> str:
         words = ["diffusers + PEFT" if self.peer else "flux2-lora", self.precision]
         words += [] if self.peer else [self.policy]
+        words += ["both layouts"] if self.layouts == 2 else []
         words += ["compiled"] if self.compile else []
         return ", ".join(words + (["cuDNN attention"] if self.peer and self.cudnn else []))
 
@@ -97,6 +94,7 @@ CASES = [
     Case(False, "bf16", "selective"),
     Case(False, "bf16", compile=True),
     Case(False, "fp8"),
+    Case(False, "fp8", layouts=2),
     Case(False, "fp8", "selective"),
     Case(False, "fp8", compile=True),
     Case(False, "fp8", "selective", compile=True),
@@ -115,73 +113,25 @@ CASES = [
 # ------------------------------------------------------------------ models
 
 
-def drawn(name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The weight of this name, the same in every case: random, of a scale that keeps activations near one."""
-    if len(shape) == 1:
-        return torch.ones(shape, device=device, dtype=dtype)
-    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    return torch.randn(shape, generator=generator, device=device, dtype=dtype) * shape[1] ** -0.5
-
-
 def ours(setup: Setup, case: Case) -> Any:
-    """Our transformer with an adapter whose B is not zero. Only one layer at a time is there in two precisions."""
-    config, device, dtype = setup.config, setup.device, setup.dtype
-    with torch.device("meta"):
-        model = Transformer(config)
-    workspace = Workspace()
-    for name, parameter in list(model.named_parameters()):
-        place, _, last = name.rpartition(".")
-        module, weight = model.get_submodule(place), drawn(name, parameter.shape, device, dtype)
-        if case.precision == "bf16" or not name.startswith(BLOCKS) or not isinstance(module, nn.Linear):
-            setattr(module, last, nn.Parameter(weight, requires_grad=False))
-            continue
-        layer: Any
-        if case.precision == "fp8":
-            layer = Float8Linear(module.in_features, module.out_features, dtype=dtype, device=device)
-        else:
-            layer = Nf4Linear(module.in_features, module.out_features, dtype=dtype, device=device, workspace=workspace)
-        layer.store(weight)
-        parent, _, child = place.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    attention = preferred_backends(None, device) if case.cudnn else None
+    """Our transformer with an adapter whose B is not zero."""
+    storage = None if case.precision == "bf16" else case.precision
+    matmul = "fp8" if storage == "fp8" else "auto"
+    precision = Precision(setup.dtype, storage, matmul=matmul, keep_both_layouts=case.layouts == 2)  # type: ignore[arg-type]
+    model = random_transformer(setup.config, precision, setup.device)
+    attention = preferred_backends(None, setup.device) if case.cudnn else None
     set_policy(model, case.policy, attention=attention, compile=case.compile, compiler=setup.compiler)
-    adapters.attach(model, rank=setup.rank)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = 0.1 * drawn(name, parameter.shape, device, torch.float32)
+    adapt(model, setup.rank)
     return model.train()
 
 
 def theirs(setup: Setup, case: Case) -> Any:
     """diffusers' transformer with the same weights and a PEFT adapter."""
-    config, device, dtype = setup.config, setup.device, setup.dtype
-    with torch.device("meta"):
-        names = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-        other = Flux2Transformer2DModel(
-            in_channels=config.channels,
-            num_layers=config.double_blocks,
-            num_single_layers=config.single_blocks,
-            attention_head_dim=config.head_dim,
-            num_attention_heads=config.heads,
-            joint_attention_dim=config.text_width,
-            axes_dims_rope=config.rope_axes,
-            guidance_embeds=config.guidance,
-        )
-    state: dict[str, Tensor] = {}
-    for name, shape in names.items():
-        parts = transformer_tensor(name).split(drawn(name, shape, device, dtype))
-        state |= {key: tensor.contiguous() for key, tensor in parts.items()}
-    other.load_state_dict(state, assign=True)
-    del state
-    other.requires_grad_(False)
+    other = diffusers_transformer(setup.config, None, setup.device, setup.dtype)
     if case.precision == "bitsandbytes nf4":
-        to_four_bits(other, device)
-    other.enable_gradient_checkpointing()
-    other.add_adapter(peft.LoraConfig(r=setup.rank, lora_alpha=setup.rank, target_modules=DIFFUSERS_TARGETS))
-    for parameter in other.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    other.to(device).train()
+        to_four_bits(other, setup.device)
+    adapt_with_peft(other, setup.rank)
+    other.to(setup.device).train()
     if case.precision == "torchao float8":
         from torchao.float8 import convert_to_float8_training
 
@@ -192,29 +142,25 @@ def theirs(setup: Setup, case: Case) -> Any:
     return other
 
 
-def to_four_bits(model: nn.Module, device: torch.device) -> None:
-    """The block linears as bitsandbytes' NF4 with double quantisation, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith(BLOCKS):
-            layer = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                device="meta",
-            )  # fmt: skip
-            layer.weight = bitsandbytes.nn.Params4bit(
-                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
-            ).to(device)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
-
-
 # ------------------------------------------------------------------ measuring
 
 
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def setting(setup: Setup, case: Case, model: nn.Module) -> dict[str, Any]:
+    """A case of ours in the words of train/plan.py, which looks for its own setting among those measured."""
+    return {
+        "model": setup.name,
+        "precision": case.precision,
+        "pictures": 1,
+        "image_tokens": setup.side**2,
+        "text_tokens": setup.text,
+        "trained_parameters": sum(parameter.numel() for parameter in adapters.adapter_parameters(model)),
+        "compile": case.compile,
+        "checkpointing": case.policy,
+        "budget_gb": None,
+        "stream_blocks": 0,
+        "offload_activations": False,
+        "keep_both_layouts": case.layouts == 2,
+    }
 
 
 def timed(step: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
@@ -327,6 +273,7 @@ def measure(
         }
     gradients = None
     if not case.peer:
+        result["setting"] = setting(setup, case, model)
         gradients = [p.grad.cpu() for p in adapters.adapter_parameters(model) if p.grad is not None]
         if reference is not None:
             result["cosine of LoRA gradients with bf16"] = cosine(gradients, reference)
@@ -362,7 +309,7 @@ def run(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="klein_4b")
+    parser.add_argument("--model", choices=MODELS, default="klein_base_4b")
     parser.add_argument("--side", type=int, default=64, help="side of the latent grid: 64 is a picture of 1024 px")
     parser.add_argument("--text", type=int, default=512, help="prompt tokens")
     parser.add_argument("--rank", type=int, default=16)
@@ -383,11 +330,12 @@ def main() -> None:
             parser.error("--memory-gb is of a GPU")
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((options.memory_gb * 2**30 - 2**30) / total, device)
-    setup = Setup(MODELS[options.model], device, options.rank, options.compiler, options.side, options.text)
+    config = MODELS[options.model]
+    setup = Setup(options.model, config, device, options.rank, options.compiler, options.side, options.text)
     found = run(setup, options)
     result = {
         "what": f"{options.model}, batch 1, {options.side**2} + {options.text} tokens, rank {options.rank}",
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "hardware": hardware(device),
         "memory limit, GB": options.memory_gb,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, peft, bitsandbytes)},
         **found,

@@ -15,30 +15,23 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import diffusers
 import peft
 import torch
-from diffusers import Flux2Transformer2DModel
 from torch import Tensor
 
+from benchmarks.models import adapt_with_peft, clock, diffusers_transformer, hardware
 from flux2 import adapters
 from flux2.checkpointing import set_policy
 from flux2.model import Transformer
-from flux2.names import transformer_tensor
 from flux2.tokens import image_positions, text_positions
 from flux2.variants import KLEIN_4B, TransformerConfig
 
 SMALL = replace(KLEIN_4B, heads=4, double_blocks=2, single_blocks=4, text_width=1536)
-DIFFUSERS_TARGETS = (
-    r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
-    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
-)
 
 
 def ours(config: TransformerConfig, device: torch.device, dtype: torch.dtype, rank: int) -> Transformer:
@@ -53,27 +46,11 @@ def ours(config: TransformerConfig, device: torch.device, dtype: torch.dtype, ra
 
 def theirs(config: TransformerConfig, model: Transformer, device: torch.device, rank: int) -> torch.nn.Module:
     """diffusers' transformer with the weights of `model` and a fresh PEFT adapter."""
-    with torch.device("meta"):
-        other = Flux2Transformer2DModel(
-            in_channels=config.channels,
-            num_layers=config.double_blocks,
-            num_single_layers=config.single_blocks,
-            attention_head_dim=config.head_dim,
-            num_attention_heads=config.heads,
-            joint_attention_dim=config.text_width,
-            guidance_embeds=config.guidance,
-        )
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if ".lora_" not in name:
-            state |= transformer_tensor(name.replace(".base_layer", "")).split(tensor)
-    other.load_state_dict(state, assign=True)
-    other.enable_gradient_checkpointing()
-    other.requires_grad_(False)
-    other.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS_TARGETS))
-    for parameter in other.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    weights = {
+        name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
+    }
+    other = diffusers_transformer(config, weights, device, dtype=torch.float32)
+    adapt_with_peft(other, rank)
     return other.to(device).train()
 
 
@@ -82,26 +59,11 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int, device: torch.de
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
+            began = clock(device)
             step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             if repeat:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock(device) - began)
     return times
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:

@@ -284,6 +284,9 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "",
         save_file(to_diffusers(layer_pairs(wrapped.get_base_model(), name)), written / DIFFUSERS_FILE, metadata)
         (folder / PEFT_FILE).unlink(missing_ok=True)  # of an earlier adapter: while it is there, all files are its own
         files = [path for path in written.iterdir() if path.is_file()]
+        readable = (written / "README.md").stat().st_mode  # as the umask says; safetensors writes for the owner alone
+        for file in files:
+            file.chmod(readable)
         for file in sorted(files, key=lambda path: path.name == PEFT_FILE):
             file.replace(folder / file.name)
 
@@ -392,10 +395,16 @@ def merge(model: nn.Module) -> None:
     below 0.2 to 0.4 % of itself, and a quantised one none at all in a useful sense: it is refused.
 
     Raises:
-        AdapterError: a layer is quantised, or its adapter is not a plain LoRA; the model is then as it was.
+        AdapterError: a layer is quantised, blocks of the model stream, or an adapter is not a plain LoRA; the model is
+            then as it was.
     """
     if isinstance(model, peft.PeftModel):
         model = model.get_base_model()
+    if isinstance(model, Transformer) and model.streams:
+        raise AdapterError(
+            "cannot merge while blocks stream from host memory, as what is on the device would not follow: load the "
+            "model without streaming (memory.stream_blocks=0)"
+        )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, module in layers.items():
         base = module.get_base_layer()

@@ -75,6 +75,14 @@ class Float8Linear(QuantisedLinear):
         if keep_both_layouts:
             self.allocate(device, qweight_t=(in_features, out_features))
 
+    def keep_layouts(self, both: bool) -> None:
+        """Begin or cease to keep the transposed weight too; the products stay as they are."""
+        if both and not self.keep_both_layouts:
+            self.hold("qweight_t", self.qweight.t())
+        elif self.keep_both_layouts and not both:
+            del self.qweight_t
+        self.keep_both_layouts = both
+
     def values(self) -> Tensor:
         """(out, in) in e4m3, row-major."""
         return self.qweight.view(torch.float8_e4m3fn)

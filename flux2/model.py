@@ -239,6 +239,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.run_block: Callable[..., Any] = call
+        self.streams = False  # whether weights of blocks wait in host memory (offload.py)
         self.img_in = nn.Linear(config.channels, config.hidden, bias=False)
         self.txt_in = nn.Linear(config.text_width, config.hidden, bias=False)
         self.time_in = Embedder(config.time_width, config.hidden)

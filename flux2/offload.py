@@ -223,7 +223,7 @@ class Signal(torch.autograd.Function):
 class Offloader:
     """Streams blocks of `model`, and sends its activations away, from now on. Use `offload` to make one.
 
-    The base's weights must not be changed meanwhile (merge an adapter before): what is on the device would not notice.
+    The base's weights must not be changed meanwhile: what is on the device would not notice. `adapters.merge` refuses.
 
     Attributes:
         blocks: what streams, in the order of the forward.
@@ -264,6 +264,7 @@ class Offloader:
         self.ring = Ring([streamed.host for streamed in self.blocks], copier, ring) if self.blocks else None
         self.buffers = {slot.buffer.untyped_storage().data_ptr() for slot in self.ring.slots} if self.ring else set()
         model.run_block = self.run_block
+        model.streams = bool(self.blocks)
 
     @property
     def host_bytes(self) -> int:

@@ -147,6 +147,14 @@ def convert(model: nn.Module, precision: Precision, device: torch.device | str =
     return names
 
 
+def keep_layouts(model: nn.Module, both: bool) -> int:
+    """Let the layers that multiply gradients in FP8 keep their weights transposed too, or not; returns their number."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Float8Linear) and layer.backward_fp8]
+    for layer in layers:
+        layer.keep_layouts(both)
+    return len(layers)
+
+
 def _quantised(old: nn.Linear, precision: Precision, in_fp8: bool, workspace: Workspace) -> QuantisedLinear:
     sizes, dtype, device = (old.in_features, old.out_features), precision.dtype, old.weight.device
     if precision.storage == "nf4":

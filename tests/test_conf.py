@@ -78,10 +78,13 @@ def test_a_precision_is_the_one_of_that_name_in_the_library(choice, storage):
     run = Run(compose(f"precision={choice}", "device=cpu"))
     assert run.precision == pick(choice, torch.device("cpu"))
     assert run.precision.storage == storage
+    assert not run.precision.keep_both_layouts
 
 
 def test_every_setting_of_fp8_is_in_its_file():
-    assert set(compose("precision=fp8").precision) == {field.name for field in fields(Precision)}
+    chosen_with_memory = {"keep_both_layouts"}
+    assert set(compose("precision=fp8").precision) == {field.name for field in fields(Precision)} - chosen_with_memory
+    assert set(compose("memory=default").memory) >= chosen_with_memory
 
 
 def test_the_datasets_are_made_from_their_files(pictures, parquet):

@@ -1,8 +1,10 @@
 """flux2.adapters: LoRAs that change what they should, in files that PEFT, diffusers and ComfyUI read alike."""
 
 import json
+import os
 import re
 import socket
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -468,6 +470,15 @@ def test_a_saved_folder_holds_whole_files_and_nothing_else(tmp_path: Path) -> No
             "base_model": "dev",
             "base_model_license": "FLUX Non-Commercial License",
         }
+
+
+def test_saved_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        adapters.save(trained()[0], tmp_path, base="dev")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o640}
 
 
 def test_an_adapter_of_any_name_is_saved_in_the_folder_itself(tmp_path: Path) -> None:

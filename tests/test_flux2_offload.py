@@ -134,6 +134,18 @@ def test_what_is_no_number_of_blocks_is_refused(given: Any) -> None:
         streamed_blocks(helpers.TRANSFORMERS["dev"], given)
 
 
+def test_an_adapter_is_not_merged_into_what_streams() -> None:
+    model = adapted()
+    offload(model, 2)
+    before = predict(model)
+    with pytest.raises(adapters.AdapterError, match="cannot merge while blocks stream"):
+        adapters.merge(model)
+    assert torch.equal(predict(model), before)
+    resident = adapted()
+    offload(resident, 0, activations=True)
+    adapters.merge(resident)
+
+
 def test_more_blocks_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match=r"memory.stream_blocks=6 is more than the model's 5 blocks: give 0 to 5"):
         streamed_blocks(helpers.TRANSFORMERS["dev"], 6, "memory.stream_blocks")

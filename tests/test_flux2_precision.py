@@ -22,7 +22,7 @@ from flux2 import adapters, precision
 from flux2.checkpointing import set_policy
 from flux2.layers import BLOCK_LINEARS, linear_names
 from flux2.model import Transformer
-from flux2.precision import Float8Linear, Precision, QuantisedLinear, convert, describe, pick
+from flux2.precision import Float8Linear, Precision, QuantisedLinear, convert, describe, keep_layouts, pick
 from flux2.sources import model_source
 from flux2.variants import DEV
 from flux2.weights import load_transformer
@@ -179,7 +179,25 @@ def test_a_backward_in_bf16_and_one_layout_are_what_they_say() -> None:
     assert (layer.forward_fp8, layer.backward_fp8, layer.keep_both_layouts) == (True, False, False)
     layer = model_in(replace(FP8, keep_both_layouts=True)).single_blocks[0].linear1
     assert layer.keep_both_layouts
+    model = model_in("fp8_bf16_backward")
+    assert keep_layouts(model, both=True) == 0
+    assert not model.single_blocks[0].linear1.keep_both_layouts
     assert "in the backward in float32" in describe(model_in("fp8_bf16_backward"), PRECISIONS["fp8_bf16_backward"])
+
+
+def test_the_second_layout_comes_and_goes() -> None:
+    model = model_in(FP8)
+    layer, names = model.single_blocks[0].linear1, set(model.state_dict())
+    dy = torch.randn(5, layer.out_features)
+    one = layer.input_gradient(dy)
+    assert keep_layouts(model, both=True) == len(converted(model))
+    assert torch.equal(layer.qweight_t, layer.qweight.t())
+    assert torch.equal(layer.input_gradient(dy), one)
+    layer.qweight_t.zero_()
+    assert not layer.input_gradient(dy).any()
+    keep_layouts(model, both=False)
+    assert set(model.state_dict()) == names
+    assert torch.equal(layer.input_gradient(dy), one)
 
 
 def test_layers_whose_sides_are_no_multiples_of_16_are_stored_in_fp8_and_multiplied_in_the_other_dtype() -> None:

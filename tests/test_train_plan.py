@@ -1,5 +1,6 @@
 """train/plan.py and what it stands on: the figures, the choices, and what is said where memory does not suffice."""
 
+import json
 import socket
 import weakref
 from dataclasses import replace
@@ -81,7 +82,9 @@ def test_two_layouts_of_fp8_take_what_bfloat16_takes():
     precision = Precision(torch.bfloat16, "fp8", matmul="fp8", keep_both_layouts=True)
     model = skeleton(VARIANTS["dev"], precision, lambda model: attach(model, rank=1))
     found = Planner(Job(VARIANTS["dev"], model, torch.bfloat16, ADAMW, (16, 16)))
-    assert (sum(found.weights) + found.other_weights) / 1e9 == pytest.approx(64.4, rel=0.01)
+    assert found.has_layouts
+    both, one = (sum(found.block_weights(both)) + found.other_weights for both in (True, False))
+    assert (both / 1e9, one / 1e9) == (pytest.approx(64.4, rel=0.01), pytest.approx(33.0, rel=0.02))
 
 
 def test_the_adapter_of_rank_16_takes_1_6_gb_with_its_optimizer(planner):
@@ -130,8 +133,9 @@ def test_the_time_of_the_products_is_that_of_the_table(planner):
 def test_streaming_a_whole_model_is_bound_by_the_bus(planner):
     found = planner("dev", side=256)
     slow = found.predict(Choice("full", stream_blocks=56))
-    assert slow.seconds(H200) == pytest.approx(2 * 62.8 / 50, rel=0.01)
-    assert found.predict(Choice("full")).seconds(H200) < 0.5 * slow.seconds(H200)
+    still = found.predict(Choice("full")).seconds(H200)
+    assert slow.seconds(H200) == pytest.approx(2 * 62.8 / 50 + 0.1 * still, rel=0.01)
+    assert still < 0.5 * slow.seconds(H200)
 
 
 def test_an_optimizer_is_measured_by_a_step_of_it():
@@ -182,6 +186,17 @@ def test_the_same_question_gets_the_same_answer(planner):
     answers = {choose(planner("dev"), {}, usable(24), H200).choice for _ in range(3)}
     again = Planner(job("dev"))
     assert answers == {choose(again, {}, usable(24), H200).choice}
+
+
+def test_weights_are_kept_transposed_where_there_is_room(planner):
+    found = planner("dev", storage="fp8")
+    assert choose(found, {}, usable(141), H200).choice.keep_both_layouts
+    assert not choose(found, {}, usable(48), H200).choice.keep_both_layouts
+    assert not choose(found, {"keep_both_layouts": False}, usable(141), H200).choice.keep_both_layouts
+    assert not choose(planner("dev"), {}, usable(141), H200).choice.keep_both_layouts
+    one, both = (found.predict(Choice("full", keep_both_layouts=kept)) for kept in (False, True))
+    assert both.seconds(H200) < one.seconds(H200)
+    assert both.total("step") > one.total("step") + 30e9
 
 
 def test_more_recompute_and_more_streaming_never_take_more(planner):
@@ -275,10 +290,13 @@ def test_bad_input_is_one_message(run_command, arguments, said):
 
 def test_a_measurement_counts_for_its_gpu_and_setting_alone(tmp_path):
     setting = {"model": "dev", "checkpointing": "full"}
-    (tmp_path / "a.json").write_text(
-        '{"hardware": "NVIDIA H200, 132 SMs", "setting": {"model": "dev", "checkpointing": "full"},'
-        ' "seconds": {"flux2-lora": {"median": 0.9}}}'
-    )
+    cases = {
+        "diffusers": {"seconds": {"median": 1.9}},
+        "out": {"out of memory": "...", "setting": {"model": "dev", "checkpointing": "none"}},
+        "ours": {"setting": setting, "seconds": {"median": 0.9}},
+    }
+    (tmp_path / "a.json").write_text(json.dumps({"hardware": "NVIDIA H200", "cases": cases}))
+    (tmp_path / "b.json").write_text(json.dumps([{"hardware": "NVIDIA H200"}]))
     assert measured("NVIDIA H200", setting, tmp_path) == 0.9
     assert measured("NVIDIA H100", setting, tmp_path) is None
     assert measured("NVIDIA H200", setting | {"checkpointing": "none"}, tmp_path) is None

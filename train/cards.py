@@ -98,13 +98,13 @@ def gpu(name: str | None, card_gb: float) -> Gpu:
 def measured(name: str | None, setting: Mapping[str, Any], folder: Path = RESULTS) -> float | None:
     """Seconds a step that a file of `folder` holds for this GPU and this setting; None if none does.
 
-    A result counts if its `hardware` begins with the GPU's name and its `setting` is equal in every key of `setting`.
+    A file counts if its `hardware` is the GPU's name, and of its `cases` the one with this very `setting`, as
+    benchmarks/matrix.py writes them.
     """
     for file in sorted(folder.glob("*.json")) if name else []:
         content = json.loads(file.read_text())
-        for result in content if isinstance(content, list) else [content]:
-            if not isinstance(result, dict) or not str(result.get("hardware", "")).startswith(str(name)):
-                continue
-            if isinstance(result.get("setting"), dict) and result["setting"] == dict(setting):
-                return float(result["seconds"]["flux2-lora"]["median"])
+        cases = content.get("cases") if isinstance(content, dict) and content.get("hardware") == name else None
+        for case in cases.values() if isinstance(cases, dict) else []:
+            if case.get("setting") == dict(setting) and "seconds" in case:
+                return float(case["seconds"]["median"])
     return None

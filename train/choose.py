@@ -28,7 +28,8 @@ from train.predict import Choice, Job, Planner, Prediction
 if TYPE_CHECKING:
     from train.run import Run
 
-CHOSEN = ("checkpointing", "budget_gb", "stream_blocks", "offload_activations")  # keys of `memory` that may be null
+# keys of `memory` that may be null
+CHOSEN = ("checkpointing", "budget_gb", "stream_blocks", "offload_activations", "keep_both_layouts")
 FREE = "free"  # memory.card_gb: whatever is free on the device at hand
 
 
@@ -42,6 +43,13 @@ def policies(planner: Planner, fixed: Mapping[str, Any]) -> Iterator[tuple[str, 
         else:
             budgets = (planner.budget_for(count) for count in range(len(planner.weights) - 1, 0, -1))
             yield from ((policy, budget) for budget in budgets)
+
+
+def layouts(planner: Planner, fixed: Mapping[str, Any]) -> list[bool]:
+    """Whether to keep FP8 weights transposed too."""
+    if "keep_both_layouts" in fixed:
+        return [fixed["keep_both_layouts"]]
+    return [True, False] if planner.has_layouts else [False]
 
 
 def choices(planner: Planner, fixed: Mapping[str, Any], limit: float) -> Iterator[Prediction]:
@@ -58,11 +66,12 @@ def choices(planner: Planner, fixed: Mapping[str, Any], limit: float) -> Iterato
             numbers = [fixed["stream_blocks"]] if "stream_blocks" in fixed else range(total + 1)
             if policy == "budget" and len(numbers) > 1:
                 numbers = [0]  # what streams must be waited for sooner the less is computed
-            for number in numbers:
-                prediction = planner.predict(Choice(policy, budget, number, away))
-                if prediction.training <= limit:
-                    yield prediction
-                    break
+            for both in layouts(planner, fixed):
+                for number in numbers:
+                    prediction = planner.predict(Choice(policy, budget, number, away, both))
+                    if prediction.training <= limit:
+                        yield prediction
+                        break
 
 
 def choose(planner: Planner, fixed: Mapping[str, Any], limit: float, on: Gpu) -> Prediction | None:
@@ -139,6 +148,7 @@ def job_of(run: Run, on_gpu: bool) -> Job:
         validates=settings.validate_every > 0 and bool(run.validation.held_out or run.validation.samples),
         on_gpu=on_gpu,
         storage=precision.storage,
+        compiled=run.memory.compile,
         text_sizes=text_sizes(run.source),
     )
 

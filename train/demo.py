@@ -110,7 +110,7 @@ def main(config: DictConfig) -> None:
     plain = [f"a large {colour} {subject} on a blue background" for colour, subject in pairs]
 
     run.say(f"{len(prompts) + len(plain)} pictures of the base, then {run.settings.steps} steps, then as many pictures")
-    base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True)
+    base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
     cards_before, plain_before = base.generate(prompts, batch_size=8), base.generate(plain, batch_size=8)
 
     began = time.perf_counter()

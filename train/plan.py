@@ -96,6 +96,7 @@ def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
         "image_tokens": job.shape.image,
         "text_tokens": job.shape.text,
         "trained_parameters": sum(parameter.numel() for parameter in trained(job.model)),
+        "compile": job.compiled,
         **settings_of(choice),
     }
 

@@ -20,6 +20,7 @@ from flux2.checkpointing import blocks_within, kept_bytes, set_policy
 from flux2.model import Transformer
 from flux2.nf4 import Nf4Linear
 from flux2.offload import streamed_blocks
+from flux2.precision import keep_layouts
 from flux2.ring import RING, slot_sizes
 from flux2.variants import PIXELS_PER_TOKEN, TextConfig, Variant
 from train.cards import Gpu
@@ -38,6 +39,7 @@ from train.memory import (
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
+FELT = 0.1  # assumed: the share of copies that compute does not hide, or of compute that copies do not
 READ_AHEAD = 2.0e9  # cache entries that data.loader keeps, at most
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -51,6 +53,7 @@ class Choice:
     budget_gb: float | None = None
     stream_blocks: int | float = 0
     offload_activations: bool = False
+    keep_both_layouts: bool = False
 
     def settings(self) -> dict[str, Any]:
         """By their keys, without those that are off."""
@@ -61,6 +64,8 @@ class Choice:
             found["stream_blocks"] = self.stream_blocks
         if self.offload_activations:
             found["offload_activations"] = True
+        if self.keep_both_layouts:
+            found["keep_both_layouts"] = True
         return found
 
     def __str__(self) -> str:
@@ -82,6 +87,7 @@ class Job:
         held: of them, those of preservation, which the base predicts too.
         validates: whether a validation loss is taken.
         on_gpu: else everything is in host memory.
+        compiled: whether blocks are compiled; memory is counted as if they were not.
     """
 
     variant: Variant
@@ -98,6 +104,7 @@ class Job:
     validates: bool = False
     on_gpu: bool = True
     storage: str | None = None
+    compiled: bool = False
     text_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -191,6 +198,7 @@ class Prediction:
     Attributes:
         moved: bytes a step between host and device.
         work: of a step.
+        compiled: whether elementwise operations are fused.
     """
 
     choice: Choice
@@ -198,6 +206,7 @@ class Prediction:
     host: Mapping[str, float]
     work: Work
     moved: float
+    compiled: bool = False
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
@@ -211,9 +220,10 @@ class Prediction:
     def peak(self) -> float:
         return max(self.total(phase) for phase in self.phases)
 
-    def seconds(self, gpu: Gpu, fused: bool = False) -> float:
-        """A step: its compute, or the copies beside it where they take longer."""
-        return max(gpu.seconds(self.work, fused), self.moved / (gpu.bus * 1e9))
+    def seconds(self, gpu: Gpu) -> float:
+        """A step: its compute, or the copies beside it where they take longer, and a part of the other."""
+        both = gpu.seconds(self.work, fused=self.compiled), self.moved / (gpu.bus * 1e9)
+        return max(both) + FELT * min(both)
 
 
 class Planner:
@@ -222,8 +232,9 @@ class Planner:
     def __init__(self, job: Job) -> None:
         self.job = job
         self._predictions: dict[Choice, Prediction] = {}
-        self._costs: dict[tuple[str, nn.Module], Cost] = {}
-        self._blocks: dict[tuple[str, int], tuple[int, int, Work]] = {}
+        self._costs: dict[tuple[str, bool, nn.Module], Cost] = {}
+        self._blocks: dict[tuple[str, bool, int], tuple[int, int, Work]] = {}
+        self._weights: dict[bool, list[int]] = {}
         self._inferences: dict[tuple[Shape, bool], tuple[int, Work]] = {}
 
     @cached_property
@@ -238,20 +249,30 @@ class Planner:
     def end(self) -> Cost:
         return train_end(self.job.model, self.job.shape, self.job.dtype, self.job.autocast)
 
-    def cost(self, policy: str, block: nn.Module) -> Cost:
-        job, key = self.job, (policy, block)
+    @cached_property
+    def has_layouts(self) -> bool:
+        """Whether layers multiply gradients in FP8, for which weights can be kept transposed too."""
+        return keep_layouts(self.job.model, both=False) > 0
+
+    def cost(self, policy: str, block: nn.Module, both: bool = False) -> Cost:
+        job, key = self.job, (policy, both, block)
         if key not in self._costs:
             set_policy(job.model, policy)  # the model is on the meta device and this job's alone
+            keep_layouts(job.model, both)
             self._costs[key] = train_block(job.model, block, job.model.run_block, job.shape, job.dtype, job.autocast)
         return self._costs[key]
 
-    def blocks(self, policy: str, budget_gb: float | None = None) -> tuple[int, int, Work]:
-        """Bytes kept and working set at the peak of a forward and backward, and their work."""
+    def blocks(self, policy: str, budget_gb: float | None = None, both: bool = False) -> tuple[int, int, Work]:
+        """Bytes kept and working set at the peak of a forward and backward, and their work.
+
+        Args:
+            both: whether weights are kept transposed too.
+        """
         count = self.kept_within(budget_gb) if policy == "budget" and budget_gb is not None else 0
-        key = ("full" if policy == "budget" else policy, count)
+        key = ("full" if policy == "budget" else policy, both, count)
         if key not in self._blocks:
             edge = len(self.kinds) - count
-            costs = [self.cost("none" if i >= edge else key[0], block) for i, block in enumerate(self.kinds)]
+            costs = [self.cost("none" if i >= edge else key[0], block, both) for i, block in enumerate(self.kinds)]
             work = sum((cost.work for cost in costs), self.end.work)
             if self.job.held:
                 work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
@@ -284,14 +305,22 @@ class Planner:
             self._inferences[shape, autocast] = max(cost.forward for cost in counted.values()) + stream, work
         return self._inferences[shape, autocast]
 
-    @cached_property
+    def block_weights(self, both: bool) -> list[int]:
+        """Frozen bytes of each block, with or without what is transposed too."""
+        if both not in self._weights:
+            keep_layouts(self.job.model, both)
+            self._weights[both] = [size(frozen(block)) for block in self.job.blocks]
+        return self._weights[both]
+
+    @property
     def weights(self) -> list[int]:
-        """Frozen bytes of each block."""
-        return [size(frozen(block)) for block in self.job.blocks]
+        """Frozen bytes of each block in one layout."""
+        return self.block_weights(both=False)
 
     @cached_property
     def other_weights(self) -> int:
-        return size(frozen(self.job.model)) - sum(self.weights)
+        inside = {id(tensor) for block in self.job.blocks for tensor in frozen(block)}
+        return size(tensor for tensor in frozen(self.job.model) if id(tensor) not in inside)
 
     @cached_property
     def adapter(self) -> dict[str, float]:
@@ -327,12 +356,12 @@ class Planner:
         stream = shape.tokens * config.hidden * job.dtype.itemsize
         return shape.rows * (row + stream) + shape.tokens * config.head_dim * 4
 
-    def count_streamed(self, given: int | float) -> tuple[int, int]:
+    def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
         """Bytes of the blocks that stream, and of the ring they stream through."""
         names = streamed_blocks(self.job.model.config, given)
         if not names:
             return 0, 0
-        sizes = [self.weights[self.names[name]] for name in names]
+        sizes = [weights[self.names[name]] for name in names]
         return sum(sizes), sum(slot_sizes(sizes, RING))
 
     @cached_property
@@ -351,8 +380,9 @@ class Planner:
 
     def add_up(self, choice: Choice) -> Prediction:
         job = self.job
-        kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb)
-        streamed, ring = self.count_streamed(choice.stream_blocks)
+        weights = self.block_weights(choice.keep_both_layouts)
+        kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb, choice.keep_both_layouts)
+        streamed, ring = self.count_streamed(choice.stream_blocks, weights)
         moved = 2.0 * streamed * job.accumulation
         boundary = job.shape.rows * job.shape.tokens * job.model.config.hidden * job.dtype.itemsize
         away = 0
@@ -363,7 +393,7 @@ class Planner:
             moved += 2.0 * away * job.accumulation
         libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
         resident: dict[str, float] = {
-            "weights of blocks": sum(self.weights) - streamed,
+            "weights of blocks": sum(weights) - streamed,
             "buffers of streamed blocks": ring,
             "other weights": self.other_weights,
             **self.adapter,
@@ -393,7 +423,7 @@ class Planner:
             "cache entries read": READ_AHEAD,
             "process (assumed)": PROCESS,
         }
-        return Prediction(choice, phases, host, work * job.accumulation, moved)
+        return Prediction(choice, phases, host, work * job.accumulation, moved, job.compiled)
 
     def encoders(self, libraries: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """The phases that fill the cache; with a full cache they do not happen."""

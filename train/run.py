@@ -142,7 +142,6 @@ class PrecisionSettings:
     rowwise: bool | None = None
     backward: str | None = None
     matmul: str | None = None
-    keep_both_layouts: bool | None = None
 
     def on(self, device: torch.device) -> Precision:
         """The precision on `device`. Raises ValueError for what cannot be there, and for what would do nothing."""
@@ -168,13 +167,14 @@ class MemorySettings:
     attention: list[str] | None = None
     stream_blocks: int | float = 0
     offload_activations: bool = False
+    keep_both_layouts: bool = False
     card_gb: float | str | None = None
 
     def __post_init__(self) -> None:
         check_policy(self.checkpointing, self.budget_gb)
         check_backends(self.attention, "memory.attention")
         check_stream_blocks(self.stream_blocks, "memory.stream_blocks")
-        for key in ("compile", "offload_activations"):
+        for key in ("compile", "offload_activations", "keep_both_layouts"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
         if self.card_gb is not None and self.card_gb != FREE and not is_number(self.card_gb, 1):
@@ -270,6 +270,7 @@ class Run:
         self.source = self.model.source()
         self.accelerator = make_accelerator(self.settings.device)
         self.precision = chosen.on(self.accelerator.device)
+        self.lay_out()
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
         self.make_optimizer = self.instantiate("optimizer", "params")
         self.schedule = self.instantiate("schedule")
@@ -285,7 +286,18 @@ class Run:
         """Use what was chosen as the group `memory`, also in the configuration that is kept."""
         self.config["memory"] = chosen
         self.memory = checked("memory", chosen, MemorySettings)
+        self.lay_out()
         self.say(why)
+
+    def lay_out(self) -> None:
+        """Let the precision follow `memory.keep_both_layouts`."""
+        both = self.memory.keep_both_layouts
+        if both and self.precision.storage != "fp8":
+            raise ValueError(
+                "memory.keep_both_layouts=true does nothing with precision.storage="
+                f"{self.precision.storage or 'null'}: it is for the FP8 products of precision=fp8"
+            )
+        self.precision = replace(self.precision, keep_both_layouts=both)
 
     def rehearse(self) -> None:
         """Attach to a model without memory, and open pictures: what cannot work says so now and not in an hour."""
@@ -304,6 +316,12 @@ class Run:
     def streamed(self) -> list[str]:
         """Names of the blocks that stream."""
         return streamed_blocks(self.variant.transformer, self.memory.stream_blocks, "memory.stream_blocks")
+
+    @property
+    def copies(self) -> Path | None:
+        """The folder of quantised copies of models."""
+        given = self.settings.quantised_dir
+        return Path(given).expanduser() if given else None
 
     @property
     def variant(self) -> Variant:
@@ -453,11 +471,10 @@ class Run:
             f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
             f"attention: {self.attention_backend()}"
         )
-        copies = Path(settings.quantised_dir).expanduser() if settings.quantised_dir else None
         loading = watched("while loading the transformer", "step", accelerator.device)
         with own_errors(accelerator.process_index), loading:
             transformer = load_transformer(
-                self.source, accelerator.device, self.precision, host=self.streamed, cache=copies, say=self.say
+                self.source, accelerator.device, self.precision, host=self.streamed, cache=self.copies, say=self.say
             )
             self.say(describe(transformer, self.precision, accelerator.device))
             self.memory.apply(transformer, accelerator.device, self.buckets)

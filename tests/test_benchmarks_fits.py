@@ -1,0 +1,58 @@
+"""The benchmarks of memory and time, at small shapes on a CPU: they run to their end and say what they did."""
+
+import json
+import sys
+
+import pytest
+import torch
+from train_helpers import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import fits, matrix
+from train.predict import Choice
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("storage", [None, "fp8", "nf4"])
+def test_a_case_trains_with_what_was_chosen(storage):
+    case = fits.Case("small", storage, 128, 8)
+    planner = fits.planner(case.variant, storage, 128, in_fp8=False)
+    resident = fits.train(case, planner.predict(Choice("full")), CPU, 1, in_fp8=False)
+    streaming = Choice("selective", stream_blocks=2, offload_activations=True)
+    away = fits.train(case, planner.predict(streaming), CPU, 2, in_fp8=False)
+    assert (len(resident), len(away)) == (1, 2)
+
+
+def test_what_was_predicted_stands_beside_what_came(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "fits.json"
+    monkeypatch.setattr(
+        sys, "argv", ["fits.py", "--on", "cpu", "--only", "small nf4", "--repeats", "1", "--out", str(out)]
+    )
+    fits.main()
+    (found,) = json.loads(out.read_text())["runs"].values()
+    assert found["memory"]["checkpointing"] == "none"
+    assert found["seconds"]["median"] > 0 < found["predicted seconds"]
+    monkeypatch.setattr(sys, "argv", ["fits.py", "--on", "cpu", "--only", "dev nf5"])
+    with pytest.raises(SystemExit):
+        fits.main()
+    assert "names no case; there are: dev nf4 512 16, " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_matrix_runs_to_its_end_and_speaks_the_planners_words(monkeypatch, tmp_path):
+    out = tmp_path / "matrix.json"
+    small = ["--model", "small", "--side", "4", "--text", "8", "--repeats", "1", "--warmup", "0"]
+    monkeypatch.setattr(sys, "argv", ["matrix.py", *small, "--on", "cpu", "--compiler", "aot_eager", "--out", str(out)])
+    matrix.main()
+    cases = json.loads(out.read_text())["cases"]
+    assert len(cases) == len(matrix.CASES) + 1
+    planner = fits.planner(fits.Case("small", None, 64, 8).variant, None, 64, in_fp8=False)
+    from train.plan import setting
+
+    ours = cases["flux2-lora, bf16, full"]["setting"]
+    assert ours == setting(planner, Choice("full")) | {"text_tokens": 8}
+    assert cases["flux2-lora, fp8, full, both layouts"]["setting"]["keep_both_layouts"]
+    losses = [case["loss"] for case in cases.values() if "loss" in case]
+    assert max(losses) - min(losses) < 0.02
