@@ -14,9 +14,10 @@ from data.cache import Cache, plan_embeddings
 from data.samples import Folder
 from flux2.pipeline import to_pixels
 from flux2.weights import load_autoencoder, load_text_encoder
-from train import cache
-from train.cache import LocalTextEncoder, fill, prepare
+from train import cache, text_encoders
+from train.cache import fill, prepare
 from train.run import Run
+from train.text_encoders import LocalTextEncoder
 
 pytest_plugins = ("train_helpers",)
 
@@ -44,7 +45,7 @@ def events(monkeypatch):
 
         return spy
 
-    monkeypatch.setattr(cache, "load_text_encoder", watched("text encoder", load_text_encoder))
+    monkeypatch.setattr(text_encoders, "load_text_encoder", watched("text encoder", load_text_encoder))
     monkeypatch.setattr(cache, "load_autoencoder", watched("autoencoder", load_autoencoder))
     return happened
 
@@ -183,8 +184,8 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
     assert f"the caches in {tmp_path / 'cache'} are complete" in out
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(CAPTIONS) + 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # it trains nothing
-    for name in ("load_text_encoder", "load_autoencoder"):
-        monkeypatch.setattr(cache, name, lambda *rest: pytest.fail("an encoder was loaded"))
+    for module, name in ((text_encoders, "load_text_encoder"), (cache, "load_autoencoder")):
+        monkeypatch.setattr(module, name, lambda *rest: pytest.fail("an encoder was loaded"))
     train("run", f"cache_dir={tmp_path / 'cache'}")
 
 
