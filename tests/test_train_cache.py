@@ -113,8 +113,10 @@ def test_what_an_embedding_depends_on_is_in_its_key(source):
         LocalTextEncoder().identity(source, torch.float32),
         LocalTextEncoder().identity(source, torch.bfloat16),
         LocalTextEncoder(7).identity(source, torch.float32),
+        LocalTextEncoder(storage="nf4").identity(source, torch.float32),
+        LocalTextEncoder(storage="int8").identity(source, torch.float32),
     }
-    assert len(keys) == 3
+    assert len(keys) == 5
     own = LocalTextEncoder(source.variant.text.length).identity(source, torch.float32)
     assert own == LocalTextEncoder().identity(source, torch.float32)
 
@@ -122,6 +124,20 @@ def test_what_an_embedding_depends_on_is_in_its_key(source):
 def test_prompts_are_padded_to_the_length_asked_for(source, pictures, tmp_path):
     result = prepared(source, pictures, tmp_path, text_encoder=LocalTextEncoder(11))
     assert result.embeddings([""]).shape[1] == 11
+
+
+def test_the_storage_asked_for_is_what_computes(source, pictures, tmp_path):
+    plain = prepared(source, pictures, tmp_path)
+    for storage in ("nf4", "int8"):
+        result = prepared(source, pictures, tmp_path, text_encoder=LocalTextEncoder(storage=storage))
+        expected = load_text_encoder(source, "cpu", torch.float32, storage).encode([""])
+        assert torch.equal(result.embeddings([""]), expected)
+        assert not torch.equal(result.embeddings([""]), plain.embeddings([""]))
+
+
+def test_a_refused_storage_is_named():
+    with pytest.raises(ValueError, match=r"text_encoder\.storage='4bit' must be one of nf4, int8, or null"):
+        LocalTextEncoder(storage="4bit")
 
 
 @pytest.mark.parametrize("length", [0, -1, 1.5, True, "x"])

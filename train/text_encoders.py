@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flux2.sources import ModelSource, fingerprint
-from flux2.weights import load_text_encoder
+from flux2.sources import ModelSource
+from flux2.text_encoder import Storage, check_storage
+from flux2.weights import load_text_encoder, text_encoder_identity
 
 Encode = Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
 
@@ -47,22 +48,22 @@ class LocalTextEncoder:
 
     Args:
         length: tokens that prompts are padded to; the model's own length by default.
+        storage: `nf4` or `int8`: the layers' weights are kept in 4 or 8 bits; by default in the run's dtype.
     """
 
     workers = 1
 
-    def __init__(self, length: int | None = None) -> None:
+    def __init__(self, length: int | None = None, storage: Storage | None = None) -> None:
         check_length(length)
-        self.length = length
+        check_storage(storage, "text_encoder.storage")
+        self.length, self.storage = length, storage
         self.cut: list[str] = []
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
-        text = source.variant.text
-        weights = fingerprint(source, "text_encoder") + fingerprint(source, "tokenizer")
-        return f"{text.kind} {weights} {text.layers} {self.length or text.length} {dtype}"
+        return text_encoder_identity(source, self.length or source.variant.text.length, dtype, self.storage)
 
     def load(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encode:
-        encoder = load_text_encoder(source, device, dtype)
+        encoder = load_text_encoder(source, device, dtype, self.storage)
         self.cut = encoder.cut
         return lambda prompts: encoder.encode(prompts, self.length)
 
