@@ -19,6 +19,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -207,21 +208,29 @@ class EmbeddingPlan:
         process_index: int = 0,
         num_processes: int = 1,
         progress: Progress | None = None,
+        workers: int = 1,
     ) -> None:
         """Computes this process's share of the missing entries, storing each as soon as it is there.
 
         `encode` takes one prompt, in a list, and returns (1, L, D), any float dtype and device. Stored as "embeddings",
         (L, D). Raises ValueError, naming the prompt, if it is not finite.
+
+        With several `workers` it is called by as many threads at once, for encoders that wait for an answer. When one
+        call raises, no other begins; those under way are stored if they end well, after this has raised.
         """
         prompts = {key: prompt for prompt, key in self.keys.items()}
-        self.cache.sweep()
-        for key in _share(self.lacks, list(prompts), process_index, num_processes, progress):
+
+        def compute(key: str) -> None:
             embeddings = encode([prompts[key]])
             shape = tuple(embeddings.shape)
             assert len(shape) == 3, f"encode returned {shape}, not (1, L, D)"
             assert shape[0] == 1, f"encode returned {shape} for one prompt"
             _check_finite(embeddings, f"the text encoder's embedding of prompt {prompts[key]!r}")
             self.cache.put(key, {"embeddings": embeddings[0]}, {"prompt": prompts[key]})
+
+        self.cache.sweep()
+        missing = _missing(self.lacks, list(prompts), process_index, num_processes)
+        _each(compute, missing, workers, progress)
 
 
 def plan_latents(
@@ -295,17 +304,43 @@ def _share(
     num_processes: int,
     progress: Progress | None,
 ) -> Iterator[str]:
-    """The missing keys that this process is to fill, reporting progress after each.
+    """The missing keys that this process is to fill, reporting progress after each."""
+    missing = _missing(lacks, keys, process_index, num_processes)
+    for done, key in enumerate(missing, start=1):
+        yield key
+        if progress is not None:
+            progress(done, len(missing))
+
+
+def _missing(lacks: Callable[[str], bool], keys: Sequence[str], process_index: int, num_processes: int) -> list[str]:
+    """The missing keys that this process is to fill.
 
     Every n-th of *all* keys, not of the missing ones: another process may have begun to fill before this one looks, and
     shares of two different lists would leave entries that nobody computes.
     """
     assert 0 <= process_index < num_processes
-    missing = [key for key in keys[process_index::num_processes] if lacks(key)]
-    for done, key in enumerate(missing, start=1):
-        yield key
-        if progress is not None:
-            progress(done, len(missing))
+    return [key for key in keys[process_index::num_processes] if lacks(key)]
+
+
+def _each(work: Callable[[str], None], keys: Sequence[str], workers: int, progress: Progress | None) -> None:
+    """`work` for every key, by this thread or by several others, reporting progress after each that is done.
+
+    The first error is raised at once: the others may be waiting for an answer that never comes.
+    """
+    if workers == 1:  # models compute in the thread that loaded them
+        for done, key in enumerate(keys, start=1):
+            work(key)
+            if progress is not None:
+                progress(done, len(keys))
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for done, future in enumerate(as_completed([pool.submit(work, key) for key in keys]), start=1):
+            future.result()
+            if progress is not None:
+                progress(done, len(keys))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _check_finite(tensor: Tensor, what: str) -> None:

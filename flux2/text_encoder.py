@@ -14,13 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
+from flux2.int8 import Int8Linear
+from flux2.layers import linear_names
+from flux2.nf4 import Nf4Linear, Workspace
 from flux2.variants import TextConfig
+
+Storage = Literal["nf4", "int8"]
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+LAYER_LINEARS = (r"layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj",)
 
 # Two lines: the line break is in the published message, and a space instead of it changes the embeddings.
 SYSTEM_MESSAGE = (
@@ -71,6 +78,32 @@ def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
     )
     model.norm = nn.Identity()
     return model
+
+
+def check_storage(storage: object, setting: str) -> None:
+    """Raises ValueError, naming `setting`, unless `storage` is None or one of `STORAGES`."""
+    if storage is not None and storage not in STORAGES:
+        raise ValueError(f"{setting}={storage!r} must be one of {', '.join(STORAGES)}, or null")
+
+
+def quantise(model: nn.Module, storage: Storage, dtype: torch.dtype) -> None:
+    """Swap all linears of the layers for ones that keep their weight in `storage` and multiply in the input's dtype.
+
+    `model` is on the meta device: each weight is quantised when it is loaded. Embeddings and norms stay as they are.
+    """
+    workspace = Workspace()
+    for name in linear_names(model, LAYER_LINEARS, "layers of the text encoder"):
+        old = model.get_submodule(name)
+        assert isinstance(old, nn.Linear)
+        assert old.bias is None, f"{name} has a bias"
+        sizes = old.in_features, old.out_features
+        new = (
+            Nf4Linear(*sizes, dtype=dtype, device="meta", workspace=workspace)
+            if storage == "nf4"
+            else Int8Linear(*sizes, dtype=dtype, device="meta")
+        )
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
 
 
 def is_cut(tokenizer: PreTrainedTokenizerFast, prompt: str, kind: str, length: int) -> bool:

@@ -27,8 +27,8 @@ from flux2.prequantised import MARKER, Weight, find_part
 from flux2.quantised import QuantisedLinear
 from flux2.quantised_cache import QuantisedCache, put
 from flux2.reading import Digests, Job, run
-from flux2.sources import ModelSource, WeightsError
-from flux2.text_encoder import TextEncoder, build, load_tokenizer
+from flux2.sources import ModelSource, WeightsError, fingerprint
+from flux2.text_encoder import Storage, TextEncoder, build, check_storage, load_tokenizer, quantise
 
 
 def check(what: str, files: TensorFiles, missing: set[str], unexpected: set[str], misshaped: Sequence[str]) -> None:
@@ -262,9 +262,17 @@ def load_autoencoder(
 
 
 def load_text_encoder(
-    source: ModelSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+    source: ModelSource,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    storage: Storage | None = None,
 ) -> TextEncoder:
-    """The text encoder's layers that are read, on `device` in `dtype`, with its tokenizer."""
+    """The text encoder's layers that are read, on `device` in `dtype`, with its tokenizer.
+
+    With `storage` the linears are quantised one by one while they are loaded; what is NF4 in the file is then taken
+    over as it is. Raises ValueError for a `storage` that there is not, WeightsError for files that are not the model's.
+    """
+    check_storage(storage, "storage")
     files = tensor_files(source, "text_encoder")
     folder = source.folder("text_encoder")
     text = source.variant.text
@@ -274,6 +282,8 @@ def load_text_encoder(
     try:
         with torch.device("meta"):
             model = build(json.loads(config_file.read_text()), text)
+        if storage is not None:
+            quantise(model, storage, dtype)
     except ValueError as error:
         raise WeightsError(f"{folder}: {error}") from error
     width = len(text.layers) * model.get_parameter("embed_tokens.weight").shape[1]
@@ -291,6 +301,16 @@ def load_text_encoder(
     fill(model, files, read, f"the text encoder of {source.variant.name}", device, dtype, ignored=lambda name: True)
     rebuild_rotary(model, device)
     return TextEncoder(model, load_tokenizer(source.folder("tokenizer")), text)
+
+
+def text_encoder_identity(source: ModelSource, length: int, dtype: torch.dtype, storage: Storage | None = None) -> str:
+    """What an embedding depends on beside its prompt: equal for equal files and settings on any machine.
+
+    Raises WeightsError if the files are not there.
+    """
+    text = source.variant.text
+    weights = fingerprint(source, "text_encoder") + fingerprint(source, "tokenizer")
+    return f"{text.kind} {weights} {text.layers} {length} {dtype}" + (f" {storage}" if storage else "")
 
 
 def rebuild_rotary(model: nn.Module, device: torch.device | str) -> None:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -311,3 +313,45 @@ def test_pictures_that_are_scaled_up_are_counted_once(tmp_path: Path, caplog: py
     caplog.clear()
     plan(Cache(tmp_path), samples[2:])
     assert not caplog.records
+
+
+def test_several_workers_have_as_many_prompts_under_way_and_store_what_one_stores(tmp_path: Path) -> None:
+    together = threading.Barrier(3, timeout=30)  # broken, unless three prompts are under way at once
+
+    def waiting(prompts: list[str]) -> Tensor:
+        together.wait()
+        return encode_prompts(prompts)
+
+    prompts = ["", "b", "cc", "ddd", "eeee", "fffff"]
+    planned, seen = plan_embeddings(Cache(tmp_path / "many"), prompts, "text"), []
+    planned.fill(waiting, progress=lambda done, total: seen.append((done, total)), workers=3)
+    assert seen == [(done, 6) for done in range(1, 7)]
+    alone = plan_embeddings(Cache(tmp_path / "one"), prompts, "text")
+    alone.fill(encode_prompts)
+    for prompt, key in alone.keys.items():
+        assert planned.cache.path(planned.keys[prompt]).read_bytes() == alone.cache.path(key).read_bytes()
+
+
+def test_an_error_of_one_worker_comes_at_once_begins_no_other_prompt_and_keeps_what_is_under_way(
+    tmp_path: Path,
+) -> None:
+    prompts = ["wait", "fail", *(f"later {i}" for i in range(20))]
+    planned = plan_embeddings(Cache(tmp_path), prompts, "text")
+    raised, begun = threading.Event(), []
+
+    def encode(given: list[str]) -> Tensor:
+        begun.append(given[0])
+        if given == ["fail"]:
+            raise ValueError("no answer")
+        assert raised.wait(30), "the error was held back by a prompt that is under way"
+        return encode_prompts(given)
+
+    with pytest.raises(ValueError, match="no answer"):
+        planned.fill(encode, workers=2)
+    raised.set()
+    deadline = time.monotonic() + 30
+    while planned.cache.path(planned.keys["wait"]) not in files(planned.cache) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert planned.keys["wait"] in planned.cache
+    assert len(begun) <= 3, "one more may have begun before the error was seen"
+    assert planned.missing >= 19

@@ -1,7 +1,9 @@
 """flux2.text_encoder: the ids and embeddings of Flux2Pipeline and Flux2KleinPipeline, from a cut model."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,13 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE as PUBLISHED_MESSAGE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Mistral3ForConditionalGeneration
+from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
+from flux2.int8 import Int8Linear
+from flux2.nf4 import Nf4Linear
+from flux2.quantised import QuantisedLinear
 from flux2.sources import ModelSource, WeightsError
-from flux2.text_encoder import SYSTEM_MESSAGE, build, chat, load_tokenizer, tokenize
+from flux2.text_encoder import SYSTEM_MESSAGE, TextEncoder, build, chat, load_tokenizer, tokenize
 from flux2.variants import MISTRAL, TextConfig
 from flux2.weights import load_text_encoder
 
@@ -51,6 +56,19 @@ def test_embeddings_are_those_of_diffusers(source: ModelSource) -> None:
     assert ours.shape == (4, source.variant.text.length, source.variant.transformer.text_width)
     for i, prompt in enumerate(PROMPTS):
         assert helpers.relative_error(ours[i], wanted[i]) <= 1e-5, prompt[:30]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_are_the_whole_models_hidden_states_bit_for_bit(source: ModelSource, dtype: torch.dtype) -> None:
+    """The published model has more layers, a head and a vision tower, and norms its last state; none of it matters."""
+    text, encoder = source.variant.text, load_text_encoder(source, dtype=dtype)
+    whole_class = Mistral3ForConditionalGeneration if text.kind == "mistral" else Qwen3ForCausalLM
+    whole = whole_class.from_pretrained(source.folder("text_encoder"), dtype=dtype).eval()
+    for prompts in (PROMPTS, *([prompt] for prompt in PROMPTS)):
+        ids, mask = tokenize(encoder.tokenizer, prompts, text.kind, text.length)
+        states = whole(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        assert torch.equal(encoder.encode(prompts), torch.cat([states[layer] for layer in text.layers], dim=-1))
 
 
 def test_an_embedding_does_not_depend_on_the_other_prompts(source: ModelSource) -> None:
@@ -225,3 +243,80 @@ def test_the_encoder_is_frozen_and_in_the_dtype_asked_for(source: ModelSource) -
     assert not encoder.model.training
     assert not [name for name, parameter in encoder.model.named_parameters() if parameter.requires_grad]
     assert encoder.encode(["a cup"]).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------ 4 and 8 bits
+
+
+def linears(encoder: TextEncoder) -> dict[str, torch.nn.Linear]:
+    return {name: module for name, module in encoder.model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize(("storage", "layer", "limit"), [("nf4", Nf4Linear, 0.5), ("int8", Int8Linear, 0.05)])
+def test_quantised_layers_compute_with_their_rounded_weights(
+    source: ModelSource, storage: str, layer: type[QuantisedLinear], limit: float
+) -> None:
+    plain = load_text_encoder(source, dtype=torch.float32)
+    quantised = load_text_encoder(source, dtype=torch.float32, storage=storage)
+    wanted, rounded = plain.encode(PROMPTS), linears(quantised)
+    assert rounded.keys() == linears(plain).keys()
+    assert len(rounded) == 7 * max(source.variant.text.layers)
+    assert {type(module) for module in rounded.values()} == {layer}
+    for name, tensor in plain.model.state_dict().items():
+        if name.removesuffix(".weight") not in rounded:
+            assert torch.equal(tensor, quantised.model.get_parameter(name)), f"{name} is no linear of a layer"
+    ours = quantised.encode(PROMPTS)
+    assert 1e-3 < helpers.relative_error(ours, wanted) < limit
+    for name, module in linears(plain).items():
+        module.weight.data = rounded[name].dequantise(torch.float32)
+    assert torch.equal(ours, plain.encode(PROMPTS)), "the same numbers, but for where the weight comes from"
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_each_linear_is_quantised_before_the_next_but_one_is_read(
+    storage: str, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whole the float weights are never in memory: at most what is read ahead beside the one that is quantised."""
+    layer, alive, most = {"nf4": Nf4Linear, "int8": Int8Linear}[storage], [], []
+    store = layer.store
+
+    def watched(self: QuantisedLinear, weight: Tensor) -> None:
+        alive.append(weakref.ref(weight.untyped_storage()))
+        most.append(sum(reference() is not None for reference in alive))
+        store(self, weight)
+
+    monkeypatch.setattr(layer, "store", watched)
+    encoder = load_text_encoder(source, dtype=torch.float32, storage=storage)
+    gc.collect()
+    assert len(most) == len(linears(encoder))
+    assert max(most) <= 2
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_a_folder_that_is_in_4_bits_is_taken_over_as_it_is(
+    model_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = ModelSource(helpers.VARIANTS["dev"], str(model_folders("dev")))
+    folder = tmp_path / "model"
+    shutil.copytree(model_folders("dev"), folder)
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    four = load_text_encoder(whole, dtype=torch.float32, storage="nf4")
+    for name, module in linears(four).items():
+        (key,) = [found for found in tensors if found.endswith(f"{name}.weight") and "vision" not in found]
+        del tensors[key]
+        prefix = key.removesuffix("weight")
+        tensors |= {prefix + part: tensor.clone() for part, tensor in module.storage().items()}
+    save_file(tensors, file)
+    source = ModelSource(helpers.VARIANTS["dev"], str(folder))
+    wanted = four.encode(PROMPTS)
+    assert torch.equal(load_text_encoder(source, dtype=torch.float32, storage="nf4").encode(PROMPTS), wanted)
+    dequantised = load_text_encoder(source, dtype=torch.float32)
+    assert {type(module) for module in linears(dequantised).values()} == {torch.nn.Linear}
+    assert torch.equal(dequantised.encode(PROMPTS), wanted)
+
+
+@pytest.mark.parametrize("storage", ["int4", "4bit", 8, True, ""])
+def test_a_storage_that_there_is_not_is_refused(storage: object, source: ModelSource) -> None:
+    with pytest.raises(ValueError, match=rf"storage={storage!r} must be one of nf4, int8, or null"):
+        load_text_encoder(source, storage=storage)  # type: ignore[arg-type]

@@ -14,9 +14,10 @@ from data.cache import Cache, plan_embeddings
 from data.samples import Folder
 from flux2.pipeline import to_pixels
 from flux2.weights import load_autoencoder, load_text_encoder
-from train import cache
-from train.cache import LocalTextEncoder, fill, prepare
+from train import cache, text_encoders
+from train.cache import fill, prepare
 from train.run import Run
+from train.text_encoders import LocalTextEncoder
 
 pytest_plugins = ("train_helpers",)
 
@@ -44,7 +45,7 @@ def events(monkeypatch):
 
         return spy
 
-    monkeypatch.setattr(cache, "load_text_encoder", watched("text encoder", load_text_encoder))
+    monkeypatch.setattr(text_encoders, "load_text_encoder", watched("text encoder", load_text_encoder))
     monkeypatch.setattr(cache, "load_autoencoder", watched("autoencoder", load_autoencoder))
     return happened
 
@@ -112,8 +113,10 @@ def test_what_an_embedding_depends_on_is_in_its_key(source):
         LocalTextEncoder().identity(source, torch.float32),
         LocalTextEncoder().identity(source, torch.bfloat16),
         LocalTextEncoder(7).identity(source, torch.float32),
+        LocalTextEncoder(storage="nf4").identity(source, torch.float32),
+        LocalTextEncoder(storage="int8").identity(source, torch.float32),
     }
-    assert len(keys) == 3
+    assert len(keys) == 5
     own = LocalTextEncoder(source.variant.text.length).identity(source, torch.float32)
     assert own == LocalTextEncoder().identity(source, torch.float32)
 
@@ -121,6 +124,20 @@ def test_what_an_embedding_depends_on_is_in_its_key(source):
 def test_prompts_are_padded_to_the_length_asked_for(source, pictures, tmp_path):
     result = prepared(source, pictures, tmp_path, text_encoder=LocalTextEncoder(11))
     assert result.embeddings([""]).shape[1] == 11
+
+
+def test_the_storage_asked_for_is_what_computes(source, pictures, tmp_path):
+    plain = prepared(source, pictures, tmp_path)
+    for storage in ("nf4", "int8"):
+        result = prepared(source, pictures, tmp_path, text_encoder=LocalTextEncoder(storage=storage))
+        expected = load_text_encoder(source, "cpu", torch.float32, storage).encode([""])
+        assert torch.equal(result.embeddings([""]), expected)
+        assert not torch.equal(result.embeddings([""]), plain.embeddings([""]))
+
+
+def test_a_refused_storage_is_named():
+    with pytest.raises(ValueError, match=r"text_encoder\.storage='4bit' must be one of nf4, int8, or null"):
+        LocalTextEncoder(storage="4bit")
 
 
 @pytest.mark.parametrize("length", [0, -1, 1.5, True, "x"])
@@ -183,8 +200,8 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
     assert f"the caches in {tmp_path / 'cache'} are complete" in out
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(CAPTIONS) + 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # it trains nothing
-    for name in ("load_text_encoder", "load_autoencoder"):
-        monkeypatch.setattr(cache, name, lambda *rest: pytest.fail("an encoder was loaded"))
+    for module, name in ((text_encoders, "load_text_encoder"), (cache, "load_autoencoder")):
+        monkeypatch.setattr(module, name, lambda *rest: pytest.fail("an encoder was loaded"))
     train("run", f"cache_dir={tmp_path / 'cache'}")
 
 

@@ -28,38 +28,11 @@ from data.cache import EMBEDDING_SHAPE, Cache, EmbeddingPlan, LatentEntry, Laten
 from data.samples import Sample
 from flux2.pipeline import to_pixels
 from flux2.sources import ModelSource, fingerprint
-from flux2.weights import load_autoencoder, load_text_encoder
+from flux2.weights import load_autoencoder
 from train.command import command, own_errors
 from train.folder import make_writable
 from train.outofmemory import watched
-
-Encode = Callable[[list[str]], Tensor]
-
-
-class LocalTextEncoder:
-    """The model's own text encoder on this machine.
-
-    Args:
-        length: tokens that prompts are padded to; the model's own length by default.
-    """
-
-    def __init__(self, length: int | None = None) -> None:
-        if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-            raise ValueError(f"text_encoder.length={length!r} must be a whole number from 1, or null")
-        self.length = length
-        self.cut: list[str] = []  # prompts that were longer than the length, of which a part was left out
-
-    def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
-        """What an embedding depends on beside its prompt."""
-        text = source.variant.text
-        weights = fingerprint(source, "text_encoder") + fingerprint(source, "tokenizer")
-        return f"{text.kind} {weights} {text.layers} {self.length or text.length} {dtype}"
-
-    def load(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encode:
-        """A function from prompts to (B, L, D) embeddings."""
-        encoder = load_text_encoder(source, device, dtype)
-        self.cut = encoder.cut
-        return lambda prompts: encoder.encode(prompts, self.length)
+from train.text_encoders import PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -78,9 +51,16 @@ class Prepared:
 
 
 def fill(
-    plan: LatentPlan | EmbeddingPlan, load: Callable[[], Callable[..., Tensor]], what: str, accelerator: Accelerator
+    plan: LatentPlan | EmbeddingPlan,
+    load: Callable[[], Callable[..., Tensor]],
+    what: str,
+    accelerator: Accelerator,
+    **options: int,
 ) -> None:
-    """Compute what `plan` misses with the encoder that `load` gives, then free it. Nothing missing, nothing loaded."""
+    """Compute what `plan` misses with the encoder that `load` gives, then free it. Nothing missing, nothing loaded.
+
+    `options` are those of `plan.fill`.
+    """
     missing = plan.missing
     accelerator.wait_for_everyone()  # or a fast process's work would look done to a slow one, and its load be skipped
     if missing:
@@ -95,7 +75,7 @@ def fill(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            plan.fill(encode, accelerator.process_index, accelerator.num_processes, progress)
+            plan.fill(encode, accelerator.process_index, accelerator.num_processes, progress, **options)
         del encode
         gc.collect()
         if accelerator.device.type == "cuda":
@@ -106,7 +86,7 @@ def fill(
 def prepare(
     accelerator: Accelerator,
     source: ModelSource,
-    text_encoder: LocalTextEncoder,
+    text_encoder: PromptEncoder,
     cache: Cache,
     samples: Sequence[Sample],
     prompts: Sequence[str],
@@ -128,7 +108,16 @@ def prepare(
     latents = plan_latents(cache, samples, buckets, f"{fingerprint(source, 'vae')} float32", reference_pixels)
     if embeddings.missing or latents.missing:
         make_writable(cache.folder, "cache_dir")  # and not only when an encoder is loaded
-    fill(embeddings, lambda: text_encoder.load(source, device, dtype), "prompts", accelerator)
+    try:
+        fill(
+            embeddings,
+            lambda: text_encoder.load(source, device, dtype),
+            "prompts",
+            accelerator,
+            workers=text_encoder.workers,
+        )
+    finally:
+        text_encoder.close()
     if text_encoder.cut:
         length = text_encoder.length or source.variant.text.length
         first = text_encoder.cut[0][:80]

@@ -55,13 +55,14 @@ from flux2.sources import ModelSource, looks_local, model_source
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
 from train import checkpoint, folder
-from train.cache import LocalTextEncoder, Prepared, prepare
+from train.cache import Prepared, prepare
 from train.choose import FREE, advice, choice_of, completed, planned, still_fits
 from train.command import checked, command, made, own_errors
 from train.loop import LoopSettings, Training
 from train.loss import Preservation, is_number
 from train.optim import build
 from train.outofmemory import OutOfMemory, watched
+from train.text_encoders import PromptEncoder
 from train.tracking import Metrics
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings, check_count
 
@@ -276,7 +277,7 @@ class Run:
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
         self.preservation: Preservation = self.instantiate("preservation")
-        self.text_encoder: LocalTextEncoder = self.instantiate("text_encoder")
+        self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
         if self.memory.card_gb is not None:
             self.set_memory(*planned(self, self.given_memory))
