@@ -231,6 +231,7 @@ def test_all_that_is_kept_is_given_back_when_the_backward_is_over() -> None:
     assert made[0]() is not None
     attended = weakref.ref(made[0]().attended)
     loss.backward()
+    assert not made[0]().stored, "the loss may be looked at for longer"
     del loss
     assert made[0]() is None, "without the garbage collector: no circle holds the memory"
     assert attended() is None
