@@ -29,6 +29,7 @@ from flux2.quantised_cache import QuantisedCache, put
 from flux2.reading import Digests, Job, run
 from flux2.sources import ModelSource, WeightsError, fingerprint
 from flux2.text_encoder import Storage, TextEncoder, build, check_storage, load_tokenizer, quantise
+from flux2.variants import TextConfig
 
 
 def check(what: str, files: TensorFiles, missing: set[str], unexpected: set[str], misshaped: Sequence[str]) -> None:
@@ -303,14 +304,16 @@ def load_text_encoder(
     return TextEncoder(model, load_tokenizer(source.folder("tokenizer")), text)
 
 
-def text_encoder_identity(source: ModelSource, length: int, dtype: torch.dtype, storage: Storage | None = None) -> str:
-    """What an embedding depends on beside its prompt: equal for equal files and settings on any machine.
+def text_encoder_fingerprint(source: ModelSource) -> str:
+    """A digest of the text encoder's and the tokenizer's files. Raises WeightsError if they are not there."""
+    return fingerprint(source, "text_encoder") + fingerprint(source, "tokenizer")
 
-    Raises WeightsError if the files are not there.
-    """
-    text = source.variant.text
-    weights = fingerprint(source, "text_encoder") + fingerprint(source, "tokenizer")
-    return f"{text.kind} {weights} {text.layers} {length} {dtype}" + (f" {storage}" if storage else "")
+
+def embedding_identity(
+    text: TextConfig, files: str, length: int, dtype: torch.dtype, storage: Storage | None = None
+) -> str:
+    """What an embedding depends on beside its prompt, the same on any machine; `files` is their fingerprint."""
+    return f"{text.kind} {files} {text.layers} {length} {dtype}" + (f" {storage}" if storage else "")
 
 
 def rebuild_rotary(model: nn.Module, device: torch.device | str) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flux2.remote import Client, ProtocolName, check_patience, check_url, pick_protocol
 from flux2.sources import ModelSource
 from flux2.text_encoder import Storage, check_storage
-from flux2.weights import load_text_encoder, text_encoder_identity
+from flux2.weights import embedding_identity, load_text_encoder, text_encoder_fingerprint
 
+MOST_IN_FLIGHT = 64
 Encode = Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
 
 
@@ -38,9 +41,11 @@ class PromptEncoder(Protocol):
         """Let go of what is under way."""
 
 
-def check_length(length: object) -> None:
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-        raise ValueError(f"text_encoder.length={length!r} must be a whole number from 1, or null")
+def check_count(name: str, value: object, most: float = math.inf) -> None:
+    """Raises ValueError, naming the setting, unless `value` is a whole number from 1 to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        limit = f"to {most}" if most < math.inf else "on"
+        raise ValueError(f"text_encoder.{name}={value!r} must be a whole number from 1 {limit}")
 
 
 class LocalTextEncoder:
@@ -54,13 +59,15 @@ class LocalTextEncoder:
     workers = 1
 
     def __init__(self, length: int | None = None, storage: Storage | None = None) -> None:
-        check_length(length)
+        if length is not None:
+            check_count("length", length)
         check_storage(storage, "text_encoder.storage")
         self.length, self.storage = length, storage
         self.cut: list[str] = []
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
-        return text_encoder_identity(source, self.length or source.variant.text.length, dtype, self.storage)
+        text, files = source.variant.text, text_encoder_fingerprint(source)
+        return embedding_identity(text, files, self.length or text.length, dtype, self.storage)
 
     def load(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encode:
         encoder = load_text_encoder(source, device, dtype, self.storage)
@@ -69,3 +76,73 @@ class LocalTextEncoder:
 
     def close(self) -> None:
         return
+
+
+class RemoteTextEncoder:
+    """A text encoder on another machine: of `python -m flux2.serve`, or the published endpoint for dev.
+
+    Its embeddings share cache entries with a local encoder's only if the server says that they are the same.
+
+    Args:
+        url: of the server.
+        protocol: `flux2` or `published`; by default what the address speaks (flux2/remote.py).
+        length: tokens that prompts are padded to; the model's own length by default.
+        in_flight: prompts that are asked for at once, each in a request of its own.
+        timeout: seconds until an answer must be there.
+        attempts: that are made in all for one prompt.
+        wait: seconds before the second attempt; doubled for each one after it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        protocol: ProtocolName | None = None,
+        length: int | None = None,
+        in_flight: int = 4,
+        timeout: float = 120.0,
+        attempts: int = 8,
+        wait: float = 1.0,
+    ) -> None:
+        if length is not None:
+            check_count("length", length)
+        check_count("in_flight", in_flight, MOST_IN_FLIGHT)
+        try:
+            check_patience(timeout, attempts, wait)
+            pick_protocol(check_url(url), protocol)
+        except ValueError as error:
+            raise ValueError(f"text_encoder.{error}") from error
+        self.url, self.protocol, self.length, self.in_flight = url, protocol, length, in_flight
+        self.timeout, self.attempts, self.wait = timeout, attempts, wait
+        self.cut: list[str] = []
+        self._client: Client | None = None
+
+    @property
+    def workers(self) -> int:
+        return self.in_flight
+
+    def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
+        """Raises RemoteError if the server cannot be asked. `dtype` does not matter: the server has its own."""
+        return self.client(source).identity()
+
+    def load(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encode:
+        client = self.client(source)
+        self.cut = client.cut
+        return client.encode
+
+    def client(self, source: ModelSource) -> Client:
+        if self._client is None:
+            self._client = Client(
+                self.url,
+                source.variant,
+                self.length,
+                protocol=self.protocol,
+                timeout=self.timeout,
+                attempts=self.attempts,
+                wait=self.wait,
+            )
+        return self._client
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
