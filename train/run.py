@@ -297,7 +297,7 @@ class Run:
         build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)
-        for path in self.sample.references:
+        for path in self.sample.files:
             open_picture(path).load()
 
     @property
@@ -402,14 +402,18 @@ class Run:
         if not self.sample.prompts or not self.settings.sample_every or not self.accelerator.is_main_process:
             return None
         autoencoder = load_autoencoder(self.source, self.accelerator.device)
-        # as large as inference takes them, so that the pictures are those it gives
-        limit = ONE_REFERENCE_PIXELS if len(self.sample.references) == 1 else MANY_REFERENCES_PIXELS
-        pictures = [open_picture(path).load() for path in self.sample.references]
-        pixels = [to_pixels([reference_image(picture, limit)]) for picture in pictures]
-        with torch.no_grad():
-            references = [autoencoder.encode(picture.to(self.accelerator.device)) for picture in pixels]
+        references, sizes = [], []
+        for paths in self.sample.edits:
+            pictures = [open_picture(path).load() for path in paths]
+            # as large as inference takes them, so that the pictures are those it gives
+            limit = ONE_REFERENCE_PIXELS if len(pictures) == 1 else MANY_REFERENCES_PIXELS
+            pixels = [to_pixels([reference_image(picture, limit)]) for picture in pictures]
+            with torch.no_grad():
+                references.append([autoencoder.encode(one.to(self.accelerator.device)) for one in pixels])
+            width, height = self.buckets.assign(*(pictures[0].size if pictures else (1, 1)))
+            sizes.append((self.sample.width or width, self.sample.height or height))
         text, empty = prepared.embeddings(self.sample.prompts), prepared.embeddings([""])
-        return Sampler(self.sample, self.variant, autoencoder, text, empty, references, self.buckets.resolution)
+        return Sampler(self.sample, self.variant, autoencoder, text, empty, references, sizes)
 
     def stream(self, transformer: Transformer, wrapped: nn.Module) -> None:
         """Let blocks and activations stream from host memory, if that is asked for."""
@@ -530,6 +534,8 @@ def main(config: DictConfig) -> None:
     if run.precision.name != pick(None, run.accelerator.device).name:
         words += ["--precision", run.precision.name]
     words += ["--adapter", str(adapter), "--prompt", run.sample.prompts[0] if run.sample.prompts else "..."]
+    for path in run.sample.edits[0] if run.sample.prompts else []:
+        words += ["--image", path]
     run.say(f"use it    {shlex.join(words)}")
     del run
     gc.collect()  # the next job of a sweep needs the memory
