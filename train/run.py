@@ -17,7 +17,7 @@ import gc
 import os
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -397,6 +397,12 @@ class Run:
         tokens = (self.buckets.resolution // 16) ** 2
         return chosen_backend(backends, config.heads, config.head_dim, tokens, device, self.precision.dtype)
 
+    def sampled(self, paths: Sequence[str]) -> tuple[list[Picture], int]:
+        """The pictures that a prompt of the sheets edits, and the pixels of each at most: as inference takes them, so
+        that a sheet shows what it gives."""
+        limit = ONE_REFERENCE_PIXELS if len(paths) == 1 else MANY_REFERENCES_PIXELS
+        return [open_picture(path) for path in paths], limit
+
     def sampler(self, prepared: Prepared) -> Sampler | None:
         """What makes the sample sheets, if any are asked for."""
         if not self.sample.prompts or not self.settings.sample_every or not self.accelerator.is_main_process:
@@ -404,9 +410,8 @@ class Run:
         autoencoder = load_autoencoder(self.source, self.accelerator.device)
         references, sizes = [], []
         for paths in self.sample.edits:
-            pictures = [open_picture(path).load() for path in paths]
-            # as large as inference takes them, so that the pictures are those it gives
-            limit = ONE_REFERENCE_PIXELS if len(pictures) == 1 else MANY_REFERENCES_PIXELS
+            files, limit = self.sampled(paths)
+            pictures = [file.load() for file in files]
             pixels = [to_pixels([reference_image(picture, limit)]) for picture in pictures]
             with torch.no_grad():
                 references.append([autoencoder.encode(one.to(self.accelerator.device)) for one in pixels])
