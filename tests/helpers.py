@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
@@ -160,6 +160,42 @@ def reference_forward(reference: nn.Module, inputs: dict[str, Any]) -> Tensor:
         guidance=inputs["guidance"],
         return_dict=False,
     )[0]
+
+
+def published_step(
+    reference: nn.Module,
+    latents: Tensor,
+    references: list[Tensor],
+    text: Tensor,
+    time: Tensor,
+    noise: Tensor,
+    guidance: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A training step of one sample as diffusers' image-to-image script takes it, with the pipeline's own functions.
+
+    Latents, noise and references are (1, 128, h, w), each reference of its own size; `time` is (1,). Returns the
+    prediction and its target, (1, 128, h, w), and the loss, (1,). Several samples one by one: the script for dev
+    counts the references' positions on from sample to sample.
+    """
+    sigma = time.view(1, 1, 1, 1)
+    packed = Flux2Pipeline._pack_latents((1.0 - sigma) * latents + sigma * noise)
+    ids = Flux2Pipeline._prepare_latent_ids(latents)
+    tokens, positions = packed, ids
+    if references:
+        tokens = torch.cat([packed, *map(Flux2Pipeline._pack_latents, references)], dim=1)
+        positions = torch.cat([ids, Flux2Pipeline._prepare_image_ids(references)], dim=1)
+    predicted = reference(
+        hidden_states=tokens,
+        timestep=time,
+        guidance=None if guidance is None else torch.full([1], guidance),
+        encoder_hidden_states=text,
+        txt_ids=Flux2Pipeline._prepare_text_ids(text),
+        img_ids=positions,
+        return_dict=False,
+    )[0]
+    predicted = Flux2Pipeline._unpack_latents_with_ids(predicted[:, : packed.shape[1]], ids)
+    target = noise - latents
+    return predicted, target, ((predicted.float() - target.float()) ** 2).reshape(1, -1).mean(1)
 
 
 # ------------------------------------------------------------------ autoencoder

@@ -1,5 +1,6 @@
 """flux2.tokens: the order of tokens and their positions are those of Flux2Pipeline."""
 
+import pytest
 import torch
 from diffusers import Flux2Pipeline
 from torch import Tensor
@@ -14,8 +15,8 @@ from flux2.tokens import (
 )
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_image_positions_run_row_by_row_at_time_zero() -> None:
@@ -61,3 +62,25 @@ def test_references_follow_the_image_in_its_dtype() -> None:
     assert torch.equal(tokens[:, 12:16], to_tokens(references[0]).float())
     assert torch.equal(tokens[:, 16:], to_tokens(references[1]))
     assert torch.equal(with_references(to_tokens(latents)), to_tokens(latents))
+
+
+@pytest.mark.parametrize("sizes", [[(2, 5)], [(2, 5), (1, 1), (4, 1)]], ids=["1 reference", "3 references"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_whole_sequence_is_the_one_that_the_pipeline_makes(batch: int, sizes: list[tuple[int, int]]) -> None:
+    """Each row against what Flux2Pipeline would feed its transformer for that picture alone."""
+    noisy = draw(batch, 4, 3, 2)
+    references = [draw(batch, 4, *size, seed=1 + i) for i, size in enumerate(sizes)]
+    tokens = with_references(to_tokens(noisy), references)
+    positions = positions_with_references(noisy, references)
+    for row in range(batch):
+        own = [reference[row : row + 1] for reference in references]
+        packed = [Flux2Pipeline._pack_latents(grid) for grid in [noisy[row : row + 1], *own]]
+        ids = [Flux2Pipeline._prepare_latent_ids(noisy[row : row + 1]), Flux2Pipeline._prepare_image_ids(own)]
+        assert torch.equal(tokens[row : row + 1], torch.cat(packed, dim=1))
+        assert torch.equal(positions[None], torch.cat(ids, dim=1))
+
+
+def test_tokens_are_put_back_where_the_pipeline_puts_them_by_their_positions() -> None:
+    tokens = draw(2, 5 * 3, 4)
+    ids = image_positions(5, 3).expand(2, -1, -1)
+    assert torch.equal(from_tokens(tokens, 5, 3), Flux2Pipeline._unpack_latents_with_ids(tokens, ids))

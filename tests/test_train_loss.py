@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,21 +10,35 @@ import torch
 from data.loader import Batch
 from flux2 import adapters
 from flux2.sampling import shift
-from flux2.tokens import to_tokens
+from flux2.tokens import from_tokens, to_tokens
 from train.loss import LogitNormal, Noised, Preservation, Uniform, add_noise, noise_at, training_loss
 
+REFERENCES = [(2, 2)] * 2
+DIFFERENT_SIZES = [(2, 3), (4, 2), (1, 5)]  # rows and columns of latents
 
-def batch_of(count: int, *, start: int = 0, references: int = 0, size: tuple[int, int] = (2, 3)) -> Batch:
+
+def batch_of(
+    count: int,
+    *,
+    start: int = 0,
+    references: Sequence[tuple[int, int]] = (),
+    size: tuple[int, int] = (2, 3),
+    kind: str = "dev",
+) -> Batch:
     """Samples `start` to `start + count` of a global batch, each the same whatever it is cut with."""
 
     def draw(*shape: int, seed: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     positions = list(range(start, start + count))
+    width = helpers.TRANSFORMERS[kind].text_width
     return Batch(
         latents=torch.stack([draw(128, *size, seed=p) for p in positions]),
-        references=[torch.stack([draw(128, 2, 2, seed=100 * r + p) for p in positions]) for r in range(references)],
-        embeddings=torch.stack([draw(5, helpers.TRANSFORMERS["dev"].text_width, seed=50 + p) for p in positions]),
+        references=[
+            torch.stack([draw(128, *each, seed=100 * (r + 1) + p) for p in positions])
+            for r, each in enumerate(references)
+        ],
+        embeddings=torch.stack([draw(5, width, seed=50 + p) for p in positions]),
         captions=[f"caption {p}" for p in positions],
         indices=positions,
         positions=positions,
@@ -132,7 +147,7 @@ def test_a_picture_and_noise_are_mixed_by_the_time_and_the_target_leads_from_the
 
 
 def test_references_follow_the_noisy_tokens_unmixed_and_are_not_part_of_the_target():
-    batch = batch_of(2, references=2)
+    batch = batch_of(2, references=REFERENCES)
     noised = add_noise(batch, LogitNormal(), seed=1, step=2)
     assert noised.tokens.shape == (2, 6 + 4 + 4, 128)
     assert torch.equal(noised.tokens[:, 6:10], to_tokens(batch.references[0]))
@@ -168,7 +183,7 @@ def test_the_global_generator_is_neither_used_nor_moved():
 
 def test_the_loss_is_the_mean_squared_difference_to_the_target(model):
     stir(model)
-    batch = batch_of(2, references=1)
+    batch = batch_of(2, references=REFERENCES[:1])
     noised = add_noise(batch, LogitNormal(), 0, 0)
     losses = training_loss(model, noised, batch.embeddings, 2.0)
     with torch.no_grad():
@@ -197,6 +212,37 @@ def test_a_rescaled_prediction_for_chosen_rows_is_that_of_the_rows_alone(model):
     rows = slice(0, 2)
     whole = noised.predict(model, batch.embeddings, 1.0)
     torch.testing.assert_close(noised.predict(model, batch.embeddings[rows], 1.0, rows), whole[rows])
+
+
+# ------------------------------------------------------------------ beside diffusers
+
+
+@pytest.mark.parametrize("references", [0, 1, 3])
+@pytest.mark.parametrize(("kind", "guidance"), [("dev", 1.0), ("klein", None)])
+@torch.no_grad()
+def test_a_step_has_the_prediction_target_and_loss_of_diffusers(kind, guidance, references):
+    """Pictures that are not square, references of different sizes, two samples that differ in everything."""
+    model, reference = helpers.transformers(kind)
+    batch = batch_of(2, references=DIFFERENT_SIZES[:references], size=(3, 4), kind=kind)
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(11))
+    times = torch.tensor([0.3, 0.85])
+    noised = noise_at(batch, times, noise)
+    steps = []
+    for row in (slice(0, 1), slice(1, 2)):
+        own = [one[row] for one in batch.references]
+        text = batch.embeddings[row]
+        steps.append(helpers.published_step(reference, batch.latents[row], own, text, times[row], noise[row], guidance))
+    predicted, target, losses = (torch.cat(parts) for parts in zip(*steps, strict=True))
+
+    ours = from_tokens(noised.predict(model, batch.embeddings, guidance), 3, 4)
+    assert helpers.relative_error(ours, predicted) <= 1e-5
+    assert torch.equal(from_tokens(noised.target, 3, 4), target)
+    total = training_loss(model, noised, batch.embeddings, guidance).total
+    assert total.item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 0.01 * losses[0], "the two samples say the same"
+    if references:  # and they count: without them the prediction is another
+        alone = noise_at(replace(batch, references=[]), times, noise).predict(model, batch.embeddings, guidance)
+        assert helpers.relative_error(from_tokens(alone, 3, 4), predicted) > 0.01
 
 
 # ------------------------------------------------------------------ preservation

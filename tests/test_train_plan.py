@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from train_helpers import adapter, compose, one_message, same_tensors
 
 from flux2.adapters import attach
@@ -162,6 +163,24 @@ def test_a_text_encoder_on_this_disk_is_counted_by_its_own_sizes():
     model = load_text_encoder(run.source, dtype=torch.float32).model
     assert held == sum(parameter.numel() * 4 for parameter in model.parameters())
     assert 0 < activations < held
+
+
+def test_what_sample_sheets_edit_is_counted_with_the_prompt_that_edits_most(small, tmp_path):
+    files = []
+    for size in ((96, 64), (48, 40)):
+        files.append(str(tmp_path / f"{size[0]}.png"))
+        Image.new("RGB", size).save(files[-1])
+    wide, small_one = files
+    given = [f"sample.references=[[{small_one}],[{wide},{small_one}],[]]", "sample.prompts=[a cup,a fox,a cup]"]
+    edits = choosing.job_of(Run(compose(*small(*given, "sample_every=1"))), on_gpu=False)
+    assert edits.sample_references == [(96, 64), (48, 32)]
+    assert choosing.job_of(Run(compose(*small(*given))), on_gpu=False).sample_references == []  # no sheets are made
+    alone = replace(edits, sample_references=[])
+    sizes = [Planner(each).predict(Choice("full")).phases["samples"]["working set"] for each in (edits, alone)]
+    assert sizes[0] > sizes[1]
+    # a reference that is far larger than what is trained: encoding it is what takes most
+    large = Planner(replace(alone, sample_references=[(1024, 1024)]))
+    assert large.predict(Choice("full")).phases["samples"]["working set"] == large.reference_encoder > sizes[0]
 
 
 # ------------------------------------------------------------------ choices

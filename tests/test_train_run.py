@@ -412,9 +412,11 @@ def test_the_command_that_uses_an_adapter_names_the_precision_it_was_trained_in(
 
 
 def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, small, tmp_path, model_folders):
-    prompt = 'sample.prompts=["a cup\'s fox"]'
+    prompt, room = 'sample.prompts=["a cup\'s fox"]', tmp_path / "room.png"
+    draw_picture(0, (48, 48)).save(room)
     code, out, err = run_command(
-        *small(f"output_dir={tmp_path / 'run'}", prompt, "sample_every=4", "sample.steps=1", "steps=1")
+        *small(f"output_dir={tmp_path / 'run'}", prompt, f"sample.references=[[{room}]]", "sample_every=4"),
+        *("sample.steps=1", "steps=1"),
     )
     assert code == 0, err
     run = tmp_path / "run"
@@ -423,7 +425,7 @@ def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, 
         f"numbers   {run}/metrics.jsonl",
         f"pictures  {run}/samples",
         f"use it    python -m flux2.generate --model small_dev --path {model_folders('dev')} --adapter {run}/adapter "
-        "--prompt 'a cup'\"'\"'s fox'",
+        f"--prompt 'a cup'\"'\"'s fox' --image {room}",
     ]
 
 

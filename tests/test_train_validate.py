@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
-from train_helpers import compose, pixels, values
+from train_helpers import compose, draw_picture, pixels, values
 
 from flux2 import adapters
 from flux2.weights import load_transformer
@@ -112,7 +112,14 @@ def test_a_run_that_learns_nothing_has_a_flat_validation_loss(train):
         ({"prompts": "a cup"}, r"sample\.prompts='a cup' must be a list of texts"),
         ({"prompts": [1]}, r"sample\.prompts=\[1\] must be"),
         ({"prompts": 5}, r"sample\.prompts=5 must be"),
-        ({"references": "x.png"}, r"sample\.references='x\.png' must be"),
+        ({"references": "x.png"}, r"sample\.references='x\.png' must be a list of files for all prompts, or a list of"),
+        (
+            {"references": ["x.png", ["y.png"]]},
+            r"sample\.references=\['x\.png', \['y\.png'\]\] must be a list of files",
+        ),
+        ({"references": [[1]], "prompts": ["a cup"]}, r"sample\.references=\[\[1\]\] must be a list of files"),
+        ({"references": [["x.png"]]}, r"sample\.references=\[\['x\.png'\]\] has 1 lists for 0 sample\.prompts"),
+        ({"references": [[], []], "prompts": ["a cup"]}, r"has 2 lists for 1 sample\.prompts: give one for each"),
         ({"seed": -1}, r"sample\.seed=-1 must be"),
         ({"width": 100}, r"sample\.width=100 must be a multiple of 16"),
         ({"height": "x"}, r"sample\.height='x' must be"),
@@ -129,12 +136,49 @@ def test_every_prompt_has_a_seed_of_its_own_whatever_the_others_are(small):
     run = Run(compose(*small("sample.prompts=[a fox, a fox, a red cup]", "sample.steps=1", "sample_every=1")))
     _, prepared = run.prepare()
     sampler, model = run.sampler(prepared), load_transformer(run.source)
-    assert (sampler.width, sampler.height) == (48, 48)
+    assert sampler.sizes == [(48, 48)] * 3
     first, second, third = sampler.pictures(model)
     assert abs(pixels(first) - pixels(second)).max() > 8
     alone = Run(compose(*small("sample.prompts=[a red cup]", "sample.seed=2", "sample.steps=1", "sample_every=1")))
     (again,) = alone.sampler(prepared).pictures(model)
     assert abs(pixels(again) - pixels(third)).max() == 0
+
+
+def test_prompts_edit_the_same_files_or_each_its_own():
+    prompts = ["a cup", "a fox"]
+    assert SampleSettings(prompts).edits == [[], []]
+    assert SampleSettings(prompts, ["x.png", "y.png"]).edits == [["x.png", "y.png"]] * 2
+    own = SampleSettings(prompts, [["x.png", "y.png"], []])
+    assert own.edits == [["x.png", "y.png"], []]
+    assert own.files == ["x.png", "y.png"]
+    assert SampleSettings([], ["x.png"]).files == ["x.png"]
+
+
+def test_each_prompt_is_shown_as_the_edit_of_its_own_files_in_the_shape_of_the_first(small, tmp_path):
+    files = [str(tmp_path / f"{name}.png") for name in ("wide", "tall", "square")]
+    for seed, (file, size) in enumerate(zip(files, [(96, 48), (48, 96), (64, 64)], strict=True)):
+        draw_picture(seed, size).save(file)
+    wide, tall, square = files
+    settings = ["sample.steps=1", "sample_every=1"]
+
+    def shown(prompts, references):
+        given = f"[{','.join('[' + ','.join(names) + ']' for names in references)}]"
+        run = Run(compose(*small(f"sample.prompts=[{','.join(prompts)}]", f"sample.references={given}", *settings)))
+        _, prepared = run.prepare()
+        return run.sampler(prepared), load_transformer(run.source)
+
+    sampler, model = shown(["the fox"] * 4, [[wide, square], [tall], [], [square]])
+    assert sampler.sizes == [(64, 32), (32, 64), (48, 48), (48, 48)]
+    assert [len(latents) for latents in sampler.references] == [2, 1, 0, 1]
+    pictures = sampler.pictures(model)
+    assert [picture.size for picture in pictures] == sampler.sizes
+    # the last two have the same size and the same prompt: what differs is the seed, and then the reference
+    alone, _ = shown(["the fox"] * 4, [[], [], [], []])
+    plain = alone.pictures(model)
+    assert abs(pixels(pictures[2]) - pixels(plain[2])).max() == 0
+    assert abs(pixels(pictures[3]) - pixels(plain[3])).max() > 8
+    sampler.sheet(model, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").height > 512  # the tall picture is not squeezed
 
 
 def test_a_run_without_prompts_or_sheets_has_no_sampler(small):
@@ -158,6 +202,12 @@ def test_a_sheet_holds_the_very_pixels_under_their_captions():
         assert (shown == pixels(picture)).all()
         assert (page[:top, left : left + 200] < 128).any()  # the caption
     assert (page[:4] == 255).all()
+
+
+def test_pictures_of_different_shapes_keep_theirs_on_a_sheet():
+    page = pixels(sheet([[plain("red", (64, 32)), plain("blue", (32, 64))]], ["a cup", "a fox"]))
+    assert (page == (255, 0, 0)).all(-1).sum() == 256 * 128
+    assert (page == (0, 0, 255)).all(-1).sum() == 256 * 512
 
 
 def test_rows_are_named_and_columns_captioned():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from data.buckets import reference_size
 from flux2.checkpointing import POLICIES
 from flux2.model import Transformer
 from flux2.precision import Precision, convert, pick_dtype
@@ -23,7 +24,7 @@ from flux2.sources import ModelSource
 from flux2.variants import Variant
 from train.cards import CONTEXT_GB, GIB, Gpu, gpu, usable
 from train.outofmemory import OutOfMemory
-from train.predict import Choice, Job, Planner, Prediction
+from train.predict import Choice, Job, Planner, Prediction, tokens
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -131,6 +132,8 @@ def job_of(run: Run, on_gpu: bool) -> Job:
     settings, side = run.settings, run.buckets.resolution
     columns = run.config["dataset"].get("reference_columns") or []
     samples = bool(run.sample.prompts) and settings.sample_every > 0
+    each = [run.sampled(paths) for paths in run.sample.edits if samples]
+    edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
     held = min(run.preservation.samples, settings.batch_size) if run.preservation.active else 0
     precision = planned_precision(run, on_gpu)
     return Job(
@@ -141,6 +144,7 @@ def job_of(run: Run, on_gpu: bool) -> Job:
         pixels=(side, side),
         references=[(settings.reference_resolution,) * 2 for _ in columns],
         sample_pixels=(run.sample.width or side, run.sample.height or side) if samples else None,
+        sample_references=max(edited, key=lambda sizes: sum(map(tokens, sizes)), default=[]),
         text_tokens=run.text_encoder.length or run.variant.text.length,
         rows=settings.batch_size + held,
         held=held,

@@ -82,7 +82,7 @@ class Job:
         storage: of the converted layers: fp8, nf4, or None.
         optimizer: makes the optimizer from a list of parameters.
         pixels: (width, height) of the largest training picture; references: those of each of its references.
-        sample_pixels: of the sample sheets' pictures, None if none are made.
+        sample_pixels: of the sample sheets' pictures, None if none are made; sample_references: of what one edits.
         rows: pictures a micro-batch, those of preservation counted again.
         held: of them, those of preservation, which the base predicts too.
         validates: whether a validation loss is taken.
@@ -97,6 +97,7 @@ class Job:
     pixels: tuple[int, int]
     references: Sequence[tuple[int, int]] = ()
     sample_pixels: tuple[int, int] | None = None
+    sample_references: Sequence[tuple[int, int]] = ()
     text_tokens: int = 512
     rows: int = 1
     held: int = 0
@@ -337,6 +338,12 @@ class Planner:
         return autoencoder_peaks(self.job.variant.autoencoder, width, height)
 
     @cached_property
+    def reference_encoder(self) -> int:
+        """Bytes above the autoencoder's weights to encode what a sample sheet edits, beside the transformer."""
+        largest = max(self.job.sample_references, key=tokens, default=None)
+        return 0 if largest is None else autoencoder_peaks(self.job.variant.autoencoder, *largest)[1]
+
+    @cached_property
     def workspace(self) -> int:
         """Bytes of the buffer that NF4 layers are dequantised into, which stays."""
         layers = [layer for layer in self.job.model.modules() if isinstance(layer, Nf4Linear)]
@@ -411,10 +418,11 @@ class Planner:
             shape = replace(job.shape, rows=1)
             phases["validation"] = {**idle, "working set": self.inference(shape, job.autocast)[0]}
         if job.sample_pixels:
-            shape = Shape(1, tokens(job.sample_pixels), job.text_tokens, tokens(job.sample_pixels))
+            predicted, edited = tokens(job.sample_pixels), sum(map(tokens, job.sample_references))
+            shape = Shape(1, predicted + edited, job.text_tokens, predicted)
             phases["samples"] = {
                 **idle,
-                "working set": max(self.inference(shape, False)[0], self.autoencoder[2]),
+                "working set": max(self.inference(shape, False)[0], self.autoencoder[2], self.reference_encoder),
             }
         host = {
             "streamed blocks": streamed,

@@ -17,7 +17,7 @@ import gc
 import os
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -310,7 +310,7 @@ class Run:
         build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)
-        for path in self.sample.references:
+        for path in self.sample.files:
             open_picture(path).load()
 
     @property
@@ -416,19 +416,28 @@ class Run:
         tokens = (self.buckets.resolution // 16) ** 2
         return chosen_backend(backends, config.heads, config.head_dim, tokens, device, self.precision.dtype)
 
+    def sampled(self, paths: Sequence[str]) -> tuple[list[Picture], int]:
+        """The pictures that a prompt of the sheets edits, and the pixels of each at most: as inference takes them, so
+        that a sheet shows what it gives."""
+        limit = ONE_REFERENCE_PIXELS if len(paths) == 1 else MANY_REFERENCES_PIXELS
+        return [open_picture(path) for path in paths], limit
+
     def sampler(self, prepared: Prepared) -> Sampler | None:
         """What makes the sample sheets, if any are asked for."""
         if not self.sample.prompts or not self.settings.sample_every or not self.accelerator.is_main_process:
             return None
         autoencoder = load_autoencoder(self.source, self.accelerator.device)
-        # as large as inference takes them, so that the pictures are those it gives
-        limit = ONE_REFERENCE_PIXELS if len(self.sample.references) == 1 else MANY_REFERENCES_PIXELS
-        pictures = [open_picture(path).load() for path in self.sample.references]
-        pixels = [to_pixels([reference_image(picture, limit)]) for picture in pictures]
-        with torch.no_grad():
-            references = [autoencoder.encode(picture.to(self.accelerator.device)) for picture in pixels]
+        references, sizes = [], []
+        for paths in self.sample.edits:
+            files, limit = self.sampled(paths)
+            pictures = [file.load() for file in files]
+            pixels = [to_pixels([reference_image(picture, limit)]) for picture in pictures]
+            with torch.no_grad():
+                references.append([autoencoder.encode(one.to(self.accelerator.device)) for one in pixels])
+            width, height = self.buckets.assign(*(pictures[0].size if pictures else (1, 1)))
+            sizes.append((self.sample.width or width, self.sample.height or height))
         text, empty = prepared.embeddings(self.sample.prompts), prepared.embeddings([""])
-        return Sampler(self.sample, self.variant, autoencoder, text, empty, references, self.buckets.resolution)
+        return Sampler(self.sample, self.variant, autoencoder, text, empty, references, sizes)
 
     def stream(self, transformer: Transformer, wrapped: nn.Module) -> None:
         """Let blocks and activations stream from host memory, if that is asked for."""
@@ -548,6 +557,8 @@ def main(config: DictConfig) -> None:
     if run.precision.name != pick(None, run.accelerator.device).name:
         words += ["--precision", run.precision.name]
     words += ["--adapter", str(adapter), "--prompt", run.sample.prompts[0] if run.sample.prompts else "..."]
+    for path in run.sample.edits[0] if run.sample.prompts else []:
+        words += ["--image", path]
     run.say(f"use it    {shlex.join(words)}")
     del run
     gc.collect()  # the next job of a sweep needs the memory

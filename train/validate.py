@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -90,12 +92,25 @@ class FixedNoiseLoss:
 # ------------------------------------------------------------------ sheets
 
 
+def is_texts(value: object) -> TypeGuard[Sequence[str]]:
+    """Whether `value` is a list of texts."""
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+
+
 @dataclass(frozen=True)
 class SampleSettings:
-    """What a sheet shows. Sizes in pixels; None takes the training resolution or the model's own default."""
+    """What a sheet shows.
+
+    Attributes:
+        prompts: one picture each.
+        references: files that the prompts edit: a list for all prompts, or a list of such lists, one for each prompt.
+        seed: of the first prompt, the next ones counting up.
+        width, height: pixels; None takes the bucket of the first reference's shape, else the training resolution.
+        steps, guidance: None takes the model's own.
+    """
 
     prompts: Sequence[str] = field(default_factory=list)
-    references: Sequence[str] = field(default_factory=list)
+    references: Sequence[str] | Sequence[Sequence[str]] = field(default_factory=list)
     seed: int = 0
     width: int | None = None
     height: int | None = None
@@ -103,10 +118,19 @@ class SampleSettings:
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("prompts", "references"):
-            value = getattr(self, key)
-            if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"sample.{key}={value!r} must be a list of texts")
+        if not is_texts(self.prompts):
+            raise ValueError(f"sample.prompts={self.prompts!r} must be a list of texts")
+        if not is_texts(self.references):
+            if not isinstance(self.references, list | tuple) or not all(is_texts(item) for item in self.references):
+                raise ValueError(
+                    f"sample.references={self.references!r} must be a list of files for all prompts, or a list of such "
+                    "lists, one for each prompt"
+                )
+            if len(self.references) != len(self.prompts):
+                raise ValueError(
+                    f"sample.references={self.references!r} has {len(self.references)} lists for "
+                    f"{len(self.prompts)} sample.prompts: give one for each, which may be empty"
+                )
         check_count("sample.seed", self.seed)
         for key in ("width", "height"):
             value = getattr(self, key)
@@ -117,9 +141,27 @@ class SampleSettings:
         if self.guidance is not None and not is_number(self.guidance, low=0):
             raise ValueError(f"sample.guidance={self.guidance!r} must be a number from 0")
 
+    @property
+    def edits(self) -> list[list[str]]:
+        """The files that each prompt edits."""
+        lists = [self.references] * len(self.prompts) if is_texts(self.references) else self.references
+        return [list(paths) for paths in lists]
+
+    @property
+    def files(self) -> list[str]:
+        """Every reference once, also where there is no prompt yet."""
+        lists = [self.references] if is_texts(self.references) else self.references
+        return list(dict.fromkeys(chain(*lists)))
+
 
 class Sampler:
-    """Makes the sheets of a run, through the same function as inference."""
+    """Makes the sheets of a run, through the same function as inference.
+
+    Args:
+        text: (P, T, text_width) embeddings of the prompts; empty: (1, T, text_width).
+        references: latents (1, 128, h, w) of the pictures that each prompt edits.
+        sizes: (width, height) in pixels of each prompt's picture.
+    """
 
     def __init__(
         self,
@@ -128,12 +170,11 @@ class Sampler:
         autoencoder: Autoencoder,
         text: Tensor,
         empty: Tensor,
-        references: Sequence[Tensor],
-        resolution: int,
+        references: Sequence[Sequence[Tensor]],
+        sizes: Sequence[tuple[int, int]],
     ) -> None:
         self.settings, self.autoencoder = settings, autoencoder
-        self.text, self.empty, self.references = text, empty, references
-        self.width, self.height = settings.width or resolution, settings.height or resolution
+        self.text, self.empty, self.references, self.sizes = text, empty, references, sizes
         self.steps = settings.steps or variant.steps
         self.guidance = variant.guidance if settings.guidance is None else settings.guidance
 
@@ -145,14 +186,14 @@ class Sampler:
                 self.autoencoder,
                 self.text[i : i + 1],
                 seeds=[self.settings.seed + i],
-                width=self.width,
-                height=self.height,
+                width=width,
+                height=height,
                 steps=self.steps,
                 guidance=self.guidance,
-                references=self.references,
+                references=self.references[i],
                 empty=self.empty,
             )[0]
-            for i in range(len(self.text))
+            for i, (width, height) in enumerate(self.sizes)
         ]
 
     def sheet(self, model: Transformer, file: Path) -> None:
@@ -189,14 +230,14 @@ def sheet(
     if len(rows) == 1 and len(rows[0]) > 4 and not names:
         parts = [rows[0][i : i + 4] for i in range(0, len(rows[0]), 4)]
         strips = [sheet([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
-        page = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
-        for strip, y in zip(strips, range(0, page.height, strips[0].height), strict=False):
+        page = Image.new("RGB", (max(s.width for s in strips), sum(strip.height for strip in strips)), "white")
+        y = 0
+        for strip in strips:
             page.paste(strip, (0, y))
+            y += strip.height
         return page
-    width, height = rows[0][0].size
-    whole = max(1, round(side / width))  # small pictures by whole factors, so that their pixels stay square
-    size = (width * whole, height * whole) if width < side else (side, round(height * side / width))
-    method = Image.Resampling.NEAREST if width < side else Image.Resampling.LANCZOS
+    rows = [[_scaled(picture, side) for picture in row] for row in rows]
+    size = tuple(max(picture.size[axis] for row in rows for picture in row) for axis in (0, 1))
     font = ImageFont.load_default(max(12, size[0] // 18))
     line = max(12, size[0] // 18) * 1.25
     top = round(line * 3 + 8) if any(columns) else 0
@@ -214,5 +255,14 @@ def sheet(
         if names:
             canvas.text((8, at + size[1] // 2), names[y], "black", font, anchor="lm")
         for x, picture in enumerate(row):
-            page.paste(picture.resize(size, method), (left + gap + x * (size[0] + gap), at))
+            page.paste(picture, (left + gap + x * (size[0] + gap), at))
     return page
+
+
+def _scaled(picture: Image.Image, side: int) -> Image.Image:
+    """About `side` pixels wide; small pictures by whole factors, so that their pixels stay square."""
+    width, height = picture.size
+    if width < side:
+        whole = max(1, round(side / width))
+        return picture.resize((width * whole, height * whole), Image.Resampling.NEAREST)
+    return picture.resize((side, round(height * side / width)), Image.Resampling.LANCZOS)

@@ -1,0 +1,97 @@
+"""Image-to-image from picture files to the loss, as diffusers makes it of the same files."""
+
+import json
+
+import helpers
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from PIL import Image
+from train_helpers import draw_picture, values
+
+from flux2.tokens import from_tokens
+from train import loop
+
+pytest_plugins = ("train_helpers",)
+
+# of the references; the last is no multiple of 16 and loses its edges
+SIZES = [(32, 64), (64, 48), (55, 37)]
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """`edits(references)`: a folder of two wide pictures, each an edit of that many pictures of different sizes."""
+
+    def write(references):
+        rows = []
+        for i, caption in enumerate(("a red fox", "the blue cup")):
+            names = [f"{i}_{j}.png" for j in range(references)]
+            for j, name in enumerate(names):
+                draw_picture(10 * i + j, SIZES[j]).save(tmp_path / name)
+            draw_picture(100 + i, (64, 32)).save(tmp_path / f"{i}.png")
+            rows.append({"file_name": f"{i}.png", "text": caption, "references": names})
+        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path, rows
+
+    return write
+
+
+def published_sample(kind, folder, row):
+    """Latents of a row's picture and of its references, and its caption's embeddings, from diffusers' pipeline."""
+    parts, text = helpers.reference_parts(kind), helpers.TEXTS[kind]
+    pipeline = Flux2Pipeline(**parts) if kind == "dev" else Flux2KleinPipeline(**parts, is_distilled=False)
+
+    def opened(name):
+        image = Image.open(folder / name)
+        width, height = (side // 16 * 16 for side in image.size)
+        return Flux2ImageProcessor().preprocess(image, height=height, width=width, resize_mode="crop")
+
+    def encoded(name):
+        return pipeline._encode_vae_image(opened(name), generator=None)
+
+    embeddings, _ = pipeline.encode_prompt(
+        row["text"], max_sequence_length=text.length, text_encoder_out_layers=text.layers
+    )
+    return encoded(row["file_name"]), [encoded(name) for name in row["references"]], embeddings
+
+
+@pytest.mark.parametrize("references", [1, 3])
+@pytest.mark.parametrize(("kind", "guidance"), [("dev", 1.0), ("klein", None)])
+@torch.no_grad()
+def test_the_first_loss_on_a_folder_of_edits_is_that_of_diffusers(
+    train, edits, monkeypatch, kind, guidance, references
+):
+    """From files through cache and loader to the loss; the noise and the times are the run's own."""
+    folder, rows = edits(references)
+    seen = []
+
+    def spy(batch, *arguments):
+        seen.append((batch, add_noise(batch, *arguments)))
+        return seen[-1][1]
+
+    add_noise = loop.add_noise
+    monkeypatch.setattr(loop, "add_noise", spy)
+    with torch.enable_grad():
+        run = train(
+            "run",
+            "steps=1",
+            f"dataset.path={folder}",
+            "dataset.reference_columns=[references]",
+            "reference_resolution=64",
+            kind=kind,
+        )
+    (batch, noised) = seen[0]
+    assert sorted(batch.indices) == [0, 1]
+    _, reference = helpers.transformers(kind)
+    losses = []
+    for row, index in enumerate(batch.indices):
+        latents, others, embeddings = published_sample(kind, folder, rows[index])
+        torch.testing.assert_close(batch.latents[row : row + 1], latents, rtol=0, atol=1e-4)
+        assert [tuple(other.shape[2:]) for other in others] == [(4, 2), (3, 4), (2, 3)][:references]
+        for ours, wanted in zip(batch.references, others, strict=True):
+            torch.testing.assert_close(ours[row : row + 1], wanted, rtol=0, atol=1e-4)
+        noise = from_tokens(noised.target[row : row + 1], 2, 4) + batch.latents[row : row + 1]
+        time = noised.times[row : row + 1]
+        losses.append(helpers.published_step(reference, latents, others, embeddings, time, noise, guidance)[2])
+    assert values(run) == [pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)]
