@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flux2.replay import Replay, current
 
+ENOUGH = 4608  # tokens for which a backend is looked up: those of a picture of 1024 px
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -172,6 +173,7 @@ def chosen_backend(
     Raises:
         ValueError: none of `backends` can.
     """
+    tokens = min(tokens, ENOUGH)  # more are computed by the same, and would be memory for nothing
     q = torch.zeros(1, heads, tokens, head_dim, device=device, dtype=dtype, requires_grad=True)
     with limited_to(backends):
         try:

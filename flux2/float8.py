@@ -127,6 +127,8 @@ class Float8Linear(QuantisedLinear):
         weight = self.place(weight)
         values = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
         largest = torch.linalg.vector_norm(weight, float("inf"), dim=1, keepdim=True).float()
+        if not bool(torch.isfinite(largest).all()):
+            raise ValueError("the weight has values that are not finite")
         if not self.rowwise:
             largest = largest.max()
         scale = (largest / E4M3_MAX).clamp(min=1e-12)
@@ -155,6 +157,8 @@ class Float8Linear(QuantisedLinear):
         values, scale = self.place(tensors["weight"]), tensors["weight_scale"]
         if values.dtype != torch.float8_e4m3fn:
             raise ValueError(f"a weight in {values.dtype} was given to {self}, not in {torch.float8_e4m3fn}")
+        if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+            raise ValueError("a scale is zero, negative or not finite")
         if scale.numel() not in (1, self.out_features):
             raise ValueError(f"a scale of shape {tuple(scale.shape)} was given to {self}: one, or one a row, is needed")
         if scale.numel() == 1 and self.rowwise:

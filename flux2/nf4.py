@@ -19,6 +19,7 @@ from flux2.quantised import CHUNK, QuantisedLinear
 
 BLOCK = 64  # elements with one scale
 NESTED_BLOCK = 256  # scales with one scale
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes quantises from and to
 NF4_KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
 NESTED_KEYS = ("weight.nested_absmax", "weight.nested_quant_map")
 
@@ -73,7 +74,7 @@ def unpack(
     size = rows * columns
     # Blocks run through the whole weight. The CPU kernel starts anew at every row, so each row is made one block.
     shape = (size // BLOCK, BLOCK) if size % BLOCK == 0 else (1, size)
-    exact = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    exact = dtype if dtype in KERNEL_DTYPES else torch.float32
     into = None if out is None else out.view(shape)
     weight = bnb.dequantize_4bit(packed, quant_state(absmax, nested_absmax, offset, exact, shape), out=into)
     return weight.view(rows, columns).to(dtype)
@@ -205,12 +206,16 @@ class Nf4Linear(QuantisedLinear):
 
     def store(self, weight: Tensor) -> None:
         weight = self.place(weight)
+        if weight.dtype not in KERNEL_DTYPES:
+            weight = weight.float()
         packed = torch.empty(((weight.numel() + 1) // 2, 1), dtype=torch.uint8, device=weight.device)
         scales = []
         for part, into in zip(weight.reshape(-1).split(CHUNK), packed.split(CHUNK // 2), strict=True):
             _, state = bnb.quantize_4bit(part, blocksize=BLOCK, quant_type="nf4", out=into)
             scales.append(state.absmax)
         absmax = torch.cat(scales)
+        if not bool(torch.isfinite(absmax).all()):
+            raise ValueError("the weight has values that are not finite")
         offset = absmax.mean()  # the scales are quantised as bitsandbytes does when it sees the whole weight
         codes, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         self.nested = True
@@ -231,8 +236,16 @@ class Nf4Linear(QuantisedLinear):
         needed = {*NF4_KEYS, *NESTED_KEYS} if nested else set(NF4_KEYS)
         if missing := needed - tensors.keys():
             raise ValueError(f"{', '.join(sorted(missing))} missing for {self}")
+        scales = {"weight.absmax": torch.uint8 if nested else torch.float32, "weight.quant_map": torch.float32}
+        scales |= dict.fromkeys(NESTED_KEYS, torch.float32) if nested else {}
+        if wrong := [key for key, dtype in scales.items() if tensors[key].dtype != dtype]:
+            key = wrong[0]
+            raise ValueError(f"{key} is in {tensors[key].dtype} instead of {scales[key]}")
         device = tensors["weight"].device if self.qweight.is_meta else self.qweight.device
-        state = bnb.QuantState.from_dict({key: tensors[key] for key in needed - {"weight"}}, device)
+        try:
+            state = bnb.QuantState.from_dict({key: tensors[key] for key in needed - {"weight"}}, device)
+        except (AttributeError, TypeError) as error:  # dtypes by name, and shapes, of which it checks nothing
+            raise ValueError(f"its quant_state cannot be used ({error})") from error
         size = self.in_features * self.out_features
         blocks = -(-size // BLOCK)
         found = {
@@ -253,6 +266,9 @@ class Nf4Linear(QuantisedLinear):
             nested and not torch.equal(state.state2.code, nested_quant_map(device))
         ):
             raise ValueError(f"a 4-bit weight with other values than NF4's (quant_map) was given to {self}")
+        known = [state.state2.absmax, state.offset] if nested else [state.absmax]
+        if not all(bool(torch.isfinite(one).all()) for one in known):
+            raise ValueError("a scale of a 4-bit weight is not finite")
         self.nested = nested
         self.source_dtype = state.dtype
         self.hold("qweight", tensors["weight"].to(device).view(torch.uint8).reshape(-1, 1))

@@ -183,10 +183,15 @@ def describe(model: nn.Module, precision: Precision, device: torch.device | str 
     text = f"{len(layers)} of {total} linear layers in {precision.storage} ({held / 1e9:.3g} GB), all else in {rest}"
     if precision.storage == "nf4":
         return f"{text}; dequantised to {rest} for each product"
-    text += f", one scale a {'row' if precision.rowwise else 'tensor'}"
-    inside = [layer for layer in layers.values() if isinstance(layer, Float8Linear) and layer.forward_fp8]
+    eights = [layer for layer in layers.values() if isinstance(layer, Float8Linear)]
+    by_row = sum(layer.rowwise for layer in eights)
+    text += f", one scale a {'row' if by_row == len(eights) else 'tensor'}"
+    text += f" ({by_row} layers: a row)" if 0 < by_row < len(eights) else ""
+    inside = [layer for layer in eights if layer.forward_fp8]
+    unused = precision.keep_both_layouts and not any(layer.keep_both_layouts for layer in eights)
     if not inside:
-        return f"{text}; products in {rest}: {_why_not(precision, torch.device(device))}"
+        text += f"; products in {rest}: {_why_not(precision, torch.device(device))}"
+        return text + (", so that a second layout would do nothing and is not kept" if unused else "")
     text += f"; products in FP8{'' if inside[0].backward_fp8 else f', in the backward in {rest}'}"
     odd = len(layers) - len(inside)
     return text + (f", and in {rest} for {odd} layers whose sizes are no multiples of {MULTIPLE}" if odd else "")

@@ -10,7 +10,8 @@
 What is in the form of the layer that it is for is taken over bit for bit. NF4 quantises blocks of 64 elements in the
 order of memory, so that three weights (q, k, v) on top of each other, or the halves of one in another order, are their
 bytes and block scales in that order. But the scales are quantised again, in blocks of 256 with an offset a weight:
-those of several weights do not join, and are kept in float32 then.
+those of several weights do not join, and are kept in float32 then. FP8 weights on top of each other with a scale each
+have one scale a row.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def four_bit_part(files: TensorFiles, stored: Stored) -> Part:
         )
     try:
         shape = tuple(json.loads(bytes(files.small(state).tolist()))["shape"])
+        if not all(isinstance(side, int) for side in shape):
+            raise ValueError(f"shape {shape}")
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{stored.file}: {state} does not tell the shape of a 4-bit weight ({error!r})") from error
     keys = [key for key in files.names if key == name or key.startswith(f"{name}.")]
@@ -190,8 +193,7 @@ class Weight:
         if isinstance(layer, Nf4Linear) and forms == {"nf4"}:
             joined = self.joined_nf4(tensors)
         elif isinstance(layer, Float8Linear) and self.together and tensors["weight"].dtype == torch.float8_e4m3fn:
-            scale = self.scales(tensors)
-            joined = {"weight": tensors["weight"], "weight_scale": scale} if scale.numel() == 1 else None
+            joined = {"weight": tensors["weight"], "weight_scale": self.scales(tensors)}
         else:
             joined = None
         if joined is None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -30,13 +30,13 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from flux2.files import DTYPE_NAMES, TensorFiles
+from flux2.files import DTYPE_NAMES, Stored, TensorFiles
 from flux2.precision import Precision
 from flux2.quantised import QuantisedLinear
 from flux2.reading import Digests, Job, checksum, run, whole
 from flux2.sources import WeightsError
 
-VERSION = 1
+VERSION = 2
 SPARE = 1 << 30  # bytes of the disk that a copy leaves free
 NO_CHECKSUM = "0" * 32
 GB = 1e9
@@ -44,6 +44,11 @@ GB = 1e9
 
 def digest(*things: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(things, sort_keys=True).encode())
+
+
+def layout(tensors: Iterable[Stored]) -> str:
+    """A checksum of names, dtypes and shapes."""
+    return digest(sorted([one.key, DTYPE_NAMES[one.dtype], list(one.shape)] for one in tensors))
 
 
 def put(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -118,7 +123,8 @@ class QuantisedCache:
             self.fill(model, copy, home)
         except (WeightsError, ValueError) as error:  # a layer refuses what is not its storage with ValueError
             self.damaged = copy
-            self.say(f"the quantised copy is damaged and will be made anew: {error}")
+            reason = str(error).partition(". It is damaged")[0]  # which goes on with what to do about a download
+            self.say(f"the quantised copy is damaged and will be made anew: {reason}")
             return False
         self.say(f"read from the quantised copy {copy}")
         return True
@@ -126,9 +132,15 @@ class QuantisedCache:
     def fill(self, model: nn.Module, copy: Path, home: Callable[[str], torch.device]) -> None:
         """Raises WeightsError or ValueError if the copy is damaged."""
         files = TensorFiles([copy])
-        sums = json.loads(files.metadata.get("checksums", "{}"))
+        try:
+            sums = json.loads(files.metadata["checksums"])
+            whole_layout = files.metadata["layout"] == layout(files[name] for name in files.names)
+        except (KeyError, TypeError, ValueError):
+            sums, whole_layout = None, False
         if not isinstance(sums, dict):
             raise WeightsError(f"{copy} holds no checksums")
+        if not whole_layout:
+            raise WeightsError(f"{copy}: dtypes and shapes are not those that were written")
         digests = Digests()
         unread = files.names
         jobs = []
@@ -177,6 +189,8 @@ class QuantisedCache:
             self.say(f"no quantised copy is kept, so that the next start quantises again: {self.folder}: {error}")
 
     def write_new(self, model: nn.Module, copy: Path) -> None:
+        for left in self.folder.glob(f"{copy.stem}.*.partial"):  # of a process that was ended
+            left.unlink()
         entries = Entries(model)
         free = shutil.disk_usage(self.folder).free
         size = f"{entries.size / GB:.2f} GB"
@@ -187,8 +201,6 @@ class QuantisedCache:
             )
             return
         self.say(f"writing a quantised copy of {size} to {copy} ({free / GB:.1f} GB free)")
-        for left in self.folder.glob(f"{copy.stem}.*.partial"):  # of a process that was ended
-            left.unlink()
         partial = copy.with_suffix(f".{os.getpid()}.partial")
         try:
             entries.write(partial)
@@ -221,7 +233,9 @@ class Entries:
 
     def start(self, sums: dict[str, str]) -> bytes:
         """The file up to its data; as long for any checksums."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt", "checksums": json.dumps(sums)}}
+        stored = [Stored(Path(), name, dtype, tuple(shape), 0, 0) for name, (dtype, shape, _) in self.places.items()]
+        about = {"format": "pt", "layout": layout(stored), "checksums": json.dumps(sums)}
+        header: dict[str, object] = {"__metadata__": about}
         for name, (dtype, shape, first) in self.places.items():
             last = first + prod(shape) * dtype.itemsize
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [first, last]}

@@ -138,6 +138,7 @@ def fill(
                 shape = tuple(weights[name].shape)
                 misshaped.append(f"{entry.names[0]} {shape} instead of {tuple(shapes[name])}")
     check(what, files, missing, unread, misshaped)
+    check_floats(model, weights)
 
     filled = Filled(unused=unused)
 
@@ -153,6 +154,17 @@ def fill(
     left |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
     assert not left, f"not filled: {listed(left)}"
     return filled
+
+
+def check_floats(model: nn.Module, weights: Mapping[str, Weight]) -> None:
+    """Raises WeightsError for whole numbers in a file where the model has floats: a cast would hide what is wrong."""
+    kept = model.state_dict()
+    for name, weight in weights.items():
+        for part in weight.parts:
+            stored = part.stored["weight"]
+            wants_float = name not in kept or kept[name].is_floating_point()
+            if part.form == "plain" and wants_float and not stored.dtype.is_floating_point:
+                raise WeightsError(f"{part.said} is in {stored.dtype}, and a weight is a float: these are other files")
 
 
 def place(
@@ -174,7 +186,10 @@ def place(
     tensors.clear()
     filled.dequantised += not weight.plain
     if isinstance(module, StoresWeight):
-        module.store(tensor)
+        try:
+            module.store(tensor)
+        except ValueError as error:
+            raise WeightsError(f"{weight.parts[0].said} cannot be used: {error}") from error
         filled.quantised += 1
         module.to(stays)
     else:

@@ -168,6 +168,13 @@ def test_products_are_in_fp8_where_they_are_fast_or_asked_for(
     assert describe(model, kind, device).startswith("22 of 33 linear layers in fp8")
 
 
+def test_a_second_layout_that_would_do_nothing_is_said() -> None:
+    precision = replace(FP8, matmul="auto", keep_both_layouts=True)
+    assert describe(model_in(precision), precision).endswith("a second layout would do nothing and is not kept")
+    used = replace(precision, matmul="fp8")
+    assert "second layout" not in describe(model_in(used), used)
+
+
 def test_fp8_products_that_a_gpu_does_not_have_are_refused_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "gpu_capability", lambda device: (8, 0))
     with pytest.raises(ValueError, match=r"precision.matmul=fp8: this GPU's compute capability is 8.0.*matmul=auto"):

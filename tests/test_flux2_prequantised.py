@@ -198,6 +198,38 @@ def test_a_4_bit_weight_that_is_not_whole_is_named(suffix: str, told: str, load:
         load(stored, NF4)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "change", "told"),
+    [
+        ("absmax", lambda old: old.float(), "absmax is in torch.float32 instead of torch.uint8"),
+        ("nested_absmax", lambda old: old.half(), "nested_absmax is in torch.float16 instead of torch.float32"),
+        ("nested_absmax", lambda old: old * float("nan"), "a scale of a 4-bit weight is not finite"),
+    ],
+)
+def test_scales_of_4_bits_that_are_others_are_named(
+    suffix: str, change: Callable[[Tensor], Tensor], told: str, load: Load
+) -> None:
+    stored, _ = in_four_bits(weights())
+    name = "single_blocks.0.linear2.weight"
+    stored[f"{name}.{suffix}"] = change(stored[f"{name}.{suffix}"])
+    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} cannot be read: .*{told}"):
+        load(stored, NF4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [("dtype", "foo", "cannot be used"), ("nested_dtype", "foo", "cannot be used"), ("shape", "x", "does not tell")],
+)
+def test_a_description_of_4_bits_that_cannot_be_is_named(key: str, value: str, told: str, load: Load) -> None:
+    stored, _ = in_four_bits(weights())
+    name = "single_blocks.0.linear2.weight"
+    state = f"{name}.quant_state.bitsandbytes__nf4"
+    content = json.loads(bytes(stored[state].tolist())) | {key: value}
+    stored[state] = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name}.*{told}"):
+        load(stored, NF4)
+
+
 def test_another_kind_of_4_bits_is_named(load: Load) -> None:
     stored, _ = in_four_bits(weights())
     name = "single_blocks.0.linear2.weight"
@@ -285,23 +317,55 @@ def test_fp8_with_a_scale_a_tensor_is_taken_over(spelling: str, inputs: str | No
     assert ("10 scales of inputs are not used" in said[0]) == (inputs is not None)
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["one a tensor", "one a row"])
 @pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight"])
-def test_fp8_in_diffusers_names_is_taken_over_where_one_scale_is_that_of_all(spelling: str, load: Load) -> None:
+def test_fp8_in_diffusers_names_is_taken_over_with_a_scale_a_row_where_they_differ(
+    spelling: str, rows: bool, load: Load
+) -> None:
     state = weights()
-    stored, meant = in_eight_bits(published(state), spelling)
-    model = load(stored, FP8)
+    stored, meant = in_eight_bits(published(state), spelling, rows=rows)
+    said: list[str] = []
+    model = load(stored, FP8, say=said.append)
+    assert "10 layers are kept as they are there" in said[0]
+    assert "dequantised" not in said[0]
     wanted = joined(meant, state)
-    fused = "double_blocks.0.img_attn.qkv"
-    check_equal(model, {name: tensor for name, tensor in wanted.items() if "qkv" not in name})
-    fresh = Float8Linear(64, 192, device="meta")
-    fresh.store(wanted[f"{fused}.weight"])
-    assert torch.equal(model.get_submodule(fused).qweight, fresh.qweight)  # three scales: quantised with one
+    check_equal(model, wanted)
+    fused = model.get_submodule("double_blocks.0.img_attn.qkv")
+    assert fused.rowwise
+    assert torch.equal(fused.qweight[:64].view(torch.float8_e4m3fn), stored["transformer_blocks.0.attn.to_q.weight"])
+    assert model.get_submodule("single_blocks.0.linear1").rowwise == rows
+    x = torch.randn(3, fused.in_features)
+    error = fused(x) - x @ wanted["double_blocks.0.img_attn.qkv.weight"].t()
+    assert error.norm() < 0.05 * fused(x).norm()  # of the inputs' rounding
 
     for part in "qkv":  # as some quantisers see to
         stored[f"transformer_blocks.0.attn.to_{part}.{spelling}"] = torch.tensor(0.5)
-    layer = load(stored, FP8).get_submodule(fused)
-    assert torch.equal(layer.qweight[:64].view(torch.float8_e4m3fn), stored["transformer_blocks.0.attn.to_q.weight"])
+    layer = load(stored, FP8).get_submodule("double_blocks.0.img_attn.qkv")
+    assert not layer.rowwise
     assert layer.scale.view(torch.float32) == 0.5
+
+
+@pytest.mark.parametrize("scale", [0.0, float("nan"), -1.0])
+def test_a_scale_that_is_none_is_named(scale: float, load: Load) -> None:
+    stored, _ = in_eight_bits(weights(), "weight_scale")
+    stored["single_blocks.0.linear2.weight_scale"] = torch.tensor(scale)
+    with pytest.raises(WeightsError, match=r"single_blocks.0.linear2.weight cannot be read: a scale is zero, negative"):
+        load(stored, FP8)
+
+
+@pytest.mark.parametrize("precision", [FP8, NF4], ids=["fp8", "nf4"])
+def test_weights_that_are_no_numbers_or_of_an_unusual_dtype(precision: Precision, load: Load) -> None:
+    state, name = weights(), "single_blocks.0.linear2.weight"
+    in_float64 = load({key: tensor.double() for key, tensor in state.items()}, precision)
+    assert torch.equal(
+        in_float64.get_submodule(name[:-7]).qweight, load(state, precision).get_submodule(name[:-7]).qweight
+    )
+    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} is in torch.int32, and a weight is a float"):
+        load(state | {name: state[name].int()}, precision)
+    broken = state[name].clone()
+    broken[3, 5] = float("nan")
+    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} cannot be used: .* not finite"):
+        load(state | {name: broken}, precision)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["one a tensor", "one a row"])

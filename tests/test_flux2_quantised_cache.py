@@ -202,8 +202,12 @@ def flip(at: Callable[[bytes], int]) -> Callable[[bytes], bytes]:
         lambda raw: b"",
         lambda raw: bytes(len(raw)),
         lambda raw: raw.replace(b"img_in.weight", b"img_on.weight"),
+        lambda raw: raw.replace(b'"F32"', b'"I32"'),
     ],
-    ids=["last byte", "middle", "first", "a checksum", "no checksums", "cut", "cut early", "empty", "blank", "a name"],
+    ids=[
+        *["last byte", "middle", "first", "a checksum", "no checksums", "cut", "cut early", "empty", "blank", "a name"],
+        "a dtype",
+    ],
 )
 def test_a_damaged_copy_is_said_not_used_and_made_anew(
     damage: Callable[[bytes], bytes], place: Place, no_source: Callable[[], None]
@@ -245,6 +249,18 @@ def test_a_full_disk_is_said_before_anything_is_written(place: Place, monkeypatc
     assert "no quantised copy is kept" in place.said[0]
     assert "1.07 GB free" in place.said[0]
     assert place.copies == place.left_over == []
+
+
+def test_what_an_ended_process_left_makes_room_for_the_copy(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.load()
+    (copy,) = place.copies
+    copy.unlink()
+    left = copy.with_suffix(".123.partial")
+    left.write_bytes(b"half")
+    usage = type(shutil.disk_usage("."))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, 0 if left.exists() else 1 << 39))
+    place.load()
+    assert place.copies == [copy]
 
 
 def test_a_disk_that_fills_while_writing_is_said_and_nothing_is_left(

@@ -116,6 +116,10 @@ def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(run_command
             "precision=nf4 memory.keep_both_layouts=true",
             "memory.keep_both_layouts=true does nothing with precision.storage=nf4",
         ),
+        (
+            "precision=fp8 memory.keep_both_layouts=true precision.backward=bf16",
+            "memory.keep_both_layouts=true does nothing with precision.backward=bf16",
+        ),
         ("memory.keep_both_layouts=1", "memory.keep_both_layouts=1 must be true or false"),
         ("+precision.backward=bf16", "precision.backward='bf16' does nothing with precision.storage=None"),
         ("precision=nf4 precision.rowwise=true", "precision.rowwise=true is not a setting"),

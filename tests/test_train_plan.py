@@ -208,11 +208,11 @@ def test_the_same_question_gets_the_same_answer(planner):
 
 
 def test_weights_are_kept_transposed_where_there_is_room(planner):
-    found = planner("dev", storage="fp8")
+    found = planner("dev", storage="fp8", side=512)
     assert choose(found, {}, usable(141), H200).choice.keep_both_layouts
     assert not choose(found, {}, usable(48), H200).choice.keep_both_layouts
     assert not choose(found, {"keep_both_layouts": False}, usable(141), H200).choice.keep_both_layouts
-    assert not choose(planner("dev"), {}, usable(141), H200).choice.keep_both_layouts
+    assert not choose(planner("dev", side=512), {}, usable(141), H200).choice.keep_both_layouts
     one, both = (found.predict(Choice("full", keep_both_layouts=kept)) for kept in (False, True))
     assert both.seconds(H200) < one.seconds(H200)
     assert both.total("step") > one.total("step") + 30e9
@@ -235,6 +235,24 @@ def test_what_is_given_is_not_chosen(planner):
     assert choose(found, {"checkpointing": "full"}, usable(141), H200).choice == Choice("full")
     only = {"checkpointing": "none", "stream_blocks": 0}
     assert choose(found, only, usable(24), H200) is None
+
+
+def test_a_budget_that_is_given_streams_where_it_must(planner):
+    found = planner("klein_base_4b")
+    assert choose(found, {"checkpointing": "budget"}, usable(8), H200).choice.stream_blocks > 0
+    given = {"checkpointing": "budget", "budget_gb": 0.3}
+    chosen = choose(found, given, usable(8), H200).choice
+    assert (chosen.budget_gb, chosen.stream_blocks > 0) == (0.3, True)
+
+
+def test_an_advice_saves_something(planner):
+    found = planner("klein_base_4b")
+    now = Choice("none")
+    small = found.predict(now).training * 0.001
+    said = choosing.LEAST_STEP * found.predict(now).training
+    assert said > small
+    lighter = step_down(found, now, H200, said)
+    assert found.predict(lighter).training <= found.predict(now).training - said
 
 
 def test_of_a_lighter_precision_it_is_said_how_much_it_takes_less(planner):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # keys of `memory` that may be null
 CHOSEN = ("checkpointing", "budget_gb", "stream_blocks", "offload_activations", "keep_both_layouts")
+LEAST_STEP = 0.03  # of what a run takes: an advice after an error saves at least this, as memory is in pieces
 FREE = "free"  # memory.card_gb: whatever is free on the device at hand
 
 
@@ -65,7 +66,7 @@ def choices(planner: Planner, fixed: Mapping[str, Any], limit: float) -> Iterato
             if away and policy in ("none", "budget") and "offload_activations" not in fixed:
                 continue  # block inputs are little of what is kept then
             numbers = [fixed["stream_blocks"]] if "stream_blocks" in fixed else range(total + 1)
-            if policy == "budget" and len(numbers) > 1:
+            if policy == "budget" and "checkpointing" not in fixed and len(numbers) > 1:
                 numbers = [0]  # what streams must be waited for sooner the less is computed
             for both in layouts(planner, fixed):
                 for number in numbers:
@@ -223,6 +224,8 @@ def still_fits(run: Run, kept: Mapping[str, Any]) -> bool:
     if any(kept[key] is None for key in chosen - {"budget_gb"}) or chosen != set(CHOSEN) & run.given_memory.keys():
         return False
     planner = Planner(job_of(run, run.accelerator.device.type == "cuda"))
+    if kept.get("keep_both_layouts") and not planner.has_layouts:
+        return False
     return planner.predict(choice_of(kept)).training <= usable(run.config["memory"]["card_gb"])
 
 
@@ -269,8 +272,9 @@ def advice(run: Run, error: OutOfMemory) -> str:
     device = run.accelerator.device
     planner, now = Planner(job_of(run, device.type == "cuda")), choice_of(run.config["memory"])
     on = gpu(gpu_name(device), free_bytes(device) / GIB + CONTEXT_GB)
-    found = step_down(planner, now, on, max(error.asked - error.free, 0))
+    before = planner.predict(now).training
+    found = step_down(planner, now, on, max(error.asked - error.free, LEAST_STEP * before))
     if found is None:
         return smaller(planner)
-    before, after = planner.predict(now).training / 1e9, planner.predict(found).training / 1e9
-    return f"Next step down: {found} (predicted: {after:.1f} GB in place of {before:.1f} GB)"
+    after = planner.predict(found).training
+    return f"Next step down: {found} (predicted: {after / 1e9:.1f} GB in place of {before / 1e9:.1f} GB)"

@@ -292,12 +292,17 @@ class Run:
 
     def lay_out(self) -> None:
         """Let the precision follow `memory.keep_both_layouts`."""
-        both = self.memory.keep_both_layouts
-        if both and self.precision.storage != "fp8":
-            raise ValueError(
-                "memory.keep_both_layouts=true does nothing with precision.storage="
-                f"{self.precision.storage or 'null'}: it is for the FP8 products of precision=fp8"
-            )
+        both, precision = self.memory.keep_both_layouts, self.precision
+        for key, value, needed in (
+            ("storage", precision.storage or "null", "fp8"),
+            ("backward", precision.backward, "fp8"),
+            ("matmul", precision.matmul, ("auto", "fp8")),
+        ):
+            if both and value not in needed:
+                raise ValueError(
+                    f"memory.keep_both_layouts=true does nothing with precision.{key}={value}: it is for gradients "
+                    "that are multiplied in FP8"
+                )
         self.precision = replace(self.precision, keep_both_layouts=both)
 
     def rehearse(self) -> None:
