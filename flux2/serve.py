@@ -118,15 +118,20 @@ def run(options: argparse.Namespace) -> None:
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=LAST_REQUESTS,
         )
-        server = uvicorn.Server(config)
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         asked = "with" if token else "without"
         said = f"{options.model}'s text encoder at http://{address}:{port}, {asked} a token"
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                if self.started:
+                    print(said, flush=True)
+
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda *_: None)
-        print(said, flush=True)
-        server.run(sockets=[listening])
+        Server(config).run(sockets=[listening])
 
 
 def main() -> int:
