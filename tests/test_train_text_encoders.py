@@ -122,6 +122,20 @@ def test_training_goes_on_though_every_third_request_fails_and_the_server_is_slo
     assert all(any(torch.equal(found, server.embedding(text)) for found in stored.values()) for text in WANTED)
 
 
+def test_a_servers_dtype_may_be_another_than_the_models(fake_server, small, tmp_path):
+    """As with the published endpoint, which computes in bfloat16 whatever the model is trained in."""
+    server = fake_server(helpers.VARIANTS["dev"])
+    server.answer = lambda number, prompts: (200, {}, saved(server.embedding(prompts[0])[None].bfloat16()))
+    every = ["steps=2", "sample_every=2", "validate_every=1", "sample.prompts=[a cup]", "sample.steps=1"]
+    held = ["preservation=base", "preservation.prompts=[a fox]", f"cache_dir={tmp_path / 'cache'}"]
+    more = remote(server, "text_encoder.protocol=published", f"output_dir={tmp_path / 'run'}", *every, *held)
+    Run(compose(*small(*more))).train()
+    assert {tensor.dtype for tensor in embeddings(tmp_path / "cache").values()} == {torch.bfloat16}
+    assert len(values(tmp_path / "run")) == 2
+    assert len(list((tmp_path / "run" / "samples").iterdir())) >= 2
+    assert len(values(tmp_path / "run", "validation_loss")) >= 2
+
+
 def test_as_many_prompts_are_under_way_as_the_setting_says_each_in_its_own_request(fake_server, small, tmp_path):
     for most in (1, 3):
         server = fake_server(helpers.VARIANTS["dev"])
