@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
 
         from flux2.service import Limits, Served, application
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'flux2-lora[serve]'") from error
+        raise ValueError(f"{error.name} is not installed: pip install -e '.[serve]'") from error
 
     given = {"characters": "max_characters", "prompts": "max_prompts", "length": "max_length"}
     given |= {"body": "max_body", "waiting": "max_waiting", "batch": "batch"}

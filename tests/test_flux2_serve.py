@@ -118,7 +118,7 @@ def test_without_its_libraries_the_command_names_them(
     command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert command() == "uvicorn is not installed: pip install 'flux2-lora[serve]'\n"
+    assert command() == "uvicorn is not installed: pip install -e '.[serve]'\n"
 
 
 def test_the_web_libraries_are_not_needed_for_training() -> None:
