@@ -369,6 +369,12 @@ def test_a_password_file_of_the_machine_is_not_asked(
     assert "Authorization" not in server.headers[0]
 
 
+def test_a_server_on_this_machine_is_asked_without_a_proxy(fake_server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert client(fake_server(VARIANT)).identity()
+
+
 def test_the_login_of_the_hub_is_for_the_hub_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote.huggingface_hub, "get_token", lambda: "hf_login")
     for url in (PUBLISHED, "https://huggingface.co", "https://me-mine.hf.space/encode"):
