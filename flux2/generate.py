@@ -26,7 +26,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", choices=list(VARIANTS), help="which FLUX.2")
     parser.add_argument("--path", help="repository id, folder or .safetensors file, if not the published place")
     parser.add_argument("--autoencoder", help="likewise for the autoencoder, if it is not at PATH")
-    parser.add_argument("--text-encoder", help="likewise for the text encoder and its tokenizer")
+    parser.add_argument(
+        "--text-encoder", help="likewise for the text encoder and its tokenizer; or the address of a server, http://..."
+    )
     parser.add_argument("--prompt", action="append", required=True, help="what to show; repeat for more pictures")
     parser.add_argument("--image", action="append", default=[], type=Path, help="a reference picture; repeatable")
     parser.add_argument(
@@ -142,7 +144,7 @@ def run(options: argparse.Namespace) -> list[Path]:
 def message(error: Exception) -> str:
     """One line, whatever a library wrote, in which settings are called as this command calls them."""
     line = " ".join(str(error).split())
-    line = re.sub(r"\bmodel\.(path|autoencoder|text_encoder)=", lambda key: f"--{key[1].replace('_', '-')} ", line)
+    line = re.sub(r"\bmodel\.(path|autoencoder|text_encoder)[=:] ?", lambda key: f"--{key[1].replace('_', '-')} ", line)
     return re.sub(r"\S{400,}", lambda name: f"{name[0][:120]}...{name[0][-40:]}", line)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from math import isqrt
@@ -26,6 +27,7 @@ from flux2.model import Transformer
 from flux2.offload import offload, streamed_blocks
 from flux2.pictures import as_rgb
 from flux2.precision import Precision, pick
+from flux2.remote import Client, check_url
 from flux2.sampling import initial_noise, sample
 from flux2.sources import ModelSource, model_source
 from flux2.text_encoder import TextEncoder
@@ -159,7 +161,9 @@ class Pipeline:
         keep_text_encoder: bool,
         stream_blocks: int | float = 0,
         cache: Path | None = None,
+        text_server: str | None = None,
     ) -> None:
+        self.text_server = text_server
         self.streamed = streamed_blocks(source.variant.transformer, stream_blocks)
         self.stream_blocks = stream_blocks
         self.source = source
@@ -215,20 +219,34 @@ class Pipeline:
         length = None if length is None else checks.whole("length", length, 1, checks.MAX_LENGTH)
         unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._known]
         if unknown:
-            if self._text_encoder is None:
-                self._text_encoder = load_text_encoder(self.source, self.device, self.precision.dtype)
-            for prompt in unknown:
-                self._known[prompt, length] = self._text_encoder.encode([prompt], length).cpu()
-            if cut := self._text_encoder.cut:
+            cut = self._ask(unknown, length) if self.text_server else self._compute(unknown, length)
+            if cut:
                 tokens = length or self.variant.text.length
                 log.warning("%d prompts are longer than %d tokens and were cut: %.80r", len(cut), tokens, cut[0])
-                cut.clear()
-            if not self.keep_text_encoder:
-                self._text_encoder = None
-                gc.collect()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
         return torch.cat([self._known[prompt, length] for prompt in prompts])
+
+    def _ask(self, prompts: Sequence[str], length: int | None) -> list[str]:
+        """Get to know the embeddings of `prompts` from the server; returns those of them that were cut."""
+        assert self.text_server is not None
+        client = Client(self.text_server, self.variant, length)
+        for prompt in prompts:
+            self._known[prompt, length] = client.encode([prompt]).to(self.precision.dtype)
+        return client.cut
+
+    def _compute(self, prompts: Sequence[str], length: int | None) -> list[str]:
+        """Get to know the embeddings of `prompts` from the text encoder; returns those of them that were cut."""
+        if self._text_encoder is None:
+            self._text_encoder = load_text_encoder(self.source, self.device, self.precision.dtype)
+        for prompt in prompts:
+            self._known[prompt, length] = self._text_encoder.encode([prompt], length).cpu()
+        cut = list(self._text_encoder.cut)
+        self._text_encoder.cut.clear()
+        if not self.keep_text_encoder:
+            self._text_encoder = None
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return cut
 
     def embeddings(
         self, prompts: Sequence[str], guidance: float | None = None, length: int | None = None
@@ -332,7 +350,8 @@ def load(
     Args:
         path: a repository id, a folder in the published layout, or one .safetensors file with the transformer; the
             published repository by default, the embedded files for `tiny`.
-        autoencoder, text_encoder: likewise, where they are not at `path`.
+        autoencoder, text_encoder: likewise, where they are not at `path`; for the text encoder also the address of a
+            server (flux2/remote.py), and then it takes no memory here.
         device: `cuda`, `cuda:1`, `cpu`; the GPU if there is one.
         precision: `fp32`, `bf16`, `fp8` or `nf4` of the transformer (see `precision.py`); by default bf16 on a GPU and
             fp32 on a CPU, as the text encoder is for `fp8` and `nf4`.
@@ -345,9 +364,16 @@ def load(
     places = (
         os.fspath(place) if isinstance(place, os.PathLike) else place for place in (path, autoencoder, text_encoder)
     )
-    source = model_source(name, *places)
+    path, autoencoder, text_encoder = places
+    server = None
+    if isinstance(text_encoder, str) and re.match(r"https?:", text_encoder):
+        try:
+            server, text_encoder = check_url(text_encoder), None
+        except ValueError as error:
+            raise ValueError(f"model.text_encoder: {error}") from error
+    source = model_source(name, path, autoencoder, text_encoder)
     chosen = pick_device(device)
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
     copies = cache or os.environ.get("FLUX2_CACHE")
     folder = Path(copies).expanduser() if copies else None
-    return Pipeline(source, chosen, pick(precision, chosen), keep, stream_blocks, folder)
+    return Pipeline(source, chosen, pick(precision, chosen), keep, stream_blocks, folder, server)

@@ -189,7 +189,7 @@ class Client:
             model, identity = str(told["model"]), told["identity"]
             if not isinstance(identity, str) or not re.fullmatch(r"[ -~]{1,300}", identity):
                 raise ValueError("identity")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RemoteError(f"{self.url} is no `python -m flux2.serve`: {path} answered something else") from error
         text = self.variant.text
         if found != (text.kind, text.layers, self.variant.transformer.text_width):

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
 
         from flux2.service import Limits, Served, application
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'flux2-lora[serve]'") from error
+        raise ValueError(f"{error.name} is not installed: pip install -e '.[serve]'") from error
 
     given = {"characters": "max_characters", "prompts": "max_prompts", "length": "max_length"}
     given |= {"body": "max_body", "waiting": "max_waiting", "batch": "batch"}
@@ -118,15 +118,20 @@ def run(options: argparse.Namespace) -> None:
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=LAST_REQUESTS,
         )
-        server = uvicorn.Server(config)
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         asked = "with" if token else "without"
         said = f"{options.model}'s text encoder at http://{address}:{port}, {asked} a token"
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                if self.started:
+                    print(said, flush=True)
+
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda *_: None)
-        print(said, flush=True)
-        server.run(sockets=[listening])
+        Server(config).run(sockets=[listening])
 
 
 def main() -> int:

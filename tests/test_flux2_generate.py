@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from remote_helpers import SECRET, FakeServer
 
-from flux2 import adapters, generate
+from flux2 import adapters, generate, pipeline
 from flux2.offload import Offloader
+from flux2.remote import TOKEN
+from flux2.sources import ModelSource
 from flux2.variants import VARIANTS
+from flux2.weights import load_text_encoder
 
-pytest_plugins = ("offload_helpers",)
+pytest_plugins = ("offload_helpers", "remote_helpers")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,6 +70,30 @@ def test_the_picture_is_the_pipelines(
     pipeline = flux2.load("tiny", str(model_folders("dev")), device="cpu")
     (wanted,) = pipeline.generate("a cup", seed=5, width=32, height=32, steps=2)
     assert (pixels(tmp_path / "new" / "cup.png") == np.asarray(wanted)).all()
+
+
+def test_with_the_address_of_a_server_the_picture_is_the_same_and_no_text_encoder_is_loaded(
+    command: Callable[..., int],
+    fake_server: Callable[..., FakeServer],
+    model_folders: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command("--prompt", "a fox", "--out", "near.png") == 0
+    source = ModelSource(helpers.VARIANTS["dev"], str(model_folders("dev")))
+    encoder = load_text_encoder(source, dtype=torch.float32)
+    server = fake_server(source.variant, token=SECRET)
+    server.embedding = lambda prompt: encoder.encode([prompt])[0]  # type: ignore[method-assign]
+    monkeypatch.setattr(pipeline, "load_text_encoder", lambda *_: pytest.fail("a text encoder was loaded"))
+    monkeypatch.delenv(TOKEN, raising=False)
+    assert command("--text-encoder", server.url) == 2
+    assert f"set the environment variable {TOKEN}" in capsys.readouterr().err
+    monkeypatch.setenv(TOKEN, SECRET)
+    assert command("--prompt", "a fox", "--text-encoder", f"{server.url}/", "--out", "far.png") == 0
+    for number in ("000", "001"):
+        assert (tmp_path / f"far_{number}.png").read_bytes() == (tmp_path / f"near_{number}.png").read_bytes()
+    assert server.given == ["a cup", "a fox"]
 
 
 def test_several_pictures_are_numbered_and_their_seeds_count_up(
@@ -151,6 +179,7 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
         (["--path", "."], "is not in the published layout"),
         (["--autoencoder", "gone.safetensors"], "--autoencoder 'gone.safetensors' does not exist"),
         (["--text-encoder", "broken.png"], "--text-encoder 'broken.png' is neither a folder nor"),
+        (["--text-encoder", "http://me:hidden@host"], "--text-encoder url=http://host/... must hold no user, password"),
     ],
 )
 def test_whatever_is_wrong_is_one_line_and_exit_code_2(

@@ -161,6 +161,17 @@ def test_keys_that_change_nothing_learned_may_differ(tmp_path):
     assert look(str(run), tmp_path / "new", config).step == 2
 
 
+def test_a_run_may_go_on_with_more_patience_for_its_text_encoder_but_not_with_another(tmp_path):
+    there = CONFIG | {"text_encoder": {"url": "http://one", "timeout": 1.0, "in_flight": 4}}
+    run = make_run(tmp_path / "run", 2, config=there)
+    patient = CONFIG | {"text_encoder": {"url": "http://one", "timeout": 9.0, "in_flight": 1}}
+    assert look(str(run), tmp_path / "new", patient).step == 2
+    with pytest.raises(ValueError, match=r"text_encoder\.url='http://one' there, 'http://two' here"):
+        look(
+            str(run), tmp_path / "new", CONFIG | {"text_encoder": {"url": "http://two", "timeout": 1.0, "in_flight": 4}}
+        )
+
+
 def test_images_may_be_cut_into_batches_differently_but_not_be_more_a_step(tmp_path):
     run = make_run(tmp_path / "run", 2)
     assert look(str(run), tmp_path / "new", changed(batch_size=2, gradient_accumulation=2)).step == 2

@@ -283,6 +283,7 @@ def test_keys_are_compared_within_their_group_first():
     assert no_setting("sample.step", known).endswith("did you mean sample.steps?")
     assert no_setting("rank=4", known).endswith("did you mean adapter.rank?")
     assert no_setting("adapter.foo=4", known).endswith("known are adapter.rank")
+    assert no_setting("+text_encoder.token=hidden", known).startswith("text_encoder.token=... is not a setting")
     assert no_setting("nothing.foo=4", known).endswith(f"known are {', '.join(known)}")
 
 

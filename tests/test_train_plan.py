@@ -165,6 +165,19 @@ def test_a_text_encoder_on_this_disk_is_counted_by_its_own_sizes():
     assert 0 < activations < held
 
 
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_a_text_encoder_in_less_memory_is_counted_as_it_is_kept(storage):
+    run = Run(compose("model=tiny", "device=cpu", f"text_encoder.storage={storage}"))
+    model = load_text_encoder(run.source, dtype=torch.float32, storage=storage).model
+    phases = Planner(choosing.job_of(run, on_gpu=False)).encoders({})
+    assert phases["prompts"]["text encoder"] == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_text_encoder_elsewhere_takes_no_memory_here():
+    run = Run(compose("model=tiny", "device=cpu", "text_encoder=remote"))
+    assert "prompts" not in Planner(choosing.job_of(run, on_gpu=False)).encoders({})
+
+
 def test_what_sample_sheets_edit_is_counted_with_the_prompt_that_edits_most(small, tmp_path):
     files = []
     for size in ((96, 64), (48, 40)):
@@ -491,7 +504,8 @@ def test_the_advice_is_a_setting_that_takes_less(small):
     said = advice(run, OutOfMemory("", "step", 10**15, 0))
     assert said.startswith("The base would take less with precision=fp8 ")
     assert said.endswith("with batch_size=1 with more gradient_accumulation or a smaller buckets.resolution.")
-    assert "train/cache.py" in advice(run, OutOfMemory("", "prompts", 0, 0))
+    for way in ("text_encoder.storage=nf4", "text_encoder=remote", "train/cache.py"):
+        assert way in advice(run, OutOfMemory("", "prompts", 0, 0))
     assert "reference_resolution" in advice(run, OutOfMemory("", "pictures", 0, 0))
 
 

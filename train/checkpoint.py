@@ -52,6 +52,7 @@ FREE_KEYS = (
     "tracker",
     "memory",
 )
+FREE_SETTINGS = tuple(f"text_encoder.{key}" for key in ("in_flight", "timeout", "attempts", "wait"))  # in a group
 
 
 class NotSaved(OSError):  # noqa: N818
@@ -144,6 +145,7 @@ def conflicts(folder: Path, config: Mapping[str, Any], images: int, start: Path 
         {key: value for key, value in there.items() if key not in FREE_KEYS},
         {key: value for key, value in config.items() if key not in FREE_KEYS},
     )
+    found = [line for line in found if line.partition("=")[0] not in FREE_SETTINGS]
     before = images if start is None else state(start)["images_per_step"]
     if before != images:
         cut = "batch_size * gradient_accumulation * processes"

@@ -155,6 +155,8 @@ def job_of(run: Run, on_gpu: bool) -> Job:
         storage=precision.storage,
         compiled=run.memory.compile,
         text_sizes=text_sizes(run.source),
+        text_storage=run.text_encoder.storage,
+        text_here=run.text_encoder.here,
     )
 
 
@@ -264,8 +266,9 @@ def advice(run: Run, error: OutOfMemory) -> str:
     """What to add after memory did not suffice: the planner's next step down."""
     if error.phase == "prompts":
         return (
-            "Text encoders are large and needed only once: fill the cache where there is more memory "
-            "(train/cache.py, or device=cpu), and start again"
+            "Text encoders are large and needed only once: keep it in less (text_encoder.storage=nf4), ask one on "
+            "another machine (text_encoder=remote), or fill the cache where there is more memory (train/cache.py, or "
+            "device=cpu), and start again"
         )
     if error.phase == "pictures":
         return "Smaller pictures need less: buckets.resolution, reference_resolution"

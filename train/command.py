@@ -44,6 +44,8 @@ if not OmegaConf.has_resolver("first"):
 def no_setting(given: str, known: Iterable[str]) -> str:
     """The message for `given` (a key, perhaps with its value), naming the nearest of `known`, else its neighbours."""
     key, choices = given.lstrip("+~").partition("=")[0], list(known)
+    if re.search(r"token|secret|password", key, re.IGNORECASE):
+        given = f"{key}=..."  # errors are logged
     group, _, name = key.rpartition(".")
     beside = {choice.rpartition(".")[2]: choice for choice in choices if choice.rpartition(".")[0] == group}
     close = (

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from flux2.checkpointing import blocks_within, kept_bytes, set_policy
+from flux2.int8 import BLOCK
 from flux2.model import Transformer
-from flux2.nf4 import Nf4Linear
+from flux2.nf4 import NESTED_BLOCK, Nf4Linear
 from flux2.offload import streamed_blocks
 from flux2.precision import keep_layouts
 from flux2.ring import RING, slot_sizes
@@ -88,6 +89,7 @@ class Job:
         validates: whether a validation loss is taken.
         on_gpu: else everything is in host memory.
         compiled: whether blocks are compiled; memory is counted as if they were not.
+        text_storage: of the text encoder's layers: nf4, int8, or None; text_here: whether it runs on this machine.
     """
 
     variant: Variant
@@ -107,6 +109,8 @@ class Job:
     storage: str | None = None
     compiled: bool = False
     text_sizes: Mapping[str, int] = field(default_factory=dict)
+    text_storage: str | None = None
+    text_here: bool = True
 
     @property
     def precision(self) -> str:
@@ -169,8 +173,18 @@ TEXT_SIZES = {
 }
 
 
+def weight_bytes(size: int, storage: str | None, dtype: torch.dtype) -> int:
+    """Of a text encoder's linear of `size` elements, scales included."""
+    blocks = -(-size // BLOCK)
+    if storage == "int8":
+        return size + 4 * blocks
+    if storage == "nf4":
+        return -(-size // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
+    return size * dtype.itemsize
+
+
 def text_encoder_bytes(
-    text: TextConfig, width: int, length: int, dtype: torch.dtype, sizes: Mapping[str, int]
+    text: TextConfig, width: int, length: int, dtype: torch.dtype, sizes: Mapping[str, int], storage: str | None = None
 ) -> tuple[int, int]:
     """(weights, activations of one prompt) of the layers of a text encoder that are read.
 
@@ -178,15 +192,16 @@ def text_encoder_bytes(
         width: of its hidden states.
         length: tokens of a prompt.
         sizes: `mlp` width, attention `heads`, key and value `pairs`, `head` width, `words` of the vocabulary.
+        storage: of the layers' linears. With one, a dequantised weight is among the activations.
     """
     layers, element = max(text.layers), dtype.itemsize
     inner, shared = sizes["heads"] * sizes["head"], sizes["pairs"] * sizes["head"]
-    layer = width * (2 * inner + 2 * shared + 3 * sizes["mlp"]) + 2 * width
-    if text.kind == "qwen3":
-        layer += 2 * sizes["head"]
+    linears = 2 * [width * inner] + 2 * [width * shared] + 3 * [width * sizes["mlp"]]
+    norms = 2 * width + (2 * sizes["head"] if text.kind == "qwen3" else 0)
+    layer = sum(weight_bytes(size, storage, dtype) for size in linears) + element * norms
     # every layer's output is handed out; beside them one layer's mlp
-    activations = length * (width * (layers + 1) + 3 * sizes["mlp"] + 2 * width)
-    return element * (layers * layer + sizes["words"] * width), element * activations
+    activations = length * (width * (layers + 1) + 3 * sizes["mlp"] + 2 * width) + (max(linears) if storage else 0)
+    return layers * layer + element * sizes["words"] * width, element * activations
 
 
 # ------------------------------------------------------------------ predictions
@@ -440,8 +455,9 @@ class Planner:
         phases: dict[str, dict[str, float]] = {}
         width = job.variant.transformer.text_width // len(job.variant.text.layers)
         sizes = job.text_sizes or TEXT_SIZES.get((job.variant.text.kind, width))
-        if sizes:
-            held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, job.dtype, sizes)
+        if sizes and job.text_here:
+            kept = job.dtype, sizes, job.text_storage
+            held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
             phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
         phases["pictures"] = {"autoencoder": weights, "working set": encode, **libraries}
         return phases

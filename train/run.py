@@ -62,7 +62,7 @@ from train.loop import LoopSettings, Training
 from train.loss import Preservation, is_number
 from train.optim import build
 from train.outofmemory import OutOfMemory, watched
-from train.text_encoders import PromptEncoder
+from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings, check_count
 
@@ -559,6 +559,8 @@ def main(config: DictConfig) -> None:
     for option in ("path", "autoencoder", "text_encoder"):
         if place := getattr(run.model, option):
             words += [f"--{option.replace('_', '-')}", place]
+    if isinstance(run.text_encoder, RemoteTextEncoder) and run.text_encoder.protocol is None:
+        words += ["--text-encoder", run.text_encoder.url]
     if run.precision.name != pick(None, run.accelerator.device).name:
         words += ["--precision", run.precision.name]
     words += ["--adapter", str(adapter), "--prompt", run.sample.prompts[0] if run.sample.prompts else "..."]

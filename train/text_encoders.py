@@ -24,9 +24,12 @@ class PromptEncoder(Protocol):
     Attributes:
         length: tokens that prompts are padded to; None: the model's own number.
         workers: how many prompts may be under way at once, each in a call of its own.
+        here: whether it takes memory of this machine; storage: the form that its layers' weights have then.
         cut: prompts that were longer than the length, of which a part was left out.
     """
 
+    here: bool
+    storage: Storage | None
     length: int | None
     workers: int
     cut: list[str]
@@ -56,6 +59,7 @@ class LocalTextEncoder:
         storage: `nf4` or `int8`: the layers' weights are kept in 4 or 8 bits; by default in the run's dtype.
     """
 
+    here = True
     workers = 1
 
     def __init__(self, length: int | None = None, storage: Storage | None = None) -> None:
@@ -92,6 +96,9 @@ class RemoteTextEncoder:
         attempts: that are made in all for one prompt.
         wait: seconds before the second attempt; doubled for each one after it.
     """
+
+    here = False
+    storage = None
 
     def __init__(
         self,

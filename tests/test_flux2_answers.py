@@ -1,0 +1,99 @@
+"""flux2.answers: bytes from elsewhere become one finite tensor or an error."""
+
+import io
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from remote_helpers import Harmful, harmful_archive, saved
+
+from flux2.answers import checked, read_safetensors, read_serialised, said
+
+TENSOR = torch.arange(24.0).view(1, 4, 6)
+
+
+@pytest.mark.parametrize("tensor", [TENSOR, TENSOR.bfloat16(), TENSOR.mT, torch.nn.Parameter(TENSOR).detach()])
+def test_a_tensor_comes_back(tensor: torch.Tensor) -> None:
+    assert torch.equal(checked(read_serialised(saved(tensor)), tuple(tensor.shape)), tensor)  # type: ignore[arg-type]
+    stored = safetensors.torch.save({"embeddings": tensor.contiguous()})
+    assert torch.equal(checked(read_safetensors(stored), tuple(tensor.shape)), tensor)  # type: ignore[arg-type]
+
+
+def test_what_would_run_when_unpickled_is_refused_in_every_format(tmp_path: Path) -> None:
+    harm = tmp_path / "harm"
+    old = io.BytesIO()
+    torch.save(Harmful(harm), old, _use_new_zipfile_serialization=False)
+    for body in (harmful_archive(harm), saved(Harmful(harm)), saved({"x": Harmful(harm)}), old.getvalue()):
+        with pytest.raises(ValueError, match=r"is no tensor|no tensor as torch.save"):
+            read_serialised(body)
+    assert not harm.exists()
+    torch.load(io.BytesIO(saved(Harmful(harm))), weights_only=False)
+    assert harm.exists(), "the test needs a pickle that does harm"
+
+
+def test_a_small_archive_cannot_become_large() -> None:
+    packed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(torch.zeros(1 << 20)))) as plain,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    assert len(packed.getvalue()) < 20_000
+    with pytest.raises(ValueError, match=r"it is compressed, which torch\.save never does"):
+        read_serialised(packed.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": TENSOR}, "it holds dict, not a tensor"),
+        ([TENSOR], "it holds list, not a tensor"),
+        (OrderedDict(a=1), "it holds OrderedDict, not a tensor"),
+        ("text", "it holds str, not a tensor"),
+        (torch.nn.Parameter(TENSOR), "it holds Parameter, not a tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_named(value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_serialised(saved(value))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, 100, -1, -30])
+def test_damaged_bytes_are_an_error(cut: int) -> None:
+    for whole, read in (
+        (saved(TENSOR), read_serialised),
+        (safetensors.torch.save({"embeddings": TENSOR}), read_safetensors),
+    ):
+        with pytest.raises(ValueError, match=r"^it "):
+            read(whole[:cut])
+
+
+@pytest.mark.parametrize("tensors", [{}, {"other": TENSOR}, {"embeddings": TENSOR, "more": TENSOR}])
+def test_a_file_of_other_tensors_is_refused(tensors: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="instead of embeddings"):
+        read_safetensors(safetensors.torch.save({name: tensor.clone() for name, tensor in tensors.items()}))
+
+
+@pytest.mark.parametrize("tensor", [TENSOR.to_sparse(), TENSOR.to("meta")], ids=["sparse", "meta"])
+def test_numbers_that_are_not_there_are_refused(tensor: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="not plain numbers"):
+        checked(read_serialised(saved(tensor)), (1, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b'{"error": "no"}', "no"),
+        (b'{"detail": [1]}', "[1]"),
+        (b'{"x": 1}', '{"x": 1}'),
+        (b"plain", "plain"),
+        (b"[" * 100_000, "[" * 100_000),
+        (b"\xff", "\N{REPLACEMENT CHARACTER}"),
+    ],
+)
+def test_a_reason_is_found_in_whatever_form_it_has(body: bytes, text: str) -> None:
+    assert said(body) == text

@@ -1,0 +1,462 @@
+"""flux2.remote: what a client asks, how often, and what it refuses."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+from pathlib import Path
+
+import helpers
+import pytest
+import safetensors.torch
+import torch
+from remote_helpers import SECRET, FakeServer, harmful_archive, saved
+
+from flux2 import remote
+from flux2.answers import IDENTITY_HEADER, RemoteError
+from flux2.remote import PUBLISHED, TOKEN, Client, bearer_token, check_url, retry_after
+
+pytest_plugins = ("remote_helpers",)
+
+VARIANT = helpers.VARIANTS["dev"]
+SHAPE = (1, VARIANT.text.length, VARIANT.transformer.text_width)
+PROTOCOLS = pytest.mark.parametrize("protocol", ["flux2", "published"])
+
+Fake = Callable[..., FakeServer]
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN, raising=False)
+
+
+def client(server: FakeServer, protocol: str = "flux2", **settings: object) -> Client:
+    quick = {"timeout": 20.0, "wait": 0.01, "attempts": 3} | settings
+    return Client(server.url, VARIANT, protocol=protocol, **quick)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ honest answers
+
+
+@PROTOCOLS
+def test_embeddings_arrive_as_they_were_sent(protocol: str, fake_server: Fake) -> None:
+    server = fake_server(VARIANT)
+    found = client(server, protocol).encode(["a cup", ""])
+    assert found.shape == (2, *SHAPE[1:])
+    assert torch.equal(found, torch.stack([server.embedding("a cup"), server.embedding("")]))
+    assert server.asked == ["a cup", ""]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_servers_dtype_is_kept(dtype: torch.dtype, fake_server: Fake) -> None:
+    server = fake_server(VARIANT, answer=lambda *_: (200, {}, saved(torch.ones(SHAPE, dtype=dtype))))
+    assert client(server, "published").encode(["a cup"]).dtype == dtype
+
+
+def test_our_servers_identity_is_taken_word_for_word(fake_server: Fake) -> None:
+    assert client(fake_server(VARIANT, identity="mistral 123")).identity() == "mistral 123"
+
+
+def test_the_published_endpoint_is_known_by_address_model_and_length(fake_server: Fake) -> None:
+    server = fake_server(VARIANT)
+    assert client(server, "published").identity() == f"published {server.url} small_dev 64"
+    assert server.headers == [], "it is not asked"
+
+
+def test_prompts_that_the_server_cut_are_known(fake_server: Fake) -> None:
+    server = fake_server(VARIANT)
+    body = safetensors.torch.save({"embeddings": torch.ones(3, *SHAPE[1:])})
+    server.answer = lambda *_: (200, {IDENTITY_HEADER: server.identity, "Flux2-Cut": "0,2,7"}, body)
+    asking = client(server)
+    asking.encode(["long", "b", "longer"])
+    assert asking.cut == ["long", "longer"]
+
+
+def test_several_threads_ask_at_once_and_get_their_own_answers(fake_server: Fake) -> None:
+    server, together = fake_server(VARIANT), threading.Barrier(4, timeout=30)
+
+    def wait_for_others(*_: object) -> None:
+        together.wait()
+
+    server.answer = wait_for_others
+    asking = client(server)
+    prompts = [f"prompt {i}" for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: asking.encode([prompt])[0], prompts))
+    assert server.most == 4
+    for prompt, embedding in zip(prompts, found, strict=True):
+        assert torch.equal(embedding, server.embedding(prompt))
+
+
+# ------------------------------------------------------------------ trying again
+
+
+@PROTOCOLS
+def test_every_third_request_may_fail(protocol: str, fake_server: Fake) -> None:
+    server = fake_server(VARIANT)
+    server.answer = lambda number, _: (503, {}, b"busy") if number % 3 == 0 else None
+    asking = client(server, protocol)
+    for i in range(7):
+        assert torch.equal(asking.encode([f"prompt {i}"])[0], server.embedding(f"prompt {i}"))
+    assert len(server.asked) == 10
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_after_the_last_attempt_the_error_says_what_the_server_said(status: int, fake_server: Fake) -> None:
+    server = fake_server(VARIANT, answer=lambda *_: (status, {}, b'{"error": "no room\\nnow"}'))
+    with pytest.raises(RemoteError, match=f"gave no answer in 3 attempts, the last one: HTTP {status}, no room now"):
+        client(server).encode(["a cup"])
+    assert server.asked == ["a cup"] * 3
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+def test_a_request_that_is_wrong_is_not_sent_again(status: int, fake_server: Fake) -> None:
+    server = fake_server(VARIANT, answer=lambda *_: (status, {}, b'{"error": "a prompt has 9 characters"}'))
+    with pytest.raises(RemoteError, match=f"refused the request: HTTP {status}, a prompt has 9 characters"):
+        client(server).encode(["a cup"])
+    assert server.asked == ["a cup"]
+
+
+def test_waits_double_with_jitter_and_what_the_server_asks_for_comes_on_top(
+    fake_server: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = fake_server(VARIANT, answer=lambda *_: (503, {}, b""))
+    waits: list[float] = []
+    asking = client(server, attempts=6, wait=8.0)
+    monkeypatch.setattr(asking._closed, "wait", waits.append)
+    with pytest.raises(RemoteError):
+        asking.encode(["a cup"])
+    assert len(waits) == 5
+    for wait, longest in zip(waits, (8, 16, 30, 30, 30), strict=True):
+        assert longest / 2 <= wait <= longest
+    assert len({wait / longest for wait, longest in zip(waits, (8, 16, 30, 30, 30), strict=True)}) == 5
+
+    for header in ("7", formatdate(time.time() + 7.9, usegmt=True)):
+        waits.clear()
+        server.answer = lambda *_, header=header: (503, {"Retry-After": header}, b"")
+        with pytest.raises(RemoteError):
+            asking.encode(["a cup"])
+        assert all(6 + 4 <= wait <= 8 + 30 for wait in waits), (header, waits)
+        assert waits[0] > 6 + 4
+
+
+@pytest.mark.parametrize(("header", "seconds"), [(None, 0), ("", 0), ("3.5", 3.5), ("-4", 0), ("nan", 0), ("x", 0)])
+def test_retry_after_is_read(header: str | None, seconds: float) -> None:
+    assert retry_after(header) == seconds
+
+
+def test_a_server_that_asks_to_wait_for_long_is_not_waited_for(fake_server: Fake) -> None:
+    server = fake_server(VARIANT, answer=lambda *_: (429, {"Retry-After": "3600"}, b""))
+    with pytest.raises(RemoteError, match="asks to wait 3600 s"):
+        client(server).encode(["a cup"])
+    assert len(server.asked) == 1
+
+
+def test_waiting_does_not_touch_the_randomness_of_a_run(fake_server: Fake) -> None:
+    import random
+
+    random.seed(3)
+    before = random.getstate(), torch.get_rng_state()
+    server = fake_server(VARIANT, answer=lambda number, _: (503, {}, b"") if number == 1 else None)
+    client(server).encode(["a cup"])
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_slow_server_is_waited_for_until_the_time_is_over(fake_server: Fake) -> None:
+    server = fake_server(VARIANT)
+    server.answer = lambda *_: time.sleep(0.6)
+    assert torch.equal(client(server).encode(["a cup"])[0], server.embedding("a cup"))
+    with pytest.raises(RemoteError, match=r"in 2 attempts, the last one: no answer within 0.2 s"):
+        client(server, timeout=0.2, attempts=2).encode(["a cup"])
+
+
+def test_an_answer_that_trickles_in_is_not_waited_for_forever(
+    fake_server: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte comes in time, the whole does not."""
+    server = fake_server(VARIANT)
+
+    def trickle(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        for _ in range(200):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+            time.sleep(0.05)
+
+    monkeypatch.setattr(server._server.RequestHandlerClass, "do_POST", trickle)
+    before = time.monotonic()
+    with pytest.raises(RemoteError, match="the answer came too slowly"):
+        client(server, timeout=0.5, attempts=1).encode(["a cup"])
+    assert time.monotonic() - before < 5
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(fake_server: Fake) -> None:
+    server = fake_server(VARIANT)
+    whole = safetensors.torch.save({"embeddings": server.embedding("a cup")[None]})
+    headers = {IDENTITY_HEADER: server.identity, "Content-Length": str(len(whole)), "Connection": "close"}
+    server.answer = lambda number, _: (200, headers, whole[:-100]) if number == 1 else None
+    assert torch.equal(client(server).encode(["a cup"])[0], server.embedding("a cup"))
+    assert len(server.asked) == 2
+
+
+def test_nobody_at_the_address_is_said_soon() -> None:
+    gone = FakeServer(VARIANT, 64)
+    gone.start()
+    gone.stop()
+    with pytest.raises(RemoteError, match=r"in 3 attempts.*Connection refused.*Is the server running there\?"):
+        client(gone, attempts=50).identity()
+
+
+def test_closing_ends_what_waits(fake_server: Fake) -> None:
+    server = fake_server(VARIANT, answer=lambda *_: (503, {}, b""))
+    asking = client(server, wait=30.0)
+    asking.identity()
+    threading.Timer(0.3, asking.close).start()
+    before = time.monotonic()
+    with pytest.raises(RemoteError, match="was not asked any more"):
+        asking.encode(["a cup"])
+    assert time.monotonic() - before < 10
+    assert len(server.asked) == 1
+
+
+# ------------------------------------------------------------------ answers that are refused
+
+
+def test_a_pickle_that_wants_more_than_a_tensor_is_refused_and_not_run(fake_server: Fake, tmp_path: Path) -> None:
+    harm = tmp_path / "harm"
+    server = fake_server(VARIANT, answer=lambda *_: (200, {}, harmful_archive(harm)))
+    with pytest.raises(
+        RemoteError, match=r"is refused: it wants \w+.system, which is no tensor. Nothing of it was run"
+    ):
+        client(server, "published").encode(["a cup"])
+    assert not harm.exists()
+    assert len(server.asked) == 1, "a refused answer is not asked for again"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.ones(1, 64, 47), r"its shape is \(1, 64, 47\) instead of \(1, 64, 48\)"),
+        (torch.ones(2, 64, 48), r"its shape is \(2, 64, 48\)"),
+        (torch.ones(64, 48), r"its shape is \(64, 48\)"),
+        (torch.ones(SHAPE, dtype=torch.float64), "its dtype is torch.float64"),
+        (torch.ones(SHAPE, dtype=torch.int64), "its dtype is torch.int64"),
+        (torch.ones(SHAPE).index_fill(1, torch.tensor(3), float("nan")), "it has NaN or infinite values"),
+        (torch.full(SHAPE, float("-inf")), "it has NaN or infinite values"),
+    ],
+    ids=["width", "batch", "rank", "float64", "int64", "nan", "inf"],
+)
+@PROTOCOLS
+def test_a_tensor_that_was_not_asked_for_is_refused(
+    protocol: str, tensor: torch.Tensor, said: str, fake_server: Fake
+) -> None:
+    server = fake_server(VARIANT)
+    body = saved(tensor) if protocol == "published" else safetensors.torch.save({"embeddings": tensor})
+    server.answer = lambda *_: (200, {IDENTITY_HEADER: server.identity}, body)
+    with pytest.raises(RemoteError, match=f"the answer of {server.url} is refused: {said}"):
+        client(server, protocol).encode(["a cup"])
+
+
+@PROTOCOLS
+@pytest.mark.parametrize("declared", [True, False])
+def test_an_answer_may_not_be_larger_than_what_was_asked_for(
+    protocol: str, declared: bool, fake_server: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = fake_server(VARIANT)
+    handler = server._server.RequestHandlerClass
+    sent = []
+
+    def flood(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header(*(("Content-Length", str(1 << 40)) if declared else ("Connection", "close")))
+        self.end_headers()
+        for _ in range(1000):
+            self.wfile.write(bytes(1 << 20))
+            sent.append(1)
+
+    monkeypatch.setattr(handler, "do_POST", flood)
+    with pytest.raises(RemoteError, match=r"more than the 1060864 bytes that it may have"):
+        client(server, protocol).encode(["a cup"])
+    assert len(sent) < 200
+
+
+def test_a_compressed_answer_is_refused(fake_server: Fake) -> None:
+    server = fake_server(VARIANT, answer=lambda *_: (200, {"Content-Encoding": "gzip"}, b"x"))
+    with pytest.raises(RemoteError, match="it is compressed, which was not asked for"):
+        client(server).encode(["a cup"])
+
+
+def test_a_redirect_is_not_followed(fake_server: Fake) -> None:
+    other = fake_server(VARIANT)
+    server = fake_server(VARIANT, answer=lambda *_: (307, {"Location": other.url}, b""))
+    with pytest.raises(RemoteError, match=r"redirects to another address \(307\)"):
+        client(server).encode(["a cup"])
+    assert other.headers == []
+
+
+def test_a_server_that_changes_its_encoder_is_noticed(fake_server: Fake) -> None:
+    server = fake_server(VARIANT)
+    asking = client(server)
+    asking.encode(["a cup"])
+    server.identity = "another"
+    with pytest.raises(RemoteError, match="serves another text encoder than when this began"):
+        asking.encode(["a cup"])
+
+
+def test_the_text_encoder_of_another_model_is_refused_before_anything_is_encoded(fake_server: Fake) -> None:
+    server = fake_server(helpers.VARIANTS["klein"])
+    with pytest.raises(RemoteError, match=r"of small_klein, which is not that of small_dev: start it with --model"):
+        client(server).encode(["a cup"])
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"identity": 3}', b"\xff", b'{"a":' * 9000])
+def test_another_kind_of_server_is_told(body: bytes, fake_server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = fake_server(VARIANT)
+    monkeypatch.setattr(server._server.RequestHandlerClass, "do_GET", lambda self: self.send(200, {}, body))
+    with pytest.raises(RemoteError, match=r"is no `python -m flux2.serve`: /identity\?length=64 answered"):
+        client(server).identity()
+
+
+# ------------------------------------------------------------------ tokens and addresses
+
+
+def test_the_token_of_the_environment_is_sent_and_shown_nowhere(
+    fake_server: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = fake_server(VARIANT, token=SECRET)
+    monkeypatch.setenv(TOKEN, f" {SECRET}\n")
+    asking = client(server)
+    assert torch.equal(asking.encode(["a cup"])[0], server.embedding("a cup"))
+    server.token = "another"
+    with pytest.raises(
+        RemoteError, match=r"the token was refused \(HTTP 401, Bearer \*\*\* is not welcome\)"
+    ) as refused:
+        asking.encode(["a cup"])
+    server.answer = lambda *_: (503, {}, f"not you, {SECRET}".encode())
+    server.token = SECRET
+    with pytest.raises(RemoteError, match=r"HTTP 503, not you, \*\*\*"):
+        asking.encode(["a cup"])
+    assert SECRET not in caplog.text + repr(refused.getrepr(style="long", showlocals=False)) + repr(vars(asking).keys())
+    assert caplog.text.count("not you, ***") == 2
+
+
+def test_a_server_that_wants_a_token_and_gets_none_says_where_it_belongs(fake_server: Fake) -> None:
+    server = fake_server(VARIANT, token=SECRET)
+    with pytest.raises(RemoteError, match=f"it asks for a token .*: set the environment variable {TOKEN} to the token"):
+        client(server).identity()
+    with pytest.raises(RemoteError, match="or run `hf auth login`"):
+        client(server, "published").encode(["a cup"])
+    assert [headers.get("Authorization") for headers in server.headers] == [None, None]
+
+
+def test_a_password_file_of_the_machine_is_not_asked(
+    fake_server: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "netrc").write_text("default login someone password hidden\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server = fake_server(VARIANT)
+    client(server).identity()
+    assert "Authorization" not in server.headers[0]
+
+
+def test_a_server_on_this_machine_is_asked_without_a_proxy(fake_server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert client(fake_server(VARIANT)).identity()
+
+
+def test_the_login_of_the_hub_is_for_the_hub_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote.huggingface_hub, "get_token", lambda: "hf_login")
+    for url in (PUBLISHED, "https://huggingface.co", "https://me-mine.hf.space/encode"):
+        assert bearer_token(url) == "hf_login"
+    for url in (
+        PUBLISHED.replace("https", "http"),
+        "https://nothuggingface.co/x",
+        "https://huggingface.co.evil.org/x",
+        "https://evil.org/huggingface.co",
+        "http://127.0.0.1:8700",
+    ):
+        assert bearer_token(url) is None
+    monkeypatch.setenv(TOKEN, "mine")
+    assert bearer_token(PUBLISHED) == bearer_token("http://127.0.0.1:8700") == "mine"
+
+
+@pytest.mark.parametrize("token", ["two words", "line\nbreak", "ümlaut"])
+def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, token)
+    with pytest.raises(ValueError, match=f"{TOKEN} holds a space or a sign") as error:
+        bearer_token(PUBLISHED)
+    assert token not in str(error.value)
+
+
+def test_a_token_that_travels_unencrypted_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(TOKEN, SECRET)
+    for url in ("https://192.168.0.7:8700", "http://127.0.0.1:8700", "http://localhost:8700", "http://[::1]:8700"):
+        Client(url, VARIANT)
+    assert caplog.text == ""
+    Client("http://192.168.0.7:8700", VARIANT)
+    assert "travels unencrypted to 192.168.0.7: use https or a tunnel" in caplog.text
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "127.0.0.1:8700",
+        "ftp://host/x",
+        "http://",
+        "http:///x",
+        "http://host:99999",
+        "http://[::1",
+        "http://a b",
+        7,
+        None,
+    ],
+)
+def test_what_is_no_address_is_named(url: object) -> None:
+    with pytest.raises(ValueError, match=r"^url="):
+        check_url(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me:hidden@host/x", "https://hidden@host", "https://host/x?token=hidden", "https://host/#hidden"]
+)
+def test_an_address_with_a_secret_in_it_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ValueError, match="must hold no user, password") as error:
+        check_url(url)
+    assert "hidden" not in str(error.value)
+
+
+def test_the_published_protocol_has_one_length() -> None:
+    with pytest.raises(ValueError, match="length=32: the published protocol always pads to 64 tokens"):
+        Client(PUBLISHED, VARIANT, 32)
+    assert Client(PUBLISHED, VARIANT).protocol == "published"
+    assert Client("http://127.0.0.1:1/", VARIANT, 32).protocol == "flux2"
+
+
+def test_requests_are_as_the_published_endpoint_takes_them(fake_server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, seen = fake_server(VARIANT), []
+    handler = server._server.RequestHandlerClass
+
+    def look(self) -> None:
+        seen.append(
+            (self.path, self.headers["Content-Type"], json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        )
+        self.send(200, {}, saved(torch.ones(SHAPE)))
+
+    monkeypatch.setattr(handler, "do_POST", look)
+    Client(f"{server.url}/predict", VARIANT, protocol="published").encode(["ein Größenwahn"])
+    assert seen == [("/predict", "application/json", {"prompt": "ein Größenwahn"})]

@@ -1,0 +1,131 @@
+"""python -m flux2.serve: the real server in another process, and what it refuses to start with."""
+
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import requests
+import safetensors.torch
+import torch
+from remote_helpers import SECRET, RealServer
+
+from flux2 import serve
+from flux2.remote import TOKEN, Client
+from flux2.sources import TINY_FOLDER, ModelSource
+from flux2.variants import VARIANTS
+from flux2.weights import embedding_identity, load_text_encoder, text_encoder_fingerprint
+
+pytest_plugins = ("remote_helpers",)
+
+TINY = ModelSource(VARIANTS["tiny"], str(TINY_FOLDER))
+PROMPTS = ["a small red cup", "", "red " * 100]
+
+
+def test_embeddings_and_identity_are_those_of_this_machine_bit_for_bit(
+    real_server: RealServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN, SECRET)
+    asking = Client(real_server.url, TINY.variant)
+    encoder = load_text_encoder(TINY, dtype=torch.float32)
+    together = asking.encode(PROMPTS)
+    for prompt, embedding in zip(PROMPTS, together, strict=True):
+        alone = asking.encode([prompt])[0]
+        assert torch.equal(alone, encoder.encode([prompt])[0])
+        assert torch.equal(alone, embedding), "whoever else is asked for"
+    assert asking.cut == [PROMPTS[2]] * 2
+    files = text_encoder_fingerprint(TINY)
+    assert asking.identity() == embedding_identity(TINY.variant.text, files, 32, torch.float32)
+    shorter = Client(real_server.url, TINY.variant, 11)
+    assert shorter.identity() == embedding_identity(TINY.variant.text, files, 11, torch.float32)
+    assert torch.equal(shorter.encode(["a cup"]), encoder.encode(["a cup"], 11))
+
+
+def test_the_server_says_where_it_is_and_asks_for_the_token(real_server: RealServer) -> None:
+    assert real_server.said == f"tiny's text encoder at {real_server.url}, with a token\n"
+    answer = requests.post(f"{real_server.url}/encode", json={"prompts": ["a"]}, timeout=30)
+    assert (answer.status_code, answer.json()) == (401, {"error": "a bearer token is needed"})
+
+
+def test_settings_of_the_command_reach_the_encoder_and_sigterm_ends_it_cleanly() -> None:
+    server = RealServer("--model", "tiny", "--storage", "int8", "--precision", "bf16", "--max-characters", "5")
+    assert server.said == f"tiny's text encoder at {server.url}, without a token\n"
+    with requests.Session() as session:  # a connection that stays open does not hold the end up
+        answer = session.post(f"{server.url}/encode", json={"prompts": ["a cup"]}, timeout=30)
+        refused = session.post(f"{server.url}/encode", json={"prompts": ["a cup!"]}, timeout=30)
+        assert server.stop() == (0, "", "")
+    assert refused.json() == {"error": "a prompt has 6 characters; at most 5"}
+    (embedding,) = safetensors.torch.load(answer.content)["embeddings"]
+    encoder = load_text_encoder(TINY, dtype=torch.bfloat16, storage="int8")
+    assert torch.equal(embedding, encoder.encode(["a cup"])[0])
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command in this process, to be refused before it loads anything; returns its message."""
+    monkeypatch.delenv(TOKEN, raising=False)
+    monkeypatch.setattr(serve, "load_text_encoder", lambda *_: pytest.fail("a model was loaded"))
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["serve", "--device", "cpu", *arguments])
+        assert serve.main() == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1
+        return printed.err.removeprefix("error: ")
+
+    return run
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "::", "myhost"])
+def test_an_address_that_others_reach_needs_a_token(host: str, command: Callable[..., str]) -> None:
+    assert command("--host", host).startswith(f"--host {host} can be reached from other machines: set the environment")
+
+
+@pytest.mark.parametrize("token", ["short", "sixteen signs and spaces", "ümläütümläütümläüt"])
+def test_a_weak_token_is_refused_and_not_shown(
+    token: str, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN, token)
+    said = command()
+    assert f"{TOKEN} must hold at least 16 ASCII signs, no spaces" in said
+    assert token not in said
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(command: Callable[..., str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert command("--port", port) == f"--host 127.0.0.1 --port {port}: Address already in use\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port", "70000"], "--port=70000 must be at most 65535"),
+        (["--batch", "0"], "--batch=0 must be at least 1"),
+        (["--max-body", "-1"], "--max-body=-1 must be at least 1"),
+        (["--path", "/gone"], "'/gone' does not exist"),
+        (["--device", "cuda:7"], "device='cuda:7'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments: list[str], said: str, command: Callable[..., str]) -> None:
+    assert said in command(*arguments)
+
+
+def test_without_its_libraries_the_command_names_them(
+    command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert command() == "uvicorn is not installed: pip install -e '.[serve]'\n"
+
+
+def test_the_web_libraries_are_not_needed_for_training() -> None:
+    users = [
+        file.name
+        for folder in ("flux2", "data", "train")
+        for file in (Path(serve.__file__).parent.parent / folder).rglob("*.py")
+        if "import uvicorn" in file.read_text() or "from fastapi" in file.read_text()
+    ]
+    assert sorted(users) == ["serve.py", "service.py"]
