@@ -5,11 +5,12 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 # One thread a test process: two processes with two threads each would wait for each other.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
-.PHONY: setup demo test test-slow check bench tiny clean
+.PHONY: setup demo demo-edit test test-slow check bench tiny clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train a LoRA on 24 tarot cards, on any machine; ends with pictures and numbers"
+	@echo "make demo-edit  train a LoRA on 40 pairs of pictures, an edit; likewise"
 	@echo "make test       the CPU test suite"
 	@echo "make check      lint, format, types and make test"
 	@echo "make test-slow  the tests that take minutes"
@@ -26,6 +27,9 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/python train/demo.py
+
+demo-edit: setup
+	$(BIN)/python train/demo_edit.py
 
 test: setup
 	$(PYTEST) -m 'not slow'

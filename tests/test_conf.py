@@ -41,7 +41,7 @@ OBJECTS = {
 def test_every_group_of_the_defaults_has_a_folder_and_every_folder_is_a_group():
     folders = {group for group, _ in CHOICES}
     assert folders == set(GROUPS) - {"buckets", "validation", "sample"}
-    assert {"debug", "demo", "tarot"} <= set(EXPERIMENTS)
+    assert {"debug", "demo", "demo_edit", "relighting", "tarot"} <= set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=["/".join(names) for names in CHOICES])
@@ -147,6 +147,20 @@ def test_the_tarot_experiment_has_the_settings_of_the_published_example():
     assert (config.schedule._target_, config.schedule.warmup_steps) == ("train.optim.Constant", 200)
     assert (config.guidance, config.memory.checkpointing, config.precision.dtype) == (1.0, "full", "bf16")
     assert "trtcrd" in config.sample.prompts[0]
+
+
+def test_the_relighting_experiment_has_the_settings_of_the_published_example():
+    config = compose("+experiment=relighting")
+    dataset = config.dataset
+    assert (config.model.name, dataset.path) == ("dev", "kontext-community/relighting")
+    assert (dataset.image_column, dataset.caption_column) == ("output", "instruction")
+    assert list(dataset.reference_columns) == ["file_name"]
+    assert (config.adapter.rank, config.steps, config.seed) == (16, 1000, 0)
+    assert config.batch_size * config.gradient_accumulation == 4
+    assert (config.optimizer._target_, config.optimizer.lr) == ("bitsandbytes.optim.AdamW8bit", 1e-4)
+    assert (config.schedule._target_, config.schedule.warmup_steps) == ("train.optim.Constant", 200)
+    assert (config.guidance, config.memory.checkpointing, config.precision.dtype) == (1.0, "full", "bf16")
+    assert config.buckets.resolution == config.reference_resolution == 1024
 
 
 def test_the_demo_preserves_plain_prompts_that_it_does_not_show():

@@ -1,17 +1,19 @@
-"""Image-to-image from picture files to the loss, as diffusers makes it of the same files."""
+"""Image-to-image from picture files to the loss, as diffusers makes it of the same files; the relighting experiment."""
 
 import json
 
+import datasets
 import helpers
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
-from train_helpers import draw_picture, values
+from train_helpers import adapter, compose, draw_picture, values
 
 from flux2.tokens import from_tokens
 from train import loop
+from train.run import Run
 
 pytest_plugins = ("train_helpers",)
 
@@ -95,3 +97,54 @@ def test_the_first_loss_on_a_folder_of_edits_is_that_of_diffusers(
         time = noised.times[row : row + 1]
         losses.append(helpers.published_step(reference, latents, others, embeddings, time, noise, guidance)[2])
     assert values(run) == [pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)]
+
+
+# ------------------------------------------------------------------ the relighting experiment
+
+
+def pairs_as_parquet(folder):
+    """A table with the columns of the published data set."""
+    rows = [
+        {
+            "file_name": draw_picture(i, (64, 48)),
+            "output": draw_picture(10 + i, (64, 48)),
+            "instruction": "make it dark",
+        }
+        for i in range(2)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(str(folder / "pairs.parquet"))
+    return [f"dataset.path={folder / 'pairs.parquet'}"]
+
+
+def pairs_as_folder(folder):
+    """With the settings that the experiment's head gives for it."""
+    rows = []
+    for i in range(2):
+        draw_picture(i, (64, 48)).save(folder / f"before{i}.png")
+        draw_picture(10 + i, (64, 48)).save(folder / f"after{i}.png")
+        rows.append({"file_name": f"after{i}.png", "references": [f"before{i}.png"], "text": "make it dark"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ["image_column=file_name", "caption_column=text", "reference_columns=[references]"]
+    return ["dataset=folder", *(f"dataset.{setting}" for setting in [f"path={folder}", *columns])]
+
+
+@pytest.mark.parametrize("pairs", [pairs_as_parquet, pairs_as_folder])
+def test_the_relighting_experiment_trains_on_local_pairs(tmp_path, pairs):
+    """Each target is learned with its own reference, whichever way the pairs are given."""
+    draw_picture(20, (96, 48)).save(tmp_path / "room.png")
+    settings = [
+        *("+experiment=relighting", "model=tiny", "model.resolution=64", "steps=2", "log_every=1"),
+        *("sample.prompts=[make it dark]", f"sample.references=[{tmp_path / 'room.png'}]", "sample.steps=1"),
+        *("sample_every=2", f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"),
+    ]
+    run = Run(compose(*settings, *pairs(tmp_path)))
+    for i, sample in enumerate(run.instantiate("dataset")):
+        (reference,) = sample.references
+        assert sample.target.load().tobytes() == draw_picture(10 + i, (64, 48)).tobytes()
+        assert reference.load().tobytes() == draw_picture(i, (64, 48)).tobytes()
+        assert sample.captions == ("make it dark",)
+    folder = run.train().parent
+    assert len(values(folder)) == 2
+    assert values(folder, "lr") == pytest.approx([1e-4 / 201, 2e-4 / 201])
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter(folder).items() if "lora_B" in name)
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step_000000.png", "step_000002.png"]

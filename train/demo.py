@@ -72,12 +72,13 @@ def same(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> bool:
     return all(ImageChops.difference(a, b).getbbox() is None for a, b in zip(one, other, strict=True))
 
 
+def line(good: bool, text: str) -> str:
+    """A sentence of the verdict."""
+    return f"{'yes' if good else 'NO ':3}  {text}"
+
+
 def judge(report: dict[str, float]) -> list[str]:
     """The report in sentences; each says what was measured, then yes or no."""
-
-    def line(good: bool, text: str) -> str:
-        return f"{'yes' if good else 'NO ':3}  {text}"
-
     style, leak = report["style_moved"], report["plain_style_moved"]
     return [
         line(style >= 0.9, f"the cards' style was learned: {style:.0%} of the way from the base to the cards"),
@@ -96,14 +97,32 @@ def judge(report: dict[str, float]) -> list[str]:
     ]
 
 
-def main(config: DictConfig) -> None:
-    """Train, measure, and write `sheet.png` and `demo.json` into the run folder."""
+def begin(config: DictConfig) -> Run:
+    """The run of a demonstration, its folder made. Raises ValueError for any but the embedded model."""
     run = Run(config)
     if run.variant.name != "tiny":
         raise ValueError(
             f"model={run.variant.name}: the demo is for the embedded model; train others with train/run.py"
         )
     run.place()  # what cannot be written says so before pictures are made
+    return run
+
+
+def end(run: Run, adapter: Path, seconds: float, judged: Sequence[str], numbers: Path, use: Sequence[str]) -> None:
+    """Say how it went, where everything is, and with which arguments the adapter makes more pictures."""
+    run.say(f"\ntrained in {seconds:.0f} s")
+    for sentence in judged:
+        run.say(sentence)
+    run.say(f"\nbefore and after  {adapter.parent / 'sheet.png'}")
+    run.say(f"all numbers       {numbers}")
+    run.say(f"the adapter       {adapter}")
+    command_line = f"{shlex.quote(sys.executable)} -m flux2.generate --adapter {adapter}"
+    run.say(f"more pictures     {command_line} {shlex.join(use)}")
+
+
+def main(config: DictConfig) -> None:
+    """Train, measure, and write `sheet.png` and `demo.json` into the run folder."""
+    run = begin(config)
     dataset = run.instantiate("dataset")
     pairs = [(colour, subject) for subject in SUBJECTS for colour in COLOURS] * PICTURES
     prompts = [f"a trtcrd of a {colour} {subject}, tarot style" for colour, subject in pairs]
@@ -154,14 +173,8 @@ def main(config: DictConfig) -> None:
     page.paste(bottom, (0, top.height))
     page.save(folder / "sheet.png", optimize=True)
 
-    run.say(f"\ntrained in {seconds:.0f} s")
-    for sentence in judge(report):
-        run.say(sentence)
-    run.say(f"\nbefore and after  {folder / 'sheet.png'}")
-    run.say(f"all numbers       {folder / 'demo.json'}")
-    run.say(f"the adapter       {adapter}")
-    again = f"{shlex.quote(sys.executable)} -m flux2.generate --adapter {adapter}"
-    run.say(f'more pictures     {again} --prompt "a trtcrd of a purple bell, tarot style" --out bell.png')
+    use = ["--prompt", "a trtcrd of a purple bell, tarot style", "--out", "bell.png"]
+    end(run, adapter, seconds, judge(report), folder / "demo.json", use)
 
 
 if __name__ == "__main__":

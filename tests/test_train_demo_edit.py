@@ -1,0 +1,185 @@
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from train_helpers import ROOT, adapter, compose, execute, values
+
+from data.demo_edit.draw import INSTRUCTION, SHOWN, new_drawings, spotlight
+from data.drawings import Drawing, draw
+from data.lineup import difference
+from flux2.pipeline import load
+from flux2.variants import VARIANTS
+from train import demo_edit
+from train.demo_edit import edited, judge, others, plain_edits, shares
+from train.run import Run
+
+pytest_plugins = ("train_helpers",)
+
+GOOD = {
+    "edits_right_before": 0.0,
+    "edits_right": 0.9,
+    "moved": 0.85,
+    "shuffled_right": 0.0,
+    "shuffled_follow": 0.9,
+    "plain_right_before": 0.95,
+    "plain_right": 0.9,
+    "base_unchanged": 1.0,
+}
+CUP, FISH = Drawing("cup", "red", "blue", "large"), Drawing("fish", "pink", "grey", "small")
+
+
+# ------------------------------------------------------------------ the measures
+
+
+def test_pictures_are_right_in_all_that_the_reference_shows_and_in_their_light():
+    pictures = [spotlight(draw(CUP)), draw(CUP), spotlight(draw(replace(CUP, colour="green")))]
+    assert shares(pictures, [CUP] * 3, lit=True) == pytest.approx(
+        {"shape": 1, "colour": 2 / 3, "background": 1, "size": 1, "light": 2 / 3, "all": 1 / 3}
+    )
+    assert shares(pictures[:2], [CUP, CUP], lit=False)["all"] == 0.5
+    for key in ("shape", "background", "size"):
+        found = shares([draw(FISH)], [replace(CUP, **{key: getattr(FISH, key)})], lit=False)
+        assert (found[key], found["all"]) == (1, 0)
+
+
+def test_another_reference_shows_another_subject_and_each_is_taken_once():
+    for drawings in (new_drawings(), list(SHOWN)):
+        indices = others(drawings)
+        assert sorted(indices) == list(range(len(drawings)))
+        assert all(drawing.shape != drawings[i].shape for drawing, i in zip(drawings, indices, strict=True))
+
+
+def test_plain_edits_change_colour_and_background_in_turn_and_name_no_trigger():
+    drawings = new_drawings()
+    edits = plain_edits(drawings)
+    for i, (drawing, (instruction, result)) in enumerate(zip(drawings, edits, strict=True)):
+        kind = "background" if i % 2 else "colour"
+        assert result == replace(drawing, **{kind: getattr(result, kind)})
+        assert getattr(result, kind) != getattr(drawing, kind)
+        assert getattr(result, kind) in instruction
+        assert "sptlgt" not in instruction
+    assert len({instruction for instruction, _ in edits}) > 10
+
+
+def test_everything_good_is_judged_so_in_every_sentence():
+    assert [sentence[:3] for sentence in judge(GOOD)] == ["yes"] * 4
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "sentence"),
+    [
+        ("edits_right", 0.79, 0),
+        ("edits_right_before", 0.11, 0),
+        ("shuffled_follow", 0.79, 1),
+        ("shuffled_right", 0.11, 1),
+        ("plain_right", 0.84, 2),
+        ("base_unchanged", 0.0, 3),
+    ],
+)
+def test_what_missed_its_threshold_is_judged_so_with_its_number(key, bad, sentence):
+    judged = judge(GOOD | {key: bad})
+    assert [text[:3] for text in judged] == ["NO " if i == sentence else "yes" for i in range(4)]
+    if key != "base_unchanged":
+        assert f"{bad:.0%}" in judged[sentence]
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The demo with four pictures, each sampled in two steps."""
+    monkeypatch.setattr(demo_edit, "new_drawings", lambda: list(SHOWN))
+    monkeypatch.setitem(VARIANTS, "tiny", replace(VARIANTS["tiny"], steps=2))
+
+
+def arguments(tmp_path, *more):
+    return [
+        *("+experiment=demo_edit", "steps=2", "batch_size=2", "preservation.samples=1"),
+        *("sample_every=0", "validate_every=0"),
+        *(f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", *more),
+    ]
+
+
+def test_a_picture_is_an_edit_of_its_own_source_with_its_own_seed(short):
+    pipe = load("tiny", device="cpu")
+    sources = [draw(CUP), draw(FISH), draw(CUP)]
+    pictures = edited(pipe, sources, ["make it blue", "make it green", "make it blue"])
+    for i, source in enumerate(sources):
+        (alone,) = pipe.generate(["make it blue", "make it green", "make it blue"][i], references=[source], seed=i)
+        assert difference(pictures[i], alone) < 0.5
+    assert difference(pictures[0], pictures[1]) > 20
+    assert pictures[0].tobytes() != pictures[2].tobytes()
+
+
+def test_the_demo_writes_its_sheet_and_all_its_numbers(short, run_command, tmp_path):
+    code, out, err = run_command(*arguments(tmp_path), task=demo_edit.main)
+    assert code == 0, err
+    run = tmp_path / "run"
+    report = json.loads((run / "demo_edit.json").read_text())
+    assert report.keys() >= GOOD.keys() | {"training_seconds", "distance", "before", "after", "shuffled_given"}
+    assert report["base_unchanged"] == 1.0
+    assert report["edits_right_before"] == report["before"]["all"]
+    assert report["moved"] == pytest.approx(1 - report["distance"] / report["distance_before"])
+    page = Image.open(run / "sheet.png")
+    assert page.width > 4 * 256
+    assert page.height > 4 * 256
+    assert len(values(run)) == 1  # the last step
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter(run).items() if "lora_B" in name)
+    for sentence in judge(report):
+        assert sentence in out
+    assert f"{run / 'sheet.png'}\n" in out
+    assert f"-m flux2.generate --adapter {run / 'adapter'} --image data/demo_edit/new/pink_fish.png" in out
+    assert (ROOT / "data/demo_edit/new/pink_fish.png").is_file()
+
+
+def test_the_demo_of_an_adapter_that_learns_nothing_says_so(short, run_command, tmp_path):
+    code, out, err = run_command(*arguments(tmp_path, "optimizer.lr=0", "steps=1"), task=demo_edit.main)
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "demo_edit.json").read_text())
+    assert report["moved"] == 0
+    assert report["before"] == report["after"]
+    assert report["plain_before"] == report["plain_after"]
+    assert "NO   the edit was learned: 0% of new pictures are the given one in the spotlight (base: 0%), 0% of" in out
+    assert "NO   the reference is what is edited: given another picture, 0% are" in out
+
+
+def test_the_demo_is_for_the_embedded_model(small, run_command):
+    message = run_command.refused(*small(), task=demo_edit.main)
+    assert message == "model=small_dev: the demo is for the embedded model; train others with train/run.py"
+
+
+def test_the_demo_is_an_entry_file_of_its_own():
+    done = execute([sys.executable, "train/demo_edit.py", "stepz=3"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: stepz=3 is not a setting; did you mean steps?\n"
+
+
+def test_the_demos_settings_are_those_of_its_experiment():
+    run = Run(compose("+experiment=demo_edit"))
+    assert run.variant.name == "tiny"
+    assert run.preservation.active
+    assert not any("sptlgt" in prompt for prompt in run.preservation.prompts)
+    dataset = run.instantiate("dataset")
+    assert {sample.captions for sample in dataset} == {(INSTRUCTION,)}
+    assert all(len(sample.references) == 1 for sample in dataset)
+    names = {f"{drawing.colour}_{drawing.shape}" for drawing in SHOWN}
+    assert {file.removeprefix("data/demo_edit/new/").removesuffix(".png") for file in run.sample.files} == names
+    assert [len(files) for files in run.sample.edits] == [1] * len(run.sample.prompts)
+
+
+@pytest.mark.slow
+def test_the_demo_learns_the_edit_from_the_reference_and_leaves_plain_edits_alone(tmp_path):
+    run = tmp_path / "run"
+    done = execute([sys.executable, "train/demo_edit.py", f"output_dir={run}"], timeout=3600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((run / "demo_edit.json").read_text())
+    assert report["edits_right"] >= 0.8
+    assert report["edits_right_before"] <= 0.1
+    assert report["shuffled_follow"] >= 0.8
+    assert report["shuffled_right"] <= 0.1
+    assert report["plain_right"] >= report["plain_right_before"] - 0.1
+    assert report["base_unchanged"] == 1.0
+    assert Image.open(run / "sheet.png").width > 1000
