@@ -19,11 +19,11 @@ def test_every_bucket_keeps_to_the_area_the_step_and_the_aspect(resolution: int,
 
 def test_a_square_picture_gets_the_resolution_exactly() -> None:
     for resolution in range(16, 1041, 16):
-        assert Buckets(resolution).assign(777, 777) == (resolution, resolution)
+        assert Buckets(resolution).assign(1100, 1100) == (resolution, resolution)
 
 
 def test_a_picture_gets_the_bucket_of_the_nearest_aspect() -> None:
-    buckets = Buckets(64)
+    buckets = Buckets(64, upscale=True)
     assert buckets.sizes == ((80, 48), (64, 64), (48, 80))
     assert buckets.assign(1600, 1000) == (80, 48)
     assert buckets.assign(1000, 1600) == (48, 80)

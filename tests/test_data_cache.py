@@ -2,63 +2,24 @@
 
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from cache_helpers import SAMPLES, encode_images, encode_prompts, files, picture, plan, refuse
 from PIL import Image
 from torch import Tensor
 
-import data.cache
+import data.latents
 from data.buckets import Buckets
-from data.cache import Cache, plan_embeddings, plan_latents
-from data.pictures import Picture
+from data.cache import Cache, MemoryCache
+from data.embeddings import plan_embeddings
 from data.samples import Sample
-
-
-def picture(color: str, size: tuple[int, int] = (40, 40), name: str | None = None) -> Picture:
-    stream = BytesIO()
-    Image.new("RGB", size, color).save(stream, "PNG")
-    return Picture(name or color, lambda: BytesIO(stream.getvalue()))
-
-
-def encode_images(images: list[Image.Image]) -> Tensor:
-    """A stand-in autoencoder whose latents hold the mean colour of a picture."""
-    assert len(images) == 1
-    width, height = images[0].size
-    red, green, blue = images[0].resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
-    value = red / 255 + green / 10 + blue / 3
-    return torch.full((1, 128, height // 16, width // 16), value, dtype=torch.bfloat16)
-
-
-def encode_prompts(prompts: list[str]) -> Tensor:
-    assert len(prompts) == 1
-    return torch.full((1, 4, 6), float(len(prompts[0])))
-
-
-def refuse(_: list) -> Tensor:
-    raise AssertionError("the encoder was called though nothing is missing")
-
-
-def files(cache: Cache) -> list[Path]:
-    return [path for path in cache.folder.rglob("*") if path.is_file()] if cache.folder.exists() else []
-
-
-SAMPLES = [
-    Sample(picture("red"), ("a",), (picture("blue", (100, 50)),)),
-    Sample(picture("lime"), ("b",)),
-    Sample(picture("white", (80, 48)), ("c",)),
-]
-
-
-def plan(cache: Cache, samples: list[Sample] = SAMPLES, **changes: object) -> data.cache.LatentPlan:
-    arguments = {"buckets": Buckets(64), "encoder_id": "vae", "reference_max_pixels": 32 * 32} | changes
-    return plan_latents(cache, samples, **arguments)  # type: ignore[arg-type]
 
 
 def test_an_entry_comes_back_with_its_values_shape_and_dtype(tmp_path: Path) -> None:
@@ -138,7 +99,7 @@ def test_latents_are_filled_in_sample_order_and_keep_their_dtype(tmp_path: Path)
     cache = Cache(tmp_path)
     planned = plan(cache)
     seen: list[tuple[int, int]] = []
-    planned.fill(encode_images, progress=lambda done, total: seen.append((done, total)))
+    planned.fill(encode_images, progress=lambda done, total, _: seen.append((done, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert planned.missing == 0
     for sample, entry in zip(SAMPLES, planned.entries, strict=True):
@@ -184,7 +145,7 @@ def test_equal_content_under_another_name_is_one_entry(tmp_path: Path) -> None:
     assert planned.entries[0].key == planned.entries[1].key
 
 
-@pytest.mark.parametrize("changes", [{"encoder_id": "other"}, {"buckets": Buckets(32)}])
+@pytest.mark.parametrize("changes", [{"encoder_id": "other"}, {"buckets": Buckets(32, upscale=True)}])
 def test_another_encoder_or_size_is_another_entry(tmp_path: Path, changes: dict) -> None:
     cache = Cache(tmp_path)
     plan(cache, SAMPLES[1:]).fill(encode_images)
@@ -193,7 +154,7 @@ def test_another_encoder_or_size_is_another_entry(tmp_path: Path, changes: dict)
 
 def test_another_fit_version_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan(Cache(tmp_path)).fill(encode_images)
-    monkeypatch.setattr(data.cache, "FIT_VERSION", -1)
+    monkeypatch.setattr(data.latents, "FIT_VERSION", -1)
     assert plan(Cache(tmp_path)).missing == 4
 
 
@@ -251,7 +212,8 @@ def test_metadata_says_what_an_entry_is(tmp_path: Path) -> None:
     planned.fill(encode_prompts)
     content = cache.path(planned.keys["a cat"]).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert header["__metadata__"] == {"prompt": "a cat"}
+    assert header["__metadata__"].keys() == {"prompt", "xxh3_64"}
+    assert header["__metadata__"]["prompt"] == "a cat"
 
 
 def test_an_entry_that_is_not_whole_or_another_thing_counts_as_missing_and_is_computed_again(tmp_path: Path) -> None:
@@ -325,7 +287,7 @@ def test_several_workers_have_as_many_prompts_under_way_and_store_what_one_store
 
     prompts = ["", "b", "cc", "ddd", "eeee", "fffff"]
     planned, seen = plan_embeddings(Cache(tmp_path / "many"), prompts, "text"), []
-    planned.fill(waiting, progress=lambda done, total: seen.append((done, total)), workers=3)
+    planned.fill(waiting, progress=lambda done, total, _: seen.append((done, total)), workers=3)
     assert seen == [(done, 6) for done in range(1, 7)]
     alone = plan_embeddings(Cache(tmp_path / "one"), prompts, "text")
     alone.fill(encode_prompts)

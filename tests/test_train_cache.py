@@ -10,12 +10,13 @@ import torch
 from train_helpers import CAPTIONS, ROOT, compose, execute
 
 from data.buckets import Buckets
-from data.cache import Cache, plan_embeddings
+from data.cache import Cache
+from data.embeddings import plan_embeddings
 from data.samples import Folder
 from flux2.pipeline import to_pixels
 from flux2.weights import load_autoencoder, load_text_encoder
 from train import cache, text_encoders
-from train.cache import fill, prepare
+from train.cache import Needs, fill, prepare
 from train.run import Run
 from train.text_encoders import LocalTextEncoder
 
@@ -51,17 +52,10 @@ def events(monkeypatch):
 
 
 def prepared(source, pictures, folder, prompts=(), text_encoder=None, resolution=48):
-    return prepare(
-        ALONE,
-        source,
-        text_encoder or LocalTextEncoder(),
-        Cache(folder),
-        Folder(pictures),
-        list(prompts),
-        Buckets(resolution),
-        64**2,
-        torch.float32,
-    )
+    encoder = text_encoder or LocalTextEncoder()
+    samples, buckets = Folder(pictures), Buckets(resolution)
+    needs = Needs(source, encoder, Cache(folder), samples, list(prompts), buckets, 64**2, torch.float32)
+    return prepare(ALONE, needs)
 
 
 def test_one_encoder_is_in_memory_at_a_time_and_none_afterwards(source, pictures, tmp_path, events):

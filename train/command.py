@@ -38,6 +38,9 @@ USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, HydraException, torc
 if not OmegaConf.has_resolver("first"):
     OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value is not None))
 
+if not OmegaConf.has_resolver("within"):  # a place in a folder, if there is one
+    OmegaConf.register_new_resolver("within", lambda folder, name: None if folder is None else f"{folder}/{name}")
+
 
 # ------------------------------------------------------------------ settings
 
