@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import threading
 import time
@@ -13,6 +12,7 @@ import pytest
 import torch
 from cache_helpers import SAMPLES, encode_images, encode_prompts, files, picture, plan, refuse
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import data.latents
@@ -318,3 +318,68 @@ def test_an_error_of_one_worker_comes_at_once_begins_no_other_prompt_and_keeps_w
     assert planned.keys["wait"] in planned.cache
     assert len(begun) <= 3, "one more may have begun before the error was seen"
     assert planned.missing >= 19
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("place", ["data", "header"])
+def test_content_that_changed_on_the_disk_is_seen_when_read_and_computed_again(tmp_path: Path, place: str) -> None:
+    cache = Cache(tmp_path)
+    planned = plan(cache)
+    planned.fill(encode_images)
+    key = next(iter(planned.work))
+    content = cache.path(key).read_bytes()
+    swapped = content.replace(b"[128,4,4]", b"[4,128,4]")  # two sides that change places hold as many numbers
+    damaged = flipped(content, len(content) - 100) if place == "data" else swapped
+    assert damaged != content
+    cache.path(key).write_bytes(damaged)
+    with pytest.raises(ValueError, match=rf"{cache.path(key)} is damaged, its checksum differs: it was removed, start"):
+        cache.get(key)
+    assert planned.missing == 1
+    planned.fill(encode_images)
+    assert cache.path(key).read_bytes() == content
+
+
+def test_an_entry_of_an_earlier_version_is_read_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = Cache(tmp_path)
+    for key in ("ab" * 32, "cd" * 32):
+        cache.path(key).parent.mkdir()
+        save_file({"x": torch.arange(3)}, cache.path(key), {"picture": "a.png"})
+        assert cache.get(key)["x"].tolist() == [0, 1, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} has entries of an earlier version, without a checksum: read unchecked"
+    ]
+
+
+def test_a_cache_in_memory_holds_what_it_is_given_and_shares_nothing(tmp_path: Path) -> None:
+    cache = MemoryCache()
+    planned = plan(cache)
+    seen: list[tuple[int, int]] = []
+    planned.fill(encode_images, process_index=1, num_processes=2, progress=lambda *done: seen.append(done[:2]))
+    assert seen[-1] == (4, 4), "no other process can compute a share for this one"
+    assert planned.missing == 0
+    disk = plan(Cache(tmp_path))
+    disk.fill(encode_images)
+    for key in planned.work:
+        assert torch.equal(cache.get(key)["latents"], disk.cache.get(key)["latents"])
+    with pytest.raises(ValueError, match="was not computed by this process"):
+        cache.get("ab" * 32)
+    assert not cache.holds(next(iter(planned.work)), "latents", (1, 2, 3))
+    assert cache.free() > 0
+
+
+def test_progress_counts_the_bytes_that_were_stored(tmp_path: Path) -> None:
+    planned = plan(Cache(tmp_path))
+    seen: list[int] = []
+    planned.fill(encode_images, progress=lambda done, total, stored: seen.append(stored))
+    assert seen == sorted(set(seen))
+    assert seen[-1] == sum(path.stat().st_size for path in files(planned.cache))
+
+
+def test_the_header_of_an_entry_with_long_metadata_is_read_whole(tmp_path: Path) -> None:
+    cache, prompt = Cache(tmp_path), "a very long prompt " * 500
+    planned = plan_embeddings(cache, [prompt], "text")
+    planned.fill(encode_prompts)
+    assert planned.missing == 0

@@ -1,12 +1,14 @@
 """data.loader: the same samples, places and dropouts whatever the split, and from any step on."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.cache import Cache
+from data.embeddings import plan_embeddings
 from data.latents import LatentEntry
 from data.loader import Batch, Loader, _Memory
 
@@ -223,6 +225,7 @@ def test_a_batch_moves_as_a_whole() -> None:
         ({"seed": "1"}, "seed='1'"),
         ({"caption_dropout": 1.5}, "caption_dropout=1.5"),
         ({"caption_dropout": "0.1"}, "caption_dropout='0.1'"),
+        ({"reference_dropout": -0.1}, "reference_dropout=-0.1"),
         ({"memory_limit_gb": -1}, "memory_limit_gb=-1"),
     ],
 )
@@ -241,3 +244,104 @@ def test_a_caption_without_an_embedding_is_named_before_training(tmp_path: Path)
         Loader(cache, entries, captions, keys, batch_size=1, seed=0, caption_dropout=0.1)
 
 
+def test_one_of_several_captions_is_drawn_by_step_and_position(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path)
+    several = [tuple(captions[(index + shift) % 6][0] for shift in range(3)) for index in range(6)]
+    contents = cache, entries, several, keys
+    found: Counter[int] = Counter()
+    for step in range(50):
+        whole = by_position(contents, step, SPLITS[0], dropout=0.2)
+        for index, caption, values in whole.values():
+            assert values[1] == (-1 if caption == "" else 100 + int(caption.split()[1]))
+            found[several[index].index(caption) if caption else -1] += 1
+    assert 20 < found[-1] < 60
+    assert all(35 < found[i] < 75 for i in range(3))
+    for split in SPLITS[1:]:
+        assert by_position(contents, 49, split, dropout=0.2) == whole
+
+
+def test_one_of_several_variants_is_drawn_by_step_and_position(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path)
+    varied = []
+    for index, entry in enumerate(entries):
+        others = []
+        for number in (1, 2):
+            key = cache.key("other", index=index, number=number)
+            cache.put(key, {"latents": cache.get(entry.key)["latents"] + 10 * number}, {})
+            others.append(replace(entry, key=key))
+        varied.append(replace(entry, others=tuple(others)))
+    contents = cache, varied, captions, keys
+    found: Counter[int] = Counter()
+    for step in range(40):
+        whole = by_position(contents, step, SPLITS[0], dropout=0)
+        found += Counter(int(values[0]) // 10 for _, _, values in whole.values())
+    assert all(30 < found[i] < 80 for i in range(3))
+    for split in SPLITS[1:]:
+        assert by_position(contents, 39, split, dropout=0) == whole
+
+
+def test_weights_reach_the_sampler(tmp_path: Path) -> None:
+    loader = Loader(*filled(tmp_path), batch_size=2, seed=0, weights=[1, 0, 3, 0, 0, 0])
+    seen = Counter(index for step in range(8) for index in loader.micro_batches(step)[0].indices)
+    assert seen == {0: 4, 2: 12}
+    loader.close()
+
+
+def test_references_are_dropped_for_a_whole_step_in_all_processes(tmp_path: Path) -> None:
+    contents = filled(tmp_path)
+    loaders = [
+        Loader(*contents, batch_size=1, num_processes=2, process_index=process, seed=0, reference_dropout=0.4)
+        for process in (0, 1)
+    ]
+    dropped = []
+    for step in range(120):
+        batches = [loader.micro_batches(step)[0] for loader in loaders]
+        given = {len(batch.references) for batch in batches if batch.indices[0] % 3 == 2}  # those that have one
+        assert len(given) <= 1
+        dropped += [not count for count in given]
+    assert 0.2 < sum(dropped) / len(dropped) < 0.6
+    for loader in loaders:
+        loader.close()
+    for rate, count in ((0.0, 1), (1.0, 0)):
+        loader = Loader(*contents, batch_size=2, seed=0, reference_dropout=rate)
+        batches = [loader.micro_batches(step)[0] for step in range(6)]
+        assert {len(batch.references) for batch in batches if batch.indices[0] % 3 == 2} == {count}
+        loader.close()
+
+
+def test_dropping_references_that_no_sample_has_is_refused(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"reference_dropout=0\.5 has nothing to drop"):
+        Loader(cache, entries, captions, keys, batch_size=1, seed=0, reference_dropout=0.5)
+
+
+def test_masks_are_shares_and_a_sample_without_one_counts_everywhere(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path)
+    mask = torch.tensor([[[0, 51], [255, 102]]], dtype=torch.uint8)
+    cache.put("ab" * 32, {"mask": mask}, {})
+    masked = [replace(entry, mask_key="ab" * 32 if index == 0 else None) for index, entry in enumerate(entries)]
+    loader = Loader(cache, masked, captions, keys, batch_size=3, seed=0)
+    with_mask = 0
+    for step in range(12):
+        (batch,) = loader.micro_batches(step)
+        if 0 not in batch.indices:
+            assert batch.mask is None
+            continue
+        with_mask += 1
+        assert batch.mask is not None
+        assert batch.mask.shape == (3, 1, 2, 2)
+        for index, found in zip(batch.indices, batch.mask, strict=True):
+            torch.testing.assert_close(found, mask / 255 if index == 0 else torch.ones(1, 2, 2))
+        assert batch.to("meta", torch.bfloat16).mask.device.type == "meta"  # type: ignore[union-attr]
+    assert 0 < with_mask < 12
+    loader.close()
+
+
+def test_packed_embeddings_are_unpacked(tmp_path: Path) -> None:
+    cache, entries, captions, _ = filled(tmp_path, 2)
+    plan = plan_embeddings(cache, [caption for (caption,) in captions], "text", fp8=True)
+    plan.fill(lambda prompts: torch.full((1, 2, 3), 100.0 + int(prompts[0][-1])))
+    loader = Loader(cache, entries, captions, plan.keys, batch_size=2, seed=0)
+    (batch,) = loader.micro_batches(0)
+    torch.testing.assert_close(batch.embeddings[:, 0, 0], 100.0 + torch.tensor(batch.indices), atol=0, rtol=1e-6)
+    loader.close()

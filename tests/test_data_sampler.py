@@ -8,6 +8,8 @@ import torch
 
 from data.sampler import BucketSampler, derived_generator
 
+FIRST_BATCHES = [[9, 9, 9], [3, 4, 5], [8, 7, 7]]
+
 
 def test_a_derived_generator_is_fixed_by_its_key() -> None:
     def draw(*key: int | str) -> float:
@@ -73,3 +75,59 @@ def test_the_order_of_buckets_is_shuffled_anew_each_cycle() -> None:
 def test_no_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="no samples"):
         BucketSampler([], 1, 0)
+
+
+def counts(sampler: BucketSampler, steps: int) -> Counter[int]:
+    return Counter(index for step in range(steps) for index in sampler.batch(step))
+
+
+def test_weights_of_one_change_nothing() -> None:
+    buckets = ["a"] * 7 + ["b"] * 2 + ["c"]
+    plain, weighted = BucketSampler(buckets, 3, seed=4), BucketSampler(buckets, 3, seed=4, weights=[1.0] * 10)
+    assert [plain.batch(step) for step in range(50)] == [weighted.batch(step) for step in range(50)]
+    # Fixed: a run that is resumed with a later version goes on in the same order.
+    assert [plain.batch(step) for step in range(3)] == FIRST_BATCHES
+
+
+def test_a_whole_weight_is_so_many_times_in_every_pass() -> None:
+    weights = [3, 1, 2, 1, 1]
+    sampler = BucketSampler(["a", "a", "a", "b", "b"], 2, seed=0, weights=weights)
+    for cycles in (1, 2, 5):  # a cycle is as many steps as samples, counted by weight
+        assert counts(sampler, 8 * cycles) == {i: 2 * cycles * weight for i, weight in enumerate(weights)}
+
+
+def test_fractions_are_met_in_the_long_run_and_at_any_time_nearly() -> None:
+    weights = np.array([0.5, 0.5, 1.0, 2.7, 0.1, 1.3, 0.25])
+    sampler = BucketSampler(["a", "a", "a", "a", "b", "b", "c"], 1, seed=2, weights=list(weights))
+    for steps in (500, 1270, 2540):
+        expected = weights * steps / weights.sum()
+        found = counts(sampler, steps)
+        assert all(abs(found[i] - expected[i]) <= 1 + weights[i] + 2 for i in range(7))
+
+
+def test_samples_of_half_a_weight_take_turns() -> None:
+    sampler = BucketSampler(["a"] * 40, 1, seed=0, weights=[0.5] * 40)
+    first, second = (Counter(sampler._passes[0].samples(p).tolist()) for p in (0, 1))
+    assert sorted({**first, **second}) == list(range(40))
+    assert not first.keys() & second.keys()
+    assert 8 < len(first) < 32  # each by an offset of its own
+
+
+def test_a_weighted_batch_is_a_function_of_seed_and_step() -> None:
+    arguments = (["a"] * 5 + ["b"] * 3, 2)
+    weights = [0.3, 2.0, 1.0, 1.0, 0.9, 5.5, 0.01, 1.0]
+    forwards = [BucketSampler(*arguments, seed=1, weights=weights).batch(step) for step in range(60)]
+    sampler = BucketSampler(*arguments, seed=1, weights=weights)
+    assert [sampler.batch(step) for step in reversed(range(60))] == forwards[::-1]
+    assert all(len({index < 5 for index in batch}) == 1 for batch in forwards)
+
+
+def test_weight_zero_is_never_trained() -> None:
+    found = counts(BucketSampler(["a", "a", "b"], 2, seed=0, weights=[0, 1, 0]), 30)
+    assert found == {1: 60}
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf"), 1.0]])
+def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights of samples must be numbers from 0, and not all 0"):
+        BucketSampler(["a", "b"], 1, 0, weights)
