@@ -29,8 +29,8 @@ Known = tuple[str, tuple[int, int]]  # digest and (width, height)
 class Digests:
     """Digests and sizes of pictures; with a `file`, they are remembered there from start to start.
 
-    A picture whose `open` has a `path` is a file. One whose `open` has a `stamp`, a text that is another when the
-    content is another, is remembered by that. All others are read each time.
+    A picture is remembered if its `open` has a `place`: the path of the file that it is read from, and which part of
+    that it is. All others are read each time.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -70,17 +70,17 @@ class Digests:
 
 def _stamp(picture: Picture) -> tuple[str, str, bool] | None:
     """A picture's name here, what changes when it does, and whether that would be seen if it changed now."""
-    path, stamp = getattr(picture.open, "path", None), getattr(picture.open, "stamp", None)
-    part = " transparency" if picture.alpha else ""
-    if path is None:
-        return None if stamp is None else (f"{stamp}{part}", "", True)
+    place: tuple[str, str] | None = getattr(picture.open, "place", None)
+    if place is None:
+        return None
+    path, part = place
     try:
         status = os.stat(path)
     except OSError:
         return None  # reading it says what is wrong
     settled = time.time() - max(status.st_mtime, status.st_ctime) > GRAIN
     changes = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-    return f"{os.path.abspath(path)}{part}", changes, settled
+    return json.dumps([os.path.abspath(path), part, picture.alpha]), changes, settled
 
 
 def _read(file: Path) -> dict[str, list[Any]]:

@@ -162,6 +162,11 @@ class _Opener:
     def __init__(self, path: str) -> None:
         self.path = path
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """As `data.digests` asks for it: the file, and which part of it (all)."""
+        return self.path, ""
+
     def __call__(self) -> BinaryIO:
         return open(self.path, "rb")
 

@@ -148,6 +148,11 @@ class _Opener:
     def __init__(self, path: str, offset: int, length: int) -> None:
         self.path, self.offset, self.length = path, offset, length
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """As `data.digests` asks for it: the file, and which part of it."""
+        return self.path, f"{self.length} bytes from {self.offset}"
+
     def __call__(self) -> BinaryIO:
         return io.BufferedReader(_Part(self.path, self.offset, self.length))
 

@@ -1,6 +1,7 @@
 """data.digests: a file is read once, and again when anything says that it may have changed."""
 
 import os
+import tarfile
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 from data import digests
 from data.digests import Digests
 from data.pictures import BadPicture, Picture, file_picture
+from data.samples import WebDataset
 
 
 @pytest.fixture
@@ -102,22 +104,38 @@ def test_a_picture_and_its_transparency_are_two_things(tmp_path: Path) -> None:
     assert len(found) == 2
 
 
-def test_what_is_no_file_is_read_each_time_unless_it_has_a_stamp(tmp_path: Path, reads: list[str]) -> None:
-    class Cell:
-        stamp = "table 1234 row 5"
-
-        def __call__(self):
-            return (tmp_path / "a.png").open("rb")
-
+def test_what_has_no_place_is_read_each_time(tmp_path: Path, reads: list[str]) -> None:
     drawn(tmp_path / "a.png", "red")
     index = Digests(tmp_path / "index.json")
-    plain, stamped = Picture("plain", lambda: (tmp_path / "a.png").open("rb")), Picture("row 5", Cell())
-    assert index.look(plain) == index.look(plain) == index.look(stamped) == index.look(stamped)
-    assert reads == ["plain", "plain", "row 5"]
+    cell = Picture("row 5", lambda: (tmp_path / "a.png").open("rb"))
+    assert index.look(cell) == index.look(cell)
+    assert reads == ["row 5", "row 5"]
+
+
+@pytest.mark.usefixtures("later")
+def test_the_pictures_of_one_shard_are_told_apart_and_remembered(tmp_path: Path, reads: list[str]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name in ("red", "blue", "lime"):
+            drawn(tmp_path / f"{name}.png", name, (20, 16))
+            shard.add(tmp_path / f"{name}.png", f"{name}.png")
+            (tmp_path / f"{name}.txt").write_text(name)
+            shard.add(tmp_path / f"{name}.txt", f"{name}.txt")
+    samples = WebDataset(tmp_path / "a.tar")
+    first = Digests(tmp_path / "index.json")
+    found = [first.look(sample.target) for sample in samples]
+    assert [digest for digest, _ in found] == [
+        file_picture(tmp_path / f"{sample.caption}.png").digest() for sample in samples
+    ]
+    assert len({digest for digest, _ in found}) == 3
+    first.save()
+    reads.clear()
+    second = Digests(tmp_path / "index.json")
+    assert [second.look(sample.target) for sample in samples] == found
+    assert reads == []
 
 
 def test_a_file_that_is_gone_is_a_bad_picture(tmp_path: Path) -> None:
-    with pytest.raises(BadPicture, match="cannot be read"):
+    with pytest.raises(BadPicture, match="does not exist"):
         Digests(tmp_path / "index.json").look(file_picture(tmp_path / "none.png"))
 
 
