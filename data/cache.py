@@ -1,4 +1,4 @@
-"""What the frozen encoders make of pictures and prompts, computed once and kept on disk.
+"""What the frozen encoders make of pictures and prompts, computed once and kept on disk: a folder of tensors.
 
 The autoencoder and text encoder never change while an adapter trains, so their results are stored and both are freed; a
 second run loads neither. An entry is found by its recipe, the sha256 of everything that determines it: picture content
@@ -6,53 +6,55 @@ second run loads neither. An entry is found by its recipe, the sha256 of everyth
 equal pictures share one, and runs may share a folder. A manifest of paths and times would have to be kept in step, and
 would be wrong after the first `cp -p`.
 
-Filling takes two steps, since a text encoder may weigh 48 GB: `plan_latents` and `plan_embeddings` compute keys and say
-how many entries are missing; only if some are need the caller load the encoder and hand it to `plan.fill`. Encoders
-get ONE picture or prompt a call: with several, rounding depends on the neighbours, and what the cache holds must not
-depend on what happened to be missing together.
+Filling takes two steps, since a text encoder may weigh 48 GB: `plan_latents` (data/latents.py) and `plan_embeddings`
+(data/embeddings.py) compute keys and say how many entries are missing; only if some are need the caller load the
+encoder and hand it to `plan.fill`. Encoders get ONE picture or prompt a call: with several, rounding depends on the
+neighbours, and what the cache holds must not depend on what happened to be missing together.
 """
 
 import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
-from PIL import Image
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data.buckets import FIT_VERSION, PIXELS_PER_LATENT, Buckets, Size, fit, fit_reference, reference_size
-from data.samples import Picture, Sample, shortened
-
-LATENT_CHANNELS = 128
 MAX_HEADER = 1 << 20  # bytes; an entry's own is a few hundred
+HEAD = 1 << 10  # bytes that are read at once to see a header
 UNFINISHED_SECONDS = 24 * 3600.0  # what is older was left by a process that is no more
+CHECKSUM = "xxh3_64"  # its name in an entry's metadata
 Shape = tuple[int | None, ...]  # of an entry's tensor; None is any number from 1
-EMBEDDING_SHAPE: Shape = (None, None)
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]  # (entries done, entries to do), by this process
+Progress = Callable[[int, int, int], None]  # (entries done, entries to do, bytes stored), by this process
 
 
 class Cache:
     """A folder of tensors, one safetensors file an entry at `folder/ab/abcdef....safetensors`.
 
     Files appear whole or not at all, so processes may share a folder and be killed at any time; what a killed one was
-    writing is left as a `.tmp`, never read, and removed by `sweep` a day later.
+    writing is left as a `.tmp`, never read, and removed by `sweep` a day later. What the disk does to a file later is
+    seen by its checksum when it is read; entries of earlier versions have none, and are read as they are.
     """
+
+    shared = True  # what one process stores, all have
 
     def __init__(self, folder: str | Path) -> None:
         if not isinstance(folder, str | Path):
             raise ValueError(f"cache folder {folder!r} is {type(folder).__name__}: a path was expected")
         self.folder = Path(folder).expanduser()
+        self._root = f"{self.folder}{os.sep}"
+        self._told_unchecked = False
 
     @staticmethod
     def key(kind: str, **recipe: object) -> str:
@@ -66,17 +68,28 @@ class Cache:
     def __contains__(self, key: str) -> bool:
         return self.path(key).is_file()
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
     def holds(self, key: str, name: str, shape: Shape) -> bool:
         """Whether there is an entry with a tensor `name` of `shape`, of full length: reads its header, no data."""
+        try:  # in calls of the system, not of pathlib: at a start this is asked 100,000 times
+            file = os.open(f"{self._root}{key[:2]}{os.sep}{key}.safetensors", os.O_RDONLY)
+        except OSError:
+            return False
         try:
-            with self.path(key).open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if length <= MAX_HEADER else {}
-                size = os.fstat(file.fileno()).st_size
+            size = os.fstat(file).st_size
+            head = os.read(file, HEAD)
+            length = int.from_bytes(head[:8], "little")
+            if HEAD - 8 < length <= MAX_HEADER:
+                head += os.read(file, length)
+            header = json.loads(head[8 : 8 + length]) if length <= MAX_HEADER else {}
             ends = [entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__"]
-            return size == 8 + length + max(ends, default=0) and _fits(tuple(header[name]["shape"]), shape)
+            return size == 8 + length + max(ends, default=0) and fits(tuple(header[name]["shape"]), shape)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             return False
+        finally:
+            os.close(file)
 
     def tensor(self, key: str, name: str, shape: Shape) -> Tensor:
         """The tensor `name` of an entry, as `get`. ValueError, too, if the entry has none, or one of another shape."""
@@ -84,7 +97,7 @@ class Cache:
 
     def pick(self, key: str, tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
         """`tensors[name]`. ValueError, naming the entry `key` that they were read from, unless it is of `shape`."""
-        if name not in tensors or not _fits(tuple(tensors[name].shape), shape):
+        if name not in tensors or not fits(tuple(tensors[name].shape), shape):
             found = ", ".join(f"{other} {tuple(tensor.shape)}" for other, tensor in tensors.items()) or "nothing"
             wanted = ", ".join("any" if side is None else str(side) for side in shape)
             raise ValueError(
@@ -102,247 +115,156 @@ class Cache:
                 continue  # another process swept it
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """An entry, read into CPU memory in the dtypes it was stored in. ValueError if it is missing or damaged."""
+        """An entry, read into CPU memory in the dtypes it was stored in.
+
+        ValueError if it is missing or damaged. One whose content is not what its checksum says is removed, because
+        `holds`, which reads no content, would find it good again.
+        """
         path = self.path(key)
         try:
-            return load(path.read_bytes())  # not memory-mapped: reading ahead must really read
+            content = path.read_bytes()  # not memory-mapped: reading ahead must really read
+            tensors = load(content)
         except FileNotFoundError as error:
             raise ValueError(f"cache entry {path} does not exist (any more): fill the cache again") from error
         except (SafetensorError, OSError) as error:
             raise ValueError(f"cache entry {path} cannot be read ({error}): delete it and fill again") from error
+        begin = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:begin])
+        stored = header.pop("__metadata__", {}).get(CHECKSUM)
+        if stored is None:
+            self._tell_unchecked()
+        elif stored != checksum(header, memoryview(content)[begin:]):
+            raise ValueError(f"cache entry {path} is damaged, its checksum differs: {_removed(path)}")
+        return tensors
 
-    def put(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Stores an entry atomically: written beside its place, flushed to the disk, then renamed.
+    def put(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+        """Stores an entry atomically: written beside its place, flushed to the disk, then renamed; returns its bytes.
 
-        `metadata` is for people who open the file; nothing here reads it.
+        `metadata` is for people who open the file; nothing here reads it but the checksum that is added.
         """
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{key}.{uuid.uuid4().hex}.tmp")
-        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = save(stored)
+        begin = 8 + int.from_bytes(content[:8], "little")
+        header, data = json.loads(content[8:begin]), memoryview(content)[begin:]
+        # written here, because the library would put the metadata in another order each time
+        described = {"__metadata__": {**metadata, CHECKSUM: checksum(header, data)}, **header}
+        head = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        head += b" " * (-len(head) % 8)
         try:
             with unfinished.open("xb") as file:
-                file.write(content)
+                file.write(len(head).to_bytes(8, "little") + head)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
+        return 8 + len(head) + len(data)
+
+    def free(self) -> int:
+        """Bytes that can still be stored."""
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+    def _tell_unchecked(self) -> None:
+        if not self._told_unchecked:
+            log.warning("%s has entries of an earlier version, without a checksum: read unchecked", self.folder)
+        self._told_unchecked = True
 
 
-@dataclass(frozen=True)
-class LatentEntry:
-    """Sizes in pixels, (width, height), and cache keys of one sample's target and references."""
+class MemoryCache(Cache):
+    """Entries of this process alone, in memory, for a run that is to leave nothing on disk (`cache_dir: null`)."""
 
-    size: Size
-    key: str
-    reference_sizes: tuple[Size, ...] = ()
-    reference_keys: tuple[str, ...] = ()
+    shared = False
 
-    @property
-    def bucket(self) -> tuple[Size, tuple[Size, ...]]:
-        """Samples of equal buckets stack into one batch."""
-        return self.size, self.reference_sizes
+    def __init__(self) -> None:
+        super().__init__("memory")
+        self._entries: dict[str, dict[str, Tensor]] = {}
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
 
-@dataclass(frozen=True)
-class LatentPlan:
-    """`entries` in sample order, and the pictures behind them."""
+    def holds(self, key: str, name: str, shape: Shape) -> bool:
+        return name in self._entries.get(key, ()) and fits(tuple(self._entries[key][name].shape), shape)
 
-    cache: Cache
-    entries: tuple[LatentEntry, ...]
-    work: Mapping[str, tuple[Picture, Callable[[Image.Image], Image.Image]]]  # key -> what to encode, and how it is cut
-    shapes: Mapping[str, Shape]  # key -> of its latents
+    def get(self, key: str) -> dict[str, Tensor]:
+        if key not in self._entries:
+            raise ValueError(f"cache entry {key} was not computed by this process")
+        return self._entries[key]
 
-    @property
-    def missing(self) -> int:
-        """How many entries are not in the cache now, or not whole, or not of their shape."""
-        return sum(self.lacks(key) for key in self.work)
+    def put(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+        stored = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        self._entries[key] = stored
+        return sum(tensor.nbytes for tensor in stored.values())
 
-    def lacks(self, key: str) -> bool:
-        return not self.cache.holds(key, "latents", self.shapes[key])
+    def sweep(self) -> None:
+        """There is nothing half written."""
 
-    def fill(
-        self,
-        encode: Callable[[list[Image.Image]], Tensor],
-        process_index: int = 0,
-        num_processes: int = 1,
-        progress: Progress | None = None,
-    ) -> None:
-        """Computes this process's share of the missing entries, storing each as soon as it is there.
-
-        `encode` takes one RGB picture, in a list, of width W and height H and returns (1, 128, H/16, W/16), any float
-        dtype and device. Stored as "latents", (128, H/16, W/16). Raises ValueError, naming the picture, for one that
-        cannot be read or whose latents are not finite.
-        """
-        self.cache.sweep()
-        for key in _share(self.lacks, list(self.work), process_index, num_processes, progress):
-            picture, cut = self.work[key]
-            image = cut(picture.load())
-            latents = encode([image])
-            width, height = image.size
-            expected = (1, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
-            assert tuple(latents.shape) == expected, f"encode returned {tuple(latents.shape)} for {expected}"
-            _check_finite(latents, f"the autoencoder's latents of picture {picture.name}")
-            self.cache.put(key, {"latents": latents[0]}, {"picture": picture.name})
+    def free(self) -> int:
+        return psutil.virtual_memory().available
 
 
-@dataclass(frozen=True)
-class EmbeddingPlan:
-    """`keys` maps each prompt to its entry."""
-
-    cache: Cache
-    keys: Mapping[str, str]
-
-    @property
-    def missing(self) -> int:
-        """How many entries are not in the cache now, or not whole."""
-        return sum(self.lacks(key) for key in self.keys.values())
-
-    def lacks(self, key: str) -> bool:
-        return not self.cache.holds(key, "embeddings", EMBEDDING_SHAPE)
-
-    def fill(
-        self,
-        encode: Callable[[list[str]], Tensor],
-        process_index: int = 0,
-        num_processes: int = 1,
-        progress: Progress | None = None,
-        workers: int = 1,
-    ) -> None:
-        """Computes this process's share of the missing entries, storing each as soon as it is there.
-
-        `encode` takes one prompt, in a list, and returns (1, L, D), any float dtype and device. Stored as "embeddings",
-        (L, D). Raises ValueError, naming the prompt, if it is not finite.
-
-        With several `workers` it is called by as many threads at once, for encoders that wait for an answer. When one
-        call raises, no other begins; those under way are stored if they end well, after this has raised.
-        """
-        prompts = {key: prompt for prompt, key in self.keys.items()}
-
-        def compute(key: str) -> None:
-            embeddings = encode([prompts[key]])
-            shape = tuple(embeddings.shape)
-            assert len(shape) == 3, f"encode returned {shape}, not (1, L, D)"
-            assert shape[0] == 1, f"encode returned {shape} for one prompt"
-            _check_finite(embeddings, f"the text encoder's embedding of prompt {prompts[key]!r}")
-            self.cache.put(key, {"embeddings": embeddings[0]}, {"prompt": prompts[key]})
-
-        self.cache.sweep()
-        missing = _missing(self.lacks, list(prompts), process_index, num_processes)
-        _each(compute, missing, workers, progress)
+def checksum(header: Mapping[str, object], data: memoryview) -> str:
+    """Of an entry's names, dtypes, shapes and content; xxHash takes as long as copying them would."""
+    digest = xxhash.xxh3_64(json.dumps(header, sort_keys=True).encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
-def plan_latents(
-    cache: Cache, samples: Sequence[Sample], buckets: Buckets, encoder_id: str, reference_max_pixels: int
-) -> LatentPlan:
-    """Finds the bucket and key of every picture; reads headers and hashes contents, decodes nothing.
-
-    Logs one warning, with their number, of pictures that are scaled up.
-
-    `encoder_id` is a fingerprint of the autoencoder's weights and dtype. References keep their shape, up to
-    `reference_max_pixels` each. Raises ValueError, naming the picture, for one whose header cannot be read.
-    """
-    work: dict[str, tuple[Picture, Callable[[Image.Image], Image.Image]]] = {}
-    shapes: dict[str, Shape] = {}
-    enlarged: dict[str, str] = {}
-
-    def key(picture: Picture, before: Size, size: Size, is_reference: bool) -> str:
-        recipe = {"picture": picture.digest(), "size": size, "fit": FIT_VERSION, "encoder": encoder_id}
-        found = cache.key("latents", reference=is_reference, **recipe)
-        cut = partial(fit_reference, max_pixels=reference_max_pixels) if is_reference else partial(fit, size=size)
-        work.setdefault(found, (picture, cut))
-        shapes[found] = latent_shape(size)
-        if size[0] > before[0] or size[1] > before[1]:
-            enlarged[found] = f"{shortened(picture.name)}, {before[0]} x {before[1]}"
-        return found
-
-    entries = []
-    for sample in samples:
-        before = sample.target.size
-        size = buckets.assign(*before)
-        references = [(picture, picture.size) for picture in sample.references]
-        reference_sizes = tuple(reference_size(*own, reference_max_pixels) for _, own in references)
-        reference_keys = tuple(
-            key(picture, own, cap, is_reference=True)
-            for (picture, own), cap in zip(references, reference_sizes, strict=True)
-        )
-        target_key = key(sample.target, before, size, is_reference=False)
-        entries.append(LatentEntry(size, target_key, reference_sizes, reference_keys))
-    if enlarged:
-        log.warning(
-            "%d of %d pictures are smaller than the size that they are trained at and are scaled up, such as %s",
-            len(enlarged),
-            len(work),
-            next(iter(enlarged.values())),
-        )
-    return LatentPlan(cache, tuple(entries), work, shapes)
+def _removed(path: Path) -> str:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        return f"delete it ({error.strerror}) and start again"
+    return "it was removed, start again and it is computed anew"
 
 
-def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str) -> EmbeddingPlan:
-    """Finds the key of every distinct prompt.
-
-    `encoder_id` is a fingerprint of all else that shapes an embedding: weights, dtype, template, length, layers read.
-    """
-    keys = {prompt: cache.key("embeddings", prompt=prompt, encoder=encoder_id) for prompt in prompts}
-    return EmbeddingPlan(cache, keys)
-
-
-def latent_shape(size: Size) -> Shape:
-    """Of the latents of a picture of `size` pixels, (width, height)."""
-    return LATENT_CHANNELS, size[1] // PIXELS_PER_LATENT, size[0] // PIXELS_PER_LATENT
-
-
-def _fits(found: tuple[int, ...], wanted: Shape) -> bool:
+def fits(found: tuple[int, ...], wanted: Shape) -> bool:
     return len(found) == len(wanted) and all(a > 0 if b is None else a == b for a, b in zip(found, wanted, strict=True))
 
 
-def _share(
-    lacks: Callable[[str], bool],
-    keys: Sequence[str],
-    process_index: int,
-    num_processes: int,
-    progress: Progress | None,
-) -> Iterator[str]:
-    """The missing keys that this process is to fill, reporting progress after each."""
-    missing = _missing(lacks, keys, process_index, num_processes)
-    for done, key in enumerate(missing, start=1):
-        yield key
-        if progress is not None:
-            progress(done, len(missing))
-
-
-def _missing(lacks: Callable[[str], bool], keys: Sequence[str], process_index: int, num_processes: int) -> list[str]:
+def share(
+    cache: Cache, lacks: Callable[[str], bool], keys: Sequence[str], process_index: int, num_processes: int
+) -> list[str]:
     """The missing keys that this process is to fill.
 
     Every n-th of *all* keys, not of the missing ones: another process may have begun to fill before this one looks, and
-    shares of two different lists would leave entries that nobody computes.
+    shares of two different lists would leave entries that nobody computes. Of a cache that is not shared, all.
     """
     assert 0 <= process_index < num_processes
-    return [key for key in keys[process_index::num_processes] if lacks(key)]
+    own = keys[process_index::num_processes] if cache.shared else keys
+    return [key for key in own if lacks(key)]
 
 
-def _each(work: Callable[[str], None], keys: Sequence[str], workers: int, progress: Progress | None) -> None:
+def each(work: Callable[[str], int], keys: Sequence[str], workers: int, progress: Progress | None) -> None:
     """`work` for every key, by this thread or by several others, reporting progress after each that is done.
 
-    The first error is raised at once: the others may be waiting for an answer that never comes.
+    `work` returns the bytes that it stored. The first error is raised at once: the others may be waiting for an answer
+    that never comes.
     """
+    stored = 0
     if workers == 1:  # models compute in the thread that loaded them
         for done, key in enumerate(keys, start=1):
-            work(key)
+            stored += work(key)
             if progress is not None:
-                progress(done, len(keys))
+                progress(done, len(keys), stored)
         return
     pool = ThreadPoolExecutor(workers)
     try:
         for done, future in enumerate(as_completed([pool.submit(work, key) for key in keys]), start=1):
-            future.result()
+            stored += future.result()
             if progress is not None:
-                progress(done, len(keys))
+                progress(done, len(keys), stored)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _check_finite(tensor: Tensor, what: str) -> None:
+def check_finite(tensor: Tensor, what: str) -> None:
+    """ValueError, beginning with `what`, for NaN and infinity."""
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{what} has NaN or infinite values, not stored: run the encoder in bfloat16 or float32")

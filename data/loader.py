@@ -9,79 +9,19 @@ There is nothing to decode here: latents and embeddings come from the cache, a f
 while this one trains, and what was read stays in memory up to a limit.
 """
 
-import hashlib
-import json
-from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from data.cache import EMBEDDING_SHAPE, Cache, LatentEntry, Shape, latent_shape
-
-
-def derived_generator(seed: int, *key: int | str) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments, such as (seed, "noise", step, position).
-
-    The key goes through sha256: equal on every machine and in every process, unlike `hash`, and neighbours are
-    unrelated.
-    """
-    digest = hashlib.sha256(json.dumps([seed, *key]).encode()).digest()
-    # Torch's CPU generator keeps 32 bits of a seed; these are the ones it keeps.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-
-
-class BucketSampler:
-    """Which samples a step trains on: `batch(step)` is a pure function of the arguments, the seed and the step.
-
-    A batch has samples of one bucket. Each bucket runs through shuffled passes of its samples; a batch takes the next
-    `global_batch` of them, across the end of a pass if need be, so a bucket smaller than a batch wraps around.
-
-    Which bucket a step takes comes from shuffled cycles of N steps, N being the number of samples, in which a bucket
-    appears once for each of its samples. Its chance is thus proportional to its size, and after a whole cycle every
-    sample was seen exactly `global_batch` times; independent draws would give that only on average, and need a replay
-    of all earlier steps to resume.
-
-    Args:
-        buckets: the bucket of each sample, anything hashable.
-        global_batch: samples in a step over all processes and micro-batches.
-        seed: of the order.
-    """
-
-    def __init__(self, buckets: Sequence[Hashable], global_batch: int, seed: int) -> None:
-        if not buckets:
-            raise ValueError("there are no samples to train on: the dataset is empty")
-        _check_int("global_batch", global_batch, 1)
-        self.global_batch = global_batch
-        self.seed = _check_int("seed", seed, 0)
-        members: dict[Hashable, list[int]] = defaultdict(list)
-        for index, bucket in enumerate(buckets):
-            members[bucket].append(index)
-        self._members = list(members.values())
-        self._bucket_of = torch.empty(len(buckets), dtype=torch.int64)
-        for number, indices in enumerate(self._members):
-            self._bucket_of[indices] = number
-        self._permutation = lru_cache(maxsize=2 * len(members) + 2)(self._draw_permutation)
-
-    def batch(self, step: int) -> list[int]:
-        """The sample indices of a step (from 0), by position in the global batch; all of one bucket."""
-        assert step >= 0
-        cycle, place = divmod(step, len(self._bucket_of))
-        order = self._bucket_of[self._permutation("bucket", cycle, len(self._bucket_of))]
-        number = int(order[place])
-        members = self._members[number]
-        earlier_batches = cycle * len(members) + int((order[:place] == number).sum())
-        batch = []
-        for k in range(earlier_batches * self.global_batch, (earlier_batches + 1) * self.global_batch):
-            passed, offset = divmod(k, len(members))
-            batch.append(members[int(self._permutation(number, passed, len(members))[offset])])
-        return batch
-
-    def _draw_permutation(self, name: int | str, turn: int, length: int) -> Tensor:
-        return torch.randperm(length, generator=derived_generator(self.seed, "order", name, turn))
+from data.buckets import Size
+from data.cache import Cache, Shape
+from data.embeddings import EMBEDDING_SHAPE, unpacked
+from data.latents import LatentEntry, latent_shape, mask_shape
+from data.sampler import BucketSampler, check_int, derived_generator
 
 
 @dataclass(frozen=True)
@@ -95,6 +35,7 @@ class Batch:
         captions: what was embedded; "" where the caption was dropped.
         indices: which samples of the dataset.
         positions: their places in the global batch, which noise and timesteps are drawn by.
+        mask: (B, 1, H/16, W/16), from 0 to 1, how much each place counts in the loss; None if no sample has a mask.
     """
 
     latents: Tensor
@@ -103,6 +44,7 @@ class Batch:
     captions: list[str]
     indices: list[int]
     positions: list[int]
+    mask: Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Batch":
         """The same batch with its tensors on `device`, as `dtype`."""
@@ -111,6 +53,7 @@ class Batch:
             latents=self.latents.to(device, dtype),
             references=[reference.to(device, dtype) for reference in self.references],
             embeddings=self.embeddings.to(device, dtype),
+            mask=None if self.mask is None else self.mask.to(device, dtype),
         )
 
 
@@ -121,19 +64,23 @@ class Loader:
     of batch_size * gradient_accumulation * num_processes samples.
 
     Args:
-        cache, entries, captions: the filled cache; latent entry and caption of each sample, in sample order.
+        cache, entries, captions: the filled cache; latent entry and captions of each sample, in sample order.
         embedding_keys: cache key of each caption's embedding, and of "" if captions are dropped.
+        weights: how often each sample is trained relative to others; None is 1 for all.
         caption_dropout: probability, from 0 to 1, of training a sample on the empty prompt.
+        reference_dropout: probability, from 0 to 1, of training a step's samples without their references. Drawn for
+            all samples of a step at once: those with references and those without have different token shapes.
         memory_limit_gb: keep what was read, up to this many 10^9 bytes; the least recently used goes first. 0: nothing.
 
-    Raises ValueError, naming the argument, for a value out of range or a caption without a key.
+    Raises ValueError, naming the argument, for a value out of range, a caption without a key, or reference_dropout
+    where no sample has references.
     """
 
     def __init__(
         self,
         cache: Cache,
         entries: Sequence[LatentEntry],
-        captions: Sequence[str],
+        captions: Sequence[Sequence[str]],
         embedding_keys: Mapping[str, str],
         *,
         batch_size: int,
@@ -141,24 +88,29 @@ class Loader:
         num_processes: int = 1,
         process_index: int = 0,
         seed: int,
+        weights: Sequence[float] | None = None,
         caption_dropout: float = 0.0,
+        reference_dropout: float = 0.0,
         memory_limit_gb: float = 2.0,
     ) -> None:
         assert len(entries) == len(captions)
+        assert all(captions)
         assert 0 <= process_index < num_processes
-        if not isinstance(caption_dropout, int | float) or not 0.0 <= caption_dropout <= 1.0:
-            raise ValueError(f"caption_dropout={caption_dropout!r} must be a probability, from 0 to 1")
+        _check_probability("caption_dropout", caption_dropout)
+        _check_probability("reference_dropout", reference_dropout)
         if not isinstance(memory_limit_gb, int | float) or not memory_limit_gb >= 0:
             raise ValueError(f"memory_limit_gb={memory_limit_gb!r} must be a number of at least 0")
-        needed = {*captions, ""} if caption_dropout > 0 else set(captions)
+        if reference_dropout > 0 and not any(entry.reference_keys for entry in entries):
+            raise ValueError(f"reference_dropout={reference_dropout} has nothing to drop: no sample has references")
+        needed = {caption for variants in captions for caption in variants} | ({""} if caption_dropout > 0 else set())
         if unknown := sorted(needed - embedding_keys.keys()):
             raise ValueError(f"{len(unknown)} prompts have no embedding, such as {unknown[0]!r}: plan them too")
-        self.batch_size = _check_int("batch_size", batch_size, 1)
-        self.gradient_accumulation = _check_int("gradient_accumulation", gradient_accumulation, 1)
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.gradient_accumulation = check_int("gradient_accumulation", gradient_accumulation, 1)
         self.num_processes, self.process_index = num_processes, process_index
-        self.seed, self.caption_dropout = seed, caption_dropout
+        self.seed, self.caption_dropout, self.reference_dropout = seed, caption_dropout, reference_dropout
         self.sampler = BucketSampler(
-            [entry.bucket for entry in entries], batch_size * gradient_accumulation * num_processes, seed
+            [entry.bucket for entry in entries], batch_size * gradient_accumulation * num_processes, seed, weights
         )
         self._entries, self._captions, self._embedding_keys = entries, captions, embedding_keys
         self._cache = cache
@@ -191,38 +143,68 @@ class Loader:
 
     def _read_batch(self, step: int, step_indices: Sequence[int], positions: Sequence[int]) -> Batch:
         indices = [step_indices[position] for position in positions]
-        entries = [self._entries[index] for index in indices]
-        captions = [
-            "" if self._drops_caption(step, position) else self._captions[index]
-            for position, index in zip(positions, indices, strict=True)
-        ]
-        references = zip(*(entry.reference_keys for entry in entries), strict=True)  # by reference, each over the batch
+        entries, captions = [], []
+        for position, index in zip(positions, indices, strict=True):
+            entries.append(self._variant(step, position, index))
+            captions.append(self._caption(step, position, index))
         size, reference_sizes = entries[0].bucket
+        if self._drops_references(step):
+            reference_sizes = ()
         return Batch(
             latents=self._stack("latents", [entry.key for entry in entries], latent_shape(size)),
             references=[
-                self._stack("latents", keys, latent_shape(each))
-                for keys, each in zip(references, reference_sizes, strict=True)
+                self._stack("latents", [entry.reference_keys[number] for entry in entries], latent_shape(each))
+                for number, each in enumerate(reference_sizes)
             ],
-            embeddings=self._stack(
-                "embeddings", [self._embedding_keys[caption] for caption in captions], EMBEDDING_SHAPE
-            ),
+            embeddings=self._embeddings([self._embedding_keys[caption] for caption in captions]),
             captions=captions,
             indices=indices,
             positions=list(positions),
+            mask=self._masks([entry.mask_key for entry in entries], size),
         )
 
-    def _drops_caption(self, step: int, position: int) -> bool:
+    def _variant(self, step: int, position: int, index: int) -> LatentEntry:
+        """The entry to train: of one that has several crops, or is mirrored too, one drawn."""
+        variants = self._entries[index].variants
+        return variants[self._draw("variant", step, position, len(variants))]
+
+    def _caption(self, step: int, position: int, index: int) -> str:
+        """The caption to train: one drawn of several, or the empty one in its place."""
         draw = torch.rand((), generator=derived_generator(self.seed, "dropout", step, position))
-        return draw.item() < self.caption_dropout
+        if draw.item() < self.caption_dropout:
+            return ""
+        captions = self._captions[index]
+        return captions[self._draw("caption", step, position, len(captions))]
+
+    def _draw(self, what: str, step: int, position: int, choices: int) -> int:
+        if choices == 1:
+            return 0
+        return int(torch.randint(choices, (), generator=derived_generator(self.seed, what, step, position)))
+
+    def _drops_references(self, step: int) -> bool:
+        draw = torch.rand((), generator=derived_generator(self.seed, "reference dropout", step))
+        return draw.item() < self.reference_dropout
 
     def _stack(self, name: str, keys: Sequence[str], shape: Shape) -> Tensor:
-        """One tensor of every entry. ValueError, naming the entry, for one not of `shape` or not of the first's."""
+        """One tensor of every entry. ValueError, naming the entry, for one not of `shape`."""
+        return torch.stack([self._cache.pick(key, self._memory.get(key), name, shape) for key in keys])
+
+    def _embeddings(self, keys: Sequence[str]) -> Tensor:
+        """(B, L, D). ValueError, naming the entry, for one not of the first's shape."""
         stacked: list[Tensor] = []
         for key in keys:
-            stacked.append(self._cache.pick(key, self._memory.get(key), name, shape))
-            shape = tuple(stacked[0].shape)
+            shape = tuple(stacked[0].shape) if stacked else EMBEDDING_SHAPE
+            stacked.append(unpacked(self._cache, key, self._memory.get(key), shape))
         return torch.stack(stacked)
+
+    def _masks(self, keys: Sequence[str | None], size: Size) -> Tensor | None:
+        """(B, 1, H/16, W/16) from 0 to 1; a sample without a mask counts everywhere."""
+        if not any(keys):
+            return None
+        shape = mask_shape(size)
+        everywhere = torch.full(shape, 255, dtype=torch.uint8)
+        masks = [everywhere if key is None else self._stack("mask", [key], shape)[0] for key in keys]
+        return torch.stack(masks).float() / 255
 
 
 class _Memory:
@@ -248,7 +230,6 @@ def _nbytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _check_int(key: str, value: object, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{key}={value!r} must be a whole number of at least {least}")
-    return value
+def _check_probability(key: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{key}={value!r} must be a probability, from 0 to 1")

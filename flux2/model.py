@@ -241,7 +241,8 @@ class Transformer(nn.Module):
         self.run_block: Callable[..., Any] = call
         self.streams = False  # whether weights of blocks wait in host memory (offload.py)
         self.img_in = nn.Linear(config.channels, config.hidden, bias=False)
-        self.txt_in = nn.Linear(config.text_width, config.hidden, bias=False)
+        # replaced by the identity where embeddings are stored as it gives them
+        self.txt_in: nn.Module = nn.Linear(config.text_width, config.hidden, bias=False)
         self.time_in = Embedder(config.time_width, config.hidden)
         if config.guidance:
             self.guidance_in = Embedder(config.time_width, config.hidden)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import re
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +18,53 @@ from flux2.variants import Variant, variant
 
 TINY_FOLDER = Path(__file__).parent / "assets" / "tiny"
 Part = Literal["transformer", "vae", "text_encoder", "tokenizer"]
+log = logging.getLogger(__name__)
 
 
 class WeightsError(ValueError):
     """A model's files are absent, unreadable, or not those of the model asked for."""
+
+
+class Fingerprints:
+    """Fingerprints of model parts in a file, by where the configuration says that the parts are.
+
+    With them, what was computed by an encoder is found again where its files are not: moved away to make room, or never
+    downloaded to the machine that trains. They are those of the files that were last there. Without a file nothing is
+    known.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._kept = {} if file is None else self._read(file)
+        self._found = dict(self._kept)
+
+    @staticmethod
+    def _read(file: Path) -> dict[str, str]:
+        try:
+            return {str(name): str(value) for name, value in json.loads(file.read_text()).items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError) as error:
+            log.warning("%s cannot be read (%s): fingerprints are taken from the model's files", file, error)
+            return {}
+
+    def get(self, name: str) -> str | None:
+        return self._found.get(name)
+
+    def set(self, name: str, fingerprint: str) -> None:
+        self._found[name] = fingerprint
+
+    def save(self) -> None:
+        """Writes what is new. Raises OSError if that is not possible."""
+        if self._file is None or self._found == self._kept:
+            return
+        unfinished = self._file.with_name(f".{self._file.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            unfinished.write_text(json.dumps(self._found, indent=1, sort_keys=True))
+            unfinished.replace(self._file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self._kept = dict(self._found)
 
 
 @dataclass(frozen=True)
@@ -27,13 +73,15 @@ class ModelSource:
 
     `path` is a repository id, a folder in the published layout, or a safetensors file with the transformer. The
     autoencoder and the text encoder come from there too unless they are given, likewise as id, folder or (the
-    autoencoder) file; beside a single transformer file they come from the variant's repository.
+    autoencoder) file; beside a single transformer file they come from the variant's repository. `fingerprints` are what
+    is known of parts that are not there.
     """
 
     variant: Variant
     path: str
     autoencoder: str | None = None
     text_encoder: str | None = None
+    fingerprints: Fingerprints | None = field(default=None, compare=False, repr=False)
 
     def where(self, part: Part) -> str:
         given = {"vae": self.autoencoder, "transformer": None}.get(part, self.text_encoder)
@@ -122,14 +170,49 @@ def download(repo: str, part: Part) -> str:
     return snapshot
 
 
+def is_here(source: ModelSource, part: Part) -> bool:
+    """Whether a part's files can be read without downloading them."""
+    where = source.where(part)
+    if looks_local(where):
+        return True  # or there is an error that says what is wrong
+    try:
+        snapshot = huggingface_hub.snapshot_download(where, allow_patterns=[f"{part}/*"], local_files_only=True)
+    except hub_errors.LocalEntryNotFoundError:
+        return False
+    return (Path(snapshot) / part).is_dir()
+
+
 def fingerprint(source: ModelSource, part: Part) -> str:
     """What a cached result of this part depends on: a digest of its files.
 
     Of each file: name, size, the safetensors header (names, shapes, offsets) and three samples of the data. Hashing
-    48 GB whole would take longer than reading a cache saves.
+    48 GB whole would take longer than reading a cache saves. If the files are not there, or not downloaded, and
+    `source.fingerprints` knows the part, it is what that says, after a warning.
     """
+    name = f"{part} of {source.where(part)}"
+    known = source.fingerprints.get(name) if source.fingerprints is not None else None
+    try:
+        if known is not None and not is_here(source, part):
+            raise WeightsError(f"{source.where(part)} is not downloaded")
+        found = digest_of_files(source, part)
+    except WeightsError as error:
+        if known is None:
+            raise
+        log.warning("using what is cached of the %s that was last there (%s)", name, error)
+        return known
+    if source.fingerprints is not None:
+        source.fingerprints.set(name, found)
+    return found
+
+
+def digest_of_files(source: ModelSource, part: Part) -> str:
+    """Raises WeightsError if there are none."""
     single = source.file(part)
     files = [single] if single else sorted(file for file in source.folder(part).glob("*.*") if file.is_file())
+    if not any(file.suffix == ".safetensors" for file in files) and part != "tokenizer":
+        raise WeightsError(f"{source.folder(part)} holds no .safetensors file")
+    if not files:
+        raise WeightsError(f"{source.folder(part)} is empty")
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

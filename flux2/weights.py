@@ -196,8 +196,8 @@ def place(
         put(model, name, tensor.to(stays, dtype if tensor.is_floating_point() else None).contiguous())
 
 
-def transformer_names(model: Transformer, files: TensorFiles) -> tuple[dict[str, Published], Callable[[str], bool]]:
-    """Where each of the transformer's tensors is in `files`, and which of their names belong to other models."""
+def transformer_names(model: nn.Module, files: TensorFiles) -> tuple[dict[str, Published], Callable[[str], bool]]:
+    """Where each tensor of a transformer, or a part of it, is in `files`, and which names there are of other models."""
     prefix = next((p for p in ("model.diffusion_model.", "diffusion_model.") if f"{p}img_in.weight" in files.names), "")
     if f"{prefix}img_in.weight" in files.names:  # Black Forest Labs' names, perhaps with ComfyUI's prefix
         published = {name: Published((prefix + name,)) for name in taken(model)}
@@ -250,6 +250,19 @@ def load_transformer(
     if copies is not None and digests is not None and filled.quantised:
         copies.write(model, digests)
     return model
+
+
+def load_text_projection(source: ModelSource, device: torch.device | str, dtype: torch.dtype) -> nn.Linear:
+    """The transformer's first layer on embeddings, `txt_in`, alone: (.., text_width) -> (.., hidden)."""
+    with torch.device("meta"):
+        whole = Transformer(source.variant.transformer)
+    model = nn.Module()
+    model.txt_in = whole.txt_in
+    files = tensor_files(source, "transformer")
+    published, _ = transformer_names(model, files)
+    fill(model, files, published, f"txt_in of {source.variant.name}", device, dtype, ignored=lambda name: True)
+    assert isinstance(whole.txt_in, nn.Linear)
+    return whole.txt_in
 
 
 def load_autoencoder(

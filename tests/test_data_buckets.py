@@ -1,9 +1,11 @@
 """data.buckets: which sizes there are, which one a picture gets, and that fitting neither distorts nor pads."""
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 
-from data.buckets import Buckets, fit, fit_reference, reference_size
+from data.buckets import MIDDLE, Buckets, Cut, fit, fit_mask, fit_reference, lost, reference_size
+
+FIRST_CROPS = [500, 874, 243]
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(64, 16), (512, 16), (1024, 64)])
@@ -19,11 +21,11 @@ def test_every_bucket_keeps_to_the_area_the_step_and_the_aspect(resolution: int,
 
 def test_a_square_picture_gets_the_resolution_exactly() -> None:
     for resolution in range(16, 1041, 16):
-        assert Buckets(resolution).assign(777, 777) == (resolution, resolution)
+        assert Buckets(resolution).assign(1100, 1100) == (resolution, resolution)
 
 
 def test_a_picture_gets_the_bucket_of_the_nearest_aspect() -> None:
-    buckets = Buckets(64)
+    buckets = Buckets(64, upscale=True)
     assert buckets.sizes == ((80, 48), (64, 64), (48, 80))
     assert buckets.assign(1600, 1000) == (80, 48)
     assert buckets.assign(1000, 1600) == (48, 80)
@@ -48,6 +50,15 @@ def test_max_aspect_one_leaves_only_the_square() -> None:
         ({"resolution": "512"}, "resolution='512'"),
         ({"resolution": 512, "max_aspect": 0.5}, "max_aspect=0.5"),
         ({"resolution": 512, "max_aspect": "2"}, "max_aspect='2'"),
+        ({"resolution": []}, r"resolution=\[\] .* several different"),
+        ({"resolution": [512, 512]}, r"resolution=\[512, 512\] .* several different"),
+        ({"resolution": [512, 500]}, "resolution=500 .* multiple of 16"),
+        ({"resolution": 512, "upscale": "no"}, "upscale='no' must be true or false"),
+        ({"resolution": 512, "flip": 1}, "flip=1 must be true or false"),
+        ({"resolution": 512, "random_crops": -1}, "random_crops=-1"),
+        ({"resolution": 512, "random_crops": True}, "random_crops=True"),
+        ({"resolution": [512, 256], "min_resolution": 257}, "min_resolution=257 .* smallest resolution, 256"),
+        ({"resolution": 512, "min_resolution": 64, "upscale": True}, "min_resolution=64 does nothing with upscale"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict, message: str) -> None:
@@ -102,3 +113,101 @@ def test_a_reference_is_cropped_in_the_middle_and_not_scaled_when_it_fits():
 
 def test_a_reference_that_is_too_large_is_shrunk_to_its_reference_size():
     assert fit_reference(Image.new("RGB", (640, 320)), 128**2).size == reference_size(640, 320, 128**2) == (176, 80)
+
+
+def test_a_picture_goes_to_the_largest_resolution_that_it_fills() -> None:
+    buckets = Buckets([64, 256, 128])
+    assert buckets.resolutions == (256, 128, 64)
+    assert buckets.assign(300, 300) == (256, 256)
+    assert buckets.assign(256, 256) == (256, 256)
+    assert buckets.assign(255, 256) == (128, 128)
+    assert buckets.assign(200, 120) == (160, 96)
+    assert buckets.assign(100, 60) == (80, 48)
+    assert set(buckets.sizes) == {size for side in (64, 128, 256) for size in Buckets(side).sizes}
+
+
+@pytest.mark.parametrize("step", [16, 64])
+def test_no_picture_is_enlarged_and_none_has_more_pixels_than_asked_for(step: int) -> None:
+    buckets = Buckets(512, step)
+    for width in range(128, 1400, 53):
+        for height in range(128, 1400, 37):
+            size = buckets.assign(width, height)
+            if size is None:
+                assert (width // step * step) * (height // step * step) < 2 * 128**2
+                continue
+            assert size[0] <= width
+            assert size[1] <= height
+            assert size[0] % step == size[1] % step == 0
+            assert max(size) <= 2 * min(size)
+            assert 128**2 <= size[0] * size[1] <= 512**2
+
+
+def test_a_picture_that_fills_no_bucket_keeps_its_own_size_to_the_grid() -> None:
+    assert Buckets(1024).assign(700, 500) == (688, 496)
+    assert Buckets(1024).assign(2000, 300) == (576, 288)  # max_aspect
+    assert Buckets(1024, step=64).assign(700, 500) == (640, 448)
+
+
+def test_too_small_a_picture_has_no_bucket_and_is_told_why() -> None:
+    buckets = Buckets(1024)
+    assert buckets.assign(256, 256) == (256, 256)
+    assert buckets.assign(255, 256) is None
+    assert buckets.assign(3, 3) is None
+    assert "has 255 x 256 pixels, too few for buckets.min_resolution of 256" in buckets.too_small(255, 256)
+    assert Buckets(1024, min_resolution=100).assign(255, 256) == (240, 256)
+    assert Buckets(1024, upscale=True).assign(3, 3) == (1024, 1024)
+    assert Buckets([1024, 512], upscale=True).assign(700, 700) == (512, 512)
+    assert Buckets([1024, 512], upscale=True).assign(30, 30) == (512, 512)
+
+
+def test_crops_are_drawn_by_content_and_move_along_what_is_cut_off() -> None:
+    buckets = Buckets(64, random_crops=20)
+    cuts = buckets.cuts((200, 100), (64, 64), "ab")
+    assert cuts == buckets.cuts((200, 100), (64, 64), "ab") != buckets.cuts((200, 100), (64, 64), "cd")
+    assert {cut.at[1] for cut in cuts} == {500}
+    assert len({cut.at[0] for cut in cuts}) > 15
+    assert all(0 <= cut.at[0] <= 1000 for cut in cuts)
+    assert {cut.at[0] for cut in buckets.cuts((100, 200), (64, 64), "ab")} == {500}
+    assert set(buckets.cuts((100, 100), (64, 64), "ab")) == {MIDDLE}  # nothing is cut off
+    # Fixed: a cache filled yesterday must be found.
+    assert [cut.at[0] for cut in cuts[:3]] == FIRST_CROPS
+
+
+def test_every_crop_is_there_mirrored_too() -> None:
+    assert Buckets(64, flip=True).cuts((80, 80), (64, 64), "ab") == (MIDDLE, Cut(mirrored=True))
+    cuts = Buckets(64, random_crops=3, flip=True).cuts((200, 100), (64, 64), "ab")
+    assert [cut.at for cut in cuts[:3]] == [cut.at for cut in cuts[3:]]
+    assert [cut.mirrored for cut in cuts] == [False] * 3 + [True] * 3
+
+
+def test_a_cut_is_a_part_of_the_picture_and_adds_to_a_key_only_if_it_is_not_the_middle() -> None:
+    picture = Image.effect_noise((96, 32), 80).convert("RGB")
+    small = picture.resize((48, 16), Image.Resampling.LANCZOS)
+    for at, left in ((0, 0), (1000, 32), (250, 8)):
+        difference = ImageChops.difference(fit(picture, (16, 16), Cut((at, 500))), small.crop((left, 0, left + 16, 16)))
+        assert max(high for _, high in difference.getextrema()) <= 1  # type: ignore[misc]
+    mirrored = fit(picture, (16, 16), Cut((0, 500), mirrored=True))
+    assert ImageOps.mirror(mirrored).tobytes() == fit(picture, (16, 16), Cut((0, 500))).tobytes()
+    assert MIDDLE.recipe == {}
+    assert Cut((0, 500), mirrored=True).recipe == {"at": (0, 500), "mirrored": True}
+
+
+def test_a_mask_is_cut_as_its_picture_and_averaged_over_latents() -> None:
+    mask = Image.new("L", (64, 32), 0)
+    mask.paste(255, (0, 0, 24, 32))
+    assert list(fit_mask(mask, (64, 32)).get_flattened_data()) == [255, 128, 0, 0] * 2
+    assert list(fit_mask(mask, (64, 32), Cut(mirrored=True)).get_flattened_data()) == [0, 0, 128, 255] * 2
+    assert list(fit_mask(mask, (32, 32), Cut((1000, 500))).get_flattened_data()) == [0, 0] * 2
+
+
+def test_what_is_cut_off_is_a_share_of_the_area() -> None:
+    assert lost((100, 100), (64, 64)) == 0
+    assert lost((200, 100), (64, 64)) == lost((100, 200), (64, 64)) == 0.5
+    assert lost((400, 300), (64, 64)) == 0.25
+
+
+def test_a_mirrored_reference_is_the_mirror_of_it() -> None:
+    picture = Image.effect_noise((37, 70), 90).convert("RGB")
+    assert ImageOps.mirror(fit_reference(picture, 10_000, mirrored=True)).tobytes() == (
+        fit_reference(picture, 10_000).tobytes()
+    )

@@ -6,58 +6,20 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from cache_helpers import SAMPLES, encode_images, encode_prompts, files, picture, plan, refuse
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
-import data.cache
+import data.latents
 from data.buckets import Buckets
-from data.cache import Cache, plan_embeddings, plan_latents
-from data.samples import Picture, Sample
-
-
-def picture(color: str, size: tuple[int, int] = (40, 40), name: str | None = None) -> Picture:
-    stream = BytesIO()
-    Image.new("RGB", size, color).save(stream, "PNG")
-    return Picture(name or color, lambda: BytesIO(stream.getvalue()))
-
-
-def encode_images(images: list[Image.Image]) -> Tensor:
-    """A stand-in autoencoder whose latents hold the mean colour of a picture."""
-    assert len(images) == 1
-    width, height = images[0].size
-    red, green, blue = images[0].resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
-    value = red / 255 + green / 10 + blue / 3
-    return torch.full((1, 128, height // 16, width // 16), value, dtype=torch.bfloat16)
-
-
-def encode_prompts(prompts: list[str]) -> Tensor:
-    assert len(prompts) == 1
-    return torch.full((1, 4, 6), float(len(prompts[0])))
-
-
-def refuse(_: list) -> Tensor:
-    raise AssertionError("the encoder was called though nothing is missing")
-
-
-def files(cache: Cache) -> list[Path]:
-    return [path for path in cache.folder.rglob("*") if path.is_file()] if cache.folder.exists() else []
-
-
-SAMPLES = [
-    Sample(picture("red"), ("a",), (picture("blue", (100, 50)),)),
-    Sample(picture("lime"), ("b",)),
-    Sample(picture("white", (80, 48)), ("c",)),
-]
-
-
-def plan(cache: Cache, samples: list[Sample] = SAMPLES, **changes: object) -> data.cache.LatentPlan:
-    arguments = {"buckets": Buckets(64), "encoder_id": "vae", "reference_max_pixels": 32 * 32} | changes
-    return plan_latents(cache, samples, **arguments)  # type: ignore[arg-type]
+from data.cache import Cache, MemoryCache
+from data.embeddings import plan_embeddings
+from data.samples import Sample
 
 
 def test_an_entry_comes_back_with_its_values_shape_and_dtype(tmp_path: Path) -> None:
@@ -137,7 +99,7 @@ def test_latents_are_filled_in_sample_order_and_keep_their_dtype(tmp_path: Path)
     cache = Cache(tmp_path)
     planned = plan(cache)
     seen: list[tuple[int, int]] = []
-    planned.fill(encode_images, progress=lambda done, total: seen.append((done, total)))
+    planned.fill(encode_images, progress=lambda done, total, _: seen.append((done, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert planned.missing == 0
     for sample, entry in zip(SAMPLES, planned.entries, strict=True):
@@ -183,7 +145,7 @@ def test_equal_content_under_another_name_is_one_entry(tmp_path: Path) -> None:
     assert planned.entries[0].key == planned.entries[1].key
 
 
-@pytest.mark.parametrize("changes", [{"encoder_id": "other"}, {"buckets": Buckets(32)}])
+@pytest.mark.parametrize("changes", [{"encoder_id": "other"}, {"buckets": Buckets(32, upscale=True)}])
 def test_another_encoder_or_size_is_another_entry(tmp_path: Path, changes: dict) -> None:
     cache = Cache(tmp_path)
     plan(cache, SAMPLES[1:]).fill(encode_images)
@@ -192,7 +154,7 @@ def test_another_encoder_or_size_is_another_entry(tmp_path: Path, changes: dict)
 
 def test_another_fit_version_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan(Cache(tmp_path)).fill(encode_images)
-    monkeypatch.setattr(data.cache, "FIT_VERSION", -1)
+    monkeypatch.setattr(data.latents, "FIT_VERSION", -1)
     assert plan(Cache(tmp_path)).missing == 4
 
 
@@ -250,7 +212,8 @@ def test_metadata_says_what_an_entry_is(tmp_path: Path) -> None:
     planned.fill(encode_prompts)
     content = cache.path(planned.keys["a cat"]).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert header["__metadata__"] == {"prompt": "a cat"}
+    assert header["__metadata__"].keys() == {"prompt", "xxh3_64"}
+    assert header["__metadata__"]["prompt"] == "a cat"
 
 
 def test_an_entry_that_is_not_whole_or_another_thing_counts_as_missing_and_is_computed_again(tmp_path: Path) -> None:
@@ -324,7 +287,7 @@ def test_several_workers_have_as_many_prompts_under_way_and_store_what_one_store
 
     prompts = ["", "b", "cc", "ddd", "eeee", "fffff"]
     planned, seen = plan_embeddings(Cache(tmp_path / "many"), prompts, "text"), []
-    planned.fill(waiting, progress=lambda done, total: seen.append((done, total)), workers=3)
+    planned.fill(waiting, progress=lambda done, total, _: seen.append((done, total)), workers=3)
     assert seen == [(done, 6) for done in range(1, 7)]
     alone = plan_embeddings(Cache(tmp_path / "one"), prompts, "text")
     alone.fill(encode_prompts)
@@ -355,3 +318,68 @@ def test_an_error_of_one_worker_comes_at_once_begins_no_other_prompt_and_keeps_w
     assert planned.keys["wait"] in planned.cache
     assert len(begun) <= 3, "one more may have begun before the error was seen"
     assert planned.missing >= 19
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("place", ["data", "header"])
+def test_content_that_changed_on_the_disk_is_seen_when_read_and_computed_again(tmp_path: Path, place: str) -> None:
+    cache = Cache(tmp_path)
+    planned = plan(cache)
+    planned.fill(encode_images)
+    key = next(iter(planned.work))
+    content = cache.path(key).read_bytes()
+    swapped = content.replace(b"[128,4,4]", b"[4,128,4]")  # two sides that change places hold as many numbers
+    damaged = flipped(content, len(content) - 100) if place == "data" else swapped
+    assert damaged != content
+    cache.path(key).write_bytes(damaged)
+    with pytest.raises(ValueError, match=rf"{cache.path(key)} is damaged, its checksum differs: it was removed, start"):
+        cache.get(key)
+    assert planned.missing == 1
+    planned.fill(encode_images)
+    assert cache.path(key).read_bytes() == content
+
+
+def test_an_entry_of_an_earlier_version_is_read_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = Cache(tmp_path)
+    for key in ("ab" * 32, "cd" * 32):
+        cache.path(key).parent.mkdir()
+        save_file({"x": torch.arange(3)}, cache.path(key), {"picture": "a.png"})
+        assert cache.get(key)["x"].tolist() == [0, 1, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path} has entries of an earlier version, without a checksum: read unchecked"
+    ]
+
+
+def test_a_cache_in_memory_holds_what_it_is_given_and_shares_nothing(tmp_path: Path) -> None:
+    cache = MemoryCache()
+    planned = plan(cache)
+    seen: list[tuple[int, int]] = []
+    planned.fill(encode_images, process_index=1, num_processes=2, progress=lambda *done: seen.append(done[:2]))
+    assert seen[-1] == (4, 4), "no other process can compute a share for this one"
+    assert planned.missing == 0
+    disk = plan(Cache(tmp_path))
+    disk.fill(encode_images)
+    for key in planned.work:
+        assert torch.equal(cache.get(key)["latents"], disk.cache.get(key)["latents"])
+    with pytest.raises(ValueError, match="was not computed by this process"):
+        cache.get("ab" * 32)
+    assert not cache.holds(next(iter(planned.work)), "latents", (1, 2, 3))
+    assert cache.free() > 0
+
+
+def test_progress_counts_the_bytes_that_were_stored(tmp_path: Path) -> None:
+    planned = plan(Cache(tmp_path))
+    seen: list[int] = []
+    planned.fill(encode_images, progress=lambda done, total, stored: seen.append(stored))
+    assert seen == sorted(set(seen))
+    assert seen[-1] == sum(path.stat().st_size for path in files(planned.cache))
+
+
+def test_the_header_of_an_entry_with_long_metadata_is_read_whole(tmp_path: Path) -> None:
+    cache, prompt = Cache(tmp_path), "a very long prompt " * 500
+    planned = plan_embeddings(cache, [prompt], "text")
+    planned.fill(encode_prompts)
+    assert planned.missing == 0

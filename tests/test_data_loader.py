@@ -1,18 +1,21 @@
 """data.loader: the same samples, places and dropouts whatever the split, and from any step on."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from data.cache import Cache, LatentEntry
-from data.loader import Batch, BucketSampler, Loader, _Memory, derived_generator
+from data.cache import Cache
+from data.embeddings import plan_embeddings
+from data.latents import LatentEntry
+from data.loader import Batch, Loader, _Memory
 
 SPLITS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)]  # batch_size, gradient_accumulation, num_processes
 
 
-def filled(folder: Path, count: int = 6) -> tuple[Cache, list[LatentEntry], list[str], dict[str, str]]:
+def filled(folder: Path, count: int = 6) -> tuple[Cache, list[LatentEntry], list[tuple[str, ...]], dict[str, str]]:
     """A cache of latents that hold the index of their sample, and embeddings of it plus 100 (empty prompt: -1)."""
     cache = Cache(folder)
     entries, captions, keys = [], [], {"": cache.key("text", prompt="")}
@@ -28,7 +31,7 @@ def filled(folder: Path, count: int = 6) -> tuple[Cache, list[LatentEntry], list
         keys[caption] = cache.key("text", prompt=caption)
         cache.put(keys[caption], {"embeddings": torch.full((2, 3), 100.0 + index)}, {})
         entries.append(LatentEntry(size, key, references, reference_keys))
-        captions.append(caption)
+        captions.append((caption,))
     return cache, entries, captions, keys
 
 
@@ -56,67 +59,6 @@ def by_position(contents: tuple, step: int, split: tuple[int, int, int], dropout
                 values = tuple(tensor.flatten()[0].item() for tensor in tensors)
                 found[position] = (batch.indices[place], batch.captions[place], values)
     return found
-
-
-def test_a_derived_generator_is_fixed_by_its_key() -> None:
-    def draw(*key: int | str) -> float:
-        return torch.rand((), generator=derived_generator(*key)).item()  # type: ignore[arg-type]
-
-    assert draw(0, "noise", 1, 2) == draw(0, "noise", 1, 2)
-    keys = [(0, "noise", 1, 2), (1, "noise", 1, 2), (0, "timestep", 1, 2), (0, "noise", 2, 1), (0, "noise", 12)]
-    assert len({draw(*key) for key in keys}) == len(keys)
-    # Fixed: a run resumed tomorrow, or elsewhere, must draw the same.
-    assert derived_generator(0, "noise", 1, 2).initial_seed() == 2575264877
-
-
-def test_derived_generators_of_neighbours_are_unrelated() -> None:
-    draws = torch.stack([torch.randn(8, generator=derived_generator(0, "noise", step)) for step in range(2000)])
-    correlation = torch.corrcoef(torch.cat([draws[:-1], draws[1:]], dim=1).T)
-    assert (correlation - torch.eye(16))[:8, 8:].abs().max() < 0.1
-
-
-def test_a_batch_is_a_function_of_seed_and_step() -> None:
-    buckets = ["a"] * 5 + ["b"] * 3
-    sampler = BucketSampler(buckets, 2, seed=1)
-    forwards = [sampler.batch(step) for step in range(40)]
-    assert [BucketSampler(buckets, 2, seed=1).batch(step) for step in reversed(range(40))] == forwards[::-1]
-    assert [BucketSampler(buckets, 2, seed=2).batch(step) for step in range(40)] != forwards
-
-
-def test_a_batch_has_one_bucket() -> None:
-    buckets = [i % 3 for i in range(20)]
-    sampler = BucketSampler(buckets, 4, seed=0)
-    assert all(len({buckets[i] for i in sampler.batch(step)}) == 1 for step in range(60))
-
-
-def test_within_a_bucket_all_are_seen_before_any_again() -> None:
-    buckets = ["a"] * 7 + ["b"] * 4 + ["c"]
-    sampler = BucketSampler(buckets, 3, seed=5)
-    streams: dict[str, list[int]] = {"a": [], "b": [], "c": []}
-    for step in range(60):
-        batch = sampler.batch(step)
-        streams[buckets[batch[0]]] += batch
-    for name, stream in streams.items():
-        members = {i for i, bucket in enumerate(buckets) if bucket == name}
-        passes = [stream[i : i + len(members)] for i in range(0, len(stream) - len(members) + 1, len(members))]
-        assert len(passes) > 3
-        assert all(set(one) == members for one in passes)
-        if name != "c":
-            assert len({tuple(one) for one in passes}) > 1  # reshuffled
-
-
-def test_after_as_many_steps_as_samples_each_was_seen_equally_often() -> None:
-    sampler = BucketSampler(["a"] * 7 + ["b"] * 2 + ["c"], 4, seed=0)
-    for cycle in range(3):
-        seen = Counter(i for step in range(10 * cycle, 10 * cycle + 10) for i in sampler.batch(step))
-        assert seen == dict.fromkeys(range(10), 4)
-
-
-def test_the_order_of_buckets_is_shuffled_anew_each_cycle() -> None:
-    buckets = ["a"] * 6 + ["b"] * 6
-    sampler = BucketSampler(buckets, 1, seed=0)
-    order = [buckets[sampler.batch(step)[0]] for step in range(36)]
-    assert len({tuple(order[i : i + 12]) for i in (0, 12, 24)}) == 3
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 17])
@@ -283,6 +225,7 @@ def test_a_batch_moves_as_a_whole() -> None:
         ({"seed": "1"}, "seed='1'"),
         ({"caption_dropout": 1.5}, "caption_dropout=1.5"),
         ({"caption_dropout": "0.1"}, "caption_dropout='0.1'"),
+        ({"reference_dropout": -0.1}, "reference_dropout=-0.1"),
         ({"memory_limit_gb": -1}, "memory_limit_gb=-1"),
     ],
 )
@@ -301,6 +244,104 @@ def test_a_caption_without_an_embedding_is_named_before_training(tmp_path: Path)
         Loader(cache, entries, captions, keys, batch_size=1, seed=0, caption_dropout=0.1)
 
 
-def test_no_samples_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no samples"):
-        BucketSampler([], 1, 0)
+def test_one_of_several_captions_is_drawn_by_step_and_position(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path)
+    several = [tuple(captions[(index + shift) % 6][0] for shift in range(3)) for index in range(6)]
+    contents = cache, entries, several, keys
+    found: Counter[int] = Counter()
+    for step in range(50):
+        whole = by_position(contents, step, SPLITS[0], dropout=0.2)
+        for index, caption, values in whole.values():
+            assert values[1] == (-1 if caption == "" else 100 + int(caption.split()[1]))
+            found[several[index].index(caption) if caption else -1] += 1
+    assert 20 < found[-1] < 60
+    assert all(35 < found[i] < 75 for i in range(3))
+    for split in SPLITS[1:]:
+        assert by_position(contents, 49, split, dropout=0.2) == whole
+
+
+def test_one_of_several_variants_is_drawn_by_step_and_position(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path)
+    varied = []
+    for index, entry in enumerate(entries):
+        others = []
+        for number in (1, 2):
+            key = cache.key("other", index=index, number=number)
+            cache.put(key, {"latents": cache.get(entry.key)["latents"] + 10 * number}, {})
+            others.append(replace(entry, key=key))
+        varied.append(replace(entry, others=tuple(others)))
+    contents = cache, varied, captions, keys
+    found: Counter[int] = Counter()
+    for step in range(40):
+        whole = by_position(contents, step, SPLITS[0], dropout=0)
+        found += Counter(int(values[0]) // 10 for _, _, values in whole.values())
+    assert all(30 < found[i] < 80 for i in range(3))
+    for split in SPLITS[1:]:
+        assert by_position(contents, 39, split, dropout=0) == whole
+
+
+def test_weights_reach_the_sampler(tmp_path: Path) -> None:
+    loader = Loader(*filled(tmp_path), batch_size=2, seed=0, weights=[1, 0, 3, 0, 0, 0])
+    seen = Counter(index for step in range(8) for index in loader.micro_batches(step)[0].indices)
+    assert seen == {0: 4, 2: 12}
+    loader.close()
+
+
+def test_references_are_dropped_for_a_whole_step_in_all_processes(tmp_path: Path) -> None:
+    contents = filled(tmp_path)
+    loaders = [
+        Loader(*contents, batch_size=1, num_processes=2, process_index=process, seed=0, reference_dropout=0.4)
+        for process in (0, 1)
+    ]
+    dropped = []
+    for step in range(120):
+        batches = [loader.micro_batches(step)[0] for loader in loaders]
+        given = {len(batch.references) for batch in batches if batch.indices[0] % 3 == 2}  # those that have one
+        assert len(given) <= 1
+        dropped += [not count for count in given]
+    assert 0.2 < sum(dropped) / len(dropped) < 0.6
+    for loader in loaders:
+        loader.close()
+    for rate, count in ((0.0, 1), (1.0, 0)):
+        loader = Loader(*contents, batch_size=2, seed=0, reference_dropout=rate)
+        batches = [loader.micro_batches(step)[0] for step in range(6)]
+        assert {len(batch.references) for batch in batches if batch.indices[0] % 3 == 2} == {count}
+        loader.close()
+
+
+def test_dropping_references_that_no_sample_has_is_refused(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"reference_dropout=0\.5 has nothing to drop"):
+        Loader(cache, entries, captions, keys, batch_size=1, seed=0, reference_dropout=0.5)
+
+
+def test_masks_are_shares_and_a_sample_without_one_counts_everywhere(tmp_path: Path) -> None:
+    cache, entries, captions, keys = filled(tmp_path)
+    mask = torch.tensor([[[0, 51], [255, 102]]], dtype=torch.uint8)
+    cache.put("ab" * 32, {"mask": mask}, {})
+    masked = [replace(entry, mask_key="ab" * 32 if index == 0 else None) for index, entry in enumerate(entries)]
+    loader = Loader(cache, masked, captions, keys, batch_size=3, seed=0)
+    with_mask = 0
+    for step in range(12):
+        (batch,) = loader.micro_batches(step)
+        if 0 not in batch.indices:
+            assert batch.mask is None
+            continue
+        with_mask += 1
+        assert batch.mask is not None
+        assert batch.mask.shape == (3, 1, 2, 2)
+        for index, found in zip(batch.indices, batch.mask, strict=True):
+            torch.testing.assert_close(found, mask / 255 if index == 0 else torch.ones(1, 2, 2))
+        assert batch.to("meta", torch.bfloat16).mask.device.type == "meta"  # type: ignore[union-attr]
+    assert 0 < with_mask < 12
+    loader.close()
+
+
+def test_packed_embeddings_are_unpacked(tmp_path: Path) -> None:
+    cache, entries, captions, _ = filled(tmp_path, 2)
+    plan = plan_embeddings(cache, [caption for (caption,) in captions], "text", fp8=True)
+    plan.fill(lambda prompts: torch.full((1, 2, 3), 100.0 + int(prompts[0][-1])))
+    loader = Loader(cache, entries, captions, plan.keys, batch_size=2, seed=0)
+    (batch,) = loader.micro_batches(0)
+    torch.testing.assert_close(batch.embeddings[:, 0, 0], 100.0 + torch.tensor(batch.indices), atol=0, rtol=1e-6)
+    loader.close()

@@ -1,21 +1,29 @@
 """Each encoder is loaded only for what is missing, one after the other, and freed."""
 
 import gc
+import json
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from train_helpers import CAPTIONS, ROOT, compose, execute
+from PIL import Image
+from train_helpers import CAPTIONS, ROOT, compose, draw_picture, environment, execute, launch, lines, values
 
 from data.buckets import Buckets
-from data.cache import Cache, plan_embeddings
+from data.cache import Cache
+from data.embeddings import plan_embeddings
 from data.samples import Folder
 from flux2.pipeline import to_pixels
-from flux2.weights import load_autoencoder, load_text_encoder
+from flux2.weights import load_autoencoder, load_text_encoder, load_transformer
 from train import cache, text_encoders
-from train.cache import fill, prepare
+from train.cache import Needs, fill, prepare
 from train.run import Run
 from train.text_encoders import LocalTextEncoder
 
@@ -50,18 +58,20 @@ def events(monkeypatch):
     return happened
 
 
-def prepared(source, pictures, folder, prompts=(), text_encoder=None, resolution=48):
-    return prepare(
-        ALONE,
+def prepared(source, pictures, folder, prompts=(), text_encoder=None, resolution=48, embedding_storage="full"):
+    encoder = text_encoder or LocalTextEncoder()
+    needs = Needs(
         source,
-        text_encoder or LocalTextEncoder(),
+        encoder,
         Cache(folder),
         Folder(pictures),
         list(prompts),
         Buckets(resolution),
         64**2,
         torch.float32,
+        embedding_storage,
     )
+    return prepare(ALONE, needs)
 
 
 def test_one_encoder_is_in_memory_at_a_time_and_none_afterwards(source, pictures, tmp_path, events):
@@ -209,3 +219,240 @@ def test_the_command_is_an_entry_file_of_its_own(tmp_path):
     done = execute([sys.executable, str(ROOT / "train" / "cache.py"), "dataset=folder", "dataset.path=/nowhere"])
     assert done.returncode == 2
     assert done.stderr == "error: dataset.path='/nowhere' does not exist: give a folder of pictures\n"
+
+
+# ------------------------------------------------------------------ cached and not
+
+
+CUTS = ["buckets.max_aspect=1.0", "buckets.random_crops=3", "buckets.flip=true", "caption_dropout=0.3"]
+
+
+def test_a_run_from_the_cache_equals_one_that_keeps_nothing_on_disk_to_the_bit(train, tmp_path):
+    cached = train("first", f"cache_dir={tmp_path / 'cache'}", *CUTS)
+    again = train("again", f"cache_dir={tmp_path / 'cache'}", *CUTS)
+    before = set(tmp_path.rglob("*"))
+    uncached = train("uncached", "cache_dir=null", *CUTS)
+    new = {path for path in set(tmp_path.rglob("*")) - before if tmp_path / "uncached" not in (path, *path.parents)}
+    assert new == set()
+    assert lines(cached) == lines(again) == lines(uncached)
+    assert values(cached) != values(train("middle", "cache_dir=null", CUTS[0], CUTS[3]))
+
+
+def test_without_a_cache_folder_copies_of_models_have_none_either():
+    assert compose("cache_dir=null").quantised_dir is None
+    assert compose("cache_dir=x").quantised_dir == "x/weights"
+
+
+# ------------------------------------------------------------------ without the encoders
+
+
+def test_with_a_full_cache_a_run_needs_none_of_the_encoders_files(train, model_folders, tmp_path, caplog):
+    model = shutil.copytree(model_folders("dev"), tmp_path / "model")
+    settings = [f"model.path={model}", f"cache_dir={tmp_path / 'cache'}"]
+    before = train("before", *settings)
+    for part in ("text_encoder", "tokenizer", "vae"):
+        (model / part).rename(tmp_path / part)
+    assert lines(train("after", *settings)) == lines(before)
+    for part in ("text_encoder", "tokenizer", "vae"):
+        assert f"using what is cached of the {part} of {model} that was last there" in caplog.text
+    with pytest.raises(ValueError, match=rf"there is no folder {model / 'text_encoder'}"):
+        train("other", *settings, "sample.prompts=[a fox]")
+    (tmp_path / "cache" / "fingerprints.json").unlink()
+    with pytest.raises(ValueError, match=rf"there is no folder {model / 'vae'}"):
+        train("unknown", *settings)
+
+
+def test_what_is_remembered_of_encoders_counts_only_where_their_files_are_gone(source, pictures, tmp_path, events):
+    prepared(source, pictures, tmp_path)
+    events.clear()
+    file = tmp_path / "fingerprints.json"
+    right = json.loads(file.read_text())
+    file.write_text(json.dumps(dict.fromkeys(right, "of another encoder")))
+    prepared(source, pictures, tmp_path)
+    assert events == []
+    assert json.loads(file.read_text()) == right
+
+
+# ------------------------------------------------------------------ storage of embeddings
+
+
+def test_projected_embeddings_are_what_the_first_layer_gives(source, pictures, tmp_path):
+    full = prepared(source, pictures, tmp_path)
+    small = prepared(source, pictures, tmp_path, embedding_storage="projected")
+    model = load_transformer(source)
+    with torch.no_grad():
+        expected = model.txt_in(full.embeddings(CAPTIONS[:2]))
+    torch.testing.assert_close(small.embeddings(CAPTIONS[:2]), expected)
+    assert not set(full.prompts.values()) & set(small.prompts.values())
+
+
+@pytest.mark.parametrize(("storage", "limit"), [("projected", 1e-5), ("fp8", 0.02), ("projected_fp8", 0.02)])
+def test_training_on_smaller_embeddings_is_nearly_the_same(train, storage, limit):
+    sheets = ["sample.prompts=[a fox]", "sample.steps=1", "sample_every=4", "validate_every=2"]
+    full, small = train("full", *sheets), train("small", f"embedding_storage={storage}", *sheets)
+    for key in ("loss", "validation_loss"):
+        one, other = torch.tensor(values(full, key)), torch.tensor(values(small, key))
+        assert (one / other - 1).abs().max() < limit
+        if storage != "projected":  # which is the same computation, done earlier
+            assert not torch.equal(one, other)
+    assert (small / "samples" / "step_000004.png").exists()
+
+
+def test_embeddings_are_not_stored_behind_a_layer_that_is_trained(run_command, small):
+    message = run_command.refused(*small("adapter.targets=[txt_in]", "embedding_storage=projected_fp8"))
+    assert message.startswith("embedding_storage='projected_fp8' stores embeddings as the layer txt_in gives them")
+    assert run_command.refused(*small("embedding_storage=half")).startswith("embedding_storage='half' must be one of")
+
+
+# ------------------------------------------------------------------ room, and what is left out
+
+
+def test_the_size_to_come_is_told_and_must_fit(source, pictures, tmp_path, events, monkeypatch, capsys):
+    monkeypatch.setattr(Cache, "free", lambda self: 2500)
+    with pytest.raises(
+        ValueError, match=r"cache_dir='.*': 7 prompts \(.* MB\) and 6 pictures \(.* MB\) are to be"
+    ) as told:
+        prepared(source, pictures, tmp_path)
+    assert "embedding_storage=projected, fp8 or projected_fp8" in str(told.value)
+    assert events == []
+    assert list(tmp_path.rglob("*.safetensors")) == []
+    monkeypatch.undo()
+    prepared(source, pictures, tmp_path)
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("to encode: "))
+    text, latents = (sum(path.stat().st_size for path in found) for found in sorted_by_kind(tmp_path))
+    for size in (text, latents):  # what was told is the content, without headers
+        assert any(abs(float(number) - size / 1e6) < 0.11 for number in re.findall(r"\(([\d.]+) MB\)", said)), said
+
+
+def sorted_by_kind(folder):
+    files = list(folder.rglob("*.safetensors"))
+    return [[file for file in files if name in file.read_bytes()[:400]] for name in (b'"embeddings"', b'"latents"')]
+
+
+def damaged_folder(folder):
+    """Four pictures, two of which end in the middle of their pixels."""
+    folder.mkdir()
+    for i in range(4):
+        draw_picture(i, (48, 48)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(CAPTIONS[i])
+        if i in (1, 2):
+            content = (folder / f"{i}.png").read_bytes()
+            (folder / f"{i}.png").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def test_all_pictures_that_cannot_be_decoded_are_told_at_once(run_command, small, tmp_path):
+    folder = damaged_folder(tmp_path / "pictures")
+    settings = [f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"]
+    code, _, err = run_command(*small(*settings))
+    assert code == 2
+    for name, bad in (("0", False), ("1", True), ("2", True), ("3", False)):
+        assert (f"{folder / name}.png cannot be read" in err) is bad, err
+    assert "dataset.max_bad=2 (now 0)" in err
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out_if_so_many_may_be(train, tmp_path):
+    folder = damaged_folder(tmp_path / "pictures")
+    settings = [f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}", "dataset.max_bad=2"]
+    run = train("run", *settings)
+    for i in (1, 2):
+        (folder / f"{i}.png").unlink()
+        (folder / f"{i}.txt").unlink()
+    assert lines(train("good", *settings[:2])) == lines(run)
+
+
+def test_pictures_that_cannot_be_decoded_load_no_encoder_at_the_next_start(train, tmp_path, events):
+    settings = [f"dataset.path={damaged_folder(tmp_path / 'pictures')}", f"cache_dir={tmp_path / 'cache'}"]
+    train("run", *settings, "dataset.max_bad=2")
+    events.clear()
+    train("again", *settings, "dataset.max_bad=2")
+    assert "autoencoder loaded" not in events
+
+
+def test_masks_change_what_is_learned_and_are_in_the_validation_loss(train, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        picture = draw_picture(i, (48, 48)).convert("RGBA")
+        alpha = Image.new("L", (48, 48), 0)
+        alpha.paste(255, (0, 0, 16, 48))
+        picture.putalpha(alpha)
+        picture.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(CAPTIONS[i])
+    settings = [f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}", "validate_every=2"]
+    plain, masked = train("plain", *settings), train("masked", *settings, "dataset.mask=alpha")
+    for key in ("loss", "validation_loss"):
+        assert values(plain, key) != values(masked, key)
+    assert values(train("uncached", *settings[::2], "dataset.mask=alpha", "cache_dir=null")) == values(masked)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_command, small, tmp_path, events):
+    settings = small(f"cache_dir={tmp_path / 'cache'}", "sample.prompts=[a fox]")
+    run_command(*settings, task=cache.main)
+    kept = {path.name for path in (tmp_path / "cache").rglob("*.safetensors")}
+    run_command(*settings, "buckets.resolution=32", "sample.prompts=[a cup]", task=cache.main)
+    more = {path.name for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(more) == len(kept) + len(CAPTIONS) + 1
+    events.clear()
+    code, out, err = run_command(*settings, "+prune=true", task=cache.main)
+    assert (code, events) == (0, []), err
+    assert f"removed from {tmp_path / 'cache'}: 1 embeddings (" in out
+    assert f"{len(CAPTIONS)} latents (" in out
+    assert {path.name for path in (tmp_path / "cache").rglob("*.safetensors")} == kept
+    assert "nothing was removed" in run_command(*settings, "+prune=true", task=cache.main)[1]
+    assert "prune='maybe' must be true or false" in run_command.refused(*settings, "+prune=maybe", task=cache.main)
+
+
+def test_nothing_is_pruned_while_a_run_is_prepared(run_command, small, tmp_path):
+    settings = small(f"cache_dir={tmp_path / 'cache'}")
+    _, result = Run(compose(*settings)).prepare()
+    assert "a run uses it now" in run_command.refused(
+        *settings, "buckets.resolution=32", "+prune=true", task=cache.main
+    )
+    result.lease.close()
+    code, out, _ = run_command(*settings, "buckets.resolution=32", "+prune=true", task=cache.main)
+    assert code == 0
+    assert "latents (" in out
+
+
+def entries(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_a_fill_that_is_killed_leaves_whole_entries_and_only_the_missing_are_computed(tmp_path):
+    folder = tmp_path / "cache"
+    arguments = [sys.executable, str(ROOT / "train" / "cache.py"), f"cache_dir={folder}"]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(entries(folder)) < 30:  # of 49: in the middle of the pictures
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = entries(folder)
+    assert 30 <= len(before) < 49
+    for path in before:
+        assert Cache(folder).get(path.stem)
+    done = execute(arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"to encode: 0 prompts (0.0 MB) and {49 - len(before)} pictures" in done.stdout
+    after = entries(folder)
+    assert len(after) == 49
+    assert {path: after[path] for path in before} == before
+    for path in after:
+        assert Cache(folder).get(path.stem)
+
+
+@pytest.mark.slow
+def test_two_processes_fill_what_one_does(tmp_path):
+    done = execute([*launch("train/cache.py", processes=2), f"cache_dir={tmp_path / 'two'}"], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    done = execute([sys.executable, str(ROOT / "train" / "cache.py"), f"cache_dir={tmp_path / 'one'}"])
+    assert done.returncode == 0, done.stderr
+    one, two = ({path.name: path.read_bytes() for path in entries(tmp_path / name)} for name in ("one", "two"))
+    assert len(one) == 49
+    assert one == two

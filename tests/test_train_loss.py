@@ -6,12 +6,13 @@ from itertools import pairwise
 import helpers
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data.loader import Batch
 from flux2 import adapters
 from flux2.sampling import shift
 from flux2.tokens import from_tokens, to_tokens
-from train.loss import LogitNormal, Noised, Preservation, Uniform, add_noise, noise_at, training_loss
+from train.loss import LogitNormal, Noised, Preservation, Uniform, add_noise, flow_loss, noise_at, training_loss
 
 REFERENCES = [(2, 2)] * 2
 DIFFERENT_SIZES = [(2, 3), (4, 2), (1, 5)]  # rows and columns of latents
@@ -358,3 +359,59 @@ def test_a_batch_as_the_model_sees_it_keeps_its_rows_together():
     straight = training_loss(model, noised, text, 1.0).total
     torch.testing.assert_close(training_loss(model, turned, text.flip(0), 1.0).total, straight)
     assert isinstance(turned, Noised)
+
+
+# ------------------------------------------------------------------ masks
+
+
+def masked(batch: Batch, seed: int = 0) -> Batch:
+    shape = (len(batch.positions), 1, *batch.latents.shape[2:])
+    return replace(batch, mask=torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_a_masked_loss_is_the_mean_over_each_samples_tokens_weighted_and_then_over_samples():
+    prediction, target = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 3, 4)
+    mask = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.25, 0.0]])[..., None]
+    squares = prediction.square().mean(-1)
+    first = (squares[0, 0] + 0.5 * squares[0, 2]) / 1.5
+    expected = (first + squares[1, 1]) / 2
+    torch.testing.assert_close(flow_loss(prediction, target, mask), expected)
+    torch.testing.assert_close(flow_loss(prediction, target, torch.ones(2, 3, 1)), prediction.square().mean())
+    nothing = torch.cat([mask[:1], torch.zeros(1, 3, 1)])
+    torch.testing.assert_close(flow_loss(prediction, target, nothing), first / 2)
+
+
+def test_without_a_mask_the_loss_is_the_mean_squared_error_to_the_bit():
+    prediction, target = torch.randn(2, 3, 30, 128, generator=torch.Generator().manual_seed(0))
+    expected = F.mse_loss(prediction, target)
+    assert torch.equal(flow_loss(prediction, target, None), expected)
+    assert torch.equal((prediction - target).square().mean(), expected)  # as the validation loss was written before
+
+
+def test_masks_do_not_tie_a_sample_to_its_micro_batch(model):
+    stir(model)
+    whole = masked(batch_of(4))
+    parts = [replace(batch_of(2, start=2 * i), mask=whole.mask[2 * i : 2 * i + 2]) for i in range(2)]
+
+    def loss(batch: Batch) -> torch.Tensor:
+        return training_loss(model, add_noise(batch, Uniform(), 0, 1), batch.embeddings, 1.0).flow
+
+    torch.testing.assert_close(loss(whole), (loss(parts[0]) + loss(parts[1])) / 2)
+    assert loss(whole) != loss(replace(whole, mask=None))
+
+
+def test_what_is_masked_out_has_no_gradient_and_references_are_not_masked(model):
+    stir(model)
+    batch = batch_of(1, references=[(2, 2)], size=(2, 3))
+    mask = torch.zeros(1, 1, 2, 3)
+    mask[..., 1, 2] = 1  # the last token alone
+    noised = add_noise(replace(batch, mask=mask), Uniform(), 0, 1)
+    assert noised.mask.flatten().tolist() == [0, 0, 0, 0, 0, 1]
+    prediction = noised.predict(model, batch.embeddings, 1.0)
+    expected = (prediction[:, 5] - noised.target[:, 5]).square().mean()
+    torch.testing.assert_close(training_loss(model, noised, batch.embeddings, 1.0).flow, expected)
+    plain = batch.embeddings.flip(1)
+    losses = training_loss(model, noised, batch.embeddings, 1.0, 0.5, plain)
+    torch.testing.assert_close(losses.flow, expected.detach())
+    unmasked = training_loss(model, replace(noised, mask=None), batch.embeddings, 1.0, 0.5, plain)
+    torch.testing.assert_close(losses.preservation, unmasked.preservation)

@@ -130,7 +130,7 @@ def planned_precision(run: Run, on_gpu: bool) -> Precision:
 
 def job_of(run: Run, on_gpu: bool) -> Job:
     """What of a run decides memory and time. Pictures are counted as squares, the largest of the buckets."""
-    settings, side = run.settings, run.buckets.resolution
+    settings, side = run.settings, run.buckets.largest
     columns = run.config["dataset"].get("reference_columns") or []
     samples = bool(run.sample.prompts) and settings.sample_every > 0
     each = [run.sampled(paths) for paths in run.sample.edits if samples]

@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.loader import Loader, derived_generator
+from data.loader import Loader
+from data.sampler import derived_generator
 from flux2 import adapters
 from flux2.model import Transformer
 from flux2.variants import Variant

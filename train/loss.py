@@ -4,7 +4,9 @@ A picture x and noise e of the same shape are mixed at a time s in [0, 1],
 
     x_s = (1 - s) x + s e,        target = e - x,        loss = mean (model(x_s, s) - target)^2
 
-as in rectified flow (Liu et al. 2022; Esser et al. 2024). Times are logit-normal and shifted towards noise by the
+as in rectified flow (Liu et al. 2022; Esser et al. 2024). Where samples have masks, the mean over each sample's tokens
+is weighted by its mask, and the mean over samples is plain: how much is masked does not change what a sample counts,
+nor does it matter which samples are in a micro-batch together. Times are logit-normal and shifted towards noise by the
 picture's size, as sampling shifts them. Noise and time of a sample depend on (seed, step, its position in the global
 batch) alone, so a loss curve is the same after a resume and however a batch is cut.
 """
@@ -19,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import Batch, derived_generator
+from data.loader import Batch
+from data.sampler import derived_generator
 from flux2.adapters import disabled
 from flux2.sampling import shift
 from flux2.tokens import positions_with_references, text_positions, to_tokens, with_references
@@ -85,6 +88,7 @@ class Noised:
         positions: (N, 4); text_at: (T, 4).
         times: (B,).
         target: (B, n, 128) flow.
+        mask: (B, n, 1), how much each of the pictures' tokens counts, from 0 to 1; None: all the same.
     """
 
     tokens: Tensor
@@ -92,6 +96,7 @@ class Noised:
     text_at: Tensor
     times: Tensor
     target: Tensor
+    mask: Tensor | None = None
 
     def predict(self, model: nn.Module, text: Tensor, guidance: float | None, rows: slice = slice(None)) -> Tensor:
         """(B, n, 128) float32 prediction for the chosen rows, given their embeddings `text`."""
@@ -112,6 +117,7 @@ def noise_at(batch: Batch, times: Tensor, noise: Tensor) -> Noised:
         text_at=text_positions(batch.embeddings.shape[1], latents.device),
         times=times,
         target=to_tokens(noise - latents),
+        mask=None if batch.mask is None else to_tokens(batch.mask),
     )
 
 
@@ -123,6 +129,19 @@ def add_noise(batch: Batch, timesteps: Uniform | LogitNormal, seed: int, step: i
     times = [timesteps.draw(derived_generator(seed, "time", step, p), tokens) for p in batch.positions]
     device = batch.latents.device
     return noise_at(batch, torch.stack(times).to(device), torch.stack(noise).to(device))
+
+
+def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared difference, shape (), of (B, n, C) tokens, those of each sample weighted by its mask (B, n, 1).
+
+    Of a sample: sum(mask * mean over C of the squares) / sum(mask); of the batch: the mean over samples. One whose mask
+    is 0 everywhere, as in a crop of what is masked out, counts as 0.
+    """
+    if mask is None:
+        return F.mse_loss(prediction, target)
+    squares = (prediction - target).square().mean(-1, keepdim=True)  # (B, n, 1)
+    counted = mask.sum((1, 2))
+    return ((squares * mask).sum((1, 2)) / torch.where(counted > 0, counted, 1)).mean()
 
 
 # ------------------------------------------------------------------ preservation
@@ -192,7 +211,7 @@ def training_loss(
         weight: of that part.
     """
     if plain is None:
-        flow = F.mse_loss(noised.predict(model, text, guidance), noised.target)
+        flow = flow_loss(noised.predict(model, text, guidance), noised.target, noised.mask)
         return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
     batch, held = len(text), slice(0, len(plain))
     with torch.no_grad(), disabled(model):
@@ -205,6 +224,6 @@ def training_loss(
         noised.target,
     )
     prediction = together.predict(model, torch.cat([text, plain]), guidance)
-    flow = F.mse_loss(prediction[:batch], noised.target)
+    flow = flow_loss(prediction[:batch], noised.target, noised.mask)
     difference = F.mse_loss(prediction[batch:], base)
     return Losses(flow + weight * difference, flow.detach(), difference.detach())

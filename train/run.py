@@ -17,7 +17,7 @@ import gc
 import os
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,9 +35,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.buckets import Buckets
-from data.cache import Cache
+from data.cache import Cache, MemoryCache
 from data.loader import Loader
-from data.samples import Picture, Source
+from data.pictures import Picture
+from data.samples import Source
 from flux2.adapters import adapter_parameters
 from flux2.attention import check_backends, chosen_backend, preferred_backends
 from flux2.checkpointing import check_policy, set_policy
@@ -55,7 +56,7 @@ from flux2.sources import ModelSource, looks_local, model_source
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
 from train import checkpoint, folder
-from train.cache import Prepared, prepare
+from train.cache import STORAGES, Needs, Prepared, prepare
 from train.choose import FREE, advice, choice_of, completed, planned, still_fits
 from train.command import checked, command, made, own_errors
 from train.loop import LoopSettings, Training
@@ -91,10 +92,12 @@ class RunSettings(LoopSettings):
     name: str = "default"
     batch_size: int = 4
     caption_dropout: float = 0.0
+    reference_dropout: float = 0.0
     reference_resolution: int = 1024
     resume: str | None = None
     output_dir: str | None = None
-    cache_dir: str = "outputs/cache"
+    cache_dir: str | None = "outputs/cache"
+    embedding_storage: str = "full"
     quantised_dir: str | None = None
     device: str | None = None
 
@@ -102,16 +105,17 @@ class RunSettings(LoopSettings):
         super().__post_init__()
         check_count("batch_size", self.batch_size, 1)
         check_count("reference_resolution", self.reference_resolution, 16)
-        if not is_number(self.caption_dropout, 0, 1):
-            raise ValueError(f"caption_dropout={self.caption_dropout!r} must be a number from 0 to 1")
+        for key in ("caption_dropout", "reference_dropout"):
+            if not is_number(getattr(self, key), 0, 1):
+                raise ValueError(f"{key}={getattr(self, key)!r} must be a number from 0 to 1")
+        if self.embedding_storage not in STORAGES:
+            raise ValueError(f"embedding_storage={self.embedding_storage!r} must be one of {', '.join(STORAGES)}")
         for key in ("name", "resume", "output_dir", "cache_dir", "quantised_dir", "device"):
             value = getattr(self, key)
-            if not isinstance(value, str) and not (value is None and key not in ("name", "cache_dir")):
+            if not isinstance(value, str) and not (value is None and key != "name"):
                 raise ValueError(f"{key}={value!r} must be a text")
             if key != "name" and value == "":
-                raise ValueError(
-                    f"{key}='' must not be empty" + ("" if key == "cache_dir" else ": leave it out, or null")
-                )
+                raise ValueError(f"{key}='' must not be empty: leave it out, or null")
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a word without slashes: it becomes a folder")
 
@@ -243,6 +247,11 @@ def is_offline(places: Iterable[object]) -> bool:
     return False
 
 
+def paths(dataset: Mapping[str, Any]) -> list[object]:
+    """Where the pictures are: a dataset's `path`, and those of the datasets that it mixes."""
+    return [dataset.get("path"), *(path for source in dataset.get("sources", {}).values() for path in paths(source))]
+
+
 def open_picture(path: str) -> Picture:
     return Picture(path, lambda: Path(path).expanduser().open("rb"))
 
@@ -311,12 +320,23 @@ class Run:
             model = Transformer(self.variant.transformer)
             convert(model, self.precision, self.accelerator.device)
             self.memory.apply(model, self.accelerator.device, self.buckets)
-            self.make_adapter(model, seed=self.settings.seed)
+            wrapped = self.make_adapter(model, seed=self.settings.seed)
+        self.check_storage(wrapped)
         build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)
         for path in self.sample.files:
             open_picture(path).load()
+
+    def check_storage(self, wrapped: nn.Module) -> None:
+        """Raises ValueError if embeddings are stored behind a layer that is trained."""
+        trained = [name for name, tensor in wrapped.named_parameters() if tensor.requires_grad and "txt_in" in name]
+        storage = self.settings.embedding_storage
+        if trained and storage.startswith("projected"):
+            raise ValueError(
+                f"embedding_storage={storage!r} stores embeddings as the layer txt_in gives them, and adapter.targets "
+                "trains that layer: take txt_in out of the targets, or store them in another way (full, fp8)"
+            )
 
     @property
     def streamed(self) -> list[str]:
@@ -390,35 +410,38 @@ class Run:
         if self._lock is not None:
             self._lock.release()
 
-    def prepare(self) -> tuple[Source, Prepared]:
-        """The samples, and the cache filled with all that training reads."""
-        cache = Path(self.settings.cache_dir).expanduser()
-        if cache.exists() and not cache.is_dir():
-            raise ValueError(f"cache_dir={self.settings.cache_dir!r} is not a folder: give another")
+    def needs(self) -> Needs:
+        """The samples, and what is to be cached of them."""
+        cache = self.settings.cache_dir
+        if cache is not None and Path(cache).expanduser().exists() and not Path(cache).expanduser().is_dir():
+            raise ValueError(f"cache_dir={cache!r} is not a folder: give another")
         if is_offline(
-            [self.config["dataset"].get("path"), self.source.path, self.source.autoencoder, self.source.text_encoder]
+            [*paths(self.config["dataset"]), self.source.path, self.source.autoencoder, self.source.text_encoder]
         ):
             self.say(f"{hub.ENDPOINT} cannot be reached: going on with what was downloaded before")
-        dataset: Source = self.instantiate("dataset")
-        prompts = [*self.sample.prompts, *self.preservation.prompts]
-        prepared = prepare(
-            self.accelerator,
+        return Needs(
             self.source,
             self.text_encoder,
-            Cache(self.settings.cache_dir),
-            dataset,
-            prompts,
+            MemoryCache() if cache is None else Cache(cache),
+            self.instantiate("dataset"),
+            [*self.sample.prompts, *self.preservation.prompts],
             self.buckets,
             self.settings.reference_resolution**2,
             self.precision.dtype,
+            self.settings.embedding_storage,
         )
-        return dataset, prepared
+
+    def prepare(self) -> tuple[Source, Prepared]:
+        """The samples, and the cache filled with all that training reads."""
+        needs = self.needs()
+        prepared = prepare(self.accelerator, needs)
+        return needs.samples, prepared
 
     def attention_backend(self) -> str:
         """Which one computes the attention of a square picture."""
         device, config = self.accelerator.device, self.variant.transformer
         backends = preferred_backends(self.memory.attention, device)
-        tokens = (self.buckets.resolution // 16) ** 2
+        tokens = (self.buckets.largest // 16) ** 2
         return chosen_backend(backends, config.heads, config.head_dim, tokens, device, self.precision.dtype)
 
     def sampled(self, paths: Sequence[str]) -> tuple[list[Picture], int]:
@@ -439,7 +462,7 @@ class Run:
             pixels = [to_pixels([reference_image(picture, limit)]) for picture in pictures]
             with torch.no_grad():
                 references.append([autoencoder.encode(one.to(self.accelerator.device)) for one in pixels])
-            width, height = self.buckets.assign(*(pictures[0].size if pictures else (1, 1)))
+            width, height = self.buckets.nearest(*(pictures[0].size if pictures else (1, 1)))
             sizes.append((self.sample.width or width, self.sample.height or height))
         text, empty = prepared.embeddings(self.sample.prompts), prepared.embeddings([""])
         return Sampler(self.sample, self.variant, autoencoder, text, empty, references, sizes)
@@ -479,7 +502,8 @@ class Run:
             self.keep_memory(place)
         dataset, prepared = self.prepare()
         trained, validated = self.validation.split(len(dataset), settings.seed)
-        captions = [sample.caption for sample in dataset]
+        captions = [sample.captions for sample in dataset]
+        weights = [sample.weight for sample in dataset]
 
         self.say(
             f"loading the transformer of {self.variant.name} ({self.precision.name}) onto {accelerator.device}; "
@@ -492,6 +516,8 @@ class Run:
                 self.source, accelerator.device, self.precision, host=self.streamed, cache=self.copies, say=self.say
             )
             self.say(describe(transformer, self.precision, accelerator.device))
+            if settings.embedding_storage.startswith("projected"):
+                transformer.txt_in = nn.Identity()  # it is applied in what is stored
             self.memory.apply(transformer, accelerator.device, self.buckets)
             wrapped = self.make_adapter(transformer, seed=settings.seed)
             self.stream(transformer, wrapped)
@@ -518,9 +544,11 @@ class Run:
             num_processes=accelerator.num_processes,
             process_index=accelerator.process_index,
             seed=settings.seed,
+            weights=[weights[i] for i in trained],
             caption_dropout=settings.caption_dropout,
+            reference_dropout=settings.reference_dropout,
         )
-        chosen = [(prepared.entries[i], captions[i]) for i in validated]
+        chosen = [(prepared.entries[i], captions[i][0]) for i in validated]
         prompts = list(self.preservation.prompts) if self.preservation.active else []
         return Training(
             settings=settings,

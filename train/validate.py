@@ -16,14 +16,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from data.cache import LatentEntry
-from data.loader import Batch, derived_generator
+from data.latents import LatentEntry
+from data.loader import Batch
+from data.sampler import derived_generator
 from flux2.autoencoder import Autoencoder
 from flux2.model import Transformer
 from flux2.pipeline import render
 from flux2.variants import PIXELS_PER_TOKEN, Variant
 from train.cache import Prepared
-from train.loss import Noised, is_number, noise_at
+from train.loss import Noised, flow_loss, is_number, noise_at
 
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
 
@@ -70,20 +71,23 @@ class FixedNoiseLoss:
             noised, text = self.sample(i, entry, caption, next(model.parameters()).device)
             for row in range(len(TIMES)):
                 at = slice(row, row + 1)
-                losses.append((noised.predict(model, text[at], guidance, at) - noised.target[at]).square().mean())
+                mask = None if noised.mask is None else noised.mask[at]
+                losses.append(flow_loss(noised.predict(model, text[at], guidance, at), noised.target[at], mask))
         return torch.stack(losses).mean().item()
 
     def sample(self, i: int, entry: LatentEntry, caption: str, device: torch.device) -> tuple[Noised, Tensor]:
         """One sample at all times, and its caption's embeddings (times, T, D)."""
 
-        def read(key: str) -> Tensor:
-            latents = self.prepared.cache.get(key)["latents"].to(device, torch.float32)
-            return latents.expand(len(TIMES), *latents.shape)
+        def read(key: str, name: str = "latents") -> Tensor:
+            tensor = self.prepared.cache.get(key)[name].to(device, torch.float32)
+            return tensor.expand(len(TIMES), *tensor.shape)
 
         latents = read(entry.key)
+        mask = None if entry.mask_key is None else read(entry.mask_key, "mask") / 255
         text = self.prepared.embeddings([caption]).to(device).expand(len(TIMES), -1, -1)
         references = [read(key) for key in entry.reference_keys]
-        batch = Batch(latents, references, text, [caption] * len(TIMES), [i] * len(TIMES), list(range(len(TIMES))))
+        rows = list(range(len(TIMES)))
+        batch = Batch(latents, references, text, [caption] * len(TIMES), [i] * len(TIMES), rows, mask)
         generators = [derived_generator(self.seed, "validation", i, j) for j in range(len(TIMES))]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
         return noise_at(batch, torch.tensor(TIMES, device=device), noise.to(device)), text

@@ -1,0 +1,40 @@
+"""The table of buckets: what is printed before anything is encoded."""
+
+import pytest
+from cache_helpers import picture, plan
+
+from data.buckets import Buckets
+from data.cache import MemoryCache
+from data.samples import Bad, Sample
+from train.bucket_table import MOST_ROWS, show_buckets
+
+
+def said(capsys: pytest.CaptureFixture[str], sizes, buckets: Buckets, bad=()) -> list[list[str]]:
+    samples = [Sample(picture("red", size), ("",)) for size in sizes]
+    show_buckets(plan(MemoryCache(), samples, buckets=buckets), buckets, bad)
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_line_says_how_many_pictures_and_how_much_of_them_is_cut_off(capsys) -> None:
+    sizes = [(64, 64), (128, 64), (160, 64), (40, 40)]
+    words = said(capsys, sizes, Buckets(64, max_aspect=1.0), [Bad("a.png", "is empty")])
+    assert "64 x 64 3 36.7 % 60.0 %".split() in words
+    assert "32 x 32 1 0.0 % 0.0 % fills no bucket of buckets.resolution".split() in words
+    assert "all 4 27.5 % 60.0 %".split() in words
+    assert "left out: a.png is empty".split() in words
+
+
+def test_many_buckets_are_cut_short_with_the_rest_in_one_line(capsys) -> None:
+    sizes = [(16 * side, 480) for side in range(15, 15 + MOST_ROWS + 5)]
+    words = said(capsys, sizes, Buckets(1024, min_resolution=16))
+    assert f"{6} more 6 0.0 % 0.0 %".split() in words
+    assert f"all {MOST_ROWS + 5} 0.0 % 0.0 %".split() in words
+
+
+def test_variants_are_told(capsys) -> None:
+    assert "cached of each picture: 3 crops, each mirrored too".split() in said(
+        capsys, [(64, 64)], Buckets(64, random_crops=3, flip=True)
+    )
+    assert "cached of each picture: the middle, each mirrored too".split() in said(
+        capsys, [(64, 64)], Buckets(64, flip=True)
+    )
