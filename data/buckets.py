@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 
 PIXELS_PER_LATENT = 16
-FIT_VERSION = 1  # part of latents' cache keys: raise it when `fit` or decoding (data.samples) gives other pixels
+FIT_VERSION = 1  # part of latents' cache keys: raise it when `fit` or decoding (data.pictures) gives other pixels
 
 Size = tuple[int, int]  # (width, height) in pixels
 

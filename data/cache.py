@@ -31,7 +31,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from data.buckets import FIT_VERSION, PIXELS_PER_LATENT, Buckets, Size, fit, fit_reference, reference_size
-from data.samples import Picture, Sample, shortened
+from data.pictures import Picture, shortened
+from data.samples import Sample
 
 LATENT_CHANNELS = 128
 MAX_HEADER = 1 << 20  # bytes; an entry's own is a few hundred

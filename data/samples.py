@@ -12,97 +12,27 @@ Hydra makes the sources (`_target_: data.samples.Folder`), and passes a mistyped
 constructors check.
 """
 
-import hashlib
 import json
 import logging
 import re
-import struct
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, overload
 
-import numpy as np
 import pyarrow as pa
-from PIL import ExifTags, Image, ImageOps
+
+from data.pictures import SUFFIXES, UNREADABLE, Picture, file_picture, shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
-UNREADABLE = frozenset((".heic", ".heif", ".jxl"))  # photographs that Pillow cannot open: refused, not skipped
 log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture, opened only when asked.
-
-    `name` is what errors call it: a path, or "row 12 of X, column image". `open` returns a fresh binary stream of the
-    encoded file. All methods raise ValueError, naming the picture, when it cannot be read.
-    """
-
-    name: str
-    open: Callable[[], BinaryIO] = field(repr=False)
-
-    def load(self) -> Image.Image:
-        """The pixels, 8-bit RGB: EXIF orientation applied, transparency over white, 16-bit gray scaled, not clipped."""
-        try:
-            with self.open() as stream, Image.open(stream) as image:
-                return _rgb(ImageOps.exif_transpose(image))
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError and more
-            raise self._unreadable(error) from error
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels as `load` gives them, from the header: pixels are not decoded."""
-        try:
-            with self.open() as stream, Image.open(stream) as image:
-                # Pillow decodes a whole PNG to look for EXIF behind its pixels, where hardly any file has it.
-                header_suffices = image.format == "PNG" and not self._metadata_follows_pixels()
-                exif = Image.Image.getexif(image) if header_suffices else image.getexif()
-                width, height = image.size
-        except Exception as error:
-            raise self._unreadable(error) from error
-        sideways = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        already_turned = image.format == "TIFF"  # Pillow gives the turned size of a TIFF before it turns the pixels
-        return (height, width) if sideways and not already_turned else (width, height)
-
-    def digest(self) -> str:
-        """sha256 of the encoded file, as hexadecimal: the same for equal content wherever it lies."""
-        try:
-            with self.open() as stream:
-                digest = hashlib.sha256()
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-                return digest.hexdigest()
-        except (OSError, ValueError) as error:
-            raise self._unreadable(error) from error
-
-    def _metadata_follows_pixels(self) -> bool:
-        """Walks a PNG's chunks without reading them: True if EXIF or text (XMP) comes after the first IDAT."""
-        pixels_seen = False
-        with self.open() as stream:
-            stream.seek(8)
-            while len(head := stream.read(8)) == 8:
-                length, kind = struct.unpack(">I4s", head)
-                if pixels_seen and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-                    return True
-                pixels_seen |= kind == b"IDAT"
-                stream.seek(length + 4, 1)  # data and checksum
-        return False
-
-    def _unreadable(self, error: Exception) -> ValueError:
-        what = re.sub(r" '?<_?io\..*", "", str(error))  # Pillow calls a stream by its Python name
-        name = shortened(self.name)
-        return ValueError(
-            f"picture {name} cannot be read ({type(error).__name__}: {shortened(what)}): replace or remove it"
-        )
 
 
 @dataclass(frozen=True)
@@ -209,7 +139,7 @@ class Folder(Source):
                 f"{self.path}: no caption for {_some(silent)}: write a .txt of the same name beside each "
                 "(it may be empty), or a metadata.jsonl for all"
             )
-        return [Sample(_file_picture(file), (_read_text(file.with_suffix(".txt")).strip(),)) for file in pictures]
+        return [Sample(file_picture(file), (_read_text(file.with_suffix(".txt")).strip(),)) for file in pictures]
 
     def _from_metadata(self, file: Path, image: str, caption: str, references: tuple[str, ...]) -> list[Sample]:
         samples, missing = [], []
@@ -239,7 +169,7 @@ class Folder(Source):
                 raise ValueError(f"{where} has an empty file name: name a picture, or for no reference write null")
             paths = [self.path / name for name in names]
             missing += [name for name, path in zip(names, paths, strict=True) if not _is_file(path)]
-            target, *others = map(_file_picture, paths)
+            target, *others = map(file_picture, paths)
             samples.append(Sample(target, (row[caption].strip(),), tuple(others)))
         twice = [name for name, times in Counter(sample.name for sample in samples).items() if times > 1]
         if twice and not missing:
@@ -404,22 +334,6 @@ def _is_picture(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_text(kind)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB. ValueError for 32-bit and float pictures, whose white is not defined."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 -> 255
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no defined white: save it with 8 or 16 bits a channel")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _file_picture(path: Path) -> Picture:
-    return Picture(str(path), lambda: path.open("rb"))
-
-
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -432,11 +346,6 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
-
-
-def shortened(name: str, most: int = 300) -> str:
-    """`name` for a message: its middle is left out if it is longer than `most` characters."""
-    return name if len(name) <= most else f"{name[: most - 60]}...{name[-57:]}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -17,7 +17,8 @@ from torch import Tensor
 import data.cache
 from data.buckets import Buckets
 from data.cache import Cache, plan_embeddings, plan_latents
-from data.samples import Picture, Sample
+from data.pictures import Picture
+from data.samples import Sample
 
 
 def picture(color: str, size: tuple[int, int] = (40, 40), name: str | None = None) -> Picture:

@@ -1,9 +1,8 @@
-"""data.samples: what a picture looks like once loaded, and what each source finds or complains of."""
+"""data.samples: what each source finds or complains of."""
 
 import hashlib
 import json
 import logging
-import zlib
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +10,6 @@ from unittest.mock import Mock
 
 import datasets
 import huggingface_hub
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -19,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HTTPError
 from PIL import Image
 
-from data.samples import Folder, HuggingFace, Picture
+from data.samples import Folder, HuggingFace
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -30,132 +28,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return stream.getvalue()
 
 
-def picture(content: bytes) -> Picture:
-    return Picture("here.png", lambda: BytesIO(content))
-
-
 def square(color: str = "red", mode: str = "RGB") -> bytes:
     return encoded(Image.new(mode, (4, 4), color))
-
-
-def orientation(value: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[274] = value
-    return exif
-
-
-def half(left: str, right: str) -> Image.Image:
-    """6 x 4 pixels, the left third of another colour than the rest."""
-    image = Image.new("RGB", (6, 4), right)
-    image.paste(left, (0, 0, 2, 4))
-    return image
-
-
-# --- pictures
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
-@pytest.mark.parametrize(("value", "red_at"), [(1, (0, 2)), (3, (5, 2)), (6, (2, 0)), (8, (2, 5))])
-def test_exif_orientation_is_applied_to_pixels_and_size(kind: str, value: int, red_at: tuple[int, int]) -> None:
-    found = picture(encoded(half("red", "blue"), kind, exif=orientation(value)))
-    image = found.load()
-    assert image.size == found.size == ((4, 6) if value in (6, 8) else (6, 4))
-    red, _, blue = image.getpixel(red_at)  # type: ignore[misc]
-    assert red > 150 > 100 > blue
-
-
-def test_exif_behind_the_pixels_of_a_png_counts_too() -> None:
-    plain, turned = encoded(half("red", "blue")), encoded(half("red", "blue"), exif=orientation(6))
-    start = turned.index(b"eXIf") - 4
-    chunk = turned[start : start + 12 + int.from_bytes(turned[start : start + 4], "big")]
-    found = picture(plain[:-12] + chunk + plain[-12:])  # before IEND, the last 12 bytes
-    assert found.size == found.load().size == (4, 6)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_size_reads_the_header_alone(kind: str) -> None:
-    content = encoded(Image.effect_noise((300, 200), 90), kind)
-    start = content.index(b"IDAT") if kind == "PNG" else len(content) // 2
-    broken = picture(content[: start + 20])
-    assert broken.size == (300, 200)
-    with pytest.raises(ValueError, match=r"here.png cannot be read"):
-        broken.load()
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))), WHITE),
-        (encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 51))), (204, 204, 204)),
-        (encoded(Image.new("LA", (4, 4), (0, 51))), (204, 204, 204)),
-        (encoded(Image.new("P", (4, 4), 0), transparency=0), WHITE),
-        (encoded(Image.new("RGB", (4, 4), "red"), transparency=RED), WHITE),
-        (encoded(Image.new("L", (4, 4), 77)), (77, 77, 77)),
-        (encoded(Image.new("1", (4, 4), 1)), WHITE),
-        (encoded(Image.new("RGB", (4, 4), "red").convert("P")), RED),
-        (encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), RED),
-        (encoded(Image.fromarray(np.full((4, 4), 65535, np.uint16))), WHITE),
-        (encoded(Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))), (128, 128, 128)),
-        (encoded(Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)), "TIFF"), (128, 128, 128)),
-        (encoded(Image.fromarray(np.full((4, 4), 129, np.uint16))), (1, 1, 1)),  # 129 / 257 rounds up
-    ],
-    ids=[
-        "clear",
-        "smoke",
-        "gray_a",
-        "key_p",
-        "key_rgb",
-        "gray",
-        "bits",
-        "palette",
-        "cmyk",
-        "white16",
-        "gray16",
-        "tiff16",
-        "dark16",
-    ],
-)
-def test_any_mode_becomes_rgb_with_transparency_over_white(content: bytes, expected: tuple) -> None:
-    image = picture(content).load()
-    assert image.mode == "RGB"
-    assert image.getcolors() == [(16, expected)]
-
-
-def test_a_cmyk_jpeg_becomes_rgb() -> None:
-    image = picture(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).load()
-    red, green, blue = image.getpixel((4, 4))  # type: ignore[misc]
-    assert (image.mode, red > 240, green < 15, blue < 15) == ("RGB", True, True, True)
-
-
-def test_a_float_picture_is_refused_rather_than_guessed_at() -> None:
-    with pytest.raises(ValueError, match=r"here.png cannot be read .*mode F has no defined white"):
-        picture(encoded(Image.new("F", (4, 4), 0.5), "TIFF")).load()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a picture", square()[:40]])
-def test_a_corrupt_picture_is_named(content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"picture here.png cannot be read"):
-        picture(content).load()
-
-
-def test_a_bad_checksum_in_the_header_is_named() -> None:
-    content = bytearray(square())
-    content[20] ^= 255
-    assert zlib.crc32(bytes(content[12:29])) != int.from_bytes(content[29:33], "big")
-    for act in (lambda: picture(bytes(content)).size, picture(bytes(content)).load):
-        with pytest.raises(ValueError, match=r"here.png"):
-            act()
-
-
-def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.png").write_bytes(square())
-        (tmp_path / f"{name}.txt").write_text(name)
-    first, second = Folder(tmp_path)
-    assert first.target.digest() == second.target.digest() == hashlib.sha256(square()).hexdigest()
-    (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"a\.png cannot be read"):
-        first.target.digest()
 
 
 # --- Folder

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.samples import Picture
+from data.pictures import Picture
 from flux2.pictures import as_rgb, check_writable, read_picture
 from flux2.pipeline import reference_image
 

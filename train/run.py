@@ -37,7 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data.buckets import Buckets
 from data.cache import Cache
 from data.loader import Loader
-from data.samples import Picture, Source
+from data.pictures import Picture
+from data.samples import Source
 from flux2.adapters import adapter_parameters
 from flux2.attention import check_backends, chosen_backend, preferred_backends
 from flux2.checkpointing import check_policy, set_policy
