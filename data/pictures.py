@@ -126,13 +126,19 @@ class Picture:
                 stream.seek(length + 4, 1)  # data and checksum
         return False
 
-    def _bad(self, error: Exception) -> BadPicture:
+    def _is_empty(self) -> bool:
         try:
             with self.open() as stream:
-                empty = not stream.read(1)
+                return not stream.read(1)
         except (OSError, ValueError):
-            empty = False
-        if empty:
+            return False
+
+    def _bad(self, error: Exception) -> BadPicture:
+        if isinstance(error, BadPicture):
+            return error
+        if isinstance(error, FileNotFoundError):
+            return BadPicture(self.name, "does not exist")
+        if self._is_empty():
             return BadPicture(self.name, "cannot be read (it is empty: 0 bytes)")
         what = re.sub(r" '?<_?io\..*", "", str(error))  # Pillow calls a stream by its Python name
         return BadPicture(self.name, f"cannot be read ({type(error).__name__}: {shortened(what)})")

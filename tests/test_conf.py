@@ -1,30 +1,36 @@
 """Every file of conf/ composes and makes its objects; experiments hold only differences."""
 
+import inspect
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from train_helpers import CONF, compose
 
+from data.captions import Captions
 from data.samples import Folder, HuggingFace
 from flux2.adapters import attach
 from flux2.precision import Precision, pick
 from train.command import flat
-from train.run import GROUPS, Run
+from train.run import GROUPS, Run, paths
 
 pytest_plugins = ("train_helpers",)
 
-FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("*.yaml") if file.name != "train.yaml")
+# a file that begins with "_" is a part of those beside it, and no choice
+FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("[!_]*.yaml") if file.name != "train.yaml")
 EXPERIMENTS = [file.stem for file in FILES if file.parent.name == "experiment"]
 CHOICES = [(str(file.parent), file.stem) for file in FILES if file.parent.name != "experiment"]
 # what a choice asks for
 NEEDS = {
     ("dataset", "folder"): ["dataset.path=/pictures"],
     ("dataset", "huggingface"): ["dataset.path=someone/cards"],
+    ("dataset", "mix"): ["+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/pictures"],
+    ("dataset", "pairs"): ["dataset.path=/pictures"],
+    ("dataset", "webdataset"): ["dataset.path=/shards"],
     ("preservation", "base"): ["preservation.prompts=[a cup]"],
 }
 OBJECTS = {
@@ -85,6 +91,28 @@ def test_every_setting_of_fp8_is_in_its_file():
     chosen_with_memory = {"keep_both_layouts"}
     assert set(compose("precision=fp8").precision) == {field.name for field in fields(Precision)} - chosen_with_memory
     assert set(compose("memory=default").memory) >= chosen_with_memory
+
+
+@pytest.mark.parametrize("choice", ["folder", "huggingface", "mix", "pairs", "webdataset"])
+def test_the_settings_of_a_dataset_are_the_arguments_of_its_class(choice):
+    given = compose(f"dataset={choice}").dataset
+    parameters = inspect.signature(get_object(given._target_)).parameters
+    assert given.keys() - {"_target_"} == parameters.keys()
+    for key, parameter in parameters.items():
+        if OmegaConf.is_missing(given, key):
+            assert parameter.default is parameter.empty
+        elif key == "captions":
+            assert instantiate(compose(f"dataset={choice}").dataset.captions) == Captions()
+        else:
+            value = given[key]
+            assert (tuple(value) if isinstance(value, ListConfig) else value) == parameter.default
+
+
+def test_a_dataset_is_reached_over_the_network_wherever_it_is_named():
+    mix = ["dataset=mix", "+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/pictures"]
+    more = ["+dataset@dataset.sources.dogs=huggingface", "dataset.sources.dogs.path=someone/dogs"]
+    assert paths(Run(compose(*mix, *more)).config["dataset"]) == [None, "/pictures", "someone/dogs"]
+    assert paths(Run(compose()).config["dataset"]) == ["data/demo"]
 
 
 def test_the_datasets_are_made_from_their_files(pictures, parquet):

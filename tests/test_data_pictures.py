@@ -140,7 +140,7 @@ def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     first, second = (file_picture(tmp_path / f"{name}.png") for name in "ab")
     assert first.digest() == second.digest() == hashlib.sha256(square()).hexdigest()
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.png does not exist"):
         first.digest()
 
 
@@ -235,7 +235,7 @@ def test_a_file_is_called_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(square())
     found = file_picture(tmp_path / "a.png")
     assert (found.name, found.load().getpixel((0, 0))) == (str(tmp_path / "a.png"), RED)
-    with pytest.raises(BadPicture, match=r"gone.png cannot be read \(FileNotFoundError"):
+    with pytest.raises(BadPicture, match=r"gone.png does not exist"):
         file_picture(tmp_path / "gone.png").digest()
 
 

@@ -109,8 +109,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parquet(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a table with the columns `image` and `caption`."""
     file = tmp_path_factory.mktemp("table") / "cards.parquet"
-    rows = [{"image": Image.open(pictures / f"{i}.png"), "caption": caption} for i, caption in enumerate(CAPTIONS)]
-    datasets.Dataset.from_list(rows).to_parquet(str(file))
+    images = [{"bytes": (pictures / f"{i}.png").read_bytes(), "path": None} for i in range(len(CAPTIONS))]
+    datasets.Dataset.from_dict({"image": images, "caption": CAPTIONS}).to_parquet(str(file))
     return file
 
 

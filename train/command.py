@@ -29,6 +29,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from data.source import BadData
 from train.tracking import is_first_process
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf"
@@ -141,15 +142,18 @@ def known_settings(overrides: Sequence[str]) -> list[str]:
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
-    """One line for what a user can mend."""
+    """One line for what a user can mend, and one for each bad sample."""
+    if isinstance(error, BadData):
+        return str(error)
     text = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory: try memory.checkpointing=full, then a smaller batch_size or resolution ({text})"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        close = difflib.get_close_matches(choice, error.options, 1)
+        options = [option for option in error.options if not option.startswith("_")]  # those are parts of others
+        close = difflib.get_close_matches(choice, options, 1)
         return f"{group}={choice} is not a choice; " + (
-            f"did you mean {close[0]}?" if close else f"choose one of {', '.join(error.options)}"
+            f"did you mean {close[0]}?" if close else f"choose one of {', '.join(options)}"
         )
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: add {error.full_key}=..."

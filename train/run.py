@@ -17,7 +17,7 @@ import gc
 import os
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -244,6 +244,11 @@ def is_offline(places: Iterable[object]) -> bool:
     return False
 
 
+def paths(dataset: Mapping[str, Any]) -> list[object]:
+    """Where the pictures are: a dataset's `path`, and those of the datasets that it mixes."""
+    return [dataset.get("path"), *(path for source in dataset.get("sources", {}).values() for path in paths(source))]
+
+
 def open_picture(path: str) -> Picture:
     return Picture(path, lambda: Path(path).expanduser().open("rb"))
 
@@ -392,7 +397,7 @@ class Run:
         if cache.exists() and not cache.is_dir():
             raise ValueError(f"cache_dir={self.settings.cache_dir!r} is not a folder: give another")
         if is_offline(
-            [self.config["dataset"].get("path"), self.source.path, self.source.autoencoder, self.source.text_encoder]
+            [*paths(self.config["dataset"]), self.source.path, self.source.autoencoder, self.source.text_encoder]
         ):
             self.say(f"{hub.ENDPOINT} cannot be reached: going on with what was downloaded before")
         dataset: Source = self.instantiate("dataset")

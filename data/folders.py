@@ -1,0 +1,375 @@
+"""Pictures in folders: with captions beside them, with a metadata file, or as pairs of before and after.
+
+A folder is listed once, and pictures are opened by their paths. What metadata names must lie in the folder: a dataset
+that was downloaded cannot read other files of this machine. Links are followed, since whoever made one could read what
+it leads to.
+"""
+
+import csv
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from data.captions import Captions
+from data.pictures import SUFFIXES, UNREADABLE, Picture, file_picture, shortened
+from data.source import ALPHA, Bad, Sample, Source, check_flag, checked_text, checked_texts
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+REFERENCES = "references"
+
+
+class OutsideFolder(ValueError):  # noqa: N818
+    """A dataset names a file that is not in its folder."""
+
+
+class Folder(Source):
+    """A folder of pictures with `metadata.jsonl` or `metadata.csv`, or a `.txt` of the same stem beside each.
+
+    Args:
+        path: the folder.
+        caption_column: column of the metadata; in jsonl it may hold a list of captions.
+        image_column: column of the metadata with a file name, relative to the folder that the metadata is in.
+        reference_columns: columns of the metadata that hold a file name, a list of file names (in csv as JSON), or
+            nothing (null, in csv an empty cell). By default the column `references`, if there is one.
+        prompt: one caption for all pictures, instead of any others.
+        recursive: subfolders too. A metadata file speaks for all that is beneath its folder.
+        mask: "alpha", or the column of the metadata (null: everywhere counts), or without metadata a folder in `path`
+            that has a picture of the same name for each.
+        captions, first_frame, max_bad: as in `Source`.
+
+    Order: that of the lines of the metadata, or else of the file names; subfolders after the files.
+    Raises ValueError for a folder or column that does not exist and for metadata that cannot be read, and BadData for
+    samples that cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        caption_column: str = "text",
+        image_column: str = "file_name",
+        reference_columns: Sequence[str] | None = None,
+        prompt: str | None = None,
+        recursive: bool = False,
+        mask: str | None = None,
+        captions: Captions | None = None,
+        first_frame: bool = False,
+        max_bad: int = 0,
+    ) -> None:
+        self.path = existing_folder("path", path)
+        super().__init__(str(self.path), captions, mask, first_frame, max_bad)
+        self._caption = checked_text("caption_column", caption_column)
+        self._image = checked_text("image_column", image_column)
+        self._references = reference_columns
+        if reference_columns is not None:
+            self._references = checked_texts("reference_columns", reference_columns)
+        self._prompt = None if prompt is None else checked_text("prompt", prompt)
+        check_flag("recursive", recursive)
+        self._recursive = recursive
+        self._described = False  # by metadata
+        self._pictures: dict[str, Picture] = {}  # by path: a reference of many is one
+        endings = ", ".join(sorted(SUFFIXES))
+        beneath = "" if recursive else "; with dataset.recursive=true those of subfolders count"
+        self._take(self._found(self.path), f": it holds no pictures ({endings}){beneath}")
+        self._check_used()
+
+    def _found(self, folder: Path) -> Iterator[Sample | Bad]:
+        """What is in a folder, and with `recursive` beneath it."""
+        metadata = [folder / name for name in METADATA if (folder / name).exists()]
+        if len(metadata) == 2:
+            raise ValueError(f"{folder} has both {' and '.join(METADATA)}: remove one of them")
+        if metadata:
+            self._described = True
+            yield from self._from_metadata(metadata[0])
+            return
+        names, folders = listed(folder)
+        yield from self._from_sidecars(folder, names)
+        if self._recursive:
+            for name in folders:
+                if folder / name != self._mask_folder:
+                    yield from self._found(folder / name)
+
+    def _check_used(self) -> None:
+        """ValueError for columns that no metadata was there to have."""
+        columns = {"caption_column": (self._caption, "text"), "image_column": (self._image, "file_name")}
+        given = [f"{key}={value!r}" for key, (value, usual) in columns.items() if value != usual]
+        if self._references:
+            given.append(f"reference_columns={list(self._references)}")
+        if given and not self._described:
+            raise ValueError(
+                f"{self.path / METADATA[0]} does not exist, so {', '.join(given)} name nothing: write that file "
+                f"(or {METADATA[1]}), or leave the columns out"
+            )
+
+    # -------------------------------------------------------------- captions beside the pictures
+
+    @property
+    def _mask_folder(self) -> Path | None:
+        return None if self._mask in (None, ALPHA) else self.path / str(self._mask)
+
+    def _from_sidecars(self, folder: Path, names: Sequence[str]) -> Iterator[Sample | Bad]:
+        masks = {}
+        if self._mask_folder is not None:
+            there = self._mask_folder / folder.relative_to(self.path)
+            if folder == self.path:
+                existing_folder("mask", there)
+            masks = {stem: files[0] for stem, files in pictures_by_stem(there).items()} if there.is_dir() else {}
+        texts = {name for name in names if name.endswith(".txt")}
+        for stem, files in by_stem(names).items():
+            for name in files:
+                path = str(folder / name)
+                if len(files) > 1 and (self._prompt is None or masks):
+                    others = ", ".join(other for other in files if other != name)
+                    yield Bad(path, f"has the name of {others}, and so its caption: give one of them another name")
+                elif is_foreign(name):
+                    yield Bad(path, "has a format that Pillow cannot read: convert it")
+                elif self._mask_folder is not None and stem not in masks:
+                    yield Bad(path, f"has no mask in {self._mask_folder}")
+                elif self._prompt is None and f"{stem}.txt" not in texts:
+                    yield Bad(path, f"has no caption: write {stem}.txt beside it, or metadata.jsonl, or dataset.prompt")
+                else:
+                    try:
+                        caption = self._prompt or read_text(folder / f"{stem}.txt")
+                    except (OSError, ValueError) as error:
+                        yield Bad(path, f"has a caption that cannot be read: {error}")
+                        continue
+                    mask = file_picture(masks[stem]) if masks else None
+                    yield Sample(file_picture(path), (caption,), mask=mask)
+
+    # -------------------------------------------------------------- metadata
+
+    def _from_metadata(self, file: Path) -> Iterator[Sample | Bad]:
+        rows = list(_jsonl(file) if file.suffix == ".jsonl" else _csv(file))
+        if not rows:
+            raise ValueError(f"{file} is empty: write one line for each picture")
+        references, needed = self._references, [self._image]
+        if references is None:
+            references = [REFERENCES] if any(REFERENCES in row for _, row in rows) else []
+        else:
+            needed += references
+        needed += [self._caption] if self._prompt is None else []
+        masked = self._mask not in (None, ALPHA)
+        needed += [str(self._mask)] if masked else []
+        for column in needed:
+            if not any(column in row for _, row in rows):
+                raise ValueError(f"{file} has no column {column!r}; it has: {', '.join(rows[0][1])}")
+        for number, row in rows:
+            try:
+                if missing := [column for column in needed if column not in row]:
+                    raise ValueError(f"has no column {missing[0]!r}; it has: {', '.join(row)}")
+                target = self._picture(file, row, self._image)
+                others = [self._inside(file, name) for column in references for name in _names(row.get(column), column)]
+                mask = self._picture(file, row, str(self._mask)) if masked and row.get(str(self._mask)) else None
+                caption = [self._prompt] if self._prompt is not None else row[self._caption]
+            except ValueError as error:
+                yield Bad(f"{file} line {number}", str(error))
+                continue
+            texts: list[Any] = caption if isinstance(caption, list) else [caption]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                yield Bad(f"{file} line {number}", f"has the caption {shortened(repr(caption))}: text was expected")
+            else:
+                yield Sample(target, tuple(texts), tuple(others), mask=mask)
+
+    def _picture(self, file: Path, row: dict[str, Any], column: str) -> Picture:
+        names = _names(row.get(column), column)
+        if len(names) != 1:
+            raise ValueError(f"has {column}={row.get(column)!r}: one file name was expected")
+        return self._inside(file, names[0])
+
+    def _inside(self, file: Path, name: str) -> Picture:
+        """The picture that `file` names. ValueError if it is not in that file's folder."""
+        path = inside(file.parent, name)
+        return self._pictures.setdefault(path, file_picture(path))
+
+
+class Pairs(Source):
+    """Pictures before and after an edit: `source/x.png`, `target/x.png`, and the instruction in `target/x.txt`.
+
+    Args:
+        path: the folder that has the others.
+        target_folder: pictures to learn, in it and its subfolders.
+        reference_folders: for each reference a folder of pictures with the same names, whatever their formats.
+        prompt: one instruction for all, instead of the `.txt` files.
+        incomplete: a picture that a reference folder lacks has that reference less; else it counts as bad.
+        mask: "alpha", or a folder of pictures with the same names.
+        captions, first_frame, max_bad: as in `Source`.
+
+    Order: that of the targets' names. Raises ValueError for a folder that does not exist, and BadData for samples that
+    cannot be used; among them is a reference without a target.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        target_folder: str = "target",
+        reference_folders: Sequence[str] = ("source",),
+        prompt: str | None = None,
+        incomplete: bool = False,
+        mask: str | None = None,
+        captions: Captions | None = None,
+        first_frame: bool = False,
+        max_bad: int = 0,
+    ) -> None:
+        self.path = existing_folder("path", path)
+        super().__init__(str(self.path), captions, mask, first_frame, max_bad)
+        references = checked_texts("reference_folders", reference_folders)
+        if not references:
+            raise ValueError("dataset.reference_folders is empty: name a folder, or use dataset=folder")
+        target = existing_folder("target_folder", self.path / checked_text("target_folder", target_folder))
+        sources = [existing_folder("reference_folders", self.path / name) for name in references]
+        masks = None if mask in (None, ALPHA) else existing_folder("mask", self.path / str(mask))
+        check_flag("incomplete", incomplete)
+        self._prompt = None if prompt is None else checked_text("prompt", prompt)
+        self._take(self._found(target, sources, masks, incomplete), f": {target} holds no pictures")
+
+    def _found(
+        self, target: Path, sources: Sequence[Path], masks: Path | None, incomplete: bool
+    ) -> Iterator[Sample | Bad]:
+        targets = pictures_by_stem(target)
+        beside = [pictures_by_stem(folder) for folder in sources]
+        masked = pictures_by_stem(masks) if masks is not None else {}
+        for stem, (name, *same) in targets.items():
+            partners = [files.get(stem, []) for files in beside]
+            twice = [files for files in ([name, *same], *partners, masked.get(stem, [])) if len(files) > 1]
+            lacking = [folder for folder, files in zip(sources, partners, strict=True) if not files]
+            text = target / f"{stem}.txt"
+            if twice:
+                yield Bad(name, f"could be paired in several ways, there are {' and '.join(twice[0])}: remove one")
+            elif foreign := [file for files in ([name], *partners) for file in files if is_foreign(file)]:
+                yield Bad(foreign[0], "has a format that Pillow cannot read: convert it")
+            elif lacking and not incomplete:
+                yield Bad(name, f"has no picture of its name in {lacking[0]} (or say dataset.incomplete=true)")
+            elif masks is not None and stem not in masked:
+                yield Bad(name, f"has no mask in {masks}")
+            elif self._prompt is None and not text.is_file():
+                yield Bad(name, f"has no caption: write {text.name} beside it, or dataset.prompt for all")
+            else:
+                try:
+                    caption = self._prompt or read_text(text)
+                except (OSError, ValueError) as error:
+                    yield Bad(name, f"has a caption that cannot be read: {error}")
+                    continue
+                mask = file_picture(masked[stem][0]) if masks is not None else None
+                references = tuple(file_picture(file) for files in partners for file in files)
+                yield Sample(file_picture(name), (caption,), references, mask=mask)
+        for files in beside:
+            for stem in sorted(files.keys() - targets.keys()):
+                yield Bad(files[stem][0], f"has no target of its name in {target}")
+
+
+# ------------------------------------------------------------------ files
+
+
+def existing_folder(key: str, path: object) -> Path:
+    """The folder that a setting names. Raises ValueError if there is none."""
+    folder = Path(checked_text(key, path)).expanduser()
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"dataset.{key}={str(path)!r} {problem}: give a folder of pictures")
+    return folder
+
+
+def inside(folder: Path, name: str) -> str:
+    """The path of a file that a dataset names. Raises OutsideFolder if that is not beneath its folder."""
+    root = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(root, name))
+    if not path.startswith(root.rstrip(os.sep) + os.sep):
+        raise OutsideFolder(f"names {shortened(name)!r}, which is not in {folder}: only its own files may be used")
+    return os.path.join(folder, os.path.relpath(path, root))
+
+
+def listed(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the files (and broken links) and of the folders in a folder, without hidden ones, sorted."""
+    files: list[str] = []
+    folders: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                (folders if entry.is_dir() else files).append(entry.name)
+    return sorted(files), sorted(folders)
+
+
+def is_foreign(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in UNREADABLE
+
+
+def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    """The pictures among file names, by their names without the ending."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in SUFFIXES | UNREADABLE:
+            found[stem].append(name)
+    return found
+
+
+def pictures_by_stem(folder: Path) -> dict[str, list[str]]:
+    """The paths of the pictures in a folder and its subfolders, by their paths from there without the ending."""
+    found = {stem: [str(folder / name) for name in names] for stem, names in by_stem(listed(folder)[0]).items()}
+    for name in listed(folder)[1]:
+        found |= {f"{name}/{stem}": files for stem, files in pictures_by_stem(folder / name).items()}
+    return found
+
+
+def read_text(path: Path) -> str:
+    """Raises ValueError, naming the file, if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+
+
+# ------------------------------------------------------------------ rows
+
+
+def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row). Raises ValueError for a line that is no JSON object."""
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{file} line {number} is not JSON ({error}): each line is one object") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file} line {number} is {line.strip()[:80]!r}: each line is one JSON object")
+        yield number, row
+
+
+def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row), None where a line ends early. Raises ValueError for a line with more cells than the first."""
+    reader = csv.DictReader(StringIO(read_text(file), newline=""), restkey="more", strict=True)
+    try:
+        for row in reader:
+            if isinstance(row.get("more"), list):
+                raise ValueError(
+                    f"{file} line {reader.line_num} has more cells than columns: put a text with commas into quotes"
+                )
+            yield reader.line_num, dict(row)
+    except csv.Error as error:
+        raise ValueError(f"{file} line {reader.line_num} is not CSV ({error})") from error
+
+
+def _names(value: object, column: str) -> list[str]:
+    """The file names in a cell: one, a list, a list as JSON, or none. Raises ValueError for anything else."""
+    if isinstance(value, str):
+        value = _json_list(value)
+    names: list[Any] = [] if value in (None, "") else value if isinstance(value, list) else [value]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"has {column}={shortened(repr(value))}: a file name or a list of such was expected")
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ValueError(f"has {column}={shortened(ascii(name))}: half of a character (a lone surrogate)")
+    return names
+
+
+def _json_list(text: str) -> str | list[object]:
+    """The list that `text` writes as JSON, or else `text`: a file may be called "[1].png"."""
+    try:
+        value = json.loads(text) if text.startswith("[") else text
+    except json.JSONDecodeError:
+        return text
+    return value

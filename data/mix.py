@@ -1,0 +1,62 @@
+"""Several sources as one, each trained as often as it is meant to be."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from data.source import Source
+
+
+class Mix(Source):
+    """The samples of several sources, one source after the other, with weights.
+
+    Args:
+        sources: by name. Their settings are their own, captions and `max_bad` among them.
+        repeats: by name, how often a sample is trained in a pass; 1 for what is not named.
+        shares: by name, for all of them: how much of all training comes from a source, whatever its size. Only their
+            ratios count.
+
+    Raises ValueError for `repeats` or `shares` that are no positive numbers, for a name of no source, for shares that
+    leave one out, and for both at once.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        repeats: Mapping[str, float] | None = None,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
+        if not isinstance(sources, Mapping) or not sources:
+            raise ValueError(f"dataset.sources={sources!r} must name at least one source")
+        for name, source in sources.items():
+            if not isinstance(source, Source):
+                raise ValueError(f"dataset.sources.{name} is {type(source).__name__}: a dataset was expected")
+        if repeats and shares:
+            raise ValueError("dataset.repeats and dataset.shares exclude each other: give one of them")
+        for key, given in (("repeats", repeats), ("shares", shares)):
+            _check_factors(key, given or {}, sources)
+        if shares and (left := sources.keys() - shares.keys()):
+            raise ValueError(f"dataset.shares leaves out {', '.join(sorted(left))}: name every source")
+        super().__init__(" and ".join(source.where for source in sources.values()), None, None, False, 0)
+        self.max_bad = sum(source.max_bad for source in sources.values())
+        self.bad = [bad for source in sources.values() for bad in source.bad]
+        weights = {name: float((repeats or {}).get(name, 1.0)) for name in sources}
+        if shares:
+            each, total = sum(shares.values()), sum(map(len, sources.values()))
+            weights = {name: shares[name] / each * total / len(source) for name, source in sources.items()}
+        self._samples = [
+            replace(sample, weight=sample.weight * weights[name])
+            for name, source in sources.items()
+            for sample in source
+        ]
+
+
+def _check_factors(key: str, given: object, sources: Mapping[str, Source]) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"dataset.{key}={given!r} must be numbers by the names of sources")
+    for name, factor in given.items():
+        if name not in sources:
+            raise ValueError(f"dataset.{key}.{name} is no source; there are: {', '.join(sources)}")
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if not number or not math.isfinite(factor) or factor <= 0:
+            raise ValueError(f"dataset.{key}.{name}={factor!r} must be a positive number")

@@ -1,0 +1,78 @@
+"""data.mix: the weights of samples from several sources."""
+
+from pathlib import Path
+
+import pytest
+from data_helpers import square, write
+
+from data.captions import Captions
+from data.folders import Folder
+from data.mix import Mix
+from data.source import BadData
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, Folder]:
+    """Three cats and one dog."""
+    cats = {f"cat{number}.png": square() for number in range(3)}
+    return {
+        "cats": Folder(write(tmp_path / "cats", cats), prompt="a cat", captions=Captions(trigger="felix")),
+        "dogs": Folder(write(tmp_path / "dogs", {"dog.png": square()}), prompt="a dog"),
+    }
+
+
+def weights(mix: Mix) -> list[float]:
+    return [sample.weight for sample in mix]
+
+
+def test_sources_follow_one_another_with_their_own_settings(sources: dict) -> None:
+    mix = Mix(sources)
+    assert [sample.caption for sample in mix] == ["felix, a cat"] * 3 + ["a dog"]
+    assert weights(mix) == [1.0] * 4
+    assert mix[3].target is sources["dogs"][0].target
+
+
+def test_repeats_are_how_often_a_sample_is_trained_in_a_pass(sources: dict) -> None:
+    assert weights(Mix(sources, repeats={"dogs": 3})) == [1.0, 1.0, 1.0, 3.0]
+    assert weights(Mix(sources, repeats={"dogs": 0.5, "cats": 2})) == [2.0, 2.0, 2.0, 0.5]
+
+
+def test_shares_are_of_all_training_whatever_the_sizes(sources: dict) -> None:
+    found = weights(Mix(sources, shares={"cats": 30, "dogs": 70}))
+    assert sum(found) == pytest.approx(4)
+    assert sum(found[:3]) / sum(found) == pytest.approx(0.3)
+    assert found[0] == found[1] == found[2]
+
+
+def test_weights_of_mixes_multiply(sources: dict) -> None:
+    inner = Mix(sources, repeats={"dogs": 3})
+    assert weights(Mix({"all": inner}, repeats={"all": 2})) == [2.0, 2.0, 2.0, 6.0]
+
+
+def test_a_mix_leaves_out_what_its_sources_do(tmp_path: Path) -> None:
+    bad = Folder(write(tmp_path, {"a.png": square(), "b.png": b""}), prompt="x", max_bad=2)
+    mix = Mix({"bad": bad})
+    assert [Path(sample.name).name for sample in mix] == ["a.png"]
+    assert [Path(name).name for name, _ in mix.bad] == ["b.png"]
+    with pytest.raises(BadData, match=r"(?s)2 of 2 samples .*no sample|has no sample that can be used"):
+        mix.leave_out({0: "cannot be decoded"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repeats": {"birds": 2}}, "dataset.repeats.birds is no source; there are: cats, dogs"),
+        ({"repeats": {"cats": 0}}, "dataset.repeats.cats=0 must be a positive number"),
+        ({"repeats": {"cats": float("nan")}}, "dataset.repeats.cats=nan must be"),
+        ({"repeats": {"cats": True}}, "dataset.repeats.cats=True must be"),
+        ({"repeats": 3}, "dataset.repeats=3 must be numbers by the names"),
+        ({"shares": {"cats": 1}}, "dataset.shares leaves out dogs"),
+        ({"shares": {"cats": "1", "dogs": 1}}, "dataset.shares.cats='1' must be a positive number"),
+        ({"shares": {"cats": 1, "dogs": 1}, "repeats": {"cats": 2}}, "exclude each other"),
+        ({"sources": {}}, "dataset.sources={} must name at least one"),
+        ({"sources": {"cats": 3}}, "dataset.sources.cats is int: a dataset was expected"),
+    ],
+)
+def test_a_mistaken_mix_is_one_clear_error(sources: dict, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mix(**({"sources": sources} | settings))
