@@ -30,7 +30,7 @@ import hydra
 import peft
 import torch
 
-from benchmarks.models import hardware
+from benchmarks.models import at_least, hardware
 from train import demo
 
 PRECISIONS = {
@@ -87,7 +87,7 @@ def of(run: dict[str, Any], key: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each precision")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="runs of each precision")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "demo_precisions.json")
     parser.add_argument("overrides", nargs="*", help="settings of the runs, such as steps=4")
     options = parser.parse_args(argv)

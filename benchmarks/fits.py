@@ -31,7 +31,7 @@ import bitsandbytes
 import peft
 import torch
 
-from benchmarks.models import MODELS, adapt, clock, hardware, random_transformer
+from benchmarks.models import MODELS, adapt, at_least, clock, hardware, random_transformer, write_result
 from flux2 import adapters
 from flux2.attention import preferred_backends
 from flux2.checkpointing import set_policy
@@ -169,7 +169,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only cases with this in their name, as 'nf4' or 'dev bf16 1024 80'")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="timed steps of each")
     parser.add_argument("--on", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="result file; by default benchmarks/results/fits_<GPU>.json")
     options = parser.parse_args()
@@ -180,24 +180,23 @@ def main() -> None:
     if not cases:
         parser.error(f"--only {options.only!r} names no case; there are: {', '.join(case.name for case in CASES)}")
 
-    found = {}
-    for case in cases:
-        found[case.name] = measure(case, device, options.repeats)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        print(f"{case.name}: {json.dumps(found[case.name])}", flush=True)
     machine = hardware(device)
-    result = {
+    short = re.sub(r"\W+", "_", machine.split(",")[0]).strip("_").lower()
+    out = options.out or ROOT / "benchmarks" / "results" / f"fits_{short}.json"
+    result: dict[str, Any] = {
         "what": "training steps with memory as chosen by the planner: one picture, rank 16, AdamW, random weights",
         "hardware": machine,
         "versions": {module.__name__: module.__version__ for module in (torch, peft, bitsandbytes)},
-        "runs": found,
+        "runs": {},
     }
-    short = re.sub(r"\W+", "_", machine.split(",")[0]).strip("_").lower()
-    out = options.out or ROOT / "benchmarks" / "results" / f"fits_{short}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(out, result)  # what cannot be written says so now
+    for case in cases:
+        result["runs"][case.name] = measure(case, device, options.repeats)
+        write_result(out, result)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"{case.name}: {json.dumps(result['runs'][case.name])}", flush=True)
     print(f"written to {out}")
 
 

@@ -214,6 +214,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats} must be at least 1")
     if options.start:
         print(json.dumps(start(published(options.double, options.single), options.start, options.cache)))
         return

@@ -37,11 +37,13 @@ from benchmarks.models import (
     MODELS,
     adapt,
     adapt_with_peft,
+    at_least,
     clock,
     diffusers_transformer,
     hardware,
     random_transformer,
     to_four_bits,
+    write_result,
 )
 from flux2 import adapters
 from flux2.attention import limited_to, preferred_backends
@@ -280,14 +282,14 @@ def measure(
     return result, gradients
 
 
-def run(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
-    """All cases, and what they are measured against."""
+def run(setup: Setup, options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
+    """All cases, and what they are measured against; `keep` gets what is known after each."""
     limits = ceilings(setup.config, setup.tokens, setup.device, options.repeats)
     inputs = Inputs(setup)
     chosen = [case for case in CASES if options.only in case.name]
     results: dict[str, Any] = {}
     reference = None
-    for case in [*chosen, replace(chosen[0])] if chosen else []:
+    for case in [*chosen, replace(chosen[0])]:
         name = f"{case.name}, again" if case.name in results else case.name
         if "torchao" in case.precision and importlib.util.find_spec("torchao") is None:
             results[name] = {"left out": "torchao is not installed"}
@@ -304,17 +306,17 @@ def run(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
         if setup.device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{name}: {json.dumps(results[name])}", flush=True)
-    return {"TFLOP/s": limits, "cases": results}
+        keep({"TFLOP/s": limits, "cases": results})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="klein_base_4b")
-    parser.add_argument("--side", type=int, default=64, help="side of the latent grid: 64 is a picture of 1024 px")
-    parser.add_argument("--text", type=int, default=512, help="prompt tokens")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=20, help="timed steps of each")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before, after the first, which compiles")
+    parser.add_argument("--side", type=at_least(1), default=64, help="side of the latent grid: 64 is 1024 px")
+    parser.add_argument("--text", type=at_least(1), default=512, help="prompt tokens")
+    parser.add_argument("--rank", type=at_least(1), default=16)
+    parser.add_argument("--repeats", type=at_least(1), default=20, help="timed steps of each")
+    parser.add_argument("--warmup", type=at_least(0), default=3, help="steps before, after the first, which compiles")
     parser.add_argument("--only", default="", help="only cases with this in their name, as 'fp8' or 'diffusers'")
     parser.add_argument("--on", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--compiler", default="inductor", help="backend of torch.compile; aot_eager proves the script")
@@ -322,6 +324,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="result file; by default benchmarks/results/matrix_<model>_<px>.json")
     options = parser.parse_args()
 
+    if not any(options.only in case.name for case in CASES):
+        parser.error(f"--only {options.only!r} names no case; there are: {'; '.join(case.name for case in CASES)}")
     device = torch.device(options.on)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --on cpu --model small --compiler aot_eager proves the script")
@@ -332,18 +336,16 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction((options.memory_gb * 2**30 - 2**30) / total, device)
     config = MODELS[options.model]
     setup = Setup(options.model, config, device, options.rank, options.compiler, options.side, options.text)
-    found = run(setup, options)
-    result = {
+    about = {
         "what": f"{options.model}, batch 1, {options.side**2} + {options.text} tokens, rank {options.rank}",
         "hardware": hardware(device),
         "memory limit, GB": options.memory_gb,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, peft, bitsandbytes)},
-        **found,
     }
     default = Path(__file__).parent / "results" / f"matrix_{options.model}_{16 * options.side}.json"
     out = options.out or default
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(out, about)  # what cannot be written says so now
+    run(setup, options, lambda found: write_result(out, about | found))
     print(f"written to {out}")
 
 

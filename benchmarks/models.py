@@ -6,10 +6,12 @@ and one of 64 GB in bfloat16 is quantised layer by layer without ever being whol
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import time
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,25 @@ def hardware(device: torch.device) -> str:
         if line.startswith("model name")
     ]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low`."""
+
+    def number(given: str) -> int:
+        if not given.isdecimal() or int(given) < low:
+            raise argparse.ArgumentTypeError(f"{given!r} is no whole number from {low}")
+        return int(given)
+
+    return number
+
+
+def write_result(file: Path, result: Mapping[str, Any]) -> None:
+    """`result` as JSON in `file`, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.part")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(file)
 
 
 def clock(device: torch.device) -> float:

@@ -24,7 +24,7 @@ import peft
 import torch
 from torch import Tensor
 
-from benchmarks.models import adapt_with_peft, clock, diffusers_transformer, hardware
+from benchmarks.models import adapt_with_peft, at_least, clock, diffusers_transformer, hardware
 from flux2 import adapters
 from flux2.checkpointing import set_policy
 from flux2.model import Transformer
@@ -68,10 +68,10 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int, device: torch.de
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each")
-    parser.add_argument("--side", type=int, default=32, help="side of the latent grid: 32 is a picture of 512 px")
-    parser.add_argument("--text", type=int, default=512, help="prompt tokens")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=at_least(1), default=7, help="timed steps of each")
+    parser.add_argument("--side", type=at_least(1), default=32, help="side of the latent grid: 32 is 512 px")
+    parser.add_argument("--text", type=at_least(1), default=512, help="prompt tokens")
+    parser.add_argument("--rank", type=at_least(1), default=16)
     parser.add_argument("--out", type=Path, help="result file; by default benchmarks/results/step_<cpu or gpu>.json")
     options = parser.parse_args()
 

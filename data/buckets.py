@@ -20,6 +20,7 @@ from functools import cached_property
 from PIL import Image, ImageOps
 
 PIXELS_PER_LATENT = 16
+MAX_RESOLUTION = 8192  # a quarter of a million tokens, far beyond what FLUX.2 is made for
 FIT_VERSION = 1  # part of latents' cache keys: raise it when `fit` or decoding (data.pictures) gives other pixels
 
 Size = tuple[int, int]  # (width, height) in pixels
@@ -81,9 +82,9 @@ class Buckets:
             if not self.resolution or len(set(self.resolution)) < len(self.resolution):
                 raise ValueError(f"resolution={list(self.resolution)!r} must be one side or several different ones")
             for side in self.resolution:
-                _check_side("resolution", side, self.step)
+                _check_side("resolution", side, self.step, MAX_RESOLUTION)
         else:
-            _check_side("resolution", self.resolution, self.step)
+            _check_side("resolution", self.resolution, self.step, MAX_RESOLUTION)
         if not isinstance(self.max_aspect, int | float) or not self.max_aspect >= 1.0:
             raise ValueError(f"max_aspect={self.max_aspect!r} must be a number of at least 1 (1: only the square)")
         for key in ("upscale", "flip"):
@@ -235,6 +236,7 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_side(key: str, value: object, unit: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0 or value % unit:
-        raise ValueError(f"{key}={value!r} must be a positive whole multiple of {unit} pixels")
+def _check_side(key: str, value: object, unit: int, most: float = math.inf) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most or value % unit:
+        limit = "" if most == math.inf else f" up to {most}"
+        raise ValueError(f"{key}={value!r} must be a positive whole multiple of {unit} pixels{limit}")

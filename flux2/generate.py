@@ -50,8 +50,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="blocks that stay in host memory and stream to the device: a number (8) or a share (0.5)",
     )
-    parser.add_argument("--cache", type=Path, help="folder of quantised copies; what FLUX2_CACHE names, else none")
+    parser.add_argument("--cache", type=named_folder, help="folder of quantised copies; else what FLUX2_CACHE names")
     return parser.parse_args(argv)
+
+
+def named_folder(given: str) -> Path:
+    if not given:
+        raise argparse.ArgumentTypeError("an empty path names no folder; leave it out for none")
+    return Path(given)
 
 
 def number_or_share(given: str) -> int | float:

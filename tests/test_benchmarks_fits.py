@@ -40,6 +40,22 @@ def test_what_was_predicted_stands_beside_what_came(monkeypatch, tmp_path, capsy
     assert "names no case; there are: dev nf4 512 16, " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("script", "given", "said"),
+    [
+        (fits, ["--on", "cpu", "--repeats", "0"], "'0' is no whole number from 1"),
+        (matrix, ["--repeats", "none"], "'none' is no whole number from 1"),
+        (matrix, ["--rank", "-1"], "'-1' is no whole number from 1"),
+        (matrix, ["--only", "fp4"], "--only 'fp4' names no case; there are: flux2-lora, bf16, full; "),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_measured(script, given, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *given])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_matrix_runs_to_its_end_and_speaks_the_planners_words(monkeypatch, tmp_path):
     out = tmp_path / "matrix.json"

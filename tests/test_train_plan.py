@@ -339,6 +339,14 @@ def test_the_command_prints_the_plan_offline_and_without_weights(run_command, of
     ("arguments", "said"),
     [
         (["+card=big"], "card='big' must be the size of a card in GB"),
+        (["+card=0.5"], "card=0.5 must be the size of a card in GB, from 1"),
+        (["device=foo"], "device='foo' must be cuda or cpu, or null"),
+        (["dataset.reference_columns=before"], "dataset.reference_columns='before' must be a list"),
+        (
+            ["batch_size=99999999999999999999"],
+            "must be a whole number from 1 to 1048576",
+        ),
+        (["buckets.resolution=65536"], "resolution=65536 must be a positive whole multiple of 16 pixels up to 8192"),
         (["memory=30gb"], "memory=30gb is not a choice"),
         (["memory=auto", "memory.card_gb=lots"], "memory.card_gb='lots' must be a number of GB"),
         (["+memory.card=24"], "memory.card=24 is not a setting"),
@@ -363,6 +371,39 @@ def test_a_measurement_counts_for_its_gpu_and_setting_alone(tmp_path):
     assert measured("NVIDIA H100", setting, tmp_path) is None
     assert measured("NVIDIA H200", setting | {"checkpointing": "none"}, tmp_path) is None
     assert measured(None, setting, tmp_path) is None
+
+
+def test_a_measured_micro_batch_counts_as_often_as_it_is_computed(planner, tmp_path, monkeypatch):
+    found = planner("klein_base_4b")
+    case = {"setting": plan.setting(found, Choice("full")), "seconds": {"median": 0.25}}
+    (tmp_path / "a.json").write_text(json.dumps({"hardware": "NVIDIA H200", "cases": {"ours": case}}))
+    monkeypatch.setattr(measured, "__defaults__", (tmp_path,))
+
+    def said(**changes):
+        job = replace(found.job, **changes)
+        return plan.describe(Planner(job), Planner(job).predict(Choice("full")), H200, "NVIDIA H200")
+
+    assert said().startswith("A step of 1 picture: 0.25 s (measured on NVIDIA H200")
+    assert said(accumulation=8).startswith("A step of 8 pictures: 2.00 s (measured")
+    assert "predicted" in said(usual=False)
+
+
+@pytest.mark.parametrize(
+    "given", ["precision.rowwise=true", "precision.backward=bf16", "memory.attention=[math]", "preservation=base"]
+)
+def test_what_is_set_otherwise_than_measured_is_not_usual(given):
+    arguments = ["model=tiny", "device=cpu", "precision=fp8", "precision.matmul=fp8"]
+    assert choosing.job_of(Run(compose(*arguments)), on_gpu=False).usual
+    more = ["preservation.prompts=[a]"] if given == "preservation=base" else []
+    assert not choosing.job_of(Run(compose(*arguments, given, *more)), on_gpu=False).usual
+
+
+def test_on_a_card_without_fp8_products_they_are_planned_in_bf16():
+    run = Run(compose("model=klein_base_4b", "device=cpu", "precision=fp8"))
+    new, old = (Planner(choosing.job_of(run, True, in_fp8)) for in_fp8 in (True, False))
+    assert (new.has_layouts, old.has_layouts) == (True, False)
+    assert "fp8" in new.blocks("full")[2].flops
+    assert "fp8" not in old.blocks("full")[2].flops
 
 
 def test_every_gpu_has_its_figures():

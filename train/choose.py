@@ -115,8 +115,8 @@ def skeleton(variant: Variant, precision: Precision, adapt: Callable[[Transforme
     return model
 
 
-def planned_precision(run: Run, on_gpu: bool) -> Precision:
-    """That of a run, as on a GPU: FP8 products if the GPU at hand, or one that is not there, can do them."""
+def planned_precision(run: Run, on_gpu: bool, in_fp8: bool = True) -> Precision:
+    """That of a run, as on a GPU: FP8 products if the GPU at hand can do them; of one that is not there if `in_fp8`."""
     given = {key: value for key, value in run.config["precision"].items() if value is not None}
     dtype = pick_dtype(given.pop("dtype", None), torch.device("cuda" if on_gpu else "cpu"))
     if "layers" in given:
@@ -124,24 +124,31 @@ def planned_precision(run: Run, on_gpu: bool) -> Precision:
     precision = Precision(dtype, **given)
     if precision.storage != "fp8" or precision.matmul != "auto" or not on_gpu:
         return precision
-    able = not torch.cuda.is_available() or precision.multiplies_in_fp8("cuda")
+    able = precision.multiplies_in_fp8("cuda") if torch.cuda.is_available() else in_fp8
     return replace(precision, matmul="fp8" if able else "dequantised")
 
 
 def references_of(dataset: Mapping[str, Any]) -> int:
     """How many references its settings name; of several datasets the most."""
     named = dataset.get("reference_columns") or dataset.get("reference_folders") or []
+    if not isinstance(named, list):
+        raise ValueError(f"dataset.reference_columns={named!r} must be a list of names, such as [{named}]")
     return max([len(named), *map(references_of, (dataset.get("sources") or {}).values())])
 
 
-def job_of(run: Run, on_gpu: bool) -> Job:
-    """What of a run decides memory and time. Pictures are counted as squares, the largest of the buckets."""
+def job_of(run: Run, on_gpu: bool, in_fp8: bool = True) -> Job:
+    """What of a run decides memory and time. Pictures are counted as squares, the largest of the buckets.
+
+    Args:
+        in_fp8: whether a GPU that is not there multiplies FP8 (compute capability 8.9 and above).
+    """
     settings, side = run.settings, run.buckets.largest
     samples = bool(run.sample.prompts) and settings.sample_every > 0
     each = [run.sampled(paths) for paths in run.sample.edits if samples]
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
     held = min(run.preservation.samples, settings.batch_size) if run.preservation.active else 0
-    precision = planned_precision(run, on_gpu)
+    precision = planned_precision(run, on_gpu, in_fp8)
+    plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
     return Job(
         variant=run.variant,
         model=skeleton(run.variant, precision, partial(run.make_adapter, seed=settings.seed)),
@@ -159,6 +166,7 @@ def job_of(run: Run, on_gpu: bool) -> Job:
         on_gpu=on_gpu,
         storage=precision.storage,
         compiled=run.memory.compile,
+        usual=not held and precision == plain and run.memory.attention is None,
         text_sizes=text_sizes(run.source),
         text_storage=run.text_encoder.storage,
         text_here=run.text_encoder.here,

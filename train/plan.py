@@ -15,7 +15,8 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,18 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cards import GIB, SIZES, Gpu, gpu, measured, usable
-from train.choose import FREE, choice_of, choose, completed, does_not_fit, fixed_keys, job_of, lighter, settings_of
+from train.choose import (
+    FREE,
+    choice_of,
+    choose,
+    completed,
+    does_not_fit,
+    fixed_keys,
+    job_of,
+    lighter,
+    planned_precision,
+    settings_of,
+)
 from train.command import checked, command
 from train.loss import is_number
 from train.predict import Choice, Planner, Prediction, trained
@@ -53,13 +65,15 @@ def phase_table(prediction: Prediction, on_gpu: bool) -> Table:
     return table
 
 
-def card_table(planner: Planner, now: Prediction, fixed: Mapping[str, Any]) -> Table:
-    """Whether it fits which card, and what would be chosen there."""
+def card_table(planners: Callable[[Gpu], Planner], settings: Choice, fixed: Mapping[str, Any]) -> Table:
+    """Whether it fits which card as set, and what would be chosen there."""
     table = Table(title="Which card it fits, as predicted", box=SIMPLE, title_justify="left")
     for name in ("card", "caching: prompts", "pictures", "training as set", "memory=auto would choose", "s/step"):
         table.add_column(name, justify="right" if name in ("card", "s/step") else "left")
     for card_gb in SIZES:
         limit, on = usable(card_gb), gpu(None, card_gb)
+        planner = planners(on)
+        now = planner.predict(settings)
         caching = [
             "" if phase not in now.phases else "yes" if now.total(phase) <= limit else "no"
             for phase in ("prompts", "pictures")
@@ -78,12 +92,13 @@ def card_table(planner: Planner, now: Prediction, fixed: Mapping[str, Any]) -> T
 def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None) -> str:
     """One line on the time of a step."""
     shape, job = prediction.choice, planner.job
-    found = measured(name, setting(planner, shape))
+    found = measured(name, setting(planner, shape)) if job.usual else None
     pictures = (job.rows - job.held) * job.accumulation
-    seconds = prediction.seconds(on) if found is None else found
+    seconds = prediction.seconds(on) if found is None else found * job.accumulation
     said = f"predicted for {on.name}" if found is None else f"measured on {name}, in benchmarks/results"
     flops = sum(prediction.work.flops.values()) / 1e12
-    return f"A step of {pictures} pictures: {seconds:.2f} s ({said}); {flops:.0f} TFLOP in products"
+    what = "1 picture" if pictures == 1 else f"{pictures} pictures"
+    return f"A step of {what}: {seconds:.2f} s ({said}); {flops:.0f} TFLOP in products"
 
 
 def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
@@ -108,7 +123,9 @@ def main(config: DictConfig) -> None:
     given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     card = given.pop("card", None)
     if card is not None and not is_number(card, low=1):
-        raise ValueError(f"card={card!r} must be the size of a card in GB, as in +card=24")
+        raise ValueError(f"card={card!r} must be the size of a card in GB, from 1, as in +card=24")
+    if given.get("device") not in (None, "cpu", "cuda"):
+        raise ValueError(f"device={given['device']!r} must be cuda or cpu, or null")
     on_gpu = given.get("device") != "cpu"
     memory = given["memory"]
     if not isinstance(memory, dict):
@@ -125,7 +142,13 @@ def main(config: DictConfig) -> None:
     name = torch.cuda.get_device_name() if gpu_here else None
     if card is None and gpu_here:
         card = round(torch.cuda.get_device_properties(0).total_memory / GIB, 1)
-    planner = Planner(job_of(run, on_gpu))
+    plan = cache(lambda in_fp8: Planner(job_of(run, on_gpu, in_fp8)))
+
+    def planners(on: Gpu) -> Planner:
+        """Of the run on such a GPU."""
+        return plan(on.fp8 is not None or planned_precision(run, on_gpu).matmul != "fp8")
+
+    planner = planners(gpu(name, card or SIZES[-1]))
     fixed = fixed_keys(memory) if chooses else {}  # without it they are the group's defaults
     console = Console(width=max(120, Console().width), highlight=False)
     now = planner.predict(choice_of(run.config["memory"]))
@@ -133,6 +156,8 @@ def main(config: DictConfig) -> None:
         found = choose(planner, fixed, usable(card), gpu(name, card))
         now = now if found is None else found
     on = gpu(name, card or next((size for size in SIZES if now.training <= usable(size)), SIZES[-1]))
+    planner = planners(on)
+    now = planner.predict(now.choice)
     shape, count = planner.job.shape, sum(parameter.numel() for parameter in trained(planner.job.model))
     console.print(
         f"{run.variant.name} in {planner.job.precision}: {shape.rows} pictures of {shape.image} tokens "
@@ -143,7 +168,7 @@ def main(config: DictConfig) -> None:
     console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
     console.print(describe(planner, now, on, name))
     if on_gpu:
-        console.print(card_table(planner, now, fixed))
+        console.print(card_table(planners, now.choice, fixed))
     if card is not None:
         found = choose(planner, fixed, usable(card), gpu(name, card))
         at = f"a card of {card:g} GB" if name is None else name

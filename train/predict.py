@@ -89,6 +89,7 @@ class Job:
         validates: whether a validation loss is taken.
         on_gpu: else everything is in host memory.
         compiled: whether blocks are compiled; memory is counted as if they were not.
+        usual: whether precision and attention are set as they are where steps are measured, and nothing is preserved.
         text_storage: of the text encoder's layers: nf4, int8, or None; text_here: whether it runs on this machine.
     """
 
@@ -108,6 +109,7 @@ class Job:
     on_gpu: bool = True
     storage: str | None = None
     compiled: bool = False
+    usual: bool = True
     text_sizes: Mapping[str, int] = field(default_factory=dict)
     text_storage: str | None = None
     text_here: bool = True

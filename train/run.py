@@ -85,6 +85,9 @@ GROUPS = (
 )
 
 
+MOST = 1 << 20  # pictures in a batch, and batches in a step
+
+
 @dataclass(frozen=True)
 class RunSettings(LoopSettings):
     """The keys of conf/train.yaml that are not in a group."""
@@ -103,7 +106,7 @@ class RunSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("batch_size", self.batch_size, 1)
+        check_count("batch_size", self.batch_size, 1, MOST)
         check_count("reference_resolution", self.reference_resolution, 16)
         for key in ("caption_dropout", "reference_dropout"):
             if not is_number(getattr(self, key), 0, 1):
@@ -115,7 +118,8 @@ class RunSettings(LoopSettings):
             if not isinstance(value, str) and not (value is None and key != "name"):
                 raise ValueError(f"{key}={value!r} must be a text")
             if key != "name" and value == "":
-                raise ValueError(f"{key}='' must not be empty: leave it out, or null")
+                origin = "; it comes from the environment variable FLUX2_CACHE" if key == "quantised_dir" else ""
+                raise ValueError(f"{key}='' must not be empty: leave it out, or null{origin}")
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a word without slashes: it becomes a folder")
 

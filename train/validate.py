@@ -6,6 +6,7 @@ it becomes a curve that can be read, above all on samples set aside.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -29,9 +30,11 @@ from train.loss import Noised, flow_loss, is_number, noise_at
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
 
 
-def check_count(key: str, value: object, low: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{key}={value!r} must be a whole number from {low}")
+def check_count(key: str, value: object, low: int = 0, most: float = math.inf) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= most:
+        raise ValueError(
+            f"{key}={value!r} must be a whole number from {low}" + (f" to {most}" if most < math.inf else "")
+        )
 
 
 @dataclass(frozen=True)
