@@ -25,9 +25,9 @@ def test_a_precision_passes_if_its_mean_lies_within_the_seeds_of_float32():
     )
     assert found["fp8"]["style_moved"] == {"mean": pytest.approx(0.9), "min": 0.8, "max": 1.0, "within_fp32": True}
     assert found["fp8"]["final_validation_loss"] == {"mean": pytest.approx(1.1), "min": 0.9, "max": 1.3}
-    assert not found["nf4"]["style_moved"]["within_fp32"]  # by more than one picture of 24
+    assert not found["nf4"]["style_moved"]["within_fp32"]  # by more than one picture of 48
     assert all(found["fp32"][key]["within_fp32"] for key in benchmark.MEASURES)
-    nearly = benchmark.summary({"fp32": [run(0.90, 1.0)], "nf4": [run(0.87, 1.0)]})
+    nearly = benchmark.summary({"fp32": [run(0.90, 1.0)], "nf4": [run(0.88, 1.0)]})
     assert nearly["nf4"]["subjects_right"]["within_fp32"]
 
 
