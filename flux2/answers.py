@@ -30,6 +30,10 @@ class RemoteError(ValueError):
     """A remote text encoder gave no answer, or none that can be used."""
 
 
+class Unreachable(RemoteError):  # noqa: N818
+    """After all attempts there was no answer."""
+
+
 class Again(Exception):  # noqa: N818
     """This attempt failed; another may not. `after`: seconds that the server asked to wait."""
 
