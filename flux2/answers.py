@@ -64,7 +64,7 @@ def read_serialised(body: bytes) -> Tensor:
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         raise ValueError("it is no tensor as torch.save writes it") from error
     if sum(member.file_size for member in members) > len(body):
-        raise ValueError("it unpacks to more than it is, which what torch.save writes never does")
+        raise ValueError("it unpacks to more than it is, which a file of torch.save never does")
     try:
         found = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes fail in any way that a parser can
