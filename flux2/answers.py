@@ -30,6 +30,10 @@ class RemoteError(ValueError):
     """A remote text encoder gave no answer, or none that can be used."""
 
 
+class Unreachable(RemoteError):  # noqa: N818
+    """After all attempts there was no answer."""
+
+
 class Again(Exception):  # noqa: N818
     """This attempt failed; another may not. `after`: seconds that the server asked to wait."""
 
@@ -52,17 +56,15 @@ def read_safetensors(body: bytes) -> Tensor:
 def read_serialised(body: bytes) -> Tensor:
     """The tensor that `torch.save` wrote. Raises ValueError for anything else; nothing that a pickle names is called.
 
-    Only archives that are not compressed are opened, so that a small one cannot become large.
+    An archive is not opened if it would become larger, as a compressed one can by a thousand times.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         raise ValueError("it is no tensor as torch.save writes it") from error
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
-        sum(member.file_size for member in members) > len(body)
-    ):
-        raise ValueError("it is compressed, which torch.save never does")
+    if sum(member.file_size for member in members) > len(body):
+        raise ValueError("it unpacks to more than it is, which a file of torch.save never does")
     try:
         found = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes fail in any way that a parser can

@@ -40,6 +40,7 @@ from flux2.answers import (
     IDENTITY_HEADER,
     Again,
     RemoteError,
+    Unreachable,
     checked,
     read_body,
     read_safetensors,
@@ -173,7 +174,7 @@ class Client:
         Of our server the very text that an encoder of the same files and settings has on this machine; so both share
         cache entries. The published endpoint tells nothing: its address and the model stand for it.
 
-        Raises RemoteError if the server cannot be asked, or serves another text encoder.
+        Raises Unreachable if the server gives no answer, RemoteError if it serves another text encoder.
         """
         if self._identity is None:
             known = f"published {self.url} {self.variant.name} {self.length}"
@@ -202,7 +203,7 @@ class Client:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """(B, length, text_width) embeddings on the CPU, in the dtype that the server computes in.
 
-        Raises RemoteError: no answer after all attempts, a refusal, or an answer that is not what was asked for.
+        Raises Unreachable after all attempts, RemoteError for a refusal, or an answer that is not what was asked for.
         """
         if self.protocol == "published":
             return torch.cat([self._encode([prompt]) for prompt in prompts])
@@ -259,7 +260,7 @@ class Client:
                     seconds = self._pause(attempt, again.after)
                     log.warning("%s: %s; attempt %d of %d in %.1f s", self.url, reason, attempt + 1, attempts, seconds)
                     self._closed.wait(seconds)
-        raise RemoteError(
+        raise Unreachable(
             f"{self.url} gave no answer in {attempts} attempts, the last one: {reason}. Is the server running there? "
             "What was answered is kept: start again, and only the rest is asked for"
         )

@@ -43,7 +43,7 @@ def test_a_small_archive_cannot_become_large() -> None:
         for name in plain.namelist():
             bomb.writestr(name, plain.read(name))
     assert len(packed.getvalue()) < 20_000
-    with pytest.raises(ValueError, match=r"it is compressed, which torch\.save never does"):
+    with pytest.raises(ValueError, match="it unpacks to more than it is"):
         read_serialised(packed.getvalue())
 
 

@@ -83,6 +83,7 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("seed=9223372036854775808", "seed=9223372036854775808 must be below 2 ** 63"),
         ("precision.dtype=fp16", "precision.dtype='fp16' must be one of fp32, bf16"),
         ("buckets.step=17", "buckets.step=17 must be a positive whole multiple of 16"),
+        ("model.text_encoder=http://127.0.0.1:1", "write text_encoder=remote text_encoder.url=... instead"),
         ("model.resolution=big", "model.resolution='big' must be a whole number from 16"),
         ("model.name=flux", "model='flux' is not a FLUX.2 model; choose one of tiny, dev"),
         ("validation.held_out=-1", "validation.held_out=-1 must be a whole number from 0"),

@@ -248,6 +248,22 @@ def test_servers_that_are_not_known_to_be_equal_share_nothing(fake_server, small
     assert asked(second, "text_encoder.protocol=published") == 0
 
 
+def test_with_a_full_cache_the_server_need_not_run(fake_server, small, tmp_path, run_command):
+    server = fake_server(helpers.VARIANTS["dev"])
+    settings = small(*remote(server, "steps=2"), f"cache_dir={tmp_path / 'cache'}")
+    assert run_command(*settings, task=main)[0] == 0
+    server.stop()
+    code, out, err = run_command(*settings, f"output_dir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert len(values(tmp_path / "run")) == 2
+    assert f"using what is cached of the text encoder at {server.url} for small_dev, 64 tokens" in out + err
+    message = run_command.refused(*settings, "sample.prompts=[a fox]", task=main)
+    assert f"{server.url} gave no answer in 3 attempts, the last one: the connection failed" in message
+    message = run_command.refused(*settings, "text_encoder.length=9", task=main)
+    assert "Connection refused" in message
+    server.start()  # so that it can be stopped again
+
+
 def test_prompts_that_the_server_cut_are_told(fake_server, small, tmp_path, run_command):
     import safetensors.torch
 

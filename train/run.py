@@ -136,6 +136,8 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_count("model.resolution", self.resolution, 16)
+        if isinstance(self.text_encoder, str) and self.text_encoder.startswith(("http:", "https:")):
+            raise ValueError("model.text_encoder is an address: write text_encoder=remote text_encoder.url=... instead")
 
     def source(self) -> ModelSource:
         return model_source(self.name, self.path, self.autoencoder, self.text_encoder)

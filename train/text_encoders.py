@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -9,12 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flux2.answers import Unreachable
 from flux2.remote import Client, ProtocolName, check_patience, check_url, pick_protocol
 from flux2.sources import ModelSource
 from flux2.text_encoder import Storage, check_storage
 from flux2.weights import embedding_identity, load_text_encoder, text_encoder_fingerprint
 
 MOST_IN_FLIGHT = 64
+log = logging.getLogger(__name__)
 Encode = Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
 
 
@@ -128,8 +131,24 @@ class RemoteTextEncoder:
         return self.in_flight
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
-        """Raises RemoteError if the server cannot be asked. `dtype` does not matter: the server has its own."""
-        return self.client(source).identity()
+        """`dtype` does not matter: the server has its own.
+
+        If the server gives no answer, it is what `source.fingerprints` knows of it, after a warning: with a full cache
+        the server need not run. Raises Unreachable if nothing is known, RemoteError for what the server refuses.
+        """
+        client, known = self.client(source), source.fingerprints
+        name = f"text encoder at {self.url} for {source.variant.name}, {client.length} tokens"
+        try:
+            found = client.identity()
+        except Unreachable as error:
+            kept = known.get(name) if known is not None else None
+            if kept is None:
+                raise
+            log.warning("using what is cached of the %s (%s)", name, error)
+            return kept
+        if known is not None:
+            known.set(name, found)
+        return found
 
     def load(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encode:
         client = self.client(source)
