@@ -460,9 +460,12 @@ def test_a_picture_that_cannot_be_read_is_named_before_any_encoder_is_loaded(run
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "broken.txt").write_text("a broken picture")
     monkeypatch.setattr(text_encoders, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded"))
-    message = run_command.refused(*small(f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}"))
-    assert f"picture {folder / 'broken.png'} cannot be read" in message
-    assert "replace or remove it" in message
+    code, _, err = run_command(*small(f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}"))
+    assert code == 2
+    assert err.startswith("error: 1 of 1 samples of ")
+    assert f"{folder / 'broken.png'} cannot be read" in err
+    assert "dataset.max_bad=1 (now 0)" in err
+    assert "Traceback" not in err
 
 
 def test_a_model_that_cannot_be_downloaded_is_named_with_the_way_to_give_a_local_one(run_command, parquet, tmp_path):
