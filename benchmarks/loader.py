@@ -174,6 +174,7 @@ def starting(place: Path, count: int) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
+    place.mkdir()
     write_samples(place / "pictures", count)
     cache = Cache(place / "cache")
     cache.folder.mkdir()
@@ -204,9 +205,9 @@ def main() -> None:
             storage: reading(place / storage, storage == "fp8") for storage in ("full embeddings", "fp8")
         }
         print(json.dumps(result["reading"]), flush=True)
-        result["waiting_in_the_demo"] = waiting(place, options.steps)
+        result["waiting_in_the_demo"] = waiting(place / "demo", options.steps)
         print(json.dumps(result["waiting_in_the_demo"]), flush=True)
-        result["starting"] = starting(place, options.samples)
+        result["starting"] = starting(place / "start", options.samples)
         print(json.dumps(result["starting"]), flush=True)
     result |= {
         "cpus": os.cpu_count(),

@@ -36,7 +36,7 @@ import train.run
 from flux2.precision import QuantisedLinear, pick
 from flux2.variants import VARIANTS
 from flux2.weights import load_transformer
-from train import cache
+from train import cache, text_encoders
 from train.checkpoint import checkpoints
 from train.loop import Training
 from train.run import Run, cores, make_accelerator
@@ -217,7 +217,8 @@ def refuse_to_load(*args, **kwargs):
 
 
 def test_settings_are_checked_before_anything_is_loaded_or_written(run_command, small, monkeypatch, tmp_path):
-    for module, name in ((cache, "load_text_encoder"), (cache, "load_autoencoder"), (train.run, "load_transformer")):
+    encoders = (text_encoders, "load_text_encoder"), (cache, "load_autoencoder")
+    for module, name in (*encoders, (train.run, "load_transformer")):
         monkeypatch.setattr(module, name, refuse_to_load)
     folder = tmp_path / "run"
     for mistake in ("adapter.rank=0", "adapter.targets=[foo]", "optimizer.lr=x", "dataset.path=/nowhere"):
@@ -253,7 +254,8 @@ def test_a_run_that_is_being_resumed_is_not_resumed_twice(run_command, train, sm
 
 
 def test_places_that_cannot_be_written_are_named_before_anything_is_loaded(run_command, small, monkeypatch, tmp_path):
-    for module, name in ((cache, "load_text_encoder"), (cache, "load_autoencoder"), (train.run, "load_transformer")):
+    encoders = (text_encoders, "load_text_encoder"), (cache, "load_autoencoder")
+    for module, name in (*encoders, (train.run, "load_transformer")):
         monkeypatch.setattr(module, name, refuse_to_load)
     file = tmp_path / "file"
     file.touch()
@@ -457,10 +459,13 @@ def test_a_picture_that_cannot_be_read_is_named_before_any_encoder_is_loaded(run
     folder.mkdir()
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "broken.txt").write_text("a broken picture")
-    monkeypatch.setattr(cache, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded"))
-    message = run_command.refused(*small(f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}"))
-    assert f"picture {folder / 'broken.png'} cannot be read" in message
-    assert "replace or remove it" in message
+    monkeypatch.setattr(text_encoders, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded"))
+    code, _, err = run_command(*small(f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}"))
+    assert code == 2
+    assert err.startswith("error: 1 of 1 samples of ")
+    assert f"{folder / 'broken.png'} cannot be read" in err
+    assert "dataset.max_bad=1 (now 0)" in err
+    assert "Traceback" not in err
 
 
 def test_a_model_that_cannot_be_downloaded_is_named_with_the_way_to_give_a_local_one(run_command, parquet, tmp_path):

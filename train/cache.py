@@ -161,8 +161,9 @@ class Needs:
         free = self.cache.free()
         if text + other > free:
             less = ", or embeddings in less space: embedding_storage=projected, fp8 or projected_fp8"
+            place = repr(str(self.cache)) if self.cache.shared else "null, in memory"
             raise ValueError(
-                f"cache_dir={str(self.cache)!r}: {said} are to be stored, and {gigabytes(free)} are free there. Make "
+                f"cache_dir={place}: {said} are to be stored, and {gigabytes(free)} are free there. Make "
                 f"room, or give another place{less if text > other and self.storage == 'full' else ''}"
             )
         return f"to encode: {said}; {gigabytes(free)} are free in {self.cache}"
