@@ -93,7 +93,7 @@ def test_every_setting_of_fp8_is_in_its_file():
     assert set(compose("memory=default").memory) >= chosen_with_memory
 
 
-@pytest.mark.parametrize("choice", [choice for group, choice in CHOICES if group == "dataset" and choice != "demo"])
+@pytest.mark.parametrize("choice", ["folder", "huggingface", "mix", "pairs", "webdataset"])
 def test_the_settings_of_a_dataset_are_the_arguments_of_its_class(choice):
     given = compose(f"dataset={choice}").dataset
     parameters = inspect.signature(get_object(given._target_)).parameters

@@ -128,10 +128,15 @@ def planned_precision(run: Run, on_gpu: bool) -> Precision:
     return replace(precision, matmul="fp8" if able else "dequantised")
 
 
+def references_of(dataset: Mapping[str, Any]) -> int:
+    """How many references its settings name; of several datasets the most."""
+    named = dataset.get("reference_columns") or dataset.get("reference_folders") or []
+    return max([len(named), *map(references_of, (dataset.get("sources") or {}).values())])
+
+
 def job_of(run: Run, on_gpu: bool) -> Job:
     """What of a run decides memory and time. Pictures are counted as squares, the largest of the buckets."""
     settings, side = run.settings, run.buckets.largest
-    columns = run.config["dataset"].get("reference_columns") or []
     samples = bool(run.sample.prompts) and settings.sample_every > 0
     each = [run.sampled(paths) for paths in run.sample.edits if samples]
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
@@ -143,7 +148,7 @@ def job_of(run: Run, on_gpu: bool) -> Job:
         dtype=precision.dtype,
         optimizer=run.make_optimizer,
         pixels=(side, side),
-        references=[(settings.reference_resolution,) * 2 for _ in columns],
+        references=[(settings.reference_resolution,) * 2 for _ in range(references_of(run.config["dataset"]))],
         sample_pixels=(run.sample.width or side, run.sample.height or side) if samples else None,
         sample_references=max(edited, key=lambda sizes: sum(map(tokens, sizes)), default=[]),
         text_tokens=run.text_encoder.length or run.variant.text.length,
