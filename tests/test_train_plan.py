@@ -178,6 +178,18 @@ def test_a_text_encoder_elsewhere_takes_no_memory_here():
     assert "prompts" not in Planner(choosing.job_of(run, on_gpu=False)).encoders({})
 
 
+def test_the_references_that_a_dataset_names_are_counted():
+    def counted(*given):
+        return len(choosing.job_of(Run(compose(*given, "reference_resolution=64")), on_gpu=False).references)
+
+    pairs = ["+dataset@dataset.sources.pairs=pairs", "dataset.sources.pairs.path=x"]
+    cards = ["+dataset@dataset.sources.cards=folder", "dataset.sources.cards.path=x"]
+    assert counted("dataset.reference_columns=[before,style]") == 2
+    assert counted() == 0
+    assert counted("dataset=pairs", "dataset.path=x", "dataset.reference_folders=[a,b,c]") == 3
+    assert counted("dataset=mix", *pairs, *cards) == 1
+
+
 def test_what_sample_sheets_edit_is_counted_with_the_prompt_that_edits_most(small, tmp_path):
     files = []
     for size in ((96, 64), (48, 40)):

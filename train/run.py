@@ -249,7 +249,10 @@ def is_offline(places: Iterable[object]) -> bool:
 
 def paths(dataset: Mapping[str, Any]) -> list[object]:
     """Where the pictures are: a dataset's `path`, and those of the datasets that it mixes."""
-    return [dataset.get("path"), *(path for source in dataset.get("sources", {}).values() for path in paths(source))]
+    return [
+        dataset.get("path"),
+        *(path for source in (dataset.get("sources") or {}).values() for path in paths(source)),
+    ]
 
 
 def open_picture(path: str) -> Picture:
