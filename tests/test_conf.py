@@ -93,7 +93,7 @@ def test_every_setting_of_fp8_is_in_its_file():
     assert set(compose("memory=default").memory) >= chosen_with_memory
 
 
-@pytest.mark.parametrize("choice", [choice for group, choice in CHOICES if group == "dataset" and choice != "demo"])
+@pytest.mark.parametrize("choice", ["folder", "huggingface", "mix", "pairs", "webdataset"])
 def test_the_settings_of_a_dataset_are_the_arguments_of_its_class(choice):
     given = compose(f"dataset={choice}").dataset
     parameters = inspect.signature(get_object(given._target_)).parameters
@@ -108,11 +108,15 @@ def test_the_settings_of_a_dataset_are_the_arguments_of_its_class(choice):
             assert (tuple(value) if isinstance(value, ListConfig) else value) == parameter.default
 
 
-def test_a_dataset_is_reached_over_the_network_wherever_it_is_named():
-    mix = ["dataset=mix", "+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/pictures"]
+def test_whether_the_hub_can_be_reached_is_asked_for_every_dataset_of_a_mix(monkeypatch):
+    asked = []
+    monkeypatch.setattr("train.run.is_offline", asked.extend)
+    mix = ["dataset=mix", "+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/no/pictures"]
     more = ["+dataset@dataset.sources.dogs=huggingface", "dataset.sources.dogs.path=someone/dogs"]
-    assert paths(Run(compose(*mix, *more)).config["dataset"]) == [None, "/pictures", "someone/dogs"]
-    assert paths(Run(compose()).config["dataset"]) == ["data/demo"]
+    with pytest.raises(ValueError, match=r"path='/no/pictures' does not exist"):
+        Run(compose(*mix, *more)).needs()
+    assert {"/no/pictures", "someone/dogs"} < set(asked)
+    assert paths(compose().dataset) == ["data/demo"]
 
 
 def test_the_datasets_are_made_from_their_files(pictures, parquet):

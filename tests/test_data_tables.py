@@ -78,8 +78,32 @@ def test_a_column_of_paths_opens_files_beside_the_table(tmp_path: Path) -> None:
     images = ["pictures/a.png", str(tmp_path / "b.png"), "./b.png"]
     samples = HuggingFace(table(tmp_path / "t.parquet", image=images))
     assert [color(sample.target) for sample in samples] == [RED, BLUE, BLUE]
-    path = table(tmp_path / "tables/t.parquet", image=["c.png", {"bytes": None, "path": "c.png"}["path"], "c.png"])
+    path = table(tmp_path / "tables/t.parquet", image=["c.png"] * 3)
     assert color(HuggingFace(path, picture_folder=str(tmp_path / "else"))[2].target) == WHITE
+
+
+def test_a_picture_that_the_library_refers_to_is_opened_beside_the_table_and_where_it_downloads(tmp_path: Path) -> None:
+    downloads = Path(datasets.config.HF_DATASETS_CACHE) / "downloads"
+    write(tmp_path, {"data/a.png": square(), "secret.png": square()})
+    write(downloads, {"b.png": square("blue")})
+    paths = ["a.png", str(downloads / "b.png"), str(tmp_path / "secret.png")]
+    images = [{"bytes": None, "path": path} for path in paths]
+    samples = HuggingFace(table(tmp_path / "data/t.parquet", image=images), max_bad=1)
+    assert [color(sample.target) for sample in samples] == [RED, BLUE]
+    assert [bad.reason for bad in samples.bad] == [
+        f"is '{tmp_path}/secret.png', which is not in {tmp_path}/data: dataset.picture_folder names another folder"
+    ]
+
+
+def test_a_column_of_paths_on_the_hub_needs_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"a.png": square("blue")})
+    rows = datasets.Dataset.from_dict({"image": ["a.png"], "caption": ["x"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    with pytest.raises(
+        ValueError, match=r"column 'image' of a/b holds paths: name the folder .*dataset.picture_folder"
+    ):
+        HuggingFace("a/b")
+    assert color(HuggingFace("a/b", picture_folder=str(tmp_path))[0].target) == BLUE
 
 
 def test_what_is_wrong_with_the_pictures_of_rows_is_listed_by_row(tmp_path: Path) -> None:

@@ -188,6 +188,30 @@ def test_a_folder_with_captions_beside_the_pictures_trains(
     assert all(not batch.references for batch in batches)
 
 
+def test_what_captions_and_masks_ask_for_reaches_the_batches(
+    tmp_path: Path, cache_folder: Path, batches: list[Batch]
+) -> None:
+    """Cut-outs with tags in one folder, three times as often as solid pictures in another."""
+    clear = draw_picture(0, (48, 48)).convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 16, 48))  # the left third
+    write(tmp_path / "cut", {"a.png": encoded(clear), "a.txt": "a, red, cup, blue, fox"})
+    write(tmp_path / "solid", {"b.png": TARGETS["1.png"], "b.txt": "the small card"})
+    cut, solid = "dataset.sources.cut", "dataset.sources.solid"
+    named = [f"+dataset@{cut}=folder", f"{cut}.path={tmp_path}/cut", f"+dataset@{solid}=folder"]
+    tags = [f"{cut}.mask=alpha", f"{cut}.captions.shuffle_tags=3", f"{cut}.captions.keep_tags=1"]
+    weights = [f"{solid}.path={tmp_path}/solid", "dataset.repeats={cut: 3}", "steps=8"]
+    trained(tmp_path, cache_folder, "dataset=mix", *named, *tags, *weights)
+    seen = batches[:8]
+    cuts = [batch for batch in seen if batch.mask is not None and batch.mask.min() < 0.5]
+    assert [len(cuts), len(seen) - len(cuts)] == [6, 2]
+    mask = cuts[0].mask
+    assert mask is not None
+    assert [round(float(value), 1) for value in mask[0, 0, 0]] == [0.0, 1.0, 1.0]
+    captions = {caption for batch in cuts for caption in batch.captions}
+    assert len(captions) > 1
+    assert all(caption.startswith("a, ") and len(caption.split(", ")) == 5 for caption in captions)
+
+
 # --- bad data
 
 
