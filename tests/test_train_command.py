@@ -89,7 +89,7 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("validation.held_out=-1", "validation.held_out=-1 must be a whole number from 0"),
         ("sample.prompts=cup", "sample.prompts='cup' must be a list of texts"),
         ("sample.width=50", "sample.width=50 must be a multiple of 16 pixels"),
-        ("sample.references=[/nowhere.png]", "/nowhere.png cannot be read"),
+        ("sample.references=[/nowhere.png]", "/nowhere.png does not exist"),
         ("preservation.weight=1", "preservation.weight=1 has no preservation.prompts: give some"),
         ("tracker=null", "a group needs the name of a choice"),
         ("~tracker", "tracker=None must be a group of settings"),
@@ -144,7 +144,7 @@ def test_a_gpu_that_is_not_there_is_said(run_command):
         ("model=foo", "model=foo is not a choice; choose one of dev, klein_4b"),
         ("model=tinny", "model=tinny is not a choice; did you mean tiny?"),
         ("optimizer=foo", "optimizer=foo is not a choice; choose one of adamw, adamw_8bit"),
-        ("+experiment=foo", "experiment=foo is not a choice; choose one of debug, demo, tarot"),
+        ("+experiment=foo", "experiment=foo is not a choice; choose one of debug, demo, demo_edit, relighting, tarot"),
     ],
 )
 def test_an_unknown_choice_is_named_with_the_known_ones(run_command, mistake, said):
