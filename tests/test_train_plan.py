@@ -22,7 +22,7 @@ from flux2.variants import VARIANTS
 from flux2.weights import load_text_encoder
 from train import cards, plan
 from train import choose as choosing
-from train import run as train_run
+from train import settings as train_settings
 from train.cards import GIB, SIZES, gpu, measured, usable
 from train.choose import advice, choose, free_bytes, skeleton, step_down
 from train.outofmemory import OutOfMemory, amounts, is_out_of_memory, watched
@@ -419,13 +419,13 @@ def test_every_gpu_has_its_figures():
 
 def test_what_is_chosen_is_what_a_run_applies_and_keeps(train, small, monkeypatch):
     seen = []
-    original = train_run.set_policy
+    original = train_settings.set_policy
 
     def noted(model, policy, **options):
         seen.append((policy, next(model.parameters()).is_meta))
         original(model, policy, **options)
 
-    monkeypatch.setattr(train_run, "set_policy", noted)
+    monkeypatch.setattr(train_settings, "set_policy", noted)
     run = train("run", "memory=8gb", "steps=1")
     kept = OmegaConf.load(run / "config.yaml").memory
     assert (kept.card_gb, kept.checkpointing, kept.budget_gb) == (8, "none", None)

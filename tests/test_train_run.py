@@ -39,7 +39,8 @@ from flux2.weights import load_transformer
 from train import cache, text_encoders
 from train.checkpoint import checkpoints
 from train.loop import Training
-from train.run import Run, cores, make_accelerator
+from train.processes import cores, make_accelerator
+from train.run import Run
 from train.validate import Sampler
 
 pytest_plugins = ("train_helpers",)

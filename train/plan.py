@@ -118,7 +118,8 @@ def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
 
 def main(config: DictConfig) -> None:
     """Print the plan of one configuration."""
-    from train.run import MemorySettings, Run
+    from train.run import Run
+    from train.settings import MemorySettings
 
     given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     card = given.pop("card", None)

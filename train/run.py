@@ -14,18 +14,14 @@ if __name__ == "__main__":  # a script's own folder comes first in sys.path, and
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import gc
-import os
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import huggingface_hub
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants as hub
 from hydra.core.hydra_config import HydraConfig
@@ -40,32 +36,31 @@ from data.loader import Loader
 from data.pictures import Picture
 from data.samples import Source
 from flux2.adapters import adapter_parameters
-from flux2.attention import check_backends, chosen_backend, preferred_backends
-from flux2.checkpointing import check_policy, set_policy
+from flux2.attention import chosen_backend, preferred_backends
 from flux2.model import Transformer
-from flux2.offload import check_stream_blocks, offload, streamed_blocks
+from flux2.offload import offload, streamed_blocks
 from flux2.pipeline import (
     MANY_REFERENCES_PIXELS,
     ONE_REFERENCE_PIXELS,
-    pick_device,
     reference_image,
     to_pixels,
 )
-from flux2.precision import Precision, convert, describe, pick, pick_dtype
-from flux2.sources import ModelSource, looks_local, model_source
+from flux2.precision import convert, describe, pick
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
 from train import checkpoint, folder
-from train.cache import STORAGES, Needs, Prepared, prepare
-from train.choose import FREE, advice, choice_of, completed, planned, still_fits
+from train.cache import Needs, Prepared, prepare
+from train.choose import advice, choice_of, completed, planned, still_fits
 from train.command import checked, command, made, own_errors
-from train.loop import LoopSettings, Training
-from train.loss import Preservation, is_number
+from train.loop import Training
+from train.loss import Preservation
 from train.optim import build
 from train.outofmemory import OutOfMemory, watched
+from train.processes import is_offline, make_accelerator
+from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics
-from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings, check_count
+from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings
 
 GROUPS = (
     "model",
@@ -83,174 +78,6 @@ GROUPS = (
     "validation",
     "sample",
 )
-
-
-MOST = 1 << 20  # pictures in a batch, and batches in a step
-
-
-@dataclass(frozen=True)
-class RunSettings(LoopSettings):
-    """The keys of conf/train.yaml that are not in a group."""
-
-    name: str = "default"
-    batch_size: int = 4
-    caption_dropout: float = 0.0
-    reference_dropout: float = 0.0
-    reference_resolution: int = 1024
-    resume: str | None = None
-    output_dir: str | None = None
-    cache_dir: str | None = "outputs/cache"
-    embedding_storage: str = "full"
-    quantised_dir: str | None = None
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("batch_size", self.batch_size, 1, MOST)
-        check_count("reference_resolution", self.reference_resolution, 16)
-        for key in ("caption_dropout", "reference_dropout"):
-            if not is_number(getattr(self, key), 0, 1):
-                raise ValueError(f"{key}={getattr(self, key)!r} must be a number from 0 to 1")
-        if self.embedding_storage not in STORAGES:
-            raise ValueError(f"embedding_storage={self.embedding_storage!r} must be one of {', '.join(STORAGES)}")
-        for key in ("name", "resume", "output_dir", "cache_dir", "quantised_dir", "device"):
-            value = getattr(self, key)
-            if not isinstance(value, str) and not (value is None and key != "name"):
-                raise ValueError(f"{key}={value!r} must be a text")
-            if key != "name" and value == "":
-                origin = "; it comes from the environment variable FLUX2_CACHE" if key == "quantised_dir" else ""
-                raise ValueError(f"{key}='' must not be empty: leave it out, or null{origin}")
-        if self.name in ("", ".", "..") or "/" in self.name:
-            raise ValueError(f"name={self.name!r} must be a word without slashes: it becomes a folder")
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """The group `model`."""
-
-    name: str
-    path: str | None
-    autoencoder: str | None
-    text_encoder: str | None
-    resolution: int
-
-    def __post_init__(self) -> None:
-        check_count("model.resolution", self.resolution, 16)
-        if isinstance(self.text_encoder, str) and self.text_encoder.startswith(("http:", "https:")):
-            raise ValueError("model.text_encoder is an address: write text_encoder=remote text_encoder.url=... instead")
-
-    def source(self) -> ModelSource:
-        return model_source(self.name, self.path, self.autoencoder, self.text_encoder)
-
-
-@dataclass(frozen=True)
-class PrecisionSettings:
-    """The group `precision`: of the frozen base. What is left out is as in `flux2.precision.Precision`."""
-
-    dtype: str | None
-    storage: str | None = None
-    layers: list[str] | None = None
-    rowwise: bool | None = None
-    backward: str | None = None
-    matmul: str | None = None
-
-    def on(self, device: torch.device) -> Precision:
-        """The precision on `device`. Raises ValueError for what cannot be there, and for what would do nothing."""
-        given = {key: value for key, value in asdict(self).items() if key != "dtype" and value is not None}
-        usable = {None: (), "nf4": ("storage", "layers")}.get(self.storage, given)
-        for key, value in given.items():
-            if key not in usable:
-                raise ValueError(f"precision.{key}={value!r} does nothing with precision.storage={self.storage!r}")
-        if isinstance(self.layers, list):
-            given["layers"] = tuple(self.layers)
-        precision = replace(Precision(pick_dtype(self.dtype, device)), **given)
-        precision.multiplies_in_fp8(device)
-        return precision
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """The group `memory`. With `card_gb` train/choose.py chooses what is null."""
-
-    checkpointing: str
-    budget_gb: float | None = None
-    compile: bool = False
-    attention: list[str] | None = None
-    stream_blocks: int | float = 0
-    offload_activations: bool = False
-    keep_both_layouts: bool = False
-    card_gb: float | str | None = None
-
-    def __post_init__(self) -> None:
-        check_policy(self.checkpointing, self.budget_gb)
-        check_backends(self.attention, "memory.attention")
-        check_stream_blocks(self.stream_blocks, "memory.stream_blocks")
-        for key in ("compile", "offload_activations", "keep_both_layouts"):
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
-        if self.card_gb is not None and self.card_gb != FREE and not is_number(self.card_gb, 1):
-            raise ValueError(f"card_gb={self.card_gb!r} must be a number of GB, `{FREE}`, or null")
-
-    def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
-        """Let the blocks of `model`, which computes on `device`, run as these settings say."""
-        set_policy(
-            model,
-            self.checkpointing,
-            budget_gb=self.budget_gb,
-            attention=preferred_backends(self.attention, device),
-            compile=self.compile,
-            shapes=4 * len(buckets.sizes),  # with references, in validation and in sampling there are others
-        )
-
-
-def make_accelerator(device: str | None) -> Accelerator:
-    """The processes and the device of this run.
-
-    Raises ValueError for a GPU that is not there. In bfloat16 the loop autocasts by itself: a prepared model would also
-    autocast where pictures are sampled, which inference does not.
-    """
-    chosen = pick_device(device)
-    AcceleratorState._reset_state()  # a sweep runs several jobs in one process
-    GradientState._reset_state()
-    # without `cpu`, processes on a machine without a GPU do not find each other and train the same run twice
-    accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no")
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise ValueError(
-            f"accelerate launch was configured for {accelerator.distributed_type.value}; this trains on one or several "
-            "GPUs, each with a whole copy of the model: accelerate launch --multi_gpu --num_processes 2 ..."
-        )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    assert accelerator.num_processes == world, f"{accelerator.num_processes} processes know each other, not {world}"
-    launched = any(key.startswith("ACCELERATE_") for key in os.environ)
-    if launched and chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        # `accelerate launch` leaves one thread, and most of the machine idle
-        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    return accelerator
-
-
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def is_offline(places: Iterable[object]) -> bool:
-    """Whether one of `places` may be on the Hugging Face Hub, which cannot be reached; then as with HF_HUB_OFFLINE=1.
-
-    What was downloaded before is used then, or the error comes at once: left alone, the Hub's library would try again
-    for half a minute and say so each time.
-    """
-    remote = any(isinstance(place, str) and not looks_local(place) for place in places)
-    if not remote or hub.is_offline_mode():
-        return False
-    try:
-        huggingface_hub.get_session().head(hub.ENDPOINT, timeout=10)
-    except Exception:  # of the HTTP library that it is built on
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are not imported yet
-        hub.HF_HUB_OFFLINE = True
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-        return True
-    return False
 
 
 def paths(dataset: Mapping[str, Any]) -> list[object]:

@@ -1,0 +1,140 @@
+"""The groups of settings that are no objects of their own: what each key may be, and what it means together.
+
+Constructing one checks it. Raises ValueError, naming the key, what was given and what would be accepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from data.buckets import Buckets
+from flux2.attention import check_backends, preferred_backends
+from flux2.checkpointing import check_policy, set_policy
+from flux2.model import Transformer
+from flux2.offload import check_stream_blocks
+from flux2.precision import Precision, pick_dtype
+from flux2.sources import ModelSource, model_source
+from train.cache import STORAGES
+from train.choose import FREE
+from train.loop import LoopSettings
+from train.loss import is_number
+from train.validate import check_count
+
+MOST = 1 << 20  # pictures in a batch, and batches in a step
+
+
+@dataclass(frozen=True)
+class RunSettings(LoopSettings):
+    """The keys of conf/train.yaml that are not in a group."""
+
+    name: str = "default"
+    batch_size: int = 4
+    caption_dropout: float = 0.0
+    reference_dropout: float = 0.0
+    reference_resolution: int = 1024
+    resume: str | None = None
+    output_dir: str | None = None
+    cache_dir: str | None = "outputs/cache"
+    embedding_storage: str = "full"
+    quantised_dir: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("batch_size", self.batch_size, 1, MOST)
+        check_count("reference_resolution", self.reference_resolution, 16)
+        for key in ("caption_dropout", "reference_dropout"):
+            if not is_number(getattr(self, key), 0, 1):
+                raise ValueError(f"{key}={getattr(self, key)!r} must be a number from 0 to 1")
+        if self.embedding_storage not in STORAGES:
+            raise ValueError(f"embedding_storage={self.embedding_storage!r} must be one of {', '.join(STORAGES)}")
+        for key in ("name", "resume", "output_dir", "cache_dir", "quantised_dir", "device"):
+            value = getattr(self, key)
+            if not isinstance(value, str) and not (value is None and key != "name"):
+                raise ValueError(f"{key}={value!r} must be a text")
+            if key != "name" and value == "":
+                origin = "; it comes from the environment variable FLUX2_CACHE" if key == "quantised_dir" else ""
+                raise ValueError(f"{key}='' must not be empty: leave it out, or null{origin}")
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise ValueError(f"name={self.name!r} must be a word without slashes: it becomes a folder")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The group `model`."""
+
+    name: str
+    path: str | None
+    autoencoder: str | None
+    text_encoder: str | None
+    resolution: int
+
+    def __post_init__(self) -> None:
+        check_count("model.resolution", self.resolution, 16)
+        if isinstance(self.text_encoder, str) and self.text_encoder.startswith(("http:", "https:")):
+            raise ValueError("model.text_encoder is an address: write text_encoder=remote text_encoder.url=... instead")
+
+    def source(self) -> ModelSource:
+        return model_source(self.name, self.path, self.autoencoder, self.text_encoder)
+
+
+@dataclass(frozen=True)
+class PrecisionSettings:
+    """The group `precision`: of the frozen base. What is left out is as in `flux2.precision.Precision`."""
+
+    dtype: str | None
+    storage: str | None = None
+    layers: list[str] | None = None
+    rowwise: bool | None = None
+    backward: str | None = None
+    matmul: str | None = None
+
+    def on(self, device: torch.device) -> Precision:
+        """The precision on `device`. Raises ValueError for what cannot be there, and for what would do nothing."""
+        given = {key: value for key, value in asdict(self).items() if key != "dtype" and value is not None}
+        usable = {None: (), "nf4": ("storage", "layers")}.get(self.storage, given)
+        for key, value in given.items():
+            if key not in usable:
+                raise ValueError(f"precision.{key}={value!r} does nothing with precision.storage={self.storage!r}")
+        if isinstance(self.layers, list):
+            given["layers"] = tuple(self.layers)
+        precision = replace(Precision(pick_dtype(self.dtype, device)), **given)
+        precision.multiplies_in_fp8(device)
+        return precision
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """The group `memory`. With `card_gb` train/choose.py chooses what is null."""
+
+    checkpointing: str
+    budget_gb: float | None = None
+    compile: bool = False
+    attention: list[str] | None = None
+    stream_blocks: int | float = 0
+    offload_activations: bool = False
+    keep_both_layouts: bool = False
+    card_gb: float | str | None = None
+
+    def __post_init__(self) -> None:
+        check_policy(self.checkpointing, self.budget_gb)
+        check_backends(self.attention, "memory.attention")
+        check_stream_blocks(self.stream_blocks, "memory.stream_blocks")
+        for key in ("compile", "offload_activations", "keep_both_layouts"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
+        if self.card_gb is not None and self.card_gb != FREE and not is_number(self.card_gb, 1):
+            raise ValueError(f"card_gb={self.card_gb!r} must be a number of GB, `{FREE}`, or null")
+
+    def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
+        """Let the blocks of `model`, which computes on `device`, run as these settings say."""
+        set_policy(
+            model,
+            self.checkpointing,
+            budget_gb=self.budget_gb,
+            attention=preferred_backends(self.attention, device),
+            compile=self.compile,
+            shapes=4 * len(buckets.sizes),  # with references, in validation and in sampling there are others
+        )
