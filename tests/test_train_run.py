@@ -32,6 +32,7 @@ from train_helpers import (
 )
 
 import flux2
+import train.processes
 import train.run
 from flux2.precision import QuantisedLinear, pick
 from flux2.variants import VARIANTS
@@ -346,7 +347,7 @@ def test_one_launched_process_uses_all_cores_and_one_of_several_its_share(monkey
         monkeypatch.delenv(key, raising=False)
     make_accelerator("cpu")
     assert threads == []  # plain python: PyTorch's own choice
-    monkeypatch.setattr(train.run, "cores", lambda: 12)
+    monkeypatch.setattr(train.processes, "cores", lambda: 12)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     make_accelerator("cpu")
