@@ -129,9 +129,17 @@ def write_samples(folder: Path, count: int) -> None:
             metadata.write(json.dumps({"file_name": f"{index:06d}.bmp", "text": f"picture number {index}"}) + "\n")
 
 
+def both(act: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Seconds, and those of them that this process computed: the others it waited for the disk, or its turn."""
+    began = time.process_time()
+    seconds, result = timed(act)
+    return {"seconds": seconds, "computing": time.process_time() - began}, result
+
+
 def start(folder: Path, cache: Cache) -> dict[str, Any]:
-    """One start: the seconds of its parts, and how many entries it finds missing."""
-    listed, samples = timed(lambda: Folder(folder))
+    """One start: what its parts take, and how many entries it finds missing."""
+    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    listed, samples = both(lambda: Folder(folder))
 
     def plan() -> Any:
         digests = Digests(cache.folder / "pictures.json")
@@ -141,14 +149,14 @@ def start(folder: Path, cache: Cache) -> dict[str, Any]:
             digests.save()
         return latents, embeddings
 
-    planned, (latents, embeddings) = timed(plan)
-    looked, missing = timed(lambda: latents.missing + embeddings.missing)
+    planned, (latents, embeddings) = both(plan)
+    looked, missing = both(lambda: latents.missing + embeddings.missing)
     return {
         "listing_the_folder": listed,
         "finding_the_keys": planned,
         "looking_for_the_entries": looked,
         "missing": missing,
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "memory_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imported) / 1e6,
         "keys": [*latents.work, *embeddings.keys.values()] if missing else [],
         "latents": len(latents.work) if missing else 0,
     }

@@ -58,10 +58,12 @@ def test_nothing_is_removed_while_another_process_reads_or_fills(tmp_path: Path)
         os.read(go[0], 1)
         os._exit(lease._file is None)
     os.read(ready[0], 1)
-    with pytest.raises(ValueError, match=r"nothing was removed from .*: a run uses it now"):
-        prune(cache, set())
-    assert "ab" * 32 in cache
-    os.write(go[1], b"x")  # it ends without letting go, as after kill -9
+    try:
+        with pytest.raises(ValueError, match=r"nothing was removed from .*: a run uses it now"):
+            prune(cache, set())
+        assert "ab" * 32 in cache
+    finally:
+        os.write(go[1], b"x")  # it ends without letting go, as after kill -9
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert prune(cache, set())["latents"][0] == 1
 

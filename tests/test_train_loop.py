@@ -22,7 +22,7 @@ from train_helpers import (
 
 from flux2 import adapters
 from flux2.weights import load_transformer
-from train import cache, loop
+from train import cache, loop, text_encoders
 from train.checkpoint import checkpoints
 from train.loop import Interrupted, LoopSettings, Training, TrainingError, stop_requests
 from train.run import Run
@@ -177,7 +177,7 @@ def test_filled_caches_give_the_same_losses_and_load_neither_encoder(train, tmp_
     def refuse(*args, **kwargs):
         raise AssertionError("an encoder is loaded")
 
-    monkeypatch.setattr(cache, "load_text_encoder", refuse)
+    monkeypatch.setattr(text_encoders, "load_text_encoder", refuse)
     monkeypatch.setattr(cache, "load_autoencoder", refuse)
     filled = train("filled", *settings)
     assert lines(filled) == lines(empty)
