@@ -367,7 +367,7 @@ def test_processes_that_do_not_know_each_other_are_an_error(monkeypatch):
 
 def test_a_launcher_set_up_for_another_kind_of_parallelism_is_refused(monkeypatch):
     fake = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    monkeypatch.setattr(train.run, "Accelerator", lambda **kwargs: fake)
+    monkeypatch.setattr(train.processes, "Accelerator", lambda **kwargs: fake)
     with pytest.raises(ValueError, match=r"configured for FSDP.*--multi_gpu"):
         make_accelerator("cpu")
 
