@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import tempfile
 import time
@@ -138,7 +137,6 @@ def both(act: Callable[[], Any]) -> tuple[dict[str, float], Any]:
 
 def start(folder: Path, cache: Cache) -> dict[str, Any]:
     """One start: what its parts take, and how many entries it finds missing."""
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     listed, samples = both(lambda: Folder(folder))
 
     def plan() -> Any:
@@ -156,7 +154,6 @@ def start(folder: Path, cache: Cache) -> dict[str, Any]:
         "finding_the_keys": planned,
         "looking_for_the_entries": looked,
         "missing": missing,
-        "memory_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imported) / 1e6,
         "keys": [*latents.work, *embeddings.keys.values()] if missing else [],
         "latents": len(latents.work) if missing else 0,
     }
