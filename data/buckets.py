@@ -85,7 +85,7 @@ class Buckets:
                 _check_side("resolution", side, self.step, MAX_RESOLUTION)
         else:
             _check_side("resolution", self.resolution, self.step, MAX_RESOLUTION)
-        if not isinstance(self.max_aspect, int | float) or not self.max_aspect >= 1.0:
+        if not isinstance(self.max_aspect, int | float) or not 1.0 <= self.max_aspect < math.inf:
             raise ValueError(f"max_aspect={self.max_aspect!r} must be a number of at least 1 (1: only the square)")
         for key in ("upscale", "flip"):
             if not isinstance(getattr(self, key), bool):
@@ -160,7 +160,10 @@ class Buckets:
 
     def too_small(self, width: int, height: int) -> str:
         """Why a picture of these pixels has no bucket, and what to do; to follow its name."""
-        sides = f"min_resolution of {math.isqrt(round(self.least_pixels))}"
+        if min(width, height) < self.step:
+            sides = f"step of {self.step}: a side is shorter"
+        else:
+            sides = f"min_resolution of {math.isqrt(round(self.least_pixels))}"
         return f"has {width} x {height} pixels, too few for buckets.{sides} (buckets.upscale=true enlarges)"
 
     def cuts(self, picture: Size, size: Size, digest: str) -> tuple[Cut, ...]:

@@ -126,7 +126,9 @@ class Cache:
             tensors = load(content)
         except FileNotFoundError as error:
             raise ValueError(f"cache entry {path} does not exist (any more): fill the cache again") from error
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
+            raise ValueError(f"cache entry {path} is damaged ({error}): {_removed(path)}") from error
+        except OSError as error:
             raise ValueError(f"cache entry {path} cannot be read ({error}): delete it and fill again") from error
         begin = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:begin])
@@ -143,7 +145,6 @@ class Cache:
         `metadata` is for people who open the file; nothing here reads it but the checksum that is added.
         """
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{key}.{uuid.uuid4().hex}.tmp")
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = save(stored)
@@ -154,12 +155,18 @@ class Cache:
         head = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
         head += b" " * (-len(head) % 8)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("xb") as file:
                 file.write(len(head).to_bytes(8, "little") + head)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
+        except OSError as error:
+            raise ValueError(
+                f"the cache {self.folder} cannot be written ({error.strerror or error}): make room there, or give "
+                "another cache_dir. What is in it stays, and the next start goes on from there"
+            ) from error
         finally:
             unfinished.unlink(missing_ok=True)
         return 8 + len(head) + len(data)

@@ -86,12 +86,22 @@ def _stamp(picture: Picture) -> tuple[str, str, bool] | None:
 def _read(file: Path) -> dict[str, list[Any]]:
     try:
         content = json.loads(file.read_bytes())
-        return content["pictures"] if content["version"] == VERSION else {}
+        known = content["pictures"] if content["version"] == VERSION else {}
+        return {name: entry for name, entry in known.items() if _is_entry(entry)}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s cannot be read (%s): all pictures are read again", file, error)
         return {}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is a stamp, a digest, width and height."""
+    if not isinstance(entry, list) or len(entry) != 4:
+        return False
+    stamp, digest, *sides = entry
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
+    return isinstance(stamp, str) and isinstance(digest, str) and len(digest) == 64 and whole
 
 
 def _write(file: Path, known: dict[str, list[Any]]) -> None:

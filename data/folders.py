@@ -111,12 +111,14 @@ class Folder(Source):
         return None if self._mask in (None, ALPHA) else self.path / str(self._mask)
 
     def _from_sidecars(self, folder: Path, names: Sequence[str]) -> Iterator[Sample | Bad]:
-        masks = {}
+        masks, doubled = {}, {}
         if self._mask_folder is not None:
             there = self._mask_folder / folder.relative_to(self.path)
             if folder == self.path:
                 existing_folder("mask", there)
-            masks = {stem: files[0] for stem, files in pictures_by_stem(there).items()} if there.is_dir() else {}
+            found = pictures_by_stem(there) if there.is_dir() else {}
+            masks = {stem: files[0] for stem, files in found.items()}
+            doubled = {stem: files for stem, files in found.items() if len(files) > 1}
         texts = {name for name in names if name.endswith(".txt")}
         for stem, files in by_stem(names).items():
             for name in files:
@@ -124,6 +126,8 @@ class Folder(Source):
                 if len(files) > 1 and (self._prompt is None or masks):
                     others = ", ".join(other for other in files if other != name)
                     yield Bad(path, f"has the name of {others}, and so its caption: give one of them another name")
+                elif stem in doubled:
+                    yield Bad(path, f"has several masks, {' and '.join(map(str, doubled[stem]))}: remove all but one")
                 elif is_foreign(name):
                     yield Bad(path, "has a format that Pillow cannot read: convert it")
                 elif self._mask_folder is not None and stem not in masks:

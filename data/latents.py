@@ -76,6 +76,7 @@ class Work(NamedTuple):
     kind: str  # target, reference or mask
     size: Size
     cut: Cut
+    digest: str  # of the content that is planned
 
     @property
     def name(self) -> str:
@@ -181,12 +182,14 @@ class LatentPlan:
         return replace(self, entries=tuple(good), work=work, bad=reasons)
 
     def _image(self, work: Work) -> Image.Image:
+        picture = work.picture.unchanged(work.digest)  # or another content would be kept under this one's name
         if work.kind == "mask":
-            mask = work.picture.load_mask()
+            mask = fit_mask(picture.load_mask(), work.size, work.cut)
             if mask.getbbox() is None:
-                raise BadPicture(work.picture.name, "is a mask and black all over, so that nothing would be learned")
-            return fit_mask(mask, work.size, work.cut)
-        image = work.picture.load()
+                reason = "is a mask and black all over in what is trained, so that nothing would be learned"
+                raise BadPicture(picture.name, reason)
+            return mask
+        image = picture.load()
         if work.kind == "reference":
             return fit_reference(image, self.reference_max_pixels, work.cut.mirrored)
         return fit(image, work.size, work.cut)
@@ -288,13 +291,13 @@ class _Planner:
             variants.append(
                 LatentEntry(
                     size,
-                    self.latents(sample.target, digest, before, Work(sample.target, "target", size, cut)),
+                    self.latents(sample.target, digest, before, Work(sample.target, "target", size, cut, digest)),
                     caps,
                     tuple(
-                        self.latents(picture, content, own, Work(picture, "reference", cap, mirror))
+                        self.latents(picture, content, own, Work(picture, "reference", cap, mirror, content))
                         for (picture, content, own), cap in zip(references, caps, strict=True)
                     ),
-                    None if mask is None else self.mask(mask[1], Work(mask[0], "mask", size, cut)),
+                    None if mask is None else self.mask(mask[1], Work(mask[0], "mask", size, cut, mask[1])),
                 )
             )
         first, *others = variants

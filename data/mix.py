@@ -40,15 +40,34 @@ class Mix(Source):
         super().__init__(" and ".join(source.where for source in sources.values()), None, None, False, 0)
         self.max_bad = sum(source.max_bad for source in sources.values())
         self.bad = [bad for source in sources.values() for bad in source.bad]
-        weights = {name: float((repeats or {}).get(name, 1.0)) for name in sources}
-        if shares:
-            each, total = sum(shares.values()), sum(map(len, sources.values()))
-            weights = {name: shares[name] / each * total / len(source) for name, source in sources.items()}
+        self._sources, self._shares = dict(sources), dict(shares or {})
+        self._weights = {name: float((repeats or {}).get(name, 1.0)) for name in sources}
+        self._join()
+
+    def _join(self) -> None:
+        """Weigh the samples that the sources have now."""
+        weights = self._weights
+        if self._shares:
+            each, total = sum(self._shares.values()), sum(map(len, self._sources.values()))
+            weights = {name: self._shares[name] / each * total / len(source) for name, source in self._sources.items()}
         self._samples = [
             replace(sample, weight=sample.weight * weights[name])
-            for name, source in sources.items()
+            for name, source in self._sources.items()
             for sample in source
         ]
+
+    def leave_out(self, reasons: Mapping[int, str]) -> None:
+        """As of any source; each of the sources leaves out its own, and shares stay what they are."""
+        before, start = len(self.bad), 0
+        for source in self._sources.values():
+            stop = start + len(source)
+            own = {index - start: reason for index, reason in reasons.items() if start <= index < stop}
+            if own:
+                source.leave_out(own)
+            start = stop
+        self.bad = [bad for source in self._sources.values() for bad in source.bad]
+        assert len(self.bad) == before + len(reasons)
+        self._join()
 
 
 def _check_factors(key: str, given: object, sources: Mapping[str, Source]) -> None:

@@ -102,6 +102,18 @@ class Picture:
             raise self._bad(error) from error
         return hashlib.sha256(b"alpha " + digest.digest()).hexdigest() if self.alpha else digest.hexdigest()
 
+    def unchanged(self, digest: str) -> "Picture":
+        """This picture, read into memory once. BadPicture if its content is no more that of `digest`."""
+        try:
+            with self.open() as stream:
+                content = stream.read()
+        except (OSError, ValueError) as error:
+            raise self._bad(error) from error
+        held = replace(self, open=lambda: BytesIO(content))
+        if held.digest() != digest:
+            raise BadPicture(self.name, "was changed after this run had looked at it (start again)")
+        return held
+
     def transparency(self) -> "Picture":
         """The same file, of which the alpha channel counts."""
         return replace(self, name=f"the transparency of {self.name}", alpha=True)

@@ -58,6 +58,8 @@ class WebDataset(Source):
         self._key = None if caption_column is None else checked_text("caption_column", caption_column)
         self._prompt = None if prompt is None else checked_text("prompt", prompt)
         self._take((found for shard in _shards(str(path)) for found in self._found(shard)), ": the shards are empty")
+        if self._mask not in (None, ALPHA) and not any(sample.mask for sample in self):
+            raise ValueError(f"dataset.mask={self._mask!r} names no file of any sample, such as NAME.{self._mask}.png")
 
     def _found(self, shard: str) -> Iterator[Sample | Bad]:
         seen = set()
@@ -77,6 +79,9 @@ class WebDataset(Source):
 
     def _sample(self, entry: "_Entry", name: str) -> Sample:
         """ValueError, which says only the reason, if it has no picture or caption, or several."""
+        if entry.linked:
+            links = ", ".join(f".{part}" for part in entry.linked)
+            raise ValueError(f"has links in its shard ({links}): pack files (tar --hard-dereference)")
         pictures: dict[str, str] = {}  # what is between the dots -> the file
         for file in entry.parts:
             stem, suffix = os.path.splitext(f"x.{file}")
@@ -89,7 +94,10 @@ class WebDataset(Source):
                 pictures[what] = file
         if "" not in pictures:
             raise ValueError(f"has no picture; its files are {', '.join('.' + file for file in entry.parts)}")
-        numbered = {int(found[1]): what for what in pictures if (found := REFERENCE.match(what))}
+        references = [what for what in pictures if REFERENCE.match(what)]
+        numbered = {int(found[1]): what for what in references if (found := REFERENCE.match(what))}
+        if len(numbered) < len(references):
+            raise ValueError(f"numbers two references alike: {', '.join('.' + what for what in references)}")
         mask = pictures.get(self._mask) if self._mask not in (None, ALPHA) else None
         return Sample(
             entry.picture(pictures[""], name),
@@ -123,6 +131,7 @@ class _Entry:
     shard: str
     key: str
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    linked: list[str] = field(default_factory=list)  # parts that are links
 
     def picture(self, part: str, name: str) -> Picture:
         return Picture(f"{name}.{part}", _Opener(self.shard, *self.parts[part]))
@@ -207,13 +216,16 @@ def _entries(shard: str) -> Iterator[_Entry]:
             tar.members.clear()  # type: ignore[attr-defined]  # or it keeps all that it has seen
             folder, name = os.path.split(member.name)
             key, dot, part = name.partition(".")
-            if not member.isreg() or not dot or not key:
+            if not (member.isreg() or member.islnk() or member.issym()) or not dot or not key:
                 continue
             key = f"{folder}/{key}" if folder else key
             if entry is None or entry.key != key:
                 if entry is not None:
                     yield entry
                 entry = _Entry(shard, key)
+            if not member.isreg():  # a link, as tar writes a file that it has already
+                entry.linked.append(part)
+                continue
             entry.parts[part] = member.offset_data, member.size
     if entry is not None:
         yield entry

@@ -190,6 +190,8 @@ class Client:
             model, identity = str(told["model"]), told["identity"]
             if not isinstance(identity, str) or not re.fullmatch(r"[ -~]{1,300}", identity):
                 raise ValueError("identity")
+            if self._token and self._token in identity:  # it is kept beside the cache
+                raise ValueError("identity")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RemoteError(f"{self.url} is no `python -m flux2.serve`: {path} answered something else") from error
         text = self.variant.text

@@ -1,5 +1,6 @@
 """data.digests: a file is read once, and again when anything says that it may have changed."""
 
+import json
 import os
 import tarfile
 import time
@@ -163,7 +164,22 @@ def test_two_processes_remember_together_and_forgetting_keeps_what_was_looked_at
     assert reads == [b.name]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}'])
+@pytest.mark.parametrize("entry", [None, [], ["x"], ["stamp", "f" * 64, "20", 10], ["stamp", "f" * 64, 0, 10]])
+@pytest.mark.usefixtures("later")
+def test_a_damaged_entry_of_the_index_is_read_again(tmp_path: Path, entry: object, reads: list[str]) -> None:
+    a = drawn(tmp_path / "a.png", "red")
+    index = Digests(tmp_path / "index.json")
+    known = index.look(a)
+    index.save()
+    content = json.loads((tmp_path / "index.json").read_text())
+    content["pictures"] = dict.fromkeys(content["pictures"], entry)
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    reads.clear()
+    assert Digests(tmp_path / "index.json").look(a) == known
+    assert reads == [a.name]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "pictures": []}'])
 def test_a_damaged_index_is_told_and_made_anew(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "index.json").write_text(content)
     index = Digests(tmp_path / "index.json")

@@ -69,6 +69,9 @@ def test_masks_may_be_a_folder_beside_the_pictures(tmp_path: Path) -> None:
     (tmp_path / "masks/a.png").unlink()
     with pytest.raises(BadData, match=r"a.png has no mask in .*masks"):
         Folder(tmp_path, recursive=True, mask="masks")
+    write(tmp_path, {"masks/a.png": square("white"), "masks/a.jpg": square("white", kind="JPEG")})
+    with pytest.raises(BadData, match=r"a.png has several masks, .*a.jpg and .*a.png: remove all but one"):
+        Folder(tmp_path, recursive=True, mask="masks")
 
 
 # --- metadata

@@ -136,7 +136,7 @@ def test_pictures_that_are_too_small_or_unreadable_are_listed_and_not_planned(tm
     planned = plan(Cache(tmp_path), samples, buckets=Buckets(64))
     assert len(planned.entries) == planned.missing == 1
     assert list(planned.bad) == [1, 2, 3]
-    assert planned.bad[1].startswith("has 15 x 64 pixels, too few for buckets.min_resolution of 16")
+    assert planned.bad[1].startswith("has 15 x 64 pixels, too few for buckets.step of 16: a side is shorter")
     assert planned.bad[2].startswith("cannot be read")
     assert planned.bad[3].startswith("has garbage, which cannot be read")
 
@@ -192,6 +192,29 @@ def test_a_changed_picture_recomputes_itself_alone(tmp_path: Path) -> None:
     draw("2.png", 3000.0)
     os.utime(tmp_path / "pictures" / "1.png")  # touched, and not changed
     assert planned().lacking == [planned().entries[2].key]
+
+
+def test_what_is_decoded_is_what_was_planned(tmp_path: Path) -> None:
+    """Or a picture that is changed meanwhile, and back again later, would leave its latents under the other's name."""
+    file, other = tmp_path / "a.png", noise((64, 64), name="other")
+    file.write_bytes(noise((64, 64)).open().read())
+    cache = Cache(tmp_path / "cache")
+    planned = plan_latents(cache, [Sample(file_picture(file), ("",))], Buckets(64), "vae", 64**2)
+    file.write_bytes(other.open().read())
+    (error,) = planned.fill(averages).values()
+    assert "was changed after this run had looked at it (start again)" in str(error)
+    assert planned.missing == 1
+
+
+def test_a_mask_that_is_black_in_what_is_trained_makes_its_sample_bad(tmp_path: Path) -> None:
+    content = BytesIO()
+    mask = Image.new("L", (192, 64))
+    mask.paste(255, (0, 0, 20, 64))  # cut off, as the middle is trained
+    mask.save(content, "PNG")
+    sample = Sample(picture("red", (192, 64)), ("",), mask=Picture("m", lambda: BytesIO(content.getvalue())))
+    planned = plan(Cache(tmp_path), [sample], buckets=Buckets(64, max_aspect=1.0))
+    (error,) = planned.fill(averages).values()
+    assert "black all over in what is trained" in str(error)
 
 
 def test_the_table_counts_pictures_and_what_is_cut_off(tmp_path: Path) -> None:

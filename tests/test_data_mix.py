@@ -58,6 +58,21 @@ def test_a_mix_leaves_out_what_its_sources_do(tmp_path: Path) -> None:
         mix.leave_out({0: "cannot be decoded"})
 
 
+def test_what_is_left_out_later_is_its_sources_own_and_shares_stay(tmp_path: Path) -> None:
+    def folder(name: str, count: int, max_bad: int) -> Folder:
+        files = {f"{number}.png": square() for number in range(count)}
+        return Folder(write(tmp_path / name, files), prompt=name, max_bad=max_bad)
+
+    made = {"a": folder("a", 10, 8), "b": folder("b", 10, 0)}
+    mix = Mix(made, shares={"a": 7, "b": 3})
+    mix.leave_out(dict.fromkeys(range(1, 9), "is too small"))
+    assert [sample.caption for sample in mix] == ["a"] * 2 + ["b"] * 10
+    assert sum(weights(mix)[:2]) / sum(weights(mix)) == pytest.approx(0.7)
+    assert len(mix.bad) == 8
+    with pytest.raises(BadData, match=r"1 of 10 samples of .*b cannot be used"):
+        mix.leave_out({5: "is too small"})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

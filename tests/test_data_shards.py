@@ -1,5 +1,6 @@
 """data.shards: what is found in tar files, and what is complained of."""
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,7 +96,17 @@ def twice(folder: Path) -> Path:
     return shard(folder / "s.tar", {"1.png": square(), "1.txt": "x", "2.png": square(), "2.txt": "y", "./1.png": ""})
 
 
+def linked(folder: Path) -> Path:
+    path = shard(folder / "s.tar", {"1.png": square(), "1.txt": "x"})
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("1.ref0.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "1.png"
+        tar.addfile(link)
+    return path
+
+
 ONE = {"_1__png": square()}
+TWO = {"_1__ref1__png": square(), "_1__ref01__png": square()}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +128,9 @@ ONE = {"_1__png": square()}
         (made(_1__heic=b"x", _1__txt="x"), {}, r"s.tar/1 has .heic, a format that Pillow cannot read: convert"),
         (made(_1__png=b"", _1__txt="x"), {}, r"s.tar/1.png cannot be read \(it is empty"),
         (made(**ONE, _1__txt="x", _2__png=square(), _2__txt="y", _1__webp=square()), {}, "s.tar/1 is there twice"),
+        (linked, {}, r"s.tar/1 has links in its shard \(.ref0.png\): pack files"),
+        (made(**ONE, **TWO, _1__txt="x"), {}, r"s.tar/1 numbers two references alike: .ref1, .ref01"),
+        (made(**ONE, _1__txt="x"), {"mask": "maks"}, "dataset.mask='maks' names no file of any sample"),
         (cut, {}, r"s.tar cannot be read as an uncompressed tar file \(unexpected end of data\)"),
         (
             lambda folder: shard(folder / "s.tar", {"1.png": square()}, "w:gz"),

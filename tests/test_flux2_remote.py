@@ -329,6 +329,16 @@ def test_another_kind_of_server_is_told(body: bytes, fake_server: Fake, monkeypa
 # ------------------------------------------------------------------ tokens and addresses
 
 
+def test_an_identity_with_the_token_in_it_is_not_taken(fake_server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be written beside the cache."""
+    server = fake_server(VARIANT, token=SECRET)
+    monkeypatch.setenv(TOKEN, SECRET)
+    server.identity = f"mistral Bearer {SECRET}"
+    with pytest.raises(RemoteError, match="answered something else") as refused:
+        client(server).identity()
+    assert SECRET not in str(refused.value)
+
+
 def test_the_token_of_the_environment_is_sent_and_shown_nowhere(
     fake_server: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

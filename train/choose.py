@@ -262,11 +262,11 @@ def lighter(planner: Planner) -> str:
     now = element[planner.job.precision]
     weights = sum(planner.weights) / now
     found = [
-        f"precision={name} {weights * (now - element[name]) / 1e9:.1f} GB"
+        f"{weights * (now - element[name]) / 1e9:.1f} GB smaller with precision={name}"
         for name in ("fp8", "nf4")
         if element[name] < now
     ]
-    return f"The base would take less with {', with '.join(found)}." if found else ""
+    return f"The base would be {', '.join(found)}." if found else ""
 
 
 def smaller(planner: Planner) -> str:

@@ -48,7 +48,7 @@ if not OmegaConf.has_resolver("within"):  # a place in a folder, if there is one
 def no_setting(given: str, known: Iterable[str]) -> str:
     """The message for `given` (a key, perhaps with its value), naming the nearest of `known`, else its neighbours."""
     key, choices = given.lstrip("+~").partition("=")[0], list(known)
-    if re.search(r"token|secret|password", key, re.IGNORECASE):
+    if re.search(r"token|secret|passw|api.?key|auth|header|bearer|credential", key, re.IGNORECASE):
         given = f"{key}=..."  # errors are logged
     group, _, name = key.rpartition(".")
     beside = {choice.rpartition(".")[2]: choice for choice in choices if choice.rpartition(".")[0] == group}

@@ -42,6 +42,8 @@ from train.command import checked, command
 from train.loss import is_number
 from train.predict import Choice, Planner, Prediction, trained
 
+SMALL_CARD = 24  # GB
+
 # ------------------------------------------------------------------ the table
 
 
@@ -168,6 +170,15 @@ def main(config: DictConfig) -> None:
     host = ", ".join(f"{part} {gigabytes(value)}" for part, value in now.host.items() if value)
     console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
     console.print(describe(planner, now, on, name))
+    if card is not None and now.training > usable(card):
+        console.print(f"As set it does not fit {card:g} GB")
+    if "prompts" in now.phases and now.total("prompts") > usable(card or SMALL_CARD):
+        console.print(
+            f"The text encoder takes {now.total('prompts') / 1e9:.1f} GB once, before training: less with "
+            "text_encoder.storage=nf4, nothing here with text_encoder=remote"
+        )
+    if chooses and card is None and on_gpu:
+        console.print("There is no GPU to choose for here: name a card, memory=24gb or +card=24")
     if on_gpu:
         console.print(card_table(planners, now.choice, fixed))
     if card is not None:

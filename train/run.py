@@ -113,6 +113,7 @@ class Run:
         self.buckets: Buckets = checked("buckets", self.config["buckets"], Buckets)
         self._place: checkpoint.Place | None = None
         self._lock: folder.Lock | None = None
+        self.first_caption = ""
         self.source = self.model.source()
         self.accelerator = make_accelerator(self.settings.device)
         self.precision = chosen.on(self.accelerator.device)
@@ -192,6 +193,11 @@ class Run:
     @property
     def images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation * self.accelerator.num_processes
+
+    @property
+    def example(self) -> str:
+        """A prompt that shows what was learned."""
+        return self.sample.prompts[0] if self.sample.prompts else self.first_caption
 
     def instantiate(self, group: str, *ours: str) -> Any:
         """The object that a group's `_target_` makes; the arguments `ours` are no settings."""
@@ -337,6 +343,7 @@ class Run:
         if place.checkpoint is not None and self.memory.card_gb is not None:
             self.keep_memory(place)
         dataset, prepared = self.prepare()
+        self.first_caption = next((sample.caption for sample in dataset if sample.caption), "")
         trained, validated = self.validation.split(len(dataset), settings.seed)
         captions = [sample.captions for sample in dataset]
         weights = [sample.weight for sample in dataset]
@@ -427,7 +434,7 @@ def main(config: DictConfig) -> None:
         words += ["--text-encoder", run.text_encoder.url]
     if run.precision.name != pick(None, run.accelerator.device).name:
         words += ["--precision", run.precision.name]
-    words += ["--adapter", str(adapter), "--prompt", run.sample.prompts[0] if run.sample.prompts else "..."]
+    words += ["--adapter", str(adapter), "--prompt", run.example]
     for path in run.sample.edits[0] if run.sample.prompts else []:
         words += ["--image", path]
     run.say(f"use it    {shlex.join(words)}")
