@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2.quantised import CHUNK, QuantisedLinear
+from flux2.quantised import QuantisedLinear
 
 BLOCK = 64  # elements with one scale
+PART = 1 << 18  # elements quantised at once: on a CPU bitsandbytes holds 16 distances to each, twice, in float32
 NESTED_BLOCK = 256  # scales with one scale
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes quantises from and to
 NF4_KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
@@ -210,7 +211,7 @@ class Nf4Linear(QuantisedLinear):
             weight = weight.float()
         packed = torch.empty(((weight.numel() + 1) // 2, 1), dtype=torch.uint8, device=weight.device)
         scales = []
-        for part, into in zip(weight.reshape(-1).split(CHUNK), packed.split(CHUNK // 2), strict=True):
+        for part, into in zip(weight.reshape(-1).split(PART), packed.split(PART // 2), strict=True):
             _, state = bnb.quantize_4bit(part, blocksize=BLOCK, quant_type="nf4", out=into)
             scales.append(state.absmax)
         absmax = torch.cat(scales)

@@ -91,8 +91,8 @@ def test_quantising_in_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) ->
     for kind in ("fp8", "fp8_rows", "nf4"):
         whole = dict(layer(kind).named_parameters())
         with monkeypatch.context() as patch:
-            for module in (float8, nf4):
-                patch.setattr(module, "CHUNK", 640)
+            for module, size in ((float8, "CHUNK"), (nf4, "PART")):
+                patch.setattr(module, size, 640)
             pieces = dict(layer(kind).named_parameters())
         assert whole.keys() == pieces.keys()
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
