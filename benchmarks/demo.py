@@ -23,7 +23,7 @@ import tempfile
 import peft
 import torch
 
-from benchmarks.models import hardware
+from benchmarks.common import hardware, write_result
 
 KEYS = (
     "training_seconds",
@@ -67,8 +67,7 @@ def main() -> None:
         },
         "runs": runs,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, result)
     print(json.dumps(result["summary"], indent=2))
     print(f"written to {options.out}")
 

@@ -30,7 +30,7 @@ import hydra
 import peft
 import torch
 
-from benchmarks.models import at_least, hardware
+from benchmarks.common import at_least, hardware, write_result
 from train import demo
 
 PRECISIONS = {
@@ -113,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "summary": summary(runs),
         "runs": runs,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, result)
     for name, measures in result["summary"].items():
         shown = ", ".join(f"{key} {value['mean']:.3f}" for key, value in measures.items())
         outside = [key for key, value in measures.items() if not value.get("within_fp32", True)]

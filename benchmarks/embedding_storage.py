@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import platform
 import tempfile
 from typing import Any
 
@@ -28,6 +27,7 @@ import hydra
 import torch
 from torch import nn
 
+from benchmarks.common import environment, write_result
 from data.cache import MemoryCache
 from data.embeddings import EmbeddingPlan
 from flux2.variants import VARIANTS
@@ -119,11 +119,9 @@ def main() -> None:
         "cards": len(full),
         "training_steps": options.steps,
         "storages": rows,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
+        **environment(),
     }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,13 @@ import bitsandbytes
 import peft
 import torch
 
-from benchmarks.models import MODELS, adapt, at_least, clock, hardware, random_transformer, write_result
+from benchmarks.common import at_least, clock, hardware, write_result
+from benchmarks.models import MODELS, adapt, precision_of, random_transformer
 from flux2 import adapters
 from flux2.attention import preferred_backends
 from flux2.checkpointing import set_policy
 from flux2.offload import offload, streamed_blocks
-from flux2.precision import Precision
+from flux2.precision import Storage
 from flux2.tokens import image_positions, text_positions
 from flux2.variants import VARIANTS, Variant
 from train.cards import CONTEXT_GB, GIB, gpu, usable
@@ -51,7 +52,7 @@ class Case:
     """One training run: rank 16 on the linears of the blocks, one picture a step."""
 
     model: str
-    storage: str | None
+    storage: Storage | None
     pixels: int
     card_gb: float
 
@@ -84,13 +85,7 @@ CASES = [
 ]
 
 
-def precision_of(storage: str | None, in_fp8: bool, both: bool = False) -> Precision:
-    """bfloat16, with the linears of the blocks in `storage`."""
-    matmul = "auto" if storage != "fp8" else "fp8" if in_fp8 else "dequantised"
-    return Precision(torch.bfloat16, storage, matmul=matmul, keep_both_layouts=both)  # type: ignore[arg-type]
-
-
-def planner(variant: Variant, storage: str | None, pixels: int, in_fp8: bool, rank: int = 16) -> Planner:
+def planner(variant: Variant, storage: Storage | None, pixels: int, in_fp8: bool, rank: int = 16) -> Planner:
     """Of one picture a step, AdamW, and nothing but steps."""
     precision = precision_of(storage, in_fp8)
     model = skeleton(variant, precision, lambda model: adapters.attach(model, rank=rank))

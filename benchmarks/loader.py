@@ -18,8 +18,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import tempfile
 import time
@@ -31,6 +29,7 @@ import hydra
 import torch
 from PIL import Image
 
+from benchmarks.common import environment, write_result
 from data.buckets import Buckets
 from data.cache import Cache
 from data.digests import Digests
@@ -214,15 +213,7 @@ def main() -> None:
         print(json.dumps(result["waiting_in_the_demo"]), flush=True)
         result["starting"] = starting(place / "start", options.samples)
         print(json.dumps(result["starting"]), flush=True)
-    result |= {
-        "cpus": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-    }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, result | environment())
 
 
 if __name__ == "__main__":

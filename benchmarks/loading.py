@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import at_least, environment, write_result
 from flux2.files import DTYPE_NAMES
 from flux2.model import Transformer
 from flux2.precision import Precision
@@ -150,11 +150,6 @@ def median(starts: list[dict[str, float]], key: str) -> float:
     return statistics.median(start[key] for start in starts)
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     variant = published(options.double, options.single)
     file, cache = folder / "checkpoint.safetensors", folder / "copies"
@@ -178,13 +173,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "copy_gb": kept[0] / GB,
         "blocks": [options.double, options.single],
         "repeats": options.repeats,
-        "processor": processor(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
+        **environment(),
         "bitsandbytes": version("bitsandbytes"),
-        "python": platform.python_version(),
         "starts": {},
     }
     for name, measured in starts.items():
@@ -208,21 +198,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/loading.py", description=__doc__)
     parser.add_argument("--double", type=int, default=2, help="double blocks")
     parser.add_argument("--single", type=int, default=4, help="single blocks")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least(1), default=3)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written; a temporary folder")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loading_cpu.json"))
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.repeats < 1:
-        parser.error(f"--repeats {options.repeats} must be at least 1")
     if options.start:
         print(json.dumps(start(published(options.double, options.single), options.start, options.cache)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = compare(options, Path(folder))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options.out, result)
     for name, measured in result["starts"].items():
         print(
             f"{name}: {measured['seconds']} s, {measured['above_model_in_largest_tensors']:.2f} tensors above the model"

@@ -33,22 +33,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common import at_least, clock, hardware, write_result
 from benchmarks.models import (
     MODELS,
     adapt,
     adapt_with_peft,
-    at_least,
-    clock,
     diffusers_transformer,
-    hardware,
+    precision_of,
     random_transformer,
     to_four_bits,
-    write_result,
 )
 from flux2 import adapters
 from flux2.attention import limited_to, preferred_backends
 from flux2.checkpointing import set_policy
-from flux2.precision import Precision
+from flux2.precision import STORAGES
 from flux2.tokens import image_positions, text_positions
 from flux2.variants import TransformerConfig
 
@@ -117,9 +115,8 @@ CASES = [
 
 def ours(setup: Setup, case: Case) -> Any:
     """Our transformer with an adapter whose B is not zero."""
-    storage = None if case.precision == "bf16" else case.precision
-    matmul = "fp8" if storage == "fp8" else "auto"
-    precision = Precision(setup.dtype, storage, matmul=matmul, keep_both_layouts=case.layouts == 2)  # type: ignore[arg-type]
+    storage = next((known for known in STORAGES if known == case.precision), None)
+    precision = precision_of(storage, in_fp8=True, both=case.layouts == 2)
     model = random_transformer(setup.config, precision, setup.device)
     attention = preferred_backends(None, setup.device) if case.cudnn else None
     set_policy(model, case.policy, attention=attention, compile=case.compile, compiler=setup.compiler)

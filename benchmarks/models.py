@@ -6,13 +6,8 @@ and one of 64 GB in bfloat16 is quantised layer by layer without ever being whol
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import bitsandbytes
@@ -24,7 +19,7 @@ from torch import Tensor, nn
 from flux2 import adapters
 from flux2.model import Transformer
 from flux2.names import transformer_tensor
-from flux2.precision import Precision, QuantisedLinear, convert
+from flux2.precision import Matmul, Precision, QuantisedLinear, Storage, convert
 from flux2.variants import DEV, KLEIN_4B, KLEIN_9B, TransformerConfig
 
 SMALL = TransformerConfig(heads=2, head_dim=64, double_blocks=1, single_blocks=2, text_width=64, guidance=False,
@@ -37,42 +32,15 @@ DIFFUSERS_TARGETS = (
 DIFFUSERS_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
-def hardware(device: torch.device) -> str:
-    """The GPU's name, as CUDA says it, or the processor's and how many threads compute."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+def precision_of(storage: Storage | None, in_fp8: bool, both: bool = False) -> Precision:
+    """bfloat16, with the linears of the blocks in `storage`.
 
-
-def at_least(low: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number from `low`."""
-
-    def number(given: str) -> int:
-        if not given.isdecimal() or int(given) < low:
-            raise argparse.ArgumentTypeError(f"{given!r} is no whole number from {low}")
-        return int(given)
-
-    return number
-
-
-def write_result(file: Path, result: Mapping[str, Any]) -> None:
-    """`result` as JSON in `file`, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.part")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(file)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, when all that was asked of `device` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    Args:
+        in_fp8: whether FP8 layers multiply in FP8.
+        both: whether they keep their weights transposed too.
+    """
+    matmul: Matmul = "auto" if storage != "fp8" else "fp8" if in_fp8 else "dequantised"
+    return Precision(torch.bfloat16, storage, matmul=matmul, keep_both_layouts=both)
 
 
 def drawn(name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,8 @@ import peft
 import torch
 from torch import Tensor
 
-from benchmarks.models import adapt_with_peft, at_least, clock, diffusers_transformer, hardware
+from benchmarks.common import at_least, clock, hardware, write_result
+from benchmarks.models import adapt_with_peft, diffusers_transformer
 from flux2 import adapters
 from flux2.checkpointing import set_policy
 from flux2.model import Transformer
@@ -123,8 +124,7 @@ def main() -> None:
         "ratio": medians["flux2-lora"] / medians["diffusers + PEFT"],
     }
     out = options.out or Path(__file__).parent / "results" / f"step_{'gpu' if device.type == 'cuda' else 'cpu'}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(out, result)
     print(json.dumps(result, indent=2))
     print(f"written to {out}")
 

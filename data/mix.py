@@ -38,7 +38,6 @@ class Mix(Source):
         if shares and (left := sources.keys() - shares.keys()):
             raise ValueError(f"dataset.shares leaves out {', '.join(sorted(left))}: name every source")
         super().__init__(" and ".join(source.where for source in sources.values()), None, None, False, 0)
-        self.max_bad = sum(source.max_bad for source in sources.values())
         self.bad = [bad for source in sources.values() for bad in source.bad]
         self._sources, self._shares = dict(sources), dict(shares or {})
         self._weights = {name: float((repeats or {}).get(name, 1.0)) for name in sources}

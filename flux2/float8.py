@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2.quantised import CHUNK, QuantisedLinear
+from flux2.quantised import QuantisedLinear
 
 E4M3_MAX = 448.0
+CHUNK = 1 << 21  # elements quantised at once: their float32 copies are then small beside a large weight
 MULTIPLE = 16  # of both sides of a weight, for FP8 products on a GPU
 
 

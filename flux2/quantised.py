@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from flux2.linear import FrozenProduct, autocasted
 
-CHUNK = 1 << 21  # elements that are quantised at once: their float32 copies are then small beside a large weight
-
 
 class DequantisedWeight(Tensor):
     """The weight of a quantised layer: its shape, dtype and device at once, its values when they are used.

@@ -26,8 +26,9 @@ from train import settings as train_settings
 from train.cards import GIB, SIZES, gpu, measured, usable
 from train.choose import advice, choose, free_bytes, skeleton, step_down
 from train.outofmemory import OutOfMemory, amounts, is_out_of_memory, watched
-from train.predict import Choice, Job, Planner, optimizer_bytes, text_encoder_bytes, trained
+from train.predict import Choice, Job, Planner, optimizer_bytes, trained
 from train.run import Run
+from train.text_memory import text_encoder_bytes
 
 pytest_plugins = ("train_helpers",)
 

@@ -1,7 +1,7 @@
 """Fill the caches: `accelerate launch train/cache.py +experiment=tarot [+prune=true]`.
 
 Training does this by itself for whatever is missing. As a command it prepares a data set where the encoders fit (the
-text encoder of dev needs 38 GB in bfloat16), so that training elsewhere loads neither of them. One encoder is in memory
+text encoder of dev needs 35 GB in bfloat16), so that training elsewhere loads neither of them. One encoder is in memory
 at a time; with several processes each fills its share.
 
 With `+prune=true` it computes nothing, and removes what no sample of this configuration uses.

@@ -124,7 +124,7 @@ def main(config: DictConfig) -> None:
     plain, results = zip(*plain_edits(drawings), strict=True)
 
     run.say(f"{2 * len(drawings)} pictures of the base, then {run.settings.steps} steps, then {4 * len(drawings)} more")
-    pipe = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True)
+    pipe = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
     before, plain_before = edited(pipe, sources, instructions), edited(pipe, sources, plain)
 
     began = time.perf_counter()

@@ -17,13 +17,12 @@ import torch
 from torch import nn
 
 from flux2.checkpointing import blocks_within, kept_bytes, set_policy
-from flux2.int8 import BLOCK
 from flux2.model import Transformer
-from flux2.nf4 import NESTED_BLOCK, Nf4Linear
+from flux2.nf4 import Nf4Linear
 from flux2.offload import streamed_blocks
 from flux2.precision import keep_layouts
 from flux2.ring import RING, slot_sizes
-from flux2.variants import PIXELS_PER_TOKEN, TextConfig, Variant
+from flux2.variants import PIXELS_PER_TOKEN, Variant
 from train.cards import Gpu
 from train.memory import (
     Cost,
@@ -37,6 +36,7 @@ from train.memory import (
     train_block,
     train_end,
 )
+from train.text_memory import TEXT_SIZES, text_encoder_bytes
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
@@ -163,47 +163,6 @@ def state_per_element(make: MakeOptimizer) -> float:
     optimizer.step()
     state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in state if tensor.numel() > 1) / parameter.numel()
-
-
-# ------------------------------------------------------------------ the text encoder
-
-# config.json of the published text encoders, by what they are and how wide
-TEXT_SIZES = {
-    ("mistral", 5120): {"mlp": 32768, "heads": 32, "pairs": 8, "head": 128, "words": 131072},
-    ("qwen3", 4096): {"mlp": 12288, "heads": 32, "pairs": 8, "head": 128, "words": 151936},
-    ("qwen3", 2560): {"mlp": 9728, "heads": 32, "pairs": 8, "head": 128, "words": 151936},
-}
-
-
-def weight_bytes(size: int, storage: str | None, dtype: torch.dtype) -> int:
-    """Of a text encoder's linear of `size` elements, scales included."""
-    blocks = -(-size // BLOCK)
-    if storage == "int8":
-        return size + 4 * blocks
-    if storage == "nf4":
-        return -(-size // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
-    return size * dtype.itemsize
-
-
-def text_encoder_bytes(
-    text: TextConfig, width: int, length: int, dtype: torch.dtype, sizes: Mapping[str, int], storage: str | None = None
-) -> tuple[int, int]:
-    """(weights, activations of one prompt) of the layers of a text encoder that are read.
-
-    Args:
-        width: of its hidden states.
-        length: tokens of a prompt.
-        sizes: `mlp` width, attention `heads`, key and value `pairs`, `head` width, `words` of the vocabulary.
-        storage: of the layers' linears. With one, a dequantised weight is among the activations.
-    """
-    layers, element = max(text.layers), dtype.itemsize
-    inner, shared = sizes["heads"] * sizes["head"], sizes["pairs"] * sizes["head"]
-    linears = 2 * [width * inner] + 2 * [width * shared] + 3 * [width * sizes["mlp"]]
-    norms = 2 * width + (2 * sizes["head"] if text.kind == "qwen3" else 0)
-    layer = sum(weight_bytes(size, storage, dtype) for size in linears) + element * norms
-    # every layer's output is handed out; beside them one layer's mlp
-    activations = length * (width * (layers + 1) + 3 * sizes["mlp"] + 2 * width) + (max(linears) if storage else 0)
-    return layers * layer + element * sizes["words"] * width, element * activations
 
 
 # ------------------------------------------------------------------ predictions
