@@ -10,6 +10,7 @@ MAX_STEPS = 10_000
 MAX_GUIDANCE = 1000.0
 MAX_PIXELS = 8192**2  # sixteen times what the models were published for
 MAX_LENGTH = 100_000
+MAX_REFERENCES = 10  # as published
 SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator takes
 
 
@@ -64,6 +65,12 @@ def seeds(value: object, count: int) -> list[int]:
     if len(given) != count:
         raise ValueError(f"seed has {len(given)} values for {count} prompts; give one, or one a prompt")
     return given
+
+
+def references(count: int) -> None:
+    """Raises ValueError for more than the models are published for."""
+    if count > MAX_REFERENCES:
+        raise ValueError(f"{count} references are given, and FLUX.2 takes at most {MAX_REFERENCES}: leave some out")
 
 
 def steps(value: object) -> int:

@@ -1,44 +1,86 @@
-"""Make pictures: `python -m flux2.generate --model tiny --prompt "a small red cup on a blue background"`."""
+"""Make pictures: `python -m flux2.generate --model tiny --prompt "a small red cup on a blue background"`.
+
+PNG files say how they were made, as text; `--from-image x.png` makes the picture again, with whatever else is given
+changed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
-from flux2 import adapters, checks
+from flux2 import checks, records
 from flux2.pictures import check_writable, read_picture
-from flux2.pipeline import check_size, load, pick_device
+from flux2.pipeline import Pipeline, load, pick_device
 from flux2.precision import NAMES, describe
+from flux2.records import NamedFile, Record
+from flux2.requests import Request, numbered, on_grid, read_lines
 from flux2.variants import VARIANTS
 
 MAX_COUNT = 10_000
+DEFAULTS: dict[str, Any] = {
+    "model": "tiny",
+    **dict.fromkeys(["path", "autoencoder", "text_encoder", "prompt", "prompts", "from_image", "device", "precision"]),
+    **dict.fromkeys(["width", "height", "steps", "guidance", "cache"]),
+    "image": [],
+    "adapter": [],
+    "out": Path("out.png"),
+    "seed": 0,
+    "count": 1,
+    "stream_blocks": 0,
+    "metadata": True,
+}
+PLACES = ("path", "autoencoder", "text_encoder")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """What is given, else what the picture of --from-image says, else DEFAULTS.
+
+    Raises ValueError if that picture does not say how it was made.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m flux2.generate", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m flux2.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # to tell what is given
     )
-    parser.add_argument("--model", default="tiny", choices=list(VARIANTS), help="which FLUX.2")
+    parser.add_argument("--model", choices=list(VARIANTS), help="which FLUX.2 (tiny)")
     parser.add_argument("--path", help="repository id, folder or .safetensors file, if not the published place")
     parser.add_argument("--autoencoder", help="likewise for the autoencoder, if it is not at PATH")
     parser.add_argument(
         "--text-encoder", help="likewise for the text encoder and its tokenizer; or the address of a server, http://..."
     )
-    parser.add_argument("--prompt", action="append", required=True, help="what to show; repeat for more pictures")
-    parser.add_argument("--image", action="append", default=[], type=Path, help="a reference picture; repeatable")
+    parser.add_argument("--prompt", action="append", help="what to show; repeat for more pictures")
     parser.add_argument(
-        "--adapter", action="append", default=[], metavar="PATH[:SCALE]", help="a LoRA: folder or file; repeatable"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='one JSON object a line: {"prompt": ...} and, where they differ, seed, width, height, steps, guidance, '
+        "images, out",
     )
-    parser.add_argument("--out", type=Path, default=Path("out.png"), help="several pictures are numbered")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
-    parser.add_argument("--count", type=int, default=1, help="pictures of each prompt")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 16")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 16")
+    parser.add_argument(
+        "--from-image", type=Path, metavar="PNG", help="make this picture again; what else is given replaces its own"
+    )
+    parser.add_argument("--image", action="append", type=Path, help="a reference picture; repeatable, up to ten")
+    parser.add_argument("--adapter", action="append", metavar="PATH[:SCALE]", help="a LoRA: folder or file; repeatable")
+    parser.add_argument("--out", type=Path, help="several pictures are numbered (out.png)")
+    parser.add_argument("--seed", type=int, help="of the first picture; the next ones count up (0)")
+    parser.add_argument("--count", type=int, help="pictures of each prompt (1)")
+    parser.add_argument("--width", type=int, help="pixels, rounded to a multiple of 16")
+    parser.add_argument("--height", type=int, help="pixels, rounded to a multiple of 16")
     parser.add_argument("--steps", type=int, help="by default what the model's authors use")
     parser.add_argument("--guidance", type=float, help="likewise")
     parser.add_argument("--device", help="cuda, cpu; the GPU if there is one")
@@ -46,12 +88,38 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--stream-blocks",
         type=number_or_share,
-        default=0,
         metavar="N",
         help="blocks that stay in host memory and stream to the device: a number (8) or a share (0.5)",
     )
     parser.add_argument("--cache", type=named_folder, help="folder of quantised copies; else what FLUX2_CACHE names")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--no-metadata", dest="metadata", action="store_false", help="do not write into the PNG how it was made"
+    )
+    given = vars(parser.parse_args(argv))
+    kept = recorded(given["from_image"], given) if "from_image" in given else {}
+    options = argparse.Namespace(**DEFAULTS | kept | given)
+    if options.prompt is None and options.prompts is None:
+        parser.error("give --prompt, --prompts or --from-image")
+    if "prompt" in given and "prompts" in given:
+        parser.error("give --prompt or --prompts, not both")
+    return options
+
+
+def recorded(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the picture `file` says, as arguments. Raises ValueError if it says nothing, or its files have changed."""
+    what = f"--from-image {file}"
+    record = records.read(file, what)
+    replaced: dict[str, Any] = {
+        name: [] for name, option in (("images", "image"), ("adapters", "adapter")) if option in given
+    }
+    records.check_unchanged(dataclasses.replace(record, **replaced), what)
+    kept = {key: getattr(record, key) for key in ("model", "precision", "seed", "width", "height", "steps", "guidance")}
+    kept["prompt"] = [record.prompt]
+    kept["image"] = [Path(image.path) for image in record.images]
+    kept["adapter"] = [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters]
+    if "model" not in given:  # they are that model's
+        kept |= {key: getattr(record, key) for key in PLACES}
+    return kept
 
 
 def named_folder(given: str) -> Path:
@@ -82,35 +150,37 @@ def split_adapter(given: str) -> tuple[str, float]:
     return path, value
 
 
-def numbered(out: Path, index: int, count: int) -> Path:
-    return out if count == 1 else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
-
-
-def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for what can be told before anything is loaded: numbers, and whether files can be written."""
+def requested(options: argparse.Namespace) -> list[Request]:
+    """What is to be made. Raises ValueError for what can be told before anything is loaded."""
     if not 1 <= options.count <= MAX_COUNT:
         raise ValueError(f"--count {options.count} must be at least 1 and at most {MAX_COUNT}")
+    shared = {key: getattr(options, key) for key in ("seed", "width", "height", "steps", "guidance", "out")}
+    shared["images"] = options.image
+    if options.prompts is not None:
+        if options.count > 1:
+            raise ValueError(f"--count {options.count} does nothing with --prompts: write a line for each picture")
+        return read_lines(options.prompts, shared, say)
     checks.texts("--prompt", options.prompt)
-    pictures = len(options.prompt) * options.count
-    checks.seeds(options.seed, pictures)
-    width, height = (16 if side is None else side for side in (options.width, options.height))
-    check_size(width, height)
-    if options.steps is not None:
-        checks.steps(options.steps)
-    if options.guidance is not None:
-        checks.guidance(options.guidance)
-    pick_device(options.device)
-    for i in range(pictures):
-        check_writable(numbered(options.out, i, pictures), f"--out {options.out}")
+    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
+    checks.seeds(options.seed, len(prompts))
+    shared = on_grid(shared, say)
+    outs = [numbered(options.out, i, len(prompts)) for i in range(len(prompts))]
+    return [
+        Request(prompt, **{**shared, "seed": options.seed + i, "out": out})
+        for i, (prompt, out) in enumerate(zip(prompts, outs, strict=True))
+    ]
 
 
 def run(options: argparse.Namespace) -> list[Path]:
     """Generate and write; returns the files. Raises ValueError for anything wrong in `options`."""
-    check(options)
-    references = [read_picture(path, f"--image {path}") for path in options.image]
+    wanted = requested(options)
+    pick_device(options.device)
+    for one in wanted:
+        check_writable(one.out, f"--out {one.out}")
+    pictures = {path: read_picture(path, f"--image {path}") for one in wanted for path in one.images}
+    images = {path: NamedFile.picture(path) for path in pictures}
     given = [split_adapter(adapter) for adapter in options.adapter]
-    for path, _ in given:
-        adapters.find(path)  # before minutes are spent on loading the model
+    used = [NamedFile.adapter(path, scale) for path, scale in given]  # before minutes are spent on loading the model
     pipeline = load(
         options.model,
         options.path,
@@ -121,30 +191,58 @@ def run(options: argparse.Namespace) -> list[Path]:
         stream_blocks=options.stream_blocks,
         cache=options.cache,
     )
-    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
-    pipeline.embeddings(prompts, options.guidance)  # before the transformer is loaded for the adapters
+    encode(pipeline, wanted)  # before the transformer is loaded for the adapters
     if pipeline.precision.storage is not None:
-        print(describe(pipeline.transformer, pipeline.precision, pipeline.device), file=sys.stderr)
+        say(describe(pipeline.transformer, pipeline.precision, pipeline.device))
     for path, scale in given:
         pipeline.load_adapter(path, scale)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    steps = pipeline.variant.steps if options.steps is None else options.steps
-    with tqdm(total=len(prompts) * steps, unit="step", leave=False) as bar:
-        for i, prompt in enumerate(prompts):
+    steps = [pipeline.variant.steps if one.steps is None else one.steps for one in wanted]
+    with tqdm(total=sum(steps), unit="step", leave=False) as bar:
+        for one, count in zip(wanted, steps, strict=True):
             (image,) = pipeline.generate(
-                prompt,
-                references=references,
-                seed=options.seed + i,
-                width=options.width,
-                height=options.height,
-                steps=options.steps,
-                guidance=options.guidance,
+                one.prompt,
+                references=[pictures[path] for path in one.images],
+                seed=one.seed,
+                width=one.width,
+                height=one.height,
+                steps=count,
+                guidance=one.guidance,
                 progress=lambda _: bar.update(),
             )
-            written.append(numbered(options.out, i, len(prompts)))
-            image.save(written[-1])
-    return written
+            record = Record(
+                options.model,
+                one.prompt,
+                one.seed,
+                *image.size,
+                count,
+                pipeline.variant.guidance if one.guidance is None else one.guidance,
+                pipeline.precision.name,
+                **{key: getattr(options, key) for key in PLACES},
+                images=[images[path] for path in one.images],
+                adapters=used,
+            )
+            write(image, one.out, record if options.metadata else None)
+    return [one.out for one in wanted]
+
+
+def encode(pipeline: Pipeline, wanted: list[Request]) -> None:
+    """All prompts at once, so that the text encoder is loaded once; with the empty one if any picture needs it."""
+    values = [pipeline.variant.guidance if one.guidance is None else one.guidance for one in wanted]
+    pipeline.embeddings([one.prompt for one in wanted], next((value for value in values if value != 1), 1.0))
+
+
+def write(image: Image.Image, out: Path, record: Record | None) -> None:
+    """Save a picture, with `record` in it if it is a PNG; the file is whole or not there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".part-{out.name}")
+    about: dict[str, Any] = {}
+    if record is not None and out.suffix.lower() == ".png":
+        about["pnginfo"] = record.chunk()
+    try:
+        image.save(unfinished, **about)
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def message(error: Exception) -> str:
@@ -155,9 +253,8 @@ def message(error: Exception) -> str:
 
 
 def main() -> int:
-    options = arguments()
     try:
-        for file in run(options):
+        for file in run(arguments()):
             print(file)
     except (ValueError, OSError) as error:
         print("error:", message(error), file=sys.stderr)

@@ -96,13 +96,14 @@ def check_size(width: int, height: int) -> None:
 
 
 def check_references(images: object) -> list[Image.Image]:
-    """Reference pictures as a list. Raises TypeError, naming what was given, for anything else."""
+    """Reference pictures as a list. Raises TypeError for anything else, ValueError for more than ten."""
     if isinstance(images, Image.Image | str | bytes) or not isinstance(images, Iterable):
         raise TypeError(f"references must be a list of pictures, got {type(images).__name__}")
     given = list(images)
     for image in given:
         if not isinstance(image, Image.Image):
             raise TypeError(f"references has {image!r} in it, which is {type(image).__name__}: open it with PIL.Image")
+    checks.references(len(given))
     return given
 
 

@@ -1,5 +1,6 @@
 """python -m flux2.generate: writes pictures; whatever is wrong is one line and exit code 2."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from remote_helpers import SECRET, FakeServer
 
-from flux2 import adapters, generate, pipeline
+from flux2 import adapters, generate, pipeline, records
 from flux2.offload import Offloader
 from flux2.remote import TOKEN
 from flux2.sources import ModelSource
@@ -41,6 +43,7 @@ def command(
         )
         return generate.main()
 
+    run.path = str(model_folders("dev"))  # type: ignore[attr-defined]
     return run
 
 
@@ -92,7 +95,8 @@ def test_with_the_address_of_a_server_the_picture_is_the_same_and_no_text_encode
     monkeypatch.setenv(TOKEN, SECRET)
     assert command("--prompt", "a fox", "--text-encoder", f"{server.url}/", "--out", "far.png") == 0
     for number in ("000", "001"):
-        assert (tmp_path / f"far_{number}.png").read_bytes() == (tmp_path / f"near_{number}.png").read_bytes()
+        assert (pixels(tmp_path / f"far_{number}.png") == pixels(tmp_path / f"near_{number}.png")).all()
+        assert records.read(tmp_path / f"far_{number}.png", "far").text_encoder == f"{server.url}/"
     assert server.given == ["a cup", "a fox"]
 
 
@@ -152,8 +156,9 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
         (["--image", "broken.png"], "--image broken.png cannot be read as a picture"),
         (["--image", "cut.png"], "--image cut.png cannot be read as a picture"),
         (["--image", "thin.png"], "a reference of 8 x 64 pixels is too small"),
-        (["--width", "100"], "width=100, height=32 must be multiples of 16"),
-        (["--height", "0"], "width=32, height=0 must be multiples of 16"),
+        (["--width", "15"], "width=15 must be at least 16"),
+        (["--height", "0"], "height=0 must be at least 16"),
+        (["--image", "small.png"] * 11, "11 references are given, and FLUX.2 takes at most 10: leave some out"),
         (["--steps", "0"], "steps=0 must be at least 1"),
         (["--count", "0"], "--count 0 must be at least 1"),
         (["--device", "cuda"], "sees no CUDA GPU here. Use device=cpu"),
@@ -196,6 +201,7 @@ def test_whatever_is_wrong_is_one_line_and_exit_code_2(
     Image.new("RGB", (64, 64), "red").save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-40])
     Image.new("RGB", (8, 64)).save(tmp_path / "thin.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "small.png")
     assert command(*arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -215,7 +221,7 @@ def test_numbers_and_places_are_checked_before_anything_is_loaded(
         raise AssertionError("a model was asked for")
 
     monkeypatch.setattr(generate, "load", refuse)
-    wrong = ("--steps", "0"), ("--width", "100"), ("--seed", "9" * 30), ("--guidance", "nan"), ("--out", "cup.psd")
+    wrong = ("--steps", "0"), ("--width", "10"), ("--seed", "9" * 30), ("--guidance", "nan"), ("--out", "cup.psd")
     for arguments in (*wrong, ("--device", "xla"), ("--out", "gone.txt")):
         assert command(*arguments) == 2
     assert not list(tmp_path.iterdir())
@@ -289,3 +295,150 @@ def test_blocks_that_stream_make_the_same_picture(
     ):
         assert command("--stream-blocks", given) == 2
         assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+# ------------------------------------------------------------------ how a picture was made
+
+
+def test_a_picture_is_made_again_from_what_it_says(command: Callable[..., int], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "lora")
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "a.png")
+    arguments = ("--adapter", "lora:0.5", "--image", "a.png", "--guidance", "3.5", "--seed", "7")
+    assert command(*arguments, "--out", "one.png") == 0
+    record = records.read(tmp_path / "one.png", "one.png")
+    assert (record.prompt, record.seed, record.width, record.height) == ("a cup", 7, 32, 32)
+    assert (record.steps, record.guidance, record.precision, record.model) == (2, 3.5, "fp32", "tiny")
+    assert [(adapter.path, adapter.scale) for adapter in record.adapters] == [("lora", 0.5)]
+    assert record.adapters[0].sha256 == records.sha256(tmp_path / "lora" / "adapter_model.safetensors")
+    assert [image.path for image in record.images] == ["a.png"]
+    assert repeat("--from-image", "one.png", "--out", "two.png") == 0
+    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
+    for changed in (["--seed", "8"], ["--adapter", "lora:1.0"], ["--prompt", "a fox"], ["--steps", "3"]):
+        assert repeat("--from-image", "one.png", "--out", "other.png", *changed) == 0
+        assert np.abs(pixels(tmp_path / "other.png") - pixels(tmp_path / "one.png")).max() > 3, changed
+
+
+def repeat(*arguments: str) -> int:
+    """The command without a prompt or sizes of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["generate", "--device", "cpu", *arguments])
+        return generate.main()
+
+
+def test_a_file_that_has_changed_since_is_named(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tmp_path / "lora")
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "a.png")
+    assert command("--adapter", "lora", "--image", "a.png", "--out", "one.png") == 0
+    write_adapter(tmp_path / "lora", seed=1)
+    assert repeat("--from-image", "one.png", "--out", "two.png") == 2
+    assert "the adapter lora is another one now; give the one that was used with --adapter" in capsys.readouterr().err
+    assert repeat("--from-image", "one.png", "--out", "two.png", "--adapter", "lora") == 0
+    Image.new("RGB", (48, 32), "blue").save(tmp_path / "a.png")
+    assert repeat("--from-image", "one.png", "--out", "two.png", "--adapter", "lora") == 2
+    assert "the reference a.png is another picture now" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink()
+    assert repeat("--from-image", "one.png", "--out", "two.png", "--adapter", "lora") == 2
+    assert "the reference a.png does not exist; give it with --image" in capsys.readouterr().err
+
+
+def test_without_metadata_the_file_says_nothing(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--no-metadata") == 0
+    assert b"flux2-lora" not in (tmp_path / "out.png").read_bytes()
+    assert repeat("--from-image", "out.png") == 2
+    assert "--from-image out.png does not say how it was made" in capsys.readouterr().err
+    assert command("--out", "out.jpg") == 0
+    assert b"a cup" not in (tmp_path / "out.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no json", "cannot be used"),
+        ("[]", "is no object"),
+        ('{"model": "flux1"}', "model='flux1' is not known here"),
+        ('{"model": "tiny", "other": 1}', "unknown: other"),
+        ('{"model": "tiny", "precision": "fp32"}', "'prompt'"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_an_error(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    info = PngInfo()
+    info.add_itxt(records.KEYWORD, text)
+    Image.new("RGB", (16, 16)).save("bad.png", pnginfo=info)
+    assert repeat("--from-image", "bad.png") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --from-image bad.png: the text on how it was made cannot be used")
+    assert message in error
+
+
+# ------------------------------------------------------------------ many pictures
+
+
+def test_a_file_of_prompts_makes_what_its_lines_say(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "a.png")
+    lines = [
+        {"prompt": "a fox"},
+        {"prompt": "a fox", "seed": 9, "width": 49, "out": "wide.png"},
+        {"prompt": "at night", "images": ["a.png"], "steps": 3, "guidance": 2},
+    ]
+    (tmp_path / "many.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    sizes = ("--width", "32", "--height", "32", "--steps", "2")
+    assert repeat("--path", command.path, *sizes, "--prompts", "many.jsonl", "--seed", "5", "--out", "x/y.png") == 0
+    printed = capsys.readouterr()
+    assert printed.out.split() == ["x/y_000.png", "x/wide.png", "x/y_002.png"]
+    assert "width=49 is no multiple of 16: 48 is taken" in printed.err
+    made = [records.read(tmp_path / file, file) for file in printed.out.split()]
+    assert [(one.prompt, one.seed, one.width, one.steps) for one in made] == [
+        ("a fox", 5, 32, 2),
+        ("a fox", 9, 48, 2),
+        ("at night", 7, 32, 3),
+    ]
+    assert (made[2].guidance, [image.path for image in made[2].images]) == (2, ["a.png"])
+    assert repeat("--path", command.path, *sizes, "--prompt", "a fox", "--seed", "5", "--out", "alone.png") == 0
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "x" / "y_000.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no lines"),
+        ('{"prompt": "a"}\nnonsense', "line 2: "),
+        ('["a"]', "line 1: ['a'] is no object"),
+        ('{"seed": 1}', "line 1: prompt=None must be a text"),
+        ('{"prompt": "a", "colour": "red"}', "line 1: 'colour' is not known; known are prompt, out, seed"),
+        ('{"prompt": "a", "steps": 0}', "line 1: steps=0 must be at least 1"),
+        ('{"prompt": "a", "seed": "x"}', "line 1: seed='x' must be a whole number"),
+        ('{"prompt": "a", "width": 8}', "line 1: width=8 must be at least 16"),
+        ('{"prompt": "a", "images": "a.png"}', "line 1: images='a.png' must be a list"),
+        ('{"prompt": "a", "out": "b.png"}\n{"prompt": "b", "out": "b.png"}', "line 2: b.png is written by an earlier"),
+        ('{"prompt": "a", "images": ["gone.png"]}', "--image gone.png does not exist"),
+        ('{"prompt": "a", "out": "b.txt"}', "--out b.txt must end in a picture's extension"),
+    ],
+)
+def test_a_wrong_line_is_named_before_anything_is_loaded(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "load", lambda *_, **__: pytest.fail("a model was asked for"))
+    (tmp_path / "many.jsonl").write_text(text)
+    assert repeat("--prompts", "many.jsonl") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_are_given_in_one_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([], "give --prompt, --prompts or --from-image"),
+        (["--prompt", "a", "--prompts", "b"], "give --prompt or --prompts, not both"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            repeat(*arguments)
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
