@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "count": 1,
     "stream_blocks": 0,
+    "tiled": None,
     "metadata": True,
 }
 PLACES = ("path", "autoencoder", "text_encoder")
@@ -90,6 +91,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=number_or_share,
         metavar="N",
         help="blocks that stay in host memory and stream to the device: a number (8) or a share (0.5)",
+    )
+    parser.add_argument(
+        "--tiled",
+        action=argparse.BooleanOptionalAction,
+        help="decode in stripes, with less memory; by default pictures above a megapixel",
     )
     parser.add_argument("--cache", type=named_folder, help="folder of quantised copies; else what FLUX2_CACHE names")
     parser.add_argument(
@@ -190,6 +196,7 @@ def run(options: argparse.Namespace) -> list[Path]:
         precision=options.precision,
         stream_blocks=options.stream_blocks,
         cache=options.cache,
+        tiled=options.tiled,
     )
     encode(pipeline, wanted)  # before the transformer is loaded for the adapters
     if pipeline.precision.storage is not None:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import isqrt
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2 import adapters, checks
+from flux2 import adapters, checks, stripes
 from flux2.autoencoder import Autoencoder
 from flux2.model import Transformer
 from flux2.offload import offload, streamed_blocks
@@ -37,6 +38,7 @@ from flux2.weights import load_autoencoder, load_text_encoder, load_transformer
 log = logging.getLogger(__name__)
 ONE_REFERENCE_PIXELS = 2024**2  # as in the reference code; several share less
 MANY_REFERENCES_PIXELS = 1024**2
+TILED_PIXELS = 1024**2  # of larger pictures the decoder computes a stripe at a time
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
@@ -120,6 +122,7 @@ def render(
     guidance: float,
     references: Sequence[Tensor] = (),
     empty: Tensor | None = None,
+    tiled: bool | None = None,
     progress: Callable[[Tensor], None] | None = None,
 ) -> list[Image.Image]:
     """Pictures from prompt embeddings.
@@ -130,6 +133,7 @@ def render(
         width, height: pixels, multiples of 16.
         references: latents (B, 128, h_i, w_i).
         empty: (1, T, text_width), for classifier-free guidance.
+        tiled: decode in stripes, with less memory (`stripes`); None: above a megapixel.
         steps, guidance, progress: as in `sampling.sample`.
     """
     check_size(width, height)
@@ -146,8 +150,10 @@ def render(
         progress=progress,
     )
     parameter = next(autoencoder.parameters())
+    in_stripes = width * height > TILED_PIXELS if tiled is None else tiled
     # one at a time: decoding 1024 px takes gigabytes of activations
-    parts = [autoencoder.decode(one[None].to(parameter)) for one in latents]
+    decode = partial(stripes.decode, autoencoder) if in_stripes else autoencoder.decode
+    parts = [decode(one[None].to(parameter)) for one in latents]
     return to_images(torch.cat(parts))
 
 
@@ -163,8 +169,10 @@ class Pipeline:
         stream_blocks: int | float = 0,
         cache: Path | None = None,
         text_server: str | None = None,
+        tiled: bool | None = None,
     ) -> None:
         self.text_server = text_server
+        self.tiled = tiled
         self.streamed = streamed_blocks(source.variant.transformer, stream_blocks)
         self.stream_blocks = stream_blocks
         self.source = source
@@ -329,6 +337,7 @@ class Pipeline:
                 guidance=guidance,
                 references=[latent.expand(count, -1, -1, -1) for latent in latents],
                 empty=empty,
+                tiled=self.tiled,
                 progress=progress,
             )
         return images
@@ -345,6 +354,7 @@ def load(
     keep_text_encoder: bool | None = None,
     stream_blocks: int | float = 0,
     cache: str | Path | None = None,
+    tiled: bool | None = None,
 ) -> Pipeline:
     """A pipeline for the model called `name` (see `variants.VARIANTS`).
 
@@ -361,7 +371,10 @@ def load(
             share from 0.0 to 1.0.
         cache: folder of quantised copies, with which the next start in `fp8` or `nf4` is faster; by default what the
             environment variable FLUX2_CACHE names, or none.
+        tiled: decode pictures in stripes, which takes less memory and more time; by default those above a megapixel.
     """
+    if not isinstance(tiled, bool | None):
+        raise ValueError(f"tiled={tiled!r} must be True, False or None")
     places = (
         os.fspath(place) if isinstance(place, os.PathLike) else place for place in (path, autoencoder, text_encoder)
     )
@@ -377,4 +390,4 @@ def load(
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
     copies = cache or os.environ.get("FLUX2_CACHE")
     folder = Path(copies).expanduser() if copies else None
-    return Pipeline(source, chosen, pick(precision, chosen), keep, stream_blocks, folder, server)
+    return Pipeline(source, chosen, pick(precision, chosen), keep, stream_blocks, folder, server, tiled)

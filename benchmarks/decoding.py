@@ -1,0 +1,105 @@
+"""Decoding a large picture whole and in stripes: peak memory, time, and how far the pixels are apart.
+
+    python benchmarks/decoding.py [--sides 1024 2048] [--whole-up-to 1024]
+
+Weights at the published autoencoder's shapes are random: neither time nor memory depends on them. Each case is a
+process of its own; memory is what is held above the model and the latents, on a CPU the largest resident set, with an
+allocator that gives back what is freed. The embedded model's pixels, whose norms were trained, are compared at the
+largest side.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import at_least, clock, environment, hardware, write_result
+from flux2 import stripes
+from flux2.autoencoder import Autoencoder
+from flux2.pipeline import pick_device
+from flux2.sources import model_source
+from flux2.variants import AutoencoderConfig
+from flux2.weights import load_autoencoder
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def drawn(side: int, device: torch.device) -> Tensor:
+    return torch.randn(1, 128, side // 16, side // 16, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def peak(device: torch.device) -> float:
+    """Bytes held at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+@torch.no_grad()
+def case(side: int, mode: str) -> dict[str, Any]:
+    """Seconds and bytes of one decoding."""
+    device = pick_device(None)
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderConfig()).to(device)
+    z = drawn(side, device)
+    decode = model.decode if mode == "whole" else lambda given: stripes.decode(model, given)
+    decode(drawn(64, device))  # libraries' own buffers
+    before, began = peak(device), clock(device)
+    pixels = decode(z)
+    seconds = clock(device) - began
+    assert pixels.shape == (1, 3, side, side)
+    return {"seconds": seconds, "gigabytes": (peak(device) - before) / 1e9}
+
+
+@torch.no_grad()
+def difference(side: int) -> dict[str, float]:
+    """Of the embedded model's pixels, in units of 1/255."""
+    model = load_autoencoder(model_source("tiny"), pick_device(None))
+    z = drawn(side, next(model.parameters()).device)
+    apart = (model.decode(z) - stripes.decode(model, z)).abs() * 127.5
+    return {"side": side, "mean": apart.mean().item(), "largest": apart.max().item()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sides", type=at_least(64), nargs="+", default=[1024, 2048])
+    parser.add_argument("--whole-up-to", type=at_least(64), default=2048, help="larger ones only in stripes")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(case(int(options.case[0]), options.case[1])))
+        return
+    device = pick_device(None)
+    result: dict[str, Any] = {"what": "decoding a picture whole and in stripes", "hardware": hardware(device)}
+    for side in options.sides:
+        for mode in ("whole", "stripes"):
+            if mode == "whole" and side > options.whole_up_to:
+                continue
+            command = [sys.executable, __file__, "--case", str(side), mode]
+            giving_back = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+            done = subprocess.run(command, env=os.environ | giving_back, capture_output=True, text=True, check=True)
+            result.setdefault(str(side), {})[mode] = json.loads(done.stdout)
+            print(side, mode, done.stdout.strip(), flush=True)
+    for found in (value for key, value in result.items() if key.isdecimal() and "whole" in value):
+        for key in ("seconds", "gigabytes"):
+            found[f"ratio_of_{key}"] = found["stripes"][key] / found["whole"][key]
+    result["pixels_of_the_embedded_model_apart"] = difference(max(options.sides))
+    write_result(options.out or RESULTS / f"decoding_{device.type}.json", result | environment())
+
+
+if __name__ == "__main__":
+    main()
