@@ -50,25 +50,34 @@ class Ema:
 class Shown:
     """Which weights are shown, of `parameters` that `optimizer` trains. As a part of a checkpoint: those trained.
 
-    Without an `ema` and with an optimizer that does not average, these are the parameters themselves.
+    With an `ema_decay` of 0 and an optimizer that does not average, these are the parameters themselves.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, ema: Ema | None = None
+        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, ema_decay: float = 0.0
     ) -> None:
-        self.parameters, self.optimizer, self.ema = list(parameters), optimizer, ema
+        check_one_average(optimizer, ema_decay)
+        self.parameters, self.optimizer = list(parameters), optimizer
+        self.ema = Ema(parameters, ema_decay) if ema_decay else None
         self.averages = averages(optimizer)
-        if ema is not None and self.averages:
-            raise ValueError(
-                f"ema_decay={ema.decay} does nothing good with {type(optimizer).__name__}, which averages by itself: "
-                "ema_decay=0"
-            )
         self._trained: list[Tensor] | None = None  # those swapped out now
 
     @property
     def differ(self) -> bool:
         """Whether what is shown is not what is trained."""
         return self.ema is not None or self.averages
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, to be restored in this order and after the optimizer."""
+        if not self.differ:
+            return {}
+        return {"trained": self} if self.ema is None else {"ema": self.ema, "trained": self}
+
+    def update(self) -> None:
+        """To be called after each update of the parameters."""
+        if self.ema is not None:
+            self.ema.update()
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -100,6 +109,15 @@ class Shown:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """To be called after the optimizer's. Raises ValueError or KeyError for a state of other parameters."""
         self._train(state["trained"])
+
+
+def check_one_average(optimizer: torch.optim.Optimizer, ema_decay: float) -> None:
+    """Raises ValueError if there would be an average of averages."""
+    if ema_decay and averages(optimizer):
+        raise ValueError(
+            f"ema_decay={ema_decay} is not for {type(optimizer).__name__}, which averages the weights by itself: "
+            "ema_decay=0"
+        )
 
 
 @torch.no_grad()

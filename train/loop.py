@@ -7,7 +7,6 @@ step: read a batch, add noise, predict, compare, update, and every so often log,
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,13 +26,17 @@ from flux2 import adapters
 from flux2.model import Transformer
 from flux2.variants import Variant
 from train import checkpoint
-from train.loss import LogitNormal, Losses, Preservation, Uniform, add_noise, is_number, training_loss
-from train.optim import Schedule, set_rate
+from train.ema import Shown
+from train.loss import Losses, Preservation, add_noise, is_number, training_loss
+from train.optim import Schedule, rate_of, set_rate
 from train.outofmemory import OutOfMemory, watched
+from train.prior import ClassPictures
 from train.resume import Place
 from train.stopping import Interrupted, StopRequest, stop_requests
+from train.timesteps import Uniform
 from train.tracking import Metrics, warn
 from train.validate import FixedNoiseLoss, Sampler, check_count
+from train.weighting import Unweighted
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class LoopSettings:
     steps: int = 300
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
     guidance: float | None = None
     log_every: int = 10
     checkpoint_every: int = 250
@@ -59,6 +63,8 @@ class LoopSettings:
             check_count(key, getattr(self, key), 1)
         if not is_number(self.max_grad_norm, low=0):
             raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be a number from 0 (0 is off)")
+        if not is_number(self.ema_decay, 0, 1) or self.ema_decay == 1:
+            raise ValueError(f"ema_decay={self.ema_decay!r} must be a number from 0 (which is off) and below 1")
         if self.guidance is not None and not is_number(self.guidance, low=0):
             raise ValueError(f"guidance={self.guidance!r} must be a number from 0, or null")
 
@@ -84,7 +90,9 @@ class Training:
         wrapped: PEFT's wrapper around the transformer.
         loader: gives this process's micro-batches of a step.
         begin: called by the main process once the checkpoint was read, before anything is written.
+        shown: what is validated, sampled and saved of the adapter, if not what `optimizer` trains.
         plain: embeddings (T, D) of the prompts of `preservation`.
+        prior: gives this process's micro-batches of class pictures of a step, if there are any.
         place: where the run writes, and what it goes on from.
         sampler, validate: None where nothing is sampled or validated.
         autocast: the dtype of matrix products if it is not that of the adapter.
@@ -97,13 +105,16 @@ class Training:
     wrapped: peft.PeftModel
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    timesteps: Uniform | LogitNormal
+    shown: Shown
+    timesteps: Uniform
+    weighting: Unweighted
     preservation: Preservation
     loader: Loader
     plain: dict[str, Tensor]
     place: Place
     metrics: Metrics
     begin: Callable[[], None] = lambda: None
+    prior: ClassPictures | None = None
     sampler: Sampler | None = None
     validate: FixedNoiseLoss | None = None
     autocast: torch.dtype | None = None
@@ -117,7 +128,7 @@ class Training:
     @property
     def parts(self) -> dict[str, checkpoint.Stateful]:
         """What a checkpoint keeps beside the adapter; after it, they are restored in this order."""
-        return {"optimizer": self.optimizer}
+        return {"optimizer": self.optimizer, **self.shown.parts}
 
     @property
     def guidance(self) -> float | None:
@@ -154,7 +165,8 @@ class Training:
             disable=not accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        with closing(self.metrics), closing(self.loader), bar, stop_requests() as stop, self.rescued():
+        prior = closing(self.prior) if self.prior else nullcontext()
+        with closing(self.metrics), closing(self.loader), prior, bar, stop_requests() as stop, self.rescued():
             self.whole = start
             if start == 0:
                 self.look(0, {})
@@ -172,6 +184,7 @@ class Training:
                 self.whole = None
                 with watched(f"in the optimizer's update of step {step + 1}", "update", accelerator.device):
                     self.optimizer.step()
+                    self.shown.update()
                 self.optimizer.zero_grad(set_to_none=True)
 
                 self.whole = done = step + 1
@@ -193,11 +206,13 @@ class Training:
 
     def accumulate(self, model: nn.Module, step: int) -> Losses:
         """Gradients of one step, over its micro-batches and all processes; returns the mean losses of all."""
-        batches = self.loader.micro_batches(step)
-        parts = []
+        own = self.loader.micro_batches(step)
+        batches = [*own, *(self.prior.micro_batches(step) if self.prior else [])]
+        parts, priors = [], [torch.zeros((), device=self.accelerator.device)]
         for i, cpu_batch in enumerate(batches):
             batch = cpu_batch.to(self.accelerator.device, torch.float32)
-            noised = add_noise(batch, self.timesteps, self.settings.seed, step)
+            prior = self.prior if i >= len(own) else None
+            noised = add_noise(batch, self.timesteps, prior.seed if prior else self.settings.seed, step)
             plain = None
             if self.preservation.active:
                 held = batch.positions[: self.preservation.samples]
@@ -207,12 +222,24 @@ class Training:
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 with self.precision():
                     losses = training_loss(
-                        model, noised, batch.embeddings, self.guidance, self.preservation.weight, plain
+                        model,
+                        noised,
+                        batch.embeddings,
+                        self.guidance,
+                        self.preservation.weight,
+                        plain,
+                        self.weighting(noised.times),
                     )
-                self.accelerator.backward(losses.total / len(batches))
-            parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
-        total, flow, preservation = self.accelerator.reduce(torch.stack(parts).mean(0), "mean")
-        return Losses(total, flow, preservation)
+                total = prior.weight * losses.total if prior else losses.total
+                self.accelerator.backward(total / len(own))
+            if prior:
+                priors.append(prior.weight * losses.flow / len(own))
+            else:
+                parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+        added = torch.stack(priors).sum()
+        mean = torch.cat([torch.stack(parts).mean(0), added[None]])
+        total, flow, preservation, prior_loss = self.accelerator.reduce(mean, "mean")
+        return Losses(total + prior_loss, flow, preservation, prior_loss)
 
     def precision(self) -> torch.autocast:
         """bfloat16 autocast if the base is in bfloat16; the adapter and the losses stay in float32."""
@@ -239,10 +266,12 @@ class Training:
 
     def values(self, losses: Losses, norm: Tensor, images_per_second: float) -> dict[str, float]:
         held = {"preservation_loss": losses.preservation.item()} if self.preservation.active else {}
+        prior = {"prior_loss": losses.prior.item()} if self.prior and losses.prior is not None else {}
         return {
             "loss": losses.flow.item(),
             **held,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            **prior,
+            "lr": rate_of(self.optimizer),
             "grad_norm": norm.item(),
             "images_per_second": round(images_per_second, 4),
             "peak_memory_gb": round(peak_memory_gb(self.accelerator.device), 3),
@@ -259,14 +288,15 @@ class Training:
         self.wrapped.eval()
         device = self.accelerator.device
         if self.validate is not None and self.is_due(self.settings.validate_every, done):
-            with watched(f"in the validation after step {done}", "validation", device), self.precision():
+            doing = watched(f"in the validation after step {done}", "validation", device)
+            with doing, self.shown.swapped(), self.precision():
                 values = values | {"validation_loss": self.validate(self.transformer, self.guidance)}
         if values:
             self.metrics.log(done, **values)
         if self.sampler is not None and self.is_due(self.settings.sample_every, done):
             file = self.place.folder / "samples" / f"step_{done:06d}.png"
             with self.harmless(f"the sheet of pictures after step {done}"):
-                with watched(f"while sampling after step {done}", "samples", device):
+                with watched(f"while sampling after step {done}", "samples", device), self.shown.swapped():
                     self.sampler.sheet(self.transformer, file)
                 self.metrics.picture(done, file)
 
@@ -304,15 +334,16 @@ class Training:
 
     def write(self, done: int) -> Path:
         """Write the checkpoint of `done` steps. Called by the main process alone."""
-        place = checkpoint.save(
-            self.place.folder,
-            done,
-            self.wrapped,
-            self.parts,
-            base=self.base,
-            licence=self.variant.licence,
-            images_per_step=self.loader.sampler.global_batch,
-        )
+        with self.shown.swapped():
+            place = checkpoint.save(
+                self.place.folder,
+                done,
+                self.wrapped,
+                self.parts,
+                base=self.base,
+                licence=self.variant.licence,
+                images_per_step=self.loader.sampler.global_batch,
+            )
         self.saved = done
         return place
 
@@ -368,7 +399,8 @@ class Training:
         folder = self.place.folder / "adapter"
         if self.accelerator.is_main_process:
             try:
-                adapters.save(self.wrapped, folder, base=self.base, licence=self.variant.licence)
+                with self.shown.swapped():
+                    adapters.save(self.wrapped, folder, base=self.base, licence=self.variant.licence)
             except checkpoint.NOT_WRITTEN as error:
                 saved = self.rescue(self.settings.steps)
                 raise TrainingError(

@@ -29,7 +29,6 @@ from train.checks import is_number as is_number  # where other files look for it
 from train.timesteps import LogitNormal as LogitNormal
 from train.timesteps import Uniform as Uniform
 
-
 # ------------------------------------------------------------------ inputs and targets
 
 
@@ -144,11 +143,15 @@ class Preservation:
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is what is differentiated; the parts are detached, `preservation` before its weight (0 without any)."""
+    """`total` is what is differentiated; the parts are detached, `preservation` before its weight (0 without any).
+
+    `prior`, of a whole step, is that of the class pictures (train/prior.py), with its weight.
+    """
 
     total: Tensor
     flow: Tensor
     preservation: Tensor
+    prior: Tensor | None = None
 
 
 def training_loss(

@@ -1,17 +1,20 @@
-"""The optimizer, and learning-rate schedules as functions of the step, so that resuming needs no state of theirs."""
+"""Optimizers, and learning-rate schedules as functions of the step, so that resuming needs no state of theirs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from train.checks import is_count, is_number
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Schedule(Protocol):
@@ -115,7 +118,7 @@ def averages(optimizer: object) -> bool:
     return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
 
 
-def build(make: Callable[..., torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of the configuration on `parameters`, ready to train.
 
     `fused: null` becomes true where all parameters are on a GPU; on a CPU the fused kernel rounds differently.
@@ -131,10 +134,10 @@ def build(make: Callable[..., torch.optim.Optimizer], parameters: Sequence[nn.Pa
     except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
         given = ", ".join(f"optimizer.{key}={value!r}" for key, value in settings.items())
         if MATRICES_ONLY in str(error):
-            shapes = sorted({parameter.ndim for parameter in parameters if parameter.ndim != 2})
+            dims = " and ".join(map(str, sorted({parameter.ndim for parameter in parameters} - {2})))
             raise ValueError(
-                f"optimizer=muon trains matrices only, and this adapter has tensors of {' and '.join(map(str, shapes))} "
-                "dimensions: choose another optimizer, or adapter=lora"
+                f"optimizer=muon trains matrices only, and this adapter has tensors of {dims} dimensions: choose "
+                "another optimizer, or adapter=lora"
             ) from error
         raise ValueError(f"the optimizer refused its settings ({error}): {given}") from error
     if averages(optimizer):
@@ -151,3 +154,43 @@ def rate_of(optimizer: torch.optim.Optimizer) -> float:
     """The learning rate in use: what the schedule set, times what Prodigy found (`d`)."""
     group = optimizer.param_groups[0]
     return float(group["lr"] * group.get("d", 1.0))
+
+
+# ------------------------------------------------------------------ memory
+
+PRIMES = (3, 5, 7, 11, 13)
+
+
+def optimizer_bytes(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of an optimizer's state: seen from one step on small parameters, an 8-bit one's from its layout."""
+    counted = Counter(tuple(parameter.shape) for parameter in parameters)
+    target: Any = getattr(make, "func", make)
+    if getattr(target, "__module__", "").startswith("bitsandbytes") and "8bit" in getattr(target, "__name__", ""):
+        # moments of a byte with a float32 scale a block of 256; small tensors stay in float32
+        moments = 1 if any(base.__name__ == "Optimizer1State" for base in target.__mro__) else 2
+        sizes = {shape: math.prod(shape) for shape in counted}
+        each = {shape: moments * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n) for shape, n in sizes.items()}
+    else:
+        each = {shape: state_bytes(make, shape) for shape in counted}
+    return sum(count * each[shape] for shape, count in counted.items())
+
+
+def state_bytes(make: MakeOptimizer, shape: tuple[int, ...]) -> int:
+    """Bytes of the state of one parameter of `shape`, of a dimension or more.
+
+    Seen on a small parameter whose sides are different primes, so that a tensor of the state that has some of its sides
+    (Adafactor's rows and columns) is told from one that has all of them.
+    """
+    sides = PRIMES[: len(shape)]
+    parameter = nn.Parameter(torch.ones(sides))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = build(make, [parameter])
+    optimizer.step()
+    real, total = dict(zip(sides, shape, strict=True)), 0
+    for value in optimizer.state[parameter].values():
+        if not isinstance(value, torch.Tensor) or value.numel() == 1:
+            continue
+        whole = value.numel() == parameter.numel()
+        count = math.prod(shape) if whole else math.prod(real.get(side, side) for side in value.shape)
+        total += count * value.element_size()
+    return total
