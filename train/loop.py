@@ -6,16 +6,13 @@ step: read a batch, add noise, predict, compare, update, and every so often log,
 
 from __future__ import annotations
 
-import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import peft
 import torch
@@ -29,11 +26,17 @@ from flux2 import adapters
 from flux2.model import Transformer
 from flux2.variants import Variant
 from train import checkpoint
-from train.loss import LogitNormal, Losses, Preservation, Uniform, add_noise, is_number, training_loss
-from train.optim import Schedule, set_rate
+from train.ema import Shown
+from train.loss import Losses, Preservation, add_noise, is_number, training_loss
+from train.optim import Schedule, rate_of, set_rate
 from train.outofmemory import OutOfMemory, watched
-from train.tracking import Metrics, is_first_process, warn
+from train.prior import ClassPictures
+from train.resume import Place
+from train.stopping import Interrupted, StopRequest, stop_requests
+from train.timesteps import Uniform
+from train.tracking import Metrics, warn
 from train.validate import FixedNoiseLoss, Sampler, check_count
+from train.weighting import Unweighted
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class LoopSettings:
     steps: int = 300
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
     guidance: float | None = None
     log_every: int = 10
     checkpoint_every: int = 250
@@ -59,50 +63,14 @@ class LoopSettings:
             check_count(key, getattr(self, key), 1)
         if not is_number(self.max_grad_norm, low=0):
             raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be a number from 0 (0 is off)")
+        if not is_number(self.ema_decay, 0, 1) or self.ema_decay == 1:
+            raise ValueError(f"ema_decay={self.ema_decay!r} must be a number from 0 (which is off) and below 1")
         if self.guidance is not None and not is_number(self.guidance, low=0):
             raise ValueError(f"guidance={self.guidance!r} must be a number from 0, or null")
 
 
 class TrainingError(ValueError):
     """Training cannot go on; the message says what is saved and what to do."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and has saved its state; the message says how to go on. A sweep ends with it."""
-
-
-STOPPING = b"\nstopping after this step; a second one stops at once, without saving\n"
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[float]]:
-    """Within this context the first SIGINT, SIGTERM or SIGHUP is noted in the list that is given; a later one kills.
-
-    SIGHUP stays ignored where it is, as under nohup. One within two seconds does not kill: of a Ctrl-C, the launcher of
-    several processes sends them a second signal.
-    """
-    caught: list[float] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if not caught:
-            caught.append(time.monotonic())
-            if is_first_process():
-                with suppress(OSError):  # the terminal may be gone; print is not for a handler
-                    os.write(2, STOPPING)
-        elif time.monotonic() > caught[0] + 2:
-            for name, handler in before.items():
-                signal.signal(name, handler)
-            signal.raise_signal(number)
-
-    names = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        names.append(signal.SIGHUP)
-    before = {name: signal.signal(name, note) for name in names}
-    try:
-        yield caught
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -122,7 +90,9 @@ class Training:
         wrapped: PEFT's wrapper around the transformer.
         loader: gives this process's micro-batches of a step.
         begin: called by the main process once the checkpoint was read, before anything is written.
+        shown: what is validated, sampled and saved of the adapter, if not what `optimizer` trains.
         plain: embeddings (T, D) of the prompts of `preservation`.
+        prior: gives this process's micro-batches of class pictures of a step, if there are any.
         place: where the run writes, and what it goes on from.
         sampler, validate: None where nothing is sampled or validated.
         autocast: the dtype of matrix products if it is not that of the adapter.
@@ -135,13 +105,16 @@ class Training:
     wrapped: peft.PeftModel
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    timesteps: Uniform | LogitNormal
+    shown: Shown
+    timesteps: Uniform
+    weighting: Unweighted
     preservation: Preservation
     loader: Loader
     plain: dict[str, Tensor]
-    place: checkpoint.Place
+    place: Place
     metrics: Metrics
     begin: Callable[[], None] = lambda: None
+    prior: ClassPictures | None = None
     sampler: Sampler | None = None
     validate: FixedNoiseLoss | None = None
     autocast: torch.dtype | None = None
@@ -151,6 +124,11 @@ class Training:
     @property
     def transformer(self) -> Transformer:
         return self.wrapped.get_base_model()
+
+    @property
+    def parts(self) -> dict[str, checkpoint.Stateful]:
+        """What a checkpoint keeps beside the adapter; after it, they are restored in this order."""
+        return {"optimizer": self.optimizer, **self.shown.parts}
 
     @property
     def guidance(self) -> float | None:
@@ -174,7 +152,7 @@ class Training:
         parameters = adapters.adapter_parameters(self.wrapped)
         rate = self.optimizer.param_groups[0]["lr"]
         if self.place.checkpoint is not None:
-            checkpoint.load(self.place.checkpoint, self.wrapped, self.optimizer)
+            checkpoint.load(self.place.checkpoint, self.wrapped, self.parts)
         if accelerator.is_main_process:
             self.begin()
         start = self.place.step
@@ -187,7 +165,8 @@ class Training:
             disable=not accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        with closing(self.metrics), closing(self.loader), bar, stop_requests() as stop, self.rescued():
+        prior = closing(self.prior) if self.prior else nullcontext()
+        with closing(self.metrics), closing(self.loader), prior, bar, stop_requests() as stop, self.rescued():
             self.whole = start
             if start == 0:
                 self.look(0, {})
@@ -205,6 +184,7 @@ class Training:
                 self.whole = None
                 with watched(f"in the optimizer's update of step {step + 1}", "update", accelerator.device):
                     self.optimizer.step()
+                    self.shown.update()
                 self.optimizer.zero_grad(set_to_none=True)
 
                 self.whole = done = step + 1
@@ -219,16 +199,20 @@ class Training:
                     if self.must_stop(stop):
                         place = self.save(done)
                         saved = f"saved in {place}; go on with resume={self.place.folder}"
-                        raise Interrupted(f"stopped after step {done}, {saved if place else self.last()}")
+                        raise Interrupted(
+                            f"stopped after step {done}, {saved if place else self.last()}", stop.number or 0
+                        )
             return self.finish()
 
     def accumulate(self, model: nn.Module, step: int) -> Losses:
         """Gradients of one step, over its micro-batches and all processes; returns the mean losses of all."""
-        batches = self.loader.micro_batches(step)
-        parts = []
+        own = self.loader.micro_batches(step)
+        batches = [*own, *(self.prior.micro_batches(step) if self.prior else [])]
+        parts, priors = [], [torch.zeros((), device=self.accelerator.device)]
         for i, cpu_batch in enumerate(batches):
             batch = cpu_batch.to(self.accelerator.device, torch.float32)
-            noised = add_noise(batch, self.timesteps, self.settings.seed, step)
+            prior = self.prior if i >= len(own) else None
+            noised = add_noise(batch, self.timesteps, prior.seed if prior else self.settings.seed, step)
             plain = None
             if self.preservation.active:
                 held = batch.positions[: self.preservation.samples]
@@ -238,12 +222,24 @@ class Training:
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 with self.precision():
                     losses = training_loss(
-                        model, noised, batch.embeddings, self.guidance, self.preservation.weight, plain
+                        model,
+                        noised,
+                        batch.embeddings,
+                        self.guidance,
+                        self.preservation.weight,
+                        plain,
+                        self.weighting(noised.times),
                     )
-                self.accelerator.backward(losses.total / len(batches))
-            parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
-        total, flow, preservation = self.accelerator.reduce(torch.stack(parts).mean(0), "mean")
-        return Losses(total, flow, preservation)
+                total = prior.weight * losses.total if prior else losses.total
+                self.accelerator.backward(total / len(own))
+            if prior:
+                priors.append(prior.weight * losses.flow / len(own))
+            else:
+                parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+        added = torch.stack(priors).sum()
+        mean = torch.cat([torch.stack(parts).mean(0), added[None]])
+        total, flow, preservation, prior_loss = self.accelerator.reduce(mean, "mean")
+        return Losses(total + prior_loss, flow, preservation, prior_loss)
 
     def precision(self) -> torch.autocast:
         """bfloat16 autocast if the base is in bfloat16; the adapter and the losses stay in float32."""
@@ -270,10 +266,12 @@ class Training:
 
     def values(self, losses: Losses, norm: Tensor, images_per_second: float) -> dict[str, float]:
         held = {"preservation_loss": losses.preservation.item()} if self.preservation.active else {}
+        prior = {"prior_loss": losses.prior.item()} if self.prior and losses.prior is not None else {}
         return {
             "loss": losses.flow.item(),
             **held,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            **prior,
+            "lr": rate_of(self.optimizer),
             "grad_norm": norm.item(),
             "images_per_second": round(images_per_second, 4),
             "peak_memory_gb": round(peak_memory_gb(self.accelerator.device), 3),
@@ -290,14 +288,15 @@ class Training:
         self.wrapped.eval()
         device = self.accelerator.device
         if self.validate is not None and self.is_due(self.settings.validate_every, done):
-            with watched(f"in the validation after step {done}", "validation", device), self.precision():
+            doing = watched(f"in the validation after step {done}", "validation", device)
+            with doing, self.shown.swapped(), self.precision():
                 values = values | {"validation_loss": self.validate(self.transformer, self.guidance)}
         if values:
             self.metrics.log(done, **values)
         if self.sampler is not None and self.is_due(self.settings.sample_every, done):
             file = self.place.folder / "samples" / f"step_{done:06d}.png"
             with self.harmless(f"the sheet of pictures after step {done}"):
-                with watched(f"while sampling after step {done}", "samples", device):
+                with watched(f"while sampling after step {done}", "samples", device), self.shown.swapped():
                     self.sampler.sheet(self.transformer, file)
                 self.metrics.picture(done, file)
 
@@ -313,7 +312,7 @@ class Training:
                 raise
             warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
 
-    def must_stop(self, stop: list[float]) -> bool:
+    def must_stop(self, stop: StopRequest) -> bool:
         """Whether any process was asked to stop; all of them get the same answer."""
         return self.in_any_process(bool(stop))
 
@@ -335,15 +334,16 @@ class Training:
 
     def write(self, done: int) -> Path:
         """Write the checkpoint of `done` steps. Called by the main process alone."""
-        place = checkpoint.save(
-            self.place.folder,
-            done,
-            self.wrapped,
-            self.optimizer,
-            base=self.base,
-            licence=self.variant.licence,
-            images_per_step=self.loader.sampler.global_batch,
-        )
+        with self.shown.swapped():
+            place = checkpoint.save(
+                self.place.folder,
+                done,
+                self.wrapped,
+                self.parts,
+                base=self.base,
+                licence=self.variant.licence,
+                images_per_step=self.loader.sampler.global_batch,
+            )
         self.saved = done
         return place
 
@@ -399,7 +399,8 @@ class Training:
         folder = self.place.folder / "adapter"
         if self.accelerator.is_main_process:
             try:
-                adapters.save(self.wrapped, folder, base=self.base, licence=self.variant.licence)
+                with self.shown.swapped():
+                    adapters.save(self.wrapped, folder, base=self.base, licence=self.variant.licence)
             except checkpoint.NOT_WRITTEN as error:
                 saved = self.rescue(self.settings.steps)
                 raise TrainingError(

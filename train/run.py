@@ -48,14 +48,17 @@ from flux2.pipeline import (
 from flux2.precision import convert, describe, pick
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
-from train import checkpoint, folder
+from train import folder, resume
 from train.cache import Needs, Prepared, prepare
 from train.choose import advice, choice_of, completed, planned, still_fits
+from train.classes import class_loader, drawn_classes, given_classes
 from train.command import checked, command, made, own_errors
+from train.ema import Shown, check_one_average
 from train.loop import Training
 from train.loss import Preservation
-from train.optim import build
+from train.optim import build, check_installed
 from train.outofmemory import OutOfMemory, watched
+from train.prior import PriorPreservation
 from train.processes import is_offline, make_accelerator
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
@@ -72,6 +75,7 @@ GROUPS = (
     "optimizer",
     "schedule",
     "timesteps",
+    "weighting",
     "preservation",
     "tracker",
     "buckets",
@@ -111,7 +115,7 @@ class Run:
         self.validation: ValidationSettings = checked("validation", self.config["validation"], ValidationSettings)
         self.sample: SampleSettings = checked("sample", self.config["sample"], SampleSettings)
         self.buckets: Buckets = checked("buckets", self.config["buckets"], Buckets)
-        self._place: checkpoint.Place | None = None
+        self._place: resume.Place | None = None
         self._lock: folder.Lock | None = None
         self.first_caption = ""
         self.source = self.model.source()
@@ -119,10 +123,14 @@ class Run:
         self.precision = chosen.on(self.accelerator.device)
         self.lay_out()
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
+        check_installed(self.config["optimizer"].get("_target_"))
         self.make_optimizer = self.instantiate("optimizer", "params")
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
-        self.preservation: Preservation = self.instantiate("preservation")
+        self.timesteps.sampled_in(self.variant.steps)
+        self.weighting = self.instantiate("weighting")
+        self.preservation: Preservation | PriorPreservation = self.instantiate("preservation")
+        self.classes: tuple[Source, Prepared] | None = None  # class pictures, once they are there
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
         if self.memory.card_gb is not None:
@@ -159,7 +167,15 @@ class Run:
             self.memory.apply(model, self.accelerator.device, self.buckets)
             wrapped = self.make_adapter(model, seed=self.settings.seed)
         self.check_storage(wrapped)
-        build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
+        shapes = [parameter.shape for parameter in adapter_parameters(wrapped)]
+        one = torch.zeros((), device=self.accelerator.device)  # shown in every shape, so that it takes no memory
+        parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
+        check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
+        if self.prior is not None and self.prior.samples > self.settings.batch_size:
+            raise ValueError(
+                f"preservation.samples={self.prior.samples} must be at most batch_size={self.settings.batch_size}: it "
+                "is the number of class pictures beside each micro-batch"
+            )
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)
         for path in self.sample.files:
@@ -191,6 +207,16 @@ class Run:
         return self.source.variant
 
     @property
+    def held(self) -> Preservation:
+        """What is held to the base, if anything."""
+        return self.preservation if isinstance(self.preservation, Preservation) else Preservation()
+
+    @property
+    def prior(self) -> PriorPreservation | None:
+        """Whether and how class pictures are trained."""
+        return self.preservation if isinstance(self.preservation, PriorPreservation) else None
+
+    @property
     def images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation * self.accelerator.num_processes
 
@@ -207,7 +233,7 @@ class Run:
         if self.accelerator.is_main_process:
             print(text, flush=True)
 
-    def place(self) -> checkpoint.Place:
+    def place(self) -> resume.Place:
         """The run folder, chosen, made and held by the main process for all. The first call decides."""
         if self._place is not None:
             return self._place
@@ -225,24 +251,24 @@ class Run:
         self._place = shared[0]
         return shared[0]
 
-    def take_place(self) -> checkpoint.Place:
+    def take_place(self) -> resume.Place:
         """Choose the run folder, make it, and hold it to the end of the run."""
         output = self.settings.output_dir
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             output = HydraConfig.get().runtime.output_dir
         fresh = Path(output or f"outputs/{self.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-        resume, chosen = self.settings.resume, output is not None
+        given, chosen = self.settings.resume, output is not None
         while True:
-            place = checkpoint.find(
-                resume, fresh, self.config, self.images_per_step, chosen=chosen, say=partial(print, flush=True)
+            place = resume.find(
+                given, fresh, self.config, self.images_per_step, chosen=chosen, say=partial(print, flush=True)
             )
-            if place == checkpoint.Place(fresh) and not chosen:
-                place = checkpoint.Place(folder.make_new(fresh))
+            if place == resume.Place(fresh) and not chosen:
+                place = resume.Place(folder.make_new(fresh))
             try:
                 folder.make_writable(place.folder, "output_dir" if chosen else "the run folder")
                 self._lock = folder.Lock(place.folder)
             except folder.InUse:
-                if chosen or resume != "auto":
+                if chosen or given != "auto":
                     raise
                 continue  # another took it since: look for one that is free
             return place
@@ -274,9 +300,14 @@ class Run:
         )
 
     def prepare(self) -> tuple[Source, Prepared]:
-        """The samples, and the cache filled with all that training reads."""
-        needs = self.needs()
-        prepared = prepare(self.accelerator, needs)
+        """The samples, and the cache filled with all that training reads, that of class pictures too."""
+        needs, given = self.needs(), given_classes(self)
+        captions = [caption for sample in given or [] for caption in sample.captions]  # all are encoded at once
+        prepared = prepare(self.accelerator, replace(needs, prompts=[*needs.prompts, *captions]))
+        if self.prior is not None:
+            source = drawn_classes(self, prepared) if given is None else given
+            self.say(f"class pictures: {len(source)} of {source.where}")
+            self.classes = source, prepare(self.accelerator, replace(needs, samples=source, prompts=[]))
         return needs.samples, prepared
 
     def attention_backend(self) -> str:
@@ -323,9 +354,9 @@ class Run:
         # frozen and the same in all processes: what streams has nothing to be exchanged
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, offloader.names(wrapped))
 
-    def keep_memory(self, place: checkpoint.Place) -> None:
+    def keep_memory(self, place: resume.Place) -> None:
         """Go on with what was chosen when the run began, if that fits here too and no other choice is asked for."""
-        kept = checkpoint.configuration(place.origin).get("memory", {})
+        kept = resume.configuration(place.origin).get("memory", {})
         if kept != self.config["memory"] and still_fits(self, kept):
             self.set_memory(kept, f"memory as when the run began: {choice_of(kept)}")
 
@@ -337,7 +368,7 @@ class Run:
         finally:
             self.release()
 
-    def train_in(self, place: checkpoint.Place) -> Path:
+    def train_in(self, place: resume.Place) -> Path:
         """Prepare and train in a folder that is held."""
         settings, accelerator = self.settings, self.accelerator
         if place.checkpoint is not None and self.memory.card_gb is not None:
@@ -374,25 +405,28 @@ class Run:
 
         def begin() -> None:  # only when the checkpoint was read is the folder changed
             text = OmegaConf.to_yaml(OmegaConf.create(self.config))
-            folder.write_whole(place.folder / checkpoint.CONFIG_FILE, text)
+            folder.write_whole(place.folder / resume.CONFIG_FILE, text)
             metrics.start(settings.name, self.config, place.step)
 
+        cut = {
+            "gradient_accumulation": settings.gradient_accumulation,
+            "num_processes": accelerator.num_processes,
+            "process_index": accelerator.process_index,
+        }
         loader = Loader(
             prepared.cache,
             [prepared.entries[i] for i in trained],
             [captions[i] for i in trained],
             prepared.prompts,
             batch_size=settings.batch_size,
-            gradient_accumulation=settings.gradient_accumulation,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
+            **cut,
             seed=settings.seed,
             weights=[weights[i] for i in trained],
             caption_dropout=settings.caption_dropout,
             reference_dropout=settings.reference_dropout,
         )
         chosen = [(prepared.entries[i], captions[i][0]) for i in validated]
-        prompts = list(self.preservation.prompts) if self.preservation.active else []
+        prompts = list(self.held.prompts) if self.held.active else []
         return Training(
             settings=settings,
             accelerator=accelerator,
@@ -401,9 +435,12 @@ class Run:
             wrapped=wrapped,
             optimizer=optimizer,
             schedule=self.schedule,
+            shown=Shown(adapter_parameters(wrapped), optimizer, settings.ema_decay),
             timesteps=self.timesteps,
-            preservation=self.preservation,
+            weighting=self.weighting,
+            preservation=self.held,
             loader=loader,
+            prior=class_loader(self, **cut),
             plain=dict(zip(prompts, prepared.embeddings(prompts), strict=True)) if prompts else {},
             place=place,
             metrics=metrics,
