@@ -7,7 +7,6 @@ step: read a batch, add noise, predict, compare, update, and every so often log,
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -260,7 +259,9 @@ class Training:
         device = self.accelerator.device
         if self.validate is not None and self.is_due(self.settings.validate_every, done):
             with watched(f"in the validation after step {done}", "validation", device), self.precision():
-                values = values | {"validation_loss": self.validate(self.transformer, self.guidance)}
+                losses = self.validate(self.transformer, self.guidance)
+            values = values | self.validate.report(losses)
+            self.metrics.validated(done, self.validate.record(losses))
         if values:
             self.metrics.log(done, **values)
         if self.sampler is not None and self.is_due(self.settings.sample_every, done):

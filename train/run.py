@@ -54,13 +54,14 @@ from train.choose import advice, choice_of, completed, planned, still_fits
 from train.command import checked, command, made, own_errors
 from train.loop import Training
 from train.loss import Preservation
+from train.masking import masked
 from train.optim import build
 from train.outofmemory import OutOfMemory, watched
 from train.processes import is_offline, make_accelerator
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics
-from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings
+from train.validate import FixedNoiseLoss, Sampler, SampleSettings, Validated, ValidationSettings
 
 GROUPS = (
     "model",
@@ -234,7 +235,7 @@ class Run:
         given, chosen = self.settings.resume, output is not None
         while True:
             place = resume.find(
-                given, fresh, self.config, self.images_per_step, chosen=chosen, say=partial(print, flush=True)
+                given, fresh, masked(self.config), self.images_per_step, chosen=chosen, say=partial(print, flush=True)
             )
             if place == resume.Place(fresh) and not chosen:
                 place = resume.Place(folder.make_new(fresh))
@@ -344,7 +345,7 @@ class Run:
             self.keep_memory(place)
         dataset, prepared = self.prepare()
         self.first_caption = next((sample.caption for sample in dataset if sample.caption), "")
-        trained, validated = self.validation.split(len(dataset), settings.seed)
+        trained, validated = self.validation.split(prepared.contents)
         captions = [sample.captions for sample in dataset]
         weights = [sample.weight for sample in dataset]
 
@@ -373,7 +374,7 @@ class Run:
         metrics = Metrics(place.folder, self.tracker)
 
         def begin() -> None:  # only when the checkpoint was read is the folder changed
-            text = OmegaConf.to_yaml(OmegaConf.create(self.config))
+            text = OmegaConf.to_yaml(OmegaConf.create(masked(self.config)))
             folder.write_whole(place.folder / resume.CONFIG_FILE, text)
             metrics.start(settings.name, self.config, place.step)
 
@@ -391,7 +392,9 @@ class Run:
             caption_dropout=settings.caption_dropout,
             reference_dropout=settings.reference_dropout,
         )
-        chosen = [(prepared.entries[i], captions[i][0]) for i in validated]
+        chosen = [
+            Validated(dataset[i].name, prepared.entries[i], captions[i][0], prepared.contents[i]) for i in validated
+        ]
         prompts = list(self.preservation.prompts) if self.preservation.active else []
         return Training(
             settings=settings,
@@ -409,7 +412,7 @@ class Run:
             metrics=metrics,
             begin=begin,
             sampler=self.sampler(prepared),
-            validate=FixedNoiseLoss(prepared, chosen, settings.seed) if chosen else None,
+            validate=FixedNoiseLoss(prepared, chosen, self.validation.seed, self.validation.times) if chosen else None,
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
         ).run()
 
