@@ -166,3 +166,11 @@ def recommend(folder: Path) -> Recommendation:
             f"  measured on training samples, it says little: it also falls where pictures are only remembered. {NEW}"
         )
     return Recommendation(saved[best.step], lines)
+
+
+def closing_lines(folder: Path) -> list[str]:
+    """The lines of `recommend`, for the end of a run, which is no place for an error."""
+    try:
+        return recommend(folder).lines
+    except (OSError, ValueError, TypeError) as error:
+        return [f"warning: no checkpoint can be recommended ({error})"]

@@ -38,10 +38,10 @@ class Tracker(Protocol):
     """Where numbers and pictures go beside the run folder.
 
     Attributes:
-        id: what the tracker calls this run, once it was started; None where it has no name for it.
+        run_id: what the tracker calls this run, once it was started; None where it has no name for it.
     """
 
-    id: str | None
+    run_id: str | None
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         """Before the first value; `config` is the resolved configuration."""
@@ -56,7 +56,7 @@ class Tracker(Protocol):
 class NoTracker:
     """metrics.jsonl is enough."""
 
-    id: str | None = None
+    run_id: str | None = None
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         return
@@ -81,7 +81,7 @@ class WandbTracker:
         mode: online, offline or disabled.
     """
 
-    id: str | None = None
+    run_id: str | None = None
 
     def __init__(self, project: str = "flux2-lora", entity: str | None = None, mode: str = "online") -> None:
         if mode not in ("online", "offline", "disabled"):
@@ -93,7 +93,7 @@ class WandbTracker:
         import wandb
 
         kept = folder / "wandb_id"
-        self.id = kept.read_text() if kept.exists() else uuid.uuid4().hex[:8]
+        self.run_id = kept.read_text() if kept.exists() else uuid.uuid4().hex[:8]
         about = {"name": masked_text(f"{name}/{folder.name}"), "config": config, "dir": str(folder)}
         try:
             self._run = self._init(self.mode, about)
@@ -102,7 +102,7 @@ class WandbTracker:
         except wandb.errors.Error as error:
             warn(f"tracker=wandb: {error}. The run is kept offline: `wandb sync {folder}/wandb/offline-run-*` sends it")
             self._run = self._init("offline", about)
-        kept.write_text(self.id)
+        kept.write_text(self.run_id)
 
     def _init(self, mode: str, about: dict[str, Any]) -> Any:
         import wandb
@@ -121,7 +121,7 @@ class WandbTracker:
             project=self.project,
             entity=self.entity,
             mode=mode,  # type: ignore[arg-type]
-            id=self.id,
+            id=self.run_id,
             resume="allow",
             settings=wandb.Settings(**settings),
             **about,
@@ -142,7 +142,7 @@ class WandbTracker:
 class TensorBoardTracker:
     """TensorBoard event files in `<run folder>/tensorboard`."""
 
-    id: str | None = None
+    run_id: str | None = None
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         try:
@@ -203,6 +203,11 @@ class Metrics:
                 temporary.replace(file)
         self.tracker.start(self.folder, name, masked(config))
         self._started = True
+
+    @property
+    def tracker_id(self) -> str | None:
+        """Under which the tracker knows this run, if it gives it a name of its own."""
+        return getattr(self.tracker, "run_id", None)
 
     def close(self) -> None:
         """After the last value, also of a run that failed; does nothing where it was not started."""
