@@ -35,7 +35,7 @@ from flux2.weights import load_transformer
 from train.cache import STORAGES
 from train.command import CONFIG
 from train.run import Run
-from train.validate import FixedNoiseLoss
+from train.validate import FixedNoiseLoss, Validated
 
 RESULT = Path(__file__).parent / "results" / "embedding_storage.json"
 
@@ -56,9 +56,11 @@ def losses(storage: str, cache: str) -> tuple[list[float], list[float], int]:
     swapped = [captions[-1], *captions[:-1]]
 
     def each(given: list[str]) -> list[float]:
-        pairs = zip(prepared.entries, given, strict=True)
+        names = [sample.name for sample in samples]
+        parts = zip(names, prepared.entries, given, prepared.contents, strict=True)
+        chosen = [Validated(*part) for part in parts]
         guidance = run.variant.training_guidance if run.variant.transformer.guidance else None
-        return [FixedNoiseLoss(prepared, [pair], seed=0)(model, guidance) for pair in pairs]
+        return FixedNoiseLoss(prepared, chosen, seed=0)(model, guidance).mean(1).tolist()
 
     return each(captions), each(swapped), prepared.cache.path(prepared.prompts[""]).stat().st_size
 

@@ -65,6 +65,7 @@ def test_a_run_folder_holds_all_that_was_made(train):
         "config.yaml",
         "metrics.jsonl",
         "samples",
+        "validation.jsonl",
     ]
     assert {path.name for path in (run / "adapter").iterdir()} == {
         "README.md",

@@ -53,12 +53,13 @@ STORAGES = ("full", "projected", "fp8", "projected_fp8")
 class Prepared:
     """What training reads from the cache: an entry a sample, and the key of every prompt's embedding.
 
-    As long as it is there, nothing is pruned from the cache.
+    As long as it is there, nothing is pruned from the cache. `contents` is the digest of each sample's target.
     """
 
     cache: Cache
     entries: tuple[LatentEntry, ...]
     prompts: dict[str, str]
+    contents: tuple[str, ...]
     lease: Lease | None = field(default=None, compare=False, repr=False)
 
     def embeddings(self, prompts: Sequence[str]) -> Tensor:
@@ -263,7 +264,8 @@ def prepare(accelerator: Accelerator, needs: Needs) -> Prepared:
     if pictures and (bad := fill(latents, lambda: needs.load_autoencoder(device), "pictures", accelerator)):
         latents = latents.without(bad)
         needs.samples.leave_out(latents.bad)
-    return Prepared(cache, latents.entries, dict(embeddings.keys), lease)
+    contents = tuple(latents.work[entry.key].digest for entry in latents.entries)
+    return Prepared(cache, latents.entries, dict(embeddings.keys), contents, lease)
 
 
 def remove_unused(needs: Needs, *others: Needs) -> str:

@@ -290,7 +290,9 @@ class Training:
         if self.validate is not None and self.is_due(self.settings.validate_every, done):
             doing = watched(f"in the validation after step {done}", "validation", device)
             with doing, self.shown.swapped(), self.precision():
-                values = values | {"validation_loss": self.validate(self.transformer, self.guidance)}
+                losses = self.validate(self.transformer, self.guidance)
+            values = values | self.validate.report(losses)
+            self.metrics.validated(done, self.validate.record(losses))
         if values:
             self.metrics.log(done, **values)
         if self.sampler is not None and self.is_due(self.settings.sample_every, done):

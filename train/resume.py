@@ -35,6 +35,7 @@ FREE_KEYS = (
     "device",
     "sample",
     "tracker",
+    "hub",
     "memory",
 )
 FREE_SETTINGS = tuple(f"text_encoder.{key}" for key in ("in_flight", "timeout", "attempts", "wait"))  # in a group

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import constants as hub
+from huggingface_hub import constants
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -48,22 +48,25 @@ from flux2.pipeline import (
 from flux2.precision import convert, describe, pick
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
-from train import folder, resume
+from train import folder, model_card, resume
 from train.cache import Needs, Prepared, prepare
 from train.choose import advice, choice_of, completed, planned, still_fits
 from train.classes import class_loader, drawn_classes, given_classes
 from train.command import checked, command, made, own_errors
 from train.ema import Shown, check_one_average
+from train.hub import HubSettings, push_or_say
 from train.loop import Training
 from train.loss import Preservation
+from train.masking import masked
 from train.optim import build, check_installed
 from train.outofmemory import OutOfMemory, watched
 from train.prior import PriorPreservation
 from train.processes import is_offline, make_accelerator
+from train.recommend import closing_lines
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
-from train.tracking import Metrics
-from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings
+from train.tracking import Metrics, warn
+from train.validate import FixedNoiseLoss, Sampler, SampleSettings, Validated, ValidationSettings
 
 GROUPS = (
     "model",
@@ -81,6 +84,7 @@ GROUPS = (
     "buckets",
     "validation",
     "sample",
+    "hub",
 )
 
 
@@ -114,6 +118,7 @@ class Run:
         chosen: PrecisionSettings = checked("precision", self.config["precision"], PrecisionSettings)
         self.validation: ValidationSettings = checked("validation", self.config["validation"], ValidationSettings)
         self.sample: SampleSettings = checked("sample", self.config["sample"], SampleSettings)
+        self.hub: HubSettings = checked("hub", self.config["hub"], HubSettings)
         self.buckets: Buckets = checked("buckets", self.config["buckets"], Buckets)
         self._place: resume.Place | None = None
         self._lock: folder.Lock | None = None
@@ -252,7 +257,8 @@ class Run:
         return shared[0]
 
     def take_place(self) -> resume.Place:
-        """Choose the run folder, make it, and hold it to the end of the run."""
+        """Choose the run folder, make it, and hold it to the end of the run; before that, whether it can be pushed."""
+        self.hub.check()
         output = self.settings.output_dir
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             output = HydraConfig.get().runtime.output_dir
@@ -260,7 +266,7 @@ class Run:
         given, chosen = self.settings.resume, output is not None
         while True:
             place = resume.find(
-                given, fresh, self.config, self.images_per_step, chosen=chosen, say=partial(print, flush=True)
+                given, fresh, masked(self.config), self.images_per_step, chosen=chosen, say=partial(print, flush=True)
             )
             if place == resume.Place(fresh) and not chosen:
                 place = resume.Place(folder.make_new(fresh))
@@ -286,7 +292,7 @@ class Run:
         if is_offline(
             [*paths(self.config["dataset"]), self.source.path, self.source.autoencoder, self.source.text_encoder]
         ):
-            self.say(f"{hub.ENDPOINT} cannot be reached: going on with what was downloaded before")
+            self.say(f"{constants.ENDPOINT} cannot be reached: going on with what was downloaded before")
         return Needs(
             self.source,
             self.text_encoder,
@@ -375,7 +381,7 @@ class Run:
             self.keep_memory(place)
         dataset, prepared = self.prepare()
         self.first_caption = next((sample.caption for sample in dataset if sample.caption), "")
-        trained, validated = self.validation.split(len(dataset), settings.seed)
+        trained, validated = self.validation.split(prepared.contents)
         captions = [sample.captions for sample in dataset]
         weights = [sample.weight for sample in dataset]
 
@@ -404,7 +410,7 @@ class Run:
         metrics = Metrics(place.folder, self.tracker)
 
         def begin() -> None:  # only when the checkpoint was read is the folder changed
-            text = OmegaConf.to_yaml(OmegaConf.create(self.config))
+            text = OmegaConf.to_yaml(OmegaConf.create(masked(self.config)))
             folder.write_whole(place.folder / resume.CONFIG_FILE, text)
             metrics.start(settings.name, self.config, place.step)
 
@@ -425,9 +431,11 @@ class Run:
             caption_dropout=settings.caption_dropout,
             reference_dropout=settings.reference_dropout,
         )
-        chosen = [(prepared.entries[i], captions[i][0]) for i in validated]
+        chosen = [
+            Validated(dataset[i].name, prepared.entries[i], captions[i][0], prepared.contents[i]) for i in validated
+        ]
         prompts = list(self.held.prompts) if self.held.active else []
-        return Training(
+        adapter = Training(
             settings=settings,
             accelerator=accelerator,
             variant=self.variant,
@@ -446,9 +454,35 @@ class Run:
             metrics=metrics,
             begin=begin,
             sampler=self.sampler(prepared),
-            validate=FixedNoiseLoss(prepared, chosen, settings.seed) if chosen else None,
+            validate=FixedNoiseLoss(prepared, chosen, self.validation.seed, self.validation.times) if chosen else None,
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
         ).run()
+        self.write_card(place.folder, len(trained))
+        return adapter
+
+    def write_card(self, run: Path, samples: int) -> None:
+        """The model card beside the finished adapter."""
+        if not self.accelerator.is_main_process:
+            return
+        device = self.accelerator.device
+        facts = model_card.Facts(
+            name=self.settings.name,
+            variant=self.variant,
+            config=self.config,
+            samples=samples,
+            images=self.images_per_step,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            precision=self.precision.name,
+            prompts=self.sample.prompts,
+            edits=bool(self.sample.files),
+            overrides=HydraConfig.get().overrides.task if HydraConfig.initialized() else None,
+            processes=self.accelerator.num_processes,
+            place=self.hub.repo_id,
+        )
+        try:
+            model_card.write(facts, run)
+        except (OSError, ValueError) as error:
+            warn(f"the card of the adapter could not be written ({error})")
 
 
 def main(config: DictConfig) -> None:
@@ -459,6 +493,10 @@ def main(config: DictConfig) -> None:
     except OutOfMemory as error:
         with own_errors(run.accelerator.process_index):
             raise ValueError(f"{error} {advice(run, error)}") from None
+    if run.accelerator.is_main_process:
+        print(*closing_lines(adapter.parent), sep="\n")
+        if run.hub.push:
+            print(push_or_say(adapter.parent, run.hub), flush=True)
     run.say(f"adapter   {adapter}")
     run.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if run.sample.prompts and run.settings.sample_every:

@@ -6,12 +6,13 @@ it becomes a curve that can be read, above all on samples set aside.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -39,61 +40,103 @@ def check_count(key: str, value: object, low: int = 0, most: float = math.inf) -
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """How many samples are set aside for the validation loss; if none, on how many training samples it is measured."""
+    """Which samples the validation loss is measured on, at which times and noise.
+
+    Attributes:
+        held_out: samples that are set aside for it.
+        samples: how many of the training samples it is measured on, if none are set aside.
+        seed: of that choice and of the noise; apart from the run's own, so that runs of other seeds can be compared.
+        times: of the noise, from 0 (the picture) to 1 (noise); each is also reported by itself.
+    """
 
     held_out: int = 0
     samples: int = 8
+    seed: int = 0
+    times: Sequence[float] = TIMES
 
     def __post_init__(self) -> None:
         check_count("validation.held_out", self.held_out)
         check_count("validation.samples", self.samples)
+        check_count("validation.seed", self.seed)
+        times = self.times if isinstance(self.times, list | tuple) else []
+        if not times or not all(is_number(time, 0, 1) for time in times) or len({f"{t:g}" for t in times}) < len(times):
+            raise ValueError(f"validation.times={self.times!r} must be a list of different numbers from 0 to 1")
 
-    def split(self, count: int, seed: int) -> tuple[list[int], list[int]]:
-        """Indices to train on and to validate on, of `count` samples."""
+    def split(self, contents: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Indices to train on, in order, and to validate on.
+
+        Args:
+            contents: a digest of each sample. A sample is set aside for what it is, not for its place: in another order
+                it is the same ones, and pictures that are added or taken away change little.
+        """
+        count = len(contents)
         if self.held_out >= count:
             raise ValueError(f"validation.held_out={self.held_out} leaves none of the {count} samples to train on")
-        order = torch.randperm(count, generator=derived_generator(seed, "held out")).tolist()
+        ranks = [hashlib.sha256(f"{self.seed} held out {content}".encode()).hexdigest() for content in contents]
+        order = sorted(range(count), key=lambda i: ranks[i])
         if not self.held_out:
-            return list(range(count)), sorted(order[: self.samples])
-        return sorted(order[self.held_out :]), sorted(order[: self.held_out])
+            return list(range(count)), order[: self.samples]
+        return sorted(order[self.held_out :]), order[: self.held_out]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A sample of the validation loss: its cache entry and caption, and the digest that its noise comes from."""
+
+    name: str
+    entry: LatentEntry
+    caption: str
+    content: str
 
 
 @dataclass(frozen=True)
 class FixedNoiseLoss:
-    """The flow loss over `chosen` samples (entry and caption) and five times, at noise fixed by the seed."""
+    """The flow loss over `chosen` samples and `times`, at noise that is a function of the seed, sample and time."""
 
     prepared: Prepared
-    chosen: Sequence[tuple[LatentEntry, str]]
+    chosen: Sequence[Validated]
     seed: int
+    times: Sequence[float] = TIMES
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, guidance: float | None) -> float:
-        """The mean over samples and times; one prediction at a time, so that it needs no more memory than training."""
+    def __call__(self, model: nn.Module, guidance: float | None) -> Tensor:
+        """(samples, times) float64 on the CPU; one prediction at a time: it needs no more memory than training."""
         losses = []
-        for i, (entry, caption) in enumerate(self.chosen):
-            noised, text = self.sample(i, entry, caption, next(model.parameters()).device)
-            for row in range(len(TIMES)):
+        for sample in self.chosen:
+            noised, text = self.sample(sample, next(model.parameters()).device)
+            for row in range(len(self.times)):
                 at = slice(row, row + 1)
                 mask = None if noised.mask is None else noised.mask[at]
                 losses.append(flow_loss(noised.predict(model, text[at], guidance, at), noised.target[at], mask))
-        return torch.stack(losses).mean().item()
+        return torch.stack(losses).view(len(self.chosen), len(self.times)).double().cpu()
 
-    def sample(self, i: int, entry: LatentEntry, caption: str, device: torch.device) -> tuple[Noised, Tensor]:
+    def sample(self, sample: Validated, device: torch.device) -> tuple[Noised, Tensor]:
         """One sample at all times, and its caption's embeddings (times, T, D)."""
+        count = len(self.times)
 
         def read(key: str, name: str = "latents") -> Tensor:
             tensor = self.prepared.cache.get(key)[name].to(device, torch.float32)
-            return tensor.expand(len(TIMES), *tensor.shape)
+            return tensor.expand(count, *tensor.shape)
 
+        entry, rows = sample.entry, list(range(count))
         latents = read(entry.key)
         mask = None if entry.mask_key is None else read(entry.mask_key, "mask") / 255
-        text = self.prepared.embeddings([caption]).to(device).expand(len(TIMES), -1, -1)
+        text = self.prepared.embeddings([sample.caption]).to(device).expand(count, -1, -1)
         references = [read(key) for key in entry.reference_keys]
-        rows = list(range(len(TIMES)))
-        batch = Batch(latents, references, text, [caption] * len(TIMES), [i] * len(TIMES), rows, mask)
-        generators = [derived_generator(self.seed, "validation", i, j) for j in range(len(TIMES))]
+        batch = Batch(latents, references, text, [sample.caption] * count, rows, rows, mask)
+        generators = [derived_generator(self.seed, "validation", sample.content, f"{time:g}") for time in self.times]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-        return noise_at(batch, torch.tensor(TIMES, device=device), noise.to(device)), text
+        return noise_at(batch, torch.tensor(self.times, device=device), noise.to(device)), text
+
+    def report(self, losses: Tensor) -> dict[str, float]:
+        """What is logged of (samples, times) losses: their mean, and that of each time."""
+        bands = {f"validation_loss/{time:g}": loss for time, loss in zip(self.times, losses.mean(0), strict=True)}
+        return {"validation_loss": losses.mean().item()} | {key: loss.item() for key, loss in bands.items()}
+
+    def record(self, losses: Tensor) -> dict[str, Any]:
+        """What is kept of them, to compare steps sample by sample."""
+        rounded = [[float(f"{loss:.8g}") for loss in row] for row in losses.tolist()]
+        return {"times": list(self.times), "samples": [sample.name for sample in self.chosen], "losses": rounded}
 
 
 # ------------------------------------------------------------------ sheets

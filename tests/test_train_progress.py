@@ -1,0 +1,112 @@
+import io
+import re
+
+import pytest
+
+from train.progress import Progress
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def steps(progress, clock, count, seconds, **values):
+    for _ in range(count):
+        clock.now += seconds
+        progress.update()
+        if values:
+            progress.log(values)
+
+
+def test_a_line_has_the_loss_the_speed_what_is_left_and_the_memory(clock):
+    stream = io.StringIO()
+    progress = Progress(10, stream=stream, clock=clock)
+    steps(progress, clock, 4, 1.5, loss=0.25, peak_memory_gb=21.94)
+    assert stream.getvalue().splitlines()[-1] == "4/10 [00:06, 1.50 s/step, 00:09 left, loss 0.2500, 21.9 GB]"
+
+
+def test_where_nobody_watches_there_is_a_line_for_what_is_logged_and_no_other(clock):
+    stream = io.StringIO()
+    progress = Progress(10, stream=stream, clock=clock)
+    steps(progress, clock, 4, 1.0)
+    assert stream.getvalue() == ""
+    progress.log({"loss": 0.5})
+    progress.close()
+    assert stream.getvalue().count("\n") == 1
+    assert "\r" not in stream.getvalue()
+
+
+def test_on_a_terminal_it_is_one_bar(clock):
+    stream = Terminal()
+    progress = Progress(10, start=4, stream=stream, clock=clock)
+    steps(progress, clock, 6, 1.0, loss=0.5, peak_memory_gb=3)
+    progress.close()
+    shown = stream.getvalue()
+    assert shown.count("\n") == 1
+    last = shown.rstrip("\n").split("\r")[-1]
+    assert "10/10" in last
+    assert re.search(r"1\.00 s/step, 00:00 left, loss 0\.5000, 3\.0 GB\]", last)
+
+
+def test_what_is_paused_for_counts_neither_for_the_speed_nor_for_what_is_left(clock):
+    progress = Progress(10, shown=False, clock=clock)
+    with progress.paused():
+        clock.now += 60  # the sheet before the first step
+    for _ in range(4):
+        clock.now += 2.0
+        with progress.paused():
+            clock.now += 30
+        progress.update()
+        with progress.paused():
+            clock.now += 30
+    assert progress.seconds == pytest.approx(2.0)
+    assert "00:12 left" in progress.text()
+
+
+def test_an_error_in_a_pause_ends_the_pause(clock):
+    progress = Progress(10, shown=False, clock=clock)
+
+    def fail():
+        clock.now += 30
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), progress.paused():
+        fail()
+    steps(progress, clock, 1, 2.0)
+    assert progress.seconds == pytest.approx(2.0)
+
+
+def test_the_speed_is_that_of_the_last_steps(clock):
+    progress = Progress(1000, shown=False, clock=clock)
+    steps(progress, clock, 1, 500.0)  # compiling
+    steps(progress, clock, 60, 2.0)
+    assert progress.seconds == pytest.approx(2.0)
+
+
+def test_steps_of_no_time_are_shown_as_steps_a_second(clock):
+    progress = Progress(10, shown=False, clock=clock)
+    steps(progress, clock, 5, 0.02)
+    assert progress.text() == "50 steps/s, 00:00 left"
+    assert Progress(10, shown=False, clock=clock).text() == ""
+
+
+def test_a_process_that_is_not_the_first_shows_nothing(clock):
+    for stream in (io.StringIO(), Terminal()):
+        progress = Progress(2, shown=False, stream=stream, clock=clock)
+        steps(progress, clock, 2, 1.0, loss=0.5)
+        progress.close()
+        assert stream.getvalue() == ""

@@ -1,0 +1,114 @@
+"""Secrets out of what a run writes: configurations, command lines and messages as others may see them.
+
+Three ways to know one: the name of its key (`token`, `api_key`), its form (`hf_...`, `user:password@` in an address),
+and being the value of an environment variable with such a name, or the Hub's login. A masked value is `***`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import huggingface_hub
+
+MASK = "***"
+SHORTEST = 8  # characters; shorter values of the environment are switches, and would be found in ordinary words
+WORDS = {
+    "apikey",
+    "auth",
+    "authorization",
+    "bearer",
+    "cookie",
+    "credential",
+    "credentials",
+    "header",
+    "headers",
+    "passphrase",
+    "passwd",
+    "password",
+    "pwd",
+    "secret",
+    "secrets",
+    "sig",
+    "signature",
+    "token",
+}
+KEYS_OF = {"api", "access", "private"}  # a `key` behind one of these
+FORMS = (
+    r"\bhf_[A-Za-z0-9]{20,}",
+    r"\bapi_org_[A-Za-z0-9]{20,}",
+    r"\bwandb_v\d_[A-Za-z0-9_]{20,}",
+    r"\bsk-[A-Za-z0-9_-]{20,}",
+    r"\bgh[pousr]_[A-Za-z0-9]{20,}",
+    r"\bgithub_pat_[A-Za-z0-9_]{20,}",
+    r"\bglpat-[A-Za-z0-9_-]{20,}",
+    r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
+    r"\bAKIA[0-9A-Z]{16}\b",
+    r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*",  # JSON web tokens
+    r"(?i:(?<=\bbearer )(?=\S*\d)[A-Za-z0-9._~+/=-]{16,})",
+    r"(?i:(?<=\bbasic )(?=\S*\d)[A-Za-z0-9+/]{16,}={0,2})",
+    r"(?<=://)[^/\s@]+(?=@)",  # user and password
+)
+FORM = re.compile("|".join(FORMS))
+QUERY = re.compile(r"(?<=[?&])([\w.~-]+)=([^&\s#'\"]+)")
+ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]+)(\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s,}\])]+)")
+
+
+def is_secret(key: str) -> bool:
+    """Whether what is kept under this name should be seen by nobody."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+    parts = [word for word in re.split(r"[^a-z0-9]+", words) if word]
+    return any(part in WORDS for part in parts) or any(
+        one in KEYS_OF and two in ("key", "keys") for one, two in pairwise(parts)
+    )
+
+
+def known() -> list[str]:
+    """Secrets of this process's surroundings, longest first."""
+    named = {value for key, value in os.environ.items() if is_secret(key)}
+    values = named | {huggingface_hub.get_token() or ""}
+    found = {value.strip() for value in values}
+    # such a variable may also name the file with the secret, and a file's name is none
+    return sorted((v for v in found if len(v) >= SHORTEST and not os.path.exists(v)), key=len, reverse=True)
+
+
+def masked_text(text: str) -> str:
+    """`text` without what has the form of a secret, or is one of `known`."""
+    for value in known():
+        text = text.replace(value, MASK)
+    text = FORM.sub(MASK, text)
+    return QUERY.sub(lambda found: f"{found[1]}={MASK}" if is_secret(found[1]) else found[0], text)
+
+
+def masked(value: Any, key: str = "") -> Any:
+    """A configuration, or a part of it that is kept under `key`, without its secrets. Masking it again changes nothing.
+
+    Under a name such as `token` all texts and numbers are masked; null, true, false and empty texts stay.
+    """
+    if isinstance(value, Mapping):
+        return {name: masked(item, key if is_secret(key) else str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item, key) for item in value]
+    if value is None or isinstance(value, bool) or value == "":
+        return value
+    if is_secret(key):
+        return MASK
+    return masked_text(value) if isinstance(value, str) else value
+
+
+def masked_command(words: Sequence[str]) -> str:
+    """A command line for a shell, without its secrets and with `~` for the home folder."""
+    home = os.path.expanduser("~")
+
+    def shown(word: str) -> str:
+        word = ASSIGNED.sub(lambda found: f"{found[1]}{found[2]}{MASK}" if is_secret(found[1]) else found[0], word)
+        word = masked_text(word)
+        return word.replace(f"{home}/", "~/") if len(home) > 1 else word
+
+    # nothing that follows a switch such as --token is shown either
+    hidden = [i for i, word in enumerate(words[:-1], 1) if re.fullmatch(r"--?[\w-]+", word) and is_secret(word)]
+    return shlex.join(MASK if i in hidden else shown(word) for i, word in enumerate(words))

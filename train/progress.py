@@ -1,0 +1,104 @@
+"""How far training is: a bar on a terminal, and a line for each logged step where nobody watches."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm import tqdm
+
+WINDOW = 50  # steps that the speed is a mean over
+FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+class Progress:
+    """Counts steps, and shows loss, seconds a step, the time that is left, and memory.
+
+    The time of a step is that of training alone: validation, sheets and checkpoints are `paused`. The time that is left
+    is the steps' too, so those come on top of it.
+
+    Args:
+        total, start: steps in all, and those that were done before.
+        shown: whether this process shows anything.
+        stream: where to; by default the error stream.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        *,
+        shown: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.total, self.done, self.shown, self.clock = total, start, shown, clock
+        self.stream = sys.stderr if stream is None else stream
+        self.is_bar = shown and self.stream.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            disable=not self.is_bar,
+            file=self.stream,
+            dynamic_ncols=True,
+            bar_format=FORMAT,
+        )
+        self._told = ""
+        self._began = self._since = clock()
+        self._worked = 0.0
+        self._marks: deque[float] = deque([0.0], maxlen=WINDOW + 1)  # time worked at the end of each step
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context no time is counted."""
+        self._worked += self.clock() - self._since
+        try:
+            yield
+        finally:
+            self._since = self.clock()
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step, over the last ones; None before the first."""
+        steps = len(self._marks) - 1
+        return (self._marks[-1] - self._marks[0]) / steps if steps else None
+
+    def update(self) -> None:
+        """A step is finished. Called after what it pauses for, or before."""
+        now = self.clock()
+        self._worked, self._since = self._worked + now - self._since, now
+        self._marks.append(self._worked)
+        self.done += 1
+        if self.is_bar:
+            self._bar.set_postfix_str(self.text(), refresh=False)
+            self._bar.update()
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Show what was logged of the step that is finished, or about to be: `loss`, `peak_memory_gb`."""
+        loss = values.get("loss")
+        told = [f"loss {loss:.4f}"] if loss is not None else []
+        memory = values.get("peak_memory_gb")
+        self._told = ", ".join(told + ([f"{memory:.1f} GB"] if memory is not None else []))
+        if self.shown and not self.is_bar:
+            elapsed = tqdm.format_interval(self.clock() - self._began)
+            print(f"{self.done}/{self.total} [{elapsed}, {self.text()}]", file=self.stream, flush=True)
+
+    def text(self) -> str:
+        """Speed, what is left, and what was logged last."""
+        parts = []
+        if self.seconds is not None:
+            left = tqdm.format_interval((self.total - self.done) * self.seconds)
+            speed = (
+                f"{self.seconds:.2f} s/step" if self.seconds >= 0.1 else f"{1 / max(self.seconds, 1e-9):.0f} steps/s"
+            )
+            parts = [speed, f"{left} left"]
+        return ", ".join([*parts, self._told] if self._told else parts)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
