@@ -58,8 +58,7 @@ def streamed_blocks(config: TransformerConfig, given: int | float, key: str = "s
         ValueError: `given` is of another type, out of range, or more than the model has.
     """
     check_stream_blocks(given, key)
-    names = [f"double_blocks.{i}" for i in range(config.double_blocks)]
-    names += [f"single_blocks.{i}" for i in range(config.single_blocks)]
+    names = config.block_names
     total = len(names)
     count = math.ceil(given * total - 1e-9) if isinstance(given, float) else given
     if count > total:

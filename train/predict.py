@@ -350,10 +350,7 @@ class Planner:
     @cached_property
     def names(self) -> dict[str, int]:
         """Which of the blocks has which name."""
-        config = self.job.model.config
-        double = [f"double_blocks.{i}" for i in range(config.double_blocks)]
-        single = [f"single_blocks.{i}" for i in range(config.single_blocks)]
-        return {name: i for i, name in enumerate([*double, *single])}
+        return {name: i for i, name in enumerate(self.job.model.config.block_names)}
 
     def predict(self, choice: Choice) -> Prediction:
         """Add up a choice; what was added up once is known."""

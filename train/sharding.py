@@ -1,0 +1,97 @@
+"""The frozen base spread over several processes: each holds a share, and a block is whole only while it runs.
+
+PyTorch's `fully_shard` (FSDP2) does it, the same over NCCL and over gloo: a block's parameters are gathered before its
+forward and before its backward, and dropped after. Only the base is sharded, and before the adapter is attached. So the
+adapter, its gradients and the optimizer's state are plain tensors, the same in all processes, and checkpoints and what
+else is made of them know nothing of it; their gradients are averaged once a step (`Exchange` in train/processes.py).
+
+Each block is sharded as soon as it is loaded, so that a device never holds more than its share and a block beside it.
+
+Every forward is one of all processes together. Who runs the model alone waits forever.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+# What of Accelerate's FSDP settings can be asked for: what is done here. The others do nothing to a frozen base.
+SETTINGS = {
+    "FSDP_VERSION": ("fsdp_version", ("2",)),
+    "FSDP_RESHARD_AFTER_FORWARD": ("fsdp_reshard_after_forward", ("true", "full_shard")),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", ("false",)),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", ("false",)),
+}
+WRAPPED = {"DoubleBlock", "SingleBlock"}
+
+
+def launched_to_shard(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `accelerate launch` was configured for FSDP.
+
+    Raises ValueError for settings of it that ask for something else than is done here.
+    """
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    for name, (key, able) in SETTINGS.items():
+        value = environment.get(name, able[0]).lower()
+        if value not in able:
+            raise ValueError(
+                f"accelerate launch was configured with {key}={value}; this shards with {key}={able[0]} alone, as in "
+                "conf/accelerate/fsdp2.yaml. What is recomputed is memory.checkpointing here"
+            )
+    given = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    classes = {name.strip() for name in given.split(",") if name.strip()}
+    if classes and classes != WRAPPED:
+        raise ValueError(
+            f"accelerate launch was configured with fsdp_transformer_layer_cls_to_wrap={given}; this shards "
+            f"{' and '.join(sorted(WRAPPED))}: name those, or leave it out"
+        )
+    return True
+
+
+def check_together(processes: int, *, streams: bool, activations: bool, compiled: bool) -> None:
+    """Raises ValueError for what cannot be together with a sharded base."""
+    if processes < 2:
+        raise ValueError(
+            "shard=true spreads the base over several processes, and this is one: start it with accelerate launch "
+            "--multi_gpu --num_processes 2 ..., or set shard=false"
+        )
+    for key, asked in (
+        ("memory.stream_blocks", streams),
+        ("memory.offload_activations", activations),
+        ("memory.compile", compiled),
+    ):
+        if asked:
+            raise ValueError(
+                f"{key} cannot be together with a sharded base: a block is there only while it runs. Set {key} to 0 or "
+                "false, or train without sharding"
+            )
+
+
+def sharder(device: torch.device) -> Callable[[nn.Module], None]:
+    """A function that keeps this process's share of a module's parameters, in place; of a whole model, what is left of
+    it after its blocks. Called by all processes."""
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+
+    def shard(module: nn.Module) -> None:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+    return shard
+
+
+def shares(model: nn.Module) -> int:
+    """Bytes of the base that this process holds between steps."""
+    return sum(
+        parameter.to_local().nbytes if hasattr(parameter, "to_local") else parameter.nbytes
+        for parameter in model.parameters()
+        if not parameter.requires_grad
+    )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
