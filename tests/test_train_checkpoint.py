@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from flux2 import adapters
 from train import checkpoint
-from train.checkpoint import Place, find
 from train.folder import InUse, Lock
+from train.resume import Place, find
 
 CONFIG = {
     "name": "a",
@@ -44,10 +44,10 @@ def make_run(folder: Path, *steps: int, finished: bool = False, config=CONFIG, i
     for step in steps:
         place = folder / "checkpoints" / f"step_{step:06d}"
         place.mkdir(parents=True)
-        (place / "state.json").write_text(json.dumps({"step": step, "base": "tiny", "images_per_step": images}))
         torch.save({"state": {}, "param_groups": []}, place / "optimizer.pt")
         (place / "adapter").mkdir()
         save_file({}, place / "adapter" / adapters.PEFT_FILE)
+        checkpoint.seal(place, {"step": step, "base": "tiny", "images_per_step": images})
     if finished:
         (folder / "adapter").mkdir()
         (folder / "adapter" / adapters.PEFT_FILE).touch()
@@ -379,16 +379,32 @@ def trained():
 
 def write(folder, step, trained, licence=""):
     wrapped, optimizer = trained
-    return checkpoint.save(folder, step, wrapped, optimizer, base="tiny", licence=licence, images_per_step=IMAGES)
+    parts = {"optimizer": optimizer}
+    return checkpoint.save(folder, step, wrapped, parts, base="tiny", licence=licence, images_per_step=IMAGES)
+
+
+def read(place, trained):
+    wrapped, optimizer = trained
+    return checkpoint.load(place, wrapped, {"optimizer": optimizer})
+
+
+def reseal(place):
+    """Make what is in a checkpoint now its own."""
+    about = json.loads((place / "state.json").read_text())
+    checkpoint.seal(place, {key: about[key] for key in about.keys() - {"files", "checksum"}})
 
 
 def test_adapter_and_optimizer_come_back_bit_for_bit(tmp_path, trained):
     first = trained()
     place = write(tmp_path, 7, first)
     assert place == tmp_path / "checkpoints" / "step_000007"
-    assert checkpoint.state(place) == {"step": 7, "base": "tiny", "images_per_step": IMAGES}
+    about = checkpoint.state(place)
+    files = about.pop("files")
+    assert about == {"step": 7, "base": "tiny", "images_per_step": IMAGES}
+    assert files.keys() == {path.relative_to(place).as_posix() for path in place.rglob("*.*")} - {"state.json"}
+    assert files["optimizer.pt"]["size"] == (place / "optimizer.pt").stat().st_size
     other = trained(seed=1, steps=1)
-    checkpoint.load(place, *other)
+    assert read(place, other) == about | {"files": files}
     for one, two in zip(*(adapters.adapter_parameters(wrapped) for wrapped, _ in (first, other)), strict=True):
         assert torch.equal(one, two)
         for key in ("exp_avg", "exp_avg_sq", "step"):
@@ -413,7 +429,7 @@ def test_saving_a_step_again_replaces_it_whole(tmp_path, trained):
     write(tmp_path, 7, second)
     assert not (place / "left over").exists()
     other = trained()
-    checkpoint.load(place, *other)
+    read(place, other)
     one, two = (adapters.layer_pairs(wrapped.get_base_model()) for wrapped in (second[0], other[0]))
     assert all(torch.equal(one[layer].b, two[layer].b) for layer in one)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000007"]
@@ -445,8 +461,8 @@ def test_a_damaged_checkpoint_is_one_error_that_names_it(tmp_path, trained, dama
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:100] if how == "cut" else b"\x05" * 200)
-    with pytest.raises(ValueError, match=r"step_000007.* cannot be read .*delete .*step_000007 to go on"):
-        checkpoint.load(place, *trained())
+    with pytest.raises(ValueError, match=r"step_000007/.* (cannot be read|is damaged) .*delete .*step_000007 to go"):
+        read(place, trained())
 
 
 @pytest.mark.parametrize(
@@ -455,8 +471,9 @@ def test_a_damaged_checkpoint_is_one_error_that_names_it(tmp_path, trained, dama
 def test_a_file_that_holds_no_state_of_this_optimizer_is_the_same_error(tmp_path, trained, wrong):
     place = write(tmp_path, 7, trained())
     torch.save(wrong, place / "optimizer.pt")
+    reseal(place)
     with pytest.raises(ValueError, match=r"step_000007/optimizer\.pt .*delete .*step_000007 to go on"):
-        checkpoint.load(place, *trained())
+        read(place, trained())
 
 
 @pytest.mark.parametrize("written", range(4))

@@ -8,7 +8,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from train.command import check_keys, checked, explain, known_settings, made, no_setting, own_errors
-from train.loop import Interrupted
+from train.stopping import Interrupted
 
 pytest_plugins = ("train_helpers",)
 

@@ -4,7 +4,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_helpers import ask_to_stop, lines, values
 
-from train.loop import Interrupted
+from train.stopping import Interrupted
 from train.tracking import Metrics, NoTracker, TensorBoardTracker, WandbTracker
 
 pytest_plugins = ("train_helpers",)

@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data.source import BadData
+from train.stopping import exit_code
 from train.tracking import is_first_process
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf"
@@ -188,7 +190,7 @@ def own_errors(process: int) -> Iterator[None]:
 
 
 def command(task: Callable[[DictConfig], None]) -> None:
-    """Run `task` under Hydra; an error that a user can mend is one message and exit code 2, a stop request 130.
+    """Run `task` under Hydra; an error that a user can mend is one message and exit code 2, a stop request 128 + its signal.
 
     A job of a sweep that fails says so at once, and the others go on. Of several processes the first speaks, but for
     what went wrong in another alone (`own_errors`).
@@ -217,7 +219,7 @@ def command(task: Callable[[DictConfig], None]) -> None:
         hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted before there was anything to save", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(stop, "code", exit_code(signal.SIGINT)))
     except USER_ERRORS as error:
         report(error)
     finally:

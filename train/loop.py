@@ -6,16 +6,14 @@ step: read a batch, add noise, predict, compare, update, and every so often log,
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import peft
 import torch
@@ -32,7 +30,9 @@ from train import checkpoint
 from train.loss import LogitNormal, Losses, Preservation, Uniform, add_noise, is_number, training_loss
 from train.optim import Schedule, set_rate
 from train.outofmemory import OutOfMemory, watched
-from train.tracking import Metrics, is_first_process, warn
+from train.resume import Place
+from train.stopping import Interrupted, StopRequest, stop_requests
+from train.tracking import Metrics, warn
 from train.validate import FixedNoiseLoss, Sampler, check_count
 
 
@@ -65,44 +65,6 @@ class LoopSettings:
 
 class TrainingError(ValueError):
     """Training cannot go on; the message says what is saved and what to do."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and has saved its state; the message says how to go on. A sweep ends with it."""
-
-
-STOPPING = b"\nstopping after this step; a second one stops at once, without saving\n"
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[float]]:
-    """Within this context the first SIGINT, SIGTERM or SIGHUP is noted in the list that is given; a later one kills.
-
-    SIGHUP stays ignored where it is, as under nohup. One within two seconds does not kill: of a Ctrl-C, the launcher of
-    several processes sends them a second signal.
-    """
-    caught: list[float] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if not caught:
-            caught.append(time.monotonic())
-            if is_first_process():
-                with suppress(OSError):  # the terminal may be gone; print is not for a handler
-                    os.write(2, STOPPING)
-        elif time.monotonic() > caught[0] + 2:
-            for name, handler in before.items():
-                signal.signal(name, handler)
-            signal.raise_signal(number)
-
-    names = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        names.append(signal.SIGHUP)
-    before = {name: signal.signal(name, note) for name in names}
-    try:
-        yield caught
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -139,7 +101,7 @@ class Training:
     preservation: Preservation
     loader: Loader
     plain: dict[str, Tensor]
-    place: checkpoint.Place
+    place: Place
     metrics: Metrics
     begin: Callable[[], None] = lambda: None
     sampler: Sampler | None = None
@@ -151,6 +113,11 @@ class Training:
     @property
     def transformer(self) -> Transformer:
         return self.wrapped.get_base_model()
+
+    @property
+    def parts(self) -> dict[str, checkpoint.Stateful]:
+        """What a checkpoint keeps beside the adapter; after it, they are restored in this order."""
+        return {"optimizer": self.optimizer}
 
     @property
     def guidance(self) -> float | None:
@@ -174,7 +141,7 @@ class Training:
         parameters = adapters.adapter_parameters(self.wrapped)
         rate = self.optimizer.param_groups[0]["lr"]
         if self.place.checkpoint is not None:
-            checkpoint.load(self.place.checkpoint, self.wrapped, self.optimizer)
+            checkpoint.load(self.place.checkpoint, self.wrapped, self.parts)
         if accelerator.is_main_process:
             self.begin()
         start = self.place.step
@@ -219,7 +186,9 @@ class Training:
                     if self.must_stop(stop):
                         place = self.save(done)
                         saved = f"saved in {place}; go on with resume={self.place.folder}"
-                        raise Interrupted(f"stopped after step {done}, {saved if place else self.last()}")
+                        raise Interrupted(
+                            f"stopped after step {done}, {saved if place else self.last()}", stop.number or 0
+                        )
             return self.finish()
 
     def accumulate(self, model: nn.Module, step: int) -> Losses:
@@ -313,7 +282,7 @@ class Training:
                 raise
             warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
 
-    def must_stop(self, stop: list[float]) -> bool:
+    def must_stop(self, stop: StopRequest) -> bool:
         """Whether any process was asked to stop; all of them get the same answer."""
         return self.in_any_process(bool(stop))
 
@@ -339,7 +308,7 @@ class Training:
             self.place.folder,
             done,
             self.wrapped,
-            self.optimizer,
+            self.parts,
             base=self.base,
             licence=self.variant.licence,
             images_per_step=self.loader.sampler.global_batch,

@@ -48,7 +48,7 @@ from flux2.pipeline import (
 from flux2.precision import convert, describe, pick
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
-from train import checkpoint, folder
+from train import folder, resume
 from train.cache import Needs, Prepared, prepare
 from train.choose import advice, choice_of, completed, planned, still_fits
 from train.command import checked, command, made, own_errors
@@ -111,7 +111,7 @@ class Run:
         self.validation: ValidationSettings = checked("validation", self.config["validation"], ValidationSettings)
         self.sample: SampleSettings = checked("sample", self.config["sample"], SampleSettings)
         self.buckets: Buckets = checked("buckets", self.config["buckets"], Buckets)
-        self._place: checkpoint.Place | None = None
+        self._place: resume.Place | None = None
         self._lock: folder.Lock | None = None
         self.first_caption = ""
         self.source = self.model.source()
@@ -207,7 +207,7 @@ class Run:
         if self.accelerator.is_main_process:
             print(text, flush=True)
 
-    def place(self) -> checkpoint.Place:
+    def place(self) -> resume.Place:
         """The run folder, chosen, made and held by the main process for all. The first call decides."""
         if self._place is not None:
             return self._place
@@ -225,24 +225,24 @@ class Run:
         self._place = shared[0]
         return shared[0]
 
-    def take_place(self) -> checkpoint.Place:
+    def take_place(self) -> resume.Place:
         """Choose the run folder, make it, and hold it to the end of the run."""
         output = self.settings.output_dir
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             output = HydraConfig.get().runtime.output_dir
         fresh = Path(output or f"outputs/{self.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-        resume, chosen = self.settings.resume, output is not None
+        given, chosen = self.settings.resume, output is not None
         while True:
-            place = checkpoint.find(
-                resume, fresh, self.config, self.images_per_step, chosen=chosen, say=partial(print, flush=True)
+            place = resume.find(
+                given, fresh, self.config, self.images_per_step, chosen=chosen, say=partial(print, flush=True)
             )
-            if place == checkpoint.Place(fresh) and not chosen:
-                place = checkpoint.Place(folder.make_new(fresh))
+            if place == resume.Place(fresh) and not chosen:
+                place = resume.Place(folder.make_new(fresh))
             try:
                 folder.make_writable(place.folder, "output_dir" if chosen else "the run folder")
                 self._lock = folder.Lock(place.folder)
             except folder.InUse:
-                if chosen or resume != "auto":
+                if chosen or given != "auto":
                     raise
                 continue  # another took it since: look for one that is free
             return place
@@ -323,9 +323,9 @@ class Run:
         # frozen and the same in all processes: what streams has nothing to be exchanged
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, offloader.names(wrapped))
 
-    def keep_memory(self, place: checkpoint.Place) -> None:
+    def keep_memory(self, place: resume.Place) -> None:
         """Go on with what was chosen when the run began, if that fits here too and no other choice is asked for."""
-        kept = checkpoint.configuration(place.origin).get("memory", {})
+        kept = resume.configuration(place.origin).get("memory", {})
         if kept != self.config["memory"] and still_fits(self, kept):
             self.set_memory(kept, f"memory as when the run began: {choice_of(kept)}")
 
@@ -337,7 +337,7 @@ class Run:
         finally:
             self.release()
 
-    def train_in(self, place: checkpoint.Place) -> Path:
+    def train_in(self, place: resume.Place) -> Path:
         """Prepare and train in a folder that is held."""
         settings, accelerator = self.settings, self.accelerator
         if place.checkpoint is not None and self.memory.card_gb is not None:
@@ -374,7 +374,7 @@ class Run:
 
         def begin() -> None:  # only when the checkpoint was read is the folder changed
             text = OmegaConf.to_yaml(OmegaConf.create(self.config))
-            folder.write_whole(place.folder / checkpoint.CONFIG_FILE, text)
+            folder.write_whole(place.folder / resume.CONFIG_FILE, text)
             metrics.start(settings.name, self.config, place.step)
 
         loader = Loader(
