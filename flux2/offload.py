@@ -287,12 +287,6 @@ class Offloader:
             parts.append("the blocks' inputs wait in host memory for the backward")
         return "; ".join(parts)
 
-    def names(self, module: nn.Module) -> list[str]:
-        """What `module`, a wrapper of the model, calls the parameters and buffers that stream."""
-        held = {id(place.tensor) for streamed in self.blocks for place in streamed.places}
-        named = chain(module.named_parameters(), module.named_buffers())
-        return [name for name, tensor in named if id(tensor) in held]
-
     def run_block(self, block: nn.Module, *args: Any) -> Any:
         """What becomes `Transformer.run_block`: run a block as before, with its weights on the device."""
         streamed = self.of.get(block)

@@ -240,8 +240,9 @@ def load_transformer(
         return model.eval()
 
     def blocks(model: Transformer) -> dict[str, Callable[[], None]]:
-        names = model.config.block_names if ready is not None else []
-        return {name: partial(ready, model.get_submodule(name)) for name in names}
+        if ready is None:
+            return {}
+        return {name: partial(ready, model.get_submodule(name)) for name in model.config.block_names}
 
     files = tensor_files(source, "transformer")
     model = build()

@@ -7,7 +7,6 @@ step: read a batch, add noise, predict, compare, update, and every so often log,
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from train import checkpoint
 from train.loss import LogitNormal, Losses, Preservation, Uniform, add_noise, is_number, training_loss
 from train.optim import Schedule, set_rate
 from train.outofmemory import OutOfMemory, watched
+from train.processes import OutOfStep, Processes
 from train.resume import Place
 from train.stopping import Interrupted, StopRequest, stop_requests
 from train.tracking import Metrics, warn
@@ -91,7 +91,7 @@ class Training:
     """
 
     settings: LoopSettings
-    accelerator: Accelerator
+    processes: Processes
     variant: Variant
     base: str
     wrapped: peft.PeftModel
@@ -109,6 +109,10 @@ class Training:
     autocast: torch.dtype | None = None
     whole: int | None = field(default=None, init=False)  # finished steps; None while an update is under way
     saved: int | None = field(default=None, init=False)  # steps of the last checkpoint of this process
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.processes.accelerator
 
     @property
     def transformer(self) -> Transformer:
@@ -137,7 +141,7 @@ class Training:
         To any other error a note is added that says what became of the last whole step.
         """
         settings, accelerator = self.settings, self.accelerator
-        model = accelerator.prepare_model(self.wrapped, device_placement=False)  # it is where it is to be
+        model = self.processes.wrap(self.wrapped)
         parameters = adapters.adapter_parameters(self.wrapped)
         rate = self.optimizer.param_groups[0]["lr"]
         if self.place.checkpoint is not None:
@@ -211,6 +215,7 @@ class Training:
                     )
                 self.accelerator.backward(losses.total / len(batches))
             parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+        self.processes.average_gradients(self.wrapped)
         total, flow, preservation = self.accelerator.reduce(torch.stack(parts).mean(0), "mean")
         return Losses(total, flow, preservation)
 
@@ -253,34 +258,39 @@ class Training:
         return interval > 0 and (done % interval == 0 or done == self.settings.steps)
 
     def look(self, done: int, values: dict[str, float]) -> None:
-        """After `done` steps: log `values`, validate and sample where it is due; off the clock."""
-        if not self.accelerator.is_main_process:
-            return
+        """After `done` steps: log `values`, validate and sample where it is due; off the clock.
+
+        All processes validate and sample, each its share; the main one logs.
+        """
+        main = self.accelerator.is_main_process
         self.wrapped.eval()
         device = self.accelerator.device
         if self.validate is not None and self.is_due(self.settings.validate_every, done):
             with watched(f"in the validation after step {done}", "validation", device), self.precision():
                 values = values | {"validation_loss": self.validate(self.transformer, self.guidance)}
-        if values:
+        if values and main:
             self.metrics.log(done, **values)
         if self.sampler is not None and self.is_due(self.settings.sample_every, done):
             file = self.place.folder / "samples" / f"step_{done:06d}.png"
             with self.harmless(f"the sheet of pictures after step {done}"):
                 with watched(f"while sampling after step {done}", "samples", device):
-                    self.sampler.sheet(self.transformer, file)
-                self.metrics.picture(done, file)
+                    pictures = self.sampler.pictures(self.transformer)
+                if main:
+                    self.sampler.write(pictures, file)
+                    self.metrics.picture(done, file)
 
     @contextmanager
     def harmless(self, what: str) -> Iterator[None]:
         """Within this context what fails is a warning, but for memory that does not suffice."""
         try:
             yield
-        except OutOfMemory:
+        except (OutOfMemory, OutOfStep):
             raise
         except Exception as error:  # a full disk, a picture library: no reason to lose the training
             if hasattr(error, "saved"):
                 raise
-            warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
+            if self.accelerator.is_main_process:
+                warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
 
     def must_stop(self, stop: StopRequest) -> bool:
         """Whether any process was asked to stop; all of them get the same answer."""

@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import peft
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants as hub
@@ -28,7 +29,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data.buckets import Buckets
 from data.cache import Cache, MemoryCache
@@ -56,8 +56,9 @@ from train.loop import Training
 from train.loss import Preservation
 from train.optim import build
 from train.outofmemory import OutOfMemory, watched
-from train.processes import is_offline, make_accelerator
+from train.processes import Processes, is_offline, make_accelerator
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
+from train.sharding import attached, check_memory, check_processes, launched_to_shard, sharder, shares
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings
@@ -116,6 +117,7 @@ class Run:
         self.first_caption = ""
         self.source = self.model.source()
         self.accelerator = make_accelerator(self.settings.device)
+        self.processes = Processes(self.accelerator, self.settings.shard or launched_to_shard())
         self.precision = chosen.on(self.accelerator.device)
         self.lay_out()
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
@@ -153,6 +155,8 @@ class Run:
 
     def rehearse(self) -> None:
         """Attach to a model without memory, and open pictures: what cannot work says so now and not in an hour."""
+        if self.processes.sharded:
+            check_memory(self.memory)
         with torch.device("meta"):
             model = Transformer(self.variant.transformer)
             convert(model, self.precision, self.accelerator.device)
@@ -294,7 +298,7 @@ class Run:
 
     def sampler(self, prepared: Prepared) -> Sampler | None:
         """What makes the sample sheets, if any are asked for."""
-        if not self.sample.prompts or not self.settings.sample_every or not self.accelerator.is_main_process:
+        if not self.sample.prompts or not self.settings.sample_every:
             return None
         autoencoder = load_autoencoder(self.source, self.accelerator.device)
         references, sizes = [], []
@@ -307,9 +311,15 @@ class Run:
             width, height = self.buckets.nearest(*(pictures[0].size if pictures else (1, 1)))
             sizes.append((self.sample.width or width, self.sample.height or height))
         text, empty = prepared.embeddings(self.sample.prompts), prepared.embeddings([""])
-        return Sampler(self.sample, self.variant, autoencoder, text, empty, references, sizes)
+        return Sampler(self.sample, self.variant, autoencoder, text, empty, references, sizes, self.processes.map)
 
-    def stream(self, transformer: Transformer, wrapped: nn.Module) -> None:
+    def attach(self, transformer: Transformer) -> peft.PeftModel:
+        """The adapter around the loaded model."""
+        if self.processes.sharded:
+            return attached(self.make_adapter, transformer, seed=self.settings.seed)
+        return self.make_adapter(transformer, seed=self.settings.seed)
+
+    def stream(self, transformer: Transformer) -> None:
         """Let blocks and activations stream from host memory, if that is asked for."""
         offloader = offload(
             transformer,
@@ -317,11 +327,8 @@ class Run:
             activations=self.memory.offload_activations,
             device=self.accelerator.device,
         )
-        if offloader is None:
-            return
-        self.say(str(offloader))
-        # frozen and the same in all processes: what streams has nothing to be exchanged
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, offloader.names(wrapped))
+        if offloader is not None:
+            self.say(str(offloader))
 
     def keep_memory(self, place: resume.Place) -> None:
         """Go on with what was chosen when the run began, if that fits here too and no other choice is asked for."""
@@ -331,6 +338,8 @@ class Run:
 
     def train(self) -> Path:
         """Prepare, train, and return the folder of the finished adapter."""
+        if self.processes.sharded:
+            check_processes(self.accelerator.num_processes)
         place = self.place()
         try:
             return self.train_in(place)
@@ -356,14 +365,25 @@ class Run:
         loading = watched("while loading the transformer", "step", accelerator.device)
         with own_errors(accelerator.process_index), loading:
             transformer = load_transformer(
-                self.source, accelerator.device, self.precision, host=self.streamed, cache=self.copies, say=self.say
+                self.source,
+                accelerator.device,
+                self.precision,
+                host=self.streamed,
+                cache=self.copies,
+                say=self.say,
+                ready=sharder(accelerator.device) if self.processes.sharded else None,
             )
             self.say(describe(transformer, self.precision, accelerator.device))
+            if self.processes.sharded:
+                self.say(
+                    f"the base is sharded: of each process a share of {shares(transformer) / 1e9:.3g} GB, and of what "
+                    "runs a block at a time"
+                )
             if settings.embedding_storage.startswith("projected"):
                 transformer.txt_in = nn.Identity()  # it is applied in what is stored
             self.memory.apply(transformer, accelerator.device, self.buckets)
-            wrapped = self.make_adapter(transformer, seed=settings.seed)
-            self.stream(transformer, wrapped)
+            wrapped = self.attach(transformer)
+            self.stream(transformer)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
         trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
         self.say(f"{len(trained)} samples, {trainable:,} trained parameters, {settings.steps} steps in {place.folder}")
@@ -395,7 +415,7 @@ class Run:
         prompts = list(self.preservation.prompts) if self.preservation.active else []
         return Training(
             settings=settings,
-            accelerator=accelerator,
+            processes=self.processes,
             variant=self.variant,
             base=self.variant.repo or self.variant.name,
             wrapped=wrapped,
@@ -409,7 +429,7 @@ class Run:
             metrics=metrics,
             begin=begin,
             sampler=self.sampler(prepared),
-            validate=FixedNoiseLoss(prepared, chosen, settings.seed) if chosen else None,
+            validate=FixedNoiseLoss(prepared, chosen, settings.seed, self.processes.map) if chosen else None,
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
         ).run()
 

@@ -3,7 +3,8 @@
 PyTorch's `fully_shard` (FSDP2) does it, the same over NCCL and over gloo: a block's parameters are gathered before its
 forward and before its backward, and dropped after. Only the base is sharded, and before the adapter is attached. So the
 adapter, its gradients and the optimizer's state are plain tensors, the same in all processes, and checkpoints and what
-else is made of them know nothing of it; their gradients are averaged once a step (`Exchange` in train/processes.py).
+else is made of them know nothing of it; their gradients are averaged once a step (`Processes`
+in train/processes.py).
 
 Each block is sharded as soon as it is loaded, so that a device never holds more than its share and a block beside it.
 
@@ -14,11 +15,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from train.settings import MemorySettings
+
+T = TypeVar("T", bound=nn.Module)
 
 # What of Accelerate's FSDP settings can be asked for: what is done here. The others do nothing to a frozen base.
 SETTINGS = {
@@ -54,22 +62,23 @@ def launched_to_shard(environment: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
-def check_together(processes: int, *, streams: bool, activations: bool, compiled: bool) -> None:
-    """Raises ValueError for what cannot be together with a sharded base."""
-    if processes < 2:
+def check_processes(count: int) -> None:
+    """Raises ValueError unless there are several processes."""
+    if count < 2:
         raise ValueError(
             "shard=true spreads the base over several processes, and this is one: start it with accelerate launch "
-            "--multi_gpu --num_processes 2 ..., or set shard=false"
+            "--multi_gpu --num_processes 2 ..., or set shard=false (and do not configure accelerate for FSDP)"
         )
-    for key, asked in (
-        ("memory.stream_blocks", streams),
-        ("memory.offload_activations", activations),
-        ("memory.compile", compiled),
-    ):
-        if asked:
+
+
+def check_memory(memory: MemorySettings) -> None:
+    """Raises ValueError for what of the group `memory` cannot be together with a sharded base."""
+    for key, off in (("stream_blocks", 0), ("offload_activations", False), ("compile", False)):
+        value = getattr(memory, key)
+        if value:
             raise ValueError(
-                f"{key} cannot be together with a sharded base: a block is there only while it runs. Set {key} to 0 or "
-                "false, or train without sharding"
+                f"memory.{key}={str(value).lower()} cannot be together with a sharded base (shard=true), of which a "
+                f"block is whole only while it runs: set memory.{key}={str(off).lower()}, or shard=false"
             )
 
 
@@ -87,11 +96,27 @@ def sharder(device: torch.device) -> Callable[[nn.Module], None]:
 def shares(model: nn.Module) -> int:
     """Bytes of the base that this process holds between steps."""
     return sum(
-        parameter.to_local().nbytes if hasattr(parameter, "to_local") else parameter.nbytes
+        parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
         for parameter in model.parameters()
         if not parameter.requires_grad
     )
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+def attached(attach: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+    """`attach(...)` of an adapter to a sharded model.
+
+    Raises ValueError for one whose beginning is computed from the base's weights, which are nowhere whole.
+    """
+    reads = ValueError(
+        "this adapter begins with what it computes from the base's weights (DoRA, PiSSA and others do), which are "
+        "nowhere whole when the base is sharded: take a plain LoRA (adapter=lora), or shard=false"
+    )
+    try:
+        wrapped = attach(*arguments, **settings)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if "DTensor" in str(error):
+            raise reads from error
+        raise
+    if any(isinstance(parameter, DTensor) for parameter in wrapped.parameters() if parameter.requires_grad):
+        raise reads
+    return wrapped

@@ -7,11 +7,11 @@ it becomes a curve that can be read, above all on samples set aside.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -28,6 +28,13 @@ from train.cache import Prepared
 from train.loss import Noised, flow_loss, is_number, noise_at
 
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
+
+Share = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+
+
+def alone(do: Callable[[Any], Any], work: Sequence[Any]) -> list[Any]:
+    """`do` of each of `work`, in this process; of several, `Processes.map` shares it."""
+    return [do(one) for one in work]
 
 
 def check_count(key: str, value: object, low: int = 0, most: float = math.inf) -> None:
@@ -65,18 +72,23 @@ class FixedNoiseLoss:
     prepared: Prepared
     chosen: Sequence[tuple[LatentEntry, str]]
     seed: int
+    share: Share = alone
+
+    def __call__(self, model: nn.Module, guidance: float | None) -> float:
+        """The mean over samples and times."""
+        losses = self.share(lambda i: self.of(i, model, guidance), range(len(self.chosen)))
+        return torch.stack(losses).mean().item()
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, guidance: float | None) -> float:
-        """The mean over samples and times; one prediction at a time, so that it needs no more memory than training."""
+    def of(self, i: int, model: nn.Module, guidance: float | None) -> Tensor:
+        """(times,) on the CPU; one prediction at a time, so that it needs no more memory than training."""
+        noised, text = self.sample(i, *self.chosen[i], next(model.parameters()).device)
         losses = []
-        for i, (entry, caption) in enumerate(self.chosen):
-            noised, text = self.sample(i, entry, caption, next(model.parameters()).device)
-            for row in range(len(TIMES)):
-                at = slice(row, row + 1)
-                mask = None if noised.mask is None else noised.mask[at]
-                losses.append(flow_loss(noised.predict(model, text[at], guidance, at), noised.target[at], mask))
-        return torch.stack(losses).mean().item()
+        for row in range(len(TIMES)):
+            at = slice(row, row + 1)
+            mask = None if noised.mask is None else noised.mask[at]
+            losses.append(flow_loss(noised.predict(model, text[at], guidance, at), noised.target[at], mask))
+        return torch.stack(losses).cpu()
 
     def sample(self, i: int, entry: LatentEntry, caption: str, device: torch.device) -> tuple[Noised, Tensor]:
         """One sample at all times, and its caption's embeddings (times, T, D)."""
@@ -168,6 +180,7 @@ class Sampler:
         text: (P, T, text_width) embeddings of the prompts; empty: (1, T, text_width).
         references: latents (1, 128, h, w) of the pictures that each prompt edits.
         sizes: (width, height) in pixels of each prompt's picture.
+        share: spreads the pictures over the processes; all of them then call `pictures`.
     """
 
     def __init__(
@@ -179,34 +192,37 @@ class Sampler:
         empty: Tensor,
         references: Sequence[Sequence[Tensor]],
         sizes: Sequence[tuple[int, int]],
+        share: Share = alone,
     ) -> None:
         self.settings, self.autoencoder = settings, autoencoder
         self.text, self.empty, self.references, self.sizes = text, empty, references, sizes
+        self.share = share
         self.steps = settings.steps or variant.steps
         self.guidance = variant.guidance if settings.guidance is None else settings.guidance
 
     def pictures(self, model: Transformer) -> list[Image.Image]:
         """One picture a prompt; each depends on its own seed, not on the others."""
-        return [
-            render(
+
+        def picture(i: int) -> Image.Image:
+            return render(
                 model,
                 self.autoencoder,
                 self.text[i : i + 1],
                 seeds=[self.settings.seed + i],
-                width=width,
-                height=height,
+                width=self.sizes[i][0],
+                height=self.sizes[i][1],
                 steps=self.steps,
                 guidance=self.guidance,
                 references=self.references[i],
                 empty=self.empty,
             )[0]
-            for i, (width, height) in enumerate(self.sizes)
-        ]
 
-    def sheet(self, model: Transformer, file: Path) -> None:
-        """Write the pictures with their prompts to `file`."""
+        return self.share(picture, range(len(self.sizes)))
+
+    def write(self, pictures: Sequence[Image.Image], file: Path) -> None:
+        """Write pictures with their prompts to `file`."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        sheet([self.pictures(model)], columns=list(self.settings.prompts)).save(file)
+        sheet([pictures], columns=list(self.settings.prompts)).save(file)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
