@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ def make_accelerator(device: str | None) -> Accelerator:
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     assert accelerator.num_processes == world, f"{accelerator.num_processes} processes know each other, not {world}"
+    if not accelerator.is_main_process:
+        warnings.simplefilter("ignore")  # what libraries find in the pictures, they find in the first process too
     launched = any(key.startswith("ACCELERATE_") for key in os.environ)
     if launched and chosen.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
         # `accelerate launch` leaves one thread, and most of the machine idle

@@ -115,6 +115,7 @@ class Run:
         self._place: resume.Place | None = None
         self._lock: folder.Lock | None = None
         self.first_caption = ""
+        self.planned_processes: int | None = None  # in a plan, how many there will be
         self.source = self.model.source()
         self.accelerator = make_accelerator(self.settings.device)
         self.processes = Processes(self.accelerator, self.settings.shard or launched_to_shard())
@@ -197,6 +198,11 @@ class Run:
     @property
     def images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation * self.accelerator.num_processes
+
+    @property
+    def shares(self) -> int:
+        """How many processes the base is sharded over; 1 if it is not."""
+        return (self.planned_processes or self.accelerator.num_processes) if self.processes.sharded else 1
 
     @property
     def example(self) -> str:

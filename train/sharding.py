@@ -6,7 +6,8 @@ adapter, its gradients and the optimizer's state are plain tensors, the same in 
 else is made of them know nothing of it; their gradients are averaged once a step (`Processes`
 in train/processes.py).
 
-Each block is sharded as soon as it is loaded, so that a device never holds more than its share and a block beside it.
+Each block is sharded as soon as it is loaded, so that a device never holds more than its share, a block, and what is in
+no block.
 
 Every forward is one of all processes together. Who runs the model alone waits forever.
 """
@@ -22,6 +23,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+from flux2.model import Transformer
 
 if TYPE_CHECKING:
     from train.settings import MemorySettings
@@ -83,11 +86,18 @@ def check_memory(memory: MemorySettings) -> None:
 
 
 def sharder(device: torch.device) -> Callable[[nn.Module], None]:
-    """A function that keeps this process's share of a module's parameters, in place; of a whole model, what is left of
-    it after its blocks. Called by all processes."""
+    """A function that keeps this process's share of a block, or of a model whose blocks are sharded, in place.
+
+    Called by all processes.
+    """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
 
     def shard(module: nn.Module) -> None:
+        if isinstance(module, Transformer):  # layers that run once are not held until the model is done
+            for child in module.children():
+                # a linear itself, `txt_in`, may come to lie in an adapter that reads its weight and does not call it
+                if not isinstance(child, nn.ModuleList | nn.Linear):
+                    fully_shard(child, mesh=mesh, reshard_after_forward=True)
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     return shard
