@@ -58,8 +58,7 @@ def streamed_blocks(config: TransformerConfig, given: int | float, key: str = "s
         ValueError: `given` is of another type, out of range, or more than the model has.
     """
     check_stream_blocks(given, key)
-    names = [f"double_blocks.{i}" for i in range(config.double_blocks)]
-    names += [f"single_blocks.{i}" for i in range(config.single_blocks)]
+    names = config.block_names
     total = len(names)
     count = math.ceil(given * total - 1e-9) if isinstance(given, float) else given
     if count > total:
@@ -287,12 +286,6 @@ class Offloader:
         if self.away is not None:
             parts.append("the blocks' inputs wait in host memory for the backward")
         return "; ".join(parts)
-
-    def names(self, module: nn.Module) -> list[str]:
-        """What `module`, a wrapper of the model, calls the parameters and buffers that stream."""
-        held = {id(place.tensor) for streamed in self.blocks for place in streamed.places}
-        named = chain(module.named_parameters(), module.named_buffers())
-        return [name for name, tensor in named if id(tensor) in held]
 
     def run_block(self, block: nn.Module, *args: Any) -> Any:
         """What becomes `Transformer.run_block`: run a block as before, with its weights on the device."""

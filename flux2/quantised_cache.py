@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from flux2.files import DTYPE_NAMES, Stored, TensorFiles
 from flux2.precision import Precision
 from flux2.quantised import QuantisedLinear
-from flux2.reading import Digests, Job, checksum, run, whole
+from flux2.reading import Digests, Job, checksum, part_by_part, run, whole
 from flux2.sources import WeightsError
 
 VERSION = 2
@@ -114,13 +114,21 @@ class QuantisedCache:
 
     # -------------------------------------------------------------- reading
 
-    def read(self, model: nn.Module, home: Callable[[str], torch.device]) -> bool:
-        """Fill `model` from the copy, each tensor on the device `home(name)`; False if there is no good one."""
+    def read(
+        self,
+        model: nn.Module,
+        home: Callable[[str], torch.device],
+        modules: Mapping[str, Callable[[], None]] | None = None,
+    ) -> bool:
+        """Fill `model` from the copy, each tensor on the device `home(name)`; False if there is no good one.
+
+        `modules` as in `flux2.weights.fill`.
+        """
         copy = self.known()
         if copy is None:
             return False
         try:
-            self.fill(model, copy, home)
+            self.fill(model, copy, home, modules or {})
         except (WeightsError, ValueError) as error:  # a layer refuses what is not its storage with ValueError
             self.damaged = copy
             reason = str(error).partition(". It is damaged")[0]  # which goes on with what to do about a download
@@ -129,7 +137,13 @@ class QuantisedCache:
         self.say(f"read from the quantised copy {copy}")
         return True
 
-    def fill(self, model: nn.Module, copy: Path, home: Callable[[str], torch.device]) -> None:
+    def fill(
+        self,
+        model: nn.Module,
+        copy: Path,
+        home: Callable[[str], torch.device],
+        modules: Mapping[str, Callable[[], None]],
+    ) -> None:
         """Raises WeightsError or ValueError if the copy is damaged."""
         files = TensorFiles([copy])
         try:
@@ -143,7 +157,7 @@ class QuantisedCache:
             raise WeightsError(f"{copy}: dtypes and shapes are not those that were written")
         digests = Digests()
         unread = files.names
-        jobs = []
+        jobs: dict[str, Job] = {}
 
         def job(wanted: dict[str, str], device: torch.device, use: Callable[[dict[str, Tensor]], None]) -> Job:
             if absent := sorted(set(wanted.values()) - unread):
@@ -162,14 +176,14 @@ class QuantisedCache:
         for name, layer in quantised_layers(model).items():
             start = f"{name}."
             own = {key.removeprefix(start): key for key in files.names if key.startswith(start)}
-            jobs.append(job(own, home(name), layer.adopt))
+            jobs[name] = job(own, home(name), layer.adopt)
         for name, tensor in plain_tensors(model).items():
             if name in files.names and files[name].shape != tensor.shape:
                 raise WeightsError(f"{copy}: {name} has shape {files[name].shape} instead of {tuple(tensor.shape)}")
-            jobs.append(job({name: name}, home(name), lambda tensors: put(model, *tensors.popitem())))
+            jobs[name] = job({name: name}, home(name), lambda tensors: put(model, *tensors.popitem()))
         if unread:
             raise WeightsError(f"{copy} holds {sorted(unread)[0]}, which the model does not")
-        run(jobs, digests)
+        run(part_by_part(jobs, modules), digests)
 
     # -------------------------------------------------------------- writing
 

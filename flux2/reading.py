@@ -168,6 +168,25 @@ def read_into(view: memoryview, stored: Stored, offset: int) -> None:
         raise WeightsError(f"{stored.file}: {stored.key} cannot be read ({error.strerror})") from error
 
 
+def part_by_part(jobs: Mapping[str, Job], modules: Mapping[str, Callable[[], None]]) -> list[Job]:
+    """`jobs`, by the name of what they fill, in an order in which those of a module come together.
+
+    Args:
+        modules: by name, as in `double_blocks.0`; what one maps to is called once all of it is there.
+    """
+    left, ordered = dict(jobs), []
+    for module, ready in modules.items():
+        own = [left.pop(name) for name in list(left) if name.startswith(f"{module}.")]
+        last = own.pop()
+
+        def use(tensors: dict[str, Tensor], last: Job = last, ready: Callable[[], None] = ready) -> None:
+            last.use(tensors)
+            ready()
+
+        ordered += [*own, Job(last.reads, use)]
+    return [*left.values(), *ordered]
+
+
 def run(jobs: Sequence[Job], digests: Digests | None = None) -> None:
     """Read what the jobs ask for and hand it to them, in their order.
 

@@ -47,6 +47,12 @@ class TransformerConfig:
     def mlp_width(self) -> int:
         return int(self.hidden * self.mlp_ratio)
 
+    @property
+    def block_names(self) -> list[str]:
+        """What the model calls its blocks, in the order of the forward."""
+        double = [f"double_blocks.{i}" for i in range(self.double_blocks)]
+        return double + [f"single_blocks.{i}" for i in range(self.single_blocks)]
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:

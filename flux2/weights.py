@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -26,7 +27,7 @@ from flux2.precision import Precision, convert
 from flux2.prequantised import MARKER, Weight, find_part
 from flux2.quantised import QuantisedLinear
 from flux2.quantised_cache import QuantisedCache, put
-from flux2.reading import Digests, Job, run
+from flux2.reading import Digests, Job, part_by_part, run
 from flux2.sources import ModelSource, WeightsError, fingerprint
 from flux2.text_encoder import Storage, TextEncoder, build, check_storage, load_tokenizer, quantise
 from flux2.variants import TextConfig
@@ -106,6 +107,7 @@ def fill(
     ignored: Callable[[str], bool] = lambda name: False,
     host: Sequence[str] = (),
     digests: Digests | None = None,
+    modules: Mapping[str, Callable[[], None]] | None = None,
 ) -> Filled:
     """Fill a model built on the meta device.
 
@@ -118,6 +120,7 @@ def fill(
         ignored: names in `files` that may stay unread.
         host: modules whose tensors stay in host memory; they are quantised on `device` all the same.
         digests: gets the checksums of all that is read.
+        modules: by name, those that are filled one after the other; what one maps to is called once it is filled.
     """
     device = torch.device(device)
     home = homes(host, device)
@@ -148,7 +151,7 @@ def fill(
         reads = weight.reads(device if stores or not weight.plain else stays)
         return Job(reads, lambda tensors: place(model, name, weight, tensors, dtype, stays, filled))
 
-    run([job(name, weight) for name, weight in weights.items()], digests)
+    run(part_by_part({name: job(name, weight) for name, weight in weights.items()}, modules or {}), digests)
     files.check_unchanged()
     left = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     left |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
@@ -214,6 +217,7 @@ def load_transformer(
     cache: Path | None = None,
     host: Sequence[str] = (),
     say: Callable[[str], None] = print,
+    ready: Callable[[nn.Module], None] | None = None,
 ) -> Transformer:
     """The transformer on `device` in `precision`, or all of it in one dtype, frozen, in evaluation mode.
 
@@ -222,6 +226,8 @@ def load_transformer(
             that is loaded in their place; otherwise one is made, if anything was quantised. None: no copies.
         host: modules (`single_blocks.3`) that stay in host memory; they are quantised on `device` all the same.
         say: is told, in a line each, of copies read and written, and of files that are quantised.
+        ready: is called with each block as soon as it is filled, and at the end with the model. It may replace their
+            parameters, to keep a share of them; then no copy of what was quantised is made.
     """
     if isinstance(precision, torch.dtype):
         precision = Precision(precision)
@@ -233,22 +239,30 @@ def load_transformer(
             convert(model, precision, device)
         return model.eval()
 
+    def blocks(model: Transformer) -> dict[str, Callable[[], None]]:
+        if ready is None:
+            return {}
+        return {name: partial(ready, model.get_submodule(name)) for name in model.config.block_names}
+
     files = tensor_files(source, "transformer")
     model = build()
-    copies = None
+    copies, found = None, False
     if cache is not None and precision.storage is not None:
         copies = QuantisedCache(cache, source.variant.name, files, model, precision, say)
-        if copies.read(model, homes(host, device)):
-            return model
-        model = build()  # what was read of a damaged copy is not kept
-    published, ignored = transformer_names(model, files)
-    digests = Digests() if copies is not None else None
-    what = f"the transformer of {source.variant.name}"
-    filled = fill(model, files, published, what, device, precision.dtype, ignored, host, digests)
-    if told := filled.said(files):
-        say(told)
-    if copies is not None and digests is not None and filled.quantised:
-        copies.write(model, digests)
+        found = copies.read(model, homes(host, device), blocks(model))
+        if not found:
+            model = build()  # what was read of a damaged copy is not kept
+    if not found:
+        published, ignored = transformer_names(model, files)
+        digests = Digests() if copies is not None and ready is None else None
+        what = f"the transformer of {source.variant.name}"
+        filled = fill(model, files, published, what, device, precision.dtype, ignored, host, digests, blocks(model))
+        if told := filled.said(files):
+            say(told)
+        if copies is not None and digests is not None and filled.quantised:
+            copies.write(model, digests)
+    if ready is not None:
+        ready(model)
     return model
 
 

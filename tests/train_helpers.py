@@ -231,14 +231,18 @@ def environment(**extra: str) -> dict[str, str]:
     return mine | {"HF_HUB_OFFLINE": "1"} | extra
 
 
+def free_port() -> int:
+    """Of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def launch(*arguments: str, processes: int = 1) -> list[str]:
     """The command line of `accelerate launch`."""
     start = [sys.executable, "-m", "accelerate.commands.launch"]
     if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", str(port)]
+        start += ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", str(free_port())]
     return [*start, *arguments]
 
 

@@ -257,10 +257,10 @@ def prepare(accelerator: Accelerator, needs: Needs) -> Prepared:
             )
     finally:
         text_encoder.close()
-    if text_encoder.cut:
+    cut = gather_object(text_encoder.cut) if accelerator.num_processes > 1 else text_encoder.cut
+    if cut and accelerator.is_main_process:
         length = text_encoder.length or needs.source.variant.text.length
-        first = text_encoder.cut[0][:80]
-        print(f"{len(text_encoder.cut)} prompts are longer than {length} tokens and were cut, such as {first!r}")
+        print(f"{len(cut)} prompts are longer than {length} tokens and were cut, such as {cut[0][:80]!r}")
     if pictures and (bad := fill(latents, lambda: needs.load_autoencoder(device), "pictures", accelerator)):
         latents = latents.without(bad)
         needs.samples.leave_out(latents.bad)

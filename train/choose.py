@@ -62,6 +62,8 @@ def choices(planner: Planner, fixed: Mapping[str, Any], limit: float) -> Iterato
         fixed: keys of the group that are not to be chosen, with their values.
     """
     total = len(planner.weights)
+    if planner.job.shares > 1:  # blocks of a sharded base do not stream
+        fixed = {**fixed, "stream_blocks": 0, "offload_activations": False}
     for policy, budget in policies(planner, fixed):
         for away in [fixed["offload_activations"]] if "offload_activations" in fixed else [False, True]:
             if away and policy in ("none", "budget") and "offload_activations" not in fixed:
@@ -175,6 +177,7 @@ def job_of(run: Run, on_gpu: bool, in_fp8: bool = True) -> Job:
         text_sizes=text_sizes(run.source),
         text_storage=run.text_encoder.storage,
         text_here=run.text_encoder.here,
+        shares=run.shares,
     )
 
 
@@ -252,7 +255,8 @@ def still_fits(run: Run, kept: Mapping[str, Any]) -> bool:
 def does_not_fit(planner: Planner, fixed: Mapping[str, Any], card_gb: float) -> str:
     """The error where nothing fits, with what would."""
     least = min(choices(planner, fixed, float("inf")), key=lambda p: p.training)
-    for number in range(len(planner.weights) + 1) if "stream_blocks" not in fixed else []:
+    streams = "stream_blocks" not in fixed and planner.job.shares == 1
+    for number in range(len(planner.weights) + 1) if streams else []:
         more = planner.predict(replace(least.choice, stream_blocks=number))
         least = min(least, more, key=lambda p: p.training)
     return (

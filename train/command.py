@@ -190,7 +190,7 @@ def own_errors(process: int) -> Iterator[None]:
 
 
 def command(task: Callable[[DictConfig], None]) -> None:
-    """Run `task` under Hydra; an error that a user can mend is one message and exit code 2, a stop request 128 + its signal.
+    """Run `task` under Hydra; what a user can mend is one message and exit code 2, a stop request 128 + its signal.
 
     A job of a sweep that fails says so at once, and the others go on. Of several processes the first speaks, but for
     what went wrong in another alone (`own_errors`).

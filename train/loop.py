@@ -31,6 +31,7 @@ from train.loss import Losses, Preservation, add_noise, is_number, training_loss
 from train.optim import Schedule, rate_of, set_rate
 from train.outofmemory import OutOfMemory, watched
 from train.prior import ClassPictures
+from train.processes import OutOfStep, Processes
 from train.resume import Place
 from train.stopping import Interrupted, StopRequest, stop_requests
 from train.timesteps import Uniform
@@ -99,7 +100,7 @@ class Training:
     """
 
     settings: LoopSettings
-    accelerator: Accelerator
+    processes: Processes
     variant: Variant
     base: str
     wrapped: peft.PeftModel
@@ -120,6 +121,10 @@ class Training:
     autocast: torch.dtype | None = None
     whole: int | None = field(default=None, init=False)  # finished steps; None while an update is under way
     saved: int | None = field(default=None, init=False)  # steps of the last checkpoint of this process
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.processes.accelerator
 
     @property
     def transformer(self) -> Transformer:
@@ -148,7 +153,7 @@ class Training:
         To any other error a note is added that says what became of the last whole step.
         """
         settings, accelerator = self.settings, self.accelerator
-        model = accelerator.prepare_model(self.wrapped, device_placement=False)  # it is where it is to be
+        model = self.processes.wrap(self.wrapped)
         parameters = adapters.adapter_parameters(self.wrapped)
         rate = self.optimizer.param_groups[0]["lr"]
         if self.place.checkpoint is not None:
@@ -236,6 +241,7 @@ class Training:
                 priors.append(prior.weight * losses.flow / len(own))
             else:
                 parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+        self.processes.average_gradients(self.wrapped)
         added = torch.stack(priors).sum()
         mean = torch.cat([torch.stack(parts).mean(0), added[None]])
         total, flow, preservation, prior_loss = self.accelerator.reduce(mean, "mean")
@@ -282,9 +288,11 @@ class Training:
         return interval > 0 and (done % interval == 0 or done == self.settings.steps)
 
     def look(self, done: int, values: dict[str, float]) -> None:
-        """After `done` steps: log `values`, validate and sample where it is due; off the clock."""
-        if not self.accelerator.is_main_process:
-            return
+        """After `done` steps: log `values`, validate and sample where it is due; off the clock.
+
+        All processes validate and sample, each its share; the main one logs.
+        """
+        main = self.accelerator.is_main_process
         self.wrapped.eval()
         device = self.accelerator.device
         if self.validate is not None and self.is_due(self.settings.validate_every, done):
@@ -292,27 +300,31 @@ class Training:
             with doing, self.shown.swapped(), self.precision():
                 losses = self.validate(self.transformer, self.guidance)
             values = values | self.validate.report(losses)
-            self.metrics.validated(done, self.validate.record(losses))
-        if values:
+            if main:
+                self.metrics.validated(done, self.validate.record(losses))
+        if values and main:
             self.metrics.log(done, **values)
         if self.sampler is not None and self.is_due(self.settings.sample_every, done):
             file = self.place.folder / "samples" / f"step_{done:06d}.png"
             with self.harmless(f"the sheet of pictures after step {done}"):
                 with watched(f"while sampling after step {done}", "samples", device), self.shown.swapped():
-                    self.sampler.sheet(self.transformer, file)
-                self.metrics.picture(done, file)
+                    pictures = self.sampler.pictures(self.transformer)
+                if main:
+                    self.sampler.write(pictures, file)
+                    self.metrics.picture(done, file)
 
     @contextmanager
     def harmless(self, what: str) -> Iterator[None]:
         """Within this context what fails is a warning, but for memory that does not suffice."""
         try:
             yield
-        except OutOfMemory:
+        except (OutOfMemory, OutOfStep):
             raise
         except Exception as error:  # a full disk, a picture library: no reason to lose the training
             if hasattr(error, "saved"):
                 raise
-            warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
+            if self.accelerator.is_main_process:
+                warn(f"{what} failed ({type(error).__name__}: {error}); training goes on")
 
     def must_stop(self, stop: StopRequest) -> bool:
         """Whether any process was asked to stop; all of them get the same answer."""

@@ -5,6 +5,7 @@ Takes the settings of a training run and prints what memory holds in each of its
 says how. It needs no weights, no network and no GPU, and changes nothing.
 
 `+card=24` plans for a card of 24 GB, like `memory=24gb`; otherwise it is planned for the GPU at hand, if there is one.
+`shard=true +processes=4` plans for each of four processes that share the base (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from train.choose import (
 from train.command import checked, command
 from train.loss import is_number
 from train.predict import Choice, Planner, Prediction, trained
+from train.validate import check_count
 
 SMALL_CARD = 24  # GB
 
@@ -127,6 +129,12 @@ def main(config: DictConfig) -> None:
     card = given.pop("card", None)
     if card is not None and not is_number(card, low=1):
         raise ValueError(f"card={card!r} must be the size of a card in GB, from 1, as in +card=24")
+    processes = given.pop("processes", 1)
+    check_count("processes", processes, 1)
+    if processes > 1 and given.get("shard") is not True:
+        raise ValueError(f"processes={processes} is planned with shard=true: without it each takes what one alone does")
+    if processes == 1 and given.get("shard") is True:
+        raise ValueError("shard=true spreads the base over several processes: add +processes=4, or how many there are")
     if given.get("device") not in (None, "cpu", "cuda"):
         raise ValueError(f"device={given['device']!r} must be cuda or cpu, or null")
     on_gpu = given.get("device") != "cpu"
@@ -140,6 +148,7 @@ def main(config: DictConfig) -> None:
     given["memory"] = completed(memory) | ({"card_gb": None} if "card_gb" in memory else {})
     given["device"] = "cpu"
     run = Run(OmegaConf.create(given))
+    run.planned_processes = processes
 
     gpu_here = torch.cuda.is_available() and on_gpu
     name = torch.cuda.get_device_name() if gpu_here else None
@@ -165,6 +174,7 @@ def main(config: DictConfig) -> None:
     console.print(
         f"{run.variant.name} in {planner.job.precision}: {shape.rows} pictures of {shape.image} tokens "
         f"with {shape.text} of text, {count:,} trained parameters"
+        + (f"; of each of {processes} processes, the base being sharded" if processes > 1 else "")
     )
     console.print(phase_table(now, on_gpu))
     host = ", ".join(f"{part} {gigabytes(value)}" for part, value in now.host.items() if value)

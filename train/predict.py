@@ -42,6 +42,7 @@ from train.text_memory import TEXT_SIZES, text_encoder_bytes
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
 FELT = 0.1  # assumed: the share of copies that compute does not hide, or of compute that copies do not
+GATHERED = 3  # blocks: the one that runs, the next one as it arrives and as it is laid out (assumed)
 READ_AHEAD = 2.0e9  # cache entries that data.loader keeps, at most
 
 
@@ -93,6 +94,7 @@ class Job:
         compiled: whether blocks are compiled; memory is counted as if they were not.
         usual: whether precision and attention are set as they are where steps are measured, and nothing is preserved.
         text_storage: of the text encoder's layers: nf4, int8, or None; text_here: whether it runs on this machine.
+        shares: of how many processes each holds a part of the base; 1 if it is not sharded.
     """
 
     variant: Variant
@@ -118,6 +120,7 @@ class Job:
     text_sizes: Mapping[str, int] = field(default_factory=dict)
     text_storage: str | None = None
     text_here: bool = True
+    shares: int = 1
 
     @property
     def precision(self) -> str:
@@ -357,10 +360,7 @@ class Planner:
     @cached_property
     def names(self) -> dict[str, int]:
         """Which of the blocks has which name."""
-        config = self.job.model.config
-        double = [f"double_blocks.{i}" for i in range(config.double_blocks)]
-        single = [f"single_blocks.{i}" for i in range(config.single_blocks)]
-        return {name: i for i, name in enumerate([*double, *single])}
+        return {name: i for i, name in enumerate(self.job.model.config.block_names)}
 
     def predict(self, choice: Choice) -> Prediction:
         """Add up a choice; what was added up once is known."""
@@ -383,11 +383,17 @@ class Planner:
             away = boundary * (len(self.kinds) - whole)
             kept += min(2 * boundary, away) - away  # two are on their way
             moved += 2.0 * away * job.accumulation * (1 + self.class_share)
+        whole, gathered = sum(weights) - streamed, 0
+        if job.shares > 1:  # gathered for the forward and for the backward
+            gathered = GATHERED * max([*weights, self.other_weights])
+            share = 1 - 1 / job.shares
+            moved += 2.0 * (whole + self.other_weights) * share * job.accumulation * (1 + self.class_share)
         libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
         resident: dict[str, float] = {
-            "weights of blocks": sum(weights) - streamed,
+            "weights of blocks": whole / job.shares,
             "buffers of streamed blocks": ring,
-            "other weights": self.other_weights,
+            "gathered weights": gathered,
+            "other weights": self.other_weights / job.shares,
             **self.adapter,
             "dequantised layer": self.workspace,
             "autoencoder": self.autoencoder[0] if job.sample_pixels else 0,

@@ -33,6 +33,7 @@ FREE_KEYS = (
     "cache_dir",
     "quantised_dir",
     "device",
+    "shard",
     "sample",
     "tracker",
     "hub",

@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import peft
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
@@ -28,7 +29,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data.buckets import Buckets
 from data.cache import Cache, MemoryCache
@@ -61,9 +61,10 @@ from train.masking import masked
 from train.optim import build, check_installed
 from train.outofmemory import OutOfMemory, watched
 from train.prior import PriorPreservation
-from train.processes import is_offline, make_accelerator
+from train.processes import Processes, is_offline, make_accelerator
 from train.recommend import closing_lines
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
+from train.sharding import attached, check_memory, check_processes, launched_to_shard, sharder, shares
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics, warn
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, Validated, ValidationSettings
@@ -123,8 +124,10 @@ class Run:
         self._place: resume.Place | None = None
         self._lock: folder.Lock | None = None
         self.first_caption = ""
+        self.planned_processes: int | None = None  # in a plan, how many there will be
         self.source = self.model.source()
         self.accelerator = make_accelerator(self.settings.device)
+        self.processes = Processes(self.accelerator, self.settings.shard or launched_to_shard())
         self.precision = chosen.on(self.accelerator.device)
         self.lay_out()
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
@@ -166,6 +169,8 @@ class Run:
 
     def rehearse(self) -> None:
         """Attach to a model without memory, and open pictures: what cannot work says so now and not in an hour."""
+        if self.processes.sharded:
+            check_memory(self.memory)
         with torch.device("meta"):
             model = Transformer(self.variant.transformer)
             convert(model, self.precision, self.accelerator.device)
@@ -224,6 +229,11 @@ class Run:
     @property
     def images_per_step(self) -> int:
         return self.settings.batch_size * self.settings.gradient_accumulation * self.accelerator.num_processes
+
+    @property
+    def shares(self) -> int:
+        """How many processes the base is sharded over; 1 if it is not."""
+        return (self.planned_processes or self.accelerator.num_processes) if self.processes.sharded else 1
 
     @property
     def example(self) -> str:
@@ -331,7 +341,7 @@ class Run:
 
     def sampler(self, prepared: Prepared) -> Sampler | None:
         """What makes the sample sheets, if any are asked for."""
-        if not self.sample.prompts or not self.settings.sample_every or not self.accelerator.is_main_process:
+        if not self.sample.prompts or not self.settings.sample_every:
             return None
         autoencoder = load_autoencoder(self.source, self.accelerator.device)
         references, sizes = [], []
@@ -344,9 +354,15 @@ class Run:
             width, height = self.buckets.nearest(*(pictures[0].size if pictures else (1, 1)))
             sizes.append((self.sample.width or width, self.sample.height or height))
         text, empty = prepared.embeddings(self.sample.prompts), prepared.embeddings([""])
-        return Sampler(self.sample, self.variant, autoencoder, text, empty, references, sizes)
+        return Sampler(self.sample, self.variant, autoencoder, text, empty, references, sizes, self.processes.map)
 
-    def stream(self, transformer: Transformer, wrapped: nn.Module) -> None:
+    def attach(self, transformer: Transformer) -> peft.PeftModel:
+        """The adapter around the loaded model."""
+        if self.processes.sharded:
+            return attached(self.make_adapter, transformer, seed=self.settings.seed)
+        return self.make_adapter(transformer, seed=self.settings.seed)
+
+    def stream(self, transformer: Transformer) -> None:
         """Let blocks and activations stream from host memory, if that is asked for."""
         offloader = offload(
             transformer,
@@ -354,11 +370,8 @@ class Run:
             activations=self.memory.offload_activations,
             device=self.accelerator.device,
         )
-        if offloader is None:
-            return
-        self.say(str(offloader))
-        # frozen and the same in all processes: what streams has nothing to be exchanged
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, offloader.names(wrapped))
+        if offloader is not None:
+            self.say(str(offloader))
 
     def keep_memory(self, place: resume.Place) -> None:
         """Go on with what was chosen when the run began, if that fits here too and no other choice is asked for."""
@@ -368,6 +381,8 @@ class Run:
 
     def train(self) -> Path:
         """Prepare, train, and return the folder of the finished adapter."""
+        if self.processes.sharded:
+            check_processes(self.accelerator.num_processes)
         place = self.place()
         try:
             return self.train_in(place)
@@ -393,14 +408,25 @@ class Run:
         loading = watched("while loading the transformer", "step", accelerator.device)
         with own_errors(accelerator.process_index), loading:
             transformer = load_transformer(
-                self.source, accelerator.device, self.precision, host=self.streamed, cache=self.copies, say=self.say
+                self.source,
+                accelerator.device,
+                self.precision,
+                host=self.streamed,
+                cache=self.copies,
+                say=self.say,
+                ready=sharder(accelerator.device) if self.processes.sharded else None,
             )
             self.say(describe(transformer, self.precision, accelerator.device))
+            if self.processes.sharded:
+                self.say(
+                    f"the base is sharded: of each process a share of {shares(transformer) / 1e9:.3g} GB, and of what "
+                    "runs a block at a time"
+                )
             if settings.embedding_storage.startswith("projected"):
                 transformer.txt_in = nn.Identity()  # it is applied in what is stored
             self.memory.apply(transformer, accelerator.device, self.buckets)
-            wrapped = self.make_adapter(transformer, seed=settings.seed)
-            self.stream(transformer, wrapped)
+            wrapped = self.attach(transformer)
+            self.stream(transformer)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
         trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
         self.say(f"{len(trained)} samples, {trainable:,} trained parameters, {settings.steps} steps in {place.folder}")
@@ -434,10 +460,11 @@ class Run:
         chosen = [
             Validated(dataset[i].name, prepared.entries[i], captions[i][0], prepared.contents[i]) for i in validated
         ]
+        validate = FixedNoiseLoss(prepared, chosen, self.validation.seed, self.validation.times, self.processes.map)
         prompts = list(self.held.prompts) if self.held.active else []
         adapter = Training(
             settings=settings,
-            accelerator=accelerator,
+            processes=self.processes,
             variant=self.variant,
             base=self.variant.repo or self.variant.name,
             wrapped=wrapped,
@@ -454,7 +481,7 @@ class Run:
             metrics=metrics,
             begin=begin,
             sampler=self.sampler(prepared),
-            validate=FixedNoiseLoss(prepared, chosen, self.validation.seed, self.validation.times) if chosen else None,
+            validate=validate if chosen else None,
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
         ).run()
         self.write_card(place.folder, len(trained))

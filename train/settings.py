@@ -40,9 +40,12 @@ class RunSettings(LoopSettings):
     embedding_storage: str = "full"
     quantised_dir: str | None = None
     device: str | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.shard, bool):
+            raise ValueError(f"shard={self.shard!r} must be true or false")
         check_count("batch_size", self.batch_size, 1, MOST)
         check_count("reference_resolution", self.reference_resolution, 16)
         for key in ("caption_dropout", "reference_dropout"):

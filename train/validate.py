@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,13 @@ from train.cache import Prepared
 from train.loss import Noised, flow_loss, is_number, noise_at
 
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
+
+Share = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+
+
+def alone(do: Callable[[Any], Any], work: Sequence[Any]) -> list[Any]:
+    """`do` of each of `work`, in this process; of several, `Processes.map` shares it."""
+    return [do(one) for one in work]
 
 
 def check_count(key: str, value: object, low: int = 0, most: float = math.inf) -> None:
@@ -97,18 +104,23 @@ class FixedNoiseLoss:
     chosen: Sequence[Validated]
     seed: int
     times: Sequence[float] = TIMES
+    share: Share = alone
+
+    def __call__(self, model: nn.Module, guidance: float | None) -> Tensor:
+        """(samples, times) float64 on the CPU."""
+        losses = self.share(lambda sample: self.of(sample, model, guidance), self.chosen)
+        return torch.stack(losses).double()
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, guidance: float | None) -> Tensor:
-        """(samples, times) float64 on the CPU; one prediction at a time: it needs no more memory than training."""
+    def of(self, sample: Validated, model: nn.Module, guidance: float | None) -> Tensor:
+        """(times,) on the CPU; one prediction at a time, so that it needs no more memory than training."""
+        noised, text = self.sample(sample, next(model.parameters()).device)
         losses = []
-        for sample in self.chosen:
-            noised, text = self.sample(sample, next(model.parameters()).device)
-            for row in range(len(self.times)):
-                at = slice(row, row + 1)
-                mask = None if noised.mask is None else noised.mask[at]
-                losses.append(flow_loss(noised.predict(model, text[at], guidance, at), noised.target[at], mask))
-        return torch.stack(losses).view(len(self.chosen), len(self.times)).double().cpu()
+        for row in range(len(self.times)):
+            at = slice(row, row + 1)
+            mask = None if noised.mask is None else noised.mask[at]
+            losses.append(flow_loss(noised.predict(model, text[at], guidance, at), noised.target[at], mask))
+        return torch.stack(losses).cpu()
 
     def sample(self, sample: Validated, device: torch.device) -> tuple[Noised, Tensor]:
         """One sample at all times, and its caption's embeddings (times, T, D)."""
@@ -211,6 +223,7 @@ class Sampler:
         text: (P, T, text_width) embeddings of the prompts; empty: (1, T, text_width).
         references: latents (1, 128, h, w) of the pictures that each prompt edits.
         sizes: (width, height) in pixels of each prompt's picture.
+        share: spreads the pictures over the processes; all of them then call `pictures`.
     """
 
     def __init__(
@@ -222,34 +235,37 @@ class Sampler:
         empty: Tensor,
         references: Sequence[Sequence[Tensor]],
         sizes: Sequence[tuple[int, int]],
+        share: Share = alone,
     ) -> None:
         self.settings, self.autoencoder = settings, autoencoder
         self.text, self.empty, self.references, self.sizes = text, empty, references, sizes
+        self.share = share
         self.steps = settings.steps or variant.steps
         self.guidance = variant.guidance if settings.guidance is None else settings.guidance
 
     def pictures(self, model: Transformer) -> list[Image.Image]:
         """One picture a prompt; each depends on its own seed, not on the others."""
-        return [
-            render(
+
+        def picture(i: int) -> Image.Image:
+            return render(
                 model,
                 self.autoencoder,
                 self.text[i : i + 1],
                 seeds=[self.settings.seed + i],
-                width=width,
-                height=height,
+                width=self.sizes[i][0],
+                height=self.sizes[i][1],
                 steps=self.steps,
                 guidance=self.guidance,
                 references=self.references[i],
                 empty=self.empty,
             )[0]
-            for i, (width, height) in enumerate(self.sizes)
-        ]
 
-    def sheet(self, model: Transformer, file: Path) -> None:
-        """Write the pictures with their prompts to `file`."""
+        return self.share(picture, range(len(self.sizes)))
+
+    def write(self, pictures: Sequence[Image.Image], file: Path) -> None:
+        """Write pictures with their prompts to `file`."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        sheet([self.pictures(model)], columns=list(self.settings.prompts)).save(file)
+        sheet([pictures], columns=list(self.settings.prompts)).save(file)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:

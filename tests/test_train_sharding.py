@@ -1,0 +1,238 @@
+"""A base that is spread over processes trains the adapter as a whole one does. Two real processes, over gloo."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from sharding_worker import CASES, inputs
+from train_helpers import CONF, ROOT, adapter, compose, environment, execute, free_port, launch, lines, values
+
+from flux2 import adapters
+from flux2.sources import model_source
+from flux2.weights import load_transformer
+from train.command import checked
+from train.plan import main as plan
+from train.run import Run
+from train.settings import MemorySettings, RunSettings
+from train.sharding import SETTINGS, check_memory, launched_to_shard
+
+pytest_plugins = ("train_helpers",)
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharding")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What two processes found, one after the other in a list."""
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "tests/sharding_worker.py", str(folder)],
+            cwd=ROOT,
+            env=environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                LOCAL_WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in said)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_there_are_two_processes_and_they_wait_for_each_other_for_long(found):
+    for one in found:
+        assert one["processes"] == 2
+        assert one["timeout"] >= 3600
+
+
+@pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
+def test_a_sharded_base_gives_the_losses_and_gradients_of_a_whole_one(found, case):
+    """Of a step whose pictures have another shape in each process, to the bit."""
+    for one in found:
+        whole, sharded = one[case]["whole"], one[case]["sharded"]
+        assert whole["wrapped in"] == "DistributedDataParallel"
+        assert sharded["wrapped in"] == "PeftModel"
+        assert sharded["losses"] == whole["losses"]
+        assert all(map(torch.equal, sharded["gradients"], whole["gradients"]))
+        for gradient, expected in zip(sharded["gradients"], one[case]["alone"], strict=True):
+            torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
+            assert expected.abs().max() > 1e-6
+    assert found[0][case]["sharded"]["losses"] != found[1][case]["sharded"]["losses"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
+def test_each_process_holds_half_of_the_base_and_all_of_the_adapter(found, case):
+    for rank, one in enumerate(found):
+        sharded = one[case]["sharded"]
+        assert all(sharded["sharded"].values())
+        assert sharded["adapter is plain"]
+        assert sharded["held"] == pytest.approx(one[case]["held by one"] / 2, rel=0.01)
+        for name, shape in sharded["whole"].items():
+            first = -(-shape[0] // 2)
+            rows = min(first, shape[0]) if rank == 0 else shape[0] - first
+            assert sharded["local"][name] == (rows, *shape[1:]), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
+def test_a_block_is_whole_only_while_it_runs(found, case):
+    for one in found:
+        assert one[case]["sharded"]["most blocks at once"] in (1, 2)  # one more may have arrived
+        assert one[case]["sharded"]["blocks at the end"] == 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
+def test_while_loading_a_process_holds_its_share_a_block_and_what_is_in_none(found, case):
+    for one in found:
+        sharded = one[case]["sharded"]
+        sizes: dict[str, int] = {}
+        for name, size in sharded["numel"].items():
+            part = ".".join(name.split(".")[:2]) if "_blocks." in name else "outside"
+            sizes[part] = sizes.get(part, 0) + size
+        outside = sizes.pop("outside")
+        limit = sum(sizes.values()) / 2 + max(sizes.values()) / 2 + outside
+        assert sharded["most while loading"] <= limit * 1.001 < one[case]["held by one"]
+
+
+def test_what_a_sharded_model_saved_is_loaded_by_a_whole_one(found, folder):
+    """And predicts the same. One process saved it alone, which the other did not wait for."""
+    model = load_transformer(model_source("tiny", None, None, None), "cpu")
+    adapters.load(model, folder / "adapter")
+    with torch.no_grad():
+        prediction = model(**inputs(0, 1))
+        assert torch.equal(prediction, found[0]["fp32", "full"]["sharded"]["prediction"])
+        with adapters.disabled(model):
+            assert not torch.allclose(prediction, model(**inputs(0, 1)), atol=1e-2)
+
+
+def test_an_adapter_that_begins_with_the_bases_weights_is_refused(found):
+    for one in found:
+        assert "nowhere whole" in one["refused"]
+        assert "adapter=lora" in one["refused"]
+
+
+def test_work_is_shared_between_processes_and_an_error_is_known_to_both(found):
+    first, second = (one["map"] for one in found)
+    assert first["shared"] == second["shared"] == [(0, 0), (1, 1), (4, 0), (9, 1), (16, 0)]
+    assert first["in step"] == second["in step"] == [0, 1, 2]
+    assert len(first["calls"]) == len(second["calls"]) == 2  # a forward is one of both
+    assert second["failed"] == "KeyError: 'no such picture'"
+    assert first["failed"] == "RuntimeError: process 1 failed: KeyError: 'no such picture'"
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_accelerates_fsdp_settings_are_what_is_done_or_refused():
+    assert not launched_to_shard({})
+    assert not launched_to_shard({"ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "1"})
+    assert launched_to_shard(FSDP2)
+    assert launched_to_shard(FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "SingleBlock, DoubleBlock"})
+    wrong = {
+        "FSDP_VERSION": "1",
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+        "FSDP_OFFLOAD_PARAMS": "true",
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
+    }
+    assert wrong.keys() == SETTINGS.keys()
+    for name, value in wrong.items():
+        with pytest.raises(
+            ValueError, match=f"{SETTINGS[name][0]}={value}; .*{SETTINGS[name][0]}={SETTINGS[name][1][0]}"
+        ):
+            launched_to_shard(FSDP2 | {name: value})
+    with pytest.raises(ValueError, match=r"cls_to_wrap=Linear; .*DoubleBlock and SingleBlock"):
+        launched_to_shard(FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "Linear"})
+
+
+def test_one_process_cannot_shard(small, monkeypatch, tmp_path):
+    run = Run(compose(*small("shard=true", f"output_dir={tmp_path / 'run'}")))
+    with pytest.raises(ValueError, match=r"shard=true .* this is one: .*--num_processes 2"):
+        run.train()
+    for key, value in FSDP2.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match="this is one"):
+        Run(compose(*small(f"output_dir={tmp_path / 'run'}"))).train()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "off"), [("stream_blocks=0.5", "0"), ("offload_activations=true", "false"), ("compile=true", "false")]
+)
+def test_what_a_sharded_base_cannot_be_together_with_is_refused(small, setting, off):
+    key = setting.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"memory\.{setting} cannot .* set memory\.{key}={off}, or shard=false"):
+        Run(compose(*small("shard=true", f"memory.{setting}")))
+    check_memory(MemorySettings("none"))
+
+
+def test_shard_is_true_or_false():
+    with pytest.raises(ValueError, match="shard='yes' must be true or false"):
+        checked("", {"shard": "yes"}, RunSettings)
+
+
+def test_the_plan_of_a_sharded_run_divides_the_base(run_command):
+    def weights(*more):
+        code, out, err = run_command("model=klein_4b", "precision=bf16", "batch_size=1", "+card=24", *more, task=plan)
+        assert code == 0, err
+        rows = dict(re.findall(r"^ +(weights of blocks|gathered weights) +([\d.]+)", out, re.MULTILINE))
+        return {key: float(value) for key, value in rows.items()}
+
+    alone = weights()
+    four = weights("shard=true", "+processes=4")
+    assert four["weights of blocks"] == pytest.approx(alone["weights of blocks"] / 4, rel=0.03)
+    assert "gathered weights" not in alone
+    assert 0 < four["gathered weights"] < alone["weights of blocks"] / 4
+    assert "+processes=4" in run_command.refused("shard=true", task=plan)
+    assert "shard=true" in run_command.refused("+processes=4", task=plan)
+
+
+# ------------------------------------------------------------------ through the command line
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_that_of_one_process_and_is_resumed_by_one(tmp_path):
+    """Started with Accelerate's FSDP2 configuration: pictures, validation loss and checkpoints; then not sharded."""
+    arguments = [
+        *("model=tiny", "model.resolution=64", "dataset=demo", f"cache_dir={tmp_path / 'cache'}", "log_every=1"),
+        *("batch_size=2", "sample.steps=1", "sample.prompts=[a red cup,a blue fox,a star]", "sample_every=2"),
+        *("validate_every=2", "validation.samples=3", "checkpoint_every=2", "memory.checkpointing=selective"),
+        *("preservation=base", "preservation.prompts=[a red cup]", "caption_dropout=0.3", "optimizer.lr=1e-3"),
+    ]
+    two, one = tmp_path / "two", tmp_path / "one"
+    script = launch(*("--config_file", str(CONF / "accelerate" / "fsdp2.yaml"), "--num_processes", "2"))
+    script += ["--main_process_port", str(free_port()), "train/run.py"]
+    done = execute([*script, *arguments, "steps=2", f"output_dir={two}"], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes: 2" in done.stdout
+    assert "the base is sharded" in done.stdout
+    accumulated = [*arguments, "gradient_accumulation=2"]
+    Run(compose(*accumulated, "steps=4", f"output_dir={one}")).train()
+    assert values(two) == pytest.approx(values(one)[:2], rel=1e-5)
+    assert values(two, "validation_loss") == pytest.approx(values(one, "validation_loss")[:2], rel=1e-5)
+    assert (two / "samples" / "step_000000.png").read_bytes() == (one / "samples" / "step_000000.png").read_bytes()
+    Run(compose(*accumulated, "steps=4", f"resume={two}")).train()
+    assert [line["step"] for line in lines(two)] == [0, 1, 2, 3, 4]
+    assert values(two) == pytest.approx(values(one), rel=1e-5)
+    for name, tensor in adapter(one).items():
+        torch.testing.assert_close(adapter(two)[name], tensor, atol=2e-5, rtol=1e-2)
+    assert json.loads((two / "checkpoints" / "step_000002" / "state.json").read_text())["images_per_step"] == 4
