@@ -1,12 +1,8 @@
-"""LoRA adapters: attach, save and load them, in PEFT's form and in those of diffusers and ComfyUI.
+"""Adapters: what they are in a model, and their files, in PEFT's form and in those of diffusers and ComfyUI.
 
-PEFT is the adapter library; this module chooses the layers and speaks the file formats. Low-rank pairs are kept as
-
-    delta W = scale * B A        A: (rank, in), B: (out, rank), scale = alpha / rank
-
-A LoRA on a fused q, k, v projection is exactly three on the separate ones: the same A, and B cut in thirds. Three
-separate ones fuse into one of rank 3r: the A stacked, the B on a block diagonal. The formats without an alpha get the
-scale folded into B. Names of layers come from the table in `names`.
+PEFT is the adapter library. The types are attached in `adapter_types`, `adapter_formats` speaks the other formats, and
+this module saves, loads, merges and restores. LoRA, rsLoRA and PiSSA are low-rank pairs, which all formats hold; a DoRA
+is a pair and lengths, which PEFT and diffusers hold; LoHa, LoKr and OFT are PEFT's alone.
 """
 
 from __future__ import annotations
@@ -14,9 +10,8 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -25,104 +20,42 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from flux2 import checks, peft_config
-from flux2.layers import BLOCK_LINEARS, linear_names
+from flux2.adapter_formats import AdapterError, Pair, from_state, to_comfyui, to_diffusers
+from flux2.adapter_types import attach, detach, target_layers
+from flux2.layers import BLOCK_LINEARS
 from flux2.linear import fuse_lora
 from flux2.model import Transformer
-from flux2.names import listed, swap_halves, transformer_module
+from flux2.names import listed
 from flux2.quantised import QuantisedLinear
+
+__all__ = [
+    "BLOCK_LINEARS",
+    "AdapterError",
+    "Pair",
+    "adapter_parameters",
+    "attach",
+    "attach_pairs",
+    "detach",
+    "disabled",
+    "find",
+    "from_state",
+    "layer_pairs",
+    "load",
+    "merge",
+    "restore",
+    "save",
+    "target_layers",
+    "to_comfyui",
+    "to_diffusers",
+]
 
 PEFT_FILE = "adapter_model.safetensors"
 DIFFUSERS_FILE = "diffusers.safetensors"
 
-
-class AdapterError(ValueError):
-    """An adapter cannot be attached, or its file cannot be read or does not fit the model."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One layer's low-rank update with the scale folded into `b`: delta W = b @ a."""
-
-    a: Tensor  # (rank, in)
-    b: Tensor  # (out, rank)
-
-
-# ------------------------------------------------------------------ attaching
-
-
-def target_layers(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers that any of the regular expressions `targets` matches whole.
-
-    Raises:
-        AdapterError: a pattern is no regular expression, or matches no linear layer.
-    """
-    try:
-        return linear_names(model, targets, "adapter.targets")
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
-
-
-def attach(
-    model: Transformer,
-    *,
-    rank: int = 16,
-    alpha: float | None = None,
-    targets: Sequence[str] = BLOCK_LINEARS,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    seed: int = 0,
-    name: str = "default",
-) -> peft.PeftModel:
-    """Attach a fresh LoRA to `model`, in place; its weights are float32 and alone require gradients.
-
-    Args:
-        rank: of every pair.
-        alpha: the update is scaled by alpha / rank; `rank` by default, so that the learning rate means the same at
-            every rank.
-        targets: regular expressions for whole layer names.
-        dropout: on the input of A.
-        rslora: scale by alpha / sqrt(rank) instead.
-        seed: of A's initialisation; B starts at zero, so a fresh adapter changes nothing, bit for bit.
-
-    Returns:
-        PEFT's wrapper around the same `model`; use either.
-    """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise AdapterError(f"adapter.rank={rank!r} must be a whole number from 1")
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise AdapterError(f"adapter.dropout={dropout!r} must be a number in [0, 1)")
-    if alpha is not None and (
-        isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf")
-    ):
-        raise AdapterError(f"adapter.alpha={alpha!r} must be a positive number, or null for the rank")
-    if not isinstance(rslora, bool):
-        raise AdapterError(f"adapter.rslora={rslora!r} must be true or false")
-    if isinstance(targets, str):
-        raise AdapterError(f"adapter.targets={targets!r} must be a list of regular expressions, got one string")
-    if not isinstance(targets, Sequence) or not all(isinstance(target, str) for target in targets):
-        raise AdapterError(f"adapter.targets={targets!r} must be a list of regular expressions")
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        target_modules=target_layers(model, targets),
-        lora_dropout=dropout,
-        use_rslora=rslora,
-    )
-    model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        wrapped = peft.get_peft_model(model, config, adapter_name=name)
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                # PEFT rounds what it drew to the base's precision: draw again, so that all precisions start alike
-                module.lora_A[name].float()
-                module.lora_B[name].float()
-                module.reset_lora_parameters(name, init_lora_weights=True)
-    fuse_lora(model)
-    return wrapped
+# ------------------------------------------------------------------ in a model
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -152,113 +85,6 @@ def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, Pair]:
             a, b = module.lora_A[name].weight, module.lora_B[name].weight
             pairs[layer] = Pair(a.detach().float().cpu(), b.detach().float().cpu() * module.scaling[name])
     return pairs
-
-
-# ------------------------------------------------------------------ formats
-
-
-def to_diffusers(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
-    """Our layers to the keys that diffusers' `load_lora_weights` reads."""
-    state = {}
-    for layer, pair in pairs.items():
-        published = transformer_module(layer)
-        for name, b in published.split(pair.b).items():
-            state[f"transformer.{name}.lora_A.weight"] = pair.a.clone()
-            state[f"transformer.{name}.lora_B.weight"] = b.contiguous()
-    return state
-
-
-def to_comfyui(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
-    """Our layers to the keys that ComfyUI reads, which are Black Forest Labs' names."""
-    state = {}
-    for layer, pair in pairs.items():
-        state[f"diffusion_model.{layer}.lora_A.weight"] = pair.a
-        state[f"diffusion_model.{layer}.lora_B.weight"] = pair.b
-    return state
-
-
-def fuse(parts: Sequence[Pair]) -> Pair:
-    """Pairs of separate q, k, v layers to one of the fused layer; the three of a split one come back as it was."""
-    if all(torch.equal(part.a, parts[0].a) for part in parts):
-        return Pair(parts[0].a, torch.cat([part.b for part in parts]))
-    return Pair(torch.cat([part.a for part in parts]), torch.block_diag(*(part.b for part in parts)))
-
-
-def whole_pair(name: str, a: Tensor, b: Tensor, alpha: Tensor | None) -> Pair:
-    """The update of one layer. Raises AdapterError unless the shapes are (rank, in), (out, rank) and one number."""
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise AdapterError(
-            f"{name}: lora_A has shape {tuple(a.shape)} and lora_B {tuple(b.shape)}; (rank, in) and (out, rank) of one "
-            "rank were expected"
-        )
-    if alpha is None:
-        return Pair(a, b)
-    if alpha.numel() != 1:
-        raise AdapterError(f"{name}: alpha has shape {tuple(alpha.shape)}; one number was expected")
-    return Pair(a, b * (alpha.item() / a.shape[0]))
-
-
-def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]:
-    """Read the keys of diffusers or ComfyUI back into our layers.
-
-    Args:
-        state: `*.lora_A.weight`, `*.lora_B.weight` and, perhaps, `*.alpha`.
-        model: whose layers the keys must name.
-
-    Raises:
-        AdapterError: a key is of neither format, a tensor has values that are not finite, a pair is incomplete or of
-            two ranks, or a layer is not in the model or not of its shape.
-    """
-    if not state:
-        raise AdapterError("it holds no tensors")
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = re.fullmatch(r"(?:transformer\.|diffusion_model\.)?(.+?)\.(lora_A|lora_B|alpha)(?:\.weight)?", key)
-        if not match:
-            raise AdapterError(f"{key!r} is not a LoRA key of diffusers or ComfyUI")
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise AdapterError(f"{key} has NaN or infinite values: the training that made it failed")
-        halves.setdefault(match[1], {})[match[2]] = tensor.float()
-
-    def pair(name: str) -> Pair:
-        half = halves.pop(name)
-        if not {"lora_A", "lora_B"} <= half.keys():
-            raise AdapterError(f"{name} has only {' and '.join(half)}: the file is incomplete")
-        return whole_pair(name, half["lora_A"], half["lora_B"], half.get("alpha"))
-
-    pairs = {}
-    for layer, module in model.named_modules():
-        if not isinstance(module, nn.Linear | LoraLayer) or ".lora_" in layer:
-            continue
-        rows, columns = module.out_features, module.in_features
-        published = transformer_module(layer.removesuffix(".base_layer"))
-        if layer in halves:
-            found = pair(layer)
-        elif any(name in halves for name in published.names):
-            part_rows = rows // len(published.names)
-            nothing = Pair(torch.zeros(0, columns), torch.zeros(part_rows, 0))
-            parts = [pair(name) if name in halves else nothing for name in published.names]
-            for name, part in zip(published.names, parts, strict=True):
-                check_features(name, part, columns, part_rows)
-            found = fuse(parts)
-            if published.kind == "swapped":
-                found = Pair(found.a, swap_halves(found.b))
-        else:
-            continue
-        check_features(layer, found, columns, rows)
-        pairs[layer] = found
-    if halves:
-        raise AdapterError(f"the adapter has layers that this model does not: {listed(halves)}")
-    return pairs
-
-
-def check_features(name: str, pair: Pair, columns: int, rows: int) -> None:
-    """Raises AdapterError unless `pair` is for a layer of `columns` to `rows` features."""
-    if pair.a.shape[1] != columns or pair.b.shape[0] != rows:
-        raise AdapterError(
-            f"{name}: the adapter is for a layer of {pair.a.shape[1]} to {pair.b.shape[0]} features, the "
-            f"model's has {columns} to {rows}. It was trained on another model."
-        )
 
 
 # ------------------------------------------------------------------ files

@@ -1,4 +1,9 @@
-"""Which linear layers a setting means: regular expressions for whole names, each of which must match something."""
+"""Which linear layers a setting means: presets by name, and regular expressions for whole layer names.
+
+Each must match something. In a single block attention and mlp share two fused layers: `linear1` gives q, k, v and what
+goes into the mlp, `linear2` takes both results. `attention` and `mlp` so both have these two; the projections of
+double blocks alone are `double_attention` and `double_mlp`.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,41 @@ from collections.abc import Sequence
 
 from torch import nn
 
-# all linears of all blocks
-BLOCK_LINEARS = (
-    r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])",
-    r"single_blocks\.\d+\.linear[12]",
-)
+_SINGLE = r"single_blocks\.\d+\.linear[12]"
+_DOUBLE = r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])"
+_DOUBLE_ATTENTION = r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)"
+_DOUBLE_MLP = r"double_blocks\.\d+\.(img|txt)_mlp\.[02]"
+
+# name: patterns of whole layer names; docs/adapters.md has them with the share of the weights
+PRESETS = {
+    "blocks": (_DOUBLE, _SINGLE),
+    "double_blocks": (_DOUBLE,),
+    "single_blocks": (_SINGLE,),
+    "attention": (_DOUBLE_ATTENTION, _SINGLE),
+    "mlp": (_DOUBLE_MLP, _SINGLE),
+    "double_attention": (_DOUBLE_ATTENTION,),
+    "double_mlp": (_DOUBLE_MLP,),
+    "image_stream": (r"double_blocks\.\d+\.img_(attn\.(qkv|proj)|mlp\.[02])",),
+    "text_stream": (r"double_blocks\.\d+\.txt_(attn\.(qkv|proj)|mlp\.[02])",),
+    "modulation": (r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.lin",),
+    "all_linear": (r".*",),
+}
+BLOCK_LINEARS = PRESETS["blocks"]  # all linears of all blocks
+
+
+def kinds(names: Sequence[str]) -> str:
+    """Names with the number of a block as N, each once."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name, count=1) for name in names))
+
+
+def matched(names: Sequence[str], pattern: str) -> list[str]:
+    """Which of `names` a preset means, or a regular expression matches whole. Raises `re.error`."""
+    patterns = PRESETS.get(pattern, (pattern,))
+    return [name for name in names if any(re.fullmatch(one, name) for one in patterns)]
 
 
 def linear_names(model: nn.Module, patterns: Sequence[str], setting: str) -> list[str]:
-    """Names of the linear layers that any of `patterns` matches whole, in the order of the model.
+    """Names of the linear layers that any of `patterns`, presets among them, means, in the order of the model.
 
     Raises:
         ValueError: naming `setting`; a pattern is no regular expression or matches no linear layer, or there is none.
@@ -24,14 +55,13 @@ def linear_names(model: nn.Module, patterns: Sequence[str], setting: str) -> lis
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            found = [name for name in linears if re.fullmatch(pattern, name)]
+            found = matched(linears, pattern)
         except re.error as error:
             raise ValueError(f"{setting}: {pattern!r} is not a regular expression ({error})") from error
         if not found:
-            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name, count=1) for name in linears)
             raise ValueError(
-                f"{setting}: {pattern!r} matches no linear layer of the model. A target is a regular expression "
-                f"for a whole name; the layers are {', '.join(kinds)}"
+                f"{setting}: {pattern!r} matches no linear layer of the model. A target is a preset "
+                f"({', '.join(PRESETS)}) or a regular expression for a whole name; the layers are {kinds(linears)}"
             )
         chosen.update(found)
     if not chosen:

@@ -29,6 +29,8 @@ from torch.autograd.function import once_differentiable
 
 from flux2.replay import current
 
+INITIAL = "_initial"  # ends the name of the adapter that takes a PiSSA's beginning off again (adapter_types.py)
+
 
 def rows(x: Tensor) -> Tensor:
     """(..., width) -> (all others, width)."""
@@ -139,21 +141,27 @@ class LoraProduct(torch.autograd.Function):
         return None, dx, da, db, None
 
 
+def difference(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+    """B A - B0 A0 as one pair of twice the rank, (B - B0) A + B0 (A - A0), in which nothing large cancels."""
+    return torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1)
+
+
 class FusedLora(lora.Linear):
     """PEFT's LoRA layer, computed by `LoraProduct` where it is plain. Made by `fuse_lora` from PEFT's own."""
 
     def plain_adapter(self) -> str | None:
         """The active adapter, if PEFT's forward for it is no more than base + scale * B A x; else None.
 
-        It is not if adapters are disabled or merged, none or several are active, dropout acts, the adapter is a variant
-        (DoRA and others) or has a bias, or the base is trained or computes in a way of its own.
+        It is not if adapters are disabled or merged, none or several are active (but for a PiSSA and its beginning),
+        dropout acts, the adapter is a variant (DoRA and others) or has a bias, or the base is trained or computes in a
+        way of its own.
         """
         if self.disable_adapters or self.merged or self.fan_in_fan_out:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1:
+        if not active or active[1:] not in ([], [active[0] + INITIAL]):
             return None
-        (name,) = active
+        name = active[0]
         dropout = self.lora_dropout[name]
         acts = not isinstance(dropout, nn.Identity) and dropout.training
         if acts or name in self.lora_variant or self.lora_bias[name]:
@@ -167,6 +175,8 @@ class FusedLora(lora.Linear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        if name + INITIAL in self.active_adapters:
+            a, b = difference(a, b, self.lora_A[name + INITIAL].weight, self.lora_B[name + INITIAL].weight)
         x = autocasted(x)
         if torch.compiler.is_compiling():  # which fuses by itself, and chooses what is kept
             return self.base_layer(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
