@@ -7,7 +7,6 @@ step: read a batch, add noise, predict, compare, update, and every so often log,
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator

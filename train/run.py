@@ -13,7 +13,6 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import gc
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants as hub
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,7 +45,7 @@ from flux2.pipeline import (
 from flux2.precision import convert, describe, pick
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
-from train import folder, resume
+from train import folder, resume, sweep
 from train.cache import Needs, Prepared, prepare
 from train.choose import advice, choice_of, completed, planned, still_fits
 from train.command import checked, command, made, own_errors
@@ -58,6 +55,7 @@ from train.optim import build
 from train.outofmemory import OutOfMemory, watched
 from train.processes import is_offline, make_accelerator
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
+from train.shared import SHARED, Base, free_memory
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings
@@ -228,8 +226,8 @@ class Run:
     def take_place(self) -> resume.Place:
         """Choose the run folder, make it, and hold it to the end of the run."""
         output = self.settings.output_dir
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            output = HydraConfig.get().runtime.output_dir
+        if sweep.is_sweep():
+            output = str(sweep.folder_of_job())
         fresh = Path(output or f"outputs/{self.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         given, chosen = self.settings.resume, output is not None
         while True:
@@ -271,6 +269,7 @@ class Run:
             self.settings.reference_resolution**2,
             self.precision.dtype,
             self.settings.embedding_storage,
+            before_loading=SHARED.free,  # what a job before left
         )
 
     def prepare(self) -> tuple[Source, Prepared]:
@@ -278,6 +277,13 @@ class Run:
         needs = self.needs()
         prepared = prepare(self.accelerator, needs)
         return needs.samples, prepared
+
+    def prepared(self) -> tuple[Source, Prepared]:
+        """What `prepare` gives, or gave the job before in a sweep."""
+        groups = ("model", "dataset", "text_encoder", "buckets", "sample", "preservation")
+        keys = ("cache_dir", "embedding_storage", "reference_resolution", "device")
+        key = [self.precision.dtype, *(self.config[name] for name in (*groups, *keys))]
+        return SHARED.take("data", key, self.prepare, self.say, "prepared data")
 
     def attention_backend(self) -> str:
         """Which one computes the attention of a square picture."""
@@ -296,7 +302,10 @@ class Run:
         """What makes the sample sheets, if any are asked for."""
         if not self.sample.prompts or not self.settings.sample_every or not self.accelerator.is_main_process:
             return None
-        autoencoder = load_autoencoder(self.source, self.accelerator.device)
+        key = [self.source, str(self.accelerator.device)]
+        autoencoder = SHARED.take(
+            "autoencoder", key, lambda: load_autoencoder(self.source, self.accelerator.device), self.say
+        )
         references, sizes = [], []
         for paths in self.sample.edits:
             files, limit = self.sampled(paths)
@@ -309,14 +318,36 @@ class Run:
         text, empty = prepared.embeddings(self.sample.prompts), prepared.embeddings([""])
         return Sampler(self.sample, self.variant, autoencoder, text, empty, references, sizes)
 
-    def stream(self, transformer: Transformer, wrapped: nn.Module) -> None:
-        """Let blocks and activations stream from host memory, if that is asked for."""
-        offloader = offload(
-            transformer,
-            self.memory.stream_blocks,
-            activations=self.memory.offload_activations,
-            device=self.accelerator.device,
+    def base(self) -> Base:
+        """The transformer, loaded, or as the job before in a sweep left it."""
+        device, memory = str(self.accelerator.device), {**self.config["memory"], "card_gb": None}
+        stored = self.settings.embedding_storage.startswith("projected")
+        key = [self.source, self.precision, device, memory, self.config["buckets"], stored]
+        return SHARED.take("transformer", key, self.load_base, self.say)
+
+    def load_base(self) -> Base:
+        device = self.accelerator.device
+        self.say(f"loading the transformer of {self.variant.name} ({self.precision.name}) onto {device}")
+        transformer = load_transformer(
+            self.source, device, self.precision, host=self.streamed, cache=self.copies, say=self.say
         )
+        self.say(describe(transformer, self.precision, device))
+        if self.settings.embedding_storage.startswith("projected"):
+            transformer.txt_in = nn.Identity()  # it is applied in what is stored
+        return Base(transformer, check=SHARED.keeps)
+
+    def stream(self, base: Base, wrapped: nn.Module) -> None:
+        """Let blocks and activations stream from host memory, if that is asked for."""
+        if base.offloader is None:
+            base.offloader = offload(
+                base.transformer,
+                self.memory.stream_blocks,
+                activations=self.memory.offload_activations,
+                device=self.accelerator.device,
+            )
+        else:
+            base.offloader.go_on(base.transformer)
+        offloader = base.offloader
         if offloader is None:
             return
         self.say(str(offloader))
@@ -333,7 +364,8 @@ class Run:
         """Prepare, train, and return the folder of the finished adapter."""
         place = self.place()
         try:
-            return self.train_in(place)
+            with SHARED.job(keeps=sweep.is_sweep()):
+                return self.train_in(place)
         finally:
             self.release()
 
@@ -342,28 +374,23 @@ class Run:
         settings, accelerator = self.settings, self.accelerator
         if place.checkpoint is not None and self.memory.card_gb is not None:
             self.keep_memory(place)
-        dataset, prepared = self.prepare()
+        dataset, prepared = self.prepared()
         self.first_caption = next((sample.caption for sample in dataset if sample.caption), "")
         trained, validated = self.validation.split(len(dataset), settings.seed)
         captions = [sample.captions for sample in dataset]
         weights = [sample.weight for sample in dataset]
 
         self.say(
-            f"loading the transformer of {self.variant.name} ({self.precision.name}) onto {accelerator.device}; "
+            f"{self.variant.name} ({self.precision.name}) on {accelerator.device}; "
             f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
             f"attention: {self.attention_backend()}"
         )
         loading = watched("while loading the transformer", "step", accelerator.device)
         with own_errors(accelerator.process_index), loading:
-            transformer = load_transformer(
-                self.source, accelerator.device, self.precision, host=self.streamed, cache=self.copies, say=self.say
-            )
-            self.say(describe(transformer, self.precision, accelerator.device))
-            if settings.embedding_storage.startswith("projected"):
-                transformer.txt_in = nn.Identity()  # it is applied in what is stored
-            self.memory.apply(transformer, accelerator.device, self.buckets)
-            wrapped = self.make_adapter(transformer, seed=settings.seed)
-            self.stream(transformer, wrapped)
+            base = self.base()
+            self.memory.apply(base.transformer, accelerator.device, self.buckets)
+            wrapped = self.make_adapter(base.transformer, seed=settings.seed)
+            self.stream(base, wrapped)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
         trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
         self.say(f"{len(trained)} samples, {trainable:,} trained parameters, {settings.steps} steps in {place.folder}")
@@ -393,7 +420,7 @@ class Run:
         )
         chosen = [(prepared.entries[i], captions[i][0]) for i in validated]
         prompts = list(self.preservation.prompts) if self.preservation.active else []
-        return Training(
+        adapter = Training(
             settings=settings,
             accelerator=accelerator,
             variant=self.variant,
@@ -412,11 +439,25 @@ class Run:
             validate=FixedNoiseLoss(prepared, chosen, settings.seed) if chosen else None,
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
         ).run()
+        if SHARED.keeps and (self.memory.compile or not base.take_off(wrapped)):
+            SHARED.drop("transformer")  # compiled code is of its layers as they were
+        return adapter
 
 
-def main(config: DictConfig) -> None:
-    """Train one configuration and say where everything is."""
-    run = Run(config)
+def main(config: DictConfig) -> float | None:
+    """Train one configuration and say where everything is; returns the last validation loss, if there is one."""
+    try:
+        run = Run(config)
+        sweep.check(run)
+        if not sweep.is_done(run):
+            train(run)
+        return sweep.result(run)
+    finally:
+        free_memory()  # the next job of a sweep needs it
+
+
+def train(run: Run) -> None:
+    """Train, and say where everything is."""
     try:
         adapter = run.train()
     except OutOfMemory as error:
@@ -438,8 +479,6 @@ def main(config: DictConfig) -> None:
     for path in run.sample.edits[0] if run.sample.prompts else []:
         words += ["--image", path]
     run.say(f"use it    {shlex.join(words)}")
-    del run
-    gc.collect()  # the next job of a sweep needs the memory
 
 
 if __name__ == "__main__":
