@@ -240,7 +240,6 @@ class Offloader:
         ring: int,
     ) -> None:
         self.device, self.away = device, away
-        self.run_inside = model.run_block
         self.first = model.double_blocks[0]
         self.last: Callable[[], Visit | None] = lambda: None
         self.open: Streamed | None = None
@@ -256,14 +255,19 @@ class Offloader:
             block.register_forward_pre_hook(streamed.check)
             self.blocks.append(streamed)
             self.of[block] = streamed
+        self.ring = Ring([streamed.host for streamed in self.blocks], copier, ring) if self.blocks else None
+        self.buffers = {slot.buffer.untyped_storage().data_ptr() for slot in self.ring.slots} if self.ring else set()
+        self.go_on(model)
+        model.streams = bool(self.blocks)
+
+    def go_on(self, model: Transformer) -> None:
+        """Stream `model` as before, after a recompute policy was set or another adapter was attached to it."""
+        self.run_inside = model.run_block
         held = {id(place.tensor) for streamed in self.blocks for place in streamed.places}
         for tensor in chain(model.parameters(), model.buffers()):
             if id(tensor) not in held:
-                tensor.data = tensor.data.to(device)
-        self.ring = Ring([streamed.host for streamed in self.blocks], copier, ring) if self.blocks else None
-        self.buffers = {slot.buffer.untyped_storage().data_ptr() for slot in self.ring.slots} if self.ring else set()
+                tensor.data = tensor.data.to(self.device)
         model.run_block = self.run_block
-        model.streams = bool(self.blocks)
 
     @property
     def host_bytes(self) -> int:

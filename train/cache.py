@@ -84,6 +84,7 @@ class Needs:
         reference_pixels: references are made smaller to at most this area.
         dtype: of the text encoder. The autoencoder runs in float32: it is small, and its rounding would be learned.
         storage: of embeddings, one of `STORAGES`.
+        before_loading: called before an encoder is loaded.
     """
 
     source: ModelSource
@@ -95,6 +96,7 @@ class Needs:
     reference_pixels: int
     dtype: torch.dtype
     storage: str = "full"
+    before_loading: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
     @property
     def projected(self) -> bool:
@@ -123,6 +125,7 @@ class Needs:
 
     def load_text_encoder(self, device: torch.device) -> Encode:
         """A function from prompts to what is stored of their embeddings, before it is packed."""
+        self.before_loading()
         encode = self.text_encoder.load(self.source, device, self.dtype)
         if not self.projected:
             return encode
@@ -144,6 +147,7 @@ class Needs:
         @torch.no_grad()
         def encode(images: list) -> Tensor:
             if not loaded:
+                self.before_loading()
                 loaded.append(load_autoencoder(self.source, device, torch.float32))
             return loaded[0].encode(to_pixels(images).to(device))
 

@@ -26,6 +26,7 @@ from train.cards import CONTEXT_GB, GIB, Gpu, gpu, usable
 from train.classes import class_size
 from train.outofmemory import OutOfMemory
 from train.predict import Choice, Job, Planner, Prediction, tokens
+from train.shared import SHARED
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -182,8 +183,9 @@ def job_of(run: Run, on_gpu: bool, in_fp8: bool = True) -> Job:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a GPU, or in the host for a CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory that is free on a GPU, or in the host for a CPU; what a job before left can be freed."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free + SHARED.held(device)
 
 
 def gpu_name(device: torch.device) -> str | None:

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +32,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data.source import BadData
+from train import jobs, slurm, sweep
+from train.shared import SHARED
 from train.stopping import exit_code
-from train.tracking import is_first_process
+from train.tracking import is_first_process, warn
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf"
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, HydraException, torch.OutOfMemoryError)
@@ -189,7 +192,67 @@ def own_errors(process: int) -> Iterator[None]:
         raise
 
 
-def command(task: Callable[[DictConfig], None]) -> None:
+# ------------------------------------------------------------------ commands
+
+Report = Callable[[Exception, str], None]
+PLUGINS = {"hydra_optuna_sweeper": "optuna", "hydra_submitit_launcher": "slurm"}  # the extra that brings each
+
+
+def no_plugin(error: Exception) -> ValueError | None:
+    """What to say if an error is of a plugin of Hydra that is not installed."""
+    extra = next((extra for plugin, extra in PLUGINS.items() if f"hydra_plugins.{plugin}" in str(error)), None)
+    if extra is None or not isinstance(error, RuntimeError | ImportError):
+        return None
+    return ValueError(f"hydra/sweeper=optuna and hydra/launcher=slurm are extras: pip install 'flux2-lora[{extra}]'")
+
+
+def lost_jobs(error: Exception) -> ValueError | None:
+    """What to say if an error of submitit is that a job left no result: its node failed, or it was cancelled."""
+    if not type(error).__module__.startswith("submitit."):
+        return None
+    return ValueError(
+        f"a job ended without a result, and the others are no longer waited for ({str(error).splitlines()[0]}). They "
+        "go on; python train/sweep.py FOLDER gives their table when they have ended"
+    )
+
+
+def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig, report: Report) -> float | None:
+    """Run one job of a sweep, which notes in its folder how it ended; returns None if it failed."""
+    this = HydraConfig.get()
+    folder, overrides = Path(this.runtime.output_dir), list(this.overrides.task)
+
+    def note(**values: Any) -> None:
+        if is_first_process():
+            try:
+                jobs.note(folder, **values)
+            except ValueError as error:
+                warn(str(error))
+
+    if config.resume is None and slurm.was_started_before(folder):
+        config.resume = "auto"
+    if is_first_process():
+        print(f"job {this.job.num}: {' '.join(overrides)}", flush=True)
+    note(overrides=overrides, steps=config.steps, status=jobs.RUNNING, error="")
+    try:
+        with slurm.within_time_limit(folder):
+            result = task(config)
+    except KeyboardInterrupt as stop:
+        note(status="stopped", error=str(stop))
+        if not slurm.is_submitted():
+            raise
+        print(stop, file=sys.stderr)
+        return None  # whoever submitted this waits for a result
+    except Exception as error:
+        report(error, f"job {this.job.num} ({this.job.override_dirname}): ")
+        note(status="failed", error=explain(error, sys.argv[1:]))
+        if isinstance(error, sweep.EndsSweep):
+            sys.exit(2)
+        return None
+    note(status="done")
+    return result
+
+
+def command(task: Callable[[DictConfig], Any]) -> None:
     """Run `task` under Hydra; what a user can mend is one message and exit code 2, a stop request 128 + its signal.
 
     A job of a sweep that fails says so at once, and the others go on. Of several processes the first speaks, but for
@@ -203,26 +266,36 @@ def command(task: Callable[[DictConfig], None]) -> None:
         if before == "1":
             raise error
         failed.append(where)  # not the error, whose traceback would hold the models of a failed job
+        if not isinstance(error, USER_ERRORS):
+            traceback.print_exception(error)
         if is_first_process() or getattr(error, "__notes__", None):  # a mistake in the settings is the same in all
             print(f"error: {where}{explain(error, sys.argv[1:])}", file=sys.stderr)
 
     @functools.wraps(task)
-    def job(config: DictConfig) -> None:
+    def job(config: DictConfig) -> Any:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return job_of_sweep(task, config, report)
         try:
-            task(config)
+            return task(config)
         except USER_ERRORS as error:
-            this = HydraConfig.get()
-            sweep = this.mode == RunMode.MULTIRUN
-            report(error, f"job {this.job.num} ({this.job.override_dirname}): " if sweep else "")
+            return report(error)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted before there was anything to save", file=sys.stderr)
+        for place in sweep.Begun.folders:
+            print(f"go on with the sweep: the same command with output_dir={place} resume=auto", file=sys.stderr)
         sys.exit(getattr(stop, "code", exit_code(signal.SIGINT)))
-    except USER_ERRORS as error:
-        report(error)
+    except Exception as error:
+        known = error if isinstance(error, USER_ERRORS) else no_plugin(error) or lost_jobs(error)
+        if known is None:
+            raise
+        report(known)
     finally:
         os.environ["HYDRA_FULL_ERROR"] = before
+        SHARED.free()
+        if not sweep.end_all():
+            failed.append("")
     if failed:
         sys.exit(2)

@@ -13,7 +13,6 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import gc
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -48,7 +46,7 @@ from flux2.pipeline import (
 from flux2.precision import convert, describe, pick
 from flux2.variants import Variant
 from flux2.weights import load_autoencoder, load_transformer
-from train import folder, model_card, resume
+from train import folder, model_card, resume, sweep
 from train.cache import Needs, Prepared, prepare
 from train.choose import advice, choice_of, completed, planned, still_fits
 from train.classes import class_loader, drawn_classes, given_classes
@@ -65,6 +63,7 @@ from train.processes import Processes, is_offline, make_accelerator
 from train.recommend import closing_lines
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.sharding import attached, check_memory, check_processes, launched_to_shard, sharder, shares
+from train.shared import SHARED, Base, free_memory
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics, warn
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, Validated, ValidationSettings
@@ -270,8 +269,8 @@ class Run:
         """Choose the run folder, make it, and hold it to the end of the run; before that, whether it can be pushed."""
         self.hub.check()
         output = self.settings.output_dir
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            output = HydraConfig.get().runtime.output_dir
+        if sweep.is_sweep():
+            output = str(sweep.folder_of_job())
         fresh = Path(output or f"outputs/{self.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         given, chosen = self.settings.resume, output is not None
         while True:
@@ -313,6 +312,7 @@ class Run:
             self.settings.reference_resolution**2,
             self.precision.dtype,
             self.settings.embedding_storage,
+            before_loading=SHARED.free,  # what a job before left
         )
 
     def prepare(self) -> tuple[Source, Prepared]:
@@ -325,6 +325,18 @@ class Run:
             self.say(f"class pictures: {len(source)} of {source.where}")
             self.classes = source, prepare(self.accelerator, replace(needs, samples=source, prompts=[]))
         return needs.samples, prepared
+
+    def prepared(self) -> tuple[Source, Prepared]:
+        """What `prepare` gives, or gave the job before in a sweep."""
+        groups = ("model", "dataset", "text_encoder", "buckets", "sample", "preservation")
+        keys = ("cache_dir", "embedding_storage", "reference_resolution", "device")
+        key = [self.precision.dtype, *(self.config[name] for name in (*groups, *keys))]
+
+        def prepare() -> tuple[Source, Prepared, tuple[Source, Prepared] | None]:
+            return *self.prepare(), self.classes
+
+        source, found, self.classes = SHARED.take("data", key, prepare, self.say, "prepared data")
+        return source, found
 
     def attention_backend(self) -> str:
         """Which one computes the attention of a square picture."""
@@ -343,7 +355,10 @@ class Run:
         """What makes the sample sheets, if any are asked for."""
         if not self.sample.prompts or not self.settings.sample_every:
             return None
-        autoencoder = load_autoencoder(self.source, self.accelerator.device)
+        key = [self.source, str(self.accelerator.device)]
+        autoencoder = SHARED.take(
+            "autoencoder", key, lambda: load_autoencoder(self.source, self.accelerator.device), self.say
+        )
         references, sizes = [], []
         for paths in self.sample.edits:
             files, limit = self.sampled(paths)
@@ -356,22 +371,54 @@ class Run:
         text, empty = prepared.embeddings(self.sample.prompts), prepared.embeddings([""])
         return Sampler(self.sample, self.variant, autoencoder, text, empty, references, sizes, self.processes.map)
 
+    def base(self) -> Base:
+        """The transformer, loaded, or as the job before in a sweep left it."""
+        device, memory = str(self.accelerator.device), {**self.config["memory"], "card_gb": None}
+        stored = self.settings.embedding_storage.startswith("projected")
+        key = [self.source, self.precision, device, memory, self.config["buckets"], stored, self.processes.sharded]
+        return SHARED.take("transformer", key, self.load_base, self.say)
+
+    def load_base(self) -> Base:
+        device, sharded = self.accelerator.device, self.processes.sharded
+        self.say(f"loading the transformer of {self.variant.name} ({self.precision.name}) onto {device}")
+        transformer = load_transformer(
+            self.source,
+            device,
+            self.precision,
+            host=self.streamed,
+            cache=self.copies,
+            say=self.say,
+            ready=sharder(device) if sharded else None,
+        )
+        self.say(describe(transformer, self.precision, device))
+        if sharded:
+            self.say(
+                f"the base is sharded: of each process a share of {shares(transformer) / 1e9:.3g} GB, and of what runs "
+                "a block at a time"
+            )
+        if self.settings.embedding_storage.startswith("projected"):
+            transformer.txt_in = nn.Identity()  # it is applied in what is stored
+        return Base(transformer, check=SHARED.keeps and not sharded)
+
     def attach(self, transformer: Transformer) -> peft.PeftModel:
         """The adapter around the loaded model."""
         if self.processes.sharded:
             return attached(self.make_adapter, transformer, seed=self.settings.seed)
         return self.make_adapter(transformer, seed=self.settings.seed)
 
-    def stream(self, transformer: Transformer) -> None:
+    def stream(self, base: Base) -> None:
         """Let blocks and activations stream from host memory, if that is asked for."""
-        offloader = offload(
-            transformer,
-            self.memory.stream_blocks,
-            activations=self.memory.offload_activations,
-            device=self.accelerator.device,
-        )
-        if offloader is not None:
-            self.say(str(offloader))
+        if base.offloader is None:
+            base.offloader = offload(
+                base.transformer,
+                self.memory.stream_blocks,
+                activations=self.memory.offload_activations,
+                device=self.accelerator.device,
+            )
+        else:
+            base.offloader.go_on(base.transformer)
+        if base.offloader is not None:
+            self.say(str(base.offloader))
 
     def keep_memory(self, place: resume.Place) -> None:
         """Go on with what was chosen when the run began, if that fits here too and no other choice is asked for."""
@@ -385,7 +432,8 @@ class Run:
             check_processes(self.accelerator.num_processes)
         place = self.place()
         try:
-            return self.train_in(place)
+            with SHARED.job(keeps=sweep.is_sweep()):
+                return self.train_in(place)
         finally:
             self.release()
 
@@ -394,39 +442,23 @@ class Run:
         settings, accelerator = self.settings, self.accelerator
         if place.checkpoint is not None and self.memory.card_gb is not None:
             self.keep_memory(place)
-        dataset, prepared = self.prepare()
+        dataset, prepared = self.prepared()
         self.first_caption = next((sample.caption for sample in dataset if sample.caption), "")
         trained, validated = self.validation.split(prepared.contents)
         captions = [sample.captions for sample in dataset]
         weights = [sample.weight for sample in dataset]
 
         self.say(
-            f"loading the transformer of {self.variant.name} ({self.precision.name}) onto {accelerator.device}; "
+            f"{self.variant.name} ({self.precision.name}) on {accelerator.device}; "
             f"processes: {accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
             f"attention: {self.attention_backend()}"
         )
         loading = watched("while loading the transformer", "step", accelerator.device)
         with own_errors(accelerator.process_index), loading:
-            transformer = load_transformer(
-                self.source,
-                accelerator.device,
-                self.precision,
-                host=self.streamed,
-                cache=self.copies,
-                say=self.say,
-                ready=sharder(accelerator.device) if self.processes.sharded else None,
-            )
-            self.say(describe(transformer, self.precision, accelerator.device))
-            if self.processes.sharded:
-                self.say(
-                    f"the base is sharded: of each process a share of {shares(transformer) / 1e9:.3g} GB, and of what "
-                    "runs a block at a time"
-                )
-            if settings.embedding_storage.startswith("projected"):
-                transformer.txt_in = nn.Identity()  # it is applied in what is stored
-            self.memory.apply(transformer, accelerator.device, self.buckets)
-            wrapped = self.attach(transformer)
-            self.stream(transformer)
+            base = self.base()
+            self.memory.apply(base.transformer, accelerator.device, self.buckets)
+            wrapped = self.attach(base.transformer)
+            self.stream(base)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
         trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
         self.say(f"{len(trained)} samples, {trainable:,} trained parameters, {settings.steps} steps in {place.folder}")
@@ -485,6 +517,8 @@ class Run:
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
         ).run()
         self.write_card(place.folder, len(trained))
+        if SHARED.keeps and (self.memory.compile or not base.take_off(wrapped)):
+            SHARED.drop("transformer")  # compiled code is of its layers as they were
         return adapter
 
     def write_card(self, run: Path, samples: int) -> None:
@@ -512,9 +546,20 @@ class Run:
             warn(f"the card of the adapter could not be written ({error})")
 
 
-def main(config: DictConfig) -> None:
-    """Train one configuration and say where everything is."""
-    run = Run(config)
+def main(config: DictConfig) -> float | None:
+    """Train one configuration and say where everything is; returns the last validation loss, if there is one."""
+    try:
+        run = Run(config)
+        sweep.check(run)
+        if not sweep.is_done(run):
+            train(run)
+        return sweep.result(run)
+    finally:
+        free_memory()  # the next job of a sweep needs it
+
+
+def train(run: Run) -> None:
+    """Train, and say where everything is."""
     try:
         adapter = run.train()
     except OutOfMemory as error:
@@ -540,8 +585,6 @@ def main(config: DictConfig) -> None:
     for path in run.sample.edits[0] if run.sample.prompts else []:
         words += ["--image", path]
     run.say(f"use it    {shlex.join(words)}")
-    del run
-    gc.collect()  # the next job of a sweep needs the memory
 
 
 if __name__ == "__main__":
