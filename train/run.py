@@ -440,7 +440,7 @@ class Run:
             edits=bool(self.sample.files),
             overrides=HydraConfig.get().overrides.task if HydraConfig.initialized() else None,
             processes=self.accelerator.num_processes,
-            place=self.hub.repo_id,
+            place=self.hub.repo_id if "/" in (self.hub.repo_id or "") else None,
         )
         try:
             model_card.write(facts, run)
