@@ -592,7 +592,7 @@ def test_the_tracker_is_finished_however_a_run_ends(train, at_step, monkeypatch)
     with pytest.raises(Interrupted):
         train("stopped")
     with pytest.raises(TrainingError):
-        train("failed", "optimizer.lr=1e30")
+        train("failed", "optimizer.lr=1e30", "max_bad_steps=1")
     assert finished == ["finished"] * 3
 
 
@@ -611,32 +611,6 @@ def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(mon
                 signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_last_checkpoint(train, monkeypatch, tmp_path):
-    training_loss = loop.training_loss
-    calls = []
-
-    def poisoned(*arguments):
-        calls.append(1)
-        losses = training_loss(*arguments)
-        return (
-            losses if len(calls) != 3 else type(losses)(losses.total * float("nan"), losses.flow, losses.preservation)
-        )
-
-    monkeypatch.setattr(loop, "training_loss", poisoned)
-    said = (
-        r"step 3: the loss is nan .*ruined already: the last checkpoint is .*step_000002\. Start anew with a lower opt"
-    )
-    with pytest.raises(TrainingError, match=said):
-        train("cut", "steps=5", "checkpoint_every=1")
-    assert [path.name for path in checkpoints(tmp_path / "cut")] == ["step_000001", "step_000002"]
-
-
-def test_a_gradient_that_is_not_finite_stops_too(train, monkeypatch):
-    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda parameters, clip: torch.tensor(float("inf")))
-    with pytest.raises(TrainingError, match=r"step 1: .*norm inf, which is not finite\. No update was made yet"):
-        train("run")
 
 
 def test_a_rate_far_too_high_ends_in_that_error_and_not_in_a_ruined_adapter(train, tmp_path):
