@@ -1,8 +1,14 @@
 import json
+import re
+import socket
+import struct
+import time
 
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_helpers import ask_to_stop, lines, values
+from wandb.proto import wandb_internal_pb2
 
 from train.stopping import Interrupted
 from train.tracking import Metrics, NoTracker, TensorBoardTracker, WandbTracker
@@ -130,15 +136,158 @@ def test_wandb_works_without_network_and_keeps_its_run_over_a_resume(train, at_s
     assert len(values(run)) == 4
 
 
-def test_wandb_that_cannot_be_reached_is_one_error_with_a_remedy(tmp_path, monkeypatch):
-    import wandb
+HUB_TOKEN = "hf_" + "Qz7" * 11 + "x"
+PLANTED = {
+    "HF_TOKEN": HUB_TOKEN,
+    "WANDB_API_KEY": "5ecre7" * 6 + "abcd",
+    "FLUX2_TEXT_ENCODER_TOKEN": "planted-text-encoder-token",
+    "AWS_SECRET_ACCESS_KEY": "planted/aws+key0123456789",
+}
 
+
+def records(file):
+    """The records of a .wandb file: a log of LevelDB's form, with a header of 7 bytes."""
+    data, at, found, parts = file.read_bytes(), 7, [], b""
+    while at + 7 <= len(data):
+        if (1 << 15) - at % (1 << 15) < 7:  # the rest of a block that no header fits into
+            at += (1 << 15) - at % (1 << 15)
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return found
+
+
+@pytest.fixture
+def planted(monkeypatch, tmp_path):
+    """Secrets in the environment, and a home folder of its own."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for key, value in PLANTED.items():
+        monkeypatch.setenv(key, value)
+
+
+def without_secrets(folder):
+    """All files below, of which none holds a planted secret."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in files:
+        content = file.read_bytes()
+        for name, value in PLANTED.items():
+            assert value.encode() not in content, f"{name} is in {file}"
+    return files
+
+
+def looked_at(tmp_path):
+    """A short run with numbers and sheets, and a secret in its command line."""
+    return [
+        *(f"output_dir={tmp_path / 'run'}", "steps=2", "validate_every=1", "sample_every=2", "sample.steps=1"),
+        f"sample.prompts=[a cup {HUB_TOKEN}]",
+    ]
+
+
+def test_an_offline_run_of_wandb_has_configuration_numbers_and_sheets_and_no_secret(
+    run_command, small, planted, at_step, tmp_path
+):
+    at_step(1, lambda: print("on the screen:", HUB_TOKEN))
+    code, out, err = run_command(*small(*looked_at(tmp_path), "tracker=wandb", "tracker.mode=offline"))
+    assert code == 0, err
+    assert f"on the screen: {HUB_TOKEN}" in out
+    assert "the tracker failed" not in err
+    files = without_secrets(tmp_path)
+    (file,) = [file for file in files if file.suffix == ".wandb"]
+    found = records(file)
+    assert not any(value in str(record) for record in found for value in PLANTED.values())
+    kinds = [record.WhichOneof("record_type") for record in found]
+    assert kinds[0] == "header"
+    assert kinds[-1] == "footer"
+    config = {item.key: json.loads(item.value_json) for item in found[kinds.index("run")].run.config.update}
+    assert config["adapter"]["rank"] == 4
+    assert config["sample"]["prompts"] == ["a cup ***"]
+    lines = [record.history.item for record in found if record.WhichOneof("record_type") == "history"]
+    logged = [{"".join(item.nested_key) or item.key: json.loads(item.value_json) for item in line} for line in lines]
+    for key in ("loss", "validation_loss/0.55"):
+        assert [line[key] for line in logged if key in line] == values(tmp_path / "run", key) != []
+    sheets = [path.read_bytes() for path in (tmp_path / "run" / "samples").iterdir()]
+    sent = [path.read_bytes() for path in file.parent.glob("files/media/images/samples_*.png")]
+    assert len(sheets) == 2
+    assert sorted(sent) == sorted(sheets)
+    # nor is there what wandb would find by itself
+    assert "train/run.py" not in str(found)
+    assert socket.gethostname() not in str(found)
+    assert {path.name for path in file.parent.glob("files/*")} == {"media", "requirements.txt"}
+
+
+def test_tensorboard_the_card_and_the_configuration_have_no_secret(run_command, small, planted, tmp_path):
+    code, _, err = run_command(*small(*looked_at(tmp_path), "tracker=tensorboard"))
+    assert code == 0, err
+    without_secrets(tmp_path)
+    run = tmp_path / "run"
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    (config,) = events.Tensors("config/text_summary")
+    assert b"a cup ***" in config.tensor_proto.string_val[0]
+    assert "a cup ***" in (run / "config.yaml").read_text()
+    assert "'sample.prompts=[a cup ***]'" in (run / "adapter" / "README.md").read_text()
+
+
+def test_a_run_with_a_masked_configuration_is_resumed(train, monkeypatch, at_step, tmp_path):
+    monkeypatch.setenv("MY_TOKEN", "planted-token")
+    settings = ["preservation=base", "preservation.prompts=[a cup planted-token]", "preservation.samples=1"]
+    at_step(1, ask_to_stop())
+    with pytest.raises(Interrupted):
+        train("run", *settings)
+    assert "planted-token" not in (tmp_path / "run" / "config.yaml").read_text()
+    assert len(values(train("run", *settings, "resume=auto"))) == 4
+
+
+# ------------------------------------------------------------------ a tracker that is down
+
+
+def test_wandb_without_a_login_is_one_error_with_a_remedy(tmp_path, monkeypatch):
     def fail(**settings):
         raise wandb.errors.UsageError("No API key configured")
 
     monkeypatch.setattr(wandb, "init", fail)
     with pytest.raises(ValueError, match=r"tracker=wandb: No API key .*wandb login.*tracker\.mode=offline"):
         WandbTracker().start(tmp_path, "run", {})
+
+
+def test_wandb_that_cannot_be_reached_goes_on_offline_with_a_warning(train, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", PLANTED["WANDB_API_KEY"])
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr("train.tracking.INIT_SECONDS", 2.0)
+    began = time.monotonic()
+    run = train("run", "tracker=wandb")
+    assert time.monotonic() - began < 90
+    err = capfd.readouterr().err
+    assert re.search(r"warning: tracker=wandb: .* kept offline: `wandb sync .*run/wandb/offline-run-\*` sends it", err)
+    assert "the tracker failed" not in err
+    kept = (run / "wandb_id").read_text()
+    (file,) = run.glob(f"wandb/offline-run-*/run-{kept}.wandb")
+    steps = [record for record in records(file) if record.WhichOneof("record_type") == "history"]
+    assert len(steps) == len(values(run)) == 4
+
+
+def test_neither_start_nor_end_wait_long_for_a_server_and_the_run_keeps_its_id(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings))
+    tracker = WandbTracker()
+    assert Metrics(tmp_path, tracker).tracker_id is None
+    tracker.start(tmp_path, "run", {"steps": 3})
+    assert asked["settings"].finish_timeout == 120
+    assert asked["settings"].init_timeout == 30
+    assert asked["mode"] == "online"
+    assert asked["id"] == tracker.run_id == (tmp_path / "wandb_id").read_text()
+    assert Metrics(tmp_path, tracker).tracker_id == tracker.run_id
+    again = WandbTracker()
+    again.start(tmp_path, "run", {"steps": 3})
+    assert again.run_id == tracker.run_id
 
 
 def test_tensorboard_that_is_not_installed_is_one_error_with_a_remedy(tmp_path, monkeypatch):

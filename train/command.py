@@ -12,7 +12,6 @@ import functools
 import inspect
 import os
 import re
-import signal
 import sys
 import traceback
 import typing
@@ -34,7 +33,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from data.source import BadData
 from train import jobs, slurm, sweep
 from train.shared import SHARED
-from train.stopping import exit_code
+from train.stopping import Stopped, stopped_at_once
 from train.tracking import is_first_process, warn
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf"
@@ -281,12 +280,14 @@ def command(task: Callable[[DictConfig], Any]) -> None:
             return report(error)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
+        with stopped_at_once():
+            hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted before there was anything to save", file=sys.stderr)
-        for place in sweep.Begun.folders:
-            print(f"go on with the sweep: the same command with output_dir={place} resume=auto", file=sys.stderr)
-        sys.exit(getattr(stop, "code", exit_code(signal.SIGINT)))
+        if is_first_process():
+            print(str(stop) or Stopped(), file=sys.stderr, flush=True)
+            for place in sweep.Begun.folders:
+                print(f"go on with the sweep: the same command with output_dir={place} resume=auto", file=sys.stderr)
+        sys.exit(getattr(stop, "code", Stopped().code))
     except Exception as error:
         known = error if isinstance(error, USER_ERRORS) else no_plugin(error) or lost_jobs(error)
         if known is None:

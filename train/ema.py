@@ -28,15 +28,19 @@ class Ema:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay, self.updates = list(parameters), decay, 0
+        self.parameters, self.decay = list(parameters), decay
         self.average = [parameter.detach().float().clone() for parameter in self.parameters]
+        self.updates = torch.zeros((), dtype=torch.float64, device=self.average[0].device)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters as they are now. Waits for no device."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [parameter.float() for parameter in self.parameters], 1 - decay)
-        self.updates += 1
+    def update(self, left_out: Tensor | None = None) -> None:
+        """Take in the parameters as they are, unless the update was `left_out`, shape (), bool. Waits for no device."""
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp_max(self.decay)
+        made = torch.ones_like(self.updates) if left_out is None else (~left_out).to(self.updates)
+        weight = (made * (1 - decay)).float()
+        for average, parameter in zip(self.average, self.parameters, strict=True):
+            average.lerp_(parameter.float(), weight)
+        self.updates += made
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}
@@ -44,7 +48,7 @@ class Ema:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError or KeyError for a state of other parameters."""
         put(self.average, state["average"])
-        self.updates = state["updates"]
+        self.updates.copy_(state["updates"])
 
 
 class Shown:
@@ -74,10 +78,10 @@ class Shown:
             return {}
         return {"trained": self} if self.ema is None else {"ema": self.ema, "trained": self}
 
-    def update(self) -> None:
-        """To be called after each update of the parameters."""
+    def update(self, left_out: Tensor | None = None) -> None:
+        """To be called after each update of the parameters; `left_out` as `Ema.update` takes it."""
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(left_out)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from train.checks import is_count, is_number
 
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
 
 class Schedule(Protocol):

@@ -69,7 +69,7 @@ class Progress:
         return (self._marks[-1] - self._marks[0]) / steps if steps else None
 
     def update(self) -> None:
-        """A step is finished. Called after what it pauses for, or before."""
+        """A step is finished."""
         now = self.clock()
         self._worked, self._since = self._worked + now - self._since, now
         self._marks.append(self._worked)
@@ -79,11 +79,10 @@ class Progress:
             self._bar.update()
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Show what was logged of the step that is finished, or about to be: `loss`, `peak_memory_gb`."""
-        loss = values.get("loss")
-        told = [f"loss {loss:.4f}"] if loss is not None else []
-        memory = values.get("peak_memory_gb")
-        self._told = ", ".join(told + ([f"{memory:.1f} GB"] if memory is not None else []))
+        """Show what was logged of the last step: `loss`, left out where it is not finite, and `peak_memory_gb`."""
+        loss, memory = values.get("loss"), values.get("peak_memory_gb")
+        told = "loss not finite" if loss is None else f"loss {loss:.4f}"
+        self._told = told if memory is None else f"{told}, {memory:.1f} GB"
         if self.shown and not self.is_bar:
             elapsed = tqdm.format_interval(self.clock() - self._began)
             print(f"{self.done}/{self.total} [{elapsed}, {self.text()}]", file=self.stream, flush=True)

@@ -66,6 +66,7 @@ from train.sharding import attached, check_memory, check_processes, launched_to_
 from train.shared import SHARED, Base, free_memory
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics, warn
+from train.trained_data import TrainedData
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, Validated, ValidationSettings
 
 GROUPS = (
@@ -426,6 +427,19 @@ class Run:
         if kept != self.config["memory"] and still_fits(self, kept):
             self.set_memory(kept, f"memory as when the run began: {choice_of(kept)}")
 
+    def check_data(self, place: resume.Place, data: TrainedData) -> None:
+        """Raises ValueError if a run that goes on would train on other samples than it did, unless it may."""
+        if place.checkpoint is None:
+            return
+        changed = data.difference(place.origin, resume.state(place.checkpoint).get("data", ""))
+        if changed and not self.settings.allow_changed_data:
+            raise ValueError(
+                f"the samples are not those that {place.checkpoint} was trained on: {changed}. Give those again, start "
+                "a new run, or go on with these: allow_changed_data=true"
+            )
+        if changed:
+            self.say(f"going on with other samples: {changed}")
+
     def train(self) -> Path:
         """Prepare, train, and return the folder of the finished adapter."""
         if self.processes.sharded:
@@ -447,6 +461,10 @@ class Run:
         trained, validated = self.validation.split(prepared.contents)
         captions = [sample.captions for sample in dataset]
         weights = [sample.weight for sample in dataset]
+        names = [dataset[i].name for i in trained]
+        entries = [prepared.entries[i] for i in trained]
+        data = TrainedData.of(names, entries, [captions[i] for i in trained], [weights[i] for i in trained])
+        self.check_data(place, data)
 
         self.say(
             f"{self.variant.name} ({self.precision.name}) on {accelerator.device}; "
@@ -470,6 +488,7 @@ class Run:
         def begin() -> None:  # only when the checkpoint was read is the folder changed
             text = OmegaConf.to_yaml(OmegaConf.create(masked(self.config)))
             folder.write_whole(place.folder / resume.CONFIG_FILE, text)
+            data.write(place.folder)
             metrics.start(settings.name, self.config, place.step)
 
         cut = {
@@ -479,7 +498,7 @@ class Run:
         }
         loader = Loader(
             prepared.cache,
-            [prepared.entries[i] for i in trained],
+            entries,
             [captions[i] for i in trained],
             prepared.prompts,
             batch_size=settings.batch_size,
@@ -512,6 +531,8 @@ class Run:
             place=place,
             metrics=metrics,
             begin=begin,
+            names=names,
+            about={"data": data.digest},
             sampler=self.sampler(prepared),
             validate=validate if chosen else None,
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
@@ -538,7 +559,7 @@ class Run:
             edits=bool(self.sample.files),
             overrides=HydraConfig.get().overrides.task if HydraConfig.initialized() else None,
             processes=self.accelerator.num_processes,
-            place=self.hub.repo_id,
+            place=self.hub.repo_id if "/" in (self.hub.repo_id or "") else None,
         )
         try:
             model_card.write(facts, run)

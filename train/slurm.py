@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from train import jobs
-from train.stopping import Interrupted, exit_code
+from train.stopping import Stopped
 
 
 def is_submitted() -> bool:
@@ -34,7 +34,7 @@ def was_started_before(folder: Path) -> bool:
 def within_time_limit(folder: Path) -> Iterator[None]:
     """Within this context submitit's warning makes a run save before it ends, and the scheduler start it again.
 
-    Raises SystemExit, in place of `Interrupted`, when the job will be started again.
+    Raises SystemExit, in place of `Stopped`, when the job will be started again.
     """
     number = getattr(signal, "SIGUSR2", None)
     handler = signal.getsignal(number) if number is not None and is_submitted() else None
@@ -55,8 +55,8 @@ def within_time_limit(folder: Path) -> Iterator[None]:
     signal.signal(number, warned)
     try:
         yield
-    except Interrupted as stop:
-        if stop.code == exit_code(signal.SIGUSR1):
+    except Stopped as stop:
+        if stop.number == signal.SIGUSR1:
             again()
         raise
     finally:

@@ -100,7 +100,8 @@ class WandbTracker:
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ValueError(f"tracker=wandb: {error}. Run `wandb login`, or use tracker.mode=offline") from error
         except wandb.errors.Error as error:
-            warn(f"tracker=wandb: {error}. The run is kept offline: `wandb sync {folder}/wandb/offline-run-*` sends it")
+            later = f"`wandb sync {folder}/wandb/offline-run-*` sends it"
+            warn(f"tracker=wandb: {masked_text(str(error))}. The run is kept offline: {later}")
             self._run = self._init("offline", about)
         kept.write_text(self.run_id)
 
