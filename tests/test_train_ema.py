@@ -39,6 +39,21 @@ def test_the_average_follows_its_formula_with_a_decay_that_warms_up():
         torch.testing.assert_close(average.double(), value, rtol=1e-6, atol=1e-6)
 
 
+def test_an_update_that_was_left_out_is_no_update_of_the_average():
+    trained = parameters()
+    ema, other = Ema(trained, decay=0.9), Ema(trained, decay=0.9)
+    for left_out in (False, True, True, False, True):
+        move([] if left_out else trained)
+        before = [average.clone() for average in ema.average]
+        ema.update(torch.tensor(left_out))
+        if left_out:
+            assert all(map(torch.equal, ema.average, before))
+        else:
+            other.update()
+    assert ema.updates == other.updates == 2
+    assert all(map(torch.equal, ema.average, other.average))
+
+
 def test_the_average_is_in_float32_whatever_the_parameters_are_in():
     trained = [nn.Parameter(torch.ones(4, dtype=torch.bfloat16))]
     ema = Ema(trained, decay=0.999)

@@ -1,6 +1,9 @@
 import gc
 import json
+import math
+import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from train_helpers import adapter, compose, draw_picture, lines, same_tensors, v
 import train.classes
 import train.prior
 from flux2 import load
+from train import loop as train_loop
 from train.cache import main as fill_caches
 from train.choose import choice_of, job_of
 from train.classes import class_loader, class_needs
@@ -88,7 +92,7 @@ def test_class_pictures_are_an_exact_share_of_what_is_trained_however_a_step_is_
 
 
 def test_their_noise_is_another_than_that_of_the_samples_beside_them():
-    made = [ClassPictures(lambda seed: seed, seed, 1.0) for seed in (0, 0, 1)]
+    made = [ClassPictures(lambda seed: seed, seed, 1.0, []) for seed in (0, 0, 1)]
     assert made[0].seed == made[1].seed == made[0].loader != 0
     assert made[0].seed != made[2].seed
 
@@ -116,6 +120,33 @@ def test_a_run_with_class_pictures_goes_on_to_the_bit(train, given):
     assert lines(rest) == [line for line in lines(whole) if line["step"] > 2]
     assert same_tensors(adapter(rest), adapter(whole))
     assert len(values(whole, "prior_loss")) == 4
+
+
+def test_a_run_with_other_class_pictures_does_not_go_on_unasked(train, given, class_folder, tmp_path):
+    whole = train("whole", *given, "checkpoint_every=2")
+    moved = tmp_path / "moved"
+    shutil.copytree(class_folder, moved)
+    again = [*given[:2], f"preservation.dataset.path={class_folder}", f"resume={whole / 'checkpoints' / 'step_000002'}"]
+    draw_picture(90, (50, 100)).save(moved / "3.png")
+    try:
+        class_folder.rename(tmp_path / "kept")
+        moved.rename(class_folder)
+        with pytest.raises(ValueError, match=r"the samples are not those .*1 changed \(.*3\.png\)"):
+            train("rest", *again, "checkpoint_every=2")
+    finally:
+        class_folder.rename(moved)
+        (tmp_path / "kept").rename(class_folder)
+
+
+def test_class_pictures_are_among_the_samples_of_a_bad_step(train, given, monkeypatch):
+    def ruined(model, noised, *rest):
+        losses = training_loss(model, noised, *rest)
+        return replace(losses, total=losses.total * math.nan)
+
+    training_loss = train_loop.training_loss
+    monkeypatch.setattr(train_loop, "training_loss", ruined)
+    with pytest.raises(ValueError, match=r"class0/\d\.png"):
+        train("run", *given, "max_bad_steps=1")
 
 
 # ------------------------------------------------------------------ drawing

@@ -28,23 +28,30 @@ class Ema:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay, self.updates = list(parameters), decay, 0
+        self.parameters, self.decay = list(parameters), decay
         self.average = [parameter.detach().float().clone() for parameter in self.parameters]
+        # on the device: which updates were left out, the host knows too late
+        self.updates = torch.zeros((), device=self.average[0].device)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters as they are now. Waits for no device."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [parameter.float() for parameter in self.parameters], 1 - decay)
-        self.updates += 1
+    def update(self, left_out: Tensor | None = None) -> None:
+        """Take in the parameters as they are now, unless `left_out`, shape (), says that they were not updated.
+
+        Waits for no device.
+        """
+        made = torch.ones_like(self.updates) if left_out is None else 1 - left_out.to(self.updates)
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        change = torch._foreach_sub([parameter.float() for parameter in self.parameters], self.average)
+        torch._foreach_mul_(change, (1 - decay) * made)
+        torch._foreach_add_(self.average, change)
+        self.updates += made
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError or KeyError for a state of other parameters."""
-        put(self.average, state["average"])
-        self.updates = state["updates"]
+        put([self.updates, *self.average], [state["updates"], *state["average"]])
 
 
 class Shown:
@@ -74,10 +81,10 @@ class Shown:
             return {}
         return {"trained": self} if self.ema is None else {"ema": self.ema, "trained": self}
 
-    def update(self) -> None:
-        """To be called after each update of the parameters."""
+    def update(self, left_out: Tensor | None = None) -> None:
+        """To be called after each update of the parameters, as `Ema.update`."""
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(left_out)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ from flux2.weights import load_autoencoder, load_transformer
 from train import folder, resume
 from train.cache import Needs, Prepared, prepare
 from train.choose import advice, choice_of, completed, planned, still_fits
-from train.classes import class_loader, drawn_classes, given_classes
+from train.classes import class_data, class_loader, drawn_classes, given_classes
 from train.command import checked, command, made, own_errors
 from train.ema import Shown, check_one_average
 from train.loop import Training
@@ -63,6 +63,7 @@ from train.processes import is_offline, make_accelerator
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics
+from train.trained_data import TrainedData
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings
 
 GROUPS = (
@@ -360,6 +361,19 @@ class Run:
         if kept != self.config["memory"] and still_fits(self, kept):
             self.set_memory(kept, f"memory as when the run began: {choice_of(kept)}")
 
+    def check_data(self, place: resume.Place, data: TrainedData) -> None:
+        """Raises ValueError if a run that goes on would train on other samples than it did, unless it may."""
+        if place.checkpoint is None:
+            return
+        changed = data.difference(place.origin, resume.state(place.checkpoint).get("data", ""))
+        if changed and not self.settings.allow_changed_data:
+            raise ValueError(
+                f"the samples are not those that {place.checkpoint} was trained on: {changed}. Give those again, start "
+                "a new run, or go on with these: allow_changed_data=true"
+            )
+        if changed:
+            self.say(f"going on with other samples: {changed}")
+
     def train(self) -> Path:
         """Prepare, train, and return the folder of the finished adapter."""
         place = self.place()
@@ -378,6 +392,11 @@ class Run:
         trained, validated = self.validation.split(len(dataset), settings.seed)
         captions = [sample.captions for sample in dataset]
         weights = [sample.weight for sample in dataset]
+        names = [dataset[i].name for i in trained]
+        entries = [prepared.entries[i] for i in trained]
+        data = TrainedData.of(names, entries, [captions[i] for i in trained], [weights[i] for i in trained])
+        data = data.beside(class_data(self))
+        self.check_data(place, data)
 
         self.say(
             f"loading the transformer of {self.variant.name} ({self.precision.name}) onto {accelerator.device}; "
@@ -406,6 +425,7 @@ class Run:
         def begin() -> None:  # only when the checkpoint was read is the folder changed
             text = OmegaConf.to_yaml(OmegaConf.create(self.config))
             folder.write_whole(place.folder / resume.CONFIG_FILE, text)
+            data.write(place.folder)
             metrics.start(settings.name, self.config, place.step)
 
         cut = {
@@ -415,7 +435,7 @@ class Run:
         }
         loader = Loader(
             prepared.cache,
-            [prepared.entries[i] for i in trained],
+            entries,
             [captions[i] for i in trained],
             prepared.prompts,
             batch_size=settings.batch_size,
@@ -445,6 +465,8 @@ class Run:
             place=place,
             metrics=metrics,
             begin=begin,
+            names=names,
+            about={"data": data.digest},
             sampler=self.sampler(prepared),
             validate=FixedNoiseLoss(prepared, chosen, settings.seed) if chosen else None,
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
