@@ -18,6 +18,7 @@ from flux2.weights import load_autoencoder
 from train.cache import Needs, Prepared
 from train.command import made
 from train.prior import ClassPictures, Drawn, PriorPreservation, Recipe, draw, picture_file
+from train.trained_data import TrainedData
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -103,7 +104,16 @@ def class_loader(run: Run, **cut: int) -> ClassPictures | None:
         weights=[sample.weight for sample in source],
         **cut,
     )
-    return ClassPictures(make, run.settings.seed, run.prior.weight)
+    return ClassPictures(make, run.settings.seed, run.prior.weight, [sample.name for sample in source])
+
+
+def class_data(run: Run) -> TrainedData | None:
+    """What a later start compares them by; None if there are none."""
+    if run.classes is None:
+        return None
+    source, ready = run.classes
+    names, captions = [sample.name for sample in source], [sample.captions for sample in source]
+    return TrainedData.of(names, ready.entries, captions, [sample.weight for sample in source])
 
 
 def settings(run: Run) -> PriorPreservation:

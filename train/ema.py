@@ -30,16 +30,20 @@ class Ema:
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
         self.parameters, self.decay = list(parameters), decay
         self.average = [parameter.detach().float().clone() for parameter in self.parameters]
-        self.updates = torch.zeros((), dtype=torch.float64, device=self.average[0].device)
+        # on the device: which updates were left out, the host knows too late
+        self.updates = torch.zeros((), device=self.average[0].device)
 
     @torch.no_grad()
     def update(self, left_out: Tensor | None = None) -> None:
-        """Take in the parameters as they are, unless the update was `left_out`, shape (), bool. Waits for no device."""
-        decay = ((1 + self.updates) / (10 + self.updates)).clamp_max(self.decay)
-        made = torch.ones_like(self.updates) if left_out is None else (~left_out).to(self.updates)
-        weight = (made * (1 - decay)).float()
-        for average, parameter in zip(self.average, self.parameters, strict=True):
-            average.lerp_(parameter.float(), weight)
+        """Take in the parameters as they are now, unless `left_out`, shape (), says that they were not updated.
+
+        Waits for no device.
+        """
+        made = torch.ones_like(self.updates) if left_out is None else 1 - left_out.to(self.updates)
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        change = torch._foreach_sub([parameter.float() for parameter in self.parameters], self.average)
+        torch._foreach_mul_(change, (1 - decay) * made)
+        torch._foreach_add_(self.average, change)
         self.updates += made
 
     def state_dict(self) -> dict[str, Any]:
@@ -47,8 +51,7 @@ class Ema:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError or KeyError for a state of other parameters."""
-        put(self.average, state["average"])
-        self.updates.copy_(state["updates"])
+        put([self.updates, *self.average], [state["updates"], *state["average"]])
 
 
 class Shown:
@@ -79,7 +82,7 @@ class Shown:
         return {"trained": self} if self.ema is None else {"ema": self.ema, "trained": self}
 
     def update(self, left_out: Tensor | None = None) -> None:
-        """To be called after each update of the parameters; `left_out` as `Ema.update` takes it."""
+        """To be called after each update of the parameters, as `Ema.update`."""
         if self.ema is not None:
             self.ema.update(left_out)
 

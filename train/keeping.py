@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,6 @@ from accelerate import Accelerator
 
 from flux2 import adapters
 from train import checkpoint
-from train.ema import Shown
 from train.guard import TrainingError
 from train.outofmemory import OutOfMemory
 from train.relaunch import go_on
@@ -32,7 +31,7 @@ class Keeper:
         place: where the run writes, and what it goes on from.
         wrapped: the adapter, in PEFT's wrapper.
         parts: what a checkpoint keeps beside the adapter; after it, they are restored in this order.
-        shown: what is saved of the adapter, if not what is trained.
+        swapped: a context in which the adapter is as it is to be saved.
         base, licence: of the base model, for the adapter's files.
         about: what else a checkpoint says about itself.
         whole: finished steps; None while an update is under way, when there is no whole state.
@@ -44,7 +43,7 @@ class Keeper:
     place: Place
     wrapped: peft.PeftModel
     parts: Mapping[str, checkpoint.Stateful]
-    shown: Shown
+    swapped: Callable[[], AbstractContextManager[None]]
     base: str
     licence: str
     images_per_step: int
@@ -87,7 +86,7 @@ class Keeper:
             about["validation_loss"] = self.measured[1]
         if self.metrics.tracker_id is not None:
             about["tracker_id"] = self.metrics.tracker_id
-        with self.shown.swapped():
+        with self.swapped():
             place = checkpoint.save(
                 self.place.folder,
                 done,
@@ -156,7 +155,7 @@ class Keeper:
         folder = self.place.folder / "adapter"
         if self.accelerator.is_main_process:
             try:
-                with self.shown.swapped():
+                with self.swapped():
                     adapters.save(self.wrapped, folder, base=self.base, licence=self.licence)
             except checkpoint.NOT_WRITTEN as error:
                 raise TrainingError(

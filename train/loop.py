@@ -50,8 +50,8 @@ class LoopSettings:
     steps: int = 300
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
     max_bad_steps: int = 5
+    ema_decay: float = 0.0
     guidance: float | None = None
     log_every: int = 10
     checkpoint_every: int = 250
@@ -92,8 +92,8 @@ class Training:
         loader: gives this process's micro-batches of a step.
         names: of the samples that it loads.
         begin: called by the main process once the checkpoint was read, before anything is written.
-        shown: what is validated, sampled and saved of the adapter, if not what `optimizer` trains.
         about: what else a checkpoint says about itself.
+        shown: what is validated, sampled and saved of the adapter, if not what `optimizer` trains.
         plain: embeddings (T, D) of the prompts of `preservation`.
         prior: gives this process's micro-batches of class pictures of a step, if there are any.
         place: where the run writes, and what it goes on from.
@@ -139,7 +139,7 @@ class Training:
             self.place,
             self.wrapped,
             {"optimizer": self.optimizer, **self.shown.parts},
-            self.shown,
+            self.shown.swapped,
             self.base,
             self.variant.licence,
             self.loader.sampler.global_batch,
@@ -199,9 +199,9 @@ class Training:
                 set_rate(self.optimizer, rate * self.schedule.factor(step, settings.steps))
                 keeper.whole = None
                 with watched(f"in the optimizer's update of step {step + 1}", "update", accelerator.device):
-                    bad = guard.update(losses.total, norm)
-                    self.shown.update(bad)
+                    left_out = guard.update(losses.total, norm)
                 self.optimizer.zero_grad(set_to_none=True)
+                self.shown.update(left_out)
 
                 keeper.whole = done = step + 1
                 guard.send(step, losses.total, norm, request)
@@ -230,7 +230,8 @@ class Training:
         """What makes the updates, and leaves out those that are not finite."""
 
         def samples(step: int) -> list[str]:
-            return [self.names[index] for index in self.loader.sampler.batch(step)]
+            classes = self.prior.samples(step) if self.prior else []
+            return [*(self.names[index] for index in self.loader.sampler.batch(step)), *classes]
 
         return Guard(
             self.optimizer,
@@ -274,8 +275,7 @@ class Training:
             else:
                 parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
         self.processes.average_gradients(self.wrapped)
-        added = torch.stack(priors).sum()
-        mean = torch.cat([torch.stack(parts).mean(0), added[None]])
+        mean = torch.cat([torch.stack(parts).mean(0), torch.stack(priors).sum()[None]])
         total, flow, preservation, prior_loss = self.accelerator.reduce(mean, "mean")
         return Losses(total + prior_loss, flow, preservation, prior_loss)
 

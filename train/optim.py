@@ -121,14 +121,14 @@ def averages(optimizer: object) -> bool:
 def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of the configuration on `parameters`, ready to train.
 
-    `fused: null` becomes true where all parameters are on a GPU; on a CPU the fused kernel rounds differently.
+    `fused: auto` is true where all parameters are on a GPU; on a CPU the fused kernel rounds differently.
     Raises ValueError naming the setting that it refused.
     """
     settings = dict(getattr(make, "keywords", {}))
     if not is_number(settings.get("lr"), low=0):
         raise ValueError(f"optimizer.lr={settings.get('lr')!r} must be a number from 0")
-    if settings.get("fused", ...) is None and all(parameter.is_cuda for parameter in parameters):
-        make = partial(make, fused=True)
+    if settings.get("fused") == "auto":
+        make = partial(make, fused=all(parameter.is_cuda for parameter in parameters) or None)
     try:
         optimizer = make(list(parameters))
     except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:

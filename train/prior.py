@@ -115,16 +115,21 @@ class ClassPictures:
 
     Args:
         make: `data.loader.Loader`, but for its seed.
+        names: of the pictures.
     """
 
-    def __init__(self, make: Callable[..., Loader], seed: int, weight: float) -> None:
+    def __init__(self, make: Callable[..., Loader], seed: int, weight: float, names: Sequence[str]) -> None:
         self.seed = int(torch.randint(2**31, (), generator=derived_generator(seed, "class pictures")))
-        self.weight = weight
+        self.weight, self.names = weight, names
         self.loader = make(seed=self.seed)
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This process's, of a step."""
         return self.loader.micro_batches(step)
+
+    def samples(self, step: int) -> list[str]:
+        """The names of those of a step, in all processes."""
+        return [self.names[index] for index in self.loader.sampler.batch(step)]
 
     def close(self) -> None:
         self.loader.close()

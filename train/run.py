@@ -49,7 +49,7 @@ from flux2.weights import load_autoencoder, load_transformer
 from train import folder, model_card, resume, sweep
 from train.cache import Needs, Prepared, prepare
 from train.choose import advice, choice_of, completed, planned, still_fits
-from train.classes import class_loader, drawn_classes, given_classes
+from train.classes import class_data, class_loader, drawn_classes, given_classes
 from train.command import checked, command, made, own_errors
 from train.ema import Shown, check_one_average
 from train.hub import HubSettings, push_or_say
@@ -464,6 +464,7 @@ class Run:
         names = [dataset[i].name for i in trained]
         entries = [prepared.entries[i] for i in trained]
         data = TrainedData.of(names, entries, [captions[i] for i in trained], [weights[i] for i in trained])
+        data = data.beside(class_data(self))
         self.check_data(place, data)
 
         self.say(
