@@ -32,7 +32,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", required=True, help="what to show; repeat for more pictures")
     parser.add_argument("--image", action="append", default=[], type=Path, help="a reference picture; repeatable")
     parser.add_argument(
-        "--adapter", action="append", default=[], metavar="PATH[:SCALE]", help="a LoRA: folder or file; repeatable"
+        "--adapter", action="append", default=[], metavar="PATH[:SCALE]", help="folder or file; repeatable"
     )
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="several pictures are numbered")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
@@ -126,7 +126,8 @@ def run(options: argparse.Namespace) -> list[Path]:
     if pipeline.precision.storage is not None:
         print(describe(pipeline.transformer, pipeline.precision, pipeline.device), file=sys.stderr)
     for path, scale in given:
-        pipeline.load_adapter(path, scale)
+        found = pipeline.load_adapter(path, scale)
+        print(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {found}", file=sys.stderr)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     written = []
     steps = pipeline.variant.steps if options.steps is None else options.steps
