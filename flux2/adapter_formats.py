@@ -46,13 +46,18 @@ def to_diffusers(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
         for name, b in published.split(pair.b).items():
             state[f"transformer.{name}.lora_A.weight"] = pair.a.clone()
             state[f"transformer.{name}.lora_B.weight"] = b.contiguous()
+        if pair.magnitude is not None:  # one a row: cut as B is
+            for name, length in published.split(pair.magnitude).items():
+                state[f"transformer.{name}.lora_magnitude_vector"] = length.contiguous()
     return state
 
 
 def to_comfyui(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
-    """Our layers to the keys that ComfyUI reads, which are Black Forest Labs' names."""
+    """Our layers to the keys that ComfyUI reads, which are Black Forest Labs' names. Raises AdapterError for a DoRA."""
     state = {}
     for layer, pair in pairs.items():
+        if pair.magnitude is not None:
+            raise AdapterError(f"{layer} is of a DoRA, which this form cannot hold")
         state[f"diffusion_model.{layer}.lora_A.weight"] = pair.a
         state[f"diffusion_model.{layer}.lora_B.weight"] = pair.b
     return state
@@ -94,6 +99,8 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]
         raise AdapterError("it holds no tensors")
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
+        if "lora_magnitude_vector" in key:
+            raise AdapterError("it is a DoRA in the keys of diffusers: load the PEFT folder that it was saved in")
         match = re.fullmatch(r"(?:transformer\.|diffusion_model\.)?(.+?)\.(lora_A|lora_B|alpha)(?:\.weight)?", key)
         if not match:
             raise AdapterError(f"{key!r} is not a LoRA key of diffusers or ComfyUI")

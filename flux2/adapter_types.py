@@ -18,9 +18,7 @@ So a fresh adapter of every type changes nothing, bit for bit, on every precisio
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,138 +28,15 @@ from peft.tuners.loha.layer import Linear as LohaLinear
 from peft.tuners.lokr.layer import Linear as LokrLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from flux2.adapter_formats import AdapterError
-from flux2.layers import kinds, linear_names, matched
+from flux2.adapter_settings import Targets, check_ranks_fit, ranked, share, switch, target_layers, whole
 from flux2.linear import INITIAL, fuse_lora
 from flux2.model import Transformer
 from flux2.names import listed
 
-Targets = str | Sequence[str]
 Start = Callable[[Any, str], None]
-
-# ------------------------------------------------------------------ settings
-
-
-def whole(key: str, value: object, least: int = 1) -> int:
-    """`value`. Raises AdapterError, naming adapter.`key`, unless it is a whole number from `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise AdapterError(f"adapter.{key}={value!r} must be a whole number from {least}")
-    return value
-
-
-def positive(key: str, value: object, otherwise: str = "") -> float:
-    """`value`. Raises AdapterError unless it is a positive number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise AdapterError(f"adapter.{key}={value!r} must be a positive number{otherwise}")
-    return value
-
-
-def switch(key: str, value: object) -> bool:
-    """`value`. Raises AdapterError unless it is a bool."""
-    if not isinstance(value, bool):
-        raise AdapterError(f"adapter.{key}={value!r} must be true or false")
-    return value
-
-
-def share(key: str, value: object) -> float:
-    """`value`. Raises AdapterError unless it is a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise AdapterError(f"adapter.{key}={value!r} must be a number in [0, 1)")
-    return value
-
-
-def target_layers(model: nn.Module, targets: Targets) -> list[str]:
-    """Names of the linear layers that any of `targets` means: presets and regular expressions for whole names.
-
-    Raises:
-        AdapterError: a target is neither, or matches no linear layer.
-    """
-    given = [targets] if isinstance(targets, str) else targets
-    if not isinstance(given, Sequence) or not all(isinstance(target, str) for target in given):
-        raise AdapterError(f"adapter.targets={targets!r} must be a preset, a regular expression, or a list of those")
-    try:
-        return linear_names(model, given, "adapter.targets")
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
-
-
-def by_layer(key: str, pattern: object, layers: Sequence[str], check: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """What `adapter.<key>`, a mapping of targets to numbers, says of each of `layers`; not all need be named.
-
-    Raises:
-        AdapterError: a pattern is no regular expression, means none of `layers`, has a number that `check` refuses, or
-            two mean one layer: which would hold depends on an order that files and command lines do not keep.
-    """
-    if not isinstance(pattern, Mapping):
-        raise AdapterError(f"adapter.{key}={pattern!r} must map presets or regular expressions to numbers")
-    found: dict[str, Any] = {}
-    by: dict[str, str] = {}
-    for target, value in pattern.items():
-        if not isinstance(target, str):
-            raise AdapterError(f"adapter.{key}: {target!r} must be a preset or a regular expression")
-        try:
-            names = matched(layers, target)
-        except re.error as error:
-            raise AdapterError(f"adapter.{key}: {target!r} is not a regular expression ({error})") from error
-        if not names:
-            raise AdapterError(
-                f"adapter.{key}: {target!r} matches none of the {len(layers)} layers that adapter.targets gives, which "
-                f"are {kinds(layers)}"
-            )
-        check(f"{key}: {target!r}", value)
-        for name in names:
-            if name in by:
-                raise AdapterError(
-                    f"adapter.{key}: {by[name]!r} and {target!r} both match {name}: let each layer be matched once"
-                )
-            by[name], found[name] = target, value
-    return found
-
-
-def ranked(
-    model: nn.Module,
-    targets: Targets,
-    rank: int,
-    alpha: float | None,
-    rank_pattern: Mapping[str, int] | None,
-    alpha_pattern: Mapping[str, float] | None,
-) -> dict[str, Any]:
-    """The arguments that PEFT's configurations of types with a rank share; `alpha` is to be renamed for LoRA.
-
-    Each layer's alpha is what a pattern says, else `alpha`, else the layer's own rank.
-    """
-    whole("rank", rank)
-    if alpha is not None:
-        positive("alpha", alpha, ", or null for the rank")
-    layers = target_layers(model, targets)
-    ranks = by_layer("rank_pattern", rank_pattern or {}, layers, whole)
-    alphas = by_layer("alpha_pattern", alpha_pattern or {}, layers, positive)
-    standard = rank if alpha is None else alpha
-    if alpha is None:
-        alphas = ranks | alphas
-    return {
-        "r": rank,
-        "alpha": standard,
-        "target_modules": layers,
-        "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != standard},
-    }
-
-
-def check_ranks_fit(model: nn.Module, config: peft.LoraConfig, layers: Sequence[str]) -> None:
-    """Raises AdapterError where a rank is more than a weight has."""
-    for name in layers:
-        layer = model.get_submodule(name)
-        rank = config.rank_pattern.get(re.escape(name), config.r)
-        most = min(layer.in_features, layer.out_features)  # type: ignore[type-var]
-        if rank > most:
-            raise AdapterError(
-                f"adapter.rank={rank} is more than {name} has: a weight of {layer.out_features} x {layer.in_features} "
-                f"has {most} directions to start from"
-            )
-
 
 # ------------------------------------------------------------------ attaching
 
@@ -173,9 +48,8 @@ def _attach(model: Transformer, config: peft.PeftConfig, start: Start, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, config, adapter_name=name)
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                start(module, name)
+        for layer in adapted(model).values():
+            start(layer, name)
     vars(wrapped)["trained_before"] = trained
     fuse_lora(model)
     without_draws(model)
@@ -183,14 +57,19 @@ def _attach(model: Transformer, config: peft.PeftConfig, start: Start, seed: int
     return wrapped
 
 
+def own_tensors(layer: Any) -> list[Tensor]:
+    """What of a layer that carries adapters is theirs: its parameters and buffers without the base's."""
+    base = layer.get_base_layer()
+    within = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
+    return [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in within]
+
+
 def to_device(model: Transformer) -> None:
     """Bring adapters to where `model` computes: of blocks that stream the layers themselves lie in host memory."""
     device = model.img_in.weight.device
-    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
-        base = layer.get_base_layer()
-        within = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            if id(tensor) not in within and tensor.device != device:
+    for layer in adapted(model).values():
+        for tensor in own_tensors(layer):
+            if tensor.device != device:
                 tensor.data = tensor.data.to(device)
 
 

@@ -7,12 +7,11 @@ is a pair and lengths, which PEFT and diffusers hold; LoHa, LoKr and OFT are PEF
 
 from __future__ import annotations
 
-import re
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -20,13 +19,22 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from flux2 import checks, peft_config
 from flux2.adapter_formats import AdapterError, Pair, from_state, to_comfyui, to_diffusers
-from flux2.adapter_types import attach, detach, target_layers
+from flux2.adapter_loading import (
+    PREFIX,
+    Loaded,
+    attach_pairs,
+    attach_saved,
+    kind_of,
+    pair_config,
+    tensors,
+)
+from flux2.adapter_types import adapted, attach, detach, float_copy, take_off, target_layers
 from flux2.layers import BLOCK_LINEARS
-from flux2.linear import fuse_lora
+from flux2.linear import INITIAL, difference
 from flux2.model import Transformer
 from flux2.names import listed
 from flux2.quantised import QuantisedLinear
@@ -34,6 +42,7 @@ from flux2.quantised import QuantisedLinear
 __all__ = [
     "BLOCK_LINEARS",
     "AdapterError",
+    "Loaded",
     "Pair",
     "adapter_parameters",
     "attach",
@@ -54,6 +63,8 @@ __all__ = [
 
 PEFT_FILE = "adapter_model.safetensors"
 DIFFUSERS_FILE = "diffusers.safetensors"
+PISSA_FILE = "pissa.safetensors"
+PEFT_ALONE = ("LoHa", "LoKr", "OFT")  # types that no other format here holds
 
 # ------------------------------------------------------------------ in a model
 
@@ -78,12 +89,23 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, Pair]:
-    """The adapter called `name`, layer by layer under our names, in float32 on the CPU."""
+    """The adapter called `name`, layer by layer under our names, in float32 on the CPU.
+
+    Raises AdapterError for a type that is no low-rank pair (LoHa, LoKr, OFT).
+    """
     pairs = {}
-    for layer, module in model.named_modules():
-        if isinstance(module, LoraLayer) and name in module.lora_A:
-            a, b = module.lora_A[name].weight, module.lora_B[name].weight
-            pairs[layer] = Pair(a.detach().float().cpu(), b.detach().float().cpu() * module.scaling[name])
+    for layer, module in adapted(model).items():
+        if not isinstance(module, LoraLayer):
+            raise AdapterError(f"{layer}: a {kind_of(module)} adapter is no low-rank pair")
+        if name in module.lora_A:
+            a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
+            if name + INITIAL in module.lora_A:
+                first_a, first_b = module.lora_A[name + INITIAL].weight, module.lora_B[name + INITIAL].weight
+                a, b = difference(a, b, first_a, first_b)
+            length = None
+            if name in module.lora_magnitude_vector:
+                length = module.lora_magnitude_vector[name].weight.detach().float().cpu()
+            pairs[layer] = Pair(a.float().cpu(), b.float().cpu() * module.scaling[name], length)
     return pairs
 
 
@@ -91,25 +113,38 @@ def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, Pair]:
 
 
 def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "", name: str = "default") -> None:
-    """Write the adapter in PEFT's form (adapter_model.safetensors, adapter_config.json) and diffusers.safetensors.
+    """Write the adapter in PEFT's form (adapter_model.safetensors, adapter_config.json), and diffusers.safetensors
+    where diffusers has a form for its type.
+
+    A PiSSA is written as the plain LoRA of twice the rank that it amounts to, and pissa.safetensors holds what going on
+    with its training needs.
 
     Args:
         folder: made if absent; each file is complete or absent, never half written, and where adapter_model.safetensors
-            is, the others are too.
+            is, the others are its own.
         base: the model that the adapter was trained on: a variant's name.
         licence: of the base model where it restricts the use of the adapter; kept in the file's metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model = wrapped.get_base_model()
     wrapped.peft_config[name].base_model_name_or_path = base
     metadata = {"format": "pt", "base_model": base} | ({"base_model_license": licence} if licence else {})
+    kind = "PiSSA" if name + INITIAL in wrapped.peft_config else peft_config.type_name(wrapped.peft_config[name])
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        # without the False, PEFT would look the base model up on the Hub to see whether embeddings were resized
-        wrapped.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
-        written = Path(scratch) if name == "default" else Path(scratch) / name  # PEFT's own choice
-        (written / "README.md").write_text(adapter_card(base, licence))  # in place of PEFT's empty form
-        save_file(to_diffusers(layer_pairs(wrapped.get_base_model(), name)), written / DIFFUSERS_FILE, metadata)
+        written = Path(scratch)
+        if kind == "PiSSA":
+            save_pissa(model, written, base, name)
+        else:
+            # without the False, PEFT would look the base model up on the Hub to see whether embeddings were resized
+            wrapped.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+            written = written if name == "default" else written / name  # PEFT's own choice
+        (written / "README.md").write_text(adapter_card(base, licence, kind))  # in place of PEFT's empty form
+        if kind not in PEFT_ALONE:
+            save_file(to_diffusers(layer_pairs(model, name)), written / DIFFUSERS_FILE, metadata)
         (folder / PEFT_FILE).unlink(missing_ok=True)  # of an earlier adapter: while it is there, all files are its own
         files = [path for path in written.iterdir() if path.is_file()]
+        for stale in {DIFFUSERS_FILE, PISSA_FILE} - {file.name for file in files}:
+            (folder / stale).unlink(missing_ok=True)
         readable = (written / "README.md").stat().st_mode  # as the umask says; safetensors writes for the owner alone
         for file in files:
             file.chmod(readable)
@@ -117,15 +152,52 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "",
             file.replace(folder / file.name)
 
 
-def adapter_card(base: str, licence: str) -> str:
+def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:
+    """PEFT's two files of the plain LoRA, and the weights that are trained with those that they began as."""
+    pairs = layer_pairs(model, name)
+    state = {}
+    for layer, pair in pairs.items():
+        state[f"{PREFIX}{layer}.lora_A.weight"] = pair.a
+        state[f"{PREFIX}{layer}.lora_B.weight"] = pair.b
+    save_file(state, folder / PEFT_FILE, {"format": "pt"})
+    config = pair_config({layer: pair.a.shape[0] for layer, pair in pairs.items()})
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))
+    both = {key: tensor.detach().cpu().contiguous() for key, tensor in pissa_tensors(model, name).items()}
+    save_file(both, folder / PISSA_FILE, {"format": "pt"})
+
+
+def pissa_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The trained weights of a PiSSA and those that they began as, by the keys of pissa.safetensors."""
+    began = {f"began.{key}": tensor for key, tensor in tensors(model, name + INITIAL).items()}
+    return tensors(model, name) | began
+
+
+def adapter_card(base: str, licence: str, kind: str = "LoRA") -> str:
     """The README.md of a saved adapter, with the metadata that the Hub reads."""
     hub = f"base_model: {base}\n" if "/" in base else ""
     terms = f"\nThe base model's licence, {licence}, applies to what is made with this adapter.\n" if licence else ""
+    files = f"- `{PEFT_FILE}`, `adapter_config.json`: PEFT, layers named as Black Forest Labs names them\n"
+    if kind == "PiSSA":
+        files += f"- `{PISSA_FILE}`: for going on with its training alone; the others are a plain LoRA\n"
+    if kind not in PEFT_ALONE:
+        weights = f'weight_name="{DIFFUSERS_FILE}"'
+        files += f"- `{DIFFUSERS_FILE}`: for diffusers' `pipeline.load_lora_weights(folder, {weights})`\n"
     return (
-        f"---\n{hub}tags:\n- lora\n- flux2\n---\n# LoRA for {base}\n{terms}\n"
-        f"- `{PEFT_FILE}`, `adapter_config.json`: PEFT, layers named as Black Forest Labs names them\n"
-        f'- `{DIFFUSERS_FILE}`: for diffusers\' `pipeline.load_lora_weights(folder, weight_name="{DIFFUSERS_FILE}")`\n'
+        f"---\n{hub}tags:\n- lora\n- flux2\n---\n# {kind} for {base}\n{terms}\n{files}"
         "\n`python -m flux2.generate --prompt ... --adapter FOLDER` makes pictures with it.\n"
+    )
+
+
+def unread(folder: Path) -> str:
+    """One line on what cannot read the adapter in `folder` as it is; empty if all can."""
+    kind = peft_config.type_name(peft_config.saved(folder))
+    if kind in PEFT_ALONE:
+        return f"{kind} is read by PEFT and flux2.generate; for diffusers and ComfyUI it must be exported as a LoRA"
+    return (
+        "a DoRA is read by PEFT, flux2.generate and diffusers; for ComfyUI it must be exported"
+        if kind == "DoRA"
+        else ""
     )
 
 
@@ -145,23 +217,30 @@ def find(path: str | Path) -> Path:
     )
 
 
-def read(place: Path, model: nn.Module) -> dict[str, Pair]:
-    """The pairs in a file of diffusers or ComfyUI keys, or in a PEFT folder, checked against `model`.
-
-    Raises:
-        AdapterError: unreadable, not a plain LoRA, of other ranks than its configuration says, or trained on another
-            model.
-    """
+def read_tensors(place: Path) -> dict[str, Tensor]:
+    """What the file `place`, or that of PEFT in the folder, holds. Raises AdapterError if it cannot be read."""
     file = place / PEFT_FILE if place.is_dir() else place
     try:
-        state = load_file(file)
+        return load_file(file)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"adapter {file} cannot be read ({error}): it is damaged or incomplete") from error
+
+
+def read(place: Path, model: nn.Module) -> dict[str, Pair]:
+    """The pairs in a file of diffusers or ComfyUI keys, or in the PEFT folder of a plain LoRA, checked against `model`.
+
+    Raises:
+        AdapterError: unreadable, no plain LoRA, of other ranks than its configuration says, or trained on another
+            model.
+    """
+    state = read_tensors(place)
     try:
         if not place.is_dir():
             return from_state(state, model)
-        config = peft_config.plain_lora(place)
-        state = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
+        config = peft_config.saved(place)
+        if not isinstance(config, peft.LoraConfig) or config.use_dora:
+            raise AdapterError(f"it is a {peft_config.type_name(config)}, not a plain LoRA")
+        state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
         peft_config.check_ranks(config, state)
         pairs = from_state(state, model)
         return {layer: Pair(pair.a, pair.b * peft_config.scale(config, layer)) for layer, pair in pairs.items()}
@@ -169,40 +248,7 @@ def read(place: Path, model: nn.Module) -> dict[str, Pair]:
         raise AdapterError(f"adapter {place}: {error}") from error
 
 
-def attach_pairs(model: Transformer, pairs: Mapping[str, Pair], name: str, scale: float = 1.0) -> None:
-    """Add an adapter of given updates beside those that `model` carries, in place, active and frozen."""
-    ranks = {layer: pair.a.shape[0] for layer, pair in pairs.items()}
-    config = peft.LoraConfig(
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
-        target_modules=list(pairs),
-        rank_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
-        alpha_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
-    )
-    # PEFT draws an initialisation that is then overwritten, and warns of the second adapter that is wanted
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        peft.inject_adapter_in_model(config, model, adapter_name=name)
-    device = model.img_in.weight.device  # where the model computes; the layer itself may lie in host memory
-    for layer, pair in pairs.items():
-        module = model.get_submodule(layer)
-        assert isinstance(module, LoraLayer)
-        for side, value in ((module.lora_A[name], pair.a), (module.lora_B[name], pair.b)):
-            side.weight.data = value.to(device, torch.float32)
-        module.scaling[name] = scale
-    fuse_lora(model)
-    activate(model)
-
-
-def activate(model: nn.Module) -> None:
-    """Make every adapter that `model` carries active at once, and freeze them all."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.set_adapter(list(module.lora_A))
-    model.requires_grad_(False)
-
-
-def load(model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0) -> None:
+def load(model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0) -> Loaded:
     """Attach the adapter at `path` to `model` for inference, in place, its update multiplied by `scale`.
 
     `path` is a PEFT folder, a run folder or checkpoint that holds one, or a .safetensors file with the keys of
@@ -210,7 +256,19 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
     was, for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite number.
     """
     scale = checks.number("scale", scale)
-    attach_pairs(model, read(find(path), model), name, scale)
+    place = find(path)
+    try:
+        config = peft_config.saved(place) if place.is_dir() else None
+        if config is not None and not peft_config.is_plain(config):
+            state = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(place).items()}
+            return attach_saved(model, config, state, name, scale)
+        pairs = read(place, model)
+        attach_pairs(model, pairs, name, scale)
+    except ValueError as error:
+        text = str(error)
+        raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
+    kind = "LoRA" if config is None else peft_config.type_name(config)
+    return Loaded(kind, tuple(pairs), tuple(pair.a.shape[0] for pair in pairs.values()))
 
 
 @torch.no_grad()
@@ -221,7 +279,7 @@ def merge(model: nn.Module) -> None:
     below 0.2 to 0.4 % of itself, and a quantised one none at all in a useful sense: it is refused.
 
     Raises:
-        AdapterError: a layer is quantised, blocks of the model stream, or an adapter is not a plain LoRA; the model is
+        AdapterError: a layer is quantised, blocks of the model stream, or an adapter is merged already; the model is
             then as it was.
     """
     if isinstance(model, peft.PeftModel):
@@ -231,34 +289,55 @@ def merge(model: nn.Module) -> None:
             "cannot merge while blocks stream from host memory, as what is on the device would not follow: load the "
             "model without streaming (memory.stream_blocks=0)"
         )
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = adapted(model)
     for name, module in layers.items():
         base = module.get_base_layer()
         if isinstance(base, QuantisedLinear):
             raise AdapterError(f"cannot merge into {name}: {base.refusal}")
-        if module.merged or module.lora_variant or any(module.lora_bias.values()):
-            raise AdapterError(f"cannot merge into {name}: its adapter is merged already, or is not a plain LoRA")
-    for name, module in layers.items():
+        if module.merged or any(getattr(module, "lora_bias", {}).values()):
+            raise AdapterError(f"cannot merge into {name}: its adapter is merged already, or has a bias")
+    for module in layers.values():
         base = module.get_base_layer()
-        weight = base.weight.float()
-        for adapter in module.active_adapters:
-            if adapter in module.lora_A:
-                a, b = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
-                weight = weight + module.scaling[adapter] * (b @ a)
-        base.weight.data = weight.to(base.weight.dtype)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, base)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+        base.weight.data = merged_weight(module).to(base.weight.dtype)
+    take_off(model)
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """The weight of a layer with its active adapters, in float32."""
+    weight = layer.get_base_layer().weight.float()
+    if kind_of(layer) == "LoRA":
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+                weight = weight + layer.scaling[adapter] * (b @ a)
+        return weight
+    base, layer.base_layer = layer.base_layer, float_copy(layer, weight.device)
+    try:
+        layer.merge()
+        found = layer.base_layer.weight.detach()
+    finally:
+        layer.base_layer = base
+        layer.merged_adapters.clear()
+    strengths = [getattr(one, "strength", 1.0) for one in getattr(layer, "lora_magnitude_vector", {}).values()]
+    return found if set(strengths) <= {1.0} else weight + strengths[0] * (found - weight)
 
 
 def restore(wrapped: peft.PeftModel, folder: Path, name: str = "default") -> None:
-    """Put the weights saved in `folder` into the attached adapter, to go on training it; the layers must be equal."""
-    state = load_file(folder / PEFT_FILE)
-    have = peft.get_peft_model_state_dict(wrapped, adapter_name=name)
+    """Put the weights saved in `folder` into the attached adapter, to go on training it, bit for bit.
+
+    Raises AdapterError, the adapter being as it was, unless type, layers and shapes are equal.
+    """
+    model = wrapped.get_base_model()
+    if name + INITIAL in wrapped.peft_config:
+        if not (folder / PISSA_FILE).exists():
+            raise AdapterError(f"{folder} holds no PiSSA to go on with: {PISSA_FILE} is missing")
+        state, have = load_file(folder / PISSA_FILE), pissa_tensors(model, name)
+    else:
+        state = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / PEFT_FILE).items()}
+        have = tensors(model, name)
     if have.keys() != state.keys():
         raise AdapterError(
-            f"{folder} holds an adapter of other layers than adapter.targets gives: "
+            f"{folder} holds an adapter of other layers than adapter.targets gives, or of another type: "
             f"{listed(have.keys() ^ state.keys())}"
         )
     for key, tensor in state.items():
@@ -267,4 +346,5 @@ def restore(wrapped: peft.PeftModel, folder: Path, name: str = "default") -> Non
                 f"{folder}: {key} has shape {tuple(tensor.shape)}, the adapter that was asked for "
                 f"{tuple(have[key].shape)}: it belongs to another model or another adapter.rank"
             )
+    for key, tensor in state.items():
         have[key].data.copy_(tensor)

@@ -76,7 +76,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--from-image", type=Path, metavar="PNG", help="make this picture again; what else is given replaces its own"
     )
     parser.add_argument("--image", action="append", type=Path, help="a reference picture; repeatable, up to ten")
-    parser.add_argument("--adapter", action="append", metavar="PATH[:SCALE]", help="a LoRA: folder or file; repeatable")
+    parser.add_argument("--adapter", action="append", metavar="PATH[:SCALE]", help="folder or file; repeatable")
     parser.add_argument("--out", type=Path, help="several pictures are numbered (out.png)")
     parser.add_argument("--seed", type=int, help="of the first picture; the next ones count up (0)")
     parser.add_argument("--count", type=int, help="pictures of each prompt (1)")
@@ -202,7 +202,8 @@ def run(options: argparse.Namespace) -> list[Path]:
     if pipeline.precision.storage is not None:
         say(describe(pipeline.transformer, pipeline.precision, pipeline.device))
     for path, scale in given:
-        pipeline.load_adapter(path, scale)
+        found = pipeline.load_adapter(path, scale)
+        say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {found}")
     steps = [pipeline.variant.steps if one.steps is None else one.steps for one in wanted]
     with tqdm(total=sum(steps), unit="step", leave=False) as bar:
         for one, count in zip(wanted, steps, strict=True):

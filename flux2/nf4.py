@@ -186,6 +186,8 @@ class Nf4Linear(QuantisedLinear):
         """The weight (out, in), in `out` (out * in elements of `dtype`) if it is given."""
         nested = self.nested_absmax if self.nested else None
         sizes = (self.out_features, self.in_features)
+        if self.qweight.is_meta:  # which bitsandbytes does not know
+            return torch.empty(sizes, dtype=dtype, device="meta")
         if torch.compiler.is_compiling():
             return unpacked(self.qweight, self.absmax, nested, self.offset, *sizes, dtype)
         return unpack(self.qweight, self.absmax, nested, self.offset, *sizes, dtype, out)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from flux2.adapter_types import adapted, own_tensors
 from flux2.model import Transformer
 from flux2.ring import ALIGNMENT, RING, Copier, Order, Ring, copier_for
 from flux2.variants import TransformerConfig
@@ -69,8 +70,9 @@ def streamed_blocks(config: TransformerConfig, given: int | float, key: str = "s
 
 def streamed_tensors(block: nn.Module) -> list[Tensor]:
     """What of a block streams: every buffer and frozen parameter, but for those of adapters."""
-    named = chain(block.named_parameters(), block.named_buffers())
-    return [tensor for name, tensor in named if not tensor.requires_grad and "lora_" not in name]
+    adapters = {id(tensor) for layer in adapted(block).values() for tensor in own_tensors(layer)}
+    tensors = chain(block.parameters(), block.buffers())
+    return [tensor for tensor in tensors if not tensor.requires_grad and id(tensor) not in adapters]
 
 
 # ------------------------------------------------------------------ one block's bytes

@@ -1,10 +1,16 @@
-"""The `adapter_config.json` of a PEFT folder: whether its update is a plain `scale * B A`, and of which scale."""
+"""The `adapter_config.json` of a PEFT folder: which type of adapter it is, and of which scale.
+
+What a file says is not believed: numbers are checked, what is not one of our types is refused by its name, and of the
+rest a configuration of its own is made that has nothing but what the type needs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 from torch import Tensor
@@ -12,27 +18,63 @@ from torch import Tensor
 from flux2 import checks
 
 PEFT_CONFIG = "adapter_config.json"
+TYPES = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "OFT": "OFT"}
+# what each type needs of its configuration, besides its layers
+NEEDED = {
+    "LORA": ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    "LOHA": ("r", "alpha", "rank_pattern", "alpha_pattern"),
+    "LOKR": ("r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"),
+    "OFT": ("r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
+}
 
 
-def plain_lora(place: Path) -> peft.LoraConfig:
-    """The configuration in the folder `place`. Raises ValueError unless it is that of a plain LoRA, whole and sane."""
+def type_name(config: peft.PeftConfig) -> str:
+    """As it is called in docs/adapters.md; PiSSA is a LoRA by then."""
+    if isinstance(config, peft.LoraConfig):
+        return "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+    return TYPES[str(getattr(config.peft_type, "value", config.peft_type))]
+
+
+def is_plain(config: peft.PeftConfig) -> bool:
+    """Whether the update is `scale * B A` in every layer."""
+    return isinstance(config, peft.LoraConfig) and not config.use_dora
+
+
+def saved(place: Path) -> peft.PeftConfig:
+    """The configuration in the folder `place`. Raises ValueError unless it is whole, sane and of a type of ours."""
     if not (place / PEFT_CONFIG).exists():  # PEFT would look for it on the Hub
         raise ValueError(f"{PEFT_CONFIG} is missing")
     try:
         config = peft.PeftConfig.from_pretrained(str(place))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{PEFT_CONFIG} is not understood by PEFT {peft.__version__} ({error!r})") from error
-    if not isinstance(config, peft.LoraConfig) or config.use_dora:
-        raise ValueError(f"it is of the kind {config.peft_type} (DoRA: {getattr(config, 'use_dora', False)})")
-    if config.init_lora_weights not in (True, False, "gaussian", "eva"):
-        raise ValueError(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base")
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in TYPES:
+        raise ValueError(f"it is of the kind {kind}, of which nothing is known here: {', '.join(TYPES.values())} are")
+    if isinstance(config, peft.LoraConfig):
+        if config.init_lora_weights not in (True, False, "gaussian", "eva"):
+            raise ValueError(f"it was made with init_lora_weights={config.init_lora_weights!r}, which changes the base")
+        variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+        if used := [name for name in variants if name != "use_dora" and getattr(config, name)]:
+            raise ValueError(f"it is a variant of LoRA of which nothing is known here ({', '.join(used)})")
+    if beside := getattr(config, "modules_to_save", None):
+        raise ValueError(f"it replaces whole layers beside the adapter (modules_to_save={beside!r})")
     check_numbers(config)
     return config
 
 
-def check_numbers(config: peft.LoraConfig) -> None:
+def fresh(config: peft.PeftConfig, layers: Sequence[str]) -> peft.PeftConfig:
+    """A configuration for `layers` with nothing of `config` but what its type needs."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    needed: dict[str, Any] = {key: getattr(config, key) for key in NEEDED[kind]}
+    return type(config)(**needed, target_modules=list(layers))
+
+
+def check_numbers(config: Any) -> None:
     """Raises ValueError unless ranks are whole numbers from 1, alphas finite, and patterns regular expressions."""
-    for key, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+    for key in patterns:
+        pattern = patterns[key] = getattr(config, key, {})
         if not isinstance(pattern, dict):
             raise ValueError(f"{PEFT_CONFIG}: {key}={pattern!r} must map names of layers to numbers")
         for expression in pattern:
@@ -41,10 +83,19 @@ def check_numbers(config: peft.LoraConfig) -> None:
             except re.error as error:
                 raise ValueError(f"{PEFT_CONFIG}: {key} has {expression!r}, no regular expression ({error})") from error
     try:
-        for name, rank in {"r": config.r, **config.rank_pattern}.items():
+        if isinstance(config, peft.OFTConfig):
+            checks.whole("r", config.r, 0)
+            checks.whole("oft_block_size", config.oft_block_size, 0)
+            checks.whole("num_cayley_neumann_terms", config.num_cayley_neumann_terms, 1)
+            checks.number("eps", config.eps)
+            return
+        alpha = "lora_alpha" if isinstance(config, peft.LoraConfig) else "alpha"
+        for name, rank in {"r": config.r, **patterns["rank_pattern"]}.items():
             checks.whole(name, rank, 1)
-        for name, alpha in {"lora_alpha": config.lora_alpha, **config.alpha_pattern}.items():
-            checks.number(name, alpha)
+        for name, value in {alpha: getattr(config, alpha), **patterns["alpha_pattern"]}.items():
+            checks.number(name, value)
+        if isinstance(config, peft.LoKrConfig):
+            checks.whole("decompose_factor", config.decompose_factor, -1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{PEFT_CONFIG}: {error}") from error
 

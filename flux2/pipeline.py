@@ -212,15 +212,17 @@ class Pipeline:
             self._transformer = transformer
         return self._transformer
 
-    def load_adapter(self, path: str | Path, scale: float = 1.0) -> None:
-        """Add a LoRA (`adapters.load` says which files), its update multiplied by `scale`; several add up.
+    def load_adapter(self, path: str | Path, scale: float = 1.0) -> adapters.Loaded:
+        """Add an adapter (`adapters.load` says which files), its update multiplied by `scale`; several of one type add
+        up. Returns what was found: its type, layers and ranks.
 
         Raises TypeError or ValueError, the pipeline being as it was, for a scale or an adapter that cannot be used.
         """
         scale = checks.number("scale", scale)
         name = f"adapter_{len(self._adapters)}"
-        adapters.load(self.transformer, path, name=name, scale=scale)
+        found = adapters.load(self.transformer, path, name=name, scale=scale)
         self._adapters.append((path, scale))
+        return found
 
     def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """(B, T, text_width) embeddings; prompts that were encoded before need no text encoder."""

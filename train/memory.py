@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -246,7 +246,8 @@ def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.d
 
 def prepared(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[nn.Module, Any, Count]:
     """A fake copy of a block, its arguments, and a count that knows them. Within FakeTensorMode."""
-    block = copy.deepcopy(block).train()
+    with unset_fake_temporarily():  # in which a buffer cannot be copied
+        block = copy.deepcopy(block).train()
     fake(block)
     for parameter in block.parameters():
         if parameter.requires_grad:  # as with accumulated gradients, which are counted beside the optimizer

@@ -33,7 +33,7 @@ from data.cache import Cache, MemoryCache
 from data.loader import Loader
 from data.pictures import Picture
 from data.samples import Source
-from flux2.adapters import adapter_parameters
+from flux2.adapters import adapter_parameters, unread
 from flux2.attention import chosen_backend, preferred_backends
 from flux2.model import Transformer
 from flux2.offload import offload, streamed_blocks
@@ -592,6 +592,8 @@ def train(run: Run) -> None:
         if run.hub.push:
             print(push_or_say(adapter.parent, run.hub), flush=True)
     run.say(f"adapter   {adapter}")
+    if run.accelerator.is_main_process and (note := unread(adapter)):
+        run.say(f"formats   {note}")
     run.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if run.sample.prompts and run.settings.sample_every:
         run.say(f"pictures  {adapter.parent / 'samples'}")
