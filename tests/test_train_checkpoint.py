@@ -27,6 +27,7 @@ CONFIG = {
     "sample": {"prompts": []},
 }
 IMAGES = 4
+ANEW = "resume=auto: nothing to resume, starting anew"
 
 
 def changed(**groups):
@@ -187,8 +188,9 @@ def test_a_damaged_configuration_is_named(tmp_path):
         look(str(run), tmp_path / "new")
     said = []
     assert look("auto", tmp_path / "new", say=said.append) == Place(tmp_path / "new")
-    assert len(said) == 1
+    assert len(said) == 2
     assert re.match(r"warning: skipping .*run: .*config\.yaml cannot be read", said[0])
+    assert said[1] == ANEW
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "just words", "a: 1", "steps: many"])
@@ -220,13 +222,59 @@ DAMAGED_STATES = ["", "garbage", "{}", "[]", '{"step": "2", "images_per_step": 4
 
 
 @pytest.mark.parametrize("text", DAMAGED_STATES)
-def test_a_damaged_state_is_one_error_that_names_the_file(tmp_path, text):
+def test_a_damaged_state_of_a_checkpoint_that_is_given_is_one_error_that_names_the_file(tmp_path, text):
     run = make_run(tmp_path / "run", 2, 4)
     (run / "checkpoints" / "step_000004" / "state.json").write_text(text)
-    with pytest.raises(
-        ValueError, match=r"step_000004/state\.json .*delete .*step_000004 to go on from the one before"
-    ):
-        look(str(run), tmp_path / "new")
+    with pytest.raises(ValueError, match=r"step_000004/state\.json .*delete .*step_000004 to go on from the one bef"):
+        look(str(run / "checkpoints" / "step_000004"), tmp_path / "new")
+
+
+def test_a_state_in_which_a_number_changed_is_damaged(tmp_path):
+    run = make_run(tmp_path / "run", 4)
+    file = run / "checkpoints" / "step_000004" / "state.json"
+    file.write_text(file.read_text().replace('"step": 4', '"step": 5'))
+    with pytest.raises(ValueError, match=r"state\.json is damaged \(its checksum differs\)"):
+        checkpoint.state(file.parent)
+
+
+def test_a_checkpoint_without_checksums_is_of_an_older_version(tmp_path):
+    run = make_run(tmp_path / "run", 4)
+    place = run / "checkpoints" / "step_000004"
+    (place / "state.json").write_text(json.dumps({"step": 4, "base": "tiny", "images_per_step": IMAGES}))
+    with pytest.raises(ValueError, match=r"state\.json has no checksums: .* older version\. Its adapter can be used"):
+        look(str(place), tmp_path / "new")
+
+
+FILES = ["state.json", "optimizer.pt", "adapter/adapter_model.safetensors"]
+
+
+def damage(file, how):
+    if how == "missing":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:  # of the same length, which only the checksum sees
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
+@pytest.mark.parametrize("file", FILES)
+def test_a_run_folder_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path, file, how):
+    run = make_run(tmp_path / "run", 2, 4)
+    damage(run / "checkpoints" / "step_000004" / file, how)
+    said = []
+    assert look(str(run), tmp_path / "new", say=said.append).step == 2
+    if (file, how) == ("state.json", "missing"):
+        assert said == []  # it never was a checkpoint
+        return
+    assert len(said) == 1
+    assert f"step_000004/{file}" in said[0]
+    damage(run / "checkpoints" / "step_000002" / file, "cut")
+    with pytest.raises(ValueError, match="holds no complete checkpoint whose files are whole: they are named above"):
+        look(str(run), tmp_path / "new", say=said.append)
+    assert f"step_000002/{file}" in said[-1]
 
 
 @pytest.mark.parametrize("chosen", [False, True])
@@ -313,15 +361,17 @@ def test_a_finished_run_that_was_going_on_for_longer_is_unfinished_again(tmp_pat
 
 def test_auto_with_a_folder_that_was_asked_for_looks_there_alone(tmp_path):
     make_run(tmp_path / "beside", 4)
-    fresh = tmp_path / "mine"
-    assert look("auto", fresh, chosen=True) == Place(fresh)
+    fresh, said = tmp_path / "mine", []
+    assert look("auto", fresh, chosen=True, say=said.append) == Place(fresh)
+    assert said == [ANEW]
     make_run(fresh, 2)
     assert look("auto", fresh, chosen=True) == Place(fresh, fresh / "checkpoints" / "step_000002")
 
 
 def test_auto_starts_again_in_its_folder_if_nothing_was_saved_there(tmp_path):
-    fresh = make_run(tmp_path / "mine")
-    assert look("auto", fresh, chosen=True) == Place(fresh)
+    fresh, said = make_run(tmp_path / "mine"), []
+    assert look("auto", fresh, chosen=True, say=said.append) == Place(fresh)
+    assert said == [ANEW]
 
 
 def test_auto_does_not_write_into_a_folder_whose_run_is_finished_or_another(tmp_path):
@@ -349,7 +399,7 @@ def test_auto_that_starts_anew_says_which_key_of_the_newest_run_differs(tmp_path
     make_run(tmp_path / "2", 2, config=changed(adapter={"rank": 8}))
     said = []
     assert look("auto", tmp_path / "3", say=said.append) == Place(tmp_path / "3")
-    assert said == [f"not going on with {tmp_path / '2'}: adapter.rank=8 there, 4 here"]
+    assert said == [f"not going on with {tmp_path / '2'}: adapter.rank=8 there, 4 here", ANEW]
     make_run(tmp_path / "0", 2)
     said.clear()
     assert look("auto", tmp_path / "3", say=said.append).folder == tmp_path / "0"
@@ -474,6 +524,142 @@ def test_a_file_that_holds_no_state_of_this_optimizer_is_the_same_error(tmp_path
     reseal(place)
     with pytest.raises(ValueError, match=r"step_000007/optimizer\.pt .*delete .*step_000007 to go on"):
         read(place, trained())
+
+
+class Part:
+    """Something else that is kept."""
+
+    def __init__(self, value):
+        self.value = torch.tensor(value)
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def test_every_part_is_a_file_and_one_too_few_or_too_many_is_named(tmp_path, trained):
+    wrapped, optimizer = trained()
+    kept = {"optimizer": optimizer, "other": Part(3.0)}
+    place = checkpoint.save(tmp_path, 7, wrapped, kept, base="tiny", licence="", images_per_step=IMAGES)
+    assert (place / "other.pt").exists()
+    new = Part(0.0)
+    checkpoint.load(place, wrapped, {"optimizer": optimizer, "other": new})
+    assert new.value == 3.0
+    with pytest.raises(ValueError, match=r"step_000007 is of another kind of run: nothing here reads its other\.pt"):
+        checkpoint.load(place, wrapped, {"optimizer": optimizer})
+    with pytest.raises(ValueError, match=r"another kind of run: it has no third\.pt"):
+        checkpoint.load(place, wrapped, {**kept, "third": Part(1.0)})
+    damage(place / "other.pt", "flipped")
+    with pytest.raises(ValueError, match=r"step_000007/other\.pt is damaged"):
+        checkpoint.load(place, wrapped, kept)
+
+
+def test_a_checkpoint_moved_away_from_its_run_starts_a_branch_with_its_own_copy_of_the_configuration(tmp_path, trained):
+    run = make_run(tmp_path / "run")
+    moved = write(run, 7, trained()).rename(tmp_path / "moved")
+    shutil.rmtree(run)
+    assert look(str(moved), tmp_path / "new", chosen=True) == Place(tmp_path / "new", moved)
+    for config, chosen, said in (
+        (CONFIG, False, "is a checkpoint without its run: give a new folder, output_dir="),
+        (changed(seed=1), True, "is of another configuration: seed=0 there, 1 here"),
+        (changed(steps=6), True, "has done more than steps=6"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            look(str(moved), tmp_path / "new", config, chosen=chosen)
+
+
+# ------------------------------------------------------------------ which of them stay
+
+
+def rotated(run, rotation):
+    """The steps that stay, rotation having its turn after each checkpoint."""
+    said = []
+    rotation.turn(checkpoint.checkpoints(run)[-1], said.append)
+    return [checkpoint.number(path) for path in checkpoint.checkpoints(run)], said
+
+
+@pytest.mark.parametrize(
+    ("settings", "stay"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6]),
+        ({"last": 1}, [6]),
+        ({"last": 2}, [5, 6]),
+        ({"last": 9}, [1, 2, 3, 4, 5, 6]),
+        ({"last": 1, "best": 2}, [2, 3, 6]),
+        ({"last": 1, "every": 2}, [2, 4, 6]),
+        ({"last": 2, "best": 1, "every": 4}, [2, 4, 5, 6]),
+    ],
+)
+def test_the_last_the_best_and_every_so_many_stay(tmp_path, settings, stay):
+    run = make_run(tmp_path / "run", 1, 2, 3, 4, 5, 6)
+    losses = {1: 0.9, 2: 0.1, 3: 0.4, 4: 0.5, 5: float("nan")}  # of 6 none was measured
+    for step, loss in losses.items():
+        place = run / "checkpoints" / f"step_{step:06d}"
+        (place / "state.json").unlink()
+        checkpoint.seal(place, {"step": step, "images_per_step": IMAGES, "validation_loss": loss})
+    assert rotated(run, checkpoint.Rotation(**settings)) == (stay, [])
+    assert len(list((run / "checkpoints").iterdir())) == len(stay)
+
+
+def test_what_is_named_after_later_steps_does_not_push_out_the_checkpoint_that_is_whole(tmp_path):
+    run = make_run(tmp_path / "run", 4, 5, 6)
+    (run / "checkpoints" / "step_000006" / "optimizer.pt").unlink()
+    checkpoint.Rotation(last=1).turn(run / "checkpoints" / "step_000005", print)
+    assert [checkpoint.number(path) for path in checkpoint.checkpoints(run)] == [5, 6]
+    assert look(str(run), tmp_path / "new", say=lambda text: None).step == 5
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", 1, 2, 3)
+
+    def refuse(self, target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    stay, said = rotated(run, checkpoint.Rotation(last=1))
+    assert stay == [1, 2, 3]
+    assert [
+        re.search(r"step_00000\d could not be deleted \(.*Permission denied", text) is not None for text in said
+    ] == [
+        True,
+        True,
+    ]
+
+
+def test_a_kill_in_the_middle_of_deleting_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", 1, 2)
+
+    def killed(path, **options):
+        if Path(path).exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rotated(run, checkpoint.Rotation(last=1))
+    monkeypatch.undo()
+    assert [checkpoint.number(path) for path in checkpoint.checkpoints(run)] == [2]
+    assert len(list((run / "checkpoints").iterdir())) == 2
+    checkpoint.tidy(run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "intervals", "said"),
+    [
+        ({"last": 0}, (250, 50), "keep_last=0 must be a whole number from 1"),
+        ({"last": 1, "best": -1}, (250, 50), "keep_best=-1 must be"),
+        ({"best": 2}, (250, 50), "keep_best=2 does nothing with keep_last=null"),
+        ({"every": 500}, (250, 50), "keep_every=500 does nothing with keep_last=null"),
+        ({"last": 1, "best": 2}, (250, 0), "keep_best=2 goes by the validation loss .* validate_every=0 does not"),
+        ({"last": 1, "best": 2}, (250, 100), "validate_every=100 does not measure with checkpoint_every=250"),
+        ({"last": 1, "every": 300}, (250, 50), "keep_every=300 must be a multiple of checkpoint_every=250"),
+    ],
+)
+def test_a_rotation_that_cannot_be_is_named(settings, intervals, said):
+    with pytest.raises(ValueError, match=said):
+        checkpoint.Rotation(**settings).check(*intervals)
 
 
 @pytest.mark.parametrize("written", range(4))

@@ -1,6 +1,8 @@
 """What the command line says to a mistake: one line with the key, the value and a remedy, and exit code 2."""
 
 import dataclasses
+import re
+import signal
 from dataclasses import dataclass
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from train.command import check_keys, checked, explain, known_settings, made, no_setting, own_errors
-from train.stopping import Interrupted
+from train.stopping import SIGNALS, Interrupted
 
 pytest_plugins = ("train_helpers",)
 
@@ -193,10 +195,25 @@ def raising(error):
 def test_the_exit_code_says_how_it_ended(run_command):
     assert run_command(task=lambda config: None) == (0, "", "")
     assert run_command(task=raising(ValueError("a\n b"))) == (2, "", "error: a b\n")
-    stopped = Interrupted("stopped after step 3; go on with resume=x")
-    assert run_command(task=raising(stopped)) == (130, "", "stopped after step 3; go on with resume=x\n")
-    code, _, err = run_command(task=raising(KeyboardInterrupt()))
-    assert (code, err) == (130, "interrupted before there was anything to save\n")
+    for number in SIGNALS:
+        stopped = Interrupted("stopped after step 3; go on with resume=x", number)
+        assert run_command(task=raising(stopped)) == (128 + number, "", "stopped after step 3; go on with resume=x\n")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_before_training_ends_the_command_at_once_and_says_what_is_kept(run_command, number, monkeypatch):
+    before = [signal.getsignal(name) for name in SIGNALS]
+
+    def task(config):
+        signal.raise_signal(number)
+        raise AssertionError("went on")
+
+    code, out, err = run_command(task=task)
+    assert (code, out) == (128 + number, "")
+    assert re.fullmatch(rf"stopped by {signal.Signals(number).name} with nothing lost: caches on disk keep .*\n", err)
+    assert [signal.getsignal(name) for name in SIGNALS] == before
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(task=task) == (128 + number, "", "")
 
 
 def test_what_the_system_refuses_is_one_line_and_what_was_saved_is_said_with_it(run_command):

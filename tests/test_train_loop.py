@@ -24,7 +24,8 @@ from flux2 import adapters
 from flux2.weights import load_transformer
 from train import cache, loop, stopping, text_encoders
 from train.checkpoint import checkpoints
-from train.loop import LoopSettings, Training, TrainingError
+from train.guard import TrainingError
+from train.loop import LoopSettings, Training
 from train.run import Run
 from train.stopping import SIGNALS, Interrupted, stop_requests
 from train.tracking import NoTracker
@@ -95,7 +96,7 @@ def test_a_run_that_stopped_and_goes_on_has_the_losses_of_one_that_did_not(
     assert len({batch.latents.shape for batch in batches}) == 2  # both buckets took part
     if way == "stopped":
         at_step(2, ask_to_stop())
-        with pytest.raises(Interrupted, match=r"stopped after step 3.*resume="):
+        with pytest.raises(Interrupted, match=r"stopped by SIGTERM after step 3.*resume="):
             train("cut", *settings, kind=kind)
     else:
 
@@ -445,7 +446,7 @@ def test_looking_at_a_run_does_not_change_it(train):
 def test_a_stop_request_saves_the_step_and_leaves_the_handlers_as_they_were(train, at_step, number, tmp_path):
     before = [signal.getsignal(name) for name in SIGNALS]
     at_step(1, ask_to_stop(number))
-    with pytest.raises(Interrupted, match="stopped after step 2"):
+    with pytest.raises(Interrupted, match=f"stopped by {signal.Signals(number).name} after step 2"):
         train("run")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_000002"]
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
@@ -459,7 +460,7 @@ def test_the_first_stop_request_is_answered_on_the_error_stream_by_the_first_pro
         with stop_requests():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        assert capfd.readouterr().err.count("stopping after this step; a second one stops at once") == said
+        assert capfd.readouterr().err.count("stopping after this step; a second signal stops at once") == said
 
 
 def test_a_hang_up_that_is_ignored_stays_so():
@@ -509,7 +510,7 @@ def test_an_error_in_the_middle_of_an_update_saves_nothing_that_is_half_done(tra
     monkeypatch.setattr(torch.optim.AdamW, "step", failing(RuntimeError("ours")))
     with pytest.raises(RuntimeError) as raised:
         train("run")
-    assert raised.value.__notes__ == ["No checkpoint was saved yet."]
+    assert raised.value.__notes__ == ["No checkpoint was saved yet"]
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -591,7 +592,7 @@ def test_the_tracker_is_finished_however_a_run_ends(train, at_step, monkeypatch)
     with pytest.raises(Interrupted):
         train("stopped")
     with pytest.raises(TrainingError):
-        train("failed", "optimizer.lr=1e30")
+        train("failed", "optimizer.lr=1e30", "max_bad_steps=1")
     assert finished == ["finished"] * 3
 
 
@@ -602,40 +603,14 @@ def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(mon
     try:
         with stop_requests() as stop:
             signal.raise_signal(signal.SIGINT)
-            clock.now = 1.0
+            clock.now = 0.2
             signal.raise_signal(signal.SIGTERM)
             assert (stop.number, stop.at) == (signal.SIGINT, 0.0)
-            clock.now = 3.0
+            clock.now = 0.4
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_last_checkpoint(train, monkeypatch, tmp_path):
-    training_loss = loop.training_loss
-    calls = []
-
-    def poisoned(*arguments):
-        calls.append(1)
-        losses = training_loss(*arguments)
-        return (
-            losses if len(calls) != 3 else type(losses)(losses.total * float("nan"), losses.flow, losses.preservation)
-        )
-
-    monkeypatch.setattr(loop, "training_loss", poisoned)
-    said = (
-        r"step 3: the loss is nan .*ruined already: the last checkpoint is .*step_000002\. Start anew with a lower opt"
-    )
-    with pytest.raises(TrainingError, match=said):
-        train("cut", "steps=5", "checkpoint_every=1")
-    assert [path.name for path in checkpoints(tmp_path / "cut")] == ["step_000001", "step_000002"]
-
-
-def test_a_gradient_that_is_not_finite_stops_too(train, monkeypatch):
-    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda parameters, clip: torch.tensor(float("inf")))
-    with pytest.raises(TrainingError, match=r"step 1: .*norm inf, which is not finite\. No update was made yet"):
-        train("run")
 
 
 def test_a_rate_far_too_high_ends_in_that_error_and_not_in_a_ruined_adapter(train, tmp_path):

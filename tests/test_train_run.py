@@ -558,7 +558,7 @@ def test_sigterm_saves_and_the_resumed_run_has_the_losses_of_an_uninterrupted_on
     assert process.returncode == 128 + signal.SIGTERM
     (place,) = checkpoints(cut)
     done = len(values(cut))
-    assert f"stopped after step {done}, saved in {place}; go on with resume={cut}" in err
+    assert f"stopped by SIGTERM after step {done}, saved in {place}; go on with:" in err
     assert "Traceback" not in err
     steps = f"steps={done + 2}"
     resumed = Run(compose(*arguments, steps, "resume=auto", f"output_dir={cut}")).train().parent

@@ -12,7 +12,6 @@ import functools
 import inspect
 import os
 import re
-import signal
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data.source import BadData
-from train.stopping import exit_code
+from train.stopping import Stopped, stopped_at_once
 from train.tracking import is_first_process
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf"
@@ -190,7 +189,7 @@ def own_errors(process: int) -> Iterator[None]:
 
 
 def command(task: Callable[[DictConfig], None]) -> None:
-    """Run `task` under Hydra; an error that a user can mend is one message and exit code 2, a stop request 128 + its signal.
+    """Run `task` under Hydra; an error that a user can mend is one message and exit code 2; of a signal it is 128 more.
 
     A job of a sweep that fails says so at once, and the others go on. Of several processes the first speaks, but for
     what went wrong in another alone (`own_errors`).
@@ -216,10 +215,12 @@ def command(task: Callable[[DictConfig], None]) -> None:
             report(error, f"job {this.job.num} ({this.job.override_dirname}): " if sweep else "")
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
+        with stopped_at_once():
+            hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted before there was anything to save", file=sys.stderr)
-        sys.exit(getattr(stop, "code", exit_code(signal.SIGINT)))
+        if is_first_process():
+            print(str(stop) or Stopped(), file=sys.stderr, flush=True)
+        sys.exit(getattr(stop, "code", Stopped().code))
     except USER_ERRORS as error:
         report(error)
     finally:

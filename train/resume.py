@@ -14,10 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from flux2 import adapters
-from train.checkpoint import STATE_FILE, check, checkpoints, number, state
+from train.checkpoint import CONFIG_FILE, STATE_FILE, check, checkpoints, number, state
 from train.folder import IN_USE, InUse, in_use
 
-CONFIG_FILE = "config.yaml"
 # what may differ between a run and its continuation
 FREE_KEYS = (
     "name",
@@ -34,6 +33,11 @@ FREE_KEYS = (
     "quantised_dir",
     "device",
     "shard",
+    "keep_last",
+    "keep_best",
+    "keep_every",
+    "max_bad_steps",
+    "allow_changed_data",
     "sample",
     "tracker",
     "memory",
@@ -138,12 +142,12 @@ def find(
         images: a step trains on.
         chosen: whether `fresh` was asked for, by `output_dir` or a sweep. Then `auto` looks there alone and not at the
             runs beside it, and a path branches off into it. Otherwise it is a name that need not be free.
-        say: is told what `auto` skipped, and why.
+        say: is told what was skipped, and why, and whether `auto` starts anew.
 
     Raises:
         InUse: another run writes into the folder that was asked for.
-        ValueError: nothing to resume at a given path, a configuration that differs, nothing left to do, or a new run
-            into a folder that holds one.
+        ValueError: nothing whole to resume at a given path, a configuration that differs, nothing left to do, or a new
+            run into a folder that holds one.
     """
     if chosen and in_use(fresh):
         raise InUse(IN_USE.format(fresh))
@@ -157,23 +161,42 @@ def find(
     if resume == "auto":
         if occupied:
             return again(fresh, config, images, say)
-        return Place(fresh) if chosen else beside(fresh, config, images, say)
+        if chosen:
+            return anew(fresh, say)
+        return beside(fresh, config, images, say)
+    return at(resume, fresh, config, images, occupied=occupied, chosen=chosen, say=say)
+
+
+def at(
+    resume: str,
+    fresh: Path,
+    config: Mapping[str, Any],
+    images: int,
+    *,
+    occupied: bool,
+    chosen: bool,
+    say: Callable[[str], None],
+) -> Place:
+    """`resume=PATH`: the newest checkpoint of a run that is whole, or the very one that is given."""
     given = Path(resume).expanduser().resolve()
     is_checkpoint = (given / STATE_FILE).exists()
     folder = given.parent.parent if is_checkpoint else given
+    if is_checkpoint and not (folder / CONFIG_FILE).exists() and (given / CONFIG_FILE).exists():
+        return alone(given, fresh, config, images, occupied=occupied, chosen=chosen)
     if not (folder / CONFIG_FILE).exists():
         what = "is neither a run folder nor a complete checkpoint" if given.is_dir() else "is not a folder"
         raise ValueError(f"resume={resume!r} {what}; give a run folder, one of its checkpoints, or auto")
-    newest = next(reversed(checkpoints(folder)), None)
-    start = given if is_checkpoint else newest
+    found = checkpoints(folder)
+    start = given if is_checkpoint else newest_whole(folder, say)
     if problems := conflicts(folder, config, images, start):
         raise ValueError(
             f"resume={resume!r}: that run has another configuration, and going on would mix the two: "
             f"{'; '.join(problems)}. Start a new run, or set these keys as they were."
         )
-    if start is None or newest is None:
-        raise ValueError(f"resume={resume!r} holds no complete checkpoint (checkpoints/step_*/{STATE_FILE})")
-    done = state(start)["step"]
+    if start is None:
+        what = "whose files are whole: they are named above" if found else f"(checkpoints/step_*/{STATE_FILE})"
+        raise ValueError(f"resume={resume!r} holds no complete checkpoint {what}")
+    done = check(start)["step"]
     if done > config["steps"] or (done == config["steps"] and is_finished(folder)):
         raise ValueError(
             f"resume={resume!r} has done {done} steps: to train it for longer, set steps={done + 1} or more"
@@ -182,12 +205,29 @@ def find(
         if occupied:
             raise ValueError(f"output_dir={str(fresh)!r} already holds a run: choose another folder for the branch")
         return Place(fresh, start)
-    if start != newest:
+    if is_checkpoint and start != found[-1]:
         raise ValueError(
-            f"resume={resume!r}: {newest.name} of that run would be overwritten. Give output_dir=... to branch off "
+            f"resume={resume!r}: {found[-1].name} of that run would be overwritten. Give output_dir=... to branch off "
             "into another folder, or resume the run itself."
         )
     return Place(folder, start)
+
+
+def alone(start: Path, fresh: Path, config: Mapping[str, Any], images: int, *, occupied: bool, chosen: bool) -> Place:
+    """From a checkpoint that was moved here without its run, into the folder that was asked for."""
+    if not chosen or occupied:
+        raise ValueError(f"resume={str(start)!r} is a checkpoint without its run: give a new folder, output_dir=...")
+    if problems := conflicts(start, config, images, start):
+        raise ValueError(f"resume={str(start)!r} is of another configuration: {'; '.join(problems)}")
+    if check(start)["step"] > config["steps"]:
+        raise ValueError(f"resume={str(start)!r} has done more than steps={config['steps']}")
+    return Place(fresh, start)
+
+
+def anew(fresh: Path, say: Callable[[str], None]) -> Place:
+    """`auto` with nothing to go on from."""
+    say("resume=auto: nothing to resume, starting anew")
+    return Place(fresh)
 
 
 def again(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> Place:
@@ -202,7 +242,7 @@ def again(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str]
     if start is None and checkpoints(run):
         raise ValueError(f"resume=auto: no checkpoint of {run} can be read: choose another output_dir")
     if start is None and not is_finished(run):
-        return Place(run)
+        return anew(run, say)
     done = configuration(run)["steps"] if start is None else state(start)["step"]
     if start is None or done > config["steps"] or (done == config["steps"] and is_finished(run)):
         longer = "" if start is None else f", or train it for longer with steps={done + 1} or more"
@@ -233,4 +273,4 @@ def beside(fresh: Path, config: Mapping[str, Any], images: int, say: Callable[[s
             say(f"warning: skipping {run}: {error}")
     for text in passed[:1]:  # the newest is the one that was meant, if any
         say(text)
-    return Place(fresh)
+    return anew(fresh, say)

@@ -61,6 +61,7 @@ from train.settings import MemorySettings, ModelSettings, PrecisionSettings, Run
 from train.sharding import attached, check_memory, check_processes, launched_to_shard, sharder, shares
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics
+from train.trained_data import TrainedData
 from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings
 
 GROUPS = (
@@ -342,6 +343,19 @@ class Run:
         if kept != self.config["memory"] and still_fits(self, kept):
             self.set_memory(kept, f"memory as when the run began: {choice_of(kept)}")
 
+    def check_data(self, place: resume.Place, data: TrainedData) -> None:
+        """Raises ValueError if a run that goes on would train on other samples than it did, unless it may."""
+        if place.checkpoint is None:
+            return
+        changed = data.difference(place.origin, resume.state(place.checkpoint).get("data", ""))
+        if changed and not self.settings.allow_changed_data:
+            raise ValueError(
+                f"the samples are not those that {place.checkpoint} was trained on: {changed}. Give those again, start "
+                "a new run, or go on with these: allow_changed_data=true"
+            )
+        if changed:
+            self.say(f"going on with other samples: {changed}")
+
     def train(self) -> Path:
         """Prepare, train, and return the folder of the finished adapter."""
         if self.processes.sharded:
@@ -362,6 +376,10 @@ class Run:
         trained, validated = self.validation.split(len(dataset), settings.seed)
         captions = [sample.captions for sample in dataset]
         weights = [sample.weight for sample in dataset]
+        names = [dataset[i].name for i in trained]
+        entries = [prepared.entries[i] for i in trained]
+        data = TrainedData.of(names, entries, [captions[i] for i in trained], [weights[i] for i in trained])
+        self.check_data(place, data)
 
         self.say(
             f"loading the transformer of {self.variant.name} ({self.precision.name}) onto {accelerator.device}; "
@@ -401,11 +419,12 @@ class Run:
         def begin() -> None:  # only when the checkpoint was read is the folder changed
             text = OmegaConf.to_yaml(OmegaConf.create(self.config))
             folder.write_whole(place.folder / resume.CONFIG_FILE, text)
+            data.write(place.folder)
             metrics.start(settings.name, self.config, place.step)
 
         loader = Loader(
             prepared.cache,
-            [prepared.entries[i] for i in trained],
+            entries,
             [captions[i] for i in trained],
             prepared.prompts,
             batch_size=settings.batch_size,
@@ -434,6 +453,8 @@ class Run:
             place=place,
             metrics=metrics,
             begin=begin,
+            names=names,
+            about={"data": data.digest},
             sampler=self.sampler(prepared),
             validate=FixedNoiseLoss(prepared, chosen, settings.seed, self.processes.map) if chosen else None,
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,

@@ -35,6 +35,7 @@ class RunSettings(LoopSettings):
     reference_dropout: float = 0.0
     reference_resolution: int = 1024
     resume: str | None = None
+    allow_changed_data: bool = False
     output_dir: str | None = None
     cache_dir: str | None = "outputs/cache"
     embedding_storage: str = "full"
@@ -48,6 +49,8 @@ class RunSettings(LoopSettings):
             raise ValueError(f"shard={self.shard!r} must be true or false")
         check_count("batch_size", self.batch_size, 1, MOST)
         check_count("reference_resolution", self.reference_resolution, 16)
+        if not isinstance(self.allow_changed_data, bool):
+            raise ValueError(f"allow_changed_data={self.allow_changed_data!r} must be true or false")
         for key in ("caption_dropout", "reference_dropout"):
             if not is_number(getattr(self, key), 0, 1):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be a number from 0 to 1")

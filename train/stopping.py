@@ -1,40 +1,46 @@
 """Requests to stop: what a signal does to a run, and with which exit code the run then ends.
 
 SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`), SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning before the time
-limit: `--signal=USR1@120`) ask the run to finish its step, save and end. It ends with 128 + the signal's number, as a
-shell reports a process that the signal killed.
+limit: `--signal=USR1@120`) ask the run to finish its step, save and end. While it loads and caches there is nothing to
+finish, and it ends at once. It ends with 128 + the signal's number, as a shell reports a process that it killed.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from train.tracking import is_first_process
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-STOPPING = b"\nstopping after this step; a second one stops at once, without saving\n"
+STOPPING = b"\nstopping after this step; a second signal stops at once, without saving\n"
+EARLY = (
+    "stopped by {} with nothing lost: caches on disk keep what was computed, and checkpoints are as they were. The "
+    "same command begins again"
+)
 
 
-def exit_code(number: int) -> int:
-    """Of a process that ended because it was sent this signal."""
-    return 128 + number
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and has saved its state; the message says how to go on. A sweep ends with it.
+class Stopped(KeyboardInterrupt):
+    """A signal ends the program here and now.
 
     Attributes:
+        number: of the signal.
         code: with which the command ends.
     """
 
     def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
-        super().__init__(message)
-        self.code = exit_code(number)
+        super().__init__(message or EARLY.format(signal.Signals(number).name))
+        self.number, self.code = number, 128 + number
+
+
+class Interrupted(Stopped):
+    """Training was stopped; the message says what is saved and how to go on. A sweep ends with it."""
 
 
 class StopRequest:
@@ -53,36 +59,65 @@ class StopRequest:
         return self.number is not None
 
 
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Within this context the first of `SIGNALS` is noted in what is given; a later one does what it did before.
+def grace() -> float:
+    """Seconds within which a second signal is a part of the first.
 
-    SIGHUP stays ignored where it is, as under nohup. One within two seconds of the first is a part of it: of a Ctrl-C,
-    the launcher of several processes sends them a second signal.
+    The launcher of several processes sends them another one of a Ctrl-C, and `timeout` sends each twice.
     """
-    request = StopRequest()
+    return 2.0 if "LOCAL_RANK" in os.environ else 0.3
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if not request:
-            request.number, request.at = number, time.monotonic()
-            if is_first_process():
-                with suppress(OSError):  # the terminal may be gone; print is not for a handler
-                    os.write(2, STOPPING)
-        elif time.monotonic() > request.at + 2:
-            restore()
-            signal.raise_signal(number)
+
+@contextmanager
+def handled(note: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
+    """Within this context `note` gets each of `SIGNALS` that comes, and what puts the handlers back as they were.
+
+    SIGHUP stays ignored where it is, as under nohup. Outside of the main thread there are no handlers to set.
+    """
 
     def restore() -> None:
         for name, handler in before.items():
             signal.signal(name, handler)
 
-    names = [name for name in SIGNALS if not (name == getattr(signal, "SIGHUP", None) and is_ignored(name))]
-    before = {name: signal.signal(name, note) for name in names}
+    def handler(number: int, frame: FrameType | None) -> None:
+        note(number, restore)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in SIGNALS:
+            if signal.Signals(name).name != "SIGHUP" or signal.getsignal(name) != signal.SIG_IGN:
+                before[name] = signal.signal(name, handler)
     try:
-        yield request
+        yield
     finally:
         restore()
 
 
-def is_ignored(number: int) -> bool:
-    return signal.getsignal(number) == signal.SIG_IGN
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Within this context the first of `SIGNALS` is noted in what is given; a later one does what it did before."""
+    request = StopRequest()
+
+    def note(number: int, restore: Callable[[], None]) -> None:
+        if not request:
+            request.number, request.at = number, time.monotonic()
+            if is_first_process():
+                with suppress(OSError):  # the terminal may be gone; print is not for a handler
+                    os.write(2, STOPPING)
+        elif time.monotonic() > request.at + grace():
+            restore()
+            signal.raise_signal(number)
+
+    with handled(note):
+        yield request
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Within this context the first of `SIGNALS` raises `Stopped`, wherever the program is; the next one kills."""
+
+    def note(number: int, restore: Callable[[], None]) -> None:
+        restore()
+        raise Stopped(number=number)
+
+    with handled(note):
+        yield

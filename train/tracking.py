@@ -74,7 +74,8 @@ class WandbTracker:
             )
         except wandb.errors.Error as error:
             raise ValueError(f"tracker=wandb: {error}. Run `wandb login`, or use tracker.mode=offline") from error
-        kept.write_text(self._run.id)
+        self.run_id = self._run.id
+        kept.write_text(self.run_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -134,6 +135,11 @@ class Metrics:
             temporary.replace(self.file)
         self.tracker.start(self.folder, name, config)
         self._started = True
+
+    @property
+    def tracker_id(self) -> str | None:
+        """Under which the tracker knows this run, if it gives it a name of its own."""
+        return getattr(self.tracker, "run_id", None)
 
     def close(self) -> None:
         """After the last value, also of a run that failed; does nothing where it was not started."""

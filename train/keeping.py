@@ -1,0 +1,162 @@
+"""What a run keeps while it trains: its checkpoints and, at the end, its adapter, whatever goes wrong."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import peft
+import torch
+from accelerate import Accelerator
+
+from flux2 import adapters
+from train import checkpoint
+from train.guard import TrainingError
+from train.outofmemory import OutOfMemory
+from train.relaunch import go_on
+from train.resume import Place
+from train.stopping import Interrupted, Stopped
+from train.tracking import Metrics, warn
+
+
+@dataclass
+class Keeper:
+    """Saves the state of a run.
+
+    Attributes:
+        place: where the run writes, and what it goes on from.
+        wrapped: the adapter, in PEFT's wrapper.
+        parts: what a checkpoint keeps beside the adapter; after it, they are restored in this order.
+        base, licence: of the base model, for the adapter's files.
+        about: what else a checkpoint says about itself.
+        whole: finished steps; None while an update is under way, when there is no whole state.
+        saved: steps of the last checkpoint in the run's folder that is this run's own.
+        measured: the last validation loss, and after how many steps that was.
+    """
+
+    accelerator: Accelerator
+    place: Place
+    wrapped: peft.PeftModel
+    parts: Mapping[str, checkpoint.Stateful]
+    base: str
+    licence: str
+    images_per_step: int
+    metrics: Metrics
+    rotation: checkpoint.Rotation
+    about: Mapping[str, Any]
+    whole: int | None = field(default=None, init=False)
+    saved: int | None = field(default=None, init=False)
+    measured: tuple[int, float] | None = field(default=None, init=False)
+
+    def load(self) -> int:
+        """Put the state back that the run goes on from; returns its finished steps."""
+        if self.place.checkpoint is None:
+            return 0
+        step = checkpoint.load(self.place.checkpoint, self.wrapped, self.parts)["step"]
+        self.saved = step if self.place.origin == self.place.folder else None
+        return step
+
+    def at(self, done: int) -> Path:
+        return self.place.folder / "checkpoints" / f"step_{done:06d}"
+
+    def save(self, done: int) -> Path | None:
+        """Write the checkpoint of `done` steps, waiting for it in all processes; None, after a warning, if it fails."""
+        failed = False
+        if self.accelerator.is_main_process:
+            try:
+                self.write(done)
+            except checkpoint.NotSaved as error:
+                failed = True
+                warn(str(error))
+        flag = torch.tensor([float(failed)], device=self.accelerator.device)
+        return None if self.accelerator.reduce(flag, "sum").item() else self.at(done)
+
+    def write(self, done: int) -> None:
+        """Write the checkpoint of `done` steps, if it is not there, and delete old ones. For the main process alone."""
+        if done == self.saved:
+            return
+        about = dict(self.about)
+        if self.measured is not None and self.measured[0] == done:
+            about["validation_loss"] = self.measured[1]
+        if self.metrics.tracker_id is not None:
+            about["tracker_id"] = self.metrics.tracker_id
+        place = checkpoint.save(
+            self.place.folder,
+            done,
+            self.wrapped,
+            self.parts,
+            base=self.base,
+            licence=self.licence,
+            images_per_step=self.images_per_step,
+            about=about,
+        )
+        self.saved = done
+        self.rotation.turn(place, warn)
+
+    def stop(self, done: int, number: int) -> NoReturn:
+        """Save the state of `done` steps, as a signal asked for, and raise Interrupted."""
+        place = self.save(done)
+        saved = f"saved in {place}; {go_on(self.place.folder)}" if place else self.last()
+        raise Interrupted(f"stopped by {signal.Signals(number).name} after step {done}, {saved}", number)
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Within this context an error has the last whole step saved, and a note that says so."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Stopped) else signal.SIGINT
+            raise Interrupted(f"stopped at once without saving; {self.last()}", number) from error
+        except OutOfMemory as error:
+            error.saved = self.rescue(self.whole)
+            raise
+        except Exception as error:
+            if not isinstance(error, TrainingError) and not hasattr(error, "saved"):  # these say it themselves
+                error.add_note(self.rescue(self.whole))
+            raise
+
+    def rescue(self, done: int | None) -> str:
+        """Save the state of `done` steps after an error, if possible; says what became of it.
+
+        Other processes may wait for this one somewhere else, so it waits for none of them.
+        """
+        for parameter in adapters.adapter_parameters(self.wrapped):
+            parameter.grad = None
+        last = f"{self.last()[0].upper()}{self.last()[1:]}"
+        if done is None or done == self.place.step:
+            return last
+        if not self.accelerator.is_main_process:
+            return f"Process {self.accelerator.process_index} failed, and saves nothing. {last}"
+        try:
+            self.write(done)
+        except (OSError, RuntimeError, MemoryError) as error:
+            return f"The state after step {done} could not be saved ({error}). {last}"
+        return f"The state after step {done} is saved in {self.at(done)}; {go_on(self.place.folder)}"
+
+    def last(self, *, advice: bool = True) -> str:
+        """Which checkpoint is the last."""
+        found = checkpoint.checkpoints(self.place.folder)
+        place = found[-1] if found else self.place.checkpoint
+        if place is None:
+            return "no checkpoint was saved yet"
+        return f"the last checkpoint is {place}" + (f"; {go_on(place.parent.parent)}" if advice else "")
+
+    def finish(self, steps: int) -> Path:
+        """Write the finished adapter; returns its folder. Raises TrainingError if it cannot be written."""
+        folder = self.place.folder / "adapter"
+        if self.accelerator.is_main_process:
+            try:
+                adapters.save(self.wrapped, folder, base=self.base, licence=self.licence)
+            except checkpoint.NOT_WRITTEN as error:
+                raise TrainingError(
+                    f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error}). Make room "
+                    f"there first. {self.rescue(steps)}"
+                ) from error
+        self.accelerator.wait_for_everyone()
+        return folder

@@ -1,0 +1,49 @@
+"""The command line that goes on with a run, whole, to be copied."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+REPLACED = ("resume", "output_dir", "allow_changed_data")  # by what is resumed; the last was for that time
+
+
+def go_on(folder: Path) -> str:
+    """How to go on with the run in `folder`: the command, or the setting where this process is no command."""
+    if not HydraConfig.initialized():
+        return f"go on with resume={folder}"
+    return f"go on with:\n  {command_line(folder)}"
+
+
+def command_line(folder: Path) -> str:
+    """This process's own command line, with its launcher's where there is one, resuming the run in `folder`.
+
+    Of a sweep it is that of the job alone.
+    """
+    hydra = HydraConfig.get()
+    sweep = hydra.mode == RunMode.MULTIRUN
+    overrides = list(hydra.overrides.task) if sweep else sys.argv[1:]
+    kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in REPLACED]
+    start = launcher(sys.argv[0])
+    on_cpu = len(start) > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    command = shlex.join([*start, sys.argv[0], *kept, f"resume={folder}"])
+    return f"ACCELERATE_USE_CPU=true {command}" if on_cpu else command
+
+
+def launcher(script: str) -> Sequence[str]:
+    """What stands before `script` on the command line that started it: `python`, or `accelerate launch ...`."""
+    try:
+        above = psutil.Process().parent()
+        words = above.cmdline() if above is not None else []
+    except psutil.Error:
+        words = []
+    if script in words and any("accelerate" in word or "torchrun" in word for word in words[:4]):
+        return words[: words.index(script)]
+    return ["python"]
