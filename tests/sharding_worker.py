@@ -1,10 +1,11 @@
 """One of two processes that train the embedded model whole and sharded; what it finds goes to FOLDER/<rank>.pt.
 
-python tests/sharding_worker.py FOLDER, with RANK, WORLD_SIZE and the others that a launcher sets.
+`findings(folder, device)` starts both: python tests/sharding_worker.py FOLDER DEVICE, as a launcher would.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -42,18 +43,51 @@ SIZES = {0: [(2, 2), (3, 5)], 1: [(4, 4), (1, 2)]}  # tokens of a process's micr
 TARGETS = [*adapters.BLOCK_LINEARS, "img_in", "txt_in", "time_in.in_layer", "final_layer.linear"]
 
 
-def inputs(rank: int, micro: int) -> dict[str, Any]:
+def findings(folder: Path, device: str) -> list[dict[Any, Any]]:
+    """What two processes find on `device`, cpu or cuda."""
+    from train_helpers import ROOT, environment, free_port
+
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "tests/sharding_worker.py", str(folder), device],
+            cwd=ROOT,
+            env=environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                LOCAL_WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in said)
+    return [torch.load(folder / f"{rank}.pt", map_location="cpu", weights_only=False) for rank in range(2)]
+
+
+def inputs(rank: int, micro: int, device: torch.device | str = "cpu") -> dict[str, Any]:
     config = SOURCE.variant.transformer
     height, width = SIZES[rank][micro]
     generator = torch.Generator().manual_seed(10 * rank + micro)
-    return {
+    arguments = {
         "tokens": torch.randn(2, height * width, config.channels, generator=generator),
         "positions": image_positions(height, width),
         "text": torch.randn(2, 3, config.text_width, generator=generator),
         "text_positions": text_positions(3),
         "timestep": torch.rand(2, generator=generator),
-        "guidance": torch.ones(2) if config.guidance else None,
+        "guidance": torch.ones(2),
     }
+    return {name: value.to(device) for name, value in arguments.items()}
 
 
 def held(model: nn.Module) -> int:
@@ -67,8 +101,8 @@ def is_whole(module: nn.Module) -> bool:
     return any(not isinstance(p, DTensor) for p in module.parameters() if not p.requires_grad)
 
 
-def load(precision: str, policy: str, ready: Any = None) -> peft.PeftModel:
-    model = flux2.weights.load_transformer(SOURCE, "cpu", PRECISIONS[precision], say=lambda text: None, ready=ready)
+def load(precision: str, policy: str, device: torch.device, ready: Any = None) -> peft.PeftModel:
+    model = flux2.weights.load_transformer(SOURCE, device, PRECISIONS[precision], say=lambda text: None, ready=ready)
     set_policy(model, policy)
     wrapped = attached(adapters.attach, model, rank=4, seed=0, targets=TARGETS)
     generator = torch.Generator().manual_seed(7)
@@ -80,7 +114,7 @@ def load(precision: str, policy: str, ready: Any = None) -> peft.PeftModel:
 
 def loss_of(model: nn.Module, precision: str, batch: dict[str, Any]) -> torch.Tensor:
     """As with preservation: a prediction of the base, and one of the base with its adapter that is held to it."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(batch["tokens"].device.type, torch.bfloat16, enabled=precision == "bf16"):
         with torch.no_grad(), adapters.disabled(model):
             base = model(**batch)
         prediction = model(**batch)
@@ -89,15 +123,15 @@ def loss_of(model: nn.Module, precision: str, batch: dict[str, Any]) -> torch.Te
 
 def step(processes: Processes, wrapped: peft.PeftModel, precision: str, rank: int) -> dict[str, Any]:
     """A step of two micro-batches: the losses of this process, and the gradients that all have."""
-    model = processes.wrap(wrapped)
+    model, device = processes.wrap(wrapped), processes.accelerator.device
     losses = []
     for micro in range(2):
         if micro == 0:
             with processes.accelerator.no_sync(model):
-                loss = loss_of(model, precision, inputs(rank, micro))
+                loss = loss_of(model, precision, inputs(rank, micro, device))
                 (loss / 2).backward()
         else:
-            loss = loss_of(model, precision, inputs(rank, micro))
+            loss = loss_of(model, precision, inputs(rank, micro, device))
             (loss / 2).backward()
         losses.append(loss.item())
     processes.average_gradients(wrapped)
@@ -105,19 +139,20 @@ def step(processes: Processes, wrapped: peft.PeftModel, precision: str, rank: in
     return {"losses": losses, "gradients": gradients, "wrapped in": type(model).__name__}
 
 
-def alone(precision: str, policy: str) -> list[torch.Tensor]:
+def alone(precision: str, policy: str, device: torch.device) -> list[torch.Tensor]:
     """The gradients of the whole step in one process."""
-    wrapped = load(precision, policy)
+    wrapped = load(precision, policy, device)
     for rank in SIZES:
         for micro in range(2):
-            (loss_of(wrapped, precision, inputs(rank, micro)) / 4).backward()
+            (loss_of(wrapped, precision, inputs(rank, micro, device)) / 4).backward()
     return [parameter.grad for parameter in trained(wrapped)]
 
 
 def sharded(processes: Processes, precision: str, policy: str, rank: int, folder: Path) -> dict[str, Any]:
     """The same step with a sharded base, and what is where meanwhile."""
     made: list[Transformer] = []
-    most_loading, shard = 0, sharder(torch.device("cpu"))
+    device = processes.accelerator.device
+    most_loading, shard = 0, sharder(device)
 
     class Seen(Transformer):
         def __init__(self, *args: Any) -> None:
@@ -131,7 +166,7 @@ def sharded(processes: Processes, precision: str, policy: str, rank: int, folder
 
     flux2.weights.Transformer = Seen
     try:
-        wrapped = load(precision, policy, ready)
+        wrapped = load(precision, policy, device, ready)
     finally:
         flux2.weights.Transformer = Transformer
     base = wrapped.get_base_model()
@@ -148,7 +183,7 @@ def sharded(processes: Processes, precision: str, policy: str, rank: int, folder
     found = step(processes, wrapped, precision, rank)
     for parameter in trained(wrapped):
         parameter.register_hook(count)
-    loss_of(wrapped, precision, inputs(rank, 0)).backward()
+    loss_of(wrapped, precision, inputs(rank, 0, device)).backward()
     found |= {
         "sharded": {name: isinstance(p, DTensor) for name, p in frozen.items()},
         "adapter is plain": all(type(p) is nn.Parameter and type(p.grad) is torch.Tensor for p in trained(wrapped)),
@@ -164,13 +199,13 @@ def sharded(processes: Processes, precision: str, policy: str, rank: int, folder
         if rank == 0:  # alone, as a checkpoint is written
             adapters.save(wrapped, folder / "adapter", base="tiny")
         with torch.no_grad():
-            found["prediction"] = wrapped(**inputs(0, 1))
+            found["prediction"] = wrapped(**inputs(0, 1, device))
     return found
 
 
-def refused(rank: int) -> str:
+def refused(device: torch.device) -> str:
     """What is said of an adapter that reads the base's weights when it begins."""
-    model = flux2.weights.load_transformer(SOURCE, "cpu", ready=sharder(torch.device("cpu")))
+    model = flux2.weights.load_transformer(SOURCE, device, ready=sharder(device))
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["single_blocks.0.linear1"])
     try:
         attached(partial(peft.get_peft_model, model), config)
@@ -199,25 +234,25 @@ def failures(processes: Processes, rank: int) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path) -> None:
-    accelerator = make_accelerator("cpu")
-    rank = accelerator.process_index
-    timeout = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+def main(folder: Path, kind: str) -> None:
+    accelerator = make_accelerator(kind)
+    rank, device = accelerator.process_index, accelerator.device
+    timeout = torch.distributed.group.WORLD._get_backend(torch.device(kind)).options._timeout
     found: dict[Any, Any] = {"processes": accelerator.num_processes, "timeout": timeout.total_seconds()}
     for precision, policy in CASES:
-        whole = step(Processes(accelerator), load(precision, policy), precision, rank)
+        whole = step(Processes(accelerator), load(precision, policy, device), precision, rank)
         assert whole["wrapped in"] == DistributedDataParallel.__name__
         found[precision, policy] = {
             "whole": whole,
             "sharded": sharded(Processes(accelerator, sharded=True), precision, policy, rank, folder),
-            "held by one": shares(load(precision, policy).get_base_model()),
-            "alone": alone(precision, policy),
+            "held by one": shares(load(precision, policy, device).get_base_model()),
+            "alone": alone(precision, policy, device),
         }
-    found |= {"map": failures(Processes(accelerator), rank), "refused": refused(rank)}
+    found |= {"map": failures(Processes(accelerator), rank), "refused": refused(device)}
     torch.save(found, folder / f"{rank}.pt")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

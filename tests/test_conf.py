@@ -22,6 +22,7 @@ pytest_plugins = ("train_helpers",)
 
 # a file that begins with "_" is a part of those beside it, and no choice
 FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("[!_]*.yaml") if file.name != "train.yaml")
+FILES = [file for file in FILES if file.parent.name != "accelerate"]  # for accelerate launch, no group of Hydra's
 EXPERIMENTS = [file.stem for file in FILES if file.parent.name == "experiment"]
 CHOICES = [(str(file.parent), file.stem) for file in FILES if file.parent.name != "experiment"]
 # what a choice asks for

@@ -2,13 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from sharding_worker import CASES, inputs
-from train_helpers import CONF, ROOT, adapter, compose, environment, execute, free_port, launch, lines, values
+from sharding_worker import CASES, findings, inputs
+from train_helpers import CONF, adapter, compose, execute, free_port, launch, lines, values
 
 from flux2 import adapters
 from flux2.sources import model_source
@@ -32,32 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     """What two processes found, one after the other in a list."""
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "tests/sharding_worker.py", str(folder)],
-            cwd=ROOT,
-            env=environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE="2",
-                LOCAL_WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in said)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return findings(folder, "cpu")
 
 
 def test_there_are_two_processes_and_they_wait_for_each_other_for_long(found):

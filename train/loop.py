@@ -342,9 +342,8 @@ class Training:
             file = self.place.folder / "samples" / f"step_{done:06d}.png"
             with self.harmless(f"the sheet of pictures after step {done}"):
                 with watched(f"while sampling after step {done}", "samples", device), self.shown_alone():
-                    pictures = self.sampler.pictures(self.transformer)
+                    self.sampler.sheet(self.transformer, file, write=main)
                 if main:
-                    self.sampler.write(pictures, file)
                     self.metrics.picture(done, file)
 
     @contextmanager

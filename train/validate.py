@@ -223,7 +223,7 @@ class Sampler:
         text: (P, T, text_width) embeddings of the prompts; empty: (1, T, text_width).
         references: latents (1, 128, h, w) of the pictures that each prompt edits.
         sizes: (width, height) in pixels of each prompt's picture.
-        share: spreads the pictures over the processes; all of them then call `pictures`.
+        share: spreads the pictures over the processes; all of them then call `sheet`.
     """
 
     def __init__(
@@ -262,10 +262,12 @@ class Sampler:
 
         return self.share(picture, range(len(self.sizes)))
 
-    def write(self, pictures: Sequence[Image.Image], file: Path) -> None:
-        """Write pictures with their prompts to `file`."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        sheet([pictures], columns=list(self.settings.prompts)).save(file)
+    def sheet(self, model: Transformer, file: Path, *, write: bool = True) -> None:
+        """Write the pictures with their prompts to `file`; of several processes one does."""
+        pictures = self.pictures(model)
+        if write:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            sheet([pictures], columns=list(self.settings.prompts)).save(file)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
