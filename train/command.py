@@ -22,8 +22,10 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
@@ -44,6 +46,10 @@ if not OmegaConf.has_resolver("first"):
 
 if not OmegaConf.has_resolver("within"):  # a place in a folder, if there is one
     OmegaConf.register_new_resolver("within", lambda folder, name: None if folder is None else f"{folder}/{name}")
+
+# conf/hydra/sweeper/optuna.yaml: the plugin, if it is there, brings one of the same name, and Hydra refuses two
+Plugins.instance()
+ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)
 
 
 # ------------------------------------------------------------------ settings
