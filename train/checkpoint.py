@@ -25,7 +25,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from flux2 import adapters
-from train.validate import check_count
+from train.checks import check_count
 
 CONFIG_FILE = "config.yaml"  # of the run, a copy of which is in each of its checkpoints
 STATE_FILE = "state.json"

@@ -15,3 +15,11 @@ def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> 
 def is_count(value: object, low: int = 0) -> bool:
     """Whether `value` is a whole number (no truth value) from `low`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def check_count(key: str, value: object, low: int = 0, most: float = math.inf) -> None:
+    """Raises ValueError, naming `key`, unless `value` is a whole number from `low` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= most:
+        raise ValueError(
+            f"{key}={value!r} must be a whole number from {low}" + (f" to {most}" if most < math.inf else "")
+        )

@@ -24,6 +24,7 @@ from flux2 import adapters
 from flux2.model import Transformer
 from flux2.variants import Variant
 from train import checkpoint
+from train.checks import check_count
 from train.ema import Shown
 from train.guard import Guard, Reading
 from train.keeping import Keeper
@@ -38,7 +39,7 @@ from train.speed import Clock, peak_memory_gb
 from train.stopping import stop_requests
 from train.timesteps import Uniform
 from train.tracking import Metrics, warn
-from train.validate import FixedNoiseLoss, Sampler, check_count
+from train.validate import FixedNoiseLoss, Sampler
 from train.weighting import Unweighted
 
 

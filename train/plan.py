@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cards import GIB, SIZES, Gpu, gpu, measured, usable
+from train.checks import check_count
 from train.choose import (
     FREE,
     choice_of,
@@ -42,7 +43,6 @@ from train.choose import (
 from train.command import checked, command
 from train.loss import is_number
 from train.predict import Choice, Planner, Prediction, trained
-from train.validate import check_count
 
 SMALL_CARD = 24  # GB
 

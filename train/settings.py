@@ -17,10 +17,10 @@ from flux2.offload import check_stream_blocks
 from flux2.precision import Precision, pick_dtype
 from flux2.sources import ModelSource, model_source
 from train.cache import STORAGES
+from train.checks import check_count
 from train.choose import FREE
 from train.loop import LoopSettings
 from train.loss import is_number
-from train.validate import check_count
 
 MOST = 1 << 20  # pictures in a batch, and batches in a step
 

@@ -7,7 +7,6 @@ it becomes a curve that can be read, above all on samples set aside.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,7 +25,8 @@ from flux2.model import Transformer
 from flux2.pipeline import render
 from flux2.variants import PIXELS_PER_TOKEN, Variant
 from train.cache import Prepared
-from train.loss import Noised, flow_loss, is_number, noise_at
+from train.checks import check_count, is_number
+from train.loss import Noised, flow_loss, noise_at
 
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
 
@@ -36,13 +36,6 @@ Share = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 def alone(do: Callable[[Any], Any], work: Sequence[Any]) -> list[Any]:
     """`do` of each of `work`, in this process; of several, `Processes.map` shares it."""
     return [do(one) for one in work]
-
-
-def check_count(key: str, value: object, low: int = 0, most: float = math.inf) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= most:
-        raise ValueError(
-            f"{key}={value!r} must be a whole number from {low}" + (f" to {most}" if most < math.inf else "")
-        )
 
 
 @dataclass(frozen=True)
