@@ -376,7 +376,9 @@ class Planner:
             moved += 2.0 * away * job.accumulation
         whole, gathered = sum(weights) - streamed, 0
         if job.shares > 1:  # gathered for the forward and for the backward
-            gathered = GATHERED * max([*weights, self.other_weights])
+            others = [child for child in job.model.children() if not isinstance(child, nn.ModuleList)]
+            gathered = GATHERED * max([*weights, *(size(frozen(child)) for child in others)])
+            gathered += sum(size(frozen(child)) for child in others if isinstance(child, nn.Linear))  # all the time
             moved += 2.0 * (whole + self.other_weights) * (1 - 1 / job.shares) * job.accumulation
         libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
         resident: dict[str, float] = {
