@@ -366,9 +366,9 @@ def test_processes_that_do_not_know_each_other_are_an_error(monkeypatch):
 
 
 def test_a_launcher_set_up_for_another_kind_of_parallelism_is_refused(monkeypatch):
-    fake = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    fake = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     monkeypatch.setattr(train.processes, "Accelerator", lambda **kwargs: fake)
-    with pytest.raises(ValueError, match=r"configured for FSDP.*--multi_gpu"):
+    with pytest.raises(ValueError, match=r"configured for DEEPSPEED.*--multi_gpu.*shard=true"):
         make_accelerator("cpu")
 
 
