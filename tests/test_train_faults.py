@@ -10,6 +10,7 @@ import subprocess
 import time
 from functools import partial
 
+import psutil
 import pytest
 from train_helpers import ROOT, adapter, environment, launch, lines, same_tensors, values
 from train_processes import LIMIT, done, until
