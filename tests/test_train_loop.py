@@ -36,6 +36,7 @@ pytest_plugins = ("train_helpers",)
 PRESERVE = ["preservation=base", "preservation.prompts=[a fox, the cup, a card]", "preservation.samples=1"]
 # everything that draws numbers or keeps state, at once
 EVERYTHING = [
+    "ema_decay=0.8",
     "adapter.dropout=0.3",
     "caption_dropout=0.5",
     *PRESERVE,
@@ -267,7 +268,13 @@ def test_two_processes_train_as_one_does(train, pictures, tmp_path):
     assert values(two)[0] == pytest.approx(values(one)[0], rel=1e-6)
     for name, tensor in adapter(one).items():
         torch.testing.assert_close(adapter(two)[name], tensor, atol=2e-5, rtol=1e-2)
-    assert sorted(path.name for path in two.iterdir()) == ["adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in two.iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "data.json",
+        "metrics.jsonl",
+    ]
     state = json.loads((two / "checkpoints" / "step_000002" / "state.json").read_text())
     assert (state["step"], state["base"], state["images_per_step"]) == (2, "tiny", 4)
 
@@ -425,7 +432,7 @@ def test_intervals_say_when_and_the_end_is_always_shown(train):
 def test_an_interval_of_zero_is_off(train):
     run = train("run", "log_every=0", "sample.prompts=[a red cup]")
     assert (run / "metrics.jsonl").read_text() == ""
-    assert sorted(path.name for path in run.iterdir()) == ["adapter", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "config.yaml", "data.json", "metrics.jsonl"]
 
 
 def test_looking_at_a_run_does_not_change_it(train):
