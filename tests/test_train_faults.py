@@ -10,6 +10,7 @@ import subprocess
 import time
 from functools import partial
 
+import psutil
 import pytest
 from train_helpers import ROOT, adapter, environment, launch, lines, same_tensors, values
 from train_processes import LIMIT, done, until
@@ -19,7 +20,13 @@ from train.stopping import SIGNALS
 
 pytest_plugins = ("train_helpers", "train_processes")
 
-HELD = ["reference_dropout=0.3", "gradient_accumulation=2", "schedule=cosine", "schedule.warmup_steps=2"]
+HELD = [
+    "ema_decay=0.8",
+    "reference_dropout=0.3",
+    "gradient_accumulation=2",
+    "schedule=cosine",
+    "schedule.warmup_steps=2",
+]
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +107,7 @@ def test_a_signal_while_caching_or_loading_loses_nothing_and_leaves_no_folder(se
 @pytest.mark.slow
 def test_killed_20_times_at_random_moments_the_curve_is_that_of_a_run_left_alone(server, tiny, tmp_path):
     """Kills fall into loading, steps, saving and deleting; each start goes on by itself."""
-    settings = [*tiny, "steps=60", "checkpoint_every=2", "keep_last=2", "resume=auto"]
+    settings = [*tiny, "ema_decay=0.8", "steps=60", "checkpoint_every=2", "keep_last=2", "resume=auto"]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     server.run(*settings, f"output_dir={alone}")
     draw = random.Random(0)
@@ -137,7 +144,7 @@ def has_reached(process, step):
 
 
 def test_two_processes_go_on_to_the_bit_and_so_does_one_of_two_that_is_asked_to_stop(server, tiny, tmp_path):
-    settings = [*tiny, "reference_dropout=0.3", "schedule=cosine", "steps=8"]
+    settings = [*tiny, "ema_decay=0.8", "reference_dropout=0.3", "schedule=cosine", "steps=8"]
     two, cut = tmp_path / "two", tmp_path / "cut"
     whole = server.start_two(*settings, f"output_dir={two}")
     assert [process.wait() for process in whole] == [0, 0], whole[0].out.read_text()
@@ -176,12 +183,9 @@ def test_when_one_of_two_launched_processes_is_killed_the_other_ends_and_the_run
         text=True,
     )
     until(lambda: done(cut) >= 3, "three steps")
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True, check=True
-    )
-    children = [int(word) for word in found.stdout.split()]
+    children = psutil.Process(launcher.pid).children()
     assert len(children) == 2
-    os.kill(children[1], signal.SIGKILL)
+    children[1].kill()
     said, _ = launcher.communicate(timeout=LIMIT)
     assert launcher.returncode != 0
     assert "processes: 2" in said

@@ -36,6 +36,7 @@ pytest_plugins = ("train_helpers",)
 PRESERVE = ["preservation=base", "preservation.prompts=[a fox, the cup, a card]", "preservation.samples=1"]
 # everything that draws numbers or keeps state, at once
 EVERYTHING = [
+    "ema_decay=0.8",
     "adapter.dropout=0.3",
     "caption_dropout=0.5",
     *PRESERVE,

@@ -200,9 +200,8 @@ def test_the_demo_runs_in_two_processes_and_goes_on_in_one(tmp_path):
     arguments = [
         "+experiment=demo",
         f"cache_dir={tmp_path / 'cache'}",
-        "sample.steps=2",
-        "validate_every=3",
-        "log_every=1",
+        *("validate_every=3", "validation.samples=2", "log_every=1", "checkpoint_every=3", "buckets.resolution=64"),
+        *("sample.prompts=[a red cup,a star]", "sample.steps=1", "sample.width=64", "sample.height=64"),
     ]
     two = tmp_path / "two"
     script = launch("train/run.py", processes=2)

@@ -59,6 +59,11 @@ def drawn_classes(run: Run, prepared: Prepared) -> Source:
     precision = replace(run.precision, keep_both_layouts=False)  # there is no backward
 
     def load() -> Transformer:
+        if run.processes.sharded:
+            raise ValueError(
+                "preservation.prompts: the base draws class pictures whole, which shard=true is there to avoid. Draw "
+                "them first, in a run without it, with memory.stream_blocks=1.0 if need be: they are kept"
+            )
         pipe = Pipeline(run.source, device, precision, False, run.memory.stream_blocks, run.copies)
         transformer = pipe.transformer
         if run.settings.embedding_storage.startswith("projected"):

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data.loader import Loader
+from data.loader import Loader, onto
 from data.sampler import derived_generator
 from flux2 import adapters
 from flux2.model import Transformer
@@ -256,7 +256,8 @@ class Training:
             if self.preservation.active:
                 held = batch.positions[: self.preservation.samples]
                 chosen = self.preservation.choose(self.settings.seed, step, held)
-                plain = torch.stack([self.plain[prompt] for prompt in chosen]).to(batch.embeddings)
+                plain = onto(torch.stack([self.plain[prompt] for prompt in chosen]), batch.embeddings.device)
+                plain = plain.to(batch.embeddings.dtype)
             is_last = i == len(batches) - 1  # only then do processes exchange gradients
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 with self.precision():

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import Batch
+from data.loader import Batch, onto
 from data.sampler import derived_generator
 from flux2.adapters import disabled
 from flux2.tokens import positions_with_references, text_positions, to_tokens, with_references
@@ -81,7 +81,7 @@ def add_noise(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Noised:
     noise = [torch.randn(shape, generator=derived_generator(seed, "noise", step, p)) for p in batch.positions]
     times = [timesteps.draw(derived_generator(seed, "time", step, p), tokens) for p in batch.positions]
     device = batch.latents.device
-    return noise_at(batch, torch.stack(times).to(device), torch.stack(noise).to(device))
+    return noise_at(batch, onto(torch.stack(times), device), onto(torch.stack(noise), device))
 
 
 def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:

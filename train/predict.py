@@ -383,14 +383,15 @@ class Planner:
             away = boundary * (len(self.kinds) - whole)
             kept += min(2 * boundary, away) - away  # two are on their way
             moved += 2.0 * away * job.accumulation * (1 + self.class_share)
-        whole, gathered = sum(weights) - streamed, 0
+        here, gathered = sum(weights) - streamed, 0
         if job.shares > 1:  # gathered for the forward and for the backward
-            gathered = GATHERED * max([*weights, self.other_weights])
-            share = 1 - 1 / job.shares
-            moved += 2.0 * (whole + self.other_weights) * share * job.accumulation * (1 + self.class_share)
+            others = [child for child in job.model.children() if not isinstance(child, nn.ModuleList)]
+            gathered = GATHERED * max([*weights, *(size(frozen(child)) for child in others)])
+            gathered += sum(size(frozen(child)) for child in others if isinstance(child, nn.Linear))  # all the time
+            moved += 2.0 * (here + self.other_weights) * (1 - 1 / job.shares) * passes
         libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
         resident: dict[str, float] = {
-            "weights of blocks": whole / job.shares,
+            "weights of blocks": here / job.shares,
             "buffers of streamed blocks": ring,
             "gathered weights": gathered,
             "other weights": self.other_weights / job.shares,

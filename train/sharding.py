@@ -3,8 +3,7 @@
 PyTorch's `fully_shard` (FSDP2) does it, the same over NCCL and over gloo: a block's parameters are gathered before its
 forward and before its backward, and dropped after. Only the base is sharded, and before the adapter is attached. So the
 adapter, its gradients and the optimizer's state are plain tensors, the same in all processes, and checkpoints and what
-else is made of them know nothing of it; their gradients are averaged once a step (`Processes`
-in train/processes.py).
+else is made of them know nothing of it; their gradients are averaged once a step (`Processes`, train/processes.py).
 
 Each block is sharded as soon as it is loaded, so that a device never holds more than its share, a block, and what is in
 no block.
