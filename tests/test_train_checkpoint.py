@@ -169,7 +169,9 @@ def test_a_checkpoint_moved_away_from_its_run_starts_a_branch_with_its_own_copy_
     run = make_run(tmp_path / "run")
     moved = write(run, 7, trained()).rename(tmp_path / "moved")
     shutil.rmtree(run)
-    assert look(str(moved), tmp_path / "new", chosen=True) == Place(tmp_path / "new", moved)
+    place = look(str(moved), tmp_path / "new", chosen=True)
+    assert place == Place(tmp_path / "new", moved)
+    assert place.before == CONFIG
     for config, chosen, said in (
         (CONFIG, False, "is a checkpoint without its run: give a new folder, output_dir="),
         (changed(seed=1), True, "is of another configuration: seed=0 there, 1 here"),

@@ -483,9 +483,10 @@ def test_a_model_that_cannot_be_downloaded_is_named_with_the_way_to_give_a_local
 
 
 def test_a_run_that_ends_in_a_loss_that_is_not_finite_is_one_message(run_command, small, tmp_path):
-    code, _, err = run_command(*small("optimizer.lr=1e30", f"output_dir={tmp_path / 'run'}"))
+    code, _, err = run_command(*small("optimizer.lr=1e30", "max_bad_steps=2", f"output_dir={tmp_path / 'run'}"))
     assert code == 2
-    assert "error: step 2: the loss is" in err
+    assert "warning: step 2: the loss is" in err
+    assert "error: step 3: the loss is" in err
     assert "Traceback" not in err
     assert "no checkpoint was saved yet. Start anew with a lower optimizer.lr" in err
 

@@ -59,6 +59,12 @@ class Place:
         return self.folder if self.checkpoint is None else self.checkpoint.parent.parent
 
     @property
+    def before(self) -> dict[str, Any]:
+        """The configuration that it goes on with: the run's, or the checkpoint's own where that has no run here."""
+        alone = self.checkpoint if not (self.origin / CONFIG_FILE).exists() else None
+        return configuration(alone or self.origin)
+
+    @property
     def step(self) -> int:
         """Finished steps."""
         return 0 if self.checkpoint is None else state(self.checkpoint)["step"]

@@ -423,7 +423,7 @@ class Run:
 
     def keep_memory(self, place: resume.Place) -> None:
         """Go on with what was chosen when the run began, if that fits here too and no other choice is asked for."""
-        kept = resume.configuration(place.origin).get("memory", {})
+        kept = place.before.get("memory", {})
         if kept != self.config["memory"] and still_fits(self, kept):
             self.set_memory(kept, f"memory as when the run began: {choice_of(kept)}")
 
