@@ -94,10 +94,20 @@ def test_class_pictures_are_an_exact_share_of_what_is_trained_however_a_step_is_
     assert whole != [indices(step, 2, 2) for step in range(10)]
 
 
-def test_their_noise_is_another_than_that_of_the_samples_beside_them():
+def test_their_noise_is_another_than_that_of_the_samples_beside_them(train, given, monkeypatch):
+    noised, add_noise = [], train_loop.add_noise
+
+    def noted(batch, timesteps, seed, step):
+        noised.append((step, batch.positions, add_noise(batch, timesteps, seed, step).times))
+        return add_noise(batch, timesteps, seed, step)
+
+    monkeypatch.setattr(train_loop, "add_noise", noted)
+    train("run", *given, "steps=2")
+    assert [(step, positions) for step, positions, _ in noised] == [(0, [0, 1])] * 2 + [(1, [0, 1])] * 2
+    for own, beside in (noised[:2], noised[2:]):
+        assert (own[2] != beside[2]).all()
     made = [ClassPictures(lambda seed: seed, seed, 1.0, []) for seed in (0, 0, 1)]
-    assert made[0].seed == made[1].seed == made[0].loader != 0
-    assert made[0].seed != made[2].seed
+    assert made[0].seed == made[1].seed == made[0].loader != made[2].seed
 
 
 def test_their_loss_is_added_with_its_weight_to_an_unchanged_one(train, given):

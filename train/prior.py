@@ -112,8 +112,8 @@ class PriorPreservation:
         count = round(self.share * samples)
         if not math.isclose(count, self.share * samples, abs_tol=1e-6) or not count:
             raise ValueError(
-                f"preservation.share={self.share:g} of batch_size={samples} is {self.share * samples:g} class pictures; "
-                "it must be a whole number, from 1"
+                f"preservation.share={self.share:g} of batch_size={samples} is {self.share * samples:g} class pictures"
+                ": let it be a whole number from 1"
             )
         return count
 
