@@ -66,35 +66,48 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 def test_class_pictures_are_an_exact_share_of_what_is_trained_however_a_step_is_cut(small, given):
-    run = Run(compose(*small("preservation.samples=2", "batch_size=4", *given)))
+    run = Run(compose(*small("preservation.share=0.5", "batch_size=4", *given)))
     run.prepare()
 
     def indices(step, processes, accumulation):
-        found = {}
+        found, cut = {}, run.settings
+        micro = 16 // processes // accumulation
+        run.settings = replace(cut, batch_size=micro)
         for index in range(processes):
-            cut = {"gradient_accumulation": accumulation, "num_processes": processes, "process_index": index}
-            reader = class_loader(run, **cut)
+            own = {"gradient_accumulation": accumulation, "num_processes": processes, "process_index": index}
+            reader = class_loader(run, **own)
             batches = reader.micro_batches(step)
             reader.close()
             assert len(batches) == accumulation  # one beside each micro-batch
             for batch in batches:
-                assert batch.latents.shape == (2, 128, *batch.latents.shape[2:])
+                assert len(batch.latents) == micro / 2
                 found |= dict(zip(batch.positions, batch.indices, strict=True))
+        run.settings = cut
         return [found[position] for position in sorted(found)]
 
     whole = [indices(step, 2, 2) for step in range(10)]
-    assert all(len(step) == 8 for step in whole)  # 2 of every 2 + 4
-    assert whole == [indices(step, 1, 4) for step in range(10)] == [indices(step, 4, 1) for step in range(10)]
+    assert all(len(step) == 8 for step in whole)  # beside 16
+    assert whole == [indices(step, 1, 8) for step in range(10)] == [indices(step, 4, 1) for step in range(10)]
     counted = np.bincount(np.concatenate(whole), minlength=5)
     assert (counted == 16).all()  # two passes of 5 x 8
-    run.settings = type(run.settings)(**{**run.settings.__dict__, "seed": 1})
+    run.settings = replace(run.settings, seed=1)
     assert whole != [indices(step, 2, 2) for step in range(10)]
 
 
-def test_their_noise_is_another_than_that_of_the_samples_beside_them():
+def test_their_noise_is_another_than_that_of_the_samples_beside_them(train, given, monkeypatch):
+    noised, add_noise = [], train_loop.add_noise
+
+    def noted(batch, timesteps, seed, step):
+        noised.append((step, batch.positions, add_noise(batch, timesteps, seed, step).times))
+        return add_noise(batch, timesteps, seed, step)
+
+    monkeypatch.setattr(train_loop, "add_noise", noted)
+    train("run", *given, "steps=2")
+    assert [(step, positions) for step, positions, _ in noised] == [(0, [0, 1])] * 2 + [(1, [0, 1])] * 2
+    for own, beside in (noised[:2], noised[2:]):
+        assert (own[2] != beside[2]).all()
     made = [ClassPictures(lambda seed: seed, seed, 1.0, []) for seed in (0, 0, 1)]
-    assert made[0].seed == made[1].seed == made[0].loader != 0
-    assert made[0].seed != made[2].seed
+    assert made[0].seed == made[1].seed == made[0].loader != made[2].seed
 
 
 def test_their_loss_is_added_with_its_weight_to_an_unchanged_one(train, given):
@@ -308,7 +321,7 @@ def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
         planner = Planner(job_of(run, on_gpu=True))
         return planner, planner.predict(choice_of(run.config["memory"]))
 
-    (_, plain), (planner, read), (_, made) = planned(), planned(*given, "preservation.samples=2"), planned(*drawn(3))
+    (_, plain), (planner, read), (_, made) = planned(), planned(*given, "preservation.share=0.5"), planned(*drawn(3))
     assert planner.class_share == 0.5
     assert sum(read.work.flops.values()) == pytest.approx(1.5 * sum(plain.work.flops.values()))
     assert read.phases["step"] == plain.phases["step"]  # one after the other, and never the larger
@@ -325,7 +338,8 @@ def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
         ({"prompts": "a"}, r"preservation\.prompts='a' must be a list"),
         ({"dataset": "x"}, r"preservation\.dataset='x' must be the settings"),
         ({"prompts": ["a"], "weight": 0}, r"preservation\.weight=0 must be a positive number"),
-        ({"prompts": ["a"], "samples": 0}, r"preservation\.samples=0 must be a whole number from 1"),
+        ({"prompts": ["a"], "share": 0}, r"preservation\.share=0 must be a number above 0, up to 1"),
+        ({"prompts": ["a"], "share": 1.5}, r"preservation\.share=1\.5 must be"),
         ({"prompts": ["a"], "count": 0}, r"preservation\.count=0 must be"),
         ({"prompts": ["a"], "count": 10**9}, r"preservation\.count=1000000000 must be"),
         ({"prompts": ["a"], "seed": -1}, r"preservation\.seed=-1 must be"),
@@ -340,9 +354,11 @@ def test_a_refused_setting_is_named_with_its_value(settings, said):
         PriorPreservation(**settings)
 
 
-def test_more_class_pictures_than_samples_are_refused_before_anything_is_loaded(small, given):
-    with pytest.raises(ValueError, match=r"preservation\.samples=3 must be at most batch_size=2"):
-        Run(compose(*small(*given, "preservation.samples=3")))
+@pytest.mark.parametrize(("share", "what"), [(0.25, "0.5"), (0.3, "0.6"), (0.75, "1.5")])
+def test_a_share_that_is_no_whole_number_of_pictures_is_refused_before_anything_is_loaded(small, given, share, what):
+    with pytest.raises(ValueError, match=rf"preservation\.share={share} of batch_size=2 is {what} class pictures"):
+        Run(compose(*small(*given, f"preservation.share={share}")))
+    assert PriorPreservation(prompts=["a"], share=1 / 3).beside(3) == 1
 
 
 def test_a_misspelt_setting_of_their_dataset_is_named(small, given):

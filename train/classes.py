@@ -105,7 +105,7 @@ def class_loader(run: Run, **cut: int) -> ClassPictures | None:
         ready.entries,
         [sample.captions for sample in source],
         ready.prompts,
-        batch_size=run.prior.samples,
+        batch_size=run.prior.beside(run.settings.batch_size),
         weights=[sample.weight for sample in source],
         **cut,
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,7 +51,8 @@ class PriorPreservation:
 
     Args:
         weight: of the class pictures' loss, beside that of the others.
-        samples: class pictures beside each micro-batch.
+        share: class pictures for each sample, up to 1; a share, so that they are the same however a step is cut into
+            micro-batches and processes.
         dataset: the settings of a dataset of class pictures; without it they are drawn.
         prompts: of the pictures that are drawn, in turn; also their captions.
         count: how many are drawn.
@@ -61,7 +63,7 @@ class PriorPreservation:
     """
 
     weight: float = 1.0
-    samples: int = 1
+    share: float = 1.0
     dataset: Mapping[str, Any] | None = None
     prompts: Sequence[str] = field(default_factory=list)
     count: int = 100
@@ -78,9 +80,10 @@ class PriorPreservation:
 
         if not is_number(self.weight, low=0) or self.weight == 0:
             refuse("weight", "a positive number (preservation=none is without)")
-        for key, low in (("samples", 1), ("seed", 0)):
-            if not is_count(getattr(self, key), low):
-                refuse(key, f"a whole number from {low}")
+        if not is_number(self.share, low=0, high=1) or self.share == 0:
+            refuse("share", "a number above 0, up to 1")
+        if not is_count(self.seed):
+            refuse("seed", "a whole number from 0")
         if not is_count(self.count, 1) or self.count > MOST:
             refuse("count", f"a whole number from 1 to {MOST}")
         if not isinstance(self.prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in self.prompts):
@@ -103,6 +106,16 @@ class PriorPreservation:
             refuse("steps", "a whole number from 1")
         if self.guidance is not None and not is_number(self.guidance, low=0):
             refuse("guidance", "a number from 0")
+
+    def beside(self, samples: int) -> int:
+        """How many class pictures are trained beside so many samples. Raises ValueError if it is no whole number."""
+        count = round(self.share * samples)
+        if not math.isclose(count, self.share * samples, abs_tol=1e-6) or not count:
+            raise ValueError(
+                f"preservation.share={self.share:g} of batch_size={samples} is {self.share * samples:g} class pictures"
+                ": let it be a whole number from 1"
+            )
+        return count
 
     @property
     def draws(self) -> bool:

@@ -181,11 +181,8 @@ class Run:
         one = torch.zeros((), device=self.accelerator.device)  # shown in every shape, so that it takes no memory
         parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
         check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
-        if self.prior is not None and self.prior.samples > self.settings.batch_size:
-            raise ValueError(
-                f"preservation.samples={self.prior.samples} must be at most batch_size={self.settings.batch_size}: it "
-                "is the number of class pictures beside each micro-batch"
-            )
+        if self.prior is not None:
+            self.prior.beside(self.settings.batch_size)
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)
         for path in self.sample.files:
