@@ -28,6 +28,7 @@ from flux2.adapter_loading import (
     Loaded,
     attach_pairs,
     attach_saved,
+    check_beside,
     kind_of,
     pair_config,
     tensors,
@@ -262,6 +263,7 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
         if config is not None and not peft_config.is_plain(config):
             state = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(place).items()}
             return attach_saved(model, config, state, name, scale)
+        check_beside(model, "LoRA")  # before names are compared, which another type's layers would hide
         pairs = read(place, model)
         attach_pairs(model, pairs, name, scale)
     except ValueError as error:

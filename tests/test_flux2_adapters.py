@@ -670,9 +670,9 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "DoRA: True"),
+        ({"use_dora": True}, r"not those of the DoRA .*: missing double_blocks.*lora_magnitude_vector"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base"),
-        ({"peft_type": "LOHA"}, "it is of the kind .*LOHA"),
+        ({"peft_type": "LOHA"}, r"not those of the LoHa .*: missing .*hada_w1_a.*; unknown .*lora_A"),
         ({"peft_type": "NOTHING"}, "adapter_config.json is not understood by PEFT .*NOTHING"),
         ({"r": 32}, r"has rank \d+, but adapter_config.json says 32: the two files are not of one adapter"),
         ({"r": 0}, "adapter_config.json"),

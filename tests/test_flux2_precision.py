@@ -465,7 +465,7 @@ def test_a_merged_adapter_is_the_same_update_in_plain_layers(
     adapters.attach(model, rank=2)  # and the model takes another
 
 
-def test_several_adapters_merge_at_their_scales_and_a_variant_is_refused() -> None:
+def test_several_adapters_merge_at_their_scales_and_one_that_is_merged_is_refused() -> None:
     pairs = adapters.layer_pairs(with_adapter(model_in(None)))
     model = model_in(None)
     adapters.attach_pairs(model, pairs, "one", 0.5)
@@ -475,8 +475,8 @@ def test_several_adapters_merge_at_their_scales_and_a_variant_is_refused() -> No
     adapters.merge(model)
     assert helpers.relative_error(model(**inputs), predicted) < 1e-5
     other = model_in(None)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, use_dora=True, target_modules=["linear1"]), other)
-    with pytest.raises(adapters.AdapterError, match=r"single_blocks.0.linear1: its adapter is .* not a plain LoRA"):
+    adapters.attach(other, rank=4, targets="single_blocks").merge_adapter()
+    with pytest.raises(adapters.AdapterError, match=r"single_blocks.0.linear1: its adapter is merged already"):
         adapters.merge(other)
 
 

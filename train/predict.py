@@ -19,7 +19,7 @@ from torch import nn
 from flux2.checkpointing import blocks_within, kept_bytes, set_policy
 from flux2.model import Transformer
 from flux2.nf4 import Nf4Linear
-from flux2.offload import streamed_blocks
+from flux2.offload import streamed_blocks, streamed_tensors
 from flux2.precision import keep_layouts
 from flux2.ring import RING, slot_sizes
 from flux2.variants import PIXELS_PER_TOKEN, Variant
@@ -272,20 +272,20 @@ class Planner:
         return self._inferences[shape, autocast]
 
     def block_weights(self, both: bool) -> list[int]:
-        """Frozen bytes of each block, with or without what is transposed too."""
+        """Bytes of the base in each block, with or without what is transposed too."""
         if both not in self._weights:
             keep_layouts(self.job.model, both)
-            self._weights[both] = [size(frozen(block)) for block in self.job.blocks]
+            self._weights[both] = [size(streamed_tensors(block)) for block in self.job.blocks]
         return self._weights[both]
 
     @property
     def weights(self) -> list[int]:
-        """Frozen bytes of each block in one layout."""
+        """Bytes of the base in each block, in one layout."""
         return self.block_weights(both=False)
 
     @cached_property
     def other_weights(self) -> int:
-        inside = {id(tensor) for block in self.job.blocks for tensor in frozen(block)}
+        inside = {id(tensor) for block in self.job.blocks for tensor in streamed_tensors(block)}
         return size(tensor for tensor in frozen(self.job.model) if id(tensor) not in inside)
 
     @cached_property

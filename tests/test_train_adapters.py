@@ -1,0 +1,129 @@
+"""Runs with every type of adapter: they learn, are saved and loaded, and go on bit for bit where they stopped."""
+
+import pytest
+from train_helpers import adapter, compose, same_tensors, values
+
+from flux2 import adapters
+from flux2.model import Transformer
+from flux2.weights import load_transformer
+from train.choose import job_of, skeleton
+from train.predict import Planner, trained
+from train.run import Run
+
+pytest_plugins = ("train_helpers",)
+
+TYPES = ("lora", "rslora", "dora", "pissa", "loha", "lokr", "oft")
+NAMES = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "LoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "oft": "OFT",
+}
+
+
+@pytest.fixture
+def typed(small, tmp_path):
+    """`typed(kind, name, *overrides)`: a run with an adapter of this type."""
+
+    def settings(kind, *overrides):
+        size = {"oft": "adapter.block_size=16"}.get(kind, "adapter.rank=4")
+        usual = [override for override in small() if not override.startswith("adapter.")]
+        return [*usual, f"adapter={kind}", size, *overrides]
+
+    def run(kind, name, *overrides):
+        return Run(compose(*settings(kind, f"output_dir={tmp_path / name}", *overrides)))
+
+    return run
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_lowers_the_validation_loss_is_used_and_goes_on_bit_for_bit(kind, typed, tmp_path, capsys):
+    every = ["validate_every=8", "checkpoint_every=4", "batch_size=4", "steps=8", "optimizer.lr=2e-2"]
+    run = typed(kind, "whole", *every)
+    whole = run.train().parent
+    before, after = values(whole, "validation_loss")
+    assert after < 0.97 * before
+    said = capsys.readouterr().out
+    parts = said[said.index(" samples, ") + 10 :].split(" ")
+    model = skeleton(run.variant, run.precision, lambda model: run.make_adapter(model, seed=0))
+    assert int(parts[0].replace(",", "")) == sum(one.numel() for one in trained(model)), "as the planner counts them"
+
+    loaded = load_transformer(run.source)
+    report = adapters.load(loaded, whole)
+    assert (report.kind, len(report.layers)) == (NAMES[kind], 22)
+
+    again = typed(kind, "again", *every, f"resume={whole / 'checkpoints' / 'step_000004'}").train().parent
+    assert values(again) == values(whole)[4:]
+    assert values(again, "validation_loss")[-1] == after
+    assert same_tensors(adapter(again), adapter(whole))
+
+
+@pytest.mark.parametrize(("kind", "said"), [("loha", "must be exported as a LoRA"), ("lora", "")])
+def test_what_cannot_read_an_adapter_is_said_at_the_end(kind, said, typed, small, run_command, tmp_path):
+    code, out, _ = run_command(*small(f"output_dir={tmp_path / 'run'}", f"adapter={kind}", "steps=1"))
+    assert code == 0
+    assert (f"formats   LoHa is read by PEFT and flux2.generate; for diffusers and ComfyUI it {said}" in out) == bool(
+        said
+    )
+    assert ("formats" in out) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter=oft", "adapter.block_size=20"], "adapter.block_size=20 does not divide the 48 input features"),
+        (["adapter=loha", "adapter.rank_pattern={mlp: 0}"], "adapter.rank_pattern: 'mlp'=0 must be a whole number"),
+        (
+            ["adapter.targets=attentoin"],
+            "adapter.targets: 'attentoin' matches no linear layer of the model. A t",
+        ),
+        (["adapter.rank_pattern={attention: 2, mlp: 4}"], "'attention' and 'mlp' both match single_blocks.0.linear1"),
+        (["adapter.rank_pattern={modulation: 2}"], "adapter.rank_pattern: 'modulation' matches none of the 22 layers"),
+        (["adapter=dora", "+adapter.block_size=3"], "adapter.block_size=3 is not a setting"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(
+    overrides, message, small, run_command, monkeypatch, tmp_path
+):
+    def refuse(*_, **__):
+        raise AssertionError("something large was loaded")
+
+    monkeypatch.setattr("train.run.load_transformer", refuse)
+    settings = [one for one in small() if not one.startswith("adapter.")]
+    assert message in run_command.refused(*settings, f"output_dir={tmp_path / 'run'}", *overrides)
+
+
+def test_patterns_and_presets_are_given_on_the_command_line(small, tmp_path):
+    overrides = [
+        "adapter.targets=[double_attention,'single_blocks\\.0\\..*']",
+        "adapter.rank_pattern={double_attention: 2}",
+        "adapter.alpha_pattern={single_blocks: 3.0}",
+    ]
+    run = Run(compose(*small(*overrides)))
+    wrapped = run.make_adapter(load_transformer(run.source), seed=0)
+    found = {
+        name: (module.r["default"], module.scaling["default"])
+        for name, module in wrapped.get_base_model().named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert len(found) == 8 + 2
+    assert set(found.values()) == {(2, 1.0), (4, 0.75)}
+    assert found["single_blocks.0.linear2"] == (4, 0.75)
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa", "oft"])
+def test_what_is_frozen_of_an_adapter_does_not_stream_in_the_plan(kind, typed):
+    """A PiSSA's beginning and an OFT's indices are no weights of the base: they are planned to stay on the device."""
+    planner = Planner(job_of(typed(kind, "run"), on_gpu=True))
+    base = Transformer(planner.job.variant.transformer).to(planner.job.dtype)
+    blocks = [*base.double_blocks, *base.single_blocks]
+    assert planner.weights == [sum(one.nbytes for one in block.parameters()) for block in blocks]
+    rest = sum(one.nbytes for one in base.parameters()) - sum(planner.weights)
+    frozen_of_adapters = {"lora": 0, "pissa": planner.adapter["adapter"]}
+    if kind in frozen_of_adapters:
+        assert planner.other_weights == rest + frozen_of_adapters[kind]
+    else:
+        assert planner.other_weights > rest
