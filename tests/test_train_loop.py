@@ -267,7 +267,7 @@ def test_two_processes_train_as_one_does(train, pictures, tmp_path):
     assert values(two)[0] == pytest.approx(values(one)[0], rel=1e-6)
     for name, tensor in adapter(one).items():
         torch.testing.assert_close(adapter(two)[name], tensor, atol=2e-5, rtol=1e-2)
-    files = ["adapter", "checkpoints", "config.yaml", "metrics.jsonl", "validation.jsonl"]
+    files = ["adapter", "checkpoints", "config.yaml", "data.json", "metrics.jsonl", "validation.jsonl"]
     assert sorted(path.name for path in two.iterdir()) == files
     state = json.loads((two / "checkpoints" / "step_000002" / "state.json").read_text())
     assert (state["step"], state["base"], state["images_per_step"]) == (2, "tiny", 4)
