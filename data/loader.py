@@ -47,14 +47,21 @@ class Batch:
     mask: Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Batch":
-        """The same batch with its tensors on `device`, as `dtype`."""
+        """The same batch with its tensors on `device`, as `dtype`; the host does not wait for the copies."""
         return replace(
             self,
-            latents=self.latents.to(device, dtype),
-            references=[reference.to(device, dtype) for reference in self.references],
-            embeddings=self.embeddings.to(device, dtype),
-            mask=None if self.mask is None else self.mask.to(device, dtype),
+            latents=onto(self.latents, device).to(dtype),
+            references=[onto(reference, device).to(dtype) for reference in self.references],
+            embeddings=onto(self.embeddings, device).to(dtype),
+            mask=None if self.mask is None else onto(self.mask, device).to(dtype),
         )
+
+
+def onto(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor`, from the CPU, on `device`. From pageable memory the host would wait for all that a GPU has to do."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Loader:

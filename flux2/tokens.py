@@ -18,8 +18,10 @@ REFERENCE_SPACING = 10
 
 def image_positions(height: int, width: int, t: int = 0, device: torch.device | None = None) -> Tensor:
     """(height * width, 4) positions of a latent grid, row by row."""
-    axes = (torch.tensor([t]), torch.arange(height), torch.arange(width), torch.arange(1))
-    return torch.cartesian_prod(*axes).to(device)
+    axes = [
+        torch.arange(start, start + count, device=device) for start, count in ((t, 1), (0, height), (0, width), (0, 1))
+    ]
+    return torch.cartesian_prod(*axes)
 
 
 def text_positions(length: int, device: torch.device | None = None) -> Tensor:

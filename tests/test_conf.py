@@ -32,12 +32,14 @@ NEEDS = {
     ("dataset", "pairs"): ["dataset.path=/pictures"],
     ("dataset", "webdataset"): ["dataset.path=/shards"],
     ("preservation", "base"): ["preservation.prompts=[a cup]"],
+    ("preservation", "prior"): ["preservation.prompts=[a cup]"],
 }
 OBJECTS = {
     "adapter": "make_adapter",
     "optimizer": "make_optimizer",
     "schedule": "schedule",
     "timesteps": "timesteps",
+    "weighting": "weighting",
     "preservation": "preservation",
     "text_encoder": "text_encoder",
     "tracker": "tracker",

@@ -150,6 +150,20 @@ def test_a_poisoned_cache_entry_is_left_out_and_its_sample_named(train, monkeypa
     assert len(values(run)) == 3
 
 
+def test_numbers_are_read_from_the_device_only_where_they_are_logged_and_the_curve_is_the_same(train, monkeypatch):
+    often = train("often", "steps=5", "adapter.dropout=0.2")
+    read, original = [], Training.values
+
+    def spy(self, losses, reading, clock):
+        read.append(reading.step + 1)
+        return original(self, losses, reading, clock)
+
+    monkeypatch.setattr(Training, "values", spy)
+    seldom = train("seldom", "steps=5", "adapter.dropout=0.2", "log_every=3")
+    assert read == [3, 5]
+    assert lines(seldom) == [line for line in lines(often) if line["step"] in (3, 5)]
+
+
 def test_many_names_are_cut_and_each_is_there_once():
     assert names_of(["a", "b", "a"]) == "a, b"
     assert names_of([str(i) for i in range(20)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 12 more"

@@ -36,6 +36,7 @@ pytest_plugins = ("train_helpers",)
 PRESERVE = ["preservation=base", "preservation.prompts=[a fox, the cup, a card]", "preservation.samples=1"]
 # everything that draws numbers or keeps state, at once
 EVERYTHING = [
+    "ema_decay=0.8",
     "adapter.dropout=0.3",
     "caption_dropout=0.5",
     *PRESERVE,
@@ -426,7 +427,7 @@ def test_intervals_say_when_and_the_end_is_always_shown(train):
 def test_an_interval_of_zero_is_off(train):
     run = train("run", "log_every=0", "sample.prompts=[a red cup]")
     assert (run / "metrics.jsonl").read_text() == ""
-    assert sorted(path.name for path in run.iterdir()) == ["adapter", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == ["adapter", "config.yaml", "data.json", "metrics.jsonl"]
 
 
 def test_looking_at_a_run_does_not_change_it(train):

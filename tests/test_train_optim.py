@@ -3,9 +3,10 @@ from functools import partial
 
 import pytest
 import torch
+from hydra.utils import get_object
 from torch import nn
 
-from train.optim import Constant, Cosine, Linear, build, set_rate
+from train.optim import Constant, Cosine, Linear, Restarts, StableDecay, build, check_installed, rate_of, set_rate
 
 
 def factors(schedule, steps):
@@ -32,6 +33,30 @@ def test_cosine_is_half_a_wave_from_one_to_its_floor():
     assert Cosine(warmup_steps=1, floor=0.2).factor(5, 5) == pytest.approx(0.2)
 
 
+def test_a_warm_up_may_be_a_share_of_the_steps():
+    for schedule, same in ((Constant, Constant), (Cosine, Cosine), (StableDecay, StableDecay)):
+        assert factors(schedule(warmup_steps=0.25), 8) == factors(same(warmup_steps=2), 8)
+    assert factors(Constant(warmup_steps=0.25), 8) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1])
+    assert factors(Constant(warmup_steps=0.1), 4) == [1.0] * 4  # less than half a step
+
+
+def test_restarts_are_several_cosines_each_from_the_whole_rate_to_its_floor():
+    twice = factors(Restarts(cycles=2, floor=0.2), 8)
+    assert twice == pytest.approx(2 * factors(Cosine(floor=0.2), 4))
+    assert factors(Restarts(warmup_steps=2, cycles=3), 14)[2:] == pytest.approx(3 * factors(Cosine(), 4))
+    assert factors(Restarts(cycles=1), 5) == factors(Cosine(), 5)
+    assert Restarts(cycles=3, floor=0.1).factor(6, 6) == pytest.approx(0.1)
+
+
+def test_stable_decay_is_flat_and_falls_in_equal_parts_at_the_end():
+    assert factors(StableDecay(decay=0.4), 10) == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
+    assert factors(StableDecay(warmup_steps=2, decay=0.5, floor=0.5), 10)[2:] == pytest.approx(
+        [1, 1, 1, 1, 1, 0.875, 0.75, 0.625]
+    )
+    assert factors(StableDecay(decay=1), 4) == pytest.approx(factors(Linear(), 4))
+    assert StableDecay(floor=0.1).factor(4, 4) == pytest.approx(0.1)
+
+
 def test_a_run_shorter_than_its_warm_up_never_reaches_the_whole_rate():
     assert factors(Cosine(warmup_steps=9), 2) == pytest.approx([0.1, 0.2])
 
@@ -47,6 +72,13 @@ def test_a_rate_depends_on_the_step_alone_so_that_resuming_needs_no_state():
     [
         (lambda: Constant(warmup_steps=-1), "schedule.warmup_steps=-1"),
         (lambda: Constant(warmup_steps=1.5), "schedule.warmup_steps=1.5"),
+        (lambda: Constant(warmup_steps=1.0), "schedule.warmup_steps=1.0"),
+        (lambda: Constant(warmup_steps=-0.1), "schedule.warmup_steps=-0.1"),
+        (lambda: Constant(warmup_steps=True), "schedule.warmup_steps=True"),
+        (lambda: Restarts(cycles=0), "schedule.cycles=0"),
+        (lambda: Restarts(cycles=1.5), "schedule.cycles=1.5"),
+        (lambda: StableDecay(decay=0), "schedule.decay=0"),
+        (lambda: StableDecay(decay=1.1), "schedule.decay=1.1"),
         (lambda: Constant(warmup_steps="ten"), "schedule.warmup_steps='ten'"),
         (lambda: Cosine(floor=2), "schedule.floor=2"),
         (lambda: Linear(floor="x"), "schedule.floor='x'"),
@@ -85,3 +117,41 @@ def test_the_rate_is_set_for_all_groups():
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=1.0)
     set_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+def test_the_rate_in_use_is_that_of_the_schedule_times_what_prodigy_found():
+    parameter = nn.Parameter(torch.zeros(1))
+    assert rate_of(torch.optim.SGD([parameter], lr=0.25)) == 0.25
+    optimizer = build(partial(get_object("prodigyopt.Prodigy"), lr=0.5, d0=1e-3), [parameter])
+    assert rate_of(optimizer) == 0.5e-3
+
+
+def test_fused_is_for_the_gpu_unless_it_is_asked_for():
+    parameter = nn.Parameter(torch.zeros(1))
+    make = partial(torch.optim.AdamW, lr=1.0)
+    assert build(partial(make, fused="auto"), [parameter]).defaults["fused"] is None
+    assert build(partial(make, fused=True), [parameter]).defaults["fused"] is True
+
+    class OnGpu(nn.Parameter):
+        is_cuda = True
+
+    assert build(partial(make, fused="auto"), [OnGpu(torch.zeros(1))]).defaults["fused"] is True
+    assert build(partial(make, fused=False), [OnGpu(torch.zeros(1))]).defaults["fused"] is False
+
+
+def test_muon_says_that_it_trains_matrices_only():
+    make = partial(torch.optim.Muon, lr=1e-3)
+    build(make, [nn.Parameter(torch.zeros(2, 3))])
+    wrong = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (2, 3, 4), (5,))]
+    with pytest.raises(ValueError, match=r"muon trains matrices only.* tensors of 1 and 3 dimensions: .*adapter=lora"):
+        build(make, wrong)
+
+
+def test_an_optimizer_that_is_not_installed_names_the_extra(monkeypatch):
+    check_installed("prodigyopt.Prodigy")
+    monkeypatch.setattr("train.optim.find_spec", lambda package: None)
+    for package in ("prodigyopt", "schedulefree"):
+        with pytest.raises(ValueError, match=rf"{package}\..* needs the package {package}: .*flux2-lora\[optimizers\]"):
+            check_installed(f"{package}.Some")
+    check_installed("torch.optim.AdamW")  # of what every installation has nothing is asked
+    check_installed(None)

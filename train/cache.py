@@ -268,15 +268,20 @@ def prepare(accelerator: Accelerator, needs: Needs) -> Prepared:
     return Prepared(cache, latents.entries, dict(embeddings.keys), contents, lease)
 
 
-def remove_unused(needs: Needs) -> str:
-    """Remove from the cache what `needs` do not; says what and how much. ValueError if a run uses the cache now."""
+def remove_unused(needs: Needs, *others: Needs) -> str:
+    """Remove from the cache what nothing here needs; says what and how much. ValueError if a run uses the cache now.
+
+    Args:
+        others: of further samples in the same cache, as class pictures.
+    """
     cache = needs.cache
     if not cache.shared:
         raise ValueError("prune=true has nothing to prune: cache_dir=null keeps nothing on disk")
     known = Fingerprints(cache.folder / FINGERPRINTS)
-    needs = replace(needs, source=replace(needs.source, fingerprints=known))
-    digests = Digests(cache.folder / PICTURES)
-    used = {*needs.plan_latents(digests).work, *needs.plan_embeddings().keys.values()}
+    digests, used = Digests(cache.folder / PICTURES), set[str]()
+    for each in (needs, *others):
+        own = replace(each, source=replace(each.source, fingerprints=known))
+        used |= {*own.plan_latents(digests).work, *own.plan_embeddings().keys.values()}
     removed = prune(cache, used)
     digests.forget_others()
     if not removed:
@@ -287,6 +292,7 @@ def remove_unused(needs: Needs) -> str:
 
 def main(config: DictConfig) -> None:
     """Fill the caches of one configuration, or prune them."""
+    from train.classes import class_needs
     from train.run import Run
 
     given = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -296,7 +302,7 @@ def main(config: DictConfig) -> None:
     run = Run(OmegaConf.create(given))
     if prunes:
         if run.accelerator.is_main_process:
-            print(remove_unused(run.needs()))
+            print(remove_unused(run.needs(), *class_needs(run)))
         return
     run.prepare()
     run.say(f"the caches in {run.settings.cache_dir} are complete")

@@ -23,6 +23,7 @@ from flux2.precision import Precision, convert, pick_dtype
 from flux2.sources import ModelSource
 from flux2.variants import Variant
 from train.cards import CONTEXT_GB, GIB, Gpu, gpu, usable
+from train.classes import class_size
 from train.outofmemory import OutOfMemory
 from train.predict import Choice, Job, Planner, Prediction, tokens
 
@@ -146,7 +147,8 @@ def job_of(run: Run, on_gpu: bool, in_fp8: bool = True) -> Job:
     samples = bool(run.sample.prompts) and settings.sample_every > 0
     each = [run.sampled(paths) for paths in run.sample.edits if samples]
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
-    held = min(run.preservation.samples, settings.batch_size) if run.preservation.active else 0
+    held = min(run.held.samples, settings.batch_size) if run.held.active else 0
+    prior = run.prior
     precision = planned_precision(run, on_gpu, in_fp8)
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
     return Job(
@@ -162,11 +164,14 @@ def job_of(run: Run, on_gpu: bool, in_fp8: bool = True) -> Job:
         rows=settings.batch_size + held,
         held=held,
         accumulation=settings.gradient_accumulation,
+        averaged=settings.ema_decay > 0,
+        class_rows=prior.samples if prior else 0,
+        class_pixels=class_size(run) if prior and prior.draws else None,
         validates=settings.validate_every > 0 and bool(run.validation.held_out or run.validation.samples),
         on_gpu=on_gpu,
         storage=precision.storage,
         compiled=run.memory.compile,
-        usual=not held and precision == plain and run.memory.attention is None,
+        usual=not held and prior is None and precision == plain and run.memory.attention is None,
         text_sizes=text_sizes(run.source),
         text_storage=run.text_encoder.storage,
         text_here=run.text_encoder.here,

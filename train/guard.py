@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from data.loader import onto
 from train.stopping import SIGNALS, StopRequest
 from train.tracking import warn
 
@@ -56,11 +57,6 @@ def names_of(names: Sequence[str]) -> str:
     each = list(dict.fromkeys(names))
     more = f" and {len(each) - SHOWN} more" if len(each) > SHOWN else ""
     return ", ".join(each[:SHOWN]) + more
-
-
-def onto(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor`, from the CPU, on `device`; the host does not wait for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Guard:

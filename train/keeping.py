@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ class Keeper:
         place: where the run writes, and what it goes on from.
         wrapped: the adapter, in PEFT's wrapper.
         parts: what a checkpoint keeps beside the adapter; after it, they are restored in this order.
+        swapped: a context in which the adapter is as it is to be saved.
         base, licence: of the base model, for the adapter's files.
         about: what else a checkpoint says about itself.
         whole: finished steps; None while an update is under way, when there is no whole state.
@@ -42,6 +43,7 @@ class Keeper:
     place: Place
     wrapped: peft.PeftModel
     parts: Mapping[str, checkpoint.Stateful]
+    swapped: Callable[[], AbstractContextManager[None]]
     base: str
     licence: str
     images_per_step: int
@@ -84,16 +86,17 @@ class Keeper:
             about["validation_loss"] = self.measured[1]
         if self.metrics.tracker_id is not None:
             about["tracker_id"] = self.metrics.tracker_id
-        place = checkpoint.save(
-            self.place.folder,
-            done,
-            self.wrapped,
-            self.parts,
-            base=self.base,
-            licence=self.licence,
-            images_per_step=self.images_per_step,
-            about=about,
-        )
+        with self.swapped():
+            place = checkpoint.save(
+                self.place.folder,
+                done,
+                self.wrapped,
+                self.parts,
+                base=self.base,
+                licence=self.licence,
+                images_per_step=self.images_per_step,
+                about=about,
+            )
         self.saved = done
         self.rotation.turn(place, warn)
 
@@ -152,7 +155,8 @@ class Keeper:
         folder = self.place.folder / "adapter"
         if self.accelerator.is_main_process:
             try:
-                adapters.save(self.wrapped, folder, base=self.base, licence=self.licence)
+                with self.swapped():
+                    adapters.save(self.wrapped, folder, base=self.base, licence=self.licence)
             except checkpoint.NOT_WRITTEN as error:
                 raise TrainingError(
                     f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error}). Make room "

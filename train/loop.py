@@ -18,23 +18,27 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data.loader import Loader
+from data.loader import Loader, onto
 from data.sampler import derived_generator
 from flux2 import adapters
 from flux2.model import Transformer
 from flux2.variants import Variant
 from train import checkpoint
+from train.ema import Shown
 from train.guard import Guard, Reading
 from train.keeping import Keeper
-from train.loss import LogitNormal, Losses, Preservation, Uniform, add_noise, is_number, training_loss
-from train.optim import Schedule, set_rate
+from train.loss import Losses, Preservation, add_noise, is_number, training_loss
+from train.optim import Schedule, rate_of, set_rate
 from train.outofmemory import OutOfMemory, watched
+from train.prior import ClassPictures
 from train.progress import Progress
 from train.resume import Place
 from train.speed import Clock, peak_memory_gb
 from train.stopping import stop_requests
+from train.timesteps import Uniform
 from train.tracking import Metrics, warn
 from train.validate import FixedNoiseLoss, Sampler, check_count
+from train.weighting import Unweighted
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class LoopSettings:
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
     max_bad_steps: int = 5
+    ema_decay: float = 0.0
     guidance: float | None = None
     log_every: int = 10
     checkpoint_every: int = 250
@@ -66,6 +71,8 @@ class LoopSettings:
         self.rotation.check(self.checkpoint_every, self.validate_every)
         if not is_number(self.max_grad_norm, low=0):
             raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be a number from 0 (0 is off)")
+        if not is_number(self.ema_decay, 0, 1) or self.ema_decay == 1:
+            raise ValueError(f"ema_decay={self.ema_decay!r} must be a number from 0 (which is off) and below 1")
         if self.guidance is not None and not is_number(self.guidance, low=0):
             raise ValueError(f"guidance={self.guidance!r} must be a number from 0, or null")
 
@@ -85,7 +92,9 @@ class Training:
         names: of the samples that it loads.
         begin: called by the main process once the checkpoint was read, before anything is written.
         about: what else a checkpoint says about itself.
+        shown: what is validated, sampled and saved of the adapter, if not what `optimizer` trains.
         plain: embeddings (T, D) of the prompts of `preservation`.
+        prior: gives this process's micro-batches of class pictures of a step, if there are any.
         place: where the run writes, and what it goes on from.
         sampler, validate: None where nothing is sampled or validated.
         autocast: the dtype of matrix products if it is not that of the adapter.
@@ -98,13 +107,16 @@ class Training:
     wrapped: peft.PeftModel
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    timesteps: Uniform | LogitNormal
+    shown: Shown
+    timesteps: Uniform
+    weighting: Unweighted
     preservation: Preservation
     loader: Loader
     plain: dict[str, Tensor]
     place: Place
     metrics: Metrics
     begin: Callable[[], None] = lambda: None
+    prior: ClassPictures | None = None
     names: Sequence[str] = ()
     about: dict[str, Any] = field(default_factory=dict)
     sampler: Sampler | None = None
@@ -121,7 +133,8 @@ class Training:
             self.accelerator,
             self.place,
             self.wrapped,
-            {"optimizer": self.optimizer},
+            {"optimizer": self.optimizer, **self.shown.parts},
+            self.shown.swapped,
             self.base,
             self.variant.licence,
             self.loader.sampler.global_batch,
@@ -158,7 +171,15 @@ class Training:
             self.begin()
         guard = self.guard(fresh=start == 0)
         bar = Progress(settings.steps, start, shown=accelerator.is_main_process)
-        with closing(self.metrics), closing(self.loader), closing(bar), stop_requests() as request, keeper.rescued():
+        prior = closing(self.prior) if self.prior else nullcontext()
+        with (
+            closing(self.metrics),
+            closing(self.loader),
+            prior,
+            closing(bar),
+            stop_requests() as request,
+            keeper.rescued(),
+        ):
             keeper.whole = start
             if start == 0:
                 with bar.paused():
@@ -174,8 +195,9 @@ class Training:
                 set_rate(self.optimizer, rate * self.schedule.factor(step, settings.steps))
                 keeper.whole = None
                 with watched(f"in the optimizer's update of step {step + 1}", "update", accelerator.device):
-                    guard.update(losses.total, norm)
+                    left_out = guard.update(losses.total, norm)
                 self.optimizer.zero_grad(set_to_none=True)
+                self.shown.update(left_out)
 
                 keeper.whole = done = step + 1
                 guard.send(step, losses.total, norm, request)
@@ -204,7 +226,8 @@ class Training:
         """What makes the updates, and leaves out those that are not finite."""
 
         def samples(step: int) -> list[str]:
-            return [self.names[index] for index in self.loader.sampler.batch(step)]
+            classes = self.prior.samples(step) if self.prior else []
+            return [*(self.names[index] for index in self.loader.sampler.batch(step)), *classes]
 
         return Guard(
             self.optimizer,
@@ -217,26 +240,40 @@ class Training:
 
     def accumulate(self, model: nn.Module, step: int) -> Losses:
         """Gradients of one step, over its micro-batches and all processes; returns the mean losses of all."""
-        batches = self.loader.micro_batches(step)
-        parts = []
+        own = self.loader.micro_batches(step)
+        batches = [*own, *(self.prior.micro_batches(step) if self.prior else [])]
+        parts, priors = [], [torch.zeros((), device=self.accelerator.device)]
         for i, cpu_batch in enumerate(batches):
             batch = cpu_batch.to(self.accelerator.device, torch.float32)
-            noised = add_noise(batch, self.timesteps, self.settings.seed, step)
+            prior = self.prior if i >= len(own) else None
+            noised = add_noise(batch, self.timesteps, prior.seed if prior else self.settings.seed, step)
             plain = None
             if self.preservation.active:
                 held = batch.positions[: self.preservation.samples]
                 chosen = self.preservation.choose(self.settings.seed, step, held)
-                plain = torch.stack([self.plain[prompt] for prompt in chosen]).to(batch.embeddings)
+                plain = onto(torch.stack([self.plain[prompt] for prompt in chosen]), batch.embeddings.device)
+                plain = plain.to(batch.embeddings.dtype)
             is_last = i == len(batches) - 1  # only then do processes exchange gradients
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 with self.precision():
                     losses = training_loss(
-                        model, noised, batch.embeddings, self.guidance, self.preservation.weight, plain
+                        model,
+                        noised,
+                        batch.embeddings,
+                        self.guidance,
+                        self.preservation.weight,
+                        plain,
+                        self.weighting(noised.times),
                     )
-                self.accelerator.backward(losses.total / len(batches))
-            parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
-        total, flow, preservation = self.accelerator.reduce(torch.stack(parts).mean(0), "mean")
-        return Losses(total, flow, preservation)
+                total = prior.weight * losses.total if prior else losses.total
+                self.accelerator.backward(total / len(own))
+            if prior:
+                priors.append(prior.weight * losses.flow / len(own))
+            else:
+                parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+        mean = torch.cat([torch.stack(parts).mean(0), torch.stack(priors).sum()[None]])
+        total, flow, preservation, prior_loss = self.accelerator.reduce(mean, "mean")
+        return Losses(total + prior_loss, flow, preservation, prior_loss)
 
     def precision(self) -> torch.autocast:
         """bfloat16 autocast if the base is in bfloat16; the adapter and the losses stay in float32."""
@@ -250,10 +287,12 @@ class Training:
     def values(self, losses: Losses, reading: Reading, clock: Clock) -> dict[str, float]:
         """What is logged of a step. Of one without an update, what of it is finite."""
         held = {"preservation_loss": losses.preservation.item()} if self.preservation.active else {}
+        prior = {"prior_loss": losses.prior.item()} if self.prior and losses.prior is not None else {}
         numbers = {
             "loss": losses.flow.item(),
             **held,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            **prior,
+            "lr": rate_of(self.optimizer),
             "grad_norm": reading.norm,
             "images_per_second": round(self.loader.sampler.global_batch * clock.take(), 4),
             "peak_memory_gb": round(peak_memory_gb(self.accelerator.device), 3),
@@ -286,7 +325,8 @@ class Training:
         self.wrapped.eval()
         device = self.accelerator.device
         if self.validate is not None and self.is_due(self.settings.validate_every, done):
-            with watched(f"in the validation after step {done}", "validation", device), self.precision():
+            doing = watched(f"in the validation after step {done}", "validation", device)
+            with doing, self.shown.swapped(), self.precision():
                 losses = self.validate(self.transformer, self.guidance)
             values = values | self.validate.report(losses)
             self.metrics.validated(done, self.validate.record(losses))
@@ -296,7 +336,7 @@ class Training:
         if self.sampler is not None and self.is_due(self.settings.sample_every, done):
             file = self.place.folder / "samples" / f"step_{done:06d}.png"
             with self.harmless(f"the sheet of pictures after step {done}"):
-                with watched(f"while sampling after step {done}", "samples", device):
+                with watched(f"while sampling after step {done}", "samples", device), self.shown.swapped():
                     self.sampler.sheet(self.transformer, file)
                 self.metrics.picture(done, file)
 

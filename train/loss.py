@@ -6,14 +6,13 @@ A picture x and noise e of the same shape are mixed at a time s in [0, 1],
 
 as in rectified flow (Liu et al. 2022; Esser et al. 2024). Where samples have masks, the mean over each sample's tokens
 is weighted by its mask, and the mean over samples is plain: how much is masked does not change what a sample counts,
-nor does it matter which samples are in a micro-batch together. Times are logit-normal and shifted towards noise by the
-picture's size, as sampling shifts them. Noise and time of a sample depend on (seed, step, its position in the global
-batch) alone, so a loss curve is the same after a resume and however a batch is cut.
+nor does it matter which samples are in a micro-batch together. Which times are drawn is in train/timesteps.py, and how
+much a sample counts by its time in train/weighting.py. Noise and time of a sample depend on (seed, step, its position
+in the global batch) alone, so a loss curve is the same after a resume and however a batch is cut.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,60 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import Batch
+from data.loader import Batch, onto
 from data.sampler import derived_generator
 from flux2.adapters import disabled
-from flux2.sampling import shift
 from flux2.tokens import positions_with_references, text_positions, to_tokens, with_references
-
-
-def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Whether `value` is a finite number (no truth value) in [low, high]."""
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-    )
-
-
-# ------------------------------------------------------------------ times
-
-
-class Uniform:
-    """Every time in [0, 1] equally likely."""
-
-    def draw(self, generator: torch.Generator, tokens: int) -> Tensor:
-        """A time, shape (), for a picture of `tokens` image tokens."""
-        return torch.rand((), generator=generator)
-
-
-class LogitNormal:
-    """`s = sigmoid(n)`, n normal with `mean` and `std`, then the odds s / (1 - s) multiplied.
-
-    Args:
-        mean, std: of the logit.
-        shift: `resolution` multiplies the odds by exp(mu), mu linear in the number of image tokens from 0.5 at 256 to
-            1.15 at 4096; a number multiplies them by itself, 1.0 leaving them alone.
-    """
-
-    def __init__(self, mean: float = 0.0, std: float = 1.0, shift: str | float = "resolution") -> None:
-        if not is_number(mean):
-            raise ValueError(f"timesteps.mean={mean!r} must be a number")
-        if not is_number(std, low=1e-6):
-            raise ValueError(f"timesteps.std={std!r} must be a positive number")
-        if shift != "resolution" and not is_number(shift, low=1e-6):
-            raise ValueError(f"timesteps.shift={shift!r} must be `resolution` or a positive number")
-        self.mean, self.std, self.shift = mean, std, shift
-
-    def mu(self, tokens: int) -> float:
-        """The log of what the odds are multiplied by."""
-        if isinstance(self.shift, str):
-            return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-        return math.log(self.shift)
-
-    def draw(self, generator: torch.Generator, tokens: int) -> Tensor:
-        """A time, shape (), for a picture of `tokens` image tokens."""
-        logit = self.mean + self.std * torch.randn((), generator=generator)
-        return shift(torch.sigmoid(logit), self.mu(tokens))
-
+from train.checks import is_count
+from train.checks import is_number as is_number  # where other files look for it
+from train.timesteps import LogitNormal as LogitNormal
+from train.timesteps import Uniform as Uniform
 
 # ------------------------------------------------------------------ inputs and targets
 
@@ -121,27 +74,31 @@ def noise_at(batch: Batch, times: Tensor, noise: Tensor) -> Noised:
     )
 
 
-def add_noise(batch: Batch, timesteps: Uniform | LogitNormal, seed: int, step: int) -> Noised:
+def add_noise(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Noised:
     """Mix a batch, float32 on any device, with the noise and at the times that (seed, step, position) give."""
     shape = batch.latents.shape[1:]
     tokens = shape[1] * shape[2]
     noise = [torch.randn(shape, generator=derived_generator(seed, "noise", step, p)) for p in batch.positions]
     times = [timesteps.draw(derived_generator(seed, "time", step, p), tokens) for p in batch.positions]
     device = batch.latents.device
-    return noise_at(batch, torch.stack(times).to(device), torch.stack(noise).to(device))
+    return noise_at(batch, onto(torch.stack(times), device), onto(torch.stack(noise), device))
 
 
-def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
     """Mean squared difference, shape (), of (B, n, C) tokens, those of each sample weighted by its mask (B, n, 1).
 
-    Of a sample: sum(mask * mean over C of the squares) / sum(mask); of the batch: the mean over samples. One whose mask
-    is 0 everywhere, as in a crop of what is masked out, counts as 0.
+    Of a sample: sum(mask * mean over C of the squares) / sum(mask); of the batch: the mean over samples, each times its
+    weight (B,). One whose mask is 0 everywhere, as in a crop of what is masked out, counts as 0. None is 1 everywhere.
     """
-    if mask is None:
+    if mask is None and weights is None:
         return F.mse_loss(prediction, target)
     squares = (prediction - target).square().mean(-1, keepdim=True)  # (B, n, 1)
-    counted = mask.sum((1, 2))
-    return ((squares * mask).sum((1, 2)) / torch.where(counted > 0, counted, 1)).mean()
+    if mask is None:
+        losses = squares.mean((1, 2))
+    else:
+        counted = mask.sum((1, 2))
+        losses = (squares * mask).sum((1, 2)) / torch.where(counted > 0, counted, 1)
+    return (losses if weights is None else losses * weights).mean()
 
 
 # ------------------------------------------------------------------ preservation
@@ -153,7 +110,7 @@ class Preservation:
 
     The first `samples` of each micro-batch are predicted once more, at the same noisy latents, with one of `prompts`;
     the mean squared difference to the base's own prediction (adapter off) is added with `weight`. The base is its own
-    reference, so no further pictures are needed, as they are for the prior preservation of DreamBooth.
+    reference, so no further pictures are needed, as they are for the prior preservation of DreamBooth (train/prior.py).
     """
 
     weight: float = 0.0
@@ -163,7 +120,7 @@ class Preservation:
     def __post_init__(self) -> None:
         if not is_number(self.weight, low=0):
             raise ValueError(f"preservation.weight={self.weight!r} must be a number from 0")
-        if not isinstance(self.samples, int) or isinstance(self.samples, bool) or self.samples < 0:
+        if not is_count(self.samples):
             raise ValueError(f"preservation.samples={self.samples!r} must be a whole number from 0")
         if not isinstance(self.prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in self.prompts):
             raise ValueError(f"preservation.prompts={self.prompts!r} must be a list of texts")
@@ -186,11 +143,15 @@ class Preservation:
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is what is differentiated; the parts are detached, `preservation` before its weight (0 without any)."""
+    """`total` is what is differentiated; the parts are detached, `preservation` before its weight (0 without any).
+
+    `prior`, of a whole step, is that of the class pictures (train/prior.py), with its weight.
+    """
 
     total: Tensor
     flow: Tensor
     preservation: Tensor
+    prior: Tensor | None = None
 
 
 def training_loss(
@@ -200,6 +161,7 @@ def training_loss(
     guidance: float | None,
     weight: float = 0.0,
     plain: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Losses:
     """The loss of one micro-batch.
 
@@ -209,9 +171,10 @@ def training_loss(
         plain: (P, T, text_width) embeddings of plain prompts for the first P samples, if their predictions are held to
             the base's.
         weight: of that part.
+        weights: (B,) of the samples, by their times; the plain part has none.
     """
     if plain is None:
-        flow = flow_loss(noised.predict(model, text, guidance), noised.target, noised.mask)
+        flow = flow_loss(noised.predict(model, text, guidance), noised.target, noised.mask, weights)
         return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
     batch, held = len(text), slice(0, len(plain))
     with torch.no_grad(), disabled(model):
@@ -224,6 +187,6 @@ def training_loss(
         noised.target,
     )
     prediction = together.predict(model, torch.cat([text, plain]), guidance)
-    flow = flow_loss(prediction[:batch], noised.target, noised.mask)
+    flow = flow_loss(prediction[:batch], noised.target, noised.mask, weights)
     difference = F.mse_loss(prediction[batch:], base)
     return Losses(flow + weight * difference, flow.detach(), difference.detach())

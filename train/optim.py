@@ -1,15 +1,20 @@
-"""The optimizer, and learning-rate schedules as functions of the step, so that resuming needs no state of theirs."""
+"""Optimizers, and learning-rate schedules as functions of the step, so that resuming needs no state of theirs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from train.loss import is_number
+from train.checks import is_count, is_number
+
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
 
 class Schedule(Protocol):
@@ -18,16 +23,24 @@ class Schedule(Protocol):
 
 
 class Constant:
-    """Linear warm-up over `warmup_steps`, then flat."""
+    """Linear warm-up, then flat.
 
-    def __init__(self, warmup_steps: int = 0) -> None:
-        if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
-            raise ValueError(f"schedule.warmup_steps={warmup_steps!r} must be a whole number from 0")
+    Args:
+        warmup_steps: a whole number of steps, or a share of all steps below 1, as 0.1.
+    """
+
+    def __init__(self, warmup_steps: int | float = 0) -> None:
+        if not is_count(warmup_steps) and not (is_number(warmup_steps, 0, 1) and warmup_steps < 1):
+            raise ValueError(
+                f"schedule.warmup_steps={warmup_steps!r} must be a whole number from 0, or a share of the steps below 1"
+            )
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, steps: int) -> float:
-        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        return warm * self.after(max(0.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps)))
+        given = self.warmup_steps
+        warmup = given if isinstance(given, int) else round(given * steps)
+        warm = min(1.0, (step + 1) / (warmup + 1))
+        return warm * self.after(max(0.0, (step - warmup) / max(1, steps - warmup)))
 
     def after(self, done: float) -> float:
         """The factor after the warm-up, `done` running from 0 to 1."""
@@ -37,7 +50,7 @@ class Constant:
 class Cosine(Constant):
     """Warm-up, then half a cosine down to `floor`."""
 
-    def __init__(self, warmup_steps: int = 0, floor: float = 0.0) -> None:
+    def __init__(self, warmup_steps: int | float = 0, floor: float = 0.0) -> None:
         super().__init__(warmup_steps)
         if not is_number(floor, 0, 1):
             raise ValueError(f"schedule.floor={floor!r} must be a number from 0 to 1")
@@ -54,18 +67,130 @@ class Linear(Cosine):
         return self.floor + (1 - self.floor) * (1 - min(done, 1.0))
 
 
-def build(make: Callable[..., torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of the configuration on `parameters`. Raises ValueError naming the setting that it refused."""
-    settings = getattr(make, "keywords", {})
+class Restarts(Cosine):
+    """Warm-up, then `cycles` times half a cosine from the whole rate down to `floor`. (Loshchilov and Hutter 2017.)"""
+
+    def __init__(self, warmup_steps: int | float = 0, floor: float = 0.0, cycles: int = 3) -> None:
+        super().__init__(warmup_steps, floor)
+        if not is_count(cycles, 1):
+            raise ValueError(f"schedule.cycles={cycles!r} must be a whole number from 1")
+        self.cycles = cycles
+
+    def after(self, done: float) -> float:
+        return super().after(self.cycles * done % 1 if done < 1 else 1.0)
+
+
+class StableDecay(Linear):
+    """Warm-up, flat, then a straight line down to `floor` over the last part. (Hu et al. 2024, "warmup-stable-decay".)
+
+    Args:
+        decay: the share of the steps after the warm-up in which the rate falls, above 0.
+    """
+
+    def __init__(self, warmup_steps: int | float = 0, floor: float = 0.0, decay: float = 0.2) -> None:
+        super().__init__(warmup_steps, floor)
+        if not is_number(decay, 0, 1) or decay == 0:
+            raise ValueError(f"schedule.decay={decay!r} must be a number above 0, up to 1")
+        self.decay = decay
+
+    def after(self, done: float) -> float:
+        return super().after(max(0.0, (done - (1 - self.decay)) / self.decay))
+
+
+# ------------------------------------------------------------------ optimizers
+
+EXTRA = ("prodigyopt", "schedulefree")  # packages of the extra `optimizers`
+MATRICES_ONLY = "Muon only supports 2D parameters"
+
+
+def check_installed(target: object) -> None:
+    """Raises ValueError if the optimizer called `target` is in a package that is not installed."""
+    package = str(target).partition(".")[0]
+    if package in EXTRA and find_spec(package) is None:
+        raise ValueError(
+            f"optimizer._target_={target} needs the package {package}: pip install 'flux2-lora[optimizers]'"
+        )
+
+
+def averages(optimizer: object) -> bool:
+    """Whether an optimizer (or its class) trains other weights than those it is meant to be used with, as schedule-free
+    ones do: `eval()` puts the averaged ones into the parameters, and `train()` those that are trained."""
+    return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+
+
+def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of the configuration on `parameters`, ready to train.
+
+    `fused: auto` is true where all parameters are on a GPU; on a CPU the fused kernel rounds differently.
+    Raises ValueError naming the setting that it refused.
+    """
+    settings = dict(getattr(make, "keywords", {}))
     if not is_number(settings.get("lr"), low=0):
         raise ValueError(f"optimizer.lr={settings.get('lr')!r} must be a number from 0")
+    if settings.get("fused") == "auto":
+        make = partial(make, fused=all(parameter.is_cuda for parameter in parameters) or None)
     try:
-        return make(list(parameters))
+        optimizer = make(list(parameters))
     except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
         given = ", ".join(f"optimizer.{key}={value!r}" for key, value in settings.items())
+        if MATRICES_ONLY in str(error):
+            dims = " and ".join(map(str, sorted({parameter.ndim for parameter in parameters} - {2})))
+            raise ValueError(
+                f"optimizer=muon trains matrices only, and this adapter has tensors of {dims} dimensions: choose "
+                "another optimizer, or adapter=lora"
+            ) from error
         raise ValueError(f"the optimizer refused its settings ({error}): {given}") from error
+    if averages(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate in use: what the schedule set, times what Prodigy found (`d`)."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] * group.get("d", 1.0))
+
+
+# ------------------------------------------------------------------ memory
+
+PRIMES = (3, 5, 7, 11, 13)
+
+
+def optimizer_bytes(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of an optimizer's state: seen from one step on small parameters, an 8-bit one's from its layout."""
+    counted = Counter(tuple(parameter.shape) for parameter in parameters)
+    target: Any = getattr(make, "func", make)
+    if getattr(target, "__module__", "").startswith("bitsandbytes") and "8bit" in getattr(target, "__name__", ""):
+        # moments of a byte with a float32 scale a block of 256; small tensors stay in float32
+        moments = 1 if any(base.__name__ == "Optimizer1State" for base in target.__mro__) else 2
+        sizes = {shape: math.prod(shape) for shape in counted}
+        each = {shape: moments * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n) for shape, n in sizes.items()}
+    else:
+        each = {shape: state_bytes(make, shape) for shape in counted}
+    return sum(count * each[shape] for shape, count in counted.items())
+
+
+def state_bytes(make: MakeOptimizer, shape: tuple[int, ...]) -> int:
+    """Bytes of the state of one parameter of `shape`, of a dimension or more.
+
+    Seen on a small parameter whose sides are different primes, so that a tensor of the state that has some of its sides
+    (Adafactor's rows and columns) is told from one that has all of them.
+    """
+    sides = PRIMES[: len(shape)]
+    parameter = nn.Parameter(torch.ones(sides))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = build(make, [parameter])
+    optimizer.step()
+    real, total = dict(zip(sides, shape, strict=True)), 0
+    for value in optimizer.state[parameter].values():
+        if not isinstance(value, torch.Tensor) or value.numel() == 1:
+            continue
+        whole = value.numel() == parameter.numel()
+        count = math.prod(shape) if whole else math.prod(real.get(side, side) for side in value.shape)
+        total += count * value.element_size()
+    return total

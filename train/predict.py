@@ -8,7 +8,7 @@ encoders, one after the other, before training; then the step, and between steps
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -36,14 +36,13 @@ from train.memory import (
     train_block,
     train_end,
 )
+from train.optim import MakeOptimizer, averages, optimizer_bytes
 from train.text_memory import TEXT_SIZES, text_encoder_bytes
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
 FELT = 0.1  # assumed: the share of copies that compute does not hide, or of compute that copies do not
 READ_AHEAD = 2.0e9  # cache entries that data.loader keeps, at most
-
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,9 @@ class Job:
         sample_pixels: of the sample sheets' pictures, None if none are made; sample_references: of what one edits.
         rows: pictures a micro-batch, those of preservation counted again.
         held: of them, those of preservation, which the base predicts too.
+        averaged: whether a moving average of the adapter is kept.
+        class_rows: class pictures in a micro-batch of their own; class_pixels: (width, height) of those that the base
+            draws before training, None if it draws none.
         validates: whether a validation loss is taken.
         on_gpu: else everything is in host memory.
         compiled: whether blocks are compiled; memory is counted as if they were not.
@@ -105,6 +107,9 @@ class Job:
     rows: int = 1
     held: int = 0
     accumulation: int = 1
+    averaged: bool = False
+    class_rows: int = 0
+    class_pixels: tuple[int, int] | None = None
     validates: bool = False
     on_gpu: bool = True
     storage: str | None = None
@@ -144,25 +149,6 @@ def frozen(module: nn.Module) -> list[torch.Tensor]:
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def optimizer_bytes(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of an optimizer's state: seen from one step on a small parameter, an 8-bit one's from its layout."""
-    numels = [parameter.numel() for parameter in parameters]
-    target = getattr(make, "func", make)
-    if getattr(target, "__module__", "").startswith("bitsandbytes") and "8bit" in getattr(target, "__name__", ""):
-        # two moments of a byte with a float32 scale a block of 256; small tensors stay in float32
-        return sum(2 * (n + 4 * math.ceil(n / 256)) if n >= 4096 else 8 * n for n in numels)
-    return round(sum(numels) * state_per_element(make))
-
-
-def state_per_element(make: MakeOptimizer) -> float:
-    parameter = nn.Parameter(torch.zeros(64, 64))
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer = make([parameter])
-    optimizer.step()
-    state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in state if tensor.numel() > 1) / parameter.numel()
 
 
 # ------------------------------------------------------------------ predictions
@@ -306,11 +292,32 @@ class Planner:
             "adapter": size(parameters),
             "its gradients": size(parameters),
             "optimizer": optimizer_bytes(self.job.optimizer, parameters),
+            "its average": 4 * sum(parameter.numel() for parameter in parameters) if self.job.averaged else 0,
         }
+
+    @property
+    def swapped(self) -> int:
+        """Bytes of the trained weights, which are kept beside the average that is validated, sampled and saved."""
+        kept = self.job.averaged or averages(getattr(self.job.optimizer, "func", None))
+        return size(trained(self.job.model)) if kept else 0
+
+    @property
+    def class_share(self) -> float:
+        """What class pictures, which have no references, add to the tokens of a micro-batch: a share of them."""
+        shape = self.job.shape
+        return self.job.class_rows * (shape.predicted + shape.text) / (shape.rows * shape.tokens)
 
     @cached_property
     def autoencoder(self) -> tuple[int, int, int]:
-        width, height = max([self.job.pixels, *self.job.references, self.job.sample_pixels or (16, 16)], key=tokens)
+        width, height = max(
+            [
+                self.job.pixels,
+                *self.job.references,
+                self.job.sample_pixels or (16, 16),
+                self.job.class_pixels or (16, 16),
+            ],
+            key=tokens,
+        )
         return autoencoder_peaks(self.job.variant.autoencoder, width, height)
 
     @cached_property
@@ -366,14 +373,16 @@ class Planner:
         weights = self.block_weights(choice.keep_both_layouts)
         kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb, choice.keep_both_layouts)
         streamed, ring = self.count_streamed(choice.stream_blocks, weights)
-        moved = 2.0 * streamed * job.accumulation
+        work += work * self.class_share
+        passes = job.accumulation * (2 if job.class_rows else 1)
+        moved = 2.0 * streamed * passes
         boundary = job.shape.rows * job.shape.tokens * job.model.config.hidden * job.dtype.itemsize
         away = 0
         if choice.offload_activations:
             whole = len(self.kinds) if choice.checkpointing == "none" else self.kept_within(choice.budget_gb or 0.0)
             away = boundary * (len(self.kinds) - whole)
             kept += min(2 * boundary, away) - away  # two are on their way
-            moved += 2.0 * away * job.accumulation
+            moved += 2.0 * away * job.accumulation * (1 + self.class_share)
         libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
         resident: dict[str, float] = {
             "weights of blocks": sum(weights) - streamed,
@@ -390,6 +399,7 @@ class Planner:
             "update": {**resident, "working set": self.adapter["adapter"]},
         }
         idle = {key: value for key, value in resident.items() if key != "its gradients"}
+        idle["trained weights"] = self.swapped
         if job.validates:
             shape = replace(job.shape, rows=1)
             phases["validation"] = {**idle, "working set": self.inference(shape, job.autocast)[0]}
@@ -399,6 +409,18 @@ class Planner:
             phases["samples"] = {
                 **idle,
                 "working set": max(self.inference(shape, False)[0], self.autoencoder[2], self.reference_encoder),
+            }
+        if job.class_pixels:
+            predicted = tokens(job.class_pixels)
+            shape, plain = Shape(1, predicted, job.text_tokens, predicted), self.block_weights(both=False)
+            streamed_then, ring_then = self.count_streamed(choice.stream_blocks, plain)
+            phases["class pictures"] = {
+                "weights of blocks": sum(plain) - streamed_then,
+                "buffers of streamed blocks": ring_then,
+                "other weights": self.other_weights,
+                "dequantised layer": self.workspace,
+                "working set": self.inference(shape, False)[0],
+                **libraries,
             }
         host = {
             "streamed blocks": streamed,
@@ -420,5 +442,7 @@ class Planner:
             kept = job.dtype, sizes, job.text_storage
             held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
             phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
+        if job.class_pixels:
+            encode = max(encode, self.autoencoder[2])  # what is drawn is decoded
         phases["pictures"] = {"autoencoder": weights, "working set": encode, **libraries}
         return phases

@@ -51,20 +51,23 @@ from flux2.weights import load_autoencoder, load_transformer
 from train import folder, model_card, resume
 from train.cache import Needs, Prepared, prepare
 from train.choose import advice, choice_of, completed, planned, still_fits
+from train.classes import class_data, class_loader, drawn_classes, given_classes
 from train.command import checked, command, made, own_errors
+from train.ema import Shown, check_one_average
 from train.hub import HubSettings, push_or_say
 from train.loop import Training
 from train.loss import Preservation
 from train.masking import masked
-from train.optim import build
+from train.optim import build, check_installed
 from train.outofmemory import OutOfMemory, watched
+from train.prior import PriorPreservation
 from train.processes import is_offline, make_accelerator
 from train.recommend import closing_lines
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics, warn
 from train.trained_data import TrainedData
-from train.validate import FixedNoiseLoss, Sampler, SampleSettings, Validated, ValidationSettings
+from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings, chosen_samples
 
 GROUPS = (
     "model",
@@ -76,6 +79,7 @@ GROUPS = (
     "optimizer",
     "schedule",
     "timesteps",
+    "weighting",
     "preservation",
     "tracker",
     "buckets",
@@ -125,10 +129,14 @@ class Run:
         self.precision = chosen.on(self.accelerator.device)
         self.lay_out()
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
+        check_installed(self.config["optimizer"].get("_target_"))
         self.make_optimizer = self.instantiate("optimizer", "params")
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
-        self.preservation: Preservation = self.instantiate("preservation")
+        self.timesteps.sampled_in(self.variant.steps)
+        self.weighting = self.instantiate("weighting")
+        self.preservation: Preservation | PriorPreservation = self.instantiate("preservation")
+        self.classes: tuple[Source, Prepared] | None = None  # class pictures, once they are there
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
         if self.memory.card_gb is not None:
@@ -165,7 +173,15 @@ class Run:
             self.memory.apply(model, self.accelerator.device, self.buckets)
             wrapped = self.make_adapter(model, seed=self.settings.seed)
         self.check_storage(wrapped)
-        build(self.make_optimizer, [nn.Parameter(torch.zeros(1, device=self.accelerator.device))])
+        shapes = [parameter.shape for parameter in adapter_parameters(wrapped)]
+        one = torch.zeros((), device=self.accelerator.device)  # shown in every shape, so that it takes no memory
+        parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
+        check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
+        if self.prior is not None and self.prior.samples > self.settings.batch_size:
+            raise ValueError(
+                f"preservation.samples={self.prior.samples} must be at most batch_size={self.settings.batch_size}: it "
+                "is the number of class pictures beside each micro-batch"
+            )
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)
         for path in self.sample.files:
@@ -195,6 +211,16 @@ class Run:
     @property
     def variant(self) -> Variant:
         return self.source.variant
+
+    @property
+    def held(self) -> Preservation:
+        """What is held to the base, if anything."""
+        return self.preservation if isinstance(self.preservation, Preservation) else Preservation()
+
+    @property
+    def prior(self) -> PriorPreservation | None:
+        """Whether and how class pictures are trained."""
+        return self.preservation if isinstance(self.preservation, PriorPreservation) else None
 
     @property
     def images_per_step(self) -> int:
@@ -281,9 +307,14 @@ class Run:
         )
 
     def prepare(self) -> tuple[Source, Prepared]:
-        """The samples, and the cache filled with all that training reads."""
-        needs = self.needs()
-        prepared = prepare(self.accelerator, needs)
+        """The samples, and the cache filled with all that training reads, that of class pictures too."""
+        needs, given = self.needs(), given_classes(self)
+        captions = [caption for sample in given or [] for caption in sample.captions]  # all are encoded at once
+        prepared = prepare(self.accelerator, replace(needs, prompts=[*needs.prompts, *captions]))
+        if self.prior is not None:
+            source = drawn_classes(self, prepared) if given is None else given
+            self.say(f"class pictures: {len(source)} of {source.where}")
+            self.classes = source, prepare(self.accelerator, replace(needs, samples=source, prompts=[]))
         return needs.samples, prepared
 
     def attention_backend(self) -> str:
@@ -370,6 +401,7 @@ class Run:
         names = [dataset[i].name for i in trained]
         entries = [prepared.entries[i] for i in trained]
         data = TrainedData.of(names, entries, [captions[i] for i in trained], [weights[i] for i in trained])
+        data = data.beside(class_data(self))
         self.check_data(place, data)
 
         self.say(
@@ -402,24 +434,25 @@ class Run:
             data.write(place.folder)
             metrics.start(settings.name, self.config, place.step)
 
+        cut = {
+            "gradient_accumulation": settings.gradient_accumulation,
+            "num_processes": accelerator.num_processes,
+            "process_index": accelerator.process_index,
+        }
         loader = Loader(
             prepared.cache,
             entries,
             [captions[i] for i in trained],
             prepared.prompts,
             batch_size=settings.batch_size,
-            gradient_accumulation=settings.gradient_accumulation,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
+            **cut,
             seed=settings.seed,
             weights=[weights[i] for i in trained],
             caption_dropout=settings.caption_dropout,
             reference_dropout=settings.reference_dropout,
         )
-        chosen = [
-            Validated(dataset[i].name, prepared.entries[i], captions[i][0], prepared.contents[i]) for i in validated
-        ]
-        prompts = list(self.preservation.prompts) if self.preservation.active else []
+        chosen = chosen_samples(dataset, prepared, validated)
+        prompts = list(self.held.prompts) if self.held.active else []
         adapter = Training(
             settings=settings,
             accelerator=accelerator,
@@ -428,9 +461,12 @@ class Run:
             wrapped=wrapped,
             optimizer=optimizer,
             schedule=self.schedule,
+            shown=Shown(adapter_parameters(wrapped), optimizer, settings.ema_decay),
             timesteps=self.timesteps,
-            preservation=self.preservation,
+            weighting=self.weighting,
+            preservation=self.held,
             loader=loader,
+            prior=class_loader(self, **cut),
             plain=dict(zip(prompts, prepared.embeddings(prompts), strict=True)) if prompts else {},
             place=place,
             metrics=metrics,

@@ -42,6 +42,10 @@ class TrainedData:
             marks.append(xxhash.xxh3_64_hexdigest(json.dumps([keys, list(texts), weight]).encode()))
         return cls(tuple(names), tuple(marks))
 
+    def beside(self, other: TrainedData | None) -> TrainedData:
+        """These samples and then the others, if any."""
+        return self if other is None else TrainedData(self.names + other.names, self.marks + other.marks)
+
     @property
     def digest(self) -> str:
         return xxhash.xxh3_128_hexdigest("\n".join(self.marks).encode())

@@ -1,0 +1,50 @@
+"""A disk without room, as a limit on the size of files makes one: what was saved before stays whole."""
+
+import os
+import resource
+import signal
+
+import pytest
+from train_helpers import lines
+
+from train.checkpoint import check, checkpoints
+
+pytest_plugins = ("train_helpers",)
+
+
+@pytest.fixture
+def full():
+    """`full(bytes)`: from now on no file of this process may be larger, as on a disk without room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # or it kills; so it is an OSError
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_without_room_training_goes_on_and_earlier_checkpoints_stay(train, at_step, full, capfd):
+    whole = train("whole", "steps=5", "checkpoint_every=2")
+    at_step(2, lambda: full(5_000))  # a checkpoint's files are larger, a line of numbers is not
+    with pytest.raises(ValueError, match=r"the adapter cannot be written .*Make room there first\. The state after st"):
+        train("cut", "steps=5", "checkpoint_every=2", "keep_last=1")
+    assert "step_000004 could not be written" in capfd.readouterr().err
+    cut = whole.parent / "cut"
+    assert [path.name for path in (cut / "checkpoints").iterdir()] == ["step_000002"]
+    check(checkpoints(cut)[0])
+    full(resource.RLIM_INFINITY)
+    train("cut", "steps=5", "checkpoint_every=2", "keep_last=1", "resume=auto")
+    assert lines(cut) == lines(whole)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
+def test_a_folder_that_became_read_only_is_a_warning_and_the_checkpoint_before_stays(train, at_step, capfd, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    at_step(2, lambda: folder.chmod(0o500))
+    run = train("run", "steps=4", "checkpoint_every=2")
+    folder.chmod(0o700)
+    assert "step_000004 could not be written" in capfd.readouterr().err
+    assert [path.name for path in checkpoints(run)] == ["step_000002"]

@@ -1,0 +1,347 @@
+"""Where a run goes on, or starts: the rules of `resume`."""
+
+import json
+import re
+import shutil
+
+import pytest
+from checkpoint_helpers import ANEW, CONFIG, IMAGES, changed, damage, look, make_run
+
+from train import checkpoint
+from train.folder import InUse, Lock
+from train.resume import Place
+
+# ------------------------------------------------------------------ where a run goes on
+
+
+def test_a_new_run_starts_in_its_own_folder(tmp_path):
+    assert look(None, tmp_path / "new") == Place(tmp_path / "new", None)
+    assert Place(tmp_path / "new").step == 0
+
+
+def test_a_new_run_into_the_folder_of_another_is_refused(tmp_path):
+    make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"output_dir=.*run' already holds a run.*resume=auto"):
+        look(None, tmp_path / "run", chosen=True)
+
+
+def test_a_run_folder_goes_on_from_its_newest_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", 2, 10, 9)
+    place = look(str(run), tmp_path / "new")
+    assert place == Place(run, run / "checkpoints" / "step_000010")
+    assert place.step == 10
+
+
+def test_the_newest_checkpoint_can_be_given_itself(tmp_path):
+    run = make_run(tmp_path / "run", 2, 4)
+    newest = run / "checkpoints" / "step_000004"
+    assert look(str(newest), tmp_path / "new") == Place(run, newest)
+
+
+def test_an_older_checkpoint_needs_a_folder_of_its_own_to_branch_off_into(tmp_path):
+    run = make_run(tmp_path / "run", 2, 4)
+    older = run / "checkpoints" / "step_000002"
+    with pytest.raises(ValueError, match=r"step_000004 of that run would be overwritten.*output_dir="):
+        look(str(older), tmp_path / "new")
+    branch = tmp_path / "branch"
+    assert look(str(older), branch, chosen=True) == Place(branch, older)
+    make_run(branch)
+    with pytest.raises(ValueError, match=r"already holds a run.*for the branch"):
+        look(str(older), branch, chosen=True)
+
+
+def test_a_checkpoint_that_was_not_finished_is_no_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    (run / "checkpoints" / "step_000004").mkdir()  # without its state.json
+    (run / "checkpoints" / ".step_000006.part").mkdir()
+    (run / "checkpoints" / ".step_000006.part" / "state.json").write_text('{"step": 6}')
+    assert look(str(run), tmp_path / "new").step == 2
+    with pytest.raises(ValueError, match="neither a run folder nor a complete checkpoint"):
+        look(str(run / "checkpoints" / "step_000004"), tmp_path / "new")
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"resume='/nowhere' is not a folder.*auto"):
+        look("/nowhere", tmp_path / "new")
+    with pytest.raises(ValueError, match="is neither a run folder nor a complete checkpoint"):
+        look(str(tmp_path), tmp_path / "new")
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        look(str(make_run(tmp_path / "run")), tmp_path / "new")
+
+
+def test_a_finished_run_needs_more_steps_to_go_on(tmp_path):
+    run = make_run(tmp_path / "run", 10, finished=True)
+    with pytest.raises(ValueError, match=r"has done 10 steps: to train it for longer, set steps=11 or more"):
+        look(str(run), tmp_path / "new")
+    assert look(str(run), tmp_path / "new", changed(steps=12)).step == 10
+    with pytest.raises(ValueError, match="has done 10 steps"):
+        look(str(run), tmp_path / "new", changed(steps=8))
+
+
+def test_a_run_that_was_killed_before_its_adapter_was_written_is_finished_off(tmp_path):
+    run = make_run(tmp_path / "run", 10)
+    assert look(str(run), tmp_path / "new").step == 10
+    assert look("auto", tmp_path / "new").step == 10
+
+
+# ------------------------------------------------------------------ another configuration
+
+
+def test_one_error_lists_all_keys_that_differ(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    config = changed(model={"name": "dev"}, adapter={"rank": 8}, dataset={"path": "other"}, seed=1)
+    with pytest.raises(ValueError, match="another configuration") as error:
+        look(str(run), tmp_path / "new", config)
+    for difference in (
+        "model.name='tiny' there, 'dev' here",
+        "adapter.rank=4 there, 8 here",
+        "dataset.path='data/demo' there, 'other' here",
+        "seed=0 there, 1 here",
+    ):
+        assert difference in str(error.value)
+    assert "adapter.targets" not in str(error.value)
+
+
+def test_a_key_that_only_one_of_them_has_differs(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    with pytest.raises(ValueError, match=r"adapter\.alpha=None there, 2 here"):
+        look(str(run), tmp_path / "new", changed(adapter={"alpha": 2}))
+
+
+def test_keys_that_change_nothing_learned_may_differ(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    config = changed(steps=20, name="b", sample={"prompts": ["a"]}) | {"log_every": 3, "cache_dir": "/x"}
+    assert look(str(run), tmp_path / "new", config).step == 2
+
+
+def test_a_run_may_go_on_with_more_patience_for_its_text_encoder_but_not_with_another(tmp_path):
+    there = CONFIG | {"text_encoder": {"url": "http://one", "timeout": 1.0, "in_flight": 4}}
+    run = make_run(tmp_path / "run", 2, config=there)
+    patient = CONFIG | {"text_encoder": {"url": "http://one", "timeout": 9.0, "in_flight": 1}}
+    assert look(str(run), tmp_path / "new", patient).step == 2
+    with pytest.raises(ValueError, match=r"text_encoder\.url='http://one' there, 'http://two' here"):
+        look(
+            str(run), tmp_path / "new", CONFIG | {"text_encoder": {"url": "http://two", "timeout": 1.0, "in_flight": 4}}
+        )
+
+
+def test_images_may_be_cut_into_batches_differently_but_not_be_more_a_step(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    assert look(str(run), tmp_path / "new", changed(batch_size=2, gradient_accumulation=2)).step == 2
+    with pytest.raises(ValueError, match=r"batch_size \* gradient_accumulation \* processes=4 there, 8 here"):
+        look(str(run), tmp_path / "new", images=8)
+    assert look("auto", tmp_path / "new", images=8) == Place(tmp_path / "new")
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read"):
+        look(str(run), tmp_path / "new")
+    said = []
+    assert look("auto", tmp_path / "new", say=said.append) == Place(tmp_path / "new")
+    assert len(said) == 2
+    assert re.match(r"warning: skipping .*run: .*config\.yaml cannot be read", said[0])
+    assert said[1] == ANEW
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "just words", "a: 1", "steps: many"])
+def test_a_configuration_that_is_none_is_named_and_not_compared(tmp_path, text):
+    run = make_run(tmp_path / "run", 2)
+    (run / "config.yaml").write_text(text)
+    for resume, fresh, chosen in ((str(run), tmp_path / "new", False), ("auto", run, True)):
+        with pytest.raises(ValueError, match=r"config\.yaml is not the configuration of a run") as error:
+            look(resume, fresh, chosen=chosen)
+        assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl"])
+def test_a_run_without_its_configuration_is_not_written_over(tmp_path, left):
+    run = make_run(tmp_path / "run", *([2] if left == "checkpoints" else []))
+    (run / "config.yaml").unlink()
+    if left == "metrics.jsonl":
+        (run / left).touch()
+    with pytest.raises(ValueError, match="already holds a run"):
+        look(None, run, chosen=True)
+    with pytest.raises(ValueError, match=r"resume=auto: .*config\.yaml cannot be read"):
+        look("auto", run, chosen=True)
+
+
+# ------------------------------------------------------------------ damaged states
+
+
+DAMAGED_STATES = ["", "garbage", "{}", "[]", '{"step": "2", "images_per_step": 4}', '{"step": 2}', '{"step": -1}']
+
+
+@pytest.mark.parametrize("text", DAMAGED_STATES)
+def test_a_damaged_state_of_a_checkpoint_that_is_given_is_one_error_that_names_the_file(tmp_path, text):
+    run = make_run(tmp_path / "run", 2, 4)
+    (run / "checkpoints" / "step_000004" / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"step_000004/state\.json .*delete .*step_000004 to go on from the one bef"):
+        look(str(run / "checkpoints" / "step_000004"), tmp_path / "new")
+
+
+def test_a_state_in_which_a_number_changed_is_damaged(tmp_path):
+    run = make_run(tmp_path / "run", 4)
+    file = run / "checkpoints" / "step_000004" / "state.json"
+    file.write_text(file.read_text().replace('"step": 4', '"step": 5'))
+    with pytest.raises(ValueError, match=r"state\.json is damaged \(its checksum differs\)"):
+        checkpoint.state(file.parent)
+
+
+def test_a_checkpoint_without_checksums_is_of_an_older_version(tmp_path):
+    run = make_run(tmp_path / "run", 4)
+    place = run / "checkpoints" / "step_000004"
+    (place / "state.json").write_text(json.dumps({"step": 4, "base": "tiny", "images_per_step": IMAGES}))
+    with pytest.raises(ValueError, match=r"state\.json has no checksums: .* older version\. Its adapter can be used"):
+        look(str(place), tmp_path / "new")
+
+
+FILES = ["state.json", "optimizer.pt", "adapter/adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
+@pytest.mark.parametrize("file", FILES)
+def test_a_run_folder_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path, file, how):
+    run = make_run(tmp_path / "run", 2, 4)
+    damage(run / "checkpoints" / "step_000004" / file, how)
+    said = []
+    assert look(str(run), tmp_path / "new", say=said.append).step == 2
+    if (file, how) == ("state.json", "missing"):
+        assert said == []  # it never was a checkpoint
+        return
+    assert len(said) == 1
+    assert f"step_000004/{file}" in said[0]
+    damage(run / "checkpoints" / "step_000002" / file, "cut")
+    with pytest.raises(ValueError, match="holds no complete checkpoint whose files are whole: they are named above"):
+        look(str(run), tmp_path / "new", say=said.append)
+    assert f"step_000002/{file}" in said[-1]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("file", ["state.json", "optimizer.pt", "adapter/adapter_model.safetensors"])
+def test_auto_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path, file, chosen):
+    run = make_run(tmp_path / "run", 2, 4)
+    (run / "checkpoints" / "step_000004" / file).write_text("garbage")
+    said = []
+    place = look("auto", run if chosen else tmp_path / "new", chosen=chosen, say=said.append)
+    assert place == Place(run, run / "checkpoints" / "step_000002")
+    assert len(said) == 1
+    assert said[0].startswith("warning: skipping a damaged checkpoint: ")
+    assert f"step_000004/{file}" in said[0]
+
+
+def test_auto_skips_a_damaged_run_and_takes_the_one_before(tmp_path):
+    older = make_run(tmp_path / "1", 2)
+    newer = make_run(tmp_path / "2", 4)
+    (newer / "checkpoints" / "step_000004" / "state.json").write_text("{}")
+    assert look("auto", tmp_path / "3") == Place(older, older / "checkpoints" / "step_000002")
+
+
+def test_auto_does_not_start_anew_over_checkpoints_that_cannot_be_read(tmp_path):
+    run = make_run(tmp_path / "1", 2)
+    (run / "checkpoints" / "step_000002" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no checkpoint of .*1 can be read"):
+        look("auto", run, chosen=True)
+
+
+def test_only_folders_named_after_a_step_are_checkpoints(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    shutil.copytree(run / "checkpoints" / "step_000002", run / "checkpoints" / "step_000002 (copy)")
+    shutil.copytree(run / "checkpoints" / "step_000002", run / "checkpoints" / "step_best")
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["step_000002"]
+    assert look("auto", tmp_path / "new").step == 2
+
+
+# ------------------------------------------------------------------ folders in use
+
+
+def test_auto_skips_a_run_that_is_alive(tmp_path):
+    run = make_run(tmp_path / "1", 2)
+    lock = Lock(run)
+    assert look("auto", tmp_path / "2") == Place(tmp_path / "2")
+    lock.release()
+    assert look("auto", tmp_path / "2").folder == run
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_folder_that_was_asked_for_and_is_in_use_is_named(tmp_path, resume):
+    run = make_run(tmp_path / "1", 2)
+    lock = Lock(run)
+    with pytest.raises(InUse, match=r"/1 is in use: another run writes there now"):
+        look(resume, run, chosen=True)
+    lock.release()
+
+
+# ------------------------------------------------------------------ auto
+
+
+def test_auto_takes_the_newest_unfinished_run_beside_the_new_one(tmp_path):
+    make_run(tmp_path / "2026-01-01", 2)
+    newest = make_run(tmp_path / "2026-01-03", 4)
+    make_run(tmp_path / "2026-01-02", 6)
+    assert look("auto", tmp_path / "2026-02-01") == Place(newest, newest / "checkpoints" / "step_000004")
+
+
+def test_auto_starts_anew_without_an_unfinished_run_of_this_configuration(tmp_path):
+    fresh = tmp_path / "9-new"
+    assert look("auto", fresh) == Place(fresh)
+    make_run(tmp_path / "1-finished", 10, finished=True)
+    make_run(tmp_path / "2-without-checkpoint")
+    make_run(tmp_path / "3-other-rank", 2, config=changed(adapter={"rank": 8}))
+    make_run(tmp_path / "4-beyond", 20, config=changed(steps=30))
+    (tmp_path / "5-no-run").mkdir()
+    (tmp_path / "6-file").touch()
+    assert look("auto", fresh) == Place(fresh)
+
+
+def test_a_finished_run_that_was_going_on_for_longer_is_unfinished_again(tmp_path):
+    run = make_run(tmp_path / "1", 10, 12, finished=True, config=changed(steps=20))
+    assert look("auto", tmp_path / "2", changed(steps=20)) == Place(run, run / "checkpoints" / "step_000012")
+
+
+def test_auto_with_a_folder_that_was_asked_for_looks_there_alone(tmp_path):
+    make_run(tmp_path / "beside", 4)
+    fresh, said = tmp_path / "mine", []
+    assert look("auto", fresh, chosen=True, say=said.append) == Place(fresh)
+    assert said == [ANEW]
+    make_run(fresh, 2)
+    assert look("auto", fresh, chosen=True) == Place(fresh, fresh / "checkpoints" / "step_000002")
+
+
+def test_auto_starts_again_in_its_folder_if_nothing_was_saved_there(tmp_path):
+    fresh, said = make_run(tmp_path / "mine"), []
+    assert look("auto", fresh, chosen=True, say=said.append) == Place(fresh)
+    assert said == [ANEW]
+
+
+def test_auto_does_not_write_into_a_folder_whose_run_is_finished_or_another(tmp_path):
+    fresh = make_run(tmp_path / "mine", 10, finished=True)
+    with pytest.raises(ValueError, match=r"has done its 10 steps: .*with steps=11 or more"):
+        look("auto", fresh, chosen=True)
+    with pytest.raises(ValueError, match=r"another configuration: adapter\.rank=4 there, 8 here"):
+        look("auto", fresh, changed(adapter={"rank": 8}), chosen=True)
+
+
+def test_auto_in_a_finished_runs_folder_goes_on_with_more_steps(tmp_path):
+    run = make_run(tmp_path / "mine", 10, finished=True)
+    assert look("auto", run, changed(steps=12), chosen=True) == Place(run, run / "checkpoints" / "step_000010")
+    assert look("auto", tmp_path / "new", changed(steps=12)) == Place(tmp_path / "new")  # beside, finished is finished
+
+
+def test_auto_does_not_write_over_a_finished_run_without_checkpoints(tmp_path):
+    run = make_run(tmp_path / "mine", finished=True)
+    with pytest.raises(ValueError, match="has done its 10 steps"):
+        look("auto", run, changed(steps=12), chosen=True)
+
+
+def test_auto_that_starts_anew_says_which_key_of_the_newest_run_differs(tmp_path):
+    make_run(tmp_path / "1", 2, config=changed(seed=5))
+    make_run(tmp_path / "2", 2, config=changed(adapter={"rank": 8}))
+    said = []
+    assert look("auto", tmp_path / "3", say=said.append) == Place(tmp_path / "3")
+    assert said == [f"not going on with {tmp_path / '2'}: adapter.rank=8 there, 4 here", ANEW]
+    make_run(tmp_path / "0", 2)
+    said.clear()
+    assert look("auto", tmp_path / "3", say=said.append).folder == tmp_path / "0"
+    assert said == []

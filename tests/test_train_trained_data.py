@@ -1,0 +1,87 @@
+"""A run that goes on trains on the samples that it was trained on, or says what is other."""
+
+import json
+import shutil
+
+import pytest
+from train_helpers import CAPTIONS, draw_picture, lines
+
+from data.latents import LatentEntry
+from train.checkpoint import checkpoints, state
+from train.trained_data import TrainedData
+
+pytest_plugins = ("train_helpers",)
+
+
+def data(**captions):
+    """Samples of these names and captions; a name's content is itself."""
+    entries = [LatentEntry((16, 16), f"key of {name}") for name in captions]
+    return TrainedData.of(list(captions), entries, [[text] for text in captions.values()], [1.0] * len(captions))
+
+
+BEFORE = {"a": "one", "b": "two", "c": "three"}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (BEFORE, None),
+        ({**BEFORE, "b": "other"}, "of 3 samples 1 changed (b)"),
+        ({**BEFORE, "d": "new"}, "of 3 samples 1 new (d)"),
+        ({"a": "one"}, "of 3 samples 2 gone (b, c)"),
+        ({"b": "x", "c": "three", "e": ""}, "of 3 samples 1 changed (b), 1 new (e), 1 gone (a)"),
+        ({"b": "two", "a": "one", "c": "three"}, "of 3 samples all are there, in another order"),
+        ({str(i): "" for i in range(7)}, "of 3 samples 7 new (0, 1, 2, 3, 4, ...), 3 gone (a, b, c)"),
+    ],
+)
+def test_what_differs_is_counted_and_the_first_are_named(tmp_path, now, said):
+    before = data(**BEFORE)
+    before.write(tmp_path)
+    assert data(**now).difference(tmp_path, before.digest) == said
+
+
+@pytest.mark.parametrize("kept", [None, "garbage", "[]", '{"names": ["a"], "marks": ["x"]}'])
+def test_where_the_marks_are_lost_the_digest_still_tells(tmp_path, kept):
+    if kept is not None:
+        (tmp_path / "data.json").write_text(kept)
+    assert data(**BEFORE).difference(tmp_path, data(a="x").digest) == "its samples are others"
+    assert data(**BEFORE).difference(tmp_path, data(**BEFORE).digest) is None
+
+
+def test_everything_of_a_sample_that_is_learned_is_in_its_mark():
+    entry = LatentEntry((16, 16), "key")
+    one = [
+        TrainedData.of(["a"], [changed], [captions], [weight]).digest
+        for changed, captions, weight in (
+            (entry, ["x"], 1.0),
+            (LatentEntry((16, 16), "other"), ["x"], 1.0),
+            (LatentEntry((16, 16), "key", ((16, 16),), ("reference",)), ["x"], 1.0),
+            (LatentEntry((16, 16), "key", mask_key="mask"), ["x"], 1.0),
+            (LatentEntry((16, 16), "key", others=(LatentEntry((16, 16), "mirrored"),)), ["x"], 1.0),
+            (entry, ["x", "y"], 1.0),
+            (entry, ["x"], 2.0),
+        )
+    ]
+    assert len(set(one)) == len(one)
+
+
+def test_a_run_goes_on_with_changed_samples_only_if_it_may(train, pictures, tmp_path, capfd):
+    folder = shutil.copytree(pictures, tmp_path / "own")
+    run = train("run", f"dataset.path={folder}", "steps=2", "checkpoint_every=2")
+    kept = json.loads((run / "data.json").read_text())
+    assert len(kept["marks"]) == len(CAPTIONS)
+    (place,) = checkpoints(run)
+    before = state(place)["data"]
+
+    (folder / "1.txt").write_text("the cup")
+    draw_picture(77, (48, 48)).save(folder / "2.png")
+    with pytest.raises(
+        ValueError, match=r"step_000002 was trained on: of 6 samples 2 changed \(.*1\.png, .*2\.png\)\. "
+    ):
+        train("run", f"dataset.path={folder}", "steps=4", "resume=auto")
+    assert [line["step"] for line in lines(run)] == [1, 2]
+    capfd.readouterr()
+    train("run", f"dataset.path={folder}", "steps=4", "checkpoint_every=2", "resume=auto", "allow_changed_data=true")
+    assert "going on with other samples: of 6 samples 2 changed" in capfd.readouterr().out
+    assert state(checkpoints(run)[-1])["data"] != before
+    assert json.loads((run / "data.json").read_text())["marks"] != kept["marks"]
