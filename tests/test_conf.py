@@ -49,7 +49,7 @@ OBJECTS = {
 
 def test_every_group_of_the_defaults_has_a_folder_and_every_folder_is_a_group():
     folders = {group for group, _ in CHOICES}
-    assert folders == set(GROUPS) - {"buckets", "validation", "sample"}
+    assert folders == set(GROUPS) - {"buckets", "validation", "sample", "hub"}
     assert {"debug", "demo", "demo_edit", "relighting", "tarot"} <= set(EXPERIMENTS)
 
 

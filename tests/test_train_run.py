@@ -73,6 +73,8 @@ def test_a_run_folder_holds_all_that_was_made(train):
         "adapter_config.json",
         "adapter_model.safetensors",
         "diffusers.safetensors",
+        "samples.png",
+        "samples_base.png",
     }
     assert all(key.startswith("transformer.") for key in keys(run / "adapter" / "diffusers.safetensors"))
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])

@@ -10,7 +10,7 @@ from train_helpers import compose, draw_picture, pixels, values
 from flux2 import adapters
 from flux2.weights import load_transformer
 from train.run import Run
-from train.validate import TIMES, FixedNoiseLoss, SampleSettings, Validated, ValidationSettings, sheet, wrap
+from train.validate import TIMES, FixedNoiseLoss, SampleSettings, ValidationSettings, chosen_samples, sheet, wrap
 
 pytest_plugins = ("train_helpers",)
 
@@ -80,7 +80,7 @@ def measured(small):
     """A model and its loss at fixed noise over two samples."""
     run = Run(compose(*small()))
     dataset, prepared = run.prepare()
-    chosen = [Validated(dataset[i].name, prepared.entries[i], dataset[i].caption, prepared.contents[i]) for i in (1, 4)]
+    chosen = chosen_samples(dataset, prepared, (1, 4))
     return load_transformer(run.source), FixedNoiseLoss(prepared, chosen, seed=0)
 
 

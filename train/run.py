@@ -67,7 +67,7 @@ from train.shared import SHARED, Base, free_memory
 from train.text_encoders import PromptEncoder, RemoteTextEncoder
 from train.tracking import Metrics, warn
 from train.trained_data import TrainedData
-from train.validate import FixedNoiseLoss, Sampler, SampleSettings, Validated, ValidationSettings
+from train.validate import FixedNoiseLoss, Sampler, SampleSettings, ValidationSettings, chosen_samples
 
 GROUPS = (
     "model",
@@ -506,9 +506,7 @@ class Run:
             caption_dropout=settings.caption_dropout,
             reference_dropout=settings.reference_dropout,
         )
-        chosen = [
-            Validated(dataset[i].name, prepared.entries[i], captions[i][0], prepared.contents[i]) for i in validated
-        ]
+        chosen = chosen_samples(dataset, prepared, validated)
         validate = FixedNoiseLoss(prepared, chosen, self.validation.seed, self.validation.times, self.processes.map)
         prompts = list(self.held.prompts) if self.held.active else []
         adapter = Training(

@@ -102,6 +102,7 @@ class WandbTracker:
         except wandb.errors.Error as error:
             later = f"`wandb sync {folder}/wandb/offline-run-*` sends it"
             warn(f"tracker=wandb: {masked_text(str(error))}. The run is kept offline: {later}")
+            wandb.teardown()  # or the id would be in use
             self._run = self._init("offline", about)
         kept.write_text(self.run_id)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data.latents import LatentEntry
 from data.loader import Batch
 from data.sampler import derived_generator
+from data.source import Sample
 from flux2.autoencoder import Autoencoder
 from flux2.model import Transformer
 from flux2.pipeline import render
@@ -87,6 +88,11 @@ class Validated:
     entry: LatentEntry
     caption: str
     content: str
+
+
+def chosen_samples(samples: Sequence[Sample], prepared: Prepared, indices: Sequence[int]) -> list[Validated]:
+    """What is measured of the samples with these indices."""
+    return [Validated(samples[i].name, prepared.entries[i], samples[i].caption, prepared.contents[i]) for i in indices]
 
 
 @dataclass(frozen=True)

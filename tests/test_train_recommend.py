@@ -1,0 +1,189 @@
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from train_helpers import ask_to_stop
+
+from train.checkpoint import STATE_FILE
+from train.recommend import MOST_ROWS, Validation, closing_lines, difference, recommend, validations
+
+pytest_plugins = ("train_helpers",)
+
+SAMPLES = 6
+# what the samples differ by from each other, far more than steps do
+LEVELS = [0.2, 0.5, 0.9, 1.4, 0.3, 0.7]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run({step: losses}, [saved steps])`: a run folder; a loss is one number for all samples, or one for each."""
+
+    def make(losses, saved, *, held_out=SAMPLES, times=(0.2, 0.8), **config):
+        lines = []
+        for step, given in losses.items():
+            each = given if isinstance(given, list) else [given * level for level in LEVELS]
+            rows = [[loss * 0.9, loss * 1.1] for loss in each]
+            lines.append({"step": step, "times": list(times), "samples": list("abcdef")[: len(each)], "losses": rows})
+        if lines:
+            (tmp_path / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for step in saved:
+            place = tmp_path / "checkpoints" / f"step_{step:06d}"
+            place.mkdir(parents=True)
+            (place / STATE_FILE).write_text("{}")
+        settings = {"steps": 400, "validate_every": 100, "validation": {"held_out": held_out, "times": list(times)}}
+        OmegaConf.save(OmegaConf.create({**settings, **config}), tmp_path / "config.yaml")
+        return tmp_path
+
+    return make
+
+
+def said(folder):
+    found = recommend(folder)
+    return found.checkpoint and found.checkpoint.name, "\n".join(found.lines)
+
+
+def test_the_checkpoint_of_the_lowest_loss_is_recommended_with_what_it_gains(run):
+    name, text = said(run({0: 1.0, 100: 0.9, 200: 0.8, 300: 0.9, 400: 1.0}, [100, 200, 300, 400]))
+    assert name == "step_000200"
+    assert text.splitlines() == [
+        "validation loss, 6 samples set aside at 2 times:",
+        "  step      0  0.6667  the base",
+        "  step    100  0.6000  -10.0 %",
+        "  step    200  0.5333  -20.0 %  lowest",
+        "  step    300  0.6000  -10.0 %",
+        "  step    400  0.6667  +0.0 %",
+        text.splitlines()[-1],
+    ]
+    assert f"checkpoints/{name}: its validation loss is the lowest, 0.13 (-20.0 %) below the last one's" in text
+    assert "beyond the noise" in text
+
+
+def test_a_difference_that_the_samples_do_not_agree_on_is_called_noise(run):
+    better = [0.9 * level for level in LEVELS[:3]]
+    mixed = [*better, *(1.05 * level for level in LEVELS[3:])]  # three gain, three lose
+    name, text = said(run({0: 2.0, 200: mixed, 400: 1.0}, [200, 400]))
+    assert name == "step_000200" if sum(mixed) < sum(LEVELS) else name == "step_000400"
+    assert "within the noise" in text
+    assert "let the sheets decide" in text
+
+
+def test_the_noise_is_that_of_the_paired_differences():
+    levels = [Validation(1, tuple(0.9 * level for level in LEVELS)), Validation(2, tuple(LEVELS))]
+    found = difference(*levels)
+    margin = 2.5706 * 0.044121 / 6**0.5  # Student's t for 5 degrees at 97.5 %, and the differences' deviation
+    assert (found.mean, found.low, found.high) == pytest.approx((-1 / 15, -1 / 15 - margin, -1 / 15 + margin), abs=2e-5)
+    assert found.is_clear
+    shuffled = Validation(1, tuple(reversed(levels[0].losses)))
+    assert not difference(shuffled, levels[1]).is_clear  # the same means, of other samples
+    assert difference(Validation(1, (1.0,)), Validation(2, (2.0,))) is None
+    many = Validation(1, tuple(level + 0.1 for level in LEVELS * 20)), Validation(2, tuple(LEVELS * 20))
+    assert difference(*many).mean == pytest.approx(0.1)
+
+
+def test_the_last_one_is_compared_with_the_base(run):
+    name, text = said(run({0: 1.0, 200: 0.9, 400: 0.8}, [200, 400]))
+    assert name == "step_000400"
+    assert "the last one has the lowest validation loss, -20.0 % against the base, beyond what the choice of" in text
+    assert "training for longer may lower it further" in text
+
+
+def test_training_samples_say_little(run):
+    _, text = said(run({0: 1.0, 400: 0.8}, [400], held_out=0))
+    assert "6 training samples at 2 times" in text
+    assert "it says little" in text
+    assert "validation.held_out=4" in text
+
+
+def test_a_single_sample_says_nothing_of_chance(run):
+    name, text = said(run({0: [1.0], 200: [0.5], 400: [0.8]}, [200, 400], held_out=1))
+    assert name == "step_000200"
+    assert "with one sample nobody can say" in text
+
+
+@pytest.mark.parametrize(("every", "remedy"), [(0, "Give validate_every=50"), (50, "Give validation.samples=8")])
+def test_where_nothing_was_validated_it_says_what_to_set(run, every, remedy):
+    name, text = said(run({}, [200, 400], validate_every=every))
+    assert name is None
+    assert "no checkpoint is recommended: nothing was validated" in text
+    assert remedy in text
+    assert "validation.held_out=4" in text
+
+
+def test_without_checkpoints_the_losses_are_shown_and_what_to_set(run):
+    name, text = said(run({0: 1.0, 200: 0.5, 400: 0.8}, []))
+    assert name is None
+    assert "step    200  0.3333  -50.0 %  lowest" in text
+    assert "checkpoint_every=250" in text
+
+
+def test_checkpoints_at_other_steps_than_validations_cannot_be_compared(run):
+    name, text = said(run({0: 1.0, 100: 0.5, 300: 0.8}, [50, 150]))
+    assert name is None
+    assert "none was validated. Let checkpoint_every be a multiple of validate_every" in text
+
+
+def test_what_was_not_kept_or_not_validated_is_said(run):
+    name, text = said(run({0: 1.0, 100: 0.5, 200: 0.8, 400: 0.9}, [200, 250, 400]))
+    assert name == "step_000200"
+    assert "and 1 not validated" in text
+    assert "the lowest of all, 0.3333, was after step 100, which is not kept" in text
+
+
+def test_a_run_that_only_got_worse_says_so(run):
+    name, text = said(run({0: 1.0, 200: 1.2, 400: 1.4}, [200, 400]))
+    assert name == "step_000200"
+    assert "But the base's loss is lower: nothing was learned that these samples show" in text
+
+
+def test_without_the_base_only_steps_are_compared(run):
+    name, text = said(run({300: 0.7, 400: 0.9}, [300, 400]))  # a branch that went on from step 250
+    assert name == "step_000300"
+    assert "the base" not in text
+
+
+def test_only_what_the_last_validation_measured_is_compared(run):
+    folder = run({0: 1.0, 100: 0.9, 200: 0.8}, [100, 200])
+    lines = (folder / "validation.jsonl").read_text().splitlines()
+    other = json.loads(lines[1]) | {"samples": list("uvwxyz"), "losses": [[0.1, 0.1]] * SAMPLES}
+    (folder / "validation.jsonl").write_text("\n".join([lines[0], json.dumps(other), lines[2], '{"step": 3, "loss']))
+    assert [one.step for one in validations(folder)] == [0, 200]
+    assert said(folder)[0] == "step_000200"
+
+
+def test_of_many_checkpoints_the_lowest_and_the_last_are_shown(run):
+    steps = range(0, 2001, 100)
+    folder = run({step: 1 + abs(step - 600) / 1000 for step in steps}, [step for step in steps if step])
+    name, text = said(folder)
+    assert name == "step_000600"
+    assert text.count("  step") == MOST_ROWS + 1
+    assert "step   2000" in text
+    assert "and 10 checkpoints with a higher loss" in text
+
+
+def test_what_cannot_be_read_is_a_warning_and_no_error(run):
+    folder = run({0: 1.0, 400: 0.8}, [400])
+    (folder / "validation.jsonl").write_text('{"step": 1, "samples": [], "times": [], "losses": [["x"]]}\n')
+    assert closing_lines(folder)[0].startswith("warning: no checkpoint can be recommended")
+    (folder / "validation.jsonl").unlink()
+    (folder / "config.yaml").write_text("{")
+    assert closing_lines(folder)[0].startswith("warning: no checkpoint can be recommended")
+
+
+def test_the_command_ends_with_a_recommendation_also_when_resumed(run_command, small, at_step, tmp_path):
+    settings = small(
+        f"output_dir={tmp_path / 'run'}", "steps=3", "validate_every=1", "checkpoint_every=1", "validation.held_out=2"
+    )
+    at_step(1, ask_to_stop())
+    assert run_command(*settings)[0] != 0
+    code, out, err = run_command(*settings, "resume=auto")
+    assert code == 0, err
+    found = recommend(tmp_path / "run")
+    assert "\n".join(found.lines) in out
+    assert found.checkpoint in [tmp_path / "run" / "checkpoints" / f"step_{step:06d}" for step in (1, 2, 3)]
+    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    by_step = {line["step"]: line["validation_loss"] for line in losses}
+    assert list(by_step) == [one.step for one in validations(tmp_path / "run")] == [0, 1, 2, 3]
+    for one in validations(tmp_path / "run"):
+        assert one.mean == pytest.approx(by_step[one.step], rel=1e-6)
+    assert int(found.checkpoint.name[5:]) == min((1, 2, 3), key=by_step.get)
+    assert f"step {0:>6}  {by_step[0]:.4f}  the base" in out
