@@ -272,7 +272,9 @@ def test_a_stop_request_ends_the_whole_sweep(run_command, tmp_path):
         raise Interrupted("stopped")
 
     code, _, err = run_command("-m", "steps=1,2,3", f"output_dir={tmp_path}", task=task)
-    assert (code, err, ran) == (130, "stopped\n", [1])
+    assert (code, ran) == (130, [1])
+    assert err.splitlines()[0] == "stopped"
+    assert err.splitlines()[1:] == [f"go on with the sweep: the same command with output_dir={tmp_path} resume=auto"]
 
 
 # ------------------------------------------------------------------ parts
