@@ -5,6 +5,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 from hydra.utils import get_object, instantiate
@@ -24,7 +25,8 @@ pytest_plugins = ("train_helpers",)
 FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("[!_]*.yaml") if file.name != "train.yaml")
 FILES = [file for file in FILES if file.parent.name != "accelerate"]  # for accelerate launch, no group of Hydra's
 EXPERIMENTS = [file.stem for file in FILES if file.parent.name == "experiment"]
-CHOICES = [(str(file.parent), file.stem) for file in FILES if file.parent.name != "experiment"]
+CHOICES = [(str(file.parent), file.stem) for file in FILES if file.parts[0] not in ("experiment", "hydra")]
+HYDRA = [(file.parent.name, file.stem) for file in FILES if file.parts[0] == "hydra"]  # how a sweep is run
 # what a choice asks for
 NEEDS = {
     ("dataset", "folder"): ["dataset.path=/pictures"],
@@ -76,6 +78,30 @@ def test_every_choice_composes_and_makes_its_objects(group, choice):
     if group == "model":
         assert run.variant.name == choice
         assert run.buckets.resolution == run.settings.reference_resolution == run.variant.resolution
+
+
+@pytest.mark.parametrize(("kind", "choice"), HYDRA, ids=["/".join(names) for names in HYDRA])
+def test_every_way_to_run_a_sweep_composes_and_makes_its_object(kind, choice):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("train", [f"hydra/{kind}={choice}"], return_hydra_config=True).hydra
+    given = OmegaConf.load(CONF / "hydra" / kind / f"{choice}.yaml")
+    assert config[kind].keys() == given.keys()
+    module, _, name = given._target_.rpartition(".")
+    made = getattr(pytest.importorskip(module, reason=f"the extra `{choice}`"), name)
+    if kind == "sweeper":
+        assert given.keys() - {"_target_"} == inspect.signature(made).parameters.keys()
+        assert type(instantiate(config.sweeper.sampler)).__name__ == "TPESampler"
+    else:
+        known = {
+            field.name for field in fields(get_object("hydra_plugins.hydra_submitit_launcher.config.SlurmQueueConf"))
+        }
+        assert given.keys() == known | {"_target_"}
+        config.launcher.submitit_folder = "jobs"  # in place of the folder of the sweep, which is asked of a running one
+        assert instantiate(config.launcher).params["gpus_per_node"] == 1
+
+
+def test_hydras_own_choices_are_both_there():
+    assert {("sweeper", "optuna"), ("launcher", "slurm")} <= set(HYDRA)
 
 
 def test_the_adapter_covers_the_layers_that_attach_does_by_default():

@@ -1,6 +1,7 @@
 """What the command line says to a mistake: one line with the key, the value and a remedy, and exit code 2."""
 
 import dataclasses
+import json
 import re
 import signal
 from dataclasses import dataclass
@@ -289,7 +290,32 @@ def test_a_stop_request_ends_the_whole_sweep(run_command, tmp_path):
         raise Interrupted("stopped")
 
     code, _, err = run_command("-m", "steps=1,2,3", f"output_dir={tmp_path}", task=task)
-    assert (code, err, ran) == (130, "stopped\n", [1])
+    assert (code, ran) == (130, [1])
+    assert err.splitlines()[0] == "stopped"
+    assert err.splitlines()[1:] == [f"go on with the sweep: the same command with output_dir={tmp_path} resume=auto"]
+
+
+def test_a_sweep_keeps_no_secret(run_command, tmp_path):
+    arguments = ["-m", "+text_encoder.token=hidden", "steps=1,2", f"output_dir={tmp_path}"]
+    assert run_command(*arguments, task=lambda config: None)[0] == 0
+    record = json.loads((tmp_path / "0" / "job.json").read_text())
+    assert record["overrides"][:2] == ["+text_encoder.token=...", "steps=1"]
+    assert record["status"] == "done"
+
+
+def test_a_job_that_fails_through_a_mistake_of_ours_shows_where_and_the_others_go_on(run_command, tmp_path):
+    ran = []
+
+    def task(config):
+        ran.append(config.steps)
+        if config.steps == 1:
+            raise KeyError("a bug")
+
+    code, _, err = run_command("-m", "steps=1,2", f"output_dir={tmp_path}", task=task)
+    assert (code, ran) == (2, [1, 2])
+    assert 'raise KeyError("a bug")' in err
+    assert "error: job 0 (" in err
+    assert json.loads((tmp_path / "sweep.json").read_text())["jobs"][0]["status"] == "failed"
 
 
 # ------------------------------------------------------------------ parts

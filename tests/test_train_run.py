@@ -394,7 +394,8 @@ def test_a_sweep_trains_every_value_in_its_own_folder(run_command, small, tmp_pa
     code, out, err = run_command("-m", "+experiment=debug", *settings, "adapter.rank=2,8", "steps=2")
     assert code == 0, err
     (sweep,) = (tmp_path / "outputs" / "debug").iterdir()
-    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "multirun.yaml"]
+    table = ["sweep.csv", "sweep.html", "sweep.json"]
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "multirun.yaml", *table]
     for job, rank in (("0", 2), ("1", 8)):
         assert OmegaConf.load(sweep / job / "config.yaml").adapter.rank == rank
         assert {min(tensor.shape) for tensor in adapter(sweep / job).values()} == {rank}

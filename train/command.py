@@ -39,6 +39,7 @@ from train.stopping import Stopped, stopped_at_once
 from train.tracking import is_first_process, warn
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf"
+SECRET = re.compile(r"token|secret|passw|api.?key|auth|header|bearer|credential", re.IGNORECASE)
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, HydraException, torch.OutOfMemoryError)
 
 if not OmegaConf.has_resolver("first"):
@@ -58,7 +59,7 @@ ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml
 def no_setting(given: str, known: Iterable[str]) -> str:
     """The message for `given` (a key, perhaps with its value), naming the nearest of `known`, else its neighbours."""
     key, choices = given.lstrip("+~").partition("=")[0], list(known)
-    if re.search(r"token|secret|passw|api.?key|auth|header|bearer|credential", key, re.IGNORECASE):
+    if SECRET.search(key):
         given = f"{key}=..."  # errors are logged
     group, _, name = key.rpartition(".")
     beside = {choice.rpartition(".")[2]: choice for choice in choices if choice.rpartition(".")[0] == group}
@@ -224,7 +225,8 @@ def lost_jobs(error: Exception) -> ValueError | None:
 def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig, report: Report) -> float | None:
     """Run one job of a sweep, which notes in its folder how it ended; returns None if it failed."""
     this = HydraConfig.get()
-    folder, overrides = Path(this.runtime.output_dir), list(this.overrides.task)
+    folder, given = Path(this.runtime.output_dir), [text.partition("=") for text in this.overrides.task]
+    overrides = [f"{key}{sign}{'...' if SECRET.search(key) else value}" for key, sign, value in given]
 
     def note(**values: Any) -> None:
         if is_first_process():
@@ -248,8 +250,8 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
         print(stop, file=sys.stderr)
         return None  # whoever submitted this waits for a result
     except Exception as error:
-        report(error, f"job {this.job.num} ({this.job.override_dirname}): ")
         note(status="failed", error=explain(error, sys.argv[1:]))
+        report(error, f"job {this.job.num} ({','.join(sorted(overrides))}): ")
         if isinstance(error, sweep.EndsSweep):
             sys.exit(2)
         return None

@@ -99,7 +99,7 @@ def sheets(sweep: Path, found: Sequence[Job], keys: Sequence[str], best: Job | N
     firsts = {job.first_sheet.read_bytes() for job in found if job.first_sheet is not None}
     if len(firsts) == 1:
         first = next(job.first_sheet for job in found if job.first_sheet is not None)
-        figures.append(figure(first, sweep, "before training"))
+        figures.append(figure(first, sweep, "before training<br>&nbsp;"))
     for job in found:
         if job.sheet is None or (job.sheet == job.first_sheet and len(firsts) == 1):
             continue
