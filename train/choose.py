@@ -29,7 +29,7 @@ from train.predict import Choice, Job, Planner, Prediction, tokens
 from train.shared import SHARED
 
 if TYPE_CHECKING:
-    from train.run import Run
+    from train.configured import Configured
 
 # keys of `memory` that may be null
 CHOSEN = ("checkpointing", "budget_gb", "stream_blocks", "offload_activations", "keep_both_layouts")
@@ -119,7 +119,7 @@ def skeleton(variant: Variant, precision: Precision, adapt: Callable[[Transforme
     return model
 
 
-def planned_precision(run: Run, on_gpu: bool, in_fp8: bool = True) -> Precision:
+def planned_precision(run: Configured, on_gpu: bool, in_fp8: bool = True) -> Precision:
     """That of a run, as on a GPU: FP8 products if the GPU at hand can do them; of one that is not there if `in_fp8`."""
     given = {key: value for key, value in run.config["precision"].items() if value is not None}
     dtype = pick_dtype(given.pop("dtype", None), torch.device("cuda" if on_gpu else "cpu"))
@@ -140,7 +140,7 @@ def references_of(dataset: Mapping[str, Any]) -> int:
     return max([len(named), *map(references_of, (dataset.get("sources") or {}).values())])
 
 
-def job_of(run: Run, on_gpu: bool, in_fp8: bool = True) -> Job:
+def job_of(run: Configured, on_gpu: bool, in_fp8: bool = True) -> Job:
     """What of a run decides memory and time. Pictures are counted as squares, the largest of the buckets.
 
     Args:
@@ -215,7 +215,7 @@ def choice_of(memory: Mapping[str, Any]) -> Choice:
     return Choice(**fixed_keys(memory))
 
 
-def planned(run: Run, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def planned(run: Configured, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The group `memory` with its nulls chosen for `card_gb`, and a sentence that says what and why.
 
     Raises:
@@ -241,7 +241,7 @@ def planned(run: Run, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return dict(memory) | chosen | {"card_gb": card_gb}, why
 
 
-def still_fits(run: Run, kept: Mapping[str, Any]) -> bool:
+def still_fits(run: Configured, kept: Mapping[str, Any]) -> bool:
     """Whether a group `memory` that was chosen before agrees with what is given now and fits the memory of now."""
     chosen, given = set(CHOSEN) & kept.keys(), fixed_keys(run.given_memory)
     if kept.get("card_gb") is None or any(kept.get(key) != value for key, value in given.items()):
@@ -286,7 +286,7 @@ def smaller(planner: Planner) -> str:
     return f"{lighter(planner)} Less is needed with {' or '.join([*ways, 'a smaller buckets.resolution'])}.".strip()
 
 
-def advice(run: Run, error: OutOfMemory) -> str:
+def advice(run: Configured, error: OutOfMemory) -> str:
     """What to add after memory did not suffice: the planner's next step down."""
     if error.phase == "prompts":
         return (

@@ -21,10 +21,11 @@ from train.prior import ClassPictures, Drawn, PriorPreservation, Recipe, draw, p
 from train.trained_data import TrainedData
 
 if TYPE_CHECKING:
+    from train.configured import Configured
     from train.run import Run
 
 
-def class_size(run: Run) -> tuple[int, int]:
+def class_size(run: Configured) -> tuple[int, int]:
     """(width, height) of class pictures that are drawn, pixels."""
     prior, (width, height) = settings(run), run.buckets.nearest(1, 1)
     return prior.width or width, prior.height or height
@@ -121,6 +122,6 @@ def class_data(run: Run) -> TrainedData | None:
     return TrainedData.of(names, ready.entries, captions, [sample.weight for sample in source])
 
 
-def settings(run: Run) -> PriorPreservation:
+def settings(run: Configured) -> PriorPreservation:
     assert run.prior is not None
     return run.prior

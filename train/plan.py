@@ -122,7 +122,7 @@ def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
 
 def main(config: DictConfig) -> None:
     """Print the plan of one configuration."""
-    from train.run import Run
+    from train.configured import Configured
     from train.settings import MemorySettings
 
     given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
@@ -147,7 +147,7 @@ def main(config: DictConfig) -> None:
     chooses = memory.get("card_gb") is not None
     given["memory"] = completed(memory) | ({"card_gb": None} if "card_gb" in memory else {})
     given["device"] = "cpu"
-    run = Run(OmegaConf.create(given))
+    run = Configured(OmegaConf.create(given))
     run.planned_processes = processes
 
     gpu_here = torch.cuda.is_available() and on_gpu
