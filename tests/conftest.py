@@ -7,7 +7,8 @@ the fixtures import it when a test needs it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_configuration_of_another_command() -> Iterator[None]:
+    """A command that ran in this process leaves Hydra's singleton, and a later run would take itself for that one."""
+    yield
+    if "hydra.core.hydra_config" in sys.modules:
+        sys.modules["hydra.core.hydra_config"].HydraConfig.instance().cfg = None
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from data.samples import Folder, HuggingFace
 from flux2.adapters import attach
 from flux2.precision import Precision, pick
 from train.command import flat
-from train.run import GROUPS, Run, paths
+from train.configured import GROUPS
+from train.run import Run, paths
 
 pytest_plugins = ("train_helpers",)
 

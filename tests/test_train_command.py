@@ -146,7 +146,10 @@ def test_a_gpu_that_is_not_there_is_said(run_command):
     [
         ("model=foo", "model=foo is not a choice; choose one of dev, klein_4b"),
         ("model=tinny", "model=tinny is not a choice; did you mean tiny?"),
-        ("optimizer=foo", "optimizer=foo is not a choice; choose one of adamw, adamw_8bit"),
+        (
+            "optimizer=foo",
+            "optimizer=foo is not a choice; choose one of adafactor, adamw, adamw_8bit, lion, muon, prodigy, schedul",
+        ),
         ("+experiment=foo", "experiment=foo is not a choice; choose one of debug, demo, demo_edit, relighting, tarot"),
     ],
 )
@@ -259,7 +262,7 @@ def test_memory_that_does_not_suffice_names_what_needs_less(run_command):
 def test_help_lists_the_groups_and_the_settings(run_command):
     code, out, err = run_command("--help")
     assert (code, err) == (0, "")
-    assert "optimizer: adamw, adamw_8bit" in out
+    assert "optimizer: adafactor, adamw, adamw_8bit" in out
     assert "rank: 16" in out
 
 

@@ -309,7 +309,7 @@ def test_training_lowers_the_loss_at_fixed_noise(train):
 
 def test_held_out_samples_are_never_trained_on(train, batches, captured):
     train("run", "steps=12", "validation.held_out=2", "validate_every=12")
-    held = {caption for _, caption in captured[0].validate.chosen}
+    held = {sample.caption for sample in captured[0].validate.chosen}
     assert len(held) == 2
     assert {caption for batch in batches for caption in batch.captions} == set(CAPTIONS) - held
 
@@ -387,9 +387,9 @@ def test_products_of_matrices_are_in_bfloat16_only_with_a_bfloat16_base(train, m
 def test_validation_measures_the_adapter_as_it_is_used_without_dropout(train, captured, small):
     run = train("run", "adapter.dropout=0.8", "validate_every=4")
     model = load_transformer(Run(compose(*small())).source)
-    before = captured[0].validate(model, 1.0)
+    before = captured[0].validate(model, 1.0).mean().item()
     adapters.load(model, run)
-    after = captured[0].validate(model, 1.0)
+    after = captured[0].validate(model, 1.0).mean().item()
     assert values(run, "validation_loss") == pytest.approx([before, after], rel=1e-5)
     assert abs(after - before) > 1e-3
 

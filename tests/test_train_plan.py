@@ -506,7 +506,8 @@ def test_a_step_without_memory_saves_the_state_and_names_the_next_setting(
     message = one_message(err)
     assert code == 2
     assert "out of memory in the forward and backward of step 4: " in message
-    assert f"The state after step 3 is saved in {folder}/checkpoints/step_000003; go on with resume={folder}" in message
+    assert f"The state after step 3 is saved in {folder}/checkpoints/step_000003; go on with: " in message
+    assert message.endswith(f" resume={folder}")
     assert ("2.68 GB asked for, 1.61 GB free" in message) == (cause is raise_for_gpu)
     whole = train("whole", "memory.checkpointing=none")
     code, _, err = run_command(*small(f"resume={folder}", "memory.checkpointing=full"))
@@ -518,7 +519,7 @@ def test_the_first_step_has_nothing_to_save(run_command, small, at_step, tmp_pat
     at_step(0, raise_for_gpu)
     message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}"))
     assert "in the forward and backward of step 1" in message
-    assert "No checkpoint was saved yet." in message
+    assert message.endswith(" No checkpoint was saved yet")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

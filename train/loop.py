@@ -28,7 +28,7 @@ from train.checks import check_count
 from train.ema import Shown
 from train.guard import Guard, Reading
 from train.keeping import Keeper
-from train.loss import Losses, Preservation, add_noise, is_number, training_loss
+from train.loss import Losses, Noised, Preservation, add_noise, is_number, training_loss
 from train.optim import Schedule, rate_of, set_rate
 from train.outofmemory import OutOfMemory, watched
 from train.prior import ClassPictures
@@ -192,7 +192,7 @@ class Training:
                     self.look(0, {})
             clock = Clock()
             for step in range(start, settings.steps):
-                torch.manual_seed(int(torch.randint(2**31, (), generator=self.generator(step))))  # for LoRA dropout
+                self.seed_layers(step)
                 with watched(f"in the forward and backward of step {step + 1}", "step", accelerator.device):
                     losses = self.accumulate(model, step)
                 clip = settings.max_grad_norm or float("inf")
@@ -260,26 +260,29 @@ class Training:
                 plain = plain.to(batch.embeddings.dtype)
             is_last = i == len(batches) - 1  # only then do processes exchange gradients
             with nullcontext() if is_last else self.accelerator.no_sync(model):
-                with self.precision():
-                    losses = training_loss(
-                        model,
-                        noised,
-                        batch.embeddings,
-                        self.guidance,
-                        self.preservation.weight,
-                        plain,
-                        self.weighting(noised.times),
-                    )
-                total = prior.weight * losses.total if prior else losses.total
-                self.accelerator.backward(total / len(own))
+                weight = prior.weight if prior else 1.0
+                found = self.differentiate(model, noised, batch.embeddings, plain, weight, len(own))
             if prior:
-                priors.append(prior.weight * losses.flow / len(own))
+                priors.append(prior.weight * found[1] / len(own))
             else:
-                parts.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+                parts.append(found)
         self.processes.average_gradients(self.wrapped)
         mean = torch.cat([torch.stack(parts).mean(0), torch.stack(priors).sum()[None]])
         total, flow, preservation, prior_loss = self.accelerator.reduce(mean, "mean")
         return Losses(total + prior_loss, flow, preservation, prior_loss)
+
+    def differentiate(
+        self, model: nn.Module, noised: Noised, text: Tensor, plain: Tensor | None, weight: float, count: int
+    ) -> Tensor:
+        """Forward and backward of one of `count` micro-batches; returns its losses (3,), in the order of `Losses`.
+
+        What the forward kept is freed when this returns.
+        """
+        with self.precision():
+            weights = self.weighting(noised.times)
+            losses = training_loss(model, noised, text, self.guidance, self.preservation.weight, plain, weights)
+        self.accelerator.backward(losses.total * weight / count)
+        return torch.stack([losses.total.detach(), losses.flow, losses.preservation])
 
     def precision(self) -> torch.autocast:
         """bfloat16 autocast if the base is in bfloat16; the adapter and the losses stay in float32."""
@@ -287,8 +290,13 @@ class Training:
             self.accelerator.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None
         )
 
-    def generator(self, step: int) -> torch.Generator:
-        return derived_generator(self.settings.seed, "layers", step, self.accelerator.process_index)
+    def seed_layers(self, step: int) -> None:
+        """Seed what layers draw, which is dropout. (`torch.manual_seed` seeds all kinds of devices, in a ms.)"""
+        generator = derived_generator(self.settings.seed, "layers", step, self.accelerator.process_index)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        torch.default_generator.manual_seed(seed)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def values(self, losses: Losses, reading: Reading, clock: Clock) -> dict[str, float]:
         """What is logged of a step. Of one without an update, what of it is finite."""

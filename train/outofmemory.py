@@ -30,9 +30,14 @@ class OutOfMemory(ValueError):  # noqa: N818
         super().__init__(doing)
 
     def __str__(self) -> str:
+        return f"{self.what} {self.saved}".strip()
+
+    @property
+    def what(self) -> str:
+        """What happened, without what became of the state."""
         asked = f"{gigabytes(self.asked)} asked for" if self.asked else "an unknown amount asked for"
         free = f", {gigabytes(self.free)} free" if self.free else ""
-        return f"out of memory {self.doing}: {asked}{free}. {self.saved}".strip()
+        return f"out of memory {self.doing}: {asked}{free}."
 
 
 def gigabytes(size: int) -> str:

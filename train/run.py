@@ -18,9 +18,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
@@ -60,6 +59,9 @@ from train.text_encoders import RemoteTextEncoder
 from train.tracking import Metrics, warn
 from train.trained_data import TrainedData
 from train.validate import FixedNoiseLoss, Sampler, chosen_samples
+
+if TYPE_CHECKING:
+    import peft
 
 
 def paths(dataset: Mapping[str, Any]) -> list[object]:
@@ -327,7 +329,8 @@ class Run(Configured):
             reference_dropout=settings.reference_dropout,
         )
         chosen = chosen_samples(dataset, prepared, validated)
-        validate = FixedNoiseLoss(prepared, chosen, self.validation.seed, self.validation.times, self.processes.map)
+        fixed = self.validation.seed, self.validation.times
+        validate = FixedNoiseLoss(prepared, chosen, *fixed, self.processes.map, settings.batch_size)
         prompts = list(self.held.prompts) if self.held.active else []
         adapter = Training(
             settings=settings,
@@ -373,7 +376,7 @@ class Run(Configured):
             precision=self.precision.name,
             prompts=self.sample.prompts,
             edits=bool(self.sample.files),
-            overrides=HydraConfig.get().overrides.task if HydraConfig.initialized() else None,
+            overrides=list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None,
             processes=self.accelerator.num_processes,
             place=self.hub.repo_id if "/" in (self.hub.repo_id or "") else None,
         )
@@ -401,7 +404,7 @@ def train(run: Run) -> None:
         adapter = run.train()
     except OutOfMemory as error:
         with own_errors(run.accelerator.process_index):
-            raise ValueError(f"{error} {advice(run, error)}") from None
+            raise ValueError(f"{error.what} {advice(run, error)} {error.saved}".strip()) from None
     if run.accelerator.is_main_process:
         print(*closing_lines(adapter.parent), sep="\n")
         if run.hub.push:

@@ -104,6 +104,7 @@ class FixedNoiseLoss:
     seed: int
     times: Sequence[float] = TIMES
     share: Share = alone
+    rows: int = 1
 
     def __call__(self, model: nn.Module, guidance: float | None) -> Tensor:
         """(samples, times) float64 on the CPU."""
@@ -112,13 +113,15 @@ class FixedNoiseLoss:
 
     @torch.no_grad()
     def of(self, sample: Validated, model: nn.Module, guidance: float | None) -> Tensor:
-        """(times,) on the CPU; one prediction at a time, so that it needs no more memory than training."""
+        """(times,) on the CPU; `rows` predictions at a time, so that it needs no more memory than training."""
         noised, text = self.sample(sample, next(model.parameters()).device)
+        parts = [slice(start, start + self.rows) for start in range(0, len(self.times), self.rows)]
+        predicted = torch.cat([noised.predict(model, text[part], guidance, part) for part in parts])
         losses = []
         for row in range(len(self.times)):
             at = slice(row, row + 1)
             mask = None if noised.mask is None else noised.mask[at]
-            losses.append(flow_loss(noised.predict(model, text[at], guidance, at), noised.target[at], mask))
+            losses.append(flow_loss(predicted[at], noised.target[at], mask))
         return torch.stack(losses).cpu()
 
     def sample(self, sample: Validated, device: torch.device) -> tuple[Noised, Tensor]:
