@@ -152,7 +152,7 @@ def dequantised(model: Transformer) -> Transformer:
 @pytest.mark.parametrize("storage", ["fp8", "nf4"])
 @EACH_TYPE
 def test_gradients_on_a_quantised_base_are_those_on_the_dequantised(kind: str, storage: Any) -> None:
-    """All in float32 but the weights' storage: 4e-6 was measured at most."""
+    """All in float32 but the storage of the weights."""
     found = []
     for change in (lambda model: model, dequantised):
         model = helpers.transformers("dev")[0]
