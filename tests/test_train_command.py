@@ -299,10 +299,14 @@ def test_a_stop_request_ends_the_whole_sweep(run_command, tmp_path):
 
 
 def test_a_sweep_keeps_no_secret(run_command, tmp_path):
-    arguments = ["-m", "+text_encoder.token=hidden", "steps=1,2", f"output_dir={tmp_path}"]
-    assert run_command(*arguments, task=lambda config: None)[0] == 0
+    place = "model.path=https://jane:hidden@host/x"
+    arguments = ["-m", "+text_encoder.token=hidden", place, "steps=1,2", f"output_dir={tmp_path}"]
+    code, out, _ = run_command(*arguments, task=lambda config: None)
+    assert code == 0
     record = json.loads((tmp_path / "0" / "job.json").read_text())
-    assert record["overrides"][:2] == ["+text_encoder.token=...", "steps=1"]
+    assert record["overrides"][0] == "+text_encoder.token=..."
+    assert "hidden" not in json.dumps(record)
+    assert "hidden" not in "".join(line for line in out.splitlines() if line.startswith("job "))
     assert record["status"] == "done"
 
 

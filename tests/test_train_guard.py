@@ -258,3 +258,24 @@ def test_of_a_gpu_bad_steps_are_counted_when_they_are_known(far, capfd):
     assert "step 1: the loss is nan" in capfd.readouterr().err
     with pytest.raises(TrainingError, match="step 2: the loss is inf"):
         far.receive(wait=True)
+
+
+def test_an_adapter_that_the_last_update_ruined_is_not_kept(train, tmp_path, monkeypatch, capfd):
+    """Loss and gradient of that step are finite, and there is no step after it to show the damage."""
+    update = Guard.update
+
+    def ruin(self, loss, norm):
+        left_out = update(self, loss, norm)
+        made.append(1)
+        if len(made) == 2:
+            self.optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+        return left_out
+
+    made: list[int] = []
+    monkeypatch.setattr(Guard, "update", ruin)
+    with pytest.raises(TrainingError, match=r"not finite after 2 steps: its last update ruined it.*step_000001"):
+        train("run", "steps=2", "checkpoint_every=1")
+    assert "step_000002 is not written: the adapter is not finite after 2 steps" in capfd.readouterr().err
+    run = tmp_path / "run"
+    assert [place.name for place in checkpoints(run)] == ["step_000001"]
+    assert not (run / "adapter").exists()

@@ -120,6 +120,8 @@ def test_without_network_by_choice_nothing_can_be_pushed(there, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE=1 .*python -m train\.hub RUN_FOLDER"):
         HubSettings(True, "jane/tarot").check()
+    with pytest.raises(ValueError, match=r"^pushing needs the Hub, and HF_HUB_OFFLINE=1 .*: unset it, and push again$"):
+        HubSettings(True, "jane/tarot").check(trained=True)
 
 
 def test_a_run_asks_the_hub_before_anything_is_loaded(run_command, small, there, monkeypatch, tmp_path):
@@ -266,7 +268,7 @@ def test_the_licence_and_the_pipeline_are_those_of_the_base(described, name):
     assert 'prompt="say \\"felix\\""' in code
     compile(text.split("```python\n")[2].split("```")[0], "card", "exec")
     assert "**Trigger**: `felix`" in text
-    assert "| adapter | `attach, rank=16, targets=['a\\|b']` |" in text
+    assert "| adapter | `LoRA, rank=16, targets=['a\\|b']` |" in text
 
 
 def test_an_adapter_that_diffusers_cannot_read_is_not_offered_to_it(described):

@@ -1,11 +1,14 @@
 import math
+import re
 from functools import partial
 
 import pytest
 import torch
 from hydra.utils import get_object
 from torch import nn
+from train_helpers import compose
 
+from train.configured import Configured
 from train.optim import Constant, Cosine, Linear, Restarts, StableDecay, build, check_installed, rate_of, set_rate
 
 
@@ -155,3 +158,19 @@ def test_an_optimizer_that_is_not_installed_names_the_extra(monkeypatch):
             check_installed(f"{package}.Some")
     check_installed("torch.optim.AdamW")  # of what every installation has nothing is asked
     check_installed(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "said"),
+    [
+        ("adamw", "optimizer.betas=[0.9,0.999,0.5]", "the optimizer refused its settings (ValueError: too many values"),
+        ("adamw", "optimizer.weight_decay=1e300", "an update with these settings is not finite: "),
+        ("prodigy", "optimizer.d_coef=a", "the optimizer refused its settings (TypeError: "),
+        ("lion", "optimizer.betas=[0.9]", "the optimizer refused its settings ("),
+        ("schedulefree", "optimizer.weight_decay=a", "the optimizer refused its settings (TypeError: "),
+    ],
+)
+def test_what_an_optimizer_sees_at_its_first_update_is_said_before_anything_is_loaded(name, setting, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        Configured(compose("model=tiny", f"optimizer={name}", setting))
+    assert setting.partition("=")[0] in str(caught.value)

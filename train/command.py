@@ -34,6 +34,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data.source import BadData
 from train import jobs, slurm, sweep
+from train.masking import masked_text
 from train.shared import SHARED
 from train.stopping import Stopped, stopped_at_once
 from train.tracking import is_first_process, warn
@@ -226,7 +227,7 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
     """Run one job of a sweep, which notes in its folder how it ended; returns None if it failed."""
     this = HydraConfig.get()
     folder, given = Path(this.runtime.output_dir), [text.partition("=") for text in this.overrides.task]
-    overrides = [f"{key}{sign}{'...' if SECRET.search(key) else value}" for key, sign, value in given]
+    overrides = [f"{key}{sign}{'...' if SECRET.search(key) else masked_text(value)}" for key, sign, value in given]
 
     def note(**values: Any) -> None:
         if is_first_process():

@@ -30,7 +30,7 @@ from train.command import checked, made
 from train.ema import check_one_average
 from train.hub import HubSettings
 from train.loss import Preservation
-from train.optim import build, check_installed
+from train.optim import build, check_installed, try_out
 from train.prior import PriorPreservation
 from train.processes import Processes, make_accelerator
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
@@ -140,6 +140,7 @@ class Configured:
         one = torch.zeros((), device=self.accelerator.device)  # shown in every shape, so that it takes no memory
         parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
         check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
+        try_out(self.make_optimizer, self.accelerator.device)
         if self.prior is not None:
             self.prior.beside(self.settings.batch_size)
         self.attention_backend()

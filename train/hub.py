@@ -50,23 +50,29 @@ class HubSettings:
         if self.push and not self.repo_id:
             raise ValueError("hub.push=true needs hub.repo_id=owner/name: where the adapter is to go")
 
-    def check(self) -> None:
-        """Whether the login may write there, if anything is to be pushed. Raises ValueError that says what to do."""
+    def check(self, *, trained: bool = False) -> None:
+        """Whether the login may write there, if anything is to be pushed. Raises ValueError that says what to do.
+
+        Args:
+            trained: whether the adapter is there already, so that nothing is gained by pushing it later.
+        """
         if not self.push or self.repo_id is None:
             return
-        later = f"or leave hub.push out and push when it is trained: {LATER.format('RUN_FOLDER')}"
+        asked = "pushing" if trained else "hub.push=true"
+        unless = f"or leave hub.push out and push when it is trained: {LATER.format('RUN_FOLDER')}"
+        later = "and push again" if trained else unless
         if constants.is_offline_mode():
-            raise ValueError(f"hub.push=true needs the Hub, and HF_HUB_OFFLINE=1 forbids to ask it: unset it, {later}")
+            raise ValueError(f"{asked} needs the Hub, and HF_HUB_OFFLINE=1 forbids to ask it: unset it, {later}")
         api = huggingface_hub.HfApi()
         try:
             me = api.whoami()
         except Exception as error:  # of the Hub, the network, or the HTTP library
             raise ValueError(
-                f"hub.push=true: the login does not work ({reason(error)}): run `hf auth login` with a token that may "
+                f"{asked}: the login does not work ({reason(error)}): run `hf auth login` with a token that may "
                 f"write, {later}"
             ) from error
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise ValueError(f"hub.push=true: the token may only read: run `hf auth login` with another, {later}")
+            raise ValueError(f"{asked}: the token may only read: run `hf auth login` with another, {later}")
         owners = [me["name"], *(owner["name"] for owner in me.get("orgs", []))]
         owner, _, name = self.repo_id.rpartition("/")
         if owner and owner.lower() not in map(str.lower, owners):
@@ -144,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = settings_of(given.run, {"repo_id": given.repo_id, "private": given.private, "push": False})
         if settings.repo_id:
-            replace(settings, push=True).check()
+            replace(settings, push=True).check(trained=True)
         print(push(given.run, settings))
     except (NotPushed, ValueError) as error:
         print(f"error: {masked_text(str(error))}", file=sys.stderr)

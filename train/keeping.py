@@ -81,6 +81,8 @@ class Keeper:
         """Write the checkpoint of `done` steps, if it is not there, and delete old ones. For the main process alone."""
         if done == self.saved:
             return
+        if not self.is_finite():
+            raise checkpoint.NotSaved(f"{self.at(done)} is not written: the adapter is not finite after {done} steps")
         about = dict(self.about)
         if self.measured is not None and self.measured[0] == done:
             about["validation_loss"] = self.measured[1]
@@ -99,6 +101,10 @@ class Keeper:
             )
         self.saved = done
         self.rotation.turn(place, warn)
+
+    def is_finite(self) -> bool:
+        """Whether all numbers of the adapter are. Its last update may have ruined it, which no loss has shown yet."""
+        return all(bool(torch.isfinite(one).all()) for one in adapters.adapter_parameters(self.wrapped))
 
     def stop(self, done: int, number: int) -> NoReturn:
         """Save the state of `done` steps, as a signal asked for, and raise Interrupted."""
@@ -151,8 +157,13 @@ class Keeper:
         return f"the last checkpoint is {place}" + (f"; {go_on(place.parent.parent)}" if advice else "")
 
     def finish(self, steps: int) -> Path:
-        """Write the finished adapter; returns its folder. Raises TrainingError if it cannot be written."""
+        """Write the finished adapter; returns its folder. Raises TrainingError if it cannot be, or is not finite."""
         folder = self.place.folder / "adapter"
+        if not self.is_finite():
+            raise TrainingError(
+                f"the adapter is not finite after {steps} steps: its last update ruined it. Start anew with a lower "
+                f"optimizer.lr; {self.last()}"
+            )
         if self.accelerator.is_main_process:
             try:
                 with self.swapped():

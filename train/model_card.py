@@ -79,7 +79,9 @@ def settings(group: Mapping[str, Any]) -> str:
     shown = [
         f"{key}={value}" for key, value in group.items() if not key.startswith("_") and value not in (None, [], {})
     ]
-    return ", ".join([str(group.get("_target_", "")).rpartition(".")[2], *shown]).lstrip(", ")
+    made = str(group.get("_target_", "")).rpartition(".")[2]
+    made = {"attach": "LoRA"}.get(made, made.removeprefix("attach_"))
+    return ", ".join([made, *shown]).lstrip(", ")
 
 
 def metadata(facts: Facts, folder: Path) -> str:
@@ -115,6 +117,8 @@ def training(facts: Facts, run: Path) -> str:
         "steps": f"{config['steps']} of {facts.images} pictures",
         "adapter": f"`{settings(config['adapter'])}`",
         "optimizer": f"`{settings(config['optimizer'])}`",
+        **({"average": f"`ema_decay={config['ema_decay']}`"} if config.get("ema_decay") else {}),
+        **({"preservation": f"`{settings(kept)}`"} if (kept := config.get("preservation", {})).get("weight") else {}),
         "schedule": f"`{settings(config['schedule'])}`",
         "seed": config["seed"],
         "device": f"{facts.processes} x {facts.device}",

@@ -145,6 +145,23 @@ def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.opti
     return optimizer
 
 
+def try_out(make: MakeOptimizer, device: torch.device) -> None:
+    """One update of a small matrix: some settings are only looked at there.
+
+    Raises ValueError if the optimizer refuses them, or what it makes of them is not finite.
+    """
+    parameter = nn.Parameter(torch.ones(4, 4, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    given = ", ".join(f"optimizer.{key}={value!r}" for key, value in getattr(make, "keywords", {}).items())
+    optimizer = build(make, [parameter])
+    try:
+        optimizer.step()
+    except Exception as error:  # of whichever library, and of any kind
+        raise ValueError(f"the optimizer refused its settings ({type(error).__name__}: {error}): {given}") from error
+    if not torch.isfinite(parameter).all():
+        raise ValueError(f"an update with these settings is not finite: {given}")
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate

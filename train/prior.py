@@ -82,8 +82,8 @@ class PriorPreservation:
             refuse("weight", "a positive number (preservation=none is without)")
         if not is_number(self.share, low=0, high=1) or self.share == 0:
             refuse("share", "a number above 0, up to 1")
-        if not is_count(self.seed):
-            refuse("seed", "a whole number from 0")
+        if not is_count(self.seed) or self.seed >= 2**62:
+            refuse("seed", "a whole number from 0, below 2 ** 62")
         if not is_count(self.count, 1) or self.count > MOST:
             refuse("count", f"a whole number from 1 to {MOST}")
         if not isinstance(self.prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in self.prompts):

@@ -150,7 +150,11 @@ def recommend(folder: Path) -> Recommendation:
     lines += rows(chosen, best, base)
     without = len(saved) - len(chosen)
     if without:
-        lines.append(f"  and {without} not validated: checkpoint_every should be a multiple of validate_every")
+        steps = ", ".join(str(step) for step in sorted(set(saved) - {one.step for one in chosen}))
+        lines.append(
+            f"  and {without} not validated (step {steps}): saved when the run was stopped, or not at a multiple "
+            "of validate_every"
+        )
     if lowest is not None and lowest.mean < best.mean:
         lines.append(f"  the lowest of all, {lowest.mean:.4f}, was after step {lowest.step}, which is not kept")
     why = compared(best, chosen[-1], base)
