@@ -352,6 +352,7 @@ def test_the_gradient_is_clipped_to_its_norm_and_logged_before(train, captured, 
         return step(self, *rest)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr("train.configured.try_out", lambda *arguments: None)
     clipped = train("clipped", "max_grad_norm=0.01")
     assert norms == pytest.approx([0.01] * 4, rel=1e-3)
     assert all(value > 0.02 for value in values(clipped, "grad_norm"))
@@ -510,6 +511,7 @@ def test_an_error_in_mid_training_saves_the_last_whole_step_and_says_where(train
 
 def test_an_error_in_the_middle_of_an_update_saves_nothing_that_is_half_done(train, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.optim.AdamW, "step", failing(RuntimeError("ours")))
+    monkeypatch.setattr("train.configured.try_out", lambda *arguments: None)
     with pytest.raises(RuntimeError) as raised:
         train("run")
     assert raised.value.__notes__ == ["No checkpoint was saved yet"]

@@ -544,6 +544,7 @@ def test_what_was_being_done_is_named(run_command, small, monkeypatch, tmp_path,
         return raise_for_gpu() if len(calls) == at else original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, once)
+    monkeypatch.setattr("train.configured.try_out", lambda *arguments: None)
     folder = tmp_path / "run"
     every = ["validate_every=2", "sample_every=2", "sample.prompts=[a cup]", "sample.steps=1"]
     message = run_command.refused(*small(f"output_dir={folder}", f"cache_dir={tmp_path / 'cache'}", *every))

@@ -149,6 +149,8 @@ def try_out(make: MakeOptimizer, device: torch.device) -> None:
     """One update of a small matrix: some settings are only looked at there.
 
     Raises ValueError if the optimizer refuses them, or what it makes of them is not finite.
+
+    Want of memory is passed on as it is.
     """
     parameter = nn.Parameter(torch.ones(4, 4, device=device))
     parameter.grad = torch.ones_like(parameter)
@@ -156,6 +158,8 @@ def try_out(make: MakeOptimizer, device: torch.device) -> None:
     optimizer = build(make, [parameter])
     try:
         optimizer.step()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of whichever library, and of any kind
         raise ValueError(f"the optimizer refused its settings ({type(error).__name__}: {error}): {given}") from error
     if not torch.isfinite(parameter).all():
