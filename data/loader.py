@@ -128,13 +128,18 @@ class Loader:
     def micro_batches(self, step: int) -> list[Batch]:
         """This process's `gradient_accumulation` micro-batches of a step (from 0), on the CPU, in the cache's dtypes.
 
-        Also starts to read the next step in the background; what goes wrong there is raised when it is asked for.
+        At once if `read_ahead` read them; what went wrong there is raised here.
         """
         ahead, self._ahead = self._ahead, None
         future = ahead[1] if ahead is not None and ahead[0] == step else self._reader.submit(self._read_step, step)
-        batches = future.result()
-        self._ahead = step + 1, self._reader.submit(self._read_step, step + 1)
-        return batches
+        return future.result()
+
+    def read_ahead(self, step: int) -> None:
+        """Start to read a step in the background.
+
+        Best while this thread waits for a device or in C++: Python runs one thread at a time, and the two would share.
+        """
+        self._ahead = step, self._reader.submit(self._read_step, step)
 
     def close(self) -> None:
         """Stops the reading thread, after what it is reading now."""

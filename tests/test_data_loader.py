@@ -135,6 +135,8 @@ def test_the_next_step_is_read_ahead(tmp_path: Path) -> None:
     cache, entries, captions, keys = filled(tmp_path)
     loader = Loader(cache, entries, captions, keys, batch_size=2, seed=0, memory_limit_gb=0)
     loader.micro_batches(0)
+    assert loader._ahead is None  # only when it is asked for
+    loader.read_ahead(1)
     assert loader._ahead is not None
     loader._ahead[1].result()
     for path in cache.folder.rglob("*.safetensors"):
@@ -149,6 +151,7 @@ def test_an_error_while_reading_ahead_reaches_the_caller_of_that_step(tmp_path: 
     loader = Loader(cache, entries, captions, keys, batch_size=1, seed=0)
     cache.path(entries[loader.sampler.batch(1)[0]].key).unlink()
     loader.micro_batches(0)
+    loader.read_ahead(1)
     for _ in range(2):  # and again, if it is asked for again
         with pytest.raises(ValueError, match=r"does not exist .*fill the cache again"):
             loader.micro_batches(1)

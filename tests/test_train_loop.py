@@ -20,6 +20,7 @@ from train_helpers import (
     values,
 )
 
+from data.loader import Loader
 from flux2 import adapters
 from flux2.weights import load_transformer
 from train import cache, loop, stopping, text_encoders
@@ -312,6 +313,13 @@ def test_held_out_samples_are_never_trained_on(train, batches, captured):
     held = {sample.caption for sample in captured[0].validate.chosen}
     assert len(held) == 2
     assert {caption for batch in batches for caption in batch.captions} == set(CAPTIONS) - held
+
+
+def test_each_step_but_the_first_is_read_ahead_and_none_after_the_last(train, monkeypatch):
+    steps, original = [], Loader.read_ahead
+    monkeypatch.setattr(Loader, "read_ahead", lambda self, step: [steps.append(step), original(self, step)])
+    train("run")
+    assert steps == [1, 2, 3]
 
 
 def test_dropped_captions_train_on_the_empty_prompt(train, batches):

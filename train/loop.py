@@ -258,6 +258,8 @@ class Training:
                 chosen = self.preservation.choose(self.settings.seed, step, held)
                 plain = onto(torch.stack([self.plain[prompt] for prompt in chosen]), batch.embeddings.device)
                 plain = plain.to(batch.embeddings.dtype)
+            if i == 0:
+                self.read_ahead(step + 1)
             is_last = i == len(batches) - 1  # only then do processes exchange gradients
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 weight = prior.weight if prior else 1.0
@@ -270,6 +272,13 @@ class Training:
         mean = torch.cat([torch.stack(parts).mean(0), torch.stack(priors).sum()[None]])
         total, flow, preservation, prior_loss = self.accelerator.reduce(mean, "mean")
         return Losses(total + prior_loss, flow, preservation, prior_loss)
+
+    def read_ahead(self, step: int) -> None:
+        """Have the samples of a step read in the background, if there is such a step."""
+        if step < self.settings.steps:
+            self.loader.read_ahead(step)
+            if self.prior:
+                self.prior.read_ahead(step)
 
     def differentiate(
         self, model: nn.Module, noised: Noised, text: Tensor, plain: Tensor | None, weight: float, count: int

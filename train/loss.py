@@ -78,10 +78,12 @@ def add_noise(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Noised:
     """Mix a batch, float32 on any device, with the noise and at the times that (seed, step, position) give."""
     shape = batch.latents.shape[1:]
     tokens = shape[1] * shape[2]
-    noise = [torch.randn(shape, generator=derived_generator(seed, "noise", step, p)) for p in batch.positions]
+    noise = torch.empty(len(batch.positions), *shape)
+    for own, p in zip(noise, batch.positions, strict=True):
+        own.normal_(generator=derived_generator(seed, "noise", step, p))
     times = [timesteps.draw(derived_generator(seed, "time", step, p), tokens) for p in batch.positions]
     device = batch.latents.device
-    return noise_at(batch, onto(torch.stack(times), device), onto(torch.stack(noise), device))
+    return noise_at(batch, onto(torch.stack(times), device), onto(noise, device))
 
 
 def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
