@@ -99,7 +99,7 @@ def watching(clock: Clock) -> Iterator[None]:
             (train.loop.Training, "forward and backward", "differentiate"),
             (torch.optim.AdamW, "optimizer", "zero_grad"),
             (train.loop, "noise and times", "add_noise"),
-            (torch.nn.utils, "clipping", "clip_grad_norm_"),
+            (train.loop, "clipping", "clip"),
         ):
             stack.enter_context(mock.patch.object(place, called, clock.timed(name, getattr(place, called))))
         stack.enter_context(mock.patch.object(Loader, "micro_batches", micro_batches))

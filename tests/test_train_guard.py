@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from train_helpers import adapter, lines, same_tensors, values
 
 from train import guard as guarding
 from train import loop
 from train.checkpoint import checkpoints
-from train.guard import Guard, TrainingError, names_of
+from train.guard import Guard, TrainingError, clip, names_of
 from train.loop import Training
 from train.stopping import SIGNALS, StopRequest
 
@@ -118,7 +119,7 @@ def test_bad_steps_from_the_first_on_blame_the_samples_and_the_files(train, pois
 
 
 def test_a_gradient_alone_that_is_not_finite_is_as_bad(train, monkeypatch):
-    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", lambda parameters, clip: torch.tensor(float("inf")))
+    monkeypatch.setattr(loop, "clip", lambda parameters, most: torch.tensor(float("inf")))
     with pytest.raises(TrainingError, match=r"step 1: the loss is \d.* norm inf, which is not finite\. .*No update"):
         train("run", "max_bad_steps=1")
 
@@ -279,3 +280,20 @@ def test_an_adapter_that_the_last_update_ruined_is_not_kept(train, tmp_path, mon
     run = tmp_path / "run"
     assert [place.name for place in checkpoints(run)] == ["step_000001"]
     assert not (run / "adapter").exists()
+
+
+@pytest.mark.parametrize("most", [0, 0.5, 4.9999995, 5, 100, 5.0001])
+def test_gradients_are_clipped_as_torch_clips_them(most):
+    ours, theirs = ([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))] for _ in range(2))
+    for parameters in (ours, theirs):
+        parameters[0].grad = torch.tensor([3.0, 0.0, 0.0])
+        parameters[1].grad = torch.tensor([[0.0, 4.0], [0.0, 0.0]])
+    norm = clip(ours, most)
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs, most or float("inf")))
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_clipping_keeps_a_norm_that_is_not_finite_for_the_guard_to_see():
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([1.0, float("nan")])
+    assert clip([parameter], 1.0).isnan()

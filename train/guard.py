@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.loader import onto
 from train.stopping import SIGNALS, StopRequest
@@ -50,6 +50,18 @@ class Reading:
     @property
     def bad(self) -> bool:
         return not (math.isfinite(self.loss) and math.isfinite(self.norm))
+
+
+def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients down to a norm of at most `most`, in place (0: leave them); returns their norm, shape ().
+
+    As `nn.utils.clip_grad_norm_`, which multiplies by 1 what is small enough. A CPU need not; a GPU would have to be
+    waited for to know.
+    """
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if most and not (norm.device.type == "cpu" and norm < most - 1e-6):  # torch adds 1e-6 to the norm
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 def names_of(names: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from flux2.variants import Variant
 from train import checkpoint
 from train.checks import check_count
 from train.ema import Shown
-from train.guard import Guard, Reading
+from train.guard import Guard, Reading, clip
 from train.keeping import Keeper
 from train.loss import Losses, Noised, Preservation, add_noise, is_number, training_loss
 from train.optim import Schedule, rate_of, set_rate
@@ -195,8 +195,7 @@ class Training:
                 self.seed_layers(step)
                 with watched(f"in the forward and backward of step {step + 1}", "step", accelerator.device):
                     losses = self.accumulate(model, step)
-                clip = settings.max_grad_norm or float("inf")
-                norm = nn.utils.clip_grad_norm_(parameters, clip)
+                norm = clip(parameters, settings.max_grad_norm)
                 set_rate(self.optimizer, rate * self.schedule.factor(step, settings.steps))
                 keeper.whole = None
                 with watched(f"in the optimizer's update of step {step + 1}", "update", accelerator.device):
