@@ -4,7 +4,7 @@
 
 Reading: batches of two samples of dev's sizes (1024 x 1024 pixels, 512 tokens) from files in the page cache, with
 nothing kept in memory; full embeddings and packed ones. Waiting: the share of the demo's time from the first step to
-the last that is spent in `Loader.micro_batches`. Start: 100,000 pictures in a folder, all cached and all seen before,
+the last that is spent in `Ahead.get`. Start: 100,000 pictures in a folder, all cached and all seen before,
 from the listing of the folder to the plan that finds nothing missing; once with everything in memory.
 """
 
@@ -37,6 +37,7 @@ from data.embeddings import packed, plan_embeddings
 from data.latents import LatentEntry, plan_latents
 from data.loader import Loader
 from data.samples import Folder
+from train.ahead import Ahead
 from train.command import CONFIG
 from train.run import Run
 
@@ -71,7 +72,6 @@ def reading(folder: Path, fp8: bool, samples: int = 32, batches: int = 48) -> di
             loader.micro_batches(step)
 
     seconds, _ = timed(read)
-    loader.close()
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / samples
     return {"batches_per_second": batches / seconds, "gigabytes_per_second": 2 * size * batches / seconds / 1e9}
 
@@ -82,11 +82,11 @@ def reading(folder: Path, fp8: bool, samples: int = 32, batches: int = 48) -> di
 def waiting(place: Path, steps: int) -> dict[str, float]:
     """In the demo, from the first step to the last."""
     waited, calls = [], []
-    plain = Loader.micro_batches
+    plain = Ahead.get
 
-    def watched(loader: Loader, step: int) -> Any:
+    def watched(ahead: Ahead[Any], step: int) -> Any:
         calls.append(time.perf_counter())
-        seconds, found = timed(lambda: plain(loader, step))
+        seconds, found = timed(lambda: plain(ahead, step))
         waited.append(seconds)
         return found
 
@@ -98,11 +98,11 @@ def waiting(place: Path, steps: int) -> dict[str, float]:
                 *(f"output_dir={place}/run", "sample_every=0", "validate_every=0", "checkpoint_every=0"),
             ],
         )
-    Loader.micro_batches = watched  # type: ignore[method-assign]
+    Ahead.get = watched  # type: ignore[method-assign]
     try:
         Run(config).train()
     finally:
-        Loader.micro_batches = plain  # type: ignore[method-assign]
+        Ahead.get = plain  # type: ignore[method-assign]
     total = calls[-1] - calls[0]
     return {
         "steps": steps,

@@ -4,8 +4,9 @@
 
 The demo's training, from its second step on. A step is from one request for a batch to the next. Measured are forward
 and backward (`Training.differentiate`: until what the forward kept is freed), the optimizer (its update, and freeing
-the gradients), and of the rest the parts with a name: waiting for data, noise and times, clipping. What happens every
-so often and not in each step (validation, sheets, checkpoints) is switched off; logging is as in the demo.
+the gradients), and of the rest the parts with a name: waiting for data (a thread reads it and draws its noise beside
+the step before, where its work counts to forward and backward), adding noise, clipping. What happens every so often and
+not in each step (validation, sheets, checkpoints) is switched off; logging is as in the demo.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from torch.optim import optimizer
 
 import train.loop
 from benchmarks.common import at_least, environment, hardware, write_result
-from data.loader import Loader
 from flux2.pipeline import pick_device
+from train.ahead import Ahead
 from train.command import CONFIG
 from train.run import Run
 
@@ -79,11 +80,11 @@ class Clock:
 @contextmanager
 def watching(clock: Clock) -> Iterator[None]:
     """Within this context `clock` sees what training calls."""
-    read = clock.timed("waiting for data", Loader.micro_batches)
+    wait = clock.timed("waiting for data", Ahead.get)
 
-    def micro_batches(loader: Loader, step: int) -> Any:
+    def get(ahead: Ahead[Any], step: int) -> Any:
         clock.step()
-        return read(loader, step)
+        return wait(ahead, step)
 
     began: list[float] = []
     with ExitStack() as stack:
@@ -98,11 +99,11 @@ def watching(clock: Clock) -> Iterator[None]:
         for place, name, called in (
             (train.loop.Training, "forward and backward", "differentiate"),
             (torch.optim.AdamW, "optimizer", "zero_grad"),
-            (train.loop, "noise and times", "add_noise"),
+            (train.loop, "adding noise", "add_noise"),
             (train.loop, "clipping", "clip"),
         ):
             stack.enter_context(mock.patch.object(place, called, clock.timed(name, getattr(place, called))))
-        stack.enter_context(mock.patch.object(Loader, "micro_batches", micro_batches))
+        stack.enter_context(mock.patch.object(Ahead, "get", get))
         yield
 
 

@@ -5,13 +5,12 @@ generator. So a run resumes by its step number alone, with no sampler state to s
 sees exactly what four processes with one sample each see. PyTorch's DataLoader and DistributedSampler tie the order to
 worker and process counts instead.
 
-There is nothing to decode here: latents and embeddings come from the cache, a file each. One thread reads the next step
-while this one trains, and what was read stays in memory up to a limit.
+There is nothing to decode here: latents and embeddings come from the cache, a file each. What was read stays in memory
+up to a limit. A loader is for one thread.
 """
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -121,31 +120,10 @@ class Loader:
         )
         self._entries, self._captions, self._embedding_keys = entries, captions, embedding_keys
         self._cache = cache
-        self._memory = _Memory(cache, memory_limit_gb * 1e9)  # used by the reading thread alone
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._memory = _Memory(cache, memory_limit_gb * 1e9)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This process's `gradient_accumulation` micro-batches of a step (from 0), on the CPU, in the cache's dtypes.
-
-        At once if `read_ahead` read them; what went wrong there is raised here.
-        """
-        ahead, self._ahead = self._ahead, None
-        future = ahead[1] if ahead is not None and ahead[0] == step else self._reader.submit(self._read_step, step)
-        return future.result()
-
-    def read_ahead(self, step: int) -> None:
-        """Start to read a step in the background.
-
-        Best while this thread waits for a device or in C++: Python runs one thread at a time, and the two would share.
-        """
-        self._ahead = step, self._reader.submit(self._read_step, step)
-
-    def close(self) -> None:
-        """Stops the reading thread, after what it is reading now."""
-        self._reader.shutdown(cancel_futures=True)
-
-    def _read_step(self, step: int) -> list[Batch]:
+        """This process's `gradient_accumulation` micro-batches of a step (from 0), on the CPU, as they are cached."""
         indices = self.sampler.batch(step)
         batches = []
         for micro in range(self.gradient_accumulation):

@@ -50,7 +50,6 @@ def by_position(contents: tuple, step: int, split: tuple[int, int, int], dropout
             caption_dropout=dropout,
         )
         batches = loader.micro_batches(step)
-        loader.close()
         assert len(batches) == accumulation
         for batch in batches:
             for place, position in enumerate(batch.positions):
@@ -73,7 +72,6 @@ def test_the_split_does_not_change_what_a_position_trains_on(tmp_path: Path, ste
 def test_the_positions_of_a_process_follow_the_documented_order(tmp_path: Path) -> None:
     loader = Loader(*filled(tmp_path), batch_size=2, gradient_accumulation=2, num_processes=3, process_index=1, seed=0)
     assert [batch.positions for batch in loader.micro_batches(0)] == [[2, 3], [8, 9]]
-    loader.close()
 
 
 def test_a_batch_stacks_what_the_cache_holds(tmp_path: Path) -> None:
@@ -93,7 +91,6 @@ def test_a_batch_stacks_what_the_cache_holds(tmp_path: Path) -> None:
         assert batch.embeddings[:, 0, 0].tolist() == [100 + index for index in batch.indices]
         assert batch.captions == [f"sample {index}" for index in batch.indices]
     assert len(shapes) == 2
-    loader.close()
 
 
 def test_captions_are_dropped_at_about_the_rate_asked_for(tmp_path: Path) -> None:
@@ -104,7 +101,6 @@ def test_captions_are_dropped_at_about_the_rate_asked_for(tmp_path: Path) -> Non
         steps.append([caption == "" for caption in batch.captions])
         for caption, embedding, index in zip(batch.captions, batch.embeddings, batch.indices, strict=True):
             assert embedding[0, 0] == (-1 if caption == "" else 100 + index)
-    loader.close()
     assert 160 < sum(map(sum, steps)) < 240  # 800 draws: 200, standard deviation 12
     assert len(set(zip(*steps, strict=True))) == 8  # each position draws its own
     assert len({tuple(step) for step in steps}) > 40  # and each step
@@ -114,7 +110,6 @@ def test_captions_are_dropped_at_about_the_rate_asked_for(tmp_path: Path) -> Non
 def test_dropout_of_none_and_of_all_is_exact(tmp_path: Path, dropout: float, expected: int) -> None:
     loader = Loader(*filled(tmp_path), batch_size=4, seed=0, caption_dropout=dropout)
     assert sum(loader.micro_batches(step)[0].captions.count("") for step in range(10)) == expected
-    loader.close()
 
 
 def test_a_fresh_loader_continues_at_any_step(tmp_path: Path) -> None:
@@ -127,35 +122,6 @@ def test_a_fresh_loader_continues_at_any_step(tmp_path: Path) -> None:
     assert (batch.indices, batch.captions) == (expected.indices, expected.captions)
     assert torch.equal(batch.latents, expected.latents)
     assert torch.equal(batch.embeddings, expected.embeddings)
-    first.close()
-    resumed.close()
-
-
-def test_the_next_step_is_read_ahead(tmp_path: Path) -> None:
-    cache, entries, captions, keys = filled(tmp_path)
-    loader = Loader(cache, entries, captions, keys, batch_size=2, seed=0, memory_limit_gb=0)
-    loader.micro_batches(0)
-    assert loader._ahead is None  # only when it is asked for
-    loader.read_ahead(1)
-    assert loader._ahead is not None
-    loader._ahead[1].result()
-    for path in cache.folder.rglob("*.safetensors"):
-        path.unlink()
-    (batch,) = loader.micro_batches(1)
-    assert batch.latents[:, 0, 0, 0].tolist() == loader.sampler.batch(1)
-    loader.close()
-
-
-def test_an_error_while_reading_ahead_reaches_the_caller_of_that_step(tmp_path: Path) -> None:
-    cache, entries, captions, keys = filled(tmp_path, count=2)
-    loader = Loader(cache, entries, captions, keys, batch_size=1, seed=0)
-    cache.path(entries[loader.sampler.batch(1)[0]].key).unlink()
-    loader.micro_batches(0)
-    loader.read_ahead(1)
-    for _ in range(2):  # and again, if it is asked for again
-        with pytest.raises(ValueError, match=r"does not exist .*fill the cache again"):
-            loader.micro_batches(1)
-    loader.close()
 
 
 def test_memory_spares_the_disk_up_to_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +139,6 @@ def test_memory_spares_the_disk_up_to_its_limit(tmp_path: Path, monkeypatch: pyt
         loader = Loader(*contents, batch_size=2, seed=0, memory_limit_gb=limit)
         for step in range(8):
             loader.micro_batches(step)
-        loader.close()
         assert set(reads.values()) <= {expected, expected - 1} - {0}
     # One sample's latents and embedding are 128 * 4 * 2 + 24 bytes: room for one sample of the two, not for both.
     reads.clear()
@@ -181,7 +146,6 @@ def test_memory_spares_the_disk_up_to_its_limit(tmp_path: Path, monkeypatch: pyt
     for step in range(8):
         loader.micro_batches(step)
         assert loader._memory._held <= 1100
-    loader.close()
     assert max(reads.values()) > 1
 
 
@@ -200,14 +164,12 @@ def test_steps_may_be_asked_for_in_any_order(tmp_path: Path) -> None:
     for step in (0, 5, 2, 3, 3):
         (batch,) = loader.micro_batches(step)
         assert batch.indices == loader.sampler.batch(step)
-    loader.close()
 
 
 def test_what_a_batch_is_changed_to_does_not_reach_the_next(tmp_path: Path) -> None:
     loader = Loader(*filled(tmp_path, count=1), batch_size=1, seed=0)
     loader.micro_batches(0)[0].latents.fill_(77)
     assert loader.micro_batches(2)[0].latents.unique().tolist() == [0]
-    loader.close()
 
 
 def test_a_batch_moves_as_a_whole() -> None:
@@ -242,7 +204,7 @@ def test_a_caption_without_an_embedding_is_named_before_training(tmp_path: Path)
     with pytest.raises(ValueError, match="1 prompts have no embedding, such as 'sample 1'"):
         Loader(cache, entries, captions, {"sample 0": keys["sample 0"]}, batch_size=1, seed=0)
     del keys[""]
-    Loader(cache, entries, captions, keys, batch_size=1, seed=0).close()
+    Loader(cache, entries, captions, keys, batch_size=1, seed=0)
     with pytest.raises(ValueError, match="no embedding, such as ''"):
         Loader(cache, entries, captions, keys, batch_size=1, seed=0, caption_dropout=0.1)
 
@@ -287,7 +249,6 @@ def test_weights_reach_the_sampler(tmp_path: Path) -> None:
     loader = Loader(*filled(tmp_path), batch_size=2, seed=0, weights=[1, 0, 3, 0, 0, 0])
     seen = Counter(index for step in range(8) for index in loader.micro_batches(step)[0].indices)
     assert seen == {0: 4, 2: 12}
-    loader.close()
 
 
 def test_references_are_dropped_for_a_whole_step_in_all_processes(tmp_path: Path) -> None:
@@ -303,13 +264,10 @@ def test_references_are_dropped_for_a_whole_step_in_all_processes(tmp_path: Path
         assert len(given) <= 1
         dropped += [not count for count in given]
     assert 0.2 < sum(dropped) / len(dropped) < 0.6
-    for loader in loaders:
-        loader.close()
     for rate, count in ((0.0, 1), (1.0, 0)):
         loader = Loader(*contents, batch_size=2, seed=0, reference_dropout=rate)
         batches = [loader.micro_batches(step)[0] for step in range(6)]
         assert {len(batch.references) for batch in batches if batch.indices[0] % 3 == 2} == {count}
-        loader.close()
 
 
 def test_dropping_references_that_no_sample_has_is_refused(tmp_path: Path) -> None:
@@ -337,7 +295,6 @@ def test_masks_are_shares_and_a_sample_without_one_counts_everywhere(tmp_path: P
             torch.testing.assert_close(found, mask / 255 if index == 0 else torch.ones(1, 2, 2))
         assert batch.to("meta", torch.bfloat16).mask.device.type == "meta"  # type: ignore[union-attr]
     assert 0 < with_mask < 12
-    loader.close()
 
 
 def test_packed_embeddings_are_unpacked(tmp_path: Path) -> None:
@@ -347,4 +304,3 @@ def test_packed_embeddings_are_unpacked(tmp_path: Path) -> None:
     loader = Loader(cache, entries, captions, plan.keys, batch_size=2, seed=0)
     (batch,) = loader.micro_batches(0)
     torch.testing.assert_close(batch.embeddings[:, 0, 0], 100.0 + torch.tensor(batch.indices), atol=0, rtol=1e-6)
-    loader.close()

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +21,10 @@ from train_helpers import (
     values,
 )
 
-from data.loader import Loader
 from flux2 import adapters
 from flux2.weights import load_transformer
 from train import cache, loop, stopping, text_encoders
+from train.ahead import Ahead
 from train.checkpoint import checkpoints
 from train.guard import TrainingError
 from train.loop import LoopSettings, Training
@@ -315,11 +316,20 @@ def test_held_out_samples_are_never_trained_on(train, batches, captured):
     assert {caption for batch in batches for caption in batch.captions} == set(CAPTIONS) - held
 
 
-def test_each_step_but_the_first_is_read_ahead_and_none_after_the_last(train, monkeypatch):
-    steps, original = [], Loader.read_ahead
-    monkeypatch.setattr(Loader, "read_ahead", lambda self, step: [steps.append(step), original(self, step)])
+def test_each_step_but_the_first_is_prepared_ahead_in_one_thread_and_none_after_the_last(train, monkeypatch):
+    seen, prepare = [], Training.prepare
+
+    def noted(self, step):
+        seen.append((step, threading.current_thread().name))
+        return prepare(self, step)
+
+    begun, begin = [], Ahead.begin
+    monkeypatch.setattr(Training, "prepare", noted)
+    monkeypatch.setattr(Ahead, "begin", lambda self, step: [begun.append(step), begin(self, step)])
     train("run")
-    assert steps == [1, 2, 3]
+    assert begun == [1, 2, 3]
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert {name for _, name in seen} == {"ahead_0"}
 
 
 def test_dropped_captions_train_on_the_empty_prompt(train, batches):

@@ -7,12 +7,13 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from train_helpers import drawn_and_mixed
 
 from data.loader import Batch
 from flux2 import adapters
 from flux2.sampling import shift
 from flux2.tokens import from_tokens, to_tokens
-from train.loss import LogitNormal, Noised, Preservation, Uniform, add_noise, flow_loss, noise_at, training_loss
+from train.loss import LogitNormal, Noised, Preservation, Uniform, flow_loss, noise_at, training_loss
 
 REFERENCES = [(2, 2)] * 2
 DIFFERENT_SIZES = [(2, 3), (4, 2), (1, 5)]  # rows and columns of latents
@@ -149,7 +150,7 @@ def test_a_picture_and_noise_are_mixed_by_the_time_and_the_target_leads_from_the
 
 def test_references_follow_the_noisy_tokens_unmixed_and_are_not_part_of_the_target():
     batch = batch_of(2, references=REFERENCES)
-    noised = add_noise(batch, LogitNormal(), seed=1, step=2)
+    noised = drawn_and_mixed(batch, LogitNormal(), seed=1, step=2)
     assert noised.tokens.shape == (2, 6 + 4 + 4, 128)
     assert torch.equal(noised.tokens[:, 6:10], to_tokens(batch.references[0]))
     assert torch.equal(noised.tokens[:, 10:], to_tokens(batch.references[1]))
@@ -158,14 +159,16 @@ def test_references_follow_the_noisy_tokens_unmixed_and_are_not_part_of_the_targ
 
 
 def test_noise_and_time_depend_on_seed_step_and_position_and_not_on_how_the_batch_is_cut():
-    whole = add_noise(batch_of(4), LogitNormal(), seed=3, step=5)
-    parts = [add_noise(batch_of(count, start=start), LogitNormal(), 3, 5) for start, count in ((0, 1), (1, 2), (3, 1))]
+    whole = drawn_and_mixed(batch_of(4), LogitNormal(), seed=3, step=5)
+    parts = [
+        drawn_and_mixed(batch_of(count, start=start), LogitNormal(), 3, 5) for start, count in ((0, 1), (1, 2), (3, 1))
+    ]
     assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
     assert torch.equal(whole.times, torch.cat([part.times for part in parts]))
     assert torch.equal(whole.target, torch.cat([part.target for part in parts]))
     assert len(set(whole.times.tolist())) == 4
     for seed, step in ((4, 5), (3, 6)):
-        other = add_noise(batch_of(4), LogitNormal(), seed, step)
+        other = drawn_and_mixed(batch_of(4), LogitNormal(), seed, step)
         assert (other.times != whole.times).all()
         assert not torch.equal(other.target, whole.target)
 
@@ -173,10 +176,10 @@ def test_noise_and_time_depend_on_seed_step_and_position_and_not_on_how_the_batc
 def test_the_global_generator_is_neither_used_nor_moved():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one = add_noise(batch_of(2), LogitNormal(), 0, 0)
+    one = drawn_and_mixed(batch_of(2), LogitNormal(), 0, 0)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert torch.equal(one.tokens, add_noise(batch_of(2), LogitNormal(), 0, 0).tokens)
+    assert torch.equal(one.tokens, drawn_and_mixed(batch_of(2), LogitNormal(), 0, 0).tokens)
 
 
 # ------------------------------------------------------------------ the loss
@@ -185,7 +188,7 @@ def test_the_global_generator_is_neither_used_nor_moved():
 def test_the_loss_is_the_mean_squared_difference_to_the_target(model):
     stir(model)
     batch = batch_of(2, references=REFERENCES[:1])
-    noised = add_noise(batch, LogitNormal(), 0, 0)
+    noised = drawn_and_mixed(batch, LogitNormal(), 0, 0)
     losses = training_loss(model, noised, batch.embeddings, 2.0)
     with torch.no_grad():
         guidance = torch.full((2,), 2.0)
@@ -201,7 +204,7 @@ def test_the_loss_is_the_mean_squared_difference_to_the_target(model):
 
 def test_only_the_adapter_has_gradients(model):
     batch = batch_of(2)
-    training_loss(model, add_noise(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0).total.backward()
+    training_loss(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0).total.backward()
     gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert gradients == {name for name, parameter in model.named_parameters() if "lora_" in name}
     assert len(gradients) == 2 * len(adapters.layer_pairs(model.get_base_model()))
@@ -209,7 +212,7 @@ def test_only_the_adapter_has_gradients(model):
 
 def test_a_rescaled_prediction_for_chosen_rows_is_that_of_the_rows_alone(model):
     batch = batch_of(3)
-    noised = add_noise(batch, LogitNormal(), 0, 0)
+    noised = drawn_and_mixed(batch, LogitNormal(), 0, 0)
     rows = slice(0, 2)
     whole = noised.predict(model, batch.embeddings, 1.0)
     torch.testing.assert_close(noised.predict(model, batch.embeddings[rows], 1.0, rows), whole[rows])
@@ -254,7 +257,7 @@ def held(model, weight=1.0, count=2):
     batch = batch_of(3)
     plain = batch_of(count, start=20).embeddings
     return (
-        training_loss(model, add_noise(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0, weight, plain),
+        training_loss(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0, weight, plain),
         batch,
         plain,
     )
@@ -262,7 +265,7 @@ def held(model, weight=1.0, count=2):
 
 def test_a_fresh_adapter_has_nothing_to_preserve(model):
     losses, batch, _ = held(model)
-    alone = training_loss(model, add_noise(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0)
+    alone = training_loss(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0)
     assert losses.preservation.item() < 1e-10
     torch.testing.assert_close(losses.flow, alone.flow)
     (losses.total - alone.total).backward()  # what the part adds
@@ -273,7 +276,7 @@ def test_a_fresh_adapter_has_nothing_to_preserve(model):
 def test_the_prediction_is_held_to_the_bases_own_at_the_same_noisy_latents(model):
     stir(model)
     losses, batch, plain = held(model)
-    noised = add_noise(batch, LogitNormal(), 0, 0)
+    noised = drawn_and_mixed(batch, LogitNormal(), 0, 0)
     base = helpers.transformers("dev")[0]  # the same weights without an adapter
     with torch.no_grad():
         arguments = (noised.tokens[:2], noised.positions, plain, noised.text_at, noised.times[:2], torch.ones(2))
@@ -297,7 +300,7 @@ def test_the_part_pulls_towards_the_base_and_the_base_gets_no_gradient(model):
     differences = []
     for _ in range(4):
         losses, batch, _ = held(model)
-        alone = training_loss(model, add_noise(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0)
+        alone = training_loss(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0)
         differences.append(losses.preservation.item())
         optimizer.zero_grad()
         (losses.total - alone.total).backward()
@@ -313,7 +316,7 @@ def test_dropout_of_the_adapter_does_not_reach_the_bases_prediction():
     stir(model)
     base = helpers.transformers("dev")[0]
     batch = batch_of(2)
-    noised = add_noise(batch, LogitNormal(), 0, 0)
+    noised = drawn_and_mixed(batch, LogitNormal(), 0, 0)
     with adapters.disabled(model):
         off = noised.predict(model, batch.embeddings, 1.0)
     torch.testing.assert_close(off, noised.predict(base, batch.embeddings, 1.0), atol=0, rtol=0)
@@ -353,7 +356,7 @@ def test_without_a_weight_nothing_is_preserved():
 
 
 def test_a_batch_as_the_model_sees_it_keeps_its_rows_together():
-    noised = add_noise(batch_of(2), LogitNormal(), 0, 0)
+    noised = drawn_and_mixed(batch_of(2), LogitNormal(), 0, 0)
     turned = replace(noised, tokens=noised.tokens.flip(0), times=noised.times.flip(0), target=noised.target.flip(0))
     model, text = helpers.transformers("dev")[0], batch_of(2).embeddings
     straight = training_loss(model, noised, text, 1.0).total
@@ -394,7 +397,7 @@ def test_masks_do_not_tie_a_sample_to_its_micro_batch(model):
     parts = [replace(batch_of(2, start=2 * i), mask=whole.mask[2 * i : 2 * i + 2]) for i in range(2)]
 
     def loss(batch: Batch) -> torch.Tensor:
-        return training_loss(model, add_noise(batch, Uniform(), 0, 1), batch.embeddings, 1.0).flow
+        return training_loss(model, drawn_and_mixed(batch, Uniform(), 0, 1), batch.embeddings, 1.0).flow
 
     torch.testing.assert_close(loss(whole), (loss(parts[0]) + loss(parts[1])) / 2)
     assert loss(whole) != loss(replace(whole, mask=None))
@@ -405,7 +408,7 @@ def test_what_is_masked_out_has_no_gradient_and_references_are_not_masked(model)
     batch = batch_of(1, references=[(2, 2)], size=(2, 3))
     mask = torch.zeros(1, 1, 2, 3)
     mask[..., 1, 2] = 1  # the last token alone
-    noised = add_noise(replace(batch, mask=mask), Uniform(), 0, 1)
+    noised = drawn_and_mixed(replace(batch, mask=mask), Uniform(), 0, 1)
     assert noised.mask.flatten().tolist() == [0, 0, 0, 0, 0, 1]
     prediction = noised.predict(model, batch.embeddings, 1.0)
     expected = (prediction[:, 5] - noised.target[:, 5]).square().mean()

@@ -77,7 +77,6 @@ def test_class_pictures_are_an_exact_share_of_what_is_trained_however_a_step_is_
             own = {"gradient_accumulation": accumulation, "num_processes": processes, "process_index": index}
             reader = class_loader(run, **own)
             batches = reader.micro_batches(step)
-            reader.close()
             assert len(batches) == accumulation  # one beside each micro-batch
             for batch in batches:
                 assert len(batch.latents) == micro / 2
@@ -95,13 +94,13 @@ def test_class_pictures_are_an_exact_share_of_what_is_trained_however_a_step_is_
 
 
 def test_their_noise_is_another_than_that_of_the_samples_beside_them(train, given, monkeypatch):
-    noised, add_noise = [], train_loop.add_noise
+    noised, draw = [], train_loop.draw
 
     def noted(batch, timesteps, seed, step):
-        noised.append((step, batch.positions, add_noise(batch, timesteps, seed, step).times))
-        return add_noise(batch, timesteps, seed, step)
+        noised.append((step, batch.positions, draw(batch, timesteps, seed, step).times))
+        return draw(batch, timesteps, seed, step)
 
-    monkeypatch.setattr(train_loop, "add_noise", noted)
+    monkeypatch.setattr(train_loop, "draw", noted)
     train("run", *given, "steps=2")
     assert [(step, positions) for step, positions, _ in noised] == [(0, [0, 1])] * 2 + [(1, [0, 1])] * 2
     for own, beside in (noised[:2], noised[2:]):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from test_train_loss import batch_of, masked, stir
-from train_helpers import values
+from train_helpers import drawn_and_mixed, values
 
 from flux2 import adapters
-from train.loss import add_noise, flow_loss, training_loss
+from train.loss import flow_loss, training_loss
 from train.timesteps import LogitNormal
 from train.weighting import Bell, Cosmap, SigmaSqrt, Unweighted
 
@@ -64,12 +64,12 @@ def test_weights_go_to_the_samples_of_their_times_and_not_to_the_preserved_part(
     model = adapters.attach(helpers.transformers("dev")[0], rank=3).train()
     stir(model)
     whole = masked(batch_of(3))
-    noised, plain = add_noise(whole, LogitNormal(), 0, 0), batch_of(2, start=20).embeddings
+    noised, plain = drawn_and_mixed(whole, LogitNormal(), 0, 0), batch_of(2, start=20).embeddings
     weights = Cosmap()(noised.times)
     assert weights.std() > 0.05
     losses = training_loss(model, noised, whole.embeddings, 1.0, 0.5, plain, weights)
     alone = [
-        training_loss(model, add_noise(one, LogitNormal(), 0, 0), one.embeddings, 1.0).flow
+        training_loss(model, drawn_and_mixed(one, LogitNormal(), 0, 0), one.embeddings, 1.0).flow
         for one in (replace(batch_of(1, start=i), mask=whole.mask[i : i + 1]) for i in range(3))
     ]
     torch.testing.assert_close(losses.flow, (torch.stack(alone) * weights).mean())

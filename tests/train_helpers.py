@@ -29,11 +29,14 @@ from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data.loader import Batch
 from flux2.sources import TINY_FOLDER
 from flux2.variants import VARIANTS
 from train.command import command
 from train.loop import Training
+from train.loss import Noised, add_noise, draw
 from train.run import Run, main
+from train.timesteps import Uniform
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -49,6 +52,11 @@ def compose(*overrides: str) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("train", list(overrides))
+
+
+def drawn_and_mixed(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Noised:
+    """A batch as the model sees it in a step."""
+    return add_noise(batch, draw(batch, timesteps, seed, step))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

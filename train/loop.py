@@ -18,17 +18,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data.loader import Loader, onto
+from data.loader import Batch, Loader, onto
 from data.sampler import derived_generator
 from flux2 import adapters
 from flux2.model import Transformer
 from flux2.variants import Variant
 from train import checkpoint
+from train.ahead import Ahead
 from train.checks import check_count
 from train.ema import Shown
 from train.guard import Guard, Reading, clip
 from train.keeping import Keeper
-from train.loss import Losses, Noised, Preservation, add_noise, is_number, training_loss
+from train.loss import Drawn, Losses, Noised, Preservation, add_noise, draw, is_number, training_loss
 from train.optim import Schedule, rate_of, set_rate
 from train.outofmemory import OutOfMemory, watched
 from train.prior import ClassPictures
@@ -125,6 +126,7 @@ class Training:
     validate: FixedNoiseLoss | None = None
     autocast: torch.dtype | None = None
     keeper: Keeper = field(init=False)
+    ahead: Ahead[list[tuple[Batch, Drawn]]] = field(init=False)
 
     @property
     def accelerator(self) -> Accelerator:
@@ -135,6 +137,7 @@ class Training:
         return self.wrapped.get_base_model()
 
     def __post_init__(self) -> None:
+        self.ahead = Ahead(self.prepare)
         self.keeper = Keeper(
             self.accelerator,
             self.place,
@@ -179,8 +182,7 @@ class Training:
         bar = Progress(settings.steps, start, shown=accelerator.is_main_process)
         with (
             closing(self.metrics),
-            closing(self.loader),
-            closing(self.prior) if self.prior else nullcontext(),
+            closing(self.ahead),
             closing(bar),
             stop_requests() as request,
             keeper.rescued(),
@@ -242,42 +244,42 @@ class Training:
             last=lambda: self.keeper.last(advice=False),
         )
 
+    def prepare(self, step: int) -> list[tuple[Batch, Drawn]]:
+        """This process's micro-batches of a step, those of class pictures last, and what chance gives them."""
+        settings, prior = self.settings, self.prior
+        batches = [(batch, settings.seed) for batch in self.loader.micro_batches(step)]
+        classes = [(batch, prior.seed) for batch in prior.micro_batches(step)] if prior else []
+        return [(batch, draw(batch, self.timesteps, seed, step)) for batch, seed in [*batches, *classes]]
+
     def accumulate(self, model: nn.Module, step: int) -> Losses:
         """Gradients of one step, over its micro-batches and all processes; returns the mean losses of all."""
-        own = self.loader.micro_batches(step)
-        batches = [*own, *(self.prior.micro_batches(step) if self.prior else [])]
+        prepared = self.ahead.get(step)
+        own = self.settings.gradient_accumulation
         parts, priors = [], [torch.zeros((), device=self.accelerator.device)]
-        for i, cpu_batch in enumerate(batches):
+        for i, (cpu_batch, drawn) in enumerate(prepared):
             batch = cpu_batch.to(self.accelerator.device, torch.float32)
-            prior = self.prior if i >= len(own) else None
-            noised = add_noise(batch, self.timesteps, prior.seed if prior else self.settings.seed, step)
+            prior = self.prior if i >= own else None
+            noised = add_noise(batch, drawn)
             plain = None
             if self.preservation.active:
                 held = batch.positions[: self.preservation.samples]
                 chosen = self.preservation.choose(self.settings.seed, step, held)
                 plain = onto(torch.stack([self.plain[prompt] for prompt in chosen]), batch.embeddings.device)
                 plain = plain.to(batch.embeddings.dtype)
-            if i == 0:
-                self.read_ahead(step + 1)
-            is_last = i == len(batches) - 1  # only then do processes exchange gradients
+            if i == 0 and step + 1 < self.settings.steps:
+                self.ahead.begin(step + 1)
+            is_last = i == len(prepared) - 1  # only then do processes exchange gradients
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 weight = prior.weight if prior else 1.0
-                found = self.differentiate(model, noised, batch.embeddings, plain, weight, len(own))
+                found = self.differentiate(model, noised, batch.embeddings, plain, weight, own)
             if prior:
-                priors.append(prior.weight * found[1] / len(own))
+                priors.append(prior.weight * found[1] / own)
             else:
                 parts.append(found)
         self.processes.average_gradients(self.wrapped)
         mean = torch.cat([torch.stack(parts).mean(0), torch.stack(priors).sum()[None]])
         total, flow, preservation, prior_loss = self.accelerator.reduce(mean, "mean")
         return Losses(total + prior_loss, flow, preservation, prior_loss)
-
-    def read_ahead(self, step: int) -> None:
-        """Have the samples of a step read in the background, if there is such a step."""
-        if step < self.settings.steps:
-            self.loader.read_ahead(step)
-            if self.prior:
-                self.prior.read_ahead(step)
 
     def differentiate(
         self, model: nn.Module, noised: Noised, text: Tensor, plain: Tensor | None, weight: float, count: int

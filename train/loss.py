@@ -74,16 +74,29 @@ def noise_at(batch: Batch, times: Tensor, noise: Tensor) -> Noised:
     )
 
 
-def add_noise(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Noised:
-    """Mix a batch, float32 on any device, with the noise and at the times that (seed, step, position) give."""
+@dataclass(frozen=True)
+class Drawn:
+    """What chance gives a batch, on the CPU: `times` (B,) and `noise` (B, 128, h, w), float32."""
+
+    times: Tensor
+    noise: Tensor
+
+
+def draw(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Drawn:
+    """The noise and the times that (seed, step, position) give."""
     shape = batch.latents.shape[1:]
-    tokens = shape[1] * shape[2]
     noise = torch.empty(len(batch.positions), *shape)
     for own, p in zip(noise, batch.positions, strict=True):
         own.normal_(generator=derived_generator(seed, "noise", step, p))
+    tokens = shape[1] * shape[2]
     times = [timesteps.draw(derived_generator(seed, "time", step, p), tokens) for p in batch.positions]
+    return Drawn(torch.stack(times), noise)
+
+
+def add_noise(batch: Batch, drawn: Drawn) -> Noised:
+    """Mix a batch, float32 on any device, with what was drawn for it."""
     device = batch.latents.device
-    return noise_at(batch, onto(torch.stack(times), device), onto(noise, device))
+    return noise_at(batch, onto(drawn.times, device), onto(drawn.noise, device))
 
 
 def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:

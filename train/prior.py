@@ -140,15 +140,9 @@ class ClassPictures:
         """This process's, of a step."""
         return self.loader.micro_batches(step)
 
-    def read_ahead(self, step: int) -> None:
-        self.loader.read_ahead(step)
-
     def samples(self, step: int) -> list[str]:
         """The names of those of a step, in all processes."""
         return [self.names[index] for index in self.loader.sampler.batch(step)]
-
-    def close(self) -> None:
-        self.loader.close()
 
 
 # ------------------------------------------------------------------ drawing
