@@ -59,6 +59,7 @@ from train.text_encoders import RemoteTextEncoder
 from train.tracking import Metrics, warn
 from train.trained_data import TrainedData
 from train.validate import FixedNoiseLoss, Sampler, chosen_samples
+from train.wording import many
 
 if TYPE_CHECKING:
     import peft
@@ -156,7 +157,8 @@ class Run(Configured):
         if self.prior is not None:
             source = drawn_classes(self, prepared) if given is None else given
             self.say(f"class pictures: {len(source)} of {source.where}")
-            self.classes = source, prepare(self.accelerator, replace(needs, samples=source, prompts=[]))
+            others = replace(needs, samples=source, prompts=[], table="Buckets of the class pictures")
+            self.classes = source, prepare(self.accelerator, others)
         return needs.samples, prepared
 
     def prepared(self) -> tuple[Source, Prepared]:
@@ -299,7 +301,10 @@ class Run(Configured):
             self.stream(base)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
         trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
-        self.say(f"{len(trained)} samples, {trainable:,} trained parameters, {settings.steps} steps in {place.folder}")
+        self.say(
+            f"{many(len(trained), 'sample')}, {trainable:,} trained parameters, "
+            f"{many(settings.steps, 'step')} in {place.folder}"
+        )
         if place.checkpoint is not None:
             self.say(f"going on from {place.checkpoint}")
 
