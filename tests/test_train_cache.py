@@ -218,7 +218,9 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
 def test_the_command_is_an_entry_file_of_its_own(tmp_path):
     done = execute([sys.executable, str(ROOT / "train" / "cache.py"), "dataset=folder", "dataset.path=/nowhere"])
     assert done.returncode == 2
-    assert done.stderr == "error: dataset.path='/nowhere' does not exist: give a folder of pictures\n"
+    assert (
+        done.stderr == "loading libraries\nerror: dataset.path='/nowhere' does not exist: give a folder of pictures\n"
+    )
 
 
 # ------------------------------------------------------------------ cached and not

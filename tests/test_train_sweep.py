@@ -354,3 +354,25 @@ def test_the_free_memory_counts_what_the_job_before_left(model_folders, small):
     finally:
         SHARED.free()
     assert SHARED.held(torch.device("cpu")) == 0
+
+
+def test_a_sweep_says_where_things_are_as_a_single_run_does_and_recommends_once(
+    run_command, small, tmp_path, monkeypatch
+):
+    """Of its best job, and at its end; the folders lie in the current one, and are said from there."""
+    monkeypatch.chdir(tmp_path)
+    looks = ["steps=2", "validate_every=1", "checkpoint_every=1", "validation.held_out=2"]
+    code, out, err = run_command("-m", *small("output_dir=many", "adapter.rank=2,4", *looks))
+    assert code == 0, err
+    assert "adapter   many/0/adapter" in out
+    assert "numbers   many/1/metrics.jsonl" in out
+    assert "table     many/sweep.html" in out
+    assert str(tmp_path / "many") not in out
+    best = json.loads((tmp_path / "many" / "sweep.json").read_text())["best"]
+    assert out.count("validation loss, 2 samples set aside") == out.count("recommended, on 2 samples and ") == 1
+    assert out.index("* lowest validation loss") < out.index(f"of job {best}:") < out.index("recommended")
+    assert f"alone, many/{best}/checkpoints/step_" in out
+    code, out, err = run_command(*small("output_dir=one", *looks))
+    assert code == 0, err
+    assert "adapter   one/adapter" in out
+    assert "alone, one/checkpoints/step_" in out

@@ -252,14 +252,15 @@ class Planner:
         return blocks_within(config, budget_gb, shape.rows * shape.tokens, self.job.dtype.itemsize)
 
     def budget_for(self, count: int) -> float:
-        """The `budget_gb` that is just enough for `count` of the last blocks."""
+        """The `budget_gb` that is enough for `count` of the last blocks and no more, with as few digits as can be."""
         job, config = self.job, self.job.model.config
         needed = 0
         for i in range(count):
             kind = "single" if i < config.single_blocks else "double"
             arguments = (job.shape.rows * job.shape.tokens, job.dtype.itemsize)
             needed += kept_bytes(config, kind, "none", *arguments) - kept_bytes(config, kind, "full", *arguments)
-        return math.ceil(needed / 1e5) / 1e4
+        rounded = (math.ceil(needed / 10 ** (9 - digits)) / 10**digits for digits in range(1, 4))
+        return next((budget for budget in rounded if self.kept_within(budget) == count), math.ceil(needed / 1e5) / 1e4)
 
     def inference(self, shape: Shape, autocast: bool) -> tuple[int, Work]:
         """Peak and work of one prediction without gradients."""
