@@ -133,16 +133,13 @@ def ranked(
 
 def check_ranks_fit(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Raises AdapterError where the rank of a layer is more than its weight has: what is beyond trains nothing new."""
-    smaller = {}
-    for name, rank in ranks.items():
-        layer = model.get_submodule(name)
-        if rank > min(layer.in_features, layer.out_features):  # type: ignore[type-var]
-            smaller[name] = rank
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in ranks}
+    most_of = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    smaller = [name for name, rank in ranks.items() if rank > most_of[name]]
     if not smaller:
         return
-    name, rank = next(iter(smaller.items()))
-    layer = model.get_submodule(name)
-    most = min(layer.in_features, layer.out_features)  # type: ignore[type-var]
+    name = smaller[0]
+    layer, rank, most = layers[name], ranks[name], most_of[name]
     others = f", and {len(smaller) - 1} other layers have less too" if len(smaller) > 1 else ""
     raise AdapterError(
         f"adapter.rank={rank} is more than {name} has, a weight of {layer.out_features} x {layer.in_features}{others}: "

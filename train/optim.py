@@ -133,7 +133,7 @@ def is_positive(value: object) -> bool:
 
 # what settings of these names may be, whichever optimizer takes them, and the words for it
 ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("lr", "d0", "d_coef"), (is_positive, "a positive number")),
+    **dict.fromkeys(("lr", "eps", "d0", "d_coef"), (is_positive, "a positive number")),
     **dict.fromkeys(("weight_decay", "weight_lr_power", "r"), (partial(is_number, low=0), "a number from 0")),
     **dict.fromkeys(("momentum", "beta1", "beta2", "beta3"), (is_share, "a number from 0, below 1")),
     **dict.fromkeys(("warmup_steps", "min_8bit_size"), (is_count, "a whole number from 0")),
@@ -146,7 +146,9 @@ ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fused": (lambda value: value in (None, "auto") or isinstance(value, bool), "true, false or auto"),
     "growth_rate": (lambda value: value == math.inf or (is_number(value, 1) and value != 1), "above 1, or .inf"),
 }  # fmt: skip
-LISTS = {  # likewise, of a list of as many as the optimizer's own default has
+LISTS: dict[
+    str, tuple[Callable[[Any], bool], str]
+] = {  # likewise, of a list of as many as the optimizer's own default has
     "betas": (is_share, "in [0, 1)"),
     "eps": (is_positive, "above 0"),
     "ns_coefficients": (is_number, "that are finite"),
@@ -166,19 +168,18 @@ def check_settings(make: MakeOptimizer) -> None:
     except ValueError:
         own = {}
     for key, value in {"lr": None, **settings}.items():
-        default = own.get(key, inspect.Parameter.empty)
-        if value is None and default is None and key != "lr":
+        default = own.get(key)
+        if value is None and key in own and default is None:
             continue
-        if key in LISTS and (isinstance(default, list | tuple) or key == "betas"):
+        count = len(default) if isinstance(default, list | tuple) else 2 if key == "betas" else 0
+        if key in LISTS and count:
             accepts, what = LISTS[key]
-            defaults = default if isinstance(default, list | tuple) else (0.9, 0.999)
-            right = isinstance(value, list | tuple) and len(value) == len(defaults)
-            if not right or not all(
-                accepts(item) or item is empty is None for item, empty in zip(value, defaults, strict=True)
-            ):
-                raise ValueError(f"optimizer.{key}={value!r} must be {len(defaults)} numbers {what}")
-        elif key in LISTS or key in ACCEPTED:
-            accepts, what = (is_positive, "a positive number") if key in LISTS else ACCEPTED[key]
+            empty = [item is None for item in default] if isinstance(default, list | tuple) else [False] * count
+            right = isinstance(value, list | tuple) and len(value) == count
+            if not right or not all(accepts(a) or (a is None and b) for a, b in zip(value, empty, strict=True)):
+                raise ValueError(f"optimizer.{key}={value!r} must be {count} numbers {what}")
+        elif key in ACCEPTED:
+            accepts, what = ACCEPTED[key]
             if not accepts(value):
                 raise ValueError(f"optimizer.{key}={value!r} must be {what}")
 

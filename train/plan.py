@@ -45,8 +45,9 @@ from train.choose import (
 )
 from train.command import checked, command
 from train.loss import is_number
-from train.predict import Choice, Planner, Prediction, trained
+from train.predict import Planner, Prediction
 from train.wording import many
+from train.workload import Choice, trained
 
 SMALL_CARD = 24  # GB
 
