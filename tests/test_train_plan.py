@@ -337,6 +337,18 @@ def test_the_command_prints_the_plan_offline_and_without_weights(run_command, of
     assert psutil.Process().memory_info().rss - before < 1e9
 
 
+def test_what_does_not_fit_is_said_before_the_time_of_a_step(run_command, offline):
+    code, out, err = run_command("+experiment=tarot", "+card=24", "batch_size=1", task=plan.main)
+    assert code == 0, err
+    assert "dev in bf16: 1 picture of 4096 tokens" in out
+    refused = out.index("As set it does not fit 24 GB: it takes ")
+    assert refused < out.index("If it fitted: A step of 1 picture: ")
+    code, out, err = run_command("model=tiny", "+card=24", task=plan.main)
+    assert code == 0, err
+    assert "fitted" not in out
+    assert "\nA step of 4 pictures: " in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
