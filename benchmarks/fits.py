@@ -42,7 +42,8 @@ from flux2.tokens import image_positions, text_positions
 from flux2.variants import VARIANTS, Variant
 from train.cards import CONTEXT_GB, GIB, gpu, usable
 from train.choose import choose, settings_of, skeleton
-from train.predict import LIBRARIES, Job, Planner, Prediction
+from train.predict import LIBRARIES, Planner, Prediction
+from train.workload import Job
 
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import peft
 from torch import nn
 
 from flux2.adapter_formats import AdapterError
 from flux2.layers import kinds, linear_names, matched
 
 Targets = str | Sequence[str]
+ALPHAS = 1e-6, 1e6  # beyond, what an update is scaled by rounds to nothing, or to infinity
 
 
 def whole(key: str, value: object, least: int = 1) -> int:
@@ -23,10 +22,10 @@ def whole(key: str, value: object, least: int = 1) -> int:
     return value
 
 
-def positive(key: str, value: object, otherwise: str = "") -> float:
-    """`value`. Raises AdapterError unless it is a positive number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise AdapterError(f"adapter.{key}={value!r} must be a positive number{otherwise}")
+def scale(key: str, value: object, otherwise: str = "") -> float:
+    """`value`. Raises AdapterError unless it is a number that an alpha may be."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not ALPHAS[0] <= value <= ALPHAS[1]:
+        raise AdapterError(f"adapter.{key}={value!r} must be a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}{otherwise}")
     return value
 
 
@@ -99,17 +98,27 @@ def ranked(
     alpha: float | None,
     rank_pattern: Mapping[str, int] | None,
     alpha_pattern: Mapping[str, float] | None,
+    *,
+    any_rank: bool = False,
 ) -> dict[str, Any]:
     """The arguments that PEFT's configurations of types with a rank share; `alpha` is to be renamed for LoRA.
 
     Each layer's alpha is what a pattern says, else `alpha`, else the layer's own rank.
+
+    Args:
+        any_rank: let ranks be larger than the layers have: of a type that then trains whole matrices.
+
+    Raises:
+        AdapterError: a setting is of the wrong kind, or a rank is more than its layer has.
     """
     whole("rank", rank)
     if alpha is not None:
-        positive("alpha", alpha, ", or null for the rank")
+        scale("alpha", alpha, ", or null for the rank")
     layers = target_layers(model, targets)
-    ranks = by_layer("rank_pattern", rank_pattern or {}, layers, whole)
-    alphas = by_layer("alpha_pattern", alpha_pattern or {}, layers, positive)
+    ranks = by_layer("rank_pattern", {} if rank_pattern is None else rank_pattern, layers, whole)
+    alphas = by_layer("alpha_pattern", {} if alpha_pattern is None else alpha_pattern, layers, scale)
+    if not any_rank:
+        check_ranks_fit(model, {name: ranks.get(name, rank) for name in layers})
     standard = rank if alpha is None else alpha
     if alpha is None:
         alphas = ranks | alphas
@@ -122,14 +131,17 @@ def ranked(
     }
 
 
-def check_ranks_fit(model: nn.Module, config: peft.LoraConfig, layers: Sequence[str]) -> None:
-    """Raises AdapterError where a rank is more than a weight has."""
-    for name in layers:
-        layer = model.get_submodule(name)
-        rank = config.rank_pattern.get(re.escape(name), config.r)
-        most = min(layer.in_features, layer.out_features)  # type: ignore[type-var]
-        if rank > most:
-            raise AdapterError(
-                f"adapter.rank={rank} is more than {name} has: a weight of {layer.out_features} x {layer.in_features} "
-                f"has {most} directions to start from"
-            )
+def check_ranks_fit(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Raises AdapterError where the rank of a layer is more than its weight has: what is beyond trains nothing new."""
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in ranks}
+    most_of = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    smaller = [name for name, rank in ranks.items() if rank > most_of[name]]
+    if not smaller:
+        return
+    name = smaller[0]
+    layer, rank, most = layers[name], ranks[name], most_of[name]
+    others = f", and {len(smaller) - 1} other layers have less too" if len(smaller) > 1 else ""
+    raise AdapterError(
+        f"adapter.rank={rank} is more than {name} has, a weight of {layer.out_features} x {layer.in_features}{others}: "
+        f"give at most {most}, or such layers ranks of their own (adapter.rank_pattern)"
+    )

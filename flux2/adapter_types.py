@@ -31,7 +31,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from flux2.adapter_formats import AdapterError
-from flux2.adapter_settings import Targets, check_ranks_fit, ranked, share, switch, target_layers, whole
+from flux2.adapter_settings import Targets, ranked, share, switch, target_layers, whole
 from flux2.linear import INITIAL, fuse_lora
 from flux2.model import Transformer
 from flux2.names import listed
@@ -233,7 +233,6 @@ def attach_pissa(
     layers = given["target_modules"]
     given["lora_alpha"] = given.pop("alpha")
     config = peft.LoraConfig(**given)
-    check_ranks_fit(model, config, layers)
     method = "pissa" if iterations is None else f"pissa_niter_{iterations}"
     wrapped = _attach(model, config, lambda layer, name: start_pissa(layer, name, method), seed, name)
     with torch.random.fork_rng(devices=[]):
@@ -314,7 +313,7 @@ def attach_lokr(
     if decompose_factor != -1:
         whole("decompose_factor", decompose_factor, 2)
     config = peft.LoKrConfig(
-        **ranked(model, targets, rank, alpha, rank_pattern, alpha_pattern),
+        **ranked(model, targets, rank, alpha, rank_pattern, alpha_pattern, any_rank=True),
         decompose_factor=decompose_factor,
         decompose_both=switch("decompose_both", decompose_both),
     )

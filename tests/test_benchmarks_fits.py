@@ -10,7 +10,7 @@ from train_helpers import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import fits, matrix
-from train.predict import Choice
+from train.workload import Choice
 
 CPU = torch.device("cpu")
 

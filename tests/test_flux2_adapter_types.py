@@ -1,6 +1,7 @@
 """flux2.adapter_types: every type of adapter on every precision, from its beginning to its end."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2 import adapters
-from flux2.adapter_types import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa, detach
+from flux2.adapter_types import adapted, attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa, detach
 from flux2.adapters import AdapterError
 from flux2.checkpointing import set_policy
 from flux2.linear import FusedLora
@@ -520,9 +521,23 @@ def test_going_on_with_an_adapter_of_another_type_is_an_error_that_changes_nothi
         ("dora", {"dropout": 1}, r"adapter.dropout=1 must be a number in \[0, 1\)"),
         ("lora", {"rslora": "yes"}, "adapter.rslora='yes' must be true or false"),
         ("pissa", {"iterations": 0}, "adapter.iterations=0 must be a whole number from 1"),
-        ("pissa", {"rank": 49}, r"adapter.rank=49 is more than double_blocks.0.img_attn.qkv has: .* has 48 directions"),
+        ("pissa", {"rank": 49}, r"adapter.rank=49 is more than double_blocks.0.img_attn.qkv has.* at most 48, or such"),
         ("pissa", {"rank_pattern": {"mlp": 60}}, "adapter.rank=60 is more than double_blocks.0.img_mlp.0 has"),
-        ("loha", {"alpha": 0}, "adapter.alpha=0 must be a positive number, or null for the rank"),
+        ("lora", {"rank": 100_000}, r"rank=100000 is more than .* a weight of 144 x 48, and 21 other layers have less"),
+        ("dora", {"rank": 49}, "adapter.rank=49 is more than double_blocks.0.img_attn.qkv has"),
+        ("loha", {"rank": 49}, "adapter.rank=49 is more than double_blocks.0.img_attn.qkv has"),
+        ("loha", {"alpha": 0}, r"adapter.alpha=0 must be a number from 1e-06 to 1e\+06, or null for the rank"),
+        ("lora", {"alpha": 1e300}, r"adapter.alpha=1e\+300 must be a number from 1e-06 to 1e\+06"),
+        ("lora", {"alpha": 1e-300}, "adapter.alpha=1e-300 must be a number"),
+        ("lokr", {"alpha": math.nan}, "adapter.alpha=nan must be a number"),
+        ("lora", {"alpha": math.inf}, "adapter.alpha=inf must be a number"),
+        ("lora", {"alpha": True}, "adapter.alpha=True must be a number"),
+        ("lora", {"dropout": math.nan}, r"adapter.dropout=nan must be a number in \[0, 1\)"),
+        ("lora", {"dropout": -0.1}, r"adapter.dropout=-0.1 must be a number in \[0, 1\)"),
+        ("lora", {"rank_pattern": 0}, "adapter.rank_pattern=0 must map presets or regular expressions"),
+        ("lora", {"rank_pattern": False}, "adapter.rank_pattern=False must map"),
+        ("lora", {"rank_pattern": ""}, "adapter.rank_pattern='' must map"),
+        ("lokr", {"alpha_pattern": []}, r"adapter.alpha_pattern=\[\] must map"),
         ("lokr", {"decompose_factor": 1}, "adapter.decompose_factor=1 must be a whole number from 2"),
         ("lokr", {"decompose_both": 1}, "adapter.decompose_both=1 must be true or false"),
         ("oft", {"block_size": 32}, r"adapter.block_size=32 does not divide the 48 input features of double_blocks.0"),
@@ -533,7 +548,7 @@ def test_going_on_with_an_adapter_of_another_type_is_an_error_that_changes_nothi
             {"rank_pattern": {"single_blocks": 0}},
             "rank_pattern: 'single_blocks'=0 must be a whole number",
         ),
-        ("lora", {"alpha_pattern": {"mlp": "x"}}, "adapter.alpha_pattern: 'mlp'='x' must be a positive number"),
+        ("lora", {"alpha_pattern": {"mlp": "x"}}, "adapter.alpha_pattern: 'mlp'='x' must be a number from"),
         (
             "lora",
             {"rank_pattern": {"linear1": 2}},
@@ -554,6 +569,13 @@ def test_settings_that_cannot_be_are_errors_that_name_them(kind: str, options: d
     with pytest.raises(AdapterError, match=message):
         attached(kind, model, **options)
     assert not any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
+
+
+def test_a_rank_above_that_of_a_layer_is_lowered_for_it_alone_and_lets_a_lokr_train_whole_matrices() -> None:
+    wrapped = attached("lora", base(), rank=60, targets=["attention"], rank_pattern={"attention": 8})
+    assert {module.r["default"] for module in adapted(wrapped.get_base_model()).values()} == {8}
+    whole = attached("lokr", base(), rank=100_000, targets=["attention"])
+    assert not any("w2_a" in name for name, tensor in whole.named_parameters() if tensor.requires_grad)
 
 
 def test_settings_of_a_type_are_pefts() -> None:

@@ -180,7 +180,7 @@ def test_disabled_is_the_base_bit_for_bit_and_ends(dtype: torch.dtype) -> None:
         ({"targets": [3]}, r"adapter.targets=\[3\] must be a preset"),
         ({"rank": 0}, "adapter.rank=0 must be a whole number from 1"),
         ({"rank": 2.0}, "adapter.rank=2.0 must be a whole number"),
-        ({"alpha": -1}, "adapter.alpha=-1 must be a positive number"),
+        ({"alpha": -1}, "adapter.alpha=-1 must be a number from 1e-06"),
         ({"dropout": 1.0}, r"adapter.dropout=1.0 must be a number in \[0, 1\)"),
     ],
 )

@@ -7,8 +7,9 @@ from flux2 import adapters
 from flux2.model import Transformer
 from flux2.weights import load_transformer
 from train.choose import job_of, skeleton
-from train.predict import Planner, trained
+from train.predict import Planner
 from train.run import Run
+from train.workload import trained
 
 pytest_plugins = ("train_helpers",)
 

@@ -32,6 +32,7 @@ pytest_plugins = ("train_helpers",)
         ("+schedule.warmup=1", ["schedule.warmup=1 is not a setting", "did you mean schedule.warmup_steps?"]),
         ("+optimizer.beta=1", ["optimizer.beta=1 is not a setting", "did you mean optimizer.betas?"]),
         ("+sample.prompt=a", ["sample.prompt='a' is not a setting", "did you mean sample.prompts?"]),
+        ("+tracker.mode=offline", ["tracker.mode='offline' is not a setting; tracker has none"]),
         ("+adapter.seed=3", ["adapter.seed=3 is not a setting", "known are adapter.rank"]),
         ("experiment=debug", ["experiment=debug", "write +experiment=debug"]),
     ],
@@ -57,7 +58,7 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("output_dir=", "output_dir='' must not be empty: leave it out, or null"),
         ("resume=", "resume='' must not be empty: leave it out, or null"),
         ("cache_dir=", "cache_dir='' must not be empty"),
-        ("optimizer.lr=abc", "optimizer.lr='abc' must be a number from 0"),
+        ("optimizer.lr=abc", "optimizer.lr='abc' must be a positive number"),
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]"),
         ("adapter.rank=four", "adapter.rank='four' must be a whole number from 1"),
         ("adapter.dropout=1", "adapter.dropout=1 must be a number in [0, 1)"),
@@ -81,8 +82,13 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("adapter.targets=[5]", "adapter.targets=[5] must be a preset, a regular expression, or a list"),
         ("adapter._target_=null", "adapter._target_=None must be the name of a class or a function"),
         ("adapter.rslora=maybe", "adapter.rslora='maybe' must be true or false"),
-        ("adapter.alpha=nan", "adapter.alpha=nan must be a positive number, or null for the rank"),
-        ("adapter.alpha=inf", "adapter.alpha=inf must be a positive number, or null for the rank"),
+        ("adapter.alpha=nan", "adapter.alpha=nan must be a number from 1e-06 to 1e+06, or null for the rank"),
+        ("adapter.alpha=inf", "adapter.alpha=inf must be a number from 1e-06 to 1e+06, or null for the rank"),
+        ("adapter.rank=100000", "adapter.rank=100000 is more than double_blocks.0.img_attn.qkv has, a weight of"),
+        ("adapter.rank_pattern=0", "adapter.rank_pattern=0 must map presets"),
+        ("seed=-1", "seed=-1 must be a whole number from 0"),
+        ("seed=1.0", "seed=1.0 must be a whole number from 0"),
+        ("seed=true", "seed=True must be a whole number from 0"),
         ("seed=9223372036854775808", "seed=9223372036854775808 must be below 2 ** 63"),
         ("precision.dtype=fp16", "precision.dtype='fp16' must be one of fp32, bf16"),
         ("buckets.step=17", "buckets.step=17 must be a positive whole multiple of 16"),
@@ -366,7 +372,7 @@ def test_a_group_becomes_its_dataclass_or_an_error_that_names_the_key():
             checked("group", given, Settings)
 
 
-def test_a_target_gets_its_settings_and_refuses_others():
+def test_a_target_gets_its_settings_and_refuses_others(caplog):
     target = {"_target_": "train.optim.Cosine", "warmup_steps": 3}
     assert made("schedule", target).warmup_steps == 3
     with pytest.raises(ValueError, match=r"^schedule\.flor=1 is not a setting; did you mean schedule\.floor\?"):
@@ -375,6 +381,7 @@ def test_a_target_gets_its_settings_and_refuses_others():
         made("schedule", target | {"floor": "x"})
     with pytest.raises(ValueError, match=r"^schedule: .*Sine"):
         made("schedule", {"_target_": "train.optim.Sine"})
+    assert not caplog.records  # nor does Hydra say it once more
 
 
 def test_a_function_that_takes_any_setting_is_given_them():

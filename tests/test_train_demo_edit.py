@@ -136,7 +136,7 @@ def test_the_demo_writes_its_sheet_and_all_its_numbers(short, run_command, tmp_p
 
 
 def test_the_demo_of_an_adapter_that_learns_nothing_says_so(short, run_command, tmp_path):
-    code, out, err = run_command(*arguments(tmp_path, "optimizer.lr=0", "steps=1"), task=demo_edit.main)
+    code, out, err = run_command(*arguments(tmp_path, "optimizer.lr=1e-30", "steps=1"), task=demo_edit.main)
     assert code == 0, err
     report = json.loads((tmp_path / "run" / "demo_edit.json").read_text())
     assert report["moved"] == 0

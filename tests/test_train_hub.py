@@ -289,12 +289,18 @@ def test_a_card_has_the_command_without_secrets_and_says_nothing_of_the_machine(
     monkeypatch.setenv("WANDB_API_KEY", "planted-key-of-wandb")
     text, _ = described(
         "dev",
-        overrides=["+experiment=tarot", f"sample.prompts=[{TOKEN}]", "tracker.entity=planted-key-of-wandb"],
+        overrides=[
+            "+experiment=tarot",
+            "resume=auto",
+            "output_dir=/home/x",
+            f"sample.prompts=[{TOKEN}]",
+            "tracker.entity=planted-key-of-wandb",
+        ],
         prompts=[f"a card {TOKEN}"],
         processes=2,
     )
     command = "accelerate launch --num_processes 2 train/run.py +experiment=tarot 'sample.prompts=[***]'"
-    assert command in text
+    assert f"{command} tracker.entity='***'\n```" in text or f"{command} 'tracker.entity=***'\n```" in text
     assert TOKEN not in text
     assert "planted-key" not in text
     assert socket.gethostname() not in text

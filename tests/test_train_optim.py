@@ -9,7 +9,18 @@ from torch import nn
 from train_helpers import compose
 
 from train.configured import Configured
-from train.optim import Constant, Cosine, Linear, Restarts, StableDecay, build, check_installed, rate_of, set_rate
+from train.optim import (
+    Constant,
+    Cosine,
+    Linear,
+    Restarts,
+    StableDecay,
+    build,
+    check_installed,
+    rate_of,
+    set_rate,
+    try_out,
+)
 
 
 def factors(schedule, steps):
@@ -103,12 +114,17 @@ def test_an_optimizer_is_made_on_the_parameters_with_its_settings():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"lr": "abc"}, r"optimizer\.lr='abc' must be a number"),
-        ({"lr": None}, r"optimizer\.lr=None must be a number"),
-        ({"lr": -1.0}, r"optimizer\.lr=-1\.0 must be a number from 0"),
-        ({"lr": 1.0, "betas": [0.9]}, r"refused its settings .*optimizer\.betas=\[0\.9\]"),
-        ({"lr": 1.0, "betas": [0.9, 7.0]}, r"refused its settings .*7\.0.*optimizer\.betas=\[0\.9, 7\.0\]"),
-        ({"lr": 1.0, "weight_decay": "x"}, r"refused its settings .*optimizer\.weight_decay='x'"),
+        ({"lr": "abc"}, r"optimizer\.lr='abc' must be a positive number"),
+        ({"lr": None}, r"optimizer\.lr=None must be a positive number"),
+        ({}, r"optimizer\.lr=None must be a positive number"),
+        ({"lr": -1.0}, r"optimizer\.lr=-1\.0 must be a positive number"),
+        ({"lr": 0}, r"optimizer\.lr=0 must be a positive number"),
+        ({"lr": math.inf}, r"optimizer\.lr=inf must be a positive number"),
+        ({"lr": 1.0, "betas": [0.9]}, r"optimizer\.betas=\[0\.9\] must be 2 numbers in \[0, 1\)"),
+        ({"lr": 1.0, "betas": [0.9, 7.0]}, r"optimizer\.betas=\[0\.9, 7\.0\] must be 2 numbers"),
+        ({"lr": 1.0, "betas": [0.9, None]}, r"optimizer\.betas=\[0\.9, None\] must be 2 numbers"),
+        ({"lr": 1.0, "weight_decay": "x"}, r"optimizer\.weight_decay='x' must be a number from 0"),
+        ({"lr": 1.0, "eps": math.nan}, r"optimizer\.eps=nan must be a positive number"),
     ],
 )
 def test_a_refused_setting_of_the_optimizer_is_named_with_its_value(settings, said):
@@ -163,14 +179,70 @@ def test_an_optimizer_that_is_not_installed_names_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "setting", "said"),
     [
-        ("adamw", "optimizer.betas=[0.9,0.999,0.5]", "the optimizer refused its settings (ValueError: too many values"),
+        ("adamw", "optimizer.betas=[0.9,0.999,0.5]", "must be 2 numbers in [0, 1)"),
         ("adamw", "optimizer.weight_decay=1e300", "an update with these settings is not finite: "),
-        ("prodigy", "optimizer.d_coef=a", "the optimizer refused its settings (TypeError: "),
-        ("lion", "optimizer.betas=[0.9]", "the optimizer refused its settings ("),
-        ("schedulefree", "optimizer.weight_decay=a", "the optimizer refused its settings (TypeError: "),
+        ("adamw", "optimizer.fused=maybe", "optimizer.fused='maybe' must be true, false or auto"),
+        ("adamw", "+optimizer.amsgrad=2", "optimizer.amsgrad=2 must be true or false"),
+        ("prodigy", "optimizer.d_coef=a", "optimizer.d_coef='a' must be a positive number"),
+        ("prodigy", "optimizer.d_coef=0", "optimizer.d_coef=0 must be a positive number"),
+        ("prodigy", "optimizer.d_coef=-1", "optimizer.d_coef=-1 must be a positive number"),
+        ("prodigy", "+optimizer.growth_rate=1", "optimizer.growth_rate=1 must be above 1, or .inf"),
+        ("lion", "optimizer.betas=[0.9]", "must be 2 numbers"),
+        ("muon", "optimizer.momentum=5", "optimizer.momentum=5 must be a number from 0, below 1"),
+        ("muon", "+optimizer.ns_steps=0", "optimizer.ns_steps=0 must be a whole number from 1"),
+        ("muon", "+optimizer.ns_coefficients=[1,2]", "optimizer.ns_coefficients=[1, 2] must be 3 numbers"),
+        ("adafactor", "optimizer.eps=[null,0]", "optimizer.eps=[None, 0] must be 2 numbers above 0"),
+        ("adafactor", "optimizer.eps=1e-8", "optimizer.eps=1e-08 must be 2 numbers above 0"),
+        ("schedulefree", "optimizer.weight_decay=a", "optimizer.weight_decay='a' must be a number from 0"),
+        ("schedulefree", "optimizer.weight_decay=-1", "optimizer.weight_decay=-1 must be a number from 0"),
+        ("schedulefree", "optimizer.betas=[2,2]", "optimizer.betas=[2, 2] must be 2 numbers in [0, 1)"),
+        ("schedulefree", "+optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1 must be a whole number from 0"),
+        ("adamw_8bit", "+optimizer.min_8bit_size=a", "optimizer.min_8bit_size='a' must be a whole number from 0"),
     ],
 )
-def test_what_an_optimizer_sees_at_its_first_update_is_said_before_anything_is_loaded(name, setting, said):
+def test_what_no_optimizer_can_mean_is_said_before_anything_is_loaded(name, setting, said):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         Configured(compose("model=tiny", f"optimizer={name}", setting))
-    assert setting.partition("=")[0] in str(caught.value)
+    assert setting.partition("=")[0].lstrip("+") in str(caught.value)
+
+
+def test_what_an_optimizer_sees_at_its_first_update_alone_is_said_with_its_settings():
+    class Picky(torch.optim.SGD):
+        def step(self, closure=None):
+            raise TypeError("no such momentum")
+
+    with pytest.raises(ValueError, match=r"refused its settings \(TypeError: no such momentum\): optimizer\.lr=0\.1"):
+        try_out(partial(Picky, lr=0.1), torch.device("cpu"))
+
+
+def test_what_an_optimizer_leaves_empty_may_be_left_empty():
+    parameter = [nn.Parameter(torch.zeros(2, 2))]
+    build(partial(torch.optim.AdamW, lr=1.0, foreach=None, fused=None), parameter)
+    build(partial(torch.optim.Adafactor, lr=1.0, eps=[None, 1.0]), parameter)
+    build(partial(get_object("prodigyopt.Prodigy"), lr=1.0, beta3=None, growth_rate=math.inf), parameter)
+    with pytest.raises(ValueError, match=r"optimizer\.weight_decay=None must be a number from 0"):
+        build(partial(torch.optim.AdamW, lr=1.0, weight_decay=None), parameter)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "said"),
+    [
+        (["optimizer.lr=1e30"], 300, "optimizer.lr=1e+30 is far above"),
+        (["optimizer=prodigy"], 300, ""),
+        (
+            ["schedule=cosine", "schedule.warmup_steps=9"],
+            9,
+            "schedule.warmup_steps=9 is all of steps=9: the rate ends at 90%",
+        ),
+        (["schedule=cosine", "schedule.warmup_steps=9"], 10, ""),
+        (["schedule=restarts", "schedule.cycles=6"], 11, "schedule.cycles=6 in 11 steps"),
+        (["schedule=restarts", "schedule.cycles=6", "schedule.warmup_steps=1"], 12, "schedule.cycles=6 in 11 steps"),
+        (["schedule=restarts", "schedule.cycles=6"], 12, ""),
+        (["schedule=stable_decay"], 4, "schedule.decay=0.2 of 4 steps is less than one"),
+        (["schedule=stable_decay"], 5, ""),
+    ],
+)
+def test_what_is_hardly_meant_is_a_warning(settings, steps, said, capfd):
+    Configured(compose("model=tiny", f"steps={steps}", *settings))
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.removeprefix("warning: ").startswith(said) for line in warnings] == ([True] if said else [])

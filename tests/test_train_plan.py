@@ -26,9 +26,10 @@ from train import settings as train_settings
 from train.cards import GIB, SIZES, gpu, measured, usable
 from train.choose import advice, choose, free_bytes, skeleton, step_down
 from train.outofmemory import OutOfMemory, amounts, is_out_of_memory, watched
-from train.predict import Choice, Job, Planner, optimizer_bytes, trained
+from train.predict import Planner, optimizer_bytes
 from train.run import Run
 from train.text_memory import text_encoder_bytes
+from train.workload import Choice, Job, trained
 
 pytest_plugins = ("train_helpers",)
 
@@ -336,6 +337,18 @@ def test_the_command_prints_the_plan_offline_and_without_weights(run_command, of
     assert psutil.Process().memory_info().rss - before < 1e9
 
 
+def test_what_does_not_fit_is_said_before_the_time_of_a_step(run_command, offline):
+    code, out, err = run_command("+experiment=tarot", "+card=24", "batch_size=1", task=plan.main)
+    assert code == 0, err
+    assert "dev in bf16: 1 picture of 4096 tokens" in out
+    refused = out.index("As set it does not fit 24 GB: it takes ")
+    assert refused < out.index("If it fitted: A step of 1 picture: ")
+    code, out, err = run_command("model=tiny", "+card=24", task=plan.main)
+    assert code == 0, err
+    assert "fitted" not in out
+    assert "\nA step of 4 pictures: " in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -372,6 +385,16 @@ def test_a_measurement_counts_for_its_gpu_and_setting_alone(tmp_path):
     assert measured("NVIDIA H100", setting, tmp_path) is None
     assert measured("NVIDIA H200", setting | {"checkpointing": "none"}, tmp_path) is None
     assert measured(None, setting, tmp_path) is None
+
+
+def test_a_budget_is_named_with_no_more_digits_than_its_blocks_need(planner):
+    for name in ("dev", "klein_base_4b", "tiny"):
+        found = planner(name)
+        blocks = len(found.weights)
+        budgets = {count: found.budget_for(count) for count in range(1, blocks)}
+        assert {count: found.kept_within(budget) for count, budget in budgets.items()} == {n: n for n in budgets}
+        digits = {len(f"{budget:.10g}".partition(".")[2]) for budget in budgets.values()}
+        assert max(digits) <= (1 if name == "dev" else 4), (name, budgets)
 
 
 def test_a_measured_micro_batch_counts_as_often_as_it_is_computed(planner, tmp_path, monkeypatch):

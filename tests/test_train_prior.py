@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from train_helpers import adapter, compose, draw_picture, lines, same_tensors, values
 
 import train.classes
@@ -210,7 +211,13 @@ def test_the_base_draws_what_is_missing_one_model_at_a_time_and_the_next_run_fin
 ):
     Run(compose(*small(*drawn(3, tmp_path)))).prepare()
     assert (watch.sampled, watch.decoded, len(watch.models)) == (3, 3, 2)
-    assert "drawing 3 class pictures" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "drawing 3 class pictures" in said.out
+    assert [line.strip() for line in said.out.splitlines() if line.strip().startswith("Buckets")] == [
+        "Buckets",
+        "Buckets of the class pictures",
+    ]
+    assert "\r" not in said.err
     (folder,) = tmp_path.iterdir()
     assert sorted(file.name for file in folder.iterdir()) == ["00000.png", "00001.png", "00002.png", "recipe.json"]
     assert json.loads((folder / "recipe.json").read_text())["prompts"] == WORDS
@@ -247,6 +254,29 @@ def test_a_stopped_drawing_goes_on_where_it_was_and_gives_the_same_pictures(smal
     Run(compose(*small(*drawn(3, tmp_path)))).prepare()
     assert (watch.sampled, watch.decoded) == (3, 3)  # one was missing
     assert pictures(tmp_path) == straight
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "of another shape"])
+def test_latents_that_a_stopped_drawing_left_damaged_are_made_again(small, drawn, drawings, tmp_path, watch, damage):
+    Run(compose(*small(*drawn(3)))).prepare()
+    folder = tmp_path / next(drawings.iterdir()).name
+    folder.mkdir()
+    file = folder / "00001.safetensors"
+    save_file({"latents": torch.zeros(128, 3, 2)}, file)
+    if damage != "of another shape":
+        file.write_bytes(file.read_bytes()[: 100 if damage == "cut" else 0])
+    watch.sampled = 0
+    Run(compose(*small(*drawn(3, tmp_path)))).prepare()
+    assert watch.sampled == 3
+    assert pictures(tmp_path) == pictures(drawings)
+
+
+def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(train.prior.os, "fsync", lambda number: flushed.append(not (tmp_path / "file").exists()))
+    train.prior.write_whole(tmp_path / "file", lambda file: file.write_text("x"))
+    assert flushed == [True]
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_they_are_the_pictures_that_the_pipeline_makes(small, drawn, drawings, model_folders):
@@ -344,6 +374,16 @@ def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
         ({"prompts": ["a"], "seed": -1}, r"preservation\.seed=-1 must be"),
         ({"prompts": ["a"], "width": 50}, r"preservation\.width=50 must be a multiple of 16"),
         ({"prompts": ["a"], "steps": 0}, r"preservation\.steps=0 must be"),
+        ({"prompts": ["a"], "steps": 10**6}, r"preservation\.steps=1000000 must be a whole number from 1 to 10000"),
+        (
+            {"prompts": ["a"], "width": 1 << 20, "height": 1 << 20},
+            r"preservation\.width=1048576 .* at most 8192 x 8192",
+        ),
+        ({"prompts": ["a"], "guidance": 1e9}, r"preservation\.guidance=1000000000\.0 must be a number from 0 to 1000"),
+        ({"prompts": ["a"], "seed": 2**63}, r"preservation\.seed=9223372036854775808 must be .* below 2 \*\* 63"),
+        ({"prompts": ["a"], "seed": 1.0}, r"preservation\.seed=1\.0 must be"),
+        ({"prompts": ["a", " "]}, r"preservation\.prompts=\['a', ' '\] must be texts with words in them"),
+        ({"prompts": ["a", "b", "a "]}, r"preservation\.prompts=\['a', 'b', 'a '\] must be different texts"),
         ({"prompts": ["a"], "guidance": "x"}, r"preservation\.guidance='x' must be"),
         ({"prompts": ["a"], "folder": ""}, r"preservation\.folder='' must be"),
     ],

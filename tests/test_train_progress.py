@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from train.progress import Progress
+from train.progress import SECONDS, Count, Progress
 
 
 class Clock:
@@ -95,10 +95,16 @@ def test_the_speed_is_that_of_the_last_steps(clock):
     assert progress.seconds == pytest.approx(2.0)
 
 
-def test_steps_of_no_time_are_shown_as_steps_a_second(clock):
-    progress = Progress(10, shown=False, clock=clock)
-    steps(progress, clock, 5, 0.02)
-    assert progress.text() == "50 steps/s, 00:00 left"
+def test_the_speed_has_one_unit_however_short_a_step_is(clock):
+    for seconds, said in (
+        (0.02, "0.0200 s/step"),
+        (0.0999, "0.0999 s/step"),
+        (0.125, "0.12 s/step"),
+        (90, "90.00 s/step"),
+    ):
+        progress = Progress(5, shown=False, clock=clock)
+        steps(progress, clock, 5, seconds)
+        assert progress.text() == f"{said}, 00:00 left"
     assert Progress(10, shown=False, clock=clock).text() == ""
 
 
@@ -108,3 +114,38 @@ def test_a_process_that_is_not_the_first_shows_nothing(clock):
         steps(progress, clock, 2, 1.0, loss=0.5)
         progress.close()
         assert stream.getvalue() == ""
+
+
+def test_what_is_computed_before_training_is_counted_in_a_line_every_so_often_where_nobody_watches(clock):
+    stream = io.StringIO()
+    count = Count("pictures encoded", stream=stream, clock=clock)
+    for done in range(1, 8):
+        clock.now += 0.45 * SECONDS
+        count.update(done, 7, f"{done} MB")
+    count.close()
+    assert stream.getvalue().splitlines() == [
+        "pictures encoded: 3/7 [00:27, 00:36 left, 3 MB]",
+        "pictures encoded: 6/7 [00:54, 00:09 left, 6 MB]",
+        "pictures encoded: 7/7 [01:03, 7 MB]",
+    ]
+    assert "\r" not in stream.getvalue()
+
+
+def test_what_is_soon_done_is_not_counted_in_a_log(clock):
+    stream = io.StringIO()
+    count = Count("prompts encoded", stream=stream, clock=clock)
+    for done in range(1, 4):
+        clock.now += 1
+        count.update(done, 3)
+    count.close()
+    assert stream.getvalue() == ""
+
+
+def test_on_a_terminal_a_count_is_a_bar_that_goes(clock):
+    stream = Terminal()
+    count = Count("prompts encoded", stream=stream, clock=clock)
+    count.update(3, 3, "1 MB")
+    assert "0/3" in stream.getvalue()
+    count.close()
+    assert stream.getvalue().split("\r")[-1].strip() == ""
+    assert "\n" not in stream.getvalue()

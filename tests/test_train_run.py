@@ -536,7 +536,7 @@ def test_without_network_the_tarot_experiment_says_which_repository_and_how_to_g
 def test_a_mistake_on_the_command_line_of_the_entry_file_is_one_line(tmp_path):
     done = execute([sys.executable, "train/run.py", "adapter.rnk=4", f"output_dir={tmp_path / 'run'}"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: adapter.rnk=4 is not a setting; did you mean adapter.rank?\n"
+    assert done.stderr == "loading libraries\nerror: adapter.rnk=4 is not a setting; did you mean adapter.rank?\n"
     assert not (tmp_path / "run").exists()
 
 

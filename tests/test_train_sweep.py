@@ -255,6 +255,10 @@ def test_the_table_is_what_the_jobs_logged(grid, tmp_path):
     assert f"{best['validation_loss']:.4f}" in shown
     page = (place / "sweep.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 1 + 4  # before training, and each job that was done
+    places = [page.index(f">job {number}</a>") for number in (0, 2, 4, 1, 3, 5)]
+    assert places == sorted(places)  # a row for each rate, a column for each rank, that of failed jobs too
+    assert page.count('style="--columns: 3"') == 2
+    assert "<ol><li>a red cup</li></ol>" in page
     assert "http" not in page
     assert "<script" not in page
     assert all(f"{job['validation_loss']:.4f}" in page for job in done)
@@ -332,6 +336,23 @@ def test_the_table_is_made_again_by_a_command(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("values", "order", "columns"),
+    [
+        ([("2", "a"), ("2", "b"), ("4", "a"), ("4", "b"), ("8", "a"), ("8", "b")], [0, 2, 4, 1, 3, 5], 3),
+        ([("2", "a"), ("2", "b"), ("2", "c"), ("4", "a"), ("4", "b"), ("4", "c")], [0, 1, 2, 3, 4, 5], 3),
+        ([(str(number), "a") for number in range(7)], [*range(7)], 3),  # too many for a row
+        ([("2", "a"), ("4", "b"), ("8", "a"), ("16", "b"), ("2", "b")], [*range(5)], 3),  # a search, and no grid
+        ([("2", "a"), ("4", "a"), ("8", "a"), ("16", "a")], [*range(4)], 4),
+        ([("2", "a")], [0], 1),
+    ],
+)
+def test_jobs_of_a_grid_stand_in_rows_that_differ_in_one_key(values, order, columns, tmp_path):
+    found = [jobs.Job(i, tmp_path / str(i), {"rank": rank, "lr": lr}) for i, (rank, lr) in enumerate(values)]
+    shown, count = sweep_page.in_rows(found, jobs.split_overrides(found)[1])
+    assert ([job.number for job in shown], count) == (order, columns)
+
+
 def test_a_sheet_that_cannot_be_read_is_left_out(tmp_path):
     broken = tmp_path / "step_000001.png"
     broken.write_bytes(b"\x89PNG half")
@@ -354,3 +375,25 @@ def test_the_free_memory_counts_what_the_job_before_left(model_folders, small):
     finally:
         SHARED.free()
     assert SHARED.held(torch.device("cpu")) == 0
+
+
+def test_a_sweep_says_where_things_are_as_a_single_run_does_and_recommends_once(
+    run_command, small, tmp_path, monkeypatch
+):
+    """Of its best job, and at its end; the folders lie in the current one, and are said from there."""
+    monkeypatch.chdir(tmp_path)
+    looks = ["steps=2", "validate_every=1", "checkpoint_every=1", "validation.held_out=2"]
+    code, out, err = run_command("-m", *small("output_dir=many", "adapter.rank=2,4", *looks))
+    assert code == 0, err
+    assert "adapter   many/0/adapter" in out
+    assert "numbers   many/1/metrics.jsonl" in out
+    assert "table     many/sweep.html" in out
+    assert str(tmp_path / "many") not in out
+    best = json.loads((tmp_path / "many" / "sweep.json").read_text())["best"]
+    assert out.count("validation loss, 2 samples set aside") == out.count("recommended, on 2 samples and ") == 1
+    assert out.index("* lowest validation loss") < out.index(f"of job {best}:") < out.index("recommended")
+    assert f"alone, many/{best}/checkpoints/step_" in out
+    code, out, err = run_command(*small("output_dir=one", *looks))
+    assert code == 0, err
+    assert "adapter   one/adapter" in out
+    assert "alone, one/checkpoints/step_" in out

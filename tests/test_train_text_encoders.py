@@ -277,7 +277,7 @@ def test_prompts_that_the_server_cut_are_told(fake_server, small, tmp_path, run_
     server.answer = cut
     code, out, _ = run_command(*small(*remote(server), f"cache_dir={tmp_path}"), task=main)
     assert code == 0
-    assert f"1 prompts are longer than 64 tokens and were cut, such as {CAPTIONS[1]!r}" in out
+    assert f"longer than 64 tokens and cut: 1 prompt, such as {CAPTIONS[1]!r}" in out
 
 
 # ------------------------------------------------------------------ settings

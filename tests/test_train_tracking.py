@@ -189,6 +189,14 @@ def looked_at(tmp_path):
     ]
 
 
+def test_wandb_draws_no_numbers_between_the_last_step_and_what_a_run_says_at_its_end(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: given.append(settings["settings"]))
+    WandbTracker(mode="offline").start(tmp_path, "run", {})
+    assert (given[0].max_end_of_run_history_metrics, given[0].max_end_of_run_summary_metrics) == (0, 0)
+    assert not given[0].quiet  # which would hide how to send it, too
+
+
 def test_an_offline_run_of_wandb_has_configuration_numbers_and_sheets_and_no_secret(
     run_command, small, planted, at_step, tmp_path
 ):

@@ -60,6 +60,9 @@ def test_holding_out_everything_is_refused():
         ({"held_out": -1}, r"validation\.held_out=-1 must be a whole number"),
         ({"samples": 1.5}, r"validation\.samples=1\.5 must be a whole number"),
         ({"seed": "x"}, r"validation\.seed='x' must be a whole number"),
+        ({"seed": 2**63}, r"validation\.seed=9223372036854775808 must be a whole number from 0, below 2 \*\* 63"),
+        ({"seed": True}, r"validation\.seed=True must be a whole number"),
+        ({"seed": 1.0}, r"validation\.seed=1\.0 must be a whole number"),
         *(
             ({"times": times}, r"validation\.times=.* must be a list of different numbers from 0 to 1")
             for times in ([], 0.5, "0.5", [0.5, 2], [0.5, 0.5], [0.5, 0.50000001], [True])
@@ -151,7 +154,7 @@ def test_the_loss_sees_the_adapter_and_leaves_no_gradient(measured):
 
 
 def test_a_run_that_learns_nothing_has_a_flat_validation_loss(train):
-    run = train("run", "optimizer.lr=0", "validate_every=1", "adapter.dropout=0.5", "caption_dropout=0.5")
+    run = train("run", "optimizer.lr=1e-30", "validate_every=1", "adapter.dropout=0.5", "caption_dropout=0.5")
     assert len(values(run, "validation_loss")) == 5
     assert len(set(values(run, "validation_loss"))) == 1
     assert len(set(values(run))) == 4
@@ -200,6 +203,11 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
         ({"references": [["x.png"]]}, r"sample\.references=\[\['x\.png'\]\] has 1 lists for 0 sample\.prompts"),
         ({"references": [[], []], "prompts": ["a cup"]}, r"has 2 lists for 1 sample\.prompts: give one for each"),
         ({"seed": -1}, r"sample\.seed=-1 must be"),
+        ({"seed": 2**64}, r"sample\.seed=18446744073709551616 must be .* below 2 \*\* 63"),
+        ({"seed": False}, r"sample\.seed=False must be"),
+        ({"width": 1 << 20, "height": 1 << 20}, r"sample\.width=1048576 .* must be at most 8192 x 8192 pixels"),
+        ({"steps": 10**6}, r"sample\.steps=1000000 must be a whole number from 1 to 10000"),
+        ({"guidance": 1e9}, r"sample\.guidance=1000000000\.0 must be a number from 0 to 1000"),
         ({"width": 100}, r"sample\.width=100 must be a multiple of 16"),
         ({"height": "x"}, r"sample\.height='x' must be"),
         ({"steps": 0}, r"sample\.steps=0 must be"),

@@ -216,8 +216,9 @@ class Command:
 
 
 def one_message(err: str) -> str:
-    """The only thing that was written on the error stream, but for progress bars: a line `error: ...`."""
-    said = [line for line in err.splitlines() if line.strip() and not re.search(r"\d\d:\d\d[<,]", line)]
+    """The only thing that was written on the error stream, but for how far it is: a line `error: ...`."""
+    shown = r"\d\d:\d\d[<,]|^loading libraries$"
+    said = [line for line in err.splitlines() if line.strip() and not re.search(shown, line)]
     assert len(said) == 1, err
     assert said[0].startswith("error: "), err
     return said[0].removeprefix("error: ")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from data.buckets import Buckets
 from data.latents import LatentPlan, Row
+from train.wording import many
 
 MOST_ROWS = 20
 
@@ -18,9 +19,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def bucket_table(plan: LatentPlan) -> Table:
+def bucket_table(plan: LatentPlan, title: str = "Buckets") -> Table:
     """A line a bucket, those with the most pictures first; beyond `MOST_ROWS` the rest in one line."""
-    table = Table(title="Buckets", box=SIMPLE, title_justify="left")
+    table = Table(title=title, box=SIMPLE, title_justify="left")
     table.add_column("pixels")
     for name in ("pictures", "cut off on average", "at most"):
         table.add_column(name, justify="right")
@@ -46,16 +47,16 @@ def numbers(row: Row) -> tuple[str, str, str]:
     return str(row.pictures), percent(row.lost / row.pictures), percent(row.most)
 
 
-def show_buckets(plan: LatentPlan, buckets: Buckets, left_out: Sequence[object]) -> None:
+def show_buckets(plan: LatentPlan, buckets: Buckets, left_out: Sequence[object], title: str = "Buckets") -> None:
     """Print the table, which variants are cached, and what was left out and why."""
     console = Console(width=max(100, Console().width), highlight=False, markup=False)
-    console.print(bucket_table(plan))
+    console.print(bucket_table(plan, title))
     variants = max(buckets.random_crops, 1) * (2 if buckets.flip else 1)
     if variants > 1:
         crops = f"{buckets.random_crops} crops" if buckets.random_crops else "the middle"
         console.print(f"cached of each picture: {crops}{', each mirrored too' if buckets.flip else ''}")
     if plan.middles:
-        console.print(f"{plan.middles} samples keep their middle, because they have references")
+        console.print(f"cut in the middle, because of their references: {many(plan.middles, 'sample')}")
     for number, bad in enumerate(left_out):
         if number == MOST_ROWS:
             console.print(f"left out: {len(left_out) - number} more")

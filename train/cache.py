@@ -9,15 +9,18 @@ With `+prune=true` it computes nothing, and removes what no sample of this confi
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    if os.environ.get("RANK", "0") == "0":
+        print("loading libraries", file=sys.stderr, flush=True)
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,7 +28,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from data.buckets import Buckets
 from data.cache import Cache
@@ -43,7 +45,9 @@ from train.bucket_table import show_buckets
 from train.command import command, own_errors
 from train.folder import make_writable
 from train.outofmemory import watched
+from train.progress import Count
 from train.text_encoders import Encode, PromptEncoder
+from train.wording import many
 
 PICTURES, FINGERPRINTS = "pictures.json", "fingerprints.json"  # in the cache's folder
 STORAGES = ("full", "projected", "fp8", "projected_fp8")
@@ -85,6 +89,7 @@ class Needs:
         dtype: of the text encoder. The autoencoder runs in float32: it is small, and its rounding would be learned.
         storage: of embeddings, one of `STORAGES`.
         before_loading: called before an encoder is loaded.
+        table: heads the table of buckets.
     """
 
     source: ModelSource
@@ -97,6 +102,7 @@ class Needs:
     dtype: torch.dtype
     storage: str = "full"
     before_loading: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
+    table: str = "Buckets"
 
     @property
     def projected(self) -> bool:
@@ -162,7 +168,8 @@ class Needs:
         length = self.text_encoder.length or self.source.variant.text.length
         each = embeddings.size(length, self.embedding_width, self.dtype)
         text, other = prompts * each, sum(map(latents.size, pictures))
-        said = f"{prompts} prompts ({gigabytes(text)}) and {len(pictures)} pictures ({gigabytes(other)})"
+        parts = (prompts, "prompt", text), (len(pictures), "picture", other)
+        said = " and ".join(f"{many(count, noun)} ({gigabytes(size)})" for count, noun, size in parts if count)
         free = self.cache.free()
         if text + other > free:
             less = ", or embeddings in less space: embedding_storage=projected, fp8 or projected_fp8"
@@ -193,15 +200,13 @@ def fill(
     accelerator.wait_for_everyone()  # or a fast process's work would look done to a slow one, and its load be skipped
     bad: dict[str, BadPicture] = {}
     if missing:
-        bar = tqdm(total=0, unit=f" {what}", disable=not accelerator.is_main_process, leave=False)
+        bar = Count(f"{what} encoded", shown=accelerator.is_main_process)
         doing = watched(f"while encoding {what}", what, accelerator.device)
-        with own_errors(accelerator.process_index), doing, bar:
+        with own_errors(accelerator.process_index), doing, closing(bar):
             encode = load()
 
             def progress(done: int, total: int, stored: int) -> None:
-                bar.total = total
-                bar.set_postfix_str(gigabytes(stored), refresh=False)
-                bar.update(done - bar.n)
+                bar.update(done, total, gigabytes(stored))
 
             bad = plan.fill(encode, accelerator.process_index, accelerator.num_processes, progress, **options) or {}
         del encode
@@ -235,7 +240,7 @@ def prepare(accelerator: Accelerator, needs: Needs) -> Prepared:
     latents = needs.plan_latents(digests)
     embeddings = needs.plan_embeddings()
     if accelerator.is_main_process:
-        show_buckets(latents, needs.buckets, needs.samples.bad)
+        show_buckets(latents, needs.buckets, needs.samples.bad, needs.table)
     prompts, pictures = embeddings.missing, latents.lacking
     accelerator.wait_for_everyone()  # all have looked before any fills
     if prompts or pictures:
@@ -264,7 +269,7 @@ def prepare(accelerator: Accelerator, needs: Needs) -> Prepared:
     cut = gather_object(text_encoder.cut) if accelerator.num_processes > 1 else text_encoder.cut
     if cut and accelerator.is_main_process:
         length = text_encoder.length or needs.source.variant.text.length
-        print(f"{len(cut)} prompts are longer than {length} tokens and were cut, such as {cut[0][:80]!r}")
+        print(f"longer than {length} tokens and cut: {many(len(cut), 'prompt')}, such as {cut[0][:80]!r}")
     if pictures and (bad := fill(latents, lambda: needs.load_autoencoder(device), "pictures", accelerator)):
         latents = latents.without(bad)
         needs.samples.leave_out(latents.bad)

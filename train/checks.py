@@ -17,6 +17,12 @@ def is_count(value: object, low: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
+def check_seed(key: str, value: object) -> None:
+    """Raises ValueError, naming `key`, unless `value` is a seed that can be counted up from."""
+    if not is_count(value) or value >= 2**63:  # type: ignore[operator]
+        raise ValueError(f"{key}={value!r} must be a whole number from 0, below 2 ** 63")
+
+
 def check_count(key: str, value: object, low: int = 0, most: float = math.inf) -> None:
     """Raises ValueError, naming `key`, unless `value` is a whole number from `low` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= most:

@@ -25,8 +25,9 @@ from flux2.variants import Variant
 from train.cards import CONTEXT_GB, GIB, Gpu, gpu, usable
 from train.classes import class_size
 from train.outofmemory import OutOfMemory
-from train.predict import Choice, Job, Planner, Prediction, tokens
+from train.predict import Planner, Prediction
 from train.shared import SHARED
+from train.workload import Choice, Job, tokens
 
 if TYPE_CHECKING:
     from train.configured import Configured

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import logging
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data.source import BadData
 from train import jobs, slurm, sweep
+from train.folder import near
 from train.masking import masked_text
 from train.shared import SHARED
 from train.stopping import Stopped, stopped_at_once
@@ -69,6 +71,8 @@ def no_setting(given: str, known: Iterable[str]) -> str:
         or [choice for choice in choices if choice.rpartition(".")[2] == name]
         or difflib.get_close_matches(key, [] if beside else choices, 2, cutoff=0.75)
     )
+    if not choices:
+        return f"{given} is not a setting; {group} has none" if group else f"{given} is not a setting; there are none"
     hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(beside.values() or choices)}"
     return f"{given} is not a setting; {hint}"
 
@@ -109,6 +113,17 @@ def accepted_names(target: Callable[..., Any]) -> list[str] | None:
     return None if takes_any else [parameter.name for parameter in parameters]
 
 
+@contextmanager
+def silent(name: str) -> Iterator[None]:
+    """Within this context the logger called `name` says nothing."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def made(group: str, given: Mapping[str, Any], ours: Sequence[str] = ()) -> Any:
     """The object that a group's `_target_` makes. What it refuses is raised as it said it.
 
@@ -119,7 +134,8 @@ def made(group: str, given: Mapping[str, Any], ours: Sequence[str] = ()) -> Any:
     if not isinstance(target, str) or not target:
         raise ValueError(f"{group}._target_={target!r} must be the name of a class or a function")
     try:
-        known = accepted_names(get_object(target))
+        with silent("hydra.utils"):  # which prints what is said here once more
+            known = accepted_names(get_object(target))
         if known is not None:
             settings = {key: value for key, value in given.items() if not key.startswith("_")}
             check_keys(group, settings, [name for name in known if name not in ours])
@@ -295,7 +311,9 @@ def command(task: Callable[[DictConfig], Any]) -> None:
         if is_first_process():
             print(str(stop) or Stopped(), file=sys.stderr, flush=True)
             for place in sweep.Begun.folders:
-                print(f"go on with the sweep: the same command with output_dir={place} resume=auto", file=sys.stderr)
+                print(
+                    f"go on with the sweep: the same command with output_dir={near(place)} resume=auto", file=sys.stderr
+                )
         sys.exit(getattr(stop, "code", Stopped().code))
     except Exception as error:
         known = error if isinstance(error, USER_ERRORS) else no_plugin(error) or lost_jobs(error)

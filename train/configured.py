@@ -30,12 +30,13 @@ from train.command import checked, made
 from train.ema import check_one_average
 from train.hub import HubSettings
 from train.loss import Preservation
-from train.optim import build, check_installed, try_out
+from train.optim import build, check_installed, doubts, try_out
 from train.prior import PriorPreservation
 from train.processes import Processes, make_accelerator
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.sharding import check_memory, launched_to_shard
 from train.text_encoders import PromptEncoder
+from train.tracking import warn
 from train.validate import SampleSettings, ValidationSettings
 
 GROUPS = (
@@ -141,6 +142,9 @@ class Configured:
         parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
         check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
         try_out(self.make_optimizer, self.accelerator.device)
+        if self.accelerator.is_main_process:
+            for doubt in doubts(self.make_optimizer, self.schedule, self.settings.steps):
+                warn(doubt)
         if self.prior is not None:
             self.prior.beside(self.settings.batch_size)
         self.attention_backend()

@@ -32,6 +32,12 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def near(path: Path) -> Path:
+    """An absolute `path` as it is said: from the current folder, if it lies within."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def make_writable(folder: Path, key: str) -> None:
     """Make `folder` and try it out. Raises ValueError, naming `key`, if nothing can be written there."""
     probe = folder / f".probe-{os.getpid()}"

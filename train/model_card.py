@@ -20,6 +20,8 @@ from flux2.sources import looks_local
 from flux2.variants import Variant
 from train.masking import masked, masked_command, masked_text
 from train.recommend import percent, validations
+from train.relaunch import REPLACED
+from train.wording import many
 
 CARD, SHEET, BASE_SHEET = "README.md", "samples.png", "samples_base.png"
 LIBRARIES = ("torch", "peft", "diffusers")
@@ -114,7 +116,7 @@ def training(facts: Facts, run: Path) -> str:
     rows = {
         "base": f"{facts.variant.repo or facts.variant.name} ({facts.precision}){weights}",
         "pictures": f"{facts.samples}, at {config['buckets']['resolution']} px",
-        "steps": f"{config['steps']} of {facts.images} pictures",
+        "steps": f"{config['steps']} of {many(facts.images, 'picture')}",
         "adapter": f"`{settings(config['adapter'])}`",
         "optimizer": f"`{settings(config['optimizer'])}`",
         **({"average": f"`ema_decay={config['ema_decay']}`"} if config.get("ema_decay") else {}),
@@ -126,9 +128,11 @@ def training(facts: Facts, run: Path) -> str:
     }
     measured = validations(run)
     if measured:
-        held = "samples set aside" if config["validation"]["held_out"] else "training samples"
+        count = len(measured[-1].losses)
+        held = config["validation"]["held_out"]
+        on = f"{many(count, 'sample')} set aside" if held else many(count, "training sample")
         gain = percent(measured[-1].mean, measured[0].mean) if measured[0].step == 0 else ""
-        rows["validation loss"] = f"{measured[-1].mean:.4f} on {len(measured[-1].losses)} {held}" + (
+        rows["validation loss"] = f"{measured[-1].mean:.4f} on {on}" + (
             f", {gain} against the base" if gain and len(measured) > 1 else ""
         )
     return "\n".join(
@@ -200,7 +204,8 @@ def card(facts: Facts, run: Path) -> str:
     parts += ["## Training\n", training(facts, run), ""]
     if facts.overrides is not None:
         processes = f"--num_processes {facts.processes} " if facts.processes > 1 else ""
-        parts.append(f"```sh\naccelerate launch {processes}train/run.py {masked_command(facts.overrides)}\n```\n")
+        words = [word for word in facts.overrides if word.lstrip("+").partition("=")[0] not in REPLACED]
+        parts.append(f"```sh\naccelerate launch {processes}train/run.py {masked_command(words)}".rstrip() + "\n```\n")
     files = {
         f"{PEFT_FILE}`, `adapter_config.json": "PEFT, layers named as Black Forest Labs names them",
         DIFFUSERS_FILE: "for diffusers",

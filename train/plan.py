@@ -10,11 +10,14 @@ says how. It needs no weights, no network and no GPU, and changes nothing.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    if os.environ.get("RANK", "0") == "0":
+        print("loading libraries", file=sys.stderr, flush=True)
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -42,7 +45,9 @@ from train.choose import (
 )
 from train.command import checked, command
 from train.loss import is_number
-from train.predict import Choice, Planner, Prediction, trained
+from train.predict import Planner, Prediction
+from train.wording import many
+from train.workload import Choice, trained
 
 SMALL_CARD = 24  # GB
 
@@ -101,8 +106,7 @@ def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None
     seconds = prediction.seconds(on) if found is None else found * job.accumulation
     said = f"predicted for {on.name}" if found is None else f"measured on {name}, in benchmarks/results"
     flops = sum(prediction.work.flops.values()) / 1e12
-    what = "1 picture" if pictures == 1 else f"{pictures} pictures"
-    return f"A step of {what}: {seconds:.2f} s ({said}); {flops:.0f} TFLOP in products"
+    return f"A step of {many(pictures, 'picture')}: {seconds:.2f} s ({said}); {flops:.0f} TFLOP in products"
 
 
 def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
@@ -172,16 +176,20 @@ def main(config: DictConfig) -> None:
     now = planner.predict(now.choice)
     shape, count = planner.job.shape, sum(parameter.numel() for parameter in trained(planner.job.model))
     console.print(
-        f"{run.variant.name} in {planner.job.precision}: {shape.rows} pictures of {shape.image} tokens "
+        f"{run.variant.name} in {planner.job.precision}: {many(shape.rows, 'picture')} of {shape.image} tokens "
         f"with {shape.text} of text, {count:,} trained parameters"
         + (f"; of each of {processes} processes, the base being sharded" if processes > 1 else "")
     )
     console.print(phase_table(now, on_gpu))
     host = ", ".join(f"{part} {gigabytes(value)}" for part, value in now.host.items() if value)
     console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
-    console.print(describe(planner, now, on, name))
-    if card is not None and now.training > usable(card):
-        console.print(f"As set it does not fit {card:g} GB")
+    fits = card is None or now.training <= usable(card)
+    if not fits:
+        console.print(
+            f"As set it does not fit {card:g} GB: it takes {now.training / 1e9:.1f} GB, and {usable(card) / 1e9:.1f} "
+            "can be used"
+        )
+    console.print(f"{'' if fits else 'If it fitted: '}{describe(planner, now, on, name)}")
     if "prompts" in now.phases and now.total("prompts") > usable(card or SMALL_CARD):
         console.print(
             f"The text encoder takes {now.total('prompts') / 1e9:.1f} GB once, before training: less with "

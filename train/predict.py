@@ -1,28 +1,24 @@
 """What a run would hold in memory, phase by phase, and how long its steps would take: predicted, not measured.
 
-A `Job` is what of a configuration matters; a `Choice` is how the group `memory` could be set. `Planner` counts the
-job's blocks once (train/memory.py) and then adds up any choice in no time. A phase is what is in memory together: the
-encoders, one after the other, before training; then the step, and between steps the update, validation and samples.
+`Planner` counts the blocks of a job once (train/memory.py) and then adds up any choice of the group `memory` in no
+time; both are in train/workload.py. A phase is what is in memory together: the encoders, one after the other, before
+training; then the step, and between steps the update, validation and samples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-import torch
 from torch import nn
 
 from flux2.checkpointing import blocks_within, kept_bytes, set_policy
-from flux2.model import Transformer
 from flux2.nf4 import Nf4Linear
 from flux2.offload import streamed_blocks, streamed_tensors
 from flux2.precision import keep_layouts
 from flux2.ring import RING, slot_sizes
-from flux2.variants import PIXELS_PER_TOKEN, Variant
 from train.cards import Gpu
 from train.memory import (
     Cost,
@@ -36,125 +32,15 @@ from train.memory import (
     train_block,
     train_end,
 )
-from train.optim import MakeOptimizer, averages, optimizer_bytes
+from train.optim import averages, optimizer_bytes
 from train.text_memory import TEXT_SIZES, text_encoder_bytes
+from train.workload import Choice, Job, frozen, tokens, trained
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
 FELT = 0.1  # assumed: the share of copies that compute does not hide, or of compute that copies do not
 GATHERED = 3  # blocks: the one that runs, the next one as it arrives and as it is laid out (assumed)
 READ_AHEAD = 2.0e9  # cache entries that data.loader keeps, at most
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A way to set the group `memory`; from the top of `Planner.choices` down each takes less and is slower."""
-
-    checkpointing: str = "full"
-    budget_gb: float | None = None
-    stream_blocks: int | float = 0
-    offload_activations: bool = False
-    keep_both_layouts: bool = False
-
-    def settings(self) -> dict[str, Any]:
-        """By their keys, without those that are off."""
-        found: dict[str, Any] = {"checkpointing": self.checkpointing}
-        if self.checkpointing == "budget":
-            found["budget_gb"] = self.budget_gb
-        if self.stream_blocks:
-            found["stream_blocks"] = self.stream_blocks
-        if self.offload_activations:
-            found["offload_activations"] = True
-        if self.keep_both_layouts:
-            found["keep_both_layouts"] = True
-        return found
-
-    def __str__(self) -> str:
-        return " ".join(f"memory.{key}={str(value).lower()}" for key, value in self.settings().items())
-
-
-@dataclass(frozen=True)
-class Job:
-    """What of a configuration decides memory and time.
-
-    Attributes:
-        model: the transformer on the meta device, in its precision and with its adapter.
-        dtype: of what is not converted, and of activations.
-        storage: of the converted layers: fp8, nf4, or None.
-        optimizer: makes the optimizer from a list of parameters.
-        pixels: (width, height) of the largest training picture; references: those of each of its references.
-        sample_pixels: of the sample sheets' pictures, None if none are made; sample_references: of what one edits.
-        rows: pictures a micro-batch, those of preservation counted again.
-        held: of them, those of preservation, which the base predicts too.
-        averaged: whether a moving average of the adapter is kept.
-        class_rows: class pictures in a micro-batch of their own; class_pixels: (width, height) of those that the base
-            draws before training, None if it draws none.
-        validates: whether a validation loss is taken.
-        on_gpu: else everything is in host memory.
-        compiled: whether blocks are compiled; memory is counted as if they were not.
-        usual: whether precision and attention are set as they are where steps are measured, and nothing is preserved.
-        text_storage: of the text encoder's layers: nf4, int8, or None; text_here: whether it runs on this machine.
-        shares: of how many processes each holds a part of the base; 1 if it is not sharded.
-    """
-
-    variant: Variant
-    model: Transformer
-    dtype: torch.dtype
-    optimizer: MakeOptimizer
-    pixels: tuple[int, int]
-    references: Sequence[tuple[int, int]] = ()
-    sample_pixels: tuple[int, int] | None = None
-    sample_references: Sequence[tuple[int, int]] = ()
-    text_tokens: int = 512
-    rows: int = 1
-    held: int = 0
-    accumulation: int = 1
-    averaged: bool = False
-    class_rows: int = 0
-    class_pixels: tuple[int, int] | None = None
-    validates: bool = False
-    on_gpu: bool = True
-    storage: str | None = None
-    compiled: bool = False
-    usual: bool = True
-    text_sizes: Mapping[str, int] = field(default_factory=dict)
-    text_storage: str | None = None
-    text_here: bool = True
-    shares: int = 1
-
-    @property
-    def precision(self) -> str:
-        """As in `precision=...`."""
-        return self.storage or {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
-
-    @property
-    def autocast(self) -> bool:
-        return self.dtype == torch.bfloat16
-
-    @property
-    def shape(self) -> Shape:
-        predicted = tokens(self.pixels)
-        image = predicted + sum(tokens(reference) for reference in self.references)
-        return Shape(self.rows, image, self.text_tokens, predicted)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return [*self.model.double_blocks, *self.model.single_blocks]
-
-
-def tokens(pixels: tuple[int, int]) -> int:
-    return (pixels[0] // PIXELS_PER_TOKEN) * (pixels[1] // PIXELS_PER_TOKEN)
-
-
-def frozen(module: nn.Module) -> list[torch.Tensor]:
-    return [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
-
-
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-# ------------------------------------------------------------------ predictions
 
 
 @dataclass(frozen=True)
@@ -252,14 +138,15 @@ class Planner:
         return blocks_within(config, budget_gb, shape.rows * shape.tokens, self.job.dtype.itemsize)
 
     def budget_for(self, count: int) -> float:
-        """The `budget_gb` that is just enough for `count` of the last blocks."""
+        """The `budget_gb` that is enough for `count` of the last blocks and no more, with as few digits as can be."""
         job, config = self.job, self.job.model.config
         needed = 0
         for i in range(count):
             kind = "single" if i < config.single_blocks else "double"
             arguments = (job.shape.rows * job.shape.tokens, job.dtype.itemsize)
             needed += kept_bytes(config, kind, "none", *arguments) - kept_bytes(config, kind, "full", *arguments)
-        return math.ceil(needed / 1e5) / 1e4
+        rounded = (math.ceil(needed / 10 ** (9 - digits)) / 10**digits for digits in range(1, 4))
+        return next((budget for budget in rounded if self.kept_within(budget) == count), math.ceil(needed / 1e5) / 1e4)
 
     def inference(self, shape: Shape, autocast: bool) -> tuple[int, Work]:
         """Peak and work of one prediction without gradients."""

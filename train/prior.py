@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,23 +25,26 @@ from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from data.loader import Batch, Loader
 from data.pictures import Picture
 from data.sampler import derived_generator
 from data.samples import Sample, Source
 from flux2.autoencoder import Autoencoder
+from flux2.checks import MAX_GUIDANCE, MAX_PIXELS, MAX_STEPS
 from flux2.model import Transformer
 from flux2.pipeline import to_images
 from flux2.sampling import initial_noise, sample
-from flux2.variants import PIXELS_PER_TOKEN
+from flux2.variants import PIXELS_PER_TOKEN, TOKEN_CHANNELS
 from train.cache import Prepared
-from train.checks import is_count, is_number
+from train.checks import check_seed, is_count, is_number
 from train.command import own_errors
 from train.folder import make_writable
 from train.outofmemory import watched
+from train.progress import Count
+from train.wording import many
 
 MOST = 100_000  # class pictures that are drawn
 
@@ -82,12 +86,15 @@ class PriorPreservation:
             refuse("weight", "a positive number (preservation=none is without)")
         if not is_number(self.share, low=0, high=1) or self.share == 0:
             refuse("share", "a number above 0, up to 1")
-        if not is_count(self.seed) or self.seed >= 2**62:
-            refuse("seed", "a whole number from 0, below 2 ** 62")
+        check_seed("preservation.seed", self.seed)
         if not is_count(self.count, 1) or self.count > MOST:
             refuse("count", f"a whole number from 1 to {MOST}")
         if not isinstance(self.prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in self.prompts):
             refuse("prompts", "a list of texts")
+        if any(not prompt.strip() for prompt in self.prompts):
+            refuse("prompts", "texts with words in them: each names the class that is drawn")
+        if len({prompt.strip() for prompt in self.prompts}) < len(self.prompts):
+            refuse("prompts", "different texts: they are drawn in turn, each as often as the others")
         if self.dataset is not None and not isinstance(self.dataset, Mapping):
             refuse("dataset", "the settings of a dataset: +dataset@preservation.dataset=folder")
         if (self.dataset is None) == (not self.prompts):
@@ -102,10 +109,15 @@ class PriorPreservation:
             value = getattr(self, key)
             if value is not None and (not is_count(value, PIXELS_PER_TOKEN) or value % PIXELS_PER_TOKEN):
                 refuse(key, f"a multiple of {PIXELS_PER_TOKEN} pixels")
-        if self.steps is not None and not is_count(self.steps, 1):
-            refuse("steps", "a whole number from 1")
-        if self.guidance is not None and not is_number(self.guidance, low=0):
-            refuse("guidance", "a number from 0")
+        if (self.width or 1) * (self.height or 1) > MAX_PIXELS:
+            raise ValueError(
+                f"preservation.width={self.width} with preservation.height={self.height} must be at most 8192 x 8192 "
+                "pixels"
+            )
+        if self.steps is not None and (not is_count(self.steps, 1) or self.steps > MAX_STEPS):
+            refuse("steps", f"a whole number from 1 to {MAX_STEPS}")
+        if self.guidance is not None and not is_number(self.guidance, 0, MAX_GUIDANCE):
+            refuse("guidance", f"a number from 0 to {MAX_GUIDANCE:g}")
 
     def beside(self, samples: int) -> int:
         """How many class pictures are trained beside so many samples. Raises ValueError if it is no whole number."""
@@ -194,11 +206,21 @@ def latents_file(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.safetensors"
 
 
+def are_whole(file: Path, shape: tuple[int, ...]) -> bool:
+    """Whether there are latents of `shape` in `file`; if it is damaged they are made again."""
+    try:
+        return load_file(file)["latents"].shape == shape
+    except (OSError, SafetensorError, KeyError):
+        return False
+
+
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write a file of its own, which then takes the place of `file`."""
+    """Let `write` write a file of its own, which then takes the place of `file` once it is on the disk."""
     unfinished = file.with_name(f".{os.getpid()}.{file.name}")
     try:
         write(unfinished)
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -227,9 +249,9 @@ def draw(
     Raises ValueError for a folder that cannot be written.
     """
     own = folder / recipe.name
+    height, width = recipe.height // PIXELS_PER_TOKEN, recipe.width // PIXELS_PER_TOKEN
 
     def latents(index: int, model: Transformer) -> None:
-        height, width = recipe.height // PIXELS_PER_TOKEN, recipe.width // PIXELS_PER_TOKEN
         noise = initial_noise([recipe.seed + index], height, width)
         text, empty = (prepared.embeddings([prompt]).to(accelerator.device) for prompt in (recipe.prompt(index), ""))
         noise = noise.to(accelerator.device)
@@ -244,14 +266,15 @@ def draw(
         latents_file(own, index).unlink(missing_ok=True)
 
     undecoded = [index for index in range(count) if not picture_file(own, index).exists()]
-    undrawn = [index for index in undecoded if not latents_file(own, index).exists()]
+    shape = (TOKEN_CHANNELS, height, width)
+    undrawn = [index for index in undecoded if not are_whole(latents_file(own, index), shape)]
     accelerator.wait_for_everyone()  # all have looked before any draws
     if undecoded:
         with own_errors(accelerator.process_index):
             make_writable(own, "preservation.folder")
             write_whole(own / "recipe.json", partial(_write_text, json.dumps(asdict(recipe), indent=1)))
         kept = count - len(undecoded)
-        say(f"drawing {len(undecoded)} class pictures into {own}" + (f"; {kept} are there" if kept else ""))
+        say(f"drawing {many(len(undecoded), 'class picture')} into {own}" + (f"; {kept} there already" if kept else ""))
     _each(undrawn, transformer, latents, accelerator, "drawn", "samples")
     _each(undecoded, autoencoder, picture, accelerator, "decoded", "pictures")
     return Drawn(own, recipe, count)
@@ -273,11 +296,12 @@ def _each(
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
         doing = watched("while drawing class pictures", phase, accelerator.device)
-        bar = tqdm(mine, unit=f" {what}", disable=not accelerator.is_main_process, leave=False)
-        with own_errors(accelerator.process_index), doing, bar:
+        bar = Count(f"class pictures {what}", shown=accelerator.is_main_process)
+        with own_errors(accelerator.process_index), doing, closing(bar):
             model = load()
-            for index in bar:
+            for done, index in enumerate(mine, 1):
                 make(index, model)
+                bar.update(done, len(mine))
         del model
         gc.collect()
         if accelerator.device.type == "cuda":

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+SECONDS = 20.0  # between lines of `Count` where nobody watches
 WINDOW = 50  # steps that the speed is a mean over
 FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -92,12 +93,56 @@ class Progress:
         parts = []
         if self.seconds is not None:
             left = tqdm.format_interval((self.total - self.done) * self.seconds)
-            speed = (
-                f"{self.seconds:.2f} s/step" if self.seconds >= 0.1 else f"{1 / max(self.seconds, 1e-9):.0f} steps/s"
-            )
-            parts = [speed, f"{left} left"]
+            digits = 2 if self.seconds >= 0.1 else 4
+            parts = [f"{self.seconds:.{digits}f} s/step", f"{left} left"]
         return ", ".join([*parts, self._told] if self._told else parts)
 
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+class Count:
+    """Counts what is computed before training: a bar on a terminal, which goes when it is closed, and elsewhere a line
+    every `SECONDS`, and one at the end of what took as long.
+
+    Args:
+        what: is counted, as `pictures encoded`.
+        shown, stream, clock: as of `Progress`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        shown: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.what, self.shown, self.clock = what, shown, clock
+        self.stream = sys.stderr if stream is None else stream
+        self.is_bar = shown and self.stream.isatty()
+        self._bar: tqdm | None = None
+        self._began = self._said = clock()
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """So many of all are done; `note` goes along."""
+        if self.is_bar:
+            if self._bar is None:
+                self._bar = tqdm(total=total, unit=f" {self.what}", file=self.stream, dynamic_ncols=True, leave=False)
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now = self.clock()
+        ends = done == total and self._said > self._began
+        if self.shown and (ends or now - self._said >= SECONDS):
+            self._said, elapsed = now, now - self._began
+            left = "" if done == total else f", {tqdm.format_interval(elapsed * (total - done) / done)} left"
+            more = f", {note}" if note else ""
+            took = tqdm.format_interval(elapsed)
+            print(f"{self.what}: {done}/{total} [{took}{left}{more}]", file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()

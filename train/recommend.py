@@ -14,10 +14,12 @@ from statistics import fmean, stdev
 from train import resume
 from train.checkpoint import checkpoints, number
 from train.tracking import VALIDATION_FILE, read
+from train.wording import many
 
 # quantiles of Student's t for one, two, ... degrees of freedom; beyond, 1.96 + 2.5 / degrees is near enough
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 MOST_ROWS = 10
+FEW_SAMPLES, FEW_STEPS = 4, 3  # with fewer, what is lowest is hardly more than chance
 NEW = "validation.held_out=4 sets 4 samples aside (in a new run)"
 
 
@@ -91,25 +93,43 @@ def rows(chosen: Sequence[Validation], best: Validation, base: Validation | None
         against = f"  {percent(one.mean, base.mean)}" if base else ""
         found.append(f"  step {one.step:>6}  {one.mean:.4f}{against}{'  lowest' if one is best else ''}")
     if len(chosen) > len(shown):
-        found.append(f"  and {len(chosen) - len(shown)} checkpoints with a higher loss")
+        found.append(f"  and {many(len(chosen) - len(shown), 'checkpoint')} with a higher loss")
     return found
+
+
+def little(best: Validation, last: Validation, steps: int) -> str:
+    """What little the choice of `best` rests on, to be put behind `recommended`; empty where it rests on enough.
+
+    Args:
+        steps: how many were validated after the base.
+    """
+    few = [many(len(best.losses), "sample")] if len(best.losses) < FEW_SAMPLES else []
+    few += [many(steps, "validation")] if steps < FEW_STEPS else []
+    if few:
+        return f", on {' and '.join(few)} alone,"
+    found = difference(best, last)
+    return ", by less than the noise," if best is not last and found is not None and not found.is_clear else ""
 
 
 def compared(best: Validation, last: Validation, base: Validation | None) -> str:
     """Why `best`."""
-    samples = f"{len(best.losses)} samples" if len(best.losses) > 1 else "one sample"
+    count = len(best.losses)
+    samples = many(count, "sample")
+    chance = f"{samples} cannot say whether that is more than chance"
     if best is last:
         text = "the last one has the lowest validation loss"
         if base is not None:
             gain = difference(best, base)
-            sure = "" if gain is None else ", beyond" if gain.is_clear else ", within"
-            noise = "" if gain is None else f" what the choice of {samples} explains"
-            text += f", {percent(best.mean, base.mean)} against the base{sure}{noise}"
+            text += f", {percent(best.mean, base.mean)} against the base"
+            if gain is None or count < FEW_SAMPLES:
+                text += f" ({chance})"
+            else:
+                text += f", {'beyond' if gain.is_clear else 'within'} what the choice of {samples} explains"
         return f"{text}; training for longer may lower it further"
     lower = f"its validation loss is the lowest, {last.mean - best.mean:.2g} ({percent(best.mean, last.mean)})"
     found = difference(best, last)
-    if found is None:
-        return f"{lower} against the last one's; with one sample nobody can say whether that is more than chance"
+    if found is None or count < FEW_SAMPLES:
+        return f"{lower} below the last one's; {chance}, so let the sheets decide"
     span = f"{-found.high:.2g} to {-found.low:.2g} lower at 95 %, over {samples}"
     if found.is_clear:
         return f"{lower} below the last one's, and that is beyond the noise ({span})"
@@ -130,8 +150,8 @@ def recommend(folder: Path) -> Recommendation:
     base = measured[0] if measured[0].step == 0 else None
     held = bool(validation.get("held_out"))
     count, times = len(measured[-1].losses), len(validation.get("times") or ())
-    kind = "samples set aside" if held else "training samples"
-    lines = [f"validation loss, {count} {kind} at {times} times:"]
+    kind = f"{many(count, 'sample')} set aside" if held else many(count, "training sample")
+    lines = [f"validation loss, {kind} at {many(times, 'time')}:"]
     chosen = [one for one in measured if one.step in saved]
     trained = [one for one in measured if one.step > 0]
     lowest = min(trained, key=lambda one: one.mean, default=None)
@@ -164,7 +184,7 @@ def recommend(folder: Path) -> Recommendation:
         )
     if base is not None and best.mean >= base.mean:
         why += ". But the base's loss is lower: nothing was learned that these samples show"
-    lines.append(f"recommended {saved[best.step]}: {why}")
+    lines.append(f"recommended{little(best, chosen[-1], len(trained))} {saved[best.step]}: {why}")
     if not held:
         lines.append(
             f"  measured on training samples, it says little: it also falls where pictures are only remembered. {NEW}"

@@ -7,11 +7,14 @@ the next model.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    if os.environ.get("RANK", "0") == "0":
+        print("loading libraries", file=sys.stderr, flush=True)
 
 import shlex
 import time
@@ -40,7 +43,7 @@ from flux2.pipeline import (
 from flux2.precision import describe, pick
 from flux2.weights import load_autoencoder, load_transformer
 from train import folder, model_card, resume, sweep
-from train.cache import Needs, Prepared, prepare
+from train.cache import Needs, Prepared, gigabytes, prepare
 from train.choose import advice, choice_of, still_fits
 from train.classes import class_data, class_loader, drawn_classes, given_classes
 from train.command import command, own_errors
@@ -53,12 +56,13 @@ from train.optim import build
 from train.outofmemory import OutOfMemory, watched
 from train.processes import is_offline
 from train.recommend import closing_lines
-from train.sharding import attached, check_processes, sharder, shares
+from train.sharding import attached, check_processes, sharder, shares, whole_size
 from train.shared import SHARED, Base, free_memory
 from train.text_encoders import RemoteTextEncoder
 from train.tracking import Metrics, warn
 from train.trained_data import TrainedData
 from train.validate import FixedNoiseLoss, Sampler, chosen_samples
+from train.wording import many
 
 if TYPE_CHECKING:
     import peft
@@ -156,7 +160,8 @@ class Run(Configured):
         if self.prior is not None:
             source = drawn_classes(self, prepared) if given is None else given
             self.say(f"class pictures: {len(source)} of {source.where}")
-            self.classes = source, prepare(self.accelerator, replace(needs, samples=source, prompts=[]))
+            others = replace(needs, samples=source, prompts=[], table="Buckets of the class pictures")
+            self.classes = source, prepare(self.accelerator, others)
         return needs.samples, prepared
 
     def prepared(self) -> tuple[Source, Prepared]:
@@ -213,8 +218,8 @@ class Run(Configured):
         self.say(describe(transformer, self.precision, device))
         if sharded:
             self.say(
-                f"the base is sharded: of each process a share of {shares(transformer) / 1e9:.3g} GB, and of what runs "
-                "a block at a time"
+                f"the base is sharded: each of {self.shares} processes keeps {gigabytes(shares(transformer))} of its "
+                f"{gigabytes(whole_size(transformer))}, and gathers a block at a time to compute with it"
             )
         if self.settings.embedding_storage.startswith("projected"):
             transformer.txt_in = nn.Identity()  # it is applied in what is stored
@@ -299,7 +304,10 @@ class Run(Configured):
             self.stream(base)
         optimizer = build(self.make_optimizer, adapter_parameters(wrapped))
         trainable = sum(parameter.numel() for parameter in adapter_parameters(wrapped))
-        self.say(f"{len(trained)} samples, {trainable:,} trained parameters, {settings.steps} steps in {place.folder}")
+        self.say(
+            f"{many(len(trained), 'sample')}, {trainable:,} trained parameters, "
+            f"{many(settings.steps, 'step')} in {place.folder}"
+        )
         if place.checkpoint is not None:
             self.say(f"going on from {place.checkpoint}")
 
@@ -406,7 +414,8 @@ def train(run: Run) -> None:
         with own_errors(run.accelerator.process_index):
             raise ValueError(f"{error.what} {advice(run, error)} {error.saved}".strip()) from None
     if run.accelerator.is_main_process:
-        print(*closing_lines(adapter.parent), sep="\n")
+        if not sweep.is_sweep():  # which ends with those of its best job
+            print(*closing_lines(adapter.parent), sep="\n")
         if run.hub.push:
             print(push_or_say(adapter.parent, run.hub), flush=True)
     run.say(f"adapter   {adapter}")

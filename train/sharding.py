@@ -111,6 +111,13 @@ def shares(model: nn.Module) -> int:
     )
 
 
+def whole_size(model: nn.Module) -> int:
+    """Bytes of the base, of which each process holds a share."""
+    return sum(
+        parameter.numel() * parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad
+    )
+
+
 def attached(attach: Callable[..., T], *arguments: Any, **settings: Any) -> T:
     """`attach(...)` of an adapter to a sharded model.
 

@@ -31,8 +31,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from train import jobs, resume, sweep_page
-from train.folder import write_whole
+from train.folder import near, write_whole
 from train.jobs import Job, best_job, read_jobs, split_overrides
+from train.recommend import closing_lines
 from train.tracking import is_first_process, warn
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def is_sweep() -> bool:
 
 
 def folder_of_job() -> Path:
-    return Path(HydraConfig.get().runtime.output_dir)
+    """As the folder of any other run is said: from the current one, if it lies within."""
+    return near(Path(HydraConfig.get().runtime.output_dir))
 
 
 def check(run: Run) -> None:
@@ -210,7 +212,9 @@ def say(page: Path, found: Sequence[Job]) -> None:
     if best is not None and len(found) > 1:
         changed = " ".join(f"{key}={best.overrides[key]}" for key in keys if key in best.overrides)
         print(f"* lowest validation loss: {changed}")
-    print(f"table     {page}", flush=True)
+    if best is not None:
+        print(f"of job {best.number}:", *closing_lines(near(best.folder)), sep="\n")
+    print(f"table     {near(page)}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
+from train import resume
 from train.jobs import Job, best_job, split_overrides
 
-WIDEST = 800  # pixels of an embedded sheet; the whole one is behind its link
+WIDEST = 1060  # pixels of an embedded sheet, which is four pictures; the whole one is behind its link
+MOST_COLUMNS = 4
 QUALITY = 88
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #2a8a4a; --bad: #c43c3c }
 * { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.2rem; max-width: 90rem }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.2rem; max-width: 100rem }
 h1 { font-size: 1.4rem; margin: 0 }
 h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
 p { margin: .3rem 0 1rem }
@@ -33,10 +37,13 @@ tr.best td { background: color-mix(in srgb, var(--good) 14%, transparent) }
 .done { color: var(--good) }
 .failed, .lost { color: var(--bad) }
 .error { color: var(--bad); white-space: normal; overflow-wrap: anywhere }
-.sheets { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem }
+ol { columns: 20rem; margin: 0 0 1rem; padding-left: 1.6rem }
+.sheets { --gap: 1rem; display: grid; gap: var(--gap); margin-bottom: var(--gap); align-items: start }
+.sheets { --width: calc((100% - (var(--columns) - 1) * var(--gap)) / var(--columns)) }
+.sheets { grid-template-columns: repeat(auto-fill, minmax(max(var(--width), min(20rem, 100%)), 1fr)) }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; background: var(--soft) }
 figure.best { border-color: var(--good); outline: 1px solid var(--good) }
-figcaption { padding: .5rem .7rem }
+figcaption { padding: .5rem .7rem; min-height: calc(3em + 1rem) }
 figure img { display: block; width: 100%; height: auto; background: #fff }
 """
 
@@ -81,33 +88,66 @@ def table(found: Sequence[Job], keys: Sequence[str], best: Job | None) -> str:
     return f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
 
 
-def figure(file: Path, sweep: Path, caption: str, best: bool = False) -> str:
-    """A sheet with a caption, which is HTML; empty if the file cannot be read."""
-    data = picture(file)
-    if not data:
+def figure(file: Path | None, sweep: Path, caption: str, best: bool = False) -> str:
+    """A sheet with a caption, which is HTML; the caption alone if there is none, or the file cannot be read."""
+    shown = ""
+    if file is not None and (data := picture(file)):
+        link = file.relative_to(sweep).as_posix()
+        shown = f'<a href="{link}"><img src="{data}" alt="sample sheet"></a>'
+    return f"<figure{' class=best' if best else ''}><figcaption>{caption}</figcaption>{shown}</figure>"
+
+
+def in_rows(found: Sequence[Job], keys: Sequence[str]) -> tuple[list[Job], int]:
+    """The jobs in the order they are shown in, and how many stand in a row.
+
+    Of a grid those of a row differ in one key alone, the one of most values, so that a column is a value of it.
+    """
+    values = {key: list(dict.fromkeys(job.overrides.get(key) for job in found)) for key in keys}
+    across = max(keys, key=lambda key: (len(values[key]) <= MOST_COLUMNS, len(values[key])), default=None)
+    count = len(found)
+    is_grid = math.prod(len(found) for found in values.values()) == count
+    if across is None or not is_grid or len(values[across]) > MOST_COLUMNS:
+        return list(found), math.ceil(count / math.ceil(count / 3))
+    down = [key for key in keys if key != across]
+    order = [*down, across]
+    shown = sorted(found, key=lambda job: [values[key].index(job.overrides.get(key)) for key in order])
+    return shown, len(values[across])
+
+
+def prompts(found: Sequence[Job]) -> list[str]:
+    """Those of the sheets, if all jobs that say so have the same."""
+    known = []
+    for job in found:
+        with suppress(ValueError):  # of a job that has no configuration yet, or none that can be read
+            known.append((resume.configuration(job.folder).get("sample") or {}).get("prompts") or [])
+    return list(known[0]) if known and all(one == known[0] for one in known) else []
+
+
+def sheets(sweep: Path, found: Sequence[Job], keys: Sequence[str], best: Job | None) -> str:
+    """The newest sheet of every job, and before them the one of step 0 if it is the same for all; empty without any."""
+    if all(job.sheet is None for job in found):
         return ""
-    link = file.relative_to(sweep).as_posix()
-    return (
-        f"<figure{' class=best' if best else ''}><figcaption>{caption}</figcaption>"
-        f'<a href="{link}"><img src="{data}" alt="sample sheet"></a></figure>'
-    )
-
-
-def sheets(sweep: Path, found: Sequence[Job], keys: Sequence[str], best: Job | None) -> list[str]:
-    """The newest sheet of every job, and before them the one of step 0 if it is the same for all."""
-    figures = []
+    before, figures = "", []
     firsts = {job.first_sheet.read_bytes() for job in found if job.first_sheet is not None}
     if len(firsts) == 1:
         first = next(job.first_sheet for job in found if job.first_sheet is not None)
-        figures.append(figure(first, sweep, "before training<br>&nbsp;"))
-    for job in found:
-        if job.sheet is None or (job.sheet == job.first_sheet and len(firsts) == 1):
-            continue
+        before = figure(first, sweep, "before training")
+    shown, many = in_rows(found, keys)
+    for job in shown:
+        sheet = None if job.sheet == job.first_sheet and len(firsts) == 1 else job.sheet
         what = " ".join(f"{key}={job.overrides[key]}" for key in keys if key in job.overrides)
-        loss = "" if job.last is None else f"<br>validation loss {job.last:.4f}"
+        loss = "<br>" + (job.status if job.last is None else f"validation loss {job.last:.4f}")
         caption = f'<a href="{job.folder.name}/">job {job.number}</a> <code>{escape(what)}</code>{loss}'
-        figures.append(figure(job.sheet, sweep, caption, job is best))
-    return [text for text in figures if text]
+        figures.append(figure(sheet, sweep, caption, job is best))
+    said = prompts(found)
+    items = "".join(f"<li>{escape(prompt)}</li>" for prompt in said)
+    parts = ["<h2>Pictures</h2>", f"<p>In each sheet, row by row:</p><ol>{items}</ol>" if said else ""]
+    if before and len(figures) < 3:  # side by side with them
+        figures, before, many = [before, *figures], "", len(figures) + 1
+    for group in ([before] if before else [], figures):
+        if group:
+            parts.append(f'<div class="sheets" style="--columns: {many}">{"".join(group)}</div>')
+    return "".join(parts)
 
 
 def page(sweep: Path, found: Sequence[Job]) -> str:
@@ -126,8 +166,7 @@ def page(sweep: Path, found: Sequence[Job]) -> str:
     for job in found:
         if job.error:
             parts.append(f'<p class="error">job {job.number}: {escape(job.error)}</p>')
-    if figures := sheets(sweep, found, keys, best):
-        parts += ["<h2>Pictures</h2>", f'<div class="sheets">{"".join(figures)}</div>']
+    parts.append(sheets(sweep, found, keys, best))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

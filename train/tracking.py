@@ -117,6 +117,9 @@ class WandbTracker:
             "save_code": False,
             "init_timeout": INIT_SECONDS,
         }
+        for key in ("max_end_of_run_history_metrics", "max_end_of_run_summary_metrics"):
+            if key in wandb.Settings.model_fields:  # or it draws all numbers before the run says what it gave
+                settings[key] = 0
         if "finish_timeout" in wandb.Settings.model_fields:  # of newer ones; without it a dead network holds the end
             settings["finish_timeout"] = FINISH_SECONDS
         return wandb.init(

@@ -22,11 +22,12 @@ from data.loader import Batch
 from data.sampler import derived_generator
 from data.source import Sample
 from flux2.autoencoder import Autoencoder
+from flux2.checks import MAX_GUIDANCE, MAX_PIXELS, MAX_STEPS
 from flux2.model import Transformer
 from flux2.pipeline import render
 from flux2.variants import PIXELS_PER_TOKEN, Variant
 from train.cache import Prepared
-from train.checks import check_count, is_number
+from train.checks import check_count, check_seed, is_number
 from train.loss import Noised, flow_loss, noise_at
 
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
@@ -58,7 +59,7 @@ class ValidationSettings:
     def __post_init__(self) -> None:
         check_count("validation.held_out", self.held_out)
         check_count("validation.samples", self.samples)
-        check_count("validation.seed", self.seed)
+        check_seed("validation.seed", self.seed)
         times = self.times if isinstance(self.times, list | tuple) else []
         if not times or not all(is_number(time, 0, 1) for time in times) or len({f"{t:g}" for t in times}) < len(times):
             raise ValueError(f"validation.times={self.times!r} must be a list of different numbers from 0 to 1")
@@ -195,15 +196,19 @@ class SampleSettings:
                     f"sample.references={self.references!r} has {len(self.references)} lists for "
                     f"{len(self.prompts)} sample.prompts: give one for each, which may be empty"
                 )
-        check_count("sample.seed", self.seed)
+        check_seed("sample.seed", self.seed)
         for key in ("width", "height"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or value < 16 or value % PIXELS_PER_TOKEN):
                 raise ValueError(f"sample.{key}={value!r} must be a multiple of {PIXELS_PER_TOKEN} pixels")
+        if (self.width or 1) * (self.height or 1) > MAX_PIXELS:
+            raise ValueError(
+                f"sample.width={self.width} x sample.height={self.height} must be at most 8192 x 8192 pixels"
+            )
         if self.steps is not None:
-            check_count("sample.steps", self.steps, 1)
-        if self.guidance is not None and not is_number(self.guidance, low=0):
-            raise ValueError(f"sample.guidance={self.guidance!r} must be a number from 0")
+            check_count("sample.steps", self.steps, 1, MAX_STEPS)
+        if self.guidance is not None and not is_number(self.guidance, 0, MAX_GUIDANCE):
+            raise ValueError(f"sample.guidance={self.guidance!r} must be a number from 0 to {MAX_GUIDANCE:g}")
 
     @property
     def edits(self) -> list[list[str]]:

@@ -1,0 +1,204 @@
+"""How the loop ends before its time: requests to stop, errors, and what is left to go on from."""
+
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from train_helpers import (
+    ask_to_stop,
+    lines,
+    values,
+)
+
+from flux2 import adapters
+from train import stopping
+from train.checkpoint import checkpoints
+from train.guard import TrainingError
+from train.stopping import SIGNALS, Interrupted, stop_requests
+from train.tracking import NoTracker
+from train.validate import Sampler
+
+pytest_plugins = ("train_helpers",)
+
+
+# ------------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_stop_request_saves_the_step_and_leaves_the_handlers_as_they_were(train, at_step, number, tmp_path):
+    before = [signal.getsignal(name) for name in SIGNALS]
+    at_step(1, ask_to_stop(number))
+    with pytest.raises(Interrupted, match=f"stopped by {signal.Signals(number).name} after step 2"):
+        train("run")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_000002"]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert [signal.getsignal(name) for name in SIGNALS] == before
+
+
+def test_the_first_stop_request_is_answered_on_the_error_stream_by_the_first_process(capfd, monkeypatch):
+    for rank, said in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with stop_requests():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.count("stopping after this step; a second signal stops at once") == said
+
+
+def test_a_hang_up_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_stopped_at_once_the_last_checkpoint_is_named(train, at_step, tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    at_step(3, interrupt)
+    with pytest.raises(Interrupted, match=r"without saving; the last checkpoint is .*step_000002; .*resume=.*run$"):
+        train("run", "checkpoint_every=2")
+    at_step(0, interrupt)
+    with pytest.raises(Interrupted, match=r"without saving; no checkpoint was saved yet"):
+        train("other")
+
+
+# ------------------------------------------------------------------ failing
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [ValueError("cache entry gone"), OSError("unplugged"), ZeroDivisionError("ours")])
+def test_an_error_in_mid_training_saves_the_last_whole_step_and_says_where(train, at_step, tmp_path, error):
+    plain = train("plain")
+    at_step(3, failing(error))
+    with pytest.raises(type(error), match=str(error)) as raised:
+        train("run")
+    note = f"The state after step 3 is saved in {tmp_path / 'run' / 'checkpoints' / 'step_000003'}; go on with resume="
+    assert note in raised.value.__notes__[0]
+    assert lines(train("run", "resume=auto")) == lines(plain)
+
+
+def test_an_error_in_the_middle_of_an_update_saves_nothing_that_is_half_done(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing(RuntimeError("ours")))
+    monkeypatch.setattr("train.configured.try_out", lambda *arguments: None)
+    with pytest.raises(RuntimeError) as raised:
+        train("run")
+    assert raised.value.__notes__ == ["No checkpoint was saved yet"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_sheet_that_fails_is_a_warning(train, monkeypatch, capfd):
+    monkeypatch.setattr(Sampler, "sheet", failing(OSError("disk full")))
+    settings = ["sample_every=2", "sample.prompts=[a fox]", "sample.steps=1"]
+    assert (train("run", *settings) / "adapter").exists()
+    said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 3
+    assert "the sheet of pictures after step 2 failed (OSError: disk full); training goes on" in said[1]
+
+
+def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):
+    monkeypatch.setattr(NoTracker, "log", failing(ConnectionError("no network")))
+    assert len(values(train("run"))) == 4
+    said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1
+    assert "the tracker failed (log: ConnectionError: no network); training goes on without it" in said[0]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_next_is_tried(train, monkeypatch, capfd):
+    save = torch.save
+    calls = []
+
+    def once(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no room")
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", once)
+    run = train("run", "checkpoint_every=1")
+    assert [path.name for path in checkpoints(run)] == ["step_000002", "step_000003", "step_000004"]
+    assert "step_000001 could not be written (no room)" in capfd.readouterr().err
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_an_adapter_that_cannot_be_written_leaves_a_state_to_go_on_from(train, monkeypatch, tmp_path):
+    save = adapters.save
+    folder = tmp_path / "run" / "adapter"
+
+    def full(wrapped, place, **about):
+        if place == folder:
+            raise OSError("disk full")
+        save(wrapped, place, **about)
+
+    monkeypatch.setattr(adapters, "save", full)
+    for settings in ([], ["checkpoint_every=4", "resume=auto"]):
+        with pytest.raises(TrainingError, match=r"all 4 steps are done, but .*\(disk full\)\. .*step_000004") as raised:
+            train("run", *settings)
+        assert f"resume={tmp_path / 'run'}" in str(raised.value)
+    monkeypatch.undo()
+
+
+def test_what_cannot_be_saved_says_what_is_still_there(train, monkeypatch, at_step, tmp_path):
+    def full():
+        monkeypatch.setattr(torch, "save", failing(OSError("disk full")))
+        raise ValueError("cache entry gone")
+
+    at_step(3, full)
+    with pytest.raises(ValueError, match="cache entry gone") as raised:
+        train("run", "checkpoint_every=2")
+    (note,) = raised.value.__notes__
+    assert "The state after step 3 could not be saved" in note
+    assert "The last checkpoint is" in note
+    assert "step_000002" in note
+
+
+def test_a_stop_request_at_the_last_step_lets_the_run_end(train, at_step):
+    at_step(3, ask_to_stop())
+    assert (train("run") / "adapter").exists()
+
+
+def test_the_tracker_is_finished_however_a_run_ends(train, at_step, monkeypatch):
+    finished = []
+    monkeypatch.setattr(NoTracker, "finish", lambda self: finished.append("finished"))
+    train("whole", "steps=1")
+    at_step(0, ask_to_stop())
+    with pytest.raises(Interrupted):
+        train("stopped")
+    with pytest.raises(TrainingError):
+        train("failed", "optimizer.lr=1e30", "max_bad_steps=1")
+    assert finished == ["finished"] * 3
+
+
+def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with stop_requests() as stop:
+            signal.raise_signal(signal.SIGINT)
+            clock.now = 0.2
+            signal.raise_signal(signal.SIGTERM)
+            assert (stop.number, stop.at) == (signal.SIGINT, 0.0)
+            clock.now = 0.4
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_rate_far_too_high_ends_in_that_error_and_not_in_a_ruined_adapter(train, tmp_path):
+    with pytest.raises(TrainingError, match="not finite"):
+        train("run", "optimizer.lr=1e30")
+    assert checkpoints(tmp_path / "run") == []
+    assert not (tmp_path / "run" / "adapter").exists()
