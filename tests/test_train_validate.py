@@ -323,3 +323,19 @@ def test_captions_are_broken_at_spaces_and_cut_with_dots():
     assert font.getlength(cut[1]) <= 120
     assert wrap("short", font, 120, 3) == "short"
     assert wrap("oneverylongwordthatdoesnotfit", font, 50, 3) == "oneverylongwordthatdoesnotfit"
+
+
+@pytest.mark.parametrize("key", ["width", "height"])
+def test_a_size_of_a_sheets_pictures_that_no_machine_has_room_for_is_refused(key):
+    with pytest.raises(ValueError, match=rf"sample\.{key}=1000000 must be a multiple of 16 pixels up to 8192"):
+        SampleSettings(**{key: 1_000_000})
+    SampleSettings(**{key: 8192})
+
+
+def test_the_best_checkpoints_are_not_kept_by_a_loss_that_is_not_measured(small):
+    given = small("keep_last=1", "keep_best=1", "checkpoint_every=2", "validate_every=2", "validation.samples=0")
+    with pytest.raises(
+        ValueError, match=r"keep_best=1 goes by the validation loss, which validation\.samples=0 does not"
+    ):
+        Run(compose(*given))
+    Run(compose(*given, "validation.held_out=1"))

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import logging
 import os
 import re
 import sys
@@ -34,10 +35,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data.source import BadData
 from train import jobs, slurm, sweep
-from train.masking import masked_text
+from train.masking import masked_settings, masked_text
 from train.shared import SHARED
 from train.stopping import Stopped, stopped_at_once
 from train.tracking import is_first_process, warn
+
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises, which is said here in a line
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf"
 SECRET = re.compile(r"token|secret|passw|api.?key|auth|header|bearer|credential", re.IGNORECASE)
@@ -240,18 +243,19 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
         config.resume = "auto"
     if is_first_process():
         print(f"job {this.job.num}: {' '.join(overrides)}", flush=True)
+    sweep.mask_command_line(Path(this.sweep.dir))
     note(overrides=overrides, steps=config.steps, status=jobs.RUNNING, error="")
     try:
         with slurm.within_time_limit(folder):
             result = task(config)
     except KeyboardInterrupt as stop:
-        note(status="stopped", error=str(stop))
+        note(status="stopped", error=masked_settings(str(stop)))
         if not slurm.is_submitted():
             raise
         print(stop, file=sys.stderr)
         return None  # whoever submitted this waits for a result
     except Exception as error:
-        note(status="failed", error=explain(error, sys.argv[1:]))
+        note(status="failed", error=masked_settings(explain(error, sys.argv[1:])))
         report(error, f"job {this.job.num} ({','.join(sorted(overrides))}): ")
         if isinstance(error, sweep.EndsSweep):
             sys.exit(2)
@@ -277,7 +281,7 @@ def command(task: Callable[[DictConfig], Any]) -> None:
         if not isinstance(error, USER_ERRORS):
             traceback.print_exception(error)
         if is_first_process() or getattr(error, "__notes__", None):  # a mistake in the settings is the same in all
-            print(f"error: {where}{explain(error, sys.argv[1:])}", file=sys.stderr)
+            print(f"error: {masked_settings(where + explain(error, sys.argv[1:]))}", file=sys.stderr)
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:

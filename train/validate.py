@@ -29,6 +29,7 @@ from train.cache import Prepared
 from train.checks import check_count, is_number
 from train.loss import Noised, flow_loss, noise_at
 
+WIDEST = 8192  # pixels of a picture on a sheet
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
 
 Share = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -198,8 +199,11 @@ class SampleSettings:
         check_count("sample.seed", self.seed)
         for key in ("width", "height"):
             value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or value < 16 or value % PIXELS_PER_TOKEN):
-                raise ValueError(f"sample.{key}={value!r} must be a multiple of {PIXELS_PER_TOKEN} pixels")
+            good = isinstance(value, int) and PIXELS_PER_TOKEN <= value <= WIDEST and not value % PIXELS_PER_TOKEN
+            if value is not None and not good:
+                raise ValueError(
+                    f"sample.{key}={value!r} must be a multiple of {PIXELS_PER_TOKEN} pixels up to {WIDEST}"
+                )
         if self.steps is not None:
             check_count("sample.steps", self.steps, 1)
         if self.guidance is not None and not is_number(self.guidance, low=0):
