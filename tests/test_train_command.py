@@ -330,6 +330,21 @@ def test_nothing_that_a_sweep_writes_has_a_secret_of_its_command_line(run_comman
     assert "swordfish" not in err
 
 
+def test_a_sweep_that_is_started_again_without_resume_leaves_what_is_done_as_done(run_command, tmp_path):
+    given = ["-m", "steps=1,2", f"output_dir={tmp_path}"]
+    assert run_command(*given, task=lambda config: None)[0] == 0
+
+    def refuse(config):
+        raise ValueError("it already holds a run")
+
+    code, _, err = run_command(*given, task=refuse)
+    assert code == 2
+    assert "it already holds a run" in err
+    assert json.loads((tmp_path / "0" / "job.json").read_text())["status"] == "done"
+    assert run_command(*given, "resume=auto", task=refuse)[0] == 2
+    assert json.loads((tmp_path / "0" / "job.json").read_text())["status"] == "failed"
+
+
 def test_a_multirun_yaml_that_cannot_be_masked_is_removed(tmp_path):
     (tmp_path / "multirun.yaml").write_text("token: hidden: [")
     sweep.mask_command_line(tmp_path)

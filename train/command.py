@@ -244,6 +244,7 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
     if is_first_process():
         print(f"job {this.job.num}: {' '.join(overrides)}", flush=True)
     sweep.mask_command_line(Path(this.sweep.dir))
+    before = jobs.record(folder)
     note(overrides=overrides, steps=config.steps, status=jobs.RUNNING, error="")
     try:
         with slurm.within_time_limit(folder):
@@ -252,10 +253,13 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
         note(status="stopped", error=masked_settings(str(stop)))
         if not slurm.is_submitted():
             raise
-        print(stop, file=sys.stderr)
+        print(masked_settings(str(stop)), file=sys.stderr)
         return None  # whoever submitted this waits for a result
     except Exception as error:
-        note(status="failed", error=masked_settings(explain(error, sys.argv[1:])))
+        if before.get("status") == "done" and config.resume is None:
+            note(**before)  # a new run is refused there, and what the folder holds is as it was
+        else:
+            note(status="failed", error=masked_settings(explain(error, sys.argv[1:])))
         report(error, f"job {this.job.num} ({','.join(sorted(overrides))}): ")
         if isinstance(error, sweep.EndsSweep):
             sys.exit(2)
@@ -297,7 +301,7 @@ def command(task: Callable[[DictConfig], Any]) -> None:
             hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
     except KeyboardInterrupt as stop:
         if is_first_process():
-            print(str(stop) or Stopped(), file=sys.stderr, flush=True)
+            print(masked_settings(str(stop)) or Stopped(), file=sys.stderr, flush=True)
             for place in sweep.Begun.folders:
                 print(f"go on with the sweep: the same command with output_dir={place} resume=auto", file=sys.stderr)
         sys.exit(getattr(stop, "code", Stopped().code))

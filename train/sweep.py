@@ -77,6 +77,11 @@ def check(run: Run) -> None:
             f"hydra/sweeper=optuna minimises the validation loss, and with {key} there is none: give it a number above "
             "0; validation.held_out=8 measures it on samples set aside"
         )
+    sweeper = HydraConfig.get().sweeper
+    if "optuna" in sweeper._target_ and "maximize" in str(sweeper.get("direction")):
+        raise EndsSweep(
+            "hydra.sweeper.direction=maximize would look for the highest validation loss: leave it out, or minimize"
+        )
     mine = list(HydraConfig.get().overrides.task)
     first: list[Any] = [mine]
     broadcast_object_list(first)
