@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
+from train import sweep
 from train.command import check_keys, checked, explain, known_settings, made, no_setting, own_errors
 from train.stopping import SIGNALS, Interrupted
 
@@ -314,6 +315,54 @@ def test_a_sweep_keeps_no_secret(run_command, tmp_path):
     assert "hidden" not in json.dumps(record)
     assert "hidden" not in "".join(line for line in out.splitlines() if line.startswith("job "))
     assert record["status"] == "done"
+
+
+def test_nothing_that_a_sweep_writes_has_a_secret_of_its_command_line(run_command, tmp_path):
+    """Not Hydra's multirun.yaml, which has all of it, nor what a job that fails or is stopped says."""
+
+    def task(config):
+        if config.steps == 1:
+            raise ValueError(f"text_encoder.token={config.text_encoder.token!r} at {config.model.path} is refused")
+        raise Interrupted(f"saved; go on with python train/run.py +text_encoder.token={config.text_encoder.token}")
+
+    place = "model.path=https://jane:swordfish@host/x"
+    given = ["-m", "+text_encoder.token=swordfish", place, "steps=1,2", f"output_dir={tmp_path}"]
+    _, _, err = run_command(*given, task=task)
+    written = {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert [name for name, text in written.items() if "swordfish" in text] == []
+    assert f"output_dir={tmp_path}" in written["multirun.yaml"]
+    assert "+text_encoder.token=***" in written["multirun.yaml"]
+    assert "is refused" in written["sweep.html"]
+    assert "swordfish" not in err
+
+
+def test_a_sweep_that_is_started_again_without_resume_leaves_what_is_done_as_done(run_command, tmp_path):
+    given = ["-m", "steps=1,2", f"output_dir={tmp_path}"]
+    assert run_command(*given, task=lambda config: None)[0] == 0
+
+    def refuse(config):
+        raise ValueError("it already holds a run")
+
+    code, _, err = run_command(*given, task=refuse)
+    assert code == 2
+    assert "it already holds a run" in err
+    assert json.loads((tmp_path / "0" / "job.json").read_text())["status"] == "done"
+    assert run_command(*given, "resume=auto", task=refuse)[0] == 2
+    assert json.loads((tmp_path / "0" / "job.json").read_text())["status"] == "failed"
+
+
+def test_a_multirun_yaml_that_cannot_be_masked_is_removed(tmp_path):
+    (tmp_path / "multirun.yaml").write_text("token: hidden: [")
+    sweep.mask_command_line(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydra_does_not_log_what_is_said_in_a_line(run_command):
+    code, out, err = run_command("optimizer._target_=torch.optim.Nope", "device=cpu")
+    assert code == 2
+    assert "Error getting" not in out + err
+    assert "Nope" in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_a_job_that_fails_through_a_mistake_of_ours_shows_where_and_the_others_go_on(run_command, tmp_path):

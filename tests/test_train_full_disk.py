@@ -3,10 +3,12 @@
 import os
 import resource
 import signal
+import tempfile
 
 import pytest
-from train_helpers import lines
+from train_helpers import adapter, lines, same_tensors
 
+from flux2 import adapters
 from train.checkpoint import check, checkpoints
 
 pytest_plugins = ("train_helpers",)
@@ -48,3 +50,23 @@ def test_a_folder_that_became_read_only_is_a_warning_and_the_checkpoint_before_s
     folder.chmod(0o700)
     assert "step_000004 could not be written" in capfd.readouterr().err
     assert [path.name for path in checkpoints(run)] == ["step_000002"]
+
+
+def test_an_adapter_that_has_no_room_at_all_in_its_folder_is_kept_among_the_temporary_files(
+    train, monkeypatch, tmp_path, capfd
+):
+    whole, cut = train("whole"), tmp_path / "cut"
+    save, temporary = adapters.save, tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def full_there(wrapped, folder, **about):
+        if cut in folder.parents:
+            raise OSError(28, "No space left on device")
+        save(wrapped, folder, **about)
+
+    monkeypatch.setattr(adapters, "save", full_there)
+    with pytest.raises(ValueError, match=r"cannot be written .* It is kept in .*: move it to a safe place\. Make room"):
+        train("cut", "checkpoint_every=4")
+    (kept,) = temporary.glob("flux2-lora-*")
+    assert same_tensors(adapter(kept), adapter(whole))

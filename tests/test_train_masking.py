@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 from train_helpers import compose
 
-from train.masking import MASK, is_secret, masked, masked_command, masked_text
+from train.masking import MASK, is_secret, masked, masked_command, masked_settings, masked_text
 
 HUB = "hf_" + "aB3" * 11 + "x"
 KEY = "0123456789abcdef" * 2 + "01234567"  # as wandb's: what a commit looks like too
@@ -127,3 +127,17 @@ def test_a_command_line_is_shown_without_secrets_and_home(monkeypatch, tmp_path)
     assert "'sample.prompts=[a cup]'" in shown
     assert "hub={push: true, token: ***}" in shown
     assert str(tmp_path) not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("+text_encoder.token=abcdef1 steps=3", "+text_encoder.token=*** steps=3"),
+        ("hub.api_key='a b', name=x", "hub.api_key=***, name=x"),
+        ("text_encoder.url=http://jane:pw@host/x", "text_encoder.url=http://***@host/x"),
+        ("the token may only read: run `hf auth login`", "the token may only read: run `hf auth login`"),
+    ],
+)
+def test_of_settings_in_a_text_no_secret_is_shown(text, shown):
+    assert masked_settings(text) == shown
+    assert masked_settings(shown) == shown

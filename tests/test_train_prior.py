@@ -304,6 +304,19 @@ def test_training_with_drawn_pictures_trains_them(train, drawn):
     assert values(folder, "prior_loss")[0] > 0
 
 
+def test_a_drawn_picture_that_is_damaged_is_named_and_drawn_again_once_it_is_deleted(tmp_path):
+    recipe = Recipe("model", "fp32", ("a red cup",), 0, 32, 32, 2, 1.0)
+    files = [train.prior.picture_file(tmp_path, index) for index in range(2)]
+    for file in files:
+        Image.new("RGB", (32, 32)).save(file)
+    files[1].write_bytes(b"")
+    with pytest.raises(ValueError, match=r"(?s)1 class pictures in .*00001\.png.* are drawn again"):
+        train.prior.Drawn(tmp_path, recipe, 2)
+    files[1].unlink()
+    Image.new("RGB", (32, 32)).save(files[1])
+    assert len(train.prior.Drawn(tmp_path, recipe, 2)) == 2
+
+
 def test_everything_that_a_picture_depends_on_is_in_the_name_of_its_folder():
     recipe = Recipe("model", "fp32", ("a", "b"), 0, 64, 48, 4, 2.0)
     others = [

@@ -9,7 +9,7 @@ from checkpoint_helpers import ANEW, CONFIG, IMAGES, changed, damage, look, make
 
 from train import checkpoint
 from train.folder import InUse, Lock
-from train.resume import Place
+from train.resume import PLACES, Place
 
 # ------------------------------------------------------------------ where a run goes on
 
@@ -89,13 +89,13 @@ def test_a_run_that_was_killed_before_its_adapter_was_written_is_finished_off(tm
 
 def test_one_error_lists_all_keys_that_differ(tmp_path):
     run = make_run(tmp_path / "run", 2)
-    config = changed(model={"name": "dev"}, adapter={"rank": 8}, dataset={"path": "other"}, seed=1)
+    config = changed(model={"name": "dev"}, adapter={"rank": 8}, dataset={"limit": 3}, seed=1)
     with pytest.raises(ValueError, match="another configuration") as error:
         look(str(run), tmp_path / "new", config)
     for difference in (
         "model.name='tiny' there, 'dev' here",
         "adapter.rank=4 there, 8 here",
-        "dataset.path='data/demo' there, 'other' here",
+        "dataset.limit=None there, 3 here",
         "seed=0 there, 1 here",
     ):
         assert difference in str(error.value)
@@ -345,3 +345,65 @@ def test_auto_that_starts_anew_says_which_key_of_the_newest_run_differs(tmp_path
     said.clear()
     assert look("auto", tmp_path / "3", say=said.append).folder == tmp_path / "0"
     assert said == []
+
+
+# ------------------------------------------------------------------ moved, renamed, written by hand
+
+
+def test_samples_may_be_at_another_place_for_a_run_that_is_named_and_not_for_one_that_is_looked_for(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    config = changed(dataset={"path": "/mnt/demo"})
+    assert look(str(run), tmp_path / "new", config) == Place(run, run / "checkpoints" / "step_000002")
+    assert look("auto", run, config, chosen=True).checkpoint == run / "checkpoints" / "step_000002"
+    said = []
+    assert look("auto", tmp_path / "new", config, say=said.append) == Place(tmp_path / "new")
+    assert "dataset.path='data/demo' there, '/mnt/demo' here" in said[0]
+
+
+@pytest.mark.parametrize(
+    "key", ["dataset.path", "dataset.sources.cats.path", "preservation.dataset.path", "preservation.folder"]
+)
+def test_places_of_samples_are_those_settings(key):
+    assert PLACES.fullmatch(key)
+    assert not PLACES.fullmatch(f"{key}s")
+    assert not PLACES.fullmatch(f"model.{key}")
+
+
+def test_a_checkpoint_that_was_renamed_is_not_taken_for_that_of_another_step(tmp_path):
+    run = make_run(tmp_path / "run", 2, 4)
+    (run / "checkpoints" / "step_000004").rename(run / "checkpoints" / "step_000009")
+    said = []
+    place = look(str(run), tmp_path / "new", say=said.append)
+    assert place.checkpoint == run / "checkpoints" / "step_000002"
+    assert "step_000009 is that of step 4, by state.json: name it step_000004, or delete" in said[0]
+
+
+def test_a_checkpoint_that_was_taken_out_of_its_run_may_have_any_name(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    place = (run / "checkpoints" / "step_000002").rename(tmp_path / "best")
+    assert checkpoint.state(place)["step"] == 2
+
+
+@pytest.mark.parametrize("files", [None, ["optimizer.pt"], {"optimizer.pt": None}, {"optimizer.pt": {"size": 3}}])
+def test_a_state_whose_files_are_no_listing_is_skipped(tmp_path, files):
+    run = make_run(tmp_path / "run", 2, 4)
+    file = run / "checkpoints" / "step_000004" / "state.json"
+    about = {**json.loads(file.read_text()), "files": files}
+    about.pop("checksum")
+    file.write_text(json.dumps({**about, "checksum": checkpoint.checksum_of(about)}))
+    said = []
+    assert look(str(run), tmp_path / "new", say=said.append).step == 2
+    assert "does not list size and checksum of each file" in said[0]
+
+
+def test_a_state_that_nests_too_deep_is_one_that_cannot_be_read(tmp_path):
+    run = make_run(tmp_path / "run", 2, 4)
+    (run / "checkpoints" / "step_000004" / "state.json").write_text("[" * 100_000)
+    assert look(str(run), tmp_path / "new", say=lambda text: None).step == 2
+
+
+def test_a_configuration_that_cannot_be_read_has_copies(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    (run / "config.yaml").write_text("steps: [")
+    with pytest.raises(ValueError, match=r"each whole checkpoint has a copy of it, checkpoints/step_\*/config\.yaml"):
+        look(str(run), tmp_path / "new")

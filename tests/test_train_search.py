@@ -253,3 +253,10 @@ def test_a_job_that_submitit_runs_gives_no_value_when_it_is_stopped(run_command,
     assert code == 2
     assert err.count("stopped after step 3, saved") == 2  # both were run
     assert [job.status for job in jobs.read_jobs(Path(tmp_path))] == ["stopped"] * 2
+
+
+def test_a_search_for_the_highest_loss_is_refused(run_command, tmp_path):
+    given = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=2"]
+    code, _, err = run_command(*given, "adapter.rank=choice(2,4)", "device=cpu", f"output_dir={tmp_path}")
+    assert code == 2
+    assert err.count("hydra.sweeper.direction=maximize would look for the highest validation loss") == 1

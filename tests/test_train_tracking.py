@@ -80,6 +80,25 @@ def test_numbers_that_cannot_be_written_are_a_warning(tmp_path, capfd):
     assert tracker.events == [("log", 1, {"loss": 0.5})]
 
 
+def test_numbers_that_could_not_be_written_are_kept_until_they_can_be_and_said_once(tmp_path, capfd):
+    metrics = Metrics(tmp_path, NoTracker())
+    (tmp_path / "metrics.jsonl").mkdir()
+    metrics.log(1, loss=0.5)
+    metrics.log(2, loss=0.25)
+    assert capfd.readouterr().err.count("warning:") == 1
+    (tmp_path / "metrics.jsonl").rmdir()
+    metrics.log(3, loss=0.125)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "validation.jsonl"])
+def test_a_folder_in_the_place_of_the_numbers_is_named_with_a_remedy(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").touch()
+    with pytest.raises(ValueError, match=rf"{name}, for the numbers of this run, cannot be written .*move away"):
+        Metrics(tmp_path, NoTracker()).start("run", {}, 2)
+
+
 def test_a_process_that_starts_nothing_finishes_nothing(tmp_path):
     metrics = Metrics(tmp_path, tracker := Remembering())
     metrics.close()

@@ -205,7 +205,6 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
         ({"seed": -1}, r"sample\.seed=-1 must be"),
         ({"seed": 2**64}, r"sample\.seed=18446744073709551616 must be .* below 2 \*\* 63"),
         ({"seed": False}, r"sample\.seed=False must be"),
-        ({"width": 1 << 20, "height": 1 << 20}, r"sample\.width=1048576 .* must be at most 8192 x 8192 pixels"),
         ({"steps": 10**6}, r"sample\.steps=1000000 must be a whole number from 1 to 10000"),
         ({"guidance": 1e9}, r"sample\.guidance=1000000000\.0 must be a number from 0 to 1000"),
         ({"width": 100}, r"sample\.width=100 must be a multiple of 16"),
@@ -331,3 +330,19 @@ def test_captions_are_broken_at_spaces_and_cut_with_dots():
     assert font.getlength(cut[1]) <= 120
     assert wrap("short", font, 120, 3) == "short"
     assert wrap("oneverylongwordthatdoesnotfit", font, 50, 3) == "oneverylongwordthatdoesnotfit"
+
+
+@pytest.mark.parametrize("key", ["width", "height"])
+def test_a_size_of_a_sheets_pictures_that_no_machine_has_room_for_is_refused(key):
+    with pytest.raises(ValueError, match=rf"sample\.{key}=1000000 must be a multiple of 16 pixels up to 8192"):
+        SampleSettings(**{key: 1_000_000})
+    SampleSettings(**{key: 8192})
+
+
+def test_the_best_checkpoints_are_not_kept_by_a_loss_that_is_not_measured(small):
+    given = small("keep_last=1", "keep_best=1", "checkpoint_every=2", "validate_every=2", "validation.samples=0")
+    with pytest.raises(
+        ValueError, match=r"keep_best=1 goes by the validation loss, which validation\.samples=0 does not"
+    ):
+        Run(compose(*given))
+    Run(compose(*given, "validation.held_out=1"))

@@ -29,6 +29,7 @@ from train.checks import check_count
 
 CONFIG_FILE = "config.yaml"  # of the run, a copy of which is in each of its checkpoints
 STATE_FILE = "state.json"
+NAME = r"step_\d+"  # of a checkpoint's folder
 REMEDY = "delete {} to go on from the one before"
 UNREADABLE = (OSError, RuntimeError, SafetensorError)
 NOT_WRITTEN = (OSError, RuntimeError, SafetensorError)  # a full disk, as each of the libraries says it
@@ -60,7 +61,7 @@ def number(checkpoint: Path) -> int:
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first; whether they can be read `check` tells."""
     found = [path for path in folder.glob("checkpoints/step_*") if (path / STATE_FILE).exists()]
-    return sorted((path for path in found if re.fullmatch(r"step_\d+", path.name, re.ASCII)), key=number)
+    return sorted((path for path in found if re.fullmatch(NAME, path.name, re.ASCII)), key=number)
 
 
 def state(checkpoint: Path) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def state(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / STATE_FILE
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error}): {REMEDY.format(checkpoint)}") from error
     counts = [found.get(key) for key in ("step", "images_per_step")] if isinstance(found, dict) else [None]
     if any(type(count) is not int or count < 0 for count in counts):
@@ -83,7 +84,22 @@ def state(checkpoint: Path) -> dict[str, Any]:
         )
     if found.pop("checksum", None) != checksum_of(found):
         raise ValueError(f"{file} is damaged (its checksum differs): {REMEDY.format(checkpoint)}")
+    if not is_listing(found["files"]):
+        raise ValueError(f"{file} does not list size and checksum of each file: {REMEDY.format(checkpoint)}")
+    if re.fullmatch(NAME, checkpoint.name, re.ASCII) and number(checkpoint) != found["step"]:
+        right = checkpoint.with_name(f"step_{found['step']:06d}")
+        raise ValueError(
+            f"{checkpoint} is that of step {found['step']}, by {STATE_FILE}: name it {right.name}, or "
+            f"{REMEDY.format(checkpoint)}"
+        )
     return found
+
+
+def is_listing(files: object) -> bool:
+    """Whether these are the files of a checkpoint, as `seal` lists them."""
+    return isinstance(files, dict) and all(
+        isinstance(about, dict) and {"size", "xxh3_128"} <= about.keys() for about in files.values()
+    )
 
 
 def check(checkpoint: Path) -> dict[str, Any]:

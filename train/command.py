@@ -36,10 +36,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from data.source import BadData
 from train import jobs, slurm, sweep
 from train.folder import near
-from train.masking import masked_text
+from train.masking import masked_settings, masked_text
 from train.shared import SHARED
 from train.stopping import Stopped, stopped_at_once
 from train.tracking import is_first_process, warn
+
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises, which is said here in a line
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf"
 SECRET = re.compile(r"token|secret|passw|api.?key|auth|header|bearer|credential", re.IGNORECASE)
@@ -256,18 +258,23 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
         config.resume = "auto"
     if is_first_process():
         print(f"job {this.job.num}: {' '.join(overrides)}", flush=True)
+    sweep.mask_command_line(Path(this.sweep.dir))
+    before = jobs.record(folder)
     note(overrides=overrides, steps=config.steps, status=jobs.RUNNING, error="")
     try:
         with slurm.within_time_limit(folder):
             result = task(config)
     except KeyboardInterrupt as stop:
-        note(status="stopped", error=str(stop))
+        note(status="stopped", error=masked_settings(str(stop)))
         if not slurm.is_submitted():
             raise
-        print(stop, file=sys.stderr)
+        print(masked_settings(str(stop)), file=sys.stderr)
         return None  # whoever submitted this waits for a result
     except Exception as error:
-        note(status="failed", error=explain(error, sys.argv[1:]))
+        if before.get("status") == "done" and config.resume is None:
+            note(**before)  # a new run is refused there, and what the folder holds is as it was
+        else:
+            note(status="failed", error=masked_settings(explain(error, sys.argv[1:])))
         report(error, f"job {this.job.num} ({','.join(sorted(overrides))}): ")
         if isinstance(error, sweep.EndsSweep):
             sys.exit(2)
@@ -293,7 +300,7 @@ def command(task: Callable[[DictConfig], Any]) -> None:
         if not isinstance(error, USER_ERRORS):
             traceback.print_exception(error)
         if is_first_process() or getattr(error, "__notes__", None):  # a mistake in the settings is the same in all
-            print(f"error: {where}{explain(error, sys.argv[1:])}", file=sys.stderr)
+            print(f"error: {masked_settings(where + explain(error, sys.argv[1:]))}", file=sys.stderr)
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:
@@ -309,7 +316,7 @@ def command(task: Callable[[DictConfig], Any]) -> None:
             hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
     except KeyboardInterrupt as stop:
         if is_first_process():
-            print(str(stop) or Stopped(), file=sys.stderr, flush=True)
+            print(masked_settings(str(stop)) or Stopped(), file=sys.stderr, flush=True)
             for place in sweep.Begun.folders:
                 print(
                     f"go on with the sweep: the same command with output_dir={near(place)} resume=auto", file=sys.stderr

@@ -80,6 +80,11 @@ class Configured:
         self.memory: MemorySettings = checked("memory", completed(self.given_memory), MemorySettings)
         chosen: PrecisionSettings = checked("precision", self.config["precision"], PrecisionSettings)
         self.validation: ValidationSettings = checked("validation", self.config["validation"], ValidationSettings)
+        if self.settings.keep_best and not (self.validation.held_out or self.validation.samples):
+            raise ValueError(
+                f"keep_best={self.settings.keep_best} goes by the validation loss, which validation.samples=0 does not "
+                "measure: give it a number above 0, or validation.held_out"
+            )
         self.sample: SampleSettings = checked("sample", self.config["sample"], SampleSettings)
         self.hub: HubSettings = checked("hub", self.config["hub"], HubSettings)
         self.buckets: Buckets = checked("buckets", self.config["buckets"], Buckets)

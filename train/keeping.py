@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -102,6 +103,16 @@ class Keeper:
         self.saved = done
         self.rotation.turn(place, warn)
 
+    def elsewhere(self) -> str:
+        """Write the adapter among the temporary files, where its own disk has no room for anything; says where."""
+        try:
+            place = Path(tempfile.mkdtemp(prefix="flux2-lora-"))
+            with self.swapped():
+                adapters.save(self.wrapped, place / "adapter", base=self.base, licence=self.licence)
+        except checkpoint.NOT_WRITTEN as error:
+            return f"Nor among the temporary files ({error}). "
+        return f"It is kept in {place / 'adapter'}: move it to a safe place. "
+
     def is_finite(self) -> bool:
         """Whether all numbers of the adapter are. Its last update may have ruined it, which no loss has shown yet."""
         return all(bool(torch.isfinite(one).all()) for one in adapters.adapter_parameters(self.wrapped))
@@ -169,9 +180,9 @@ class Keeper:
                 with self.swapped():
                     adapters.save(self.wrapped, folder, base=self.base, licence=self.licence)
             except checkpoint.NOT_WRITTEN as error:
-                raise TrainingError(
-                    f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error}). Make room "
-                    f"there first. {self.rescue(steps)}"
-                ) from error
+                said = f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error})."
+                rescued = self.rescue(steps)
+                kept = "" if self.saved == steps else self.elsewhere()
+                raise TrainingError(f"{said} {kept}Make room there first. {rescued}") from error
         self.accelerator.wait_for_everyone()
         return folder

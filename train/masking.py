@@ -55,6 +55,7 @@ FORMS = (
 )
 FORM = re.compile("|".join(FORMS))
 QUERY = re.compile(r"(?<=[?&])([\w.~-]+)=([^&\s#'\"]+)")
+SETTING = re.compile(r"(?<![\w.-])([\w.+~-]+)=(\"[^\"]*\"|'[^']*'|[^\s,}\])'\"]+)")
 ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]+)(\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s,}\])]+)")
 
 
@@ -82,6 +83,12 @@ def masked_text(text: str) -> str:
         text = text.replace(value, MASK)
     text = FORM.sub(MASK, text)
     return QUERY.sub(lambda found: f"{found[1]}={MASK}" if is_secret(found[1]) else found[0], text)
+
+
+def masked_settings(text: str) -> str:
+    """`masked_text`, and nothing shown of the value of a `key=value` whose key is that of a secret: a command line, or
+    a message that names settings."""
+    return masked_text(SETTING.sub(lambda found: f"{found[1]}={MASK}" if is_secret(found[1]) else found[0], text))
 
 
 def masked(value: Any, key: str = "") -> Any:

@@ -32,6 +32,7 @@ from data.loader import Batch, Loader
 from data.pictures import Picture
 from data.sampler import derived_generator
 from data.samples import Sample, Source
+from data.source import BadData
 from flux2.autoencoder import Autoencoder
 from flux2.checks import MAX_GUIDANCE, MAX_PIXELS, MAX_STEPS
 from flux2.model import Transformer
@@ -192,6 +193,14 @@ class Drawn(Source):
             Sample(Picture(str(file), partial(open_file, file)), (recipe.prompt(index),))
             for index, file in enumerate(files)
         )
+
+    def _check_bad(self, new: Sequence[object]) -> None:
+        if self.bad:
+            listed = "".join(f"\n  {bad}" for bad in self.bad)
+            raise BadData(
+                f"{len(self.bad)} class pictures in {self.where} cannot be used:{listed}\n"
+                "Delete these files, and they are drawn again"
+            )
 
 
 def open_file(file: Path) -> BinaryIO:

@@ -12,6 +12,8 @@ import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from train.masking import masked_settings
+
 REPLACED = ("resume", "output_dir", "allow_changed_data")  # by what is resumed; the last was for that time
 
 
@@ -25,7 +27,7 @@ def go_on(folder: Path) -> str:
 def command_line(folder: Path) -> str:
     """This process's own command line, with its launcher's where there is one, resuming the run in `folder`.
 
-    Of a sweep it is that of the job alone.
+    What is secret in it is `***`, to be filled in again. Of a sweep it is that of the job alone.
     """
     hydra = HydraConfig.get()
     sweep = hydra.mode == RunMode.MULTIRUN
@@ -33,7 +35,8 @@ def command_line(folder: Path) -> str:
     kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in REPLACED]
     start = launcher(sys.argv[0])
     on_cpu = len(start) > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    command = shlex.join([*start, sys.argv[0], *kept, f"resume={folder}"])
+    shown = [masked_settings(word) for word in kept]  # this is printed, and logs are read by others
+    command = shlex.join([*start, sys.argv[0], *shown, f"resume={folder}"])
     return f"ACCELERATE_USE_CPU=true {command}" if on_cpu else command
 
 

@@ -6,6 +6,7 @@ that say how far to go.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ FREE_KEYS = (
     "memory",
 )
 FREE_SETTINGS = tuple(f"text_encoder.{key}" for key in ("in_flight", "timeout", "attempts", "wait"))  # in a group
+# where samples are may differ, on another machine: what they are is compared by content (train/trained_data.py)
+PLACES = re.compile(r"(dataset|preservation\.dataset)(\.sources\.[^=]+)?\.path|preservation\.folder")
+COPIES = f"; each whole checkpoint has a copy of it, checkpoints/step_*/{CONFIG_FILE}"
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,9 @@ def configuration(folder: Path) -> dict[str, Any]:
     try:
         found = OmegaConf.to_container(OmegaConf.load(file))
     except Exception as error:  # the file is not there, or one of the YAML reader's own
-        raise ValueError(f"{file} cannot be read ({error})") from error
+        raise ValueError(f"{file} cannot be read ({error}){COPIES}") from error
     if not isinstance(found, dict) or not isinstance(found.get("steps"), int):
-        raise ValueError(f"{file} is not the configuration of a run")
+        raise ValueError(f"{file} is not the configuration of a run{COPIES}")
     return found
 
 
@@ -101,8 +105,13 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
     return found
 
 
-def conflicts(folder: Path, config: Mapping[str, Any], images: int, start: Path | None) -> list[str]:
+def conflicts(
+    folder: Path, config: Mapping[str, Any], images: int, start: Path | None, *, moved: bool = False
+) -> list[str]:
     """What forbids to go on in `folder` from `start` with `config` and `images` a step.
+
+    With `moved` the samples may be at another place: for a run that was asked for, of which `Run.check_data` tells
+    later whether they are the same. Which run is meant, their place helps to tell.
 
     Raises ValueError if the run's configuration or the checkpoint's state cannot be read.
     """
@@ -111,7 +120,8 @@ def conflicts(folder: Path, config: Mapping[str, Any], images: int, start: Path 
         {key: value for key, value in there.items() if key not in FREE_KEYS},
         {key: value for key, value in config.items() if key not in FREE_KEYS},
     )
-    found = [line for line in found if line.partition("=")[0] not in FREE_SETTINGS]
+    given = [(line.partition("=")[0], line) for line in found]
+    found = [line for key, line in given if key not in FREE_SETTINGS and not (moved and PLACES.fullmatch(key))]
     before = images if start is None else state(start)["images_per_step"]
     if before != images:
         cut = "batch_size * gradient_accumulation * processes"
@@ -195,7 +205,7 @@ def at(
         raise ValueError(f"resume={resume!r} {what}; give a run folder, one of its checkpoints, or auto")
     found = checkpoints(folder)
     start = given if is_checkpoint else newest_whole(folder, say)
-    if problems := conflicts(folder, config, images, start):
+    if problems := conflicts(folder, config, images, start, moved=True):
         raise ValueError(
             f"resume={resume!r}: that run has another configuration, and going on would mix the two: "
             f"{'; '.join(problems)}. Start a new run, or set these keys as they were."
@@ -224,7 +234,7 @@ def alone(start: Path, fresh: Path, config: Mapping[str, Any], images: int, *, o
     """From a checkpoint that was moved here without its run, into the folder that was asked for."""
     if not chosen or occupied:
         raise ValueError(f"resume={str(start)!r} is a checkpoint without its run: give a new folder, output_dir=...")
-    if problems := conflicts(start, config, images, start):
+    if problems := conflicts(start, config, images, start, moved=True):
         raise ValueError(f"resume={str(start)!r} is of another configuration: {'; '.join(problems)}")
     if check(start)["step"] > config["steps"]:
         raise ValueError(f"resume={str(start)!r} has done more than steps={config['steps']}")
@@ -241,7 +251,7 @@ def again(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str]
     """`auto` in the folder of a run that was asked for: from its newest checkpoint, or from the start without any."""
     try:
         start = newest_whole(run, say)
-        problems = conflicts(run, config, images, start)
+        problems = conflicts(run, config, images, start, moved=True)
     except ValueError as error:
         raise ValueError(f"resume=auto: {error}: mend it, or choose another output_dir") from error
     if problems:

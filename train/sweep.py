@@ -26,13 +26,14 @@ from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from train import jobs, resume, sweep_page
 from train.folder import near, write_whole
 from train.jobs import Job, best_job, read_jobs, split_overrides
+from train.masking import masked, masked_settings
 from train.recommend import closing_lines
 from train.tracking import is_first_process, warn
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from train.run import Run
 
 PAGE, DATA, SHEET = "sweep.html", "sweep.json", "sweep.csv"
+COMMAND_LINE = "multirun.yaml"  # of Hydra
 NUMBERS = (  # attribute of a job, heading, format
     ("last", "validation loss", ".4f"),
     ("best", "best", ".4f"),
@@ -76,6 +78,11 @@ def check(run: Run) -> None:
         raise EndsSweep(
             f"hydra/sweeper=optuna minimises the validation loss, and with {key} there is none: give it a number above "
             "0; validation.held_out=8 measures it on samples set aside"
+        )
+    sweeper = HydraConfig.get().sweeper
+    if "optuna" in sweeper._target_ and "maximize" in str(sweeper.get("direction")):
+        raise EndsSweep(
+            "hydra.sweeper.direction=maximize would look for the highest validation loss: leave it out, or minimize"
         )
     mine = list(HydraConfig.get().overrides.task)
     first: list[Any] = [mine]
@@ -127,11 +134,41 @@ class Begun(Callback):
         self.folders.append(Path(config.hydra.sweep.dir).absolute())
 
 
+def mask_command_line(sweep: Path) -> None:
+    """Take the secrets out of Hydra's `multirun.yaml` in a sweep's folder, which has the whole command line.
+
+    It is written before the first job, and nothing reads it. One that cannot be masked is removed.
+    """
+    file = sweep / COMMAND_LINE
+    if not is_first_process() or not file.is_file():
+        return
+    try:
+        there = OmegaConf.to_container(OmegaConf.load(file))
+        shown = without_secrets(there)
+        if shown != there:
+            write_whole(file, OmegaConf.to_yaml(OmegaConf.create(shown)))
+    except Exception as error:  # the disk, or one of the YAML reader's own
+        try:
+            file.unlink(missing_ok=True)
+        except OSError:
+            warn(f"{file} holds this command line, with its secrets if it has any, and cannot be changed ({error})")
+
+
+def without_secrets(value: Any) -> Any:
+    """`masked`, and of the overrides among texts too."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in masked(value).items()}
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    return masked_settings(value) if isinstance(value, str) else value
+
+
 def end_all() -> bool:
     """Write and print the tables of the sweeps of this process; whether all their jobs are done."""
     folders, Begun.folders[:] = list(Begun.folders), []
     done = True
     for sweep in folders if is_first_process() else []:
+        mask_command_line(sweep)
         found = read_jobs(sweep) if sweep.is_dir() else []
         done = done and all(job.status == "done" for job in found)
         if any(job.steps or job.error for job in found):  # not of caches that were filled

@@ -196,16 +196,24 @@ class Metrics:
         self.validation_file = folder / VALIDATION_FILE
         self._started = False
         self._said: set[str] = set()
+        self._unwritten: dict[Path, bytes] = {}
 
     def start(self, name: str, config: dict[str, Any], step: int) -> None:
         """Before the first value of a run that has done `step` steps. Raises ValueError if nothing can be written."""
-        self.file.touch()
         for file in (self.file, self.validation_file):
-            if file.exists() and file.stat().st_size:
-                kept = [line for line in read(file) if 0 < step >= line["step"]]
-                temporary = file.with_suffix(".part")
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-                temporary.replace(file)
+            try:
+                if file == self.file:
+                    file.touch()
+                if file.exists() and file.stat().st_size:
+                    kept = [line for line in read(file) if 0 < step >= line["step"]]
+                    temporary = file.with_suffix(".part")
+                    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                    temporary.replace(file)
+            except OSError as error:
+                raise ValueError(
+                    f"{file}, for the numbers of this run, cannot be written ({error.strerror or error}): make room, "
+                    "or move away what is there"
+                ) from error
         self.tracker.start(self.folder, name, masked(config))
         self._started = True
 
@@ -228,15 +236,21 @@ class Metrics:
         self._append(self.validation_file, step, record)
 
     def _append(self, to: Path, step: int, values: dict[str, Any]) -> None:
+        waiting = self._unwritten.pop(to, b"")
+        lines = waiting + (json.dumps({"step": step, **values}) + "\n").encode()
         try:
             with to.open("ab", buffering=0) as file:
                 before = file.tell()
-                line = (json.dumps({"step": step, **values}) + "\n").encode()
-                if file.write(line) != len(line):
+                if file.write(lines) != len(lines):
                     file.truncate(before)  # or the next line would be appended to half of this one
                     raise OSError("no room for a whole line")
         except OSError as error:
-            warn(f"the numbers of step {step} could not be written to {to} ({error}); training goes on")
+            self._unwritten[to] = lines
+            if not waiting:  # once for all in a row
+                warn(
+                    f"the numbers of step {step} could not be written to {to} ({error}); training goes on, and they "
+                    "are written with the next ones that can be"
+                )
 
     def picture(self, step: int, file: Path) -> None:
         self._track("picture", self.tracker.picture, step, file)
