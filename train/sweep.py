@@ -33,6 +33,7 @@ from rich.table import Table as RichTable
 from train import jobs, resume, sweep_page
 from train.folder import write_whole
 from train.jobs import Job, best_job, read_jobs, split_overrides
+from train.slurm import check_launcher
 from train.tracking import is_first_process, warn
 
 if TYPE_CHECKING:
@@ -122,6 +123,12 @@ class Begun(Callback):
     folders: ClassVar[list[Path]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            check_launcher(config.hydra.launcher)
+        except ValueError as error:  # Hydra makes a warning of an exception here, and goes on
+            if is_first_process():
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         self.folders.append(Path(config.hydra.sweep.dir).absolute())
 
 
