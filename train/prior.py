@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -248,7 +249,8 @@ def draw(
 
     undecoded = [index for index in range(count) if not picture_file(own, index).exists()]
     undrawn = [index for index in undecoded if not latents_file(own, index).exists()]
-    accelerator.wait_for_everyone()  # all have looked before any draws
+    # one has looked for all: what another run draws meanwhile must not move the shares
+    undecoded, undrawn = broadcast_object_list([undecoded, undrawn])
     if undecoded:
         with own_errors(accelerator.process_index):
             make_writable(own, "preservation.folder")
