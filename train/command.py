@@ -243,6 +243,7 @@ def lost_jobs(error: Exception) -> ValueError | None:
 
 def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig, report: Report) -> float | None:
     """Run one job of a sweep, which notes in its folder how it ended; returns None if it failed."""
+    slurm.join_tasks()
     this = HydraConfig.get()
     folder, given = Path(this.runtime.output_dir), [text.partition("=") for text in this.overrides.task]
     overrides = [f"{key}{sign}{'...' if SECRET.search(key) else masked_text(value)}" for key, sign, value in given]

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -277,7 +278,8 @@ def draw(
     undecoded = [index for index in range(count) if not picture_file(own, index).exists()]
     shape = (TOKEN_CHANNELS, height, width)
     undrawn = [index for index in undecoded if not are_whole(latents_file(own, index), shape)]
-    accelerator.wait_for_everyone()  # all have looked before any draws
+    # one has looked for all: what another run draws meanwhile must not move the shares
+    undecoded, undrawn = broadcast_object_list([undecoded, undrawn])
     if undecoded:
         with own_errors(accelerator.process_index):
             make_writable(own, "preservation.folder")

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from train.masking import masked_settings
+from train.slurm import is_submitted
 
 REPLACED = ("resume", "output_dir", "allow_changed_data")  # by what is resumed; the last was for that time
 
@@ -33,11 +34,17 @@ def command_line(folder: Path) -> str:
     sweep = hydra.mode == RunMode.MULTIRUN
     overrides = list(hydra.overrides.task) if sweep else sys.argv[1:]
     kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in REPLACED]
-    start = launcher(sys.argv[0])
+    start, script = (submitted(), "train/run.py") if is_submitted() else (launcher(sys.argv[0]), sys.argv[0])
     on_cpu = len(start) > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     shown = [masked_settings(word) for word in kept]  # this is printed, and logs are read by others
-    command = shlex.join([*start, sys.argv[0], *shown, f"resume={folder}"])
+    command = shlex.join([*start, script, *shown, f"resume={folder}"])
     return f"ACCELERATE_USE_CPU=true {command}" if on_cpu else command
+
+
+def submitted() -> Sequence[str]:
+    """What stands before the script to start, without submitit, as many processes as submitit started."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return ["accelerate", "launch", "--multi_gpu", "--num_processes", processes] if processes != "1" else ["python"]
 
 
 def launcher(script: str) -> Sequence[str]:

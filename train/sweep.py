@@ -35,6 +35,7 @@ from train.folder import near, write_whole
 from train.jobs import Job, best_job, read_jobs, split_overrides
 from train.masking import masked, masked_settings
 from train.recommend import closing_lines
+from train.slurm import check_launcher
 from train.tracking import is_first_process, warn
 
 if TYPE_CHECKING:
@@ -131,6 +132,12 @@ class Begun(Callback):
     folders: ClassVar[list[Path]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            check_launcher(config.hydra.launcher)
+        except ValueError as error:  # Hydra makes a warning of an exception here, and goes on
+            if is_first_process():
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         self.folders.append(Path(config.hydra.sweep.dir).absolute())
 
 
