@@ -29,6 +29,7 @@ FAMILIES = {
     KOHYA: "kohya",
     "lora_transformer_": "OneTrainer",
 }
+TEXT = ("lora_te", "text_encoder")  # how keys of text encoders begin, in kohya's and in diffusers' files
 SIDES = {"lora_down": "lora_A", "lora_up": "lora_B"}
 KEY = re.compile(
     rf"(?P<prefix>{'|'.join(map(re.escape, FAMILIES))})?(?P<layer>.+?)"
@@ -143,6 +144,8 @@ def parse(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, di
 
     Raises AdapterError for keys of no format, of several, or that say one thing twice, and for values not finite.
     """
+    if of_text := [key for key in state if key.startswith(TEXT)]:
+        raise AdapterError(f"it is for the text encoder too, which is not adapted here: {listed(of_text, 2)}")
     matches = {key: KEY.fullmatch(key) for key in state}
     if unknown := [key for key, match in matches.items() if match is None]:
         kind = next((kind for part, kind in FOREIGN.items() if any(part in key for key in unknown)), "")
@@ -198,9 +201,10 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]
             part_rows = rows // len(published.names)
             for name, part in there.items():
                 check_features(name, part, columns, part_rows)
-            if len(there) < len(published.names) and any(part.magnitude is not None for part in there.values()):
+            doras = [name for name, part in there.items() if part.magnitude is not None]
+            if 0 < len(doras) < len(published.names):
                 raise AdapterError(
-                    f"it is a DoRA of {listed(there)} alone: {listed(published.names)} are one layer here, of which "
+                    f"it is a DoRA of {listed(doras)} alone: {listed(published.names)} are one layer here, of which "
                     "all rows have lengths or none"
                 )
             nothing = Pair(torch.zeros(0, columns), torch.zeros(part_rows, 0))

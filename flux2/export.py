@@ -207,8 +207,11 @@ def write_pairs(
     check_room(out.parent, sum(tensor.nbytes for tensor in state.values()), f"--out {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(out) as place:
+        place.touch()
+        readable = place.stat().st_mode  # as the umask says; safetensors writes for the owner alone
         save_file(state, place, {**metadata, modelspec.HASH: modelspec.content_hash(state)})
         worst = compare(from_state(load_file(place), model), pairs, dtype)
+        place.chmod(readable)
         put(place, out)
     return worst
 
@@ -291,8 +294,10 @@ def run(options: argparse.Namespace) -> Path:
     if near is not None:
         ranks = sorted({pair.a.shape[0] for pair in pairs.values()})
         size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        about["description"] = f"{kinds}, converted to a LoRA of {size}; relative error {near}"
-        say(f"{kinds} converted to a LoRA of {size}: relative error {near}")
+        converted = any(not update.is_plain for update in found)
+        told = f"{kinds} {'converted to a LoRA of' if converted else 'brought to'} {size}: relative error {near}"
+        about["description"] = told
+        say(told)
         if near.overall > COARSE:
             say(f"note: that is coarse, and pictures will differ: give a larger --rank, or --max-error {COARSE / 10}")
     worst = write_pairs(pairs, options, model, modelspec.metadata(**about))

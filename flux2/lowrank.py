@@ -19,6 +19,7 @@ from flux2.adapter_formats import Pair
 EXACT_SIDE = 1024  # up to this shorter side a matrix is decomposed exactly
 OVERSAMPLING = 8  # more directions than are kept, with which the kept ones are nearly exact
 ITERATIONS = 4
+NOTHING = 1e-6  # of the largest singular value; below are those that float32 made of zeros
 
 
 def stacked(pairs: Sequence[Pair], factors: Sequence[float] | None = None) -> Pair:
@@ -73,7 +74,7 @@ def chosen(values: Tensor, total: float, rank: int | None, max_error: float | No
         max_error: as few as leave at most so much of `total`.
     """
     if rank is not None:
-        return min(rank, len(values))
+        return max(1, min(rank, int((values > NOTHING * values[0]).sum())))
     assert max_error is not None
     left = total**2 - values.double().square().cumsum(0)
     enough = (left <= (max_error * total) ** 2).nonzero()
