@@ -190,7 +190,8 @@ def adapter_card(base: str, licence: str, kind: str = "LoRA") -> str:
         files += f"- `{DIFFUSERS_FILE}`: for diffusers' `pipeline.load_lora_weights(folder, {weights})`\n"
     return (
         f"---\n{hub}tags:\n- lora\n- flux2\n---\n# {kind} for {base}\n{terms}\n{files}"
-        "\n`python -m flux2.generate --prompt ... --adapter FOLDER` makes pictures with it.\n"
+        "\n`python -m flux2.generate --prompt ... --adapter FOLDER` makes pictures with it, and "
+        "`python -m flux2.export FOLDER --format comfyui --out FILE` converts it.\n"
     )
 
 
