@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,10 @@ from flux2.layers import kinds
 from flux2.linear import fuse_lora
 from flux2.model import Transformer
 from flux2.names import listed
+from flux2.variants import TransformerConfig
 
 PREFIX = "base_model.model."  # of the keys in PEFT's files
+PARTS = {"double_blocks": "in double blocks", "single_blocks": "in single blocks"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,13 @@ class Loaded:
     def __str__(self) -> str:
         ranks = sorted(set(self.ranks))
         size = f" of rank {ranks[0]}" if len(ranks) == 1 else f" of ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
-        return f"{self.kind}{size} on {len(self.layers)} layers: {kinds(self.layers)}"
+        parts = Counter(PARTS.get(layer.partition(".")[0], "outside of blocks") for layer in self.layers)
+        spread = ", ".join(f"{count} {part}" for part, count in parts.items())
+        return f"{self.kind}{size} on {len(self.layers)} layers ({spread})"
+
+    def listing(self) -> str:
+        """Its layers, with the number of a block as N."""
+        return kinds(self.layers)
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -110,7 +119,7 @@ def pair_config(ranks: Mapping[str, int]) -> peft.LoraConfig:
     )
 
 
-def inject(model: Transformer, config: peft.PeftConfig, name: str) -> None:
+def inject(model: nn.Module, config: peft.PeftConfig, name: str) -> None:
     """Let PEFT make the layers. It draws what is then overwritten, and warns of the second adapter that is wanted."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -133,30 +142,25 @@ class ScaledDora(DoraLinearLayer):
         return super().forward(*args, **kwargs) * self.strength
 
 
-def attach_saved(
-    model: Transformer, config: peft.PeftConfig, state: Mapping[str, Tensor], name: str, scale: float = 1.0
-) -> Loaded:
-    """Add an adapter from a PEFT folder, in place, active and frozen; `model` is as it was if it does not fit.
-
-    Args:
-        config: as `peft_config.saved` gives it.
-        state: by PEFT's keys without its prefix.
-        scale: of the update.
-
-    Raises:
-        AdapterError: a tensor has values that are not finite, is of no layer of the model, of another shape than the
-            layer and the configuration say, missing, or one too many; the type takes no scale; or it does not add up
-            with what the model carries.
-    """
-    kind = peft_config.type_name(config)
-    check_beside(model, kind)
+def check_scale(kind: str, scale: float) -> None:
+    """Raises AdapterError for a scale other than 1 of a type that has none."""
     if kind == "OFT" and scale != 1:
         raise AdapterError(f"scale={scale:g}: an OFT adapter turns the layers' inputs and has no scale; give 1")
+
+
+def check_saved(
+    sizes: TransformerConfig, config: peft.PeftConfig, state: Mapping[str, Tensor]
+) -> tuple[peft.PeftConfig, list[str]]:
+    """A configuration of its own for the adapter in a PEFT folder, and the layers that it is on.
+
+    Raises AdapterError, as `attach_saved` says, unless its tensors are what PEFT makes for a model of these sizes.
+    """
+    kind, name = peft_config.type_name(config), "default"
     for key, tensor in state.items():
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{key} has NaN or infinite values: the training that made it failed")
     with torch.device("meta"):
-        skeleton = Transformer(model.config)
+        skeleton = Transformer(sizes)
     linears = {layer for layer, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     layers = dict.fromkeys(re.sub(r"\.(lora|hada|lokr|oft)_\w+(\.weight)?$", "", key) for key in state)
     if not layers:
@@ -185,6 +189,28 @@ def attach_saved(
                 f"{key} has shape {tuple(tensor.shape)}, but this model's layer and its {peft_config.PEFT_CONFIG} give "
                 f"{tuple(wanted[key].shape)}: it was trained on another model, or its files are not of one adapter"
             )
+    return clean, list(layers)
+
+
+def attach_saved(
+    model: Transformer, config: peft.PeftConfig, state: Mapping[str, Tensor], name: str, scale: float = 1.0
+) -> Loaded:
+    """Add an adapter from a PEFT folder, in place, active and frozen; `model` is as it was if it does not fit.
+
+    Args:
+        config: as `peft_config.saved` gives it.
+        state: by PEFT's keys without its prefix.
+        scale: of the update.
+
+    Raises:
+        AdapterError: a tensor has values that are not finite, is of no layer of the model, of another shape than the
+            layer and the configuration say, missing, or one too many; the type takes no scale; or it does not add up
+            with what the model carries.
+    """
+    kind = peft_config.type_name(config)
+    check_beside(model, kind)
+    check_scale(kind, scale)
+    clean, layers = check_saved(model.config, config, state)
     inject(model, clean, name)
     device = model.img_in.weight.device
     for key, parameter in tensors(model, name).items():

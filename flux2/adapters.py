@@ -1,4 +1,4 @@
-"""Adapters: what they are in a model, and their files, in PEFT's form and in those of diffusers and ComfyUI.
+"""Adapters: what they are in a model, and their files, in PEFT's form and in those of diffusers, ComfyUI and kohya.
 
 PEFT is the adapter library. The types are attached in `adapter_types`, `adapter_formats` speaks the other formats, and
 this module saves, loads, merges and restores. LoRA, rsLoRA and PiSSA are low-rank pairs, which all formats hold; a DoRA
@@ -8,7 +8,7 @@ is a pair and lengths, which PEFT and diffusers hold; LoHa, LoKr and OFT are PEF
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2 import checks, peft_config
-from flux2.adapter_formats import AdapterError, Pair, from_state, to_comfyui, to_diffusers
+from flux2.adapter_formats import AdapterError, Pair, from_state, to_comfyui, to_diffusers, to_kohya
 from flux2.adapter_loading import (
     PREFIX,
     Loaded,
@@ -37,8 +37,10 @@ from flux2.adapter_types import adapted, attach, detach, float_copy, take_off, t
 from flux2.layers import BLOCK_LINEARS
 from flux2.linear import INITIAL, difference
 from flux2.model import Transformer
+from flux2.modelspec import HASH, content_hash, metadata
 from flux2.names import listed
 from flux2.quantised import QuantisedLinear
+from flux2.variants import known
 
 __all__ = [
     "BLOCK_LINEARS",
@@ -60,6 +62,7 @@ __all__ = [
     "target_layers",
     "to_comfyui",
     "to_diffusers",
+    "to_kohya",
 ]
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -129,7 +132,6 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "",
     folder.mkdir(parents=True, exist_ok=True)
     model = wrapped.get_base_model()
     wrapped.peft_config[name].base_model_name_or_path = base
-    metadata = {"format": "pt", "base_model": base} | ({"base_model_license": licence} if licence else {})
     kind = "PiSSA" if name + INITIAL in wrapped.peft_config else peft_config.type_name(wrapped.peft_config[name])
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         written = Path(scratch)
@@ -141,7 +143,9 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "",
             written = written if name == "default" else written / name  # PEFT's own choice
         (written / "README.md").write_text(adapter_card(base, licence, kind))  # in place of PEFT's empty form
         if kind not in PEFT_ALONE:
-            save_file(to_diffusers(layer_pairs(model, name)), written / DIFFUSERS_FILE, metadata)
+            state = to_diffusers(layer_pairs(model, name))
+            about = metadata(base=base, title=f"{kind} for {base}", lora=True, names="diffusers", licence=licence)
+            save_file(state, written / DIFFUSERS_FILE, about | {HASH: content_hash(state)})
         (folder / PEFT_FILE).unlink(missing_ok=True)  # of an earlier adapter: while it is there, all files are its own
         files = [path for path in written.iterdir() if path.is_file()]
         for stale in {DIFFUSERS_FILE, PISSA_FILE} - {file.name for file in files}:
@@ -186,20 +190,20 @@ def adapter_card(base: str, licence: str, kind: str = "LoRA") -> str:
         files += f"- `{DIFFUSERS_FILE}`: for diffusers' `pipeline.load_lora_weights(folder, {weights})`\n"
     return (
         f"---\n{hub}tags:\n- lora\n- flux2\n---\n# {kind} for {base}\n{terms}\n{files}"
-        "\n`python -m flux2.generate --prompt ... --adapter FOLDER` makes pictures with it.\n"
+        "\n`python -m flux2.generate --prompt ... --adapter FOLDER` makes pictures with it, and "
+        "`python -m flux2.export FOLDER --format comfyui --out FILE` converts it.\n"
     )
 
 
 def unread(folder: Path) -> str:
     """One line on what cannot read the adapter in `folder` as it is; empty if all can."""
     kind = peft_config.type_name(peft_config.saved(folder))
+    command = f"`python -m flux2.export {folder} --format ... --out FILE` makes a LoRA of it, nearly equal,"
     if kind in PEFT_ALONE:
-        return f"{kind} is read by PEFT and flux2.generate; for diffusers and ComfyUI it must be exported as a LoRA"
-    return (
-        "a DoRA is read by PEFT, flux2.generate and diffusers; for ComfyUI it must be exported"
-        if kind == "DoRA"
-        else ""
-    )
+        return f"{kind} is read by PEFT and flux2.generate alone; {command} for diffusers, ComfyUI and kohya"
+    if kind == "DoRA":
+        return f"a DoRA is read by PEFT, flux2.generate and diffusers; {command} for ComfyUI and kohya"
+    return ""
 
 
 def find(path: str | Path) -> Path:
@@ -228,7 +232,9 @@ def read_tensors(place: Path) -> dict[str, Tensor]:
 
 
 def read(place: Path, model: nn.Module) -> dict[str, Pair]:
-    """The pairs in a file of diffusers or ComfyUI keys, or in the PEFT folder of a plain LoRA, checked against `model`.
+    """The pairs in a file of diffusers', ComfyUI's or kohya's keys, or in the PEFT folder of a plain LoRA.
+
+    They are checked against `model`.
 
     Raises:
         AdapterError: unreadable, no plain LoRA, of other ranks than its configuration says, or trained on another
@@ -249,12 +255,44 @@ def read(place: Path, model: nn.Module) -> dict[str, Pair]:
         raise AdapterError(f"adapter {place}: {error}") from error
 
 
+def as_dora(pairs: Mapping[str, Pair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
+    """PEFT's configuration and tensors of a DoRA with the scales folded into B."""
+    config = pair_config({layer: pair.a.shape[0] for layer, pair in pairs.items()})
+    config.use_dora = True
+    state: dict[str, Tensor] = {}
+    for layer, pair in pairs.items():
+        assert pair.magnitude is not None
+        state |= {f"{layer}.lora_A.weight": pair.a, f"{layer}.lora_B.weight": pair.b}
+        state[f"{layer}.lora_magnitude_vector"] = pair.magnitude
+    return config, state
+
+
+def base_of(place: Path) -> str:
+    """What the adapter at `place` says that it was trained on; empty if it says nothing. Raises ValueError."""
+    if place.is_dir():
+        return str(peft_config.saved(place).base_model_name_or_path or "")
+    try:
+        with safe_open(place, "pt") as file:
+            return str((file.metadata() or {}).get("base_model", ""))
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"adapter {place} cannot be read ({error}): it is damaged or incomplete") from error
+
+
+def hint(place: Path, model: Transformer) -> str:
+    """Which model the adapter says it was trained on, if that is one of other sizes than `model`."""
+    try:
+        base = known(base_of(place))
+    except ValueError:
+        return ""
+    return "" if base is None or base.transformer == model.config else f" It says that it was trained on {base.name}."
+
+
 def load(model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0) -> Loaded:
     """Attach the adapter at `path` to `model` for inference, in place, its update multiplied by `scale`.
 
     `path` is a PEFT folder, a run folder or checkpoint that holds one, or a .safetensors file with the keys of
-    diffusers or ComfyUI. Adapters that the model carries already stay active. Raises AdapterError, `model` being as it
-    was, for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite number.
+    diffusers, ComfyUI or kohya. Adapters that the model carries already stay active. Raises AdapterError, `model` being
+    as it was, for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite number.
     """
     scale = checks.number("scale", scale)
     place = find(path)
@@ -265,9 +303,11 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
             return attach_saved(model, config, state, name, scale)
         check_beside(model, "LoRA")  # before names are compared, which another type's layers would hide
         pairs = read(place, model)
+        if any(pair.magnitude is not None for pair in pairs.values()):
+            return attach_saved(model, *as_dora(pairs), name, scale)
         attach_pairs(model, pairs, name, scale)
     except ValueError as error:
-        text = str(error)
+        text = str(error) + hint(place, model)
         raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
     kind = "LoRA" if config is None else peft_config.type_name(config)
     return Loaded(kind, tuple(pairs), tuple(pair.a.shape[0] for pair in pairs.values()))
@@ -289,7 +329,7 @@ def merge(model: nn.Module) -> None:
     if isinstance(model, Transformer) and model.streams:
         raise AdapterError(
             "cannot merge while blocks stream from host memory, as what is on the device would not follow: load the "
-            "model without streaming (memory.stream_blocks=0)"
+            "model without streaming (stream_blocks=0)"
         )
     layers = adapted(model)
     for name, module in layers.items():

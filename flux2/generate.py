@@ -38,6 +38,8 @@ DEFAULTS: dict[str, Any] = {
     "count": 1,
     "stream_blocks": 0,
     "tiled": None,
+    "merge": False,
+    "verbose": False,
     "metadata": True,
 }
 PLACES = ("path", "autoencoder", "text_encoder")
@@ -97,6 +99,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="decode in stripes, with less memory; by default pictures above a megapixel",
     )
+    parser.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        help="add the adapters to the weights (fp32, bf16): faster, and in bf16 rounded",
+    )
+    parser.add_argument("--verbose", action="store_true", help="say which layers each adapter has")
     parser.add_argument("--cache", type=named_folder, help="folder of quantised copies; else what FLUX2_CACHE names")
     parser.add_argument(
         "--no-metadata", dest="metadata", action="store_false", help="do not write into the PNG how it was made"
@@ -123,6 +131,7 @@ def recorded(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     kept["prompt"] = [record.prompt]
     kept["image"] = [Path(image.path) for image in record.images]
     kept["adapter"] = [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters]
+    kept["merge"] = record.merged
     if "model" not in given:  # they are that model's
         kept |= {key: getattr(record, key) for key in PLACES}
     return kept
@@ -186,6 +195,8 @@ def run(options: argparse.Namespace) -> list[Path]:
     pictures = {path: read_picture(path, f"--image {path}") for one in wanted for path in one.images}
     images = {path: NamedFile.picture(path) for path in pictures}
     given = [split_adapter(adapter) for adapter in options.adapter]
+    if options.merge and not given:
+        raise ValueError("--merge does nothing without --adapter")
     used = [NamedFile.adapter(path, scale) for path, scale in given]  # before minutes are spent on loading the model
     pipeline = load(
         options.model,
@@ -198,12 +209,18 @@ def run(options: argparse.Namespace) -> list[Path]:
         cache=options.cache,
         tiled=options.tiled,
     )
+    if options.merge:
+        pipeline.check_mergeable()
     encode(pipeline, wanted)  # before the transformer is loaded for the adapters
     if pipeline.precision.storage is not None:
         say(describe(pipeline.transformer, pipeline.precision, pipeline.device))
     for path, scale in given:
         found = pipeline.load_adapter(path, scale)
         say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {found}")
+        if options.verbose:
+            say(f"  layers: {found.listing()}")
+    if options.merge:
+        pipeline.merge_adapters()
     steps = [pipeline.variant.steps if one.steps is None else one.steps for one in wanted]
     with tqdm(total=sum(steps), unit="step", leave=False) as bar:
         for one, count in zip(wanted, steps, strict=True):
@@ -228,6 +245,7 @@ def run(options: argparse.Namespace) -> list[Path]:
                 **{key: getattr(options, key) for key in PLACES},
                 images=[images[path] for path in one.images],
                 adapters=used,
+                merged=options.merge,
             )
             write(image, one.out, record if options.metadata else None)
     return [one.out for one in wanted]

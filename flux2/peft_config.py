@@ -70,6 +70,16 @@ def fresh(config: peft.PeftConfig, layers: Sequence[str]) -> peft.PeftConfig:
     return type(config)(**needed, target_modules=list(layers))
 
 
+def of_layer(config: peft.PeftConfig, layer: str, name: str) -> peft.PeftConfig:
+    """A configuration for a layer `name` that stands alone, with the rank and alpha that `config` has for `layer`."""
+    found: Any = fresh(config, [name])
+    for key, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+        if hasattr(found, pattern):
+            setattr(found, key, pattern_value(getattr(config, key), getattr(config, pattern), layer))
+            setattr(found, pattern, {})
+    return found
+
+
 def check_numbers(config: Any) -> None:
     """Raises ValueError unless ranks are whole numbers from 1, alphas finite, and patterns regular expressions."""
     patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}

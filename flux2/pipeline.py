@@ -224,6 +224,29 @@ class Pipeline:
         self._adapters.append((path, scale))
         return found
 
+    def merge_adapters(self) -> None:
+        """Add the loaded adapters to the weights, once and for all: pictures then take no longer than the base's.
+
+        Raises ValueError, the pipeline being as it was, for what `check_mergeable` refuses, or if none is loaded.
+        """
+        self.check_mergeable()
+        if not self._adapters:
+            raise ValueError("there is no adapter to merge: load one first")
+        adapters.merge(self.transformer)
+
+    def check_mergeable(self) -> None:
+        """Raises ValueError for a base that adapters cannot be merged into; nothing is loaded for it."""
+        if self.precision.storage is not None:
+            raise ValueError(
+                f"precision={self.precision.name}: adapters cannot be merged into a quantised base, as most of them "
+                "would be lost in its rounding. Keep them beside it, or use precision=bf16 or fp32"
+            )
+        if self.streamed:
+            raise ValueError(
+                "adapters cannot be merged while blocks stream from host memory: keep them beside the base, or use "
+                "stream_blocks=0"
+            )
+
     def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """(B, T, text_width) embeddings; prompts that were encoded before need no text encoder."""
         prompts = checks.texts("prompts", prompts)

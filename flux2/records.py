@@ -56,7 +56,10 @@ def weights(adapter: str) -> Path:
 
 @dataclass(frozen=True)
 class Record:
-    """One picture. `path`, `autoencoder` and `text_encoder` are null for the published places."""
+    """One picture. `path`, `autoencoder` and `text_encoder` are null for the published places.
+
+    `merged` says whether the adapters were added to the weights, which rounds them as the weights are.
+    """
 
     model: str
     prompt: str
@@ -71,6 +74,7 @@ class Record:
     text_encoder: str | None = None
     images: Sequence[NamedFile] = field(default_factory=list)
     adapters: Sequence[NamedFile] = field(default_factory=list)
+    merged: bool = False
 
     def chunk(self) -> PngInfo:
         """As Pillow writes it: `image.save(file, pnginfo=record.chunk())`."""
@@ -114,6 +118,8 @@ def parsed(found: Any) -> Record:
             raise TypeError(f"{key}={found[key]!r} must be a text or null")
     if not isinstance(found["precision"], str):
         raise TypeError(f"precision={found['precision']!r} must be a text")
+    if not isinstance(found.get("merged", False), bool):
+        raise TypeError(f"merged={found['merged']!r} must be true or false")
     (prompt,) = checks.texts("prompt", found["prompt"])
     (seed,) = checks.seeds(found["seed"], 1)
     checks.size(found["width"], found["height"], 1)

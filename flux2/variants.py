@@ -191,3 +191,8 @@ def variant(name: str) -> Variant:
     if name not in VARIANTS:
         raise ValueError(f"model={name!r} is not a FLUX.2 model; choose one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
+
+
+def known(name: str) -> Variant | None:
+    """The record of this name or of the repository `name`, if there is one."""
+    return next((one for one in VARIANTS.values() if name and name in (one.name, one.repo)), None)

@@ -290,20 +290,22 @@ def test_no_file_is_written_that_others_would_read_wrongly_and_none_of_an_earlie
     wrapped = attached(kind, base())
     adapters.save(wrapped, tmp_path, base="small")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", adapters.PEFT_FILE]
-    assert "for diffusers and ComfyUI it must be exported as a LoRA" in adapters.unread(tmp_path)
+    assert "flux2.generate alone; `python -m flux2.export" in adapters.unread(tmp_path)
     assert "diffusers" not in (tmp_path / "README.md").read_text()
     with pytest.raises(AdapterError, match="is no low-rank pair"):
         adapters.layer_pairs(wrapped.get_base_model())
 
 
-def test_a_dora_is_no_pair_for_comfyui_and_its_diffusers_file_is_named_if_loaded_here(tmp_path: Path) -> None:
-    wrapped = attached("dora", base())
-    with pytest.raises(AdapterError, match="is of a DoRA, which this form cannot hold"):
-        adapters.to_comfyui(adapters.layer_pairs(wrapped.get_base_model()))
+def test_a_dora_is_no_pair_for_comfyui_and_kohya_and_its_diffusers_file_loads_here(tmp_path: Path) -> None:
+    wrapped = stirred(attached("dora", base(), targets="all_linear"))
+    for form in (adapters.to_comfyui, adapters.to_kohya):
+        with pytest.raises(AdapterError, match="is of a DoRA, which this form cannot hold"):
+            form(adapters.layer_pairs(wrapped.get_base_model()))
     adapters.save(wrapped, tmp_path, base="small")
-    with pytest.raises(AdapterError, match="it is a DoRA in the keys of diffusers: load the PEFT folder"):
-        adapters.load(base(), tmp_path / adapters.DIFFUSERS_FILE)
-    assert "for ComfyUI it must be exported" in adapters.unread(tmp_path)
+    model = base()
+    assert adapters.load(model, tmp_path / adapters.DIFFUSERS_FILE).kind == "DoRA"
+    assert helpers.relative_error(predict(model), predict(wrapped)) <= 1e-6
+    assert "diffusers; `python -m flux2.export" in adapters.unread(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "loha", "lokr"])

@@ -467,11 +467,18 @@ def test_a_saved_folder_holds_whole_files_and_nothing_else(tmp_path: Path) -> No
     assert config["base_model_name_or_path"] == "dev"
     assert "FLUX Non-Commercial License" in (tmp_path / "adapter" / "README.md").read_text()
     with safe_open(tmp_path / "adapter" / "diffusers.safetensors", "pt") as file:
-        assert file.metadata() == {
-            "format": "pt",
-            "base_model": "dev",
-            "base_model_license": "FLUX Non-Commercial License",
-        }
+        metadata = file.metadata()
+    assert metadata.pop("modelspec.hash_sha256").startswith("0x")
+    assert metadata == {
+        "format": "pt",
+        "base_model": "dev",
+        "base_model_license": "FLUX Non-Commercial License",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "Flux.2-dev/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "LoRA for dev",
+        "modelspec.license": "FLUX Non-Commercial License",
+    }
 
 
 def test_saved_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
@@ -593,7 +600,7 @@ DIFFUSERS_LAYER = "transformer.transformer_blocks.0.attn"
     ("state", "message"),
     [
         ({}, "it holds no tensors"),
-        ({"lora_unet_single_blocks_0_linear2.lora_down.weight": (2, 192)}, "is not a LoRA key of diffusers or ComfyUI"),
+        ({"lora_unet_single_blocks_0_linear2.lora_down.weight": (2, 192)}, "linear2 has only lora_A: the file is inc"),
         ({f"{LAYER}.lora_A.weight": (2, 192)}, "single_blocks.0.linear2 has only lora_A: the file is incomplete"),
         (
             {f"{LAYER}.lora_A.weight": (2, 64), f"{LAYER}.lora_B.weight": (48, 2)},

@@ -318,6 +318,42 @@ def test_a_picture_is_made_again_from_what_it_says(command: Callable[..., int], 
         assert np.abs(pixels(tmp_path / "other.png") - pixels(tmp_path / "one.png")).max() > 3, changed
 
 
+def test_merged_adapters_make_the_picture_and_it_is_made_again_merged(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tmp_path / "lora")
+    merges: list[bool] = []
+    merge = adapters.merge
+    monkeypatch.setattr(adapters, "merge", lambda model: (merges.append(True), merge(model)))
+    assert command("--adapter", "lora:0.5", "--out", "beside.png") == 0
+    assert not merges
+    assert command("--adapter", "lora:0.5", "--merge", "--out", "merged.png") == 0
+    assert len(merges) == 1
+    assert np.abs(pixels(tmp_path / "merged.png") - pixels(tmp_path / "beside.png")).max() <= 1
+    assert repeat("--from-image", "merged.png", "--out", "again.png") == 0
+    assert len(merges) == 2
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "merged.png").read_bytes()
+    assert repeat("--from-image", "merged.png", "--no-merge", "--out", "again.png") == 0
+    assert len(merges) == 2
+    capsys.readouterr()
+    assert command("--merge") == 2
+    assert "error: --merge does nothing without --adapter" in capsys.readouterr().err
+    assert command("--merge", "--adapter", "lora", "--precision", "nf4") == 2
+    assert "error: precision=nf4: adapters cannot be merged" in capsys.readouterr().err
+
+
+def test_one_line_says_what_an_adapter_is_and_its_layers_are_listed_if_asked_for(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tmp_path / "lora")
+    assert command("--adapter", "lora:0.5") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("adapter")]
+    line = "adapter lora at scale 0.5: LoRA of rank 2 on 22 layers (16 in double blocks, 6 in single blocks)"
+    assert said == [line]
+    assert command("--adapter", "lora", "--verbose") == 0
+    assert "  layers: double_blocks.N.img_attn.qkv, " in capsys.readouterr().err
+
+
 def repeat(*arguments: str) -> int:
     """The command without a prompt or sizes of its own."""
     with pytest.MonkeyPatch.context() as patch:

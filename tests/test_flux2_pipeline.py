@@ -317,6 +317,50 @@ def test_adapters_change_the_picture_and_add_up(pipe: Pipeline, tmp_path: Path) 
     assert difference(pipe.generate(**options), pictures[1]) <= 1, "once and minus once is nothing"
 
 
+def test_merged_adapters_make_the_same_picture_in_plain_layers(
+    model_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = ModelSource(helpers.VARIANTS["klein"], str(model_folders("klein")))
+    pipe = Pipeline(source, torch.device("cpu"), Precision(), keep_text_encoder=True)
+    options: dict[str, Any] = {"prompt": "a cup", "width": 32, "height": 32}
+    with pytest.raises(ValueError, match="there is no adapter to merge: load one first"):
+        pipe.merge_adapters()
+    base = pipe.generate(**options)
+    for i in range(2):
+        wrapped = adapters.attach(helpers.transformers("klein")[0], rank=2, seed=i)
+        for parameter in adapters.adapter_parameters(wrapped):
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.3
+        adapters.save(wrapped, tmp_path / str(i), base="small")
+        pipe.load_adapter(tmp_path / str(i), 0.5)
+    beside = pipe.generate(**options)
+    pipe.merge_adapters()
+    assert not any("lora_" in name for name, _ in pipe.transformer.named_parameters())
+    assert difference(pipe.generate(**options), beside) <= 1
+    assert difference(pipe.generate(**options), base) > 10
+    pipe.load_adapter(tmp_path / "0", -0.5)
+    pipe.load_adapter(tmp_path / "1", -0.5)
+    assert difference(pipe.generate(**options), base) <= 1, "others can be loaded on top"
+
+
+@pytest.mark.parametrize(
+    ("storage", "streamed", "message"),
+    [
+        ("nf4", 0, "precision=nf4: adapters cannot be merged into a quantised base, as most of them would be lost"),
+        ("fp8", 0, "precision=fp8: .* Keep them beside it, or use precision=bf16 or fp32"),
+        (None, 1, "adapters cannot be merged while blocks stream from host memory: .* stream_blocks=0"),
+    ],
+)
+def test_what_cannot_be_merged_into_is_refused_before_anything_is_loaded(
+    storage: Any, streamed: int, message: str, model_folders: Callable[[str], Path]
+) -> None:
+    source = ModelSource(helpers.VARIANTS["klein"], str(model_folders("klein")))
+    precision = Precision(torch.bfloat16, storage) if storage else Precision()
+    pipe = Pipeline(source, torch.device("cpu"), precision, False, streamed)
+    with pytest.raises(ValueError, match=message):
+        pipe.merge_adapters()
+    assert pipe._transformer is None
+
+
 def test_an_adapter_that_cannot_be_used_leaves_the_pipeline_as_it_was(pipe: Pipeline, tmp_path: Path) -> None:
     model, _ = helpers.transformers("klein")
     wrapped = adapters.attach(model, rank=2)
