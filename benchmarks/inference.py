@@ -25,7 +25,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import bitsandbytes
@@ -46,7 +46,7 @@ from flux2.precision import Storage
 from flux2.variants import VARIANTS, AutoencoderConfig, TransformerConfig, Variant
 from train.cards import CONTEXT_GB, GIB
 from train.choose import skeleton
-from train.memory import Count, Shape, fake, gpu_kernels, size
+from train.memory import Count, Shape, autoencoder_peaks, fake, gpu_kernels, size
 from train.predict import LIBRARIES, Job, Planner
 
 TEXT = 512  # tokens of a prompt
@@ -94,6 +94,14 @@ THEIRS = tuple(
 # ------------------------------------------------------------------ predicted
 
 
+@cache
+def whole_peak(config: AutoencoderConfig, pixels: int) -> tuple[int, int]:
+    """Bytes of the autoencoder's weights, and the most above them to decode one picture at once."""
+    weights, _, decode = autoencoder_peaks(config, pixels, pixels)
+    return weights, decode
+
+
+@cache
 def stripes_peak(config: AutoencoderConfig, pixels: int) -> int:
     """The most bytes above the weights to decode one picture in stripes, counted as train/memory.py counts."""
     with torch.device("meta"):
@@ -115,8 +123,9 @@ def predicted(variant: Variant, case: Case, pixels: int = 1024) -> dict[str, flo
     planner = Planner(replace(job, storage=case.storage))
     streamed, ring = planner.count_streamed(case.stream_blocks, planner.weights)
     image = (pixels // 16) ** 2
-    weights, _, whole = planner.autoencoder
-    decoding = stripes_peak(variant.autoencoder, pixels) if case.tiled else whole
+    weights, decoding = whole_peak(variant.autoencoder, pixels)
+    if case.tiled:
+        decoding = stripes_peak(variant.autoencoder, pixels)
     return {
         "weights of blocks": sum(planner.weights) - streamed,
         "buffers of streamed blocks": ring,
