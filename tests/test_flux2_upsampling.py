@@ -120,8 +120,18 @@ def test_references_are_shown_side_by_side_with_the_message_for_edits(source, wr
     seen = {"pixel_values": pixels.permute(2, 0, 1)[None], "image_sizes": torch.tensor([[16, 32]])}
     row = "[IMG]" * 4
     sent = f"<s>[SYSTEM_PROMPT]{EDIT}[/SYSTEM_PROMPT][INST]{row}[IMG_BREAK]{row}[IMG_END]a red cup[/INST]"
-    wanted = answer(writer, tokenizer, sent, 0, **seen)
-    assert pipeline(source).upsample("a red cup", pictures) == [wanted]
+    made = load_upsampler(source, torch.device("cpu"), torch.float32, TextSource(), pictures=True)
+    found = made.inputs("a red cup", pictures)
+    wanted_ids = tokenizer(sent, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert torch.equal(found["input_ids"], wanted_ids)
+    assert torch.equal(found["image_sizes"], seen["image_sizes"])
+    torch.testing.assert_close(found["pixel_values"], seen["pixel_values"])
+    with torch.no_grad():
+        logits = writer(input_ids=wanted_ids, **seen).logits
+        blind = writer(input_ids=wanted_ids, **seen | {"pixel_values": -seen["pixel_values"]}).logits
+        torch.testing.assert_close(made.model(**found).logits, logits)
+    assert (logits - blind).abs().max() > 1e-2, "the model does not see the pictures"
+    assert pipeline(source).upsample("a red cup", pictures) == [answer(writer, tokenizer, sent, 0, **seen)]
 
 
 def test_what_is_sent_depends_on_what_the_references_show_and_on_their_order(source) -> None:
