@@ -48,7 +48,7 @@ tiny: setup
 
 bench: setup
 	$(BIN)/python benchmarks/step.py
-	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/matrix.py && $(BIN)/python benchmarks/fits.py; fi
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/matrix.py && $(BIN)/python benchmarks/fits.py && $(BIN)/python benchmarks/inference.py; fi
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -11,12 +11,14 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and sys.stderr.isatty():  # the imports below take seconds
+    print("loading libraries ...", end="\r", file=sys.stderr, flush=True)
+
 from PIL import Image
-from tqdm import tqdm
 
 from flux2 import checks, records
 from flux2.pictures import check_writable, read_picture
@@ -24,6 +26,8 @@ from flux2.pipeline import Pipeline, load, pick_device
 from flux2.precision import NAMES, describe
 from flux2.records import NamedFile, Record
 from flux2.requests import Request, numbered, on_grid, read_lines
+from flux2.screen import CLEAR, Screen
+from flux2.text_encoder import STORAGES
 from flux2.variants import VARIANTS
 
 MAX_COUNT = 10_000
@@ -31,6 +35,9 @@ DEFAULTS: dict[str, Any] = {
     "model": "tiny",
     **dict.fromkeys(["path", "autoencoder", "text_encoder", "prompt", "prompts", "from_image", "device", "precision"]),
     **dict.fromkeys(["width", "height", "steps", "guidance", "cache"]),
+    **dict.fromkeys(["text_storage", "embeddings", "save_embeddings"]),
+    "upsample": False,
+    "asked": {},  # what was asked for, by the prompt that it was rewritten to
     "image": [],
     "adapter": [],
     "out": Path("out.png"),
@@ -43,10 +50,17 @@ DEFAULTS: dict[str, Any] = {
     "metadata": True,
 }
 PLACES = ("path", "autoencoder", "text_encoder")
+# of a picture's own settings, those that do not hold beside the given one
+REPLACED = {
+    "embeddings": ("text_encoder", "text_storage"),
+    "text_encoder": ("embeddings", "text_storage"),
+    "text_storage": ("embeddings",),
+    "upsample": ("embeddings",),
+}
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(f"{CLEAR}{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +80,21 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--text-encoder", help="likewise for the text encoder and its tokenizer; or the address of a server, http://..."
     )
+    parser.add_argument(
+        "--text-storage",
+        choices=list(STORAGES),
+        help="the text encoder's layers in 4 or 8 bits; by default as the rest",
+    )
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="FILE", help="of --save-embeddings; its prompts then need no text encoder"
+    )
+    parser.add_argument(
+        "--save-embeddings", type=Path, metavar="FILE", help="write the prompts' embeddings there, and make no pictures"
+    )
     parser.add_argument("--prompt", action="append", help="what to show; repeat for more pictures")
+    parser.add_argument(
+        "--upsample", action="store_true", help="let dev's text encoder write more detailed prompts of those given"
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -111,6 +139,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     given = vars(parser.parse_args(argv))
     kept = recorded(given["from_image"], given) if "from_image" in given else {}
+    for key in [other for option in given for other in REPLACED.get(option, ())]:
+        kept.pop(key, None)
     options = argparse.Namespace(**DEFAULTS | kept | given)
     if options.prompt is None and options.prompts is None:
         parser.error("give --prompt, --prompts or --from-image")
@@ -126,14 +156,19 @@ def recorded(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     replaced: dict[str, Any] = {
         name: [] for name, option in (("images", "image"), ("adapters", "adapter")) if option in given
     }
+    if any("embeddings" in REPLACED.get(option, ()) for option in given) or "embeddings" in given:
+        replaced["embeddings"] = None
     records.check_unchanged(dataclasses.replace(record, **replaced), what)
     kept = {key: getattr(record, key) for key in ("model", "precision", "seed", "width", "height", "steps", "guidance")}
     kept["prompt"] = [record.prompt]
+    if record.asked is not None:
+        kept["asked"] = {record.prompt: record.asked}
     kept["image"] = [Path(image.path) for image in record.images]
     kept["adapter"] = [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters]
     kept["merge"] = record.merged
     if "model" not in given:  # they are that model's
-        kept |= {key: getattr(record, key) for key in PLACES}
+        kept |= {key: getattr(record, key) for key in (*PLACES, "text_storage")}
+        kept["embeddings"] = None if record.embeddings is None else Path(record.embeddings.path)
     return kept
 
 
@@ -186,14 +221,25 @@ def requested(options: argparse.Namespace) -> list[Request]:
     ]
 
 
-def run(options: argparse.Namespace) -> list[Path]:
-    """Generate and write; returns the files. Raises ValueError for anything wrong in `options`."""
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that do nothing together."""
+    if options.save_embeddings is not None:
+        if options.embeddings is not None:
+            raise ValueError("--save-embeddings and --embeddings: give one of them")
+        if options.save_embeddings.suffix != ".safetensors":
+            raise ValueError(f"--save-embeddings {options.save_embeddings} must end in .safetensors")
+
+
+def run(options: argparse.Namespace) -> Iterator[Path]:
+    """Generate and write; gives each file when it is there. Raises ValueError for anything wrong in `options`."""
+    check_options(options)
     wanted = requested(options)
     pick_device(options.device)
-    for one in wanted:
-        check_writable(one.out, f"--out {one.out}")
+    if options.save_embeddings is None:
+        for one in wanted:
+            check_writable(one.out, f"--out {one.out}")
     pictures = {path: read_picture(path, f"--image {path}") for one in wanted for path in one.images}
-    images = {path: NamedFile.picture(path) for path in pictures}
+    images = {path: NamedFile.of(path) for path in pictures}
     given = [split_adapter(adapter) for adapter in options.adapter]
     if options.merge and not given:
         raise ValueError("--merge does nothing without --adapter")
@@ -208,21 +254,36 @@ def run(options: argparse.Namespace) -> list[Path]:
         stream_blocks=options.stream_blocks,
         cache=options.cache,
         tiled=options.tiled,
+        text_storage=options.text_storage,
+        embeddings=options.embeddings,
     )
     if options.merge:
         pipeline.check_mergeable()
-    encode(pipeline, wanted)  # before the transformer is loaded for the adapters
-    if pipeline.precision.storage is not None:
-        say(describe(pipeline.transformer, pipeline.precision, pipeline.device))
-    for path, scale in given:
-        found = pipeline.load_adapter(path, scale)
-        say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {found}")
-        if options.verbose:
-            say(f"  layers: {found.listing()}")
-    if options.merge:
-        pipeline.merge_adapters()
     steps = [pipeline.variant.steps if one.steps is None else one.steps for one in wanted]
-    with tqdm(total=sum(steps), unit="step", leave=False) as bar:
+    with Screen(sum(steps)) as screen:
+        if options.upsample:
+            screen.status("the text encoder writes prompts")
+            wanted, asked = upsampled(pipeline, wanted, pictures)
+            options.asked = options.asked | asked
+        screen.status("the text encoder reads prompts")
+        if options.save_embeddings is not None:
+            pipeline.save_embeddings(options.save_embeddings, [one.prompt for one in wanted])
+            yield options.save_embeddings
+            return
+        encode(pipeline, wanted)  # before the transformer is loaded for the adapters
+        screen.status("the transformer is loaded")
+        transformer = pipeline.transformer
+        if pipeline.precision.storage is not None:
+            say(describe(transformer, pipeline.precision, pipeline.device))
+        for path, scale in given:
+            found = pipeline.load_adapter(path, scale)
+            say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {found}")
+            if options.verbose:
+                say(f"  layers: {found.listing()}")
+        if options.merge:
+            pipeline.merge_adapters()
+        screen.begin()
+        saved = None if options.embeddings is None else NamedFile.of(options.embeddings)
         for one, count in zip(wanted, steps, strict=True):
             (image,) = pipeline.generate(
                 one.prompt,
@@ -232,7 +293,7 @@ def run(options: argparse.Namespace) -> list[Path]:
                 height=one.height,
                 steps=count,
                 guidance=one.guidance,
-                progress=lambda _: bar.update(),
+                progress=lambda _: screen.step(),
             )
             record = Record(
                 options.model,
@@ -242,13 +303,35 @@ def run(options: argparse.Namespace) -> list[Path]:
                 count,
                 pipeline.variant.guidance if one.guidance is None else one.guidance,
                 pipeline.precision.name,
-                **{key: getattr(options, key) for key in PLACES},
+                **{key: getattr(options, key) for key in (*PLACES, "text_storage")},
+                asked=options.asked.get(one.prompt),
+                embeddings=saved,
                 images=[images[path] for path in one.images],
                 adapters=used,
                 merged=options.merge,
             )
             write(image, one.out, record if options.metadata else None)
-    return [one.out for one in wanted]
+            with screen.told(f"{one.out}: {count} steps"):
+                yield one.out
+
+
+def upsampled(
+    pipeline: Pipeline, wanted: list[Request], pictures: Mapping[Path, Image.Image]
+) -> tuple[list[Request], dict[str, str]]:
+    """The requests with their prompts rewritten, and what was asked for by the new prompts.
+
+    A prompt is rewritten once for its references, whatever the seeds of its pictures. The language model is loaded once
+    for prompts without references, and once for those with.
+    """
+    texts: dict[tuple[str, tuple[Path, ...]], str] = {}
+    for images in dict.fromkeys(tuple(one.images) for one in wanted):
+        prompts = [*dict.fromkeys(one.prompt for one in wanted if tuple(one.images) == images)]
+        answers = pipeline.upsample(prompts, [pictures[path] for path in images])
+        texts |= {(prompt, images): answer for prompt, answer in zip(prompts, answers, strict=True)}
+    for (prompt, _), answer in texts.items():
+        say(f"prompt {prompt!r} became {answer!r}")
+    found = [dataclasses.replace(one, prompt=texts[one.prompt, tuple(one.images)]) for one in wanted]
+    return found, {answer: prompt for (prompt, _), answer in texts.items()}
 
 
 def encode(pipeline: Pipeline, wanted: list[Request]) -> None:
@@ -281,12 +364,12 @@ def message(error: Exception) -> str:
 def main() -> int:
     try:
         for file in run(arguments()):
-            print(file)
+            print(file, flush=True)
     except (ValueError, OSError) as error:
-        print("error:", message(error), file=sys.stderr)
+        say(f"error: {message(error)}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
     return 0
 

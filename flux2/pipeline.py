@@ -7,12 +7,10 @@ transformer is loaded, and prompts that were encoded stay known. What a training
 
 from __future__ import annotations
 
-import gc
-import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -28,14 +26,14 @@ from flux2.model import Transformer
 from flux2.offload import offload, streamed_blocks
 from flux2.pictures import as_rgb
 from flux2.precision import Precision, pick
-from flux2.remote import Client, check_url
+from flux2.prompts import Prompts, TextSource, free, text_source
 from flux2.sampling import initial_noise, sample
 from flux2.sources import ModelSource, model_source
-from flux2.text_encoder import TextEncoder
-from flux2.variants import PIXELS_PER_TOKEN, Variant
-from flux2.weights import load_autoencoder, load_text_encoder, load_transformer
+from flux2.text_encoder import Storage
+from flux2.upsampling import load_upsampler
+from flux2.variants import PIXELS_PER_TOKEN, Variant, variant
+from flux2.weights import load_autoencoder, load_transformer
 
-log = logging.getLogger(__name__)
 ONE_REFERENCE_PIXELS = 2024**2  # as in the reference code; several share less
 MANY_REFERENCES_PIXELS = 1024**2
 TILED_PIXELS = 1024**2  # of larger pictures the decoder computes a stripe at a time
@@ -168,22 +166,19 @@ class Pipeline:
         keep_text_encoder: bool,
         stream_blocks: int | float = 0,
         cache: Path | None = None,
-        text_server: str | None = None,
+        text: TextSource | None = None,
         tiled: bool | None = None,
     ) -> None:
-        self.text_server = text_server
         self.tiled = tiled
         self.streamed = streamed_blocks(source.variant.transformer, stream_blocks)
         self.stream_blocks = stream_blocks
         self.source = source
         self.device = device
         self.precision = precision
-        self.keep_text_encoder = keep_text_encoder
         self.cache = cache
-        self._text_encoder: TextEncoder | None = None
+        self.prompts = Prompts(source, device, precision.dtype, replace(text or TextSource(), keep=keep_text_encoder))
         self._autoencoder: Autoencoder | None = None
         self._transformer: Transformer | None = None
-        self._known: dict[tuple[str, int | None], Tensor] = {}
         self._adapters: list[tuple[Path | str, float]] = []
 
     @property
@@ -249,38 +244,27 @@ class Pipeline:
 
     def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """(B, T, text_width) embeddings; prompts that were encoded before need no text encoder."""
-        prompts = checks.texts("prompts", prompts)
-        length = None if length is None else checks.whole("length", length, 1, checks.MAX_LENGTH)
-        unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._known]
-        if unknown:
-            cut = self._ask(unknown, length) if self.text_server else self._compute(unknown, length)
-            if cut:
-                tokens = length or self.variant.text.length
-                log.warning("%d prompts are longer than %d tokens and were cut: %.80r", len(cut), tokens, cut[0])
-        return torch.cat([self._known[prompt, length] for prompt in prompts])
+        return self.prompts.get(prompts, length)
 
-    def _ask(self, prompts: Sequence[str], length: int | None) -> list[str]:
-        """Get to know the embeddings of `prompts` from the server; returns those of them that were cut."""
-        assert self.text_server is not None
-        client = Client(self.text_server, self.variant, length)
-        for prompt in prompts:
-            self._known[prompt, length] = client.encode([prompt]).to(self.precision.dtype)
-        return client.cut
+    def save_embeddings(self, file: str | Path, prompts: Sequence[str], length: int | None = None) -> None:
+        """Write embeddings of `prompts` to `file`, for `load(..., embeddings=file)` where no text encoder fits."""
+        self.prompts.save(file, prompts, length)
 
-    def _compute(self, prompts: Sequence[str], length: int | None) -> list[str]:
-        """Get to know the embeddings of `prompts` from the text encoder; returns those of them that were cut."""
-        if self._text_encoder is None:
-            self._text_encoder = load_text_encoder(self.source, self.device, self.precision.dtype)
-        for prompt in prompts:
-            self._known[prompt, length] = self._text_encoder.encode([prompt], length).cpu()
-        cut = list(self._text_encoder.cut)
-        self._text_encoder.cut.clear()
-        if not self.keep_text_encoder:
-            self._text_encoder = None
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return cut
+    def upsample(
+        self, prompt: str | Sequence[str], references: Sequence[Image.Image] = (), *, seed: int = 0
+    ) -> list[str]:
+        """Prompts, rewritten in more detail by dev's text encoder as a language model (flux2/upsampling.py).
+
+        The whole of it is loaded, and freed again. Raises ValueError for a model whose text encoder writes nothing.
+        """
+        prompts, (seed,) = checks.texts("prompt", prompt), checks.seeds(seed, 1)
+        references = check_references(references)
+        upsampler = load_upsampler(self.source, self.device, self.precision.dtype, self.prompts.text, bool(references))
+        try:
+            return [upsampler.rewrite(one, references, seed=seed) for one in prompts]
+        finally:
+            del upsampler
+            free(self.device)
 
     def embeddings(
         self, prompts: Sequence[str], guidance: float | None = None, length: int | None = None
@@ -380,6 +364,8 @@ def load(
     stream_blocks: int | float = 0,
     cache: str | Path | None = None,
     tiled: bool | None = None,
+    text_storage: Storage | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
     """A pipeline for the model called `name` (see `variants.VARIANTS`).
 
@@ -397,22 +383,19 @@ def load(
         cache: folder of quantised copies, with which the next start in `fp8` or `nf4` is faster; by default what the
             environment variable FLUX2_CACHE names, or none.
         tiled: decode pictures in stripes, which takes less memory and more time; by default those above a megapixel.
+        text_storage: `nf4` or `int8`: the text encoder's layers in 4 or 8 bits; by default in the dtype of the rest.
+        embeddings: a file of `Pipeline.save_embeddings`: its prompts alone can be used, and no text encoder is loaded.
     """
     if not isinstance(tiled, bool | None):
         raise ValueError(f"tiled={tiled!r} must be True, False or None")
-    places = (
+    given = (
         os.fspath(place) if isinstance(place, os.PathLike) else place for place in (path, autoencoder, text_encoder)
     )
-    path, autoencoder, text_encoder = places
-    server = None
-    if isinstance(text_encoder, str) and re.match(r"https?:", text_encoder):
-        try:
-            server, text_encoder = check_url(text_encoder), None
-        except ValueError as error:
-            raise ValueError(f"model.text_encoder: {error}") from error
+    path, autoencoder, text_encoder = given
+    text, text_encoder = text_source(variant(name), text_encoder, embeddings, text_storage)
     source = model_source(name, path, autoencoder, text_encoder)
     chosen = pick_device(device)
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
     copies = cache or os.environ.get("FLUX2_CACHE")
     folder = Path(copies).expanduser() if copies else None
-    return Pipeline(source, chosen, pick(precision, chosen), keep, stream_blocks, folder, server, tiled)
+    return Pipeline(source, chosen, pick(precision, chosen), keep, stream_blocks, folder, text, tiled)

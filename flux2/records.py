@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from flux2 import checks
 from flux2.adapters import PEFT_FILE, find
 from flux2.pictures import reason
+from flux2.text_encoder import Storage, check_storage
 from flux2.variants import VARIANTS
 
 KEYWORD = "flux2-lora"
@@ -39,7 +40,7 @@ class NamedFile:
     scale: float = 1.0
 
     @classmethod
-    def picture(cls, path: Path) -> NamedFile:
+    def of(cls, path: Path) -> NamedFile:
         return cls(str(path), sha256(path))
 
     @classmethod
@@ -59,6 +60,7 @@ class Record:
     """One picture. `path`, `autoencoder` and `text_encoder` are null for the published places.
 
     `merged` says whether the adapters were added to the weights, which rounds them as the weights are.
+    `asked` is the prompt that was given, where `prompt` is what the text encoder wrote of it.
     """
 
     model: str
@@ -72,6 +74,9 @@ class Record:
     path: str | None = None
     autoencoder: str | None = None
     text_encoder: str | None = None
+    text_storage: Storage | None = None
+    embeddings: NamedFile | None = None
+    asked: str | None = None
     images: Sequence[NamedFile] = field(default_factory=list)
     adapters: Sequence[NamedFile] = field(default_factory=list)
     merged: bool = False
@@ -113,9 +118,10 @@ def parsed(found: Any) -> Record:
         raise ValueError(f"unknown: {', '.join(unknown)}")
     if found["model"] not in VARIANTS:
         raise ValueError(f"model={found['model']!r} is not known here")
-    for key in ("path", "autoencoder", "text_encoder"):
+    for key in ("path", "autoencoder", "text_encoder", "asked"):
         if not isinstance(found.get(key), str | None):
             raise TypeError(f"{key}={found[key]!r} must be a text or null")
+    check_storage(found.get("text_storage"), "text_storage")
     if not isinstance(found["precision"], str):
         raise TypeError(f"precision={found['precision']!r} must be a text")
     if not isinstance(found.get("merged", False), bool):
@@ -123,12 +129,13 @@ def parsed(found: Any) -> Record:
     (prompt,) = checks.texts("prompt", found["prompt"])
     (seed,) = checks.seeds(found["seed"], 1)
     checks.size(found["width"], found["height"], 1)
-    given = {
+    given: dict[str, Any] = {
         "prompt": prompt,
         "seed": seed,
         "steps": checks.steps(found["steps"]),
         "guidance": checks.guidance(found["guidance"]),
     }
+    given["embeddings"] = named(found["embeddings"]) if found.get("embeddings") is not None else None
     files = {key: [named(entry) for entry in found.get(key, [])] for key in ("images", "adapters")}
     return Record(**{**found, **given, **files})
 
@@ -146,6 +153,11 @@ def check_unchanged(record: Record, what: str) -> None:
             raise ValueError(f"{what}: the reference {image.path} does not exist; give it with --image")
         if sha256(Path(image.path)) != image.sha256:
             raise ValueError(f"{what}: the reference {image.path} is another picture now; give the one with --image")
+    if record.embeddings is not None:
+        file = Path(record.embeddings.path)
+        if not file.is_file() or sha256(file) != record.embeddings.sha256:
+            state = "are other ones now" if file.is_file() else "do not exist"
+            raise ValueError(f"{what}: the embeddings {file} {state}; give those with --embeddings, or --text-encoder")
     for adapter in record.adapters:
         if sha256(weights(adapter.path)) != adapter.sha256:
             raise ValueError(

@@ -335,15 +335,21 @@ def load_text_encoder(
         raise WeightsError(
             f"{folder} makes embeddings of width {width}, {source.variant.name} takes {takes}: it is another model's"
         )
-    # saved as a language model, as part of a vision-language model, or as such by newer versions of transformers
-    prefixes = ("model.language_model.", "language_model.model.", "model.", "")
-    prefix = next((p for p in prefixes if f"{p}embed_tokens.weight" in files.names), None)
-    if prefix is None:
-        raise WeightsError(f"{folder} holds no language model: no tensor ends in embed_tokens.weight")
+    prefix = language_prefix(files)
     read = {name: Published((prefix + name,)) for name in taken(model)}
     fill(model, files, read, f"the text encoder of {source.variant.name}", device, dtype, ignored=lambda name: True)
     rebuild_rotary(model, device)
     return TextEncoder(model, load_tokenizer(source.folder("tokenizer")), text)
+
+
+def language_prefix(files: TensorFiles) -> str:
+    """What precedes the names of a language model's own tensors in `files`. Raises WeightsError if there is none."""
+    # saved as a language model, as part of a vision-language model, or as such by newer versions of transformers
+    prefixes = ("model.language_model.", "language_model.model.", "model.", "")
+    prefix = next((p for p in prefixes if f"{p}embed_tokens.weight" in files.names), None)
+    if prefix is None:
+        raise WeightsError(f"{files.place} holds no language model: no tensor ends in embed_tokens.weight")
+    return prefix
 
 
 def text_encoder_fingerprint(source: ModelSource) -> str:

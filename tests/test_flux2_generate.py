@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from remote_helpers import SECRET, FakeServer
 
-from flux2 import adapters, generate, pipeline, records
+from flux2 import adapters, generate, prompts, records
 from flux2.offload import Offloader
 from flux2.remote import TOKEN
 from flux2.sources import ModelSource
@@ -88,7 +88,7 @@ def test_with_the_address_of_a_server_the_picture_is_the_same_and_no_text_encode
     encoder = load_text_encoder(source, dtype=torch.float32)
     server = fake_server(source.variant, token=SECRET)
     server.embedding = lambda prompt: encoder.encode([prompt])[0]  # type: ignore[method-assign]
-    monkeypatch.setattr(pipeline, "load_text_encoder", lambda *_: pytest.fail("a text encoder was loaded"))
+    monkeypatch.setattr(prompts, "load_text_encoder", lambda *_: pytest.fail("a text encoder was loaded"))
     monkeypatch.delenv(TOKEN, raising=False)
     assert command("--text-encoder", server.url) == 2
     assert f"set the environment variable {TOKEN}" in capsys.readouterr().err

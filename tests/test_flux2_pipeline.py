@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
 import flux2
-from flux2 import adapters
+from flux2 import adapters, prompts
 from flux2 import pipeline as pipeline_module
 from flux2.pipeline import Pipeline, pick_device, reference_image, to_images, to_pixels
 from flux2.precision import Precision
@@ -199,7 +199,7 @@ def test_what_cannot_be_generated_is_refused_before_anything_is_loaded(
     arguments: dict[str, Any] = {"prompt": "a cup", **options}
     with pytest.raises((ValueError, TypeError), match=message):
         pipe.generate(**arguments)
-    assert pipe._text_encoder is None
+    assert pipe.prompts.encoder is None
     assert pipe._transformer is None
 
 
@@ -230,14 +230,14 @@ def test_prompts_to_encode_are_checked(pipe: Pipeline) -> None:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Records which parts are loaded."""
     seen: list[str] = []
-    for part in ("text_encoder", "autoencoder", "transformer"):
-        function = getattr(pipeline_module, f"load_{part}")
+    for part, module in (("text_encoder", prompts), ("autoencoder", pipeline_module), ("transformer", pipeline_module)):
+        function = getattr(module, f"load_{part}")
 
         def spy(*arguments: Any, part: str = part, function: Any = function, **options: Any) -> Any:
             seen.append(part)
             return function(*arguments, **options)
 
-        monkeypatch.setattr(pipeline_module, f"load_{part}", spy)
+        monkeypatch.setattr(module, f"load_{part}", spy)
     return seen
 
 
@@ -246,7 +246,7 @@ def test_the_text_encoder_is_loaded_once_before_the_rest_and_freed(source: Model
     pipe.generate(PROMPTS, steps=1, width=16, height=16)
     assert sorted(loads) == ["autoencoder", "text_encoder", "transformer"], "the empty prompt is encoded along"
     assert loads[0] == "text_encoder"
-    assert pipe._text_encoder is None
+    assert pipe.prompts.encoder is None
     pipe.generate(PROMPTS[1], steps=1, width=16, height=16)
     assert len(loads) == 3, "a known prompt needs no text encoder"
     pipe.generate("a cup", steps=1, width=16, height=16)
