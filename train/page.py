@@ -27,12 +27,13 @@ h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere }
 h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
 p { margin: .3rem 0 1rem }
 code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }
-.wide { overflow-x: auto }
+.wide { overflow-x: auto; margin-bottom: 1.2rem }
+.caption { margin: 1rem 0 .2rem; font-size: .9rem; overflow-wrap: anywhere }
 table { border-collapse: collapse; width: 100% }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
 th { font-weight: 600 }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
-tr.best td { background: color-mix(in srgb, var(--good) 14%, transparent) }
+tr.best > * { background: color-mix(in srgb, var(--good) 14%, transparent) }
 figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; background: var(--soft) }
 figure.best { border-color: var(--good); outline: 1px solid var(--good) }
 figcaption { padding: .5rem .7rem; overflow-wrap: anywhere }
@@ -76,8 +77,8 @@ def heads(names: Iterable[str], numbers: Iterable[str] = ()) -> str:
 
 def table(head: str, rows: Sequence[str], caption: str = "") -> str:
     """A table that scrolls by itself where the screen is narrow. All arguments are HTML."""
-    named = f"<caption>{caption}</caption>" if caption else ""
-    return f'<div class="wide" tabindex="0"><table>{named}{head}{"".join(rows)}</table></div>'
+    named = f'<p class="caption">{caption}</p>' if caption else ""  # a <caption> would be as wide as the table
+    return f'{named}<div class="wide" tabindex="0"><table>{head}{"".join(rows)}</table></div>'
 
 
 def document(title: str, body: Iterable[str], style: str = "", script: str = "") -> str:

@@ -26,7 +26,7 @@ STYLE = """
 .plot { padding: .5rem .7rem; max-width: 44rem }
 .plot figcaption { padding: 0 0 .3rem }
 .plot svg { display: block; width: 100%; height: auto }
-.plot text { font: 11px system-ui, sans-serif; fill: currentColor }
+.plot text { font: 13px system-ui, sans-serif; fill: currentColor }
 .plot .grid { stroke: var(--line) }
 .plot path { fill: none; stroke-width: 1.8; stroke-linejoin: round }
 .plot .faint { opacity: .3; stroke-width: 1 }

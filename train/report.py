@@ -38,7 +38,6 @@ body { max-width: 76rem }
 pre { overflow-x: auto; font: .82rem/1.45 ui-monospace, monospace; margin: .3rem 0 1rem; padding: .6rem .8rem;
   background: var(--soft); border-radius: .5rem }
 pre.words { white-space: pre-wrap; overflow-wrap: anywhere }
-caption { text-align: left; padding: .2rem 0; font-size: .9rem }
 .box { border-left: .3rem solid var(--good); background: var(--soft); padding: .5rem .9rem; margin: 1rem 0;
   border-radius: 0 .5rem .5rem 0; overflow-wrap: anywhere }
 .box.bad { border-color: var(--bad) }

@@ -30,7 +30,7 @@ STYLE = """
 .names { display: flex; justify-content: space-between; gap: .5rem; padding: .2rem .7rem 0; font-size: .85rem }
 .names span { overflow-wrap: anywhere }
 .strip { display: flex; gap: .3rem; overflow-x: auto; margin: 0; padding: .4rem .7rem .6rem; list-style: none }
-.strip li { flex: none; width: 4.6rem; font-size: .75rem; text-align: center }
+.strip li { flex: 1 1 3.2rem; min-width: 3.2rem; max-width: 4.6rem; font-size: .75rem; text-align: center }
 .strip button { all: unset; display: block; cursor: pointer; border: 2px solid transparent; border-radius: .3rem;
   overflow: hidden; width: 100% }
 .strip button:focus-visible { outline: 2px solid var(--c0, #2f6fde) }
