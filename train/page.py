@@ -24,7 +24,7 @@ STYLE = """
 * { box-sizing: border-box }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.2rem; max-width: 90rem }
 h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere }
-h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
+h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; overflow-wrap: anywhere }
 p { margin: .3rem 0 1rem }
 code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }
 .wide { overflow-x: auto; margin-bottom: 1.2rem }

@@ -42,7 +42,7 @@ pre.words { white-space: pre-wrap; overflow-wrap: anywhere }
   border-radius: 0 .5rem .5rem 0; overflow-wrap: anywhere }
 .box.bad { border-color: var(--bad) }
 .box p, .box ul { margin: .2rem 0 }
-summary { cursor: pointer; font-weight: 600; margin: 2rem 0 .6rem; font-size: 1.1rem }
+summary { cursor: pointer; overflow-wrap: anywhere; font-weight: 600; margin: 2rem 0 .6rem; font-size: 1.1rem }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1rem }
 .pairs .two { display: grid; grid-template-columns: 1fr 1fr; gap: 2px }
 .suspicious { color: var(--bad); font-weight: 600 }
