@@ -98,6 +98,22 @@ def test_the_page_says_what_was_measured_masks_secrets_and_escapes_texts(run, ma
     assert "8 (8 to 8)" in words
 
 
+def test_a_run_that_got_worse_is_said_to_have_with_its_numbers(run):
+    assert report.stands_out(run) == []
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        steps = [line["step"] for line in lines]
+        backwards = [{**line, "step": step} for line, step in zip(reversed(lines), steps, strict=True)]
+        (run / name).write_text("".join(json.dumps(line) + "\n" for line in backwards))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "skipped": 1}\n')
+    skipped, training, validation = report.stands_out(run)
+    assert skipped.startswith("1 logged steps made no update")
+    assert training.startswith("the training loss rose: from 1.113 to 1.863")
+    assert "higher than the base's beyond the noise: 2.6 against 1.8 (+44.4 %)" in validation
+    assert "learning rate may be too high" in validation
+
+
 def test_the_command_is_kept_without_secrets_and_where_it_goes_on(run):
     report.note_command(run, ["+experiment=demo", "output_dir=x", "tracker.api_key=abcdefgh12345678"], 2)
     report.note_command(run, ["steps=80", f"resume={run}"], goes_on=True)

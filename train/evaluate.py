@@ -246,7 +246,9 @@ def evaluated(settings: EvaluationSettings, features: Features) -> list[Evaluati
         alone = number > 0
         run = Opened(folder, settings.device, sample, settings.seeds)
         if not alone:  # the others draw what the first does
-            sample = sample | {"prompts": run.prompts, "references": run.run.sample.edits}
+            first = run.run.sample
+            keys = ("steps", "guidance", "width", "height")
+            sample = {key: getattr(first, key) for key in keys} | {"prompts": run.prompts, "references": first.edits}
         run.run.say(f"evaluating {folder}: {run.run.variant.name}, {len(run.prompts)} prompts, seeds {run.seeds}")
         wanted = Wanted(
             [] if alone else settings.strengths,
