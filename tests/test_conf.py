@@ -16,17 +16,19 @@ from data.captions import Captions
 from data.samples import Folder, HuggingFace
 from flux2.adapters import attach
 from flux2.precision import Precision, pick
-from train.command import flat
+from train.command import checked, flat, made
 from train.configured import GROUPS
+from train.evaluate import EvaluationSettings
 from train.run import Run, paths
 
 pytest_plugins = ("train_helpers",)
 
 # a file that begins with "_" is a part of those beside it, and no choice
-FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("[!_]*.yaml") if file.name != "train.yaml")
+FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("[!_]*.yaml") if file.parent != CONF)
 FILES = [file for file in FILES if file.parent.name != "accelerate"]  # for accelerate launch, no group of Hydra's
 EXPERIMENTS = [file.stem for file in FILES if file.parent.name == "experiment"]
-CHOICES = [(str(file.parent), file.stem) for file in FILES if file.parts[0] not in ("experiment", "hydra")]
+CHOICES = [(str(file.parent), file.stem) for file in FILES if file.parts[0] not in ("experiment", "hydra", "features")]
+FEATURES = [file.stem for file in FILES if file.parts[0] == "features"]  # of conf/evaluate.yaml
 HYDRA = [(file.parent.name, file.stem) for file in FILES if file.parts[0] == "hydra"]  # how a sweep is run
 # what a choice asks for
 NEEDS = {
@@ -103,6 +105,19 @@ def test_every_way_to_run_a_sweep_composes_and_makes_its_object(kind, choice):
 
 def test_hydras_own_choices_are_both_there():
     assert {("sweeper", "optuna"), ("launcher", "slurm")} <= set(HYDRA)
+
+
+@pytest.mark.parametrize("choice", FEATURES)
+def test_every_choice_of_an_evaluation_composes_and_makes_its_object(choice):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("evaluate", [f"features={choice}", "run=outputs/demo/0"])
+    given = OmegaConf.to_container(config, resolve=True)
+    features = made("features", given.pop("features"))
+    assert type(features) is get_object(config.features._target_)
+    assert features.side == config.features.side
+    settings = checked("", given, EvaluationSettings)
+    assert set(given) == {field.name for field in fields(EvaluationSettings)}
+    assert settings == EvaluationSettings("outputs/demo/0", seeds=[0, 1], strengths=[0, 0.5, 1, 1.5])
 
 
 def test_the_adapter_covers_the_layers_that_attach_does_by_default():

@@ -181,7 +181,9 @@ def test_a_folder_that_cannot_be_written_is_said_before_pictures_are_made(run_co
         raise AssertionError("pictures are made")
 
     monkeypatch.setattr(demo, "Pipeline", refuse)
-    assert "run' cannot be written (File exists)" in run_command.refused(*arguments(tmp_path), task=demo.main)
+    assert "run' cannot be written (File exists)" in run_command.refused(
+        *arguments(tmp_path), "schedule.warmup_steps=0", task=demo.main
+    )
 
 
 @pytest.mark.slow

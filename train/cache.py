@@ -239,7 +239,7 @@ def prepare(accelerator: Accelerator, needs: Needs) -> Prepared:
     # pictures first: what is wrong with them is known before the slow text encoder runs
     latents = needs.plan_latents(digests)
     embeddings = needs.plan_embeddings()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and latents.entries:
         show_buckets(latents, needs.buckets, needs.samples.bad, needs.table)
     prompts, pictures = embeddings.missing, latents.lacking
     accelerator.wait_for_everyone()  # all have looked before any fills

@@ -102,14 +102,16 @@ def is_listing(files: object) -> bool:
     )
 
 
-def check(checkpoint: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose files are all as they were written.
+def check(checkpoint: Path, within: str = "") -> dict[str, Any]:
+    """The state of a checkpoint whose files are all as they were written, or those in its folder `within`.
 
     Raises ValueError, naming the file, for the first one that is missing or damaged.
     """
     found = state(checkpoint)
     for name, about in found["files"].items():
         file = checkpoint / name
+        if not file.is_relative_to(checkpoint / within):
+            continue
         try:
             size = file.stat().st_size
             same = size == about["size"] and checksum(file) == about["xxh3_128"]

@@ -165,18 +165,18 @@ def flat(config: DictConfig, prefix: str = "") -> list[str]:
     return found
 
 
-def known_settings(overrides: Sequence[str]) -> list[str]:
-    """The keys that can be set, with the choices among `overrides` if they compose."""
+def known_settings(overrides: Sequence[str], name: str = "train") -> list[str]:
+    """The keys of conf/`name`.yaml that can be set, with the choices among `overrides` if they compose."""
     chosen = [text for text in overrides if (CONFIG / text.lstrip("+~").partition("=")[0]).is_dir()]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
         try:
-            return flat(hydra.compose("train", chosen))
+            return flat(hydra.compose(name, chosen))
         except (HydraException, OmegaConfBaseException):
-            return flat(hydra.compose("train"))
+            return flat(hydra.compose(name))
 
 
-def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
+def explain(error: Exception, overrides: Sequence[str] = (), name: str = "train") -> str:
     """One line for what a user can mend, and one for each bad sample."""
     if isinstance(error, BadData):
         return str(error)
@@ -198,7 +198,7 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
         given = [item for item in overrides if item.lstrip("+~").partition("=")[0] == found[1]] or [found[1]]
         if (CONFIG / found[1]).is_dir():
             return f"{given[0]}: no {found[1]} is chosen yet that this could override; write +{given[0]}"
-        return no_setting(given[0], known_settings(overrides))
+        return no_setting(given[0], known_settings(overrides, name))
     if text.startswith("Config group override must be"):
         return f"a group needs the name of a choice, as in model=tiny ({text})"
     if isinstance(error, OmegaConfBaseException | HydraException):
@@ -284,8 +284,9 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
     return result
 
 
-def command(task: Callable[[DictConfig], Any]) -> None:
-    """Run `task` under Hydra; what a user can mend is one message and exit code 2, a stop request 128 + its signal.
+def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
+    """Run `task` under Hydra with conf/`name`.yaml; what a user can mend is one message and exit code 2, a stop request
+    128 + its signal.
 
     A job of a sweep that fails says so at once, and the others go on. Of several processes the first speaks, but for
     what went wrong in another alone (`own_errors`).
@@ -301,11 +302,13 @@ def command(task: Callable[[DictConfig], Any]) -> None:
         if not isinstance(error, USER_ERRORS):
             traceback.print_exception(error)
         if is_first_process() or getattr(error, "__notes__", None):  # a mistake in the settings is the same in all
-            print(f"error: {masked_settings(where + explain(error, sys.argv[1:]))}", file=sys.stderr)
+            print(f"error: {masked_settings(where + explain(error, sys.argv[1:], name))}", file=sys.stderr)
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if name != "train":
+                return report(ValueError("-m sweeps over trainings: give this command one configuration, without it"))
             return job_of_sweep(task, config, report)
         try:
             return task(config)
@@ -314,7 +317,7 @@ def command(task: Callable[[DictConfig], Any]) -> None:
 
     try:
         with stopped_at_once():
-            hydra.main(version_base="1.3", config_path=str(CONFIG), config_name="train")(job)()
+            hydra.main(version_base="1.3", config_path=str(CONFIG), config_name=name)(job)()
     except KeyboardInterrupt as stop:
         if is_first_process():
             print(masked_settings(str(stop)) or Stopped(), file=sys.stderr, flush=True)

@@ -31,8 +31,10 @@ from PIL import Image, ImageChops
 from data import probe
 from flux2.adapters import disabled
 from flux2.pipeline import Pipeline
+from train import report
 from train.command import command
 from train.run import Run
+from train.slider import Cell
 from train.validate import sheet
 
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
@@ -108,7 +110,15 @@ def begin(config: DictConfig) -> Run:
     return run
 
 
-def end(run: Run, adapter: Path, seconds: float, judged: Sequence[str], numbers: Path, use: Sequence[str]) -> None:
+def end(
+    run: Run,
+    adapter: Path,
+    seconds: float,
+    judged: Sequence[str],
+    numbers: Path,
+    use: Sequence[str],
+    pairs: Sequence[Cell],
+) -> None:
     """Say how it went, where everything is, and with which arguments the adapter makes more pictures."""
     run.say(f"\ntrained in {seconds:.0f} s")
     for sentence in judged:
@@ -118,6 +128,8 @@ def end(run: Run, adapter: Path, seconds: float, judged: Sequence[str], numbers:
     run.say(f"the adapter       {adapter}")
     command_line = f"{shlex.quote(sys.executable)} -m flux2.generate --adapter {adapter}"
     run.say(f"more pictures     {command_line} {shlex.join(use)}")
+    if run.accelerator.is_main_process and (page := report.write_or_warn(adapter.parent, pairs)):
+        run.say(f"the report        {page}")
 
 
 def main(config: DictConfig) -> None:
@@ -149,7 +161,7 @@ def main(config: DictConfig) -> None:
         "plain_before": look(plain_before, pairs),
         "plain_after": look(plain_after, pairs),
     }
-    report = {
+    found = {
         "training_seconds": round(seconds, 1),
         "style_moved": moved(looks["cards_before"].style_distance, looks["cards_after"].style_distance, cards),
         "plain_style_moved": moved(looks["plain_before"].style_distance, looks["plain_after"].style_distance, cards),
@@ -161,7 +173,7 @@ def main(config: DictConfig) -> None:
         "style_distance_of_the_cards": cards,
     }
     folder = adapter.parent
-    everything = report | {name: asdict(value) for name, value in looks.items()}
+    everything = found | {name: asdict(value) for name, value in looks.items()}
     (folder / "demo.json").write_text(json.dumps(everything, indent=2) + "\n")
 
     shown = [pairs.index(tuple(words.split())) for words in SHOWN]  # type: ignore[arg-type]
@@ -174,7 +186,12 @@ def main(config: DictConfig) -> None:
     page.save(folder / "sheet.png", optimize=True)
 
     use = ["--prompt", "a trtcrd of a purple bell, tarot style", "--out", "bell.png"]
-    end(run, adapter, seconds, judge(report), folder / "demo.json", use)
+    pairs_shown = [
+        report.pair(words[i], before[i], after[i])
+        for words, before, after in ((prompts, cards_before, cards_after), (plain, plain_before, plain_after))
+        for i in shown
+    ]
+    end(run, adapter, seconds, judge(found), folder / "demo.json", use, pairs_shown)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from data.drawings import BACKGROUNDS, COLOURS, Drawing, draw, plain_edit
 from data.lineup import difference, recognise
 from flux2.adapters import disabled
 from flux2.pipeline import Pipeline, render
+from train import report
 from train.command import command
 from train.demo import begin, end, line, moved, same
 from train.validate import sheet
@@ -150,7 +151,7 @@ def main(config: DictConfig) -> None:
         sum(difference(one, other) for one, other in zip(pictures, intended, strict=True)) / len(intended)
         for pictures in (before, after)
     ]
-    report = {
+    found = {
         "training_seconds": round(seconds, 1),
         "edits_right_before": looks["before"]["all"],
         "edits_right": looks["after"]["all"],
@@ -164,14 +165,18 @@ def main(config: DictConfig) -> None:
         "base_unchanged": float(unchanged),
     }
     folder = adapter.parent
-    (folder / "demo_edit.json").write_text(json.dumps(report | looks, indent=2) + "\n")
+    (folder / "demo_edit.json").write_text(json.dumps(found | looks, indent=2) + "\n")
 
     rows = [[pictures[drawings.index(one)] for one in SHOWN] for pictures in (sources, before, after, intended)]
     names = ["reference", "base", "adapter", "intended"]
     sheet(rows, [INSTRUCTION] * len(SHOWN), names).save(folder / "sheet.png", optimize=True)
 
     use = ["--image", "data/demo_edit/new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
-    end(run, adapter, seconds, judge(report), folder / "demo_edit.json", use)
+    chosen = [drawings.index(one) for one in SHOWN]
+    pairs = [
+        report.pair(f"{drawings[i].colour} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen
+    ]
+    end(run, adapter, seconds, judge(found), folder / "demo_edit.json", use, pairs)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from flux2.pipeline import (
 )
 from flux2.precision import describe, pick
 from flux2.weights import load_autoencoder, load_transformer
-from train import folder, model_card, resume, sweep
+from train import folder, model_card, report, resume, sweep
 from train.cache import Needs, Prepared, gigabytes, prepare
 from train.choose import advice, choice_of, still_fits
 from train.classes import class_data, class_loader, drawn_classes, given_classes
@@ -130,8 +130,8 @@ class Run(Configured):
         if self._lock is not None:
             self._lock.release()
 
-    def needs(self) -> Needs:
-        """The samples, and what is to be cached of them."""
+    def needs(self, samples: Source | None = None) -> Needs:
+        """The samples, by default those of the configuration, and what is to be cached of them."""
         cache = self.settings.cache_dir
         if cache is not None and Path(cache).expanduser().exists() and not Path(cache).expanduser().is_dir():
             raise ValueError(f"cache_dir={cache!r} is not a folder: give another")
@@ -143,7 +143,7 @@ class Run(Configured):
             self.source,
             self.text_encoder,
             MemoryCache() if cache is None else Cache(cache),
-            self.instantiate("dataset"),
+            self.instantiate("dataset") if samples is None else samples,
             [*self.sample.prompts, *self.preservation.prompts],
             self.buckets,
             self.settings.reference_resolution**2,
@@ -317,6 +317,7 @@ class Run(Configured):
             text = OmegaConf.to_yaml(OmegaConf.create(masked(self.config)))
             folder.write_whole(place.folder / resume.CONFIG_FILE, text)
             data.write(place.folder)
+            self.note_command(place)
             metrics.start(settings.name, self.config, place.step)
 
         cut = {
@@ -365,9 +366,17 @@ class Run(Configured):
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
         ).run()
         self.write_card(place.folder, len(trained))
+        if accelerator.is_main_process:
+            report.write_or_warn(place.folder)
         if SHARED.keeps and (self.memory.compile or not base.take_off(wrapped)):
             SHARED.drop("transformer")  # compiled code is of its layers as they were
         return adapter
+
+    def note_command(self, place: resume.Place) -> None:
+        """Keep the command in the run folder, for its report."""
+        if HydraConfig.initialized():
+            words, processes = HydraConfig.get().overrides.task, self.accelerator.num_processes
+            report.note_command(place.folder, words, processes, goes_on=place.checkpoint is not None)
 
     def write_card(self, run: Path, samples: int) -> None:
         """The model card beside the finished adapter."""
@@ -424,6 +433,8 @@ def train(run: Run) -> None:
     run.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if run.sample.prompts and run.settings.sample_every:
         run.say(f"pictures  {adapter.parent / 'samples'}")
+    if (adapter.parent / report.REPORT).is_file():
+        run.say(f"report    {adapter.parent / report.REPORT}")
     words = ["python", "-m", "flux2.generate", "--model", run.variant.name]
     for option in ("path", "autoencoder", "text_encoder"):
         if place := getattr(run.model, option):

@@ -217,7 +217,7 @@ def write(sweep: Path, found: Sequence[Job]) -> Path:
     table.writeheader()
     table.writerows(row(job, keys) for job in found)
     write_whole(sweep / SHEET, text.getvalue())
-    write_whole(sweep / PAGE, sweep_page.page(sweep, found))
+    write_whole(sweep / PAGE, sweep_page.page_of(sweep, found))
     return sweep / PAGE
 
 

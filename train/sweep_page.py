@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import time
 from collections.abc import Sequence
@@ -11,29 +9,14 @@ from contextlib import suppress
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
-from train import resume
+from train import page, resume
 from train.jobs import Job, best_job, split_overrides
 
 WIDEST = 1060  # pixels of an embedded sheet, which is four pictures; the whole one is behind its link
 MOST_COLUMNS = 4
-QUALITY = 88
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #2a8a4a; --bad: #c43c3c }
-* { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.2rem; max-width: 100rem }
-h1 { font-size: 1.4rem; margin: 0 }
-h2 { font-size: 1.1rem; margin: 2rem 0 .6rem }
-p { margin: .3rem 0 1rem }
-code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; width: 100% }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
-th { font-weight: 600 }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
-tr.best td { background: color-mix(in srgb, var(--good) 14%, transparent) }
+body { max-width: 100rem }
 .done { color: var(--good) }
 .failed, .lost { color: var(--bad) }
 .error { color: var(--bad); white-space: normal; overflow-wrap: anywhere }
@@ -41,35 +24,19 @@ ol { columns: 20rem; margin: 0 0 1rem; padding-left: 1.6rem }
 .sheets { --gap: 1rem; display: grid; gap: var(--gap); margin-bottom: var(--gap); align-items: start }
 .sheets { --width: calc((100% - (var(--columns) - 1) * var(--gap)) / var(--columns)) }
 .sheets { grid-template-columns: repeat(auto-fill, minmax(max(var(--width), min(20rem, 100%)), 1fr)) }
-figure { margin: 0; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; background: var(--soft) }
-figure.best { border-color: var(--good); outline: 1px solid var(--good) }
-figcaption { padding: .5rem .7rem; min-height: calc(3em + 1rem) }
-figure img { display: block; width: 100%; height: auto; background: #fff }
+figcaption { min-height: calc(3em + 1rem) }
 """
 
 
 def picture(file: Path) -> str:
-    """The file as a data URI, scaled to at most `WIDEST` pixels; empty if it cannot be read."""
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError):  # half written, or not a picture
-        return ""
-    if image.width > WIDEST:
-        image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-def number(value: float | None, form: str) -> str:
-    return f'<td class="number">{"" if value is None else format(value, form)}</td>'
+    """The file as a data URI; empty if it cannot be read."""
+    image = page.opened(file)
+    return "" if image is None else page.data_uri(image, WIDEST, jpeg=True)
 
 
 def table(found: Sequence[Job], keys: Sequence[str], best: Job | None) -> str:
-    heads = "".join(f"<th>{escape(head)}</th>" for head in ("job", *keys, "status"))
-    for head in ("validation loss", "best", "at step", "training loss", "images/s"):
-        heads += f'<th class="number">{head}</th>'
+    numbers = ("validation loss", "best", "at step", "training loss", "images/s")
+    head = page.heads(("job", *keys, "status"), numbers)
     rows = []
     for job in found:
         place = f'<a href="{job.folder.name}/">{job.number}</a>'
@@ -78,14 +45,14 @@ def table(found: Sequence[Job], keys: Sequence[str], best: Job | None) -> str:
         rows.append(
             f"<tr{' class=best' if job is best else ''}><td>{place}</td>{values}"
             f'<td class="{job.status}">{job.status}{steps}</td>'
-            + number(job.last, ".4f")
-            + number(job.best, ".4f")
-            + number(job.best_step, "d")
-            + number(job.training_loss, ".4f")
-            + number(job.images_per_second, ".2f")
+            + page.number(job.last, ".4f")
+            + page.number(job.best, ".4f")
+            + page.number(job.best_step, "d")
+            + page.number(job.training_loss, ".4f")
+            + page.number(job.images_per_second, ".2f")
             + "</tr>"
         )
-    return f'<div class="wide"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
+    return page.table(head, rows)
 
 
 def figure(file: Path | None, sweep: Path, caption: str, best: bool = False) -> str:
@@ -150,7 +117,7 @@ def sheets(sweep: Path, found: Sequence[Job], keys: Sequence[str], best: Job | N
     return "".join(parts)
 
 
-def page(sweep: Path, found: Sequence[Job]) -> str:
+def page_of(sweep: Path, found: Sequence[Job]) -> str:
     """The whole page of the jobs `found` in the folder `sweep`."""
     common, keys = split_overrides(found)
     best = best_job(found) if len(found) > 1 else None
@@ -167,9 +134,4 @@ def page(sweep: Path, found: Sequence[Job]) -> str:
         if job.error:
             parts.append(f'<p class="error">job {job.number}: {escape(job.error)}</p>')
     parts.append(sheets(sweep, found, keys, best))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Sweep {escape(sweep.name)}</title><style>{STYLE}</style></head>\n"
-        f"<body>{chr(10).join(parts)}</body></html>\n"
-    )
+    return page.document(f"Sweep {sweep.name}", parts, STYLE)

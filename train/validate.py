@@ -7,6 +7,7 @@ it becomes a curve that can be read, above all on samples set aside.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,6 +16,7 @@ from typing import Any, TypeGuard
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from data.latents import LatentEntry
@@ -32,6 +34,7 @@ from train.loss import Noised, flow_loss, noise_at
 
 WIDEST = 8192  # pixels of a picture on a sheet
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
+LAYOUT = "flux2-lora-sheet"  # keyword of the text in the file of a sheet: its prompts, and where its pictures are
 
 Share = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
@@ -250,31 +253,34 @@ class Sampler:
         self.steps = settings.steps or variant.steps
         self.guidance = variant.guidance if settings.guidance is None else settings.guidance
 
+    def picture(self, model: Transformer, i: int, seed: int) -> Image.Image:
+        """That of the prompt number `i`, from its size, references and `seed` alone."""
+        return render(
+            model,
+            self.autoencoder,
+            self.text[i : i + 1],
+            seeds=[seed],
+            width=self.sizes[i][0],
+            height=self.sizes[i][1],
+            steps=self.steps,
+            guidance=self.guidance,
+            references=self.references[i],
+            empty=self.empty,
+        )[0]
+
     def pictures(self, model: Transformer) -> list[Image.Image]:
         """One picture a prompt; each depends on its own seed, not on the others."""
-
-        def picture(i: int) -> Image.Image:
-            return render(
-                model,
-                self.autoencoder,
-                self.text[i : i + 1],
-                seeds=[self.settings.seed + i],
-                width=self.sizes[i][0],
-                height=self.sizes[i][1],
-                steps=self.steps,
-                guidance=self.guidance,
-                references=self.references[i],
-                empty=self.empty,
-            )[0]
-
-        return self.share(picture, range(len(self.sizes)))
+        return self.share(lambda i: self.picture(model, i, self.settings.seed + i), range(len(self.sizes)))
 
     def sheet(self, model: Transformer, file: Path, *, write: bool = True) -> None:
         """Write the pictures with their prompts to `file`; of several processes one does."""
         pictures = self.pictures(model)
         if write:
             file.parent.mkdir(parents=True, exist_ok=True)
-            sheet([pictures], columns=list(self.settings.prompts)).save(file)
+            page = sheet([pictures], columns=list(self.settings.prompts))
+            info = PngInfo()  # for the report, which shows the pictures one by one
+            info.add_itxt(LAYOUT, json.dumps({"prompts": list(self.settings.prompts), "boxes": page.info["boxes"]}))
+            page.save(file, pnginfo=info)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
@@ -300,15 +306,17 @@ def sheet(
 ) -> Image.Image:
     """Pictures in rows of equal length, a caption above each column and a name left of each row.
 
-    Pictures are scaled so that they are about `side` pixels wide; a single row is broken after four.
+    Pictures are scaled so that they are about `side` pixels wide; a single row is broken after four. Where each is,
+    (left, top, right, bottom), row by row, is in `info["boxes"]`.
     """
     if len(rows) == 1 and len(rows[0]) > 4 and not names:
         parts = [rows[0][i : i + 4] for i in range(0, len(rows[0]), 4)]
         strips = [sheet([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
         page = Image.new("RGB", (max(s.width for s in strips), sum(strip.height for strip in strips)), "white")
-        y = 0
+        y, page.info["boxes"] = 0, []
         for strip in strips:
             page.paste(strip, (0, y))
+            page.info["boxes"] += [(x0, y0 + y, x1, y1 + y) for x0, y0, x1, y1 in strip.info["boxes"]]
             y += strip.height
         return page
     rows = [[_scaled(picture, side) for picture in row] for row in rows]
@@ -321,6 +329,7 @@ def sheet(
     page = Image.new(
         "RGB", (left + len(rows[0]) * (size[0] + gap) + gap, top + len(rows) * (size[1] + gap) + gap), "white"
     )
+    page.info["boxes"] = []
     canvas = ImageDraw.Draw(page)
     for x, caption in enumerate(columns):
         text = wrap(caption, font, size[0], 3)
@@ -330,7 +339,9 @@ def sheet(
         if names:
             canvas.text((8, at + size[1] // 2), names[y], "black", font, anchor="lm")
         for x, picture in enumerate(row):
-            page.paste(picture, (left + gap + x * (size[0] + gap), at))
+            corner = (left + gap + x * (size[0] + gap), at)
+            page.paste(picture, corner)
+            page.info["boxes"].append((*corner, corner[0] + picture.width, at + picture.height))
     return page
 
 

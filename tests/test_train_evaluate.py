@@ -1,0 +1,219 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from train_helpers import execute, pixels
+
+from flux2.pipeline import Pipeline
+from train import measures
+from train.checkpoint import checkpoints
+from train.evaluate import EvaluationSettings, evaluated
+from train.features import Latents, Vision
+from train.findings import caution, stands_out
+from train.validate import Sampler
+
+pytest_plugins = ("train_helpers",)
+
+PROMPTS = ["a red cup", "the blue fox"]
+SHOWN = ["sample.prompts=[a red cup,the blue fox]", "sample.steps=2", "sample_every=4"]
+KEPT = [*SHOWN, "checkpoint_every=2", "validate_every=2"]
+
+
+def evaluate(run, **more):
+    settings = {"seeds": [5], "strengths": [0, 1, 1.5], "device": "cpu", **more}
+    return evaluated(EvaluationSettings(str(run), **settings), Latents(32))
+
+
+def loaded(files):
+    return [Image.open(file).convert("RGB") for file in files]
+
+
+def damage(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def test_every_checkpoint_draws_what_inference_gives_and_nothing_is_drawn_twice(train, monkeypatch):
+    run = train("run", *KEPT)
+    (found,) = evaluate(run)
+    assert [row.name for row in found.rows] == ["base", "step 2", "step 4"]
+    assert found.columns == [(0, 5), (1, 5)]
+    from train.opened import Opened
+
+    opened = Opened(run, "cpu", {}, [5])
+    pipe = Pipeline(opened.run.source, torch.device("cpu"), opened.run.precision, keep_text_encoder=True)
+    sampling = {"seed": [5, 5], "steps": 2, "width": 48, "height": 48}
+    for row, adapter in zip(found.rows, [None, *checkpoints(run)], strict=True):
+        if row.step == 4:  # adapters add up
+            pipe = Pipeline(opened.run.source, torch.device("cpu"), opened.run.precision, keep_text_encoder=True)
+        if adapter is not None:
+            pipe.load_adapter(adapter)
+        expected = pipe.generate(PROMPTS, **sampling)
+        for ours, theirs in zip(loaded(row.files), expected, strict=True):
+            assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
+    base, first, last = found.rows
+    assert base.to_base == 0
+    assert 0 < first.to_base < last.to_base
+    assert [row.name for row in found.strengths] == ["0", "1", "1.5"]
+    assert found.strengths[0].files == base.files
+    assert found.strengths[2].to_base > last.to_base * 0.9
+    assert len(found.trained) == 6
+    numbers = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert [row["to_base"] for row in numbers["rows"]] == [base.to_base, first.to_base, last.to_base]
+    assert Image.open(run / "evaluation" / "sheet.png").height > 3 * 48
+
+    monkeypatch.setattr(Sampler, "picture", lambda *arguments: pytest.fail("drawn again"))
+    assert evaluate(run)[0].rows[2].to_base == last.to_base
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(train, monkeypatch):
+    run, drawn = train("run", *KEPT), []
+    picture = Sampler.picture
+
+    def stopping(self, model, i, seed):
+        drawn.append(i)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return picture(self, model, i, seed)
+
+    monkeypatch.setattr(Sampler, "picture", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run)
+    assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 3
+    evaluate(run)
+    # base, two checkpoints, and two more at 1.5: eight in all, and the one that was stopped
+    assert len(drawn) == 8 + 1
+
+
+def test_damaged_checkpoints_are_named_and_the_rest_go_on(train, capsys):
+    run = train("run", *KEPT, "ema_decay=0.9", "cache_dir=null")
+    damage(run / "checkpoints" / "step_000002" / "adapter" / "adapter_model.safetensors")
+    damage(run / "checkpoints" / "step_000004" / "ema.pt")  # no part of what is evaluated
+    (found,) = evaluate(run, strengths=[])
+    assert [row.name for row in found.rows] == ["base", "step 4"]
+    assert "step_000002/adapter/adapter_model.safetensors is damaged" in found.damaged[0]
+    assert "left out" in capsys.readouterr().err
+
+
+def test_runs_side_by_side_draw_the_same_prompts_with_the_adapter_that_each_chose(train):
+    one = train("one", *KEPT)
+    other = train("other", "optimizer.lr=1e-3", "checkpoint_every=2", "validate_every=2")  # without prompts
+    first, second = evaluate(one, compare=str(other))
+    assert first.prompts == second.prompts == PROMPTS
+    assert [row.name for row in second.rows] == ["base", second.chosen]
+    assert all(
+        np.array_equal(pixels(a), pixels(b))
+        for a, b in zip(loaded(first.base.files), loaded(second.base.files), strict=True)
+    )
+    assert not (other / "evaluation" / "evaluation.json").exists()
+
+
+def test_a_learning_rate_that_is_far_too_high_shows_in_the_numbers(train):
+    good = train("good", *KEPT, "optimizer.lr=1e-3")
+    bad = train("bad", *KEPT, "optimizer.lr=30")
+    assert stands_out(good, evaluate(good)[0]) == []
+    said = "\n".join(stands_out(bad, evaluate(bad)[0]))
+    assert "far more alike than the base's" in said
+    assert "It rests on 6 samples: too few to be sure" in caution(good)
+
+
+def test_pictures_that_are_not_finite_are_counted_and_the_rest_go_on(train, monkeypatch):
+    run, picture = train("run", *KEPT), Sampler.picture
+
+    def broken(self, model, i, seed):
+        if i == 1 and hasattr(model, "peft_config"):
+            raise ValueError("the picture that was computed has NaN or infinite pixels")
+        return picture(self, model, i, seed)
+
+    monkeypatch.setattr(Sampler, "picture", broken)
+    (found,) = evaluate(run)
+    assert [row.failed for row in found.rows] == [0, 1, 1]
+    assert "could not be computed" in "\n".join(stands_out(run, found))
+    assert "step 2 1 of 2" in "\n".join(stands_out(run, found))
+
+
+def test_without_the_training_pictures_all_else_is_there(train, tmp_path):
+    run = train("run", *KEPT)
+    config = run / "config.yaml"
+    lines = ["  path: /gone" if "/pictures" in line else line for line in config.read_text().splitlines()]
+    config.write_text("\n".join(lines) + "\n")
+    (found,) = evaluate(run)
+    assert "the training pictures are not here" in found.notes[0]
+    assert found.rows[1].to_training is None
+    assert found.rows[1].to_base > 0
+
+
+def test_what_cannot_be_evaluated_is_one_clear_error(small, train, tmp_path):
+    with pytest.raises(ValueError, match=r"run='/nowhere' does not exist: give the folder of a run"):
+        evaluate("/nowhere")
+    with pytest.raises(ValueError, match=r"is not the folder of a run: config.yaml is not in it"):
+        evaluate(tmp_path)
+    run = train("run", *KEPT)
+    with pytest.raises(ValueError, match=r"there is none of step 3 in .*kept: 2, 4"):
+        evaluate(run, checkpoints=[3])
+    with pytest.raises(ValueError, match="compare names a run twice"):
+        evaluate(run, compare=str(run))
+    for place in checkpoints(run):
+        damage(place / "adapter" / "adapter_model.safetensors")
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no adapter to evaluate: none of its checkpoints can be read"):
+        evaluate(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("seeds", []), ("seeds", [0, 0]), ("seeds", [-1]), ("strengths", ["x"]), ("prompts", "a cup")]
+)
+def test_settings_are_checked(key, value):
+    with pytest.raises(ValueError, match=f"^{key}="):
+        EvaluationSettings("run", **{key: value})
+
+
+def test_the_command_says_what_is_wrong_in_one_line():
+    done = execute([sys.executable, "train/evaluate.py", "run=/nowhere", "features=lantents"])
+    assert done.returncode == 2
+    assert done.stderr == "error: features=lantents is not a choice; did you mean latents?\n"
+    done = execute([sys.executable, "train/evaluate.py", "run=/nowhere", "seedz=[1]"])
+    assert (done.returncode, done.stderr) == (2, "error: seedz=[1] is not a setting; did you mean seeds?\n")
+
+
+# ------------------------------------------------------------------ measures
+
+
+def test_a_copy_is_nearer_than_training_pictures_are_to_one_another():
+    vectors = [torch.tensor([float(i * i), 0.0]) for i in range(10)]  # 1, 3, 5 ... apart
+    trained = measures.Training.of(vectors)
+    assert trained.own == (1, 1, 3, 5, 7, 9, 11, 13, 15, 17)
+    copy = trained.nearest(torch.tensor([36.0, 0.1]))
+    assert (copy.index, copy.nearer_than, copy.suspicious) == (6, 1.0, True)
+    other = trained.nearest(torch.tensor([36.0, 4.0]))
+    assert (other.index, other.distance, other.nearer_than, other.suspicious) == (6, 4.0, 0.7, False)
+
+
+def test_few_training_pictures_make_nothing_suspicious():
+    trained = measures.Training.of([torch.tensor([0.0]), torch.tensor([9.0])])
+    assert not trained.nearest(torch.tensor([0.1])).suspicious
+    assert measures.Training.of([torch.tensor([0.0])]).nearest(torch.tensor([0.1])).nearer_than == 0
+
+
+def test_spread_is_the_mean_distance_of_two():
+    assert measures.spread([torch.tensor([0.0]), torch.tensor([3.0]), torch.tensor([6.0])]) == 4
+    assert measures.spread([torch.tensor([0.0])]) is None
+
+
+def test_a_vision_model_compares_by_its_first_token(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dino")
+    describe = Vision(str(tmp_path / "dino"), side=28).load(lambda: pytest.fail("not needed"), torch.device("cpu"))
+    red, blue = (describe(Image.new("RGB", (40, 30), colour)) for colour in ("red", "blue"))
+    assert red.shape == (16,)
+    assert float(red.norm()) == pytest.approx(1)
+    assert float((red - blue).norm()) > 0.01
+    with pytest.raises(ValueError, match=r"features.path='/nowhere' cannot be loaded"):
+        Vision("/nowhere").load(lambda: pytest.fail("not needed"), torch.device("cpu"))
