@@ -246,6 +246,7 @@ def test_pictures_are_the_same(model_folders: Callable[[str], Any], scrambled: l
     for stream_blocks in (0, 0.5, 5):
         pipeline = flux2.load("tiny", stream_blocks=stream_blocks)
         pipeline.source = replace(pipeline.source, variant=helpers.VARIANTS["dev"], path=str(model_folders("dev")))
+        pipeline.prompts.source = pipeline.source
         pipeline.streamed = streamed_blocks(pipeline.variant.transformer, stream_blocks)
         base = pipeline.generate("a small red fox", steps=2)
         pipeline.load_adapter(tmp_path)

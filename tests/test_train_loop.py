@@ -267,8 +267,8 @@ def test_two_processes_train_as_one_does(train, pictures, tmp_path):
     assert values(two)[0] == pytest.approx(values(one)[0], rel=1e-6)
     for name, tensor in adapter(one).items():
         torch.testing.assert_close(adapter(two)[name], tensor, atol=2e-5, rtol=1e-2)
-    files = ["adapter", "checkpoints", "config.yaml", "data.json", "metrics.jsonl", "validation.jsonl"]
-    assert sorted(path.name for path in two.iterdir()) == files
+    files = ["adapter", "checkpoints", "command.txt", "config.yaml", "data.json", "metrics.jsonl", "report.html"]
+    assert sorted(path.name for path in two.iterdir()) == [*files, "validation.jsonl"]
     state = json.loads((two / "checkpoints" / "step_000002" / "state.json").read_text())
     assert (state["step"], state["base"], state["images_per_step"]) == (2, "tiny", 4)
 
@@ -443,7 +443,9 @@ def test_intervals_say_when_and_the_end_is_always_shown(train):
 def test_an_interval_of_zero_is_off(train):
     run = train("run", "log_every=0", "sample.prompts=[a red cup]")
     assert (run / "metrics.jsonl").read_text() == ""
-    assert sorted(path.name for path in run.iterdir()) == ["adapter", "config.yaml", "data.json", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        *("adapter", "config.yaml", "data.json", "metrics.jsonl", "report.html")
+    ]
 
 
 def test_looking_at_a_run_does_not_change_it(train):

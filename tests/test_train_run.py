@@ -65,6 +65,7 @@ def test_a_run_folder_holds_all_that_was_made(train):
         "config.yaml",
         "data.json",
         "metrics.jsonl",
+        "report.html",
         "samples",
         "validation.jsonl",
     ]
@@ -432,10 +433,11 @@ def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, 
     )
     assert code == 0, err
     run = tmp_path / "run"
-    assert out.splitlines()[-4:] == [
+    assert out.splitlines()[-5:] == [
         f"adapter   {run}/adapter",
         f"numbers   {run}/metrics.jsonl",
         f"pictures  {run}/samples",
+        f"report    {run}/report.html",
         f"use it    python -m flux2.generate --model small_dev --path {model_folders('dev')} --adapter {run}/adapter "
         f"--prompt 'a cup'\"'\"'s fox' --image {room}",
     ]

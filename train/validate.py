@@ -31,6 +31,7 @@ from flux2.variants import PIXELS_PER_TOKEN, Variant
 from train.cache import Prepared
 from train.checks import check_count, check_seed, is_number
 from train.loss import Noised, flow_loss, noise_at
+from train.masking import masked
 
 WIDEST = 8192  # pixels of a picture on a sheet
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
@@ -279,7 +280,8 @@ class Sampler:
             file.parent.mkdir(parents=True, exist_ok=True)
             page = sheet([pictures], columns=list(self.settings.prompts))
             info = PngInfo()  # for the report, which shows the pictures one by one
-            info.add_itxt(LAYOUT, json.dumps({"prompts": list(self.settings.prompts), "boxes": page.info["boxes"]}))
+            prompts = masked(list(self.settings.prompts))
+            info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
             page.save(file, pnginfo=info)
 
 
