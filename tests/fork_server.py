@@ -3,22 +3,47 @@
 What is forked is a process of its own, which can be sent any signal. One request a line, in JSON: `{"start": [...],
 "out": FILE, "environment": {...}}` runs the command line train/run.py and answers with the process's id; `{"wait": ID}`
 answers with its exit code, -9 for one that was killed. This process itself computes nothing, so it can be forked.
+
+With `WRITTEN` in its environment a run notes in that file each of the class pictures' files that it has written, a line
+`RANK NAME` of each. With `KILLED_AFTER`, as `1 .png 3`, process 1 kills itself when it has written three that end so.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
+import train.prior  # noqa: E402
 from train.command import command  # noqa: E402
 from train.run import main  # noqa: E402
+
+
+def note_written(log: Path, killed_after: str) -> None:
+    """Let this process note in `log` what it writes of class pictures."""
+    write_whole, own = train.prior.write_whole, os.environ.get("RANK", "0")
+    rank, suffix, most = killed_after.split()
+    count = 0
+
+    def noted(file: Path, write: Callable[[Path], Any]) -> None:
+        nonlocal count
+        write_whole(file, write)
+        with log.open("a") as lines:
+            lines.write(f"{own} {file.name}\n")
+        count += own == rank and file.suffix == suffix
+        if count == int(most):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.prior.write_whole = noted
 
 
 def run(arguments: list[str], out: str, environment: dict[str, str]) -> int:
@@ -27,6 +52,8 @@ def run(arguments: list[str], out: str, environment: dict[str, str]) -> int:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
+    if "WRITTEN" in environment:
+        note_written(Path(environment["WRITTEN"]), environment.get("KILLED_AFTER", "- - -1"))
     sys.argv = ["train/run.py", *arguments]
     try:
         command(main)

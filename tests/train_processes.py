@@ -80,20 +80,20 @@ class Server:
         out.touch()
         return Process(self, self.ask(start=arguments, out=str(out), environment=extra), out)
 
-    def run(self, *arguments: str) -> str:
+    def run(self, *arguments: str, **extra: str) -> str:
         """Run to a good end; what was said."""
-        process = self.start(*arguments)
+        process = self.start(*arguments, **extra)
         assert process.wait() == 0, process.out.read_text()
         return process.out.read_text()
 
-    def start_two(self, *arguments: str) -> list[Process]:
+    def start_two(self, *arguments: str, **extra: str) -> list[Process]:
         """Two processes of one run, as a launcher starts them."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-        return [self.start(*arguments, **world, **rank, ACCELERATE_USE_CPU="true") for rank in ranks]
+        return [self.start(*arguments, **world, **rank, ACCELERATE_USE_CPU="true", **extra) for rank in ranks]
 
 
 @pytest.fixture(scope="session")

@@ -284,6 +284,8 @@ def draw(
         with own_errors(accelerator.process_index):
             make_writable(own, "preservation.folder")
             write_whole(own / "recipe.json", partial(_write_text, json.dumps(asdict(recipe), indent=1)))
+            for index in set(range(count)).difference(undecoded):  # decoded, and killed before they were removed
+                latents_file(own, index).unlink(missing_ok=True)
         kept = count - len(undecoded)
         say(f"drawing {many(len(undecoded), 'class picture')} into {own}" + (f"; {kept} there already" if kept else ""))
     _each(undrawn, transformer, latents, accelerator, "drawn", "samples")
