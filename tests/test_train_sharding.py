@@ -174,7 +174,7 @@ def test_which_adapters_a_sharded_base_takes_is_said_before_anything_is_loaded(s
     assert Run(compose(*settings, f"adapter={kind}")).processes.sharded is False
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def one_process():
     """A group of this process alone, over which a base can be sharded."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
