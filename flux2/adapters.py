@@ -270,7 +270,10 @@ def as_dora(pairs: Mapping[str, Pair]) -> tuple[peft.LoraConfig, dict[str, Tenso
 def base_of(place: Path) -> str:
     """What the adapter at `place` says that it was trained on; empty if it says nothing. Raises ValueError."""
     if place.is_dir():
-        return str(peft_config.saved(place).base_model_name_or_path or "")
+        try:
+            return str(peft_config.saved(place).base_model_name_or_path or "")
+        except ValueError as error:
+            raise AdapterError(f"adapter {place}: {error}") from error
     try:
         with safe_open(place, "pt") as file:
             return str((file.metadata() or {}).get("base_model", ""))

@@ -8,6 +8,9 @@ number of graphs, `recompile_limit`, which is raised to what a run needs.
 
 The adapter is compiled as plain operations (`FusedLora.forward`), and so is what a quantised layer computes, with the
 backward of `FrozenProduct`. LoRA dropout draws other random numbers than without compilation.
+
+Of a layer that the compiler cannot follow PyTorch runs the whole block as it is, and says so in warnings alone; so such
+layers are refused (`check_compiles`).
 """
 
 from __future__ import annotations
@@ -17,13 +20,33 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.loha import LoHaLayer
+from peft.tuners.lokr import LoKrLayer
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flux2.attention import limited_to
+from flux2.quantised import QuantisedLinear
 
 KINDS = 2  # of blocks
 MODES = 10  # with gradients (of the input too, or not) and without, with the adapter or not, streaming or not
+
+
+def check_compiles(model: nn.Module) -> None:
+    """Raises ValueError if `model` carries an adapter with which blocks would not be compiled."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and len(layer.lora_magnitude_vector):
+            what, instead = "a DoRA (adapter=dora)", "take another type of adapter"
+        elif isinstance(layer, LoHaLayer | LoKrLayer) and isinstance(layer.get_base_layer(), QuantisedLinear):
+            kind = "LoHa (adapter=loha)" if isinstance(layer, LoHaLayer) else "LoKr (adapter=lokr)"
+            what, instead = f"a {kind} on a quantised base", "take precision=bf16 or another type of adapter"
+        else:
+            continue
+        raise ValueError(
+            f"memory.compile=true cannot be together with {what}, whose layers PyTorch cannot compile: set "
+            f"memory.compile=false, or {instead}"
+        )
 
 
 def attention_operations() -> list[Any]:

@@ -9,13 +9,16 @@ and compared before it gets its name.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -32,6 +35,7 @@ from flux2.model import Transformer
 from flux2.names import listed
 from flux2.pipeline import pick_device
 from flux2.sources import ModelSource, model_source
+from flux2.stopping import exit_code, terminated_as_interrupted
 from flux2.updates import Update
 from flux2.variants import VARIANTS
 from flux2.writing import check_room
@@ -108,6 +112,12 @@ def check_options(options: argparse.Namespace) -> None:
     target = target_of(options)
     if target.exists() and not options.overwrite:
         raise ValueError(f"--out {target} exists: give another name, or --overwrite to replace it")
+    there = next(place for place in target.absolute().parents if place.exists())
+    if not there.is_dir() or (options.format == "full-diffusers" and target.is_file()):
+        file = there if not there.is_dir() else target
+        raise ValueError(f"--out {out} cannot be written: {file} is a file, and no folder. Give another place")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written: {there} is read-only. Give another place")
 
 
 def check_apart(out: Path, places: Sequence[Path], source: ModelSource | None) -> None:
@@ -288,7 +298,8 @@ def run(options: argparse.Namespace) -> Path:
     }
     kinds = " and ".join(sorted({update.kind for update in found}))
     if options.format in FULL:
-        full(found, base(), source, model, options, device, about)
+        with told_of_writing(options.out):
+            full(found, base(), source, model, options, device, about)
         return options.out
     pairs, near = low_rank(found, options, base, device)
     if near is not None:
@@ -300,10 +311,24 @@ def run(options: argparse.Namespace) -> Path:
         say(told)
         if near.overall > COARSE:
             say(f"note: that is coarse, and pictures will differ: give a larger --rank, or --max-error {COARSE / 10}")
-    worst = write_pairs(pairs, options, model, modelspec.metadata(**about))
+    with told_of_writing(options.out):
+        worst = write_pairs(pairs, options, model, modelspec.metadata(**about))
     warn_of_layers(list(pairs), options.format)
     say(f"read back and compared: {len(pairs)} layers, largest relative error {worst:.1e}")
     return options.out
+
+
+@contextmanager
+def told_of_writing(out: Path) -> Iterator[None]:
+    """Within this context what a full disk raises, which names no file, becomes a ValueError that names `out`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None) is not None:
+            raise
+        raise ValueError(
+            f"--out {out} could not be written ({error}), and nothing was left: make room there, or give another place"
+        ) from error
 
 
 def full(
@@ -340,13 +365,14 @@ def full(
 
 def main() -> int:
     try:
-        print(run(arguments()))
+        with terminated_as_interrupted():
+            print(run(arguments()))
     except (ValueError, TypeError, OSError) as error:
         print("error:", message(error), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        return 130
+        return exit_code(stop)
     return 0
 
 

@@ -21,12 +21,13 @@ if __name__ == "__main__" and sys.stderr.isatty():  # the imports below take sec
 from PIL import Image
 
 from flux2 import checks, records
-from flux2.pictures import check_writable, read_picture
+from flux2.pictures import check_place, check_writable, read_picture
 from flux2.pipeline import Pipeline, load, pick_device
 from flux2.precision import NAMES, describe
 from flux2.records import NamedFile, Record
 from flux2.requests import Request, numbered, on_grid, read_lines
 from flux2.screen import CLEAR, Screen
+from flux2.stopping import exit_code, terminated_as_interrupted
 from flux2.text_encoder import STORAGES
 from flux2.variants import VARIANTS
 
@@ -228,6 +229,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError("--save-embeddings and --embeddings: give one of them")
         if options.save_embeddings.suffix != ".safetensors":
             raise ValueError(f"--save-embeddings {options.save_embeddings} must end in .safetensors")
+        check_place(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
 
 
 def run(options: argparse.Namespace) -> Iterator[Path]:
@@ -363,14 +365,15 @@ def message(error: Exception) -> str:
 
 def main() -> int:
     try:
-        for file in run(arguments()):
-            print(file, flush=True)
+        with terminated_as_interrupted():
+            for file in run(arguments()):
+                print(file, flush=True)
     except (ValueError, OSError) as error:
         say(f"error: {message(error)}")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say("interrupted")
-        return 130
+        return exit_code(stop)
     return 0
 
 

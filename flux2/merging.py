@@ -207,6 +207,11 @@ def fill(
             weight = stored.float()
             change, size = changed(updates, layer, weight, device)
             tensor = change.to(wanted)
+            if not bool(torch.isfinite(tensor).all()):
+                raise AdapterError(
+                    f"{layer} would have NaN or infinite weights, as the base has them or the adapters change it by "
+                    f"{size:.2g}: nothing was left. Give a smaller scale, or another adapter"
+                )
             weights += float(weight.norm()) ** 2
             changes += size**2
             losses += float((tensor.float() - change).norm()) ** 2

@@ -65,8 +65,13 @@ def check_writable(path: Path, what: str) -> None:
         Image.new("RGB", (16, 16)).save(BytesIO(), kind)
     except Exception as error:  # an unknown format is a KeyError, a mode it does not know an OSError
         raise ValueError(f"{what}: pictures cannot be saved as {ending}, give .png or .jpg") from error
+    check_place(path, what)
+
+
+def check_place(path: Path, what: str) -> None:
+    """Raises ValueError, beginning with `what`, unless a file can be written at `path`; writes nothing."""
     if path.is_dir():
-        raise ValueError(f"{what} is a folder: give the name of a picture file")
+        raise ValueError(f"{what} is a folder: give the name of a file")
     place = path
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -105,7 +105,7 @@ def read(file: Path, what: str) -> Record:
         )
     try:
         return parsed(json.loads(text))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{what}: the text on how it was made cannot be used ({error})") from error
 
 

@@ -80,7 +80,7 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], Non
     for index, (number, text) in enumerate(lines):
         try:
             found.append(request(json.loads(text), index, len(lines), defaults, say))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}, line {number}: {error}") from error
     outs = [one.out for one in found]
     for number, (one, out) in enumerate(zip(found, outs, strict=True)):

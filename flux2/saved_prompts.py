@@ -7,7 +7,7 @@ padded, and which text encoder's which layers these are. A file is for the model
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flux2 import checks
 from flux2.names import listed
 from flux2.variants import Variant
 
@@ -26,7 +27,10 @@ def what_is_read(variant: Variant) -> str:
 
 
 def write(file: Path, variant: Variant, embeddings: Mapping[str, Tensor], length: int) -> None:
-    """Keep `embeddings`, (T, text_width) a prompt; the file is whole or not there. Raises OSError."""
+    """Keep `embeddings`, (T, text_width) a prompt; the file is whole or not there.
+
+    Raises ValueError if it cannot be written.
+    """
     about = {
         "format": FORMAT,
         "encoder": what_is_read(variant),
@@ -39,6 +43,8 @@ def write(file: Path, variant: Variant, embeddings: Mapping[str, Tensor], length
     try:
         save_file(tensors, unfinished, about)
         unfinished.replace(file)
+    except (OSError, SafetensorError) as error:  # of a full disk safetensors has an error of its own
+        raise ValueError(f"{file} could not be written ({error}): make room there, or give another place") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -65,6 +71,8 @@ class SavedPrompts:
             self.length = int(about["length"])
             if names != {str(i) for i in range(len(self.prompts))}:
                 raise ValueError(f"it holds {len(names)} tensors for {len(self.prompts)} prompts")
+            checks.texts("its prompts", self.prompts)
+            shapes = self.shapes(names)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"embeddings={str(file)!r} cannot be used ({error})") from error
         if about.get("encoder") != what_is_read(variant):
@@ -72,6 +80,16 @@ class SavedPrompts:
                 f"embeddings={str(file)!r} are of another model: {about.get('encoder')} (text encoder, layers, width), "
                 f"and {variant.name} reads {what_is_read(variant)}"
             )
+        expected = [self.length, variant.transformer.text_width]
+        if wrong := [shape for shape in shapes if shape != expected]:
+            raise ValueError(
+                f"embeddings={str(file)!r} cannot be used (an embedding of {wrong[0]}, where {expected} was expected, "
+                "tokens and width): make it again"
+            )
+
+    def shapes(self, names: Iterable[str]) -> list[list[int]]:
+        with safe_open(self.file, "pt") as opened:
+            return [opened.get_slice(name).get_shape() for name in names]
 
     def check(self, prompts: list[str], length: int) -> None:
         """Raises ValueError unless the file has an embedding of each of `prompts`, of `length` tokens."""

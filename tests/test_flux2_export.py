@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -575,6 +578,80 @@ def test_what_ends_in_the_middle_leaves_out_as_it_was(
     assert command(f"{saved('lora')}:0.5", *asked[1:], "--overwrite") == 0
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} != before
     assert "Traceback" not in capsys.readouterr().err
+
+
+@FULL_AND_NOT
+def test_a_disk_that_fills_is_one_error_that_names_out(
+    form: str,
+    out: str,
+    command: Callable[..., int],
+    saved: Callable[..., Path],
+    model_folders: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where the room was there at first; safetensors and Python each have an error of their own for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    place = saved("lora")
+    model_folders("dev")  # is made when it is first asked for
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        assert command(place, "--format", form, "--out", out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.search(r"error: --out \S+ could not be written \(.*File too large.*make room", capsys.readouterr().err)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() or ".part" in file.name]
+
+
+@FULL_AND_NOT
+def test_being_terminated_leaves_no_unfinished_file(
+    form: str,
+    out: str,
+    command: Callable[..., int],
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = []
+
+    def terminated(*given: Any) -> None:
+        there.extend(tmp_path.rglob("*.part"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *given: None)  # of the test's own process, which must live
+    try:
+        monkeypatch.setattr(export, "compare", terminated)
+        monkeypatch.setattr(merging, "compare", terminated)
+        assert command(saved("lora"), "--format", form, "--out", out) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert there
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() or ".part" in file.name]
+
+
+def test_a_merge_that_overflows_is_refused(
+    command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(f"{saved('lora')}:1e39", "--format", "full-bfl", "--out", "o.safetensors") == 2
+    assert "would have NaN or infinite weights" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_and_a_damaged_configuration_are_named(
+    command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = saved("lora")
+    (tmp_path / "file").write_text("x")
+    for form, out in (("kohya", "file/o.safetensors"), ("full-diffusers", "file/o")):
+        assert command(place, "--format", form, "--out", out) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: --out {out} cannot be written: {tmp_path / 'file'} is a file")
+        assert len(said.splitlines()) == 1
+    (tmp_path / "damaged").mkdir()
+    shutil.copy(place / "adapter_model.safetensors", tmp_path / "damaged")
+    (tmp_path / "damaged" / "adapter_config.json").write_text("{")
+    assert command("damaged", "--format", "kohya", "--out", "o.safetensors") == 2
+    assert "error: adapter damaged: adapter_config.json is not understood" in capsys.readouterr().err
 
 
 @FULL_AND_NOT

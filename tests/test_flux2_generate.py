@@ -449,6 +449,7 @@ def test_a_file_of_prompts_makes_what_its_lines_say(
         ('{"prompt": "a"}\nnonsense', "line 2: "),
         ('["a"]', "line 1: ['a'] is no object"),
         ('{"seed": 1}', "line 1: prompt=None must be a text"),
+        ("[" * 100_000, "line 1: maximum recursion depth exceeded"),
         ('{"prompt": "a", "colour": "red"}', "line 1: 'colour' is not known; known are prompt, out, seed"),
         ('{"prompt": "a", "steps": 0}', "line 1: steps=0 must be at least 1"),
         ('{"prompt": "a", "seed": "x"}', "line 1: seed='x' must be a whole number"),

@@ -96,6 +96,15 @@ def test_files_that_cannot_be_used_are_refused_when_the_model_is_asked_for(small
             save_file(tensors, name, about)
         with pytest.raises(ValueError, match=said):
             load(embeddings=name).encode(["a cup"])
+    with open_about("good.safetensors") as about:
+        save_file({key: value[:, :5].contiguous() for key, value in content.items()}, "narrow.safetensors", about)
+        save_file(content, "number.safetensors", {**about, "prompts": str([5] * len(content))})
+    for name, said in (
+        ("narrow.safetensors", r"an embedding of \[\d+, 5\], where"),
+        ("number.safetensors", "has 5 in it"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}' cannot be used .*{said}"):
+            load(embeddings=name)
 
 
 def open_about(file: str) -> Any:
@@ -204,11 +213,13 @@ def test_a_picture_says_how_its_text_encoder_was_kept(small, monkeypatch, tmp_pa
     [
         (("--save-embeddings", "e.safetensors", "--embeddings", "f.safetensors"), "give one of them"),
         (("--save-embeddings", "e.pt"), "--save-embeddings e.pt must end in .safetensors"),
+        (("--save-embeddings", "e.pt/e.safetensors"), "e.pt is not a folder"),
         (("--embeddings", "gone.safetensors"), "gone.safetensors' is no file"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(words, said, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.pt").write_text("a file, and no folder")
     assert command(monkeypatch, "--prompt", "a cup", *words) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")

@@ -127,3 +127,9 @@ def test_what_is_frozen_of_an_adapter_does_not_stream_in_the_plan(kind, typed):
         assert planner.other_weights == rest + frozen_of_adapters[kind]
     else:
         assert planner.other_weights > rest
+
+
+def test_an_adapter_that_would_not_be_compiled_is_refused_before_anything_is_loaded(small):
+    Run(compose(*small("memory.compile=true")))
+    with pytest.raises(ValueError, match=r"memory\.compile=true .*adapter=dora\).* set memory\.compile=false, or take"):
+        Run(compose(*small("adapter=dora", "memory.compile=true")))

@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
-from sharding_worker import CASES, findings, inputs
+from sharding_worker import CASES, PRECISIONS, SOURCE, findings, inputs, loss_of
+from test_flux2_adapter_types import TYPES, stirred
+from torch.distributed.tensor import DTensor
 from train_helpers import CONF, adapter, compose, execute, free_port, launch, lines, values
 
 from flux2 import adapters
@@ -13,9 +15,10 @@ from flux2.sources import model_source
 from flux2.weights import load_transformer
 from train.command import checked
 from train.plan import main as plan
+from train.processes import trained
 from train.run import Run
 from train.settings import MemorySettings, RunSettings
-from train.sharding import SETTINGS, check_memory, launched_to_shard
+from train.sharding import SETTINGS, attached, check_memory, launched_to_shard, sharder
 
 pytest_plugins = ("train_helpers",)
 
@@ -156,6 +159,47 @@ def test_what_a_sharded_base_cannot_be_together_with_is_refused(small, setting, 
     with pytest.raises(ValueError, match=rf"memory\.{setting} cannot .* set memory\.{key}={off}, or shard=false"):
         Run(compose(*small("shard=true", f"memory.{setting}")))
     check_memory(MemorySettings("none"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "loha", "lokr", "oft"])
+def test_which_adapters_a_sharded_base_takes_is_said_before_anything_is_loaded(small, kind):
+    common = ["shard=true", f"adapter={kind}"]
+    settings = [word for word in small() if not (kind == "oft" and word.startswith("adapter.rank"))]
+    settings += ["adapter.block_size=16"] if kind == "oft" else []
+    if kind in ("dora", "pissa"):
+        with pytest.raises(ValueError, match=rf"shard=true .*adapter={kind}\).*adapter=lora, .* or set shard=false"):
+            Run(compose(*settings, *common))
+    else:
+        assert Run(compose(*settings, *common)).processes.sharded
+    assert Run(compose(*settings, f"adapter={kind}")).processes.sharded is False
+
+
+@pytest.fixture
+def one_process():
+    """A group of this process alone, over which a base can be sharded."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+@pytest.mark.parametrize("kind", ["rslora", "loha", "lokr", "oft"])
+@pytest.mark.filterwarnings("ignore:.*pre_backward")
+def test_an_adapter_of_each_other_type_on_a_sharded_base_learns_the_same(one_process, kind, precision):
+    """To the bit, in layers of blocks and of others. A plain LoRA does so in two processes, above."""
+    make, settings = TYPES[kind]
+    found = []
+    for ready in (None, sharder(torch.device("cpu"))):
+        model = load_transformer(SOURCE, "cpu", PRECISIONS[precision], say=lambda text: None, ready=ready)
+        wrapped = attached(make, model, seed=0, targets="all_linear", **settings)
+        assert all(type(parameter) is torch.nn.Parameter for parameter in trained(wrapped))
+        assert any(isinstance(parameter, DTensor) for parameter in model.parameters()) is (ready is not None)
+        loss = loss_of(stirred(wrapped), precision, inputs(0, 0))
+        loss.backward()
+        found.append((loss.item(), [parameter.grad for parameter in trained(wrapped)]))
+    (whole, gradients), (loss, theirs) = found
+    assert loss == whole
+    assert all(map(torch.equal, theirs, gradients))
 
 
 def test_shard_is_true_or_false():

@@ -19,6 +19,7 @@ from data.pictures import Picture
 from data.samples import Source
 from flux2.adapters import adapter_parameters
 from flux2.attention import chosen_backend, preferred_backends
+from flux2.compiling import check_compiles
 from flux2.model import Transformer
 from flux2.offload import streamed_blocks
 from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
@@ -34,7 +35,7 @@ from train.optim import build, check_installed, doubts, try_out
 from train.prior import PriorPreservation
 from train.processes import Processes, make_accelerator
 from train.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
-from train.sharding import check_memory, launched_to_shard
+from train.sharding import check_adapter, check_memory, launched_to_shard
 from train.text_encoders import PromptEncoder
 from train.tracking import warn
 from train.validate import SampleSettings, ValidationSettings
@@ -142,6 +143,10 @@ class Configured:
             self.memory.apply(model, self.accelerator.device, self.buckets)
             wrapped = self.make_adapter(model, seed=self.settings.seed)
         self.check_storage(wrapped)
+        if self.processes.sharded:
+            check_adapter(wrapped)
+        if self.memory.compile:
+            check_compiles(model)
         shapes = [parameter.shape for parameter in adapter_parameters(wrapped)]
         one = torch.zeros((), device=self.accelerator.device)  # shown in every shape, so that it takes no memory
         parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]

@@ -23,9 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from flux2.linear import INITIAL
 from flux2.model import Transformer
 
 if TYPE_CHECKING:
+    import peft
+
     from train.settings import MemorySettings
 
 T = TypeVar("T", bound=nn.Module)
@@ -84,6 +87,21 @@ def check_memory(memory: MemorySettings) -> None:
             )
 
 
+def check_adapter(wrapped: peft.PeftModel) -> None:
+    """Raises ValueError for an adapter that is computed from the base's weights, which are nowhere whole."""
+    for name, config in wrapped.peft_config.items():
+        if name.endswith(INITIAL):
+            kind, why = "PiSSA (adapter=pissa)", "begins as the largest directions of the base's weights"
+        elif getattr(config, "use_dora", False):
+            kind, why = "DoRA (adapter=dora)", "measures the rows of the base's weights"
+        else:
+            continue
+        raise ValueError(
+            f"shard=true cannot be together with a {kind}, which {why}: they are nowhere whole when the base is "
+            "sharded. Take adapter=lora, rslora, loha, lokr or oft, or set shard=false"
+        )
+
+
 def sharder(device: torch.device) -> Callable[[nn.Module], None]:
     """A function that keeps this process's share of a block, or of a model whose blocks are sharded, in place.
 
@@ -124,8 +142,8 @@ def attached(attach: Callable[..., T], *arguments: Any, **settings: Any) -> T:
     Raises ValueError for one whose beginning is computed from the base's weights, which are nowhere whole.
     """
     reads = ValueError(
-        "this adapter begins with what it computes from the base's weights (DoRA, PiSSA and others do), which are "
-        "nowhere whole when the base is sharded: take a plain LoRA (adapter=lora), or shard=false"
+        "shard=true: this adapter begins with what it computes from the base's weights (DoRA and PiSSA do), which are "
+        "nowhere whole when the base is sharded: take adapter=lora, or another of docs/adapters.md, or set shard=false"
     )
     try:
         wrapped = attach(*arguments, **settings)

@@ -1,0 +1,67 @@
+"""flux2.compiling: which adapters are compiled with the blocks, and which are refused."""
+
+import pytest
+import torch
+from helpers import relative_error, transformer_inputs
+from test_flux2_adapter_types import TYPES, attached, base, stirred
+from test_flux2_checkpointing import Graphs
+
+from flux2 import adapters
+from flux2.checkpointing import set_policy
+from flux2.compiling import check_compiles
+from flux2.model import Transformer
+
+REFUSED = {("dora", precision) for precision in ("fp32", "bf16", "fp8", "nf4")} | {
+    (kind, precision) for kind in ("loha", "lokr") for precision in ("fp8", "nf4")
+}
+
+
+def step(model: Transformer) -> tuple[float, list[torch.Tensor]]:
+    """The loss, and the gradients of the adapter."""
+    model.zero_grad()
+    loss = model(**transformer_inputs(model.config)).float().square().mean()
+    loss.backward()
+    gradients = [parameter.grad for parameter in adapters.adapter_parameters(model) if parameter.grad is not None]
+    assert len(gradients) == len(adapters.adapter_parameters(model))
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("kind", ["pissa", "loha", "lokr", "oft"])
+def test_each_type_is_compiled_whole_and_gives_the_same(kind: str) -> None:
+    """A plain LoRA, whose layers an rsLoRA has too, is in tests/test_flux2_checkpointing.py."""
+    model = base()
+    stirred(attached(kind, model))
+    check_compiles(model)
+    set_policy(model, "full")
+    loss, gradients = step(model)
+    graphs = Graphs()
+    set_policy(model, "full", compile=True, compiler=graphs.backend)
+    compiled, theirs = step(model)
+    assert compiled == pytest.approx(loss, rel=1e-6)
+    assert max(map(relative_error, theirs, gradients)) < 1e-5
+    # a block is one graph: a double one, and a single one whose input needs no gradient of the base, or does
+    assert (len(graphs.forward), len(graphs.backward)) == (3, 3)
+    assert min(graph["aten.mm.default"] + graph["aten.bmm.default"] for graph in graphs.forward) >= 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_would_not_be_compiled_is_refused(kind: str, precision: str) -> None:
+    model = base(precision)
+    attached(kind, model)
+    if (kind, precision) not in REFUSED:
+        return check_compiles(model)
+    with pytest.raises(ValueError, match=rf"memory\.compile=true .*\(adapter={kind}\).* set memory\.compile=false, or"):
+        check_compiles(model)
+    return None
+
+
+def test_a_refused_type_is_one_that_pytorch_does_not_compile() -> None:
+    """When it does, `check_compiles` has to go."""
+    for kind, precision in (("dora", "fp32"), ("loha", "nf4"), ("lokr", "nf4")):
+        model = base(precision)
+        stirred(attached(kind, model))
+        graphs = Graphs()
+        set_policy(model, "full", compile=True, compiler=graphs.backend)
+        step(model)
+        assert not graphs.forward, kind
