@@ -4,7 +4,8 @@
 
 Weights at the published autoencoder's shapes are random: neither time nor memory depends on them. Each case is a
 process of its own; memory is what is held above the model and the latents, on a CPU the largest resident set, with an
-allocator that gives back what is freed. The embedded model's pixels, whose norms were trained, are compared at the
+allocator that gives back what is freed. A case that the machine ends because its memory does not suffice is a result
+too: what it held then is less than it needs. The embedded model's pixels, whose norms were trained, are compared at the
 largest side.
 """
 
@@ -20,9 +21,13 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
+import time
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -52,6 +57,7 @@ def peak(device: torch.device) -> float:
 def case(side: int, mode: str) -> dict[str, Any]:
     """Seconds and bytes of one decoding."""
     device = pick_device(None)
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory does not suffice, nothing else shall end
     torch.manual_seed(0)
     model = Autoencoder(AutoencoderConfig()).to(device)
     z = drawn(side, device)
@@ -62,6 +68,26 @@ def case(side: int, mode: str) -> dict[str, Any]:
     seconds = clock(device) - began
     assert pixels.shape == (1, 3, side, side)
     return {"seconds": seconds, "gigabytes": (peak(device) - before) / 1e9}
+
+
+def in_process(side: int, mode: str) -> dict[str, Any]:
+    """`case` in a process of its own; of one that is killed, the largest resident set that was seen."""
+    giving_back = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+    command = [sys.executable, __file__, "--case", str(side), mode]
+    held = 0
+    with subprocess.Popen(command, env=os.environ | giving_back, stdout=subprocess.PIPE, text=True) as process:
+        seen = psutil.Process(process.pid)
+        while process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                held = max(held, seen.memory_info().rss)
+            time.sleep(0.05)
+        assert process.stdout is not None
+        said = process.stdout.read()
+    if process.returncode == -signal.SIGKILL:
+        return {"killed": "out of memory", "more_than_gigabytes": held / 1e9}
+    if process.returncode:
+        raise RuntimeError(f"decoding {side} px {mode} ended with exit code {process.returncode}")
+    return json.loads(said)
 
 
 @torch.no_grad()
@@ -89,12 +115,9 @@ def main() -> None:
         for mode in ("whole", "stripes"):
             if mode == "whole" and side > options.whole_up_to:
                 continue
-            command = [sys.executable, __file__, "--case", str(side), mode]
-            giving_back = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-            done = subprocess.run(command, env=os.environ | giving_back, capture_output=True, text=True, check=True)
-            result.setdefault(str(side), {})[mode] = json.loads(done.stdout)
-            print(side, mode, done.stdout.strip(), flush=True)
-    for found in (value for key, value in result.items() if key.isdecimal() and "whole" in value):
+            found = result.setdefault(str(side), {})[mode] = in_process(side, mode)
+            print(side, mode, found, flush=True)
+    for found in (value for key, value in result.items() if key.isdecimal() and "seconds" in value.get("whole", {})):
         for key in ("seconds", "gigabytes"):
             found[f"ratio_of_{key}"] = found["stripes"][key] / found["whole"][key]
     result["pixels_of_the_embedded_model_apart"] = difference(max(options.sides))

@@ -6,6 +6,8 @@ answers with its exit code, -9 for one that was killed. This process itself comp
 
 With `WRITTEN` in its environment a run notes in that file each of the class pictures' files that it has written, a line
 `RANK NAME` of each. With `KILLED_AFTER`, as `1 .png 3`, process 1 kills itself when it has written three that end so.
+With `HELD_AT`, a number of steps or a text, it waits where it has logged so many or said that, until there is the file
+`OUT.go`: what a test does meanwhile meets it there, however busy the machine is.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +27,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402
 
 import train.prior  # noqa: E402
+import train.tracking  # noqa: E402
 from train.command import command  # noqa: E402
 from train.run import main  # noqa: E402
 
@@ -46,6 +50,36 @@ def note_written(log: Path, killed_after: str) -> None:
     train.prior.write_whole = noted
 
 
+def hold(at: str, go: Path) -> None:
+    """Let this process wait for the file `go` once it has logged step `at`, or has said `at`."""
+
+    def wait() -> None:
+        while not go.exists():
+            time.sleep(0.01)
+
+    if at.isdecimal():
+        log = train.tracking.Metrics.log
+
+        def logged(self: train.tracking.Metrics, step: int, **values: float) -> None:
+            log(self, step, **values)
+            if step == int(at):
+                wait()
+
+        train.tracking.Metrics.log = logged
+        return
+    for stream in (sys.stdout, sys.stderr):
+        write = stream.write
+
+        def written(text: str, stream: Any = stream, write: Callable[[str], int] = write) -> int:
+            count = write(text)
+            if at in text:
+                stream.flush()
+                wait()
+            return count
+
+        stream.write = written
+
+
 def run(arguments: list[str], out: str, environment: dict[str, str]) -> int:
     """The exit code of one command line, whose output goes to the file `out`."""
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -54,6 +88,8 @@ def run(arguments: list[str], out: str, environment: dict[str, str]) -> int:
     os.environ.update(environment)
     if "WRITTEN" in environment:
         note_written(Path(environment["WRITTEN"]), environment.get("KILLED_AFTER", "- - -1"))
+    if "HELD_AT" in environment:
+        hold(environment["HELD_AT"], Path(out + ".go"))
     sys.argv = ["train/run.py", *arguments]
     try:
         command(main)

@@ -49,9 +49,10 @@ def parent(folder):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_saves_the_step_says_how_to_go_on_and_ends_with_its_own_code(server, tiny, whole, tmp_path, number):
     cut = tmp_path / "cut"
-    process = server.start(*tiny, *HELD, "steps=12", f"output_dir={cut}")
-    until(lambda: done(cut) >= 2, "two steps")
+    process = server.start(*tiny, *HELD, "steps=12", f"output_dir={cut}", HELD_AT="2")
+    until(lambda: done(cut) == 2, "two steps")
     os.kill(process.id, number)
+    process.go()
     assert process.wait() == 128 + number
     said = process.out.read_text()
     (place,) = checkpoints(cut)
@@ -86,9 +87,10 @@ def test_a_second_signal_leaves_at_once(server, tiny, tmp_path):
 @pytest.mark.parametrize("when", ["to encode: ", "loading the transformer of"])
 def test_a_signal_while_caching_or_loading_loses_nothing_and_leaves_no_folder(server, tiny, tmp_path, when):
     runs, cache = parent(tmp_path / "runs"), f"cache_dir={tmp_path / 'cache'}"
-    process = server.start(*tiny, cache, "steps=1", f"output_dir={runs / 'one'}")
+    process = server.start(*tiny, cache, "steps=1", f"output_dir={runs / 'one'}", HELD_AT=when)
     process.says(when)
     os.kill(process.id, signal.SIGUSR1)
+    process.go()
     assert process.wait() == 128 + signal.SIGUSR1
     said = process.out.read_text()
     assert "stopped by SIGUSR1 with nothing lost: caches on disk keep what was computed" in said
@@ -110,32 +112,43 @@ def test_killed_20_times_at_random_moments_the_curve_is_that_of_a_run_left_alone
     settings = [*tiny, "ema_decay=0.8", "steps=60", "checkpoint_every=2", "keep_last=2", "resume=auto"]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     server.run(*settings, f"output_dir={alone}")
+
+    def check():
+        assert lines(killed) == lines(alone)
+        assert [line["step"] for line in lines(killed)] == list(range(1, 61))
+        assert same_tensors(adapter(killed), adapter(alone))
+        assert [place.name for place in checkpoints(killed)] == ["step_000058", "step_000060"]
+
     draw = random.Random(0)
-    resumed = 0
-    for _ in range(20):
+    kills = resumed = 0
+    while kills < 20:
         process = server.start(*settings, f"output_dir={killed}")
         steps = draw.choice([None, 1, 2, 3])  # None: before any
         if steps is None:
             time.sleep(draw.uniform(0, 2))
         else:
             start = checkpoints(killed)[-1:]
-            goal = steps + (int(start[0].name.removeprefix("step_")) if start else 0)
+            goal = min(60, steps + (int(start[0].name.removeprefix("step_")) if start else 0))
             until(partial(has_reached, process, goal), f"step {goal}")
             time.sleep(draw.uniform(0, 0.1))
         os.kill(process.id, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        if process.wait() == 0:  # it was faster: its curve is checked, and the kills go on in another folder
+            check()
+            killed = tmp_path / f"killed_{kills}"
+            continue
+        kills += 1
         resumed += "going on from" in process.out.read_text()
+        assert len(checkpoints(killed)) <= 3
     assert resumed >= 5
-    assert len(checkpoints(killed)) <= 3
     server.run(*settings, f"output_dir={killed}")
-    assert lines(killed) == lines(alone)
-    assert [line["step"] for line in lines(killed)] == list(range(1, 61))
-    assert same_tensors(adapter(killed), adapter(alone))
+    check()
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["step_000058", "step_000060"]
 
 
 def has_reached(process, step):
-    """Whether its progress bar has come so far."""
+    """Whether its progress bar has come so far, or it ended."""
+    if psutil.Process(process.id).status() == psutil.STATUS_ZOMBIE:
+        return True
     shown = re.findall(r"(\d+)/60 ", process.out.read_text(errors="replace"))
     return bool(shown) and int(shown[-1]) >= step
 
@@ -150,9 +163,10 @@ def test_two_processes_go_on_to_the_bit_and_so_does_one_of_two_that_is_asked_to_
     assert [process.wait() for process in whole] == [0, 0], whole[0].out.read_text()
     assert "processes: 2" in whole[0].out.read_text()
 
-    stopped = server.start_two(*settings, f"output_dir={cut}")
-    until(lambda: done(cut) >= 2, "two steps")
+    stopped = server.start_two(*settings, f"output_dir={cut}", HELD_AT="2")
+    until(lambda: done(cut) == 2, "two steps")
     os.kill(stopped[1].id, signal.SIGTERM)  # which does not speak
+    stopped[0].go()  # for which the other waits
     assert [process.wait() for process in stopped] == [128 + signal.SIGTERM] * 2
     said = [process.out.read_text() for process in stopped]
     (place,) = checkpoints(cut)

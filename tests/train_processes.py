@@ -47,6 +47,10 @@ class Process:
         """Its exit code; -9 for one that was killed."""
         return self.server.ask(wait=self.id)
 
+    def go(self) -> None:
+        """Let it go on where it is held."""
+        Path(f"{self.out}.go").touch()
+
     def says(self, text: str) -> None:
         """Wait until it says so."""
         until(lambda: text in self.out.read_text(errors="replace"), text)
