@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from flux2.variants import AutoencoderConfig
 
+FEW_POSITIONS = 4096  # whose pairs, 64 MB in float32, may be held at once
+
 
 def patchify(latents: Tensor) -> Tensor:
     """(B, C, 2h, 2w) -> (B, 4C, h, w); channel order (c, i, j)."""
@@ -58,6 +60,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        if q.shape[2] > FEW_POSITIONS:  # kernels that never hold all pairs of positions want the channels side by side
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
 

@@ -1,14 +1,17 @@
 """flux2.autoencoder: the values of diffusers' autoencoder, and the published names."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import helpers
 import pytest
 import torch
 from diffusers import Flux2Pipeline
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from flux2.autoencoder import Autoencoder, patchify, unpatchify
+from flux2.autoencoder import AttentionBlock, Autoencoder, patchify, unpatchify
 from flux2.names import autoencoder_tensor
 from flux2.variants import AutoencoderConfig
 
@@ -123,3 +126,29 @@ def test_names_are_those_of_the_published_single_file() -> None:
         "decoder.conv_out.weight",
     }
     assert not {name for name in names if name.startswith(("encoder.down.3.downsample", "decoder.up.0.upsample"))}
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for one in tree_leaves(found):
+            if isinstance(one, Tensor):
+                self.elements = max(self.elements, one.numel())
+        return found
+
+
+@torch.no_grad()
+def test_attention_over_a_large_picture_never_holds_all_pairs_of_positions() -> None:
+    torch.manual_seed(0)
+    block, positions = AttentionBlock(8, 4), 72 * 72
+    x = draw(1, 8, 72, 72)
+    with Largest() as largest:
+        found = block(x)
+    assert x.numel() <= largest.elements < positions**2 / 8
+    q, k, v = (layer(block.norm(x)).flatten(2)[0].T for layer in (block.q, block.k, block.v))
+    mixed = ((q @ k.T / 8**0.5).softmax(1) @ v).T.unflatten(1, (72, 72))[None]
+    assert helpers.relative_error(found, x + block.proj_out(mixed)) <= 1e-5
