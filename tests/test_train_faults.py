@@ -130,7 +130,7 @@ def test_killed_20_times_at_random_moments_the_curve_is_that_of_a_run_left_alone
             start = checkpoints(killed)[-1:]
             goal = min(60, steps + (int(start[0].name.removeprefix("step_")) if start else 0))
             until(partial(has_reached, process, goal), f"step {goal}")
-            time.sleep(draw.uniform(0, 3))
+            time.sleep(draw.uniform(0, 0.1))
         os.kill(process.id, signal.SIGKILL)
         if process.wait() == 0 or "has done its 60 steps" in process.out.read_text():  # it was faster than its kill
             check()  # and the kills go on in another folder
