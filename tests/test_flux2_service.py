@@ -1,6 +1,8 @@
 """flux2.service: what the server answers, to whom, and in what order it works. In this process, with an encoder that
 the tests can watch."""
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +14,7 @@ import requests
 import safetensors.torch
 import torch
 import uvicorn
+from fastapi import Request
 from remote_helpers import SECRET
 from torch import Tensor
 
@@ -54,7 +57,8 @@ class Running:
         while not self.server.started:
             assert self.thread.is_alive()
             time.sleep(0.01)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        self.address = "127.0.0.1", self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = "http://{}:{}".format(*self.address)
 
     def post(self, content: Any, **options: Any) -> requests.Response:
         return requests.post(f"{self.url}/encode", json=content, timeout=30, **options)
@@ -272,13 +276,25 @@ def test_an_encoder_that_fails_is_an_answer_and_not_the_end(running: Callable[..
     assert values(server.post({"prompts": ["a"]})) == [1]
 
 
-def test_prompts_of_a_client_that_is_gone_are_not_encoded(running: Callable[..., Running]) -> None:
+def test_prompts_of_a_client_that_is_gone_are_not_encoded(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, disconnected = threading.Event(), service.disconnected
+
+    async def noted(request: Request) -> None:
+        await disconnected(request)
+        gone.set()
+
+    monkeypatch.setattr(service, "disconnected", noted)
     server = running()
     server.encoder.hold.clear()
-    with pytest.raises(requests.Timeout):
-        requests.post(f"{server.url}/encode", json={"prompts": ["first", "second"]}, timeout=0.5)
-    wait_until(lambda: server.encoder.calls == [["first"]])
-    time.sleep(0.3)  # for the server to see that nobody waits
+    body = json.dumps({"prompts": ["first", "second"]})
+    head = f"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(server.address) as connection:
+        connection.sendall((head + body).encode())
+        wait_until(lambda: server.encoder.calls == [["first"]])
+    assert gone.wait(30)
+    assert waiting(server) == 1  # an answer that comes after what was done about it
     server.encoder.hold.set()
     assert values(server.post({"prompts": ["third"]})) == [5]
     assert server.encoder.calls == [["first"], ["third"]]
