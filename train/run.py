@@ -16,7 +16,6 @@ if __name__ == "__main__":  # a script's own folder comes first in sys.path, and
     if os.environ.get("RANK", "0") == "0":
         print("loading libraries", file=sys.stderr, flush=True)
 
-import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,40 +25,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data.cache import Cache, MemoryCache
 from data.loader import Loader
 from data.samples import Source
-from flux2.adapters import adapter_parameters, unread
+from flux2.adapters import adapter_parameters
 from flux2.model import Transformer
 from flux2.offload import offload
-from flux2.pipeline import (
-    reference_image,
-    to_pixels,
-)
-from flux2.precision import describe, pick
+from flux2.pipeline import reference_image, to_pixels
+from flux2.precision import describe
 from flux2.weights import load_autoencoder, load_transformer
-from train import folder, model_card, report, resume, sweep
+from train import closing, folder, resume, sweep
 from train.cache import Needs, Prepared, gigabytes, prepare
 from train.choose import advice, choice_of, still_fits
 from train.classes import class_data, class_loader, drawn_classes, given_classes
 from train.command import command, own_errors
 from train.configured import Configured
 from train.ema import Shown
-from train.hub import push_or_say
 from train.loop import Training
 from train.masking import masked
 from train.optim import build
 from train.outofmemory import OutOfMemory, watched
 from train.processes import is_offline
-from train.recommend import closing_lines
 from train.sharding import attached, check_processes, sharder, shares, whole_size
 from train.shared import SHARED, Base, free_memory
-from train.text_encoders import RemoteTextEncoder
-from train.tracking import Metrics, warn
+from train.tracking import Metrics
 from train.trained_data import TrainedData
 from train.validate import FixedNoiseLoss, Sampler, chosen_samples
 from train.wording import many
@@ -317,7 +309,7 @@ class Run(Configured):
             text = OmegaConf.to_yaml(OmegaConf.create(masked(self.config)))
             folder.write_whole(place.folder / resume.CONFIG_FILE, text)
             data.write(place.folder)
-            self.note_command(place)
+            closing.note_command(self, place)
             metrics.start(settings.name, self.config, place.step)
 
         cut = {
@@ -365,42 +357,10 @@ class Run(Configured):
             validate=validate if chosen else None,
             autocast=torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None,
         ).run()
-        self.write_card(place.folder, len(trained))
-        if accelerator.is_main_process:
-            report.write_or_warn(place.folder)
+        closing.write(self, place.folder, len(trained))
         if SHARED.keeps and (self.memory.compile or not base.take_off(wrapped)):
             SHARED.drop("transformer")  # compiled code is of its layers as they were
         return adapter
-
-    def note_command(self, place: resume.Place) -> None:
-        """Keep the command in the run folder, for its report."""
-        if HydraConfig.initialized():
-            words, processes = HydraConfig.get().overrides.task, self.accelerator.num_processes
-            report.note_command(place.folder, words, processes, goes_on=place.checkpoint is not None)
-
-    def write_card(self, run: Path, samples: int) -> None:
-        """The model card beside the finished adapter."""
-        if not self.accelerator.is_main_process:
-            return
-        device = self.accelerator.device
-        facts = model_card.Facts(
-            name=self.settings.name,
-            variant=self.variant,
-            config=self.config,
-            samples=samples,
-            images=self.images_per_step,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            precision=self.precision.name,
-            prompts=self.sample.prompts,
-            edits=bool(self.sample.files),
-            overrides=list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None,
-            processes=self.accelerator.num_processes,
-            place=self.hub.repo_id if "/" in (self.hub.repo_id or "") else None,
-        )
-        try:
-            model_card.write(facts, run)
-        except (OSError, ValueError) as error:
-            warn(f"the card of the adapter could not be written ({error})")
 
 
 def main(config: DictConfig) -> float | None:
@@ -422,31 +382,7 @@ def train(run: Run) -> None:
     except OutOfMemory as error:
         with own_errors(run.accelerator.process_index):
             raise ValueError(f"{error.what} {advice(run, error)} {error.saved}".strip()) from None
-    if run.accelerator.is_main_process:
-        if not sweep.is_sweep():  # which ends with those of its best job
-            print(*closing_lines(adapter.parent), sep="\n")
-        if run.hub.push:
-            print(push_or_say(adapter.parent, run.hub), flush=True)
-    run.say(f"adapter   {adapter}")
-    if run.accelerator.is_main_process and (note := unread(adapter)):
-        run.say(f"formats   {note}")
-    run.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
-    if run.sample.prompts and run.settings.sample_every:
-        run.say(f"pictures  {adapter.parent / 'samples'}")
-    if (adapter.parent / report.REPORT).is_file():
-        run.say(f"report    {adapter.parent / report.REPORT}")
-    words = ["python", "-m", "flux2.generate", "--model", run.variant.name]
-    for option in ("path", "autoencoder", "text_encoder"):
-        if place := getattr(run.model, option):
-            words += [f"--{option.replace('_', '-')}", place]
-    if isinstance(run.text_encoder, RemoteTextEncoder) and run.text_encoder.protocol is None:
-        words += ["--text-encoder", run.text_encoder.url]
-    if run.precision.name != pick(None, run.accelerator.device).name:
-        words += ["--precision", run.precision.name]
-    words += ["--adapter", str(adapter), "--prompt", run.example]
-    for path in run.sample.edits[0] if run.sample.prompts else []:
-        words += ["--image", path]
-    run.say(f"use it    {shlex.join(words)}")
+    closing.announce(run, adapter)
 
 
 if __name__ == "__main__":
