@@ -1,11 +1,12 @@
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_helpers import execute, pixels
+from train_helpers import execute, one_message, pixels
 
 from flux2.pipeline import Pipeline
 from train import measures
@@ -13,6 +14,7 @@ from train.checkpoint import checkpoints
 from train.evaluate import EvaluationSettings, evaluated
 from train.features import Latents, Vision
 from train.findings import caution, stands_out
+from train.folder import write_picture
 from train.validate import Sampler
 
 pytest_plugins = ("train_helpers",)
@@ -164,8 +166,67 @@ def test_what_cannot_be_evaluated_is_one_clear_error(small, train, tmp_path):
         evaluate(run)
 
 
+def test_where_a_sheet_cannot_be_put_that_is_one_error_and_nothing_unfinished_stays(train):
+    run = train("run", *KEPT)
+    (run / "evaluation" / "sheet.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"sheet.png cannot be written \(Is a directory\): make room there, or move"):
+        evaluate(run)
+    assert not list(run.rglob("*.part"))
+    assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 8
+    other = train("other", *KEPT)
+    (other / "evaluation").write_text("in the place of a folder")
+    with pytest.raises(ValueError, match=r"evaluation folder=.* cannot be written"):
+        evaluate(other)
+
+
+def test_a_full_disk_and_a_stop_leave_whole_pictures_alone(tmp_path, monkeypatch):
+    picture = Image.new("RGB", (8, 8))
+    write_picture(tmp_path / "one.png", picture)
+    before = (tmp_path / "one.png").read_bytes()
+
+    def half(error):
+        def save(self, file, kind):
+            file.write_bytes(b"half")
+            raise error
+
+        return save
+
+    for error, raised in (
+        (OSError(28, "No space left on device"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        monkeypatch.setattr(Image.Image, "save", half(error))
+        with pytest.raises(raised):
+            write_picture(tmp_path / "one.png", picture)
+        assert [file.name for file in tmp_path.iterdir()] == ["one.png"]
+        assert (tmp_path / "one.png").read_bytes() == before
+
+
+def test_a_relative_dataset_that_is_not_here_says_where_to_start(train):
+    run = train("run", *KEPT)
+    config = run / "config.yaml"
+    lines = ["  path: cards" if "/pictures" in line else line for line in config.read_text().splitlines()]
+    config.write_text("\n".join(lines) + "\n")
+    (found,) = evaluate(run, strengths=[])
+    assert f"That is looked for in {Path.cwd()}: start this where the run was started" in found.notes[0]
+
+
+def test_an_empty_run_is_refused():
+    with pytest.raises(ValueError, match=r"^run='' is empty: give the folder of a run"):
+        EvaluationSettings("")
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("seeds", []), ("seeds", [0, 0]), ("seeds", [-1]), ("strengths", ["x"]), ("prompts", "a cup")]
+    ("key", "value"),
+    [
+        ("compare", ""),
+        ("compare", [" "]),
+        ("seeds", []),
+        ("seeds", [0, 0]),
+        ("seeds", [-1]),
+        ("strengths", ["x"]),
+        ("prompts", "a cup"),
+    ],
 )
 def test_settings_are_checked(key, value):
     with pytest.raises(ValueError, match=f"^{key}="):
@@ -176,6 +237,9 @@ def test_the_command_says_what_is_wrong_in_one_line():
     done = execute([sys.executable, "train/evaluate.py", "run=/nowhere", "features=lantents"])
     assert done.returncode == 2
     assert done.stderr == "error: features=lantents is not a choice; did you mean latents?\n"
+    done = execute([sys.executable, "train/evaluate.py", "-m", "run=/nowhere"])
+    assert (done.returncode, done.stdout) == (2, "")  # Hydra did not begin a sweep, whose folder would be left
+    assert one_message(done.stderr).startswith("-m sweeps over trainings")
     done = execute([sys.executable, "train/evaluate.py", "run=/nowhere", "seedz=[1]"])
     assert (done.returncode, done.stderr) == (2, "error: seedz=[1] is not a setting; did you mean seeds?\n")
 
