@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,13 +10,13 @@ from PIL import Image
 from train_helpers import execute, one_message, pixels
 
 from flux2.pipeline import Pipeline
-from train import measures
+from train import measures, report
 from train.checkpoint import checkpoints
 from train.evaluate import EvaluationSettings, evaluated
 from train.features import Latents, Vision
 from train.findings import caution, stands_out
 from train.folder import write_picture
-from train.validate import Sampler
+from train.validate import Sampler, sheet
 
 pytest_plugins = ("train_helpers",)
 
@@ -177,6 +178,38 @@ def test_where_a_sheet_cannot_be_put_that_is_one_error_and_nothing_unfinished_st
     (other / "evaluation").write_text("in the place of a folder")
     with pytest.raises(ValueError, match=r"evaluation folder=.* cannot be written"):
         evaluate(other)
+
+
+def test_a_checkpoint_that_is_rotated_away_meanwhile_is_named_and_the_same_command_goes_on(train, monkeypatch):
+    run, picture = train("run", *KEPT), Sampler.picture
+
+    def rotating(self, model, i, seed):
+        shutil.rmtree(run / "checkpoints" / "step_000002", ignore_errors=True)
+        return picture(self, model, i, seed)
+
+    monkeypatch.setattr(Sampler, "picture", rotating)
+    with pytest.raises(ValueError, match=r"step_000002/adapter was removed while it was to be evaluated"):
+        evaluate(run)
+    assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 2
+    assert [row.name for row in evaluate(run)[0].rows] == ["base", "step 4"]
+
+
+def test_secrets_in_prompts_are_in_no_file_of_an_evaluation(train, monkeypatch):
+    run, captions = train("run", *KEPT), []
+    monkeypatch.setenv("WANDB_API_KEY", "notforothers0123")
+    drawing = sheet
+
+    def noted(rows, columns, *arguments):
+        captions.extend(columns)
+        return drawing(rows, columns, *arguments)
+
+    monkeypatch.setattr("train.evaluate.sheet", noted)
+    prompts = ["a cup notforothers0123", "at https://joe:geheim77@cups.example/x?token=othersecret"]
+    made = evaluate(run, prompts=prompts, strengths=[])
+    report.write(run, made[0])
+    for file in [one for one in run.rglob("*") if one.is_file()]:
+        assert not [word for word in (b"notforothers", b"geheim77", b"othersecret") if word in file.read_bytes()], file
+    assert captions == ["a cup *** (seed 5)", "at https://***@cups.example/x?token=*** (seed 5)"]
 
 
 def test_a_full_disk_and_a_stop_leave_whole_pictures_alone(tmp_path, monkeypatch):

@@ -27,13 +27,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from flux2.adapter_formats import AdapterError
 from train import measures, report
 from train.checks import check_count, is_number
 from train.command import checked, command, made
 from train.evaluation import BASE, Evaluation, Row
 from train.features import Features
 from train.folder import write_picture, write_whole
-from train.masking import masked_command
+from train.masking import masked_command, masked_text
 from train.opened import Candidate, Opened, candidates, check_run_folder
 from train.page import opened
 from train.progress import Count
@@ -156,6 +157,13 @@ def evaluate(run: Opened, features: Features, wanted: Wanted) -> Evaluation:
             for one in work:
                 for _ in run.draw(*one):
                     count.update(next(done), total, one[0].name if one[0] else BASE)
+    except AdapterError as error:
+        if (gone := one[0]) is None or gone.place.is_dir():
+            raise
+        raise ValueError(
+            f"{gone.place} was removed while it was to be evaluated, as a run that still trains does with keep_last: "
+            "what was drawn is kept, and the same command goes on with what is there now"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "out of GPU memory while drawing: what was drawn is kept, and the same command goes on. Give smaller "
@@ -229,7 +237,7 @@ def write_sheet(made: Evaluation, file: Path) -> None:
     found = [[None if one is None else opened(one) for one in row.files] for row in made.rows]
     some = next((picture for row in found for picture in row if picture is not None), Image.new("RGB", (256, 256)))
     blank = Image.new("RGB", some.size, "grey")
-    captions = [f"{made.prompts[i]} (seed {seed})" for i, seed in made.columns]
+    captions = [f"{masked_text(made.prompts[i])} (seed {seed})" for i, seed in made.columns]
     names = [row.name for row in made.rows]
     side = 256 if len(made.columns) <= 12 else 128
     page = sheet([[picture or blank for picture in row] for row in found], captions, names, side)

@@ -157,7 +157,7 @@ MEASURES = ("to the base", "to the nearest training picture", "between two", "su
 
 def distances(all_made: Sequence[Evaluation], names: Sequence[str]) -> str:
     """How far the pictures of each adapter are from the base's and from the training pictures."""
-    parts = [f"<h2>Distances</h2><p>Means over the pictures, by {escape(all_made[0].features)}.</p>"]
+    parts = [f"<h2>Distances</h2><p>Means over the pictures, by {escape(masked_text(all_made[0].features))}.</p>"]
     for made, name in zip(all_made, names, strict=True):
         rows = [
             f'<tr{" class=best" if row.name == made.chosen else ""}><th scope="row">{escape(row.name)}</th>'
