@@ -96,6 +96,7 @@ def test_damaged_checkpoints_are_named_and_the_rest_go_on(train, capsys):
     run = train("run", *KEPT, "ema_decay=0.9", "cache_dir=null")
     damage(run / "checkpoints" / "step_000002" / "adapter" / "adapter_model.safetensors")
     damage(run / "checkpoints" / "step_000004" / "ema.pt")  # no part of what is evaluated
+    capsys.readouterr()
     (found,) = evaluate(run, strengths=[])
     assert [row.name for row in found.rows] == ["base", "step 4"]
     assert "step_000002/adapter/adapter_model.safetensors is damaged" in found.damaged[0]
