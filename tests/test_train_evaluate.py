@@ -1,19 +1,22 @@
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_helpers import execute, pixels
+from train_helpers import execute, one_message, pixels
 
 from flux2.pipeline import Pipeline
-from train import measures
+from train import measures, report
 from train.checkpoint import checkpoints
 from train.evaluate import EvaluationSettings, evaluated
 from train.features import Latents, Vision
 from train.findings import caution, stands_out
-from train.validate import Sampler
+from train.folder import write_picture
+from train.validate import Sampler, sheet
 
 pytest_plugins = ("train_helpers",)
 
@@ -93,10 +96,13 @@ def test_damaged_checkpoints_are_named_and_the_rest_go_on(train, capsys):
     run = train("run", *KEPT, "ema_decay=0.9", "cache_dir=null")
     damage(run / "checkpoints" / "step_000002" / "adapter" / "adapter_model.safetensors")
     damage(run / "checkpoints" / "step_000004" / "ema.pt")  # no part of what is evaluated
+    capsys.readouterr()
     (found,) = evaluate(run, strengths=[])
     assert [row.name for row in found.rows] == ["base", "step 4"]
     assert "step_000002/adapter/adapter_model.safetensors is damaged" in found.damaged[0]
-    assert "left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left out" in said
+    assert "\r" not in said  # no bar where nobody watches
 
 
 def test_runs_side_by_side_draw_the_same_prompts_with_the_adapter_that_each_chose(train):
@@ -164,8 +170,99 @@ def test_what_cannot_be_evaluated_is_one_clear_error(small, train, tmp_path):
         evaluate(run)
 
 
+def test_where_a_sheet_cannot_be_put_that_is_one_error_and_nothing_unfinished_stays(train):
+    run = train("run", *KEPT)
+    (run / "evaluation" / "sheet.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"sheet.png cannot be written \(Is a directory\): make room there, or move"):
+        evaluate(run)
+    assert not list(run.rglob("*.part"))
+    assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 8
+    other = train("other", *KEPT)
+    (other / "evaluation").write_text("in the place of a folder")
+    with pytest.raises(ValueError, match=r"evaluation folder=.* cannot be written"):
+        evaluate(other)
+
+
+def test_a_checkpoint_that_is_rotated_away_meanwhile_is_named_and_the_same_command_goes_on(train, monkeypatch):
+    run, picture = train("run", *KEPT), Sampler.picture
+
+    def rotating(self, model, i, seed):
+        shutil.rmtree(run / "checkpoints" / "step_000002", ignore_errors=True)
+        return picture(self, model, i, seed)
+
+    monkeypatch.setattr(Sampler, "picture", rotating)
+    with pytest.raises(ValueError, match=r"step_000002/adapter was removed while it was to be evaluated"):
+        evaluate(run)
+    assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 2
+    assert [row.name for row in evaluate(run)[0].rows] == ["base", "step 4"]
+
+
+def test_secrets_in_prompts_are_in_no_file_of_an_evaluation(train, monkeypatch):
+    run, captions = train("run", *KEPT), []
+    monkeypatch.setenv("WANDB_API_KEY", "notforothers0123")
+    drawing = sheet
+
+    def noted(rows, columns, *arguments):
+        captions.extend(columns)
+        return drawing(rows, columns, *arguments)
+
+    monkeypatch.setattr("train.evaluate.sheet", noted)
+    prompts = ["a cup notforothers0123", "at https://joe:geheim77@cups.example/x?token=othersecret"]
+    made = evaluate(run, prompts=prompts, strengths=[])
+    report.write(run, made[0])
+    for file in [one for one in run.rglob("*") if one.is_file()]:
+        assert not [word for word in (b"notforothers", b"geheim77", b"othersecret") if word in file.read_bytes()], file
+    assert captions == ["a cup *** (seed 5)", "at https://***@cups.example/x?token=*** (seed 5)"]
+
+
+def test_a_full_disk_and_a_stop_leave_whole_pictures_alone(tmp_path, monkeypatch):
+    picture = Image.new("RGB", (8, 8))
+    write_picture(tmp_path / "one.png", picture)
+    before = (tmp_path / "one.png").read_bytes()
+
+    def half(error):
+        def save(self, file, kind):
+            file.write_bytes(b"half")
+            raise error
+
+        return save
+
+    for error, raised in (
+        (OSError(28, "No space left on device"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        monkeypatch.setattr(Image.Image, "save", half(error))
+        with pytest.raises(raised):
+            write_picture(tmp_path / "one.png", picture)
+        assert [file.name for file in tmp_path.iterdir()] == ["one.png"]
+        assert (tmp_path / "one.png").read_bytes() == before
+
+
+def test_a_relative_dataset_that_is_not_here_says_where_to_start(train):
+    run = train("run", *KEPT)
+    config = run / "config.yaml"
+    lines = ["  path: cards" if "/pictures" in line else line for line in config.read_text().splitlines()]
+    config.write_text("\n".join(lines) + "\n")
+    (found,) = evaluate(run, strengths=[])
+    assert f"That is looked for in {Path.cwd()}: start this where the run was started" in found.notes[0]
+
+
+def test_an_empty_run_is_refused():
+    with pytest.raises(ValueError, match=r"^run='' is empty: give the folder of a run"):
+        EvaluationSettings("")
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("seeds", []), ("seeds", [0, 0]), ("seeds", [-1]), ("strengths", ["x"]), ("prompts", "a cup")]
+    ("key", "value"),
+    [
+        ("compare", ""),
+        ("compare", [" "]),
+        ("seeds", []),
+        ("seeds", [0, 0]),
+        ("seeds", [-1]),
+        ("strengths", ["x"]),
+        ("prompts", "a cup"),
+    ],
 )
 def test_settings_are_checked(key, value):
     with pytest.raises(ValueError, match=f"^{key}="):
@@ -176,6 +273,9 @@ def test_the_command_says_what_is_wrong_in_one_line():
     done = execute([sys.executable, "train/evaluate.py", "run=/nowhere", "features=lantents"])
     assert done.returncode == 2
     assert done.stderr == "error: features=lantents is not a choice; did you mean latents?\n"
+    done = execute([sys.executable, "train/evaluate.py", "-m", "run=/nowhere"])
+    assert (done.returncode, done.stdout) == (2, "")  # Hydra did not begin a sweep, whose folder would be left
+    assert one_message(done.stderr).startswith("-m sweeps over trainings")
     done = execute([sys.executable, "train/evaluate.py", "run=/nowhere", "seedz=[1]"])
     assert (done.returncode, done.stderr) == (2, "error: seedz=[1] is not a setting; did you mean seeds?\n")
 

@@ -11,6 +11,7 @@ from train import plots, report, slider
 from train.evaluation import Evaluation, Row
 from train.measures import Nearest
 from train.plots import Curve
+from train.recommend import recommend
 from train.report_pictures import cut
 from train.slider import Cell, Shot
 from train.validate import sheet
@@ -91,11 +92,54 @@ def test_the_page_says_what_was_measured_masks_secrets_and_escapes_texts(run, ma
     assert "://" not in text
     words = " ".join(unescape(re.sub(r"<[^>]+>", " ", text)).split())
     assert re.search(r"Recommended, on 3 samples( and \d+ validations?)? alone, checkpoints/step_000040", words)
-    assert "It rests on 3 samples: too few to be sure" in words
+    assert "It rests on" not in words  # that is said by then
     assert "1.8000" in words  # the last validation loss: 2 - 0.8 + 0.5 + 0.1
     assert "nearer than 100% of the training pictures" in words
     assert "step 40 1 of 2" in words
     assert "8 (8 to 8)" in words
+
+
+def test_pictures_before_and_after_stay_in_later_reports_of_the_same_adapter(run, made):
+    (run / "adapter").mkdir()
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_text("one")
+    cell = Cell(EVIL, [Shot("base", *pictures("red")), Shot("adapter", *pictures("blue"), first=True)])
+    first = report.write(run, pairs=[cell]).read_text()
+    again = report.write(run, made).read_text()
+    shown = slider.cells([cell])
+    assert "Before and after" in again
+    assert shown in first
+    assert shown in again
+    weights.write_text("trained for longer")
+    assert "Before and after" not in report.of(run, made)
+
+
+def test_what_a_recommendation_rests_on_is_said_once_and_only_of_one(run):
+    file = run / "validation.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    more = [line | {"samples": list("abcdef"), "losses": 2 * line["losses"]} for line in lines]
+    file.write_text("".join(json.dumps(line) + "\n" for line in more))
+    assert report.of(run).count("It rests on 6 samples: too few to be sure") == 1
+    for place in (run / "checkpoints").iterdir():
+        (place / "state.json").unlink()
+    assert "It rests on" not in report.of(run)
+
+
+def test_a_validation_loss_that_is_not_finite_is_named_and_never_chosen(run):
+    file = run / "validation.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[2]["losses"][0][0] = float("nan")  # after step 20, before the lowest
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 50, "lo')
+    assert "the validation loss was not finite after step 20" in report.stands_out(run)
+    found = recommend(run)
+    assert found.checkpoint is not None
+    assert found.checkpoint.name == "step_000040"
+    assert "  and 1 whose loss was not finite (step 20)" in found.lines
+    assert not any("nan" in line for line in found.lines)
+    lines[4]["losses"][0][0] = float("inf")
+    lines[2]["losses"][0][0] = 0.1
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert recommend(run).checkpoint.name == "step_000020"
 
 
 def test_a_run_that_got_worse_is_said_to_have_with_its_numbers(run):

@@ -220,6 +220,7 @@ def own_errors(process: int) -> Iterator[None]:
 # ------------------------------------------------------------------ commands
 
 Report = Callable[[Exception, str], None]
+NO_SWEEP = "-m sweeps over trainings: give this command one configuration, without it"
 PLUGINS = {"hydra_optuna_sweeper": "optuna", "hydra_submitit_launcher": "slurm"}  # the extra that brings each
 
 
@@ -308,7 +309,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     def job(config: DictConfig) -> Any:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             if name != "train":
-                return report(ValueError("-m sweeps over trainings: give this command one configuration, without it"))
+                return report(ValueError(NO_SWEEP))
             return job_of_sweep(task, config, report)
         try:
             return task(config)
@@ -316,6 +317,8 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
             return report(error)
 
     try:
+        if name != "train" and {"-m", "--multirun"} & set(sys.argv[1:]):  # before Hydra makes a folder for them
+            raise ValueError(NO_SWEEP)
         with stopped_at_once():
             hydra.main(version_base="1.3", config_path=str(CONFIG), config_name=name)(job)()
     except KeyboardInterrupt as stop:

@@ -13,8 +13,10 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,15 +27,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from flux2.adapter_formats import AdapterError
 from train import measures, report
 from train.checks import check_count, is_number
 from train.command import checked, command, made
 from train.evaluation import BASE, Evaluation, Row
 from train.features import Features
-from train.folder import write_whole
-from train.masking import masked_command
+from train.folder import write_picture, write_whole
+from train.masking import masked_command, masked_text
 from train.opened import Candidate, Opened, candidates, check_run_folder
 from train.page import opened
+from train.progress import Count
 from train.recommend import closing_lines, recommend
 from train.shared import free_memory
 from train.tracking import warn
@@ -65,6 +69,12 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.compare, str) and not is_texts(self.compare):
             raise ValueError(f"compare={self.compare!r} must be a run folder or a list of them")
+        compared = [self.compare] if isinstance(self.compare, str) else self.compare
+        for key, places in (("run", [self.run]), ("compare", compared)):
+            if not all(place.strip() for place in places):
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} is empty: give the folder of a run, outputs/<name>/<time>"
+                )
         if self.prompts is not None and (not is_texts(self.prompts) or not self.prompts):
             raise ValueError(f"prompts={self.prompts!r} must be a list of texts, or null for the run's own")
         if self.references is not None and self.prompts is None:
@@ -142,11 +152,18 @@ def evaluate(run: Opened, features: Features, wanted: Wanted) -> Evaluation:
     work += [(chosen, strength, firsts) for strength in strengths if strength not in (0, 1)]
     try:
         total = sum(len(run.missing(*one)) for one in work)
-        with tqdm(total=total, unit=" pictures", disable=not total, leave=False) as bar:
+        with closing(Count("pictures")) as count:
+            done = itertools.count(1)
             for one in work:
-                bar.set_postfix_str(one[0].name if one[0] else BASE)
                 for _ in run.draw(*one):
-                    bar.update()
+                    count.update(next(done), total, one[0].name if one[0] else BASE)
+    except AdapterError as error:
+        if (gone := one[0]) is None or gone.place.is_dir():
+            raise
+        raise ValueError(
+            f"{gone.place} was removed while it was to be evaluated, as a run that still trains does with keep_last: "
+            "what was drawn is kept, and the same command goes on with what is there now"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "out of GPU memory while drawing: what was drawn is kept, and the same command goes on. Give smaller "
@@ -220,13 +237,11 @@ def write_sheet(made: Evaluation, file: Path) -> None:
     found = [[None if one is None else opened(one) for one in row.files] for row in made.rows]
     some = next((picture for row in found for picture in row if picture is not None), Image.new("RGB", (256, 256)))
     blank = Image.new("RGB", some.size, "grey")
-    captions = [f"{made.prompts[i]} (seed {seed})" for i, seed in made.columns]
+    captions = [f"{masked_text(made.prompts[i])} (seed {seed})" for i, seed in made.columns]
     names = [row.name for row in made.rows]
     side = 256 if len(made.columns) <= 12 else 128
     page = sheet([[picture or blank for picture in row] for row in found], captions, names, side)
-    unfinished = file.with_suffix(".part")
-    page.save(unfinished, "PNG")
-    unfinished.replace(file)
+    write_picture(file, page)
     free_memory()
 
 

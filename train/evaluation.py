@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from train.masking import masked
 from train.measures import Nearest
 
 BASE = "base"
@@ -80,14 +81,14 @@ class Evaluation:
         return next(row for row in self.rows if row.name == self.chosen)
 
     def numbers(self) -> dict[str, Any]:
-        """All that was measured, as plain values."""
+        """All that was measured, as plain values, without secrets."""
 
         def values(row: Row) -> dict[str, Any]:
             names = [None if file is None else file.name for file in row.files]
             nearest = [None if one is None else asdict(one) for one in row.nearest]
             return {**asdict(row), "files": names, "nearest": nearest, "failed": row.failed}
 
-        return {
+        found = {
             "features": self.features,
             "prompts": self.prompts,
             "columns": self.columns,
@@ -99,3 +100,4 @@ class Evaluation:
             "damaged": self.damaged,
             "notes": self.notes,
         }
+        return {key: masked(value) for key, value in found.items()}

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from train.evaluation import Evaluation, Row
 from train.jobs import LAST_LOSSES, logged, series
-from train.recommend import difference, percent, validations
+from train.recommend import FEW_SAMPLES, difference, not_finite, percent, validations
 
 RISEN = 1.25  # the training loss at the end by that at the start
 FARTHER = 1.15  # distance to the training pictures by the base's
@@ -30,6 +30,8 @@ def of_training(folder: Path) -> list[str]:
         first, last = fmean(losses[:LAST_LOSSES]), fmean(losses[-LAST_LOSSES:])
         if last > RISEN * first:
             found.append(f"the training loss rose: from {first:.4g} to {last:.4g}, means of {LAST_LOSSES} logged steps")
+    if steps := not_finite(folder):
+        found.append(f"the validation loss was not finite after step {', '.join(map(str, steps))}")
     measured = validations(folder)
     if len(measured) > 1 and measured[0].step == 0:
         base, last_one = measured[0], measured[-1]
@@ -45,13 +47,12 @@ def of_training(folder: Path) -> list[str]:
 
 
 def caution(folder: Path) -> str:
-    """What to think of a recommendation that rests on few samples; empty where it does not."""
+    """What to think of a recommendation that rests on few samples; empty where it does not, or `recommend` says so."""
     measured = validations(folder)
     count = len(measured[-1].losses) if measured else 0
-    if not 0 < count < FEW:
+    if not FEW_SAMPLES <= count < FEW:
         return ""
-    samples = "one sample" if count == 1 else f"{count} samples"
-    return f"It rests on {samples}: too few to be sure of the order of checkpoints. Trust the pictures more."
+    return f"It rests on {count} samples: too few to be sure of the order of checkpoints. Trust the pictures more."
 
 
 def of_pictures(made: Evaluation) -> list[str]:

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import IO
 
+from PIL import Image
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -77,6 +79,20 @@ def write_whole(file: Path, text: str) -> None:
         raise ValueError(
             f"{file} cannot be written ({reason(error)}): make room there, or give another folder"
         ) from error
+
+
+def write_picture(file: Path, picture: Image.Image) -> None:
+    """As `write_whole`, a PNG; nothing unfinished is left behind where it is stopped either."""
+    unfinished = file.with_suffix(".part")
+    try:
+        picture.save(unfinished, "PNG")
+        unfinished.replace(file)
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be written ({reason(error)}): make room there, or move away what is in its place"
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 class Lock:

@@ -32,9 +32,9 @@ from train import resume
 from train.cache import prepare
 from train.checkpoint import check, checkpoints, checksum, number
 from train.command import CONFIG
-from train.folder import make_writable
+from train.folder import make_writable, write_picture, write_whole
 from train.page import opened
-from train.run import Run
+from train.run import Run, paths
 from train.shared import free_memory
 from train.validate import Sampler
 
@@ -167,13 +167,16 @@ class Opened:
         self.run = Run(OmegaConf.create(configuration(folder, device, sample)))
         if self.run.accelerator.num_processes > 1:
             raise ValueError("evaluation runs in one process: start it with python, without accelerate launch")
-        make_writable(self.place, "evaluation folder")
+        make_writable(self.place / "pictures", "evaluation folder")
         self.samples: Source | None = None
         try:
             self.samples = self.run.instantiate("dataset")
         except (ValueError, OSError) as error:
             said = str(error).splitlines()[0]
             self.notes.append(f"the training pictures are not here, so nothing is compared with them ({said})")
+            gone = [str(place) for place in paths(self.run.config["dataset"]) if place and str(place) in said]
+            if any(not Path(place).expanduser().is_absolute() for place in gone):
+                self.notes[-1] += f". That is looked for in {Path.cwd()}: start this where the run was started"
         if not self.run.sample.prompts:
             captions = [sample.caption for sample in self.samples or [] if sample.caption]
             captions = list(dict.fromkeys(captions))[:MOST_CAPTIONS]
@@ -261,15 +264,12 @@ class Opened:
             return
         with self.adapted(adapter, strength) as model:
             for i, seed, file in missing:
-                file.parent.mkdir(exist_ok=True)
                 try:
                     picture = self.sampler.picture(model, i, seed)
                 except ValueError as error:  # NaN and infinite pixels
-                    failed_mark(file).write_text(f"{error}\n")
+                    write_whole(failed_mark(file), f"{error}\n")
                 else:
-                    unfinished = file.with_suffix(".part")
-                    picture.save(unfinished, "PNG")
-                    unfinished.replace(file)
+                    write_picture(file, picture)
                 yield file
 
     def trained(self, most: int) -> Iterator[Trained]:

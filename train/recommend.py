@@ -6,6 +6,7 @@ compared sample by sample: the mean of the differences, beside what such a mean 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,20 @@ class Recommendation:
 
 
 def validations(folder: Path) -> list[Validation]:
-    """Those of a run that can be compared with its last one: of the same samples at the same times. By step."""
+    """Those of a run that can be compared with its last one: of the same samples at the same times. By step.
+
+    One with a loss that is not finite cannot be.
+    """
+    return [one for one in every_validation(folder) if math.isfinite(one.mean)]
+
+
+def not_finite(folder: Path) -> list[int]:
+    """The steps of a run after which a validation loss was not finite."""
+    return [one.step for one in every_validation(folder) if not math.isfinite(one.mean)]
+
+
+def every_validation(folder: Path) -> list[Validation]:
+    """`validations`, and those that are not finite."""
     file = folder / VALIDATION_FILE
     found = [line for line in read(file) if "losses" in line] if file.exists() else []
     kept = {
@@ -168,11 +182,14 @@ def recommend(folder: Path) -> Recommendation:
         return Recommendation(None, lines)
     best = min(chosen, key=lambda one: one.mean)
     lines += rows(chosen, best, base)
-    without = len(saved) - len(chosen)
+    broken = [step for step in not_finite(folder) if step in saved]
+    if broken:
+        lines.append(f"  and {len(broken)} whose loss was not finite (step {', '.join(map(str, broken))})")
+    without = sorted(set(saved) - {one.step for one in chosen} - set(broken))
     if without:
-        steps = ", ".join(str(step) for step in sorted(set(saved) - {one.step for one in chosen}))
+        steps = ", ".join(map(str, without))
         lines.append(
-            f"  and {without} not validated (step {steps}): saved when the run was stopped, or not at a multiple "
+            f"  and {len(without)} not validated (step {steps}): saved when the run was stopped, or not at a multiple "
             "of validate_every"
         )
     if lowest is not None and lowest.mean < best.mean:

@@ -118,7 +118,8 @@ def commands(run: Told) -> str:
 
 def verdict(run: Told, bad: Sequence[str]) -> str:
     """What is recommended, and what stands out."""
-    why = "".join(f"<p>{escape(line[:1].upper() + line[1:])}</p>" for line in [*run.why, caution(run.folder)] if line)
+    said = [*run.why, *([] if run.chosen is None else [caution(run.folder)])]
+    why = "".join(f"<p>{escape(line[:1].upper() + line[1:])}</p>" for line in said if line)
     if bad:
         why += "<p>Look at what stands out before you use it.</p>"
     box = f'<div class="box">{why}</div>'
@@ -247,6 +248,7 @@ def of(
     by = "train/evaluate.py" if made else "training, at its end"
     parts = ["<header>", f"<h1>{escape(run.label)}</h1>", f"<p>written by {by}, {when}</p></header><main>"]
     parts.append(verdict(run, stands_out(folder, made)))
+    pairs = pairs or report_pictures.kept_pairs(folder)
     for other, evaluated in zip(runs[1:], others, strict=True):
         parts.append(f"<h2>{escape(other.label)}</h2>{verdict(other, stands_out(other.folder, evaluated))}")
     if pairs:
@@ -289,11 +291,14 @@ def write(
     Args:
         made: the evaluation of the run; without one the pictures are those of its sheets.
         others: evaluations of other runs, to be shown beside it.
-        pairs: further pictures before and after, shown first.
+        pairs: further pictures before and after, shown first. They are kept, and shown by later reports too, as long
+            as the adapter is the same.
         evaluated_by: the command of the evaluation.
 
     Raises ValueError or OSError if the configuration cannot be read, or the file not be written.
     """
+    if pairs:
+        report_pictures.keep_pairs(folder, pairs)
     write_whole(folder / REPORT, of(folder, made, others, pairs=pairs, evaluated_by=evaluated_by))
     return folder / REPORT
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from flux2.adapters import PEFT_FILE
 from train import page, slider
+from train.checkpoint import checksum
 from train.evaluation import BASE, Evaluation, Row
+from train.folder import make_writable, write_picture, write_whole
 from train.masking import masked_text
 from train.measures import FEWEST, NEARER_THAN
 from train.page import data_uri, opened
@@ -18,6 +21,7 @@ from train.slider import Cell, Shot
 from train.validate import LAYOUT
 
 MOST_SHEETS = 12
+PAIRS, PAIRS_FILE = "before_after", "pictures.json"
 HINT = "<p>Drag over a picture, or focus it and use the arrow keys; the row below it chooses what is compared.</p>"
 
 # ------------------------------------------------------------------ sheets of training
@@ -61,6 +65,58 @@ def of_training(folder: Path) -> str:
     return f"<h2>Pictures</h2>{HINT}{slider.cells(cells)}"
 
 
+# ------------------------------------------------------------------ pictures before and after
+
+
+def keep_pairs(folder: Path, cells: Sequence[Cell]) -> None:
+    """Keep `cells` in the run folder, for its next report. Raises ValueError if they cannot be written."""
+    place = folder / PAIRS
+    make_writable(place, "pictures before and after")
+    kept = []
+    for i, cell in enumerate(cells):
+        shots = []
+        for j, shot in enumerate(cell.shots):
+            name = None if shot.image is None else f"{i}_{j}.png"
+            if name is not None and shot.image is not None:
+                write_picture(place / name, shot.image)
+            shots.append({"name": shot.name, "file": name, "first": shot.first})
+        kept.append({"label": masked_text(cell.label), "notes": list(cell.notes), "shots": shots})
+    text = json.dumps({"adapter": adapter_of(folder), "cells": kept}, indent=1)
+    write_whole(place / PAIRS_FILE, text + "\n")
+
+
+def kept_pairs(folder: Path) -> list[Cell]:
+    """What `keep_pairs` kept of the adapter that is there now; empty if it is another one, or nothing can be read."""
+    place = folder / PAIRS
+    try:
+        kept = json.loads((place / PAIRS_FILE).read_text())
+        if kept["adapter"] != adapter_of(folder):
+            return []
+        return [
+            Cell(
+                str(cell["label"]),
+                [
+                    Shot(
+                        str(shot["name"]),
+                        shown(place / Path(shot["file"]).name if shot["file"] else None),
+                        shot["first"],
+                    )
+                    for shot in cell["shots"]
+                ],
+                [str(note) for note in cell["notes"]],
+            )
+            for cell in kept["cells"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def adapter_of(folder: Path) -> str | None:
+    """The checksum of a run's finished adapter; None without one."""
+    file = folder / "adapter" / PEFT_FILE
+    return checksum(file) if file.is_file() else None
+
+
 # ------------------------------------------------------------------ evaluations
 
 
@@ -101,7 +157,7 @@ MEASURES = ("to the base", "to the nearest training picture", "between two", "su
 
 def distances(all_made: Sequence[Evaluation], names: Sequence[str]) -> str:
     """How far the pictures of each adapter are from the base's and from the training pictures."""
-    parts = [f"<h2>Distances</h2><p>Means over the pictures, by {escape(all_made[0].features)}.</p>"]
+    parts = [f"<h2>Distances</h2><p>Means over the pictures, by {escape(masked_text(all_made[0].features))}.</p>"]
     for made, name in zip(all_made, names, strict=True):
         rows = [
             f'<tr{" class=best" if row.name == made.chosen else ""}><th scope="row">{escape(row.name)}</th>'
