@@ -10,18 +10,24 @@ import argparse
 import dataclasses
 import math
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and sys.stderr.isatty():  # the imports below take seconds
-    print("loading libraries ...", end="\r", file=sys.stderr, flush=True)
+if __name__ == "__main__":  # the imports below take seconds
+    if sys.stderr.isatty():
+        print("loading libraries ...", end="\r", file=sys.stderr, flush=True)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C then ends them at once, without a traceback
 
+import torch
 from PIL import Image
 
 from flux2 import checks, records
-from flux2.pictures import check_place, check_writable, read_picture
+from flux2.pictures import UNFINISHED, check_place, check_writable, read_picture
 from flux2.pipeline import Pipeline, load, pick_device
 from flux2.precision import NAMES, describe
 from flux2.records import NamedFile, Record
@@ -142,7 +148,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     kept = recorded(given["from_image"], given) if "from_image" in given else {}
     for key in [other for option in given for other in REPLACED.get(option, ())]:
         kept.pop(key, None)
-    options = argparse.Namespace(**DEFAULTS | kept | given)
+    options = argparse.Namespace(**DEFAULTS | kept | given, given=frozenset(given))
     if options.prompt is None and options.prompts is None:
         parser.error("give --prompt, --prompts or --from-image")
     if "prompt" in given and "prompts" in given:
@@ -229,6 +235,11 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError("--save-embeddings and --embeddings: give one of them")
         if options.save_embeddings.suffix != ".safetensors":
             raise ValueError(f"--save-embeddings {options.save_embeddings} must end in .safetensors")
+        idle = [name for name in ("adapter", "merge", "image") if name in options.given and getattr(options, name)]
+        if options.upsample and "image" in idle:  # prompts are rewritten for it
+            idle.remove("image")
+        if idle:
+            raise ValueError(f"--{idle[0]} does nothing with --save-embeddings, which makes no pictures: leave it out")
         check_place(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
 
 
@@ -345,7 +356,7 @@ def encode(pipeline: Pipeline, wanted: list[Request]) -> None:
 def write(image: Image.Image, out: Path, record: Record | None) -> None:
     """Save a picture, with `record` in it if it is a PNG; the file is whole or not there."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".part-{out.name}")
+    unfinished = out.with_name(f"{UNFINISHED}{out.name}")
     about: dict[str, Any] = {}
     if record is not None and out.suffix.lower() == ".png":
         about["pnginfo"] = record.chunk()
@@ -363,13 +374,26 @@ def message(error: Exception) -> str:
     return re.sub(r"\S{400,}", lambda name: f"{name[0][:120]}...{name[0][-40:]}", line)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of PyTorch is for want of memory, on a GPU or in the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def main() -> int:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the libraries are loaded
     try:
         with terminated_as_interrupted():
             for file in run(arguments()):
                 print(file, flush=True)
     except (ValueError, OSError) as error:
         say(f"error: {message(error)}")
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hints = "smaller --width and --height, fewer references, --tiled, --stream-blocks or another --precision"
+        say(f"error: memory does not suffice ({message(error) or type(error).__name__}): {hints} take less")
         return 2
     except KeyboardInterrupt as stop:
         say("interrupted")

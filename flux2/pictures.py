@@ -6,12 +6,15 @@ pixels here: `tests/test_flux2_pictures.py` compares this module with `data.pict
 
 from __future__ import annotations
 
+import errno
 import os
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+UNFINISHED = ".part-"  # before the name of a file that is being written
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -70,6 +73,7 @@ def check_writable(path: Path, what: str) -> None:
 
 def check_place(path: Path, what: str) -> None:
     """Raises ValueError, beginning with `what`, unless a file can be written at `path`; writes nothing."""
+    check_length(path, what)
     if path.is_dir():
         raise ValueError(f"{what} is a folder: give the name of a file")
     place = path
@@ -79,3 +83,16 @@ def check_place(path: Path, what: str) -> None:
         raise ValueError(f"{what} cannot be written: {place} is not a folder")
     if not os.access(place, os.W_OK):
         raise ValueError(f"{what} cannot be written: {place} is read-only")
+
+
+def check_length(path: Path, what: str) -> None:
+    """Raises ValueError, beginning with `what`, if the name of `path`, with `UNFINISHED` before it, is too long.
+
+    Otherwise that would be found when the first picture is done.
+    """
+    folder = next((place for place in path.absolute().parents if place.is_dir()), Path("/"))
+    try:
+        (folder / f"{UNFINISHED}{path.name}").lstat()  # the file system itself says what it takes
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # of any other error, what is tried next says it
+            raise ValueError(f"{what} cannot be written: File name too long, give a shorter one") from error

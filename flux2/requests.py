@@ -62,7 +62,9 @@ def numbered(out: Path, index: int, count: int) -> Path:
 
 
 def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], None]) -> list[Request]:
-    """The requests in a file of JSON lines. Each has a `prompt`, and any other field of `Request` but those left out.
+    """The requests in a file of JSON lines, in UTF-8 with or without its mark.
+
+    Each has a `prompt`, and any other field of `Request` but those left out.
 
     `seed` counts up from the default, line by line; `images` is a list of paths; `out` is a file name beside the
     default one, which is numbered where it is left out. `say` is told of sizes that are rounded.
@@ -71,7 +73,7 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], Non
     """
     what = f"--prompts {file}"
     try:
-        lines = [line for line in enumerate(file.read_text("utf-8").splitlines(), 1) if line[1].strip()]
+        lines = [line for line in enumerate(file.read_text("utf-8-sig").splitlines(), 1) if line[1].strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{what} cannot be read ({error})") from error
     if not lines:

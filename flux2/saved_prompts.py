@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flux2 import checks
 from flux2.names import listed
+from flux2.pictures import UNFINISHED
 from flux2.variants import Variant
 
 FORMAT = "flux2-lora embeddings 1"
@@ -39,7 +40,7 @@ def write(file: Path, variant: Variant, embeddings: Mapping[str, Tensor], length
     }
     tensors = {str(i): embedding.cpu().contiguous() for i, embedding in enumerate(embeddings.values())}
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".part-{file.name}")
+    unfinished = file.with_name(f"{UNFINISHED}{file.name}")
     try:
         save_file(tensors, unfinished, about)
         unfinished.replace(file)

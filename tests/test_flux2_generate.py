@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,7 +223,9 @@ def test_numbers_and_places_are_checked_before_anything_is_loaded(
 
     monkeypatch.setattr(generate, "load", refuse)
     wrong = ("--steps", "0"), ("--width", "10"), ("--seed", "9" * 30), ("--guidance", "nan"), ("--out", "cup.psd")
-    for arguments in (*wrong, ("--device", "xla"), ("--out", "gone.txt")):
+    # 252 letters are a file name, but not with what goes before it until the file is whole
+    long = ("--out", "x" * 248 + ".png"), ("--out", "new/" + "x" * 248 + ".png")
+    for arguments in (*wrong, ("--device", "xla"), ("--out", "gone.txt"), *long):
         assert command(*arguments) == 2
     assert not list(tmp_path.iterdir())
 
@@ -236,6 +239,55 @@ def test_ctrl_c_is_one_line_and_exit_code_130(
     monkeypatch.setattr(generate, "run", interrupt)
     assert command() == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_while_libraries_load_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "flux2.generate", "--prompt", "a cup"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_want_of_memory_is_one_line_that_says_what_takes_less(
+    error: Exception,
+    command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(generate, "load", fail)
+    assert command() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory does not suffice")
+    assert "smaller --width" in line
+
+
+def test_an_error_that_is_not_foreseen_keeps_its_traceback(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(generate, "load", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        command()
 
 
 def test_an_adapter_whose_scale_makes_the_picture_overflow_is_an_error(
@@ -425,7 +477,8 @@ def test_a_file_of_prompts_makes_what_its_lines_say(
         {"prompt": "a fox", "seed": 9, "width": 49, "out": "wide.png"},
         {"prompt": "at night", "images": ["a.png"], "steps": 3, "guidance": 2},
     ]
-    (tmp_path / "many.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    text = "\n".join(json.dumps(line) for line in lines) + "\n\n"
+    (tmp_path / "many.jsonl").write_text(text, "utf-8-sig")  # with the mark that Windows' editors put before it
     sizes = ("--width", "32", "--height", "32", "--steps", "2")
     assert repeat("--path", command.path, *sizes, "--prompts", "many.jsonl", "--seed", "5", "--out", "x/y.png") == 0
     printed = capsys.readouterr()

@@ -214,6 +214,10 @@ def test_a_picture_says_how_its_text_encoder_was_kept(small, monkeypatch, tmp_pa
         (("--save-embeddings", "e.safetensors", "--embeddings", "f.safetensors"), "give one of them"),
         (("--save-embeddings", "e.pt"), "--save-embeddings e.pt must end in .safetensors"),
         (("--save-embeddings", "e.pt/e.safetensors"), "e.pt is not a folder"),
+        (("--save-embeddings", f"{'e' * 240}.safetensors"), "cannot be written: File name too long"),
+        (("--save-embeddings", "e.safetensors", "--adapter", "a"), "--adapter does nothing with --save-embeddings"),
+        (("--save-embeddings", "e.safetensors", "--merge"), "--merge does nothing with --save-embeddings"),
+        (("--save-embeddings", "e.safetensors", "--image", "a.png"), "--image does nothing with --save-embeddings"),
         (("--embeddings", "gone.safetensors"), "gone.safetensors' is no file"),
     ],
 )
