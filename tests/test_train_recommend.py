@@ -188,6 +188,24 @@ def test_of_many_checkpoints_the_lowest_and_the_last_are_shown(run):
     assert "and 10 checkpoints with a higher loss" in text
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("losses", "cause"),
+    [
+        ({0: [1.0, NAN, 0.5], 400: [0.9, NAN, 0.4]}, "Those of b were not before training: are their cache entries"),
+        ({0: NAN, 400: NAN}, "They were not before training: is the base damaged"),
+        ({200: NAN, 400: NAN}, "It broke by step 200: a lower optimizer.lr may help"),
+    ],
+)
+def test_where_no_loss_is_finite_the_cause_is_said(run, losses, cause):
+    name, text = said(run(losses, [400]))
+    assert name is None
+    assert text.startswith("no checkpoint is recommended: no validation loss is finite. ")
+    assert cause in text
+
+
 def test_what_cannot_be_read_is_a_warning_and_no_error(run):
     folder = run({0: 1.0, 400: 0.8}, [400])
     (folder / "validation.jsonl").write_text('{"step": 1, "samples": [], "times": [], "losses": [["x"]]}\n')

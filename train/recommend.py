@@ -83,6 +83,21 @@ def every_validation(folder: Path) -> list[Validation]:
     return [kept[step] for step in sorted(kept)]
 
 
+def blamed(folder: Path) -> str:
+    """What the first validation that is not finite says of its cause."""
+    first = next(one for one in every_validation(folder) if not math.isfinite(one.mean))
+    lines = [line for line in read(folder / VALIDATION_FILE) if line.get("step") == first.step]
+    named = lines[-1]["samples"]
+    those = [name for name, loss in zip(named, first.losses, strict=True) if not math.isfinite(loss)]
+    if first.step == 0 and len(those) < len(named):
+        return (
+            f"Those of {', '.join(those)} were not before training: are their cache entries damaged? Remove the cache"
+        )
+    if first.step == 0:
+        return "They were not before training: is the base damaged, or a precision too low?"
+    return f"It broke by step {first.step}: a lower optimizer.lr may help"
+
+
 def difference(one: Validation, other: Validation) -> Difference | None:
     """`one` less `other`, sample by sample; None for a single sample, which says nothing of others."""
     each = [a - b for a, b in zip(one.losses, other.losses, strict=True)]
@@ -158,6 +173,8 @@ def recommend(folder: Path) -> Recommendation:
     config = resume.configuration(folder)
     validation = config.get("validation") or {}
     measured, saved = validations(folder), {number(place): place for place in checkpoints(folder)}
+    if not measured and not_finite(folder):
+        return Recommendation(None, [f"no checkpoint is recommended: no validation loss is finite. {blamed(folder)}"])
     if not measured:
         key = "validation.samples=8" if config.get("validate_every") else "validate_every=50"
         return Recommendation(None, [f"no checkpoint is recommended: nothing was validated. Give {key}; {NEW}"])
