@@ -107,7 +107,8 @@ def test_pictures_before_and_after_stay_in_later_reports_of_the_same_adapter(run
     first = report.write(run, pairs=[cell]).read_text()
     again = report.write(run, made).read_text()
     shown = slider.cells([cell])
-    assert "Before and after" in again
+    assert "Before and after</h2><p>Drag over a picture" in again
+    assert again.count("Drag over a picture") == 1
     assert shown in first
     assert shown in again
     weights.write_text("trained for longer")

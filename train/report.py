@@ -251,13 +251,12 @@ def of(
     pairs = pairs or report_pictures.kept_pairs(folder)
     for other, evaluated in zip(runs[1:], others, strict=True):
         parts.append(f"<h2>{escape(other.label)}</h2>{verdict(other, stands_out(other.folder, evaluated))}")
-    if pairs:
-        parts.append(f"<h2>Before and after</h2>{slider.cells(pairs)}")
     if made is None:
-        parts.append(report_pictures.of_training(folder))
+        pictures = report_pictures.of_training(folder)
     else:
-        names = [run.label for run in runs]
-        parts.append(report_pictures.of_evaluations([made, *others], names))
+        pictures = report_pictures.of_evaluations([made, *others], [run.label for run in runs])
+    before_after = f"<h2>Before and after</h2>{slider.cells(pairs)}" if pairs else ""
+    parts.append((before_after + pictures).replace("</h2>", f"</h2>{report_pictures.HINT}", 1))
     parts.append(loss_plots(runs))
     parts += [validation_table(one) for one in runs]
     if made is not None:

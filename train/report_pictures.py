@@ -57,12 +57,12 @@ def of_training(folder: Path) -> str:
     prompts = [prompt for prompt, _ in parts[-1]]
     if not prompts or any([prompt for prompt, _ in one] != prompts for one in parts):
         shots = [Shot(name, picture, name == names[-1]) for name, picture in found]
-        return f"<h2>Pictures</h2>{HINT}{slider.cells([Cell('the sheets of the run', shots)], whole=True)}"
+        return f"<h2>Pictures</h2>{slider.cells([Cell('the sheets of the run', shots)], whole=True)}"
     cells = []
     for i, prompt in enumerate(prompts):
         shots = [Shot(name, one[i][1], name == names[-1]) for name, one in zip(names, parts, strict=True)]
         cells.append(Cell(masked_text(prompt), shots))
-    return f"<h2>Pictures</h2>{HINT}{slider.cells(cells)}"
+    return f"<h2>Pictures</h2>{slider.cells(cells)}"
 
 
 # ------------------------------------------------------------------ pictures before and after
@@ -139,7 +139,7 @@ def of_evaluations(all_made: Sequence[Evaluation], names: Sequence[str]) -> str:
                 called = row.name if made is first else f"{name}: {row.name}"
                 shots.append(Shot(called, shown(file), made is first and row.name == first.chosen))
         cells.append(Cell(f"{masked_text(first.prompts[i])} (seed {seed})", shots))
-    return f"<h2>Pictures</h2>{HINT}{slider.cells(cells)}"
+    return f"<h2>Pictures</h2>{slider.cells(cells)}"
 
 
 def measured(row: Row) -> str:
