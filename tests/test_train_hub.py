@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 import shutil
 import socket
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 from train_helpers import draw_picture
 
+from flux2 import export
 from flux2.variants import VARIANTS
 from train import hub, model_card
 from train.hub import HubSettings, main
@@ -266,7 +269,9 @@ def test_the_licence_and_the_pipeline_are_those_of_the_base(described, name):
     assert f'{pipeline}.from_pretrained("{variant.repo}"' in code
     assert 'load_lora_weights("jane/felix", weight_name="diffusers.safetensors")' in code
     assert 'prompt="say \\"felix\\""' in code
-    compile(text.split("```python\n")[2].split("```")[0], "card", "exec")
+    (command,) = re.findall(r"^python -m flux2\.export (.*)$", text, re.MULTILINE)
+    read = export.arguments(shlex.split(command))  # it ends the program if an option is not one
+    assert (read.format, str(read.out)) == ("comfyui", "cards.safetensors")
     assert "**Trigger**: `felix`" in text
     assert "| adapter | `LoRA, rank=16, targets=['a\\|b']` |" in text
 
@@ -276,6 +281,7 @@ def test_an_adapter_that_diffusers_cannot_read_is_not_offered_to_it(described):
     assert data.library_name == "peft"
     assert "diffusers.safetensors" not in text
     assert "```python" not in text
+    assert "--format comfyui" in text  # which converts it
 
 
 def test_edits_are_shown_as_such(described):

@@ -6,6 +6,7 @@ are masked (train/masking.py).
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,20 +27,10 @@ from train.wording import many
 CARD, SHEET, BASE_SHEET = "README.md", "samples.png", "samples_base.png"
 LIBRARIES = ("torch", "peft", "diffusers")
 COMFYUI = """\
-ComfyUI has names of its own for the layers. With flux2-lora, for `models/loras`:
+ComfyUI has names of its own for the layers. flux2-lora writes a file with them, for `models/loras`:
 
-```python
-import torch
-from safetensors.torch import load_file, save_file
-
-from flux2 import adapters
-from flux2.model import Transformer
-from flux2.variants import VARIANTS
-
-with torch.device("meta"):  # only its layers' names are needed
-    model = Transformer(VARIANTS["{variant}"].transformer)
-pairs = adapters.from_state(load_file("{folder}/{file}"), model)
-save_file(adapters.to_comfyui(pairs), "ComfyUI/models/loras/lora.safetensors")
+```sh
+python -m flux2.export {folder} --format comfyui --out {name}.safetensors
 ```
 """
 
@@ -161,9 +152,7 @@ def usage(facts: Facts, folder: Path) -> list[str]:
     local = "lora" if facts.place else "FOLDER"
     command = f"python -m flux2.generate --model {variant.name} --adapter {local}{image} --prompt {prompt}"
     found = ["## Use\n", "With flux2-lora:\n", f"```sh\n{fetch}{command}\n```\n"]
-    if not (folder / DIFFUSERS_FILE).exists():
-        return found
-    if variant.repo:
+    if variant.repo and (folder / DIFFUSERS_FILE).exists():
         pipeline = "Flux2KleinPipeline" if "klein" in variant.name else "Flux2Pipeline"
         given = "image=picture, " if facts.edits else ""
         words = quoted(masked_text(facts.prompts[0])) if facts.prompts else '"..."'
@@ -174,7 +163,8 @@ def usage(facts: Facts, folder: Path) -> list[str]:
             f'pipe.load_lora_weights("{place}", weight_name="{DIFFUSERS_FILE}")\n'
             f"pipe({given}prompt={words}).images[0]\n```\n",
         ]
-        found += [COMFYUI.format(variant=variant.name, folder=local, file=DIFFUSERS_FILE)]
+    if variant.repo:
+        found += [COMFYUI.format(folder=local, name=re.sub(r"[^\w.-]+", "_", facts.name))]
     return found
 
 
