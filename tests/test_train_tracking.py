@@ -326,6 +326,12 @@ def test_tensorboard_that_is_not_installed_is_one_error_with_a_remedy(tmp_path, 
         TensorBoardTracker().start(tmp_path, "run", {})
 
 
+def test_where_tensorboard_cannot_write_is_one_error_with_a_remedy(tmp_path):
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(ValueError, match=r"tracker=tensorboard: .*/tensorboard cannot be written .*tracker=none"):
+        TensorBoardTracker().start(tmp_path, "run", {})
+
+
 def test_an_unknown_mode_of_wandb_is_refused():
     with pytest.raises(ValueError, match=r"tracker\.mode='on' must be online, offline or disabled"):
         WandbTracker(mode="on")

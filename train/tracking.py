@@ -150,11 +150,19 @@ class TensorBoardTracker:
     run_id: str | None = None
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
+        """Raises ValueError if TensorBoard is not installed, or its folder cannot be written."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("tracker=tensorboard needs TensorBoard: pip install 'flux2-lora[tensorboard]'") from error
-        self._writer = SummaryWriter(folder / "tensorboard")
+        place = folder / "tensorboard"
+        try:
+            self._writer = SummaryWriter(place)
+        except OSError as error:
+            raise ValueError(
+                f"tracker=tensorboard: {place} cannot be written ({error.strerror or error}): remove what is in its "
+                "place, or train without it (tracker=none); metrics.jsonl has the same numbers"
+            ) from error
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
 
     def log(self, step: int, values: dict[str, float]) -> None:
