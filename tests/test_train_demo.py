@@ -10,9 +10,11 @@ from data import probe
 from data.demo.draw import draw_card
 from data.drawings import Drawing, draw
 from data.samples import Folder
+from flux2.pipeline import load
 from flux2.variants import VARIANTS
 from train import demo
 from train.demo import COLOURS, SHOWN, SUBJECTS, Look, judge, look, moved, same
+from train.progress import Count
 from train.run import Run
 
 pytest_plugins = ("train_helpers",)
@@ -165,13 +167,27 @@ def test_the_demo_is_for_the_embedded_model(small, run_command):
 def test_the_demo_is_an_entry_file_of_its_own():
     done = execute([sys.executable, "train/demo.py", "stepz=3"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: stepz=3 is not a setting; did you mean steps?\n"
+    assert done.stderr == "loading libraries\nerror: stepz=3 is not a setting; did you mean steps?\n"
+
+
+def test_pictures_are_counted_while_they_are_drawn(monkeypatch):
+    pipe, told = load("tiny"), []
+    count = Count("pictures", shown=False)
+    monkeypatch.setattr(count, "update", lambda done, total: told.append((done, total)))
+    monkeypatch.setattr(demo, "BATCH", 2)
+    prompts = ["a red cup", "a blue fox", "a green key"]
+    drawn = demo.draw(pipe, prompts, count, 4, 9)
+    assert len(drawn) == 3
+    assert told == sorted(told)
+    assert told[0][0] >= 4
+    assert told[-1] == (7, 9)
+    assert same(drawn, pipe.generate(prompts, batch_size=2))
 
 
 def test_the_demo_can_be_swept():
     done = execute([sys.executable, "train/demo.py", "-m", "stepz=1,2"])
     assert done.returncode == 2
-    assert done.stderr == "error: stepz=1,2 is not a setting; did you mean steps?\n"
+    assert done.stderr == "loading libraries\nerror: stepz=1,2 is not a setting; did you mean steps?\n"
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_pictures_are_made(run_command, monkeypatch, tmp_path):

@@ -154,7 +154,7 @@ def test_the_demo_is_for_the_embedded_model(small, run_command):
 def test_the_demo_is_an_entry_file_of_its_own():
     done = execute([sys.executable, "train/demo_edit.py", "stepz=3"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: stepz=3 is not a setting; did you mean steps?\n"
+    assert done.stderr == "loading libraries\nerror: stepz=3 is not a setting; did you mean steps?\n"
 
 
 def test_the_demos_settings_are_those_of_its_experiment():

@@ -13,26 +13,32 @@ The measures know nothing of training: an adapter that learned nothing gets 0 % 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    if os.environ.get("RANK", "0") == "0":
+        print("loading libraries", file=sys.stderr, flush=True)
 
 import json
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
 from omegaconf import DictConfig
 from PIL import Image, ImageChops
+from torch import Tensor
 
 from data import probe
 from flux2.adapters import disabled
 from flux2.pipeline import Pipeline
 from train import report
 from train.command import command
+from train.progress import Count
 from train.run import Run
 from train.slider import Cell
 from train.validate import sheet
@@ -40,6 +46,7 @@ from train.validate import sheet
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
 COLOURS = ("green", "pink", "brown", "black")  # on no card
 PICTURES = 2  # of each prompt
+BATCH = 8
 SHOWN = ("green fish", "pink heart", "brown tree", "black bell")
 
 
@@ -99,6 +106,18 @@ def judge(report: dict[str, float]) -> list[str]:
     ]
 
 
+def draw(pipe: Pipeline, prompts: Sequence[str], count: Count, done: int, total: int) -> list[Image.Image]:
+    """A picture of each prompt; `count` shows how many there are of `total`, `done` having been made before."""
+    steps = 0
+
+    def step(_: Tensor) -> None:
+        nonlocal steps
+        steps += 1
+        count.update(done + min(len(prompts), steps * BATCH // pipe.variant.steps), total)
+
+    return pipe.generate(prompts, batch_size=BATCH, progress=step)
+
+
 def begin(config: DictConfig) -> Run:
     """The run of a demonstration, its folder made. Raises ValueError for any but the embedded model."""
     run = Run(config)
@@ -142,7 +161,9 @@ def main(config: DictConfig) -> None:
 
     run.say(f"{len(prompts) + len(plain)} pictures of the base, then {run.settings.steps} steps, then as many pictures")
     base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
-    cards_before, plain_before = base.generate(prompts, batch_size=8), base.generate(plain, batch_size=8)
+    with closing(Count("pictures", shown=run.accelerator.is_main_process)) as count:
+        cards_before = draw(base, prompts, count, 0, len(prompts) + len(plain))
+        plain_before = draw(base, plain, count, len(prompts), len(prompts) + len(plain))
 
     began = time.perf_counter()
     adapter = run.train()
@@ -150,9 +171,12 @@ def main(config: DictConfig) -> None:
 
     run.say("pictures with the adapter, and once more without it")
     base.load_adapter(adapter)
-    cards_after, plain_after = base.generate(prompts, batch_size=8), base.generate(plain, batch_size=8)
-    with disabled(base.transformer):
-        unchanged = same(cards_before, base.generate(prompts, batch_size=8))
+    with closing(Count("pictures", shown=run.accelerator.is_main_process)) as count:
+        total = 2 * len(prompts) + len(plain)
+        cards_after = draw(base, prompts, count, 0, total)
+        plain_after = draw(base, plain, count, len(prompts), total)
+        with disabled(base.transformer):
+            unchanged = same(cards_before, draw(base, prompts, count, len(prompts) + len(plain), total))
 
     cards = sum(probe.style_distance(sample.target.load()) for sample in dataset) / len(dataset)
     looks = {

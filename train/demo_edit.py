@@ -14,15 +14,19 @@ looks at what came of it, on pictures whose subjects and colours are in no pair 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    if os.environ.get("RANK", "0") == "0":
+        print("loading libraries", file=sys.stderr, flush=True)
 
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 from omegaconf import DictConfig
@@ -36,6 +40,7 @@ from flux2.pipeline import Pipeline, render
 from train import report
 from train.command import command
 from train.demo import begin, end, line, moved, same
+from train.progress import Count
 from train.validate import sheet
 
 BATCH = 8
@@ -46,20 +51,22 @@ def edited(pipe: Pipeline, sources: Sequence[Image.Image], prompts: Sequence[str
     text, empty = pipe.embeddings(prompts)
     references = torch.cat([pipe.encode_references([source])[0] for source in sources])
     pictures: list[Image.Image] = []
-    for start in range(0, len(sources), BATCH):
-        part = slice(start, start + BATCH)
-        pictures += render(
-            pipe.transformer,
-            pipe.autoencoder,
-            text[part],
-            seeds=range(len(sources))[part],
-            width=PIXELS,
-            height=PIXELS,
-            steps=pipe.variant.steps,
-            guidance=pipe.variant.guidance,
-            references=[references[part]],
-            empty=empty,
-        )
+    with closing(Count("pictures", shown=os.environ.get("RANK", "0") == "0")) as count:
+        for start in range(0, len(sources), BATCH):
+            part = slice(start, start + BATCH)
+            pictures += render(
+                pipe.transformer,
+                pipe.autoencoder,
+                text[part],
+                seeds=range(len(sources))[part],
+                width=PIXELS,
+                height=PIXELS,
+                steps=pipe.variant.steps,
+                guidance=pipe.variant.guidance,
+                references=[references[part]],
+                empty=empty,
+            )
+            count.update(len(pictures), len(sources))
     return pictures
 
 
