@@ -32,23 +32,28 @@ from data.cache import MemoryCache
 from data.embeddings import EmbeddingPlan
 from flux2.variants import VARIANTS
 from flux2.weights import load_transformer
-from train.cache import STORAGES
-from train.command import CONFIG
-from train.run import Run
+from train.config.paths import CONFIG
+from train.config.run_config import RunConfig
+from train.config.settings import STORAGES
+from train.run import train
+from train.stages.data import prepare_samples
+from train.stages.memory import load_config
+from train.stages.run_folder import claim_run_folder
 from train.validate import FixedNoiseLoss, Validated
 
 RESULT = Path(__file__).parent / "results" / "embedding_storage.json"
 
 
-def configured(*overrides: str) -> Run:
+def configured(*overrides: str) -> RunConfig:
     with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
-        return Run(hydra.compose("train", ["+experiment=demo", "device=cpu", *overrides]))
+        return load_config(hydra.compose("train", ["+experiment=demo", "device=cpu", *overrides]))
 
 
 def losses(storage: str, cache: str) -> tuple[list[float], list[float], int]:
     """Of every card: its loss, and its loss under another's caption; and the bytes of an embedding's file."""
     run = configured(f"embedding_storage={storage}", f"cache_dir={cache}")
-    samples, prepared = run.prepare()
+    data = prepare_samples(run)
+    samples, prepared = data.samples, data.cached
     model = load_transformer(run.source, precision=run.precision)
     if storage.startswith("projected"):
         model.txt_in = nn.Identity()
@@ -59,8 +64,7 @@ def losses(storage: str, cache: str) -> tuple[list[float], list[float], int]:
         names = [sample.name for sample in samples]
         parts = zip(names, prepared.entries, given, prepared.contents, strict=True)
         chosen = [Validated(*part) for part in parts]
-        guidance = run.variant.training_guidance if run.variant.transformer.guidance else None
-        return FixedNoiseLoss(prepared, chosen, seed=0)(model, guidance).mean(1).tolist()
+        return FixedNoiseLoss(prepared, chosen, seed=0)(model, run.guidance).mean(1).tolist()
 
     return each(captions), each(swapped), prepared.cache.path(prepared.prompts[""]).stat().st_size
 
@@ -71,7 +75,8 @@ def trained(storage: str, cache: str, folder: Path, steps: int) -> list[float]:
         *(f"embedding_storage={storage}", f"cache_dir={cache}", f"output_dir={folder}", f"steps={steps}"),
         *("log_every=1", "sample_every=0", "validate_every=0", "checkpoint_every=0"),
     )
-    file = run.train().parent / "metrics.jsonl"
+    with claim_run_folder(run) as location:
+        file = train(run, location)[0].parent / "metrics.jsonl"
     return [json.loads(line)["loss"] for line in file.read_text().splitlines()]
 
 

@@ -4,7 +4,7 @@
 
 Reading: batches of two samples of dev's sizes (1024 x 1024 pixels, 512 tokens) from files in the page cache, with
 nothing kept in memory; full embeddings and packed ones. Waiting: the share of the demo's time from the first step to
-the last that is spent in `Ahead.get`. Start: 100,000 pictures in a folder, all cached and all seen before,
+the last that is spent in `Prefetcher.get`. Start: 100,000 pictures in a folder, all cached and all seen before,
 from the listing of the folder to the plan that finds nothing missing; once with everything in memory.
 """
 
@@ -37,9 +37,11 @@ from data.embeddings import packed, plan_embeddings
 from data.latents import LatentEntry, plan_latents
 from data.loader import Loader
 from data.samples import Folder
-from train.ahead import Ahead
-from train.command import CONFIG
-from train.run import Run
+from train.ahead import Prefetcher
+from train.config.paths import CONFIG
+from train.run import train
+from train.stages.memory import load_config
+from train.stages.run_folder import claim_run_folder
 
 RESULT = Path(__file__).parent / "results" / "loader_cpu.json"
 
@@ -82,9 +84,9 @@ def reading(folder: Path, fp8: bool, samples: int = 32, batches: int = 48) -> di
 def waiting(place: Path, steps: int) -> dict[str, float]:
     """In the demo, from the first step to the last."""
     waited, calls = [], []
-    plain = Ahead.get
+    plain = Prefetcher.get
 
-    def watched(ahead: Ahead[Any], step: int) -> Any:
+    def watched(ahead: Prefetcher[Any], step: int) -> Any:
         calls.append(time.perf_counter())
         seconds, found = timed(lambda: plain(ahead, step))
         waited.append(seconds)
@@ -98,11 +100,13 @@ def waiting(place: Path, steps: int) -> dict[str, float]:
                 *(f"output_dir={place}/run", "sample_every=0", "validate_every=0", "checkpoint_every=0"),
             ],
         )
-    Ahead.get = watched  # type: ignore[method-assign]
+    Prefetcher.get = watched  # type: ignore[method-assign]
     try:
-        Run(config).train()
+        run = load_config(config)
+        with claim_run_folder(run) as location:
+            train(run, location)
     finally:
-        Ahead.get = plain  # type: ignore[method-assign]
+        Prefetcher.get = plain  # type: ignore[method-assign]
     total = calls[-1] - calls[0]
     return {
         "steps": steps,

@@ -31,14 +31,19 @@ from unittest import mock
 
 import hydra
 import torch
+from accelerate import Accelerator
 from torch.optim import optimizer
 
 import train.loop
+import train.objective.objective
+import train.run
 from benchmarks.common import at_least, environment, hardware, write_result
 from flux2.pipeline import pick_device
-from train.ahead import Ahead
-from train.command import CONFIG
-from train.run import Run
+from train.ahead import Prefetcher
+from train.config.paths import CONFIG
+from train.objective.objective import Objective
+from train.stages.memory import load_config
+from train.stages.run_folder import claim_run_folder
 
 RESULT = Path(__file__).parent / "results" / "loop_overhead_cpu.json"
 WORK = ("forward and backward", "optimizer")
@@ -80,9 +85,9 @@ class Clock:
 @contextmanager
 def watching(clock: Clock) -> Iterator[None]:
     """Within this context `clock` sees what training calls."""
-    wait = clock.timed("waiting for data", Ahead.get)
+    wait = clock.timed("waiting for data", Prefetcher.get)
 
-    def get(ahead: Ahead[Any], step: int) -> Any:
+    def get(ahead: Prefetcher[Any], step: int) -> Any:
         clock.step()
         return wait(ahead, step)
 
@@ -97,13 +102,14 @@ def watching(clock: Clock) -> Iterator[None]:
         for hook in hooks:
             stack.callback(hook.remove)
         for place, name, called in (
-            (train.loop.Training, "forward and backward", "differentiate"),
+            (Objective, "forward and backward", "losses"),
+            (Accelerator, "forward and backward", "backward"),
             (torch.optim.AdamW, "optimizer", "zero_grad"),
-            (train.loop, "adding noise", "add_noise"),
+            (train.objective.objective, "adding noise", "add_noise"),
             (train.loop, "clipping", "clip"),
         ):
             stack.enter_context(mock.patch.object(place, called, clock.timed(name, getattr(place, called))))
-        stack.enter_context(mock.patch.object(Ahead, "get", get))
+        stack.enter_context(mock.patch.object(Prefetcher, "get", get))
         yield
 
 
@@ -118,7 +124,9 @@ def measured(place: Path, steps: int) -> Clock:
         )
     clock = Clock(pick_device(None))
     with watching(clock):
-        Run(config).train()
+        run = load_config(config)
+        with claim_run_folder(run) as location:
+            train.run.train(run, location)
     clock.steps = clock.steps[1:]  # the first step warms up
     return clock
 

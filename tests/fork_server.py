@@ -22,11 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import train.encoding.class_pictures
+
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
-import train.prior  # noqa: E402
 import train.tracking  # noqa: E402
 from train.command import command  # noqa: E402
 from train.run import main  # noqa: E402
@@ -34,7 +35,7 @@ from train.run import main  # noqa: E402
 
 def note_written(log: Path, killed_after: str) -> None:
     """Let this process note in `log` what it writes of class pictures."""
-    write_whole, own = train.prior.write_whole, os.environ.get("RANK", "0")
+    write_whole, own = train.encoding.class_pictures.write_whole, os.environ.get("RANK", "0")
     rank, suffix, most = killed_after.split()
     count = 0
 
@@ -47,7 +48,7 @@ def note_written(log: Path, killed_after: str) -> None:
         if count == int(most):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.prior.write_whole = noted
+    train.encoding.class_pictures.write_whole = noted
 
 
 def hold(at: str, go: Path) -> None:

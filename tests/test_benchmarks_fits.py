@@ -10,7 +10,7 @@ from train_helpers import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import fits, matrix
-from train.workload import Choice
+from train.config.memory import Choice
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
+from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from train_helpers import CONF, compose
 
@@ -16,10 +17,12 @@ from data.captions import Captions
 from data.samples import Folder, HuggingFace
 from flux2.adapters import attach
 from flux2.precision import Precision, pick
-from train.command import checked, flat, made
-from train.configured import GROUPS
+from train.command import flat
+from train.config.instantiate import instantiate, parse_settings
+from train.config.run_config import GROUPS
 from train.evaluate import EvaluationSettings
-from train.run import Run, paths
+from train.run import paths
+from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
 
@@ -61,7 +64,7 @@ def test_every_group_of_the_defaults_has_a_folder_and_every_folder_is_a_group():
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=["/".join(names) for names in CHOICES])
 def test_every_choice_composes_and_makes_its_objects(group, choice):
     config = compose(f"{group}={choice}", *NEEDS.get((group, choice), []))
-    run = Run(config)
+    run = load_config(config)
     given = OmegaConf.to_container(config[group], resolve=True)
     if group == "memory" and "card_gb" in given:  # the planner gives what is null its value
         assert all(run.config[group][key] == value for key, value in given.items() if value not in (None, "free"))
@@ -93,14 +96,14 @@ def test_every_way_to_run_a_sweep_composes_and_makes_its_object(kind, choice):
     made = getattr(pytest.importorskip(module, reason=f"the extra `{choice}`"), name)
     if kind == "sweeper":
         assert given.keys() - {"_target_"} == inspect.signature(made).parameters.keys()
-        assert type(instantiate(config.sweeper.sampler)).__name__ == "TPESampler"
+        assert type(hydra_instantiate(config.sweeper.sampler)).__name__ == "TPESampler"
     else:
         known = {
             field.name for field in fields(get_object("hydra_plugins.hydra_submitit_launcher.config.SlurmQueueConf"))
         }
         assert given.keys() == known | {"_target_"}
         config.launcher.submitit_folder = "jobs"  # in place of the folder of the sweep, which is asked of a running one
-        assert instantiate(config.launcher).params["gpus_per_node"] == 1
+        assert hydra_instantiate(config.launcher).params["gpus_per_node"] == 1
 
 
 def test_hydras_own_choices_are_both_there():
@@ -112,10 +115,10 @@ def test_every_choice_of_an_evaluation_composes_and_makes_its_object(choice):
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("evaluate", [f"features={choice}", "run=outputs/demo/0"])
     given = OmegaConf.to_container(config, resolve=True)
-    features = made("features", given.pop("features"))
+    features = instantiate("features", given.pop("features"))
     assert type(features) is get_object(config.features._target_)
     assert features.side == config.features.side
-    settings = checked("", given, EvaluationSettings)
+    settings = parse_settings("", given, EvaluationSettings)
     assert set(given) == {field.name for field in fields(EvaluationSettings)}
     assert settings == EvaluationSettings("outputs/demo/0", seeds=[0, 1], strengths=[0, 0.5, 1, 1.5])
 
@@ -126,7 +129,7 @@ def test_the_adapter_covers_the_layers_that_attach_does_by_default():
 
 @pytest.mark.parametrize(("choice", "storage"), [("auto", None), ("fp32", None), ("fp8", "fp8"), ("nf4", "nf4")])
 def test_a_precision_is_the_one_of_that_name_in_the_library(choice, storage):
-    run = Run(compose(f"precision={choice}", "device=cpu"))
+    run = load_config(compose(f"precision={choice}", "device=cpu"))
     assert run.precision == pick(choice, torch.device("cpu"))
     assert run.precision.storage == storage
     assert not run.precision.keep_both_layouts
@@ -147,7 +150,7 @@ def test_the_settings_of_a_dataset_are_the_arguments_of_its_class(choice):
         if OmegaConf.is_missing(given, key):
             assert parameter.default is parameter.empty
         elif key == "captions":
-            assert instantiate(compose(f"dataset={choice}").dataset.captions) == Captions()
+            assert hydra_instantiate(compose(f"dataset={choice}").dataset.captions) == Captions()
         else:
             value = given[key]
             assert (tuple(value) if isinstance(value, ListConfig) else value) == parameter.default
@@ -155,28 +158,28 @@ def test_the_settings_of_a_dataset_are_the_arguments_of_its_class(choice):
 
 def test_whether_the_hub_can_be_reached_is_asked_for_every_dataset_of_a_mix(monkeypatch):
     asked = []
-    monkeypatch.setattr("train.run.is_offline", asked.extend)
+    monkeypatch.setattr("train.stages.data.is_offline", asked.extend)
     mix = ["dataset=mix", "+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/no/pictures"]
     more = ["+dataset@dataset.sources.dogs=huggingface", "dataset.sources.dogs.path=someone/dogs"]
     with pytest.raises(ValueError, match=r"path='/no/pictures' does not exist"):
-        Run(compose(*mix, *more)).needs()
+        load_config(compose(*mix, *more)).needs()
     assert {"/no/pictures", "someone/dogs"} < set(asked)
     assert paths(compose().dataset) == ["data/demo"]
 
 
 def test_the_datasets_are_made_from_their_files(pictures, parquet):
-    folder = Run(compose("dataset=folder", f"dataset.path={pictures}")).instantiate("dataset")
-    table = Run(compose("dataset=huggingface", f"dataset.path={parquet}")).instantiate("dataset")
+    folder = load_config(compose("dataset=folder", f"dataset.path={pictures}")).instantiate("dataset")
+    table = load_config(compose("dataset=huggingface", f"dataset.path={parquet}")).instantiate("dataset")
     assert (type(folder), type(table)) == (Folder, HuggingFace)
     assert [sample.caption for sample in folder] == [sample.caption for sample in table]
-    cards = Run(compose()).instantiate("dataset")
+    cards = load_config(compose()).instantiate("dataset")
     assert len(cards) == 24
     assert all("trtcrd" in sample.caption for sample in cards)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_makes_its_objects(name):
-    run = Run(compose(f"+experiment={name}"))
+    run = load_config(compose(f"+experiment={name}"))
     assert run.settings.name == name
     assert set(run.config) - set(GROUPS) == set(run.settings.__dataclass_fields__)
 

@@ -14,7 +14,7 @@ from data_helpers import encoded, keep_caches_in, lines, shard, square, table, w
 from PIL import Image
 from train_helpers import ROOT, compose
 
-from train.command import made
+from train.config.instantiate import instantiate
 
 TEXT = (ROOT / "docs" / "data.md").read_text()
 COMMANDS: list[str] = re.findall(r"^\|.*\| `(dataset=.*)` \|$", TEXT, re.MULTILINE)
@@ -69,7 +69,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def opened(*overrides: str) -> list:
     from omegaconf import OmegaConf
 
-    return list(made("dataset", OmegaConf.to_container(compose(*overrides), resolve=True)["dataset"]))
+    return list(instantiate("dataset", OmegaConf.to_container(compose(*overrides), resolve=True)["dataset"]))
 
 
 @pytest.mark.usefixtures("mine")

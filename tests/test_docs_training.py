@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from train_helpers import CONF, ROOT, compose
 
-from train.run import Run
+from train.stages.memory import load_config
 
 TEXT = (ROOT / "docs" / "training.md").read_text()
 GROUPS = ("timesteps", "weighting", "preservation", "optimizer", "schedule")
@@ -28,7 +28,7 @@ def _items(entry):
 
 @pytest.mark.parametrize("words", COMMANDS, ids=["given", "drawn"])
 def test_its_commands_are_accepted(words):
-    run = Run(compose(*words, "device=cpu"))
+    run = load_config(compose(*words, "device=cpu"))
     assert run.prior is not None
     assert run.prior.draws == (run.prior.dataset is None)
 
@@ -42,4 +42,4 @@ def test_its_settings_are_settings():
 
 def test_a_rate_that_others_are_given_works_by_its_name():
     named = re.search(r"`(optimizer\._target_=\S+ .*?)`", TEXT)
-    assert Run(compose(*named[1].split(), "device=cpu")).make_optimizer.func.__name__ == "RAdam"
+    assert load_config(compose(*named[1].split(), "device=cpu")).make_optimizer.func.__name__ == "RAdam"

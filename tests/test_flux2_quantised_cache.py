@@ -36,7 +36,7 @@ SMALL = replace(VARIANTS["dev"], name="small", repo="", transformer=CONFIG)
 NF4, FP8 = Precision(storage="nf4"), Precision(storage="fp8")
 
 
-class Place:
+class RunLocation:
     """A model's file and a folder for copies of it."""
 
     def __init__(self, folder: Path) -> None:
@@ -71,8 +71,8 @@ KEPT = {".safetensors", ".json", ".lock"}
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def place(tmp_path: Path) -> RunLocation:
+    return RunLocation(tmp_path)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def equal(model: Transformer, other: Transformer) -> bool:
     ids=["nf4", "fp8", "fp8 rows", "nf4 beside bf16"],
 )
 def test_the_second_load_reads_the_copy_and_is_the_same_bit_for_bit(
-    precision: Precision, place: Place, no_source: Callable[[], None]
+    precision: Precision, place: RunLocation, no_source: Callable[[], None]
 ) -> None:
     first = place.load(precision)
     size = place.copies[0].stat().st_size / 1e9
@@ -114,7 +114,7 @@ def test_the_second_load_reads_the_copy_and_is_the_same_bit_for_bit(
     assert place.left_over == []
 
 
-def test_a_copy_is_a_safetensors_file_with_bitsandbytes_keys(place: Place) -> None:
+def test_a_copy_is_a_safetensors_file_with_bitsandbytes_keys(place: RunLocation) -> None:
     model = place.load()
     stored = load_file(place.copies[0])
     layer = model.get_submodule("single_blocks.0.linear1")
@@ -123,13 +123,13 @@ def test_a_copy_is_a_safetensors_file_with_bitsandbytes_keys(place: Place) -> No
     assert torch.equal(stored["img_in.weight"], place.state["img_in.weight"])
 
 
-def test_what_is_not_quantised_gets_no_copy(place: Place) -> None:
+def test_what_is_not_quantised_gets_no_copy(place: RunLocation) -> None:
     for precision in (Precision(), Precision(torch.bfloat16)):
         place.load(precision)
     assert not place.cache.exists()
 
 
-def test_every_recipe_has_a_copy_of_its_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_recipe_has_a_copy_of_its_own(place: RunLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = [
         NF4,
         FP8,
@@ -147,7 +147,7 @@ def test_every_recipe_has_a_copy_of_its_own(place: Place, monkeypatch: pytest.Mo
     assert len(place.copies) == len(recipes) + 1
 
 
-def test_changed_weights_get_another_copy(place: Place) -> None:
+def test_changed_weights_get_another_copy(place: RunLocation) -> None:
     before = place.load()
     place.state["single_blocks.0.linear1.weight"][0, 0] += 10
     save_file(place.state, place.file)
@@ -157,7 +157,7 @@ def test_changed_weights_get_another_copy(place: Place) -> None:
     assert equal(after, place.fresh())
 
 
-def test_a_file_that_was_touched_is_read_again_and_its_copy_is_still_good(place: Place) -> None:
+def test_a_file_that_was_touched_is_read_again_and_its_copy_is_still_good(place: RunLocation) -> None:
     place.load()
     written = place.copies[0].stat().st_mtime_ns
     os.utime(place.file, ns=(0, 0))
@@ -168,7 +168,7 @@ def test_a_file_that_was_touched_is_read_again_and_its_copy_is_still_good(place:
     assert place.said[0].startswith("read from")
 
 
-def test_the_same_weights_in_another_place_share_a_copy(place: Place, tmp_path: Path) -> None:
+def test_the_same_weights_in_another_place_share_a_copy(place: RunLocation, tmp_path: Path) -> None:
     place.load()
     (tmp_path / "other").mkdir()
     place.file = Path(shutil.copy(place.file, tmp_path / "other" / "again.safetensors"))
@@ -210,7 +210,7 @@ def flip(at: Callable[[bytes], int]) -> Callable[[bytes], bytes]:
     ],
 )
 def test_a_damaged_copy_is_said_not_used_and_made_anew(
-    damage: Callable[[bytes], bytes], place: Place, no_source: Callable[[], None]
+    damage: Callable[[bytes], bytes], place: RunLocation, no_source: Callable[[], None]
 ) -> None:
     good = place.load()
     copy = place.copies[0]
@@ -226,7 +226,7 @@ def test_a_damaged_copy_is_said_not_used_and_made_anew(
     assert equal(good, place.load())
 
 
-def test_a_damaged_note_is_as_none(place: Place) -> None:
+def test_a_damaged_note_is_as_none(place: RunLocation) -> None:
     place.load()
     (note,) = (place.cache / "sources").glob("*.json")
     for content in ("", "{", "[]", "{}", '{"content": 3}'):
@@ -240,7 +240,7 @@ def test_a_damaged_note_is_as_none(place: Place) -> None:
 # ------------------------------------------------------------------ what hinders
 
 
-def test_a_full_disk_is_said_before_anything_is_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_before_anything_is_written(place: RunLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage("."))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 1 << 40, (1 << 30) + 1000))
     assert equal(place.load(), place.fresh())
@@ -251,7 +251,9 @@ def test_a_full_disk_is_said_before_anything_is_written(place: Place, monkeypatc
     assert place.copies == place.left_over == []
 
 
-def test_what_an_ended_process_left_makes_room_for_the_copy(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_ended_process_left_makes_room_for_the_copy(
+    place: RunLocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place.load()
     (copy,) = place.copies
     copy.unlink()
@@ -264,7 +266,7 @@ def test_what_an_ended_process_left_makes_room_for_the_copy(place: Place, monkey
 
 
 def test_a_disk_that_fills_while_writing_is_said_and_nothing_is_left(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: RunLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(data: memoryview) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -278,7 +280,7 @@ def test_a_disk_that_fills_while_writing_is_said_and_nothing_is_left(
     assert place.copies == place.left_over == []
 
 
-def test_a_place_that_cannot_be_written_is_said_and_the_model_is_loaded(place: Place, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_said_and_the_model_is_loaded(place: RunLocation, tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     place.cache = tmp_path / "a file" / "weights"
     assert equal(place.load(), place.fresh())
@@ -287,7 +289,9 @@ def test_a_place_that_cannot_be_written_is_said_and_the_model_is_loaded(place: P
     assert f"no quantised copy is kept, so that the next start quantises again: {place.cache}" in place.said[0]
 
 
-def test_a_read_only_copy_is_read(place: Place, no_source: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_copy_is_read(
+    place: RunLocation, no_source: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     place.load()
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -303,7 +307,7 @@ def test_a_read_only_copy_is_read(place: Place, no_source: Callable[[], None], m
 # ------------------------------------------------------------------ several processes
 
 
-def test_while_another_process_writes_none_is_written(place: Place) -> None:
+def test_while_another_process_writes_none_is_written(place: RunLocation) -> None:
     place.load()
     (copy,) = place.copies
     copy.unlink()
@@ -315,7 +319,7 @@ def test_while_another_process_writes_none_is_written(place: Place) -> None:
     assert place.copies == [copy]
 
 
-def test_what_an_ended_process_left_is_swept(place: Place) -> None:
+def test_what_an_ended_process_left_is_swept(place: RunLocation) -> None:
     place.load()
     (copy,) = place.copies
     copy.unlink()
@@ -325,7 +329,7 @@ def test_what_an_ended_process_left_is_swept(place: Place) -> None:
     assert place.left_over == []
 
 
-def test_loads_at_the_same_time_do_not_tread_on_each_other(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loads_at_the_same_time_do_not_tread_on_each_other(place: RunLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = place.fresh()
     together = threading.Barrier(3)
     write = QuantisedCache.write
@@ -352,7 +356,7 @@ def test_loads_at_the_same_time_do_not_tread_on_each_other(place: Place, monkeyp
 # ------------------------------------------------------------------ blocks in host memory
 
 
-def test_each_tensor_is_asked_for_its_home(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_tensor_is_asked_for_its_home(place: RunLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the model's files and from the copy; on a machine with one device alone the moves cannot be seen."""
     asked: dict[str, str] = {}
     original = weights.homes

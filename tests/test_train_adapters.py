@@ -1,14 +1,14 @@
 """Runs with every type of adapter: they learn, are saved and loaded, and go on bit for bit where they stopped."""
 
 import pytest
-from train_helpers import adapter, compose, same_tensors, values
+from train_helpers import adapter, compose, run_training, same_tensors, values
 
 from flux2 import adapters
 from flux2.model import Transformer
 from flux2.weights import load_transformer
 from train.choose import job_of, skeleton
 from train.predict import Planner
-from train.run import Run
+from train.stages.memory import load_config
 from train.workload import trained
 
 pytest_plugins = ("train_helpers",)
@@ -35,7 +35,7 @@ def typed(small, tmp_path):
         return [*usual, f"adapter={kind}", size, *overrides]
 
     def run(kind, name, *overrides):
-        return Run(compose(*settings(kind, f"output_dir={tmp_path / name}", *overrides)))
+        return load_config(compose(*settings(kind, f"output_dir={tmp_path / name}", *overrides)))
 
     return run
 
@@ -44,7 +44,7 @@ def typed(small, tmp_path):
 def test_every_type_lowers_the_validation_loss_is_used_and_goes_on_bit_for_bit(kind, typed, tmp_path, capsys):
     every = ["validate_every=8", "checkpoint_every=4", "batch_size=4", "steps=8", "optimizer.lr=2e-2"]
     run = typed(kind, "whole", *every)
-    whole = run.train().parent
+    whole = run_training(run).parent
     before, after = values(whole, "validation_loss")
     assert after < 0.97 * before
     said = capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_every_type_lowers_the_validation_loss_is_used_and_goes_on_bit_for_bit(k
     report = adapters.load(loaded, whole)
     assert (report.kind, len(report.layers)) == (NAMES[kind], 22)
 
-    again = typed(kind, "again", *every, f"resume={whole / 'checkpoints' / 'step_000004'}").train().parent
+    again = run_training(typed(kind, "again", *every, f"resume={whole / 'checkpoints' / 'step_000004'}")).parent
     assert values(again) == values(whole)[4:]
     assert values(again, "validation_loss")[-1] == after
     assert same_tensors(adapter(again), adapter(whole))
@@ -91,7 +91,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(
     def refuse(*_, **__):
         raise AssertionError("something large was loaded")
 
-    monkeypatch.setattr("train.run.load_transformer", refuse)
+    monkeypatch.setattr("train.stages.model.load_transformer", refuse)
     settings = [one for one in small() if not one.startswith("adapter.")]
     assert message in run_command.refused(*settings, f"output_dir={tmp_path / 'run'}", *overrides)
 
@@ -102,7 +102,7 @@ def test_patterns_and_presets_are_given_on_the_command_line(small, tmp_path):
         "adapter.rank_pattern={double_attention: 2}",
         "adapter.alpha_pattern={single_blocks: 3.0}",
     ]
-    run = Run(compose(*small(*overrides)))
+    run = load_config(compose(*small(*overrides)))
     wrapped = run.make_adapter(load_transformer(run.source), seed=0)
     found = {
         name: (module.r["default"], module.scaling["default"])
@@ -130,6 +130,6 @@ def test_what_is_frozen_of_an_adapter_does_not_stream_in_the_plan(kind, typed):
 
 
 def test_an_adapter_that_would_not_be_compiled_is_refused_before_anything_is_loaded(small):
-    Run(compose(*small("memory.compile=true")))
+    load_config(compose(*small("memory.compile=true")))
     with pytest.raises(ValueError, match=r"memory\.compile=true .*adapter=dora\).* set memory\.compile=false, or take"):
-        Run(compose(*small("adapter=dora", "memory.compile=true")))
+        load_config(compose(*small("adapter=dora", "memory.compile=true")))

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from train.ahead import Ahead
+from train.ahead import Prefetcher
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def ahead(made):
             raise ValueError("cache entry gone")
         return step, threading.current_thread()
 
-    ahead = Ahead(make)
+    ahead = Prefetcher(make)
     yield ahead
     ahead.close()
 

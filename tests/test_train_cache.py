@@ -22,8 +22,9 @@ from data.samples import Folder
 from flux2.pipeline import to_pixels
 from flux2.weights import load_autoencoder, load_text_encoder, load_transformer
 from train import cache, text_encoders
-from train.cache import Needs, fill, prepare
-from train.run import Run
+from train.encoding.prepare import CacheRequest, fill, prepare
+from train.stages.data import prepare_samples
+from train.stages.memory import load_config
 from train.text_encoders import LocalTextEncoder
 
 pytest_plugins = ("train_helpers",)
@@ -53,13 +54,13 @@ def events(monkeypatch):
         return spy
 
     monkeypatch.setattr(text_encoders, "load_text_encoder", watched("text encoder", load_text_encoder))
-    monkeypatch.setattr(cache, "load_autoencoder", watched("autoencoder", load_autoencoder))
+    monkeypatch.setattr("train.encoding.prepare.load_autoencoder", watched("autoencoder", load_autoencoder))
     return happened
 
 
 def prepared(source, pictures, folder, prompts=(), text_encoder=None, resolution=48, embedding_storage="full"):
     encoder = text_encoder or LocalTextEncoder()
-    needs = Needs(
+    needs = CacheRequest(
         source,
         encoder,
         Cache(folder),
@@ -196,7 +197,7 @@ def test_a_run_prepares_captions_prompts_of_sheets_and_of_preservation(small, tm
     config = compose(
         *small("sample.prompts=[a fox]", "preservation=base", "preservation.prompts=[a card]", f"cache_dir={tmp_path}")
     )
-    _, result = Run(config).prepare()
+    result = prepare_samples(load_config(config)).cached
     assert set(result.prompts) == {*CAPTIONS, "", "a fox", "a card"}
 
 
@@ -209,7 +210,7 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
     assert f"the caches in {tmp_path / 'cache'} are complete" in out
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(CAPTIONS) + 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # it trains nothing
-    for module, name in ((text_encoders, "load_text_encoder"), (cache, "load_autoencoder")):
+    for module, name in ((text_encoders, "load_text_encoder"), (train.encoding.prepare, "load_autoencoder")):
         monkeypatch.setattr(module, name, lambda *rest: pytest.fail("an encoder was loaded"))
     train("run", f"cache_dir={tmp_path / 'cache'}")
 
@@ -409,7 +410,7 @@ def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_comman
 
 def test_nothing_is_pruned_while_a_run_is_prepared(run_command, small, tmp_path):
     settings = small(f"cache_dir={tmp_path / 'cache'}")
-    _, result = Run(compose(*settings)).prepare()
+    result = prepare_samples(load_config(compose(*settings))).cached
     assert "a run uses it now" in run_command.refused(
         *settings, "buckets.resolution=32", "+prune=true", task=cache.main
     )

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from flux2 import adapters
 from train import checkpoint
-from train.resume import Place
+from train.resume import RunLocation
 
 # ------------------------------------------------------------------ files
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_moved_away_from_its_run_starts_a_branch_with_its_own_copy_
     moved = write(run, 7, trained()).rename(tmp_path / "moved")
     shutil.rmtree(run)
     place = look(str(moved), tmp_path / "new", chosen=True)
-    assert place == Place(tmp_path / "new", moved)
+    assert place == RunLocation(tmp_path / "new", moved)
     assert place.before == CONFIG
     for config, chosen, said in (
         (CONFIG, False, "is a checkpoint without its run: give a new folder, output_dir="),

@@ -11,8 +11,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from train import sweep
-from train.command import check_keys, checked, explain, known_settings, made, no_setting, own_errors
+from train.command import explain, known_settings
+from train.config.instantiate import check_keys, instantiate, no_setting, parse_settings
 from train.stopping import SIGNALS, Interrupted
+from train.utils.console import own_errors
 
 pytest_plugins = ("train_helpers",)
 
@@ -411,37 +413,37 @@ class Settings:
 
 
 def test_a_group_becomes_its_dataclass_or_an_error_that_names_the_key():
-    assert checked("group", {"needed": 3}, Settings) == Settings(3)
+    assert parse_settings("group", {"needed": 3}, Settings) == Settings(3)
     for given, said in (
         ({"needed": -1}, r"^group\.needed=-1 must not"),
         ({}, r"^group\.needed is missing"),
         ({"needed": 1, "mor": 2}, r"^group\.mor=2 is not a setting; did you mean group\.more\?"),
     ):
         with pytest.raises(ValueError, match=said):
-            checked("group", given, Settings)
+            parse_settings("group", given, Settings)
 
 
 def test_a_target_gets_its_settings_and_refuses_others(caplog):
     target = {"_target_": "train.optim.Cosine", "warmup_steps": 3}
-    assert made("schedule", target).warmup_steps == 3
+    assert instantiate("schedule", target).warmup_steps == 3
     with pytest.raises(ValueError, match=r"^schedule\.flor=1 is not a setting; did you mean schedule\.floor\?"):
-        made("schedule", target | {"flor": 1})
+        instantiate("schedule", target | {"flor": 1})
     with pytest.raises(ValueError, match=r"^schedule\.floor='x' must be"):
-        made("schedule", target | {"floor": "x"})
+        instantiate("schedule", target | {"floor": "x"})
     with pytest.raises(ValueError, match=r"^schedule: .*Sine"):
-        made("schedule", {"_target_": "train.optim.Sine"})
+        instantiate("schedule", {"_target_": "train.optim.Sine"})
     assert not caplog.records  # nor does Hydra say it once more
 
 
 def test_a_function_that_takes_any_setting_is_given_them():
-    assert made("x", {"_target_": "types.SimpleNamespace", "anything": 1}).anything == 1
+    assert instantiate("x", {"_target_": "types.SimpleNamespace", "anything": 1}).anything == 1
 
 
 def test_what_is_given_later_is_no_setting():
     partial = {"_target_": "flux2.adapters.attach", "_partial_": True, "rank": 3}
-    assert made("adapter", partial, ["model", "seed"]).keywords == {"rank": 3}
+    assert instantiate("adapter", partial, ["model", "seed"]).keywords == {"rank": 3}
     with pytest.raises(ValueError, match=r"adapter\.seed=1 is not a setting"):
-        made("adapter", partial | {"seed": 1}, ["model", "seed"])
+        instantiate("adapter", partial | {"seed": 1}, ["model", "seed"])
 
 
 def test_a_message_is_one_line_whatever_a_library_wrote():

@@ -15,7 +15,7 @@ from flux2.variants import VARIANTS
 from train import demo
 from train.demo import COLOURS, SHOWN, SUBJECTS, Look, judge, look, moved, same
 from train.progress import Count
-from train.run import Run
+from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
 
@@ -231,7 +231,7 @@ def test_the_demos_adapter_without_its_preservation_changes_plain_prompts(tmp_pa
 
 
 def test_the_demos_settings_are_those_of_its_experiment():
-    run = Run(compose("+experiment=demo"))
+    run = load_config(compose("+experiment=demo"))
     assert run.variant.name == "tiny"
     assert run.preservation.active
     assert len(run.instantiate("dataset")) == 24

@@ -13,7 +13,7 @@ from flux2.pipeline import load
 from flux2.variants import VARIANTS
 from train import demo_edit
 from train.demo_edit import edited, judge, others, plain_edits, shares
-from train.run import Run
+from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
 
@@ -158,7 +158,7 @@ def test_the_demo_is_an_entry_file_of_its_own():
 
 
 def test_the_demos_settings_are_those_of_its_experiment():
-    run = Run(compose("+experiment=demo_edit"))
+    run = load_config(compose("+experiment=demo_edit"))
     assert run.variant.name == "tiny"
     assert run.preservation.active
     assert not any("sptlgt" in prompt for prompt in run.preservation.prompts)

@@ -9,11 +9,11 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
-from train_helpers import adapter, compose, draw_picture, values
+from train_helpers import adapter, compose, draw_picture, run_training, values
 
 from flux2.tokens import from_tokens
 from train import loop
-from train.run import Run
+from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
 
@@ -137,13 +137,13 @@ def test_the_relighting_experiment_trains_on_local_pairs(tmp_path, pairs):
         *("sample.prompts=[make it dark]", f"sample.references=[{tmp_path / 'room.png'}]", "sample.steps=1"),
         *("sample_every=2", f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"),
     ]
-    run = Run(compose(*settings, *pairs(tmp_path)))
+    run = load_config(compose(*settings, *pairs(tmp_path)))
     for i, sample in enumerate(run.instantiate("dataset")):
         (reference,) = sample.references
         assert sample.target.load().tobytes() == draw_picture(10 + i, (64, 48)).tobytes()
         assert reference.load().tobytes() == draw_picture(i, (64, 48)).tobytes()
         assert sample.captions == ("make it dark",)
-    folder = run.train().parent
+    folder = run_training(run).parent
     assert len(values(folder)) == 2
     assert values(folder, "lr") == pytest.approx([1e-4 / 201, 2e-4 / 201])
     assert any(tensor.abs().max() > 0 for name, tensor in adapter(folder).items() if "lora_B" in name)

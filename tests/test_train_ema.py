@@ -1,13 +1,14 @@
 import pytest
 import torch
 from torch import nn
-from train_helpers import adapter, compose, lines, same_tensors, values
+from train_helpers import adapter, compose, lines, run_training, same_tensors, values
 
-from train.choose import choice_of, job_of
-from train.ema import Ema, Shown
-from train.loop import Training
+from train.choose import job_of
+from train.config.memory import choice_of
+from train.ema import Ema, EvaluationWeights
+from train.loop import Trainer
 from train.predict import Planner
-from train.run import Run
+from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
 
@@ -62,14 +63,14 @@ def test_the_average_is_in_float32_whatever_the_parameters_are_in():
     for _ in range(3):
         ema.update()
     assert ema.average[0].dtype == torch.float32
-    shown = Shown(trained, torch.optim.SGD(trained, lr=1.0), 0.999)
+    shown = EvaluationWeights(trained, torch.optim.SGD(trained, lr=1.0), 0.999)
     with shown.swapped():
         assert trained[0].dtype == torch.bfloat16
 
 
 def test_swapping_shows_the_average_and_gives_back_every_bit_also_after_an_error():
     trained = parameters()
-    shown = Shown(trained, torch.optim.SGD(trained, lr=1.0), 0.9)
+    shown = EvaluationWeights(trained, torch.optim.SGD(trained, lr=1.0), 0.9)
     move(trained)
     shown.update()
     before = [parameter.detach().clone() for parameter in trained]
@@ -89,7 +90,7 @@ def test_swapping_shows_the_average_and_gives_back_every_bit_also_after_an_error
 
 def test_without_an_average_nothing_is_swapped_copied_or_kept():
     trained = parameters()
-    shown = Shown(trained, torch.optim.SGD(trained, lr=1.0))
+    shown = EvaluationWeights(trained, torch.optim.SGD(trained, lr=1.0))
     assert shown.parts == {}
     with shown.swapped():
         assert shown._trained is None
@@ -97,7 +98,7 @@ def test_without_an_average_nothing_is_swapped_copied_or_kept():
 
 def test_a_state_of_other_parameters_is_refused():
     trained = parameters()
-    shown = Shown(trained, torch.optim.SGD(trained, lr=1.0), 0.9)
+    shown = EvaluationWeights(trained, torch.optim.SGD(trained, lr=1.0), 0.9)
     state = shown.parts["ema"].state_dict()
     with pytest.raises(ValueError, match="do not have the shapes"):
         shown.parts["ema"].load_state_dict({**state, "average": state["average"][:1]})
@@ -108,7 +109,7 @@ def test_a_state_of_other_parameters_is_refused():
 @pytest.mark.parametrize("given", ["1", "-0.1", "2", "x", "true"])
 def test_a_decay_that_is_none_is_refused(given, small):
     with pytest.raises(ValueError, match=r"ema_decay=.* must be a number from 0"):
-        Run(compose(*small(f"ema_decay={given}")))
+        load_config(compose(*small(f"ema_decay={given}")))
 
 
 # ------------------------------------------------------------------ in a run
@@ -125,20 +126,20 @@ def averaged(runs, small, tmp_path_factory):
     """A run of four steps with an average and dropout, its parameters' names in order, and the same without one."""
     if not runs:
         order = []
-        finish = Training.finish
+        run = Trainer.run
 
-        def noted(self):
-            order[:] = [name for name, value in self.wrapped.named_parameters() if value.requires_grad]
-            return finish(self)
+        def noted(self, start):
+            order[:] = [name for name, value in self.peft_model.named_parameters() if value.requires_grad]
+            return run(self, start)
 
         place = tmp_path_factory.mktemp("averaged")
         every = ["checkpoint_every=1", "validate_every=2", "adapter.dropout=0.1"]
-        Training.finish = noted
+        Trainer.run = noted
         try:
             for name, more in (("with", [EMA]), ("without", [])):
-                runs[name] = Run(compose(*small(f"output_dir={place / name}", *every, *more))).train().parent
+                runs[name] = run_training(compose(*small(f"output_dir={place / name}", *every, *more))).parent
         finally:
-            Training.finish = finish
+            Trainer.run = run
         runs["order"] = [name.replace(".default", "") for name in order]
     return runs
 
@@ -194,7 +195,7 @@ def test_a_run_with_an_average_goes_on_to_the_bit(averaged, train):
 
 def test_the_planner_counts_the_average_and_what_is_swapped_out(small):
     def phases(*more):
-        run = Run(compose(*small("validate_every=1", *more)))
+        run = load_config(compose(*small("validate_every=1", *more)))
         planner = Planner(job_of(run, on_gpu=True))
         return planner, planner.predict(choice_of(run.config["memory"])).phases
 

@@ -16,7 +16,8 @@ from train.evaluate import EvaluationSettings, evaluated
 from train.features import Latents, Vision
 from train.findings import caution, stands_out
 from train.folder import write_picture
-from train.validate import Sampler, sheet
+from train.validate import Sampler
+from train.validation.sheet import sheet
 
 pytest_plugins = ("train_helpers",)
 
@@ -45,14 +46,14 @@ def test_every_checkpoint_draws_what_inference_gives_and_nothing_is_drawn_twice(
     (found,) = evaluate(run)
     assert [row.name for row in found.rows] == ["base", "step 2", "step 4"]
     assert found.columns == [(0, 5), (1, 5)]
-    from train.opened import Opened
+    from train.stages.saved_run import SavedRun
 
-    opened = Opened(run, "cpu", {}, [5])
-    pipe = Pipeline(opened.run.source, torch.device("cpu"), opened.run.precision, keep_text_encoder=True)
+    opened = SavedRun(run, "cpu", {}, [5])
+    pipe = Pipeline(opened.config.source, torch.device("cpu"), opened.config.precision, keep_text_encoder=True)
     sampling = {"seed": [5, 5], "steps": 2, "width": 48, "height": 48}
     for row, adapter in zip(found.rows, [None, *checkpoints(run)], strict=True):
         if row.step == 4:  # adapters add up
-            pipe = Pipeline(opened.run.source, torch.device("cpu"), opened.run.precision, keep_text_encoder=True)
+            pipe = Pipeline(opened.config.source, torch.device("cpu"), opened.config.precision, keep_text_encoder=True)
         if adapter is not None:
             pipe.load_adapter(adapter)
         expected = pipe.generate(PROMPTS, **sampling)

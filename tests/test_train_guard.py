@@ -11,8 +11,8 @@ from train_helpers import adapter, lines, same_tensors, values
 from train import guard as guarding
 from train import loop
 from train.checkpoint import checkpoints
-from train.guard import Guard, TrainingError, clip, names_of
-from train.loop import Training
+from train.guard import TrainingError, UpdateGuard, clip, names_of
+from train.loop import Trainer
 from train.stopping import SIGNALS, StopRequest
 
 pytest_plugins = ("train_helpers",)
@@ -23,18 +23,18 @@ def poison(monkeypatch):
     """`poison(3, 4)`: the losses of these steps (from 1) are not finite."""
 
     def plant(*steps, value=float("nan")):
-        accumulate = Training.accumulate
+        accumulate = Trainer.accumulate_gradients
 
         def planted(self, model, step):
             losses = accumulate(self, model, step)
             if step + 1 not in steps:
                 return losses
-            for parameter in self.wrapped.parameters():
+            for parameter in self.peft_model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(value)
             return type(losses)(losses.total * value, losses.flow * value, losses.preservation)
 
-        monkeypatch.setattr(Training, "accumulate", planted)
+        monkeypatch.setattr(Trainer, "accumulate_gradients", planted)
 
     return plant
 
@@ -153,13 +153,13 @@ def test_a_poisoned_cache_entry_is_left_out_and_its_sample_named(train, monkeypa
 
 def test_numbers_are_read_from_the_device_only_where_they_are_logged_and_the_curve_is_the_same(train, monkeypatch):
     often = train("often", "steps=5", "adapter.dropout=0.2")
-    read, original = [], Training.values
+    read, original = [], Trainer.values
 
     def spy(self, losses, reading, clock):
         read.append(reading.step + 1)
         return original(self, losses, reading, clock)
 
-    monkeypatch.setattr(Training, "values", spy)
+    monkeypatch.setattr(Trainer, "values", spy)
     seldom = train("seldom", "steps=5", "adapter.dropout=0.2", "log_every=3")
     assert read == [3, 5]
     assert lines(seldom) == [line for line in lines(often) if line["step"] in (3, 5)]
@@ -176,7 +176,7 @@ def test_many_names_are_cut_and_each_is_there_once():
 def make(optimizer, most=2):
     device = torch.device("cpu")
     accelerator = SimpleNamespace(device=device, num_processes=1, is_main_process=True)
-    return Guard(optimizer, accelerator, most=most, fresh=False, samples=lambda step: ["x"], last=lambda: "none")
+    return UpdateGuard(optimizer, accelerator, most=most, fresh=False, samples=lambda step: ["x"], last=lambda: "none")
 
 
 def trained(fused):
@@ -263,7 +263,7 @@ def test_of_a_gpu_bad_steps_are_counted_when_they_are_known(far, capfd):
 
 def test_an_adapter_that_the_last_update_ruined_is_not_kept(train, tmp_path, monkeypatch, capfd):
     """Loss and gradient of that step are finite, and there is no step after it to show the damage."""
-    update = Guard.update
+    update = UpdateGuard.update
 
     def ruin(self, loss, norm):
         left_out = update(self, loss, norm)
@@ -273,7 +273,7 @@ def test_an_adapter_that_the_last_update_ruined_is_not_kept(train, tmp_path, mon
         return left_out
 
     made: list[int] = []
-    monkeypatch.setattr(Guard, "update", ruin)
+    monkeypatch.setattr(UpdateGuard, "update", ruin)
     with pytest.raises(TrainingError, match=r"not finite after 2 steps: its last update ruined it.*step_000001"):
         train("run", "steps=2", "checkpoint_every=1")
     assert "step_000002 is not written: the adapter is not finite after 2 steps" in capfd.readouterr().err

@@ -129,7 +129,7 @@ def test_without_network_by_choice_nothing_can_be_pushed(there, monkeypatch):
 
 def test_a_run_asks_the_hub_before_anything_is_loaded(run_command, small, there, monkeypatch, tmp_path):
     there.me["name"], there.me["orgs"] = "john", []
-    monkeypatch.setattr("train.run.prepare", lambda *_: pytest.fail("the check came too late"))
+    monkeypatch.setattr("train.stages.data.prepare", lambda *_: pytest.fail("the check came too late"))
     settings = [f"output_dir={tmp_path / 'run'}", "hub.push=true", "hub.repo_id=jane/tarot"]
     assert "hub.repo_id='jane/tarot' is not yours" in run_command.refused(*small(*settings))
     assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ from train_helpers import (
     launch,
     lines,
     random_tiny,
+    run_training,
     same_tensors,
     values,
 )
@@ -23,10 +24,13 @@ from train_helpers import (
 from flux2 import adapters
 from flux2.weights import load_transformer
 from train import cache, loop, text_encoders
-from train.ahead import Ahead
+from train.ahead import Prefetcher
 from train.checkpoint import checkpoints
-from train.loop import LoopSettings, Training
-from train.run import Run
+from train.config.settings import LoopSettings
+from train.loop import Trainer
+from train.objective import objective
+from train.objective.objective import Objective
+from train.stages.memory import load_config
 from train.stopping import Interrupted
 
 pytest_plugins = ("train_helpers",)
@@ -48,15 +52,16 @@ EVERYTHING = [
 
 @pytest.fixture
 def captured(monkeypatch):
-    """The `Training` of every run that reaches its end."""
+    """The `Trainer` of every run that reaches its end."""
     found = []
-    finish = Training.finish
+    run = Trainer.run
 
-    def keep(self):
+    def keep(self, start):
+        folder = run(self, start)
         found.append(self)
-        return finish(self)
+        return folder
 
-    monkeypatch.setattr(Training, "finish", keep)
+    monkeypatch.setattr(Trainer, "run", keep)
     return found
 
 
@@ -64,13 +69,13 @@ def captured(monkeypatch):
 def batches(monkeypatch):
     """Every micro-batch that is trained on."""
     seen = []
-    add_noise = loop.add_noise
+    add_noise = objective.add_noise
 
     def keep(batch, *rest):
         seen.append(batch)
         return add_noise(batch, *rest)
 
-    monkeypatch.setattr(loop, "add_noise", keep)
+    monkeypatch.setattr(objective, "add_noise", keep)
     return seen
 
 
@@ -193,13 +198,13 @@ def test_filled_caches_give_the_same_losses_and_load_neither_encoder(train, tmp_
 
 def test_the_draws_are_the_same_however_a_batch_is_cut(train, batches, monkeypatch):
     noised = []
-    add_noise = loop.add_noise
+    add_noise = objective.add_noise
 
     def keep(*arguments):
         noised.append(add_noise(*arguments))
         return noised[-1]
 
-    monkeypatch.setattr(loop, "add_noise", keep)
+    monkeypatch.setattr(objective, "add_noise", keep)
     drawn = []
     for i, cut in enumerate((4, 2, 1)):
         batches.clear(), noised.clear()
@@ -260,7 +265,7 @@ def test_two_processes_train_as_one_does(train, pictures, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes: 2" in done.stdout
     assert done.stdout.count("trained parameters") == 1  # one of them speaks
-    one = Run(compose(*arguments, "batch_size=4", f"output_dir={tmp_path / 'one'}")).train().parent
+    one = run_training(compose(*arguments, "batch_size=4", f"output_dir={tmp_path / 'one'}")).parent
     assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)] == [0, 1, 2, 3]
     for key in ("loss", "preservation_loss", "grad_norm", "validation_loss"):
         assert values(two, key) == pytest.approx(values(one, key), rel=1e-4, abs=1e-9)
@@ -285,7 +290,7 @@ def random_tiny_folder(tmp_path):
 def test_training_changes_the_adapter_and_nothing_else(train, captured):
     train("run", *PRESERVE, "adapter.dropout=0.1")
     (training,) = captured
-    base = load_transformer(Run(compose(*reread(training))).source, "cpu", torch.float32).state_dict()
+    base = load_transformer(load_config(compose(*reread(training))).source, "cpu", torch.float32).state_dict()
     state = training.wrapped.get_base_model().state_dict()
     frozen = {name.replace(".base_layer", ""): tensor for name, tensor in state.items() if ".lora_" not in name}
     assert frozen.keys() == base.keys()
@@ -308,25 +313,25 @@ def test_training_lowers_the_loss_at_fixed_noise(train):
 
 def test_held_out_samples_are_never_trained_on(train, batches, captured):
     train("run", "steps=12", "validation.held_out=2", "validate_every=12")
-    held = {sample.caption for sample in captured[0].validate.chosen}
+    held = {sample.caption for sample in captured[0].validator.chosen}
     assert len(held) == 2
     assert {caption for batch in batches for caption in batch.captions} == set(CAPTIONS) - held
 
 
 def test_each_step_but_the_first_is_prepared_ahead_in_one_thread_and_none_after_the_last(train, monkeypatch):
-    seen, prepare = [], Training.prepare
+    seen, prepare = [], Objective.micro_batches
 
-    def noted(self, step):
+    def noted(self, loader, step):
         seen.append((step, threading.current_thread().name))
-        return prepare(self, step)
+        return prepare(self, loader, step)
 
-    begun, begin = [], Ahead.begin
-    monkeypatch.setattr(Training, "prepare", noted)
-    monkeypatch.setattr(Ahead, "begin", lambda self, step: [begun.append(step), begin(self, step)])
+    begun, begin = [], Prefetcher.begin
+    monkeypatch.setattr(Objective, "micro_batches", noted)
+    monkeypatch.setattr(Prefetcher, "begin", lambda self, step: [begun.append(step), begin(self, step)])
     train("run")
     assert begun == [1, 2, 3]
     assert [step for step, _ in seen] == [0, 1, 2, 3]
-    assert {name for _, name in seen} == {"ahead_0"}
+    assert {name for _, name in seen} == {"prefetch_0"}
 
 
 def test_dropped_captions_train_on_the_empty_prompt(train, batches):
@@ -367,7 +372,7 @@ def test_the_gradient_is_clipped_to_its_norm_and_logged_before(train, captured, 
         return step(self, *rest)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    monkeypatch.setattr("train.configured.try_out", lambda *arguments: None)
+    monkeypatch.setattr("train.config.run_config.try_out", lambda *arguments: None)
     clipped = train("clipped", "max_grad_norm=0.01")
     assert norms == pytest.approx([0.01] * 4, rel=1e-3)
     assert all(value > 0.02 for value in values(clipped, "grad_norm"))
@@ -402,7 +407,7 @@ def test_products_of_matrices_are_in_bfloat16_only_with_a_bfloat16_base(train, m
 
 def test_validation_measures_the_adapter_as_it_is_used_without_dropout(train, captured, small):
     run = train("run", "adapter.dropout=0.8", "validate_every=4")
-    model = load_transformer(Run(compose(*small())).source)
+    model = load_transformer(load_config(compose(*small())).source)
     before = captured[0].validate(model, 1.0).mean().item()
     adapters.load(model, run)
     after = captured[0].validate(model, 1.0).mean().item()

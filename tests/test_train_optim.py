@@ -8,7 +8,6 @@ from hydra.utils import get_object
 from torch import nn
 from train_helpers import compose
 
-from train.configured import Configured
 from train.optim import (
     Constant,
     Cosine,
@@ -21,6 +20,7 @@ from train.optim import (
     set_rate,
     try_out,
 )
+from train.stages.memory import load_config
 
 
 def factors(schedule, steps):
@@ -202,7 +202,7 @@ def test_an_optimizer_that_is_not_installed_names_the_extra(monkeypatch):
 )
 def test_what_no_optimizer_can_mean_is_said_before_anything_is_loaded(name, setting, said):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
-        Configured(compose("model=tiny", f"optimizer={name}", setting))
+        load_config(compose("model=tiny", f"optimizer={name}", setting))
     assert setting.partition("=")[0].lstrip("+") in str(caught.value)
 
 
@@ -243,6 +243,6 @@ def test_what_an_optimizer_leaves_empty_may_be_left_empty():
     ],
 )
 def test_what_is_hardly_meant_is_a_warning(settings, steps, said, capfd):
-    Configured(compose("model=tiny", f"steps={steps}", *settings))
+    load_config(compose("model=tiny", f"steps={steps}", *settings))
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert [line.removeprefix("warning: ").startswith(said) for line in warnings] == ([True] if said else [])

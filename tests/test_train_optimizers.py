@@ -7,11 +7,12 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from torch import nn
-from train_helpers import CONF, adapter, compose, lines, same_tensors, values
+from train_helpers import CONF, adapter, compose, lines, run_training, same_tensors, values
 
 from flux2 import adapters, load
 from train.optim import build, optimizer_bytes
-from train.run import Run
+from train.stages.data import prepare_samples
+from train.stages.memory import load_config
 from train.validate import FixedNoiseLoss, chosen_samples
 
 pytest_plugins = ("train_helpers",)
@@ -50,7 +51,7 @@ def trained(tmp_path_factory):
             own = [f"optimizer={name}", *RATES[name], f"output_dir={place / key}", f"cache_dir={place / 'cache'}"]
             GlobalHydra.instance().clear()
             again = [] if start is None else [f"resume={start}"]
-            done[key] = Run(compose(*SETTINGS, *own, *again)).train().parent
+            done[key] = run_training(compose(*SETTINGS, *own, *again)).parent
         return done[key]
 
     return run
@@ -101,8 +102,9 @@ def test_the_adapter_of_a_schedule_free_run_is_the_average_and_pictures_are_made
 def test_what_is_validated_of_a_schedule_free_run_is_what_is_saved(trained):
     """The pipeline with the adapter as it was saved has the loss that was measured."""
     folder = trained("schedulefree")
-    run = Run(compose(*SETTINGS, f"cache_dir={folder.parent / 'cache'}"))
-    dataset, prepared = run.prepare()
+    run = load_config(compose(*SETTINGS, f"cache_dir={folder.parent / 'cache'}"))
+    data = prepare_samples(run)
+    dataset, prepared = data.samples, data.cached
     chosen = chosen_samples(dataset, prepared, run.validation.split(prepared.contents)[1])
     pipe = load("tiny", device="cpu")
     pipe.load_adapter(folder / "adapter")
@@ -112,7 +114,7 @@ def test_what_is_validated_of_a_schedule_free_run_is_what_is_saved(trained):
 
 @pytest.mark.parametrize("name", RATES)
 def test_the_bytes_of_its_state_are_those_that_the_planner_counts(name):
-    run = Run(compose(f"optimizer={name}", "device=cpu"))
+    run = load_config(compose(f"optimizer={name}", "device=cpu"))
     shapes = [(16, 384), (1152, 16), (16, 96), (300, 16)]
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     optimizer = build(run.make_optimizer, parameters)
@@ -151,7 +153,7 @@ def test_muon_and_an_adapter_that_is_not_of_matrices_is_refused_before_anything_
         next(p for p in wrapped.parameters() if p.requires_grad).data = torch.zeros(3, device="meta")
         return wrapped
 
-    run = Run(compose(*small("optimizer=muon")))
+    run = load_config(compose(*small("optimizer=muon")))
     run.make_adapter = attach
     with pytest.raises(ValueError, match=r"optimizer=muon trains matrices only"):
         run.rehearse()
@@ -159,4 +161,4 @@ def test_muon_and_an_adapter_that_is_not_of_matrices_is_refused_before_anything_
 
 def test_a_schedule_free_optimizer_and_a_moving_average_exclude_each_other(small):
     with pytest.raises(ValueError, match=r"ema_decay=0\.9 is not for AdamWScheduleFree"):
-        Run(compose(*small("optimizer=schedulefree", "ema_decay=0.9")))
+        load_config(compose(*small("optimizer=schedulefree", "ema_decay=0.9")))

@@ -25,11 +25,12 @@ from train import choose as choosing
 from train import settings as train_settings
 from train.cards import GIB, SIZES, gpu, measured, usable
 from train.choose import advice, choose, free_bytes, skeleton, step_down
+from train.config.memory import Choice
 from train.outofmemory import OutOfMemory, amounts, is_out_of_memory, watched
 from train.predict import Planner, optimizer_bytes
-from train.run import Run
+from train.stages.memory import load_config
 from train.text_memory import text_encoder_bytes
-from train.workload import Choice, Job, trained
+from train.workload import Job, trained
 
 pytest_plugins = ("train_helpers",)
 
@@ -159,7 +160,7 @@ def test_the_text_encoders_are_as_large_as_published():
 
 
 def test_a_text_encoder_on_this_disk_is_counted_by_its_own_sizes():
-    run = Run(compose("model=tiny", "device=cpu"))
+    run = load_config(compose("model=tiny", "device=cpu"))
     sizes = choosing.text_sizes(run.source)
     held, activations = text_encoder_bytes(run.variant.text, 64, 32, torch.float32, sizes)
     model = load_text_encoder(run.source, dtype=torch.float32).model
@@ -169,20 +170,20 @@ def test_a_text_encoder_on_this_disk_is_counted_by_its_own_sizes():
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 def test_a_text_encoder_in_less_memory_is_counted_as_it_is_kept(storage):
-    run = Run(compose("model=tiny", "device=cpu", f"text_encoder.storage={storage}"))
+    run = load_config(compose("model=tiny", "device=cpu", f"text_encoder.storage={storage}"))
     model = load_text_encoder(run.source, dtype=torch.float32, storage=storage).model
     phases = Planner(choosing.job_of(run, on_gpu=False)).encoders({})
     assert phases["prompts"]["text encoder"] == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_a_text_encoder_elsewhere_takes_no_memory_here():
-    run = Run(compose("model=tiny", "device=cpu", "text_encoder=remote"))
+    run = load_config(compose("model=tiny", "device=cpu", "text_encoder=remote"))
     assert "prompts" not in Planner(choosing.job_of(run, on_gpu=False)).encoders({})
 
 
 def test_the_references_that_a_dataset_names_are_counted():
     def counted(*given):
-        return len(choosing.job_of(Run(compose(*given, "reference_resolution=64")), on_gpu=False).references)
+        return len(choosing.job_of(load_config(compose(*given, "reference_resolution=64")), on_gpu=False).references)
 
     pairs = ["+dataset@dataset.sources.pairs=pairs", "dataset.sources.pairs.path=x"]
     cards = ["+dataset@dataset.sources.cards=folder", "dataset.sources.cards.path=x"]
@@ -199,9 +200,11 @@ def test_what_sample_sheets_edit_is_counted_with_the_prompt_that_edits_most(smal
         Image.new("RGB", size).save(files[-1])
     wide, small_one = files
     given = [f"sample.references=[[{small_one}],[{wide},{small_one}],[]]", "sample.prompts=[a cup,a fox,a cup]"]
-    edits = choosing.job_of(Run(compose(*small(*given, "sample_every=1"))), on_gpu=False)
+    edits = choosing.job_of(load_config(compose(*small(*given, "sample_every=1"))), on_gpu=False)
     assert edits.sample_references == [(96, 64), (48, 32)]
-    assert choosing.job_of(Run(compose(*small(*given))), on_gpu=False).sample_references == []  # no sheets are made
+    assert (
+        choosing.job_of(load_config(compose(*small(*given))), on_gpu=False).sample_references == []
+    )  # no sheets are made
     alone = replace(edits, sample_references=[])
     sizes = [Planner(each).predict(Choice("full")).phases["samples"]["working set"] for each in (edits, alone)]
     assert sizes[0] > sizes[1]
@@ -417,13 +420,13 @@ def test_a_measured_micro_batch_counts_as_often_as_it_is_computed(planner, tmp_p
 )
 def test_what_is_set_otherwise_than_measured_is_not_usual(given):
     arguments = ["model=tiny", "device=cpu", "precision=fp8", "precision.matmul=fp8"]
-    assert choosing.job_of(Run(compose(*arguments)), on_gpu=False).usual
+    assert choosing.job_of(load_config(compose(*arguments)), on_gpu=False).usual
     more = ["preservation.prompts=[a]"] if given == "preservation=base" else []
-    assert not choosing.job_of(Run(compose(*arguments, given, *more)), on_gpu=False).usual
+    assert not choosing.job_of(load_config(compose(*arguments, given, *more)), on_gpu=False).usual
 
 
 def test_on_a_card_without_fp8_products_they_are_planned_in_bf16():
-    run = Run(compose("model=klein_base_4b", "device=cpu", "precision=fp8"))
+    run = load_config(compose("model=klein_base_4b", "device=cpu", "precision=fp8"))
     new, old = (Planner(choosing.job_of(run, True, in_fp8)) for in_fp8 in (True, False))
     assert (new.has_layouts, old.has_layouts) == (True, False)
     assert "fp8" in new.blocks("full")[2].flops
@@ -458,7 +461,7 @@ def test_what_is_chosen_is_what_a_run_applies_and_keeps(train, small, monkeypatc
 
 def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
     monkeypatch.setattr("train.choose.free_bytes", lambda device: 7 * GIB)
-    run = Run(compose(*small("memory=auto")))
+    run = load_config(compose(*small("memory=auto")))
     assert run.config["memory"]["card_gb"] == 8
     assert run.memory.checkpointing == "none"
     assert "memory for 8 GB: memory.checkpointing=none, the fastest that is predicted to fit" in capsys.readouterr().out
@@ -467,7 +470,7 @@ def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
 
 def test_a_run_that_cannot_fit_says_what_would(small):
     with pytest.raises(ValueError, match=r"memory.card_gb=1: this run does not fit. With memory.checkpointing=\w+"):
-        Run(compose(*small("memory=auto", "memory.card_gb=1")))
+        load_config(compose(*small("memory=auto", "memory.card_gb=1")))
 
 
 def test_a_resumed_run_keeps_what_was_chosen_for_it(train, small, monkeypatch, tmp_path, capsys):
@@ -549,7 +552,7 @@ def test_the_first_step_has_nothing_to_save(run_command, small, at_step, tmp_pat
 @pytest.mark.parametrize(
     ("place", "doing", "saved"),
     [
-        ("train.run.load_transformer", "while loading the transformer", False),
+        ("train.stages.model.load_transformer", "while loading the transformer", False),
         ("train.validate.FixedNoiseLoss.__call__", "in the validation after step 2", True),
         ("train.validate.Sampler.sheet", "while sampling after step 2", True),
         ("torch.optim.AdamW.step", "in the optimizer's update of step 1", False),
@@ -567,7 +570,7 @@ def test_what_was_being_done_is_named(run_command, small, monkeypatch, tmp_path,
         return raise_for_gpu() if len(calls) == at else original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, once)
-    monkeypatch.setattr("train.configured.try_out", lambda *arguments: None)
+    monkeypatch.setattr("train.config.run_config.try_out", lambda *arguments: None)
     folder = tmp_path / "run"
     every = ["validate_every=2", "sample_every=2", "sample.prompts=[a cup]", "sample.steps=1"]
     message = run_command.refused(*small(f"output_dir={folder}", f"cache_dir={tmp_path / 'cache'}", *every))
@@ -577,7 +580,7 @@ def test_what_was_being_done_is_named(run_command, small, monkeypatch, tmp_path,
 
 
 def test_the_advice_is_a_setting_that_takes_less(small):
-    run = Run(compose(*small("memory.checkpointing=none")))
+    run = load_config(compose(*small("memory.checkpointing=none")))
     said = advice(run, OutOfMemory("", "step", 0, 0))
     assert said.startswith("Next step down: memory.checkpointing=")
     said = advice(run, OutOfMemory("", "step", 10**15, 0))

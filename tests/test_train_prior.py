@@ -13,16 +13,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from train_helpers import adapter, compose, draw_picture, lines, same_tensors, values
 
-import train.classes
-import train.prior
+import train.encoding.class_pictures
+import train.stages.class_data
 from flux2 import load
 from train import loop as train_loop
 from train.cache import main as fill_caches
-from train.choose import choice_of, job_of
-from train.classes import class_loader, class_needs
+from train.choose import job_of
+from train.config.memory import choice_of
+from train.encoding.class_pictures import Recipe
+from train.objective.prior import ClassPictures, PriorPreservation
 from train.predict import Planner
-from train.prior import ClassPictures, PriorPreservation, Recipe
-from train.run import Run
+from train.stages.class_data import class_cache_requests, class_loader
+from train.stages.data import cache_request, prepare_samples
+from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
 
@@ -67,8 +70,8 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 def test_class_pictures_are_an_exact_share_of_what_is_trained_however_a_step_is_cut(small, given):
-    run = Run(compose(*small("preservation.share=0.5", "batch_size=4", *given)))
-    run.prepare()
+    run = load_config(compose(*small("preservation.share=0.5", "batch_size=4", *given)))
+    prepare_samples(run)
 
     def indices(step, processes, accumulation):
         found, cut = {}, run.settings
@@ -171,8 +174,12 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sampled, self.decoded, self.stop_after = 0, 0, 10**6
         self.models: list[weakref.ref] = []
-        sample, decode, pipeline = train.prior.sample, train.prior.to_images, train.classes.Pipeline
-        autoencoder = train.classes.load_autoencoder
+        sample, decode, pipeline = (
+            train.encoding.class_pictures.sample,
+            train.encoding.class_pictures.to_images,
+            train.stages.class_data.Pipeline,
+        )
+        autoencoder = train.stages.class_data.load_autoencoder
 
         def counted_sample(*arguments, **options):
             if self.sampled == self.stop_after:
@@ -195,10 +202,10 @@ class Watch:
             def transformer(self):
                 return alone(super().transformer)
 
-        monkeypatch.setattr(train.prior, "sample", counted_sample)
-        monkeypatch.setattr(train.prior, "to_images", counted_decode)
-        monkeypatch.setattr(train.classes, "Pipeline", Watched)
-        monkeypatch.setattr(train.classes, "load_autoencoder", lambda *given: alone(autoencoder(*given)))
+        monkeypatch.setattr(train.encoding.class_pictures, "sample", counted_sample)
+        monkeypatch.setattr(train.encoding.class_pictures, "to_images", counted_decode)
+        monkeypatch.setattr(train.stages.class_data, "Pipeline", Watched)
+        monkeypatch.setattr(train.stages.class_data, "load_autoencoder", lambda *given: alone(autoencoder(*given)))
 
 
 @pytest.fixture
@@ -209,7 +216,7 @@ def watch(monkeypatch):
 def test_the_base_draws_what_is_missing_one_model_at_a_time_and_the_next_run_finds_it(
     small, drawn, tmp_path, watch, capsys
 ):
-    Run(compose(*small(*drawn(3, tmp_path)))).prepare()
+    prepare_samples(load_config(compose(*small(*drawn(3, tmp_path)))))
     assert (watch.sampled, watch.decoded, len(watch.models)) == (3, 3, 2)
     said = capsys.readouterr()
     assert "drawing 3 class pictures" in said.out
@@ -223,42 +230,41 @@ def test_the_base_draws_what_is_missing_one_model_at_a_time_and_the_next_run_fin
     assert json.loads((folder / "recipe.json").read_text())["prompts"] == WORDS
     first = pictures(tmp_path)
 
-    run = Run(compose(*small(*drawn(3, tmp_path))))
-    run.prepare()
+    data = prepare_samples(load_config(compose(*small(*drawn(3, tmp_path)))))
     assert (watch.sampled, watch.decoded, len(watch.models)) == (3, 3, 2)
-    source, ready = run.classes
+    source, ready = data.classes
     assert [sample.caption for sample in source] == [WORDS[0], WORDS[1], WORDS[0]]
     assert len(ready.entries) == 3
     assert "drawing" not in capsys.readouterr().out
 
-    Run(compose(*small(*drawn(4, tmp_path)))).prepare()  # one more, beside those
+    prepare_samples(load_config(compose(*small(*drawn(4, tmp_path)))))  # one more, beside those
     assert watch.sampled == 4
     assert pictures(tmp_path).items() >= first.items()
-    fewer = Run(compose(*small(*drawn(2, tmp_path))))
-    fewer.prepare()
+    fewer = load_config(compose(*small(*drawn(2, tmp_path))))
+    prepare_samples(fewer)
     assert (watch.sampled, len(fewer.classes[0])) == (4, 2)
-    Run(compose(*small(*drawn(2, tmp_path), "preservation.seed=7"))).prepare()
+    prepare_samples(load_config(compose(*small(*drawn(2, tmp_path), "preservation.seed=7"))))
     assert (watch.sampled, len(list(tmp_path.iterdir()))) == (6, 2)
 
 
 def test_a_stopped_drawing_goes_on_where_it_was_and_gives_the_same_pictures(small, drawn, drawings, tmp_path, watch):
-    Run(compose(*small(*drawn(3)))).prepare()
+    prepare_samples(load_config(compose(*small(*drawn(3)))))
     straight, watch.sampled = pictures(drawings), 0
     watch.stop_after, watch.decoded = 2, 0
     with pytest.raises(ValueError, match="stopped here"):
-        Run(compose(*small(*drawn(3, tmp_path)))).prepare()
+        prepare_samples(load_config(compose(*small(*drawn(3, tmp_path)))))
     watch.models.clear()  # the traceback holds it
     (folder,) = tmp_path.iterdir()
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
     watch.stop_after = 10**6
-    Run(compose(*small(*drawn(3, tmp_path)))).prepare()
+    prepare_samples(load_config(compose(*small(*drawn(3, tmp_path)))))
     assert (watch.sampled, watch.decoded) == (3, 3)  # one was missing
     assert pictures(tmp_path) == straight
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "of another shape"])
 def test_latents_that_a_stopped_drawing_left_damaged_are_made_again(small, drawn, drawings, tmp_path, watch, damage):
-    Run(compose(*small(*drawn(3)))).prepare()
+    prepare_samples(load_config(compose(*small(*drawn(3)))))
     folder = tmp_path / next(drawings.iterdir()).name
     folder.mkdir()
     file = folder / "00001.safetensors"
@@ -266,21 +272,23 @@ def test_latents_that_a_stopped_drawing_left_damaged_are_made_again(small, drawn
     if damage != "of another shape":
         file.write_bytes(file.read_bytes()[: 100 if damage == "cut" else 0])
     watch.sampled = 0
-    Run(compose(*small(*drawn(3, tmp_path)))).prepare()
+    prepare_samples(load_config(compose(*small(*drawn(3, tmp_path)))))
     assert watch.sampled == 3
     assert pictures(tmp_path) == pictures(drawings)
 
 
 def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr(train.prior.os, "fsync", lambda number: flushed.append(not (tmp_path / "file").exists()))
-    train.prior.write_whole(tmp_path / "file", lambda file: file.write_text("x"))
+    monkeypatch.setattr(
+        train.encoding.class_pictures.os, "fsync", lambda number: flushed.append(not (tmp_path / "file").exists())
+    )
+    train.encoding.class_pictures.write_whole(tmp_path / "file", lambda file: file.write_text("x"))
     assert flushed == [True]
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_they_are_the_pictures_that_the_pipeline_makes(small, drawn, drawings, model_folders):
-    Run(compose(*small(*drawn(3)))).prepare()
+    prepare_samples(load_config(compose(*small(*drawn(3)))))
     pipe = load("small_dev", model_folders("dev"), device="cpu")
     made = pipe.generate([WORDS[0], WORDS[1]], seed=0, width=48, height=48, steps=2)
     (folder,) = drawings.iterdir()
@@ -291,8 +299,9 @@ def test_they_are_the_pictures_that_the_pipeline_makes(small, drawn, drawings, m
 
 
 def test_they_are_drawn_from_projected_embeddings_too(small, drawn, tmp_path, drawings):
-    Run(compose(*small(*drawn(3)))).prepare()
-    Run(compose(*small(*drawn(3, tmp_path), "embedding_storage=projected", f"cache_dir={tmp_path / 'c'}"))).prepare()
+    prepare_samples(load_config(compose(*small(*drawn(3)))))
+    projected = small(*drawn(3, tmp_path), "embedding_storage=projected", f"cache_dir={tmp_path / 'c'}")
+    prepare_samples(load_config(compose(*projected)))
     pairs = zip(sorted(drawings.glob("*/*.png")), sorted(tmp_path.glob("*/*.png")), strict=True)
     for one, other in pairs:
         difference = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(other)).astype(int)
@@ -306,15 +315,15 @@ def test_training_with_drawn_pictures_trains_them(train, drawn):
 
 def test_a_drawn_picture_that_is_damaged_is_named_and_drawn_again_once_it_is_deleted(tmp_path):
     recipe = Recipe("model", "fp32", ("a red cup",), 0, 32, 32, 2, 1.0)
-    files = [train.prior.picture_file(tmp_path, index) for index in range(2)]
+    files = [train.encoding.class_pictures.picture_file(tmp_path, index) for index in range(2)]
     for file in files:
         Image.new("RGB", (32, 32)).save(file)
     files[1].write_bytes(b"")
     with pytest.raises(ValueError, match=r"(?s)1 class pictures in .*00001\.png.* are drawn again"):
-        train.prior.Drawn(tmp_path, recipe, 2)
+        train.encoding.class_pictures.ClassPictureFolder(tmp_path, recipe, 2)
     files[1].unlink()
     Image.new("RGB", (32, 32)).save(files[1])
-    assert len(train.prior.Drawn(tmp_path, recipe, 2)) == 2
+    assert len(train.encoding.class_pictures.ClassPictureFolder(tmp_path, recipe, 2)) == 2
 
 
 def test_everything_that_a_picture_depends_on_is_in_the_name_of_its_folder():
@@ -338,11 +347,10 @@ def test_everything_that_a_picture_depends_on_is_in_the_name_of_its_folder():
 def test_filling_the_caches_draws_and_pruning_keeps_what_class_pictures_need(small, drawn, tmp_path, capsys):
     settings = [*small(*drawn(3)), f"cache_dir={tmp_path}"]
     fill_caches(compose(*settings))
-    run = Run(compose(*settings))
-    run.prepare()
-    keys = {key for entry in run.classes[1].entries for key in entry.keys}
-    cache = run.classes[1].cache
-    del run
+    data = prepare_samples(load_config(compose(*settings)))
+    keys = {key for entry in data.classes[1].entries for key in entry.keys}
+    cache = data.classes[1].cache
+    del data
     gc.collect()  # as long as it is there, nothing is pruned
     fill_caches(compose(*settings, "+prune=true"))
     assert "nothing was removed" in capsys.readouterr().out
@@ -353,13 +361,14 @@ def test_filling_the_caches_draws_and_pruning_keeps_what_class_pictures_need(sma
 
 
 def test_nothing_is_to_be_cached_of_pictures_that_are_not_drawn_yet(small, drawn, tmp_path):
-    assert class_needs(Run(compose(*small(*drawn(3, tmp_path))))) == []
-    assert class_needs(Run(compose(*small()))) == []
+    for settings in (drawn(3, tmp_path), []):
+        run = load_config(compose(*small(*settings)))
+        assert class_cache_requests(run, cache_request(run)) == []
 
 
 def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
     def planned(*settings):
-        run = Run(compose(*small("batch_size=4", *settings)))
+        run = load_config(compose(*small("batch_size=4", *settings)))
         planner = Planner(job_of(run, on_gpu=True))
         return planner, planner.predict(choice_of(run.config["memory"]))
 
@@ -408,12 +417,12 @@ def test_a_refused_setting_is_named_with_its_value(settings, said):
 
 @pytest.mark.parametrize(("share", "what"), [(0.25, "0.5"), (0.3, "0.6"), (0.75, "1.5")])
 def test_a_share_that_is_no_whole_number_of_pictures_is_refused_before_anything_is_loaded(small, given, share, what):
-    with pytest.raises(ValueError, match=rf"preservation\.share={share} of batch_size=2 is {what} class pictures"):
-        Run(compose(*small(*given, f"preservation.share={share}")))
-    assert PriorPreservation(prompts=["a"], share=1 / 3).beside(3) == 1
+    with pytest.raises(ValueError, match=rf"preservation\.share={share} of batch_size=2 gives {what} class"):
+        load_config(compose(*small(*given, f"preservation.share={share}")))
+    assert PriorPreservation(prompts=["a"], share=1 / 3).images_per_batch(3) == 1
 
 
 def test_a_misspelt_setting_of_their_dataset_is_named(small, given):
-    run = Run(compose(*small(*given, "+preservation.dataset.recursiv=true")))
+    run = load_config(compose(*small(*given, "+preservation.dataset.recursiv=true")))
     with pytest.raises(ValueError, match=r"preservation\.dataset\.recursiv.* did you mean .*recursive"):
-        run.prepare()
+        prepare_samples(run)

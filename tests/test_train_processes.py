@@ -12,11 +12,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import PartialState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
-from train_helpers import CONF, adapter, compose, draw_picture, execute, launch, lines, values
+from train_helpers import CONF, adapter, compose, draw_picture, execute, launch, lines, run_training, values
 
 from flux2.sources import TINY_FOLDER
-from train.processes import OutOfStep, Processes, make_accelerator, without_fsdp
-from train.run import Run
+from train.processes import Processes, ProcessesDiverged, make_accelerator, without_fsdp
 from train.sharding import launched_to_shard
 
 pytest_plugins = ("train_helpers",)
@@ -40,7 +39,7 @@ def test_alone_there_is_nothing_to_share_or_to_exchange():
 def test_an_error_within_a_forward_of_all_is_one_of_its_own():
     """The others wait in that forward: nothing can be exchanged with them."""
     accelerator = SimpleNamespace(num_processes=2, process_index=1)
-    with pytest.raises(OutOfStep, match="KeyError: 7"):
+    with pytest.raises(ProcessesDiverged, match="KeyError: 7"):
         Processes(accelerator, sharded=True).map({}.__getitem__, [5, 7])
 
 
@@ -183,8 +182,8 @@ def test_two_processes_are_one_on_uneven_data_and_one_goes_on_where_they_stopped
     done = execute([*script, *arguments, *cut], **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "processes: 2" in done.stdout
-    Run(compose(*arguments, "batch_size=4", "steps=9", f"output_dir={one}")).train()
-    Run(compose(*arguments, "batch_size=4", "steps=9", f"resume={two}")).train()
+    run_training(compose(*arguments, "batch_size=4", "steps=9", f"output_dir={one}"))
+    run_training(compose(*arguments, "batch_size=4", "steps=9", f"resume={two}"))
     assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)] == list(range(10))
     for key in ("loss", "validation_loss"):
         assert values(two, key) == pytest.approx(values(one, key), rel=1e-5)

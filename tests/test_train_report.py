@@ -14,7 +14,7 @@ from train.plots import Curve
 from train.recommend import recommend
 from train.report_pictures import cut
 from train.slider import Cell, Shot
-from train.validate import sheet
+from train.validation.sheet import sheet
 
 pytest_plugins = ("train_helpers",)
 
@@ -190,7 +190,7 @@ def test_a_sheet_says_where_its_pictures_are_and_the_report_shows_them_one_by_on
 def save(page, prompts, file):
     from PIL.PngImagePlugin import PngInfo
 
-    from train.validate import LAYOUT
+    from train.validation.sheet import LAYOUT
 
     info = PngInfo()
     info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
@@ -198,7 +198,7 @@ def save(page, prompts, file):
 
 
 def cut_of(page, prompts):
-    from train.validate import LAYOUT
+    from train.validation.sheet import LAYOUT
 
     page.info[LAYOUT] = json.dumps({"prompts": prompts, "boxes": page.info["boxes"]})
     return cut(page)

@@ -9,14 +9,14 @@ from checkpoint_helpers import ANEW, CONFIG, IMAGES, changed, damage, look, make
 
 from train import checkpoint
 from train.folder import InUse, Lock
-from train.resume import PLACES, Place
+from train.resume import PLACES, RunLocation
 
 # ------------------------------------------------------------------ where a run goes on
 
 
 def test_a_new_run_starts_in_its_own_folder(tmp_path):
-    assert look(None, tmp_path / "new") == Place(tmp_path / "new", None)
-    assert Place(tmp_path / "new").step == 0
+    assert look(None, tmp_path / "new") == RunLocation(tmp_path / "new", None)
+    assert RunLocation(tmp_path / "new").step == 0
 
 
 def test_a_new_run_into_the_folder_of_another_is_refused(tmp_path):
@@ -28,14 +28,14 @@ def test_a_new_run_into_the_folder_of_another_is_refused(tmp_path):
 def test_a_run_folder_goes_on_from_its_newest_checkpoint(tmp_path):
     run = make_run(tmp_path / "run", 2, 10, 9)
     place = look(str(run), tmp_path / "new")
-    assert place == Place(run, run / "checkpoints" / "step_000010")
+    assert place == RunLocation(run, run / "checkpoints" / "step_000010")
     assert place.step == 10
 
 
 def test_the_newest_checkpoint_can_be_given_itself(tmp_path):
     run = make_run(tmp_path / "run", 2, 4)
     newest = run / "checkpoints" / "step_000004"
-    assert look(str(newest), tmp_path / "new") == Place(run, newest)
+    assert look(str(newest), tmp_path / "new") == RunLocation(run, newest)
 
 
 def test_an_older_checkpoint_needs_a_folder_of_its_own_to_branch_off_into(tmp_path):
@@ -44,7 +44,7 @@ def test_an_older_checkpoint_needs_a_folder_of_its_own_to_branch_off_into(tmp_pa
     with pytest.raises(ValueError, match=r"step_000004 of that run would be overwritten.*output_dir="):
         look(str(older), tmp_path / "new")
     branch = tmp_path / "branch"
-    assert look(str(older), branch, chosen=True) == Place(branch, older)
+    assert look(str(older), branch, chosen=True) == RunLocation(branch, older)
     make_run(branch)
     with pytest.raises(ValueError, match=r"already holds a run.*for the branch"):
         look(str(older), branch, chosen=True)
@@ -130,7 +130,7 @@ def test_images_may_be_cut_into_batches_differently_but_not_be_more_a_step(tmp_p
     assert look(str(run), tmp_path / "new", changed(batch_size=2, gradient_accumulation=2)).step == 2
     with pytest.raises(ValueError, match=r"batch_size \* gradient_accumulation \* processes=4 there, 8 here"):
         look(str(run), tmp_path / "new", images=8)
-    assert look("auto", tmp_path / "new", images=8) == Place(tmp_path / "new")
+    assert look("auto", tmp_path / "new", images=8) == RunLocation(tmp_path / "new")
 
 
 def test_a_damaged_configuration_is_named(tmp_path):
@@ -139,7 +139,7 @@ def test_a_damaged_configuration_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.yaml cannot be read"):
         look(str(run), tmp_path / "new")
     said = []
-    assert look("auto", tmp_path / "new", say=said.append) == Place(tmp_path / "new")
+    assert look("auto", tmp_path / "new", say=said.append) == RunLocation(tmp_path / "new")
     assert len(said) == 2
     assert re.match(r"warning: skipping .*run: .*config\.yaml cannot be read", said[0])
     assert said[1] == ANEW
@@ -225,7 +225,7 @@ def test_auto_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_p
     (run / "checkpoints" / "step_000004" / file).write_text("garbage")
     said = []
     place = look("auto", run if chosen else tmp_path / "new", chosen=chosen, say=said.append)
-    assert place == Place(run, run / "checkpoints" / "step_000002")
+    assert place == RunLocation(run, run / "checkpoints" / "step_000002")
     assert len(said) == 1
     assert said[0].startswith("warning: skipping a damaged checkpoint: ")
     assert f"step_000004/{file}" in said[0]
@@ -235,7 +235,7 @@ def test_auto_skips_a_damaged_run_and_takes_the_one_before(tmp_path):
     older = make_run(tmp_path / "1", 2)
     newer = make_run(tmp_path / "2", 4)
     (newer / "checkpoints" / "step_000004" / "state.json").write_text("{}")
-    assert look("auto", tmp_path / "3") == Place(older, older / "checkpoints" / "step_000002")
+    assert look("auto", tmp_path / "3") == RunLocation(older, older / "checkpoints" / "step_000002")
 
 
 def test_auto_does_not_start_anew_over_checkpoints_that_cannot_be_read(tmp_path):
@@ -259,7 +259,7 @@ def test_only_folders_named_after_a_step_are_checkpoints(tmp_path):
 def test_auto_skips_a_run_that_is_alive(tmp_path):
     run = make_run(tmp_path / "1", 2)
     lock = Lock(run)
-    assert look("auto", tmp_path / "2") == Place(tmp_path / "2")
+    assert look("auto", tmp_path / "2") == RunLocation(tmp_path / "2")
     lock.release()
     assert look("auto", tmp_path / "2").folder == run
 
@@ -280,38 +280,38 @@ def test_auto_takes_the_newest_unfinished_run_beside_the_new_one(tmp_path):
     make_run(tmp_path / "2026-01-01", 2)
     newest = make_run(tmp_path / "2026-01-03", 4)
     make_run(tmp_path / "2026-01-02", 6)
-    assert look("auto", tmp_path / "2026-02-01") == Place(newest, newest / "checkpoints" / "step_000004")
+    assert look("auto", tmp_path / "2026-02-01") == RunLocation(newest, newest / "checkpoints" / "step_000004")
 
 
 def test_auto_starts_anew_without_an_unfinished_run_of_this_configuration(tmp_path):
     fresh = tmp_path / "9-new"
-    assert look("auto", fresh) == Place(fresh)
+    assert look("auto", fresh) == RunLocation(fresh)
     make_run(tmp_path / "1-finished", 10, finished=True)
     make_run(tmp_path / "2-without-checkpoint")
     make_run(tmp_path / "3-other-rank", 2, config=changed(adapter={"rank": 8}))
     make_run(tmp_path / "4-beyond", 20, config=changed(steps=30))
     (tmp_path / "5-no-run").mkdir()
     (tmp_path / "6-file").touch()
-    assert look("auto", fresh) == Place(fresh)
+    assert look("auto", fresh) == RunLocation(fresh)
 
 
 def test_a_finished_run_that_was_going_on_for_longer_is_unfinished_again(tmp_path):
     run = make_run(tmp_path / "1", 10, 12, finished=True, config=changed(steps=20))
-    assert look("auto", tmp_path / "2", changed(steps=20)) == Place(run, run / "checkpoints" / "step_000012")
+    assert look("auto", tmp_path / "2", changed(steps=20)) == RunLocation(run, run / "checkpoints" / "step_000012")
 
 
 def test_auto_with_a_folder_that_was_asked_for_looks_there_alone(tmp_path):
     make_run(tmp_path / "beside", 4)
     fresh, said = tmp_path / "mine", []
-    assert look("auto", fresh, chosen=True, say=said.append) == Place(fresh)
+    assert look("auto", fresh, chosen=True, say=said.append) == RunLocation(fresh)
     assert said == [ANEW]
     make_run(fresh, 2)
-    assert look("auto", fresh, chosen=True) == Place(fresh, fresh / "checkpoints" / "step_000002")
+    assert look("auto", fresh, chosen=True) == RunLocation(fresh, fresh / "checkpoints" / "step_000002")
 
 
 def test_auto_starts_again_in_its_folder_if_nothing_was_saved_there(tmp_path):
     fresh, said = make_run(tmp_path / "mine"), []
-    assert look("auto", fresh, chosen=True, say=said.append) == Place(fresh)
+    assert look("auto", fresh, chosen=True, say=said.append) == RunLocation(fresh)
     assert said == [ANEW]
 
 
@@ -325,8 +325,10 @@ def test_auto_does_not_write_into_a_folder_whose_run_is_finished_or_another(tmp_
 
 def test_auto_in_a_finished_runs_folder_goes_on_with_more_steps(tmp_path):
     run = make_run(tmp_path / "mine", 10, finished=True)
-    assert look("auto", run, changed(steps=12), chosen=True) == Place(run, run / "checkpoints" / "step_000010")
-    assert look("auto", tmp_path / "new", changed(steps=12)) == Place(tmp_path / "new")  # beside, finished is finished
+    assert look("auto", run, changed(steps=12), chosen=True) == RunLocation(run, run / "checkpoints" / "step_000010")
+    assert look("auto", tmp_path / "new", changed(steps=12)) == RunLocation(
+        tmp_path / "new"
+    )  # beside, finished is finished
 
 
 def test_auto_does_not_write_over_a_finished_run_without_checkpoints(tmp_path):
@@ -339,7 +341,7 @@ def test_auto_that_starts_anew_says_which_key_of_the_newest_run_differs(tmp_path
     make_run(tmp_path / "1", 2, config=changed(seed=5))
     make_run(tmp_path / "2", 2, config=changed(adapter={"rank": 8}))
     said = []
-    assert look("auto", tmp_path / "3", say=said.append) == Place(tmp_path / "3")
+    assert look("auto", tmp_path / "3", say=said.append) == RunLocation(tmp_path / "3")
     assert said == [f"not going on with {tmp_path / '2'}: adapter.rank=8 there, 4 here", ANEW]
     make_run(tmp_path / "0", 2)
     said.clear()
@@ -353,10 +355,10 @@ def test_auto_that_starts_anew_says_which_key_of_the_newest_run_differs(tmp_path
 def test_samples_may_be_at_another_place_for_a_run_that_is_named_and_not_for_one_that_is_looked_for(tmp_path):
     run = make_run(tmp_path / "run", 2)
     config = changed(dataset={"path": "/mnt/demo"})
-    assert look(str(run), tmp_path / "new", config) == Place(run, run / "checkpoints" / "step_000002")
+    assert look(str(run), tmp_path / "new", config) == RunLocation(run, run / "checkpoints" / "step_000002")
     assert look("auto", run, config, chosen=True).checkpoint == run / "checkpoints" / "step_000002"
     said = []
-    assert look("auto", tmp_path / "new", config, say=said.append) == Place(tmp_path / "new")
+    assert look("auto", tmp_path / "new", config, say=said.append) == RunLocation(tmp_path / "new")
     assert "dataset.path='data/demo' there, '/mnt/demo' here" in said[0]
 
 

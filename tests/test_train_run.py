@@ -27,21 +27,26 @@ from train_helpers import (
     one_message,
     pixels,
     random_tiny,
+    run_training,
     same_tensors,
     values,
 )
 
 import flux2
+import train.encoding.prepare
 import train.processes
 import train.run
+import train.stages.model
+import train.stages.run_folder
 from flux2.precision import QuantisedLinear, pick
 from flux2.variants import VARIANTS
 from flux2.weights import load_transformer
-from train import cache, text_encoders
+from train import text_encoders
 from train.checkpoint import checkpoints
-from train.loop import Training
+from train.loop import Trainer
 from train.processes import cores, make_accelerator
-from train.run import Run
+from train.stages.memory import load_config
+from train.stages.run_folder import claim_run_folder
 from train.validate import Sampler
 
 pytest_plugins = ("train_helpers",)
@@ -97,7 +102,7 @@ def test_the_configuration_is_kept_resolved_and_makes_the_same_run_again(train, 
     kept = OmegaConf.load(run / "config.yaml")
     assert (kept.adapter.rank, kept.buckets.resolution, kept.optimizer._target_) == (4, 48, "torch.optim.AdamW")
     kept.output_dir = str(tmp_path / "again")
-    assert lines(Run(kept).train().parent) == lines(run)
+    assert lines(run_training(kept).parent) == lines(run)
 
 
 # ------------------------------------------------------------------ precision
@@ -113,13 +118,13 @@ PRECISIONS = {
 @pytest.mark.parametrize("kind", ["dev", "klein"])
 def test_a_base_in_few_bits_trains_a_float32_adapter_and_stays_as_it_is(train, monkeypatch, capsys, name, kind):
     trained = []
-    original = Training.run
+    original = Trainer.run
 
-    def keep(self):
-        trained.append(self.wrapped)
-        return original(self)
+    def keep(self, start):
+        trained.append(self.peft_model)
+        return original(self, start)
 
-    monkeypatch.setattr(Training, "run", keep)
+    monkeypatch.setattr(Trainer, "run", keep)
     exact, run = train("exact", kind=kind), train("run", *PRECISIONS[name], kind=kind)
     assert values(run)[0] == pytest.approx(values(exact)[0], rel=0.05)
     assert values(run) != values(exact)
@@ -131,7 +136,7 @@ def test_a_base_in_few_bits_trains_a_float32_adapter_and_stays_as_it_is(train, m
     kinds = {parameter.dtype for key, parameter in model.named_parameters() if "lora_" in key}
     assert kinds == {torch.float32}
     assert adapter(run).keys() == adapter(exact).keys()
-    loaded = load_transformer(Run(compose(*reread(run))).source, "cpu", pick(storage, torch.device("cpu")))
+    loaded = load_transformer(load_config(compose(*reread(run))).source, "cpu", pick(storage, torch.device("cpu")))
     stored = {key: value for key, value in loaded.named_parameters() if "qweight" in key}
     now = {key.replace(".base_layer", ""): value for key, value in model.named_parameters() if "qweight" in key}
     assert len(stored) == len(layers)
@@ -175,7 +180,7 @@ def test_the_first_steps_of_the_demo_have_the_losses_of_float32(tmp_path):
     """To 1 % in FP8 (0.5 % was measured) and 3 % in NF4 (1.6 %)."""
     losses = {}
     for name, overrides in {"fp32": ["precision=fp32"], **PRECISIONS}.items():
-        run = Run(
+        run = load_config(
             compose(
                 "+experiment=demo",
                 *overrides,
@@ -189,7 +194,7 @@ def test_the_first_steps_of_the_demo_have_the_losses_of_float32(tmp_path):
                 f"output_dir={tmp_path / name}",
             )
         )
-        losses[name] = values(run.train().parent)
+        losses[name] = values(run_training(run).parent)
     exact = losses.pop("fp32")
     for name, ours in losses.items():
         assert ours == pytest.approx(exact, rel=0.03 if name == "nf4" else 0.01)
@@ -214,7 +219,7 @@ def test_a_restricting_licence_is_named_in_every_adapter_that_is_saved(train, mo
 
 def test_a_run_names_its_folder_after_itself_and_the_time(small, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    adapter_folder = Run(compose(*small("name=cats", "steps=1"))).train()
+    adapter_folder = run_training(compose(*small("name=cats", "steps=1")))
     assert adapter_folder.parts[:2] == ("outputs", "cats")
     assert time.strptime(adapter_folder.parts[2], "%Y-%m-%d_%H-%M-%S")
 
@@ -224,8 +229,8 @@ def refuse_to_load(*args, **kwargs):
 
 
 def test_settings_are_checked_before_anything_is_loaded_or_written(run_command, small, monkeypatch, tmp_path):
-    encoders = (text_encoders, "load_text_encoder"), (cache, "load_autoencoder")
-    for module, name in (*encoders, (train.run, "load_transformer")):
+    encoders = (text_encoders, "load_text_encoder"), (train.encoding.prepare, "load_autoencoder")
+    for module, name in (*encoders, (train.stages.model, "load_transformer")):
         monkeypatch.setattr(module, name, refuse_to_load)
     folder = tmp_path / "run"
     for mistake in ("adapter.rank=0", "adapter.targets=[foo]", "optimizer.lr=x", "dataset.path=/nowhere"):
@@ -235,34 +240,31 @@ def test_settings_are_checked_before_anything_is_loaded_or_written(run_command, 
 
 def test_two_runs_of_a_name_in_the_same_second_get_folders_of_their_own(small, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.run.time, "strftime", lambda _: "noon")
-    first, second = (Run(compose(*small("name=cats"))) for _ in range(2))
-    assert [run.place().folder.name for run in (first, second)] == ["noon", "noon_1"]
-    first.release()
-    second.release()
+    monkeypatch.setattr(train.stages.run_folder.time, "strftime", lambda _: "noon")
+    first, second = (load_config(compose(*small("name=cats"))) for _ in range(2))
+    with claim_run_folder(first) as one, claim_run_folder(second) as other:
+        assert [one.folder.name, other.folder.name] == ["noon", "noon_1"]
 
 
 def test_a_folder_that_another_run_writes_is_refused_by_name(run_command, small, tmp_path):
-    alive = Run(compose(*small(f"output_dir={tmp_path / 'run'}")))
-    assert alive.place() == alive.place()
-    for settings in ([], ["resume=auto"]):
-        message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}", *settings))
-        assert message.startswith(f"{tmp_path / 'run'} is in use")
-    alive.release()
+    alive = load_config(compose(*small(f"output_dir={tmp_path / 'run'}")))
+    with claim_run_folder(alive):
+        for settings in ([], ["resume=auto"]):
+            message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}", *settings))
+            assert message.startswith(f"{tmp_path / 'run'} is in use")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_being_resumed_is_not_resumed_twice(run_command, train, small, tmp_path):
     run = train("run", "steps=1", "checkpoint_every=1")
-    alive = Run(compose(*small(f"resume={run}")))
-    alive.place()
-    assert run_command.refused(*small(f"resume={run}")).startswith(f"{run} is in use")
-    alive.release()
+    alive = load_config(compose(*small(f"resume={run}")))
+    with claim_run_folder(alive):
+        assert run_command.refused(*small(f"resume={run}")).startswith(f"{run} is in use")
 
 
 def test_places_that_cannot_be_written_are_named_before_anything_is_loaded(run_command, small, monkeypatch, tmp_path):
-    encoders = (text_encoders, "load_text_encoder"), (cache, "load_autoencoder")
-    for module, name in (*encoders, (train.run, "load_transformer")):
+    encoders = (text_encoders, "load_text_encoder"), (train.encoding.prepare, "load_autoencoder")
+    for module, name in (*encoders, (train.stages.model, "load_transformer")):
         monkeypatch.setattr(module, name, refuse_to_load)
     file = tmp_path / "file"
     file.touch()
@@ -572,8 +574,8 @@ def test_sigterm_saves_and_the_resumed_run_has_the_losses_of_an_uninterrupted_on
     assert f"stopped by SIGTERM after step {done}, saved in {place}; go on with:" in err
     assert "Traceback" not in err
     steps = f"steps={done + 2}"
-    resumed = Run(compose(*arguments, steps, "resume=auto", f"output_dir={cut}")).train().parent
-    whole = Run(compose(*arguments, steps, f"output_dir={tmp_path / 'whole'}")).train().parent
+    resumed = run_training(compose(*arguments, steps, "resume=auto", f"output_dir={cut}")).parent
+    whole = run_training(compose(*arguments, steps, f"output_dir={tmp_path / 'whole'}")).parent
     assert lines(resumed) == lines(whole)
 
 

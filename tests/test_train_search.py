@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from train_helpers import CONF, adapter, execute, launch, lines, random_tiny, same_tensors
 
 import train.run
+import train.stages.model
 from train import jobs, slurm
 from train.stopping import Interrupted
 
@@ -59,7 +60,7 @@ def test_a_search_minimises_the_last_validation_loss_and_survives_a_trial_that_f
 
 @pytest.mark.parametrize("setting", ["validate_every=0", "validation.samples=0"])
 def test_a_search_without_a_validation_loss_is_one_error_before_anything_is_loaded(search, monkeypatch, setting):
-    monkeypatch.setattr(train.run, "load_transformer", lambda *a, **o: pytest.fail("loaded"))
+    monkeypatch.setattr(train.stages.model, "load_transformer", lambda *a, **o: pytest.fail("loaded"))
     code, _, err = search("hydra.sweeper.n_trials=3", "validate_every=1", setting, "optimizer.lr=interval(1e-4,1e-1)")
     assert code == 2
     assert err.count("error: ") == 1

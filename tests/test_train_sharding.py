@@ -8,17 +8,17 @@ import torch
 from sharding_worker import CASES, PRECISIONS, SOURCE, findings, inputs, loss_of
 from test_flux2_adapter_types import TYPES, stirred
 from torch.distributed.tensor import DTensor
-from train_helpers import CONF, adapter, compose, execute, free_port, launch, lines, values
+from train_helpers import CONF, adapter, compose, execute, free_port, launch, lines, run_training, values
 
 from flux2 import adapters
 from flux2.sources import model_source
 from flux2.weights import load_transformer
-from train.command import checked
+from train.config.instantiate import parse_settings
+from train.config.settings import MemorySettings, RunSettings
 from train.plan import main as plan
 from train.processes import trained
-from train.run import Run
-from train.settings import MemorySettings, RunSettings
-from train.sharding import SETTINGS, attached, check_memory, launched_to_shard, sharder
+from train.sharding import SETTINGS, attached, launched_to_shard, sharder
+from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
 
@@ -141,13 +141,13 @@ def test_accelerates_fsdp_settings_are_what_is_done_or_refused():
 
 
 def test_one_process_cannot_shard(small, monkeypatch, tmp_path):
-    run = Run(compose(*small("shard=true", f"output_dir={tmp_path / 'run'}")))
+    run = load_config(compose(*small("shard=true", f"output_dir={tmp_path / 'run'}")))
     with pytest.raises(ValueError, match=r"shard=true .* this is one: .*--num_processes 2"):
-        run.train()
+        run_training(run)
     for key, value in FSDP2.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match="this is one"):
-        Run(compose(*small(f"output_dir={tmp_path / 'run'}"))).train()
+        run_training(compose(*small(f"output_dir={tmp_path / 'run'}")))
     assert not (tmp_path / "run").exists()
 
 
@@ -157,8 +157,8 @@ def test_one_process_cannot_shard(small, monkeypatch, tmp_path):
 def test_what_a_sharded_base_cannot_be_together_with_is_refused(small, setting, off):
     key = setting.partition("=")[0]
     with pytest.raises(ValueError, match=rf"memory\.{setting} cannot .* set memory\.{key}={off}, or shard=false"):
-        Run(compose(*small("shard=true", f"memory.{setting}")))
-    check_memory(MemorySettings("none"))
+        load_config(compose(*small("shard=true", f"memory.{setting}")))
+    MemorySettings("none").check_sharded()
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "loha", "lokr", "oft"])
@@ -168,10 +168,10 @@ def test_which_adapters_a_sharded_base_takes_is_said_before_anything_is_loaded(s
     settings += ["adapter.block_size=16"] if kind == "oft" else []
     if kind in ("dora", "pissa"):
         with pytest.raises(ValueError, match=rf"shard=true .*adapter={kind}\).*adapter=lora, .* or set shard=false"):
-            Run(compose(*settings, *common))
+            load_config(compose(*settings, *common))
     else:
-        assert Run(compose(*settings, *common)).processes.sharded
-    assert Run(compose(*settings, f"adapter={kind}")).processes.sharded is False
+        assert load_config(compose(*settings, *common)).processes.sharded
+    assert load_config(compose(*settings, f"adapter={kind}")).processes.sharded is False
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_an_adapter_of_each_other_type_on_a_sharded_base_learns_the_same(one_pro
 
 def test_shard_is_true_or_false():
     with pytest.raises(ValueError, match="shard='yes' must be true or false"):
-        checked("", {"shard": "yes"}, RunSettings)
+        parse_settings("", {"shard": "yes"}, RunSettings)
 
 
 def test_the_plan_of_a_sharded_run_divides_the_base(run_command):
@@ -244,11 +244,11 @@ def test_a_sharded_run_is_that_of_one_process_and_is_resumed_by_one(tmp_path):
     share = re.search(r"is sharded: each of 2 processes keeps ([\d.]+) MB of its ([\d.]+) MB, and", done.stdout)
     assert 0.45 < float(share[1]) / float(share[2]) < 0.55
     accumulated = [*arguments, "gradient_accumulation=2"]
-    Run(compose(*accumulated, "steps=4", f"output_dir={one}")).train()
+    run_training(compose(*accumulated, "steps=4", f"output_dir={one}"))
     assert values(two) == pytest.approx(values(one)[:2], rel=1e-5)
     assert values(two, "validation_loss") == pytest.approx(values(one, "validation_loss")[:2], rel=1e-5)
     assert (two / "samples" / "step_000000.png").read_bytes() == (one / "samples" / "step_000000.png").read_bytes()
-    Run(compose(*accumulated, "steps=4", f"resume={two}")).train()
+    run_training(compose(*accumulated, "steps=4", f"resume={two}"))
     assert [line["step"] for line in lines(two)] == [0, 1, 2, 3, 4]
     assert values(two) == pytest.approx(values(one), rel=1e-5)
     for name, tensor in adapter(one).items():

@@ -8,10 +8,9 @@ import sys
 import pytest
 import torch
 from omegaconf import OmegaConf
-from train_helpers import compose, execute, random_tiny, values
+from train_helpers import compose, execute, random_tiny, run_training, values
 
 from train import jobs, relaunch, slurm
-from train.run import Run
 from train.stopping import Interrupted
 
 pytest_plugins = ("train_helpers",)
@@ -150,6 +149,6 @@ def test_a_job_of_two_processes_is_the_run_of_one(tmp_path):
     assert len(re.findall("processes: 2, CPU threads each: ", said)) == 1, said
     assert [job.status for job in jobs.read_jobs(tmp_path / "two")] == ["done", "failed"]
     assert done.stdout.count("adapter.rank=0 must be a whole number from 1") == 1
-    one = Run(compose(*settings, "batch_size=2", "adapter.rank=2", f"output_dir={tmp_path / 'one'}")).train().parent
+    one = run_training(compose(*settings, "batch_size=2", "adapter.rank=2", f"output_dir={tmp_path / 'one'}")).parent
     for key in ("loss", "validation_loss"):
         assert values(tmp_path / "two" / "0", key) == pytest.approx(values(one, key), rel=1e-5)

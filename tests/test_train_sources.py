@@ -11,12 +11,11 @@ import datasets
 import pyarrow
 import pytest
 from data_helpers import encoded, keep_caches_in, lines, shard, write
-from train_helpers import CAPTIONS, compose, draw_picture
+from train_helpers import CAPTIONS, compose, draw_picture, run_training
 from train_helpers import lines as metrics
 
 from data.loader import Batch, Loader
-from train.cache import prepare as fill_caches
-from train.run import Run
+from train.encoding.prepare import prepare as fill_caches
 
 pytest_plugins = ("train_helpers",)
 
@@ -154,7 +153,7 @@ def trained(tmp_path: Path, cache: Path, *settings: str) -> list[float]:
     ]
     intervals = ["log_every=1", "checkpoint_every=0", "sample_every=0", "validate_every=0"]
     run = f"output_dir={tmp_path / 'run'}"
-    folder = Run(compose(*small, *intervals, f"cache_dir={cache}", run, *settings)).train().parent
+    folder = run_training(compose(*small, *intervals, f"cache_dir={cache}", run, *settings)).parent
     return [line["loss"] for line in metrics(folder) if "loss" in line]
 
 
@@ -219,7 +218,7 @@ def test_what_captions_and_masks_ask_for_reaches_the_batches(
 def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails if the caches are filled."""
     called: list[object] = []
-    monkeypatch.setattr("train.run.prepare", lambda *given: called.append(given) or fill_caches(*given))
+    monkeypatch.setattr("train.stages.data.prepare", lambda *given: called.append(given) or fill_caches(*given))
     yield
     assert called == []
 

@@ -91,7 +91,7 @@ def test_an_error_in_mid_training_saves_the_last_whole_step_and_says_where(train
 
 def test_an_error_in_the_middle_of_an_update_saves_nothing_that_is_half_done(train, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.optim.AdamW, "step", failing(RuntimeError("ours")))
-    monkeypatch.setattr("train.configured.try_out", lambda *arguments: None)
+    monkeypatch.setattr("train.config.run_config.try_out", lambda *arguments: None)
     with pytest.raises(RuntimeError) as raised:
         train("run")
     assert raised.value.__notes__ == ["No checkpoint was saved yet"]

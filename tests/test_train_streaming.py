@@ -7,7 +7,7 @@ from train_helpers import CONF, adapter, compose, lines, same_tensors
 
 from flux2.checkpointing import POLICIES
 from flux2.offload import Offloader
-from train.run import Run
+from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers", "offload_helpers")
 
@@ -78,4 +78,4 @@ def test_a_run_resumes_with_streaming_where_it_stopped_without(train, scrambled:
 )
 def test_settings_that_cannot_be_are_one_message(small, setting: str, said: str) -> None:
     with pytest.raises(ValueError, match=f"^{said}"):
-        Run(compose(*small(setting)))
+        load_config(compose(*small(setting)))

@@ -12,9 +12,13 @@ import pytest
 import torch
 from train_helpers import ROOT, adapter, ask_to_stop, compose, environment, lines, same_tensors, values
 
+import train.folder
 import train.run
+import train.stages.data
+import train.stages.model
 from train import jobs, shared, sweep, sweep_page
 from train.shared import SHARED, Base, Shared, checksum, state_of
+from train.stages.memory import load_config
 from train.text_encoders import LocalTextEncoder
 
 pytest_plugins = ("train_helpers", "offload_helpers")
@@ -39,13 +43,14 @@ def loads(monkeypatch):
     found = []
 
     def spy(name):
-        load = getattr(train.run, name)
+        place = train.stages.data if name == "prepare" else train.stages.model
+        load = getattr(place, name)
 
         def loaded(*arguments, **options):
             found.append(name)
             return load(*arguments, **options)
 
-        monkeypatch.setattr(train.run, name, loaded)
+        monkeypatch.setattr(place, name, loaded)
 
     spy("load_transformer")
     spy("load_autoencoder")
@@ -89,9 +94,11 @@ def test_jobs_load_once_and_give_what_they_give_alone(grid, train, loads, tmp_pa
 
 def test_another_precision_frees_the_old_transformer_before_it_is_loaded(grid, loads, monkeypatch):
     held = []
-    load = train.run.load_transformer
+    load = train.stages.model.load_transformer
     monkeypatch.setattr(
-        train.run, "load_transformer", lambda *a, **o: (held.append(SHARED.held(torch.device("cpu"))), load(*a, **o))[1]
+        train.stages.model,
+        "load_transformer",
+        lambda *a, **o: (held.append(SHARED.held(torch.device("cpu"))), load(*a, **o))[1],
     )
     code, out, err = grid("precision=fp32,bf16", "steps=1")
     assert code == 0, err
@@ -102,7 +109,7 @@ def test_another_precision_frees_the_old_transformer_before_it_is_loaded(grid, l
 
 def test_what_a_job_left_is_freed_before_an_encoder_is_loaded(grid, monkeypatch):
     held, at_start = [], []
-    load, prepare = LocalTextEncoder.load, train.run.Run.prepare
+    load, prepare = LocalTextEncoder.load, train.stages.data.prepare_samples
 
     def spied(*arguments):
         held.append(SHARED.held(torch.device("cpu")))
@@ -113,7 +120,7 @@ def test_what_a_job_left_is_freed_before_an_encoder_is_loaded(grid, monkeypatch)
         return prepare(run)
 
     monkeypatch.setattr(LocalTextEncoder, "load", spied)
-    monkeypatch.setattr(train.run.Run, "prepare", prepared)
+    monkeypatch.setattr(train.stages.data, "prepare_samples", prepared)
     code, out, err = grid("sample.prompts=[a fox],[a red fox]", "cache_dir=null", "steps=1")
     assert code == 0, err
     assert held == [0, 0]
@@ -310,7 +317,7 @@ def test_a_job_that_was_killed_has_no_word_and_one_that_holds_its_folder_runs(tm
         folder.mkdir()
         jobs.note(folder, status=jobs.RUNNING, overrides=["a=1"], steps=4)
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    lock = train.run.folder.Lock(tmp_path / "1")
+    lock = train.folder.Lock(tmp_path / "1")
     try:
         killed, running = jobs.read_jobs(tmp_path)
     finally:
@@ -362,7 +369,7 @@ def test_a_sheet_that_cannot_be_read_is_left_out(tmp_path):
 def test_the_free_memory_counts_what_the_job_before_left(model_folders, small):
     from train.choose import free_bytes
 
-    run = train.run.Run(compose(*small()))
+    run = load_config(compose(*small()))
     before = SHARED.held(torch.device("cpu"))
     with SHARED.job(keeps=True):
         base = SHARED.take("transformer", "key", run.load_base, str)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from remote_helpers import SECRET, FakeServer, RealServer, harmful_archive, saved
 from safetensors.torch import load_file
-from train_helpers import CAPTIONS, Command, compose, values
+from train_helpers import CAPTIONS, Command, compose, run_training, values
 
 from flux2.answers import IDENTITY_HEADER
 from flux2.remote import PUBLISHED, TOKEN
@@ -17,7 +17,8 @@ from flux2.sources import TINY_FOLDER, ModelSource
 from flux2.variants import VARIANTS
 from train import text_encoders
 from train.cache import main
-from train.run import Run
+from train.stages.data import prepare_samples
+from train.stages.memory import load_config
 from train.text_encoders import LocalTextEncoder, RemoteTextEncoder
 
 pytest_plugins = ("remote_helpers", "train_helpers")
@@ -61,7 +62,7 @@ def test_training_from_the_real_server_is_training_from_this_machine_and_the_tok
     far, near = tmp_path / "far", tmp_path / "near"
     code, out, err = run_command(*tiny(pictures, far / "cache", f"output_dir={far / 'run'}", *asked))
     assert code == 0, err
-    Run(compose(*tiny(pictures, near / "cache", f"output_dir={near / 'run'}"))).train()
+    run_training(compose(*tiny(pictures, near / "cache", f"output_dir={near / 'run'}")))
     assert len(values(far / "run")) == 2
     assert values(far / "run") == values(near / "run")
     ours = embeddings(near / "cache")
@@ -113,7 +114,7 @@ def test_training_goes_on_though_every_third_request_fails_and_the_server_is_slo
 
     server.answer = slow
     more = remote(server, f"text_encoder.protocol={protocol}", "steps=2", f"output_dir={tmp_path / 'run'}")
-    Run(compose(*small(*more, f"cache_dir={tmp_path / 'cache'}"))).train()
+    run_training(compose(*small(*more, f"cache_dir={tmp_path / 'cache'}")))
     assert len(values(tmp_path / "run")) == 2
     assert sorted(server.given) == sorted(WANTED)
     assert len(server.asked) > len(WANTED)
@@ -129,7 +130,7 @@ def test_a_servers_dtype_may_be_another_than_the_models(fake_server, small, tmp_
     every = ["steps=2", "sample_every=2", "validate_every=1", "sample.prompts=[a cup]", "sample.steps=1"]
     held = ["preservation=base", "preservation.prompts=[a fox]", f"cache_dir={tmp_path / 'cache'}"]
     more = remote(server, "text_encoder.protocol=published", f"output_dir={tmp_path / 'run'}", *every, *held)
-    Run(compose(*small(*more))).train()
+    run_training(compose(*small(*more)))
     assert {tensor.dtype for tensor in embeddings(tmp_path / "cache").values()} == {torch.bfloat16}
     assert len(values(tmp_path / "run")) == 2
     assert len(list((tmp_path / "run" / "samples").iterdir())) >= 2
@@ -149,7 +150,7 @@ def test_as_many_prompts_are_under_way_as_the_setting_says_each_in_its_own_reque
 
         server.answer = wait
         cache = f"cache_dir={tmp_path / str(most)}"
-        Run(compose(*small(*remote(server, f"text_encoder.in_flight={most}"), cache))).prepare()
+        prepare_samples(load_config(compose(*small(*remote(server, f"text_encoder.in_flight={most}"), cache))))
         assert server.most == most
         assert sorted(server.given) == sorted(WANTED)
 
@@ -237,7 +238,7 @@ def test_servers_that_are_not_known_to_be_equal_share_nothing(fake_server, small
 
     def asked(server, *more):
         server.asked.clear()
-        Run(compose(*small(*remote(server, *more), f"cache_dir={tmp_path / 'cache'}"))).prepare()
+        prepare_samples(load_config(compose(*small(*remote(server, *more), f"cache_dir={tmp_path / 'cache'}"))))
         return len(server.asked)
 
     assert asked(first) == len(WANTED)
@@ -284,7 +285,7 @@ def test_prompts_that_the_server_cut_are_told(fake_server, small, tmp_path, run_
 
 
 def test_the_published_endpoint_is_the_default():
-    encoder = Run(compose("text_encoder=remote")).text_encoder
+    encoder = load_config(compose("text_encoder=remote")).text_encoder
     assert (encoder.url, encoder.protocol) == (PUBLISHED, None)
 
 
@@ -314,5 +315,5 @@ def test_a_refused_setting_is_named(settings, said):
 def test_nothing_is_loaded_here(fake_server, small, tmp_path, monkeypatch):
     monkeypatch.setattr(text_encoders, "load_text_encoder", lambda *_: pytest.fail("a text encoder was loaded"))
     server = fake_server(helpers.VARIANTS["dev"])
-    Run(compose(*small(*remote(server), f"cache_dir={tmp_path}"))).prepare()
+    prepare_samples(load_config(compose(*small(*remote(server), f"cache_dir={tmp_path}"))))
     assert sorted(server.given) == sorted(WANTED)

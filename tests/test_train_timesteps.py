@@ -6,7 +6,7 @@ import torch
 from train_helpers import compose
 
 from flux2.sampling import schedule, shift
-from train.run import Run
+from train.stages.memory import load_config
 from train.timesteps import LogitNormal, Mode, Uniform
 
 pytest_plugins = ("train_helpers",)
@@ -77,10 +77,10 @@ def test_the_empirical_shift_is_read_off_the_two_published_lines():
 def test_the_empirical_shift_follows_the_models_own_steps_unless_others_are_given():
     given = {"klein_4b": 4, "klein_base_4b": 50, "dev": 28}
     for model, steps in given.items():
-        run = Run(compose(f"model={model}", "timesteps.shift=empirical", "device=cpu"))
+        run = load_config(compose(f"model={model}", "timesteps.shift=empirical", "device=cpu"))
         assert run.timesteps.sampling_steps == steps
-    few = Run(compose("model=klein_base_4b", "timesteps.shift=empirical", "timesteps.steps=4", "device=cpu"))
-    assert few.timesteps.mu(1024) == Run(
+    few = load_config(compose("model=klein_base_4b", "timesteps.shift=empirical", "timesteps.steps=4", "device=cpu"))
+    assert few.timesteps.mu(1024) == load_config(
         compose("model=klein_4b", "timesteps=uniform", "timesteps.shift=empirical", "device=cpu")
     ).timesteps.mu(1024)
 

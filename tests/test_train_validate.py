@@ -9,7 +9,9 @@ from train_helpers import compose, draw_picture, pixels, values
 
 from flux2 import adapters
 from flux2.weights import load_transformer
-from train.run import Run
+from train.stages.data import prepare_samples
+from train.stages.memory import load_config
+from train.stages.model import load_sampler
 from train.validate import TIMES, FixedNoiseLoss, SampleSettings, ValidationSettings, chosen_samples, sheet, wrap
 
 pytest_plugins = ("train_helpers",)
@@ -81,8 +83,8 @@ def test_a_refused_setting_of_validation_is_named_with_its_value(settings, said)
 @pytest.fixture
 def measured(small):
     """A model and its loss at fixed noise over two samples."""
-    run = Run(compose(*small()))
-    dataset, prepared = run.prepare()
+    run = load_config(compose(*small()))
+    dataset, prepared = prepare_samples(run)
     chosen = chosen_samples(dataset, prepared, (1, 4))
     return load_transformer(run.source), FixedNoiseLoss(prepared, chosen, seed=0)
 
@@ -219,14 +221,16 @@ def test_a_refused_setting_of_the_sheets_is_named_with_its_value(settings, said)
 
 
 def test_every_prompt_has_a_seed_of_its_own_whatever_the_others_are(small):
-    run = Run(compose(*small("sample.prompts=[a fox, a fox, a red cup]", "sample.steps=1", "sample_every=1")))
-    _, prepared = run.prepare()
-    sampler, model = run.sampler(prepared), load_transformer(run.source)
+    run = load_config(compose(*small("sample.prompts=[a fox, a fox, a red cup]", "sample.steps=1", "sample_every=1")))
+    prepared = prepare_samples(run).cached
+    sampler, model = load_sampler(run, prepared), load_transformer(run.source)
     assert sampler.sizes == [(48, 48)] * 3
     first, second, third = sampler.pictures(model)
     assert abs(pixels(first) - pixels(second)).max() > 8
-    alone = Run(compose(*small("sample.prompts=[a red cup]", "sample.seed=2", "sample.steps=1", "sample_every=1")))
-    (again,) = alone.sampler(prepared).pictures(model)
+    alone = load_config(
+        compose(*small("sample.prompts=[a red cup]", "sample.seed=2", "sample.steps=1", "sample_every=1"))
+    )
+    (again,) = load_sampler(alone, prepared).pictures(model)
     assert abs(pixels(again) - pixels(third)).max() == 0
 
 
@@ -249,9 +253,10 @@ def test_each_prompt_is_shown_as_the_edit_of_its_own_files_in_the_shape_of_the_f
 
     def shown(prompts, references):
         given = f"[{','.join('[' + ','.join(names) + ']' for names in references)}]"
-        run = Run(compose(*small(f"sample.prompts=[{','.join(prompts)}]", f"sample.references={given}", *settings)))
-        _, prepared = run.prepare()
-        return run.sampler(prepared), load_transformer(run.source)
+        run = load_config(
+            compose(*small(f"sample.prompts=[{','.join(prompts)}]", f"sample.references={given}", *settings))
+        )
+        return load_sampler(run, prepare_samples(run).cached), load_transformer(run.source)
 
     sampler, model = shown(["the fox"] * 4, [[wide, square], [tall], [], [square]])
     assert sampler.sizes == [(64, 32), (32, 64), (48, 48), (48, 48)]
@@ -269,8 +274,8 @@ def test_each_prompt_is_shown_as_the_edit_of_its_own_files_in_the_shape_of_the_f
 
 def test_a_run_without_prompts_or_sheets_has_no_sampler(small):
     for settings in ([], ["sample.prompts=[a fox]"]):
-        run = Run(compose(*small(*settings)))
-        assert run.sampler(run.prepare()[1]) is None
+        run = load_config(compose(*small(*settings)))
+        assert load_sampler(run, prepare_samples(run).cached) is None
 
 
 def plain(colour, size=(64, 48)):
@@ -344,5 +349,5 @@ def test_the_best_checkpoints_are_not_kept_by_a_loss_that_is_not_measured(small)
     with pytest.raises(
         ValueError, match=r"keep_best=1 goes by the validation loss, which validation\.samples=0 does not"
     ):
-        Run(compose(*given))
-    Run(compose(*given, "validation.held_out=1"))
+        load_config(compose(*given))
+    load_config(compose(*given, "validation.held_out=1"))

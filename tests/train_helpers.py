@@ -33,9 +33,13 @@ from data.loader import Batch
 from flux2.sources import TINY_FOLDER
 from flux2.variants import VARIANTS
 from train.command import command
-from train.loop import Training
+from train.config.run_config import RunConfig
+from train.loop import Trainer
 from train.loss import Noised, add_noise, draw
-from train.run import Run, main
+from train.run import main
+from train.run import train as run_stages
+from train.stages.memory import load_config
+from train.stages.run_folder import claim_run_folder
 from train.timesteps import Uniform
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +107,13 @@ def random_tiny(folder: Path) -> Path:
     return folder
 
 
+def run_training(config: DictConfig | RunConfig) -> Path:
+    """Train one configuration without saying where everything is; returns the adapter's folder."""
+    run = load_config(config) if isinstance(config, DictConfig) else config
+    with claim_run_folder(run) as location:
+        return run_stages(run, location)[0]
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six captioned pictures, four square and two wide: two buckets at 48 px."""
@@ -161,7 +172,7 @@ def train(small: Callable[..., list[str]], tmp_path: Path) -> Train:
     """`train("run", *overrides)`: a small run into `tmp_path / "run"`; gives the run folder."""
 
     def run(name: str, *overrides: str, kind: str = "dev") -> Path:
-        return Run(compose(*small(f"output_dir={tmp_path / name}", *overrides, kind=kind))).train().parent
+        return run_training(compose(*small(f"output_dir={tmp_path / name}", *overrides, kind=kind))).parent
 
     return run
 
@@ -171,15 +182,15 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
     """`at_step(3, action)`: call `action` once, before the gradients of the step with three finished ones."""
 
     def plant(step: int, action: Callable[[], None]) -> None:
-        accumulate = Training.accumulate
+        accumulate = Trainer.accumulate_gradients
 
-        def planted(self: Training, model: torch.nn.Module, now: int) -> Any:
+        def planted(self: Trainer, model: torch.nn.Module, now: int) -> Any:
             if now == step:
-                monkeypatch.setattr(Training, "accumulate", accumulate)
+                monkeypatch.setattr(Trainer, "accumulate_gradients", accumulate)
                 action()
             return accumulate(self, model, now)
 
-        monkeypatch.setattr(Training, "accumulate", planted)
+        monkeypatch.setattr(Trainer, "accumulate_gradients", planted)
 
     return plant
 

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 Made = TypeVar("Made")
 
 
-class Ahead(Generic[Made]):
+class Prefetcher(Generic[Made]):
     """`make(step)` in one thread of its own, so that it needs no lock, and at most one step ahead.
 
     Args:
@@ -18,7 +18,7 @@ class Ahead(Generic[Made]):
 
     def __init__(self, make: Callable[[int], Made]) -> None:
         self._make = make
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._begun: tuple[int, Future[Made]] | None = None
 
     def begin(self, step: int) -> None:

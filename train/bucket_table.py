@@ -10,7 +10,7 @@ from rich.table import Table
 
 from data.buckets import Buckets
 from data.latents import LatentPlan, Row
-from train.wording import many
+from train.utils.text import many
 
 MOST_ROWS = 20
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -23,19 +23,14 @@ from flux2.precision import Precision, convert, pick_dtype
 from flux2.sources import ModelSource
 from flux2.variants import Variant
 from train.cards import CONTEXT_GB, GIB, Gpu, gpu, usable
-from train.classes import class_size
+from train.config.memory import CHOSEN, FREE, Choice, choice_of, fixed_keys, settings_of
+from train.config.run_config import RunConfig
 from train.outofmemory import OutOfMemory
 from train.predict import Planner, Prediction
 from train.shared import SHARED
-from train.workload import Choice, Job, tokens
+from train.workload import Job, tokens
 
-if TYPE_CHECKING:
-    from train.configured import Configured
-
-# keys of `memory` that may be null
-CHOSEN = ("checkpointing", "budget_gb", "stream_blocks", "offload_activations", "keep_both_layouts")
 LEAST_STEP = 0.03  # of what a run takes: an advice after an error saves at least this, as memory is in pieces
-FREE = "free"  # memory.card_gb: whatever is free on the device at hand
 
 
 def policies(planner: Planner, fixed: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
@@ -120,9 +115,9 @@ def skeleton(variant: Variant, precision: Precision, adapt: Callable[[Transforme
     return model
 
 
-def planned_precision(run: Configured, on_gpu: bool, in_fp8: bool = True) -> Precision:
+def planned_precision(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Precision:
     """That of a run, as on a GPU: FP8 products if the GPU at hand can do them; of one that is not there if `in_fp8`."""
-    given = {key: value for key, value in run.config["precision"].items() if value is not None}
+    given = {key: value for key, value in config.config["precision"].items() if value is not None}
     dtype = pick_dtype(given.pop("dtype", None), torch.device("cuda" if on_gpu else "cpu"))
     if "layers" in given:
         given["layers"] = tuple(given["layers"])
@@ -141,45 +136,45 @@ def references_of(dataset: Mapping[str, Any]) -> int:
     return max([len(named), *map(references_of, (dataset.get("sources") or {}).values())])
 
 
-def job_of(run: Configured, on_gpu: bool, in_fp8: bool = True) -> Job:
+def job_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Job:
     """What of a run decides memory and time. Pictures are counted as squares, the largest of the buckets.
 
     Args:
         in_fp8: whether a GPU that is not there multiplies FP8 (compute capability 8.9 and above).
     """
-    settings, side = run.settings, run.buckets.largest
-    samples = bool(run.sample.prompts) and settings.sample_every > 0
-    each = [run.sampled(paths) for paths in run.sample.edits if samples]
+    settings, side = config.settings, config.buckets.largest
+    samples = bool(config.sample.prompts) and settings.sample_every > 0
+    each = [config.sample_references(paths) for paths in config.sample.edits if samples]
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
-    held = min(run.held.samples, settings.batch_size) if run.held.active else 0
-    prior = run.prior
-    precision = planned_precision(run, on_gpu, in_fp8)
+    held = min(config.preservation.samples, settings.batch_size) if config.preservation.active else 0
+    prior = config.prior
+    precision = planned_precision(config, on_gpu, in_fp8)
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
     return Job(
-        variant=run.variant,
-        model=skeleton(run.variant, precision, partial(run.make_adapter, seed=settings.seed)),
+        variant=config.variant,
+        model=skeleton(config.variant, precision, partial(config.make_adapter, seed=settings.seed)),
         dtype=precision.dtype,
-        optimizer=run.make_optimizer,
+        optimizer=config.make_optimizer,
         pixels=(side, side),
-        references=[(settings.reference_resolution,) * 2 for _ in range(references_of(run.config["dataset"]))],
-        sample_pixels=(run.sample.width or side, run.sample.height or side) if samples else None,
+        references=[(settings.reference_resolution,) * 2 for _ in range(references_of(config.config["dataset"]))],
+        sample_pixels=(config.sample.width or side, config.sample.height or side) if samples else None,
         sample_references=max(edited, key=lambda sizes: sum(map(tokens, sizes)), default=[]),
-        text_tokens=run.text_encoder.length or run.variant.text.length,
+        text_tokens=config.text_encoder.length or config.variant.text.length,
         rows=settings.batch_size + held,
         held=held,
         accumulation=settings.gradient_accumulation,
         averaged=settings.ema_decay > 0,
-        class_rows=prior.beside(settings.batch_size) if prior else 0,
-        class_pixels=class_size(run) if prior and prior.draws else None,
-        validates=settings.validate_every > 0 and bool(run.validation.held_out or run.validation.samples),
+        class_rows=prior.images_per_batch(settings.batch_size) if prior else 0,
+        class_pixels=config.class_image_size if prior and prior.draws else None,
+        validates=settings.validate_every > 0 and bool(config.validation.held_out or config.validation.samples),
         on_gpu=on_gpu,
         storage=precision.storage,
-        compiled=run.memory.compile,
-        usual=not held and prior is None and precision == plain and run.memory.attention is None,
-        text_sizes=text_sizes(run.source),
-        text_storage=run.text_encoder.storage,
-        text_here=run.text_encoder.here,
-        shares=run.shares,
+        compiled=config.memory.compile,
+        usual=not held and prior is None and precision == plain and config.memory.attention is None,
+        text_sizes=text_sizes(config.source),
+        text_storage=config.text_encoder.storage,
+        text_here=config.text_encoder.here,
+        shares=config.shares,
     )
 
 
@@ -193,41 +188,18 @@ def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-def fixed_keys(memory: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the group that are given and so not to be chosen."""
-    return {key: memory[key] for key in CHOSEN if memory.get(key) is not None}
-
-
-def settings_of(choice: Choice) -> dict[str, Any]:
-    """All keys of the group that can be chosen."""
-    return {key: getattr(choice, key) for key in CHOSEN}
-
-
-def completed(memory: Mapping[str, Any]) -> dict[str, Any]:
-    """The group with what is to be chosen set to a default, so that the rest can be checked."""
-    needed = {"budget_gb": 0.0} if memory.get("checkpointing") == "budget" and memory.get("budget_gb") is None else {}
-    choice = choice_of({**memory, **needed})
-    chosen = {key: value for key, value in settings_of(choice).items() if key in memory}
-    return dict(memory) | (chosen if memory.get("card_gb") is not None else {})
-
-
-def choice_of(memory: Mapping[str, Any]) -> Choice:
-    """The choice that a group `memory` without nulls is."""
-    return Choice(**fixed_keys(memory))
-
-
-def planned(run: Configured, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The group `memory` with its nulls chosen for `card_gb`, and a sentence that says what and why.
 
     Raises:
         ValueError: nothing that can be chosen fits.
     """
-    device = run.accelerator.device
+    device = config.accelerator.device
     card_gb = memory["card_gb"]
     if card_gb == FREE:  # of all processes the least, so that all choose alike
         free = torch.tensor([float(free_bytes(device))], dtype=torch.float64, device=device)
-        card_gb = round(run.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
-    planner = Planner(job_of(run, device.type == "cuda"))
+        card_gb = round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
+    planner = Planner(job_of(config, device.type == "cuda"))
     on, fixed, limit = gpu(gpu_name(device), card_gb), fixed_keys(memory), usable(card_gb)
     found = choose(planner, fixed, limit, on)
     if found is None:
@@ -242,17 +214,17 @@ def planned(run: Configured, memory: Mapping[str, Any]) -> tuple[dict[str, Any],
     return dict(memory) | chosen | {"card_gb": card_gb}, why
 
 
-def still_fits(run: Configured, kept: Mapping[str, Any]) -> bool:
+def still_fits(config: RunConfig, kept: Mapping[str, Any]) -> bool:
     """Whether a group `memory` that was chosen before agrees with what is given now and fits the memory of now."""
-    chosen, given = set(CHOSEN) & kept.keys(), fixed_keys(run.given_memory)
+    chosen, given = set(CHOSEN) & kept.keys(), fixed_keys(config.given_memory)
     if kept.get("card_gb") is None or any(kept.get(key) != value for key, value in given.items()):
         return False
-    if any(kept[key] is None for key in chosen - {"budget_gb"}) or chosen != set(CHOSEN) & run.given_memory.keys():
+    if any(kept[key] is None for key in chosen - {"budget_gb"}) or chosen != set(CHOSEN) & config.given_memory.keys():
         return False
-    planner = Planner(job_of(run, run.accelerator.device.type == "cuda"))
+    planner = Planner(job_of(config, config.accelerator.device.type == "cuda"))
     if kept.get("keep_both_layouts") and not planner.has_layouts:
         return False
-    return planner.predict(choice_of(kept)).training <= usable(run.config["memory"]["card_gb"])
+    return planner.predict(choice_of(kept)).training <= usable(config.config["memory"]["card_gb"])
 
 
 def does_not_fit(planner: Planner, fixed: Mapping[str, Any], card_gb: float) -> str:
@@ -287,7 +259,7 @@ def smaller(planner: Planner) -> str:
     return f"{lighter(planner)} Less is needed with {' or '.join([*ways, 'a smaller buckets.resolution'])}.".strip()
 
 
-def advice(run: Configured, error: OutOfMemory) -> str:
+def advice(config: RunConfig, error: OutOfMemory) -> str:
     """What to add after memory did not suffice: the planner's next step down."""
     if error.phase == "prompts":
         return (
@@ -297,8 +269,8 @@ def advice(run: Configured, error: OutOfMemory) -> str:
         )
     if error.phase == "pictures":
         return "Smaller pictures need less: buckets.resolution, reference_resolution"
-    device = run.accelerator.device
-    planner, now = Planner(job_of(run, device.type == "cuda")), choice_of(run.config["memory"])
+    device = config.accelerator.device
+    planner, now = Planner(job_of(config, device.type == "cuda")), choice_of(config.config["memory"])
     on = gpu(gpu_name(device), free_bytes(device) / GIB + CONTEXT_GB)
     before = planner.predict(now).training
     found = step_down(planner, now, on, max(error.asked - error.free, LEAST_STEP * before))

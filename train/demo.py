@@ -38,10 +38,14 @@ from flux2.adapters import disabled
 from flux2.pipeline import Pipeline
 from train import report
 from train.command import command
+from train.config.run_config import RunConfig
 from train.progress import Count
-from train.run import Run
+from train.resume import RunLocation
+from train.run import train
 from train.slider import Cell
-from train.validate import sheet
+from train.stages.memory import load_config
+from train.stages.run_folder import claim_run_folder
+from train.validation.sheet import sheet
 
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
 COLOURS = ("green", "pink", "brown", "black")  # on no card
@@ -118,19 +122,18 @@ def draw(pipe: Pipeline, prompts: Sequence[str], count: Count, done: int, total:
     return pipe.generate(prompts, batch_size=BATCH, progress=step)
 
 
-def begin(config: DictConfig) -> Run:
-    """The run of a demonstration, its folder made. Raises ValueError for any but the embedded model."""
-    run = Run(config)
+def load_demo_config(config: DictConfig) -> RunConfig:
+    """Return the configuration of a demonstration. Raises ValueError for any but the embedded model."""
+    run = load_config(config)
     if run.variant.name != "tiny":
         raise ValueError(
             f"model={run.variant.name}: the demo is for the embedded model; train others with train/run.py"
         )
-    run.place()  # what cannot be written says so before pictures are made
     return run
 
 
 def end(
-    run: Run,
+    run: RunConfig,
     adapter: Path,
     seconds: float,
     judged: Sequence[str],
@@ -153,7 +156,13 @@ def end(
 
 def main(config: DictConfig) -> None:
     """Train, measure, and write `sheet.png` and `demo.json` into the run folder."""
-    run = begin(config)
+    run = load_demo_config(config)
+    with claim_run_folder(run) as location:  # what cannot be written says so before pictures are made
+        demonstrate(run, location)
+
+
+def demonstrate(run: RunConfig, location: RunLocation) -> None:
+    """Train in a run folder that is claimed, with pictures before and after."""
     dataset = run.instantiate("dataset")
     pairs = [(colour, subject) for subject in SUBJECTS for colour in COLOURS] * PICTURES
     prompts = [f"a trtcrd of a {colour} {subject}, tarot style" for colour, subject in pairs]
@@ -166,7 +175,7 @@ def main(config: DictConfig) -> None:
         plain_before = draw(base, plain, count, len(prompts), len(prompts) + len(plain))
 
     began = time.perf_counter()
-    adapter = run.train()
+    adapter, _ = train(run, location)
     seconds = time.perf_counter() - began
 
     run.say("pictures with the adapter, and once more without it")

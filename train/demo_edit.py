@@ -39,9 +39,13 @@ from flux2.adapters import disabled
 from flux2.pipeline import Pipeline, render
 from train import report
 from train.command import command
-from train.demo import begin, end, line, moved, same
+from train.config.run_config import RunConfig
+from train.demo import end, line, load_demo_config, moved, same
 from train.progress import Count
-from train.validate import sheet
+from train.resume import RunLocation
+from train.run import train
+from train.stages.run_folder import claim_run_folder
+from train.validation.sheet import sheet
 
 BATCH = 8
 
@@ -123,7 +127,13 @@ def judge(report: dict[str, float]) -> list[str]:
 
 def main(config: DictConfig) -> None:
     """Train, measure, and write `sheet.png` and `demo_edit.json` into the run folder."""
-    run = begin(config)
+    run = load_demo_config(config)
+    with claim_run_folder(run) as location:  # what cannot be written says so before pictures are made
+        demonstrate(run, location)
+
+
+def demonstrate(run: RunConfig, location: RunLocation) -> None:
+    """Train in a run folder that is claimed, with pictures before and after."""
     drawings = new_drawings()
     sources = [draw(drawing, PIXELS) for drawing in drawings]
     intended = [spotlight(source) for source in sources]
@@ -136,7 +146,7 @@ def main(config: DictConfig) -> None:
     before, plain_before = edited(pipe, sources, instructions), edited(pipe, sources, plain)
 
     began = time.perf_counter()
-    adapter = run.train()
+    adapter, _ = train(run, location)
     seconds = time.perf_counter() - began
 
     run.say("pictures with the adapter, and once more without it")

@@ -1,8 +1,8 @@
 """The adapter that is shown (validated, sampled, saved) where it is not the one that is trained.
 
 There are two such cases. `Ema` keeps an exponential moving average of the trained parameters beside them. Schedule-free
-optimizers (`train.optim.averages`) keep an average of their own. Either way `Shown.swapped()` puts the average into the
-parameters for a while, and afterwards exactly what was there before: looking at a run does not change it.
+optimizers (`train.optim.averages`) keep an average of their own. Either way
+`EvaluationWeights.swapped()` puts the average into the parameters for a while, and afterwards exactly what was there before: looking at a run does not change it.
 
 A checkpoint then holds the average as its adapter, which is what is used, and beside it the parts "trained" (the
 parameters that are trained) and "ema" (the average in float32), so that going on is exact.
@@ -54,7 +54,7 @@ class Ema:
         put([self.updates, *self.average], [state["updates"], *state["average"]])
 
 
-class Shown:
+class EvaluationWeights:
     """Which weights are shown, of `parameters` that `optimizer` trains. As a part of a checkpoint: those trained.
 
     With an `ema_decay` of 0 and an optimizer that does not average, these are the parameters themselves.

@@ -30,18 +30,20 @@ from tqdm import tqdm
 from flux2.adapter_formats import AdapterError
 from train import measures, report
 from train.checks import check_count, is_number
-from train.command import checked, command, made
+from train.command import command
+from train.config.instantiate import instantiate, parse_settings
 from train.evaluation import BASE, Evaluation, Row
 from train.features import Features
 from train.folder import write_picture, write_whole
 from train.masking import masked_command, masked_text
-from train.opened import Candidate, Opened, candidates, check_run_folder
+from train.outofmemory import free_memory
 from train.page import opened
 from train.progress import Count
 from train.recommend import closing_lines, recommend
-from train.shared import free_memory
-from train.tracking import warn
-from train.validate import is_texts, sheet
+from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder
+from train.utils.console import warn
+from train.validate import is_texts
+from train.validation.sheet import sheet
 
 NUMBERS, SHEET = "evaluation.json", "sheet.png"  # in the folder of an evaluation
 
@@ -132,7 +134,7 @@ def choose(folder: Path, found: Sequence[Candidate]) -> tuple[Candidate, str]:
     return found[-1], f"{recommended.name} has the lowest validation loss, but is not among those evaluated"
 
 
-def evaluate(run: Opened, features: Features, wanted: Wanted) -> Evaluation:
+def evaluate(run: SavedRun, features: Features, wanted: Wanted) -> Evaluation:
     """Draw what is missing, measure all, and write sheet.png and evaluation.json, unless only the chosen one is wanted.
 
     Raises ValueError if the run has no adapter, or memory does not suffice.
@@ -194,10 +196,10 @@ def evaluate(run: Opened, features: Features, wanted: Wanted) -> Evaluation:
 
 
 def measure(
-    made: Evaluation, run: Opened, features: Features, few: Sequence[tuple[int, int]], training_pictures: int
+    made: Evaluation, run: SavedRun, features: Features, few: Sequence[tuple[int, int]], training_pictures: int
 ) -> None:
     """Fill in the distances."""
-    describe = features.load(lambda: run.sampler.autoencoder, run.run.accelerator.device)
+    describe = features.load(lambda: run.sampler.autoencoder, run.config.accelerator.device)
     known: dict[Path, Tensor] = {}
 
     def vector(file: Path | None) -> Tensor | None:
@@ -259,12 +261,12 @@ def evaluated(settings: EvaluationSettings, features: Features) -> list[Evaluati
     sample = settings.sample
     for number, folder in enumerate(folders):
         alone = number > 0
-        run = Opened(folder, settings.device, sample, settings.seeds)
+        run = SavedRun(folder, settings.device, sample, settings.seeds)
         if not alone:  # the others draw what the first does
-            first = run.run.sample
+            first = run.config.sample
             keys = ("steps", "guidance", "width", "height")
             sample = {key: getattr(first, key) for key in keys} | {"prompts": run.prompts, "references": first.edits}
-        run.run.say(f"evaluating {folder}: {run.run.variant.name}, {len(run.prompts)} prompts, seeds {run.seeds}")
+        run.config.say(f"evaluating {folder}: {run.config.variant.name}, {len(run.prompts)} prompts, seeds {run.seeds}")
         wanted = Wanted(
             [] if alone else settings.strengths,
             None if alone else settings.checkpoints,
@@ -283,8 +285,8 @@ def main(config: DictConfig) -> None:
     group = given.pop("features")
     if not isinstance(group, dict):
         raise ValueError(f"features={group!r} must be a group of settings, as in conf/features/latents.yaml")
-    features: Features = made("features", group)
-    settings: EvaluationSettings = checked("", given, EvaluationSettings)
+    features: Features = instantiate("features", group)
+    settings: EvaluationSettings = parse_settings("", given, EvaluationSettings)
     found = evaluated(settings, features)
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     by = f"python train/evaluate.py {masked_command(words)}" if words else ""

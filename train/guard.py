@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from data.loader import onto
 from train.stopping import SIGNALS, StopRequest
-from train.tracking import warn
+from train.utils.console import warn
 
 SHOWN = 8  # names in a message
 
@@ -71,7 +71,7 @@ def names_of(names: Sequence[str]) -> str:
     return ", ".join(each[:SHOWN]) + more
 
 
-class Guard:
+class UpdateGuard:
     """Makes the updates of one run, and knows which of its steps were bad.
 
     Args:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,55 +16,63 @@ from accelerate import Accelerator
 
 from flux2 import adapters
 from train import checkpoint
+from train.ema import EvaluationWeights
 from train.guard import TrainingError
 from train.outofmemory import OutOfMemory
 from train.relaunch import go_on
-from train.resume import Place
+from train.resume import RunLocation
 from train.stopping import Interrupted, Stopped
-from train.tracking import Metrics, warn
+from train.tracking import Metrics
+from train.utils.console import warn
 
 
 @dataclass
-class Keeper:
+class Checkpointer:
     """Saves the state of a run.
 
     Attributes:
-        place: where the run writes, and what it goes on from.
-        wrapped: the adapter, in PEFT's wrapper.
-        parts: what a checkpoint keeps beside the adapter; after it, they are restored in this order.
-        swapped: a context in which the adapter is as it is to be saved.
+        location: Where the run writes, and what it resumes.
+        peft_model: The adapter, in PEFT's wrapper.
+        weights: Which weights of the adapter are saved as the ones to use.
         base, licence: of the base model, for the adapter's files.
         about: what else a checkpoint says about itself.
-        whole: finished steps; None while an update is under way, when there is no whole state.
+        completed_steps: None during the optimizer update, when the state is inconsistent.
         saved: steps of the last checkpoint in the run's folder that is this run's own.
         measured: the last validation loss, and after how many steps that was.
     """
 
     accelerator: Accelerator
-    place: Place
-    wrapped: peft.PeftModel
-    parts: Mapping[str, checkpoint.Stateful]
-    swapped: Callable[[], AbstractContextManager[None]]
+    location: RunLocation
+    peft_model: peft.PeftModel
+    optimizer: torch.optim.Optimizer
+    weights: EvaluationWeights
     base: str
     licence: str
     images_per_step: int
     metrics: Metrics
     rotation: checkpoint.Rotation
     about: Mapping[str, Any]
-    whole: int | None = field(default=None, init=False)
+    completed_steps: int | None = field(default=None, init=False)
     saved: int | None = field(default=None, init=False)
     measured: tuple[int, float] | None = field(default=None, init=False)
 
+    @property
+    def parts(self) -> dict[str, checkpoint.Stateful]:
+        """What a checkpoint holds in addition to the adapter; restored after it, in this order."""
+        return {"optimizer": self.optimizer, **self.weights.parts}
+
     def load(self) -> int:
-        """Put the state back that the run goes on from; returns its finished steps."""
-        if self.place.checkpoint is None:
-            return 0
-        step = checkpoint.load(self.place.checkpoint, self.wrapped, self.parts)["step"]
-        self.saved = step if self.place.origin == self.place.folder else None
+        """Restore the state that the run resumes; return its finished steps. Then remove what a killed run left."""
+        step = 0
+        if self.location.checkpoint is not None:
+            step = checkpoint.load(self.location.checkpoint, self.peft_model, self.parts)["step"]
+            self.saved = step if self.location.origin == self.location.folder else None
+        if self.accelerator.is_main_process:
+            checkpoint.tidy(self.location.folder)
         return step
 
     def at(self, done: int) -> Path:
-        return self.place.folder / "checkpoints" / f"step_{done:06d}"
+        return self.location.folder / "checkpoints" / f"step_{done:06d}"
 
     def save(self, done: int) -> Path | None:
         """Write the checkpoint of `done` steps, waiting for it in all processes; None, after a warning, if it fails."""
@@ -89,11 +97,11 @@ class Keeper:
             about["validation_loss"] = self.measured[1]
         if self.metrics.tracker_id is not None:
             about["tracker_id"] = self.metrics.tracker_id
-        with self.swapped():
+        with self.weights.swapped():
             place = checkpoint.save(
-                self.place.folder,
+                self.location.folder,
                 done,
-                self.wrapped,
+                self.peft_model,
                 self.parts,
                 base=self.base,
                 licence=self.licence,
@@ -107,25 +115,26 @@ class Keeper:
         """Write the adapter among the temporary files, where its own disk has no room for anything; says where."""
         try:
             place = Path(tempfile.mkdtemp(prefix="flux2-lora-"))
-            with self.swapped():
-                adapters.save(self.wrapped, place / "adapter", base=self.base, licence=self.licence)
+            with self.weights.swapped():
+                adapters.save(self.peft_model, place / "adapter", base=self.base, licence=self.licence)
         except checkpoint.NOT_WRITTEN as error:
             return f"Nor among the temporary files ({error}). "
         return f"It is kept in {place / 'adapter'}: move it to a safe place. "
 
     def is_finite(self) -> bool:
         """Whether all numbers of the adapter are. Its last update may have ruined it, which no loss has shown yet."""
-        return all(bool(torch.isfinite(one).all()) for one in adapters.adapter_parameters(self.wrapped))
+        return all(bool(torch.isfinite(one).all()) for one in adapters.adapter_parameters(self.peft_model))
 
     def stop(self, done: int, number: int) -> NoReturn:
         """Save the state of `done` steps, as a signal asked for, and raise Interrupted."""
         place = self.save(done)
-        saved = f"saved in {place}; {go_on(self.place.folder)}" if place else self.last()
+        saved = f"saved in {place}; {go_on(self.location.folder)}" if place else self.last()
         raise Interrupted(f"stopped by {signal.Signals(number).name} after step {done}, {saved}", number)
 
     @contextmanager
-    def rescued(self) -> Iterator[None]:
-        """Within this context an error has the last whole step saved, and a note that says so."""
+    def rescue_on_error(self, start: int) -> Iterator[None]:
+        """Context manager that saves the last finished step when an error ends training after `start` steps."""
+        self.completed_steps = start
         try:
             yield
         except Interrupted:
@@ -134,11 +143,11 @@ class Keeper:
             number = error.number if isinstance(error, Stopped) else signal.SIGINT
             raise Interrupted(f"stopped at once without saving; {self.last()}", number) from error
         except OutOfMemory as error:
-            error.saved = self.rescue(self.whole)
+            error.saved = self.rescue(self.completed_steps)
             raise
         except Exception as error:
             if not isinstance(error, TrainingError) and not hasattr(error, "saved"):  # these say it themselves
-                error.add_note(self.rescue(self.whole))
+                error.add_note(self.rescue(self.completed_steps))
             raise
 
     def rescue(self, done: int | None) -> str:
@@ -146,10 +155,10 @@ class Keeper:
 
         Other processes may wait for this one somewhere else, so it waits for none of them.
         """
-        for parameter in adapters.adapter_parameters(self.wrapped):
+        for parameter in adapters.adapter_parameters(self.peft_model):
             parameter.grad = None
         last = f"{self.last()[0].upper()}{self.last()[1:]}"
-        if done is None or done == self.place.step:
+        if done is None or done == self.location.step:
             return last
         if not self.accelerator.is_main_process:
             return f"Process {self.accelerator.process_index} failed, and saves nothing. {last}"
@@ -157,19 +166,19 @@ class Keeper:
             self.write(done)
         except (OSError, RuntimeError, MemoryError) as error:
             return f"The state after step {done} could not be saved ({error}). {last}"
-        return f"The state after step {done} is saved in {self.at(done)}; {go_on(self.place.folder)}"
+        return f"The state after step {done} is saved in {self.at(done)}; {go_on(self.location.folder)}"
 
     def last(self, *, advice: bool = True) -> str:
         """Which checkpoint is the last."""
-        found = checkpoint.checkpoints(self.place.folder)
-        place = found[-1] if found else self.place.checkpoint
+        found = checkpoint.checkpoints(self.location.folder)
+        place = found[-1] if found else self.location.checkpoint
         if place is None:
             return "no checkpoint was saved yet"
         return f"the last checkpoint is {place}" + (f"; {go_on(place.parent.parent)}" if advice else "")
 
     def finish(self, steps: int) -> Path:
         """Write the finished adapter; returns its folder. Raises TrainingError if it cannot be, or is not finite."""
-        folder = self.place.folder / "adapter"
+        folder = self.location.folder / "adapter"
         if not self.is_finite():
             raise TrainingError(
                 f"the adapter is not finite after {steps} steps: its last update ruined it. Start anew with a lower "
@@ -177,8 +186,8 @@ class Keeper:
             )
         if self.accelerator.is_main_process:
             try:
-                with self.swapped():
-                    adapters.save(self.wrapped, folder, base=self.base, licence=self.licence)
+                with self.weights.swapped():
+                    adapters.save(self.peft_model, folder, base=self.base, licence=self.licence)
             except checkpoint.NOT_WRITTEN as error:
                 said = f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error})."
                 rescued = self.rescue(steps)

@@ -75,14 +75,14 @@ def noise_at(batch: Batch, times: Tensor, noise: Tensor) -> Noised:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class NoiseDraw:
     """What chance gives a batch, on the CPU: `times` (B,) and `noise` (B, 128, h, w), float32."""
 
     times: Tensor
     noise: Tensor
 
 
-def draw(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Drawn:
+def draw(batch: Batch, timesteps: Uniform, seed: int, step: int) -> NoiseDraw:
     """The noise and the times that (seed, step, position) give."""
     shape = batch.latents.shape[1:]
     noise = torch.empty(len(batch.positions), *shape)
@@ -90,10 +90,10 @@ def draw(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Drawn:
         own.normal_(generator=derived_generator(seed, "noise", step, p))
     tokens = shape[1] * shape[2]
     times = [timesteps.draw(derived_generator(seed, "time", step, p), tokens) for p in batch.positions]
-    return Drawn(torch.stack(times), noise)
+    return NoiseDraw(torch.stack(times), noise)
 
 
-def add_noise(batch: Batch, drawn: Drawn) -> Noised:
+def add_noise(batch: Batch, drawn: NoiseDraw) -> Noised:
     """Mix a batch, float32 on any device, with what was drawn for it."""
     device = batch.latents.device
     return noise_at(batch, onto(drawn.times, device), onto(drawn.noise, device))
@@ -125,7 +125,7 @@ class Preservation:
 
     The first `samples` of each micro-batch are predicted once more, at the same noisy latents, with one of `prompts`;
     the mean squared difference to the base's own prediction (adapter off) is added with `weight`. The base is its own
-    reference, so no further pictures are needed, as they are for the prior preservation of DreamBooth (train/prior.py).
+    reference, so no further pictures are needed, unlike for DreamBooth's prior preservation (train/objective/prior.py).
     """
 
     weight: float = 0.0
@@ -160,7 +160,7 @@ class Preservation:
 class Losses:
     """`total` is what is differentiated; the parts are detached, `preservation` before its weight (0 without any).
 
-    `prior`, of a whole step, is that of the class pictures (train/prior.py), with its weight.
+    `prior`, of a whole step, is that of the class pictures (train/objective/prior.py), with its weight.
     """
 
     total: Tensor

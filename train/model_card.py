@@ -22,7 +22,7 @@ from flux2.variants import Variant
 from train.masking import masked, masked_command, masked_text
 from train.recommend import percent, validations
 from train.relaunch import REPLACED
-from train.wording import many
+from train.utils.text import many
 
 CARD, SHEET, BASE_SHEET = "README.md", "samples.png", "samples_base.png"
 LIBRARIES = ("torch", "peft", "diffusers")

@@ -259,15 +259,27 @@ def try_out(make: MakeOptimizer, device: torch.device) -> None:
         raise ValueError(f"an update with these settings is not finite: {given}")
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+class LearningRate:
+    """Sets the learning rate of each step: the optimizer's own, times the factor of the schedule.
 
+    Create it before a checkpoint is loaded: the state of an optimizer holds the rate of its last step.
+    """
 
-def rate_of(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate in use: what the schedule set, times what Prodigy found (`d`)."""
-    group = optimizer.param_groups[0]
-    return float(group["lr"] * group.get("d", 1.0))
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> None:
+        self.optimizer, self.schedule, self.steps = optimizer, schedule, steps
+        self.base: float = optimizer.param_groups[0]["lr"]
+
+    def set(self, step: int) -> None:
+        """Set the learning rate of `step` (from 0)."""
+        rate = self.base * self.schedule.factor(step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    @property
+    def value(self) -> float:
+        """The learning rate in use: what `set` set, times what Prodigy found (`d`)."""
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"] * group.get("d", 1.0))
 
 
 # ------------------------------------------------------------------ memory

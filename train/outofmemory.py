@@ -15,6 +15,13 @@ UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2*
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
 
+def free_memory() -> None:
+    """Free tensors that nothing refers to any more, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 class OutOfMemory(ValueError):  # noqa: N818
     """Memory did not suffice.
 
@@ -73,9 +80,7 @@ def watched(doing: str, phase: str, device: torch.device) -> Iterator[None]:
         error.__traceback__ = None
         failed = OutOfMemory(doing, phase, asked, free)
     if failed is not None:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        elif not failed.free:
+        free_memory()
+        if device.type != "cuda" and not failed.free:
             failed.free = psutil.virtual_memory().available
         raise failed

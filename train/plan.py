@@ -30,24 +30,22 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cards import GIB, SIZES, Gpu, gpu, measured, usable
-from train.checks import check_count
+from train.checks import check_count, is_number
 from train.choose import (
-    FREE,
-    choice_of,
     choose,
-    completed,
     does_not_fit,
-    fixed_keys,
     job_of,
     lighter,
     planned_precision,
-    settings_of,
 )
-from train.command import checked, command
-from train.loss import is_number
+from train.command import command
+from train.config.instantiate import parse_settings
+from train.config.memory import FREE, Choice, choice_of, completed, fixed_keys, settings_of
+from train.config.run_config import RunConfig
+from train.config.settings import MemorySettings
 from train.predict import Planner, Prediction
-from train.wording import many
-from train.workload import Choice, trained
+from train.utils.text import many
+from train.workload import trained
 
 SMALL_CARD = 24  # GB
 
@@ -126,9 +124,6 @@ def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
 
 def main(config: DictConfig) -> None:
     """Print the plan of one configuration."""
-    from train.configured import Configured
-    from train.settings import MemorySettings
-
     given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     card = given.pop("card", None)
     if card is not None and not is_number(card, low=1):
@@ -147,12 +142,11 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"memory={memory!r} must be a group of settings, as in conf/train.yaml")
     if memory.get("card_gb") is not None and card is None and memory["card_gb"] != FREE:
         card = memory["card_gb"]
-    checked("memory", completed(memory), MemorySettings)
+    parse_settings("memory", completed(memory), MemorySettings)
     chooses = memory.get("card_gb") is not None
     given["memory"] = completed(memory) | ({"card_gb": None} if "card_gb" in memory else {})
     given["device"] = "cpu"
-    run = Configured(OmegaConf.create(given))
-    run.planned_processes = processes
+    run = RunConfig(OmegaConf.create(given), planned_processes=processes).dry_run()
 
     gpu_here = torch.cuda.is_available() and on_gpu
     name = torch.cuda.get_device_name() if gpu_here else None

@@ -20,6 +20,7 @@ from flux2.offload import streamed_blocks, streamed_tensors
 from flux2.precision import keep_layouts
 from flux2.ring import RING, slot_sizes
 from train.cards import Gpu
+from train.config.memory import Choice
 from train.memory import (
     Cost,
     Shape,
@@ -34,7 +35,7 @@ from train.memory import (
 )
 from train.optim import averages, optimizer_bytes
 from train.text_memory import TEXT_SIZES, text_encoder_bytes
-from train.workload import Choice, Job, frozen, tokens, trained
+from train.workload import Job, frozen, tokens, trained
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory

@@ -83,7 +83,7 @@ def without_fsdp() -> Iterator[None]:
             os.environ["ACCELERATE_USE_FSDP"] = asked
 
 
-class OutOfStep(RuntimeError):  # noqa: N818
+class ProcessesDiverged(RuntimeError):  # noqa: N818
     """A process failed within a forward of all: the others wait for it there, and it cannot go on."""
 
 
@@ -133,7 +133,7 @@ class Processes:
         With a sharded base `do` must make as many forwards for each of `work`, and who has less of it does some twice.
 
         Raises:
-            OutOfStep: `do` failed and the base is sharded.
+            ProcessesDiverged: `do` failed and the base is sharded.
             RuntimeError: `do` failed in another process; in that one it is the error itself.
         """
         count, own = self.accelerator.num_processes, self.accelerator.process_index
@@ -150,7 +150,7 @@ class Processes:
                     do(work[-1])
         except Exception as error:
             if self.sharded:
-                raise OutOfStep(f"{type(error).__name__}: {error}") from error
+                raise ProcessesDiverged(f"{type(error).__name__}: {error}") from error
             failed = error
         found: list[Any] = [None] * count
         said = None if failed is None else f"{type(failed).__name__}: {failed}"

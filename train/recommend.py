@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from train import resume
 from train.checkpoint import checkpoints, number
 from train.tracking import VALIDATION_FILE, read
-from train.wording import many
+from train.utils.text import many
 
 # quantiles of Student's t for one, two, ... degrees of freedom; beyond, 1.96 + 2.5 / degrees is near enough
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)

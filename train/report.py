@@ -28,7 +28,7 @@ from train.masking import masked, masked_command, masked_text
 from train.plots import Curve
 from train.recommend import percent, recommend
 from train.slider import Cell
-from train.tracking import warn
+from train.utils.console import warn
 
 __all__ = ["REPORT", "note_command", "stands_out", "write", "write_or_warn"]
 

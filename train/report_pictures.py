@@ -18,7 +18,7 @@ from train.masking import masked_text
 from train.measures import FEWEST, NEARER_THAN
 from train.page import data_uri, opened
 from train.slider import Cell, Shot
-from train.validate import LAYOUT
+from train.validation.sheet import cut
 
 MOST_SHEETS = 12
 PAIRS, PAIRS_FILE = "before_after", "pictures.json"
@@ -35,16 +35,6 @@ def sheets(folder: Path) -> list[tuple[str, Path]]:
         files = [files[round(i * last / (MOST_SHEETS - 1))] for i in range(MOST_SHEETS)]
     steps = [int(file.stem.removeprefix("step_")) for file in files]
     return [(f"step {step}" if step else BASE, file) for step, file in zip(steps, files, strict=True)]
-
-
-def cut(sheet: Image.Image) -> list[tuple[str, Image.Image]]:
-    """Prompt and picture of each on a sheet; empty if it does not say where they are."""
-    try:
-        layout = json.loads(sheet.info[LAYOUT])
-        pairs = zip(layout["prompts"], layout["boxes"], strict=True)
-        return [(str(prompt), sheet.crop((int(x0), int(y0), int(x1), int(y1)))) for prompt, (x0, y0, x1, y1) in pairs]
-    except (KeyError, TypeError, ValueError):
-        return []
 
 
 def of_training(folder: Path) -> str:

@@ -51,7 +51,7 @@ COPIES = f"; each whole checkpoint has a copy of it, checkpoints/step_*/{CONFIG_
 
 
 @dataclass(frozen=True)
-class Place:
+class RunLocation:
     """Where a run writes, and the checkpoint that it goes on from, if any."""
 
     folder: Path
@@ -110,8 +110,8 @@ def conflicts(
 ) -> list[str]:
     """What forbids to go on in `folder` from `start` with `config` and `images` a step.
 
-    With `moved` the samples may be at another place: for a run that was asked for, of which `Run.check_data` tells
-    later whether they are the same. Which run is meant, their place helps to tell.
+    With `moved` the samples may be at another place: for a run that was asked for, of which
+    `TrainingData.check_unchanged` tells later whether they are the same. Which run is meant, their place helps to tell.
 
     Raises ValueError if the run's configuration or the checkpoint's state cannot be read.
     """
@@ -149,7 +149,7 @@ def find(
     *,
     chosen: bool,
     say: Callable[[str], None] = print,
-) -> Place:
+) -> RunLocation:
     """Decide where the run goes on, or starts.
 
     Args:
@@ -174,7 +174,7 @@ def find(
             raise ValueError(
                 f"output_dir={str(fresh)!r} already holds a run: choose another folder, or go on with it: resume=auto"
             )
-        return Place(fresh)
+        return RunLocation(fresh)
     if resume == "auto":
         if occupied:
             return again(fresh, config, images, say)
@@ -193,7 +193,7 @@ def at(
     occupied: bool,
     chosen: bool,
     say: Callable[[str], None],
-) -> Place:
+) -> RunLocation:
     """`resume=PATH`: the newest checkpoint of a run that is whole, or the very one that is given."""
     given = Path(resume).expanduser().resolve()
     is_checkpoint = (given / STATE_FILE).exists()
@@ -221,16 +221,18 @@ def at(
     if chosen and fresh.resolve() != folder:
         if occupied:
             raise ValueError(f"output_dir={str(fresh)!r} already holds a run: choose another folder for the branch")
-        return Place(fresh, start)
+        return RunLocation(fresh, start)
     if is_checkpoint and start != found[-1]:
         raise ValueError(
             f"resume={resume!r}: {found[-1].name} of that run would be overwritten. Give output_dir=... to branch off "
             "into another folder, or resume the run itself."
         )
-    return Place(folder, start)
+    return RunLocation(folder, start)
 
 
-def alone(start: Path, fresh: Path, config: Mapping[str, Any], images: int, *, occupied: bool, chosen: bool) -> Place:
+def alone(
+    start: Path, fresh: Path, config: Mapping[str, Any], images: int, *, occupied: bool, chosen: bool
+) -> RunLocation:
     """From a checkpoint that was moved here without its run, into the folder that was asked for."""
     if not chosen or occupied:
         raise ValueError(f"resume={str(start)!r} is a checkpoint without its run: give a new folder, output_dir=...")
@@ -238,16 +240,16 @@ def alone(start: Path, fresh: Path, config: Mapping[str, Any], images: int, *, o
         raise ValueError(f"resume={str(start)!r} is of another configuration: {'; '.join(problems)}")
     if check(start)["step"] > config["steps"]:
         raise ValueError(f"resume={str(start)!r} has done more than steps={config['steps']}")
-    return Place(fresh, start)
+    return RunLocation(fresh, start)
 
 
-def anew(fresh: Path, say: Callable[[str], None]) -> Place:
+def anew(fresh: Path, say: Callable[[str], None]) -> RunLocation:
     """`auto` with nothing to go on from."""
     say("resume=auto: nothing to resume, starting anew")
-    return Place(fresh)
+    return RunLocation(fresh)
 
 
-def again(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> Place:
+def again(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> RunLocation:
     """`auto` in the folder of a run that was asked for: from its newest checkpoint, or from the start without any."""
     try:
         start = newest_whole(run, say)
@@ -264,10 +266,10 @@ def again(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str]
     if start is None or done > config["steps"] or (done == config["steps"] and is_finished(run)):
         longer = "" if start is None else f", or train it for longer with steps={done + 1} or more"
         raise ValueError(f"resume=auto: the run in {run} has done its {done} steps: choose another output_dir{longer}")
-    return Place(run, start)
+    return RunLocation(run, start)
 
 
-def beside(fresh: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> Place:
+def beside(fresh: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> RunLocation:
     """`auto` without a folder: the newest unfinished run beside `fresh` that can go on, or a new one in `fresh`."""
     passed = []
     for run in sorted(fresh.parent.glob("*"), reverse=True):
@@ -285,7 +287,7 @@ def beside(fresh: Path, config: Mapping[str, Any], images: int, say: Callable[[s
             if problems := conflicts(run, config, images, start):
                 passed.append(f"not going on with {run}: {'; '.join(problems)}")
             elif state(start)["step"] <= config["steps"]:
-                return Place(run, start)
+                return RunLocation(run, start)
         except ValueError as error:
             say(f"warning: skipping {run}: {error}")
     for text in passed[:1]:  # the newest is the one that was meant, if any

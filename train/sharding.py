@@ -29,8 +29,6 @@ from flux2.model import Transformer
 if TYPE_CHECKING:
     import peft
 
-    from train.settings import MemorySettings
-
 T = TypeVar("T", bound=nn.Module)
 
 # What of Accelerate's FSDP settings can be asked for: what is done here. The others do nothing to a frozen base.
@@ -74,17 +72,6 @@ def check_processes(count: int) -> None:
             "shard=true spreads the base over several processes, and this is one: start it with accelerate launch "
             "--multi_gpu --num_processes 2 ..., or set shard=false (and do not configure accelerate for FSDP)"
         )
-
-
-def check_memory(memory: MemorySettings) -> None:
-    """Raises ValueError for what of the group `memory` cannot be together with a sharded base."""
-    for key, off in (("stream_blocks", 0), ("offload_activations", False), ("compile", False)):
-        value = getattr(memory, key)
-        if value:
-            raise ValueError(
-                f"memory.{key}={str(value).lower()} cannot be together with a sharded base (shard=true), of which a "
-                f"block is whole only while it runs: set memory.{key}={str(off).lower()}, or shard=false"
-            )
 
 
 def check_adapter(wrapped: peft.PeftModel) -> None:

@@ -7,7 +7,6 @@ one large model is in memory. A job that fails leaves nothing of what it had tak
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from flux2 import adapters
 from flux2.model import Transformer
 from flux2.offload import Offloader
+from train.outofmemory import free_memory
 
 T = TypeVar("T")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -88,12 +88,6 @@ class Shared:
 
 
 SHARED = Shared()  # of this process: jobs have nothing else in common
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------ the transformer

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from train import jobs
 from train.stopping import Stopped
-from train.tracking import is_first_process
+from train.utils.console import is_first_process
 
 
 def is_submitted() -> bool:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from train.tracking import is_first_process
+from train.utils.console import is_first_process
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 STOPPING = b"\nstopping after this step; a second signal stops at once, without saving\n"

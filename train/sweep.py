@@ -1,4 +1,4 @@
-"""Sweeps: `python train/run.py -m +experiment=demo adapter.rank=2,4,8`, and one table of what came out.
+"""Sweeps: `python train/config.py -m +experiment=demo adapter.rank=2,4,8`, and one table of what came out.
 
 Hydra makes the jobs and a launcher runs them, here or elsewhere. When they have ended, also by Ctrl-C, `end_all` reads
 their folders and writes `sweep.html`, `sweep.json` and `sweep.csv` beside them. So does, at any time, also while jobs
@@ -20,7 +20,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
@@ -31,15 +31,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from train import jobs, resume, sweep_page
+from train.config.run_config import RunConfig
 from train.folder import near, write_whole
 from train.jobs import Job, best_job, read_jobs, split_overrides
 from train.masking import masked, masked_settings
 from train.recommend import closing_lines
 from train.slurm import check_launcher
-from train.tracking import is_first_process, warn
-
-if TYPE_CHECKING:
-    from train.run import Run
+from train.utils.console import is_first_process, warn
 
 PAGE, DATA, SHEET = "sweep.html", "sweep.json", "sweep.csv"
 COMMAND_LINE = "multirun.yaml"  # of Hydra
@@ -69,13 +67,13 @@ def folder_of_job() -> Path:
     return near(Path(HydraConfig.get().runtime.output_dir))
 
 
-def check(run: Run) -> None:
+def check(config: RunConfig) -> None:
     """Raises EndsSweep if a search has nothing to minimise, or the processes of a job do not train the same."""
     if not is_sweep():
         return
-    measured = run.validation.held_out or run.validation.samples
-    if "optuna" in HydraConfig.get().sweeper._target_ and not (run.settings.validate_every and measured):
-        key = "validate_every=0" if not run.settings.validate_every else "validation.samples=0"
+    measured = config.validation.held_out or config.validation.samples
+    if "optuna" in HydraConfig.get().sweeper._target_ and not (config.settings.validate_every and measured):
+        key = "validate_every=0" if not config.settings.validate_every else "validation.samples=0"
         raise EndsSweep(
             f"hydra/sweeper=optuna minimises the validation loss, and with {key} there is none: give it a number above "
             "0; validation.held_out=8 measures it on samples set aside"
@@ -90,31 +88,31 @@ def check(run: Run) -> None:
     broadcast_object_list(first)
     if first[0] != mine:
         raise EndsSweep(
-            f"process {run.accelerator.process_index} was given {' '.join(mine)}, and the first {' '.join(first[0])}: "
-            "a search over several processes needs a seed (hydra.sweeper.sampler.seed=0)"
+            f"process {config.accelerator.process_index} was given {' '.join(mine)}, and the first "
+            f"{' '.join(first[0])}: a search over several processes needs a seed (hydra.sweeper.sampler.seed=0)"
         )
 
 
-def is_done(run: Run) -> bool:
+def is_done(config: RunConfig) -> bool:
     """Whether this job of a sweep that goes on (`resume=auto`) had finished before; says so."""
     done = [False]
-    if is_sweep() and run.settings.resume == "auto" and run.accelerator.is_main_process:
+    if is_sweep() and config.settings.resume == "auto" and config.accelerator.is_main_process:
         folder = folder_of_job()
         if (folder / resume.CONFIG_FILE).exists() and resume.is_finished(folder):
             there = resume.configuration(folder)
-            problems = resume.conflicts(folder, run.config, run.images_per_step, None)
-            done[0] = there["steps"] == run.settings.steps and not problems
+            problems = resume.conflicts(folder, config.config, config.images_per_step, None)
+            done[0] = there["steps"] == config.settings.steps and not problems
     broadcast_object_list(done)
     if done[0]:
-        run.say(f"done before: {folder_of_job()}")
+        config.say(f"done before: {folder_of_job()}")
     return bool(done[0])
 
 
-def result(run: Run) -> float | None:
+def result(config: RunConfig) -> float | None:
     """The last validation loss of a job of a sweep, the same in all processes; None if it has none."""
     if not is_sweep():
         return None
-    found: list[Any] = [jobs.last_validation_loss(folder_of_job()) if run.accelerator.is_main_process else None]
+    found: list[Any] = [jobs.last_validation_loss(folder_of_job()) if config.accelerator.is_main_process else None]
     broadcast_object_list(found)
     return found[0]
 

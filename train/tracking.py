@@ -8,30 +8,17 @@ warning, and training goes on.
 from __future__ import annotations
 
 import json
-import os
-import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from train.masking import masked, masked_text
+from train.utils.console import warn
 
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
 INIT_SECONDS = 30.0  # that wandb's server may take at the start
 FINISH_SECONDS = 120.0  # and at the end; what was not sent then is on disk
-
-
-def is_first_process() -> bool:
-    """Whether this is the one of several processes that speaks for all; the launcher sets RANK."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def warn(text: str) -> None:
-    """One line on the error stream, above a progress bar."""
-    tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 class Tracker(Protocol):

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from data.latents import LatentEntry
 from data.loader import Batch
+from data.prepared import CachedDataset
 from data.sampler import derived_generator
 from data.source import Sample
 from flux2.autoencoder import Autoencoder
@@ -28,14 +29,13 @@ from flux2.checks import MAX_GUIDANCE, MAX_STEPS
 from flux2.model import Transformer
 from flux2.pipeline import render
 from flux2.variants import PIXELS_PER_TOKEN, Variant
-from train.cache import Prepared
 from train.checks import check_count, check_seed, is_number
 from train.loss import Noised, flow_loss, noise_at
 from train.masking import masked
+from train.validation.sheet import LAYOUT, sheet
 
 WIDEST = 8192  # pixels of a picture on a sheet
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
-LAYOUT = "flux2-lora-sheet"  # keyword of the text in the file of a sheet: its prompts, and where its pictures are
 
 Share = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
@@ -96,7 +96,7 @@ class Validated:
     content: str
 
 
-def chosen_samples(samples: Sequence[Sample], prepared: Prepared, indices: Sequence[int]) -> list[Validated]:
+def chosen_samples(samples: Sequence[Sample], prepared: CachedDataset, indices: Sequence[int]) -> list[Validated]:
     """What is measured of the samples with these indices."""
     return [Validated(samples[i].name, prepared.entries[i], samples[i].caption, prepared.contents[i]) for i in indices]
 
@@ -105,7 +105,7 @@ def chosen_samples(samples: Sequence[Sample], prepared: Prepared, indices: Seque
 class FixedNoiseLoss:
     """The flow loss over `chosen` samples and `times`, at noise that is a function of the seed, sample and time."""
 
-    prepared: Prepared
+    prepared: CachedDataset
     chosen: Sequence[Validated]
     seed: int
     times: Sequence[float] = TIMES
@@ -283,74 +283,3 @@ class Sampler:
             prompts = masked(list(self.settings.prompts))
             info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
             page.save(file, pnginfo=info)
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
-    """Break `text` at spaces to at most `lines` lines of at most `width` pixels, the last ending in dots if cut."""
-    words, broken = text.split(), [""]
-    for i, word in enumerate(words):
-        longer = f"{broken[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not broken[-1]:
-            broken[-1] = longer
-        elif len(broken) < lines:
-            broken.append(word)
-        else:
-            while font.getlength(broken[-1] + " ...") > width and " " in broken[-1]:
-                broken[-1] = broken[-1].rpartition(" ")[0]
-            broken[-1] += " ..."
-            return "\n".join(broken)
-        assert i < len(words)
-    return "\n".join(broken)
-
-
-def sheet(
-    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str] = (), side: int = 256
-) -> Image.Image:
-    """Pictures in rows of equal length, a caption above each column and a name left of each row.
-
-    Pictures are scaled so that they are about `side` pixels wide; a single row is broken after four. Where each is,
-    (left, top, right, bottom), row by row, is in `info["boxes"]`.
-    """
-    if len(rows) == 1 and len(rows[0]) > 4 and not names:
-        parts = [rows[0][i : i + 4] for i in range(0, len(rows[0]), 4)]
-        strips = [sheet([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
-        page = Image.new("RGB", (max(s.width for s in strips), sum(strip.height for strip in strips)), "white")
-        y, page.info["boxes"] = 0, []
-        for strip in strips:
-            page.paste(strip, (0, y))
-            page.info["boxes"] += [(x0, y0 + y, x1, y1 + y) for x0, y0, x1, y1 in strip.info["boxes"]]
-            y += strip.height
-        return page
-    rows = [[_scaled(picture, side) for picture in row] for row in rows]
-    size = tuple(max(picture.size[axis] for row in rows for picture in row) for axis in (0, 1))
-    font = ImageFont.load_default(max(12, size[0] // 18))
-    line = max(12, size[0] // 18) * 1.25
-    top = round(line * 3 + 8) if any(columns) else 0
-    left = round(max((font.getlength(name) for name in names), default=0)) + 16 if names else 0
-    gap = 6
-    page = Image.new(
-        "RGB", (left + len(rows[0]) * (size[0] + gap) + gap, top + len(rows) * (size[1] + gap) + gap), "white"
-    )
-    page.info["boxes"] = []
-    canvas = ImageDraw.Draw(page)
-    for x, caption in enumerate(columns):
-        text = wrap(caption, font, size[0], 3)
-        canvas.multiline_text((left + gap + x * (size[0] + gap), 6), text, "black", font, spacing=2)
-    for y, row in enumerate(rows):
-        at = top + y * (size[1] + gap)
-        if names:
-            canvas.text((8, at + size[1] // 2), names[y], "black", font, anchor="lm")
-        for x, picture in enumerate(row):
-            corner = (left + gap + x * (size[0] + gap), at)
-            page.paste(picture, corner)
-            page.info["boxes"].append((*corner, corner[0] + picture.width, at + picture.height))
-    return page
-
-
-def _scaled(picture: Image.Image, side: int) -> Image.Image:
-    """About `side` pixels wide; small pictures by whole factors, so that their pixels stay square."""
-    width, height = picture.size
-    if width < side:
-        whole = max(1, round(side / width))
-        return picture.resize((width * whole, height * whole), Image.Resampling.NEAREST)
-    return picture.resize((side, round(height * side / width)), Image.Resampling.LANCZOS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,33 +12,6 @@ from flux2.model import Transformer
 from flux2.variants import PIXELS_PER_TOKEN, Variant
 from train.memory import Shape
 from train.optim import MakeOptimizer
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A way to set the group `memory`; from the top of `Planner.choices` down each takes less and is slower."""
-
-    checkpointing: str = "full"
-    budget_gb: float | None = None
-    stream_blocks: int | float = 0
-    offload_activations: bool = False
-    keep_both_layouts: bool = False
-
-    def settings(self) -> dict[str, Any]:
-        """By their keys, without those that are off."""
-        found: dict[str, Any] = {"checkpointing": self.checkpointing}
-        if self.checkpointing == "budget":
-            found["budget_gb"] = self.budget_gb
-        if self.stream_blocks:
-            found["stream_blocks"] = self.stream_blocks
-        if self.offload_activations:
-            found["offload_activations"] = True
-        if self.keep_both_layouts:
-            found["keep_both_layouts"] = True
-        return found
-
-    def __str__(self) -> str:
-        return " ".join(f"memory.{key}={str(value).lower()}" for key, value in self.settings().items())
 
 
 @dataclass(frozen=True)

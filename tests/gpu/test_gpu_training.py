@@ -12,7 +12,9 @@ from flux2.checkpointing import set_policy
 from flux2.model import Transformer
 from flux2.tokens import image_positions, text_positions
 from flux2.variants import VARIANTS
-from train.run import Run
+from train.run import train
+from train.stages.memory import load_config
+from train.stages.run_folder import claim_run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,8 +48,9 @@ def test_training_lowers_the_validation_loss(precision: str, tmp_path: Path) -> 
                 f"dataset.path={ROOT}/data/demo",
             ],
         )
-    run = Run(config)
-    run.train()
+    run = load_config(config)
+    with claim_run_folder(run) as location:
+        train(run, location)
     values = [line["validation_loss"] for line in _metrics(tmp_path / "run") if "validation_loss" in line]
     assert values[-1] < 0.9 * values[0]
 

@@ -19,7 +19,7 @@ from flux2.autoencoder import Autoencoder
 from flux2.model import Transformer
 from flux2.names import autoencoder_tensor, transformer_tensor
 from train.tiny_model.world import PIXELS, TINY, jitter, make_language_model, make_tokenizer, text_config
-from train.validate import sheet
+from train.validation.sheet import sheet
 
 
 def export(model: Transformer, autoencoder: Autoencoder, text_seed: int, folder: Path) -> None:

@@ -16,13 +16,57 @@ from flux2.model import Transformer
 from flux2.offload import check_stream_blocks
 from flux2.precision import Precision, pick_dtype
 from flux2.sources import ModelSource, model_source
-from train.cache import STORAGES
-from train.checks import check_count
-from train.choose import FREE
-from train.loop import LoopSettings
-from train.loss import is_number
+from train.checkpoint import Rotation
+from train.checks import check_count, is_number
+from train.config.memory import FREE
 
+STORAGES = ("full", "projected", "fp8", "projected_fp8")  # of prompt embeddings
 MOST = 1 << 20  # pictures in a batch, and batches in a step
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The run-level numbers of conf/train.yaml that the loop reads. An interval of 0 is off."""
+
+    seed: int = 0
+    steps: int = 300
+    gradient_accumulation: int = 1
+    max_grad_norm: float = 1.0
+    max_bad_steps: int = 5
+    ema_decay: float = 0.0
+    guidance: float | None = None
+    log_every: int = 10
+    checkpoint_every: int = 250
+    keep_last: int | None = None
+    keep_best: int = 0
+    keep_every: int = 0
+    sample_every: int = 250
+    validate_every: int = 50
+
+    def __post_init__(self) -> None:
+        intervals = ("log_every", "checkpoint_every", "sample_every", "validate_every")
+        for key in ("seed", *intervals):
+            check_count(key, getattr(self, key))
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed!r} must be below 2 ** 63")
+        for key in ("steps", "gradient_accumulation", "max_bad_steps"):
+            check_count(key, getattr(self, key), 1)
+        self.rotation.check(self.checkpoint_every, self.validate_every)
+        if not is_number(self.max_grad_norm, low=0):
+            raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be a number from 0 (0 is off)")
+        if not is_number(self.ema_decay, 0, 1) or self.ema_decay == 1:
+            raise ValueError(f"ema_decay={self.ema_decay!r} must be a number from 0 (which is off) and below 1")
+        if self.guidance is not None and not is_number(self.guidance, low=0):
+            raise ValueError(f"guidance={self.guidance!r} must be a number from 0, or null")
+
+    def is_due(self, interval: str, done: int) -> bool:
+        """Return whether `interval`, such as "log_every", is due after `done` steps: every so often and at the end."""
+        every = getattr(self, interval)
+        return every > 0 and (done % every == 0 or done == self.steps)
+
+    @property
+    def rotation(self) -> Rotation:
+        return Rotation(self.keep_last, self.keep_best, self.keep_every)
 
 
 @dataclass(frozen=True)
@@ -144,3 +188,27 @@ class MemorySettings:
             compile=self.compile,
             shapes=4 * len(buckets.sizes),  # with references, in validation and in sampling there are others
         )
+
+    def check_sharded(self) -> None:
+        """Raise ValueError for a setting that a sharded base rules out."""
+        for key, off in (("stream_blocks", 0), ("offload_activations", False), ("compile", False)):
+            value = getattr(self, key)
+            if value:
+                raise ValueError(
+                    f"memory.{key}={str(value).lower()} cannot be together with a sharded base (shard=true), of which "
+                    f"a block is whole only while it runs: set memory.{key}={str(off).lower()}, or shard=false"
+                )
+
+    def with_layouts(self, precision: Precision) -> Precision:
+        """Return `precision` with `keep_both_layouts` set. Raise ValueError where that would have no effect."""
+        for key, value, needed in (
+            ("storage", precision.storage or "null", "fp8"),
+            ("backward", precision.backward, "fp8"),
+            ("matmul", precision.matmul, ("auto", "fp8")),
+        ):
+            if self.keep_both_layouts and value not in needed:
+                raise ValueError(
+                    f"memory.keep_both_layouts=true does nothing with precision.{key}={value}: it is for gradients "
+                    "that are multiplied in FP8"
+                )
+        return replace(precision, keep_both_layouts=self.keep_both_layouts)

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ from flux2.adapter_types import take_off
 from flux2.model import Transformer
 from flux2.sources import fingerprint
 from train import resume
-from train.cache import prepare
 from train.checkpoint import check, checkpoints, checksum, number
-from train.command import CONFIG
+from train.config.paths import CONFIG
+from train.encoding.prepare import prepare
 from train.folder import make_writable, write_picture, write_whole
+from train.outofmemory import free_memory
 from train.page import opened
-from train.run import Run, paths
-from train.shared import free_memory
+from train.stages.data import cache_request, paths
+from train.stages.memory import load_config
+from train.stages.model import load_sampler, offload_blocks, shared_base
 from train.validate import Sampler
 
 FOLDER = "evaluation"  # in a run's
@@ -152,7 +154,7 @@ class Trained:
     load: Callable[[], Image.Image]
 
 
-class Opened:
+class SavedRun:
     """A run whose adapters draw pictures of `prompts`. Nothing large is loaded before the first that is not there yet.
 
     Attributes:
@@ -164,37 +166,38 @@ class Opened:
         self.folder, self.seeds = folder, list(seeds)
         self.place = folder / FOLDER
         self.notes: list[str] = []
-        self.run = Run(OmegaConf.create(configuration(folder, device, sample)))
-        if self.run.accelerator.num_processes > 1:
+        config = load_config(OmegaConf.create(configuration(folder, device, sample)))
+        if config.accelerator.num_processes > 1:
             raise ValueError("evaluation runs in one process: start it with python, without accelerate launch")
         make_writable(self.place / "pictures", "evaluation folder")
         self.samples: Source | None = None
         try:
-            self.samples = self.run.instantiate("dataset")
+            self.samples = config.instantiate("dataset")
         except (ValueError, OSError) as error:
             said = str(error).splitlines()[0]
             self.notes.append(f"the training pictures are not here, so nothing is compared with them ({said})")
-            gone = [str(place) for place in paths(self.run.config["dataset"]) if place and str(place) in said]
+            gone = [str(place) for place in paths(config.config["dataset"]) if place and str(place) in said]
             if any(not Path(place).expanduser().is_absolute() for place in gone):
                 self.notes[-1] += f". That is looked for in {Path.cwd()}: start this where the run was started"
-        if not self.run.sample.prompts:
+        if not config.sample.prompts:
             captions = [sample.caption for sample in self.samples or [] if sample.caption]
             captions = list(dict.fromkeys(captions))[:MOST_CAPTIONS]
             if not captions:
                 raise ValueError("there is nothing to draw: the run has no sample.prompts. Give prompts=['a cup']")
-            self.run.sample = replace(self.run.sample, prompts=captions, references=[])
+            config = config.with_prompts(captions)
             self.notes.append(f"the run has no sample.prompts: drawn are the captions of {len(captions)} trained ones")
+        self.config = config
         self._transformer: Transformer | None = None
 
     @property
     def prompts(self) -> list[str]:
-        return list(self.run.sample.prompts)
+        return list(self.config.sample.prompts)
 
     @cached_property
     def sampler(self) -> Sampler:
         """What draws, with the prompts encoded as training had them."""
-        prepared = prepare(self.run.accelerator, self.run.needs(NoSamples()))
-        found = self.run.sampler(prepared)
+        cached = prepare(self.config.accelerator, cache_request(self.config, NoSamples()))
+        found = load_sampler(self.config, cached)
         assert found is not None
         return found
 
@@ -202,9 +205,9 @@ class Opened:
     def transformer(self) -> Transformer:
         """The base."""
         if self._transformer is None:
-            base = self.run.base()
-            self.run.memory.apply(base.transformer, self.run.accelerator.device, self.run.buckets)
-            self.run.stream(base)
+            base = shared_base(self.config)
+            self.config.memory.apply(base.transformer, self.config.accelerator.device, self.config.buckets)
+            offload_blocks(self.config, base)
             self._transformer = base.transformer
         return self._transformer
 
@@ -227,11 +230,11 @@ class Opened:
 
     @cached_property
     def _base(self) -> dict[str, str]:
-        source = self.run.source
+        source = self.config.source
         return {
             "transformer": fingerprint(source, "transformer"),
             "autoencoder": fingerprint(source, "vae"),
-            "precision": repr(self.run.precision),
+            "precision": repr(self.config.precision),
         }
 
     def file(self, adapter: Candidate | None, strength: float, i: int, seed: int) -> Path:
@@ -286,7 +289,7 @@ class Opened:
         for i in indices:
             picture = self.samples[i].target
             try:
-                content, size = picture.digest(), self.run.buckets.assign(*picture.size)
+                content, size = picture.digest(), self.config.buckets.assign(*picture.size)
                 if content in seen or size is None:
                     continue
                 image = cut_out(picture, size)

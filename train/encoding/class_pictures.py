@@ -1,24 +1,17 @@
-"""Prior preservation: what the base knows of a class is kept by training on pictures of that class beside one's own.
+"""Class pictures that the base draws before training, kept in a folder named by what they depend on.
 
-A LoRA of one dog makes all dogs look like it. So beside every micro-batch another one of class pictures ("a photo of a
-dog", without the trigger word) is trained, with a weight of its own. (DreamBooth, Ruiz et al. 2023, section 3.2.) The
-class pictures are given as a dataset, or drawn by the base before training.
-
-They have a loader of their own, so they need not have the shape of the other samples; which are trained, and with what
-noise, is a function of (seed, step, position) as everywhere. Pictures that the base draws are kept in a folder named by
-what they depend on. The next run finds them there, and one that was stopped goes on where it was.
+The next run finds them there, and one that was stopped goes on where it was. What they are for is in
+train/objective/prior.py.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,137 +22,20 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data.loader import Batch, Loader
 from data.pictures import Picture
-from data.sampler import derived_generator
+from data.prepared import CachedDataset
 from data.samples import Sample, Source
 from data.source import BadData
 from flux2.autoencoder import Autoencoder
-from flux2.checks import MAX_GUIDANCE, MAX_PIXELS, MAX_STEPS
 from flux2.model import Transformer
 from flux2.pipeline import to_images
 from flux2.sampling import initial_noise, sample
 from flux2.variants import PIXELS_PER_TOKEN, TOKEN_CHANNELS
-from train.cache import Prepared
-from train.checks import check_seed, is_count, is_number
-from train.command import own_errors
 from train.folder import make_writable
-from train.outofmemory import watched
+from train.outofmemory import free_memory, watched
 from train.progress import Count
-from train.wording import many
-
-MOST = 100_000  # class pictures that are drawn
-
-
-@dataclass(frozen=True)
-class PriorPreservation:
-    """The settings.
-
-    Args:
-        weight: of the class pictures' loss, beside that of the others.
-        share: class pictures for each sample, up to 1; a share, so that they are the same however a step is cut into
-            micro-batches and processes.
-        dataset: the settings of a dataset of class pictures; without it they are drawn.
-        prompts: of the pictures that are drawn, in turn; also their captions.
-        count: how many are drawn.
-        folder: where they are kept.
-        seed: of the first, the next ones counting up.
-        width, height: pixels; None: the training resolution.
-        steps, guidance: of sampling; None takes the model's own.
-    """
-
-    weight: float = 1.0
-    share: float = 1.0
-    dataset: Mapping[str, Any] | None = None
-    prompts: Sequence[str] = field(default_factory=list)
-    count: int = 100
-    folder: str = "outputs/class_pictures"
-    seed: int = 0
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-
-    def __post_init__(self) -> None:
-        def refuse(key: str, what: str) -> None:
-            raise ValueError(f"preservation.{key}={getattr(self, key)!r} must be {what}")
-
-        if not is_number(self.weight, low=0) or self.weight == 0:
-            refuse("weight", "a positive number (preservation=none is without)")
-        if not is_number(self.share, low=0, high=1) or self.share == 0:
-            refuse("share", "a number above 0, up to 1")
-        check_seed("preservation.seed", self.seed)
-        if not is_count(self.count, 1) or self.count > MOST:
-            refuse("count", f"a whole number from 1 to {MOST}")
-        if not isinstance(self.prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in self.prompts):
-            refuse("prompts", "a list of texts")
-        if any(not prompt.strip() for prompt in self.prompts):
-            refuse("prompts", "texts with words in them: each names the class that is drawn")
-        if len({prompt.strip() for prompt in self.prompts}) < len(self.prompts):
-            refuse("prompts", "different texts: they are drawn in turn, each as often as the others")
-        if self.dataset is not None and not isinstance(self.dataset, Mapping):
-            refuse("dataset", "the settings of a dataset: +dataset@preservation.dataset=folder")
-        if (self.dataset is None) == (not self.prompts):
-            raise ValueError(
-                f"preservation=prior takes class pictures (+dataset@preservation.dataset=folder) or class prompts that "
-                f"the base draws (preservation.prompts), one of them: prompts={list(self.prompts)!r}, "
-                f"dataset={'given' if self.dataset else None}"
-            )
-        if not isinstance(self.folder, str) or not self.folder:
-            refuse("folder", "a folder")
-        for key in ("width", "height"):
-            value = getattr(self, key)
-            if value is not None and (not is_count(value, PIXELS_PER_TOKEN) or value % PIXELS_PER_TOKEN):
-                refuse(key, f"a multiple of {PIXELS_PER_TOKEN} pixels")
-        if (self.width or 1) * (self.height or 1) > MAX_PIXELS:
-            raise ValueError(
-                f"preservation.width={self.width} with preservation.height={self.height} must be at most 8192 x 8192 "
-                "pixels"
-            )
-        if self.steps is not None and (not is_count(self.steps, 1) or self.steps > MAX_STEPS):
-            refuse("steps", f"a whole number from 1 to {MAX_STEPS}")
-        if self.guidance is not None and not is_number(self.guidance, 0, MAX_GUIDANCE):
-            refuse("guidance", f"a number from 0 to {MAX_GUIDANCE:g}")
-
-    def beside(self, samples: int) -> int:
-        """How many class pictures are trained beside so many samples. Raises ValueError if it is no whole number."""
-        count = round(self.share * samples)
-        if not math.isclose(count, self.share * samples, abs_tol=1e-6) or not count:
-            raise ValueError(
-                f"preservation.share={self.share:g} of batch_size={samples} is {self.share * samples:g} class pictures"
-                ": let it be a whole number from 1"
-            )
-        return count
-
-    @property
-    def draws(self) -> bool:
-        """Whether the base draws them."""
-        return self.dataset is None
-
-
-class ClassPictures:
-    """Class pictures in training: a loader, whose draws are others than those of the samples beside it.
-
-    Args:
-        make: `data.loader.Loader`, but for its seed.
-        names: of the pictures.
-    """
-
-    def __init__(self, make: Callable[..., Loader], seed: int, weight: float, names: Sequence[str]) -> None:
-        self.seed = int(torch.randint(2**31, (), generator=derived_generator(seed, "class pictures")))
-        self.weight, self.names = weight, names
-        self.loader = make(seed=self.seed)
-
-    def micro_batches(self, step: int) -> list[Batch]:
-        """This process's, of a step."""
-        return self.loader.micro_batches(step)
-
-    def samples(self, step: int) -> list[str]:
-        """The names of those of a step, in all processes."""
-        return [self.names[index] for index in self.loader.sampler.batch(step)]
-
-
-# ------------------------------------------------------------------ drawing
+from train.utils.console import own_errors
+from train.utils.text import many
 
 
 @dataclass(frozen=True)
@@ -184,7 +60,7 @@ class Recipe:
         return self.prompts[index % len(self.prompts)]
 
 
-class Drawn(Source):
+class ClassPictureFolder(Source):
     """The first `count` pictures that the base drew, with their prompts."""
 
     def __init__(self, folder: Path, recipe: Recipe, count: int) -> None:
@@ -241,7 +117,7 @@ def draw(
     recipe: Recipe,
     count: int,
     accelerator: Accelerator,
-    prepared: Prepared,
+    prepared: CachedDataset,
     transformer: Callable[[], Transformer],
     autoencoder: Callable[[], Autoencoder],
     say: Callable[[str], None],
@@ -290,7 +166,7 @@ def draw(
         say(f"drawing {many(len(undecoded), 'class picture')} into {own}" + (f"; {kept} there already" if kept else ""))
     _each(undrawn, transformer, latents, accelerator, "drawn", "samples")
     _each(undecoded, autoencoder, picture, accelerator, "decoded", "pictures")
-    return Drawn(own, recipe, count)
+    return ClassPictureFolder(own, recipe, count)
 
 
 def _write_text(text: str, file: Path) -> None:
@@ -316,7 +192,5 @@ def _each(
                 make(index, model)
                 bar.update(done, len(mine))
         del model
-        gc.collect()
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
     accelerator.wait_for_everyone()

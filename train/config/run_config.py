@@ -1,0 +1,255 @@
+"""One configuration turned into objects, with every setting checked before anything large is loaded.
+
+Training, the planner, evaluation and the filling of caches start from a `RunConfig`. Nothing below it sees a
+`DictConfig`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from data.buckets import Buckets
+from data.pictures import Picture
+from flux2.adapters import adapter_parameters
+from flux2.attention import chosen_backend, preferred_backends
+from flux2.compiling import check_compiles
+from flux2.model import Transformer
+from flux2.offload import streamed_blocks
+from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
+from flux2.precision import convert
+from flux2.variants import Variant
+from train.config.instantiate import instantiate, parse_settings
+from train.config.memory import completed
+from train.config.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
+from train.ema import check_one_average
+from train.hub import HubSettings
+from train.loss import Preservation
+from train.objective.prior import PriorPreservation
+from train.optim import build, check_installed, doubts, try_out
+from train.processes import Processes, make_accelerator
+from train.sharding import check_adapter, launched_to_shard
+from train.text_encoders import PromptEncoder
+from train.utils.console import warn
+from train.validate import SampleSettings, ValidationSettings
+
+GROUPS = (
+    "model",
+    "precision",
+    "memory",
+    "adapter",
+    "dataset",
+    "text_encoder",
+    "optimizer",
+    "schedule",
+    "timesteps",
+    "weighting",
+    "preservation",
+    "tracker",
+    "buckets",
+    "validation",
+    "sample",
+    "hub",
+)
+
+
+def open_image(path: str) -> Picture:
+    """Return the image file at `path`, read when it is needed."""
+    return Picture(path, lambda: Path(path).expanduser().open("rb"))
+
+
+class RunConfig:
+    """The objects of one configuration. Constructing it checks every setting; nothing is set on it afterwards.
+
+    Args:
+        config: The composed configuration (conf/train.yaml).
+        planned_processes: Number of processes a plan is made for; None takes those that are running.
+
+    Raises:
+        ValueError: A setting is missing, unknown or not accepted; the message names it.
+    """
+
+    def __init__(self, config: DictConfig, planned_processes: int | None = None) -> None:
+        self.config: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        for group in GROUPS:
+            if not isinstance(self.config.get(group), dict):
+                raise ValueError(
+                    f"{group}={self.config.get(group)!r} must be a group of settings, as in conf/train.yaml"
+                )
+        top = {key: value for key, value in self.config.items() if key not in GROUPS}
+        self.model: ModelSettings = parse_settings("model", self.config["model"], ModelSettings)
+        self.settings: RunSettings = parse_settings("", top, RunSettings)
+        self.given_memory = dict(self.config["memory"])
+        self.memory: MemorySettings = parse_settings("memory", completed(self.given_memory), MemorySettings)
+        precision: PrecisionSettings = parse_settings("precision", self.config["precision"], PrecisionSettings)
+        self.validation: ValidationSettings = parse_settings(
+            "validation", self.config["validation"], ValidationSettings
+        )
+        if self.settings.keep_best and not (self.validation.held_out or self.validation.samples):
+            raise ValueError(
+                f"keep_best={self.settings.keep_best} goes by the validation loss, which validation.samples=0 does not "
+                "measure: give it a number above 0, or validation.held_out"
+            )
+        self.sample: SampleSettings = parse_settings("sample", self.config["sample"], SampleSettings)
+        self.hub: HubSettings = parse_settings("hub", self.config["hub"], HubSettings)
+        self.buckets: Buckets = parse_settings("buckets", self.config["buckets"], Buckets)
+        self.planned_processes = planned_processes
+        self.source = self.model.source()
+        self.accelerator = make_accelerator(self.settings.device)
+        self.processes = Processes(self.accelerator, self.settings.shard or launched_to_shard())
+        self.precision = self.memory.with_layouts(precision.on(self.accelerator.device))
+        self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
+        check_installed(self.config["optimizer"].get("_target_"))
+        self.make_optimizer = self.instantiate("optimizer", "params")
+        self.schedule = self.instantiate("schedule")
+        self.timesteps = self.instantiate("timesteps")
+        self.timesteps.sampled_in(self.variant.steps)
+        self.weighting = self.instantiate("weighting")
+        self._preservation: Preservation | PriorPreservation = self.instantiate("preservation")
+        self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
+        self.tracker = self.instantiate("tracker")
+
+    # ------------------------------------------------------------------ copies with another group
+
+    def with_memory(self, chosen: dict[str, Any]) -> RunConfig:
+        """Return this configuration with `chosen` as its group `memory`, also in the file that the run keeps."""
+        other = copy.copy(self)
+        other.config = {**self.config, "memory": chosen}
+        other.memory = parse_settings("memory", chosen, MemorySettings)
+        other.precision = other.memory.with_layouts(self.precision)
+        return other
+
+    def with_prompts(self, prompts: Sequence[str]) -> RunConfig:
+        """Return this configuration with `prompts`, without references, as those that are sampled."""
+        other = copy.copy(self)
+        other.sample = replace(self.sample, prompts=list(prompts), references=[])
+        return other
+
+    # ------------------------------------------------------------------ checks
+
+    def dry_run(self) -> RunConfig:
+        """Attach the adapter to a model without memory and open the sample images, so that errors come now, not later.
+
+        Returns this configuration. Raises ValueError for settings that cannot work together.
+        """
+        if self.processes.sharded:
+            self.memory.check_sharded()
+        with torch.device("meta"):
+            model = Transformer(self.variant.transformer)
+            convert(model, self.precision, self.accelerator.device)
+            self.memory.apply(model, self.accelerator.device, self.buckets)
+            peft_model = self.make_adapter(model, seed=self.settings.seed)
+        self._check_storage(peft_model)
+        if self.processes.sharded:
+            check_adapter(peft_model)
+        if self.memory.compile:
+            check_compiles(model)
+        shapes = [parameter.shape for parameter in adapter_parameters(peft_model)]
+        one = torch.zeros((), device=self.accelerator.device)  # expanded to every shape, so that it takes no memory
+        parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
+        check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
+        try_out(self.make_optimizer, self.accelerator.device)
+        if self.accelerator.is_main_process:
+            for doubt in doubts(self.make_optimizer, self.schedule, self.settings.steps):
+                warn(doubt)
+        if self.prior is not None:
+            self.prior.images_per_batch(self.settings.batch_size)
+        self.attention_backend()
+        assert all(model.get_submodule(block) for block in self.streamed)
+        for path in self.sample.files:
+            open_image(path).load()
+        return self
+
+    def _check_storage(self, peft_model: nn.Module) -> None:
+        """Raise ValueError if embeddings are stored as the output of a layer that is trained."""
+        trained = [name for name, tensor in peft_model.named_parameters() if tensor.requires_grad and "txt_in" in name]
+        storage = self.settings.embedding_storage
+        if trained and storage.startswith("projected"):
+            raise ValueError(
+                f"embedding_storage={storage!r} stores embeddings as the layer txt_in gives them, and adapter.targets "
+                "trains that layer: take txt_in out of the targets, or store them in another way (full, fp8)"
+            )
+
+    # ------------------------------------------------------------------ what follows from the settings
+
+    @property
+    def streamed(self) -> list[str]:
+        """Names of the blocks that are offloaded."""
+        return streamed_blocks(self.variant.transformer, self.memory.stream_blocks, "memory.stream_blocks")
+
+    @property
+    def copies(self) -> Path | None:
+        """The folder of quantized copies of models."""
+        given = self.settings.quantised_dir
+        return Path(given).expanduser() if given else None
+
+    @property
+    def variant(self) -> Variant:
+        return self.source.variant
+
+    @property
+    def preservation(self) -> Preservation:
+        """Base preservation; inactive unless `preservation=base`."""
+        return self._preservation if isinstance(self._preservation, Preservation) else Preservation()
+
+    @property
+    def prior(self) -> PriorPreservation | None:
+        """Prior preservation with class images; None unless `preservation=prior`."""
+        return self._preservation if isinstance(self._preservation, PriorPreservation) else None
+
+    @property
+    def class_image_size(self) -> tuple[int, int]:
+        """(width, height) in pixels of the class images that the base draws."""
+        assert self.prior is not None
+        width, height = self.buckets.nearest(1, 1)
+        return self.prior.width or width, self.prior.height or height
+
+    @property
+    def guidance(self) -> float | None:
+        """The guidance scale that the model is given in training; None for a model that takes none."""
+        if not self.variant.transformer.guidance:
+            return None
+        given = self.settings.guidance
+        return self.variant.training_guidance if given is None else given
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of matrix products where it is not that of the adapter, which is float32."""
+        return torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None
+
+    @property
+    def images_per_step(self) -> int:
+        return self.settings.batch_size * self.settings.gradient_accumulation * self.accelerator.num_processes
+
+    @property
+    def shares(self) -> int:
+        """Number of processes that the base is sharded over; 1 if it is not."""
+        return (self.planned_processes or self.accelerator.num_processes) if self.processes.sharded else 1
+
+    def instantiate(self, group: str, *excluded: str) -> Any:
+        """Return the object that a group's `_target_` makes; its arguments `excluded` are given later, not settings."""
+        return instantiate(group, self.config[group], excluded)
+
+    def say(self, text: str) -> None:
+        """Print a line, in the main process alone."""
+        if self.accelerator.is_main_process:
+            print(text, flush=True)
+
+    def attention_backend(self) -> str:
+        """Return the attention backend that a square image of the largest bucket gets."""
+        device, config = self.accelerator.device, self.variant.transformer
+        backends = preferred_backends(self.memory.attention, device)
+        tokens = (self.buckets.largest // 16) ** 2
+        return chosen_backend(backends, config.heads, config.head_dim, tokens, device, self.precision.dtype)
+
+    def sample_references(self, paths: Sequence[str]) -> tuple[list[Picture], int]:
+        """Return the images that a sample prompt edits, and the most pixels of each: the limits of inference."""
+        limit = ONE_REFERENCE_PIXELS if len(paths) == 1 else MANY_REFERENCES_PIXELS
+        return [open_image(path) for path in paths], limit

@@ -1,0 +1,103 @@
+"""What a step minimizes: the flow loss at random times, with what is preserved of the base added to it.
+
+`Objective` bundles the groups `timesteps`, `weighting` and `preservation` with the model's guidance and the precision
+of matrix products, so that the training loop asks for one thing: the losses of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from data.loader import Batch, Loader, onto
+from train.loss import Losses, Noised, NoiseDraw, Preservation, add_noise, draw, training_loss
+from train.objective.prior import ClassPictures
+from train.timesteps import Uniform
+from train.weighting import Unweighted
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples, or class images, with the noise and times that (seed, step, position) give them.
+
+    Attributes:
+        weight: Weight of its loss in the step.
+        is_prior: Whether these are class images.
+    """
+
+    batch: Batch
+    noise: NoiseDraw
+    weight: float = 1.0
+    is_prior: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A micro-batch on the device.
+
+    Attributes:
+        text: (B, T, D) embeddings of the captions.
+        preserved: (P, T, D) embeddings of the prompts for which the first P samples are held to the base, if any.
+    """
+
+    noised: Noised
+    text: Tensor
+    preserved: Tensor | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a run.
+
+    Attributes:
+        seed: The run's seed.
+        preserved: Embedding (T, D) of each prompt of `preservation`.
+        prior: The class images of prior preservation; None without them.
+        guidance: The guidance scale that the model is given; None for a model that takes none.
+        dtype: The dtype of matrix products; None is that of the adapter.
+    """
+
+    seed: int
+    timesteps: Uniform
+    weighting: Unweighted
+    preservation: Preservation = field(default_factory=Preservation)
+    preserved: Mapping[str, Tensor] = field(default_factory=dict)
+    prior: ClassPictures | None = None
+    guidance: float | None = None
+    dtype: torch.dtype | None = None
+
+    def micro_batches(self, loader: Loader, step: int) -> list[MicroBatch]:
+        """Return this process's micro-batches of `step` with their noise, those of class images last."""
+
+        def noisy(batch: Batch, seed: int, weight: float, is_prior: bool) -> MicroBatch:
+            return MicroBatch(batch, draw(batch, self.timesteps, seed, step), weight, is_prior)
+
+        samples = [noisy(batch, self.seed, 1.0, False) for batch in loader.micro_batches(step)]
+        if self.prior is None:
+            return samples
+        prior = self.prior
+        return samples + [noisy(batch, prior.seed, prior.weight, True) for batch in prior.micro_batches(step)]
+
+    def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
+        """Return the losses of a micro-batch; `model` is the transformer with its adapter, or a wrapper around it."""
+        with self.autocast(inputs.text.device):
+            weights = self.weighting(inputs.noised.times)
+            weight = self.preservation.weight
+            return training_loss(model, inputs.noised, inputs.text, self.guidance, weight, inputs.preserved, weights)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Context manager for matrix products in `dtype`; adapter and losses stay in float32."""
+        return torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def prepare(self, micro_batch: MicroBatch, step: int, device: torch.device) -> Inputs:
+        """Copy a micro-batch to `device`, add its noise, and choose the prompts that are preserved with it."""
+        batch = micro_batch.batch.to(device, torch.float32)
+        noised, preserved = add_noise(batch, micro_batch.noise), None
+        if self.preservation.active:
+            prompts = self.preservation.choose(self.seed, step, batch.positions[: self.preservation.samples])
+            preserved = onto(torch.stack([self.preserved[prompt] for prompt in prompts]), batch.embeddings.device)
+            preserved = preserved.to(batch.embeddings.dtype)
+        return Inputs(noised, batch.embeddings, preserved)

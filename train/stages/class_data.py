@@ -1,0 +1,117 @@
+"""The class images of a run (train/objective/prior.py): the source, what is cached of them, and the loader."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from data.loader import Loader
+from data.prepared import CachedDataset
+from data.samples import Source
+from flux2.model import Transformer
+from flux2.pipeline import Pipeline
+from flux2.sources import fingerprint
+from flux2.weights import load_autoencoder
+from train.config.instantiate import instantiate
+from train.config.run_config import RunConfig
+from train.encoding.class_pictures import ClassPictureFolder, Recipe, draw, picture_file
+from train.encoding.prepare import CacheRequest
+from train.objective.prior import ClassPictures
+from train.trained_data import TrainedData
+
+
+def given_classes(config: RunConfig) -> Source | None:
+    """The dataset of class pictures, if one is given."""
+    if config.prior is None or config.prior.dataset is None:
+        return None
+    source: Source = instantiate("preservation.dataset", config.prior.dataset)
+    return source
+
+
+def recipe_of(config: RunConfig) -> Recipe:
+    """Of class pictures that are drawn."""
+    assert config.prior is not None
+    prior, (width, height) = config.prior, config.class_image_size
+    return Recipe(
+        " ".join(fingerprint(config.source, part) for part in ("transformer", "vae")),
+        config.precision.name,
+        tuple(prior.prompts),
+        prior.seed,
+        width,
+        height,
+        prior.steps or config.variant.steps,
+        float(config.variant.guidance if prior.guidance is None else prior.guidance),
+    )
+
+
+def drawn_classes(config: RunConfig, prepared: CachedDataset) -> Source:
+    """Class pictures that the base draws, or drew before. `prepared` has the embeddings of their prompts."""
+    assert config.prior is not None
+    prior, device = config.prior, config.accelerator.device
+    precision = replace(config.precision, keep_both_layouts=False)  # there is no backward
+
+    def load() -> Transformer:
+        if config.processes.sharded:
+            raise ValueError(
+                "preservation.prompts: the base draws class pictures whole, which shard=true is there to avoid. Draw "
+                "them first, in a run without it, with memory.stream_blocks=1.0 if need be: they are kept"
+            )
+        pipe = Pipeline(config.source, device, precision, False, config.memory.stream_blocks, config.copies)
+        transformer = pipe.transformer
+        if config.settings.embedding_storage.startswith("projected"):
+            transformer.txt_in = nn.Identity()  # it is applied in what is stored
+        return transformer
+
+    decoder = partial(load_autoencoder, config.source, device)
+    folder = Path(prior.folder).expanduser()
+    return draw(folder, recipe_of(config), prior.count, config.accelerator, prepared, load, decoder, config.say)
+
+
+def class_cache_requests(config: RunConfig, request: CacheRequest) -> list[CacheRequest]:
+    """What is to be cached of the class pictures that are there, if any."""
+    if config.prior is None:
+        return []
+    source = given_classes(config)
+    if source is None:
+        recipe = recipe_of(config)
+        folder = Path(config.prior.folder).expanduser() / recipe.name
+        if not all(picture_file(folder, index).exists() for index in range(config.prior.count)):
+            return []
+        source = ClassPictureFolder(folder, recipe, config.prior.count)
+    return [replace(request, samples=source, prompts=[])]
+
+
+def class_loader(
+    config: RunConfig, classes: tuple[Source, CachedDataset] | None, **shards: int
+) -> ClassPictures | None:
+    """Return what gives class images to training; None without them.
+
+    Args:
+        shards: How a step is split into processes and micro-batches, as in `data.loader.Loader`.
+    """
+    if config.prior is None or classes is None:
+        return None
+    source, cached = classes
+    make = partial(
+        Loader,
+        cached.cache,
+        cached.entries,
+        [sample.captions for sample in source],
+        cached.prompts,
+        batch_size=config.prior.images_per_batch(config.settings.batch_size),
+        weights=[sample.weight for sample in source],
+        **shards,
+    )
+    return ClassPictures(make, config.settings.seed, config.prior.weight, [sample.name for sample in source])
+
+
+def manifest_of_classes(classes: tuple[Source, CachedDataset] | None) -> TrainedData | None:
+    """Return what identifies the class images by content; None without them."""
+    if classes is None:
+        return None
+    source, cached = classes
+    names, captions = [sample.name for sample in source], [sample.captions for sample in source]
+    return TrainedData.of(names, cached.entries, captions, [sample.weight for sample in source])

@@ -1,0 +1,82 @@
+"""What a run writes beside its adapter when it ends, and what it says last."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+
+from flux2.adapters import unread
+from flux2.precision import pick
+from train import model_card, report, sweep
+from train.config.run_config import RunConfig
+from train.hub import push_or_say
+from train.recommend import closing_lines
+from train.text_encoders import RemoteTextEncoder
+from train.utils.console import warn
+
+
+def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None:
+    """Write the model card next to the finished adapter, and the report; `samples` were trained on."""
+    if not config.accelerator.is_main_process:
+        return
+    device = config.accelerator.device
+    facts = model_card.Facts(
+        name=config.settings.name,
+        variant=config.variant,
+        config=config.config,
+        samples=samples,
+        images=config.images_per_step,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        precision=config.precision.name,
+        prompts=config.sample.prompts,
+        edits=bool(config.sample.files),
+        overrides=list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None,
+        processes=config.accelerator.num_processes,
+        place=config.hub.repo_id if "/" in (config.hub.repo_id or "") else None,
+    )
+    try:
+        model_card.write(facts, folder)
+    except (OSError, ValueError) as error:
+        warn(f"the card of the adapter could not be written ({error})")
+    report.write_or_warn(folder)
+
+
+def announce(config: RunConfig, adapter: Path, caption: str) -> None:
+    """Print where everything is and how to use it, and push the adapter if that is asked for.
+
+    Args:
+        caption: The prompt of the printed command where nothing is sampled.
+    """
+    if config.accelerator.is_main_process:
+        if not sweep.is_sweep():  # which ends with those of its best job
+            print(*closing_lines(adapter.parent), sep="\n")
+        if config.hub.push:
+            print(push_or_say(adapter.parent, config.hub), flush=True)
+    config.say(f"adapter   {adapter}")
+    if config.accelerator.is_main_process and (note := unread(adapter)):
+        config.say(f"formats   {note}")
+    config.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
+    if config.sample.prompts and config.settings.sample_every:
+        config.say(f"pictures  {adapter.parent / 'samples'}")
+    if (adapter.parent / report.REPORT).is_file():
+        config.say(f"report    {adapter.parent / report.REPORT}")
+    config.say(f"use it    {shlex.join(words_to_generate(config, adapter, caption))}")
+
+
+def words_to_generate(config: RunConfig, adapter: Path, caption: str) -> list[str]:
+    """Return the command that makes an image with the adapter."""
+    words = ["python", "-m", "flux2.generate", "--model", config.variant.name]
+    for option in ("path", "autoencoder", "text_encoder"):
+        if place := getattr(config.model, option):
+            words += [f"--{option.replace('_', '-')}", place]
+    if isinstance(config.text_encoder, RemoteTextEncoder) and config.text_encoder.protocol is None:
+        words += ["--text-encoder", config.text_encoder.url]
+    if config.precision.name != pick(None, config.accelerator.device).name:
+        words += ["--precision", config.precision.name]
+    words += ["--adapter", str(adapter), "--prompt", config.sample.prompts[0] if config.sample.prompts else caption]
+    for path in config.sample.edits[0] if config.sample.prompts else []:
+        words += ["--image", path]
+    return words

@@ -1,0 +1,55 @@
+"""The group `memory` of a run: chosen for the GPU at hand, kept on resume, and explained when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from omegaconf import DictConfig
+
+from train.choose import advice, planned, still_fits
+from train.config.memory import choice_of
+from train.config.run_config import RunConfig
+from train.outofmemory import OutOfMemory
+from train.resume import RunLocation
+from train.utils.console import own_errors
+
+
+def load_config(config: DictConfig) -> RunConfig:
+    """Parse a configuration, choose its memory settings, and check that everything can work together.
+
+    Raises ValueError, naming the setting, if it cannot.
+    """
+    return choose_memory(RunConfig(config)).dry_run()
+
+
+def choose_memory(config: RunConfig) -> RunConfig:
+    """Return the configuration with the null keys of `memory` chosen by the planner, if `memory.card_gb` is set."""
+    if config.memory.card_gb is None:
+        return config
+    chosen, why = planned(config, config.given_memory)
+    config = config.with_memory(chosen)
+    config.say(why)
+    return config
+
+
+def keep_memory(config: RunConfig, location: RunLocation) -> RunConfig:
+    """Return the configuration with the memory settings of the resumed run, if they were chosen and still fit."""
+    if location.checkpoint is None or config.memory.card_gb is None:
+        return config
+    before = location.before.get("memory", {})
+    if before == config.config["memory"] or not still_fits(config, before):
+        return config
+    config = config.with_memory(before)
+    config.say(f"memory as when the run began: {choice_of(before)}")
+    return config
+
+
+@contextmanager
+def memory_advice(config: RunConfig) -> Iterator[None]:
+    """Context manager that turns out of memory into a ValueError with the planner's next smaller setting."""
+    try:
+        yield
+    except OutOfMemory as error:
+        with own_errors(config.accelerator.process_index):
+            raise ValueError(f"{error.what} {advice(config, error)} {error.saved}".strip()) from None

@@ -1,0 +1,131 @@
+"""The models of a run: the frozen base with its adapter, and the sampler of pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import peft
+import torch
+from torch import nn
+
+from data.prepared import CachedDataset
+from flux2.adapters import adapter_parameters
+from flux2.offload import offload
+from flux2.pipeline import reference_image, to_pixels
+from flux2.precision import describe
+from flux2.weights import load_autoencoder, load_transformer
+from train.config.run_config import RunConfig
+from train.outofmemory import watched
+from train.sharding import attached, sharder, shares, whole_size
+from train.shared import SHARED, Base
+from train.utils.console import own_errors
+from train.utils.text import gigabytes
+from train.validate import Sampler
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The base, which a later job of a sweep may reuse, and PEFT's wrapper around it with the adapter."""
+
+    base: Base
+    peft_model: peft.PeftModel
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters."""
+        return adapter_parameters(self.peft_model)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def release(self, config: RunConfig) -> None:
+        """Remove the adapter, so that the next job of a sweep can reuse the base; drop a base that cannot be reused."""
+        # compiled code belongs to the layers as they were
+        if SHARED.keeps and (config.memory.compile or not self.base.take_off(self.peft_model)):
+            SHARED.drop("transformer")
+
+
+def load_model(config: RunConfig) -> LoadedModel:
+    """Load the transformer, apply the memory settings, attach the adapter, and set up offloading."""
+    config.say(
+        f"{config.variant.name} ({config.precision.name}) on {config.accelerator.device}; "
+        f"processes: {config.accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
+        f"attention: {config.attention_backend()}"
+    )
+    loading = watched("while loading the transformer", "step", config.accelerator.device)
+    with own_errors(config.accelerator.process_index), loading:
+        base = shared_base(config)
+        config.memory.apply(base.transformer, config.accelerator.device, config.buckets)
+        attach = attached if config.processes.sharded else lambda make, *given, **settings: make(*given, **settings)
+        peft_model = attach(config.make_adapter, base.transformer, seed=config.settings.seed)
+        offload_blocks(config, base)
+    return LoadedModel(base, peft_model)
+
+
+def shared_base(config: RunConfig) -> Base:
+    """Return the transformer, loaded now or left by the previous job of a sweep."""
+    device, memory = str(config.accelerator.device), {**config.config["memory"], "card_gb": None}
+    projected = config.settings.embedding_storage.startswith("projected")
+    key = [config.source, config.precision, device, memory, config.config["buckets"], projected]
+    key.append(config.processes.sharded)
+    return SHARED.take("transformer", key, lambda: load_base(config), config.say)
+
+
+def load_base(config: RunConfig) -> Base:
+    """Load the transformer in its precision; with `shard=true` each process keeps a share of it."""
+    device, sharded = config.accelerator.device, config.processes.sharded
+    config.say(f"loading the transformer of {config.variant.name} ({config.precision.name}) onto {device}")
+    transformer = load_transformer(
+        config.source,
+        device,
+        config.precision,
+        host=config.streamed,
+        cache=config.copies,
+        say=config.say,
+        ready=sharder(device) if sharded else None,
+    )
+    config.say(describe(transformer, config.precision, device))
+    if sharded:
+        config.say(
+            f"the base is sharded: each of {config.shares} processes keeps {gigabytes(shares(transformer))} of its "
+            f"{gigabytes(whole_size(transformer))}, and gathers a block at a time to compute with it"
+        )
+    if config.settings.embedding_storage.startswith("projected"):
+        transformer.txt_in = nn.Identity()  # the cached embeddings went through it already
+    return Base(transformer, check=SHARED.keeps and not sharded)
+
+
+def offload_blocks(config: RunConfig, base: Base) -> None:
+    """Set up offloading of blocks and activations to host memory, if the settings ask for it."""
+    if base.offloader is None:
+        base.offloader = offload(
+            base.transformer,
+            config.memory.stream_blocks,
+            activations=config.memory.offload_activations,
+            device=config.accelerator.device,
+        )
+    else:
+        base.offloader.go_on(base.transformer)
+    if base.offloader is not None:
+        config.say(str(base.offloader))
+
+
+def load_sampler(config: RunConfig, cached: CachedDataset) -> Sampler | None:
+    """Return what samples the pictures of a run; None if it samples none."""
+    if not config.sample.prompts or not config.settings.sample_every:
+        return None
+    device = config.accelerator.device
+    key = [config.source, str(device)]
+    autoencoder = SHARED.take("autoencoder", key, lambda: load_autoencoder(config.source, device), config.say)
+    references, sizes = [], []
+    for paths in config.sample.edits:
+        files, limit = config.sample_references(paths)
+        images = [file.load() for file in files]
+        pixels = [to_pixels([reference_image(image, limit)]) for image in images]
+        with torch.no_grad():
+            references.append([autoencoder.encode(one.to(device)) for one in pixels])
+        width, height = config.buckets.nearest(*(images[0].size if images else (1, 1)))
+        sizes.append((config.sample.width or width, config.sample.height or height))
+    text, empty = cached.embeddings(config.sample.prompts), cached.embeddings([""])
+    return Sampler(config.sample, config.variant, autoencoder, text, empty, references, sizes, config.processes.map)

@@ -1,0 +1,79 @@
+"""The run folder: choose it by the rules of `resume`, create it, and hold its lock until the run ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from train import folder, report, resume, sweep
+from train.config.run_config import RunConfig
+from train.masking import masked
+from train.resume import RunLocation
+from train.trained_data import TrainedData
+
+
+@contextmanager
+def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
+    """Context manager that gives where the run writes and what it resumes, and holds that folder's lock.
+
+    The main process decides for all. Raises ValueError if the folder is in use, holds another run, or cannot be
+    written.
+    """
+    lock: folder.Lock | None = None
+    shared: list[Any] = [None]
+    if config.accelerator.is_main_process:
+        try:
+            shared[0], lock = find_and_lock(config)
+        except ValueError as error:
+            shared[0] = error
+        except OSError as error:
+            shared[0] = ValueError(f"the run folder: {error}")
+    try:
+        broadcast_object_list(shared)
+        if isinstance(shared[0], ValueError):
+            raise shared[0]
+        yield shared[0]
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def find_and_lock(config: RunConfig) -> tuple[RunLocation, folder.Lock]:
+    """Choose the run folder, create it and lock it; before that, check that the adapter can be pushed."""
+    config.hub.check()
+    output = config.settings.output_dir
+    if sweep.is_sweep():
+        output = str(sweep.folder_of_job())
+    new = Path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    given, chosen = config.settings.resume, output is not None
+    while True:
+        location = resume.find(
+            given, new, masked(config.config), config.images_per_step, chosen=chosen, say=partial(print, flush=True)
+        )
+        if location == RunLocation(new) and not chosen:
+            location = RunLocation(folder.make_new(new))
+        try:
+            folder.make_writable(location.folder, "output_dir" if chosen else "the run folder")
+            return location, folder.Lock(location.folder)
+        except folder.InUse:
+            if chosen or given != "auto":
+                raise
+            # another run took it in the meantime: look for one that is free
+
+
+def record_start(config: RunConfig, location: RunLocation, data: TrainedData) -> None:
+    """Write the configuration, the samples and the command into the run folder."""
+    text = OmegaConf.to_yaml(OmegaConf.create(masked(config.config)))
+    folder.write_whole(location.folder / resume.CONFIG_FILE, text)
+    data.write(location.folder)
+    if HydraConfig.initialized():
+        words, processes = HydraConfig.get().overrides.task, config.accelerator.num_processes
+        report.note_command(location.folder, words, processes, goes_on=location.checkpoint is not None)

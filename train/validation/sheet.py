@@ -1,0 +1,91 @@
+"""A sheet of pictures: rows and columns with captions, written as PNG and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+LAYOUT = "flux2-lora-sheet"  # keyword of the text in the file of a sheet: its prompts, and where its pictures are
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
+    """Break `text` at spaces to at most `lines` lines of at most `width` pixels, the last ending in dots if cut."""
+    words, broken = text.split(), [""]
+    for i, word in enumerate(words):
+        longer = f"{broken[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not broken[-1]:
+            broken[-1] = longer
+        elif len(broken) < lines:
+            broken.append(word)
+        else:
+            while font.getlength(broken[-1] + " ...") > width and " " in broken[-1]:
+                broken[-1] = broken[-1].rpartition(" ")[0]
+            broken[-1] += " ..."
+            return "\n".join(broken)
+        assert i < len(words)
+    return "\n".join(broken)
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str] = (), side: int = 256
+) -> Image.Image:
+    """Pictures in rows of equal length, a caption above each column and a name left of each row.
+
+    Pictures are scaled so that they are about `side` pixels wide; a single row is broken after four. Where each is,
+    (left, top, right, bottom), row by row, is in `info["boxes"]`.
+    """
+    if len(rows) == 1 and len(rows[0]) > 4 and not names:
+        parts = [rows[0][i : i + 4] for i in range(0, len(rows[0]), 4)]
+        strips = [sheet([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
+        page = Image.new("RGB", (max(s.width for s in strips), sum(strip.height for strip in strips)), "white")
+        y, page.info["boxes"] = 0, []
+        for strip in strips:
+            page.paste(strip, (0, y))
+            page.info["boxes"] += [(x0, y0 + y, x1, y1 + y) for x0, y0, x1, y1 in strip.info["boxes"]]
+            y += strip.height
+        return page
+    rows = [[_scaled(picture, side) for picture in row] for row in rows]
+    size = tuple(max(picture.size[axis] for row in rows for picture in row) for axis in (0, 1))
+    font = ImageFont.load_default(max(12, size[0] // 18))
+    line = max(12, size[0] // 18) * 1.25
+    top = round(line * 3 + 8) if any(columns) else 0
+    left = round(max((font.getlength(name) for name in names), default=0)) + 16 if names else 0
+    gap = 6
+    page = Image.new(
+        "RGB", (left + len(rows[0]) * (size[0] + gap) + gap, top + len(rows) * (size[1] + gap) + gap), "white"
+    )
+    page.info["boxes"] = []
+    canvas = ImageDraw.Draw(page)
+    for x, caption in enumerate(columns):
+        text = wrap(caption, font, size[0], 3)
+        canvas.multiline_text((left + gap + x * (size[0] + gap), 6), text, "black", font, spacing=2)
+    for y, row in enumerate(rows):
+        at = top + y * (size[1] + gap)
+        if names:
+            canvas.text((8, at + size[1] // 2), names[y], "black", font, anchor="lm")
+        for x, picture in enumerate(row):
+            corner = (left + gap + x * (size[0] + gap), at)
+            page.paste(picture, corner)
+            page.info["boxes"].append((*corner, corner[0] + picture.width, at + picture.height))
+    return page
+
+
+def _scaled(picture: Image.Image, side: int) -> Image.Image:
+    """About `side` pixels wide; small pictures by whole factors, so that their pixels stay square."""
+    width, height = picture.size
+    if width < side:
+        whole = max(1, round(side / width))
+        return picture.resize((width * whole, height * whole), Image.Resampling.NEAREST)
+    return picture.resize((side, round(height * side / width)), Image.Resampling.LANCZOS)
+
+
+def cut(sheet: Image.Image) -> list[tuple[str, Image.Image]]:
+    """Prompt and picture of each on a sheet; empty if it does not say where they are."""
+    try:
+        layout = json.loads(sheet.info[LAYOUT])
+        pairs = zip(layout["prompts"], layout["boxes"], strict=True)
+        return [(str(prompt), sheet.crop((int(x0), int(y0), int(x1), int(y1)))) for prompt, (x0, y0, x1, y1) in pairs]
+    except (KeyError, TypeError, ValueError):
+        return []
