@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import at_least, clock, environment, hardware, write_result
-from flux2 import stripes
-from flux2.autoencoder import Autoencoder
-from flux2.pipeline import pick_device
-from flux2.sources import model_source
-from flux2.variants import AutoencoderConfig
-from flux2.weights import load_autoencoder
+from flux2.models import tiled_decoding
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.variants import AutoencoderConfig
+from flux2.utils.device import pick_device
+from flux2.weights.loading import load_autoencoder
+from flux2.weights.sources import model_source
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,7 +61,7 @@ def case(side: int, mode: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Autoencoder(AutoencoderConfig()).to(device)
     z = drawn(side, device)
-    decode = model.decode if mode == "whole" else lambda given: stripes.decode(model, given)
+    decode = model.decode if mode == "whole" else lambda given: tiled_decoding.decode(model, given)
     decode(drawn(64, device))  # libraries' own buffers
     before, began = peak(device), clock(device)
     pixels = decode(z)
@@ -95,7 +95,7 @@ def difference(side: int) -> dict[str, float]:
     """Of the embedded model's pixels, in units of 1/255."""
     model = load_autoencoder(model_source("tiny"), pick_device(None))
     z = drawn(side, next(model.parameters()).device)
-    apart = (model.decode(z) - stripes.decode(model, z)).abs() * 127.5
+    apart = (model.decode(z) - tiled_decoding.decode(model, z)).abs() * 127.5
     return {"side": side, "mean": apart.mean().item(), "largest": apart.max().item()}
 
 

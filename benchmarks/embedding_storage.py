@@ -30,8 +30,8 @@ from torch import nn
 from benchmarks.common import environment, write_result
 from data.cache import MemoryCache
 from data.embeddings import EmbeddingPlan
-from flux2.variants import VARIANTS
-from flux2.weights import load_transformer
+from flux2.models.variants import VARIANTS
+from flux2.weights.loading import load_transformer
 from train.config.paths import CONFIG
 from train.config.run_config import RunConfig
 from train.config.settings import STORAGES

@@ -34,12 +34,12 @@ import torch
 from benchmarks.common import at_least, clock, hardware, write_result
 from benchmarks.models import MODELS, adapt, precision_of, random_transformer
 from flux2 import adapters
-from flux2.attention import preferred_backends
-from flux2.checkpointing import set_policy
-from flux2.offload import offload, streamed_blocks
-from flux2.precision import Storage
-from flux2.tokens import image_positions, text_positions
-from flux2.variants import VARIANTS, Variant
+from flux2.layers.attention import preferred_backends
+from flux2.memory.activation_checkpointing import set_policy
+from flux2.memory.block_offload import offload, streamed_blocks
+from flux2.models.positions import image_positions, text_positions
+from flux2.models.variants import VARIANTS, Variant
+from flux2.quantization.precision import Storage
 from train.cards import CONTEXT_GB, GIB, gpu, usable
 from train.choose import choose, settings_of, skeleton
 from train.predict import LIBRARIES, Planner, Prediction

@@ -37,13 +37,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common import at_least, clock, hardware, write_result
 from benchmarks.models import SMALL, diffusers_transformer, drawn, precision_of, random_transformer, to_four_bits
-from flux2 import stripes
-from flux2.autoencoder import Autoencoder
-from flux2.model import Transformer
-from flux2.offload import offload, streamed_blocks
+from flux2.memory.block_offload import offload, streamed_blocks
+from flux2.models import tiled_decoding
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS, AutoencoderConfig, TransformerConfig, Variant
 from flux2.pipeline import render
-from flux2.precision import Storage
-from flux2.variants import VARIANTS, AutoencoderConfig, TransformerConfig, Variant
+from flux2.quantization.precision import Storage
 from train.cards import CONTEXT_GB, GIB
 from train.choose import skeleton
 from train.memory import Count, Shape, autoencoder_peaks, fake, gpu_kernels, size
@@ -110,7 +110,7 @@ def stripes_peak(config: AutoencoderConfig, pixels: int) -> int:
         fake(model)
         given = torch.empty(1, 4 * config.latent_channels, pixels // 16, pixels // 16)
         with Count([*model.parameters(), *model.buffers(), given]) as count:
-            stripes.decode(model, given)
+            tiled_decoding.decode(model, given)
     return count.peak + size([given])
 
 

@@ -35,12 +35,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import at_least, environment, write_result
-from flux2.files import DTYPE_NAMES
-from flux2.model import Transformer
-from flux2.precision import Precision
-from flux2.sources import ModelSource
-from flux2.variants import VARIANTS, Variant
-from flux2.weights import load_transformer
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS, Variant
+from flux2.quantization.precision import Precision
+from flux2.weights.loading import load_transformer
+from flux2.weights.safetensors_files import DTYPE_NAMES
+from flux2.weights.sources import ModelSource
 
 GB = 1e9
 

@@ -38,7 +38,7 @@ import train.loop
 import train.objective.objective
 import train.run
 from benchmarks.common import at_least, environment, hardware, write_result
-from flux2.pipeline import pick_device
+from flux2.utils.device import pick_device
 from train.ahead import Prefetcher
 from train.config.paths import CONFIG
 from train.objective.objective import Objective

@@ -44,11 +44,11 @@ from benchmarks.models import (
     to_four_bits,
 )
 from flux2 import adapters
-from flux2.attention import limited_to, preferred_backends
-from flux2.checkpointing import set_policy
-from flux2.precision import STORAGES
-from flux2.tokens import image_positions, text_positions
-from flux2.variants import TransformerConfig
+from flux2.layers.attention import limited_to, preferred_backends
+from flux2.memory.activation_checkpointing import set_policy
+from flux2.models.positions import image_positions, text_positions
+from flux2.models.variants import TransformerConfig
+from flux2.quantization.precision import STORAGES
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 from benchmarks.fits import planner
-from flux2.variants import VARIANTS
+from flux2.models.variants import VARIANTS
 from train.cards import gpu, usable
 from train.choose import choose
 from train.predict import Planner

@@ -12,82 +12,33 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from math import isqrt
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flux2 import adapters, checks, stripes
-from flux2.autoencoder import Autoencoder
-from flux2.model import Transformer
-from flux2.offload import offload, streamed_blocks
-from flux2.pictures import as_rgb
-from flux2.precision import Precision, pick
-from flux2.prompts import Prompts, TextSource, free, text_source
+from flux2 import adapters
+from flux2.adapters.loading import Loaded
+from flux2.memory.block_offload import offload, streamed_blocks
+from flux2.models import tiled_decoding
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.pixels import reference_image, to_images, to_pixels
+from flux2.models.text_encoder import Storage
+from flux2.models.transformer import Transformer
+from flux2.models.variants import PIXELS_PER_TOKEN, Variant, variant
+from flux2.prompts.embeddings import Prompts, TextSource, free, text_source
+from flux2.prompts.upsampling import load_upsampler
+from flux2.quantization.precision import Precision, pick
 from flux2.sampling import initial_noise, sample
-from flux2.sources import ModelSource, model_source
-from flux2.text_encoder import Storage
-from flux2.upsampling import load_upsampler
-from flux2.variants import PIXELS_PER_TOKEN, Variant, variant
-from flux2.weights import load_autoencoder, load_transformer
+from flux2.utils import checks
+from flux2.utils.device import pick_device
+from flux2.weights.loading import load_autoencoder, load_transformer
+from flux2.weights.sources import ModelSource, model_source
 
 ONE_REFERENCE_PIXELS = 2024**2  # as in the reference code; several share less
 MANY_REFERENCES_PIXELS = 1024**2
 TILED_PIXELS = 1024**2  # of larger pictures the decoder computes a stripe at a time
-
-
-def to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Equal-sized pictures -> (B, 3, H, W) float32 in [-1, 1]."""
-    arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1], clipped -> pictures. Raises ValueError for NaN and infinite values."""
-    if not bool(torch.isfinite(pixels).all()):
-        raise ValueError(
-            "the picture that was computed has NaN or infinite pixels: an adapter, its scale or guidance is too "
-            "strong, the precision too low, or the weights are damaged"
-        )
-    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
-
-
-def reference_image(image: Image.Image, max_pixels: int) -> Image.Image:
-    """A reference as the model gets it: shrunk to at most `max_pixels`, its middle cut out at multiples of 16."""
-    image = as_rgb(image)
-    width, height = image.size
-    if width * height > max_pixels:  # in whole numbers: a float root a hair below a multiple of 16 loses a token
-        width, height = isqrt(max_pixels * width // height), isqrt(max_pixels * height // width)
-    if min(width, height) < PIXELS_PER_TOKEN:
-        raise ValueError(f"a reference of {width} x {height} pixels is too small: each side needs at least 16")
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = width % PIXELS_PER_TOKEN // 2, height % PIXELS_PER_TOKEN // 2
-    right, bottom = left + width - width % PIXELS_PER_TOKEN, top + height - height % PIXELS_PER_TOKEN
-    return image.crop((left, top, right, bottom))
-
-
-def pick_device(device: str | None) -> torch.device:
-    """`device`, else the GPU if there is one, else the CPU. Raises ValueError for a GPU that is not there."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        chosen = torch.device(device or ("cuda" if gpus else "cpu"))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is not a device: give cuda, cuda:1 or cpu") from error
-    if chosen.type not in ("cuda", "cpu"):
-        raise ValueError(f"device={device!r} is not supported: give cuda, cuda:1 or cpu")
-    if chosen.type == "cuda" and not gpus:
-        raise ValueError(
-            f"device={device!r}: PyTorch {torch.__version__} sees no CUDA GPU here. Use device=cpu (practical for "
-            "model=tiny only), or install a CUDA build of PyTorch."
-        )
-    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
-        raise ValueError(f"device={device!r}: there are {gpus} GPUs, counted from cuda:0")
-    return chosen
 
 
 def check_size(width: int, height: int) -> None:
@@ -150,7 +101,7 @@ def render(
     parameter = next(autoencoder.parameters())
     in_stripes = width * height > TILED_PIXELS if tiled is None else tiled
     # one at a time: decoding 1024 px takes gigabytes of activations
-    decode = partial(stripes.decode, autoencoder) if in_stripes else autoencoder.decode
+    decode = partial(tiled_decoding.decode, autoencoder) if in_stripes else autoencoder.decode
     parts = [decode(one[None].to(parameter)) for one in latents]
     return to_images(torch.cat(parts))
 
@@ -207,7 +158,7 @@ class Pipeline:
             self._transformer = transformer
         return self._transformer
 
-    def load_adapter(self, path: str | Path, scale: float = 1.0) -> adapters.Loaded:
+    def load_adapter(self, path: str | Path, scale: float = 1.0) -> Loaded:
         """Add an adapter (`adapters.load` says which files), its update multiplied by `scale`; several of one type add
         up. Returns what was found: its type, layers and ranks.
 
@@ -253,7 +204,7 @@ class Pipeline:
     def upsample(
         self, prompt: str | Sequence[str], references: Sequence[Image.Image] = (), *, seed: int = 0
     ) -> list[str]:
-        """Prompts, rewritten in more detail by dev's text encoder as a language model (flux2/upsampling.py).
+        """Prompts, rewritten in more detail by dev's text encoder as a language model (flux2/prompts/upsampling.py).
 
         The whole of it is loaded, and freed again. Raises ValueError for a model whose text encoder writes nothing.
         """
@@ -373,9 +324,10 @@ def load(
         path: a repository id, a folder in the published layout, or one .safetensors file with the transformer; the
             published repository by default, the embedded files for `tiny`.
         autoencoder, text_encoder: likewise, where they are not at `path`; for the text encoder also the address of a
-            server (flux2/remote.py), and then it takes no memory here.
+            server (flux2/prompts/remote_client.py), and then it takes no memory here.
         device: `cuda`, `cuda:1`, `cpu`; the GPU if there is one.
-        precision: `fp32`, `bf16`, `fp8` or `nf4` of the transformer (see `precision.py`); by default bf16 on a GPU and
+        precision: `fp32`, `bf16`, `fp8` or `nf4` of the transformer (see `flux2/quantization/precision.py`); by default
+        bf16 on a GPU and
             fp32 on a CPU, as the text encoder is for `fp8` and `nf4`.
         keep_text_encoder: keep it in memory between calls; by default only for `tiny`.
         stream_blocks: blocks of the transformer that stay in host memory and stream to the device: a number, or a

@@ -15,10 +15,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flux2 import checks
-from flux2.model import Transformer
-from flux2.tokens import from_tokens, positions_with_references, text_positions, to_tokens, with_references
-from flux2.variants import TOKEN_CHANNELS
+from flux2.models.positions import from_tokens, positions_with_references, text_positions, to_tokens, with_references
+from flux2.models.transformer import Transformer
+from flux2.models.variants import TOKEN_CHANNELS
+from flux2.utils import checks
 
 
 def empirical_mu(tokens: int, steps: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from flux2 import adapters
+from flux2.adapters.files import PEFT_FILE
 from train import checkpoint
 from train.resume import find
 
@@ -43,11 +43,11 @@ def make_run(folder: Path, *steps: int, finished: bool = False, config=CONFIG, i
         place.mkdir(parents=True)
         torch.save({"state": {}, "param_groups": []}, place / "optimizer.pt")
         (place / "adapter").mkdir()
-        save_file({}, place / "adapter" / adapters.PEFT_FILE)
+        save_file({}, place / "adapter" / PEFT_FILE)
         checkpoint.seal(place, {"step": step, "base": "tiny", "images_per_step": images})
     if finished:
         (folder / "adapter").mkdir()
-        (folder / "adapter" / adapters.PEFT_FILE).touch()
+        (folder / "adapter" / PEFT_FILE).touch()
     return folder
 
 

@@ -19,7 +19,7 @@ os.environ.pop("FLUX2_CACHE", None)  # no test may write where the developer kee
 import pytest
 
 if TYPE_CHECKING:
-    from flux2.sources import ModelSource
+    from flux2.weights.sources import ModelSource
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,6 +63,6 @@ def source(request: pytest.FixtureRequest, model_folders: Callable[[str], Path])
     """A small random model of every kind: dev with a guidance embedding, klein without."""
     import helpers
 
-    from flux2.sources import ModelSource
+    from flux2.weights.sources import ModelSource
 
     return ModelSource(helpers.VARIANTS[request.param], str(model_folders(request.param)))

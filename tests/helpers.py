@@ -21,12 +21,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from flux2.autoencoder import Autoencoder
-from flux2.model import Transformer
-from flux2.names import autoencoder_tensor, transformer_tensor
-from flux2.text_encoder import SYSTEM_MESSAGE
-from flux2.tokens import image_positions, text_positions
-from flux2.variants import AutoencoderConfig, TextConfig, TransformerConfig, Variant
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.positions import image_positions, text_positions
+from flux2.models.text_encoder import SYSTEM_MESSAGE
+from flux2.models.transformer import Transformer
+from flux2.models.variants import AutoencoderConfig, TextConfig, TransformerConfig, Variant
+from flux2.weights.key_names import autoencoder_tensor, transformer_tensor
 
 TRANSFORMERS = {
     "dev": TransformerConfig(

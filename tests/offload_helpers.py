@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux2 import offload as offload_module
-from flux2.offload import Offloader
-from flux2.ring import CpuCopier
+from flux2.memory import block_offload as offload_module
+from flux2.memory.block_offload import Offloader
+from flux2.memory.ring_buffer import CpuCopier
 
 
 class LateCopier(CpuCopier):

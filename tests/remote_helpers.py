@@ -26,8 +26,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flux2.answers import CUT_HEADER, IDENTITY_HEADER
-from flux2.remote import TOKEN
+from flux2.prompts.remote_client import TOKEN
+from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "a-secret-token-of-many-signs"

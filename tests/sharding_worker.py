@@ -20,13 +20,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import flux2.weights
+import flux2.weights.loading
 from flux2 import adapters
-from flux2.checkpointing import set_policy
-from flux2.model import DoubleBlock, SingleBlock, Transformer
-from flux2.precision import Precision
-from flux2.sources import model_source
-from flux2.tokens import image_positions, text_positions
+from flux2.layers.selection import BLOCK_LINEARS
+from flux2.memory.activation_checkpointing import set_policy
+from flux2.models.positions import image_positions, text_positions
+from flux2.models.transformer import DoubleBlock, SingleBlock, Transformer
+from flux2.quantization.precision import Precision
+from flux2.weights.sources import model_source
 from train.processes import Processes, make_accelerator, trained
 from train.sharding import attached, sharder, shares
 
@@ -40,7 +41,7 @@ PRECISIONS = {
 CASES = [("fp32", "full"), ("fp32", "none"), ("bf16", "selective"), ("fp8", "full"), ("nf4", "none")]
 SIZES = {0: [(2, 2), (3, 5)], 1: [(4, 4), (1, 2)]}  # tokens of a process's micro-batches
 # every kind of place: in blocks, in layers that are modules of their own, and where only the weight is read
-TARGETS = [*adapters.BLOCK_LINEARS, "img_in", "txt_in", "time_in.in_layer", "final_layer.linear"]
+TARGETS = [*BLOCK_LINEARS, "img_in", "txt_in", "time_in.in_layer", "final_layer.linear"]
 
 
 def findings(folder: Path, device: str) -> list[dict[Any, Any]]:
@@ -102,7 +103,9 @@ def is_whole(module: nn.Module) -> bool:
 
 
 def load(precision: str, policy: str, device: torch.device, ready: Any = None) -> peft.PeftModel:
-    model = flux2.weights.load_transformer(SOURCE, device, PRECISIONS[precision], say=lambda text: None, ready=ready)
+    model = flux2.weights.loading.load_transformer(
+        SOURCE, device, PRECISIONS[precision], say=lambda text: None, ready=ready
+    )
     set_policy(model, policy)
     wrapped = attached(adapters.attach, model, rank=4, seed=0, targets=TARGETS)
     generator = torch.Generator().manual_seed(7)
@@ -164,11 +167,11 @@ def sharded(processes: Processes, precision: str, policy: str, rank: int, folder
         most_loading = max(most_loading, held(made[-1]))
         shard(module)
 
-    flux2.weights.Transformer = Seen
+    flux2.weights.loading.Transformer = Seen
     try:
         wrapped = load(precision, policy, device, ready)
     finally:
-        flux2.weights.Transformer = Transformer
+        flux2.weights.loading.Transformer = Transformer
     base = wrapped.get_base_model()
     blocks = [module for module in base.modules() if isinstance(module, DoubleBlock | SingleBlock)]
     frozen = {name: p for name, p in base.named_parameters() if not p.requires_grad}
@@ -205,7 +208,7 @@ def sharded(processes: Processes, precision: str, policy: str, rank: int, folder
 
 def refused(device: torch.device) -> str:
     """What is said of an adapter that reads the base's weights when it begins."""
-    model = flux2.weights.load_transformer(SOURCE, device, ready=sharder(device))
+    model = flux2.weights.loading.load_transformer(SOURCE, device, ready=sharder(device))
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["single_blocks.0.linear1"])
     try:
         attached(partial(peft.get_peft_model, model), config)

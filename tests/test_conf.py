@@ -15,8 +15,8 @@ from train_helpers import CONF, compose
 
 from data.captions import Captions
 from data.samples import Folder, HuggingFace
-from flux2.adapters import attach
-from flux2.precision import Precision, pick
+from flux2.adapters.tuners import attach
+from flux2.quantization.precision import Precision, pick
 from train.command import flat
 from train.config.instantiate import instantiate, parse_settings
 from train.config.run_config import GROUPS

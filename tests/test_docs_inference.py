@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 import flux2
-from flux2 import adapters, generate
-from flux2.generate import arguments
-from flux2.variants import VARIANTS
+from flux2 import adapters
+from flux2.generate import command as generate
+from flux2.generate.command import arguments
+from flux2.models.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("inference", "troubleshooting")}

@@ -1,4 +1,4 @@
-"""flux2.adapter_formats: kohya's keys, a DoRA in diffusers' keys, and files that mix or hold what is not known."""
+"""flux2.adapters.formats: kohya's keys, a DoRA in diffusers' keys, and files that mix or hold what is not known."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2 import adapters
-from flux2.adapters import AdapterError, Pair, from_state, to_comfyui, to_diffusers, to_kohya
-from flux2.model import Transformer
-from flux2.names import transformer_module
+from flux2.adapters.formats import AdapterError, Pair, from_state, to_comfyui, to_diffusers, to_kohya
+from flux2.models.transformer import Transformer
+from flux2.weights.key_names import transformer_module
 
 QKV = "double_blocks.1.img_attn.qkv"
 

@@ -1,4 +1,4 @@
-"""flux2.adapter_types: every type of adapter on every precision, from its beginning to its end."""
+"""flux2.adapters.tuners: every type of adapter on every precision, from its beginning to its end."""
 
 import json
 import math
@@ -16,13 +16,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2 import adapters
-from flux2.adapter_types import adapted, attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa, detach
-from flux2.adapters import AdapterError
-from flux2.checkpointing import set_policy
-from flux2.linear import FusedLora
-from flux2.model import Transformer
-from flux2.offload import offload
-from flux2.precision import Precision, QuantisedLinear, convert
+from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE, PISSA_FILE, layer_pairs, unread
+from flux2.adapters.formats import AdapterError, to_comfyui, to_kohya
+from flux2.adapters.tuners import (
+    adapted,
+    attach,
+    attach_dora,
+    attach_loha,
+    attach_lokr,
+    attach_oft,
+    attach_pissa,
+    detach,
+)
+from flux2.layers.fused_lora import FusedLora
+from flux2.memory.activation_checkpointing import set_policy
+from flux2.memory.block_offload import offload
+from flux2.models.transformer import Transformer
+from flux2.quantization.precision import Precision, QuantisedLinear, convert
 
 Attach = Callable[..., peft.PeftModel]
 
@@ -272,7 +282,7 @@ def test_diffusers_reads_every_type_that_is_written_for_it(kind: str, tmp_path: 
     wrapped = stirred(attached(kind, base(), targets="all_linear", rank_pattern={"image_stream": 2}))
     adapters.save(wrapped, tmp_path, base="small")
     reference = helpers.transformers("dev")[1]
-    reference.load_lora_adapter(load_file(tmp_path / adapters.DIFFUSERS_FILE))
+    reference.load_lora_adapter(load_file(tmp_path / DIFFUSERS_FILE))
     ours = predict(wrapped)
     with torch.no_grad():
         theirs = helpers.reference_forward(reference, helpers.transformer_inputs(helpers.TRANSFORMERS["dev"]))
@@ -285,27 +295,27 @@ def test_no_file_is_written_that_others_would_read_wrongly_and_none_of_an_earlie
     kind: str, tmp_path: Path
 ) -> None:
     adapters.save(attached("pissa", base()), tmp_path, base="small")
-    assert {adapters.DIFFUSERS_FILE, adapters.PISSA_FILE} <= {file.name for file in tmp_path.iterdir()}
-    assert adapters.unread(tmp_path) == ""
+    assert {DIFFUSERS_FILE, PISSA_FILE} <= {file.name for file in tmp_path.iterdir()}
+    assert unread(tmp_path) == ""
     wrapped = attached(kind, base())
     adapters.save(wrapped, tmp_path, base="small")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", adapters.PEFT_FILE]
-    assert "flux2.generate alone; `python -m flux2.export" in adapters.unread(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", PEFT_FILE]
+    assert "flux2.generate alone; `python -m flux2.export" in unread(tmp_path)
     assert "diffusers" not in (tmp_path / "README.md").read_text()
     with pytest.raises(AdapterError, match="is no low-rank pair"):
-        adapters.layer_pairs(wrapped.get_base_model())
+        layer_pairs(wrapped.get_base_model())
 
 
 def test_a_dora_is_no_pair_for_comfyui_and_kohya_and_its_diffusers_file_loads_here(tmp_path: Path) -> None:
     wrapped = stirred(attached("dora", base(), targets="all_linear"))
-    for form in (adapters.to_comfyui, adapters.to_kohya):
+    for form in (to_comfyui, to_kohya):
         with pytest.raises(AdapterError, match="is of a DoRA, which this form cannot hold"):
-            form(adapters.layer_pairs(wrapped.get_base_model()))
+            form(layer_pairs(wrapped.get_base_model()))
     adapters.save(wrapped, tmp_path, base="small")
     model = base()
-    assert adapters.load(model, tmp_path / adapters.DIFFUSERS_FILE).kind == "DoRA"
+    assert adapters.load(model, tmp_path / DIFFUSERS_FILE).kind == "DoRA"
     assert helpers.relative_error(predict(model), predict(wrapped)) <= 1e-6
-    assert "diffusers; `python -m flux2.export" in adapters.unread(tmp_path)
+    assert "diffusers; `python -m flux2.export" in unread(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "loha", "lokr"])
@@ -331,8 +341,8 @@ def test_ranks_and_alphas_of_layers_are_kept_in_every_form(kind: str, tmp_path: 
     adapters.save(wrapped, tmp_path, base="small")
     places = [tmp_path]
     if kind in ("lora", "rslora", "pissa"):
-        save_file(adapters.to_comfyui(adapters.layer_pairs(wrapped.get_base_model())), tmp_path / "comfyui.safetensors")
-        places += [tmp_path / adapters.DIFFUSERS_FILE, tmp_path / "comfyui.safetensors"]
+        save_file(to_comfyui(layer_pairs(wrapped.get_base_model())), tmp_path / "comfyui.safetensors")
+        places += [tmp_path / DIFFUSERS_FILE, tmp_path / "comfyui.safetensors"]
     wanted = predict(wrapped)
     for place in places:
         model = base()
@@ -434,7 +444,7 @@ def test_merging_into_a_quantised_base_is_refused(kind: str, precision: str) -> 
 def rewritten(folder: Path, config: dict[str, Any], state: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    save_file(state(load_file(folder / adapters.PEFT_FILE)), folder / adapters.PEFT_FILE)
+    save_file(state(load_file(folder / PEFT_FILE)), folder / PEFT_FILE)
 
 
 def unchanged(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""flux2.adapters: LoRAs that change what they should, in files that PEFT, diffusers and ComfyUI read alike."""
+"""flux2.adapters.files: LoRAs that change what they should, in files that PEFT, diffusers and ComfyUI read alike."""
 
 import json
 import os
@@ -21,9 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2 import adapters
-from flux2.adapters import AdapterError, Pair, from_state, layer_pairs, to_comfyui, to_diffusers
-from flux2.model import Transformer
-from flux2.names import transformer_module
+from flux2.adapters import files as adapter_files
+from flux2.adapters.files import layer_pairs
+from flux2.adapters.formats import AdapterError, Pair, from_state, to_comfyui, to_diffusers
+from flux2.adapters.loading import attach_pairs
+from flux2.layers.selection import BLOCK_LINEARS
+from flux2.models.transformer import Transformer
+from flux2.weights.key_names import transformer_module
 
 EVERY = [".*"]  # every linear, the modulation and the final layer too
 BLOCK = [*(f"{stream}_{layer}" for stream in ("img", "txt") for layer in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2"))]
@@ -264,7 +268,7 @@ def test_diffusers_reads_the_saved_file_and_predicts_the_same(kind: str, tmp_pat
     wrapped, model = trained(kind, targets=EVERY)
     adapters.save(wrapped, tmp_path, base="small")
     _, reference = helpers.transformers(kind)
-    reference.load_lora_adapter(load_file(tmp_path / adapters.DIFFUSERS_FILE))
+    reference.load_lora_adapter(load_file(tmp_path / adapter_files.DIFFUSERS_FILE))
     assert helpers.relative_error(predict(reference, kind), predict(model, kind)) <= 1e-5
     assert helpers.relative_error(predict(fresh(kind), kind), predict(model, kind)) > 0.1
 
@@ -277,7 +281,7 @@ def test_load_lora_weights_reads_the_saved_folder(tmp_path: Path) -> None:
     wrapped, model = trained()
     adapters.save(wrapped, tmp_path, base="small")
     pipeline = pipeline_with("dev")
-    pipeline.load_lora_weights(str(tmp_path), weight_name=adapters.DIFFUSERS_FILE)
+    pipeline.load_lora_weights(str(tmp_path), weight_name=adapter_files.DIFFUSERS_FILE)
     assert helpers.relative_error(predict(pipeline.transformer), predict(model)) <= 1e-5
 
 
@@ -361,7 +365,7 @@ def test_separate_adapters_of_q_k_and_v_are_one_of_the_fused_layer(parts: tuple[
     reference.load_lora_adapter(dict(state))
     model = fresh()
     pairs = from_state(state, model)
-    adapters.attach_pairs(model, pairs, "default")
+    attach_pairs(model, pairs, "default")
     assert helpers.relative_error(predict(model), predict(reference)) <= 1e-5
     image = [part for part in parts if part.startswith("to_")]
     assert pairs["double_blocks.1.img_attn.qkv"].a.shape[0] == 2 * len(image)
@@ -384,7 +388,7 @@ def test_layers_of_different_ranks_keep_them() -> None:
     state |= separate(["single_transformer_blocks.2.attn.to_out", "transformer_blocks.0.ff.linear_in"], rank=7)
     model = fresh()
     pairs = from_state(state, model)
-    adapters.attach_pairs(model, pairs, "default")
+    attach_pairs(model, pairs, "default")
     wanted = {
         "double_blocks.0.img_mlp.0": 7,
         "double_blocks.1.img_attn.qkv": 4,
@@ -425,7 +429,7 @@ def test_patterns_of_rank_and_alpha_in_a_peft_folder_are_kept(tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_add_up_each_at_its_scale(dtype: torch.dtype, tmp_path: Path) -> None:
     pairs = []
-    for i, targets in enumerate((EVERY, list(adapters.BLOCK_LINEARS))):
+    for i, targets in enumerate((EVERY, list(BLOCK_LINEARS))):
         wrapped, model = trained(seed=i, targets=targets)
         adapters.save(wrapped, tmp_path / str(i), base="small")
         pairs.append(layer_pairs(model))
@@ -506,7 +510,7 @@ def test_a_failed_save_leaves_the_earlier_one_whole(tmp_path: Path, monkeypatch:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(adapters, "save_file", fail)
+    monkeypatch.setattr(adapter_files, "save_file", fail)
     for parameter in adapters.adapter_parameters(model):
         parameter.data += 1
     with pytest.raises(OSError, match="no space left"):
@@ -667,7 +671,7 @@ def test_a_scale_that_is_no_finite_number_changes_nothing(scale: Any, kind: type
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     adapters.save(trained()[0], tmp_path, base="small")
-    file = tmp_path / adapters.PEFT_FILE
+    file = tmp_path / adapter_files.PEFT_FILE
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(AdapterError, match=r"adapter_model.safetensors cannot be read .* damaged or incomplete"):
         adapters.load(fresh(), tmp_path)
@@ -703,8 +707,8 @@ def test_a_peft_folder_that_is_no_plain_lora_is_refused(change: dict[str, Any], 
 
 
 def test_a_folder_loads_into_a_model_of_its_layout(model_folders: Callable[[str], Path], tmp_path: Path) -> None:
-    from flux2.sources import ModelSource
-    from flux2.weights import load_transformer
+    from flux2.weights.loading import load_transformer
+    from flux2.weights.sources import ModelSource
 
     wrapped, model = trained()
     adapters.save(wrapped, tmp_path, base="small")

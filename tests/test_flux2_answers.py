@@ -1,4 +1,4 @@
-"""flux2.answers: bytes from elsewhere become one finite tensor or an error."""
+"""flux2.prompts.remote_protocol: bytes from elsewhere become one finite tensor or an error."""
 
 import io
 import zipfile
@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from remote_helpers import Harmful, harmful_archive, saved
 
-from flux2.answers import checked, read_safetensors, read_serialised, said
+from flux2.prompts.remote_protocol import checked, read_safetensors, read_serialised, said
 
 TENSOR = torch.arange(24.0).view(1, 4, 6)
 

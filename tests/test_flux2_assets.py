@@ -11,7 +11,7 @@ from diffusers import Flux2Pipeline
 import flux2
 from data import probe
 from data.drawings import Drawing, all_drawings, draw, edit, held_out, plain_caption
-from flux2.sources import TINY_FOLDER
+from flux2.weights.sources import TINY_FOLDER
 
 
 @cache

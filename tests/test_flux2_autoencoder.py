@@ -1,4 +1,4 @@
-"""flux2.autoencoder: the values of diffusers' autoencoder, and the published names."""
+"""flux2.models.autoencoder: the values of diffusers' autoencoder, and the published names."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flux2.autoencoder import AttentionBlock, Autoencoder, patchify, unpatchify
-from flux2.names import autoencoder_tensor
-from flux2.variants import AutoencoderConfig
+from flux2.models.autoencoder import AttentionBlock, Autoencoder, patchify, unpatchify
+from flux2.models.variants import AutoencoderConfig
+from flux2.weights.key_names import autoencoder_tensor
 
 
 def draw(*shape: int) -> Tensor:

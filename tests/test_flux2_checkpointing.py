@@ -1,4 +1,4 @@
-"""flux2.checkpointing: policies save memory and change no number."""
+"""flux2.memory.activation_checkpointing: policies save memory and change no number."""
 
 import collections
 import weakref
@@ -17,13 +17,15 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux2 import adapters, replay
-from flux2.attention import check_backends, chosen_backend, preferred_backends
-from flux2.checkpointing import POLICIES, blocks_within, kept_bytes, set_policy, tensors_in
-from flux2.float8 import Float8Linear
-from flux2.model import DoubleBlock, SingleBlock, Transformer
-from flux2.nf4 import Nf4Linear
-from flux2.variants import DEV, TransformerConfig
+from flux2 import adapters
+from flux2.layers import recompute_context
+from flux2.layers.attention import check_backends, chosen_backend, preferred_backends
+from flux2.layers.selection import BLOCK_LINEARS
+from flux2.memory.activation_checkpointing import POLICIES, blocks_within, kept_bytes, set_policy, tensors_in
+from flux2.models.transformer import DoubleBlock, SingleBlock, Transformer
+from flux2.models.variants import DEV, TransformerConfig
+from flux2.quantization.float8 import Float8Linear
+from flux2.quantization.nf4 import Nf4Linear
 
 
 def train_once(policy: str, dropout: float = 0.0) -> tuple[Tensor, list[Tensor], dict[str, int]]:
@@ -97,7 +99,7 @@ def test_an_unknown_policy_is_an_error_that_lists_the_known_ones() -> None:
 # ------------------------------------------------------------------ what a second run leaves out
 
 
-def small_model(rank: int = 2, targets: Sequence[str] = adapters.BLOCK_LINEARS, **options: Any) -> Transformer:
+def small_model(rank: int = 2, targets: Sequence[str] = BLOCK_LINEARS, **options: Any) -> Transformer:
     """A model with an adapter whose weights are not zero."""
     model, _ = helpers.transformers("dev")
     adapters.attach(model, rank=rank, targets=targets, **options)
@@ -121,7 +123,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("policy", ["full", "selective"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("targets", [adapters.BLOCK_LINEARS, [r"single_blocks\.\d+\.linear1"]], ids=["all", "one"])
+@pytest.mark.parametrize("targets", [BLOCK_LINEARS, [r"single_blocks\.\d+\.linear1"]], ids=["all", "one"])
 def test_no_gradient_reads_what_is_not_computed_again(
     policy: str, dropout: float, targets: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +136,7 @@ def test_no_gradient_reads_what_is_not_computed_again(
         shapes.append(shape)
         return torch.full(shape, torch.nan, dtype=like.dtype)
 
-    monkeypatch.setattr(replay, "meaningless", poison)
+    monkeypatch.setattr(recompute_context, "meaningless", poison)
     torch.manual_seed(0)
     assert_equal(gradients(model, policy), expected)
     hidden, config = model.config.hidden, model.config
@@ -145,7 +147,7 @@ def test_no_gradient_reads_what_is_not_computed_again(
 
 @pytest.mark.parametrize("policy", ["full", "selective"])
 def test_gates_that_are_trained_get_the_gradient_of_without_a_policy(policy: str) -> None:
-    targets = [*adapters.BLOCK_LINEARS, r".*_modulation(_img|_txt)?\.lin", r"time_in\.out_layer"]
+    targets = [*BLOCK_LINEARS, r".*_modulation(_img|_txt)?\.lin", r"time_in\.out_layer"]
     model = small_model(targets=targets)
     expected = gradients(model, "none")
     assert_equal(gradients(model, policy), expected)
@@ -222,7 +224,7 @@ def test_all_that_is_kept_is_given_back_when_the_backward_is_over() -> None:
     made: list[Any] = []
 
     def note(*given: Any) -> None:
-        run = replay.current()
+        run = recompute_context.current()
         if run is not None and not run.again:
             made.append(weakref.ref(run))
 

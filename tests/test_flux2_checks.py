@@ -1,4 +1,4 @@
-"""flux2.checks: numbers of every library are taken, all else is an error that names the argument."""
+"""flux2.utils.checks: numbers of every library are taken, all else is an error that names the argument."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flux2 import checks
+from flux2.utils import checks
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

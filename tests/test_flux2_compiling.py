@@ -1,4 +1,4 @@
-"""flux2.compiling: which adapters are compiled with the blocks, and which are refused."""
+"""flux2.memory.compile_blocks: which adapters are compiled with the blocks, and which are refused."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from test_flux2_adapter_types import TYPES, attached, base, stirred
 from test_flux2_checkpointing import Graphs
 
 from flux2 import adapters
-from flux2.checkpointing import set_policy
-from flux2.compiling import check_compiles
-from flux2.model import Transformer
+from flux2.memory.activation_checkpointing import set_policy
+from flux2.memory.compile_blocks import check_compiles
+from flux2.models.transformer import Transformer
 
 REFUSED = {("dora", precision) for precision in ("fp32", "bf16", "fp8", "nf4")} | {
     (kind, precision) for kind in ("loha", "lokr") for precision in ("fp8", "nf4")

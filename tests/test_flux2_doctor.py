@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from flux2 import doctor
-from flux2.selftest import CHECKS, Finding
+from flux2.doctor import command as doctor
+from flux2.doctor.selftest import CHECKS, Finding
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -24,14 +24,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flux2 import adapters, export, lowrank, merging, modelspec, updates, writing
-from flux2.adapter_formats import from_state, to_comfyui, to_kohya
-from flux2.adapter_types import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa
-from flux2.model import Transformer
-from flux2.precision import Precision
-from flux2.sources import ModelSource
-from flux2.variants import VARIANTS
-from flux2.weights import load_transformer
+from flux2 import adapters
+from flux2.adapters.files import DIFFUSERS_FILE
+from flux2.adapters.formats import Pair, from_state, to_comfyui, to_kohya
+from flux2.adapters.tuners import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa
+from flux2.export import command as export
+from flux2.export import deltas, low_rank, merge_checkpoint
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS
+from flux2.quantization.precision import Precision
+from flux2.weights import modelspec, streaming_writer
+from flux2.weights.loading import load_transformer
+from flux2.weights.sources import ModelSource
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES: dict[str, tuple[Callable[..., peft.PeftModel], dict[str, Any]]] = {
@@ -172,8 +176,8 @@ def test_bfloat16_is_within_the_bound_that_is_checked(
     wanted, found = changes(saved("lora")), changes(tmp_path / "out.safetensors")
     errors = {layer: helpers.relative_error(found[layer], delta) for layer, delta in wanted.items()}
     assert max(errors.values()) == pytest.approx(said, rel=0.1)
-    pairs = updates.read(saved("lora"), fresh()).pairs
-    assert all(errors[layer] <= lowrank.rounding_bound(pair, torch.bfloat16) + 1e-6 for layer, pair in pairs.items())
+    pairs = deltas.read(saved("lora"), fresh()).pairs
+    assert all(errors[layer] <= low_rank.rounding_bound(pair, torch.bfloat16) + 1e-6 for layer, pair in pairs.items())
     assert 1e-4 < max(errors.values()) < 2**-7
 
 
@@ -277,7 +281,7 @@ def test_a_full_checkpoint_computes_what_the_adapters_do_on_the_fly(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(merging, "SHARD", "100KB")
+    monkeypatch.setattr(merge_checkpoint, "SHARD", "100KB")
     places = [(saved(kind, "all_linear"), scale) for kind, scale in given]
     read = model_folders("dev")
     if base == "bfl":
@@ -359,7 +363,7 @@ def test_every_file_carries_modelspec_metadata_and_a_true_hash(
     command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path
 ) -> None:
     place = saved("lora", base="black-forest-labs/FLUX.2-dev")
-    trained = check_modelspec(place / adapters.DIFFUSERS_FILE)
+    trained = check_modelspec(place / DIFFUSERS_FILE)
     assert (trained["architecture"], trained["implementation"]) == ("Flux.2-dev/lora", "diffusers")
     assert "date" not in trained, "the same training gives the same bytes"
     place = saved("lora", model="klein", base="klein_base_4b")
@@ -413,7 +417,7 @@ def test_twins_have_the_same_layers_and_an_adapter_loads_on_both(saved: Callable
 
 
 def one_layer(layer: str, rows: int, columns: int) -> dict[str, Tensor]:
-    return to_kohya({layer: adapters.Pair(torch.ones(1, columns), torch.ones(rows, 1))})
+    return to_kohya({layer: Pair(torch.ones(1, columns), torch.ones(rows, 1))})
 
 
 @pytest.mark.parametrize(
@@ -428,7 +432,7 @@ def test_a_file_that_says_nothing_is_known_by_its_shapes(
     state: dict[str, Tensor], variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(state, tmp_path / "lora.safetensors")
-    found, certain = updates.variant_for([tmp_path / "lora.safetensors"], None)
+    found, certain = deltas.variant_for([tmp_path / "lora.safetensors"], None)
     assert (found.name, certain) == (variant, False)
     monkeypatch.setattr(sys, "argv", ["export"])
     options = ["--format", "comfyui", "--out", str(tmp_path / "out.safetensors")]
@@ -440,10 +444,10 @@ def test_what_fits_no_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(
         adapters.AdapterError, match=r"fits none of dev, klein_4b, .*For tiny: .* of 88 to 777 features"
     ):
-        updates.variant_for([tmp_path / "lora.safetensors"], None)
+        deltas.variant_for([tmp_path / "lora.safetensors"], None)
     save_file({"emb_params": torch.zeros(3)}, tmp_path / "text.safetensors")
     with pytest.raises(adapters.AdapterError, match=r"text.safetensors: 1 of its 1 keys are no LoRA keys"):
-        updates.variant_for([tmp_path / "text.safetensors"], None)
+        deltas.variant_for([tmp_path / "text.safetensors"], None)
 
 
 # ------------------------------------------------------------------ what is wrong
@@ -488,7 +492,7 @@ def test_whatever_is_wrong_is_one_line_and_nothing_is_written(
     places: dict[str, Any] = {kind: saved(kind) for kind in ("lora", "dora", "oft")}
     places["klein"] = saved("lora", model="klein", base="klein_base_4b")
     places["nameless"] = saved("lora", base="somewhere")
-    save_file(load_file(places["lora"] / adapters.DIFFUSERS_FILE), tmp_path / "copy.safetensors")
+    save_file(load_file(places["lora"] / DIFFUSERS_FILE), tmp_path / "copy.safetensors")
     places["copy"] = tmp_path / "copy.safetensors"
     (tmp_path / "there.safetensors").touch()
     before = {file: file.read_bytes() for folder in (tmp_path, places["lora"]) for file in folder.iterdir()}
@@ -533,8 +537,8 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usage = argparse.Namespace(free=writing.SPARE + 1000)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda place: usage)
+    usage = argparse.Namespace(free=streaming_writer.SPARE + 1000)
+    monkeypatch.setattr(streaming_writer.shutil, "disk_usage", lambda place: usage)
     assert command(saved("lora"), "--format", form, "--out", out) == 2
     assert re.search(r"error: --out \S+: 0.\d\d GB are to be written, and .* has 0.07 GB free", capsys.readouterr().err)
     assert not (tmp_path / "o").exists()
@@ -555,15 +559,15 @@ def test_what_ends_in_the_middle_leaves_out_as_it_was(
     def fail(*_: Any, **__: Any) -> None:
         raise fault
 
-    def write(file: writing.File, name: str, tensor: Tensor) -> None:
+    def write(file: streaming_writer.File, name: str, tensor: Tensor) -> None:
         if len(file.todo) < 5:
             fail()
         kept(file, name, tensor)
 
-    kept = writing.File.write
+    kept = streaming_writer.File.write
     asked = (saved("lora"), "--format", form, "--out", out)
     with monkeypatch.context() as patch:
-        patch.setattr(writing.File, "write", write)
+        patch.setattr(streaming_writer.File, "write", write)
         patch.setattr(export, "load_file", fail)
         assert command(*asked) == (130 if fault is KeyboardInterrupt else 2)
         assert not any(file.is_file() for file in tmp_path.rglob("*")), "nothing is left"
@@ -571,7 +575,7 @@ def test_what_ends_in_the_middle_leaves_out_as_it_was(
     assert command(*asked) == 0
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(writing.File, "write", write)
+        patch.setattr(streaming_writer.File, "write", write)
         patch.setattr(export, "load_file", fail)
         assert command(f"{saved('lora')}:0.5", *asked[1:], "--overwrite") != 0
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
@@ -621,7 +625,7 @@ def test_being_terminated_leaves_no_unfinished_file(
     before = signal.signal(signal.SIGTERM, lambda *given: None)  # of the test's own process, which must live
     try:
         monkeypatch.setattr(export, "compare", terminated)
-        monkeypatch.setattr(merging, "compare", terminated)
+        monkeypatch.setattr(merge_checkpoint, "compare", terminated)
         assert command(saved("lora"), "--format", form, "--out", out) == 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -672,14 +676,14 @@ def test_a_file_that_does_not_hold_what_was_written_is_not_kept(
         state[key][0, 0] += 1e-3
         return state
 
-    def flip(file: writing.File) -> None:
+    def flip(file: streaming_writer.File) -> None:
         finish(file)
         raw = bytearray(file.path.read_bytes())
         raw[-1] ^= 1
         file.path.write_bytes(raw)
 
-    finish = writing.File.finish
-    monkeypatch.setattr(writing.File, "finish", flip)
+    finish = streaming_writer.File.finish
+    monkeypatch.setattr(streaming_writer.File, "finish", flip)
     monkeypatch.setattr(export, "load_file", worn)
     assert command(saved("lora"), "--format", form, "--out", out) == 2
     assert re.search(r"error: (what was read back of|1 tensors that were read back are not)", capsys.readouterr().err)
@@ -705,7 +709,7 @@ def test_layers_that_diffusers_leaves_out_of_kohyas_keys_are_named(
     assert command(place, "--format", "kohya", "--out", "out.safetensors") == 0
     said = capsys.readouterr().err
     kept = from_state(Flux2Pipeline.lora_state_dict(str(tmp_path / "out.safetensors")), fresh())
-    missing = updates.read(place, fresh()).pairs.keys() - kept.keys()
+    missing = deltas.read(place, fresh()).pairs.keys() - kept.keys()
     assert len(missing) == 6
     assert all(layer in said for layer in missing)
     assert command(place, "--format", "comfyui", "--out", "comfyui.safetensors") == 0

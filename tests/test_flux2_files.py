@@ -1,5 +1,5 @@
-"""flux2.files and flux2.reading: whatever is wrong with a file is said with its name and the tensor's, and reading
-ahead keeps to its memory."""
+"""flux2.weights.safetensors_files and flux2.weights.parallel_reader: whatever is wrong with a file is said with its
+name and the tensor's, and reading ahead keeps to its memory."""
 
 import json
 import os
@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux2 import reading
-from flux2.files import BLANK, TensorFiles, part_files, read_header
-from flux2.reading import Digests, Job, Piece, Read, checksum, run, whole
-from flux2.sources import WeightsError
+from flux2.weights import parallel_reader
+from flux2.weights.parallel_reader import Digests, Job, Piece, Read, checksum, run, whole
+from flux2.weights.safetensors_files import BLANK, TensorFiles, part_files, read_header
+from flux2.weights.sources import WeightsError
 
 CPU = torch.device("cpu")
 
@@ -151,8 +151,8 @@ def test_pieces_in_any_order_become_one_tensor(
     matrices: tuple[TensorFiles, dict[str, Tensor]], staged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, state = matrices
-    monkeypatch.setattr(reading, "CHUNK", 1000)  # no multiple of a row, and less than a tensor
-    monkeypatch.setattr(reading, "needs_staging", lambda memory: staged)
+    monkeypatch.setattr(parallel_reader, "CHUNK", 1000)  # no multiple of a row, and less than a tensor
+    monkeypatch.setattr(parallel_reader, "needs_staging", lambda memory: staged)
     half = files["w3"].size // 2
     pieces = (
         Piece(files["w1"], 0, files["w1"].size),
@@ -185,7 +185,7 @@ def test_reading_ahead_holds_at_most_one_and_a_half_of_the_largest(
     files, state = matrices
     alive: dict[int, int] = {}
     most = 0
-    begin = reading.begin
+    begin = parallel_reader.begin
 
     def spy(job: Job, *rest: Any) -> Any:
         nonlocal most
@@ -196,7 +196,7 @@ def test_reading_ahead_holds_at_most_one_and_a_half_of_the_largest(
         most = max(most, sum(alive.values()))
         return tensors, futures
 
-    monkeypatch.setattr(reading, "begin", spy)
+    monkeypatch.setattr(parallel_reader, "begin", spy)
     run([Job({name: whole(files[name], CPU)}, lambda tensors: None) for name in state])
     largest = max(tensor.nbytes for tensor in state.values())
     assert largest < most <= 1.5 * largest
@@ -220,7 +220,7 @@ def test_checksums_are_of_the_bytes(
     matrices: tuple[TensorFiles, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, state = matrices
-    monkeypatch.setattr(reading, "CHUNK", 1000)
+    monkeypatch.setattr(parallel_reader, "CHUNK", 1000)
     digests = Digests()
     run([Job({name: whole(files[name], CPU)}, lambda tensors: None) for name in state], digests)
     sums = {name: digests.of(files[name]) for name in state}
@@ -256,8 +256,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from flux2.files import TensorFiles
-from flux2.reading import Digests, Job, run, whole
+from flux2.weights.safetensors_files import TensorFiles
+from flux2.weights.parallel_reader import Digests, Job, run, whole
 
 def memory(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024

@@ -17,12 +17,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from remote_helpers import SECRET, FakeServer
 
-from flux2 import adapters, generate, prompts, records
-from flux2.offload import Offloader
-from flux2.remote import TOKEN
-from flux2.sources import ModelSource
-from flux2.variants import VARIANTS
-from flux2.weights import load_text_encoder
+from flux2 import adapters
+from flux2.generate import command as generate
+from flux2.generate import metadata
+from flux2.memory.block_offload import Offloader
+from flux2.models.variants import VARIANTS
+from flux2.prompts import embeddings as prompts
+from flux2.prompts.remote_client import TOKEN
+from flux2.utils.cli import split_adapter
+from flux2.weights.loading import load_text_encoder
+from flux2.weights.sources import ModelSource
 
 pytest_plugins = ("offload_helpers", "remote_helpers")
 
@@ -98,7 +102,7 @@ def test_with_the_address_of_a_server_the_picture_is_the_same_and_no_text_encode
     assert command("--prompt", "a fox", "--text-encoder", f"{server.url}/", "--out", "far.png") == 0
     for number in ("000", "001"):
         assert (pixels(tmp_path / f"far_{number}.png") == pixels(tmp_path / f"near_{number}.png")).all()
-        assert records.read(tmp_path / f"far_{number}.png", "far").text_encoder == f"{server.url}/"
+        assert metadata.read(tmp_path / f"far_{number}.png", "far").text_encoder == f"{server.url}/"
     assert server.given == ["a cup", "a fox"]
 
 
@@ -141,11 +145,11 @@ def test_references_and_adapters_with_scales_are_used(command: Callable[..., int
 def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run:2").mkdir()
-    assert generate.split_adapter("a/b:0.7") == ("a/b", 0.7)
-    assert generate.split_adapter("a/b:-1") == ("a/b", -1.0)
-    assert generate.split_adapter("run:2") == ("run:2", 1.0)
-    assert generate.split_adapter("run:2:0.5") == ("run:2", 0.5)
-    assert generate.split_adapter("C:/adapters") == ("C:/adapters", 1.0)
+    assert split_adapter("a/b:0.7") == ("a/b", 0.7)
+    assert split_adapter("a/b:-1") == ("a/b", -1.0)
+    assert split_adapter("run:2") == ("run:2", 1.0)
+    assert split_adapter("run:2:0.5") == ("run:2", 0.5)
+    assert split_adapter("C:/adapters") == ("C:/adapters", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -359,11 +363,11 @@ def test_a_picture_is_made_again_from_what_it_says(command: Callable[..., int], 
     Image.new("RGB", (48, 32), "red").save(tmp_path / "a.png")
     arguments = ("--adapter", "lora:0.5", "--image", "a.png", "--guidance", "3.5", "--seed", "7")
     assert command(*arguments, "--out", "one.png") == 0
-    record = records.read(tmp_path / "one.png", "one.png")
+    record = metadata.read(tmp_path / "one.png", "one.png")
     assert (record.prompt, record.seed, record.width, record.height) == ("a cup", 7, 32, 32)
     assert (record.steps, record.guidance, record.precision, record.model) == (2, 3.5, "fp32", "tiny")
     assert [(adapter.path, adapter.scale) for adapter in record.adapters] == [("lora", 0.5)]
-    assert record.adapters[0].sha256 == records.sha256(tmp_path / "lora" / "adapter_model.safetensors")
+    assert record.adapters[0].sha256 == metadata.sha256(tmp_path / "lora" / "adapter_model.safetensors")
     assert [image.path for image in record.images] == ["a.png"]
     assert repeat("--from-image", "one.png", "--out", "two.png") == 0
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
@@ -459,7 +463,7 @@ def test_a_text_that_cannot_be_used_is_an_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     info = PngInfo()
-    info.add_itxt(records.KEYWORD, text)
+    info.add_itxt(metadata.KEYWORD, text)
     Image.new("RGB", (16, 16)).save("bad.png", pnginfo=info)
     assert repeat("--from-image", "bad.png") == 2
     error = capsys.readouterr().err
@@ -486,7 +490,7 @@ def test_a_file_of_prompts_makes_what_its_lines_say(
     printed = capsys.readouterr()
     assert printed.out.split() == ["x/y_000.png", "x/wide.png", "x/y_002.png"]
     assert "width=49 is no multiple of 16: 48 is taken" in printed.err
-    made = [records.read(tmp_path / file, file) for file in printed.out.split()]
+    made = [metadata.read(tmp_path / file, file) for file in printed.out.split()]
     assert [(one.prompt, one.seed, one.width, one.steps) for one in made] == [
         ("a fox", 5, 32, 2),
         ("a fox", 9, 48, 2),

@@ -1,10 +1,10 @@
-"""flux2.int8: weights in 8 bits are near the float ones, of any shape, on a CPU."""
+"""flux2.quantization.int8: weights in 8 bits are near the float ones, of any shape, on a CPU."""
 
 import pytest
 import torch
 from torch import nn
 
-from flux2.int8 import BLOCK, Int8Linear
+from flux2.quantization.int8 import BLOCK, Int8Linear
 
 
 def stored(weight: torch.Tensor) -> Int8Linear:

@@ -1,4 +1,4 @@
-"""flux2.layers: what presets and patterns mean on every model there is."""
+"""flux2.layers.selection: what presets and patterns mean on every model there is."""
 
 import re
 from functools import cache
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from flux2.layers import BLOCK_LINEARS, PRESETS, kinds, linear_names, matched
-from flux2.model import Transformer
-from flux2.variants import VARIANTS
+from flux2.layers.selection import BLOCK_LINEARS, PRESETS, kinds, linear_names, matched
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "adapters.md"
 CONFIGS = {name: variant.transformer for name, variant in VARIANTS.items()} | {

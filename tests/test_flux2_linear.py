@@ -1,4 +1,6 @@
-"""flux2.linear: the fused LoRA layer gives PEFT's numbers, keeps only (x, h), and leaves everything unusual to PEFT."""
+"""flux2.layers.fused_lora: the fused LoRA layer gives PEFT's numbers, keeps only (x, h), and leaves everything unusual
+to PEFT.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from flux2 import adapters
-from flux2.linear import FrozenProduct, FusedLora, LoraProduct, fuse_lora, input_gradient, product
+from flux2.layers.frozen_linear import FrozenProduct, input_gradient, product
+from flux2.layers.fused_lora import FusedLora, LoraProduct, fuse_lora
 
 IN, OUT, RANK = 12, 20, 4
 

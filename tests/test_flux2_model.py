@@ -1,4 +1,4 @@
-"""flux2.model: the values of diffusers' transformer, and the published shapes and names."""
+"""flux2.models.transformer: the values of diffusers' transformer, and the published shapes and names."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from diffusers import Flux2Pipeline
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from torch import Tensor
 
-from flux2.model import Transformer
-from flux2.names import transformer_tensor
-from flux2.tokens import positions_with_references, to_tokens, with_references
-from flux2.variants import DEV, KLEIN_4B, KLEIN_9B, TransformerConfig
+from flux2.models.positions import positions_with_references, to_tokens, with_references
+from flux2.models.transformer import Transformer
+from flux2.models.variants import DEV, KLEIN_4B, KLEIN_9B, TransformerConfig
+from flux2.weights.key_names import transformer_tensor
 
 KINDS = ("dev", "klein")
 REFERENCES = {0: (), 1: ((2, 3),), 3: ((2, 3), (4, 2), (1, 5))}

@@ -1,4 +1,6 @@
-"""flux2.offload: streaming changes no bit of any result, and every byte that is used came through the buffers."""
+"""flux2.memory.block_offload: streaming changes no bit of any result, and every byte that is used came through the
+buffers.
+"""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 import flux2
 from flux2 import adapters
-from flux2.checkpointing import POLICIES, set_policy
-from flux2.linear import fuse_lora
-from flux2.model import Transformer
-from flux2.offload import Offloader, Streamed, offload, streamed_blocks
-from flux2.precision import Precision, convert
-from flux2.variants import VARIANTS
+from flux2.layers.fused_lora import fuse_lora
+from flux2.memory.activation_checkpointing import POLICIES, set_policy
+from flux2.memory.block_offload import Offloader, Streamed, offload, streamed_blocks
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS
+from flux2.quantization.precision import Precision, convert
 
 pytest_plugins = ("offload_helpers",)
 

@@ -18,8 +18,8 @@ from PIL import Image
 import flux2
 from data.drawings import Drawing, draw
 from flux2 import adapters
-from flux2.sources import TINY_FOLDER
-from flux2.variants import VARIANTS, Variant
+from flux2.models.variants import VARIANTS, Variant
+from flux2.weights.sources import TINY_FOLDER
 
 PROMPTS = ["a small red cup on a blue background", "a large green fish on a yellow background"]
 REFERENCES = [

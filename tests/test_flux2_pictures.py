@@ -1,4 +1,4 @@
-"""flux2.pictures: files are read as training reads them, and what cannot be written is known beforehand."""
+"""flux2.utils.images: files are read as training reads them, and what cannot be written is known beforehand."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from data.pictures import Picture
-from flux2.pictures import as_rgb, check_writable, read_picture
-from flux2.pipeline import reference_image
+from flux2.models.pixels import reference_image
+from flux2.utils.images import as_rgb, check_writable, read_picture
 
 RAMP = np.random.default_rng(0).integers(0, 256, (20, 24, 4), dtype=np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65536, (20, 24), dtype=np.uint16)

@@ -13,13 +13,16 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
 import flux2
-from flux2 import adapters, prompts
+from flux2 import adapters
 from flux2 import pipeline as pipeline_module
-from flux2.pipeline import Pipeline, pick_device, reference_image, to_images, to_pixels
-from flux2.precision import Precision
+from flux2.models.pixels import reference_image, to_images, to_pixels
+from flux2.models.variants import VARIANTS
+from flux2.pipeline import Pipeline
+from flux2.prompts import embeddings as prompts
+from flux2.quantization.precision import Precision
 from flux2.sampling import initial_noise
-from flux2.sources import ModelSource
-from flux2.variants import VARIANTS
+from flux2.utils.device import pick_device
+from flux2.weights.sources import ModelSource
 
 PROMPTS = ["a small red fox", "the tarot card"]
 

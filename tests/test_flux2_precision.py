@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flux2
-from flux2 import adapters, precision
-from flux2.checkpointing import set_policy
-from flux2.layers import BLOCK_LINEARS, linear_names
-from flux2.model import Transformer
-from flux2.precision import Float8Linear, Precision, QuantisedLinear, convert, describe, keep_layouts, pick
-from flux2.sources import model_source
-from flux2.variants import DEV
-from flux2.weights import load_transformer
+from flux2 import adapters
+from flux2.adapters.files import DIFFUSERS_FILE, layer_pairs
+from flux2.adapters.loading import attach_pairs
+from flux2.layers.selection import BLOCK_LINEARS, linear_names
+from flux2.memory.activation_checkpointing import set_policy
+from flux2.models.transformer import Transformer
+from flux2.models.variants import DEV
+from flux2.quantization import precision
+from flux2.quantization.precision import Float8Linear, Precision, QuantisedLinear, convert, describe, keep_layouts, pick
+from flux2.weights.loading import load_transformer
+from flux2.weights.sources import model_source
 
 FP8, NF4 = Precision(storage="fp8", matmul="fp8"), Precision(storage="nf4")
 CPU = torch.device("cpu")
@@ -372,7 +375,7 @@ def test_an_adapter_is_saved_loaded_and_switched_off_as_on_any_base(name: str, t
     with adapters.disabled(model):
         assert torch.equal(model(**inputs), base)
     adapters.save(wrapped, tmp_path, base="dev")
-    for place in (tmp_path, tmp_path / adapters.DIFFUSERS_FILE):
+    for place in (tmp_path, tmp_path / DIFFUSERS_FILE):
         again = model_in(name)
         adapters.load(again, place)
         assert helpers.relative_error(again(**inputs), predicted) < 1e-5
@@ -450,7 +453,7 @@ def test_a_merged_adapter_is_the_same_update_in_plain_layers(
     for module in model.modules():
         if isinstance(module, LoraLayer):
             nn.init.normal_(module.lora_B["default"].weight, std=0.02)
-    pairs = adapters.layer_pairs(model)
+    pairs = layer_pairs(model)
     inputs = helpers.transformer_inputs(helpers.TRANSFORMERS["dev"])
     inputs |= {key: value.to(dtype) for key, value in inputs.items() if value.is_floating_point()}
     predicted = model(**inputs)
@@ -466,10 +469,10 @@ def test_a_merged_adapter_is_the_same_update_in_plain_layers(
 
 
 def test_several_adapters_merge_at_their_scales_and_one_that_is_merged_is_refused() -> None:
-    pairs = adapters.layer_pairs(with_adapter(model_in(None)))
+    pairs = layer_pairs(with_adapter(model_in(None)))
     model = model_in(None)
-    adapters.attach_pairs(model, pairs, "one", 0.5)
-    adapters.attach_pairs(model, pairs, "two", 2.0)
+    attach_pairs(model, pairs, "one", 0.5)
+    attach_pairs(model, pairs, "two", 2.0)
     inputs = helpers.transformer_inputs(helpers.TRANSFORMERS["dev"])
     predicted = model(**inputs)
     adapters.merge(model)

@@ -1,4 +1,4 @@
-"""flux2.prequantised: what is quantised in its file already is taken over bit for bit where it can be."""
+"""flux2.weights.prequantized: what is quantised in its file already is taken over bit for bit where it can be."""
 
 import json
 from collections.abc import Callable
@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux2.float8 import Float8Linear
-from flux2.model import Transformer
-from flux2.names import swap_halves, transformer_tensor
-from flux2.nf4 import Nf4Linear
-from flux2.precision import Precision
-from flux2.sources import ModelSource, WeightsError
-from flux2.variants import VARIANTS, TransformerConfig, Variant
-from flux2.weights import load_transformer
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS, TransformerConfig, Variant
+from flux2.quantization.float8 import Float8Linear
+from flux2.quantization.nf4 import Nf4Linear
+from flux2.quantization.precision import Precision
+from flux2.weights.key_names import swap_halves, transformer_tensor
+from flux2.weights.loading import load_transformer
+from flux2.weights.sources import ModelSource, WeightsError
 
 CONFIG = TransformerConfig(
     heads=4,

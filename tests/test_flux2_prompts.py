@@ -1,4 +1,6 @@
-"""flux2.prompts and flux2.saved_prompts: embeddings from a file are the encoder's, and a quantised encoder is one."""
+"""flux2.prompts.embeddings and flux2.prompts.saved: embeddings from a file are the encoder's, and a quantised encoder
+is one.
+"""
 
 import sys
 from collections.abc import Callable
@@ -12,15 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flux2
-from flux2 import generate, prompts, records, saved_prompts
-from flux2.nf4 import Nf4Linear
+from flux2.generate import command as generate
+from flux2.generate import metadata
+from flux2.models.variants import VARIANTS
 from flux2.pipeline import Pipeline
-from flux2.precision import Precision
-from flux2.prompts import TextSource
-from flux2.saved_prompts import SavedPrompts
-from flux2.sources import ModelSource
-from flux2.variants import VARIANTS
-from flux2.weights import load_text_encoder
+from flux2.prompts import embeddings as prompts
+from flux2.prompts import saved
+from flux2.prompts.embeddings import TextSource
+from flux2.prompts.saved import SavedPrompts
+from flux2.quantization.nf4 import Nf4Linear
+from flux2.quantization.precision import Precision
+from flux2.weights.loading import load_text_encoder
+from flux2.weights.sources import ModelSource
 
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "steps": 1}
 
@@ -75,7 +80,7 @@ def test_what_a_file_does_not_hold_is_named(small) -> None:
 def test_files_that_cannot_be_used_are_refused_when_the_model_is_asked_for(small) -> None:
     source, load = small
     other = helpers.VARIANTS["klein" if source.variant is helpers.VARIANTS["dev"] else "dev"]
-    saved_prompts.write(Path("other.safetensors"), other, {"a cup": torch.zeros(2, 8)}, 2)
+    saved.write(Path("other.safetensors"), other, {"a cup": torch.zeros(2, 8)}, 2)
     save_file({"x": torch.zeros(1)}, "plain.safetensors")
     Path("broken.safetensors").write_text("nothing")
     load().save_embeddings("good.safetensors", ["a cup"])
@@ -176,8 +181,8 @@ def test_the_command_saves_embeddings_and_draws_from_them(small, monkeypatch, ca
     monkeypatch.setattr(prompts, "load_text_encoder", lambda *_: pytest.fail("a text encoder was loaded"))
     assert command(monkeypatch, *path, "--prompt", "a cup", "--embeddings", "e.safetensors", "--out", "far.png") == 0
     assert not differ(pixels("near.png"), pixels("far.png"))
-    record = records.read(Path("far.png"), "far.png")
-    assert record.embeddings == records.NamedFile("e.safetensors", records.sha256(Path("e.safetensors")))
+    record = metadata.read(Path("far.png"), "far.png")
+    assert record.embeddings == metadata.NamedFile("e.safetensors", metadata.sha256(Path("e.safetensors")))
     assert command(monkeypatch, "--from-image", "far.png", "--out", "again.png") == 0
     assert Path("again.png").read_bytes() == Path("far.png").read_bytes()
     Path("e.safetensors").rename("moved.safetensors")
@@ -201,11 +206,11 @@ def pixels(file: str) -> Any:
 def test_a_picture_says_how_its_text_encoder_was_kept(small, monkeypatch, tmp_path) -> None:
     source, _ = small
     assert command(monkeypatch, "--path", source.path, "--prompt", "a cup", "--text-storage", "nf4") == 0
-    assert records.read(tmp_path / "out.png", "out.png").text_storage == "nf4"
+    assert metadata.read(tmp_path / "out.png", "out.png").text_storage == "nf4"
     assert command(monkeypatch, "--from-image", "out.png", "--out", "again.png") == 0
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out.png").read_bytes()
     assert command(monkeypatch, "--from-image", "out.png", "--out", "other.png", "--text-storage", "int8") == 0
-    assert records.read(tmp_path / "other.png", "x").text_storage == "int8"
+    assert metadata.read(tmp_path / "other.png", "x").text_storage == "int8"
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux2 import float8, nf4
-from flux2.float8 import Float8Linear, quantise_rows
-from flux2.nf4 import Nf4Linear, Workspace
-from flux2.quantised import QuantisedLinear
+from flux2.quantization import float8, nf4
+from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.float8 import Float8Linear, quantise_rows
+from flux2.quantization.nf4 import Nf4Linear, Workspace
 
 IN, OUT = 64, 160
 FLOAT8 = torch.float8_e4m3fn

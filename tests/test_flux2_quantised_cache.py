@@ -1,4 +1,6 @@
-"""flux2.quantised_cache: a copy is what was quantised, is used next time, and is never trusted nor in the way."""
+"""flux2.weights.quantized_cache: a copy is what was quantised, is used next time, and is never trusted nor in the
+way.
+"""
 
 import errno
 import os
@@ -14,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flux2 import quantised_cache, weights
-from flux2.model import Transformer
-from flux2.precision import Precision
-from flux2.quantised_cache import QuantisedCache
-from flux2.sources import ModelSource
-from flux2.variants import VARIANTS, TransformerConfig
-from flux2.weights import load_transformer
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS, TransformerConfig
+from flux2.quantization.precision import Precision
+from flux2.weights import loading as weights
+from flux2.weights import quantized_cache
+from flux2.weights.loading import load_transformer
+from flux2.weights.quantized_cache import QuantisedCache
+from flux2.weights.sources import ModelSource
 
 CONFIG = TransformerConfig(
     heads=4,
@@ -142,7 +145,7 @@ def test_every_recipe_has_a_copy_of_its_own(place: RunLocation, monkeypatch: pyt
     assert len(place.copies) == len(recipes)
     place.load(Precision(storage="fp8", backward="bf16"))  # computes otherwise, and stores the same
     assert place.said[0].startswith("read from")
-    monkeypatch.setattr(quantised_cache, "VERSION", quantised_cache.VERSION + 1)
+    monkeypatch.setattr(quantized_cache, "VERSION", quantized_cache.VERSION + 1)
     place.load()
     assert len(place.copies) == len(recipes) + 1
 
@@ -272,7 +275,7 @@ def test_a_disk_that_fills_while_writing_is_said_and_nothing_is_left(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     wanted = place.fresh()
-    monkeypatch.setattr(quantised_cache, "checksum", full)  # after the first tensor
+    monkeypatch.setattr(quantized_cache, "checksum", full)  # after the first tensor
     assert equal(place.load(), wanted)
     assert len(place.said) == 2
     assert "no quantised copy is kept" in place.said[1]

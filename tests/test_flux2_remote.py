@@ -1,4 +1,4 @@
-"""flux2.remote: what a client asks, how often, and what it refuses."""
+"""flux2.prompts.remote_client: what a client asks, how often, and what it refuses."""
 
 import json
 import logging
@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from remote_helpers import SECRET, FakeServer, harmful_archive, saved
 
-from flux2 import remote
-from flux2.answers import IDENTITY_HEADER, RemoteError
-from flux2.remote import PUBLISHED, TOKEN, Client, bearer_token, check_url, retry_after
+from flux2.prompts import remote_client
+from flux2.prompts.remote_client import PUBLISHED, TOKEN, Client, bearer_token, check_url
+from flux2.prompts.remote_protocol import IDENTITY_HEADER, RemoteError, retry_after
 
 pytest_plugins = ("remote_helpers",)
 
@@ -374,7 +374,8 @@ def test_a_password_file_of_the_machine_is_not_asked(
 ) -> None:
     (tmp_path / "netrc").write_text("default login someone password hidden\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(remote, "is_loopback", lambda host: False)  # for this machine nothing of the kind is read
+    # for this machine nothing of the kind is read
+    monkeypatch.setattr(remote_client, "is_loopback", lambda host: False)
     server = fake_server(VARIANT)
     client(server).identity()
     assert "Authorization" not in server.headers[0]
@@ -387,7 +388,7 @@ def test_a_server_on_this_machine_is_asked_without_a_proxy(fake_server: Fake, mo
 
 
 def test_the_login_of_the_hub_is_for_the_hub_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.huggingface_hub, "get_token", lambda: "hf_login")
+    monkeypatch.setattr(remote_client.huggingface_hub, "get_token", lambda: "hf_login")
     for url in (PUBLISHED, "https://huggingface.co", "https://me-mine.hf.space/encode"):
         assert bearer_token(url) == "hf_login"
     for url in (

@@ -1,4 +1,4 @@
-"""flux2.ring: what is copied when, how much, and that nothing is written over while it is used."""
+"""flux2.memory.ring_buffer: what is copied when, how much, and that nothing is written over while it is used."""
 
 import gc
 from types import SimpleNamespace
@@ -10,8 +10,8 @@ import torch
 from offload_helpers import LateCopier
 from torch import Tensor
 
-from flux2 import ring as ring_module
-from flux2.ring import CpuCopier, CudaCopier, Order, Ring, slot_sizes, upcoming
+from flux2.memory import ring_buffer as ring_module
+from flux2.memory.ring_buffer import CpuCopier, CudaCopier, Order, Ring, slot_sizes, upcoming
 
 
 class Recorder(LateCopier):

@@ -9,9 +9,9 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
+from flux2.models.positions import from_tokens, to_tokens
+from flux2.models.variants import TransformerConfig
 from flux2.sampling import empirical_mu, euler, initial_noise, sample, schedule, shift
-from flux2.tokens import from_tokens, to_tokens
-from flux2.variants import TransformerConfig
 
 TOKENS = (4, 256, 1024, 4096, 4300, 4301, 8160)
 

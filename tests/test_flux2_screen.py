@@ -1,11 +1,11 @@
-"""flux2.screen: a bar on a terminal, whole lines in a log, and never the two on one line."""
+"""flux2.generate.progress: a bar on a terminal, whole lines in a log, and never the two on one line."""
 
 import io
 import subprocess
 import sys
 from pathlib import Path
 
-from flux2.screen import Screen
+from flux2.generate.progress import Screen
 
 ROOT = Path(__file__).resolve().parent.parent
 

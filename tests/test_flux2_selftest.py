@@ -1,4 +1,4 @@
-"""flux2.selftest: it passes as things are, and each comparison fails when what it compares is changed."""
+"""flux2.doctor.selftest: it passes as things are, and each comparison fails when what it compares is changed."""
 
 import importlib
 import sys
@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from flux2 import selftest
-from flux2.variants import VARIANTS
+from flux2.doctor import selftest
+from flux2.models.variants import VARIANTS
 
 
 def findings() -> dict[str, selftest.Finding]:
@@ -31,9 +31,9 @@ BREAKS = {
         selftest, "SYSTEM_MESSAGE", selftest.SYSTEM_MESSAGE.replace("\n", " ")
     ),
     "latent normalisation": lambda patch: patch.setattr(
-        "flux2.autoencoder.patchify", lambda x: torch.nn.functional.pixel_unshuffle(x.transpose(2, 3), 2).mT
+        "flux2.models.autoencoder.patchify", lambda x: torch.nn.functional.pixel_unshuffle(x.transpose(2, 3), 2).mT
     ),
-    "position ids": lambda patch: patch.setattr("flux2.tokens.REFERENCE_SPACING", 1),
+    "position ids": lambda patch: patch.setattr("flux2.models.positions.REFERENCE_SPACING", 1),
     "schedule": lambda patch: patch.setattr("flux2.sampling.empirical_mu", lambda tokens, steps: 1.15),
 }
 
@@ -41,9 +41,9 @@ BREAKS = {
 @pytest.mark.parametrize("what", list(selftest.CHECKS))
 def test_a_comparison_fails_when_our_side_is_changed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "forward of the embedded model":  # diffusers calls the same function of torch: change only our module
-        import flux2.model
+        import flux2.models.transformer
 
-        monkeypatch.setattr(flux2.model, "F", Functional())
+        monkeypatch.setattr(flux2.models.transformer, "F", Functional())
     else:
         BREAKS[what](monkeypatch)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""flux2.service: what the server answers, to whom, and in what order it works. In this process, with an encoder that
+"""flux2.serve.app: what the server answers, to whom, and in what order it works. In this process, with an encoder that
 the tests can watch."""
 
 import json
@@ -18,9 +18,9 @@ from fastapi import Request
 from remote_helpers import SECRET
 from torch import Tensor
 
-from flux2 import service
-from flux2.answers import CUT_HEADER, IDENTITY_HEADER
-from flux2.service import Limits, Served, application
+from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
+from flux2.serve import app as service
+from flux2.serve.app import Limits, Served, application
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""flux2.sources: a part's fingerprint is that of its files, or what is remembered where they are gone."""
+"""flux2.weights.sources: a part's fingerprint is that of its files, or what is remembered where they are gone."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from flux2.sources import TINY_FOLDER, Fingerprints, ModelSource, WeightsError, fingerprint, model_source
+from flux2.weights.sources import TINY_FOLDER, Fingerprints, ModelSource, WeightsError, fingerprint, model_source
 
 
 def remembering(file: Path, path: str) -> ModelSource:

@@ -1,4 +1,6 @@
-"""flux2.stripes: the decoder's own pixels, wherever the stripes are cut, computed a few rows at a time."""
+"""flux2.models.tiled_decoding: the decoder's own pixels, wherever the stripes are cut, computed a few rows at a
+time.
+"""
 
 import helpers
 import pytest
@@ -6,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import flux2
-from flux2 import pipeline, stripes
-from flux2.sources import model_source
-from flux2.weights import load_autoencoder
+from flux2 import pipeline
+from flux2.models import tiled_decoding
+from flux2.weights.loading import load_autoencoder
+from flux2.weights.sources import model_source
 
 
 def latents(height: int, width: int) -> Tensor:
@@ -22,14 +25,14 @@ def test_the_pixels_are_the_decoders(size: tuple[int, int], elements: int) -> No
     """The group norms of this model have random weights, and see all of the picture."""
     model, _ = helpers.autoencoders()
     z = latents(*size)
-    assert helpers.relative_error(stripes.decode(model, z, elements), model.decode(z)) <= 2e-6
+    assert helpers.relative_error(tiled_decoding.decode(model, z, elements), model.decode(z)) <= 2e-6
 
 
 @torch.no_grad()
 def test_the_embedded_models_pixels_are_the_decoders() -> None:
     model = load_autoencoder(model_source("tiny"))
     z = latents(20, 13)
-    whole, striped = model.decode(z), stripes.decode(model, z, 50_000)
+    whole, striped = model.decode(z), tiled_decoding.decode(model, z, 50_000)
     assert (whole - striped).abs().max() <= 1e-5
 
 
@@ -38,22 +41,23 @@ def test_what_is_computed_at_once_is_a_stripe(monkeypatch: pytest.MonkeyPatch) -
     """The largest input of any convolution behind the middle."""
     model, _ = helpers.autoencoders()
     seen: list[int] = []
-    plain = stripes.convolved
+    plain = tiled_decoding.convolved
 
     def watched(conv: nn.Conv2d, x: Tensor, *rows: int) -> tuple[Tensor, int, int]:
         seen.append(x.shape[2])
         return plain(conv, x, *rows)
 
-    monkeypatch.setattr(stripes, "convolved", watched)
-    pixels = stripes.decode(model, latents(8, 4), 1)
+    monkeypatch.setattr(tiled_decoding, "convolved", watched)
+    pixels = tiled_decoding.decode(model, latents(8, 4), 1)
     assert pixels.shape[2] == 128
-    assert max(seen) == 8 + 2 * stripes.HALO + 2  # eight rows, the halo, and one more on each side of an upsampled map
+    # eight rows, the halo, and one more on each side of an upsampled map
+    assert max(seen) == 8 + 2 * tiled_decoding.HALO + 2
 
 
 def test_several_pictures_are_refused() -> None:
     model, _ = helpers.autoencoders()
     with pytest.raises(ValueError, match="holds 2 pictures: decode one at a time"):
-        stripes.decode(model, latents(2, 2).expand(2, -1, -1, -1))
+        tiled_decoding.decode(model, latents(2, 2).expand(2, -1, -1, -1))
 
 
 @pytest.mark.parametrize(("tiled", "used"), [(None, False), (True, True), (False, False)])
@@ -61,8 +65,8 @@ def test_small_pictures_are_decoded_whole_unless_stripes_are_asked_for(
     tiled: bool | None, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    plain = stripes.decode
-    monkeypatch.setattr(stripes, "decode", lambda *given: calls.append(1) or plain(*given))
+    plain = tiled_decoding.decode
+    monkeypatch.setattr(tiled_decoding, "decode", lambda *given: calls.append(1) or plain(*given))
     pipe = flux2.load("tiny", device="cpu", tiled=tiled)
     pipe.generate("a red cup", steps=1, width=32, height=32)
     assert bool(calls) is used
@@ -70,8 +74,8 @@ def test_small_pictures_are_decoded_whole_unless_stripes_are_asked_for(
 
 def test_large_pictures_are_decoded_in_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    plain = stripes.decode
-    monkeypatch.setattr(stripes, "decode", lambda *given: calls.append(1) or plain(*given))
+    plain = tiled_decoding.decode
+    monkeypatch.setattr(tiled_decoding, "decode", lambda *given: calls.append(1) or plain(*given))
     monkeypatch.setattr(pipeline, "TILED_PIXELS", 48 * 32)
     pipe = flux2.load("tiny", device="cpu")
     pipe.generate("a red cup", steps=1, width=48, height=32)

@@ -1,4 +1,4 @@
-"""flux2.text_encoder: the ids and embeddings of Flux2Pipeline and Flux2KleinPipeline, from a cut model."""
+"""flux2.models.text_encoder: the ids and embeddings of Flux2Pipeline and Flux2KleinPipeline, from a cut model."""
 
 import gc
 import json
@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
-from flux2.int8 import Int8Linear
-from flux2.nf4 import Nf4Linear
-from flux2.quantised import QuantisedLinear
-from flux2.sources import ModelSource, WeightsError
-from flux2.text_encoder import SYSTEM_MESSAGE, TextEncoder, build, chat, load_tokenizer, tokenize
-from flux2.variants import MISTRAL, TextConfig
-from flux2.weights import load_text_encoder
+from flux2.models.text_encoder import SYSTEM_MESSAGE, TextEncoder, build, chat, load_tokenizer, tokenize
+from flux2.models.variants import MISTRAL, TextConfig
+from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.int8 import Int8Linear
+from flux2.quantization.nf4 import Nf4Linear
+from flux2.weights.loading import load_text_encoder
+from flux2.weights.sources import ModelSource, WeightsError
 
 PROMPTS = ["a small red fox, trtcrd", "", "the tarot card\nof a blue [IMG]cup!", "fox " * 100]
 

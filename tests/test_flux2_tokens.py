@@ -1,11 +1,11 @@
-"""flux2.tokens: the order of tokens and their positions are those of Flux2Pipeline."""
+"""flux2.models.positions: the order of tokens and their positions are those of Flux2Pipeline."""
 
 import pytest
 import torch
 from diffusers import Flux2Pipeline
 from torch import Tensor
 
-from flux2.tokens import (
+from flux2.models.positions import (
     from_tokens,
     image_positions,
     positions_with_references,

@@ -1,4 +1,6 @@
-"""flux2.upsampling: the answers are transformers' own, references are seen, and what cannot be done is refused."""
+"""flux2.prompts.upsampling: the answers are transformers' own, references are seen, and what cannot be done is
+refused.
+"""
 
 import json
 import shutil
@@ -17,14 +19,26 @@ from safetensors.torch import load_file, save_file
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
 
 import flux2
-from flux2 import generate, prompts, records, saved_prompts, upsampling
-from flux2.nf4 import Nf4Linear
+from flux2.generate import command as generate
+from flux2.generate import metadata
+from flux2.models.variants import VARIANTS
 from flux2.pipeline import Pipeline
-from flux2.precision import Precision
-from flux2.prompts import TextSource
-from flux2.sources import ModelSource, WeightsError
-from flux2.upsampling import EDIT, MOST_PIXELS, NEW_TOKENS, TEMPERATURE, TEXT_TO_IMAGE, load_upsampler, side_by_side
-from flux2.variants import VARIANTS
+from flux2.prompts import embeddings as prompts
+from flux2.prompts import saved as saved_prompts
+from flux2.prompts import upsampling
+from flux2.prompts.embeddings import TextSource
+from flux2.prompts.upsampling import (
+    EDIT,
+    MOST_PIXELS,
+    NEW_TOKENS,
+    TEMPERATURE,
+    TEXT_TO_IMAGE,
+    load_upsampler,
+    side_by_side,
+)
+from flux2.quantization.nf4 import Nf4Linear
+from flux2.quantization.precision import Precision
+from flux2.weights.sources import ModelSource, WeightsError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, as Pixtral's
 CONTROL = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
@@ -275,12 +289,12 @@ def test_the_command_draws_the_new_prompt_and_keeps_both(source, tmp_path, monke
     err = capsys.readouterr().err
     (wanted,) = pipeline(source).upsample("a cup")
     assert err.count(f"prompt 'a cup' became {wanted!r}") == 1, "once for both pictures"
-    made = [records.read(tmp_path / f"out_00{i}.png", "x") for i in range(2)]
+    made = [metadata.read(tmp_path / f"out_00{i}.png", "x") for i in range(2)]
     assert [(one.prompt, one.asked, one.seed) for one in made] == [(wanted, "a cup", 0), (wanted, "a cup", 1)]
     assert command("--prompt", wanted, "--out", "same.png") == 0
     with Image.open(tmp_path / "same.png") as same, Image.open(tmp_path / "out_000.png") as first:
         assert same.tobytes() == first.tobytes()
-    assert records.read(tmp_path / "same.png", "x").asked is None
+    assert metadata.read(tmp_path / "same.png", "x").asked is None
     monkeypatch.setattr(upsampling, "load_upsampler", lambda *_: pytest.fail("the prompt is rewritten again"))
     monkeypatch.setattr(sys, "argv", ["generate", "--device", "cpu", "--from-image", "out_001.png", "--out", "two.png"])
     assert generate.main() == 0

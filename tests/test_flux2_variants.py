@@ -1,4 +1,4 @@
-"""flux2.variants: the records hold the published numbers."""
+"""flux2.models.variants: the records hold the published numbers."""
 
 from dataclasses import FrozenInstanceError, replace
 from inspect import signature
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 
-from flux2.variants import DEV, KLEIN_4B, KLEIN_9B, VARIANTS, AutoencoderConfig, TransformerConfig, variant
+from flux2.models.variants import DEV, KLEIN_4B, KLEIN_9B, VARIANTS, AutoencoderConfig, TransformerConfig, variant
 
 
 @pytest.mark.parametrize(

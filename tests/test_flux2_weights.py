@@ -1,4 +1,6 @@
-"""flux2.weights: every published form loads to the same model, and what is wrong with a file is said in one error."""
+"""flux2.weights.loading: every published form loads to the same model, and what is wrong with a file is said in one
+error.
+"""
 
 import json
 import shutil
@@ -15,11 +17,13 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux2 import reading, weights
-from flux2.files import TensorFiles
-from flux2.names import transformer_module, transformer_tensor
-from flux2.sources import TINY_FOLDER, ModelSource, WeightsError, fingerprint, looks_local, model_source
-from flux2.weights import load_autoencoder, load_transformer
+from flux2.models.transformer import Transformer
+from flux2.weights import loading as weights
+from flux2.weights import parallel_reader
+from flux2.weights.key_names import Published, transformer_module, transformer_tensor
+from flux2.weights.loading import load_autoencoder, load_transformer
+from flux2.weights.safetensors_files import TensorFiles
+from flux2.weights.sources import TINY_FOLDER, ModelSource, WeightsError, fingerprint, looks_local, model_source
 
 DEV = helpers.VARIANTS["dev"]
 
@@ -123,7 +127,7 @@ def test_loading_never_holds_a_second_copy(
     alive: dict[int, int] = {}
     sizes: list[int] = []
     most = 0
-    begin = reading.begin
+    begin = parallel_reader.begin
 
     def spy(*args: Any) -> Any:
         nonlocal most
@@ -135,7 +139,7 @@ def test_loading_never_holds_a_second_copy(
         most = max(most, sum(alive.values()))
         return tensors, futures
 
-    monkeypatch.setattr(reading, "begin", spy)
+    monkeypatch.setattr(parallel_reader, "begin", spy)
     model = load_transformer(ModelSource(DEV, str(model_folders("dev"))), precision=torch.bfloat16)
     assert sum(sizes) == sum(4 * parameter.numel() for parameter in model.parameters())
     assert max(sizes) < most <= 1.5 * max(sizes) < sum(sizes) / 5
@@ -171,17 +175,17 @@ class Halves(torch.nn.Linear):
 
 
 @pytest.fixture
-def halved() -> weights.Transformer:
+def halved() -> Transformer:
     """A transformer on the meta device whose block linears have a method `store`."""
     with torch.device("meta"):
-        model = weights.Transformer(DEV.transformer)
+        model = Transformer(DEV.transformer)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and "blocks" in name:
             model.set_submodule(name, Halves(module))
     return model
 
 
-def test_a_module_that_stores_its_weight_itself_is_given_it(halved: weights.Transformer, tmp_path: Path) -> None:
+def test_a_module_that_stores_its_weight_itself_is_given_it(halved: Transformer, tmp_path: Path) -> None:
     model, reference = helpers.transformers("dev")
     save_file(reference.state_dict(), tmp_path / "flux.safetensors")
     published = {name: transformer_tensor(name) for name in weights.taken(halved)}
@@ -193,14 +197,12 @@ def test_a_module_that_stores_its_weight_itself_is_given_it(halved: weights.Tran
         assert torch.equal(halved.get_parameter(kept), tensor.to(dtype))
 
 
-def test_a_module_that_stores_its_weight_itself_needs_it_in_its_shape(
-    halved: weights.Transformer, tmp_path: Path
-) -> None:
+def test_a_module_that_stores_its_weight_itself_needs_it_in_its_shape(halved: Transformer, tmp_path: Path) -> None:
     state = helpers.transformers("dev")[0].state_dict()
     state["single_blocks.0.linear2.weight"] = torch.zeros(2, 3)
     del state["single_blocks.1.linear2.weight"]
     save_file(state, tmp_path / "flux.safetensors")
-    published = {name: weights.Published((name,)) for name in weights.taken(halved)}
+    published = {name: Published((name,)) for name in weights.taken(halved)}
     with pytest.raises(WeightsError, match=r"1 missing: single_blocks.1.linear2.weight; 1 misshaped: single_blocks.0"):
         weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model")
 

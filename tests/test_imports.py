@@ -40,7 +40,7 @@ def test_a_package_imports_of_ours_only_what_it_may(package):
 def test_only_tests_benchmarks_and_the_self_test_import_diffusers():
     """But for the self-test of `python -m flux2.doctor`, which goes without where it is not installed."""
     users = [str(file) for package in MAY for file in files(package) if "diffusers" in imported(file.read_text())]
-    assert users == [str(ROOT / "flux2" / "selftest.py")]
+    assert users == [str(ROOT / "flux2" / "doctor" / "selftest.py")]
     assert "diffusers" in imported((ROOT / "tests" / "helpers.py").read_text())
 
 

@@ -4,8 +4,8 @@ import pytest
 from train_helpers import adapter, compose, run_training, same_tensors, values
 
 from flux2 import adapters
-from flux2.model import Transformer
-from flux2.weights import load_transformer
+from flux2.models.transformer import Transformer
+from flux2.weights.loading import load_transformer
 from train.choose import job_of, skeleton
 from train.predict import Planner
 from train.stages.memory import load_config

@@ -19,8 +19,8 @@ from data.buckets import Buckets
 from data.cache import Cache
 from data.embeddings import plan_embeddings
 from data.samples import Folder
-from flux2.pipeline import to_pixels
-from flux2.weights import load_autoencoder, load_text_encoder, load_transformer
+from flux2.models.pixels import to_pixels
+from flux2.weights.loading import load_autoencoder, load_text_encoder, load_transformer
 from train import cache, text_encoders
 from train.encoding.prepare import CacheRequest, fill, prepare
 from train.stages.data import prepare_samples

@@ -12,6 +12,7 @@ from checkpoint_helpers import CONFIG, IMAGES, changed, damage, look, make_run
 from safetensors import SafetensorError
 
 from flux2 import adapters
+from flux2.adapters import files as adapter_files
 from train import checkpoint
 from train.resume import RunLocation
 
@@ -89,14 +90,14 @@ def test_saving_a_step_again_replaces_it_whole(tmp_path, trained):
     assert not (place / "left over").exists()
     other = trained()
     read(place, other)
-    one, two = (adapters.layer_pairs(wrapped.get_base_model()) for wrapped in (second[0], other[0]))
+    one, two = (adapter_files.layer_pairs(wrapped.get_base_model()) for wrapped in (second[0], other[0]))
     assert all(torch.equal(one[layer].b, two[layer].b) for layer in one)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000007"]
 
 
 @pytest.mark.parametrize(
     ("where", "name", "kind"),
-    [(torch, "save", RuntimeError), (adapters, "save_file", SafetensorError), (Path, "write_text", OSError)],
+    [(torch, "save", RuntimeError), (adapter_files, "save_file", SafetensorError), (Path, "write_text", OSError)],
 )
 def test_a_checkpoint_appears_only_when_it_is_whole(tmp_path, trained, monkeypatch, where, name, kind):
     def fail(*args, **kwargs):
@@ -290,4 +291,4 @@ def test_while_an_adapter_is_half_written_the_file_that_says_it_is_whole_is_abse
     monkeypatch.setattr(Path, "replace", cut)
     with pytest.raises(OSError, match="killed"):
         adapters.save(wrapped, tmp_path, base="tiny")
-    assert not (tmp_path / adapters.PEFT_FILE).exists()
+    assert not (tmp_path / adapter_files.PEFT_FILE).exists()

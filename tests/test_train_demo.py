@@ -10,8 +10,8 @@ from data import probe
 from data.demo.draw import draw_card
 from data.drawings import Drawing, draw
 from data.samples import Folder
+from flux2.models.variants import VARIANTS
 from flux2.pipeline import load
-from flux2.variants import VARIANTS
 from train import demo
 from train.demo import COLOURS, SHOWN, SUBJECTS, Look, judge, look, moved, same
 from train.progress import Count

@@ -9,8 +9,8 @@ from train_helpers import ROOT, adapter, compose, execute, values
 from data.demo_edit.draw import INSTRUCTION, SHOWN, new_drawings, spotlight
 from data.drawings import Drawing, draw
 from data.lineup import difference
+from flux2.models.variants import VARIANTS
 from flux2.pipeline import load
-from flux2.variants import VARIANTS
 from train import demo_edit
 from train.demo_edit import edited, judge, others, plain_edits, shares
 from train.stages.memory import load_config

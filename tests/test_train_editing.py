@@ -11,7 +11,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from train_helpers import adapter, compose, draw_picture, run_training, values
 
-from flux2.tokens import from_tokens
+from flux2.models.positions import from_tokens
 from train import loop
 from train.stages.memory import load_config
 

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 from train_helpers import draw_picture
 
-from flux2 import export
-from flux2.variants import VARIANTS
+from flux2.export import command as export
+from flux2.models.variants import VARIANTS
 from train import hub, model_card
 from train.hub import HubSettings, main
 from train.model_card import Facts

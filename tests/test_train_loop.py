@@ -22,7 +22,7 @@ from train_helpers import (
 )
 
 from flux2 import adapters
-from flux2.weights import load_transformer
+from flux2.weights.loading import load_transformer
 from train import cache, loop, text_encoders
 from train.ahead import Prefetcher
 from train.checkpoint import checkpoints

@@ -11,8 +11,9 @@ from train_helpers import drawn_and_mixed
 
 from data.loader import Batch
 from flux2 import adapters
+from flux2.adapters.files import layer_pairs
+from flux2.models.positions import from_tokens, to_tokens
 from flux2.sampling import shift
-from flux2.tokens import from_tokens, to_tokens
 from train.loss import LogitNormal, Noised, Preservation, Uniform, flow_loss, noise_at, training_loss
 
 REFERENCES = [(2, 2)] * 2
@@ -207,7 +208,7 @@ def test_only_the_adapter_has_gradients(model):
     training_loss(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0).total.backward()
     gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert gradients == {name for name, parameter in model.named_parameters() if "lora_" in name}
-    assert len(gradients) == 2 * len(adapters.layer_pairs(model.get_base_model()))
+    assert len(gradients) == 2 * len(layer_pairs(model.get_base_model()))
 
 
 def test_a_rescaled_prediction_for_chosen_rows_is_that_of_the_rows_alone(model):

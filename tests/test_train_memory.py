@@ -9,10 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from flux2.adapters import attach
-from flux2.checkpointing import set_policy
-from flux2.model import Transformer
-from flux2.nf4 import Nf4Linear, quant_map
+from flux2.adapters.tuners import attach
+from flux2.memory.activation_checkpointing import set_policy
+from flux2.models.transformer import Transformer
+from flux2.quantization.nf4 import Nf4Linear, quant_map
 from train import memory
 from train.memory import Count, Shape, autoencoder_peaks, gpu_kernels, size, step, train_block, train_end
 

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from train_helpers import adapter, compose, one_message, same_tensors
 
-from flux2.adapters import attach
-from flux2.precision import Precision
-from flux2.variants import VARIANTS
-from flux2.weights import load_text_encoder
+from flux2.adapters.tuners import attach
+from flux2.models.variants import VARIANTS
+from flux2.quantization.precision import Precision
+from flux2.weights.loading import load_text_encoder
 from train import cards, plan
 from train import choose as choosing
 from train import settings as train_settings
@@ -556,8 +556,8 @@ def test_the_first_step_has_nothing_to_save(run_command, small, at_step, tmp_pat
         ("train.validate.FixedNoiseLoss.__call__", "in the validation after step 2", True),
         ("train.validate.Sampler.sheet", "while sampling after step 2", True),
         ("torch.optim.AdamW.step", "in the optimizer's update of step 1", False),
-        ("flux2.autoencoder.Autoencoder.encode", "while encoding pictures", False),
-        ("flux2.text_encoder.TextEncoder.encode", "while encoding prompts", False),
+        ("flux2.models.autoencoder.Autoencoder.encode", "while encoding pictures", False),
+        ("flux2.models.text_encoder.TextEncoder.encode", "while encoding prompts", False),
     ],
 )
 def test_what_was_being_done_is_named(run_command, small, monkeypatch, tmp_path, place, doing, saved):

@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from train_helpers import CONF, adapter, compose, draw_picture, execute, launch, lines, run_training, values
 
-from flux2.sources import TINY_FOLDER
+from flux2.weights.sources import TINY_FOLDER
 from train.processes import Processes, ProcessesDiverged, make_accelerator, without_fsdp
 from train.sharding import launched_to_shard
 

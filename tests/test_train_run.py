@@ -38,9 +38,9 @@ import train.processes
 import train.run
 import train.stages.model
 import train.stages.run_folder
-from flux2.precision import QuantisedLinear, pick
-from flux2.variants import VARIANTS
-from flux2.weights import load_transformer
+from flux2.models.variants import VARIANTS
+from flux2.quantization.precision import QuantisedLinear, pick
+from flux2.weights.loading import load_transformer
 from train import text_encoders
 from train.checkpoint import checkpoints
 from train.loop import Trainer

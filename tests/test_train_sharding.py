@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from train_helpers import CONF, adapter, compose, execute, free_port, launch, lines, run_training, values
 
 from flux2 import adapters
-from flux2.sources import model_source
-from flux2.weights import load_transformer
+from flux2.weights.loading import load_transformer
+from flux2.weights.sources import model_source
 from train.config.instantiate import parse_settings
 from train.config.settings import MemorySettings, RunSettings
 from train.plan import main as plan

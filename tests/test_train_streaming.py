@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from train_helpers import CONF, adapter, compose, lines, same_tensors
 
-from flux2.checkpointing import POLICIES
-from flux2.offload import Offloader
+from flux2.memory.activation_checkpointing import POLICIES
+from flux2.memory.block_offload import Offloader
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers", "offload_helpers")

@@ -11,10 +11,10 @@ from remote_helpers import SECRET, FakeServer, RealServer, harmful_archive, save
 from safetensors.torch import load_file
 from train_helpers import CAPTIONS, Command, compose, run_training, values
 
-from flux2.answers import IDENTITY_HEADER
-from flux2.remote import PUBLISHED, TOKEN
-from flux2.sources import TINY_FOLDER, ModelSource
-from flux2.variants import VARIANTS
+from flux2.models.variants import VARIANTS
+from flux2.prompts.remote_client import PUBLISHED, TOKEN
+from flux2.prompts.remote_protocol import IDENTITY_HEADER
+from flux2.weights.sources import TINY_FOLDER, ModelSource
 from train import text_encoders
 from train.cache import main
 from train.stages.data import prepare_samples

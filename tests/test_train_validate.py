@@ -8,7 +8,7 @@ from PIL import Image, ImageFont
 from train_helpers import compose, draw_picture, pixels, values
 
 from flux2 import adapters
-from flux2.weights import load_transformer
+from flux2.weights.loading import load_transformer
 from train.stages.data import prepare_samples
 from train.stages.memory import load_config
 from train.stages.model import load_sampler

@@ -30,8 +30,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data.loader import Batch
-from flux2.sources import TINY_FOLDER
-from flux2.variants import VARIANTS
+from flux2.models.variants import VARIANTS
+from flux2.weights.sources import TINY_FOLDER
 from train.command import command
 from train.config.run_config import RunConfig
 from train.loop import Trainer

@@ -17,11 +17,11 @@ import psutil
 import torch
 
 from data.buckets import reference_size
-from flux2.checkpointing import POLICIES
-from flux2.model import Transformer
-from flux2.precision import Precision, convert, pick_dtype
-from flux2.sources import ModelSource
-from flux2.variants import Variant
+from flux2.memory.activation_checkpointing import POLICIES
+from flux2.models.transformer import Transformer
+from flux2.models.variants import Variant
+from flux2.quantization.precision import Precision, convert, pick_dtype
+from flux2.weights.sources import ModelSource
 from train.cards import CONTEXT_GB, GIB, Gpu, gpu, usable
 from train.config.memory import CHOSEN, FREE, Choice, choice_of, fixed_keys, settings_of
 from train.config.run_config import RunConfig

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux2.adapter_formats import AdapterError
+from flux2.adapters.formats import AdapterError
 from train import measures, report
 from train.checks import check_count, is_number
 from train.command import command

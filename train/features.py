@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from flux2.autoencoder import Autoencoder
-from flux2.pipeline import to_pixels
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.pixels import to_pixels
 from train.checks import check_count, is_number
 
 Describe = Callable[[Image.Image], Tensor]

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from flux2.adapters import PEFT_FILE
+from flux2.adapters.files import PEFT_FILE
 from train import resume
 from train.masking import masked_text
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data.loader import Batch, onto
 from data.sampler import derived_generator
 from flux2.adapters import disabled
-from flux2.tokens import positions_with_references, text_positions, to_tokens, with_references
+from flux2.models.positions import positions_with_references, text_positions, to_tokens, with_references
 from train.checks import is_count
 from train.checks import is_number as is_number  # where other files look for it
 from train.timesteps import LogitNormal as LogitNormal

@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from flux2.autoencoder import Autoencoder
-from flux2.model import DoubleBlock, Rotation, Transformer
-from flux2.nf4 import Nf4Linear
-from flux2.variants import AutoencoderConfig
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.transformer import DoubleBlock, Rotation, Transformer
+from flux2.models.variants import AutoencoderConfig
+from flux2.quantization.nf4 import Nf4Linear
 
 GRANULE = 512  # bytes: the CUDA allocator hands out multiples of it
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention

@@ -16,9 +16,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from flux2.adapters import DIFFUSERS_FILE, PEFT_FILE
-from flux2.sources import looks_local
-from flux2.variants import Variant
+from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE
+from flux2.models.variants import Variant
+from flux2.weights.sources import looks_local
 from train.masking import masked, masked_command, masked_text
 from train.recommend import percent, validations
 from train.relaunch import REPLACED

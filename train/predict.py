@@ -14,11 +14,11 @@ from functools import cached_property
 
 from torch import nn
 
-from flux2.checkpointing import blocks_within, kept_bytes, set_policy
-from flux2.nf4 import Nf4Linear
-from flux2.offload import streamed_blocks, streamed_tensors
-from flux2.precision import keep_layouts
-from flux2.ring import RING, slot_sizes
+from flux2.memory.activation_checkpointing import blocks_within, kept_bytes, set_policy
+from flux2.memory.block_offload import streamed_blocks, streamed_tensors
+from flux2.memory.ring_buffer import RING, slot_sizes
+from flux2.quantization.nf4 import Nf4Linear
+from flux2.quantization.precision import keep_layouts
 from train.cards import Gpu
 from train.config.memory import Choice
 from train.memory import (

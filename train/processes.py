@@ -21,8 +21,8 @@ from huggingface_hub import constants as hub
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flux2.pipeline import pick_device
-from flux2.sources import looks_local
+from flux2.utils.device import pick_device
+from flux2.weights.sources import looks_local
 
 # How long a process waits for another. One that ends is noticed at once by the launcher, so this is not for those: it
 # is for long work that one does while others wait, such as what is encoded, against NCCL's ten minutes.

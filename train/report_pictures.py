@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flux2.adapters import PEFT_FILE
+from flux2.adapters.files import PEFT_FILE
 from train import page, slider
 from train.checkpoint import checksum
 from train.evaluation import BASE, Evaluation, Row

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from flux2 import adapters
+from flux2.adapters.files import PEFT_FILE
 from train.checkpoint import CONFIG_FILE, STATE_FILE, check, checkpoints, number, state
 from train.folder import IN_USE, InUse, in_use
 
@@ -88,7 +88,7 @@ def configuration(folder: Path) -> dict[str, Any]:
 
 def is_finished(folder: Path) -> bool:
     """Whether the run in `folder` has its adapter, and was not meant to go on from there."""
-    if not (folder / "adapter" / adapters.PEFT_FILE).exists():
+    if not (folder / "adapter" / PEFT_FILE).exists():
         return False
     return all(number(path) >= configuration(folder)["steps"] for path in checkpoints(folder)[-1:])
 

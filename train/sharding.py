@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from flux2.linear import INITIAL
-from flux2.model import Transformer
+from flux2.layers.fused_lora import INITIAL
+from flux2.models.transformer import Transformer
 
 if TYPE_CHECKING:
     import peft

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flux2 import adapters
-from flux2.model import Transformer
-from flux2.offload import Offloader
+from flux2.memory.block_offload import Offloader
+from flux2.models.transformer import Transformer
 from train.outofmemory import free_memory
 
 T = TypeVar("T")

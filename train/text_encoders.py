@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flux2.answers import Unreachable
-from flux2.remote import Client, ProtocolName, check_patience, check_url, pick_protocol
-from flux2.sources import ModelSource
-from flux2.text_encoder import Storage, check_storage
-from flux2.weights import embedding_identity, load_text_encoder, text_encoder_fingerprint
+from flux2.models.text_encoder import Storage, check_storage
+from flux2.prompts.remote_client import Client, ProtocolName, check_patience, check_url, pick_protocol
+from flux2.prompts.remote_protocol import Unreachable
+from flux2.weights.loading import embedding_identity, load_text_encoder, text_encoder_fingerprint
+from flux2.weights.sources import ModelSource
 
 MOST_IN_FLIGHT = 64
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class RemoteTextEncoder:
 
     Args:
         url: of the server.
-        protocol: `flux2` or `published`; by default what the address speaks (flux2/remote.py).
+        protocol: `flux2` or `published`; by default what the address speaks (flux2/prompts/remote_client.py).
         length: tokens that prompts are padded to; the model's own length by default.
         in_flight: prompts that are asked for at once, each in a request of its own.
         timeout: seconds until an answer must be there.

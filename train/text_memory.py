@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from flux2.int8 import BLOCK
-from flux2.nf4 import NESTED_BLOCK
-from flux2.variants import TextConfig
+from flux2.models.variants import TextConfig
+from flux2.quantization.int8 import BLOCK
+from flux2.quantization.nf4 import NESTED_BLOCK
 
 # config.json of the published text encoders, by what they are and how wide
 TEXT_SIZES = {

@@ -24,11 +24,11 @@ from data.loader import Batch
 from data.prepared import CachedDataset
 from data.sampler import derived_generator
 from data.source import Sample
-from flux2.autoencoder import Autoencoder
-from flux2.checks import MAX_GUIDANCE, MAX_STEPS
-from flux2.model import Transformer
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.transformer import Transformer
+from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.pipeline import render
-from flux2.variants import PIXELS_PER_TOKEN, Variant
+from flux2.utils.checks import MAX_GUIDANCE, MAX_STEPS
 from train.checks import check_count, check_seed, is_number
 from train.loss import Noised, flow_loss, noise_at
 from train.masking import masked

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from flux2.model import Transformer
-from flux2.variants import PIXELS_PER_TOKEN, Variant
+from flux2.models.transformer import Transformer
+from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from train.memory import Shape
 from train.optim import MakeOptimizer
 

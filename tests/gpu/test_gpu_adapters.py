@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from flux2 import adapters
-from flux2.adapter_types import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa, detach
-from flux2.precision import Precision
-from flux2.sources import model_source
-from flux2.tokens import image_positions, text_positions
-from flux2.weights import load_transformer
+from flux2.adapters.tuners import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa, detach
+from flux2.models.positions import image_positions, text_positions
+from flux2.quantization.precision import Precision
+from flux2.weights.loading import load_transformer
+from flux2.weights.sources import model_source
 
 pytestmark = [
     pytest.mark.gpu,

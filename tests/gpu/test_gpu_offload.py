@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux2 import adapters
-from flux2.checkpointing import POLICIES, set_policy
-from flux2.model import Transformer
-from flux2.offload import Offloader, offload, streamed_blocks
-from flux2.precision import convert, pick
-from flux2.sources import ModelSource
-from flux2.tokens import image_positions, text_positions
-from flux2.variants import VARIANTS, TransformerConfig
-from flux2.weights import load_transformer
+from flux2.memory.activation_checkpointing import POLICIES, set_policy
+from flux2.memory.block_offload import Offloader, offload, streamed_blocks
+from flux2.models.positions import image_positions, text_positions
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS, TransformerConfig
+from flux2.quantization.precision import convert, pick
+from flux2.weights.loading import load_transformer
+from flux2.weights.sources import ModelSource
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from flux2 import adapters
-from flux2.float8 import Float8Linear, quantise_rows
-from flux2.model import Transformer
-from flux2.nf4 import Nf4Linear, Workspace
-from flux2.precision import FP8_CAPABILITY, Precision, convert
-from flux2.tokens import image_positions, text_positions
-from flux2.variants import KLEIN_4B
+from flux2.models.positions import image_positions, text_positions
+from flux2.models.transformer import Transformer
+from flux2.models.variants import KLEIN_4B
+from flux2.quantization.float8 import Float8Linear, quantise_rows
+from flux2.quantization.nf4 import Nf4Linear, Workspace
+from flux2.quantization.precision import FP8_CAPABILITY, Precision, convert
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,10 +8,10 @@ from hydra import compose, initialize_config_dir
 
 import flux2
 from flux2 import adapters
-from flux2.checkpointing import set_policy
-from flux2.model import Transformer
-from flux2.tokens import image_positions, text_positions
-from flux2.variants import VARIANTS
+from flux2.memory.activation_checkpointing import set_policy
+from flux2.models.positions import image_positions, text_positions
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS
 from train.run import train
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder

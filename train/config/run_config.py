@@ -19,13 +19,13 @@ from torch import nn
 from data.buckets import Buckets
 from data.pictures import Picture
 from flux2.adapters import adapter_parameters
-from flux2.attention import chosen_backend, preferred_backends
-from flux2.compiling import check_compiles
-from flux2.model import Transformer
-from flux2.offload import streamed_blocks
+from flux2.layers.attention import chosen_backend, preferred_backends
+from flux2.memory.block_offload import streamed_blocks
+from flux2.memory.compile_blocks import check_compiles
+from flux2.models.transformer import Transformer
+from flux2.models.variants import Variant
 from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
-from flux2.precision import convert
-from flux2.variants import Variant
+from flux2.quantization.precision import convert
 from train.config.instantiate import instantiate, parse_settings
 from train.config.memory import completed
 from train.config.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings

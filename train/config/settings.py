@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from data.buckets import Buckets
-from flux2.attention import check_backends, preferred_backends
-from flux2.checkpointing import check_policy, set_policy
-from flux2.model import Transformer
-from flux2.offload import check_stream_blocks
-from flux2.precision import Precision, pick_dtype
-from flux2.sources import ModelSource, model_source
+from flux2.layers.attention import check_backends, preferred_backends
+from flux2.memory.activation_checkpointing import check_policy, set_policy
+from flux2.memory.block_offload import check_stream_blocks
+from flux2.models.transformer import Transformer
+from flux2.quantization.precision import Precision, pick_dtype
+from flux2.weights.sources import ModelSource, model_source
 from train.checkpoint import Rotation
 from train.checks import check_count, is_number
 from train.config.memory import FREE
@@ -132,7 +132,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """The group `precision`: of the frozen base. What is left out is as in `flux2.precision.Precision`."""
+    """The group `precision`: of the frozen base. What is left out is as in `flux2.quantization.precision.Precision`."""
 
     dtype: str | None
     storage: str | None = None

@@ -26,11 +26,11 @@ from data.pictures import Picture
 from data.prepared import CachedDataset
 from data.samples import Sample, Source
 from data.source import BadData
-from flux2.autoencoder import Autoencoder
-from flux2.model import Transformer
-from flux2.pipeline import to_images
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.pixels import to_images
+from flux2.models.transformer import Transformer
+from flux2.models.variants import PIXELS_PER_TOKEN, TOKEN_CHANNELS
 from flux2.sampling import initial_noise, sample
-from flux2.variants import PIXELS_PER_TOKEN, TOKEN_CHANNELS
 from train.folder import make_writable
 from train.outofmemory import free_memory, watched
 from train.progress import Count

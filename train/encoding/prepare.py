@@ -20,10 +20,10 @@ from data.pictures import BadPicture
 from data.prepared import CachedDataset
 from data.prune import Lease, prune
 from data.samples import Source
-from flux2.autoencoder import Autoencoder
-from flux2.pipeline import to_pixels
-from flux2.sources import Fingerprints, ModelSource, fingerprint
-from flux2.weights import load_autoencoder, load_text_projection
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.pixels import to_pixels
+from flux2.weights.loading import load_autoencoder, load_text_projection
+from flux2.weights.sources import Fingerprints, ModelSource, fingerprint
 from train.bucket_table import show_buckets
 from train.folder import make_writable
 from train.outofmemory import free_memory, watched

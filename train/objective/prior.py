@@ -19,8 +19,8 @@ import torch
 
 from data.loader import Batch, Loader
 from data.sampler import derived_generator
-from flux2.checks import MAX_GUIDANCE, MAX_PIXELS, MAX_STEPS
-from flux2.variants import PIXELS_PER_TOKEN
+from flux2.models.variants import PIXELS_PER_TOKEN
+from flux2.utils.checks import MAX_GUIDANCE, MAX_PIXELS, MAX_STEPS
 from train.checks import check_seed, is_count, is_number
 
 MOST = 100_000  # class pictures that are drawn

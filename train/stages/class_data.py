@@ -11,10 +11,10 @@ from torch import nn
 from data.loader import Loader
 from data.prepared import CachedDataset
 from data.samples import Source
-from flux2.model import Transformer
+from flux2.models.transformer import Transformer
 from flux2.pipeline import Pipeline
-from flux2.sources import fingerprint
-from flux2.weights import load_autoencoder
+from flux2.weights.loading import load_autoencoder
+from flux2.weights.sources import fingerprint
 from train.config.instantiate import instantiate
 from train.config.run_config import RunConfig
 from train.encoding.class_pictures import ClassPictureFolder, Recipe, draw, picture_file

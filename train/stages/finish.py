@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from flux2.adapters import unread
-from flux2.precision import pick
+from flux2.adapters.files import unread
+from flux2.quantization.precision import pick
 from train import model_card, report, sweep
 from train.config.run_config import RunConfig
 from train.hub import push_or_say

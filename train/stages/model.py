@@ -10,10 +10,10 @@ from torch import nn
 
 from data.prepared import CachedDataset
 from flux2.adapters import adapter_parameters
-from flux2.offload import offload
-from flux2.pipeline import reference_image, to_pixels
-from flux2.precision import describe
-from flux2.weights import load_autoencoder, load_transformer
+from flux2.memory.block_offload import offload
+from flux2.models.pixels import reference_image, to_pixels
+from flux2.quantization.precision import describe
+from flux2.weights.loading import load_autoencoder, load_transformer
 from train.config.run_config import RunConfig
 from train.outofmemory import watched
 from train.sharding import attached, sharder, shares, whole_size

@@ -25,9 +25,10 @@ from data.buckets import Size, fit
 from data.pictures import Picture
 from data.source import Source
 from flux2 import adapters
-from flux2.adapter_types import take_off
-from flux2.model import Transformer
-from flux2.sources import fingerprint
+from flux2.adapters.files import PEFT_FILE, read_tensors
+from flux2.adapters.tuners import take_off
+from flux2.models.transformer import Transformer
+from flux2.weights.sources import fingerprint
 from train import resume
 from train.checkpoint import check, checkpoints, checksum, number
 from train.config.paths import CONFIG
@@ -67,7 +68,7 @@ class Candidate:
 
 def digest_of(adapter: Path) -> str:
     """Of the files that an adapter is read from."""
-    files = [adapter / adapters.PEFT_FILE, adapter / "adapter_config.json"]
+    files = [adapter / PEFT_FILE, adapter / "adapter_config.json"]
     return "-".join(checksum(file) for file in files)
 
 
@@ -93,10 +94,10 @@ def candidates(folder: Path, wanted: Sequence[int] | None = None) -> tuple[list[
         except (ValueError, OSError) as error:
             damaged.append(str(error).partition(": delete")[0])
     final = folder / "adapter"
-    if wanted is None and (final / adapters.PEFT_FILE).is_file():
+    if wanted is None and (final / PEFT_FILE).is_file():
         try:
             digest = digest_of(final)
-            adapters.read_tensors(final)
+            read_tensors(final)
             if digest not in [one.digest for one in found]:
                 found.append(Candidate("finished", None, final, digest))
         except (ValueError, OSError) as error:

@@ -28,7 +28,7 @@ import argparse
 import json
 from pathlib import Path
 
-from flux2.sources import TINY_FOLDER
+from flux2.weights.sources import TINY_FOLDER
 from train.tiny_model.export import export, grid
 from train.tiny_model.fit import Recipe, encode_pictures, evaluate, train_autoencoder, train_transformer
 from train.tiny_model.world import catalogue, draw_pictures, make_text_encoder

@@ -15,9 +15,9 @@ from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 import flux2
 from data.drawings import SHAPES, all_drawings, draw, edit, held_out, plain_caption
-from flux2.autoencoder import Autoencoder
-from flux2.model import Transformer
-from flux2.names import autoencoder_tensor, transformer_tensor
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.transformer import Transformer
+from flux2.weights.key_names import autoencoder_tensor, transformer_tensor
 from train.tiny_model.world import PIXELS, TINY, jitter, make_language_model, make_tokenizer, text_config
 from train.validation.sheet import sheet
 

@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import flux2.model
+import flux2.models.transformer
 from data import probe
 from data.drawings import EDITS, Drawing, all_drawings, caption, draw, edit, held_out, plain_caption
-from flux2.autoencoder import Autoencoder, patchify
+from flux2.models.autoencoder import Autoencoder, patchify
+from flux2.models.positions import positions_with_references, text_positions, to_tokens, with_references
+from flux2.models.text_encoder import TextEncoder
 from flux2.sampling import initial_noise, sample
-from flux2.text_encoder import TextEncoder
-from flux2.tokens import positions_with_references, text_positions, to_tokens, with_references
 from train.tiny_model.world import PIXELS, TINY, Atomic, Catalogue, jitter
 
 
@@ -111,9 +111,15 @@ class Recipe:
         return replace(self, autoencoder=phases, transformer=lessons, **counts)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, by: flux2.model.Rotation) -> Tensor:
-    """`flux2.model.attend` as two matrix products: on a CPU in bfloat16 the fused kernel is twice as slow."""
-    scores = flux2.model.rotate(q, by) @ flux2.model.rotate(k, by).transpose(-1, -2) * q.shape[-1] ** -0.5
+def attend(q: Tensor, k: Tensor, v: Tensor, by: flux2.models.transformer.Rotation) -> Tensor:
+    """`flux2.models.transformer.attend` as two matrix products: on a CPU in bfloat16 the fused kernel is twice as
+    slow.
+    """
+    scores = (
+        flux2.models.transformer.rotate(q, by)
+        @ flux2.models.transformer.rotate(k, by).transpose(-1, -2)
+        * q.shape[-1] ** -0.5
+    )
     return (scores.float().softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
@@ -370,11 +376,11 @@ def draw_batch(
 
 def train_transformer(
     recipe: Recipe, world: Catalogue, latents: Tensor, autoencoder: Autoencoder, text: TextEncoder, home: Path
-) -> flux2.model.Transformer:
+) -> flux2.models.transformer.Transformer:
     """The averaged transformer of the last lesson."""
     torch.manual_seed(recipe.seed)
-    flux2.model.attend = attend
-    module = flux2.model.Transformer(TINY.transformer)
+    flux2.models.transformer.attend = attend
+    module = flux2.models.transformer.Transformer(TINY.transformer)
     initialise(module)
     for number, lesson in enumerate(recipe.transformer, start=1):
         module = train_lesson(recipe, lesson, number, module, world, latents, autoencoder, text, home)
@@ -385,19 +391,19 @@ def train_lesson(
     recipe: Recipe,
     lesson: Lesson,
     number: int,
-    start: flux2.model.Transformer,
+    start: flux2.models.transformer.Transformer,
     world: Catalogue,
     latents: Tensor,
     autoencoder: Autoencoder,
     text: TextEncoder,
     home: Path,
-) -> flux2.model.Transformer:
+) -> flux2.models.transformer.Transformer:
     module = copy.deepcopy(start).requires_grad_(True)
     trainer = Trainer(f"transformer_{number}", module, lesson.lr, (0.9, 0.98), recipe.average, home)
     trainer.resume()
     student = torch.compile(module, dynamic=False)
     averaged = trainer.averaged
-    assert isinstance(averaged, flux2.model.Transformer)
+    assert isinstance(averaged, flux2.models.transformer.Transformer)
     teacher = torch.compile(averaged, dynamic=False)
     empty = text.encode([""])
     shares = edit_shares(world, lesson.kinds) if lesson.kinds else None
@@ -446,7 +452,7 @@ def held_out_prompts(count: int, seed: int = 1) -> list[Drawing]:
 
 @torch.no_grad()
 def evaluate(
-    model: flux2.model.Transformer,
+    model: flux2.models.transformer.Transformer,
     autoencoder: Autoencoder,
     text: TextEncoder,
     sheet: Path | None = None,

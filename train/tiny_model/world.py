@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast
 
 from data.drawings import Drawing, all_drawings, draw, edit, held_out
-from flux2.text_encoder import TextEncoder, build
-from flux2.variants import VARIANTS
+from flux2.models.text_encoder import TextEncoder, build
+from flux2.models.variants import VARIANTS
 
 TINY = VARIANTS["tiny"]
 PIXELS = TINY.resolution

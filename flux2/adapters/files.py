@@ -1,0 +1,372 @@
+"""Adapters: what they are in a model, and their files, in PEFT's form and in those of diffusers, ComfyUI and kohya.
+
+PEFT is the adapter library. The types are attached in `adapter_types`, `adapter_formats` speaks the other formats, and
+this module saves, loads, merges and restores. LoRA, rsLoRA and PiSSA are low-rank pairs, which all formats hold; a DoRA
+is a pair and lengths, which PEFT and diffusers hold; LoHa, LoKr and OFT are PEFT's alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flux2.adapters import peft_config
+from flux2.adapters.formats import AdapterError, Pair, from_state, to_diffusers
+from flux2.adapters.loading import (
+    PREFIX,
+    Loaded,
+    attach_pairs,
+    attach_saved,
+    check_beside,
+    kind_of,
+    pair_config,
+    tensors,
+)
+from flux2.adapters.tuners import adapted, float_copy, take_off
+from flux2.layers.fused_lora import INITIAL, difference
+from flux2.models.transformer import Transformer
+from flux2.models.variants import known
+from flux2.quantization.base import QuantisedLinear
+from flux2.utils import checks
+from flux2.utils.text import listed
+from flux2.weights.modelspec import HASH, content_hash, metadata
+
+PEFT_FILE = "adapter_model.safetensors"
+DIFFUSERS_FILE = "diffusers.safetensors"
+PISSA_FILE = "pissa.safetensors"
+PEFT_ALONE = ("LoHa", "LoKr", "OFT")  # types that no other format here holds
+
+# ------------------------------------------------------------------ in a model
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training moves."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context `model` computes as if it had no adapters, bit for bit."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, value in before:
+            layer._disable_adapters = value
+
+
+def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, Pair]:
+    """The adapter called `name`, layer by layer under our names, in float32 on the CPU.
+
+    Raises AdapterError for a type that is no low-rank pair (LoHa, LoKr, OFT).
+    """
+    pairs = {}
+    for layer, module in adapted(model).items():
+        if not isinstance(module, LoraLayer):
+            raise AdapterError(f"{layer}: a {kind_of(module)} adapter is no low-rank pair")
+        if name in module.lora_A:
+            a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
+            if name + INITIAL in module.lora_A:
+                first_a, first_b = module.lora_A[name + INITIAL].weight, module.lora_B[name + INITIAL].weight
+                a, b = difference(a, b, first_a, first_b)
+            length = None
+            if name in module.lora_magnitude_vector:
+                length = module.lora_magnitude_vector[name].weight.detach().float().cpu()
+            pairs[layer] = Pair(a.float().cpu(), b.float().cpu() * module.scaling[name], length)
+    return pairs
+
+
+# ------------------------------------------------------------------ files
+
+
+def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "", name: str = "default") -> None:
+    """Write the adapter in PEFT's form (adapter_model.safetensors, adapter_config.json), and diffusers.safetensors
+    where diffusers has a form for its type.
+
+    A PiSSA is written as the plain LoRA of twice the rank that it amounts to, and pissa.safetensors holds what going on
+    with its training needs.
+
+    Args:
+        folder: made if absent; each file is complete or absent, never half written, and where adapter_model.safetensors
+            is, the others are its own.
+        base: the model that the adapter was trained on: a variant's name.
+        licence: of the base model where it restricts the use of the adapter; kept in the file's metadata.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = wrapped.get_base_model()
+    wrapped.peft_config[name].base_model_name_or_path = base
+    kind = "PiSSA" if name + INITIAL in wrapped.peft_config else peft_config.type_name(wrapped.peft_config[name])
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        written = Path(scratch)
+        if kind == "PiSSA":
+            save_pissa(model, written, base, name)
+        else:
+            # without the False, PEFT would look the base model up on the Hub to see whether embeddings were resized
+            wrapped.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+            written = written if name == "default" else written / name  # PEFT's own choice
+        (written / "README.md").write_text(adapter_card(base, licence, kind))  # in place of PEFT's empty form
+        if kind not in PEFT_ALONE:
+            state = to_diffusers(layer_pairs(model, name))
+            about = metadata(base=base, title=f"{kind} for {base}", lora=True, names="diffusers", licence=licence)
+            save_file(state, written / DIFFUSERS_FILE, about | {HASH: content_hash(state)})
+        (folder / PEFT_FILE).unlink(missing_ok=True)  # of an earlier adapter: while it is there, all files are its own
+        files = [path for path in written.iterdir() if path.is_file()]
+        for stale in {DIFFUSERS_FILE, PISSA_FILE} - {file.name for file in files}:
+            (folder / stale).unlink(missing_ok=True)
+        readable = (written / "README.md").stat().st_mode  # as the umask says; safetensors writes for the owner alone
+        for file in files:
+            file.chmod(readable)
+        for file in sorted(files, key=lambda path: path.name == PEFT_FILE):
+            file.replace(folder / file.name)
+
+
+def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:
+    """PEFT's two files of the plain LoRA, and the weights that are trained with those that they began as."""
+    pairs = layer_pairs(model, name)
+    state = {}
+    for layer, pair in pairs.items():
+        state[f"{PREFIX}{layer}.lora_A.weight"] = pair.a
+        state[f"{PREFIX}{layer}.lora_B.weight"] = pair.b
+    save_file(state, folder / PEFT_FILE, {"format": "pt"})
+    config = pair_config({layer: pair.a.shape[0] for layer, pair in pairs.items()})
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))
+    both = {key: tensor.detach().cpu().contiguous() for key, tensor in pissa_tensors(model, name).items()}
+    save_file(both, folder / PISSA_FILE, {"format": "pt"})
+
+
+def pissa_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The trained weights of a PiSSA and those that they began as, by the keys of pissa.safetensors."""
+    began = {f"began.{key}": tensor for key, tensor in tensors(model, name + INITIAL).items()}
+    return tensors(model, name) | began
+
+
+def adapter_card(base: str, licence: str, kind: str = "LoRA") -> str:
+    """The README.md of a saved adapter, with the metadata that the Hub reads."""
+    hub = f"base_model: {base}\n" if "/" in base else ""
+    terms = f"\nThe base model's licence, {licence}, applies to what is made with this adapter.\n" if licence else ""
+    files = f"- `{PEFT_FILE}`, `adapter_config.json`: PEFT, layers named as Black Forest Labs names them\n"
+    if kind == "PiSSA":
+        files += f"- `{PISSA_FILE}`: for going on with its training alone; the others are a plain LoRA\n"
+    if kind not in PEFT_ALONE:
+        weights = f'weight_name="{DIFFUSERS_FILE}"'
+        files += f"- `{DIFFUSERS_FILE}`: for diffusers' `pipeline.load_lora_weights(folder, {weights})`\n"
+    return (
+        f"---\n{hub}tags:\n- lora\n- flux2\n---\n# {kind} for {base}\n{terms}\n{files}"
+        "\n`python -m flux2.generate --prompt ... --adapter FOLDER` makes pictures with it, and "
+        "`python -m flux2.export FOLDER --format comfyui --out FILE` converts it.\n"
+    )
+
+
+def unread(folder: Path) -> str:
+    """One line on what cannot read the adapter in `folder` as it is; empty if all can."""
+    kind = peft_config.type_name(peft_config.saved(folder))
+    command = f"`python -m flux2.export {folder} --format ... --out FILE` makes a LoRA of it, nearly equal,"
+    if kind in PEFT_ALONE:
+        return f"{kind} is read by PEFT and flux2.generate alone; {command} for diffusers, ComfyUI and kohya"
+    if kind == "DoRA":
+        return f"a DoRA is read by PEFT, flux2.generate and diffusers; {command} for ComfyUI and kohya"
+    return ""
+
+
+def find(path: str | Path) -> Path:
+    """What to load for `path`: a safetensors file, a PEFT folder, or a run folder or checkpoint with one inside."""
+    place = Path(path).expanduser()
+    if place.is_file():  # PEFT's own file says nothing without the configuration beside it
+        return place.parent if place.name == PEFT_FILE else place
+    candidates = [place, place / "adapter", *sorted(place.glob("checkpoints/step_*/adapter"), reverse=True)]
+    for candidate in candidates:
+        if (candidate / PEFT_FILE).exists():
+            return candidate
+    raise AdapterError(
+        f"adapter {str(path)!r}: "
+        + ("no adapter was found in this folder" if place.exists() else "does not exist")
+        + "; give an adapter folder (adapter_model.safetensors), a run folder, or a .safetensors file"
+    )
+
+
+def read_tensors(place: Path) -> dict[str, Tensor]:
+    """What the file `place`, or that of PEFT in the folder, holds. Raises AdapterError if it cannot be read."""
+    file = place / PEFT_FILE if place.is_dir() else place
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"adapter {file} cannot be read ({error}): it is damaged or incomplete") from error
+
+
+def read(place: Path, model: nn.Module) -> dict[str, Pair]:
+    """The pairs in a file of diffusers', ComfyUI's or kohya's keys, or in the PEFT folder of a plain LoRA.
+
+    They are checked against `model`.
+
+    Raises:
+        AdapterError: unreadable, no plain LoRA, of other ranks than its configuration says, or trained on another
+            model.
+    """
+    state = read_tensors(place)
+    try:
+        if not place.is_dir():
+            return from_state(state, model)
+        config = peft_config.saved(place)
+        if not isinstance(config, peft.LoraConfig) or config.use_dora:
+            raise AdapterError(f"it is a {peft_config.type_name(config)}, not a plain LoRA")
+        state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+        peft_config.check_ranks(config, state)
+        pairs = from_state(state, model)
+        return {layer: Pair(pair.a, pair.b * peft_config.scale(config, layer)) for layer, pair in pairs.items()}
+    except ValueError as error:
+        raise AdapterError(f"adapter {place}: {error}") from error
+
+
+def as_dora(pairs: Mapping[str, Pair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
+    """PEFT's configuration and tensors of a DoRA with the scales folded into B."""
+    config = pair_config({layer: pair.a.shape[0] for layer, pair in pairs.items()})
+    config.use_dora = True
+    state: dict[str, Tensor] = {}
+    for layer, pair in pairs.items():
+        assert pair.magnitude is not None
+        state |= {f"{layer}.lora_A.weight": pair.a, f"{layer}.lora_B.weight": pair.b}
+        state[f"{layer}.lora_magnitude_vector"] = pair.magnitude
+    return config, state
+
+
+def base_of(place: Path) -> str:
+    """What the adapter at `place` says that it was trained on; empty if it says nothing. Raises ValueError."""
+    if place.is_dir():
+        try:
+            return str(peft_config.saved(place).base_model_name_or_path or "")
+        except ValueError as error:
+            raise AdapterError(f"adapter {place}: {error}") from error
+    try:
+        with safe_open(place, "pt") as file:
+            return str((file.metadata() or {}).get("base_model", ""))
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"adapter {place} cannot be read ({error}): it is damaged or incomplete") from error
+
+
+def hint(place: Path, model: Transformer) -> str:
+    """Which model the adapter says it was trained on, if that is one of other sizes than `model`."""
+    try:
+        base = known(base_of(place))
+    except ValueError:
+        return ""
+    return "" if base is None or base.transformer == model.config else f" It says that it was trained on {base.name}."
+
+
+def load(model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0) -> Loaded:
+    """Attach the adapter at `path` to `model` for inference, in place, its update multiplied by `scale`.
+
+    `path` is a PEFT folder, a run folder or checkpoint that holds one, or a .safetensors file with the keys of
+    diffusers, ComfyUI or kohya. Adapters that the model carries already stay active. Raises AdapterError, `model` being
+    as it was, for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite number.
+    """
+    scale = checks.number("scale", scale)
+    place = find(path)
+    try:
+        config = peft_config.saved(place) if place.is_dir() else None
+        if config is not None and not peft_config.is_plain(config):
+            state = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(place).items()}
+            return attach_saved(model, config, state, name, scale)
+        check_beside(model, "LoRA")  # before names are compared, which another type's layers would hide
+        pairs = read(place, model)
+        if any(pair.magnitude is not None for pair in pairs.values()):
+            return attach_saved(model, *as_dora(pairs), name, scale)
+        attach_pairs(model, pairs, name, scale)
+    except ValueError as error:
+        text = str(error) + hint(place, model)
+        raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
+    kind = "LoRA" if config is None else peft_config.type_name(config)
+    return Loaded(kind, tuple(pairs), tuple(pair.a.shape[0] for pair in pairs.values()))
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Add the active adapters to the weights of `model`, in place, and take all adapters off.
+
+    The sum is made in float32 and rounded once, to the dtype of the weight. A bfloat16 weight does not take up a change
+    below 0.2 to 0.4 % of itself, and a quantised one none at all in a useful sense: it is refused.
+
+    Raises:
+        AdapterError: a layer is quantised, blocks of the model stream, or an adapter is merged already; the model is
+            then as it was.
+    """
+    if isinstance(model, peft.PeftModel):
+        model = model.get_base_model()
+    if isinstance(model, Transformer) and model.streams:
+        raise AdapterError(
+            "cannot merge while blocks stream from host memory, as what is on the device would not follow: load the "
+            "model without streaming (stream_blocks=0)"
+        )
+    layers = adapted(model)
+    for name, module in layers.items():
+        base = module.get_base_layer()
+        if isinstance(base, QuantisedLinear):
+            raise AdapterError(f"cannot merge into {name}: {base.refusal}")
+        if module.merged or any(getattr(module, "lora_bias", {}).values()):
+            raise AdapterError(f"cannot merge into {name}: its adapter is merged already, or has a bias")
+    for module in layers.values():
+        base = module.get_base_layer()
+        base.weight.data = merged_weight(module).to(base.weight.dtype)
+    take_off(model)
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """The weight of a layer with its active adapters, in float32."""
+    weight = layer.get_base_layer().weight.float()
+    if kind_of(layer) == "LoRA":
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+                weight = weight + layer.scaling[adapter] * (b @ a)
+        return weight
+    base, layer.base_layer = layer.base_layer, float_copy(layer, weight.device)
+    try:
+        layer.merge()
+        found = layer.base_layer.weight.detach()
+    finally:
+        layer.base_layer = base
+        layer.merged_adapters.clear()
+    strengths = [getattr(one, "strength", 1.0) for one in getattr(layer, "lora_magnitude_vector", {}).values()]
+    return found if set(strengths) <= {1.0} else weight + strengths[0] * (found - weight)
+
+
+def restore(wrapped: peft.PeftModel, folder: Path, name: str = "default") -> None:
+    """Put the weights saved in `folder` into the attached adapter, to go on training it, bit for bit.
+
+    Raises AdapterError, the adapter being as it was, unless type, layers and shapes are equal.
+    """
+    model = wrapped.get_base_model()
+    if name + INITIAL in wrapped.peft_config:
+        if not (folder / PISSA_FILE).exists():
+            raise AdapterError(f"{folder} holds no PiSSA to go on with: {PISSA_FILE} is missing")
+        state, have = load_file(folder / PISSA_FILE), pissa_tensors(model, name)
+    else:
+        state = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / PEFT_FILE).items()}
+        have = tensors(model, name)
+    if have.keys() != state.keys():
+        raise AdapterError(
+            f"{folder} holds an adapter of other layers than adapter.targets gives, or of another type: "
+            f"{listed(have.keys() ^ state.keys())}"
+        )
+    for key, tensor in state.items():
+        if tensor.shape != have[key].shape:
+            raise AdapterError(
+                f"{folder}: {key} has shape {tuple(tensor.shape)}, the adapter that was asked for "
+                f"{tuple(have[key].shape)}: it belongs to another model or another adapter.rank"
+            )
+    for key, tensor in state.items():
+        have[key].data.copy_(tensor)

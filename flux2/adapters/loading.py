@@ -1,0 +1,230 @@
+"""Put saved adapters into a transformer for inference, beside those that it carries.
+
+Low-rank pairs come from any format (`attach_pairs`) and add up, each at its scale. The other types come from PEFT
+folders (`attach_saved`) and are computed by PEFT; what of them adds up is in `check_beside`.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.loha.layer import LoHaLayer
+from peft.tuners.lokr.layer import LoKrLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.oft.layer import OFTLayer
+from torch import Tensor, nn
+
+from flux2.adapters import peft_config
+from flux2.adapters.formats import AdapterError, Pair
+from flux2.adapters.tuners import adapted, to_device, without_draws
+from flux2.layers.fused_lora import fuse_lora
+from flux2.layers.selection import kinds
+from flux2.models.transformer import Transformer
+from flux2.models.variants import TransformerConfig
+from flux2.utils.text import listed
+
+PREFIX = "base_model.model."  # of the keys in PEFT's files
+PARTS = {"double_blocks": "in double blocks", "single_blocks": "in single blocks"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was found in an adapter's files and is now in the model."""
+
+    kind: str
+    layers: tuple[str, ...]
+    ranks: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        ranks = sorted(set(self.ranks))
+        size = f" of rank {ranks[0]}" if len(ranks) == 1 else f" of ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+        parts = Counter(PARTS.get(layer.partition(".")[0], "outside of blocks") for layer in self.layers)
+        spread = ", ".join(f"{count} {part}" for part, count in parts.items())
+        return f"{self.kind}{size} on {len(self.layers)} layers ({spread})"
+
+    def listing(self) -> str:
+        """Its layers, with the number of a block as N."""
+        return kinds(self.layers)
+
+
+def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The weights of the adapter called `name`, trained or not, by PEFT's keys without its prefix."""
+    found = {}
+    for layer, module in adapted(model).items():
+        for key, parameter in module.named_parameters():
+            part = f".{key}.".replace(f".{name}.", ".", 1)
+            if not key.startswith("base_layer.") and part != f".{key}.":
+                found[layer + part.rstrip(".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = (
+                    parameter
+                )
+    return found
+
+
+def kind_of(layer: Any) -> str:
+    """Which adapters a layer carries; rsLoRA and PiSSA are LoRA here."""
+    if isinstance(layer, LoraLayer):
+        return "DoRA" if len(layer.lora_magnitude_vector) else "LoRA"
+    others = {LoHaLayer: "LoHa", LoKrLayer: "LoKr", OFTLayer: "OFT"}
+    return next(name for kind, name in others.items() if isinstance(layer, kind))
+
+
+def check_beside(model: nn.Module, kind: str) -> None:
+    """Raises AdapterError unless an adapter of type `kind` adds up with those that `model` carries.
+
+    Low-rank pairs do, and so do LoHas, and LoKrs. A DoRA divides by lengths and an OFT turns the input, so that with
+    others the result would hang on the order; different types share no layers in PEFT.
+    """
+    there = {kind_of(module) for module in adapted(model).values()}
+    kind = "LoRA" if kind == "rsLoRA" else kind
+    if there and (there != {kind} or kind in ("DoRA", "OFT")):
+        raise AdapterError(
+            f"a {kind} adapter cannot be used together with the {' and '.join(sorted(there))} that is loaded: several "
+            "LoRAs (rsLoRA and PiSSA too) add up, several LoHas, and several LoKrs; merge the first into the base, or "
+            "load one alone"
+        )
+
+
+def attach_pairs(model: Transformer, pairs: Mapping[str, Pair], name: str, scale: float = 1.0) -> None:
+    """Add an adapter of given updates beside those that `model` carries, in place, active and frozen."""
+    check_beside(model, "LoRA")
+    ranks = {layer: pair.a.shape[0] for layer, pair in pairs.items()}
+    inject(model, pair_config(ranks), name)
+    device = model.img_in.weight.device  # where the model computes; the layer itself may lie in host memory
+    for layer, pair in pairs.items():
+        module = model.get_submodule(layer)
+        assert isinstance(module, LoraLayer)
+        for side, value in ((module.lora_A[name], pair.a), (module.lora_B[name], pair.b)):
+            side.weight.data = value.to(device, torch.float32)
+        module.scaling[name] = scale
+    fuse_lora(model)
+    activate(model)
+
+
+def pair_config(ranks: Mapping[str, int]) -> peft.LoraConfig:
+    """PEFT's configuration of pairs with these ranks and their scales folded in."""
+    return peft.LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        target_modules=list(ranks),
+        rank_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
+        alpha_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
+    )
+
+
+def inject(model: nn.Module, config: peft.PeftConfig, name: str) -> None:
+    """Let PEFT make the layers. It draws what is then overwritten, and warns of the second adapter that is wanted."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        peft.inject_adapter_in_model(config, model, adapter_name=name)
+
+
+def activate(model: nn.Module) -> None:
+    """Make every adapter that `model` carries active at once, and freeze them all."""
+    for module in adapted(model).values():
+        module.set_adapter(sorted(module._get_available_adapters(), key=list(module.r).index))
+    model.requires_grad_(False)
+
+
+class ScaledDora(DoraLinearLayer):
+    """PEFT's DoRA whose whole change of the layer's output, its lengths' too, is multiplied by `strength`."""
+
+    strength = 1.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs) * self.strength
+
+
+def check_scale(kind: str, scale: float) -> None:
+    """Raises AdapterError for a scale other than 1 of a type that has none."""
+    if kind == "OFT" and scale != 1:
+        raise AdapterError(f"scale={scale:g}: an OFT adapter turns the layers' inputs and has no scale; give 1")
+
+
+def check_saved(
+    sizes: TransformerConfig, config: peft.PeftConfig, state: Mapping[str, Tensor]
+) -> tuple[peft.PeftConfig, list[str]]:
+    """A configuration of its own for the adapter in a PEFT folder, and the layers that it is on.
+
+    Raises AdapterError, as `attach_saved` says, unless its tensors are what PEFT makes for a model of these sizes.
+    """
+    kind, name = peft_config.type_name(config), "default"
+    for key, tensor in state.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise AdapterError(f"{key} has NaN or infinite values: the training that made it failed")
+    with torch.device("meta"):
+        skeleton = Transformer(sizes)
+    linears = {layer for layer, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    layers = dict.fromkeys(re.sub(r"\.(lora|hada|lokr|oft)_\w+(\.weight)?$", "", key) for key in state)
+    if not layers:
+        raise AdapterError("it holds no tensors")
+    if unknown := layers.keys() - linears:
+        raise AdapterError(f"the adapter has layers that this model does not: {listed(unknown)}")
+    clean = peft_config.fresh(config, list(layers))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # PEFT changes sizes that do not fit, and says so
+            inject(skeleton, clean, name)
+    except (ValueError, TypeError, RuntimeError, UserWarning) as error:
+        raise AdapterError(
+            f"PEFT cannot make the {kind} that its {peft_config.PEFT_CONFIG} describes ({error})"
+        ) from error
+    wanted = tensors(skeleton, name)
+    if wanted.keys() != state.keys():
+        missing, more = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+        raise AdapterError(
+            f"its tensors are not those of the {kind} that its {peft_config.PEFT_CONFIG} describes: "
+            + "; ".join(f"{word} {listed(keys)}" for word, keys in (("missing", missing), ("unknown", more)) if keys)
+        )
+    for key, tensor in state.items():
+        if tensor.shape != wanted[key].shape:
+            raise AdapterError(
+                f"{key} has shape {tuple(tensor.shape)}, but this model's layer and its {peft_config.PEFT_CONFIG} give "
+                f"{tuple(wanted[key].shape)}: it was trained on another model, or its files are not of one adapter"
+            )
+    return clean, list(layers)
+
+
+def attach_saved(
+    model: Transformer, config: peft.PeftConfig, state: Mapping[str, Tensor], name: str, scale: float = 1.0
+) -> Loaded:
+    """Add an adapter from a PEFT folder, in place, active and frozen; `model` is as it was if it does not fit.
+
+    Args:
+        config: as `peft_config.saved` gives it.
+        state: by PEFT's keys without its prefix.
+        scale: of the update.
+
+    Raises:
+        AdapterError: a tensor has values that are not finite, is of no layer of the model, of another shape than the
+            layer and the configuration say, missing, or one too many; the type takes no scale; or it does not add up
+            with what the model carries.
+    """
+    kind = peft_config.type_name(config)
+    check_beside(model, kind)
+    check_scale(kind, scale)
+    clean, layers = check_saved(model.config, config, state)
+    inject(model, clean, name)
+    device = model.img_in.weight.device
+    for key, parameter in tensors(model, name).items():
+        parameter.data = state[key].to(device, torch.float32)
+    for module in adapted(model).values():
+        if kind == "DoRA" and name in module.lora_A:
+            magnitude = module.lora_magnitude_vector[name]
+            magnitude.__class__ = ScaledDora
+            magnitude.strength = scale
+        elif kind in ("LoHa", "LoKr") and name in module.scaling:
+            module.scaling[name] *= scale
+    fuse_lora(model)
+    without_draws(model)
+    to_device(model)
+    activate(model)
+    ranks = [] if kind == "OFT" else [module.r[name] for module in adapted(model).values() if name in module.r]
+    return Loaded(kind, tuple(layers), tuple(ranks))

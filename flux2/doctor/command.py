@@ -1,0 +1,163 @@
+"""What is installed, what is here, and whether the numbers are right: `python -m flux2.doctor`.
+
+One paste answers a question for support: versions, devices, free memory and disk, whether a Hub login is there (never
+the token), which models and caches are present, and the self-test of `flux2.doctor.selftest`. It changes nothing,
+downloads nothing, and ends with 1 if a comparison failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import huggingface_hub
+import psutil
+import torch
+from huggingface_hub import constants as hub
+
+from flux2.doctor.selftest import Finding, selftest
+from flux2.models.variants import VARIANTS
+from flux2.quantization.precision import FP8_CAPABILITY
+from flux2.weights.sources import Part, is_here, model_source
+
+PACKAGES = (
+    *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "huggingface-hub"),
+    *("hydra-core", "wandb", "diffusers"),
+)
+PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "tokenizer")
+LATENTS = "outputs/cache"  # train/run.py's default, from the folder that it is started in
+SYSTEMS = {
+    "Linux": "supported",
+    "Windows": "not supported: the tests run on Linux alone; use WSL 2, which is Linux",
+    "Darwin": "for the embedded model on the CPU; Apple's GPU (mps) is refused, it was never tested",
+}
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed" + (" (only the self-test uses it)" if package == "diffusers" else "")
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    """What can compute."""
+    if torch.version.hip:
+        yield "GPU", f"ROCm {torch.version.hip}: refused, only CUDA was built for; device=cpu works"
+        return
+    if not torch.cuda.is_available():
+        built = f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "PyTorch is a CPU build"
+        yield "GPU", f"none that PyTorch sees ({built}): practical for model=tiny only"
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        capability = torch.cuda.get_device_capability(index)
+        free, total = torch.cuda.mem_get_info(index)
+        fp8 = "FP8 products" if capability >= FP8_CAPABILITY else "no FP8 products (8.9 and above)"
+        yield (
+            f"GPU {index}",
+            f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}, {fp8}, "
+            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, CUDA {torch.version.cuda}",
+        )
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "CPU", f"{cores} cores, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+
+
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the first folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.is_dir())
+
+
+def size(folder: Path) -> str:
+    """How many files are in a folder, and their bytes."""
+    if not folder.is_dir():
+        return "not there yet"
+    sizes = []
+    for file in folder.rglob("*"):
+        try:
+            if file.is_file():
+                sizes.append(file.stat().st_size)
+        except OSError:  # it is gone since, or not ours to look at
+            continue
+    return f"{len(sizes)} files, {sum(sizes) / 1e9:.2f} GB"
+
+
+def places() -> Iterator[tuple[str, str]]:
+    """Folders that fill up, and the room that is left where they are."""
+    folders = {"latents and prompts": Path(LATENTS), "downloads": Path(hub.HF_HUB_CACHE)}
+    given = os.environ.get("FLUX2_CACHE")
+    folders["quantised copies"] = Path(given).expanduser() if given else Path(LATENTS) / "weights"
+    for what, folder in folders.items():
+        free = shutil.disk_usage(nearest_folder(folder.absolute())).free
+        yield what, f"{at_home(folder)}: {size(folder)}; {free / 1e9:.0f} GB free there"
+
+
+def at_home(folder: Path) -> str:
+    """`folder` without the user's name, which a support answer need not have."""
+    return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
+
+
+def hub_state() -> str:
+    """Whether there is a login; the token itself is read by nobody here."""
+    login = "a token is set (not sent anywhere now)" if huggingface_hub.get_token() else "no: `hf auth login`"
+    return login + ("; offline mode" if hub.is_offline_mode() else "")
+
+
+def models() -> Iterator[tuple[str, str]]:
+    """Which parts of the published models were downloaded."""
+    for name, variant in VARIANTS.items():
+        if not variant.repo:
+            yield name, "embedded"
+            continue
+        here = [part for part in PARTS if is_here(model_source(name), part)]
+        missing = [part for part in PARTS if part not in here]
+        if not here:
+            yield name, f"not downloaded ({variant.repo})"
+        else:
+            yield name, "complete" if not missing else f"here: {', '.join(here)}; not here: {', '.join(missing)}"
+
+
+def line(name: str, text: str) -> str:
+    return f"  {name:<30} {text}"
+
+
+def result(finding: Finding) -> str:
+    word = {True: "ok", False: "WRONG", None: "--"}[finding.passed]
+    return line(finding.what, f"{word:<5} {finding.said}")
+
+
+def report() -> Iterator[str]:
+    """All but the self-test, line by line."""
+    system = platform.system()
+    yield "Versions"
+    yield line("Python", f"{platform.python_version()} on {platform.platform()}")
+    yield line(system, SYSTEMS.get(system, "not tested"))
+    for package in PACKAGES:
+        yield line(package, version(package))
+    for title, lines in (("Devices", devices()), ("Folders", places()), ("Models", models())):
+        yield title
+        for name, text in lines:
+            yield line(name, text)
+    yield line("Hub login", hub_state())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m flux2.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(argv)
+    for text in report():
+        print(text, flush=True)
+    print("Self-test, beside diffusers", flush=True)
+    wrong = 0
+    for finding in selftest():
+        print(result(finding), flush=True)
+        wrong += finding.passed is False
+    print("What fits on a card: python train/plan.py +experiment=tarot")
+    if wrong:
+        print(f"{wrong} comparisons failed: pictures and adapters will differ from the published models'.")
+    return int(wrong > 0)

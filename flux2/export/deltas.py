@@ -1,0 +1,208 @@
+"""Adapters read from their files without a model: what each adds to the weight of each layer.
+
+Exporting and merging go layer by layer, so that a model of 64 GB need not fit anywhere. LoRA, rsLoRA, PiSSA and DoRA
+are read as pairs (`adapter_formats`); of LoHa, LoKr and OFT, PEFT computes the change of a layer that stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from flux2 import adapters
+from flux2.adapters import files as adapter_files
+from flux2.adapters import peft_config
+from flux2.adapters.formats import AdapterError, Pair
+from flux2.adapters.loading import PREFIX, Loaded, check_saved, check_scale, inject, tensors
+from flux2.models.transformer import Transformer
+from flux2.models.variants import VARIANTS, TransformerConfig, Variant, known
+from flux2.utils import checks
+from flux2.utils.text import listed
+
+HUNG_ON_ORDER = ("DoRA", "OFT")  # these do not add to a weight: one divides by its lengths, the other turns it
+
+
+@dataclass(frozen=True)
+class Update:
+    """An adapter as its files have it.
+
+    Attributes:
+        place: its file or folder.
+        scale: what its whole change is multiplied by.
+        base: the variant that it says it was trained on; None if it does not say or names none that is known.
+        pairs: of the layers, for low-rank types.
+        config, tensors: PEFT's configuration and each layer's tensors by PEFT's keys, for the others.
+    """
+
+    place: Path
+    kind: str
+    scale: float
+    base: Variant | None
+    shapes: Mapping[str, tuple[int, int]]
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+    config: peft.PeftConfig | None = None
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self.pairs or self.tensors)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it adds a low-rank pair to each weight, whatever that is."""
+        return bool(self.pairs) and self.kind != "DoRA"
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether its change hangs on the base's weights."""
+        return self.kind in HUNG_ON_ORDER
+
+    def said(self) -> str:
+        ranks = [pair.a.shape[0] for pair in self.pairs.values()]
+        return str(Loaded(self.kind, tuple(self.layers), tuple(ranks)))
+
+    def pair(self, layer: str) -> Pair:
+        """Of a plain one, its scale folded in."""
+        found = self.pairs[layer]
+        return found if self.scale == 1 else Pair(found.a, found.b * self.scale)
+
+    def change(self, layer: str, weight: Tensor | None, device: torch.device) -> Tensor:
+        """What it adds to the weight of `layer`, (out, in) float32 on `device`, in memory of its own.
+
+        Args:
+            weight: of the base, float32 on `device`; needed if `needs_weights` says so.
+        """
+        if layer in self.pairs:
+            pair = self.pairs[layer]
+            delta = pair.b.to(device) @ pair.a.to(device)
+            if pair.magnitude is not None:
+                assert weight is not None
+                whole = delta.add_(weight)
+                lengths = pair.magnitude.to(device) / torch.linalg.vector_norm(whole, dim=1)
+                delta = whole.mul_(lengths[:, None]).sub_(weight)
+        else:
+            assert self.config is not None
+            delta = change_by_peft(self.config, layer, self.tensors[layer], self.shapes[layer], weight, device)
+        return delta.mul_(self.scale)
+
+
+@torch.no_grad()
+def change_by_peft(
+    config: peft.PeftConfig,
+    layer: str,
+    state: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    weight: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """The change that PEFT makes when it merges an adapter of `config` into a layer of `weight`, by default of 0."""
+    base = torch.zeros(shape, device=device) if weight is None else weight
+    alone = nn.Module()
+    alone.linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    alone.linear.weight = nn.Parameter(base.clone(), requires_grad=False)  # PEFT merges in place
+    inject(alone, peft_config.of_layer(config, layer, "linear"), "default")
+    for key, parameter in tensors(alone, "default").items():
+        parameter.data = state[key.removeprefix("linear.")].to(device, torch.float32)
+    return adapter_files.merged_weight(alone.linear).sub_(base)
+
+
+def skeleton(sizes: TransformerConfig) -> Transformer:
+    """A model of names and shapes alone."""
+    with torch.device("meta"):
+        return Transformer(sizes)
+
+
+def read(path: str | Path, model: Transformer, scale: float = 1.0) -> Update:
+    """The adapter at `path`, which `adapters.find` looks for, checked against the names and shapes of `model`.
+
+    Raises AdapterError for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite
+    number.
+    """
+    scale = checks.number("scale", scale)
+    place = adapters.find(path)
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    try:
+        base = known(adapter_files.base_of(place))
+        config = peft_config.saved(place) if place.is_dir() else None
+        if config is None or peft_config.is_plain(config):
+            pairs = adapter_files.read(place, model)
+            is_dora = any(pair.magnitude is not None for pair in pairs.values())
+            kind = "DoRA" if is_dora else "LoRA" if config is None else peft_config.type_name(config)
+            return Update(place, kind, scale, base, shapes, pairs)
+        kind = peft_config.type_name(config)
+        check_scale(kind, scale)
+        state = {key.removeprefix(PREFIX): tensor for key, tensor in adapter_files.read_tensors(place).items()}
+        clean, layers = check_saved(model.config, config, state)
+        own: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
+        for key, tensor in state.items():
+            layer = next(layer for layer in layers if key.startswith(f"{layer}."))
+            own[layer][key.removeprefix(f"{layer}.")] = tensor
+        if not isinstance(clean, peft.LoraConfig):
+            return Update(place, kind, scale, base, shapes, config=clean, tensors=own)
+        pairs = {
+            layer: Pair(
+                found["lora_A.weight"].float(),
+                found["lora_B.weight"].float() * peft_config.scale(clean, layer),
+                found["lora_magnitude_vector"].float(),
+            )
+            for layer, found in own.items()
+        }
+        return Update(place, kind, scale, base, shapes, pairs)
+    except ValueError as error:
+        text = str(error)
+        raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
+
+
+def check_together(updates: Sequence[Update]) -> None:
+    """Raises AdapterError unless the changes of several adapters add up."""
+    alone = [update.kind for update in updates if update.needs_weights]
+    if alone and len(updates) > 1:
+        raise AdapterError(
+            f"a {alone[0]} cannot be added to another adapter: its change hangs on the weights it is used with, so the "
+            "order would decide. Merge one into a full checkpoint (--format full-bfl), and the next into that "
+            "(--path)"
+        )
+
+
+def variant_for(places: Sequence[Path], asked: str | None) -> tuple[Variant, bool]:
+    """The model that adapters are for, and whether that is certain: it was asked for, or one of them says so.
+
+    Otherwise the first variant whose layers the first one fits: klein base and its distilled twin have the same.
+
+    Raises AdapterError if an adapter says that it was trained on a model of other sizes, or if none fits.
+    """
+    said = {place: found for place in places if (found := known(adapter_files.base_of(place)))}
+    if asked is not None:
+        for place, one in said.items():
+            if one.transformer != VARIANTS[asked].transformer:
+                raise AdapterError(f"adapter {place} was trained on {one.name}, whose layers are not those of {asked}")
+        return VARIANTS[asked], True
+    sizes = {one.transformer for one in said.values()}
+    if len(sizes) > 1:
+        names = sorted(one.name for one in said.values())
+        raise AdapterError(f"the adapters were trained on models of different sizes: {', '.join(names)}")
+    if said:
+        return next(iter(said.values())), True
+    why = {}
+    for one in VARIANTS.values():
+        try:
+            read(places[0], skeleton(one.transformer))
+        except AdapterError as error:
+            why[one.name] = str(error).removeprefix(f"adapter {places[0]}: ")
+        else:
+            return one, False
+    if len(set(why.values())) == 1:  # it is the file, and not the model
+        raise AdapterError(f"adapter {places[0]}: {next(iter(why.values()))}")
+    raise AdapterError(
+        f"adapter {places[0]} does not say which model it is for, and fits none of {listed(VARIANTS)}. For "
+        f"{next(iter(why))}: {next(iter(why.values()))}"
+    )

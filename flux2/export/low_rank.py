@@ -1,0 +1,130 @@
+"""Low-rank pairs as matrices: their norms and distances, sums, and the nearest pair of a given rank.
+
+A difference of products B A is as large as a layer, and of two that are nearly equal it cancels in float32. Both are
+avoided: B A has the norm of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A (QR), small matrices of float64. The nearest
+matrix of a rank is the truncated singular value decomposition (Eckart and Young, 1936); of a matrix as large as a layer
+only the leading part is computed, by `torch.svd_lowrank` (arxiv.org/abs/0909.4061). Errors are Frobenius norms of the
+difference over that of what is approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flux2.adapters.formats import Pair
+
+EXACT_SIDE = 1024  # up to this shorter side a matrix is decomposed exactly
+OVERSAMPLING = 8  # more directions than are kept, with which the kept ones are nearly exact
+ITERATIONS = 4
+NOTHING = 1e-6  # of the largest singular value; below are those that float32 made of zeros
+
+
+def stacked(pairs: Sequence[Pair], factors: Sequence[float] | None = None) -> Pair:
+    """The sum of factor * B A as one pair, of the ranks' sum."""
+    factors = [1.0] * len(pairs) if factors is None else factors
+    if len(pairs) == 1 and factors[0] == 1:
+        return pairs[0]
+    b = torch.cat([pair.b * factor for pair, factor in zip(pairs, factors, strict=True)], dim=1)
+    return Pair(torch.cat([pair.a for pair in pairs]), b)
+
+
+def core(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Q_B (out, r), R_B R_A^T (r, s), Q_A (in, s) in float64: B A is their product, with Q_A transposed."""
+    q_b, r_b = torch.linalg.qr(pair.b.double())
+    q_a, r_a = torch.linalg.qr(pair.a.double().T)
+    return q_b, r_b @ r_a.T, q_a
+
+
+def norm(pair: Pair) -> float:
+    """Of B A."""
+    return float(core(pair)[1].norm())
+
+
+def ratio(error: float, size: float) -> float:
+    """0 / 0 is 0: nothing is nothing exactly."""
+    return error / size if size else 0.0 if error == 0 else float("inf")
+
+
+def distance(found: Pair, wanted: Pair) -> float:
+    """Relative error of one update as the other."""
+    return ratio(norm(stacked([found, wanted], [1.0, -1.0])), norm(wanted))
+
+
+def rounding_bound(pair: Pair, dtype: torch.dtype) -> float:
+    """What `distance` may be at most if A and B are rounded to `dtype`, besides underflow.
+
+    Each number changes by at most u of itself, so each product by at most 2 u + u^2 of |B| |A|.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    a, b = pair.a.double().abs(), pair.b.double().abs()
+    size = float(((b.T @ b) * (a @ a.T)).sum().sqrt())
+    return ratio((2 * unit + unit**2) * size, norm(pair))
+
+
+def chosen(values: Tensor, total: float, rank: int | None, max_error: float | None) -> int | None:
+    """How many of the largest singular `values` are kept, at least one; None if these do not suffice.
+
+    Args:
+        values: descending; all, or the first ones.
+        total: the norm of all.
+        rank: at most so many, or
+        max_error: as few as leave at most so much of `total`.
+    """
+    if rank is not None:
+        return max(1, min(rank, int((values > NOTHING * values[0]).sum())))
+    assert max_error is not None
+    left = total**2 - values.double().square().cumsum(0)
+    enough = (left <= (max_error * total) ** 2).nonzero()
+    return int(enough[0]) + 1 if len(enough) else None
+
+
+def split(u: Tensor, s: Tensor, v: Tensor, rank: int) -> Pair:
+    """u diag(s) v^T cut to `rank`; B and A get the same share of the scale."""
+    root = s[:rank].sqrt()
+    return Pair((v[:, :rank] * root).T.float().contiguous(), (u[:, :rank] * root).float().contiguous())
+
+
+def reduced(pair: Pair, rank: int | None = None, max_error: float | None = None) -> tuple[Pair, float, float]:
+    """The nearest pair of `rank`, or of the smallest rank with at most `max_error`; `pair` itself if it is of no more.
+
+    Returns it with the norm of the difference and of what it approximates.
+    """
+    q_b, middle, q_a = core(pair)
+    u, s, vh = torch.linalg.svd(middle)
+    total = float(s.norm())
+    kept = chosen(s, total, rank, max_error) or len(s)
+    if kept >= pair.a.shape[0]:
+        return pair, 0.0, total
+    return split(q_b @ u, s, q_a @ vh.T, kept), float(s[kept:].norm()), total
+
+
+def decomposed(delta: Tensor, rank: int | None = None, max_error: float | None = None) -> tuple[Pair, float, float]:
+    """A pair for a whole matrix (out, in) of float32, as `reduced` gives it, on the CPU. `delta` is overwritten.
+
+    The difference is measured, and not taken from singular values.
+    """
+    total, side = float(delta.norm()), min(delta.shape)
+    if side <= EXACT_SIDE:
+        u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+        found = split(u, s, vh.T, chosen(s, total, rank, max_error) or side)
+    else:
+        tried = rank or 32
+        while True:
+            u, s, v = leading(delta, min(tried + OVERSAMPLING, side))
+            if (kept := chosen(s, total, rank, max_error)) or len(s) == side:
+                break
+            tried *= 2
+        found = split(u, s, v, kept or side)
+    delta.addmm_(found.b, found.a, alpha=-1)
+    return Pair(found.a.cpu(), found.b.cpu()), float(delta.norm()), total
+
+
+def leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `count` singular vectors and values, the same at every call."""
+    devices = [delta.device] if delta.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(delta, q=count, niter=ITERATIONS)

@@ -1,0 +1,14 @@
+"""What `python -m flux2.generate` runs."""
+
+import signal
+import sys
+
+# the imports below take seconds
+if sys.stderr.isatty():
+    print("loading libraries ...", end="\r", file=sys.stderr, flush=True)
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C then ends them at once, without a traceback
+
+from flux2.generate.command import main
+
+sys.exit(main())

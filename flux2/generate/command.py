@@ -1,0 +1,366 @@
+"""Make pictures: `python -m flux2.generate --model tiny --prompt "a small red cup on a blue background"`.
+
+PNG files say how they were made, as text; `--from-image x.png` makes the picture again, with whatever else is given
+changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from flux2.generate import metadata
+from flux2.generate.metadata import NamedFile, Record
+from flux2.generate.progress import CLEAR, Screen
+from flux2.generate.requests import Request, numbered, on_grid, read_lines
+from flux2.models.text_encoder import STORAGES
+from flux2.models.variants import VARIANTS
+from flux2.pipeline import Pipeline, load
+from flux2.quantization.precision import NAMES, describe
+from flux2.utils import checks
+from flux2.utils.cli import is_out_of_memory, message, split_adapter
+from flux2.utils.device import pick_device
+from flux2.utils.images import UNFINISHED, check_place, check_writable, read_picture
+from flux2.utils.signals import exit_code, terminated_as_interrupted
+
+MAX_COUNT = 10_000
+DEFAULTS: dict[str, Any] = {
+    "model": "tiny",
+    **dict.fromkeys(["path", "autoencoder", "text_encoder", "prompt", "prompts", "from_image", "device", "precision"]),
+    **dict.fromkeys(["width", "height", "steps", "guidance", "cache"]),
+    **dict.fromkeys(["text_storage", "embeddings", "save_embeddings"]),
+    "upsample": False,
+    "asked": {},  # what was asked for, by the prompt that it was rewritten to
+    "image": [],
+    "adapter": [],
+    "out": Path("out.png"),
+    "seed": 0,
+    "count": 1,
+    "stream_blocks": 0,
+    "tiled": None,
+    "merge": False,
+    "verbose": False,
+    "metadata": True,
+}
+PLACES = ("path", "autoencoder", "text_encoder")
+# of a picture's own settings, those that do not hold beside the given one
+REPLACED = {
+    "embeddings": ("text_encoder", "text_storage"),
+    "text_encoder": ("embeddings", "text_storage"),
+    "text_storage": ("embeddings",),
+    "upsample": ("embeddings",),
+}
+
+
+def say(text: str) -> None:
+    print(f"{CLEAR}{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """What is given, else what the picture of --from-image says, else DEFAULTS.
+
+    Raises ValueError if that picture does not say how it was made.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m flux2.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # to tell what is given
+    )
+    parser.add_argument("--model", choices=list(VARIANTS), help="which FLUX.2 (tiny)")
+    parser.add_argument("--path", help="repository id, folder or .safetensors file, if not the published place")
+    parser.add_argument("--autoencoder", help="likewise for the autoencoder, if it is not at PATH")
+    parser.add_argument(
+        "--text-encoder", help="likewise for the text encoder and its tokenizer; or the address of a server, http://..."
+    )
+    parser.add_argument(
+        "--text-storage",
+        choices=list(STORAGES),
+        help="the text encoder's layers in 4 or 8 bits; by default as the rest",
+    )
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="FILE", help="of --save-embeddings; its prompts then need no text encoder"
+    )
+    parser.add_argument(
+        "--save-embeddings", type=Path, metavar="FILE", help="write the prompts' embeddings there, and make no pictures"
+    )
+    parser.add_argument("--prompt", action="append", help="what to show; repeat for more pictures")
+    parser.add_argument(
+        "--upsample", action="store_true", help="let dev's text encoder write more detailed prompts of those given"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='one JSON object a line: {"prompt": ...} and, where they differ, seed, width, height, steps, guidance, '
+        "images, out",
+    )
+    parser.add_argument(
+        "--from-image", type=Path, metavar="PNG", help="make this picture again; what else is given replaces its own"
+    )
+    parser.add_argument("--image", action="append", type=Path, help="a reference picture; repeatable, up to ten")
+    parser.add_argument("--adapter", action="append", metavar="PATH[:SCALE]", help="folder or file; repeatable")
+    parser.add_argument("--out", type=Path, help="several pictures are numbered (out.png)")
+    parser.add_argument("--seed", type=int, help="of the first picture; the next ones count up (0)")
+    parser.add_argument("--count", type=int, help="pictures of each prompt (1)")
+    parser.add_argument("--width", type=int, help="pixels, rounded to a multiple of 16")
+    parser.add_argument("--height", type=int, help="pixels, rounded to a multiple of 16")
+    parser.add_argument("--steps", type=int, help="by default what the model's authors use")
+    parser.add_argument("--guidance", type=float, help="likewise")
+    parser.add_argument("--device", help="cuda, cpu; the GPU if there is one")
+    parser.add_argument("--precision", choices=list(NAMES), help="bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--stream-blocks",
+        type=number_or_share,
+        metavar="N",
+        help="blocks that stay in host memory and stream to the device: a number (8) or a share (0.5)",
+    )
+    parser.add_argument(
+        "--tiled",
+        action=argparse.BooleanOptionalAction,
+        help="decode in stripes, with less memory; by default pictures above a megapixel",
+    )
+    parser.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        help="add the adapters to the weights (fp32, bf16): faster, and in bf16 rounded",
+    )
+    parser.add_argument("--verbose", action="store_true", help="say which layers each adapter has")
+    parser.add_argument("--cache", type=named_folder, help="folder of quantised copies; else what FLUX2_CACHE names")
+    parser.add_argument(
+        "--no-metadata", dest="metadata", action="store_false", help="do not write into the PNG how it was made"
+    )
+    given = vars(parser.parse_args(argv))
+    kept = recorded(given["from_image"], given) if "from_image" in given else {}
+    for key in [other for option in given for other in REPLACED.get(option, ())]:
+        kept.pop(key, None)
+    options = argparse.Namespace(**DEFAULTS | kept | given, given=frozenset(given))
+    if options.prompt is None and options.prompts is None:
+        parser.error("give --prompt, --prompts or --from-image")
+    if "prompt" in given and "prompts" in given:
+        parser.error("give --prompt or --prompts, not both")
+    return options
+
+
+def recorded(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the picture `file` says, as arguments. Raises ValueError if it says nothing, or its files have changed."""
+    what = f"--from-image {file}"
+    record = metadata.read(file, what)
+    replaced: dict[str, Any] = {
+        name: [] for name, option in (("images", "image"), ("adapters", "adapter")) if option in given
+    }
+    if any("embeddings" in REPLACED.get(option, ()) for option in given) or "embeddings" in given:
+        replaced["embeddings"] = None
+    metadata.check_unchanged(dataclasses.replace(record, **replaced), what)
+    kept = {key: getattr(record, key) for key in ("model", "precision", "seed", "width", "height", "steps", "guidance")}
+    kept["prompt"] = [record.prompt]
+    if record.asked is not None:
+        kept["asked"] = {record.prompt: record.asked}
+    kept["image"] = [Path(image.path) for image in record.images]
+    kept["adapter"] = [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters]
+    kept["merge"] = record.merged
+    if "model" not in given:  # they are that model's
+        kept |= {key: getattr(record, key) for key in (*PLACES, "text_storage")}
+        kept["embeddings"] = None if record.embeddings is None else Path(record.embeddings.path)
+    return kept
+
+
+def named_folder(given: str) -> Path:
+    if not given:
+        raise argparse.ArgumentTypeError("an empty path names no folder; leave it out for none")
+    return Path(given)
+
+
+def number_or_share(given: str) -> int | float:
+    """`8` is a number of blocks, `0.5` and `1.0` are shares."""
+    return int(given) if given.isdecimal() else float(given)
+
+
+def requested(options: argparse.Namespace) -> list[Request]:
+    """What is to be made. Raises ValueError for what can be told before anything is loaded."""
+    if not 1 <= options.count <= MAX_COUNT:
+        raise ValueError(f"--count {options.count} must be at least 1 and at most {MAX_COUNT}")
+    shared = {key: getattr(options, key) for key in ("seed", "width", "height", "steps", "guidance", "out")}
+    shared["images"] = options.image
+    if options.prompts is not None:
+        if options.count > 1:
+            raise ValueError(f"--count {options.count} does nothing with --prompts: write a line for each picture")
+        return read_lines(options.prompts, shared, say)
+    checks.texts("--prompt", options.prompt)
+    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
+    checks.seeds(options.seed, len(prompts))
+    shared = on_grid(shared, say)
+    outs = [numbered(options.out, i, len(prompts)) for i in range(len(prompts))]
+    return [
+        Request(prompt, **{**shared, "seed": options.seed + i, "out": out})
+        for i, (prompt, out) in enumerate(zip(prompts, outs, strict=True))
+    ]
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that do nothing together."""
+    if options.save_embeddings is not None:
+        if options.embeddings is not None:
+            raise ValueError("--save-embeddings and --embeddings: give one of them")
+        if options.save_embeddings.suffix != ".safetensors":
+            raise ValueError(f"--save-embeddings {options.save_embeddings} must end in .safetensors")
+        idle = [name for name in ("adapter", "merge", "image") if name in options.given and getattr(options, name)]
+        if options.upsample and "image" in idle:  # prompts are rewritten for it
+            idle.remove("image")
+        if idle:
+            raise ValueError(f"--{idle[0]} does nothing with --save-embeddings, which makes no pictures: leave it out")
+        check_place(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
+
+
+def run(options: argparse.Namespace) -> Iterator[Path]:
+    """Generate and write; gives each file when it is there. Raises ValueError for anything wrong in `options`."""
+    check_options(options)
+    wanted = requested(options)
+    pick_device(options.device)
+    if options.save_embeddings is None:
+        for one in wanted:
+            check_writable(one.out, f"--out {one.out}")
+    pictures = {path: read_picture(path, f"--image {path}") for one in wanted for path in one.images}
+    images = {path: NamedFile.of(path) for path in pictures}
+    given = [split_adapter(adapter) for adapter in options.adapter]
+    if options.merge and not given:
+        raise ValueError("--merge does nothing without --adapter")
+    used = [NamedFile.adapter(path, scale) for path, scale in given]  # before minutes are spent on loading the model
+    pipeline = load(
+        options.model,
+        options.path,
+        autoencoder=options.autoencoder,
+        text_encoder=options.text_encoder,
+        device=options.device,
+        precision=options.precision,
+        stream_blocks=options.stream_blocks,
+        cache=options.cache,
+        tiled=options.tiled,
+        text_storage=options.text_storage,
+        embeddings=options.embeddings,
+    )
+    if options.merge:
+        pipeline.check_mergeable()
+    steps = [pipeline.variant.steps if one.steps is None else one.steps for one in wanted]
+    with Screen(sum(steps)) as screen:
+        if options.upsample:
+            screen.status("the text encoder writes prompts")
+            wanted, asked = upsampled(pipeline, wanted, pictures)
+            options.asked = options.asked | asked
+        screen.status("the text encoder reads prompts")
+        if options.save_embeddings is not None:
+            pipeline.save_embeddings(options.save_embeddings, [one.prompt for one in wanted])
+            yield options.save_embeddings
+            return
+        encode(pipeline, wanted)  # before the transformer is loaded for the adapters
+        screen.status("the transformer is loaded")
+        transformer = pipeline.transformer
+        if pipeline.precision.storage is not None:
+            say(describe(transformer, pipeline.precision, pipeline.device))
+        for path, scale in given:
+            found = pipeline.load_adapter(path, scale)
+            say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {found}")
+            if options.verbose:
+                say(f"  layers: {found.listing()}")
+        if options.merge:
+            pipeline.merge_adapters()
+        screen.begin()
+        saved = None if options.embeddings is None else NamedFile.of(options.embeddings)
+        for one, count in zip(wanted, steps, strict=True):
+            (image,) = pipeline.generate(
+                one.prompt,
+                references=[pictures[path] for path in one.images],
+                seed=one.seed,
+                width=one.width,
+                height=one.height,
+                steps=count,
+                guidance=one.guidance,
+                progress=lambda _: screen.step(),
+            )
+            record = Record(
+                options.model,
+                one.prompt,
+                one.seed,
+                *image.size,
+                count,
+                pipeline.variant.guidance if one.guidance is None else one.guidance,
+                pipeline.precision.name,
+                **{key: getattr(options, key) for key in (*PLACES, "text_storage")},
+                asked=options.asked.get(one.prompt),
+                embeddings=saved,
+                images=[images[path] for path in one.images],
+                adapters=used,
+                merged=options.merge,
+            )
+            write(image, one.out, record if options.metadata else None)
+            with screen.told(f"{one.out}: {count} steps"):
+                yield one.out
+
+
+def upsampled(
+    pipeline: Pipeline, wanted: list[Request], pictures: Mapping[Path, Image.Image]
+) -> tuple[list[Request], dict[str, str]]:
+    """The requests with their prompts rewritten, and what was asked for by the new prompts.
+
+    A prompt is rewritten once for its references, whatever the seeds of its pictures. The language model is loaded once
+    for prompts without references, and once for those with.
+    """
+    texts: dict[tuple[str, tuple[Path, ...]], str] = {}
+    for images in dict.fromkeys(tuple(one.images) for one in wanted):
+        prompts = [*dict.fromkeys(one.prompt for one in wanted if tuple(one.images) == images)]
+        answers = pipeline.upsample(prompts, [pictures[path] for path in images])
+        texts |= {(prompt, images): answer for prompt, answer in zip(prompts, answers, strict=True)}
+    for (prompt, _), answer in texts.items():
+        say(f"prompt {prompt!r} became {answer!r}")
+    found = [dataclasses.replace(one, prompt=texts[one.prompt, tuple(one.images)]) for one in wanted]
+    return found, {answer: prompt for (prompt, _), answer in texts.items()}
+
+
+def encode(pipeline: Pipeline, wanted: list[Request]) -> None:
+    """All prompts at once, so that the text encoder is loaded once; with the empty one if any picture needs it."""
+    values = [pipeline.variant.guidance if one.guidance is None else one.guidance for one in wanted]
+    pipeline.embeddings([one.prompt for one in wanted], next((value for value in values if value != 1), 1.0))
+
+
+def write(image: Image.Image, out: Path, record: Record | None) -> None:
+    """Save a picture, with `record` in it if it is a PNG; the file is whole or not there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f"{UNFINISHED}{out.name}")
+    about: dict[str, Any] = {}
+    if record is not None and out.suffix.lower() == ".png":
+        about["pnginfo"] = record.chunk()
+    try:
+        image.save(unfinished, **about)
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def main() -> int:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the libraries are loaded
+    try:
+        with terminated_as_interrupted():
+            for file in run(arguments()):
+                print(file, flush=True)
+    except (ValueError, OSError) as error:
+        say(f"error: {message(error)}")
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hints = "smaller --width and --height, fewer references, --tiled, --stream-blocks or another --precision"
+        say(f"error: memory does not suffice ({message(error) or type(error).__name__}): {hints} take less")
+        return 2
+    except KeyboardInterrupt as stop:
+        say("interrupted")
+        return exit_code(stop)
+    return 0

@@ -1,0 +1,166 @@
+"""How a picture was made: written into its PNG file as text, and read back to make it again.
+
+The text is one JSON object under the keyword `flux2-lora`: the fields of `Record`. Files are named as they were given,
+with the SHA-256 of their content, so that a repetition with another adapter under the same name is noticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from flux2.adapters import find
+from flux2.adapters.files import PEFT_FILE
+from flux2.models.text_encoder import Storage, check_storage
+from flux2.models.variants import VARIANTS
+from flux2.utils import checks
+from flux2.utils.images import reason
+
+KEYWORD = "flux2-lora"
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A file as it was given, and the SHA-256 of its content; `scale` is an adapter's, 1 for pictures."""
+
+    path: str
+    sha256: str
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, path: Path) -> NamedFile:
+        return cls(str(path), sha256(path))
+
+    @classmethod
+    def adapter(cls, path: str, scale: float) -> NamedFile:
+        """Raises AdapterError if there is none at `path`."""
+        return cls(path, sha256(weights(path)), scale)
+
+
+def weights(adapter: str) -> Path:
+    """The file that holds an adapter's tensors."""
+    place = find(adapter)
+    return place / PEFT_FILE if place.is_dir() else place
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture. `path`, `autoencoder` and `text_encoder` are null for the published places.
+
+    `merged` says whether the adapters were added to the weights, which rounds them as the weights are.
+    `asked` is the prompt that was given, where `prompt` is what the text encoder wrote of it.
+    """
+
+    model: str
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    precision: str
+    path: str | None = None
+    autoencoder: str | None = None
+    text_encoder: str | None = None
+    text_storage: Storage | None = None
+    embeddings: NamedFile | None = None
+    asked: str | None = None
+    images: Sequence[NamedFile] = field(default_factory=list)
+    adapters: Sequence[NamedFile] = field(default_factory=list)
+    merged: bool = False
+
+    def chunk(self) -> PngInfo:
+        """As Pillow writes it: `image.save(file, pnginfo=record.chunk())`."""
+        info = PngInfo()
+        info.add_itxt(KEYWORD, json.dumps(dataclasses.asdict(self), ensure_ascii=False))
+        return info
+
+
+def read(file: Path, what: str) -> Record:
+    """The record in a picture file. Raises ValueError, beginning with `what`, if there is none or it cannot be used."""
+    if not file.is_file():
+        raise ValueError(f"{what} does not exist")
+    try:
+        with Image.open(file) as image:
+            image.load()  # text may follow the pixels
+            text = image.info.get(KEYWORD)
+    except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, DecompressionBombError and more
+        raise ValueError(f"{what} cannot be read as a picture ({reason(error)})") from error
+    if text is None:
+        raise ValueError(
+            f"{what} does not say how it was made: it is not from this program, was written with --no-metadata or not "
+            "as PNG, or has lost its text on the way"
+        )
+    try:
+        return parsed(json.loads(text))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{what}: the text on how it was made cannot be used ({error})") from error
+
+
+def parsed(found: Any) -> Record:
+    """A record from JSON. Raises ValueError, TypeError or KeyError for anything that is none."""
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{found!r} is no object")
+    known = {entry.name for entry in dataclasses.fields(Record)}
+    if unknown := sorted(set(found) - known):
+        raise ValueError(f"unknown: {', '.join(unknown)}")
+    if found["model"] not in VARIANTS:
+        raise ValueError(f"model={found['model']!r} is not known here")
+    for key in ("path", "autoencoder", "text_encoder", "asked"):
+        if not isinstance(found.get(key), str | None):
+            raise TypeError(f"{key}={found[key]!r} must be a text or null")
+    check_storage(found.get("text_storage"), "text_storage")
+    if not isinstance(found["precision"], str):
+        raise TypeError(f"precision={found['precision']!r} must be a text")
+    if not isinstance(found.get("merged", False), bool):
+        raise TypeError(f"merged={found['merged']!r} must be true or false")
+    (prompt,) = checks.texts("prompt", found["prompt"])
+    (seed,) = checks.seeds(found["seed"], 1)
+    checks.size(found["width"], found["height"], 1)
+    given: dict[str, Any] = {
+        "prompt": prompt,
+        "seed": seed,
+        "steps": checks.steps(found["steps"]),
+        "guidance": checks.guidance(found["guidance"]),
+    }
+    given["embeddings"] = named(found["embeddings"]) if found.get("embeddings") is not None else None
+    files = {key: [named(entry) for entry in found.get(key, [])] for key in ("images", "adapters")}
+    return Record(**{**found, **given, **files})
+
+
+def named(entry: Any) -> NamedFile:
+    if not isinstance(entry, Mapping) or not isinstance(entry["path"], str) or not isinstance(entry["sha256"], str):
+        raise ValueError(f"{entry!r} names no file")
+    return NamedFile(entry["path"], entry["sha256"], checks.number("scale", entry.get("scale", 1.0)))
+
+
+def check_unchanged(record: Record, what: str) -> None:
+    """Raises ValueError, beginning with `what`, if a file of `record` is gone or has another content now."""
+    for image in record.images:
+        if not Path(image.path).is_file():
+            raise ValueError(f"{what}: the reference {image.path} does not exist; give it with --image")
+        if sha256(Path(image.path)) != image.sha256:
+            raise ValueError(f"{what}: the reference {image.path} is another picture now; give the one with --image")
+    if record.embeddings is not None:
+        file = Path(record.embeddings.path)
+        if not file.is_file() or sha256(file) != record.embeddings.sha256:
+            state = "are other ones now" if file.is_file() else "do not exist"
+            raise ValueError(f"{what}: the embeddings {file} {state}; give those with --embeddings, or --text-encoder")
+    for adapter in record.adapters:
+        if sha256(weights(adapter.path)) != adapter.sha256:
+            raise ValueError(
+                f"{what}: the adapter {adapter.path} is another one now; give the one that was used with --adapter"
+            )

@@ -1,0 +1,111 @@
+"""Which pictures are asked for: prompts from the command line, or one JSON object a line in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flux2.models.variants import PIXELS_PER_TOKEN
+from flux2.utils import checks
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture. What is None is the model's default, or for the size that of the first reference.
+
+    Raises TypeError or ValueError, naming the field, for what is mistyped or out of range.
+    """
+
+    prompt: str
+    out: Path
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    images: Sequence[Path] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        checks.texts("prompt", self.prompt)
+        checks.seeds(self.seed, 1)
+        checks.references(len(self.images))
+        checks.size(self.width or PIXELS_PER_TOKEN, self.height or PIXELS_PER_TOKEN, PIXELS_PER_TOKEN)
+        if self.steps is not None:
+            checks.steps(self.steps)
+        if self.guidance is not None:
+            checks.guidance(self.guidance)
+
+
+KEYS = tuple(entry.name for entry in dataclasses.fields(Request))
+
+
+def on_grid(values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """`values` with `width` and `height` rounded to multiples of 16; `say` is told. None stays.
+
+    Raises TypeError or ValueError for what is no size of at least 16.
+    """
+    sides = {key: values[key] for key in ("width", "height") if values[key] is not None}
+    whole = {key: checks.whole(key, side, PIXELS_PER_TOKEN) for key, side in sides.items()}
+    rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in whole.items()}
+    for key, side in whole.items():
+        if side != rounded[key]:
+            say(f"{key}={side} is no multiple of {PIXELS_PER_TOKEN}: {rounded[key]} is taken")
+    return values | rounded
+
+
+def numbered(out: Path, index: int, count: int) -> Path:
+    return out if count == 1 else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
+
+
+def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], None]) -> list[Request]:
+    """The requests in a file of JSON lines, in UTF-8 with or without its mark.
+
+    Each has a `prompt`, and any other field of `Request` but those left out.
+
+    `seed` counts up from the default, line by line; `images` is a list of paths; `out` is a file name beside the
+    default one, which is numbered where it is left out. `say` is told of sizes that are rounded.
+
+    Raises ValueError that names the file and the line.
+    """
+    what = f"--prompts {file}"
+    try:
+        lines = [line for line in enumerate(file.read_text("utf-8-sig").splitlines(), 1) if line[1].strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} cannot be read ({error})") from error
+    if not lines:
+        raise ValueError(f"{what} has no lines: write one JSON object a line, with a prompt")
+    found = []
+    for index, (number, text) in enumerate(lines):
+        try:
+            found.append(request(json.loads(text), index, len(lines), defaults, say))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{what}, line {number}: {error}") from error
+    outs = [one.out for one in found]
+    for number, (one, out) in enumerate(zip(found, outs, strict=True)):
+        if out in outs[:number]:
+            raise ValueError(f"{what}, line {lines[number][0]}: {one.out} is written by an earlier line too")
+    return found
+
+
+def request(given: Any, index: int, count: int, defaults: Mapping[str, Any], say: Callable[[str], None]) -> Request:
+    """One line. Raises TypeError or ValueError for what is wrong in it."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{given!r} is no object; write {{" + '"prompt": "..."}')
+    if unknown := [key for key in given if key not in KEYS]:
+        raise ValueError(f"{unknown[0]!r} is not known; known are {', '.join(KEYS)}")
+    if not isinstance(given.get("prompt"), str):
+        raise ValueError(f"prompt={given.get('prompt')!r} must be a text")
+    values = {**defaults, "seed": defaults["seed"] + index, **given}
+    out, base = given.get("out"), Path(defaults["out"])
+    if out is not None and (not isinstance(out, str) or not out):
+        raise ValueError(f"out={out!r} must be a file name")
+    values["out"] = numbered(base, index, count) if out is None else base.parent / out
+    images = values["images"]
+    if not isinstance(images, list) or not all(isinstance(path, str | Path) for path in images):
+        raise ValueError(f"images={images!r} must be a list of files")
+    values["images"] = [Path(path) for path in images]
+    return Request(**on_grid(values, say))

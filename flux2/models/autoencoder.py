@@ -1,0 +1,202 @@
+"""The FLUX.2 autoencoder: pixels to and from the 128-channel latents that the transformer sees.
+
+A convolutional encoder shrinks each side eight times to 32 channels; patches of 2 x 2 are then folded into
+channels, (c, i, j) in this order, and each of the 128 channels is standardised with running statistics stored
+in the file (`bn`). Latents are always the *mean* of the encoder's distribution: sampling it would add noise
+that no published model was trained on.
+
+Parameter names are those of Black Forest Labs' `ae.safetensors`; `weights` maps the diffusers folder onto them.
+Values are tested against diffusers' `AutoencoderKLFlux2`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux2.models.variants import AutoencoderConfig
+
+FEW_POSITIONS = 4096  # whose pairs, 64 MB in float32, may be held at once
+
+
+def patchify(latents: Tensor) -> Tensor:
+    """(B, C, 2h, 2w) -> (B, 4C, h, w); channel order (c, i, j)."""
+    return F.pixel_unshuffle(latents, 2)
+
+
+def unpatchify(latents: Tensor) -> Tensor:
+    """(B, 4C, h, w) -> (B, C, 2h, 2w): the inverse of `patchify`."""
+    return F.pixel_shuffle(latents, 2)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttentionBlock(nn.Module):
+    """One head over all positions."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        if q.shape[2] > FEW_POSITIONS:  # kernels that never hold all pairs of positions want the channels side by side
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # only right and below, as the published weights expect
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttentionBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, then the change to the next (`downsample` or `upsample`, if any)."""
+
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, groups: int, resample: str = "") -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            [ResnetBlock(channels_in if i == 0 else channels_out, channels_out, groups) for i in range(blocks)]
+        )
+        self.resample = resample
+        if resample:
+            setattr(self, resample, (Downsample if resample == "downsample" else Upsample)(channels_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return getattr(self, self.resample)(x) if self.resample else x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, last = config.widths, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            [
+                Level(widths[max(i - 1, 0)], widths[i], config.blocks, config.groups, "downsample" if i < last else "")
+                for i in range(len(widths))
+            ]
+        )
+        self.mid = Middle(widths[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, last = config.widths, len(config.widths) - 1
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.groups)
+        # up.0 is the level of full resolution, so the list runs backwards in `forward`
+        self.up = nn.ModuleList(
+            [
+                Level(widths[min(i + 1, last)], widths[i], config.blocks + 1, config.groups, "upsample" if i else "")
+                for i in range(len(widths))
+            ]
+        )
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(self.post_quant_conv(z)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """Both directions, with the 128-channel normalisation."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.bn = nn.BatchNorm2d(4 * config.latent_channels, eps=config.bn_eps, affine=False)
+        self.eval()
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        mean, var = self.bn.running_mean, self.bn.running_var
+        assert mean is not None, "bn keeps running statistics"
+        assert var is not None
+        return mean[:, None, None], torch.sqrt(var + self.config.bn_eps)[:, None, None]
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (B, 32, H/8, W/8) of the latent distribution; only its training needs the second."""
+        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
+        return mean, logvar
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], sides multiples of 16 -> latents (B, 128, H/16, W/16), normalised."""
+        if pixels.shape[-1] % 16 or pixels.shape[-2] % 16:
+            raise ValueError(f"picture sides must be multiples of 16, got {pixels.shape[-1]} x {pixels.shape[-2]}")
+        mean, std = self._statistics()
+        return (patchify(self.moments(pixels)[0]) - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 128, h, w), normalised -> pixels (B, 3, 16h, 16w), nominally in [-1, 1], not clipped.
+
+        `stripes.decode` gives the same with less memory.
+        """
+        return self.decoder(self.unnormalised(latents))
+
+    def unnormalised(self, latents: Tensor) -> Tensor:
+        """(B, 128, h, w) -> (B, 32, 2h, 2w), what the decoder takes."""
+        mean, std = self._statistics()
+        return unpatchify(latents * std + mean)

@@ -1,0 +1,310 @@
+"""The FLUX.2 transformer: a multimodal diffusion transformer with shared modulation.
+
+Text and image tokens run first through *double* blocks (separate weights, one joint attention), then,
+concatenated, through *single* blocks (attention and mlp in parallel from one fused projection). What a block
+does to its input depends on the time through a shift, a scale and a gate:
+
+    double:  x += gate1 * proj(attention(q, k, v))        q, k, v from  (1 + scale1) * norm(x) + shift1
+             x += gate2 * mlp((1 + scale2) * norm(x) + shift2)
+    single:  x += gate  * linear2(attention(q, k, v), swiglu(h))         (q, k, v, h) = linear1(...)
+
+and, unlike in FLUX.1, every block of a kind shares one modulation, computed once a step.
+
+Parameter names and fused layouts are those of Black Forest Labs' files, so a published single file loads
+without renaming, LoRAs carry names that ComfyUI knows, and q, k and v are one matrix product.
+No layer has a bias. Source: github.com/black-forest-labs/flux2, src/flux2/model.py; values are tested
+against diffusers' `Flux2Transformer2DModel`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux2.layers.attention import attention
+from flux2.layers.frozen_linear import TailLinear
+from flux2.models.variants import TransformerConfig
+
+Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate; each (B, 1, D)
+Rotation = tuple[Tensor, Tensor, Tensor]  # every token's angles: cosine, sine, and both as one complex number;
+# each (1, 1, L, head_dim / 2)
+
+
+def sinusoid(x: Tensor, width: int) -> Tensor:
+    """Sinusoidal features of `1000 * x`, cosines first: (B,) -> (B, width) in float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angles = 1000.0 * x.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotation(positions: Tensor, axes: tuple[int, ...], theta: int) -> Rotation:
+    """Rotary angles of tokens at integer positions (L, len(axes)); float64 inside, as positions can be large."""
+    angles = []
+    for axis, width in enumerate(axes):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        angles.append(positions[:, axis, None].double() / theta**exponents)
+    angle = torch.cat(angles, dim=-1)[None, None]  # (1, 1, L, head_dim / 2)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return cos, sin, torch.complex(cos, sin)
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """Rotate adjacent pairs of the last dimension of x (B, H, L, head_dim), in float32."""
+    cos, sin, turn = by
+    if not torch.compiler.is_compiling():  # pairs as complex numbers: one operation, which compilers do not know
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
+
+
+def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3 * D) -> three of (B, H, L, head_dim)."""
+    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, by: Rotation) -> Tensor:
+    """Rotate q and k, then full attention: three of (B, H, L, head_dim) -> (B, L, H * head_dim)."""
+    return attention(rotate(q, by), rotate(k, by), v).transpose(1, 2).flatten(2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Embedder(nn.Module):
+    """Two linear layers around a SiLU, from sinusoid features to the hidden width."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(width, hidden, bias=False)
+        self.out_layer = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class SharedModulation(nn.Module):
+    """The time embedding (B, D) to `sets` of (shift, scale, gate), each (B, 1, D)."""
+
+    def __init__(self, hidden: int, sets: int) -> None:
+        super().__init__()
+        self.sets = sets
+        self.lin = nn.Linear(hidden, 3 * sets * hidden, bias=False)
+
+    def forward(self, time: Tensor) -> list[Modulation]:
+        parts = self.lin(F.silu(time))[:, None].chunk(3 * self.sets, dim=-1)
+        return [(parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.sets)]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension; its weight is called `scale` in the published files."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.scale.float(), self.eps).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    """Norms of query and key, one head at a time."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim, eps)
+        self.key_norm = RMSNorm(head_dim, eps)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class Attention(nn.Module):
+    """The projections of one stream in a double block; the attention itself is joint."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
+        self.norm = QKNorm(config.head_dim, config.eps)
+        self.proj = TailLinear(config.hidden, config.hidden, bias=False)
+
+    def queries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.qkv(x), self.head_dim)
+        return *self.norm(q, k), v
+
+
+class SwiGLU(nn.Module):
+    """The first half through SiLU times the second half: (..., 2 * M) -> (..., M)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+def mlp(config: TransformerConfig) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(config.hidden, 2 * config.mlp_width, bias=False),
+        SwiGLU(),
+        TailLinear(config.mlp_width, config.hidden, bias=False),
+    )
+
+
+class DoubleBlock(nn.Module):
+    """Text and image tokens with weights of their own and one attention over (text, image)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden, eps=config.eps, elementwise_affine=False)
+        self.img_attn = Attention(config)
+        self.img_mlp = mlp(config)
+        self.txt_attn = Attention(config)
+        self.txt_mlp = mlp(config)
+
+    def forward(
+        self, image: Tensor, text: Tensor, image_mod: list[Modulation], text_mod: list[Modulation], by: Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """image (B, N, D), text (B, T, D) -> the same two, one block further."""
+        (shift1, scale1, gate1), (shift2, scale2, gate2) = image_mod
+        (text_shift1, text_scale1, text_gate1), (text_shift2, text_scale2, text_gate2) = text_mod
+
+        queries = self.img_attn.queries(modulate(self.norm(image), shift1, scale1))
+        text_queries = self.txt_attn.queries(modulate(self.norm(text), text_shift1, text_scale1))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_queries, queries, strict=True))
+        attended = attend(q, k, v, by)  # (B, T + N, D)
+        text_attended, image_attended = attended.split([text.shape[1], image.shape[1]], dim=1)
+
+        image = torch.addcmul(image, gate1, self.img_attn.proj(image_attended))
+        image = torch.addcmul(image, gate2, self.img_mlp(modulate(self.norm(image), shift2, scale2)))
+        text = torch.addcmul(text, text_gate1, self.txt_attn.proj(text_attended))
+        text = torch.addcmul(text, text_gate2, self.txt_mlp(modulate(self.norm(text), text_shift2, text_scale2)))
+        return image, text
+
+
+class SingleBlock(nn.Module):
+    """All tokens together; attention and mlp in parallel between two fused linears."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.split = [3 * config.hidden, 2 * config.mlp_width]
+        self.pre_norm = nn.LayerNorm(config.hidden, eps=config.eps, elementwise_affine=False)
+        self.linear1 = nn.Linear(config.hidden, sum(self.split), bias=False)
+        self.linear2 = TailLinear(config.hidden + config.mlp_width, config.hidden, bias=False)
+        self.norm = QKNorm(config.head_dim, config.eps)
+        self.act = SwiGLU()
+
+    def forward(self, x: Tensor, mod: Modulation, by: Rotation) -> Tensor:
+        """x (B, T + N, D) -> the same, one block further."""
+        shift, scale, gate = mod
+        qkv, h = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split, dim=-1)
+        q, k, v = split_heads(qkv, self.head_dim)
+        q, k = self.norm(q, k)
+        attended = attend(q, k, v, by)
+        return torch.addcmul(x, gate, self.linear2(torch.cat([attended, self.act(h)], dim=-1)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the projection back to latent channels."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden, eps=config.eps, elementwise_affine=False)
+        self.linear = nn.Linear(config.hidden, config.channels, bias=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden, 2 * config.hidden, bias=False))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+def call(block: nn.Module, *args: Any) -> Any:
+    """Run a block and keep what its backward needs: the default of `Transformer.run_block`."""
+    return block(*args)
+
+
+class Transformer(nn.Module):
+    """FLUX.2. `run_block` decides how a block is run: directly, or under a recompute policy
+    (flux2/memory/activation_checkpointing.py).
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.run_block: Callable[..., Any] = call
+        self.streams = False  # whether weights of blocks wait in host memory (flux2/memory/block_offload.py)
+        self.img_in = nn.Linear(config.channels, config.hidden, bias=False)
+        # replaced by the identity where embeddings are stored as it gives them
+        self.txt_in: nn.Module = nn.Linear(config.text_width, config.hidden, bias=False)
+        self.time_in = Embedder(config.time_width, config.hidden)
+        if config.guidance:
+            self.guidance_in = Embedder(config.time_width, config.hidden)
+        self.double_stream_modulation_img = SharedModulation(config.hidden, sets=2)
+        self.double_stream_modulation_txt = SharedModulation(config.hidden, sets=2)
+        self.single_stream_modulation = SharedModulation(config.hidden, sets=1)
+        self.double_blocks = nn.ModuleList([DoubleBlock(config) for _ in range(config.double_blocks)])
+        self.single_blocks = nn.ModuleList([SingleBlock(config) for _ in range(config.single_blocks)])
+        self.final_layer = FinalLayer(config)
+
+    def embed_time(self, timestep: Tensor, guidance: Tensor | None) -> Tensor:
+        """(B,) in [0, 1] and, for guided models, (B,) guidance values -> (B, D)."""
+        dtype = self.img_in.weight.dtype
+        time = self.time_in(sinusoid(timestep, self.config.time_width).to(dtype))
+        if not self.config.guidance:
+            return time
+        if guidance is None:
+            raise ValueError("this model was trained with a guidance value: pass guidance (training uses 1.0)")
+        return time + self.guidance_in(sinusoid(guidance, self.config.time_width).to(dtype))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        text: Tensor,
+        text_positions: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """Predict the flow `noise - image` of noisy latent tokens.
+
+        Args:
+            tokens: (B, N, 128); the image's noisy tokens first, then those of any references.
+            positions: (N, 4) integer (t, h, w, l) of `tokens`, shared by the batch.
+            text: (B, T, text_width) prompt embeddings.
+            text_positions: (T, 4) integer positions of `text`.
+            timestep: (B,) in [0, 1]; 1 is pure noise. References share it with the image.
+            guidance: (B,) guidance values; needed if and only if the model has a guidance embedding.
+            keep: how many leading tokens get a prediction (the image's, without references); all by default.
+
+        Returns:
+            (B, keep, 128) in the dtype of the weights.
+        """
+        time = self.embed_time(timestep, guidance)
+        image_mod = self.double_stream_modulation_img(time)
+        text_mod = self.double_stream_modulation_txt(time)
+        single_mod = self.single_stream_modulation(time)[0]
+        by = rotation(torch.cat([text_positions, positions]), self.config.rope_axes, self.config.rope_theta)
+
+        dtype = self.img_in.weight.dtype
+        image = self.img_in(tokens.to(dtype))
+        text = self.txt_in(text.to(dtype))
+        for block in self.double_blocks:
+            image, text = self.run_block(block, image, text, image_mod, text_mod, by)
+
+        x = torch.cat([text, image], dim=1)  # (B, T + N, D)
+        for block in self.single_blocks:
+            x = self.run_block(block, x, single_mod, by)
+
+        start = text.shape[1]
+        stop = x.shape[1] if keep is None else start + keep
+        return self.final_layer(x[:, start:stop], time)

@@ -1,0 +1,152 @@
+"""The pipeline's embeddings: those of prompts that were met before, and where those of others come from.
+
+That is a text encoder on this machine, loaded when it is needed and freed at once unless it is to be kept; a server
+(flux2/prompts/remote_client.py); or a file (flux2/prompts/saved.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flux2.models.text_encoder import Storage, TextEncoder, check_storage
+from flux2.models.variants import Variant
+from flux2.prompts import saved as saved_prompts
+from flux2.prompts.remote_client import Client, check_url
+from flux2.prompts.saved import SavedPrompts
+from flux2.utils import checks
+from flux2.weights.loading import load_text_encoder
+from flux2.weights.sources import ModelSource
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where embeddings come from. Raises ValueError for settings that contradict each other.
+
+    Attributes:
+        server: address of a text encoder that runs elsewhere.
+        saved: a file with embeddings.
+        storage: of the layers of the text encoder on this machine: `nf4`, `int8`, None for the pipeline's dtype.
+        keep: whether that text encoder stays in memory.
+    """
+
+    server: str | None = None
+    saved: SavedPrompts | None = None
+    storage: Storage | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        check_storage(self.storage, "text_storage")
+        if self.storage is not None and (self.server or self.saved):
+            raise ValueError(
+                f"text_storage={self.storage!r} does nothing with {self.elsewhere}: no text encoder is loaded here"
+            )
+        if self.server and self.saved:
+            raise ValueError(f"embeddings={str(self.saved.file)!r} and text_encoder={self.server!r}: give one of them")
+
+    @property
+    def elsewhere(self) -> str:
+        """What stands for the text encoder of this machine; empty if nothing does."""
+        return f"the server {self.server}" if self.server else f"the file {self.saved.file}" if self.saved else ""
+
+
+def text_source(
+    variant: Variant,
+    text_encoder: str | None,
+    embeddings: str | os.PathLike[str] | None,
+    storage: Storage | None,
+) -> tuple[TextSource, str | None]:
+    """Where embeddings come from, and which folder or repository the text encoder is read from, if one is given."""
+    server = None
+    if isinstance(text_encoder, str) and re.match(r"https?:", text_encoder):
+        try:
+            server, text_encoder = check_url(text_encoder), None
+        except ValueError as error:
+            raise ValueError(f"model.text_encoder: {error}") from error
+    saved = None if embeddings is None else SavedPrompts(Path(embeddings).expanduser(), variant)
+    if saved is not None and text_encoder is not None:
+        raise ValueError(f"embeddings={str(saved.file)!r} and text_encoder={text_encoder!r}: give one of them")
+    return TextSource(server, saved, storage), text_encoder
+
+
+class Prompts:
+    """Embeddings of prompts, each got once."""
+
+    def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype, text: TextSource) -> None:
+        self.source, self.device, self.dtype, self.text = source, device, dtype, text
+        self.encoder: TextEncoder | None = None
+        self.known: dict[tuple[str, int], Tensor] = {}
+
+    def get(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
+        """(B, T, text_width), with T = `length`, by default what the model was trained with.
+
+        Raises TypeError or ValueError, also from where the embeddings come from.
+        """
+        prompts = checks.texts("prompts", prompts)
+        tokens = self._tokens(length)
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, tokens) not in self.known]
+        if unknown:
+            find = self._read if self.text.saved else self._ask if self.text.server else self._compute
+            if cut := find(unknown, tokens):
+                log.warning("%d prompts are longer than %d tokens and were cut: %.80r", len(cut), tokens, cut[0])
+        return torch.cat([self.known[prompt, tokens] for prompt in prompts])
+
+    def save(self, file: str | os.PathLike[str], prompts: Sequence[str], length: int | None = None) -> None:
+        """Write the embeddings of `prompts` to `file`, for `embeddings=file`; with the empty one for guidance by two
+        predictions, where the model may need it."""
+        wanted = [*dict.fromkeys(checks.texts("prompts", prompts))]
+        if not self.source.variant.transformer.guidance and "" not in wanted:
+            wanted.append("")
+        found = self.get(wanted, length)
+        kept = dict(zip(wanted, found, strict=True))
+        saved_prompts.write(Path(file).expanduser(), self.source.variant, kept, self._tokens(length))
+
+    def _tokens(self, length: int | None) -> int:
+        if length is None:
+            return self.source.variant.text.length
+        return checks.whole("length", length, 1, checks.MAX_LENGTH)
+
+    # Each of these gets to know the embeddings of `prompts`, and returns those of them that were cut.
+
+    def _read(self, prompts: Sequence[str], length: int) -> list[str]:
+        assert self.text.saved is not None
+        self.text.saved.check(list(prompts), length)
+        for prompt in prompts:
+            self.known[prompt, length] = self.text.saved.get(prompt).to(self.dtype)
+        return []
+
+    def _ask(self, prompts: Sequence[str], length: int) -> list[str]:
+        assert self.text.server is not None
+        client = Client(self.text.server, self.source.variant, length)
+        for prompt in prompts:
+            self.known[prompt, length] = client.encode([prompt]).to(self.dtype)
+        return client.cut
+
+    def _compute(self, prompts: Sequence[str], length: int) -> list[str]:
+        if self.encoder is None:
+            self.encoder = load_text_encoder(self.source, self.device, self.dtype, self.text.storage)
+        for prompt in prompts:
+            self.known[prompt, length] = self.encoder.encode([prompt], length).cpu()
+        cut = list(self.encoder.cut)
+        self.encoder.cut.clear()
+        if not self.text.keep:
+            self.encoder = None
+            free(self.device)
+        return cut
+
+
+def free(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,298 @@
+"""The text encoder as a web service: what `python -m flux2.serve` serves.
+
+    GET  /health                 {"status": "ok"}; needs no token
+    GET  /identity?length=512    what embeddings depend on, and whose they are
+    POST /encode                 {"prompts": ["...", ...], "length": 512} -> safetensors with `embeddings` (B, L, D)
+
+One thread encodes, one prompt at a time: in a batch the rounding of an embedding depends on its neighbours (on a CPU in
+bfloat16, and in float32 with several threads), and what a prompt's embedding is must not depend on who else asks. A
+prompt is padded to hundreds of tokens, which fill a processor by themselves, so there is little to gain. With
+`batch` > 1 prompts that wait together are encoded together all the same, and the identity says so.
+
+Whatever is wrong with a request is a 4xx with {"error": reason}, found before anything is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from torch import Tensor
+
+from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
+
+log = logging.getLogger(__name__)
+BODY_SECONDS = 30.0  # for a request's body to arrive
+BUSY = {"Retry-After": "2"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, and how many prompts may wait.
+
+    Attributes:
+        characters: of a prompt.
+        prompts: of a request.
+        length: tokens that a prompt may be padded to.
+        body: bytes of a request.
+        waiting: prompts of all requests; more are answered with 503.
+        batch: prompts that are encoded together.
+    """
+
+    characters: int = 20_000
+    prompts: int = 32
+    length: int = 512
+    body: int = 1 << 20
+    waiting: int = 256
+    batch: int = 1
+
+
+class Encoder(Protocol):
+    """A `flux2.models.text_encoder.TextEncoder`."""
+
+    cut: list[str]
+
+    def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """The encoder and what is told of it. `identity` takes the number of tokens that prompts are padded to."""
+
+    encoder: Encoder
+    model: str
+    kind: str
+    layers: tuple[int, ...]
+    width: int
+    length: int
+    identity: Callable[[int], str]
+
+
+class Question(BaseModel):
+    """The body of POST /encode."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompts: list[str] = Field(min_length=1)
+    length: int | None = Field(default=None, ge=1)
+
+
+@dataclass
+class Waiting:
+    """One prompt that waits for its embedding (length, D), and for whether it was cut."""
+
+    prompt: str
+    length: int
+    result: Future[tuple[Tensor, bool]] = field(default_factory=Future)
+
+
+class Worker:
+    """The thread that encodes. Prompts are taken in the order they came."""
+
+    def __init__(self, encoder: Encoder, batch: int, most: int) -> None:
+        self.encoder, self.batch, self.most = encoder, batch, most
+        self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
+        self._first: Waiting | None = None
+        self._thread = threading.Thread(target=self._work, name="encoder")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread once it has encoded all that waits."""
+        self._queue.put(None)
+        self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        return self._queue.qsize()
+
+    def submit(self, prompts: Sequence[str], length: int) -> list[Future[tuple[Tensor, bool]]]:
+        """The embeddings to come. Raises queue.Full if too many wait."""
+        if self.waiting + len(prompts) > self.most:
+            raise queue.Full
+        units = [Waiting(prompt, length) for prompt in prompts]
+        for unit in units:
+            self._queue.put(unit)
+        return [unit.result for unit in units]
+
+    def _work(self) -> None:
+        while (unit := self._first or self._queue.get()) is not None:
+            self._first = None
+            units = [unit, *self._beside(unit)]
+            units = [one for one in units if one.result.set_running_or_notify_cancel()]
+            if units:
+                self._encode(units)
+
+    def _beside(self, unit: Waiting) -> list[Waiting]:
+        """Others that wait and can be encoded together with `unit`: as many as a batch takes, of its length."""
+        found: list[Waiting] = []
+        while len(found) < self.batch - 1 and not self._queue.empty():
+            other = self._queue.get()
+            if other is None or other.length != unit.length:
+                self._first = other
+                if other is None:
+                    self._queue.put(None)
+                break
+            found.append(other)
+        return found
+
+    def _encode(self, units: list[Waiting]) -> None:
+        try:
+            self.encoder.cut.clear()
+            embeddings = self.encoder.encode([unit.prompt for unit in units], units[0].length).cpu()
+            cut = set(self.encoder.cut)
+        except Exception as error:  # the thread must outlive a prompt that fails
+            log.exception("a prompt could not be encoded")
+            for unit in units:
+                unit.result.set_exception(error)
+            return
+        for unit, embedding in zip(units, embeddings, strict=True):
+            unit.result.set_result((embedding, unit.prompt in cut))
+
+
+def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
+    """The service. With `token` every request but /health must carry it."""
+    worker = Worker(served.encoder, limits.batch, limits.waiting)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await run_in_threadpool(worker.stop)
+
+    app = FastAPI(title="flux2 text encoder", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def authorised(request: Request) -> None:
+        given = request.headers.get("Authorization", "").encode()
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    def checked_length(length: int | None) -> int:
+        length = served.length if length is None else length
+        if not 1 <= length <= limits.length:
+            raise HTTPException(422, f"length={length} must be from 1 to {limits.length}")
+        return length
+
+    def identity(length: int) -> str:
+        return served.identity(length) + (f" batches of {limits.batch}" if limits.batch > 1 else "")
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"error": first_problem(error.errors())}, 422)
+
+    @app.get("/health")
+    async def health() -> dict[str, str | int]:
+        return {"status": "ok", "waiting": worker.waiting}
+
+    @app.get("/identity", dependencies=[Depends(authorised)])
+    def told(length: int | None = None) -> dict[str, object]:
+        tokens = checked_length(length)
+        return {
+            "model": served.model,
+            "kind": served.kind,
+            "layers": served.layers,
+            "width": served.width,
+            "length": tokens,
+            "identity": identity(tokens),
+        }
+
+    @app.post("/encode", dependencies=[Depends(authorised)])
+    async def encode(request: Request) -> Response:
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "the body must be application/json")
+        body = await read_body(request, limits.body)
+        try:
+            question = Question.model_validate_json(body)
+        except ValidationError as error:
+            raise HTTPException(422, first_problem(error.errors())) from error
+        length = checked_length(question.length)
+        if len(question.prompts) > limits.prompts:
+            raise HTTPException(422, f"{len(question.prompts)} prompts in one request; at most {limits.prompts}")
+        longest = max(map(len, question.prompts))
+        if longest > limits.characters:
+            raise HTTPException(422, f"a prompt has {longest} characters; at most {limits.characters}")
+        try:
+            results = worker.submit(question.prompts, length)
+        except queue.Full:
+            raise HTTPException(503, "too many prompts wait: try again", BUSY) from None
+        encoded = await answered(request, results)
+        content = await run_in_threadpool(pack, [embedding for embedding, _ in encoded])
+        cut = ",".join(str(i) for i, (_, is_cut) in enumerate(encoded) if is_cut)
+        headers = {IDENTITY_HEADER: identity(length), CUT_HEADER: cut}
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
+    return app
+
+
+def pack(embeddings: Sequence[Tensor]) -> bytes:
+    return safetensors.torch.save({"embeddings": torch.stack(list(embeddings))})
+
+
+def first_problem(errors: Sequence[dict] | Sequence[object]) -> str:
+    """The first of pydantic's errors in words, without what was given."""
+    problem = errors[0]
+    assert isinstance(problem, dict)
+    place = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query"))
+    return f"{place}: {problem['msg']}" if place else str(problem["msg"])
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """A request's body of up to `limit` bytes; a longer one is refused before it has arrived."""
+    too_large = HTTPException(413, f"the body has more than {limit} bytes")
+    declared = request.headers.get("Content-Length", "0")
+    if not declared.isdecimal() or int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
+    return bytes(body)
+
+
+async def answered(request: Request, results: Sequence[Future[tuple[Tensor, bool]]]) -> list[tuple[Tensor, bool]]:
+    """The results, once all are there. If the client goes away before, what has not begun is given up."""
+    work = asyncio.gather(*map(asyncio.wrap_future, results))
+    gone = asyncio.ensure_future(disconnected(request))
+    either: list[asyncio.Future[Any]] = [work, gone]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not work.done():
+        work.cancel()
+        raise HTTPException(499, "the client is gone")
+    gone.cancel()
+    try:
+        return work.result()
+    except torch.OutOfMemoryError as error:
+        raise HTTPException(503, "memory does not suffice now: try again, or with a smaller length", BUSY) from error
+    except Exception as error:
+        raise HTTPException(500, f"the encoder failed ({type(error).__name__}); its log says why") from error
+
+
+async def disconnected(request: Request) -> None:
+    """Returns when the client is gone. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        continue

@@ -1,0 +1,24 @@
+"""Which device a model runs on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pick_device(device: str | None) -> torch.device:
+    """`device`, else the GPU if there is one, else the CPU. Raises ValueError for a GPU that is not there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        chosen = torch.device(device or ("cuda" if gpus else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not a device: give cuda, cuda:1 or cpu") from error
+    if chosen.type not in ("cuda", "cpu"):
+        raise ValueError(f"device={device!r} is not supported: give cuda, cuda:1 or cpu")
+    if chosen.type == "cuda" and not gpus:
+        raise ValueError(
+            f"device={device!r}: PyTorch {torch.__version__} sees no CUDA GPU here. Use device=cpu (practical for "
+            "model=tiny only), or install a CUDA build of PyTorch."
+        )
+    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
+        raise ValueError(f"device={device!r}: there are {gpus} GPUs, counted from cuda:0")
+    return chosen

@@ -1,0 +1,78 @@
+"""What a file says of itself: metadata of ModelSpec (github.com/Stability-AI/ModelSpec, version 1.0.1).
+
+It requires `sai_model_spec`, `architecture`, `implementation` and `title`. Its list of architectures ends before FLUX:
+no name is registered for FLUX.2. The names here are those that kohya's musubi-tuner writes and, in lower case, SwarmUI
+knows: `Flux.2-dev`, `Flux.2-klein-4b`, `Flux.2-klein-9b`, for base and distilled alike, with `/lora` for a LoRA.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Mapping
+
+from safetensors.torch import save
+from torch import Tensor
+
+from flux2.models.variants import known
+
+PREFIX = "modelspec."
+VERSION = "1.0.1"
+HASH = f"{PREFIX}hash_sha256"
+NO_HASH = "0x" + "0" * 64
+BFL = "https://github.com/black-forest-labs/flux2"
+ARCHITECTURES = {
+    "dev": "Flux.2-dev",
+    "klein_base_9b": "Flux.2-klein-9b",
+    "klein_9b": "Flux.2-klein-9b",
+    "klein_base_4b": "Flux.2-klein-4b",
+    "klein_4b": "Flux.2-klein-4b",
+    "tiny": "flux2-lora-tiny",  # our own, of sizes that no other program knows
+}
+
+
+def metadata(
+    *,
+    base: str,
+    title: str,
+    lora: bool,
+    names: str = "bfl",
+    licence: str = "",
+    resolution: int | None = None,
+    trigger: str = "",
+    description: str = "",
+    merged_from: str = "",
+    dated: bool = False,
+) -> dict[str, str]:
+    """The metadata of a safetensors file, besides the hash.
+
+    Args:
+        base: a variant or a repository.
+        lora: whether it is one; else a full checkpoint.
+        names: whose the tensors' are, `bfl` or `diffusers`.
+        dated: with the day; without it the same training gives the same bytes.
+    """
+    variant = known(base)
+    name = variant.name if variant else base
+    told = {
+        "sai_model_spec": VERSION,
+        "architecture": ARCHITECTURES.get(name, name) + ("/lora" if lora else ""),
+        "implementation": "diffusers" if names == "diffusers" else BFL,
+        "title": title,
+        "resolution": f"{resolution}x{resolution}" if resolution else "",
+        "trigger_phrase": trigger,
+        "usage_hint": f"Trigger word: {trigger}" if trigger else "",
+        "description": description,
+        "license": licence,
+        "merged_from": merged_from,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat() if dated else "",
+    }
+    kept = {"format": "pt", "base_model": base} | ({"base_model_license": licence} if licence else {})
+    return kept | {PREFIX + key: value for key, value in told.items() if value}
+
+
+def content_hash(state: Mapping[str, Tensor]) -> str:
+    """ModelSpec's `hash_sha256` of what safetensors writes for these tensors: of all bytes after the header."""
+    raw = memoryview(save(dict(state)))
+    start = 8 + int.from_bytes(raw[:8], "little")
+    return "0x" + hashlib.sha256(raw[start:]).hexdigest()

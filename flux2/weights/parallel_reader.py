@@ -1,0 +1,234 @@
+"""Tensors from files into memory, read ahead by threads, with little memory beside.
+
+A tensor is read where it stays: on the CPU straight into its memory; on a GPU through a small pinned buffer a thread.
+What is one tensor of ours and several in the file, or halves in another order, is read as pieces into one memory. While
+a tensor is used (quantised, say), the next ones are read, as long as all together are not larger than `AHEAD` times the
+largest. Not memory-mapped: copying out of a mapping is no faster here, and its pages count as the process's memory.
+
+Checksums are XXH3 of 128 bits, of pieces of `CHUNK` bytes: against damage, not against an enemy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+import xxhash
+from torch import Tensor
+
+from flux2.weights.safetensors_files import Stored, damaged
+from flux2.weights.sources import WeightsError
+
+CHUNK = 16 << 20  # bytes that a thread reads at once
+THREADS = 4
+AHEAD = 1.5  # of the largest: a block's second linear is read while its first, the largest, is quantised
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`size` bytes of a stored tensor, from byte `offset` in it."""
+
+    stored: Stored
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tensor that is to be read: pieces of stored ones, one after the other, on a device."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def whole(stored: Stored, device: torch.device) -> Read:
+    """A stored tensor as it is."""
+    return Read(stored.dtype, stored.shape, (Piece(stored, 0, stored.size),), device)
+
+
+@dataclass
+class Job:
+    """Tensors that are used together, and what is done with them once they are there."""
+
+    reads: Mapping[str, Read]
+    use: Callable[[dict[str, Tensor]], None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(read.nbytes for read in self.reads.values())
+
+
+class Digests:
+    """Checksums of what was read, by tensor: of its chunks, in order."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[Stored, dict[int, bytes]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, stored: Stored, offset: int, chunk: memoryview) -> None:
+        digest = xxhash.xxh3_128_digest(chunk)
+        with self._lock:
+            self._chunks.setdefault(stored, {})[offset] = digest
+
+    def of(self, stored: Stored) -> str:
+        """32 hexadecimal digits."""
+        chunks = self._chunks.get(stored, {})
+        return xxhash.xxh3_128_hexdigest(b"".join(chunks[offset] for offset in sorted(chunks)))
+
+    def content(self) -> str:
+        """Of all tensors that were read: their names, shapes, dtypes and bytes, however they are spread over files."""
+        lines = (f"{stored.key} {stored.dtype} {stored.shape} {self.of(stored)}" for stored in self._chunks)
+        return xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
+
+
+def chunks(size: int) -> Iterable[tuple[int, int]]:
+    """Start and stop of the pieces that `size` bytes are read and summed up in."""
+    return ((start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
+
+
+def checksum(data: memoryview) -> str:
+    """What `Digests.of` gives for a tensor of these bytes that was read whole."""
+    return xxhash.xxh3_128_hexdigest(
+        b"".join(xxhash.xxh3_128_digest(data[start:stop]) for start, stop in chunks(len(data)))
+    )
+
+
+def needs_staging(memory: Tensor) -> bool:
+    """Whether a file cannot be read into `memory` directly."""
+    return memory.device.type != "cpu"
+
+
+@dataclass
+class Lane(threading.local):
+    """What one reading thread has of its own: a pinned buffer, and a stream for its copies."""
+
+    buffer: Tensor | None = None
+    stream: torch.cuda.Stream | None = None
+
+
+@dataclass
+class Reader:
+    """Reads chunks into memory on any device. Its methods run in threads."""
+
+    digests: Digests | None = None
+    lane: Lane = field(default_factory=Lane)
+
+    def chunk(self, piece: Piece, start: int, stop: int, memory: Tensor, ready: torch.cuda.Event | None) -> None:
+        """Read bytes `start` to `stop` of `piece` into `memory`, (stop - start,) uint8."""
+        staged = needs_staging(memory)
+        target = self.staging(memory.device)[: stop - start] if staged else memory
+        view = target.numpy().data
+        read_into(view, piece.stored, piece.offset + start)
+        if self.digests is not None:
+            self.digests.add(piece.stored, piece.offset + start, view)
+        if staged:
+            self.send(target, memory, ready)
+
+    def staging(self, device: torch.device) -> Tensor:
+        if self.lane.buffer is None:
+            self.lane.buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return self.lane.buffer
+
+    def send(self, source: Tensor, memory: Tensor, ready: torch.cuda.Event | None) -> None:
+        """Copy to the device, and wait for it: the buffer is used again at once."""
+        if ready is None:
+            memory.copy_(source)
+            return
+        if self.lane.stream is None:
+            self.lane.stream = torch.cuda.Stream(memory.device)
+        with torch.cuda.stream(self.lane.stream):
+            self.lane.stream.wait_event(ready)  # the memory may have been another tensor's that is still in use
+            memory.copy_(source, non_blocking=True)
+        self.lane.stream.synchronize()
+
+
+def read_into(view: memoryview, stored: Stored, offset: int) -> None:
+    """Fill `view` with the bytes of a stored tensor from `offset` on."""
+    done = 0
+    try:
+        with stored.file.open("rb", buffering=0) as handle:
+            handle.seek(stored.start + offset)
+            while done < len(view):
+                count = handle.readinto(view[done:])
+                if not count:
+                    raise damaged(stored.file, f"it ends within {stored.key}")
+                done += count
+    except OSError as error:
+        raise WeightsError(f"{stored.file}: {stored.key} cannot be read ({error.strerror})") from error
+
+
+def part_by_part(jobs: Mapping[str, Job], modules: Mapping[str, Callable[[], None]]) -> list[Job]:
+    """`jobs`, by the name of what they fill, in an order in which those of a module come together.
+
+    Args:
+        modules: by name, as in `double_blocks.0`; what one maps to is called once all of it is there.
+    """
+    left, ordered = dict(jobs), []
+    for module, ready in modules.items():
+        own = [left.pop(name) for name in list(left) if name.startswith(f"{module}.")]
+        last = own.pop()
+
+        def use(tensors: dict[str, Tensor], last: Job = last, ready: Callable[[], None] = ready) -> None:
+            last.use(tensors)
+            ready()
+
+        ordered += [*own, Job(last.reads, use)]
+    return [*left.values(), *ordered]
+
+
+def run(jobs: Sequence[Job], digests: Digests | None = None) -> None:
+    """Read what the jobs ask for and hand it to them, in their order.
+
+    Args:
+        jobs: `use` gets fresh tensors, which it may keep.
+        digests: gets the checksums of all that is read.
+    """
+    budget = AHEAD * max((job.nbytes for job in jobs), default=0)
+    reader = Reader(digests)
+    todo = deque(jobs)
+    reading: deque[tuple[Job, dict[str, Tensor], list[Future[None]]]] = deque()
+    held = 0
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="weights") as pool:
+        try:
+            while todo or reading:
+                while todo and (not reading or held + todo[0].nbytes <= budget):
+                    job = todo.popleft()
+                    held += job.nbytes
+                    reading.append((job, *begin(job, reader, pool)))
+                job, tensors, futures = reading.popleft()
+                for future in futures:
+                    future.result()
+                job.use(tensors)
+                del tensors
+                held -= job.nbytes
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def begin(job: Job, reader: Reader, pool: ThreadPoolExecutor) -> tuple[dict[str, Tensor], list[Future[None]]]:
+    """Set memory aside for a job's tensors and have them read."""
+    tensors: dict[str, Tensor] = {}
+    futures = []
+    for name, read in job.reads.items():
+        memory = torch.empty(read.nbytes, dtype=torch.uint8, device=read.device)
+        ready = torch.cuda.current_stream(read.device).record_event() if read.device.type == "cuda" else None
+        at = 0
+        for piece in read.pieces:
+            for start, stop in chunks(piece.size):
+                part = memory[at + start : at + stop]
+                futures.append(pool.submit(reader.chunk, piece, start, stop, part, ready))
+            at += piece.size
+        assert at == read.nbytes, f"{name}: {at} bytes for {read.nbytes}"
+        tensors[name] = memory.view(read.dtype).reshape(read.shape)
+    return tensors, futures
