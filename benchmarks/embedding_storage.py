@@ -7,7 +7,7 @@ noise and times of every card (`train.validate.FixedNoiseLoss`), and the losses 
 scale, the same loss with every card under another's caption: what is lost when the caption is wrong altogether.
 
 The embedded model's text encoder is small, and does not have the outliers that the large ones have; groups with a scale
-of their own are there for those (data/embeddings.py), and are not tested by this.
+of their own are there for those (data/cache/embeddings.py), and are not tested by this.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import nn
 
 from benchmarks.common import environment, write_result
 from data.cache import MemoryCache
-from data.embeddings import EmbeddingPlan
+from data.cache.embeddings import EmbeddingPlan
 from flux2.models.variants import VARIANTS
 from flux2.weights.loading import load_transformer
 from train.config.paths import CONFIG

@@ -78,7 +78,7 @@ def write_shards(folder: Path, samples: int) -> None:
 
 def measure(way: str, folder: str, samples: int) -> None:
     """Opens the source in this process and prints what it took."""
-    from data.samples import Folder, WebDataset
+    from data.sources import Folder, WebDataset
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()

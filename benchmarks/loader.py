@@ -32,11 +32,11 @@ from PIL import Image
 from benchmarks.common import environment, write_result
 from data.buckets import Buckets
 from data.cache import Cache
-from data.digests import Digests
-from data.embeddings import packed, plan_embeddings
-from data.latents import LatentEntry, plan_latents
+from data.cache.embeddings import packed, plan_embeddings
+from data.cache.image_digests import Digests
+from data.cache.latents import LatentEntry, plan_latents
 from data.loader import Loader
-from data.samples import Folder
+from data.sources import Folder
 from train.ahead import Prefetcher
 from train.config.paths import CONFIG
 from train.run import train

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 PIXELS_PER_LATENT = 16
 MAX_RESOLUTION = 8192  # a quarter of a million tokens, far beyond what FLUX.2 is made for
-FIT_VERSION = 1  # part of latents' cache keys: raise it when `fit` or decoding (data.pictures) gives other pixels
+FIT_VERSION = 1  # part of latents' cache keys: raise it when `fit` or decoding (data.sources.images) gives other pixels
 
 Size = tuple[int, int]  # (width, height) in pixels
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from data.buckets import Size
-from data.cache import Cache, Shape
-from data.embeddings import EMBEDDING_SHAPE, unpacked
-from data.latents import LatentEntry, latent_shape, mask_shape
+from data.cache import Cache
+from data.cache.embeddings import EMBEDDING_SHAPE, unpacked
+from data.cache.latents import LatentEntry, latent_shape, mask_shape
+from data.cache.store import Shape
 from data.sampler import BucketSampler, check_int, derived_generator
 
 

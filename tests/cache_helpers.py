@@ -9,9 +9,9 @@ from torch import Tensor
 
 from data.buckets import Buckets
 from data.cache import Cache
-from data.latents import LatentPlan, plan_latents
-from data.pictures import Picture
-from data.samples import Sample
+from data.cache.latents import LatentPlan, plan_latents
+from data.sources import Sample
+from data.sources.images import Picture
 
 
 def picture(color: str, size: tuple[int, int] = (40, 40), name: str | None = None) -> Picture:

@@ -13,8 +13,8 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from train_helpers import CONF, compose
 
-from data.captions import Captions
-from data.samples import Folder, HuggingFace
+from data.sources import Folder, HuggingFace
+from data.sources.captions import Captions
 from flux2.adapters.tuners import attach
 from flux2.quantization.precision import Precision, pick
 from train.command import flat

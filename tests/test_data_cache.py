@@ -1,4 +1,4 @@
-"""data.cache: entries are whole or absent, found by content, and computed once."""
+"""data.cache.store: entries are whole or absent, found by content, and computed once."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-import data.latents
+import data.cache.latents
 from data.buckets import Buckets
 from data.cache import Cache, MemoryCache
-from data.embeddings import plan_embeddings
-from data.samples import Sample
+from data.cache.embeddings import plan_embeddings
+from data.sources import Sample
 
 
 def test_an_entry_comes_back_with_its_values_shape_and_dtype(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_another_encoder_or_size_is_another_entry(tmp_path: Path, changes: dict)
 
 def test_another_fit_version_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan(Cache(tmp_path)).fill(encode_images)
-    monkeypatch.setattr(data.latents, "FIT_VERSION", -1)
+    monkeypatch.setattr(data.cache.latents, "FIT_VERSION", -1)
     assert plan(Cache(tmp_path)).missing == 4
 
 

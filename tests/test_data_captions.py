@@ -1,10 +1,10 @@
-"""data.captions: trigger, template, several captions, shuffled tags; what is empty; what cannot be."""
+"""data.sources.captions: trigger, template, several captions, shuffled tags; what is empty; what cannot be."""
 
 import itertools
 
 import pytest
 
-from data.captions import Captions
+from data.sources.captions import Captions
 
 
 def prepared(*texts: str, **settings: object) -> list[str]:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.demo.draw import CARDS
-from data.demo_edit.draw import COOL, INSTRUCTION, PAIRS, SHOWN, WARM, main, new_drawings, pairs, spotlight
-from data.drawings import COLOURS, SHAPES, draw, held_out
-from data.samples import Folder
+from data.demo_edit.draw import main
+from data.sources import Folder
+from data.synthetic.drawings import COLOURS, SHAPES, draw, held_out
+from data.synthetic.spotlight import COOL, INSTRUCTION, PAIRS, SHOWN, WARM, new_drawings, pairs, spotlight
+from data.synthetic.tarot import CARDS
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_edit"
 ROWS = [json.loads(line) for line in (FOLDER / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]

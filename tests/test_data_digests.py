@@ -1,4 +1,4 @@
-"""data.digests: a file is read once, and again when anything says that it may have changed."""
+"""data.cache.image_digests: a file is read once, and again when anything says that it may have changed."""
 
 import json
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data import digests
-from data.digests import Digests
-from data.pictures import BadPicture, Picture, file_picture
-from data.samples import WebDataset
+from data.cache import image_digests
+from data.cache.image_digests import Digests
+from data.sources import WebDataset
+from data.sources.images import BadPicture, Picture, file_picture
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def drawn(path: Path, color: str, size: tuple[int, int] = (20, 10), age: float =
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of the index is ahead of the files': their inodes were changed just now."""
     now = time.time
-    monkeypatch.setattr(digests.time, "time", lambda: now() + 100)
+    monkeypatch.setattr(image_digests.time, "time", lambda: now() + 100)
 
 
 @pytest.mark.usefixtures("later")

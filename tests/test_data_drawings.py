@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from data.drawings import (
+from data.synthetic.drawings import (
     BACKGROUNDS,
     COLOURS,
     EDITS,

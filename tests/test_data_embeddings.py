@@ -1,4 +1,4 @@
-"""data.embeddings: what is stored in 8 bits comes back nearly, whatever is beside it, and is another entry."""
+"""data.cache.embeddings: what is stored in 8 bits comes back nearly, whatever is beside it, and is another entry."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from cache_helpers import encode_prompts
 
 from data.cache import Cache
-from data.embeddings import packed, plan_embeddings, unpacked
+from data.cache.embeddings import packed, plan_embeddings, unpacked
 
 
 def states(tokens: int = 7, width: int = 384) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""data.folders: what is found in folders, beside pictures, in metadata and in pairs, and what is complained of."""
+"""data.sources.folders: what is found in folders, beside pictures, in metadata and in pairs, and what is complained
+of.
+"""
 
 import json
 from collections.abc import Callable
@@ -7,9 +9,9 @@ from pathlib import Path
 import pytest
 from data_helpers import color, lines, square, write
 
-from data.captions import Captions
-from data.folders import Folder, Pairs
-from data.source import BadData
+from data.sources.base import BadData
+from data.sources.captions import Captions
+from data.sources.folders import Folder, Pairs
 
 RED, LIME, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 EMPTY_ALLOWED = Captions(allow_empty=True)

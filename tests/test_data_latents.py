@@ -1,4 +1,6 @@
-"""data.latents: which entries pictures need, cut in every variant, and what becomes of pictures that cannot be used."""
+"""data.cache.latents: which entries pictures need, cut in every variant, and what becomes of pictures that cannot be
+used.
+"""
 
 import os
 from io import BytesIO
@@ -13,10 +15,10 @@ from torch import Tensor
 
 from data.buckets import Buckets, Cut, fit, fit_reference
 from data.cache import Cache
-from data.digests import Digests
-from data.latents import plan_latents
-from data.pictures import Picture, file_picture
-from data.samples import Sample
+from data.cache.image_digests import Digests
+from data.cache.latents import plan_latents
+from data.sources import Sample
+from data.sources.images import Picture, file_picture
 
 NOISE = np.random.default_rng(0)
 

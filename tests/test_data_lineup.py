@@ -1,12 +1,12 @@
-"""data.lineup: every drawing is told from every other, plain and lit, also when it is a little off."""
+"""data.synthetic.recognize: every drawing is told from every other, plain and lit, also when it is a little off."""
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data.demo_edit.draw import new_drawings, spotlight
-from data.drawings import all_drawings, draw
-from data.lineup import difference, recognise
+from data.synthetic.drawings import all_drawings, draw
+from data.synthetic.recognize import difference, recognise
+from data.synthetic.spotlight import new_drawings, spotlight
 
 DRAWINGS = [*new_drawings(), *all_drawings()[::37]]
 

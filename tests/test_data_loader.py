@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data.cache import Cache
-from data.embeddings import plan_embeddings
-from data.latents import LatentEntry
+from data.cache.embeddings import plan_embeddings
+from data.cache.latents import LatentEntry
 from data.loader import Batch, Loader, _Memory
 
 SPLITS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)]  # batch_size, gradient_accumulation, num_processes

@@ -1,14 +1,14 @@
-"""data.mix: the weights of samples from several sources."""
+"""data.sources.mix: the weights of samples from several sources."""
 
 from pathlib import Path
 
 import pytest
 from data_helpers import square, write
 
-from data.captions import Captions
-from data.folders import Folder
-from data.mix import Mix
-from data.source import BadData
+from data.sources.base import BadData
+from data.sources.captions import Captions
+from data.sources.folders import Folder
+from data.sources.mix import Mix
 
 
 @pytest.fixture

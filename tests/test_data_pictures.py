@@ -1,4 +1,6 @@
-"""data.pictures: what a picture looks like once loaded, what its header tells, and what is said of a damaged one."""
+"""data.sources.images: what a picture looks like once loaded, what its header tells, and what is said of a damaged
+one.
+"""
 
 import hashlib
 import zlib
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.pictures import BadPicture, Picture, bytes_picture, file_picture
+from data.sources.images import BadPicture, Picture, bytes_picture, file_picture
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

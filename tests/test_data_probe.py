@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from data.demo.draw import draw_card
-from data.drawings import BACKGROUNDS, COLOURS, INK, SHAPES, Drawing, all_drawings, draw
-from data.probe import read, style_components, style_distance
+from data.synthetic.drawings import BACKGROUNDS, COLOURS, INK, SHAPES, Drawing, all_drawings, draw
+from data.synthetic.probe import read, style_components, style_distance
+from data.synthetic.tarot import draw_card
 
 ATTRIBUTES = ("shape", "colour", "background", "size")
 CUP = Drawing("cup", "red", "blue", "large")

@@ -1,4 +1,4 @@
-"""data.prune: what nobody uses goes, all else stays, and nothing goes while a run uses the cache."""
+"""data.cache.pruning: what nobody uses goes, all else stays, and nothing goes while a run uses the cache."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from cache_helpers import encode_images, encode_prompts, files, plan
 
 from data.cache import Cache, MemoryCache
-from data.embeddings import plan_embeddings
-from data.prune import Lease, prune
+from data.cache.embeddings import plan_embeddings
+from data.cache.pruning import Lease, prune
 
 
 def test_what_is_not_used_is_removed_and_counted_by_kind(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""data.shards: what is found in tar files, and what is complained of."""
+"""data.sources.webdataset: what is found in tar files, and what is complained of."""
 
 import tarfile
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from data_helpers import color, lines, shard, square
 
-from data.captions import Captions
-from data.shards import WebDataset
-from data.source import BadData
+from data.sources.base import BadData
+from data.sources.captions import Captions
+from data.sources.webdataset import WebDataset
 
 RED, LIME, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

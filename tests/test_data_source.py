@@ -1,4 +1,6 @@
-"""data.source: every kind of bad input is converted, or listed by name and reason and left out as far as allowed."""
+"""data.sources.base: every kind of bad input is converted, or listed by name and reason and left out as far as
+allowed.
+"""
 
 import logging
 import struct
@@ -11,12 +13,12 @@ import pytest
 from data_helpers import animation, color, encoded, lines, square, table, write
 from PIL import Image
 
-from data.captions import Captions
-from data.folders import Folder
-from data.pictures import BadPicture
-from data.shards import WebDataset
-from data.source import BadData, Source
-from data.tables import HuggingFace
+from data.sources.base import BadData, Source
+from data.sources.captions import Captions
+from data.sources.folders import Folder
+from data.sources.images import BadPicture
+from data.sources.tables import HuggingFace
+from data.sources.webdataset import WebDataset
 
 GRAY = (128, 128, 128)
 
@@ -222,7 +224,7 @@ def test_a_mask_has_the_size_of_its_picture_as_it_is_turned(tmp_path: Path) -> N
         ({"max_bad": -1}, "dataset.max_bad=-1 must be a whole number from 0"),
         ({"max_bad": True}, "dataset.max_bad=True must be"),
         ({"first_frame": 1}, "dataset.first_frame=1 must be true or false"),
-        ({"captions": {"trigger": "x"}}, "dataset.captions=.* must be made by data.captions.Captions"),
+        ({"captions": {"trigger": "x"}}, "dataset.captions=.* must be made by data.sources.captions.Captions"),
         ({"mask": ""}, "dataset.mask=''"),
     ],
 )

@@ -1,4 +1,4 @@
-"""data.streams: a stream becomes a local table once, whatever is asked for again later."""
+"""data.sources.streaming: a stream becomes a local table once, whatever is asked for again later."""
 
 import logging
 import tarfile
@@ -13,8 +13,8 @@ from data_helpers import color, keep_caches_in, lines, shard, square, table, wri
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 
-import data.streams
-from data.tables import HuggingFace
+import data.sources.streaming
+from data.sources.tables import HuggingFace
 
 RED, LIME = (255, 0, 0), (0, 255, 0)
 
@@ -30,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each row that is taken from a stream."""
     read: list[int] = []
-    take = data.streams.islice
+    take = data.sources.streaming.islice
 
     def counted(rows: Iterator, limit: int | None) -> Iterator:
         for row in take(rows, limit):
@@ -38,7 +38,7 @@ def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             yield row
 
     monkeypatch.setattr(
-        data.streams, "islice", lambda rows, limit: counted(rows, limit) if limit != 100 else take(rows, 100)
+        data.sources.streaming, "islice", lambda rows, limit: counted(rows, limit) if limit != 100 else take(rows, 100)
     )
     return read
 

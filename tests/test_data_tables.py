@@ -1,4 +1,6 @@
-"""data.tables and data.opening: rows of tables that are here or on the Hub, and what is complained of."""
+"""data.sources.tables and data.sources.open_table: rows of tables that are here or on the Hub, and what is complained
+of.
+"""
 
 import hashlib
 import json
@@ -16,8 +18,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HTTPError
 from PIL import Image
 
-from data.source import BadData
-from data.tables import HuggingFace
+from data.sources.base import BadData
+from data.sources.tables import HuggingFace
 
 RED, LIME, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 

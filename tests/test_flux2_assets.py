@@ -9,8 +9,8 @@ import torch
 from diffusers import Flux2Pipeline
 
 import flux2
-from data import probe
-from data.drawings import Drawing, all_drawings, draw, edit, held_out, plain_caption
+from data.synthetic import probe
+from data.synthetic.drawings import Drawing, all_drawings, draw, edit, held_out, plain_caption
 from flux2.weights.sources import TINY_FOLDER
 
 

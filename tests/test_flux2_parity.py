@@ -16,7 +16,7 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from PIL import Image
 
 import flux2
-from data.drawings import Drawing, draw
+from data.synthetic.drawings import Drawing, draw
 from flux2 import adapters
 from flux2.models.variants import VARIANTS, Variant
 from flux2.weights.sources import TINY_FOLDER

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.pictures import Picture
+from data.sources.images import Picture
 from flux2.models.pixels import reference_image
 from flux2.utils.images import as_rgb, check_writable, read_picture
 

@@ -5,7 +5,7 @@ from cache_helpers import picture, plan
 
 from data.buckets import Buckets
 from data.cache import MemoryCache
-from data.samples import Bad, Sample
+from data.sources import Bad, Sample
 from train.bucket_table import MOST_ROWS, show_buckets
 
 

@@ -17,8 +17,8 @@ from train_helpers import CAPTIONS, ROOT, compose, draw_picture, environment, ex
 
 from data.buckets import Buckets
 from data.cache import Cache
-from data.embeddings import plan_embeddings
-from data.samples import Folder
+from data.cache.embeddings import plan_embeddings
+from data.sources import Folder
 from flux2.models.pixels import to_pixels
 from flux2.weights.loading import load_autoencoder, load_text_encoder, load_transformer
 from train import cache, text_encoders
@@ -426,7 +426,7 @@ def entries(folder):
 
 KILLED = """
 import os, signal, sys
-from data import cache
+from data.cache import store as cache
 from train.command import command
 from train.cache import main
 

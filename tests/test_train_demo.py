@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from train_helpers import ROOT, adapter, compose, execute, values
 
-from data import probe
-from data.demo.draw import draw_card
-from data.drawings import Drawing, draw
-from data.samples import Folder
+from data.sources import Folder
+from data.synthetic import drawings
+from data.synthetic.drawings import Drawing, draw
+from data.synthetic.tarot import draw_card
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import load
 from train import demo
@@ -63,8 +63,8 @@ def test_what_is_asked_for_is_on_no_card_and_the_probe_knows_it():
     captions = [sample.caption for sample in Folder(ROOT / "data" / "demo")]
     assert not any(f" {word} " in caption or f" {word}," in caption for word in SUBJECTS for caption in captions)
     assert not any(f" {word} " in caption for word in COLOURS for caption in captions)
-    assert set(SUBJECTS) <= set(probe.SHAPES)
-    assert set(COLOURS) <= set(probe.COLOURS)
+    assert set(SUBJECTS) <= set(drawings.SHAPES)
+    assert set(COLOURS) <= set(drawings.COLOURS)
     pairs = {f"{colour} {subject}" for colour in COLOURS for subject in SUBJECTS}
     assert set(SHOWN) <= pairs
     for colour in COLOURS:  # a clean drawing of each counts as right

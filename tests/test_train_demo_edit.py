@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from train_helpers import ROOT, adapter, compose, execute, values
 
-from data.demo_edit.draw import INSTRUCTION, SHOWN, new_drawings, spotlight
-from data.drawings import Drawing, draw
-from data.lineup import difference
+from data.synthetic.drawings import Drawing, draw
+from data.synthetic.recognize import difference
+from data.synthetic.spotlight import INSTRUCTION, SHOWN, new_drawings, spotlight
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import load
 from train import demo_edit

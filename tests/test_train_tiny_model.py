@@ -10,7 +10,7 @@ import torch
 from train_helpers import execute
 
 import flux2
-from data.drawings import EDITS, held_out
+from data.synthetic.drawings import EDITS, held_out
 from train.tiny_model.fit import Phase, Recipe, draw_batch, edit_shares, rate, set_groups
 from train.tiny_model.world import Catalogue, catalogue, make_text_encoder, make_tokenizer, render
 

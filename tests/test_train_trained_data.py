@@ -6,7 +6,7 @@ import shutil
 import pytest
 from train_helpers import CAPTIONS, draw_picture, lines
 
-from data.latents import LatentEntry
+from data.cache.latents import LatentEntry
 from train.checkpoint import checkpoints, state
 from train.trained_data import TrainedData
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.buckets import Buckets
-from data.latents import LatentPlan, Row
+from data.cache.latents import LatentPlan, Row
 from train.utils.text import many
 
 MOST_ROWS = 20

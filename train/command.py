@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from data.source import BadData
+from data.sources.base import BadData
 from train import jobs, slurm, sweep
 from train.config.instantiate import SECRET, no_setting
 from train.config.paths import CONFIG

@@ -4,7 +4,7 @@ Trains the LoRA of conf/experiment/demo.yaml on 24 drawn tarot cards, then looks
 colours that are on no card:
 
 - style: how far pictures are from the cards' frame, parchment and title bar, before and after, and the cards too;
-- subject: the share of pictures that show the subject asked for in its colour, read by `data.probe`;
+- subject: the share of pictures that show the subject asked for in its colour, read by `data.synthetic.probe`;
 - both again for plain prompts, without the trigger word, which should not change;
 - whether the base, adapter off, still makes the very same pictures.
 
@@ -33,7 +33,7 @@ from omegaconf import DictConfig
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from data import probe
+from data.synthetic import probe
 from flux2.adapters import disabled
 from flux2.pipeline import Pipeline
 from train import report

@@ -9,7 +9,7 @@ looks at what came of it, on pictures whose subjects and colours are in no pair 
 - plain edits, without the trigger word, which should be as before;
 - whether the base, adapter off, still makes the very same pictures.
 
-`data.lineup` says what a picture shows. It knows nothing of training.
+`data.synthetic.recognize` says what a picture shows. It knows nothing of training.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from data.demo_edit.draw import INSTRUCTION, PIXELS, SHOWN, new_drawings, spotlight
-from data.drawings import BACKGROUNDS, COLOURS, Drawing, draw, plain_edit
-from data.lineup import difference, recognise
+from data.synthetic.drawings import BACKGROUNDS, COLOURS, Drawing, draw, plain_edit
+from data.synthetic.recognize import difference, recognise
+from data.synthetic.spotlight import INSTRUCTION, PIXELS, SHOWN, new_drawings, spotlight
 from flux2.adapters import disabled
 from flux2.pipeline import Pipeline, render
 from train import report

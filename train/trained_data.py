@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from data.latents import LatentEntry
+from data.cache.latents import LatentEntry
 from train.folder import write_whole
 
 DATA_FILE = "data.json"

@@ -19,11 +19,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from data.latents import LatentEntry
+from data.cache.latents import LatentEntry
+from data.cache.prepared import CachedDataset
 from data.loader import Batch
-from data.prepared import CachedDataset
 from data.sampler import derived_generator
-from data.source import Sample
+from data.sources.base import Sample
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant

@@ -1,11 +1,11 @@
-"""Draw the demonstration data set: 24 tarot cards with captions, in a style that `data.drawings` never has.
+"""Draw the demonstration data set: 24 tarot cards with captions, in a style that `data.synthetic.drawings` never has.
 
 What: a gold frame with an ink line, a parchment panel with one subject, a dark bar above it, and a dark title bar with
 a Roman numeral below.
 `python data/demo/draw.py` writes data/demo/*.png and metadata.jsonl, the same bytes on every run.
 
 How: rectangles and thick strokes at four times the size, averaged down; the subject comes from
-`data.drawings.draw_subject`. Numerals are strokes and not text, because a font would differ between machines.
+`data.synthetic.drawings.draw_subject`. Numerals are strokes and not text, because a font would differ between machines.
 
 Why these cards: a LoRA trained on them has two things to show. The style must come with the trigger word ("trtcrd"),
 and it must carry over to what no card shows: six of the fourteen subjects and four of the ten colours are left out.
@@ -19,112 +19,7 @@ if __name__ == "__main__":
     # Python put this script's own folder first, where a file could shadow a library; the imports need the root.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from PIL import Image, ImageDraw
-
-from data.drawings import COLOURS, INK, RGB, draw_subject
-
-TRIGGER = "trtcrd"
-
-CARDS: dict[str, tuple[str, str, str]] = {
-    "cup": ("red", "yellow", "purple"),
-    "sword": ("blue", "white", "orange"),
-    "star": ("yellow", "blue", "red"),
-    "moon": ("white", "purple", "blue"),
-    "sun": ("orange", "red", "yellow"),
-    "tower": ("purple", "white", "red"),
-    "key": ("orange", "blue", "yellow"),
-    "crown": ("white", "orange", "purple"),
-}
-
-GOLD: RGB = (224, 168, 40)
-PARCHMENT: RGB = (218, 186, 130)
-BAR: RGB = (50, 44, 92)
-NUMERAL: RGB = (250, 236, 200)
-
-# All lengths are fractions of the card's side, whole pixels at 128, so that lines are crisp where cards are trained.
-# From the edge inwards: gold, ink; then a plain bar, the panel and the title bar, with ink lines between. Nothing is
-# thinner than what the embedded autoencoder can code, and the subject stands in the middle, where drawings have theirs:
-# what is to be learned is the style around it.
-GOLD_WIDTH = 9 / 128
-INK_WIDTH = 3 / 128
-FRAME = GOLD_WIDTH + INK_WIDTH
-PANEL_TOP = 29 / 128
-PANEL_BOTTOM = 97 / 128
-SUBJECT_CENTRE = (0.5, (PANEL_TOP + PANEL_BOTTOM) / 2)
-SUBJECT_SIZE = 0.44
-
-_OUTLINE = 2.7 / 128
-_NUMERAL_HEIGHT = 0.092
-_NUMERAL_STROKE = 0.03
-_DOT = 4 / 128
-# Width of each numeral and the strokes in it, both in units of its height.
-_NUMERALS: dict[str, tuple[float, list[tuple[float, float, float, float]]]] = {
-    "I": (0.0, [(0.0, 0.0, 0.0, 1.0)]),
-    "V": (0.80, [(0.0, 0.0, 0.4, 1.0), (0.4, 1.0, 0.8, 0.0)]),
-    "X": (0.80, [(0.0, 0.0, 0.8, 1.0), (0.8, 0.0, 0.0, 1.0)]),
-}
-_NUMERAL_GAP = 0.62
-_SUPERSAMPLING = 4
-
-
-def roman(number: int) -> str:
-    """Roman numeral of 1 to 39, which needs the letters I, V and X only."""
-    if not 1 <= number <= 39:
-        raise ValueError(f"number is {number}; accepted: 1 to 39")
-    units = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
-    return "X" * (number // 10) + units[number % 10]
-
-
-def _draw_numeral(canvas: ImageDraw.ImageDraw, text: str, side: int) -> None:
-    width = sum(_NUMERALS[letter][0] for letter in text) + _NUMERAL_GAP * (len(text) - 1)
-    x = 0.5 - width * _NUMERAL_HEIGHT / 2
-    y = (PANEL_BOTTOM + INK_WIDTH + 1 - FRAME - _NUMERAL_HEIGHT) / 2
-    r = _NUMERAL_STROKE / 2 * side
-    for letter in text:
-        letter_width, strokes = _NUMERALS[letter]
-        for x0, y0, x1, y1 in strokes:
-            start = ((x + x0 * _NUMERAL_HEIGHT) * side, (y + y0 * _NUMERAL_HEIGHT) * side)
-            end = ((x + x1 * _NUMERAL_HEIGHT) * side, (y + y1 * _NUMERAL_HEIGHT) * side)
-            canvas.line([start, end], NUMERAL, round(2 * r))
-            for cx, cy in (start, end):
-                canvas.ellipse((cx - r, cy - r, cx + r, cy + r), NUMERAL)
-        x += (letter_width + _NUMERAL_GAP) * _NUMERAL_HEIGHT
-
-
-def draw_card(shape: str, colour: str, number: int, pixels: int = 256) -> Image.Image:
-    """A square RGB card. Any subject and colour of `data.drawings` may be asked for, those on no card included."""
-    if colour not in COLOURS:
-        raise ValueError(f"colour is {colour!r}; accepted: {', '.join(COLOURS)}")
-    side = pixels * _SUPERSAMPLING
-    card = Image.new("RGB", (side, side), GOLD)
-    canvas = ImageDraw.Draw(card)
-
-    def rectangle(x0: float, y0: float, x1: float, y1: float, fill: RGB) -> None:
-        canvas.rectangle((round(x0 * side), round(y0 * side), round(x1 * side) - 1, round(y1 * side) - 1), fill)
-
-    rectangle(GOLD_WIDTH, GOLD_WIDTH, 1 - GOLD_WIDTH, 1 - GOLD_WIDTH, INK)
-    rectangle(FRAME, FRAME, 1 - FRAME, PANEL_TOP - INK_WIDTH, BAR)
-    rectangle(FRAME, PANEL_TOP, 1 - FRAME, PANEL_BOTTOM, PARCHMENT)
-    rectangle(FRAME, PANEL_BOTTOM + INK_WIDTH, 1 - FRAME, 1 - FRAME, BAR)
-    y = (FRAME + PANEL_TOP - INK_WIDTH) / 2
-    for x in (0.3, 0.5, 0.7):
-        canvas.ellipse([side * v for v in (x - _DOT, y - _DOT, x + _DOT, y + _DOT)], GOLD)
-    _draw_numeral(canvas, roman(number), side)
-    centre = (SUBJECT_CENTRE[0] * side, SUBJECT_CENTRE[1] * side)
-    draw_subject(canvas, shape, COLOURS[colour], centre, SUBJECT_SIZE * side, 0.0, _OUTLINE * side)
-    return card.reduce(_SUPERSAMPLING)
-
-
-def card_caption(shape: str, colour: str) -> str:
-    """The caption of a card, e.g. "a trtcrd of a red cup, tarot style"."""
-    article = "an" if colour[0] in "aeiou" else "a"
-    return f"a {TRIGGER} of {article} {colour} {shape}, tarot style"
-
-
-def all_cards() -> list[tuple[str, str, int]]:
-    """Shape, colour and number of the 24 cards; neighbouring numbers have different subjects."""
-    pairs = [(shape, colours[i]) for i in range(3) for shape, colours in CARDS.items()]
-    return [(shape, colour, number) for number, (shape, colour) in enumerate(pairs, start=1)]
+from data.synthetic.tarot import all_cards, card_caption, draw_card
 
 
 def main(folder: Path) -> None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data.buckets import Buckets
-from data.pictures import Picture
+from data.sources.images import Picture
 from flux2.adapters import adapter_parameters
 from flux2.layers.attention import chosen_backend, preferred_backends
 from flux2.memory.block_offload import streamed_blocks

@@ -22,10 +22,10 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data.pictures import Picture
-from data.prepared import CachedDataset
-from data.samples import Sample, Source
-from data.source import BadData
+from data.cache.prepared import CachedDataset
+from data.sources import Sample, Source
+from data.sources.base import BadData
+from data.sources.images import Picture
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import to_images
 from flux2.models.transformer import Transformer

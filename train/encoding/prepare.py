@@ -13,13 +13,13 @@ from torch import Tensor
 
 from data.buckets import Buckets
 from data.cache import Cache
-from data.digests import Digests
-from data.embeddings import EmbeddingPlan, plan_embeddings
-from data.latents import LatentPlan, plan_latents
-from data.pictures import BadPicture
-from data.prepared import CachedDataset
-from data.prune import Lease, prune
-from data.samples import Source
+from data.cache.embeddings import EmbeddingPlan, plan_embeddings
+from data.cache.image_digests import Digests
+from data.cache.latents import LatentPlan, plan_latents
+from data.cache.prepared import CachedDataset
+from data.cache.pruning import Lease, prune
+from data.sources import Source
+from data.sources.images import BadPicture
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import to_pixels
 from flux2.weights.loading import load_autoencoder, load_text_projection

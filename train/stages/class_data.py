@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
+from data.cache.prepared import CachedDataset
 from data.loader import Loader
-from data.prepared import CachedDataset
-from data.samples import Source
+from data.sources import Source
 from flux2.models.transformer import Transformer
 from flux2.pipeline import Pipeline
 from flux2.weights.loading import load_autoencoder

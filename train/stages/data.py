@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import constants
 
 from data.cache import Cache, MemoryCache
+from data.cache.prepared import CachedDataset
 from data.loader import Loader
-from data.prepared import CachedDataset
-from data.samples import Source
+from data.sources import Source
 from train import resume
 from train.config.run_config import RunConfig
 from train.encoding.prepare import CacheRequest, prepare

@@ -8,7 +8,7 @@ import peft
 import torch
 from torch import nn
 
-from data.prepared import CachedDataset
+from data.cache.prepared import CachedDataset
 from flux2.adapters import adapter_parameters
 from flux2.memory.block_offload import offload
 from flux2.models.pixels import reference_image, to_pixels

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.buckets import Size, fit
-from data.pictures import Picture
-from data.source import Source
+from data.sources.base import Source
+from data.sources.images import Picture
 from flux2 import adapters
 from flux2.adapters.files import PEFT_FILE, read_tensors
 from flux2.adapters.tuners import take_off

@@ -2,8 +2,8 @@
 
 The embedded model is a real FLUX.2 in every part (autoencoder, transformer with a guidance embedding, text encoder,
 published folder layout), three thousand times smaller than dev, so that the whole framework can be run, tested and
-demonstrated on a laptop. Its world is `data.drawings`: one subject in one colour and size on one background, made from
-a caption or by editing a reference. flux2/assets/tiny/README.md is its model card.
+demonstrated on a laptop. Its world is `data.synthetic.drawings`: one subject in one colour and size on one background,
+made from a caption or by editing a reference. flux2/assets/tiny/README.md is its model card.
 
 Stages, each skipped when its result is there; a stopped training goes on from its last checkpoint:
 

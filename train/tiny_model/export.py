@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 import flux2
-from data.drawings import SHAPES, all_drawings, draw, edit, held_out, plain_caption
+from data.synthetic.drawings import SHAPES, all_drawings, draw, edit, held_out, plain_caption
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.transformer import Transformer
 from flux2.weights.key_names import autoencoder_tensor, transformer_tensor

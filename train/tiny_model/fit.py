@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import flux2.models.transformer
-from data import probe
-from data.drawings import EDITS, Drawing, all_drawings, caption, draw, edit, held_out, plain_caption
+from data.synthetic import probe
+from data.synthetic.drawings import EDITS, Drawing, all_drawings, caption, draw, edit, held_out, plain_caption
 from flux2.models.autoencoder import Autoencoder, patchify
 from flux2.models.positions import positions_with_references, text_positions, to_tokens, with_references
 from flux2.models.text_encoder import TextEncoder

@@ -4,7 +4,7 @@ Tokenizer: whole words where they are known, letters otherwise, so that any trig
 text encoder is a frozen, random Mistral: random states are enough, as the transformer learns what the words mean.
 
 Pictures: drawings for training, results of edits, and abstract scenes that only the autoencoder sees, so that it can
-also code pictures that are no drawings. Held-out combinations (`data.drawings.held_out`) are on none of them.
+also code pictures that are no drawings. Held-out combinations (`data.synthetic.drawings.held_out`) are on none of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast
 
-from data.drawings import Drawing, all_drawings, draw, edit, held_out
+from data.synthetic.drawings import Drawing, all_drawings, draw, edit, held_out
 from flux2.models.text_encoder import TextEncoder, build
 from flux2.models.variants import VARIANTS
 

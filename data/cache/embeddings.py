@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.cache import Cache, Progress, Shape, check_finite, each, share
-from data.pictures import shortened
+from data.cache.store import Cache, Progress, Shape, check_finite, each, share
+from data.sources.images import shortened
 
 EMBEDDING_SHAPE: Shape = (None, None)
 GROUP = 128  # neighbours that share a scale, at most

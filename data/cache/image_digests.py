@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from data.pictures import Picture
+from data.sources.images import Picture
 
 VERSION = 1
 GRAIN = 2.0  # seconds; the times of some file systems are no finer

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data.cache import Cache
-from data.embeddings import unpacked
-from data.latents import LatentEntry
-from data.prune import Lease
+from data.cache.embeddings import unpacked
+from data.cache.latents import LatentEntry
+from data.cache.pruning import Lease
+from data.cache.store import Cache
 
 
 @dataclass(frozen=True)

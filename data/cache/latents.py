@@ -30,10 +30,10 @@ from data.buckets import (
     lost,
     reference_size,
 )
-from data.cache import Cache, Progress, check_finite, each, share
-from data.digests import Digests
-from data.pictures import BadPicture, Picture, shortened
-from data.samples import Sample
+from data.cache.image_digests import Digests
+from data.cache.store import Cache, Progress, check_finite, each, share
+from data.sources import Sample
+from data.sources.images import BadPicture, Picture, shortened
 
 LATENT_CHANNELS = 128
 log = logging.getLogger(__name__)

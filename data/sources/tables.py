@@ -6,7 +6,7 @@ nothing until read, and a picture's header costs its first pages.
 
 Training needs pictures by their place and again in every pass, which a stream cannot give. So streaming means that the
 first `limit` rows are read once, as they are encoded, into a local table in the cache folder of `datasets`: a part of a
-dataset that is too large to download can be trained on. `data.streams` has that part.
+dataset that is too large to download can be trained on. `data.sources.streaming` has that part.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 import pyarrow as pa
 
-from data.captions import Captions
-from data.folders import REFERENCES, OutsideFolder, existing_folder, inside
-from data.opening import is_local, open_table
-from data.pictures import BadPicture, Picture, shortened
-from data.source import ALPHA, Bad, Sample, Source, check_flag, checked_text, checked_texts
-from data.streams import streamed_table
+from data.sources.base import ALPHA, Bad, Sample, Source, check_flag, checked_text, checked_texts
+from data.sources.captions import Captions
+from data.sources.folders import REFERENCES, OutsideFolder, existing_folder, inside
+from data.sources.images import BadPicture, Picture, shortened
+from data.sources.open_table import is_local, open_table
+from data.sources.streaming import streamed_table
 
 if TYPE_CHECKING:
     from datasets import Dataset

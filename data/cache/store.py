@@ -6,10 +6,10 @@ second run loads neither. An entry is found by its recipe, the sha256 of everyth
 equal pictures share one, and runs may share a folder. A manifest of paths and times would have to be kept in step, and
 would be wrong after the first `cp -p`.
 
-Filling takes two steps, since a text encoder may weigh 48 GB: `plan_latents` (data/latents.py) and `plan_embeddings`
-(data/embeddings.py) compute keys and say how many entries are missing; only if some are need the caller load the
-encoder and hand it to `plan.fill`. Encoders get ONE picture or prompt a call: with several, rounding depends on the
-neighbours, and what the cache holds must not depend on what happened to be missing together.
+Filling takes two steps, since a text encoder may weigh 48 GB: `plan_latents` (data/cache/latents.py) and
+`plan_embeddings` (data/cache/embeddings.py) compute keys and say how many entries are missing; only if some are need
+the caller load the encoder and hand it to `plan.fill`. Encoders get ONE picture or prompt a call: with several,
+rounding depends on the neighbours, and what the cache holds must not depend on what happened to be missing together.
 """
 
 import hashlib

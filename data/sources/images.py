@@ -176,7 +176,7 @@ class _Opener:
 
     @property
     def place(self) -> tuple[str, str]:
-        """As `data.digests` asks for it: the file, and which part of it (all)."""
+        """As `data.cache.image_digests` asks for it: the file, and which part of it (all)."""
         return self.path, ""
 
     def __call__(self) -> BinaryIO:

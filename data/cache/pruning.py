@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
-from data.cache import MAX_HEADER, Cache
+from data.cache.store import MAX_HEADER, Cache
 
 try:
     import fcntl

@@ -1,13 +1,14 @@
 """Which drawing is it, and is it in the spotlight? A picture is held against all there are, and the nearest has it.
 
-What: `recognise` compares a picture with the 2240 drawings of `data.drawings`, each plain and under the light of
-`data.demo_edit.draw.spotlight`, and names the nearest by the mean distance of their colours.
+What: `recognise` compares a picture with the 2240 drawings of `data.synthetic.drawings`, each plain and under the light
+of `data.synthetic.spotlight.spotlight`, and names the nearest by the mean distance of their colours.
 
 How: all are averaged down to 32 x 32 pixels, which leaves subject, colour, background and size in sight and forgives a
 wobbly line.
 
-Why not `data.probe`: it reads a subject on an even background, and a disc of light is an outline of its own. The price
-is that drawings are expected where they stand unmoved, and that something is always nearest: `distance` says how near.
+Why not `data.synthetic.probe`: it reads a subject on an even background, and a disc of light is an outline of its own.
+The price is that drawings are expected where they stand unmoved, and that something is always nearest: `distance` says
+how near.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data.demo_edit.draw import spotlight
-from data.drawings import Drawing, all_drawings, draw
+from data.synthetic.drawings import Drawing, all_drawings, draw
+from data.synthetic.spotlight import spotlight
 
 Array = npt.NDArray[np.float32]
 

@@ -7,9 +7,10 @@ How: every subject is a few polygons and strokes in a unit box, computed once, t
 ImageDraw at four times the size and averaged down, which is the whole antialiasing.
 
 Why drawn and not collected: the embedded model has four million parameters and must train in about an hour. Flat
-shapes with thick outlines are what it can learn, every attribute is known exactly (so `data.probe` can read it back),
-and nobody else's pictures are needed. Captions vary on purpose, nonsense words included: a base model that knows one
-caption form only falls apart when a prompt carries an unknown word, and the trigger word of a LoRA is exactly that.
+shapes with thick outlines are what it can learn, every attribute is known exactly (so `data.synthetic.probe` can read
+it back), and nobody else's pictures are needed. Captions vary on purpose, nonsense words included: a base model that
+knows one caption form only falls apart when a prompt carries an unknown word, and the trigger word of a LoRA is exactly
+that.
 """
 
 import hashlib

@@ -4,9 +4,9 @@ What: `read` answers "is it the subject asked for, in its colour?", `style_dista
 
 How: the background's colour is the median of the border (of the panel, on a card). Pixels far from it are the mask;
 those inside its outline that are least like ink vote for the colour. Mask and ink are aligned by centroid and
-root-mean-square radius to a small grid and compared with templates drawn by `data.drawings` that went through the
-same steps. Decoys (ellipses, boxes and other plain outlines) compete with the subjects: where one wins, or where the
-best match is poor, the subject is None.
+root-mean-square radius to a small grid and compared with templates drawn by `data.synthetic.drawings` that went through
+the same steps. Decoys (ellipses, boxes and other plain outlines) compete with the subjects: where one wins, or where
+the best match is poor, the subject is None.
 
 Why not a learned classifier: it would need training and a file, and would share the model's own blind spots. The price
 is leniency: a wobbly star is still nearest to the star. The probe says which subject a picture resembles, not how well
@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from data.demo.draw import FRAME, PANEL_BOTTOM, PANEL_TOP, draw_card
-from data.drawings import BACKGROUNDS, COLOURS, INK, SHAPES, SIZES, Drawing, draw
+from data.synthetic.drawings import BACKGROUNDS, COLOURS, INK, SHAPES, SIZES, Drawing, draw
+from data.synthetic.tarot import FRAME, PANEL_BOTTOM, PANEL_TOP, draw_card
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
-from data.captions import Captions
-from data.pictures import BadPicture, Picture, shortened
+from data.sources.captions import Captions
+from data.sources.images import BadPicture, Picture, shortened
 
 MAX_REFERENCES = 10  # what the published models were trained with
 ALPHA = "alpha"
@@ -83,7 +83,7 @@ class Source(Sequence[Sample]):
         self, where: str, captions: Captions | None, mask: str | None, first_frame: bool, max_bad: int
     ) -> None:
         if captions is not None and not isinstance(captions, Captions):
-            raise ValueError(f"dataset.captions={captions!r} must be made by data.captions.Captions, or null")
+            raise ValueError(f"dataset.captions={captions!r} must be made by data.sources.captions.Captions, or null")
         if mask is not None:
             checked_text("mask", mask)
         check_flag("first_frame", first_frame)

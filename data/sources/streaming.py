@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from data.opening import explained, is_local, open_stream, table_files
+from data.sources.open_table import explained, is_local, open_stream, table_files
 
 if TYPE_CHECKING:
     from datasets import Dataset

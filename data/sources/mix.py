@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from data.source import Source
+from data.sources.base import Source
 
 
 class Mix(Source):

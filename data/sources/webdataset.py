@@ -5,7 +5,7 @@
 A shard is read once, header by header, and pictures are then read where they lie in it: nothing is unpacked and nothing
 copied. `datasets` reads local shards too, but into a second copy on disk, and asks that all samples have the same
 files: no mixed formats, and no samples with different numbers of references. Shards on the Hub go through it
-(`data.tables.HuggingFace` with `image_column=jpg`, `caption_column=txt`).
+(`data.sources.tables.HuggingFace` with `image_column=jpg`, `caption_column=txt`).
 """
 
 import glob
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.captions import Captions
-from data.folders import is_foreign
-from data.pictures import SUFFIXES, Picture, shortened
-from data.source import ALPHA, Bad, Sample, Source, checked_text
+from data.sources.base import ALPHA, Bad, Sample, Source, checked_text
+from data.sources.captions import Captions
+from data.sources.folders import is_foreign
+from data.sources.images import SUFFIXES, Picture, shortened
 
 REFERENCE = re.compile(r"ref(\d+)$")
 MOST_TEXT = 1 << 20  # bytes of a caption's file
@@ -159,7 +159,7 @@ class _Opener:
 
     @property
     def place(self) -> tuple[str, str]:
-        """As `data.digests` asks for it: the file, and which part of it."""
+        """As `data.cache.image_digests` asks for it: the file, and which part of it."""
         return self.path, f"{self.length} bytes from {self.offset}"
 
     def __call__(self) -> BinaryIO:

@@ -14,9 +14,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from data.captions import Captions
-from data.pictures import SUFFIXES, UNREADABLE, Picture, file_picture, shortened
-from data.source import ALPHA, Bad, Sample, Source, check_flag, checked_text, checked_texts
+from data.sources.base import ALPHA, Bad, Sample, Source, check_flag, checked_text, checked_texts
+from data.sources.captions import Captions
+from data.sources.images import SUFFIXES, UNREADABLE, Picture, file_picture, shortened
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 REFERENCES = "references"

@@ -1,0 +1,26 @@
+"""What a dataset is: a sequence of samples from folders, pairs, tables, shards of WebDataset, or a mix of those. It
+imports data.buckets. conf/dataset names what is exported here; begin with base.py, which all sources share.
+"""
+
+from data.sources.base import Bad, BadData, Sample, Source
+from data.sources.captions import Captions
+from data.sources.folders import Folder, Pairs
+from data.sources.images import BadPicture, Picture
+from data.sources.mix import Mix
+from data.sources.tables import HuggingFace
+from data.sources.webdataset import WebDataset
+
+__all__ = [
+    "Bad",
+    "BadData",
+    "BadPicture",
+    "Captions",
+    "Folder",
+    "HuggingFace",
+    "Mix",
+    "Pairs",
+    "Picture",
+    "Sample",
+    "Source",
+    "WebDataset",
+]
