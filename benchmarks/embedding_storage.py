@@ -3,8 +3,8 @@
     python benchmarks/embedding_storage.py
 
 On the embedded model and the demo's 24 cards, for each way to store embeddings: the bytes of one, the loss at fixed
-noise and times of every card (`train.validate.FixedNoiseLoss`), and the losses of a short training. Beside them, for
-scale, the same loss with every card under another's caption: what is lost when the caption is wrong altogether.
+noise and times of every card (`train.validation.loss.FixedNoiseLoss`), and the losses of a short training. Beside them,
+for scale, the same loss with every card under another's caption: what is lost when the caption is wrong altogether.
 
 The embedded model's text encoder is small, and does not have the outliers that the large ones have; groups with a scale
 of their own are there for those (data/cache/embeddings.py), and are not tested by this.
@@ -39,7 +39,7 @@ from train.run import train
 from train.stages.data import prepare_samples
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
-from train.validate import FixedNoiseLoss, Validated
+from train.validation.loss import FixedNoiseLoss, Validated
 
 RESULT = Path(__file__).parent / "results" / "embedding_storage.json"
 

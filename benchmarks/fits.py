@@ -5,9 +5,9 @@
     python benchmarks/fits.py --on cpu --only small                proves the script; its figures mean nothing
 
 Each case is a model with random weights at its true shapes, a precision, a picture size and a size of card. The planner
-(train/predict.py) chooses the group `memory` for that card, PyTorch may take no more than such a card has, and whole
-steps are made as training makes them: forward, backward, AdamW. The peak that PyTorch's allocator saw is set beside the
-predicted one. Results go to benchmarks/results/fits_<GPU>.json.
+(train/planner/predictor.py) chooses the group `memory` for that card, PyTorch may take no more than such a card has,
+and whole steps are made as training makes them: forward, backward, AdamW. The peak that PyTorch's allocator saw is set
+beside the predicted one. Results go to benchmarks/results/fits_<GPU>.json.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ from flux2.memory.block_offload import offload, streamed_blocks
 from flux2.models.positions import image_positions, text_positions
 from flux2.models.variants import VARIANTS, Variant
 from flux2.quantization.precision import Storage
-from train.cards import CONTEXT_GB, GIB, gpu, usable
-from train.choose import choose, settings_of, skeleton
-from train.predict import LIBRARIES, Planner, Prediction
-from train.workload import Job
+from train.config.memory import settings_of
+from train.planner.from_config import skeleton
+from train.planner.gpus import CONTEXT_GB, GIB, gpu, usable
+from train.planner.predictor import LIBRARIES, Planner, Prediction
+from train.planner.search import choose
+from train.planner.workload import Job
 
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
 

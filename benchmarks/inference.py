@@ -44,10 +44,11 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, AutoencoderConfig, TransformerConfig, Variant
 from flux2.pipeline import render
 from flux2.quantization.precision import Storage
-from train.cards import CONTEXT_GB, GIB
-from train.choose import skeleton
-from train.memory import Count, Shape, autoencoder_peaks, fake, gpu_kernels, size
-from train.predict import LIBRARIES, Job, Planner
+from train.planner.from_config import skeleton
+from train.planner.gpus import CONTEXT_GB, GIB
+from train.planner.predictor import LIBRARIES, Planner
+from train.planner.step_memory import Count, Shape, autoencoder_peaks, fake, gpu_kernels, size
+from train.planner.workload import Job
 
 TEXT = 512  # tokens of a prompt
 DEV = VARIANTS["dev"]
@@ -103,7 +104,9 @@ def whole_peak(config: AutoencoderConfig, pixels: int) -> tuple[int, int]:
 
 @cache
 def stripes_peak(config: AutoencoderConfig, pixels: int) -> int:
-    """The most bytes above the weights to decode one picture in stripes, counted as train/memory.py counts."""
+    """The most bytes above the weights to decode one picture in stripes, counted as train/planner/step_memory.py
+    counts.
+    """
     with torch.device("meta"):
         model = Autoencoder(config)
     with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

@@ -37,11 +37,11 @@ from data.cache.image_digests import Digests
 from data.cache.latents import LatentEntry, plan_latents
 from data.loader import Loader
 from data.sources import Folder
-from train.ahead import Prefetcher
 from train.config.paths import CONFIG
 from train.run import train
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
+from train.utils.prefetch import Prefetcher
 
 RESULT = Path(__file__).parent / "results" / "loader_cpu.json"
 

@@ -39,11 +39,11 @@ import train.objective.objective
 import train.run
 from benchmarks.common import at_least, environment, hardware, write_result
 from flux2.utils.device import pick_device
-from train.ahead import Prefetcher
 from train.config.paths import CONFIG
 from train.objective.objective import Objective
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
+from train.utils.prefetch import Prefetcher
 
 RESULT = Path(__file__).parent / "results" / "loop_overhead_cpu.json"
 WORK = ("forward and backward", "optimizer")

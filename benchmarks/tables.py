@@ -1,8 +1,8 @@
 """README's tables, from what the benchmarks wrote and what the planner predicts: `python benchmarks/tables.py`.
 
 Each table stands in README.md between `<!-- table: name -->` and `<!-- end -->` and is written anew from
-benchmarks/results/*.json; `fits` is predicted by the planner (train/predict.py) and says so. `--check` changes nothing
-and fails if a table is not what it would be.
+benchmarks/results/*.json; `fits` is predicted by the planner (train/planner/predictor.py) and says so. `--check`
+changes nothing and fails if a table is not what it would be.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 from benchmarks.fits import planner
 from flux2.models.variants import VARIANTS
-from train.cards import gpu, usable
-from train.choose import choose
-from train.predict import Planner
+from train.planner.gpus import gpu, usable
+from train.planner.predictor import Planner
+from train.planner.search import choose
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from flux2.adapters.files import PEFT_FILE
-from train import checkpoint
-from train.resume import find
+from train.checkpoints import checkpoint
+from train.checkpoints.resume import find
 
 CONFIG = {
     "name": "a",

@@ -28,8 +28,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
-import train.tracking  # noqa: E402
-from train.command import command  # noqa: E402
+import train.tracking.metrics  # noqa: E402
+from train.cli.app import command  # noqa: E402
 from train.run import main  # noqa: E402
 
 
@@ -59,14 +59,14 @@ def hold(at: str, go: Path) -> None:
             time.sleep(0.01)
 
     if at.isdecimal():
-        log = train.tracking.Metrics.log
+        log = train.tracking.metrics.Metrics.log
 
-        def logged(self: train.tracking.Metrics, step: int, **values: float) -> None:
+        def logged(self: train.tracking.metrics.Metrics, step: int, **values: float) -> None:
             log(self, step, **values)
             if step == int(at):
                 wait()
 
-        train.tracking.Metrics.log = logged
+        train.tracking.metrics.Metrics.log = logged
         return
     for stream in (sys.stdout, sys.stderr):
         write = stream.write

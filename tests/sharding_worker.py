@@ -28,8 +28,8 @@ from flux2.models.positions import image_positions, text_positions
 from flux2.models.transformer import DoubleBlock, SingleBlock, Transformer
 from flux2.quantization.precision import Precision
 from flux2.weights.sources import model_source
-from train.processes import Processes, make_accelerator, trained
-from train.sharding import attached, sharder, shares
+from train.distributed.processes import Processes, make_accelerator, trained
+from train.distributed.sharding import attached, sharder, shares
 
 SOURCE = model_source("tiny", None, None, None)
 PRECISIONS = {

@@ -17,11 +17,11 @@ from data.sources import Folder, HuggingFace
 from data.sources.captions import Captions
 from flux2.adapters.tuners import attach
 from flux2.quantization.precision import Precision, pick
-from train.command import flat
+from train.cli.errors import flat
 from train.config.instantiate import instantiate, parse_settings
 from train.config.run_config import GROUPS
 from train.evaluate import EvaluationSettings
-from train.run import paths
+from train.stages.data import paths
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)

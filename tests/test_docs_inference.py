@@ -97,7 +97,7 @@ def test_links_of_the_pages_lead_somewhere() -> None:
 def test_what_the_table_predicts_is_predicted_and_fits(card, model, options, said) -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.inference import Case, predicted
-    from train.cards import usable
+    from train.planner.gpus import usable
 
     given = vars(arguments(["--prompt", "x", *shlex.split(options.replace("`", ""))]))
     storage = None if given["precision"] is None else given["precision"]

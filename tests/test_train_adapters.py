@@ -6,10 +6,10 @@ from train_helpers import adapter, compose, run_training, same_tensors, values
 from flux2 import adapters
 from flux2.models.transformer import Transformer
 from flux2.weights.loading import load_transformer
-from train.choose import job_of, skeleton
-from train.predict import Planner
+from train.planner.from_config import job_of, skeleton
+from train.planner.predictor import Planner
+from train.planner.workload import trained
 from train.stages.memory import load_config
-from train.workload import trained
 
 pytest_plugins = ("train_helpers",)
 

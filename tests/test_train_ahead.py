@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from train.ahead import Prefetcher
+from train.utils.prefetch import Prefetcher
 
 
 @pytest.fixture

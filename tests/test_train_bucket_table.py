@@ -6,7 +6,7 @@ from cache_helpers import picture, plan
 from data.buckets import Buckets
 from data.cache import MemoryCache
 from data.sources import Bad, Sample
-from train.bucket_table import MOST_ROWS, show_buckets
+from train.encoding.bucket_table import MOST_ROWS, show_buckets
 
 
 def said(capsys: pytest.CaptureFixture[str], sizes, buckets: Buckets, bad=()) -> list[list[str]]:

@@ -21,11 +21,12 @@ from data.cache.embeddings import plan_embeddings
 from data.sources import Folder
 from flux2.models.pixels import to_pixels
 from flux2.weights.loading import load_autoencoder, load_text_encoder, load_transformer
-from train import cache, text_encoders
+from train import cache
+from train.encoding import text_encoders
 from train.encoding.prepare import CacheRequest, fill, prepare
+from train.encoding.text_encoders import LocalTextEncoder
 from train.stages.data import prepare_samples
 from train.stages.memory import load_config
-from train.text_encoders import LocalTextEncoder
 
 pytest_plugins = ("train_helpers",)
 
@@ -427,7 +428,7 @@ def entries(folder):
 KILLED = """
 import os, signal, sys
 from data.cache import store as cache
-from train.command import command
+from train.cli.app import command
 from train.cache import main
 
 replace, count = os.replace, 0

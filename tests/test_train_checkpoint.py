@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 
 from flux2 import adapters
 from flux2.adapters import files as adapter_files
-from train import checkpoint
-from train.resume import RunLocation
+from train.checkpoints import checkpoint
+from train.checkpoints.resume import RunLocation
+from train.checkpoints.rotation import Rotation
 
 # ------------------------------------------------------------------ files
 
@@ -211,14 +212,14 @@ def test_the_last_the_best_and_every_so_many_stay(tmp_path, settings, stay):
         place = run / "checkpoints" / f"step_{step:06d}"
         (place / "state.json").unlink()
         checkpoint.seal(place, {"step": step, "images_per_step": IMAGES, "validation_loss": loss})
-    assert rotated(run, checkpoint.Rotation(**settings)) == (stay, [])
+    assert rotated(run, Rotation(**settings)) == (stay, [])
     assert len(list((run / "checkpoints").iterdir())) == len(stay)
 
 
 def test_what_is_named_after_later_steps_does_not_push_out_the_checkpoint_that_is_whole(tmp_path):
     run = make_run(tmp_path / "run", 4, 5, 6)
     (run / "checkpoints" / "step_000006" / "optimizer.pt").unlink()
-    checkpoint.Rotation(last=1).turn(run / "checkpoints" / "step_000005", print)
+    Rotation(last=1).turn(run / "checkpoints" / "step_000005", print)
     assert [checkpoint.number(path) for path in checkpoint.checkpoints(run)] == [5, 6]
     assert look(str(run), tmp_path / "new", say=lambda text: None).step == 5
 
@@ -230,7 +231,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch)
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    stay, said = rotated(run, checkpoint.Rotation(last=1))
+    stay, said = rotated(run, Rotation(last=1))
     assert stay == [1, 2, 3]
     assert [
         re.search(r"step_00000\d could not be deleted \(.*Permission denied", text) is not None for text in said
@@ -249,7 +250,7 @@ def test_a_kill_in_the_middle_of_deleting_leaves_nothing_that_looks_whole(tmp_pa
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        rotated(run, checkpoint.Rotation(last=1))
+        rotated(run, Rotation(last=1))
     monkeypatch.undo()
     assert [checkpoint.number(path) for path in checkpoint.checkpoints(run)] == [2]
     assert len(list((run / "checkpoints").iterdir())) == 2
@@ -271,7 +272,7 @@ def test_a_kill_in_the_middle_of_deleting_leaves_nothing_that_looks_whole(tmp_pa
 )
 def test_a_rotation_that_cannot_be_is_named(settings, intervals, said):
     with pytest.raises(ValueError, match=said):
-        checkpoint.Rotation(**settings).check(*intervals)
+        Rotation(**settings).check(*intervals)
 
 
 @pytest.mark.parametrize("written", range(4))

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from train import sweep
-from train.command import explain, known_settings
+from train.cli.errors import explain, known_settings
 from train.config.instantiate import check_keys, instantiate, no_setting, parse_settings
-from train.stopping import SIGNALS, Interrupted
+from train.sweeps import callback
 from train.utils.console import own_errors
+from train.utils.signals import SIGNALS, Interrupted
 
 pytest_plugins = ("train_helpers",)
 
@@ -355,7 +355,7 @@ def test_a_sweep_that_is_started_again_without_resume_leaves_what_is_done_as_don
 
 def test_a_multirun_yaml_that_cannot_be_masked_is_removed(tmp_path):
     (tmp_path / "multirun.yaml").write_text("token: hidden: [")
-    sweep.mask_command_line(tmp_path)
+    callback.mask_command_line(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

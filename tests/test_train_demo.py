@@ -14,8 +14,8 @@ from flux2.models.variants import VARIANTS
 from flux2.pipeline import load
 from train import demo
 from train.demo import COLOURS, SHOWN, SUBJECTS, Look, judge, look, moved, same
-from train.progress import Count
 from train.stages.memory import load_config
+from train.utils.progress import Count
 
 pytest_plugins = ("train_helpers",)
 

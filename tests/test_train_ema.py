@@ -3,11 +3,11 @@ import torch
 from torch import nn
 from train_helpers import adapter, compose, lines, run_training, same_tensors, values
 
-from train.choose import job_of
 from train.config.memory import choice_of
-from train.ema import Ema, EvaluationWeights
 from train.loop import Trainer
-from train.predict import Planner
+from train.optim.ema import Ema, EvaluationWeights
+from train.planner.from_config import job_of
+from train.planner.predictor import Planner
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)

@@ -10,13 +10,14 @@ from PIL import Image
 from train_helpers import execute, one_message, pixels
 
 from flux2.pipeline import Pipeline
-from train import measures, report
-from train.checkpoint import checkpoints
+from train.checkpoints.checkpoint import checkpoints
 from train.evaluate import EvaluationSettings, evaluated
-from train.features import Latents, Vision
-from train.findings import caution, stands_out
-from train.folder import write_picture
-from train.validate import Sampler
+from train.evaluation import distances
+from train.evaluation.features import Latents, Vision
+from train.evaluation.findings import caution, stands_out
+from train.reports import run_report
+from train.utils.files import write_picture
+from train.validation.samples import Sampler
 from train.validation.sheet import sheet
 
 pytest_plugins = ("train_helpers",)
@@ -210,7 +211,7 @@ def test_secrets_in_prompts_are_in_no_file_of_an_evaluation(train, monkeypatch):
     monkeypatch.setattr("train.evaluate.sheet", noted)
     prompts = ["a cup notforothers0123", "at https://joe:geheim77@cups.example/x?token=othersecret"]
     made = evaluate(run, prompts=prompts, strengths=[])
-    report.write(run, made[0])
+    run_report.write(run, made[0])
     for file in [one for one in run.rglob("*") if one.is_file()]:
         assert not [word for word in (b"notforothers", b"geheim77", b"othersecret") if word in file.read_bytes()], file
     assert captions == ["a cup *** (seed 5)", "at https://***@cups.example/x?token=*** (seed 5)"]
@@ -286,7 +287,7 @@ def test_the_command_says_what_is_wrong_in_one_line():
 
 def test_a_copy_is_nearer_than_training_pictures_are_to_one_another():
     vectors = [torch.tensor([float(i * i), 0.0]) for i in range(10)]  # 1, 3, 5 ... apart
-    trained = measures.Training.of(vectors)
+    trained = distances.Training.of(vectors)
     assert trained.own == (1, 1, 3, 5, 7, 9, 11, 13, 15, 17)
     copy = trained.nearest(torch.tensor([36.0, 0.1]))
     assert (copy.index, copy.nearer_than, copy.suspicious) == (6, 1.0, True)
@@ -295,14 +296,14 @@ def test_a_copy_is_nearer_than_training_pictures_are_to_one_another():
 
 
 def test_few_training_pictures_make_nothing_suspicious():
-    trained = measures.Training.of([torch.tensor([0.0]), torch.tensor([9.0])])
+    trained = distances.Training.of([torch.tensor([0.0]), torch.tensor([9.0])])
     assert not trained.nearest(torch.tensor([0.1])).suspicious
-    assert measures.Training.of([torch.tensor([0.0])]).nearest(torch.tensor([0.1])).nearer_than == 0
+    assert distances.Training.of([torch.tensor([0.0])]).nearest(torch.tensor([0.1])).nearer_than == 0
 
 
 def test_spread_is_the_mean_distance_of_two():
-    assert measures.spread([torch.tensor([0.0]), torch.tensor([3.0]), torch.tensor([6.0])]) == 4
-    assert measures.spread([torch.tensor([0.0])]) is None
+    assert distances.spread([torch.tensor([0.0]), torch.tensor([3.0]), torch.tensor([6.0])]) == 4
+    assert distances.spread([torch.tensor([0.0])]) is None
 
 
 def test_a_vision_model_compares_by_its_first_token(tmp_path):

@@ -15,8 +15,8 @@ import pytest
 from train_helpers import ROOT, adapter, environment, launch, lines, same_tensors, values
 from train_processes import LIMIT, done, until
 
-from train.checkpoint import checkpoints
-from train.stopping import SIGNALS
+from train.checkpoints.checkpoint import checkpoints
+from train.utils.signals import SIGNALS
 
 pytest_plugins = ("train_helpers", "train_processes")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from train_helpers import ROOT
 
-from train import folder
-from train.folder import InUse, Lock, in_use, make_new, make_writable, write_whole
+from train.utils import lock
+from train.utils.files import make_new, make_writable, write_whole
+from train.utils.lock import InUse, Lock, in_use
 
 
 def test_a_folder_is_held_by_one_until_it_lets_go(tmp_path):
@@ -27,7 +28,7 @@ def test_a_folder_is_held_by_one_until_it_lets_go(tmp_path):
 
 def test_a_killed_process_holds_nothing(tmp_path):
     (tmp_path / "config.yaml").touch()
-    code = f"import sys, time; from pathlib import Path; from train.folder import Lock; lock = Lock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"  # noqa: E501
+    code = f"import sys, time; from pathlib import Path; from train.utils.lock import Lock; lock = Lock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"  # noqa: E501
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         assert in_use(tmp_path)
@@ -43,7 +44,7 @@ def test_the_folder_of_a_run_that_wrote_nothing_goes_with_it(tmp_path):
 
 
 def test_without_locks_runs_go_on_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "fcntl", None)
+    monkeypatch.setattr(lock, "fcntl", None)
     one, two = Lock(tmp_path), Lock(tmp_path)
     assert not in_use(tmp_path)
     one.release()

@@ -9,7 +9,7 @@ import pytest
 from train_helpers import adapter, lines, same_tensors
 
 from flux2 import adapters
-from train.checkpoint import check, checkpoints
+from train.checkpoints.checkpoint import check, checkpoints
 
 pytest_plugins = ("train_helpers",)
 

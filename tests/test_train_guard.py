@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from train_helpers import adapter, lines, same_tensors, values
 
-from train import guard as guarding
 from train import loop
-from train.checkpoint import checkpoints
-from train.guard import TrainingError, UpdateGuard, clip, names_of
+from train.checkpoints.checkpoint import checkpoints
 from train.loop import Trainer
-from train.stopping import SIGNALS, StopRequest
+from train.optim import update_guard as guarding
+from train.optim.update_guard import TrainingError, UpdateGuard, clip, names_of
+from train.utils.signals import SIGNALS, StopRequest
 
 pytest_plugins = ("train_helpers",)
 

@@ -13,9 +13,10 @@ from train_helpers import draw_picture
 
 from flux2.export import command as export
 from flux2.models.variants import VARIANTS
-from train import hub, model_card
-from train.hub import HubSettings, main
-from train.model_card import Facts
+from train.hub import main
+from train.publishing import model_card
+from train.publishing.hub import HubSettings, push_or_say
+from train.publishing.model_card import Facts
 
 pytest_plugins = ("train_helpers",)
 
@@ -180,7 +181,7 @@ def test_the_adapter_goes_to_the_hub_with_its_card_and_may_go_again(finished, th
     said = capfd.readouterr().err
     assert "was not pushed to jane/tarot (ConnectionError: reset" in said
     assert TOKEN not in said
-    warning = hub.push_or_say(run, HubSettings(True, "jane/tarot"))
+    warning = push_or_say(run, HubSettings(True, "jane/tarot"))
     assert warning.startswith("warning: ")
     assert f"python -m train.hub {run}" in warning
 

@@ -23,15 +23,16 @@ from train_helpers import (
 
 from flux2 import adapters
 from flux2.weights.loading import load_transformer
-from train import cache, loop, text_encoders
-from train.ahead import Prefetcher
-from train.checkpoint import checkpoints
+from train import cache, loop
+from train.checkpoints.checkpoint import checkpoints
 from train.config.settings import LoopSettings
+from train.encoding import text_encoders
 from train.loop import Trainer
 from train.objective import objective
 from train.objective.objective import Objective
 from train.stages.memory import load_config
-from train.stopping import Interrupted
+from train.utils.prefetch import Prefetcher
+from train.utils.signals import Interrupted
 
 pytest_plugins = ("train_helpers",)
 

@@ -14,7 +14,9 @@ from flux2 import adapters
 from flux2.adapters.files import layer_pairs
 from flux2.models.positions import from_tokens, to_tokens
 from flux2.sampling import shift
-from train.loss import LogitNormal, Noised, Preservation, Uniform, flow_loss, noise_at, training_loss
+from train.objective.loss import Noised, flow_loss, noise_at, training_loss
+from train.objective.preservation import Preservation
+from train.objective.timesteps import LogitNormal, Uniform
 
 REFERENCES = [(2, 2)] * 2
 DIFFERENT_SIZES = [(2, 3), (4, 2), (1, 5)]  # rows and columns of latents

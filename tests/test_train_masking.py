@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 from train_helpers import compose
 
-from train.masking import MASK, is_secret, masked, masked_command, masked_settings, masked_text
+from train.utils.redact import MASK, is_secret, masked, masked_command, masked_settings, masked_text
 
 HUB = "hf_" + "aB3" * 11 + "x"
 KEY = "0123456789abcdef" * 2 + "01234567"  # as wandb's: what a commit looks like too

@@ -1,4 +1,6 @@
-"""train/memory.py counts what really happens: compared with running models, and with PyTorch's own profiler."""
+"""train/planner/step_memory.py counts what really happens: compared with running models, and with PyTorch's own
+profiler.
+"""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +15,8 @@ from flux2.adapters.tuners import attach
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.transformer import Transformer
 from flux2.quantization.nf4 import Nf4Linear, quant_map
-from train import memory
-from train.memory import Count, Shape, autoencoder_peaks, gpu_kernels, size, step, train_block, train_end
+from train.planner import step_memory
+from train.planner.step_memory import Count, Shape, autoencoder_peaks, gpu_kernels, size, step, train_block, train_end
 
 CONFIG = replace(helpers.TRANSFORMERS["dev"], double_blocks=2, single_blocks=3)
 SHAPE = Shape(2, 96, 32, 96)
@@ -28,7 +30,7 @@ def no_kernels():
 @pytest.fixture
 def as_on_a_cpu(monkeypatch):
     """Count a CPU's kernels, as a CPU is what there is to compare with."""
-    monkeypatch.setattr(memory, "gpu_kernels", no_kernels)
+    monkeypatch.setattr(step_memory, "gpu_kernels", no_kernels)
 
 
 def model(device="cpu") -> Transformer:
@@ -107,7 +109,7 @@ def test_a_block_takes_what_pytorchs_profiler_sees(kind, as_on_a_cpu):
     network, policy = model(), runner("full")
     block = getattr(network, kind)[0]
     cost = train_block(model("meta"), getattr(model("meta"), kind)[0], policy, SHAPE, torch.float32, False)
-    tokens, rest = memory.arguments(network, block, SHAPE, torch.float32)
+    tokens, rest = step_memory.arguments(network, block, SHAPE, torch.float32)
     with torch.no_grad():
         for tensor in tokens:
             tensor.normal_()
@@ -128,7 +130,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(as_on_a_cpu):
     network = model()
     block = network.single_blocks[0]
     cost = train_block(model("meta"), model("meta").single_blocks[0], runner("none"), SHAPE, torch.float32, False)
-    (x,), rest = memory.arguments(network, block, SHAPE, torch.float32)
+    (x,), rest = step_memory.arguments(network, block, SHAPE, torch.float32)
     known = {tensor.untyped_storage()._cdata for tensor in block.parameters()}
     saved = {}
 

@@ -8,18 +8,8 @@ from hydra.utils import get_object
 from torch import nn
 from train_helpers import compose
 
-from train.optim import (
-    Constant,
-    Cosine,
-    Linear,
-    Restarts,
-    StableDecay,
-    build,
-    check_installed,
-    rate_of,
-    set_rate,
-    try_out,
-)
+from train.optim import Constant, Cosine, Linear, Restarts, StableDecay
+from train.optim.optimizers import build, check_installed, rate_of, set_rate, try_out
 from train.stages.memory import load_config
 
 
@@ -168,7 +158,7 @@ def test_muon_says_that_it_trains_matrices_only():
 
 def test_an_optimizer_that_is_not_installed_names_the_extra(monkeypatch):
     check_installed("prodigyopt.Prodigy")
-    monkeypatch.setattr("train.optim.find_spec", lambda package: None)
+    monkeypatch.setattr("train.optim.optimizers.find_spec", lambda package: None)
     for package in ("prodigyopt", "schedulefree"):
         with pytest.raises(ValueError, match=rf"{package}\..* needs the package {package}: .*flux2-lora\[optimizers\]"):
             check_installed(f"{package}.Some")

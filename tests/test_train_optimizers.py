@@ -10,10 +10,11 @@ from torch import nn
 from train_helpers import CONF, adapter, compose, lines, run_training, same_tensors, values
 
 from flux2 import adapters, load
-from train.optim import build, optimizer_bytes
+from train.optim.optimizers import build
+from train.planner.optimizer_memory import optimizer_bytes
 from train.stages.data import prepare_samples
 from train.stages.memory import load_config
-from train.validate import FixedNoiseLoss, chosen_samples
+from train.validation.loss import FixedNoiseLoss, chosen_samples
 
 pytest_plugins = ("train_helpers",)
 

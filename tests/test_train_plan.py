@@ -20,17 +20,20 @@ from flux2.adapters.tuners import attach
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import Precision
 from flux2.weights.loading import load_text_encoder
-from train import cards, plan
-from train import choose as choosing
-from train import settings as train_settings
-from train.cards import GIB, SIZES, gpu, measured, usable
-from train.choose import advice, choose, free_bytes, skeleton, step_down
+from train import plan
+from train.config import settings as train_settings
 from train.config.memory import Choice
-from train.outofmemory import OutOfMemory, amounts, is_out_of_memory, watched
-from train.predict import Planner, optimizer_bytes
+from train.planner import from_config as choosing
+from train.planner import gpus, search
+from train.planner.from_config import advice, free_bytes, skeleton
+from train.planner.gpus import GIB, SIZES, gpu, measured, usable
+from train.planner.optimizer_memory import optimizer_bytes
+from train.planner.predictor import Planner
+from train.planner.search import choose, step_down
+from train.planner.text_encoder_memory import text_encoder_bytes
+from train.planner.workload import Job, trained
 from train.stages.memory import load_config
-from train.text_memory import text_encoder_bytes
-from train.workload import Job, trained
+from train.utils.memory import OutOfMemory, amounts, is_out_of_memory, watched
 
 pytest_plugins = ("train_helpers",)
 
@@ -286,9 +289,9 @@ def test_an_advice_saves_something(planner):
 
 
 def test_of_a_lighter_precision_it_is_said_how_much_it_takes_less(planner):
-    said = choosing.lighter(planner("dev"))
+    said = search.lighter(planner("dev"))
     assert said == "The base would be 31.4 GB smaller with precision=fp8, 46.6 GB smaller with precision=nf4."
-    assert choosing.lighter(planner("dev", storage="nf4")) == ""
+    assert search.lighter(planner("dev", storage="nf4")) == ""
 
 
 def test_nothing_leaves_the_device_that_need_not(planner):
@@ -437,7 +440,7 @@ def test_every_gpu_has_its_figures():
     for name, size in (("NVIDIA GeForce RTX 4090", 24), ("NVIDIA H100 80GB HBM3", 80), ("NVIDIA A100-SXM4-40GB", 40)):
         assert gpu(name, size).name in name
     assert {gpu(None, size).size for size in SIZES} == set(SIZES)
-    assert all(known.bf16 < (known.fp8 or 1e9) for known in cards.GPUS)
+    assert all(known.bf16 < (known.fp8 or 1e9) for known in gpus.GPUS)
     assert usable(24) == int(23 * GIB * 0.97)
 
 
@@ -460,7 +463,7 @@ def test_what_is_chosen_is_what_a_run_applies_and_keeps(train, small, monkeypatc
 
 
 def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
-    monkeypatch.setattr("train.choose.free_bytes", lambda device: 7 * GIB)
+    monkeypatch.setattr("train.planner.from_config.free_bytes", lambda device: 7 * GIB)
     run = load_config(compose(*small("memory=auto")))
     assert run.config["memory"]["card_gb"] == 8
     assert run.memory.checkpointing == "none"
@@ -553,8 +556,8 @@ def test_the_first_step_has_nothing_to_save(run_command, small, at_step, tmp_pat
     ("place", "doing", "saved"),
     [
         ("train.stages.model.load_transformer", "while loading the transformer", False),
-        ("train.validate.FixedNoiseLoss.__call__", "in the validation after step 2", True),
-        ("train.validate.Sampler.sheet", "while sampling after step 2", True),
+        ("train.validation.loss.FixedNoiseLoss.__call__", "in the validation after step 2", True),
+        ("train.validation.samples.Sampler.sheet", "while sampling after step 2", True),
         ("torch.optim.AdamW.step", "in the optimizer's update of step 1", False),
         ("flux2.models.autoencoder.Autoencoder.encode", "while encoding pictures", False),
         ("flux2.models.text_encoder.TextEncoder.encode", "while encoding prompts", False),

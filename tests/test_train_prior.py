@@ -18,11 +18,11 @@ import train.stages.class_data
 from flux2 import load
 from train import loop as train_loop
 from train.cache import main as fill_caches
-from train.choose import job_of
 from train.config.memory import choice_of
 from train.encoding.class_pictures import Recipe
 from train.objective.prior import ClassPictures, PriorPreservation
-from train.predict import Planner
+from train.planner.from_config import job_of
+from train.planner.predictor import Planner
 from train.stages.class_data import class_cache_requests, class_loader
 from train.stages.data import cache_request, prepare_samples
 from train.stages.memory import load_config

@@ -15,8 +15,8 @@ from PIL import Image
 from train_helpers import CONF, adapter, compose, draw_picture, execute, launch, lines, run_training, values
 
 from flux2.weights.sources import TINY_FOLDER
-from train.processes import Processes, ProcessesDiverged, make_accelerator, without_fsdp
-from train.sharding import launched_to_shard
+from train.distributed.processes import Processes, ProcessesDiverged, make_accelerator, without_fsdp
+from train.distributed.sharding import launched_to_shard
 
 pytest_plugins = ("train_helpers",)
 

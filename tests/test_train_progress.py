@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from train.progress import SECONDS, Count, Progress
+from train.utils.progress import SECONDS, Count, Progress
 
 
 class Clock:

@@ -4,8 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 from train_helpers import ask_to_stop
 
-from train.checkpoint import STATE_FILE
-from train.recommend import MOST_ROWS, Validation, closing_lines, difference, recommend, validations
+from train.checkpoints.checkpoint import STATE_FILE
+from train.evaluation.recommend import MOST_ROWS, Validation, closing_lines, difference, recommend, validations
 
 pytest_plugins = ("train_helpers",)
 

@@ -7,14 +7,13 @@ from browser import CHROMIUM, NONE, Browser
 from omegaconf import OmegaConf
 from PIL import Image
 
-from train import plots, report, slider
-from train.evaluation import Evaluation, Row
-from train.measures import Nearest
-from train.plots import Curve
-from train.recommend import recommend
-from train.report_pictures import cut
-from train.slider import Cell, Shot
-from train.validation.sheet import sheet
+from train.evaluation.distances import Nearest
+from train.evaluation.recommend import recommend
+from train.evaluation.results import Evaluation, Row
+from train.reports import plots, run_report, slider
+from train.reports.plots import Curve
+from train.reports.slider import Cell, Shot
+from train.validation.sheet import cut, sheet
 
 pytest_plugins = ("train_helpers",)
 
@@ -83,7 +82,7 @@ def made(run):
 
 
 def test_the_page_says_what_was_measured_masks_secrets_and_escapes_texts(run, made):
-    text = report.write(run, made).read_text()
+    text = run_report.write(run, made).read_text()
     assert "<script>alert" not in text
     assert text.count("<script>") == 1
     assert "abcdefgh12345678" not in text
@@ -104,15 +103,15 @@ def test_pictures_before_and_after_stay_in_later_reports_of_the_same_adapter(run
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_text("one")
     cell = Cell(EVIL, [Shot("base", *pictures("red")), Shot("adapter", *pictures("blue"), first=True)])
-    first = report.write(run, pairs=[cell]).read_text()
-    again = report.write(run, made).read_text()
+    first = run_report.write(run, pairs=[cell]).read_text()
+    again = run_report.write(run, made).read_text()
     shown = slider.cells([cell])
     assert "Before and after</h2><p>Drag over a picture" in again
     assert again.count("Drag over a picture") == 1
     assert shown in first
     assert shown in again
     weights.write_text("trained for longer")
-    assert "Before and after" not in report.of(run, made)
+    assert "Before and after" not in run_report.of(run, made)
 
 
 def test_what_a_recommendation_rests_on_is_said_once_and_only_of_one(run):
@@ -120,10 +119,10 @@ def test_what_a_recommendation_rests_on_is_said_once_and_only_of_one(run):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     more = [line | {"samples": list("abcdef"), "losses": 2 * line["losses"]} for line in lines]
     file.write_text("".join(json.dumps(line) + "\n" for line in more))
-    assert report.of(run).count("It rests on 6 samples: too few to be sure") == 1
+    assert run_report.of(run).count("It rests on 6 samples: too few to be sure") == 1
     for place in (run / "checkpoints").iterdir():
         (place / "state.json").unlink()
-    assert "It rests on" not in report.of(run)
+    assert "It rests on" not in run_report.of(run)
 
 
 def test_a_validation_loss_that_is_not_finite_is_named_and_never_chosen(run):
@@ -131,7 +130,7 @@ def test_a_validation_loss_that_is_not_finite_is_named_and_never_chosen(run):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines[2]["losses"][0][0] = float("nan")  # after step 20, before the lowest
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 50, "lo')
-    assert "the validation loss was not finite after step 20" in report.stands_out(run)
+    assert "the validation loss was not finite after step 20" in run_report.stands_out(run)
     found = recommend(run)
     assert found.checkpoint is not None
     assert found.checkpoint.name == "step_000040"
@@ -144,7 +143,7 @@ def test_a_validation_loss_that_is_not_finite_is_named_and_never_chosen(run):
 
 
 def test_a_run_that_got_worse_is_said_to_have_with_its_numbers(run):
-    assert report.stands_out(run) == []
+    assert run_report.stands_out(run) == []
     for name in ("metrics.jsonl", "validation.jsonl"):
         lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
         steps = [line["step"] for line in lines]
@@ -152,7 +151,7 @@ def test_a_run_that_got_worse_is_said_to_have_with_its_numbers(run):
         (run / name).write_text("".join(json.dumps(line) + "\n" for line in backwards))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "skipped": 1}\n')
-    skipped, training, validation = report.stands_out(run)
+    skipped, training, validation = run_report.stands_out(run)
     assert skipped.startswith("1 logged steps made no update")
     assert training.startswith("the training loss rose: from 1.113 to 1.863")
     assert "higher than the base's beyond the noise: 2.6 against 1.8 (+44.4 %)" in validation
@@ -160,12 +159,12 @@ def test_a_run_that_got_worse_is_said_to_have_with_its_numbers(run):
 
 
 def test_the_command_is_kept_without_secrets_and_where_it_goes_on(run):
-    report.note_command(run, ["+experiment=demo", "output_dir=x", "tracker.api_key=abcdefgh12345678"], 2)
-    report.note_command(run, ["steps=80", f"resume={run}"], goes_on=True)
+    run_report.note_command(run, ["+experiment=demo", "output_dir=x", "tracker.api_key=abcdefgh12345678"], 2)
+    run_report.note_command(run, ["steps=80", f"resume={run}"], goes_on=True)
     first, second = (run / "command.txt").read_text().splitlines()
     assert first == "accelerate launch --num_processes 2 train/run.py +experiment=demo 'tracker.api_key=***'"
     assert second == f"accelerate launch train/run.py steps=80 resume={run}"
-    assert "+experiment=demo" in report.of(run)
+    assert "+experiment=demo" in run_report.of(run)
 
 
 def test_a_sheet_says_where_its_pictures_are_and_the_report_shows_them_one_by_one(run):
@@ -180,11 +179,11 @@ def test_a_sheet_says_where_its_pictures_are_and_the_report_shows_them_one_by_on
             for (_, picture), wanted in zip(shown, pictures(*colours), strict=True)
         ]
         save(page, prompts, run / "samples" / f"step_{step:06d}.png")
-    text = report.of(run)
+    text = run_report.of(run)
     assert text.count('<figure class="cell"') == 5
     assert text.count('data-name="step 40"') == 5
     Image.new("RGB", (64, 64)).save(run / "samples" / "step_000020.png")  # of before: no layout
-    assert report.of(run).count('<figure class="cell"') == 1
+    assert run_report.of(run).count('<figure class="cell"') == 1
 
 
 def save(page, prompts, file):
@@ -209,7 +208,7 @@ def test_training_writes_a_report_and_its_failure_is_a_warning(train, monkeypatc
     text = (folder / "report.html").read_text()
     assert 'data-name="base"' in text
     assert 'data-name="step 4"' in text
-    monkeypatch.setattr(report, "of", lambda *arguments, **more: 1 / 0)
+    monkeypatch.setattr(run_report, "of", lambda *arguments, **more: 1 / 0)
     folder = train("two")
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
     assert "report.html could not be written (ZeroDivisionError" in capsys.readouterr().err
@@ -220,7 +219,7 @@ def test_runs_are_shown_with_the_settings_in_which_they_differ(run, made, tmp_pa
     for name in ("config.yaml", "metrics.jsonl", "validation.jsonl"):
         (other / name).write_text((run / name).read_text().replace("steps: 40", "steps: 41"))
     second = Evaluation(other, "latents", made.prompts, made.columns, made.rows, "step 40")
-    text = report.of(run, made, [second])
+    text = run_report.of(run, made, [second])
     assert '<th scope="row"><code>steps</code></th><td><code>40</code></td><td><code>41</code></td>' in text
     assert '<th scope="row"><code>name</code>' not in text
     assert text.count('class="c1"') >= 2  # a second curve in each plot of losses
@@ -250,7 +249,7 @@ def test_a_plot_is_logarithmic_where_values_span_decades_and_skips_what_is_not_f
 @pytest.mark.skipif(CHROMIUM is None, reason=NONE)
 def test_the_page_works_in_a_browser_without_network_by_mouse_touch_and_keys_and_on_a_phone(run, made, tmp_path):
     big = [Cell("before and after", [Shot("base", *pictures("red")), Shot("adapter", *pictures("blue"))])]
-    page = report.write(run, made, pairs=big)
+    page = run_report.write(run, made, pairs=big)
     clip = "getComputedStyle(document.querySelector('.compare .after')).clipPath"
     box = "(e => [e.left, e.top, e.width, e.height])(document.querySelector('.compare').getBoundingClientRect())"
     see = "document.querySelector('.compare').scrollIntoView({block: 'center'})"
@@ -300,5 +299,5 @@ def test_the_page_works_in_a_browser_without_network_by_mouse_touch_and_keys_and
 
 
 def test_the_policy_of_the_page_lets_nothing_be_fetched(run):
-    assert "default-src 'none'; img-src data:" in report.of(run)
+    assert "default-src 'none'; img-src data:" in run_report.of(run)
     assert slider.cells([]) == ""

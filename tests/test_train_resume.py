@@ -7,9 +7,9 @@ import shutil
 import pytest
 from checkpoint_helpers import ANEW, CONFIG, IMAGES, changed, damage, look, make_run
 
-from train import checkpoint
-from train.folder import InUse, Lock
-from train.resume import PLACES, RunLocation
+from train.checkpoints import checkpoint
+from train.checkpoints.resume import PLACES, RunLocation
+from train.utils.lock import InUse, Lock
 
 # ------------------------------------------------------------------ where a run goes on
 

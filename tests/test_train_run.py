@@ -33,21 +33,21 @@ from train_helpers import (
 )
 
 import flux2
+import train.distributed.processes
 import train.encoding.prepare
-import train.processes
 import train.run
 import train.stages.model
 import train.stages.run_folder
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import QuantisedLinear, pick
 from flux2.weights.loading import load_transformer
-from train import text_encoders
-from train.checkpoint import checkpoints
+from train.checkpoints.checkpoint import checkpoints
+from train.distributed.processes import cores, make_accelerator
+from train.encoding import text_encoders
 from train.loop import Trainer
-from train.processes import cores, make_accelerator
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
-from train.validate import Sampler
+from train.validation.samples import Sampler
 
 pytest_plugins = ("train_helpers",)
 
@@ -357,7 +357,7 @@ def test_one_launched_process_uses_all_cores_and_one_of_several_its_share(monkey
         monkeypatch.delenv(key, raising=False)
     make_accelerator("cpu")
     assert threads == []  # plain python: PyTorch's own choice
-    monkeypatch.setattr(train.processes, "cores", lambda: 12)
+    monkeypatch.setattr(train.distributed.processes, "cores", lambda: 12)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     make_accelerator("cpu")
@@ -377,7 +377,7 @@ def test_processes_that_do_not_know_each_other_are_an_error(monkeypatch):
 
 def test_a_launcher_set_up_for_another_kind_of_parallelism_is_refused(monkeypatch):
     fake = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    monkeypatch.setattr(train.processes, "Accelerator", lambda **kwargs: fake)
+    monkeypatch.setattr(train.distributed.processes, "Accelerator", lambda **kwargs: fake)
     with pytest.raises(ValueError, match=r"configured for DEEPSPEED.*--multi_gpu.*shard=true"):
         make_accelerator("cpu")
 

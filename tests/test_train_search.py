@@ -12,8 +12,9 @@ from train_helpers import CONF, adapter, execute, launch, lines, random_tiny, sa
 
 import train.run
 import train.stages.model
-from train import jobs, slurm
-from train.stopping import Interrupted
+from train.sweeps import records, slurm
+from train.tracking.metrics import last_validation_loss
+from train.utils.signals import Interrupted
 
 pytest_plugins = ("train_helpers",)
 
@@ -74,7 +75,7 @@ def test_a_job_returns_its_last_validation_loss_if_that_is_a_number(tmp_path):
         ('{"step": 1, "loss": 3.0}\n', None),
     ):
         (tmp_path / "metrics.jsonl").write_text(text)
-        assert jobs.last_validation_loss(tmp_path) == value
+        assert last_validation_loss(tmp_path) == value
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def submitted(monkeypatch, tmp_path):
     called = []
 
     def requeue(number, frame):
-        called.append((number, jobs.record(tmp_path).get("status")))
+        called.append((number, records.record(tmp_path).get("status")))
         raise SystemExit(-1)
 
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
@@ -253,7 +254,7 @@ def test_a_job_that_submitit_runs_gives_no_value_when_it_is_stopped(run_command,
     code, _, err = run_command("-m", "steps=1,2", f"output_dir={tmp_path}", task=task)
     assert code == 2
     assert err.count("stopped after step 3, saved") == 2  # both were run
-    assert [job.status for job in jobs.read_jobs(Path(tmp_path))] == ["stopped"] * 2
+    assert [job.status for job in records.read_jobs(Path(tmp_path))] == ["stopped"] * 2
 
 
 def test_a_search_for_the_highest_loss_is_refused(run_command, tmp_path):

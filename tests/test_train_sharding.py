@@ -15,9 +15,9 @@ from flux2.weights.loading import load_transformer
 from flux2.weights.sources import model_source
 from train.config.instantiate import parse_settings
 from train.config.settings import MemorySettings, RunSettings
+from train.distributed.processes import trained
+from train.distributed.sharding import SETTINGS, attached, launched_to_shard, sharder
 from train.plan import main as plan
-from train.processes import trained
-from train.sharding import SETTINGS, attached, launched_to_shard, sharder
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)

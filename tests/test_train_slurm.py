@@ -10,8 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from train_helpers import compose, execute, random_tiny, run_training, values
 
-from train import jobs, relaunch, slurm
-from train.stopping import Interrupted
+from train.checkpoints import resume_command
+from train.sweeps import records, slurm
+from train.utils.signals import Interrupted
 
 pytest_plugins = ("train_helpers",)
 
@@ -80,7 +81,7 @@ def test_of_several_processes_the_first_notes_that_the_job_is_started_again(task
             task(rank)
             with pytest.raises(Interrupted), slurm.within_time_limit(tmp_path):
                 raise Interrupted("saved", signal.SIGUSR1)
-            assert jobs.record(tmp_path).get("status") == (None if rank else "waiting")
+            assert records.record(tmp_path).get("status") == (None if rank else "waiting")
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert called == [signal.SIGUSR2] * 2
@@ -91,7 +92,7 @@ def test_the_command_that_goes_on_with_a_submitted_job_is_not_submitits(run_comm
     task(0, tasks=2)
 
     def work(config):
-        said.append(relaunch.command_line(tmp_path))
+        said.append(resume_command.command_line(tmp_path))
 
     monkeypatch.setattr(slurm, "join_tasks", lambda: None)
     code, _, err = run_command("-m", f"output_dir={tmp_path}", "steps=3", task=work)
@@ -147,7 +148,7 @@ def test_a_job_of_two_processes_is_the_run_of_one(tmp_path):
     assert done.returncode == 2, done.stderr
     said = "".join(file.read_text() for file in (tmp_path / "two" / ".submitit").glob("*/*_0_log.out"))
     assert len(re.findall("processes: 2, CPU threads each: ", said)) == 1, said
-    assert [job.status for job in jobs.read_jobs(tmp_path / "two")] == ["done", "failed"]
+    assert [job.status for job in records.read_jobs(tmp_path / "two")] == ["done", "failed"]
     assert done.stdout.count("adapter.rank=0 must be a whole number from 1") == 1
     one = run_training(compose(*settings, "batch_size=2", "adapter.rank=2", f"output_dir={tmp_path / 'one'}")).parent
     for key in ("loss", "validation_loss"):

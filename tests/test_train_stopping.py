@@ -12,12 +12,12 @@ from train_helpers import (
 )
 
 from flux2 import adapters
-from train import stopping
-from train.checkpoint import checkpoints
-from train.guard import TrainingError
-from train.stopping import SIGNALS, Interrupted, stop_requests
+from train.checkpoints.checkpoint import checkpoints
+from train.optim.update_guard import TrainingError
 from train.tracking import NoTracker
-from train.validate import Sampler
+from train.utils import signals
+from train.utils.signals import SIGNALS, Interrupted, stop_requests
+from train.validation.samples import Sampler
 
 pytest_plugins = ("train_helpers",)
 
@@ -182,7 +182,7 @@ def test_the_tracker_is_finished_however_a_run_ends(train, at_step, monkeypatch)
 
 def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: clock.now))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         with stop_requests() as stop:

@@ -12,14 +12,16 @@ import pytest
 import torch
 from train_helpers import ROOT, adapter, ask_to_stop, compose, environment, lines, same_tensors, values
 
-import train.folder
 import train.run
 import train.stages.data
 import train.stages.model
-from train import jobs, shared, sweep, sweep_page
-from train.shared import SHARED, Base, Shared, checksum, state_of
+import train.utils.lock
+from train import sweep
+from train.encoding.text_encoders import LocalTextEncoder
 from train.stages.memory import load_config
-from train.text_encoders import LocalTextEncoder
+from train.sweeps import records, reuse
+from train.sweeps.page import in_rows, picture
+from train.sweeps.reuse import SHARED, Base, Shared, checksum, state_of
 
 pytest_plugins = ("train_helpers", "offload_helpers")
 
@@ -150,7 +152,7 @@ def test_after_a_job_that_failed_while_training_nothing_of_it_is_used(grid, trai
     assert loads.count("load_transformer") == 2
     assert USED not in out
     same_runs(tmp_path / "sweep" / "1", train("alone", "adapter.rank=4"))
-    assert [job.status for job in jobs.read_jobs(tmp_path / "sweep")] == ["failed", "done"]
+    assert [job.status for job in records.read_jobs(tmp_path / "sweep")] == ["failed", "done"]
 
 
 def test_a_job_refused_for_its_settings_costs_no_second_load(grid, loads):
@@ -161,7 +163,7 @@ def test_a_job_refused_for_its_settings_costs_no_second_load(grid, loads):
 
 
 def test_a_transformer_that_is_not_as_it_was_is_not_used_again(grid, loads, monkeypatch):
-    detach = shared.adapters.detach
+    detach = reuse.adapters.detach
 
     def careless(wrapped):
         model = detach(wrapped)
@@ -169,7 +171,7 @@ def test_a_transformer_that_is_not_as_it_was_is_not_used_again(grid, loads, monk
             next(model.parameters()).view(-1)[0] += 1e-3
         return model
 
-    monkeypatch.setattr(shared.adapters, "detach", careless)
+    monkeypatch.setattr(reuse.adapters, "detach", careless)
     code, out, err = grid("adapter.rank=2,4", "steps=1")
     assert code == 0, err
     assert loads == ["load_transformer"] * 2
@@ -315,11 +317,11 @@ def test_a_job_that_was_killed_has_no_word_and_one_that_holds_its_folder_runs(tm
     for number in (0, 1):
         folder = tmp_path / str(number)
         folder.mkdir()
-        jobs.note(folder, status=jobs.RUNNING, overrides=["a=1"], steps=4)
+        records.note(folder, status=records.RUNNING, overrides=["a=1"], steps=4)
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    lock = train.folder.Lock(tmp_path / "1")
+    lock = train.utils.lock.Lock(tmp_path / "1")
     try:
-        killed, running = jobs.read_jobs(tmp_path)
+        killed, running = records.read_jobs(tmp_path)
     finally:
         lock.release()
     assert (killed.status, running.status) == ("lost", "running")
@@ -329,7 +331,7 @@ def test_a_job_that_was_killed_has_no_word_and_one_that_holds_its_folder_runs(tm
 def test_the_table_is_made_again_by_a_command(tmp_path, capsys):
     folder = tmp_path / "sweep" / "0"
     folder.mkdir(parents=True)
-    jobs.note(folder, status="done", overrides=["adapter.rank=2", "x=<b>"], steps=1)
+    records.note(folder, status="done", overrides=["adapter.rank=2", "x=<b>"], steps=1)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "validation_loss": NaN}\n')
     assert sweep.main([str(tmp_path / "sweep")]) == 0
     assert "2.0000" in capsys.readouterr().out
@@ -355,19 +357,19 @@ def test_the_table_is_made_again_by_a_command(tmp_path, capsys):
     ],
 )
 def test_jobs_of_a_grid_stand_in_rows_that_differ_in_one_key(values, order, columns, tmp_path):
-    found = [jobs.Job(i, tmp_path / str(i), {"rank": rank, "lr": lr}) for i, (rank, lr) in enumerate(values)]
-    shown, count = sweep_page.in_rows(found, jobs.split_overrides(found)[1])
+    found = [records.Job(i, tmp_path / str(i), {"rank": rank, "lr": lr}) for i, (rank, lr) in enumerate(values)]
+    shown, count = in_rows(found, records.split_overrides(found)[1])
     assert ([job.number for job in shown], count) == (order, columns)
 
 
 def test_a_sheet_that_cannot_be_read_is_left_out(tmp_path):
     broken = tmp_path / "step_000001.png"
     broken.write_bytes(b"\x89PNG half")
-    assert sweep_page.picture(broken) == ""
+    assert picture(broken) == ""
 
 
 def test_the_free_memory_counts_what_the_job_before_left(model_folders, small):
-    from train.choose import free_bytes
+    from train.planner.from_config import free_bytes
 
     run = load_config(compose(*small()))
     before = SHARED.held(torch.device("cpu"))

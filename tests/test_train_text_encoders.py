@@ -1,4 +1,4 @@
-"""train.text_encoders: training from a text encoder elsewhere, which may be slow, unkind or gone."""
+"""train.encoding.text_encoders: training from a text encoder elsewhere, which may be slow, unkind or gone."""
 
 import threading
 import time
@@ -15,11 +15,11 @@ from flux2.models.variants import VARIANTS
 from flux2.prompts.remote_client import PUBLISHED, TOKEN
 from flux2.prompts.remote_protocol import IDENTITY_HEADER
 from flux2.weights.sources import TINY_FOLDER, ModelSource
-from train import text_encoders
 from train.cache import main
+from train.encoding import text_encoders
+from train.encoding.text_encoders import LocalTextEncoder, RemoteTextEncoder
 from train.stages.data import prepare_samples
 from train.stages.memory import load_config
-from train.text_encoders import LocalTextEncoder, RemoteTextEncoder
 
 pytest_plugins = ("remote_helpers", "train_helpers")
 

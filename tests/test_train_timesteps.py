@@ -6,8 +6,8 @@ import torch
 from train_helpers import compose
 
 from flux2.sampling import schedule, shift
+from train.objective.timesteps import LogitNormal, Mode, Uniform
 from train.stages.memory import load_config
-from train.timesteps import LogitNormal, Mode, Uniform
 
 pytest_plugins = ("train_helpers",)
 

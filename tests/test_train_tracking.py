@@ -9,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train_helpers import ask_to_stop, lines, values
 from wandb.proto import wandb_internal_pb2
 
-from train.stopping import Interrupted
-from train.tracking import Metrics, NoTracker, TensorBoardTracker, WandbTracker
+from train.tracking import NoTracker, TensorBoardTracker, WandbTracker
+from train.tracking.metrics import Metrics
+from train.utils.signals import Interrupted
 
 pytest_plugins = ("train_helpers",)
 
@@ -288,7 +289,7 @@ def test_wandb_that_cannot_be_reached_goes_on_offline_with_a_warning(train, monk
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", PLANTED["WANDB_API_KEY"])
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setattr("train.tracking.INIT_SECONDS", 2.0)
+    monkeypatch.setattr("train.tracking.trackers.INIT_SECONDS", 2.0)
     began = time.monotonic()
     run = train("run", "tracker=wandb")
     assert time.monotonic() - began < 90

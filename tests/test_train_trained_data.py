@@ -7,8 +7,8 @@ import pytest
 from train_helpers import CAPTIONS, draw_picture, lines
 
 from data.cache.latents import LatentEntry
-from train.checkpoint import checkpoints, state
-from train.trained_data import TrainedData
+from train.checkpoints.checkpoint import checkpoints, state
+from train.checkpoints.data_manifest import TrainedData
 
 pytest_plugins = ("train_helpers",)
 

@@ -12,7 +12,9 @@ from flux2.weights.loading import load_transformer
 from train.stages.data import prepare_samples
 from train.stages.memory import load_config
 from train.stages.model import load_sampler
-from train.validate import TIMES, FixedNoiseLoss, SampleSettings, ValidationSettings, chosen_samples, sheet, wrap
+from train.validation.loss import TIMES, FixedNoiseLoss, ValidationSettings, chosen_samples
+from train.validation.samples import SampleSettings
+from train.validation.sheet import sheet, wrap
 
 pytest_plugins = ("train_helpers",)
 

@@ -9,9 +9,9 @@ from test_train_loss import batch_of, masked, stir
 from train_helpers import drawn_and_mixed, values
 
 from flux2 import adapters
-from train.loss import flow_loss, training_loss
-from train.timesteps import LogitNormal
-from train.weighting import Bell, Cosmap, SigmaSqrt, Unweighted
+from train.objective.loss import flow_loss, training_loss
+from train.objective.timesteps import LogitNormal
+from train.objective.weighting import Bell, Cosmap, SigmaSqrt, Unweighted
 
 pytest_plugins = ("train_helpers",)
 

@@ -32,15 +32,15 @@ from safetensors.torch import load_file, save_file
 from data.loader import Batch
 from flux2.models.variants import VARIANTS
 from flux2.weights.sources import TINY_FOLDER
-from train.command import command
+from train.cli.app import command
 from train.config.run_config import RunConfig
 from train.loop import Trainer
-from train.loss import Noised, add_noise, draw
+from train.objective.loss import Noised, add_noise, draw
+from train.objective.timesteps import Uniform
 from train.run import main
 from train.run import train as run_stages
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
-from train.timesteps import Uniform
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # a script's own folder comes first in sys.path, and
 
 from omegaconf import DictConfig, OmegaConf
 
-from train.command import command
+from train.cli.app import command
 from train.encoding.prepare import remove_unused
 from train.stages.class_data import class_cache_requests
 from train.stages.data import cache_request, prepare_samples

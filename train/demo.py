@@ -36,15 +36,15 @@ from torch import Tensor
 from data.synthetic import probe
 from flux2.adapters import disabled
 from flux2.pipeline import Pipeline
-from train import report
-from train.command import command
+from train.checkpoints.resume import RunLocation
+from train.cli.app import command
 from train.config.run_config import RunConfig
-from train.progress import Count
-from train.resume import RunLocation
+from train.reports import run_report
+from train.reports.slider import Cell
 from train.run import train
-from train.slider import Cell
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
+from train.utils.progress import Count
 from train.validation.sheet import sheet
 
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
@@ -150,7 +150,7 @@ def end(
     run.say(f"the adapter       {adapter}")
     command_line = f"{shlex.quote(sys.executable)} -m flux2.generate --adapter {adapter}"
     run.say(f"more pictures     {command_line} {shlex.join(use)}")
-    if run.accelerator.is_main_process and (page := report.write_or_warn(adapter.parent, pairs)):
+    if run.accelerator.is_main_process and (page := run_report.write_or_warn(adapter.parent, pairs)):
         run.say(f"the report        {page}")
 
 
@@ -220,7 +220,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
     use = ["--prompt", "a trtcrd of a purple bell, tarot style", "--out", "bell.png"]
     pairs_shown = [
-        report.pair(words[i], before[i], after[i])
+        run_report.pair(words[i], before[i], after[i])
         for words, before, after in ((prompts, cards_before, cards_after), (plain, plain_before, plain_after))
         for i in shown
     ]

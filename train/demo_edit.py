@@ -37,14 +37,14 @@ from data.synthetic.recognize import difference, recognise
 from data.synthetic.spotlight import INSTRUCTION, PIXELS, SHOWN, new_drawings, spotlight
 from flux2.adapters import disabled
 from flux2.pipeline import Pipeline, render
-from train import report
-from train.command import command
+from train.checkpoints.resume import RunLocation
+from train.cli.app import command
 from train.config.run_config import RunConfig
 from train.demo import end, line, load_demo_config, moved, same
-from train.progress import Count
-from train.resume import RunLocation
+from train.reports import run_report
 from train.run import train
 from train.stages.run_folder import claim_run_folder
+from train.utils.progress import Count
 from train.validation.sheet import sheet
 
 BATCH = 8
@@ -191,7 +191,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     use = ["--image", "data/demo_edit/new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
     chosen = [drawings.index(one) for one in SHOWN]
     pairs = [
-        report.pair(f"{drawings[i].colour} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen
+        run_report.pair(f"{drawings[i].colour} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen
     ]
     end(run, adapter, seconds, judge(found), folder / "demo_edit.json", use, pairs)
 

@@ -28,21 +28,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux2.adapters.formats import AdapterError
-from train import measures, report
-from train.checks import check_count, is_number
-from train.command import command
+from train.cli.app import command
 from train.config.instantiate import instantiate, parse_settings
-from train.evaluation import BASE, Evaluation, Row
-from train.features import Features
-from train.folder import write_picture, write_whole
-from train.masking import masked_command, masked_text
-from train.outofmemory import free_memory
-from train.page import opened
-from train.progress import Count
-from train.recommend import closing_lines, recommend
+from train.evaluation import distances
+from train.evaluation.features import Features
+from train.evaluation.recommend import closing_lines, recommend
+from train.evaluation.results import BASE, Evaluation, Row
+from train.reports import run_report
 from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder
+from train.utils.checks import check_count, is_number
 from train.utils.console import warn
-from train.validate import is_texts
+from train.utils.files import opened, write_picture, write_whole
+from train.utils.memory import free_memory
+from train.utils.progress import Count
+from train.utils.redact import masked_command, masked_text
+from train.validation.samples import is_texts
 from train.validation.sheet import sheet
 
 NUMBERS, SHEET = "evaluation.json", "sheet.png"  # in the folder of an evaluation
@@ -218,15 +218,15 @@ def measure(
         vectors.append(describe(one.image))
         made.trained.append(one.name)
         loads.append(one.load)
-    trained = measures.Training.of(vectors) if vectors else None
+    trained = distances.Training.of(vectors) if vectors else None
     made.own = trained.own if trained else ()
     bases = dict(zip(made.columns, map(vector, made.base.files), strict=True))
     for row, columns in [*((row, made.columns) for row in made.rows), *((row, few) for row in made.strengths)]:
         own = [vector(file) for file in row.files]
         there = [one for one in own if one is not None]
         pairs = [(one, bases[at]) for one, at in zip(own, columns, strict=True)]
-        row.to_base = measures.mean_distance([(a, b) for a, b in pairs if a is not None and b is not None])
-        row.spread = measures.spread(there)
+        row.to_base = distances.mean_distance([(a, b) for a, b in pairs if a is not None and b is not None])
+        row.spread = distances.spread(there)
         row.nearest = [None if one is None or trained is None else trained.nearest(one) for one in own]
         near = [one.distance for one in row.nearest if one is not None]
         row.to_training = sum(near) / len(near) if near else None
@@ -290,12 +290,12 @@ def main(config: DictConfig) -> None:
     found = evaluated(settings, features)
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     by = f"python train/evaluate.py {masked_command(words)}" if words else ""
-    page = report.write(found[0].folder, found[0], found[1:], evaluated_by=by)
+    page = run_report.write(found[0].folder, found[0], found[1:], evaluated_by=by)
     for one in found:
         for note in one.notes:
             warn(note)
     print(*closing_lines(found[0].folder), sep="\n")
-    for text in report.stands_out(found[0].folder, found[0]):
+    for text in run_report.stands_out(found[0].folder, found[0]):
         print(text)
     print(f"pictures  {found[0].folder / 'evaluation'}")
     print(f"report    {page}", flush=True)

@@ -19,22 +19,23 @@ from torch import Tensor, nn
 from data.loader import Loader
 from data.sampler import derived_generator
 from flux2.adapters import adapter_parameters
-from train.ahead import Prefetcher
+from train.checkpoints.checkpointer import Checkpointer
 from train.config.settings import LoopSettings
-from train.ema import EvaluationWeights
-from train.guard import Reading, UpdateGuard, clip
-from train.keeping import Checkpointer
-from train.loss import Losses
+from train.distributed.processes import Processes, ProcessesDiverged
+from train.objective.loss import Losses
 from train.objective.objective import MicroBatch, Objective
-from train.optim import LearningRate
-from train.outofmemory import OutOfMemory, watched
-from train.processes import Processes, ProcessesDiverged
-from train.progress import Progress
-from train.speed import Clock, peak_memory_gb
-from train.stopping import stop_requests
-from train.tracking import Metrics
+from train.optim.ema import EvaluationWeights
+from train.optim.schedules import LearningRate
+from train.optim.update_guard import Reading, UpdateGuard, clip
+from train.tracking.metrics import Metrics
 from train.utils.console import warn
-from train.validate import FixedNoiseLoss, Sampler
+from train.utils.memory import OutOfMemory, watched
+from train.utils.prefetch import Prefetcher
+from train.utils.progress import Progress
+from train.utils.signals import stop_requests
+from train.utils.throughput import Clock, peak_memory_gb
+from train.validation.loss import FixedNoiseLoss
+from train.validation.samples import Sampler
 
 
 @dataclass

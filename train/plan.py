@@ -1,8 +1,8 @@
 """Will it fit, and how long will it take? `python train/plan.py +experiment=tarot [+card=24] [key=value ...]`
 
 Takes the settings of a training run and prints what memory holds in each of its phases, which cards that fits, and what
-`memory=auto` would choose there. All of it is predicted from shapes (train/memory.py, train/predict.py); docs/memory.md
-says how. It needs no weights, no network and no GPU, and changes nothing.
+`memory=auto` would choose there. All of it is predicted from shapes (train/planner/step_memory.py,
+train/planner/predictor.py); docs/memory.md says how. It needs no weights, no network and no GPU, and changes nothing.
 
 `+card=24` plans for a card of 24 GB, like `memory=24gb`; otherwise it is planned for the GPU at hand, if there is one.
 `shard=true +processes=4` plans for each of four processes that share the base (docs/scaling.md).
@@ -29,23 +29,18 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from train.cards import GIB, SIZES, Gpu, gpu, measured, usable
-from train.checks import check_count, is_number
-from train.choose import (
-    choose,
-    does_not_fit,
-    job_of,
-    lighter,
-    planned_precision,
-)
-from train.command import command
+from train.cli.app import command
 from train.config.instantiate import parse_settings
 from train.config.memory import FREE, Choice, choice_of, completed, fixed_keys, settings_of
 from train.config.run_config import RunConfig
 from train.config.settings import MemorySettings
-from train.predict import Planner, Prediction
+from train.planner.from_config import job_of, planned_precision
+from train.planner.gpus import GIB, SIZES, Gpu, gpu, measured, usable
+from train.planner.predictor import Planner, Prediction
+from train.planner.search import choose, does_not_fit, lighter
+from train.planner.workload import trained
+from train.utils.checks import check_count, is_number
 from train.utils.text import many
-from train.workload import trained
 
 SMALL_CARD = 24  # GB
 

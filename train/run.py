@@ -18,23 +18,24 @@ if __name__ == "__main__":  # a script's own folder comes first in sys.path, and
 
 from omegaconf import DictConfig
 
-from train import sweep
-from train.command import command
+from train.checkpoints.checkpointer import Checkpointer
+from train.checkpoints.resume import RunLocation
+from train.cli.app import command
 from train.config.run_config import RunConfig
-from train.ema import EvaluationWeights
-from train.keeping import Checkpointer
+from train.distributed.sharding import check_processes
 from train.loop import Trainer
-from train.optim import LearningRate, build
-from train.outofmemory import free_memory
-from train.resume import RunLocation
-from train.sharding import check_processes
-from train.shared import SHARED
+from train.optim.ema import EvaluationWeights
+from train.optim.optimizers import build
+from train.optim.schedules import LearningRate
 from train.stages.data import PreparedData, make_objective, prepare_data
 from train.stages.finish import announce, write_card_and_report
 from train.stages.memory import keep_memory, load_config, memory_advice
 from train.stages.model import load_model, load_sampler
 from train.stages.run_folder import claim_run_folder, record_start
-from train.tracking import Metrics
+from train.sweeps.job import check, is_done, is_sweep, result
+from train.sweeps.reuse import SHARED
+from train.tracking.metrics import Metrics
+from train.utils.memory import free_memory
 from train.utils.text import many
 
 
@@ -44,7 +45,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
     if processes.sharded:
         check_processes(accelerator.num_processes)
     config = keep_memory(config, location)
-    with memory_advice(config), SHARED.job(keeps=sweep.is_sweep()):
+    with memory_advice(config), SHARED.job(keeps=is_sweep()):
         # Samples, encoded once into the cache; then both encoders are freed.
         data = prepare_data(config)
         data.check_unchanged(config, location)
@@ -106,12 +107,12 @@ def main(config: DictConfig) -> float | None:
     """Train one configuration; return the last validation loss of a job of a sweep, if there is one."""
     try:
         run = load_config(config)
-        sweep.check(run)
-        if not sweep.is_done(run):
+        check(run)
+        if not is_done(run):
             with claim_run_folder(run) as location:
                 adapter, data = train(run, location)
             announce(run, adapter, data.first_caption)
-        return sweep.result(run)
+        return result(run)
     finally:
         free_memory()  # the next job of a sweep needs it
 

@@ -72,7 +72,9 @@ class Source(torch.autograd.Function):
 
 
 def where(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same part of the same memory, also for those without any (train/memory.py)."""
+    """Equal for tensors that are the same part of the same memory, also for those without any
+    (train/planner/step_memory.py).
+    """
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 

@@ -29,16 +29,17 @@ from flux2.quantization.precision import convert
 from train.config.instantiate import instantiate, parse_settings
 from train.config.memory import completed
 from train.config.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
-from train.ema import check_one_average
-from train.hub import HubSettings
-from train.loss import Preservation
+from train.distributed.processes import Processes, make_accelerator
+from train.distributed.sharding import check_adapter, launched_to_shard
+from train.encoding.text_encoders import PromptEncoder
+from train.objective.preservation import Preservation
 from train.objective.prior import PriorPreservation
-from train.optim import build, check_installed, doubts, try_out
-from train.processes import Processes, make_accelerator
-from train.sharding import check_adapter, launched_to_shard
-from train.text_encoders import PromptEncoder
+from train.optim.ema import check_one_average
+from train.optim.optimizers import build, check_installed, doubts, try_out
+from train.publishing.hub import HubSettings
 from train.utils.console import warn
-from train.validate import SampleSettings, ValidationSettings
+from train.validation.loss import ValidationSettings
+from train.validation.samples import SampleSettings
 
 GROUPS = (
     "model",

@@ -16,9 +16,9 @@ from flux2.memory.block_offload import check_stream_blocks
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import Precision, pick_dtype
 from flux2.weights.sources import ModelSource, model_source
-from train.checkpoint import Rotation
-from train.checks import check_count, is_number
+from train.checkpoints.rotation import Rotation
 from train.config.memory import FREE
+from train.utils.checks import check_count, is_number
 
 STORAGES = ("full", "projected", "fp8", "projected_fp8")  # of prompt embeddings
 MOST = 1 << 20  # pictures in a batch, and batches in a step
@@ -157,7 +157,7 @@ class PrecisionSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The group `memory`. With `card_gb` train/choose.py chooses what is null."""
+    """The group `memory`. With `card_gb` train/planner/from_config.py chooses what is null."""
 
     checkpointing: str
     budget_gb: float | None = None

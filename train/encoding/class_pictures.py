@@ -31,10 +31,10 @@ from flux2.models.pixels import to_images
 from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, TOKEN_CHANNELS
 from flux2.sampling import initial_noise, sample
-from train.folder import make_writable
-from train.outofmemory import free_memory, watched
-from train.progress import Count
 from train.utils.console import own_errors
+from train.utils.files import make_writable
+from train.utils.memory import free_memory, watched
+from train.utils.progress import Count
 from train.utils.text import many
 
 

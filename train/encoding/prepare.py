@@ -24,12 +24,12 @@ from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import to_pixels
 from flux2.weights.loading import load_autoencoder, load_text_projection
 from flux2.weights.sources import Fingerprints, ModelSource, fingerprint
-from train.bucket_table import show_buckets
-from train.folder import make_writable
-from train.outofmemory import free_memory, watched
-from train.progress import Count
-from train.text_encoders import Encode, PromptEncoder
+from train.encoding.bucket_table import show_buckets
+from train.encoding.text_encoders import Encode, PromptEncoder
 from train.utils.console import own_errors
+from train.utils.files import make_writable
+from train.utils.memory import free_memory, watched
+from train.utils.progress import Count
 from train.utils.text import gigabytes, many
 
 PICTURES, FINGERPRINTS = "pictures.json", "fingerprints.json"  # in the cache's folder

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batch, Loader, onto
-from train.loss import Losses, Noised, NoiseDraw, Preservation, add_noise, draw, training_loss
+from train.objective.loss import Losses, Noised, NoiseDraw, add_noise, draw, training_loss
+from train.objective.preservation import Preservation
 from train.objective.prior import ClassPictures
-from train.timesteps import Uniform
-from train.weighting import Unweighted
+from train.objective.timesteps import Uniform
+from train.objective.weighting import Unweighted
 
 
 @dataclass(frozen=True)

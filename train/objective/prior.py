@@ -21,7 +21,7 @@ from data.loader import Batch, Loader
 from data.sampler import derived_generator
 from flux2.models.variants import PIXELS_PER_TOKEN
 from flux2.utils.checks import MAX_GUIDANCE, MAX_PIXELS, MAX_STEPS
-from train.checks import check_seed, is_count, is_number
+from train.utils.checks import check_seed, is_count, is_number
 
 MOST = 100_000  # class pictures that are drawn
 

@@ -15,12 +15,12 @@ from flux2.models.transformer import Transformer
 from flux2.pipeline import Pipeline
 from flux2.weights.loading import load_autoencoder
 from flux2.weights.sources import fingerprint
+from train.checkpoints.data_manifest import TrainedData
 from train.config.instantiate import instantiate
 from train.config.run_config import RunConfig
 from train.encoding.class_pictures import ClassPictureFolder, Recipe, draw, picture_file
 from train.encoding.prepare import CacheRequest
 from train.objective.prior import ClassPictures
-from train.trained_data import TrainedData
 
 
 def given_classes(config: RunConfig) -> Source | None:

@@ -13,17 +13,17 @@ from data.cache import Cache, MemoryCache
 from data.cache.prepared import CachedDataset
 from data.loader import Loader
 from data.sources import Source
-from train import resume
+from train.checkpoints import checkpoint
+from train.checkpoints.data_manifest import TrainedData
+from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
 from train.encoding.prepare import CacheRequest, prepare
 from train.objective.objective import Objective
 from train.objective.prior import ClassPictures
-from train.processes import is_offline
-from train.resume import RunLocation
-from train.shared import SHARED
 from train.stages.class_data import class_loader, drawn_classes, given_classes, manifest_of_classes
-from train.trained_data import TrainedData
-from train.validate import FixedNoiseLoss, chosen_samples
+from train.sweeps.reuse import SHARED
+from train.utils.network import is_offline
+from train.validation.loss import FixedNoiseLoss, chosen_samples
 
 # a later job of a sweep reuses the data of the job before if these are equal
 DATA_GROUPS = ("model", "dataset", "text_encoder", "buckets", "sample", "preservation")
@@ -67,7 +67,7 @@ class TrainingData:
         """Raise ValueError if a resumed run would train on other samples than before, unless that is allowed."""
         if location.checkpoint is None:
             return
-        changed = self.manifest.difference(location.origin, resume.state(location.checkpoint).get("data", ""))
+        changed = self.manifest.difference(location.origin, checkpoint.state(location.checkpoint).get("data", ""))
         if changed and not config.settings.allow_changed_data:
             raise ValueError(
                 f"the samples are not those that {location.checkpoint} was trained on: {changed}. Give those again, "

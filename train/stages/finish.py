@@ -10,11 +10,13 @@ from hydra.core.hydra_config import HydraConfig
 
 from flux2.adapters.files import unread
 from flux2.quantization.precision import pick
-from train import model_card, report, sweep
 from train.config.run_config import RunConfig
-from train.hub import push_or_say
-from train.recommend import closing_lines
-from train.text_encoders import RemoteTextEncoder
+from train.encoding.text_encoders import RemoteTextEncoder
+from train.evaluation.recommend import closing_lines
+from train.publishing import model_card
+from train.publishing.hub import push_or_say
+from train.reports import run_report
+from train.sweeps.job import is_sweep
 from train.utils.console import warn
 
 
@@ -41,7 +43,7 @@ def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None
         model_card.write(facts, folder)
     except (OSError, ValueError) as error:
         warn(f"the card of the adapter could not be written ({error})")
-    report.write_or_warn(folder)
+    run_report.write_or_warn(folder)
 
 
 def announce(config: RunConfig, adapter: Path, caption: str) -> None:
@@ -51,7 +53,7 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
         caption: The prompt of the printed command where nothing is sampled.
     """
     if config.accelerator.is_main_process:
-        if not sweep.is_sweep():  # which ends with those of its best job
+        if not is_sweep():  # which ends with those of its best job
             print(*closing_lines(adapter.parent), sep="\n")
         if config.hub.push:
             print(push_or_say(adapter.parent, config.hub), flush=True)
@@ -61,8 +63,8 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
     config.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if config.sample.prompts and config.settings.sample_every:
         config.say(f"pictures  {adapter.parent / 'samples'}")
-    if (adapter.parent / report.REPORT).is_file():
-        config.say(f"report    {adapter.parent / report.REPORT}")
+    if (adapter.parent / run_report.REPORT).is_file():
+        config.say(f"report    {adapter.parent / run_report.REPORT}")
     config.say(f"use it    {shlex.join(words_to_generate(config, adapter, caption))}")
 
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from omegaconf import DictConfig
 
-from train.choose import advice, planned, still_fits
+from train.checkpoints.resume import RunLocation
 from train.config.memory import choice_of
 from train.config.run_config import RunConfig
-from train.outofmemory import OutOfMemory
-from train.resume import RunLocation
+from train.planner.from_config import advice, planned, still_fits
 from train.utils.console import own_errors
+from train.utils.memory import OutOfMemory
 
 
 def load_config(config: DictConfig) -> RunConfig:

@@ -15,12 +15,12 @@ from flux2.models.pixels import reference_image, to_pixels
 from flux2.quantization.precision import describe
 from flux2.weights.loading import load_autoencoder, load_transformer
 from train.config.run_config import RunConfig
-from train.outofmemory import watched
-from train.sharding import attached, sharder, shares, whole_size
-from train.shared import SHARED, Base
+from train.distributed.sharding import attached, sharder, shares, whole_size
+from train.sweeps.reuse import SHARED, Base
 from train.utils.console import own_errors
+from train.utils.memory import watched
 from train.utils.text import gigabytes
-from train.validate import Sampler
+from train.validation.samples import Sampler
 
 
 @dataclass(frozen=True)

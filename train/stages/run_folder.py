@@ -13,11 +13,16 @@ from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from train import folder, report, resume, sweep
+from train.checkpoints import resume
+from train.checkpoints.checkpoint import CONFIG_FILE
+from train.checkpoints.data_manifest import TrainedData
+from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
-from train.masking import masked
-from train.resume import RunLocation
-from train.trained_data import TrainedData
+from train.reports import run_report
+from train.sweeps.job import folder_of_job, is_sweep
+from train.utils.files import make_new, make_writable, write_whole
+from train.utils.lock import InUse, Lock
+from train.utils.redact import masked
 
 
 @contextmanager
@@ -27,7 +32,7 @@ def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
     The main process decides for all. Raises ValueError if the folder is in use, holds another run, or cannot be
     written.
     """
-    lock: folder.Lock | None = None
+    lock: Lock | None = None
     shared: list[Any] = [None]
     if config.accelerator.is_main_process:
         try:
@@ -46,12 +51,12 @@ def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
             lock.release()
 
 
-def find_and_lock(config: RunConfig) -> tuple[RunLocation, folder.Lock]:
+def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
     """Choose the run folder, create it and lock it; before that, check that the adapter can be pushed."""
     config.hub.check()
     output = config.settings.output_dir
-    if sweep.is_sweep():
-        output = str(sweep.folder_of_job())
+    if is_sweep():
+        output = str(folder_of_job())
     new = Path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     given, chosen = config.settings.resume, output is not None
     while True:
@@ -59,11 +64,11 @@ def find_and_lock(config: RunConfig) -> tuple[RunLocation, folder.Lock]:
             given, new, masked(config.config), config.images_per_step, chosen=chosen, say=partial(print, flush=True)
         )
         if location == RunLocation(new) and not chosen:
-            location = RunLocation(folder.make_new(new))
+            location = RunLocation(make_new(new))
         try:
-            folder.make_writable(location.folder, "output_dir" if chosen else "the run folder")
-            return location, folder.Lock(location.folder)
-        except folder.InUse:
+            make_writable(location.folder, "output_dir" if chosen else "the run folder")
+            return location, Lock(location.folder)
+        except InUse:
             if chosen or given != "auto":
                 raise
             # another run took it in the meantime: look for one that is free
@@ -72,8 +77,8 @@ def find_and_lock(config: RunConfig) -> tuple[RunLocation, folder.Lock]:
 def record_start(config: RunConfig, location: RunLocation, data: TrainedData) -> None:
     """Write the configuration, the samples and the command into the run folder."""
     text = OmegaConf.to_yaml(OmegaConf.create(masked(config.config)))
-    folder.write_whole(location.folder / resume.CONFIG_FILE, text)
+    write_whole(location.folder / CONFIG_FILE, text)
     data.write(location.folder)
     if HydraConfig.initialized():
         words, processes = HydraConfig.get().overrides.task, config.accelerator.num_processes
-        report.note_command(location.folder, words, processes, goes_on=location.checkpoint is not None)
+        run_report.note_command(location.folder, words, processes, goes_on=location.checkpoint is not None)

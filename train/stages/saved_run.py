@@ -29,17 +29,16 @@ from flux2.adapters.files import PEFT_FILE, read_tensors
 from flux2.adapters.tuners import take_off
 from flux2.models.transformer import Transformer
 from flux2.weights.sources import fingerprint
-from train import resume
-from train.checkpoint import check, checkpoints, checksum, number
+from train.checkpoints import resume
+from train.checkpoints.checkpoint import CONFIG_FILE, check, checkpoints, checksum, number
 from train.config.paths import CONFIG
 from train.encoding.prepare import prepare
-from train.folder import make_writable, write_picture, write_whole
-from train.outofmemory import free_memory
-from train.page import opened
 from train.stages.data import cache_request, paths
 from train.stages.memory import load_config
 from train.stages.model import load_sampler, offload_blocks, shared_base
-from train.validate import Sampler
+from train.utils.files import make_writable, opened, write_picture, write_whole
+from train.utils.memory import free_memory
+from train.validation.samples import Sampler
 
 FOLDER = "evaluation"  # in a run's
 TRAINING_ONLY = ("adapter", "optimizer", "schedule", "timesteps", "weighting", "preservation", "tracker")
@@ -112,9 +111,9 @@ def check_run_folder(folder: Path, key: str) -> None:
     """Raises ValueError, naming `key`, unless `folder` is that of a run."""
     if not folder.is_dir():
         raise ValueError(f"{key}={str(folder)!r} does not exist: give the folder of a run, outputs/<name>/<time>")
-    if not (folder / resume.CONFIG_FILE).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         hint = " It looks like a sweep: give one of its jobs." if (folder / "sweep.json").exists() else ""
-        raise ValueError(f"{key}={str(folder)!r} is not the folder of a run: {resume.CONFIG_FILE} is not in it.{hint}")
+        raise ValueError(f"{key}={str(folder)!r} is not the folder of a run: {CONFIG_FILE} is not in it.{hint}")
 
 
 def configuration(folder: Path, device: str | None, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,198 @@
+"""What a run keeps while it trains: its checkpoints and, at the end, its adapter, whatever goes wrong."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import peft
+import torch
+from accelerate import Accelerator
+
+from flux2 import adapters
+from train.checkpoints import checkpoint
+from train.checkpoints.resume import RunLocation
+from train.checkpoints.resume_command import go_on
+from train.checkpoints.rotation import Rotation
+from train.optim.ema import EvaluationWeights
+from train.optim.update_guard import TrainingError
+from train.tracking.metrics import Metrics
+from train.utils.console import warn
+from train.utils.memory import OutOfMemory
+from train.utils.signals import Interrupted, Stopped
+
+
+@dataclass
+class Checkpointer:
+    """Saves the state of a run.
+
+    Attributes:
+        location: Where the run writes, and what it resumes.
+        peft_model: The adapter, in PEFT's wrapper.
+        weights: Which weights of the adapter are saved as the ones to use.
+        base, licence: of the base model, for the adapter's files.
+        about: what else a checkpoint says about itself.
+        completed_steps: None during the optimizer update, when the state is inconsistent.
+        saved: steps of the last checkpoint in the run's folder that is this run's own.
+        measured: the last validation loss, and after how many steps that was.
+    """
+
+    accelerator: Accelerator
+    location: RunLocation
+    peft_model: peft.PeftModel
+    optimizer: torch.optim.Optimizer
+    weights: EvaluationWeights
+    base: str
+    licence: str
+    images_per_step: int
+    metrics: Metrics
+    rotation: Rotation
+    about: Mapping[str, Any]
+    completed_steps: int | None = field(default=None, init=False)
+    saved: int | None = field(default=None, init=False)
+    measured: tuple[int, float] | None = field(default=None, init=False)
+
+    @property
+    def parts(self) -> dict[str, checkpoint.Stateful]:
+        """What a checkpoint holds in addition to the adapter; restored after it, in this order."""
+        return {"optimizer": self.optimizer, **self.weights.parts}
+
+    def load(self) -> int:
+        """Restore the state that the run resumes; return its finished steps. Then remove what a killed run left."""
+        step = 0
+        if self.location.checkpoint is not None:
+            step = checkpoint.load(self.location.checkpoint, self.peft_model, self.parts)["step"]
+            self.saved = step if self.location.origin == self.location.folder else None
+        if self.accelerator.is_main_process:
+            checkpoint.tidy(self.location.folder)
+        return step
+
+    def at(self, done: int) -> Path:
+        return self.location.folder / "checkpoints" / f"step_{done:06d}"
+
+    def save(self, done: int) -> Path | None:
+        """Write the checkpoint of `done` steps, waiting for it in all processes; None, after a warning, if it fails."""
+        failed = False
+        if self.accelerator.is_main_process:
+            try:
+                self.write(done)
+            except checkpoint.NotSaved as error:
+                failed = True
+                warn(str(error))
+        flag = torch.tensor([float(failed)], device=self.accelerator.device)
+        return None if self.accelerator.reduce(flag, "sum").item() else self.at(done)
+
+    def write(self, done: int) -> None:
+        """Write the checkpoint of `done` steps, if it is not there, and delete old ones. For the main process alone."""
+        if done == self.saved:
+            return
+        if not self.is_finite():
+            raise checkpoint.NotSaved(f"{self.at(done)} is not written: the adapter is not finite after {done} steps")
+        about = dict(self.about)
+        if self.measured is not None and self.measured[0] == done:
+            about["validation_loss"] = self.measured[1]
+        if self.metrics.tracker_id is not None:
+            about["tracker_id"] = self.metrics.tracker_id
+        with self.weights.swapped():
+            place = checkpoint.save(
+                self.location.folder,
+                done,
+                self.peft_model,
+                self.parts,
+                base=self.base,
+                licence=self.licence,
+                images_per_step=self.images_per_step,
+                about=about,
+            )
+        self.saved = done
+        self.rotation.turn(place, warn)
+
+    def elsewhere(self) -> str:
+        """Write the adapter among the temporary files, where its own disk has no room for anything; says where."""
+        try:
+            place = Path(tempfile.mkdtemp(prefix="flux2-lora-"))
+            with self.weights.swapped():
+                adapters.save(self.peft_model, place / "adapter", base=self.base, licence=self.licence)
+        except checkpoint.NOT_WRITTEN as error:
+            return f"Nor among the temporary files ({error}). "
+        return f"It is kept in {place / 'adapter'}: move it to a safe place. "
+
+    def is_finite(self) -> bool:
+        """Whether all numbers of the adapter are. Its last update may have ruined it, which no loss has shown yet."""
+        return all(bool(torch.isfinite(one).all()) for one in adapters.adapter_parameters(self.peft_model))
+
+    def stop(self, done: int, number: int) -> NoReturn:
+        """Save the state of `done` steps, as a signal asked for, and raise Interrupted."""
+        place = self.save(done)
+        saved = f"saved in {place}; {go_on(self.location.folder)}" if place else self.last()
+        raise Interrupted(f"stopped by {signal.Signals(number).name} after step {done}, {saved}", number)
+
+    @contextmanager
+    def rescue_on_error(self, start: int) -> Iterator[None]:
+        """Context manager that saves the last finished step when an error ends training after `start` steps."""
+        self.completed_steps = start
+        try:
+            yield
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Stopped) else signal.SIGINT
+            raise Interrupted(f"stopped at once without saving; {self.last()}", number) from error
+        except OutOfMemory as error:
+            error.saved = self.rescue(self.completed_steps)
+            raise
+        except Exception as error:
+            if not isinstance(error, TrainingError) and not hasattr(error, "saved"):  # these say it themselves
+                error.add_note(self.rescue(self.completed_steps))
+            raise
+
+    def rescue(self, done: int | None) -> str:
+        """Save the state of `done` steps after an error, if possible; says what became of it.
+
+        Other processes may wait for this one somewhere else, so it waits for none of them.
+        """
+        for parameter in adapters.adapter_parameters(self.peft_model):
+            parameter.grad = None
+        last = f"{self.last()[0].upper()}{self.last()[1:]}"
+        if done is None or done == self.location.step:
+            return last
+        if not self.accelerator.is_main_process:
+            return f"Process {self.accelerator.process_index} failed, and saves nothing. {last}"
+        try:
+            self.write(done)
+        except (OSError, RuntimeError, MemoryError) as error:
+            return f"The state after step {done} could not be saved ({error}). {last}"
+        return f"The state after step {done} is saved in {self.at(done)}; {go_on(self.location.folder)}"
+
+    def last(self, *, advice: bool = True) -> str:
+        """Which checkpoint is the last."""
+        found = checkpoint.checkpoints(self.location.folder)
+        place = found[-1] if found else self.location.checkpoint
+        if place is None:
+            return "no checkpoint was saved yet"
+        return f"the last checkpoint is {place}" + (f"; {go_on(place.parent.parent)}" if advice else "")
+
+    def finish(self, steps: int) -> Path:
+        """Write the finished adapter; returns its folder. Raises TrainingError if it cannot be, or is not finite."""
+        folder = self.location.folder / "adapter"
+        if not self.is_finite():
+            raise TrainingError(
+                f"the adapter is not finite after {steps} steps: its last update ruined it. Start anew with a lower "
+                f"optimizer.lr; {self.last()}"
+            )
+        if self.accelerator.is_main_process:
+            try:
+                with self.weights.swapped():
+                    adapters.save(self.peft_model, folder, base=self.base, licence=self.licence)
+            except checkpoint.NOT_WRITTEN as error:
+                said = f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error})."
+                rescued = self.rescue(steps)
+                kept = "" if self.saved == steps else self.elsewhere()
+                raise TrainingError(f"{said} {kept}Make room there first. {rescued}") from error
+        self.accelerator.wait_for_everyone()
+        return folder

@@ -1,0 +1,74 @@
+"""Which checkpoints are kept: the last ones, the best by validation loss, and every so many steps."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.checkpoints.checkpoint import checkpoints, number, set_aside, state
+from train.utils.checks import check_count
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Which checkpoints stay: the last ones, those of the lowest validation loss, and every so many steps one.
+
+    Attributes:
+        last: how many of the last; None keeps all.
+        best: how many of the best, by the loss that `save` was told in `about`.
+        every: those whose steps are a multiple of this; 0: none for that.
+    """
+
+    last: int | None = None
+    best: int = 0
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("last", "best", "every"):
+            value, least = getattr(self, key), int(key == "last")
+            if not (value is None and key == "last"):
+                check_count(f"keep_{key}", value, least)
+        for key in ("best", "every"):
+            if self.last is None and getattr(self, key):
+                raise ValueError(f"keep_{key}={getattr(self, key)} does nothing with keep_last=null, which keeps all")
+
+    def check(self, checkpoint_every: int, validate_every: int) -> None:
+        """Raises ValueError if these intervals leave nothing to go by."""
+        if self.best and (not validate_every or checkpoint_every % validate_every):
+            raise ValueError(
+                f"keep_best={self.best} goes by the validation loss of each checkpoint, which validate_every="
+                f"{validate_every} does not measure with checkpoint_every={checkpoint_every}: let it divide that"
+            )
+        if self.every and checkpoint_every and self.every % checkpoint_every:
+            raise ValueError(f"keep_every={self.every} must be a multiple of checkpoint_every={checkpoint_every}")
+
+    def doomed(self, newest: Path) -> list[Path]:
+        """What is to be deleted now that `newest` is written. What is named after later steps is left alone: it is
+        damaged, or else the run would have gone on from there."""
+        if self.last is None:
+            return []
+        found = [path for path in checkpoints(newest.parent.parent) if number(path) <= number(newest)]
+        older = found[: -self.last]
+        losses = {path: loss for path in found if (loss := validation_loss(path)) is not None}
+        best = sorted(losses, key=lambda path: (losses[path], number(path)))[: self.best]
+        return [path for path in older if path not in best and not (self.every and number(path) % self.every == 0)]
+
+    def turn(self, newest: Path, warn: Callable[[str], None]) -> None:
+        """Delete what is to be deleted; what cannot be is told to `warn`."""
+        for path in self.doomed(newest):
+            try:
+                shutil.rmtree(set_aside(path))
+            except OSError as error:
+                warn(f"{path} could not be deleted ({error}): training goes on, and it takes room")
+
+
+def validation_loss(checkpoint: Path) -> float | None:
+    """The validation loss of a checkpoint's step, if it was measured and can be read."""
+    try:
+        found = state(checkpoint).get("validation_loss")
+    except ValueError:
+        return None
+    return found if isinstance(found, float) and math.isfinite(found) else None

@@ -1,0 +1,151 @@
+"""The command line of the entry files: Hydra composes conf/, and what a user can mend is one message, no traceback.
+
+A configuration is checked before anything large is loaded: `checked` and `made` turn a group into an object and refuse
+keys that nothing reads, which Hydra lets through behind a `+`. HYDRA_FULL_ERROR=1 shows tracebacks all the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from train.cli.errors import USER_ERRORS, explain, lost_jobs, no_plugin
+from train.config.instantiate import SECRET
+from train.config.paths import CONFIG
+from train.distributed.launch import is_submitted
+from train.sweeps import callback, records, slurm
+from train.sweeps.job import EndsSweep
+from train.sweeps.reuse import SHARED
+from train.utils.console import is_first_process, warn
+from train.utils.files import near
+from train.utils.redact import masked_settings, masked_text
+from train.utils.signals import Stopped, stopped_at_once
+
+if not OmegaConf.has_resolver("first"):
+    OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value is not None))
+
+if not OmegaConf.has_resolver("within"):  # a place in a folder, if there is one
+    OmegaConf.register_new_resolver("within", lambda folder, name: None if folder is None else f"{folder}/{name}")
+
+# conf/hydra/sweeper/optuna.yaml: the plugin, if it is there, brings one of the same name, and Hydra refuses two
+Plugins.instance()
+ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)
+
+
+# ------------------------------------------------------------------ commands
+
+Report = Callable[[Exception, str], None]
+NO_SWEEP = "-m sweeps over trainings: give this command one configuration, without it"
+
+
+def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig, report: Report) -> float | None:
+    """Run one job of a sweep, which notes in its folder how it ended; returns None if it failed."""
+    slurm.join_tasks()
+    this = HydraConfig.get()
+    folder, given = Path(this.runtime.output_dir), [text.partition("=") for text in this.overrides.task]
+    overrides = [f"{key}{sign}{'...' if SECRET.search(key) else masked_text(value)}" for key, sign, value in given]
+
+    def note(**values: Any) -> None:
+        if is_first_process():
+            try:
+                records.note(folder, **values)
+            except ValueError as error:
+                warn(str(error))
+
+    if config.resume is None and slurm.was_started_before(folder):
+        config.resume = "auto"
+    if is_first_process():
+        print(f"job {this.job.num}: {' '.join(overrides)}", flush=True)
+    callback.mask_command_line(Path(this.sweep.dir))
+    before = records.record(folder)
+    note(overrides=overrides, steps=config.steps, status=records.RUNNING, error="")
+    try:
+        with slurm.within_time_limit(folder):
+            result = task(config)
+    except KeyboardInterrupt as stop:
+        note(status="stopped", error=masked_settings(str(stop)))
+        if not is_submitted():
+            raise
+        print(masked_settings(str(stop)), file=sys.stderr)
+        return None  # whoever submitted this waits for a result
+    except Exception as error:
+        if before.get("status") == "done" and config.resume is None:
+            note(**before)  # a new run is refused there, and what the folder holds is as it was
+        else:
+            note(status="failed", error=masked_settings(explain(error, sys.argv[1:])))
+        report(error, f"job {this.job.num} ({','.join(sorted(overrides))}): ")
+        if isinstance(error, EndsSweep):
+            sys.exit(2)
+        return None
+    note(status="done")
+    return result
+
+
+def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
+    """Run `task` under Hydra with conf/`name`.yaml; what a user can mend is one message and exit code 2, a stop request
+    128 + its signal.
+
+    A job of a sweep that fails says so at once, and the others go on. Of several processes the first speaks, but for
+    what went wrong in another alone (`own_errors`).
+    """
+    before = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints cut tracebacks itself
+    failed = []
+
+    def report(error: Exception, where: str = "") -> None:
+        if before == "1":
+            raise error
+        failed.append(where)  # not the error, whose traceback would hold the models of a failed job
+        if not isinstance(error, USER_ERRORS):
+            traceback.print_exception(error)
+        if is_first_process() or getattr(error, "__notes__", None):  # a mistake in the settings is the same in all
+            print(f"error: {masked_settings(where + explain(error, sys.argv[1:], name))}", file=sys.stderr)
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> Any:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if name != "train":
+                return report(ValueError(NO_SWEEP))
+            return job_of_sweep(task, config, report)
+        try:
+            return task(config)
+        except USER_ERRORS as error:
+            return report(error)
+
+    try:
+        if name != "train" and {"-m", "--multirun"} & set(sys.argv[1:]):  # before Hydra makes a folder for them
+            raise ValueError(NO_SWEEP)
+        with stopped_at_once():
+            hydra.main(version_base="1.3", config_path=str(CONFIG), config_name=name)(job)()
+    except KeyboardInterrupt as stop:
+        if is_first_process():
+            print(masked_settings(str(stop)) or Stopped(), file=sys.stderr, flush=True)
+            for place in callback.Begun.folders:
+                print(
+                    f"go on with the sweep: the same command with output_dir={near(place)} resume=auto", file=sys.stderr
+                )
+        sys.exit(getattr(stop, "code", Stopped().code))
+    except Exception as error:
+        known = error if isinstance(error, USER_ERRORS) else no_plugin(error) or lost_jobs(error)
+        if known is None:
+            raise
+        report(known)
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before
+        SHARED.free()
+        if not callback.end_all():
+            failed.append("")
+    if failed:
+        sys.exit(2)

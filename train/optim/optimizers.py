@@ -1,0 +1,175 @@
+"""Optimizers, and learning-rate schedules as functions of the step, so that resuming needs no state of theirs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.optim.schedules import Constant, Restarts, Schedule, StableDecay
+from train.utils.checks import is_count, is_number
+
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+# ------------------------------------------------------------------ optimizers
+
+EXTRA = ("prodigyopt", "schedulefree")  # packages of the extra `optimizers`
+MATRICES_ONLY = "Muon only supports 2D parameters"
+
+
+def check_installed(target: object) -> None:
+    """Raises ValueError if the optimizer called `target` is in a package that is not installed."""
+    package = str(target).partition(".")[0]
+    if package in EXTRA and find_spec(package) is None:
+        raise ValueError(
+            f"optimizer._target_={target} needs the package {package}: pip install 'flux2-lora[optimizers]'"
+        )
+
+
+def averages(optimizer: object) -> bool:
+    """Whether an optimizer (or its class) trains other weights than those it is meant to be used with, as schedule-free
+    ones do: `eval()` puts the averaged ones into the parameters, and `train()` those that are trained."""
+    return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+
+
+def is_share(value: object) -> bool:
+    return is_number(value, 0, 1) and value != 1
+
+
+def is_positive(value: object) -> bool:
+    return is_number(value, 0) and value != 0
+
+
+# what settings of these names may be, whichever optimizer takes them, and the words for it
+ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("lr", "eps", "d0", "d_coef"), (is_positive, "a positive number")),
+    **dict.fromkeys(("weight_decay", "weight_lr_power", "r"), (partial(is_number, low=0), "a number from 0")),
+    **dict.fromkeys(("momentum", "beta1", "beta2", "beta3"), (is_share, "a number from 0, below 1")),
+    **dict.fromkeys(("warmup_steps", "min_8bit_size"), (is_count, "a whole number from 0")),
+    **dict.fromkeys(("ns_steps", "slice_p"), (partial(is_count, low=1), "a whole number from 1")),
+    **dict.fromkeys(
+        ("amsgrad", "capturable", "decouple", "differentiable", "foreach", "is_paged", "maximize", "nesterov",
+         "safeguard_warmup", "use_bias_correction"),
+        (lambda value: isinstance(value, bool), "true or false"),
+    ),
+    "fused": (lambda value: value in (None, "auto") or isinstance(value, bool), "true, false or auto"),
+    "growth_rate": (lambda value: value == math.inf or (is_number(value, 1) and value != 1), "above 1, or .inf"),
+}  # fmt: skip
+LISTS: dict[
+    str, tuple[Callable[[Any], bool], str]
+] = {  # likewise, of a list of as many as the optimizer's own default has
+    "betas": (is_share, "in [0, 1)"),
+    "eps": (is_positive, "above 0"),
+    "ns_coefficients": (is_number, "that are finite"),
+}
+HIGH_RATE = 1.0  # Prodigy's; the others move each number by about as much in a step
+
+
+def check_settings(make: MakeOptimizer) -> None:
+    """Raises ValueError, naming the setting, for one that no optimizer can mean: many take it all the same.
+
+    What an optimizer itself leaves empty may be null.
+    """
+    settings = dict(getattr(make, "keywords", {}))
+    try:
+        parameters = inspect.signature(getattr(make, "func", make)).parameters
+        own = {name: parameter.default for name, parameter in parameters.items()}
+    except ValueError:
+        own = {}
+    for key, value in {"lr": None, **settings}.items():
+        default = own.get(key)
+        if value is None and key in own and default is None:
+            continue
+        count = len(default) if isinstance(default, list | tuple) else 2 if key == "betas" else 0
+        if key in LISTS and count:
+            accepts, what = LISTS[key]
+            empty = [item is None for item in default] if isinstance(default, list | tuple) else [False] * count
+            right = isinstance(value, list | tuple) and len(value) == count
+            if not right or not all(accepts(a) or (a is None and b) for a, b in zip(value, empty, strict=True)):
+                raise ValueError(f"optimizer.{key}={value!r} must be {count} numbers {what}")
+        elif key in ACCEPTED:
+            accepts, what = ACCEPTED[key]
+            if not accepts(value):
+                raise ValueError(f"optimizer.{key}={value!r} must be {what}")
+
+
+def doubts(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
+    """What of optimizer and schedule is allowed, and is hardly meant in a run of so many steps."""
+    rate = getattr(make, "keywords", {}).get("lr", 0.0)
+    found = []
+    if rate > HIGH_RATE:
+        found.append(
+            f"optimizer.lr={rate:g} is far above what optimizers here are used with (1e-5 to 1e-2; prodigy: 1): "
+            "training will hardly survive it"
+        )
+    if not isinstance(schedule, Constant):
+        return found
+    warmup, after = schedule.warmup(steps), steps - schedule.warmup(steps)
+    if warmup >= steps:
+        reached = schedule.factor(steps - 1, steps)
+        found.append(
+            f"schedule.warmup_steps={schedule.warmup_steps} is all of steps={steps}: the rate ends at {reached:.0%} of "
+            "optimizer.lr, and never reaches it"
+        )
+    elif isinstance(schedule, Restarts) and 2 * schedule.cycles > after:
+        found.append(
+            f"schedule.cycles={schedule.cycles} in {after} steps (after the warm-up) leaves less than two steps for "
+            "each, so that the rate does not fall as cosines do"
+        )
+    elif isinstance(schedule, StableDecay) and schedule.decay * after < 1:
+        found.append(f"schedule.decay={schedule.decay:g} of {after} steps is less than one: the rate never falls")
+    return found
+
+
+def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of the configuration on `parameters`, ready to train.
+
+    `fused: auto` is true where all parameters are on a GPU; on a CPU the fused kernel rounds differently.
+    Raises ValueError naming the setting that it refused.
+    """
+    check_settings(make)
+    settings = dict(getattr(make, "keywords", {}))
+    if settings.get("fused") == "auto":
+        make = partial(make, fused=all(parameter.is_cuda for parameter in parameters) or None)
+    try:
+        optimizer = make(list(parameters))
+    except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
+        given = ", ".join(f"optimizer.{key}={value!r}" for key, value in settings.items())
+        if MATRICES_ONLY in str(error):
+            dims = " and ".join(map(str, sorted({parameter.ndim for parameter in parameters} - {2})))
+            raise ValueError(
+                f"optimizer=muon trains matrices only, and this adapter has tensors of {dims} dimensions: choose "
+                "another optimizer, or adapter=lora"
+            ) from error
+        raise ValueError(f"the optimizer refused its settings ({error}): {given}") from error
+    if averages(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
+
+
+def try_out(make: MakeOptimizer, device: torch.device) -> None:
+    """One update of a small matrix: some settings are only looked at there.
+
+    Raises ValueError if the optimizer refuses them, or what it makes of them is not finite.
+
+    Want of memory is passed on as it is.
+    """
+    parameter = nn.Parameter(torch.ones(4, 4, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    given = ", ".join(f"optimizer.{key}={value!r}" for key, value in getattr(make, "keywords", {}).items())
+    optimizer = build(make, [parameter])
+    try:
+        optimizer.step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of whichever library, and of any kind
+        raise ValueError(f"the optimizer refused its settings ({type(error).__name__}: {error}): {given}") from error
+    if not torch.isfinite(parameter).all():
+        raise ValueError(f"an update with these settings is not finite: {given}")

@@ -1,0 +1,110 @@
+"""GPUs: their sizes, and how fast they are taken to be.
+
+The figures are assumptions of the planner, not measurements of this project: throughput that large products reach in
+practice, which is 70 to 80 % of the data sheet's dense figure, and of attention less. What was measured is in
+benchmarks/results, and `measured` prefers it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.planner.step_memory import Work
+
+GIB = 2**30
+SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GB, as cards are sold; each holds about as many GiB
+CONTEXT_GB = 1  # of a card: what the driver, CUDA itself and the screen take before PyTorch asks for anything
+MARGIN = 0.03  # of the rest: what the allocator cannot hand out, as its free pieces are too small
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+def usable(card_gb: float) -> int:
+    """Bytes that tensors can take on a card of this size."""
+    return int(max(card_gb - CONTEXT_GB, 0) * GIB * (1 - MARGIN))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Throughput of a class of GPUs.
+
+    Attributes:
+        pattern: of the name that CUDA gives it.
+        bf16, fp8: TFLOP/s of large matrix products; fp8 is None below compute capability 8.9.
+        fp32: likewise, without TF32.
+        attention, attention_backward: TFLOP/s.
+        memory: GB/s of its own memory.
+        bus: GB/s from pinned host memory.
+    """
+
+    name: str
+    pattern: str
+    size: int
+    bf16: float
+    fp8: float | None
+    fp32: float
+    attention: float
+    attention_backward: float
+    memory: float
+    bus: float
+
+    def seconds(self, work: Work, fused: bool = False) -> float:
+        """Time for `work`, one operation after the other; `fused` if elementwise operations are compiled."""
+        rates = {
+            "bf16": self.bf16,
+            "fp8": self.fp8 or self.bf16,
+            "fp32": self.fp32,
+            "attention": self.attention,
+            "attention_backward": self.attention_backward,
+        }
+        products = sum(flops / (rates[kind] * 1e12) for kind, flops in work.flops.items())
+        # three quarters of the data sheet's bandwidth; compiled, a quarter of the bytes (docs/memory.md)
+        return products + work.bytes * (0.25 if fused else 1.0) / (0.75 * self.memory * 1e9)
+
+
+GPUS = (
+    Gpu("H200", r"\bH200\b|\bGH200\b", 141, 790, 1500, 50, 600, 500, 4800, 50),
+    Gpu("B200", r"\bB200\b|\bGB200\b", 180, 1600, 3000, 60, 1000, 800, 8000, 50),
+    Gpu("RTX PRO 6000", r"RTX PRO 6000", 96, 400, 800, 80, 300, 230, 1790, 50),
+    Gpu("H100", r"\bH100\b", 80, 720, 1400, 50, 550, 450, 3350, 50),
+    Gpu("A100", r"\bA100\b", 80, 250, None, 18, 190, 150, 2000, 25),
+    Gpu("L40S", r"\bL40S?\b|RTX 6000 Ada", 48, 260, 500, 60, 180, 140, 864, 25),
+    Gpu("A6000", r"\bA6000\b|\bA40\b", 48, 120, None, 25, 90, 70, 768, 25),
+    Gpu("RTX 5090", r"\b5090\b", 32, 190, 380, 80, 150, 120, 1790, 50),
+    Gpu("RTX 4090", r"\b4090\b", 24, 150, 290, 65, 120, 95, 1008, 25),
+    Gpu("RTX 3090", r"\b3090\b", 24, 62, None, 28, 50, 40, 936, 25),
+    Gpu("RTX 4080", r"\b4080\b|\b5080\b", 16, 90, 180, 40, 75, 60, 717, 25),
+    Gpu("RTX 4060 Ti", r"\b4060\b|\b5060\b", 16, 40, 80, 18, 32, 26, 288, 12),
+    Gpu("RTX 3060", r"\b3060\b|\b4070\b", 12, 24, None, 11, 20, 16, 360, 25),
+    Gpu("RTX 3070", r"\b3070\b|\b2080\b", 8, 30, None, 16, 25, 20, 448, 25),
+)
+TYPICAL = {8: "RTX 3070", 12: "RTX 3060", 16: "RTX 4080", 24: "RTX 4090", 32: "RTX 5090", 48: "L40S", 80: "H100"}
+
+
+def gpu(name: str | None, card_gb: float) -> Gpu:
+    """The class of the GPU that CUDA calls `name`; of an unknown one, a common card of its size."""
+    for known in GPUS:
+        if name is not None and re.search(known.pattern, name):
+            return known
+    typical = [TYPICAL[size] for size in TYPICAL if size <= card_gb + 2] or [TYPICAL[8]]
+    wanted = "H200" if card_gb > 100 else "RTX PRO 6000" if card_gb > 85 else typical[-1]
+    return next(known for known in GPUS if known.name == wanted)
+
+
+def measured(name: str | None, setting: Mapping[str, Any], folder: Path = RESULTS) -> float | None:
+    """Seconds a step that a file of `folder` holds for this GPU and this setting; None if none does.
+
+    A file counts if its `hardware` is the GPU's name, and of its `cases` the one with this very `setting`, as
+    benchmarks/matrix.py writes them.
+    """
+    for file in sorted(folder.glob("*.json")) if name else []:
+        content = json.loads(file.read_text())
+        cases = content.get("cases") if isinstance(content, dict) and content.get("hardware") == name else None
+        for case in cases.values() if isinstance(cases, dict) else []:
+            if case.get("setting") == dict(setting) and "seconds" in case:
+                return float(case["seconds"]["median"])
+    return None

@@ -1,0 +1,50 @@
+"""Bytes of an optimizer's state, measured on small tensors."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.optim.optimizers import MakeOptimizer, build
+
+PRIMES = (3, 5, 7, 11, 13)
+
+
+def optimizer_bytes(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of an optimizer's state: seen from one step on small parameters, an 8-bit one's from its layout."""
+    counted = Counter(tuple(parameter.shape) for parameter in parameters)
+    target: Any = getattr(make, "func", make)
+    if getattr(target, "__module__", "").startswith("bitsandbytes") and "8bit" in getattr(target, "__name__", ""):
+        # moments of a byte with a float32 scale a block of 256; small tensors stay in float32
+        moments = 1 if any(base.__name__ == "Optimizer1State" for base in target.__mro__) else 2
+        sizes = {shape: math.prod(shape) for shape in counted}
+        each = {shape: moments * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n) for shape, n in sizes.items()}
+    else:
+        each = {shape: state_bytes(make, shape) for shape in counted}
+    return sum(count * each[shape] for shape, count in counted.items())
+
+
+def state_bytes(make: MakeOptimizer, shape: tuple[int, ...]) -> int:
+    """Bytes of the state of one parameter of `shape`, of a dimension or more.
+
+    Seen on a small parameter whose sides are different primes, so that a tensor of the state that has some of its sides
+    (Adafactor's rows and columns) is told from one that has all of them.
+    """
+    sides = PRIMES[: len(shape)]
+    parameter = nn.Parameter(torch.ones(sides))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = build(make, [parameter])
+    optimizer.step()
+    real, total = dict(zip(sides, shape, strict=True)), 0
+    for value in optimizer.state[parameter].values():
+        if not isinstance(value, torch.Tensor) or value.numel() == 1:
+            continue
+        whole = value.numel() == parameter.numel()
+        count = math.prod(shape) if whole else math.prod(real.get(side, side) for side in value.shape)
+        total += count * value.element_size()
+    return total

@@ -1,0 +1,344 @@
+"""What a run would hold in memory, phase by phase, and how long its steps would take: predicted, not measured.
+
+`Planner` counts the blocks of a job once (train/planner/step_memory.py) and then adds up any choice of the group
+`memory` in no time; both are in train/planner/workload.py. A phase is what is in memory together: the encoders, one
+after the other, before training; then the step, and between steps the update, validation and samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import nn
+
+from flux2.memory.activation_checkpointing import blocks_within, kept_bytes, set_policy
+from flux2.memory.block_offload import streamed_blocks, streamed_tensors
+from flux2.memory.ring_buffer import RING, slot_sizes
+from flux2.quantization.nf4 import Nf4Linear
+from flux2.quantization.precision import keep_layouts
+from train.config.memory import Choice
+from train.optim.optimizers import averages
+from train.planner.gpus import Gpu
+from train.planner.optimizer_memory import optimizer_bytes
+from train.planner.step_memory import (
+    Cost,
+    Shape,
+    Work,
+    autoencoder_peaks,
+    heaviest,
+    infer_block,
+    size,
+    step,
+    train_block,
+    train_end,
+)
+from train.planner.text_encoder_memory import TEXT_SIZES, text_encoder_bytes
+from train.planner.workload import Job, frozen, tokens, trained
+
+LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
+PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
+FELT = 0.1  # assumed: the share of copies that compute does not hide, or of compute that copies do not
+GATHERED = 3  # blocks: the one that runs, the next one as it arrives and as it is laid out (assumed)
+READ_AHEAD = 2.0e9  # cache entries that data.loader keeps, at most
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on the device by phase and component, bytes in host memory by component, and what a step takes.
+
+    Attributes:
+        moved: bytes a step between host and device.
+        work: of a step.
+        compiled: whether elementwise operations are fused.
+    """
+
+    choice: Choice
+    phases: Mapping[str, Mapping[str, float]]
+    host: Mapping[str, float]
+    work: Work
+    moved: float
+    compiled: bool = False
+
+    def total(self, phase: str) -> float:
+        return sum(self.phases[phase].values())
+
+    @property
+    def training(self) -> float:
+        """The most that any phase takes while the transformer is loaded."""
+        return max(self.total(phase) for phase in self.phases if phase not in ("prompts", "pictures"))
+
+    @property
+    def peak(self) -> float:
+        return max(self.total(phase) for phase in self.phases)
+
+    def seconds(self, gpu: Gpu) -> float:
+        """A step: its compute, or the copies beside it where they take longer, and a part of the other."""
+        both = gpu.seconds(self.work, fused=self.compiled), self.moved / (gpu.bus * 1e9)
+        return max(both) + FELT * min(both)
+
+
+class Planner:
+    """Counts a job's blocks once, and adds up choices."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._predictions: dict[Choice, Prediction] = {}
+        self._costs: dict[tuple[str, bool, nn.Module], Cost] = {}
+        self._blocks: dict[tuple[str, bool, int], tuple[int, int, Work]] = {}
+        self._weights: dict[bool, list[int]] = {}
+        self._inferences: dict[tuple[Shape, bool], tuple[int, Work]] = {}
+
+    @cached_property
+    def kinds(self) -> list[nn.Module]:
+        """For each block the one of its kind that is counted for it."""
+        model = self.job.model
+        double, single = heaviest(model.double_blocks), heaviest(model.single_blocks)
+        kinds = [double] * len(model.double_blocks) + [single] * len(model.single_blocks)
+        return [block for block in kinds if block is not None]
+
+    @cached_property
+    def end(self) -> Cost:
+        return train_end(self.job.model, self.job.shape, self.job.dtype, self.job.autocast)
+
+    @cached_property
+    def has_layouts(self) -> bool:
+        """Whether layers multiply gradients in FP8, for which weights can be kept transposed too."""
+        return keep_layouts(self.job.model, both=False) > 0
+
+    def cost(self, policy: str, block: nn.Module, both: bool = False) -> Cost:
+        job, key = self.job, (policy, both, block)
+        if key not in self._costs:
+            set_policy(job.model, policy)  # the model is on the meta device and this job's alone
+            keep_layouts(job.model, both)
+            self._costs[key] = train_block(job.model, block, job.model.run_block, job.shape, job.dtype, job.autocast)
+        return self._costs[key]
+
+    def blocks(self, policy: str, budget_gb: float | None = None, both: bool = False) -> tuple[int, int, Work]:
+        """Bytes kept and working set at the peak of a forward and backward, and their work.
+
+        Args:
+            both: whether weights are kept transposed too.
+        """
+        count = self.kept_within(budget_gb) if policy == "budget" and budget_gb is not None else 0
+        key = ("full" if policy == "budget" else policy, both, count)
+        if key not in self._blocks:
+            edge = len(self.kinds) - count
+            costs = [self.cost("none" if i >= edge else key[0], block, both) for i, block in enumerate(self.kinds)]
+            work = sum((cost.work for cost in costs), self.end.work)
+            if self.job.held:
+                work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
+            self._blocks[key] = *step(costs, self.end), work
+        return self._blocks[key]
+
+    def kept_within(self, budget_gb: float) -> int:
+        """How many of the last blocks `checkpointing=budget` keeps whole."""
+        shape = self.job.shape
+        config = self.job.model.config
+        return blocks_within(config, budget_gb, shape.rows * shape.tokens, self.job.dtype.itemsize)
+
+    def budget_for(self, count: int) -> float:
+        """The `budget_gb` that is enough for `count` of the last blocks and no more, with as few digits as can be."""
+        job, config = self.job, self.job.model.config
+        needed = 0
+        for i in range(count):
+            kind = "single" if i < config.single_blocks else "double"
+            arguments = (job.shape.rows * job.shape.tokens, job.dtype.itemsize)
+            needed += kept_bytes(config, kind, "none", *arguments) - kept_bytes(config, kind, "full", *arguments)
+        rounded = (math.ceil(needed / 10 ** (9 - digits)) / 10**digits for digits in range(1, 4))
+        return next((budget for budget in rounded if self.kept_within(budget) == count), math.ceil(needed / 1e5) / 1e4)
+
+    def inference(self, shape: Shape, autocast: bool) -> tuple[int, Work]:
+        """Peak and work of one prediction without gradients."""
+        if (shape, autocast) not in self._inferences:
+            model, dtype = self.job.model, self.job.dtype
+            counted = {block: infer_block(model, block, shape, dtype, autocast) for block in {*self.kinds}}
+            work = sum((counted[block].work for block in self.kinds), Work())
+            stream = shape.rows * shape.tokens * model.config.hidden * dtype.itemsize
+            self._inferences[shape, autocast] = max(cost.forward for cost in counted.values()) + stream, work
+        return self._inferences[shape, autocast]
+
+    def block_weights(self, both: bool) -> list[int]:
+        """Bytes of the base in each block, with or without what is transposed too."""
+        if both not in self._weights:
+            keep_layouts(self.job.model, both)
+            self._weights[both] = [size(streamed_tensors(block)) for block in self.job.blocks]
+        return self._weights[both]
+
+    @property
+    def weights(self) -> list[int]:
+        """Bytes of the base in each block, in one layout."""
+        return self.block_weights(both=False)
+
+    @cached_property
+    def other_weights(self) -> int:
+        inside = {id(tensor) for block in self.job.blocks for tensor in streamed_tensors(block)}
+        return size(tensor for tensor in frozen(self.job.model) if id(tensor) not in inside)
+
+    @cached_property
+    def adapter(self) -> dict[str, float]:
+        parameters = trained(self.job.model)
+        return {
+            "adapter": size(parameters),
+            "its gradients": size(parameters),
+            "optimizer": optimizer_bytes(self.job.optimizer, parameters),
+            "its average": 4 * sum(parameter.numel() for parameter in parameters) if self.job.averaged else 0,
+        }
+
+    @property
+    def swapped(self) -> int:
+        """Bytes of the trained weights, which are kept beside the average that is validated, sampled and saved."""
+        kept = self.job.averaged or averages(getattr(self.job.optimizer, "func", None))
+        return size(trained(self.job.model)) if kept else 0
+
+    @property
+    def class_share(self) -> float:
+        """What class pictures, which have no references, add to the tokens of a micro-batch: a share of them."""
+        shape = self.job.shape
+        return self.job.class_rows * (shape.predicted + shape.text) / (shape.rows * shape.tokens)
+
+    @cached_property
+    def autoencoder(self) -> tuple[int, int, int]:
+        width, height = max(
+            [
+                self.job.pixels,
+                *self.job.references,
+                self.job.sample_pixels or (16, 16),
+                self.job.class_pixels or (16, 16),
+            ],
+            key=tokens,
+        )
+        return autoencoder_peaks(self.job.variant.autoencoder, width, height)
+
+    @cached_property
+    def reference_encoder(self) -> int:
+        """Bytes above the autoencoder's weights to encode what a sample sheet edits, beside the transformer."""
+        largest = max(self.job.sample_references, key=tokens, default=None)
+        return 0 if largest is None else autoencoder_peaks(self.job.variant.autoencoder, *largest)[1]
+
+    @cached_property
+    def workspace(self) -> int:
+        """Bytes of the buffer that NF4 layers are dequantised into, which stays."""
+        layers = [layer for layer in self.job.model.modules() if isinstance(layer, Nf4Linear)]
+        sizes = [layer.in_features * layer.out_features for layer in layers]
+        return self.job.dtype.itemsize * max(sizes, default=0)
+
+    @cached_property
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max(parameter.numel() for parameter in self.job.model.parameters())
+
+    @cached_property
+    def inputs(self) -> int:
+        """Bytes of a micro-batch: latents and embeddings in float32, what the first block is given, and angles."""
+        job, config, shape = self.job, self.job.model.config, self.job.shape
+        row = shape.text * config.text_width * (4 + job.dtype.itemsize) + shape.image * config.channels * 12
+        stream = shape.tokens * config.hidden * job.dtype.itemsize
+        return shape.rows * (row + stream) + shape.tokens * config.head_dim * 4
+
+    def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
+        """Bytes of the blocks that stream, and of the ring they stream through."""
+        names = streamed_blocks(self.job.model.config, given)
+        if not names:
+            return 0, 0
+        sizes = [weights[self.names[name]] for name in names]
+        return sum(sizes), sum(slot_sizes(sizes, RING))
+
+    @cached_property
+    def names(self) -> dict[str, int]:
+        """Which of the blocks has which name."""
+        return {name: i for i, name in enumerate(self.job.model.config.block_names)}
+
+    def predict(self, choice: Choice) -> Prediction:
+        """Add up a choice; what was added up once is known."""
+        if choice not in self._predictions:
+            self._predictions[choice] = self.add_up(choice)
+        return self._predictions[choice]
+
+    def add_up(self, choice: Choice) -> Prediction:
+        job = self.job
+        weights = self.block_weights(choice.keep_both_layouts)
+        kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb, choice.keep_both_layouts)
+        streamed, ring = self.count_streamed(choice.stream_blocks, weights)
+        work += work * self.class_share
+        passes = job.accumulation * (2 if job.class_rows else 1)
+        moved = 2.0 * streamed * passes
+        boundary = job.shape.rows * job.shape.tokens * job.model.config.hidden * job.dtype.itemsize
+        away = 0
+        if choice.offload_activations:
+            whole = len(self.kinds) if choice.checkpointing == "none" else self.kept_within(choice.budget_gb or 0.0)
+            away = boundary * (len(self.kinds) - whole)
+            kept += min(2 * boundary, away) - away  # two are on their way
+            moved += 2.0 * away * job.accumulation * (1 + self.class_share)
+        here, gathered = sum(weights) - streamed, 0
+        if job.shares > 1:  # gathered for the forward and for the backward
+            others = [child for child in job.model.children() if not isinstance(child, nn.ModuleList)]
+            gathered = GATHERED * max([*weights, *(size(frozen(child)) for child in others)])
+            gathered += sum(size(frozen(child)) for child in others if isinstance(child, nn.Linear))  # all the time
+            moved += 2.0 * (here + self.other_weights) * (1 - 1 / job.shares) * passes
+        libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
+        resident: dict[str, float] = {
+            "weights of blocks": here / job.shares,
+            "buffers of streamed blocks": ring,
+            "gathered weights": gathered,
+            "other weights": self.other_weights / job.shares,
+            **self.adapter,
+            "dequantised layer": self.workspace,
+            "autoencoder": self.autoencoder[0] if job.sample_pixels else 0,
+            **libraries,
+        }
+        phases: dict[str, dict[str, float]] = {
+            **self.encoders(libraries),
+            "step": {**resident, "micro-batch": self.inputs, "kept for backward": kept, "working set": working},
+            "update": {**resident, "working set": self.adapter["adapter"]},
+        }
+        idle = {key: value for key, value in resident.items() if key != "its gradients"}
+        idle["trained weights"] = self.swapped
+        if job.validates:
+            shape = replace(job.shape, rows=1)
+            phases["validation"] = {**idle, "working set": self.inference(shape, job.autocast)[0]}
+        if job.sample_pixels:
+            predicted, edited = tokens(job.sample_pixels), sum(map(tokens, job.sample_references))
+            shape = Shape(1, predicted + edited, job.text_tokens, predicted)
+            phases["samples"] = {
+                **idle,
+                "working set": max(self.inference(shape, False)[0], self.autoencoder[2], self.reference_encoder),
+            }
+        if job.class_pixels:
+            predicted = tokens(job.class_pixels)
+            shape, plain = Shape(1, predicted, job.text_tokens, predicted), self.block_weights(both=False)
+            streamed_then, ring_then = self.count_streamed(choice.stream_blocks, plain)
+            phases["class pictures"] = {
+                "weights of blocks": sum(plain) - streamed_then,
+                "buffers of streamed blocks": ring_then,
+                "other weights": self.other_weights,
+                "dequantised layer": self.workspace,
+                "working set": self.inference(shape, False)[0],
+                **libraries,
+            }
+        host = {
+            "streamed blocks": streamed,
+            "block inputs": away,
+            "while loading": 2 * 2 * self.largest,  # two tensors as they are in the file
+            "cache entries read": READ_AHEAD,
+            "process (assumed)": PROCESS,
+        }
+        return Prediction(choice, phases, host, work * job.accumulation, moved, job.compiled)
+
+    def encoders(self, libraries: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """The phases that fill the cache; with a full cache they do not happen."""
+        job = self.job
+        weights, encode, _ = self.autoencoder
+        phases: dict[str, dict[str, float]] = {}
+        width = job.variant.transformer.text_width // len(job.variant.text.layers)
+        sizes = job.text_sizes or TEXT_SIZES.get((job.variant.text.kind, width))
+        if sizes and job.text_here:
+            kept = job.dtype, sizes, job.text_storage
+            held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
+            phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
+        if job.class_pixels:
+            encode = max(encode, self.autoencoder[2])  # what is drawn is decoded
+        phases["pictures"] = {"autoencoder": weights, "working set": encode, **libraries}
+        return phases

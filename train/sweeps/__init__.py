@@ -1,0 +1,7 @@
+"""Many runs with different settings: their jobs, records, table and page, on this machine or through Slurm. It imports
+train.config and what stands below. Begin with job.py; conf/train.yaml names the callback that is exported here.
+"""
+
+from train.sweeps.callback import Begun
+
+__all__ = ["Begun"]
