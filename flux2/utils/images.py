@@ -1,7 +1,7 @@
 """Pictures from files and to files: read by the rules that training reads them by, and where they can be written.
 
 An adapter that was trained on edits knows its references as training decoded them, so the same file must give the same
-pixels here: `tests/test_flux2_pictures.py` compares this module with `data.sources.images` mode by mode.
+pixels here: `tests/flux2/utils/test_images.py` compares this module with `data.sources.images` mode by mode.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -7,6 +6,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_helpers import batch_of, masked, stir
 from train_helpers import drawn_and_mixed
 
 from data.loader import Batch
@@ -22,34 +22,6 @@ REFERENCES = [(2, 2)] * 2
 DIFFERENT_SIZES = [(2, 3), (4, 2), (1, 5)]  # rows and columns of latents
 
 
-def batch_of(
-    count: int,
-    *,
-    start: int = 0,
-    references: Sequence[tuple[int, int]] = (),
-    size: tuple[int, int] = (2, 3),
-    kind: str = "dev",
-) -> Batch:
-    """Samples `start` to `start + count` of a global batch, each the same whatever it is cut with."""
-
-    def draw(*shape: int, seed: int) -> torch.Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-    positions = list(range(start, start + count))
-    width = helpers.TRANSFORMERS[kind].text_width
-    return Batch(
-        latents=torch.stack([draw(128, *size, seed=p) for p in positions]),
-        references=[
-            torch.stack([draw(128, *each, seed=100 * (r + 1) + p) for p in positions])
-            for r, each in enumerate(references)
-        ],
-        embeddings=torch.stack([draw(5, width, seed=50 + p) for p in positions]),
-        captions=[f"caption {p}" for p in positions],
-        indices=positions,
-        positions=positions,
-    )
-
-
 def draws(timesteps, tokens, count=4000):
     generator = torch.Generator().manual_seed(0)
     return torch.stack([timesteps.draw(generator, tokens) for _ in range(count)])
@@ -60,15 +32,6 @@ def model():
     """A small dev with a LoRA that changes it, in training mode."""
     wrapped = adapters.attach(helpers.transformers("dev")[0], rank=3)
     return wrapped.train()
-
-
-def stir(wrapped: torch.nn.Module) -> None:
-    """Give every B, which starts at zero, values."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 # ------------------------------------------------------------------ times
@@ -368,11 +331,6 @@ def test_a_batch_as_the_model_sees_it_keeps_its_rows_together():
 
 
 # ------------------------------------------------------------------ masks
-
-
-def masked(batch: Batch, seed: int = 0) -> Batch:
-    shape = (len(batch.positions), 1, *batch.latents.shape[2:])
-    return replace(batch, mask=torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_a_masked_loss_is_the_mean_over_each_samples_tokens_weighted_and_then_over_samples():

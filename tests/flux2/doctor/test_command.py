@@ -12,7 +12,7 @@ import torch
 from flux2.doctor import command as doctor
 from flux2.doctor.selftest import CHECKS, Finding
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def printed(capsys: pytest.CaptureFixture[str], findings: list[Finding], patch: pytest.MonkeyPatch) -> tuple[int, str]:

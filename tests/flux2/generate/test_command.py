@@ -30,7 +30,7 @@ from flux2.weights.sources import ModelSource
 
 pytest_plugins = ("offload_helpers", "remote_helpers")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from flux2.weights import modelspec, streaming_writer
 from flux2.weights.loading import load_transformer
 from flux2.weights.sources import ModelSource
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 TYPES: dict[str, tuple[Callable[..., peft.PeftModel], dict[str, Any]]] = {
     "lora": (attach, {"rank": 4, "alpha": 8}),
     "rslora": (attach, {"rank": 4, "alpha": 8, "rslora": True}),

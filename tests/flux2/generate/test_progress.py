@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flux2.generate.progress import Screen
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Terminal(io.StringIO):

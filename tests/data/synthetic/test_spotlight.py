@@ -13,7 +13,7 @@ from data.synthetic.drawings import COLOURS, SHAPES, draw, held_out
 from data.synthetic.spotlight import COOL, INSTRUCTION, PAIRS, SHOWN, WARM, new_drawings, pairs, spotlight
 from data.synthetic.tarot import CARDS
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_edit"
+FOLDER = Path(__file__).resolve().parents[3] / "data" / "demo_edit"
 ROWS = [json.loads(line) for line in (FOLDER / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -11,7 +11,7 @@ from data.demo.draw import main
 from data.synthetic.drawings import BACKGROUNDS, COLOURS, INK, SHAPES
 from data.synthetic.tarot import BAR, CARDS, GOLD, PARCHMENT, all_cards, card_caption, draw_card, roman
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo"
+FOLDER = Path(__file__).resolve().parents[3] / "data" / "demo"
 ROWS = [json.loads(line) for line in (FOLDER / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -5,7 +5,7 @@ import helpers
 import pytest
 import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
-from test_train_loss import batch_of, masked, stir
+from loss_helpers import batch_of, masked, stir
 from train_helpers import drawn_and_mixed, values
 
 from flux2 import adapters

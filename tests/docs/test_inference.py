@@ -16,7 +16,7 @@ from flux2.generate import command as generate
 from flux2.generate.command import arguments
 from flux2.models.variants import VARIANTS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("inference", "troubleshooting")}
 COMMANDS = [
     shlex.split(line)[3:]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from adapter_helpers import TYPES, attached, base, stirred
+from compiler_helpers import Graphs
 from helpers import relative_error, transformer_inputs
-from test_flux2_adapter_types import TYPES, attached, base, stirred
-from test_flux2_checkpointing import Graphs
 
 from flux2 import adapters
 from flux2.memory.activation_checkpointing import set_policy
@@ -28,7 +28,7 @@ def step(model: Transformer) -> tuple[float, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("kind", ["pissa", "loha", "lokr", "oft"])
 def test_each_type_is_compiled_whole_and_gives_the_same(kind: str) -> None:
-    """A plain LoRA, whose layers an rsLoRA has too, is in tests/test_flux2_checkpointing.py."""
+    """A plain LoRA, whose layers an rsLoRA has too, is in tests/flux2/memory/test_activation_checkpointing.py."""
     model = base()
     stirred(attached(kind, model))
     check_compiles(model)

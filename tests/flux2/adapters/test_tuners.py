@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_helpers import PRECISIONS, TYPES, attached, base, stirred
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,11 +22,6 @@ from flux2.adapters.formats import AdapterError, to_comfyui, to_kohya
 from flux2.adapters.tuners import (
     adapted,
     attach,
-    attach_dora,
-    attach_loha,
-    attach_lokr,
-    attach_oft,
-    attach_pissa,
     detach,
 )
 from flux2.layers.fused_lora import FusedLora
@@ -34,48 +30,10 @@ from flux2.memory.block_offload import offload
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import Precision, QuantisedLinear, convert
 
-Attach = Callable[..., peft.PeftModel]
-
-TYPES: dict[str, tuple[Attach, dict[str, Any]]] = {
-    "lora": (attach, {"rank": 4, "alpha": 8}),
-    "rslora": (attach, {"rank": 4, "alpha": 8, "rslora": True}),
-    "dora": (attach_dora, {"rank": 4, "alpha": 8}),
-    "pissa": (attach_pissa, {"rank": 4, "alpha": 8}),
-    "loha": (attach_loha, {"rank": 4, "alpha": 8}),
-    "lokr": (attach_lokr, {"rank": 4, "alpha": 8}),
-    "oft": (attach_oft, {"block_size": 16}),
-}
-PRECISIONS = {
-    "fp32": Precision(),
-    "bf16": Precision(torch.bfloat16),
-    "fp8": Precision(torch.bfloat16, "fp8"),
-    "nf4": Precision(torch.bfloat16, "nf4"),
-}
 SUPPORTED = {(kind, precision) for kind in TYPES for precision in PRECISIONS}  # all; docs/adapters.md has the table
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "adapters.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "adapters.md"
 EACH_TYPE = pytest.mark.parametrize("kind", TYPES)
 EACH_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
-
-
-def base(precision: str = "fp32", model: str = "dev") -> Transformer:
-    """A frozen random transformer in a precision."""
-    found = helpers.transformers(model)[0].to(PRECISIONS[precision].dtype)
-    convert(found, PRECISIONS[precision])
-    return found
-
-
-def attached(kind: str, model: Transformer, **options: Any) -> peft.PeftModel:
-    make, settings = TYPES[kind]
-    return make(model, **(settings | options))
-
-
-@torch.no_grad()
-def stirred(wrapped: peft.PeftModel, by: float = 0.05, seed: int = 3) -> peft.PeftModel:
-    """Every trained weight moved, as training does."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapters.adapter_parameters(wrapped):
-        parameter += by * torch.randn(parameter.shape, generator=generator)
-    return wrapped
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from flux2.layers.selection import BLOCK_LINEARS, PRESETS, kinds, linear_names, 
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "adapters.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "adapters.md"
 CONFIGS = {name: variant.transformer for name, variant in VARIANTS.items()} | {
     f"small_{kind}": config for kind, config in helpers.TRANSFORMERS.items()
 }

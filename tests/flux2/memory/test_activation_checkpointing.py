@@ -1,6 +1,5 @@
 """flux2.memory.activation_checkpointing: policies save memory and change no number."""
 
-import collections
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,10 +9,8 @@ import helpers
 import peft
 import pytest
 import torch
+from compiler_helpers import Graphs
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -486,27 +483,6 @@ def test_without_a_wish_the_order_is_pytorchs_but_on_hopper(monkeypatch: pytest.
 
 
 # ------------------------------------------------------------------ compiled
-
-
-class Graphs:
-    """A compiler that changes nothing, and notes the graphs it is given."""
-
-    def __init__(self) -> None:
-        torch._dynamo.reset()
-        self.forward: list[collections.Counter[str]] = []
-        self.backward: list[collections.Counter[str]] = []
-        self.backend = aot_autograd(
-            fw_compiler=self.noting(self.forward),
-            bw_compiler=self.noting(self.backward),
-            partition_fn=min_cut_rematerialization_partition,
-        )
-
-    def noting(self, to: list[collections.Counter[str]]) -> Any:
-        def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
-            to.append(collections.Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
-            return make_boxed_func(graph.forward)
-
-        return compiler
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
+from adapter_helpers import TYPES, stirred
 from sharding_worker import CASES, PRECISIONS, SOURCE, findings, inputs, loss_of
-from test_flux2_adapter_types import TYPES, stirred
 from torch.distributed.tensor import DTensor
 from train_helpers import CONF, adapter, compose, execute, free_port, launch, lines, run_training, values
 
