@@ -1,57 +1,190 @@
-"""Who may import whom: `train -> {data, flux2}`, and diffusers is for tests and benchmarks alone."""
+"""Who may import whom: an order of packages in each top folder, no circle of files, and diffusers for tests alone.
+
+Every import counts, whether it is at the top of a file, in a function or under TYPE_CHECKING.
+"""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"flux2", "data", "train", "tests", "benchmarks"}
-MAY = {"flux2": {"flux2"}, "data": {"data"}, "train": {"train", "data", "flux2"}}
+TOPS = {"flux2": {"flux2"}, "data": {"data"}, "train": {"train", "data", "flux2"}}  # what each imports of ours
+OURS = {*TOPS, "tests", "benchmarks"}
+
+# From the ground up: what is on a line imports of its top folder only what is on the lines above.
+ORDER = {
+    "flux2": """
+        utils
+        layers
+        quantization
+        models
+        sampling
+        weights
+        adapters
+        prompts
+        memory
+        pipeline
+        export serve doctor generate
+        __init__
+    """,
+    "data": """
+        __init__
+        buckets sampler synthetic
+        sources
+        cache
+        loader
+        demo demo_edit
+    """,
+    "train": """
+        __init__
+        utils
+        distributed
+        optim
+        objective
+        tracking
+        encoding
+        checkpoints
+        validation
+        evaluation
+        reports
+        publishing
+        config
+        sweeps
+        planner
+        cli
+        stages
+        loop
+        run
+        cache plan evaluate sweep hub tiny_model
+        demo
+        demo_edit
+    """,
+}
 
 
-def imported(source: str) -> set[str]:
-    """The packages that a file imports anywhere in it, by `import`, `from` or `import_module` of a constant."""
-    found = set()
+def module(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module(file): file for top in TOPS for file in sorted((ROOT / top).rglob("*.py"))}
+
+
+def imported(source: str) -> Iterator[tuple[str, str]]:
+    """(module, name in it or "") of every import in a file: `import`, `from`, and `import_module` of a constant."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the package"
-            found.add(node.module or "")
+            yield from ((node.module or "", alias.name) for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            found |= {
-                part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)
-            }
-    return {name.partition(".")[0] for name in found}
+            constants = (part.value for part in node.args if isinstance(part, ast.Constant))
+            yield from ((value, "") for value in constants if isinstance(value, str))
 
 
-def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+def packages(source: str) -> set[str]:
+    return {name.partition(".")[0] for name, _ in imported(source)}
 
 
-@pytest.mark.parametrize("package", MAY)
-def test_a_package_imports_of_ours_only_what_it_may(package):
-    assert len(files(package)) >= 6
-    wrong = {str(file): sorted(imported(file.read_text()) & OURS - MAY[package]) for file in files(package)}
-    assert {file: names for file, names in wrong.items() if names} == {}
+def graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules of `sources` that it imports; `from package import module` is an import of the module."""
+    found: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        each = [f"{where}.{what}" if f"{where}.{what}" in sources else where for where, what in imported(source)]
+        found[name] = {other for other in each if other in sources}
+    return found
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, from one back to itself; empty if there is none."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(edges[name]):
+            if found := search(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(edges) if (found := search(name, []))), [])
+
+
+def place(name: str) -> tuple[str, str]:
+    """(top folder, what of it stands in ORDER) of a module."""
+    top, _, rest = name.partition(".")
+    return top, rest.partition(".")[0] or "__init__"
+
+
+def against_the_order(edges: dict[str, set[str]], order: dict[str, str]) -> list[str]:
+    lines = {top: [line.split() for line in text.split("\n")] for top, text in order.items()}
+    level = {(top, word): i for top in lines for i, words in enumerate(lines[top]) for word in words}
+    wrong = []
+    for name, others in edges.items():
+        for other in sorted(others):
+            here, there = place(name), place(other)
+            known = here in level and there in level  # else another test says so
+            if known and here[0] == there[0] and here != there and level[there] >= level[here]:
+                wrong.append(f"{name} imports {other}")
+    return sorted(wrong)
+
+
+@pytest.fixture(scope="module")
+def edges() -> dict[str, set[str]]:
+    return graph({name: file.read_text() for name, file in FILES.items()})
+
+
+@pytest.mark.parametrize("top", TOPS)
+def test_a_top_folder_imports_of_ours_only_what_it_may(top):
+    assert sum(name.startswith(f"{top}.") for name in FILES) >= 6
+    sources = {name: file.read_text() for name, file in FILES.items() if name.partition(".")[0] == top}
+    wrong = {name: sorted(packages(source) & OURS - TOPS[top]) for name, source in sources.items()}
+    assert {name: found for name, found in wrong.items() if found} == {}
+
+
+@pytest.mark.parametrize("top", TOPS)
+def test_the_order_names_all_that_is_there(top):
+    assert sorted(ORDER[top].split()) == sorted({place(name)[1] for name in FILES if name.partition(".")[0] == top})
+
+
+def test_packages_import_what_stands_above_them(edges):
+    assert against_the_order(edges, ORDER) == []
+
+
+def test_no_files_import_each_other_in_a_circle(edges):
+    assert circle(edges) == []
 
 
 def test_only_tests_benchmarks_and_the_self_test_import_diffusers():
     """But for the self-test of `python -m flux2.doctor`, which goes without where it is not installed."""
-    users = [str(file) for package in MAY for file in files(package) if "diffusers" in imported(file.read_text())]
-    assert users == [str(ROOT / "flux2" / "doctor" / "selftest.py")]
-    assert "diffusers" in imported((ROOT / "tests" / "helpers.py").read_text())
+    users = [name for name, file in FILES.items() if "diffusers" in packages(file.read_text())]
+    assert users == ["flux2.doctor.selftest"]
+    assert "diffusers" in packages((ROOT / "tests" / "helpers.py").read_text())
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "import diffusers",
-        "from diffusers.models import x",
-        "def f():\n    import diffusers.utils as u",
-        "if True:\n    from importlib import import_module\n    import_module('diffusers')",
+        "import train.b",
+        "from train import b",
+        "from train.b import x",
+        "def f():\n    import train.b as u",
+        "if TYPE_CHECKING:\n    from train.b import x",
+        "if True:\n    from importlib import import_module\n    import_module('train.b')",
     ],
 )
 def test_an_import_is_seen_wherever_it_stands(source):
-    assert "diffusers" in imported(source)
+    sources = {"train": "", "train.a": source, "train.b": "from train.c import y", "train.c": "import train.a"}
+    assert "train" in packages(source)
+    assert "train.b" in graph(sources)["train.a"]
+    assert circle(graph(sources)) == ["train.a", "train.b", "train.c", "train.a"]
+    assert circle(graph(sources | {"train.c": ""})) == []
+    wrong = ["train.a imports train.b", "train.b imports train.c"]
+    assert against_the_order(graph(sources | {"train.c": ""}), {"train": "__init__\na\nb\nc"}) == wrong
+    assert against_the_order(graph(sources | {"train.c": ""}), {"train": "__init__\nc\nb\na"}) == []
+    assert against_the_order(graph(sources | {"train.c": ""}), {"train": "__init__\nc\na b"}) == wrong[:1]
