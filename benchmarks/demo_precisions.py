@@ -39,7 +39,7 @@ PRECISIONS = {
     "nf4": ["precision=nf4"],
 }
 MEASURES = ("style_moved", "plain_style_moved", "subjects_right", "plain_subjects_right")
-PICTURES = len(demo.SUBJECTS) * len(demo.COLOURS) * demo.PICTURES
+PICTURES = len(demo.SUBJECTS) * len(demo.COLORS) * demo.PICTURES
 
 
 def trained(overrides: Sequence[str], folder: Path, cache: Path) -> dict[str, Any]:

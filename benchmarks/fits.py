@@ -36,7 +36,7 @@ from benchmarks.models import MODELS, adapt, precision_of, random_transformer
 from flux2 import adapters
 from flux2.layers.attention import preferred_backends
 from flux2.memory.activation_checkpointing import set_policy
-from flux2.memory.block_offload import offload, streamed_blocks
+from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.models.positions import image_positions, text_positions
 from flux2.models.variants import VARIANTS, Variant
 from flux2.quantization.precision import Storage
@@ -45,7 +45,7 @@ from train.planner.from_config import skeleton
 from train.planner.gpus import CONTEXT_GB, GIB, gpu, usable
 from train.planner.predictor import LIBRARIES, Planner, Prediction
 from train.planner.search import choose
-from train.planner.workload import Job
+from train.planner.workload import Workload
 
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
 
@@ -57,11 +57,11 @@ class Case:
     model: str
     storage: Storage | None
     pixels: int
-    card_gb: float
+    gpu_memory_gb: float
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.storage or 'bf16'} {self.pixels} {self.card_gb:g}"
+        return f"{self.model} {self.storage or 'bf16'} {self.pixels} {self.gpu_memory_gb:g}"
 
     @property
     def variant(self) -> Variant:
@@ -92,21 +92,21 @@ def planner(variant: Variant, storage: Storage | None, pixels: int, in_fp8: bool
     """Of one picture a step, AdamW, and nothing but steps."""
     precision = precision_of(storage, in_fp8)
     model = skeleton(variant, precision, lambda model: adapters.attach(model, rank=rank))
-    return Planner(Job(variant, model, torch.bfloat16, OPTIMIZER, (pixels, pixels), storage=storage))
+    return Planner(Workload(variant, model, torch.bfloat16, OPTIMIZER, (pixels, pixels), storage=storage))
 
 
 def train(case: Case, chosen: Prediction, device: torch.device, repeats: int, in_fp8: bool) -> list[float]:
     """Seconds of `repeats` steps, after two that are not counted; the peak is counted from the first."""
     choice, config = chosen.choice, case.variant.transformer
-    streamed = streamed_blocks(config, choice.stream_blocks)
-    precision = precision_of(case.storage, in_fp8, choice.keep_both_layouts)
+    streamed = offloaded_blocks(config, choice.offload_blocks)
+    precision = precision_of(case.storage, in_fp8, choice.cache_transposed_weights)
     model = random_transformer(config, precision, device, host=streamed)
     backends = preferred_backends(None, device)
     set_policy(model, choice.checkpointing, budget_gb=choice.budget_gb, attention=backends)
     adapt(model, rank=16)
     for parameter in adapters.adapter_parameters(model):
         parameter.data = parameter.data.to(device)
-    offload(model, choice.stream_blocks, activations=choice.offload_activations, device=device)
+    offload(model, choice.offload_blocks, activations=choice.offload_activations, device=device)
     optimizer = OPTIMIZER(adapters.adapter_parameters(model))
 
     side, text = case.pixels // 16, 512
@@ -138,15 +138,15 @@ def train(case: Case, chosen: Prediction, device: torch.device, repeats: int, in
 def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     """What the planner predicts for a case and what came."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    on = gpu(name, case.card_gb)
+    on = gpu(name, case.gpu_memory_gb)
     in_fp8 = precision_of(case.storage, in_fp8=True).multiplies_in_fp8(device)
-    chosen = choose(planner(case.variant, case.storage, case.pixels, in_fp8), {}, usable(case.card_gb), on)
+    chosen = choose(planner(case.variant, case.storage, case.pixels, in_fp8), {}, usable(case.gpu_memory_gb), on)
     if chosen is None:
         return {"asked": asdict(case), "left out": "predicted not to fit"}
     result: dict[str, Any] = {"asked": asdict(case), "memory": settings_of(chosen.choice)}
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        share = (case.card_gb - CONTEXT_GB) * GIB / total
+        share = (case.gpu_memory_gb - CONTEXT_GB) * GIB / total
         if share > 1:
             return result | {"left out": f"this GPU has {total / GIB:.0f} GiB"}
         torch.cuda.set_per_process_memory_fraction(share, device)

@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common import at_least, clock, hardware, write_result
 from benchmarks.models import SMALL, diffusers_transformer, drawn, precision_of, random_transformer, to_four_bits
-from flux2.memory.block_offload import offload, streamed_blocks
+from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.models import tiled_decoding
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.transformer import Transformer
@@ -47,8 +47,8 @@ from flux2.quantization.precision import Storage
 from train.planner.from_config import skeleton
 from train.planner.gpus import CONTEXT_GB, GIB
 from train.planner.predictor import LIBRARIES, Planner
-from train.planner.step_memory import Count, Shape, autoencoder_peaks, fake, gpu_kernels, size
-from train.planner.workload import Job
+from train.planner.step_memory import AllocationCounter, Shape, autoencoder_peaks, fake, gpu_kernels, size
+from train.planner.workload import Workload
 
 TEXT = 512  # tokens of a prompt
 DEV = VARIANTS["dev"]
@@ -62,18 +62,18 @@ SMALL_DEV = replace(
 
 @dataclass(frozen=True)
 class Case:
-    """One way to make a picture. `offload` is diffusers' mode; ours streams `stream_blocks` and decodes `tiled`."""
+    """One way to make a picture. `offload` is diffusers' mode; ours streams `offload_blocks` and decodes `tiled`."""
 
-    card_gb: int
+    gpu_memory_gb: int
     storage: Storage | None
-    stream_blocks: int | float = 0
+    offload_blocks: int | float = 0
     tiled: bool = False
     offload: str | None = None
 
     @property
     def name(self) -> str:
-        how = f"diffusers, {self.offload} offload" if self.offload else f"flux2-lora, {self.stream_blocks} streamed"
-        return f"{self.card_gb} GB: {how}, {self.storage or 'bf16'}"
+        how = f"diffusers, {self.offload} offload" if self.offload else f"flux2-lora, {self.offload_blocks} streamed"
+        return f"{self.gpu_memory_gb} GB: {how}, {self.storage or 'bf16'}"
 
 
 OURS = (
@@ -112,7 +112,7 @@ def stripes_peak(config: AutoencoderConfig, pixels: int) -> int:
     with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake(model)
         given = torch.empty(1, 4 * config.latent_channels, pixels // 16, pixels // 16)
-        with Count([*model.parameters(), *model.buffers(), given]) as count:
+        with AllocationCounter([*model.parameters(), *model.buffers(), given]) as count:
             tiled_decoding.decode(model, given)
     return count.peak + size([given])
 
@@ -122,9 +122,9 @@ def predicted(variant: Variant, case: Case, pixels: int = 1024) -> dict[str, flo
     precision = precision_of(case.storage, in_fp8=True)
     model = skeleton(variant, precision, lambda model: model.requires_grad_(False))
     unused = partial(torch.optim.AdamW, lr=1.0)
-    job = Job(variant, model, precision.dtype, unused, (pixels, pixels), sample_pixels=(pixels, pixels))
+    job = Workload(variant, model, precision.dtype, unused, (pixels, pixels), sample_pixels=(pixels, pixels))
     planner = Planner(replace(job, storage=case.storage))
-    streamed, ring = planner.count_streamed(case.stream_blocks, planner.weights)
+    streamed, ring = planner.count_streamed(case.offload_blocks, planner.weights)
     image = (pixels // 16) ** 2
     weights, decoding = whole_peak(variant.autoencoder, pixels)
     if case.tiled:
@@ -133,7 +133,7 @@ def predicted(variant: Variant, case: Case, pixels: int = 1024) -> dict[str, flo
         "weights of blocks": sum(planner.weights) - streamed,
         "buffers of streamed blocks": ring,
         "other weights": planner.other_weights,
-        "dequantised layer": planner.workspace,
+        "dequantized layer": planner.workspace,
         "autoencoder": weights,
         "working set": max(planner.inference(Shape(1, image, TEXT, image), False)[0], decoding),
         "libraries (assumed)": LIBRARIES,
@@ -146,9 +146,9 @@ def predicted(variant: Variant, case: Case, pixels: int = 1024) -> dict[str, flo
 def ours(variant: Variant, case: Case, device: torch.device, pixels: int) -> Callable[[int], Any]:
     config = variant.transformer
     precision = precision_of(case.storage, in_fp8=True)
-    host = streamed_blocks(config, case.stream_blocks)
+    host = offloaded_blocks(config, case.offload_blocks)
     model = random_transformer(config, precision, device, host=host)
-    offload(model, case.stream_blocks, device=device)
+    offload(model, case.offload_blocks, device=device)
     autoencoder = Autoencoder(variant.autoencoder).to(device).requires_grad_(False).eval()
     text = torch.randn(1, TEXT, config.text_width, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -216,7 +216,7 @@ def measure(variant: Variant, case: Case, device: torch.device, pixels: int, ste
         result["predicted GB"] = sum(predicted(variant, case, pixels).values()) / 1e9
     if gpu:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.card_gb - CONTEXT_GB) * GIB / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.gpu_memory_gb - CONTEXT_GB) * GIB / total), device)
         torch.cuda.reset_peak_memory_stats(device)
     try:
         make = (theirs if case.offload else ours)(variant, case, device, pixels)

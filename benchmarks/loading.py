@@ -1,4 +1,4 @@
-"""Loading a large checkpoint into NF4: host memory, and the second start from the quantised copy.
+"""Loading a large checkpoint into NF4: host memory, and the second start from the quantized copy.
 
     python benchmarks/loading.py
 
@@ -121,7 +121,7 @@ def start(variant: Variant, file: Path, cache: Path | None) -> dict[str, float]:
         "model_bytes": kept,
         "peak_bytes": memory("VmHWM") - sampled[0],
         "peak_sampled_bytes": max(sampled) - sampled[0],
-        "from_copy": float(any(text.startswith("read from the quantised copy") for _, text in told)),
+        "from_copy": float(any(text.startswith("read from the quantized copy") for _, text in told)),
     }
 
 

@@ -156,9 +156,9 @@ def setting(setup: Setup, case: Case, model: nn.Module) -> dict[str, Any]:
         "compile": case.compile,
         "checkpointing": case.policy,
         "budget_gb": None,
-        "stream_blocks": 0,
+        "offload_blocks": 0,
         "offload_activations": False,
-        "keep_both_layouts": case.layouts == 2,
+        "cache_transposed_weights": case.layouts == 2,
     }
 
 

@@ -1,7 +1,7 @@
 """Transformers with random weights at any shape, ours and diffusers', that compute the same: what the benchmarks share.
 
 Every weight is drawn by its name, so two models of one configuration hold the same weights whatever their precision,
-and one of 64 GB in bfloat16 is quantised layer by layer without ever being whole.
+and one of 64 GB in bfloat16 is quantized layer by layer without ever being whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flux2 import adapters
 from flux2.models.transformer import Transformer
 from flux2.models.variants import DEV, KLEIN_4B, KLEIN_9B, TransformerConfig
-from flux2.quantization.precision import Matmul, Precision, QuantisedLinear, Storage, convert
+from flux2.quantization.precision import Matmul, Precision, QuantizedLinear, Storage, convert
 from flux2.weights.key_names import transformer_tensor
 
 SMALL = TransformerConfig(heads=2, head_dim=64, double_blocks=1, single_blocks=2, text_width=64, guidance=False,
@@ -39,8 +39,8 @@ def precision_of(storage: Storage | None, in_fp8: bool, both: bool = False) -> P
         in_fp8: whether FP8 layers multiply in FP8.
         both: whether they keep their weights transposed too.
     """
-    matmul: Matmul = "auto" if storage != "fp8" else "fp8" if in_fp8 else "dequantised"
-    return Precision(torch.bfloat16, storage, matmul=matmul, keep_both_layouts=both)
+    matmul: Matmul = "auto" if storage != "fp8" else "fp8" if in_fp8 else "dequantized"
+    return Precision(torch.bfloat16, storage, matmul=matmul, cache_transposed_weights=both)
 
 
 def drawn(name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -63,7 +63,7 @@ def random_transformer(
         model = Transformer(config).to(precision.dtype)
     convert(model, precision, device)
     for name, module in model.named_modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             sizes = torch.Size((module.out_features, module.in_features))
             module.store(drawn(f"{name}.weight", sizes, device, precision.dtype))
         else:
@@ -119,7 +119,7 @@ def adapt_with_peft(other: Any, rank: int) -> None:
 
 
 def to_four_bits(other: nn.Module, device: torch.device) -> None:
-    """The block linears of diffusers' model as bitsandbytes' NF4 with double quantisation, in place."""
+    """The block linears of diffusers' model as bitsandbytes' NF4 with double quantization, in place."""
     for name, module in list(other.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith(DIFFUSERS_BLOCKS):
             layer = bitsandbytes.nn.Linear4bit(

@@ -68,7 +68,7 @@ def fits() -> str:
             cells = []
             for size, card in cards.items():
                 found = choose(known(name, storage, card.fp8 is not None), {}, usable(size), card)
-                streams = found is not None and found.choice.stream_blocks
+                streams = found is not None and found.choice.offload_blocks
                 cells.append("no" if found is None else f"{found.seconds(card):.1f}{'*' if streams else ''}")
             rows.append([f"{title}, {storage or 'bf16'}", *cells])
     return markdown(["predicted s/step", *(f"{size} GB ({card.name})" for size, card in cards.items())], rows)

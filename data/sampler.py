@@ -13,7 +13,7 @@ import torch
 def derived_generator(seed: int, *key: int | str) -> torch.Generator:
     """A CPU generator that depends on nothing but its arguments, such as (seed, "noise", step, position).
 
-    The key goes through sha256: equal on every machine and in every process, unlike `hash`, and neighbours are
+    The key goes through sha256: equal on every machine and in every process, unlike `hash`, and neighbors are
     unrelated.
     """
     digest = hashlib.sha256(json.dumps([seed, *key]).encode()).digest()

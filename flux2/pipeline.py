@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flux2 import adapters
 from flux2.adapters.loading import Loaded
-from flux2.memory.block_offload import offload, streamed_blocks
+from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.models import tiled_decoding
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import reference_image, to_images, to_pixels
@@ -29,7 +29,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant, variant
 from flux2.prompts.embeddings import Prompts, TextSource, free, text_source
 from flux2.prompts.upsampling import load_upsampler
-from flux2.quantization.precision import Precision, pick
+from flux2.quantization.precision import Precision, precision_from_name
 from flux2.sampling import initial_noise, sample
 from flux2.utils import checks
 from flux2.utils.device import pick_device
@@ -115,14 +115,14 @@ class Pipeline:
         device: torch.device,
         precision: Precision,
         keep_text_encoder: bool,
-        stream_blocks: int | float = 0,
+        offload_blocks: int | float = 0,
         cache: Path | None = None,
         text: TextSource | None = None,
         tiled: bool | None = None,
     ) -> None:
         self.tiled = tiled
-        self.streamed = streamed_blocks(source.variant.transformer, stream_blocks)
-        self.stream_blocks = stream_blocks
+        self.streamed = offloaded_blocks(source.variant.transformer, offload_blocks)
+        self.offload_blocks = offload_blocks
         self.source = source
         self.device = device
         self.precision = precision
@@ -154,7 +154,7 @@ class Pipeline:
                 cache=self.cache,
                 say=lambda text: print(text, file=sys.stderr),
             )
-            offload(transformer, self.stream_blocks, device=self.device)
+            offload(transformer, self.offload_blocks, device=self.device)
             self._transformer = transformer
         return self._transformer
 
@@ -184,13 +184,13 @@ class Pipeline:
         """Raises ValueError for a base that adapters cannot be merged into; nothing is loaded for it."""
         if self.precision.storage is not None:
             raise ValueError(
-                f"precision={self.precision.name}: adapters cannot be merged into a quantised base, as most of them "
+                f"precision={self.precision.name}: adapters cannot be merged into a quantized base, as most of them "
                 "would be lost in its rounding. Keep them beside it, or use precision=bf16 or fp32"
             )
         if self.streamed:
             raise ValueError(
                 "adapters cannot be merged while blocks stream from host memory: keep them beside the base, or use "
-                "stream_blocks=0"
+                "offload_blocks=0"
             )
 
     def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
@@ -312,7 +312,7 @@ def load(
     device: str | None = None,
     precision: str | None = None,
     keep_text_encoder: bool | None = None,
-    stream_blocks: int | float = 0,
+    offload_blocks: int | float = 0,
     cache: str | Path | None = None,
     tiled: bool | None = None,
     text_storage: Storage | None = None,
@@ -330,9 +330,9 @@ def load(
         bf16 on a GPU and
             fp32 on a CPU, as the text encoder is for `fp8` and `nf4`.
         keep_text_encoder: keep it in memory between calls; by default only for `tiny`.
-        stream_blocks: blocks of the transformer that stay in host memory and stream to the device: a number, or a
+        offload_blocks: blocks of the transformer that stay in host memory and stream to the device: a number, or a
             share from 0.0 to 1.0.
-        cache: folder of quantised copies, with which the next start in `fp8` or `nf4` is faster; by default what the
+        cache: folder of quantized copies, with which the next start in `fp8` or `nf4` is faster; by default what the
             environment variable FLUX2_CACHE names, or none.
         tiled: decode pictures in stripes, which takes less memory and more time; by default those above a megapixel.
         text_storage: `nf4` or `int8`: the text encoder's layers in 4 or 8 bits; by default in the dtype of the rest.
@@ -350,4 +350,4 @@ def load(
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
     copies = cache or os.environ.get("FLUX2_CACHE")
     folder = Path(copies).expanduser() if copies else None
-    return Pipeline(source, chosen, pick(precision, chosen), keep, stream_blocks, folder, text, tiled)
+    return Pipeline(source, chosen, precision_from_name(precision, chosen), keep, offload_blocks, folder, text, tiled)

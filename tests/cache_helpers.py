@@ -15,14 +15,14 @@ from data.sources.images import Picture
 
 
 def picture(color: str, size: tuple[int, int] = (40, 40), name: str | None = None) -> Picture:
-    """One colour all over."""
+    """One color all over."""
     stream = BytesIO()
     Image.new("RGB", size, color).save(stream, "PNG")
     return Picture(name or color, lambda: BytesIO(stream.getvalue()))
 
 
 def encode_images(images: list[Image.Image]) -> Tensor:
-    """A stand-in autoencoder whose latents hold the mean colour of a picture."""
+    """A stand-in autoencoder whose latents hold the mean color of a picture."""
     assert len(images) == 1
     width, height = images[0].size
     red, green, blue = images[0].resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]

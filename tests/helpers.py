@@ -102,7 +102,7 @@ def randomize(module: nn.Module, seed: int) -> nn.Module:
 
 
 def reference_transformer(config: TransformerConfig) -> Flux2Transformer2DModel:
-    """diffusers' transformer of these sizes, as initialised by diffusers."""
+    """diffusers' transformer of these sizes, as initialized by diffusers."""
     return Flux2Transformer2DModel(
         in_channels=config.channels,
         num_layers=config.double_blocks,
@@ -202,7 +202,7 @@ def published_step(
 
 
 def reference_autoencoder(config: AutoencoderConfig) -> AutoencoderKLFlux2:
-    """diffusers' autoencoder of these sizes, as initialised by diffusers."""
+    """diffusers' autoencoder of these sizes, as initialized by diffusers."""
     return AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * len(config.widths),
         up_block_types=("UpDecoderBlock2D",) * len(config.widths),

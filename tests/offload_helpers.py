@@ -72,11 +72,11 @@ def scrambled(monkeypatch: pytest.MonkeyPatch) -> list[Offloader]:
     made: list[Offloader] = []
     init = Offloader.__init__
 
-    def initialise(self: Offloader, *args: Any, **kwargs: Any) -> None:
+    def initialize(self: Offloader, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         scramble(self)
         made.append(self)
 
-    monkeypatch.setattr(Offloader, "__init__", initialise)
+    monkeypatch.setattr(Offloader, "__init__", initialize)
     monkeypatch.setattr(offload_module, "copier_for", lambda device: ScrambledCopier())
     return made

@@ -16,7 +16,7 @@ from train_helpers import CONF, compose
 from data.sources import Folder, HuggingFace
 from data.sources.captions import Captions
 from flux2.adapters.tuners import attach
-from flux2.quantization.precision import Precision, pick
+from flux2.quantization.precision import Precision, precision_from_name
 from train.cli.errors import flat
 from train.config.instantiate import instantiate, parse_settings
 from train.config.run_config import GROUPS
@@ -66,7 +66,7 @@ def test_every_choice_composes_and_makes_its_objects(group, choice):
     config = compose(f"{group}={choice}", *NEEDS.get((group, choice), []))
     run = load_config(config)
     given = OmegaConf.to_container(config[group], resolve=True)
-    if group == "memory" and "card_gb" in given:  # the planner gives what is null its value
+    if group == "memory" and "gpu_memory_gb" in given:  # the planner gives what is null its value
         assert all(run.config[group][key] == value for key, value in given.items() if value not in (None, "free"))
         assert run.config[group]["checkpointing"] is not None
     else:
@@ -130,13 +130,13 @@ def test_the_adapter_covers_the_layers_that_attach_does_by_default():
 @pytest.mark.parametrize(("choice", "storage"), [("auto", None), ("fp32", None), ("fp8", "fp8"), ("nf4", "nf4")])
 def test_a_precision_is_the_one_of_that_name_in_the_library(choice, storage):
     run = load_config(compose(f"precision={choice}", "device=cpu"))
-    assert run.precision == pick(choice, torch.device("cpu"))
+    assert run.precision == precision_from_name(choice, torch.device("cpu"))
     assert run.precision.storage == storage
-    assert not run.precision.keep_both_layouts
+    assert not run.precision.cache_transposed_weights
 
 
 def test_every_setting_of_fp8_is_in_its_file():
-    chosen_with_memory = {"keep_both_layouts"}
+    chosen_with_memory = {"cache_transposed_weights"}
     assert set(compose("precision=fp8").precision) == {field.name for field in fields(Precision)} - chosen_with_memory
     assert set(compose("memory=default").memory) >= chosen_with_memory
 

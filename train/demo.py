@@ -1,10 +1,10 @@
 """The demo: `make demo`, or `python train/demo.py [key=value ...]`.
 
 Trains the LoRA of conf/experiment/demo.yaml on 24 drawn tarot cards, then looks at what came of it, on subjects and
-colours that are on no card:
+colors that are on no card:
 
 - style: how far pictures are from the cards' frame, parchment and title bar, before and after, and the cards too;
-- subject: the share of pictures that show the subject asked for in its colour, read by `data.synthetic.probe`;
+- subject: the share of pictures that show the subject asked for in its color, read by `data.synthetic.probe`;
 - both again for plain prompts, without the trigger word, which should not change;
 - whether the base, adapter off, still makes the very same pictures.
 
@@ -44,11 +44,11 @@ from train.reports.slider import Cell
 from train.run import train
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
-from train.utils.progress import Count
+from train.utils.progress import ItemProgress
 from train.validation.sheet import sheet
 
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
-COLOURS = ("green", "pink", "brown", "black")  # on no card
+COLORS = ("green", "pink", "brown", "black")  # on no card
 PICTURES = 2  # of each prompt
 BATCH = 8
 SHOWN = ("green fish", "pink heart", "brown tree", "black bell")
@@ -60,19 +60,19 @@ class Look:
 
     style_distance: float
     subject: float
-    colour: float
+    color: float
     both: float
 
 
 def look(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> Look:
-    """Measure `pictures` that should show `wanted` (colour, subject)."""
+    """Measure `pictures` that should show `wanted` (color, subject)."""
     read = [probe.read(picture) for picture in pictures]
     subject = [r.shape == shape for r, (_, shape) in zip(read, wanted, strict=True)]
-    colour = [r.colour == name for r, (name, _) in zip(read, wanted, strict=True)]
-    both = [a and b for a, b in zip(subject, colour, strict=True)]
+    color = [r.color == name for r, (name, _) in zip(read, wanted, strict=True)]
+    both = [a and b for a, b in zip(subject, color, strict=True)]
     count = len(pictures)
     distance = sum(probe.style_distance(picture) for picture in pictures) / count
-    return Look(distance, sum(subject) / count, sum(colour) / count, sum(both) / count)
+    return Look(distance, sum(subject) / count, sum(color) / count, sum(both) / count)
 
 
 def moved(before: float, after: float, cards: float) -> float:
@@ -97,7 +97,7 @@ def judge(report: dict[str, float]) -> list[str]:
         line(style >= 0.9, f"the cards' style was learned: {style:.0%} of the way from the base to the cards"),
         line(
             report["subjects_right"] >= 0.8,
-            f"new subjects and colours stay right on cards: {report['subjects_right']:.0%} (base, same prompts: "
+            f"new subjects and colors stay right on cards: {report['subjects_right']:.0%} (base, same prompts: "
             f"{report['subjects_right_before']:.0%})",
         ),
         line(leak <= 0.2, f"plain prompts keep the base's style: moved {leak:.0%} of the way to the cards"),
@@ -110,7 +110,7 @@ def judge(report: dict[str, float]) -> list[str]:
     ]
 
 
-def draw(pipe: Pipeline, prompts: Sequence[str], count: Count, done: int, total: int) -> list[Image.Image]:
+def draw(pipe: Pipeline, prompts: Sequence[str], count: ItemProgress, done: int, total: int) -> list[Image.Image]:
     """A picture of each prompt; `count` shows how many there are of `total`, `done` having been made before."""
     steps = 0
 
@@ -164,13 +164,13 @@ def main(config: DictConfig) -> None:
 def demonstrate(run: RunConfig, location: RunLocation) -> None:
     """Train in a run folder that is claimed, with pictures before and after."""
     dataset = run.instantiate("dataset")
-    pairs = [(colour, subject) for subject in SUBJECTS for colour in COLOURS] * PICTURES
-    prompts = [f"a trtcrd of a {colour} {subject}, tarot style" for colour, subject in pairs]
-    plain = [f"a large {colour} {subject} on a blue background" for colour, subject in pairs]
+    pairs = [(color, subject) for subject in SUBJECTS for color in COLORS] * PICTURES
+    prompts = [f"a trtcrd of a {color} {subject}, tarot style" for color, subject in pairs]
+    plain = [f"a large {color} {subject} on a blue background" for color, subject in pairs]
 
     run.say(f"{len(prompts) + len(plain)} pictures of the base, then {run.settings.steps} steps, then as many pictures")
     base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
-    with closing(Count("pictures", shown=run.accelerator.is_main_process)) as count:
+    with closing(ItemProgress("pictures", shown=run.accelerator.is_main_process)) as count:
         cards_before = draw(base, prompts, count, 0, len(prompts) + len(plain))
         plain_before = draw(base, plain, count, len(prompts), len(prompts) + len(plain))
 
@@ -180,7 +180,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
     run.say("pictures with the adapter, and once more without it")
     base.load_adapter(adapter)
-    with closing(Count("pictures", shown=run.accelerator.is_main_process)) as count:
+    with closing(ItemProgress("pictures", shown=run.accelerator.is_main_process)) as count:
         total = 2 * len(prompts) + len(plain)
         cards_after = draw(base, prompts, count, 0, total)
         plain_after = draw(base, plain, count, len(prompts), total)

@@ -1,7 +1,7 @@
 """The edit demonstration: `python train/demo_edit.py [key=value ...]`.
 
 Trains the LoRA of conf/experiment/demo_edit.yaml on 40 pairs of a picture and the same picture in a spotlight, then
-looks at what came of it, on pictures whose subjects and colours are in no pair and that the base never saw:
+looks at what came of it, on pictures whose subjects and colors are in no pair and that the base never saw:
 
 - edit: the share of pictures that are the given one, in all it shows, and in the spotlight; before and after;
 - reference: the same with each picture given in place of another, which must then be the one that is edited. An adapter
@@ -32,8 +32,8 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from data.synthetic.drawings import BACKGROUNDS, COLOURS, Drawing, draw, plain_edit
-from data.synthetic.recognize import difference, recognise
+from data.synthetic.drawings import BACKGROUNDS, COLORS, Drawing, draw, plain_edit
+from data.synthetic.recognize import difference, recognize
 from data.synthetic.spotlight import INSTRUCTION, PIXELS, SHOWN, new_drawings, spotlight
 from flux2.adapters import disabled
 from flux2.pipeline import Pipeline, render
@@ -44,7 +44,7 @@ from train.demo import end, line, load_demo_config, moved, same
 from train.reports import run_report
 from train.run import train
 from train.stages.run_folder import claim_run_folder
-from train.utils.progress import Count
+from train.utils.progress import ItemProgress
 from train.validation.sheet import sheet
 
 BATCH = 8
@@ -55,7 +55,7 @@ def edited(pipe: Pipeline, sources: Sequence[Image.Image], prompts: Sequence[str
     text, empty = pipe.embeddings(prompts)
     references = torch.cat([pipe.encode_references([source])[0] for source in sources])
     pictures: list[Image.Image] = []
-    with closing(Count("pictures", shown=os.environ.get("RANK", "0") == "0")) as count:
+    with closing(ItemProgress("pictures", shown=os.environ.get("RANK", "0") == "0")) as count:
         for start in range(0, len(sources), BATCH):
             part = slice(start, start + BATCH)
             pictures += render(
@@ -76,10 +76,10 @@ def edited(pipe: Pipeline, sources: Sequence[Image.Image], prompts: Sequence[str
 
 def shares(pictures: Sequence[Image.Image], wanted: Sequence[Drawing], lit: bool) -> dict[str, float]:
     """Shares of pictures that are lit as asked for, that show each attribute of `wanted`, and all of it together."""
-    found = recognise(pictures)
+    found = recognize(pictures)
     right = {
         key: [getattr(one.drawing, key) == getattr(drawing, key) for one, drawing in zip(found, wanted, strict=True)]
-        for key in ("shape", "colour", "background", "size")
+        for key in ("shape", "color", "background", "size")
     }
     right["light"] = [one.lit == lit for one in found]
     right["all"] = [all(each) for each in zip(*right.values(), strict=True)]
@@ -95,10 +95,10 @@ def others(drawings: Sequence[Drawing]) -> list[int]:
 
 
 def plain_edits(drawings: Sequence[Drawing]) -> list[tuple[str, Drawing]]:
-    """An instruction without the trigger for each: in turn another colour and another background."""
+    """An instruction without the trigger for each: in turn another color and another background."""
     edits = []
     for i, drawing in enumerate(drawings):
-        kind, names = ("background", list(BACKGROUNDS)) if i % 2 else ("colour", list(COLOURS))
+        kind, names = ("background", list(BACKGROUNDS)) if i % 2 else ("color", list(COLORS))
         new = names[(names.index(getattr(drawing, kind)) + 1 + i // 2 % (len(names) - 1)) % len(names)]
         edits.append(plain_edit(drawing, kind, new))
     return edits
@@ -191,7 +191,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     use = ["--image", "data/demo_edit/new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
     chosen = [drawings.index(one) for one in SHOWN]
     pairs = [
-        run_report.pair(f"{drawings[i].colour} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen
+        run_report.pair(f"{drawings[i].color} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen
     ]
     end(run, adapter, seconds, judge(found), folder / "demo_edit.json", use, pairs)
 

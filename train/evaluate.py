@@ -40,7 +40,7 @@ from train.utils.checks import check_count, is_number
 from train.utils.console import warn
 from train.utils.files import opened, write_picture, write_whole
 from train.utils.memory import free_memory
-from train.utils.progress import Count
+from train.utils.progress import ItemProgress
 from train.utils.redact import masked_command, masked_text
 from train.validation.samples import is_texts
 from train.validation.sheet import sheet
@@ -154,7 +154,7 @@ def evaluate(run: SavedRun, features: Features, wanted: Wanted) -> Evaluation:
     work += [(chosen, strength, firsts) for strength in strengths if strength not in (0, 1)]
     try:
         total = sum(len(run.missing(*one)) for one in work)
-        with closing(Count("pictures")) as count:
+        with closing(ItemProgress("pictures")) as count:
             done = itertools.count(1)
             for one in work:
                 for _ in run.draw(*one):

@@ -153,7 +153,7 @@ class Trainer:
         return UpdateGuard(
             self.optimizer,
             self.accelerator,
-            most=self.settings.max_bad_steps,
+            most=self.settings.max_nonfinite_steps,
             fresh=untrained,
             samples=names,
             last=lambda: self.checkpointer.last(advice=False),

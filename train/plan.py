@@ -72,8 +72,8 @@ def card_table(planners: Callable[[Gpu], Planner], settings: Choice, fixed: Mapp
     table = Table(title="Which card it fits, as predicted", box=SIMPLE, title_justify="left")
     for name in ("card", "caching: prompts", "pictures", "training as set", "memory=auto would choose", "s/step"):
         table.add_column(name, justify="right" if name in ("card", "s/step") else "left")
-    for card_gb in SIZES:
-        limit, on = usable(card_gb), gpu(None, card_gb)
+    for gpu_memory_gb in SIZES:
+        limit, on = usable(gpu_memory_gb), gpu(None, gpu_memory_gb)
         planner = planners(on)
         now = planner.predict(settings)
         caching = [
@@ -82,7 +82,7 @@ def card_table(planners: Callable[[Gpu], Planner], settings: Choice, fixed: Mapp
         ]
         found = choose(planner, fixed, limit, on)
         table.add_row(
-            f"{card_gb} GB",
+            f"{gpu_memory_gb} GB",
             *caching,
             "yes" if now.training <= limit else "no",
             "nothing fits" if found is None else str(found.choice).replace("memory.", ""),
@@ -135,11 +135,11 @@ def main(config: DictConfig) -> None:
     memory = given["memory"]
     if not isinstance(memory, dict):
         raise ValueError(f"memory={memory!r} must be a group of settings, as in conf/train.yaml")
-    if memory.get("card_gb") is not None and card is None and memory["card_gb"] != FREE:
-        card = memory["card_gb"]
+    if memory.get("gpu_memory_gb") is not None and card is None and memory["gpu_memory_gb"] != FREE:
+        card = memory["gpu_memory_gb"]
     parse_settings("memory", completed(memory), MemorySettings)
-    chooses = memory.get("card_gb") is not None
-    given["memory"] = completed(memory) | ({"card_gb": None} if "card_gb" in memory else {})
+    chooses = memory.get("gpu_memory_gb") is not None
+    given["memory"] = completed(memory) | ({"gpu_memory_gb": None} if "gpu_memory_gb" in memory else {})
     given["device"] = "cpu"
     run = RunConfig(OmegaConf.create(given), planned_processes=processes).dry_run()
 

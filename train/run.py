@@ -71,7 +71,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
             optimizer,
             weights,
             base=config.variant.repo or config.variant.name,
-            licence=config.variant.licence,
+            license=config.variant.license,
             images_per_step=config.images_per_step,
             metrics=metrics,
             rotation=settings.rotation,

@@ -1,7 +1,7 @@
 """Which cache entries the prompts need, how they are filled, and how an embedding is stored in a quarter of its size.
 
 An embedding of dev is 512 tokens of 15360 numbers, 15.7 MB in bfloat16; of ten thousand captions that is 157 GB. With
-`fp8` it is kept in e4m3, 8 bits a number, with one float32 scale for each group of at most 128 neighbours: 8.1 MB. The
+`fp8` it is kept in e4m3, 8 bits a number, with one float32 scale for each group of at most 128 neighbors: 8.1 MB. The
 groups are small because a language model's states have a few numbers that are a thousand times larger than the rest,
 and with one scale a token these would leave nothing of the others. benchmarks/embedding_storage.py measures what that
 does to the loss.
@@ -18,7 +18,7 @@ from data.cache.store import Cache, Progress, Shape, check_finite, each, share
 from data.sources.images import shortened
 
 EMBEDDING_SHAPE: Shape = (None, None)
-GROUP = 128  # neighbours that share a scale, at most
+GROUP = 128  # neighbors that share a scale, at most
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 

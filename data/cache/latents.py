@@ -89,7 +89,7 @@ class Work(NamedTuple):
 
 
 @dataclass
-class Row:
+class BucketRow:
     """One line of the bucket table: how many pictures, and what share of each is cut off."""
 
     pictures: int = 0
@@ -117,7 +117,7 @@ class LatentPlan:
     work: Mapping[str, Work]
     reference_max_pixels: int
     bad: Mapping[int, str] = field(default_factory=dict)
-    table: Mapping[Size, Row] = field(default_factory=dict)
+    table: Mapping[Size, BucketRow] = field(default_factory=dict)
     middles: int = 0
 
     @property
@@ -264,7 +264,7 @@ class _Planner:
         self.reference_max_pixels, self.digests = reference_max_pixels, digests
         self.assign = memoised(buckets.assign)
         self.work: dict[str, Work] = {}
-        self.table: dict[Size, Row] = {}
+        self.table: dict[Size, BucketRow] = {}
         self.enlarged: dict[str, str] = {}
         self.middles = 0
 
@@ -279,7 +279,7 @@ class _Planner:
         size = self.assign(*before)
         if size is None:
             raise BadPicture(sample.target.name, self.buckets.too_small(*before))
-        self.table.setdefault(size, Row(own=size not in self.buckets.sizes)).add(lost(before, size))
+        self.table.setdefault(size, BucketRow(own=size not in self.buckets.sizes)).add(lost(before, size))
         cuts = self.buckets.cuts(before, size, digest)
         if references:  # which are not cut with their picture
             self.middles += 1

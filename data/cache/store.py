@@ -9,7 +9,7 @@ would be wrong after the first `cp -p`.
 Filling takes two steps, since a text encoder may weigh 48 GB: `plan_latents` (data/cache/latents.py) and
 `plan_embeddings` (data/cache/embeddings.py) compute keys and say how many entries are missing; only if some are need
 the caller load the encoder and hand it to `plan.fill`. Encoders get ONE picture or prompt a call: with several,
-rounding depends on the neighbours, and what the cache holds must not depend on what happened to be missing together.
+rounding depends on the neighbors, and what the cache holds must not depend on what happened to be missing together.
 """
 
 import hashlib

@@ -8,7 +8,7 @@ How: rectangles and thick strokes at four times the size, averaged down; the sub
 `data.synthetic.drawings.draw_subject`. Numerals are strokes and not text, because a font would differ between machines.
 
 Why these cards: a LoRA trained on them has two things to show. The style must come with the trigger word ("trtcrd"),
-and it must carry over to what no card shows: six of the fourteen subjects and four of the ten colours are left out.
+and it must carry over to what no card shows: six of the fourteen subjects and four of the ten colors are left out.
 """
 
 import json
@@ -24,10 +24,10 @@ from data.synthetic.tarot import all_cards, card_caption, draw_card
 
 def main(folder: Path) -> None:
     lines = []
-    for shape, colour, number in all_cards():
-        name = f"{number:02d}_{colour}_{shape}.png"
-        draw_card(shape, colour, number).save(folder / name, optimize=True)
-        lines.append(json.dumps({"file_name": name, "text": card_caption(shape, colour)}) + "\n")
+    for shape, color, number in all_cards():
+        name = f"{number:02d}_{color}_{shape}.png"
+        draw_card(shape, color, number).save(folder / name, optimize=True)
+        lines.append(json.dumps({"file_name": name, "text": card_caption(shape, color)}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

@@ -3,13 +3,13 @@
 What: `python data/demo_edit/draw.py` writes source/*.png, target/*.png and metadata.jsonl, 40 pairs to learn from, and
 new/*.png, pictures for the sample sheets; the same pixels on every run. All pairs have one and the same instruction.
 
-How: an edited picture is its source, pixel by pixel, under a coloured light: warm in a disc in the middle, dim and cool
+How: an edited picture is its source, pixel by pixel, under a colored light: warm in a disc in the middle, dim and cool
 around it. It follows from the source alone, so that only who looks at the reference can draw it.
 
 Why this edit: the embedded model has seen neither dark pictures nor discs, so that it cannot come out of the base; and
-subject, colour, background and size must all be taken from the reference. Only combinations of subject, colour and
+subject, color, background and size must all be taken from the reference. Only combinations of subject, color and
 background are used that are on no picture of the embedded model's training (`data.synthetic.drawings.held_out`). The
-pairs show the subjects and colours of `data.demo`'s cards; the other six subjects and four colours are for measuring.
+pairs show the subjects and colors of `data.demo`'s cards; the other six subjects and four colors are for measuring.
 """
 
 import json
@@ -31,14 +31,14 @@ def main(folder: Path) -> None:
         (folder / name).mkdir()
     lines = []
     for number, (drawing, placed) in enumerate(pairs(), start=1):
-        name = f"{number:02d}_{drawing.size}_{drawing.colour}_{drawing.shape}.png"
+        name = f"{number:02d}_{drawing.size}_{drawing.color}_{drawing.shape}.png"
         source = draw(drawing, PIXELS, **placed)
         source.save(folder / "source" / name, optimize=True)
         spotlight(source).save(folder / "target" / name, optimize=True)
         row = {"file_name": f"target/{name}", "references": [f"source/{name}"], "text": INSTRUCTION}
         lines.append(json.dumps(row) + "\n")
     for drawing in SHOWN:
-        draw(drawing, PIXELS).save(folder / "new" / f"{drawing.colour}_{drawing.shape}.png", optimize=True)
+        draw(drawing, PIXELS).save(folder / "new" / f"{drawing.color}_{drawing.shape}.png", optimize=True)
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

@@ -38,7 +38,7 @@ class Header(NamedTuple):
     size: tuple[int, int]  # (width, height) in pixels, turned as EXIF says
     mode: str  # Pillow's
     animated: bool  # more than one frame, or page
-    transparent: bool  # it has an alpha channel, or a transparent colour
+    transparent: bool  # it has an alpha channel, or a transparent color
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def explained(path: str, split: str) -> Iterator[None]:
         yield
     except (DatasetNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ValueError(
-            f"dataset.path={path!r}: {error} Check the spelling; if it is private or gated, accept its licence at "
+            f"dataset.path={path!r}: {error} Check the spelling; if it is private or gated, accept its license at "
             f"https://huggingface.co/datasets/{path} and run `hf auth login`; {instead}"
         ) from error
     except (ConnectionError, TimeoutError, HTTPError) as error:

@@ -1,6 +1,6 @@
 """Procedural pictures of one subject on a plain background, with captions and edit instructions.
 
-What: 14 bold subjects x 10 colours x 8 backgrounds x 2 sizes. A `Drawing` names one combination, `draw` renders it,
+What: 14 bold subjects x 10 colors x 8 backgrounds x 2 sizes. A `Drawing` names one combination, `draw` renders it,
 `caption` describes it in many ways, `edit` gives an instruction and the drawing it leads to.
 
 How: every subject is a few polygons and strokes in a unit box, computed once, then rotated, scaled and painted with
@@ -29,7 +29,7 @@ Point = tuple[float, float]
 
 INK: RGB = (26, 22, 38)
 
-COLOURS: dict[str, RGB] = {
+COLORS: dict[str, RGB] = {
     "red": (212, 40, 44),
     "orange": (243, 132, 28),
     "yellow": (252, 212, 48),
@@ -100,7 +100,7 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> list[Point]:
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
-def _part(contour: list[Point], paint: str | None = "colour", holes: Iterable[list[Point]] = ()) -> _Part:
+def _part(contour: list[Point], paint: str | None = "color", holes: Iterable[list[Point]] = ()) -> _Part:
     loops, area = [tuple(contour)], list(contour)
     for hole in holes:
         # A slit to the hole and back makes one polygon of both (even-odd filling). It must be the shortest one:
@@ -142,10 +142,10 @@ def _moon() -> list[_Part]:
     # The inner circle cuts the outer one at the horns (+-angle), which gives a crescent open to the right.
     outer = _arc(0.08, 0, 0.52, 0.52, 54, 306, 44)
     top, bottom = outer[-1], outer[0]
-    centre_x = 0.265
-    r = math.dist((centre_x, 0), top)
-    a = math.degrees(math.atan2(bottom[1], bottom[0] - centre_x))
-    return [_part(outer[:-1] + _arc(centre_x, 0, r, r, 360 - a, a, 34)[:-1])]
+    center_x = 0.265
+    r = math.dist((center_x, 0), top)
+    a = math.degrees(math.atan2(bottom[1], bottom[0] - center_x))
+    return [_part(outer[:-1] + _arc(center_x, 0, r, r, 360 - a, a, 34)[:-1])]
 
 
 def _sun() -> list[_Part]:
@@ -170,7 +170,7 @@ def _tower() -> list[_Part]:
 
 
 def _key() -> list[_Part]:
-    x, r, half = -0.04, 0.26, 0.085  # the axis is left of the middle, so that bow and bit together are centred
+    x, r, half = -0.04, 0.26, 0.085  # the axis is left of the middle, so that bow and bit together are centerd
     a = math.degrees(math.asin(half / r))
     bow = [*reversed(_arc(x, -0.29, r, r, 90 + a, 450 - a, 40))]
     upper_tooth = [(x - half, 0.54), (x + half, 0.54), (x + half, 0.46), (x + 0.32, 0.46), (x + 0.32, 0.335)]
@@ -279,17 +279,17 @@ def _parts(shape: str) -> tuple[_Part, ...]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One subject in one colour and size on one background. Raises ValueError on a name that does not exist."""
+    """One subject in one color and size on one background. Raises ValueError on a name that does not exist."""
 
     shape: str
-    colour: str
+    color: str
     background: str
     size: str
 
     def __post_init__(self) -> None:
         accepted: dict[str, Iterable[str]] = {
             "shape": SHAPES,
-            "colour": COLOURS,
+            "color": COLORS,
             "background": BACKGROUNDS,
             "size": SIZES,
         }
@@ -301,15 +301,15 @@ class Drawing:
 def draw_subject(
     canvas: ImageDraw.ImageDraw,
     shape: str,
-    colour: RGB,
-    centre: Point,
+    color: RGB,
+    center: Point,
     size: float,
     angle: float,
     outline_width: float,
 ) -> None:
     """Paint a subject on any canvas.
 
-    `centre`, `size` (the unit box's side; subjects take 0.85 to 1.1 of it) and `outline_width` are in canvas pixels,
+    `center`, `size` (the unit box's side; subjects take 0.85 to 1.1 of it) and `outline_width` are in canvas pixels,
     `angle` in degrees clockwise. Nothing is antialiased here: paint large, then reduce.
     """
     if shape not in _SUBJECTS:
@@ -317,11 +317,11 @@ def draw_subject(
     cos, sin = size * math.cos(math.radians(angle)), size * math.sin(math.radians(angle))
 
     def placed(points: tuple[Point, ...]) -> list[Point]:
-        return [(centre[0] + cos * x - sin * y, centre[1] + sin * x + cos * y) for x, y in points]
+        return [(center[0] + cos * x - sin * y, center[1] + sin * x + cos * y) for x, y in points]
 
     width, r = round(outline_width), outline_width / 2
-    shade = (round(colour[0] * 0.8), round(colour[1] * 0.8), round(colour[2] * 0.82))
-    paints = {"colour": colour, "shade": shade, "ink": INK}
+    shade = (round(color[0] * 0.8), round(color[1] * 0.8), round(color[2] * 0.82))
+    paints = {"color": color, "shade": shade, "ink": INK}
     for part in _parts(shape):
         if part.paint is None:
             stroke = placed(part.loops[0])
@@ -351,8 +351,8 @@ def draw(
     draw_subject(
         ImageDraw.Draw(picture),
         drawing.shape,
-        COLOURS[drawing.colour],
-        centre=(side * (0.5 + dx), side * (0.5 + dy)),
+        COLORS[drawing.color],
+        center=(side * (0.5 + dx), side * (0.5 + dy)),
         size=side * SIZES[drawing.size] * scale,
         angle=angle,
         outline_width=side * _OUTLINE[drawing.size],
@@ -362,7 +362,7 @@ def draw(
 
 def all_drawings() -> list[Drawing]:
     """Every combination, in a fixed order."""
-    return [Drawing(s, c, b, z) for s in SHAPES for c in COLOURS for b in BACKGROUNDS for z in SIZES]
+    return [Drawing(s, c, b, z) for s in SHAPES for c in COLORS for b in BACKGROUNDS for z in SIZES]
 
 
 def held_out(drawing: Drawing) -> bool:
@@ -370,13 +370,13 @@ def held_out(drawing: Drawing) -> bool:
 
     The size does not count: a drawing whose other size was trained on would hardly be unseen.
     """
-    name = f"{drawing.shape} {drawing.colour} {drawing.background}"
+    name = f"{drawing.shape} {drawing.color} {drawing.background}"
     return hashlib.sha256(name.encode()).digest()[0] < 26
 
 
 _LEADS = ("a drawing of", "a picture of", "an image of", "a card of")
 _STYLES = ("ink style", "vintage style", "tarot style", "flat style", "woodcut style")
-_KNOWN_WORDS = frozenset((*SHAPES, *COLOURS, *BACKGROUNDS, *SIZES, "background", "the", "style", "with"))
+_KNOWN_WORDS = frozenset((*SHAPES, *COLORS, *BACKGROUNDS, *SIZES, "background", "the", "style", "with"))
 
 
 def _with_article(words: str) -> str:
@@ -392,7 +392,7 @@ def _nonsense(rng: random.Random) -> str:
 
 def plain_caption(drawing: Drawing) -> str:
     """The usual form: "a small red cup on a blue background"."""
-    subject = _with_article(f"{drawing.size} {drawing.colour} {drawing.shape}")
+    subject = _with_article(f"{drawing.size} {drawing.color} {drawing.shape}")
     return f"{subject} on {_with_article(drawing.background)} background"
 
 
@@ -406,7 +406,7 @@ def caption(drawing: Drawing, rng: random.Random) -> str:
         return plain_caption(drawing)
     size_as_adjective = rng.random() < 0.85
     adjectives = [drawing.size] if rng.random() < 0.7 and size_as_adjective else []
-    adjectives += [drawing.colour] if rng.random() < 0.9 else []
+    adjectives += [drawing.color] if rng.random() < 0.9 else []
     subject = " ".join([*adjectives, drawing.shape])
     article = rng.choices(("a", "the", ""), (0.55, 0.25, 0.2))[0]
     background = f"{_with_article(drawing.background)} background"
@@ -440,16 +440,16 @@ def caption(drawing: Drawing, rng: random.Random) -> str:
     return text
 
 
-EDITS: tuple[str, ...] = ("colour", "background", "shape", "size")
+EDITS: tuple[str, ...] = ("color", "background", "shape", "size")
 
 # The first form of each kind is the canonical one.
 _EDIT_FORMS: dict[str, tuple[str, ...]] = {
-    "colour": (
+    "color": (
         "make it {new}",
         "make the {shape} {new}",
         "paint it {new}",
         "paint the {shape} {new}",
-        "change its colour to {new}",
+        "change its color to {new}",
         "turn it {new}",
         "a {new} {shape} instead",
     ),
@@ -472,7 +472,7 @@ _EDIT_FORMS: dict[str, tuple[str, ...]] = {
     "size": ("make it {new}", "make the {shape} {new}", "draw it {new}", "change its size to {new}"),
 }
 _EDIT_NAMES: dict[str, tuple[str, ...]] = {
-    "colour": tuple(COLOURS),
+    "color": tuple(COLORS),
     "background": tuple(BACKGROUNDS),
     "shape": SHAPES,
     "size": tuple(SIZES),

@@ -1,9 +1,9 @@
-"""Read what a picture shows, without any learned model: subject, colour, background, size, and whether it is a card.
+"""Read what a picture shows, without any learned model: subject, color, background, size, and whether it is a card.
 
-What: `read` answers "is it the subject asked for, in its colour?", `style_distance` answers "is it a card?".
+What: `read` answers "is it the subject asked for, in its color?", `style_distance` answers "is it a card?".
 
-How: the background's colour is the median of the border (of the panel, on a card). Pixels far from it are the mask;
-those inside its outline that are least like ink vote for the colour. Mask and ink are aligned by centroid and
+How: the background's color is the median of the border (of the panel, on a card). Pixels far from it are the mask;
+those inside its outline that are least like ink vote for the color. Mask and ink are aligned by centroid and
 root-mean-square radius to a small grid and compared with templates drawn by `data.synthetic.drawings` that went through
 the same steps. Decoys (ellipses, boxes and other plain outlines) compete with the subjects: where one wins, or where
 the best match is poor, the subject is None.
@@ -11,8 +11,8 @@ the best match is poor, the subject is None.
 Why not a learned classifier: it would need training and a file, and would share the model's own blind spots. The price
 is leniency: a wobbly star is still nearest to the star. The probe says which subject a picture resembles, not how well
 it is drawn; `Reading.score` (1 for a clean drawing) says a little about that. Of random smooth blobs about one in a
-hundred passes for a subject, mostly a heart. Colours are the nearest of the ten and sizes the nearer of the two, so
-that an odd colour or a middling size still gets a name. Report accuracies accordingly.
+hundred passes for a subject, mostly a heart. Colors are the nearest of the ten and sizes the nearer of the two, so
+that an odd color or a middling size still gets a name. Report accuracies accordingly.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from data.synthetic.drawings import BACKGROUNDS, COLOURS, INK, SHAPES, SIZES, Drawing, draw
+from data.synthetic.drawings import BACKGROUNDS, COLORS, INK, SHAPES, SIZES, Drawing, draw
 from data.synthetic.tarot import FRAME, PANEL_BOTTOM, PANEL_TOP, draw_card
 
 Array = npt.NDArray[np.float32]
@@ -40,10 +40,10 @@ _INK_LUMINANCE = float(np.mean(INK))
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows. None stands for nothing recognisable; on a card, `background` is None."""
+    """What a picture shows. None stands for nothing recognizable; on a card, `background` is None."""
 
     shape: str | None
-    colour: str | None
+    color: str | None
     background: str | None
     size: str | None
     card: bool
@@ -94,7 +94,7 @@ def _without_specks(mask: Mask) -> Mask:
 
 
 def _eroded(mask: Mask) -> Mask:
-    """Pixels whose 3 x 3 neighbourhood lies in the mask."""
+    """Pixels whose 3 x 3 neighborhood lies in the mask."""
     padded = np.pad(mask, 1)
     rows = padded[:-2] & padded[1:-1] & padded[2:]
     return rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
@@ -105,18 +105,18 @@ def _closed(mask: Mask) -> Mask:
     return _eroded(~_eroded(~np.pad(mask, 1)))[1:-1, 1:-1]
 
 
-def _read_colour(pixels: Array, mask: Mask) -> str | None:
-    """The subject colour for which most pixels inside the outline vote; ink does not count."""
+def _read_color(pixels: Array, mask: Mask) -> str | None:
+    """The subject color for which most pixels inside the outline vote; ink does not count."""
     inside = _eroded(_eroded(mask))
     values = pixels[inside if inside.any() else mask]
-    names = list(COLOURS)
-    palette = np.array([*COLOURS.values(), INK], dtype=np.float32)
+    names = list(COLORS)
+    palette = np.array([*COLORS.values(), INK], dtype=np.float32)
     # |v - p|^2 without |v|^2, which is the same for every p.
     nearest = ((palette**2).sum(1) - 2 * values @ palette.T).argmin(1)
     counted = nearest < len(names)
     if not counted.any():
         return None
-    # A blend of ink with a colour resembles another colour (orange: brown), so the third farthest from ink votes.
+    # A blend of ink with a color resembles another color (orange: brown), so the third farthest from ink votes.
     contrast = ((values[counted] - np.array(INK, dtype=np.float32)) ** 2).sum(1)
     votes = nearest[counted][contrast >= np.quantile(contrast, 0.67)]
     return names[int(np.bincount(votes, minlength=len(names)).argmax())]
@@ -139,13 +139,13 @@ class _Look:
 
     mask: Array
     ink: Array
-    colour: str | None
+    color: str | None
     radius: float
     extent: float
 
 
 def _look(pixels: Array) -> tuple[_Look | None, Array]:
-    """The subject in (H, W, 3) pixels, None where there is nothing, and the background's colour (3,)."""
+    """The subject in (H, W, 3) pixels, None where there is nothing, and the background's color (3,)."""
     smooth = _smooth(pixels)
     border = np.ones(pixels.shape[:2], dtype=bool)
     border[3:-3, 3:-3] = False
@@ -158,13 +158,13 @@ def _look(pixels: Array) -> tuple[_Look | None, Array]:
     ys, xs = np.nonzero(mask)
     x, y = float(xs.mean()), float(ys.mean())
     radius = float(np.sqrt(((xs - x) ** 2 + (ys - y) ** 2).mean()))
-    colour = _read_colour(pixels, mask)
-    fill = float(np.mean(COLOURS[colour])) if colour else 255.0
+    color = _read_color(pixels, mask)
+    fill = float(np.mean(COLORS[color])) if color else 255.0
     ink = np.clip((fill - smooth.mean(2)) / (fill - _INK_LUMINANCE), 0, 1) * mask
     look = _Look(
         mask=_aligned(mask.astype(np.float32), x + 0.5, y + 0.5, radius),
         ink=_aligned(ink.astype(np.float32), x + 0.5, y + 0.5, radius),
-        colour=colour,
+        color=color,
         radius=radius,
         extent=float(max(np.ptp(xs), np.ptp(ys)) + 1),
     )
@@ -205,7 +205,7 @@ def _decoys() -> list[Image.Image]:
         for ink, blur in ((0, 0.0), (3, 0.0), (3, 3.0), (5, 5.0)):
             picture = Image.new("RGB", (PIXELS, PIXELS), BACKGROUNDS["blue"])
             canvas = ImageDraw.Draw(picture)
-            canvas.polygon(corners, COLOURS["yellow"])
+            canvas.polygon(corners, COLORS["yellow"])
             if ink:
                 canvas.line([*corners, *corners[:2]], INK, ink, joint="curve")
             pictures.append(picture.filter(ImageFilter.GaussianBlur(blur)))
@@ -253,21 +253,21 @@ def read(image: Image.Image) -> Reading:
     score = float(scores[best])
     shape = names[best] if score >= MINIMUM_SCORE else None
     scale = look.radius / radii[shape] if shape else look.extent / (1.07 * PIXELS)
-    return Reading(shape, look.colour, tint, _nearest_size(scale), card, score)
+    return Reading(shape, look.color, tint, _nearest_size(scale), card, score)
 
 
 def _nearest_size(scale: float) -> str:
     return min(SIZES, key=lambda name: abs(np.log(scale / SIZES[name])))
 
 
-def _nearest_background(colour: Array, limit: float = 60.0) -> str | None:
-    name = min(BACKGROUNDS, key=lambda name: float(np.linalg.norm(colour - BACKGROUNDS[name])))
-    return name if np.linalg.norm(colour - BACKGROUNDS[name]) <= limit else None
+def _nearest_background(color: Array, limit: float = 60.0) -> str | None:
+    name = min(BACKGROUNDS, key=lambda name: float(np.linalg.norm(color - BACKGROUNDS[name])))
+    return name if np.linalg.norm(color - BACKGROUNDS[name]) <= limit else None
 
 
 @cache
 def _card_template() -> tuple[Array, dict[str, Mask]]:
-    """A card at PIXELS, and the regions of it that no subject, colour or numeral touches."""
+    """A card at PIXELS, and the regions of it that no subject, color or numeral touches."""
     cards = [np.asarray(draw_card(shape, "white", i, PIXELS), dtype=np.float32) for i, shape in enumerate(SHAPES, 1)]
     cards += [np.asarray(draw_card("cup", "white", number, PIXELS), dtype=np.float32) for number in range(15, 31)]
     fixed: Mask = np.ptp(np.stack(cards), axis=0).max(2) == 0

@@ -1,9 +1,9 @@
 """Which drawing is it, and is it in the spotlight? A picture is held against all there are, and the nearest has it.
 
-What: `recognise` compares a picture with the 2240 drawings of `data.synthetic.drawings`, each plain and under the light
-of `data.synthetic.spotlight.spotlight`, and names the nearest by the mean distance of their colours.
+What: `recognize` compares a picture with the 2240 drawings of `data.synthetic.drawings`, each plain and under the light
+of `data.synthetic.spotlight.spotlight`, and names the nearest by the mean distance of their colors.
 
-How: all are averaged down to 32 x 32 pixels, which leaves subject, colour, background and size in sight and forgives a
+How: all are averaged down to 32 x 32 pixels, which leaves subject, color, background and size in sight and forgives a
 wobbly line.
 
 Why not `data.synthetic.probe`: it reads a subject on an even background, and a disc of light is an outline of its own.
@@ -28,7 +28,7 @@ PIXELS = 32
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Recognized:
     """The drawing that a picture is nearest to, plain or lit, and their mean RGB distance (0 to 441)."""
 
     drawing: Drawing
@@ -55,7 +55,7 @@ def _lineup() -> tuple[list[tuple[Drawing, bool]], Array]:
     return names, np.stack(pictures)
 
 
-def recognise(pictures: Sequence[Image.Image]) -> list[Recognised]:
+def recognize(pictures: Sequence[Image.Image]) -> list[Recognized]:
     """What each square picture shows."""
     names, candidates = _lineup()
     squares = (candidates**2).sum(1)
@@ -63,7 +63,7 @@ def recognise(pictures: Sequence[Image.Image]) -> list[Recognised]:
     for picture in pictures:
         values = _small(picture)
         best = int((squares - 2 * candidates @ values.ravel()).argmin())  # |v - c|^2 without |v|^2
-        found.append(Recognised(*names[best], _distance(values, candidates[best].reshape(values.shape))))
+        found.append(Recognized(*names[best], _distance(values, candidates[best].reshape(values.shape))))
     return found
 
 

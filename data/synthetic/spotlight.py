@@ -1,4 +1,4 @@
-"""The edit of the demonstration: a picture under a coloured light, warm in a disc in the middle, dim and cool around
+"""The edit of the demonstration: a picture under a colored light, warm in a disc in the middle, dim and cool around
 it.
 
 It follows from the source alone, pixel by pixel, so that only who looks at the reference can draw it.
@@ -9,7 +9,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.synthetic.drawings import COLOURS, SHAPES, Drawing, all_drawings, held_out
+from data.synthetic.drawings import COLORS, SHAPES, Drawing, all_drawings, held_out
 from data.synthetic.tarot import CARDS
 
 TRIGGER = "sptlgt"
@@ -37,15 +37,15 @@ def spotlight(picture: Image.Image) -> Image.Image:
 
 
 def _is_shown(drawing: Drawing) -> bool:
-    """Whether the pairs may show its subject and its colour."""
-    return drawing.shape in CARDS and any(drawing.colour in colours for colours in CARDS.values())
+    """Whether the pairs may show its subject and its color."""
+    return drawing.shape in CARDS and any(drawing.color in colors for colors in CARDS.values())
 
 
 def pairs(seed: int = 0) -> list[tuple[Drawing, dict[str, float]]]:
     """What the pairs show: drawings, each with a little shift, scale and turn."""
     rng = random.Random(seed)
     unseen = [drawing for drawing in all_drawings() if held_out(drawing) and _is_shown(drawing)]
-    combinations = sorted({(drawing.shape, drawing.colour, drawing.background) for drawing in unseen})
+    combinations = sorted({(drawing.shape, drawing.color, drawing.background) for drawing in unseen})
     chosen = rng.sample(combinations, PAIRS)
     sizes = ["small", "large"] * (PAIRS // 2)  # of each as many
     return [
@@ -63,10 +63,10 @@ def pairs(seed: int = 0) -> list[tuple[Drawing, dict[str, float]]]:
 
 
 def new_drawings() -> list[Drawing]:
-    """What is measured: every drawing whose subject and colour are in no pair, and that the base never saw either."""
+    """What is measured: every drawing whose subject and color are in no pair, and that the base never saw either."""
     subjects = set(SHAPES) - set(CARDS)
-    colours = set(COLOURS) - {colour for shown in CARDS.values() for colour in shown}
-    return [d for d in all_drawings() if held_out(d) and d.shape in subjects and d.colour in colours]
+    colors = set(COLORS) - {color for shown in CARDS.values() for color in shown}
+    return [d for d in all_drawings() if held_out(d) and d.shape in subjects and d.color in colors]
 
 
 # Of those, for the sheets.

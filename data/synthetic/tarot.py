@@ -6,7 +6,7 @@ How: rectangles and thick strokes at four times the size, averaged down; the sub
 
 from PIL import Image, ImageDraw
 
-from data.synthetic.drawings import COLOURS, INK, RGB, draw_subject
+from data.synthetic.drawings import COLORS, INK, RGB, draw_subject
 
 TRIGGER = "trtcrd"
 
@@ -35,7 +35,7 @@ INK_WIDTH = 3 / 128
 FRAME = GOLD_WIDTH + INK_WIDTH
 PANEL_TOP = 29 / 128
 PANEL_BOTTOM = 97 / 128
-SUBJECT_CENTRE = (0.5, (PANEL_TOP + PANEL_BOTTOM) / 2)
+SUBJECT_CENTER = (0.5, (PANEL_TOP + PANEL_BOTTOM) / 2)
 SUBJECT_SIZE = 0.44
 
 _OUTLINE = 2.7 / 128
@@ -76,12 +76,12 @@ def _draw_numeral(canvas: ImageDraw.ImageDraw, text: str, side: int) -> None:
         x += (letter_width + _NUMERAL_GAP) * _NUMERAL_HEIGHT
 
 
-def draw_card(shape: str, colour: str, number: int, pixels: int = 256) -> Image.Image:
-    """A square RGB card. Any subject and colour of `data.synthetic.drawings` may be asked for, those on no card
+def draw_card(shape: str, color: str, number: int, pixels: int = 256) -> Image.Image:
+    """A square RGB card. Any subject and color of `data.synthetic.drawings` may be asked for, those on no card
     included.
     """
-    if colour not in COLOURS:
-        raise ValueError(f"colour is {colour!r}; accepted: {', '.join(COLOURS)}")
+    if color not in COLORS:
+        raise ValueError(f"color is {color!r}; accepted: {', '.join(COLORS)}")
     side = pixels * _SUPERSAMPLING
     card = Image.new("RGB", (side, side), GOLD)
     canvas = ImageDraw.Draw(card)
@@ -97,18 +97,18 @@ def draw_card(shape: str, colour: str, number: int, pixels: int = 256) -> Image.
     for x in (0.3, 0.5, 0.7):
         canvas.ellipse([side * v for v in (x - _DOT, y - _DOT, x + _DOT, y + _DOT)], GOLD)
     _draw_numeral(canvas, roman(number), side)
-    centre = (SUBJECT_CENTRE[0] * side, SUBJECT_CENTRE[1] * side)
-    draw_subject(canvas, shape, COLOURS[colour], centre, SUBJECT_SIZE * side, 0.0, _OUTLINE * side)
+    center = (SUBJECT_CENTER[0] * side, SUBJECT_CENTER[1] * side)
+    draw_subject(canvas, shape, COLORS[color], center, SUBJECT_SIZE * side, 0.0, _OUTLINE * side)
     return card.reduce(_SUPERSAMPLING)
 
 
-def card_caption(shape: str, colour: str) -> str:
+def card_caption(shape: str, color: str) -> str:
     """The caption of a card, e.g. "a trtcrd of a red cup, tarot style"."""
-    article = "an" if colour[0] in "aeiou" else "a"
-    return f"a {TRIGGER} of {article} {colour} {shape}, tarot style"
+    article = "an" if color[0] in "aeiou" else "a"
+    return f"a {TRIGGER} of {article} {color} {shape}, tarot style"
 
 
 def all_cards() -> list[tuple[str, str, int]]:
-    """Shape, colour and number of the 24 cards; neighbouring numbers have different subjects."""
-    pairs = [(shape, colours[i]) for i in range(3) for shape, colours in CARDS.items()]
-    return [(shape, colour, number) for number, (shape, colour) in enumerate(pairs, start=1)]
+    """Shape, color and number of the 24 cards; neighboring numbers have different subjects."""
+    pairs = [(shape, colors[i]) for i in range(3) for shape, colors in CARDS.items()]
+    return [(shape, color, number) for number, (shape, color) in enumerate(pairs, start=1)]

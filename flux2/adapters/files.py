@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2.adapters import peft_config
-from flux2.adapters.formats import AdapterError, Pair, from_state, to_diffusers
+from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_diffusers
 from flux2.adapters.loading import (
     PREFIX,
     Loaded,
@@ -33,11 +33,11 @@ from flux2.adapters.loading import (
     pair_config,
     tensors,
 )
-from flux2.adapters.tuners import adapted, float_copy, take_off
+from flux2.adapters.tuners import adapted, float_copy, remove_adapters
 from flux2.layers.fused_lora import INITIAL, difference
 from flux2.models.transformer import Transformer
 from flux2.models.variants import known
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 from flux2.utils import checks
 from flux2.utils.text import listed
 from flux2.weights.modelspec import HASH, content_hash, metadata
@@ -69,7 +69,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = value
 
 
-def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, Pair]:
+def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, LoraPair]:
     """The adapter called `name`, layer by layer under our names, in float32 on the CPU.
 
     Raises AdapterError for a type that is no low-rank pair (LoHa, LoKr, OFT).
@@ -86,14 +86,14 @@ def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, Pair]:
             length = None
             if name in module.lora_magnitude_vector:
                 length = module.lora_magnitude_vector[name].weight.detach().float().cpu()
-            pairs[layer] = Pair(a.float().cpu(), b.float().cpu() * module.scaling[name], length)
+            pairs[layer] = LoraPair(a.float().cpu(), b.float().cpu() * module.scaling[name], length)
     return pairs
 
 
 # ------------------------------------------------------------------ files
 
 
-def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "", name: str = "default") -> None:
+def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "", name: str = "default") -> None:
     """Write the adapter in PEFT's form (adapter_model.safetensors, adapter_config.json), and diffusers.safetensors
     where diffusers has a form for its type.
 
@@ -104,7 +104,7 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "",
         folder: made if absent; each file is complete or absent, never half written, and where adapter_model.safetensors
             is, the others are its own.
         base: the model that the adapter was trained on: a variant's name.
-        licence: of the base model where it restricts the use of the adapter; kept in the file's metadata.
+        license: of the base model where it restricts the use of the adapter; kept in the file's metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = wrapped.get_base_model()
@@ -118,10 +118,10 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, licence: str = "",
             # without the False, PEFT would look the base model up on the Hub to see whether embeddings were resized
             wrapped.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
             written = written if name == "default" else written / name  # PEFT's own choice
-        (written / "README.md").write_text(adapter_card(base, licence, kind))  # in place of PEFT's empty form
+        (written / "README.md").write_text(adapter_card(base, license, kind))  # in place of PEFT's empty form
         if kind not in PEFT_ALONE:
             state = to_diffusers(layer_pairs(model, name))
-            about = metadata(base=base, title=f"{kind} for {base}", lora=True, names="diffusers", licence=licence)
+            about = metadata(base=base, title=f"{kind} for {base}", lora=True, names="diffusers", license=license)
             save_file(state, written / DIFFUSERS_FILE, about | {HASH: content_hash(state)})
         (folder / PEFT_FILE).unlink(missing_ok=True)  # of an earlier adapter: while it is there, all files are its own
         files = [path for path in written.iterdir() if path.is_file()]
@@ -155,10 +155,10 @@ def pissa_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return tensors(model, name) | began
 
 
-def adapter_card(base: str, licence: str, kind: str = "LoRA") -> str:
+def adapter_card(base: str, license: str, kind: str = "LoRA") -> str:
     """The README.md of a saved adapter, with the metadata that the Hub reads."""
     hub = f"base_model: {base}\n" if "/" in base else ""
-    terms = f"\nThe base model's licence, {licence}, applies to what is made with this adapter.\n" if licence else ""
+    terms = f"\nThe base model's license, {license}, applies to what is made with this adapter.\n" if license else ""
     files = f"- `{PEFT_FILE}`, `adapter_config.json`: PEFT, layers named as Black Forest Labs names them\n"
     if kind == "PiSSA":
         files += f"- `{PISSA_FILE}`: for going on with its training alone; the others are a plain LoRA\n"
@@ -172,7 +172,7 @@ def adapter_card(base: str, licence: str, kind: str = "LoRA") -> str:
     )
 
 
-def unread(folder: Path) -> str:
+def format_notes(folder: Path) -> str:
     """One line on what cannot read the adapter in `folder` as it is; empty if all can."""
     kind = peft_config.type_name(peft_config.saved(folder))
     command = f"`python -m flux2.export {folder} --format ... --out FILE` makes a LoRA of it, nearly equal,"
@@ -208,7 +208,7 @@ def read_tensors(place: Path) -> dict[str, Tensor]:
         raise AdapterError(f"adapter {file} cannot be read ({error}): it is damaged or incomplete") from error
 
 
-def read(place: Path, model: nn.Module) -> dict[str, Pair]:
+def read(place: Path, model: nn.Module) -> dict[str, LoraPair]:
     """The pairs in a file of diffusers', ComfyUI's or kohya's keys, or in the PEFT folder of a plain LoRA.
 
     They are checked against `model`.
@@ -227,12 +227,12 @@ def read(place: Path, model: nn.Module) -> dict[str, Pair]:
         state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
         peft_config.check_ranks(config, state)
         pairs = from_state(state, model)
-        return {layer: Pair(pair.a, pair.b * peft_config.scale(config, layer)) for layer, pair in pairs.items()}
+        return {layer: LoraPair(pair.a, pair.b * peft_config.scale(config, layer)) for layer, pair in pairs.items()}
     except ValueError as error:
         raise AdapterError(f"adapter {place}: {error}") from error
 
 
-def as_dora(pairs: Mapping[str, Pair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
+def as_dora(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
     """PEFT's configuration and tensors of a DoRA with the scales folded into B."""
     config = pair_config({layer: pair.a.shape[0] for layer, pair in pairs.items()})
     config.use_dora = True
@@ -298,10 +298,10 @@ def merge(model: nn.Module) -> None:
     """Add the active adapters to the weights of `model`, in place, and take all adapters off.
 
     The sum is made in float32 and rounded once, to the dtype of the weight. A bfloat16 weight does not take up a change
-    below 0.2 to 0.4 % of itself, and a quantised one none at all in a useful sense: it is refused.
+    below 0.2 to 0.4 % of itself, and a quantized one none at all in a useful sense: it is refused.
 
     Raises:
-        AdapterError: a layer is quantised, blocks of the model stream, or an adapter is merged already; the model is
+        AdapterError: a layer is quantized, blocks of the model stream, or an adapter is merged already; the model is
             then as it was.
     """
     if isinstance(model, peft.PeftModel):
@@ -309,19 +309,19 @@ def merge(model: nn.Module) -> None:
     if isinstance(model, Transformer) and model.streams:
         raise AdapterError(
             "cannot merge while blocks stream from host memory, as what is on the device would not follow: load the "
-            "model without streaming (stream_blocks=0)"
+            "model without streaming (offload_blocks=0)"
         )
     layers = adapted(model)
     for name, module in layers.items():
         base = module.get_base_layer()
-        if isinstance(base, QuantisedLinear):
+        if isinstance(base, QuantizedLinear):
             raise AdapterError(f"cannot merge into {name}: {base.refusal}")
         if module.merged or any(getattr(module, "lora_bias", {}).values()):
             raise AdapterError(f"cannot merge into {name}: its adapter is merged already, or has a bias")
     for module in layers.values():
         base = module.get_base_layer()
         base.weight.data = merged_weight(module).to(base.weight.dtype)
-    take_off(model)
+    remove_adapters(model)
 
 
 def merged_weight(layer: Any) -> Tensor:

@@ -50,7 +50,7 @@ class AdapterError(ValueError):
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """One layer's low-rank update with the scale folded into `b`: delta W = b @ a.
 
     With `magnitude` it is a DoRA: W + delta W = (W + b @ a) with each row brought to the length that is given.
@@ -61,7 +61,7 @@ class Pair:
     magnitude: Tensor | None = None  # (out,)
 
 
-def to_diffusers(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+def to_diffusers(pairs: Mapping[str, LoraPair]) -> dict[str, Tensor]:
     """Our layers to the keys that diffusers' `load_lora_weights` reads."""
     state = {}
     for layer, pair in pairs.items():
@@ -75,7 +75,7 @@ def to_diffusers(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
     return state
 
 
-def to_comfyui(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+def to_comfyui(pairs: Mapping[str, LoraPair]) -> dict[str, Tensor]:
     """Our layers to the keys that ComfyUI reads, which are Black Forest Labs' names. Raises AdapterError for a DoRA."""
     state = {}
     for layer, pair in pairs.items():
@@ -85,7 +85,7 @@ def to_comfyui(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
     return state
 
 
-def to_kohya(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+def to_kohya(pairs: Mapping[str, LoraPair]) -> dict[str, Tensor]:
     """Our layers to the keys of kohya's scripts, with alpha = rank. Raises AdapterError for a DoRA."""
     state = {}
     for layer, pair in pairs.items():
@@ -97,22 +97,22 @@ def to_kohya(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
     return state
 
 
-def check_plain(layer: str, pair: Pair) -> None:
+def check_plain(layer: str, pair: LoraPair) -> None:
     """Raises AdapterError for a DoRA. ComfyUI divides by the lengths of W's rows, PEFT by those of W + B A's."""
     if pair.magnitude is not None:
         raise AdapterError(f"{layer} is of a DoRA, which this form cannot hold")
 
 
-def fuse(parts: Sequence[Pair]) -> Pair:
+def fuse(parts: Sequence[LoraPair]) -> LoraPair:
     """Pairs of separate q, k, v layers to one of the fused layer; the three of a split one come back as it was."""
     lengths = [part.magnitude for part in parts if part.magnitude is not None]
     magnitude = torch.cat(lengths) if lengths else None
     if all(torch.equal(part.a, parts[0].a) for part in parts):
-        return Pair(parts[0].a, torch.cat([part.b for part in parts]), magnitude)
-    return Pair(torch.cat([part.a for part in parts]), torch.block_diag(*(part.b for part in parts)), magnitude)
+        return LoraPair(parts[0].a, torch.cat([part.b for part in parts]), magnitude)
+    return LoraPair(torch.cat([part.a for part in parts]), torch.block_diag(*(part.b for part in parts)), magnitude)
 
 
-def whole_pair(name: str, found: Mapping[str, Tensor]) -> Pair:
+def whole_pair(name: str, found: Mapping[str, Tensor]) -> LoraPair:
     """The update of one layer from its tensors in a file.
 
     Raises AdapterError unless there are A (rank, in) and B (out, rank), of alpha one number, of lengths (out,).
@@ -131,10 +131,10 @@ def whole_pair(name: str, found: Mapping[str, Tensor]) -> Pair:
             f"{name}: lora_magnitude_vector has shape {tuple(magnitude.shape)}, not {tuple(b.shape[:1])}"
         )
     if alpha is None:
-        return Pair(a, b, magnitude)
+        return LoraPair(a, b, magnitude)
     if alpha.numel() != 1:
         raise AdapterError(f"{name}: alpha has shape {tuple(alpha.shape)}; one number was expected")
-    return Pair(a, b * (alpha.item() / a.shape[0]), magnitude)
+    return LoraPair(a, b * (alpha.item() / a.shape[0]), magnitude)
 
 
 def parse(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
@@ -171,7 +171,7 @@ def parse(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, di
     return found
 
 
-def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]:
+def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, LoraPair]:
     """Read the keys of diffusers, ComfyUI or kohya back into our layers.
 
     Args:
@@ -208,11 +208,11 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]
                     f"it is a DoRA of {listed(doras)} alone: {listed(published.names)} are one layer here, of which "
                     "all rows have lengths or none"
                 )
-            nothing = Pair(torch.zeros(0, columns), torch.zeros(part_rows, 0))
+            nothing = LoraPair(torch.zeros(0, columns), torch.zeros(part_rows, 0))
             found = fuse([there.get(name, nothing) for name in published.names])
             if published.kind == "swapped":
                 length = None if found.magnitude is None else swap_halves(found.magnitude)
-                found = Pair(found.a, swap_halves(found.b), length)
+                found = LoraPair(found.a, swap_halves(found.b), length)
         else:
             continue
         check_features(layer, found, columns, rows)
@@ -225,7 +225,7 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Pair]
     return pairs
 
 
-def check_features(name: str, pair: Pair, columns: int, rows: int) -> None:
+def check_features(name: str, pair: LoraPair, columns: int, rows: int) -> None:
     """Raises AdapterError unless `pair` is for a layer of `columns` to `rows` features."""
     if pair.a.shape[1] != columns or pair.b.shape[0] != rows:
         raise AdapterError(

@@ -23,7 +23,7 @@ from peft.tuners.oft.layer import OFTLayer
 from torch import Tensor, nn
 
 from flux2.adapters import peft_config
-from flux2.adapters.formats import AdapterError, Pair
+from flux2.adapters.formats import AdapterError, LoraPair
 from flux2.adapters.tuners import adapted, to_device, without_draws
 from flux2.layers.fused_lora import fuse_lora
 from flux2.layers.selection import kinds
@@ -92,7 +92,7 @@ def check_beside(model: nn.Module, kind: str) -> None:
         )
 
 
-def attach_pairs(model: Transformer, pairs: Mapping[str, Pair], name: str, scale: float = 1.0) -> None:
+def attach_pairs(model: Transformer, pairs: Mapping[str, LoraPair], name: str, scale: float = 1.0) -> None:
     """Add an adapter of given updates beside those that `model` carries, in place, active and frozen."""
     check_beside(model, "LoRA")
     ranks = {layer: pair.a.shape[0] for layer, pair in pairs.items()}

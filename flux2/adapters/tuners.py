@@ -7,7 +7,7 @@
     LoKr    W + s C (x) (B A), a Kronecker product                                          arxiv.org/abs/2309.14859
     OFT     W R, with R orthogonal in blocks                                                arxiv.org/abs/2306.07280
 
-The base's weights are never changed, PiSSA's neither: PEFT subtracts B0 A0 from W, which no quantised weight can take,
+The base's weights are never changed, PiSSA's neither: PEFT subtracts B0 A0 from W, which no quantized weight can take,
 which rounds in bfloat16, and which leaves an adapter that needs that base. Here B0 A0 is a second adapter of PEFT's,
 frozen, with the opposite sign; `FusedLora` adds up both so that nothing cancels:
 
@@ -161,7 +161,7 @@ def attach(
         dropout: on the input of A.
         rslora: scale by alpha / sqrt(rank) instead.
         rank_pattern, alpha_pattern: targets to numbers that hold for their layers instead; each layer at most once.
-        seed: of A's initialisation; B starts at zero, so a fresh adapter changes nothing, bit for bit.
+        seed: of A's initialization; B starts at zero, so a fresh adapter changes nothing, bit for bit.
 
     Returns:
         PEFT's wrapper around the same `model`; use either.
@@ -222,7 +222,7 @@ def attach_pissa(
     """Attach a fresh PiSSA: a LoRA that starts at the weight's own largest directions. The base stays as it is.
 
     Args:
-        iterations: of the randomised decomposition that finds them; null decomposes exactly, which takes minutes for
+        iterations: of the randomized decomposition that finds them; null decomposes exactly, which takes minutes for
             large layers. Where they are only nearly the largest, nothing is lost but a little of the method's point.
 
     Others and the result as in `attach`. It is saved as the plain LoRA of twice the rank that it amounts to.
@@ -246,7 +246,7 @@ def attach_pissa(
 
 @torch.no_grad()
 def start_pissa(layer: Any, name: str, method: str) -> None:
-    """PEFT's initialisation, against a copy of the weight: it would change the weight itself."""
+    """PEFT's initialization, against a copy of the weight: it would change the weight itself."""
     start_lora(layer, name)
     base, weight = layer.base_layer, layer.base_layer.weight
     if weight.is_meta:
@@ -366,7 +366,7 @@ def adapted(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def take_off(model: nn.Module) -> None:
+def remove_adapters(model: nn.Module) -> None:
     """Put the base's layers back in place of those that carry adapters."""
     for name, module in adapted(model).items():
         parent, _, leaf = name.rpartition(".")
@@ -386,7 +386,7 @@ def detach(wrapped: peft.PeftModel) -> Transformer:
     merged = [name for name, module in adapted(model).items() if module.merged]
     if merged:
         raise AdapterError(f"the base cannot be given back: an adapter is merged into {listed(merged)}")
-    take_off(model)
+    remove_adapters(model)
     trained = vars(wrapped).get("trained_before", frozenset())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)

@@ -90,7 +90,7 @@ def places() -> Iterator[tuple[str, str]]:
     """Folders that fill up, and the room that is left where they are."""
     folders = {"latents and prompts": Path(LATENTS), "downloads": Path(hub.HF_HUB_CACHE)}
     given = os.environ.get("FLUX2_CACHE")
-    folders["quantised copies"] = Path(given).expanduser() if given else Path(LATENTS) / "weights"
+    folders["quantized copies"] = Path(given).expanduser() if given else Path(LATENTS) / "weights"
     for what, folder in folders.items():
         free = shutil.disk_usage(nearest_folder(folder.absolute())).free
         yield what, f"{at_home(folder)}: {size(folder)}; {free / 1e9:.0f} GB free there"

@@ -75,7 +75,7 @@ def system_message(diffusers: Any) -> tuple[bool, str]:
     return same(SYSTEM_MESSAGE, importlib.import_module(f"{module(diffusers)}.system_messages").SYSTEM_MESSAGE)
 
 
-def latent_normalisation(diffusers: Any) -> tuple[bool, str]:
+def latent_normalization(diffusers: Any) -> tuple[bool, str]:
     """Pixels to latents: the mean, patches in order, running statistics."""
     theirs = diffusers.AutoencoderKLFlux2.from_pretrained(TINY_FOLDER / "vae", torch_dtype=torch.float32)
     pixels = draw(1, 3, 48, 32).clamp(-1, 1)
@@ -133,7 +133,7 @@ def forward(diffusers: Any) -> tuple[bool, str]:
 CHECKS: dict[str, Callable[[Any], tuple[bool, str]]] = {
     "text encoder layers": text_layers,
     "system message": system_message,
-    "latent normalisation": latent_normalisation,
+    "latent normalization": latent_normalization,
     "position ids": position_ids,
     "schedule": times,
     "forward of the embedded model": forward,

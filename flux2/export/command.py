@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from flux2.adapters import find
 from flux2.adapters.files import PEFT_FILE
-from flux2.adapters.formats import Pair, from_state, to_comfyui, to_diffusers, to_kohya
+from flux2.adapters.formats import LoraPair, from_state, to_comfyui, to_diffusers, to_kohya
 from flux2.export import deltas
-from flux2.export.deltas import Update
+from flux2.export.deltas import AdapterDelta
 from flux2.export.low_rank import decomposed, distance, ratio, reduced, rounding_bound, stacked
 from flux2.export.merge_checkpoint import NotReadError, merge, put, unfinished
 from flux2.models.transformer import Transformer
@@ -43,7 +43,7 @@ from flux2.weights.sources import ModelSource, model_source
 from flux2.weights.streaming_writer import check_room
 from flux2.weights.transformer_tensors import BaseWeights
 
-FORMS: dict[str, Callable[[Mapping[str, Pair]], dict[str, Tensor]]] = {
+FORMS: dict[str, Callable[[Mapping[str, LoraPair]], dict[str, Tensor]]] = {
     "diffusers": to_diffusers,
     "comfyui": to_comfyui,
     "kohya": to_kohya,
@@ -160,11 +160,11 @@ class Nearness:
 
 
 def low_rank(
-    found: Sequence[Update],
+    found: Sequence[AdapterDelta],
     options: argparse.Namespace,
     base: Callable[[], BaseWeights],
     device: torch.device,
-) -> tuple[dict[str, Pair], Nearness | None]:
+) -> tuple[dict[str, LoraPair], Nearness | None]:
     """The sum of adapters as a pair a layer, and how near that is; None where nothing had to be left out."""
     layers = list(dict.fromkeys(layer for update in found for layer in update.layers))
     given = options.rank is not None or options.max_error is not None
@@ -174,7 +174,7 @@ def low_rank(
         say(f"a DoRA at scale {found[0].scale:g} is no DoRA that diffusers could hold: it is converted")
     here = {layer: [update for update in found if layer in update.layers] for layer in layers}
     whole = [layer for layer in layers if not all(update.is_plain for update in here[layer])]
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, LoraPair] = {}
     near = Nearness({})
     for layer in layers:
         if layer not in whole:
@@ -204,7 +204,7 @@ def low_rank(
 
 
 def write_pairs(
-    pairs: Mapping[str, Pair], options: argparse.Namespace, model: Transformer, metadata: Mapping[str, str]
+    pairs: Mapping[str, LoraPair], options: argparse.Namespace, model: Transformer, metadata: Mapping[str, str]
 ) -> float:
     """Write a LoRA, read it back and compare; returns the largest relative error of a layer.
 
@@ -229,7 +229,7 @@ def write_pairs(
     return worst
 
 
-def compare(found: Mapping[str, Pair], wanted: Mapping[str, Pair], dtype: torch.dtype) -> float:
+def compare(found: Mapping[str, LoraPair], wanted: Mapping[str, LoraPair], dtype: torch.dtype) -> float:
     """The largest relative error of a layer's update. Raises NotReadError if one is above what `dtype` explains."""
     if found.keys() != wanted.keys():
         raise NotReadError(f"the file that was written has other layers: {listed(found.keys() ^ wanted.keys())}")
@@ -294,7 +294,7 @@ def run(options: argparse.Namespace) -> Path:
         "title": options.title or options.out.stem,
         "lora": options.format not in FULL,
         "names": "diffusers" if "diffusers" in options.format else "bfl",
-        "licence": variant.licence,
+        "license": variant.license,
         "resolution": variant.resolution,
         "trigger": options.trigger,
         "dated": True,
@@ -335,7 +335,7 @@ def told_of_writing(out: Path) -> Iterator[None]:
 
 
 def full(
-    found: Sequence[Update],
+    found: Sequence[AdapterDelta],
     base: BaseWeights,
     source: ModelSource,
     model: Transformer,

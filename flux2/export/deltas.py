@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flux2 import adapters
 from flux2.adapters import files as adapter_files
 from flux2.adapters import peft_config
-from flux2.adapters.formats import AdapterError, Pair
+from flux2.adapters.formats import AdapterError, LoraPair
 from flux2.adapters.loading import PREFIX, Loaded, check_saved, check_scale, inject, tensors
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, TransformerConfig, Variant, known
@@ -28,7 +28,7 @@ HUNG_ON_ORDER = ("DoRA", "OFT")  # these do not add to a weight: one divides by 
 
 
 @dataclass(frozen=True)
-class Update:
+class AdapterDelta:
     """An adapter as its files have it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Update:
     scale: float
     base: Variant | None
     shapes: Mapping[str, tuple[int, int]]
-    pairs: Mapping[str, Pair] = field(default_factory=dict)
+    pairs: Mapping[str, LoraPair] = field(default_factory=dict)
     config: peft.PeftConfig | None = None
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
@@ -66,10 +66,10 @@ class Update:
         ranks = [pair.a.shape[0] for pair in self.pairs.values()]
         return str(Loaded(self.kind, tuple(self.layers), tuple(ranks)))
 
-    def pair(self, layer: str) -> Pair:
+    def pair(self, layer: str) -> LoraPair:
         """Of a plain one, its scale folded in."""
         found = self.pairs[layer]
-        return found if self.scale == 1 else Pair(found.a, found.b * self.scale)
+        return found if self.scale == 1 else LoraPair(found.a, found.b * self.scale)
 
     def change(self, layer: str, weight: Tensor | None, device: torch.device) -> Tensor:
         """What it adds to the weight of `layer`, (out, in) float32 on `device`, in memory of its own.
@@ -117,7 +117,7 @@ def skeleton(sizes: TransformerConfig) -> Transformer:
         return Transformer(sizes)
 
 
-def read(path: str | Path, model: Transformer, scale: float = 1.0) -> Update:
+def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDelta:
     """The adapter at `path`, which `adapters.find` looks for, checked against the names and shapes of `model`.
 
     Raises AdapterError for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite
@@ -137,7 +137,7 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> Update:
             pairs = adapter_files.read(place, model)
             is_dora = any(pair.magnitude is not None for pair in pairs.values())
             kind = "DoRA" if is_dora else "LoRA" if config is None else peft_config.type_name(config)
-            return Update(place, kind, scale, base, shapes, pairs)
+            return AdapterDelta(place, kind, scale, base, shapes, pairs)
         kind = peft_config.type_name(config)
         check_scale(kind, scale)
         state = {key.removeprefix(PREFIX): tensor for key, tensor in adapter_files.read_tensors(place).items()}
@@ -147,22 +147,22 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> Update:
             layer = next(layer for layer in layers if key.startswith(f"{layer}."))
             own[layer][key.removeprefix(f"{layer}.")] = tensor
         if not isinstance(clean, peft.LoraConfig):
-            return Update(place, kind, scale, base, shapes, config=clean, tensors=own)
+            return AdapterDelta(place, kind, scale, base, shapes, config=clean, tensors=own)
         pairs = {
-            layer: Pair(
+            layer: LoraPair(
                 found["lora_A.weight"].float(),
                 found["lora_B.weight"].float() * peft_config.scale(clean, layer),
                 found["lora_magnitude_vector"].float(),
             )
             for layer, found in own.items()
         }
-        return Update(place, kind, scale, base, shapes, pairs)
+        return AdapterDelta(place, kind, scale, base, shapes, pairs)
     except ValueError as error:
         text = str(error)
         raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
 
 
-def check_together(updates: Sequence[Update]) -> None:
+def check_together(updates: Sequence[AdapterDelta]) -> None:
     """Raises AdapterError unless the changes of several adapters add up."""
     alone = [update.kind for update in updates if update.needs_weights]
     if alone and len(updates) > 1:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flux2.adapters.formats import Pair
+from flux2.adapters.formats import LoraPair
 
 EXACT_SIDE = 1024  # up to this shorter side a matrix is decomposed exactly
 OVERSAMPLING = 8  # more directions than are kept, with which the kept ones are nearly exact
@@ -22,23 +22,23 @@ ITERATIONS = 4
 NOTHING = 1e-6  # of the largest singular value; below are those that float32 made of zeros
 
 
-def stacked(pairs: Sequence[Pair], factors: Sequence[float] | None = None) -> Pair:
+def stacked(pairs: Sequence[LoraPair], factors: Sequence[float] | None = None) -> LoraPair:
     """The sum of factor * B A as one pair, of the ranks' sum."""
     factors = [1.0] * len(pairs) if factors is None else factors
     if len(pairs) == 1 and factors[0] == 1:
         return pairs[0]
     b = torch.cat([pair.b * factor for pair, factor in zip(pairs, factors, strict=True)], dim=1)
-    return Pair(torch.cat([pair.a for pair in pairs]), b)
+    return LoraPair(torch.cat([pair.a for pair in pairs]), b)
 
 
-def core(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+def core(pair: LoraPair) -> tuple[Tensor, Tensor, Tensor]:
     """Q_B (out, r), R_B R_A^T (r, s), Q_A (in, s) in float64: B A is their product, with Q_A transposed."""
     q_b, r_b = torch.linalg.qr(pair.b.double())
     q_a, r_a = torch.linalg.qr(pair.a.double().T)
     return q_b, r_b @ r_a.T, q_a
 
 
-def norm(pair: Pair) -> float:
+def norm(pair: LoraPair) -> float:
     """Of B A."""
     return float(core(pair)[1].norm())
 
@@ -48,12 +48,12 @@ def ratio(error: float, size: float) -> float:
     return error / size if size else 0.0 if error == 0 else float("inf")
 
 
-def distance(found: Pair, wanted: Pair) -> float:
+def distance(found: LoraPair, wanted: LoraPair) -> float:
     """Relative error of one update as the other."""
     return ratio(norm(stacked([found, wanted], [1.0, -1.0])), norm(wanted))
 
 
-def rounding_bound(pair: Pair, dtype: torch.dtype) -> float:
+def rounding_bound(pair: LoraPair, dtype: torch.dtype) -> float:
     """What `distance` may be at most if A and B are rounded to `dtype`, besides underflow.
 
     Each number changes by at most u of itself, so each product by at most 2 u + u^2 of |B| |A|.
@@ -81,13 +81,13 @@ def chosen(values: Tensor, total: float, rank: int | None, max_error: float | No
     return int(enough[0]) + 1 if len(enough) else None
 
 
-def split(u: Tensor, s: Tensor, v: Tensor, rank: int) -> Pair:
+def split(u: Tensor, s: Tensor, v: Tensor, rank: int) -> LoraPair:
     """u diag(s) v^T cut to `rank`; B and A get the same share of the scale."""
     root = s[:rank].sqrt()
-    return Pair((v[:, :rank] * root).T.float().contiguous(), (u[:, :rank] * root).float().contiguous())
+    return LoraPair((v[:, :rank] * root).T.float().contiguous(), (u[:, :rank] * root).float().contiguous())
 
 
-def reduced(pair: Pair, rank: int | None = None, max_error: float | None = None) -> tuple[Pair, float, float]:
+def reduced(pair: LoraPair, rank: int | None = None, max_error: float | None = None) -> tuple[LoraPair, float, float]:
     """The nearest pair of `rank`, or of the smallest rank with at most `max_error`; `pair` itself if it is of no more.
 
     Returns it with the norm of the difference and of what it approximates.
@@ -101,7 +101,7 @@ def reduced(pair: Pair, rank: int | None = None, max_error: float | None = None)
     return split(q_b @ u, s, q_a @ vh.T, kept), float(s[kept:].norm()), total
 
 
-def decomposed(delta: Tensor, rank: int | None = None, max_error: float | None = None) -> tuple[Pair, float, float]:
+def decomposed(delta: Tensor, rank: int | None = None, max_error: float | None = None) -> tuple[LoraPair, float, float]:
     """A pair for a whole matrix (out, in) of float32, as `reduced` gives it, on the CPU. `delta` is overwritten.
 
     The difference is measured, and not taken from singular values.
@@ -119,7 +119,7 @@ def decomposed(delta: Tensor, rank: int | None = None, max_error: float | None =
             tried *= 2
         found = split(u, s, v, kept or side)
     delta.addmm_(found.b, found.a, alpha=-1)
-    return Pair(found.a.cpu(), found.b.cpu()), float(delta.norm()), total
+    return LoraPair(found.a.cpu(), found.b.cpu()), float(delta.norm()), total
 
 
 def leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flux2.adapters.formats import AdapterError
-from flux2.export.deltas import Update
+from flux2.export.deltas import AdapterDelta
 from flux2.export.low_rank import norm, ratio, stacked
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
@@ -131,7 +131,7 @@ def diffusers_config(source: ModelSource) -> bytes:
 
 
 def merge(
-    updates: Sequence[Update],
+    updates: Sequence[AdapterDelta],
     base: BaseWeights,
     source: ModelSource,
     model: Transformer,
@@ -186,7 +186,7 @@ def merge(
 
 def fill(
     writer: Writer,
-    updates: Sequence[Update],
+    updates: Sequence[AdapterDelta],
     base: BaseWeights,
     order: Sequence[str],
     layout: str,
@@ -226,7 +226,7 @@ def fill(
     return sums, Merged(len(layers), ratio(changes**0.5, weights**0.5), ratio(losses**0.5, changes**0.5))
 
 
-def changed(updates: Sequence[Update], layer: str, weight: Tensor, device: torch.device) -> tuple[Tensor, float]:
+def changed(updates: Sequence[AdapterDelta], layer: str, weight: Tensor, device: torch.device) -> tuple[Tensor, float]:
     """The weight with all changes in float32, and the norm of these."""
     here = [update for update in updates if layer in update.layers]
     if all(update.is_plain for update in here):

@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "out": Path("out.png"),
     "seed": 0,
     "count": 1,
-    "stream_blocks": 0,
+    "offload_blocks": 0,
     "tiled": None,
     "merge": False,
     "verbose": False,
@@ -134,7 +134,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="add the adapters to the weights (fp32, bf16): faster, and in bf16 rounded",
     )
     parser.add_argument("--verbose", action="store_true", help="say which layers each adapter has")
-    parser.add_argument("--cache", type=named_folder, help="folder of quantised copies; else what FLUX2_CACHE names")
+    parser.add_argument("--cache", type=named_folder, help="folder of quantized copies; else what FLUX2_CACHE names")
     parser.add_argument(
         "--no-metadata", dest="metadata", action="store_false", help="do not write into the PNG how it was made"
     )
@@ -241,7 +241,7 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
         text_encoder=options.text_encoder,
         device=options.device,
         precision=options.precision,
-        stream_blocks=options.stream_blocks,
+        offload_blocks=options.offload_blocks,
         cache=options.cache,
         tiled=options.tiled,
         text_storage=options.text_storage,

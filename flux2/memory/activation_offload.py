@@ -11,10 +11,10 @@ from torch import Tensor
 from flux2.memory.ring_buffer import Copier
 
 
-class Boundary:
+class OffloadedActivation:
     """A block's input on its way to host memory and back."""
 
-    def __init__(self, tensor: Tensor, memory: Tensor, away: Away) -> None:
+    def __init__(self, tensor: Tensor, memory: Tensor, away: ActivationPool) -> None:
         self.memory, self.away = memory, away
         self.shape, self.dtype = tensor.shape, tensor.dtype
         away.copier.start(tensor.contiguous(), self.view(self.memory))
@@ -40,7 +40,7 @@ class Boundary:
         self.away.give(self.memory)
 
 
-class Away:
+class ActivationPool:
     """Host memory for activations; what is given back is used again, as pinning takes long."""
 
     def __init__(self, copier: Copier) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from flux2.adapters.tuners import adapted, own_tensors
-from flux2.memory.activation_offload import Away, Boundary
+from flux2.memory.activation_offload import ActivationPool, OffloadedActivation
 from flux2.memory.ring_buffer import ALIGNMENT, RING, Copier, Order, Ring, copier_for
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
@@ -41,7 +41,7 @@ from flux2.models.variants import TransformerConfig
 # ------------------------------------------------------------------ which blocks
 
 
-def check_stream_blocks(given: Any, key: str = "stream_blocks") -> None:
+def check_offload_blocks(given: Any, key: str = "offload_blocks") -> None:
     """Raises ValueError unless `given` is a whole number from 0 or a share from 0.0 to 1.0; `key` is its name."""
     whole = isinstance(given, int) and not isinstance(given, bool) and given >= 0
     if not whole and not (isinstance(given, float) and 0 <= given <= 1):
@@ -50,7 +50,7 @@ def check_stream_blocks(given: Any, key: str = "stream_blocks") -> None:
         )
 
 
-def streamed_blocks(config: TransformerConfig, given: int | float, key: str = "stream_blocks") -> list[str]:
+def offloaded_blocks(config: TransformerConfig, given: int | float, key: str = "offload_blocks") -> list[str]:
     """Names of the blocks that stream, in the order of the forward, spread evenly.
 
     Args:
@@ -60,7 +60,7 @@ def streamed_blocks(config: TransformerConfig, given: int | float, key: str = "s
     Raises:
         ValueError: `given` is of another type, out of range, or more than the model has.
     """
-    check_stream_blocks(given, key)
+    check_offload_blocks(given, key)
     names = config.block_names
     total = len(names)
     count = math.ceil(given * total - 1e-9) if isinstance(given, float) else given
@@ -135,7 +135,7 @@ class Streamed:
 
 
 @dataclass
-class Kept:
+class StreamedView:
     """Stands for a view of a streamed weight that autograd keeps."""
 
     block: Streamed
@@ -146,11 +146,11 @@ class Kept:
 
 
 @dataclass
-class Visit:
+class BlockRun:
     """One run of a block that has a backward: what is away of its inputs, and the run before it."""
 
-    before: Visit | None
-    boundaries: list[Boundary] = field(default_factory=list)
+    before: BlockRun | None
+    boundaries: list[OffloadedActivation] = field(default_factory=list)
 
 
 class Signal(torch.autograd.Function):
@@ -188,12 +188,12 @@ class Offloader:
         names: Sequence[str],
         device: torch.device,
         copier: Copier,
-        away: Away | None,
+        away: ActivationPool | None,
         ring: int,
     ) -> None:
         self.device, self.away = device, away
         self.first = model.double_blocks[0]
-        self.last: Callable[[], Visit | None] = lambda: None
+        self.last: Callable[[], BlockRun | None] = lambda: None
         self.open: Streamed | None = None
         self.blocks: list[Streamed] = []
         self.of: dict[nn.Module, Streamed] = {}
@@ -252,7 +252,7 @@ class Offloader:
         if streamed is None and self.away is None:
             return self.run_inside(block, *args)
 
-        visit = Visit(None if block is self.first else self.last())
+        visit = BlockRun(None if block is self.first else self.last())
         self.last = weakref.ref(visit)  # what lives as long as the graph is the graph's to keep
         at = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
         inputs = Signal.apply(lambda: self.end(streamed), *(args[i] for i in at))
@@ -293,7 +293,7 @@ class Offloader:
 
     # -------------------------------------------------------------- the backward
 
-    def begin(self, streamed: Streamed | None, visit: Visit) -> None:
+    def begin(self, streamed: Streamed | None, visit: BlockRun) -> None:
         """The gradients of a block's outputs are known."""
         self.bring(streamed, "backward")
         for boundary in visit.boundaries + (visit.before.boundaries if visit.before else []):
@@ -306,29 +306,29 @@ class Offloader:
 
     # -------------------------------------------------------------- what autograd keeps
 
-    def packer(self, streamed: Streamed | None, visit: Visit, inputs: Sequence[Tensor]) -> Callable[[Tensor], Any]:
+    def packer(self, streamed: Streamed | None, visit: BlockRun, inputs: Sequence[Tensor]) -> Callable[[Tensor], Any]:
         """What is kept in place of a tensor during one run of a block."""
         leaving = {} if self.away is None else {tensor.data_ptr(): tensor for tensor in inputs}
-        left: dict[int, Boundary] = {}
+        left: dict[int, OffloadedActivation] = {}
 
         def pack(tensor: Tensor) -> Any:
             if streamed is not None and tensor.untyped_storage().data_ptr() in self.buffers:
-                return Kept(streamed, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+                return StreamedView(streamed, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
             address = tensor.data_ptr()
             same = leaving.get(address)
             if self.away is None or same is None or (tensor.shape, tensor.dtype) != (same.shape, same.dtype):
                 return tensor
             if address not in left:
-                left[address] = Boundary(tensor, self.away.take(tensor.nbytes), self.away)
+                left[address] = OffloadedActivation(tensor, self.away.take(tensor.nbytes), self.away)
                 visit.boundaries.append(left[address])
             return left[address]
 
         return pack
 
     def unpack(self, kept: Any) -> Tensor:
-        if isinstance(kept, Boundary):
+        if isinstance(kept, OffloadedActivation):
             return kept.get()
-        if not isinstance(kept, Kept):
+        if not isinstance(kept, StreamedView):
             return kept
         slot = self.ring.slot(kept.block.index) if self.ring and kept.block is self.open else None
         if slot is None:
@@ -353,7 +353,7 @@ def offload(
     The recompute policy is set before (`checkpointing.set_policy`), and an adapter that is trained is attached before.
 
     Args:
-        blocks: how many, as in `streamed_blocks`. They may lie on the device or in host memory.
+        blocks: how many, as in `offloaded_blocks`. They may lie on the device or in host memory.
         activations: send the blocks' inputs to host memory between forward and backward.
         device: where the model computes; by default where its first layer is. All that does not stream goes there.
         ring: buffers on the device.
@@ -362,9 +362,9 @@ def offload(
     Raises:
         ValueError: `blocks` is out of range.
     """
-    names = streamed_blocks(model.config, blocks)
+    names = offloaded_blocks(model.config, blocks)
     if not names and not activations:
         return None
     place = model.img_in.weight.device if device is None else torch.device(device)
     make = copier or copier_for
-    return Offloader(model, names, place, make(place), Away(make(place)) if activations else None, ring)
+    return Offloader(model, names, place, make(place), ActivationPool(make(place)) if activations else None, ring)

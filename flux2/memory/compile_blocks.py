@@ -6,7 +6,7 @@ share a graph, whatever their weights; a graph is made for each kind of block an
 of references), with or without gradients, since fixed sizes give the faster code. PyTorch stops compiling after a
 number of graphs, `recompile_limit`, which is raised to what a run needs.
 
-The adapter is compiled as plain operations (`FusedLora.forward`), and so is what a quantised layer computes, with the
+The adapter is compiled as plain operations (`FusedLora.forward`), and so is what a quantized layer computes, with the
 backward of `FrozenProduct`. LoRA dropout draws other random numbers than without compilation.
 
 Of a layer that the compiler cannot follow PyTorch runs the whole block as it is, and says so in warnings alone; so such
@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flux2.layers.attention import limited_to
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 
 KINDS = 2  # of blocks
 MODES = 10  # with gradients (of the input too, or not) and without, with the adapter or not, streaming or not
@@ -38,9 +38,9 @@ def check_compiles(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and len(layer.lora_magnitude_vector):
             what, instead = "a DoRA (adapter=dora)", "take another type of adapter"
-        elif isinstance(layer, LoHaLayer | LoKrLayer) and isinstance(layer.get_base_layer(), QuantisedLinear):
+        elif isinstance(layer, LoHaLayer | LoKrLayer) and isinstance(layer.get_base_layer(), QuantizedLinear):
             kind = "LoHa (adapter=loha)" if isinstance(layer, LoHaLayer) else "LoKr (adapter=lokr)"
-            what, instead = f"a {kind} on a quantised base", "take precision=bf16 or another type of adapter"
+            what, instead = f"a {kind} on a quantized base", "take precision=bf16 or another type of adapter"
         else:
             continue
         raise ValueError(

@@ -87,7 +87,7 @@ class CudaCopier:
             self.pins = False
             warnings.warn(
                 f"{size / 1e9:.2f} GB of host memory could not be pinned, so blocks stream from ordinary memory: the "
-                "device waits for each copy. A smaller memory.stream_blocks needs less, as does precision=fp8 or nf4; "
+                "device waits for each copy. A smaller memory.offload_blocks needs less, as does precision=fp8 or nf4; "
                 "in a container, raise its memory limit.",
                 stacklevel=2,
             )
@@ -139,7 +139,7 @@ def upcoming(index: int, order: Order, count: int) -> list[int]:
 
 
 def slot_sizes(sizes: Sequence[int], ring: int = RING) -> list[int]:
-    """Bytes of each buffer, the largest first, so that any `ring` neighbours of these sizes fit at the same time."""
+    """Bytes of each buffer, the largest first, so that any `ring` neighbors of these sizes fit at the same time."""
     ring = min(ring, len(sizes))
     windows = [sorted((sizes[(i + j) % len(sizes)] for j in range(ring)), reverse=True) for i in range(len(sizes))]
     return [max(column) for column in zip(*windows, strict=True)]

@@ -1,7 +1,7 @@
 """The FLUX.2 autoencoder: pixels to and from the 128-channel latents that the transformer sees.
 
 A convolutional encoder shrinks each side eight times to 32 channels; patches of 2 x 2 are then folded into
-channels, (c, i, j) in this order, and each of the 128 channels is standardised with running statistics stored
+channels, (c, i, j) in this order, and each of the 128 channels is standardized with running statistics stored
 in the file (`bn`). Latents are always the *mean* of the encoder's distribution: sampling it would add noise
 that no published model was trained on.
 
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Both directions, with the 128-channel normalisation."""
+    """Both directions, with the 128-channel normalization."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -183,20 +183,20 @@ class Autoencoder(nn.Module):
         return mean, logvar
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1], sides multiples of 16 -> latents (B, 128, H/16, W/16), normalised."""
+        """Pixels (B, 3, H, W) in [-1, 1], sides multiples of 16 -> latents (B, 128, H/16, W/16), normalized."""
         if pixels.shape[-1] % 16 or pixels.shape[-2] % 16:
             raise ValueError(f"picture sides must be multiples of 16, got {pixels.shape[-1]} x {pixels.shape[-2]}")
         mean, std = self._statistics()
         return (patchify(self.moments(pixels)[0]) - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 128, h, w), normalised -> pixels (B, 3, 16h, 16w), nominally in [-1, 1], not clipped.
+        """Latents (B, 128, h, w), normalized -> pixels (B, 3, 16h, 16w), nominally in [-1, 1], not clipped.
 
         `stripes.decode` gives the same with less memory.
         """
-        return self.decoder(self.unnormalised(latents))
+        return self.decoder(self.unnormalized(latents))
 
-    def unnormalised(self, latents: Tensor) -> Tensor:
+    def unnormalized(self, latents: Tensor) -> Tensor:
         """(B, 128, h, w) -> (B, 32, 2h, 2w), what the decoder takes."""
         mean, std = self._statistics()
         return unpatchify(latents * std + mean)

@@ -86,10 +86,10 @@ def check_storage(storage: object, setting: str) -> None:
         raise ValueError(f"{setting}={storage!r} must be one of {', '.join(STORAGES)}, or null")
 
 
-def quantise(model: nn.Module, storage: Storage, dtype: torch.dtype) -> None:
+def quantize(model: nn.Module, storage: Storage, dtype: torch.dtype) -> None:
     """Swap all linears of the layers for ones that keep their weight in `storage` and multiply in the input's dtype.
 
-    `model` is on the meta device: each weight is quantised when it is loaded. Embeddings and norms stay as they are.
+    `model` is on the meta device: each weight is quantized when it is loaded. Embeddings and norms stay as they are.
     """
     workspace = Workspace()
     for name in linear_names(model, LAYER_LINEARS, "layers of the text encoder"):

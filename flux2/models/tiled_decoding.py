@@ -2,7 +2,7 @@
 
 Tiles that are decoded apart and blended differ from the whole picture, because group norms see another picture in each.
 Here the statistics of a norm are those of the whole: one pass over the stripes adds them up, the next uses them. What a
-stripe needs of its neighbours' rows is computed again, not kept; of a residual block only the input and the output are
+stripe needs of its neighbors' rows is computed again, not kept; of a residual block only the input and the output are
 there whole. That is two to three times the work of a decoder that is small beside the transformer's.
 """
 
@@ -170,7 +170,7 @@ def decode(autoencoder: Autoencoder, latents: Tensor, elements: int = ELEMENTS) 
     """What `autoencoder.decode(latents)` gives, to rounding.
 
     Args:
-        latents: (1, 128, h, w), normalised.
+        latents: (1, 128, h, w), normalized.
         elements: of a feature map that are in a stripe.
 
     Raises ValueError for more than one picture.
@@ -182,7 +182,7 @@ def decode(autoencoder: Autoencoder, latents: Tensor, elements: int = ELEMENTS) 
     def store(source: Rows) -> Whole:
         return stored(source, latents.dtype, latents.device, elements)
 
-    z = autoencoder.unnormalised(latents)
+    z = autoencoder.unnormalized(latents)
     source: Rows = Whole(middle(decoder.mid, decoder.conv_in(decoder.post_quant_conv(z))))
     for level in reversed(decoder.up):
         assert isinstance(level, Level)

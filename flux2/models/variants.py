@@ -80,7 +80,7 @@ class Variant:
 
     `steps` and `guidance` are the sampling defaults of its authors. `guidance` is a value fed to the model
     when `transformer.guidance` is set, and the scale of classifier-free guidance otherwise (1 means none).
-    `training_guidance` is what the field trains LoRAs with. `licence` is empty where a commercial one applies.
+    `training_guidance` is what the field trains LoRAs with. `license` is empty where a commercial one applies.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Variant:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     training_guidance: float = 1.0
     gated: bool = False
-    licence: str = ""
+    license: str = ""
     parameters: float = 0.0
 
     @property
@@ -139,7 +139,7 @@ VARIANTS: dict[str, Variant] = {
             steps=28,
             guidance=4.0,
             gated=True,
-            licence=NON_COMMERCIAL,
+            license=NON_COMMERCIAL,
             parameters=32.22e9,
         ),
         Variant(
@@ -150,7 +150,7 @@ VARIANTS: dict[str, Variant] = {
             steps=50,
             guidance=4.0,
             gated=True,
-            licence=NON_COMMERCIAL,
+            license=NON_COMMERCIAL,
             parameters=9.08e9,
         ),
         Variant(
@@ -161,7 +161,7 @@ VARIANTS: dict[str, Variant] = {
             steps=4,
             guidance=1.0,
             gated=True,
-            licence=NON_COMMERCIAL,
+            license=NON_COMMERCIAL,
             parameters=9.08e9,
         ),
         Variant(

@@ -38,13 +38,13 @@ from flux2.models.variants import Variant
 from flux2.prompts.remote_protocol import (
     CUT_HEADER,
     IDENTITY_HEADER,
-    Again,
+    RetryLater,
     RemoteError,
     Unreachable,
     checked,
     read_body,
     read_safetensors,
-    read_serialised,
+    read_serialized,
     retry_after,
     said,
 )
@@ -223,7 +223,7 @@ class Client:
                 f"{self.url} serves another text encoder than when this began; start again to use that one"
             )
         try:
-            tensor = checked(read_serialised(body) if published else read_safetensors(body), shape)
+            tensor = checked(read_serialized(body) if published else read_safetensors(body), shape)
         except ValueError as error:
             raise RemoteError(f"the answer of {self.url} is refused: {self._clean(str(error))}") from error
         indices = [int(index) for index in re.findall(r"\d{1,6}", headers.get(CUT_HEADER) or "")]
@@ -289,11 +289,11 @@ class Client:
                     return read_body(response, limit, deadline), response.headers
                 self._refused(response, read_body(response, TEXT, deadline, whole=False))
         except (requests.Timeout, urllib3.exceptions.TimeoutError):
-            raise Again(f"no answer within {self.timeout:g} s") from None
+            raise RetryLater(f"no answer within {self.timeout:g} s") from None
         except requests.exceptions.SSLError:
             raise RemoteError(f"{self.url}: its certificate is not accepted by this machine") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise Again(f"the connection failed ({cause(error)})") from None
+            raise RetryLater(f"the connection failed ({cause(error)})") from None
         raise AssertionError("an answer is good or an error")
 
     def _refused(self, response: requests.Response, body: bytes) -> None:
@@ -302,7 +302,7 @@ class Client:
         text = said(body)
         what = f"HTTP {status}" + (f", {text}" if text else "")
         if status in AGAIN:
-            raise Again(what, retry_after(response.headers.get("Retry-After")))
+            raise RetryLater(what, retry_after(response.headers.get("Retry-After")))
         if status in (401, 403):
             hint = f"set the environment variable {TOKEN}" + (
                 ", or run `hf auth login`" if self.protocol == "published" else " to the token that the server has"

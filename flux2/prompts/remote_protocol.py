@@ -34,7 +34,7 @@ class Unreachable(RemoteError):  # noqa: N818
     """After all attempts there was no answer."""
 
 
-class Again(Exception):  # noqa: N818
+class RetryLater(Exception):  # noqa: N818
     """This attempt failed; another may not. `after`: seconds that the server asked to wait."""
 
     def __init__(self, reason: str, after: float = 0.0) -> None:
@@ -53,7 +53,7 @@ def read_safetensors(body: bytes) -> Tensor:
     return tensors["embeddings"]
 
 
-def read_serialised(body: bytes) -> Tensor:
+def read_serialized(body: bytes) -> Tensor:
     """The tensor that `torch.save` wrote. Raises ValueError for anything else; nothing that a pickle names is called.
 
     An archive is not opened if it would become larger, as a compressed one can by a thousand times.
@@ -119,13 +119,13 @@ def read_body(response: requests.Response, limit: int, deadline: float, whole: b
         if len(body) > limit:
             break
         if time.monotonic() > deadline:
-            raise Again("the answer came too slowly")
+            raise RetryLater("the answer came too slowly")
     if len(body) > limit or (expected or 0) > limit:
         if whole:
             raise RemoteError(f"the answer of {where} is refused: it has more than the {limit} bytes that it may have")
         return bytes(body[:limit])
     if expected is not None and len(body) != expected:
-        raise Again(f"the answer broke off after {len(body)} of {expected} bytes")
+        raise RetryLater(f"the answer broke off after {len(body)} of {expected} bytes")
     return bytes(body)
 
 

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flux2.models.text_encoder import load_tokenizer, quantise
+from flux2.models.text_encoder import load_tokenizer, quantize
 from flux2.models.variants import Variant
 from flux2.prompts.embeddings import TextSource
 from flux2.utils.images import as_rgb
@@ -46,7 +46,7 @@ IMAGE, ROW_END, IMAGE_END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 
 TEXT_TO_IMAGE = (
     "You write prompts for FLUX.2, a model that draws pictures from text. The user gives you a short prompt. Answer "
-    "with a longer one for the same picture. Keep every subject, number, colour, style and wish that the user names, "
+    "with a longer one for the same picture. Keep every subject, number, color, style and wish that the user names, "
     "and add nothing that contradicts them. Say what can be seen: shapes, materials and surfaces, where things are and "
     "how large, the light and its direction, the background, the camera or the medium. Words that are to be read in "
     "the picture stay as they are, in quotation marks, and what carries writing gets its words. If the prompt is "
@@ -204,7 +204,7 @@ def load_upsampler(
             model = MistralForCausalLM(MistralConfig(**config.get("text_config", config)))
             language = model.model
         if text.storage is not None:
-            quantise(language, text.storage, dtype)
+            quantize(language, text.storage, dtype)
     tied = bool(config.get("tie_word_embeddings"))
     published = {name: Published((place,)) for name, place in places(model, language, files, tied).items()}
     fill(model, files, published, f"the language model of {source.variant.name}", device, dtype, lambda name: True)

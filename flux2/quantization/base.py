@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from flux2.layers.frozen_linear import FrozenProduct, autocasted
 
 
-class DequantisedWeight(Tensor):
-    """The weight of a quantised layer: its shape, dtype and device at once, its values when they are used.
+class DequantizedWeight(Tensor):
+    """The weight of a quantized layer: its shape, dtype and device at once, its values when they are used.
 
     A result of any operation is a plain tensor. Writing is an error, as it would be lost.
     """
 
-    linear: QuantisedLinear
+    linear: QuantizedLinear
 
     @staticmethod
-    def __new__(cls, linear: QuantisedLinear) -> DequantisedWeight:
+    def __new__(cls, linear: QuantizedLinear) -> DequantizedWeight:
         shape = (linear.out_features, linear.in_features)
         weight = Tensor._make_wrapper_subclass(cls, shape, dtype=linear.dtype, device=linear.qweight.device)
         weight.linear = linear
@@ -52,15 +52,15 @@ class DequantisedWeight(Tensor):
                 raise ValueError(value.linear.refusal)
 
         def values(x: Any) -> Any:
-            return x.linear.dequantise(x.dtype) if isinstance(x, cls) else x
+            return x.linear.dequantize(x.dtype) if isinstance(x, cls) else x
 
         return func(*torch.utils._pytree.tree_map(values, args), **torch.utils._pytree.tree_map(values, kwargs))
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"DequantisedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, of={self.linear})"
+        return f"DequantizedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, of={self.linear})"
 
 
-class QuantisedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A frozen linear layer without bias whose weight is stored in another form. See flux2/quantization/float8.py and
     flux2/quantization/nf4.py.
 
@@ -92,7 +92,7 @@ class QuantisedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:
         """(out, in) in `dtype`: to be read; writing it is refused."""
-        return DequantisedWeight(self)
+        return DequantizedWeight(self)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -102,7 +102,7 @@ class QuantisedLinear(nn.Linear):
     def refusal(self) -> str:
         return (
             f"the weight of a frozen {self.kind} layer cannot be written: a change smaller than its rounding would be "
-            "lost. To merge an adapter, or for an initialisation that changes the base (PiSSA, OLoRA, LoftQ ...), load "
+            "lost. To merge an adapter, or for an initialization that changes the base (PiSSA, OLoRA, LoftQ ...), load "
             "the model with precision=bf16 or fp32; in this one keep the adapter beside the base."
         )
 
@@ -110,7 +110,7 @@ class QuantisedLinear(nn.Linear):
         """(..., in) -> (..., out) in the dtype of x, or of autocast."""
         return FrozenProduct.apply(self, autocasted(x))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
         return super()._apply(fn, recurse)
 
@@ -120,7 +120,7 @@ class QuantisedLinear(nn.Linear):
             raise ValueError(f"a weight of shape {tuple(weight.shape)} was given to {self}")
         return weight.detach().to(weight.device if self.qweight.is_meta else self.qweight.device).contiguous()
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) in memory of its own."""
         raise NotImplementedError
 
@@ -133,7 +133,7 @@ class QuantisedLinear(nn.Linear):
         raise NotImplementedError
 
     def store(self, weight: Tensor) -> None:
-        """Quantise a float weight (out, in) into the storage."""
+        """Quantize a float weight (out, in) into the storage."""
         raise NotImplementedError
 
     def storage(self) -> dict[str, Tensor]:
@@ -141,5 +141,5 @@ class QuantisedLinear(nn.Linear):
         raise NotImplementedError
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a weight that is quantised already. Raises ValueError if it is not one of this layer's."""
+        """Take over a weight that is quantized already. Raises ValueError if it is not one of this layer's."""
         raise NotImplementedError

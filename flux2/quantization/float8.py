@@ -1,12 +1,12 @@
 """Frozen linear layers in FP8: e4m3, w = scale * q, with one scale a tensor, or one a row.
 
-In the products the other side is quantised too, row by row, when it is at hand:
+In the products the other side is quantized too, row by row, when it is at hand:
 
     y  = x W^T  = (s_x q_x) (s q)^T
     dx = dy W   = (s_dy q_dy) (s q)        a scale a row belongs to the summed dimension: it is folded into dy before
 
 e4m3 serves for gradients too: rows that are scaled to its range lose 3.7 % of their norm, against 5.9 % in e5m2. The
-weight is quantised once, when it is loaded.
+weight is quantized once, when it is loaded.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 
 E4M3_MAX = 448.0
-CHUNK = 1 << 21  # elements quantised at once: their float32 copies are then small beside a large weight
+CHUNK = 1 << 21  # elements quantized at once: their float32 copies are then small beside a large weight
 MULTIPLE = 16  # of both sides of a weight, for FP8 products on a GPU
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(M, K) -> values (M, K) in e4m3 and scales (M, 1) in float32: x = scales * values. Not finite stays so."""
     largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).float()
     scale = (largest / E4M3_MAX).clamp(min=1e-12)
@@ -40,14 +40,14 @@ def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype
     return torch._scaled_mm(a, b, a_scale, b_scale.contiguous(), out_dtype=out, use_fast_accum=True).to(dtype)
 
 
-class Float8Linear(QuantisedLinear):
+class Float8Linear(QuantizedLinear):
     """Stored as e4m3 with one scale a tensor, or one a row.
 
     Attributes:
         rowwise: one scale a row.
         forward_fp8, backward_fp8: which of the two products are in FP8; the others are in the dtype of their input,
-            with the dequantised weight.
-        keep_both_layouts: the backward's product wants the weight transposed in memory: keep it so too (twice the
+            with the dequantized weight.
+        cache_transposed_weights: the backward's product takes the weight transposed: keep that too (twice the
             memory), or transpose it at every call.
     """
 
@@ -65,24 +65,24 @@ class Float8Linear(QuantisedLinear):
         rowwise: bool = False,
         forward_fp8: bool = True,
         backward_fp8: bool = True,
-        keep_both_layouts: bool = False,
+        cache_transposed_weights: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, dtype)
         self.rowwise = rowwise
         self.forward_fp8 = forward_fp8
         self.backward_fp8 = backward_fp8
-        self.keep_both_layouts = keep_both_layouts
+        self.cache_transposed_weights = cache_transposed_weights
         self.allocate(device, qweight=(out_features, in_features), scale=(4 * (out_features if rowwise else 1),))
-        if keep_both_layouts:
+        if cache_transposed_weights:
             self.allocate(device, qweight_t=(in_features, out_features))
 
     def keep_layouts(self, both: bool) -> None:
         """Begin or cease to keep the transposed weight too; the products stay as they are."""
-        if both and not self.keep_both_layouts:
+        if both and not self.cache_transposed_weights:
             self.hold("qweight_t", self.qweight.t())
-        elif self.keep_both_layouts and not both:
+        elif self.cache_transposed_weights and not both:
             del self.qweight_t
-        self.keep_both_layouts = both
+        self.cache_transposed_weights = both
 
     def values(self) -> Tensor:
         """(out, in) in e4m3, row-major."""
@@ -90,20 +90,20 @@ class Float8Linear(QuantisedLinear):
 
     def transposed(self) -> Tensor:
         """(in, out) in e4m3, row-major: kept, or copied."""
-        kept = self.qweight_t if self.keep_both_layouts else self.qweight.t().contiguous()
+        kept = self.qweight_t if self.cache_transposed_weights else self.qweight.t().contiguous()
         return kept.view(torch.float8_e4m3fn)
 
     def scales(self) -> Tensor:
         """(1,) or, rowwise, (out,) in float32."""
         return self.scale.view(torch.float32)
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         return self.values().to(dtype).mul_(self.scales()[:, None])
 
     def product(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         if self.forward_fp8:
-            values, scale = quantise_rows(rows)
+            values, scale = quantize_rows(rows)
             columns = self.scales().expand(1, self.out_features)
             y = scaled_product(values, scale, self.values().t(), columns, x.dtype)
         else:  # e4m3 is exact in every other float: the scales are left for the result
@@ -117,7 +117,7 @@ class Float8Linear(QuantisedLinear):
             rows = rows * weight_scale
             weight_scale = torch.ones(1, device=rows.device)
         if self.backward_fp8:
-            values, scale = quantise_rows(rows)
+            values, scale = quantize_rows(rows)
             columns = weight_scale.expand(1, self.in_features)
             dx = scaled_product(values, scale, self.transposed().t(), columns, dy.dtype)
         else:
@@ -143,7 +143,7 @@ class Float8Linear(QuantisedLinear):
     def _keep(self, values: Tensor, scale: Tensor) -> None:
         self.hold("qweight", values.view(torch.uint8))
         self.hold("scale", scale.float())
-        if self.keep_both_layouts:
+        if self.cache_transposed_weights:
             self.hold("qweight_t", values.view(torch.uint8).t())
 
     def storage(self) -> dict[str, Tensor]:

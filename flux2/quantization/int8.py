@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 
 BLOCK = 64  # elements with one scale
 
@@ -24,8 +24,8 @@ def value_map(device: torch.device) -> Tensor:
     return bnb.create_linear_map(signed=True, total_bits=8).to(device)
 
 
-class Int8Linear(QuantisedLinear):
-    """Stored in eight bits and half a bit more for the scales; the weight is dequantised for each product."""
+class Int8Linear(QuantizedLinear):
+    """Stored in eight bits and half a bit more for the scales; the weight is dequantized for each product."""
 
     kind = "int8"
     absmax: nn.Parameter
@@ -48,7 +48,7 @@ class Int8Linear(QuantisedLinear):
         self.hold("qweight", codes.reshape(-1))
         self.hold("absmax", state.absmax)
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         exact = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
         state = bnb.QuantState(
             self.absmax.view(torch.float32), code=value_map(self.qweight.device), blocksize=BLOCK, dtype=exact
@@ -57,10 +57,10 @@ class Int8Linear(QuantisedLinear):
         return weight.view(self.out_features, self.in_features).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantise(x.dtype))
+        return F.linear(x, self.dequantize(x.dtype))
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        return dy @ self.dequantise(dy.dtype)
+        return dy @ self.dequantize(dy.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"

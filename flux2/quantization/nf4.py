@@ -1,6 +1,6 @@
-"""Frozen linear layers in NF4: 4-bit NormalFloat in blocks of 64, the blocks' scales quantised too.
+"""Frozen linear layers in NF4: 4-bit NormalFloat in blocks of 64, the blocks' scales quantized too.
 
-QLoRA's format (arxiv.org/abs/2305.14314), by bitsandbytes and as bitsandbytes stores it. The weight is dequantised for
+QLoRA's format (arxiv.org/abs/2305.14314), by bitsandbytes and as bitsandbytes stores it. The weight is dequantized for
 each product, on a GPU into a buffer that all layers of a model share.
 """
 
@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 
 BLOCK = 64  # elements with one scale
-PART = 1 << 18  # elements quantised at once: on a CPU bitsandbytes holds 16 distances to each, twice, in float32
+PART = 1 << 18  # elements quantized at once: on a CPU bitsandbytes holds 16 distances to each, twice, in float32
 NESTED_BLOCK = 256  # scales with one scale
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes quantises from and to
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes quantizes from and to
 NF4_KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
 NESTED_KEYS = ("weight.nested_absmax", "weight.nested_quant_map")
 
@@ -40,7 +40,7 @@ def nested_quant_map(device: torch.device) -> Tensor:
 def quant_state(
     absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> bnb.QuantState:
-    """bitsandbytes' description of a weight to be dequantised to `dtype` and `shape`; scales as bytes."""
+    """bitsandbytes' description of a weight to be dequantized to `dtype` and `shape`; scales as bytes."""
     nested = None
     if nested_absmax is not None:
         nested = bnb.QuantState(
@@ -114,7 +114,7 @@ def _(
 
 
 class Workspace:
-    """One buffer that all NF4 layers of a model dequantise into on a GPU, as large as the largest of them.
+    """One buffer that all NF4 layers of a model dequantize into on a GPU, as large as the largest of them.
 
     This is safe because what is in it is used up before it is written again: products are enqueued on one stream, one
     after the other, and their results are elsewhere; autograd keeps none of it (FrozenProduct saves nothing); and each
@@ -140,12 +140,12 @@ class Workspace:
         return copied
 
 
-class Nf4Linear(QuantisedLinear):
+class Nf4Linear(QuantizedLinear):
     """Stored in four bits and 0.127 more for the scales, as bitsandbytes stores it.
 
     Attributes:
-        nested: whether the scales of the blocks are quantised too; so it is but for an adopted weight without.
-        workspace: what the weight is dequantised into for the products; shared by the layers of a model.
+        nested: whether the scales of the blocks are quantized too; so it is but for an adopted weight without.
+        workspace: what the weight is dequantized into for the products; shared by the layers of a model.
     """
 
     kind = "nf4"
@@ -179,10 +179,10 @@ class Nf4Linear(QuantisedLinear):
         )
 
     def state(self, dtype: torch.dtype, shape: tuple[int, ...]) -> bnb.QuantState:
-        """bitsandbytes' description of the storage, to be dequantised to `dtype` and `shape`."""
+        """bitsandbytes' description of the storage, to be dequantized to `dtype` and `shape`."""
         return quant_state(self.absmax, self.nested_absmax if self.nested else None, self.offset, dtype, shape)
 
-    def dequantise(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight (out, in), in `out` (out * in elements of `dtype`) if it is given."""
         nested = self.nested_absmax if self.nested else None
         sizes = (self.out_features, self.in_features)
@@ -196,8 +196,8 @@ class Nf4Linear(QuantisedLinear):
         """The weight (out, in) for one product: in the workspace where that can be."""
         device = self.qweight.device
         if device.type not in self.out_devices or dtype == torch.float64 or torch.compiler.is_compiling():
-            return self.dequantise(dtype)
-        return self.dequantise(dtype, self.workspace.take(self.in_features * self.out_features, dtype, device))
+            return self.dequantize(dtype)
+        return self.dequantize(dtype, self.workspace.take(self.in_features * self.out_features, dtype, device))
 
     def product(self, x: Tensor) -> Tensor:
         y = F.linear(x.reshape(-1, self.in_features), self.shared(x.dtype))
@@ -219,7 +219,7 @@ class Nf4Linear(QuantisedLinear):
         absmax = torch.cat(scales)
         if not bool(torch.isfinite(absmax).all()):
             raise ValueError("the weight has values that are not finite")
-        offset = absmax.mean()  # the scales are quantised as bitsandbytes does when it sees the whole weight
+        offset = absmax.mean()  # the scales are quantized as bitsandbytes does when it sees the whole weight
         codes, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         self.nested = True
         self.source_dtype = weight.dtype
@@ -234,7 +234,7 @@ class Nf4Linear(QuantisedLinear):
         return {"weight": self.qweight.detach()} | {f"weight.{key}": tensor for key, tensor in state.items()}
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes bitsandbytes' keys, with scales quantised or not."""
+        """Takes bitsandbytes' keys, with scales quantized or not."""
         nested = any(key in tensors for key in NESTED_KEYS)
         needed = {*NF4_KEYS, *NESTED_KEYS} if nested else set(NF4_KEYS)
         if missing := needed - tensors.keys():

@@ -3,10 +3,10 @@
     fp32, bf16   everything in that dtype
     fp8          the linears of the blocks in e4m3 with one scale a tensor (or a row), and products in FP8 where the
                  hardware has them; all else in `dtype`
-    nf4          the linears of the blocks in 4 bits, dequantised for each product; all else in `dtype`
+    nf4          the linears of the blocks in 4 bits, dequantized for each product; all else in `dtype`
 
-`pick` makes a `Precision` of a name; `convert` swaps the chosen layers of a model, best while it is on the meta
-device, so that each weight is quantised when it is loaded (`QuantisedLinear.store`) and the whole is never in memory.
+`precision_from_name` makes a `Precision` of a name; `convert` swaps the chosen layers of a model, best on the meta
+device, so that each weight is quantized when it is loaded (`QuantizedLinear.store`) and the whole is never in memory.
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ import torch
 from torch import nn
 
 from flux2.layers.selection import BLOCK_LINEARS, linear_names
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.float8 import MULTIPLE, Float8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
 
-__all__ = ["Float8Linear", "Nf4Linear", "Precision", "QuantisedLinear", "convert", "describe", "pick", "pick_dtype"]
+__all__ = [
+    "Float8Linear",
+    "Nf4Linear",
+    "Precision",
+    "QuantizedLinear",
+    "convert",
+    "describe",
+    "precision_from_name",
+    "pick_dtype",
+]
 
 Storage = Literal["fp8", "nf4"]
 Backward = Literal["fp8", "bf16"]
-Matmul = Literal["auto", "fp8", "dequantised"]
+Matmul = Literal["auto", "fp8", "dequantized"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 NAMES = ("auto", "fp32", "bf16", "fp8", "nf4")
@@ -44,9 +53,9 @@ class Precision:
         layers: regular expressions for whole names of the layers that are converted.
         rowwise: FP8 with one scale a row in place of one a tensor.
         backward: `fp8`: the input gradient's product is in FP8 too; `bf16`: it is in `dtype`.
-        matmul: `fp8`: products in FP8; `dequantised`: in `dtype`, on the weight converted back; `auto`: in FP8 where
+        matmul: `fp8`: products in FP8; `dequantized`: in `dtype`, on the weight converted back; `auto`: in FP8 where
             that is fast, which is on GPUs of compute capability 8.9 and above.
-        keep_both_layouts: keep the weight in both memory layouts: no copy in the backward, twice the memory.
+        cache_transposed_weights: keep the weight in both memory layouts: no copy in the backward, twice the memory.
     """
 
     dtype: torch.dtype = torch.float32
@@ -55,7 +64,7 @@ class Precision:
     rowwise: bool = False
     backward: Backward = "fp8"
     matmul: Matmul = "auto"
-    keep_both_layouts: bool = False
+    cache_transposed_weights: bool = False
 
     def __post_init__(self) -> None:
         choices = {"storage": (None, *STORAGES), "backward": get_args(Backward), "matmul": get_args(Matmul)}
@@ -63,7 +72,7 @@ class Precision:
             if getattr(self, key) not in accepted:
                 named = ", ".join("null" if choice is None else choice for choice in accepted)
                 raise ValueError(f"precision.{key}={getattr(self, key)!r} must be one of {named}")
-        for key in ("rowwise", "keep_both_layouts"):
+        for key in ("rowwise", "cache_transposed_weights"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"precision.{key}={getattr(self, key)!r} must be true or false")
         if isinstance(self.layers, str) or not all(isinstance(layer, str) for layer in self.layers):
@@ -81,7 +90,7 @@ class Precision:
     def multiplies_in_fp8(self, device: torch.device | str) -> bool:
         """Whether converted layers on `device` multiply in FP8. Raises ValueError if that is asked for in vain."""
         device = torch.device(device)
-        if self.storage != "fp8" or self.matmul == "dequantised":
+        if self.storage != "fp8" or self.matmul == "dequantized":
             return False
         if device.type != "cuda":
             return self.matmul == "fp8"
@@ -99,7 +108,7 @@ def gpu_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def pick(name: str | None, device: torch.device) -> Precision:
+def precision_from_name(name: str | None, device: torch.device) -> Precision:
     """The precision called `name` as on `device`: fp32, bf16, fp8, nf4, or auto (also None).
 
     auto is bfloat16 on a GPU and float32 on a CPU, and so is what fp8 and nf4 leave unconverted.
@@ -120,10 +129,10 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def convert(model: nn.Module, precision: Precision, device: torch.device | str = "cpu") -> list[str]:
-    """Swap the layers that `precision` names for quantised ones, in place; returns their names.
+    """Swap the layers that `precision` names for quantized ones, in place; returns their names.
 
     Args:
-        model: best on the meta device; a layer that has its weight already is quantised at once.
+        model: best on the meta device; a layer that has its weight already is quantized at once.
         device: where the model will be used, which decides whether products are in FP8.
 
     Raises:
@@ -138,8 +147,8 @@ def convert(model: nn.Module, precision: Precision, device: torch.device | str =
         old = model.get_submodule(name)
         assert isinstance(old, nn.Linear)
         if old.bias is not None:
-            raise ValueError(f"precision.layers: {name} has a bias, and a quantised layer has none")
-        new = _quantised(old, precision, in_fp8, workspace).train(old.training)
+            raise ValueError(f"precision.layers: {name} has a bias, and a quantized layer has none")
+        new = _quantized(old, precision, in_fp8, workspace).train(old.training)
         if not old.weight.is_meta:
             new.store(old.weight)
         parent, _, leaf = name.rpartition(".")
@@ -155,7 +164,7 @@ def keep_layouts(model: nn.Module, both: bool) -> int:
     return len(layers)
 
 
-def _quantised(old: nn.Linear, precision: Precision, in_fp8: bool, workspace: Workspace) -> QuantisedLinear:
+def _quantized(old: nn.Linear, precision: Precision, in_fp8: bool, workspace: Workspace) -> QuantizedLinear:
     sizes, dtype, device = (old.in_features, old.out_features), precision.dtype, old.weight.device
     if precision.storage == "nf4":
         return Nf4Linear(*sizes, dtype=dtype, device=device, workspace=workspace)
@@ -168,27 +177,27 @@ def _quantised(old: nn.Linear, precision: Precision, in_fp8: bool, workspace: Wo
         rowwise=precision.rowwise,
         forward_fp8=in_fp8,
         backward_fp8=backward_fp8,
-        keep_both_layouts=backward_fp8 and precision.keep_both_layouts,
+        cache_transposed_weights=backward_fp8 and precision.cache_transposed_weights,
     )
 
 
 def describe(model: nn.Module, precision: Precision, device: torch.device | str = "cpu") -> str:
     """One line for what `convert` did: which layers are in which form, and how they multiply."""
     rest = str(precision.dtype).removeprefix("torch.")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     if not layers:
         return f"all weights in {rest}"
     total = sum(isinstance(module, nn.Linear) and ".lora_" not in name for name, module in model.named_modules())
     held = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters(recurse=False))
     text = f"{len(layers)} of {total} linear layers in {precision.storage} ({held / 1e9:.3g} GB), all else in {rest}"
     if precision.storage == "nf4":
-        return f"{text}; dequantised to {rest} for each product"
+        return f"{text}; dequantized to {rest} for each product"
     eights = [layer for layer in layers.values() if isinstance(layer, Float8Linear)]
     by_row = sum(layer.rowwise for layer in eights)
     text += f", one scale a {'row' if by_row == len(eights) else 'tensor'}"
     text += f" ({by_row} layers: a row)" if 0 < by_row < len(eights) else ""
     inside = [layer for layer in eights if layer.forward_fp8]
-    unused = precision.keep_both_layouts and not any(layer.keep_both_layouts for layer in eights)
+    unused = precision.cache_transposed_weights and not any(layer.cache_transposed_weights for layer in eights)
     if not inside:
         text += f"; products in {rest}: {_why_not(precision, torch.device(device))}"
         return text + (", so that a second layout would do nothing and is not kept" if unused else "")
@@ -198,8 +207,8 @@ def describe(model: nn.Module, precision: Precision, device: torch.device | str 
 
 
 def _why_not(precision: Precision, device: torch.device) -> str:
-    if precision.matmul == "dequantised":
-        return "precision.matmul=dequantised"
+    if precision.matmul == "dequantized":
+        return "precision.matmul=dequantized"
     if device.type != "cuda" and precision.matmul == "auto":
         return "FP8 products are slower on a CPU"
     if device.type == "cuda" and gpu_capability(device) < FP8_CAPABILITY:

@@ -4,7 +4,7 @@
     GET  /identity?length=512    what embeddings depend on, and whose they are
     POST /encode                 {"prompts": ["...", ...], "length": 512} -> safetensors with `embeddings` (B, L, D)
 
-One thread encodes, one prompt at a time: in a batch the rounding of an embedding depends on its neighbours (on a CPU in
+One thread encodes, one prompt at a time: in a batch the rounding of an embedding depends on its neighbors (on a CPU in
 bfloat16, and in float32 with several threads), and what a prompt's embedding is must not depend on who else asks. A
 prompt is padded to hundreds of tokens, which fill a processor by themselves, so there is little to gain. With
 `batch` > 1 prompts that wait together are encoded together all the same, and the identity says so.

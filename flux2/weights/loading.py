@@ -1,8 +1,8 @@
 """Fill a model with a published one's weights.
 
 Two namings are read for the transformer and the autoencoder: diffusers' and Black Forest Labs' own, which is also ours
-(flux2/weights/key_names.py); weights may be quantised in the file (flux2/weights/prequantized.py). Models are built on
-the meta device and filled tensor by tensor, quantised on the way where a layer is kept so, while threads read the next
+(flux2/weights/key_names.py); weights may be quantized in the file (flux2/weights/prequantized.py). Models are built on
+the meta device and filled tensor by tensor, quantized on the way where a layer is kept so, while threads read the next
 ones (flux2/weights/parallel_reader.py): host memory never holds more than two tensors beside the model. Loading is
 strict: missing, unexpected and misshaped tensors are one error that lists them.
 """
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from flux2.models.autoencoder import Autoencoder
-from flux2.models.text_encoder import Storage, TextEncoder, build, check_storage, load_tokenizer, quantise
+from flux2.models.text_encoder import Storage, TextEncoder, build, check_storage, load_tokenizer, quantize
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TextConfig
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision, convert
 from flux2.utils.text import listed
 from flux2.weights.key_names import Published, autoencoder_tensor, transformer_tensor
-from flux2.weights.parallel_reader import Digests, Job, part_by_part, run
+from flux2.weights.parallel_reader import Digests, ReadTask, part_by_part, run
 from flux2.weights.prequantized import MARKER, Weight, find_part
-from flux2.weights.quantized_cache import QuantisedCache, put
+from flux2.weights.quantized_cache import QuantizedCache, put
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
 from flux2.weights.sources import ModelSource, WeightsError, fingerprint
 
@@ -72,23 +72,23 @@ class Filled:
     """How many of a model's layers were stored in their own form, and how the file held its weights.
 
     Attributes:
-        quantised: layers whose weight was quantised now.
+        quantized: layers whose weight was quantized now.
         taken_over: layers whose weight was in their form in the file.
-        dequantised: tensors that were quantised in the file and are in another form here.
+        dequantized: tensors that were quantized in the file and are in another form here.
         unused: tensors of the file that belong to weights and are not used: scales of inputs.
     """
 
-    quantised: int = 0
+    quantized: int = 0
     taken_over: int = 0
-    dequantised: int = 0
+    dequantized: int = 0
     unused: int = 0
 
     def said(self, files: TensorFiles) -> str:
-        """One line about a file that is quantised already; empty for others."""
-        if not self.taken_over and not self.dequantised:
+        """One line about a file that is quantized already; empty for others."""
+        if not self.taken_over and not self.dequantized:
             return ""
-        text = f"{files.place} is quantised: {self.taken_over} layers are kept as they are there"
-        text += f", {self.dequantised} tensors are dequantised" if self.dequantised else ""
+        text = f"{files.place} is quantized: {self.taken_over} layers are kept as they are there"
+        text += f", {self.dequantized} tensors are dequantized" if self.dequantized else ""
         return text + (f", {self.unused} scales of inputs are not used" if self.unused else "")
 
 
@@ -114,12 +114,12 @@ def fill(
 
     Args:
         model: every tensor of `taken(model)` is filled. A module with a method `store` is given its weight in the
-            file's dtype, or in `dtype` if it is quantised in the file.
+            file's dtype, or in `dtype` if it is quantized in the file.
         published: for each of these names, where it is in `files`.
         what: the model's name in errors.
         device, dtype: of the filled tensors; integers keep their dtype.
         ignored: names in `files` that may stay unread.
-        host: modules whose tensors stay in host memory; they are quantised on `device` all the same.
+        host: modules whose tensors stay in host memory; they are quantized on `device` all the same.
         digests: gets the checksums of all that is read.
         modules: by name, those that are filled one after the other; what one maps to is called once it is filled.
     """
@@ -146,11 +146,11 @@ def fill(
 
     filled = Filled(unused=unused)
 
-    def job(name: str, weight: Weight) -> Job:
+    def job(name: str, weight: Weight) -> ReadTask:
         stays = home(name)
         stores = isinstance(model.get_submodule(name.rpartition(".")[0]), StoresWeight)
         reads = weight.reads(device if stores or not weight.plain else stays)
-        return Job(reads, lambda tensors: place(model, name, weight, tensors, dtype, stays, filled))
+        return ReadTask(reads, lambda tensors: place(model, name, weight, tensors, dtype, stays, filled))
 
     run(part_by_part({name: job(name, weight) for name, weight in weights.items()}, modules or {}), digests)
     files.check_unchanged()
@@ -182,19 +182,19 @@ def place(
 ) -> None:
     """Put what was read of `weight` where the model keeps what is called `name`, and count it in `filled`."""
     module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, QuantisedLinear) and weight.taken_over_by(module, tensors):
+    if isinstance(module, QuantizedLinear) and weight.taken_over_by(module, tensors):
         filled.taken_over += 1
         module.to(stays)
         return
-    tensor = weight.dequantised(tensors, dtype or torch.float32)
+    tensor = weight.dequantized(tensors, dtype or torch.float32)
     tensors.clear()
-    filled.dequantised += not weight.plain
+    filled.dequantized += not weight.plain
     if isinstance(module, StoresWeight):
         try:
             module.store(tensor)
         except ValueError as error:
             raise WeightsError(f"{weight.parts[0].said} cannot be used: {error}") from error
-        filled.quantised += 1
+        filled.quantized += 1
         module.to(stays)
     else:
         put(model, name, tensor.to(stays, dtype if tensor.is_floating_point() else None).contiguous())
@@ -223,13 +223,13 @@ def load_transformer(
     """The transformer on `device` in `precision`, or all of it in one dtype, frozen, in evaluation mode.
 
     Args:
-        cache: folder of quantised copies (flux2/weights/quantized_cache.py). If it holds one of these files in this
+        cache: folder of quantized copies (flux2/weights/quantized_cache.py). If it holds one of these files in this
         precision,
-            that is loaded in their place; otherwise one is made, if anything was quantised. None: no copies.
-        host: modules (`single_blocks.3`) that stay in host memory; they are quantised on `device` all the same.
-        say: is told, in a line each, of copies read and written, and of files that are quantised.
+            that is loaded in their place; otherwise one is made, if anything was quantized. None: no copies.
+        host: modules (`single_blocks.3`) that stay in host memory; they are quantized on `device` all the same.
+        say: is told, in a line each, of copies read and written, and of files that are quantized.
         ready: is called with each block as soon as it is filled, and at the end with the model. It may replace their
-            parameters, to keep a share of them; then no copy of what was quantised is made.
+            parameters, to keep a share of them; then no copy of what was quantized is made.
     """
     if isinstance(precision, torch.dtype):
         precision = Precision(precision)
@@ -250,7 +250,7 @@ def load_transformer(
     model = build()
     copies, found = None, False
     if cache is not None and precision.storage is not None:
-        copies = QuantisedCache(cache, source.variant.name, files, model, precision, say)
+        copies = QuantizedCache(cache, source.variant.name, files, model, precision, say)
         found = copies.read(model, homes(host, device), blocks(model))
         if not found:
             model = build()  # what was read of a damaged copy is not kept
@@ -261,7 +261,7 @@ def load_transformer(
         filled = fill(model, files, published, what, device, precision.dtype, ignored, host, digests, blocks(model))
         if told := filled.said(files):
             say(told)
-        if copies is not None and digests is not None and filled.quantised:
+        if copies is not None and digests is not None and filled.quantized:
             copies.write(model, digests)
     if ready is not None:
         ready(model)
@@ -314,7 +314,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The text encoder's layers that are read, on `device` in `dtype`, with its tokenizer.
 
-    With `storage` the linears are quantised one by one while they are loaded; what is NF4 in the file is then taken
+    With `storage` the linears are quantized one by one while they are loaded; what is NF4 in the file is then taken
     over as it is. Raises ValueError for a `storage` that there is not, WeightsError for files that are not the model's.
     """
     check_storage(storage, "storage")
@@ -328,7 +328,7 @@ def load_text_encoder(
         with torch.device("meta"):
             model = build(json.loads(config_file.read_text()), text)
         if storage is not None:
-            quantise(model, storage, dtype)
+            quantize(model, storage, dtype)
     except ValueError as error:
         raise WeightsError(f"{folder}: {error}") from error
     width = len(text.layers) * model.get_parameter("embed_tokens.weight").shape[1]

@@ -37,7 +37,7 @@ def metadata(
     title: str,
     lora: bool,
     names: str = "bfl",
-    licence: str = "",
+    license: str = "",
     resolution: int | None = None,
     trigger: str = "",
     description: str = "",
@@ -63,11 +63,11 @@ def metadata(
         "trigger_phrase": trigger,
         "usage_hint": f"Trigger word: {trigger}" if trigger else "",
         "description": description,
-        "license": licence,
+        "license": license,
         "merged_from": merged_from,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat() if dated else "",
     }
-    kept = {"format": "pt", "base_model": base} | ({"base_model_license": licence} if licence else {})
+    kept = {"format": "pt", "base_model": base} | ({"base_model_license": license} if license else {})
     return kept | {PREFIX + key: value for key, value in told.items() if value}
 
 

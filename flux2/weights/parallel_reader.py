@@ -2,7 +2,7 @@
 
 A tensor is read where it stays: on the CPU straight into its memory; on a GPU through a small pinned buffer a thread.
 What is one tensor of ours and several in the file, or halves in another order, is read as pieces into one memory. While
-a tensor is used (quantised, say), the next ones are read, as long as all together are not larger than `AHEAD` times the
+a tensor is used (quantized, say), the next ones are read, as long as all together are not larger than `AHEAD` times the
 largest. Not memory-mapped: copying out of a mapping is no faster here, and its pages count as the process's memory.
 
 Checksums are XXH3 of 128 bits, of pieces of `CHUNK` bytes: against damage, not against an enemy.
@@ -26,7 +26,7 @@ from flux2.weights.sources import WeightsError
 
 CHUNK = 16 << 20  # bytes that a thread reads at once
 THREADS = 4
-AHEAD = 1.5  # of the largest: a block's second linear is read while its first, the largest, is quantised
+AHEAD = 1.5  # of the largest: a block's second linear is read while its first, the largest, is quantized
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def whole(stored: Stored, device: torch.device) -> Read:
 
 
 @dataclass
-class Job:
+class ReadTask:
     """Tensors that are used together, and what is done with them once they are there."""
 
     reads: Mapping[str, Read]
@@ -110,7 +110,7 @@ def needs_staging(memory: Tensor) -> bool:
 
 
 @dataclass
-class Lane(threading.local):
+class ReaderThreadState(threading.local):
     """What one reading thread has of its own: a pinned buffer, and a stream for its copies."""
 
     buffer: Tensor | None = None
@@ -122,7 +122,7 @@ class Reader:
     """Reads chunks into memory on any device. Its methods run in threads."""
 
     digests: Digests | None = None
-    lane: Lane = field(default_factory=Lane)
+    lane: ReaderThreadState = field(default_factory=ReaderThreadState)
 
     def chunk(self, piece: Piece, start: int, stop: int, memory: Tensor, ready: torch.cuda.Event | None) -> None:
         """Read bytes `start` to `stop` of `piece` into `memory`, (stop - start,) uint8."""
@@ -168,7 +168,7 @@ def read_into(view: memoryview, stored: Stored, offset: int) -> None:
         raise WeightsError(f"{stored.file}: {stored.key} cannot be read ({error.strerror})") from error
 
 
-def part_by_part(jobs: Mapping[str, Job], modules: Mapping[str, Callable[[], None]]) -> list[Job]:
+def part_by_part(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable[[], None]]) -> list[ReadTask]:
     """`jobs`, by the name of what they fill, in an order in which those of a module come together.
 
     Args:
@@ -179,15 +179,15 @@ def part_by_part(jobs: Mapping[str, Job], modules: Mapping[str, Callable[[], Non
         own = [left.pop(name) for name in list(left) if name.startswith(f"{module}.")]
         last = own.pop()
 
-        def use(tensors: dict[str, Tensor], last: Job = last, ready: Callable[[], None] = ready) -> None:
+        def use(tensors: dict[str, Tensor], last: ReadTask = last, ready: Callable[[], None] = ready) -> None:
             last.use(tensors)
             ready()
 
-        ordered += [*own, Job(last.reads, use)]
+        ordered += [*own, ReadTask(last.reads, use)]
     return [*left.values(), *ordered]
 
 
-def run(jobs: Sequence[Job], digests: Digests | None = None) -> None:
+def run(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
     """Read what the jobs ask for and hand it to them, in their order.
 
     Args:
@@ -197,7 +197,7 @@ def run(jobs: Sequence[Job], digests: Digests | None = None) -> None:
     budget = AHEAD * max((job.nbytes for job in jobs), default=0)
     reader = Reader(digests)
     todo = deque(jobs)
-    reading: deque[tuple[Job, dict[str, Tensor], list[Future[None]]]] = deque()
+    reading: deque[tuple[ReadTask, dict[str, Tensor], list[Future[None]]]] = deque()
     held = 0
     with ThreadPoolExecutor(THREADS, thread_name_prefix="weights") as pool:
         try:
@@ -216,7 +216,7 @@ def run(jobs: Sequence[Job], digests: Digests | None = None) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def begin(job: Job, reader: Reader, pool: ThreadPoolExecutor) -> tuple[dict[str, Tensor], list[Future[None]]]:
+def begin(job: ReadTask, reader: Reader, pool: ThreadPoolExecutor) -> tuple[dict[str, Tensor], list[Future[None]]]:
     """Set memory aside for a job's tensors and have them read."""
     tensors: dict[str, Tensor] = {}
     futures = []

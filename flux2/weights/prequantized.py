@@ -1,15 +1,15 @@
-"""Tensors of ours as files hold them: as floats, or quantised already.
+"""Tensors of ours as files hold them: as floats, or quantized already.
 
     plain   a float tensor
     fp8     `X.weight` in e4m3 or e5m2; its scale, one a tensor or one a row, is `X.weight_scale` or, as ComfyUI wrote
-            it, `X.scale_weight`; without, it is 1. `X.input_scale` and `X.scale_input` are for products with quantised
+            it, `X.scale_weight`; without, it is 1. `X.input_scale` and `X.scale_input` are for products with quantized
             inputs, whose scales are measured here instead: they are not used.
     nf4     bitsandbytes' keys: `X.weight` with two values a byte, `.absmax`, `.quant_map`, `.nested_absmax`,
             `.nested_quant_map` and, with the shape, `.quant_state.bitsandbytes__nf4`
 
-What is in the form of the layer that it is for is taken over bit for bit. NF4 quantises blocks of 64 elements in the
+What is in the form of the layer that it is for is taken over bit for bit. NF4 quantizes blocks of 64 elements in the
 order of memory, so that three weights (q, k, v) on top of each other, or the halves of one in another order, are their
-bytes and block scales in that order. But the scales are quantised again, in blocks of 256 with an offset a weight:
+bytes and block scales in that order. But the scales are quantized again, in blocks of 256 with an offset a weight:
 those of several weights do not join, and are kept in float32 then. FP8 weights on top of each other with a scale each
 have one scale a row.
 """
@@ -26,7 +26,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.float8 import Float8Linear
 from flux2.quantization.nf4 import BLOCK, NESTED_BLOCK, Nf4Linear
 from flux2.weights.key_names import Published
@@ -47,7 +47,7 @@ class Part:
 
     Attributes:
         shape: of the weight that is meant, whatever the form.
-        stored: what is read, by the names that `QuantisedLinear.adopt` knows.
+        stored: what is read, by the names that `QuantizedLinear.adopt` knows.
         unused: names in the file that belong to it and are not read.
     """
 
@@ -149,18 +149,18 @@ class Weight:
         half = stored[0].size // 2
         return Piece(stored[0], half, half), Piece(stored[0], 0, half)
 
-    def dequantised(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def dequantized(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The float tensor; of a plain one as it was read, otherwise in `dtype`."""
         if self.plain:
             return tensors["weight"]
         if self.together:
             return tensors["weight"].to(dtype).mul_(self.scales(tensors))
-        return self.entry.join([self.dequantised_part(i, part, tensors, dtype) for i, part in enumerate(self.parts)])
+        return self.entry.join([self.dequantized_part(i, part, tensors, dtype) for i, part in enumerate(self.parts)])
 
-    def dequantised_part(self, i: int, part: Part, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def dequantized_part(self, i: int, part: Part, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """One part that was read by itself."""
         if part.form == "nf4":
-            return self.layer(i, tensors, dtype).dequantise(dtype)
+            return self.layer(i, tensors, dtype).dequantize(dtype)
         weight = tensors[f"{i}.weight"].to(dtype)
         scale = tensors.get(f"{i}.weight_scale")
         return weight if scale is None else weight.mul_(scale.float().reshape(-1, *[1] * (weight.ndim - 1)))
@@ -187,7 +187,7 @@ class Weight:
         rows = [scale.expand(part.shape[0], 1) for scale, part in zip(each, self.parts, strict=True)]
         return self.entry.join(rows)
 
-    def taken_over_by(self, layer: QuantisedLinear, tensors: Mapping[str, Tensor]) -> bool:
+    def taken_over_by(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> bool:
         """Give the layer its weight as it is in the file, if that is in the layer's form."""
         forms = {part.form for part in self.parts}
         if isinstance(layer, Nf4Linear) and forms == {"nf4"}:
@@ -201,7 +201,7 @@ class Weight:
         self.adopt(layer, joined)
         return True
 
-    def adopt(self, layer: QuantisedLinear, tensors: Mapping[str, Tensor]) -> None:
+    def adopt(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> None:
         try:
             layer.adopt(tensors)
         except (ValueError, KeyError) as error:  # bitsandbytes' own about its keys

@@ -1,6 +1,6 @@
-"""Quantised copies of models on disk, so that a model is quantised once.
+"""Quantized copies of models on disk, so that a model is quantized once.
 
-A copy is one safetensors file: of each quantised layer what its `storage()` gives, of all else the tensor as the model
+A copy is one safetensors file: of each quantized layer what its `storage()` gives, of all else the tensor as the model
 holds it. Its name holds a digest of
 
     the contents     checksums of every tensor that was read, taken while it was read
@@ -30,9 +30,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision
-from flux2.weights.parallel_reader import Digests, Job, checksum, part_by_part, run, whole
+from flux2.weights.parallel_reader import Digests, ReadTask, checksum, part_by_part, run, whole
 from flux2.weights.safetensors_files import DTYPE_NAMES, Stored, TensorFiles
 from flux2.weights.sources import WeightsError
 
@@ -61,17 +61,17 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that are not the storage of a quantised layer."""
-    own = tuple(f"{name}." for name in quantised_layers(model))
+    """Parameters and buffers that are not the storage of a quantized layer."""
+    own = tuple(f"{name}." for name in quantized_layers(model))
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
 
 
-class QuantisedCache:
+class QuantizedCache:
     """The copy of one model's files in one precision.
 
     Args:
@@ -96,7 +96,7 @@ class QuantisedCache:
         self.say = say
         self.stem = f"{name}-{precision.recipe}"
         self.damaged: Path | None = None
-        self.recipe = [VERSION, precision.recipe, str(precision.dtype), sorted(quantised_layers(model))]
+        self.recipe = [VERSION, precision.recipe, str(precision.dtype), sorted(quantized_layers(model))]
         self.note = folder / "sources" / f"{digest(*map(list, files.identities))}.json"
 
     def copy_of(self, content: str) -> Path:
@@ -132,9 +132,9 @@ class QuantisedCache:
         except (WeightsError, ValueError) as error:  # a layer refuses what is not its storage with ValueError
             self.damaged = copy
             reason = str(error).partition(". It is damaged")[0]  # which goes on with what to do about a download
-            self.say(f"the quantised copy is damaged and will be made anew: {reason}")
+            self.say(f"the quantized copy is damaged and will be made anew: {reason}")
             return False
-        self.say(f"read from the quantised copy {copy}")
+        self.say(f"read from the quantized copy {copy}")
         return True
 
     def fill(
@@ -157,9 +157,9 @@ class QuantisedCache:
             raise WeightsError(f"{copy}: dtypes and shapes are not those that were written")
         digests = Digests()
         unread = files.names
-        jobs: dict[str, Job] = {}
+        jobs: dict[str, ReadTask] = {}
 
-        def job(wanted: dict[str, str], device: torch.device, use: Callable[[dict[str, Tensor]], None]) -> Job:
+        def job(wanted: dict[str, str], device: torch.device, use: Callable[[dict[str, Tensor]], None]) -> ReadTask:
             if absent := sorted(set(wanted.values()) - unread):
                 raise WeightsError(f"{copy} does not hold {absent[0]}")
             unread.difference_update(wanted.values())
@@ -171,9 +171,9 @@ class QuantisedCache:
                         raise WeightsError(f"{copy}: the bytes of {one.key} are not those that were written")
                 use(tensors)
 
-            return Job({key: whole(one, device) for key, one in stored.items()}, checked)
+            return ReadTask({key: whole(one, device) for key, one in stored.items()}, checked)
 
-        for name, layer in quantised_layers(model).items():
+        for name, layer in quantized_layers(model).items():
             start = f"{name}."
             own = {key.removeprefix(start): key for key in files.names if key.startswith(start)}
             jobs[name] = job(own, home(name), layer.adopt)
@@ -200,7 +200,7 @@ class QuantisedCache:
         except filelock.Timeout:
             return  # another process is writing it
         except (OSError, NotImplementedError) as error:  # of a file system without locks
-            self.say(f"no quantised copy is kept, so that the next start quantises again: {self.folder}: {error}")
+            self.say(f"no quantized copy is kept, so that the next start quantizes again: {self.folder}: {error}")
 
     def write_new(self, model: nn.Module, copy: Path) -> None:
         for left in self.folder.glob(f"{copy.stem}.*.partial"):  # of a process that was ended
@@ -210,11 +210,11 @@ class QuantisedCache:
         size = f"{entries.size / GB:.2f} GB"
         if entries.size + SPARE > free:
             self.say(
-                f"no quantised copy is kept, so that the next start quantises again: it needs {size} and "
+                f"no quantized copy is kept, so that the next start quantizes again: it needs {size} and "
                 f"{SPARE / GB:.1f} GB to spare, and {self.folder} has {free / GB:.2f} GB free"
             )
             return
-        self.say(f"writing a quantised copy of {size} to {copy} ({free / GB:.1f} GB free)")
+        self.say(f"writing a quantized copy of {size} to {copy} ({free / GB:.1f} GB free)")
         partial = copy.with_suffix(f".{os.getpid()}.partial")
         try:
             entries.write(partial)
@@ -241,7 +241,7 @@ class Entries:
             self.size += size
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, layer in quantised_layers(self.model).items():
+        for name, layer in quantized_layers(self.model).items():
             yield from ((f"{name}.{key}", tensor) for key, tensor in layer.storage().items())
         yield from plain_tensors(self.model).items()
 

@@ -148,14 +148,14 @@ def download(repo: str, part: Part) -> str:
         snapshot = huggingface_hub.snapshot_download(repo, allow_patterns=[f"{part}/*"])
     except hub_errors.GatedRepoError as error:
         raise WeightsError(
-            f"{repo} is gated, and you are not logged in or have not accepted its licence. Open "
-            f"https://huggingface.co/{repo}, accept the licence (non-commercial for FLUX.2-dev and the 9B models), "
+            f"{repo} is gated, and you are not logged in or have not accepted its license. Open "
+            f"https://huggingface.co/{repo}, accept the license (non-commercial for FLUX.2-dev and the 9B models), "
             "then run `hf auth login` and start again."
         ) from error
     except hub_errors.RepositoryNotFoundError as error:
         raise WeightsError(
             f"{repo} was not found on the Hugging Face Hub, or you are not logged in and it is gated. Check the name; "
-            f"then run `hf auth login` and accept the licence on https://huggingface.co/{repo}."
+            f"then run `hf auth login` and accept the license on https://huggingface.co/{repo}."
         ) from error
     except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
         raise WeightsError(

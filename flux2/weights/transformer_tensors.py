@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
 from flux2.weights.loading import check, taken, transformer_names
-from flux2.weights.parallel_reader import Job, run
+from flux2.weights.parallel_reader import ReadTask, run
 from flux2.weights.prequantized import MARKER, Weight, find_part
 from flux2.weights.safetensors_files import TensorFiles
 from flux2.weights.sources import WeightsError
@@ -22,27 +22,27 @@ from flux2.weights.sources import WeightsError
 def stored_weights(model: nn.Module, files: TensorFiles, what: str) -> dict[str, Weight]:
     """Where each tensor of `model`, of names and shapes alone, is in `files`, by our names.
 
-    Raises WeightsError unless `files` hold exactly those, in floats: what was quantised has lost what it was.
+    Raises WeightsError unless `files` hold exactly those, in floats: what was quantized has lost what it was.
     """
     published, ignored = transformer_names(model, files)
     shapes = taken(model)
     weights, missing, misshaped = {}, set(), []
     unread = {name for name in files.names if not ignored(name) and name.rpartition(".")[2] != MARKER}
-    quantised = []
+    quantized = []
     for name, entry in published.items():
         found = {key: find_part(files, key) for key in entry.names}
         missing |= {key for key, part in found.items() if part is None}
         parts = [part for part in found.values() if part is not None]
         for part in parts:
             unread -= part.names
-        quantised += [part.stored["weight"].key for part in parts if part.form != "plain"]
+        quantized += [part.stored["weight"].key for part in parts if part.form != "plain"]
         if len(parts) == len(found):
             weights[name] = Weight(entry, tuple(parts))
             if weights[name].shape != shapes[name]:
                 misshaped.append(f"{entry.names[0]} {tuple(weights[name].shape)} instead of {tuple(shapes[name])}")
-    if quantised:
+    if quantized:
         raise WeightsError(
-            f"{files.place} is quantised ({listed(quantised, 2)}): most of an adapter would be lost in rounding, and "
+            f"{files.place} is quantized ({listed(quantized, 2)}): most of an adapter would be lost in rounding, and "
             "what was there before is not in it. Give the published files in bfloat16 (--path)"
         )
     check(what, files, missing, unread, misshaped)
@@ -67,13 +67,13 @@ class BaseWeights:
     def each(self, names: Iterable[str], device: torch.device, use: Callable[[str, Tensor], None]) -> None:
         """Call `use` with each name and its tensor on `device`, in the dtype of the file, in this order."""
 
-        def job(name: str) -> Job:
+        def job(name: str) -> ReadTask:
             weight = self.weights[name]
 
             def take(tensors: Mapping[str, Tensor]) -> None:
-                use(name, weight.dequantised(tensors, torch.float32))
+                use(name, weight.dequantized(tensors, torch.float32))
 
-            return Job(weight.reads(device), take)
+            return ReadTask(weight.reads(device), take)
 
         with torch.no_grad():
             run([job(name) for name in names])

@@ -20,7 +20,7 @@ def test_a_case_trains_with_what_was_chosen(storage):
     case = fits.Case("small", storage, 128, 8)
     planner = fits.planner(case.variant, storage, 128, in_fp8=False)
     resident = fits.train(case, planner.predict(Choice("full")), CPU, 1, in_fp8=False)
-    streaming = Choice("selective", stream_blocks=2, offload_activations=True)
+    streaming = Choice("selective", offload_blocks=2, offload_activations=True)
     away = fits.train(case, planner.predict(streaming), CPU, 2, in_fp8=False)
     assert (len(resident), len(away)) == (1, 2)
 
@@ -69,6 +69,6 @@ def test_the_matrix_runs_to_its_end_and_speaks_the_planners_words(monkeypatch, t
 
     ours = cases["flux2-lora, bf16, full"]["setting"]
     assert ours == setting(planner, Choice("full")) | {"text_tokens": 8}
-    assert cases["flux2-lora, fp8, full, both layouts"]["setting"]["keep_both_layouts"]
+    assert cases["flux2-lora, fp8, full, both layouts"]["setting"]["cache_transposed_weights"]
     losses = [case["loss"] for case in cases.values() if "loss" in case]
     assert max(losses) - min(losses) < 0.02

@@ -28,14 +28,14 @@ def test_only_the_tables_are_written(monkeypatch):
 
 def test_what_was_predicted_stands_beside_what_was_measured():
     ours = {
-        "memory": {"checkpointing": "full", "budget_gb": None, "stream_blocks": 12},
+        "memory": {"checkpointing": "full", "budget_gb": None, "offload_blocks": 12},
         "GB": {"allocated": 21.04, "predicted": 20.5},
         "seconds": {"median": 7.0},
         "predicted seconds": 7.4,
     }
     found = {"hardware": "GPU", "runs": {"dev nf4 1024 24": ours, "dev bf16 1024 8": {"left out": "too small"}}}
     _, _, ours, other = tables.runs(found).splitlines()
-    expected = "checkpointing=full, stream_blocks=12 | 21.0 GB (20.5 predicted) | 7.00 s (7.40 predicted)"
+    expected = "checkpointing=full, offload_blocks=12 | 21.0 GB (20.5 predicted) | 7.00 s (7.40 predicted)"
     assert ours == f"| dev nf4 1024 24 | {expected} |"
     assert other == "| dev bf16 1024 8 | too small |  |  |"
 

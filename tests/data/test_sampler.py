@@ -22,7 +22,7 @@ def test_a_derived_generator_is_fixed_by_its_key() -> None:
     assert derived_generator(0, "noise", 1, 2).initial_seed() == 2575264877
 
 
-def test_derived_generators_of_neighbours_are_unrelated() -> None:
+def test_derived_generators_of_neighbors_are_unrelated() -> None:
     draws = torch.stack([torch.randn(8, generator=derived_generator(0, "noise", step)) for step in range(2000)])
     correlation = torch.corrcoef(torch.cat([draws[:-1], draws[1:]], dim=1).T)
     assert (correlation - torch.eye(16))[:8, 8:].abs().max() < 0.1

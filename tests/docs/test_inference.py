@@ -101,7 +101,7 @@ def test_what_the_table_predicts_is_predicted_and_fits(card, model, options, sai
 
     given = vars(arguments(["--prompt", "x", *shlex.split(options.replace("`", ""))]))
     storage = None if given["precision"] is None else given["precision"]
-    case = Case(int(card), storage, given["stream_blocks"], tiled=bool(given["tiled"]))
+    case = Case(int(card), storage, given["offload_blocks"], tiled=bool(given["tiled"]))
     total = sum(predicted(VARIANTS[model], case).values())
     assert f"{total / 1e9:.1f}" == said
     assert total <= usable(int(card))

@@ -68,7 +68,7 @@ def test_most_unseen_prompts_and_edits_come_out_as_asked() -> None:
     wanted = unseen(8, seed=11)
     made = pipeline().generate([plain_caption(drawing) for drawing in wanted], seed=100, batch_size=8)
     read = [probe.read(picture) for picture in made]
-    right = sum((r.shape, r.colour) == (w.shape, w.colour) for r, w in zip(read, wanted, strict=True))
+    right = sum((r.shape, r.color) == (w.shape, w.color) for r, w in zip(read, wanted, strict=True))
     assert right >= 7
 
 
@@ -92,7 +92,7 @@ def share(pictures: list, wanted: list[Drawing]) -> float:
     """The share of pictures with all four attributes as wanted."""
     read = [probe.read(picture) for picture in pictures]
     right = [
-        (r.shape, r.colour, r.background, r.size) == (w.shape, w.colour, w.background, w.size)
+        (r.shape, r.color, r.background, r.size) == (w.shape, w.color, w.background, w.size)
         for r, w in zip(read, wanted, strict=True)
     ]
     return sum(right) / len(right)

@@ -348,9 +348,9 @@ def test_merged_adapters_make_the_same_picture_in_plain_layers(
 @pytest.mark.parametrize(
     ("storage", "streamed", "message"),
     [
-        ("nf4", 0, "precision=nf4: adapters cannot be merged into a quantised base, as most of them would be lost"),
+        ("nf4", 0, "precision=nf4: adapters cannot be merged into a quantized base, as most of them would be lost"),
         ("fp8", 0, "precision=fp8: .* Keep them beside it, or use precision=bf16 or fp32"),
-        (None, 1, "adapters cannot be merged while blocks stream from host memory: .* stream_blocks=0"),
+        (None, 1, "adapters cannot be merged while blocks stream from host memory: .* offload_blocks=0"),
     ],
 )
 def test_what_cannot_be_merged_into_is_refused_before_anything_is_loaded(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from flux2 import adapters
 from flux2.memory.activation_checkpointing import POLICIES, set_policy
-from flux2.memory.block_offload import Offloader, offload, streamed_blocks
+from flux2.memory.block_offload import Offloader, offload, offloaded_blocks
 from flux2.models.positions import image_positions, text_positions
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, TransformerConfig
-from flux2.quantization.precision import convert, pick
+from flux2.quantization.precision import convert, precision_from_name
 from flux2.weights.loading import load_transformer
 from flux2.weights.sources import ModelSource
 
@@ -37,7 +37,7 @@ def random_model(config: TransformerConfig = CONFIG, precision: str = "bf16", po
     torch.manual_seed(0)
     with DEVICE:
         model = Transformer(config).to(torch.bfloat16)
-    convert(model, pick(precision, DEVICE), DEVICE)
+    convert(model, precision_from_name(precision, DEVICE), DEVICE)
     adapters.attach(model, rank=4)
     for parameter in adapters.adapter_parameters(model):
         parameter.data.normal_(std=0.02)
@@ -172,12 +172,12 @@ def test_the_device_holds_what_is_resident_and_the_ring_from_loading_on(precisio
     torch.cuda.empty_cache()
     start = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model = load_transformer(source, DEVICE, pick(precision, DEVICE), host=streamed_blocks(CONFIG, 1.0))
+    model = load_transformer(source, DEVICE, precision_from_name(precision, DEVICE), host=offloaded_blocks(CONFIG, 1.0))
     offloader = streaming(model, device=DEVICE)
     held = torch.cuda.memory_allocated() - start
     resident = sum(p.nbytes for name, p in model.named_parameters() if "_blocks." not in name)
     assert held == pytest.approx(resident + offloader.ring_bytes, rel=0.02)
-    # quantising takes the float weight and float32 copies of a part of it
+    # quantizing takes the float weight and float32 copies of a part of it
     room = 4 * largest if precision == "bf16" else 12 * largest
     assert torch.cuda.max_memory_allocated() - start < resident + offloader.ring_bytes + room
     assert offloader.host_bytes > 4 * offloader.ring_bytes * 0.9

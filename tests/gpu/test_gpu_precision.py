@@ -13,7 +13,7 @@ from flux2 import adapters
 from flux2.models.positions import image_positions, text_positions
 from flux2.models.transformer import Transformer
 from flux2.models.variants import KLEIN_4B
-from flux2.quantization.float8 import Float8Linear, quantise_rows
+from flux2.quantization.float8 import Float8Linear, quantize_rows
 from flux2.quantization.nf4 import Nf4Linear, Workspace
 from flux2.quantization.precision import FP8_CAPABILITY, Precision, convert
 
@@ -40,17 +40,17 @@ def close(ours: Tensor, reference: Tensor) -> float:
 
 
 def rounded(x: Tensor) -> Tensor:
-    values, scale = quantise_rows(x)
+    values, scale = quantize_rows(x)
     return values.double() * scale.double()
 
 
-@pytest.mark.parametrize("options", [{}, {"rowwise": True}, {"keep_both_layouts": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rowwise": True}, {"cache_transposed_weights": True}], ids=str)
 def test_fp8_products_on_a_gpu_are_those_of_rows_rounded_to_e4m3(options: dict[str, Any]) -> None:
     needs_fp8()
     weight, x, dy = random(OUT, IN), random(TOKENS, IN, seed=1), random(TOKENS, OUT, seed=2)
     linear = Float8Linear(IN, OUT, dtype=torch.bfloat16, **options)
     linear.store(weight)
-    stored = linear.dequantise(torch.float64)
+    stored = linear.dequantize(torch.float64)
     folded = dy * linear.scales() if linear.rowwise else dy
     values = linear.values().double() if linear.rowwise else stored
     expected = rounded(x) @ stored.t(), rounded(folded) @ values
@@ -75,12 +75,12 @@ def test_nf4_layers_on_a_gpu_share_one_buffer_and_multiply_with_the_weight_that_
     (buffer,) = space._buffers.values()
     assert (buffer.numel(), buffer.dtype) == (IN * OUT, torch.bfloat16)
     for linear, result, gradient in zip(layers, results, gradients, strict=True):
-        weight = linear.dequantise(torch.float32)
+        weight = linear.dequantize(torch.float32)
         assert close(result, x.float() @ weight.t()) < 5e-3
         assert close(gradient, result.float() @ weight) < 5e-3
         moved = Nf4Linear(linear.in_features, linear.out_features, device="meta")
         moved.adopt({key: tensor.cpu() for key, tensor in linear.storage().items()})
-        assert close(moved.dequantise(torch.float32), weight) < 1e-5
+        assert close(moved.dequantize(torch.float32), weight) < 1e-5
 
 
 @pytest.mark.parametrize("storage", ["fp8", "nf4"])

@@ -242,8 +242,8 @@ def test_a_run_from_the_cache_equals_one_that_keeps_nothing_on_disk_to_the_bit(t
 
 
 def test_without_a_cache_folder_copies_of_models_have_none_either():
-    assert compose("cache_dir=null").quantised_dir is None
-    assert compose("cache_dir=x").quantised_dir == "x/weights"
+    assert compose("cache_dir=null").quantized_cache_dir is None
+    assert compose("cache_dir=x").quantized_cache_dir == "x/weights"
 
 
 # ------------------------------------------------------------------ without the encoders

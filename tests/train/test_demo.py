@@ -13,9 +13,9 @@ from data.synthetic.tarot import draw_card
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import load
 from train import demo
-from train.demo import COLOURS, SHOWN, SUBJECTS, Look, judge, look, moved, same
+from train.demo import COLORS, SHOWN, SUBJECTS, Look, judge, look, moved, same
 from train.stages.memory import load_config
-from train.utils.progress import Count
+from train.utils.progress import ItemProgress
 
 pytest_plugins = ("train_helpers",)
 
@@ -49,27 +49,27 @@ def test_pictures_are_the_same_only_bit_for_bit():
     assert not same(one, other)
 
 
-def test_cards_and_plain_drawings_are_looked_at_for_style_subject_and_colour():
+def test_cards_and_plain_drawings_are_looked_at_for_style_subject_and_color():
     cards = look([draw_card("cup", "red", 3), draw_card("star", "blue", 4)], [("red", "cup"), ("red", "star")])
     assert cards.style_distance < 5
-    assert (cards.subject, cards.colour, cards.both) == (1.0, 0.5, 0.5)
+    assert (cards.subject, cards.color, cards.both) == (1.0, 0.5, 0.5)
     plain = look([draw(Drawing("cup", "red", "blue", "large"))], [("red", "cup")])
     assert plain.style_distance > 100
-    assert (plain.subject, plain.colour, plain.both) == (1.0, 1.0, 1.0)
+    assert (plain.subject, plain.color, plain.both) == (1.0, 1.0, 1.0)
     assert look([draw(Drawing("cup", "red", "blue", "large"))], [("red", "fish")]) == replace(plain, subject=0, both=0)
 
 
 def test_what_is_asked_for_is_on_no_card_and_the_probe_knows_it():
     captions = [sample.caption for sample in Folder(ROOT / "data" / "demo")]
     assert not any(f" {word} " in caption or f" {word}," in caption for word in SUBJECTS for caption in captions)
-    assert not any(f" {word} " in caption for word in COLOURS for caption in captions)
+    assert not any(f" {word} " in caption for word in COLORS for caption in captions)
     assert set(SUBJECTS) <= set(drawings.SHAPES)
-    assert set(COLOURS) <= set(drawings.COLOURS)
-    pairs = {f"{colour} {subject}" for colour in COLOURS for subject in SUBJECTS}
+    assert set(COLORS) <= set(drawings.COLORS)
+    pairs = {f"{color} {subject}" for color in COLORS for subject in SUBJECTS}
     assert set(SHOWN) <= pairs
-    for colour in COLOURS:  # a clean drawing of each counts as right
+    for color in COLORS:  # a clean drawing of each counts as right
         for subject in SUBJECTS:
-            assert look([draw(Drawing(subject, colour, "blue", "large"))], [(colour, subject)]).both == 1
+            assert look([draw(Drawing(subject, color, "blue", "large"))], [(color, subject)]).both == 1
 
 
 def test_everything_good_is_judged_so_in_every_sentence():
@@ -105,7 +105,7 @@ def test_an_adapter_that_learned_nothing_is_said_to_have_learned_nothing():
 def short(monkeypatch):
     """The demo with four prompts, each sampled in two steps."""
     monkeypatch.setattr(demo, "SUBJECTS", ("heart", "fish"))
-    monkeypatch.setattr(demo, "COLOURS", ("green", "pink"))
+    monkeypatch.setattr(demo, "COLORS", ("green", "pink"))
     monkeypatch.setattr(demo, "SHOWN", ("green fish", "pink heart"))
     monkeypatch.setitem(VARIANTS, "tiny", replace(VARIANTS["tiny"], steps=2))
 
@@ -172,7 +172,7 @@ def test_the_demo_is_an_entry_file_of_its_own():
 
 def test_pictures_are_counted_while_they_are_drawn(monkeypatch):
     pipe, told = load("tiny"), []
-    count = Count("pictures", shown=False)
+    count = ItemProgress("pictures", shown=False)
     monkeypatch.setattr(count, "update", lambda done, total: told.append((done, total)))
     monkeypatch.setattr(demo, "BATCH", 2)
     prompts = ["a red cup", "a blue fox", "a green key"]

@@ -34,9 +34,9 @@ CUP, FISH = Drawing("cup", "red", "blue", "large"), Drawing("fish", "pink", "gre
 
 
 def test_pictures_are_right_in_all_that_the_reference_shows_and_in_their_light():
-    pictures = [spotlight(draw(CUP)), draw(CUP), spotlight(draw(replace(CUP, colour="green")))]
+    pictures = [spotlight(draw(CUP)), draw(CUP), spotlight(draw(replace(CUP, color="green")))]
     assert shares(pictures, [CUP] * 3, lit=True) == pytest.approx(
-        {"shape": 1, "colour": 2 / 3, "background": 1, "size": 1, "light": 2 / 3, "all": 1 / 3}
+        {"shape": 1, "color": 2 / 3, "background": 1, "size": 1, "light": 2 / 3, "all": 1 / 3}
     )
     assert shares(pictures[:2], [CUP, CUP], lit=False)["all"] == 0.5
     for key in ("shape", "background", "size"):
@@ -51,11 +51,11 @@ def test_another_reference_shows_another_subject_and_each_is_taken_once():
         assert all(drawing.shape != drawings[i].shape for drawing, i in zip(drawings, indices, strict=True))
 
 
-def test_plain_edits_change_colour_and_background_in_turn_and_name_no_trigger():
+def test_plain_edits_change_color_and_background_in_turn_and_name_no_trigger():
     drawings = new_drawings()
     edits = plain_edits(drawings)
     for i, (drawing, (instruction, result)) in enumerate(zip(drawings, edits, strict=True)):
-        kind = "background" if i % 2 else "colour"
+        kind = "background" if i % 2 else "color"
         assert result == replace(drawing, **{kind: getattr(result, kind)})
         assert getattr(result, kind) != getattr(drawing, kind)
         assert getattr(result, kind) in instruction
@@ -165,7 +165,7 @@ def test_the_demos_settings_are_those_of_its_experiment():
     dataset = run.instantiate("dataset")
     assert {sample.captions for sample in dataset} == {(INSTRUCTION,)}
     assert all(len(sample.references) == 1 for sample in dataset)
-    names = {f"{drawing.colour}_{drawing.shape}" for drawing in SHOWN}
+    names = {f"{drawing.color}_{drawing.shape}" for drawing in SHOWN}
     assert {file.removeprefix("data/demo_edit/new/").removesuffix(".png") for file in run.sample.files} == names
     assert [len(files) for files in run.sample.edits] == [1] * len(run.sample.prompts)
 

@@ -313,7 +313,7 @@ def test_a_vision_model_compares_by_its_first_token(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dino")
     describe = Vision(str(tmp_path / "dino"), side=28).load(lambda: pytest.fail("not needed"), torch.device("cpu"))
-    red, blue = (describe(Image.new("RGB", (40, 30), colour)) for colour in ("red", "blue"))
+    red, blue = (describe(Image.new("RGB", (40, 30), color)) for color in ("red", "blue"))
     assert red.shape == (16,)
     assert float(red.norm()) == pytest.approx(1)
     assert float((red - blue).norm()) > 0.01

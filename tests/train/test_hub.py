@@ -253,7 +253,7 @@ def described(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "tiny"])
-def test_the_licence_and_the_pipeline_are_those_of_the_base(described, name):
+def test_the_license_and_the_pipeline_are_those_of_the_base(described, name):
     text, data = described(name, prompts=['say "felix"'], place="jane/felix")
     variant = VARIANTS[name]
     assert data.base_model == variant.repo

@@ -259,7 +259,7 @@ def test_two_processes_train_as_one_does(train, pictures, tmp_path):
         *arguments,
         "batch_size=1",
         "gradient_accumulation=2",
-        "memory.stream_blocks=0.5",
+        "memory.offload_blocks=0.5",
         f"output_dir={two}",
     ]
     done = execute(script, ACCELERATE_USE_CPU="true")

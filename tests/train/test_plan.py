@@ -31,7 +31,7 @@ from train.planner.optimizer_memory import optimizer_bytes
 from train.planner.predictor import Planner
 from train.planner.search import choose, step_down
 from train.planner.text_encoder_memory import text_encoder_bytes
-from train.planner.workload import Job, trained
+from train.planner.workload import Workload, trained
 from train.stages.memory import load_config
 from train.utils.memory import OutOfMemory, amounts, is_out_of_memory, watched
 
@@ -41,12 +41,12 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-4)
 H200 = gpu("NVIDIA H200", 141)
 
 
-def job(name="dev", storage=None, side=1024, references=(), rank=16, dtype=torch.bfloat16, **more) -> Job:
+def job(name="dev", storage=None, side=1024, references=(), rank=16, dtype=torch.bfloat16, **more) -> Workload:
     """A job as PERFORMANCE.md counts them: one picture, rank 16 on all block linears, AdamW."""
     precision = Precision(dtype, storage, matmul="fp8" if storage == "fp8" else "auto")
     variant = VARIANTS[name]
     model = skeleton(variant, precision, lambda model: attach(model, rank=rank))
-    return Job(variant, model, dtype, ADAMW, (side, side), list(references), storage=storage, **more)
+    return Workload(variant, model, dtype, ADAMW, (side, side), list(references), storage=storage, **more)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def test_weights_take_what_their_shapes_say(planner, name, storage, expected):
 
 
 def test_two_layouts_of_fp8_take_what_bfloat16_takes():
-    precision = Precision(torch.bfloat16, "fp8", matmul="fp8", keep_both_layouts=True)
+    precision = Precision(torch.bfloat16, "fp8", matmul="fp8", cache_transposed_weights=True)
     model = skeleton(VARIANTS["dev"], precision, lambda model: attach(model, rank=1))
-    found = Planner(Job(VARIANTS["dev"], model, torch.bfloat16, ADAMW, (16, 16)))
+    found = Planner(Workload(VARIANTS["dev"], model, torch.bfloat16, ADAMW, (16, 16)))
     assert found.has_layouts
     both, one = (sum(found.block_weights(both)) + found.other_weights for both in (True, False))
     assert (both / 1e9, one / 1e9) == (pytest.approx(64.4, rel=0.01), pytest.approx(33.0, rel=0.02))
@@ -139,7 +139,7 @@ def test_the_time_of_the_products_is_that_of_the_table(planner):
 
 def test_streaming_a_whole_model_is_bound_by_the_bus(planner):
     found = planner("dev", side=256)
-    slow = found.predict(Choice("full", stream_blocks=56))
+    slow = found.predict(Choice("full", offload_blocks=56))
     still = found.predict(Choice("full")).seconds(H200)
     assert slow.seconds(H200) == pytest.approx(2 * 62.8 / 50 + 0.1 * still, rel=0.01)
     assert still < 0.5 * slow.seconds(H200)
@@ -242,11 +242,11 @@ def test_the_same_question_gets_the_same_answer(planner):
 
 def test_weights_are_kept_transposed_where_there_is_room(planner):
     found = planner("dev", storage="fp8", side=512)
-    assert choose(found, {}, usable(141), H200).choice.keep_both_layouts
-    assert not choose(found, {}, usable(48), H200).choice.keep_both_layouts
-    assert not choose(found, {"keep_both_layouts": False}, usable(141), H200).choice.keep_both_layouts
-    assert not choose(planner("dev", side=512), {}, usable(141), H200).choice.keep_both_layouts
-    one, both = (found.predict(Choice("full", keep_both_layouts=kept)) for kept in (False, True))
+    assert choose(found, {}, usable(141), H200).choice.cache_transposed_weights
+    assert not choose(found, {}, usable(48), H200).choice.cache_transposed_weights
+    assert not choose(found, {"cache_transposed_weights": False}, usable(141), H200).choice.cache_transposed_weights
+    assert not choose(planner("dev", side=512), {}, usable(141), H200).choice.cache_transposed_weights
+    one, both = (found.predict(Choice("full", cache_transposed_weights=kept)) for kept in (False, True))
     assert both.seconds(H200) < one.seconds(H200)
     assert both.total("step") > one.total("step") + 30e9
 
@@ -257,25 +257,25 @@ def test_more_recompute_and_more_streaming_never_take_more(planner):
         choices = [Choice("none"), *between, Choice("full")]
         totals = [found.predict(choice).total("step") for choice in choices]
         assert totals == sorted(set(totals), reverse=True)
-    streamed = [found.predict(Choice("full", stream_blocks=number)).total("step") for number in range(3, 57)]
+    streamed = [found.predict(Choice("full", offload_blocks=number)).total("step") for number in range(3, 57)]
     assert streamed == sorted(streamed, reverse=True)
     assert found.predict(Choice("full", offload_activations=True)).total("step") < totals[-1]
 
 
 def test_what_is_given_is_not_chosen(planner):
     found = planner("dev", storage="nf4")
-    assert choose(found, {"stream_blocks": 10}, usable(80), H200).choice.stream_blocks == 10
+    assert choose(found, {"offload_blocks": 10}, usable(80), H200).choice.offload_blocks == 10
     assert choose(found, {"checkpointing": "full"}, usable(141), H200).choice == Choice("full")
-    only = {"checkpointing": "none", "stream_blocks": 0}
+    only = {"checkpointing": "none", "offload_blocks": 0}
     assert choose(found, only, usable(24), H200) is None
 
 
 def test_a_budget_that_is_given_streams_where_it_must(planner):
     found = planner("klein_base_4b")
-    assert choose(found, {"checkpointing": "budget"}, usable(8), H200).choice.stream_blocks > 0
+    assert choose(found, {"checkpointing": "budget"}, usable(8), H200).choice.offload_blocks > 0
     given = {"checkpointing": "budget", "budget_gb": 0.3}
     chosen = choose(found, given, usable(8), H200).choice
-    assert (chosen.budget_gb, chosen.stream_blocks > 0) == (0.3, True)
+    assert (chosen.budget_gb, chosen.offload_blocks > 0) == (0.3, True)
 
 
 def test_an_advice_saves_something(planner):
@@ -327,7 +327,7 @@ def offline(monkeypatch):
         (["+experiment=tarot", "+card=24", "batch_size=1"], ["For a card of 24 GB memory=auto would choose"]),
         (
             ["+experiment=tarot", "precision=nf4", "memory=24gb"],
-            ["dev in nf4", "streamed blocks", "dequantised layer", "For a card of 24 GB memory=auto would choose"],
+            ["dev in nf4", "streamed blocks", "dequantized layer", "For a card of 24 GB memory=auto would choose"],
         ),
         (["model=klein_base_4b"], ["klein_base_4b in bf16: 4 pictures of 4096 tokens"]),
         (["model=tiny"], ["tiny in bf16: 4 pictures of 64 tokens"]),
@@ -368,7 +368,7 @@ def test_what_does_not_fit_is_said_before_the_time_of_a_step(run_command, offlin
         ),
         (["buckets.resolution=65536"], "resolution=65536 must be a positive whole multiple of 16 pixels up to 8192"),
         (["memory=30gb"], "memory=30gb is not a choice"),
-        (["memory=auto", "memory.card_gb=lots"], "memory.card_gb='lots' must be a number of GB"),
+        (["memory=auto", "memory.gpu_memory_gb=lots"], "memory.gpu_memory_gb='lots' must be a number of GB"),
         (["+memory.card=24"], "memory.card=24 is not a setting"),
         (["memory.checkpointing=some"], "memory.checkpointing='some' is not a policy"),
         (["model.resolution=big"], "model.resolution='big' must be a whole number"),
@@ -458,29 +458,31 @@ def test_what_is_chosen_is_what_a_run_applies_and_keeps(train, small, monkeypatc
     monkeypatch.setattr(train_settings, "set_policy", noted)
     run = train("run", "memory=8gb", "steps=1")
     kept = OmegaConf.load(run / "config.yaml").memory
-    assert (kept.card_gb, kept.checkpointing, kept.budget_gb) == (8, "none", None)
+    assert (kept.gpu_memory_gb, kept.checkpointing, kept.budget_gb) == (8, "none", None)
     assert seen == [("none", True), ("none", False)]  # rehearsed, and then the model that trains
 
 
 def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
     monkeypatch.setattr("train.planner.from_config.free_bytes", lambda device: 7 * GIB)
     run = load_config(compose(*small("memory=auto")))
-    assert run.config["memory"]["card_gb"] == 8
+    assert run.config["memory"]["gpu_memory_gb"] == 8
     assert run.memory.checkpointing == "none"
     assert "memory for 8 GB: memory.checkpointing=none, the fastest that is predicted to fit" in capsys.readouterr().out
     assert free_bytes(torch.device("cpu")) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
 def test_a_run_that_cannot_fit_says_what_would(small):
-    with pytest.raises(ValueError, match=r"memory.card_gb=1: this run does not fit. With memory.checkpointing=\w+"):
-        load_config(compose(*small("memory=auto", "memory.card_gb=1")))
+    with pytest.raises(
+        ValueError, match=r"memory.gpu_memory_gb=1: this run does not fit. With memory.checkpointing=\w+"
+    ):
+        load_config(compose(*small("memory=auto", "memory.gpu_memory_gb=1")))
 
 
 def test_a_resumed_run_keeps_what_was_chosen_for_it(train, small, monkeypatch, tmp_path, capsys):
-    run = train("run", "memory=auto", "memory.card_gb=8", "steps=2", "checkpoint_every=2")
+    run = train("run", "memory=auto", "memory.gpu_memory_gb=8", "steps=2", "checkpoint_every=2")
     file = run / "config.yaml"
     file.write_text(file.read_text().replace("checkpointing: none", "checkpointing: full"))  # as by another planner
-    train("run", "memory=auto", "memory.card_gb=9", "steps=3", f"resume={run}")
+    train("run", "memory=auto", "memory.gpu_memory_gb=9", "steps=3", f"resume={run}")
     assert "memory as when the run began: memory.checkpointing=full" in capsys.readouterr().out
     assert OmegaConf.load(file).memory.checkpointing == "full"
 

@@ -39,7 +39,7 @@ import train.run
 import train.stages.model
 import train.stages.run_folder
 from flux2.models.variants import VARIANTS
-from flux2.quantization.precision import QuantisedLinear, pick
+from flux2.quantization.precision import QuantizedLinear, precision_from_name
 from flux2.weights.loading import load_transformer
 from train.checkpoints.checkpoint import checkpoints
 from train.distributed.processes import cores, make_accelerator
@@ -130,13 +130,15 @@ def test_a_base_in_few_bits_trains_a_float32_adapter_and_stays_as_it_is(train, m
     assert values(run) != values(exact)
     model = trained[1].get_base_model()
     storage = PRECISIONS[name][0].removeprefix("precision=")
-    layers = [module for module in model.modules() if isinstance(module, QuantisedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert {layer.kind for layer in layers} == {storage}
     assert f"{len(layers)} of " in capsys.readouterr().out
     kinds = {parameter.dtype for key, parameter in model.named_parameters() if "lora_" in key}
     assert kinds == {torch.float32}
     assert adapter(run).keys() == adapter(exact).keys()
-    loaded = load_transformer(load_config(compose(*reread(run))).source, "cpu", pick(storage, torch.device("cpu")))
+    loaded = load_transformer(
+        load_config(compose(*reread(run))).source, "cpu", precision_from_name(storage, torch.device("cpu"))
+    )
     stored = {key: value for key, value in loaded.named_parameters() if "qweight" in key}
     now = {key.replace(".base_layer", ""): value for key, value in model.named_parameters() if "qweight" in key}
     assert len(stored) == len(layers)
@@ -164,15 +166,15 @@ def test_bfloat16_with_a_base_in_few_bits_autocasts_as_plain_bfloat16_does(train
     assert all(tensor.dtype == torch.float32 for tensor in adapter(ours).values())
 
 
-def test_a_run_keeps_a_quantised_copy_that_the_next_one_reads(train, tmp_path, monkeypatch, capsys):
-    train("none", "precision=nf4", "quantised_dir=null", "steps=1")
-    assert "quantised copy" not in capsys.readouterr().out
+def test_a_run_keeps_a_quantized_copy_that_the_next_one_reads(train, tmp_path, monkeypatch, capsys):
+    train("none", "precision=nf4", "quantized_cache_dir=null", "steps=1")
+    assert "quantized copy" not in capsys.readouterr().out
     monkeypatch.setenv("FLUX2_CACHE", str(tmp_path / "copies"))
     first = train("first", "precision=nf4")
-    assert "writing a quantised copy of" in capsys.readouterr().out
+    assert "writing a quantized copy of" in capsys.readouterr().out
     (copy,) = (tmp_path / "copies").glob("*.safetensors")
     second = train("second", "precision=nf4")
-    assert f"read from the quantised copy {copy}" in capsys.readouterr().out
+    assert f"read from the quantized copy {copy}" in capsys.readouterr().out
     assert lines(first) == lines(second)
 
 
@@ -202,9 +204,9 @@ def test_the_first_steps_of_the_demo_have_the_losses_of_float32(tmp_path):
     assert losses["fp8"] != losses["fp8_matmul"]
 
 
-@pytest.mark.parametrize("licence", ["", "FLUX Non-Commercial License"])
-def test_a_restricting_licence_is_named_in_every_adapter_that_is_saved(train, monkeypatch, small, licence):
-    variant = replace(helpers.VARIANTS["klein"], repo="owner/gated", gated=bool(licence), licence=licence)
+@pytest.mark.parametrize("license", ["", "FLUX Non-Commercial License"])
+def test_a_restricting_license_is_named_in_every_adapter_that_is_saved(train, monkeypatch, small, license):
+    variant = replace(helpers.VARIANTS["klein"], repo="owner/gated", gated=bool(license), license=license)
     monkeypatch.setitem(VARIANTS, "small_klein", variant)
     run = train("run", "steps=1", "checkpoint_every=1", kind="klein")
     for folder in (run / "adapter", checkpoints(run)[0] / "adapter"):
@@ -213,8 +215,8 @@ def test_a_restricting_licence_is_named_in_every_adapter_that_is_saved(train, mo
         with safe_open(folder / "diffusers.safetensors", "pt") as tensors:
             metadata = tensors.metadata()
         assert metadata["base_model"] == "owner/gated"
-        assert metadata.get("base_model_license", "") == licence
-        assert ("Non-Commercial" in readme) == bool(licence)
+        assert metadata.get("base_model_license", "") == license
+        assert ("Non-Commercial" in readme) == bool(license)
 
 
 def test_a_run_names_its_folder_after_itself_and_the_time(small, monkeypatch, tmp_path):
@@ -375,7 +377,7 @@ def test_processes_that_do_not_know_each_other_are_an_error(monkeypatch):
         make_accelerator("cpu")
 
 
-def test_a_launcher_set_up_for_another_kind_of_parallelism_is_refused(monkeypatch):
+def test_a_launcher_set_up_for_another_kind_of_parallelizm_is_refused(monkeypatch):
     fake = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     monkeypatch.setattr(train.distributed.processes, "Accelerator", lambda **kwargs: fake)
     with pytest.raises(ValueError, match=r"configured for DEEPSPEED.*--multi_gpu.*shard=true"):
@@ -490,7 +492,7 @@ def test_a_model_that_cannot_be_downloaded_is_named_with_the_way_to_give_a_local
 
 
 def test_a_run_that_ends_in_a_loss_that_is_not_finite_is_one_message(run_command, small, tmp_path):
-    code, _, err = run_command(*small("optimizer.lr=1e30", "max_bad_steps=2", f"output_dir={tmp_path / 'run'}"))
+    code, _, err = run_command(*small("optimizer.lr=1e30", "max_nonfinite_steps=2", f"output_dir={tmp_path / 'run'}"))
     assert code == 2
     assert "warning: step 2: the loss is" in err
     assert "error: step 3: the loss is" in err

@@ -37,7 +37,7 @@ def search(run_command, small, tmp_path):
 # ------------------------------------------------------------------ Optuna
 
 
-def test_a_search_minimises_the_last_validation_loss_and_survives_a_trial_that_fails(search, tmp_path):
+def test_a_search_minimizes_the_last_validation_loss_and_survives_a_trial_that_fails(search, tmp_path):
     space = ["optimizer.lr=tag(log,interval(1e-4,1e-1))", "adapter.rank=0,4"]
     code, out, err = search("hydra.sweeper.n_trials=4", "validate_every=1", *space)
     assert code == 2, err
@@ -65,7 +65,7 @@ def test_a_search_without_a_validation_loss_is_one_error_before_anything_is_load
     code, _, err = search("hydra.sweeper.n_trials=3", "validate_every=1", setting, "optimizer.lr=interval(1e-4,1e-1)")
     assert code == 2
     assert err.count("error: ") == 1
-    assert f"minimises the validation loss, and with {setting} there is none" in err
+    assert f"minimizes the validation loss, and with {setting} there is none" in err
 
 
 def test_a_job_returns_its_last_validation_loss_if_that_is_a_number(tmp_path):
@@ -207,7 +207,7 @@ def test_a_run_that_does_not_train_yet_is_started_again_at_once(submitted, tmp_p
     assert submitted == [(signal.SIGUSR2, "waiting")]
 
 
-def test_a_job_that_is_cancelled_is_not_started_again(submitted, tmp_path):
+def test_a_job_that_is_canceled_is_not_started_again(submitted, tmp_path):
     with pytest.raises(Interrupted), slurm.within_time_limit(tmp_path):
         raise Interrupted("saved", signal.SIGTERM)
     assert submitted == []

@@ -36,7 +36,7 @@ def same_runs(one: Path, other: Path) -> None:
 def test_a_run_is_the_same_in_every_precision(train, scrambled: list[Offloader], precision: str) -> None:
     plain = train("plain", f"precision={precision}", *EVENTS)
     assert scrambled == []
-    streaming = train("streaming", f"precision={precision}", *EVENTS, "memory.stream_blocks=0.5")
+    streaming = train("streaming", f"precision={precision}", *EVENTS, "memory.offload_blocks=0.5")
     same_runs(streaming, plain)
     (offloader,) = scrambled
     assert [block.name for block in offloader.blocks] == ["double_blocks.0", "single_blocks.0", "single_blocks.2"]
@@ -50,7 +50,9 @@ def test_a_run_is_the_same_under_every_policy(train, scrambled: list[Offloader],
     settings = [f"memory.checkpointing={policy}", "adapter.dropout=0.2", "steps=3"]
     settings += ["memory.budget_gb=2e-4"] if policy == "budget" else []
     plain = train("plain", *settings, kind="klein")
-    streaming = train("streaming", *settings, "memory.stream_blocks=3", "memory.offload_activations=true", kind="klein")
+    streaming = train(
+        "streaming", *settings, "memory.offload_blocks=3", "memory.offload_activations=true", kind="klein"
+    )
     same_runs(streaming, plain)
     (offloader,) = scrambled
     assert len(offloader.blocks) == 3
@@ -61,7 +63,7 @@ def test_a_run_is_the_same_under_every_policy(train, scrambled: list[Offloader],
 def test_a_run_resumes_with_streaming_where_it_stopped_without(train, scrambled: list[Offloader]) -> None:
     whole = train("whole")
     first = train("parts", "steps=2", "checkpoint_every=2")
-    parts = train("parts", f"resume={first}", "memory.stream_blocks=1.0")
+    parts = train("parts", f"resume={first}", "memory.offload_blocks=1.0")
     assert same_tensors(adapter(parts), adapter(whole))
     assert len(scrambled) == 1
 
@@ -69,10 +71,10 @@ def test_a_run_resumes_with_streaming_where_it_stopped_without(train, scrambled:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("memory.stream_blocks=1.5", "memory.stream_blocks=1.5 must be a number of blocks"),
-        ("memory.stream_blocks=half", "memory.stream_blocks='half' must be a number of blocks"),
-        ("memory.stream_blocks=true", "memory.stream_blocks=True must be a number of blocks"),
-        ("memory.stream_blocks=6", "memory.stream_blocks=6 is more than the model's 5 blocks: give 0 to 5"),
+        ("memory.offload_blocks=1.5", "memory.offload_blocks=1.5 must be a number of blocks"),
+        ("memory.offload_blocks=half", "memory.offload_blocks='half' must be a number of blocks"),
+        ("memory.offload_blocks=true", "memory.offload_blocks=True must be a number of blocks"),
+        ("memory.offload_blocks=6", "memory.offload_blocks=6 is more than the model's 5 blocks: give 0 to 5"),
         ("memory.offload_activations=1", "memory.offload_activations=1 must be true or false"),
     ],
 )

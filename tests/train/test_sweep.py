@@ -77,7 +77,7 @@ def same_runs(one: Path, other: Path) -> None:
         (["adapter=dora", "adapter.dropout=0.2", *LOOKS], "klein"),
         (["precision=nf4", "memory.checkpointing=selective"], "dev"),
         (["embedding_storage=projected", "cache_dir=null"], "dev"),
-        (["memory.stream_blocks=0.5", "memory.offload_activations=true"], "dev"),
+        (["memory.offload_blocks=0.5", "memory.offload_activations=true"], "dev"),
     ],
     ids=["samples", "dora", "nf4", "projected", "streaming"],
 )
@@ -357,7 +357,7 @@ def test_the_table_is_made_again_by_a_command(tmp_path, capsys):
     ],
 )
 def test_jobs_of_a_grid_stand_in_rows_that_differ_in_one_key(values, order, columns, tmp_path):
-    found = [records.Job(i, tmp_path / str(i), {"rank": rank, "lr": lr}) for i, (rank, lr) in enumerate(values)]
+    found = [records.SweepJob(i, tmp_path / str(i), {"rank": rank, "lr": lr}) for i, (rank, lr) in enumerate(values)]
     shown, count = in_rows(found, records.split_overrides(found)[1])
     assert ([job.number for job in shown], count) == (order, columns)
 

@@ -12,7 +12,7 @@ from train_helpers import execute
 import flux2
 from data.synthetic.drawings import EDITS, held_out
 from train.tiny_model.fit import Phase, Recipe, draw_batch, edit_shares, rate, set_groups
-from train.tiny_model.world import Catalogue, catalogue, make_text_encoder, make_tokenizer, render
+from train.tiny_model.world import Catalog, catalog, make_text_encoder, make_tokenizer, render
 
 
 def test_unknown_words_are_spelt_and_so_told_apart() -> None:
@@ -34,7 +34,7 @@ def test_embeddings_differ_between_prompts_and_repeat_for_one_seed() -> None:
 
 
 def test_nothing_held_out_is_drawn_and_an_edit_keeps_the_jitter_of_its_source() -> None:
-    world = catalogue(seed=0, drawings=500, edits=200, scenes=3)
+    world = catalog(seed=0, drawings=500, edits=200, scenes=3)
     assert len(world.jobs) == 703
     assert not any(held_out(job.drawing) for job in world.jobs if job.drawing is not None)
     for i, (source, instruction) in enumerate(world.edits):
@@ -45,7 +45,7 @@ def test_nothing_held_out_is_drawn_and_an_edit_keeps_the_jitter_of_its_source() 
     assert all(job.drawing is None for job in world.jobs[-3:])
 
 
-def kind(world: Catalogue, target: int) -> str:
+def kind(world: Catalog, target: int) -> str:
     source, result = (asdict(world.jobs[i].drawing) for i in (world.edits[target - world.drawings][0], target))
     (changed,) = (key for key in EDITS if source[key] != result[key])
     return changed
@@ -53,7 +53,7 @@ def kind(world: Catalogue, target: int) -> str:
 
 def test_a_lesson_sees_its_share_of_edits_and_of_each_kind() -> None:
     recipe = Recipe()
-    world = catalogue(seed=0, drawings=300, edits=300, scenes=0)
+    world = catalog(seed=0, drawings=300, edits=300, scenes=0)
     latents = torch.arange(600.0)[:, None, None, None].expand(-1, 128, 8, 8)  # each picture's number
     for lesson in recipe.transformer:
         shares = edit_shares(world, lesson.kinds) if lesson.kinds else None
@@ -73,7 +73,7 @@ def test_a_lesson_sees_its_share_of_edits_and_of_each_kind() -> None:
 
 
 def test_a_job_renders_the_same_picture_every_time() -> None:
-    world = catalogue(seed=3, drawings=2, edits=1, scenes=1)
+    world = catalog(seed=3, drawings=2, edits=1, scenes=1)
     for job in world.jobs:
         assert (render(job) == render(job)).all()
         assert render(job).shape == (128, 128, 3)

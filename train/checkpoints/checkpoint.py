@@ -157,7 +157,7 @@ def save(
     parts: Mapping[str, Stateful],
     *,
     base: str,
-    licence: str,
+    license: str,
     images_per_step: int,
     about: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -175,7 +175,7 @@ def save(
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        adapters.save(wrapped, unfinished / "adapter", base=base, licence=licence)
+        adapters.save(wrapped, unfinished / "adapter", base=base, license=license)
         for name, part in parts.items():
             torch.save(part.state_dict(), part_file(unfinished, name))
         if (folder / CONFIG_FILE).exists():

@@ -35,7 +35,7 @@ class Checkpointer:
         location: Where the run writes, and what it resumes.
         peft_model: The adapter, in PEFT's wrapper.
         weights: Which weights of the adapter are saved as the ones to use.
-        base, licence: of the base model, for the adapter's files.
+        base, license: of the base model, for the adapter's files.
         about: what else a checkpoint says about itself.
         completed_steps: None during the optimizer update, when the state is inconsistent.
         saved: steps of the last checkpoint in the run's folder that is this run's own.
@@ -48,7 +48,7 @@ class Checkpointer:
     optimizer: torch.optim.Optimizer
     weights: EvaluationWeights
     base: str
-    licence: str
+    license: str
     images_per_step: int
     metrics: Metrics
     rotation: Rotation
@@ -105,7 +105,7 @@ class Checkpointer:
                 self.peft_model,
                 self.parts,
                 base=self.base,
-                licence=self.licence,
+                license=self.license,
                 images_per_step=self.images_per_step,
                 about=about,
             )
@@ -117,7 +117,7 @@ class Checkpointer:
         try:
             place = Path(tempfile.mkdtemp(prefix="flux2-lora-"))
             with self.weights.swapped():
-                adapters.save(self.peft_model, place / "adapter", base=self.base, licence=self.licence)
+                adapters.save(self.peft_model, place / "adapter", base=self.base, license=self.license)
         except checkpoint.NOT_WRITTEN as error:
             return f"Nor among the temporary files ({error}). "
         return f"It is kept in {place / 'adapter'}: move it to a safe place. "
@@ -188,7 +188,7 @@ class Checkpointer:
         if self.accelerator.is_main_process:
             try:
                 with self.weights.swapped():
-                    adapters.save(self.peft_model, folder, base=self.base, licence=self.licence)
+                    adapters.save(self.peft_model, folder, base=self.base, license=self.license)
             except checkpoint.NOT_WRITTEN as error:
                 said = f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error})."
                 rescued = self.rescue(steps)

@@ -31,20 +31,22 @@ FREE_KEYS = (
     "resume",
     "output_dir",
     "cache_dir",
-    "quantised_dir",
+    "quantized_cache_dir",
     "device",
     "shard",
     "keep_last",
     "keep_best",
     "keep_every",
-    "max_bad_steps",
+    "max_nonfinite_steps",
     "allow_changed_data",
     "sample",
     "tracker",
     "hub",
     "memory",
 )
-FREE_SETTINGS = tuple(f"text_encoder.{key}" for key in ("in_flight", "timeout", "attempts", "wait"))  # in a group
+FREE_SETTINGS = tuple(
+    f"text_encoder.{key}" for key in ("max_concurrent_requests", "timeout", "attempts", "wait")
+)  # in a group
 # where samples are may differ, on another machine: what they are is compared by content
 # (train/checkpoints/data_manifest.py)
 PLACES = re.compile(r"(dataset|preservation\.dataset)(\.sources\.[^=]+)?\.path|preservation\.folder")
@@ -66,8 +68,8 @@ class RunLocation:
     @property
     def before(self) -> dict[str, Any]:
         """The configuration that it goes on with: the run's, or the checkpoint's own where that has no run here."""
-        alone = self.checkpoint if not (self.origin / CONFIG_FILE).exists() else None
-        return configuration(alone or self.origin)
+        from_checkpoint = self.checkpoint if not (self.origin / CONFIG_FILE).exists() else None
+        return configuration(from_checkpoint or self.origin)
 
     @property
     def step(self) -> int:
@@ -178,14 +180,14 @@ def find(
         return RunLocation(fresh)
     if resume == "auto":
         if occupied:
-            return again(fresh, config, images, say)
+            return continue_in(fresh, config, images, say)
         if chosen:
-            return anew(fresh, say)
-        return beside(fresh, config, images, say)
-    return at(resume, fresh, config, images, occupied=occupied, chosen=chosen, say=say)
+            return start_new(fresh, say)
+        return find_unfinished(fresh, config, images, say)
+    return from_path(resume, fresh, config, images, occupied=occupied, chosen=chosen, say=say)
 
 
-def at(
+def from_path(
     resume: str,
     fresh: Path,
     config: Mapping[str, Any],
@@ -200,7 +202,7 @@ def at(
     is_checkpoint = (given / STATE_FILE).exists()
     folder = given.parent.parent if is_checkpoint else given
     if is_checkpoint and not (folder / CONFIG_FILE).exists() and (given / CONFIG_FILE).exists():
-        return alone(given, fresh, config, images, occupied=occupied, chosen=chosen)
+        return from_checkpoint(given, fresh, config, images, occupied=occupied, chosen=chosen)
     if not (folder / CONFIG_FILE).exists():
         what = "is neither a run folder nor a complete checkpoint" if given.is_dir() else "is not a folder"
         raise ValueError(f"resume={resume!r} {what}; give a run folder, one of its checkpoints, or auto")
@@ -231,7 +233,7 @@ def at(
     return RunLocation(folder, start)
 
 
-def alone(
+def from_checkpoint(
     start: Path, fresh: Path, config: Mapping[str, Any], images: int, *, occupied: bool, chosen: bool
 ) -> RunLocation:
     """From a checkpoint that was moved here without its run, into the folder that was asked for."""
@@ -244,13 +246,13 @@ def alone(
     return RunLocation(fresh, start)
 
 
-def anew(fresh: Path, say: Callable[[str], None]) -> RunLocation:
+def start_new(fresh: Path, say: Callable[[str], None]) -> RunLocation:
     """`auto` with nothing to go on from."""
     say("resume=auto: nothing to resume, starting anew")
     return RunLocation(fresh)
 
 
-def again(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> RunLocation:
+def continue_in(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> RunLocation:
     """`auto` in the folder of a run that was asked for: from its newest checkpoint, or from the start without any."""
     try:
         start = newest_whole(run, say)
@@ -262,7 +264,7 @@ def again(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str]
     if start is None and checkpoints(run):
         raise ValueError(f"resume=auto: no checkpoint of {run} can be read: choose another output_dir")
     if start is None and not is_finished(run):
-        return anew(run, say)
+        return start_new(run, say)
     done = configuration(run)["steps"] if start is None else state(start)["step"]
     if start is None or done > config["steps"] or (done == config["steps"] and is_finished(run)):
         longer = "" if start is None else f", or train it for longer with steps={done + 1} or more"
@@ -270,7 +272,7 @@ def again(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str]
     return RunLocation(run, start)
 
 
-def beside(fresh: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> RunLocation:
+def find_unfinished(fresh: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> RunLocation:
     """`auto` without a folder: the newest unfinished run beside `fresh` that can go on, or a new one in `fresh`."""
     passed = []
     for run in sorted(fresh.parent.glob("*"), reverse=True):
@@ -293,4 +295,4 @@ def beside(fresh: Path, config: Mapping[str, Any], images: int, say: Callable[[s
             say(f"warning: skipping {run}: {error}")
     for text in passed[:1]:  # the newest is the one that was meant, if any
         say(text)
-    return anew(fresh, say)
+    return start_new(fresh, say)

@@ -21,12 +21,12 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from train.cli.errors import USER_ERRORS, explain, lost_jobs, no_plugin
+from train.cli.errors import USER_ERRORS, format_error, lost_jobs, no_plugin
 from train.config.instantiate import SECRET
 from train.config.paths import CONFIG
 from train.distributed.launch import is_submitted
 from train.sweeps import callback, records, slurm
-from train.sweeps.job import EndsSweep
+from train.sweeps.job import SweepAborted
 from train.sweeps.reuse import SHARED
 from train.utils.console import is_first_process, warn
 from train.utils.files import near
@@ -84,9 +84,9 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
         if before.get("status") == "done" and config.resume is None:
             note(**before)  # a new run is refused there, and what the folder holds is as it was
         else:
-            note(status="failed", error=masked_settings(explain(error, sys.argv[1:])))
+            note(status="failed", error=masked_settings(format_error(error, sys.argv[1:])))
         report(error, f"job {this.job.num} ({','.join(sorted(overrides))}): ")
-        if isinstance(error, EndsSweep):
+        if isinstance(error, SweepAborted):
             sys.exit(2)
         return None
     note(status="done")
@@ -111,7 +111,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
         if not isinstance(error, USER_ERRORS):
             traceback.print_exception(error)
         if is_first_process() or getattr(error, "__notes__", None):  # a mistake in the settings is the same in all
-            print(f"error: {masked_settings(where + explain(error, sys.argv[1:], name))}", file=sys.stderr)
+            print(f"error: {masked_settings(where + format_error(error, sys.argv[1:], name))}", file=sys.stderr)
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:
@@ -132,7 +132,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     except KeyboardInterrupt as stop:
         if is_first_process():
             print(masked_settings(str(stop)) or Stopped(), file=sys.stderr, flush=True)
-            for place in callback.Begun.folders:
+            for place in callback.SweepCallback.folders:
                 print(
                     f"go on with the sweep: the same command with output_dir={near(place)} resume=auto", file=sys.stderr
                 )

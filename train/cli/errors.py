@@ -42,7 +42,7 @@ def known_settings(overrides: Sequence[str], name: str = "train") -> list[str]:
             return flat(hydra.compose(name))
 
 
-def explain(error: Exception, overrides: Sequence[str] = (), name: str = "train") -> str:
+def format_error(error: Exception, overrides: Sequence[str] = (), name: str = "train") -> str:
     """One line for what a user can mend, and one for each bad sample."""
     if isinstance(error, BadData):
         return str(error)
@@ -84,7 +84,7 @@ def no_plugin(error: Exception) -> ValueError | None:
 
 
 def lost_jobs(error: Exception) -> ValueError | None:
-    """What to say if an error of submitit is that a job left no result: its node failed, or it was cancelled."""
+    """What to say if an error of submitit is that a job left no result: its node failed, or it was canceled."""
     if not type(error).__module__.startswith("submitit."):
         return None
     return ValueError(

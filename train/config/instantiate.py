@@ -26,7 +26,7 @@ SECRET = re.compile(r"token|secret|passw|api.?key|auth|header|bearer|credential"
 
 
 def no_setting(given: str, known: Iterable[str]) -> str:
-    """The message for `given` (a key, perhaps with its value), naming the nearest of `known`, else its neighbours."""
+    """The message for `given` (a key, perhaps with its value), naming the nearest of `known`, else its neighbors."""
     key, choices = given.lstrip("+~").partition("=")[0], list(known)
     if SECRET.search(key):
         given = f"{key}=..."  # errors are logged

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 # keys of `memory` that may be null
-CHOSEN = ("checkpointing", "budget_gb", "stream_blocks", "offload_activations", "keep_both_layouts")
-FREE = "free"  # memory.card_gb: whatever is free on the device at hand
+CHOSEN = ("checkpointing", "budget_gb", "offload_blocks", "offload_activations", "cache_transposed_weights")
+FREE = "free"  # memory.gpu_memory_gb: whatever is free on the device at hand
 
 
 @dataclass(frozen=True)
@@ -17,21 +17,21 @@ class Choice:
 
     checkpointing: str = "full"
     budget_gb: float | None = None
-    stream_blocks: int | float = 0
+    offload_blocks: int | float = 0
     offload_activations: bool = False
-    keep_both_layouts: bool = False
+    cache_transposed_weights: bool = False
 
     def settings(self) -> dict[str, Any]:
         """By their keys, without those that are off."""
         found: dict[str, Any] = {"checkpointing": self.checkpointing}
         if self.checkpointing == "budget":
             found["budget_gb"] = self.budget_gb
-        if self.stream_blocks:
-            found["stream_blocks"] = self.stream_blocks
+        if self.offload_blocks:
+            found["offload_blocks"] = self.offload_blocks
         if self.offload_activations:
             found["offload_activations"] = True
-        if self.keep_both_layouts:
-            found["keep_both_layouts"] = True
+        if self.cache_transposed_weights:
+            found["cache_transposed_weights"] = True
         return found
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ def completed(memory: Mapping[str, Any]) -> dict[str, Any]:
     needed = {"budget_gb": 0.0} if memory.get("checkpointing") == "budget" and memory.get("budget_gb") is None else {}
     choice = choice_of({**memory, **needed})
     chosen = {key: value for key, value in settings_of(choice).items() if key in memory}
-    return dict(memory) | (chosen if memory.get("card_gb") is not None else {})
+    return dict(memory) | (chosen if memory.get("gpu_memory_gb") is not None else {})
 
 
 def choice_of(memory: Mapping[str, Any]) -> Choice:

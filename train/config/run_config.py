@@ -20,7 +20,7 @@ from data.buckets import Buckets
 from data.sources.images import Picture
 from flux2.adapters import adapter_parameters
 from flux2.layers.attention import chosen_backend, preferred_backends
-from flux2.memory.block_offload import streamed_blocks
+from flux2.memory.block_offload import offloaded_blocks
 from flux2.memory.compile_blocks import check_compiles
 from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
@@ -183,12 +183,12 @@ class RunConfig:
     @property
     def streamed(self) -> list[str]:
         """Names of the blocks that are offloaded."""
-        return streamed_blocks(self.variant.transformer, self.memory.stream_blocks, "memory.stream_blocks")
+        return offloaded_blocks(self.variant.transformer, self.memory.offload_blocks, "memory.offload_blocks")
 
     @property
     def copies(self) -> Path | None:
         """The folder of quantized copies of models."""
-        given = self.settings.quantised_dir
+        given = self.settings.quantized_cache_dir
         return Path(given).expanduser() if given else None
 
     @property

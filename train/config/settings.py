@@ -12,7 +12,7 @@ import torch
 from data.buckets import Buckets
 from flux2.layers.attention import check_backends, preferred_backends
 from flux2.memory.activation_checkpointing import check_policy, set_policy
-from flux2.memory.block_offload import check_stream_blocks
+from flux2.memory.block_offload import check_offload_blocks
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import Precision, pick_dtype
 from flux2.weights.sources import ModelSource, model_source
@@ -32,7 +32,7 @@ class LoopSettings:
     steps: int = 300
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
-    max_bad_steps: int = 5
+    max_nonfinite_steps: int = 5
     ema_decay: float = 0.0
     guidance: float | None = None
     log_every: int = 10
@@ -49,7 +49,7 @@ class LoopSettings:
             check_count(key, getattr(self, key))
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed!r} must be below 2 ** 63")
-        for key in ("steps", "gradient_accumulation", "max_bad_steps"):
+        for key in ("steps", "gradient_accumulation", "max_nonfinite_steps"):
             check_count(key, getattr(self, key), 1)
         self.rotation.check(self.checkpoint_every, self.validate_every)
         if not is_number(self.max_grad_norm, low=0):
@@ -83,7 +83,7 @@ class RunSettings(LoopSettings):
     output_dir: str | None = None
     cache_dir: str | None = "outputs/cache"
     embedding_storage: str = "full"
-    quantised_dir: str | None = None
+    quantized_cache_dir: str | None = None
     device: str | None = None
     shard: bool = False
 
@@ -100,12 +100,12 @@ class RunSettings(LoopSettings):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be a number from 0 to 1")
         if self.embedding_storage not in STORAGES:
             raise ValueError(f"embedding_storage={self.embedding_storage!r} must be one of {', '.join(STORAGES)}")
-        for key in ("name", "resume", "output_dir", "cache_dir", "quantised_dir", "device"):
+        for key in ("name", "resume", "output_dir", "cache_dir", "quantized_cache_dir", "device"):
             value = getattr(self, key)
             if not isinstance(value, str) and not (value is None and key != "name"):
                 raise ValueError(f"{key}={value!r} must be a text")
             if key != "name" and value == "":
-                origin = "; it comes from the environment variable FLUX2_CACHE" if key == "quantised_dir" else ""
+                origin = "; it comes from the environment variable FLUX2_CACHE" if key == "quantized_cache_dir" else ""
                 raise ValueError(f"{key}='' must not be empty: leave it out, or null{origin}")
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a word without slashes: it becomes a folder")
@@ -157,26 +157,26 @@ class PrecisionSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The group `memory`. With `card_gb` train/planner/from_config.py chooses what is null."""
+    """The group `memory`. With `gpu_memory_gb` train/planner/from_config.py chooses what is null."""
 
     checkpointing: str
     budget_gb: float | None = None
     compile: bool = False
     attention: list[str] | None = None
-    stream_blocks: int | float = 0
+    offload_blocks: int | float = 0
     offload_activations: bool = False
-    keep_both_layouts: bool = False
-    card_gb: float | str | None = None
+    cache_transposed_weights: bool = False
+    gpu_memory_gb: float | str | None = None
 
     def __post_init__(self) -> None:
         check_policy(self.checkpointing, self.budget_gb)
         check_backends(self.attention, "memory.attention")
-        check_stream_blocks(self.stream_blocks, "memory.stream_blocks")
-        for key in ("compile", "offload_activations", "keep_both_layouts"):
+        check_offload_blocks(self.offload_blocks, "memory.offload_blocks")
+        for key in ("compile", "offload_activations", "cache_transposed_weights"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
-        if self.card_gb is not None and self.card_gb != FREE and not is_number(self.card_gb, 1):
-            raise ValueError(f"card_gb={self.card_gb!r} must be a number of GB, `{FREE}`, or null")
+        if self.gpu_memory_gb is not None and self.gpu_memory_gb != FREE and not is_number(self.gpu_memory_gb, 1):
+            raise ValueError(f"gpu_memory_gb={self.gpu_memory_gb!r} must be a number of GB, `{FREE}`, or null")
 
     def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
         """Let the blocks of `model`, which computes on `device`, run as these settings say."""
@@ -191,7 +191,7 @@ class MemorySettings:
 
     def check_sharded(self) -> None:
         """Raise ValueError for a setting that a sharded base rules out."""
-        for key, off in (("stream_blocks", 0), ("offload_activations", False), ("compile", False)):
+        for key, off in (("offload_blocks", 0), ("offload_activations", False), ("compile", False)):
             value = getattr(self, key)
             if value:
                 raise ValueError(
@@ -200,15 +200,15 @@ class MemorySettings:
                 )
 
     def with_layouts(self, precision: Precision) -> Precision:
-        """Return `precision` with `keep_both_layouts` set. Raise ValueError where that would have no effect."""
+        """Return `precision` with `cache_transposed_weights` set. Raise ValueError where that would have no effect."""
         for key, value, needed in (
             ("storage", precision.storage or "null", "fp8"),
             ("backward", precision.backward, "fp8"),
             ("matmul", precision.matmul, ("auto", "fp8")),
         ):
-            if self.keep_both_layouts and value not in needed:
+            if self.cache_transposed_weights and value not in needed:
                 raise ValueError(
-                    f"memory.keep_both_layouts=true does nothing with precision.{key}={value}: it is for gradients "
-                    "that are multiplied in FP8"
+                    f"memory.cache_transposed_weights=true does nothing with precision.{key}={value}: it is for "
+                    "gradients that are multiplied in FP8"
                 )
-        return replace(precision, keep_both_layouts=self.keep_both_layouts)
+        return replace(precision, cache_transposed_weights=self.cache_transposed_weights)

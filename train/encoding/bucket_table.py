@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.buckets import Buckets
-from data.cache.latents import LatentPlan, Row
+from data.cache.latents import BucketRow, LatentPlan
 from train.utils.text import many
 
 MOST_ROWS = 20
@@ -39,11 +39,11 @@ def bucket_table(plan: LatentPlan, title: str = "Buckets") -> Table:
     return table
 
 
-def together(rows: list[Row]) -> Row:
-    return Row(sum(row.pictures for row in rows), sum(row.lost for row in rows), max(row.most for row in rows))
+def together(rows: list[BucketRow]) -> BucketRow:
+    return BucketRow(sum(row.pictures for row in rows), sum(row.lost for row in rows), max(row.most for row in rows))
 
 
-def numbers(row: Row) -> tuple[str, str, str]:
+def numbers(row: BucketRow) -> tuple[str, str, str]:
     return str(row.pictures), percent(row.lost / row.pictures), percent(row.most)
 
 

@@ -34,7 +34,7 @@ from flux2.sampling import initial_noise, sample
 from train.utils.console import own_errors
 from train.utils.files import make_writable
 from train.utils.memory import free_memory, watched
-from train.utils.progress import Count
+from train.utils.progress import ItemProgress
 from train.utils.text import many
 
 
@@ -185,7 +185,7 @@ def _each(
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
         doing = watched("while drawing class pictures", phase, accelerator.device)
-        bar = Count(f"class pictures {what}", shown=accelerator.is_main_process)
+        bar = ItemProgress(f"class pictures {what}", shown=accelerator.is_main_process)
         with own_errors(accelerator.process_index), doing, closing(bar):
             model = load()
             for done, index in enumerate(mine, 1):

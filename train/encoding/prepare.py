@@ -29,7 +29,7 @@ from train.encoding.text_encoders import Encode, PromptEncoder
 from train.utils.console import own_errors
 from train.utils.files import make_writable
 from train.utils.memory import free_memory, watched
-from train.utils.progress import Count
+from train.utils.progress import ItemProgress
 from train.utils.text import gigabytes, many
 
 PICTURES, FINGERPRINTS = "pictures.json", "fingerprints.json"  # in the cache's folder
@@ -159,7 +159,7 @@ def fill(
     accelerator.wait_for_everyone()  # or a fast process's work would look done to a slow one, and its load be skipped
     bad: dict[str, BadPicture] = {}
     if missing:
-        bar = Count(f"{what} encoded", shown=accelerator.is_main_process)
+        bar = ItemProgress(f"{what} encoded", shown=accelerator.is_main_process)
         doing = watched(f"while encoding {what}", what, accelerator.device)
         with own_errors(accelerator.process_index), doing, closing(bar):
             encode = load()

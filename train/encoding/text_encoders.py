@@ -16,7 +16,7 @@ from flux2.prompts.remote_protocol import Unreachable
 from flux2.weights.loading import embedding_identity, load_text_encoder, text_encoder_fingerprint
 from flux2.weights.sources import ModelSource
 
-MOST_IN_FLIGHT = 64
+MOST_CONCURRENT_REQUESTS = 64
 log = logging.getLogger(__name__)
 Encode = Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
 
@@ -94,7 +94,7 @@ class RemoteTextEncoder:
         url: of the server.
         protocol: `flux2` or `published`; by default what the address speaks (flux2/prompts/remote_client.py).
         length: tokens that prompts are padded to; the model's own length by default.
-        in_flight: prompts that are asked for at once, each in a request of its own.
+        max_concurrent_requests: prompts that are asked for at once, each in a request of its own.
         timeout: seconds until an answer must be there.
         attempts: that are made in all for one prompt.
         wait: seconds before the second attempt; doubled for each one after it.
@@ -108,27 +108,32 @@ class RemoteTextEncoder:
         url: str,
         protocol: ProtocolName | None = None,
         length: int | None = None,
-        in_flight: int = 4,
+        max_concurrent_requests: int = 4,
         timeout: float = 120.0,
         attempts: int = 8,
         wait: float = 1.0,
     ) -> None:
         if length is not None:
             check_count("length", length)
-        check_count("in_flight", in_flight, MOST_IN_FLIGHT)
+        check_count("max_concurrent_requests", max_concurrent_requests, MOST_CONCURRENT_REQUESTS)
         try:
             check_patience(timeout, attempts, wait)
             pick_protocol(check_url(url), protocol)
         except ValueError as error:
             raise ValueError(f"text_encoder.{error}") from error
-        self.url, self.protocol, self.length, self.in_flight = url, protocol, length, in_flight
+        self.url, self.protocol, self.length, self.max_concurrent_requests = (
+            url,
+            protocol,
+            length,
+            max_concurrent_requests,
+        )
         self.timeout, self.attempts, self.wait = timeout, attempts, wait
         self.cut: list[str] = []
         self._client: Client | None = None
 
     @property
     def workers(self) -> int:
-        return self.in_flight
+        return self.max_concurrent_requests
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
         """`dtype` does not matter: the server has its own.

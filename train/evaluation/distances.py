@@ -1,7 +1,7 @@
 """How far pictures are from each other, as vectors of a feature model (train/evaluation/features.py), and what that may
 mean.
 
-The question of memorisation is asked relative to the data: a sample is suspicious if it is nearer to a training picture
+The question of memorization is asked relative to the data: a sample is suspicious if it is nearer to a training picture
 than training pictures are to one another. An absolute threshold would mean another thing for each model and data set.
 """
 

@@ -1,6 +1,6 @@
 """What pictures are compared by, in an evaluation: the group `features`. A model gives a vector for each picture.
 
-`Latents` needs nothing that is not there: the run's own autoencoder. Its distances go by place and colour, so they find
+`Latents` needs nothing that is not there: the run's own autoencoder. Its distances go by place and color, so they find
 copies, and know little of what a picture shows. `Vision` asks a vision transformer, whose distances go by content.
 """
 

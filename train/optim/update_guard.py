@@ -157,7 +157,8 @@ class UpdateGuard:
         if self.accelerator.is_main_process:
             warn(
                 f"{self.said(reading)}: no update is made, and nothing of it is learned. Its samples: "
-                f"{names_of(self.samples(reading.step))}. After max_bad_steps={self.most} in a row training stops."
+                f"{names_of(self.samples(reading.step))}. Training stops after "
+                f"max_nonfinite_steps={self.most} in a row."
             )
 
     def stop(self, request: StopRequest, readings: Sequence[Reading]) -> int | None:

@@ -26,7 +26,7 @@ from train.config.run_config import RunConfig
 from train.planner.gpus import CONTEXT_GB, GIB, gpu, usable
 from train.planner.predictor import Planner
 from train.planner.search import choose, does_not_fit, lighter, smaller, step_down
-from train.planner.workload import Job, tokens
+from train.planner.workload import Workload, tokens
 from train.sweeps.reuse import SHARED
 from train.utils.memory import OutOfMemory
 
@@ -67,7 +67,7 @@ def planned_precision(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> P
     if precision.storage != "fp8" or precision.matmul != "auto" or not on_gpu:
         return precision
     able = precision.multiplies_in_fp8("cuda") if torch.cuda.is_available() else in_fp8
-    return replace(precision, matmul="fp8" if able else "dequantised")
+    return replace(precision, matmul="fp8" if able else "dequantized")
 
 
 def references_of(dataset: Mapping[str, Any]) -> int:
@@ -78,7 +78,7 @@ def references_of(dataset: Mapping[str, Any]) -> int:
     return max([len(named), *map(references_of, (dataset.get("sources") or {}).values())])
 
 
-def job_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Job:
+def job_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workload:
     """What of a run decides memory and time. Pictures are counted as squares, the largest of the buckets.
 
     Args:
@@ -92,7 +92,7 @@ def job_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Job:
     prior = config.prior
     precision = planned_precision(config, on_gpu, in_fp8)
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
-    return Job(
+    return Workload(
         variant=config.variant,
         model=skeleton(config.variant, precision, partial(config.make_adapter, seed=settings.seed)),
         dtype=precision.dtype,
@@ -131,42 +131,42 @@ def gpu_name(device: torch.device) -> str | None:
 
 
 def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The group `memory` with its nulls chosen for `card_gb`, and a sentence that says what and why.
+    """The group `memory` with its nulls chosen for `gpu_memory_gb`, and a sentence that says what and why.
 
     Raises:
         ValueError: nothing that can be chosen fits.
     """
     device = config.accelerator.device
-    card_gb = memory["card_gb"]
-    if card_gb == FREE:  # of all processes the least, so that all choose alike
+    gpu_memory_gb = memory["gpu_memory_gb"]
+    if gpu_memory_gb == FREE:  # of all processes the least, so that all choose alike
         free = torch.tensor([float(free_bytes(device))], dtype=torch.float64, device=device)
-        card_gb = round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
+        gpu_memory_gb = round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
     planner = Planner(job_of(config, device.type == "cuda"))
-    on, fixed, limit = gpu(gpu_name(device), card_gb), fixed_keys(memory), usable(card_gb)
+    on, fixed, limit = gpu(gpu_name(device), gpu_memory_gb), fixed_keys(memory), usable(gpu_memory_gb)
     found = choose(planner, fixed, limit, on)
     if found is None:
-        raise ValueError(does_not_fit(planner, fixed, card_gb))
+        raise ValueError(does_not_fit(planner, fixed, gpu_memory_gb))
     chosen = {key: value for key, value in settings_of(found.choice).items() if key in memory}
     why = (
-        f"memory for {card_gb:g} GB: {found.choice}, the fastest that is predicted to fit "
+        f"memory for {gpu_memory_gb:g} GB: {found.choice}, the fastest that is predicted to fit "
         f"({found.training / 1e9:.1f} of {limit / 1e9:.1f} GB)"
     )
     if found.moved:  # weights or activations leave the device
         why = f"{why}. {lighter(planner)}".removesuffix(". ")
-    return dict(memory) | chosen | {"card_gb": card_gb}, why
+    return dict(memory) | chosen | {"gpu_memory_gb": gpu_memory_gb}, why
 
 
 def still_fits(config: RunConfig, kept: Mapping[str, Any]) -> bool:
     """Whether a group `memory` that was chosen before agrees with what is given now and fits the memory of now."""
     chosen, given = set(CHOSEN) & kept.keys(), fixed_keys(config.given_memory)
-    if kept.get("card_gb") is None or any(kept.get(key) != value for key, value in given.items()):
+    if kept.get("gpu_memory_gb") is None or any(kept.get(key) != value for key, value in given.items()):
         return False
     if any(kept[key] is None for key in chosen - {"budget_gb"}) or chosen != set(CHOSEN) & config.given_memory.keys():
         return False
     planner = Planner(job_of(config, config.accelerator.device.type == "cuda"))
-    if kept.get("keep_both_layouts") and not planner.has_layouts:
+    if kept.get("cache_transposed_weights") and not planner.has_layouts:
         return False
-    return planner.predict(choice_of(kept)).training <= usable(config.config["memory"]["card_gb"])
+    return planner.predict(choice_of(kept)).training <= usable(config.config["memory"]["gpu_memory_gb"])
 
 
 def advice(config: RunConfig, error: OutOfMemory) -> str:

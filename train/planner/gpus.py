@@ -23,9 +23,9 @@ MARGIN = 0.03  # of the rest: what the allocator cannot hand out, as its free pi
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
-def usable(card_gb: float) -> int:
+def usable(gpu_memory_gb: float) -> int:
     """Bytes that tensors can take on a card of this size."""
-    return int(max(card_gb - CONTEXT_GB, 0) * GIB * (1 - MARGIN))
+    return int(max(gpu_memory_gb - CONTEXT_GB, 0) * GIB * (1 - MARGIN))
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ GPUS = (
 TYPICAL = {8: "RTX 3070", 12: "RTX 3060", 16: "RTX 4080", 24: "RTX 4090", 32: "RTX 5090", 48: "L40S", 80: "H100"}
 
 
-def gpu(name: str | None, card_gb: float) -> Gpu:
+def gpu(name: str | None, gpu_memory_gb: float) -> Gpu:
     """The class of the GPU that CUDA calls `name`; of an unknown one, a common card of its size."""
     for known in GPUS:
         if name is not None and re.search(known.pattern, name):
             return known
-    typical = [TYPICAL[size] for size in TYPICAL if size <= card_gb + 2] or [TYPICAL[8]]
-    wanted = "H200" if card_gb > 100 else "RTX PRO 6000" if card_gb > 85 else typical[-1]
+    typical = [TYPICAL[size] for size in TYPICAL if size <= gpu_memory_gb + 2] or [TYPICAL[8]]
+    wanted = "H200" if gpu_memory_gb > 100 else "RTX PRO 6000" if gpu_memory_gb > 85 else typical[-1]
     return next(known for known in GPUS if known.name == wanted)
 
 

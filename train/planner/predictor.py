@@ -15,7 +15,7 @@ from functools import cached_property
 from torch import nn
 
 from flux2.memory.activation_checkpointing import blocks_within, kept_bytes, set_policy
-from flux2.memory.block_offload import streamed_blocks, streamed_tensors
+from flux2.memory.block_offload import offloaded_blocks, streamed_tensors
 from flux2.memory.ring_buffer import RING, slot_sizes
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import keep_layouts
@@ -36,7 +36,7 @@ from train.planner.step_memory import (
     train_end,
 )
 from train.planner.text_encoder_memory import TEXT_SIZES, text_encoder_bytes
-from train.planner.workload import Job, frozen, tokens, trained
+from train.planner.workload import Workload, frozen, tokens, trained
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
@@ -83,7 +83,7 @@ class Prediction:
 class Planner:
     """Counts a job's blocks once, and adds up choices."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Workload) -> None:
         self.job = job
         self._predictions: dict[Choice, Prediction] = {}
         self._costs: dict[tuple[str, bool, nn.Module], Cost] = {}
@@ -220,7 +220,7 @@ class Planner:
 
     @cached_property
     def workspace(self) -> int:
-        """Bytes of the buffer that NF4 layers are dequantised into, which stays."""
+        """Bytes of the buffer that NF4 layers are dequantized into, which stays."""
         layers = [layer for layer in self.job.model.modules() if isinstance(layer, Nf4Linear)]
         sizes = [layer.in_features * layer.out_features for layer in layers]
         return self.job.dtype.itemsize * max(sizes, default=0)
@@ -240,7 +240,7 @@ class Planner:
 
     def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
         """Bytes of the blocks that stream, and of the ring they stream through."""
-        names = streamed_blocks(self.job.model.config, given)
+        names = offloaded_blocks(self.job.model.config, given)
         if not names:
             return 0, 0
         sizes = [weights[self.names[name]] for name in names]
@@ -259,9 +259,9 @@ class Planner:
 
     def add_up(self, choice: Choice) -> Prediction:
         job = self.job
-        weights = self.block_weights(choice.keep_both_layouts)
-        kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb, choice.keep_both_layouts)
-        streamed, ring = self.count_streamed(choice.stream_blocks, weights)
+        weights = self.block_weights(choice.cache_transposed_weights)
+        kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights)
+        streamed, ring = self.count_streamed(choice.offload_blocks, weights)
         work += work * self.class_share
         passes = job.accumulation * (2 if job.class_rows else 1)
         moved = 2.0 * streamed * passes
@@ -285,7 +285,7 @@ class Planner:
             "gathered weights": gathered,
             "other weights": self.other_weights / job.shares,
             **self.adapter,
-            "dequantised layer": self.workspace,
+            "dequantized layer": self.workspace,
             "autoencoder": self.autoencoder[0] if job.sample_pixels else 0,
             **libraries,
         }
@@ -309,12 +309,12 @@ class Planner:
         if job.class_pixels:
             predicted = tokens(job.class_pixels)
             shape, plain = Shape(1, predicted, job.text_tokens, predicted), self.block_weights(both=False)
-            streamed_then, ring_then = self.count_streamed(choice.stream_blocks, plain)
+            streamed_then, ring_then = self.count_streamed(choice.offload_blocks, plain)
             phases["class pictures"] = {
                 "weights of blocks": sum(plain) - streamed_then,
                 "buffers of streamed blocks": ring_then,
                 "other weights": self.other_weights,
-                "dequantised layer": self.workspace,
+                "dequantized layer": self.workspace,
                 "working set": self.inference(shape, False)[0],
                 **libraries,
             }

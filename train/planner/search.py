@@ -26,8 +26,8 @@ def policies(planner: Planner, fixed: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 def layouts(planner: Planner, fixed: Mapping[str, Any]) -> list[bool]:
     """Whether to keep FP8 weights transposed too."""
-    if "keep_both_layouts" in fixed:
-        return [fixed["keep_both_layouts"]]
+    if "cache_transposed_weights" in fixed:
+        return [fixed["cache_transposed_weights"]]
     return [True, False] if planner.has_layouts else [False]
 
 
@@ -39,12 +39,12 @@ def choices(planner: Planner, fixed: Mapping[str, Any], limit: float) -> Iterato
     """
     total = len(planner.weights)
     if planner.job.shares > 1:  # blocks of a sharded base do not stream
-        fixed = {**fixed, "stream_blocks": 0, "offload_activations": False}
+        fixed = {**fixed, "offload_blocks": 0, "offload_activations": False}
     for policy, budget in policies(planner, fixed):
         for away in [fixed["offload_activations"]] if "offload_activations" in fixed else [False, True]:
             if away and policy in ("none", "budget") and "offload_activations" not in fixed:
                 continue  # block inputs are little of what is kept then
-            numbers = [fixed["stream_blocks"]] if "stream_blocks" in fixed else range(total + 1)
+            numbers = [fixed["offload_blocks"]] if "offload_blocks" in fixed else range(total + 1)
             if policy == "budget" and "checkpointing" not in fixed and len(numbers) > 1:
                 numbers = [0]  # what streams must be waited for sooner the less is computed
             for both in layouts(planner, fixed):
@@ -70,16 +70,16 @@ def step_down(planner: Planner, now: Choice, on: Gpu, short: float = 0.0) -> Cho
     return None if found is None else found.choice
 
 
-def does_not_fit(planner: Planner, fixed: Mapping[str, Any], card_gb: float) -> str:
+def does_not_fit(planner: Planner, fixed: Mapping[str, Any], gpu_memory_gb: float) -> str:
     """The error where nothing fits, with what would."""
     least = min(choices(planner, fixed, float("inf")), key=lambda p: p.training)
-    streams = "stream_blocks" not in fixed and planner.job.shares == 1
+    streams = "offload_blocks" not in fixed and planner.job.shares == 1
     for number in range(len(planner.weights) + 1) if streams else []:
-        more = planner.predict(replace(least.choice, stream_blocks=number))
+        more = planner.predict(replace(least.choice, offload_blocks=number))
         least = min(least, more, key=lambda p: p.training)
     return (
-        f"memory.card_gb={card_gb:g}: this run does not fit. With {least.choice} it is predicted to take "
-        f"{least.training / 1e9:.1f} GB of {usable(card_gb) / 1e9:.1f} GB. {smaller(planner)}"
+        f"memory.gpu_memory_gb={gpu_memory_gb:g}: this run does not fit. With {least.choice} it is predicted to take "
+        f"{least.training / 1e9:.1f} GB of {usable(gpu_memory_gb) / 1e9:.1f} GB. {smaller(planner)}"
     )
 
 

@@ -56,7 +56,7 @@ class Work:
         return Work({kind: value * times for kind, value in self.flops.items()}, self.bytes * times)
 
 
-class Count(TorchDispatchMode):
+class AllocationCounter(TorchDispatchMode):
     """Counts the bytes of tensors made within this context while they live, and the work of its operations.
 
     Args:
@@ -154,7 +154,7 @@ def gpu_kernels() -> Iterator[None]:
     def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
         return Rms.apply(x, weight)
 
-    def dequantise(layer: Nf4Linear, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def dequantize(layer: Nf4Linear, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         shape = (layer.out_features, layer.in_features)
         weight = torch.empty(shape, dtype=dtype) if out is None else out.view(shape)
         scales = layer.absmax.float()
@@ -166,7 +166,7 @@ def gpu_kernels() -> Iterator[None]:
             (F, "layer_norm", float_norm),
             (F, "rms_norm", rms_norm),
             (Nf4Linear, "out_devices", ("cpu", "cuda")),
-            (Nf4Linear, "dequantise", dequantise),
+            (Nf4Linear, "dequantize", dequantize),
         ):
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
@@ -244,7 +244,9 @@ def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.d
     return [tokens(shape.tokens)], [modulation(), by]
 
 
-def prepared(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[nn.Module, Any, Count]:
+def prepared(
+    model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype
+) -> tuple[nn.Module, Any, AllocationCounter]:
     """A fake copy of a block, its arguments, and a count that knows them. Within FakeTensorMode."""
     with unset_fake_temporarily():  # in which a buffer cannot be copied
         block = copy.deepcopy(block).train()
@@ -255,7 +257,7 @@ def prepared(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dt
     given = arguments(model, block, shape, dtype)
     grads = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
     known = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
-    return block, given, Count([*block.parameters(), *block.buffers(), *grads, *known])
+    return block, given, AllocationCounter([*block.parameters(), *block.buffers(), *grads, *known])
 
 
 def train_block(
@@ -301,7 +303,7 @@ def train_end(model: Transformer, shape: Shape, dtype: torch.dtype, autocast: bo
         x = torch.empty(shape.rows, shape.predicted, config.hidden, dtype=dtype, requires_grad=True)
         time = torch.empty(shape.rows, config.hidden, dtype=dtype)
         target = torch.empty(shape.rows, shape.predicted, config.channels)
-        count = Count([*layer.parameters(), x, time, target])
+        count = AllocationCounter([*layer.parameters(), x, time, target])
         with count:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = F.mse_loss(layer(x, time).float(), target)
@@ -347,7 +349,7 @@ def autoencoder_peaks(config: AutoencoderConfig, width: int, height: int) -> tup
             (model.decode, (1, 4 * config.latent_channels, height // 16, width // 16)),
         ):
             given = torch.empty(shape)
-            with Count([*known, given]) as count:
+            with AllocationCounter([*known, given]) as count:
                 call(given)
             peaks.append(count.peak + size([given]))
     return size(known), peaks[0], peaks[1]

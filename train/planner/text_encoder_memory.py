@@ -37,7 +37,7 @@ def text_encoder_bytes(
         width: of its hidden states.
         length: tokens of a prompt.
         sizes: `mlp` width, attention `heads`, key and value `pairs`, `head` width, `words` of the vocabulary.
-        storage: of the layers' linears. With one, a dequantised weight is among the activations.
+        storage: of the layers' linears. With one, a dequantized weight is among the activations.
     """
     layers, element = max(text.layers), dtype.itemsize
     inner, shared = sizes["heads"] * sizes["head"], sizes["pairs"] * sizes["head"]

@@ -1,4 +1,4 @@
-"""What of a configuration decides memory and time (`Job`), and how the group `memory` could be set (`Choice`)."""
+"""What of a configuration decides memory and time (`Workload`), and how the group `memory` could be set (`Choice`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.planner.step_memory import Shape
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What of a configuration decides memory and time.
 
     Attributes:

@@ -80,9 +80,9 @@ def settings(group: Mapping[str, Any]) -> str:
 def metadata(facts: Facts, folder: Path) -> str:
     """The lines between `---` that the Hub reads."""
     variant, words = facts.variant, triggers(facts.config["dataset"])
-    licence: dict[str, Any] = {"license": "apache-2.0"}
-    if variant.licence:
-        licence = {
+    license: dict[str, Any] = {"license": "apache-2.0"}
+    if variant.license:
+        license = {
             "license": "other",
             "license_name": "flux-non-commercial-license",
             "license_link": f"https://huggingface.co/{variant.repo}/blob/main/LICENSE.md",
@@ -90,7 +90,7 @@ def metadata(facts: Facts, folder: Path) -> str:
     base = {"base_model": variant.repo, "base_model_relation": "adapter"} if variant.repo else {}
     data = ModelCardData(
         **base,
-        **licence,
+        **license,
         library_name="diffusers" if (folder / DIFFUSERS_FILE).exists() else "peft",
         pipeline_tag="image-to-image" if facts.edits else "text-to-image",
         instance_prompt=masked_text(words[0]) if words else None,
@@ -180,8 +180,8 @@ def card(facts: Facts, run: Path) -> str:
     if words := triggers(facts.config["dataset"]):
         shown = ", ".join(f"`{masked_text(word)}`" for word in words)
         parts.append(f"**Trigger**: {shown} in the prompt.\n")
-    if variant.licence:
-        parts.append(f"**Licence**: the base model's, {variant.licence}, applies to what is made with this adapter.\n")
+    if variant.license:
+        parts.append(f"**License**: the base model's, {variant.license}, applies to what is made with this adapter.\n")
     for file, title in ((SHEET, "With the adapter"), (BASE_SHEET, "Without it, from the same seeds")):
         if (folder / file).exists():
             parts.append(f"{title}:\n\n![{title}]({file})\n")

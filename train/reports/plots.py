@@ -1,6 +1,6 @@
 """Curves as SVG, drawn here: a page that needs no network can load no plotting library.
 
-Colours and fonts come from the page (`STYLE`), so that a plot follows a dark theme. The numbers are also in the page's
+Colors and fonts come from the page (`STYLE`), so that a plot follows a dark theme. The numbers are also in the page's
 tables, for who cannot see a plot.
 """
 
@@ -15,7 +15,7 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 460, 260  # of the drawing, which is shrunk to a phone's width and enlarged by half at most
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 34
-COLOURS = 8
+COLORS = 8
 MOST_POINTS = 400
 WIDE_RANGE = 30.0  # from here on, greatest by least, the axis is logarithmic
 
@@ -36,7 +36,7 @@ STYLE = """
 """ + "".join(
     f".plot .c{i} {{ --is: var(--c{i}) }} .plot path.c{i} {{ stroke: var(--is) }} .plot circle.c{i} "
     f"{{ fill: var(--is) }}\n"
-    for i in range(COLOURS)
+    for i in range(COLORS)
 )
 
 
@@ -46,13 +46,13 @@ class Curve:
 
     Attributes:
         points: (step, value), by step; values that are not finite are left out.
-        colour: 0 to 7; curves of one colour belong together.
+        color: 0 to 7; curves of one color belong together.
         faint: drawn thin and pale, without points and not in the legend: what another curve smooths.
     """
 
     name: str
     points: Points
-    colour: int
+    color: int
     faint: bool = False
 
 
@@ -66,7 +66,7 @@ def smoothed(points: Points, weight: float = 0.9) -> list[tuple[float, float]]:
 
 
 def thinned(points: Points) -> list[tuple[float, float]]:
-    """At most `MOST_POINTS`: means of so many neighbours."""
+    """At most `MOST_POINTS`: means of so many neighbors."""
     size = math.ceil(len(points) / MOST_POINTS)
     if size <= 1:
         return list(points)
@@ -136,7 +136,7 @@ class Axes:
 def plot(title: str, curves: Sequence[Curve]) -> str:
     """A figure with the curves and their legend; empty if there is nothing to draw. Names and title are texts."""
     finite = [
-        Curve(one.name, thinned([point for point in one.points if math.isfinite(point[1])]), one.colour, one.faint)
+        Curve(one.name, thinned([point for point in one.points if math.isfinite(point[1])]), one.color, one.faint)
         for one in curves
     ]
     finite = [one for one in finite if one.points]
@@ -145,18 +145,18 @@ def plot(title: str, curves: Sequence[Curve]) -> str:
         return ""
     axes, parts = Axes.of(points), []
     for one in finite:
-        colour = f"c{one.colour % COLOURS}"
+        color = f"c{one.color % COLORS}"
         path = "L".join(f"{axes.x(step):.1f} {axes.y(value):.1f}" for step, value in one.points)
-        parts.append(f'<path class="{colour}{" faint" if one.faint else ""}" d="M{path}"/>')
+        parts.append(f'<path class="{color}{" faint" if one.faint else ""}" d="M{path}"/>')
         if not one.faint and len(one.points) <= 40:
             parts += [
-                f'<circle class="{colour}" cx="{axes.x(step):.1f}" cy="{axes.y(value):.1f}" r="2.6">'
+                f'<circle class="{color}" cx="{axes.x(step):.1f}" cy="{axes.y(value):.1f}" r="2.6">'
                 f"<title>{escape(one.name)}, step {step:g}: {value:.4g}</title></circle>"
                 for step, value in one.points
             ]
     shown = [one for one in finite if not one.faint]
     said = "; ".join(f"{one.name}: {one.points[0][1]:.4g} to {one.points[-1][1]:.4g}" for one in shown)
-    legend = "".join(f'<li class="c{one.colour % COLOURS}">{escape(one.name)}</li>' for one in shown)
+    legend = "".join(f'<li class="c{one.color % COLORS}">{escape(one.name)}</li>' for one in shown)
     note = " (logarithmic)" if axes.logarithmic else ""
     return (
         f'<figure class="plot"><figcaption>{escape(title)}{note}</figcaption>'

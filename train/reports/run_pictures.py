@@ -189,7 +189,7 @@ def strengths(made: Evaluation) -> str:
     )
 
 
-def memorised(made: Evaluation) -> str:
+def memorized(made: Evaluation) -> str:
     """The pictures of the chosen adapter, each beside the training picture that is nearest to it."""
     row, figures = made.chosen_row, []
     for (i, seed), file, near in zip(made.columns, row.files, row.nearest, strict=True):
@@ -212,7 +212,7 @@ def memorised(made: Evaluation) -> str:
         return ""
     few = "" if len(made.own) >= FEWEST else f" With fewer than {FEWEST} training pictures none is."
     return (
-        f"<h2>Is it memorised? {escape(made.chosen)}</h2><p>Each picture, left, and the training picture that is "
+        f"<h2>Is it memorized? {escape(made.chosen)}</h2><p>Each picture, left, and the training picture that is "
         "nearest to it. It is marked where it is nearer than "
         f"{NEARER_THAN:.0%} of the training pictures are to their nearest other.{few}</p>"
         f'<div class="pairs">{"".join(figures)}</div>'

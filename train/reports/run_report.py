@@ -135,12 +135,12 @@ def loss_plots(runs: Sequence[Told]) -> str:
     """Training and validation loss; of a single run also the losses at single times, gradient norm and rate."""
     training, validation = [], []
     several = len(runs) > 1
-    for colour, run in enumerate(runs):
+    for color, run in enumerate(runs):
         losses = run.series("loss")
         name = f"{run.label}, " if several else ""
-        training.append(Curve("", losses, colour, faint=True))
-        training.append(Curve(f"{name}smoothed (0.9)", plots.smoothed(losses), colour))
-        validation.append(Curve(f"{name}validation", run.series("validation_loss"), colour))
+        training.append(Curve("", losses, color, faint=True))
+        training.append(Curve(f"{name}smoothed (0.9)", plots.smoothed(losses), color))
+        validation.append(Curve(f"{name}validation", run.series("validation_loss"), color))
     figures = [plots.plot("Training loss", training), plots.plot("Validation loss", validation)]
     if not several:
         run = runs[0]
@@ -265,7 +265,7 @@ def of(
         parts += [
             run_pictures.distances([made, *others], [run.label for run in runs]),
             run_pictures.strengths(made),
-            run_pictures.memorised(made),
+            run_pictures.memorized(made),
         ]
     parts.append(runs_table(runs))
     if len(runs) > 1:

@@ -51,15 +51,15 @@ def drawn_classes(config: RunConfig, prepared: CachedDataset) -> Source:
     """Class pictures that the base draws, or drew before. `prepared` has the embeddings of their prompts."""
     assert config.prior is not None
     prior, device = config.prior, config.accelerator.device
-    precision = replace(config.precision, keep_both_layouts=False)  # there is no backward
+    precision = replace(config.precision, cache_transposed_weights=False)  # there is no backward
 
     def load() -> Transformer:
         if config.processes.sharded:
             raise ValueError(
                 "preservation.prompts: the base draws class pictures whole, which shard=true is there to avoid. Draw "
-                "them first, in a run without it, with memory.stream_blocks=1.0 if need be: they are kept"
+                "them first, in a run without it, with memory.offload_blocks=1.0 if need be: they are kept"
             )
-        pipe = Pipeline(config.source, device, precision, False, config.memory.stream_blocks, config.copies)
+        pipe = Pipeline(config.source, device, precision, False, config.memory.offload_blocks, config.copies)
         transformer = pipe.transformer
         if config.settings.embedding_storage.startswith("projected"):
             transformer.txt_in = nn.Identity()  # it is applied in what is stored

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from flux2.adapters.files import unread
-from flux2.quantization.precision import pick
+from flux2.adapters.files import format_notes
+from flux2.quantization.precision import precision_from_name
 from train.config.run_config import RunConfig
 from train.encoding.text_encoders import RemoteTextEncoder
 from train.evaluation.recommend import closing_lines
@@ -58,7 +58,7 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
         if config.hub.push:
             print(push_or_say(adapter.parent, config.hub), flush=True)
     config.say(f"adapter   {adapter}")
-    if config.accelerator.is_main_process and (note := unread(adapter)):
+    if config.accelerator.is_main_process and (note := format_notes(adapter)):
         config.say(f"formats   {note}")
     config.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if config.sample.prompts and config.settings.sample_every:
@@ -76,7 +76,7 @@ def words_to_generate(config: RunConfig, adapter: Path, caption: str) -> list[st
             words += [f"--{option.replace('_', '-')}", place]
     if isinstance(config.text_encoder, RemoteTextEncoder) and config.text_encoder.protocol is None:
         words += ["--text-encoder", config.text_encoder.url]
-    if config.precision.name != pick(None, config.accelerator.device).name:
+    if config.precision.name != precision_from_name(None, config.accelerator.device).name:
         words += ["--precision", config.precision.name]
     words += ["--adapter", str(adapter), "--prompt", config.sample.prompts[0] if config.sample.prompts else caption]
     for path in config.sample.edits[0] if config.sample.prompts else []:

@@ -24,8 +24,8 @@ def load_config(config: DictConfig) -> RunConfig:
 
 
 def choose_memory(config: RunConfig) -> RunConfig:
-    """Return the configuration with the null keys of `memory` chosen by the planner, if `memory.card_gb` is set."""
-    if config.memory.card_gb is None:
+    """Return the configuration with the null keys of `memory` chosen by the planner, if `gpu_memory_gb` is set."""
+    if config.memory.gpu_memory_gb is None:
         return config
     chosen, why = planned(config, config.given_memory)
     config = config.with_memory(chosen)
@@ -35,7 +35,7 @@ def choose_memory(config: RunConfig) -> RunConfig:
 
 def keep_memory(config: RunConfig, location: RunLocation) -> RunConfig:
     """Return the configuration with the memory settings of the resumed run, if they were chosen and still fit."""
-    if location.checkpoint is None or config.memory.card_gb is None:
+    if location.checkpoint is None or config.memory.gpu_memory_gb is None:
         return config
     before = location.before.get("memory", {})
     if before == config.config["memory"] or not still_fits(config, before):

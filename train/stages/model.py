@@ -65,7 +65,7 @@ def load_model(config: RunConfig) -> LoadedModel:
 
 def shared_base(config: RunConfig) -> Base:
     """Return the transformer, loaded now or left by the previous job of a sweep."""
-    device, memory = str(config.accelerator.device), {**config.config["memory"], "card_gb": None}
+    device, memory = str(config.accelerator.device), {**config.config["memory"], "gpu_memory_gb": None}
     projected = config.settings.embedding_storage.startswith("projected")
     key = [config.source, config.precision, device, memory, config.config["buckets"], projected]
     key.append(config.processes.sharded)
@@ -101,7 +101,7 @@ def offload_blocks(config: RunConfig, base: Base) -> None:
     if base.offloader is None:
         base.offloader = offload(
             base.transformer,
-            config.memory.stream_blocks,
+            config.memory.offload_blocks,
             activations=config.memory.offload_activations,
             device=config.accelerator.device,
         )

@@ -26,7 +26,7 @@ from data.sources.base import Source
 from data.sources.images import Picture
 from flux2 import adapters
 from flux2.adapters.files import PEFT_FILE, read_tensors
-from flux2.adapters.tuners import take_off
+from flux2.adapters.tuners import remove_adapters
 from flux2.models.transformer import Transformer
 from flux2.weights.sources import fingerprint
 from train.checkpoints import resume
@@ -126,11 +126,11 @@ def configuration(folder: Path, device: str | None, sample: Mapping[str, Any]) -
     for group in TRAINING_ONLY:
         config[group] = OmegaConf.to_container(OmegaConf.load(CONFIG / group / f"{choices[group]}.yaml"))
     memory = config.get("memory")
-    streamed = memory.get("stream_blocks", 0) if isinstance(memory, dict) else 0
+    streamed = memory.get("offload_blocks", 0) if isinstance(memory, dict) else 0
     own = config.get("sample")
     return {
         **config,
-        "memory": {"checkpointing": "none", "stream_blocks": streamed},
+        "memory": {"checkpointing": "none", "offload_blocks": streamed},
         "validation": {},
         "hub": {},
         "sample": {**(own if isinstance(own, dict) else {}), **sample},
@@ -226,7 +226,7 @@ class SavedRun:
         try:
             yield self.transformer
         finally:
-            take_off(self.transformer)
+            remove_adapters(self.transformer)
 
     @cached_property
     def _base(self) -> dict[str, str]:

@@ -2,6 +2,6 @@
 train.config and what stands below. Begin with job.py; conf/train.yaml names the callback that is exported here.
 """
 
-from train.sweeps.callback import Begun
+from train.sweeps.callback import SweepCallback
 
-__all__ = ["Begun"]
+__all__ = ["SweepCallback"]

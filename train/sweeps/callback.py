@@ -19,7 +19,7 @@ from train.utils.redact import masked, masked_settings
 COMMAND_LINE = "multirun.yaml"  # of Hydra
 
 
-class Begun(Callback):
+class SweepCallback(Callback):
     """A callback of Hydra that remembers the folders of the sweeps of this process.
 
     Their tables are written by `end_all`, and not by this callback when Hydra says that a sweep has ended: of one that
@@ -69,7 +69,7 @@ def without_secrets(value: Any) -> Any:
 
 def end_all() -> bool:
     """Write and print the tables of the sweeps of this process; whether all their jobs are done."""
-    folders, Begun.folders[:] = list(Begun.folders), []
+    folders, SweepCallback.folders[:] = list(SweepCallback.folders), []
     done = True
     for sweep in folders if is_first_process() else []:
         mask_command_line(sweep)

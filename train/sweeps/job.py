@@ -16,7 +16,7 @@ from train.tracking.metrics import last_validation_loss
 from train.utils.files import near
 
 
-class EndsSweep(ValueError):  # noqa: N818
+class SweepAborted(ValueError):  # noqa: N818
     """What is wrong with this job is wrong with all jobs of the sweep."""
 
 
@@ -31,26 +31,26 @@ def folder_of_job() -> Path:
 
 
 def check(config: RunConfig) -> None:
-    """Raises EndsSweep if a search has nothing to minimise, or the processes of a job do not train the same."""
+    """Raises EndsSweep if a search has nothing to minimize, or the processes of a job do not train the same."""
     if not is_sweep():
         return
     measured = config.validation.held_out or config.validation.samples
     if "optuna" in HydraConfig.get().sweeper._target_ and not (config.settings.validate_every and measured):
         key = "validate_every=0" if not config.settings.validate_every else "validation.samples=0"
-        raise EndsSweep(
-            f"hydra/sweeper=optuna minimises the validation loss, and with {key} there is none: give it a number above "
+        raise SweepAborted(
+            f"hydra/sweeper=optuna minimizes the validation loss, and with {key} there is none: give it a number above "
             "0; validation.held_out=8 measures it on samples set aside"
         )
     sweeper = HydraConfig.get().sweeper
     if "optuna" in sweeper._target_ and "maximize" in str(sweeper.get("direction")):
-        raise EndsSweep(
+        raise SweepAborted(
             "hydra.sweeper.direction=maximize would look for the highest validation loss: leave it out, or minimize"
         )
     mine = list(HydraConfig.get().overrides.task)
     first: list[Any] = [mine]
     broadcast_object_list(first)
     if first[0] != mine:
-        raise EndsSweep(
+        raise SweepAborted(
             f"process {config.accelerator.process_index} was given {' '.join(mine)}, and the first "
             f"{' '.join(first[0])}: a search over several processes needs a seed (hydra.sweeper.sampler.seed=0)"
         )

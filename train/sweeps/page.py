@@ -11,7 +11,7 @@ from pathlib import Path
 
 from train.checkpoints import resume
 from train.reports import html as page
-from train.sweeps.records import Job, best_job, split_overrides
+from train.sweeps.records import SweepJob, best_job, split_overrides
 from train.utils.files import opened
 
 WIDEST = 1060  # pixels of an embedded sheet, which is four pictures; the whole one is behind its link
@@ -36,7 +36,7 @@ def picture(file: Path) -> str:
     return "" if image is None else page.data_uri(image, WIDEST, jpeg=True)
 
 
-def table(found: Sequence[Job], keys: Sequence[str], best: Job | None) -> str:
+def table(found: Sequence[SweepJob], keys: Sequence[str], best: SweepJob | None) -> str:
     numbers = ("validation loss", "best", "at step", "training loss", "images/s")
     head = page.heads(("job", *keys, "status"), numbers)
     rows = []
@@ -66,7 +66,7 @@ def figure(file: Path | None, sweep: Path, caption: str, best: bool = False) -> 
     return f"<figure{' class=best' if best else ''}><figcaption>{caption}</figcaption>{shown}</figure>"
 
 
-def in_rows(found: Sequence[Job], keys: Sequence[str]) -> tuple[list[Job], int]:
+def in_rows(found: Sequence[SweepJob], keys: Sequence[str]) -> tuple[list[SweepJob], int]:
     """The jobs in the order they are shown in, and how many stand in a row.
 
     Of a grid those of a row differ in one key alone, the one of most values, so that a column is a value of it.
@@ -83,7 +83,7 @@ def in_rows(found: Sequence[Job], keys: Sequence[str]) -> tuple[list[Job], int]:
     return shown, len(values[across])
 
 
-def prompts(found: Sequence[Job]) -> list[str]:
+def prompts(found: Sequence[SweepJob]) -> list[str]:
     """Those of the sheets, if all jobs that say so have the same."""
     known = []
     for job in found:
@@ -92,7 +92,7 @@ def prompts(found: Sequence[Job]) -> list[str]:
     return list(known[0]) if known and all(one == known[0] for one in known) else []
 
 
-def sheets(sweep: Path, found: Sequence[Job], keys: Sequence[str], best: Job | None) -> str:
+def sheets(sweep: Path, found: Sequence[SweepJob], keys: Sequence[str], best: SweepJob | None) -> str:
     """The newest sheet of every job, and before them the one of step 0 if it is the same for all; empty without any."""
     if all(job.sheet is None for job in found):
         return ""
@@ -119,7 +119,7 @@ def sheets(sweep: Path, found: Sequence[Job], keys: Sequence[str], best: Job | N
     return "".join(parts)
 
 
-def page_of(sweep: Path, found: Sequence[Job]) -> str:
+def page_of(sweep: Path, found: Sequence[SweepJob]) -> str:
     """The whole page of the jobs `found` in the folder `sweep`."""
     common, keys = split_overrides(found)
     best = best_job(found) if len(found) > 1 else None

@@ -40,7 +40,7 @@ def note(folder: Path, **values: Any) -> None:
 
 
 @dataclass
-class Job:
+class SweepJob:
     """One job, as its folder shows it now.
 
     Attributes:
@@ -71,10 +71,10 @@ class Job:
     first_sheet: Path | None = None
 
 
-def read_job(folder: Path) -> Job:
+def read_job(folder: Path) -> SweepJob:
     """The job in `folder`, whose name is its number."""
     said, lines = record(folder), logged(folder)
-    job = Job(int(folder.name), folder, error=str(said.get("error") or ""))
+    job = SweepJob(int(folder.name), folder, error=str(said.get("error") or ""))
     job.overrides = dict(key_and_value(text) for text in said.get("overrides") or [])
     status = said.get("status")
     if status in ENDED or status == REQUEUED:
@@ -102,13 +102,13 @@ def key_and_value(override: str) -> tuple[str, str]:
     return key, value
 
 
-def read_jobs(sweep: Path) -> list[Job]:
+def read_jobs(sweep: Path) -> list[SweepJob]:
     """All jobs of a sweep's folder in the order of their numbers."""
     folders = [path for path in sweep.iterdir() if path.name.isdecimal() and path.is_dir()]
     return [read_job(path) for path in sorted(folders, key=lambda path: int(path.name))]
 
 
-def split_overrides(jobs: Sequence[Job]) -> tuple[dict[str, str], list[str]]:
+def split_overrides(jobs: Sequence[SweepJob]) -> tuple[dict[str, str], list[str]]:
     """The overrides that all jobs have in common, and the keys in which they differ, in the order they were given."""
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     values = {key: {job.overrides.get(key) for job in jobs} for key in keys}
@@ -116,7 +116,7 @@ def split_overrides(jobs: Sequence[Job]) -> tuple[dict[str, str], list[str]]:
     return common, [key for key in keys if key not in common]
 
 
-def best_job(jobs: Sequence[Job]) -> Job | None:
+def best_job(jobs: Sequence[SweepJob]) -> SweepJob | None:
     """The finished job whose adapter has the lowest validation loss."""
     finished = [job for job in jobs if job.status == "done" and job.last is not None]
     return min(finished, key=lambda job: (job.last, job.number), default=None)

@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 
 from train.evaluation.recommend import closing_lines
 from train.sweeps.page import page_of
-from train.sweeps.records import Job, best_job, split_overrides
+from train.sweeps.records import SweepJob, best_job, split_overrides
 from train.utils.files import near, write_whole
 
 PAGE, DATA, SHEET = "sweep.html", "sweep.json", "sweep.csv"
@@ -29,7 +29,7 @@ NUMBERS = (  # attribute of a job, heading, format
 )
 
 
-def row(job: Job, keys: Sequence[str]) -> dict[str, Any]:
+def row(job: SweepJob, keys: Sequence[str]) -> dict[str, Any]:
     """A job as plain values: for a file, and for scripts."""
     return {
         "job": job.number,
@@ -48,7 +48,7 @@ def row(job: Job, keys: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def write(sweep: Path, found: Sequence[Job]) -> Path:
+def write(sweep: Path, found: Sequence[SweepJob]) -> Path:
     """Write page, JSON and CSV of the jobs `found`; returns the page. Raises ValueError if that cannot be."""
     common, keys = split_overrides(found)
     best = best_job(found)
@@ -64,18 +64,18 @@ def write(sweep: Path, found: Sequence[Job]) -> Path:
     return sweep / PAGE
 
 
-def shown(job: Job, attribute: str, form: str) -> str:
+def shown(job: SweepJob, attribute: str, form: str) -> str:
     value = getattr(job, attribute)
     return "" if value is None else format(value, form)
 
 
-def status(job: Job) -> str:
+def status(job: SweepJob) -> str:
     """How a job ended, and after how many steps if not after all."""
     of = "" if job.status == "done" or not job.of else f" {job.steps}/{job.of}"
     return f"{job.status}{of}"
 
 
-def say(page: Path, found: Sequence[Job]) -> None:
+def say(page: Path, found: Sequence[SweepJob]) -> None:
     """Print the table."""
     _, keys = split_overrides(found)
     best = best_job(found)

@@ -2,7 +2,7 @@
 
 The embedded model is a real FLUX.2 in every part (autoencoder, transformer with a guidance embedding, text encoder,
 published folder layout), three thousand times smaller than dev, so that the whole framework can be run, tested and
-demonstrated on a laptop. Its world is `data.synthetic.drawings`: one subject in one colour and size on one background,
+demonstrated on a laptop. Its world is `data.synthetic.drawings`: one subject in one color and size on one background,
 made from a caption or by editing a reference. flux2/assets/tiny/README.md is its model card.
 
 Stages, each skipped when its result is there; a stopped training goes on from its last checkpoint:
@@ -11,9 +11,9 @@ Stages, each skipped when its result is there; a stopped training goes on from i
                  Mistral. Random states are enough: the transformer learns what the words mean.
 2. pictures:     drawings for training, pairs for edits, and abstract scenes that only the autoencoder sees, so that it
                  can also code pictures that are no drawings.
-3. autoencoder:  L1 + MSE + gradient loss, the colours of areas, and a little KL; half drawings, half scenes;
+3. autoencoder:  L1 + MSE + gradient loss, the colors of areas, and a little KL; half drawings, half scenes;
                  crops first, whole pictures last.
-4. latents:      every picture encoded, and the statistics that normalise the 128 channels.
+4. latents:      every picture encoded, and the statistics that normalize the 128 channels.
 5. transformer:  flow matching in three lessons: in the first, one batch in four edits a reference; then every other
                  one, most often its size. One caption in ten is dropped. From `guide_from` on, half of each batch
                  learns guided flows for guidance values in [1, 4], as in model-guidance (Tang et al. 2025, "Diffusion
@@ -31,7 +31,7 @@ from pathlib import Path
 from flux2.weights.sources import TINY_FOLDER
 from train.tiny_model.export import export, grid
 from train.tiny_model.fit import Recipe, encode_pictures, evaluate, train_autoencoder, train_transformer
-from train.tiny_model.world import catalogue, draw_pictures, make_text_encoder
+from train.tiny_model.world import catalog, draw_pictures, make_text_encoder
 
 STAGES = ("text", "pictures", "autoencoder", "latents", "transformer", "export")
 
@@ -49,7 +49,7 @@ def main() -> None:
     home.mkdir(parents=True, exist_ok=True)
 
     text = make_text_encoder(recipe.seed)
-    world = catalogue(recipe.seed, recipe.drawings, recipe.edits, recipe.scenes)
+    world = catalog(recipe.seed, recipe.drawings, recipe.edits, recipe.scenes)
     if until < 1:
         return
     pictures = draw_pictures(world.jobs, home / "pictures.npy")

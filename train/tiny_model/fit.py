@@ -24,16 +24,16 @@ from flux2.models.autoencoder import Autoencoder, patchify
 from flux2.models.positions import positions_with_references, text_positions, to_tokens, with_references
 from flux2.models.text_encoder import TextEncoder
 from flux2.sampling import initial_noise, sample
-from train.tiny_model.world import PIXELS, TINY, Atomic, Catalogue, jitter
+from train.tiny_model.world import PIXELS, TINY, Atomic, Catalog, jitter
 
 
 @dataclass(frozen=True)
 class Phase:
     """One part of the autoencoder's training.
 
-    With 8 groups a norm sees 2 channels at a time in the widest layers: colours are learned quickly, but those of areas
-    are normalised away and guessed from what was seen, so that a picture that is no drawing comes out in the drawings'
-    colours. With one group they are kept, but hardly learned from scratch. So the first phase has 8 groups, and the
+    With 8 groups a norm sees 2 channels at a time in the widest layers: colors are learned quickly, but those of areas
+    are normalized away and guessed from what was seen, so that a picture that is no drawing comes out in the drawings'
+    colors. With one group they are kept, but hardly learned from scratch. So the first phase has 8 groups, and the
     second goes on with one.
     """
 
@@ -42,7 +42,7 @@ class Phase:
     scenes: float  # share of pictures that are scenes
     crops: float  # share of the steps that see 48-pixel crops, before whole pictures
     lr: float
-    areas: float  # weight of the colours of areas in the loss
+    areas: float  # weight of the colors of areas in the loss
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Recipe:
             flat=0.3,
             guide_from=0.0,
             edits_every=2,
-            kinds={"colour": 0.15, "background": 0.15, "shape": 0.25, "size": 0.45},
+            kinds={"color": 0.15, "background": 0.15, "shape": 0.25, "size": 0.45},
             stream=3,
         ),
         Lesson(
@@ -91,7 +91,7 @@ class Recipe:
             flat=0.4,
             guide_from=0.0,
             edits_every=2,
-            kinds={"colour": 0.1, "background": 0.1, "shape": 0.2, "size": 0.6},
+            kinds={"color": 0.1, "background": 0.1, "shape": 0.2, "size": 0.6},
             stream=4,
         ),
     )
@@ -295,16 +295,16 @@ def save_grid(pixels: Tensor, file: Path, columns: int = 16) -> None:
 
 @torch.no_grad()
 def encode_pictures(autoencoder: Autoencoder, pictures: np.ndarray, file: Path) -> Tensor:
-    """(N, 128, 8, 8) bfloat16 normalised latents; sets the autoencoder's statistics from them."""
+    """(N, 128, 8, 8) bfloat16 normalized latents; sets the autoencoder's statistics from them."""
     if not file.exists():
         print(f"encoding {len(pictures)} pictures")
         parts = [patchify(autoencoder.moments(to_pixels(pictures[i : i + 64]))[0]) for i in range(0, len(pictures), 64)]
         latents = torch.cat(parts)
         mean, var = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
         std = torch.sqrt(var + TINY.autoencoder.bn_eps)[:, None, None]
-        normalised = ((latents - mean[:, None, None]) / std).to(torch.bfloat16).contiguous()
+        normalized = ((latents - mean[:, None, None]) / std).to(torch.bfloat16).contiguous()
         with Atomic(file) as temporary:
-            save_file({"latents": normalised, "mean": mean, "var": var}, temporary)
+            save_file({"latents": normalized, "mean": mean, "var": var}, temporary)
     stored = load_file(file)
     autoencoder.bn.running_mean, autoencoder.bn.running_var = stored["mean"], stored["var"]
     return stored["latents"]
@@ -313,7 +313,7 @@ def encode_pictures(autoencoder: Autoencoder, pictures: np.ndarray, file: Path) 
 # ---------------------------------------------------------------- transformer
 
 
-def initialise(model: nn.Module) -> None:
+def initialize(model: nn.Module) -> None:
     """Xavier for the linears; modulation and output start at zero, so that every block starts as the identity."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -322,7 +322,7 @@ def initialise(model: nn.Module) -> None:
 
 
 def times(rng: np.random.Generator, count: int) -> Tensor:
-    """Half uniform, half logit-normal around 0.73: subject and colours are decided near the noise."""
+    """Half uniform, half logit-normal around 0.73: subject and colors are decided near the noise."""
     uniform = rng.random(count)
     normal = 1 / (1 + np.exp(-rng.normal(1.0, 1.0, count)))
     return torch.from_numpy(np.where(rng.random(count) < 0.5, uniform, normal)).float()
@@ -335,7 +335,7 @@ class TinyBatch:
     captions: list[str]
 
 
-def edit_shares(world: Catalogue, kinds: dict[str, float]) -> np.ndarray:
+def edit_shares(world: Catalog, kinds: dict[str, float]) -> np.ndarray:
     """How often each edit is to be drawn, so that the kinds of edits have these shares."""
 
     def kind(i: int) -> str:
@@ -344,13 +344,13 @@ def edit_shares(world: Catalogue, kinds: dict[str, float]) -> np.ndarray:
 
     each = [kind(i) for i in range(len(world.edits))]
     shares = np.array([kinds[key] / each.count(key) for key in each])
-    return shares / shares.sum()  # which is 1 before, but for a kind that a very small catalogue lacks
+    return shares / shares.sum()  # which is 1 before, but for a kind that a very small catalog lacks
 
 
 def draw_batch(
     recipe: Recipe,
     lesson: Lesson,
-    world: Catalogue,
+    world: Catalog,
     shares: np.ndarray | None,
     latents: Tensor,
     step: int,
@@ -375,13 +375,13 @@ def draw_batch(
 
 
 def train_transformer(
-    recipe: Recipe, world: Catalogue, latents: Tensor, autoencoder: Autoencoder, text: TextEncoder, home: Path
+    recipe: Recipe, world: Catalog, latents: Tensor, autoencoder: Autoencoder, text: TextEncoder, home: Path
 ) -> flux2.models.transformer.Transformer:
     """The averaged transformer of the last lesson."""
     torch.manual_seed(recipe.seed)
     flux2.models.transformer.attend = attend
     module = flux2.models.transformer.Transformer(TINY.transformer)
-    initialise(module)
+    initialize(module)
     for number, lesson in enumerate(recipe.transformer, start=1):
         module = train_lesson(recipe, lesson, number, module, world, latents, autoencoder, text, home)
     return module
@@ -392,7 +392,7 @@ def train_lesson(
     lesson: Lesson,
     number: int,
     start: flux2.models.transformer.Transformer,
-    world: Catalogue,
+    world: Catalog,
     latents: Tensor,
     autoencoder: Autoencoder,
     text: TextEncoder,
@@ -496,10 +496,10 @@ def score(pixels: Tensor, wanted: list[Drawing], name: str) -> dict[str, float]:
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     read = [probe.read(Image.fromarray(picture)) for picture in array]
     shares = {}
-    for key in ("shape", "colour", "background", "size"):
+    for key in ("shape", "color", "background", "size"):
         shares[key] = sum(getattr(r, key) == getattr(w, key) for r, w in zip(read, wanted, strict=True)) / len(wanted)
     shares["all"] = sum(
-        (r.shape, r.colour, r.background, r.size) == (w.shape, w.colour, w.background, w.size)
+        (r.shape, r.color, r.background, r.size) == (w.shape, w.color, w.background, w.size)
         for r, w in zip(read, wanted, strict=True)
     ) / len(wanted)
     return {f"{name}_{key}": value for key, value in shares.items()}

@@ -49,7 +49,7 @@ class Atomic:
 WORDS = """
 a an the of on in with and for to at by it its is this that into instead put make paint draw turn change replace
 picture image drawing card photo painting illustration sketch icon sticker poster print style ink vintage tarot flat
-woodcut watercolor pastel simple clean bold old new background colour color size subject small large big little tiny
+woodcut watercolor pastel simple clean bold old new background color color size subject small large big little tiny
 cup sword star moon sun tower key heart crown fish tree wheel lantern bell
 red orange yellow green blue purple pink brown white black grey gray gold silver
 """.split()
@@ -147,10 +147,10 @@ def jitter(rng: random.Random) -> dict[str, float]:
 
 
 def scene(rng: random.Random) -> Image.Image:
-    """An abstract composition for the autoencoder: overlapping shapes, strokes and scribbles in any colours."""
+    """An abstract composition for the autoencoder: overlapping shapes, strokes and scribbles in any colors."""
     side = 4 * PIXELS
 
-    def colour() -> tuple[int, int, int]:
+    def color() -> tuple[int, int, int]:
         return (rng.randrange(256), rng.randrange(256), rng.randrange(256))
 
     def point(around: tuple[float, float] | None = None, reach: float = 0.0) -> tuple[float, float]:
@@ -158,13 +158,13 @@ def scene(rng: random.Random) -> Image.Image:
             return (rng.uniform(-0.1, 1.1) * side, rng.uniform(-0.1, 1.1) * side)
         return (around[0] + rng.uniform(-reach, reach), around[1] + rng.uniform(-reach, reach))
 
-    picture = Image.new("RGB", (side, side), colour())
+    picture = Image.new("RGB", (side, side), color())
     canvas = ImageDraw.Draw(picture)
     for _ in range(rng.randint(1, 12)):
-        kind, fill, width = rng.randrange(6), colour(), rng.randint(4, 40)
+        kind, fill, width = rng.randrange(6), color(), rng.randint(4, 40)
         (x0, y0), (x1, y1) = point(), point()
         box = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-        outline = rng.choice([None, colour(), (20, 20, 30)])
+        outline = rng.choice([None, color(), (20, 20, 30)])
         if kind == 0:
             canvas.rectangle(box, fill, outline, width // 2)
         elif kind == 1:
@@ -176,9 +176,9 @@ def scene(rng: random.Random) -> Image.Image:
         elif kind == 4:
             canvas.arc(box, rng.uniform(0, 360), rng.uniform(0, 360), fill, width)
         else:
-            centre, reach = point(), rng.uniform(20, 90)
+            center, reach = point(), rng.uniform(20, 90)
             for _ in range(rng.randint(2, 6)):  # small strokes close together, as in writing
-                canvas.line([point(centre, reach), point(centre, reach)], fill, rng.randint(6, 16))
+                canvas.line([point(center, reach), point(center, reach)], fill, rng.randint(6, 16))
     return picture.reduce(4)
 
 
@@ -197,7 +197,7 @@ def render(job: Job) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """What is drawn: `drawings`, then the results of `edits`, then the scenes; pictures[i] belongs to jobs[i]."""
 
     jobs: list[Job]
@@ -205,8 +205,8 @@ class Catalogue:
     edits: list[tuple[int, str]]  # for each result: the index of its source and the instruction
 
 
-def catalogue(seed: int, drawings: int, edits: int, scenes: int) -> Catalogue:
-    """Held-out combinations of subject, colour and background are on no picture."""
+def catalog(seed: int, drawings: int, edits: int, scenes: int) -> Catalog:
+    """Held-out combinations of subject, color and background are on no picture."""
     rng = random.Random(seed)
     allowed = [drawing for drawing in all_drawings() if not held_out(drawing)]
     jobs: list[Job] = []
@@ -225,7 +225,7 @@ def catalogue(seed: int, drawings: int, edits: int, scenes: int) -> Catalogue:
         orders.append((source, instruction))
         results.append(Job(result, jobs[source].seed))  # the same jitter: what is not edited stays where it is
     abstract = [Job(None, rng.getrandbits(32)) for _ in range(scenes)]
-    return Catalogue([*jobs, *results, *abstract], drawings, orders)
+    return Catalog([*jobs, *results, *abstract], drawings, orders)
 
 
 def draw_pictures(jobs: list[Job], file: Path) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-SECONDS = 20.0  # between lines of `Count` where nobody watches
+SECONDS = 20.0  # between lines of `ItemProgress` where nobody watches
 WINDOW = 50  # steps that the speed is a mean over
 FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -102,7 +102,7 @@ class Progress:
         self._bar.close()
 
 
-class Count:
+class ItemProgress:
     """Counts what is computed before training: a bar on a terminal, which goes when it is closed, and elsewhere a line
     every `SECONDS`, and one at the end of what took as long.
 

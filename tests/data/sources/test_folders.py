@@ -285,7 +285,7 @@ def test_pairs_are_of_the_same_name_in_two_folders(tmp_path: Path) -> None:
     assert captions(samples) == ["make it red", "green"]
     references = [[str(Path(p.name).relative_to(tmp_path)) for p in sample.references] for sample in samples]
     assert references == [["source/a.jpg"], ["source/in/b.png"]]
-    assert captions(Pairs(tmp_path, prompt="colour it")) == ["colour it"] * 2
+    assert captions(Pairs(tmp_path, prompt="color it")) == ["color it"] * 2
 
 
 def test_several_reference_folders_keep_their_order_and_may_lack_a_picture_if_that_is_said(tmp_path: Path) -> None:

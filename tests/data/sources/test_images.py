@@ -37,7 +37,7 @@ def orientation(value: int) -> Image.Exif:
 
 
 def half(left: str, right: str) -> Image.Image:
-    """6 x 4 pixels, the left third of another colour than the rest."""
+    """6 x 4 pixels, the left third of another color than the rest."""
     image = Image.new("RGB", (6, 4), right)
     image.paste(left, (0, 0, 2, 4))
     return image

@@ -8,7 +8,7 @@ import pytest
 
 from data.synthetic.drawings import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     EDITS,
     INK,
     SHAPES,
@@ -24,7 +24,7 @@ from data.synthetic.drawings import (
 )
 
 CUP = Drawing("cup", "red", "blue", "small")
-KNOWN_WORDS = {*SHAPES, *COLOURS, *BACKGROUNDS, *SIZES, *"a an the on of background style".split()}
+KNOWN_WORDS = {*SHAPES, *COLORS, *BACKGROUNDS, *SIZES, *"a an the on of background style".split()}
 KNOWN_WORDS |= {"drawing", "picture", "image", "card", "ink", "vintage", "tarot", "flat", "woodcut"}
 
 PINNED_HELD_OUT = ["cup red blue", "cup orange purple", "cup green orange", "cup blue blue"]
@@ -40,26 +40,26 @@ def subject_box(drawing: Drawing, **jitter: float) -> tuple[int, int, int, int]:
     return int(xs.min()), int(ys.min()), int(xs.max()), int(ys.max())
 
 
-def test_there_are_fourteen_shapes_ten_colours_eight_backgrounds_and_two_sizes_in_every_combination():
-    assert (len(SHAPES), len(COLOURS), len(BACKGROUNDS), len(SIZES)) == (14, 10, 8, 2)
+def test_there_are_fourteen_shapes_ten_colors_eight_backgrounds_and_two_sizes_in_every_combination():
+    assert (len(SHAPES), len(COLORS), len(BACKGROUNDS), len(SIZES)) == (14, 10, 8, 2)
     assert len(set(all_drawings())) == len(all_drawings()) == 14 * 10 * 8 * 2
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("shape", "cat"), ("colour", "teal"), ("background", "red"), ("size", "big")]
+    ("key", "value"), [("shape", "cat"), ("color", "teal"), ("background", "red"), ("size", "big")]
 )
 def test_an_unknown_name_is_refused_naming_the_key_the_value_and_what_is_accepted(key, value):
-    names = {"shape": "cup", "colour": "red", "background": "blue", "size": "small", key: value}
+    names = {"shape": "cup", "color": "red", "background": "blue", "size": "small", key: value}
     with pytest.raises(ValueError, match=rf"{key} is '{value}'; accepted: .*(cup|red|white|small)"):
         Drawing(**names)
 
 
-def test_subject_colours_are_far_from_each_other_from_the_ink_and_from_the_background_of_the_same_name():
-    colours = [*COLOURS.values(), INK]
-    distances = [np.linalg.norm(np.subtract(a, b)) for i, a in enumerate(colours) for b in colours[:i]]
+def test_subject_colors_are_far_from_each_other_from_the_ink_and_from_the_background_of_the_same_name():
+    colors = [*COLORS.values(), INK]
+    distances = [np.linalg.norm(np.subtract(a, b)) for i, a in enumerate(colors) for b in colors[:i]]
     assert min(distances) > 70
-    for name in COLOURS.keys() & BACKGROUNDS.keys():
-        assert np.linalg.norm(np.subtract(COLOURS[name], BACKGROUNDS[name])) > 30
+    for name in COLORS.keys() & BACKGROUNDS.keys():
+        assert np.linalg.norm(np.subtract(COLORS[name], BACKGROUNDS[name])) > 30
 
 
 def test_backgrounds_can_be_told_apart():
@@ -68,9 +68,9 @@ def test_backgrounds_can_be_told_apart():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_most_of_a_subject_is_its_colour_with_dark_ink_and_the_border_is_pure_background(shape):
+def test_most_of_a_subject_is_its_color_with_dark_ink_and_the_border_is_pure_background(shape):
     picture = pixels(Drawing(shape, "green", "pink", "large"), dx=0.03, dy=-0.03, scale=1.06, angle=4)
-    fill = (np.abs(picture - COLOURS["green"]).sum(2) < 12).sum()
+    fill = (np.abs(picture - COLORS["green"]).sum(2) < 12).sum()
     ink = (np.abs(picture - INK).sum(2) < 12).sum()
     assert fill > 1300
     assert 400 < ink < fill * 1.2
@@ -126,15 +126,15 @@ def test_drawing_is_deterministic_and_follows_pixels():
 def test_a_tenth_is_held_out_and_everything_appears_in_training():
     training = [drawing for drawing in all_drawings() if not held_out(drawing)]
     assert 0.08 < 1 - len(training) / len(all_drawings()) < 0.13
-    assert {(d.shape, d.colour) for d in training} == {(s, c) for s in SHAPES for c in COLOURS}
+    assert {(d.shape, d.color) for d in training} == {(s, c) for s in SHAPES for c in COLORS}
     assert {(d.shape, d.background) for d in training} == {(s, b) for s in SHAPES for b in BACKGROUNDS}
 
 
 def test_held_out_is_the_same_on_every_machine_and_for_both_sizes():
-    first = [f"{d.shape} {d.colour} {d.background}" for d in all_drawings() if held_out(d) and d.size == "small"][:4]
+    first = [f"{d.shape} {d.color} {d.background}" for d in all_drawings() if held_out(d) and d.size == "small"][:4]
     assert first == PINNED_HELD_OUT
     for drawing in all_drawings():
-        other = Drawing(drawing.shape, drawing.colour, drawing.background, "small")
+        other = Drawing(drawing.shape, drawing.color, drawing.background, "small")
         assert held_out(drawing) == held_out(other)
 
 
@@ -162,7 +162,7 @@ def test_captions_are_short_grammatical_and_never_name_what_is_not_there():
         assert drawing.shape in words
         assert not set(words) & (set(SHAPES) - {drawing.shape})
         assert not set(words) & (set(SIZES) - {drawing.size})
-        assert not set(words) & ({*COLOURS, *BACKGROUNDS} - {drawing.colour, drawing.background})
+        assert not set(words) & ({*COLORS, *BACKGROUNDS} - {drawing.color, drawing.background})
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), text
 
 
@@ -181,7 +181,7 @@ def test_captions_depend_on_the_generator_only():
 @pytest.mark.parametrize(
     ("kind", "new", "instruction", "result"),
     [
-        ("colour", "orange", "make it orange", Drawing("cup", "orange", "blue", "small")),
+        ("color", "orange", "make it orange", Drawing("cup", "orange", "blue", "small")),
         ("background", "yellow", "change the background to yellow", Drawing("cup", "red", "yellow", "small")),
         ("shape", "fish", "turn it into a fish", Drawing("fish", "red", "blue", "small")),
         ("size", "large", "make it large", Drawing("cup", "red", "blue", "large")),
@@ -192,12 +192,12 @@ def test_plain_edits_have_one_form_and_change_one_attribute(kind, new, instructi
 
 
 def test_plain_edits_refuse_an_unknown_kind_and_no_change():
-    with pytest.raises(ValueError, match="kind is 'angle'; accepted: colour"):
+    with pytest.raises(ValueError, match="kind is 'angle'; accepted: color"):
         plain_edit(CUP, "angle", "red")
     with pytest.raises(ValueError, match="new is 'red'"):
-        plain_edit(CUP, "colour", "red")
-    with pytest.raises(ValueError, match="colour is 'teal'"):
-        plain_edit(CUP, "colour", "teal")
+        plain_edit(CUP, "color", "red")
+    with pytest.raises(ValueError, match="color is 'teal'"):
+        plain_edit(CUP, "color", "teal")
 
 
 def test_edits_change_exactly_one_attribute_name_its_new_value_and_never_lead_to_a_held_out_drawing():

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from data.synthetic.drawings import BACKGROUNDS, COLOURS, INK, SHAPES, Drawing, all_drawings, draw
+from data.synthetic.drawings import BACKGROUNDS, COLORS, INK, SHAPES, Drawing, all_drawings, draw
 from data.synthetic.probe import read, style_components, style_distance
 from data.synthetic.tarot import draw_card
 
-ATTRIBUTES = ("shape", "colour", "background", "size")
+ATTRIBUTES = ("shape", "color", "background", "size")
 CUP = Drawing("cup", "red", "blue", "large")
 
 
@@ -55,7 +55,7 @@ def blob(rng: np.random.Generator, irregularity: float) -> Image.Image:
         (float(x), float(y)) for x, y in zip(64 + r * np.cos(t) * aspect, 64 + r * np.sin(t) / aspect, strict=True)
     ]
     canvas = ImageDraw.Draw(picture)
-    canvas.polygon(points, list(COLOURS.values())[rng.integers(10)])
+    canvas.polygon(points, list(COLORS.values())[rng.integers(10)])
     canvas.line(points, INK, 3)
     return picture
 
@@ -68,12 +68,12 @@ def test_blurred_and_noisy_drawings_are_read_right():
     assert min(accuracy(200, degraded).values()) >= 0.97
 
 
-def test_small_white_subjects_whose_blurred_outline_passes_the_colour_of_the_background_are_read_right():
+def test_small_white_subjects_whose_blurred_outline_passes_the_color_of_the_background_are_read_right():
     rng = np.random.default_rng(0)
     for shape in SHAPES:
         for background in ("white", "grey"):
             reading = read(degraded(draw(Drawing(shape, "white", background, "small")), rng, 1.1))
-            assert (reading.shape, reading.colour, reading.background) == (shape, "white", background)
+            assert (reading.shape, reading.color, reading.background) == (shape, "white", background)
 
 
 def test_wobbly_drawings_are_read_right():
@@ -81,19 +81,19 @@ def test_wobbly_drawings_are_read_right():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_subject_and_colour_are_read_right_on_every_card(shape):
-    for number, colour in enumerate(COLOURS, start=15):
-        reading = read(draw_card(shape, colour, number, 128))
-        assert (reading.shape, reading.colour, reading.background, reading.card) == (shape, colour, None, True)
+def test_subject_and_color_are_read_right_on_every_card(shape):
+    for number, color in enumerate(COLORS, start=15):
+        reading = read(draw_card(shape, color, number, 128))
+        assert (reading.shape, reading.color, reading.background, reading.card) == (shape, color, None, True)
 
 
 def test_cards_at_256_pixels_and_degraded_cards_are_read_right():
     rng = np.random.default_rng(0)
     for i, shape in enumerate(SHAPES):
-        colour = list(COLOURS)[i % 10]
-        for picture in (draw_card(shape, colour, 7, 256), degraded(draw_card(shape, colour, 7, 128), rng)):
+        color = list(COLORS)[i % 10]
+        for picture in (draw_card(shape, color, 7, 256), degraded(draw_card(shape, color, 7, 128), rng)):
             reading = read(picture)
-            assert (reading.shape, reading.colour, reading.card) == (shape, colour, True)
+            assert (reading.shape, reading.color, reading.card) == (shape, color, True)
 
 
 def test_drawings_at_256_pixels_are_read_right():
@@ -104,7 +104,7 @@ def test_drawings_at_256_pixels_are_read_right():
 @pytest.mark.parametrize("tint", [*BACKGROUNDS.values(), (0, 0, 0), (210, 40, 40)])
 def test_an_empty_picture_shows_nothing(tint):
     reading = read(Image.new("RGB", (128, 128), tint))
-    assert (reading.shape, reading.colour, reading.size, reading.score) == (None, None, None, 0.0)
+    assert (reading.shape, reading.color, reading.size, reading.score) == (None, None, None, 0.0)
     assert reading.background == {rgb: name for name, rgb in BACKGROUNDS.items()}.get(tint)
 
 
@@ -114,7 +114,7 @@ def test_noise_coarse_or_fine_shows_no_subject(cells):
     for _ in range(20):
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
         reading = read(noise.resize((128, 128), Image.Resampling.BICUBIC))
-        assert (reading.shape, reading.colour, reading.size) == (None, None, None)
+        assert (reading.shape, reading.color, reading.size) == (None, None, None)
 
 
 def test_ellipses_show_no_subject():
@@ -131,20 +131,20 @@ def test_boxes_diamonds_and_blurred_discs_show_no_subject():
     pictures = []
     for corners in ([(30, 34), (98, 34), (98, 94), (30, 94)], [(64, 20), (110, 64), (64, 108), (18, 64)]):
         picture = Image.new("RGB", (128, 128), BACKGROUNDS["pink"])
-        ImageDraw.Draw(picture).polygon(corners, COLOURS["green"], INK, 3)
+        ImageDraw.Draw(picture).polygon(corners, COLORS["green"], INK, 3)
         pictures.append(picture)
     disc = Image.new("RGB", (128, 128), BACKGROUNDS["pink"])
-    ImageDraw.Draw(disc).ellipse((30, 30, 98, 98), COLOURS["green"], INK, 4)
+    ImageDraw.Draw(disc).ellipse((30, 30, 98, 98), COLORS["green"], INK, 4)
     pictures.append(disc.filter(ImageFilter.GaussianBlur(4)))
     assert [read(picture).shape for picture in pictures] == [None, None, None]
-    assert [read(picture).colour for picture in pictures] == ["green", "green", "green"]
+    assert [read(picture).color for picture in pictures] == ["green", "green", "green"]
 
 
 def test_specks_beside_the_subject_do_not_matter():
     picture = draw(Drawing("key", "blue", "white", "small"))
     ImageDraw.Draw(picture).rectangle((8, 8, 12, 12), INK)
     reading = read(picture)
-    assert (reading.shape, reading.colour, reading.size) == ("key", "blue", "small")
+    assert (reading.shape, reading.color, reading.size) == ("key", "blue", "small")
 
 
 @pytest.mark.parametrize("pixels", [128, 256])
@@ -180,7 +180,7 @@ def test_a_frame_without_a_subject_is_a_card_that_shows_nothing():
     empty = np.asarray(draw_card("cup", "red", 3, 128)).copy()
     empty[29:97, 12:116] = (218, 186, 130)
     reading = read(Image.fromarray(empty))
-    assert (reading.shape, reading.colour, reading.card) == (None, None, True)
+    assert (reading.shape, reading.color, reading.card) == (None, None, True)
 
 
 def test_only_square_pictures_are_read():

@@ -5,24 +5,24 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data.synthetic.drawings import all_drawings, draw
-from data.synthetic.recognize import difference, recognise
+from data.synthetic.recognize import difference, recognize
 from data.synthetic.spotlight import new_drawings, spotlight
 
 DRAWINGS = [*new_drawings(), *all_drawings()[::37]]
 
 
-def test_every_drawing_is_recognised_plain_and_lit():
+def test_every_drawing_is_recognized_plain_and_lit():
     plain = [draw(drawing) for drawing in DRAWINGS]
     lit = [spotlight(picture) for picture in plain]
     for pictures, light in ((plain, False), (lit, True)):
-        found = recognise(pictures)
+        found = recognize(pictures)
         assert [one.drawing for one in found] == DRAWINGS
         assert all(one.lit == light for one in found)
         assert max(one.distance for one in found) < 4
 
 
 @pytest.mark.parametrize("light", [False, True])
-def test_drawings_that_are_blurred_noisy_and_a_little_off_are_recognised(light):
+def test_drawings_that_are_blurred_noisy_and_a_little_off_are_recognized(light):
     rng = np.random.default_rng(0)
     pictures = []
     for drawing in DRAWINGS:
@@ -30,12 +30,12 @@ def test_drawings_that_are_blurred_noisy_and_a_little_off_are_recognised(light):
         picture = (spotlight(picture) if light else picture).filter(ImageFilter.GaussianBlur(1))
         noisy = np.asarray(picture) + rng.normal(0, 12, (128, 128, 3))
         pictures.append(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)))
-    found = recognise(pictures)
+    found = recognize(pictures)
     right = [one.drawing == drawing and one.lit == light for one, drawing in zip(found, DRAWINGS, strict=True)]
     assert np.mean(right) >= 0.95
 
 
-def test_the_difference_is_the_mean_distance_of_the_colours():
+def test_the_difference_is_the_mean_distance_of_the_colors():
     white, black = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (128, 128), "black")
     assert difference(white, white) == 0
     assert difference(white, black) == difference(black, white) == pytest.approx(255 * 3**0.5, rel=1e-5)
@@ -47,4 +47,4 @@ def test_the_difference_is_the_mean_distance_of_the_colours():
 @pytest.mark.parametrize("size", [(64, 32), (100, 100)])
 def test_what_is_no_square_of_a_fitting_size_is_refused(size):
     with pytest.raises(ValueError, match=f"picture is {size[0]} x {size[1]}; a square of a multiple of 32"):
-        recognise([Image.new("RGB", size)])
+        recognize([Image.new("RGB", size)])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.demo_edit.draw import main
 from data.sources import Folder
-from data.synthetic.drawings import COLOURS, SHAPES, draw, held_out
+from data.synthetic.drawings import COLORS, SHAPES, draw, held_out
 from data.synthetic.spotlight import COOL, INSTRUCTION, PAIRS, SHOWN, WARM, new_drawings, pairs, spotlight
 from data.synthetic.tarot import CARDS
 
@@ -51,16 +51,16 @@ def test_a_pair_is_a_picture_and_the_same_picture_in_the_spotlight():
 def test_no_combination_is_in_the_embedded_models_training_and_no_two_pairs_show_the_same():
     drawings = [drawing for drawing, _ in pairs()]
     assert all(held_out(drawing) for drawing in drawings + new_drawings())
-    assert len({(drawing.shape, drawing.colour, drawing.background) for drawing in drawings}) == PAIRS
+    assert len({(drawing.shape, drawing.color, drawing.background) for drawing in drawings}) == PAIRS
     assert sum(drawing.size == "small" for drawing in drawings) == PAIRS / 2
 
 
-def test_the_subjects_and_colours_that_are_measured_are_in_no_pair():
+def test_the_subjects_and_colors_that_are_measured_are_in_no_pair():
     shown, new = [drawing for drawing, _ in pairs()], new_drawings()
     assert {drawing.shape for drawing in shown} == set(CARDS)
     assert {drawing.shape for drawing in new} == set(SHAPES) - set(CARDS)
-    assert not {drawing.colour for drawing in shown} & {drawing.colour for drawing in new}
-    assert {drawing.colour for drawing in shown + new} == set(COLOURS)
+    assert not {drawing.color for drawing in shown} & {drawing.color for drawing in new}
+    assert {drawing.color for drawing in shown + new} == set(COLORS)
     assert len(new) == len(set(new)) >= 30
     assert set(SHOWN) <= set(new)
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data.demo.draw import main
-from data.synthetic.drawings import BACKGROUNDS, COLOURS, INK, SHAPES
+from data.synthetic.drawings import BACKGROUNDS, COLORS, INK, SHAPES
 from data.synthetic.tarot import BAR, CARDS, GOLD, PARCHMENT, all_cards, card_caption, draw_card, roman
 
 FOLDER = Path(__file__).resolve().parents[3] / "data" / "demo"
@@ -27,24 +27,24 @@ def test_the_script_redraws_the_files_in_the_repository(tmp_path):
         assert (stored == redrawn).all(), row["file_name"]
 
 
-def test_there_are_twenty_four_different_cards_of_eight_subjects_and_six_colours():
+def test_there_are_twenty_four_different_cards_of_eight_subjects_and_six_colors():
     cards = all_cards()
-    assert len({(shape, colour) for shape, colour, _ in cards}) == len(cards) == len(ROWS) == 24
+    assert len({(shape, color) for shape, color, _ in cards}) == len(cards) == len(ROWS) == 24
     assert sorted(number for *_, number in cards) == list(range(1, 25))
-    colours = [colour for _, colour, _ in cards]
-    assert {colour: colours.count(colour) for colour in set(colours)} == dict.fromkeys(
+    colors = [color for _, color, _ in cards]
+    assert {color: colors.count(color) for color in set(colors)} == dict.fromkeys(
         ("red", "blue", "yellow", "purple", "white", "orange"), 4
     )
 
 
-def test_six_subjects_and_four_colours_are_on_no_card():
+def test_six_subjects_and_four_colors_are_on_no_card():
     assert set(SHAPES) - set(CARDS) == {"fish", "tree", "heart", "wheel", "lantern", "bell"}
-    assert set(COLOURS) - {c for colours in CARDS.values() for c in colours} == {"green", "pink", "brown", "black"}
+    assert set(COLORS) - {c for colors in CARDS.values() for c in colors} == {"green", "pink", "brown", "black"}
 
 
-def test_captions_name_the_trigger_the_colour_and_the_subject():
+def test_captions_name_the_trigger_the_color_and_the_subject():
     texts = [row["text"] for row in ROWS]
-    assert texts == [card_caption(shape, colour) for shape, colour, _ in all_cards()]
+    assert texts == [card_caption(shape, color) for shape, color, _ in all_cards()]
     assert texts[0] == "a trtcrd of a red cup, tarot style"
     assert "a trtcrd of an orange sun, tarot style" in texts
 
@@ -62,7 +62,7 @@ def test_a_card_has_gold_ink_panel_and_bar_where_they_belong(pixels):
     assert tuple(card[96 * unit, 20 * unit]) == PARCHMENT
     assert tuple(card[98 * unit, 20 * unit]) == INK
     assert tuple(card[102 * unit, 20 * unit]) == BAR
-    assert (np.abs(card.astype(int) - COLOURS["red"]).sum(2) == 0).sum() > 700 * unit**2
+    assert (np.abs(card.astype(int) - COLORS["red"]).sum(2) == 0).sum() > 700 * unit**2
 
 
 def test_parchment_is_no_background_of_the_drawings():
@@ -81,8 +81,8 @@ def test_roman_numerals():
         roman(40)
 
 
-def test_an_unknown_subject_or_colour_is_refused():
-    with pytest.raises(ValueError, match="colour is 'teal'; accepted: red"):
+def test_an_unknown_subject_or_color_is_refused():
+    with pytest.raises(ValueError, match="color is 'teal'; accepted: red"):
         draw_card("cup", "teal", 1)
     with pytest.raises(ValueError, match="shape is 'cat'; accepted: cup"):
         draw_card("cat", "red", 1)

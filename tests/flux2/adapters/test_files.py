@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flux2 import adapters
 from flux2.adapters import files as adapter_files
 from flux2.adapters.files import layer_pairs
-from flux2.adapters.formats import AdapterError, Pair, from_state, to_comfyui, to_diffusers
+from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_comfyui, to_diffusers
 from flux2.adapters.loading import attach_pairs
 from flux2.layers.selection import BLOCK_LINEARS
 from flux2.models.transformer import Transformer
@@ -55,7 +55,7 @@ def predict(model: nn.Module, kind: str = "dev") -> Tensor:
 
 
 @torch.no_grad()
-def merged(kind: str, updates: Sequence[dict[str, Pair]], scales: Sequence[float]) -> Transformer:
+def merged(kind: str, updates: Sequence[dict[str, LoraPair]], scales: Sequence[float]) -> Transformer:
     """A transformer without adapters whose weights are W + scale * B A: what adapters must amount to."""
     model = fresh(kind)
     for pairs, scale in zip(updates, scales, strict=True):
@@ -214,7 +214,9 @@ def test_gradients_are_those_of_diffusers_with_peft(kind: str) -> None:
     loss.backward()
 
     layers: dict[str, Any] = {layer: model.get_submodule(layer) for layer in layer_pairs(model)}
-    raw = {layer: Pair(m.lora_A["default"].weight.data, m.lora_B["default"].weight.data) for layer, m in layers.items()}
+    raw = {
+        layer: LoraPair(m.lora_A["default"].weight.data, m.lora_B["default"].weight.data) for layer, m in layers.items()
+    }
     state = to_diffusers(raw)
     names = sorted({key.removeprefix("transformer.").rsplit(".lora_", 1)[0] for key in state})
     peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=6, target_modules=names), reference)
@@ -458,7 +460,7 @@ def test_scale_zero_is_the_base(tmp_path: Path) -> None:
 def test_a_saved_folder_holds_whole_files_and_nothing_else(tmp_path: Path) -> None:
     for seed in (0, 1):  # the second over the first
         wrapped, model = trained(seed=seed)
-        adapters.save(wrapped, tmp_path / "adapter", base="dev", licence="FLUX Non-Commercial License")
+        adapters.save(wrapped, tmp_path / "adapter", base="dev", license="FLUX Non-Commercial License")
     for place in ("adapter", "adapter/diffusers.safetensors"):
         loaded = fresh()
         adapters.load(loaded, tmp_path / place)

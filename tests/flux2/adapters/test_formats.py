@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2 import adapters
-from flux2.adapters.formats import AdapterError, Pair, from_state, to_comfyui, to_diffusers, to_kohya
+from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_comfyui, to_diffusers, to_kohya
 from flux2.models.transformer import Transformer
 from flux2.weights.key_names import transformer_module
 
@@ -31,13 +31,13 @@ def predict(model: nn.Module, kind: str = "dev") -> Tensor:
 
 def random_pairs(
     kind: str = "dev", layers: Sequence[str] | None = None, rank: int = 3, seed: int = 0
-) -> dict[str, Pair]:
+) -> dict[str, LoraPair]:
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for name, module in fresh(kind).named_modules():
         if isinstance(module, nn.Linear) and (layers is None or name in layers):
             a = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
-            pairs[name] = Pair(a, 0.5 * torch.randn(module.out_features, rank, generator=generator))
+            pairs[name] = LoraPair(a, 0.5 * torch.randn(module.out_features, rank, generator=generator))
     return pairs
 
 

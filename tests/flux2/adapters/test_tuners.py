@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2 import adapters
-from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE, PISSA_FILE, layer_pairs, unread
+from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE, PISSA_FILE, format_notes, layer_pairs
 from flux2.adapters.formats import AdapterError, to_comfyui, to_kohya
 from flux2.adapters.tuners import (
     adapted,
@@ -28,7 +28,7 @@ from flux2.layers.fused_lora import FusedLora
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.block_offload import offload
 from flux2.models.transformer import Transformer
-from flux2.quantization.precision import Precision, QuantisedLinear, convert
+from flux2.quantization.precision import Precision, QuantizedLinear, convert
 
 SUPPORTED = {(kind, precision) for kind in TYPES for precision in PRECISIONS}  # all; docs/adapters.md has the table
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "adapters.md"
@@ -107,12 +107,12 @@ def gradients(model: nn.Module, autocast: bool = False) -> list[Tensor]:
     return found
 
 
-def dequantised(model: Transformer) -> Transformer:
+def dequantized(model: Transformer) -> Transformer:
     """The same weights in plain float32 layers."""
     for name, module in [*model.named_modules()]:
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             plain = nn.Linear(module.in_features, module.out_features, bias=False)
-            plain.weight = nn.Parameter(module.dequantise(torch.float32), requires_grad=False)
+            plain.weight = nn.Parameter(module.dequantize(torch.float32), requires_grad=False)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, plain)
     return model.float()
@@ -120,10 +120,10 @@ def dequantised(model: Transformer) -> Transformer:
 
 @pytest.mark.parametrize("storage", ["fp8", "nf4"])
 @EACH_TYPE
-def test_gradients_on_a_quantised_base_are_those_on_the_dequantised(kind: str, storage: Any) -> None:
+def test_gradients_on_a_quantized_base_are_those_on_the_dequantized(kind: str, storage: Any) -> None:
     """All in float32 but the storage of the weights."""
     found = []
-    for change in (lambda model: model, dequantised):
+    for change in (lambda model: model, dequantized):
         model = helpers.transformers("dev")[0]
         convert(model, Precision(storage=storage))
         found.append(gradients(stirred(attached(kind, change(model)))))
@@ -254,11 +254,11 @@ def test_no_file_is_written_that_others_would_read_wrongly_and_none_of_an_earlie
 ) -> None:
     adapters.save(attached("pissa", base()), tmp_path, base="small")
     assert {DIFFUSERS_FILE, PISSA_FILE} <= {file.name for file in tmp_path.iterdir()}
-    assert unread(tmp_path) == ""
+    assert format_notes(tmp_path) == ""
     wrapped = attached(kind, base())
     adapters.save(wrapped, tmp_path, base="small")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", PEFT_FILE]
-    assert "flux2.generate alone; `python -m flux2.export" in unread(tmp_path)
+    assert "flux2.generate alone; `python -m flux2.export" in format_notes(tmp_path)
     assert "diffusers" not in (tmp_path / "README.md").read_text()
     with pytest.raises(AdapterError, match="is no low-rank pair"):
         layer_pairs(wrapped.get_base_model())
@@ -273,7 +273,7 @@ def test_a_dora_is_no_pair_for_comfyui_and_kohya_and_its_diffusers_file_loads_he
     model = base()
     assert adapters.load(model, tmp_path / DIFFUSERS_FILE).kind == "DoRA"
     assert helpers.relative_error(predict(model), predict(wrapped)) <= 1e-6
-    assert "diffusers; `python -m flux2.export" in unread(tmp_path)
+    assert "diffusers; `python -m flux2.export" in format_notes(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "loha", "lokr"])
@@ -388,7 +388,7 @@ def test_a_merged_adapter_is_the_same_model_in_plain_layers(kind: str, precision
 
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
 @EACH_TYPE
-def test_merging_into_a_quantised_base_is_refused(kind: str, precision: str) -> None:
+def test_merging_into_a_quantized_base_is_refused(kind: str, precision: str) -> None:
     wrapped = stirred(attached(kind, base(precision)))
     before = predict(wrapped)
     with pytest.raises(AdapterError, match=r"cannot merge into double_blocks.*load .*precision=bf16 or fp32"):

@@ -30,7 +30,7 @@ BREAKS = {
     "system message": lambda patch: patch.setattr(
         selftest, "SYSTEM_MESSAGE", selftest.SYSTEM_MESSAGE.replace("\n", " ")
     ),
-    "latent normalisation": lambda patch: patch.setattr(
+    "latent normalization": lambda patch: patch.setattr(
         "flux2.models.autoencoder.patchify", lambda x: torch.nn.functional.pixel_unshuffle(x.transpose(2, 3), 2).mT
     ),
     "position ids": lambda patch: patch.setattr("flux2.models.positions.REFERENCE_SPACING", 1),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from flux2 import adapters
 from flux2.adapters.files import DIFFUSERS_FILE
-from flux2.adapters.formats import Pair, from_state, to_comfyui, to_kohya
+from flux2.adapters.formats import LoraPair, from_state, to_comfyui, to_kohya
 from flux2.adapters.tuners import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa
 from flux2.export import command as export
 from flux2.export import deltas, low_rank, merge_checkpoint
@@ -330,7 +330,7 @@ def test_a_merged_checkpoint_in_bfloat16_is_the_sum_rounded_once(
     assert part > 1e-3
 
 
-def test_a_quantised_base_is_refused_with_the_reason(
+def test_a_quantized_base_is_refused_with_the_reason(
     command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = dict(fresh().state_dict())
@@ -340,7 +340,7 @@ def test_a_quantised_base_is_refused_with_the_reason(
     asked = (saved("lora"), "--format", "full-bfl", "--path", "fp8.safetensors", "--out", "out.safetensors")
     assert command(*asked, path=False) == 2
     message = capsys.readouterr().err
-    assert "fp8.safetensors is quantised (double_blocks.0.img_attn.qkv.weight): most of an adapter would be" in message
+    assert "fp8.safetensors is quantized (double_blocks.0.img_attn.qkv.weight): most of an adapter would be" in message
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -417,7 +417,7 @@ def test_twins_have_the_same_layers_and_an_adapter_loads_on_both(saved: Callable
 
 
 def one_layer(layer: str, rows: int, columns: int) -> dict[str, Tensor]:
-    return to_kohya({layer: Pair(torch.ones(1, columns), torch.ones(rows, 1))})
+    return to_kohya({layer: LoraPair(torch.ones(1, columns), torch.ones(rows, 1))})
 
 
 @pytest.mark.parametrize(

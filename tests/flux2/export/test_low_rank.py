@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from flux2.adapters.formats import Pair
+from flux2.adapters.formats import LoraPair
 from flux2.export import low_rank
 
 
-def pair(rank: int = 6, rows: int = 50, columns: int = 40, seed: int = 0) -> Pair:
+def pair(rank: int = 6, rows: int = 50, columns: int = 40, seed: int = 0) -> LoraPair:
     generator = torch.Generator().manual_seed(seed)
-    return Pair(torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator))
+    return LoraPair(torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator))
 
 
-def matrix(pair: Pair) -> torch.Tensor:
+def matrix(pair: LoraPair) -> torch.Tensor:
     return pair.b.double() @ pair.a.double()
 
 
@@ -22,7 +22,7 @@ def test_norms_and_distances_are_those_of_the_matrices() -> None:
     wanted = float((matrix(one) - matrix(two)).norm() / matrix(two).norm())
     assert low_rank.distance(one, two) == pytest.approx(wanted, rel=1e-12)
     assert low_rank.distance(one, one) <= 1e-14
-    near = Pair(one.a, one.b.double() * (1 + 2**-20))
+    near = LoraPair(one.a, one.b.double() * (1 + 2**-20))
     assert low_rank.distance(near, one) == pytest.approx(2**-20, rel=1e-4), "nothing cancels"
 
 
@@ -94,6 +94,6 @@ def test_directions_that_are_nothing_are_left_out() -> None:
 def test_rounding_stays_below_its_bound(dtype: torch.dtype) -> None:
     for seed in range(5):
         given = pair(seed=seed)
-        rounded = Pair(given.a.to(dtype).float(), given.b.to(dtype).float())
+        rounded = LoraPair(given.a.to(dtype).float(), given.b.to(dtype).float())
         error = low_rank.distance(rounded, given)
         assert 0.05 * low_rank.rounding_bound(given, dtype) < error <= low_rank.rounding_bound(given, dtype)

@@ -306,8 +306,8 @@ def test_an_adapter_whose_scale_makes_the_picture_overflow_is_an_error(
 
 
 def test_a_clear_reference_is_the_white_that_training_saw(command: Callable[..., int], tmp_path: Path) -> None:
-    for name, colour in (("clear", (0, 0, 0, 0)), ("white", "white"), ("black", "black")):
-        Image.new("RGBA", (32, 32), colour).save(tmp_path / f"{name}.png")
+    for name, color in (("clear", (0, 0, 0, 0)), ("white", "white"), ("black", "black")):
+        Image.new("RGBA", (32, 32), color).save(tmp_path / f"{name}.png")
         assert command("--image", f"{name}.png", "--out", f"{name}_out.png") == 0
     made = {name: pixels(tmp_path / f"{name}_out.png") for name in ("clear", "white", "black")}
     assert (made["clear"] == made["white"]).all()
@@ -348,8 +348,8 @@ def test_blocks_that_stream_make_the_same_picture(
     assert (tmp_path / "four.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
     capsys.readouterr()
     for given, said in (
-        ("6", "stream_blocks=6 is more than the model's 5 blocks"),
-        ("1.5", "stream_blocks=1.5 must be"),
+        ("6", "offload_blocks=6 is more than the model's 5 blocks"),
+        ("1.5", "offload_blocks=1.5 must be"),
     ):
         assert command("--stream-blocks", given) == 2
         assert capsys.readouterr().err.startswith(f"error: {said}")
@@ -509,7 +509,7 @@ def test_a_file_of_prompts_makes_what_its_lines_say(
         ('["a"]', "line 1: ['a'] is no object"),
         ('{"seed": 1}', "line 1: prompt=None must be a text"),
         ("[" * 100_000, "line 1: maximum recursion depth exceeded"),
-        ('{"prompt": "a", "colour": "red"}', "line 1: 'colour' is not known; known are prompt, out, seed"),
+        ('{"prompt": "a", "color": "red"}', "line 1: 'color' is not known; known are prompt, out, seed"),
         ('{"prompt": "a", "steps": 0}', "line 1: steps=0 must be at least 1"),
         ('{"prompt": "a", "seed": "x"}', "line 1: seed='x' must be a whole number"),
         ('{"prompt": "a", "width": 8}', "line 1: width=8 must be at least 16"),

@@ -25,7 +25,7 @@ IN, OUT, RANK = 12, 20, 4
 
 
 class Stored(nn.Linear):
-    """A linear that keeps its weight in a form of its own, as the quantised ones do."""
+    """A linear that keeps its weight in a form of its own, as the quantized ones do."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False)

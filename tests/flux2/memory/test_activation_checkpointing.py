@@ -534,7 +534,7 @@ def test_compilation_goes_on_for_as_many_shapes_as_are_expected() -> None:
     # backward: again, and for the gradient of its input; a weight is unpacked once for both
     [(Float8Linear, "aten._scaled_mm.default", 1, 2), (Nf4Linear, "flux2.nf4_unpack.default", 1, 1)],
 )
-def test_a_block_with_a_quantised_layer_compiles(kind: Any, operation: str, forward: int, backward: int) -> None:
+def test_a_block_with_a_quantized_layer_compiles(kind: Any, operation: str, forward: int, backward: int) -> None:
     model = small_model()
     for block in model.single_blocks:
         base = block.linear1.base_layer

@@ -20,7 +20,7 @@ import flux2
 from flux2 import adapters
 from flux2.layers.fused_lora import fuse_lora
 from flux2.memory.activation_checkpointing import POLICIES, set_policy
-from flux2.memory.block_offload import Offloader, Streamed, offload, streamed_blocks
+from flux2.memory.block_offload import Offloader, Streamed, offload, offloaded_blocks
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import Precision, convert
@@ -31,8 +31,8 @@ PRECISIONS = {
     "fp32": Precision(),
     "bf16": Precision(torch.bfloat16),
     "fp8": Precision(storage="fp8", matmul="fp8"),
-    "fp8 stored": Precision(torch.bfloat16, storage="fp8", rowwise=True, matmul="dequantised"),
-    "fp8 twice": Precision(torch.bfloat16, storage="fp8", matmul="fp8", keep_both_layouts=True),
+    "fp8 stored": Precision(torch.bfloat16, storage="fp8", rowwise=True, matmul="dequantized"),
+    "fp8 twice": Precision(torch.bfloat16, storage="fp8", matmul="fp8", cache_transposed_weights=True),
     "nf4": Precision(storage="nf4"),
 }
 
@@ -111,20 +111,20 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     ],
 )
 def test_a_number_or_a_share_of_the_blocks_is_chosen(given: int | float, chosen: list[str]) -> None:
-    assert streamed_blocks(helpers.TRANSFORMERS["dev"], given) == chosen
+    assert offloaded_blocks(helpers.TRANSFORMERS["dev"], given) == chosen
 
 
 def test_half_of_the_blocks_is_every_second_one_beginning_with_the_second() -> None:
     config = VARIANTS["dev"].transformer
     doubles = [f"double_blocks.{i}" for i in (1, 3, 5, 7)]
-    assert streamed_blocks(config, 0.5) == doubles + [f"single_blocks.{i}" for i in range(1, 48, 2)]
+    assert offloaded_blocks(config, 0.5) == doubles + [f"single_blocks.{i}" for i in range(1, 48, 2)]
 
 
 def test_chosen_blocks_are_as_far_apart_as_they_can_be() -> None:
     config = VARIANTS["dev"].transformer
-    names = streamed_blocks(config, 1.0)
+    names = offloaded_blocks(config, 1.0)
     for count in range(1, 57):
-        at = [names.index(name) for name in streamed_blocks(config, count)]
+        at = [names.index(name) for name in offloaded_blocks(config, count)]
         gaps = [b - a for a, b in zip(at, at[1:] + [at[0] + len(names)], strict=True)]
         assert len(set(at)) == count
         assert max(gaps) - min(gaps) <= 1
@@ -132,8 +132,8 @@ def test_chosen_blocks_are_as_far_apart_as_they_can_be() -> None:
 
 @pytest.mark.parametrize("given", [-1, 1.5, -0.1, True, "half", None, float("nan")])
 def test_what_is_no_number_of_blocks_is_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"stream_blocks=.* must be a number of blocks .* or a share of them"):
-        streamed_blocks(helpers.TRANSFORMERS["dev"], given)
+    with pytest.raises(ValueError, match=r"offload_blocks=.* must be a number of blocks .* or a share of them"):
+        offloaded_blocks(helpers.TRANSFORMERS["dev"], given)
 
 
 def test_an_adapter_is_not_merged_into_what_streams() -> None:
@@ -149,8 +149,8 @@ def test_an_adapter_is_not_merged_into_what_streams() -> None:
 
 
 def test_more_blocks_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"memory.stream_blocks=6 is more than the model's 5 blocks: give 0 to 5"):
-        streamed_blocks(helpers.TRANSFORMERS["dev"], 6, "memory.stream_blocks")
+    with pytest.raises(ValueError, match=r"memory.offload_blocks=6 is more than the model's 5 blocks: give 0 to 5"):
+        offloaded_blocks(helpers.TRANSFORMERS["dev"], 6, "memory.offload_blocks")
 
 
 # ------------------------------------------------------------------ the same numbers
@@ -245,11 +245,11 @@ def test_after_a_backward_that_failed_everything_goes_on(scrambled: list[Offload
 def test_pictures_are_the_same(model_folders: Callable[[str], Any], scrambled: list[Offloader], tmp_path: Any) -> None:
     adapters.save(_random_adapter(), tmp_path, base="small_dev")
     made = []
-    for stream_blocks in (0, 0.5, 5):
-        pipeline = flux2.load("tiny", stream_blocks=stream_blocks)
+    for offload_blocks in (0, 0.5, 5):
+        pipeline = flux2.load("tiny", offload_blocks=offload_blocks)
         pipeline.source = replace(pipeline.source, variant=helpers.VARIANTS["dev"], path=str(model_folders("dev")))
         pipeline.prompts.source = pipeline.source
-        pipeline.streamed = streamed_blocks(pipeline.variant.transformer, stream_blocks)
+        pipeline.streamed = offloaded_blocks(pipeline.variant.transformer, offload_blocks)
         base = pipeline.generate("a small red fox", steps=2)
         pipeline.load_adapter(tmp_path)
         made.append([image.tobytes() for image in base + pipeline.generate(["a red fox", "a cup"], steps=2)])

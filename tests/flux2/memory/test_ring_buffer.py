@@ -142,7 +142,7 @@ def test_what_comes_next(index: int, order: Order, expected: list[int]) -> None:
     assert upcoming(index, order, 4) == expected
 
 
-def test_buffers_are_as_large_as_neighbours_need() -> None:
+def test_buffers_are_as_large_as_neighbors_need() -> None:
     assert slot_sizes([2, 2, 1, 1]) == [2, 2]
     assert slot_sizes([2, 1, 1, 1, 1]) == [2, 1]
     assert slot_sizes([1, 1, 1], ring=2) == [1, 1]
@@ -203,7 +203,7 @@ def test_memory_is_pinned_where_it_is_for_as_long_as_it_lives(monkeypatch: pytes
 def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copier, runtime = cuda_copier(monkeypatch, limit=6000)
     first = copier.host(5000)
-    with pytest.warns(UserWarning, match="host memory could not be pinned.*memory.stream_blocks") as caught:
+    with pytest.warns(UserWarning, match="host memory could not be pinned.*memory.offload_blocks") as caught:
         rest = [copier.host(5000) for _ in range(3)]
     assert len(caught) == 1
     assert len(runtime.pinned) == 1

@@ -19,7 +19,7 @@ from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from flux2.models.text_encoder import SYSTEM_MESSAGE, TextEncoder, build, chat, load_tokenizer, tokenize
 from flux2.models.variants import MISTRAL, TextConfig
-from flux2.quantization.base import QuantisedLinear
+from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.int8 import Int8Linear
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.weights.loading import load_text_encoder
@@ -253,34 +253,34 @@ def linears(encoder: TextEncoder) -> dict[str, torch.nn.Linear]:
 
 
 @pytest.mark.parametrize(("storage", "layer", "limit"), [("nf4", Nf4Linear, 0.5), ("int8", Int8Linear, 0.05)])
-def test_quantised_layers_compute_with_their_rounded_weights(
-    source: ModelSource, storage: str, layer: type[QuantisedLinear], limit: float
+def test_quantized_layers_compute_with_their_rounded_weights(
+    source: ModelSource, storage: str, layer: type[QuantizedLinear], limit: float
 ) -> None:
     plain = load_text_encoder(source, dtype=torch.float32)
-    quantised = load_text_encoder(source, dtype=torch.float32, storage=storage)
-    wanted, rounded = plain.encode(PROMPTS), linears(quantised)
+    quantized = load_text_encoder(source, dtype=torch.float32, storage=storage)
+    wanted, rounded = plain.encode(PROMPTS), linears(quantized)
     assert rounded.keys() == linears(plain).keys()
     assert len(rounded) == 7 * max(source.variant.text.layers)
     assert {type(module) for module in rounded.values()} == {layer}
     for name, tensor in plain.model.state_dict().items():
         if name.removesuffix(".weight") not in rounded:
-            assert torch.equal(tensor, quantised.model.get_parameter(name)), f"{name} is no linear of a layer"
-    ours = quantised.encode(PROMPTS)
+            assert torch.equal(tensor, quantized.model.get_parameter(name)), f"{name} is no linear of a layer"
+    ours = quantized.encode(PROMPTS)
     assert 1e-3 < helpers.relative_error(ours, wanted) < limit
     for name, module in linears(plain).items():
-        module.weight.data = rounded[name].dequantise(torch.float32)
+        module.weight.data = rounded[name].dequantize(torch.float32)
     assert torch.equal(ours, plain.encode(PROMPTS)), "the same numbers, but for where the weight comes from"
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
-def test_each_linear_is_quantised_before_the_next_but_one_is_read(
+def test_each_linear_is_quantized_before_the_next_but_one_is_read(
     storage: str, source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In whole the float weights are never in memory: at most what is read ahead beside the one that is quantised."""
+    """In whole the float weights are never in memory: at most what is read ahead beside the one that is quantized."""
     layer, alive, most = {"nf4": Nf4Linear, "int8": Int8Linear}[storage], [], []
     store = layer.store
 
-    def watched(self: QuantisedLinear, weight: Tensor) -> None:
+    def watched(self: QuantizedLinear, weight: Tensor) -> None:
         alive.append(weakref.ref(weight.untyped_storage()))
         most.append(sum(reference() is not None for reference in alive))
         store(self, weight)
@@ -311,9 +311,9 @@ def test_a_folder_that_is_in_4_bits_is_taken_over_as_it_is(
     source = ModelSource(helpers.VARIANTS["dev"], str(folder))
     wanted = four.encode(PROMPTS)
     assert torch.equal(load_text_encoder(source, dtype=torch.float32, storage="nf4").encode(PROMPTS), wanted)
-    dequantised = load_text_encoder(source, dtype=torch.float32)
-    assert {type(module) for module in linears(dequantised).values()} == {torch.nn.Linear}
-    assert torch.equal(dequantised.encode(PROMPTS), wanted)
+    dequantized = load_text_encoder(source, dtype=torch.float32)
+    assert {type(module) for module in linears(dequantized).values()} == {torch.nn.Linear}
+    assert torch.equal(dequantized.encode(PROMPTS), wanted)
 
 
 @pytest.mark.parametrize("storage", ["int4", "4bit", 8, True, ""])

@@ -82,10 +82,10 @@ def test_only_the_klein_bases_sample_with_classifier_free_guidance() -> None:
     assert [name for name, found in VARIANTS.items() if found.classifier_free] == ["klein_base_9b", "klein_base_4b"]
 
 
-def test_only_the_4b_models_are_free_of_a_licence_to_accept() -> None:
+def test_only_the_4b_models_are_free_of_a_license_to_accept() -> None:
     gated = {name for name, found in VARIANTS.items() if found.gated}
     assert gated == {"dev", "klein_9b", "klein_base_9b"}
-    assert gated == {name for name, found in VARIANTS.items() if found.licence}
+    assert gated == {name for name, found in VARIANTS.items() if found.license}
 
 
 def test_an_unknown_model_is_an_error_that_lists_the_known_ones() -> None:

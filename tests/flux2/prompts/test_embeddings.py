@@ -1,4 +1,4 @@
-"""flux2.prompts.embeddings and flux2.prompts.saved: embeddings from a file are the encoder's, and a quantised encoder
+"""flux2.prompts.embeddings and flux2.prompts.saved: embeddings from a file are the encoder's, and a quantized encoder
 is one.
 """
 
@@ -149,11 +149,11 @@ def test_places_that_contradict_each_other_are_refused(given, said, small) -> No
         load(**given)
 
 
-# ------------------------------------------------------------------ a quantised encoder
+# ------------------------------------------------------------------ a quantized encoder
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
-def test_a_quantised_encoder_makes_the_embeddings_that_training_gets_of_it(storage, small, monkeypatch) -> None:
+def test_a_quantized_encoder_makes_the_embeddings_that_training_gets_of_it(storage, small, monkeypatch) -> None:
     source, load = small
     made: list[Any] = []
     monkeypatch.setattr(prompts, "load_text_encoder", lambda *given: made.append(load_text_encoder(*given)) or made[-1])

@@ -10,14 +10,14 @@ import safetensors.torch
 import torch
 from remote_helpers import Harmful, harmful_archive, saved
 
-from flux2.prompts.remote_protocol import checked, read_safetensors, read_serialised, said
+from flux2.prompts.remote_protocol import checked, read_safetensors, read_serialized, said
 
 TENSOR = torch.arange(24.0).view(1, 4, 6)
 
 
 @pytest.mark.parametrize("tensor", [TENSOR, TENSOR.bfloat16(), TENSOR.mT, torch.nn.Parameter(TENSOR).detach()])
 def test_a_tensor_comes_back(tensor: torch.Tensor) -> None:
-    assert torch.equal(checked(read_serialised(saved(tensor)), tuple(tensor.shape)), tensor)  # type: ignore[arg-type]
+    assert torch.equal(checked(read_serialized(saved(tensor)), tuple(tensor.shape)), tensor)  # type: ignore[arg-type]
     stored = safetensors.torch.save({"embeddings": tensor.contiguous()})
     assert torch.equal(checked(read_safetensors(stored), tuple(tensor.shape)), tensor)  # type: ignore[arg-type]
 
@@ -28,7 +28,7 @@ def test_what_would_run_when_unpickled_is_refused_in_every_format(tmp_path: Path
     torch.save(Harmful(harm), old, _use_new_zipfile_serialization=False)
     for body in (harmful_archive(harm), saved(Harmful(harm)), saved({"x": Harmful(harm)}), old.getvalue()):
         with pytest.raises(ValueError, match=r"is no tensor|no tensor as torch.save"):
-            read_serialised(body)
+            read_serialized(body)
     assert not harm.exists()
     torch.load(io.BytesIO(saved(Harmful(harm))), weights_only=False)
     assert harm.exists(), "the test needs a pickle that does harm"
@@ -44,7 +44,7 @@ def test_a_small_archive_cannot_become_large() -> None:
             bomb.writestr(name, plain.read(name))
     assert len(packed.getvalue()) < 20_000
     with pytest.raises(ValueError, match="it unpacks to more than it is"):
-        read_serialised(packed.getvalue())
+        read_serialized(packed.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_a_small_archive_cannot_become_large() -> None:
 )
 def test_what_is_no_tensor_is_named(value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_serialised(saved(value))
+        read_serialized(saved(value))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 100, -1, -30])
 def test_damaged_bytes_are_an_error(cut: int) -> None:
     for whole, read in (
-        (saved(TENSOR), read_serialised),
+        (saved(TENSOR), read_serialized),
         (safetensors.torch.save({"embeddings": TENSOR}), read_safetensors),
     ):
         with pytest.raises(ValueError, match=r"^it "):
@@ -81,7 +81,7 @@ def test_a_file_of_other_tensors_is_refused(tensors: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize("tensor", [TENSOR.to_sparse(), TENSOR.to("meta")], ids=["sparse", "meta"])
 def test_numbers_that_are_not_there_are_refused(tensor: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="not plain numbers"):
-        checked(read_serialised(saved(tensor)), (1, 4, 6))
+        checked(read_serialized(saved(tensor)), (1, 4, 6))
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_an_answer_depends_on_its_prompt_and_seed_alone(source) -> None:
     assert any(pipe.upsample("a fox", seed=seed) != alone for seed in range(3, 9))
 
 
-def test_its_layers_are_quantised_as_the_encoders_are(source) -> None:
+def test_its_layers_are_quantized_as_the_encoders_are(source) -> None:
     made = load_upsampler(source, torch.device("cpu"), torch.float32, TextSource(storage="nf4"), pictures=False)
     linears = [m for m in made.model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
     assert len(linears) == 4 * 7

@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux2.quantization import float8, nf4
-from flux2.quantization.base import QuantisedLinear
-from flux2.quantization.float8 import Float8Linear, quantise_rows
+from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.float8 import Float8Linear, quantize_rows
 from flux2.quantization.nf4 import Nf4Linear, Workspace
 
 IN, OUT = 64, 160
 FLOAT8 = torch.float8_e4m3fn
-KINDS = ["fp8", "fp8_rows", "fp8_both_layouts", "fp8_bf16_backward", "fp8_dequantised", "nf4"]
+KINDS = ["fp8", "fp8_rows", "fp8_both_layouts", "fp8_bf16_backward", "fp8_dequantized", "nf4"]
 OPTIONS: dict[str, dict[str, bool]] = {
     "fp8": {},
     "fp8_rows": {"rowwise": True},
-    "fp8_both_layouts": {"keep_both_layouts": True},
+    "fp8_both_layouts": {"cache_transposed_weights": True},
     "fp8_bf16_backward": {"backward_fp8": False},
-    "fp8_dequantised": {"forward_fp8": False, "backward_fp8": False},
-    "fp8_rows_dequantised": {"rowwise": True, "forward_fp8": False, "backward_fp8": False},
+    "fp8_dequantized": {"forward_fp8": False, "backward_fp8": False},
+    "fp8_rows_dequantized": {"rowwise": True, "forward_fp8": False, "backward_fp8": False},
 }
 
 
@@ -40,7 +40,7 @@ def random_weight(seed: int = 0, rows: int = OUT, columns: int = IN) -> Tensor:
     return torch.randn(rows, columns, generator=generator) * sizes[torch.randperm(rows, generator=generator)] / 8
 
 
-def layer(kind: str, weight: Tensor | None = None, **more: Any) -> QuantisedLinear:
+def layer(kind: str, weight: Tensor | None = None, **more: Any) -> QuantizedLinear:
     weight = random_weight() if weight is None else weight
     sizes = (weight.shape[1], weight.shape[0])
     made = Nf4Linear(*sizes, **more) if kind == "nf4" else Float8Linear(*sizes, **OPTIONS[kind], **more)
@@ -87,7 +87,7 @@ def test_a_weight_of_zeros_and_one_with_rows_of_zeros_are_exact() -> None:
             assert torch.equal(linear(torch.zeros(3, 16)), torch.zeros(3, 32))
 
 
-def test_quantising_in_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizing_in_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("fp8", "fp8_rows", "nf4"):
         whole = dict(layer(kind).named_parameters())
         with monkeypatch.context() as patch:
@@ -117,8 +117,8 @@ def test_fp8_products_are_those_of_rows_rounded_to_e4m3(kind: str) -> None:
     assert close(linear.input_gradient(dy), dy.double() @ weight) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["fp8_bf16_backward", "fp8_dequantised", "fp8_rows_dequantised", "nf4"])
-def test_products_that_are_not_in_fp8_are_those_of_the_dequantised_weight(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["fp8_bf16_backward", "fp8_dequantized", "fp8_rows_dequantized", "nf4"])
+def test_products_that_are_not_in_fp8_are_those_of_the_dequantized_weight(kind: str) -> None:
     linear = layer(kind)
     weight = linear.weight.double()
     x, dy = rows(), rows(width=OUT, seed=2)
@@ -224,7 +224,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
     for bad in (float("nan"), float("inf")):
         x = rows()
         x[0, 2, 7] = bad
-        values, scale = quantise_rows(x.flatten(0, 1))
+        values, scale = quantize_rows(x.flatten(0, 1))
         whole = values.float() * scale
         assert not whole[2].isfinite().all()
         assert whole[[0, 1, 3]].isfinite().all()
@@ -242,7 +242,7 @@ def test_nf4_is_stored_as_bitsandbytes_stores_it_bit_for_bit() -> None:
         theirs.weight = bnb.nn.Params4bit(
             weight.clone(), requires_grad=False, compress_statistics=True, quant_type="nf4"
         )
-        theirs = theirs.to("cpu")  # quantises
+        theirs = theirs.to("cpu")  # quantizes
         expected = theirs.state_dict()
         ours = layer("nf4", weight).storage()
         assert ours.keys() == expected.keys()
@@ -254,7 +254,7 @@ def test_nf4_is_stored_as_bitsandbytes_stores_it_bit_for_bit() -> None:
         )
         assert (state.dtype, tuple(state.shape), state.quant_type) == (dtype, (OUT, IN), "nf4")
         assert torch.equal(
-            bnb.functional.dequantize_4bit(ours["weight"], state), layer("nf4", weight).dequantise(dtype)
+            bnb.functional.dequantize_4bit(ours["weight"], state), layer("nf4", weight).dequantize(dtype)
         )
 
 
@@ -275,7 +275,7 @@ def test_nf4_blocks_run_through_the_weight_whatever_its_width(out: int, columns:
     assert close(linear.weight, weight) < 0.11
 
 
-def test_nf4_with_scales_that_are_not_quantised_is_read_too() -> None:
+def test_nf4_with_scales_that_are_not_quantized_is_read_too() -> None:
     weight = random_weight()
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
     tensors = {"weight": packed} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
@@ -289,7 +289,7 @@ def test_nf4_with_scales_that_are_not_quantised_is_read_too() -> None:
     assert linear.storage().keys() == layer("nf4").storage().keys()
 
 
-def test_the_layers_of_a_model_dequantise_into_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layers_of_a_model_dequantize_into_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose kernel writes where it is told to; here that is put on top of the CPU's."""
     original, written = bnb.functional.dequantize_4bit, []
 
@@ -438,7 +438,7 @@ def test_the_weight_is_read_as_a_plain_tensor(kind: str) -> None:
     weight = linear.weight
     assert isinstance(linear, torch.nn.Linear)
     assert (tuple(weight.shape), weight.dtype, weight.device.type) == ((OUT, IN), torch.float32, "cpu")
-    values = linear.dequantise(torch.float32)
+    values = linear.dequantize(torch.float32)
     for read in (weight.clone(), weight.data, weight + 0, weight.detach(), weight.float() * 1):
         assert torch.equal(read, values)
     assert type(weight + 0) is type(weight.t()) is type(weight[0]) is Tensor

@@ -18,23 +18,23 @@ def stored(weight: torch.Tensor) -> Int8Linear:
 def test_an_element_is_off_by_at_most_half_a_step_of_its_block(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     layer = stored(weight)
-    difference = (layer.dequantise(torch.float32) - weight.float()).abs().reshape(-1)
+    difference = (layer.dequantize(torch.float32) - weight.float()).abs().reshape(-1)
     for off, block in zip(difference.split(BLOCK), weight.float().abs().reshape(-1).split(BLOCK), strict=True):
         assert off.max() <= block.max() * (0.501 / 127)
-    assert layer.weight.dtype == layer.dequantise(dtype).dtype == dtype
+    assert layer.weight.dtype == layer.dequantize(dtype).dtype == dtype
 
 
 def test_a_block_of_zeros_stays_zero() -> None:
     weight = torch.randn(4, BLOCK, generator=torch.Generator().manual_seed(1))
     weight[2] = 0
-    assert stored(weight).dequantise(torch.float32)[2].abs().max() < 1e-6
+    assert stored(weight).dequantize(torch.float32)[2].abs().max() < 1e-6
 
 
-def test_products_and_the_input_gradient_are_those_of_the_dequantised_weight() -> None:
+def test_products_and_the_input_gradient_are_those_of_the_dequantized_weight() -> None:
     generator = torch.Generator().manual_seed(2)
     layer = stored(torch.randn(6, 10, generator=generator))
     plain = nn.Linear(10, 6, bias=False)
-    plain.weight.data = layer.dequantise(torch.float32)
+    plain.weight.data = layer.dequantize(torch.float32)
     x = torch.randn(2, 3, 10, generator=generator, requires_grad=True)
     y = torch.randn(2, 3, 10, generator=generator).copy_(x.detach()).requires_grad_()
     layer(x).square().sum().backward()

@@ -26,7 +26,15 @@ from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.transformer import Transformer
 from flux2.models.variants import DEV
 from flux2.quantization import precision
-from flux2.quantization.precision import Float8Linear, Precision, QuantisedLinear, convert, describe, keep_layouts, pick
+from flux2.quantization.precision import (
+    Float8Linear,
+    Precision,
+    QuantizedLinear,
+    convert,
+    describe,
+    keep_layouts,
+    precision_from_name,
+)
 from flux2.weights.loading import load_transformer
 from flux2.weights.sources import model_source
 
@@ -36,7 +44,7 @@ PRECISIONS = {
     "fp8": FP8,
     "fp8_rows": replace(FP8, rowwise=True),
     "fp8_bf16_backward": replace(FP8, backward="bf16"),
-    "fp8_dequantised": replace(FP8, matmul="dequantised"),
+    "fp8_dequantized": replace(FP8, matmul="dequantized"),
     "nf4": NF4,
 }
 EACH = pytest.mark.parametrize("name", list(PRECISIONS))
@@ -50,19 +58,19 @@ def model_in(kind: Precision | str | None, model: str = "dev") -> Transformer:
     return made
 
 
-def dequantised(model: Transformer) -> Transformer:
+def dequantized(model: Transformer) -> Transformer:
     """The same weights in plain layers, in float32."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, QuantizedLinear):
             plain = nn.Linear(module.in_features, module.out_features, bias=False)
-            plain.weight = nn.Parameter(module.dequantise(torch.float32), requires_grad=False)
+            plain.weight = nn.Parameter(module.dequantize(torch.float32), requires_grad=False)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, plain)
     return model
 
 
 def converted(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, QuantisedLinear)]
+    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
 
 
 # ------------------------------------------------------------------ which layers, and how
@@ -115,7 +123,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(layers: tuple[str, ...], sai
     [
         ({"storage": "int8"}, "precision.storage='int8' must be one of null, fp8, nf4"),
         ({"backward": "fp32"}, "precision.backward='fp32' must be one of fp8, bf16"),
-        ({"matmul": True}, "precision.matmul=True must be one of auto, fp8, dequantised"),
+        ({"matmul": True}, "precision.matmul=True must be one of auto, fp8, dequantized"),
         ({"rowwise": "yes"}, "precision.rowwise='yes' must be true or false"),
         ({"layers": "linear1"}, "precision.layers='linear1' must be a list of regular expressions"),
     ],
@@ -127,16 +135,31 @@ def test_a_setting_that_cannot_be_is_named_with_its_value(settings: dict[str, An
 
 def test_a_name_means_the_usual_dtype_of_the_device_with_its_storage() -> None:
     gpu = torch.device("cuda")
-    assert pick(None, gpu) == pick("auto", gpu) == pick("bf16", CPU) == Precision(torch.bfloat16)
-    assert pick(None, CPU) == pick("auto", CPU) == pick("fp32", gpu) == Precision(torch.float32)
-    assert (pick("fp8", gpu), pick("nf4", gpu)) == (
+    assert (
+        precision_from_name(None, gpu)
+        == precision_from_name("auto", gpu)
+        == precision_from_name("bf16", CPU)
+        == Precision(torch.bfloat16)
+    )
+    assert (
+        precision_from_name(None, CPU)
+        == precision_from_name("auto", CPU)
+        == precision_from_name("fp32", gpu)
+        == Precision(torch.float32)
+    )
+    assert (precision_from_name("fp8", gpu), precision_from_name("nf4", gpu)) == (
         Precision(torch.bfloat16, "fp8"),
         Precision(torch.bfloat16, "nf4"),
     )
-    assert pick("nf4", CPU) == NF4
-    assert [pick(name, gpu).name for name in ("fp32", "bf16", "fp8", "nf4")] == ["fp32", "bf16", "fp8", "nf4"]
+    assert precision_from_name("nf4", CPU) == NF4
+    assert [precision_from_name(name, gpu).name for name in ("fp32", "bf16", "fp8", "nf4")] == [
+        "fp32",
+        "bf16",
+        "fp8",
+        "nf4",
+    ]
     with pytest.raises(ValueError, match="precision='fp16' must be one of auto, fp32, bf16, fp8, nf4"):
-        pick("fp16", CPU)
+        precision_from_name("fp16", CPU)
 
 
 def test_the_stored_bytes_depend_on_the_recipe() -> None:
@@ -151,7 +174,7 @@ def test_the_stored_bytes_depend_on_the_recipe() -> None:
         ((9, 0), "auto", True, "products in FP8"),
         ((8, 9), "auto", True, "products in FP8"),
         ((8, 6), "auto", False, "products in bfloat16: this GPU's compute capability is 8.6, FP8 products need 8.9"),
-        ((9, 0), "dequantised", False, "products in bfloat16: precision.matmul=dequantised"),
+        ((9, 0), "dequantized", False, "products in bfloat16: precision.matmul=dequantized"),
         (None, "auto", False, "products in bfloat16: FP8 products are slower on a CPU"),
         (None, "fp8", True, "products in FP8"),
     ],
@@ -172,7 +195,7 @@ def test_products_are_in_fp8_where_they_are_fast_or_asked_for(
 
 
 def test_a_second_layout_that_would_do_nothing_is_said() -> None:
-    precision = replace(FP8, matmul="auto", keep_both_layouts=True)
+    precision = replace(FP8, matmul="auto", cache_transposed_weights=True)
     assert describe(model_in(precision), precision).endswith("a second layout would do nothing and is not kept")
     used = replace(precision, matmul="fp8")
     assert "second layout" not in describe(model_in(used), used)
@@ -185,13 +208,13 @@ def test_fp8_products_that_a_gpu_does_not_have_are_refused_if_asked_for(monkeypa
 
 
 def test_a_backward_in_bf16_and_one_layout_are_what_they_say() -> None:
-    layer = model_in(replace(FP8, backward="bf16", keep_both_layouts=True)).single_blocks[0].linear1
-    assert (layer.forward_fp8, layer.backward_fp8, layer.keep_both_layouts) == (True, False, False)
-    layer = model_in(replace(FP8, keep_both_layouts=True)).single_blocks[0].linear1
-    assert layer.keep_both_layouts
+    layer = model_in(replace(FP8, backward="bf16", cache_transposed_weights=True)).single_blocks[0].linear1
+    assert (layer.forward_fp8, layer.backward_fp8, layer.cache_transposed_weights) == (True, False, False)
+    layer = model_in(replace(FP8, cache_transposed_weights=True)).single_blocks[0].linear1
+    assert layer.cache_transposed_weights
     model = model_in("fp8_bf16_backward")
     assert keep_layouts(model, both=True) == 0
-    assert not model.single_blocks[0].linear1.keep_both_layouts
+    assert not model.single_blocks[0].linear1.cache_transposed_weights
     assert "in the backward in float32" in describe(model_in("fp8_bf16_backward"), PRECISIONS["fp8_bf16_backward"])
 
 
@@ -241,7 +264,7 @@ def test_the_whole_of_dev_takes_the_bytes_that_its_precision_says() -> None:
 
 
 @EACH
-def test_a_model_is_quantised_while_it_is_loaded(name: str, model_folders: Callable[[str], Path]) -> None:
+def test_a_model_is_quantized_while_it_is_loaded(name: str, model_folders: Callable[[str], Path]) -> None:
     source = replace(model_source("tiny", str(model_folders("dev"))), variant=helpers.VARIANTS["dev"])
     loaded, reference = load_transformer(source, "cpu", PRECISIONS[name]), model_in(name)
     ours, theirs = dict(loaded.named_parameters()), dict(reference.named_parameters())
@@ -283,7 +306,7 @@ def embedded_inputs(kind: Transformer) -> dict[str, Any]:
     return inputs | {"guidance": torch.ones(4)}
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_rows", "fp8_bf16_backward", "fp8_dequantised"])
+@pytest.mark.parametrize("name", ["fp8", "fp8_rows", "fp8_bf16_backward", "fp8_dequantized"])
 def test_fp8_gradients_of_the_embedded_models_adapter_are_those_of_float32(name: str) -> None:
     """Over the whole adapter, which is the direction that a step takes: 0.9991 was measured, and 0.991 for the worst
     single tensor."""
@@ -302,15 +325,15 @@ def test_fp8_gradients_of_the_embedded_models_adapter_are_those_of_float32(name:
 
 @EACH
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_gradients_on_a_dequantised_base_are_those_of_lora_on_its_weights(name: str, policy: str) -> None:
-    ours, plain = with_adapter(model_in(name)), with_adapter(dequantised(model_in(name)))
+def test_gradients_on_a_dequantized_base_are_those_of_lora_on_its_weights(name: str, policy: str) -> None:
+    ours, plain = with_adapter(model_in(name)), with_adapter(dequantized(model_in(name)))
     assert converted(plain) == []
     set_policy(ours, policy)
     inputs = helpers.transformer_inputs(helpers.TRANSFORMERS["dev"])
     found, wanted = lora_gradients(ours, inputs), lora_gradients(plain, inputs)
     assert found.keys() == wanted.keys()
     error = max(helpers.relative_error(found[key], wanted[key]) for key in wanted)
-    if name in ("nf4", "fp8_dequantised"):
+    if name in ("nf4", "fp8_dequantized"):
         assert error < 1e-5
     else:
         assert 1e-3 < error < 0.5  # activations are rounded too
@@ -334,7 +357,7 @@ class Results(TorchDispatchMode):
 @pytest.mark.parametrize("model", ["dev", "klein"])
 def test_no_weight_gradient_is_ever_formed(name: str, model: str) -> None:
     ours = with_adapter(model_in(name, model))
-    weights = {(m.out_features, m.in_features) for m in ours.modules() if isinstance(m, QuantisedLinear)}
+    weights = {(m.out_features, m.in_features) for m in ours.modules() if isinstance(m, QuantizedLinear)}
     with Results() as products:
         lora_gradients(ours, helpers.transformer_inputs(helpers.TRANSFORMERS[model]))
     assert len(products.shapes) > 100
@@ -385,7 +408,7 @@ def test_an_adapter_is_saved_loaded_and_switched_off_as_on_any_base(name: str, t
 
 
 @EACH
-def test_an_adapter_is_not_merged_into_a_quantised_base_but_refused(name: str) -> None:
+def test_an_adapter_is_not_merged_into_a_quantized_base_but_refused(name: str) -> None:
     inputs = helpers.transformer_inputs(helpers.TRANSFORMERS["dev"])
     model = model_in(name)
     wrapped = adapters.attach(model, rank=4)
@@ -411,7 +434,7 @@ def test_an_adapter_is_not_merged_into_a_quantised_base_but_refused(name: str) -
 
 @pytest.mark.parametrize("name", ["fp8", "nf4"])
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
-def test_a_beginning_that_changes_the_base_is_refused_on_a_quantised_one(name: str, start: str) -> None:
+def test_a_beginning_that_changes_the_base_is_refused_on_a_quantized_one(name: str, start: str) -> None:
     model = model_in(name)
     before = model.single_blocks[0].linear1.weight.clone()
     config = peft.LoraConfig(r=4, target_modules=[r"single_blocks.0.linear1"], init_lora_weights=start)
@@ -431,7 +454,7 @@ def test_a_beginning_that_changes_the_base_is_refused_on_a_quantised_one(name: s
     ],
     ids=["dora", "orthogonal", "loha"],
 )
-def test_other_adapters_of_the_library_train_on_quantised_layers(name: str, config: Any) -> None:
+def test_other_adapters_of_the_library_train_on_quantized_layers(name: str, config: Any) -> None:
     model = model_in(name).requires_grad_(False)
     peft.inject_adapter_in_model(config, model)
     trained = adapters.adapter_parameters(model)
@@ -489,7 +512,7 @@ def test_several_adapters_merge_at_their_scales_and_one_that_is_merged_is_refuse
 @pytest.mark.parametrize("name", ["fp8", "nf4"])
 def test_a_pipeline_makes_nearly_the_same_pictures(name: str) -> None:
     exact, ours = flux2.load("tiny", device="cpu"), flux2.load("tiny", device="cpu", precision=name)
-    assert ours.precision == pick(name, CPU)
+    assert ours.precision == precision_from_name(name, CPU)
     pictures = [pipe.generate("a small red cup on a blue background", steps=4)[0] for pipe in (exact, ours)]
     assert len(converted(ours.transformer)) == 24
     one, other = (np.asarray(picture, dtype=float) for picture in pictures)

@@ -13,7 +13,7 @@ from flux2.utils.images import as_rgb, check_writable, read_picture
 
 RAMP = np.random.default_rng(0).integers(0, 256, (20, 24, 4), dtype=np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65536, (20, 24), dtype=np.uint16)
-COLOUR = Image.fromarray(RAMP[..., :3].copy())
+COLOR = Image.fromarray(RAMP[..., :3].copy())
 
 
 def turned(value: int) -> Image.Exif:
@@ -23,27 +23,27 @@ def turned(value: int) -> Image.Exif:
 
 
 KINDS: dict[str, Callable[[Path], None]] = {
-    "rgb.png": COLOUR.save,
-    "rgb.jpg": COLOUR.save,
-    "rgb.webp": COLOUR.save,
+    "rgb.png": COLOR.save,
+    "rgb.jpg": COLOR.save,
+    "rgb.webp": COLOR.save,
     "rgba.png": Image.fromarray(RAMP).save,
     "rgba.tiff": Image.fromarray(RAMP).save,
     "rgba.webp": lambda path: Image.fromarray(RAMP).save(path, lossless=True),
     "clear.png": Image.new("RGBA", (24, 20), (0, 0, 0, 0)).save,
     "la.png": Image.fromarray(RAMP[..., :2].copy(), "LA").save,
-    "key.png": lambda path: COLOUR.save(path, transparency=tuple(int(v) for v in RAMP[0, 0, :3])),
-    "palette.gif": lambda path: COLOUR.convert("P").save(path, transparency=3),
-    "palette.png": COLOUR.convert("P").save,
-    "grey.png": COLOUR.convert("L").save,
-    "bits.png": COLOUR.convert("1").save,
-    "cmyk.jpg": COLOUR.convert("CMYK").save,
+    "key.png": lambda path: COLOR.save(path, transparency=tuple(int(v) for v in RAMP[0, 0, :3])),
+    "palette.gif": lambda path: COLOR.convert("P").save(path, transparency=3),
+    "palette.png": COLOR.convert("P").save,
+    "grey.png": COLOR.convert("L").save,
+    "bits.png": COLOR.convert("1").save,
+    "cmyk.jpg": COLOR.convert("CMYK").save,
     "lab.tiff": Image.frombytes("LAB", (24, 20), RAMP[..., :3].tobytes()).save,
     "deep.png": Image.fromarray(DEEP).save,
     "deep.tiff": Image.fromarray(DEEP).save,
     "deep_big_endian.tiff": Image.fromarray(DEEP.astype(">u2")).save,
-    "turned.jpg": lambda path: COLOUR.save(path, exif=turned(6)),
+    "turned.jpg": lambda path: COLOR.save(path, exif=turned(6)),
     "turned.png": lambda path: Image.fromarray(RAMP).save(path, exif=turned(8)),
-    "turned.tiff": lambda path: COLOUR.save(path, exif=turned(5)),
+    "turned.tiff": lambda path: COLOR.save(path, exif=turned(5)),
     "whole.tiff": Image.fromarray(DEEP.astype(np.int32)).save,
     "float.tiff": Image.fromarray(DEEP.astype(np.float32)).save,
     "no.png": lambda path: path.write_text("no picture"),  # type: ignore[dict-item, return-value]
@@ -77,7 +77,7 @@ def test_clear_is_white_and_all_of_sixteen_bits_count() -> None:
 
 def test_a_decompression_bomb_is_an_error_in_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bomb.png"
-    COLOUR.save(path)
+    COLOR.save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for act in (Picture("bomb.png", lambda: path.open("rb")).load, lambda: read_picture(path, "--image bomb.png")):
         with pytest.raises(ValueError, match=r"bomb.png cannot be read .*decompression bomb"):

@@ -363,7 +363,7 @@ def test_an_incomplete_cache_is_an_error_and_not_a_missing_file(
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (hub_errors.GatedRepoError, ["is gated", "accept the licence", "hf auth login"]),
+        (hub_errors.GatedRepoError, ["is gated", "accept the license", "hf auth login"]),
         (hub_errors.RepositoryNotFoundError, ["was not found", "Check the name", "hf auth login"]),
         (hub_errors.HfHubHTTPError, ["could not be reached", "model.path=/path/to/FLUX.2"]),
     ],

@@ -1,4 +1,4 @@
-"""flux2.weights.prequantized: what is quantised in its file already is taken over bit for bit where it can be."""
+"""flux2.weights.prequantized: what is quantized in its file already is taken over bit for bit where it can be."""
 
 import json
 from collections.abc import Callable
@@ -86,14 +86,14 @@ def in_four_bits(state: dict[str, Tensor], nested: bool = True) -> tuple[dict[st
     for name, tensor in state.items():
         if tensor.ndim < 2:
             continue
-        packed, quantisation = bnb.quantize_4bit(tensor, blocksize=64, compress_statistics=nested, quant_type="nf4")
-        told = quantisation.as_dict(packed=True)
+        packed, quantization = bnb.quantize_4bit(tensor, blocksize=64, compress_statistics=nested, quant_type="nf4")
+        told = quantization.as_dict(packed=True)
         stored |= {name: packed} | {f"{name}.{key}": value for key, value in told.items()}
-        scales = quantisation.absmax
+        scales = quantization.absmax
         if nested:
-            scales = bnb.dequantize_blockwise(scales, quantisation.state2) + quantisation.offset
+            scales = bnb.dequantize_blockwise(scales, quantization.state2) + quantization.offset
         nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1, 64).long()
-        meant[name] = (quantisation.code[nibbles] * scales[:, None]).reshape(tensor.shape)
+        meant[name] = (quantization.code[nibbles] * scales[:, None]).reshape(tensor.shape)
     return stored, meant
 
 
@@ -113,15 +113,15 @@ def test_four_bits_in_diffusers_names_are_taken_over_bit_for_bit(load: Load) -> 
     parts = [stored[f"transformer_blocks.0.attn.add_{part}_proj.weight"] for part in "qkv"]
     assert torch.equal(fused.qweight, torch.cat(parts))
     assert not fused.nested  # each part's scales have an offset of their own
-    assert said == [f"{tmp_file(said)} is quantised: 10 layers are kept as they are there, 11 tensors are dequantised"]
+    assert said == [f"{tmp_file(said)} is quantized: 10 layers are kept as they are there, 11 tensors are dequantized"]
 
 
 def tmp_file(said: list[str]) -> str:
-    return said[0].partition(" is quantised")[0]
+    return said[0].partition(" is quantized")[0]
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_four_bits_in_black_forest_labs_names_keep_their_quantised_scales(
+def test_four_bits_in_black_forest_labs_names_keep_their_quantized_scales(
     prefix: str, load: Load, tmp_path: Path
 ) -> None:
     stored, meant = in_four_bits(weights())
@@ -131,7 +131,7 @@ def test_four_bits_in_black_forest_labs_names_keep_their_quantised_scales(
     assert not (tmp_path / "copies").exists()  # it would be as large as the file
 
 
-def test_four_bits_without_quantised_scales_are_taken_over(load: Load) -> None:
+def test_four_bits_without_quantized_scales_are_taken_over(load: Load) -> None:
     state = weights()
     stored, meant = in_four_bits(published(state), nested=False)
     model = load(stored, NF4)
@@ -141,7 +141,7 @@ def test_four_bits_without_quantised_scales_are_taken_over(load: Load) -> None:
 
 @pytest.mark.parametrize(("heads", "nested"), [(4, False), (8, True)])
 def test_halves_in_another_order_are_taken_over(heads: int, nested: bool, load: Load) -> None:
-    """At 8 heads a half is whole blocks of scales, which then stay quantised."""
+    """At 8 heads a half is whole blocks of scales, which then stay quantized."""
     state = weights(heads)
     stored, meant = in_four_bits(published(state))
     layer = r"final_layer\.adaLN_modulation\.1"
@@ -153,7 +153,7 @@ def test_halves_in_another_order_are_taken_over(heads: int, nested: bool, load: 
     assert torch.equal(swapped.qweight, swap_halves(stored["norm_out.linear.weight"]))
 
 
-def test_four_bits_are_dequantised_for_other_precisions(load: Load) -> None:
+def test_four_bits_are_dequantized_for_other_precisions(load: Load) -> None:
     state = weights()
     stored, meant = in_four_bits(published(state))
     wanted = joined(meant, state)
@@ -167,7 +167,7 @@ def test_four_bits_are_dequantised_for_other_precisions(load: Load) -> None:
 
 
 def test_parts_in_different_forms_are_joined_as_floats(load: Load) -> None:
-    """Quantisers leave out layers that they are told to."""
+    """Quantizers leave out layers that they are told to."""
     state = weights()
     plain = published(state)
     stored, meant = in_four_bits(plain)
@@ -327,7 +327,7 @@ def test_fp8_in_diffusers_names_is_taken_over_with_a_scale_a_row_where_they_diff
     said: list[str] = []
     model = load(stored, FP8, say=said.append)
     assert "10 layers are kept as they are there" in said[0]
-    assert "dequantised" not in said[0]
+    assert "dequantized" not in said[0]
     wanted = joined(meant, state)
     check_equal(model, wanted)
     fused = model.get_submodule("double_blocks.0.img_attn.qkv")
@@ -338,7 +338,7 @@ def test_fp8_in_diffusers_names_is_taken_over_with_a_scale_a_row_where_they_diff
     error = fused(x) - x @ wanted["double_blocks.0.img_attn.qkv.weight"].t()
     assert error.norm() < 0.05 * fused(x).norm()  # of the inputs' rounding
 
-    for part in "qkv":  # as some quantisers see to
+    for part in "qkv":  # as some quantizers see to
         stored[f"transformer_blocks.0.attn.to_{part}.{spelling}"] = torch.tensor(0.5)
     layer = load(stored, FP8).get_submodule("double_blocks.0.img_attn.qkv")
     assert not layer.rowwise
@@ -370,7 +370,7 @@ def test_weights_that_are_no_numbers_or_of_an_unusual_dtype(precision: Precision
 
 @pytest.mark.parametrize("rows", [False, True], ids=["one a tensor", "one a row"])
 @pytest.mark.parametrize("naming", [dict, published], ids=["ours", "diffusers'"])
-def test_fp8_is_dequantised_for_other_precisions(rows: bool, naming: Callable[..., dict], load: Load) -> None:
+def test_fp8_is_dequantized_for_other_precisions(rows: bool, naming: Callable[..., dict], load: Load) -> None:
     state = weights()
     stored, meant = in_eight_bits(naming(state), "weight_scale", rows=rows)
     wanted = joined(meant, state) if naming is published else meant
@@ -424,9 +424,9 @@ def test_the_state_that_is_written_for_joined_blocks_is_bitsandbytes_own(load: L
     storage = load(stored, NF4).get_submodule("double_blocks.0.img_attn.qkv").storage()
     told = json.loads(bytes(storage["weight.quant_state.bitsandbytes__nf4"].tolist()))
     assert told["shape"] == [192, 64]
-    quantisation = bnb.QuantState.from_dict(
+    quantization = bnb.QuantState.from_dict(
         {key: tensor for key, tensor in storage.items() if key != "weight"}, torch.device("cpu")
     )
-    quantisation.shape = torch.Size((192, 64))
-    values = bnb.dequantize_4bit(storage["weight"], quantisation)
+    quantization.shape = torch.Size((192, 64))
+    values = bnb.dequantize_4bit(storage["weight"], quantization)
     assert torch.equal(values, joined(meant, state)["double_blocks.0.img_attn.qkv.weight"])

@@ -1,4 +1,4 @@
-"""flux2.weights.quantized_cache: a copy is what was quantised, is used next time, and is never trusted nor in the
+"""flux2.weights.quantized_cache: a copy is what was quantized, is used next time, and is never trusted nor in the
 way.
 """
 
@@ -22,7 +22,7 @@ from flux2.quantization.precision import Precision
 from flux2.weights import loading as weights
 from flux2.weights import quantized_cache
 from flux2.weights.loading import load_transformer
-from flux2.weights.quantized_cache import QuantisedCache
+from flux2.weights.quantized_cache import QuantizedCache
 from flux2.weights.sources import ModelSource
 
 CONFIG = TransformerConfig(
@@ -106,10 +106,10 @@ def test_the_second_load_reads_the_copy_and_is_the_same_bit_for_bit(
     first = place.load(precision)
     size = place.copies[0].stat().st_size / 1e9
     assert len(place.said) == 1
-    assert place.said[0].startswith(f"writing a quantised copy of {size:.2f} GB to {place.copies[0]} (")
+    assert place.said[0].startswith(f"writing a quantized copy of {size:.2f} GB to {place.copies[0]} (")
     no_source()
     second = place.load(precision)
-    assert place.said == [f"read from the quantised copy {place.copies[0]}"]
+    assert place.said == [f"read from the quantized copy {place.copies[0]}"]
     assert equal(first, second)
     place.said.clear()
     assert not second.training
@@ -126,7 +126,7 @@ def test_a_copy_is_a_safetensors_file_with_bitsandbytes_keys(place: RunLocation)
     assert torch.equal(stored["img_in.weight"], place.state["img_in.weight"])
 
 
-def test_what_is_not_quantised_gets_no_copy(place: RunLocation) -> None:
+def test_what_is_not_quantized_gets_no_copy(place: RunLocation) -> None:
     for precision in (Precision(), Precision(torch.bfloat16)):
         place.load(precision)
     assert not place.cache.exists()
@@ -222,7 +222,7 @@ def test_a_damaged_copy_is_said_not_used_and_made_anew(
     again = place.load()
     assert "is damaged and will be made anew" in place.said[0]
     assert str(copy) in place.said[0]
-    assert place.said[1].startswith("writing a quantised copy")
+    assert place.said[1].startswith("writing a quantized copy")
     assert equal(good, again)
     assert copy.read_bytes() == raw
     no_source()
@@ -249,7 +249,7 @@ def test_a_full_disk_is_said_before_anything_is_written(place: RunLocation, monk
     assert equal(place.load(), place.fresh())
     place.load()
     assert len(place.said) == 1
-    assert "no quantised copy is kept" in place.said[0]
+    assert "no quantized copy is kept" in place.said[0]
     assert "1.07 GB free" in place.said[0]
     assert place.copies == place.left_over == []
 
@@ -278,7 +278,7 @@ def test_a_disk_that_fills_while_writing_is_said_and_nothing_is_left(
     monkeypatch.setattr(quantized_cache, "checksum", full)  # after the first tensor
     assert equal(place.load(), wanted)
     assert len(place.said) == 2
-    assert "no quantised copy is kept" in place.said[1]
+    assert "no quantized copy is kept" in place.said[1]
     assert "No space left on device" in place.said[1]
     assert place.copies == place.left_over == []
 
@@ -289,7 +289,7 @@ def test_a_place_that_cannot_be_written_is_said_and_the_model_is_loaded(place: R
     assert equal(place.load(), place.fresh())
     place.load()
     assert len(place.said) == 1
-    assert f"no quantised copy is kept, so that the next start quantises again: {place.cache}" in place.said[0]
+    assert f"no quantized copy is kept, so that the next start quantizes again: {place.cache}" in place.said[0]
 
 
 def test_a_read_only_copy_is_read(
@@ -335,13 +335,13 @@ def test_what_an_ended_process_left_is_swept(place: RunLocation) -> None:
 def test_loads_at_the_same_time_do_not_tread_on_each_other(place: RunLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = place.fresh()
     together = threading.Barrier(3)
-    write = QuantisedCache.write
+    write = QuantizedCache.write
 
-    def at_once(self: QuantisedCache, *rest: Any) -> None:
+    def at_once(self: QuantizedCache, *rest: Any) -> None:
         together.wait(timeout=60)
         write(self, *rest)
 
-    monkeypatch.setattr(QuantisedCache, "write", at_once)
+    monkeypatch.setattr(QuantizedCache, "write", at_once)
     models: list[Transformer] = []
     threads = [threading.Thread(target=lambda: models.append(place.load())) for _ in range(3)]
     for thread in threads:

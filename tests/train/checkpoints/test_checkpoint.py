@@ -38,10 +38,10 @@ def trained():
     return make
 
 
-def write(folder, step, trained, licence=""):
+def write(folder, step, trained, license=""):
     wrapped, optimizer = trained
     parts = {"optimizer": optimizer}
-    return checkpoint.save(folder, step, wrapped, parts, base="tiny", licence=licence, images_per_step=IMAGES)
+    return checkpoint.save(folder, step, wrapped, parts, base="tiny", license=license, images_per_step=IMAGES)
 
 
 def read(place, trained):
@@ -73,14 +73,14 @@ def test_adapter_and_optimizer_come_back_bit_for_bit(tmp_path, trained):
 
 
 def test_a_checkpoint_holds_an_adapter_as_it_is_used(tmp_path, trained):
-    place = write(tmp_path, 7, trained(), licence="some licence")
+    place = write(tmp_path, 7, trained(), license="some license")
     assert adapters.find(tmp_path) == place / "adapter"
     assert {file.name for file in (place / "adapter").iterdir()} >= {
         "adapter_model.safetensors",
         "adapter_config.json",
         "diffusers.safetensors",
     }
-    assert "some licence" in (place / "adapter" / "README.md").read_text()
+    assert "some license" in (place / "adapter" / "README.md").read_text()
 
 
 def test_saving_a_step_again_replaces_it_whole(tmp_path, trained):
@@ -153,7 +153,7 @@ class Part:
 def test_every_part_is_a_file_and_one_too_few_or_too_many_is_named(tmp_path, trained):
     wrapped, optimizer = trained()
     kept = {"optimizer": optimizer, "other": Part(3.0)}
-    place = checkpoint.save(tmp_path, 7, wrapped, kept, base="tiny", licence="", images_per_step=IMAGES)
+    place = checkpoint.save(tmp_path, 7, wrapped, kept, base="tiny", license="", images_per_step=IMAGES)
     assert (place / "other.pt").exists()
     new = Part(0.0)
     checkpoint.load(place, wrapped, {"optimizer": optimizer, "other": new})

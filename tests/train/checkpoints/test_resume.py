@@ -115,13 +115,15 @@ def test_keys_that_change_nothing_learned_may_differ(tmp_path):
 
 
 def test_a_run_may_go_on_with_more_patience_for_its_text_encoder_but_not_with_another(tmp_path):
-    there = CONFIG | {"text_encoder": {"url": "http://one", "timeout": 1.0, "in_flight": 4}}
+    there = CONFIG | {"text_encoder": {"url": "http://one", "timeout": 1.0, "max_concurrent_requests": 4}}
     run = make_run(tmp_path / "run", 2, config=there)
-    patient = CONFIG | {"text_encoder": {"url": "http://one", "timeout": 9.0, "in_flight": 1}}
+    patient = CONFIG | {"text_encoder": {"url": "http://one", "timeout": 9.0, "max_concurrent_requests": 1}}
     assert look(str(run), tmp_path / "new", patient).step == 2
     with pytest.raises(ValueError, match=r"text_encoder\.url='http://one' there, 'http://two' here"):
         look(
-            str(run), tmp_path / "new", CONFIG | {"text_encoder": {"url": "http://two", "timeout": 1.0, "in_flight": 4}}
+            str(run),
+            tmp_path / "new",
+            CONFIG | {"text_encoder": {"url": "http://two", "timeout": 1.0, "max_concurrent_requests": 4}},
         )
 
 

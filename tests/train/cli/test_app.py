@@ -10,7 +10,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from train.cli.errors import explain, known_settings
+from train.cli.errors import format_error, known_settings
 from train.config.instantiate import check_keys, instantiate, no_setting, parse_settings
 from train.sweeps import callback
 from train.utils.console import own_errors
@@ -116,7 +116,7 @@ def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(run_command
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("precision=fp8 precision.matmul=fast", "precision.matmul='fast' must be one of auto, fp8, dequantised"),
+        ("precision=fp8 precision.matmul=fast", "precision.matmul='fast' must be one of auto, fp8, dequantized"),
         ("precision=fp8 precision.rowwise=some", "precision.rowwise='some' must be true or false"),
         ("precision=fp8 precision.storage=int4", "precision.storage='int4' must be one of null, fp8, nf4"),
         (
@@ -126,14 +126,14 @@ def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(run_command
         ("precision=nf4 precision.layers=[]", "precision.layers is empty: name at least one layer"),
         ("precision=nf4 +precision.rowwise=true", "precision.rowwise=True does nothing with precision.storage='nf4'"),
         (
-            "precision=nf4 memory.keep_both_layouts=true",
-            "memory.keep_both_layouts=true does nothing with precision.storage=nf4",
+            "precision=nf4 memory.cache_transposed_weights=true",
+            "memory.cache_transposed_weights=true does nothing with precision.storage=nf4",
         ),
         (
-            "precision=fp8 memory.keep_both_layouts=true precision.backward=bf16",
-            "memory.keep_both_layouts=true does nothing with precision.backward=bf16",
+            "precision=fp8 memory.cache_transposed_weights=true precision.backward=bf16",
+            "memory.cache_transposed_weights=true does nothing with precision.backward=bf16",
         ),
-        ("memory.keep_both_layouts=1", "memory.keep_both_layouts=1 must be true or false"),
+        ("memory.cache_transposed_weights=1", "memory.cache_transposed_weights=1 must be true or false"),
         ("+precision.backward=bf16", "precision.backward='bf16' does nothing with precision.storage=None"),
         ("precision=nf4 precision.rowwise=true", "precision.rowwise=true is not a setting"),
         ("precision=int4", "precision=int4 is not a choice; choose one of auto, bf16, fp32, fp8, nf4"),
@@ -447,7 +447,7 @@ def test_what_is_given_later_is_no_setting():
 
 
 def test_a_message_is_one_line_whatever_a_library_wrote():
-    assert explain(ValueError("one\n\n   two\tthree")) == "one two three"
+    assert format_error(ValueError("one\n\n   two\tthree")) == "one two three"
 
 
 def test_keys_of_the_top_have_no_prefix():

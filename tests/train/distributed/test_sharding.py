@@ -152,7 +152,7 @@ def test_one_process_cannot_shard(small, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "off"), [("stream_blocks=0.5", "0"), ("offload_activations=true", "false"), ("compile=true", "false")]
+    ("setting", "off"), [("offload_blocks=0.5", "0"), ("offload_activations=true", "false"), ("compile=true", "false")]
 )
 def test_what_a_sharded_base_cannot_be_together_with_is_refused(small, setting, off):
     key = setting.partition("=")[0]

@@ -150,7 +150,9 @@ def test_as_many_prompts_are_under_way_as_the_setting_says_each_in_its_own_reque
 
         server.answer = wait
         cache = f"cache_dir={tmp_path / str(most)}"
-        prepare_samples(load_config(compose(*small(*remote(server, f"text_encoder.in_flight={most}"), cache))))
+        prepare_samples(
+            load_config(compose(*small(*remote(server, f"text_encoder.max_concurrent_requests={most}"), cache)))
+        )
         assert server.most == most
         assert sorted(server.given) == sorted(WANTED)
 
@@ -210,7 +212,7 @@ def test_a_server_that_dies_in_the_middle_is_told_and_what_it_gave_is_kept(fake_
             raise ConnectionResetError
 
     server.answer = die
-    settings = small(*remote(server, "text_encoder.in_flight=2"), f"cache_dir={tmp_path / 'cache'}")
+    settings = small(*remote(server, "text_encoder.max_concurrent_requests=2"), f"cache_dir={tmp_path / 'cache'}")
     message = run_command.refused(*settings, task=main)
     assert f"{server.url} gave no answer in 4 attempts, the last one: the connection failed" in message
     assert "What was answered is kept: start again" in message
@@ -296,8 +298,11 @@ def test_the_published_endpoint_is_the_default():
         ({"url": "https://me:hidden@host"}, "text_encoder.url=https://host/... must hold no user, password"),
         ({"protocol": "http"}, "text_encoder.protocol='http' must be one of flux2, published, or null"),
         ({"length": 0}, "text_encoder.length=0 must be a whole number from 1 on"),
-        ({"in_flight": 0}, "text_encoder.in_flight=0 must be a whole number from 1 to 64"),
-        ({"in_flight": 65}, "text_encoder.in_flight=65 must be a whole number from 1 to 64"),
+        ({"max_concurrent_requests": 0}, "text_encoder.max_concurrent_requests=0 must be a whole number from 1 to 64"),
+        (
+            {"max_concurrent_requests": 65},
+            "text_encoder.max_concurrent_requests=65 must be a whole number from 1 to 64",
+        ),
         ({"timeout": 0}, "text_encoder.timeout=0 must be a number of seconds above 0"),
         ({"timeout": "x"}, "text_encoder.timeout='x' must be a number"),
         ({"wait": -1}, "text_encoder.wait=-1 must be a number of seconds from 0 to 30"),

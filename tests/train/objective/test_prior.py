@@ -162,7 +162,7 @@ def test_class_pictures_are_among_the_samples_of_a_bad_step(train, given, monkey
     training_loss = train_loop.training_loss
     monkeypatch.setattr(train_loop, "training_loss", ruined)
     with pytest.raises(ValueError, match=r"class0/\d\.png"):
-        train("run", *given, "max_bad_steps=1")
+        train("run", *given, "max_nonfinite_steps=1")
 
 
 # ------------------------------------------------------------------ drawing

@@ -228,8 +228,8 @@ def test_what_an_optimizer_leaves_empty_may_be_left_empty():
         (["schedule=restarts", "schedule.cycles=6"], 11, "schedule.cycles=6 in 11 steps"),
         (["schedule=restarts", "schedule.cycles=6", "schedule.warmup_steps=1"], 12, "schedule.cycles=6 in 11 steps"),
         (["schedule=restarts", "schedule.cycles=6"], 12, ""),
-        (["schedule=stable_decay"], 4, "schedule.decay=0.2 of 4 steps is less than one"),
-        (["schedule=stable_decay"], 5, ""),
+        (["schedule=wsd"], 4, "schedule.decay=0.2 of 4 steps is less than one"),
+        (["schedule=wsd"], 5, ""),
     ],
 )
 def test_what_is_hardly_meant_is_a_warning(settings, steps, said, capfd):

@@ -46,7 +46,7 @@ def state(run, step):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_update_that_is_not_finite_leaves_everything_as_it_was_and_is_named(train, poison, capfd, pictures, value):
     poison(3, value=value)
-    run = train("run", "steps=5", "checkpoint_every=2", "max_bad_steps=2")
+    run = train("run", "steps=5", "checkpoint_every=2", "max_nonfinite_steps=2")
     before, after = (adapter(run / "checkpoints" / f"step_{step:06d}") for step in (2, 4))
     assert not same_tensors(before, after)  # step 4 was made again
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
@@ -54,7 +54,7 @@ def test_an_update_that_is_not_finite_leaves_everything_as_it_was_and_is_named(t
     assert f"step 3: the loss is {value:.4g} and its gradient's norm {value:.4g}, which is not finite" in said[0]
     assert "no update is made" in said[0]
     assert said[0].count(".png") == 2  # the samples of its batch
-    assert "max_bad_steps=2 in a row training stops" in said[0]
+    assert "max_nonfinite_steps=2 in a row training stops" in said[0]
     logged = {line["step"]: line for line in lines(run)}
     assert logged[3] == {"step": 3, "lr": 1e-2, "skipped": 1}
     assert "skipped" not in logged[4]
@@ -86,7 +86,7 @@ def test_a_step_without_an_update_that_is_not_logged_is_logged_as_that(train, po
 def test_after_several_in_a_row_training_stops_and_names_samples_and_the_last_good_checkpoint(train, poison, tmp_path):
     poison(2, 4, 5, 6)
     with pytest.raises(TrainingError, match=r"^step 6: the loss is nan .*The samples of 3 steps in a row: ") as raised:
-        train("run", "steps=9", "checkpoint_every=1", "max_bad_steps=3")
+        train("run", "steps=9", "checkpoint_every=1", "max_nonfinite_steps=3")
     said = str(raised.value)
     names = said.partition("in a row: ")[2].partition(". ")[0].split(", ")
     assert set(names) == set(names_at(tmp_path / "run", (3, 4, 5)))
@@ -115,13 +115,13 @@ def test_a_checkpoint_that_was_due_at_a_bad_step_is_made_up_for_after_the_next_g
 def test_bad_steps_from_the_first_on_blame_the_samples_and_the_files(train, poison):
     poison(*range(1, 9))
     with pytest.raises(TrainingError, match=r"step 2: .*No update was made yet, so it is not the rate alone: look"):
-        train("run", "max_bad_steps=2")
+        train("run", "max_nonfinite_steps=2")
 
 
 def test_a_gradient_alone_that_is_not_finite_is_as_bad(train, monkeypatch):
     monkeypatch.setattr(loop, "clip", lambda parameters, most: torch.tensor(float("inf")))
     with pytest.raises(TrainingError, match=r"step 1: the loss is \d.* norm inf, which is not finite\. .*No update"):
-        train("run", "max_bad_steps=1")
+        train("run", "max_nonfinite_steps=1")
 
 
 @pytest.mark.parametrize(("bad", "ends"), [((4,), False), ((3, 4), True), ((1, 2, 3, 4), True)])

@@ -16,7 +16,16 @@ from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.transformer import Transformer
 from flux2.quantization.nf4 import Nf4Linear, quant_map
 from train.planner import step_memory
-from train.planner.step_memory import Count, Shape, autoencoder_peaks, gpu_kernels, size, step, train_block, train_end
+from train.planner.step_memory import (
+    AllocationCounter,
+    Shape,
+    autoencoder_peaks,
+    gpu_kernels,
+    size,
+    step,
+    train_block,
+    train_end,
+)
 
 CONFIG = replace(helpers.TRANSFORMERS["dev"], double_blocks=2, single_blocks=3)
 SHAPE = Shape(2, 96, 32, 96)
@@ -61,7 +70,7 @@ def whole_step(network: Transformer) -> tuple[int, int]:
             parameter.grad = torch.zeros_like(parameter)
     grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     known = [*network.parameters(), *grads, *(value for value in given.values() if value is not None)]
-    with Count(known) as count:
+    with AllocationCounter(known) as count:
         loss = network(**given).square().mean()
         kept = count.live
         loss.backward()
@@ -150,7 +159,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(as_on_a_cpu):
 
 
 def test_the_count_follows_tensors_to_their_end():
-    with Count() as count:
+    with AllocationCounter() as count:
         one = torch.zeros(1000)
         view = one[10:]
         assert count.live == 4096
@@ -169,11 +178,11 @@ def test_the_gpus_kernels_stand_in_for_a_while_only():
     import torch.nn.functional as functional
 
     before = (functional.layer_norm, functional.rms_norm, functional.scaled_dot_product_attention)
-    options = (Nf4Linear.out_devices, Nf4Linear.dequantise)
+    options = (Nf4Linear.out_devices, Nf4Linear.dequantize)
     with gpu_kernels():
         assert functional.layer_norm is not before[0]
     assert before == (functional.layer_norm, functional.rms_norm, functional.scaled_dot_product_attention)
-    assert options == (Nf4Linear.out_devices, Nf4Linear.dequantise)
+    assert options == (Nf4Linear.out_devices, Nf4Linear.dequantize)
     assert not isinstance(quant_map(torch.device("cpu")), torch._subclasses.FakeTensor)
 
 

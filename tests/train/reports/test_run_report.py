@@ -55,8 +55,8 @@ def run(tmp_path):
     return tmp_path
 
 
-def pictures(*colours, size=(96, 64)):
-    return [Image.new("RGB", size, colour) for colour in colours]
+def pictures(*colors, size=(96, 64)):
+    return [Image.new("RGB", size, color) for color in colors]
 
 
 @pytest.fixture
@@ -64,13 +64,13 @@ def made(run):
     """An evaluation of it: two prompts, the base and two checkpoints; one picture could not be computed."""
     files, place = {}, run / "evaluation"
     place.mkdir()
-    for name, colours in {"base": ("red", "blue"), "step 20": ("green", "pink"), "step 40": ("white", None)}.items():
+    for name, colors in {"base": ("red", "blue"), "step 20": ("green", "pink"), "step 40": ("white", None)}.items():
         files[name] = []
-        for i, colour in enumerate(colours):
+        for i, color in enumerate(colors):
             file = place / f"{name}_{i}.png"
-            if colour:
-                pictures(colour)[0].save(file)
-            files[name].append(file if colour else None)
+            if color:
+                pictures(color)[0].save(file)
+            files[name].append(file if color else None)
     near = [Nearest(0, 0.1, 1.0, True), None]
     rows = [Row(name, None, 1.0, found, 0.5, 0.2, 0.3, near) for name, found in files.items()]
     own = tuple(float(i) for i in range(1, 10))
@@ -170,13 +170,13 @@ def test_the_command_is_kept_without_secrets_and_where_it_goes_on(run):
 def test_a_sheet_says_where_its_pictures_are_and_the_report_shows_them_one_by_one(run):
     prompts = ["a red cup", "the fox", EVIL, "four", "five"]
     (run / "samples").mkdir()
-    for step, colours in ((0, ["red"] * 5), (40, ["red", "green", "blue", "white", "black"])):
-        page = sheet([pictures(*colours)], prompts)
+    for step, colors in ((0, ["red"] * 5), (40, ["red", "green", "blue", "white", "black"])):
+        page = sheet([pictures(*colors)], prompts)
         shown = cut_of(page, prompts)
         assert [name for name, _ in shown] == prompts
         assert [picture.getcolors() for _, picture in shown] == [
             [(picture.width * picture.height, wanted.getpixel((0, 0)))]
-            for (_, picture), wanted in zip(shown, pictures(*colours), strict=True)
+            for (_, picture), wanted in zip(shown, pictures(*colors), strict=True)
         ]
         save(page, prompts, run / "samples" / f"step_{step:06d}.png")
     text = run_report.of(run)

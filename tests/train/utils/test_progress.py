@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from train.utils.progress import SECONDS, Count, Progress
+from train.utils.progress import SECONDS, ItemProgress, Progress
 
 
 class Clock:
@@ -118,7 +118,7 @@ def test_a_process_that_is_not_the_first_shows_nothing(clock):
 
 def test_what_is_computed_before_training_is_counted_in_a_line_every_so_often_where_nobody_watches(clock):
     stream = io.StringIO()
-    count = Count("pictures encoded", stream=stream, clock=clock)
+    count = ItemProgress("pictures encoded", stream=stream, clock=clock)
     for done in range(1, 8):
         clock.now += 0.45 * SECONDS
         count.update(done, 7, f"{done} MB")
@@ -133,7 +133,7 @@ def test_what_is_computed_before_training_is_counted_in_a_line_every_so_often_wh
 
 def test_what_is_soon_done_is_not_counted_in_a_log(clock):
     stream = io.StringIO()
-    count = Count("prompts encoded", stream=stream, clock=clock)
+    count = ItemProgress("prompts encoded", stream=stream, clock=clock)
     for done in range(1, 4):
         clock.now += 1
         count.update(done, 3)
@@ -143,7 +143,7 @@ def test_what_is_soon_done_is_not_counted_in_a_log(clock):
 
 def test_on_a_terminal_a_count_is_a_bar_that_goes(clock):
     stream = Terminal()
-    count = Count("prompts encoded", stream=stream, clock=clock)
+    count = ItemProgress("prompts encoded", stream=stream, clock=clock)
     count.update(3, 3, "1 MB")
     assert "0/3" in stream.getvalue()
     count.close()

@@ -176,7 +176,7 @@ def test_the_tracker_is_finished_however_a_run_ends(train, at_step, monkeypatch)
     with pytest.raises(Interrupted):
         train("stopped")
     with pytest.raises(TrainingError):
-        train("failed", "optimizer.lr=1e30", "max_bad_steps=1")
+        train("failed", "optimizer.lr=1e30", "max_nonfinite_steps=1")
     assert finished == ["finished"] * 3
 
 

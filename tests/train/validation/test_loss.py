@@ -280,8 +280,8 @@ def test_a_run_without_prompts_or_sheets_has_no_sampler(small):
         assert load_sampler(run, prepare_samples(run).cached) is None
 
 
-def plain(colour, size=(64, 48)):
-    return Image.new("RGB", size, colour)
+def plain(color, size=(64, 48)):
+    return Image.new("RGB", size, color)
 
 
 def test_a_sheet_holds_the_very_pixels_under_their_captions():
