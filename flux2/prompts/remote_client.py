@@ -38,8 +38,8 @@ from flux2.models.variants import Variant
 from flux2.prompts.remote_protocol import (
     CUT_HEADER,
     IDENTITY_HEADER,
-    RetryLater,
     RemoteError,
+    RetryLater,
     Unreachable,
     checked,
     read_body,
@@ -252,7 +252,7 @@ class Client:
                 raise RemoteError(f"{self.url} was not asked any more")
             try:
                 return self._once(method, path, data, limit)
-            except Again as again:
+            except RetryLater as again:
                 reason = self._clean(str(again))
                 if again.after > LONGEST_ASKED:
                     raise RemoteError(

@@ -30,8 +30,8 @@ __all__ = [
     "QuantizedLinear",
     "convert",
     "describe",
-    "precision_from_name",
     "pick_dtype",
+    "precision_from_name",
 ]
 
 Storage = Literal["fp8", "nf4"]
