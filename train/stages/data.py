@@ -98,7 +98,7 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
         config.text_encoder,
         MemoryCache() if cache is None else Cache(cache),
         config.instantiate("dataset") if samples is None else samples,
-        [*config.sample.prompts, *config.preservation.prompts],
+        [*config.sample.prompts, *(config.prior or config.preservation).prompts],
         config.buckets,
         config.settings.reference_resolution**2,
         config.precision.dtype,
