@@ -9,7 +9,8 @@ from torch import nn
 from train_helpers import compose
 
 from train.optim import Constant, Cosine, Linear, Restarts, StableDecay
-from train.optim.optimizers import build, check_installed, rate_of, set_rate, try_out
+from train.optim.optimizers import build, check_installed, try_out
+from train.optim.schedules import LearningRate
 from train.stages.memory import load_config
 
 
@@ -124,15 +125,15 @@ def test_a_refused_setting_of_the_optimizer_is_named_with_its_value(settings, sa
 
 def test_the_rate_is_set_for_all_groups():
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=1.0)
-    set_rate(optimizer, 0.125)
+    LearningRate(optimizer, Constant(), 1).set(0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
 
 def test_the_rate_in_use_is_that_of_the_schedule_times_what_prodigy_found():
     parameter = nn.Parameter(torch.zeros(1))
-    assert rate_of(torch.optim.SGD([parameter], lr=0.25)) == 0.25
+    assert LearningRate(torch.optim.SGD([parameter], lr=0.25), Constant(), 1).value == 0.25
     optimizer = build(partial(get_object("prodigyopt.Prodigy"), lr=0.5, d0=1e-3), [parameter])
-    assert rate_of(optimizer) == 0.5e-3
+    assert LearningRate(optimizer, Constant(), 1).value == 0.5e-3
 
 
 def test_fused_is_for_the_gpu_unless_it_is_asked_for():
