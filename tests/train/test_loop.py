@@ -23,7 +23,7 @@ from train_helpers import (
 
 from flux2 import adapters
 from flux2.weights.loading import load_transformer
-from train import cache, loop
+from train import loop
 from train.checkpoints.checkpoint import checkpoints
 from train.config.settings import LoopSettings
 from train.encoding import text_encoders
@@ -186,7 +186,7 @@ def test_filled_caches_give_the_same_losses_and_load_neither_encoder(train, tmp_
         raise AssertionError("an encoder is loaded")
 
     monkeypatch.setattr(text_encoders, "load_text_encoder", refuse)
-    monkeypatch.setattr(cache, "load_autoencoder", refuse)
+    monkeypatch.setattr("train.encoding.prepare.load_autoencoder", refuse)
     filled = train("filled", *settings)
     assert lines(filled) == lines(empty)
     assert same_tensors(adapter(filled), adapter(empty))
@@ -292,7 +292,7 @@ def test_training_changes_the_adapter_and_nothing_else(train, captured):
     train("run", *PRESERVE, "adapter.dropout=0.1")
     (training,) = captured
     base = load_transformer(load_config(compose(*reread(training))).source, "cpu", torch.float32).state_dict()
-    state = training.wrapped.get_base_model().state_dict()
+    state = training.peft_model.get_base_model().state_dict()
     frozen = {name.replace(".base_layer", ""): tensor for name, tensor in state.items() if ".lora_" not in name}
     assert frozen.keys() == base.keys()
     assert all(torch.equal(frozen[name], base[name]) for name in base)
@@ -302,7 +302,7 @@ def test_training_changes_the_adapter_and_nothing_else(train, captured):
 
 def reread(training):
     """The overrides of the run's model, from its own configuration."""
-    file = (training.place.folder / "config.yaml").read_text()
+    file = (training.folder / "config.yaml").read_text()
     return [f"model.{key}={re.search(rf'^  {key}: (.+)$', file, re.M)[1]}" for key in ("name", "path")]
 
 
@@ -387,7 +387,7 @@ def test_bfloat16_is_near_to_float32_and_keeps_the_adapter_in_float32(train, cap
     exact, near = train("exact"), train("near", "precision=bf16")
     assert values(near)[0] == pytest.approx(values(exact)[0], rel=0.02)
     assert values(near)[0] != values(exact)[0]
-    kinds = {name: parameter.dtype for name, parameter in captured[1].wrapped.named_parameters()}
+    kinds = {name: parameter.dtype for name, parameter in captured[1].peft_model.named_parameters()}
     assert {kind for name, kind in kinds.items() if "lora_" in name} == {torch.float32}
     assert {kind for name, kind in kinds.items() if "lora_" not in name} == {torch.bfloat16}
 
@@ -409,9 +409,9 @@ def test_products_of_matrices_are_in_bfloat16_only_with_a_bfloat16_base(train, m
 def test_validation_measures_the_adapter_as_it_is_used_without_dropout(train, captured, small):
     run = train("run", "adapter.dropout=0.8", "validate_every=4")
     model = load_transformer(load_config(compose(*small())).source)
-    before = captured[0].validate(model, 1.0).mean().item()
+    before = captured[0].validator(model, 1.0).mean().item()
     adapters.load(model, run)
-    after = captured[0].validate(model, 1.0).mean().item()
+    after = captured[0].validator(model, 1.0).mean().item()
     assert values(run, "validation_loss") == pytest.approx([before, after], rel=1e-5)
     assert abs(after - before) > 1e-3
 

@@ -16,10 +16,10 @@ from train_helpers import adapter, compose, draw_picture, lines, same_tensors, v
 import train.encoding.class_pictures
 import train.stages.class_data
 from flux2 import load
-from train import loop as train_loop
 from train.cache import main as fill_caches
 from train.config.memory import choice_of
 from train.encoding.class_pictures import Recipe
+from train.objective import objective
 from train.objective.prior import ClassPictures, PriorPreservation
 from train.planner.from_config import job_of
 from train.planner.predictor import Planner
@@ -71,7 +71,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 def test_class_pictures_are_an_exact_share_of_what_is_trained_however_a_step_is_cut(small, given):
     run = load_config(compose(*small("preservation.share=0.5", "batch_size=4", *given)))
-    prepare_samples(run)
+    classes = prepare_samples(run).classes
 
     def indices(step, processes, accumulation):
         found, cut = {}, run.settings
@@ -79,7 +79,7 @@ def test_class_pictures_are_an_exact_share_of_what_is_trained_however_a_step_is_
         run.settings = replace(cut, batch_size=micro)
         for index in range(processes):
             own = {"gradient_accumulation": accumulation, "num_processes": processes, "process_index": index}
-            reader = class_loader(run, **own)
+            reader = class_loader(run, classes, **own)
             batches = reader.micro_batches(step)
             assert len(batches) == accumulation  # one beside each micro-batch
             for batch in batches:
@@ -98,13 +98,13 @@ def test_class_pictures_are_an_exact_share_of_what_is_trained_however_a_step_is_
 
 
 def test_their_noise_is_another_than_that_of_the_samples_beside_them(train, given, monkeypatch):
-    noised, draw = [], train_loop.draw
+    noised, draw = [], objective.draw
 
     def noted(batch, timesteps, seed, step):
         noised.append((step, batch.positions, draw(batch, timesteps, seed, step).times))
         return draw(batch, timesteps, seed, step)
 
-    monkeypatch.setattr(train_loop, "draw", noted)
+    monkeypatch.setattr(objective, "draw", noted)
     train("run", *given, "steps=2")
     assert [(step, positions) for step, positions, _ in noised] == [(0, [0, 1])] * 2 + [(1, [0, 1])] * 2
     for own, beside in (noised[:2], noised[2:]):
@@ -159,8 +159,8 @@ def test_class_pictures_are_among_the_samples_of_a_bad_step(train, given, monkey
         losses = training_loss(model, noised, *rest)
         return replace(losses, total=losses.total * math.nan)
 
-    training_loss = train_loop.training_loss
-    monkeypatch.setattr(train_loop, "training_loss", ruined)
+    training_loss = objective.training_loss
+    monkeypatch.setattr(objective, "training_loss", ruined)
     with pytest.raises(ValueError, match=r"class0/\d\.png"):
         train("run", *given, "max_nonfinite_steps=1")
 
@@ -240,8 +240,7 @@ def test_the_base_draws_what_is_missing_one_model_at_a_time_and_the_next_run_fin
     prepare_samples(load_config(compose(*small(*drawn(4, tmp_path)))))  # one more, beside those
     assert watch.sampled == 4
     assert pictures(tmp_path).items() >= first.items()
-    fewer = load_config(compose(*small(*drawn(2, tmp_path))))
-    prepare_samples(fewer)
+    fewer = prepare_samples(load_config(compose(*small(*drawn(2, tmp_path)))))
     assert (watch.sampled, len(fewer.classes[0])) == (4, 2)
     prepare_samples(load_config(compose(*small(*drawn(2, tmp_path), "preservation.seed=7"))))
     assert (watch.sampled, len(list(tmp_path.iterdir()))) == (6, 2)
