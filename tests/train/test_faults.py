@@ -137,7 +137,7 @@ def test_killed_20_times_at_random_moments_the_curve_is_that_of_a_run_left_alone
             killed = tmp_path / f"killed_{kills}"
             continue
         kills += 1
-        resumed += "going on from" in process.out.read_text()
+        resumed += "resuming from" in process.out.read_text()
         assert len(checkpoints(killed)) <= 3
     assert resumed >= 5
     last = server.start(*settings, f"output_dir={killed}")

@@ -23,7 +23,6 @@ from train_helpers import (
 
 from flux2 import adapters
 from flux2.weights.loading import load_transformer
-from train import loop
 from train.checkpoints.checkpoint import checkpoints
 from train.config.settings import LoopSettings
 from train.encoding import text_encoders
@@ -395,13 +394,13 @@ def test_bfloat16_is_near_to_float32_and_keeps_the_adapter_in_float32(train, cap
 @pytest.mark.parametrize(("precision", "kind"), [("fp32", False), ("bf16", True)])
 def test_products_of_matrices_are_in_bfloat16_only_with_a_bfloat16_base(train, monkeypatch, precision, kind):
     seen = []
-    training_loss = loop.training_loss
+    training_loss = objective.training_loss
 
     def spy(*arguments):
         seen.append(torch.is_autocast_enabled("cpu"))
         return training_loss(*arguments)
 
-    monkeypatch.setattr(loop, "training_loss", spy)
+    monkeypatch.setattr(objective, "training_loss", spy)
     train("run", f"precision={precision}", "steps=2")
     assert seen == [kind, kind]
 

@@ -238,7 +238,7 @@ def test_a_job_that_slurm_starts_again_goes_on(run_command, small, train, at_ste
         assert "already holds a run" in err
         return
     assert code == 0, err
-    assert f"going on from {place / 'checkpoints'}" in out
+    assert f"resuming from {place / 'checkpoints'}" in out
     alone = train("alone")
     assert lines(place) == lines(alone)
     assert same_tensors(adapter(place), adapter(alone))

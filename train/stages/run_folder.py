@@ -75,7 +75,9 @@ def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
 
 
 def record_start(config: RunConfig, location: RunLocation, data: TrainedData) -> None:
-    """Write the configuration, the samples and the command into the run folder."""
+    """Write the configuration, the samples and the command into the run folder, once the checkpoint has been read."""
+    if location.checkpoint is not None:
+        config.say(f"resuming from {location.checkpoint}")
     text = OmegaConf.to_yaml(OmegaConf.create(masked(config.config)))
     write_whole(location.folder / CONFIG_FILE, text)
     data.write(location.folder)
