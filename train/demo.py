@@ -40,7 +40,7 @@ from train.checkpoints.resume import RunLocation
 from train.cli.app import command
 from train.config.run_config import RunConfig
 from train.reports import run_report
-from train.reports.slider import Cell
+from train.reports.run_pictures import Pair
 from train.run import train
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
@@ -139,7 +139,7 @@ def end(
     judged: Sequence[str],
     numbers: Path,
     use: Sequence[str],
-    pairs: Sequence[Cell],
+    pairs: Sequence[Pair],
 ) -> None:
     """Say how it went, where everything is, and with which arguments the adapter makes more pictures."""
     run.say(f"\ntrained in {seconds:.0f} s")
@@ -220,7 +220,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
     use = ["--prompt", "a trtcrd of a purple bell, tarot style", "--out", "bell.png"]
     pairs_shown = [
-        run_report.pair(words[i], before[i], after[i])
+        (words[i], before[i], after[i])
         for words, before, after in ((prompts, cards_before, cards_after), (plain, plain_before, plain_after))
         for i in shown
     ]

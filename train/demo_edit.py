@@ -41,7 +41,6 @@ from train.checkpoints.resume import RunLocation
 from train.cli.app import command
 from train.config.run_config import RunConfig
 from train.demo import end, line, load_demo_config, moved, same
-from train.reports import run_report
 from train.run import train
 from train.stages.run_folder import claim_run_folder
 from train.utils.progress import ItemProgress
@@ -190,9 +189,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
     use = ["--image", "data/demo_edit/new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
     chosen = [drawings.index(one) for one in SHOWN]
-    pairs = [
-        run_report.pair(f"{drawings[i].color} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen
-    ]
+    pairs = [(f"{drawings[i].color} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen]
     end(run, adapter, seconds, judge(found), folder / "demo_edit.json", use, pairs)
 
 

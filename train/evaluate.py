@@ -32,6 +32,7 @@ from train.cli.app import command
 from train.config.instantiate import instantiate, parse_settings
 from train.evaluation import distances
 from train.evaluation.features import Features
+from train.evaluation.findings import find_problems
 from train.evaluation.recommend import closing_lines, recommend
 from train.evaluation.results import BASE, Evaluation, Row
 from train.reports import run_report
@@ -218,7 +219,7 @@ def measure(
         vectors.append(describe(one.image))
         made.trained.append(one.name)
         loads.append(one.load)
-    trained = distances.Training.of(vectors) if vectors else None
+    trained = distances.TrainingDistances.from_vectors(vectors) if vectors else None
     made.own = trained.own if trained else ()
     bases = dict(zip(made.columns, map(vector, made.base.files), strict=True))
     for row, columns in [*((row, made.columns) for row in made.rows), *((row, few) for row in made.strengths)]:
@@ -290,12 +291,12 @@ def main(config: DictConfig) -> None:
     found = evaluated(settings, features)
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     by = f"python train/evaluate.py {masked_command(words)}" if words else ""
-    page = run_report.write(found[0].folder, found[0], found[1:], evaluated_by=by)
+    page = run_report.write(found[0].folder, found, evaluated_by=by)
     for one in found:
         for note in one.notes:
             warn(note)
     print(*closing_lines(found[0].folder), sep="\n")
-    for text in run_report.stands_out(found[0].folder, found[0]):
+    for text in find_problems(found[0].folder, found[0]):
         print(text)
     print(f"pictures  {found[0].folder / 'evaluation'}")
     print(f"report    {page}", flush=True)

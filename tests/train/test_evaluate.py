@@ -14,7 +14,7 @@ from train.checkpoints.checkpoint import checkpoints
 from train.evaluate import EvaluationSettings, evaluated
 from train.evaluation import distances
 from train.evaluation.features import Latents, Vision
-from train.evaluation.findings import caution, stands_out
+from train.evaluation.findings import caution, find_problems
 from train.reports import run_report
 from train.utils.files import write_picture
 from train.validation.samples import Sampler
@@ -123,8 +123,8 @@ def test_runs_side_by_side_draw_the_same_prompts_with_the_adapter_that_each_chos
 def test_a_learning_rate_that_is_far_too_high_shows_in_the_numbers(train):
     good = train("good", *KEPT, "optimizer.lr=1e-3")
     bad = train("bad", *KEPT, "optimizer.lr=30")
-    assert stands_out(good, evaluate(good)[0]) == []
-    said = "\n".join(stands_out(bad, evaluate(bad)[0]))
+    assert find_problems(good, evaluate(good)[0]) == []
+    said = "\n".join(find_problems(bad, evaluate(bad)[0]))
     assert "far more alike than the base's" in said
     assert "It rests on 6 samples: too few to be sure" in caution(good)
 
@@ -140,8 +140,8 @@ def test_pictures_that_are_not_finite_are_counted_and_the_rest_go_on(train, monk
     monkeypatch.setattr(Sampler, "picture", broken)
     (found,) = evaluate(run)
     assert [row.failed for row in found.rows] == [0, 1, 1]
-    assert "could not be computed" in "\n".join(stands_out(run, found))
-    assert "step 2 1 of 2" in "\n".join(stands_out(run, found))
+    assert "could not be computed" in "\n".join(find_problems(run, found))
+    assert "step 2 1 of 2" in "\n".join(find_problems(run, found))
 
 
 def test_without_the_training_pictures_all_else_is_there(train, tmp_path):
@@ -211,7 +211,7 @@ def test_secrets_in_prompts_are_in_no_file_of_an_evaluation(train, monkeypatch):
     monkeypatch.setattr("train.evaluate.sheet", noted)
     prompts = ["a cup notforothers0123", "at https://joe:geheim77@cups.example/x?token=othersecret"]
     made = evaluate(run, prompts=prompts, strengths=[])
-    run_report.write(run, made[0])
+    run_report.write(run, made)
     for file in [one for one in run.rglob("*") if one.is_file()]:
         assert not [word for word in (b"notforothers", b"geheim77", b"othersecret") if word in file.read_bytes()], file
     assert captions == ["a cup *** (seed 5)", "at https://***@cups.example/x?token=*** (seed 5)"]
@@ -287,7 +287,7 @@ def test_the_command_says_what_is_wrong_in_one_line():
 
 def test_a_copy_is_nearer_than_training_pictures_are_to_one_another():
     vectors = [torch.tensor([float(i * i), 0.0]) for i in range(10)]  # 1, 3, 5 ... apart
-    trained = distances.Training.of(vectors)
+    trained = distances.TrainingDistances.from_vectors(vectors)
     assert trained.own == (1, 1, 3, 5, 7, 9, 11, 13, 15, 17)
     copy = trained.nearest(torch.tensor([36.0, 0.1]))
     assert (copy.index, copy.nearer_than, copy.suspicious) == (6, 1.0, True)
@@ -296,9 +296,9 @@ def test_a_copy_is_nearer_than_training_pictures_are_to_one_another():
 
 
 def test_few_training_pictures_make_nothing_suspicious():
-    trained = distances.Training.of([torch.tensor([0.0]), torch.tensor([9.0])])
+    trained = distances.TrainingDistances.from_vectors([torch.tensor([0.0]), torch.tensor([9.0])])
     assert not trained.nearest(torch.tensor([0.1])).suspicious
-    assert distances.Training.of([torch.tensor([0.0])]).nearest(torch.tensor([0.1])).nearer_than == 0
+    assert distances.TrainingDistances.from_vectors([torch.tensor([0.0])]).nearest(torch.tensor([0.1])).nearer_than == 0
 
 
 def test_spread_is_the_mean_distance_of_two():

@@ -16,7 +16,7 @@ from flux2.models.variants import VARIANTS
 from train.hub import main
 from train.publishing import model_card
 from train.publishing.hub import HubSettings, push_or_say
-from train.publishing.model_card import Facts
+from train.publishing.model_card import ModelCardData
 
 pytest_plugins = ("train_helpers",)
 
@@ -245,7 +245,7 @@ def described(tmp_path):
             "seed": 0,
         }
         given = {"config": config, "samples": 24, "images": 2, "device": "NVIDIA H100", "precision": "bf16"} | facts
-        model_card.write(Facts(name="cards", variant=VARIANTS[name], **given), tmp_path)
+        model_card.write(ModelCardData(name="cards", variant=VARIANTS[name], **given), tmp_path)
         text = (adapter / "README.md").read_text()
         return text, ModelCard(text).data
 

@@ -21,7 +21,7 @@ from train.encoding.text_encoders import LocalTextEncoder
 from train.stages.memory import load_config
 from train.stages.model import load_base
 from train.sweeps import records, reuse
-from train.sweeps.page import in_rows, picture
+from train.sweeps.page import arrange, render
 from train.sweeps.reuse import SHARED, Base, Shared, checksum, state_of
 
 pytest_plugins = ("train_helpers", "offload_helpers")
@@ -359,14 +359,17 @@ def test_the_table_is_made_again_by_a_command(tmp_path, capsys):
 )
 def test_jobs_of_a_grid_stand_in_rows_that_differ_in_one_key(values, order, columns, tmp_path):
     found = [records.SweepJob(i, tmp_path / str(i), {"rank": rank, "lr": lr}) for i, (rank, lr) in enumerate(values)]
-    shown, count = in_rows(found, records.split_overrides(found)[1])
+    shown, count = arrange(found, records.split_overrides(found)[1])
     assert ([job.number for job in shown], count) == (order, columns)
 
 
-def test_a_sheet_that_cannot_be_read_is_left_out(tmp_path):
-    broken = tmp_path / "step_000001.png"
+def test_a_sample_grid_that_cannot_be_read_is_left_out(tmp_path):
+    broken = tmp_path / "0" / "step_000001.png"
+    broken.parent.mkdir()
     broken.write_bytes(b"\x89PNG half")
-    assert picture(broken) == ""
+    page = render(tmp_path, [records.SweepJob(0, broken.parent, sheet=broken)])
+    assert "<figure" in page
+    assert "<img" not in page
 
 
 def test_the_free_memory_counts_what_the_job_before_left(model_folders, small):

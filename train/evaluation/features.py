@@ -1,7 +1,7 @@
-"""What pictures are compared by, in an evaluation: the group `features`. A model gives a vector for each picture.
+"""What an evaluation compares images by: the group `features`. A model gives a vector for each image.
 
-`Latents` needs nothing that is not there: the run's own autoencoder. Its distances go by place and color, so they find
-copies, and know little of what a picture shows. `Vision` asks a vision transformer, whose distances go by content.
+`Latents` needs nothing but the run's own autoencoder. Its distances depend on place and color, so they find copies and
+say little about what an image shows. `Vision` uses a vision transformer, whose distances depend on content.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ Describe = Callable[[Image.Image], Tensor]
 
 
 class Features(Protocol):
-    """Something to compare pictures by.
+    """A way to compare images.
 
     Attributes:
-        name: what a report calls it, and its distances.
+        name: Its name in a report.
     """
 
     name: str
 
     def load(self, autoencoder: Callable[[], Autoencoder], device: torch.device) -> Describe:
-        """A function from a picture to its vector (D,), float32 on the CPU.
+        """Return a function from an image to its vector (D,), float32 on the CPU.
 
-        The distance of two pictures is the Euclidean one of their vectors. Raises ValueError if it cannot be loaded.
+        The distance of two images is the Euclidean one of their vectors. Raises ValueError if it cannot be loaded.
         """
 
 
 class Latents:
-    """The autoencoder's latents of the picture, made square.
+    """The autoencoder's latents of the image, resized to a square.
 
-    The distance is the root of the mean squared difference; a latent has about unit variance, so two pictures with
+    The distance is the root of the mean squared difference. A latent has about unit variance, so two images with
     nothing in common are about 1.4 apart.
 
     Args:
-        side: pixels of the square, a multiple of 16.
+        side: Pixels of the square's side, a multiple of 16.
     """
 
     def __init__(self, side: int = 256) -> None:
@@ -58,8 +58,8 @@ class Latents:
         model = autoencoder()
 
         @torch.no_grad()
-        def describe(picture: Image.Image) -> Tensor:
-            square = picture.convert("RGB").resize((self.side, self.side), Image.Resampling.LANCZOS)
+        def describe(image: Image.Image) -> Tensor:
+            square = image.convert("RGB").resize((self.side, self.side), Image.Resampling.LANCZOS)
             latents = model.encode(to_pixels([square]).to(next(model.parameters())))
             return (latents.flatten() / latents.numel() ** 0.5).float().cpu()
 
@@ -69,12 +69,13 @@ class Latents:
 class Vision:
     """A vision transformer of the library transformers, such as DINOv2: the vector of its first token, of length 1.
 
-    The distance of two pictures is from 0 to 2: the root of 2 - 2 times the cosine of their vectors.
+    The distance of two images is from 0 to 2: the root of 2 - 2 times the cosine of their vectors.
 
     Args:
-        path: a repository id or a folder, of a model that `transformers.AutoModel` opens and that takes `pixel_values`.
-        side: pixels of the square that pictures are made to.
-        mean, std: of red, green and blue, as the model was trained with; those of ImageNet by default.
+        path: Repository id or folder of a model that `transformers.AutoModel` opens and that takes `pixel_values`.
+        side: Pixels of the square's side that images are resized to.
+        mean: Mean of red, green and blue that the model was trained with; the default is that of ImageNet.
+        std: Standard deviation of red, green and blue, likewise.
     """
 
     def __init__(
@@ -89,38 +90,33 @@ class Vision:
         check_count("features.side", side, 16)
         for key, given in (("mean", mean), ("std", std)):
             if not isinstance(given, list | tuple) or len(given) != 3 or not all(is_number(one, 0) for one in given):
-                raise ValueError(f"features.{key}={given!r} must be three numbers from 0")
+                raise ValueError(f"features.{key}={given!r} must be three numbers >= 0")
         if not all(std):
-            raise ValueError(f"features.std={std!r} must be above 0")
+            raise ValueError(f"features.std={std!r} must be three numbers > 0")
         self.path, self.side, self.mean, self.std = path, side, tuple(mean), tuple(std)
         self.name = f"{path} at {side} x {side} px"
 
     def load(self, autoencoder: Callable[[], Autoencoder], device: torch.device) -> Describe:
         from transformers import AutoModel
 
+        remedy = "give a vision transformer that transformers can open, or use features=latents"
         try:
             model: Any = AutoModel.from_pretrained(self.path, dtype=torch.float32)
             model = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)
-        except Exception as error:  # of transformers, the Hub and safetensors, each its own
-            said = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"features.path={self.path!r} cannot be loaded ({type(error).__name__}: {said}): give a vision model "
-                "that transformers can open, or leave it out: features=latents"
-            ) from error
+        except Exception as error:  # transformers, the Hub and safetensors each have their own
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(f"features.path={self.path!r} cannot be loaded ({reason}): {remedy}") from error
         mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (self.mean, self.std))
 
         @torch.no_grad()
-        def describe(picture: Image.Image) -> Tensor:
-            square = picture.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
+        def describe(image: Image.Image) -> Tensor:
+            square = image.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
             pixels = ((to_pixels([square]) + 1) / 2 - mean) / std
             try:
-                found = model(pixel_values=pixels.to(device))
-                vector = found.last_hidden_state[0].float().cpu()
+                vector = model(pixel_values=pixels.to(device)).last_hidden_state[0].float().cpu()
+                return F.normalize(vector[0], dim=0)
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"features.path={self.path!r} gives no vectors of pictures ({type(error).__name__}: {error}): "
-                    "give a vision transformer, or leave it out: features=latents"
-                ) from error
-            return F.normalize(vector[0], dim=0)
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(f"features.path={self.path!r} gives no image vectors ({reason}): {remedy}") from error
 
         return describe

@@ -1,7 +1,6 @@
-"""What stands out in the numbers of a run, in sentences: signs that it went wrong, with the numbers that show it.
+"""Find signs in the numbers of a run that it went wrong, and report each as a sentence with the numbers that show it.
 
-A sentence is made only of what was measured, and says nothing where nothing is wrong. Thresholds are wide: they are to
-find runs that a glance at the pictures finds too, not to rank good ones.
+Thresholds are wide: they find runs that a glance at the images finds too, and do not rank good ones.
 """
 
 from __future__ import annotations
@@ -10,89 +9,84 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from train.evaluation.recommend import FEW_SAMPLES, difference, not_finite, percent, validations
+from train.evaluation.recommend import FEW_SAMPLES, difference, nonfinite_steps, percent, validations
 from train.evaluation.results import Evaluation, Row
 from train.tracking.metrics import LAST_LOSSES, logged, series
 
-RISEN = 1.25  # the training loss at the end by that at the start
-FARTHER = 1.15  # distance to the training pictures by the base's
-ALIKE = 0.6  # spread of the pictures by the base's
-FEW = 8  # samples, below which another choice of them may well rank checkpoints in another way
+RISEN = 1.25  # training loss at the end divided by that at the start
+FARTHER = 1.15  # distance to the training pictures divided by the base's
+ALIKE = 0.6  # spread of the images divided by the base's
+FEW = 8  # with fewer samples, another choice of them may well rank checkpoints differently
 
 
-def of_training(folder: Path) -> list[str]:
-    """From metrics.jsonl and validation.jsonl of the run in `folder`."""
+def problems_of_training(folder: Path) -> list[str]:
+    """Return what stands out in metrics.jsonl and validation.jsonl of the run in `folder`."""
     lines, found = logged(folder), []
     if skipped := sum(bool(line.get("skipped")) for line in lines):
-        found.append(f"{skipped} logged steps made no update, as their loss or gradient was not finite")
+        found.append(f"{skipped} logged steps made no update, because their loss or gradient was not finite")
     losses = [value for _, value in series(lines, "loss")]
     if len(losses) >= 2 * LAST_LOSSES:
         first, last = fmean(losses[:LAST_LOSSES]), fmean(losses[-LAST_LOSSES:])
         if last > RISEN * first:
             found.append(f"the training loss rose: from {first:.4g} to {last:.4g}, means of {LAST_LOSSES} logged steps")
-    if steps := not_finite(folder):
+    if steps := nonfinite_steps(folder):
         found.append(f"the validation loss was not finite after step {', '.join(map(str, steps))}")
     measured = validations(folder)
-    if len(measured) > 1 and measured[0].step == 0:
+    if len(measured) > 1 and measured[0].step == 0 and measured[-1].mean > measured[0].mean:
         base, last_one = measured[0], measured[-1]
-        if last_one.mean > base.mean:
-            gap = difference(last_one, base)
-            sure = "" if gap is None else " beyond the noise" if gap.is_clear else " within the noise"
-            found.append(
-                f"the last validation loss is higher than the base's{sure}: {last_one.mean:.4g} against "
-                f"{base.mean:.4g} ({percent(last_one.mean, base.mean)}). The adapter predicts worse than none: the "
-                "learning rate may be too high"
-            )
+        noise = "beyond" if difference(last_one, base).is_clear else "within"
+        found.append(
+            f"the last validation loss is higher than the base's {noise} the noise: {last_one.mean:.4g} against "
+            f"{base.mean:.4g} ({percent(last_one.mean, base.mean)}). The adapter predicts worse than none. Lower "
+            "optimizer.lr"
+        )
     return found
 
 
 def caution(folder: Path) -> str:
-    """What to think of a recommendation that rests on few samples; empty where it does not, or `recommend` says so."""
+    """Return a warning if a recommendation rests on few samples; empty if it does not, or `recommend` warns already."""
     measured = validations(folder)
     count = len(measured[-1].losses) if measured else 0
     if not FEW_SAMPLES <= count < FEW:
         return ""
-    return f"It rests on {count} samples: too few to be sure of the order of checkpoints. Trust the pictures more."
+    return f"It rests on {count} samples: too few to be sure of the order of checkpoints. Trust the images more."
 
 
-def of_pictures(made: Evaluation) -> list[str]:
-    """From what was drawn."""
-    found, base = [], made.base
-    rows = made.rows[1:]
+def problems_of_images(evaluation: Evaluation) -> list[str]:
+    """Return what stands out in the images of an evaluation."""
+    found, base, rows = [], evaluation.base, evaluation.rows[1:]
+
+    def values(chosen: Sequence[Row], key: str) -> str:
+        each = ", ".join(f"{getattr(row, key):.3g} at {row.name}" for row in chosen)
+        return f"{each} (base: {getattr(base, key):.3g})"
+
     if failed := [row for row in rows if row.failed]:
         counts = ", ".join(f"{row.name} {row.failed} of {len(row.files)}" for row in failed)
-        found.append(f"pictures that could not be computed, as their pixels were not finite: {counts}")
-    farther = [row for row in rows if ratio(row.to_training, base.to_training) > FARTHER]
-    if farther:
+        found.append(f"images that could not be computed, because their pixels were not finite: {counts}")
+    if farther := [row for row in rows if ratio(row.to_training, base.to_training) > FARTHER]:
         found.append(
-            "farther from the training pictures than the base, which an adapter should bring nearer: "
-            f"{listed(farther, 'to_training', base)}"
+            "farther from the training pictures than the base, although an adapter should come nearer: "
+            f"{values(farther, 'to_training')}"
         )
-    alike = [row for row in rows if 0 <= ratio(row.spread, base.spread) < ALIKE]
-    if alike:
+    if alike := [row for row in rows if 0 <= ratio(row.spread, base.spread) < ALIKE]:
         found.append(
-            "pictures of different prompts and seeds are far more alike than the base's, so they hardly follow their "
-            f"prompts, unless the training pictures are so alike: distance between two {listed(alike, 'spread', base)}"
+            "images of different prompts and seeds are far more alike than the base's. They seem to ignore their "
+            f"prompts, unless the training pictures are as alike: distance between two {values(alike, 'spread')}"
         )
     for row in rows:
         if row.suspicious:
             found.append(
-                f"{row.name}: {row.suspicious} of {len(row.files)} pictures are nearer to a training picture than "
-                "training pictures are to one another: look at them below"
+                f"{row.name}: {row.suspicious} of {len(row.files)} images are nearer to a training picture than "
+                "training pictures are to one another: check them below"
             )
     return found
 
 
 def ratio(value: float | None, base: float | None) -> float:
-    """-1 where one of them is not known."""
+    """Return -1 if one of them is not known."""
     return -1.0 if value is None or not base else value / base
 
 
-def listed(rows: Sequence[Row], key: str, base: Row) -> str:
-    each = ", ".join(f"{getattr(row, key):.3g} at {row.name}" for row in rows)
-    return f"{each} (base: {getattr(base, key):.3g})"
-
-
-def stands_out(folder: Path, made: Evaluation | None = None) -> list[str]:
-    """All of it; empty if nothing does."""
-    return [*of_training(folder), *(of_pictures(made) if made else [])]
+def find_problems(folder: Path, evaluation: Evaluation | None = None) -> list[str]:
+    """Return everything that stands out in a run; empty if nothing does."""
+    return [*problems_of_training(folder), *(problems_of_images(evaluation) if evaluation else [])]

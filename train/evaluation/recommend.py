@@ -1,14 +1,14 @@
-"""Which checkpoint to use, and why: from the losses of validation that a run kept.
+"""Recommend a checkpoint, with reasons, from the validation losses that a run kept.
 
-A loss is the mean over a few samples, and the samples differ more from each other than steps do. So two steps are
-compared sample by sample: the mean of the differences, beside what such a mean varies by (Student's t, at 95 %).
+A loss is the mean over a few samples, and samples differ more from each other than steps do. So two steps are compared
+sample by sample: the mean of the differences, and the interval it varies in (Student's t, at 95 %).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -17,16 +17,16 @@ from train.checkpoints.checkpoint import checkpoints, number
 from train.tracking.metrics import VALIDATION_FILE, read
 from train.utils.text import many
 
-# quantiles of Student's t for one, two, ... degrees of freedom; beyond, 1.96 + 2.5 / degrees is near enough
+# quantiles of Student's t for 1, 2, ... degrees of freedom; with more, 1.96 + 2.5 / degrees is close enough
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-MOST_ROWS = 10
-FEW_SAMPLES, FEW_STEPS = 4, 3  # with fewer, what is lowest is hardly more than chance
-NEW = "validation.held_out=4 sets 4 samples aside (in a new run)"
+MAX_ROWS = 10
+FEW_SAMPLES, FEW_STEPS = 4, 3  # with fewer, the lowest loss may well be chance
+HELD_OUT = "validation.held_out=4 sets 4 samples aside (in a new run)"
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The losses after `step` steps: the mean over times of each sample."""
+    """The loss of each sample after `step` steps, its mean over the times."""
 
     step: int
     losses: tuple[float, ...]
@@ -35,10 +35,14 @@ class Validation:
     def mean(self) -> float:
         return fmean(self.losses)
 
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.mean)
+
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one step's loss is from another's, over the same samples: between `low` and `high`, at 95 %."""
+    """How far one step's loss is from another's over the same samples: between `low` and `high`, at 95 %."""
 
     mean: float
     low: float
@@ -52,182 +56,182 @@ class Difference:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`checkpoint` is None where there is nothing to choose from or to choose by; `lines` say why, for a reader."""
+    """The recommended checkpoint, and lines for a reader.
+
+    Attributes:
+        checkpoint: None if there is none to choose from, or no loss to choose by.
+        reasons: Why it is recommended, or why none is.
+        table: The losses, to be shown before the reasons.
+    """
 
     checkpoint: Path | None
-    lines: list[str]
+    reasons: list[str]
+    table: list[str] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        return [*self.table, *self.reasons]
 
 
-def validations(folder: Path) -> list[Validation]:
-    """Those of a run that can be compared with its last one: of the same samples at the same times. By step.
-
-    One with a loss that is not finite cannot be.
-    """
-    return [one for one in every_validation(folder) if math.isfinite(one.mean)]
-
-
-def not_finite(folder: Path) -> list[int]:
-    """The steps of a run after which a validation loss was not finite."""
-    return [one.step for one in every_validation(folder) if not math.isfinite(one.mean)]
-
-
-def every_validation(folder: Path) -> list[Validation]:
-    """`validations`, and those that are not finite."""
+def read_validations(folder: Path) -> list[Validation]:
+    """Return the validations of a run, by step, that measured the same samples at the same times as the last one."""
     file = folder / VALIDATION_FILE
     found = [line for line in read(file) if "losses" in line] if file.exists() else []
     kept = {
         line["step"]: Validation(line["step"], tuple(fmean(row) for row in line["losses"]))
         for line in found
-        if line["losses"] and all((line.get(key) == found[-1].get(key)) for key in ("samples", "times"))
+        if line["losses"] and all(line.get(key) == found[-1].get(key) for key in ("samples", "times"))
     }
     return [kept[step] for step in sorted(kept)]
 
 
-def blamed(folder: Path) -> str:
-    """What the first validation that is not finite says of its cause."""
-    first = next(one for one in every_validation(folder) if not math.isfinite(one.mean))
-    lines = [line for line in read(folder / VALIDATION_FILE) if line.get("step") == first.step]
-    named = lines[-1]["samples"]
-    those = [name for name, loss in zip(named, first.losses, strict=True) if not math.isfinite(loss)]
-    if first.step == 0 and len(those) < len(named):
-        return (
-            f"Those of {', '.join(those)} were not before training: are their cache entries damaged? Remove the cache"
-        )
-    if first.step == 0:
-        return "They were not before training: is the base damaged, or a precision too low?"
-    return f"It broke by step {first.step}: a lower optimizer.lr may help"
+def validations(folder: Path) -> list[Validation]:
+    """Return those of `read_validations` whose loss is finite."""
+    return [one for one in read_validations(folder) if one.is_finite]
 
 
-def difference(one: Validation, other: Validation) -> Difference | None:
-    """`one` less `other`, sample by sample; None for a single sample, which says nothing of others."""
+def nonfinite_steps(folder: Path) -> list[int]:
+    """Return the steps of a run after which a validation loss was not finite."""
+    return [one.step for one in read_validations(folder) if not one.is_finite]
+
+
+def nonfinite_cause(folder: Path) -> str:
+    """Return what the first validation that is not finite suggests as its cause."""
+    first = next(one for one in read_validations(folder) if not one.is_finite)
+    if first.step:
+        return f"The loss stopped being finite by step {first.step}: a lower optimizer.lr may help"
+    names = next(line["samples"] for line in reversed(read(folder / VALIDATION_FILE)) if line.get("step") == 0)
+    broken = [name for name, loss in zip(names, first.losses, strict=True) if not math.isfinite(loss)]
+    if len(broken) < len(names):
+        return f"It was not finite before training for {', '.join(broken)}: delete the cache, which may be damaged"
+    return "It was not finite before training: the base may be damaged, or the precision too low"
+
+
+def difference(one: Validation, other: Validation) -> Difference:
+    """Return `one` less `other`, sample by sample; without bounds for a single one, which says nothing of others."""
     each = [a - b for a, b in zip(one.losses, other.losses, strict=True)]
-    if len(each) < 2:
-        return None
-    degrees = len(each) - 1
-    quantile = T_95[degrees - 1] if degrees <= len(T_95) else 1.96 + 2.5 / degrees
-    margin = quantile * stdev(each) / len(each) ** 0.5
-    return Difference(fmean(each), fmean(each) - margin, fmean(each) + margin)
+    mean, degrees, margin = fmean(each), len(each) - 1, math.inf
+    if degrees:
+        quantile = T_95[degrees - 1] if degrees <= len(T_95) else 1.96 + 2.5 / degrees
+        margin = quantile * stdev(each) / len(each) ** 0.5
+    return Difference(mean, mean - margin, mean + margin)
 
 
 def percent(loss: float, base: float) -> str:
     return f"{100 * (loss / base - 1):+.1f} %"
 
 
-def rows(chosen: Sequence[Validation], best: Validation, base: Validation | None) -> list[str]:
-    """The table: the lowest and the last, in the order of their steps."""
-    lowest = sorted(chosen, key=lambda one: one.mean)[: MOST_ROWS - 1]
+def count_samples(validation: Validation, held_out: bool) -> str:
+    count = len(validation.losses)
+    return f"{many(count, 'sample')} set aside" if held_out else many(count, "training sample")
+
+
+def table_rows(chosen: Sequence[Validation], best: Validation, base: Validation | None) -> list[str]:
+    """Return a line for the base, the lowest losses and the last one, in the order of their steps."""
+    lowest = sorted(chosen, key=lambda one: one.mean)[: MAX_ROWS - 1]
     shown = [one for one in chosen if one in lowest or one is chosen[-1]]
-    found = [f"  step {base.step:>6}  {base.mean:.4f}  the base"] if base else []
+    rows = [f"  step {base.step:>6}  {base.mean:.4f}  the base"] if base else []
     for one in shown:
         against = f"  {percent(one.mean, base.mean)}" if base else ""
-        found.append(f"  step {one.step:>6}  {one.mean:.4f}{against}{'  lowest' if one is best else ''}")
+        rows.append(f"  step {one.step:>6}  {one.mean:.4f}{against}{'  lowest' if one is best else ''}")
     if len(chosen) > len(shown):
-        found.append(f"  and {many(len(chosen) - len(shown), 'checkpoint')} with a higher loss")
-    return found
+        rows.append(f"  and {many(len(chosen) - len(shown), 'checkpoint')} with a higher loss")
+    return rows
 
 
-def little(best: Validation, last: Validation, steps: int) -> str:
-    """What little the choice of `best` rests on, to be put behind `recommended`; empty where it rests on enough.
+def reservation(best: Validation, last: Validation, steps: int) -> str:
+    """Return what weakens the choice of `best`, to follow the word "recommended"; empty if nothing does.
 
     Args:
-        steps: how many were validated after the base.
+        steps: Number of validations after the base's.
     """
     few = [many(len(best.losses), "sample")] if len(best.losses) < FEW_SAMPLES else []
     few += [many(steps, "validation")] if steps < FEW_STEPS else []
     if few:
         return f", on {' and '.join(few)} alone,"
-    found = difference(best, last)
-    return ", by less than the noise," if best is not last and found is not None and not found.is_clear else ""
+    return ", by less than the noise," if best is not last and not difference(best, last).is_clear else ""
 
 
-def compared(best: Validation, last: Validation, base: Validation | None) -> str:
-    """Why `best`."""
-    count = len(best.losses)
-    samples = many(count, "sample")
-    chance = f"{samples} cannot say whether that is more than chance"
+def explain(best: Validation, last: Validation, base: Validation | None) -> str:
+    """Return why `best` is recommended."""
+    samples, few = many(len(best.losses), "sample"), len(best.losses) < FEW_SAMPLES
+    chance = f"{samples} cannot tell whether that is more than chance"
     if best is last:
         text = "the last one has the lowest validation loss"
         if base is not None:
-            gain = difference(best, base)
-            text += f", {percent(best.mean, base.mean)} against the base"
-            if gain is None or count < FEW_SAMPLES:
-                text += f" ({chance})"
-            else:
-                text += f", {'beyond' if gain.is_clear else 'within'} what the choice of {samples} explains"
+            side = "beyond" if difference(best, base).is_clear else "within"
+            noise = f" ({chance})" if few else f", {side} what the choice of {samples} explains"
+            text += f", {percent(best.mean, base.mean)} against the base{noise}"
         return f"{text}; training for longer may lower it further"
-    lower = f"its validation loss is the lowest, {last.mean - best.mean:.2g} ({percent(best.mean, last.mean)})"
-    found = difference(best, last)
-    if found is None or count < FEW_SAMPLES:
-        return f"{lower} below the last one's; {chance}, so let the sheets decide"
+    found, gap = difference(best, last), f"{last.mean - best.mean:.2g} ({percent(best.mean, last.mean)})"
+    lower = f"its validation loss is the lowest, {gap} below the last one's"
+    if few:
+        return f"{lower}; {chance}, so let the sample grids decide"
     span = f"{-found.high:.2g} to {-found.low:.2g} lower at 95 %, over {samples}"
     if found.is_clear:
-        return f"{lower} below the last one's, and that is beyond the noise ({span})"
-    return f"{lower} below the last one's, which is within the noise ({span}): either will do, so let the sheets decide"
+        return f"{lower}, beyond the noise ({span})"
+    return f"{lower}, within the noise ({span}): either will do, so let the sample grids decide"
 
 
 def recommend(folder: Path) -> Recommendation:
-    """The checkpoint of the run in `folder` with the lowest validation loss. Reads files alone, and changes nothing.
+    """Return the checkpoint of the run in `folder` with the lowest validation loss. Only reads files.
 
     Raises ValueError if the run's configuration cannot be read.
     """
     config = resume.configuration(folder)
     validation = config.get("validation") or {}
-    measured, saved = validations(folder), {number(place): place for place in checkpoints(folder)}
-    if not measured and not_finite(folder):
-        return Recommendation(None, [f"no checkpoint is recommended: no validation loss is finite. {blamed(folder)}"])
+    measured, broken = validations(folder), nonfinite_steps(folder)
+    saved = {number(place): place for place in checkpoints(folder)}
+
+    def no_checkpoint(reason: str, table: Sequence[str] = ()) -> Recommendation:
+        return Recommendation(None, [f"no checkpoint is recommended: {reason}"], list(table))
+
+    if not measured and broken:
+        return no_checkpoint(f"no validation loss is finite. {nonfinite_cause(folder)}")
     if not measured:
         key = "validation.samples=8" if config.get("validate_every") else "validate_every=50"
-        return Recommendation(None, [f"no checkpoint is recommended: nothing was validated. Give {key}; {NEW}"])
+        return no_checkpoint(f"nothing was validated. Set {key}; {HELD_OUT}")
     base = measured[0] if measured[0].step == 0 else None
-    held = bool(validation.get("held_out"))
-    count, times = len(measured[-1].losses), len(validation.get("times") or ())
-    kind = f"{many(count, 'sample')} set aside" if held else many(count, "training sample")
-    lines = [f"validation loss, {kind} at {many(times, 'time')}:"]
+    held_out = bool(validation.get("held_out"))
+    times = many(len(validation.get("times") or ()), "time")
+    table = [f"validation loss, {count_samples(measured[-1], held_out)} at {times}:"]
     chosen = [one for one in measured if one.step in saved]
     trained = [one for one in measured if one.step > 0]
-    lowest = min(trained, key=lambda one: one.mean, default=None)
+    lowest = min(trained, key=lambda one: one.mean, default=measured[0])
     if not chosen:
-        lines += rows(trained, lowest, base) if lowest is not None else rows([], measured[0], base)
-        lines.append(
-            "no checkpoint is recommended: "
-            + (
-                "none was validated. Let checkpoint_every be a multiple of validate_every"
-                if saved
-                else "none is kept but the finished adapter. checkpoint_every=250 saves some to choose from"
-            )
+        table += table_rows(trained, lowest, base)
+        if saved:
+            return no_checkpoint("none was validated. Set checkpoint_every to a multiple of validate_every", table)
+        return no_checkpoint(
+            "none was saved but the finished adapter. Set checkpoint_every=250 to have a choice", table
         )
-        return Recommendation(None, lines)
     best = min(chosen, key=lambda one: one.mean)
-    lines += rows(chosen, best, base)
-    broken = [step for step in not_finite(folder) if step in saved]
-    if broken:
-        lines.append(f"  and {len(broken)} whose loss was not finite (step {', '.join(map(str, broken))})")
-    without = sorted(set(saved) - {one.step for one in chosen} - set(broken))
-    if without:
+    table += table_rows(chosen, best, base)
+    if broken := [step for step in broken if step in saved]:
+        table.append(f"  and {len(broken)} whose loss was not finite (step {', '.join(map(str, broken))})")
+    if without := sorted(set(saved) - {one.step for one in chosen} - set(broken)):
         steps = ", ".join(map(str, without))
-        lines.append(
-            f"  and {len(without)} not validated (step {steps}): saved when the run was stopped, or not at a multiple "
-            "of validate_every"
-        )
-    if lowest is not None and lowest.mean < best.mean:
-        lines.append(f"  the lowest of all, {lowest.mean:.4f}, was after step {lowest.step}, which is not kept")
-    why = compared(best, chosen[-1], base)
+        why = "saved when the run was stopped, or not at a multiple of validate_every"
+        table.append(f"  and {len(without)} not validated (step {steps}): {why}")
+    if lowest.mean < best.mean and lowest.step:
+        table.append(f"  the lowest of all, {lowest.mean:.4f}, was after step {lowest.step}, which is not kept")
+    why = explain(best, chosen[-1], base)
     if len(chosen) == 1:
-        why = "it is the only one that was validated" + (
-            f", {percent(best.mean, base.mean)} against the base" if base is not None else ""
-        )
+        gain = f", {percent(best.mean, base.mean)} against the base" if base is not None else ""
+        why = f"it is the only one that was validated{gain}"
     if base is not None and best.mean >= base.mean:
-        why += ". But the base's loss is lower: nothing was learned that these samples show"
-    lines.append(f"recommended{little(best, chosen[-1], len(trained))} {saved[best.step]}: {why}")
-    if not held:
-        lines.append(
-            f"  measured on training samples, it says little: it also falls where pictures are only remembered. {NEW}"
+        why += ". But the base's loss is lower: these samples show nothing that was learned"
+    reasons = [f"recommended{reservation(best, chosen[-1], len(trained))} {saved[best.step]}: {why}"]
+    if not held_out:
+        reasons.append(
+            "  the loss is that of training samples, so it says little: it also falls if images are only memorized. "
+            f"{HELD_OUT}"
         )
-    return Recommendation(saved[best.step], lines)
+    return Recommendation(saved[best.step], reasons, table)
 
 
 def closing_lines(folder: Path) -> list[str]:
-    """The lines of `recommend`, for the end of a run, which is no place for an error."""
+    """Return the lines of `recommend` for the end of a run, where an error becomes a warning."""
     try:
         return recommend(folder).lines
     except (OSError, ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What was drawn and measured of a run, as train/evaluate.py found it and report.html shows it."""
+"""What train/evaluate.py drew and measured of a run, and report.html shows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ BASE = "base"
 
 @dataclass
 class Row:
-    """One adapter at one strength, or the base, in the order of the evaluation's columns.
+    """One adapter at one strength, or the base, with an image for each column of the evaluation.
 
     Attributes:
-        files: of its pictures; None where what the model gave was not finite.
-        to_training: mean distance of a picture to the nearest training picture; to_base: to the base's picture of the
-            same prompt and seed; spread: between two of its own pictures.
-        nearest: the training picture nearest to each; None without training pictures.
+        files: The images; None where the model gave pixels that are not finite.
+        to_training: Mean distance from an image to the nearest training picture.
+        to_base: Mean distance from an image to the base's with the same prompt and seed.
+        spread: Mean distance between two of the row's own images.
+        nearest: The training picture nearest to each image; None without training pictures.
     """
 
     name: str
@@ -40,8 +41,13 @@ class Row:
 
     @property
     def suspicious(self) -> int:
-        """How many pictures are as near to a training picture as hardly any two of those are."""
+        """How many images are closer to a training picture than training pictures usually are to one another."""
         return sum(one is not None and one.suspicious for one in self.nearest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was measured as plain values."""
+        names = [None if file is None else file.name for file in self.files]
+        return {**asdict(self), "files": names, "failed": self.failed}
 
 
 @dataclass
@@ -49,14 +55,16 @@ class Evaluation:
     """What was drawn and measured of one run.
 
     Attributes:
-        features: what pictures are compared by.
-        columns: (number of the prompt, seed) of each picture of a row.
-        rows: the base, then the adapters by step.
-        chosen: the name of the row that is recommended, or else the last.
-        strengths: the chosen adapter at each strength, its pictures from the first seed alone.
-        trained: names of the training pictures; own: the distances of each to its nearest other, ascending.
-        pictures: those training pictures that are nearest to one of the chosen row, by number.
-        damaged, notes: what could not be evaluated, and what else a reader should know.
+        features: Name of what images are compared by.
+        columns: Number of the prompt and seed of each image of a row.
+        rows: The base, then the adapters in the order of steps.
+        chosen: Name of the recommended row, otherwise of the last.
+        strengths: The chosen adapter at each strength, with images from the first seed alone.
+        trained: Names of the training pictures.
+        own: Distance of each training picture to its nearest other one, ascending.
+        pictures: The training pictures that are nearest to an image of the chosen row, by number.
+        damaged: What could not be evaluated.
+        notes: What else a reader should know.
     """
 
     folder: Path
@@ -73,6 +81,11 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def labels(self) -> list[str]:
+        """A caption for each column."""
+        return [f"{self.prompts[i]} (seed {seed})" for i, seed in self.columns]
+
+    @property
     def base(self) -> Row:
         return self.rows[0]
 
@@ -81,23 +94,8 @@ class Evaluation:
         return next(row for row in self.rows if row.name == self.chosen)
 
     def numbers(self) -> dict[str, Any]:
-        """All that was measured, as plain values, without secrets."""
-
-        def values(row: Row) -> dict[str, Any]:
-            names = [None if file is None else file.name for file in row.files]
-            nearest = [None if one is None else asdict(one) for one in row.nearest]
-            return {**asdict(row), "files": names, "nearest": nearest, "failed": row.failed}
-
-        found = {
-            "features": self.features,
-            "prompts": self.prompts,
-            "columns": self.columns,
-            "chosen": self.chosen,
-            "rows": [values(row) for row in self.rows],
-            "strengths": [values(row) for row in self.strengths],
-            "trained": self.trained,
-            "own": self.own,
-            "damaged": self.damaged,
-            "notes": self.notes,
-        }
+        """Return everything that was measured as plain values, without secrets."""
+        keys = ("features", "prompts", "columns", "chosen", "rows", "strengths", "trained", "own", "damaged", "notes")
+        found = {key: getattr(self, key) for key in keys}
+        found |= {key: [row.to_dict() for row in found[key]] for key in ("rows", "strengths")}
         return {key: masked(value) for key, value in found.items()}

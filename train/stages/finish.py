@@ -25,7 +25,7 @@ def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None
     if not config.accelerator.is_main_process:
         return
     device = config.accelerator.device
-    facts = model_card.Facts(
+    data = model_card.ModelCardData(
         name=config.settings.name,
         variant=config.variant,
         config=config.config,
@@ -40,7 +40,7 @@ def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None
         place=config.hub.repo_id if "/" in (config.hub.repo_id or "") else None,
     )
     try:
-        model_card.write(facts, folder)
+        model_card.write(data, folder)
     except (OSError, ValueError) as error:
         warn(f"the card of the adapter could not be written ({error})")
     run_report.write_or_warn(folder)

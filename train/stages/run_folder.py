@@ -83,4 +83,4 @@ def record_start(config: RunConfig, location: RunLocation, data: TrainedData) ->
     data.write(location.folder)
     if HydraConfig.initialized():
         words, processes = HydraConfig.get().overrides.task, config.accelerator.num_processes
-        run_report.note_command(location.folder, words, processes, goes_on=location.checkpoint is not None)
+        run_report.note_command(location.folder, words, processes, resumed=location.checkpoint is not None)

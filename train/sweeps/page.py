@@ -1,4 +1,4 @@
-"""`sweep.html`: the table of a sweep with the jobs' pictures side by side, one file that needs no network."""
+"""Render `sweep.html`: the table of a sweep with the jobs' sample grids, one file that needs no network."""
 
 from __future__ import annotations
 
@@ -6,134 +6,81 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from html import escape
 from pathlib import Path
+
+from markupsafe import Markup
 
 from train.checkpoints import resume
 from train.reports import html as page
+from train.reports.html import Table, number
 from train.sweeps.records import SweepJob, best_job, split_overrides
 from train.utils.files import opened
 
-WIDEST = 1060  # pixels of an embedded sheet, which is four pictures; the whole one is behind its link
-MOST_COLUMNS = 4
-
-STYLE = """
-body { max-width: 100rem }
-.done { color: var(--good) }
-.failed, .lost { color: var(--bad) }
-.error { color: var(--bad); white-space: normal; overflow-wrap: anywhere }
-ol { columns: 20rem; margin: 0 0 1rem; padding-left: 1.6rem }
-.sheets { --gap: 1rem; display: grid; gap: var(--gap); margin-bottom: var(--gap); align-items: start }
-.sheets { --width: calc((100% - (var(--columns) - 1) * var(--gap)) / var(--columns)) }
-.sheets { grid-template-columns: repeat(auto-fill, minmax(max(var(--width), min(20rem, 100%)), 1fr)) }
-figcaption { min-height: calc(3em + 1rem) }
-"""
+WIDEST = 1060  # pixels of an embedded sample grid, which is four images; its link opens the file itself
+MAX_COLUMNS = 4
 
 
-def picture(file: Path) -> str:
-    """The file as a data URI; empty if it cannot be read."""
-    image = opened(file)
-    return "" if image is None else page.data_uri(image, WIDEST, jpeg=True)
+def job_table(jobs: Sequence[SweepJob], keys: Sequence[str], best: SweepJob | None) -> Table:
+    """Return settings, status, losses and speed, a line for each job."""
+    numbers = {"last": ".4f", "best": ".4f", "best_step": "d", "training_loss": ".4f", "images_per_second": ".2f"}
+    link, status, rows = Markup('<a href="{}/">{}</a>'), Markup('<span class="{}">{}</span>'), []
+    for job in jobs:
+        progress = "" if job.status == "done" or not job.of else f" {job.steps}/{job.of}"
+        row = [link.format(job.folder.name, job.number), *(job.overrides.get(key, "") for key in keys)]
+        row.append(status.format(job.status, job.status + progress))
+        rows.append(row + [number(getattr(job, key), form) for key, form in numbers.items()])
+    names = ("validation loss", "best", "at step", "training loss", "images/s")
+    return Table(["job", *keys, "status"], names, rows, [job is best for job in jobs])
 
 
-def table(found: Sequence[SweepJob], keys: Sequence[str], best: SweepJob | None) -> str:
-    numbers = ("validation loss", "best", "at step", "training loss", "images/s")
-    head = page.heads(("job", *keys, "status"), numbers)
-    rows = []
-    for job in found:
-        place = f'<a href="{job.folder.name}/">{job.number}</a>'
-        values = "".join(f"<td>{escape(job.overrides.get(key, ''))}</td>" for key in keys)
-        steps = "" if job.status == "done" or not job.of else f" {job.steps}/{job.of}"
-        rows.append(
-            f"<tr{' class=best' if job is best else ''}><td>{place}</td>{values}"
-            f'<td class="{job.status}">{job.status}{steps}</td>'
-            + page.number(job.last, ".4f")
-            + page.number(job.best, ".4f")
-            + page.number(job.best_step, "d")
-            + page.number(job.training_loss, ".4f")
-            + page.number(job.images_per_second, ".2f")
-            + "</tr>"
-        )
-    return page.table(head, rows)
+def arrange(jobs: Sequence[SweepJob], keys: Sequence[str]) -> tuple[list[SweepJob], int]:
+    """Return the jobs in the order they are shown, and how many stand in a row.
 
-
-def figure(file: Path | None, sweep: Path, caption: str, best: bool = False) -> str:
-    """A sheet with a caption, which is HTML; the caption alone if there is none, or the file cannot be read."""
-    shown = ""
-    if file is not None and (data := picture(file)):
-        link = file.relative_to(sweep).as_posix()
-        shown = f'<a href="{link}"><img src="{data}" alt="sample sheet"></a>'
-    return f"<figure{' class=best' if best else ''}><figcaption>{caption}</figcaption>{shown}</figure>"
-
-
-def in_rows(found: Sequence[SweepJob], keys: Sequence[str]) -> tuple[list[SweepJob], int]:
-    """The jobs in the order they are shown in, and how many stand in a row.
-
-    Of a grid those of a row differ in one key alone, the one of most values, so that a column is a value of it.
+    In a grid search the jobs of a row differ in one key only, the one with most values, so a column is one value of it.
     """
-    values = {key: list(dict.fromkeys(job.overrides.get(key) for job in found)) for key in keys}
-    across = max(keys, key=lambda key: (len(values[key]) <= MOST_COLUMNS, len(values[key])), default=None)
-    count = len(found)
-    is_grid = math.prod(len(found) for found in values.values()) == count
-    if across is None or not is_grid or len(values[across]) > MOST_COLUMNS:
-        return list(found), math.ceil(count / math.ceil(count / 3))
-    down = [key for key in keys if key != across]
-    order = [*down, across]
-    shown = sorted(found, key=lambda job: [values[key].index(job.overrides.get(key)) for key in order])
-    return shown, len(values[across])
+    values = {key: list(dict.fromkeys(job.overrides.get(key) for job in jobs)) for key in keys}
+    across = max(keys, key=lambda key: (len(values[key]) <= MAX_COLUMNS, len(values[key])), default=None)
+    is_grid = math.prod(map(len, values.values())) == len(jobs)
+    if across is None or not is_grid or len(values[across]) > MAX_COLUMNS:
+        return list(jobs), math.ceil(len(jobs) / math.ceil(len(jobs) / 3))
+    order = [*(key for key in keys if key != across), across]
+    by_value = sorted(jobs, key=lambda job: [values[key].index(job.overrides.get(key)) for key in order])
+    return by_value, len(values[across])
 
 
-def prompts(found: Sequence[SweepJob]) -> list[str]:
-    """Those of the sheets, if all jobs that say so have the same."""
+def common_prompts(jobs: Sequence[SweepJob]) -> list[str]:
+    """Return the prompts of the sample grids if all jobs whose configuration can be read have the same."""
     known = []
-    for job in found:
-        with suppress(ValueError):  # of a job that has no configuration yet, or none that can be read
+    for job in jobs:
+        with suppress(ValueError):  # the job has no configuration yet, or an unreadable one
             known.append((resume.configuration(job.folder).get("sample") or {}).get("prompts") or [])
     return list(known[0]) if known and all(one == known[0] for one in known) else []
 
 
-def sheets(sweep: Path, found: Sequence[SweepJob], keys: Sequence[str], best: SweepJob | None) -> str:
-    """The newest sheet of every job, and before them the one of step 0 if it is the same for all; empty without any."""
-    if all(job.sheet is None for job in found):
-        return ""
-    before, figures = "", []
-    firsts = {job.first_sheet.read_bytes() for job in found if job.first_sheet is not None}
-    if len(firsts) == 1:
-        first = next(job.first_sheet for job in found if job.first_sheet is not None)
-        before = figure(first, sweep, "before training")
-    shown, many = in_rows(found, keys)
-    for job in shown:
-        sheet = None if job.sheet == job.first_sheet and len(firsts) == 1 else job.sheet
-        what = " ".join(f"{key}={job.overrides[key]}" for key in keys if key in job.overrides)
-        loss = "<br>" + (job.status if job.last is None else f"validation loss {job.last:.4f}")
-        caption = f'<a href="{job.folder.name}/">job {job.number}</a> <code>{escape(what)}</code>{loss}'
-        figures.append(figure(sheet, sweep, caption, job is best))
-    said = prompts(found)
-    items = "".join(f"<li>{escape(prompt)}</li>" for prompt in said)
-    parts = ["<h2>Pictures</h2>", f"<p>In each sheet, row by row:</p><ol>{items}</ol>" if said else ""]
-    if before and len(figures) < 3:  # side by side with them
-        figures, before, many = [before, *figures], "", len(figures) + 1
-    for group in ([before] if before else [], figures):
-        if group:
-            parts.append(f'<div class="sheets" style="--columns: {many}">{"".join(group)}</div>')
-    return "".join(parts)
-
-
-def page_of(sweep: Path, found: Sequence[SweepJob]) -> str:
-    """The whole page of the jobs `found` in the folder `sweep`."""
-    common, keys = split_overrides(found)
-    best = best_job(found) if len(found) > 1 else None
-    parts = [f"<h1>Sweep {escape(f'{sweep.parent.name}/{sweep.name}')}</h1>"]
-    all_jobs = " ".join(f"{key}={value}" for key, value in common.items())
-    ended = sum(job.status == "done" for job in found)
-    when = time.strftime("%Y-%m-%d %H:%M")
-    parts.append(f"<p>{ended} of {len(found)} jobs are done, {when}. All: <code>{escape(all_jobs)}</code></p>")
-    if best is not None:
-        chosen = " ".join(f"{key}={best.overrides[key]}" for key in keys if key in best.overrides)
-        parts.append(f"<p>Lowest validation loss: job {best.number}, <code>{escape(chosen)}</code></p>")
-    parts.append(table(found, keys, best))
-    for job in found:
-        if job.error:
-            parts.append(f'<p class="error">job {job.number}: {escape(job.error)}</p>')
-    parts.append(sheets(sweep, found, keys, best))
-    return page.document(f"Sweep {sweep.name}", parts, STYLE)
+def render(sweep: Path, jobs: Sequence[SweepJob]) -> str:
+    """Return the page of `jobs`, which are those in the folder `sweep`."""
+    common, keys = split_overrides(jobs)
+    shown, columns = arrange(jobs, keys)
+    best = best_job(jobs) if len(jobs) > 1 else None
+    firsts = [job.first_sheet for job in jobs if job.first_sheet is not None]
+    first = firsts[0] if len({file.read_bytes() for file in firsts}) == 1 else None  # the base's, the same for all jobs
+    grids = [(job, None if first and job.sheet == job.first_sheet else job.sheet) for job in shown]
+    return page.render(
+        "sweep.html",
+        title=f"Sweep {sweep.parent.name}/{sweep.name}",
+        time=time.strftime("%Y-%m-%d %H:%M"),
+        sweep=sweep,
+        jobs=jobs,
+        table=job_table(jobs, keys, best),
+        common=" ".join(f"{key}={value}" for key, value in common.items()),
+        own={
+            job.number: " ".join(f"{key}={job.overrides[key]}" for key in keys if key in job.overrides) for job in jobs
+        },
+        best=best,
+        first=first,
+        grids=grids if any(job.sheet for job in jobs) else [],
+        columns=columns,
+        prompts=common_prompts(jobs),
+        opened=opened,
+        width=WIDEST,
+    )

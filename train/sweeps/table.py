@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from train.evaluation.recommend import closing_lines
-from train.sweeps.page import page_of
+from train.sweeps.page import render
 from train.sweeps.records import SweepJob, best_job, split_overrides
 from train.utils.files import near, write_whole
 
@@ -60,7 +60,7 @@ def write(sweep: Path, found: Sequence[SweepJob]) -> Path:
     table.writeheader()
     table.writerows(row(job, keys) for job in found)
     write_whole(sweep / SHEET, text.getvalue())
-    write_whole(sweep / PAGE, page_of(sweep, found))
+    write_whole(sweep / PAGE, render(sweep, found))
     return sweep / PAGE
 
 

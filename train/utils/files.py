@@ -80,8 +80,10 @@ def write_picture(file: Path, picture: Image.Image) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def opened(file: Path) -> Image.Image | None:
-    """The picture in `file`; None if it cannot be read, as when it is half written."""
+def opened(file: Path | None) -> Image.Image | None:
+    """Return the image in `file`; None if there is none or it cannot be read, for example because it is incomplete."""
+    if file is None:
+        return None
     try:
         with Image.open(file) as image:
             image.load()

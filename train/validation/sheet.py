@@ -82,7 +82,7 @@ def _scaled(picture: Image.Image, side: int) -> Image.Image:
 
 
 def cut(sheet: Image.Image) -> list[tuple[str, Image.Image]]:
-    """Prompt and picture of each on a sheet; empty if it does not say where they are."""
+    """Return prompt and image of each cell of a sample grid; empty if its file does not say where they are."""
     try:
         layout = json.loads(sheet.info[LAYOUT])
         pairs = zip(layout["prompts"], layout["boxes"], strict=True)
