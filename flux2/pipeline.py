@@ -24,9 +24,9 @@ from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.models import tiled_decoding
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import reference_image, to_images, to_pixels
-from flux2.models.text_encoder import Storage
+from flux2.models.text_encoder import TextStorage
 from flux2.models.transformer import Transformer
-from flux2.models.variants import PIXELS_PER_TOKEN, Variant, variant
+from flux2.models.variants import PIXELS_PER_TOKEN, Variant, get_variant
 from flux2.prompts.embeddings import Prompts, TextSource, free, text_source
 from flux2.prompts.upsampling import load_upsampler
 from flux2.quantization.precision import Precision, precision_from_name
@@ -54,7 +54,7 @@ def check_references(images: object) -> list[Image.Image]:
     for image in given:
         if not isinstance(image, Image.Image):
             raise TypeError(f"references has {image!r} in it, which is {type(image).__name__}: open it with PIL.Image")
-    checks.references(len(given))
+    checks.reference_count(len(given))
     return given
 
 
@@ -208,7 +208,7 @@ class Pipeline:
 
         The whole of it is loaded, and freed again. Raises ValueError for a model whose text encoder writes nothing.
         """
-        prompts, (seed,) = checks.texts("prompt", prompt), checks.seeds(seed, 1)
+        prompts, (seed,) = checks.strings("prompt", prompt), checks.seeds(seed, 1)
         references = check_references(references)
         upsampler = load_upsampler(self.source, self.device, self.precision.dtype, self.prompts.text, bool(references))
         try:
@@ -268,13 +268,13 @@ class Pipeline:
         """
         variant = self.variant
         # before anything large is loaded
-        prompts = checks.texts("prompt", prompt)
+        prompts = checks.strings("prompt", prompt)
         seeds = checks.seeds(seed, len(prompts))
         check_size(PIXELS_PER_TOKEN if width is None else width, PIXELS_PER_TOKEN if height is None else height)
         steps = checks.steps(variant.steps if steps is None else steps)
         guidance = checks.guidance(variant.guidance if guidance is None else guidance)
-        length = None if length is None else checks.whole("length", length, 1, checks.MAX_LENGTH)
-        batch_size = checks.whole("batch_size", batch_size, 1)
+        length = None if length is None else checks.integer("length", length, 1, checks.MAX_LENGTH)
+        batch_size = checks.integer("batch_size", batch_size, 1)
         references = check_references(references)
         text, empty = self.embeddings(prompts, guidance, length)
         latents = self.encode_references(references)
@@ -315,7 +315,7 @@ def load(
     offload_blocks: int | float = 0,
     cache: str | Path | None = None,
     tiled: bool | None = None,
-    text_storage: Storage | None = None,
+    text_storage: TextStorage | None = None,
     embeddings: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
     """A pipeline for the model called `name` (see `variants.VARIANTS`).
@@ -344,7 +344,7 @@ def load(
         os.fspath(place) if isinstance(place, os.PathLike) else place for place in (path, autoencoder, text_encoder)
     )
     path, autoencoder, text_encoder = given
-    text, text_encoder = text_source(variant(name), text_encoder, embeddings, text_storage)
+    text, text_encoder = text_source(get_variant(name), text_encoder, embeddings, text_storage)
     source = model_source(name, path, autoencoder, text_encoder)
     chosen = pick_device(device)
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder

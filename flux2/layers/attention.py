@@ -157,7 +157,7 @@ def preferred_backends(given: Sequence[str] | None, device: torch.device) -> tup
     return tuple(BACKENDS) if hopper else None
 
 
-def limited_to(backends: Sequence[str] | None) -> AbstractContextManager[Any]:
+def use_backends(backends: Sequence[str] | None) -> AbstractContextManager[Any]:
     """Within this context attention is computed by the first of `backends` that can; by PyTorch's choice for None.
 
     On a CPU PyTorch has flash and math, and takes flash, wherever in the list, if it can.
@@ -177,7 +177,7 @@ def chosen_backend(
     """
     tokens = min(tokens, ENOUGH)  # more are computed by the same, and would be memory for nothing
     q = torch.zeros(1, heads, tokens, head_dim, device=device, dtype=dtype, requires_grad=True)
-    with limited_to(backends):
+    with use_backends(backends):
         try:
             choice = torch._fused_sdp_choice(q, q, q)
         except RuntimeError:  # there is none

@@ -78,7 +78,7 @@ class LoraProduct(torch.autograd.Function):
         return None, dx, da, db, None
 
 
-def difference(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+def subtract_initial(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
     """B A - B0 A0 as one pair of twice the rank, (B - B0) A + B0 (A - A0), in which nothing large cancels."""
     return torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1)
 
@@ -113,7 +113,7 @@ class FusedLora(lora.Linear):
             return super().forward(x, *args, **kwargs)
         a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         if name + INITIAL in self.active_adapters:
-            a, b = difference(a, b, self.lora_A[name + INITIAL].weight, self.lora_B[name + INITIAL].weight)
+            a, b = subtract_initial(a, b, self.lora_A[name + INITIAL].weight, self.lora_B[name + INITIAL].weight)
         x = autocasted(x)
         if torch.compiler.is_compiling():  # which fuses by itself, and chooses what is kept
             return self.base_layer(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale

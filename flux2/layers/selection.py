@@ -34,12 +34,12 @@ PRESETS = {
 BLOCK_LINEARS = PRESETS["blocks"]  # all linears of all blocks
 
 
-def kinds(names: Sequence[str]) -> str:
+def layer_kinds(names: Sequence[str]) -> str:
     """Names with the number of a block as N, each once."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name, count=1) for name in names))
 
 
-def matched(names: Sequence[str], pattern: str) -> list[str]:
+def matching_names(names: Sequence[str], pattern: str) -> list[str]:
     """Which of `names` a preset means, or a regular expression matches whole. Raises `re.error`."""
     patterns = PRESETS.get(pattern, (pattern,))
     return [name for name in names if any(re.fullmatch(one, name) for one in patterns)]
@@ -55,13 +55,14 @@ def linear_names(model: nn.Module, patterns: Sequence[str], setting: str) -> lis
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            found = matched(linears, pattern)
+            found = matching_names(linears, pattern)
         except re.error as error:
             raise ValueError(f"{setting}: {pattern!r} is not a regular expression ({error})") from error
         if not found:
             raise ValueError(
                 f"{setting}: {pattern!r} matches no linear layer of the model. A target is a preset "
-                f"({', '.join(PRESETS)}) or a regular expression for a whole name; the layers are {kinds(linears)}"
+                f"({', '.join(PRESETS)}) or a regular expression for a whole name; the layers are "
+                f"{layer_kinds(linears)}"
             )
         chosen.update(found)
     if not chosen:

@@ -37,7 +37,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flux2.layers.attention import limited_to
+from flux2.layers.attention import use_backends
 from flux2.layers.recompute_context import Replay, running
 from flux2.memory import compile_blocks
 from flux2.models.transformer import DoubleBlock, SingleBlock, Transformer, call
@@ -48,7 +48,7 @@ Run = Callable[..., Any]  # runs a block: (block, *its arguments) -> its outputs
 
 def call_with(backends: Sequence[str], block: nn.Module, *args: Any) -> Any:
     """Run a block with its attention by the first of `backends` that can."""
-    with limited_to(backends):
+    with use_backends(backends):
         return block(*args)
 
 

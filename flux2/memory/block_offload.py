@@ -191,7 +191,7 @@ class Offloader:
         away: ActivationPool | None,
         ring: int,
     ) -> None:
-        self.device, self.away = device, away
+        self.device, self.activation_pool = device, away
         self.first = model.double_blocks[0]
         self.last: Callable[[], BlockRun | None] = lambda: None
         self.open: Streamed | None = None
@@ -209,10 +209,10 @@ class Offloader:
             self.of[block] = streamed
         self.ring = Ring([streamed.host for streamed in self.blocks], copier, ring) if self.blocks else None
         self.buffers = {slot.buffer.untyped_storage().data_ptr() for slot in self.ring.slots} if self.ring else set()
-        self.go_on(model)
-        model.streams = bool(self.blocks)
+        self.reattach(model)
+        model.is_streaming = bool(self.blocks)
 
-    def go_on(self, model: Transformer) -> None:
+    def reattach(self, model: Transformer) -> None:
         """Stream `model` as before, after a recompute policy was set or another adapter was attached to it."""
         self.run_inside = model.run_block
         held = {id(place.tensor) for streamed in self.blocks for place in streamed.places}
@@ -239,7 +239,7 @@ class Offloader:
                 f"{len(self.blocks)} blocks stream: {self.host_bytes / 1e9:.3g} GB in host memory, "
                 f"{self.ring_bytes / 1e9:.3g} GB of buffers on {self.device}"
             )
-        if self.away is not None:
+        if self.activation_pool is not None:
             parts.append("the blocks' inputs wait in host memory for the backward")
         return "; ".join(parts)
 
@@ -249,7 +249,7 @@ class Offloader:
         if not torch.is_grad_enabled():
             with self.using(streamed, "sample"):
                 return self.run_inside(block, *args)
-        if streamed is None and self.away is None:
+        if streamed is None and self.activation_pool is None:
             return self.run_inside(block, *args)
 
         visit = BlockRun(None if block is self.first else self.last())
@@ -308,7 +308,7 @@ class Offloader:
 
     def packer(self, streamed: Streamed | None, visit: BlockRun, inputs: Sequence[Tensor]) -> Callable[[Tensor], Any]:
         """What is kept in place of a tensor during one run of a block."""
-        leaving = {} if self.away is None else {tensor.data_ptr(): tensor for tensor in inputs}
+        leaving = {} if self.activation_pool is None else {tensor.data_ptr(): tensor for tensor in inputs}
         left: dict[int, OffloadedActivation] = {}
 
         def pack(tensor: Tensor) -> Any:
@@ -316,10 +316,12 @@ class Offloader:
                 return StreamedView(streamed, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
             address = tensor.data_ptr()
             same = leaving.get(address)
-            if self.away is None or same is None or (tensor.shape, tensor.dtype) != (same.shape, same.dtype):
+            if self.activation_pool is None or same is None or (tensor.shape, tensor.dtype) != (same.shape, same.dtype):
                 return tensor
             if address not in left:
-                left[address] = OffloadedActivation(tensor, self.away.take(tensor.nbytes), self.away)
+                left[address] = OffloadedActivation(
+                    tensor, self.activation_pool.take(tensor.nbytes), self.activation_pool
+                )
                 visit.boundaries.append(left[address])
             return left[address]
 

@@ -26,7 +26,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from flux2.layers.attention import limited_to
+from flux2.layers.attention import use_backends
 from flux2.quantization.base import QuantizedLinear
 
 KINDS = 2  # of blocks
@@ -56,19 +56,19 @@ def attention_operations() -> list[Any]:
 
 
 def run_once(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
-    with limited_to(backends):
+    with use_backends(backends):
         return block(*args)
 
 
 def run_again(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
-    with limited_to(backends):
+    with use_backends(backends):
         if not torch.is_grad_enabled():
             return block(*args)
         return checkpoint(block, *args, use_reentrant=False)
 
 
 def run_again_but_attention(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
-    with limited_to(backends):
+    with use_backends(backends):
         if not torch.is_grad_enabled():
             return block(*args)
         kept = partial(create_selective_checkpoint_contexts, attention_operations())

@@ -25,8 +25,8 @@ from flux2.models.variants import TextConfig
 from flux2.quantization.int8 import Int8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
 
-Storage = Literal["nf4", "int8"]
-STORAGES: tuple[Storage, ...] = get_args(Storage)
+TextStorage = Literal["nf4", "int8"]
+TEXT_STORAGES: tuple[TextStorage, ...] = get_args(TextStorage)
 LAYER_LINEARS = (r"layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj",)
 
 # Two lines: the line break is in the published message, and a space instead of it changes the embeddings.
@@ -81,12 +81,12 @@ def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
 
 
 def check_storage(storage: object, setting: str) -> None:
-    """Raises ValueError, naming `setting`, unless `storage` is None or one of `STORAGES`."""
-    if storage is not None and storage not in STORAGES:
-        raise ValueError(f"{setting}={storage!r} must be one of {', '.join(STORAGES)}, or null")
+    """Raises ValueError, naming `setting`, unless `storage` is None or one of `TEXT_STORAGES`."""
+    if storage is not None and storage not in TEXT_STORAGES:
+        raise ValueError(f"{setting}={storage!r} must be one of {', '.join(TEXT_STORAGES)}, or null")
 
 
-def quantize(model: nn.Module, storage: Storage, dtype: torch.dtype) -> None:
+def quantize_text_encoder(model: nn.Module, storage: TextStorage, dtype: torch.dtype) -> None:
     """Swap all linears of the layers for ones that keep their weight in `storage` and multiply in the input's dtype.
 
     `model` is on the meta device: each weight is quantized when it is loaded. Embeddings and norms stay as they are.

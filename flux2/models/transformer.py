@@ -31,7 +31,7 @@ from flux2.layers.frozen_linear import TailLinear
 from flux2.models.variants import TransformerConfig
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate; each (B, 1, D)
-Rotation = tuple[Tensor, Tensor, Tensor]  # every token's angles: cosine, sine, and both as one complex number;
+RotaryAngles = tuple[Tensor, Tensor, Tensor]  # every token's angles: cosine, sine, and both as one complex number;
 # each (1, 1, L, head_dim / 2)
 
 
@@ -43,7 +43,7 @@ def sinusoid(x: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotation(positions: Tensor, axes: tuple[int, ...], theta: int) -> Rotation:
+def rotation(positions: Tensor, axes: tuple[int, ...], theta: int) -> RotaryAngles:
     """Rotary angles of tokens at integer positions (L, len(axes)); float64 inside, as positions can be large."""
     angles = []
     for axis, width in enumerate(axes):
@@ -54,7 +54,7 @@ def rotation(positions: Tensor, axes: tuple[int, ...], theta: int) -> Rotation:
     return cos, sin, torch.complex(cos, sin)
 
 
-def rotate(x: Tensor, by: Rotation) -> Tensor:
+def rotate(x: Tensor, by: RotaryAngles) -> Tensor:
     """Rotate adjacent pairs of the last dimension of x (B, H, L, head_dim), in float32."""
     cos, sin, turn = by
     if not torch.compiler.is_compiling():  # pairs as complex numbers: one operation, which compilers do not know
@@ -70,7 +70,7 @@ def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, by: Rotation) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, by: RotaryAngles) -> Tensor:
     """Rotate q and k, then full attention: three of (B, H, L, head_dim) -> (B, L, H * head_dim)."""
     return attention(rotate(q, by), rotate(k, by), v).transpose(1, 2).flatten(2)
 
@@ -171,7 +171,7 @@ class DoubleBlock(nn.Module):
         self.txt_mlp = mlp(config)
 
     def forward(
-        self, image: Tensor, text: Tensor, image_mod: list[Modulation], text_mod: list[Modulation], by: Rotation
+        self, image: Tensor, text: Tensor, image_mod: list[Modulation], text_mod: list[Modulation], by: RotaryAngles
     ) -> tuple[Tensor, Tensor]:
         """image (B, N, D), text (B, T, D) -> the same two, one block further."""
         (shift1, scale1, gate1), (shift2, scale2, gate2) = image_mod
@@ -203,7 +203,7 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.head_dim, config.eps)
         self.act = SwiGLU()
 
-    def forward(self, x: Tensor, mod: Modulation, by: Rotation) -> Tensor:
+    def forward(self, x: Tensor, mod: Modulation, by: RotaryAngles) -> Tensor:
         """x (B, T + N, D) -> the same, one block further."""
         shift, scale, gate = mod
         qkv, h = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split, dim=-1)
@@ -241,7 +241,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.run_block: Callable[..., Any] = call
-        self.streams = False  # whether weights of blocks wait in host memory (flux2/memory/block_offload.py)
+        self.is_streaming = False  # whether weights of blocks wait in host memory (flux2/memory/block_offload.py)
         self.img_in = nn.Linear(config.channels, config.hidden, bias=False)
         # replaced by the identity where embeddings are stored as it gives them
         self.txt_in: nn.Module = nn.Linear(config.text_width, config.hidden, bias=False)

@@ -186,13 +186,13 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def variant(name: str) -> Variant:
+def get_variant(name: str) -> Variant:
     """The record called `name`. Raises ValueError listing the known names."""
     if name not in VARIANTS:
         raise ValueError(f"model={name!r} is not a FLUX.2 model; choose one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
 
 
-def known(name: str) -> Variant | None:
+def find_variant(name: str) -> Variant | None:
     """The record of this name or of the repository `name`, if there is one."""
     return next((one for one in VARIANTS.values() if name and name in (one.name, one.repo)), None)

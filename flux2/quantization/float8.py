@@ -76,7 +76,7 @@ class Float8Linear(QuantizedLinear):
         if cache_transposed_weights:
             self.allocate(device, qweight_t=(in_features, out_features))
 
-    def keep_layouts(self, both: bool) -> None:
+    def set_transposed_cache(self, both: bool) -> None:
         """Begin or cease to keep the transposed weight too; the products stay as they are."""
         if both and not self.cache_transposed_weights:
             self.hold("qweight_t", self.qweight.t())

@@ -156,11 +156,11 @@ def convert(model: nn.Module, precision: Precision, device: torch.device | str =
     return names
 
 
-def keep_layouts(model: nn.Module, both: bool) -> int:
+def set_transposed_cache(model: nn.Module, both: bool) -> int:
     """Let the layers that multiply gradients in FP8 keep their weights transposed too, or not; returns their number."""
     layers = [layer for layer in model.modules() if isinstance(layer, Float8Linear) and layer.backward_fp8]
     for layer in layers:
-        layer.keep_layouts(both)
+        layer.set_transposed_cache(both)
     return len(layers)
 
 

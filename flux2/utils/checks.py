@@ -14,7 +14,7 @@ MAX_REFERENCES = 10  # as published
 SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator takes
 
 
-def whole(name: str, value: object, least: int, most: int | None = None) -> int:
+def integer(name: str, value: object, least: int, most: int | None = None) -> int:
     """`value` as an int. Raises TypeError unless it is a whole number, ValueError if it is out of range."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} must be a whole number, got {type(value).__name__}")
@@ -41,7 +41,7 @@ def number(name: str, value: object, limit: float = math.inf) -> float:
     return found
 
 
-def texts(name: str, value: object) -> list[str]:
+def strings(name: str, value: object) -> list[str]:
     """One text or several as a list. Raises TypeError for anything else, ValueError for none or for broken Unicode."""
     given = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else None
     if given is None:
@@ -59,22 +59,22 @@ def texts(name: str, value: object) -> list[str]:
 def seeds(value: object, count: int) -> list[int]:
     """The seeds of `count` pictures: counted up from one, or one each."""
     if isinstance(value, Integral) or not isinstance(value, Iterable) or isinstance(value, str):
-        first = whole("seed", value, *SEEDS)
-        return [whole("seed", first + i, *SEEDS) for i in range(count)]
-    given = [whole("seed", seed, *SEEDS) for seed in value]
+        first = integer("seed", value, *SEEDS)
+        return [integer("seed", first + i, *SEEDS) for i in range(count)]
+    given = [integer("seed", seed, *SEEDS) for seed in value]
     if len(given) != count:
         raise ValueError(f"seed has {len(given)} values for {count} prompts; give one, or one a prompt")
     return given
 
 
-def references(count: int) -> None:
+def reference_count(count: int) -> None:
     """Raises ValueError for more than the models are published for."""
     if count > MAX_REFERENCES:
         raise ValueError(f"{count} references are given, and FLUX.2 takes at most {MAX_REFERENCES}: leave some out")
 
 
 def steps(value: object) -> int:
-    return whole("steps", value, 1, MAX_STEPS)
+    return integer("steps", value, 1, MAX_STEPS)
 
 
 def guidance(value: object) -> float:
@@ -83,7 +83,7 @@ def guidance(value: object) -> float:
 
 def size(width: object, height: object, unit: int) -> None:
     """Raises unless both are positive multiples of `unit` and their product is at most `MAX_PIXELS`."""
-    sides = [whole(name, value, -MAX_PIXELS) for name, value in (("width", width), ("height", height))]
+    sides = [integer(name, value, -MAX_PIXELS) for name, value in (("width", width), ("height", height))]
     given = f"width={width}, height={height}"
     if any(side % unit or side < unit for side in sides):
         raise ValueError(f"{given} must be multiples of {unit}")

@@ -26,7 +26,7 @@ def split_adapter(given: str) -> tuple[str, float]:
     return path, value
 
 
-def message(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """One line, whatever a library wrote, in which settings are called as this command calls them."""
     line = " ".join(str(error).split())
     line = re.sub(r"\bmodel\.(path|autoencoder|text_encoder)[=:] ?", lambda key: f"--{key[1].replace('_', '-')} ", line)

@@ -36,7 +36,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return ground.convert("RGB")
 
 
-def read_picture(path: Path, what: str) -> Image.Image:
+def read_image(path: Path, what: str) -> Image.Image:
     """The picture in a file, as `as_rgb` gives it. Raises ValueError that begins with `what`, such as `--image x`."""
     if not path.exists():
         raise ValueError(f"{what} does not exist")
@@ -46,10 +46,10 @@ def read_picture(path: Path, what: str) -> Image.Image:
         with path.open("rb") as stream, Image.open(stream) as image:
             return as_rgb(image)
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, DecompressionBombError and more
-        raise ValueError(f"{what} cannot be read as a picture ({reason(error)})") from error
+        raise ValueError(f"{what} cannot be read as a picture ({describe_decoding_error(error)})") from error
 
 
-def reason(error: Exception) -> str:
+def describe_decoding_error(error: Exception) -> str:
     """What a decoder complained of, without the stream that it calls the file."""
     return str(error).partition(" <_io.")[0] if "<_io." in str(error) else f"{type(error).__name__}: {error}"
 
@@ -68,10 +68,10 @@ def check_writable(path: Path, what: str) -> None:
         Image.new("RGB", (16, 16)).save(BytesIO(), kind)
     except Exception as error:  # an unknown format is a KeyError, a mode it does not know an OSError
         raise ValueError(f"{what}: pictures cannot be saved as {ending}, give .png or .jpg") from error
-    check_place(path, what)
+    check_target_file(path, what)
 
 
-def check_place(path: Path, what: str) -> None:
+def check_target_file(path: Path, what: str) -> None:
     """Raises ValueError, beginning with `what`, unless a file can be written at `path`; writes nothing."""
     check_length(path, what)
     if path.is_dir():

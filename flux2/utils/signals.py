@@ -23,7 +23,7 @@ def terminate(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """Within this context SIGTERM raises `Terminated`. Does nothing beside the main thread, which gets all signals."""
     if threading.current_thread() is not threading.main_thread():
         yield

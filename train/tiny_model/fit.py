@@ -111,7 +111,7 @@ class Recipe:
         return replace(self, autoencoder=phases, transformer=lessons, **counts)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, by: flux2.models.transformer.Rotation) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, by: flux2.models.transformer.RotaryAngles) -> Tensor:
     """`flux2.models.transformer.attend` as two matrix products: on a CPU in bfloat16 the fused kernel is twice as
     slow.
     """

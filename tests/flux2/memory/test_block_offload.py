@@ -477,11 +477,13 @@ def test_only_the_blocks_inputs_go_away_and_all_of_them() -> None:
     config = model.config
     step(model)
     tokens = 2 * (3 * 4 + 5) * config.hidden * 4  # batch, image and text
-    assert offloader.away.copied == offloader.away.most == 5 * tokens
-    assert offloader.away.held == 0
+    assert offloader.activation_pool.copied == offloader.activation_pool.most == 5 * tokens
+    assert offloader.activation_pool.held == 0
     step(model)
-    assert offloader.away.copied == 2 * 5 * tokens
-    assert sum(len(free) * size for size, free in offloader.away.free.items()) == 5 * tokens, "memory is used again"
+    assert offloader.activation_pool.copied == 2 * 5 * tokens
+    assert sum(len(free) * size for size, free in offloader.activation_pool.free.items()) == 5 * tokens, (
+        "memory is used again"
+    )
 
 
 def test_what_is_kept_on_the_device_does_not_grow_with_the_depth() -> None:

@@ -32,8 +32,8 @@ from flux2.quantization.precision import (
     QuantizedLinear,
     convert,
     describe,
-    keep_layouts,
     precision_from_name,
+    set_transposed_cache,
 )
 from flux2.weights.loading import load_transformer
 from flux2.weights.sources import model_source
@@ -213,7 +213,7 @@ def test_a_backward_in_bf16_and_one_layout_are_what_they_say() -> None:
     layer = model_in(replace(FP8, cache_transposed_weights=True)).single_blocks[0].linear1
     assert layer.cache_transposed_weights
     model = model_in("fp8_bf16_backward")
-    assert keep_layouts(model, both=True) == 0
+    assert set_transposed_cache(model, both=True) == 0
     assert not model.single_blocks[0].linear1.cache_transposed_weights
     assert "in the backward in float32" in describe(model_in("fp8_bf16_backward"), PRECISIONS["fp8_bf16_backward"])
 
@@ -223,12 +223,12 @@ def test_the_second_layout_comes_and_goes() -> None:
     layer, names = model.single_blocks[0].linear1, set(model.state_dict())
     dy = torch.randn(5, layer.out_features)
     one = layer.input_gradient(dy)
-    assert keep_layouts(model, both=True) == len(converted(model))
+    assert set_transposed_cache(model, both=True) == len(converted(model))
     assert torch.equal(layer.qweight_t, layer.qweight.t())
     assert torch.equal(layer.input_gradient(dy), one)
     layer.qweight_t.zero_()
     assert not layer.input_gradient(dy).any()
-    keep_layouts(model, both=False)
+    set_transposed_cache(model, both=False)
     assert set(model.state_dict()) == names
     assert torch.equal(layer.input_gradient(dy), one)
 
