@@ -106,7 +106,7 @@ class Planner:
     @cached_property
     def has_layouts(self) -> bool:
         """Whether layers multiply gradients in FP8, for which weights can be kept transposed too."""
-        return set_transposed_cache(self.job.model, both=False) > 0
+        return set_transposed_cache(self.job.model, enabled=False) > 0
 
     def cost(self, policy: str, block: nn.Module, both: bool = False) -> Cost:
         job, key = self.job, (policy, both, block)

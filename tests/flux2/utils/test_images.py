@@ -86,7 +86,7 @@ def test_a_decompression_bomb_is_an_error_in_both(tmp_path: Path, monkeypatch: p
 
 def test_an_error_names_the_file_and_no_stream(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"^--image x cannot be read as a picture \(cannot identify image file\)$"):
+    with pytest.raises(ValueError, match=r"^--image x cannot be read as an image \(cannot identify image file\)$"):
         read_image(tmp_path / "no.png", "--image x")
     with pytest.raises(ValueError, match="--image y is not a file"):
         read_image(tmp_path, "--image y")
@@ -95,11 +95,11 @@ def test_an_error_names_the_file_and_no_stream(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.txt", "must end in a picture's extension"),
-        ("a", "must end in a picture's extension"),
-        ("a.psd", "pictures cannot be saved as .psd, give .png or .jpg"),
-        ("a.xbm", "pictures cannot be saved as .xbm"),
-        ("a.h5", "pictures cannot be saved as .h5"),
+        ("a.txt", "must end in an image extension"),
+        ("a", "must end in an image extension"),
+        ("a.psd", "images cannot be saved as .psd, give .png or .jpg"),
+        ("a.xbm", "images cannot be saved as .xbm"),
+        ("a.h5", "images cannot be saved as .h5"),
         ("folder.png", "is a folder"),
         ("file/new/a.png", "file is not a folder"),
     ],
