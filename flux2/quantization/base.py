@@ -39,7 +39,7 @@ class DequantizedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.data.__set__ and isinstance(args[0], cls):  # type: ignore[attr-defined]
-            raise ValueError(args[0].linear.write_error)
+            raise ValueError(args[0].linear.refusal)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -50,7 +50,7 @@ class DequantizedWeight(Tensor):
         kwargs = kwargs or {}
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise ValueError(value.linear.write_error)
+                raise ValueError(value.linear.refusal)
 
         def dequantized(x: Any) -> Any:
             return x.linear.dequantize(x.dtype) if isinstance(x, cls) else x
@@ -97,10 +97,10 @@ class QuantizedLinear(nn.Linear):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        raise ValueError(self.write_error)
+        raise ValueError(self.refusal)
 
     @property
-    def write_error(self) -> str:
+    def refusal(self) -> str:
         return (
             f"the weight of a frozen {self.kind} layer cannot be written: a change smaller than its rounding would be "
             "lost. To merge an adapter, or for an initialization that changes the base (PiSSA, OLoRA, LoftQ ...), load "

@@ -183,9 +183,9 @@ def test_progress_is_called_once_a_step(pipe: Pipeline) -> None:
         ({"seed": 1.5}, "seed=1.5 must be an integer"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": None}, "prompt=None must be a string"),
-        ({"references": "a.png"}, "references must be a list of pictures, got str"),
-        ({"references": Image.new("RGB", (32, 32))}, "references must be a list of pictures, got Image"),
-        ({"references": ["a.png"]}, "references has 'a.png' in it, which is str"),
+        ({"references": "a.png"}, "references must be a list of images, got str"),
+        ({"references": Image.new("RGB", (32, 32))}, "references must be a list of images, got Image"),
+        ({"references": ["a.png"]}, "references contains 'a.png' of type str"),
         ({"width": 32.0}, "width=32.0 must be an integer"),
         ({"steps": 0}, "steps=0 must be an integer from 1 to 10000"),
         ({"steps": "4"}, "steps='4' must be an integer"),
@@ -348,8 +348,8 @@ def test_merged_adapters_make_the_same_picture_in_plain_layers(
 @pytest.mark.parametrize(
     ("storage", "streamed", "message"),
     [
-        ("nf4", 0, "precision=nf4: adapters cannot be merged into a quantized base, as most of them would be lost"),
-        ("fp8", 0, "precision=fp8: .* Keep them beside it, or use precision=bf16 or fp32"),
+        ("nf4", 0, "precision=nf4: adapters cannot be merged into a quantized base, because its rounding"),
+        ("fp8", 0, "precision=fp8: .* Do not merge them, or use precision=bf16 or fp32"),
         (None, 1, "adapters cannot be merged while blocks stream from host memory: .* offload_blocks=0"),
     ],
 )

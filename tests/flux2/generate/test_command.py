@@ -301,7 +301,7 @@ def test_an_adapter_whose_scale_makes_the_picture_overflow_is_an_error(
 ) -> None:
     write_adapter(tmp_path / "lora")
     assert command("--adapter", "lora:1e38") == 2
-    assert "error: the picture that was computed has NaN or infinite pixels" in capsys.readouterr().err
+    assert "error: the computed image has NaN or infinite pixels" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*.png"))
 
 

@@ -222,7 +222,7 @@ def test_all_that_is_kept_is_given_back_when_the_backward_is_over() -> None:
 
     def note(*given: Any) -> None:
         run = recompute_context.current_replay()
-        if run is not None and not run.again:
+        if run is not None and not run.is_second_run:
             made.append(weakref.ref(run))
 
     model.single_blocks[0].register_forward_pre_hook(note)
