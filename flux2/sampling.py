@@ -54,10 +54,7 @@ def initial_noise(seeds: Sequence[int], height: int, width: int) -> Tensor:
 
 
 def euler(
-    flow: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    times: Tensor,
-    progress: Callable[[Tensor], None] | None = None,
+    flow: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, progress: Callable[[Tensor], None] | None = None
 ) -> Tensor:
     """Integrate dx/ds = flow(x, s) along `times`, with x in float32 whatever dtype the model computes in.
 

@@ -45,9 +45,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return replay.saved[replay.attention.output]
 
 
-# ------------------------------------------------------------------ keeping the result for a second run
-
-
 class GraphValues:
     """The values that the graph of an attention reads in its backward: q, k, v and the saved tensors."""
 
@@ -128,9 +125,6 @@ class RecalledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.record.gradients(ctx.saved_tensors, ctx.saved, dy)
-
-
-# ------------------------------------------------------------------ backends
 
 
 def check_backends(names: Any, key: str = "attention") -> None:

@@ -36,6 +36,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from flux2.layers.recompute_context import Replay, use_replay
 from flux2.memory import compile_blocks
@@ -43,34 +44,12 @@ from flux2.models.transformer import DoubleBlock, SingleBlock, Transformer
 from flux2.models.variants import TransformerConfig
 
 Run = Callable[..., Any]  # runs a block: (block, *its arguments) -> its outputs
-
-
-# ------------------------------------------------------------------ one block
-
-
-def tensors_in(args: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples and lists, in order."""
-    if isinstance(args, Tensor):
-        yield args
-    elif isinstance(args, tuple | list):
-        for arg in args:
-            yield from tensors_in(arg)
-
-
 SLOT = object()  # placeholder of a tensor
 
 
-def strip_tensors(args: Any) -> Any:
-    """Return `args` with placeholders for its tensors, which `insert_tensors` fills again."""
-    if isinstance(args, tuple | list):
-        return type(args)(strip_tensors(arg) for arg in args)
-    return SLOT if isinstance(args, Tensor) else args
-
-
-def insert_tensors(args: Any, tensors: Iterator[Tensor]) -> Any:
-    if isinstance(args, tuple | list):
-        return type(args)(insert_tensors(arg, tensors) for arg in args)
-    return next(tensors) if args is SLOT else args
+def tensors_in(args: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples and lists, in order."""
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
 
 
 def frozen_base(layer: nn.Module) -> nn.Module | None:
@@ -152,7 +131,9 @@ class RecomputedBlock(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Any:
         device = tensors[0].device
-        ctx.run, ctx.block, ctx.layout, ctx.replay, ctx.trained = run, block, strip_tensors(args), replay, trained
+        ctx.run, ctx.block, ctx.replay, ctx.trained = run, block, replay, trained
+        leaves, ctx.spec = tree_flatten(args)
+        ctx.leaves = [SLOT if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.autocast = capture_autocast(device)
         ctx.rng = capture_rng(device) if has_dropout(block) else nullcontext
         with use_replay(replay), ctx.autocast():
@@ -175,8 +156,10 @@ class RecomputedBlock(torch.autograd.Function):
         replay.saved, replay.is_second_run = tensors[count:], True
         try:
             # 2. the block again, with a graph
+            remaining = iter(arguments)
+            leaves = [next(remaining) if leaf is SLOT else leaf for leaf in ctx.leaves]
             with torch.enable_grad(), use_replay(replay), ctx.autocast(), ctx.rng():
-                outputs = ctx.run(ctx.block, *insert_tensors(ctx.layout, iter(arguments)))
+                outputs = ctx.run(ctx.block, *tree_unflatten(leaves, ctx.spec))
             # 3. the gradients of arguments and trained parameters
             outputs = [outputs] if isinstance(outputs, Tensor) else outputs
             pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if out.requires_grad]
@@ -202,9 +185,6 @@ class Recompute:
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         replay = make_replay(block, args, self.keeps_attention)
         return RecomputedBlock.apply(self.run, block, args, replay, trained, *tensors_in(args), *trained)
-
-
-# ------------------------------------------------------------------ bytes
 
 
 def kept_bytes(config: TransformerConfig, kind: str, policy: str, tokens: int, itemsize: int) -> int:
@@ -265,8 +245,6 @@ class Budgeted:
         within = blocks_within(self.config, self.budget_gb, tokens, streams[0].element_size())
         return (self.keep if self.from_end[block] <= within else self.recompute)(block, *args)
 
-
-# ------------------------------------------------------------------ policies
 
 POLICIES = ("none", "full", "selective", "budget")
 

@@ -39,8 +39,6 @@ from flux2.memory.ring_buffer import ALIGNMENT, RING, Copier, Order, Ring, copie
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
 
-# ------------------------------------------------------------------ which blocks
-
 
 def check_offload_blocks(blocks: Any, key: str = "offload_blocks") -> None:
     """Raise ValueError unless `blocks` is an integer >= 0 or a share from 0.0 to 1.0; `key` is the setting's name."""
@@ -74,9 +72,6 @@ def streamed_tensors(block: nn.Module) -> list[Tensor]:
     adapters = {id(tensor) for layer in adapted(block).values() for tensor in own_tensors(layer)}
     tensors = chain(block.parameters(), block.buffers())
     return [tensor for tensor in tensors if not tensor.requires_grad and id(tensor) not in adapters]
-
-
-# ------------------------------------------------------------------ one block's bytes
 
 
 @dataclass
@@ -165,9 +160,6 @@ class Signal(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.callback()
         return None, *gradients
-
-
-# ------------------------------------------------------------------ the model
 
 
 class Offloader:
@@ -263,8 +255,6 @@ class Offloader:
         outputs = Signal.apply(lambda: self.begin_backward(streamed, run), *(outputs if several else (outputs,)))
         return outputs if several else outputs[0]
 
-    # -------------------------------------------------------------- weights
-
     @contextmanager
     def on_device(self, streamed: StreamedBlock | None, order: Order) -> Iterator[None]:
         self.load(streamed, order)
@@ -291,8 +281,6 @@ class Offloader:
         self.block_in_use = None
         self.ring.release()
 
-    # -------------------------------------------------------------- the backward
-
     def begin_backward(self, streamed: StreamedBlock | None, run: BlockRun) -> None:
         """Load a block whose output gradients are known, and fetch its inputs and those of the block before it."""
         self.load(streamed, "backward")
@@ -303,8 +291,6 @@ class Offloader:
     def end_backward(self, streamed: StreamedBlock | None) -> None:
         """Release a block whose input gradients are known."""
         self.release(streamed)
-
-    # -------------------------------------------------------------- what autograd keeps
 
     def packer(
         self, streamed: StreamedBlock | None, run: BlockRun, inputs: Sequence[Tensor]

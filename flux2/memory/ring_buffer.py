@@ -32,9 +32,6 @@ ALIGNMENT = 256  # bytes; the alignment of the CUDA allocator, which is enough f
 Order = Literal["forward", "backward", "sample"]
 
 
-# ------------------------------------------------------------------ copying
-
-
 class Copier(Protocol):
     """Allocates memory on both sides and copies between them."""
 
@@ -120,9 +117,6 @@ def pin(memory: np.ndarray, device: torch.device) -> bool:
 
 def copier_for(device: torch.device) -> Copier:
     return CudaCopier(device) if device.type == "cuda" else CpuCopier()
-
-
-# ------------------------------------------------------------------ order of use
 
 
 def expected_blocks(index: int, order: Order, count: int) -> list[int]:

@@ -8,7 +8,7 @@ whole. This is two to three times the work of a decoder that is small compared t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -63,11 +63,12 @@ class UpsampledMap:
         self.widest = max(source.widest, self.channels)
 
     def rows(self, top: int, bottom: int) -> Tensor:
-        low, high = max(0, top - 1), min(self.height, bottom + 1)
-        below, above = low // 2, (high + 1) // 2
-        x = F.interpolate(self.source.rows(below, above), scale_factor=2.0, mode="nearest")
-        y, first, _ = convolve(self.conv, x[:, :, low - 2 * below : high - 2 * below], low, high, self.height)
-        return y[:, :, top - first : bottom - first]
+        def upsampled_rows(low: int, high: int) -> Tensor:
+            first, last = low // 2, (high + 1) // 2
+            x = F.interpolate(self.source.rows(first, last), scale_factor=2.0, mode="nearest")
+            return x[:, :, low - 2 * first : high - 2 * first]
+
+        return convolved_rows(self.conv, upsampled_rows, top, bottom, self.height)
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, low: int, high: int, height: int) -> tuple[Tensor, int, int]:
@@ -78,6 +79,13 @@ def convolve(conv: nn.Conv2d, x: Tensor, low: int, high: int, height: int) -> tu
     at_top, at_bottom = low == 0, high == height
     y = F.conv2d(F.pad(x, (1, 1, int(at_top), int(at_bottom))), conv.weight, conv.bias)
     return y, low + (not at_top), high - (not at_bottom)
+
+
+def convolved_rows(conv: nn.Conv2d, rows: Callable[[int, int], Tensor], top: int, bottom: int, height: int) -> Tensor:
+    """Return the rows [top, bottom) of a 3 x 3 convolution of a map of `height` rows, which `rows` computes."""
+    low, high = max(0, top - 1), min(height, bottom + 1)
+    y, first, _ = convolve(conv, rows(low, high), low, high, height)
+    return y[:, :, top - first : bottom - first]
 
 
 class NormSiLU:
@@ -116,9 +124,9 @@ class ResidualMap:
         self.norm2 = NormSiLU(block.norm2, self.channels, (self.first_convolution(*rows) for rows in ranges))
 
     def first_convolution(self, top: int, bottom: int) -> Tensor:
-        low, high = max(0, top - 1), min(self.height, bottom + 1)
-        y, first, _ = convolve(self.block.conv1, self.norm1(self.source.rows(low, high)), low, high, self.height)
-        return y[:, :, top - first : bottom - first]
+        return convolved_rows(
+            self.block.conv1, lambda *rows: self.norm1(self.source.rows(*rows)), top, bottom, self.height
+        )
 
     def rows(self, top: int, bottom: int) -> Tensor:
         low, high = max(0, top - HALO), min(self.height, bottom + HALO)
@@ -156,9 +164,7 @@ class OutputMap:
         self.norm = NormSiLU(decoder.norm_out, source.channels, parts)
 
     def rows(self, top: int, bottom: int) -> Tensor:
-        low, high = max(0, top - 1), min(self.height, bottom + 1)
-        y, first, _ = convolve(self.conv, self.norm(self.source.rows(low, high)), low, high, self.height)
-        return y[:, :, top - first : bottom - first]
+        return convolved_rows(self.conv, lambda *rows: self.norm(self.source.rows(*rows)), top, bottom, self.height)
 
 
 @torch.no_grad()

@@ -196,9 +196,6 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-# ------------------------------------------------------------------ attention and mlp
-
-
 class Attention(nn.Module):
     """The projections of one stream in a double block; the attention itself is joint."""
 
@@ -266,9 +263,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rope: RotaryAngles) -> Tensor:
     return attention(apply_rope(q, rope), apply_rope(k, rope), v).transpose(1, 2).flatten(2)
 
 
-# ------------------------------------------------------------------ time and modulation
-
-
 class MLPEmbedder(nn.Module):
     """Two linear layers with a SiLU in between: (B, width) -> (B, D)."""
 
@@ -304,9 +298,6 @@ def timestep_embedding(x: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
     angles = 1000.0 * x.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-# ------------------------------------------------------------------ rotary position embedding
 
 
 def rotary_angles(positions: Tensor, axes: tuple[int, ...], theta: int) -> RotaryAngles:

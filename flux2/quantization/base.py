@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from flux2.layers.frozen_linear import FrozenProduct, cast_for_autocast, flatten_rows
 
+Device = torch.device | str | None
+
 
 class DequantizedWeight(Tensor):
     """The weight of a quantized layer: shape, dtype and device are known at once, values are computed on use.
@@ -80,7 +82,7 @@ class QuantizedLinear(nn.Linear):
         self.dtype = dtype
         self.register_parameter("bias", None)
 
-    def allocate(self, device: torch.device | str | None, **sizes: tuple[int, ...]) -> None:
+    def allocate(self, device: Device, **sizes: tuple[int, ...]) -> None:
         for name, size in sizes.items():
             self.hold(name, torch.empty(size, dtype=torch.uint8, device=device))
 

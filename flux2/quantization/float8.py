@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux2.layers.frozen_linear import flatten_rows
-from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.base import Device, QuantizedLinear
 
 E4M3_MAX = 448.0
 CHUNK = 1 << 21  # elements quantized at once, so that float32 copies stay small compared to a large weight
@@ -62,7 +62,7 @@ class Float8Linear(QuantizedLinear):
         out_features: int,
         *,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        device: Device = None,
         rowwise: bool = False,
         forward_fp8: bool = True,
         backward_fp8: bool = True,

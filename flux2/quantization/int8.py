@@ -12,7 +12,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
-from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.base import Device, QuantizedLinear
 
 BLOCK = 64  # elements per scale
 
@@ -30,12 +30,7 @@ class Int8Linear(QuantizedLinear):
     absmax: nn.Parameter
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        self, in_features: int, out_features: int, *, dtype: torch.dtype = torch.float32, device: Device = None
     ) -> None:
         super().__init__(in_features, out_features, dtype)
         size = in_features * out_features

@@ -14,7 +14,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
-from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.base import Device, QuantizedLinear
 
 BLOCK = 64  # elements per scale
 PART = 1 << 18  # elements quantized at once: on a CPU bitsandbytes holds 32 float32 values for each
@@ -137,7 +137,7 @@ class Nf4Linear(QuantizedLinear):
         out_features: int,
         *,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        device: Device = None,
         workspace: Workspace | None = None,
     ) -> None:
         super().__init__(in_features, out_features, dtype)

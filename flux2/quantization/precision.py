@@ -24,17 +24,6 @@ from flux2.quantization.base import QuantizedLinear, swap_linears
 from flux2.quantization.float8 import MULTIPLE, Float8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
 
-__all__ = [
-    "Float8Linear",
-    "Nf4Linear",
-    "Precision",
-    "QuantizedLinear",
-    "convert",
-    "describe",
-    "pick_dtype",
-    "precision_from_name",
-]
-
 Storage = Literal["fp8", "nf4"]
 Backward = Literal["fp8", "bf16"]
 Matmul = Literal["auto", "fp8", "dequantized"]

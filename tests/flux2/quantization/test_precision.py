@@ -26,15 +26,9 @@ from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.transformer import Transformer
 from flux2.models.variants import DEV
 from flux2.quantization import precision
-from flux2.quantization.precision import (
-    Float8Linear,
-    Precision,
-    QuantizedLinear,
-    convert,
-    describe,
-    precision_from_name,
-    set_transposed_cache,
-)
+from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.float8 import Float8Linear
+from flux2.quantization.precision import Precision, convert, describe, precision_from_name, set_transposed_cache
 from flux2.weights.loading import load_transformer
 from flux2.weights.sources import model_source
 
