@@ -52,32 +52,28 @@ def tensors_in(args: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
 
 
-def frozen_base(layer: nn.Module) -> nn.Module | None:
-    """Return the linear within `layer` if no required gradient reads its output, else None."""
-    if isinstance(layer, nn.Linear):
-        return layer
-    if (
-        isinstance(layer, lora.Linear) and not layer.lora_variant
-    ):  # base + update; a variant such as DoRA scales the sum
-        return layer.base_layer
-    return None
+def frozen_linears(*layers: nn.Module) -> list[nn.Module]:
+    """Return the linears within those of `layers` whose output no required gradient reads."""
+    # PEFT's plain LoRA adds an update to the output of its base; a variant such as DoRA scales the sum
+    bases = (x.base_layer if isinstance(x, lora.Linear) and not x.lora_variant else x for x in layers)
+    return [base for base in bases if isinstance(base, nn.Linear)]
 
 
 def make_replay(block: nn.Module, args: Sequence[Any], keeps_attention: bool) -> Replay:
     """Return the replay for a run of `block`, which says what its second run can skip or recall."""
-    kept: list[nn.Module | None] = []
-    last: list[nn.Module | None] = []
+    kept: list[nn.Module] = []
+    last: list[nn.Module] = []
     if isinstance(block, DoubleBlock):
-        kept = [frozen_base(block.img_attn.proj), frozen_base(block.txt_attn.proj)]
-        last = [frozen_base(block.img_mlp[2]), frozen_base(block.txt_mlp[2])]
+        kept = frozen_linears(block.img_attn.proj, block.txt_attn.proj)
+        last = frozen_linears(block.img_mlp[2], block.txt_mlp[2])
     elif isinstance(block, SingleBlock):
-        last = [frozen_base(block.linear2)]
+        last = frozen_linears(block.linear2)
     else:
         keeps_attention = False
     modulation = tensors_in([arg for arg in args if not isinstance(arg, Tensor)])
-    if any(tensor.requires_grad for tensor in modulation):
+    if any(tensor.requires_grad for tensor in modulation):  # the gradient of the gate reads the outputs
         last = []
-    return Replay([m for m in last if m is not None], [m for m in kept if m is not None], keeps_attention)
+    return Replay(unread=last, kept=kept, keeps_attention=keeps_attention)
 
 
 def capture_autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -4,8 +4,8 @@ A chosen number of blocks, spread evenly over the depth, keep their frozen weigh
 one contiguous array of bytes per block. A block is copied into one of a few buffers on the device
 (flux2/memory/ring_buffer.py) before it runs, and again before its backward:
 
-    run_block   Signal         the block, under any recompute policy   Signal
-    backward    end_backward   its recompute and its gradients         begin_backward
+    run_block   Signal    the block, under any recompute policy   Signal
+    backward    release   its recompute and its gradients         begin_backward
 
 `Signal` is the identity. Its backward at the block's output marks the start of the block's backward, and the one at its
 input marks the end, whatever policy of activation_checkpointing.py is in between. While a block is in use, its
@@ -80,13 +80,12 @@ class TensorPlace:
 
     tensor: Tensor
     offset: int
-    shape: torch.Size
     stride: tuple[int, ...]
 
     def view(self, memory: Tensor) -> Tensor:
         """Return the tensor's values in `memory`, (size,) uint8 that starts with the block's bytes."""
         part = memory[self.offset : self.offset + self.tensor.nbytes].view(self.tensor.dtype)
-        return part.as_strided(self.shape, self.stride)
+        return part.as_strided(self.tensor.shape, self.stride)
 
 
 def assign_places(block: nn.Module) -> tuple[list[TensorPlace], int]:
@@ -94,7 +93,7 @@ def assign_places(block: nn.Module) -> tuple[list[TensorPlace], int]:
     places, offset = [], 0
     for tensor in streamed_tensors(block):
         stride = torch.empty_like(tensor, device="meta").stride()  # the same memory layout, but without gaps
-        places.append(TensorPlace(tensor, offset, tensor.shape, stride))
+        places.append(TensorPlace(tensor, offset, stride))
         offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return places, offset
 
@@ -247,7 +246,7 @@ class Offloader:
         run = BlockRun(None if block is self.first_block else self.last_run())
         self.last_run = weakref.ref(run)  # only the graph keeps the run alive
         indices = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-        inputs = Signal.apply(lambda: self.end_backward(streamed), *(args[i] for i in indices))
+        inputs = Signal.apply(lambda: self.release(streamed), *(args[i] for i in indices))
         replaced = dict(zip(indices, inputs, strict=True))
         with self.on_device(streamed, "forward"), saved_tensors_hooks(self.packer(streamed, run, inputs), self.unpack):
             outputs = self.run_inside(block, *(replaced.get(i, arg) for i, arg in enumerate(args)))
@@ -257,6 +256,7 @@ class Offloader:
 
     @contextmanager
     def on_device(self, streamed: StreamedBlock | None, order: Order) -> Iterator[None]:
+        """Context manager in which the weights of a block are on the device."""
         self.load(streamed, order)
         try:
             yield
@@ -287,10 +287,6 @@ class Offloader:
         for activation in run.inputs + (run.before.inputs if run.before else []):
             activation.fetch()
         run.inputs.clear()
-
-    def end_backward(self, streamed: StreamedBlock | None) -> None:
-        """Release a block whose input gradients are known."""
-        self.release(streamed)
 
     def packer(
         self, streamed: StreamedBlock | None, run: BlockRun, inputs: Sequence[Tensor]

@@ -32,13 +32,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
-def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (M, K) @ (K, N) in FP8 for `a` row-major, `b` column-major, scales (M, 1) and (1, N): (M, N).
+def fp8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Quantize the rows of x (M, K) and return x @ (weight_scale * weight) in FP8: (M, N).
 
-    Scales are per row and per column, because the operation does not mix them with scales per tensor.
+    `weight` (K, N) is e4m3, column-major. Its scales, (1,) or (N,), become one per column, because the operation does
+    not mix scales per row and per tensor.
     """
-    out = torch.bfloat16 if a.is_cuda else dtype  # a GPU returns only bfloat16 with these scales
-    return torch._scaled_mm(a, b, a_scale, b_scale.contiguous(), out_dtype=out, use_fast_accum=True).to(dtype)
+    values, scale = quantize_rows(x)
+    columns = weight_scale.expand(1, weight.shape[1]).contiguous()
+    out = torch.bfloat16 if x.is_cuda else dtype  # a GPU returns only bfloat16 with these scales
+    return torch._scaled_mm(values, weight, scale, columns, out_dtype=out, use_fast_accum=True).to(dtype)
 
 
 class Float8Linear(QuantizedLinear):
@@ -69,9 +72,7 @@ class Float8Linear(QuantizedLinear):
         cache_transposed_weights: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, dtype)
-        self.rowwise = rowwise
-        self.forward_fp8 = forward_fp8
-        self.backward_fp8 = backward_fp8
+        self.rowwise, self.forward_fp8, self.backward_fp8 = rowwise, forward_fp8, backward_fp8
         self.cache_transposed_weights = cache_transposed_weights
         self.allocate(device, qweight=(out_features, in_features), scale=(4 * (out_features if rowwise else 1),))
         if cache_transposed_weights:
@@ -104,9 +105,7 @@ class Float8Linear(QuantizedLinear):
     def product(self, x: Tensor) -> Tensor:
         rows = flatten_rows(x)
         if self.forward_fp8:
-            values, scale = quantize_rows(rows)
-            columns = self.scales().expand(1, self.out_features)
-            y = scaled_product(values, scale, self.values().t(), columns, x.dtype)
+            y = fp8_product(rows, self.values().t(), self.scales(), x.dtype)
         else:  # e4m3 values are exact in every larger float; the scales are applied to the result
             y = F.linear(rows, self.values().to(x.dtype)).mul_(self.scales())
         return y.view(*x.shape[:-1], self.out_features)
@@ -118,9 +117,7 @@ class Float8Linear(QuantizedLinear):
             rows = rows * weight_scale
             weight_scale = torch.ones(1, device=rows.device)
         if self.backward_fp8:
-            values, scale = quantize_rows(rows)
-            columns = weight_scale.expand(1, self.in_features)
-            dx = scaled_product(values, scale, self.transposed().t(), columns, dy.dtype)
+            dx = fp8_product(rows, self.transposed().t(), weight_scale, dy.dtype)
         else:
             dx = (rows.to(dy.dtype) @ self.values().to(dy.dtype)).mul_(weight_scale)
         return dx.view(*dy.shape[:-1], self.in_features)
