@@ -3,8 +3,10 @@
 Text and image tokens run first through *double* blocks (separate weights, one joint attention), then, concatenated,
 through *single* blocks (attention and mlp in parallel between two fused linears):
 
-    image (B, N, 128)       -> img_in -> | double | -> concatenate (text, image) -> single -> final layer
-    text (B, T, text_width) -> txt_in -> | blocks |                                 blocks    on the image tokens
+    image (B, N, 128)       -> img_in -+
+                                       +-> double blocks -> [text, image] (B, L, D) -> single blocks -+
+    text (B, T, text_width) -> txt_in -+                                                              |
+                                                      (B, N, 128) <- final_layer <- image (B, N, D) <-+
 
 The time embedding controls every block through a shift, a scale and a gate, with m(x) = (1 + scale) * norm(x) + shift:
 
