@@ -12,6 +12,8 @@ Values are tested against diffusers' `AutoencoderKLFlux2`.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,15 +87,11 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttentionBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(channels: int, groups: int) -> nn.Sequential:
+    """Return the layers between down- and upsampling."""
+    block_1, attn_1 = ResnetBlock(channels, channels, groups), AttentionBlock(channels, groups)
+    block_2 = ResnetBlock(channels, channels, groups)
+    return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attn_1, block_2=block_2))
 
 
 class Level(nn.Module):
@@ -119,13 +117,11 @@ class Encoder(nn.Module):
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            [
-                Level(widths[max(i - 1, 0)], widths[i], config.blocks, config.groups, "downsample" if i < last else "")
-                for i in range(len(widths))
-            ]
-        )
-        self.mid = Middle(widths[-1], config.groups)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            resample = "downsample" if i < last else ""
+            self.down.append(Level(widths[max(i - 1, 0)], width, config.blocks, config.groups, resample))
+        self.mid = middle(widths[-1], config.groups)
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
@@ -143,14 +139,11 @@ class Decoder(nn.Module):
         widths, last = config.widths, len(config.widths) - 1
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.groups)
-        # up.0 has the full resolution, so `forward` runs the list backwards
-        self.up = nn.ModuleList(
-            [
-                Level(widths[min(i + 1, last)], widths[i], config.blocks + 1, config.groups, "upsample" if i else "")
-                for i in range(len(widths))
-            ]
-        )
+        self.mid = middle(widths[-1], config.groups)
+        self.up = nn.ModuleList()  # up.0 has the full resolution, so `forward` runs the list backwards
+        for i, width in enumerate(widths):
+            resample = "upsample" if i else ""
+            self.up.append(Level(widths[min(i + 1, last)], width, config.blocks + 1, config.groups, resample))
         self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 

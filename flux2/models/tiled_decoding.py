@@ -149,8 +149,9 @@ def attend(block: AttentionBlock, x: Tensor) -> Tensor:
 
 def decode_middle(decoder: Decoder, z: Tensor) -> Tensor:
     """Run the decoder up to its first level: (1, 32, 2h, 2w) -> (1, channels, 2h, 2w)."""
-    x = decoder.mid.block_1(decoder.conv_in(decoder.post_quant_conv(z)))
-    return decoder.mid.block_2(attend(decoder.mid.attn_1, x))
+    block_1, attention, block_2 = decoder.mid
+    assert isinstance(attention, AttentionBlock)
+    return block_2(attend(attention, block_1(decoder.conv_in(decoder.post_quant_conv(z)))))
 
 
 class OutputMap:
