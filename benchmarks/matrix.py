@@ -44,7 +44,7 @@ from benchmarks.models import (
     to_four_bits,
 )
 from flux2 import adapters
-from flux2.layers.attention import limited_to, preferred_backends
+from flux2.layers.attention import preferred_backends, use_backends
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.positions import image_positions, text_positions
 from flux2.models.variants import TransformerConfig
@@ -179,7 +179,7 @@ def ceilings(config: TransformerConfig, tokens: int, device: torch.device, repea
     q = torch.randn(1, config.heads, tokens, config.head_dim, device=device, dtype=torch.bfloat16)
 
     def attend() -> None:
-        with limited_to(preferred_backends(None, device)):
+        with use_backends(preferred_backends(None, device)):
             F.scaled_dot_product_attention(q, q, q)
 
     one = torch.ones((), device=device)
@@ -240,7 +240,7 @@ class Inputs:
     def step(self, model: Any, case: Case) -> Tensor:
         backends = preferred_backends(None, self.tokens.device) if case.peer and case.cudnn else None
         model.zero_grad(set_to_none=True)
-        with limited_to(backends):
+        with use_backends(backends):
             with torch.autocast(self.tokens.device.type, torch.bfloat16):
                 loss = (self.predict(model, case.peer).float() - self.target).square().mean()
             loss.backward()  # which recomputes

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from flux2 import adapters
 from flux2.models.transformer import Transformer
 from flux2.models.variants import DEV, KLEIN_4B, KLEIN_9B, TransformerConfig
-from flux2.quantization.precision import Matmul, Precision, QuantizedLinear, Storage, convert
+from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.precision import Matmul, Precision, Storage, convert
 from flux2.weights.key_names import transformer_tensor
 
 SMALL = TransformerConfig(heads=2, head_dim=64, double_blocks=1, single_blocks=2, text_width=64, guidance=False,

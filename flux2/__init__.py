@@ -1,9 +1,9 @@
-"""FLUX.2: text (and pictures) to pictures. `flux2.load("tiny").generate("a small red cup")`."""
+"""FLUX.2: images from text and reference images. `flux2.load("tiny").generate("a small red cup")`."""
 
 import logging
 from typing import TYPE_CHECKING, Any
 
-# bitsandbytes, which PEFT imports, warns on some CPUs that a kernel nobody here calls could not be downloaded
+# bitsandbytes, imported by PEFT, warns on some CPUs that a kernel could not be downloaded; flux2 does not use it
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ __all__ = ["Pipeline", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Pipeline` and `load` when they are asked for: their imports take seconds, and a command first says so."""
+    """Import `Pipeline` and `load` on first use: their imports take seconds, and commands print something before."""
     if name in __all__:
         from flux2 import pipeline
 

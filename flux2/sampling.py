@@ -1,8 +1,8 @@
-"""From noise to latents: the time schedule, Euler steps, classifier-free guidance.
+"""Sampling from noise to latents: the time schedule, Euler steps and classifier-free guidance.
 
-The model predicts the flow `noise - image` along `x_s = (1 - s) * image + s * noise`, so sampling integrates
-dx/ds from s = 1 down to 0. The times are evenly spaced, then shifted towards noise by `exp(mu)`, more for larger
-pictures and fewer steps.
+The model predicts the flow `noise - image` along `x_s = (1 - s) * image + s * noise`, so sampling integrates dx/ds from
+s = 1 down to 0. The times are evenly spaced, then shifted towards noise by `exp(mu)`: more for larger images and fewer
+steps.
 Source: github.com/black-forest-labs/flux2, src/flux2/sampling.py (`get_schedule`, `compute_empirical_mu`, `denoise`).
 """
 
@@ -22,10 +22,10 @@ from flux2.utils import checks
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
-    """The published fit of the log-shift for a picture of `tokens` image tokens; references do not count.
+    """Return the published fit of the log-shift for an image of `tokens` tokens; references do not count.
 
-    Two lines in the number of tokens, for 10 and for 200 steps, interpolated in the number of steps; from 4300
-    tokens on the second line alone.
+    Two lines in the number of tokens, for 10 and for 200 steps, are interpolated in the number of steps. Above 4300
+    tokens only the second line is used.
     """
     at_200 = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:
@@ -42,26 +42,23 @@ def shift(times: Tensor, mu: float) -> Tensor:
 
 
 def schedule(steps: int, tokens: int) -> Tensor:
-    """(steps + 1,) float32 times from 1 to 0 for a picture of `tokens` image tokens."""
+    """Return the times (steps + 1,) in float32 from 1 to 0 for an image of `tokens` tokens."""
     steps = checks.steps(steps)
     return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), empirical_mu(tokens, steps)).float()
 
 
 def initial_noise(seeds: Sequence[int], height: int, width: int) -> Tensor:
-    """(B, 128, height, width) float32 noise on the CPU, a picture a seed: independent of batch and device."""
+    """Return float32 noise (B, 128, height, width) on the CPU, one image per seed, for any batch and device."""
     shape = (TOKEN_CHANNELS, height, width)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def euler(
-    flow: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    times: Tensor,
-    progress: Callable[[Tensor], None] | None = None,
+    flow: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, progress: Callable[[Tensor], None] | None = None
 ) -> Tensor:
-    """Integrate dx/ds = flow(x, s) along `times`; x is kept in float32 whatever the model computes in.
+    """Integrate dx/ds = flow(x, s) along `times`, with x in float32 whatever dtype the model computes in.
 
-    `flow` gets x and the time as a (B,) tensor; `progress` is called with x after every step.
+    `flow` receives x and the time as a (B,) tensor; `progress` is called with x after every step.
     """
     x = x.float()
     for now, after in pairwise(times):
@@ -83,17 +80,17 @@ def sample(
     empty: Tensor | None = None,
     progress: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Denoise.
+    """Denoise `noise` to latents.
 
     Args:
         noise: (B, 128, h, w) at time 1.
         text: (B, T, text_width) embeddings of the prompts.
-        steps: number of Euler steps.
-        guidance: fed to a model with a guidance embedding; else the scale g of classifier-free guidance
-            `empty + g * (prompt - empty)`, 1 meaning none.
-        references: latents (B, 128, h_i, w_i) of reference images.
-        empty: (B or 1, T, text_width) embeddings of the empty prompt; needed for classifier-free guidance.
-        progress: called with the tokens after every step.
+        steps: Number of Euler steps.
+        guidance: Input of a model with a guidance embedding. For other models, the scale g of classifier-free guidance
+            `empty + g * (prompt - empty)`; 1 turns it off.
+        references: Latents (B, 128, h_i, w_i) of reference images.
+        empty: (B or 1, T, text_width) embeddings of the empty prompt, required for classifier-free guidance.
+        progress: Function called with the tokens after every step.
 
     Returns:
         (B, 128, h, w) float32 latents.
@@ -102,15 +99,15 @@ def sample(
     height, width = noise.shape[2:]
     x = to_tokens(noise)
     positions = positions_with_references(noise, references)
-    text_at = text_positions(text.shape[1], noise.device)
+    prompt_positions = text_positions(text.shape[1], noise.device)
     classifier_free = not model.config.guidance and guidance != 1
     if classifier_free and empty is None:
-        raise ValueError(f"guidance={guidance} without a guidance embedding needs the empty prompt's embeddings")
+        raise ValueError(f"guidance={guidance}: this model needs the embeddings of the empty prompt. Pass empty.")
     value = torch.full((x.shape[0],), guidance, device=x.device) if model.config.guidance else None
 
     def predict(tokens: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
         inputs = with_references(tokens, references)
-        return model(inputs, positions, prompt, text_at, time, value, keep=tokens.shape[1])
+        return model(inputs, positions, prompt, prompt_positions, time, value, keep=tokens.shape[1])
 
     def flow(tokens: Tensor, time: Tensor) -> Tensor:
         prediction = predict(tokens, time, text)

@@ -34,9 +34,9 @@ from flux2.adapters.loading import (
     tensors,
 )
 from flux2.adapters.tuners import adapted, float_copy, remove_adapters
-from flux2.layers.fused_lora import INITIAL, difference
+from flux2.layers.fused_lora import INITIAL, subtract_initial
 from flux2.models.transformer import Transformer
-from flux2.models.variants import known
+from flux2.models.variants import find_variant
 from flux2.quantization.base import QuantizedLinear
 from flux2.utils import checks
 from flux2.utils.text import listed
@@ -82,7 +82,7 @@ def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, LoraPair]:
             a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
             if name + INITIAL in module.lora_A:
                 first_a, first_b = module.lora_A[name + INITIAL].weight, module.lora_B[name + INITIAL].weight
-                a, b = difference(a, b, first_a, first_b)
+                a, b = subtract_initial(a, b, first_a, first_b)
             length = None
             if name in module.lora_magnitude_vector:
                 length = module.lora_magnitude_vector[name].weight.detach().float().cpu()
@@ -261,7 +261,7 @@ def base_of(place: Path) -> str:
 def hint(place: Path, model: Transformer) -> str:
     """Which model the adapter says it was trained on, if that is one of other sizes than `model`."""
     try:
-        base = known(base_of(place))
+        base = find_variant(base_of(place))
     except ValueError:
         return ""
     return "" if base is None or base.transformer == model.config else f" It says that it was trained on {base.name}."
@@ -306,7 +306,7 @@ def merge(model: nn.Module) -> None:
     """
     if isinstance(model, peft.PeftModel):
         model = model.get_base_model()
-    if isinstance(model, Transformer) and model.streams:
+    if isinstance(model, Transformer) and model.is_streaming:
         raise AdapterError(
             "cannot merge while blocks stream from host memory, as what is on the device would not follow: load the "
             "model without streaming (offload_blocks=0)"

@@ -26,7 +26,7 @@ from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair
 from flux2.adapters.tuners import adapted, to_device, without_draws
 from flux2.layers.fused_lora import fuse_lora
-from flux2.layers.selection import kinds
+from flux2.layers.selection import layer_kinds
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
 from flux2.utils.text import listed
@@ -52,7 +52,7 @@ class Loaded:
 
     def listing(self) -> str:
         """Its layers, with the number of a block as N."""
-        return kinds(self.layers)
+        return layer_kinds(self.layers)
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -94,18 +94,18 @@ def check_numbers(config: Any) -> None:
                 raise ValueError(f"{PEFT_CONFIG}: {key} has {expression!r}, no regular expression ({error})") from error
     try:
         if isinstance(config, peft.OFTConfig):
-            checks.whole("r", config.r, 0)
-            checks.whole("oft_block_size", config.oft_block_size, 0)
-            checks.whole("num_cayley_neumann_terms", config.num_cayley_neumann_terms, 1)
+            checks.integer("r", config.r, 0)
+            checks.integer("oft_block_size", config.oft_block_size, 0)
+            checks.integer("num_cayley_neumann_terms", config.num_cayley_neumann_terms, 1)
             checks.number("eps", config.eps)
             return
         alpha = "lora_alpha" if isinstance(config, peft.LoraConfig) else "alpha"
         for name, rank in {"r": config.r, **patterns["rank_pattern"]}.items():
-            checks.whole(name, rank, 1)
+            checks.integer(name, rank, 1)
         for name, value in {alpha: getattr(config, alpha), **patterns["alpha_pattern"]}.items():
             checks.number(name, value)
         if isinstance(config, peft.LoKrConfig):
-            checks.whole("decompose_factor", config.decompose_factor, -1)
+            checks.integer("decompose_factor", config.decompose_factor, -1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{PEFT_CONFIG}: {error}") from error
 

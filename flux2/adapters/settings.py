@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from flux2.adapters.formats import AdapterError
-from flux2.layers.selection import kinds, linear_names, matched
+from flux2.layers.selection import layer_kinds, linear_names, matching_names
 
 Targets = str | Sequence[str]
 ALPHAS = 1e-6, 1e6  # beyond, what an update is scaled by rounds to nothing, or to infinity
@@ -73,13 +73,13 @@ def by_layer(key: str, pattern: object, layers: Sequence[str], check: Callable[[
         if not isinstance(target, str):
             raise AdapterError(f"adapter.{key}: {target!r} must be a preset or a regular expression")
         try:
-            names = matched(layers, target)
+            names = matching_names(layers, target)
         except re.error as error:
             raise AdapterError(f"adapter.{key}: {target!r} is not a regular expression ({error})") from error
         if not names:
             raise AdapterError(
                 f"adapter.{key}: {target!r} matches none of the {len(layers)} layers that adapter.targets gives, which "
-                f"are {kinds(layers)}"
+                f"are {layer_kinds(layers)}"
             )
         check(f"{key}: {target!r}", value)
         for name in names:

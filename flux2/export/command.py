@@ -33,9 +33,9 @@ from flux2.export.merge_checkpoint import NotReadError, merge, put, unfinished
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS
 from flux2.utils import checks
-from flux2.utils.cli import message, split_adapter
+from flux2.utils.cli import format_error, split_adapter
 from flux2.utils.device import pick_device
-from flux2.utils.signals import exit_code, terminated_as_interrupted
+from flux2.utils.signals import exit_code, sigterm_as_interrupt
 from flux2.utils.text import listed
 from flux2.weights import modelspec
 from flux2.weights.safetensors_files import tensor_files
@@ -101,7 +101,7 @@ def target_of(options: argparse.Namespace) -> Path:
 def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for what can be told before anything is read."""
     if options.rank is not None:
-        checks.whole("--rank", options.rank, 1)
+        checks.integer("--rank", options.rank, 1)
     if options.max_error is not None and not 0 < options.max_error < 1:
         raise ValueError(f"--max-error {options.max_error:g} must be above 0 and below 1: 0.01 is 1 %")
     out = options.out
@@ -368,10 +368,10 @@ def full(
 
 def main() -> int:
     try:
-        with terminated_as_interrupted():
+        with sigterm_as_interrupt():
             print(run(arguments()))
     except (ValueError, TypeError, OSError) as error:
-        print("error:", message(error), file=sys.stderr)
+        print("error:", format_error(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)

@@ -20,7 +20,7 @@ from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair
 from flux2.adapters.loading import PREFIX, Loaded, check_saved, check_scale, inject, tensors
 from flux2.models.transformer import Transformer
-from flux2.models.variants import VARIANTS, TransformerConfig, Variant, known
+from flux2.models.variants import VARIANTS, TransformerConfig, Variant, find_variant
 from flux2.utils import checks
 from flux2.utils.text import listed
 
@@ -131,7 +131,7 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
         if isinstance(module, nn.Linear)
     }
     try:
-        base = known(adapter_files.base_of(place))
+        base = find_variant(adapter_files.base_of(place))
         config = peft_config.saved(place) if place.is_dir() else None
         if config is None or peft_config.is_plain(config):
             pairs = adapter_files.read(place, model)
@@ -180,7 +180,7 @@ def variant_for(places: Sequence[Path], asked: str | None) -> tuple[Variant, boo
 
     Raises AdapterError if an adapter says that it was trained on a model of other sizes, or if none fits.
     """
-    said = {place: found for place in places if (found := known(adapter_files.base_of(place)))}
+    said = {place: found for place in places if (found := find_variant(adapter_files.base_of(place)))}
     if asked is not None:
         for place, one in said.items():
             if one.transformer != VARIANTS[asked].transformer:

@@ -21,15 +21,15 @@ from flux2.generate import metadata
 from flux2.generate.metadata import NamedFile, Record
 from flux2.generate.progress import CLEAR, Screen
 from flux2.generate.requests import Request, numbered, on_grid, read_lines
-from flux2.models.text_encoder import STORAGES
+from flux2.models.text_encoder import TEXT_STORAGES
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import Pipeline, load
 from flux2.quantization.precision import NAMES, describe
 from flux2.utils import checks
-from flux2.utils.cli import is_out_of_memory, message, split_adapter
+from flux2.utils.cli import format_error, is_out_of_memory, split_adapter
 from flux2.utils.device import pick_device
-from flux2.utils.images import UNFINISHED, check_place, check_writable, read_picture
-from flux2.utils.signals import exit_code, terminated_as_interrupted
+from flux2.utils.images import UNFINISHED, check_target_file, check_writable, read_image
+from flux2.utils.signals import exit_code, sigterm_as_interrupt
 
 MAX_COUNT = 10_000
 DEFAULTS: dict[str, Any] = {
@@ -83,7 +83,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--text-storage",
-        choices=list(STORAGES),
+        choices=list(TEXT_STORAGES),
         help="the text encoder's layers in 4 or 8 bits; by default as the rest",
     )
     parser.add_argument(
@@ -194,7 +194,7 @@ def requested(options: argparse.Namespace) -> list[Request]:
         if options.count > 1:
             raise ValueError(f"--count {options.count} does nothing with --prompts: write a line for each picture")
         return read_lines(options.prompts, shared, say)
-    checks.texts("--prompt", options.prompt)
+    checks.strings("--prompt", options.prompt)
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     checks.seeds(options.seed, len(prompts))
     shared = on_grid(shared, say)
@@ -217,7 +217,7 @@ def check_options(options: argparse.Namespace) -> None:
             idle.remove("image")
         if idle:
             raise ValueError(f"--{idle[0]} does nothing with --save-embeddings, which makes no pictures: leave it out")
-        check_place(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
+        check_target_file(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
 
 
 def run(options: argparse.Namespace) -> Iterator[Path]:
@@ -228,7 +228,7 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
     if options.save_embeddings is None:
         for one in wanted:
             check_writable(one.out, f"--out {one.out}")
-    pictures = {path: read_picture(path, f"--image {path}") for one in wanted for path in one.images}
+    pictures = {path: read_image(path, f"--image {path}") for one in wanted for path in one.images}
     images = {path: NamedFile.of(path) for path in pictures}
     given = [split_adapter(adapter) for adapter in options.adapter]
     if options.merge and not given:
@@ -348,17 +348,17 @@ def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the libraries are loaded
     try:
-        with terminated_as_interrupted():
+        with sigterm_as_interrupt():
             for file in run(arguments()):
                 print(file, flush=True)
     except (ValueError, OSError) as error:
-        say(f"error: {message(error)}")
+        say(f"error: {format_error(error)}")
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         hints = "smaller --width and --height, fewer references, --tiled, --stream-blocks or another --precision"
-        say(f"error: memory does not suffice ({message(error) or type(error).__name__}): {hints} take less")
+        say(f"error: memory does not suffice ({format_error(error) or type(error).__name__}): {hints} take less")
         return 2
     except KeyboardInterrupt as stop:
         say("interrupted")

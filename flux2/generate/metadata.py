@@ -19,10 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from flux2.adapters import find
 from flux2.adapters.files import PEFT_FILE
-from flux2.models.text_encoder import Storage, check_storage
+from flux2.models.text_encoder import TextStorage, check_storage
 from flux2.models.variants import VARIANTS
 from flux2.utils import checks
-from flux2.utils.images import reason
+from flux2.utils.images import describe_decoding_error
 
 KEYWORD = "flux2-lora"
 
@@ -75,7 +75,7 @@ class Record:
     path: str | None = None
     autoencoder: str | None = None
     text_encoder: str | None = None
-    text_storage: Storage | None = None
+    text_storage: TextStorage | None = None
     embeddings: NamedFile | None = None
     asked: str | None = None
     images: Sequence[NamedFile] = field(default_factory=list)
@@ -98,7 +98,7 @@ def read(file: Path, what: str) -> Record:
             image.load()  # text may follow the pixels
             text = image.info.get(KEYWORD)
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, DecompressionBombError and more
-        raise ValueError(f"{what} cannot be read as a picture ({reason(error)})") from error
+        raise ValueError(f"{what} cannot be read as a picture ({describe_decoding_error(error)})") from error
     if text is None:
         raise ValueError(
             f"{what} does not say how it was made: it is not from this program, was written with --no-metadata or not "
@@ -127,7 +127,7 @@ def parsed(found: Any) -> Record:
         raise TypeError(f"precision={found['precision']!r} must be a text")
     if not isinstance(found.get("merged", False), bool):
         raise TypeError(f"merged={found['merged']!r} must be true or false")
-    (prompt,) = checks.texts("prompt", found["prompt"])
+    (prompt,) = checks.strings("prompt", found["prompt"])
     (seed,) = checks.seeds(found["seed"], 1)
     checks.size(found["width"], found["height"], 1)
     given: dict[str, Any] = {

@@ -30,9 +30,9 @@ class Request:
     images: Sequence[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        checks.texts("prompt", self.prompt)
+        checks.strings("prompt", self.prompt)
         checks.seeds(self.seed, 1)
-        checks.references(len(self.images))
+        checks.reference_count(len(self.images))
         checks.size(self.width or PIXELS_PER_TOKEN, self.height or PIXELS_PER_TOKEN, PIXELS_PER_TOKEN)
         if self.steps is not None:
             checks.steps(self.steps)
@@ -49,7 +49,7 @@ def on_grid(values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any
     Raises TypeError or ValueError for what is no size of at least 16.
     """
     sides = {key: values[key] for key in ("width", "height") if values[key] is not None}
-    whole = {key: checks.whole(key, side, PIXELS_PER_TOKEN) for key, side in sides.items()}
+    whole = {key: checks.integer(key, side, PIXELS_PER_TOKEN) for key, side in sides.items()}
     rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in whole.items()}
     for key, side in whole.items():
         if side != rounded[key]:

@@ -1,3 +1,3 @@
-"""The layers that blocks are made of: frozen linear layers with a LoRA in the same step, attention, what is recorded
-for a recomputed block, and which layers a pattern selects. It imports flux2.utils. Begin with frozen_linear.py.
+"""Building blocks of the networks: frozen linears fused with their LoRA, attention, the context in which a block is
+recomputed, and the selection of layers by pattern. Imports flux2.utils. Start with frozen_linear.py.
 """

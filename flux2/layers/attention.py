@@ -1,12 +1,12 @@
-"""Scaled dot-product attention: by which kernel, and how its result is kept for a block that is run again.
+"""Scaled dot-product attention: the choice of its kernel, and how a recomputed block gets its result back.
 
-PyTorch has several kernels (backends), and takes the first of a list that can do the shapes, dtype and device at hand.
-On Hopper and later the one of cuDNN is the fastest, but it is not first in PyTorch's own list.
+PyTorch has several kernels (backends) and takes the first of a list that supports the shapes, dtype and device.
+cuDNN's kernel is the fastest on Hopper and later, but it is not the first in PyTorch's own list.
 
-Selective recomputation keeps the attention and computes the rest of a block again. What the attention's backward reads
-is q, k, v, the output and a number a row and head. q, k and v are three times the output and come cheaply out of the
-projection, so they are left out of what is kept: the attention is differentiated by a graph of its own, whose nodes get
-q, k and v as they come in the second run. That works with every backend, as it is autograd that says what is needed.
+Selective recomputation keeps the attention and recomputes the rest of a block. The attention's backward reads q, k, v,
+the output and one number per row and head. q, k and v take three times the memory of the output and are cheap to
+recompute from the projection, so they are not kept: the attention has an autograd graph of its own, whose nodes receive
+q, k and v from the second run. This works with every backend, because autograd itself says what the backward needs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flux2.layers.recompute_context import Replay, current
+from flux2.layers.recompute_context import Replay, current_replay
 
-ENOUGH = 4608  # tokens for which a backend is looked up: those of a picture of 1024 px
+PROBE_TOKENS = 4608  # sequence length at which a backend is looked up: that of a 1024 px image
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -34,32 +34,29 @@ BACKENDS = {
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention of (B, H, L, head_dim) each; the same shape. In a second run, what the first one kept."""
-    replay = None if torch.compiler.is_compiling() else current()
+    """Return full attention of three (B, H, L, head_dim), in the same shape; a second run recalls a kept result."""
+    replay = None if torch.compiler.is_compiling() else current_replay()
     if replay is None or not replay.keeps_attention:
         return F.scaled_dot_product_attention(q, k, v)
-    if replay.again:
-        return Recalled.apply(replay.attended, replay.stored, q, k, v)
-    assert replay.attended is None, "a block has one attention"
-    replay.attended = Attended(replay, q, k, v)
-    return replay.stored[replay.attended.output]
+    if replay.is_second_run:
+        return RecalledAttention.apply(replay.attention, replay.saved, q, k, v)
+    assert replay.attention is None, "a block has one attention"
+    replay.attention = AttentionRecord(replay, q, k, v)
+    return replay.saved[replay.attention.output]
 
 
-# ------------------------------------------------------------------ keeping
+class GraphValues:
+    """The values that the graph of an attention reads in its backward: q, k, v and the saved tensors."""
 
-
-class Shelf:
-    """Where the graph of an attention leaves, and finds, what its backward reads: inputs and what was put aside."""
-
-    put: Callable[[Tensor], int]
+    save: Callable[[Tensor], int]
     inputs: Sequence[Tensor] = ()
-    stored: Sequence[Tensor] = ()
+    saved: Sequence[Tensor] = ()
 
 
-class Source(torch.autograd.Function):
-    """Tensors without a past, for which gradients are wanted. Unlike leaves, they are not held by their graph.
+class DetachedInputs(torch.autograd.Function):
+    """Inputs without history that receive gradients. Unlike leaves, their graph does not keep them alive.
 
-    The first argument requires a gradient, so that the others come to.
+    The first argument requires a gradient, which makes the outputs require one too.
     """
 
     @staticmethod
@@ -71,121 +68,116 @@ class Source(torch.autograd.Function):
         raise AssertionError("gradients are taken at the outputs of this node, not behind it")
 
 
-def where(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same part of the same memory, also for those without any
-    (train/planner/step_memory.py).
-    """
+def memory_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Return equal keys for tensors that are the same view of the same storage, also on the meta device."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
-class Attended:
-    """Computes an attention, and keeps in `replay.stored` what its backward reads, but for q, k and v.
+class AttentionRecord:
+    """An attention whose backward can run later: computes it and saves in `replay` what that reads, except q, k, v.
 
     Attributes:
-        output: place of the result in `stored`.
-        start, ends: of the graph: where the gradient of the result goes in, and where those of q, k, v come out.
+        output: Index of the result in `replay.saved`.
+        start: Edge of the graph that takes the gradient of the result.
+        ends: Edges of the graph that give the gradients of q, k and v.
     """
 
     def __init__(self, replay: Replay, *inputs: Tensor) -> None:
-        self.shelf = shelf = Shelf()  # the graph knows only this, or it would hold itself
-        known = {where(tensor): i for i, tensor in enumerate(inputs)}
+        self.values = values = GraphValues()  # the graph refers to this and not to `self`, or it would own itself
+        input_indices = {memory_key(tensor): i for i, tensor in enumerate(inputs)}
 
-        shelf.put = replay.put
+        values.save = replay.save
 
         def pack(tensor: Tensor) -> tuple[bool, int]:
-            place = known.get(where(tensor))
-            return (True, place) if place is not None else (False, shelf.put(tensor.detach()))
+            index = input_indices.get(memory_key(tensor))
+            return (True, index) if index is not None else (False, values.save(tensor.detach()))
 
-        def unpack(found: tuple[bool, int]) -> Tensor:
-            is_input, place = found
-            return (shelf.inputs if is_input else shelf.stored)[place]
+        def unpack(packed: tuple[bool, int]) -> Tensor:
+            is_input, index = packed
+            return (values.inputs if is_input else values.saved)[index]
 
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
-            sources = Source.apply(torch.ones((), requires_grad=True), *inputs)
-            output = F.scaled_dot_product_attention(*sources)
-        self.start, self.ends = get_gradient_edge(output), [get_gradient_edge(source) for source in sources]
-        self.output = replay.put(output.detach())
-        del shelf.put
+            detached = DetachedInputs.apply(torch.ones((), requires_grad=True), *inputs)
+            output = F.scaled_dot_product_attention(*detached)
+        self.start, self.ends = get_gradient_edge(output), [get_gradient_edge(tensor) for tensor in detached]
+        self.output = replay.save(output.detach())
+        del values.save
 
-    def gradients(self, inputs: Sequence[Tensor], stored: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
-        """Those of q, k and v, which are given again, for the gradient of the result."""
-        self.shelf.inputs, self.shelf.stored = inputs, stored
+    def gradients(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of `inputs` (q, k and v of the second run) for the gradient dy of the result."""
+        self.values.inputs, self.values.saved = inputs, saved
         try:
             return torch.autograd.grad([self.start], self.ends, [dy], retain_graph=True)
         finally:
-            self.shelf.inputs = self.shelf.stored = ()
+            self.values.inputs = self.values.saved = ()
 
 
-class Recalled(torch.autograd.Function):
-    """The result of an attention as it was kept, with the backward of the attention for these q, k and v."""
+class RecalledAttention(torch.autograd.Function):
+    """The saved result of an attention, with the backward of that attention for the q, k and v of this run."""
 
     @staticmethod
-    def forward(ctx: Any, attended: Attended, stored: Sequence[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.attended, ctx.stored = attended, stored
+    def forward(ctx: Any, record: AttentionRecord, saved: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.record, ctx.saved = record, saved
         ctx.save_for_backward(*inputs)
-        return stored[attended.output].detach()
+        return saved[record.output].detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.attended.gradients(ctx.saved_tensors, ctx.stored, dy)
+        return None, None, *ctx.record.gradients(ctx.saved_tensors, ctx.saved, dy)
 
 
-# ------------------------------------------------------------------ backends
-
-
-def check_backends(given: Any, key: str = "attention") -> None:
-    """Raises ValueError unless `given` is None or a list of names in `BACKENDS`; `key` is the setting's name."""
-    if given is None:
+def check_backends(names: Any, key: str = "attention") -> None:
+    """Raise ValueError unless `names` is None or a list of names in `BACKENDS`; `key` is the setting's name."""
+    if names is None:
         return
-    known = isinstance(given, list | tuple) and given and all(name in BACKENDS for name in given)
-    if not known or len(set(given)) < len(given):
+    known = isinstance(names, list | tuple) and names and all(name in BACKENDS for name in names)
+    if not known or len(set(names)) < len(names):
         raise ValueError(
-            f"{key}={given!r} must be a list of attention backends, best first, out of {', '.join(BACKENDS)}; "
-            "or null, which leaves the choice to this program"
+            f"{key}={names!r} must be a list of attention backends, best first, out of {', '.join(BACKENDS)}; "
+            "or null for the default choice"
         )
 
 
-def preferred_backends(given: Sequence[str] | None, device: torch.device) -> tuple[str, ...] | None:
-    """The backends to try on `device`, best first; None is PyTorch's own order.
+def preferred_backends(names: Sequence[str] | None, device: torch.device) -> tuple[str, ...] | None:
+    """Return the backends to try on `device`, best first; None stands for PyTorch's own order.
 
-    Without a wish that of cuDNN comes first where it is the fastest, on Hopper and later (compute capability 9).
+    By default cuDNN comes first where it is the fastest: on Hopper and later (compute capability 9).
     """
-    if given is not None:
-        return tuple(given)
+    if names is not None:
+        return tuple(names)
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return tuple(BACKENDS) if hopper else None
 
 
-def limited_to(backends: Sequence[str] | None) -> AbstractContextManager[Any]:
-    """Within this context attention is computed by the first of `backends` that can; by PyTorch's choice for None.
+def use_backends(names: Sequence[str] | None) -> AbstractContextManager[Any]:
+    """Context manager in which the first supported backend of `names` computes attention; None changes nothing.
 
-    On a CPU PyTorch has flash and math, and takes flash, wherever in the list, if it can.
+    A CPU has flash and math. PyTorch takes flash there if it supports the shapes, wherever it is in the list.
     """
-    if backends is None:
+    if names is None:
         return nullcontext()
-    return sdpa_kernel([BACKENDS[name] for name in backends], set_priority=True)
+    return sdpa_kernel([BACKENDS[name] for name in names], set_priority=True)
 
 
 def chosen_backend(
-    backends: Sequence[str] | None, heads: int, head_dim: int, tokens: int, device: torch.device, dtype: torch.dtype
+    names: Sequence[str] | None, heads: int, head_dim: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """The name of the backend that computes attention of these shapes.
+    """Return the name of the backend that computes attention of these shapes.
 
-    Raises:
-        ValueError: none of `backends` can.
+    Raise ValueError if none of the backends `names` supports them.
     """
-    tokens = min(tokens, ENOUGH)  # more are computed by the same, and would be memory for nothing
+    tokens = min(tokens, PROBE_TOKENS)  # the choice does not change beyond that, and the probe stays small
     q = torch.zeros(1, heads, tokens, head_dim, device=device, dtype=dtype, requires_grad=True)
-    with limited_to(backends):
+    with use_backends(names):
         try:
             choice = torch._fused_sdp_choice(q, q, q)
-        except RuntimeError:  # there is none
+        except RuntimeError:  # no backend supports the shapes
             choice = SDPBackend.ERROR.value
     for name, backend in BACKENDS.items():
         if choice == backend.value:
             return name
     raise ValueError(
-        f"memory.attention={list(backends or [])} names no backend that can compute attention on {device} in {dtype}; "
+        f"memory.attention={list(names or [])} contains no backend that can compute attention on {device} in {dtype}; "
         "add math, which always can, or give null"
     )

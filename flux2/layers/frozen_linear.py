@@ -1,4 +1,12 @@
-"""Products with frozen weights: as little as can be is kept for the backward, and no weight gradient is formed."""
+"""Products with frozen weights that save as little as possible for the backward and form no weight gradient.
+
+A frozen linear may store its weight in any form (float, FP8, NF4). Training needs two products of it, with W (out, in):
+
+    product(linear, x)          = x W^T     the forward
+    input_gradient(linear, dy)  = dy W      the backward
+
+A module that stores its weight in another form has methods of these names; a plain `nn.Linear` needs none.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flux2.layers.recompute_context import current
+from flux2.layers.recompute_context import current_replay
 
 
-def rows(x: Tensor) -> Tensor:
-    """(..., width) -> (all others, width)."""
+def flatten_rows(x: Tensor) -> Tensor:
+    """(..., width) -> (product of the others, width)."""
     return x.reshape(-1, x.shape[-1])
 
 
 def product(linear: nn.Linear, x: Tensor) -> Tensor:
-    """x W^T, and the bias if there is one: (..., in) -> (..., out), in memory of its own, in the dtype of x."""
+    """Return x W^T plus the bias, if any: (..., in) -> (..., out) in newly allocated memory and the dtype of x."""
     if hasattr(linear, "product"):
         return linear.product(x)  # type: ignore[operator]
-    # as a matrix: of anything else PyTorch makes a batch at times, but not where a gradient is wanted
-    return F.linear(rows(x), linear.weight, linear.bias).view(*x.shape[:-1], -1)
+    # as a matrix: PyTorch sometimes turns more dimensions into a batch, but not where a gradient is needed
+    return F.linear(flatten_rows(x), linear.weight, linear.bias).view(*x.shape[:-1], -1)
 
 
 def input_gradient(linear: nn.Linear, dy: Tensor) -> Tensor:
-    """dy W, the gradient of `product` for its input: (..., out) -> (..., in), in memory of its own."""
+    """Return dy W, the input gradient of `product`: (..., out) -> (..., in) in newly allocated memory."""
     if hasattr(linear, "input_gradient"):
         return linear.input_gradient(dy)  # type: ignore[operator]
     return dy @ linear.weight.to(dy.dtype)
 
 
-def autocasted(x: Tensor) -> Tensor:
-    """x as a linear layer takes it: under autocast in its dtype."""
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """Return x in the dtype in which a linear layer computes: the dtype of autocast where that is enabled."""
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return x
@@ -41,15 +49,15 @@ def autocasted(x: Tensor) -> Tensor:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """`product` with a backward that reads the weight where it then lies and saves no tensor.
+    """`product` without saved tensors: its backward reads the weight from the module and gives it no gradient.
 
-    The weight may so be moved, streamed or stored in another form between forward and backward. It gets no gradient.
+    The weight can therefore be moved, streamed or stored in another form between forward and backward.
     """
 
     @staticmethod
     def forward(ctx: Any, linear: nn.Linear, x: Tensor) -> Tensor:
         ctx.linear = linear
-        replay = None if torch.compiler.is_compiling() else current()
+        replay = None if torch.compiler.is_compiling() else current_replay()
         y = replay.recall(linear, x) if replay else None
         if y is None:
             y = product(linear, x)
@@ -64,13 +72,13 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class TailLinear(nn.Linear):
-    """An `nn.Linear` whose output a block's second run may leave out or have kept (recompute_context.py)."""
+    """An `nn.Linear` whose output a recomputation can skip or recall (recompute_context.py)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if (
             torch.compiler.is_compiling()
-            or current() is None
+            or current_replay() is None
             or any(parameter.requires_grad for parameter in self.parameters())
         ):
             return product(self, x)
-        return FrozenProduct.apply(self, autocasted(x))
+        return FrozenProduct.apply(self, cast_for_autocast(x))

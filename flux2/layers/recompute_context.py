@@ -1,12 +1,12 @@
-"""What the first run of a block leaves for its second one, in the backward, so that less of it is computed again.
+"""What the first run of a block leaves for its recomputation in the backward, so that less is computed twice.
 
-Recomputing a block gives autograd the values that it needs, and no block needs its own output. So of a second run
+Recomputing a block gives autograd the values that it needs, and no block needs its own output. So in the second run
 
-- outputs that no gradient reads are never computed (`unread`), and stand for themselves as memory without meaning;
-- outputs that were put aside in the first run are given back (`kept`), and so is the attention (`keeps_attention`).
+- outputs that no gradient reads (`unread`) are not computed; a placeholder without meaningful values stands for them;
+- outputs that the first run saved are recalled (`kept`), and so is the attention (`keeps_attention`).
 
-The policy (flux2/memory/activation_checkpointing.py) makes a `Replay` for each run of a block, the current one while
-the block runs. The linears (fused_lora.py) and the attention (attention.py) look whether there is one.
+The policy (flux2/memory/activation_checkpointing.py) creates a `Replay` for each run of a block and makes it current
+while the block runs. The linears (frozen_linear.py, fused_lora.py) and the attention (attention.py) look it up.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_thread = threading.local()  # the backward runs in threads of its own
+_thread = threading.local()  # autograd runs the backward in its own threads
 
 
-def meaningless(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor of this shape, with the dtype and device of `like`, of which nothing may read the values."""
+def placeholder(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return a tensor of this shape, with the dtype and device of `like`, whose values nothing may read."""
     return like.new_empty(()).expand(shape)
 
 
@@ -30,13 +30,14 @@ class Replay:
     """The memory of one run of a block.
 
     Args:
-        unread: linears whose output no gradient reads.
-        kept: linears whose output is put aside.
-        keeps_attention: whether that of the attention is.
+        unread: Linears whose output no gradient reads.
+        kept: Linears whose output is saved.
+        keeps_attention: Whether the output of the attention is saved.
 
     Attributes:
-        stored: what is put aside, in order. The policy takes it between the runs, to let autograd hold it.
-        again: whether this is the second run.
+        attention: The record of the block's attention (`attention.AttentionRecord`).
+        saved: Saved tensors, in order. Between the runs the policy hands them to autograd.
+        is_second_run: Whether the block is being recomputed.
     """
 
     def __init__(
@@ -45,39 +46,39 @@ class Replay:
         self.unread = set(unread)
         self.kept: dict[nn.Module, int | None] = dict.fromkeys(kept)
         self.keeps_attention = keeps_attention
-        self.attended: Any = None  # attention.py's memory of the block's attention
-        self.stored: list[Tensor] = []
-        self.again = False
+        self.attention: Any = None
+        self.saved: list[Tensor] = []
+        self.is_second_run = False
 
-    def put(self, tensor: Tensor) -> int:
-        """Put a tensor aside; returns its place in `stored`."""
-        self.stored.append(tensor)
-        return len(self.stored) - 1
+    def save(self, tensor: Tensor) -> int:
+        """Save a tensor and return its index in `saved`."""
+        self.saved.append(tensor)
+        return len(self.saved) - 1
 
     def recall(self, linear: nn.Linear, x: Tensor) -> Tensor | None:
-        """In a second run, the output of `linear` for x if it is not to be computed; else None."""
-        if not self.again:
+        """Return the output of `linear` for x in a second run, or None if it must be computed."""
+        if not self.is_second_run:
             return None
         if linear in self.unread:
-            return meaningless((*x.shape[:-1], linear.out_features), x)
-        place = self.kept.get(linear)
-        return None if place is None else self.stored[place].detach()
+            return placeholder((*x.shape[:-1], linear.out_features), x)
+        index = self.kept.get(linear)
+        return None if index is None else self.saved[index].detach()
 
     def remember(self, linear: nn.Linear, y: Tensor) -> None:
-        """In a first run, put the output of `linear` aside if that is wanted."""
-        if not self.again and linear in self.kept:
-            self.kept[linear] = self.put(y.detach())
+        """Save the output of `linear` in a first run, if `linear` is in `kept`."""
+        if not self.is_second_run and linear in self.kept:
+            self.kept[linear] = self.save(y.detach())
 
 
-def current() -> Replay | None:
-    """The replay of the block that runs in this thread, if there is one."""
+def current_replay() -> Replay | None:
+    """Return the replay of the block that runs in this thread, if any."""
     return getattr(_thread, "replay", None)
 
 
 @contextmanager
-def running(replay: Replay) -> Iterator[None]:
-    """Within this context `replay` is the current one of this thread."""
-    before = current()
+def use_replay(replay: Replay) -> Iterator[None]:
+    """Context manager that makes `replay` the current one of this thread."""
+    before = current_replay()
     _thread.replay = replay
     try:
         yield

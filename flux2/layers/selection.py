@@ -1,8 +1,8 @@
-"""Which linear layers a setting means: presets by name, and regular expressions for whole layer names.
+"""Selection of linear layers by a setting: named presets, and regular expressions that match whole layer names.
 
-Each must match something. In a single block attention and mlp share two fused layers: `linear1` gives q, k, v and what
-goes into the mlp, `linear2` takes both results. `attention` and `mlp` so both have these two; the projections of
-double blocks alone are `double_attention` and `double_mlp`.
+In a single block, attention and mlp share two fused layers: `linear1` computes q, k, v and the input of the mlp, and
+`linear2` takes both results. The presets `attention` and `mlp` therefore both contain these two; `double_attention` and
+`double_mlp` select only the projections of double blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _DOUBLE = r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])"
 _DOUBLE_ATTENTION = r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)"
 _DOUBLE_MLP = r"double_blocks\.\d+\.(img|txt)_mlp\.[02]"
 
-# name: patterns of whole layer names; docs/adapters.md has them with the share of the weights
+# name: patterns of whole layer names; docs/adapters.md lists them with their share of the weights
 PRESETS = {
     "blocks": (_DOUBLE, _SINGLE),
     "double_blocks": (_DOUBLE,),
@@ -34,36 +34,38 @@ PRESETS = {
 BLOCK_LINEARS = PRESETS["blocks"]  # all linears of all blocks
 
 
-def kinds(names: Sequence[str]) -> str:
-    """Names with the number of a block as N, each once."""
+def layer_kinds(names: Sequence[str]) -> str:
+    """Return the distinct names for a message, with the block number as N."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name, count=1) for name in names))
 
 
-def matched(names: Sequence[str], pattern: str) -> list[str]:
-    """Which of `names` a preset means, or a regular expression matches whole. Raises `re.error`."""
+def matching_names(names: Sequence[str], pattern: str) -> list[str]:
+    """Return the `names` selected by a preset or fully matched by a regular expression. Raise `re.error`."""
     patterns = PRESETS.get(pattern, (pattern,))
     return [name for name in names if any(re.fullmatch(one, name) for one in patterns)]
 
 
 def linear_names(model: nn.Module, patterns: Sequence[str], setting: str) -> list[str]:
-    """Names of the linear layers that any of `patterns`, presets among them, means, in the order of the model.
+    """Return the names of the linear layers that any of `patterns` (or presets) selects, in the order of the model.
 
     Raises:
-        ValueError: naming `setting`; a pattern is no regular expression or matches no linear layer, or there is none.
+        ValueError: A pattern is not a regular expression or matches no linear layer, or there are no patterns. The
+            message names `setting`.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            found = matched(linears, pattern)
+            matches = matching_names(linears, pattern)
         except re.error as error:
             raise ValueError(f"{setting}: {pattern!r} is not a regular expression ({error})") from error
-        if not found:
+        if not matches:
             raise ValueError(
                 f"{setting}: {pattern!r} matches no linear layer of the model. A target is a preset "
-                f"({', '.join(PRESETS)}) or a regular expression for a whole name; the layers are {kinds(linears)}"
+                f"({', '.join(PRESETS)}) or a regular expression for a whole name; the layers are "
+                f"{layer_kinds(linears)}"
             )
-        chosen.update(found)
+        chosen.update(matches)
     if not chosen:
         raise ValueError(f"{setting} is empty: name at least one layer")
     return [name for name in linears if name in chosen]

@@ -1,26 +1,26 @@
-"""What is kept of a block between its forward and its backward, and what is computed again.
+"""Activation checkpointing: what is kept of a block between forward and backward, and what is recomputed.
 
-    none        everything is kept: fastest, most memory
-    full        the block's input is kept, its forward is run again in the backward
-    selective   and the attention's output, which is then not computed again
-    budget      as `full`, but as many of the last blocks as fit into `budget_gb` are run as in `none`
+    none        keeps everything: fastest, most memory
+    full        keeps the block's input and runs its forward again in the backward
+    selective   also keeps the attention's output, which is then not recomputed
+    budget      like `full`, but runs as many of the last blocks as fit into `budget_gb` like `none`
 
-A policy is a function that runs a block, set as `Transformer.run_block`; the model itself knows of none. Blocks can be
-compiled together with their policy (compile_blocks.py); what follows is how it is done without.
+A policy is a function that runs a block, set as `Transformer.run_block`; the model itself knows no policy. Blocks can
+be compiled together with their policy (compile_blocks.py); this module describes the way without compilation.
 
-A second run gives autograd what it needs, and that is less than the block computes. The block's last linears (`linear2`
-of a single block, `img_mlp.2` and `txt_mlp.2` of a double one) end in
+The second run only has to give autograd what it needs, which is less than the block computes. The block's last linears
+(`linear2` of a single block, `img_mlp.2` and `txt_mlp.2` of a double block) end in
 
     out = x + gate * y          dL/dx += dL/dout        dL/dy = gate * dL/dout        dL/dgate = sum(y * dL/dout)
 
-so y itself is read by the gate's gradient alone, which nobody wants while modulation is not trained: then y is not
-computed again. The attention projections of a double block (`img_attn.proj`, `txt_attn.proj`) do feed what follows, but
-their outputs are small and are kept. Of a block's 13 D^2 multiplications a token 9 D^2 so remain. Where an adapter on a
-last linear reads its output (DoRA), or modulation is trained, y is computed.
+so only the gate's gradient reads y, and it is not needed unless modulation is trained: y is not recomputed. The
+attention projections of a double block (`img_attn.proj`, `txt_attn.proj`) do feed later layers, but their outputs are
+small and are kept. 9 D^2 of a block's 13 D^2 multiplications per token remain. y is computed if an adapter on a last
+linear reads its output (DoRA) or modulation is trained.
 
-This is an autograd Function around a block and not `torch.utils.checkpoint`, since its first run then needs no graph: a
-hook less for each saved tensor, twice. Trained parameters are inputs of the Function, so that their gradients come out
-of it as any others do, to be averaged between processes.
+This is an autograd Function around a block instead of `torch.utils.checkpoint`, because its first run needs no graph,
+which saves two hooks per saved tensor. Trained parameters are inputs of the Function, so that their gradients leave it
+like any others and can be averaged between processes.
 """
 
 from __future__ import annotations
@@ -36,111 +36,84 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from flux2.layers.attention import limited_to
-from flux2.layers.recompute_context import Replay, running
+from flux2.layers.recompute_context import Replay, use_replay
 from flux2.memory import compile_blocks
-from flux2.models.transformer import DoubleBlock, SingleBlock, Transformer, call
+from flux2.models.transformer import DoubleBlock, SingleBlock, Transformer
 from flux2.models.variants import TransformerConfig
 
 Run = Callable[..., Any]  # runs a block: (block, *its arguments) -> its outputs
+SLOT = object()  # placeholder of a tensor
 
 
-def call_with(backends: Sequence[str], block: nn.Module, *args: Any) -> Any:
-    """Run a block with its attention by the first of `backends` that can."""
-    with limited_to(backends):
-        return block(*args)
+def tensors_in(args: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples and lists, in order."""
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
 
 
-# ------------------------------------------------------------------ one block
+def frozen_linears(*layers: nn.Module) -> list[nn.Module]:
+    """Return the linears within those of `layers` whose output no required gradient reads."""
+    # PEFT's plain LoRA adds an update to the output of its base; a variant such as DoRA scales the sum
+    bases = (x.base_layer if isinstance(x, lora.Linear) and not x.lora_variant else x for x in layers)
+    return [base for base in bases if isinstance(base, nn.Linear)]
 
 
-def tensors_in(args: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples and lists, in order."""
-    if isinstance(args, Tensor):
-        yield args
-    elif isinstance(args, tuple | list):
-        for arg in args:
-            yield from tensors_in(arg)
-
-
-SLOT = object()  # stands for a tensor
-
-
-def emptied(args: Any) -> Any:
-    """`args` without its tensors, to be `filled` again."""
-    if isinstance(args, tuple | list):
-        return type(args)(emptied(arg) for arg in args)
-    return SLOT if isinstance(args, Tensor) else args
-
-
-def filled(args: Any, tensors: Iterator[Tensor]) -> Any:
-    if isinstance(args, tuple | list):
-        return type(args)(filled(arg, tensors) for arg in args)
-    return next(tensors) if args is SLOT else args
-
-
-def frozen_base(layer: nn.Module) -> nn.Module | None:
-    """The linear within `layer`, if no gradient that is wanted reads its output; None if one may."""
-    if isinstance(layer, nn.Linear):
-        return layer
-    if isinstance(layer, lora.Linear) and not layer.lora_variant:  # base + update; DoRA scales the sum
-        return layer.base_layer
-    return None
-
-
-def replay_of(block: nn.Module, args: Sequence[Any], keeps_attention: bool) -> Replay:
-    """What a second run of `block` can leave out."""
-    kept: list[nn.Module | None] = []
-    last: list[nn.Module | None] = []
+def make_replay(block: nn.Module, args: Sequence[Any], keeps_attention: bool) -> Replay:
+    """Return the replay for a run of `block`, which says what its second run can skip or recall."""
+    kept: list[nn.Module] = []
+    last: list[nn.Module] = []
     if isinstance(block, DoubleBlock):
-        kept = [frozen_base(block.img_attn.proj), frozen_base(block.txt_attn.proj)]
-        last = [frozen_base(block.img_mlp[2]), frozen_base(block.txt_mlp[2])]
+        kept = frozen_linears(block.img_attn.proj, block.txt_attn.proj)
+        last = frozen_linears(block.img_mlp[2], block.txt_mlp[2])
     elif isinstance(block, SingleBlock):
-        last = [frozen_base(block.linear2)]
+        last = frozen_linears(block.linear2)
     else:
         keeps_attention = False
     modulation = tensors_in([arg for arg in args if not isinstance(arg, Tensor)])
-    if any(tensor.requires_grad for tensor in modulation):
+    if any(tensor.requires_grad for tensor in modulation):  # the gradient of the gate reads the outputs
         last = []
-    return Replay([m for m in last if m is not None], [m for m in kept if m is not None], keeps_attention)
+    return Replay(unread=last, kept=kept, keeps_attention=keeps_attention)
 
 
-def as_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes contexts with the autocast of now, but without its cache: a first run would leave casts without a graph."""
+def capture_autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Return a function that returns contexts with the current autocast state.
+
+    They disable the autocast cache, in which a first run would leave casts without a graph.
+    """
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext
     enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
     return lambda: torch.autocast(device.type, dtype, enabled, cache_enabled=False)
 
 
-def same_random_numbers(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Makes contexts in which random numbers are those that come now."""
+def capture_rng(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Return a function that returns contexts in which random numbers repeat from the current state."""
     on_gpu = device.type == "cuda"
     state = torch.get_rng_state()
     gpu_state = torch.cuda.get_rng_state(device) if on_gpu else None
 
     @contextmanager
-    def again() -> Iterator[None]:
+    def restored() -> Iterator[None]:
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
             torch.set_rng_state(state)
             if gpu_state is not None:
                 torch.cuda.set_rng_state(gpu_state, device)
             yield
 
-    return again
+    return restored
 
 
-def drops_out(block: nn.Module) -> bool:
+def has_dropout(block: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in block.modules())
 
 
-class Recomputed(torch.autograd.Function):
-    """A block of which only the arguments, and what `replay` puts aside, are kept.
+class RecomputedBlock(torch.autograd.Function):
+    """A block of which only the arguments and the tensors saved in `replay` are kept.
 
-    `apply` takes what runs a block, the block, its arguments, the replay, the block's trained parameters, and then once
-    more every tensor among the arguments and those parameters: the inputs that autograd knows. It returns what the
-    block does.
+    `apply` takes a function that runs a block, the block, its arguments, the replay and the block's trained parameters.
+    Every tensor among the arguments and these parameters follows once more: the inputs that autograd knows. It returns
+    the outputs of the block.
     """
 
     @staticmethod
@@ -154,45 +127,50 @@ class Recomputed(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Any:
         device = tensors[0].device
-        ctx.run, ctx.block, ctx.layout, ctx.replay, ctx.trained = run, block, emptied(args), replay, trained
-        ctx.autocast = as_now(device)
-        ctx.randomness = same_random_numbers(device) if drops_out(block) else nullcontext
-        with running(replay), ctx.autocast():
+        ctx.run, ctx.block, ctx.replay, ctx.trained = run, block, replay, trained
+        leaves, ctx.spec = tree_flatten(args)
+        ctx.leaves = [SLOT if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.autocast = capture_autocast(device)
+        ctx.rng = capture_rng(device) if has_dropout(block) else nullcontext
+        with use_replay(replay), ctx.autocast():
             outputs = run(block, *args)
-        stored, replay.stored = replay.stored, []
-        ctx.given = len(tensors) - len(trained)
-        ctx.save_for_backward(*tensors[: ctx.given], *stored)
+        saved, replay.saved = replay.saved, []
+        ctx.argument_count = len(tensors) - len(trained)
+        ctx.save_for_backward(*tensors[: ctx.argument_count], *saved)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved, replay = ctx.saved_tensors, ctx.replay
-        wanted = ctx.needs_input_grad[5:]
-        given = [
+        tensors, replay, count = ctx.saved_tensors, ctx.replay, ctx.argument_count
+        needs_grad = ctx.needs_input_grad[5:]
+        # 1. the arguments as leaves of a new graph
+        arguments = [
             tensor.detach().requires_grad_(needs)
-            for tensor, needs in zip(saved[: ctx.given], wanted[: ctx.given], strict=True)
+            for tensor, needs in zip(tensors[:count], needs_grad[:count], strict=True)
         ]
-        replay.stored, replay.again = saved[ctx.given :], True
+        replay.saved, replay.is_second_run = tensors[count:], True
         try:
-            with torch.enable_grad(), running(replay), ctx.autocast(), ctx.randomness():
-                outputs = ctx.run(ctx.block, *filled(ctx.layout, iter(given)))
-            ends = [outputs] if isinstance(outputs, Tensor) else outputs
-            reached = [(end, gradient) for end, gradient in zip(ends, gradients, strict=True) if end.requires_grad]
-            inputs = [tensor for tensor, needs in zip([*given, *ctx.trained], wanted, strict=True) if needs]
-            found = iter(
-                torch.autograd.grad(
-                    [end for end, _ in reached], inputs, [gradient for _, gradient in reached], allow_unused=True
-                )
+            # 2. the block again, with a graph
+            remaining = iter(arguments)
+            leaves = [next(remaining) if leaf is SLOT else leaf for leaf in ctx.leaves]
+            with torch.enable_grad(), use_replay(replay), ctx.autocast(), ctx.rng():
+                outputs = ctx.run(ctx.block, *tree_unflatten(leaves, ctx.spec))
+            # 3. the gradients of arguments and trained parameters
+            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+            pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if out.requires_grad]
+            inputs = [tensor for tensor, needs in zip([*arguments, *ctx.trained], needs_grad, strict=True) if needs]
+            results = iter(
+                torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
             )
         finally:
-            replay.stored = []
-        return None, None, None, None, None, *(next(found) if needs else None for needs in wanted)
+            replay.saved = []
+        return None, None, None, None, None, *(next(results) if needs else None for needs in needs_grad)
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """Runs blocks and keeps only their arguments; directly where no gradient is wanted, as in sampling."""
+    """Policy that runs blocks and keeps only their arguments; it runs them directly where gradients are disabled."""
 
     run: Run
     keeps_attention: bool = False
@@ -201,43 +179,40 @@ class Recompute:
         if not torch.is_grad_enabled():
             return self.run(block, *args)
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        replay = replay_of(block, args, self.keeps_attention)
-        return Recomputed.apply(self.run, block, args, replay, trained, *tensors_in(args), *trained)
-
-
-# ------------------------------------------------------------------ bytes
+        replay = make_replay(block, args, self.keeps_attention)
+        return RecomputedBlock.apply(self.run, block, args, replay, trained, *tensors_in(args), *trained)
 
 
 def kept_bytes(config: TransformerConfig, kind: str, policy: str, tokens: int, itemsize: int) -> int:
-    """What one block keeps for its backward, counted from the shapes, if each of its linears carries an adapter.
+    """Return the bytes that one block keeps for its backward, from its shapes, with an adapter on each linear.
 
-    What is as small as a number a head or a rank is left out; that is 3 % at most.
+    Tensors with one number per head, or `rank` numbers, per token are not counted; they are 3 % at most.
 
     Args:
         kind: "double" or "single".
         policy: "none", "full" or "selective".
-        tokens: of text and images together, in the whole batch.
-        itemsize: bytes of a number in the dtype of the products, 2 or 4. The norms of q and k are in float32.
+        tokens: Number of text and image tokens in the whole batch.
+        itemsize: Bytes per number in the dtype of the products, 2 or 4. The norms of q and k are in float32.
     """
     hidden, mlp = config.hidden, config.mlp_width
     double = kind == "double"
-    if policy != "none":  # the input; what the attention projections gave; the attention
+    if policy != "none":  # the input; the outputs of the attention projections; the attention
         return tokens * itemsize * hidden * (1 + double + (policy == "selective"))
     in_float32 = 2 * hidden if itemsize < 4 else 0  # q and k before their norms
-    # input, the same modulated, rotated q and k, attention; before SwiGLU, its SiLU, after it
+    # input, modulated input, rotated q and k, attention; input, SiLU and output of SwiGLU
     numbers = (1 + 1 + 2 + 1) * hidden + (2 + 1 + 1) * mlp
-    if double:  # v and attention once more as they are joined and cut, between attention and mlp, the same modulated
+    if double:  # copies of v and attention (joined, split), input of the mlp, modulated input of the mlp
         numbers += (1 + 1 + 1 + 1) * hidden + (0 if in_float32 else 3 * hidden)
-    else:  # q, k, v lie in one memory with what goes into SwiGLU; attention beside the mlp
+    else:  # q, k, v share memory with the input of SwiGLU; attention concatenated with the mlp
         numbers += (3 + 1) * hidden
     return tokens * (itemsize * numbers + 4 * in_float32)
 
 
 def blocks_within(config: TransformerConfig, budget_gb: float, tokens: int, itemsize: int) -> int:
-    """How many of the last blocks can keep everything, so that they keep at most `budget_gb` (1e9 bytes) more than with
-    `full`. Other arguments as in `kept_bytes`.
+    """Return how many of the last blocks can keep everything with at most `budget_gb` (1e9 bytes) more than `full`.
 
-    The last, as their memory is free again before the first block is recomputed.
+    The last ones, because their memory is free again before the first block is recomputed. See `kept_bytes` for the
+    other arguments.
     """
     left, count = budget_gb * 1e9, 0
     for kind, blocks in (("single", config.single_blocks), ("double", config.double_blocks)):
@@ -250,9 +225,9 @@ def blocks_within(config: TransformerConfig, budget_gb: float, tokens: int, item
 
 
 class Budgeted:
-    """Keeps everything of the last blocks, as many as `budget_gb` allow for the tokens at hand, and recomputes others.
+    """Policy that keeps everything of as many last blocks as `budget_gb` allows, and recomputes the others.
 
-    Forwards without a backward between them, of one loss, need the budget each.
+    The number follows from the tokens of each call. Several forwards of one loss need the budget once each.
     """
 
     def __init__(self, model: Transformer, budget_gb: float, keep: Run, recompute: Run) -> None:
@@ -267,26 +242,24 @@ class Budgeted:
         return (self.keep if self.from_end[block] <= within else self.recompute)(block, *args)
 
 
-# ------------------------------------------------------------------ policies
-
 POLICIES = ("none", "full", "selective", "budget")
 
 
 def check_policy(policy: Any, budget_gb: Any = None) -> None:
-    """Raises ValueError unless `policy` is one of `POLICIES`, and `budget_gb` a number for "budget" and None else."""
+    """Raise ValueError unless `policy` is in `POLICIES` and `budget_gb` a number for "budget" and None otherwise."""
     if policy not in POLICIES:
         raise ValueError(f"memory.checkpointing={policy!r} is not a policy; choose one of {', '.join(POLICIES)}")
     if policy != "budget":
         if budget_gb is not None:
             raise ValueError(
-                f"memory.budget_gb={budget_gb!r} is read with memory.checkpointing=budget alone, not with {policy}; "
-                "choose that, or give null"
+                f"memory.budget_gb={budget_gb!r} is used only with memory.checkpointing=budget, not with {policy}; "
+                "choose budget, or give null"
             )
         return
     if isinstance(budget_gb, bool) or not isinstance(budget_gb, int | float) or not 0 <= budget_gb < math.inf:
         raise ValueError(
-            f"memory.budget_gb={budget_gb!r} must be a number from 0 with memory.checkpointing=budget: the GB that "
-            "activations may take beyond memory.checkpointing=full"
+            f"memory.budget_gb={budget_gb!r} must be a number >= 0 with memory.checkpointing=budget: the GB that "
+            "activations may take in addition to memory.checkpointing=full"
         )
 
 
@@ -300,28 +273,28 @@ def set_policy(
     shapes: int = 16,
     compiler: str | Callable[..., Any] = "inductor",
 ) -> None:
-    """Choose how the blocks of `model` are run.
+    """Set how the blocks of `model` are run.
 
     Args:
-        policy: one of `POLICIES`.
-        budget_gb: for "budget": 1e9 bytes that activations may take beyond "full".
-        attention: backends to try, best first (flux2/layers/attention.py); None is PyTorch's choice.
-        compile: whether blocks go through `torch.compile`, their recomputation with them (compile_blocks.py).
-        shapes: how many different shapes of tokens are expected; with `compile` alone.
-        compiler: the backend of `torch.compile`.
+        policy: One of `POLICIES`.
+        budget_gb: For "budget": GB (1e9 bytes) that activations may take in addition to "full".
+        attention: Attention backends to try, best first (flux2/layers/attention.py); None is PyTorch's choice.
+        compile: Whether `torch.compile` compiles the blocks and their recomputation (compile_blocks.py).
+        shapes: Expected number of different token shapes; used only with `compile`.
+        compiler: Backend of `torch.compile`.
 
     Raises:
-        ValueError: a policy that there is not, or a budget that is missing or not read.
+        ValueError: The policy is unknown, or a budget is missing or unused.
     """
     check_policy(policy, budget_gb)
     backends = None if attention is None else tuple(attention)
     if compile:
         keep, recompute, selective = (
-            compile_blocks.compiled(run, backends, shapes, compiler)
-            for run in (compile_blocks.run_once, compile_blocks.run_again, compile_blocks.run_again_but_attention)
+            compile_blocks.compile_runner(run, backends, shapes, compiler)
+            for run in (compile_blocks.run_kept, compile_blocks.run_recomputed, compile_blocks.run_selective)
         )
     else:
-        keep = call if backends is None else partial(call_with, backends)
+        keep = partial(compile_blocks.run_kept, backends)
         recompute, selective = Recompute(keep), Recompute(keep, keeps_attention=True)
     if policy == "budget":
         assert budget_gb is not None

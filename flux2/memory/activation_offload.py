@@ -1,6 +1,4 @@
-"""Activations that wait in host memory for the backward: what flux2/memory/block_offload.py sends there, and fetches
-again.
-"""
+"""Activations in host memory between forward and backward, as flux2/memory/block_offload.py sends and fetches them."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ from flux2.memory.ring_buffer import Copier
 class OffloadedActivation:
     """A block's input on its way to host memory and back."""
 
-    def __init__(self, tensor: Tensor, memory: Tensor, away: ActivationPool) -> None:
-        self.memory, self.away = memory, away
+    def __init__(self, tensor: Tensor, memory: Tensor, pool: ActivationPool) -> None:
+        self.memory, self.pool = memory, pool
         self.shape, self.dtype = tensor.shape, tensor.dtype
-        away.copier.start(tensor.contiguous(), self.view(self.memory))
+        pool.copier.start(tensor.contiguous(), self.view(self.memory))
         self.returned: Tensor | None = None
         self.ticket: Any = None
 
@@ -25,28 +23,32 @@ class OffloadedActivation:
         return memory.view(self.dtype).view(self.shape)
 
     def fetch(self) -> None:
-        """Begin the copy back, if it has not begun."""
+        """Start the copy back to the device, unless it has started."""
         if self.returned is None:
-            self.returned = self.view(self.away.copier.device(self.memory.nbytes))
-            self.ticket = self.away.copier.start(self.view(self.memory), self.returned)
+            self.returned = self.view(self.pool.copier.device(self.memory.nbytes))
+            self.ticket = self.pool.copier.start(self.view(self.memory), self.returned)
 
     def get(self) -> Tensor:
         self.fetch()
         assert self.returned is not None
-        self.away.copier.wait(self.ticket)
+        self.pool.copier.wait(self.ticket)
         return self.returned
 
     def __del__(self) -> None:
-        self.away.give(self.memory)
+        self.pool.give(self.memory)
 
 
 class ActivationPool:
-    """Host memory for activations; what is given back is used again, as pinning takes long."""
+    """Host memory for activations; returned memory is reused, because pinning is slow.
+
+    Attributes:
+        held, most, copied: Bytes in use now, bytes in use at most, bytes copied in total.
+    """
 
     def __init__(self, copier: Copier) -> None:
         self.copier = copier
         self.free: dict[int, list[Tensor]] = {}
-        self.held = self.most = self.copied = 0  # bytes: now, at most, and sent in all
+        self.held = self.most = self.copied = 0
 
     def take(self, size: int) -> Tensor:
         self.held += size

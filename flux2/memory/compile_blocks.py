@@ -1,16 +1,16 @@
-"""Blocks through `torch.compile`, each with its recompute policy inside.
+"""Blocks compiled by `torch.compile`, each together with its recompute policy.
 
-A compiler that sees a block together with its recomputation decides what of it the backward needs: the last linears are
-not among it, as nothing reads their output, and elementwise work is fused with what surrounds it. Blocks of a kind
-share a graph, whatever their weights; a graph is made for each kind of block and each shape of tokens (bucket, number
-of references), with or without gradients, since fixed sizes give the faster code. PyTorch stops compiling after a
-number of graphs, `recompile_limit`, which is raised to what a run needs.
+A compiler that sees a block with its recomputation decides what the backward needs: it leaves out the last linears,
+whose output nothing reads, and fuses elementwise operations with their neighbors. Blocks of a kind share a graph,
+whatever their weights. Each kind of block and each shape of tokens (bucket, number of references) gets a graph, with
+and without gradients, because fixed sizes give faster code. PyTorch stops compiling after `recompile_limit` graphs,
+which is raised to the number that a run needs.
 
-The adapter is compiled as plain operations (`FusedLora.forward`), and so is what a quantized layer computes, with the
-backward of `FrozenProduct`. LoRA dropout draws other random numbers than without compilation.
+Adapters are compiled as plain operations (`FusedLora.forward`), and so are quantized layers, with the backward of
+`FrozenProduct`. LoRA dropout draws other random numbers than without compilation.
 
-Of a layer that the compiler cannot follow PyTorch runs the whole block as it is, and says so in warnings alone; so such
-layers are refused (`check_compiles`).
+If the compiler cannot trace a layer, PyTorch runs the whole block uncompiled and only warns about it; `check_compiles`
+therefore rejects such layers.
 """
 
 from __future__ import annotations
@@ -26,66 +26,65 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from flux2.layers.attention import limited_to
+from flux2.layers.attention import use_backends
 from flux2.quantization.base import QuantizedLinear
 
-KINDS = 2  # of blocks
-MODES = 10  # with gradients (of the input too, or not) and without, with the adapter or not, streaming or not
+BLOCK_KINDS = 2
+MODES = 10  # with or without gradients, input gradients, the adapter, streaming
 
 
 def check_compiles(model: nn.Module) -> None:
-    """Raises ValueError if `model` carries an adapter with which blocks would not be compiled."""
+    """Raise ValueError if `model` has an adapter with which PyTorch would not compile its blocks."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and len(layer.lora_magnitude_vector):
-            what, instead = "a DoRA (adapter=dora)", "take another type of adapter"
+            what, instead = "a DoRA (adapter=dora)", "choose another type of adapter"
         elif isinstance(layer, LoHaLayer | LoKrLayer) and isinstance(layer.get_base_layer(), QuantizedLinear):
             kind = "LoHa (adapter=loha)" if isinstance(layer, LoHaLayer) else "LoKr (adapter=lokr)"
-            what, instead = f"a {kind} on a quantized base", "take precision=bf16 or another type of adapter"
+            what, instead = f"a {kind} on a quantized base", "choose precision=bf16 or another type of adapter"
         else:
             continue
         raise ValueError(
-            f"memory.compile=true cannot be together with {what}, whose layers PyTorch cannot compile: set "
+            f"memory.compile=true does not work with {what}, whose layers PyTorch cannot compile: set "
             f"memory.compile=false, or {instead}"
         )
 
 
 def attention_operations() -> list[Any]:
-    """The attention kernels that are one operation; that of the backend `math` is several, and recomputed."""
+    """Return the attention kernels that are one operation; the backend `math` has several, which are recomputed."""
     names = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     return [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
 
 
-def run_once(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
-    with limited_to(backends):
+def run_kept(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
+    with use_backends(backends):
         return block(*args)
 
 
-def run_again(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
-    with limited_to(backends):
+def run_recomputed(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
+    with use_backends(backends):
         if not torch.is_grad_enabled():
             return block(*args)
         return checkpoint(block, *args, use_reentrant=False)
 
 
-def run_again_but_attention(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
-    with limited_to(backends):
+def run_selective(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
+    with use_backends(backends):
         if not torch.is_grad_enabled():
             return block(*args)
         kept = partial(create_selective_checkpoint_contexts, attention_operations())
         return checkpoint(block, *args, use_reentrant=False, context_fn=kept)
 
 
-def compiled(
+def compile_runner(
     run: Callable[..., Any], backends: Sequence[str] | None, shapes: int, backend: str | Callable[..., Any] = "inductor"
 ) -> Callable[..., Any]:
-    """What runs blocks with `run`, one of the three above, compiled.
+    """Return `run`, one of the three functions above, compiled for the attention `backends`.
 
     Args:
-        backends: of attention.
-        shapes: how many different shapes of tokens are expected.
-        backend: of `torch.compile`.
+        shapes: Expected number of different token shapes.
+        backend: Backend of `torch.compile`.
     """
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, KINDS * MODES * shapes)
+    limits.recompile_limit = max(limits.recompile_limit, BLOCK_KINDS * MODES * shapes)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * limits.recompile_limit)
     return partial(torch.compile(run, dynamic=False, backend=backend), backends)

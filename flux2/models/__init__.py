@@ -1,3 +1,4 @@
-"""The networks of FLUX.2 and what is published of each variant: transformer, autoencoder, text encoder, and the tensors
-between them. It imports flux2.utils, layers and quantization. Begin with variants.py, then transformer.py.
+"""The networks of FLUX.2 (transformer, autoencoder, text encoder), the published variants, and the tensors in between.
+
+Imports flux2.utils, layers and quantization. Start with variants.py, then transformer.py.
 """

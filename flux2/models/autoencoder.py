@@ -1,15 +1,18 @@
-"""The FLUX.2 autoencoder: pixels to and from the 128-channel latents that the transformer sees.
+"""The FLUX.2 autoencoder: pixels to and from the 128-channel latents of the transformer.
 
-A convolutional encoder shrinks each side eight times to 32 channels; patches of 2 x 2 are then folded into
-channels, (c, i, j) in this order, and each of the 128 channels is standardized with running statistics stored
-in the file (`bn`). Latents are always the *mean* of the encoder's distribution: sampling it would add noise
-that no published model was trained on.
+    pixels (B, 3, H, W) -> encoder -> mean (B, 32, H/8, W/8) -> patchify, normalize -> latents (B, 128, H/16, W/16)
 
-Parameter names are those of Black Forest Labs' `ae.safetensors`; `weights` maps the diffusers folder onto them.
+Patches of 2 x 2 are folded into channels in the order (c, i, j), and each of the 128 channels is standardized with
+running statistics from the file (`bn`). Latents are always the *mean* of the encoder's distribution: sampling it would
+add noise that no published model was trained on.
+
+Parameter names are those of Black Forest Labs' `ae.safetensors`; `flux2.weights` maps the diffusers folder onto them.
 Values are tested against diffusers' `AutoencoderKLFlux2`.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from flux2.models.variants import AutoencoderConfig
 
-FEW_POSITIONS = 4096  # whose pairs, 64 MB in float32, may be held at once
+FEW_POSITIONS = 4096  # up to this many, a kernel may hold all pairs of positions (64 MB in float32)
 
 
 def patchify(latents: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head over all positions."""
+    """Self-attention with one head over all positions."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        if q.shape[2] > FEW_POSITIONS:  # kernels that never hold all pairs of positions want the channels side by side
+        if q.shape[2] > FEW_POSITIONS:  # kernels that never hold all pairs of positions need contiguous channels
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
@@ -72,7 +75,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # only right and below, as the published weights expect
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # only right and bottom, as the published weights expect
 
 
 class Upsample(nn.Module):
@@ -84,19 +87,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttentionBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(channels: int, groups: int) -> nn.Sequential:
+    """Return the layers between down- and upsampling."""
+    block_1, attn_1 = ResnetBlock(channels, channels, groups), AttentionBlock(channels, groups)
+    block_2 = ResnetBlock(channels, channels, groups)
+    return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attn_1, block_2=block_2))
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, then the change to the next (`downsample` or `upsample`, if any)."""
+    """The blocks of one resolution, followed by `downsample` or `upsample`, if any."""
 
     def __init__(self, channels_in: int, channels_out: int, blocks: int, groups: int, resample: str = "") -> None:
         super().__init__()
@@ -118,13 +117,11 @@ class Encoder(nn.Module):
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            [
-                Level(widths[max(i - 1, 0)], widths[i], config.blocks, config.groups, "downsample" if i < last else "")
-                for i in range(len(widths))
-            ]
-        )
-        self.mid = Middle(widths[-1], config.groups)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            resample = "downsample" if i < last else ""
+            self.down.append(Level(widths[max(i - 1, 0)], width, config.blocks, config.groups, resample))
+        self.mid = middle(widths[-1], config.groups)
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
@@ -142,14 +139,11 @@ class Decoder(nn.Module):
         widths, last = config.widths, len(config.widths) - 1
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.groups)
-        # up.0 is the level of full resolution, so the list runs backwards in `forward`
-        self.up = nn.ModuleList(
-            [
-                Level(widths[min(i + 1, last)], widths[i], config.blocks + 1, config.groups, "upsample" if i else "")
-                for i in range(len(widths))
-            ]
-        )
+        self.mid = middle(widths[-1], config.groups)
+        self.up = nn.ModuleList()  # up.0 has the full resolution, so `forward` runs the list backwards
+        for i, width in enumerate(widths):
+            resample = "upsample" if i else ""
+            self.up.append(Level(widths[min(i + 1, last)], width, config.blocks + 1, config.groups, resample))
         self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -161,7 +155,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Both directions, with the 128-channel normalization."""
+    """Encoder and decoder with the 128-channel normalization."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -178,25 +172,25 @@ class Autoencoder(nn.Module):
         return mean[:, None, None], torch.sqrt(var + self.config.bn_eps)[:, None, None]
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (B, 32, H/8, W/8) of the latent distribution; only its training needs the second."""
+        """Return mean and log-variance (B, 32, H/8, W/8) of the latent distribution; only training needs the second."""
         mean, logvar = self.encoder(pixels).chunk(2, dim=1)
         return mean, logvar
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], sides multiples of 16 -> latents (B, 128, H/16, W/16), normalized."""
         if pixels.shape[-1] % 16 or pixels.shape[-2] % 16:
-            raise ValueError(f"picture sides must be multiples of 16, got {pixels.shape[-1]} x {pixels.shape[-2]}")
+            raise ValueError(f"image sides must be multiples of 16, got {pixels.shape[-1]} x {pixels.shape[-2]}")
         mean, std = self._statistics()
         return (patchify(self.moments(pixels)[0]) - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 128, h, w), normalized -> pixels (B, 3, 16h, 16w), nominally in [-1, 1], not clipped.
+        """Normalized latents (B, 128, h, w) -> pixels (B, 3, 16h, 16w), nominally in [-1, 1], not clipped.
 
-        `stripes.decode` gives the same with less memory.
+        `tiled_decoding.decode` computes the same with less memory.
         """
-        return self.decoder(self.unnormalized(latents))
+        return self.decoder(self.unnormalize(latents))
 
-    def unnormalized(self, latents: Tensor) -> Tensor:
-        """(B, 128, h, w) -> (B, 32, 2h, 2w), what the decoder takes."""
+    def unnormalize(self, latents: Tensor) -> Tensor:
+        """(B, 128, h, w) -> (B, 32, 2h, 2w), the input of the decoder."""
         mean, std = self._statistics()
         return unpatchify(latents * std + mean)

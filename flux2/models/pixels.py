@@ -1,6 +1,4 @@
-"""Between pictures and the tensors of the autoencoder: pixels in [-1, 1], and reference pictures in the size they are
-seen in.
-"""
+"""Conversion between images and the pixel tensors of the autoencoder, and the size of reference images."""
 
 from __future__ import annotations
 
@@ -17,30 +15,30 @@ from flux2.utils.images import as_rgb
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Equal-sized pictures -> (B, 3, H, W) float32 in [-1, 1]."""
+    """Equal-sized images -> (B, 3, H, W) float32 in [-1, 1]."""
     arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1], clipped -> pictures. Raises ValueError for NaN and infinite values."""
+    """(B, 3, H, W), clipped to [-1, 1] -> images. Raise ValueError for NaN and infinite values."""
     if not bool(torch.isfinite(pixels).all()):
         raise ValueError(
-            "the picture that was computed has NaN or infinite pixels: an adapter, its scale or guidance is too "
-            "strong, the precision too low, or the weights are damaged"
+            "the computed image has NaN or infinite pixels: an adapter, its scale or the guidance is too strong, the "
+            "precision is too low, or the weights are damaged"
         )
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+    return [Image.fromarray(image) for image in array]
 
 
 def reference_image(image: Image.Image, max_pixels: int) -> Image.Image:
-    """A reference as the model gets it: shrunk to at most `max_pixels`, its middle cut out at multiples of 16."""
+    """Return a reference as the model sees it: at most `max_pixels`, center-cropped to multiples of 16."""
     image = as_rgb(image)
     width, height = image.size
-    if width * height > max_pixels:  # in whole numbers: a float root a hair below a multiple of 16 loses a token
+    if width * height > max_pixels:  # integers: a float root just below a multiple of 16 would lose a token
         width, height = isqrt(max_pixels * width // height), isqrt(max_pixels * height // width)
     if min(width, height) < PIXELS_PER_TOKEN:
-        raise ValueError(f"a reference of {width} x {height} pixels is too small: each side needs at least 16")
+        raise ValueError(f"a reference of {width} x {height} pixels is too small: each side must be at least 16")
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     left, top = width % PIXELS_PER_TOKEN // 2, height % PIXELS_PER_TOKEN // 2

@@ -1,19 +1,27 @@
-"""The FLUX.2 transformer: a multimodal diffusion transformer with shared modulation.
+"""The FLUX.2 transformer: a multimodal diffusion transformer (MM-DiT) with shared modulation.
 
-Text and image tokens run first through *double* blocks (separate weights, one joint attention), then,
-concatenated, through *single* blocks (attention and mlp in parallel from one fused projection). What a block
-does to its input depends on the time through a shift, a scale and a gate:
+Text and image tokens run first through *double* blocks (separate weights, one joint attention), then, concatenated,
+through *single* blocks (attention and mlp in parallel between two fused linears):
 
-    double:  x += gate1 * proj(attention(q, k, v))        q, k, v from  (1 + scale1) * norm(x) + shift1
-             x += gate2 * mlp((1 + scale2) * norm(x) + shift2)
-    single:  x += gate  * linear2(attention(q, k, v), swiglu(h))         (q, k, v, h) = linear1(...)
+    image (B, N, 128)       -> img_in -+
+                                       +-> double blocks -> [text, image] (B, L, D) -> single blocks -+
+    text (B, T, text_width) -> txt_in -+                                                              |
+                                                      (B, N, 128) <- final_layer <- image (B, N, D) <-+
 
-and, unlike in FLUX.1, every block of a kind shares one modulation, computed once a step.
+The time embedding controls every block through a shift, a scale and a gate, with m(x) = (1 + scale) * norm(x) + shift:
 
-Parameter names and fused layouts are those of Black Forest Labs' files, so a published single file loads
-without renaming, LoRAs carry names that ComfyUI knows, and q, k and v are one matrix product.
-No layer has a bias. Source: github.com/black-forest-labs/flux2, src/flux2/model.py; values are tested
-against diffusers' `Flux2Transformer2DModel`.
+    double:  x += gate1 * proj(attention(q, k, v))                  q, k, v = qkv(m1(x))
+             x += gate2 * mlp(m2(x))
+    single:  x += gate  * linear2([attention(q, k, v), swiglu(h)])  q, k, v, h = linear1(m(x))
+
+Unlike in FLUX.1, all blocks of a kind share one modulation, which is computed once per step. No layer has a bias.
+
+Parameter names and fused layouts are those of Black Forest Labs' files: a published single file loads without renaming,
+LoRAs carry names that ComfyUI knows, and q, k and v are one matrix product.
+Source: github.com/black-forest-labs/flux2, src/flux2/model.py. Values are tested against diffusers'
+`Flux2Transformer2DModel`.
+
+Shapes: B images, N image tokens (with references), T text tokens, L = T + N, H heads, D = H * head_dim.
 """
 
 from __future__ import annotations
@@ -31,136 +39,97 @@ from flux2.layers.frozen_linear import TailLinear
 from flux2.models.variants import TransformerConfig
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate; each (B, 1, D)
-Rotation = tuple[Tensor, Tensor, Tensor]  # every token's angles: cosine, sine, and both as one complex number;
-# each (1, 1, L, head_dim / 2)
+RotaryAngles = tuple[Tensor, Tensor, Tensor]  # cos, sin, cos + i sin of each token; each (1, 1, L, head_dim / 2)
 
 
-def sinusoid(x: Tensor, width: int) -> Tensor:
-    """Sinusoidal features of `1000 * x`, cosines first: (B,) -> (B, width) in float32."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
-    angles = 1000.0 * x.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+def run_directly(block: nn.Module, *args: Any) -> Any:
+    """Run a block and keep what its backward needs: the default of `Transformer.run_block`."""
+    return block(*args)
 
 
-def rotation(positions: Tensor, axes: tuple[int, ...], theta: int) -> Rotation:
-    """Rotary angles of tokens at integer positions (L, len(axes)); float64 inside, as positions can be large."""
-    angles = []
-    for axis, width in enumerate(axes):
-        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-        angles.append(positions[:, axis, None].double() / theta**exponents)
-    angle = torch.cat(angles, dim=-1)[None, None]  # (1, 1, L, head_dim / 2)
-    cos, sin = angle.cos().float(), angle.sin().float()
-    return cos, sin, torch.complex(cos, sin)
-
-
-def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Rotate adjacent pairs of the last dimension of x (B, H, L, head_dim), in float32."""
-    cos, sin, turn = by
-    if not torch.compiler.is_compiling():  # pairs as complex numbers: one operation, which compilers do not know
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
-
-
-def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, 3 * D) -> three of (B, H, L, head_dim)."""
-    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, by: Rotation) -> Tensor:
-    """Rotate q and k, then full attention: three of (B, H, L, head_dim) -> (B, L, H * head_dim)."""
-    return attention(rotate(q, by), rotate(k, by), v).transpose(1, 2).flatten(2)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-class Embedder(nn.Module):
-    """Two linear layers around a SiLU, from sinusoid features to the hidden width."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(width, hidden, bias=False)
-        self.out_layer = nn.Linear(hidden, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
-
-
-class SharedModulation(nn.Module):
-    """The time embedding (B, D) to `sets` of (shift, scale, gate), each (B, 1, D)."""
-
-    def __init__(self, hidden: int, sets: int) -> None:
-        super().__init__()
-        self.sets = sets
-        self.lin = nn.Linear(hidden, 3 * sets * hidden, bias=False)
-
-    def forward(self, time: Tensor) -> list[Modulation]:
-        parts = self.lin(F.silu(time))[:, None].chunk(3 * self.sets, dim=-1)
-        return [(parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.sets)]
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension; its weight is called `scale` in the published files."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.scale = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.scale.float(), self.eps).to(x.dtype)
-
-
-class QKNorm(nn.Module):
-    """Norms of query and key, one head at a time."""
-
-    def __init__(self, head_dim: int, eps: float) -> None:
-        super().__init__()
-        self.query_norm = RMSNorm(head_dim, eps)
-        self.key_norm = RMSNorm(head_dim, eps)
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
-
-
-class Attention(nn.Module):
-    """The projections of one stream in a double block; the attention itself is joint."""
+class Transformer(nn.Module):
+    """The whole model. `run_block` runs each block: directly, or under a policy of flux2/memory."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
-        self.norm = QKNorm(config.head_dim, config.eps)
-        self.proj = TailLinear(config.hidden, config.hidden, bias=False)
+        self.config = config
+        self.run_block: Callable[..., Any] = run_directly
+        self.is_streaming = False  # whether block weights are in host memory (flux2/memory/block_offload.py)
 
-    def queries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv(x), self.head_dim)
-        return *self.norm(q, k), v
+        self.img_in = nn.Linear(config.channels, config.hidden, bias=False)
+        # training replaces it by the identity where cached embeddings are already projected
+        self.txt_in: nn.Module = nn.Linear(config.text_width, config.hidden, bias=False)
+        self.time_in = MLPEmbedder(config.time_width, config.hidden)
+        if config.guidance:
+            self.guidance_in = MLPEmbedder(config.time_width, config.hidden)
+        self.double_stream_modulation_img = SharedModulation(config.hidden, sets=2)
+        self.double_stream_modulation_txt = SharedModulation(config.hidden, sets=2)
+        self.single_stream_modulation = SharedModulation(config.hidden, sets=1)
+        self.double_blocks = nn.ModuleList([DoubleBlock(config) for _ in range(config.double_blocks)])
+        self.single_blocks = nn.ModuleList([SingleBlock(config) for _ in range(config.single_blocks)])
+        self.final_layer = FinalLayer(config)
 
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        text: Tensor,
+        text_positions: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """Predict the flow `noise - image` of noisy latent tokens.
 
-class SwiGLU(nn.Module):
-    """The first half through SiLU times the second half: (..., 2 * M) -> (..., M)."""
+        Args:
+            tokens: (B, N, 128); the image's noisy tokens first, then those of any references.
+            positions: (N, 4) integer (t, h, w, l) of `tokens`, shared by the batch.
+            text: (B, T, text_width) prompt embeddings.
+            text_positions: (T, 4) integer positions of `text`.
+            timestep: (B,) in [0, 1]; 1 is pure noise. References share it with the image.
+            guidance: (B,) guidance values; required if and only if the model has a guidance embedding.
+            keep: Number of leading tokens to predict (the image's, without references); all by default.
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        Returns:
+            (B, keep, 128) in the dtype of the weights.
+        """
+        # 1. time -> modulation, positions -> rotary angles; shared by all blocks
+        time = self.embed_time(timestep, guidance)  # (B, D)
+        image_mod = self.double_stream_modulation_img(time)
+        text_mod = self.double_stream_modulation_txt(time)
+        single_mod = self.single_stream_modulation(time)[0]
+        rope = rotary_angles(torch.cat([text_positions, positions]), self.config.rope_axes, self.config.rope_theta)
 
+        # 2. both streams to the hidden width, then through the double blocks
+        dtype = self.img_in.weight.dtype
+        image = self.img_in(tokens.to(dtype))  # (B, N, D)
+        text = self.txt_in(text.to(dtype))  # (B, T, D)
+        for block in self.double_blocks:
+            image, text = self.run_block(block, image, text, image_mod, text_mod, rope)
 
-def mlp(config: TransformerConfig) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(config.hidden, 2 * config.mlp_width, bias=False),
-        SwiGLU(),
-        TailLinear(config.mlp_width, config.hidden, bias=False),
-    )
+        # 3. one stream through the single blocks
+        x = torch.cat([text, image], dim=1)  # (B, L, D)
+        for block in self.single_blocks:
+            x = self.run_block(block, x, single_mod, rope)
+
+        # 4. the image tokens back to latent channels
+        start = text.shape[1]
+        stop = x.shape[1] if keep is None else start + keep
+        return self.final_layer(x[:, start:stop], time)
+
+    def embed_time(self, timestep: Tensor, guidance: Tensor | None) -> Tensor:
+        """(B,) in [0, 1] and, for guided models, (B,) guidance values -> (B, D)."""
+        dtype = self.img_in.weight.dtype
+        time = self.time_in(timestep_embedding(timestep, self.config.time_width).to(dtype))
+        if not self.config.guidance:
+            return time
+        if guidance is None:
+            raise ValueError("this model was trained with a guidance value: pass guidance (training uses 1.0)")
+        return time + self.guidance_in(timestep_embedding(guidance, self.config.time_width).to(dtype))
 
 
 class DoubleBlock(nn.Module):
-    """Text and image tokens with weights of their own and one attention over (text, image)."""
+    """Text and image tokens with separate weights and one attention over (text, image)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -171,18 +140,20 @@ class DoubleBlock(nn.Module):
         self.txt_mlp = mlp(config)
 
     def forward(
-        self, image: Tensor, text: Tensor, image_mod: list[Modulation], text_mod: list[Modulation], by: Rotation
+        self, image: Tensor, text: Tensor, image_mod: list[Modulation], text_mod: list[Modulation], rope: RotaryAngles
     ) -> tuple[Tensor, Tensor]:
-        """image (B, N, D), text (B, T, D) -> the same two, one block further."""
+        """image (B, N, D), text (B, T, D) -> the same shapes."""
         (shift1, scale1, gate1), (shift2, scale2, gate2) = image_mod
         (text_shift1, text_scale1, text_gate1), (text_shift2, text_scale2, text_gate2) = text_mod
 
-        queries = self.img_attn.queries(modulate(self.norm(image), shift1, scale1))
-        text_queries = self.txt_attn.queries(modulate(self.norm(text), text_shift1, text_scale1))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_queries, queries, strict=True))
-        attended = attend(q, k, v, by)  # (B, T + N, D)
+        # joint attention over text and image
+        image_qkv = self.img_attn.project(modulate(self.norm(image), shift1, scale1))
+        text_qkv = self.txt_attn.project(modulate(self.norm(text), text_shift1, text_scale1))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # (B, H, L, head_dim)
+        attended = attend(q, k, v, rope)  # (B, L, D)
         text_attended, image_attended = attended.split([text.shape[1], image.shape[1]], dim=1)
 
+        # x += gate1 * proj(attended);  x += gate2 * mlp(m2(x))
         image = torch.addcmul(image, gate1, self.img_attn.proj(image_attended))
         image = torch.addcmul(image, gate2, self.img_mlp(modulate(self.norm(image), shift2, scale2)))
         text = torch.addcmul(text, text_gate1, self.txt_attn.proj(text_attended))
@@ -203,18 +174,18 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.head_dim, config.eps)
         self.act = SwiGLU()
 
-    def forward(self, x: Tensor, mod: Modulation, by: Rotation) -> Tensor:
-        """x (B, T + N, D) -> the same, one block further."""
+    def forward(self, x: Tensor, mod: Modulation, rope: RotaryAngles) -> Tensor:
+        """x (B, L, D) -> the same shape."""
         shift, scale, gate = mod
         qkv, h = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split, dim=-1)
         q, k, v = split_heads(qkv, self.head_dim)
         q, k = self.norm(q, k)
-        attended = attend(q, k, v, by)
+        attended = attend(q, k, v, rope)
         return torch.addcmul(x, gate, self.linear2(torch.cat([attended, self.act(h)], dim=-1)))
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the projection back to latent channels."""
+    """Modulated norm and the projection back to latent channels: (B, N, D) -> (B, N, 128)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -227,84 +198,129 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-def call(block: nn.Module, *args: Any) -> Any:
-    """Run a block and keep what its backward needs: the default of `Transformer.run_block`."""
-    return block(*args)
-
-
-class Transformer(nn.Module):
-    """FLUX.2. `run_block` decides how a block is run: directly, or under a recompute policy
-    (flux2/memory/activation_checkpointing.py).
-    """
+class Attention(nn.Module):
+    """The projections of one stream in a double block; the attention itself is joint."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.config = config
-        self.run_block: Callable[..., Any] = call
-        self.streams = False  # whether weights of blocks wait in host memory (flux2/memory/block_offload.py)
-        self.img_in = nn.Linear(config.channels, config.hidden, bias=False)
-        # replaced by the identity where embeddings are stored as it gives them
-        self.txt_in: nn.Module = nn.Linear(config.text_width, config.hidden, bias=False)
-        self.time_in = Embedder(config.time_width, config.hidden)
-        if config.guidance:
-            self.guidance_in = Embedder(config.time_width, config.hidden)
-        self.double_stream_modulation_img = SharedModulation(config.hidden, sets=2)
-        self.double_stream_modulation_txt = SharedModulation(config.hidden, sets=2)
-        self.single_stream_modulation = SharedModulation(config.hidden, sets=1)
-        self.double_blocks = nn.ModuleList([DoubleBlock(config) for _ in range(config.double_blocks)])
-        self.single_blocks = nn.ModuleList([SingleBlock(config) for _ in range(config.single_blocks)])
-        self.final_layer = FinalLayer(config)
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
+        self.norm = QKNorm(config.head_dim, config.eps)
+        self.proj = TailLinear(config.hidden, config.hidden, bias=False)
 
-    def embed_time(self, timestep: Tensor, guidance: Tensor | None) -> Tensor:
-        """(B,) in [0, 1] and, for guided models, (B,) guidance values -> (B, D)."""
-        dtype = self.img_in.weight.dtype
-        time = self.time_in(sinusoid(timestep, self.config.time_width).to(dtype))
-        if not self.config.guidance:
-            return time
-        if guidance is None:
-            raise ValueError("this model was trained with a guidance value: pass guidance (training uses 1.0)")
-        return time + self.guidance_in(sinusoid(guidance, self.config.time_width).to(dtype))
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) -> normalized q and k, and v; each (B, H, L, head_dim)."""
+        q, k, v = split_heads(self.qkv(x), self.head_dim)
+        return *self.norm(q, k), v
 
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        text: Tensor,
-        text_positions: Tensor,
-        timestep: Tensor,
-        guidance: Tensor | None = None,
-        keep: int | None = None,
-    ) -> Tensor:
-        """Predict the flow `noise - image` of noisy latent tokens.
 
-        Args:
-            tokens: (B, N, 128); the image's noisy tokens first, then those of any references.
-            positions: (N, 4) integer (t, h, w, l) of `tokens`, shared by the batch.
-            text: (B, T, text_width) prompt embeddings.
-            text_positions: (T, 4) integer positions of `text`.
-            timestep: (B,) in [0, 1]; 1 is pure noise. References share it with the image.
-            guidance: (B,) guidance values; needed if and only if the model has a guidance embedding.
-            keep: how many leading tokens get a prediction (the image's, without references); all by default.
+class QKNorm(nn.Module):
+    """Norms of query and key over each head."""
 
-        Returns:
-            (B, keep, 128) in the dtype of the weights.
-        """
-        time = self.embed_time(timestep, guidance)
-        image_mod = self.double_stream_modulation_img(time)
-        text_mod = self.double_stream_modulation_txt(time)
-        single_mod = self.single_stream_modulation(time)[0]
-        by = rotation(torch.cat([text_positions, positions]), self.config.rope_axes, self.config.rope_theta)
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim, eps)
+        self.key_norm = RMSNorm(head_dim, eps)
 
-        dtype = self.img_in.weight.dtype
-        image = self.img_in(tokens.to(dtype))
-        text = self.txt_in(text.to(dtype))
-        for block in self.double_blocks:
-            image, text = self.run_block(block, image, text, image_mod, text_mod, by)
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
 
-        x = torch.cat([text, image], dim=1)  # (B, T + N, D)
-        for block in self.single_blocks:
-            x = self.run_block(block, x, single_mod, by)
 
-        start = text.shape[1]
-        stop = x.shape[1] if keep is None else start + keep
-        return self.final_layer(x[:, start:stop], time)
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, in float32; published files call its weight `scale`."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.scale.float(), self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """SiLU of the first half times the second half: (..., 2 * M) -> (..., M)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+def mlp(config: TransformerConfig) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(config.hidden, 2 * config.mlp_width, bias=False),
+        SwiGLU(),
+        TailLinear(config.mlp_width, config.hidden, bias=False),
+    )
+
+
+def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3 * D) -> three of (B, H, L, head_dim)."""
+    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: RotaryAngles) -> Tensor:
+    """Rotate q and k, then apply full attention: three of (B, H, L, head_dim) -> (B, L, D)."""
+    return attention(apply_rope(q, rope), apply_rope(k, rope), v).transpose(1, 2).flatten(2)
+
+
+class MLPEmbedder(nn.Module):
+    """Two linear layers with a SiLU in between: (B, width) -> (B, D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(width, hidden, bias=False)
+        self.out_layer = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class SharedModulation(nn.Module):
+    """Time embedding (B, D) -> `sets` of (shift, scale, gate), each (B, 1, D)."""
+
+    def __init__(self, hidden: int, sets: int) -> None:
+        super().__init__()
+        self.sets = sets
+        self.lin = nn.Linear(hidden, 3 * sets * hidden, bias=False)
+
+    def forward(self, time: Tensor) -> list[Modulation]:
+        parts = self.lin(F.silu(time))[:, None].chunk(3 * self.sets, dim=-1)
+        return [(parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.sets)]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def timestep_embedding(x: Tensor, width: int) -> Tensor:
+    """Sinusoidal features of 1000 x at frequencies 10000^(-i / half), cosines first: (B,) -> (B, width) float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angles = 1000.0 * x.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_angles(positions: Tensor, axes: tuple[int, ...], theta: int) -> RotaryAngles:
+    """Return the angles position / theta^(2i / width) of each axis for integer positions (L, len(axes)).
+
+    They are computed in float64, because positions can be large.
+    """
+    angles = []
+    for axis, width in enumerate(axes):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        angles.append(positions[:, axis, None].double() / theta**exponents)
+    angle = torch.cat(angles, dim=-1)[None, None]  # (1, 1, L, head_dim / 2)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return cos, sin, torch.complex(cos, sin)
+
+
+def apply_rope(x: Tensor, rope: RotaryAngles) -> Tensor:
+    """Rotate adjacent pairs of the last dimension of x (B, H, L, head_dim), in float32."""
+    cos, sin, turn = rope
+    if not torch.compiler.is_compiling():  # pairs as complex numbers: one operation, which compilers do not support
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)

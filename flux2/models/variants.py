@@ -1,26 +1,26 @@
-"""The published FLUX.2 models, one frozen record each: what their files do not say about themselves.
+"""The published FLUX.2 models, one frozen record each, with everything that their files do not contain.
 
-Sizes of the transformer and the autoencoder, which text encoder is read at which layers, whether the
-model takes a guidance value, and how its authors sample from it. Loading checks a checkpoint against
-these sizes, so a wrong file is an error that names the tensor, not a bad picture.
+A record holds the sizes of transformer and autoencoder, the text encoder and its layers, whether the model takes a
+guidance value, and the sampling defaults of its authors. Loading checks a checkpoint against these sizes, so a wrong
+file is an error that names the tensor instead of a bad image.
 
-Sources: Black Forest Labs' reference code (github.com/black-forest-labs/flux2) and the configuration
-files of the published repositories.
+Sources: Black Forest Labs' reference code (github.com/black-forest-labs/flux2) and the configuration files of the
+published repositories.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-LATENT_CHANNELS = 32  # of the autoencoder, before patches of 2 x 2 are folded into channels
+LATENT_CHANNELS = 32  # channels of the autoencoder before patches of 2 x 2 are folded into channels
 TOKEN_CHANNELS = 4 * LATENT_CHANNELS
-PIXELS_PER_TOKEN = 16  # one token covers 16 x 16 pixels, whatever the model
+PIXELS_PER_TOKEN = 16  # one token covers 16 x 16 pixels in every model
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the MM-DiT. `hidden` is `heads * head_dim`; the mlp is `mlp_ratio * hidden` wide."""
+    """Sizes of the transformer."""
 
     heads: int
     double_blocks: int
@@ -49,14 +49,14 @@ class TransformerConfig:
 
     @property
     def block_names(self) -> list[str]:
-        """What the model calls its blocks, in the order of the forward."""
+        """Return the module names of the blocks, in the order of the forward."""
         double = [f"double_blocks.{i}" for i in range(self.double_blocks)]
         return double + [f"single_blocks.{i}" for i in range(self.single_blocks)]
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Sizes of the convolutional autoencoder. Every entry of `widths` but the last halves the side."""
+    """Sizes of the convolutional autoencoder; every entry of `widths` except the last halves the side."""
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
@@ -67,7 +67,7 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Which text encoder, which of its hidden states are stacked, and to how many tokens prompts are padded."""
+    """The text encoder, the layers whose hidden states are stacked, and the padded length of prompts in tokens."""
 
     kind: Literal["mistral", "qwen3"]
     layers: tuple[int, int, int]
@@ -78,9 +78,11 @@ class TextConfig:
 class Variant:
     """One published model.
 
-    `steps` and `guidance` are the sampling defaults of its authors. `guidance` is a value fed to the model
-    when `transformer.guidance` is set, and the scale of classifier-free guidance otherwise (1 means none).
-    `training_guidance` is what the field trains LoRAs with. `license` is empty where a commercial one applies.
+    Attributes:
+        steps, guidance: Sampling defaults of the authors. The guidance is an input of the model if
+            `transformer.guidance` is set, otherwise the scale of classifier-free guidance (1 turns it off).
+        training_guidance: The value with which LoRAs are usually trained.
+        license: Name of a non-commercial license; empty if commercial use is allowed.
     """
 
     name: str
@@ -98,101 +100,70 @@ class Variant:
 
     @property
     def classifier_free(self) -> bool:
-        """Whether the sampling default is classifier-free guidance (two predictions a step)."""
+        """Return whether the sampling default is classifier-free guidance (two predictions per step)."""
         return not self.transformer.guidance and self.guidance > 1
 
 
 DEV = TransformerConfig(heads=48, double_blocks=8, single_blocks=48, text_width=15360, guidance=True)
 KLEIN_9B = TransformerConfig(heads=32, double_blocks=8, single_blocks=24, text_width=12288, guidance=False)
 KLEIN_4B = TransformerConfig(heads=24, double_blocks=5, single_blocks=20, text_width=7680, guidance=False)
+TINY = TransformerConfig(6, 2, 4, text_width=192, guidance=True, head_dim=32, mlp_ratio=2.0, rope_axes=(8, 8, 8, 8))
 MISTRAL = TextConfig(kind="mistral", layers=(10, 20, 30))
 QWEN3 = TextConfig(kind="qwen3", layers=(9, 18, 27))
-NON_COMMERCIAL = "FLUX Non-Commercial License (black-forest-labs)"
 
+_dev = Variant(
+    name="dev",
+    repo="black-forest-labs/FLUX.2-dev",
+    transformer=DEV,
+    text=MISTRAL,
+    steps=28,
+    guidance=4.0,
+    gated=True,
+    license="FLUX Non-Commercial License (black-forest-labs)",
+    parameters=32.22e9,
+)
+_klein_base_9b = replace(
+    _dev,
+    name="klein_base_9b",
+    repo="black-forest-labs/FLUX.2-klein-base-9B",
+    transformer=KLEIN_9B,
+    text=QWEN3,
+    steps=50,
+    parameters=9.08e9,
+)
+_klein_base_4b = replace(
+    _klein_base_9b,
+    name="klein_base_4b",
+    repo="black-forest-labs/FLUX.2-klein-base-4B",
+    transformer=KLEIN_4B,
+    gated=False,
+    license="",
+    parameters=3.88e9,
+)
+_klein_9b = replace(_klein_base_9b, name="klein_9b", repo="black-forest-labs/FLUX.2-klein-9B", steps=4, guidance=1.0)
+_klein_4b = replace(_klein_base_4b, name="klein_4b", repo="black-forest-labs/FLUX.2-klein-4B", steps=4, guidance=1.0)
+_tiny = Variant(
+    name="tiny",
+    repo="",
+    transformer=TINY,
+    text=TextConfig(kind="mistral", layers=(1, 2, 3), length=32),
+    steps=16,
+    guidance=2.0,
+    resolution=128,
+    autoencoder=AutoencoderConfig(widths=(16, 32, 48, 64), blocks=1, groups=1),
+)
 VARIANTS: dict[str, Variant] = {
-    variant.name: variant
-    for variant in (
-        Variant(
-            name="tiny",
-            repo="",
-            transformer=TransformerConfig(
-                heads=6,
-                head_dim=32,
-                double_blocks=2,
-                single_blocks=4,
-                text_width=192,
-                guidance=True,
-                mlp_ratio=2.0,
-                rope_axes=(8, 8, 8, 8),
-            ),
-            autoencoder=AutoencoderConfig(widths=(16, 32, 48, 64), blocks=1, groups=1),
-            text=TextConfig(kind="mistral", layers=(1, 2, 3), length=32),
-            steps=16,
-            guidance=2.0,
-            resolution=128,
-        ),
-        Variant(
-            name="dev",
-            repo="black-forest-labs/FLUX.2-dev",
-            transformer=DEV,
-            text=MISTRAL,
-            steps=28,
-            guidance=4.0,
-            gated=True,
-            license=NON_COMMERCIAL,
-            parameters=32.22e9,
-        ),
-        Variant(
-            name="klein_base_9b",
-            repo="black-forest-labs/FLUX.2-klein-base-9B",
-            transformer=KLEIN_9B,
-            text=QWEN3,
-            steps=50,
-            guidance=4.0,
-            gated=True,
-            license=NON_COMMERCIAL,
-            parameters=9.08e9,
-        ),
-        Variant(
-            name="klein_9b",
-            repo="black-forest-labs/FLUX.2-klein-9B",
-            transformer=KLEIN_9B,
-            text=QWEN3,
-            steps=4,
-            guidance=1.0,
-            gated=True,
-            license=NON_COMMERCIAL,
-            parameters=9.08e9,
-        ),
-        Variant(
-            name="klein_base_4b",
-            repo="black-forest-labs/FLUX.2-klein-base-4B",
-            transformer=KLEIN_4B,
-            text=QWEN3,
-            steps=50,
-            guidance=4.0,
-            parameters=3.88e9,
-        ),
-        Variant(
-            name="klein_4b",
-            repo="black-forest-labs/FLUX.2-klein-4B",
-            transformer=KLEIN_4B,
-            text=QWEN3,
-            steps=4,
-            guidance=1.0,
-            parameters=3.88e9,
-        ),
-    )
+    record.name: record for record in (_tiny, _dev, _klein_base_9b, _klein_9b, _klein_base_4b, _klein_4b)
 }
 
 
-def variant(name: str) -> Variant:
-    """The record called `name`. Raises ValueError listing the known names."""
+def get_variant(name: str) -> Variant:
+    """Return the record called `name`. Raise ValueError with the known names if there is none."""
     if name not in VARIANTS:
         raise ValueError(f"model={name!r} is not a FLUX.2 model; choose one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
 
 
-def known(name: str) -> Variant | None:
-    """The record of this name or of the repository `name`, if there is one."""
-    return next((one for one in VARIANTS.values() if name and name in (one.name, one.repo)), None)
+def find_variant(name: str) -> Variant | None:
+    """Return the record whose name or repository is `name`, if there is one."""
+    return next((record for record in VARIANTS.values() if name and name in (record.name, record.repo)), None)

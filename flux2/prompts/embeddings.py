@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flux2.models.text_encoder import Storage, TextEncoder, check_storage
+from flux2.models.text_encoder import TextEncoder, TextStorage, check_storage
 from flux2.models.variants import Variant
 from flux2.prompts import saved as saved_prompts
 from flux2.prompts.remote_client import Client, check_url
@@ -42,7 +42,7 @@ class TextSource:
 
     server: str | None = None
     saved: SavedPrompts | None = None
-    storage: Storage | None = None
+    storage: TextStorage | None = None
     keep: bool = False
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ def text_source(
     variant: Variant,
     text_encoder: str | None,
     embeddings: str | os.PathLike[str] | None,
-    storage: Storage | None,
+    storage: TextStorage | None,
 ) -> tuple[TextSource, str | None]:
     """Where embeddings come from, and which folder or repository the text encoder is read from, if one is given."""
     server = None
@@ -92,7 +92,7 @@ class Prompts:
 
         Raises TypeError or ValueError, also from where the embeddings come from.
         """
-        prompts = checks.texts("prompts", prompts)
+        prompts = checks.strings("prompts", prompts)
         tokens = self._tokens(length)
         unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, tokens) not in self.known]
         if unknown:
@@ -104,7 +104,7 @@ class Prompts:
     def save(self, file: str | os.PathLike[str], prompts: Sequence[str], length: int | None = None) -> None:
         """Write the embeddings of `prompts` to `file`, for `embeddings=file`; with the empty one for guidance by two
         predictions, where the model may need it."""
-        wanted = [*dict.fromkeys(checks.texts("prompts", prompts))]
+        wanted = [*dict.fromkeys(checks.strings("prompts", prompts))]
         if not self.source.variant.transformer.guidance and "" not in wanted:
             wanted.append("")
         found = self.get(wanted, length)
@@ -114,7 +114,7 @@ class Prompts:
     def _tokens(self, length: int | None) -> int:
         if length is None:
             return self.source.variant.text.length
-        return checks.whole("length", length, 1, checks.MAX_LENGTH)
+        return checks.integer("length", length, 1, checks.MAX_LENGTH)
 
     # Each of these gets to know the embeddings of `prompts`, and returns those of them that were cut.
 

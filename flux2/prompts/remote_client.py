@@ -343,7 +343,7 @@ def check_patience(timeout: object, attempts: object, wait: object) -> tuple[flo
     """The three as numbers. Raises ValueError that names what is out of range."""
     try:
         seconds, first = checks.number("timeout", timeout), checks.number("wait", wait)
-        count = checks.whole("attempts", attempts, 1, 100)
+        count = checks.integer("attempts", attempts, 1, 100)
     except TypeError as error:
         raise ValueError(str(error)) from error
     if not 0 < seconds <= 24 * 3600:

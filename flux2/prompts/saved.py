@@ -72,7 +72,7 @@ class SavedPrompts:
             self.length = int(about["length"])
             if names != {str(i) for i in range(len(self.prompts))}:
                 raise ValueError(f"it holds {len(names)} tensors for {len(self.prompts)} prompts")
-            checks.texts("its prompts", self.prompts)
+            checks.strings("its prompts", self.prompts)
             shapes = self.shapes(names)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"embeddings={str(file)!r} cannot be used ({error})") from error

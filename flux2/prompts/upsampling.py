@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flux2.models.text_encoder import load_tokenizer, quantize
+from flux2.models.text_encoder import load_tokenizer, quantize_text_encoder
 from flux2.models.variants import Variant
 from flux2.prompts.embeddings import TextSource
 from flux2.utils.images import as_rgb
@@ -204,7 +204,7 @@ def load_upsampler(
             model = MistralForCausalLM(MistralConfig(**config.get("text_config", config)))
             language = model.model
         if text.storage is not None:
-            quantize(language, text.storage, dtype)
+            quantize_text_encoder(language, text.storage, dtype)
     tied = bool(config.get("tie_word_embeddings"))
     published = {name: Published((place,)) for name, place in places(model, language, files, tied).items()}
     fill(model, files, published, f"the language model of {source.variant.name}", device, dtype, lambda name: True)

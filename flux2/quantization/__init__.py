@@ -1,3 +1,3 @@
-"""Frozen linear layers whose weights are stored in FP8, NF4 or INT8, and the precision of a whole model. It imports
-flux2.utils and flux2.layers. Begin with base.py, what all three share; precision.py applies them to a model.
+"""Frozen linear layers in FP8, NF4 and INT8, and `Precision`: which layers of a model are stored how, and how they
+multiply. Imports flux2.utils and flux2.layers. Start with precision.py, then base.py.
 """

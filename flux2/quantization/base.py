@@ -1,29 +1,32 @@
-"""Frozen linear layers whose weights are stored in another form than they are multiplied in: what they share.
+"""Frozen linear layers whose weight is stored in another form than it is multiplied in: the common base class.
 
-Training needs two products of such a layer, x W^T and dy W (flux2/layers/frozen_linear.py); a weight gradient is never
-formed. To PEFT and to anyone who looks it is an `nn.Linear` of a float `weight`, which is computed when it is read and
-cannot be written.
+Training needs two products of such a layer, x W^T and dy W (flux2/layers/frozen_linear.py); no weight gradient is
+formed. To PEFT and other code it is an `nn.Linear` with a float `weight`, which is computed when it is read and cannot
+be written.
 
-All that is stored, float32 scales too, lies in uint8 Parameters without gradient: `module.to(dtype)` leaves those as
-they are, and whatever moves or streams parameters moves all of a layer. The scales are read as float32 in place, so
-they must lie at addresses that are multiples of four.
+All storage, including float32 scales, lies in uint8 Parameters without gradient: `module.to(dtype)` leaves those
+unchanged, and code that moves or streams parameters moves all of a layer. The scales are viewed as float32 in place, so
+their addresses must be multiples of four.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2.layers.frozen_linear import FrozenProduct, autocasted
+from flux2.layers.frozen_linear import FrozenProduct, cast_for_autocast, flatten_rows
+
+Device = torch.device | str | None
 
 
 class DequantizedWeight(Tensor):
-    """The weight of a quantized layer: its shape, dtype and device at once, its values when they are used.
+    """The weight of a quantized layer: shape, dtype and device are known at once, values are computed on use.
 
-    A result of any operation is a plain tensor. Writing is an error, as it would be lost.
+    The result of any operation is a plain tensor. Writing raises ValueError, because the change would be lost.
     """
 
     linear: QuantizedLinear
@@ -51,22 +54,22 @@ class DequantizedWeight(Tensor):
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
                 raise ValueError(value.linear.refusal)
 
-        def values(x: Any) -> Any:
+        def dequantized(x: Any) -> Any:
             return x.linear.dequantize(x.dtype) if isinstance(x, cls) else x
 
-        return func(*torch.utils._pytree.tree_map(values, args), **torch.utils._pytree.tree_map(values, kwargs))
+        tree_map = torch.utils._pytree.tree_map
+        return func(*tree_map(dequantized, args), **tree_map(dequantized, kwargs))
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DequantizedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, of={self.linear})"
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer without bias whose weight is stored in another form. See flux2/quantization/float8.py and
-    flux2/quantization/nf4.py.
+    """A frozen linear layer without bias whose weight is stored in another form (float8.py, nf4.py, int8.py).
 
     Attributes:
-        dtype: of `weight`, when it is read; `module.to(dtype)` changes it. Products are in the dtype of their input,
-            or of autocast.
+        dtype: Dtype of `weight` when it is read; `module.to(dtype)` changes it. Products are computed in the dtype of
+            their input, or of autocast.
     """
 
     kind = ""
@@ -79,19 +82,19 @@ class QuantizedLinear(nn.Linear):
         self.dtype = dtype
         self.register_parameter("bias", None)
 
-    def allocate(self, device: torch.device | str | None, **sizes: tuple[int, ...]) -> None:
+    def allocate(self, device: Device, **sizes: tuple[int, ...]) -> None:
         for name, size in sizes.items():
             self.hold(name, torch.empty(size, dtype=torch.uint8, device=device))
 
     def hold(self, name: str, tensor: Tensor) -> None:
-        """Keep the bytes of `tensor` as the parameter `name`."""
+        """Register the bytes of `tensor` as the parameter `name`."""
         raw = tensor.detach().contiguous()
         raw = raw if raw.dtype == torch.uint8 else raw.reshape(-1 if raw.ndim == 0 else raw.shape).view(torch.uint8)
         self.register_parameter(name, nn.Parameter(raw, requires_grad=False))
 
     @property
     def weight(self) -> Tensor:
-        """(out, in) in `dtype`: to be read; writing it is refused."""
+        """(out, in) in `dtype`, read-only."""
         return DequantizedWeight(self)
 
     @weight.setter
@@ -103,43 +106,72 @@ class QuantizedLinear(nn.Linear):
         return (
             f"the weight of a frozen {self.kind} layer cannot be written: a change smaller than its rounding would be "
             "lost. To merge an adapter, or for an initialization that changes the base (PiSSA, OLoRA, LoftQ ...), load "
-            "the model with precision=bf16 or fp32; in this one keep the adapter beside the base."
+            "the model with precision=bf16 or fp32; with this precision, do not merge the adapter."
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of x, or of autocast."""
-        return FrozenProduct.apply(self, autocasted(x))
+        return FrozenProduct.apply(self, cast_for_autocast(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
         return super()._apply(fn, recurse)
 
-    def place(self, weight: Tensor) -> Tensor:
-        """`weight` where the storage lies; where it lies itself if the storage is still on the meta device."""
+    def on_storage_device(self, weight: Tensor) -> Tensor:
+        """Return `weight` on the device of the storage, or where it is if the storage is still on the meta device.
+
+        Raise ValueError for a weight of another shape.
+        """
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(f"a weight of shape {tuple(weight.shape)} was given to {self}")
         return weight.detach().to(weight.device if self.qweight.is_meta else self.qweight.device).contiguous()
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) in memory of its own."""
+        """Return the weight (out, in) in newly allocated memory."""
         raise NotImplementedError
+
+    def weight_for_product(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (out, in) for one product, possibly in a buffer that the next product overwrites."""
+        return self.dequantize(dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        """x W^T: (..., in) -> (..., out) in the dtype of x."""
-        raise NotImplementedError
+        """Return x W^T: (..., in) -> (..., out) in the dtype of x."""
+        y = F.linear(flatten_rows(x), self.weight_for_product(x.dtype))
+        return y.view(*x.shape[:-1], self.out_features)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        """dy W: (..., out) -> (..., in) in the dtype of dy."""
-        raise NotImplementedError
+        """Return dy W: (..., out) -> (..., in) in the dtype of dy."""
+        dx = flatten_rows(dy) @ self.weight_for_product(dy.dtype)
+        return dx.view(*dy.shape[:-1], self.in_features)
 
     def store(self, weight: Tensor) -> None:
         """Quantize a float weight (out, in) into the storage."""
         raise NotImplementedError
 
     def storage(self) -> dict[str, Tensor]:
-        """What `adopt` takes back, bit for bit."""
+        """Return the tensors from which `adopt` restores the storage bit for bit."""
         raise NotImplementedError
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a weight that is quantized already. Raises ValueError if it is not one of this layer's."""
+        """Take over a weight that is already quantized. Raise ValueError if it does not fit this layer."""
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
+
+
+def swap_linears(model: nn.Module, names: Sequence[str], make: Callable[[nn.Linear], QuantizedLinear]) -> None:
+    """Replace the linears `names` of `model` by what `make` returns for them, in place.
+
+    Weights that are not on the meta device are quantized at once. Raise ValueError for a linear with a bias.
+    """
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        if linear.bias is not None:
+            raise ValueError(f"{name} has a bias, but a quantized layer has none: leave it out of the quantized layers")
+        quantized = make(linear).train(linear.training)
+        if not linear.weight.is_meta:
+            quantized.store(linear.weight)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, quantized)

@@ -1,7 +1,7 @@
 """Frozen linear layers in 8 bits: 255 evenly spaced values in blocks of 64, each with a float32 scale.
 
-For text encoders, by bitsandbytes' blockwise kernels. Not LLM.int8(), which rounds the inputs of a product too and sets
-its outlier columns apart by what is in the batch: an embedding would depend on the prompts that are encoded with it.
+For text encoders, with bitsandbytes' blockwise kernels. Not LLM.int8(), which also rounds the inputs of a product and
+sets its outlier columns apart by the content of the batch: an embedding would depend on the prompts encoded with it.
 """
 
 from __future__ import annotations
@@ -10,40 +10,34 @@ from functools import lru_cache
 
 import bitsandbytes.functional as bnb
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.base import Device, QuantizedLinear
 
-BLOCK = 64  # elements with one scale
+BLOCK = 64  # elements per scale
 
 
 @lru_cache
 def value_map(device: torch.device) -> Tensor:
-    """The values from -1 to 1 that elements are rounded to, as shares of their block's largest."""
+    """Return the values from -1 to 1 that elements are rounded to, relative to the largest element of their block."""
     return bnb.create_linear_map(signed=True, total_bits=8).to(device)
 
 
 class Int8Linear(QuantizedLinear):
-    """Stored in eight bits and half a bit more for the scales; the weight is dequantized for each product."""
+    """Stored in 8 bits plus half a bit for the scales; dequantized for each product."""
 
     kind = "int8"
     absmax: nn.Parameter
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        self, in_features: int, out_features: int, *, dtype: torch.dtype = torch.float32, device: Device = None
     ) -> None:
         super().__init__(in_features, out_features, dtype)
         size = in_features * out_features
         self.allocate(device, qweight=(size,), absmax=(4 * -(-size // BLOCK),))
 
     def store(self, weight: Tensor) -> None:
-        weight = self.place(weight)
+        weight = self.on_storage_device(weight)
         codes, state = bnb.quantize_blockwise(weight, code=value_map(weight.device), blocksize=BLOCK)
         self.hold("qweight", codes.reshape(-1))
         self.hold("absmax", state.absmax)
@@ -55,12 +49,3 @@ class Int8Linear(QuantizedLinear):
         )
         weight = bnb.dequantize_blockwise(self.qweight, state)
         return weight.view(self.out_features, self.in_features).to(dtype)
-
-    def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize(x.dtype))
-
-    def input_gradient(self, dy: Tensor) -> Tensor:
-        return dy @ self.dequantize(dy.dtype)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, int8"

@@ -1,12 +1,13 @@
-"""In what precision a model is kept and computed.
+"""The precision in which a model is stored and computed.
 
     fp32, bf16   everything in that dtype
-    fp8          the linears of the blocks in e4m3 with one scale a tensor (or a row), and products in FP8 where the
-                 hardware has them; all else in `dtype`
-    nf4          the linears of the blocks in 4 bits, dequantized for each product; all else in `dtype`
+    fp8          the linears of the blocks in e4m3 with one scale per tensor (or per row), with products in FP8 where
+                 the hardware supports them; everything else in `dtype`
+    nf4          the linears of the blocks in 4 bits, dequantized for each product; everything else in `dtype`
 
-`precision_from_name` makes a `Precision` of a name; `convert` swaps the chosen layers of a model, best on the meta
-device, so that each weight is quantized when it is loaded (`QuantizedLinear.store`) and the whole is never in memory.
+`precision_from_name` returns the `Precision` of a name. `convert` swaps the chosen layers of a model, ideally on the
+meta device: each weight is then quantized as it is loaded (`QuantizedLinear.store`), and the float model is never in
+memory as a whole.
 """
 
 from __future__ import annotations
@@ -19,20 +20,9 @@ import torch
 from torch import nn
 
 from flux2.layers.selection import BLOCK_LINEARS, linear_names
-from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.base import QuantizedLinear, swap_linears
 from flux2.quantization.float8 import MULTIPLE, Float8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
-
-__all__ = [
-    "Float8Linear",
-    "Nf4Linear",
-    "Precision",
-    "QuantizedLinear",
-    "convert",
-    "describe",
-    "pick_dtype",
-    "precision_from_name",
-]
 
 Storage = Literal["fp8", "nf4"]
 Backward = Literal["fp8", "bf16"]
@@ -40,22 +30,22 @@ Matmul = Literal["auto", "fp8", "dequantized"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 NAMES = ("auto", "fp32", "bf16", "fp8", "nf4")
-FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply FP8
+FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs with FP8 products
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How a model is kept. Raises ValueError for what cannot be, naming the setting.
+    """How a model is stored and computed. An invalid setting raises ValueError with its name.
 
     Attributes:
-        dtype: of all that is not converted, and of products where they are not in FP8.
-        storage: of the converted layers; None converts none.
-        layers: regular expressions for whole names of the layers that are converted.
-        rowwise: FP8 with one scale a row in place of one a tensor.
-        backward: `fp8`: the input gradient's product is in FP8 too; `bf16`: it is in `dtype`.
-        matmul: `fp8`: products in FP8; `dequantized`: in `dtype`, on the weight converted back; `auto`: in FP8 where
-            that is fast, which is on GPUs of compute capability 8.9 and above.
-        cache_transposed_weights: keep the weight in both memory layouts: no copy in the backward, twice the memory.
+        dtype: Dtype of everything that is not converted, and of products outside FP8.
+        storage: Format of the converted layers; None converts none.
+        layers: Regular expressions that match whole names of the layers to convert.
+        rowwise: One FP8 scale per row instead of one per tensor.
+        backward: `fp8` computes the input gradient in FP8 too, `bf16` computes it in `dtype`.
+        matmul: `fp8` multiplies in FP8, `dequantized` in `dtype` with the dequantized weight. `auto` multiplies in FP8
+            where that is fast: on GPUs of compute capability 8.9 and above.
+        cache_transposed_weights: Keep the weight in both memory layouts: no copy in the backward, twice the memory.
     """
 
     dtype: torch.dtype = torch.float32
@@ -70,8 +60,8 @@ class Precision:
         choices = {"storage": (None, *STORAGES), "backward": get_args(Backward), "matmul": get_args(Matmul)}
         for key, accepted in choices.items():
             if getattr(self, key) not in accepted:
-                named = ", ".join("null" if choice is None else choice for choice in accepted)
-                raise ValueError(f"precision.{key}={getattr(self, key)!r} must be one of {named}")
+                names = ", ".join("null" if choice is None else choice for choice in accepted)
+                raise ValueError(f"precision.{key}={getattr(self, key)!r} must be one of {names}")
         for key in ("rowwise", "cache_transposed_weights"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"precision.{key}={getattr(self, key)!r} must be true or false")
@@ -84,11 +74,14 @@ class Precision:
 
     @property
     def recipe(self) -> str:
-        """What the stored bytes of a converted layer depend on, besides its weight."""
+        """Return what the stored bytes of a converted layer depend on, in addition to its weight."""
         return "fp8-rows" if self.storage == "fp8" and self.rowwise else self.storage or self.name
 
     def multiplies_in_fp8(self, device: torch.device | str) -> bool:
-        """Whether converted layers on `device` multiply in FP8. Raises ValueError if that is asked for in vain."""
+        """Return whether converted layers on `device` multiply in FP8.
+
+        Raise ValueError if `matmul` requires it and the device cannot.
+        """
         device = torch.device(device)
         if self.storage != "fp8" or self.matmul == "dequantized":
             return False
@@ -109,9 +102,9 @@ def gpu_capability(device: torch.device) -> tuple[int, int]:
 
 
 def precision_from_name(name: str | None, device: torch.device) -> Precision:
-    """The precision called `name` as on `device`: fp32, bf16, fp8, nf4, or auto (also None).
+    """Return the precision called `name` for `device`: fp32, bf16, fp8, nf4, or auto (also None).
 
-    auto is bfloat16 on a GPU and float32 on a CPU, and so is what fp8 and nf4 leave unconverted.
+    auto means bfloat16 on a GPU and float32 on a CPU; fp8 and nf4 use the same for everything unconverted.
     """
     if name is not None and name not in NAMES:
         raise ValueError(f"precision={name!r} must be one of {', '.join(NAMES)}")
@@ -120,7 +113,7 @@ def precision_from_name(name: str | None, device: torch.device) -> Precision:
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """`fp32` or `bf16`; by default bfloat16 on a GPU and float32 on a CPU."""
+    """Return the dtype called `fp32` or `bf16`; by default bfloat16 on a GPU and float32 on a CPU."""
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
@@ -129,84 +122,75 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def convert(model: nn.Module, precision: Precision, device: torch.device | str = "cpu") -> list[str]:
-    """Swap the layers that `precision` names for quantized ones, in place; returns their names.
+    """Swap the layers that `precision` names for quantized ones, in place, and return their names.
 
     Args:
-        model: best on the meta device; a layer that has its weight already is quantized at once.
-        device: where the model will be used, which decides whether products are in FP8.
+        model: The model, ideally on the meta device; a layer that has its weight already is quantized at once.
+        device: Device on which the model will run, which decides whether products are in FP8.
 
     Raises:
-        ValueError: a pattern that matches no layer, or FP8 products that `device` does not have.
+        ValueError: A pattern matches no layer, a layer has a bias, or `device` lacks the required FP8 products.
     """
     if precision.storage is None:
         return []
-    in_fp8 = precision.multiplies_in_fp8(device)
+    fp8_products = precision.multiplies_in_fp8(device)
     workspace = Workspace()
+
+    def quantized(linear: nn.Linear) -> QuantizedLinear:
+        sizes, dtype, weight_device = (linear.in_features, linear.out_features), precision.dtype, linear.weight.device
+        if precision.storage == "nf4":
+            return Nf4Linear(*sizes, dtype=dtype, device=weight_device, workspace=workspace)
+        forward_fp8 = fp8_products and all(size % MULTIPLE == 0 for size in sizes)
+        backward_fp8 = forward_fp8 and precision.backward == "fp8"
+        return Float8Linear(
+            *sizes,
+            dtype=dtype,
+            device=weight_device,
+            rowwise=precision.rowwise,
+            forward_fp8=forward_fp8,
+            backward_fp8=backward_fp8,
+            cache_transposed_weights=backward_fp8 and precision.cache_transposed_weights,
+        )
+
     names = linear_names(model, precision.layers, "precision.layers")
-    for name in names:
-        old = model.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        if old.bias is not None:
-            raise ValueError(f"precision.layers: {name} has a bias, and a quantized layer has none")
-        new = _quantized(old, precision, in_fp8, workspace).train(old.training)
-        if not old.weight.is_meta:
-            new.store(old.weight)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
+    swap_linears(model, names, quantized)
     return names
 
 
-def keep_layouts(model: nn.Module, both: bool) -> int:
-    """Let the layers that multiply gradients in FP8 keep their weights transposed too, or not; returns their number."""
+def set_transposed_cache(model: nn.Module, enabled: bool) -> int:
+    """Set whether the layers with an FP8 backward keep transposed weights, and return the number of these layers."""
     layers = [layer for layer in model.modules() if isinstance(layer, Float8Linear) and layer.backward_fp8]
     for layer in layers:
-        layer.keep_layouts(both)
+        layer.set_transposed_cache(enabled)
     return len(layers)
 
 
-def _quantized(old: nn.Linear, precision: Precision, in_fp8: bool, workspace: Workspace) -> QuantizedLinear:
-    sizes, dtype, device = (old.in_features, old.out_features), precision.dtype, old.weight.device
-    if precision.storage == "nf4":
-        return Nf4Linear(*sizes, dtype=dtype, device=device, workspace=workspace)
-    in_fp8 = in_fp8 and all(size % MULTIPLE == 0 for size in sizes)
-    backward_fp8 = in_fp8 and precision.backward == "fp8"
-    return Float8Linear(
-        *sizes,
-        dtype=dtype,
-        device=device,
-        rowwise=precision.rowwise,
-        forward_fp8=in_fp8,
-        backward_fp8=backward_fp8,
-        cache_transposed_weights=backward_fp8 and precision.cache_transposed_weights,
-    )
-
-
 def describe(model: nn.Module, precision: Precision, device: torch.device | str = "cpu") -> str:
-    """One line for what `convert` did: which layers are in which form, and how they multiply."""
+    """Return one line about the result of `convert`: which layers are stored how, and how they multiply."""
     rest = str(precision.dtype).removeprefix("torch.")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     if not layers:
         return f"all weights in {rest}"
     total = sum(isinstance(module, nn.Linear) and ".lora_" not in name for name, module in model.named_modules())
-    held = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters(recurse=False))
-    text = f"{len(layers)} of {total} linear layers in {precision.storage} ({held / 1e9:.3g} GB), all else in {rest}"
+    size = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters(recurse=False))
+    text = f"{len(layers)} of {total} linear layers in {precision.storage} ({size / 1e9:.3g} GB), all others in {rest}"
     if precision.storage == "nf4":
         return f"{text}; dequantized to {rest} for each product"
-    eights = [layer for layer in layers.values() if isinstance(layer, Float8Linear)]
-    by_row = sum(layer.rowwise for layer in eights)
-    text += f", one scale a {'row' if by_row == len(eights) else 'tensor'}"
-    text += f" ({by_row} layers: a row)" if 0 < by_row < len(eights) else ""
-    inside = [layer for layer in eights if layer.forward_fp8]
-    unused = precision.cache_transposed_weights and not any(layer.cache_transposed_weights for layer in eights)
-    if not inside:
-        text += f"; products in {rest}: {_why_not(precision, torch.device(device))}"
-        return text + (", so that a second layout would do nothing and is not kept" if unused else "")
-    text += f"; products in FP8{'' if inside[0].backward_fp8 else f', in the backward in {rest}'}"
-    odd = len(layers) - len(inside)
+    fp8_layers = [layer for layer in layers.values() if isinstance(layer, Float8Linear)]
+    rowwise = sum(layer.rowwise for layer in fp8_layers)
+    text += f", one scale per {'row' if rowwise == len(fp8_layers) else 'tensor'}"
+    text += f" ({rowwise} layers: per row)" if 0 < rowwise < len(fp8_layers) else ""
+    multiplying = [layer for layer in fp8_layers if layer.forward_fp8]
+    unused = precision.cache_transposed_weights and not any(layer.cache_transposed_weights for layer in fp8_layers)
+    if not multiplying:
+        text += f"; products in {rest}: {_why_not_fp8(precision, torch.device(device))}"
+        return text + (", so transposed weights would have no effect and are not cached" if unused else "")
+    text += f"; products in FP8{'' if multiplying[0].backward_fp8 else f', in the backward in {rest}'}"
+    odd = len(layers) - len(multiplying)
     return text + (f", and in {rest} for {odd} layers whose sizes are no multiples of {MULTIPLE}" if odd else "")
 
 
-def _why_not(precision: Precision, device: torch.device) -> str:
+def _why_not_fp8(precision: Precision, device: torch.device) -> str:
     if precision.matmul == "dequantized":
         return "precision.matmul=dequantized"
     if device.type != "cuda" and precision.matmul == "auto":

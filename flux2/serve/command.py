@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 
-from flux2.models.text_encoder import STORAGES
+from flux2.models.text_encoder import TEXT_STORAGES
 from flux2.models.variants import VARIANTS
 from flux2.prompts.remote_client import TOKEN, is_loopback
 from flux2.quantization.precision import pick_dtype
@@ -42,7 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8700, help="0 chooses a free one")
     parser.add_argument("--device", help="cuda, cpu; the GPU if there is one")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="bf16 on a GPU, else fp32")
-    parser.add_argument("--storage", choices=list(STORAGES), help="keep the layers' weights in 4 or 8 bits")
+    parser.add_argument("--storage", choices=list(TEXT_STORAGES), help="keep the layers' weights in 4 or 8 bits")
     parser.add_argument("--batch", type=int, default=1, help="prompts encoded together; above 1 rounding is shared")
     parser.add_argument("--max-prompts", type=int, default=32, help="prompts of one request")
     parser.add_argument("--max-characters", type=int, default=20_000, help="characters of one prompt")
@@ -70,7 +70,7 @@ def bound(host: str, port: int) -> socket.socket:
     opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        opened.bind((host, checks.whole("--port", port, 0, 65535)))
+        opened.bind((host, checks.integer("--port", port, 0, 65535)))
     except OSError as error:
         opened.close()
         raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from error
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
     given |= {"body": "max_body", "waiting": "max_waiting", "batch": "batch"}
     limits = Limits(
         **{
-            name: checks.whole("--" + option.replace("_", "-"), getattr(options, option), 1)
+            name: checks.integer("--" + option.replace("_", "-"), getattr(options, option), 1)
             for name, option in given.items()
         }
     )

@@ -1,4 +1,4 @@
-"""Checks of what a caller gives: one error that names the argument, before anything large is loaded."""
+"""Checks of arguments. Each raises one error that names the argument, before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -8,73 +8,77 @@ from numbers import Integral, Real
 
 MAX_STEPS = 10_000
 MAX_GUIDANCE = 1000.0
-MAX_PIXELS = 8192**2  # sixteen times what the models were published for
+MAX_PIXELS = 8192**2  # sixteen times the largest size that the models were published for
 MAX_LENGTH = 100_000
-MAX_REFERENCES = 10  # as published
-SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator takes
+MAX_REFERENCES = 10  # the published limit
+SEEDS = (-(2**63), 2**64 - 1)  # the range that torch.Generator accepts
 
 
-def whole(name: str, value: object, least: int, most: int | None = None) -> int:
-    """`value` as an int. Raises TypeError unless it is a whole number, ValueError if it is out of range."""
+def integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Return `value` as an int. Raise TypeError if it is no integer, ValueError if it is out of range."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={value!r} must be a whole number, got {type(value).__name__}")
-    found = int(value)
-    if found < least:
-        raise ValueError(f"{name}={found} must be at least {least}")
-    if most is not None and found > most:
-        raise ValueError(f"{name}={found} must be at most {most}")
-    return found
+        raise TypeError(f"{name}={value!r} must be an integer, got {type(value).__name__}")
+    result = int(value)
+    if result < least or (most is not None and result > most):
+        accepted = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}={result} must be an integer {accepted}")
+    return result
 
 
 def number(name: str, value: object, limit: float = math.inf) -> float:
-    """`value` as a finite float of at most `limit` in size. Raises TypeError or ValueError that names it."""
+    """Return `value` as a finite float from -`limit` to `limit`. Raise TypeError or ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a number, got {type(value).__name__}")
     try:
-        found = float(value)
-    except OverflowError:  # a whole number beyond the largest float
-        found = math.inf
-    if not math.isfinite(found):
+        result = float(value)
+    except OverflowError:  # an integer beyond the largest float
+        result = math.inf
+    if not math.isfinite(result):
         raise ValueError(f"{name}={value} must be a finite number")
-    if abs(found) > limit:
+    if abs(result) > limit:
         raise ValueError(f"{name}={value} must be from {-limit:g} to {limit:g}")
-    return found
+    return result
 
 
-def texts(name: str, value: object) -> list[str]:
-    """One text or several as a list. Raises TypeError for anything else, ValueError for none or for broken Unicode."""
-    given = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else None
-    if given is None:
-        raise TypeError(f"{name}={value!r} must be a text or a list of texts, got {type(value).__name__}")
-    if not given:
-        raise ValueError(f"{name} is an empty list: give at least one text")
-    for text in given:
+def strings(name: str, value: object) -> list[str]:
+    """Return one string or several as a list.
+
+    Raises:
+        TypeError: `value` is neither a string nor a list of strings.
+        ValueError: the list is empty, or a string is not valid Unicode.
+    """
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name}={value!r} must be a string or a list of strings, got {type(value).__name__}")
+    values = [value] if isinstance(value, str) else list(value)
+    if not values:
+        raise ValueError(f"{name} is an empty list: give at least one string")
+    for text in values:
         if not isinstance(text, str):
-            raise TypeError(f"{name} has {text!r} in it, which is {type(text).__name__}: texts were expected")
+            raise TypeError(f"{name} contains {text!r} of type {type(text).__name__}: give strings only")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{name}={text!r} is not valid Unicode: it holds half of a character (a surrogate)")
-    return given
+            raise ValueError(f"{name}={text!r} is not valid Unicode: remove the lone surrogates")
+    return values
 
 
 def seeds(value: object, count: int) -> list[int]:
-    """The seeds of `count` pictures: counted up from one, or one each."""
+    """Return the seeds of `count` images: one integer is counted up, a list gives one seed per image."""
     if isinstance(value, Integral) or not isinstance(value, Iterable) or isinstance(value, str):
-        first = whole("seed", value, *SEEDS)
-        return [whole("seed", first + i, *SEEDS) for i in range(count)]
-    given = [whole("seed", seed, *SEEDS) for seed in value]
-    if len(given) != count:
-        raise ValueError(f"seed has {len(given)} values for {count} prompts; give one, or one a prompt")
-    return given
+        first = integer("seed", value, *SEEDS)
+        return [integer("seed", first + i, *SEEDS) for i in range(count)]
+    values = [integer("seed", seed, *SEEDS) for seed in value]
+    if len(values) != count:
+        raise ValueError(f"seed has {len(values)} values for {count} prompts: give one seed, or one per prompt")
+    return values
 
 
-def references(count: int) -> None:
-    """Raises ValueError for more than the models are published for."""
+def reference_count(count: int) -> None:
+    """Raise ValueError if `count` is more references than FLUX.2 accepts."""
     if count > MAX_REFERENCES:
-        raise ValueError(f"{count} references are given, and FLUX.2 takes at most {MAX_REFERENCES}: leave some out")
+        raise ValueError(f"{count} references are given, but FLUX.2 takes at most {MAX_REFERENCES}: remove some")
 
 
 def steps(value: object) -> int:
-    return whole("steps", value, 1, MAX_STEPS)
+    return integer("steps", value, 1, MAX_STEPS)
 
 
 def guidance(value: object) -> float:
@@ -82,10 +86,9 @@ def guidance(value: object) -> float:
 
 
 def size(width: object, height: object, unit: int) -> None:
-    """Raises unless both are positive multiples of `unit` and their product is at most `MAX_PIXELS`."""
-    sides = [whole(name, value, -MAX_PIXELS) for name, value in (("width", width), ("height", height))]
-    given = f"width={width}, height={height}"
+    """Raise an error unless both sides are positive multiples of `unit` with a product of at most `MAX_PIXELS`."""
+    sides = [integer(name, value, -MAX_PIXELS) for name, value in (("width", width), ("height", height))]
     if any(side % unit or side < unit for side in sides):
-        raise ValueError(f"{given} must be multiples of {unit}")
+        raise ValueError(f"width={width}, height={height} must be multiples of {unit}")
     if math.prod(sides) > MAX_PIXELS:
-        raise ValueError(f"{given} are more than {MAX_PIXELS} pixels together: make them smaller")
+        raise ValueError(f"width={width}, height={height} are more than {MAX_PIXELS} pixels: choose a smaller size")

@@ -1,4 +1,4 @@
-"""What the commands share: messages in the words of their options, and which errors are for want of memory."""
+"""Helpers shared by the commands: parsing of options, error messages and the detection of out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path
 import torch
 
 
-def split_adapter(given: str) -> tuple[str, float]:
-    """`PATH[:SCALE]` -> path and scale. A colon that is part of the path stays there.
+def split_adapter(option: str) -> tuple[str, float]:
+    """Split `PATH[:SCALE]` into path and scale; a colon that belongs to the path stays in it.
 
-    Raises ValueError for a scale that is not finite.
+    Raise ValueError for a scale that is not finite.
     """
-    path, colon, scale = given.rpartition(":")
-    if not colon or Path(given).exists():
-        return given, 1.0
+    path, colon, scale = option.rpartition(":")
+    if not colon or Path(option).exists():
+        return option, 1.0
     try:
         value = float(scale)
     except ValueError:
-        return given, 1.0
+        return option, 1.0
     if not math.isfinite(value):
-        raise ValueError(f"--adapter {given}: the scale {scale} must be a finite number")
+        raise ValueError(f"--adapter {option}: the scale {scale} must be a finite number")
     return path, value
 
 
-def message(error: Exception) -> str:
-    """One line, whatever a library wrote, in which settings are called as this command calls them."""
+def format_error(error: Exception) -> str:
+    """Return the message of `error` as one line of bounded length, with settings named as command-line options."""
     line = " ".join(str(error).split())
     line = re.sub(r"\bmodel\.(path|autoencoder|text_encoder)[=:] ?", lambda key: f"--{key[1].replace('_', '-')} ", line)
     return re.sub(r"\S{400,}", lambda name: f"{name[0][:120]}...{name[0][-40:]}", line)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of PyTorch is for want of memory, on a GPU or in the host."""
+    """Return whether `error` reports that a GPU or the host is out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Which device a model runs on."""
+"""Choice of the device that a model runs on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 
 
 def pick_device(device: str | None) -> torch.device:
-    """`device`, else the GPU if there is one, else the CPU. Raises ValueError for a GPU that is not there."""
+    """Return `device`, by default the GPU if there is one and else the CPU.
+
+    Raise ValueError for anything but the CPU or a GPU that exists.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         chosen = torch.device(device or ("cuda" if gpus else "cpu"))

@@ -1,6 +1,6 @@
-"""SIGTERM as Ctrl-C for the commands here: what is half written is removed, and the command says that it was stopped.
+"""SIGTERM handled like Ctrl-C: a command removes its incomplete files and reports that it was stopped.
 
-Without it Python ends at once when it is terminated (`kill`, `timeout`, a scheduler), and leaves unfinished files.
+By default SIGTERM (from `kill`, `timeout` or a scheduler) ends Python at once and leaves incomplete files.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as a shell gives them
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as a shell reports them
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """The process received SIGTERM."""
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
@@ -23,8 +23,8 @@ def terminate(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Within this context SIGTERM raises `Terminated`. Does nothing beside the main thread, which gets all signals."""
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Context manager in which SIGTERM raises `Terminated`; it has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

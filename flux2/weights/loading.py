@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from flux2.models.autoencoder import Autoencoder
-from flux2.models.text_encoder import Storage, TextEncoder, build, check_storage, load_tokenizer, quantize
+from flux2.models.text_encoder import (
+    TextEncoder,
+    TextStorage,
+    build,
+    check_storage,
+    load_tokenizer,
+    quantize_text_encoder,
+)
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TextConfig
 from flux2.quantization.base import QuantizedLinear
@@ -310,7 +317,7 @@ def load_text_encoder(
     source: ModelSource,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    storage: Storage | None = None,
+    storage: TextStorage | None = None,
 ) -> TextEncoder:
     """The text encoder's layers that are read, on `device` in `dtype`, with its tokenizer.
 
@@ -328,7 +335,7 @@ def load_text_encoder(
         with torch.device("meta"):
             model = build(json.loads(config_file.read_text()), text)
         if storage is not None:
-            quantize(model, storage, dtype)
+            quantize_text_encoder(model, storage, dtype)
     except ValueError as error:
         raise WeightsError(f"{folder}: {error}") from error
     width = len(text.layers) * model.get_parameter("embed_tokens.weight").shape[1]
@@ -360,7 +367,7 @@ def text_encoder_fingerprint(source: ModelSource) -> str:
 
 
 def embedding_identity(
-    text: TextConfig, files: str, length: int, dtype: torch.dtype, storage: Storage | None = None
+    text: TextConfig, files: str, length: int, dtype: torch.dtype, storage: TextStorage | None = None
 ) -> str:
     """What an embedding depends on beside its prompt, the same on any machine; `files` is their fingerprint."""
     return f"{text.kind} {files} {text.layers} {length} {dtype}" + (f" {storage}" if storage else "")

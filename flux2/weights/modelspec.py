@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from safetensors.torch import save
 from torch import Tensor
 
-from flux2.models.variants import known
+from flux2.models.variants import find_variant
 
 PREFIX = "modelspec."
 VERSION = "1.0.1"
@@ -52,7 +52,7 @@ def metadata(
         names: whose the tensors' are, `bfl` or `diffusers`.
         dated: with the day; without it the same training gives the same bytes.
     """
-    variant = known(base)
+    variant = find_variant(base)
     name = variant.name if variant else base
     told = {
         "sai_model_spec": VERSION,

@@ -14,7 +14,7 @@ from typing import Literal
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from flux2.models.variants import Variant, variant
+from flux2.models.variants import Variant, get_variant
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
 Part = Literal["transformer", "vae", "text_encoder", "tokenizer"]
@@ -128,7 +128,7 @@ def model_source(
     name: str, path: str | None = None, autoencoder: str | None = None, text_encoder: str | None = None
 ) -> ModelSource:
     """The source of the model called `name`: at `path`, else the embedded one or the published repository."""
-    found = variant(name)
+    found = get_variant(name)
     for key, value in {"path": path, "autoencoder": autoencoder, "text_encoder": text_encoder}.items():
         if value is not None and not isinstance(value, str):
             raise ValueError(f"model.{key}={value!r} must be a repository id, a folder or a file")

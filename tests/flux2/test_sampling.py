@@ -36,7 +36,7 @@ def test_the_shift_of_training_is_the_published_one() -> None:
 
 
 def test_a_schedule_of_no_steps_is_an_error() -> None:
-    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match="steps=0 must be an integer from 1"):
         schedule(0, 256)
 
 

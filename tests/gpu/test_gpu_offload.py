@@ -113,8 +113,8 @@ def test_weights_and_activations_wait_in_pinned_memory() -> None:
     offloader = streaming(model, activations=True)
     step(model, inputs())
     assert all(block.host.is_pinned() for block in offloader.blocks)
-    assert offloader.away is not None
-    waiting = [memory for free in offloader.away.free.values() for memory in free]
+    assert offloader.activation_pool is not None
+    waiting = [memory for free in offloader.activation_pool.free.values() for memory in free]
     assert waiting
     assert all(memory.is_pinned() for memory in waiting)
     for name, parameter in model.named_parameters():

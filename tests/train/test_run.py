@@ -39,7 +39,8 @@ import train.run
 import train.stages.model
 import train.stages.run_folder
 from flux2.models.variants import VARIANTS
-from flux2.quantization.precision import QuantizedLinear, precision_from_name
+from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.precision import precision_from_name
 from flux2.weights.loading import load_transformer
 from train.checkpoints.checkpoint import checkpoints
 from train.distributed.processes import cores, make_accelerator

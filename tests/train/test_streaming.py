@@ -56,8 +56,8 @@ def test_a_run_is_the_same_under_every_policy(train, scrambled: list[Offloader],
     same_runs(streaming, plain)
     (offloader,) = scrambled
     assert len(offloader.blocks) == 3
-    assert offloader.away is not None
-    assert offloader.away.copied > 0
+    assert offloader.activation_pool is not None
+    assert offloader.activation_pool.copied > 0
 
 
 def test_a_run_resumes_with_streaming_where_it_stopped_without(train, scrambled: list[Offloader]) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flux2.models.text_encoder import Storage, check_storage
+from flux2.models.text_encoder import TextStorage, check_storage
 from flux2.prompts.remote_client import Client, ProtocolName, check_patience, check_url, pick_protocol
 from flux2.prompts.remote_protocol import Unreachable
 from flux2.weights.loading import embedding_identity, load_text_encoder, text_encoder_fingerprint
@@ -32,7 +32,7 @@ class PromptEncoder(Protocol):
     """
 
     here: bool
-    storage: Storage | None
+    storage: TextStorage | None
     length: int | None
     workers: int
     cut: list[str]
@@ -65,7 +65,7 @@ class LocalTextEncoder:
     here = True
     workers = 1
 
-    def __init__(self, length: int | None = None, storage: Storage | None = None) -> None:
+    def __init__(self, length: int | None = None, storage: TextStorage | None = None) -> None:
         if length is not None:
             check_count("length", length)
         check_storage(storage, "text_encoder.storage")

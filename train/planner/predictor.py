@@ -18,7 +18,7 @@ from flux2.memory.activation_checkpointing import blocks_within, kept_bytes, set
 from flux2.memory.block_offload import offloaded_blocks, streamed_tensors
 from flux2.memory.ring_buffer import RING, slot_sizes
 from flux2.quantization.nf4 import Nf4Linear
-from flux2.quantization.precision import keep_layouts
+from flux2.quantization.precision import set_transposed_cache
 from train.config.memory import Choice
 from train.optim.optimizers import averages
 from train.planner.gpus import Gpu
@@ -106,13 +106,13 @@ class Planner:
     @cached_property
     def has_layouts(self) -> bool:
         """Whether layers multiply gradients in FP8, for which weights can be kept transposed too."""
-        return keep_layouts(self.job.model, both=False) > 0
+        return set_transposed_cache(self.job.model, enabled=False) > 0
 
     def cost(self, policy: str, block: nn.Module, both: bool = False) -> Cost:
         job, key = self.job, (policy, both, block)
         if key not in self._costs:
             set_policy(job.model, policy)  # the model is on the meta device and this job's alone
-            keep_layouts(job.model, both)
+            set_transposed_cache(job.model, both)
             self._costs[key] = train_block(job.model, block, job.model.run_block, job.shape, job.dtype, job.autocast)
         return self._costs[key]
 
@@ -163,7 +163,7 @@ class Planner:
     def block_weights(self, both: bool) -> list[int]:
         """Bytes of the base in each block, with or without what is transposed too."""
         if both not in self._weights:
-            keep_layouts(self.job.model, both)
+            set_transposed_cache(self.job.model, both)
             self._weights[both] = [size(streamed_tensors(block)) for block in self.job.blocks]
         return self._weights[both]
 

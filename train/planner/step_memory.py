@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flux2.models.autoencoder import Autoencoder
-from flux2.models.transformer import DoubleBlock, Rotation, Transformer
+from flux2.models.transformer import DoubleBlock, RotaryAngles, Transformer
 from flux2.models.variants import AutoencoderConfig
 from flux2.quantization.nf4 import Nf4Linear
 
@@ -231,7 +231,7 @@ def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.d
     """The tokens that a block transforms, and what else it is given."""
     config = model.config
     angles = (1, 1, shape.tokens, config.head_dim // 2)
-    by: Rotation = (torch.empty(angles), torch.empty(angles), torch.empty(angles, dtype=torch.complex64))
+    by: RotaryAngles = (torch.empty(angles), torch.empty(angles), torch.empty(angles, dtype=torch.complex64))
 
     def modulation() -> tuple[Tensor, ...]:
         return tuple(torch.empty(shape.rows, 1, config.hidden, dtype=dtype) for _ in range(3))

@@ -106,7 +106,7 @@ def offload_blocks(config: RunConfig, base: Base) -> None:
             device=config.accelerator.device,
         )
     else:
-        base.offloader.go_on(base.transformer)
+        base.offloader.reattach(base.transformer)
     if base.offloader is not None:
         config.say(str(base.offloader))
 

@@ -111,13 +111,13 @@ class Recipe:
         return replace(self, autoencoder=phases, transformer=lessons, **counts)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, by: flux2.models.transformer.Rotation) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: flux2.models.transformer.RotaryAngles) -> Tensor:
     """`flux2.models.transformer.attend` as two matrix products: on a CPU in bfloat16 the fused kernel is twice as
     slow.
     """
     scores = (
-        flux2.models.transformer.rotate(q, by)
-        @ flux2.models.transformer.rotate(k, by).transpose(-1, -2)
+        flux2.models.transformer.apply_rope(q, rope)
+        @ flux2.models.transformer.apply_rope(k, rope).transpose(-1, -2)
         * q.shape[-1] ** -0.5
     )
     return (scores.float().softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)

@@ -694,7 +694,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         ({"lora_alpha": None}, "adapter_config.json: lora_alpha=None must be a number"),
         ({"lora_alpha": "x"}, "adapter_config.json: lora_alpha='x' must be a number"),
         ({"rank_pattern": {"(": 4}}, r"adapter_config.json: rank_pattern has '\(', no regular expression"),
-        ({"rank_pattern": {"linear1": 0}}, "adapter_config.json: linear1=0 must be at least 1"),
+        ({"rank_pattern": {"linear1": 0}}, "adapter_config.json: linear1=0 must be an integer >= 1"),
         ({"alpha_pattern": {"linear1": "x"}}, "adapter_config.json: linear1='x' must be a number"),
         ({"alpha_pattern": []}, "adapter_config.json"),
     ],

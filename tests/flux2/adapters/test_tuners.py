@@ -28,7 +28,8 @@ from flux2.layers.fused_lora import FusedLora
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.block_offload import offload
 from flux2.models.transformer import Transformer
-from flux2.quantization.precision import Precision, QuantizedLinear, convert
+from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.precision import Precision, convert
 
 SUPPORTED = {(kind, precision) for kind in TYPES for precision in PRECISIONS}  # all; docs/adapters.md has the table
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "adapters.md"

@@ -458,7 +458,7 @@ def test_what_fits_no_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     [
         (["gone", "--format", "kohya"], "adapter 'gone': does not exist"),
         (["{lora}:nan", "--format", "kohya"], "the scale nan must be a finite number"),
-        (["{lora}", "--format", "kohya", "--rank", "0"], "--rank=0 must be at least 1"),
+        (["{lora}", "--format", "kohya", "--rank", "0"], "--rank=0 must be an integer >= 1"),
         (["{lora}", "--format", "kohya", "--max-error", "1"], "--max-error 1 must be above 0 and below 1"),
         (["{lora}", "--format", "kohya", "--out", "out.bin"], "--out out.bin must end in .safetensors"),
         (["{lora}", "--format", "full-diffusers"], "must be a folder, in which transformer/ is written"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from flux2.layers.selection import BLOCK_LINEARS, PRESETS, kinds, linear_names, matched
+from flux2.layers.selection import BLOCK_LINEARS, PRESETS, layer_kinds, linear_names, matching_names
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS
 
@@ -76,8 +76,8 @@ def test_a_preset_hides_no_layer_of_its_name() -> None:
     for config in CONFIGS:
         linears = {name for name, module in model(config).named_modules() if isinstance(module, nn.Linear)}
         assert not linears & set(PRESETS)
-    assert matched(["mlp.0", "a"], "mlp") == []
-    assert kinds(["double_blocks.1.x", "double_blocks.12.x", "y"]) == "double_blocks.N.x, y"
+    assert matching_names(["mlp.0", "a"], "mlp") == []
+    assert layer_kinds(["double_blocks.1.x", "double_blocks.12.x", "y"]) == "double_blocks.N.x, y"
 
 
 def test_the_documented_presets_are_these() -> None:

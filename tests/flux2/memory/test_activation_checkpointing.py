@@ -133,7 +133,7 @@ def test_no_gradient_reads_what_is_not_computed_again(
         shapes.append(shape)
         return torch.full(shape, torch.nan, dtype=like.dtype)
 
-    monkeypatch.setattr(recompute_context, "meaningless", poison)
+    monkeypatch.setattr(recompute_context, "placeholder", poison)
     torch.manual_seed(0)
     assert_equal(gradients(model, policy), expected)
     hidden, config = model.config.hidden, model.config
@@ -221,16 +221,16 @@ def test_all_that_is_kept_is_given_back_when_the_backward_is_over() -> None:
     made: list[Any] = []
 
     def note(*given: Any) -> None:
-        run = recompute_context.current()
-        if run is not None and not run.again:
+        run = recompute_context.current_replay()
+        if run is not None and not run.is_second_run:
             made.append(weakref.ref(run))
 
     model.single_blocks[0].register_forward_pre_hook(note)
     loss = model(**helpers.transformer_inputs(model.config)).square().mean()
     assert made[0]() is not None
-    attended = weakref.ref(made[0]().attended)
+    attended = weakref.ref(made[0]().attention)
     loss.backward()
-    assert not made[0]().stored, "the loss may be looked at for longer"
+    assert not made[0]().saved, "the loss may be looked at for longer"
     del loss
     assert made[0]() is None, "without the garbage collector: no circle holds the memory"
     assert attended() is None
@@ -415,10 +415,10 @@ KINDS = ("double", "single")
 @pytest.mark.parametrize(
     ("policy", "budget", "said"),
     [
-        ("budget", None, "memory.budget_gb=None must be a number from 0 with memory.checkpointing=budget"),
-        ("budget", -1, "memory.budget_gb=-1 must be a number from 0"),
-        ("budget", True, "memory.budget_gb=True must be a number from 0"),
-        ("full", 4, "memory.budget_gb=4 is read with memory.checkpointing=budget alone, not with full"),
+        ("budget", None, "memory.budget_gb=None must be a number >= 0 with memory.checkpointing=budget"),
+        ("budget", -1, "memory.budget_gb=-1 must be a number >= 0"),
+        ("budget", True, "memory.budget_gb=True must be a number >= 0"),
+        ("full", 4, "memory.budget_gb=4 is used only with memory.checkpointing=budget, not with full"),
     ],
 )
 def test_a_budget_is_a_number_where_it_is_read_and_nothing_elsewhere(policy: str, budget: Any, said: str) -> None:
@@ -462,7 +462,7 @@ def test_attention_is_computed_by_the_first_backend_of_the_list_that_can(
 
 
 def test_a_list_of_backends_of_which_none_can_is_an_error_that_says_so() -> None:
-    with pytest.raises(ValueError, match=r"memory.attention=\['cudnn'\] names no backend that can compute .* on cpu"):
+    with pytest.raises(ValueError, match=r"memory.attention=\['cudnn'\] contains no backend that can .* on cpu"):
         chosen_backend(["cudnn"], 2, 16, 8, torch.device("cpu"), torch.float32)
 
 

@@ -20,7 +20,7 @@ import flux2
 from flux2 import adapters
 from flux2.layers.fused_lora import fuse_lora
 from flux2.memory.activation_checkpointing import POLICIES, set_policy
-from flux2.memory.block_offload import Offloader, Streamed, offload, offloaded_blocks
+from flux2.memory.block_offload import Offloader, StreamedBlock, offload, offloaded_blocks
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import Precision, convert
@@ -132,7 +132,7 @@ def test_chosen_blocks_are_as_far_apart_as_they_can_be() -> None:
 
 @pytest.mark.parametrize("given", [-1, 1.5, -0.1, True, "half", None, float("nan")])
 def test_what_is_no_number_of_blocks_is_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"offload_blocks=.* must be a number of blocks .* or a share of them"):
+    with pytest.raises(ValueError, match=r"offload_blocks=.* must be a number of blocks .* or a share"):
         offloaded_blocks(helpers.TRANSFORMERS["dev"], given)
 
 
@@ -369,7 +369,7 @@ def test_a_weight_that_autograd_kept_is_found_again_or_is_an_error(scrambled: li
     model.single_blocks[2].linear2.register_forward_hook(lambda layer, args, output: seen.extend([*args, output]))
     loss = predict(model).square().mean()
     taken, given = seen
-    with pytest.raises(RuntimeError, match=r"backward of single_blocks.2 asks for a weight while it is in host memory"):
+    with pytest.raises(RuntimeError, match=r"backward of single_blocks.2 reads a weight that is in host memory"):
         torch.autograd.grad(given.sum(), taken, retain_graph=True)
     loss.backward()
 
@@ -395,9 +395,9 @@ def test_the_tests_see_residency_that_is_broken(
     offloader = _made(offload(streaming, 1.0))
     ring = _made(offloader.ring)
     if broken == "begin":  # the backward finds what the forward left
-        monkeypatch.setattr(offloader, "begin", lambda *_: None)
+        monkeypatch.setattr(offloader, "begin_backward", lambda *_: None)
     elif broken == "point_to":  # modules keep pointing into buffers that others fill
-        monkeypatch.setattr(Streamed, "point_to", _once(Streamed.point_to))
+        monkeypatch.setattr(StreamedBlock, "point_to", _once(StreamedBlock.point_to))
     elif broken == "packer":  # autograd keeps views of the buffers
         monkeypatch.setattr(offloader, "packer", lambda *_: lambda tensor: tensor)
     elif broken == "current":  # a buffer is filled while its block is in use
@@ -405,7 +405,7 @@ def test_the_tests_see_residency_that_is_broken(
 
         def forget(index: int, order: Any) -> Tensor:
             buffer = use(index, order)
-            ring.done()
+            ring.release()
             ring.copier.wait(ring.copier.asked)  # type: ignore[attr-defined]
             return buffer
 
@@ -477,11 +477,13 @@ def test_only_the_blocks_inputs_go_away_and_all_of_them() -> None:
     config = model.config
     step(model)
     tokens = 2 * (3 * 4 + 5) * config.hidden * 4  # batch, image and text
-    assert offloader.away.copied == offloader.away.most == 5 * tokens
-    assert offloader.away.held == 0
+    assert offloader.activation_pool.copied == offloader.activation_pool.most == 5 * tokens
+    assert offloader.activation_pool.held == 0
     step(model)
-    assert offloader.away.copied == 2 * 5 * tokens
-    assert sum(len(free) * size for size, free in offloader.away.free.items()) == 5 * tokens, "memory is used again"
+    assert offloader.activation_pool.copied == 2 * 5 * tokens
+    assert sum(len(free) * size for size, free in offloader.activation_pool.free.items()) == 5 * tokens, (
+        "memory is used again"
+    )
 
 
 def test_what_is_kept_on_the_device_does_not_grow_with_the_depth() -> None:
@@ -518,13 +520,13 @@ def test_inputs_come_back_one_block_ahead() -> None:
     offloader = _made(offload(model, 0, activations=True, copier=copier))
     away = copiers[1]
     asked: list[int] = []
-    begin = offloader.begin
+    begin = offloader.begin_backward
 
     def count(*args: Any) -> None:
         begin(*args)
         asked.append(away.asked - sent)
 
-    offloader.begin = count
+    offloader.begin_backward = count
     loss = predict(model).square().mean()
     sent = away.asked
     assert sent == 3 + 2 * 2

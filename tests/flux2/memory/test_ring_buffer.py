@@ -11,7 +11,7 @@ from offload_helpers import LateCopier
 from torch import Tensor
 
 from flux2.memory import ring_buffer as ring_module
-from flux2.memory.ring_buffer import CpuCopier, CudaCopier, Order, Ring, slot_sizes, upcoming
+from flux2.memory.ring_buffer import CpuCopier, CudaCopier, Order, Ring, expected_blocks, slot_sizes
 
 
 class Recorder(LateCopier):
@@ -42,7 +42,7 @@ def visit(ring: Ring, copier: Recorder, index: int, order: Order) -> None:
     copier.wait(copier.asked)  # the copies ahead, as early as they can come
     assert torch.equal(buffer[:nbytes], ring.hosts[index])
     assert len(ring.resident) <= len(ring.slots)
-    ring.done()
+    ring.release()
 
 
 def step(ring: Ring, copier: Recorder) -> None:
@@ -105,7 +105,7 @@ def test_with_one_buffer_nothing_is_copied_while_a_block_is_used() -> None:
     ring, copier = made([8] * 3, size=1)
     ring.use(0, "forward")
     assert copier.log == ["copy 0"]
-    ring.done()
+    ring.release()
     assert copier.log == ["copy 0", "copy 1"]
 
 
@@ -122,7 +122,7 @@ def test_the_block_in_use_is_never_written_over() -> None:
     ring, copier = made([8] * 5)
     buffer = ring.use(2, "forward")
     for _ in range(3):
-        ring.ahead()
+        ring.prefetch()
         copier.wait(copier.asked)
     assert torch.equal(buffer, ring.hosts[2])
     assert set(ring.resident) == {2, 3}
@@ -139,7 +139,7 @@ def test_the_block_in_use_is_never_written_over() -> None:
     ],
 )
 def test_what_comes_next(index: int, order: Order, expected: list[int]) -> None:
-    assert upcoming(index, order, 4) == expected
+    assert expected_blocks(index, order, 4) == expected
 
 
 def test_buffers_are_as_large_as_neighbors_need() -> None:
@@ -150,7 +150,7 @@ def test_buffers_are_as_large_as_neighbors_need() -> None:
 
 
 def test_a_ring_needs_a_buffer() -> None:
-    with pytest.raises(ValueError, match="ring=0 must be at least 1 buffer"):
+    with pytest.raises(ValueError, match="ring=0 must be an integer >= 1"):
         Ring([torch.zeros(4, dtype=torch.uint8)], CpuCopier(), 0)
 
 

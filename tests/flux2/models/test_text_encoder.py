@@ -154,14 +154,14 @@ def test_one_string_for_prompts_is_an_error(source: ModelSource) -> None:
 
 
 def test_a_language_model_with_too_few_layers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="has 4 layers, but layer 30 is read"):
+    with pytest.raises(ValueError, match="has 4 layers, but layer 30 is needed"):
         build({"num_hidden_layers": 4}, MISTRAL)
 
 
 def test_the_error_of_a_wrong_text_encoder_names_its_folder(model_folders: Callable[[str], Path]) -> None:
     deeper = TextConfig(kind="mistral", layers=(1, 2, 9), length=8)
     source = ModelSource(replace(helpers.VARIANTS["dev"], text=deeper), str(model_folders("dev")))
-    with pytest.raises(WeightsError, match=r"text_encoder: the text encoder has 4 layers, but layer 9 is read"):
+    with pytest.raises(WeightsError, match=r"text_encoder: the text encoder has 4 layers, but layer 9 is needed"):
         load_text_encoder(source)
 
 
@@ -224,8 +224,8 @@ def test_weights_without_a_language_model_are_an_error(model_folders: Callable[[
 @pytest.mark.parametrize(
     ("gone", "message"),
     [
-        ("tokenizer/tokenizer.json", "holds no tokenizer.json"),
-        ("tokenizer/chat_template.jinja", "holds no chat template"),
+        ("tokenizer/tokenizer.json", "contains no tokenizer.json"),
+        ("tokenizer/chat_template.jinja", "contains no chat template"),
         ("text_encoder/config.json", "holds no config.json"),
         ("text_encoder/model.safetensors", "holds no .safetensors file"),
     ],

@@ -41,13 +41,13 @@ def test_what_is_computed_at_once_is_a_stripe(monkeypatch: pytest.MonkeyPatch) -
     """The largest input of any convolution behind the middle."""
     model, _ = helpers.autoencoders()
     seen: list[int] = []
-    plain = tiled_decoding.convolved
+    plain = tiled_decoding.convolve
 
     def watched(conv: nn.Conv2d, x: Tensor, *rows: int) -> tuple[Tensor, int, int]:
         seen.append(x.shape[2])
         return plain(conv, x, *rows)
 
-    monkeypatch.setattr(tiled_decoding, "convolved", watched)
+    monkeypatch.setattr(tiled_decoding, "convolve", watched)
     pixels = tiled_decoding.decode(model, latents(8, 4), 1)
     assert pixels.shape[2] == 128
     # eight rows, the halo, and one more on each side of an upsampled map
@@ -56,7 +56,7 @@ def test_what_is_computed_at_once_is_a_stripe(monkeypatch: pytest.MonkeyPatch) -
 
 def test_several_pictures_are_refused() -> None:
     model, _ = helpers.autoencoders()
-    with pytest.raises(ValueError, match="holds 2 pictures: decode one at a time"):
+    with pytest.raises(ValueError, match="holds 2 images: decode one at a time"):
         tiled_decoding.decode(model, latents(2, 2).expand(2, -1, -1, -1))
 
 

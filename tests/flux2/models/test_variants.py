@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 
-from flux2.models.variants import DEV, KLEIN_4B, KLEIN_9B, VARIANTS, AutoencoderConfig, TransformerConfig, variant
+from flux2.models.variants import DEV, KLEIN_4B, KLEIN_9B, VARIANTS, AutoencoderConfig, TransformerConfig, get_variant
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_the_records_hold_the_published_numbers(
     steps: int,
     scale: float,
 ) -> None:
-    found = variant(name)
+    found = get_variant(name)
     sizes = found.transformer
     assert found.repo == f"black-forest-labs/{repo}"
     assert (sizes.hidden, sizes.heads, sizes.head_dim) == (hidden, heads, 128)
@@ -92,7 +92,7 @@ def test_an_unknown_model_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(
         ValueError, match=r"model='flux1' .*tiny, dev, klein_base_9b, klein_9b, klein_base_4b, klein_4b"
     ):
-        variant("flux1")
+        get_variant("flux1")
 
 
 def test_rope_axes_that_do_not_fill_a_head_are_refused() -> None:
@@ -104,6 +104,6 @@ def test_rope_axes_that_do_not_fill_a_head_are_refused() -> None:
 
 def test_records_cannot_be_changed_in_place() -> None:
     with pytest.raises(FrozenInstanceError):
-        variant("dev").steps = 3  # type: ignore[misc]
-    assert replace(variant("dev"), steps=3).steps == 3
-    assert variant("dev").steps == 28
+        get_variant("dev").steps = 3  # type: ignore[misc]
+    assert replace(get_variant("dev"), steps=3).steps == 3
+    assert get_variant("dev").steps == 28

@@ -26,15 +26,9 @@ from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.transformer import Transformer
 from flux2.models.variants import DEV
 from flux2.quantization import precision
-from flux2.quantization.precision import (
-    Float8Linear,
-    Precision,
-    QuantizedLinear,
-    convert,
-    describe,
-    keep_layouts,
-    precision_from_name,
-)
+from flux2.quantization.base import QuantizedLinear
+from flux2.quantization.float8 import Float8Linear
+from flux2.quantization.precision import Precision, convert, describe, precision_from_name, set_transposed_cache
 from flux2.weights.loading import load_transformer
 from flux2.weights.sources import model_source
 
@@ -194,11 +188,12 @@ def test_products_are_in_fp8_where_they_are_fast_or_asked_for(
     assert describe(model, kind, device).startswith("22 of 33 linear layers in fp8")
 
 
-def test_a_second_layout_that_would_do_nothing_is_said() -> None:
+def test_unused_transposed_weights_are_reported() -> None:
     precision = replace(FP8, matmul="auto", cache_transposed_weights=True)
-    assert describe(model_in(precision), precision).endswith("a second layout would do nothing and is not kept")
+    unused = "transposed weights would have no effect and are not cached"
+    assert describe(model_in(precision), precision).endswith(unused)
     used = replace(precision, matmul="fp8")
-    assert "second layout" not in describe(model_in(used), used)
+    assert unused not in describe(model_in(used), used)
 
 
 def test_fp8_products_that_a_gpu_does_not_have_are_refused_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +208,7 @@ def test_a_backward_in_bf16_and_one_layout_are_what_they_say() -> None:
     layer = model_in(replace(FP8, cache_transposed_weights=True)).single_blocks[0].linear1
     assert layer.cache_transposed_weights
     model = model_in("fp8_bf16_backward")
-    assert keep_layouts(model, both=True) == 0
+    assert set_transposed_cache(model, enabled=True) == 0
     assert not model.single_blocks[0].linear1.cache_transposed_weights
     assert "in the backward in float32" in describe(model_in("fp8_bf16_backward"), PRECISIONS["fp8_bf16_backward"])
 
@@ -223,12 +218,12 @@ def test_the_second_layout_comes_and_goes() -> None:
     layer, names = model.single_blocks[0].linear1, set(model.state_dict())
     dy = torch.randn(5, layer.out_features)
     one = layer.input_gradient(dy)
-    assert keep_layouts(model, both=True) == len(converted(model))
+    assert set_transposed_cache(model, enabled=True) == len(converted(model))
     assert torch.equal(layer.qweight_t, layer.qweight.t())
     assert torch.equal(layer.input_gradient(dy), one)
     layer.qweight_t.zero_()
     assert not layer.input_gradient(dy).any()
-    keep_layouts(model, both=False)
+    set_transposed_cache(model, enabled=False)
     assert set(model.state_dict()) == names
     assert torch.equal(layer.input_gradient(dy), one)
 

@@ -103,9 +103,9 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(command: Callable
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--port", "70000"], "--port=70000 must be at most 65535"),
-        (["--batch", "0"], "--batch=0 must be at least 1"),
-        (["--max-body", "-1"], "--max-body=-1 must be at least 1"),
+        (["--port", "70000"], "--port=70000 must be an integer from 0 to 65535"),
+        (["--batch", "0"], "--batch=0 must be an integer >= 1"),
+        (["--max-body", "-1"], "--max-body=-1 must be an integer >= 1"),
         (["--path", "/gone"], "'/gone' does not exist"),
         (["--device", "cuda:7"], "device='cuda:7'"),
     ],

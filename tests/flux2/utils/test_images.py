@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.sources.images import Picture
 from flux2.models.pixels import reference_image
-from flux2.utils.images import as_rgb, check_writable, read_picture
+from flux2.utils.images import as_rgb, check_writable, read_image
 
 RAMP = np.random.default_rng(0).integers(0, 256, (20, 24, 4), dtype=np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65536, (20, 24), dtype=np.uint16)
@@ -57,11 +57,11 @@ def test_a_file_gives_the_same_pixels_as_in_training_or_is_refused_by_both(name:
     KINDS[name](path)
     training = Picture(name, lambda: path.open("rb"))
     if name in REFUSED:
-        for act in (training.load, lambda: read_picture(path, f"--image {name}")):
+        for act in (training.load, lambda: read_image(path, f"--image {name}")):
             with pytest.raises(ValueError, match=f"{name} cannot be read"):
                 act()
         return
-    wanted, ours = training.load(), read_picture(path, "--image")
+    wanted, ours = training.load(), read_image(path, "--image")
     assert ours.mode == wanted.mode == "RGB"
     assert ours.size == wanted.size
     assert (np.asarray(ours) == np.asarray(wanted)).all()
@@ -79,27 +79,27 @@ def test_a_decompression_bomb_is_an_error_in_both(tmp_path: Path, monkeypatch: p
     path = tmp_path / "bomb.png"
     COLOR.save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for act in (Picture("bomb.png", lambda: path.open("rb")).load, lambda: read_picture(path, "--image bomb.png")):
+    for act in (Picture("bomb.png", lambda: path.open("rb")).load, lambda: read_image(path, "--image bomb.png")):
         with pytest.raises(ValueError, match=r"bomb.png cannot be read .*decompression bomb"):
             act()
 
 
 def test_an_error_names_the_file_and_no_stream(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"^--image x cannot be read as a picture \(cannot identify image file\)$"):
-        read_picture(tmp_path / "no.png", "--image x")
+    with pytest.raises(ValueError, match=r"^--image x cannot be read as an image \(cannot identify image file\)$"):
+        read_image(tmp_path / "no.png", "--image x")
     with pytest.raises(ValueError, match="--image y is not a file"):
-        read_picture(tmp_path, "--image y")
+        read_image(tmp_path, "--image y")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.txt", "must end in a picture's extension"),
-        ("a", "must end in a picture's extension"),
-        ("a.psd", "pictures cannot be saved as .psd, give .png or .jpg"),
-        ("a.xbm", "pictures cannot be saved as .xbm"),
-        ("a.h5", "pictures cannot be saved as .h5"),
+        ("a.txt", "must end in an image extension"),
+        ("a", "must end in an image extension"),
+        ("a.psd", "images cannot be saved as .psd, give .png or .jpg"),
+        ("a.xbm", "images cannot be saved as .xbm"),
+        ("a.h5", "images cannot be saved as .h5"),
         ("folder.png", "is a folder"),
         ("file/new/a.png", "file is not a folder"),
     ],

@@ -71,9 +71,9 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("memory.checkpointing=some", "memory.checkpointing='some' is not a policy; choose one of none, full"),
         (
             "memory.checkpointing=budget",
-            "memory.budget_gb=None must be a number from 0 with memory.checkpointing=budget",
+            "memory.budget_gb=None must be a number >= 0 with memory.checkpointing=budget",
         ),
-        ("memory.budget_gb=4", "memory.budget_gb=4 is read with memory.checkpointing=budget alone, not with full"),
+        ("memory.budget_gb=4", "memory.budget_gb=4 is used only with memory.checkpointing=budget, not with full"),
         ("memory.compile=yes please", "memory.compile='yes please' must be true or false"),
         ("memory.attention=flash", "memory.attention='flash' must be a list of attention backends, best first"),
         ("memory.attention=[flash,flash]", "memory.attention=['flash', 'flash'] must be a list of attention backends"),

@@ -306,8 +306,8 @@ def test_the_published_endpoint_is_the_default():
         ({"timeout": 0}, "text_encoder.timeout=0 must be a number of seconds above 0"),
         ({"timeout": "x"}, "text_encoder.timeout='x' must be a number"),
         ({"wait": -1}, "text_encoder.wait=-1 must be a number of seconds from 0 to 30"),
-        ({"attempts": 0}, "text_encoder.attempts=0 must be at least 1"),
-        ({"attempts": 1.5}, "text_encoder.attempts=1.5 must be a whole number"),
+        ({"attempts": 0}, "text_encoder.attempts=0 must be an integer from 1"),
+        ({"attempts": 1.5}, "text_encoder.attempts=1.5 must be an integer"),
     ],
 )
 def test_a_refused_setting_is_named(settings, said):
