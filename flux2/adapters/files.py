@@ -26,14 +26,14 @@ from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_diffus
 from flux2.adapters.loading import (
     PREFIX,
     Loaded,
+    adapter_tensors,
     attach_pairs,
     attach_saved,
-    check_beside,
+    check_compatible,
     kind_of,
     pair_config,
-    tensors,
 )
-from flux2.adapters.tuners import adapted, float_copy, remove_adapters
+from flux2.adapters.tuners import adapter_layers, float_copy, remove_adapters
 from flux2.layers.fused_lora import INITIAL, difference
 from flux2.models.transformer import Transformer
 from flux2.models.variants import known
@@ -56,7 +56,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within this context `model` computes as if it had no adapters, bit for bit."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [(layer, layer._disable_adapters) for layer in layers]
@@ -75,7 +75,7 @@ def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, LoraPair]:
     Raises AdapterError for a type that is no low-rank pair (LoHa, LoKr, OFT).
     """
     pairs = {}
-    for layer, module in adapted(model).items():
+    for layer, module in adapter_layers(model).items():
         if not isinstance(module, LoraLayer):
             raise AdapterError(f"{layer}: a {kind_of(module)} adapter is no low-rank pair")
         if name in module.lora_A:
@@ -151,8 +151,8 @@ def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:
 
 def pissa_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The trained weights of a PiSSA and those that they began as, by the keys of pissa.safetensors."""
-    began = {f"began.{key}": tensor for key, tensor in tensors(model, name + INITIAL).items()}
-    return tensors(model, name) | began
+    began = {f"began.{key}": tensor for key, tensor in adapter_tensors(model, name + INITIAL).items()}
+    return adapter_tensors(model, name) | began
 
 
 def adapter_card(base: str, license: str, kind: str = "LoRA") -> str:
@@ -174,7 +174,7 @@ def adapter_card(base: str, license: str, kind: str = "LoRA") -> str:
 
 def format_notes(folder: Path) -> str:
     """One line on what cannot read the adapter in `folder` as it is; empty if all can."""
-    kind = peft_config.type_name(peft_config.saved(folder))
+    kind = peft_config.type_name(peft_config.read_config(folder))
     command = f"`python -m flux2.export {folder} --format ... --out FILE` makes a LoRA of it, nearly equal,"
     if kind in PEFT_ALONE:
         return f"{kind} is read by PEFT and flux2.generate alone; {command} for diffusers, ComfyUI and kohya"
@@ -221,18 +221,20 @@ def read(place: Path, model: nn.Module) -> dict[str, LoraPair]:
     try:
         if not place.is_dir():
             return from_state(state, model)
-        config = peft_config.saved(place)
+        config = peft_config.read_config(place)
         if not isinstance(config, peft.LoraConfig) or config.use_dora:
             raise AdapterError(f"it is a {peft_config.type_name(config)}, not a plain LoRA")
         state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
         peft_config.check_ranks(config, state)
         pairs = from_state(state, model)
-        return {layer: LoraPair(pair.a, pair.b * peft_config.scale(config, layer)) for layer, pair in pairs.items()}
+        return {
+            layer: LoraPair(pair.a, pair.b * peft_config.layer_scale(config, layer)) for layer, pair in pairs.items()
+        }
     except ValueError as error:
         raise AdapterError(f"adapter {place}: {error}") from error
 
 
-def as_dora(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
+def dora_state(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
     """PEFT's configuration and tensors of a DoRA with the scales folded into B."""
     config = pair_config({layer: pair.a.shape[0] for layer, pair in pairs.items()})
     config.use_dora = True
@@ -244,11 +246,11 @@ def as_dora(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, T
     return config, state
 
 
-def base_of(place: Path) -> str:
+def recorded_base(place: Path) -> str:
     """What the adapter at `place` says that it was trained on; empty if it says nothing. Raises ValueError."""
     if place.is_dir():
         try:
-            return str(peft_config.saved(place).base_model_name_or_path or "")
+            return str(peft_config.read_config(place).base_model_name_or_path or "")
         except ValueError as error:
             raise AdapterError(f"adapter {place}: {error}") from error
     try:
@@ -258,10 +260,10 @@ def base_of(place: Path) -> str:
         raise AdapterError(f"adapter {place} cannot be read ({error}): it is damaged or incomplete") from error
 
 
-def hint(place: Path, model: Transformer) -> str:
+def base_hint(place: Path, model: Transformer) -> str:
     """Which model the adapter says it was trained on, if that is one of other sizes than `model`."""
     try:
-        base = known(base_of(place))
+        base = known(recorded_base(place))
     except ValueError:
         return ""
     return "" if base is None or base.transformer == model.config else f" It says that it was trained on {base.name}."
@@ -277,17 +279,17 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
     scale = checks.number("scale", scale)
     place = find(path)
     try:
-        config = peft_config.saved(place) if place.is_dir() else None
+        config = peft_config.read_config(place) if place.is_dir() else None
         if config is not None and not peft_config.is_plain(config):
             state = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(place).items()}
             return attach_saved(model, config, state, name, scale)
-        check_beside(model, "LoRA")  # before names are compared, which another type's layers would hide
+        check_compatible(model, "LoRA")  # before names are compared, which another type's layers would hide
         pairs = read(place, model)
         if any(pair.magnitude is not None for pair in pairs.values()):
-            return attach_saved(model, *as_dora(pairs), name, scale)
+            return attach_saved(model, *dora_state(pairs), name, scale)
         attach_pairs(model, pairs, name, scale)
     except ValueError as error:
-        text = str(error) + hint(place, model)
+        text = str(error) + base_hint(place, model)
         raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
     kind = "LoRA" if config is None else peft_config.type_name(config)
     return Loaded(kind, tuple(pairs), tuple(pair.a.shape[0] for pair in pairs.values()))
@@ -311,7 +313,7 @@ def merge(model: nn.Module) -> None:
             "cannot merge while blocks stream from host memory, as what is on the device would not follow: load the "
             "model without streaming (offload_blocks=0)"
         )
-    layers = adapted(model)
+    layers = adapter_layers(model)
     for name, module in layers.items():
         base = module.get_base_layer()
         if isinstance(base, QuantizedLinear):
@@ -356,7 +358,7 @@ def restore(wrapped: peft.PeftModel, folder: Path, name: str = "default") -> Non
         state, have = load_file(folder / PISSA_FILE), pissa_tensors(model, name)
     else:
         state = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / PEFT_FILE).items()}
-        have = tensors(model, name)
+        have = adapter_tensors(model, name)
     if have.keys() != state.keys():
         raise AdapterError(
             f"{folder} holds an adapter of other layers than adapter.targets gives, or of another type: "

@@ -112,7 +112,7 @@ def fuse(parts: Sequence[LoraPair]) -> LoraPair:
     return LoraPair(torch.cat([part.a for part in parts]), torch.block_diag(*(part.b for part in parts)), magnitude)
 
 
-def whole_pair(name: str, found: Mapping[str, Tensor]) -> LoraPair:
+def pair_from_tensors(name: str, found: Mapping[str, Tensor]) -> LoraPair:
     """The update of one layer from its tensors in a file.
 
     Raises AdapterError unless there are A (rank, in) and B (out, rank), of alpha one number, of lengths (out,).
@@ -137,7 +137,7 @@ def whole_pair(name: str, found: Mapping[str, Tensor]) -> LoraPair:
     return LoraPair(a, b * (alpha.item() / a.shape[0]), magnitude)
 
 
-def parse(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+def parse_keys(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
     """The tensors of a file by layer, as the file calls it with dots, and by side: lora_A, lora_B, alpha.
 
     Args:
@@ -192,13 +192,13 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, LoraP
         if isinstance(module, nn.Linear | LoraLayer) and ".lora_" not in layer
     }
     known = [name for layer, (published, _) in layers.items() for name in (layer, *published.names)]
-    halves = parse(state, {name.replace(".", "_"): name for name in known})
+    halves = parse_keys(state, {name.replace(".", "_"): name for name in known})
     pairs = {}
     for layer, (published, module) in layers.items():
         rows, columns = module.out_features, module.in_features
         if layer in halves:
-            found = whole_pair(layer, halves.pop(layer))
-        elif there := {name: whole_pair(name, halves.pop(name)) for name in published.names if name in halves}:
+            found = pair_from_tensors(layer, halves.pop(layer))
+        elif there := {name: pair_from_tensors(name, halves.pop(name)) for name in published.names if name in halves}:
             part_rows = rows // len(published.names)
             for name, part in there.items():
                 check_features(name, part, columns, part_rows)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair
-from flux2.adapters.tuners import adapted, to_device, without_draws
+from flux2.adapters.tuners import adapter_layers, disable_module_dropout, to_device
 from flux2.layers.fused_lora import fuse_lora
 from flux2.layers.selection import kinds
 from flux2.models.transformer import Transformer
@@ -55,10 +55,10 @@ class Loaded:
         return kinds(self.layers)
 
 
-def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The weights of the adapter called `name`, trained or not, by PEFT's keys without its prefix."""
     found = {}
-    for layer, module in adapted(model).items():
+    for layer, module in adapter_layers(model).items():
         for key, parameter in module.named_parameters():
             part = f".{key}.".replace(f".{name}.", ".", 1)
             if not key.startswith("base_layer.") and part != f".{key}.":
@@ -76,13 +76,13 @@ def kind_of(layer: Any) -> str:
     return next(name for kind, name in others.items() if isinstance(layer, kind))
 
 
-def check_beside(model: nn.Module, kind: str) -> None:
+def check_compatible(model: nn.Module, kind: str) -> None:
     """Raises AdapterError unless an adapter of type `kind` adds up with those that `model` carries.
 
     Low-rank pairs do, and so do LoHas, and LoKrs. A DoRA divides by lengths and an OFT turns the input, so that with
     others the result would hang on the order; different types share no layers in PEFT.
     """
-    there = {kind_of(module) for module in adapted(model).values()}
+    there = {kind_of(module) for module in adapter_layers(model).values()}
     kind = "LoRA" if kind == "rsLoRA" else kind
     if there and (there != {kind} or kind in ("DoRA", "OFT")):
         raise AdapterError(
@@ -94,7 +94,7 @@ def check_beside(model: nn.Module, kind: str) -> None:
 
 def attach_pairs(model: Transformer, pairs: Mapping[str, LoraPair], name: str, scale: float = 1.0) -> None:
     """Add an adapter of given updates beside those that `model` carries, in place, active and frozen."""
-    check_beside(model, "LoRA")
+    check_compatible(model, "LoRA")
     ranks = {layer: pair.a.shape[0] for layer, pair in pairs.items()}
     inject(model, pair_config(ranks), name)
     device = model.img_in.weight.device  # where the model computes; the layer itself may lie in host memory
@@ -128,7 +128,7 @@ def inject(model: nn.Module, config: peft.PeftConfig, name: str) -> None:
 
 def activate(model: nn.Module) -> None:
     """Make every adapter that `model` carries active at once, and freeze them all."""
-    for module in adapted(model).values():
+    for module in adapter_layers(model).values():
         module.set_adapter(sorted(module._get_available_adapters(), key=list(module.r).index))
     model.requires_grad_(False)
 
@@ -167,7 +167,7 @@ def check_saved(
         raise AdapterError("it holds no tensors")
     if unknown := layers.keys() - linears:
         raise AdapterError(f"the adapter has layers that this model does not: {listed(unknown)}")
-    clean = peft_config.fresh(config, list(layers))
+    clean = peft_config.minimal_config(config, list(layers))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # PEFT changes sizes that do not fit, and says so
@@ -176,7 +176,7 @@ def check_saved(
         raise AdapterError(
             f"PEFT cannot make the {kind} that its {peft_config.PEFT_CONFIG} describes ({error})"
         ) from error
-    wanted = tensors(skeleton, name)
+    wanted = adapter_tensors(skeleton, name)
     if wanted.keys() != state.keys():
         missing, more = wanted.keys() - state.keys(), state.keys() - wanted.keys()
         raise AdapterError(
@@ -208,14 +208,14 @@ def attach_saved(
             with what the model carries.
     """
     kind = peft_config.type_name(config)
-    check_beside(model, kind)
+    check_compatible(model, kind)
     check_scale(kind, scale)
     clean, layers = check_saved(model.config, config, state)
     inject(model, clean, name)
     device = model.img_in.weight.device
-    for key, parameter in tensors(model, name).items():
+    for key, parameter in adapter_tensors(model, name).items():
         parameter.data = state[key].to(device, torch.float32)
-    for module in adapted(model).values():
+    for module in adapter_layers(model).values():
         if kind == "DoRA" and name in module.lora_A:
             magnitude = module.lora_magnitude_vector[name]
             magnitude.__class__ = ScaledDora
@@ -223,8 +223,8 @@ def attach_saved(
         elif kind in ("LoHa", "LoKr") and name in module.scaling:
             module.scaling[name] *= scale
     fuse_lora(model)
-    without_draws(model)
+    disable_module_dropout(model)
     to_device(model)
     activate(model)
-    ranks = [] if kind == "OFT" else [module.r[name] for module in adapted(model).values() if name in module.r]
+    ranks = [] if kind == "OFT" else [module.r[name] for module in adapter_layers(model).values() if name in module.r]
     return Loaded(kind, tuple(layers), tuple(ranks))

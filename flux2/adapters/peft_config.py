@@ -40,7 +40,7 @@ def is_plain(config: peft.PeftConfig) -> bool:
     return isinstance(config, peft.LoraConfig) and not config.use_dora
 
 
-def saved(place: Path) -> peft.PeftConfig:
+def read_config(place: Path) -> peft.PeftConfig:
     """The configuration in the folder `place`. Raises ValueError unless it is whole, sane and of a type of ours."""
     if not (place / PEFT_CONFIG).exists():  # PEFT would look for it on the Hub
         raise ValueError(f"{PEFT_CONFIG} is missing")
@@ -63,16 +63,16 @@ def saved(place: Path) -> peft.PeftConfig:
     return config
 
 
-def fresh(config: peft.PeftConfig, layers: Sequence[str]) -> peft.PeftConfig:
+def minimal_config(config: peft.PeftConfig, layers: Sequence[str]) -> peft.PeftConfig:
     """A configuration for `layers` with nothing of `config` but what its type needs."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     needed: dict[str, Any] = {key: getattr(config, key) for key in NEEDED[kind]}
     return type(config)(**needed, target_modules=list(layers))
 
 
-def of_layer(config: peft.PeftConfig, layer: str, name: str) -> peft.PeftConfig:
+def layer_config(config: peft.PeftConfig, layer: str, name: str) -> peft.PeftConfig:
     """A configuration for a layer `name` that stands alone, with the rank and alpha that `config` has for `layer`."""
-    found: Any = fresh(config, [name])
+    found: Any = minimal_config(config, [name])
     for key, pattern in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
         if hasattr(found, pattern):
             setattr(found, key, pattern_value(getattr(config, key), getattr(config, pattern), layer))
@@ -127,7 +127,7 @@ def pattern_value(default: float, pattern: Mapping[str, float], layer: str) -> f
     return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
 
 
-def scale(config: peft.LoraConfig, layer: str) -> float:
+def layer_scale(config: peft.LoraConfig, layer: str) -> float:
     """alpha / rank of one layer, as PEFT computes it."""
     rank = pattern_value(config.r, config.rank_pattern, layer)
     alpha = pattern_value(config.lora_alpha, config.alpha_pattern, layer)

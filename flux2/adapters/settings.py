@@ -15,28 +15,28 @@ Targets = str | Sequence[str]
 ALPHAS = 1e-6, 1e6  # beyond, what an update is scaled by rounds to nothing, or to infinity
 
 
-def whole(key: str, value: object, least: int = 1) -> int:
+def check_integer(key: str, value: object, least: int = 1) -> int:
     """`value`. Raises AdapterError, naming adapter.`key`, unless it is a whole number from `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise AdapterError(f"adapter.{key}={value!r} must be a whole number from {least}")
     return value
 
 
-def scale(key: str, value: object, otherwise: str = "") -> float:
+def check_alpha(key: str, value: object, otherwise: str = "") -> float:
     """`value`. Raises AdapterError unless it is a number that an alpha may be."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not ALPHAS[0] <= value <= ALPHAS[1]:
         raise AdapterError(f"adapter.{key}={value!r} must be a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}{otherwise}")
     return value
 
 
-def switch(key: str, value: object) -> bool:
+def check_flag(key: str, value: object) -> bool:
     """`value`. Raises AdapterError unless it is a bool."""
     if not isinstance(value, bool):
         raise AdapterError(f"adapter.{key}={value!r} must be true or false")
     return value
 
 
-def share(key: str, value: object) -> float:
+def check_dropout(key: str, value: object) -> float:
     """`value`. Raises AdapterError unless it is a number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise AdapterError(f"adapter.{key}={value!r} must be a number in [0, 1)")
@@ -58,7 +58,9 @@ def target_layers(model: nn.Module, targets: Targets) -> list[str]:
         raise AdapterError(str(error)) from error
 
 
-def by_layer(key: str, pattern: object, layers: Sequence[str], check: Callable[[str, Any], Any]) -> dict[str, Any]:
+def values_by_layer(
+    key: str, pattern: object, layers: Sequence[str], check: Callable[[str, Any], Any]
+) -> dict[str, Any]:
     """What `adapter.<key>`, a mapping of targets to numbers, says of each of `layers`; not all need be named.
 
     Raises:
@@ -91,7 +93,7 @@ def by_layer(key: str, pattern: object, layers: Sequence[str], check: Callable[[
     return found
 
 
-def ranked(
+def rank_arguments(
     model: nn.Module,
     targets: Targets,
     rank: int,
@@ -111,12 +113,12 @@ def ranked(
     Raises:
         AdapterError: a setting is of the wrong kind, or a rank is more than its layer has.
     """
-    whole("rank", rank)
+    check_integer("rank", rank)
     if alpha is not None:
-        scale("alpha", alpha, ", or null for the rank")
+        check_alpha("alpha", alpha, ", or null for the rank")
     layers = target_layers(model, targets)
-    ranks = by_layer("rank_pattern", {} if rank_pattern is None else rank_pattern, layers, whole)
-    alphas = by_layer("alpha_pattern", {} if alpha_pattern is None else alpha_pattern, layers, scale)
+    ranks = values_by_layer("rank_pattern", {} if rank_pattern is None else rank_pattern, layers, check_integer)
+    alphas = values_by_layer("alpha_pattern", {} if alpha_pattern is None else alpha_pattern, layers, check_alpha)
     if not any_rank:
         check_ranks_fit(model, {name: ranks.get(name, rank) for name in layers})
     standard = rank if alpha is None else alpha

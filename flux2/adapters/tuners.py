@@ -31,33 +31,33 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from flux2.adapters.formats import AdapterError
-from flux2.adapters.settings import Targets, ranked, share, switch, target_layers, whole
+from flux2.adapters.settings import Targets, check_dropout, check_flag, check_integer, rank_arguments, target_layers
 from flux2.layers.fused_lora import INITIAL, fuse_lora
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
 
-Start = Callable[[Any, str], None]
+Initializer = Callable[[Any, str], None]
 
 # ------------------------------------------------------------------ attaching
 
 
-def _attach(model: Transformer, config: peft.PeftConfig, start: Start, seed: int, name: str) -> peft.PeftModel:
+def _attach(model: Transformer, config: peft.PeftConfig, start: Initializer, seed: int, name: str) -> peft.PeftModel:
     """Wrap `model`, freeze it, and let `start` draw each layer's beginning from `seed`."""
     trained = frozenset(key for key, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, config, adapter_name=name)
-        for layer in adapted(model).values():
+        for layer in adapter_layers(model).values():
             start(layer, name)
     vars(wrapped)["trained_before"] = trained
     fuse_lora(model)
-    without_draws(model)
+    disable_module_dropout(model)
     to_device(model)
     return wrapped
 
 
-def own_tensors(layer: Any) -> list[Tensor]:
+def layer_adapter_tensors(layer: Any) -> list[Tensor]:
     """What of a layer that carries adapters is theirs: its parameters and buffers without the base's."""
     base = layer.get_base_layer()
     within = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
@@ -67,57 +67,57 @@ def own_tensors(layer: Any) -> list[Tensor]:
 def to_device(model: Transformer) -> None:
     """Bring adapters to where `model` computes: of blocks that stream the layers themselves lie in host memory."""
     device = model.img_in.weight.device
-    for layer in adapted(model).values():
-        for tensor in own_tensors(layer):
+    for layer in adapter_layers(model).values():
+        for tensor in layer_adapter_tensors(layer):
             if tensor.device != device:
                 tensor.data = tensor.data.to(device)
 
 
-class SteadyLoha(LohaLinear):
+class DrawFreeLoha(LohaLinear):
     """PEFT's LoHa layer without module dropout, for which it draws a number at each call, be it 0 or not."""
 
-    def train(self, mode: bool = True) -> SteadyLoha:
+    def train(self, mode: bool = True) -> DrawFreeLoha:
         return super().train(False)
 
 
-class SteadyLokr(LokrLinear):
+class DrawFreeLokr(LokrLinear):
     """PEFT's LoKr layer, likewise."""
 
-    def train(self, mode: bool = True) -> SteadyLokr:
+    def train(self, mode: bool = True) -> DrawFreeLokr:
         return super().train(False)
 
 
-def without_draws(model: nn.Module) -> None:
+def disable_module_dropout(model: nn.Module) -> None:
     """Let LoHa and LoKr layers take nothing from the process's random numbers, in place."""
     for module in model.modules():
         if type(module) is LohaLinear:
-            module.__class__ = SteadyLoha
+            module.__class__ = DrawFreeLoha
         elif type(module) is LokrLinear:
-            module.__class__ = SteadyLokr
-        if isinstance(module, SteadyLoha | SteadyLokr):
+            module.__class__ = DrawFreeLokr
+        if isinstance(module, DrawFreeLoha | DrawFreeLokr):
             module.train()
 
 
 # PEFT rounds what it drew to the base's precision: these draw again, so that all precisions start alike
 
 
-def start_lora(layer: Any, name: str) -> None:
+def init_lora(layer: Any, name: str) -> None:
     layer.lora_A[name].float()
     layer.lora_B[name].float()
     layer.reset_lora_parameters(name, init_lora_weights=True)
 
 
 @torch.no_grad()
-def start_dora(layer: Any, name: str) -> None:
+def init_dora(layer: Any, name: str) -> None:
     """As LoRA; the lengths are those of the base's rows, as the forward will measure them, so that they divide to 1."""
-    start_lora(layer, name)
+    init_lora(layer, name)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     layer.lora_magnitude_vector[name].update_layer(
         base_layer=float_copy(layer, a.device), lora_A=a, lora_B=b, scaling=layer.scaling[name]
     )
 
 
-def start_product(layer: Any, name: str) -> None:
+def init_product(layer: Any, name: str) -> None:
     """LoHa and LoKr."""
     for kind in layer.adapter_layer_names:
         parameters = getattr(layer, kind)
@@ -126,7 +126,7 @@ def start_product(layer: Any, name: str) -> None:
     layer.reset_adapter_parameters(name)
 
 
-def start_oft(layer: Any, name: str) -> None:
+def init_oft(layer: Any, name: str) -> None:
     layer.oft_R[name].weight.data = layer.oft_R[name].weight.data.float()
     layer.reset_oft_parameters(name, True)
 
@@ -199,12 +199,12 @@ def _lora(
     rslora: bool,
     dora: bool = False,
 ) -> peft.PeftModel:
-    share("dropout", dropout)
-    switch("rslora", rslora)
-    given = ranked(model, targets, rank, alpha, rank_pattern, alpha_pattern)
+    check_dropout("dropout", dropout)
+    check_flag("rslora", rslora)
+    given = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
     given["lora_alpha"] = given.pop("alpha")
     config = peft.LoraConfig(**given, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
-    return _attach(model, config, start_dora if dora else start_lora, seed, name)
+    return _attach(model, config, init_dora if dora else init_lora, seed, name)
 
 
 def attach_pissa(
@@ -228,26 +228,26 @@ def attach_pissa(
     Others and the result as in `attach`. It is saved as the plain LoRA of twice the rank that it amounts to.
     """
     if iterations is not None:
-        whole("iterations", iterations)
-    given = ranked(model, targets, rank, alpha, rank_pattern, alpha_pattern)
+        check_integer("iterations", iterations)
+    given = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
     layers = given["target_modules"]
     given["lora_alpha"] = given.pop("alpha")
     config = peft.LoraConfig(**given)
     method = "pissa" if iterations is None else f"pissa_niter_{iterations}"
-    wrapped = _attach(model, config, lambda layer, name: start_pissa(layer, name, method), seed, name)
+    wrapped = _attach(model, config, lambda layer, name: init_pissa(layer, name, method), seed, name)
     with torch.random.fork_rng(devices=[]):
         wrapped.add_adapter(name + INITIAL, replace(config, target_modules=layers))
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            oppose(module, name)
+            add_opposite(module, name)
     to_device(model)
     return wrapped
 
 
 @torch.no_grad()
-def start_pissa(layer: Any, name: str, method: str) -> None:
+def init_pissa(layer: Any, name: str, method: str) -> None:
     """PEFT's initialization, against a copy of the weight: it would change the weight itself."""
-    start_lora(layer, name)
+    init_lora(layer, name)
     base, weight = layer.base_layer, layer.base_layer.weight
     if weight.is_meta:
         return
@@ -258,7 +258,7 @@ def start_pissa(layer: Any, name: str, method: str) -> None:
         layer.base_layer = base
 
 
-def oppose(layer: Any, name: str) -> None:
+def add_opposite(layer: Any, name: str) -> None:
     """Let the second adapter of a PiSSA layer be what the first is now, frozen, with the opposite sign; both active."""
     for side in (layer.lora_A, layer.lora_B):
         side[name + INITIAL].weight.data = side[name].weight.detach().clone()
@@ -284,8 +284,8 @@ def attach_loha(
 
     Arguments and result as in `attach`.
     """
-    config = peft.LoHaConfig(**ranked(model, targets, rank, alpha, rank_pattern, alpha_pattern))
-    return _attach(model, config, start_product, seed, name)
+    config = peft.LoHaConfig(**rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern))
+    return _attach(model, config, init_product, seed, name)
 
 
 def attach_lokr(
@@ -311,13 +311,13 @@ def attach_lokr(
     Others and the result as in `attach`.
     """
     if decompose_factor != -1:
-        whole("decompose_factor", decompose_factor, 2)
+        check_integer("decompose_factor", decompose_factor, 2)
     config = peft.LoKrConfig(
-        **ranked(model, targets, rank, alpha, rank_pattern, alpha_pattern, any_rank=True),
+        **rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern, any_rank=True),
         decompose_factor=decompose_factor,
-        decompose_both=switch("decompose_both", decompose_both),
+        decompose_both=check_flag("decompose_both", decompose_both),
     )
-    return _attach(model, config, start_product, seed, name)
+    return _attach(model, config, init_product, seed, name)
 
 
 def attach_oft(
@@ -339,7 +339,7 @@ def attach_oft(
 
     Others and the result as in `attach`.
     """
-    whole("block_size", block_size, 2)
+    check_integer("block_size", block_size, 2)
     layers = target_layers(model, targets)
     for layer in layers:
         width = model.get_submodule(layer).in_features
@@ -352,23 +352,23 @@ def attach_oft(
         r=0,
         oft_block_size=block_size,
         target_modules=layers,
-        block_share=switch("block_share", block_share),
-        use_cayley_neumann=not switch("exact", exact),
+        block_share=check_flag("block_share", block_share),
+        use_cayley_neumann=not check_flag("exact", exact),
     )
-    return _attach(model, config, start_oft, seed, name)
+    return _attach(model, config, init_oft, seed, name)
 
 
 # ------------------------------------------------------------------ taking off
 
 
-def adapted(model: nn.Module) -> dict[str, Any]:
+def adapter_layers(model: nn.Module) -> dict[str, Any]:
     """The layers of `model` that carry adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def remove_adapters(model: nn.Module) -> None:
     """Put the base's layers back in place of those that carry adapters."""
-    for name, module in adapted(model).items():
+    for name, module in adapter_layers(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module.get_base_layer())
     if hasattr(model, "peft_config"):
@@ -383,7 +383,7 @@ def detach(wrapped: peft.PeftModel) -> Transformer:
     """
     model = wrapped.get_base_model()
     assert isinstance(model, Transformer)
-    merged = [name for name, module in adapted(model).items() if module.merged]
+    merged = [name for name, module in adapter_layers(model).items() if module.merged]
     if merged:
         raise AdapterError(f"the base cannot be given back: an adapter is merged into {listed(merged)}")
     remove_adapters(model)

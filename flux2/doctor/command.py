@@ -23,7 +23,7 @@ from huggingface_hub import constants as hub
 from flux2.doctor.selftest import Finding, selftest
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import FP8_CAPABILITY
-from flux2.weights.sources import Part, is_here, model_source
+from flux2.weights.sources import Part, is_available, model_source
 
 PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "huggingface-hub"),
@@ -86,17 +86,17 @@ def size(folder: Path) -> str:
     return f"{len(sizes)} files, {sum(sizes) / 1e9:.2f} GB"
 
 
-def places() -> Iterator[tuple[str, str]]:
+def folders() -> Iterator[tuple[str, str]]:
     """Folders that fill up, and the room that is left where they are."""
     folders = {"latents and prompts": Path(LATENTS), "downloads": Path(hub.HF_HUB_CACHE)}
     given = os.environ.get("FLUX2_CACHE")
     folders["quantized copies"] = Path(given).expanduser() if given else Path(LATENTS) / "weights"
     for what, folder in folders.items():
         free = shutil.disk_usage(nearest_folder(folder.absolute())).free
-        yield what, f"{at_home(folder)}: {size(folder)}; {free / 1e9:.0f} GB free there"
+        yield what, f"{shorten_home(folder)}: {size(folder)}; {free / 1e9:.0f} GB free there"
 
 
-def at_home(folder: Path) -> str:
+def shorten_home(folder: Path) -> str:
     """`folder` without the user's name, which a support answer need not have."""
     return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
 
@@ -113,7 +113,7 @@ def models() -> Iterator[tuple[str, str]]:
         if not variant.repo:
             yield name, "embedded"
             continue
-        here = [part for part in PARTS if is_here(model_source(name), part)]
+        here = [part for part in PARTS if is_available(model_source(name), part)]
         missing = [part for part in PARTS if part not in here]
         if not here:
             yield name, f"not downloaded ({variant.repo})"
@@ -125,9 +125,9 @@ def line(name: str, text: str) -> str:
     return f"  {name:<30} {text}"
 
 
-def result(finding: Finding) -> str:
+def result_line(finding: Finding) -> str:
     word = {True: "ok", False: "WRONG", None: "--"}[finding.passed]
-    return line(finding.what, f"{word:<5} {finding.said}")
+    return line(finding.what, f"{word:<5} {finding.detail}")
 
 
 def report() -> Iterator[str]:
@@ -138,7 +138,7 @@ def report() -> Iterator[str]:
     yield line(system, SYSTEMS.get(system, "not tested"))
     for package in PACKAGES:
         yield line(package, version(package))
-    for title, lines in (("Devices", devices()), ("Folders", places()), ("Models", models())):
+    for title, lines in (("Devices", devices()), ("Folders", folders()), ("Models", models())):
         yield title
         for name, text in lines:
             yield line(name, text)
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     print("Self-test, beside diffusers", flush=True)
     wrong = 0
     for finding in selftest():
-        print(result(finding), flush=True)
+        print(result_line(finding), flush=True)
         wrong += finding.passed is False
     print("What fits on a card: python train/plan.py +experiment=tarot")
     if wrong:

@@ -33,22 +33,22 @@ class Finding:
 
     what: str
     passed: bool | None
-    said: str
+    detail: str
 
 
-def apart(ours: Tensor, theirs: Tensor) -> float:
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     """Norm of the difference over the norm of `theirs`. Raises ValueError if the shapes differ."""
     if ours.shape != theirs.shape:
         raise ValueError(f"shape {tuple(ours.shape)} here, {tuple(theirs.shape)} there")
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30))
 
 
-def within(*pairs: tuple[Tensor, Tensor]) -> tuple[bool, str]:
-    worst = max(apart(ours, theirs) for ours, theirs in pairs)
+def compare_values(*pairs: tuple[Tensor, Tensor]) -> tuple[bool, str]:
+    worst = max(relative_difference(ours, theirs) for ours, theirs in pairs)
     return worst <= TOLERANCE, f"relative difference {worst:.1e}"
 
 
-def same(ours: object, theirs: object) -> tuple[bool, str]:
+def compare_equal(ours: object, theirs: object) -> tuple[bool, str]:
     return ours == theirs, "equal" if ours == theirs else f"{ours!r} here, {theirs!r} there"
 
 
@@ -67,12 +67,12 @@ def text_layers(diffusers: Any) -> tuple[bool, str]:
     """Which hidden states of the text encoders are stacked."""
     pipelines = (("dev", diffusers.Flux2Pipeline), ("klein_base_4b", diffusers.Flux2KleinPipeline))
     theirs = [default(pipeline.encode_prompt, "text_encoder_out_layers") for _, pipeline in pipelines]
-    return same([VARIANTS[name].text.layers for name, _ in pipelines], theirs)
+    return compare_equal([VARIANTS[name].text.layers for name, _ in pipelines], theirs)
 
 
 def system_message(diffusers: Any) -> tuple[bool, str]:
     """What a prompt is sent to Mistral with."""
-    return same(SYSTEM_MESSAGE, importlib.import_module(f"{module(diffusers)}.system_messages").SYSTEM_MESSAGE)
+    return compare_equal(SYSTEM_MESSAGE, importlib.import_module(f"{module(diffusers)}.system_messages").SYSTEM_MESSAGE)
 
 
 def latent_normalization(diffusers: Any) -> tuple[bool, str]:
@@ -81,7 +81,7 @@ def latent_normalization(diffusers: Any) -> tuple[bool, str]:
     pixels = draw(1, 3, 48, 32).clamp(-1, 1)
     pipeline = SimpleNamespace(vae=theirs, _patchify_latents=diffusers.Flux2Pipeline._patchify_latents)
     wanted = diffusers.Flux2Pipeline._encode_vae_image(pipeline, pixels, generator=None)
-    return within((load_autoencoder(model_source("tiny")).encode(pixels), wanted))
+    return compare_values((load_autoencoder(model_source("tiny")).encode(pixels), wanted))
 
 
 def position_ids(diffusers: Any) -> tuple[bool, str]:
@@ -93,7 +93,7 @@ def position_ids(diffusers: Any) -> tuple[bool, str]:
         (positions_with_references(picture, references)[6:], pipeline._prepare_image_ids(references)[0]),
         (text_positions(7), pipeline._prepare_text_ids(draw(1, 7, 2))[0]),
     ]
-    return same([ours.tolist() for ours, _ in pairs], [theirs.tolist() for _, theirs in pairs])
+    return compare_equal([ours.tolist() for ours, _ in pairs], [theirs.tolist() for _, theirs in pairs])
 
 
 def times(diffusers: Any) -> tuple[bool, str]:
@@ -106,7 +106,7 @@ def times(diffusers: Any) -> tuple[bool, str]:
         euler.set_timesteps(sigmas=sigmas, mu=fit(tokens, steps))
         shifts = torch.tensor([empirical_mu(tokens, steps)]), torch.tensor([fit(tokens, steps)])
         pairs += [(schedule(steps, tokens), euler.sigmas), shifts]
-    return within(*pairs)
+    return compare_values(*pairs)
 
 
 def forward(diffusers: Any) -> tuple[bool, str]:
@@ -127,7 +127,7 @@ def forward(diffusers: Any) -> tuple[bool, str]:
         guidance=guidance,
         return_dict=False,
     )[0]
-    return within((ours(tokens, positions, text, text_at, time, guidance), wanted))
+    return compare_values((ours(tokens, positions, text, text_at, time, guidance), wanted))
 
 
 CHECKS: dict[str, Callable[[Any], tuple[bool, str]]] = {

@@ -28,8 +28,8 @@ from flux2.adapters.files import PEFT_FILE
 from flux2.adapters.formats import LoraPair, from_state, to_comfyui, to_diffusers, to_kohya
 from flux2.export import deltas
 from flux2.export.deltas import AdapterDelta
-from flux2.export.low_rank import decomposed, distance, ratio, reduced, rounding_bound, stacked
-from flux2.export.merge_checkpoint import NotReadError, merge, put, unfinished
+from flux2.export.low_rank import decompose, distance, ratio, reduce_rank, rounding_bound, sum_pairs
+from flux2.export.merge_checkpoint import NotReadError, merge, replace_output, temporary_path
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS
 from flux2.utils import checks
@@ -93,7 +93,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------ what is asked for
 
 
-def target_of(options: argparse.Namespace) -> Path:
+def output_path(options: argparse.Namespace) -> Path:
     """What is written, and replaced if it is there."""
     return options.out / "transformer" if options.format == "full-diffusers" else options.out
 
@@ -112,7 +112,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"--out {out} is a folder: give a file")
     elif out.suffix == ".safetensors" or out.is_file():
         raise ValueError(f"--out {out} must be a folder, in which transformer/ is written")
-    target = target_of(options)
+    target = output_path(options)
     if target.exists() and not options.overwrite:
         raise ValueError(f"--out {target} exists: give another name, or --overwrite to replace it")
     there = next(place for place in target.absolute().parents if place.exists())
@@ -138,7 +138,7 @@ def check_apart(out: Path, places: Sequence[Path], source: ModelSource | None) -
 
 
 @dataclass
-class Nearness:
+class ConversionErrors:
     """How near converted layers come to what they stand for."""
 
     errors: dict[str, float]
@@ -164,7 +164,7 @@ def low_rank(
     options: argparse.Namespace,
     base: Callable[[], BaseWeights],
     device: torch.device,
-) -> tuple[dict[str, LoraPair], Nearness | None]:
+) -> tuple[dict[str, LoraPair], ConversionErrors | None]:
     """The sum of adapters as a pair a layer, and how near that is; None where nothing had to be left out."""
     layers = list(dict.fromkeys(layer for update in found for layer in update.layers))
     given = options.rank is not None or options.max_error is not None
@@ -175,12 +175,12 @@ def low_rank(
     here = {layer: [update for update in found if layer in update.layers] for layer in layers}
     whole = [layer for layer in layers if not all(update.is_plain for update in here[layer])]
     pairs: dict[str, LoraPair] = {}
-    near = Nearness({})
+    near = ConversionErrors({})
     for layer in layers:
         if layer not in whole:
-            pairs[layer] = stacked([update.pair(layer) for update in here[layer]])
+            pairs[layer] = sum_pairs([update.pair(layer) for update in here[layer]])
             if given:
-                pairs[layer], error, size = reduced(pairs[layer], options.rank, options.max_error)
+                pairs[layer], error, size = reduce_rank(pairs[layer], options.rank, options.max_error)
                 near.add(layer, error, size)
     rank = options.rank if given else RANK
     with tqdm(total=len(whole), unit="layer", leave=False, disable=None if whole else True) as bar:
@@ -189,7 +189,7 @@ def low_rank(
             delta = here[layer][0].change(layer, weight, device)
             for update in here[layer][1:]:
                 delta += update.change(layer, weight, device)
-            pairs[layer], error, size = decomposed(delta, rank, options.max_error)
+            pairs[layer], error, size = decompose(delta, rank, options.max_error)
             near.add(layer, error, size)
             bar.update()
 
@@ -219,13 +219,13 @@ def write_pairs(
     out = options.out
     check_room(out.parent, sum(tensor.nbytes for tensor in state.values()), f"--out {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(out) as place:
+    with temporary_path(out) as place:
         place.touch()
         readable = place.stat().st_mode  # as the umask says; safetensors writes for the owner alone
         save_file(state, place, {**metadata, modelspec.HASH: modelspec.content_hash(state)})
         worst = compare(from_state(load_file(place), model), pairs, dtype)
         place.chmod(readable)
-        put(place, out)
+        replace_output(place, out)
     return worst
 
 
@@ -275,7 +275,7 @@ def run(options: argparse.Namespace) -> Path:
     found = [deltas.read(place, model, scale) for place, (_, scale) in zip(places, given, strict=True)]
     deltas.check_together(found)
     for update in found:
-        say(f"{update.place}{'' if update.scale == 1 else f' at scale {update.scale:g}'}: {update.said()}")
+        say(f"{update.place}{'' if update.scale == 1 else f' at scale {update.scale:g}'}: {update.description()}")
     needed = options.format in FULL or any(update.needs_weights for update in found)
     if needed and not certain:
         raise ValueError(
@@ -285,10 +285,10 @@ def run(options: argparse.Namespace) -> Path:
     source = model_source(variant.name, options.path)
 
     def base() -> BaseWeights:
-        check_apart(target_of(options), [], source)
+        check_apart(output_path(options), [], source)
         return BaseWeights(model, tensor_files(source, "transformer"), f"the transformer of {variant.name}")
 
-    check_apart(target_of(options), places, None)
+    check_apart(output_path(options), places, None)
     about: dict[str, Any] = {
         "base": variant.repo or variant.name,
         "title": options.title or options.out.stem,
@@ -301,8 +301,8 @@ def run(options: argparse.Namespace) -> Path:
     }
     kinds = " and ".join(sorted({update.kind for update in found}))
     if options.format in FULL:
-        with told_of_writing(options.out):
-            full(found, base(), source, model, options, device, about)
+        with name_output_in_errors(options.out):
+            write_checkpoint(found, base(), source, model, options, device, about)
         return options.out
     pairs, near = low_rank(found, options, base, device)
     if near is not None:
@@ -314,7 +314,7 @@ def run(options: argparse.Namespace) -> Path:
         say(told)
         if near.overall > COARSE:
             say(f"note: that is coarse, and pictures will differ: give a larger --rank, or --max-error {COARSE / 10}")
-    with told_of_writing(options.out):
+    with name_output_in_errors(options.out):
         worst = write_pairs(pairs, options, model, modelspec.metadata(**about))
     warn_of_layers(list(pairs), options.format)
     say(f"read back and compared: {len(pairs)} layers, largest relative error {worst:.1e}")
@@ -322,7 +322,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 @contextmanager
-def told_of_writing(out: Path) -> Iterator[None]:
+def name_output_in_errors(out: Path) -> Iterator[None]:
     """Within this context what a full disk raises, which names no file, becomes a ValueError that names `out`."""
     try:
         yield
@@ -334,7 +334,7 @@ def told_of_writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def full(
+def write_checkpoint(
     found: Sequence[AdapterDelta],
     base: BaseWeights,
     source: ModelSource,

@@ -18,13 +18,13 @@ from flux2 import adapters
 from flux2.adapters import files as adapter_files
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair
-from flux2.adapters.loading import PREFIX, Loaded, check_saved, check_scale, inject, tensors
+from flux2.adapters.loading import PREFIX, Loaded, adapter_tensors, check_saved, check_scale, inject
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, TransformerConfig, Variant, known
 from flux2.utils import checks
 from flux2.utils.text import listed
 
-HUNG_ON_ORDER = ("DoRA", "OFT")  # these do not add to a weight: one divides by its lengths, the other turns it
+ORDER_DEPENDENT = ("DoRA", "OFT")  # these do not add to a weight: one divides by its lengths, the other turns it
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class AdapterDelta:
     @property
     def needs_weights(self) -> bool:
         """Whether its change hangs on the base's weights."""
-        return self.kind in HUNG_ON_ORDER
+        return self.kind in ORDER_DEPENDENT
 
-    def said(self) -> str:
+    def description(self) -> str:
         ranks = [pair.a.shape[0] for pair in self.pairs.values()]
         return str(Loaded(self.kind, tuple(self.layers), tuple(ranks)))
 
@@ -105,8 +105,8 @@ def change_by_peft(
     alone = nn.Module()
     alone.linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
     alone.linear.weight = nn.Parameter(base.clone(), requires_grad=False)  # PEFT merges in place
-    inject(alone, peft_config.of_layer(config, layer, "linear"), "default")
-    for key, parameter in tensors(alone, "default").items():
+    inject(alone, peft_config.layer_config(config, layer, "linear"), "default")
+    for key, parameter in adapter_tensors(alone, "default").items():
         parameter.data = state[key.removeprefix("linear.")].to(device, torch.float32)
     return adapter_files.merged_weight(alone.linear).sub_(base)
 
@@ -131,8 +131,8 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
         if isinstance(module, nn.Linear)
     }
     try:
-        base = known(adapter_files.base_of(place))
-        config = peft_config.saved(place) if place.is_dir() else None
+        base = known(adapter_files.recorded_base(place))
+        config = peft_config.read_config(place) if place.is_dir() else None
         if config is None or peft_config.is_plain(config):
             pairs = adapter_files.read(place, model)
             is_dora = any(pair.magnitude is not None for pair in pairs.values())
@@ -151,7 +151,7 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
         pairs = {
             layer: LoraPair(
                 found["lora_A.weight"].float(),
-                found["lora_B.weight"].float() * peft_config.scale(clean, layer),
+                found["lora_B.weight"].float() * peft_config.layer_scale(clean, layer),
                 found["lora_magnitude_vector"].float(),
             )
             for layer, found in own.items()
@@ -180,18 +180,18 @@ def variant_for(places: Sequence[Path], asked: str | None) -> tuple[Variant, boo
 
     Raises AdapterError if an adapter says that it was trained on a model of other sizes, or if none fits.
     """
-    said = {place: found for place in places if (found := known(adapter_files.base_of(place)))}
+    recorded = {place: found for place in places if (found := known(adapter_files.recorded_base(place)))}
     if asked is not None:
-        for place, one in said.items():
+        for place, one in recorded.items():
             if one.transformer != VARIANTS[asked].transformer:
                 raise AdapterError(f"adapter {place} was trained on {one.name}, whose layers are not those of {asked}")
         return VARIANTS[asked], True
-    sizes = {one.transformer for one in said.values()}
+    sizes = {one.transformer for one in recorded.values()}
     if len(sizes) > 1:
-        names = sorted(one.name for one in said.values())
+        names = sorted(one.name for one in recorded.values())
         raise AdapterError(f"the adapters were trained on models of different sizes: {', '.join(names)}")
-    if said:
-        return next(iter(said.values())), True
+    if recorded:
+        return next(iter(recorded.values())), True
     why = {}
     for one in VARIANTS.values():
         try:

@@ -19,10 +19,10 @@ from flux2.adapters.formats import LoraPair
 EXACT_SIDE = 1024  # up to this shorter side a matrix is decomposed exactly
 OVERSAMPLING = 8  # more directions than are kept, with which the kept ones are nearly exact
 ITERATIONS = 4
-NOTHING = 1e-6  # of the largest singular value; below are those that float32 made of zeros
+NEGLIGIBLE = 1e-6  # of the largest singular value; below are those that float32 made of zeros
 
 
-def stacked(pairs: Sequence[LoraPair], factors: Sequence[float] | None = None) -> LoraPair:
+def sum_pairs(pairs: Sequence[LoraPair], factors: Sequence[float] | None = None) -> LoraPair:
     """The sum of factor * B A as one pair, of the ranks' sum."""
     factors = [1.0] * len(pairs) if factors is None else factors
     if len(pairs) == 1 and factors[0] == 1:
@@ -50,7 +50,7 @@ def ratio(error: float, size: float) -> float:
 
 def distance(found: LoraPair, wanted: LoraPair) -> float:
     """Relative error of one update as the other."""
-    return ratio(norm(stacked([found, wanted], [1.0, -1.0])), norm(wanted))
+    return ratio(norm(sum_pairs([found, wanted], [1.0, -1.0])), norm(wanted))
 
 
 def rounding_bound(pair: LoraPair, dtype: torch.dtype) -> float:
@@ -64,7 +64,7 @@ def rounding_bound(pair: LoraPair, dtype: torch.dtype) -> float:
     return ratio((2 * unit + unit**2) * size, norm(pair))
 
 
-def chosen(values: Tensor, total: float, rank: int | None, max_error: float | None) -> int | None:
+def choose_rank(values: Tensor, total: float, rank: int | None, max_error: float | None) -> int | None:
     """How many of the largest singular `values` are kept, at least one; None if these do not suffice.
 
     Args:
@@ -74,7 +74,7 @@ def chosen(values: Tensor, total: float, rank: int | None, max_error: float | No
         max_error: as few as leave at most so much of `total`.
     """
     if rank is not None:
-        return max(1, min(rank, int((values > NOTHING * values[0]).sum())))
+        return max(1, min(rank, int((values > NEGLIGIBLE * values[0]).sum())))
     assert max_error is not None
     left = total**2 - values.double().square().cumsum(0)
     enough = (left <= (max_error * total) ** 2).nonzero()
@@ -87,7 +87,9 @@ def split(u: Tensor, s: Tensor, v: Tensor, rank: int) -> LoraPair:
     return LoraPair((v[:, :rank] * root).T.float().contiguous(), (u[:, :rank] * root).float().contiguous())
 
 
-def reduced(pair: LoraPair, rank: int | None = None, max_error: float | None = None) -> tuple[LoraPair, float, float]:
+def reduce_rank(
+    pair: LoraPair, rank: int | None = None, max_error: float | None = None
+) -> tuple[LoraPair, float, float]:
     """The nearest pair of `rank`, or of the smallest rank with at most `max_error`; `pair` itself if it is of no more.
 
     Returns it with the norm of the difference and of what it approximates.
@@ -95,13 +97,13 @@ def reduced(pair: LoraPair, rank: int | None = None, max_error: float | None = N
     q_b, middle, q_a = core(pair)
     u, s, vh = torch.linalg.svd(middle)
     total = float(s.norm())
-    kept = chosen(s, total, rank, max_error) or len(s)
+    kept = choose_rank(s, total, rank, max_error) or len(s)
     if kept >= pair.a.shape[0]:
         return pair, 0.0, total
     return split(q_b @ u, s, q_a @ vh.T, kept), float(s[kept:].norm()), total
 
 
-def decomposed(delta: Tensor, rank: int | None = None, max_error: float | None = None) -> tuple[LoraPair, float, float]:
+def decompose(delta: Tensor, rank: int | None = None, max_error: float | None = None) -> tuple[LoraPair, float, float]:
     """A pair for a whole matrix (out, in) of float32, as `reduced` gives it, on the CPU. `delta` is overwritten.
 
     The difference is measured, and not taken from singular values.
@@ -109,12 +111,12 @@ def decomposed(delta: Tensor, rank: int | None = None, max_error: float | None =
     total, side = float(delta.norm()), min(delta.shape)
     if side <= EXACT_SIDE:
         u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
-        found = split(u, s, vh.T, chosen(s, total, rank, max_error) or side)
+        found = split(u, s, vh.T, choose_rank(s, total, rank, max_error) or side)
     else:
         tried = rank or 32
         while True:
             u, s, v = leading(delta, min(tried + OVERSAMPLING, side))
-            if (kept := chosen(s, total, rank, max_error)) or len(s) == side:
+            if (kept := choose_rank(s, total, rank, max_error)) or len(s) == side:
                 break
             tried *= 2
         found = split(u, s, v, kept or side)

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from flux2.adapters.formats import AdapterError
 from flux2.export.deltas import AdapterDelta
-from flux2.export.low_rank import norm, ratio, stacked
+from flux2.export.low_rank import norm, ratio, sum_pairs
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
-from flux2.weights.key_names import Published, transformer_tensor
+from flux2.weights.key_names import PublishedTensor, transformer_tensor
 from flux2.weights.parallel_reader import checksum
 from flux2.weights.safetensors_files import TensorFiles, part_files
 from flux2.weights.sources import ModelSource
-from flux2.weights.streaming_writer import Plan, Writer, check_room, nbytes, raw_bytes
+from flux2.weights.streaming_writer import Plan, SafetensorsWriter, check_room, nbytes, raw_bytes
 from flux2.weights.transformer_tensors import BaseWeights
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -36,7 +36,7 @@ PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeSummary:
     """What came of a merge: relative sizes of the change, and of what rounding took of it (Frobenius norms)."""
 
     layers: int
@@ -49,7 +49,7 @@ class NotReadError(AdapterError):
 
 
 @contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
+def temporary_path(out: Path) -> Iterator[Path]:
     """A place beside `out`, gone at the end unless it was renamed: a file or a folder."""
     place = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
@@ -61,12 +61,12 @@ def unfinished(out: Path) -> Iterator[Path]:
             place.unlink(missing_ok=True)
 
 
-def put(place: Path, out: Path) -> None:
+def replace_output(place: Path, out: Path) -> None:
     """Give what is at `place` the name `out`; a folder that is there goes away at last."""
     if not out.is_dir():
         place.replace(out)
         return
-    with unfinished(out.with_name(f"{out.name}.old")) as old:
+    with temporary_path(out.with_name(f"{out.name}.old")) as old:
         out.rename(old)
         try:
             place.rename(out)
@@ -75,9 +75,9 @@ def put(place: Path, out: Path) -> None:
             raise
 
 
-def laid_out(name: str, layout: str) -> Published:
+def published_tensor(name: str, layout: str) -> PublishedTensor:
     """Where a tensor of ours is in a checkpoint: under the same name for `bfl`."""
-    return transformer_tensor(name) if layout == "diffusers" else Published((name,))
+    return transformer_tensor(name) if layout == "diffusers" else PublishedTensor((name,))
 
 
 def plan(base: BaseWeights, model: Transformer, layout: str, dtype: torch.dtype | None) -> tuple[list[str], Plan]:
@@ -88,7 +88,7 @@ def plan(base: BaseWeights, model: Transformer, layout: str, dtype: torch.dtype 
     order = sorted(shapes, key=lambda name: -dtypes[name].itemsize)
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in order:
-        parts = laid_out(name, layout).split(torch.empty(shapes[name], device="meta"))
+        parts = published_tensor(name, layout).split(torch.empty(shapes[name], device="meta"))
         found |= {key: (dtypes[name], tuple(part.shape)) for key, part in parts.items()}
     return order, found
 
@@ -142,7 +142,7 @@ def merge(
     dtype: torch.dtype | None,
     device: torch.device,
     progress: Callable[[str], None] = lambda name: None,
-) -> Merged:
+) -> MergeSummary:
     """Write the transformer of `source` with `updates` added.
 
     Args:
@@ -163,7 +163,7 @@ def merge(
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with unfinished(target) as place:
+        with temporary_path(target) as place:
             files: dict[Path, Plan] = {place: whole}
             if layout == "diffusers":
                 place.mkdir()
@@ -171,11 +171,11 @@ def merge(
                 files, index = shards(place, whole)
                 if index is not None:
                     (place / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-            with Writer(files, metadata) as writer:
-                sums, merged = fill(writer, updates, base, order, layout, whole, device, progress)
+            with SafetensorsWriter(files, metadata) as writer:
+                sums, merged = write_tensors(writer, updates, base, order, layout, whole, device, progress)
                 writer.finish()
             compare(part_files(place) if layout == "diffusers" else TensorFiles([place]), model, sums)
-            put(place, target)
+            replace_output(place, target)
     except BaseException:
         for folder in made:
             if folder.exists() and not any(folder.iterdir()):
@@ -184,8 +184,8 @@ def merge(
     return merged
 
 
-def fill(
-    writer: Writer,
+def write_tensors(
+    writer: SafetensorsWriter,
     updates: Sequence[AdapterDelta],
     base: BaseWeights,
     order: Sequence[str],
@@ -193,7 +193,7 @@ def fill(
     whole: Plan,
     device: torch.device,
     progress: Callable[[str], None],
-) -> tuple[dict[str, str], Merged]:
+) -> tuple[dict[str, str], MergeSummary]:
     """Write all tensors; returns their checksums by our names, and what came of the merge."""
     sums: dict[str, str] = {}
     layers = {layer for update in updates for layer in update.layers}
@@ -201,11 +201,11 @@ def fill(
 
     def use(name: str, stored: Tensor) -> None:
         nonlocal weights, changes, losses
-        layer, entry = name.removesuffix(".weight"), laid_out(name, layout)
+        layer, entry = name.removesuffix(".weight"), published_tensor(name, layout)
         wanted = whole[entry.names[0]][0]
         if layer in layers:
             weight = stored.float()
-            change, size = changed(updates, layer, weight, device)
+            change, size = merged_weight(updates, layer, weight, device)
             tensor = change.to(wanted)
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterError(
@@ -223,14 +223,16 @@ def fill(
         progress(name)
 
     base.each(order, device, use)
-    return sums, Merged(len(layers), ratio(changes**0.5, weights**0.5), ratio(losses**0.5, changes**0.5))
+    return sums, MergeSummary(len(layers), ratio(changes**0.5, weights**0.5), ratio(losses**0.5, changes**0.5))
 
 
-def changed(updates: Sequence[AdapterDelta], layer: str, weight: Tensor, device: torch.device) -> tuple[Tensor, float]:
+def merged_weight(
+    updates: Sequence[AdapterDelta], layer: str, weight: Tensor, device: torch.device
+) -> tuple[Tensor, float]:
     """The weight with all changes in float32, and the norm of these."""
     here = [update for update in updates if layer in update.layers]
     if all(update.is_plain for update in here):
-        pair = stacked([update.pair(layer) for update in here])
+        pair = sum_pairs([update.pair(layer) for update in here])
         return torch.addmm(weight, pair.b.to(device), pair.a.to(device)), norm(pair)
     change = here[0].change(layer, weight, device)
     for update in here[1:]:

@@ -20,7 +20,7 @@ from PIL import Image
 from flux2.generate import metadata
 from flux2.generate.metadata import NamedFile, Record
 from flux2.generate.progress import CLEAR, Screen
-from flux2.generate.requests import Request, numbered, on_grid, read_lines
+from flux2.generate.requests import Request, numbered_path, read_lines, round_sizes
 from flux2.models.text_encoder import STORAGES
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import Pipeline, load
@@ -134,12 +134,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="add the adapters to the weights (fp32, bf16): faster, and in bf16 rounded",
     )
     parser.add_argument("--verbose", action="store_true", help="say which layers each adapter has")
-    parser.add_argument("--cache", type=named_folder, help="folder of quantized copies; else what FLUX2_CACHE names")
+    parser.add_argument("--cache", type=folder_argument, help="folder of quantized copies; else what FLUX2_CACHE names")
     parser.add_argument(
         "--no-metadata", dest="metadata", action="store_false", help="do not write into the PNG how it was made"
     )
     given = vars(parser.parse_args(argv))
-    kept = recorded(given["from_image"], given) if "from_image" in given else {}
+    kept = options_from_image(given["from_image"], given) if "from_image" in given else {}
     for key in [other for option in given for other in REPLACED.get(option, ())]:
         kept.pop(key, None)
     options = argparse.Namespace(**DEFAULTS | kept | given, given=frozenset(given))
@@ -150,7 +150,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def recorded(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def options_from_image(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the picture `file` says, as arguments. Raises ValueError if it says nothing, or its files have changed."""
     what = f"--from-image {file}"
     record = metadata.read(file, what)
@@ -173,7 +173,7 @@ def recorded(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def named_folder(given: str) -> Path:
+def folder_argument(given: str) -> Path:
     if not given:
         raise argparse.ArgumentTypeError("an empty path names no folder; leave it out for none")
     return Path(given)
@@ -184,7 +184,7 @@ def number_or_share(given: str) -> int | float:
     return int(given) if given.isdecimal() else float(given)
 
 
-def requested(options: argparse.Namespace) -> list[Request]:
+def make_requests(options: argparse.Namespace) -> list[Request]:
     """What is to be made. Raises ValueError for what can be told before anything is loaded."""
     if not 1 <= options.count <= MAX_COUNT:
         raise ValueError(f"--count {options.count} must be at least 1 and at most {MAX_COUNT}")
@@ -197,8 +197,8 @@ def requested(options: argparse.Namespace) -> list[Request]:
     checks.texts("--prompt", options.prompt)
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     checks.seeds(options.seed, len(prompts))
-    shared = on_grid(shared, say)
-    outs = [numbered(options.out, i, len(prompts)) for i in range(len(prompts))]
+    shared = round_sizes(shared, say)
+    outs = [numbered_path(options.out, i, len(prompts)) for i in range(len(prompts))]
     return [
         Request(prompt, **{**shared, "seed": options.seed + i, "out": out})
         for i, (prompt, out) in enumerate(zip(prompts, outs, strict=True))
@@ -223,7 +223,7 @@ def check_options(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> Iterator[Path]:
     """Generate and write; gives each file when it is there. Raises ValueError for anything wrong in `options`."""
     check_options(options)
-    wanted = requested(options)
+    wanted = make_requests(options)
     pick_device(options.device)
     if options.save_embeddings is None:
         for one in wanted:
@@ -253,7 +253,7 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
     with Screen(sum(steps)) as screen:
         if options.upsample:
             screen.status("the text encoder writes prompts")
-            wanted, asked = upsampled(pipeline, wanted, pictures)
+            wanted, asked = upsample_prompts(pipeline, wanted, pictures)
             options.asked = options.asked | asked
         screen.status("the text encoder reads prompts")
         if options.save_embeddings is not None:
@@ -301,11 +301,11 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
                 merged=options.merge,
             )
             write(image, one.out, record if options.metadata else None)
-            with screen.told(f"{one.out}: {count} steps"):
+            with screen.picture_done(f"{one.out}: {count} steps"):
                 yield one.out
 
 
-def upsampled(
+def upsample_prompts(
     pipeline: Pipeline, wanted: list[Request], pictures: Mapping[Path, Image.Image]
 ) -> tuple[list[Request], dict[str, str]]:
     """The requests with their prompts rewritten, and what was asked for by the new prompts.

@@ -105,12 +105,12 @@ def read(file: Path, what: str) -> Record:
             "as PNG, or has lost its text on the way"
         )
     try:
-        return parsed(json.loads(text))
+        return parse_record(json.loads(text))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{what}: the text on how it was made cannot be used ({error})") from error
 
 
-def parsed(found: Any) -> Record:
+def parse_record(found: Any) -> Record:
     """A record from JSON. Raises ValueError, TypeError or KeyError for anything that is none."""
     if not isinstance(found, Mapping):
         raise ValueError(f"{found!r} is no object")
@@ -136,12 +136,12 @@ def parsed(found: Any) -> Record:
         "steps": checks.steps(found["steps"]),
         "guidance": checks.guidance(found["guidance"]),
     }
-    given["embeddings"] = named(found["embeddings"]) if found.get("embeddings") is not None else None
-    files = {key: [named(entry) for entry in found.get(key, [])] for key in ("images", "adapters")}
+    given["embeddings"] = parse_named_file(found["embeddings"]) if found.get("embeddings") is not None else None
+    files = {key: [parse_named_file(entry) for entry in found.get(key, [])] for key in ("images", "adapters")}
     return Record(**{**found, **given, **files})
 
 
-def named(entry: Any) -> NamedFile:
+def parse_named_file(entry: Any) -> NamedFile:
     if not isinstance(entry, Mapping) or not isinstance(entry["path"], str) or not isinstance(entry["sha256"], str):
         raise ValueError(f"{entry!r} names no file")
     return NamedFile(entry["path"], entry["sha256"], checks.number("scale", entry.get("scale", 1.0)))

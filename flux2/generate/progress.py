@@ -57,7 +57,7 @@ class Screen:
             self._bar.update()
 
     @contextmanager
-    def told(self, text: str) -> Iterator[None]:
+    def picture_done(self, text: str) -> Iterator[None]:
         """A picture is written: within this context its name can be printed, and a bar does not stand in its way."""
         now = self.clock()
         seconds, self._since = now - self._since, now

@@ -43,7 +43,7 @@ class Request:
 KEYS = tuple(entry.name for entry in dataclasses.fields(Request))
 
 
-def on_grid(values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def round_sizes(values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """`values` with `width` and `height` rounded to multiples of 16; `say` is told. None stays.
 
     Raises TypeError or ValueError for what is no size of at least 16.
@@ -57,7 +57,7 @@ def on_grid(values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any
     return values | rounded
 
 
-def numbered(out: Path, index: int, count: int) -> Path:
+def numbered_path(out: Path, index: int, count: int) -> Path:
     return out if count == 1 else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
 
 
@@ -81,7 +81,7 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], Non
     found = []
     for index, (number, text) in enumerate(lines):
         try:
-            found.append(request(json.loads(text), index, len(lines), defaults, say))
+            found.append(parse_request(json.loads(text), index, len(lines), defaults, say))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}, line {number}: {error}") from error
     outs = [one.out for one in found]
@@ -91,7 +91,9 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], Non
     return found
 
 
-def request(given: Any, index: int, count: int, defaults: Mapping[str, Any], say: Callable[[str], None]) -> Request:
+def parse_request(
+    given: Any, index: int, count: int, defaults: Mapping[str, Any], say: Callable[[str], None]
+) -> Request:
     """One line. Raises TypeError or ValueError for what is wrong in it."""
     if not isinstance(given, dict):
         raise ValueError(f"{given!r} is no object; write {{" + '"prompt": "..."}')
@@ -103,9 +105,9 @@ def request(given: Any, index: int, count: int, defaults: Mapping[str, Any], say
     out, base = given.get("out"), Path(defaults["out"])
     if out is not None and (not isinstance(out, str) or not out):
         raise ValueError(f"out={out!r} must be a file name")
-    values["out"] = numbered(base, index, count) if out is None else base.parent / out
+    values["out"] = numbered_path(base, index, count) if out is None else base.parent / out
     images = values["images"]
     if not isinstance(images, list) or not all(isinstance(path, str | Path) for path in images):
         raise ValueError(f"images={images!r} must be a list of files")
     values["images"] = [Path(path) for path in images]
-    return Request(**on_grid(values, say))
+    return Request(**round_sizes(values, say))

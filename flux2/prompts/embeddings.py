@@ -49,13 +49,13 @@ class TextSource:
         check_storage(self.storage, "text_storage")
         if self.storage is not None and (self.server or self.saved):
             raise ValueError(
-                f"text_storage={self.storage!r} does nothing with {self.elsewhere}: no text encoder is loaded here"
+                f"text_storage={self.storage!r} does nothing with {self.external_source}: no text encoder is loaded here"
             )
         if self.server and self.saved:
             raise ValueError(f"embeddings={str(self.saved.file)!r} and text_encoder={self.server!r}: give one of them")
 
     @property
-    def elsewhere(self) -> str:
+    def external_source(self) -> str:
         """What stands for the text encoder of this machine; empty if nothing does."""
         return f"the server {self.server}" if self.server else f"the file {self.saved.file}" if self.saved else ""
 
@@ -96,7 +96,7 @@ class Prompts:
         tokens = self._tokens(length)
         unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, tokens) not in self.known]
         if unknown:
-            find = self._read if self.text.saved else self._ask if self.text.server else self._compute
+            find = self._read if self.text.saved else self._request if self.text.server else self._compute
             if cut := find(unknown, tokens):
                 log.warning("%d prompts are longer than %d tokens and were cut: %.80r", len(cut), tokens, cut[0])
         return torch.cat([self.known[prompt, tokens] for prompt in prompts])
@@ -125,7 +125,7 @@ class Prompts:
             self.known[prompt, length] = self.text.saved.get(prompt).to(self.dtype)
         return []
 
-    def _ask(self, prompts: Sequence[str], length: int) -> list[str]:
+    def _request(self, prompts: Sequence[str], length: int) -> list[str]:
         assert self.text.server is not None
         client = Client(self.text.server, self.source.variant, length)
         for prompt in prompts:
@@ -141,11 +141,11 @@ class Prompts:
         self.encoder.cut.clear()
         if not self.text.keep:
             self.encoder = None
-            free(self.device)
+            free_memory(self.device)
         return cut
 
 
-def free(device: torch.device) -> None:
+def free_memory(device: torch.device) -> None:
     """Give back what nothing holds any more."""
     gc.collect()
     if device.type == "cuda":

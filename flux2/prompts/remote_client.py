@@ -41,12 +41,12 @@ from flux2.prompts.remote_protocol import (
     RemoteError,
     RetryLater,
     Unreachable,
-    checked,
+    check_embeddings,
+    error_text,
     read_body,
     read_safetensors,
     read_serialized,
     retry_after,
-    said,
 )
 from flux2.utils import checks
 
@@ -56,7 +56,7 @@ HUB_HOSTS = ("huggingface.co", "hf.space", "endpoints.huggingface.cloud")
 
 ProtocolName = Literal["flux2", "published"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
-AGAIN = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that may be others later
+RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that may be others later
 CONNECT_SECONDS = 10.0
 LONGEST_WAIT = 30.0  # seconds between two attempts, if the server does not ask for more
 LONGEST_ASKED = 600.0  # seconds that a server may ask to wait
@@ -178,12 +178,12 @@ class Client:
         """
         if self._identity is None:
             known = f"published {self.url} {self.variant.name} {self.length}"
-            self._identity = known if self.protocol == "published" else self._served()
+            self._identity = known if self.protocol == "published" else self._fetch_identity()
         return self._identity
 
-    def _served(self) -> str:
+    def _fetch_identity(self) -> str:
         path = f"/identity?length={self.length}"
-        body, _ = self._ask("GET", path, None, TEXT, min(self.attempts, FIRST_CONTACT))
+        body, _ = self._request("GET", path, None, TEXT, min(self.attempts, FIRST_CONTACT))
         try:
             told = json.loads(body)
             found = (told["kind"], tuple(told["layers"]), told["width"])
@@ -197,7 +197,7 @@ class Client:
         text = self.variant.text
         if found != (text.kind, text.layers, self.variant.transformer.text_width):
             raise RemoteError(
-                f"{self.url} serves the text encoder of {self._clean(model)}, which is not that of {self.variant.name}:"
+                f"{self.url} serves the text encoder of {self._redact(model)}, which is not that of {self.variant.name}:"
                 f" start it with --model {self.variant.name}"
             )
         return identity
@@ -217,15 +217,15 @@ class Client:
         published = self.protocol == "published"
         question = {"prompt": prompts[0]} if published else {"prompts": prompts, "length": self.length}
         limit = 4 * math.prod(shape) + OVERHEAD
-        body, headers = self._ask("POST", "" if published else "/encode", question, limit, self.attempts)
+        body, headers = self._request("POST", "" if published else "/encode", question, limit, self.attempts)
         if not published and headers.get(IDENTITY_HEADER) != identity:
             raise RemoteError(
                 f"{self.url} serves another text encoder than when this began; start again to use that one"
             )
         try:
-            tensor = checked(read_serialized(body) if published else read_safetensors(body), shape)
+            tensor = check_embeddings(read_serialized(body) if published else read_safetensors(body), shape)
         except ValueError as error:
-            raise RemoteError(f"the answer of {self.url} is refused: {self._clean(str(error))}") from error
+            raise RemoteError(f"the answer of {self.url} is refused: {self._redact(str(error))}") from error
         indices = [int(index) for index in re.findall(r"\d{1,6}", headers.get(CUT_HEADER) or "")]
         self.cut += [prompts[index] for index in indices if index < len(prompts)]
         return tensor
@@ -244,22 +244,24 @@ class Client:
         session: requests.Session = self._local.session
         return session
 
-    def _ask(self, method: str, path: str, question: Any, limit: int, attempts: int) -> tuple[bytes, Mapping[str, str]]:
+    def _request(
+        self, method: str, path: str, question: Any, limit: int, attempts: int
+    ) -> tuple[bytes, Mapping[str, str]]:
         """Body and headers of a good answer, after up to `attempts` attempts."""
         data = None if question is None else json.dumps(question).encode()
         for attempt in range(1, attempts + 1):
             if self._closed.is_set():
                 raise RemoteError(f"{self.url} was not asked any more")
             try:
-                return self._once(method, path, data, limit)
+                return self._send(method, path, data, limit)
             except RetryLater as again:
-                reason = self._clean(str(again))
+                reason = self._redact(str(again))
                 if again.after > LONGEST_ASKED:
                     raise RemoteError(
                         f"{self.url} asks to wait {again.after:.0f} s ({reason}): start again later"
                     ) from None
                 if attempt < attempts:
-                    seconds = self._pause(attempt, again.after)
+                    seconds = self._wait_seconds(attempt, again.after)
                     log.warning("%s: %s; attempt %d of %d in %.1f s", self.url, reason, attempt + 1, attempts, seconds)
                     self._closed.wait(seconds)
         raise Unreachable(
@@ -267,12 +269,12 @@ class Client:
             "What was answered is kept: start again, and only the rest is asked for"
         )
 
-    def _pause(self, failed: int, after: float) -> float:
+    def _wait_seconds(self, failed: int, after: float) -> float:
         """Seconds to wait after `failed` attempts: doubling, with jitter so that clients do not come back together."""
         longest = min(self.wait * 2 ** (failed - 1), LONGEST_WAIT)
         return after + longest * self._random.uniform(0.5, 1.0)
 
-    def _once(self, method: str, path: str, data: bytes | None, limit: int) -> tuple[bytes, Mapping[str, str]]:
+    def _send(self, method: str, path: str, data: bytes | None, limit: int) -> tuple[bytes, Mapping[str, str]]:
         deadline = time.monotonic() + self.timeout
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         try:
@@ -287,39 +289,39 @@ class Client:
             ) as response:
                 if response.status_code == 200:
                     return read_body(response, limit, deadline), response.headers
-                self._refused(response, read_body(response, TEXT, deadline, whole=False))
+                self._raise_for_status(response, read_body(response, TEXT, deadline, whole=False))
         except (requests.Timeout, urllib3.exceptions.TimeoutError):
             raise RetryLater(f"no answer within {self.timeout:g} s") from None
         except requests.exceptions.SSLError:
             raise RemoteError(f"{self.url}: its certificate is not accepted by this machine") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise RetryLater(f"the connection failed ({cause(error)})") from None
+            raise RetryLater(f"the connection failed ({root_cause(error)})") from None
         raise AssertionError("an answer is good or an error")
 
-    def _refused(self, response: requests.Response, body: bytes) -> None:
+    def _raise_for_status(self, response: requests.Response, body: bytes) -> None:
         """Raises what an answer other than 200 means."""
         status = response.status_code
-        text = said(body)
+        text = error_text(body)
         what = f"HTTP {status}" + (f", {text}" if text else "")
-        if status in AGAIN:
+        if status in RETRY_STATUSES:
             raise RetryLater(what, retry_after(response.headers.get("Retry-After")))
         if status in (401, 403):
             hint = f"set the environment variable {TOKEN}" + (
                 ", or run `hf auth login`" if self.protocol == "published" else " to the token that the server has"
             )
             given = "the token was refused" if self._token else "it asks for a token"
-            raise RemoteError(f"{self.url}: {given} ({self._clean(what)}): {hint}")
+            raise RemoteError(f"{self.url}: {given} ({self._redact(what)}): {hint}")
         if 300 <= status < 400:
             raise RemoteError(f"{self.url} redirects to another address ({status}): give that one")
-        raise RemoteError(f"{self.url} refused the request: {self._clean(what)}")
+        raise RemoteError(f"{self.url} refused the request: {self._redact(what)}")
 
-    def _clean(self, text: str) -> str:
+    def _redact(self, text: str) -> str:
         """`text` on one line, without the token."""
         text = text.replace(self._token, "***") if self._token else text
         return " ".join(re.sub(r"[^ -~]", " ", text).split())[:300]
 
 
-def cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What the system said behind an error of the HTTP library, in a few words."""
     found: BaseException | None = error
     while found is not None:

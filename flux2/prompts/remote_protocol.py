@@ -76,7 +76,7 @@ def read_serialized(body: bytes) -> Tensor:
     return found
 
 
-def checked(tensor: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def check_embeddings(tensor: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """`tensor` in memory of its own. Raises ValueError unless it has `shape`, a float dtype and finite values."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise ValueError(f"its tensor is {tensor.layout} on {tensor.device}, not plain numbers")
@@ -129,7 +129,7 @@ def read_body(response: requests.Response, limit: int, deadline: float, whole: b
     return bytes(body)
 
 
-def said(body: bytes) -> str:
+def error_text(body: bytes) -> str:
     """The reason in an answer that is an error: in its JSON, else its text."""
     text = body.decode(errors="replace")
     try:

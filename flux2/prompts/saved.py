@@ -23,7 +23,7 @@ from flux2.utils.text import listed
 FORMAT = "flux2-lora embeddings 1"
 
 
-def what_is_read(variant: Variant) -> str:
+def encoder_identity(variant: Variant) -> str:
     return f"{variant.text.kind} {variant.text.layers} {variant.transformer.text_width}"
 
 
@@ -34,7 +34,7 @@ def write(file: Path, variant: Variant, embeddings: Mapping[str, Tensor], length
     """
     about = {
         "format": FORMAT,
-        "encoder": what_is_read(variant),
+        "encoder": encoder_identity(variant),
         "length": str(length),
         "prompts": json.dumps([*embeddings]),
     }
@@ -76,10 +76,10 @@ class SavedPrompts:
             shapes = self.shapes(names)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"embeddings={str(file)!r} cannot be used ({error})") from error
-        if about.get("encoder") != what_is_read(variant):
+        if about.get("encoder") != encoder_identity(variant):
             raise ValueError(
                 f"embeddings={str(file)!r} are of another model: {about.get('encoder')} (text encoder, layers, width), "
-                f"and {variant.name} reads {what_is_read(variant)}"
+                f"and {variant.name} reads {encoder_identity(variant)}"
             )
         expected = [self.length, variant.transformer.text_width]
         if wrong := [shape for shape in shapes if shape != expected]:

@@ -33,8 +33,8 @@ from flux2.models.text_encoder import load_tokenizer, quantize
 from flux2.models.variants import Variant
 from flux2.prompts.embeddings import TextSource
 from flux2.utils.images import as_rgb
-from flux2.weights.key_names import Published
-from flux2.weights.loading import fill, language_prefix, rebuild_rotary, taken
+from flux2.weights.key_names import PublishedTensor
+from flux2.weights.loading import expected_shapes, fill, language_prefix, rebuild_rotary
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
 from flux2.weights.sources import ModelSource, WeightsError
 
@@ -63,7 +63,7 @@ EDIT = (
 log = logging.getLogger(__name__)
 
 
-def refusal(variant: Variant, text: TextSource) -> str | None:
+def refusal_reason(variant: Variant, text: TextSource) -> str | None:
     """Why prompts cannot be rewritten by this model's text encoder; None if they can."""
     if variant.text.kind != "mistral":
         return (
@@ -71,8 +71,8 @@ def refusal(variant: Variant, text: TextSource) -> str | None:
         )
     if variant.name == "tiny":
         return "the embedded model's text encoder is random weights that write no language: rewrite with model=dev"
-    if text.elsewhere:
-        return f"{text.elsewhere} gives embeddings alone, and prompts are rewritten by the text encoder on this machine"
+    if text.external_source:
+        return f"{text.external_source} gives embeddings alone, and prompts are rewritten by the text encoder on this machine"
     return None
 
 
@@ -186,7 +186,7 @@ def load_upsampler(
 
     Raises ValueError where prompts cannot be rewritten (`refusal`), WeightsError for files that are not such a model's.
     """
-    if reason := refusal(source.variant, text):
+    if reason := refusal_reason(source.variant, text):
         raise ValueError(f"prompts cannot be rewritten: {reason}")
     folder = source.folder("text_encoder")
     if not (folder / "config.json").is_file():
@@ -206,7 +206,7 @@ def load_upsampler(
         if text.storage is not None:
             quantize(language, text.storage, dtype)
     tied = bool(config.get("tie_word_embeddings"))
-    published = {name: Published((place,)) for name, place in places(model, language, files, tied).items()}
+    published = {name: PublishedTensor((place,)) for name, place in places(model, language, files, tied).items()}
     fill(model, files, published, f"the language model of {source.variant.name}", device, dtype, lambda name: True)
     rebuild_rotary(language, device)
     if pictures:
@@ -233,7 +233,7 @@ def places(model: nn.Module, language: nn.Module, files: TensorFiles, tied: bool
         )
     outer = "model." if "model.vision_tower.patch_conv.weight" in files.names else ""
     found = {}
-    for name in taken(model):
+    for name in expected_shapes(model):
         if name.startswith(own):
             found[name] = inside + name.removeprefix(own)
         elif name == "lm_head.weight":

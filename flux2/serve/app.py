@@ -63,7 +63,7 @@ class Limits:
     batch: int = 1
 
 
-class Encoder(Protocol):
+class PromptEncoder(Protocol):
     """A `flux2.models.text_encoder.TextEncoder`."""
 
     cut: list[str]
@@ -72,10 +72,10 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedEncoder:
     """The encoder and what is told of it. `identity` takes the number of tokens that prompts are padded to."""
 
-    encoder: Encoder
+    encoder: PromptEncoder
     model: str
     kind: str
     layers: tuple[int, ...]
@@ -84,7 +84,7 @@ class Served:
     identity: Callable[[int], str]
 
 
-class Question(BaseModel):
+class EncodeRequest(BaseModel):
     """The body of POST /encode."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -93,7 +93,7 @@ class Question(BaseModel):
 
 
 @dataclass
-class Waiting:
+class PendingPrompt:
     """One prompt that waits for its embedding (length, D), and for whether it was cut."""
 
     prompt: str
@@ -104,10 +104,10 @@ class Waiting:
 class Worker:
     """The thread that encodes. Prompts are taken in the order they came."""
 
-    def __init__(self, encoder: Encoder, batch: int, most: int) -> None:
+    def __init__(self, encoder: PromptEncoder, batch: int, most: int) -> None:
         self.encoder, self.batch, self.most = encoder, batch, most
-        self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
-        self._first: Waiting | None = None
+        self._queue: queue.SimpleQueue[PendingPrompt | None] = queue.SimpleQueue()
+        self._first: PendingPrompt | None = None
         self._thread = threading.Thread(target=self._work, name="encoder")
 
     def start(self) -> None:
@@ -126,7 +126,7 @@ class Worker:
         """The embeddings to come. Raises queue.Full if too many wait."""
         if self.waiting + len(prompts) > self.most:
             raise queue.Full
-        units = [Waiting(prompt, length) for prompt in prompts]
+        units = [PendingPrompt(prompt, length) for prompt in prompts]
         for unit in units:
             self._queue.put(unit)
         return [unit.result for unit in units]
@@ -134,14 +134,14 @@ class Worker:
     def _work(self) -> None:
         while (unit := self._first or self._queue.get()) is not None:
             self._first = None
-            units = [unit, *self._beside(unit)]
+            units = [unit, *self._batch_with(unit)]
             units = [one for one in units if one.result.set_running_or_notify_cancel()]
             if units:
                 self._encode(units)
 
-    def _beside(self, unit: Waiting) -> list[Waiting]:
+    def _batch_with(self, unit: PendingPrompt) -> list[PendingPrompt]:
         """Others that wait and can be encoded together with `unit`: as many as a batch takes, of its length."""
-        found: list[Waiting] = []
+        found: list[PendingPrompt] = []
         while len(found) < self.batch - 1 and not self._queue.empty():
             other = self._queue.get()
             if other is None or other.length != unit.length:
@@ -152,7 +152,7 @@ class Worker:
             found.append(other)
         return found
 
-    def _encode(self, units: list[Waiting]) -> None:
+    def _encode(self, units: list[PendingPrompt]) -> None:
         try:
             self.encoder.cut.clear()
             embeddings = self.encoder.encode([unit.prompt for unit in units], units[0].length).cpu()
@@ -166,7 +166,7 @@ class Worker:
             unit.result.set_result((embedding, unit.prompt in cut))
 
 
-def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
+def application(served: ServedEncoder, limits: Limits, token: str | None) -> FastAPI:
     """The service. With `token` every request but /health must carry it."""
     worker = Worker(served.encoder, limits.batch, limits.waiting)
 
@@ -178,7 +178,7 @@ def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
 
     app = FastAPI(title="flux2 text encoder", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    async def authorised(request: Request) -> None:
+    async def authorize(request: Request) -> None:
         given = request.headers.get("Authorization", "").encode()
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
@@ -204,7 +204,7 @@ def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
     async def health() -> dict[str, str | int]:
         return {"status": "ok", "waiting": worker.waiting}
 
-    @app.get("/identity", dependencies=[Depends(authorised)])
+    @app.get("/identity", dependencies=[Depends(authorize)])
     def told(length: int | None = None) -> dict[str, object]:
         tokens = checked_length(length)
         return {
@@ -216,13 +216,13 @@ def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
             "identity": identity(tokens),
         }
 
-    @app.post("/encode", dependencies=[Depends(authorised)])
+    @app.post("/encode", dependencies=[Depends(authorize)])
     async def encode(request: Request) -> Response:
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "the body must be application/json")
         body = await read_body(request, limits.body)
         try:
-            question = Question.model_validate_json(body)
+            question = EncodeRequest.model_validate_json(body)
         except ValidationError as error:
             raise HTTPException(422, first_problem(error.errors())) from error
         length = checked_length(question.length)
@@ -235,7 +235,7 @@ def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
             results = worker.submit(question.prompts, length)
         except queue.Full:
             raise HTTPException(503, "too many prompts wait: try again", BUSY) from None
-        encoded = await answered(request, results)
+        encoded = await wait_for_results(request, results)
         content = await run_in_threadpool(pack, [embedding for embedding, _ in encoded])
         cut = ",".join(str(i) for i, (_, is_cut) in enumerate(encoded) if is_cut)
         headers = {IDENTITY_HEADER: identity(length), CUT_HEADER: cut}
@@ -274,10 +274,12 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def answered(request: Request, results: Sequence[Future[tuple[Tensor, bool]]]) -> list[tuple[Tensor, bool]]:
+async def wait_for_results(
+    request: Request, results: Sequence[Future[tuple[Tensor, bool]]]
+) -> list[tuple[Tensor, bool]]:
     """The results, once all are there. If the client goes away before, what has not begun is given up."""
     work = asyncio.gather(*map(asyncio.wrap_future, results))
-    gone = asyncio.ensure_future(disconnected(request))
+    gone = asyncio.ensure_future(wait_for_disconnect(request))
     either: list[asyncio.Future[Any]] = [work, gone]
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not work.done():
@@ -292,7 +294,7 @@ async def answered(request: Request, results: Sequence[Future[tuple[Tensor, bool
         raise HTTPException(500, f"the encoder failed ({type(error).__name__}); its log says why") from error
 
 
-async def disconnected(request: Request) -> None:
+async def wait_for_disconnect(request: Request) -> None:
     """Returns when the client is gone. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         continue

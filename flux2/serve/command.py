@@ -65,7 +65,7 @@ def server_token(host: str) -> str | None:
     return token or None
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """A socket that nobody can connect to yet. Raises ValueError if the place is taken or is not this machine's."""
     opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from flux2.serve.app import Limits, Served, application
+        from flux2.serve.app import Limits, ServedEncoder, application
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install -e '.[serve]'") from error
 
@@ -100,8 +100,8 @@ def run(options: argparse.Namespace) -> None:
     source = model_source(options.model, text_encoder=options.path)
     text = source.variant.text
     files = text_encoder_fingerprint(source)
-    with bound(options.host, options.port) as listening:
-        served = Served(
+    with bind_socket(options.host, options.port) as listening:
+        served = ServedEncoder(
             encoder=load_text_encoder(source, device, dtype, options.storage),
             model=source.variant.name,
             kind=text.kind,

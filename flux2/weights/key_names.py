@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedTensor:
     """How one tensor of ours is stored under diffusers' names."""
 
     names: tuple[str, ...]
@@ -87,25 +87,25 @@ _OUTER = {
 }
 
 
-def transformer_module(name: str) -> Published:
+def transformer_module(name: str) -> PublishedTensor:
     """diffusers' names of one of our transformer's modules. Raises KeyError for a name that is not ours."""
     if match := re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", name):
         kind, index, inner = match.groups()
         if kind == "single":
-            return Published((f"single_transformer_blocks.{index}.{_SINGLE[inner]}",))
+            return PublishedTensor((f"single_transformer_blocks.{index}.{_SINGLE[inner]}",))
         prefix = f"transformer_blocks.{index}"
         if inner in _QKV:
-            return Published(tuple(f"{prefix}.{part}" for part in _QKV[inner]), "stacked")
-        return Published((f"{prefix}.{_DOUBLE[inner]}",))
-    return Published((_OUTER[name],), "swapped" if name == "final_layer.adaLN_modulation.1" else "same")
+            return PublishedTensor(tuple(f"{prefix}.{part}" for part in _QKV[inner]), "stacked")
+        return PublishedTensor((f"{prefix}.{_DOUBLE[inner]}",))
+    return PublishedTensor((_OUTER[name],), "swapped" if name == "final_layer.adaLN_modulation.1" else "same")
 
 
-def transformer_tensor(name: str) -> Published:
+def transformer_tensor(name: str) -> PublishedTensor:
     """diffusers' names of one of our transformer's parameters."""
     module, _, leaf = name.rpartition(".")
     published = transformer_module(module)
     leaf = "weight" if leaf == "scale" else leaf
-    return Published(tuple(f"{part}.{leaf}" for part in published.names), published.kind)
+    return PublishedTensor(tuple(f"{part}.{leaf}" for part in published.names), published.kind)
 
 
 _AUTOENCODER = (
@@ -124,11 +124,11 @@ _AUTOENCODER = (
 )
 
 
-def autoencoder_tensor(name: str, levels: int) -> Published:
+def autoencoder_tensor(name: str, levels: int) -> PublishedTensor:
     """diffusers' name of one of our autoencoder's tensors; `levels` is the number of resolutions."""
     pointwise = re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name)
     for pattern, replacement in _AUTOENCODER:
         name = re.sub(pattern, replacement, name)
     # our up.0 is the level of full resolution, as in the published file; diffusers counts from the smallest
     name = re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", name)
-    return Published((name,), "pointwise" if pointwise else "same")
+    return PublishedTensor((name,), "pointwise" if pointwise else "same")

@@ -26,15 +26,17 @@ from flux2.models.variants import TextConfig
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision, convert
 from flux2.utils.text import listed
-from flux2.weights.key_names import Published, autoencoder_tensor, transformer_tensor
-from flux2.weights.parallel_reader import Digests, ReadTask, part_by_part, run
+from flux2.weights.key_names import PublishedTensor, autoencoder_tensor, transformer_tensor
+from flux2.weights.parallel_reader import Digests, ReadTask, group_by_module, run_tasks
 from flux2.weights.prequantized import MARKER, Weight, find_part
-from flux2.weights.quantized_cache import QuantizedCache, put
+from flux2.weights.quantized_cache import QuantizedCache, set_tensor
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
 from flux2.weights.sources import ModelSource, WeightsError, fingerprint
 
 
-def check(what: str, files: TensorFiles, missing: set[str], unexpected: set[str], misshaped: Sequence[str]) -> None:
+def check_names(
+    what: str, files: TensorFiles, missing: set[str], unexpected: set[str], misshaped: Sequence[str]
+) -> None:
     problems = [
         f"{len(names)} {kind}: {listed(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
@@ -54,7 +56,7 @@ class StoresWeight(Protocol):
     def store(self, weight: Tensor) -> None: ...
 
 
-def taken(model: nn.Module) -> dict[str, torch.Size]:
+def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Names and shapes of the tensors that a model is filled with.
 
     They are its parameters and buffers; of a module with a method `store`, a `weight` in their place.
@@ -68,7 +70,7 @@ def taken(model: nn.Module) -> dict[str, torch.Size]:
 
 
 @dataclass
-class Filled:
+class FillCounts:
     """How many of a model's layers were stored in their own form, and how the file held its weights.
 
     Attributes:
@@ -79,20 +81,20 @@ class Filled:
     """
 
     quantized: int = 0
-    taken_over: int = 0
+    kept: int = 0
     dequantized: int = 0
     unused: int = 0
 
-    def said(self, files: TensorFiles) -> str:
+    def description(self, files: TensorFiles) -> str:
         """One line about a file that is quantized already; empty for others."""
-        if not self.taken_over and not self.dequantized:
+        if not self.kept and not self.dequantized:
             return ""
-        text = f"{files.place} is quantized: {self.taken_over} layers are kept as they are there"
+        text = f"{files.place} is quantized: {self.kept} layers are kept as they are there"
         text += f", {self.dequantized} tensors are dequantized" if self.dequantized else ""
         return text + (f", {self.unused} scales of inputs are not used" if self.unused else "")
 
 
-def homes(host: Sequence[str], device: torch.device) -> Callable[[str], torch.device]:
+def device_chooser(host: Sequence[str], device: torch.device) -> Callable[[str], torch.device]:
     """Where the tensor or module of a name stays: in host memory if it is one of the modules `host` or in it."""
     inside = tuple(f"{module}." for module in host)
     return lambda name: torch.device("cpu") if name.startswith(inside) else device
@@ -101,7 +103,7 @@ def homes(host: Sequence[str], device: torch.device) -> Callable[[str], torch.de
 def fill(
     model: nn.Module,
     files: TensorFiles,
-    published: Mapping[str, Published],
+    published: Mapping[str, PublishedTensor],
     what: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -109,7 +111,7 @@ def fill(
     host: Sequence[str] = (),
     digests: Digests | None = None,
     modules: Mapping[str, Callable[[], None]] | None = None,
-) -> Filled:
+) -> FillCounts:
     """Fill a model built on the meta device.
 
     Args:
@@ -124,8 +126,8 @@ def fill(
         modules: by name, those that are filled one after the other; what one maps to is called once it is filled.
     """
     device = torch.device(device)
-    home = homes(host, device)
-    shapes = taken(model)
+    home = device_chooser(host, device)
+    shapes = expected_shapes(model)
     weights, missing = {}, set()
     misshaped, unused = [], 0
     unread = {name for name in files.names if not ignored(name) and name.rpartition(".")[2] != MARKER}
@@ -141,18 +143,18 @@ def fill(
             if weights[name].shape != shapes[name]:
                 shape = tuple(weights[name].shape)
                 misshaped.append(f"{entry.names[0]} {shape} instead of {tuple(shapes[name])}")
-    check(what, files, missing, unread, misshaped)
+    check_names(what, files, missing, unread, misshaped)
     check_floats(model, weights)
 
-    filled = Filled(unused=unused)
+    filled = FillCounts(unused=unused)
 
     def job(name: str, weight: Weight) -> ReadTask:
         stays = home(name)
         stores = isinstance(model.get_submodule(name.rpartition(".")[0]), StoresWeight)
         reads = weight.reads(device if stores or not weight.plain else stays)
-        return ReadTask(reads, lambda tensors: place(model, name, weight, tensors, dtype, stays, filled))
+        return ReadTask(reads, lambda tensors: store_weight(model, name, weight, tensors, dtype, stays, filled))
 
-    run(part_by_part({name: job(name, weight) for name, weight in weights.items()}, modules or {}), digests)
+    run_tasks(group_by_module({name: job(name, weight) for name, weight in weights.items()}, modules or {}), digests)
     files.check_unchanged()
     left = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     left |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
@@ -168,22 +170,24 @@ def check_floats(model: nn.Module, weights: Mapping[str, Weight]) -> None:
             stored = part.stored["weight"]
             wants_float = name not in kept or kept[name].is_floating_point()
             if part.form == "plain" and wants_float and not stored.dtype.is_floating_point:
-                raise WeightsError(f"{part.said} is in {stored.dtype}, and a weight is a float: these are other files")
+                raise WeightsError(
+                    f"{part.description} is in {stored.dtype}, and a weight is a float: these are other files"
+                )
 
 
-def place(
+def store_weight(
     model: nn.Module,
     name: str,
     weight: Weight,
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None,
     stays: torch.device,
-    filled: Filled,
+    filled: FillCounts,
 ) -> None:
     """Put what was read of `weight` where the model keeps what is called `name`, and count it in `filled`."""
     module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, QuantizedLinear) and weight.taken_over_by(module, tensors):
-        filled.taken_over += 1
+    if isinstance(module, QuantizedLinear) and weight.keep_stored_form(module, tensors):
+        filled.kept += 1
         module.to(stays)
         return
     tensor = weight.dequantized(tensors, dtype or torch.float32)
@@ -193,20 +197,20 @@ def place(
         try:
             module.store(tensor)
         except ValueError as error:
-            raise WeightsError(f"{weight.parts[0].said} cannot be used: {error}") from error
+            raise WeightsError(f"{weight.parts[0].description} cannot be used: {error}") from error
         filled.quantized += 1
         module.to(stays)
     else:
-        put(model, name, tensor.to(stays, dtype if tensor.is_floating_point() else None).contiguous())
+        set_tensor(model, name, tensor.to(stays, dtype if tensor.is_floating_point() else None).contiguous())
 
 
-def transformer_names(model: nn.Module, files: TensorFiles) -> tuple[dict[str, Published], Callable[[str], bool]]:
+def transformer_names(model: nn.Module, files: TensorFiles) -> tuple[dict[str, PublishedTensor], Callable[[str], bool]]:
     """Where each tensor of a transformer, or a part of it, is in `files`, and which names there are of other models."""
     prefix = next((p for p in ("model.diffusion_model.", "diffusion_model.") if f"{p}img_in.weight" in files.names), "")
     if f"{prefix}img_in.weight" in files.names:  # Black Forest Labs' names, perhaps with ComfyUI's prefix
-        published = {name: Published((prefix + name,)) for name in taken(model)}
+        published = {name: PublishedTensor((prefix + name,)) for name in expected_shapes(model)}
     else:
-        published = {name: transformer_tensor(name) for name in taken(model)}
+        published = {name: transformer_tensor(name) for name in expected_shapes(model)}
     return published, lambda name: bool(prefix) and not name.startswith(prefix)
 
 
@@ -251,7 +255,7 @@ def load_transformer(
     copies, found = None, False
     if cache is not None and precision.storage is not None:
         copies = QuantizedCache(cache, source.variant.name, files, model, precision, say)
-        found = copies.read(model, homes(host, device), blocks(model))
+        found = copies.read(model, device_chooser(host, device), blocks(model))
         if not found:
             model = build()  # what was read of a damaged copy is not kept
     if not found:
@@ -259,7 +263,7 @@ def load_transformer(
         digests = Digests() if copies is not None and ready is None else None
         what = f"the transformer of {source.variant.name}"
         filled = fill(model, files, published, what, device, precision.dtype, ignored, host, digests, blocks(model))
-        if told := filled.said(files):
+        if told := filled.description(files):
             say(told)
         if copies is not None and digests is not None and filled.quantized:
             copies.write(model, digests)
@@ -291,9 +295,9 @@ def load_autoencoder(
     model.bn.num_batches_tracked = None  # only training it would need the count
     files = tensor_files(source, "vae")
     if "encoder.down.0.block.0.conv1.weight" in files.names:
-        published = {name: Published((name,)) for name in taken(model)}
+        published = {name: PublishedTensor((name,)) for name in expected_shapes(model)}
     else:
-        published = {name: autoencoder_tensor(name, len(config.widths)) for name in taken(model)}
+        published = {name: autoencoder_tensor(name, len(config.widths)) for name in expected_shapes(model)}
     fill(
         model,
         files,
@@ -338,7 +342,7 @@ def load_text_encoder(
             f"{folder} makes embeddings of width {width}, {source.variant.name} takes {takes}: it is another model's"
         )
     prefix = language_prefix(files)
-    read = {name: Published((prefix + name,)) for name in taken(model)}
+    read = {name: PublishedTensor((prefix + name,)) for name in expected_shapes(model)}
     fill(model, files, read, f"the text encoder of {source.variant.name}", device, dtype, ignored=lambda name: True)
     rebuild_rotary(model, device)
     return TextEncoder(model, load_tokenizer(source.folder("tokenizer")), text)

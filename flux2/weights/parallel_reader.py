@@ -21,7 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from flux2.weights.safetensors_files import Stored, damaged
+from flux2.weights.safetensors_files import StoredTensor, damaged_file
 from flux2.weights.sources import WeightsError
 
 CHUNK = 16 << 20  # bytes that a thread reads at once
@@ -33,13 +33,13 @@ AHEAD = 1.5  # of the largest: a block's second linear is read while its first, 
 class Piece:
     """`size` bytes of a stored tensor, from byte `offset` in it."""
 
-    stored: Stored
+    stored: StoredTensor
     offset: int
     size: int
 
 
 @dataclass(frozen=True)
-class Read:
+class TensorRead:
     """A tensor that is to be read: pieces of stored ones, one after the other, on a device."""
 
     dtype: torch.dtype
@@ -52,16 +52,16 @@ class Read:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def whole(stored: Stored, device: torch.device) -> Read:
+def read_of(stored: StoredTensor, device: torch.device) -> TensorRead:
     """A stored tensor as it is."""
-    return Read(stored.dtype, stored.shape, (Piece(stored, 0, stored.size),), device)
+    return TensorRead(stored.dtype, stored.shape, (Piece(stored, 0, stored.size),), device)
 
 
 @dataclass
 class ReadTask:
     """Tensors that are used together, and what is done with them once they are there."""
 
-    reads: Mapping[str, Read]
+    reads: Mapping[str, TensorRead]
     use: Callable[[dict[str, Tensor]], None]
 
     @property
@@ -73,15 +73,15 @@ class Digests:
     """Checksums of what was read, by tensor: of its chunks, in order."""
 
     def __init__(self) -> None:
-        self._chunks: dict[Stored, dict[int, bytes]] = {}
+        self._chunks: dict[StoredTensor, dict[int, bytes]] = {}
         self._lock = threading.Lock()
 
-    def add(self, stored: Stored, offset: int, chunk: memoryview) -> None:
+    def add(self, stored: StoredTensor, offset: int, chunk: memoryview) -> None:
         digest = xxhash.xxh3_128_digest(chunk)
         with self._lock:
             self._chunks.setdefault(stored, {})[offset] = digest
 
-    def of(self, stored: Stored) -> str:
+    def of(self, stored: StoredTensor) -> str:
         """32 hexadecimal digits."""
         chunks = self._chunks.get(stored, {})
         return xxhash.xxh3_128_hexdigest(b"".join(chunks[offset] for offset in sorted(chunks)))
@@ -122,38 +122,38 @@ class Reader:
     """Reads chunks into memory on any device. Its methods run in threads."""
 
     digests: Digests | None = None
-    lane: ReaderThreadState = field(default_factory=ReaderThreadState)
+    thread_state: ReaderThreadState = field(default_factory=ReaderThreadState)
 
-    def chunk(self, piece: Piece, start: int, stop: int, memory: Tensor, ready: torch.cuda.Event | None) -> None:
+    def read_chunk(self, piece: Piece, start: int, stop: int, memory: Tensor, ready: torch.cuda.Event | None) -> None:
         """Read bytes `start` to `stop` of `piece` into `memory`, (stop - start,) uint8."""
         staged = needs_staging(memory)
-        target = self.staging(memory.device)[: stop - start] if staged else memory
+        target = self.staging_buffer(memory.device)[: stop - start] if staged else memory
         view = target.numpy().data
         read_into(view, piece.stored, piece.offset + start)
         if self.digests is not None:
             self.digests.add(piece.stored, piece.offset + start, view)
         if staged:
-            self.send(target, memory, ready)
+            self.copy_to_device(target, memory, ready)
 
-    def staging(self, device: torch.device) -> Tensor:
-        if self.lane.buffer is None:
-            self.lane.buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        return self.lane.buffer
+    def staging_buffer(self, device: torch.device) -> Tensor:
+        if self.thread_state.buffer is None:
+            self.thread_state.buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return self.thread_state.buffer
 
-    def send(self, source: Tensor, memory: Tensor, ready: torch.cuda.Event | None) -> None:
+    def copy_to_device(self, source: Tensor, memory: Tensor, ready: torch.cuda.Event | None) -> None:
         """Copy to the device, and wait for it: the buffer is used again at once."""
         if ready is None:
             memory.copy_(source)
             return
-        if self.lane.stream is None:
-            self.lane.stream = torch.cuda.Stream(memory.device)
-        with torch.cuda.stream(self.lane.stream):
-            self.lane.stream.wait_event(ready)  # the memory may have been another tensor's that is still in use
+        if self.thread_state.stream is None:
+            self.thread_state.stream = torch.cuda.Stream(memory.device)
+        with torch.cuda.stream(self.thread_state.stream):
+            self.thread_state.stream.wait_event(ready)  # the memory may have been another tensor's that is still in use
             memory.copy_(source, non_blocking=True)
-        self.lane.stream.synchronize()
+        self.thread_state.stream.synchronize()
 
 
-def read_into(view: memoryview, stored: Stored, offset: int) -> None:
+def read_into(view: memoryview, stored: StoredTensor, offset: int) -> None:
     """Fill `view` with the bytes of a stored tensor from `offset` on."""
     done = 0
     try:
@@ -162,13 +162,13 @@ def read_into(view: memoryview, stored: Stored, offset: int) -> None:
             while done < len(view):
                 count = handle.readinto(view[done:])
                 if not count:
-                    raise damaged(stored.file, f"it ends within {stored.key}")
+                    raise damaged_file(stored.file, f"it ends within {stored.key}")
                 done += count
     except OSError as error:
         raise WeightsError(f"{stored.file}: {stored.key} cannot be read ({error.strerror})") from error
 
 
-def part_by_part(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable[[], None]]) -> list[ReadTask]:
+def group_by_module(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable[[], None]]) -> list[ReadTask]:
     """`jobs`, by the name of what they fill, in an order in which those of a module come together.
 
     Args:
@@ -187,7 +187,7 @@ def part_by_part(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable[[]
     return [*left.values(), *ordered]
 
 
-def run(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
+def run_tasks(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
     """Read what the jobs ask for and hand it to them, in their order.
 
     Args:
@@ -205,7 +205,7 @@ def run(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
                 while todo and (not reading or held + todo[0].nbytes <= budget):
                     job = todo.popleft()
                     held += job.nbytes
-                    reading.append((job, *begin(job, reader, pool)))
+                    reading.append((job, *start_task(job, reader, pool)))
                 job, tensors, futures = reading.popleft()
                 for future in futures:
                     future.result()
@@ -216,7 +216,7 @@ def run(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def begin(job: ReadTask, reader: Reader, pool: ThreadPoolExecutor) -> tuple[dict[str, Tensor], list[Future[None]]]:
+def start_task(job: ReadTask, reader: Reader, pool: ThreadPoolExecutor) -> tuple[dict[str, Tensor], list[Future[None]]]:
     """Set memory aside for a job's tensors and have them read."""
     tensors: dict[str, Tensor] = {}
     futures = []
@@ -227,7 +227,7 @@ def begin(job: ReadTask, reader: Reader, pool: ThreadPoolExecutor) -> tuple[dict
         for piece in read.pieces:
             for start, stop in chunks(piece.size):
                 part = memory[at + start : at + stop]
-                futures.append(pool.submit(reader.chunk, piece, start, stop, part, ready))
+                futures.append(pool.submit(reader.read_chunk, piece, start, stop, part, ready))
             at += piece.size
         assert at == read.nbytes, f"{name}: {at} bytes for {read.nbytes}"
         tensors[name] = memory.view(read.dtype).reshape(read.shape)

@@ -29,9 +29,9 @@ from torch import Tensor
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.float8 import Float8Linear
 from flux2.quantization.nf4 import BLOCK, NESTED_BLOCK, Nf4Linear
-from flux2.weights.key_names import Published
-from flux2.weights.parallel_reader import Piece, Read, whole
-from flux2.weights.safetensors_files import Stored, TensorFiles
+from flux2.weights.key_names import PublishedTensor
+from flux2.weights.parallel_reader import Piece, TensorRead, read_of
+from flux2.weights.safetensors_files import StoredTensor, TensorFiles
 from flux2.weights.sources import WeightsError
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -42,7 +42,7 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """One published tensor.
 
     Attributes:
@@ -53,7 +53,7 @@ class Part:
 
     form: Literal["plain", "fp8", "nf4"]
     shape: tuple[int, ...]
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
     unused: tuple[str, ...] = ()
 
     @property
@@ -61,33 +61,35 @@ class Part:
         return {stored.key for stored in self.stored.values()} | set(self.unused)
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         """What it is, for errors."""
         weight = self.stored["weight"]
         return f"{weight.file}: {weight.key}"
 
 
-def find_part(files: TensorFiles, name: str) -> Part | None:
+def find_part(files: TensorFiles, name: str) -> StoredPart | None:
     """The published tensor `name` in whatever form, or None if it is not there."""
     if name not in files.names:
         return None
     stored = files[name]
     if f"{name}.absmax" in files.names:
-        return four_bit_part(files, stored)
+        return find_nf4_part(files, stored)
     if stored.dtype not in FP8:
-        return Part("plain", stored.shape, {"weight": stored})
+        return StoredPart("plain", stored.shape, {"weight": stored})
     module = name.removesuffix("weight")
     scale = next((module + leaf for leaf in SCALES if module + leaf in files.names), None)
     tensors = {"weight": stored} | ({"weight_scale": files[scale]} if scale else {})
-    part = Part("fp8", stored.shape, tensors, tuple(module + leaf for leaf in UNUSED if module + leaf in files.names))
+    part = StoredPart(
+        "fp8", stored.shape, tensors, tuple(module + leaf for leaf in UNUSED if module + leaf in files.names)
+    )
     if scale and prod(files[scale].shape) not in (1, stored.shape[0]):
         raise WeightsError(
-            f"{part.said} of shape {stored.shape} has a scale of shape {files[scale].shape}; one, or one a row, is read"
+            f"{part.description} of shape {stored.shape} has a scale of shape {files[scale].shape}; one, or one a row, is read"
         )
     return part
 
 
-def four_bit_part(files: TensorFiles, stored: Stored) -> Part:
+def find_nf4_part(files: TensorFiles, stored: StoredTensor) -> StoredPart:
     name = stored.key
     state = f"{name}.{STATE}"
     if state not in files.names:
@@ -103,42 +105,42 @@ def four_bit_part(files: TensorFiles, stored: Stored) -> Part:
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{stored.file}: {state} does not tell the shape of a 4-bit weight ({error!r})") from error
     keys = [key for key in files.names if key == name or key.startswith(f"{name}.")]
-    return Part("nf4", shape, {"weight" + key.removeprefix(name): files[key] for key in keys})
+    return StoredPart("nf4", shape, {"weight" + key.removeprefix(name): files[key] for key in keys})
 
 
 @dataclass
 class Weight:
     """One tensor of ours: published parts, and how they are joined."""
 
-    entry: Published
-    parts: tuple[Part, ...]
-    together: bool = field(init=False)  # read as one tensor, its parts one after the other
+    entry: PublishedTensor
+    parts: tuple[StoredPart, ...]
+    is_joined: bool = field(init=False)  # read as one tensor, its parts one after the other
 
     def __post_init__(self) -> None:
         dtypes = {part.stored["weight"].dtype for part in self.parts}
-        self.together = len(dtypes) == 1 and all(part.form != "nf4" for part in self.parts)
+        self.is_joined = len(dtypes) == 1 and all(part.form != "nf4" for part in self.parts)
 
     @property
     def plain(self) -> bool:
         """Whether it is read as one float tensor and needs nothing more."""
-        return self.together and self.parts[0].form == "plain"
+        return self.is_joined and self.parts[0].form == "plain"
 
     @property
     def shape(self) -> torch.Size:
         with torch.device("meta"):
             return self.entry.join([torch.empty(part.shape) for part in self.parts]).shape
 
-    def reads(self, device: torch.device) -> dict[str, Read]:
+    def reads(self, device: torch.device) -> dict[str, TensorRead]:
         """What is to be read of it: each part's tensors under its index, but for weights that are read together."""
         reads = {
-            f"{i}.{key}": whole(stored, device)
+            f"{i}.{key}": read_of(stored, device)
             for i, part in enumerate(self.parts)
             for key, stored in part.stored.items()
-            if not (self.together and key == "weight")
+            if not (self.is_joined and key == "weight")
         }
-        if self.together:
+        if self.is_joined:
             dtype = self.parts[0].stored["weight"].dtype
-            reads["weight"] = Read(dtype, tuple(self.shape), self.pieces(), device)
+            reads["weight"] = TensorRead(dtype, tuple(self.shape), self.pieces(), device)
         return reads
 
     def pieces(self) -> tuple[Piece, ...]:
@@ -153,11 +155,11 @@ class Weight:
         """The float tensor; of a plain one as it was read, otherwise in `dtype`."""
         if self.plain:
             return tensors["weight"]
-        if self.together:
+        if self.is_joined:
             return tensors["weight"].to(dtype).mul_(self.scales(tensors))
         return self.entry.join([self.dequantized_part(i, part, tensors, dtype) for i, part in enumerate(self.parts)])
 
-    def dequantized_part(self, i: int, part: Part, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def dequantized_part(self, i: int, part: StoredPart, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """One part that was read by itself."""
         if part.form == "nf4":
             return self.layer(i, tensors, dtype).dequantize(dtype)
@@ -169,10 +171,10 @@ class Weight:
         """A 4-bit part as a layer of its own."""
         rows, columns = self.parts[i].shape
         layer = Nf4Linear(columns, rows, dtype=dtype, device="meta")
-        self.adopt(layer, self.of_part(i, tensors))
+        self.adopt(layer, self.part_tensors(i, tensors))
         return layer
 
-    def of_part(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def part_tensors(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key.removeprefix(f"{i}."): tensor for key, tensor in tensors.items() if key.startswith(f"{i}.")}
 
     def scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -187,12 +189,12 @@ class Weight:
         rows = [scale.expand(part.shape[0], 1) for scale, part in zip(each, self.parts, strict=True)]
         return self.entry.join(rows)
 
-    def taken_over_by(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> bool:
+    def keep_stored_form(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> bool:
         """Give the layer its weight as it is in the file, if that is in the layer's form."""
         forms = {part.form for part in self.parts}
         if isinstance(layer, Nf4Linear) and forms == {"nf4"}:
             joined = self.joined_nf4(tensors)
-        elif isinstance(layer, Float8Linear) and self.together and tensors["weight"].dtype == torch.float8_e4m3fn:
+        elif isinstance(layer, Float8Linear) and self.is_joined and tensors["weight"].dtype == torch.float8_e4m3fn:
             joined = {"weight": tensors["weight"], "weight_scale": self.scales(tensors)}
         else:
             joined = None
@@ -205,17 +207,17 @@ class Weight:
         try:
             layer.adopt(tensors)
         except (ValueError, KeyError) as error:  # bitsandbytes' own about its keys
-            raise WeightsError(f"{self.parts[0].said} cannot be read: {error}") from error
+            raise WeightsError(f"{self.parts[0].description} cannot be read: {error}") from error
 
     def joined_nf4(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The storage of the whole, or None where blocks run from one part into the next."""
         if self.entry.kind == "same":
-            return self.of_part(0, tensors)
+            return self.part_tensors(0, tensors)
         halves = 2 if self.entry.kind == "swapped" else 1
         runs = [prod(part.shape) // halves for part in self.parts]  # elements that stay next to each other
         if any(run % BLOCK for run in runs):
             return None
-        first = self.of_part(0, tensors)
+        first = self.part_tensors(0, tensors)
         if len(runs) == 1 and "weight.nested_absmax" in first and runs[0] % (BLOCK * NESTED_BLOCK) == 0:
             reordered = ("weight", "weight.absmax", "weight.nested_absmax")
             return first | {key: self.entry.join([first[key]]) for key in reordered}
@@ -223,7 +225,7 @@ class Weight:
         return join_blocks(self.entry, layers, tuple(self.shape))
 
 
-def join_blocks(entry: Published, layers: Sequence[Nf4Linear], shape: tuple[int, ...]) -> dict[str, Tensor]:
+def join_blocks(entry: PublishedTensor, layers: Sequence[Nf4Linear], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Storage, in bitsandbytes' keys, of layers on top of each other or in halves, with block scales in float32."""
     scales = []
     for layer in layers:

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision
-from flux2.weights.parallel_reader import Digests, ReadTask, checksum, part_by_part, run, whole
-from flux2.weights.safetensors_files import DTYPE_NAMES, Stored, TensorFiles
+from flux2.weights.parallel_reader import Digests, ReadTask, checksum, group_by_module, read_of, run_tasks
+from flux2.weights.safetensors_files import DTYPE_NAMES, StoredTensor, TensorFiles
 from flux2.weights.sources import WeightsError
 
 VERSION = 2
@@ -46,12 +46,12 @@ def digest(*things: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(things, sort_keys=True).encode())
 
 
-def layout(tensors: Iterable[Stored]) -> str:
+def layout(tensors: Iterable[StoredTensor]) -> str:
     """A checksum of names, dtypes and shapes."""
     return digest(sorted([one.key, DTYPE_NAMES[one.dtype], list(one.shape)] for one in tensors))
 
 
-def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Make `tensor` the parameter or buffer called `name`."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
@@ -171,7 +171,7 @@ class QuantizedCache:
                         raise WeightsError(f"{copy}: the bytes of {one.key} are not those that were written")
                 use(tensors)
 
-            return ReadTask({key: whole(one, device) for key, one in stored.items()}, checked)
+            return ReadTask({key: read_of(one, device) for key, one in stored.items()}, checked)
 
         for name, layer in quantized_layers(model).items():
             start = f"{name}."
@@ -180,10 +180,10 @@ class QuantizedCache:
         for name, tensor in plain_tensors(model).items():
             if name in files.names and files[name].shape != tensor.shape:
                 raise WeightsError(f"{copy}: {name} has shape {files[name].shape} instead of {tuple(tensor.shape)}")
-            jobs[name] = job({name: name}, home(name), lambda tensors: put(model, *tensors.popitem()))
+            jobs[name] = job({name: name}, home(name), lambda tensors: set_tensor(model, *tensors.popitem()))
         if unread:
             raise WeightsError(f"{copy} holds {sorted(unread)[0]}, which the model does not")
-        run(part_by_part(jobs, modules), digests)
+        run_tasks(group_by_module(jobs, modules), digests)
 
     # -------------------------------------------------------------- writing
 
@@ -196,7 +196,7 @@ class QuantizedCache:
             with filelock.FileLock(copy.with_suffix(".lock"), timeout=0):
                 if copy == self.damaged or not copy.is_file():
                     self.write_new(model, copy)
-                replace(self.note, json.dumps({"content": content, "files": self.files.identities}).encode())
+                replace_file(self.note, json.dumps({"content": content, "files": self.files.identities}).encode())
         except filelock.Timeout:
             return  # another process is writing it
         except (OSError, NotImplementedError) as error:  # of a file system without locks
@@ -247,7 +247,9 @@ class Entries:
 
     def start(self, sums: dict[str, str]) -> bytes:
         """The file up to its data; as long for any checksums."""
-        stored = [Stored(Path(), name, dtype, tuple(shape), 0, 0) for name, (dtype, shape, _) in self.places.items()]
+        stored = [
+            StoredTensor(Path(), name, dtype, tuple(shape), 0, 0) for name, (dtype, shape, _) in self.places.items()
+        ]
         about = {"format": "pt", "layout": layout(stored), "checksums": json.dumps(sums)}
         header: dict[str, object] = {"__metadata__": about}
         for name, (dtype, shape, first) in self.places.items():
@@ -270,7 +272,7 @@ class Entries:
             handle.write(self.start(sums))
 
 
-def replace(file: Path, content: bytes) -> None:
+def replace_file(file: Path, content: bytes) -> None:
     """Write a small file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")

@@ -40,7 +40,7 @@ BLANK = 1 << 20  # bytes of zeros at the end by which an unfinished download is 
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor as a file holds it: `size` bytes from `start`. `key` is its name there."""
 
     file: Path
@@ -51,7 +51,7 @@ class Stored:
     size: int
 
 
-def damaged(file: Path, what: str) -> WeightsError:
+def damaged_file(file: Path, what: str) -> WeightsError:
     return WeightsError(
         f"{file} cannot be read as safetensors: {what}. It is damaged or its download is incomplete: delete it and "
         "fetch it again."
@@ -65,19 +65,19 @@ def parse_header(file: Path, raw: bytes) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise damaged(file, f"its header holds {twice!r} twice")
+            raise damaged_file(file, f"its header holds {twice!r} twice")
         return found
 
     try:
         header = json.loads(raw, object_pairs_hook=once)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise damaged(file, f"its header is not JSON ({error})") from error
+        raise damaged_file(file, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise damaged(file, f"its header is a {type(header).__name__} and not a table of tensors")
+        raise damaged_file(file, f"its header is a {type(header).__name__} and not a table of tensors")
     return header
 
 
-def stored_tensor(file: Path, key: str, entry: Any, begin: int) -> Stored:
+def stored_tensor(file: Path, key: str, entry: Any, begin: int) -> StoredTensor:
     """One entry of the header; data begins at byte `begin`."""
     try:
         name, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -85,18 +85,20 @@ def stored_tensor(file: Path, key: str, entry: Any, begin: int) -> Stored:
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:
-        raise damaged(file, f"its header's entry for {key} has no dtype, shape and data_offsets")
+        raise damaged_file(file, f"its header's entry for {key} has no dtype, shape and data_offsets")
     if name not in DTYPES:
         raise WeightsError(
             f"{file}: {key} is of dtype {name}, which cannot be loaded. Give a file in one of {', '.join(DTYPES)}."
         )
     needed = prod(shape) * DTYPES[name].itemsize
     if stop - start != needed:
-        raise damaged(file, f"{key}, {name} of shape {shape}, needs {needed} bytes, and its place has {stop - start}")
-    return Stored(file, key, DTYPES[name], shape, begin + start, needed)
+        raise damaged_file(
+            file, f"{key}, {name} of shape {shape}, needs {needed} bytes, and its place has {stop - start}"
+        )
+    return StoredTensor(file, key, DTYPES[name], shape, begin + start, needed)
 
 
-def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a safetensors file and its metadata.
 
     Raises WeightsError, with the file and where it can the tensor, unless the tensors fill the file exactly.
@@ -106,38 +108,46 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             if size < 8:
-                raise damaged(file, f"it has {size} bytes")
+                raise damaged_file(file, f"it has {size} bytes")
             if not 2 <= length <= HEADER_LIMIT:
-                raise damaged(file, f"it begins with a header length of {length}: it is another kind of file, or blank")
+                raise damaged_file(
+                    file, f"it begins with a header length of {length}: it is another kind of file, or blank"
+                )
             raw = handle.read(length)
     except OSError as error:
         raise WeightsError(f"{file} cannot be read ({error.strerror})") from error
     if len(raw) < length:
-        raise damaged(file, f"it ends within its header: {size} bytes, of which the header alone needs {8 + length}")
+        raise damaged_file(
+            file, f"it ends within its header: {size} bytes, of which the header alone needs {8 + length}"
+        )
     header = parse_header(file, raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise damaged(file, "its metadata are no table")
+        raise damaged_file(file, "its metadata are no table")
     tensors = {key: stored_tensor(file, key, entry, 8 + length) for key, entry in header.items()}
     check_places(file, tensors, 8 + length, size)
     return tensors, metadata
 
 
-def check_places(file: Path, tensors: dict[str, Stored], begin: int, size: int) -> None:
+def check_places(file: Path, tensors: dict[str, StoredTensor], begin: int, size: int) -> None:
     """Raises WeightsError unless the tensors follow each other from `begin` to the end of the file."""
     last, end = "", begin
     for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.size)):
         if stored.start < end:
-            raise damaged(file, f"{last} and {stored.key} overlap")
+            raise damaged_file(file, f"{last} and {stored.key} overlap")
         if stored.start > end:
-            raise damaged(file, f"before {stored.key} are {stored.start - end} bytes that belong to no tensor")
+            raise damaged_file(file, f"before {stored.key} are {stored.start - end} bytes that belong to no tensor")
         last, end = stored.key, stored.start + stored.size
         if end > size:
-            raise damaged(file, f"it ends within {last}: {size} bytes, of which the tensors up to there need {end}")
+            raise damaged_file(
+                file, f"it ends within {last}: {size} bytes, of which the tensors up to there need {end}"
+            )
     if end < size:
-        raise damaged(file, f"after its last tensor {last} are {size - end} bytes more")
+        raise damaged_file(file, f"after its last tensor {last} are {size - end} bytes more")
     if last and tensors[last].size >= BLANK and is_blank(file, size - BLANK):
-        raise damaged(file, f"{last} ends in {BLANK} bytes of zeros, as where space was set aside and never written")
+        raise damaged_file(
+            file, f"{last} ends in {BLANK} bytes of zeros, as where space was set aside and never written"
+        )
 
 
 def is_blank(file: Path, start: int) -> bool:
@@ -157,8 +167,8 @@ class TensorFiles:
         self.files = sorted(files)
         if not self.files:
             raise WeightsError("no .safetensors file was found")
-        self.identities = [identity(file) for file in self.files]
-        self.tensors: dict[str, Stored] = {}
+        self.identities = [file_identity(file) for file in self.files]
+        self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         for file in self.files:
             tensors, metadata = read_header(file)
@@ -176,7 +186,7 @@ class TensorFiles:
         """The file, or the folder of several."""
         return self.files[0] if len(self.files) == 1 else self.files[0].parent
 
-    def __getitem__(self, name: str) -> Stored:
+    def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
 
     def small(self, name: str) -> Tensor:
@@ -186,17 +196,17 @@ class TensorFiles:
             handle.seek(stored.start)
             raw = bytearray(handle.read(stored.size))
         if len(raw) < stored.size:
-            raise damaged(stored.file, f"it ends within {name}")
+            raise damaged_file(stored.file, f"it ends within {name}")
         return torch.frombuffer(raw, dtype=stored.dtype).reshape(stored.shape)
 
     def check_unchanged(self) -> None:
         """Raises WeightsError if a file was written to since the headers were read."""
         for file, before in zip(self.files, self.identities, strict=True):
-            if identity(file) != before:
+            if file_identity(file) != before:
                 raise WeightsError(f"{file} was changed while it was read. Wait until it is complete, and start again.")
 
 
-def identity(file: Path) -> tuple[str, int, int, int]:
+def file_identity(file: Path) -> tuple[str, int, int, int]:
     """What changes when a file does, without reading it: real path, size, time of change in ns, inode."""
     try:
         status = file.stat()

@@ -170,7 +170,7 @@ def download(repo: str, part: Part) -> str:
     return snapshot
 
 
-def is_here(source: ModelSource, part: Part) -> bool:
+def is_available(source: ModelSource, part: Part) -> bool:
     """Whether a part's files can be read without downloading them."""
     where = source.where(part)
     if looks_local(where):
@@ -196,7 +196,7 @@ def fingerprint(source: ModelSource, part: Part) -> str:
     name = f"{part} of {source.where(part)}"
     known = source.fingerprints.get(name) if source.fingerprints is not None else None
     try:
-        if known is not None and not is_here(source, part):
+        if known is not None and not is_available(source, part):
             raise WeightsError(f"{source.where(part)} is not downloaded")
         found = digest_of_files(source, part)
     except WeightsError as error:

@@ -48,7 +48,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-class File:
+class SafetensorsFile:
     """One file that is being written."""
 
     def __init__(self, path: Path, plan: Plan, metadata: Mapping[str, str]) -> None:
@@ -85,22 +85,22 @@ class File:
         self.handle.close()
 
 
-class Writer:
+class SafetensorsWriter:
     """Several files, of which each tensor has one. As a context: what is open is closed at its end."""
 
     def __init__(self, files: Mapping[Path, Plan], metadata: Mapping[str, str]) -> None:
         self.stack = ExitStack()
-        self.files: list[File] = []
+        self.files: list[SafetensorsFile] = []
         try:
             for path, plan in files.items():
-                self.files.append(File(path, plan, metadata))
+                self.files.append(SafetensorsFile(path, plan, metadata))
                 self.stack.callback(self.files[-1].handle.close)
         except BaseException:
             self.stack.close()
             raise
         self.home = {name: file for file in self.files for name in file.plan}
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

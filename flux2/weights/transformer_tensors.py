@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
-from flux2.weights.loading import check, taken, transformer_names
-from flux2.weights.parallel_reader import ReadTask, run
+from flux2.weights.loading import check_names, expected_shapes, transformer_names
+from flux2.weights.parallel_reader import ReadTask, run_tasks
 from flux2.weights.prequantized import MARKER, Weight, find_part
 from flux2.weights.safetensors_files import TensorFiles
 from flux2.weights.sources import WeightsError
 
 
-def stored_weights(model: nn.Module, files: TensorFiles, what: str) -> dict[str, Weight]:
+def find_weights(model: nn.Module, files: TensorFiles, what: str) -> dict[str, Weight]:
     """Where each tensor of `model`, of names and shapes alone, is in `files`, by our names.
 
     Raises WeightsError unless `files` hold exactly those, in floats: what was quantized has lost what it was.
     """
     published, ignored = transformer_names(model, files)
-    shapes = taken(model)
+    shapes = expected_shapes(model)
     weights, missing, misshaped = {}, set(), []
     unread = {name for name in files.names if not ignored(name) and name.rpartition(".")[2] != MARKER}
     quantized = []
@@ -45,7 +45,7 @@ def stored_weights(model: nn.Module, files: TensorFiles, what: str) -> dict[str,
             f"{files.place} is quantized ({listed(quantized, 2)}): most of an adapter would be lost in rounding, and "
             "what was there before is not in it. Give the published files in bfloat16 (--path)"
         )
-    check(what, files, missing, unread, misshaped)
+    check_names(what, files, missing, unread, misshaped)
     return weights
 
 
@@ -58,7 +58,7 @@ class BaseWeights:
 
     def __init__(self, model: Transformer, files: TensorFiles, what: str) -> None:
         self.files = files
-        self.weights = stored_weights(model, files, what)
+        self.weights = find_weights(model, files, what)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the file; of the first part where they differ."""
@@ -76,5 +76,5 @@ class BaseWeights:
             return ReadTask(weight.reads(device), take)
 
         with torch.no_grad():
-            run([job(name) for name in names])
+            run_tasks([job(name) for name in names])
         self.files.check_unchanged()

@@ -314,7 +314,7 @@ def test_adapters_change_the_picture_and_add_up(pipe: Pipeline, tmp_path: Path) 
         pipe.load_adapter(tmp_path / str(i))
         pictures.append(pipe.generate(**options))
     assert min(difference(pictures[i], pictures[j]) for i, j in ((0, 1), (1, 2), (0, 2))) > 10
-    with adapters.disabled(pipe.transformer):
+    with adapters.adapters_disabled(pipe.transformer):
         assert difference(pipe.generate(**options), pictures[0]) == 0
     pipe.load_adapter(tmp_path / "1", scale=-1.0)
     assert difference(pipe.generate(**options), pictures[1]) <= 1, "once and minus once is nothing"

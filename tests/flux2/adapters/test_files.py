@@ -161,11 +161,11 @@ def test_disabled_is_the_base_bit_for_bit_and_ends(dtype: torch.dtype) -> None:
     _, model = trained()
     model.to(dtype)
     changed = predict(model)
-    with adapters.disabled(model):
+    with adapters.adapters_disabled(model):
         assert torch.equal(predict(model), base)
     assert torch.equal(predict(model), changed)
     assert not torch.equal(changed, base)
-    with pytest.raises(InterruptedError), adapters.disabled(model):
+    with pytest.raises(InterruptedError), adapters.adapters_disabled(model):
         raise InterruptedError
     assert torch.equal(predict(model), changed), "an exception must not leave it off"
 
@@ -442,7 +442,7 @@ def test_adapters_add_up_each_at_its_scale(dtype: torch.dtype, tmp_path: Path) -
     assert helpers.relative_error(predict(model), wanted) <= (1e-5 if dtype == torch.float32 else 0.05)
     lora = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
     assert {parameter.dtype for parameter in lora} == {torch.float32}
-    with adapters.disabled(model):
+    with adapters.adapters_disabled(model):
         assert torch.equal(predict(model), predict(fresh().to(dtype)))
 
 

@@ -20,7 +20,7 @@ from flux2 import adapters
 from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE, PISSA_FILE, format_notes, layer_pairs
 from flux2.adapters.formats import AdapterError, to_comfyui, to_kohya
 from flux2.adapters.tuners import (
-    adapted,
+    adapter_layers,
     attach,
     detach,
 )
@@ -159,7 +159,7 @@ def test_every_type_trains_on_every_precision_and_is_saved_loaded_and_gone_on_wi
         losses.append(float(loss))
     assert losses[-1] < 0.95 * losses[0]
     learnt = predict(wrapped)
-    with adapters.disabled(wrapped):
+    with adapters.adapters_disabled(wrapped):
         assert torch.equal(predict(wrapped), predict(base(precision)))
 
     adapters.save(wrapped, tmp_path, base="small")
@@ -334,7 +334,7 @@ def test_several_of_a_type_add_up_each_at_its_scale(kind: str, tmp_path: Path) -
         for name, tensor in alone.state_dict().items():
             both.state_dict()[name].add_(tensor - weights[name], alpha=scale)
     assert helpers.relative_error(predict(model), predict(both)) <= 1e-5
-    with adapters.disabled(model):
+    with adapters.adapters_disabled(model):
         assert torch.equal(predict(model), predict(base()))
     adapters.merge(model)
     assert helpers.relative_error(predict(model), predict(both)) <= 1e-5
@@ -543,7 +543,7 @@ def test_settings_that_cannot_be_are_errors_that_name_them(kind: str, options: d
 
 def test_a_rank_above_that_of_a_layer_is_lowered_for_it_alone_and_lets_a_lokr_train_whole_matrices() -> None:
     wrapped = attached("lora", base(), rank=60, targets=["attention"], rank_pattern={"attention": 8})
-    assert {module.r["default"] for module in adapted(wrapped.get_base_model()).values()} == {8}
+    assert {module.r["default"] for module in adapter_layers(wrapped.get_base_model()).values()} == {8}
     whole = attached("lokr", base(), rank=100_000, targets=["attention"])
     assert not any("w2_a" in name for name, tensor in whole.named_parameters() if tensor.requires_grad)
 

@@ -71,7 +71,7 @@ def test_folders_are_counted_and_a_home_is_not_named(tmp_path, monkeypatch) -> N
     (copies / "sub").mkdir(parents=True)
     (copies / "sub" / "a.safetensors").write_bytes(b"0" * 20_000_000)
     monkeypatch.setenv("FLUX2_CACHE", str(copies))
-    found = dict(doctor.places())
+    found = dict(doctor.folders())
     assert found["quantized copies"].startswith("~/copies: 1 files, 0.02 GB; ")
     assert doctor.size(tmp_path / "nothing") == "not there yet"
 

@@ -559,15 +559,15 @@ def test_what_ends_in_the_middle_leaves_out_as_it_was(
     def fail(*_: Any, **__: Any) -> None:
         raise fault
 
-    def write(file: streaming_writer.File, name: str, tensor: Tensor) -> None:
+    def write(file: streaming_writer.SafetensorsFile, name: str, tensor: Tensor) -> None:
         if len(file.todo) < 5:
             fail()
         kept(file, name, tensor)
 
-    kept = streaming_writer.File.write
+    kept = streaming_writer.SafetensorsFile.write
     asked = (saved("lora"), "--format", form, "--out", out)
     with monkeypatch.context() as patch:
-        patch.setattr(streaming_writer.File, "write", write)
+        patch.setattr(streaming_writer.SafetensorsFile, "write", write)
         patch.setattr(export, "load_file", fail)
         assert command(*asked) == (130 if fault is KeyboardInterrupt else 2)
         assert not any(file.is_file() for file in tmp_path.rglob("*")), "nothing is left"
@@ -575,7 +575,7 @@ def test_what_ends_in_the_middle_leaves_out_as_it_was(
     assert command(*asked) == 0
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(streaming_writer.File, "write", write)
+        patch.setattr(streaming_writer.SafetensorsFile, "write", write)
         patch.setattr(export, "load_file", fail)
         assert command(f"{saved('lora')}:0.5", *asked[1:], "--overwrite") != 0
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
@@ -676,14 +676,14 @@ def test_a_file_that_does_not_hold_what_was_written_is_not_kept(
         state[key][0, 0] += 1e-3
         return state
 
-    def flip(file: streaming_writer.File) -> None:
+    def flip(file: streaming_writer.SafetensorsFile) -> None:
         finish(file)
         raw = bytearray(file.path.read_bytes())
         raw[-1] ^= 1
         file.path.write_bytes(raw)
 
-    finish = streaming_writer.File.finish
-    monkeypatch.setattr(streaming_writer.File, "finish", flip)
+    finish = streaming_writer.SafetensorsFile.finish
+    monkeypatch.setattr(streaming_writer.SafetensorsFile, "finish", flip)
     monkeypatch.setattr(export, "load_file", worn)
     assert command(saved("lora"), "--format", form, "--out", out) == 2
     assert re.search(r"error: (what was read back of|1 tensors that were read back are not)", capsys.readouterr().err)

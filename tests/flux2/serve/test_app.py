@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
 from flux2.serve import app as service
-from flux2.serve.app import Limits, Served, application
+from flux2.serve.app import Limits, ServedEncoder, application
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Running:
     """The service on a free port, in a thread."""
 
     def __init__(self, encoder: Watched, limits: Limits, token: str | None) -> None:
-        served = Served(encoder, "tiny", "mistral", (1, 2, 3), 6, 4, lambda length: f"fake {length}")
+        served = ServedEncoder(encoder, "tiny", "mistral", (1, 2, 3), 6, 4, lambda length: f"fake {length}")
         config = uvicorn.Config(application(served, limits, token), port=0, log_level="critical")
         self.encoder, self.server = encoder, uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
@@ -279,13 +279,13 @@ def test_an_encoder_that_fails_is_an_answer_and_not_the_end(running: Callable[..
 def test_prompts_of_a_client_that_is_gone_are_not_encoded(
     running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone, disconnected = threading.Event(), service.disconnected
+    gone, disconnected = threading.Event(), service.wait_for_disconnect
 
     async def noted(request: Request) -> None:
         await disconnected(request)
         gone.set()
 
-    monkeypatch.setattr(service, "disconnected", noted)
+    monkeypatch.setattr(service, "wait_for_disconnect", noted)
     server = running()
     server.encoder.hold.clear()
     body = json.dumps({"prompts": ["first", "second"]})

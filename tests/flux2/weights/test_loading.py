@@ -20,7 +20,7 @@ from torch import Tensor
 from flux2.models.transformer import Transformer
 from flux2.weights import loading as weights
 from flux2.weights import parallel_reader
-from flux2.weights.key_names import Published, transformer_module, transformer_tensor
+from flux2.weights.key_names import PublishedTensor, transformer_module, transformer_tensor
 from flux2.weights.loading import load_autoencoder, load_transformer
 from flux2.weights.safetensors_files import TensorFiles
 from flux2.weights.sources import TINY_FOLDER, ModelSource, WeightsError, fingerprint, looks_local, model_source
@@ -127,7 +127,7 @@ def test_loading_never_holds_a_second_copy(
     alive: dict[int, int] = {}
     sizes: list[int] = []
     most = 0
-    begin = parallel_reader.begin
+    begin = parallel_reader.start_task
 
     def spy(*args: Any) -> Any:
         nonlocal most
@@ -139,7 +139,7 @@ def test_loading_never_holds_a_second_copy(
         most = max(most, sum(alive.values()))
         return tensors, futures
 
-    monkeypatch.setattr(parallel_reader, "begin", spy)
+    monkeypatch.setattr(parallel_reader, "start_task", spy)
     model = load_transformer(ModelSource(DEV, str(model_folders("dev"))), precision=torch.bfloat16)
     assert sum(sizes) == sum(4 * parameter.numel() for parameter in model.parameters())
     assert max(sizes) < most <= 1.5 * max(sizes) < sum(sizes) / 5
@@ -188,7 +188,7 @@ def halved() -> Transformer:
 def test_a_module_that_stores_its_weight_itself_is_given_it(halved: Transformer, tmp_path: Path) -> None:
     model, reference = helpers.transformers("dev")
     save_file(reference.state_dict(), tmp_path / "flux.safetensors")
-    published = {name: transformer_tensor(name) for name in weights.taken(halved)}
+    published = {name: transformer_tensor(name) for name in weights.expected_shapes(halved)}
     assert published.keys() == model.state_dict().keys()
     weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model", dtype=torch.bfloat16)
     for name, tensor in model.state_dict().items():
@@ -202,7 +202,7 @@ def test_a_module_that_stores_its_weight_itself_needs_it_in_its_shape(halved: Tr
     state["single_blocks.0.linear2.weight"] = torch.zeros(2, 3)
     del state["single_blocks.1.linear2.weight"]
     save_file(state, tmp_path / "flux.safetensors")
-    published = {name: Published((name,)) for name in weights.taken(halved)}
+    published = {name: PublishedTensor((name,)) for name in weights.expected_shapes(halved)}
     with pytest.raises(WeightsError, match=r"1 missing: single_blocks.1.linear2.weight; 1 misshaped: single_blocks.0"):
         weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model")
 

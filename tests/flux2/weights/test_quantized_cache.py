@@ -362,7 +362,7 @@ def test_loads_at_the_same_time_do_not_tread_on_each_other(place: RunLocation, m
 def test_each_tensor_is_asked_for_its_home(place: RunLocation, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the model's files and from the copy; on a machine with one device alone the moves cannot be seen."""
     asked: dict[str, str] = {}
-    original = weights.homes
+    original = weights.device_chooser
 
     def recorded(host: Sequence[str], device: torch.device) -> Callable[[str], torch.device]:
         home = original(host, torch.device("meta"))
@@ -373,7 +373,7 @@ def test_each_tensor_is_asked_for_its_home(place: RunLocation, monkeypatch: pyte
 
         return ask
 
-    monkeypatch.setattr(weights, "homes", recorded)
+    monkeypatch.setattr(weights, "device_chooser", recorded)
     names = {name.removesuffix(".weight") for name in place.state}
     wanted = {name: "cpu" if name.startswith("single_blocks.0.") else "meta" for name in names}
     for said in ("writing", "read from"):
