@@ -23,6 +23,7 @@ from huggingface_hub import constants as hub
 from flux2.doctor.selftest import Finding, selftest
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import FP8_CAPABILITY
+from flux2.utils.text import gigabytes
 from flux2.weights.sources import Part, is_available, model_source
 
 PACKAGES = (
@@ -60,11 +61,11 @@ def devices() -> Iterator[tuple[str, str]]:
         yield (
             f"GPU {index}",
             f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}, {fp8}, "
-            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, CUDA {torch.version.cuda}",
+            f"{gigabytes(free)} of {gigabytes(total)} free, CUDA {torch.version.cuda}",
         )
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "CPU", f"{cores} cores, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    yield "CPU", f"{cores} cores, {gigabytes(memory.available)} of {gigabytes(memory.total)} free"
 
 
 def nearest_folder(path: Path) -> Path:
@@ -83,7 +84,7 @@ def size(folder: Path) -> str:
                 sizes.append(file.stat().st_size)
         except OSError:  # it is gone since, or not ours to look at
             continue
-    return f"{len(sizes)} files, {sum(sizes) / 1e9:.2f} GB"
+    return f"{len(sizes)} files, {gigabytes(sum(sizes))}"
 
 
 def folders() -> Iterator[tuple[str, str]]:
@@ -93,7 +94,7 @@ def folders() -> Iterator[tuple[str, str]]:
     folders["quantized copies"] = Path(given).expanduser() if given else Path(LATENTS) / "weights"
     for what, folder in folders.items():
         free = shutil.disk_usage(nearest_folder(folder.absolute())).free
-        yield what, f"{shorten_home(folder)}: {size(folder)}; {free / 1e9:.0f} GB free there"
+        yield what, f"{shorten_home(folder)}: {size(folder)}; {gigabytes(free)} free there"
 
 
 def shorten_home(folder: Path) -> str:

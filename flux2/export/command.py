@@ -29,12 +29,13 @@ from flux2.adapters.formats import LoraPair, from_state, to_comfyui, to_diffuser
 from flux2.export import deltas
 from flux2.export.deltas import AdapterDelta
 from flux2.export.low_rank import decompose, distance, ratio, reduce_rank, rounding_bound, sum_pairs
-from flux2.export.merge_checkpoint import NotReadError, merge, replace_output, temporary_path
+from flux2.export.merge_checkpoint import NotReadError, merge
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS
 from flux2.utils import checks
 from flux2.utils.cli import message, split_adapter
 from flux2.utils.device import pick_device
+from flux2.utils.files import atomic_write
 from flux2.utils.signals import exit_code, terminated_as_interrupted
 from flux2.utils.text import listed
 from flux2.weights import modelspec
@@ -219,13 +220,12 @@ def write_pairs(
     out = options.out
     check_room(out.parent, sum(tensor.nbytes for tensor in state.values()), f"--out {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_path(out) as place:
+    with atomic_write(out) as place:
         place.touch()
         readable = place.stat().st_mode  # as the umask says; safetensors writes for the owner alone
         save_file(state, place, {**metadata, modelspec.HASH: modelspec.content_hash(state)})
         worst = compare(from_state(load_file(place), model), pairs, dtype)
         place.chmod(readable)
-        replace_output(place, out)
     return worst
 
 

@@ -7,10 +7,7 @@ was meant to be written is compared with what the disk holds before the files ge
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from flux2.export.deltas import AdapterDelta
 from flux2.export.low_rank import norm, ratio, sum_pairs
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
+from flux2.utils.files import atomic_write
 from flux2.weights.key_names import PublishedTensor, transformer_tensor
 from flux2.weights.parallel_reader import checksum
 from flux2.weights.safetensors_files import TensorFiles, part_files
@@ -46,33 +44,6 @@ class MergeSummary:
 
 class NotReadError(AdapterError):
     """What was read back of a file is not what was written."""
-
-
-@contextmanager
-def temporary_path(out: Path) -> Iterator[Path]:
-    """A place beside `out`, gone at the end unless it was renamed: a file or a folder."""
-    place = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        yield place
-    finally:
-        if place.is_dir():
-            shutil.rmtree(place, ignore_errors=True)
-        else:
-            place.unlink(missing_ok=True)
-
-
-def replace_output(place: Path, out: Path) -> None:
-    """Give what is at `place` the name `out`; a folder that is there goes away at last."""
-    if not out.is_dir():
-        place.replace(out)
-        return
-    with temporary_path(out.with_name(f"{out.name}.old")) as old:
-        out.rename(old)
-        try:
-            place.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
 
 
 def published_tensor(name: str, layout: str) -> PublishedTensor:
@@ -163,7 +134,7 @@ def merge(
     made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary_path(target) as place:
+        with atomic_write(target) as place:
             files: dict[Path, Plan] = {place: whole}
             if layout == "diffusers":
                 place.mkdir()
@@ -175,7 +146,6 @@ def merge(
                 sums, merged = write_tensors(writer, updates, base, order, layout, whole, device, progress)
                 writer.finish()
             compare(part_files(place) if layout == "diffusers" else TensorFiles([place]), model, sums)
-            replace_output(place, target)
     except BaseException:
         for folder in made:
             if folder.exists() and not any(folder.iterdir()):

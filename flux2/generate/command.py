@@ -28,7 +28,8 @@ from flux2.quantization.precision import NAMES, describe
 from flux2.utils import checks
 from flux2.utils.cli import is_out_of_memory, message, split_adapter
 from flux2.utils.device import pick_device
-from flux2.utils.images import UNFINISHED, check_place, check_writable, read_picture
+from flux2.utils.files import atomic_write
+from flux2.utils.images import check_place, check_writable, read_picture
 from flux2.utils.signals import exit_code, terminated_as_interrupted
 
 MAX_COUNT = 10_000
@@ -331,17 +332,12 @@ def encode(pipeline: Pipeline, wanted: list[Request]) -> None:
 
 
 def write(image: Image.Image, out: Path, record: Record | None) -> None:
-    """Save a picture, with `record` in it if it is a PNG; the file is whole or not there."""
+    """Save an image, with `record` in it if it is a PNG; the file is complete or absent."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{UNFINISHED}{out.name}")
-    about: dict[str, Any] = {}
-    if record is not None and out.suffix.lower() == ".png":
-        about["pnginfo"] = record.chunk()
-    try:
-        image.save(unfinished, **about)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    ending = out.suffix.lower()
+    text = {"pnginfo": record.chunk()} if record is not None and ending == ".png" else {}
+    with atomic_write(out) as unfinished:
+        image.save(unfinished, Image.registered_extensions()[ending], **text)
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flux2.models.variants import Variant
 from flux2.utils import checks
-from flux2.utils.images import UNFINISHED
+from flux2.utils.files import atomic_write
 from flux2.utils.text import listed
 
 FORMAT = "flux2-lora embeddings 1"
@@ -40,14 +40,11 @@ def write(file: Path, variant: Variant, embeddings: Mapping[str, Tensor], length
     }
     tensors = {str(i): embedding.cpu().contiguous() for i, embedding in enumerate(embeddings.values())}
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{UNFINISHED}{file.name}")
     try:
-        save_file(tensors, unfinished, about)
-        unfinished.replace(file)
+        with atomic_write(file) as unfinished:
+            save_file(tensors, unfinished, about)
     except (OSError, SafetensorError) as error:  # of a full disk safetensors has an error of its own
         raise ValueError(f"{file} could not be written ({error}): make room there, or give another place") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class SavedPrompts:

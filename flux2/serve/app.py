@@ -36,6 +36,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from torch import Tensor
 
 from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
+from flux2.utils.cli import is_out_of_memory
 
 log = logging.getLogger(__name__)
 BODY_SECONDS = 30.0  # for a request's body to arrive
@@ -288,9 +289,9 @@ async def wait_for_results(
     gone.cancel()
     try:
         return work.result()
-    except torch.OutOfMemoryError as error:
-        raise HTTPException(503, "memory does not suffice now: try again, or with a smaller length", BUSY) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise HTTPException(503, "out of memory: try again, or with a smaller length", BUSY) from error
         raise HTTPException(500, f"the encoder failed ({type(error).__name__}); its log says why") from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-UNFINISHED = ".part-"  # before the name of a file that is being written
+from flux2.utils.files import temporary_path
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -86,13 +86,13 @@ def check_place(path: Path, what: str) -> None:
 
 
 def check_length(path: Path, what: str) -> None:
-    """Raises ValueError, beginning with `what`, if the name of `path`, with `UNFINISHED` before it, is too long.
+    """Raises ValueError, beginning with `what`, if the name of `path`, or its temporary name, is too long.
 
     Otherwise that would be found when the first picture is done.
     """
     folder = next((place for place in path.absolute().parents if place.is_dir()), Path("/"))
     try:
-        (folder / f"{UNFINISHED}{path.name}").lstat()  # the file system itself says what it takes
+        temporary_path(folder / path.name).lstat()  # the file system itself says what it takes
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # of any other error, what is tried next says it
             raise ValueError(f"{what} cannot be written: File name too long, give a shorter one") from error

@@ -1,7 +1,7 @@
-"""The names of tensors: ours, which are Black Forest Labs', and diffusers'.
+"""Tensor names: ours, which are those of Black Forest Labs, and those of diffusers.
 
-The table from our names to diffusers' is written once, here, and serves loading, exporting and adapters: a tensor of
-ours is one published tensor, three stacked ones (q, k, v), or one with its halves swapped.
+The table from our names to diffusers' names is written once, here, and serves loading, export and adapters: one of our
+tensors is one published tensor, three stacked ones (q, k, v), or one with its halves swapped.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PublishedTensor:
-    """How one tensor of ours is stored under diffusers' names."""
+    """How one of our tensors is stored under diffusers' names."""
 
     names: tuple[str, ...]
     kind: Literal["same", "stacked", "swapped", "pointwise"] = "same"
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Published tensors, in the order of `names` -> ours."""
+        """Return our tensor from the published tensors, in the order of `names`."""
         if self.kind == "stacked":
             return torch.cat(list(tensors))
         (tensor,) = tensors
@@ -34,7 +34,7 @@ class PublishedTensor:
         return tensor
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Ours -> published tensors by name: the inverse of `join`."""
+        """Return the published tensors by name: the inverse of `join`."""
         if self.kind == "stacked":
             return dict(zip(self.names, tensor.chunk(len(self.names)), strict=True))
         if self.kind == "swapped":
@@ -45,7 +45,7 @@ class PublishedTensor:
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
-    """(shift, scale) <-> (scale, shift) along the first dimension."""
+    """Swap (shift, scale) and (scale, shift) along the first dimension."""
     first, second = tensor.chunk(2)
     return torch.cat([second, first])
 
@@ -88,7 +88,7 @@ _OUTER = {
 
 
 def transformer_module(name: str) -> PublishedTensor:
-    """diffusers' names of one of our transformer's modules. Raises KeyError for a name that is not ours."""
+    """Return diffusers' names of one of our transformer's modules. Raises KeyError for an unknown name."""
     if match := re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", name):
         kind, index, inner = match.groups()
         if kind == "single":
@@ -101,7 +101,7 @@ def transformer_module(name: str) -> PublishedTensor:
 
 
 def transformer_tensor(name: str) -> PublishedTensor:
-    """diffusers' names of one of our transformer's parameters."""
+    """Return diffusers' names of one of our transformer's parameters."""
     module, _, leaf = name.rpartition(".")
     published = transformer_module(module)
     leaf = "weight" if leaf == "scale" else leaf
@@ -125,7 +125,7 @@ _AUTOENCODER = (
 
 
 def autoencoder_tensor(name: str, levels: int) -> PublishedTensor:
-    """diffusers' name of one of our autoencoder's tensors; `levels` is the number of resolutions."""
+    """Return diffusers' name of one of our autoencoder's tensors; `levels` is the number of resolutions."""
     pointwise = re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name)
     for pattern, replacement in _AUTOENCODER:
         name = re.sub(pattern, replacement, name)

@@ -1,11 +1,12 @@
-"""Tensors from files into memory, read ahead by threads, with little memory beside.
+"""Read tensors from files into memory ahead of their use, with several threads and little extra memory.
 
-A tensor is read where it stays: on the CPU straight into its memory; on a GPU through a small pinned buffer a thread.
-What is one tensor of ours and several in the file, or halves in another order, is read as pieces into one memory. While
-a tensor is used (quantized, say), the next ones are read, as long as all together are not larger than `AHEAD` times the
-largest. Not memory-mapped: copying out of a mapping is no faster here, and its pages count as the process's memory.
+A tensor is read to its final place: on the CPU straight into its memory, on a GPU through a small pinned buffer per
+thread. A tensor of ours that is several tensors in the file, or halves in another order, is read as pieces into one
+memory. While a tensor is used (quantized, for example), the next ones are read, as long as all together are at most
+`AHEAD` times the largest. Files are not memory-mapped: copying out of a mapping is no faster here, and its pages count
+as memory of the process.
 
-Checksums are XXH3 of 128 bits, of pieces of `CHUNK` bytes: against damage, not against an enemy.
+Checksums are XXH3 of 128 bits, over chunks of `CHUNK` bytes: they detect damage, not manipulation.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from flux2.weights.sources import WeightsError
 
 CHUNK = 16 << 20  # bytes that a thread reads at once
 THREADS = 4
-AHEAD = 1.5  # of the largest: a block's second linear is read while its first, the largest, is quantized
+AHEAD = 1.5  # times the largest: a block's second linear is read while its first, the largest, is quantized
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`size` bytes of a stored tensor, from byte `offset` in it."""
+    """`size` bytes of a stored tensor, starting at byte `offset` of it."""
 
     stored: StoredTensor
     offset: int
@@ -40,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorRead:
-    """A tensor that is to be read: pieces of stored ones, one after the other, on a device."""
+    """A tensor to be read: consecutive pieces of stored tensors, and the device to read it to."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -53,13 +54,13 @@ class TensorRead:
 
 
 def read_of(stored: StoredTensor, device: torch.device) -> TensorRead:
-    """A stored tensor as it is."""
+    """Return the read of a stored tensor as it is."""
     return TensorRead(stored.dtype, stored.shape, (Piece(stored, 0, stored.size),), device)
 
 
 @dataclass
 class ReadTask:
-    """Tensors that are used together, and what is done with them once they are there."""
+    """Tensors that are used together, and the function that uses them once they are read."""
 
     reads: Mapping[str, TensorRead]
     use: Callable[[dict[str, Tensor]], None]
@@ -70,7 +71,7 @@ class ReadTask:
 
 
 class Digests:
-    """Checksums of what was read, by tensor: of its chunks, in order."""
+    """Checksums of the tensors that were read, each over its chunks in order."""
 
     def __init__(self) -> None:
         self._chunks: dict[StoredTensor, dict[int, bytes]] = {}
@@ -82,36 +83,36 @@ class Digests:
             self._chunks.setdefault(stored, {})[offset] = digest
 
     def of(self, stored: StoredTensor) -> str:
-        """32 hexadecimal digits."""
+        """Return the checksum of a tensor as 32 hexadecimal digits."""
         chunks = self._chunks.get(stored, {})
         return xxhash.xxh3_128_hexdigest(b"".join(chunks[offset] for offset in sorted(chunks)))
 
     def content(self) -> str:
-        """Of all tensors that were read: their names, shapes, dtypes and bytes, however they are spread over files."""
+        """Return a checksum of names, shapes, dtypes and bytes of all tensors, however they are spread over files."""
         lines = (f"{stored.key} {stored.dtype} {stored.shape} {self.of(stored)}" for stored in self._chunks)
         return xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
 
 
 def chunks(size: int) -> Iterable[tuple[int, int]]:
-    """Start and stop of the pieces that `size` bytes are read and summed up in."""
+    """Return start and stop of the chunks in which `size` bytes are read and summed up."""
     return ((start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
 
 
 def checksum(data: memoryview) -> str:
-    """What `Digests.of` gives for a tensor of these bytes that was read whole."""
+    """Return what `Digests.of` returns for a tensor of these bytes that was read completely."""
     return xxhash.xxh3_128_hexdigest(
         b"".join(xxhash.xxh3_128_digest(data[start:stop]) for start, stop in chunks(len(data)))
     )
 
 
 def needs_staging(memory: Tensor) -> bool:
-    """Whether a file cannot be read into `memory` directly."""
+    """Return whether a file cannot be read into `memory` directly."""
     return memory.device.type != "cpu"
 
 
 @dataclass
 class ReaderThreadState(threading.local):
-    """What one reading thread has of its own: a pinned buffer, and a stream for its copies."""
+    """A reading thread's pinned buffer, and the stream for its copies."""
 
     buffer: Tensor | None = None
     stream: torch.cuda.Stream | None = None
@@ -141,7 +142,7 @@ class Reader:
         return self.thread_state.buffer
 
     def copy_to_device(self, source: Tensor, memory: Tensor, ready: torch.cuda.Event | None) -> None:
-        """Copy to the device, and wait for it: the buffer is used again at once."""
+        """Copy to the device, and wait for it: the buffer is reused at once."""
         if ready is None:
             memory.copy_(source)
             return
@@ -154,7 +155,7 @@ class Reader:
 
 
 def read_into(view: memoryview, stored: StoredTensor, offset: int) -> None:
-    """Fill `view` with the bytes of a stored tensor from `offset` on."""
+    """Fill `view` with the bytes of a stored tensor, starting at `offset`."""
     done = 0
     try:
         with stored.file.open("rb", buffering=0) as handle:
@@ -169,10 +170,10 @@ def read_into(view: memoryview, stored: StoredTensor, offset: int) -> None:
 
 
 def group_by_module(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable[[], None]]) -> list[ReadTask]:
-    """`jobs`, by the name of what they fill, in an order in which those of a module come together.
+    """Return the tasks, which are keyed by the name of what they fill, with those of a module next to each other.
 
     Args:
-        modules: by name, as in `double_blocks.0`; what one maps to is called once all of it is there.
+        modules: Functions by module name (`double_blocks.0`), each called once its module is complete.
     """
     left, ordered = dict(jobs), []
     for module, ready in modules.items():
@@ -188,11 +189,11 @@ def group_by_module(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable
 
 
 def run_tasks(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
-    """Read what the jobs ask for and hand it to them, in their order.
+    """Read the tensors of the tasks and call each task's `use` with new tensors, which it may keep, in order.
 
     Args:
-        jobs: `use` gets fresh tensors, which it may keep.
-        digests: gets the checksums of all that is read.
+        jobs: The tasks.
+        digests: Receives the checksums of everything that is read.
     """
     budget = AHEAD * max((job.nbytes for job in jobs), default=0)
     reader = Reader(digests)
@@ -217,7 +218,7 @@ def run_tasks(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
 
 
 def start_task(job: ReadTask, reader: Reader, pool: ThreadPoolExecutor) -> tuple[dict[str, Tensor], list[Future[None]]]:
-    """Set memory aside for a job's tensors and have them read."""
+    """Allocate memory for a task's tensors and submit the reads."""
     tensors: dict[str, Tensor] = {}
     futures = []
     for name, read in job.reads.items():

@@ -63,7 +63,7 @@ def test_pictures_from_saved_embeddings_are_the_encoders_own(small, monkeypatch)
     assert not any(differ(a, b) for a, b in zip(made, wanted, strict=True))
     has_empty = "" in SavedPrompts(Path("deep/two.safetensors"), source.variant).prompts
     assert has_empty == (not source.variant.transformer.guidance), "of guidance by two predictions"
-    assert not list(Path("deep").glob(".part*"))
+    assert not list(Path("deep").glob(".*.part"))
 
 
 def test_what_a_file_does_not_hold_is_named(small) -> None:

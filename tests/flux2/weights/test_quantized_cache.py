@@ -260,7 +260,7 @@ def test_what_an_ended_process_left_makes_room_for_the_copy(
     place.load()
     (copy,) = place.copies
     copy.unlink()
-    left = copy.with_suffix(".123.partial")
+    left = copy.with_name(f".{copy.name}.123.part")
     left.write_bytes(b"half")
     usage = type(shutil.disk_usage("."))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, 0 if left.exists() else 1 << 39))
@@ -326,7 +326,7 @@ def test_what_an_ended_process_left_is_swept(place: RunLocation) -> None:
     place.load()
     (copy,) = place.copies
     copy.unlink()
-    copy.with_suffix(".123.partial").write_bytes(b"half")
+    copy.with_name(f".{copy.name}.123.part").write_bytes(b"half")
     place.load()
     assert place.copies == [copy]
     assert place.left_over == []
