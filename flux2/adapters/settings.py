@@ -1,4 +1,4 @@
-"""The settings that types of adapters share: checks, which layers, and the rank and alpha of each layer."""
+"""Settings that adapter types share: checks, the choice of layers, and the rank and alpha of each layer."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from flux2.adapters.formats import AdapterError
 from flux2.layers.selection import kinds, linear_names, matched
 
 Targets = str | Sequence[str]
-ALPHAS = 1e-6, 1e6  # beyond, what an update is scaled by rounds to nothing, or to infinity
+ALPHAS = 1e-6, 1e6  # beyond these limits the scale of an update rounds to nothing or to infinity
 
 
 def check_integer(key: str, value: object, least: int = 1) -> int:
-    """`value`. Raises AdapterError, naming adapter.`key`, unless it is a whole number from `least`."""
+    """Return `value`. Raises AdapterError, naming adapter.`key`, unless it is an integer >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise AdapterError(f"adapter.{key}={value!r} must be a whole number from {least}")
+        raise AdapterError(f"adapter.{key}={value!r} must be an integer >= {least}")
     return value
 
 
 def check_alpha(key: str, value: object, otherwise: str = "") -> float:
-    """`value`. Raises AdapterError unless it is a number that an alpha may be."""
+    """Return `value`. Raises AdapterError unless it is a number within `ALPHAS`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not ALPHAS[0] <= value <= ALPHAS[1]:
         raise AdapterError(f"adapter.{key}={value!r} must be a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}{otherwise}")
     return value
 
 
 def check_flag(key: str, value: object) -> bool:
-    """`value`. Raises AdapterError unless it is a bool."""
+    """Return `value`. Raises AdapterError unless it is a bool."""
     if not isinstance(value, bool):
         raise AdapterError(f"adapter.{key}={value!r} must be true or false")
     return value
 
 
 def check_dropout(key: str, value: object) -> float:
-    """`value`. Raises AdapterError unless it is a number in [0, 1)."""
+    """Return `value`. Raises AdapterError unless it is a number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise AdapterError(f"adapter.{key}={value!r} must be a number in [0, 1)")
     return value
 
 
 def target_layers(model: nn.Module, targets: Targets) -> list[str]:
-    """Names of the linear layers that any of `targets` means: presets and regular expressions for whole names.
+    """Return the linear layers that match any of `targets`: presets and regular expressions for whole names.
 
     Raises:
-        AdapterError: a target is neither, or matches no linear layer.
+        AdapterError: A target is neither, or matches no linear layer.
     """
     given = [targets] if isinstance(targets, str) else targets
     if not isinstance(given, Sequence) or not all(isinstance(target, str) for target in given):
-        raise AdapterError(f"adapter.targets={targets!r} must be a preset, a regular expression, or a list of those")
+        raise AdapterError(f"adapter.targets={targets!r} must be a preset, a regular expression, or a list of these")
     try:
         return linear_names(model, given, "adapter.targets")
     except ValueError as error:
@@ -61,11 +61,11 @@ def target_layers(model: nn.Module, targets: Targets) -> list[str]:
 def values_by_layer(
     key: str, pattern: object, layers: Sequence[str], check: Callable[[str, Any], Any]
 ) -> dict[str, Any]:
-    """What `adapter.<key>`, a mapping of targets to numbers, says of each of `layers`; not all need be named.
+    """Return the values that `adapter.<key>`, a mapping of targets to numbers, gives to `layers`, which may be some.
 
     Raises:
-        AdapterError: a pattern is no regular expression, means none of `layers`, has a number that `check` refuses, or
-            two mean one layer: which would hold depends on an order that files and command lines do not keep.
+        AdapterError: A pattern is not a regular expression, matches no layer, or has a value that `check` refuses; or
+            two match one layer, as files and command lines do not preserve the order that would decide.
     """
     if not isinstance(pattern, Mapping):
         raise AdapterError(f"adapter.{key}={pattern!r} must map presets or regular expressions to numbers")
@@ -80,14 +80,14 @@ def values_by_layer(
             raise AdapterError(f"adapter.{key}: {target!r} is not a regular expression ({error})") from error
         if not names:
             raise AdapterError(
-                f"adapter.{key}: {target!r} matches none of the {len(layers)} layers that adapter.targets gives, which "
-                f"are {kinds(layers)}"
+                f"adapter.{key}: {target!r} matches none of the {len(layers)} layers of adapter.targets, which are "
+                f"{kinds(layers)}"
             )
         check(f"{key}: {target!r}", value)
         for name in names:
             if name in by:
                 raise AdapterError(
-                    f"adapter.{key}: {by[name]!r} and {target!r} both match {name}: let each layer be matched once"
+                    f"adapter.{key}: {by[name]!r} and {target!r} both match {name}. Change them to match it once"
                 )
             by[name], found[name] = target, value
     return found
@@ -103,15 +103,15 @@ def rank_arguments(
     *,
     any_rank: bool = False,
 ) -> dict[str, Any]:
-    """The arguments that PEFT's configurations of types with a rank share; `alpha` is to be renamed for LoRA.
+    """Return the arguments that PEFT's configurations of types with a rank share; LoRA calls `alpha` `lora_alpha`.
 
-    Each layer's alpha is what a pattern says, else `alpha`, else the layer's own rank.
+    Each layer's alpha comes from a pattern, else from `alpha`, else it is the layer's own rank.
 
     Args:
-        any_rank: let ranks be larger than the layers have: of a type that then trains whole matrices.
+        any_rank: Accept ranks above those of the layers, for a type that then trains whole matrices.
 
     Raises:
-        AdapterError: a setting is of the wrong kind, or a rank is more than its layer has.
+        AdapterError: A setting has the wrong type, or a rank is more than its layer has.
     """
     check_integer("rank", rank)
     if alpha is not None:
@@ -134,7 +134,7 @@ def rank_arguments(
 
 
 def check_ranks_fit(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Raises AdapterError where the rank of a layer is more than its weight has: what is beyond trains nothing new."""
+    """Raise AdapterError if a rank is above that of the layer's weight: the excess trains nothing."""
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in ranks}
     most_of = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
     smaller = [name for name, rank in ranks.items() if rank > most_of[name]]
@@ -142,8 +142,8 @@ def check_ranks_fit(model: nn.Module, ranks: Mapping[str, int]) -> None:
         return
     name = smaller[0]
     layer, rank, most = layers[name], ranks[name], most_of[name]
-    others = f", and {len(smaller) - 1} other layers have less too" if len(smaller) > 1 else ""
+    others = f", and {len(smaller) - 1} other layers also have less" if len(smaller) > 1 else ""
     raise AdapterError(
-        f"adapter.rank={rank} is more than {name} has, a weight of {layer.out_features} x {layer.in_features}{others}: "
-        f"give at most {most}, or such layers ranks of their own (adapter.rank_pattern)"
+        f"adapter.rank={rank} is more than {name} has, a weight of {layer.out_features} x {layer.in_features}{others}. "
+        f"Use at most {most}, or set lower ranks for such layers (adapter.rank_pattern)"
     )

@@ -1,19 +1,19 @@
-"""Attach a fresh adapter to a transformer, and take it off again. PEFT computes each type; s = alpha / rank.
+"""Attach a new adapter to a transformer, and detach it. PEFT computes each type; s = alpha / rank.
 
     LoRA    W + s B A                       rsLoRA: s = alpha / sqrt(rank)
-    DoRA    the rows of W + s B A, each brought to a length of its own, which is trained    arxiv.org/abs/2402.09353
+    DoRA    the rows of W + s B A, each scaled to a trained length                          arxiv.org/abs/2402.09353
     PiSSA   W + s (B A - B0 A0), with s B0 A0 the best approximation of W of that rank      arxiv.org/abs/2404.02948
     LoHa    W + s (B1 A1) * (B2 A2), elementwise                                            arxiv.org/abs/2108.06098
     LoKr    W + s C (x) (B A), a Kronecker product                                          arxiv.org/abs/2309.14859
     OFT     W R, with R orthogonal in blocks                                                arxiv.org/abs/2306.07280
 
-The base's weights are never changed, PiSSA's neither: PEFT subtracts B0 A0 from W, which no quantized weight can take,
-which rounds in bfloat16, and which leaves an adapter that needs that base. Here B0 A0 is a second adapter of PEFT's,
-frozen, with the opposite sign; `FusedLora` adds up both so that nothing cancels:
+The base's weights never change, not even for PiSSA: PEFT subtracts B0 A0 from W, which is impossible for quantized
+weights, rounds in bfloat16, and gives an adapter that needs that base. Here B0 A0 is a second adapter of PEFT, frozen,
+with the opposite sign; `FusedLora` adds both such that nothing cancels:
 
     B A - B0 A0 = (B - B0) A + B0 (A - A0)
 
-So a fresh adapter of every type changes nothing, bit for bit, on every precision, and `detach` gives the base back.
+So a new adapter of any type changes nothing, bit for bit, in every precision, and `detach` returns the original base.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from flux2.utils.text import listed
 
 Initializer = Callable[[Any, str], None]
 
-# ------------------------------------------------------------------ attaching
+# ------------------------------------------------------------------ attach
 
 
 def _attach(model: Transformer, config: peft.PeftConfig, start: Initializer, seed: int, name: str) -> peft.PeftModel:
-    """Wrap `model`, freeze it, and let `start` draw each layer's beginning from `seed`."""
+    """Wrap `model`, freeze it, and let `start` initialize each layer from `seed`."""
     trained = frozenset(key for key, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -58,14 +58,14 @@ def _attach(model: Transformer, config: peft.PeftConfig, start: Initializer, see
 
 
 def layer_adapter_tensors(layer: Any) -> list[Tensor]:
-    """What of a layer that carries adapters is theirs: its parameters and buffers without the base's."""
+    """Return the parameters and buffers of an adapted layer without those of its base layer."""
     base = layer.get_base_layer()
     within = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
     return [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in within]
 
 
 def to_device(model: Transformer) -> None:
-    """Bring adapters to where `model` computes: of blocks that stream the layers themselves lie in host memory."""
+    """Move adapters to the device that computes; the layers of offloaded blocks themselves are in host memory."""
     device = model.img_in.weight.device
     for layer in adapter_layers(model).values():
         for tensor in layer_adapter_tensors(layer):
@@ -74,21 +74,21 @@ def to_device(model: Transformer) -> None:
 
 
 class DrawFreeLoha(LohaLinear):
-    """PEFT's LoHa layer without module dropout, for which it draws a number at each call, be it 0 or not."""
+    """PEFT's LoHa layer without module dropout, which draws a random number at each call even if it is 0."""
 
     def train(self, mode: bool = True) -> DrawFreeLoha:
         return super().train(False)
 
 
 class DrawFreeLokr(LokrLinear):
-    """PEFT's LoKr layer, likewise."""
+    """PEFT's LoKr layer without module dropout, like `DrawFreeLoha`."""
 
     def train(self, mode: bool = True) -> DrawFreeLokr:
         return super().train(False)
 
 
 def disable_module_dropout(model: nn.Module) -> None:
-    """Let LoHa and LoKr layers take nothing from the process's random numbers, in place."""
+    """Stop LoHa and LoKr layers from using the process's random numbers, in place."""
     for module in model.modules():
         if type(module) is LohaLinear:
             module.__class__ = DrawFreeLoha
@@ -98,7 +98,7 @@ def disable_module_dropout(model: nn.Module) -> None:
             module.train()
 
 
-# PEFT rounds what it drew to the base's precision: these draw again, so that all precisions start alike
+# PEFT rounds initial values to the base's precision: these functions draw them again, so that all precisions are equal
 
 
 def init_lora(layer: Any, name: str) -> None:
@@ -109,7 +109,7 @@ def init_lora(layer: Any, name: str) -> None:
 
 @torch.no_grad()
 def init_dora(layer: Any, name: str) -> None:
-    """As LoRA; the lengths are those of the base's rows, as the forward will measure them, so that they divide to 1."""
+    """Initialize a LoRA and the magnitudes, measured as the forward pass measures them, so that they divide to 1."""
     init_lora(layer, name)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     layer.lora_magnitude_vector[name].update_layer(
@@ -118,7 +118,7 @@ def init_dora(layer: Any, name: str) -> None:
 
 
 def init_product(layer: Any, name: str) -> None:
-    """LoHa and LoKr."""
+    """Initialize a LoHa or LoKr."""
     for kind in layer.adapter_layer_names:
         parameters = getattr(layer, kind)
         if name in parameters:
@@ -132,7 +132,7 @@ def init_oft(layer: Any, name: str) -> None:
 
 
 def float_copy(layer: Any, device: torch.device) -> nn.Linear:
-    """A layer with the base's weight in float32."""
+    """Return a layer with the base's weight in float32."""
     copy = nn.Linear(1, 1, bias=False, device="meta")
     copy.weight = nn.Parameter(layer.get_base_layer().weight.detach().float().to(device), requires_grad=False)
     return copy
@@ -151,20 +151,20 @@ def attach(
     seed: int = 0,
     name: str = "default",
 ) -> peft.PeftModel:
-    """Attach a fresh LoRA to `model`, in place; its weights are float32 and alone require gradients.
+    """Attach a new LoRA to `model`, in place; only its weights, in float32, require gradients.
 
     Args:
-        rank: of every pair.
-        alpha: the update is scaled by alpha / rank; the layer's rank by default, so that the learning rate means the
-            same at every rank.
-        targets: presets (flux2/layers/selection.py) and regular expressions for whole layer names.
-        dropout: on the input of A.
-        rslora: scale by alpha / sqrt(rank) instead.
-        rank_pattern, alpha_pattern: targets to numbers that hold for their layers instead; each layer at most once.
-        seed: of A's initialization; B starts at zero, so a fresh adapter changes nothing, bit for bit.
+        rank: Rank of every pair.
+        alpha: Scales the update by alpha / rank; by default the layer's rank, so that a learning rate means the same at
+            every rank.
+        targets: Presets (flux2/layers/selection.py) and regular expressions for whole layer names.
+        dropout: Dropout of A's input.
+        rslora: Whether to scale by alpha / sqrt(rank) instead.
+        rank_pattern, alpha_pattern: Values for the layers that a target matches; each layer may match once.
+        seed: Seed of A's initialization; B starts at zero, so a new adapter changes nothing, bit for bit.
 
     Returns:
-        PEFT's wrapper around the same `model`; use either.
+        PEFT's wrapper around the same `model`; either can be used.
     """
     return _lora(model, rank, alpha, targets, dropout, rank_pattern, alpha_pattern, seed, name, rslora=rslora)
 
@@ -182,7 +182,7 @@ def attach_dora(
     seed: int = 0,
     name: str = "default",
 ) -> peft.PeftModel:
-    """Attach a fresh DoRA: a LoRA, and a length for each row of the sum. Arguments and result as in `attach`."""
+    """Attach a new DoRA: a LoRA with a trained length for each row of the sum. Arguments and result as in `attach`."""
     return _lora(model, rank, alpha, targets, dropout, rank_pattern, alpha_pattern, seed, name, rslora, dora=True)
 
 
@@ -219,13 +219,13 @@ def attach_pissa(
     seed: int = 0,
     name: str = "default",
 ) -> peft.PeftModel:
-    """Attach a fresh PiSSA: a LoRA that starts at the weight's own largest directions. The base stays as it is.
+    """Attach a new PiSSA: a LoRA that starts at the weight's largest singular directions. The base does not change.
 
     Args:
-        iterations: of the randomized decomposition that finds them; null decomposes exactly, which takes minutes for
-            large layers. Where they are only nearly the largest, nothing is lost but a little of the method's point.
+        iterations: Iterations of the randomized decomposition; null decomposes exactly, which takes minutes for large
+            layers. Directions that are only nearly the largest cost little of the method's benefit.
 
-    Others and the result as in `attach`. It is saved as the plain LoRA of twice the rank that it amounts to.
+    Other arguments and the result as in `attach`. It is saved as the equivalent plain LoRA of twice the rank.
     """
     if iterations is not None:
         check_integer("iterations", iterations)
@@ -246,7 +246,7 @@ def attach_pissa(
 
 @torch.no_grad()
 def init_pissa(layer: Any, name: str, method: str) -> None:
-    """PEFT's initialization, against a copy of the weight: it would change the weight itself."""
+    """Run PEFT's initialization on a copy of the weight, which it would change."""
     init_lora(layer, name)
     base, weight = layer.base_layer, layer.base_layer.weight
     if weight.is_meta:
@@ -259,7 +259,7 @@ def init_pissa(layer: Any, name: str, method: str) -> None:
 
 
 def add_opposite(layer: Any, name: str) -> None:
-    """Let the second adapter of a PiSSA layer be what the first is now, frozen, with the opposite sign; both active."""
+    """Make the second adapter of a PiSSA layer a frozen copy of the first with the opposite sign; both are active."""
     for side in (layer.lora_A, layer.lora_B):
         side[name + INITIAL].weight.data = side[name].weight.detach().clone()
     layer.scaling[name + INITIAL] = -layer.scaling[name]
@@ -280,7 +280,7 @@ def attach_loha(
     seed: int = 0,
     name: str = "default",
 ) -> peft.PeftModel:
-    """Attach a fresh LoHa: the elementwise product of two pairs, of a rank of up to `rank` squared.
+    """Attach a new LoHa: the elementwise product of two pairs, of up to `rank` squared.
 
     Arguments and result as in `attach`.
     """
@@ -301,14 +301,14 @@ def attach_lokr(
     seed: int = 0,
     name: str = "default",
 ) -> peft.PeftModel:
-    """Attach a fresh LoKr: a Kronecker product of a small matrix and a larger one of low rank.
+    """Attach a new LoKr: a Kronecker product of a small matrix and a larger one of low rank.
 
     Args:
-        rank: of the larger matrix, which is whole from half of its longer side on.
-        decompose_factor: sides of the small matrix at most; -1: as near to the square root of the layer's as divides.
-        decompose_both: let the small matrix be of that rank too.
+        rank: Rank of the larger matrix, which is a full matrix from half of its longer side.
+        decompose_factor: Largest side of the small matrix; -1: the divisor nearest to the square root of the layer's.
+        decompose_both: Whether the small matrix has that rank too.
 
-    Others and the result as in `attach`.
+    Other arguments and the result as in `attach`.
     """
     if decompose_factor != -1:
         check_integer("decompose_factor", decompose_factor, 2)
@@ -330,14 +330,15 @@ def attach_oft(
     seed: int = 0,
     name: str = "default",
 ) -> peft.PeftModel:
-    """Attach a fresh OFT: each layer's input is rotated in blocks of `block_size` features.
+    """Attach a new OFT: each layer's input is rotated in blocks of `block_size` features.
 
     Args:
-        block_size: must divide the input features of every layer.
-        block_share: one rotation for all blocks of a layer.
-        exact: rotations by a solved system (Cayley) instead of five terms of its series, which are nearly orthogonal.
+        block_size: Features per block; must divide the input features of every layer.
+        block_share: Whether all blocks of a layer share one rotation.
+        exact: Whether rotations come from a solved system (Cayley) instead of five terms of its series, which are
+            nearly orthogonal.
 
-    Others and the result as in `attach`.
+    Other arguments and the result as in `attach`.
     """
     check_integer("block_size", block_size, 2)
     layers = target_layers(model, targets)
@@ -345,7 +346,7 @@ def attach_oft(
         width = model.get_submodule(layer).in_features
         if width % block_size:  # type: ignore[operator]
             raise AdapterError(
-                f"adapter.block_size={block_size} does not divide the {width} input features of {layer}: give a size "
+                f"adapter.block_size={block_size} does not divide the {width} input features of {layer}. Use a size "
                 "that divides those of all layers in adapter.targets"
             )
     config = peft.OFTConfig(
@@ -358,16 +359,16 @@ def attach_oft(
     return _attach(model, config, init_oft, seed, name)
 
 
-# ------------------------------------------------------------------ taking off
+# ------------------------------------------------------------------ detach
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers of `model` that carry adapters, by name."""
+    """Return the layers of `model` that have adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put the base's layers back in place of those that carry adapters."""
+    """Replace layers that have adapters by the base's layers."""
     for name, module in adapter_layers(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module.get_base_layer())
@@ -376,16 +377,16 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 def detach(wrapped: peft.PeftModel) -> Transformer:
-    """The base within `wrapped` as it was before an adapter was attached: its layers, their bits, what requires
-    gradients. `wrapped` is of no use then. Blocks that stream go on streaming.
+    """Return the base in `wrapped` as it was before an adapter was attached: layers, bits, `requires_grad`.
 
-    Raises AdapterError if an adapter was merged into the weights; `wrapped` is then as it was.
+    `wrapped` cannot be used afterwards. Offloaded blocks stay offloaded. Raises AdapterError, leaving `wrapped`
+    unchanged, if an adapter was merged into the weights.
     """
     model = wrapped.get_base_model()
     assert isinstance(model, Transformer)
     merged = [name for name, module in adapter_layers(model).items() if module.merged]
     if merged:
-        raise AdapterError(f"the base cannot be given back: an adapter is merged into {listed(merged)}")
+        raise AdapterError(f"the base cannot be restored: an adapter is merged into {listed(merged)}")
     remove_adapters(model)
     trained = vars(wrapped).get("trained_before", frozenset())
     for name, parameter in model.named_parameters():

@@ -120,6 +120,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=list(NAMES), help="bf16 on a GPU, else fp32")
     parser.add_argument(
         "--stream-blocks",
+        dest="offload_blocks",
         type=number_or_share,
         metavar="N",
         help="blocks that stay in host memory and stream to the device: a number (8) or a share (0.5)",

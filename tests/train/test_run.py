@@ -450,7 +450,7 @@ def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, 
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("model.path=/nowhere/model", ["model.path='/nowhere/model' does not exist", "give a repository id, a folder"]),
+        ("model.path=/nowhere/model", ["model.path='/nowhere/model' does not exist", "Give a repository id, a folder"]),
         ("dataset.path=/nowhere/pictures", ["dataset.path='/nowhere/pictures' does not exist", "give a folder"]),
         ("dataset.caption_column=title", ["caption_column='title'", "leave the columns out"]),
         ("resume=/nowhere", ["resume='/nowhere' is not a folder", "or auto"]),

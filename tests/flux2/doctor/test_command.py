@@ -57,7 +57,7 @@ def test_without_a_login_it_says_how_to_get_one(monkeypatch) -> None:
 
 def test_models_say_which_parts_are_here(monkeypatch) -> None:
     here = {("dev", "transformer"), ("dev", "vae"), *(("klein_4b", part) for part in doctor.PARTS)}
-    monkeypatch.setattr(doctor, "is_here", lambda source, part: (source.variant.name, part) in here)
+    monkeypatch.setattr(doctor, "is_available", lambda source, part: (source.variant.name, part) in here)
     found = dict(doctor.models())
     assert found["tiny"] == "embedded"
     assert found["dev"] == "here: transformer, vae; not here: text_encoder, tokenizer"
@@ -72,7 +72,7 @@ def test_folders_are_counted_and_a_home_is_not_named(tmp_path, monkeypatch) -> N
     (copies / "sub" / "a.safetensors").write_bytes(b"0" * 20_000_000)
     monkeypatch.setenv("FLUX2_CACHE", str(copies))
     found = dict(doctor.folders())
-    assert found["quantized copies"].startswith("~/copies: 1 files, 0.02 GB; ")
+    assert found["quantized copies"].startswith("~/copies: 1 files, 20.0 MB; ")
     assert doctor.size(tmp_path / "nothing") == "not there yet"
 
 
@@ -89,7 +89,7 @@ def test_a_gpu_is_described(capability, words, monkeypatch) -> None:
     name, text = next(doctor.devices())
     assert name == "GPU 0"
     assert "NVIDIA H200" in text
-    assert "139.0 of 141.0 GB free" in text
+    assert "139.00 GB of 141.00 GB free" in text
     assert words in text
 
 

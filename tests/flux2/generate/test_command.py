@@ -186,8 +186,8 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
         (["--device", "meta"], "device='meta' is not supported: give cuda, cuda:1 or cpu"),
         (["--device", "mps"], "device='mps' is not supported: give cuda, cuda:1 or cpu"),
         (["--out", "broken.png/cup.png"], "broken.png"),
-        (["--path", "gone"], "--path 'gone' does not exist: give a repository id"),
-        (["--path", "."], "is not in the published layout"),
+        (["--path", "gone"], "--path 'gone' does not exist. Give a repository id"),
+        (["--path", "."], "in the published layout"),
         (["--autoencoder", "gone.safetensors"], "--autoencoder 'gone.safetensors' does not exist"),
         (["--text-encoder", "broken.png"], "--text-encoder 'broken.png' is neither a folder nor"),
         (["--text-encoder", "http://me:hidden@host"], "--text-encoder url=http://host/... must hold no user, password"),
@@ -281,7 +281,7 @@ def test_want_of_memory_is_one_line_that_says_what_takes_less(
     monkeypatch.setattr(generate, "load", fail)
     assert command() == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: memory does not suffice")
+    assert line.startswith("error: out of memory")
     assert "smaller --width" in line
 
 

@@ -243,13 +243,13 @@ def test_a_file_that_changes_while_the_model_is_filled_is_named(
 ) -> None:
     file = tmp_path / "flux.safetensors"
     save_file(helpers.transformers("klein")[0].state_dict(), file)
-    read = weights.run
+    read = weights.run_tasks
 
     def write_meanwhile(*arguments: Any) -> None:
         read(*arguments)
         file.write_bytes(file.read_bytes() + b"more")
 
-    monkeypatch.setattr(weights, "run", write_meanwhile)
+    monkeypatch.setattr(weights, "run_tasks", write_meanwhile)
     with pytest.raises(WeightsError, match=r"flux.safetensors was changed while it was read"):
         load_transformer(ModelSource(helpers.VARIANTS["klein"], str(file)))
 
@@ -263,7 +263,7 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
 def test_a_shard_that_the_index_names_and_that_is_absent_is_named(copied: Path) -> None:
     shard = sorted((copied / "transformer").glob("*.safetensors"))[2]
     shard.unlink()
-    with pytest.raises(WeightsError, match=rf"index names files that are not there: {shard.name}"):
+    with pytest.raises(WeightsError, match=rf"index names files that do not exist: {shard.name}"):
         load_transformer(ModelSource(DEV, str(copied)))
 
 
@@ -286,8 +286,8 @@ def test_shards_that_the_index_does_not_name_are_not_read(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (ModelSource(DEV, "/nowhere/at/all"), "model.path='/nowhere/at/all' does not exist: give a repository id"),
-        (ModelSource(DEV, "FLUX.2-dev"), "model.path='FLUX.2-dev' does not exist: give a repository id"),
+        (ModelSource(DEV, "/nowhere/at/all"), "model.path='/nowhere/at/all' does not exist. Give a repository id"),
+        (ModelSource(DEV, "FLUX.2-dev"), "model.path='FLUX.2-dev' does not exist. Give a repository id"),
         (ModelSource(DEV, "gone/flux.safetensors"), "model.path='gone/flux.safetensors' does not exist"),
     ],
 )
@@ -308,7 +308,7 @@ def test_a_missing_place_of_another_part_is_named_by_its_own_setting(model_folde
 
 def test_a_folder_in_another_layout_is_an_error_that_names_the_right_one(tmp_path: Path) -> None:
     with pytest.raises(
-        WeightsError, match=r"not in the published layout \(transformer/, vae/, text_encoder/, tokenizer/\)"
+        WeightsError, match=r"in the published layout \(transformer/, vae/, text_encoder/, tokenizer/\)"
     ):
         load_transformer(ModelSource(DEV, str(tmp_path)))
     (tmp_path / "transformer").mkdir()

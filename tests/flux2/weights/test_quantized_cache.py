@@ -220,7 +220,7 @@ def test_a_damaged_copy_is_said_not_used_and_made_anew(
     raw = copy.read_bytes()
     copy.write_bytes(damage(raw))
     again = place.load()
-    assert "is damaged and will be made anew" in place.said[0]
+    assert "is damaged and will be written again" in place.said[0]
     assert str(copy) in place.said[0]
     assert place.said[1].startswith("writing a quantized copy")
     assert equal(good, again)

@@ -49,11 +49,11 @@ LONG = entry("U8", [BLANK + 5], 0, BLANK + 5)
         (GOOD[:40], r"it ends within its header: 40 bytes, of which the header alone needs \d+"),
         (GOOD[:-1], r"it ends within b: \d+ bytes, of which the tensors up to there need \d+"),
         (GOOD[:-9], r"it ends within a: \d+ bytes"),
-        (GOOD + b"more", "after its last tensor b are 4 bytes more"),
+        (GOOD + b"more", "4 bytes follow its last tensor b"),
         (raw(b"{not json", DATA), "its header is not JSON"),
         (raw(b"\xff\xfe", DATA), "its header is not JSON"),
         (raw([1, 2], DATA), "its header is a list"),
-        (raw({"__metadata__": 3, "a": A}, DATA[:24]), "its metadata are no table"),
+        (raw({"__metadata__": 3, "a": A}, DATA[:24]), "its metadata is not a table"),
         (raw(b'{"a": %s, "a": %s}' % (json.dumps(A).encode(), json.dumps(A).encode()), DATA[:24]), "holds 'a' twice"),
         (raw({"a": {"dtype": "F32", "shape": [6]}}, DATA[:24]), "entry for a has no dtype, shape and data_offsets"),
         (raw({"a": 3}, DATA[:24]), "entry for a has no dtype, shape and data_offsets"),
@@ -259,22 +259,24 @@ import sys
 from pathlib import Path
 import torch
 from flux2.weights.safetensors_files import TensorFiles
-from flux2.weights.parallel_reader import Digests, Job, run, whole
+from flux2.weights.parallel_reader import Digests, ReadTask, read_of, run_tasks
 
 def memory(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 
 kept = []
 files = TensorFiles([Path(sys.argv[1])])
-small = [whole(files["warm"], torch.device("cpu"))]
-run([Job({"it": small[0]}, lambda tensors: None)], Digests())  # threads, libraries
+small = [read_of(files["warm"], torch.device("cpu"))]
+run_tasks([ReadTask({"it": small[0]}, lambda tensors: None)], Digests())  # threads, libraries
 jobs = [
-    Job({"it": whole(files[f"w{i}"], torch.device("cpu"))}, lambda tensors: kept.append(tensors["it"][::4].clone()))
+    ReadTask(
+        {"it": read_of(files[f"w{i}"], torch.device("cpu"))}, lambda tensors: kept.append(tensors["it"][::4].clone())
+    )
     for i in range(6)
 ]
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
 before = memory("VmRSS")
-run(jobs, Digests())
+run_tasks(jobs, Digests())
 print(memory("VmHWM") - before, sum(part.nbytes for part in kept), max(job.nbytes for job in jobs))
 """
 
