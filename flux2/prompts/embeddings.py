@@ -1,7 +1,7 @@
-"""The pipeline's embeddings: those of prompts that were met before, and where those of others come from.
+"""The pipeline's embeddings, computed once per prompt.
 
-That is a text encoder on this machine, loaded when it is needed and freed at once unless it is to be kept; a server
-(flux2/prompts/remote_client.py); or a file (flux2/prompts/saved.py).
+They come from a text encoder on this machine, loaded when needed and freed at once unless it is to stay; from a server
+(flux2/prompts/remote_client.py); or from a file (flux2/prompts/saved.py).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class TextSource:
     """Where embeddings come from. Raises ValueError for settings that contradict each other.
 
     Attributes:
-        server: address of a text encoder that runs elsewhere.
-        saved: a file with embeddings.
-        storage: of the layers of the text encoder on this machine: `nf4`, `int8`, None for the pipeline's dtype.
-        keep: whether that text encoder stays in memory.
+        server: Address of a text encoder on another machine.
+        saved: File with embeddings.
+        storage: Storage of the local text encoder's layers: `nf4`, `int8`, None for the pipeline's dtype.
+        keep: Whether the local text encoder stays in memory.
     """
 
     server: str | None = None
@@ -49,14 +49,15 @@ class TextSource:
         check_storage(self.storage, "text_storage")
         if self.storage is not None and (self.server or self.saved):
             raise ValueError(
-                f"text_storage={self.storage!r} does nothing with {self.external_source}: no text encoder is loaded here"
+                f"text_storage={self.storage!r} has no effect with {self.external_source}: no text encoder is loaded. "
+                "Remove one of them"
             )
         if self.server and self.saved:
-            raise ValueError(f"embeddings={str(self.saved.file)!r} and text_encoder={self.server!r}: give one of them")
+            raise ValueError(f"embeddings={str(self.saved.file)!r} and text_encoder={self.server!r} exclude each other")
 
     @property
     def external_source(self) -> str:
-        """What stands for the text encoder of this machine; empty if nothing does."""
+        """What replaces the local text encoder; empty if nothing does."""
         return f"the server {self.server}" if self.server else f"the file {self.saved.file}" if self.saved else ""
 
 
@@ -66,7 +67,7 @@ def text_source(
     embeddings: str | os.PathLike[str] | None,
     storage: Storage | None,
 ) -> tuple[TextSource, str | None]:
-    """Where embeddings come from, and which folder or repository the text encoder is read from, if one is given."""
+    """Return the source of embeddings, and the folder or repository of the text encoder, if one is given."""
     server = None
     if isinstance(text_encoder, str) and re.match(r"https?:", text_encoder):
         try:
@@ -75,12 +76,12 @@ def text_source(
             raise ValueError(f"model.text_encoder: {error}") from error
     saved = None if embeddings is None else SavedPrompts(Path(embeddings).expanduser(), variant)
     if saved is not None and text_encoder is not None:
-        raise ValueError(f"embeddings={str(saved.file)!r} and text_encoder={text_encoder!r}: give one of them")
+        raise ValueError(f"embeddings={str(saved.file)!r} and text_encoder={text_encoder!r} exclude each other")
     return TextSource(server, saved, storage), text_encoder
 
 
 class Prompts:
-    """Embeddings of prompts, each got once."""
+    """Embeddings of prompts, each obtained once."""
 
     def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype, text: TextSource) -> None:
         self.source, self.device, self.dtype, self.text = source, device, dtype, text
@@ -88,9 +89,9 @@ class Prompts:
         self.known: dict[tuple[str, int], Tensor] = {}
 
     def get(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
-        """(B, T, text_width), with T = `length`, by default what the model was trained with.
+        """Return embeddings (B, T, text_width), with T = `length`, by default that of the model's training.
 
-        Raises TypeError or ValueError, also from where the embeddings come from.
+        Raises TypeError or ValueError, also from the source of the embeddings.
         """
         prompts = checks.texts("prompts", prompts)
         tokens = self._tokens(length)
@@ -98,12 +99,13 @@ class Prompts:
         if unknown:
             find = self._read if self.text.saved else self._request if self.text.server else self._compute
             if cut := find(unknown, tokens):
-                log.warning("%d prompts are longer than %d tokens and were cut: %.80r", len(cut), tokens, cut[0])
+                log.warning("truncated %d prompts to %d tokens, e.g. %.80r", len(cut), tokens, cut[0])
         return torch.cat([self.known[prompt, tokens] for prompt in prompts])
 
     def save(self, file: str | os.PathLike[str], prompts: Sequence[str], length: int | None = None) -> None:
-        """Write the embeddings of `prompts` to `file`, for `embeddings=file`; with the empty one for guidance by two
-        predictions, where the model may need it."""
+        """Write the embeddings of `prompts` to `file`, for `embeddings=file`, and that of the empty prompt if the model
+        may need it for classifier-free guidance.
+        """
         wanted = [*dict.fromkeys(checks.texts("prompts", prompts))]
         if not self.source.variant.transformer.guidance and "" not in wanted:
             wanted.append("")
@@ -116,7 +118,7 @@ class Prompts:
             return self.source.variant.text.length
         return checks.whole("length", length, 1, checks.MAX_LENGTH)
 
-    # Each of these gets to know the embeddings of `prompts`, and returns those of them that were cut.
+    # Each of these functions adds the embeddings of `prompts` to `known` and returns the prompts that were truncated.
 
     def _read(self, prompts: Sequence[str], length: int) -> list[str]:
         assert self.text.saved is not None
@@ -146,7 +148,7 @@ class Prompts:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nothing holds any more."""
+    """Free memory that nothing refers to."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -190,7 +190,7 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
         (["--path", "."], "in the published layout"),
         (["--autoencoder", "gone.safetensors"], "--autoencoder 'gone.safetensors' does not exist"),
         (["--text-encoder", "broken.png"], "--text-encoder 'broken.png' is neither a folder nor"),
-        (["--text-encoder", "http://me:hidden@host"], "--text-encoder url=http://host/... must hold no user, password"),
+        (["--text-encoder", "http://me:hidden@host"], "--text-encoder url=http://host/... must have no user, password"),
     ],
 )
 def test_whatever_is_wrong_is_one_line_and_exit_code_2(

@@ -70,9 +70,9 @@ def test_what_a_file_does_not_hold_is_named(small) -> None:
     _, load = small
     load().save_embeddings("one.safetensors", ["a cup"])
     pipe = load(embeddings="one.safetensors")
-    with pytest.raises(ValueError, match=r"'one\.safetensors' has none of 'a fox'; it has .*'a cup'\. Make it again"):
+    with pytest.raises(ValueError, match=r"'one\.safetensors' has no embedding of 'a fox', only of .*'a cup'\. Write it again"):
         pipe.generate("a fox", **SMALL)
-    with pytest.raises(ValueError, match=r"are of \d+ tokens a prompt, not 10"):
+    with pytest.raises(ValueError, match=r"have \d+ tokens per prompt, not 10"):
         pipe.encode(["a cup"], length=10)
     assert pipe.encode(["a cup"], length=pipe.variant.text.length).shape[0] == 1
 
@@ -86,10 +86,10 @@ def test_files_that_cannot_be_used_are_refused_when_the_model_is_asked_for(small
     load().save_embeddings("good.safetensors", ["a cup"])
     content = load_file("good.safetensors")
     for name, said in (
-        ("gone.safetensors", "is no file: `--save-embeddings` or pipe.save_embeddings makes one"),
+        ("gone.safetensors", "is not a file. `--save-embeddings` or pipe.save_embeddings writes one"),
         ("broken.safetensors", "cannot be used"),
         ("plain.safetensors", r"cannot be used \(it is not of `--save-embeddings`"),
-        ("other.safetensors", "are of another model: "),
+        ("other.safetensors", "belong to another model: "),
     ):
         with pytest.raises(ValueError, match=said):
             load(embeddings=name)
@@ -137,8 +137,8 @@ def open_about(file: str) -> Any:
             {"text_storage": "nf4", "embeddings": "good.safetensors"},
             "text_storage='nf4' does nothing with the file good",
         ),
-        ({"embeddings": "good.safetensors", "text_encoder": "http://127.0.0.1:1"}, "give one of them"),
-        ({"embeddings": "good.safetensors", "text_encoder": "folder"}, "give one of them"),
+        ({"embeddings": "good.safetensors", "text_encoder": "http://127.0.0.1:1"}, "exclude each other"),
+        ({"embeddings": "good.safetensors", "text_encoder": "folder"}, "exclude each other"),
         ({"text_storage": "fp8"}, "text_storage='fp8' must be one of nf4, int8, or null"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_picture_says_how_its_text_encoder_was_kept(small, monkeypatch, tmp_pa
         (("--save-embeddings", "e.safetensors", "--adapter", "a"), "--adapter does nothing with --save-embeddings"),
         (("--save-embeddings", "e.safetensors", "--merge"), "--merge does nothing with --save-embeddings"),
         (("--save-embeddings", "e.safetensors", "--image", "a.png"), "--image does nothing with --save-embeddings"),
-        (("--embeddings", "gone.safetensors"), "gone.safetensors' is no file"),
+        (("--embeddings", "gone.safetensors"), "gone.safetensors' is not a file"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(words, said, tmp_path, monkeypatch, capsys) -> None:

@@ -27,7 +27,7 @@ def test_what_would_run_when_unpickled_is_refused_in_every_format(tmp_path: Path
     old = io.BytesIO()
     torch.save(Harmful(harm), old, _use_new_zipfile_serialization=False)
     for body in (harmful_archive(harm), saved(Harmful(harm)), saved({"x": Harmful(harm)}), old.getvalue()):
-        with pytest.raises(ValueError, match=r"is no tensor|no tensor as torch.save"):
+        with pytest.raises(ValueError, match=r"is not a tensor|not a tensor as torch.save"):
             read_serialized(body)
     assert not harm.exists()
     torch.load(io.BytesIO(saved(Harmful(harm))), weights_only=False)

@@ -295,7 +295,7 @@ def test_the_published_endpoint_is_the_default():
     ("settings", "said"),
     [
         ({"url": "nowhere"}, "text_encoder.url='nowhere' is not an address"),
-        ({"url": "https://me:hidden@host"}, "text_encoder.url=https://host/... must hold no user, password"),
+        ({"url": "https://me:hidden@host"}, "text_encoder.url=https://host/... must have no user, password"),
         ({"protocol": "http"}, "text_encoder.protocol='http' must be one of flux2, published, or null"),
         ({"length": 0}, "text_encoder.length=0 must be a whole number from 1 on"),
         ({"max_concurrent_requests": 0}, "text_encoder.max_concurrent_requests=0 must be a whole number from 1 to 64"),
