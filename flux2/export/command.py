@@ -1,9 +1,10 @@
-"""Adapters for other programs: `python -m flux2.export outputs/tarot/.../adapter --format comfyui --out x.safetensors`.
+"""Write adapters for other programs: `python -m flux2.export outputs/tarot/.../adapter --format comfyui --out
+x.safetensors`.
 
-ADAPTER is all that `flux2.generate --adapter` takes: a run, checkpoint or PEFT folder, or a file of diffusers',
-ComfyUI's or kohya's keys; several are added up. What is no low-rank pair becomes the nearest one, and how near
-is said. With --format full-bfl or full-diffusers the adapters are merged into a whole transformer. A file is read back
-and compared before it gets its name.
+ADAPTER is anything that `flux2.generate --adapter` accepts: a run, checkpoint or PEFT folder, or a file with keys of
+diffusers, ComfyUI or kohya; several are added up. An adapter that is not a low-rank pair becomes the nearest one, and
+the error is reported. With --format full-bfl or full-diffusers the adapters are merged into a complete transformer.
+Each file is read back and compared before it gets its name.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ FORMS: dict[str, Callable[[Mapping[str, LoraPair]], dict[str, Tensor]]] = {
 }
 FULL = {"full-bfl": "bfl", "full-diffusers": "diffusers"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RANK = 64  # of what is converted, unless another is asked for
-EXACT = 1e-6  # relative error that reading back may have beside rounding to the dtype
-COARSE = 0.1  # relative error from which a conversion is called coarse
-# layers that diffusers 0.42 leaves out of kohya's keys, with a warning alone, and that it reads wrongly of ComfyUI's
+RANK = 64  # default rank of conversions
+EXACT = 1e-6  # relative error that reading back may have in addition to rounding to the dtype
+COARSE = 0.1  # relative error from which a conversion is reported as coarse
+# layers that diffusers 0.42 leaves out of kohya's keys, with only a warning, and that it reads wrongly from ComfyUI's
 DROPPED = ("guidance_in", "double_stream_modulation", "single_stream_modulation", "final_layer.adaLN")
 
 
@@ -67,72 +68,79 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m flux2.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("adapter", nargs="+", metavar="ADAPTER[:SCALE]", help="folder or file")
-    parser.add_argument("--format", required=True, choices=[*FORMS, *FULL], help="whose keys, or a full checkpoint")
+    parser.add_argument(
+        "--format", required=True, choices=[*FORMS, *FULL], help="program whose keys are written, or a full checkpoint"
+    )
     parser.add_argument("--out", required=True, type=Path, help="a .safetensors file; a folder for full-diffusers")
-    parser.add_argument("--model", choices=list(VARIANTS), help="which FLUX.2, where the adapter does not say it")
+    parser.add_argument("--model", choices=list(VARIANTS), help="the base, if the adapter does not record it")
     parser.add_argument(
         "--path",
-        help="its repository id, folder or .safetensors file, where weights are needed and not published there",
+        help="repository id, folder or .safetensors file of the base, if weights are needed and not the published ones",
     )
-    parser.add_argument("--rank", type=int, help=f"of the LoRA; what must be converted gets {RANK} if it is not given")
+    parser.add_argument("--rank", type=int, help=f"rank of the LoRA; {RANK} for conversions by default")
     parser.add_argument(
-        "--max-error", type=float, metavar="E", help="instead: in each layer the smallest rank with this relative error"
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="instead of a rank: the smallest rank of each layer with this error",
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), help="fp32 for a LoRA, as in the base for a full checkpoint")
-    parser.add_argument("--device", help="where it is computed: cuda, cpu; the GPU if there is one")
-    parser.add_argument("--title", help="for the file's metadata; by default the name of OUT")
-    parser.add_argument("--trigger", default="", metavar="PHRASE", help="likewise: the trigger word")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="default: fp32 for a LoRA, the base's for a full checkpoint"
+    )
+    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    parser.add_argument("--title", help="title in the file's metadata; default: the name of OUT")
+    parser.add_argument("--trigger", default="", metavar="PHRASE", help="trigger word in the metadata")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     options = parser.parse_args(argv)
     if options.rank is not None and options.max_error is not None:
         parser.error("give --rank or --max-error, not both")
     if options.format in FULL and (options.rank, options.max_error) != (None, None):
-        parser.error(f"--format {options.format} keeps the whole change: leave --rank and --max-error out")
+        parser.error(f"--format {options.format} keeps the complete change: remove --rank and --max-error")
     return options
 
 
-# ------------------------------------------------------------------ what is asked for
+# ------------------------------------------------------------------ checks
 
 
 def output_path(options: argparse.Namespace) -> Path:
-    """What is written, and replaced if it is there."""
+    """Return the path that is written, and replaced if it exists."""
     return options.out / "transformer" if options.format == "full-diffusers" else options.out
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises ValueError for what can be told before anything is read."""
+    """Raise ValueError for options that are wrong independently of the files."""
     if options.rank is not None:
         checks.whole("--rank", options.rank, 1)
     if options.max_error is not None and not 0 < options.max_error < 1:
-        raise ValueError(f"--max-error {options.max_error:g} must be above 0 and below 1: 0.01 is 1 %")
+        raise ValueError(f"--max-error {options.max_error:g} must be above 0 and below 1, for example 0.01 for 1 %")
     out = options.out
     if options.format != "full-diffusers":
         if out.suffix != ".safetensors":
             raise ValueError(f"--out {out} must end in .safetensors")
         if out.is_dir():
-            raise ValueError(f"--out {out} is a folder: give a file")
+            raise ValueError(f"--out {out} is a folder. Give a file")
     elif out.suffix == ".safetensors" or out.is_file():
         raise ValueError(f"--out {out} must be a folder, in which transformer/ is written")
     target = output_path(options)
     if target.exists() and not options.overwrite:
-        raise ValueError(f"--out {target} exists: give another name, or --overwrite to replace it")
+        raise ValueError(f"--out {target} exists. Choose another name, or replace it with --overwrite")
     there = next(place for place in target.absolute().parents if place.exists())
     if not there.is_dir() or (options.format == "full-diffusers" and target.is_file()):
         file = there if not there.is_dir() else target
-        raise ValueError(f"--out {out} cannot be written: {file} is a file, and no folder. Give another place")
+        raise ValueError(f"--out {out} cannot be written: {file} is a file, not a folder. Choose another path")
     if not os.access(there, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: {there} is read-only. Give another place")
+        raise ValueError(f"--out {out} cannot be written: {there} is read-only. Choose another path")
 
 
 def check_apart(out: Path, places: Sequence[Path], source: ModelSource | None) -> None:
-    """Raises ValueError if writing `out` would replace an adapter or the base that is read."""
+    """Raise ValueError if writing `out` would replace an adapter or the base that is read."""
     read = [place.resolve() for place in places]
     read += [place / PEFT_FILE for place in read if place.is_dir()]
     if source is not None:
         read.append((source.file("transformer") or source.folder("transformer")).resolve())
     target = out.resolve()
     if any(target in (place, *place.parents) for place in read):
-        raise ValueError(f"--out {out} is what is read, or holds it: give another name")
+        raise ValueError(f"--out {out} is an input, or contains one. Choose another name")
 
 
 # ------------------------------------------------------------------ low-rank files
@@ -140,11 +148,11 @@ def check_apart(out: Path, places: Sequence[Path], source: ModelSource | None) -
 
 @dataclass
 class ConversionErrors:
-    """How near converted layers come to what they stand for."""
+    """Relative errors of converted layers."""
 
     errors: dict[str, float]
-    lost: float = 0.0  # squares of norms
-    whole: float = 0.0
+    lost: float = 0.0  # sum of squared errors
+    whole: float = 0.0  # sum of squared norms
 
     def add(self, layer: str, error: float, size: float) -> None:
         self.errors[layer] = ratio(error, size)
@@ -166,13 +174,13 @@ def low_rank(
     base: Callable[[], BaseWeights],
     device: torch.device,
 ) -> tuple[dict[str, LoraPair], ConversionErrors | None]:
-    """The sum of adapters as a pair a layer, and how near that is; None where nothing had to be left out."""
+    """Return the sum of adapters as one pair per layer, and the errors; None if nothing was approximated."""
     layers = list(dict.fromkeys(layer for update in found for layer in update.layers))
     given = options.rank is not None or options.max_error is not None
     if not given and len(found) == 1 and found[0].kind == "DoRA" and options.format == "diffusers":
         if found[0].scale == 1:
             return dict(found[0].pairs), None
-        say(f"a DoRA at scale {found[0].scale:g} is no DoRA that diffusers could hold: it is converted")
+        say(f"a DoRA at scale {found[0].scale:g} is not a DoRA that diffusers can hold: it is converted")
     here = {layer: [update for update in found if layer in update.layers] for layer in layers}
     whole = [layer for layer in layers if not all(update.is_plain for update in here[layer])]
     pairs: dict[str, LoraPair] = {}
@@ -207,10 +215,10 @@ def low_rank(
 def write_pairs(
     pairs: Mapping[str, LoraPair], options: argparse.Namespace, model: Transformer, metadata: Mapping[str, str]
 ) -> float:
-    """Write a LoRA, read it back and compare; returns the largest relative error of a layer.
+    """Write a LoRA, read it back and compare; return the largest relative error of a layer.
 
-    Raises ValueError if the disk has no room, NotReadError if the file does not hold what it should. OUT is then as it
-    was.
+    Raises ValueError if the disk has no room, NotReadError if the file differs from what was written. OUT is then
+    unchanged.
     """
     dtype = DTYPES[options.dtype or "fp32"]
     state = {
@@ -222,7 +230,7 @@ def write_pairs(
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as place:
         place.touch()
-        readable = place.stat().st_mode  # as the umask says; safetensors writes for the owner alone
+        readable = place.stat().st_mode  # follows the umask; safetensors writes for the owner only
         save_file(state, place, {**metadata, modelspec.HASH: modelspec.content_hash(state)})
         worst = compare(from_state(load_file(place), model), pairs, dtype)
         place.chmod(readable)
@@ -230,7 +238,7 @@ def write_pairs(
 
 
 def compare(found: Mapping[str, LoraPair], wanted: Mapping[str, LoraPair], dtype: torch.dtype) -> float:
-    """The largest relative error of a layer's update. Raises NotReadError if one is above what `dtype` explains."""
+    """Return the largest relative error of a layer's update. Raises NotReadError if `dtype` does not explain it."""
     if found.keys() != wanted.keys():
         raise NotReadError(f"the file that was written has other layers: {listed(found.keys() ^ wanted.keys())}")
     worst = 0.0
@@ -244,28 +252,28 @@ def compare(found: Mapping[str, LoraPair], wanted: Mapping[str, LoraPair], dtype
             allowed = max(allowed, EXACT + torch.finfo(dtype).eps / 2)
         if max(errors) > allowed:
             raise NotReadError(
-                f"what was read back of {layer} differs by {max(errors):.2g} from what was written, and rounding "
-                f"explains {allowed:.2g}: nothing was left"
+                f"{layer} differs after reading back by {max(errors):.2g}, of which rounding explains {allowed:.2g}: "
+                "nothing was written"
             )
         worst = max(worst, *errors)
     return worst
 
 
 def warn_of_layers(layers: Sequence[str], form: str) -> None:
-    """Say which layers other programs are known not to read."""
+    """Warn about layers that other programs ignore."""
     lost = [layer for layer in layers if layer.startswith(DROPPED)]
     if form == "kohya" and lost:
-        say(f"note: diffusers leaves {listed(lost)} out when it reads kohya's keys; ComfyUI reads them")
+        say(f"note: diffusers leaves out {listed(lost)} when it reads kohya's keys; ComfyUI reads them")
     swapped = [layer for layer in layers if layer.startswith("final_layer.adaLN")]
     if form == "comfyui" and swapped:
-        say(f"note: diffusers reads {listed(swapped)} of ComfyUI's keys with its halves in the wrong order")
+        say(f"note: diffusers reads {listed(swapped)} from ComfyUI's keys with its halves in the wrong order")
 
 
 # ------------------------------------------------------------------ the command
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Write what is asked for; returns OUT. Raises ValueError for anything wrong in `options` or in files."""
+    """Write the requested file or folder and return OUT. Raises ValueError for invalid options or files."""
     check_options(options)
     device = pick_device(options.device)
     given = [split_adapter(adapter) for adapter in options.adapter]
@@ -279,8 +287,8 @@ def run(options: argparse.Namespace) -> Path:
     needed = options.format in FULL or any(update.needs_weights for update in found)
     if needed and not certain:
         raise ValueError(
-            f"the weights of the base are needed, and the adapter does not say which it is: give --model "
-            f"{variant.name}, or another of these sizes"
+            f"the weights of the base are needed, and the adapter does not record it. Give --model {variant.name}, or "
+            "another variant of these sizes"
         )
     source = model_source(variant.name, options.path)
 
@@ -309,11 +317,11 @@ def run(options: argparse.Namespace) -> Path:
         ranks = sorted({pair.a.shape[0] for pair in pairs.values()})
         size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         converted = any(not update.is_plain for update in found)
-        told = f"{kinds} {'converted to a LoRA of' if converted else 'brought to'} {size}: relative error {near}"
-        about["description"] = told
-        say(told)
+        summary = f"{kinds} {'converted to a LoRA of' if converted else 'brought to'} {size}: relative error {near}"
+        about["description"] = summary
+        say(summary)
         if near.overall > COARSE:
-            say(f"note: that is coarse, and pictures will differ: give a larger --rank, or --max-error {COARSE / 10}")
+            say(f"note: this is coarse, and images will differ: use a larger --rank, or --max-error {COARSE / 10}")
     with name_output_in_errors(options.out):
         worst = write_pairs(pairs, options, model, modelspec.metadata(**about))
     warn_of_layers(list(pairs), options.format)
@@ -323,14 +331,14 @@ def run(options: argparse.Namespace) -> Path:
 
 @contextmanager
 def name_output_in_errors(out: Path) -> Iterator[None]:
-    """Within this context what a full disk raises, which names no file, becomes a ValueError that names `out`."""
+    """Context manager that turns errors of a full disk, which name no file, into a ValueError that names `out`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "filename", None) is not None:
             raise
         raise ValueError(
-            f"--out {out} could not be written ({error}), and nothing was left: make room there, or give another place"
+            f"--out {out} could not be written ({error}), and nothing was left: make room there, or choose another path"
         ) from error
 
 
@@ -343,7 +351,7 @@ def write_checkpoint(
     device: torch.device,
     about: dict[str, Any],
 ) -> None:
-    """Write a full checkpoint and say what came of it."""
+    """Write a full checkpoint and report the change."""
     about["merged_from"] = ", ".join([str(about["base"]), *(str(update.place) for update in found)])
     with tqdm(total=len(base.weights), unit="tensor", leave=False, disable=None) as bar:
         merged = merge(
@@ -359,11 +367,11 @@ def write_checkpoint(
             progress=lambda _: bar.update(),
         )
     say(
-        f"merged into {merged.layers} layers, which change by {merged.changed:.2g} of themselves; rounding to what is "
-        f"written takes {merged.lost:.2g} of the change. Read back: as it was written, bit for bit"
+        f"merged into {merged.layers} layers, which change by {merged.changed:.2g} of themselves; rounding loses "
+        f"{merged.lost:.2g} of the change. Read back and compared: equal bit for bit"
     )
     if options.format == "full-diffusers":
-        say("it is the transformer alone: autoencoder, text encoder and the rest stay those of the base")
+        say("this is only the transformer: autoencoder, text encoder and the rest are those of the base")
 
 
 def main() -> int:

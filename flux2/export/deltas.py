@@ -1,7 +1,7 @@
-"""Adapters read from their files without a model: what each adds to the weight of each layer.
+"""Read adapters from their files without a model: what each adds to the weight of each layer.
 
-Exporting and merging go layer by layer, so that a model of 64 GB need not fit anywhere. LoRA, rsLoRA, PiSSA and DoRA
-are read as pairs (`adapter_formats`); of LoHa, LoKr and OFT, PEFT computes the change of a layer that stands alone.
+Export and merging work layer by layer, so a model of 64 GB need not fit in memory. LoRA, rsLoRA, PiSSA and DoRA are
+read as pairs (flux2/adapters/formats.py); for LoHa, LoKr and OFT, PEFT computes the change of a single layer.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from flux2.models.variants import VARIANTS, TransformerConfig, Variant, known
 from flux2.utils import checks
 from flux2.utils.text import listed
 
-ORDER_DEPENDENT = ("DoRA", "OFT")  # these do not add to a weight: one divides by its lengths, the other turns it
+ORDER_DEPENDENT = ("DoRA", "OFT")  # not sums: a DoRA divides by row lengths, an OFT rotates the input
 
 
 @dataclass(frozen=True)
 class AdapterDelta:
-    """An adapter as its files have it.
+    """An adapter in its files.
 
     Attributes:
-        place: its file or folder.
-        scale: what its whole change is multiplied by.
-        base: the variant that it says it was trained on; None if it does not say or names none that is known.
-        pairs: of the layers, for low-rank types.
-        config, tensors: PEFT's configuration and each layer's tensors by PEFT's keys, for the others.
+        place: Its file or folder.
+        scale: Factor of its change.
+        base: The variant that it records as its base; None if it records none or an unknown one.
+        pairs: Pairs of the layers, for low-rank types.
+        config, tensors: PEFT's configuration and each layer's tensors by PEFT's keys, for other types.
     """
 
     place: Path
@@ -54,28 +54,29 @@ class AdapterDelta:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it adds a low-rank pair to each weight, whatever that is."""
+        """Whether it adds a low-rank pair to each weight, independently of the weight."""
         return bool(self.pairs) and self.kind != "DoRA"
 
     @property
     def needs_weights(self) -> bool:
-        """Whether its change hangs on the base's weights."""
+        """Whether its change depends on the base's weights."""
         return self.kind in ORDER_DEPENDENT
 
     def description(self) -> str:
+        """Return type, ranks and number of layers."""
         ranks = [pair.a.shape[0] for pair in self.pairs.values()]
         return str(Loaded(self.kind, tuple(self.layers), tuple(ranks)))
 
     def pair(self, layer: str) -> LoraPair:
-        """Of a plain one, its scale folded in."""
+        """Return the pair of a layer of a plain adapter, with its scale folded in."""
         found = self.pairs[layer]
         return found if self.scale == 1 else LoraPair(found.a, found.b * self.scale)
 
     def change(self, layer: str, weight: Tensor | None, device: torch.device) -> Tensor:
-        """What it adds to the weight of `layer`, (out, in) float32 on `device`, in memory of its own.
+        """Return what it adds to the weight of `layer`: a new tensor (out, in) in float32 on `device`.
 
         Args:
-            weight: of the base, float32 on `device`; needed if `needs_weights` says so.
+            weight: Weight of the base, in float32 on `device`; required if `needs_weights`.
         """
         if layer in self.pairs:
             pair = self.pairs[layer]
@@ -100,7 +101,7 @@ def change_by_peft(
     weight: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """The change that PEFT makes when it merges an adapter of `config` into a layer of `weight`, by default of 0."""
+    """Return the change that PEFT makes when it merges an adapter of `config` into a layer, by default of zeros."""
     base = torch.zeros(shape, device=device) if weight is None else weight
     alone = nn.Module()
     alone.linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
@@ -112,16 +113,15 @@ def change_by_peft(
 
 
 def skeleton(sizes: TransformerConfig) -> Transformer:
-    """A model of names and shapes alone."""
+    """Return a model without memory, for its names and shapes."""
     with torch.device("meta"):
         return Transformer(sizes)
 
 
 def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDelta:
-    """The adapter at `path`, which `adapters.find` looks for, checked against the names and shapes of `model`.
+    """Return the adapter at `path`, as `adapters.find` resolves it, checked against names and shapes of `model`.
 
-    Raises AdapterError for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite
-    number.
+    Raises AdapterError for an adapter that cannot be used, TypeError or ValueError for an invalid scale.
     """
     scale = checks.number("scale", scale)
     place = adapters.find(path)
@@ -163,28 +163,30 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
 
 
 def check_together(updates: Sequence[AdapterDelta]) -> None:
-    """Raises AdapterError unless the changes of several adapters add up."""
+    """Raise AdapterError unless the changes of several adapters add up."""
     alone = [update.kind for update in updates if update.needs_weights]
     if alone and len(updates) > 1:
         raise AdapterError(
-            f"a {alone[0]} cannot be added to another adapter: its change hangs on the weights it is used with, so the "
-            "order would decide. Merge one into a full checkpoint (--format full-bfl), and the next into that "
-            "(--path)"
+            f"a {alone[0]} cannot be added to another adapter: its change depends on the current weights, so the "
+            "result would depend on the order. Merge one into a full checkpoint (--format full-bfl), and the next "
+            "into that (--path)"
         )
 
 
 def variant_for(places: Sequence[Path], asked: str | None) -> tuple[Variant, bool]:
-    """The model that adapters are for, and whether that is certain: it was asked for, or one of them says so.
+    """Return the model that the adapters are for, and whether that is certain: requested, or recorded in one of them.
 
-    Otherwise the first variant whose layers the first one fits: klein base and its distilled twin have the same.
+    Otherwise it is the first variant whose layers the first adapter fits: klein base and its distilled twin have the
+    same.
+    same.
 
-    Raises AdapterError if an adapter says that it was trained on a model of other sizes, or if none fits.
+    Raises AdapterError if an adapter records a base of other sizes, or if none fits.
     """
     recorded = {place: found for place in places if (found := known(adapter_files.recorded_base(place)))}
     if asked is not None:
         for place, one in recorded.items():
             if one.transformer != VARIANTS[asked].transformer:
-                raise AdapterError(f"adapter {place} was trained on {one.name}, whose layers are not those of {asked}")
+                raise AdapterError(f"adapter {place} was trained on {one.name}, whose layers differ from {asked}'s")
         return VARIANTS[asked], True
     sizes = {one.transformer for one in recorded.values()}
     if len(sizes) > 1:
@@ -200,9 +202,9 @@ def variant_for(places: Sequence[Path], asked: str | None) -> tuple[Variant, boo
             why[one.name] = str(error).removeprefix(f"adapter {places[0]}: ")
         else:
             return one, False
-    if len(set(why.values())) == 1:  # it is the file, and not the model
+    if len(set(why.values())) == 1:  # the file is the cause, not the model
         raise AdapterError(f"adapter {places[0]}: {next(iter(why.values()))}")
     raise AdapterError(
-        f"adapter {places[0]} does not say which model it is for, and fits none of {listed(VARIANTS)}. For "
-        f"{next(iter(why))}: {next(iter(why.values()))}"
+        f"adapter {places[0]} does not record its base, and fits none of {listed(VARIANTS)}. For {next(iter(why))}: "
+        f"{next(iter(why.values()))}"
     )

@@ -1,7 +1,7 @@
-"""Adapters merged into a full checkpoint, in Black Forest Labs' layout or in diffusers', tensor by tensor.
+"""Merge adapters into a full checkpoint, in Black Forest Labs' or diffusers' layout, tensor by tensor.
 
-Each weight is read, the changes are added in float32, and the sum is rounded once, to the dtype that is written. What
-was meant to be written is compared with what the disk holds before the files get their names.
+Each weight is read, the changes are added in float32, and the sum is rounded once, to the dtype that is written. The
+files are read back and compared before they get their names.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from flux2.weights.streaming_writer import Plan, SafetensorsWriter, check_room, 
 from flux2.weights.transformer_tensors import BaseWeights
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SHARD = "10GB"  # of a file, as diffusers writes them
+SHARD = "10GB"  # largest file, as in diffusers
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 @dataclass(frozen=True)
 class MergeSummary:
-    """What came of a merge: relative sizes of the change, and of what rounding took of it (Frobenius norms)."""
+    """Relative sizes (Frobenius norms) of the change of the weights, and of its loss by rounding."""
 
     layers: int
     changed: float
@@ -43,19 +43,19 @@ class MergeSummary:
 
 
 class NotReadError(AdapterError):
-    """What was read back of a file is not what was written."""
+    """A file that was read back differs from what was written."""
 
 
 def published_tensor(name: str, layout: str) -> PublishedTensor:
-    """Where a tensor of ours is in a checkpoint: under the same name for `bfl`."""
+    """Return where one of our tensors is in a checkpoint: under the same name for `bfl`."""
     return transformer_tensor(name) if layout == "diffusers" else PublishedTensor((name,))
 
 
 def plan(base: BaseWeights, model: Transformer, layout: str, dtype: torch.dtype | None) -> tuple[list[str], Plan]:
-    """Our tensors in the order that they are written in, and those of the checkpoint."""
+    """Return our tensors in the order of writing, and the checkpoint's tensors."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     dtypes = {name: base.dtype(name) if dtype is None else dtype for name in shapes}
-    # large elements first: the format wants a tensor to begin at a multiple of its element's size
+    # large elements first: the format requires a tensor to start at a multiple of its element size
     order = sorted(shapes, key=lambda name: -dtypes[name].itemsize)
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in order:
@@ -65,7 +65,7 @@ def plan(base: BaseWeights, model: Transformer, layout: str, dtype: torch.dtype 
 
 
 def shards(folder: Path, whole: Plan) -> tuple[dict[Path, Plan], dict[str, object] | None]:
-    """The files of a folder in diffusers' layout, and its index; None where one file holds everything."""
+    """Return the files of a folder in diffusers' layout, and its index; None if one file holds everything."""
     empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in whole.items()}
     split = huggingface_hub.split_torch_state_dict_into_shards(empty, filename_pattern=PATTERN, max_shard_size=SHARD)
     files: dict[Path, Plan] = {
@@ -77,11 +77,11 @@ def shards(folder: Path, whole: Plan) -> tuple[dict[Path, Plan], dict[str, objec
 
 
 def diffusers_config(source: ModelSource) -> bytes:
-    """`config.json` of diffusers' transformer: that of the base where there is one."""
+    """Return `config.json` of diffusers' transformer: the base's if it exists."""
     if source.file("transformer") is None and (kept := source.folder("transformer") / "config.json").exists():
         return kept.read_bytes()
     sizes: TransformerConfig = source.variant.transformer
-    told = {
+    config = {
         "_class_name": "Flux2Transformer2DModel",
         "patch_size": 1,
         "in_channels": sizes.channels,
@@ -98,7 +98,7 @@ def diffusers_config(source: ModelSource) -> bytes:
         "eps": sizes.eps,
         "guidance_embeds": sizes.guidance,
     }
-    return json.dumps(told, indent=2).encode()
+    return json.dumps(config, indent=2).encode()
 
 
 def merge(
@@ -117,21 +117,21 @@ def merge(
     """Write the transformer of `source` with `updates` added.
 
     Args:
-        base: its tensors.
-        model: its names and shapes.
-        out: the file for `bfl`; for `diffusers` the folder, of which `transformer/` is written.
-        dtype: of all tensors; None: each as it is in the base.
-        device: where sums are made.
-        progress: is told each of our tensors as it is written.
+        base: Tensors of the transformer.
+        model: Model with the names and shapes.
+        out: The file for `bfl`; for `diffusers` the folder, in which `transformer/` is written.
+        dtype: Dtype of all tensors; None: as in the base.
+        device: Device for the sums.
+        progress: Called with each of our tensor names after it is written.
 
     Raises:
-        ValueError: there is no room on the disk.
-        NotReadError: the disk holds something else than what was written. `out` is then as it was.
+        ValueError: The disk has no room.
+        NotReadError: The disk holds something else than what was written. `out` is then unchanged.
     """
     order, whole = plan(base, model, layout, dtype)
     target = out / "transformer" if layout == "diffusers" else out
     check_room(target.parent, nbytes(whole), f"--out {out}")
-    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+    created = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_write(target) as place:
@@ -147,7 +147,7 @@ def merge(
                 writer.finish()
             compare(part_files(place) if layout == "diffusers" else TensorFiles([place]), model, sums)
     except BaseException:
-        for folder in made:
+        for folder in created:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
         raise
@@ -164,7 +164,7 @@ def write_tensors(
     device: torch.device,
     progress: Callable[[str], None],
 ) -> tuple[dict[str, str], MergeSummary]:
-    """Write all tensors; returns their checksums by our names, and what came of the merge."""
+    """Write all tensors; return their checksums by our names, and a summary."""
     sums: dict[str, str] = {}
     layers = {layer for update in updates for layer in update.layers}
     weights, changes, losses = 0.0, 0.0, 0.0  # squares
@@ -179,8 +179,8 @@ def write_tensors(
             tensor = change.to(wanted)
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterError(
-                    f"{layer} would have NaN or infinite weights, as the base has them or the adapters change it by "
-                    f"{size:.2g}: nothing was left. Give a smaller scale, or another adapter"
+                    f"{layer} would get NaN or infinite weights, because the base has them or the adapters change it "
+                    f"by {size:.2g}. Nothing was written. Use a smaller scale, or another adapter"
                 )
             weights += float(weight.norm()) ** 2
             changes += size**2
@@ -199,7 +199,7 @@ def write_tensors(
 def merged_weight(
     updates: Sequence[AdapterDelta], layer: str, weight: Tensor, device: torch.device
 ) -> tuple[Tensor, float]:
-    """The weight with all changes in float32, and the norm of these."""
+    """Return the weight with all changes in float32, and the norm of the changes."""
     here = [update for update in updates if layer in update.layers]
     if all(update.is_plain for update in here):
         pair = sum_pairs([update.pair(layer) for update in here])
@@ -211,7 +211,7 @@ def merged_weight(
 
 
 def compare(files: TensorFiles, model: Transformer, sums: Mapping[str, str]) -> None:
-    """Raises NotReadError unless the tensors in `files`, read as a checkpoint is, have these checksums."""
+    """Raise NotReadError unless the tensors in `files`, read as a checkpoint, have these checksums."""
     found = {}
 
     def use(name: str, tensor: Tensor) -> None:
@@ -221,6 +221,6 @@ def compare(files: TensorFiles, model: Transformer, sums: Mapping[str, str]) -> 
     written.each(sums, torch.device("cpu"), use)
     if wrong := [name for name in sums if found.get(name) != sums[name]]:
         raise NotReadError(
-            f"{len(wrong)} tensors that were read back are not what was written, the first {wrong[0]}: the disk or the "
-            "memory is at fault. Nothing was left; try another disk"
+            f"{len(wrong)} tensors that were read back differ from what was written, the first is {wrong[0]}: the disk "
+            "or the memory is faulty. Nothing was written. Try another disk"
         )

@@ -70,7 +70,7 @@ def test_what_a_file_does_not_hold_is_named(small) -> None:
     _, load = small
     load().save_embeddings("one.safetensors", ["a cup"])
     pipe = load(embeddings="one.safetensors")
-    with pytest.raises(ValueError, match=r"'one\.safetensors' has no embedding of 'a fox', only of .*'a cup'\. Write it again"):
+    with pytest.raises(ValueError, match=r"'one\.safetensors' has no embedding of 'a fox', only of .*'a cup'"):
         pipe.generate("a fox", **SMALL)
     with pytest.raises(ValueError, match=r"have \d+ tokens per prompt, not 10"):
         pipe.encode(["a cup"], length=10)

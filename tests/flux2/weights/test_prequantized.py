@@ -218,7 +218,7 @@ def test_scales_of_4_bits_that_are_others_are_named(
 
 @pytest.mark.parametrize(
     ("key", "value", "told"),
-    [("dtype", "foo", "cannot be used"), ("nested_dtype", "foo", "cannot be used"), ("shape", "x", "does not hold the shape")],
+    [("dtype", "foo", "cannot be used"), ("nested_dtype", "foo", "cannot be used"), ("shape", "x", "does not hold")],
 )
 def test_a_description_of_4_bits_that_cannot_be_is_named(key: str, value: str, told: str, load: Load) -> None:
     stored, _ = in_four_bits(weights())

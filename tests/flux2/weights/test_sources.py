@@ -33,7 +33,7 @@ def test_a_fingerprint_is_remembered_for_when_the_files_are_gone(
     later = remembering(tmp_path / "known.json", str(folder))
     assert {part: fingerprint(later, part) for part in found} == found
     assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
-        f"using what is cached of the {part} of {folder} that was last there" for part in found
+        f"using the cached results of the last known {part} of {folder}" for part in found
     ]
     with pytest.raises(WeightsError, match="there is no folder"):
         fingerprint(model_source("tiny", str(folder)), "vae")
