@@ -60,7 +60,7 @@ def test_models_say_which_parts_are_here(monkeypatch) -> None:
     monkeypatch.setattr(doctor, "is_available", lambda source, part: (source.variant.name, part) in here)
     found = dict(doctor.models())
     assert found["tiny"] == "embedded"
-    assert found["dev"] == "here: transformer, vae; not here: text_encoder, tokenizer"
+    assert found["dev"] == "present: transformer, vae; missing: text_encoder, tokenizer"
     assert found["klein_4b"] == "complete"
     assert found["klein_9b"] == "not downloaded (black-forest-labs/FLUX.2-klein-9B)"
 
@@ -73,7 +73,7 @@ def test_folders_are_counted_and_a_home_is_not_named(tmp_path, monkeypatch) -> N
     monkeypatch.setenv("FLUX2_CACHE", str(copies))
     found = dict(doctor.folders())
     assert found["quantized copies"].startswith("~/copies: 1 files, 20.0 MB; ")
-    assert doctor.size(tmp_path / "nothing") == "not there yet"
+    assert doctor.size(tmp_path / "nothing") == "does not exist yet"
 
 
 @pytest.mark.parametrize(("capability", "words"), [((9, 0), ", FP8 products,"), ((8, 6), "no FP8 products")])

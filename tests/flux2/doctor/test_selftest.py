@@ -71,7 +71,7 @@ def test_a_diffusers_without_flux2_is_no_failure(monkeypatch: pytest.MonkeyPatch
     old.__version__ = "0.30"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "diffusers", old)
     (finding,) = selftest.selftest()
-    assert (finding.passed, finding.detail) == (None, "not made: diffusers 0.30 has no FLUX.2")
+    assert (finding.passed, finding.detail) == (None, "skipped: diffusers 0.30 has no FLUX.2")
 
 
 def test_a_comparison_that_breaks_is_named_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_a_comparison_that_breaks_is_named_and_the_others_go_on(monkeypatch: pyt
 
     monkeypatch.setattr(selftest, "CHECKS", {"one": broken, "system message": selftest.system_message})
     one, other = selftest.selftest()
-    assert (one.passed, one.detail) == (None, "not made (TypeError: a function was renamed)")
+    assert (one.passed, one.detail) == (None, "failed (TypeError: a function was renamed)")
     assert other.passed is True
 
 

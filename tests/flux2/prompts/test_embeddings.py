@@ -88,7 +88,7 @@ def test_files_that_cannot_be_used_are_refused_when_the_model_is_asked_for(small
     for name, said in (
         ("gone.safetensors", "is not a file. `--save-embeddings` or pipe.save_embeddings writes one"),
         ("broken.safetensors", "cannot be used"),
-        ("plain.safetensors", r"cannot be used \(it is not of `--save-embeddings`"),
+        ("plain.safetensors", r"cannot be used \(it was not written by `--save-embeddings`"),
         ("other.safetensors", "belong to another model: "),
     ):
         with pytest.raises(ValueError, match=said):
@@ -131,11 +131,11 @@ def open_about(file: str) -> Any:
     [
         (
             {"text_storage": "nf4", "text_encoder": "http://127.0.0.1:1"},
-            "text_storage='nf4' does nothing with the serv",
+            "text_storage='nf4' has no effect with the serv",
         ),
         (
             {"text_storage": "nf4", "embeddings": "good.safetensors"},
-            "text_storage='nf4' does nothing with the file good",
+            "text_storage='nf4' has no effect with the file good",
         ),
         ({"embeddings": "good.safetensors", "text_encoder": "http://127.0.0.1:1"}, "exclude each other"),
         ({"embeddings": "good.safetensors", "text_encoder": "folder"}, "exclude each other"),

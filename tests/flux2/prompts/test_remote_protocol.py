@@ -43,7 +43,7 @@ def test_a_small_archive_cannot_become_large() -> None:
         for name in plain.namelist():
             bomb.writestr(name, plain.read(name))
     assert len(packed.getvalue()) < 20_000
-    with pytest.raises(ValueError, match="it unpacks to more than it is"):
+    with pytest.raises(ValueError, match="it unpacks to more bytes than it has"):
         read_serialized(packed.getvalue())
 
 
@@ -80,7 +80,7 @@ def test_a_file_of_other_tensors_is_refused(tensors: dict[str, torch.Tensor]) ->
 
 @pytest.mark.parametrize("tensor", [TENSOR.to_sparse(), TENSOR.to("meta")], ids=["sparse", "meta"])
 def test_numbers_that_are_not_there_are_refused(tensor: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="not plain numbers"):
+    with pytest.raises(ValueError, match="not dense on the CPU"):
         check_embeddings(read_serialized(saved(tensor)), (1, 4, 6))
 
 

@@ -226,7 +226,7 @@ def test_where_the_config_ties_them_the_embeddings_are_the_head(source, writer, 
 def test_an_answer_that_is_cut_is_told_and_an_empty_one_is_an_error(source, caplog, monkeypatch) -> None:
     made = load_upsampler(source, torch.device("cpu"), torch.float32, TextSource(), pictures=False)
     made.rewrite("a cup", new_tokens=1, seed=1)
-    assert "the rewritten prompt was cut at 1 tokens: 'a cup'" in caplog.text
+    assert "the rewritten prompt was truncated to 1 tokens: 'a cup'" in caplog.text
     end = made.tokenizer.eos_token_id
     monkeypatch.setattr(made.model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([[end]])], 1))
     with pytest.raises(ValueError, match="answered with an empty text to 'a cup'"):
@@ -247,7 +247,7 @@ def test_models_and_sources_that_write_no_prompts_are_refused(source, model_fold
     tiny = flux2.load("tiny", device="cpu")
     for pipe, said in (
         (pipeline(klein), "prompts cannot be rewritten: small_klein reads prompts with Qwen3"),
-        (tiny, "the embedded model's text encoder is random weights"),
+        (tiny, "the embedded model's text encoder has random weights"),
         (pipeline(source, server), "the server http://127.0.0.1:1 gives only embeddings"),
         (pipeline(source, saved), "saved.safetensors gives only embeddings"),
     ):

@@ -174,8 +174,8 @@ def waiting(server: Running) -> int:
         ({"prompts": ["a"], "length": 0}, 422, "length: Input should be greater than or equal to 1"),
         ({"prompts": ["a"], "length": 9}, 422, "length=9 must be from 1 to 8"),
         ({"prompts": ["a"], "length": 2.5}, 422, "length: Input should be a valid integer"),
-        ({"prompts": ["a" * 11]}, 422, "a prompt has 11 characters; at most 10"),
-        ({"prompts": ["a"] * 4}, 422, "4 prompts in one request; at most 3"),
+        ({"prompts": ["a" * 11]}, 422, "a prompt has 11 characters, more than 10"),
+        ({"prompts": ["a"] * 4}, 422, "4 prompts are more than 3 per request"),
         ({"prompts": ["a" * 300]}, 413, "the body has more than 200 bytes"),
     ],
 )
@@ -236,7 +236,7 @@ def test_a_token_is_needed_for_everything_but_health(running: Callable[..., Runn
         encode = server.post({"prompts": ["a"]}, headers=headers)
         for answer in (asked, encode):
             assert answer.status_code == 401
-            assert answer.json() == {"error": "a bearer token is needed"}
+            assert answer.json() == {"error": "a bearer token is required"}
             assert answer.headers["WWW-Authenticate"] == "Bearer"
     assert server.encoder.calls == []
     headers = {"Authorization": f"Bearer {SECRET}"}
@@ -252,7 +252,7 @@ def test_more_prompts_than_may_wait_are_told_to_come_back(running: Callable[...,
     thread.start()
     wait_until(lambda: server.encoder.calls == [["a"]])
     refused = server.post({"prompts": ["c", "d"]})
-    assert (refused.status_code, refused.json()) == (503, {"error": "too many prompts wait: try again"})
+    assert (refused.status_code, refused.json()) == (503, {"error": "too many prompts are waiting: try again"})
     assert refused.headers["Retry-After"] == "2"
     server.encoder.hold.set()
     thread.join(30)
@@ -271,7 +271,7 @@ def test_an_encoder_that_fails_is_an_answer_and_not_the_end(running: Callable[..
     server.encoder.fail = RuntimeError("secret of the machine")
     answer = server.post({"prompts": ["a"]})
     assert answer.status_code == 500
-    assert answer.json() == {"error": "the encoder failed (RuntimeError); its log says why"}
+    assert answer.json() == {"error": "the encoder failed (RuntimeError); see its log"}
     server.encoder.fail = None
     assert values(server.post({"prompts": ["a"]})) == [1]
 

@@ -75,7 +75,7 @@ def test_training_from_the_real_server_is_training_from_this_machine_and_the_tok
     monkeypatch.setenv(TOKEN, f"{SECRET}-of-yesterday")  # an error, and what it prints
     code, out, err = run_command(*tiny(pictures, tmp_path / "none", f"output_dir={tmp_path / 'refused'}", *asked))
     assert code == 2
-    assert "the token was refused (HTTP 401, a bearer token is needed)" in err
+    assert "the token was refused (HTTP 401, a bearer token is required)" in err
     code, out2, err2 = run_command(*tiny(pictures, tmp_path / "none"), *asked[:2], f"+text_encoder.token={SECRET}")
     assert code == 2
     assert "text_encoder.token=*** is not a setting" in err2
