@@ -1,6 +1,6 @@
-"""What `python -m flux2.generate` shows while it works: a bar on a terminal, and a line a picture where nobody watches.
+"""Progress of `python -m flux2.generate`: a bar on a terminal, otherwise one line per image.
 
-All of it goes to the error stream; the output stream has the names of the files alone.
+Everything goes to stderr; stdout has only the names of the files.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-CLEAR = "\r\x1b[K"  # of a terminal: away with what the line shows
+CLEAR = "\r\x1b[K"  # clears the line of a terminal
 
 
 class Screen:
-    """Of `steps` sampling steps in all. Closes itself at the end of a `with`.
+    """Context manager that shows progress over `steps` sampling steps and clears the line at the end.
 
     Args:
-        stream: where to; by default the error stream.
-        clock: seconds.
+        stream: Output stream; by default stderr.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class Screen:
         self._clear()
 
     def status(self, text: str) -> None:
-        """What is done now; a terminal shows it until something else is."""
+        """Show the current activity on a terminal, until the next output."""
         if self.is_bar:
             print(f"{CLEAR}{text} ...", end="\r", file=self.stream, flush=True)
 
     def begin(self) -> None:
-        """The first picture begins."""
+        """Start the bar before the first image."""
         self._clear()
         self._since = self.clock()
         if self.is_bar:
@@ -58,7 +58,7 @@ class Screen:
 
     @contextmanager
     def picture_done(self, text: str) -> Iterator[None]:
-        """A picture is written: within this context its name can be printed, and a bar does not stand in its way."""
+        """Context manager, for a complete image, in which its name can be printed without disturbing the bar."""
         now = self.clock()
         seconds, self._since = now - self._since, now
         if self._bar is not None:

@@ -187,7 +187,7 @@ def test_the_command_saves_embeddings_and_draws_from_them(small, monkeypatch, ca
     assert Path("again.png").read_bytes() == Path("far.png").read_bytes()
     Path("e.safetensors").rename("moved.safetensors")
     assert command(monkeypatch, "--from-image", "far.png", "--out", "again.png") == 2
-    assert "the embeddings e.safetensors do not exist; give those with --embeddings" in capsys.readouterr().err
+    assert "the embeddings e.safetensors do not exist. Give them with --embeddings" in capsys.readouterr().err
     again = ("--from-image", "far.png", "--out", "moved.png")
     assert command(monkeypatch, *again, "--embeddings", "moved.safetensors") == 0
     assert not differ(pixels("moved.png"), pixels("far.png"))
@@ -216,13 +216,13 @@ def test_a_picture_says_how_its_text_encoder_was_kept(small, monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--save-embeddings", "e.safetensors", "--embeddings", "f.safetensors"), "give one of them"),
+        (("--save-embeddings", "e.safetensors", "--embeddings", "f.safetensors"), "exclude each other"),
         (("--save-embeddings", "e.pt"), "--save-embeddings e.pt must end in .safetensors"),
         (("--save-embeddings", "e.pt/e.safetensors"), "e.pt is not a folder"),
         (("--save-embeddings", f"{'e' * 240}.safetensors"), "cannot be written: File name too long"),
-        (("--save-embeddings", "e.safetensors", "--adapter", "a"), "--adapter does nothing with --save-embeddings"),
-        (("--save-embeddings", "e.safetensors", "--merge"), "--merge does nothing with --save-embeddings"),
-        (("--save-embeddings", "e.safetensors", "--image", "a.png"), "--image does nothing with --save-embeddings"),
+        (("--save-embeddings", "e.safetensors", "--adapter", "a"), "--adapter has no effect with --save-embeddings"),
+        (("--save-embeddings", "e.safetensors", "--merge"), "--merge has no effect with --save-embeddings"),
+        (("--save-embeddings", "e.safetensors", "--image", "a.png"), "--image has no effect with --save-embeddings"),
         (("--embeddings", "gone.safetensors"), "gone.safetensors' is not a file"),
     ],
 )

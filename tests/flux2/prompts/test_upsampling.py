@@ -288,7 +288,7 @@ def test_the_command_draws_the_new_prompt_and_keeps_both(source, tmp_path, monke
     assert command("--prompt", "a cup", "--count", "2", "--upsample") == 0
     err = capsys.readouterr().err
     (wanted,) = pipeline(source).upsample("a cup")
-    assert err.count(f"prompt 'a cup' became {wanted!r}") == 1, "once for both pictures"
+    assert err.count(f"prompt 'a cup' was rewritten to {wanted!r}") == 1, "once for both pictures"
     made = [metadata.read(tmp_path / f"out_00{i}.png", "x") for i in range(2)]
     assert [(one.prompt, one.asked, one.seed) for one in made] == [(wanted, "a cup", 0), (wanted, "a cup", 1)]
     assert command("--prompt", wanted, "--out", "same.png") == 0
