@@ -38,12 +38,7 @@ KEY = re.compile(
     r"\.(?P<side>lora_[AB]|lora_down|lora_up|alpha|lora_magnitude_vector)(\.default)?(\.weight)?"
 )
 # parts of keys that belong to adapters which are not read from single files
-FOREIGN = {
-    "dora_scale": "a DoRA in the keys of LyCORIS",
-    "hada_": "a LoHa",
-    "lokr_": "a LoKr",
-    "oft_": "an OFT",
-}
+FOREIGN = {"dora_scale": "a DoRA in the keys of LyCORIS", "hada_": "a LoHa", "lokr_": "a LoKr", "oft_": "an OFT"}
 
 
 class AdapterError(ValueError):

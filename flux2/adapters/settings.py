@@ -15,32 +15,33 @@ Targets = str | Sequence[str]
 ALPHAS = 1e-6, 1e6  # beyond these limits the scale of an update rounds to nothing or to infinity
 
 
-def check_integer(key: str, value: object, least: int = 1) -> int:
-    """Return `value`. Raises AdapterError, naming adapter.`key`, unless it is an integer >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise AdapterError(f"adapter.{key}={value!r} must be an integer >= {least}")
+def require(key: str, value: Any, is_valid: bool, accepted: str) -> Any:
+    """Return `value`. Raises AdapterError, naming adapter.`key` and what is accepted, unless it is valid."""
+    if not is_valid:
+        raise AdapterError(f"adapter.{key}={value!r} must be {accepted}")
     return value
 
 
-def check_alpha(key: str, value: object, otherwise: str = "") -> float:
-    """Return `value`. Raises AdapterError unless it is a number within `ALPHAS`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not ALPHAS[0] <= value <= ALPHAS[1]:
-        raise AdapterError(f"adapter.{key}={value!r} must be a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}{otherwise}")
-    return value
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_flag(key: str, value: object) -> bool:
-    """Return `value`. Raises AdapterError unless it is a bool."""
-    if not isinstance(value, bool):
-        raise AdapterError(f"adapter.{key}={value!r} must be true or false")
-    return value
+def check_integer(key: str, value: Any, least: int = 1) -> int:
+    is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return require(key, value, is_valid, f"an integer >= {least}")
 
 
-def check_dropout(key: str, value: object) -> float:
-    """Return `value`. Raises AdapterError unless it is a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise AdapterError(f"adapter.{key}={value!r} must be a number in [0, 1)")
-    return value
+def check_alpha(key: str, value: Any, otherwise: str = "") -> float:
+    is_valid = is_number(value) and ALPHAS[0] <= value <= ALPHAS[1]
+    return require(key, value, is_valid, f"a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}{otherwise}")
+
+
+def check_flag(key: str, value: Any) -> bool:
+    return require(key, value, isinstance(value, bool), "true or false")
+
+
+def check_dropout(key: str, value: Any) -> float:
+    return require(key, value, is_number(value) and 0 <= value < 1, "a number in [0, 1)")
 
 
 def target_layers(model: nn.Module, targets: Targets) -> list[str]:
@@ -50,8 +51,8 @@ def target_layers(model: nn.Module, targets: Targets) -> list[str]:
         AdapterError: A target is neither, or matches no linear layer.
     """
     given = [targets] if isinstance(targets, str) else targets
-    if not isinstance(given, Sequence) or not all(isinstance(target, str) for target in given):
-        raise AdapterError(f"adapter.targets={targets!r} must be a preset, a regular expression, or a list of these")
+    is_valid = isinstance(given, Sequence) and all(isinstance(target, str) for target in given)
+    require("targets", targets, is_valid, "a preset, a regular expression, or a list of these")
     try:
         return linear_names(model, given, "adapter.targets")
     except ValueError as error:

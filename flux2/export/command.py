@@ -169,10 +169,7 @@ class ConversionErrors:
 
 
 def low_rank(
-    found: Sequence[AdapterDelta],
-    options: argparse.Namespace,
-    base: Callable[[], BaseWeights],
-    device: torch.device,
+    found: Sequence[AdapterDelta], options: argparse.Namespace, base: Callable[[], BaseWeights], device: torch.device
 ) -> tuple[dict[str, LoraPair], ConversionErrors | None]:
     """Return the sum of adapters as one pair per layer, and the errors; None if nothing was approximated."""
     layers = list(dict.fromkeys(layer for update in found for layer in update.layers))

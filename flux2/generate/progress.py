@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import TextIO
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 CLEAR = "\r\x1b[K"  # clears the line of a terminal
 
 
-class Screen:
+class Screen(AbstractContextManager["Screen"]):
     """Context manager that shows progress over `steps` sampling steps and clears the line at the end.
 
     Args:
@@ -33,9 +33,6 @@ class Screen:
         self.is_bar = self.stream.isatty()
         self._bar: tqdm | None = None
         self._since = clock()
-
-    def __enter__(self) -> Screen:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._clear()

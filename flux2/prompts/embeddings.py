@@ -62,10 +62,7 @@ class TextSource:
 
 
 def text_source(
-    variant: Variant,
-    text_encoder: str | None,
-    embeddings: str | os.PathLike[str] | None,
-    storage: Storage | None,
+    variant: Variant, text_encoder: str | None, embeddings: str | os.PathLike[str] | None, storage: Storage | None
 ) -> tuple[TextSource, str | None]:
     """Return the source of embeddings, and the folder or repository of the text encoder, if one is given."""
     server = None

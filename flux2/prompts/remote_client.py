@@ -32,7 +32,6 @@ import huggingface_hub
 import requests
 import torch
 import urllib3
-from requests.auth import AuthBase
 from torch import Tensor
 
 from flux2.models.variants import Variant
@@ -108,18 +107,6 @@ def bearer_token(url: str) -> str | None:
     if token and not re.fullmatch(r"[!-~]+", token):
         raise ValueError(f"the environment variable {TOKEN} must hold ASCII characters without spaces")
     return token or None
-
-
-class _Bearer(AuthBase):
-    """Sets the header. It is used even without a token, or requests would look for one in ~/.netrc."""
-
-    def __init__(self, token: str | None) -> None:
-        self.token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.token:
-            request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
 
 
 # ------------------------------------------------------------------ the client
@@ -237,11 +224,17 @@ class Client:
 
     # -------------------------------------------------------------- requests
 
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Add the token. It is called even without one, or requests would look for one in ~/.netrc."""
+        if self._token:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()  # one per thread: sessions are not thread-safe
             self._local.session.trust_env = not is_loopback(self._host)  # no proxy for the local machine
-            self._local.session.auth = _Bearer(self._token)
+            self._local.session.auth = self._authorize
         session: requests.Session = self._local.session
         return session
 

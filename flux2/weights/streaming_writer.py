@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
@@ -90,26 +89,20 @@ class SafetensorsFile:
         self.handle.close()
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(ExitStack):
     """Context manager that writes several files, each tensor to the file that plans it, and closes them at the end."""
 
     def __init__(self, files: Mapping[Path, Plan], metadata: Mapping[str, str]) -> None:
-        self.stack = ExitStack()
+        super().__init__()
         self.files: list[SafetensorsFile] = []
         try:
             for path, plan in files.items():
                 self.files.append(SafetensorsFile(path, plan, metadata))
-                self.stack.callback(self.files[-1].handle.close)
+                self.callback(self.files[-1].handle.close)
         except BaseException:
-            self.stack.close()
+            self.close()
             raise
         self.home = {name: file for file in self.files for name in file.plan}
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stack.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor. Tensors must come in the order of their file's plan."""
