@@ -353,20 +353,20 @@ def restore(wrapped: peft.PeftModel, folder: Path, name: str = "default") -> Non
     if name + INITIAL in wrapped.peft_config:
         if not (folder / PISSA_FILE).exists():
             raise AdapterError(f"{folder} holds no PiSSA that can be resumed: {PISSA_FILE} is missing")
-        state, have = load_file(folder / PISSA_FILE), pissa_tensors(model, name)
+        state, current = load_file(folder / PISSA_FILE), pissa_tensors(model, name)
     else:
         state = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / PEFT_FILE).items()}
-        have = adapter_tensors(model, name)
-    if have.keys() != state.keys():
+        current = adapter_tensors(model, name)
+    if current.keys() != state.keys():
         raise AdapterError(
             f"{folder} holds an adapter of another type, or of other layers than adapter.targets: "
-            f"{listed(have.keys() ^ state.keys())}"
+            f"{listed(current.keys() ^ state.keys())}"
         )
     for key, tensor in state.items():
-        if tensor.shape != have[key].shape:
+        if tensor.shape != current[key].shape:
             raise AdapterError(
-                f"{folder}: {key} has shape {tuple(tensor.shape)} instead of {tuple(have[key].shape)}: it belongs to "
-                "another model or another adapter.rank"
+                f"{folder}: {key} has shape {tuple(tensor.shape)} instead of {tuple(current[key].shape)}: it belongs "
+                "to another model or another adapter.rank"
             )
     for key, tensor in state.items():
-        have[key].data.copy_(tensor)
+        current[key].data.copy_(tensor)

@@ -108,19 +108,19 @@ def fuse(parts: Sequence[LoraPair]) -> LoraPair:
     return LoraPair(torch.cat([part.a for part in parts]), torch.block_diag(*(part.b for part in parts)), magnitude)
 
 
-def pair_from_tensors(name: str, found: Mapping[str, Tensor]) -> LoraPair:
+def pair_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> LoraPair:
     """Return the update of one layer from its tensors in a file.
 
     Raises AdapterError unless A is (rank, in), B (out, rank), alpha one number and the magnitude (out,).
     """
-    if not {"lora_A", "lora_B"} <= found.keys():
-        raise AdapterError(f"{name} has only {' and '.join(found)}: the file is incomplete")
-    a, b, alpha = found["lora_A"], found["lora_B"], found.get("alpha")
+    if not {"lora_A", "lora_B"} <= tensors.keys():
+        raise AdapterError(f"{name} has only {' and '.join(tensors)}: the file is incomplete")
+    a, b, alpha = tensors["lora_A"], tensors["lora_B"], tensors.get("alpha")
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise AdapterError(
             f"{name}: lora_A has shape {tuple(a.shape)} and lora_B {tuple(b.shape)}, not (rank, in) and (out, rank)"
         )
-    magnitude = found.get("lora_magnitude_vector")
+    magnitude = tensors.get("lora_magnitude_vector")
     if magnitude is not None and magnitude.shape != b.shape[:1]:
         raise AdapterError(
             f"{name}: lora_magnitude_vector has shape {tuple(magnitude.shape)}, not {tuple(b.shape[:1])}"
@@ -153,17 +153,17 @@ def parse_keys(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[st
     if len(families) > 1:
         examples = ", ".join(f"{key} ({family})" for family, key in sorted(families.items()))
         raise AdapterError(f"it mixes keys of several formats instead of one: {examples}")
-    found: dict[str, dict[str, Tensor]] = {}
+    by_layer: dict[str, dict[str, Tensor]] = {}
     for key, match in matches.items():
         assert match is not None
         prefix, side = match["prefix"] or "", SIDES.get(match["side"], match["side"])
         layer = names.get(match["layer"], prefix + match["layer"]) if prefix.endswith("_") else match["layer"]
         if not bool(torch.isfinite(state[key].float()).all()):
             raise AdapterError(f"{key} has NaN or infinite values: its training failed")
-        if side in found.setdefault(layer, {}):
+        if side in by_layer.setdefault(layer, {}):
             raise AdapterError(f"{key} repeats {side} of {layer}, which is already in the file")
-        found[layer][side] = state[key].float()
-    return found
+        by_layer[layer][side] = state[key].float()
+    return by_layer
 
 
 def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, LoraPair]:
@@ -186,33 +186,35 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, LoraP
         if isinstance(module, nn.Linear | LoraLayer) and ".lora_" not in layer
     }
     known = [name for layer, (published, _) in layers.items() for name in (layer, *published.names)]
-    halves = parse_keys(state, {name.replace(".", "_"): name for name in known})
+    by_layer = parse_keys(state, {name.replace(".", "_"): name for name in known})
     pairs = {}
     for layer, (published, module) in layers.items():
         rows, columns = module.out_features, module.in_features
-        if layer in halves:
-            found = pair_from_tensors(layer, halves.pop(layer))
-        elif there := {name: pair_from_tensors(name, halves.pop(name)) for name in published.names if name in halves}:
+        if layer in by_layer:
+            fused = pair_from_tensors(layer, by_layer.pop(layer))
+        elif parts := {
+            name: pair_from_tensors(name, by_layer.pop(name)) for name in published.names if name in by_layer
+        }:
             part_rows = rows // len(published.names)
-            for name, part in there.items():
+            for name, part in parts.items():
                 check_features(name, part, columns, part_rows)
-            doras = [name for name, part in there.items() if part.magnitude is not None]
+            doras = [name for name, part in parts.items() if part.magnitude is not None]
             if 0 < len(doras) < len(published.names):
                 raise AdapterError(
                     f"only {listed(doras)} have a DoRA magnitude, but {listed(published.names)} are one layer here and "
                     "must have all or none"
                 )
             nothing = LoraPair(torch.zeros(0, columns), torch.zeros(part_rows, 0))
-            found = fuse([there.get(name, nothing) for name in published.names])
+            fused = fuse([parts.get(name, nothing) for name in published.names])
             if published.kind == "swapped":
-                length = None if found.magnitude is None else swap_halves(found.magnitude)
-                found = LoraPair(found.a, swap_halves(found.b), length)
+                length = None if fused.magnitude is None else swap_halves(fused.magnitude)
+                fused = LoraPair(fused.a, swap_halves(fused.b), length)
         else:
             continue
-        check_features(layer, found, columns, rows)
-        pairs[layer] = found
-    if halves:
-        raise AdapterError(f"the adapter has layers that this model does not: {listed(halves)}")
+        check_features(layer, fused, columns, rows)
+        pairs[layer] = fused
+    if by_layer:
+        raise AdapterError(f"the adapter has layers that this model does not: {listed(by_layer)}")
     doras = [layer for layer, pair in pairs.items() if pair.magnitude is not None]
     if doras and len(doras) < len(pairs):
         raise AdapterError(f"some of its layers belong to a DoRA ({listed(doras, 3)}), others to a plain LoRA")

@@ -57,15 +57,15 @@ class Loaded:
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the weights of the adapter `name`, trained or not, by PEFT's keys without its prefix."""
-    found = {}
+    tensors = {}
     for layer, module in adapter_layers(model).items():
         for key, parameter in module.named_parameters():
             part = f".{key}.".replace(f".{name}.", ".", 1)
             if not key.startswith("base_layer.") and part != f".{key}.":
-                found[layer + part.rstrip(".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = (
+                tensors[layer + part.rstrip(".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = (
                     parameter
                 )
-    return found
+    return tensors
 
 
 def kind_of(layer: Any) -> str:
@@ -82,11 +82,11 @@ def check_compatible(model: nn.Module, kind: str) -> None:
     Low-rank pairs add up, and so do LoHas, and LoKrs. A DoRA divides by row lengths and an OFT rotates the input, so
     with other adapters the result would depend on the order; different types cannot share layers in PEFT.
     """
-    there = {kind_of(module) for module in adapter_layers(model).values()}
+    present = {kind_of(module) for module in adapter_layers(model).values()}
     kind = "LoRA" if kind == "rsLoRA" else kind
-    if there and (there != {kind} or kind in ("DoRA", "OFT")):
+    if present and (present != {kind} or kind in ("DoRA", "OFT")):
         raise AdapterError(
-            f"a {kind} adapter cannot be combined with the loaded {' and '.join(sorted(there))}: only several LoRAs "
+            f"a {kind} adapter cannot be combined with the loaded {' and '.join(sorted(present))}: only several LoRAs "
             "(rsLoRA and PiSSA included), several LoHas or several LoKrs add up. Merge the first into the base, or "
             "load only one"
         )

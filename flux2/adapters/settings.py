@@ -50,11 +50,11 @@ def target_layers(model: nn.Module, targets: Targets) -> list[str]:
     Raises:
         AdapterError: A target is neither, or matches no linear layer.
     """
-    given = [targets] if isinstance(targets, str) else targets
-    is_valid = isinstance(given, Sequence) and all(isinstance(target, str) for target in given)
+    patterns = [targets] if isinstance(targets, str) else targets
+    is_valid = isinstance(patterns, Sequence) and all(isinstance(target, str) for target in patterns)
     require("targets", targets, is_valid, "a preset, a regular expression, or a list of these")
     try:
-        return linear_names(model, given, "adapter.targets")
+        return linear_names(model, patterns, "adapter.targets")
     except ValueError as error:
         raise AdapterError(str(error)) from error
 
@@ -70,8 +70,8 @@ def values_by_layer(
     """
     if not isinstance(pattern, Mapping):
         raise AdapterError(f"adapter.{key}={pattern!r} must map presets or regular expressions to numbers")
-    found: dict[str, Any] = {}
-    by: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    target_of: dict[str, str] = {}
     for target, value in pattern.items():
         if not isinstance(target, str):
             raise AdapterError(f"adapter.{key}: {target!r} must be a preset or a regular expression")
@@ -86,12 +86,12 @@ def values_by_layer(
             )
         check(f"{key}: {target!r}", value)
         for name in names:
-            if name in by:
+            if name in target_of:
                 raise AdapterError(
-                    f"adapter.{key}: {by[name]!r} and {target!r} both match {name}. Change them to match it once"
+                    f"adapter.{key}: {target_of[name]!r} and {target!r} both match {name}. Change them to match it once"
                 )
-            by[name], found[name] = target, value
-    return found
+            target_of[name], values[name] = target, value
+    return values
 
 
 def rank_arguments(

@@ -60,8 +60,8 @@ def _attach(model: Transformer, config: peft.PeftConfig, start: Initializer, see
 def layer_adapter_tensors(layer: Any) -> list[Tensor]:
     """Return the parameters and buffers of an adapted layer without those of its base layer."""
     base = layer.get_base_layer()
-    within = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
-    return [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in within]
+    base_ids = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
+    return [tensor for tensor in (*layer.parameters(), *layer.buffers()) if id(tensor) not in base_ids]
 
 
 def to_device(model: Transformer) -> None:
@@ -201,9 +201,9 @@ def _lora(
 ) -> peft.PeftModel:
     check_dropout("dropout", dropout)
     check_flag("rslora", rslora)
-    given = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
-    given["lora_alpha"] = given.pop("alpha")
-    config = peft.LoraConfig(**given, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
+    arguments = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
+    arguments["lora_alpha"] = arguments.pop("alpha")
+    config = peft.LoraConfig(**arguments, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
     return _attach(model, config, init_dora if dora else init_lora, seed, name)
 
 
@@ -229,10 +229,10 @@ def attach_pissa(
     """
     if iterations is not None:
         check_integer("iterations", iterations)
-    given = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
-    layers = given["target_modules"]
-    given["lora_alpha"] = given.pop("alpha")
-    config = peft.LoraConfig(**given)
+    arguments = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
+    layers = arguments["target_modules"]
+    arguments["lora_alpha"] = arguments.pop("alpha")
+    config = peft.LoraConfig(**arguments)
     method = "pissa" if iterations is None else f"pissa_niter_{iterations}"
     wrapped = _attach(model, config, lambda layer, name: init_pissa(layer, name, method), seed, name)
     with torch.random.fork_rng(devices=[]):

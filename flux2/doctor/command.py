@@ -91,8 +91,8 @@ def size(folder: Path) -> str:
 def folders() -> Iterator[tuple[str, str]]:
     """Yield the folders that grow, and the free space on their disks."""
     folders = {"latents and prompts": Path(LATENTS), "downloads": Path(hub.HF_HUB_CACHE)}
-    given = os.environ.get("FLUX2_CACHE")
-    folders["quantized copies"] = Path(given).expanduser() if given else Path(LATENTS) / "weights"
+    cache = os.environ.get("FLUX2_CACHE")
+    folders["quantized copies"] = Path(cache).expanduser() if cache else Path(LATENTS) / "weights"
     for what, folder in folders.items():
         free = shutil.disk_usage(nearest_folder(folder.absolute())).free
         yield what, f"{shorten_home(folder)}: {size(folder)}; {gigabytes(free)} free"
@@ -115,12 +115,12 @@ def models() -> Iterator[tuple[str, str]]:
         if not variant.repo:
             yield name, "embedded"
             continue
-        here = [part for part in PARTS if is_available(model_source(name), part)]
-        missing = [part for part in PARTS if part not in here]
-        if not here:
+        present = [part for part in PARTS if is_available(model_source(name), part)]
+        missing = [part for part in PARTS if part not in present]
+        if not present:
             yield name, f"not downloaded ({variant.repo})"
         else:
-            yield name, "complete" if not missing else f"present: {', '.join(here)}; missing: {', '.join(missing)}"
+            yield name, "complete" if not missing else f"present: {', '.join(present)}; missing: {', '.join(missing)}"
 
 
 def line(name: str, text: str) -> str:

@@ -80,8 +80,8 @@ def latent_normalization(diffusers: Any) -> tuple[bool, str]:
     theirs = diffusers.AutoencoderKLFlux2.from_pretrained(TINY_FOLDER / "vae", torch_dtype=torch.float32)
     pixels = draw(1, 3, 48, 32).clamp(-1, 1)
     pipeline = SimpleNamespace(vae=theirs, _patchify_latents=diffusers.Flux2Pipeline._patchify_latents)
-    wanted = diffusers.Flux2Pipeline._encode_vae_image(pipeline, pixels, generator=None)
-    return compare_values((load_autoencoder(model_source("tiny")).encode(pixels), wanted))
+    expected = diffusers.Flux2Pipeline._encode_vae_image(pipeline, pixels, generator=None)
+    return compare_values((load_autoencoder(model_source("tiny")).encode(pixels), expected))
 
 
 def position_ids(diffusers: Any) -> tuple[bool, str]:
@@ -118,7 +118,7 @@ def forward(diffusers: Any) -> tuple[bool, str]:
     positions = positions_with_references(picture, [reference])
     tokens, text = draw(1, len(positions), 128), draw(1, variant.text.length, variant.transformer.text_width)
     text_at, time, guidance = text_positions(variant.text.length), torch.tensor([0.7]), torch.tensor([3.0])
-    wanted = theirs(
+    expected = theirs(
         hidden_states=tokens,
         encoder_hidden_states=text,
         timestep=time,
@@ -127,7 +127,7 @@ def forward(diffusers: Any) -> tuple[bool, str]:
         guidance=guidance,
         return_dict=False,
     )[0]
-    return compare_values((ours(tokens, positions, text, text_at, time, guidance), wanted))
+    return compare_values((ours(tokens, positions, text, text_at, time, guidance), expected))
 
 
 CHECKS: dict[str, Callable[[Any], tuple[bool, str]]] = {

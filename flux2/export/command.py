@@ -124,22 +124,22 @@ def check_options(options: argparse.Namespace) -> None:
     target = output_path(options)
     if target.exists() and not options.overwrite:
         raise ValueError(f"--out {target} exists. Choose another name, or replace it with --overwrite")
-    there = next(place for place in target.absolute().parents if place.exists())
-    if not there.is_dir() or (options.format == "full-diffusers" and target.is_file()):
-        file = there if not there.is_dir() else target
+    parent = next(place for place in target.absolute().parents if place.exists())
+    if not parent.is_dir() or (options.format == "full-diffusers" and target.is_file()):
+        file = parent if not parent.is_dir() else target
         raise ValueError(f"--out {out} cannot be written: {file} is a file, not a folder. Choose another path")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: {there} is read-only. Choose another path")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written: {parent} is read-only. Choose another path")
 
 
 def check_apart(out: Path, places: Sequence[Path], source: ModelSource | None) -> None:
     """Raise ValueError if writing `out` would replace an adapter or the base that is read."""
-    read = [place.resolve() for place in places]
-    read += [place / PEFT_FILE for place in read if place.is_dir()]
+    inputs = [place.resolve() for place in places]
+    inputs += [place / PEFT_FILE for place in inputs if place.is_dir()]
     if source is not None:
-        read.append((source.file("transformer") or source.folder("transformer")).resolve())
+        inputs.append((source.file("transformer") or source.folder("transformer")).resolve())
     target = out.resolve()
-    if any(target in (place, *place.parents) for place in read):
+    if any(target in (place, *place.parents) for place in inputs):
         raise ValueError(f"--out {out} is an input, or contains one. Choose another name")
 
 
@@ -169,44 +169,47 @@ class ConversionErrors:
 
 
 def low_rank(
-    found: Sequence[AdapterDelta], options: argparse.Namespace, base: Callable[[], BaseWeights], device: torch.device
+    updates: Sequence[AdapterDelta],
+    options: argparse.Namespace,
+    base: Callable[[], BaseWeights],
+    device: torch.device,
 ) -> tuple[dict[str, LoraPair], ConversionErrors | None]:
     """Return the sum of adapters as one pair per layer, and the errors; None if nothing was approximated."""
-    layers = list(dict.fromkeys(layer for update in found for layer in update.layers))
-    given = options.rank is not None or options.max_error is not None
-    if not given and len(found) == 1 and found[0].kind == "DoRA" and options.format == "diffusers":
-        if found[0].scale == 1:
-            return dict(found[0].pairs), None
-        say(f"a DoRA at scale {found[0].scale:g} is not a DoRA that diffusers can hold: it is converted")
-    here = {layer: [update for update in found if layer in update.layers] for layer in layers}
-    whole = [layer for layer in layers if not all(update.is_plain for update in here[layer])]
+    layers = list(dict.fromkeys(layer for update in updates for layer in update.layers))
+    is_explicit = options.rank is not None or options.max_error is not None
+    if not is_explicit and len(updates) == 1 and updates[0].kind == "DoRA" and options.format == "diffusers":
+        if updates[0].scale == 1:
+            return dict(updates[0].pairs), None
+        say(f"a DoRA at scale {updates[0].scale:g} is not a DoRA that diffusers can hold: it is converted")
+    by_layer = {layer: [update for update in updates if layer in update.layers] for layer in layers}
+    converted = [layer for layer in layers if not all(update.is_plain for update in by_layer[layer])]
     pairs: dict[str, LoraPair] = {}
-    near = ConversionErrors({})
+    errors = ConversionErrors({})
     for layer in layers:
-        if layer not in whole:
-            pairs[layer] = sum_pairs([update.pair(layer) for update in here[layer]])
-            if given:
+        if layer not in converted:
+            pairs[layer] = sum_pairs([update.pair(layer) for update in by_layer[layer]])
+            if is_explicit:
                 pairs[layer], error, size = reduce_rank(pairs[layer], options.rank, options.max_error)
-                near.add(layer, error, size)
-    rank = options.rank if given else RANK
-    with tqdm(total=len(whole), unit="layer", leave=False, disable=None if whole else True) as bar:
+                errors.add(layer, error, size)
+    rank = options.rank if is_explicit else RANK
+    with tqdm(total=len(converted), unit="layer", leave=False, disable=None if converted else True) as bar:
 
         def convert(layer: str, weight: Tensor | None) -> None:
-            delta = here[layer][0].change(layer, weight, device)
-            for update in here[layer][1:]:
+            delta = by_layer[layer][0].change(layer, weight, device)
+            for update in by_layer[layer][1:]:
                 delta += update.change(layer, weight, device)
             pairs[layer], error, size = decompose(delta, rank, options.max_error)
-            near.add(layer, error, size)
+            errors.add(layer, error, size)
             bar.update()
 
         with torch.no_grad():
-            if any(update.needs_weights for update in found):
-                names = [f"{layer}.weight" for layer in whole]
+            if any(update.needs_weights for update in updates):
+                names = [f"{layer}.weight" for layer in converted]
                 base().each(names, device, lambda name, stored: convert(name.removesuffix(".weight"), stored.float()))
             else:
-                for layer in whole:
+                for layer in converted:
                     convert(layer, None)
-    return {layer: pairs[layer] for layer in layers}, near if near.errors else None
+    return {layer: pairs[layer] for layer in layers}, errors if errors.errors else None
 
 
 def write_pairs(
@@ -234,16 +237,16 @@ def write_pairs(
     return worst
 
 
-def compare(found: Mapping[str, LoraPair], wanted: Mapping[str, LoraPair], dtype: torch.dtype) -> float:
+def compare(written: Mapping[str, LoraPair], wanted: Mapping[str, LoraPair], dtype: torch.dtype) -> float:
     """Return the largest relative error of a layer's update. Raises NotReadError if `dtype` does not explain it."""
-    if found.keys() != wanted.keys():
-        raise NotReadError(f"the file that was written has other layers: {listed(found.keys() ^ wanted.keys())}")
+    if written.keys() != wanted.keys():
+        raise NotReadError(f"the file that was written has other layers: {listed(written.keys() ^ wanted.keys())}")
     worst = 0.0
     for layer, pair in wanted.items():
         allowed = EXACT + (rounding_bound(pair, dtype) if dtype != torch.float32 else 0)
-        errors = [distance(found[layer], pair)]
+        errors = [distance(written[layer], pair)]
         if pair.magnitude is not None:
-            length = found[layer].magnitude
+            length = written[layer].magnitude
             assert length is not None
             errors.append(float((length - pair.magnitude).norm() / pair.magnitude.norm()))
             allowed = max(allowed, EXACT + torch.finfo(dtype).eps / 2)
@@ -273,15 +276,15 @@ def run(options: argparse.Namespace) -> Path:
     """Write the requested file or folder and return OUT. Raises ValueError for invalid options or files."""
     check_options(options)
     device = pick_device(options.device)
-    given = [split_adapter(adapter) for adapter in options.adapter]
-    places = [find(path) for path, _ in given]
+    adapters = [split_adapter(adapter) for adapter in options.adapter]
+    places = [find(path) for path, _ in adapters]
     variant, certain = deltas.variant_for(places, options.model)
     model = deltas.skeleton(variant.transformer)
-    found = [deltas.read(place, model, scale) for place, (_, scale) in zip(places, given, strict=True)]
-    deltas.check_together(found)
-    for update in found:
+    updates = [deltas.read(place, model, scale) for place, (_, scale) in zip(places, adapters, strict=True)]
+    deltas.check_together(updates)
+    for update in updates:
         say(f"{update.place}{'' if update.scale == 1 else f' at scale {update.scale:g}'}: {update.description()}")
-    needed = options.format in FULL or any(update.needs_weights for update in found)
+    needed = options.format in FULL or any(update.needs_weights for update in updates)
     if needed and not certain:
         raise ValueError(
             f"the weights of the base are needed, and the adapter does not record it. Give --model {variant.name}, or "
@@ -304,20 +307,20 @@ def run(options: argparse.Namespace) -> Path:
         "trigger": options.trigger,
         "dated": True,
     }
-    kinds = " and ".join(sorted({update.kind for update in found}))
+    kinds = " and ".join(sorted({update.kind for update in updates}))
     if options.format in FULL:
         with name_output_in_errors(options.out):
-            write_checkpoint(found, base(), source, model, options, device, about)
+            write_checkpoint(updates, base(), source, model, options, device, about)
         return options.out
-    pairs, near = low_rank(found, options, base, device)
-    if near is not None:
+    pairs, errors = low_rank(updates, options, base, device)
+    if errors is not None:
         ranks = sorted({pair.a.shape[0] for pair in pairs.values()})
         size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        converted = any(not update.is_plain for update in found)
-        summary = f"{kinds} {'converted to a LoRA of' if converted else 'brought to'} {size}: relative error {near}"
+        converted = any(not update.is_plain for update in updates)
+        summary = f"{kinds} {'converted to a LoRA of' if converted else 'brought to'} {size}: relative error {errors}"
         about["description"] = summary
         say(summary)
-        if near.overall > COARSE:
+        if errors.overall > COARSE:
             say(f"note: this is coarse, and images will differ: use a larger --rank, or --max-error {COARSE / 10}")
     with name_output_in_errors(options.out):
         worst = write_pairs(pairs, options, model, modelspec.metadata(**about))
@@ -340,7 +343,7 @@ def name_output_in_errors(out: Path) -> Iterator[None]:
 
 
 def write_checkpoint(
-    found: Sequence[AdapterDelta],
+    updates: Sequence[AdapterDelta],
     base: BaseWeights,
     source: ModelSource,
     model: Transformer,
@@ -349,10 +352,10 @@ def write_checkpoint(
     about: dict[str, Any],
 ) -> None:
     """Write a full checkpoint and report the change."""
-    about["merged_from"] = ", ".join([str(about["base"]), *(str(update.place) for update in found)])
+    about["merged_from"] = ", ".join([str(about["base"]), *(str(update.place) for update in updates)])
     with tqdm(total=len(base.weights), unit="tensor", leave=False, disable=None) as bar:
         merged = merge(
-            found,
+            updates,
             base,
             source,
             model,

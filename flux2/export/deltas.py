@@ -69,8 +69,8 @@ class AdapterDelta:
 
     def pair(self, layer: str) -> LoraPair:
         """Return the pair of a layer of a plain adapter, with its scale folded in."""
-        found = self.pairs[layer]
-        return found if self.scale == 1 else LoraPair(found.a, found.b * self.scale)
+        pair = self.pairs[layer]
+        return pair if self.scale == 1 else LoraPair(pair.a, pair.b * self.scale)
 
     def change(self, layer: str, weight: Tensor | None, device: torch.device) -> Tensor:
         """Return what it adds to the weight of `layer`: a new tensor (out, in) in float32 on `device`.
@@ -83,9 +83,9 @@ class AdapterDelta:
             delta = pair.b.to(device) @ pair.a.to(device)
             if pair.magnitude is not None:
                 assert weight is not None
-                whole = delta.add_(weight)
-                lengths = pair.magnitude.to(device) / torch.linalg.vector_norm(whole, dim=1)
-                delta = whole.mul_(lengths[:, None]).sub_(weight)
+                total = delta.add_(weight)
+                lengths = pair.magnitude.to(device) / torch.linalg.vector_norm(total, dim=1)
+                delta = total.mul_(lengths[:, None]).sub_(weight)
         else:
             assert self.config is not None
             delta = change_by_peft(self.config, layer, self.tensors[layer], self.shapes[layer], weight, device)
@@ -103,13 +103,13 @@ def change_by_peft(
 ) -> Tensor:
     """Return the change that PEFT makes when it merges an adapter of `config` into a layer, by default of zeros."""
     base = torch.zeros(shape, device=device) if weight is None else weight
-    alone = nn.Module()
-    alone.linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-    alone.linear.weight = nn.Parameter(base.clone(), requires_grad=False)  # PEFT merges in place
-    inject(alone, peft_config.layer_config(config, layer, "linear"), "default")
-    for key, parameter in adapter_tensors(alone, "default").items():
+    container = nn.Module()
+    container.linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    container.linear.weight = nn.Parameter(base.clone(), requires_grad=False)  # PEFT merges in place
+    inject(container, peft_config.layer_config(config, layer, "linear"), "default")
+    for key, parameter in adapter_tensors(container, "default").items():
         parameter.data = state[key.removeprefix("linear.")].to(device, torch.float32)
-    return adapter_files.merged_weight(alone.linear).sub_(base)
+    return adapter_files.merged_weight(container.linear).sub_(base)
 
 
 def skeleton(sizes: TransformerConfig) -> Transformer:
@@ -142,19 +142,19 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
         check_scale(kind, scale)
         state = {key.removeprefix(PREFIX): tensor for key, tensor in adapter_files.read_tensors(place).items()}
         clean, layers = check_saved(model.config, config, state)
-        own: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
+        by_layer: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
         for key, tensor in state.items():
             layer = next(layer for layer in layers if key.startswith(f"{layer}."))
-            own[layer][key.removeprefix(f"{layer}.")] = tensor
+            by_layer[layer][key.removeprefix(f"{layer}.")] = tensor
         if not isinstance(clean, peft.LoraConfig):
-            return AdapterDelta(place, kind, scale, base, shapes, config=clean, tensors=own)
+            return AdapterDelta(place, kind, scale, base, shapes, config=clean, tensors=by_layer)
         pairs = {
             layer: LoraPair(
-                found["lora_A.weight"].float(),
-                found["lora_B.weight"].float() * peft_config.layer_scale(clean, layer),
-                found["lora_magnitude_vector"].float(),
+                state_of_layer["lora_A.weight"].float(),
+                state_of_layer["lora_B.weight"].float() * peft_config.layer_scale(clean, layer),
+                state_of_layer["lora_magnitude_vector"].float(),
             )
-            for layer, found in own.items()
+            for layer, state_of_layer in by_layer.items()
         }
         return AdapterDelta(place, kind, scale, base, shapes, pairs)
     except ValueError as error:
@@ -164,16 +164,16 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
 
 def check_together(updates: Sequence[AdapterDelta]) -> None:
     """Raise AdapterError unless the changes of several adapters add up."""
-    alone = [update.kind for update in updates if update.needs_weights]
-    if alone and len(updates) > 1:
+    dependent = [update.kind for update in updates if update.needs_weights]
+    if dependent and len(updates) > 1:
         raise AdapterError(
-            f"a {alone[0]} cannot be added to another adapter: its change depends on the current weights, so the "
+            f"a {dependent[0]} cannot be added to another adapter: its change depends on the current weights, so the "
             "result would depend on the order. Merge one into a full checkpoint (--format full-bfl), and the next "
             "into that (--path)"
         )
 
 
-def variant_for(places: Sequence[Path], asked: str | None) -> tuple[Variant, bool]:
+def variant_for(places: Sequence[Path], requested: str | None) -> tuple[Variant, bool]:
     """Return the model that the adapters are for, and whether that is certain: requested, or recorded in one of them.
 
     Otherwise it is the first variant whose layers the first adapter fits: klein base and its distilled twin have the
@@ -183,28 +183,30 @@ def variant_for(places: Sequence[Path], asked: str | None) -> tuple[Variant, boo
     Raises AdapterError if an adapter records a base of other sizes, or if none fits.
     """
     recorded = {place: found for place in places if (found := known(adapter_files.recorded_base(place)))}
-    if asked is not None:
-        for place, one in recorded.items():
-            if one.transformer != VARIANTS[asked].transformer:
-                raise AdapterError(f"adapter {place} was trained on {one.name}, whose layers differ from {asked}'s")
-        return VARIANTS[asked], True
-    sizes = {one.transformer for one in recorded.values()}
+    if requested is not None:
+        for place, candidate in recorded.items():
+            if candidate.transformer != VARIANTS[requested].transformer:
+                raise AdapterError(
+                    f"adapter {place} was trained on {candidate.name}, whose layers differ from {requested}'s"
+                )
+        return VARIANTS[requested], True
+    sizes = {candidate.transformer for candidate in recorded.values()}
     if len(sizes) > 1:
-        names = sorted(one.name for one in recorded.values())
+        names = sorted(candidate.name for candidate in recorded.values())
         raise AdapterError(f"the adapters were trained on models of different sizes: {', '.join(names)}")
     if recorded:
         return next(iter(recorded.values())), True
-    why = {}
-    for one in VARIANTS.values():
+    reasons = {}
+    for candidate in VARIANTS.values():
         try:
-            read(places[0], skeleton(one.transformer))
+            read(places[0], skeleton(candidate.transformer))
         except AdapterError as error:
-            why[one.name] = str(error).removeprefix(f"adapter {places[0]}: ")
+            reasons[candidate.name] = str(error).removeprefix(f"adapter {places[0]}: ")
         else:
-            return one, False
-    if len(set(why.values())) == 1:  # the file is the cause, not the model
-        raise AdapterError(f"adapter {places[0]}: {next(iter(why.values()))}")
+            return candidate, False
+    if len(set(reasons.values())) == 1:  # the file is the cause, not the model
+        raise AdapterError(f"adapter {places[0]}: {next(iter(reasons.values()))}")
     raise AdapterError(
-        f"adapter {places[0]} does not record its base, and fits none of {listed(VARIANTS)}. For {next(iter(why))}: "
-        f"{next(iter(why.values()))}"
+        f"adapter {places[0]} does not record its base, and fits none of {listed(VARIANTS)}. For "
+        f"{next(iter(reasons))}: {next(iter(reasons.values()))}"
     )

@@ -48,9 +48,9 @@ def ratio(error: float, size: float) -> float:
     return error / size if size else 0.0 if error == 0 else float("inf")
 
 
-def distance(found: LoraPair, wanted: LoraPair) -> float:
+def distance(approximation: LoraPair, exact: LoraPair) -> float:
     """Return the relative error of one update as an approximation of the other."""
-    return ratio(norm(sum_pairs([found, wanted], [1.0, -1.0])), norm(wanted))
+    return ratio(norm(sum_pairs([approximation, exact], [1.0, -1.0])), norm(exact))
 
 
 def rounding_bound(pair: LoraPair, dtype: torch.dtype) -> float:
@@ -76,9 +76,9 @@ def choose_rank(values: Tensor, total: float, rank: int | None, max_error: float
     if rank is not None:
         return max(1, min(rank, int((values > NEGLIGIBLE * values[0]).sum())))
     assert max_error is not None
-    left = total**2 - values.double().square().cumsum(0)
-    enough = (left <= (max_error * total) ** 2).nonzero()
-    return int(enough[0]) + 1 if len(enough) else None
+    remainder = total**2 - values.double().square().cumsum(0)
+    sufficient = (remainder <= (max_error * total) ** 2).nonzero()
+    return int(sufficient[0]) + 1 if len(sufficient) else None
 
 
 def split(u: Tensor, s: Tensor, v: Tensor, rank: int) -> LoraPair:
@@ -98,10 +98,10 @@ def reduce_rank(
     q_b, middle, q_a = core(pair)
     u, s, vh = torch.linalg.svd(middle)
     total = float(s.norm())
-    kept = choose_rank(s, total, rank, max_error) or len(s)
-    if kept >= pair.a.shape[0]:
+    kept_rank = choose_rank(s, total, rank, max_error) or len(s)
+    if kept_rank >= pair.a.shape[0]:
         return pair, 0.0, total
-    return split(q_b @ u, s, q_a @ vh.T, kept), float(s[kept:].norm()), total
+    return split(q_b @ u, s, q_a @ vh.T, kept_rank), float(s[kept_rank:].norm()), total
 
 
 def decompose(delta: Tensor, rank: int | None = None, max_error: float | None = None) -> tuple[LoraPair, float, float]:
@@ -112,17 +112,17 @@ def decompose(delta: Tensor, rank: int | None = None, max_error: float | None = 
     total, side = float(delta.norm()), min(delta.shape)
     if side <= EXACT_SIDE:
         u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
-        found = split(u, s, vh.T, choose_rank(s, total, rank, max_error) or side)
+        pair = split(u, s, vh.T, choose_rank(s, total, rank, max_error) or side)
     else:
-        tried = rank or 32
+        count = rank or 32
         while True:
-            u, s, v = leading(delta, min(tried + OVERSAMPLING, side))
-            if (kept := choose_rank(s, total, rank, max_error)) or len(s) == side:
+            u, s, v = leading(delta, min(count + OVERSAMPLING, side))
+            if (kept_rank := choose_rank(s, total, rank, max_error)) or len(s) == side:
                 break
-            tried *= 2
-        found = split(u, s, v, kept or side)
-    delta.addmm_(found.b, found.a, alpha=-1)
-    return LoraPair(found.a.cpu(), found.b.cpu()), float(delta.norm()), total
+            count *= 2
+        pair = split(u, s, v, kept_rank or side)
+    delta.addmm_(pair.b, pair.a, alpha=-1)
+    return LoraPair(pair.a.cpu(), pair.b.cpu()), float(delta.norm()), total
 
 
 def leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

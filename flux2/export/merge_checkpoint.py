@@ -57,11 +57,11 @@ def plan(base: BaseWeights, model: Transformer, layout: str, dtype: torch.dtype 
     dtypes = {name: base.dtype(name) if dtype is None else dtype for name in shapes}
     # large elements first: the format requires a tensor to start at a multiple of its element size
     order = sorted(shapes, key=lambda name: -dtypes[name].itemsize)
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    checkpoint: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in order:
         parts = published_tensor(name, layout).split(torch.empty(shapes[name], device="meta"))
-        found |= {key: (dtypes[name], tuple(part.shape)) for key, part in parts.items()}
-    return order, found
+        checkpoint |= {key: (dtypes[name], tuple(part.shape)) for key, part in parts.items()}
+    return order, checkpoint
 
 
 def shards(folder: Path, whole: Plan) -> tuple[dict[Path, Plan], dict[str, object] | None]:
@@ -200,26 +200,26 @@ def merged_weight(
     updates: Sequence[AdapterDelta], layer: str, weight: Tensor, device: torch.device
 ) -> tuple[Tensor, float]:
     """Return the weight with all changes in float32, and the norm of the changes."""
-    here = [update for update in updates if layer in update.layers]
-    if all(update.is_plain for update in here):
-        pair = sum_pairs([update.pair(layer) for update in here])
+    of_layer = [update for update in updates if layer in update.layers]
+    if all(update.is_plain for update in of_layer):
+        pair = sum_pairs([update.pair(layer) for update in of_layer])
         return torch.addmm(weight, pair.b.to(device), pair.a.to(device)), norm(pair)
-    change = here[0].change(layer, weight, device)
-    for update in here[1:]:
+    change = of_layer[0].change(layer, weight, device)
+    for update in of_layer[1:]:
         change += update.change(layer, weight, device)
     return weight + change, float(change.norm())
 
 
 def compare(files: TensorFiles, model: Transformer, sums: Mapping[str, str]) -> None:
     """Raise NotReadError unless the tensors in `files`, read as a checkpoint, have these checksums."""
-    found = {}
+    checksums = {}
 
     def use(name: str, tensor: Tensor) -> None:
-        found[name] = checksum(raw_bytes(tensor))
+        checksums[name] = checksum(raw_bytes(tensor))
 
     written = BaseWeights(model, files, "what was written")
     written.each(sums, torch.device("cpu"), use)
-    if wrong := [name for name in sums if found.get(name) != sums[name]]:
+    if wrong := [name for name in sums if checksums.get(name) != sums[name]]:
         raise NotReadError(
             f"{len(wrong)} tensors that were read back differ from what was written, the first is {wrong[0]}: the disk "
             "or the memory is faulty. Nothing was written. Try another disk"

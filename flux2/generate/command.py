@@ -139,50 +139,52 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-metadata", dest="metadata", action="store_false", help="do not record in the PNG how it was made"
     )
-    given = vars(parser.parse_args(argv))
-    kept = options_from_image(given["from_image"], given) if "from_image" in given else {}
-    for key in [other for option in given for other in REPLACED.get(option, ())]:
-        kept.pop(key, None)
-    options = argparse.Namespace(**DEFAULTS | kept | given, given=frozenset(given))
+    explicit = vars(parser.parse_args(argv))
+    recorded = options_from_image(explicit["from_image"], explicit) if "from_image" in explicit else {}
+    for key in [other for option in explicit for other in REPLACED.get(option, ())]:
+        recorded.pop(key, None)
+    options = argparse.Namespace(**DEFAULTS | recorded | explicit, given=frozenset(explicit))
     if options.prompt is None and options.prompts is None:
         parser.error("give --prompt, --prompts or --from-image")
-    if "prompt" in given and "prompts" in given:
+    if "prompt" in explicit and "prompts" in explicit:
         parser.error("give --prompt or --prompts, not both")
     return options
 
 
-def options_from_image(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def options_from_image(file: Path, explicit: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings recorded in `file` as options. Raises ValueError if there are none, or files have changed."""
     what = f"--from-image {file}"
     record = metadata.read(file, what)
     replaced: dict[str, Any] = {
-        name: [] for name, option in (("images", "image"), ("adapters", "adapter")) if option in given
+        name: [] for name, option in (("images", "image"), ("adapters", "adapter")) if option in explicit
     }
-    if any("embeddings" in REPLACED.get(option, ()) for option in given) or "embeddings" in given:
+    if any("embeddings" in REPLACED.get(option, ()) for option in explicit) or "embeddings" in explicit:
         replaced["embeddings"] = None
     metadata.check_unchanged(dataclasses.replace(record, **replaced), what)
-    kept = {key: getattr(record, key) for key in ("model", "precision", "seed", "width", "height", "steps", "guidance")}
-    kept["prompt"] = [record.prompt]
+    recorded = {
+        key: getattr(record, key) for key in ("model", "precision", "seed", "width", "height", "steps", "guidance")
+    }
+    recorded["prompt"] = [record.prompt]
     if record.asked is not None:
-        kept["asked"] = {record.prompt: record.asked}
-    kept["image"] = [Path(image.path) for image in record.images]
-    kept["adapter"] = [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters]
-    kept["merge"] = record.merged
-    if "model" not in given:  # these belong to the recorded model
-        kept |= {key: getattr(record, key) for key in (*PLACES, "text_storage")}
-        kept["embeddings"] = None if record.embeddings is None else Path(record.embeddings.path)
-    return kept
+        recorded["asked"] = {record.prompt: record.asked}
+    recorded["image"] = [Path(image.path) for image in record.images]
+    recorded["adapter"] = [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters]
+    recorded["merge"] = record.merged
+    if "model" not in explicit:  # these belong to the recorded model
+        recorded |= {key: getattr(record, key) for key in (*PLACES, "text_storage")}
+        recorded["embeddings"] = None if record.embeddings is None else Path(record.embeddings.path)
+    return recorded
 
 
-def folder_argument(given: str) -> Path:
-    if not given:
+def folder_argument(text: str) -> Path:
+    if not text:
         raise argparse.ArgumentTypeError("an empty path is not a folder; remove the option to use none")
-    return Path(given)
+    return Path(text)
 
 
-def number_or_share(given: str) -> int | float:
+def number_or_share(text: str) -> int | float:
     """Return `8` as a number of blocks, `0.5` and `1.0` as shares."""
-    return int(given) if given.isdecimal() else float(given)
+    return int(text) if text.isdecimal() else float(text)
 
 
 def make_requests(options: argparse.Namespace) -> list[Request]:
@@ -224,18 +226,18 @@ def check_options(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> Iterator[Path]:
     """Generate and write images; yield each file when it is complete. Raises ValueError for invalid options."""
     check_options(options)
-    wanted = make_requests(options)
+    requests = make_requests(options)
     pick_device(options.device)
     if options.save_embeddings is None:
-        for one in wanted:
-            check_writable(one.out, f"--out {one.out}")
-    pictures = {path: read_picture(path, f"--image {path}") for one in wanted for path in one.images}
+        for request in requests:
+            check_writable(request.out, f"--out {request.out}")
+    pictures = {path: read_picture(path, f"--image {path}") for request in requests for path in request.images}
     images = {path: NamedFile.from_path(path) for path in pictures}
-    given = [split_adapter(adapter) for adapter in options.adapter]
-    if options.merge and not given:
+    adapters = [split_adapter(adapter) for adapter in options.adapter]
+    if options.merge and not adapters:
         raise ValueError("--merge has no effect without --adapter")
-    used = [
-        NamedFile.from_adapter(path, scale) for path, scale in given
+    adapter_files = [
+        NamedFile.from_adapter(path, scale) for path, scale in adapters
     ]  # before the model is loaded, which takes minutes
     pipeline = load(
         options.model,
@@ -252,64 +254,64 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
     )
     if options.merge:
         pipeline.check_mergeable()
-    steps = [pipeline.variant.steps if one.steps is None else one.steps for one in wanted]
+    steps = [pipeline.variant.steps if request.steps is None else request.steps for request in requests]
     with Screen(sum(steps)) as screen:
         if options.upsample:
             screen.status("rewriting prompts")
-            wanted, asked = upsample_prompts(pipeline, wanted, pictures)
-            options.asked = options.asked | asked
+            requests, originals = upsample_prompts(pipeline, requests, pictures)
+            options.asked = options.asked | originals
         screen.status("encoding prompts")
         if options.save_embeddings is not None:
-            pipeline.save_embeddings(options.save_embeddings, [one.prompt for one in wanted])
+            pipeline.save_embeddings(options.save_embeddings, [request.prompt for request in requests])
             yield options.save_embeddings
             return
-        encode(pipeline, wanted)  # before the transformer is loaded, for which the text encoder is freed
+        encode(pipeline, requests)  # before the transformer is loaded, for which the text encoder is freed
         screen.status("loading the transformer")
         transformer = pipeline.transformer
         if pipeline.precision.storage is not None:
             say(describe(transformer, pipeline.precision, pipeline.device))
-        for path, scale in given:
-            found = pipeline.load_adapter(path, scale)
-            say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {found}")
+        for path, scale in adapters:
+            loaded = pipeline.load_adapter(path, scale)
+            say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {loaded}")
             if options.verbose:
-                say(f"  layers: {found.listing()}")
+                say(f"  layers: {loaded.listing()}")
         if options.merge:
             pipeline.merge_adapters()
         screen.begin()
-        saved = None if options.embeddings is None else NamedFile.from_path(options.embeddings)
-        for one, count in zip(wanted, steps, strict=True):
+        embeddings_file = None if options.embeddings is None else NamedFile.from_path(options.embeddings)
+        for request, count in zip(requests, steps, strict=True):
             (image,) = pipeline.generate(
-                one.prompt,
-                references=[pictures[path] for path in one.images],
-                seed=one.seed,
-                width=one.width,
-                height=one.height,
+                request.prompt,
+                references=[pictures[path] for path in request.images],
+                seed=request.seed,
+                width=request.width,
+                height=request.height,
                 steps=count,
-                guidance=one.guidance,
+                guidance=request.guidance,
                 progress=lambda _: screen.step(),
             )
             record = Record(
                 options.model,
-                one.prompt,
-                one.seed,
+                request.prompt,
+                request.seed,
                 *image.size,
                 count,
-                pipeline.variant.guidance if one.guidance is None else one.guidance,
+                pipeline.variant.guidance if request.guidance is None else request.guidance,
                 pipeline.precision.name,
                 **{key: getattr(options, key) for key in (*PLACES, "text_storage")},
-                asked=options.asked.get(one.prompt),
-                embeddings=saved,
-                images=[images[path] for path in one.images],
-                adapters=used,
+                asked=options.asked.get(request.prompt),
+                embeddings=embeddings_file,
+                images=[images[path] for path in request.images],
+                adapters=adapter_files,
                 merged=options.merge,
             )
-            write(image, one.out, record if options.metadata else None)
-            with screen.picture_done(f"{one.out}: {count} steps"):
-                yield one.out
+            write(image, request.out, record if options.metadata else None)
+            with screen.picture_done(f"{request.out}: {count} steps"):
+                yield request.out
 
 
 def upsample_prompts(
-    pipeline: Pipeline, wanted: list[Request], pictures: Mapping[Path, Image.Image]
+    pipeline: Pipeline, requests: list[Request], pictures: Mapping[Path, Image.Image]
 ) -> tuple[list[Request], dict[str, str]]:
     """Return the requests with their prompts rewritten, and the original prompts by the new ones.
 
@@ -317,20 +319,22 @@ def upsample_prompts(
     once for prompts without references, and once for those with references.
     """
     texts: dict[tuple[str, tuple[Path, ...]], str] = {}
-    for images in dict.fromkeys(tuple(one.images) for one in wanted):
-        prompts = [*dict.fromkeys(one.prompt for one in wanted if tuple(one.images) == images)]
+    for images in dict.fromkeys(tuple(request.images) for request in requests):
+        prompts = [*dict.fromkeys(request.prompt for request in requests if tuple(request.images) == images)]
         answers = pipeline.upsample(prompts, [pictures[path] for path in images])
         texts |= {(prompt, images): answer for prompt, answer in zip(prompts, answers, strict=True)}
     for (prompt, _), answer in texts.items():
         say(f"prompt {prompt!r} was rewritten to {answer!r}")
-    found = [dataclasses.replace(one, prompt=texts[one.prompt, tuple(one.images)]) for one in wanted]
-    return found, {answer: prompt for (prompt, _), answer in texts.items()}
+    rewritten = [
+        dataclasses.replace(request, prompt=texts[request.prompt, tuple(request.images)]) for request in requests
+    ]
+    return rewritten, {answer: prompt for (prompt, _), answer in texts.items()}
 
 
-def encode(pipeline: Pipeline, wanted: list[Request]) -> None:
+def encode(pipeline: Pipeline, requests: list[Request]) -> None:
     """Encode all prompts, so that the text encoder is loaded once; with the empty one if any image needs it."""
-    values = [pipeline.variant.guidance if one.guidance is None else one.guidance for one in wanted]
-    pipeline.embeddings([one.prompt for one in wanted], next((value for value in values if value != 1), 1.0))
+    values = [pipeline.variant.guidance if request.guidance is None else request.guidance for request in requests]
+    pipeline.embeddings([request.prompt for request in requests], next((value for value in values if value != 1), 1.0))
 
 
 def write(image: Image.Image, out: Path, record: Record | None) -> None:

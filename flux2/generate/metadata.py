@@ -110,35 +110,35 @@ def read(file: Path, what: str) -> Record:
         raise ValueError(f"{what}: the record of how it was made is invalid ({error})") from error
 
 
-def parse_record(found: Any) -> Record:
+def parse_record(record: Any) -> Record:
     """Return a record from JSON. Raises ValueError, TypeError or KeyError for anything else."""
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{found!r} is not an object")
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{record!r} is not an object")
     known = {entry.name for entry in dataclasses.fields(Record)}
-    if unknown := sorted(set(found) - known):
+    if unknown := sorted(set(record) - known):
         raise ValueError(f"unknown: {', '.join(unknown)}")
-    if found["model"] not in VARIANTS:
-        raise ValueError(f"model={found['model']!r} must be one of {', '.join(VARIANTS)}")
+    if record["model"] not in VARIANTS:
+        raise ValueError(f"model={record['model']!r} must be one of {', '.join(VARIANTS)}")
     for key in ("path", "autoencoder", "text_encoder", "asked"):
-        if not isinstance(found.get(key), str | None):
-            raise TypeError(f"{key}={found[key]!r} must be a string or null")
-    check_storage(found.get("text_storage"), "text_storage")
-    if not isinstance(found["precision"], str):
-        raise TypeError(f"precision={found['precision']!r} must be a string")
-    if not isinstance(found.get("merged", False), bool):
-        raise TypeError(f"merged={found['merged']!r} must be true or false")
-    (prompt,) = checks.texts("prompt", found["prompt"])
-    (seed,) = checks.seeds(found["seed"], 1)
-    checks.size(found["width"], found["height"], 1)
-    given: dict[str, Any] = {
+        if not isinstance(record.get(key), str | None):
+            raise TypeError(f"{key}={record[key]!r} must be a string or null")
+    check_storage(record.get("text_storage"), "text_storage")
+    if not isinstance(record["precision"], str):
+        raise TypeError(f"precision={record['precision']!r} must be a string")
+    if not isinstance(record.get("merged", False), bool):
+        raise TypeError(f"merged={record['merged']!r} must be true or false")
+    (prompt,) = checks.texts("prompt", record["prompt"])
+    (seed,) = checks.seeds(record["seed"], 1)
+    checks.size(record["width"], record["height"], 1)
+    values: dict[str, Any] = {
         "prompt": prompt,
         "seed": seed,
-        "steps": checks.steps(found["steps"]),
-        "guidance": checks.guidance(found["guidance"]),
+        "steps": checks.steps(record["steps"]),
+        "guidance": checks.guidance(record["guidance"]),
     }
-    given["embeddings"] = parse_named_file(found["embeddings"]) if found.get("embeddings") is not None else None
-    files = {key: [parse_named_file(entry) for entry in found.get(key, [])] for key in ("images", "adapters")}
-    return Record(**{**found, **given, **files})
+    values["embeddings"] = parse_named_file(record["embeddings"]) if record.get("embeddings") is not None else None
+    files = {key: [parse_named_file(entry) for entry in record.get(key, [])] for key in ("images", "adapters")}
+    return Record(**{**record, **values, **files})
 
 
 def parse_named_file(entry: Any) -> NamedFile:

@@ -49,9 +49,9 @@ def round_sizes(values: dict[str, Any], say: Callable[[str], None]) -> dict[str,
     Raises TypeError or ValueError unless they are integers >= 16.
     """
     sides = {key: values[key] for key in ("width", "height") if values[key] is not None}
-    whole = {key: checks.whole(key, side, PIXELS_PER_TOKEN) for key, side in sides.items()}
-    rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in whole.items()}
-    for key, side in whole.items():
+    integers = {key: checks.whole(key, side, PIXELS_PER_TOKEN) for key, side in sides.items()}
+    rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in integers.items()}
+    for key, side in integers.items():
         if side != rounded[key]:
             say(f"{key}={side} is not a multiple of {PIXELS_PER_TOKEN}: rounded to {rounded[key]}")
     return values | rounded
@@ -77,31 +77,31 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], Non
         raise ValueError(f"{what} cannot be read ({error})") from error
     if not lines:
         raise ValueError(f"{what} has no lines. Write one JSON object with a prompt per line")
-    found = []
+    requests = []
     for index, (number, text) in enumerate(lines):
         try:
-            found.append(parse_request(json.loads(text), index, len(lines), defaults, say))
+            requests.append(parse_request(json.loads(text), index, len(lines), defaults, say))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}, line {number}: {error}") from error
-    outs = [one.out for one in found]
-    for number, (one, out) in enumerate(zip(found, outs, strict=True)):
+    outs = [request.out for request in requests]
+    for number, (request, out) in enumerate(zip(requests, outs, strict=True)):
         if out in outs[:number]:
-            raise ValueError(f"{what}, line {lines[number][0]}: an earlier line writes {one.out} too")
-    return found
+            raise ValueError(f"{what}, line {lines[number][0]}: an earlier line writes {request.out} too")
+    return requests
 
 
 def parse_request(
-    given: Any, index: int, count: int, defaults: Mapping[str, Any], say: Callable[[str], None]
+    line: Any, index: int, count: int, defaults: Mapping[str, Any], say: Callable[[str], None]
 ) -> Request:
     """Return the request in one line. Raises TypeError or ValueError for an invalid one."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{given!r} is not an object such as {{" + '"prompt": "..."}')
-    if unknown := [key for key in given if key not in KEYS]:
+    if not isinstance(line, dict):
+        raise ValueError(f"{line!r} is not an object such as {{" + '"prompt": "..."}')
+    if unknown := [key for key in line if key not in KEYS]:
         raise ValueError(f"{unknown[0]!r} must be one of {', '.join(KEYS)}")
-    if not isinstance(given.get("prompt"), str):
-        raise ValueError(f"prompt={given.get('prompt')!r} must be a string")
-    values = {**defaults, "seed": defaults["seed"] + index, **given}
-    out, base = given.get("out"), Path(defaults["out"])
+    if not isinstance(line.get("prompt"), str):
+        raise ValueError(f"prompt={line.get('prompt')!r} must be a string")
+    values = {**defaults, "seed": defaults["seed"] + index, **line}
+    out, base = line.get("out"), Path(defaults["out"])
     if out is not None and (not isinstance(out, str) or not out):
         raise ValueError(f"out={out!r} must be a file name")
     values["out"] = numbered_path(base, index, count) if out is None else base.parent / out

@@ -106,9 +106,9 @@ class Prompts:
         wanted = [*dict.fromkeys(checks.texts("prompts", prompts))]
         if not self.source.variant.transformer.guidance and "" not in wanted:
             wanted.append("")
-        found = self.get(wanted, length)
-        kept = dict(zip(wanted, found, strict=True))
-        saved_prompts.write(Path(file).expanduser(), self.source.variant, kept, self._tokens(length))
+        embeddings = self.get(wanted, length)
+        by_prompt = dict(zip(wanted, embeddings, strict=True))
+        saved_prompts.write(Path(file).expanduser(), self.source.variant, by_prompt, self._tokens(length))
 
     def _tokens(self, length: int | None) -> int:
         if length is None:

@@ -317,13 +317,13 @@ class Client:
 
 def root_cause(error: BaseException) -> str:
     """Return the system's message behind an error of the HTTP library."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.strerror:
-            return found.strerror
-        inner = next((part for part in found.args if isinstance(part, BaseException)), None)
-        found = getattr(found, "reason", None) or inner or found.__cause__ or found.__context__
-        found = found if isinstance(found, BaseException) else None
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.strerror:
+            return current.strerror
+        inner = next((part for part in current.args if isinstance(part, BaseException)), None)
+        current = getattr(current, "reason", None) or inner or current.__cause__ or current.__context__
+        current = current if isinstance(current, BaseException) else None
     return type(error).__name__
 
 

@@ -66,14 +66,14 @@ def read_serialized(body: bytes) -> Tensor:
     if sum(member.file_size for member in members) > len(body):
         raise ValueError("it unpacks to more bytes than it has, which a file of torch.save never does")
     try:
-        found = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        loaded = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # untrusted bytes make a parser fail with any exception
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it names {named[1]}, which is not a tensor" if named else "it cannot be read as a tensor"
         raise ValueError(f"{what}. Nothing in it was executed") from error
-    if type(found) is not Tensor:
-        raise ValueError(f"it holds {type(found).__name__}, not a tensor")
-    return found
+    if type(loaded) is not Tensor:
+        raise ValueError(f"it holds {type(loaded).__name__}, not a tensor")
+    return loaded
 
 
 def check_embeddings(tensor: Tensor, shape: tuple[int, int, int]) -> Tensor:

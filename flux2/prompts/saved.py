@@ -104,7 +104,7 @@ class SavedPrompts:
     def get(self, prompt: str) -> Tensor:
         """Return the embedding (1, T, text_width), as stored. Raises ValueError if it is not finite."""
         with safe_open(self.file, "pt") as opened:
-            found = opened.get_tensor(str(self.prompts.index(prompt)))
-        if not bool(torch.isfinite(found).all()):
+            embedding = opened.get_tensor(str(self.prompts.index(prompt)))
+        if not bool(torch.isfinite(embedding).all()):
             raise ValueError(f"embeddings={str(self.file)!r}: {prompt!r:.120} has NaN or infinite values")
-        return found[None]
+        return embedding[None]

@@ -80,15 +80,15 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     """Return the references in one image of at most `MOST_PIXELS`, from left to right, smaller ones on white."""
     pictures = [as_rgb(image) for image in images]
     width, height = sum(picture.width for picture in pictures), max(picture.height for picture in pictures)
-    whole = Image.new("RGB", (width, height), "white")
+    canvas = Image.new("RGB", (width, height), "white")
     left = 0
     for picture in pictures:
-        whole.paste(picture, (left, (height - picture.height) // 2))
+        canvas.paste(picture, (left, (height - picture.height) // 2))
         left += picture.width
     if width * height > MOST_PIXELS:
         smaller = isqrt(MOST_PIXELS * width // height), isqrt(MOST_PIXELS * height // width)
-        whole = whole.resize((max(1, smaller[0]), max(1, smaller[1])), Image.Resampling.LANCZOS)
-    return whole
+        canvas = canvas.resize((max(1, smaller[0]), max(1, smaller[1])), Image.Resampling.LANCZOS)
+    return canvas
 
 
 def conversation(prompt: str, edit: bool) -> list[dict[str, Any]]:
@@ -114,20 +114,20 @@ class Upsampler:
         text = self.tokenizer.apply_chat_template(
             conversation(prompt, bool(references)), tokenize=False, add_generation_prompt=True
         )
-        seen: dict[str, Tensor] = {}
+        image_inputs: dict[str, Tensor] = {}
         if references:
-            seen = self._seen(side_by_side(references))
-            height, width = (int(side) // self._cell for side in seen["image_sizes"][0])
+            image_inputs = self._seen(side_by_side(references))
+            height, width = (int(side) // self._cell for side in image_inputs["image_sizes"][0])
             row = IMAGE * width
             if text.count(IMAGE) != 1:
                 raise WeightsError(
                     "the tokenizer's chat template has no place for an image. Rewrite prompts without references"
                 )
             text = text.replace(IMAGE, ROW_END.join([row] * height) + IMAGE_END)
-        found = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        if (count := found["input_ids"].shape[1]) > MOST_TOKENS:
+        tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        if (count := tokens["input_ids"].shape[1]) > MOST_TOKENS:
             raise ValueError(f"{count} tokens are too many to rewrite, the limit is {MOST_TOKENS}: {prompt!r:.80}")
-        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"], **seen}
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **image_inputs}
 
     @property
     def _cell(self) -> int:
@@ -140,9 +140,9 @@ class Upsampler:
 
         side = {"height": self._cell, "width": self._cell}
         longest = {"longest_edge": self.model.config.vision_config.image_size}
-        found = PixtralImageProcessorPil(size=longest, patch_size=side)([[picture]], return_tensors="pt")
+        processed = PixtralImageProcessorPil(size=longest, patch_size=side)([[picture]], return_tensors="pt")
         dtype = next(self.model.parameters()).dtype
-        return {"pixel_values": found["pixel_values"].to(dtype), "image_sizes": found["image_sizes"]}
+        return {"pixel_values": processed["pixel_values"].to(dtype), "image_sizes": processed["image_sizes"]}
 
     @torch.no_grad()
     def rewrite(
@@ -156,22 +156,22 @@ class Upsampler:
     ) -> str:
         """Return the prompt in more detail. Raises ValueError if the model answers with an empty text."""
         device = next(self.model.parameters()).device
-        given = {name: tensor.to(device) for name, tensor in self.inputs(prompt, references).items()}
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs(prompt, references).items()}
         end = self.tokenizer.eos_token_id
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # keeps the random state of the caller
             torch.manual_seed(seed)
-            made = self.model.generate(
-                **given,
+            generated = self.model.generate(
+                **inputs,
                 max_new_tokens=new_tokens,
                 do_sample=True,
                 temperature=temperature,
                 use_cache=True,
                 eos_token_id=end,
                 pad_token_id=self.tokenizer.pad_token_id,
-            )[0, given["input_ids"].shape[1] :]
-        if made.shape[0] == new_tokens and made[-1] != end:
+            )[0, inputs["input_ids"].shape[1] :]
+        if generated.shape[0] == new_tokens and generated[-1] != end:
             log.warning("the rewritten prompt was truncated to %d tokens: %.80r", new_tokens, prompt)
-        answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
+        answer = str(self.tokenizer.decode(generated, skip_special_tokens=True)).strip()
         if not answer:
             raise ValueError(f"the text encoder answered with an empty text to {prompt!r:.80}. Rephrase it")
         return answer
@@ -224,7 +224,7 @@ def places(model: nn.Module, language: nn.Module, files: TensorFiles, tied: bool
     With `tied` the embeddings are the output head if there is no other.
     """
     inside = language_prefix(files)
-    own = next(f"{name}." for name, module in model.named_modules() if module is language)
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is language)
     heads: list[str] = [name for name in ("lm_head.weight", "language_model.lm_head.weight") if name in files.names]
     heads += [f"{inside}embed_tokens.weight"] if tied else []
     if not heads:
@@ -233,12 +233,12 @@ def places(model: nn.Module, language: nn.Module, files: TensorFiles, tied: bool
             "published"
         )
     outer = "model." if "model.vision_tower.patch_conv.weight" in files.names else ""
-    found = {}
+    locations = {}
     for name in expected_shapes(model):
-        if name.startswith(own):
-            found[name] = inside + name.removeprefix(own)
+        if name.startswith(prefix):
+            locations[name] = inside + name.removeprefix(prefix)
         elif name == "lm_head.weight":
-            found[name] = heads[0]
+            locations[name] = heads[0]
         else:  # vision tower and projector
-            found[name] = outer + name.removeprefix("model.")
-    return found
+            locations[name] = outer + name.removeprefix("model.")
+    return locations

@@ -142,16 +142,16 @@ class Worker:
 
     def _batch_with(self, unit: PendingPrompt) -> list[PendingPrompt]:
         """Return waiting prompts to encode together with `unit`: up to the batch size, of the same length."""
-        found: list[PendingPrompt] = []
-        while len(found) < self.batch - 1 and not self._queue.empty():
+        others: list[PendingPrompt] = []
+        while len(others) < self.batch - 1 and not self._queue.empty():
             other = self._queue.get()
             if other is None or other.length != unit.length:
                 self._first = other
                 if other is None:
                     self._queue.put(None)
                 break
-            found.append(other)
-        return found
+            others.append(other)
+        return others
 
     def _encode(self, units: list[PendingPrompt]) -> None:
         try:

@@ -95,12 +95,12 @@ def run(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install -e '.[serve]'") from error
 
-    given = {"characters": "max_characters", "prompts": "max_prompts", "length": "max_length"}
-    given |= {"body": "max_body", "waiting": "max_waiting", "batch": "batch"}
+    options_by_limit = {"characters": "max_characters", "prompts": "max_prompts", "length": "max_length"}
+    options_by_limit |= {"body": "max_body", "waiting": "max_waiting", "batch": "batch"}
     limits = Limits(
         **{
             name: checks.whole("--" + option.replace("_", "-"), getattr(options, option), 1)
-            for name, option in given.items()
+            for name, option in options_by_limit.items()
         }
     )
     token = server_token(options.host)

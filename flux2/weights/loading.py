@@ -50,8 +50,8 @@ def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
     These are its parameters and buffers; a module with a method `store` has a `weight` instead of its own.
     """
     stores = {name: module for name, module in model.named_modules() if isinstance(module, StoresWeight)}
-    own = tuple(f"{name}." for name in stores)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(own)}
+    prefixes = tuple(f"{name}." for name in stores)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
     return shapes | {
         f"{name}.weight": torch.Size((module.out_features, module.in_features)) for name, module in stores.items()
     }
@@ -122,17 +122,17 @@ def fill(
     filled = FillCounts(unused=sum(len(part.unused) for one in weights.values() for part in one.parts))
 
     def read_task(name: str, weight: Weight) -> ReadTask:
-        stays = device_of(name)
+        final_device = device_of(name)
         stores = isinstance(model.get_submodule(name.rpartition(".")[0]), StoresWeight)
-        reads = weight.reads(device if stores or not weight.plain else stays)
-        return ReadTask(reads, lambda tensors: store_weight(model, name, weight, tensors, dtype, stays, filled))
+        reads = weight.reads(device if stores or not weight.plain else final_device)
+        return ReadTask(reads, lambda tensors: store_weight(model, name, weight, tensors, dtype, final_device, filled))
 
     tasks = {name: read_task(name, weight) for name, weight in weights.items()}
     run_tasks(group_by_module(tasks, modules or {}), digests)
     files.check_unchanged()
-    left = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
-    left |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
-    assert not left, f"not filled: {listed(left)}"
+    unfilled = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+    unfilled |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    assert not unfilled, f"not filled: {listed(unfilled)}"
     return filled
 
 
@@ -169,11 +169,11 @@ def match_weights(
 
 def check_floats(model: nn.Module, weights: Mapping[str, Weight]) -> None:
     """Raise WeightsError for integers in a file if the model expects floats: a cast would hide the error."""
-    kept = model.state_dict()
+    model_tensors = model.state_dict()
     for name, weight in weights.items():
         for part in weight.parts:
             stored = part.stored["weight"]
-            wants_float = name not in kept or kept[name].is_floating_point()
+            wants_float = name not in model_tensors or model_tensors[name].is_floating_point()
             if part.form == "plain" and wants_float and not stored.dtype.is_floating_point:
                 raise WeightsError(f"{part.description} has dtype {stored.dtype}, not a float: give the model's files")
 
@@ -184,14 +184,14 @@ def store_weight(
     weight: Weight,
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None,
-    stays: torch.device,
+    final_device: torch.device,
     filled: FillCounts,
 ) -> None:
     """Store the tensors that were read of `weight` as `name` in the model, and count it in `filled`."""
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, QuantizedLinear) and weight.keep_stored_form(module, tensors):
         filled.kept += 1
-        module.to(stays)
+        module.to(final_device)
         return
     tensor = weight.dequantized(tensors, dtype or torch.float32)
     tensors.clear()
@@ -202,9 +202,9 @@ def store_weight(
         except ValueError as error:
             raise WeightsError(f"{weight.parts[0].description} cannot be used: {error}") from error
         filled.quantized += 1
-        module.to(stays)
+        module.to(final_device)
     else:
-        set_tensor(model, name, tensor.to(stays, dtype if tensor.is_floating_point() else None).contiguous())
+        set_tensor(model, name, tensor.to(final_device, dtype if tensor.is_floating_point() else None).contiguous())
 
 
 def transformer_names(model: nn.Module, files: TensorFiles) -> tuple[dict[str, PublishedTensor], Callable[[str], bool]]:

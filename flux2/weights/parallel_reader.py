@@ -175,17 +175,17 @@ def group_by_module(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable
     Args:
         modules: Functions by module name (`double_blocks.0`), each called once its module is complete.
     """
-    left, ordered = dict(jobs), []
+    remaining, ordered = dict(jobs), []
     for module, ready in modules.items():
-        own = [left.pop(name) for name in list(left) if name.startswith(f"{module}.")]
-        last = own.pop()
+        of_module = [remaining.pop(name) for name in list(remaining) if name.startswith(f"{module}.")]
+        last = of_module.pop()
 
         def use(tensors: dict[str, Tensor], last: ReadTask = last, ready: Callable[[], None] = ready) -> None:
             last.use(tensors)
             ready()
 
-        ordered += [*own, ReadTask(last.reads, use)]
-    return [*left.values(), *ordered]
+        ordered += [*of_module, ReadTask(last.reads, use)]
+    return [*remaining.values(), *ordered]
 
 
 def run_tasks(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
@@ -197,22 +197,22 @@ def run_tasks(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
     """
     budget = AHEAD * max((job.nbytes for job in jobs), default=0)
     reader = Reader(digests)
-    todo = deque(jobs)
+    waiting = deque(jobs)
     reading: deque[tuple[ReadTask, dict[str, Tensor], list[Future[None]]]] = deque()
-    held = 0
+    held_bytes = 0
     with ThreadPoolExecutor(THREADS, thread_name_prefix="weights") as pool:
         try:
-            while todo or reading:
-                while todo and (not reading or held + todo[0].nbytes <= budget):
-                    job = todo.popleft()
-                    held += job.nbytes
+            while waiting or reading:
+                while waiting and (not reading or held_bytes + waiting[0].nbytes <= budget):
+                    job = waiting.popleft()
+                    held_bytes += job.nbytes
                     reading.append((job, *start_task(job, reader, pool)))
                 job, tensors, futures = reading.popleft()
                 for future in futures:
                     future.result()
                 job.use(tensors)
                 del tensors
-                held -= job.nbytes
+                held_bytes -= job.nbytes
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -224,12 +224,12 @@ def start_task(job: ReadTask, reader: Reader, pool: ThreadPoolExecutor) -> tuple
     for name, read in job.reads.items():
         memory = torch.empty(read.nbytes, dtype=torch.uint8, device=read.device)
         ready = torch.cuda.current_stream(read.device).record_event() if read.device.type == "cuda" else None
-        at = 0
+        offset = 0
         for piece in read.pieces:
             for start, stop in chunks(piece.size):
-                part = memory[at + start : at + stop]
+                part = memory[offset + start : offset + stop]
                 futures.append(pool.submit(reader.read_chunk, piece, start, stop, part, ready))
-            at += piece.size
-        assert at == read.nbytes, f"{name}: {at} bytes for {read.nbytes}"
+            offset += piece.size
+        assert offset == read.nbytes, f"{name}: {offset} bytes for {read.nbytes}"
         tensors[name] = memory.view(read.dtype).reshape(read.shape)
     return tensors, futures

@@ -63,11 +63,11 @@ def parse_header(file: Path, raw: bytes) -> dict[str, Any]:
     """Return the entries of a header by name. Raises WeightsError unless each name occurs once."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise damaged_file(file, f"its header holds {twice!r} twice")
-        return found
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            repeated = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise damaged_file(file, f"its header holds {repeated!r} twice")
+        return entries
 
     try:
         header = json.loads(raw, object_pairs_hook=once)
@@ -82,10 +82,10 @@ def stored_tensor(file: Path, key: str, entry: Any, begin: int) -> StoredTensor:
     """Return one tensor of the header; data starts at byte `begin`."""
     try:
         name, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop))
+        is_complete = all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop))
     except (TypeError, KeyError, ValueError):
-        whole = False
-    if not whole:
+        is_complete = False
+    if not is_complete:
         raise damaged_file(file, f"its header's entry for {key} has no dtype, shape and data_offsets")
     if name not in DTYPES:
         raise WeightsError(f"{file}: {key} has dtype {name}. Give a file in one of {', '.join(DTYPES)}")

@@ -79,17 +79,17 @@ class ModelSource:
     fingerprints: Fingerprints | None = field(default=None, compare=False, repr=False)
 
     def where(self, part: Part) -> str:
-        given = {"vae": self.autoencoder, "transformer": None}.get(part, self.text_encoder)
-        if given:
-            return given
+        own_location = {"vae": self.autoencoder, "transformer": None}.get(part, self.text_encoder)
+        if own_location:
+            return own_location
         if part != "transformer" and self.path.endswith(".safetensors"):
             return self.variant.repo or str(TINY_FOLDER)
         return self.path
 
     def key(self, part: Part) -> str:
         """Return the setting that gives the location of a part, for errors."""
-        given = {"vae": "autoencoder", "transformer": "path"}.get(part, "text_encoder")
-        return f"model.{given}" if getattr(self, given) else "model.path"
+        setting = {"vae": "autoencoder", "transformer": "path"}.get(part, "text_encoder")
+        return f"model.{setting}" if getattr(self, setting) else "model.path"
 
     def file(self, part: Part) -> Path | None:
         """Return the single file of a part, or None if its location is a folder or repository.
@@ -110,15 +110,15 @@ class ModelSource:
         where = self.where(part)
         if not looks_local(where):
             return Path(download(where, part)) / part
-        whole = Path(where).expanduser()
-        if (whole / part).is_dir():
-            return whole / part
-        if whole.is_dir():
+        root = Path(where).expanduser()
+        if (root / part).is_dir():
+            return root / part
+        if root.is_dir():
             raise WeightsError(
-                f"{self.key(part)}={where!r}: there is no folder {whole / part}. Give a folder in the published layout "
+                f"{self.key(part)}={where!r}: there is no folder {root / part}. Give a folder in the published layout "
                 "(transformer/, vae/, text_encoder/, tokenizer/)"
             )
-        what = "does not exist" if not whole.exists() else "is neither a folder nor a .safetensors file"
+        what = "does not exist" if not root.exists() else "is neither a folder nor a .safetensors file"
         raise WeightsError(f"{self.key(part)}={where!r} {what}. Give a repository id, a folder or a .safetensors file")
 
 
@@ -126,11 +126,11 @@ def model_source(
     name: str, path: str | None = None, autoencoder: str | None = None, text_encoder: str | None = None
 ) -> ModelSource:
     """Return the source of the model `name`: at `path`, by default the embedded model or the published repository."""
-    found = variant(name)
+    chosen = variant(name)
     for key, value in {"path": path, "autoencoder": autoencoder, "text_encoder": text_encoder}.items():
         if value is not None and not isinstance(value, str):
             raise ValueError(f"model.{key}={value!r} must be a repository id, a folder or a file")
-    return ModelSource(found, path or found.repo or str(TINY_FOLDER), autoencoder, text_encoder)
+    return ModelSource(chosen, path or chosen.repo or str(TINY_FOLDER), autoencoder, text_encoder)
 
 
 def looks_local(where: str) -> bool:
@@ -196,15 +196,15 @@ def fingerprint(source: ModelSource, part: Part) -> str:
     try:
         if known is not None and not is_available(source, part):
             raise WeightsError(f"{source.where(part)} is not downloaded")
-        found = digest_of_files(source, part)
+        current = digest_of_files(source, part)
     except WeightsError as error:
         if known is None:
             raise
         log.warning("using the cached results of the last known %s (%s)", name, error)
         return known
     if source.fingerprints is not None:
-        source.fingerprints.set(name, found)
-    return found
+        source.fingerprints.set(name, current)
+    return current
 
 
 def digest_of_files(source: ModelSource, part: Part) -> str:

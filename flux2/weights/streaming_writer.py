@@ -34,11 +34,11 @@ def nbytes(plan: Plan) -> int:
 
 def check_room(folder: Path, size: int, what: str) -> None:
     """Raise ValueError, starting with `what`, unless the disk of `folder` has room for `size` bytes."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if size + SPARE > free:
         raise ValueError(
-            f"{what}: {gigabytes(size)} are needed, and {there} has {gigabytes(free)} free. Make room, or choose "
+            f"{what}: {gigabytes(size)} are needed, and {existing} has {gigabytes(free)} free. Make room, or choose "
             "another folder"
         )
 
