@@ -215,7 +215,7 @@ def test_prompts_that_are_cut_are_told_once_with_their_number(pipe: Pipeline, ca
     for _ in range(2):
         pipe.encode(["a cup", "fox " * 100, "cup " * 100])
     (record,) = caplog.records
-    assert record.getMessage().startswith("2 prompts are longer than 24 tokens and were cut: 'fox fox")
+    assert record.getMessage().startswith("truncated 2 prompts to 24 tokens, e.g. 'fox fox")
 
 
 def test_prompts_to_encode_are_checked(pipe: Pipeline) -> None:

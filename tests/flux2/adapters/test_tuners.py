@@ -260,7 +260,7 @@ def test_no_file_is_written_that_others_would_read_wrongly_and_none_of_an_earlie
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", PEFT_FILE]
     assert "`python -m flux2.export" in format_notes(tmp_path)
     assert "diffusers" not in (tmp_path / "README.md").read_text()
-    with pytest.raises(AdapterError, match="is no low-rank pair"):
+    with pytest.raises(AdapterError, match="is not a low-rank pair"):
         layer_pairs(wrapped.get_base_model())
 
 

@@ -95,4 +95,4 @@ def test_a_gpu_is_described(capability, words, monkeypatch) -> None:
 
 def test_a_rocm_build_is_refused_in_a_sentence(monkeypatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert list(doctor.devices()) == [("GPU", "ROCm 6.4: refused, only CUDA was built for; device=cpu works")]
+    assert list(doctor.devices()) == [("GPU", "ROCm 6.4: refused, only CUDA is supported; device=cpu works")]

@@ -90,7 +90,7 @@ def test_a_weak_token_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.setenv(TOKEN, token)
     said = command()
-    assert f"{TOKEN} must hold at least 16 ASCII signs, no spaces" in said
+    assert f"{TOKEN} must hold >= 16 ASCII characters, no spaces" in said
     assert token not in said
 
 
