@@ -195,7 +195,7 @@ def find(path: str | Path) -> Path:
     raise AdapterError(
         f"adapter {str(path)!r}: "
         + ("no adapter was found in this folder" if place.exists() else "does not exist")
-        + "; give an adapter folder (adapter_model.safetensors), a run folder, or a .safetensors file"
+        + ". Give an adapter folder (adapter_model.safetensors), a run folder, or a .safetensors file"
     )
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ DEFAULTS: dict[str, Any] = {
     "verbose": False,
     "metadata": True,
 }
+LOADED = (  # options that flux2.pipeline.load takes under the same name
+    *("autoencoder", "text_encoder", "device", "precision", "offload_blocks", "cache", "tiled", "text_storage"),
+    "embeddings",
+)
 PLACES = ("path", "autoencoder", "text_encoder")
 # recorded settings that are dropped if the given option replaces them
 REPLACED = {
@@ -64,16 +68,13 @@ def say(text: str) -> None:
     print(f"{CLEAR}{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the given options, else those recorded in the image of --from-image, else DEFAULTS.
-
-    Raises ValueError if that image records none.
-    """
+def option_parser() -> argparse.ArgumentParser:
+    """Return a parser that gives only the options that are on the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m flux2.generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # to distinguish given options
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--model", choices=list(VARIANTS), help="variant of FLUX.2 (tiny)")
     parser.add_argument("--path", help="repository id, folder or .safetensors file; default: the published one")
@@ -139,6 +140,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-metadata", dest="metadata", action="store_false", help="do not record in the PNG how it was made"
     )
+    return parser
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the given options, else those recorded in the image of --from-image, else DEFAULTS.
+
+    Raises ValueError if that image records none.
+    """
+    parser = option_parser()
     explicit = vars(parser.parse_args(argv))
     recorded = options_from_image(explicit["from_image"], explicit) if "from_image" in explicit else {}
     for key in [other for option in explicit for other in REPLACED.get(option, ())]:
@@ -236,22 +246,9 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
     adapters = [split_adapter(adapter) for adapter in options.adapter]
     if options.merge and not adapters:
         raise ValueError("--merge has no effect without --adapter")
-    adapter_files = [
-        NamedFile.from_adapter(path, scale) for path, scale in adapters
-    ]  # before the model is loaded, which takes minutes
-    pipeline = load(
-        options.model,
-        options.path,
-        autoencoder=options.autoencoder,
-        text_encoder=options.text_encoder,
-        device=options.device,
-        precision=options.precision,
-        offload_blocks=options.offload_blocks,
-        cache=options.cache,
-        tiled=options.tiled,
-        text_storage=options.text_storage,
-        embeddings=options.embeddings,
-    )
+    # before the model is loaded, which takes minutes
+    adapter_files = [NamedFile.from_adapter(path, scale) for path, scale in adapters]
+    pipeline = load(options.model, options.path, **{key: getattr(options, key) for key in LOADED})
     if options.merge:
         pipeline.check_mergeable()
     steps = [pipeline.variant.steps if request.steps is None else request.steps for request in requests]
@@ -267,16 +264,7 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
             return
         encode(pipeline, requests)  # before the transformer is loaded, for which the text encoder is freed
         screen.status("loading the transformer")
-        transformer = pipeline.transformer
-        if pipeline.precision.storage is not None:
-            say(describe(transformer, pipeline.precision, pipeline.device))
-        for path, scale in adapters:
-            loaded = pipeline.load_adapter(path, scale)
-            say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {loaded}")
-            if options.verbose:
-                say(f"  layers: {loaded.listing()}")
-        if options.merge:
-            pipeline.merge_adapters()
+        load_adapters(pipeline, adapters, options)
         screen.begin()
         embeddings_file = None if options.embeddings is None else NamedFile.from_path(options.embeddings)
         for request, count in zip(requests, steps, strict=True):
@@ -308,6 +296,20 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
             write(image, request.out, record if options.metadata else None)
             with screen.picture_done(f"{request.out}: {count} steps"):
                 yield request.out
+
+
+def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
+    """Load the transformer and the adapters, and report both."""
+    transformer = pipeline.transformer
+    if pipeline.precision.storage is not None:
+        say(describe(transformer, pipeline.precision, pipeline.device))
+    for path, scale in adapters:
+        loaded = pipeline.load_adapter(path, scale)
+        say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {loaded}")
+        if options.verbose:
+            say(f"  layers: {loaded.listing()}")
+    if options.merge:
+        pipeline.merge_adapters()
 
 
 def upsample_prompts(

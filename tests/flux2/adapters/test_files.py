@@ -583,9 +583,9 @@ def test_a_run_folder_gives_its_final_adapter_else_its_newest_checkpoint(tmp_pat
 
 
 def test_nothing_to_load_is_an_error_that_says_what_can_be_given(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"gone': does not exist; give an adapter folder"):
+    with pytest.raises(AdapterError, match=r"gone': does not exist. Give an adapter folder"):
         adapters.find(tmp_path / "gone")
-    with pytest.raises(AdapterError, match=r"no adapter was found in this folder; give an adapter folder"):
+    with pytest.raises(AdapterError, match=r"no adapter was found in this folder. Give an adapter folder"):
         adapters.find(tmp_path)
 
 

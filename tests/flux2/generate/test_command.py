@@ -155,7 +155,7 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "gone"], "adapter 'gone': does not exist; give an adapter folder"),
+        (["--adapter", "gone"], "adapter 'gone': does not exist. Give an adapter folder"),
         (["--adapter", "gone:0.5"], "adapter 'gone': does not exist"),
         (["--adapter", "broken.safetensors"], "adapter broken.safetensors cannot be read"),
         (["--image", "gone.png"], "--image gone.png does not exist"),
