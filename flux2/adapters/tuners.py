@@ -166,7 +166,8 @@ def attach(
     Returns:
         PEFT's wrapper around the same `model`; either can be used.
     """
-    return _lora(model, rank, alpha, targets, dropout, rank_pattern, alpha_pattern, seed, name, rslora=rslora)
+    ranks = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
+    return _lora(model, ranks, dropout, rslora, seed, name, init_lora)
 
 
 def attach_dora(
@@ -183,28 +184,22 @@ def attach_dora(
     name: str = "default",
 ) -> peft.PeftModel:
     """Attach a new DoRA: a LoRA with a trained length for each row of the sum. Arguments and result as in `attach`."""
-    return _lora(model, rank, alpha, targets, dropout, rank_pattern, alpha_pattern, seed, name, rslora, dora=True)
+    ranks = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
+    return _lora(model, ranks, dropout, rslora, seed, name, init_dora)
 
 
 def _lora(
-    model: Transformer,
-    rank: int,
-    alpha: float | None,
-    targets: Targets,
-    dropout: float,
-    rank_pattern: Mapping[str, int] | None,
-    alpha_pattern: Mapping[str, float] | None,
-    seed: int,
-    name: str,
-    rslora: bool,
-    dora: bool = False,
+    model: Transformer, ranks: dict[str, Any], dropout: float, rslora: bool, seed: int, name: str, start: Initializer
 ) -> peft.PeftModel:
     check_dropout("dropout", dropout)
     check_flag("rslora", rslora)
-    arguments = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
-    arguments["lora_alpha"] = arguments.pop("alpha")
-    config = peft.LoraConfig(**arguments, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
-    return _attach(model, config, init_dora if dora else init_lora, seed, name)
+    config = lora_config(ranks, lora_dropout=dropout, use_rslora=rslora, use_dora=start is init_dora)
+    return _attach(model, config, start, seed, name)
+
+
+def lora_config(ranks: dict[str, Any], **settings: Any) -> peft.LoraConfig:
+    """Return PEFT's configuration, which calls `alpha` `lora_alpha`."""
+    return peft.LoraConfig(lora_alpha=ranks.pop("alpha"), **ranks, **settings)
 
 
 def attach_pissa(
@@ -229,14 +224,12 @@ def attach_pissa(
     """
     if iterations is not None:
         check_integer("iterations", iterations)
-    arguments = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
-    layers = arguments["target_modules"]
-    arguments["lora_alpha"] = arguments.pop("alpha")
-    config = peft.LoraConfig(**arguments)
+    ranks = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
+    config = lora_config(ranks)
     method = "pissa" if iterations is None else f"pissa_niter_{iterations}"
     wrapped = _attach(model, config, lambda layer, name: init_pissa(layer, name, method), seed, name)
     with torch.random.fork_rng(devices=[]):
-        wrapped.add_adapter(name + INITIAL, replace(config, target_modules=layers))
+        wrapped.add_adapter(name + INITIAL, replace(config, target_modules=ranks["target_modules"]))
     for module in model.modules():
         if isinstance(module, LoraLayer):
             add_opposite(module, name)

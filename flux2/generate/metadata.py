@@ -149,16 +149,16 @@ def parse_named_file(entry: Any) -> NamedFile:
 
 def check_unchanged(record: Record, what: str) -> None:
     """Raise ValueError, starting with `what`, if a file of `record` is missing or has changed."""
-    for image in record.images:
-        if not Path(image.path).is_file():
-            raise ValueError(f"{what}: the reference {image.path} does not exist. Give it with --image")
-        if sha256(Path(image.path)) != image.sha256:
-            raise ValueError(f"{what}: the reference {image.path} has changed. Give the original with --image")
-    if record.embeddings is not None:
-        file = Path(record.embeddings.path)
-        if not file.is_file() or sha256(file) != record.embeddings.sha256:
-            state = "have changed" if file.is_file() else "do not exist"
-            raise ValueError(f"{what}: the embeddings {file} {state}. Give them with --embeddings, or --text-encoder")
-    for adapter in record.adapters:
-        if sha256(weights(adapter.path)) != adapter.sha256:
-            raise ValueError(f"{what}: the adapter {adapter.path} has changed. Give the original with --adapter")
+    embeddings = [] if record.embeddings is None else [record.embeddings]
+    kinds: list[tuple[str, Sequence[NamedFile], str]] = [
+        ("reference", record.images, "--image"),
+        ("embeddings file", embeddings, "--embeddings, or use --text-encoder"),
+        ("adapter", record.adapters, "--adapter"),
+    ]
+    for kind, files, option in kinds:
+        for named in files:
+            file = weights(named.path) if kind == "adapter" else Path(named.path)
+            if not file.is_file():
+                raise ValueError(f"{what}: the {kind} {named.path} does not exist. Give it with {option}")
+            if sha256(file) != named.sha256:
+                raise ValueError(f"{what}: the {kind} {named.path} has changed. Give the original with {option}")

@@ -187,7 +187,7 @@ def test_the_command_saves_embeddings_and_draws_from_them(small, monkeypatch, ca
     assert Path("again.png").read_bytes() == Path("far.png").read_bytes()
     Path("e.safetensors").rename("moved.safetensors")
     assert command(monkeypatch, "--from-image", "far.png", "--out", "again.png") == 2
-    assert "the embeddings e.safetensors do not exist. Give them with --embeddings" in capsys.readouterr().err
+    assert "the embeddings file e.safetensors does not exist. Give it with --embeddings" in capsys.readouterr().err
     again = ("--from-image", "far.png", "--out", "moved.png")
     assert command(monkeypatch, *again, "--embeddings", "moved.safetensors") == 0
     assert not differ(pixels("moved.png"), pixels("far.png"))
