@@ -29,10 +29,16 @@ def test_after_an_error_the_old_content_is_there_and_nothing_else(kind: str, tmp
     inside = place if kind == "file" else place / "inside"
     inside.parent.mkdir(exist_ok=True)
     inside.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(place) as unfinished:
-        (unfinished if kind == "file" else unfinished / "inside").parent.mkdir(exist_ok=True)
-        (unfinished if kind == "file" else unfinished / "inside").write_text("new")
-        raise KeyboardInterrupt
+
+    def write() -> None:
+        with atomic_write(place) as unfinished:
+            file = unfinished if kind == "file" else unfinished / "inside"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert inside.read_text() == "old"
     assert [*tmp_path.iterdir()] == [place]
 
