@@ -29,24 +29,16 @@ ORDER_DEPENDENT = ("DoRA", "OFT")  # not sums: a DoRA divides by row lengths, an
 
 @dataclass(frozen=True)
 class AdapterDelta:
-    """An adapter in its files.
+    """An adapter in its files: `pairs` for low-rank types, `config` and `tensors` for the others."""
 
-    Attributes:
-        place: Its file or folder.
-        scale: Factor of its change.
-        base: The variant that it records as its base; None if it records none or an unknown one.
-        pairs: Pairs of the layers, for low-rank types.
-        config, tensors: PEFT's configuration and each layer's tensors by PEFT's keys, for other types.
-    """
-
-    place: Path
+    place: Path  # its file or folder
     kind: str
-    scale: float
-    base: Variant | None
+    scale: float  # factor of its change
+    base: Variant | None  # that it records; None if it records none or an unknown one
     shapes: Mapping[str, tuple[int, int]]
     pairs: Mapping[str, LoraPair] = field(default_factory=dict)
     config: peft.PeftConfig | None = None
-    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by layer and PEFT's key
 
     @property
     def layers(self) -> list[str]:
@@ -75,8 +67,7 @@ class AdapterDelta:
     def change(self, layer: str, weight: Tensor | None, device: torch.device) -> Tensor:
         """Return what it adds to the weight of `layer`: a new tensor (out, in) in float32 on `device`.
 
-        Args:
-            weight: Weight of the base, in float32 on `device`; required if `needs_weights`.
+        `weight` is the base's, in float32 on `device`; it is required if `needs_weights`.
         """
         if layer in self.pairs:
             pair = self.pairs[layer]

@@ -65,13 +65,10 @@ def rounding_bound(pair: LoraPair, dtype: torch.dtype) -> float:
 
 
 def choose_rank(values: Tensor, total: float, rank: int | None, max_error: float | None) -> int | None:
-    """Return how many of the largest singular `values` to keep, at least one; None if these are not enough.
+    """Return how many of the descending singular `values` to keep, at least one; None if these are not enough.
 
-    Args:
-        values: Singular values in descending order; all, or the first ones.
-        total: Norm of all singular values.
-        rank: Largest number to keep.
-        max_error: Alternative to `rank`: keep as few as possible with at most this relative error.
+    They may be only the first ones; `total` is the norm of all. Either `rank` is the largest number to keep, or as few
+    as possible are kept with at most the relative error `max_error`.
     """
     if rank is not None:
         return max(1, min(rank, int((values > NEGLIGIBLE * values[0]).sum())))

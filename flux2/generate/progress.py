@@ -18,12 +18,7 @@ CLEAR = "\r\x1b[K"  # clears the line of a terminal
 
 
 class Screen(AbstractContextManager["Screen"]):
-    """Context manager that shows progress over `steps` sampling steps and clears the line at the end.
-
-    Args:
-        stream: Output stream; by default stderr.
-        clock: Returns seconds.
-    """
+    """Context manager that shows progress over `steps` sampling steps, by default on stderr, and then clears it."""
 
     def __init__(
         self, steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter

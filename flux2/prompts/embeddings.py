@@ -31,19 +31,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where embeddings come from. Raises ValueError for settings that contradict each other.
+    """Where embeddings come from. Raises ValueError for settings that contradict each other."""
 
-    Attributes:
-        server: Address of a text encoder on another machine.
-        saved: File with embeddings.
-        storage: Storage of the local text encoder's layers: `nf4`, `int8`, None for the pipeline's dtype.
-        keep: Whether the local text encoder stays in memory.
-    """
-
-    server: str | None = None
-    saved: SavedPrompts | None = None
-    storage: Storage | None = None
-    keep: bool = False
+    server: str | None = None  # address of a text encoder on another machine
+    saved: SavedPrompts | None = None  # file with embeddings
+    storage: Storage | None = None  # of the local text encoder's layers; None for the pipeline's dtype
+    keep: bool = False  # whether the local text encoder stays in memory
 
     def __post_init__(self) -> None:
         check_storage(self.storage, "text_storage")

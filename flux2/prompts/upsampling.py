@@ -182,10 +182,8 @@ def load_upsampler(
 ) -> Upsampler:
     """Return the complete text encoder on `device` in `dtype`, its language layers' linears in `text.storage`.
 
-    Args:
-        pictures: Whether it needs the vision tower for references; its weights stay in `dtype`.
-
-    Raises ValueError if prompts cannot be rewritten (`refusal_reason`), WeightsError for files of another model.
+    With `pictures` it has the vision tower for references, whose weights stay in `dtype`. Raises ValueError if prompts
+    cannot be rewritten (`refusal_reason`), WeightsError for files of another model.
     """
     if reason := refusal_reason(source.variant, text):
         raise ValueError(f"prompts cannot be rewritten: {reason}")

@@ -45,23 +45,14 @@ BUSY = {"Retry-After": "2"}
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of requests and of the queue.
+    """Limits of requests and of the queue."""
 
-    Attributes:
-        characters: Characters of a prompt.
-        prompts: Prompts of a request.
-        length: Tokens that a prompt may be padded to.
-        body: Bytes of a request.
-        waiting: Waiting prompts of all requests; further ones are answered with 503.
-        batch: Prompts that are encoded together.
-    """
-
-    characters: int = 20_000
-    prompts: int = 32
-    length: int = 512
-    body: int = 1 << 20
-    waiting: int = 256
-    batch: int = 1
+    characters: int = 20_000  # of a prompt
+    prompts: int = 32  # of a request
+    length: int = 512  # tokens that a prompt may be padded to
+    body: int = 1 << 20  # bytes of a request
+    waiting: int = 256  # prompts of all requests; further ones are answered with 503
+    batch: int = 1  # prompts that are encoded together
 
 
 class PromptEncoder(Protocol):

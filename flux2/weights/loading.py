@@ -59,19 +59,12 @@ def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 @dataclass
 class FillCounts:
-    """How many layers of a model were stored in their own format, and how the file held the weights.
+    """How many layers of a model were stored in their own format, and how the file held the weights."""
 
-    Attributes:
-        quantized: Layers whose weight was quantized now.
-        kept: Layers whose weight had their format in the file.
-        dequantized: Tensors that were quantized in the file and have another format here.
-        unused: Scales of inputs in the file, which belong to weights and are not used.
-    """
-
-    quantized: int = 0
-    kept: int = 0
-    dequantized: int = 0
-    unused: int = 0
+    quantized: int = 0  # layers whose weight was quantized now
+    kept: int = 0  # layers whose weight had their format in the file
+    dequantized: int = 0  # tensors that were quantized in the file and have another format here
+    unused: int = 0  # scales of inputs in the file, which belong to weights and are not used
 
     def description(self, files: TensorFiles) -> str:
         """Return one line about a file that is quantized already; empty for other files."""

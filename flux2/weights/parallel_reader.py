@@ -170,10 +170,9 @@ def read_into(view: memoryview, stored: StoredTensor, offset: int) -> None:
 
 
 def group_by_module(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable[[], None]]) -> list[ReadTask]:
-    """Return the tasks, which are keyed by the name of what they fill, with those of a module next to each other.
+    """Return the tasks, keyed by the name of what they fill, with those of each of `modules` next to each other.
 
-    Args:
-        modules: Functions by module name (`double_blocks.0`), each called once its module is complete.
+    `modules` maps a module's name (`double_blocks.0`) to a function that is called once the module is complete.
     """
     remaining, ordered = dict(jobs), []
     for module, ready in modules.items():
@@ -191,9 +190,7 @@ def group_by_module(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable
 def run_tasks(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
     """Read the tensors of the tasks and call each task's `use` with new tensors, which it may keep, in order.
 
-    Args:
-        jobs: The tasks.
-        digests: Receives the checksums of everything that is read.
+    `digests` receives the checksums of everything that is read.
     """
     budget = AHEAD * max((job.nbytes for job in jobs), default=0)
     reader = Reader(digests)

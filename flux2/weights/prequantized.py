@@ -42,18 +42,12 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 @dataclass(frozen=True)
 class StoredPart:
-    """One published tensor.
-
-    Attributes:
-        shape: Shape of the weight, whatever the format in the file.
-        stored: The tensors to read, by the names that `QuantizedLinear.adopt` knows.
-        unused: Names in the file that belong to the weight and are not read.
-    """
+    """One published tensor."""
 
     form: Literal["plain", "fp8", "nf4"]
-    shape: tuple[int, ...]
-    stored: Mapping[str, StoredTensor]
-    unused: tuple[str, ...] = ()
+    shape: tuple[int, ...]  # of the weight, whatever the format in the file
+    stored: Mapping[str, StoredTensor]  # the tensors to read, by the names that `QuantizedLinear.adopt` knows
+    unused: tuple[str, ...] = ()  # names in the file that belong to the weight and are not read
 
     @property
     def names(self) -> set[str]:

@@ -222,11 +222,7 @@ class QuantizedCache:
 
 
 class CopyWriter:
-    """Writes a filled model as a safetensors file with checksums.
-
-    Attributes:
-        size: Bytes of all tensors.
-    """
+    """Writes a filled model as a safetensors file with checksums; `size` is the bytes of all tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -35,11 +35,7 @@ def find_weights(model: nn.Module, files: TensorFiles, what: str) -> dict[str, W
 
 
 class BaseWeights:
-    """The tensors of a published transformer that has the names and shapes of `model`.
-
-    Attributes:
-        weights: The tensors by our names, in the order of the model.
-    """
+    """The tensors of a published transformer with the names and shapes of `model`, by our names in its order."""
 
     def __init__(self, model: Transformer, files: TensorFiles, what: str) -> None:
         self.files = files
