@@ -27,7 +27,7 @@ from flux2.models.pixels import reference_image, to_images, to_pixels
 from flux2.models.text_encoder import TextStorage
 from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant, get_variant
-from flux2.prompts.embeddings import Prompts, TextSource, free, text_source
+from flux2.prompts.embeddings import Prompts, TextSource, free_memory, text_source
 from flux2.prompts.upsampling import load_upsampler
 from flux2.quantization.precision import Precision, precision_from_name
 from flux2.sampling import initial_noise, sample
@@ -211,7 +211,7 @@ class Pipeline:
             return [upsampler.rewrite(one, references, seed=seed) for one in prompts]
         finally:
             del upsampler
-            free(self.device)
+            free_memory(self.device)
 
     def embeddings(
         self, prompts: Sequence[str], guidance: float | None = None, length: int | None = None

@@ -118,7 +118,7 @@ def load(precision: str, policy: str, device: torch.device, ready: Any = None) -
 def loss_of(model: nn.Module, precision: str, batch: dict[str, Any]) -> torch.Tensor:
     """As with preservation: a prediction of the base, and one of the base with its adapter that is held to it."""
     with torch.autocast(batch["tokens"].device.type, torch.bfloat16, enabled=precision == "bf16"):
-        with torch.no_grad(), adapters.disabled(model):
+        with torch.no_grad(), adapters.adapters_disabled(model):
             base = model(**batch)
         prediction = model(**batch)
     return prediction.float().square().mean() + (prediction.float() - base.float()).square().mean()

@@ -34,7 +34,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from data.synthetic import probe
-from flux2.adapters import disabled
+from flux2.adapters import adapters_disabled
 from flux2.pipeline import Pipeline
 from train.checkpoints.resume import RunLocation
 from train.cli.app import command
@@ -184,7 +184,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
         total = 2 * len(prompts) + len(plain)
         cards_after = draw(base, prompts, count, 0, total)
         plain_after = draw(base, plain, count, len(prompts), total)
-        with disabled(base.transformer):
+        with adapters_disabled(base.transformer):
             unchanged = same(cards_before, draw(base, prompts, count, len(prompts) + len(plain), total))
 
     cards = sum(probe.style_distance(sample.target.load()) for sample in dataset) / len(dataset)

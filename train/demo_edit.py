@@ -35,7 +35,7 @@ from PIL import Image
 from data.synthetic.drawings import BACKGROUNDS, COLORS, Drawing, draw, plain_edit
 from data.synthetic.recognize import difference, recognize
 from data.synthetic.spotlight import INSTRUCTION, PIXELS, SHOWN, new_drawings, spotlight
-from flux2.adapters import disabled
+from flux2.adapters import adapters_disabled
 from flux2.pipeline import Pipeline, render
 from train.checkpoints.resume import RunLocation
 from train.cli.app import command
@@ -152,7 +152,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     pipe.load_adapter(adapter)
     after, plain_after = edited(pipe, sources, instructions), edited(pipe, sources, plain)
     of_another = edited(pipe, [sources[i] for i in shuffled], instructions)
-    with disabled(pipe.transformer):
+    with adapters_disabled(pipe.transformer):
         unchanged = same(before, edited(pipe, sources, instructions))
 
     looks = {

@@ -1,8 +1,8 @@
-"""Adapters: what they are in a model, and their files, in PEFT's form and in those of diffusers, ComfyUI and kohya.
+"""Save, load, merge and restore adapters, in PEFT's format and in those of diffusers, ComfyUI and kohya.
 
-PEFT is the adapter library. The types are attached in `adapter_types`, `adapter_formats` speaks the other formats, and
-this module saves, loads, merges and restores. LoRA, rsLoRA and PiSSA are low-rank pairs, which all formats hold; a DoRA
-is a pair and lengths, which PEFT and diffusers hold; LoHa, LoKr and OFT are PEFT's alone.
+PEFT is the adapter library. `tuners` attaches the types, `formats` converts to and from the other formats. LoRA, rsLoRA
+and PiSSA are low-rank pairs, which all formats hold; a DoRA is a pair and magnitudes, which PEFT and diffusers hold;
+LoHa, LoKr and OFT are PEFT's only.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_diffus
 from flux2.adapters.loading import (
     PREFIX,
     Loaded,
+    adapter_tensors,
     attach_pairs,
     attach_saved,
-    check_beside,
+    check_compatible,
     kind_of,
     pair_config,
-    tensors,
 )
-from flux2.adapters.tuners import adapted, float_copy, remove_adapters
+from flux2.adapters.tuners import adapter_layers, float_copy, remove_adapters
 from flux2.layers.fused_lora import INITIAL, subtract_initial
 from flux2.models.transformer import Transformer
 from flux2.models.variants import find_variant
@@ -45,19 +45,19 @@ from flux2.weights.modelspec import HASH, content_hash, metadata
 PEFT_FILE = "adapter_model.safetensors"
 DIFFUSERS_FILE = "diffusers.safetensors"
 PISSA_FILE = "pissa.safetensors"
-PEFT_ALONE = ("LoHa", "LoKr", "OFT")  # types that no other format here holds
+PEFT_ALONE = ("LoHa", "LoKr", "OFT")  # types that no other format holds
 
 # ------------------------------------------------------------------ in a model
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that training moves."""
+    """Return the parameters that are trained."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context `model` computes as if it had no adapters, bit for bit."""
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Context manager in which `model` computes as if it had no adapters, bit for bit."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [(layer, layer._disable_adapters) for layer in layers]
     for layer in layers:
@@ -70,14 +70,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, LoraPair]:
-    """The adapter called `name`, layer by layer under our names, in float32 on the CPU.
+    """Return the adapter `name` as pairs by our layer names, in float32 on the CPU.
 
-    Raises AdapterError for a type that is no low-rank pair (LoHa, LoKr, OFT).
+    Raises AdapterError for a type that is not a low-rank pair (LoHa, LoKr, OFT).
     """
     pairs = {}
-    for layer, module in adapted(model).items():
+    for layer, module in adapter_layers(model).items():
         if not isinstance(module, LoraLayer):
-            raise AdapterError(f"{layer}: a {kind_of(module)} adapter is no low-rank pair")
+            raise AdapterError(f"{layer}: a {kind_of(module)} adapter is not a low-rank pair")
         if name in module.lora_A:
             a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
             if name + INITIAL in module.lora_A:
@@ -94,17 +94,17 @@ def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, LoraPair]:
 
 
 def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "", name: str = "default") -> None:
-    """Write the adapter in PEFT's form (adapter_model.safetensors, adapter_config.json), and diffusers.safetensors
-    where diffusers has a form for its type.
+    """Write the adapter in PEFT's format (adapter_model.safetensors, adapter_config.json), and diffusers.safetensors if
+    diffusers has a format for its type.
 
-    A PiSSA is written as the plain LoRA of twice the rank that it amounts to, and pissa.safetensors holds what going on
-    with its training needs.
+    A PiSSA is written as the equivalent plain LoRA of twice the rank; pissa.safetensors holds what resuming its
+    training needs.
 
     Args:
-        folder: made if absent; each file is complete or absent, never half written, and where adapter_model.safetensors
-            is, the others are its own.
-        base: the model that the adapter was trained on: a variant's name.
-        license: of the base model where it restricts the use of the adapter; kept in the file's metadata.
+        folder: Created if absent. Each file is complete or absent, and if adapter_model.safetensors exists, the other
+            files belong to it.
+        base: The variant that the adapter was trained on.
+        license: License of the base model if it restricts the use of the adapter; kept in the file's metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = wrapped.get_base_model()
@@ -115,19 +115,19 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
         if kind == "PiSSA":
             save_pissa(model, written, base, name)
         else:
-            # without the False, PEFT would look the base model up on the Hub to see whether embeddings were resized
+            # save_embedding_layers=False: PEFT would query the Hub to see whether embeddings were resized
             wrapped.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
-            written = written if name == "default" else written / name  # PEFT's own choice
-        (written / "README.md").write_text(adapter_card(base, license, kind))  # in place of PEFT's empty form
+            written = written if name == "default" else written / name  # PEFT writes other names to a subfolder
+        (written / "README.md").write_text(adapter_card(base, license, kind))  # replaces PEFT's empty template
         if kind not in PEFT_ALONE:
             state = to_diffusers(layer_pairs(model, name))
             about = metadata(base=base, title=f"{kind} for {base}", lora=True, names="diffusers", license=license)
             save_file(state, written / DIFFUSERS_FILE, about | {HASH: content_hash(state)})
-        (folder / PEFT_FILE).unlink(missing_ok=True)  # of an earlier adapter: while it is there, all files are its own
+        (folder / PEFT_FILE).unlink(missing_ok=True)  # its presence means that all files are those of one adapter
         files = [path for path in written.iterdir() if path.is_file()]
         for stale in {DIFFUSERS_FILE, PISSA_FILE} - {file.name for file in files}:
             (folder / stale).unlink(missing_ok=True)
-        readable = (written / "README.md").stat().st_mode  # as the umask says; safetensors writes for the owner alone
+        readable = (written / "README.md").stat().st_mode  # follows the umask; safetensors writes for the owner only
         for file in files:
             file.chmod(readable)
         for file in sorted(files, key=lambda path: path.name == PEFT_FILE):
@@ -135,7 +135,7 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
 
 
 def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:
-    """PEFT's two files of the plain LoRA, and the weights that are trained with those that they began as."""
+    """Write PEFT's two files of the plain LoRA, and the trained weights with their initial values."""
     pairs = layer_pairs(model, name)
     state = {}
     for layer, pair in pairs.items():
@@ -150,13 +150,13 @@ def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:
 
 
 def pissa_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The trained weights of a PiSSA and those that they began as, by the keys of pissa.safetensors."""
-    began = {f"began.{key}": tensor for key, tensor in tensors(model, name + INITIAL).items()}
-    return tensors(model, name) | began
+    """Return the trained weights of a PiSSA and their initial values, by the keys of pissa.safetensors."""
+    began = {f"began.{key}": tensor for key, tensor in adapter_tensors(model, name + INITIAL).items()}
+    return adapter_tensors(model, name) | began
 
 
 def adapter_card(base: str, license: str, kind: str = "LoRA") -> str:
-    """The README.md of a saved adapter, with the metadata that the Hub reads."""
+    """Return the README.md of a saved adapter, with the metadata that the Hub reads."""
     hub = f"base_model: {base}\n" if "/" in base else ""
     terms = f"\nThe base model's license, {license}, applies to what is made with this adapter.\n" if license else ""
     files = f"- `{PEFT_FILE}`, `adapter_config.json`: PEFT, layers named as Black Forest Labs names them\n"
@@ -173,20 +173,20 @@ def adapter_card(base: str, license: str, kind: str = "LoRA") -> str:
 
 
 def format_notes(folder: Path) -> str:
-    """One line on what cannot read the adapter in `folder` as it is; empty if all can."""
-    kind = peft_config.type_name(peft_config.saved(folder))
-    command = f"`python -m flux2.export {folder} --format ... --out FILE` makes a LoRA of it, nearly equal,"
+    """Return one line on which programs cannot read the adapter in `folder`; empty if all can."""
+    kind = peft_config.type_name(peft_config.read_config(folder))
+    command = f"`python -m flux2.export {folder} --format ... --out FILE` converts it to a nearly equal LoRA"
     if kind in PEFT_ALONE:
-        return f"{kind} is read by PEFT and flux2.generate alone; {command} for diffusers, ComfyUI and kohya"
+        return f"only PEFT and flux2.generate read {kind}; {command} for diffusers, ComfyUI and kohya"
     if kind == "DoRA":
-        return f"a DoRA is read by PEFT, flux2.generate and diffusers; {command} for ComfyUI and kohya"
+        return f"only PEFT, flux2.generate and diffusers read a DoRA; {command} for ComfyUI and kohya"
     return ""
 
 
 def find(path: str | Path) -> Path:
-    """What to load for `path`: a safetensors file, a PEFT folder, or a run folder or checkpoint with one inside."""
+    """Return what to load for `path`: a safetensors file, or a PEFT folder, possibly inside a run or checkpoint."""
     place = Path(path).expanduser()
-    if place.is_file():  # PEFT's own file says nothing without the configuration beside it
+    if place.is_file():  # PEFT's file is of no use without the configuration next to it
         return place.parent if place.name == PEFT_FILE else place
     candidates = [place, place / "adapter", *sorted(place.glob("checkpoints/step_*/adapter"), reverse=True)]
     for candidate in candidates:
@@ -195,12 +195,12 @@ def find(path: str | Path) -> Path:
     raise AdapterError(
         f"adapter {str(path)!r}: "
         + ("no adapter was found in this folder" if place.exists() else "does not exist")
-        + "; give an adapter folder (adapter_model.safetensors), a run folder, or a .safetensors file"
+        + ". Give an adapter folder (adapter_model.safetensors), a run folder, or a .safetensors file"
     )
 
 
 def read_tensors(place: Path) -> dict[str, Tensor]:
-    """What the file `place`, or that of PEFT in the folder, holds. Raises AdapterError if it cannot be read."""
+    """Return the tensors of the file `place`, or of PEFT's file in that folder. Raises AdapterError if unreadable."""
     file = place / PEFT_FILE if place.is_dir() else place
     try:
         return load_file(file)
@@ -209,31 +209,31 @@ def read_tensors(place: Path) -> dict[str, Tensor]:
 
 
 def read(place: Path, model: nn.Module) -> dict[str, LoraPair]:
-    """The pairs in a file of diffusers', ComfyUI's or kohya's keys, or in the PEFT folder of a plain LoRA.
-
-    They are checked against `model`.
+    """Return the pairs in a file with keys of diffusers, ComfyUI or kohya, or in the PEFT folder of a plain LoRA.
 
     Raises:
-        AdapterError: unreadable, no plain LoRA, of other ranks than its configuration says, or trained on another
-            model.
+        AdapterError: The file is unreadable, not a plain LoRA, has other ranks than its configuration, or was trained
+            on another model than `model`.
     """
     state = read_tensors(place)
     try:
         if not place.is_dir():
             return from_state(state, model)
-        config = peft_config.saved(place)
+        config = peft_config.read_config(place)
         if not isinstance(config, peft.LoraConfig) or config.use_dora:
             raise AdapterError(f"it is a {peft_config.type_name(config)}, not a plain LoRA")
         state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
         peft_config.check_ranks(config, state)
         pairs = from_state(state, model)
-        return {layer: LoraPair(pair.a, pair.b * peft_config.scale(config, layer)) for layer, pair in pairs.items()}
+        return {
+            layer: LoraPair(pair.a, pair.b * peft_config.layer_scale(config, layer)) for layer, pair in pairs.items()
+        }
     except ValueError as error:
         raise AdapterError(f"adapter {place}: {error}") from error
 
 
-def as_dora(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
-    """PEFT's configuration and tensors of a DoRA with the scales folded into B."""
+def dora_state(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
+    """Return PEFT's configuration and tensors of a DoRA with the scales folded into B."""
     config = pair_config({layer: pair.a.shape[0] for layer, pair in pairs.items()})
     config.use_dora = True
     state: dict[str, Tensor] = {}
@@ -244,11 +244,11 @@ def as_dora(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, T
     return config, state
 
 
-def base_of(place: Path) -> str:
-    """What the adapter at `place` says that it was trained on; empty if it says nothing. Raises ValueError."""
+def recorded_base(place: Path) -> str:
+    """Return the base that the adapter at `place` records; empty if it records none. Raises ValueError."""
     if place.is_dir():
         try:
-            return str(peft_config.saved(place).base_model_name_or_path or "")
+            return str(peft_config.read_config(place).base_model_name_or_path or "")
         except ValueError as error:
             raise AdapterError(f"adapter {place}: {error}") from error
     try:
@@ -258,36 +258,36 @@ def base_of(place: Path) -> str:
         raise AdapterError(f"adapter {place} cannot be read ({error}): it is damaged or incomplete") from error
 
 
-def hint(place: Path, model: Transformer) -> str:
-    """Which model the adapter says it was trained on, if that is one of other sizes than `model`."""
+def base_hint(place: Path, model: Transformer) -> str:
+    """Return a sentence about the recorded base if its sizes differ from `model`, otherwise an empty string."""
     try:
-        base = find_variant(base_of(place))
+        base = find_variant(recorded_base(place))
     except ValueError:
         return ""
-    return "" if base is None or base.transformer == model.config else f" It says that it was trained on {base.name}."
+    return "" if base is None or base.transformer == model.config else f" Its recorded base is {base.name}."
 
 
 def load(model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0) -> Loaded:
-    """Attach the adapter at `path` to `model` for inference, in place, its update multiplied by `scale`.
+    """Attach the adapter at `path` to `model` for inference, in place, with its update multiplied by `scale`.
 
     `path` is a PEFT folder, a run folder or checkpoint that holds one, or a .safetensors file with the keys of
-    diffusers, ComfyUI or kohya. Adapters that the model carries already stay active. Raises AdapterError, `model` being
-    as it was, for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite number.
+    diffusers, ComfyUI or kohya. Adapters that the model has already stay active. Raises AdapterError for an adapter
+    that cannot be used, TypeError or ValueError for an invalid scale; `model` is then unchanged.
     """
     scale = checks.number("scale", scale)
     place = find(path)
     try:
-        config = peft_config.saved(place) if place.is_dir() else None
+        config = peft_config.read_config(place) if place.is_dir() else None
         if config is not None and not peft_config.is_plain(config):
             state = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(place).items()}
             return attach_saved(model, config, state, name, scale)
-        check_beside(model, "LoRA")  # before names are compared, which another type's layers would hide
+        check_compatible(model, "LoRA")  # before names are compared: layers of another type would hide the cause
         pairs = read(place, model)
         if any(pair.magnitude is not None for pair in pairs.values()):
-            return attach_saved(model, *as_dora(pairs), name, scale)
+            return attach_saved(model, *dora_state(pairs), name, scale)
         attach_pairs(model, pairs, name, scale)
     except ValueError as error:
-        text = str(error) + hint(place, model)
+        text = str(error) + base_hint(place, model)
         raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
     kind = "LoRA" if config is None else peft_config.type_name(config)
     return Loaded(kind, tuple(pairs), tuple(pair.a.shape[0] for pair in pairs.values()))
@@ -295,23 +295,23 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add the active adapters to the weights of `model`, in place, and take all adapters off.
+    """Add the active adapters to the weights of `model`, in place, and remove all adapters.
 
-    The sum is made in float32 and rounded once, to the dtype of the weight. A bfloat16 weight does not take up a change
-    below 0.2 to 0.4 % of itself, and a quantized one none at all in a useful sense: it is refused.
+    The sum is computed in float32 and rounded once, to the dtype of the weight. A bfloat16 weight does not change by
+    less than 0.2 to 0.4 % of itself; quantized weights would lose most of the update and are refused.
 
     Raises:
-        AdapterError: a layer is quantized, blocks of the model stream, or an adapter is merged already; the model is
-            then as it was.
+        AdapterError: A layer is quantized, blocks are offloaded, or an adapter is merged already; the model is then
+            unchanged.
     """
     if isinstance(model, peft.PeftModel):
         model = model.get_base_model()
     if isinstance(model, Transformer) and model.is_streaming:
         raise AdapterError(
-            "cannot merge while blocks stream from host memory, as what is on the device would not follow: load the "
-            "model without streaming (offload_blocks=0)"
+            "cannot merge while blocks are offloaded to host memory, because their copies on the device would not "
+            "change. Load the model with offload_blocks=0"
         )
-    layers = adapted(model)
+    layers = adapter_layers(model)
     for name, module in layers.items():
         base = module.get_base_layer()
         if isinstance(base, QuantizedLinear):
@@ -325,7 +325,7 @@ def merge(model: nn.Module) -> None:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """The weight of a layer with its active adapters, in float32."""
+    """Return the weight of a layer with its active adapters, in float32."""
     weight = layer.get_base_layer().weight.float()
     if kind_of(layer) == "LoRA":
         for adapter in layer.active_adapters:
@@ -345,28 +345,28 @@ def merged_weight(layer: Any) -> Tensor:
 
 
 def restore(wrapped: peft.PeftModel, folder: Path, name: str = "default") -> None:
-    """Put the weights saved in `folder` into the attached adapter, to go on training it, bit for bit.
+    """Put the weights saved in `folder` into the attached adapter, bit for bit, to resume its training.
 
-    Raises AdapterError, the adapter being as it was, unless type, layers and shapes are equal.
+    Raises AdapterError, leaving the adapter unchanged, unless type, layers and shapes are equal.
     """
     model = wrapped.get_base_model()
     if name + INITIAL in wrapped.peft_config:
         if not (folder / PISSA_FILE).exists():
-            raise AdapterError(f"{folder} holds no PiSSA to go on with: {PISSA_FILE} is missing")
-        state, have = load_file(folder / PISSA_FILE), pissa_tensors(model, name)
+            raise AdapterError(f"{folder} holds no PiSSA that can be resumed: {PISSA_FILE} is missing")
+        state, current = load_file(folder / PISSA_FILE), pissa_tensors(model, name)
     else:
         state = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / PEFT_FILE).items()}
-        have = tensors(model, name)
-    if have.keys() != state.keys():
+        current = adapter_tensors(model, name)
+    if current.keys() != state.keys():
         raise AdapterError(
-            f"{folder} holds an adapter of other layers than adapter.targets gives, or of another type: "
-            f"{listed(have.keys() ^ state.keys())}"
+            f"{folder} holds an adapter of another type, or of other layers than adapter.targets: "
+            f"{listed(current.keys() ^ state.keys())}"
         )
     for key, tensor in state.items():
-        if tensor.shape != have[key].shape:
+        if tensor.shape != current[key].shape:
             raise AdapterError(
-                f"{folder}: {key} has shape {tuple(tensor.shape)}, the adapter that was asked for "
-                f"{tuple(have[key].shape)}: it belongs to another model or another adapter.rank"
+                f"{folder}: {key} has shape {tuple(tensor.shape)} instead of {tuple(current[key].shape)}: it belongs "
+                "to another model or another adapter.rank"
             )
     for key, tensor in state.items():
-        have[key].data.copy_(tensor)
+        current[key].data.copy_(tensor)

@@ -1,4 +1,4 @@
-"""The settings that types of adapters share: checks, which layers, and the rank and alpha of each layer."""
+"""Settings that adapter types share: checks, the choice of layers, and the rank and alpha of each layer."""
 
 from __future__ import annotations
 
@@ -12,63 +12,66 @@ from flux2.adapters.formats import AdapterError
 from flux2.layers.selection import layer_kinds, linear_names, matching_names
 
 Targets = str | Sequence[str]
-ALPHAS = 1e-6, 1e6  # beyond, what an update is scaled by rounds to nothing, or to infinity
+ALPHAS = 1e-6, 1e6  # beyond these limits the scale of an update rounds to nothing or to infinity
 
 
-def whole(key: str, value: object, least: int = 1) -> int:
-    """`value`. Raises AdapterError, naming adapter.`key`, unless it is a whole number from `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise AdapterError(f"adapter.{key}={value!r} must be a whole number from {least}")
+def require(key: str, value: Any, is_valid: bool, accepted: str) -> Any:
+    """Return `value`. Raises AdapterError, naming adapter.`key` and what is accepted, unless it is valid."""
+    if not is_valid:
+        raise AdapterError(f"adapter.{key}={value!r} must be {accepted}")
     return value
 
 
-def scale(key: str, value: object, otherwise: str = "") -> float:
-    """`value`. Raises AdapterError unless it is a number that an alpha may be."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not ALPHAS[0] <= value <= ALPHAS[1]:
-        raise AdapterError(f"adapter.{key}={value!r} must be a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}{otherwise}")
-    return value
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def switch(key: str, value: object) -> bool:
-    """`value`. Raises AdapterError unless it is a bool."""
-    if not isinstance(value, bool):
-        raise AdapterError(f"adapter.{key}={value!r} must be true or false")
-    return value
+def check_integer(key: str, value: Any, least: int = 1) -> int:
+    is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return require(key, value, is_valid, f"an integer >= {least}")
 
 
-def share(key: str, value: object) -> float:
-    """`value`. Raises AdapterError unless it is a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise AdapterError(f"adapter.{key}={value!r} must be a number in [0, 1)")
-    return value
+def check_alpha(key: str, value: Any, otherwise: str = "") -> float:
+    is_valid = is_number(value) and ALPHAS[0] <= value <= ALPHAS[1]
+    return require(key, value, is_valid, f"a number from {ALPHAS[0]:g} to {ALPHAS[1]:g}{otherwise}")
+
+
+def check_flag(key: str, value: Any) -> bool:
+    return require(key, value, isinstance(value, bool), "true or false")
+
+
+def check_dropout(key: str, value: Any) -> float:
+    return require(key, value, is_number(value) and 0 <= value < 1, "a number in [0, 1)")
 
 
 def target_layers(model: nn.Module, targets: Targets) -> list[str]:
-    """Names of the linear layers that any of `targets` means: presets and regular expressions for whole names.
+    """Return the linear layers that match any of `targets`: presets and regular expressions for whole names.
 
     Raises:
-        AdapterError: a target is neither, or matches no linear layer.
+        AdapterError: A target is neither, or matches no linear layer.
     """
-    given = [targets] if isinstance(targets, str) else targets
-    if not isinstance(given, Sequence) or not all(isinstance(target, str) for target in given):
-        raise AdapterError(f"adapter.targets={targets!r} must be a preset, a regular expression, or a list of those")
+    patterns = [targets] if isinstance(targets, str) else targets
+    is_valid = isinstance(patterns, Sequence) and all(isinstance(target, str) for target in patterns)
+    require("targets", targets, is_valid, "a preset, a regular expression, or a list of these")
     try:
-        return linear_names(model, given, "adapter.targets")
+        return linear_names(model, patterns, "adapter.targets")
     except ValueError as error:
         raise AdapterError(str(error)) from error
 
 
-def by_layer(key: str, pattern: object, layers: Sequence[str], check: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """What `adapter.<key>`, a mapping of targets to numbers, says of each of `layers`; not all need be named.
+def values_by_layer(
+    key: str, pattern: object, layers: Sequence[str], check: Callable[[str, Any], Any]
+) -> dict[str, Any]:
+    """Return the values that `adapter.<key>`, a mapping of targets to numbers, gives to `layers`, which may be some.
 
     Raises:
-        AdapterError: a pattern is no regular expression, means none of `layers`, has a number that `check` refuses, or
-            two mean one layer: which would hold depends on an order that files and command lines do not keep.
+        AdapterError: A pattern is not a regular expression, matches no layer, or has a value that `check` refuses; or
+            two match one layer, as files and command lines do not preserve the order that would decide.
     """
     if not isinstance(pattern, Mapping):
         raise AdapterError(f"adapter.{key}={pattern!r} must map presets or regular expressions to numbers")
-    found: dict[str, Any] = {}
-    by: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    target_of: dict[str, str] = {}
     for target, value in pattern.items():
         if not isinstance(target, str):
             raise AdapterError(f"adapter.{key}: {target!r} must be a preset or a regular expression")
@@ -78,20 +81,20 @@ def by_layer(key: str, pattern: object, layers: Sequence[str], check: Callable[[
             raise AdapterError(f"adapter.{key}: {target!r} is not a regular expression ({error})") from error
         if not names:
             raise AdapterError(
-                f"adapter.{key}: {target!r} matches none of the {len(layers)} layers that adapter.targets gives, which "
-                f"are {layer_kinds(layers)}"
+                f"adapter.{key}: {target!r} matches none of the {len(layers)} layers of adapter.targets, which are "
+                f"{layer_kinds(layers)}"
             )
         check(f"{key}: {target!r}", value)
         for name in names:
-            if name in by:
+            if name in target_of:
                 raise AdapterError(
-                    f"adapter.{key}: {by[name]!r} and {target!r} both match {name}: let each layer be matched once"
+                    f"adapter.{key}: {target_of[name]!r} and {target!r} both match {name}. Change them to match it once"
                 )
-            by[name], found[name] = target, value
-    return found
+            target_of[name], values[name] = target, value
+    return values
 
 
-def ranked(
+def rank_arguments(
     model: nn.Module,
     targets: Targets,
     rank: int,
@@ -101,22 +104,22 @@ def ranked(
     *,
     any_rank: bool = False,
 ) -> dict[str, Any]:
-    """The arguments that PEFT's configurations of types with a rank share; `alpha` is to be renamed for LoRA.
+    """Return the arguments that PEFT's configurations of types with a rank share; LoRA calls `alpha` `lora_alpha`.
 
-    Each layer's alpha is what a pattern says, else `alpha`, else the layer's own rank.
+    Each layer's alpha comes from a pattern, else from `alpha`, else it is the layer's own rank.
 
     Args:
-        any_rank: let ranks be larger than the layers have: of a type that then trains whole matrices.
+        any_rank: Accept ranks above those of the layers, for a type that then trains whole matrices.
 
     Raises:
-        AdapterError: a setting is of the wrong kind, or a rank is more than its layer has.
+        AdapterError: A setting has the wrong type, or a rank is more than its layer has.
     """
-    whole("rank", rank)
+    check_integer("rank", rank)
     if alpha is not None:
-        scale("alpha", alpha, ", or null for the rank")
+        check_alpha("alpha", alpha, ", or null for the rank")
     layers = target_layers(model, targets)
-    ranks = by_layer("rank_pattern", {} if rank_pattern is None else rank_pattern, layers, whole)
-    alphas = by_layer("alpha_pattern", {} if alpha_pattern is None else alpha_pattern, layers, scale)
+    ranks = values_by_layer("rank_pattern", {} if rank_pattern is None else rank_pattern, layers, check_integer)
+    alphas = values_by_layer("alpha_pattern", {} if alpha_pattern is None else alpha_pattern, layers, check_alpha)
     if not any_rank:
         check_ranks_fit(model, {name: ranks.get(name, rank) for name in layers})
     standard = rank if alpha is None else alpha
@@ -132,7 +135,7 @@ def ranked(
 
 
 def check_ranks_fit(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Raises AdapterError where the rank of a layer is more than its weight has: what is beyond trains nothing new."""
+    """Raise AdapterError if a rank is above that of the layer's weight: the excess trains nothing."""
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in ranks}
     most_of = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
     smaller = [name for name, rank in ranks.items() if rank > most_of[name]]
@@ -140,8 +143,8 @@ def check_ranks_fit(model: nn.Module, ranks: Mapping[str, int]) -> None:
         return
     name = smaller[0]
     layer, rank, most = layers[name], ranks[name], most_of[name]
-    others = f", and {len(smaller) - 1} other layers have less too" if len(smaller) > 1 else ""
+    others = f", and {len(smaller) - 1} other layers also have less" if len(smaller) > 1 else ""
     raise AdapterError(
-        f"adapter.rank={rank} is more than {name} has, a weight of {layer.out_features} x {layer.in_features}{others}: "
-        f"give at most {most}, or such layers ranks of their own (adapter.rank_pattern)"
+        f"adapter.rank={rank} is more than {name} has, a weight of {layer.out_features} x {layer.in_features}{others}. "
+        f"Use at most {most}, or set lower ranks for such layers (adapter.rank_pattern)"
     )

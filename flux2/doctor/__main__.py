@@ -1,4 +1,4 @@
-"""What `python -m flux2.doctor` runs."""
+"""Entry point of `python -m flux2.doctor`."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""What is installed, what is here, and whether the numbers are right: `python -m flux2.doctor`.
+"""Show what a bug report needs: `python -m flux2.doctor`.
 
-One paste answers a question for support: versions, devices, free memory and disk, whether a Hub login is there (never
-the token), which models and caches are present, and the self-test of `flux2.doctor.selftest`. It changes nothing,
-downloads nothing, and ends with 1 if a comparison failed.
+It lists versions, devices, free memory and disk, whether there is a Hub login (never the token), which models and
+caches exist, and runs the self-test of `flux2.doctor.selftest`. It changes and downloads nothing, and exits with 1 if a
+comparison failed.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from huggingface_hub import constants as hub
 from flux2.doctor.selftest import Finding, selftest
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import FP8_CAPABILITY
-from flux2.weights.sources import Part, is_here, model_source
+from flux2.utils.text import gigabytes
+from flux2.weights.sources import Part, is_available, model_source
 
 PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "huggingface-hub"),
     *("hydra-core", "wandb", "diffusers"),
 )
 PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "tokenizer")
-LATENTS = "outputs/cache"  # train/run.py's default, from the folder that it is started in
+LATENTS = "outputs/cache"  # train/run.py's default, relative to the current folder
 SYSTEMS = {
     "Linux": "supported",
-    "Windows": "not supported: the tests run on Linux alone; use WSL 2, which is Linux",
-    "Darwin": "for the embedded model on the CPU; Apple's GPU (mps) is refused, it was never tested",
+    "Windows": "not supported: the tests run on Linux only; use WSL 2, which is Linux",
+    "Darwin": "for the embedded model on the CPU; Apple's GPU (mps) is refused because it was never tested",
 }
 
 
 def version(package: str) -> str:
+    """Return the version of a package, or that it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -46,9 +48,9 @@ def version(package: str) -> str:
 
 
 def devices() -> Iterator[tuple[str, str]]:
-    """What can compute."""
+    """Yield names and descriptions of GPUs and the CPU."""
     if torch.version.hip:
-        yield "GPU", f"ROCm {torch.version.hip}: refused, only CUDA was built for; device=cpu works"
+        yield "GPU", f"ROCm {torch.version.hip}: refused, only CUDA is supported; device=cpu works"
         return
     if not torch.cuda.is_available():
         built = f"PyTorch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "PyTorch is a CPU build"
@@ -60,85 +62,85 @@ def devices() -> Iterator[tuple[str, str]]:
         yield (
             f"GPU {index}",
             f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}, {fp8}, "
-            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, CUDA {torch.version.cuda}",
+            f"{gigabytes(free)} of {gigabytes(total)} free, CUDA {torch.version.cuda}",
         )
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "CPU", f"{cores} cores, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    yield "CPU", f"{cores} cores, {gigabytes(memory.available)} of {gigabytes(memory.total)} free"
 
 
 def nearest_folder(path: Path) -> Path:
-    """`path`, or the first folder above it that exists."""
+    """Return `path`, or the nearest folder above it that exists."""
     return next(place for place in (path, *path.parents) if place.is_dir())
 
 
 def size(folder: Path) -> str:
-    """How many files are in a folder, and their bytes."""
+    """Return the number of files in a folder and their size."""
     if not folder.is_dir():
-        return "not there yet"
+        return "does not exist yet"
     sizes = []
     for file in folder.rglob("*"):
         try:
             if file.is_file():
                 sizes.append(file.stat().st_size)
-        except OSError:  # it is gone since, or not ours to look at
+        except OSError:  # deleted in the meantime, or not readable
             continue
-    return f"{len(sizes)} files, {sum(sizes) / 1e9:.2f} GB"
+    return f"{len(sizes)} files, {gigabytes(sum(sizes))}"
 
 
-def places() -> Iterator[tuple[str, str]]:
-    """Folders that fill up, and the room that is left where they are."""
+def folders() -> Iterator[tuple[str, str]]:
+    """Yield the folders that grow, and the free space on their disks."""
     folders = {"latents and prompts": Path(LATENTS), "downloads": Path(hub.HF_HUB_CACHE)}
-    given = os.environ.get("FLUX2_CACHE")
-    folders["quantized copies"] = Path(given).expanduser() if given else Path(LATENTS) / "weights"
+    cache = os.environ.get("FLUX2_CACHE")
+    folders["quantized copies"] = Path(cache).expanduser() if cache else Path(LATENTS) / "weights"
     for what, folder in folders.items():
         free = shutil.disk_usage(nearest_folder(folder.absolute())).free
-        yield what, f"{at_home(folder)}: {size(folder)}; {free / 1e9:.0f} GB free there"
+        yield what, f"{shorten_home(folder)}: {size(folder)}; {gigabytes(free)} free"
 
 
-def at_home(folder: Path) -> str:
-    """`folder` without the user's name, which a support answer need not have."""
+def shorten_home(folder: Path) -> str:
+    """Return `folder` without the user's name, which a bug report need not have."""
     return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
 
 
 def hub_state() -> str:
-    """Whether there is a login; the token itself is read by nobody here."""
-    login = "a token is set (not sent anywhere now)" if huggingface_hub.get_token() else "no: `hf auth login`"
+    """Return whether there is a login; the token itself is never shown."""
+    login = "a token is set (it is not used now)" if huggingface_hub.get_token() else "no: `hf auth login`"
     return login + ("; offline mode" if hub.is_offline_mode() else "")
 
 
 def models() -> Iterator[tuple[str, str]]:
-    """Which parts of the published models were downloaded."""
+    """Yield which parts of the published models are downloaded."""
     for name, variant in VARIANTS.items():
         if not variant.repo:
             yield name, "embedded"
             continue
-        here = [part for part in PARTS if is_here(model_source(name), part)]
-        missing = [part for part in PARTS if part not in here]
-        if not here:
+        present = [part for part in PARTS if is_available(model_source(name), part)]
+        missing = [part for part in PARTS if part not in present]
+        if not present:
             yield name, f"not downloaded ({variant.repo})"
         else:
-            yield name, "complete" if not missing else f"here: {', '.join(here)}; not here: {', '.join(missing)}"
+            yield name, "complete" if not missing else f"present: {', '.join(present)}; missing: {', '.join(missing)}"
 
 
 def line(name: str, text: str) -> str:
     return f"  {name:<30} {text}"
 
 
-def result(finding: Finding) -> str:
+def result_line(finding: Finding) -> str:
     word = {True: "ok", False: "WRONG", None: "--"}[finding.passed]
-    return line(finding.what, f"{word:<5} {finding.said}")
+    return line(finding.what, f"{word:<5} {finding.detail}")
 
 
 def report() -> Iterator[str]:
-    """All but the self-test, line by line."""
+    """Yield everything except the self-test, line by line."""
     system = platform.system()
     yield "Versions"
     yield line("Python", f"{platform.python_version()} on {platform.platform()}")
     yield line(system, SYSTEMS.get(system, "not tested"))
     for package in PACKAGES:
         yield line(package, version(package))
-    for title, lines in (("Devices", devices()), ("Folders", places()), ("Models", models())):
+    for title, lines in (("Devices", devices()), ("Folders", folders()), ("Models", models())):
         yield title
         for name, text in lines:
             yield line(name, text)
@@ -152,12 +154,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     for text in report():
         print(text, flush=True)
-    print("Self-test, beside diffusers", flush=True)
+    print("Self-test, compared with diffusers", flush=True)
     wrong = 0
     for finding in selftest():
-        print(result(finding), flush=True)
+        print(result_line(finding), flush=True)
         wrong += finding.passed is False
-    print("What fits on a card: python train/plan.py +experiment=tarot")
+    print("What fits on a GPU: python train/plan.py +experiment=tarot")
     if wrong:
-        print(f"{wrong} comparisons failed: pictures and adapters will differ from the published models'.")
+        print(f"{wrong} comparisons failed: images and adapters will differ from those of the published models.")
     return int(wrong > 0)

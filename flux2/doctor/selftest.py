@@ -1,7 +1,7 @@
-"""The numbers that an implementation of FLUX.2 must agree on, compared with diffusers where that is installed.
+"""Compare the numbers that every implementation of FLUX.2 must agree on with diffusers, if that is installed.
 
 `python -m flux2.doctor` runs this. It needs no network: values are compared on the embedded model, which diffusers
-reads too, and constants with the defaults of diffusers' functions.
+can read too, and constants with the defaults of diffusers' functions.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from flux2.sampling import empirical_mu, schedule
 from flux2.weights.loading import load_autoencoder, load_transformer
 from flux2.weights.sources import TINY_FOLDER, model_source
 
-TOLERANCE = 1e-5  # of values in float32, relative to the norm of diffusers'
-SIZES = ((256, 4), (1024, 28), (4096, 50), (4300, 28), (8100, 50))  # tokens and steps of schedules
+TOLERANCE = 1e-5  # of float32 values, relative to the norm of diffusers'
+SIZES = ((256, 4), (1024, 28), (4096, 50), (4300, 28), (8100, 50))  # tokens and steps of the compared schedules
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`passed` is None for what could not be compared; `said` is the figure, or why not."""
+    """Result of a comparison. `passed` is None if there was none; `detail` is the figure, or the reason."""
 
     what: str
     passed: bool | None
-    said: str
+    detail: str
 
 
-def apart(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference over the norm of `theirs`. Raises ValueError if the shapes differ."""
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the norm of the difference over the norm of `theirs`. Raises ValueError if the shapes differ."""
     if ours.shape != theirs.shape:
         raise ValueError(f"shape {tuple(ours.shape)} here, {tuple(theirs.shape)} there")
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30))
 
 
-def within(*pairs: tuple[Tensor, Tensor]) -> tuple[bool, str]:
-    worst = max(apart(ours, theirs) for ours, theirs in pairs)
+def compare_values(*pairs: tuple[Tensor, Tensor]) -> tuple[bool, str]:
+    worst = max(relative_difference(ours, theirs) for ours, theirs in pairs)
     return worst <= TOLERANCE, f"relative difference {worst:.1e}"
 
 
-def same(ours: object, theirs: object) -> tuple[bool, str]:
+def compare_equal(ours: object, theirs: object) -> tuple[bool, str]:
     return ours == theirs, "equal" if ours == theirs else f"{ours!r} here, {theirs!r} there"
 
 
@@ -56,7 +56,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-# ------------------------------------------------------------------ what is compared
+# ------------------------------------------------------------------ comparisons
 
 
 def default(function: Callable[..., Any], name: str) -> tuple[int, ...]:
@@ -64,28 +64,28 @@ def default(function: Callable[..., Any], name: str) -> tuple[int, ...]:
 
 
 def text_layers(diffusers: Any) -> tuple[bool, str]:
-    """Which hidden states of the text encoders are stacked."""
+    """Compare which hidden states of the text encoders are stacked."""
     pipelines = (("dev", diffusers.Flux2Pipeline), ("klein_base_4b", diffusers.Flux2KleinPipeline))
     theirs = [default(pipeline.encode_prompt, "text_encoder_out_layers") for _, pipeline in pipelines]
-    return same([VARIANTS[name].text.layers for name, _ in pipelines], theirs)
+    return compare_equal([VARIANTS[name].text.layers for name, _ in pipelines], theirs)
 
 
 def system_message(diffusers: Any) -> tuple[bool, str]:
-    """What a prompt is sent to Mistral with."""
-    return same(SYSTEM_MESSAGE, importlib.import_module(f"{module(diffusers)}.system_messages").SYSTEM_MESSAGE)
+    """Compare the system message of prompts for Mistral."""
+    return compare_equal(SYSTEM_MESSAGE, importlib.import_module(f"{module(diffusers)}.system_messages").SYSTEM_MESSAGE)
 
 
 def latent_normalization(diffusers: Any) -> tuple[bool, str]:
-    """Pixels to latents: the mean, patches in order, running statistics."""
+    """Compare pixels to latents: mean, order of patches, running statistics."""
     theirs = diffusers.AutoencoderKLFlux2.from_pretrained(TINY_FOLDER / "vae", torch_dtype=torch.float32)
     pixels = draw(1, 3, 48, 32).clamp(-1, 1)
     pipeline = SimpleNamespace(vae=theirs, _patchify_latents=diffusers.Flux2Pipeline._patchify_latents)
-    wanted = diffusers.Flux2Pipeline._encode_vae_image(pipeline, pixels, generator=None)
-    return within((load_autoencoder(model_source("tiny")).encode(pixels), wanted))
+    expected = diffusers.Flux2Pipeline._encode_vae_image(pipeline, pixels, generator=None)
+    return compare_values((load_autoencoder(model_source("tiny")).encode(pixels), expected))
 
 
 def position_ids(diffusers: Any) -> tuple[bool, str]:
-    """Where tokens stand: the picture's, two references', the prompt's."""
+    """Compare the positions of tokens of the image, two references and the prompt."""
     pipeline = diffusers.Flux2Pipeline
     picture, references = draw(1, 4, 3, 2), [draw(1, 4, 2, 5), draw(1, 4, 4, 1)]
     pairs = [
@@ -93,11 +93,11 @@ def position_ids(diffusers: Any) -> tuple[bool, str]:
         (positions_with_references(picture, references)[6:], pipeline._prepare_image_ids(references)[0]),
         (text_positions(7), pipeline._prepare_text_ids(draw(1, 7, 2))[0]),
     ]
-    return same([ours.tolist() for ours, _ in pairs], [theirs.tolist() for _, theirs in pairs])
+    return compare_equal([ours.tolist() for ours, _ in pairs], [theirs.tolist() for _, theirs in pairs])
 
 
 def times(diffusers: Any) -> tuple[bool, str]:
-    """The schedule of sampling, for several sizes and numbers of steps."""
+    """Compare the sampling schedule for several sizes and numbers of steps."""
     fit = importlib.import_module(f"{module(diffusers)}.pipeline_flux2").compute_empirical_mu
     pairs = []
     for tokens, steps in SIZES:
@@ -106,11 +106,11 @@ def times(diffusers: Any) -> tuple[bool, str]:
         euler.set_timesteps(sigmas=sigmas, mu=fit(tokens, steps))
         shifts = torch.tensor([empirical_mu(tokens, steps)]), torch.tensor([fit(tokens, steps)])
         pairs += [(schedule(steps, tokens), euler.sigmas), shifts]
-    return within(*pairs)
+    return compare_values(*pairs)
 
 
 def forward(diffusers: Any) -> tuple[bool, str]:
-    """One prediction of the embedded model, with a reference."""
+    """Compare one prediction of the embedded model, with a reference."""
     variant = VARIANTS["tiny"]
     theirs = diffusers.Flux2Transformer2DModel.from_pretrained(TINY_FOLDER / "transformer", torch_dtype=torch.float32)
     ours = load_transformer(model_source("tiny"))
@@ -118,7 +118,7 @@ def forward(diffusers: Any) -> tuple[bool, str]:
     positions = positions_with_references(picture, [reference])
     tokens, text = draw(1, len(positions), 128), draw(1, variant.text.length, variant.transformer.text_width)
     text_at, time, guidance = text_positions(variant.text.length), torch.tensor([0.7]), torch.tensor([3.0])
-    wanted = theirs(
+    expected = theirs(
         hidden_states=tokens,
         encoder_hidden_states=text,
         timestep=time,
@@ -127,7 +127,7 @@ def forward(diffusers: Any) -> tuple[bool, str]:
         guidance=guidance,
         return_dict=False,
     )[0]
-    return within((ours(tokens, positions, text, text_at, time, guidance), wanted))
+    return compare_values((ours(tokens, positions, text, text_at, time, guidance), expected))
 
 
 CHECKS: dict[str, Callable[[Any], tuple[bool, str]]] = {
@@ -141,29 +141,29 @@ CHECKS: dict[str, Callable[[Any], tuple[bool, str]]] = {
 
 
 def module(diffusers: Any) -> str:
-    """The module that diffusers' FLUX.2 pipelines are in."""
+    """Return the module of diffusers' FLUX.2 pipelines."""
     return diffusers.Flux2Pipeline.__module__.rpartition(".")[0]
 
 
 @torch.no_grad()
 def selftest() -> Iterator[Finding]:
-    """Compare one thing after the other. Without diffusers there is one finding, which says so.
+    """Yield the result of each comparison. Without diffusers one result says so.
 
-    A comparison that fails with an error, as it may with another version of diffusers, is a finding too.
+    A comparison that raises an error, as it may with another version of diffusers, is a result too.
     """
     try:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:
-        yield Finding("comparison with diffusers", None, f"not made: diffusers cannot be imported ({error})")
+        yield Finding("comparison with diffusers", None, f"skipped: diffusers cannot be imported ({error})")
         return
     if not hasattr(diffusers, "Flux2Pipeline"):
-        yield Finding("comparison with diffusers", None, f"not made: diffusers {diffusers.__version__} has no FLUX.2")
+        yield Finding("comparison with diffusers", None, f"skipped: diffusers {diffusers.__version__} has no FLUX.2")
         return
-    importlib.import_module("diffusers.utils.logging").set_verbosity_error()  # it warns of a counter nobody reads
+    importlib.import_module("diffusers.utils.logging").set_verbosity_error()  # warns of a buffer that is not needed
     for what, check in CHECKS.items():
         try:
-            passed, said = check(diffusers)
-        except Exception as error:  # of whichever library: a support answer must not end here
-            yield Finding(what, None, f"not made ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+            passed, detail = check(diffusers)
+        except Exception as error:  # any error of any library: the report must continue
+            yield Finding(what, None, f"failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
         else:
-            yield Finding(what, passed, said)
+            yield Finding(what, passed, detail)

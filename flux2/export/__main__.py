@@ -1,4 +1,4 @@
-"""What `python -m flux2.export` runs."""
+"""Entry point of `python -m flux2.export`."""
 
 import sys
 

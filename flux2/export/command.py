@@ -1,9 +1,10 @@
-"""Adapters for other programs: `python -m flux2.export outputs/tarot/.../adapter --format comfyui --out x.safetensors`.
+"""Write adapters for other programs: `python -m flux2.export outputs/tarot/.../adapter --format comfyui --out
+x.safetensors`.
 
-ADAPTER is all that `flux2.generate --adapter` takes: a run, checkpoint or PEFT folder, or a file of diffusers',
-ComfyUI's or kohya's keys; several are added up. What is no low-rank pair becomes the nearest one, and how near
-is said. With --format full-bfl or full-diffusers the adapters are merged into a whole transformer. A file is read back
-and compared before it gets its name.
+ADAPTER is anything that `flux2.generate --adapter` accepts: a run, checkpoint or PEFT folder, or a file with keys of
+diffusers, ComfyUI or kohya; several are added up. An adapter that is not a low-rank pair becomes the nearest one, and
+the error is reported. With --format full-bfl or full-diffusers the adapters are merged into a complete transformer.
+Each file is read back and compared before it gets its name.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from flux2.adapters.files import PEFT_FILE
 from flux2.adapters.formats import LoraPair, from_state, to_comfyui, to_diffusers, to_kohya
 from flux2.export import deltas
 from flux2.export.deltas import AdapterDelta
-from flux2.export.low_rank import decomposed, distance, ratio, reduced, rounding_bound, stacked
-from flux2.export.merge_checkpoint import NotReadError, merge, put, unfinished
+from flux2.export.low_rank import decompose, distance, ratio, reduce_rank, rounding_bound, sum_pairs
+from flux2.export.merge_checkpoint import NotReadError, merge
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS
 from flux2.utils import checks
 from flux2.utils.cli import format_error, split_adapter
 from flux2.utils.device import pick_device
+from flux2.utils.files import atomic_write
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
 from flux2.utils.text import listed
 from flux2.weights import modelspec
@@ -50,10 +52,10 @@ FORMS: dict[str, Callable[[Mapping[str, LoraPair]], dict[str, Tensor]]] = {
 }
 FULL = {"full-bfl": "bfl", "full-diffusers": "diffusers"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RANK = 64  # of what is converted, unless another is asked for
-EXACT = 1e-6  # relative error that reading back may have beside rounding to the dtype
-COARSE = 0.1  # relative error from which a conversion is called coarse
-# layers that diffusers 0.42 leaves out of kohya's keys, with a warning alone, and that it reads wrongly of ComfyUI's
+RANK = 64  # default rank of conversions
+EXACT = 1e-6  # relative error that reading back may have in addition to rounding to the dtype
+COARSE = 0.1  # relative error from which a conversion is reported as coarse
+# layers that diffusers 0.42 leaves out of kohya's keys, with only a warning, and that it reads wrongly from ComfyUI's
 DROPPED = ("guidance_in", "double_stream_modulation", "single_stream_modulation", "final_layer.adaLN")
 
 
@@ -66,84 +68,91 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m flux2.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("adapter", nargs="+", metavar="ADAPTER[:SCALE]", help="folder or file")
-    parser.add_argument("--format", required=True, choices=[*FORMS, *FULL], help="whose keys, or a full checkpoint")
+    parser.add_argument(
+        "--format", required=True, choices=[*FORMS, *FULL], help="program whose keys are written, or a full checkpoint"
+    )
     parser.add_argument("--out", required=True, type=Path, help="a .safetensors file; a folder for full-diffusers")
-    parser.add_argument("--model", choices=list(VARIANTS), help="which FLUX.2, where the adapter does not say it")
+    parser.add_argument("--model", choices=list(VARIANTS), help="the base, if the adapter does not record it")
     parser.add_argument(
         "--path",
-        help="its repository id, folder or .safetensors file, where weights are needed and not published there",
+        help="repository id, folder or .safetensors file of the base, if weights are needed and not the published ones",
     )
-    parser.add_argument("--rank", type=int, help=f"of the LoRA; what must be converted gets {RANK} if it is not given")
+    parser.add_argument("--rank", type=int, help=f"rank of the LoRA; {RANK} for conversions by default")
     parser.add_argument(
-        "--max-error", type=float, metavar="E", help="instead: in each layer the smallest rank with this relative error"
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="instead of a rank: the smallest rank of each layer with this error",
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), help="fp32 for a LoRA, as in the base for a full checkpoint")
-    parser.add_argument("--device", help="where it is computed: cuda, cpu; the GPU if there is one")
-    parser.add_argument("--title", help="for the file's metadata; by default the name of OUT")
-    parser.add_argument("--trigger", default="", metavar="PHRASE", help="likewise: the trigger word")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="default: fp32 for a LoRA, the base's for a full checkpoint"
+    )
+    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    parser.add_argument("--title", help="title in the file's metadata; default: the name of OUT")
+    parser.add_argument("--trigger", default="", metavar="PHRASE", help="trigger word in the metadata")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     options = parser.parse_args(argv)
     if options.rank is not None and options.max_error is not None:
         parser.error("give --rank or --max-error, not both")
     if options.format in FULL and (options.rank, options.max_error) != (None, None):
-        parser.error(f"--format {options.format} keeps the whole change: leave --rank and --max-error out")
+        parser.error(f"--format {options.format} keeps the complete change: remove --rank and --max-error")
     return options
 
 
-# ------------------------------------------------------------------ what is asked for
+# ------------------------------------------------------------------ checks
 
 
-def target_of(options: argparse.Namespace) -> Path:
-    """What is written, and replaced if it is there."""
+def output_path(options: argparse.Namespace) -> Path:
+    """Return the path that is written, and replaced if it exists."""
     return options.out / "transformer" if options.format == "full-diffusers" else options.out
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises ValueError for what can be told before anything is read."""
+    """Raise ValueError for options that are wrong independently of the files."""
     if options.rank is not None:
         checks.integer("--rank", options.rank, 1)
     if options.max_error is not None and not 0 < options.max_error < 1:
-        raise ValueError(f"--max-error {options.max_error:g} must be above 0 and below 1: 0.01 is 1 %")
+        raise ValueError(f"--max-error {options.max_error:g} must be above 0 and below 1, for example 0.01 for 1 %")
     out = options.out
     if options.format != "full-diffusers":
         if out.suffix != ".safetensors":
             raise ValueError(f"--out {out} must end in .safetensors")
         if out.is_dir():
-            raise ValueError(f"--out {out} is a folder: give a file")
+            raise ValueError(f"--out {out} is a folder. Give a file")
     elif out.suffix == ".safetensors" or out.is_file():
         raise ValueError(f"--out {out} must be a folder, in which transformer/ is written")
-    target = target_of(options)
+    target = output_path(options)
     if target.exists() and not options.overwrite:
-        raise ValueError(f"--out {target} exists: give another name, or --overwrite to replace it")
-    there = next(place for place in target.absolute().parents if place.exists())
-    if not there.is_dir() or (options.format == "full-diffusers" and target.is_file()):
-        file = there if not there.is_dir() else target
-        raise ValueError(f"--out {out} cannot be written: {file} is a file, and no folder. Give another place")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: {there} is read-only. Give another place")
+        raise ValueError(f"--out {target} exists. Choose another name, or replace it with --overwrite")
+    parent = next(place for place in target.absolute().parents if place.exists())
+    if not parent.is_dir() or (options.format == "full-diffusers" and target.is_file()):
+        file = parent if not parent.is_dir() else target
+        raise ValueError(f"--out {out} cannot be written: {file} is a file, not a folder. Choose another path")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written: {parent} is read-only. Choose another path")
 
 
 def check_apart(out: Path, places: Sequence[Path], source: ModelSource | None) -> None:
-    """Raises ValueError if writing `out` would replace an adapter or the base that is read."""
-    read = [place.resolve() for place in places]
-    read += [place / PEFT_FILE for place in read if place.is_dir()]
+    """Raise ValueError if writing `out` would replace an adapter or the base that is read."""
+    inputs = [place.resolve() for place in places]
+    inputs += [place / PEFT_FILE for place in inputs if place.is_dir()]
     if source is not None:
-        read.append((source.file("transformer") or source.folder("transformer")).resolve())
+        inputs.append((source.file("transformer") or source.folder("transformer")).resolve())
     target = out.resolve()
-    if any(target in (place, *place.parents) for place in read):
-        raise ValueError(f"--out {out} is what is read, or holds it: give another name")
+    if any(target in (place, *place.parents) for place in inputs):
+        raise ValueError(f"--out {out} is an input, or contains one. Choose another name")
 
 
 # ------------------------------------------------------------------ low-rank files
 
 
 @dataclass
-class Nearness:
-    """How near converted layers come to what they stand for."""
+class ConversionErrors:
+    """Relative errors of converted layers."""
 
     errors: dict[str, float]
-    lost: float = 0.0  # squares of norms
-    whole: float = 0.0
+    lost: float = 0.0  # sum of squared errors
+    whole: float = 0.0  # sum of squared norms
 
     def add(self, layer: str, error: float, size: float) -> None:
         self.errors[layer] = ratio(error, size)
@@ -160,56 +169,56 @@ class Nearness:
 
 
 def low_rank(
-    found: Sequence[AdapterDelta],
+    updates: Sequence[AdapterDelta],
     options: argparse.Namespace,
     base: Callable[[], BaseWeights],
     device: torch.device,
-) -> tuple[dict[str, LoraPair], Nearness | None]:
-    """The sum of adapters as a pair a layer, and how near that is; None where nothing had to be left out."""
-    layers = list(dict.fromkeys(layer for update in found for layer in update.layers))
-    given = options.rank is not None or options.max_error is not None
-    if not given and len(found) == 1 and found[0].kind == "DoRA" and options.format == "diffusers":
-        if found[0].scale == 1:
-            return dict(found[0].pairs), None
-        say(f"a DoRA at scale {found[0].scale:g} is no DoRA that diffusers could hold: it is converted")
-    here = {layer: [update for update in found if layer in update.layers] for layer in layers}
-    whole = [layer for layer in layers if not all(update.is_plain for update in here[layer])]
+) -> tuple[dict[str, LoraPair], ConversionErrors | None]:
+    """Return the sum of adapters as one pair per layer, and the errors; None if nothing was approximated."""
+    layers = list(dict.fromkeys(layer for update in updates for layer in update.layers))
+    is_explicit = options.rank is not None or options.max_error is not None
+    if not is_explicit and len(updates) == 1 and updates[0].kind == "DoRA" and options.format == "diffusers":
+        if updates[0].scale == 1:
+            return dict(updates[0].pairs), None
+        say(f"a DoRA at scale {updates[0].scale:g} is not a DoRA that diffusers can hold: it is converted")
+    by_layer = {layer: [update for update in updates if layer in update.layers] for layer in layers}
+    converted = [layer for layer in layers if not all(update.is_plain for update in by_layer[layer])]
     pairs: dict[str, LoraPair] = {}
-    near = Nearness({})
+    errors = ConversionErrors({})
     for layer in layers:
-        if layer not in whole:
-            pairs[layer] = stacked([update.pair(layer) for update in here[layer]])
-            if given:
-                pairs[layer], error, size = reduced(pairs[layer], options.rank, options.max_error)
-                near.add(layer, error, size)
-    rank = options.rank if given else RANK
-    with tqdm(total=len(whole), unit="layer", leave=False, disable=None if whole else True) as bar:
+        if layer not in converted:
+            pairs[layer] = sum_pairs([update.pair(layer) for update in by_layer[layer]])
+            if is_explicit:
+                pairs[layer], error, size = reduce_rank(pairs[layer], options.rank, options.max_error)
+                errors.add(layer, error, size)
+    rank = options.rank if is_explicit else RANK
+    with tqdm(total=len(converted), unit="layer", leave=False, disable=None if converted else True) as bar:
 
         def convert(layer: str, weight: Tensor | None) -> None:
-            delta = here[layer][0].change(layer, weight, device)
-            for update in here[layer][1:]:
+            delta = by_layer[layer][0].change(layer, weight, device)
+            for update in by_layer[layer][1:]:
                 delta += update.change(layer, weight, device)
-            pairs[layer], error, size = decomposed(delta, rank, options.max_error)
-            near.add(layer, error, size)
+            pairs[layer], error, size = decompose(delta, rank, options.max_error)
+            errors.add(layer, error, size)
             bar.update()
 
         with torch.no_grad():
-            if any(update.needs_weights for update in found):
-                names = [f"{layer}.weight" for layer in whole]
+            if any(update.needs_weights for update in updates):
+                names = [f"{layer}.weight" for layer in converted]
                 base().each(names, device, lambda name, stored: convert(name.removesuffix(".weight"), stored.float()))
             else:
-                for layer in whole:
+                for layer in converted:
                     convert(layer, None)
-    return {layer: pairs[layer] for layer in layers}, near if near.errors else None
+    return {layer: pairs[layer] for layer in layers}, errors if errors.errors else None
 
 
 def write_pairs(
     pairs: Mapping[str, LoraPair], options: argparse.Namespace, model: Transformer, metadata: Mapping[str, str]
 ) -> float:
-    """Write a LoRA, read it back and compare; returns the largest relative error of a layer.
+    """Write a LoRA, read it back and compare; return the largest relative error of a layer.
 
-    Raises ValueError if the disk has no room, NotReadError if the file does not hold what it should. OUT is then as it
-    was.
+    Raises ValueError if the disk has no room, NotReadError if the file differs from what was written. OUT is then
+    unchanged.
     """
     dtype = DTYPES[options.dtype or "fp32"]
     state = {
@@ -219,76 +228,75 @@ def write_pairs(
     out = options.out
     check_room(out.parent, sum(tensor.nbytes for tensor in state.values()), f"--out {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(out) as place:
+    with atomic_write(out) as place:
         place.touch()
-        readable = place.stat().st_mode  # as the umask says; safetensors writes for the owner alone
+        readable = place.stat().st_mode  # follows the umask; safetensors writes for the owner only
         save_file(state, place, {**metadata, modelspec.HASH: modelspec.content_hash(state)})
         worst = compare(from_state(load_file(place), model), pairs, dtype)
         place.chmod(readable)
-        put(place, out)
     return worst
 
 
-def compare(found: Mapping[str, LoraPair], wanted: Mapping[str, LoraPair], dtype: torch.dtype) -> float:
-    """The largest relative error of a layer's update. Raises NotReadError if one is above what `dtype` explains."""
-    if found.keys() != wanted.keys():
-        raise NotReadError(f"the file that was written has other layers: {listed(found.keys() ^ wanted.keys())}")
+def compare(written: Mapping[str, LoraPair], wanted: Mapping[str, LoraPair], dtype: torch.dtype) -> float:
+    """Return the largest relative error of a layer's update. Raises NotReadError if `dtype` does not explain it."""
+    if written.keys() != wanted.keys():
+        raise NotReadError(f"the file that was written has other layers: {listed(written.keys() ^ wanted.keys())}")
     worst = 0.0
     for layer, pair in wanted.items():
         allowed = EXACT + (rounding_bound(pair, dtype) if dtype != torch.float32 else 0)
-        errors = [distance(found[layer], pair)]
+        errors = [distance(written[layer], pair)]
         if pair.magnitude is not None:
-            length = found[layer].magnitude
+            length = written[layer].magnitude
             assert length is not None
             errors.append(float((length - pair.magnitude).norm() / pair.magnitude.norm()))
             allowed = max(allowed, EXACT + torch.finfo(dtype).eps / 2)
         if max(errors) > allowed:
             raise NotReadError(
-                f"what was read back of {layer} differs by {max(errors):.2g} from what was written, and rounding "
-                f"explains {allowed:.2g}: nothing was left"
+                f"{layer} differs after reading back by {max(errors):.2g}, of which rounding explains {allowed:.2g}: "
+                "nothing was written"
             )
         worst = max(worst, *errors)
     return worst
 
 
 def warn_of_layers(layers: Sequence[str], form: str) -> None:
-    """Say which layers other programs are known not to read."""
+    """Warn about layers that other programs ignore."""
     lost = [layer for layer in layers if layer.startswith(DROPPED)]
     if form == "kohya" and lost:
-        say(f"note: diffusers leaves {listed(lost)} out when it reads kohya's keys; ComfyUI reads them")
+        say(f"note: diffusers leaves out {listed(lost)} when it reads kohya's keys; ComfyUI reads them")
     swapped = [layer for layer in layers if layer.startswith("final_layer.adaLN")]
     if form == "comfyui" and swapped:
-        say(f"note: diffusers reads {listed(swapped)} of ComfyUI's keys with its halves in the wrong order")
+        say(f"note: diffusers reads {listed(swapped)} from ComfyUI's keys with its halves in the wrong order")
 
 
 # ------------------------------------------------------------------ the command
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Write what is asked for; returns OUT. Raises ValueError for anything wrong in `options` or in files."""
+    """Write the requested file or folder and return OUT. Raises ValueError for invalid options or files."""
     check_options(options)
     device = pick_device(options.device)
-    given = [split_adapter(adapter) for adapter in options.adapter]
-    places = [find(path) for path, _ in given]
+    adapters = [split_adapter(adapter) for adapter in options.adapter]
+    places = [find(path) for path, _ in adapters]
     variant, certain = deltas.variant_for(places, options.model)
     model = deltas.skeleton(variant.transformer)
-    found = [deltas.read(place, model, scale) for place, (_, scale) in zip(places, given, strict=True)]
-    deltas.check_together(found)
-    for update in found:
-        say(f"{update.place}{'' if update.scale == 1 else f' at scale {update.scale:g}'}: {update.said()}")
-    needed = options.format in FULL or any(update.needs_weights for update in found)
+    updates = [deltas.read(place, model, scale) for place, (_, scale) in zip(places, adapters, strict=True)]
+    deltas.check_together(updates)
+    for update in updates:
+        say(f"{update.place}{'' if update.scale == 1 else f' at scale {update.scale:g}'}: {update.description()}")
+    needed = options.format in FULL or any(update.needs_weights for update in updates)
     if needed and not certain:
         raise ValueError(
-            f"the weights of the base are needed, and the adapter does not say which it is: give --model "
-            f"{variant.name}, or another of these sizes"
+            f"the weights of the base are needed, and the adapter does not record it. Give --model {variant.name}, or "
+            "another variant of these sizes"
         )
     source = model_source(variant.name, options.path)
 
     def base() -> BaseWeights:
-        check_apart(target_of(options), [], source)
+        check_apart(output_path(options), [], source)
         return BaseWeights(model, tensor_files(source, "transformer"), f"the transformer of {variant.name}")
 
-    check_apart(target_of(options), places, None)
+    check_apart(output_path(options), places, None)
     about: dict[str, Any] = {
         "base": variant.repo or variant.name,
         "title": options.title or options.out.stem,
@@ -299,22 +307,22 @@ def run(options: argparse.Namespace) -> Path:
         "trigger": options.trigger,
         "dated": True,
     }
-    kinds = " and ".join(sorted({update.kind for update in found}))
+    kinds = " and ".join(sorted({update.kind for update in updates}))
     if options.format in FULL:
-        with told_of_writing(options.out):
-            full(found, base(), source, model, options, device, about)
+        with name_output_in_errors(options.out):
+            write_checkpoint(updates, base(), source, model, options, device, about)
         return options.out
-    pairs, near = low_rank(found, options, base, device)
-    if near is not None:
+    pairs, errors = low_rank(updates, options, base, device)
+    if errors is not None:
         ranks = sorted({pair.a.shape[0] for pair in pairs.values()})
         size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        converted = any(not update.is_plain for update in found)
-        told = f"{kinds} {'converted to a LoRA of' if converted else 'brought to'} {size}: relative error {near}"
-        about["description"] = told
-        say(told)
-        if near.overall > COARSE:
-            say(f"note: that is coarse, and pictures will differ: give a larger --rank, or --max-error {COARSE / 10}")
-    with told_of_writing(options.out):
+        converted = any(not update.is_plain for update in updates)
+        summary = f"{kinds} {'converted to a LoRA of' if converted else 'brought to'} {size}: relative error {errors}"
+        about["description"] = summary
+        say(summary)
+        if errors.overall > COARSE:
+            say(f"note: this is coarse, and images will differ: use a larger --rank, or --max-error {COARSE / 10}")
+    with name_output_in_errors(options.out):
         worst = write_pairs(pairs, options, model, modelspec.metadata(**about))
     warn_of_layers(list(pairs), options.format)
     say(f"read back and compared: {len(pairs)} layers, largest relative error {worst:.1e}")
@@ -322,20 +330,20 @@ def run(options: argparse.Namespace) -> Path:
 
 
 @contextmanager
-def told_of_writing(out: Path) -> Iterator[None]:
-    """Within this context what a full disk raises, which names no file, becomes a ValueError that names `out`."""
+def name_output_in_errors(out: Path) -> Iterator[None]:
+    """Context manager that turns errors of a full disk, which name no file, into a ValueError that names `out`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "filename", None) is not None:
             raise
         raise ValueError(
-            f"--out {out} could not be written ({error}), and nothing was left: make room there, or give another place"
+            f"--out {out} could not be written ({error}), and nothing was left: make room there, or choose another path"
         ) from error
 
 
-def full(
-    found: Sequence[AdapterDelta],
+def write_checkpoint(
+    updates: Sequence[AdapterDelta],
     base: BaseWeights,
     source: ModelSource,
     model: Transformer,
@@ -343,11 +351,11 @@ def full(
     device: torch.device,
     about: dict[str, Any],
 ) -> None:
-    """Write a full checkpoint and say what came of it."""
-    about["merged_from"] = ", ".join([str(about["base"]), *(str(update.place) for update in found)])
+    """Write a full checkpoint and report the change."""
+    about["merged_from"] = ", ".join([str(about["base"]), *(str(update.place) for update in updates)])
     with tqdm(total=len(base.weights), unit="tensor", leave=False, disable=None) as bar:
         merged = merge(
-            found,
+            updates,
             base,
             source,
             model,
@@ -359,11 +367,11 @@ def full(
             progress=lambda _: bar.update(),
         )
     say(
-        f"merged into {merged.layers} layers, which change by {merged.changed:.2g} of themselves; rounding to what is "
-        f"written takes {merged.lost:.2g} of the change. Read back: as it was written, bit for bit"
+        f"merged into {merged.layers} layers, which change by {merged.changed:.2g} of themselves; rounding loses "
+        f"{merged.lost:.2g} of the change. Read back and compared: equal bit for bit"
     )
     if options.format == "full-diffusers":
-        say("it is the transformer alone: autoencoder, text encoder and the rest stay those of the base")
+        say("this is only the transformer: autoencoder, text encoder and the rest are those of the base")
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""Adapters read from their files without a model: what each adds to the weight of each layer.
+"""Read adapters from their files without a model: what each adds to the weight of each layer.
 
-Exporting and merging go layer by layer, so that a model of 64 GB need not fit anywhere. LoRA, rsLoRA, PiSSA and DoRA
-are read as pairs (`adapter_formats`); of LoHa, LoKr and OFT, PEFT computes the change of a layer that stands alone.
+Export and merging work layer by layer, so a model of 64 GB need not fit in memory. LoRA, rsLoRA, PiSSA and DoRA are
+read as pairs (flux2/adapters/formats.py); for LoHa, LoKr and OFT, PEFT computes the change of a single layer.
 """
 
 from __future__ import annotations
@@ -18,35 +18,27 @@ from flux2 import adapters
 from flux2.adapters import files as adapter_files
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair
-from flux2.adapters.loading import PREFIX, Loaded, check_saved, check_scale, inject, tensors
+from flux2.adapters.loading import PREFIX, Loaded, adapter_tensors, check_saved, check_scale, inject
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, TransformerConfig, Variant, find_variant
 from flux2.utils import checks
 from flux2.utils.text import listed
 
-HUNG_ON_ORDER = ("DoRA", "OFT")  # these do not add to a weight: one divides by its lengths, the other turns it
+ORDER_DEPENDENT = ("DoRA", "OFT")  # not sums: a DoRA divides by row lengths, an OFT rotates the input
 
 
 @dataclass(frozen=True)
 class AdapterDelta:
-    """An adapter as its files have it.
+    """An adapter in its files: `pairs` for low-rank types, `config` and `tensors` for the others."""
 
-    Attributes:
-        place: its file or folder.
-        scale: what its whole change is multiplied by.
-        base: the variant that it says it was trained on; None if it does not say or names none that is known.
-        pairs: of the layers, for low-rank types.
-        config, tensors: PEFT's configuration and each layer's tensors by PEFT's keys, for the others.
-    """
-
-    place: Path
+    place: Path  # its file or folder
     kind: str
-    scale: float
-    base: Variant | None
+    scale: float  # factor of its change
+    base: Variant | None  # that it records; None if it records none or an unknown one
     shapes: Mapping[str, tuple[int, int]]
     pairs: Mapping[str, LoraPair] = field(default_factory=dict)
     config: peft.PeftConfig | None = None
-    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by layer and PEFT's key
 
     @property
     def layers(self) -> list[str]:
@@ -54,37 +46,37 @@ class AdapterDelta:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it adds a low-rank pair to each weight, whatever that is."""
+        """Whether it adds a low-rank pair to each weight, independently of the weight."""
         return bool(self.pairs) and self.kind != "DoRA"
 
     @property
     def needs_weights(self) -> bool:
-        """Whether its change hangs on the base's weights."""
-        return self.kind in HUNG_ON_ORDER
+        """Whether its change depends on the base's weights."""
+        return self.kind in ORDER_DEPENDENT
 
-    def said(self) -> str:
+    def description(self) -> str:
+        """Return type, ranks and number of layers."""
         ranks = [pair.a.shape[0] for pair in self.pairs.values()]
         return str(Loaded(self.kind, tuple(self.layers), tuple(ranks)))
 
     def pair(self, layer: str) -> LoraPair:
-        """Of a plain one, its scale folded in."""
-        found = self.pairs[layer]
-        return found if self.scale == 1 else LoraPair(found.a, found.b * self.scale)
+        """Return the pair of a layer of a plain adapter, with its scale folded in."""
+        pair = self.pairs[layer]
+        return pair if self.scale == 1 else LoraPair(pair.a, pair.b * self.scale)
 
     def change(self, layer: str, weight: Tensor | None, device: torch.device) -> Tensor:
-        """What it adds to the weight of `layer`, (out, in) float32 on `device`, in memory of its own.
+        """Return what it adds to the weight of `layer`: a new tensor (out, in) in float32 on `device`.
 
-        Args:
-            weight: of the base, float32 on `device`; needed if `needs_weights` says so.
+        `weight` is the base's, in float32 on `device`; it is required if `needs_weights`.
         """
         if layer in self.pairs:
             pair = self.pairs[layer]
             delta = pair.b.to(device) @ pair.a.to(device)
             if pair.magnitude is not None:
                 assert weight is not None
-                whole = delta.add_(weight)
-                lengths = pair.magnitude.to(device) / torch.linalg.vector_norm(whole, dim=1)
-                delta = whole.mul_(lengths[:, None]).sub_(weight)
+                total = delta.add_(weight)
+                lengths = pair.magnitude.to(device) / torch.linalg.vector_norm(total, dim=1)
+                delta = total.mul_(lengths[:, None]).sub_(weight)
         else:
             assert self.config is not None
             delta = change_by_peft(self.config, layer, self.tensors[layer], self.shapes[layer], weight, device)
@@ -100,28 +92,27 @@ def change_by_peft(
     weight: Tensor | None,
     device: torch.device,
 ) -> Tensor:
-    """The change that PEFT makes when it merges an adapter of `config` into a layer of `weight`, by default of 0."""
+    """Return the change that PEFT makes when it merges an adapter of `config` into a layer, by default of zeros."""
     base = torch.zeros(shape, device=device) if weight is None else weight
-    alone = nn.Module()
-    alone.linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-    alone.linear.weight = nn.Parameter(base.clone(), requires_grad=False)  # PEFT merges in place
-    inject(alone, peft_config.of_layer(config, layer, "linear"), "default")
-    for key, parameter in tensors(alone, "default").items():
+    container = nn.Module()
+    container.linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    container.linear.weight = nn.Parameter(base.clone(), requires_grad=False)  # PEFT merges in place
+    inject(container, peft_config.layer_config(config, layer, "linear"), "default")
+    for key, parameter in adapter_tensors(container, "default").items():
         parameter.data = state[key.removeprefix("linear.")].to(device, torch.float32)
-    return adapter_files.merged_weight(alone.linear).sub_(base)
+    return adapter_files.merged_weight(container.linear).sub_(base)
 
 
 def skeleton(sizes: TransformerConfig) -> Transformer:
-    """A model of names and shapes alone."""
+    """Return a model without memory, for its names and shapes."""
     with torch.device("meta"):
         return Transformer(sizes)
 
 
 def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDelta:
-    """The adapter at `path`, which `adapters.find` looks for, checked against the names and shapes of `model`.
+    """Return the adapter at `path`, as `adapters.find` resolves it, checked against names and shapes of `model`.
 
-    Raises AdapterError for an adapter that cannot be used, TypeError or ValueError for a scale that is no finite
-    number.
+    Raises AdapterError for an adapter that cannot be used, TypeError or ValueError for an invalid scale.
     """
     scale = checks.number("scale", scale)
     place = adapters.find(path)
@@ -131,8 +122,8 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
         if isinstance(module, nn.Linear)
     }
     try:
-        base = find_variant(adapter_files.base_of(place))
-        config = peft_config.saved(place) if place.is_dir() else None
+        base = find_variant(adapter_files.recorded_base(place))
+        config = peft_config.read_config(place) if place.is_dir() else None
         if config is None or peft_config.is_plain(config):
             pairs = adapter_files.read(place, model)
             is_dora = any(pair.magnitude is not None for pair in pairs.values())
@@ -142,19 +133,19 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
         check_scale(kind, scale)
         state = {key.removeprefix(PREFIX): tensor for key, tensor in adapter_files.read_tensors(place).items()}
         clean, layers = check_saved(model.config, config, state)
-        own: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
+        by_layer: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
         for key, tensor in state.items():
             layer = next(layer for layer in layers if key.startswith(f"{layer}."))
-            own[layer][key.removeprefix(f"{layer}.")] = tensor
+            by_layer[layer][key.removeprefix(f"{layer}.")] = tensor
         if not isinstance(clean, peft.LoraConfig):
-            return AdapterDelta(place, kind, scale, base, shapes, config=clean, tensors=own)
+            return AdapterDelta(place, kind, scale, base, shapes, config=clean, tensors=by_layer)
         pairs = {
             layer: LoraPair(
-                found["lora_A.weight"].float(),
-                found["lora_B.weight"].float() * peft_config.scale(clean, layer),
-                found["lora_magnitude_vector"].float(),
+                state_of_layer["lora_A.weight"].float(),
+                state_of_layer["lora_B.weight"].float() * peft_config.layer_scale(clean, layer),
+                state_of_layer["lora_magnitude_vector"].float(),
             )
-            for layer, found in own.items()
+            for layer, state_of_layer in by_layer.items()
         }
         return AdapterDelta(place, kind, scale, base, shapes, pairs)
     except ValueError as error:
@@ -163,46 +154,50 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
 
 
 def check_together(updates: Sequence[AdapterDelta]) -> None:
-    """Raises AdapterError unless the changes of several adapters add up."""
-    alone = [update.kind for update in updates if update.needs_weights]
-    if alone and len(updates) > 1:
+    """Raise AdapterError unless the changes of several adapters add up."""
+    dependent = [update.kind for update in updates if update.needs_weights]
+    if dependent and len(updates) > 1:
         raise AdapterError(
-            f"a {alone[0]} cannot be added to another adapter: its change hangs on the weights it is used with, so the "
-            "order would decide. Merge one into a full checkpoint (--format full-bfl), and the next into that "
-            "(--path)"
+            f"a {dependent[0]} cannot be added to another adapter: its change depends on the current weights, so the "
+            "result would depend on the order. Merge one into a full checkpoint (--format full-bfl), and the next "
+            "into that (--path)"
         )
 
 
-def variant_for(places: Sequence[Path], asked: str | None) -> tuple[Variant, bool]:
-    """The model that adapters are for, and whether that is certain: it was asked for, or one of them says so.
+def variant_for(places: Sequence[Path], requested: str | None) -> tuple[Variant, bool]:
+    """Return the model that the adapters are for, and whether that is certain: requested, or recorded in one of them.
 
-    Otherwise the first variant whose layers the first one fits: klein base and its distilled twin have the same.
+    Otherwise it is the first variant whose layers the first adapter fits: klein base and its distilled twin have the
+    same.
+    same.
 
-    Raises AdapterError if an adapter says that it was trained on a model of other sizes, or if none fits.
+    Raises AdapterError if an adapter records a base of other sizes, or if none fits.
     """
-    said = {place: found for place in places if (found := find_variant(adapter_files.base_of(place)))}
-    if asked is not None:
-        for place, one in said.items():
-            if one.transformer != VARIANTS[asked].transformer:
-                raise AdapterError(f"adapter {place} was trained on {one.name}, whose layers are not those of {asked}")
-        return VARIANTS[asked], True
-    sizes = {one.transformer for one in said.values()}
+    recorded = {place: found for place in places if (found := find_variant(adapter_files.recorded_base(place)))}
+    if requested is not None:
+        for place, candidate in recorded.items():
+            if candidate.transformer != VARIANTS[requested].transformer:
+                raise AdapterError(
+                    f"adapter {place} was trained on {candidate.name}, whose layers differ from {requested}'s"
+                )
+        return VARIANTS[requested], True
+    sizes = {candidate.transformer for candidate in recorded.values()}
     if len(sizes) > 1:
-        names = sorted(one.name for one in said.values())
+        names = sorted(candidate.name for candidate in recorded.values())
         raise AdapterError(f"the adapters were trained on models of different sizes: {', '.join(names)}")
-    if said:
-        return next(iter(said.values())), True
-    why = {}
-    for one in VARIANTS.values():
+    if recorded:
+        return next(iter(recorded.values())), True
+    reasons = {}
+    for candidate in VARIANTS.values():
         try:
-            read(places[0], skeleton(one.transformer))
+            read(places[0], skeleton(candidate.transformer))
         except AdapterError as error:
-            why[one.name] = str(error).removeprefix(f"adapter {places[0]}: ")
+            reasons[candidate.name] = str(error).removeprefix(f"adapter {places[0]}: ")
         else:
-            return one, False
-    if len(set(why.values())) == 1:  # it is the file, and not the model
-        raise AdapterError(f"adapter {places[0]}: {next(iter(why.values()))}")
+            return candidate, False
+    if len(set(reasons.values())) == 1:  # the file is the cause, not the model
+        raise AdapterError(f"adapter {places[0]}: {next(iter(reasons.values()))}")
     raise AdapterError(
-        f"adapter {places[0]} does not say which model it is for, and fits none of {listed(VARIANTS)}. For "
-        f"{next(iter(why))}: {next(iter(why.values()))}"
+        f"adapter {places[0]} does not record its base, and fits none of {listed(VARIANTS)}. For "
+        f"{next(iter(reasons))}: {next(iter(reasons.values()))}"
     )

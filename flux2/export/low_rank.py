@@ -1,10 +1,10 @@
-"""Low-rank pairs as matrices: their norms and distances, sums, and the nearest pair of a given rank.
+"""Low-rank pairs as matrices: norms and distances, sums, and the nearest pair of a given rank.
 
-A difference of products B A is as large as a layer, and of two that are nearly equal it cancels in float32. Both are
-avoided: B A has the norm of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A (QR), small matrices of float64. The nearest
-matrix of a rank is the truncated singular value decomposition (Eckart and Young, 1936); of a matrix as large as a layer
-only the leading part is computed, by `torch.svd_lowrank` (arxiv.org/abs/0909.4061). Errors are Frobenius norms of the
-difference over that of what is approximated.
+A difference of products B A is as large as a layer, and cancels in float32 if both are nearly equal. Both are avoided:
+B A has the norm of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A (QR), small matrices of float64. The nearest matrix of
+a rank is the truncated singular value decomposition (Eckart and Young, 1936); for a matrix as large as a layer only the
+leading part is computed, by `torch.svd_lowrank` (arxiv.org/abs/0909.4061). Errors are Frobenius norms of the difference
+relative to the norm of what is approximated.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from flux2.adapters.formats import LoraPair
 
-EXACT_SIDE = 1024  # up to this shorter side a matrix is decomposed exactly
-OVERSAMPLING = 8  # more directions than are kept, with which the kept ones are nearly exact
+EXACT_SIDE = 1024  # a matrix with at most this shorter side is decomposed exactly
+OVERSAMPLING = 8  # extra directions, which make the retained ones nearly exact
 ITERATIONS = 4
-NOTHING = 1e-6  # of the largest singular value; below are those that float32 made of zeros
+NEGLIGIBLE = 1e-6  # relative to the largest singular value; smaller ones are rounding errors of zeros
 
 
-def stacked(pairs: Sequence[LoraPair], factors: Sequence[float] | None = None) -> LoraPair:
-    """The sum of factor * B A as one pair, of the ranks' sum."""
+def sum_pairs(pairs: Sequence[LoraPair], factors: Sequence[float] | None = None) -> LoraPair:
+    """Return the sum of factor * B A as one pair, whose rank is the sum of ranks."""
     factors = [1.0] * len(pairs) if factors is None else factors
     if len(pairs) == 1 and factors[0] == 1:
         return pairs[0]
@@ -32,29 +32,29 @@ def stacked(pairs: Sequence[LoraPair], factors: Sequence[float] | None = None) -
 
 
 def core(pair: LoraPair) -> tuple[Tensor, Tensor, Tensor]:
-    """Q_B (out, r), R_B R_A^T (r, s), Q_A (in, s) in float64: B A is their product, with Q_A transposed."""
+    """Return Q_B (out, r), R_B R_A^T (r, s), Q_A (in, s) in float64, with B A = Q_B R_B R_A^T Q_A^T."""
     q_b, r_b = torch.linalg.qr(pair.b.double())
     q_a, r_a = torch.linalg.qr(pair.a.double().T)
     return q_b, r_b @ r_a.T, q_a
 
 
 def norm(pair: LoraPair) -> float:
-    """Of B A."""
+    """Return the norm of B A."""
     return float(core(pair)[1].norm())
 
 
 def ratio(error: float, size: float) -> float:
-    """0 / 0 is 0: nothing is nothing exactly."""
+    """Return `error` / `size`, with 0 / 0 = 0."""
     return error / size if size else 0.0 if error == 0 else float("inf")
 
 
-def distance(found: LoraPair, wanted: LoraPair) -> float:
-    """Relative error of one update as the other."""
-    return ratio(norm(stacked([found, wanted], [1.0, -1.0])), norm(wanted))
+def distance(approximation: LoraPair, exact: LoraPair) -> float:
+    """Return the relative error of one update as an approximation of the other."""
+    return ratio(norm(sum_pairs([approximation, exact], [1.0, -1.0])), norm(exact))
 
 
 def rounding_bound(pair: LoraPair, dtype: torch.dtype) -> float:
-    """What `distance` may be at most if A and B are rounded to `dtype`, besides underflow.
+    """Return the largest `distance` that rounding A and B to `dtype` can cause, except by underflow.
 
     Each number changes by at most u of itself, so each product by at most 2 u + u^2 of |B| |A|.
     """
@@ -64,66 +64,66 @@ def rounding_bound(pair: LoraPair, dtype: torch.dtype) -> float:
     return ratio((2 * unit + unit**2) * size, norm(pair))
 
 
-def chosen(values: Tensor, total: float, rank: int | None, max_error: float | None) -> int | None:
-    """How many of the largest singular `values` are kept, at least one; None if these do not suffice.
+def choose_rank(values: Tensor, total: float, rank: int | None, max_error: float | None) -> int | None:
+    """Return how many of the descending singular `values` to keep, at least one; None if these are not enough.
 
-    Args:
-        values: descending; all, or the first ones.
-        total: the norm of all.
-        rank: at most so many, or
-        max_error: as few as leave at most so much of `total`.
+    They may be only the first ones; `total` is the norm of all. Either `rank` is the largest number to keep, or as few
+    as possible are kept with at most the relative error `max_error`.
     """
     if rank is not None:
-        return max(1, min(rank, int((values > NOTHING * values[0]).sum())))
+        return max(1, min(rank, int((values > NEGLIGIBLE * values[0]).sum())))
     assert max_error is not None
-    left = total**2 - values.double().square().cumsum(0)
-    enough = (left <= (max_error * total) ** 2).nonzero()
-    return int(enough[0]) + 1 if len(enough) else None
+    remainder = total**2 - values.double().square().cumsum(0)
+    sufficient = (remainder <= (max_error * total) ** 2).nonzero()
+    return int(sufficient[0]) + 1 if len(sufficient) else None
 
 
 def split(u: Tensor, s: Tensor, v: Tensor, rank: int) -> LoraPair:
-    """u diag(s) v^T cut to `rank`; B and A get the same share of the scale."""
+    """Return u diag(s) v^T truncated to `rank`, the scale divided equally between B and A."""
     root = s[:rank].sqrt()
     return LoraPair((v[:, :rank] * root).T.float().contiguous(), (u[:, :rank] * root).float().contiguous())
 
 
-def reduced(pair: LoraPair, rank: int | None = None, max_error: float | None = None) -> tuple[LoraPair, float, float]:
-    """The nearest pair of `rank`, or of the smallest rank with at most `max_error`; `pair` itself if it is of no more.
+def reduce_rank(
+    pair: LoraPair, rank: int | None = None, max_error: float | None = None
+) -> tuple[LoraPair, float, float]:
+    """Return the nearest pair of `rank`, or of the smallest rank with at most `max_error`; `pair` itself if it has
+    less.
 
-    Returns it with the norm of the difference and of what it approximates.
+    Also returns the norms of the difference and of what it approximates.
     """
     q_b, middle, q_a = core(pair)
     u, s, vh = torch.linalg.svd(middle)
     total = float(s.norm())
-    kept = chosen(s, total, rank, max_error) or len(s)
-    if kept >= pair.a.shape[0]:
+    kept_rank = choose_rank(s, total, rank, max_error) or len(s)
+    if kept_rank >= pair.a.shape[0]:
         return pair, 0.0, total
-    return split(q_b @ u, s, q_a @ vh.T, kept), float(s[kept:].norm()), total
+    return split(q_b @ u, s, q_a @ vh.T, kept_rank), float(s[kept_rank:].norm()), total
 
 
-def decomposed(delta: Tensor, rank: int | None = None, max_error: float | None = None) -> tuple[LoraPair, float, float]:
-    """A pair for a whole matrix (out, in) of float32, as `reduced` gives it, on the CPU. `delta` is overwritten.
+def decompose(delta: Tensor, rank: int | None = None, max_error: float | None = None) -> tuple[LoraPair, float, float]:
+    """Return a pair for a full matrix (out, in) of float32 as `reduce_rank` does, on the CPU. `delta` is overwritten.
 
-    The difference is measured, and not taken from singular values.
+    The difference is measured, not computed from singular values.
     """
     total, side = float(delta.norm()), min(delta.shape)
     if side <= EXACT_SIDE:
         u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
-        found = split(u, s, vh.T, chosen(s, total, rank, max_error) or side)
+        pair = split(u, s, vh.T, choose_rank(s, total, rank, max_error) or side)
     else:
-        tried = rank or 32
+        count = rank or 32
         while True:
-            u, s, v = leading(delta, min(tried + OVERSAMPLING, side))
-            if (kept := chosen(s, total, rank, max_error)) or len(s) == side:
+            u, s, v = leading(delta, min(count + OVERSAMPLING, side))
+            if (kept_rank := choose_rank(s, total, rank, max_error)) or len(s) == side:
                 break
-            tried *= 2
-        found = split(u, s, v, kept or side)
-    delta.addmm_(found.b, found.a, alpha=-1)
-    return LoraPair(found.a.cpu(), found.b.cpu()), float(delta.norm()), total
+            count *= 2
+        pair = split(u, s, v, kept_rank or side)
+    delta.addmm_(pair.b, pair.a, alpha=-1)
+    return LoraPair(pair.a.cpu(), pair.b.cpu()), float(delta.norm()), total
 
 
 def leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `count` singular vectors and values, the same at every call."""
+    """Return the first `count` singular vectors and values, the same at every call."""
     devices = [delta.device] if delta.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)

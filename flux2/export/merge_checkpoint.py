@@ -1,16 +1,13 @@
-"""Adapters merged into a full checkpoint, in Black Forest Labs' layout or in diffusers', tensor by tensor.
+"""Merge adapters into a full checkpoint, in Black Forest Labs' or diffusers' layout, tensor by tensor.
 
-Each weight is read, the changes are added in float32, and the sum is rounded once, to the dtype that is written. What
-was meant to be written is compared with what the disk holds before the files get their names.
+Each weight is read, the changes are added in float32, and the sum is rounded once, to the dtype that is written. The
+files are read back and compared before they get their names.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,24 +17,25 @@ from torch import Tensor
 
 from flux2.adapters.formats import AdapterError
 from flux2.export.deltas import AdapterDelta
-from flux2.export.low_rank import norm, ratio, stacked
+from flux2.export.low_rank import norm, ratio, sum_pairs
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
-from flux2.weights.key_names import Published, transformer_tensor
+from flux2.utils.files import atomic_write
+from flux2.weights.key_names import PublishedTensor, transformer_tensor
 from flux2.weights.parallel_reader import checksum
 from flux2.weights.safetensors_files import TensorFiles, part_files
 from flux2.weights.sources import ModelSource
-from flux2.weights.streaming_writer import Plan, Writer, check_room, nbytes, raw_bytes
+from flux2.weights.streaming_writer import Plan, SafetensorsWriter, check_room, nbytes, raw_bytes
 from flux2.weights.transformer_tensors import BaseWeights
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SHARD = "10GB"  # of a file, as diffusers writes them
+SHARD = "10GB"  # largest file, as in diffusers
 PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What came of a merge: relative sizes of the change, and of what rounding took of it (Frobenius norms)."""
+class MergeSummary:
+    """Relative sizes (Frobenius norms) of the change of the weights, and of its loss by rounding."""
 
     layers: int
     changed: float
@@ -45,56 +43,29 @@ class Merged:
 
 
 class NotReadError(AdapterError):
-    """What was read back of a file is not what was written."""
+    """A file that was read back differs from what was written."""
 
 
-@contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """A place beside `out`, gone at the end unless it was renamed: a file or a folder."""
-    place = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        yield place
-    finally:
-        if place.is_dir():
-            shutil.rmtree(place, ignore_errors=True)
-        else:
-            place.unlink(missing_ok=True)
-
-
-def put(place: Path, out: Path) -> None:
-    """Give what is at `place` the name `out`; a folder that is there goes away at last."""
-    if not out.is_dir():
-        place.replace(out)
-        return
-    with unfinished(out.with_name(f"{out.name}.old")) as old:
-        out.rename(old)
-        try:
-            place.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-
-
-def laid_out(name: str, layout: str) -> Published:
-    """Where a tensor of ours is in a checkpoint: under the same name for `bfl`."""
-    return transformer_tensor(name) if layout == "diffusers" else Published((name,))
+def published_tensor(name: str, layout: str) -> PublishedTensor:
+    """Return where one of our tensors is in a checkpoint: under the same name for `bfl`."""
+    return transformer_tensor(name) if layout == "diffusers" else PublishedTensor((name,))
 
 
 def plan(base: BaseWeights, model: Transformer, layout: str, dtype: torch.dtype | None) -> tuple[list[str], Plan]:
-    """Our tensors in the order that they are written in, and those of the checkpoint."""
+    """Return our tensors in the order of writing, and the checkpoint's tensors."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     dtypes = {name: base.dtype(name) if dtype is None else dtype for name in shapes}
-    # large elements first: the format wants a tensor to begin at a multiple of its element's size
+    # large elements first: the format requires a tensor to start at a multiple of its element size
     order = sorted(shapes, key=lambda name: -dtypes[name].itemsize)
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    checkpoint: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in order:
-        parts = laid_out(name, layout).split(torch.empty(shapes[name], device="meta"))
-        found |= {key: (dtypes[name], tuple(part.shape)) for key, part in parts.items()}
-    return order, found
+        parts = published_tensor(name, layout).split(torch.empty(shapes[name], device="meta"))
+        checkpoint |= {key: (dtypes[name], tuple(part.shape)) for key, part in parts.items()}
+    return order, checkpoint
 
 
 def shards(folder: Path, whole: Plan) -> tuple[dict[Path, Plan], dict[str, object] | None]:
-    """The files of a folder in diffusers' layout, and its index; None where one file holds everything."""
+    """Return the files of a folder in diffusers' layout, and its index; None if one file holds everything."""
     empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in whole.items()}
     split = huggingface_hub.split_torch_state_dict_into_shards(empty, filename_pattern=PATTERN, max_shard_size=SHARD)
     files: dict[Path, Plan] = {
@@ -106,11 +77,11 @@ def shards(folder: Path, whole: Plan) -> tuple[dict[Path, Plan], dict[str, objec
 
 
 def diffusers_config(source: ModelSource) -> bytes:
-    """`config.json` of diffusers' transformer: that of the base where there is one."""
+    """Return `config.json` of diffusers' transformer: the base's if it exists."""
     if source.file("transformer") is None and (kept := source.folder("transformer") / "config.json").exists():
         return kept.read_bytes()
     sizes: TransformerConfig = source.variant.transformer
-    told = {
+    config = {
         "_class_name": "Flux2Transformer2DModel",
         "patch_size": 1,
         "in_channels": sizes.channels,
@@ -127,7 +98,7 @@ def diffusers_config(source: ModelSource) -> bytes:
         "eps": sizes.eps,
         "guidance_embeds": sizes.guidance,
     }
-    return json.dumps(told, indent=2).encode()
+    return json.dumps(config, indent=2).encode()
 
 
 def merge(
@@ -142,28 +113,28 @@ def merge(
     dtype: torch.dtype | None,
     device: torch.device,
     progress: Callable[[str], None] = lambda name: None,
-) -> Merged:
+) -> MergeSummary:
     """Write the transformer of `source` with `updates` added.
 
     Args:
-        base: its tensors.
-        model: its names and shapes.
-        out: the file for `bfl`; for `diffusers` the folder, of which `transformer/` is written.
-        dtype: of all tensors; None: each as it is in the base.
-        device: where sums are made.
-        progress: is told each of our tensors as it is written.
+        base: Tensors of the transformer.
+        model: Model with the names and shapes.
+        out: The file for `bfl`; for `diffusers` the folder, in which `transformer/` is written.
+        dtype: Dtype of all tensors; None: as in the base.
+        device: Device for the sums.
+        progress: Called with each of our tensor names after it is written.
 
     Raises:
-        ValueError: there is no room on the disk.
-        NotReadError: the disk holds something else than what was written. `out` is then as it was.
+        ValueError: The disk has no room.
+        NotReadError: The disk holds something else than what was written. `out` is then unchanged.
     """
     order, whole = plan(base, model, layout, dtype)
     target = out / "transformer" if layout == "diffusers" else out
     check_room(target.parent, nbytes(whole), f"--out {out}")
-    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+    created = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with unfinished(target) as place:
+        with atomic_write(target) as place:
             files: dict[Path, Plan] = {place: whole}
             if layout == "diffusers":
                 place.mkdir()
@@ -171,21 +142,20 @@ def merge(
                 files, index = shards(place, whole)
                 if index is not None:
                     (place / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-            with Writer(files, metadata) as writer:
-                sums, merged = fill(writer, updates, base, order, layout, whole, device, progress)
+            with SafetensorsWriter(files, metadata) as writer:
+                sums, merged = write_tensors(writer, updates, base, order, layout, whole, device, progress)
                 writer.finish()
             compare(part_files(place) if layout == "diffusers" else TensorFiles([place]), model, sums)
-            put(place, target)
     except BaseException:
-        for folder in made:
+        for folder in created:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
         raise
     return merged
 
 
-def fill(
-    writer: Writer,
+def write_tensors(
+    writer: SafetensorsWriter,
     updates: Sequence[AdapterDelta],
     base: BaseWeights,
     order: Sequence[str],
@@ -193,24 +163,24 @@ def fill(
     whole: Plan,
     device: torch.device,
     progress: Callable[[str], None],
-) -> tuple[dict[str, str], Merged]:
-    """Write all tensors; returns their checksums by our names, and what came of the merge."""
+) -> tuple[dict[str, str], MergeSummary]:
+    """Write all tensors; return their checksums by our names, and a summary."""
     sums: dict[str, str] = {}
     layers = {layer for update in updates for layer in update.layers}
     weights, changes, losses = 0.0, 0.0, 0.0  # squares
 
     def use(name: str, stored: Tensor) -> None:
         nonlocal weights, changes, losses
-        layer, entry = name.removesuffix(".weight"), laid_out(name, layout)
+        layer, entry = name.removesuffix(".weight"), published_tensor(name, layout)
         wanted = whole[entry.names[0]][0]
         if layer in layers:
             weight = stored.float()
-            change, size = changed(updates, layer, weight, device)
+            change, size = merged_weight(updates, layer, weight, device)
             tensor = change.to(wanted)
             if not bool(torch.isfinite(tensor).all()):
                 raise AdapterError(
-                    f"{layer} would have NaN or infinite weights, as the base has them or the adapters change it by "
-                    f"{size:.2g}: nothing was left. Give a smaller scale, or another adapter"
+                    f"{layer} would get NaN or infinite weights, because the base has them or the adapters change it "
+                    f"by {size:.2g}. Nothing was written. Use a smaller scale, or another adapter"
                 )
             weights += float(weight.norm()) ** 2
             changes += size**2
@@ -223,32 +193,34 @@ def fill(
         progress(name)
 
     base.each(order, device, use)
-    return sums, Merged(len(layers), ratio(changes**0.5, weights**0.5), ratio(losses**0.5, changes**0.5))
+    return sums, MergeSummary(len(layers), ratio(changes**0.5, weights**0.5), ratio(losses**0.5, changes**0.5))
 
 
-def changed(updates: Sequence[AdapterDelta], layer: str, weight: Tensor, device: torch.device) -> tuple[Tensor, float]:
-    """The weight with all changes in float32, and the norm of these."""
-    here = [update for update in updates if layer in update.layers]
-    if all(update.is_plain for update in here):
-        pair = stacked([update.pair(layer) for update in here])
+def merged_weight(
+    updates: Sequence[AdapterDelta], layer: str, weight: Tensor, device: torch.device
+) -> tuple[Tensor, float]:
+    """Return the weight with all changes in float32, and the norm of the changes."""
+    of_layer = [update for update in updates if layer in update.layers]
+    if all(update.is_plain for update in of_layer):
+        pair = sum_pairs([update.pair(layer) for update in of_layer])
         return torch.addmm(weight, pair.b.to(device), pair.a.to(device)), norm(pair)
-    change = here[0].change(layer, weight, device)
-    for update in here[1:]:
+    change = of_layer[0].change(layer, weight, device)
+    for update in of_layer[1:]:
         change += update.change(layer, weight, device)
     return weight + change, float(change.norm())
 
 
 def compare(files: TensorFiles, model: Transformer, sums: Mapping[str, str]) -> None:
-    """Raises NotReadError unless the tensors in `files`, read as a checkpoint is, have these checksums."""
-    found = {}
+    """Raise NotReadError unless the tensors in `files`, read as a checkpoint, have these checksums."""
+    checksums = {}
 
     def use(name: str, tensor: Tensor) -> None:
-        found[name] = checksum(raw_bytes(tensor))
+        checksums[name] = checksum(raw_bytes(tensor))
 
     written = BaseWeights(model, files, "what was written")
     written.each(sums, torch.device("cpu"), use)
-    if wrong := [name for name in sums if found.get(name) != sums[name]]:
+    if wrong := [name for name in sums if checksums.get(name) != sums[name]]:
         raise NotReadError(
-            f"{len(wrong)} tensors that were read back are not what was written, the first {wrong[0]}: the disk or the "
-            "memory is at fault. Nothing was left; try another disk"
+            f"{len(wrong)} tensors that were read back differ from what was written, the first is {wrong[0]}: the disk "
+            "or the memory is faulty. Nothing was written. Try another disk"
         )

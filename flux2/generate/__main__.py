@@ -1,4 +1,4 @@
-"""What `python -m flux2.generate` runs."""
+"""Entry point of `python -m flux2.generate`."""
 
 import signal
 import sys

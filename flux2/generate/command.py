@@ -1,7 +1,6 @@
-"""Make pictures: `python -m flux2.generate --model tiny --prompt "a small red cup on a blue background"`.
+"""Generate images: `python -m flux2.generate --model tiny --prompt "a small red cup on a blue background"`.
 
-PNG files say how they were made, as text; `--from-image x.png` makes the picture again, with whatever else is given
-changed.
+PNG files record how they were made, as text; `--from-image x.png` repeats an image, with the other options changed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from PIL import Image
 from flux2.generate import metadata
 from flux2.generate.metadata import NamedFile, Record
 from flux2.generate.progress import CLEAR, Screen
-from flux2.generate.requests import Request, numbered, on_grid, read_lines
+from flux2.generate.requests import Request, numbered_path, read_lines, round_sizes
 from flux2.models.text_encoder import TEXT_STORAGES
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import Pipeline, load
@@ -28,7 +27,8 @@ from flux2.quantization.precision import NAMES, describe
 from flux2.utils import checks
 from flux2.utils.cli import format_error, is_out_of_memory, split_adapter
 from flux2.utils.device import pick_device
-from flux2.utils.images import UNFINISHED, check_target_file, check_writable, read_image
+from flux2.utils.files import atomic_write
+from flux2.utils.images import check_target_file, check_writable, read_image
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
 
 MAX_COUNT = 10_000
@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(["width", "height", "steps", "guidance", "cache"]),
     **dict.fromkeys(["text_storage", "embeddings", "save_embeddings"]),
     "upsample": False,
-    "asked": {},  # what was asked for, by the prompt that it was rewritten to
+    "asked": {},  # original prompts, by the prompts they were rewritten to
     "image": [],
     "adapter": [],
     "out": Path("out.png"),
@@ -50,8 +50,12 @@ DEFAULTS: dict[str, Any] = {
     "verbose": False,
     "metadata": True,
 }
+LOADED = (  # options that flux2.pipeline.load takes under the same name
+    *("autoencoder", "text_encoder", "device", "precision", "offload_blocks", "cache", "tiled", "text_storage"),
+    "embeddings",
+)
 PLACES = ("path", "autoencoder", "text_encoder")
-# of a picture's own settings, those that do not hold beside the given one
+# recorded settings that are dropped if the given option replaces them
 REPLACED = {
     "embeddings": ("text_encoder", "text_storage"),
     "text_encoder": ("embeddings", "text_storage"),
@@ -64,141 +68,150 @@ def say(text: str) -> None:
     print(f"{CLEAR}{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """What is given, else what the picture of --from-image says, else DEFAULTS.
-
-    Raises ValueError if that picture does not say how it was made.
-    """
+def option_parser() -> argparse.ArgumentParser:
+    """Return a parser that gives only the options that are on the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m flux2.generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # to tell what is given
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--model", choices=list(VARIANTS), help="which FLUX.2 (tiny)")
-    parser.add_argument("--path", help="repository id, folder or .safetensors file, if not the published place")
-    parser.add_argument("--autoencoder", help="likewise for the autoencoder, if it is not at PATH")
+    parser.add_argument("--model", choices=list(VARIANTS), help="variant of FLUX.2 (tiny)")
+    parser.add_argument("--path", help="repository id, folder or .safetensors file; default: the published one")
+    parser.add_argument("--autoencoder", help="the same for the autoencoder, if it is not in PATH")
     parser.add_argument(
-        "--text-encoder", help="likewise for the text encoder and its tokenizer; or the address of a server, http://..."
+        "--text-encoder", help="the same for the text encoder and its tokenizer; or the address of a server, http://..."
     )
     parser.add_argument(
         "--text-storage",
         choices=list(TEXT_STORAGES),
-        help="the text encoder's layers in 4 or 8 bits; by default as the rest",
+        help="store the text encoder's layers in 4 or 8 bits; default: as the rest",
     )
     parser.add_argument(
-        "--embeddings", type=Path, metavar="FILE", help="of --save-embeddings; its prompts then need no text encoder"
+        "--embeddings", type=Path, metavar="FILE", help="file of --save-embeddings, whose prompts need no text encoder"
     )
     parser.add_argument(
-        "--save-embeddings", type=Path, metavar="FILE", help="write the prompts' embeddings there, and make no pictures"
+        "--save-embeddings", type=Path, metavar="FILE", help="write the prompts' embeddings and generate no images"
     )
-    parser.add_argument("--prompt", action="append", help="what to show; repeat for more pictures")
+    parser.add_argument("--prompt", action="append", help="prompt; repeat for more images")
     parser.add_argument(
-        "--upsample", action="store_true", help="let dev's text encoder write more detailed prompts of those given"
+        "--upsample", action="store_true", help="let dev's text encoder rewrite the prompts in more detail"
     )
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='one JSON object a line: {"prompt": ...} and, where they differ, seed, width, height, steps, guidance, '
+        help='one JSON object per line: {"prompt": ...} and, if they differ, seed, width, height, steps, guidance, '
         "images, out",
     )
     parser.add_argument(
-        "--from-image", type=Path, metavar="PNG", help="make this picture again; what else is given replaces its own"
+        "--from-image", type=Path, metavar="PNG", help="repeat this image; other options replace the recorded ones"
     )
-    parser.add_argument("--image", action="append", type=Path, help="a reference picture; repeatable, up to ten")
+    parser.add_argument("--image", action="append", type=Path, help="reference image; repeatable, up to ten")
     parser.add_argument("--adapter", action="append", metavar="PATH[:SCALE]", help="folder or file; repeatable")
-    parser.add_argument("--out", type=Path, help="several pictures are numbered (out.png)")
-    parser.add_argument("--seed", type=int, help="of the first picture; the next ones count up (0)")
-    parser.add_argument("--count", type=int, help="pictures of each prompt (1)")
+    parser.add_argument("--out", type=Path, help="output file; several are numbered (out.png)")
+    parser.add_argument("--seed", type=int, help="seed of the first image; the next ones count up (0)")
+    parser.add_argument("--count", type=int, help="images per prompt (1)")
     parser.add_argument("--width", type=int, help="pixels, rounded to a multiple of 16")
     parser.add_argument("--height", type=int, help="pixels, rounded to a multiple of 16")
-    parser.add_argument("--steps", type=int, help="by default what the model's authors use")
-    parser.add_argument("--guidance", type=float, help="likewise")
-    parser.add_argument("--device", help="cuda, cpu; the GPU if there is one")
-    parser.add_argument("--precision", choices=list(NAMES), help="bf16 on a GPU, else fp32")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: the published number")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the published one")
+    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    parser.add_argument("--precision", choices=list(NAMES), help="default: bf16 on a GPU, else fp32")
     parser.add_argument(
         "--stream-blocks",
+        dest="offload_blocks",
         type=number_or_share,
         metavar="N",
-        help="blocks that stay in host memory and stream to the device: a number (8) or a share (0.5)",
+        help="blocks to offload to host memory: a number (8) or a share (0.5)",
     )
     parser.add_argument(
         "--tiled",
         action=argparse.BooleanOptionalAction,
-        help="decode in stripes, with less memory; by default pictures above a megapixel",
+        help="decode in stripes, which needs less memory; default: for images above a megapixel",
     )
     parser.add_argument(
         "--merge",
         action=argparse.BooleanOptionalAction,
-        help="add the adapters to the weights (fp32, bf16): faster, and in bf16 rounded",
+        help="merge the adapters into the weights (fp32, bf16): faster, but rounded in bf16",
     )
-    parser.add_argument("--verbose", action="store_true", help="say which layers each adapter has")
-    parser.add_argument("--cache", type=named_folder, help="folder of quantized copies; else what FLUX2_CACHE names")
+    parser.add_argument("--verbose", action="store_true", help="list the layers of each adapter")
+    parser.add_argument("--cache", type=folder_argument, help="folder of quantized copies; default: FLUX2_CACHE")
     parser.add_argument(
-        "--no-metadata", dest="metadata", action="store_false", help="do not write into the PNG how it was made"
+        "--no-metadata", dest="metadata", action="store_false", help="do not record in the PNG how it was made"
     )
-    given = vars(parser.parse_args(argv))
-    kept = recorded(given["from_image"], given) if "from_image" in given else {}
-    for key in [other for option in given for other in REPLACED.get(option, ())]:
-        kept.pop(key, None)
-    options = argparse.Namespace(**DEFAULTS | kept | given, given=frozenset(given))
+    return parser
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the given options, else those recorded in the image of --from-image, else DEFAULTS.
+
+    Raises ValueError if that image records none.
+    """
+    parser = option_parser()
+    explicit = vars(parser.parse_args(argv))
+    recorded = options_from_image(explicit["from_image"], explicit) if "from_image" in explicit else {}
+    for key in [other for option in explicit for other in REPLACED.get(option, ())]:
+        recorded.pop(key, None)
+    options = argparse.Namespace(**DEFAULTS | recorded | explicit, given=frozenset(explicit))
     if options.prompt is None and options.prompts is None:
         parser.error("give --prompt, --prompts or --from-image")
-    if "prompt" in given and "prompts" in given:
+    if "prompt" in explicit and "prompts" in explicit:
         parser.error("give --prompt or --prompts, not both")
     return options
 
 
-def recorded(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the picture `file` says, as arguments. Raises ValueError if it says nothing, or its files have changed."""
+def options_from_image(file: Path, explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings recorded in `file` as options. Raises ValueError if there are none, or files have changed."""
     what = f"--from-image {file}"
     record = metadata.read(file, what)
     replaced: dict[str, Any] = {
-        name: [] for name, option in (("images", "image"), ("adapters", "adapter")) if option in given
+        name: [] for name, option in (("images", "image"), ("adapters", "adapter")) if option in explicit
     }
-    if any("embeddings" in REPLACED.get(option, ()) for option in given) or "embeddings" in given:
+    if any("embeddings" in REPLACED.get(option, ()) for option in explicit) or "embeddings" in explicit:
         replaced["embeddings"] = None
     metadata.check_unchanged(dataclasses.replace(record, **replaced), what)
-    kept = {key: getattr(record, key) for key in ("model", "precision", "seed", "width", "height", "steps", "guidance")}
-    kept["prompt"] = [record.prompt]
+    recorded = {
+        key: getattr(record, key) for key in ("model", "precision", "seed", "width", "height", "steps", "guidance")
+    }
+    recorded["prompt"] = [record.prompt]
     if record.asked is not None:
-        kept["asked"] = {record.prompt: record.asked}
-    kept["image"] = [Path(image.path) for image in record.images]
-    kept["adapter"] = [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters]
-    kept["merge"] = record.merged
-    if "model" not in given:  # they are that model's
-        kept |= {key: getattr(record, key) for key in (*PLACES, "text_storage")}
-        kept["embeddings"] = None if record.embeddings is None else Path(record.embeddings.path)
-    return kept
+        recorded["asked"] = {record.prompt: record.asked}
+    recorded["image"] = [Path(image.path) for image in record.images]
+    recorded["adapter"] = [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters]
+    recorded["merge"] = record.merged
+    if "model" not in explicit:  # these belong to the recorded model
+        recorded |= {key: getattr(record, key) for key in (*PLACES, "text_storage")}
+        recorded["embeddings"] = None if record.embeddings is None else Path(record.embeddings.path)
+    return recorded
 
 
-def named_folder(given: str) -> Path:
-    if not given:
-        raise argparse.ArgumentTypeError("an empty path names no folder; leave it out for none")
-    return Path(given)
+def folder_argument(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path is not a folder; remove the option to use none")
+    return Path(text)
 
 
-def number_or_share(given: str) -> int | float:
-    """`8` is a number of blocks, `0.5` and `1.0` are shares."""
-    return int(given) if given.isdecimal() else float(given)
+def number_or_share(text: str) -> int | float:
+    """Return `8` as a number of blocks, `0.5` and `1.0` as shares."""
+    return int(text) if text.isdecimal() else float(text)
 
 
-def requested(options: argparse.Namespace) -> list[Request]:
-    """What is to be made. Raises ValueError for what can be told before anything is loaded."""
+def make_requests(options: argparse.Namespace) -> list[Request]:
+    """Return the requested images. Raises ValueError for what is wrong independently of the model."""
     if not 1 <= options.count <= MAX_COUNT:
-        raise ValueError(f"--count {options.count} must be at least 1 and at most {MAX_COUNT}")
+        raise ValueError(f"--count {options.count} must be an integer from 1 to {MAX_COUNT}")
     shared = {key: getattr(options, key) for key in ("seed", "width", "height", "steps", "guidance", "out")}
     shared["images"] = options.image
     if options.prompts is not None:
         if options.count > 1:
-            raise ValueError(f"--count {options.count} does nothing with --prompts: write a line for each picture")
+            raise ValueError(f"--count {options.count} has no effect with --prompts: write one line per image")
         return read_lines(options.prompts, shared, say)
     checks.strings("--prompt", options.prompt)
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     checks.seeds(options.seed, len(prompts))
-    shared = on_grid(shared, say)
-    outs = [numbered(options.out, i, len(prompts)) for i in range(len(prompts))]
+    shared = round_sizes(shared, say)
+    outs = [numbered_path(options.out, i, len(prompts)) for i in range(len(prompts))]
     return [
         Request(prompt, **{**shared, "seed": options.seed + i, "out": out})
         for i, (prompt, out) in enumerate(zip(prompts, outs, strict=True))
@@ -206,142 +219,133 @@ def requested(options: argparse.Namespace) -> list[Request]:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that do nothing together."""
+    """Raise ValueError for options that have no effect together."""
     if options.save_embeddings is not None:
         if options.embeddings is not None:
-            raise ValueError("--save-embeddings and --embeddings: give one of them")
+            raise ValueError("--save-embeddings and --embeddings exclude each other")
         if options.save_embeddings.suffix != ".safetensors":
             raise ValueError(f"--save-embeddings {options.save_embeddings} must end in .safetensors")
         idle = [name for name in ("adapter", "merge", "image") if name in options.given and getattr(options, name)]
-        if options.upsample and "image" in idle:  # prompts are rewritten for it
+        if options.upsample and "image" in idle:  # rewriting uses the references
             idle.remove("image")
         if idle:
-            raise ValueError(f"--{idle[0]} does nothing with --save-embeddings, which makes no pictures: leave it out")
+            raise ValueError(f"--{idle[0]} has no effect with --save-embeddings, which generates no images: remove it")
         check_target_file(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
 
 
 def run(options: argparse.Namespace) -> Iterator[Path]:
-    """Generate and write; gives each file when it is there. Raises ValueError for anything wrong in `options`."""
+    """Generate and write images; yield each file when it is complete. Raises ValueError for invalid options."""
     check_options(options)
-    wanted = requested(options)
+    requests = make_requests(options)
     pick_device(options.device)
     if options.save_embeddings is None:
-        for one in wanted:
-            check_writable(one.out, f"--out {one.out}")
-    pictures = {path: read_image(path, f"--image {path}") for one in wanted for path in one.images}
-    images = {path: NamedFile.of(path) for path in pictures}
-    given = [split_adapter(adapter) for adapter in options.adapter]
-    if options.merge and not given:
-        raise ValueError("--merge does nothing without --adapter")
-    used = [NamedFile.adapter(path, scale) for path, scale in given]  # before minutes are spent on loading the model
-    pipeline = load(
-        options.model,
-        options.path,
-        autoencoder=options.autoencoder,
-        text_encoder=options.text_encoder,
-        device=options.device,
-        precision=options.precision,
-        offload_blocks=options.offload_blocks,
-        cache=options.cache,
-        tiled=options.tiled,
-        text_storage=options.text_storage,
-        embeddings=options.embeddings,
-    )
+        for request in requests:
+            check_writable(request.out, f"--out {request.out}")
+    pictures = {path: read_image(path, f"--image {path}") for request in requests for path in request.images}
+    images = {path: NamedFile.from_path(path) for path in pictures}
+    adapters = [split_adapter(adapter) for adapter in options.adapter]
+    if options.merge and not adapters:
+        raise ValueError("--merge has no effect without --adapter")
+    # before the model is loaded, which takes minutes
+    adapter_files = [NamedFile.from_adapter(path, scale) for path, scale in adapters]
+    pipeline = load(options.model, options.path, **{key: getattr(options, key) for key in LOADED})
     if options.merge:
         pipeline.check_mergeable()
-    steps = [pipeline.variant.steps if one.steps is None else one.steps for one in wanted]
+    steps = [pipeline.variant.steps if request.steps is None else request.steps for request in requests]
     with Screen(sum(steps)) as screen:
         if options.upsample:
-            screen.status("the text encoder writes prompts")
-            wanted, asked = upsampled(pipeline, wanted, pictures)
-            options.asked = options.asked | asked
-        screen.status("the text encoder reads prompts")
+            screen.status("rewriting prompts")
+            requests, originals = upsample_prompts(pipeline, requests, pictures)
+            options.asked = options.asked | originals
+        screen.status("encoding prompts")
         if options.save_embeddings is not None:
-            pipeline.save_embeddings(options.save_embeddings, [one.prompt for one in wanted])
+            pipeline.save_embeddings(options.save_embeddings, [request.prompt for request in requests])
             yield options.save_embeddings
             return
-        encode(pipeline, wanted)  # before the transformer is loaded for the adapters
-        screen.status("the transformer is loaded")
-        transformer = pipeline.transformer
-        if pipeline.precision.storage is not None:
-            say(describe(transformer, pipeline.precision, pipeline.device))
-        for path, scale in given:
-            found = pipeline.load_adapter(path, scale)
-            say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {found}")
-            if options.verbose:
-                say(f"  layers: {found.listing()}")
-        if options.merge:
-            pipeline.merge_adapters()
+        encode(pipeline, requests)  # before the transformer is loaded, for which the text encoder is freed
+        screen.status("loading the transformer")
+        load_adapters(pipeline, adapters, options)
         screen.begin()
-        saved = None if options.embeddings is None else NamedFile.of(options.embeddings)
-        for one, count in zip(wanted, steps, strict=True):
+        embeddings_file = None if options.embeddings is None else NamedFile.from_path(options.embeddings)
+        for request, count in zip(requests, steps, strict=True):
             (image,) = pipeline.generate(
-                one.prompt,
-                references=[pictures[path] for path in one.images],
-                seed=one.seed,
-                width=one.width,
-                height=one.height,
+                request.prompt,
+                references=[pictures[path] for path in request.images],
+                seed=request.seed,
+                width=request.width,
+                height=request.height,
                 steps=count,
-                guidance=one.guidance,
+                guidance=request.guidance,
                 progress=lambda _: screen.step(),
             )
             record = Record(
                 options.model,
-                one.prompt,
-                one.seed,
+                request.prompt,
+                request.seed,
                 *image.size,
                 count,
-                pipeline.variant.guidance if one.guidance is None else one.guidance,
+                pipeline.variant.guidance if request.guidance is None else request.guidance,
                 pipeline.precision.name,
                 **{key: getattr(options, key) for key in (*PLACES, "text_storage")},
-                asked=options.asked.get(one.prompt),
-                embeddings=saved,
-                images=[images[path] for path in one.images],
-                adapters=used,
+                asked=options.asked.get(request.prompt),
+                embeddings=embeddings_file,
+                images=[images[path] for path in request.images],
+                adapters=adapter_files,
                 merged=options.merge,
             )
-            write(image, one.out, record if options.metadata else None)
-            with screen.told(f"{one.out}: {count} steps"):
-                yield one.out
+            write(image, request.out, record if options.metadata else None)
+            with screen.picture_done(f"{request.out}: {count} steps"):
+                yield request.out
 
 
-def upsampled(
-    pipeline: Pipeline, wanted: list[Request], pictures: Mapping[Path, Image.Image]
+def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
+    """Load the transformer and the adapters, and report both."""
+    transformer = pipeline.transformer
+    if pipeline.precision.storage is not None:
+        say(describe(transformer, pipeline.precision, pipeline.device))
+    for path, scale in adapters:
+        loaded = pipeline.load_adapter(path, scale)
+        say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {loaded}")
+        if options.verbose:
+            say(f"  layers: {loaded.listing()}")
+    if options.merge:
+        pipeline.merge_adapters()
+
+
+def upsample_prompts(
+    pipeline: Pipeline, requests: list[Request], pictures: Mapping[Path, Image.Image]
 ) -> tuple[list[Request], dict[str, str]]:
-    """The requests with their prompts rewritten, and what was asked for by the new prompts.
+    """Return the requests with their prompts rewritten, and the original prompts by the new ones.
 
-    A prompt is rewritten once for its references, whatever the seeds of its pictures. The language model is loaded once
-    for prompts without references, and once for those with.
+    A prompt is rewritten once per set of references, whatever the seeds of its images. The language model is loaded
+    once for prompts without references, and once for those with references.
     """
     texts: dict[tuple[str, tuple[Path, ...]], str] = {}
-    for images in dict.fromkeys(tuple(one.images) for one in wanted):
-        prompts = [*dict.fromkeys(one.prompt for one in wanted if tuple(one.images) == images)]
+    for images in dict.fromkeys(tuple(request.images) for request in requests):
+        prompts = [*dict.fromkeys(request.prompt for request in requests if tuple(request.images) == images)]
         answers = pipeline.upsample(prompts, [pictures[path] for path in images])
         texts |= {(prompt, images): answer for prompt, answer in zip(prompts, answers, strict=True)}
     for (prompt, _), answer in texts.items():
-        say(f"prompt {prompt!r} became {answer!r}")
-    found = [dataclasses.replace(one, prompt=texts[one.prompt, tuple(one.images)]) for one in wanted]
-    return found, {answer: prompt for (prompt, _), answer in texts.items()}
+        say(f"prompt {prompt!r} was rewritten to {answer!r}")
+    rewritten = [
+        dataclasses.replace(request, prompt=texts[request.prompt, tuple(request.images)]) for request in requests
+    ]
+    return rewritten, {answer: prompt for (prompt, _), answer in texts.items()}
 
 
-def encode(pipeline: Pipeline, wanted: list[Request]) -> None:
-    """All prompts at once, so that the text encoder is loaded once; with the empty one if any picture needs it."""
-    values = [pipeline.variant.guidance if one.guidance is None else one.guidance for one in wanted]
-    pipeline.embeddings([one.prompt for one in wanted], next((value for value in values if value != 1), 1.0))
+def encode(pipeline: Pipeline, requests: list[Request]) -> None:
+    """Encode all prompts, so that the text encoder is loaded once; with the empty one if any image needs it."""
+    values = [pipeline.variant.guidance if request.guidance is None else request.guidance for request in requests]
+    pipeline.embeddings([request.prompt for request in requests], next((value for value in values if value != 1), 1.0))
 
 
 def write(image: Image.Image, out: Path, record: Record | None) -> None:
-    """Save a picture, with `record` in it if it is a PNG; the file is whole or not there."""
+    """Save an image, with `record` in it if it is a PNG; the file is complete or absent."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{UNFINISHED}{out.name}")
-    about: dict[str, Any] = {}
-    if record is not None and out.suffix.lower() == ".png":
-        about["pnginfo"] = record.chunk()
-    try:
-        image.save(unfinished, **about)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    ending = out.suffix.lower()
+    text = {"pnginfo": record.chunk()} if record is not None and ending == ".png" else {}
+    with atomic_write(out) as unfinished:
+        image.save(unfinished, Image.registered_extensions()[ending], **text)
 
 
 def main() -> int:
@@ -357,8 +361,8 @@ def main() -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        hints = "smaller --width and --height, fewer references, --tiled, --stream-blocks or another --precision"
-        say(f"error: memory does not suffice ({format_error(error) or type(error).__name__}): {hints} take less")
+        hints = "smaller --width/--height, fewer references, --tiled, --stream-blocks or another --precision"
+        say(f"error: out of memory ({format_error(error) or type(error).__name__}). Try {hints}")
         return 2
     except KeyboardInterrupt as stop:
         say("interrupted")

@@ -1,7 +1,7 @@
-"""How a picture was made: written into its PNG file as text, and read back to make it again.
+"""Record how an image was made in its PNG file, as text, and read it back to repeat the image.
 
-The text is one JSON object under the keyword `flux2-lora`: the fields of `Record`. Files are named as they were given,
-with the SHA-256 of their content, so that a repetition with another adapter under the same name is noticed.
+The text is one JSON object under the keyword `flux2-lora`: the fields of `Record`. Files are recorded as they were
+given, with the SHA-256 of their content, so that a repetition notices another adapter under the same name.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ def sha256(file: Path) -> str:
 
 @dataclass(frozen=True)
 class NamedFile:
-    """A file as it was given, and the SHA-256 of its content; `scale` is an adapter's, 1 for pictures."""
+    """A file as it was given, and the SHA-256 of its content; `scale` is that of an adapter, 1 for images."""
 
     path: str
     sha256: str
     scale: float = 1.0
 
     @classmethod
-    def of(cls, path: Path) -> NamedFile:
+    def from_path(cls, path: Path) -> NamedFile:
         return cls(str(path), sha256(path))
 
     @classmethod
-    def adapter(cls, path: str, scale: float) -> NamedFile:
-        """Raises AdapterError if there is none at `path`."""
+    def from_adapter(cls, path: str, scale: float) -> NamedFile:
+        """Return the file of the adapter at `path`. Raises AdapterError if there is none."""
         return cls(path, sha256(weights(path)), scale)
 
 
 def weights(adapter: str) -> Path:
-    """The file that holds an adapter's tensors."""
+    """Return the file that holds an adapter's tensors."""
     place = find(adapter)
     return place / PEFT_FILE if place.is_dir() else place
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture. `path`, `autoencoder` and `text_encoder` are null for the published places.
+    """One image. `path`, `autoencoder` and `text_encoder` are null for the published locations.
 
-    `merged` says whether the adapters were added to the weights, which rounds them as the weights are.
-    `asked` is the prompt that was given, where `prompt` is what the text encoder wrote of it.
+    `merged` records whether the adapters were merged into the weights, which rounds them as the weights are.
+    `asked` is the original prompt if the text encoder rewrote it to `prompt`.
     """
 
     model: str
@@ -83,84 +83,82 @@ class Record:
     merged: bool = False
 
     def chunk(self) -> PngInfo:
-        """As Pillow writes it: `image.save(file, pnginfo=record.chunk())`."""
+        """Return the record for Pillow: `image.save(file, pnginfo=record.chunk())`."""
         info = PngInfo()
         info.add_itxt(KEYWORD, json.dumps(dataclasses.asdict(self), ensure_ascii=False))
         return info
 
 
 def read(file: Path, what: str) -> Record:
-    """The record in a picture file. Raises ValueError, beginning with `what`, if there is none or it cannot be used."""
+    """Return the record in an image file. Raises ValueError, starting with `what`, if it is missing or invalid."""
     if not file.is_file():
         raise ValueError(f"{what} does not exist")
     try:
         with Image.open(file) as image:
-            image.load()  # text may follow the pixels
+            image.load()  # text may come after the pixels
             text = image.info.get(KEYWORD)
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, DecompressionBombError and more
         raise ValueError(f"{what} cannot be read as a picture ({describe_decoding_error(error)})") from error
     if text is None:
         raise ValueError(
-            f"{what} does not say how it was made: it is not from this program, was written with --no-metadata or not "
-            "as PNG, or has lost its text on the way"
+            f"{what} does not record how it was made: it is from another program, was written with --no-metadata or "
+            "not as PNG, or has lost its text"
         )
     try:
-        return parsed(json.loads(text))
+        return parse_record(json.loads(text))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{what}: the text on how it was made cannot be used ({error})") from error
+        raise ValueError(f"{what}: the record of how it was made is invalid ({error})") from error
 
 
-def parsed(found: Any) -> Record:
-    """A record from JSON. Raises ValueError, TypeError or KeyError for anything that is none."""
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{found!r} is no object")
+def parse_record(record: Any) -> Record:
+    """Return a record from JSON. Raises ValueError, TypeError or KeyError for anything else."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{record!r} is not an object")
     known = {entry.name for entry in dataclasses.fields(Record)}
-    if unknown := sorted(set(found) - known):
+    if unknown := sorted(set(record) - known):
         raise ValueError(f"unknown: {', '.join(unknown)}")
-    if found["model"] not in VARIANTS:
-        raise ValueError(f"model={found['model']!r} is not known here")
+    if record["model"] not in VARIANTS:
+        raise ValueError(f"model={record['model']!r} must be one of {', '.join(VARIANTS)}")
     for key in ("path", "autoencoder", "text_encoder", "asked"):
-        if not isinstance(found.get(key), str | None):
-            raise TypeError(f"{key}={found[key]!r} must be a text or null")
-    check_storage(found.get("text_storage"), "text_storage")
-    if not isinstance(found["precision"], str):
-        raise TypeError(f"precision={found['precision']!r} must be a text")
-    if not isinstance(found.get("merged", False), bool):
-        raise TypeError(f"merged={found['merged']!r} must be true or false")
-    (prompt,) = checks.strings("prompt", found["prompt"])
-    (seed,) = checks.seeds(found["seed"], 1)
-    checks.size(found["width"], found["height"], 1)
-    given: dict[str, Any] = {
+        if not isinstance(record.get(key), str | None):
+            raise TypeError(f"{key}={record[key]!r} must be a string or null")
+    check_storage(record.get("text_storage"), "text_storage")
+    if not isinstance(record["precision"], str):
+        raise TypeError(f"precision={record['precision']!r} must be a string")
+    if not isinstance(record.get("merged", False), bool):
+        raise TypeError(f"merged={record['merged']!r} must be true or false")
+    (prompt,) = checks.strings("prompt", record["prompt"])
+    (seed,) = checks.seeds(record["seed"], 1)
+    checks.size(record["width"], record["height"], 1)
+    values: dict[str, Any] = {
         "prompt": prompt,
         "seed": seed,
-        "steps": checks.steps(found["steps"]),
-        "guidance": checks.guidance(found["guidance"]),
+        "steps": checks.steps(record["steps"]),
+        "guidance": checks.guidance(record["guidance"]),
     }
-    given["embeddings"] = named(found["embeddings"]) if found.get("embeddings") is not None else None
-    files = {key: [named(entry) for entry in found.get(key, [])] for key in ("images", "adapters")}
-    return Record(**{**found, **given, **files})
+    values["embeddings"] = parse_named_file(record["embeddings"]) if record.get("embeddings") is not None else None
+    files = {key: [parse_named_file(entry) for entry in record.get(key, [])] for key in ("images", "adapters")}
+    return Record(**{**record, **values, **files})
 
 
-def named(entry: Any) -> NamedFile:
+def parse_named_file(entry: Any) -> NamedFile:
     if not isinstance(entry, Mapping) or not isinstance(entry["path"], str) or not isinstance(entry["sha256"], str):
-        raise ValueError(f"{entry!r} names no file")
+        raise ValueError(f"{entry!r} is not a file with path and sha256")
     return NamedFile(entry["path"], entry["sha256"], checks.number("scale", entry.get("scale", 1.0)))
 
 
 def check_unchanged(record: Record, what: str) -> None:
-    """Raises ValueError, beginning with `what`, if a file of `record` is gone or has another content now."""
-    for image in record.images:
-        if not Path(image.path).is_file():
-            raise ValueError(f"{what}: the reference {image.path} does not exist; give it with --image")
-        if sha256(Path(image.path)) != image.sha256:
-            raise ValueError(f"{what}: the reference {image.path} is another picture now; give the one with --image")
-    if record.embeddings is not None:
-        file = Path(record.embeddings.path)
-        if not file.is_file() or sha256(file) != record.embeddings.sha256:
-            state = "are other ones now" if file.is_file() else "do not exist"
-            raise ValueError(f"{what}: the embeddings {file} {state}; give those with --embeddings, or --text-encoder")
-    for adapter in record.adapters:
-        if sha256(weights(adapter.path)) != adapter.sha256:
-            raise ValueError(
-                f"{what}: the adapter {adapter.path} is another one now; give the one that was used with --adapter"
-            )
+    """Raise ValueError, starting with `what`, if a file of `record` is missing or has changed."""
+    embeddings = [] if record.embeddings is None else [record.embeddings]
+    kinds: list[tuple[str, Sequence[NamedFile], str]] = [
+        ("reference", record.images, "--image"),
+        ("embeddings file", embeddings, "--embeddings, or use --text-encoder"),
+        ("adapter", record.adapters, "--adapter"),
+    ]
+    for kind, files, option in kinds:
+        for named in files:
+            file = weights(named.path) if kind == "adapter" else Path(named.path)
+            if not file.is_file():
+                raise ValueError(f"{what}: the {kind} {named.path} does not exist. Give it with {option}")
+            if sha256(file) != named.sha256:
+                raise ValueError(f"{what}: the {kind} {named.path} has changed. Give the original with {option}")

@@ -1,6 +1,6 @@
-"""What `python -m flux2.generate` shows while it works: a bar on a terminal, and a line a picture where nobody watches.
+"""Progress of `python -m flux2.generate`: a bar on a terminal, otherwise one line per image.
 
-All of it goes to the error stream; the output stream has the names of the files alone.
+Everything goes to stderr; stdout has only the names of the files.
 """
 
 from __future__ import annotations
@@ -8,22 +8,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
 
-CLEAR = "\r\x1b[K"  # of a terminal: away with what the line shows
+CLEAR = "\r\x1b[K"  # clears the line of a terminal
 
 
-class Screen:
-    """Of `steps` sampling steps in all. Closes itself at the end of a `with`.
-
-    Args:
-        stream: where to; by default the error stream.
-        clock: seconds.
-    """
+class Screen(AbstractContextManager["Screen"]):
+    """Context manager that shows progress over `steps` sampling steps, by default on stderr, and then clears it."""
 
     def __init__(
         self, steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
@@ -34,19 +29,16 @@ class Screen:
         self._bar: tqdm | None = None
         self._since = clock()
 
-    def __enter__(self) -> Screen:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._clear()
 
     def status(self, text: str) -> None:
-        """What is done now; a terminal shows it until something else is."""
+        """Show the current activity on a terminal, until the next output."""
         if self.is_bar:
             print(f"{CLEAR}{text} ...", end="\r", file=self.stream, flush=True)
 
     def begin(self) -> None:
-        """The first picture begins."""
+        """Start the bar before the first image."""
         self._clear()
         self._since = self.clock()
         if self.is_bar:
@@ -57,8 +49,8 @@ class Screen:
             self._bar.update()
 
     @contextmanager
-    def told(self, text: str) -> Iterator[None]:
-        """A picture is written: within this context its name can be printed, and a bar does not stand in its way."""
+    def picture_done(self, text: str) -> Iterator[None]:
+        """Context manager, for a complete image, in which its name can be printed without disturbing the bar."""
         now = self.clock()
         seconds, self._since = now - self._since, now
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""Which pictures are asked for: prompts from the command line, or one JSON object a line in a file."""
+"""Requests of images: prompts from the command line, or one JSON object per line of a file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from flux2.utils import checks
 
 @dataclass(frozen=True)
 class Request:
-    """One picture. What is None is the model's default, or for the size that of the first reference.
+    """One image. None means the model's default, or for the size that of the first reference.
 
-    Raises TypeError or ValueError, naming the field, for what is mistyped or out of range.
+    Raises TypeError or ValueError, naming the field, for a wrong type or range.
     """
 
     prompt: str
@@ -43,31 +43,30 @@ class Request:
 KEYS = tuple(entry.name for entry in dataclasses.fields(Request))
 
 
-def on_grid(values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """`values` with `width` and `height` rounded to multiples of 16; `say` is told. None stays.
+def round_sizes(values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Return `values` with `width` and `height` rounded to multiples of 16, reported to `say`. None stays None.
 
-    Raises TypeError or ValueError for what is no size of at least 16.
+    Raises TypeError or ValueError unless they are integers >= 16.
     """
     sides = {key: values[key] for key in ("width", "height") if values[key] is not None}
-    whole = {key: checks.integer(key, side, PIXELS_PER_TOKEN) for key, side in sides.items()}
-    rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in whole.items()}
-    for key, side in whole.items():
+    integers = {key: checks.integer(key, side, PIXELS_PER_TOKEN) for key, side in sides.items()}
+    rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in integers.items()}
+    for key, side in integers.items():
         if side != rounded[key]:
-            say(f"{key}={side} is no multiple of {PIXELS_PER_TOKEN}: {rounded[key]} is taken")
+            say(f"{key}={side} is not a multiple of {PIXELS_PER_TOKEN}: rounded to {rounded[key]}")
     return values | rounded
 
 
-def numbered(out: Path, index: int, count: int) -> Path:
+def numbered_path(out: Path, index: int, count: int) -> Path:
     return out if count == 1 else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
 
 
 def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], None]) -> list[Request]:
-    """The requests in a file of JSON lines, in UTF-8 with or without its mark.
+    """Return the requests in a file of JSON lines, in UTF-8 with or without byte order mark.
 
-    Each has a `prompt`, and any other field of `Request` but those left out.
-
-    `seed` counts up from the default, line by line; `images` is a list of paths; `out` is a file name beside the
-    default one, which is numbered where it is left out. `say` is told of sizes that are rounded.
+    Each has a `prompt`, and any other field of `Request`; missing ones have their default. The default `seed` counts up
+    line by line; `images` is a list of paths; `out` is a file name in the folder of the default one, which is numbered
+    if `out` is missing. `say` receives a line for each size that is rounded.
 
     Raises ValueError that names the file and the line.
     """
@@ -77,35 +76,37 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], Non
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{what} cannot be read ({error})") from error
     if not lines:
-        raise ValueError(f"{what} has no lines: write one JSON object a line, with a prompt")
-    found = []
+        raise ValueError(f"{what} has no lines. Write one JSON object with a prompt per line")
+    requests = []
     for index, (number, text) in enumerate(lines):
         try:
-            found.append(request(json.loads(text), index, len(lines), defaults, say))
+            requests.append(parse_request(json.loads(text), index, len(lines), defaults, say))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}, line {number}: {error}") from error
-    outs = [one.out for one in found]
-    for number, (one, out) in enumerate(zip(found, outs, strict=True)):
+    outs = [request.out for request in requests]
+    for number, (request, out) in enumerate(zip(requests, outs, strict=True)):
         if out in outs[:number]:
-            raise ValueError(f"{what}, line {lines[number][0]}: {one.out} is written by an earlier line too")
-    return found
+            raise ValueError(f"{what}, line {lines[number][0]}: an earlier line writes {request.out} too")
+    return requests
 
 
-def request(given: Any, index: int, count: int, defaults: Mapping[str, Any], say: Callable[[str], None]) -> Request:
-    """One line. Raises TypeError or ValueError for what is wrong in it."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{given!r} is no object; write {{" + '"prompt": "..."}')
-    if unknown := [key for key in given if key not in KEYS]:
-        raise ValueError(f"{unknown[0]!r} is not known; known are {', '.join(KEYS)}")
-    if not isinstance(given.get("prompt"), str):
-        raise ValueError(f"prompt={given.get('prompt')!r} must be a text")
-    values = {**defaults, "seed": defaults["seed"] + index, **given}
-    out, base = given.get("out"), Path(defaults["out"])
+def parse_request(
+    line: Any, index: int, count: int, defaults: Mapping[str, Any], say: Callable[[str], None]
+) -> Request:
+    """Return the request in one line. Raises TypeError or ValueError for an invalid one."""
+    if not isinstance(line, dict):
+        raise ValueError(f"{line!r} is not an object such as {{" + '"prompt": "..."}')
+    if unknown := [key for key in line if key not in KEYS]:
+        raise ValueError(f"{unknown[0]!r} must be one of {', '.join(KEYS)}")
+    if not isinstance(line.get("prompt"), str):
+        raise ValueError(f"prompt={line.get('prompt')!r} must be a string")
+    values = {**defaults, "seed": defaults["seed"] + index, **line}
+    out, base = line.get("out"), Path(defaults["out"])
     if out is not None and (not isinstance(out, str) or not out):
         raise ValueError(f"out={out!r} must be a file name")
-    values["out"] = numbered(base, index, count) if out is None else base.parent / out
+    values["out"] = numbered_path(base, index, count) if out is None else base.parent / out
     images = values["images"]
     if not isinstance(images, list) or not all(isinstance(path, str | Path) for path in images):
-        raise ValueError(f"images={images!r} must be a list of files")
+        raise ValueError(f"images={images!r} must be a list of paths")
     values["images"] = [Path(path) for path in images]
-    return Request(**on_grid(values, say))
+    return Request(**round_sizes(values, say))

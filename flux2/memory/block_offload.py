@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from flux2.adapters.tuners import adapted, own_tensors
+from flux2.adapters.tuners import adapter_layers, layer_adapter_tensors
 from flux2.memory.activation_offload import ActivationPool, OffloadedActivation
 from flux2.memory.ring_buffer import ALIGNMENT, RING, Copier, Order, Ring, copier_for
 from flux2.models.transformer import Transformer
@@ -68,8 +68,8 @@ def offloaded_blocks(config: TransformerConfig, blocks: int | float, key: str = 
 
 
 def streamed_tensors(block: nn.Module) -> list[Tensor]:
-    """Return the tensors of a block that stream: buffers and frozen parameters, except those of adapters."""
-    adapters = {id(tensor) for layer in adapted(block).values() for tensor in own_tensors(layer)}
+    """What of a block streams: every buffer and frozen parameter, but for those of adapters."""
+    adapters = {id(tensor) for layer in adapter_layers(block).values() for tensor in layer_adapter_tensors(layer)}
     tensors = chain(block.parameters(), block.buffers())
     return [tensor for tensor in tensors if not tensor.requires_grad and id(tensor) not in adapters]
 

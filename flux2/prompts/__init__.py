@@ -1,3 +1,4 @@
-"""From prompts to embeddings: kept ones, a file of them, a text encoder here or on another machine, and rewritten
-prompts. It imports flux2.weights and what stands below. Begin with embeddings.py, which asks each of the others.
+"""Turn prompts into embeddings: remembered ones, a file of them, a text encoder here or on another machine, and
+rewritten prompts. The package imports flux2.weights and the packages below it. Begin with embeddings.py, which uses the
+others.
 """

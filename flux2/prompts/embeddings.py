@@ -1,7 +1,7 @@
-"""The pipeline's embeddings: those of prompts that were met before, and where those of others come from.
+"""The pipeline's embeddings, computed once per prompt.
 
-That is a text encoder on this machine, loaded when it is needed and freed at once unless it is to be kept; a server
-(flux2/prompts/remote_client.py); or a file (flux2/prompts/saved.py).
+They come from a text encoder on this machine, loaded when needed and freed at once unless it is to stay; from a server
+(flux2/prompts/remote_client.py); or from a file (flux2/prompts/saved.py).
 """
 
 from __future__ import annotations
@@ -31,42 +31,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where embeddings come from. Raises ValueError for settings that contradict each other.
+    """Where embeddings come from. Raises ValueError for settings that contradict each other."""
 
-    Attributes:
-        server: address of a text encoder that runs elsewhere.
-        saved: a file with embeddings.
-        storage: of the layers of the text encoder on this machine: `nf4`, `int8`, None for the pipeline's dtype.
-        keep: whether that text encoder stays in memory.
-    """
-
-    server: str | None = None
-    saved: SavedPrompts | None = None
-    storage: TextStorage | None = None
-    keep: bool = False
+    server: str | None = None  # address of a text encoder on another machine
+    saved: SavedPrompts | None = None  # file with embeddings
+    storage: TextStorage | None = None  # of the local text encoder's layers; None for the pipeline's dtype
+    keep: bool = False  # whether the local text encoder stays in memory
 
     def __post_init__(self) -> None:
         check_storage(self.storage, "text_storage")
         if self.storage is not None and (self.server or self.saved):
             raise ValueError(
-                f"text_storage={self.storage!r} does nothing with {self.elsewhere}: no text encoder is loaded here"
+                f"text_storage={self.storage!r} has no effect with {self.external_source}: no text encoder is loaded. "
+                "Remove one of them"
             )
         if self.server and self.saved:
-            raise ValueError(f"embeddings={str(self.saved.file)!r} and text_encoder={self.server!r}: give one of them")
+            raise ValueError(f"embeddings={str(self.saved.file)!r} and text_encoder={self.server!r} exclude each other")
 
     @property
-    def elsewhere(self) -> str:
-        """What stands for the text encoder of this machine; empty if nothing does."""
+    def external_source(self) -> str:
+        """What replaces the local text encoder; empty if nothing does."""
         return f"the server {self.server}" if self.server else f"the file {self.saved.file}" if self.saved else ""
 
 
 def text_source(
-    variant: Variant,
-    text_encoder: str | None,
-    embeddings: str | os.PathLike[str] | None,
-    storage: TextStorage | None,
+    variant: Variant, text_encoder: str | None, embeddings: str | os.PathLike[str] | None, storage: TextStorage | None
 ) -> tuple[TextSource, str | None]:
-    """Where embeddings come from, and which folder or repository the text encoder is read from, if one is given."""
+    """Return the source of embeddings, and the folder or repository of the text encoder, if one is given."""
     server = None
     if isinstance(text_encoder, str) and re.match(r"https?:", text_encoder):
         try:
@@ -75,12 +66,12 @@ def text_source(
             raise ValueError(f"model.text_encoder: {error}") from error
     saved = None if embeddings is None else SavedPrompts(Path(embeddings).expanduser(), variant)
     if saved is not None and text_encoder is not None:
-        raise ValueError(f"embeddings={str(saved.file)!r} and text_encoder={text_encoder!r}: give one of them")
+        raise ValueError(f"embeddings={str(saved.file)!r} and text_encoder={text_encoder!r} exclude each other")
     return TextSource(server, saved, storage), text_encoder
 
 
 class Prompts:
-    """Embeddings of prompts, each got once."""
+    """Embeddings of prompts, each obtained once."""
 
     def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype, text: TextSource) -> None:
         self.source, self.device, self.dtype, self.text = source, device, dtype, text
@@ -88,35 +79,36 @@ class Prompts:
         self.known: dict[tuple[str, int], Tensor] = {}
 
     def get(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
-        """(B, T, text_width), with T = `length`, by default what the model was trained with.
+        """Return embeddings (B, T, text_width), with T = `length`, by default that of the model's training.
 
-        Raises TypeError or ValueError, also from where the embeddings come from.
+        Raises TypeError or ValueError, also from the source of the embeddings.
         """
         prompts = checks.strings("prompts", prompts)
         tokens = self._tokens(length)
         unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, tokens) not in self.known]
         if unknown:
-            find = self._read if self.text.saved else self._ask if self.text.server else self._compute
+            find = self._read if self.text.saved else self._request if self.text.server else self._compute
             if cut := find(unknown, tokens):
-                log.warning("%d prompts are longer than %d tokens and were cut: %.80r", len(cut), tokens, cut[0])
+                log.warning("truncated %d prompts to %d tokens, e.g. %.80r", len(cut), tokens, cut[0])
         return torch.cat([self.known[prompt, tokens] for prompt in prompts])
 
     def save(self, file: str | os.PathLike[str], prompts: Sequence[str], length: int | None = None) -> None:
-        """Write the embeddings of `prompts` to `file`, for `embeddings=file`; with the empty one for guidance by two
-        predictions, where the model may need it."""
+        """Write the embeddings of `prompts` to `file`, for `embeddings=file`, and that of the empty prompt if the model
+        may need it for classifier-free guidance.
+        """
         wanted = [*dict.fromkeys(checks.strings("prompts", prompts))]
         if not self.source.variant.transformer.guidance and "" not in wanted:
             wanted.append("")
-        found = self.get(wanted, length)
-        kept = dict(zip(wanted, found, strict=True))
-        saved_prompts.write(Path(file).expanduser(), self.source.variant, kept, self._tokens(length))
+        embeddings = self.get(wanted, length)
+        by_prompt = dict(zip(wanted, embeddings, strict=True))
+        saved_prompts.write(Path(file).expanduser(), self.source.variant, by_prompt, self._tokens(length))
 
     def _tokens(self, length: int | None) -> int:
         if length is None:
             return self.source.variant.text.length
         return checks.integer("length", length, 1, checks.MAX_LENGTH)
 
-    # Each of these gets to know the embeddings of `prompts`, and returns those of them that were cut.
+    # Each of these functions adds the embeddings of `prompts` to `known` and returns the prompts that were truncated.
 
     def _read(self, prompts: Sequence[str], length: int) -> list[str]:
         assert self.text.saved is not None
@@ -125,7 +117,7 @@ class Prompts:
             self.known[prompt, length] = self.text.saved.get(prompt).to(self.dtype)
         return []
 
-    def _ask(self, prompts: Sequence[str], length: int) -> list[str]:
+    def _request(self, prompts: Sequence[str], length: int) -> list[str]:
         assert self.text.server is not None
         client = Client(self.text.server, self.source.variant, length)
         for prompt in prompts:
@@ -141,12 +133,12 @@ class Prompts:
         self.encoder.cut.clear()
         if not self.text.keep:
             self.encoder = None
-            free(self.device)
+            free_memory(self.device)
         return cut
 
 
-def free(device: torch.device) -> None:
-    """Give back what nothing holds any more."""
+def free_memory(device: torch.device) -> None:
+    """Free memory that nothing refers to."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,15 +1,16 @@
-"""Prompts to embeddings over HTTP: the client of a text encoder that runs elsewhere.
+"""Client of a text encoder on another machine: prompts to embeddings over HTTP.
 
-Two protocols. `flux2` is that of `python -m flux2.serve`: several prompts a request, the answer a safetensors file, and
-the server tells what its embeddings depend on. `published` is that of the endpoint that Hugging Face offers for dev:
-`{"prompt": "..."}`, the answer a tensor as `torch.save` writes it.
+There are two protocols. `flux2` is that of `python -m flux2.serve`: several prompts per request, answered by a
+safetensors file, and the server reports what its embeddings depend on. `published` is that of the endpoint that Hugging
+Face offers for dev: `{"prompt": "..."}`, answered by a tensor as `torch.save` writes it.
 
-A request that may succeed later is tried again, a bounded number of times, after growing and jittered waits. What comes
-back is checked by flux2/prompts/remote_protocol.py.
+A request that may succeed later is repeated, a bounded number of times, after growing and jittered waits. Answers are
+checked by flux2/prompts/remote_protocol.py. The loop is written here because urllib3.Retry cannot do it: it retries no
+body that breaks off or is late, its waits cannot be interrupted, and its jitter uses the global random state.
 
-The bearer token is what the environment variable FLUX2_TEXT_ENCODER_TOKEN holds; without it, addresses of Hugging Face
-get the token of the hub login, and no other address does. It is kept in the request's header alone: not in the
-configuration, and cut out of every text that a server sends back.
+The bearer token is the value of the environment variable FLUX2_TEXT_ENCODER_TOKEN; without it, addresses of Hugging
+Face receive the token of the hub login, and no other address does. It is stored only in the request's header: not in
+the configuration, and it is removed from every text that a server sends back.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import huggingface_hub
 import requests
 import torch
 import urllib3
-from requests.auth import AuthBase
 from torch import Tensor
 
 from flux2.models.variants import Variant
@@ -41,12 +41,12 @@ from flux2.prompts.remote_protocol import (
     RemoteError,
     RetryLater,
     Unreachable,
-    checked,
+    check_embeddings,
+    error_text,
     read_body,
     read_safetensors,
     read_serialized,
     retry_after,
-    said,
 )
 from flux2.utils import checks
 
@@ -56,13 +56,13 @@ HUB_HOSTS = ("huggingface.co", "hf.space", "endpoints.huggingface.cloud")
 
 ProtocolName = Literal["flux2", "published"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
-AGAIN = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that may be others later
+RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 CONNECT_SECONDS = 10.0
 LONGEST_WAIT = 30.0  # seconds between two attempts, if the server does not ask for more
-LONGEST_ASKED = 600.0  # seconds that a server may ask to wait
-FIRST_CONTACT = 3  # attempts: a wrong address should say so soon
-OVERHEAD = 1 << 20  # bytes of an answer beside its tensor
-TEXT = 64 << 10  # bytes that are read of an answer in words
+LONGEST_ASKED = 600.0  # longest wait in seconds that a server may ask for
+FIRST_CONTACT = 3  # attempts of the first request, so that a wrong address is reported soon
+OVERHEAD = 1 << 20  # bytes of an answer in addition to its tensor
+TEXT = 64 << 10  # bytes that are read of a textual answer
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ log = logging.getLogger(__name__)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can be meant by `host`."""
+    """Return whether `host` can only be this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -79,65 +79,53 @@ def is_loopback(host: str) -> bool:
 
 
 def check_url(url: object) -> str:
-    """`url` without its last slash. Raises ValueError unless it is a plain http(s) address without secrets in it."""
+    """Return `url` without its last slash. Raises ValueError unless it is a plain http(s) address without secrets."""
     if not isinstance(url, str):
-        raise ValueError(f"url={url!r} must be a text such as http://127.0.0.1:8700")
+        raise ValueError(f"url={url!r} must be a string such as http://127.0.0.1:8700")
     try:
         parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # brackets or a port that is none
-        whole = False
-    if whole and ("@" in parts.netloc or parts.query or parts.fragment):
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # invalid brackets or port
+        is_valid = False
+    if is_valid and ("@" in parts.netloc or parts.query or parts.fragment):
         raise ValueError(
-            f"url={parts.scheme}://{parts.hostname}/... must hold no user, password, `?` or `#`: addresses are written "
-            f"to configurations and logs. A token belongs into the environment variable {TOKEN}"
+            f"url={parts.scheme}://{parts.hostname}/... must have no user, password, `?` or `#`, because addresses are "
+            f"written to configurations and logs. Put a token into the environment variable {TOKEN}"
         )
-    if not whole or re.search(r"\s", url):
-        raise ValueError(f"url={url!r} is not an address: give one such as http://127.0.0.1:8700")
+    if not is_valid or re.search(r"\s", url):
+        raise ValueError(f"url={url!r} is not an address such as http://127.0.0.1:8700")
     return url.rstrip("/")
 
 
 def bearer_token(url: str) -> str | None:
-    """The token for `url`, or None. Raises ValueError, not showing it, for one that no header can hold."""
+    """Return the token for `url`, or None. Raises ValueError, without showing it, if no header can hold the token."""
     parts = urlsplit(url)
     token = os.environ.get(TOKEN, "").strip()
     host = parts.hostname or ""
     if not token and parts.scheme == "https" and any(host == hub or host.endswith(f".{hub}") for hub in HUB_HOSTS):
         return huggingface_hub.get_token()
     if token and not re.fullmatch(r"[!-~]+", token):
-        raise ValueError(f"the environment variable {TOKEN} holds a space or a sign that is not ASCII: give another")
+        raise ValueError(f"the environment variable {TOKEN} must hold ASCII characters without spaces")
     return token or None
-
-
-class _Bearer(AuthBase):
-    """Sets the header. Given even without a token, or requests would look for one in ~/.netrc."""
-
-    def __init__(self, token: str | None) -> None:
-        self.token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.token:
-            request.headers["Authorization"] = f"Bearer {self.token}"
-        return request
 
 
 # ------------------------------------------------------------------ the client
 
 
 class Client:
-    """Asks one server for the embeddings of one model's prompts. May be called by several threads at once.
+    """Requests embeddings of one model's prompts from one server. Several threads may use it at once.
 
     Args:
-        url: of the server, or of the published endpoint.
-        variant: the model that the embeddings are for; they have its shape, or are refused.
-        length: tokens that prompts are padded to; the variant's own by default.
-        protocol: by default `published` for the published endpoint and `flux2` for any other address.
-        timeout: seconds until an answer must be there.
-        attempts: that are made in all for one request.
-        wait: seconds before the second attempt; doubled for each one after it.
+        url: Address of the server, or of the published endpoint.
+        variant: The model that the embeddings are for; embeddings of another shape are refused.
+        length: Tokens that prompts are padded to; by default the variant's.
+        protocol: By default `published` for the published endpoint and `flux2` for any other address.
+        timeout: Seconds until an answer must be complete.
+        attempts: Number of attempts per request.
+        wait: Seconds before the second attempt; doubled for each further attempt.
 
     Attributes:
-        cut: prompts of which the server left out a part, being longer than `length`. The published endpoint tells none.
+        cut: Prompts that the server truncated to `length`. The published endpoint does not report them.
     """
 
     def __init__(
@@ -159,53 +147,53 @@ class Client:
         self.cut: list[str] = []
         self._token = bearer_token(self.url)
         self._identity: str | None = None
-        self._random = random.Random()  # not the global one: how often a server fails must not change a run
+        self._random = random.Random()  # not the global one: failures of a server must not change a run
         self._closed = threading.Event()
         self._local = threading.local()
         self._host = urlsplit(self.url).hostname or ""
         if self.protocol == "published" and self.length != variant.text.length:
-            raise ValueError(f"length={length}: the published protocol always pads to {variant.text.length} tokens")
+            raise ValueError(f"length={length} must be {variant.text.length}, to which the published protocol pads")
         if self._token and self.url.startswith("http://") and not is_loopback(self._host):
-            log.warning("the token of %s travels unencrypted to %s: use https or a tunnel", TOKEN, self._host)
+            log.warning("the token in %s is sent unencrypted to %s: use https or a tunnel", TOKEN, self._host)
 
     def identity(self) -> str:
-        """What the embeddings depend on beside their prompts.
+        """Return what the embeddings depend on besides their prompts.
 
-        Of our server the very text that an encoder of the same files and settings has on this machine; so both share
-        cache entries. The published endpoint tells nothing: its address and the model stand for it.
+        For our server it is the text that an encoder with the same files and settings has on this machine, so both
+        share cache entries. The published endpoint reports nothing: its address and the model are used instead.
 
-        Raises Unreachable if the server gives no answer, RemoteError if it serves another text encoder.
+        Raises Unreachable if the server does not answer, RemoteError if it serves another text encoder.
         """
         if self._identity is None:
             known = f"published {self.url} {self.variant.name} {self.length}"
-            self._identity = known if self.protocol == "published" else self._served()
+            self._identity = known if self.protocol == "published" else self._fetch_identity()
         return self._identity
 
-    def _served(self) -> str:
+    def _fetch_identity(self) -> str:
         path = f"/identity?length={self.length}"
-        body, _ = self._ask("GET", path, None, TEXT, min(self.attempts, FIRST_CONTACT))
+        body, _ = self._request("GET", path, None, TEXT, min(self.attempts, FIRST_CONTACT))
         try:
-            told = json.loads(body)
-            found = (told["kind"], tuple(told["layers"]), told["width"])
-            model, identity = str(told["model"]), told["identity"]
+            answer = json.loads(body)
+            found = (answer["kind"], tuple(answer["layers"]), answer["width"])
+            model, identity = str(answer["model"]), answer["identity"]
             if not isinstance(identity, str) or not re.fullmatch(r"[ -~]{1,300}", identity):
                 raise ValueError("identity")
-            if self._token and self._token in identity:  # it is kept beside the cache
+            if self._token and self._token in identity:  # it is stored next to the cache
                 raise ValueError("identity")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RemoteError(f"{self.url} is no `python -m flux2.serve`: {path} answered something else") from error
+            raise RemoteError(f"{self.url} is not a `python -m flux2.serve`: {path} gave another answer") from error
         text = self.variant.text
         if found != (text.kind, text.layers, self.variant.transformer.text_width):
             raise RemoteError(
-                f"{self.url} serves the text encoder of {self._clean(model)}, which is not that of {self.variant.name}:"
-                f" start it with --model {self.variant.name}"
+                f"{self.url} serves the text encoder of {self._redact(model)}, not that of {self.variant.name}. Start "
+                f"it with --model {self.variant.name}"
             )
         return identity
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """(B, length, text_width) embeddings on the CPU, in the dtype that the server computes in.
+        """Return embeddings (B, length, text_width) on the CPU, in the dtype that the server computes in.
 
-        Raises Unreachable after all attempts, RemoteError for a refusal, or an answer that is not what was asked for.
+        Raises Unreachable after all attempts, RemoteError for a refusal or an invalid answer.
         """
         if self.protocol == "published":
             return torch.cat([self._encode([prompt]) for prompt in prompts])
@@ -217,62 +205,70 @@ class Client:
         published = self.protocol == "published"
         question = {"prompt": prompts[0]} if published else {"prompts": prompts, "length": self.length}
         limit = 4 * math.prod(shape) + OVERHEAD
-        body, headers = self._ask("POST", "" if published else "/encode", question, limit, self.attempts)
+        body, headers = self._request("POST", "" if published else "/encode", question, limit, self.attempts)
         if not published and headers.get(IDENTITY_HEADER) != identity:
             raise RemoteError(
-                f"{self.url} serves another text encoder than when this began; start again to use that one"
+                f"{self.url} serves another text encoder than at the start of this run. Start again to use that one"
             )
         try:
-            tensor = checked(read_serialized(body) if published else read_safetensors(body), shape)
+            tensor = check_embeddings(read_serialized(body) if published else read_safetensors(body), shape)
         except ValueError as error:
-            raise RemoteError(f"the answer of {self.url} is refused: {self._clean(str(error))}") from error
+            raise RemoteError(f"the answer of {self.url} is refused: {self._redact(str(error))}") from error
         indices = [int(index) for index in re.findall(r"\d{1,6}", headers.get(CUT_HEADER) or "")]
         self.cut += [prompts[index] for index in indices if index < len(prompts)]
         return tensor
 
     def close(self) -> None:
-        """End what waits for its next attempt; no request is sent after this."""
+        """Stop waiting for further attempts; no request is sent after this."""
         self._closed.set()
 
     # -------------------------------------------------------------- requests
 
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Add the token. It is called even without one, or requests would look for one in ~/.netrc."""
+        if self._token:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()  # one a thread: they are not made to be shared
-            self._local.session.trust_env = not is_loopback(self._host)  # no proxy for this machine
-            self._local.session.auth = _Bearer(self._token)
+            self._local.session = requests.Session()  # one per thread: sessions are not thread-safe
+            self._local.session.trust_env = not is_loopback(self._host)  # no proxy for the local machine
+            self._local.session.auth = self._authorize
         session: requests.Session = self._local.session
         return session
 
-    def _ask(self, method: str, path: str, question: Any, limit: int, attempts: int) -> tuple[bytes, Mapping[str, str]]:
-        """Body and headers of a good answer, after up to `attempts` attempts."""
+    def _request(
+        self, method: str, path: str, question: Any, limit: int, attempts: int
+    ) -> tuple[bytes, Mapping[str, str]]:
+        """Return body and headers of a successful answer, after up to `attempts` attempts."""
         data = None if question is None else json.dumps(question).encode()
         for attempt in range(1, attempts + 1):
             if self._closed.is_set():
-                raise RemoteError(f"{self.url} was not asked any more")
+                raise RemoteError(f"{self.url} was not asked again: the client is closed")
             try:
-                return self._once(method, path, data, limit)
+                return self._send(method, path, data, limit)
             except RetryLater as again:
-                reason = self._clean(str(again))
+                reason = self._redact(str(again))
                 if again.after > LONGEST_ASKED:
                     raise RemoteError(
-                        f"{self.url} asks to wait {again.after:.0f} s ({reason}): start again later"
+                        f"{self.url} asks to wait {again.after:.0f} s ({reason}). Start again later"
                     ) from None
                 if attempt < attempts:
-                    seconds = self._pause(attempt, again.after)
+                    seconds = self._wait_seconds(attempt, again.after)
                     log.warning("%s: %s; attempt %d of %d in %.1f s", self.url, reason, attempt + 1, attempts, seconds)
                     self._closed.wait(seconds)
         raise Unreachable(
-            f"{self.url} gave no answer in {attempts} attempts, the last one: {reason}. Is the server running there? "
-            "What was answered is kept: start again, and only the rest is asked for"
+            f"{self.url} gave no answer in {attempts} attempts, the last one: {reason}. Check that the server runs and "
+            "start again: embeddings that were received are cached"
         )
 
-    def _pause(self, failed: int, after: float) -> float:
-        """Seconds to wait after `failed` attempts: doubling, with jitter so that clients do not come back together."""
+    def _wait_seconds(self, failed: int, after: float) -> float:
+        """Return the seconds to wait after `failed` attempts: doubling, with jitter so that clients spread out."""
         longest = min(self.wait * 2 ** (failed - 1), LONGEST_WAIT)
         return after + longest * self._random.uniform(0.5, 1.0)
 
-    def _once(self, method: str, path: str, data: bytes | None, limit: int) -> tuple[bytes, Mapping[str, str]]:
+    def _send(self, method: str, path: str, data: bytes | None, limit: int) -> tuple[bytes, Mapping[str, str]]:
         deadline = time.monotonic() + self.timeout
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         try:
@@ -282,57 +278,57 @@ class Client:
                 data=data,
                 headers=headers,
                 timeout=(min(CONNECT_SECONDS, self.timeout), self.timeout),
-                allow_redirects=False,  # the token is for this server
+                allow_redirects=False,  # the token is for this server only
                 stream=True,
             ) as response:
                 if response.status_code == 200:
                     return read_body(response, limit, deadline), response.headers
-                self._refused(response, read_body(response, TEXT, deadline, whole=False))
+                self._raise_for_status(response, read_body(response, TEXT, deadline, whole=False))
         except (requests.Timeout, urllib3.exceptions.TimeoutError):
             raise RetryLater(f"no answer within {self.timeout:g} s") from None
         except requests.exceptions.SSLError:
-            raise RemoteError(f"{self.url}: its certificate is not accepted by this machine") from None
+            raise RemoteError(f"{self.url}: this machine does not accept its certificate") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise RetryLater(f"the connection failed ({cause(error)})") from None
-        raise AssertionError("an answer is good or an error")
+            raise RetryLater(f"the connection failed ({root_cause(error)})") from None
+        raise AssertionError("every answer is returned or raises")
 
-    def _refused(self, response: requests.Response, body: bytes) -> None:
-        """Raises what an answer other than 200 means."""
+    def _raise_for_status(self, response: requests.Response, body: bytes) -> None:
+        """Raise the error that an answer other than 200 means."""
         status = response.status_code
-        text = said(body)
+        text = error_text(body)
         what = f"HTTP {status}" + (f", {text}" if text else "")
-        if status in AGAIN:
+        if status in RETRY_STATUSES:
             raise RetryLater(what, retry_after(response.headers.get("Retry-After")))
         if status in (401, 403):
             hint = f"set the environment variable {TOKEN}" + (
                 ", or run `hf auth login`" if self.protocol == "published" else " to the token that the server has"
             )
-            given = "the token was refused" if self._token else "it asks for a token"
-            raise RemoteError(f"{self.url}: {given} ({self._clean(what)}): {hint}")
+            state = "the token was refused" if self._token else "a token is required"
+            raise RemoteError(f"{self.url}: {state} ({self._redact(what)}): {hint}")
         if 300 <= status < 400:
-            raise RemoteError(f"{self.url} redirects to another address ({status}): give that one")
-        raise RemoteError(f"{self.url} refused the request: {self._clean(what)}")
+            raise RemoteError(f"{self.url} redirects to another address ({status}). Use that address")
+        raise RemoteError(f"{self.url} refused the request: {self._redact(what)}")
 
-    def _clean(self, text: str) -> str:
-        """`text` on one line, without the token."""
+    def _redact(self, text: str) -> str:
+        """Return `text` on one line, without the token."""
         text = text.replace(self._token, "***") if self._token else text
         return " ".join(re.sub(r"[^ -~]", " ", text).split())[:300]
 
 
-def cause(error: BaseException) -> str:
-    """What the system said behind an error of the HTTP library, in a few words."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.strerror:
-            return found.strerror
-        inner = next((part for part in found.args if isinstance(part, BaseException)), None)
-        found = getattr(found, "reason", None) or inner or found.__cause__ or found.__context__
-        found = found if isinstance(found, BaseException) else None
+def root_cause(error: BaseException) -> str:
+    """Return the system's message behind an error of the HTTP library."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.strerror:
+            return current.strerror
+        inner = next((part for part in current.args if isinstance(part, BaseException)), None)
+        current = getattr(current, "reason", None) or inner or current.__cause__ or current.__context__
+        current = current if isinstance(current, BaseException) else None
     return type(error).__name__
 
 
 def pick_protocol(url: str, protocol: object) -> ProtocolName:
-    """`protocol`, or by default the one of the address. Raises ValueError for one that there is not."""
+    """Return `protocol`, by default that of the address. Raises ValueError for an unknown one."""
     if protocol is not None and protocol not in PROTOCOLS:
         raise ValueError(f"protocol={protocol!r} must be one of {', '.join(PROTOCOLS)}, or null")
     default: ProtocolName = "published" if url == PUBLISHED else "flux2"
@@ -340,7 +336,7 @@ def pick_protocol(url: str, protocol: object) -> ProtocolName:
 
 
 def check_patience(timeout: object, attempts: object, wait: object) -> tuple[float, int, float]:
-    """The three as numbers. Raises ValueError that names what is out of range."""
+    """Return the three as numbers. Raises ValueError, which names the argument, for one that is out of range."""
     try:
         seconds, first = checks.number("timeout", timeout), checks.number("wait", wait)
         count = checks.integer("attempts", attempts, 1, 100)

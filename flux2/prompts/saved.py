@@ -1,7 +1,7 @@
-"""Embeddings of prompts in a file: made where a text encoder fits, used where none is wanted.
+"""Embeddings of prompts in a file: written where a text encoder fits, used where none is available.
 
-One safetensors file: a tensor (T, text_width) a prompt, and in its metadata the prompts, to how many tokens they were
-padded, and which text encoder's which layers these are. A file is for the models that read the same.
+It is one safetensors file: a tensor (T, text_width) per prompt, and in its metadata the prompts, the number of tokens
+that they are padded to, and the text encoder and its layers. It can be used with every model that reads the same.
 """
 
 from __future__ import annotations
@@ -17,41 +17,39 @@ from torch import Tensor
 
 from flux2.models.variants import Variant
 from flux2.utils import checks
-from flux2.utils.images import UNFINISHED
+from flux2.utils.files import atomic_write
 from flux2.utils.text import listed
 
 FORMAT = "flux2-lora embeddings 1"
 
 
-def what_is_read(variant: Variant) -> str:
+def encoder_identity(variant: Variant) -> str:
+    """Return what the embeddings depend on besides the prompts, as text."""
     return f"{variant.text.kind} {variant.text.layers} {variant.transformer.text_width}"
 
 
 def write(file: Path, variant: Variant, embeddings: Mapping[str, Tensor], length: int) -> None:
-    """Keep `embeddings`, (T, text_width) a prompt; the file is whole or not there.
+    """Write `embeddings`, (T, text_width) per prompt; the file is complete or absent.
 
     Raises ValueError if it cannot be written.
     """
     about = {
         "format": FORMAT,
-        "encoder": what_is_read(variant),
+        "encoder": encoder_identity(variant),
         "length": str(length),
         "prompts": json.dumps([*embeddings]),
     }
     tensors = {str(i): embedding.cpu().contiguous() for i, embedding in enumerate(embeddings.values())}
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{UNFINISHED}{file.name}")
     try:
-        save_file(tensors, unfinished, about)
-        unfinished.replace(file)
-    except (OSError, SafetensorError) as error:  # of a full disk safetensors has an error of its own
-        raise ValueError(f"{file} could not be written ({error}): make room there, or give another place") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+        with atomic_write(file) as unfinished:
+            save_file(tensors, unfinished, about)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        raise ValueError(f"{file} could not be written ({error}): make room there, or choose another path") from error
 
 
 class SavedPrompts:
-    """The file, opened: an embedding is read when it is asked for.
+    """A file of embeddings; each is read when it is requested.
 
     Raises ValueError, naming the file, if it cannot be read or is for another model.
     """
@@ -60,14 +58,14 @@ class SavedPrompts:
         self.file = file
         if not file.is_file():
             raise ValueError(
-                f"embeddings={str(file)!r} is no file: `--save-embeddings` or pipe.save_embeddings makes one"
+                f"embeddings={str(file)!r} is not a file. `--save-embeddings` or pipe.save_embeddings writes one"
             )
         try:
             with safe_open(file, "pt") as opened:
                 about = opened.metadata() or {}
                 names = set(opened.keys())
             if about.get("format") != FORMAT:
-                raise ValueError("it is not of `--save-embeddings` or pipe.save_embeddings")
+                raise ValueError("it was not written by `--save-embeddings` or pipe.save_embeddings")
             self.prompts: list[str] = json.loads(about["prompts"])
             self.length = int(about["length"])
             if names != {str(i) for i in range(len(self.prompts))}:
@@ -76,16 +74,16 @@ class SavedPrompts:
             shapes = self.shapes(names)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"embeddings={str(file)!r} cannot be used ({error})") from error
-        if about.get("encoder") != what_is_read(variant):
+        if about.get("encoder") != encoder_identity(variant):
             raise ValueError(
-                f"embeddings={str(file)!r} are of another model: {about.get('encoder')} (text encoder, layers, width), "
-                f"and {variant.name} reads {what_is_read(variant)}"
+                f"embeddings={str(file)!r} belong to another model: {about.get('encoder')} (text encoder, layers, "
+                f"width), but {variant.name} reads {encoder_identity(variant)}"
             )
         expected = [self.length, variant.transformer.text_width]
         if wrong := [shape for shape in shapes if shape != expected]:
             raise ValueError(
-                f"embeddings={str(file)!r} cannot be used (an embedding of {wrong[0]}, where {expected} was expected, "
-                "tokens and width): make it again"
+                f"embeddings={str(file)!r} cannot be used: an embedding has shape {wrong[0]} instead of {expected}. "
+                "Write the file again"
             )
 
     def shapes(self, names: Iterable[str]) -> list[list[int]]:
@@ -93,20 +91,20 @@ class SavedPrompts:
             return [opened.get_slice(name).get_shape() for name in names]
 
     def check(self, prompts: list[str], length: int) -> None:
-        """Raises ValueError unless the file has an embedding of each of `prompts`, of `length` tokens."""
+        """Raise ValueError unless the file has an embedding of each of `prompts`, with `length` tokens."""
         if length != self.length:
-            raise ValueError(f"embeddings={str(self.file)!r} are of {self.length} tokens a prompt, not {length}")
+            raise ValueError(f"embeddings={str(self.file)!r} have {self.length} tokens per prompt, not {length}")
         if absent := [prompt for prompt in prompts if prompt not in self.prompts]:
             known = listed({repr(prompt[:80]) for prompt in self.prompts})
             raise ValueError(
-                f"embeddings={str(self.file)!r} has none of {absent[0]!r:.120}; it has {known}. Make it again with "
-                "this prompt, or let a text encoder run"
+                f"embeddings={str(self.file)!r} has no embedding of {absent[0]!r:.120}, only of {known}. Write it "
+                "again with this prompt, or use a text encoder"
             )
 
     def get(self, prompt: str) -> Tensor:
-        """(1, T, text_width), as stored. Raises ValueError for one that is not finite."""
+        """Return the embedding (1, T, text_width), as stored. Raises ValueError if it is not finite."""
         with safe_open(self.file, "pt") as opened:
-            found = opened.get_tensor(str(self.prompts.index(prompt)))
-        if not bool(torch.isfinite(found).all()):
-            raise ValueError(f"embeddings={str(self.file)!r}: that of {prompt!r:.120} has NaN or infinite values")
-        return found[None]
+            embedding = opened.get_tensor(str(self.prompts.index(prompt)))
+        if not bool(torch.isfinite(embedding).all()):
+            raise ValueError(f"embeddings={str(self.file)!r}: {prompt!r:.120} has NaN or infinite values")
+        return embedding[None]

@@ -1,11 +1,11 @@
-"""Prompts rewritten in more detail, by dev's text encoder as the language model that it is ("prompt upsampling").
+"""Rewrite prompts in more detail with dev's text encoder, which is a language model ("prompt upsampling").
 
-As the reference code does it: a system message for text-to-image and another for edits, to which the references are
-shown, side by side in one picture of at most 768 x 768 pixels; temperature 0.15, up to 512 new tokens. The system
-messages here are our own, in our words. Each prompt is a conversation of its own, seeded, so that an answer depends on
-its prompt, references and seed alone.
+As in the reference code there is a system message for text-to-image and another for edits, which shows the references
+next to each other in one image of at most 768 x 768 pixels; temperature 0.15, up to 512 new tokens. The system messages
+are our own. Each prompt is a separate seeded conversation, so an answer depends only on its prompt, references and
+seed.
 
-An encoder of embeddings is cut behind the last layer that they read; this needs all layers, the output head and, for
+An encoder of embeddings ends after the last layer that they read; rewriting needs all layers, the output head and, for
 references, the vision tower.
 Source: github.com/black-forest-labs/flux2, src/flux2/text_encoder.py (`upsample_prompt`).
 """
@@ -33,15 +33,15 @@ from flux2.models.text_encoder import load_tokenizer, quantize_text_encoder
 from flux2.models.variants import Variant
 from flux2.prompts.embeddings import TextSource
 from flux2.utils.images import as_rgb
-from flux2.weights.key_names import Published
-from flux2.weights.loading import fill, language_prefix, rebuild_rotary, taken
+from flux2.weights.key_names import PublishedTensor
+from flux2.weights.loading import expected_shapes, fill, language_prefix, rebuild_rotary
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
 from flux2.weights.sources import ModelSource, WeightsError
 
 TEMPERATURE = 0.15
 NEW_TOKENS = 512
-MOST_TOKENS = 2048  # of a conversation before the answer
-MOST_PIXELS = 768**2  # of the references together
+MOST_TOKENS = 2048  # tokens of a conversation before the answer
+MOST_PIXELS = 768**2  # pixels of all references together
 IMAGE, ROW_END, IMAGE_END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 
 TEXT_TO_IMAGE = (
@@ -63,36 +63,36 @@ EDIT = (
 log = logging.getLogger(__name__)
 
 
-def refusal(variant: Variant, text: TextSource) -> str | None:
-    """Why prompts cannot be rewritten by this model's text encoder; None if they can."""
+def refusal_reason(variant: Variant, text: TextSource) -> str | None:
+    """Return why this model's text encoder cannot rewrite prompts; None if it can."""
     if variant.text.kind != "mistral":
         return (
-            f"{variant.name} reads prompts with Qwen3, and only dev's Mistral rewrites prompts: rewrite with model=dev"
+            f"{variant.name} reads prompts with Qwen3, but only dev's Mistral rewrites prompts. Rewrite with model=dev"
         )
     if variant.name == "tiny":
-        return "the embedded model's text encoder is random weights that write no language: rewrite with model=dev"
-    if text.elsewhere:
-        return f"{text.elsewhere} gives embeddings alone, and prompts are rewritten by the text encoder on this machine"
+        return "the embedded model's text encoder has random weights and cannot write. Rewrite with model=dev"
+    if text.external_source:
+        return f"{text.external_source} gives only embeddings, and rewriting needs a text encoder on this machine"
     return None
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """The references in one picture of at most `MOST_PIXELS`, from left to right, smaller ones amid white."""
+    """Return the references in one image of at most `MOST_PIXELS`, from left to right, smaller ones on white."""
     pictures = [as_rgb(image) for image in images]
     width, height = sum(picture.width for picture in pictures), max(picture.height for picture in pictures)
-    whole = Image.new("RGB", (width, height), "white")
+    canvas = Image.new("RGB", (width, height), "white")
     left = 0
     for picture in pictures:
-        whole.paste(picture, (left, (height - picture.height) // 2))
+        canvas.paste(picture, (left, (height - picture.height) // 2))
         left += picture.width
     if width * height > MOST_PIXELS:
         smaller = isqrt(MOST_PIXELS * width // height), isqrt(MOST_PIXELS * height // width)
-        whole = whole.resize((max(1, smaller[0]), max(1, smaller[1])), Image.Resampling.LANCZOS)
-    return whole
+        canvas = canvas.resize((max(1, smaller[0]), max(1, smaller[1])), Image.Resampling.LANCZOS)
+    return canvas
 
 
 def conversation(prompt: str, edit: bool) -> list[dict[str, Any]]:
-    """What is sent: the system message, and one turn with the picture, if there is one, before the prompt."""
+    """Return the system message and the user's turn, which shows the image, if there is one, before the prompt."""
     words = {"type": "text", "text": prompt.replace(IMAGE, "")}
     system = {"type": "text", "text": EDIT if edit else TEXT_TO_IMAGE}
     content = [{"type": "image"}, words] if edit else [words]
@@ -107,41 +107,42 @@ class Upsampler:
         self.tokenizer = tokenizer
 
     def inputs(self, prompt: str, references: Sequence[Image.Image] = ()) -> dict[str, Tensor]:
-        """Ids and mask, (1, T); with references their pixels (1, 3, H, W) and `image_sizes` (1, 2) too.
+        """Return ids and mask, (1, T); with references also their pixels (1, 3, H, W) and `image_sizes` (1, 2).
 
         Raises ValueError for more than `MOST_TOKENS`.
         """
         text = self.tokenizer.apply_chat_template(
             conversation(prompt, bool(references)), tokenize=False, add_generation_prompt=True
         )
-        seen: dict[str, Tensor] = {}
+        image_inputs: dict[str, Tensor] = {}
         if references:
-            seen = self._seen(side_by_side(references))
-            height, width = (int(side) // self._cell for side in seen["image_sizes"][0])
+            image_inputs = self._seen(side_by_side(references))
+            height, width = (int(side) // self._cell for side in image_inputs["image_sizes"][0])
             row = IMAGE * width
             if text.count(IMAGE) != 1:
-                raise WeightsError("the tokenizer's chat template has no place for a picture: prompts can be rewritten "
-                                   "without references alone")  # fmt: skip
+                raise WeightsError(
+                    "the tokenizer's chat template has no place for an image. Rewrite prompts without references"
+                )
             text = text.replace(IMAGE, ROW_END.join([row] * height) + IMAGE_END)
-        found = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        if (count := found["input_ids"].shape[1]) > MOST_TOKENS:
-            raise ValueError(f"{count} tokens are too many to rewrite, at most {MOST_TOKENS} fit: {prompt!r:.80}")
-        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"], **seen}
+        tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        if (count := tokens["input_ids"].shape[1]) > MOST_TOKENS:
+            raise ValueError(f"{count} tokens are too many to rewrite, the limit is {MOST_TOKENS}: {prompt!r:.80}")
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **image_inputs}
 
     @property
     def _cell(self) -> int:
-        """Pixels of the side of a square that is one token of a picture."""
+        """Side in pixels of the square that is one token of an image."""
         config = self.model.config
         return int(config.vision_config.patch_size * config.spatial_merge_size)
 
     def _seen(self, picture: Image.Image) -> dict[str, Tensor]:
-        from transformers import PixtralImageProcessorPil  # of newer versions, and needed here alone
+        from transformers import PixtralImageProcessorPil  # of newer versions, and needed only here
 
         side = {"height": self._cell, "width": self._cell}
         longest = {"longest_edge": self.model.config.vision_config.image_size}
-        found = PixtralImageProcessorPil(size=longest, patch_size=side)([[picture]], return_tensors="pt")
+        processed = PixtralImageProcessorPil(size=longest, patch_size=side)([[picture]], return_tensors="pt")
         dtype = next(self.model.parameters()).dtype
-        return {"pixel_values": found["pixel_values"].to(dtype), "image_sizes": found["image_sizes"]}
+        return {"pixel_values": processed["pixel_values"].to(dtype), "image_sizes": processed["image_sizes"]}
 
     @torch.no_grad()
     def rewrite(
@@ -153,40 +154,38 @@ class Upsampler:
         temperature: float = TEMPERATURE,
         new_tokens: int = NEW_TOKENS,
     ) -> str:
-        """The prompt in more words. Raises ValueError if the model answers with none."""
+        """Return the prompt in more detail. Raises ValueError if the model answers with an empty text."""
         device = next(self.model.parameters()).device
-        given = {name: tensor.to(device) for name, tensor in self.inputs(prompt, references).items()}
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs(prompt, references).items()}
         end = self.tokenizer.eos_token_id
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what else is drawn does not change
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # keeps the random state of the caller
             torch.manual_seed(seed)
-            made = self.model.generate(
-                **given,
+            generated = self.model.generate(
+                **inputs,
                 max_new_tokens=new_tokens,
                 do_sample=True,
                 temperature=temperature,
                 use_cache=True,
                 eos_token_id=end,
                 pad_token_id=self.tokenizer.pad_token_id,
-            )[0, given["input_ids"].shape[1] :]
-        if made.shape[0] == new_tokens and made[-1] != end:
-            log.warning("the rewritten prompt was cut at %d tokens: %.80r", new_tokens, prompt)
-        answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
+            )[0, inputs["input_ids"].shape[1] :]
+        if generated.shape[0] == new_tokens and generated[-1] != end:
+            log.warning("the rewritten prompt was truncated to %d tokens: %.80r", new_tokens, prompt)
+        answer = str(self.tokenizer.decode(generated, skip_special_tokens=True)).strip()
         if not answer:
-            raise ValueError(f"the text encoder answered with no words to {prompt!r:.80}: give it in other words")
+            raise ValueError(f"the text encoder answered with an empty text to {prompt!r:.80}. Rephrase it")
         return answer
 
 
 def load_upsampler(
     source: ModelSource, device: torch.device, dtype: torch.dtype, text: TextSource, pictures: bool
 ) -> Upsampler:
-    """The whole text encoder on `device` in `dtype`, its language layers' linears in `text.storage`.
+    """Return the complete text encoder on `device` in `dtype`, its language layers' linears in `text.storage`.
 
-    Args:
-        pictures: whether it will see references; then with the vision tower, whose weights stay in `dtype`.
-
-    Raises ValueError where prompts cannot be rewritten (`refusal`), WeightsError for files that are not such a model's.
+    With `pictures` it has the vision tower for references, whose weights stay in `dtype`. Raises ValueError if prompts
+    cannot be rewritten (`refusal_reason`), WeightsError for files of another model.
     """
-    if reason := refusal(source.variant, text):
+    if reason := refusal_reason(source.variant, text):
         raise ValueError(f"prompts cannot be rewritten: {reason}")
     folder = source.folder("text_encoder")
     if not (folder / "config.json").is_file():
@@ -194,7 +193,7 @@ def load_upsampler(
     config = json.loads((folder / "config.json").read_text())
     files = tensor_files(source, "text_encoder")
     if pictures and "vision_config" not in config:
-        raise WeightsError(f"{folder} is a language model without a vision tower: rewrite prompts without references")
+        raise WeightsError(f"{folder} is a language model without vision tower. Rewrite prompts without references")
     with torch.device("meta"):
         model: Any
         if pictures:
@@ -206,38 +205,38 @@ def load_upsampler(
         if text.storage is not None:
             quantize_text_encoder(language, text.storage, dtype)
     tied = bool(config.get("tie_word_embeddings"))
-    published = {name: Published((place,)) for name, place in places(model, language, files, tied).items()}
+    published = {name: PublishedTensor((place,)) for name, place in places(model, language, files, tied).items()}
     fill(model, files, published, f"the language model of {source.variant.name}", device, dtype, lambda name: True)
     rebuild_rotary(language, device)
     if pictures:
         tower = model.model.vision_tower
         with torch.device(device):
             tower.patch_positional_embedding = type(tower.patch_positional_embedding)(tower.config)
-    model.generation_config.max_length = None  # `rewrite` says how many tokens
+    model.generation_config.max_length = None  # `rewrite` sets the limit
     return Upsampler(model, load_tokenizer(source.folder("tokenizer")))
 
 
 def places(model: nn.Module, language: nn.Module, files: TensorFiles, tied: bool) -> dict[str, str]:
-    """Where each tensor of `model` is in `files`, whichever version of transformers wrote them.
+    """Return where each tensor of `model` is in `files`, for all versions of transformers that may have written them.
 
-    With `tied` the embeddings are the output head where there is no other.
+    With `tied` the embeddings are the output head if there is no other.
     """
     inside = language_prefix(files)
-    own = next(f"{name}." for name, module in model.named_modules() if module is language)
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is language)
     heads: list[str] = [name for name in ("lm_head.weight", "language_model.lm_head.weight") if name in files.names]
     heads += [f"{inside}embed_tokens.weight"] if tied else []
     if not heads:
         raise WeightsError(
-            f"{files.place} has no output head (lm_head.weight), without which it writes nothing: prompts are "
-            "rewritten by a whole text encoder, as the published one is"
+            f"{files.place} has no output head (lm_head.weight), which writing needs. Use a complete text encoder, as "
+            "published"
         )
     outer = "model." if "model.vision_tower.patch_conv.weight" in files.names else ""
-    found = {}
-    for name in taken(model):
-        if name.startswith(own):
-            found[name] = inside + name.removeprefix(own)
+    locations = {}
+    for name in expected_shapes(model):
+        if name.startswith(prefix):
+            locations[name] = inside + name.removeprefix(prefix)
         elif name == "lm_head.weight":
-            found[name] = heads[0]
+            locations[name] = heads[0]
         else:  # vision tower and projector
-            found[name] = outer + name.removeprefix("model.")
-    return found
+            locations[name] = outer + name.removeprefix("model.")
+    return locations

@@ -1,4 +1,4 @@
-"""What `python -m flux2.serve` runs."""
+"""Entry point of `python -m flux2.serve`."""
 
 import sys
 

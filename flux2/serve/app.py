@@ -1,15 +1,15 @@
-"""The text encoder as a web service: what `python -m flux2.serve` serves.
+"""The web service that `python -m flux2.serve` runs.
 
     GET  /health                 {"status": "ok"}; needs no token
-    GET  /identity?length=512    what embeddings depend on, and whose they are
+    GET  /identity?length=512    what embeddings depend on, and the model
     POST /encode                 {"prompts": ["...", ...], "length": 512} -> safetensors with `embeddings` (B, L, D)
 
 One thread encodes, one prompt at a time: in a batch the rounding of an embedding depends on its neighbors (on a CPU in
-bfloat16, and in float32 with several threads), and what a prompt's embedding is must not depend on who else asks. A
-prompt is padded to hundreds of tokens, which fill a processor by themselves, so there is little to gain. With
-`batch` > 1 prompts that wait together are encoded together all the same, and the identity says so.
+bfloat16, and in float32 with several threads), and an embedding must not depend on other clients. A prompt is padded to
+hundreds of tokens, which occupy a processor alone, so batches gain little. With `batch` > 1 waiting prompts are still
+encoded together, and the identity records it.
 
-Whatever is wrong with a request is a 4xx with {"error": reason}, found before anything is computed.
+An invalid request is answered with a 4xx and {"error": reason} before anything is computed.
 """
 
 from __future__ import annotations
@@ -36,35 +36,27 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from torch import Tensor
 
 from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
+from flux2.utils.cli import is_out_of_memory
 
 log = logging.getLogger(__name__)
-BODY_SECONDS = 30.0  # for a request's body to arrive
+BODY_SECONDS = 30.0  # time limit for the body of a request
 BUSY = {"Retry-After": "2"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how many prompts may wait.
+    """Limits of requests and of the queue."""
 
-    Attributes:
-        characters: of a prompt.
-        prompts: of a request.
-        length: tokens that a prompt may be padded to.
-        body: bytes of a request.
-        waiting: prompts of all requests; more are answered with 503.
-        batch: prompts that are encoded together.
-    """
-
-    characters: int = 20_000
-    prompts: int = 32
-    length: int = 512
-    body: int = 1 << 20
-    waiting: int = 256
-    batch: int = 1
+    characters: int = 20_000  # of a prompt
+    prompts: int = 32  # of a request
+    length: int = 512  # tokens that a prompt may be padded to
+    body: int = 1 << 20  # bytes of a request
+    waiting: int = 256  # prompts of all requests; further ones are answered with 503
+    batch: int = 1  # prompts that are encoded together
 
 
-class Encoder(Protocol):
-    """A `flux2.models.text_encoder.TextEncoder`."""
+class PromptEncoder(Protocol):
+    """Interface of `flux2.models.text_encoder.TextEncoder`."""
 
     cut: list[str]
 
@@ -72,10 +64,10 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Served:
-    """The encoder and what is told of it. `identity` takes the number of tokens that prompts are padded to."""
+class ServedEncoder:
+    """The encoder and its description. `identity` takes the number of tokens that prompts are padded to."""
 
-    encoder: Encoder
+    encoder: PromptEncoder
     model: str
     kind: str
     layers: tuple[int, ...]
@@ -84,7 +76,7 @@ class Served:
     identity: Callable[[int], str]
 
 
-class Question(BaseModel):
+class EncodeRequest(BaseModel):
     """The body of POST /encode."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -93,8 +85,8 @@ class Question(BaseModel):
 
 
 @dataclass
-class Waiting:
-    """One prompt that waits for its embedding (length, D), and for whether it was cut."""
+class PendingPrompt:
+    """A prompt that waits for its embedding (length, D), and for whether it was truncated."""
 
     prompt: str
     length: int
@@ -102,19 +94,19 @@ class Waiting:
 
 
 class Worker:
-    """The thread that encodes. Prompts are taken in the order they came."""
+    """The thread that encodes prompts in the order of their arrival."""
 
-    def __init__(self, encoder: Encoder, batch: int, most: int) -> None:
+    def __init__(self, encoder: PromptEncoder, batch: int, most: int) -> None:
         self.encoder, self.batch, self.most = encoder, batch, most
-        self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
-        self._first: Waiting | None = None
+        self._queue: queue.SimpleQueue[PendingPrompt | None] = queue.SimpleQueue()
+        self._first: PendingPrompt | None = None
         self._thread = threading.Thread(target=self._work, name="encoder")
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread once it has encoded all that waits."""
+        """End the thread after it has encoded all waiting prompts."""
         self._queue.put(None)
         self._thread.join()
 
@@ -123,10 +115,10 @@ class Worker:
         return self._queue.qsize()
 
     def submit(self, prompts: Sequence[str], length: int) -> list[Future[tuple[Tensor, bool]]]:
-        """The embeddings to come. Raises queue.Full if too many wait."""
+        """Return futures of the embeddings. Raises queue.Full if too many prompts wait."""
         if self.waiting + len(prompts) > self.most:
             raise queue.Full
-        units = [Waiting(prompt, length) for prompt in prompts]
+        units = [PendingPrompt(prompt, length) for prompt in prompts]
         for unit in units:
             self._queue.put(unit)
         return [unit.result for unit in units]
@@ -134,25 +126,25 @@ class Worker:
     def _work(self) -> None:
         while (unit := self._first or self._queue.get()) is not None:
             self._first = None
-            units = [unit, *self._beside(unit)]
+            units = [unit, *self._batch_with(unit)]
             units = [one for one in units if one.result.set_running_or_notify_cancel()]
             if units:
                 self._encode(units)
 
-    def _beside(self, unit: Waiting) -> list[Waiting]:
-        """Others that wait and can be encoded together with `unit`: as many as a batch takes, of its length."""
-        found: list[Waiting] = []
-        while len(found) < self.batch - 1 and not self._queue.empty():
+    def _batch_with(self, unit: PendingPrompt) -> list[PendingPrompt]:
+        """Return waiting prompts to encode together with `unit`: up to the batch size, of the same length."""
+        others: list[PendingPrompt] = []
+        while len(others) < self.batch - 1 and not self._queue.empty():
             other = self._queue.get()
             if other is None or other.length != unit.length:
                 self._first = other
                 if other is None:
                     self._queue.put(None)
                 break
-            found.append(other)
-        return found
+            others.append(other)
+        return others
 
-    def _encode(self, units: list[Waiting]) -> None:
+    def _encode(self, units: list[PendingPrompt]) -> None:
         try:
             self.encoder.cut.clear()
             embeddings = self.encoder.encode([unit.prompt for unit in units], units[0].length).cpu()
@@ -166,8 +158,8 @@ class Worker:
             unit.result.set_result((embedding, unit.prompt in cut))
 
 
-def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
-    """The service. With `token` every request but /health must carry it."""
+def application(served: ServedEncoder, limits: Limits, token: str | None) -> FastAPI:
+    """Return the service. With `token` every request except /health must carry it."""
     worker = Worker(served.encoder, limits.batch, limits.waiting)
 
     @asynccontextmanager
@@ -178,10 +170,10 @@ def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
 
     app = FastAPI(title="flux2 text encoder", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    async def authorised(request: Request) -> None:
+    async def authorize(request: Request) -> None:
         given = request.headers.get("Authorization", "").encode()
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+            raise HTTPException(401, "a bearer token is required", {"WWW-Authenticate": "Bearer"})
 
     def checked_length(length: int | None) -> int:
         length = served.length if length is None else length
@@ -204,8 +196,8 @@ def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
     async def health() -> dict[str, str | int]:
         return {"status": "ok", "waiting": worker.waiting}
 
-    @app.get("/identity", dependencies=[Depends(authorised)])
-    def told(length: int | None = None) -> dict[str, object]:
+    @app.get("/identity", dependencies=[Depends(authorize)])
+    def get_identity(length: int | None = None) -> dict[str, object]:
         tokens = checked_length(length)
         return {
             "model": served.model,
@@ -216,26 +208,26 @@ def application(served: Served, limits: Limits, token: str | None) -> FastAPI:
             "identity": identity(tokens),
         }
 
-    @app.post("/encode", dependencies=[Depends(authorised)])
+    @app.post("/encode", dependencies=[Depends(authorize)])
     async def encode(request: Request) -> Response:
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "the body must be application/json")
         body = await read_body(request, limits.body)
         try:
-            question = Question.model_validate_json(body)
+            question = EncodeRequest.model_validate_json(body)
         except ValidationError as error:
             raise HTTPException(422, first_problem(error.errors())) from error
         length = checked_length(question.length)
         if len(question.prompts) > limits.prompts:
-            raise HTTPException(422, f"{len(question.prompts)} prompts in one request; at most {limits.prompts}")
+            raise HTTPException(422, f"{len(question.prompts)} prompts are more than {limits.prompts} per request")
         longest = max(map(len, question.prompts))
         if longest > limits.characters:
-            raise HTTPException(422, f"a prompt has {longest} characters; at most {limits.characters}")
+            raise HTTPException(422, f"a prompt has {longest} characters, more than {limits.characters}")
         try:
             results = worker.submit(question.prompts, length)
         except queue.Full:
-            raise HTTPException(503, "too many prompts wait: try again", BUSY) from None
-        encoded = await answered(request, results)
+            raise HTTPException(503, "too many prompts are waiting: try again", BUSY) from None
+        encoded = await wait_for_results(request, results)
         content = await run_in_threadpool(pack, [embedding for embedding, _ in encoded])
         cut = ",".join(str(i) for i, (_, is_cut) in enumerate(encoded) if is_cut)
         headers = {IDENTITY_HEADER: identity(length), CUT_HEADER: cut}
@@ -249,7 +241,7 @@ def pack(embeddings: Sequence[Tensor]) -> bytes:
 
 
 def first_problem(errors: Sequence[dict] | Sequence[object]) -> str:
-    """The first of pydantic's errors in words, without what was given."""
+    """Return the first of pydantic's errors as text, without the input."""
     problem = errors[0]
     assert isinstance(problem, dict)
     place = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query"))
@@ -257,7 +249,7 @@ def first_problem(errors: Sequence[dict] | Sequence[object]) -> str:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """A request's body of up to `limit` bytes; a longer one is refused before it has arrived."""
+    """Return a request's body of up to `limit` bytes; a longer one is refused before it has arrived completely."""
     too_large = HTTPException(413, f"the body has more than {limit} bytes")
     declared = request.headers.get("Content-Length", "0")
     if not declared.isdecimal() or int(declared) > limit:
@@ -274,25 +266,27 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def answered(request: Request, results: Sequence[Future[tuple[Tensor, bool]]]) -> list[tuple[Tensor, bool]]:
-    """The results, once all are there. If the client goes away before, what has not begun is given up."""
+async def wait_for_results(
+    request: Request, results: Sequence[Future[tuple[Tensor, bool]]]
+) -> list[tuple[Tensor, bool]]:
+    """Return the results when all are complete. If the client disconnects first, prompts that wait are canceled."""
     work = asyncio.gather(*map(asyncio.wrap_future, results))
-    gone = asyncio.ensure_future(disconnected(request))
+    gone = asyncio.ensure_future(wait_for_disconnect(request))
     either: list[asyncio.Future[Any]] = [work, gone]
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not work.done():
         work.cancel()
-        raise HTTPException(499, "the client is gone")
+        raise HTTPException(499, "the client disconnected")
     gone.cancel()
     try:
         return work.result()
-    except torch.OutOfMemoryError as error:
-        raise HTTPException(503, "memory does not suffice now: try again, or with a smaller length", BUSY) from error
     except Exception as error:
-        raise HTTPException(500, f"the encoder failed ({type(error).__name__}); its log says why") from error
+        if is_out_of_memory(error):
+            raise HTTPException(503, "out of memory: try again, or with a smaller length", BUSY) from error
+        raise HTTPException(500, f"the encoder failed ({type(error).__name__}); see its log") from error
 
 
-async def disconnected(request: Request) -> None:
-    """Returns when the client is gone. The body must have been read."""
+async def wait_for_disconnect(request: Request) -> None:
+    """Return when the client has disconnected. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         continue

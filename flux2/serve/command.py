@@ -1,10 +1,11 @@
 """Serve a text encoder to machines that have no room for it: `python -m flux2.serve --model dev --port 8700`.
 
-Training then takes `text_encoder=remote text_encoder.url=http://127.0.0.1:8700` (docs/text-encoders.md). Reached from
-other machines only with a bearer token, which both sides read from the environment variable FLUX2_TEXT_ENCODER_TOKEN;
-or, bound to this machine as by default, through a tunnel: `ssh -L 8700:localhost:8700 machine`.
+Train with `text_encoder=remote text_encoder.url=http://127.0.0.1:8700` (docs/text-encoders.md). Other machines need a
+bearer token, which both sides read from the environment variable FLUX2_TEXT_ENCODER_TOKEN, or, with the default
+address,
+a tunnel: `ssh -L 8700:localhost:8700 machine`.
 
-SIGTERM and Ctrl-C end it when the requests under way are answered.
+SIGTERM and Ctrl-C end the server after the current requests are answered.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from flux2.weights.sources import model_source
 
 SHORTEST_TOKEN = 16
 KEEP_ALIVE = 75  # seconds that a connection may be idle
-LAST_REQUESTS = 600  # seconds that the requests under way may take at the end
+LAST_REQUESTS = 600  # seconds that current requests may take at shutdown
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,24 +37,32 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=(__doc__ or "").partition(":")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default="tiny", choices=list(VARIANTS), help="whose text encoder")
-    parser.add_argument("--path", help="repository id or folder with text_encoder/ and tokenizer/, if not published")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is every one, with a token")
-    parser.add_argument("--port", type=int, default=8700, help="0 chooses a free one")
-    parser.add_argument("--device", help="cuda, cpu; the GPU if there is one")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="bf16 on a GPU, else fp32")
-    parser.add_argument("--storage", choices=list(TEXT_STORAGES), help="keep the layers' weights in 4 or 8 bits")
-    parser.add_argument("--batch", type=int, default=1, help="prompts encoded together; above 1 rounding is shared")
-    parser.add_argument("--max-prompts", type=int, default=32, help="prompts of one request")
-    parser.add_argument("--max-characters", type=int, default=20_000, help="characters of one prompt")
+    parser.add_argument(
+        "--model", default="tiny", choices=list(VARIANTS), help="the model whose text encoder is served"
+    )
+    parser.add_argument("--path", help="repository id or folder with text_encoder/ and tokenizer/; default: published")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 means all, and needs a token"
+    )
+    parser.add_argument("--port", type=int, default=8700, help="port; 0 chooses a free one")
+    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--storage", choices=list(TEXT_STORAGES), help="store the layers' weights in 4 or 8 bits")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="prompts per batch; above 1, rounding depends on the batch"
+    )
+    parser.add_argument("--max-prompts", type=int, default=32, help="prompts per request")
+    parser.add_argument("--max-characters", type=int, default=20_000, help="characters per prompt")
     parser.add_argument("--max-length", type=int, default=512, help="tokens that prompts may be padded to")
-    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="bytes of one request")
-    parser.add_argument("--max-waiting", type=int, default=256, help="prompts that wait; more are answered with 503")
+    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="bytes per request")
+    parser.add_argument(
+        "--max-waiting", type=int, default=256, help="waiting prompts; further ones are answered with 503"
+    )
     return parser.parse_args(argv)
 
 
 def server_token(host: str) -> str | None:
-    """The token that requests must carry. Raises ValueError if there must be one and is none, or a bad one."""
+    """Return the token that requests must carry. Raises ValueError if it is required and missing, or invalid."""
     token = os.environ.get(TOKEN, "").strip()
     if not token and not is_loopback(host):
         raise ValueError(
@@ -61,12 +70,12 @@ def server_token(host: str) -> str | None:
             'requests must carry (python -c "import secrets; print(secrets.token_urlsafe())"), or bind to 127.0.0.1'
         )
     if token and (len(token) < SHORTEST_TOKEN or not re.fullmatch(r"[!-~]+", token)):
-        raise ValueError(f"the environment variable {TOKEN} must hold at least {SHORTEST_TOKEN} ASCII signs, no spaces")
+        raise ValueError(f"the environment variable {TOKEN} must hold >= {SHORTEST_TOKEN} ASCII characters, no spaces")
     return token or None
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A socket that nobody can connect to yet. Raises ValueError if the place is taken or is not this machine's."""
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Return a bound socket that does not listen yet. Raises ValueError if the address is in use or not local."""
     opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -78,20 +87,20 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serve until SIGTERM or Ctrl-C. Raises ValueError for anything wrong in `options`."""
+    """Serve until SIGTERM or Ctrl-C. Raises ValueError for invalid options."""
     try:
         import uvicorn
 
-        from flux2.serve.app import Limits, Served, application
+        from flux2.serve.app import Limits, ServedEncoder, application
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install -e '.[serve]'") from error
 
-    given = {"characters": "max_characters", "prompts": "max_prompts", "length": "max_length"}
-    given |= {"body": "max_body", "waiting": "max_waiting", "batch": "batch"}
+    options_by_limit = {"characters": "max_characters", "prompts": "max_prompts", "length": "max_length"}
+    options_by_limit |= {"body": "max_body", "waiting": "max_waiting", "batch": "batch"}
     limits = Limits(
         **{
             name: checks.integer("--" + option.replace("_", "-"), getattr(options, option), 1)
-            for name, option in given.items()
+            for name, option in options_by_limit.items()
         }
     )
     token = server_token(options.host)
@@ -100,8 +109,8 @@ def run(options: argparse.Namespace) -> None:
     source = model_source(options.model, text_encoder=options.path)
     text = source.variant.text
     files = text_encoder_fingerprint(source)
-    with bound(options.host, options.port) as listening:
-        served = Served(
+    with bind_socket(options.host, options.port) as listening:
+        served = ServedEncoder(
             encoder=load_text_encoder(source, device, dtype, options.storage),
             model=source.variant.name,
             kind=text.kind,
@@ -120,14 +129,14 @@ def run(options: argparse.Namespace) -> None:
         )
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        asked = "with" if token else "without"
-        said = f"{options.model}'s text encoder at http://{address}:{port}, {asked} a token"
+        access = "with" if token else "without"
+        ready = f"{options.model}'s text encoder at http://{address}:{port}, {access} a token"
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
                 if self.started:
-                    print(said, flush=True)
+                    print(ready, flush=True)
 
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it has ended
             signal.signal(number, lambda *_: None)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+# in the messages of errors of PyTorch and CUDA that have no type of their own
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+
 
 def split_adapter(option: str) -> tuple[str, float]:
     """Split `PATH[:SCALE]` into path and scale; a colon that belongs to the path stays in it.
@@ -34,5 +37,5 @@ def format_error(error: Exception) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` reports that a GPU or the host is out of memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Return whether `error` says that memory of a GPU or of the host is used up."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-UNFINISHED = ".part-"  # prefix of the name of a file while it is written
+from flux2.utils.files import temporary_path
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -77,7 +77,7 @@ def check_target_file(path: Path, what: str) -> None:
     """Raise ValueError, starting with `what`, unless a file can be written at `path`. Write nothing."""
     folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
     try:
-        (folder / f"{UNFINISHED}{path.name}").lstat()  # the file system itself knows the longest name it accepts
+        temporary_path(folder / path.name).lstat()  # the file system itself knows the longest name it accepts
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # any other error is reported by the checks below
             raise ValueError(f"{what} cannot be written: File name too long, give a shorter one") from error

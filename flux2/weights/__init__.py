@@ -1,3 +1,3 @@
-"""A model's files: where they are, how tensors are named, read, written and loaded, and quantized copies on disk. It
-imports flux2.models and what that imports. Begin with loading.py; sources.py says where the files are.
+"""Model files: where they are, how tensors are named, read, written and loaded, and quantized copies on disk. The
+package imports flux2.models and the packages below it. Begin with loading.py; sources.py finds the files.
 """

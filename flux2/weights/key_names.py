@@ -1,7 +1,7 @@
-"""The names of tensors: ours, which are Black Forest Labs', and diffusers'.
+"""Tensor names: ours, which are those of Black Forest Labs, and those of diffusers.
 
-The table from our names to diffusers' is written once, here, and serves loading, exporting and adapters: a tensor of
-ours is one published tensor, three stacked ones (q, k, v), or one with its halves swapped.
+The table from our names to diffusers' names is written once, here, and serves loading, export and adapters: one of our
+tensors is one published tensor, three stacked ones (q, k, v), or one with its halves swapped.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Published:
-    """How one tensor of ours is stored under diffusers' names."""
+class PublishedTensor:
+    """How one of our tensors is stored under diffusers' names."""
 
     names: tuple[str, ...]
     kind: Literal["same", "stacked", "swapped", "pointwise"] = "same"
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Published tensors, in the order of `names` -> ours."""
+        """Return our tensor from the published tensors, in the order of `names`."""
         if self.kind == "stacked":
             return torch.cat(list(tensors))
         (tensor,) = tensors
@@ -34,7 +34,7 @@ class Published:
         return tensor
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Ours -> published tensors by name: the inverse of `join`."""
+        """Return the published tensors by name: the inverse of `join`."""
         if self.kind == "stacked":
             return dict(zip(self.names, tensor.chunk(len(self.names)), strict=True))
         if self.kind == "swapped":
@@ -45,7 +45,7 @@ class Published:
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
-    """(shift, scale) <-> (scale, shift) along the first dimension."""
+    """Swap (shift, scale) and (scale, shift) along the first dimension."""
     first, second = tensor.chunk(2)
     return torch.cat([second, first])
 
@@ -87,25 +87,25 @@ _OUTER = {
 }
 
 
-def transformer_module(name: str) -> Published:
-    """diffusers' names of one of our transformer's modules. Raises KeyError for a name that is not ours."""
+def transformer_module(name: str) -> PublishedTensor:
+    """Return diffusers' names of one of our transformer's modules. Raises KeyError for an unknown name."""
     if match := re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", name):
         kind, index, inner = match.groups()
         if kind == "single":
-            return Published((f"single_transformer_blocks.{index}.{_SINGLE[inner]}",))
+            return PublishedTensor((f"single_transformer_blocks.{index}.{_SINGLE[inner]}",))
         prefix = f"transformer_blocks.{index}"
         if inner in _QKV:
-            return Published(tuple(f"{prefix}.{part}" for part in _QKV[inner]), "stacked")
-        return Published((f"{prefix}.{_DOUBLE[inner]}",))
-    return Published((_OUTER[name],), "swapped" if name == "final_layer.adaLN_modulation.1" else "same")
+            return PublishedTensor(tuple(f"{prefix}.{part}" for part in _QKV[inner]), "stacked")
+        return PublishedTensor((f"{prefix}.{_DOUBLE[inner]}",))
+    return PublishedTensor((_OUTER[name],), "swapped" if name == "final_layer.adaLN_modulation.1" else "same")
 
 
-def transformer_tensor(name: str) -> Published:
-    """diffusers' names of one of our transformer's parameters."""
+def transformer_tensor(name: str) -> PublishedTensor:
+    """Return diffusers' names of one of our transformer's parameters."""
     module, _, leaf = name.rpartition(".")
     published = transformer_module(module)
     leaf = "weight" if leaf == "scale" else leaf
-    return Published(tuple(f"{part}.{leaf}" for part in published.names), published.kind)
+    return PublishedTensor(tuple(f"{part}.{leaf}" for part in published.names), published.kind)
 
 
 _AUTOENCODER = (
@@ -124,11 +124,11 @@ _AUTOENCODER = (
 )
 
 
-def autoencoder_tensor(name: str, levels: int) -> Published:
-    """diffusers' name of one of our autoencoder's tensors; `levels` is the number of resolutions."""
+def autoencoder_tensor(name: str, levels: int) -> PublishedTensor:
+    """Return diffusers' name of one of our autoencoder's tensors; `levels` is the number of resolutions."""
     pointwise = re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name)
     for pattern, replacement in _AUTOENCODER:
         name = re.sub(pattern, replacement, name)
     # our up.0 is the level of full resolution, as in the published file; diffusers counts from the smallest
     name = re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", name)
-    return Published((name,), "pointwise" if pointwise else "same")
+    return PublishedTensor((name,), "pointwise" if pointwise else "same")

@@ -1,10 +1,10 @@
-"""Fill a model with a published one's weights.
+"""Fill models with published weights.
 
-Two namings are read for the transformer and the autoencoder: diffusers' and Black Forest Labs' own, which is also ours
-(flux2/weights/key_names.py); weights may be quantized in the file (flux2/weights/prequantized.py). Models are built on
-the meta device and filled tensor by tensor, quantized on the way where a layer is kept so, while threads read the next
-ones (flux2/weights/parallel_reader.py): host memory never holds more than two tensors beside the model. Loading is
-strict: missing, unexpected and misshaped tensors are one error that lists them.
+Two naming schemes are read for the transformer and the autoencoder: diffusers' and Black Forest Labs', which is also
+ours (flux2/weights/key_names.py). Weights may be quantized in the file (flux2/weights/prequantized.py). Models are
+built on the meta device and filled tensor by tensor, quantized on the way if the layer is quantized, while threads read
+the next ones (flux2/weights/parallel_reader.py): host memory holds at most two tensors in addition to the model.
+Loading is strict: missing, unexpected and misshaped tensors are one error that lists them.
 """
 
 from __future__ import annotations
@@ -33,27 +33,17 @@ from flux2.models.variants import TextConfig
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision, convert
 from flux2.utils.text import listed
-from flux2.weights.key_names import Published, autoencoder_tensor, transformer_tensor
-from flux2.weights.parallel_reader import Digests, ReadTask, part_by_part, run
+from flux2.weights.key_names import PublishedTensor, autoencoder_tensor, transformer_tensor
+from flux2.weights.parallel_reader import Digests, ReadTask, group_by_module, run_tasks
 from flux2.weights.prequantized import MARKER, Weight, find_part
-from flux2.weights.quantized_cache import QuantizedCache, put
+from flux2.weights.quantized_cache import QuantizedCache, set_tensor
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
 from flux2.weights.sources import ModelSource, WeightsError, fingerprint
 
 
-def check(what: str, files: TensorFiles, missing: set[str], unexpected: set[str], misshaped: Sequence[str]) -> None:
-    problems = [
-        f"{len(names)} {kind}: {listed(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
-        if names
-    ]
-    if problems:
-        raise WeightsError(f"{files.place} does not hold {what}: " + "; ".join(problems))
-
-
 @runtime_checkable
 class StoresWeight(Protocol):
-    """A linear layer that takes a float weight (out_features, in_features) and keeps it in a form of its own."""
+    """A linear layer that takes a float weight (out_features, in_features) and stores it in its own format."""
 
     in_features: int
     out_features: int
@@ -61,46 +51,39 @@ class StoresWeight(Protocol):
     def store(self, weight: Tensor) -> None: ...
 
 
-def taken(model: nn.Module) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors that a model is filled with.
+def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return names and shapes of the tensors that a model is filled with.
 
-    They are its parameters and buffers; of a module with a method `store`, a `weight` in their place.
+    These are its parameters and buffers; a module with a method `store` has a `weight` instead of its own.
     """
     stores = {name: module for name, module in model.named_modules() if isinstance(module, StoresWeight)}
-    own = tuple(f"{name}." for name in stores)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(own)}
+    prefixes = tuple(f"{name}." for name in stores)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
     return shapes | {
         f"{name}.weight": torch.Size((module.out_features, module.in_features)) for name, module in stores.items()
     }
 
 
 @dataclass
-class Filled:
-    """How many of a model's layers were stored in their own form, and how the file held its weights.
+class FillCounts:
+    """How many layers of a model were stored in their own format, and how the file held the weights."""
 
-    Attributes:
-        quantized: layers whose weight was quantized now.
-        taken_over: layers whose weight was in their form in the file.
-        dequantized: tensors that were quantized in the file and are in another form here.
-        unused: tensors of the file that belong to weights and are not used: scales of inputs.
-    """
+    quantized: int = 0  # layers whose weight was quantized now
+    kept: int = 0  # layers whose weight had their format in the file
+    dequantized: int = 0  # tensors that were quantized in the file and have another format here
+    unused: int = 0  # scales of inputs in the file, which belong to weights and are not used
 
-    quantized: int = 0
-    taken_over: int = 0
-    dequantized: int = 0
-    unused: int = 0
-
-    def said(self, files: TensorFiles) -> str:
-        """One line about a file that is quantized already; empty for others."""
-        if not self.taken_over and not self.dequantized:
+    def description(self, files: TensorFiles) -> str:
+        """Return one line about a file that is quantized already; empty for other files."""
+        if not self.kept and not self.dequantized:
             return ""
-        text = f"{files.place} is quantized: {self.taken_over} layers are kept as they are there"
+        text = f"{files.place} is quantized: {self.kept} layers keep the stored format"
         text += f", {self.dequantized} tensors are dequantized" if self.dequantized else ""
-        return text + (f", {self.unused} scales of inputs are not used" if self.unused else "")
+        return text + (f", {self.unused} input scales are not used" if self.unused else "")
 
 
-def homes(host: Sequence[str], device: torch.device) -> Callable[[str], torch.device]:
-    """Where the tensor or module of a name stays: in host memory if it is one of the modules `host` or in it."""
+def device_chooser(host: Sequence[str], device: torch.device) -> Callable[[str], torch.device]:
+    """Return a function that maps a name to its device: the CPU inside the modules `host`, else `device`."""
     inside = tuple(f"{module}." for module in host)
     return lambda name: torch.device("cpu") if name.startswith(inside) else device
 
@@ -108,7 +91,7 @@ def homes(host: Sequence[str], device: torch.device) -> Callable[[str], torch.de
 def fill(
     model: nn.Module,
     files: TensorFiles,
-    published: Mapping[str, Published],
+    published: Mapping[str, PublishedTensor],
     what: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -116,82 +99,99 @@ def fill(
     host: Sequence[str] = (),
     digests: Digests | None = None,
     modules: Mapping[str, Callable[[], None]] | None = None,
-) -> Filled:
+) -> FillCounts:
     """Fill a model built on the meta device.
 
     Args:
-        model: every tensor of `taken(model)` is filled. A module with a method `store` is given its weight in the
-            file's dtype, or in `dtype` if it is quantized in the file.
-        published: for each of these names, where it is in `files`.
-        what: the model's name in errors.
-        device, dtype: of the filled tensors; integers keep their dtype.
-        ignored: names in `files` that may stay unread.
-        host: modules whose tensors stay in host memory; they are quantized on `device` all the same.
-        digests: gets the checksums of all that is read.
-        modules: by name, those that are filled one after the other; what one maps to is called once it is filled.
+        model: The model; every tensor of `expected_shapes(model)` is filled. A module with a method `store` receives
+            its weight in the file's dtype, or in `dtype` if it is quantized in the file.
+            weight in the file's dtype, or in `dtype` if it is quantized in the file.
+        published: The location of each of these names in `files`.
+        what: Name of the model in errors.
+        device, dtype: Device and dtype of the filled tensors; integers keep their dtype.
+        ignored: Returns whether a name in `files` may stay unread.
+        host: Modules whose tensors stay in host memory; they are still quantized on `device`.
+        digests: Receives the checksums of everything that is read.
+        modules: Modules, by name, that are filled one after the other; the value is called when its module is filled.
     """
     device = torch.device(device)
-    home = homes(host, device)
-    shapes = taken(model)
-    weights, missing = {}, set()
-    misshaped, unused = [], 0
-    unread = {name for name in files.names if not ignored(name) and name.rpartition(".")[2] != MARKER}
-    for name, entry in published.items():
-        parts = [find_part(files, key) for key in entry.names]
-        missing |= {key for key, part in zip(entry.names, parts, strict=True) if part is None}
-        there = [part for part in parts if part is not None]
-        for part in there:
-            unread -= part.names
-            unused += len(part.unused)
-        if len(there) == len(parts):
-            weights[name] = Weight(entry, tuple(there))
-            if weights[name].shape != shapes[name]:
-                shape = tuple(weights[name].shape)
-                misshaped.append(f"{entry.names[0]} {shape} instead of {tuple(shapes[name])}")
-    check(what, files, missing, unread, misshaped)
+    device_of = device_chooser(host, device)
+    weights = match_weights(model, files, published, what, ignored)
     check_floats(model, weights)
 
-    filled = Filled(unused=unused)
+    filled = FillCounts(unused=sum(len(part.unused) for one in weights.values() for part in one.parts))
 
-    def job(name: str, weight: Weight) -> ReadTask:
-        stays = home(name)
+    def read_task(name: str, weight: Weight) -> ReadTask:
+        final_device = device_of(name)
         stores = isinstance(model.get_submodule(name.rpartition(".")[0]), StoresWeight)
-        reads = weight.reads(device if stores or not weight.plain else stays)
-        return ReadTask(reads, lambda tensors: place(model, name, weight, tensors, dtype, stays, filled))
+        reads = weight.reads(device if stores or not weight.plain else final_device)
+        return ReadTask(reads, lambda tensors: store_weight(model, name, weight, tensors, dtype, final_device, filled))
 
-    run(part_by_part({name: job(name, weight) for name, weight in weights.items()}, modules or {}), digests)
+    tasks = {name: read_task(name, weight) for name, weight in weights.items()}
+    run_tasks(group_by_module(tasks, modules or {}), digests)
     files.check_unchanged()
-    left = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
-    left |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
-    assert not left, f"not filled: {listed(left)}"
+    unfilled = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+    unfilled |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    assert not unfilled, f"not filled: {listed(unfilled)}"
     return filled
 
 
+def match_weights(
+    model: nn.Module,
+    files: TensorFiles,
+    published: Mapping[str, PublishedTensor],
+    what: str,
+    ignored: Callable[[str], bool],
+) -> dict[str, Weight]:
+    """Return where the tensors of `model` are in `files`, by our names; arguments as in `fill`.
+
+    Raises WeightsError, which lists the names, if tensors are missing, unexpected or misshaped.
+    """
+    shapes = expected_shapes(model)
+    weights: dict[str, Weight] = {}
+    missing: set[str] = set()
+    misshaped: list[str] = []
+    unread = {name for name in files.names if not ignored(name) and name.rpartition(".")[2] != MARKER}
+    for name, entry in published.items():
+        found = {key: find_part(files, key) for key in entry.names}
+        missing |= {key for key, part in found.items() if part is None}
+        parts = tuple(part for part in found.values() if part is not None)
+        unread -= {key for part in parts for key in part.names}
+        if len(parts) == len(found):
+            weights[name] = Weight(entry, parts)
+            if weights[name].shape != shapes[name]:
+                misshaped.append(f"{entry.names[0]} {tuple(weights[name].shape)} instead of {tuple(shapes[name])}")
+    kinds: dict[str, set[str] | list[str]] = {"missing": missing, "unexpected": unread, "misshaped": misshaped}
+    if problems := [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]:
+        raise WeightsError(f"{files.place} does not hold {what}: " + "; ".join(problems))
+    return weights
+
+
 def check_floats(model: nn.Module, weights: Mapping[str, Weight]) -> None:
-    """Raises WeightsError for whole numbers in a file where the model has floats: a cast would hide what is wrong."""
-    kept = model.state_dict()
+    """Raise WeightsError for integers in a file if the model expects floats: a cast would hide the error."""
+    model_tensors = model.state_dict()
     for name, weight in weights.items():
         for part in weight.parts:
             stored = part.stored["weight"]
-            wants_float = name not in kept or kept[name].is_floating_point()
+            wants_float = name not in model_tensors or model_tensors[name].is_floating_point()
             if part.form == "plain" and wants_float and not stored.dtype.is_floating_point:
-                raise WeightsError(f"{part.said} is in {stored.dtype}, and a weight is a float: these are other files")
+                raise WeightsError(f"{part.description} has dtype {stored.dtype}, not a float: give the model's files")
 
 
-def place(
+def store_weight(
     model: nn.Module,
     name: str,
     weight: Weight,
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None,
-    stays: torch.device,
-    filled: Filled,
+    final_device: torch.device,
+    filled: FillCounts,
 ) -> None:
-    """Put what was read of `weight` where the model keeps what is called `name`, and count it in `filled`."""
+    """Store the tensors that were read of `weight` as `name` in the model, and count it in `filled`."""
     module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, QuantizedLinear) and weight.taken_over_by(module, tensors):
-        filled.taken_over += 1
-        module.to(stays)
+    if isinstance(module, QuantizedLinear) and weight.keep_stored_form(module, tensors):
+        filled.kept += 1
+        module.to(final_device)
         return
     tensor = weight.dequantized(tensors, dtype or torch.float32)
     tensors.clear()
@@ -200,20 +200,20 @@ def place(
         try:
             module.store(tensor)
         except ValueError as error:
-            raise WeightsError(f"{weight.parts[0].said} cannot be used: {error}") from error
+            raise WeightsError(f"{weight.parts[0].description} cannot be used: {error}") from error
         filled.quantized += 1
-        module.to(stays)
+        module.to(final_device)
     else:
-        put(model, name, tensor.to(stays, dtype if tensor.is_floating_point() else None).contiguous())
+        set_tensor(model, name, tensor.to(final_device, dtype if tensor.is_floating_point() else None).contiguous())
 
 
-def transformer_names(model: nn.Module, files: TensorFiles) -> tuple[dict[str, Published], Callable[[str], bool]]:
-    """Where each tensor of a transformer, or a part of it, is in `files`, and which names there are of other models."""
+def transformer_names(model: nn.Module, files: TensorFiles) -> tuple[dict[str, PublishedTensor], Callable[[str], bool]]:
+    """Return where each tensor of a transformer, or of a part of it, is in `files`, and which names to ignore."""
     prefix = next((p for p in ("model.diffusion_model.", "diffusion_model.") if f"{p}img_in.weight" in files.names), "")
-    if f"{prefix}img_in.weight" in files.names:  # Black Forest Labs' names, perhaps with ComfyUI's prefix
-        published = {name: Published((prefix + name,)) for name in taken(model)}
+    if f"{prefix}img_in.weight" in files.names:  # Black Forest Labs' names, possibly with ComfyUI's prefix
+        published = {name: PublishedTensor((prefix + name,)) for name in expected_shapes(model)}
     else:
-        published = {name: transformer_tensor(name) for name in taken(model)}
+        published = {name: transformer_tensor(name) for name in expected_shapes(model)}
     return published, lambda name: bool(prefix) and not name.startswith(prefix)
 
 
@@ -227,16 +227,15 @@ def load_transformer(
     say: Callable[[str], None] = print,
     ready: Callable[[nn.Module], None] | None = None,
 ) -> Transformer:
-    """The transformer on `device` in `precision`, or all of it in one dtype, frozen, in evaluation mode.
+    """Return the transformer on `device` in `precision`, which may be a dtype, frozen, in evaluation mode.
 
     Args:
-        cache: folder of quantized copies (flux2/weights/quantized_cache.py). If it holds one of these files in this
-        precision,
-            that is loaded in their place; otherwise one is made, if anything was quantized. None: no copies.
-        host: modules (`single_blocks.3`) that stay in host memory; they are quantized on `device` all the same.
-        say: is told, in a line each, of copies read and written, and of files that are quantized.
-        ready: is called with each block as soon as it is filled, and at the end with the model. It may replace their
-            parameters, to keep a share of them; then no copy of what was quantized is made.
+        cache: Folder of quantized copies (flux2/weights/quantized_cache.py). A copy of these files in this precision is
+            loaded instead of the files; without one, a copy is written if anything was quantized. None: no copies.
+        host: Modules (`single_blocks.3`) that stay in host memory; they are still quantized on `device`.
+        say: Receives a line for each copy that is read or written, and for files that are quantized.
+        ready: Called with each block as soon as it is filled, and with the model at the end. It may replace parameters
+            with shards of them; no quantized copy is written then.
     """
     if isinstance(precision, torch.dtype):
         precision = Precision(precision)
@@ -258,16 +257,16 @@ def load_transformer(
     copies, found = None, False
     if cache is not None and precision.storage is not None:
         copies = QuantizedCache(cache, source.variant.name, files, model, precision, say)
-        found = copies.read(model, homes(host, device), blocks(model))
+        found = copies.read(model, device_chooser(host, device), blocks(model))
         if not found:
-            model = build()  # what was read of a damaged copy is not kept
+            model = build()  # without the tensors of a damaged copy
     if not found:
         published, ignored = transformer_names(model, files)
         digests = Digests() if copies is not None and ready is None else None
         what = f"the transformer of {source.variant.name}"
         filled = fill(model, files, published, what, device, precision.dtype, ignored, host, digests, blocks(model))
-        if told := filled.said(files):
-            say(told)
+        if description := filled.description(files):
+            say(description)
         if copies is not None and digests is not None and filled.quantized:
             copies.write(model, digests)
     if ready is not None:
@@ -276,7 +275,7 @@ def load_transformer(
 
 
 def load_text_projection(source: ModelSource, device: torch.device | str, dtype: torch.dtype) -> nn.Linear:
-    """The transformer's first layer on embeddings, `txt_in`, alone: (.., text_width) -> (.., hidden)."""
+    """Return the transformer's projection of embeddings, `txt_in`: (.., text_width) -> (.., hidden)."""
     with torch.device("meta"):
         whole = Transformer(source.variant.transformer)
     model = nn.Module()
@@ -291,25 +290,18 @@ def load_text_projection(source: ModelSource, device: torch.device | str, dtype:
 def load_autoencoder(
     source: ModelSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """The autoencoder on `device` in `dtype`, frozen, in evaluation mode."""
+    """Return the autoencoder on `device` in `dtype`, frozen, in evaluation mode."""
     config = source.variant.autoencoder
     with torch.device("meta"):
         model = Autoencoder(config)
-    model.bn.num_batches_tracked = None  # only training it would need the count
+    model.bn.num_batches_tracked = None  # only training needs the count
     files = tensor_files(source, "vae")
     if "encoder.down.0.block.0.conv1.weight" in files.names:
-        published = {name: Published((name,)) for name in taken(model)}
+        published = {name: PublishedTensor((name,)) for name in expected_shapes(model)}
     else:
-        published = {name: autoencoder_tensor(name, len(config.widths)) for name in taken(model)}
-    fill(
-        model,
-        files,
-        published,
-        f"the autoencoder of {source.variant.name}",
-        device,
-        dtype,
-        ignored=lambda name: name == "bn.num_batches_tracked",
-    )
+        published = {name: autoencoder_tensor(name, len(config.widths)) for name in expected_shapes(model)}
+    name = f"the autoencoder of {source.variant.name}"
+    fill(model, files, published, name, device, dtype, lambda name: name == "bn.num_batches_tracked")
     return model.eval()
 
 
@@ -319,10 +311,10 @@ def load_text_encoder(
     dtype: torch.dtype = torch.bfloat16,
     storage: TextStorage | None = None,
 ) -> TextEncoder:
-    """The text encoder's layers that are read, on `device` in `dtype`, with its tokenizer.
+    """Return the text encoder's layers that are read, on `device` in `dtype`, with its tokenizer.
 
-    With `storage` the linears are quantized one by one while they are loaded; what is NF4 in the file is then taken
-    over as it is. Raises ValueError for a `storage` that there is not, WeightsError for files that are not the model's.
+    With `storage` each linear is quantized while the model is loaded; weights that are NF4 in the file are then kept as
+    stored. Raises ValueError for an unknown `storage`, WeightsError for files of another model.
     """
     check_storage(storage, "storage")
     files = tensor_files(source, "text_encoder")
@@ -330,7 +322,7 @@ def load_text_encoder(
     text = source.variant.text
     config_file = folder / "config.json"
     if not config_file.exists():
-        raise WeightsError(f"{folder} holds no config.json")
+        raise WeightsError(f"{folder} holds no config.json. Give a complete text encoder")
     try:
         with torch.device("meta"):
             model = build(json.loads(config_file.read_text()), text)
@@ -342,17 +334,18 @@ def load_text_encoder(
     takes = source.variant.transformer.text_width
     if width != takes:
         raise WeightsError(
-            f"{folder} makes embeddings of width {width}, {source.variant.name} takes {takes}: it is another model's"
+            f"{folder} gives embeddings of width {width}, but {source.variant.name} takes {takes}. Give its own text "
+            "encoder"
         )
     prefix = language_prefix(files)
-    read = {name: Published((prefix + name,)) for name in taken(model)}
+    read = {name: PublishedTensor((prefix + name,)) for name in expected_shapes(model)}
     fill(model, files, read, f"the text encoder of {source.variant.name}", device, dtype, ignored=lambda name: True)
     rebuild_rotary(model, device)
     return TextEncoder(model, load_tokenizer(source.folder("tokenizer")), text)
 
 
 def language_prefix(files: TensorFiles) -> str:
-    """What precedes the names of a language model's own tensors in `files`. Raises WeightsError if there is none."""
+    """Return the prefix of a language model's tensors in `files`. Raises WeightsError if there is no language model."""
     # saved as a language model, as part of a vision-language model, or as such by newer versions of transformers
     prefixes = ("model.language_model.", "language_model.model.", "model.", "")
     prefix = next((p for p in prefixes if f"{p}embed_tokens.weight" in files.names), None)
@@ -362,19 +355,19 @@ def language_prefix(files: TensorFiles) -> str:
 
 
 def text_encoder_fingerprint(source: ModelSource) -> str:
-    """A digest of the text encoder's and the tokenizer's files. Raises WeightsError if they are not there."""
+    """Return a digest of the text encoder's and the tokenizer's files. Raises WeightsError if they do not exist."""
     return fingerprint(source, "text_encoder") + fingerprint(source, "tokenizer")
 
 
 def embedding_identity(
     text: TextConfig, files: str, length: int, dtype: torch.dtype, storage: TextStorage | None = None
 ) -> str:
-    """What an embedding depends on beside its prompt, the same on any machine; `files` is their fingerprint."""
+    """Return what an embedding depends on besides its prompt, the same on any machine; `files` is the fingerprint."""
     return f"{text.kind} {files} {text.layers} {length} {dtype}" + (f" {storage}" if storage else "")
 
 
 def rebuild_rotary(model: nn.Module, device: torch.device | str) -> None:
-    """Recompute the rotary tables, which no file stores and the meta device left empty."""
+    """Recompute the rotary tables, which no file stores and which are empty on the meta device."""
     rotary = model.get_submodule("rotary_emb")
     with torch.device(device):
         model.rotary_emb = type(rotary)(model.config)

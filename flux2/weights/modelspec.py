@@ -1,8 +1,8 @@
-"""What a file says of itself: metadata of ModelSpec (github.com/Stability-AI/ModelSpec, version 1.0.1).
+"""Metadata of safetensors files after ModelSpec (github.com/Stability-AI/ModelSpec, version 1.0.1).
 
 It requires `sai_model_spec`, `architecture`, `implementation` and `title`. Its list of architectures ends before FLUX:
 no name is registered for FLUX.2. The names here are those that kohya's musubi-tuner writes and, in lower case, SwarmUI
-knows: `Flux.2-dev`, `Flux.2-klein-4b`, `Flux.2-klein-9b`, for base and distilled alike, with `/lora` for a LoRA.
+knows: `Flux.2-dev`, `Flux.2-klein-4b`, `Flux.2-klein-9b`, for base and distilled models alike, with `/lora` for a LoRA.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "klein_9b": "Flux.2-klein-9b",
     "klein_base_4b": "Flux.2-klein-4b",
     "klein_4b": "Flux.2-klein-4b",
-    "tiny": "flux2-lora-tiny",  # our own, of sizes that no other program knows
+    "tiny": "flux2-lora-tiny",  # ours, with sizes that no other program knows
 }
 
 
@@ -44,17 +44,17 @@ def metadata(
     merged_from: str = "",
     dated: bool = False,
 ) -> dict[str, str]:
-    """The metadata of a safetensors file, besides the hash.
+    """Return the metadata of a safetensors file, except the hash.
 
     Args:
-        base: a variant or a repository.
-        lora: whether it is one; else a full checkpoint.
-        names: whose the tensors' are, `bfl` or `diffusers`.
-        dated: with the day; without it the same training gives the same bytes.
+        base: A variant or a repository.
+        lora: Whether the file is a LoRA; otherwise it is a full checkpoint.
+        names: Naming scheme of the tensors, `bfl` or `diffusers`.
+        dated: Whether to add the date; without it the same training gives the same bytes.
     """
     variant = find_variant(base)
     name = variant.name if variant else base
-    told = {
+    spec = {
         "sai_model_spec": VERSION,
         "architecture": ARCHITECTURES.get(name, name) + ("/lora" if lora else ""),
         "implementation": "diffusers" if names == "diffusers" else BFL,
@@ -68,11 +68,11 @@ def metadata(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat() if dated else "",
     }
     kept = {"format": "pt", "base_model": base} | ({"base_model_license": license} if license else {})
-    return kept | {PREFIX + key: value for key, value in told.items() if value}
+    return kept | {PREFIX + key: value for key, value in spec.items() if value}
 
 
 def content_hash(state: Mapping[str, Tensor]) -> str:
-    """ModelSpec's `hash_sha256` of what safetensors writes for these tensors: of all bytes after the header."""
+    """Return ModelSpec's `hash_sha256` of what safetensors writes for these tensors: of all bytes after the header."""
     raw = memoryview(save(dict(state)))
     start = 8 + int.from_bytes(raw[:8], "little")
     return "0x" + hashlib.sha256(raw[start:]).hexdigest()

@@ -1,17 +1,16 @@
-"""Tensors of ours as files hold them: as floats, or quantized already.
+"""Our tensors as files hold them: as floats, or already quantized.
 
     plain   a float tensor
-    fp8     `X.weight` in e4m3 or e5m2; its scale, one a tensor or one a row, is `X.weight_scale` or, as ComfyUI wrote
-            it, `X.scale_weight`; without, it is 1. `X.input_scale` and `X.scale_input` are for products with quantized
-            inputs, whose scales are measured here instead: they are not used.
-    nf4     bitsandbytes' keys: `X.weight` with two values a byte, `.absmax`, `.quant_map`, `.nested_absmax`,
+    fp8     `X.weight` in e4m3 or e5m2; its scale, one per tensor or one per row, is `X.weight_scale` or, as ComfyUI
+            wrote it, `X.scale_weight`; without one it is 1. `X.input_scale` and `X.scale_input` are for products with
+            quantized inputs, whose scales are measured here instead: they are not used.
+    nf4     bitsandbytes' keys: `X.weight` with two values per byte, `.absmax`, `.quant_map`, `.nested_absmax`,
             `.nested_quant_map` and, with the shape, `.quant_state.bitsandbytes__nf4`
 
-What is in the form of the layer that it is for is taken over bit for bit. NF4 quantizes blocks of 64 elements in the
-order of memory, so that three weights (q, k, v) on top of each other, or the halves of one in another order, are their
-bytes and block scales in that order. But the scales are quantized again, in blocks of 256 with an offset a weight:
-those of several weights do not join, and are kept in float32 then. FP8 weights on top of each other with a scale each
-have one scale a row.
+A weight that has the format of its layer is kept bit for bit. NF4 quantizes blocks of 64 elements in memory order, so
+three weights (q, k, v) on top of each other, or the halves of one in another order, are their bytes and block scales in
+that order. The block scales are quantized too, in blocks of 256 with an offset per weight: those of several weights
+cannot be joined, and are kept in float32. FP8 weights on top of each other with a scale each have one scale per row.
 """
 
 from __future__ import annotations
@@ -29,120 +28,118 @@ from torch import Tensor
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.float8 import Float8Linear
 from flux2.quantization.nf4 import BLOCK, NESTED_BLOCK, Nf4Linear
-from flux2.weights.key_names import Published
-from flux2.weights.parallel_reader import Piece, Read, whole
-from flux2.weights.safetensors_files import Stored, TensorFiles
+from flux2.weights.key_names import PublishedTensor
+from flux2.weights.parallel_reader import Piece, TensorRead, read_of
+from flux2.weights.safetensors_files import StoredTensor, TensorFiles
 from flux2.weights.sources import WeightsError
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("weight_scale", "scale_weight")
 UNUSED = ("input_scale", "scale_input")
-MARKER = "scaled_fp8"  # a tensor that tells that a file is in fp8
+MARKER = "scaled_fp8"  # a tensor that marks a file as fp8
 STATE = "quant_state.bitsandbytes__nf4"
 
 
 @dataclass(frozen=True)
-class Part:
-    """One published tensor.
-
-    Attributes:
-        shape: of the weight that is meant, whatever the form.
-        stored: what is read, by the names that `QuantizedLinear.adopt` knows.
-        unused: names in the file that belong to it and are not read.
-    """
+class StoredPart:
+    """One published tensor."""
 
     form: Literal["plain", "fp8", "nf4"]
-    shape: tuple[int, ...]
-    stored: Mapping[str, Stored]
-    unused: tuple[str, ...] = ()
+    shape: tuple[int, ...]  # of the weight, whatever the format in the file
+    stored: Mapping[str, StoredTensor]  # the tensors to read, by the names that `QuantizedLinear.adopt` knows
+    unused: tuple[str, ...] = ()  # names in the file that belong to the weight and are not read
 
     @property
     def names(self) -> set[str]:
         return {stored.key for stored in self.stored.values()} | set(self.unused)
 
     @property
-    def said(self) -> str:
-        """What it is, for errors."""
+    def description(self) -> str:
+        """File and key of the weight, for errors."""
         weight = self.stored["weight"]
         return f"{weight.file}: {weight.key}"
 
 
-def find_part(files: TensorFiles, name: str) -> Part | None:
-    """The published tensor `name` in whatever form, or None if it is not there."""
+def find_part(files: TensorFiles, name: str) -> StoredPart | None:
+    """Return the published tensor `name` in any format, or None if it is not in the files."""
     if name not in files.names:
         return None
     stored = files[name]
     if f"{name}.absmax" in files.names:
-        return four_bit_part(files, stored)
+        return find_nf4_part(files, stored)
     if stored.dtype not in FP8:
-        return Part("plain", stored.shape, {"weight": stored})
+        return StoredPart("plain", stored.shape, {"weight": stored})
     module = name.removesuffix("weight")
     scale = next((module + leaf for leaf in SCALES if module + leaf in files.names), None)
     tensors = {"weight": stored} | ({"weight_scale": files[scale]} if scale else {})
-    part = Part("fp8", stored.shape, tensors, tuple(module + leaf for leaf in UNUSED if module + leaf in files.names))
+    part = StoredPart(
+        "fp8", stored.shape, tensors, tuple(module + leaf for leaf in UNUSED if module + leaf in files.names)
+    )
     if scale and prod(files[scale].shape) not in (1, stored.shape[0]):
         raise WeightsError(
-            f"{part.said} of shape {stored.shape} has a scale of shape {files[scale].shape}; one, or one a row, is read"
+            f"{part.description} of shape {stored.shape} has a scale of shape {files[scale].shape}. Give files with "
+            "one scale per tensor or per row"
         )
     return part
 
 
-def four_bit_part(files: TensorFiles, stored: Stored) -> Part:
+def find_nf4_part(files: TensorFiles, stored: StoredTensor) -> StoredPart:
+    """Return a tensor in 4 bits. Raises WeightsError unless it is NF4 with a shape that can be read."""
     name = stored.key
     state = f"{name}.{STATE}"
     if state not in files.names:
         kinds = [key.rpartition(".")[2] for key in files.names if key.startswith(f"{name}.quant_state.")]
         raise WeightsError(
-            f"{stored.file}: {name} is in 4 bits, and of these only NF4 is read, with {state}; there is "
-            f"{kinds[0] if kinds else 'no quant_state'}"
+            f"{stored.file}: {name} is in 4 bits, but not in NF4: {state} is missing, there is "
+            f"{kinds[0] if kinds else 'no quant_state'}. Give NF4, FP8 or float weights"
         )
     try:
         shape = tuple(json.loads(bytes(files.small(state).tolist()))["shape"])
         if not all(isinstance(side, int) for side in shape):
             raise ValueError(f"shape {shape}")
     except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{stored.file}: {state} does not tell the shape of a 4-bit weight ({error!r})") from error
+        raise WeightsError(f"{stored.file}: {state} does not hold the shape of a 4-bit weight ({error!r})") from error
     keys = [key for key in files.names if key == name or key.startswith(f"{name}.")]
-    return Part("nf4", shape, {"weight" + key.removeprefix(name): files[key] for key in keys})
+    return StoredPart("nf4", shape, {"weight" + key.removeprefix(name): files[key] for key in keys})
 
 
 @dataclass
 class Weight:
-    """One tensor of ours: published parts, and how they are joined."""
+    """One of our tensors: its published parts, and how they are joined."""
 
-    entry: Published
-    parts: tuple[Part, ...]
-    together: bool = field(init=False)  # read as one tensor, its parts one after the other
+    entry: PublishedTensor
+    parts: tuple[StoredPart, ...]
+    is_joined: bool = field(init=False)  # whether it is read as one tensor, its parts one after the other
 
     def __post_init__(self) -> None:
         dtypes = {part.stored["weight"].dtype for part in self.parts}
-        self.together = len(dtypes) == 1 and all(part.form != "nf4" for part in self.parts)
+        self.is_joined = len(dtypes) == 1 and all(part.form != "nf4" for part in self.parts)
 
     @property
     def plain(self) -> bool:
-        """Whether it is read as one float tensor and needs nothing more."""
-        return self.together and self.parts[0].form == "plain"
+        """Whether it is read as one float tensor and needs no conversion."""
+        return self.is_joined and self.parts[0].form == "plain"
 
     @property
     def shape(self) -> torch.Size:
         with torch.device("meta"):
             return self.entry.join([torch.empty(part.shape) for part in self.parts]).shape
 
-    def reads(self, device: torch.device) -> dict[str, Read]:
-        """What is to be read of it: each part's tensors under its index, but for weights that are read together."""
+    def reads(self, device: torch.device) -> dict[str, TensorRead]:
+        """Return what to read: each part's tensors under its index, except weights that are read together."""
         reads = {
-            f"{i}.{key}": whole(stored, device)
+            f"{i}.{key}": read_of(stored, device)
             for i, part in enumerate(self.parts)
             for key, stored in part.stored.items()
-            if not (self.together and key == "weight")
+            if not (self.is_joined and key == "weight")
         }
-        if self.together:
+        if self.is_joined:
             dtype = self.parts[0].stored["weight"].dtype
-            reads["weight"] = Read(dtype, tuple(self.shape), self.pieces(), device)
+            reads["weight"] = TensorRead(dtype, tuple(self.shape), self.pieces(), device)
         return reads
 
     def pieces(self) -> tuple[Piece, ...]:
-        """The bytes of the weights, in our order."""
+        """Return the bytes of the weights, in our order."""
         stored = [part.stored["weight"] for part in self.parts]
         if self.entry.kind != "swapped":
             return tuple(Piece(one, 0, one.size) for one in stored)
@@ -150,15 +147,15 @@ class Weight:
         return Piece(stored[0], half, half), Piece(stored[0], 0, half)
 
     def dequantized(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The float tensor; of a plain one as it was read, otherwise in `dtype`."""
+        """Return the float tensor: a plain one as it was read, any other in `dtype`."""
         if self.plain:
             return tensors["weight"]
-        if self.together:
+        if self.is_joined:
             return tensors["weight"].to(dtype).mul_(self.scales(tensors))
         return self.entry.join([self.dequantized_part(i, part, tensors, dtype) for i, part in enumerate(self.parts)])
 
-    def dequantized_part(self, i: int, part: Part, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """One part that was read by itself."""
+    def dequantized_part(self, i: int, part: StoredPart, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return a part that was read by itself, in `dtype`."""
         if part.form == "nf4":
             return self.layer(i, tensors, dtype).dequantize(dtype)
         weight = tensors[f"{i}.weight"].to(dtype)
@@ -166,17 +163,17 @@ class Weight:
         return weight if scale is None else weight.mul_(scale.float().reshape(-1, *[1] * (weight.ndim - 1)))
 
     def layer(self, i: int, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Nf4Linear:
-        """A 4-bit part as a layer of its own."""
+        """Return a 4-bit part as a separate layer."""
         rows, columns = self.parts[i].shape
         layer = Nf4Linear(columns, rows, dtype=dtype, device="meta")
-        self.adopt(layer, self.of_part(i, tensors))
+        self.adopt(layer, self.part_tensors(i, tensors))
         return layer
 
-    def of_part(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def part_tensors(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key.removeprefix(f"{i}."): tensor for key, tensor in tensors.items() if key.startswith(f"{i}.")}
 
     def scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Of fp8 parts read together: (1,) if one is that of all, otherwise (rows, 1); float32."""
+        """Return the scales of fp8 parts read together, in float32: (1,) if all are equal, otherwise (rows, 1)."""
         device = tensors["weight"].device
         each = [
             tensors.get(f"{i}.weight_scale", torch.ones(1, device=device)).float().reshape(-1, 1)
@@ -187,12 +184,12 @@ class Weight:
         rows = [scale.expand(part.shape[0], 1) for scale, part in zip(each, self.parts, strict=True)]
         return self.entry.join(rows)
 
-    def taken_over_by(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> bool:
-        """Give the layer its weight as it is in the file, if that is in the layer's form."""
+    def keep_stored_form(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> bool:
+        """Put the weight into the layer as it is in the file; return False, doing nothing, if its format differs."""
         forms = {part.form for part in self.parts}
         if isinstance(layer, Nf4Linear) and forms == {"nf4"}:
             joined = self.joined_nf4(tensors)
-        elif isinstance(layer, Float8Linear) and self.together and tensors["weight"].dtype == torch.float8_e4m3fn:
+        elif isinstance(layer, Float8Linear) and self.is_joined and tensors["weight"].dtype == torch.float8_e4m3fn:
             joined = {"weight": tensors["weight"], "weight_scale": self.scales(tensors)}
         else:
             joined = None
@@ -204,18 +201,18 @@ class Weight:
     def adopt(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> None:
         try:
             layer.adopt(tensors)
-        except (ValueError, KeyError) as error:  # bitsandbytes' own about its keys
-            raise WeightsError(f"{self.parts[0].said} cannot be read: {error}") from error
+        except (ValueError, KeyError) as error:  # bitsandbytes raises KeyError for missing keys
+            raise WeightsError(f"{self.parts[0].description} cannot be read: {error}") from error
 
     def joined_nf4(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The storage of the whole, or None where blocks run from one part into the next."""
+        """Return the storage of all parts, or None if quantization blocks run from one part into the next."""
         if self.entry.kind == "same":
-            return self.of_part(0, tensors)
+            return self.part_tensors(0, tensors)
         halves = 2 if self.entry.kind == "swapped" else 1
-        runs = [prod(part.shape) // halves for part in self.parts]  # elements that stay next to each other
+        runs = [prod(part.shape) // halves for part in self.parts]  # lengths of contiguous elements
         if any(run % BLOCK for run in runs):
             return None
-        first = self.of_part(0, tensors)
+        first = self.part_tensors(0, tensors)
         if len(runs) == 1 and "weight.nested_absmax" in first and runs[0] % (BLOCK * NESTED_BLOCK) == 0:
             reordered = ("weight", "weight.absmax", "weight.nested_absmax")
             return first | {key: self.entry.join([first[key]]) for key in reordered}
@@ -223,8 +220,8 @@ class Weight:
         return join_blocks(self.entry, layers, tuple(self.shape))
 
 
-def join_blocks(entry: Published, layers: Sequence[Nf4Linear], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Storage, in bitsandbytes' keys, of layers on top of each other or in halves, with block scales in float32."""
+def join_blocks(entry: PublishedTensor, layers: Sequence[Nf4Linear], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the storage, in bitsandbytes' keys, of layers joined by `entry`, with block scales in float32."""
     scales = []
     for layer in layers:
         state = layer.state(torch.float32, (layer.out_features, layer.in_features))

@@ -1,27 +1,26 @@
 """Quantized copies of models on disk, so that a model is quantized once.
 
-A copy is one safetensors file: of each quantized layer what its `storage()` gives, of all else the tensor as the model
+A copy is one safetensors file: what `storage()` of each quantized layer returns, and every other tensor as the model
 holds it. Its name holds a digest of
 
-    the contents     checksums of every tensor that was read, taken while it was read
-    the recipe       the form, the layers that are in it, the dtype of all else
-    the code         `VERSION`, to be counted up when the stored bytes of a layer come out otherwise
+    the contents     checksums of every tensor that was read, computed while reading
+    the recipe       the format, the layers that have it, the dtype of all other tensors
+    the code         `VERSION`, to be increased when the stored bytes of a layer change
 
-On later starts the files are not read again to know their contents: the first start notes them under the files' real
-paths, sizes, times of change (ns) and inodes. So a file is trusted to be what it was if all four are the same. The copy
-itself is trusted in nothing: its header is checked as any file's is, and the bytes of each tensor against a checksum
-that was taken when they were written.
+Later starts do not read the files again to know their contents: the first start records the contents under the files'
+real paths, sizes, modification times (ns) and inodes. A file is trusted to be unchanged if all four are equal. The copy
+itself is not trusted: its header is checked as that of any file, and the bytes of each tensor against a checksum that
+was computed when they were written.
 
-A copy is written under another name and renamed when it is whole, by one process at a time. Where it cannot be written
-(read-only, no space, no locks), that is said once, and the model is used without.
+One process at a time writes a copy, under a temporary name. If it cannot be written (read-only, no space, no locks),
+one message says so, and the model is used without.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -32,26 +31,28 @@ from torch import Tensor, nn
 
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision
-from flux2.weights.parallel_reader import Digests, ReadTask, checksum, part_by_part, run, whole
-from flux2.weights.safetensors_files import DTYPE_NAMES, Stored, TensorFiles
+from flux2.utils.files import atomic_write, remove_unfinished
+from flux2.utils.text import gigabytes
+from flux2.weights.parallel_reader import Digests, ReadTask, checksum, group_by_module, read_of, run_tasks
+from flux2.weights.safetensors_files import DTYPE_NAMES, TensorFiles
 from flux2.weights.sources import WeightsError
+from flux2.weights.streaming_writer import Plan, file_header, nbytes, raw_bytes
 
 VERSION = 2
-SPARE = 1 << 30  # bytes of the disk that a copy leaves free
+SPARE = 1 << 30  # bytes of the disk that stay free after a copy is written
 NO_CHECKSUM = "0" * 32
-GB = 1e9
 
 
 def digest(*things: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(things, sort_keys=True).encode())
 
 
-def layout(tensors: Iterable[Stored]) -> str:
-    """A checksum of names, dtypes and shapes."""
-    return digest(sorted([one.key, DTYPE_NAMES[one.dtype], list(one.shape)] for one in tensors))
+def layout(tensors: Plan) -> str:
+    """Return a checksum of names, dtypes and shapes."""
+    return digest(sorted([name, DTYPE_NAMES[dtype], list(shape)] for name, (dtype, shape) in tensors.items()))
 
 
-def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Make `tensor` the parameter or buffer called `name`."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
@@ -66,7 +67,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that are not the storage of a quantized layer."""
+    """Return the parameters and buffers that do not belong to a quantized layer."""
     own = tuple(f"{name}." for name in quantized_layers(model))
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
 
@@ -75,11 +76,11 @@ class QuantizedCache:
     """The copy of one model's files in one precision.
 
     Args:
-        folder: of all copies; made when one is written.
-        name: the model's, to be seen in file names.
-        files: what the copy is of.
-        model: converted, its weights not needed.
-        say: is told in a line what is read and written, or why not.
+        folder: Folder of all copies; created when one is written.
+        name: The model's name, which the file names start with.
+        files: The files that are copied.
+        model: The converted model; its weights are not needed.
+        say: Receives one line for each copy that is read or written, or the reason why not.
     """
 
     def __init__(
@@ -100,15 +101,15 @@ class QuantizedCache:
         self.note = folder / "sources" / f"{digest(*map(list, files.identities))}.json"
 
     def copy_of(self, content: str) -> Path:
-        """Where the copy of files with these contents is."""
+        """Return the path of the copy of files with these contents."""
         return self.folder / f"{self.stem}-{digest(content, *self.recipe)[:16]}.safetensors"
 
     def known(self) -> Path | None:
-        """The copy of these files, if their contents are known and there is one."""
+        """Return the copy of these files, or None if their contents are unknown or there is no copy."""
         try:
             content = json.loads(self.note.read_text())["content"]
         except (OSError, ValueError, KeyError, TypeError):
-            return None  # never loaded, or the note was not written whole
+            return None  # never loaded, or the record is damaged
         copy = self.copy_of(str(content))
         return copy if copy.is_file() else None
 
@@ -120,7 +121,7 @@ class QuantizedCache:
         home: Callable[[str], torch.device],
         modules: Mapping[str, Callable[[], None]] | None = None,
     ) -> bool:
-        """Fill `model` from the copy, each tensor on the device `home(name)`; False if there is no good one.
+        """Fill `model` from the copy, each tensor on the device `home(name)`; return False if there is no valid copy.
 
         `modules` as in `flux2.weights.loading.fill`.
         """
@@ -129,10 +130,10 @@ class QuantizedCache:
             return False
         try:
             self.fill(model, copy, home, modules or {})
-        except (WeightsError, ValueError) as error:  # a layer refuses what is not its storage with ValueError
+        except (WeightsError, ValueError) as error:  # a layer raises ValueError for storage that is not its own
             self.damaged = copy
-            reason = str(error).partition(". It is damaged")[0]  # which goes on with what to do about a download
-            self.say(f"the quantized copy is damaged and will be made anew: {reason}")
+            reason = str(error).partition(". It is damaged")[0]  # without the advice for downloads
+            self.say(f"the quantized copy is damaged and will be written again: {reason}")
             return False
         self.say(f"read from the quantized copy {copy}")
         return True
@@ -144,17 +145,17 @@ class QuantizedCache:
         home: Callable[[str], torch.device],
         modules: Mapping[str, Callable[[], None]],
     ) -> None:
-        """Raises WeightsError or ValueError if the copy is damaged."""
+        """Fill `model` from `copy`. Raises WeightsError or ValueError if the copy is damaged."""
         files = TensorFiles([copy])
         try:
             sums = json.loads(files.metadata["checksums"])
-            whole_layout = files.metadata["layout"] == layout(files[name] for name in files.names)
+            is_complete = files.metadata["layout"] == layout(files.plan)
         except (KeyError, TypeError, ValueError):
-            sums, whole_layout = None, False
+            sums, is_complete = None, False
         if not isinstance(sums, dict):
             raise WeightsError(f"{copy} holds no checksums")
-        if not whole_layout:
-            raise WeightsError(f"{copy}: dtypes and shapes are not those that were written")
+        if not is_complete:
+            raise WeightsError(f"{copy}: dtypes and shapes differ from those that were written")
         digests = Digests()
         unread = files.names
         jobs: dict[str, ReadTask] = {}
@@ -168,10 +169,10 @@ class QuantizedCache:
             def checked(tensors: dict[str, Tensor]) -> None:
                 for one in stored.values():
                     if digests.of(one) != sums.get(one.key):
-                        raise WeightsError(f"{copy}: the bytes of {one.key} are not those that were written")
+                        raise WeightsError(f"{copy}: the bytes of {one.key} differ from those that were written")
                 use(tensors)
 
-            return ReadTask({key: whole(one, device) for key, one in stored.items()}, checked)
+            return ReadTask({key: read_of(one, device) for key, one in stored.items()}, checked)
 
         for name, layer in quantized_layers(model).items():
             start = f"{name}."
@@ -180,15 +181,15 @@ class QuantizedCache:
         for name, tensor in plain_tensors(model).items():
             if name in files.names and files[name].shape != tensor.shape:
                 raise WeightsError(f"{copy}: {name} has shape {files[name].shape} instead of {tuple(tensor.shape)}")
-            jobs[name] = job({name: name}, home(name), lambda tensors: put(model, *tensors.popitem()))
+            jobs[name] = job({name: name}, home(name), lambda tensors: set_tensor(model, *tensors.popitem()))
         if unread:
             raise WeightsError(f"{copy} holds {sorted(unread)[0]}, which the model does not")
-        run(part_by_part(jobs, modules), digests)
+        run_tasks(group_by_module(jobs, modules), digests)
 
     # -------------------------------------------------------------- writing
 
     def write(self, model: nn.Module, digests: Digests) -> None:
-        """Write a copy of the filled `model`, whose files have the contents `digests`. What hinders it is said."""
+        """Write a copy of the filled `model`, whose files have the contents `digests`, or say why there is none."""
         content = digests.content()
         copy = self.copy_of(content)
         try:
@@ -196,86 +197,61 @@ class QuantizedCache:
             with filelock.FileLock(copy.with_suffix(".lock"), timeout=0):
                 if copy == self.damaged or not copy.is_file():
                     self.write_new(model, copy)
-                replace(self.note, json.dumps({"content": content, "files": self.files.identities}).encode())
+                self.note.parent.mkdir(exist_ok=True)
+                with atomic_write(self.note) as unfinished:
+                    unfinished.write_text(json.dumps({"content": content, "files": self.files.identities}))
         except filelock.Timeout:
             return  # another process is writing it
-        except (OSError, NotImplementedError) as error:  # of a file system without locks
+        except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
             self.say(f"no quantized copy is kept, so that the next start quantizes again: {self.folder}: {error}")
 
     def write_new(self, model: nn.Module, copy: Path) -> None:
-        for left in self.folder.glob(f"{copy.stem}.*.partial"):  # of a process that was ended
-            left.unlink()
-        entries = Entries(model)
+        remove_unfinished(copy)
+        writer = CopyWriter(model)
         free = shutil.disk_usage(self.folder).free
-        size = f"{entries.size / GB:.2f} GB"
-        if entries.size + SPARE > free:
+        size = gigabytes(writer.size)
+        if writer.size + SPARE > free:
             self.say(
                 f"no quantized copy is kept, so that the next start quantizes again: it needs {size} and "
-                f"{SPARE / GB:.1f} GB to spare, and {self.folder} has {free / GB:.2f} GB free"
+                f"{gigabytes(SPARE)} to spare, and {self.folder} has {gigabytes(free)} free"
             )
             return
-        self.say(f"writing a quantized copy of {size} to {copy} ({free / GB:.1f} GB free)")
-        partial = copy.with_suffix(f".{os.getpid()}.partial")
-        try:
-            entries.write(partial)
-            partial.replace(copy)
-        finally:
-            partial.unlink(missing_ok=True)
+        self.say(f"writing a quantized copy of {size} to {copy} ({gigabytes(free)} free)")
+        with atomic_write(copy) as unfinished:
+            writer.write(unfinished)
 
 
-class Entries:
-    """What a copy of a filled model holds, as a safetensors file.
-
-    Attributes:
-        size: bytes of the tensors.
-    """
+class CopyWriter:
+    """Writes a filled model as a safetensors file with checksums; `size` is the bytes of all tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.places: dict[str, tuple[torch.dtype, list[int], int]] = {}  # dtype, shape, first byte
-        self.size = 0
-        found = {name: (tensor.dtype, list(tensor.shape), tensor.nbytes) for name, tensor in self.tensors()}
-        # large elements first: the format wants a tensor to begin at a multiple of its element's size
-        for name, (dtype, shape, size) in sorted(found.items(), key=lambda item: -item[1][0].itemsize):
-            self.places[name] = (dtype, shape, self.size)
-            self.size += size
+        tensors: Plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors()}
+        # large elements first: the format requires a tensor to start at a multiple of its element size
+        self.plan: Plan = dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize))
+        self.size = nbytes(self.plan)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, layer in quantized_layers(self.model).items():
             yield from ((f"{name}.{key}", tensor) for key, tensor in layer.storage().items())
         yield from plain_tensors(self.model).items()
 
-    def start(self, sums: dict[str, str]) -> bytes:
-        """The file up to its data; as long for any checksums."""
-        stored = [Stored(Path(), name, dtype, tuple(shape), 0, 0) for name, (dtype, shape, _) in self.places.items()]
-        about = {"format": "pt", "layout": layout(stored), "checksums": json.dumps(sums)}
-        header: dict[str, object] = {"__metadata__": about}
-        for name, (dtype, shape, first) in self.places.items():
-            last = first + prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [first, last]}
-        raw = json.dumps(header).encode()
-        raw += b" " * (-len(raw) % 8)
-        return len(raw).to_bytes(8, "little") + raw
+    def header(self, sums: dict[str, str]) -> bytes:
+        """Return the bytes before the data; their number does not depend on the checksums."""
+        about = {"format": "pt", "layout": layout(self.plan), "checksums": json.dumps(sums)}
+        return file_header(self.plan, about)
 
     def write(self, file: Path) -> None:
-        sums = dict.fromkeys(self.places, NO_CHECKSUM)
-        begin = len(self.start(sums))
+        sums = dict.fromkeys(self.plan, NO_CHECKSUM)
+        starts, start = {}, len(self.header(sums))
+        for name, (dtype, shape) in self.plan.items():
+            starts[name] = start
+            start += prod(shape) * dtype.itemsize
         with file.open("wb") as handle:
             for name, tensor in self.tensors():
-                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                handle.seek(begin + self.places[name][2])
+                data = raw_bytes(tensor)
+                handle.seek(starts[name])
                 handle.write(data)
                 sums[name] = checksum(data)
             handle.seek(0)
-            handle.write(self.start(sums))
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Write a small file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+            handle.write(self.header(sums))

@@ -1,7 +1,7 @@
-"""Safetensors files: where each tensor's bytes are, and whether the file can hold what it says.
+"""Safetensors files: where each tensor's bytes are, and whether the file is complete.
 
-The header is read here and not by the safetensors library, because the bytes are read piecewise, by several threads and
-into memory of our choice (flux2/weights/parallel_reader.py), and because an error should name the file and the tensor.
+The header is read here and not by the safetensors library, because the bytes are read in chunks, by several threads and
+into memory that we choose (flux2/weights/parallel_reader.py), and because errors must name the file and the tensor.
 The format: github.com/huggingface/safetensors.
 """
 
@@ -35,13 +35,13 @@ DTYPES = {
     "F64": torch.float64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_LIMIT = 100 << 20  # bytes; the format's own
-BLANK = 1 << 20  # bytes of zeros at the end by which an unfinished download is known
+HEADER_LIMIT = 100 << 20  # bytes; the limit of the format
+BLANK = 1 << 20  # zero bytes at the end that mark an incomplete download
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor as a file holds it: `size` bytes from `start`. `key` is its name there."""
+class StoredTensor:
+    """A tensor in a file: `size` bytes from `start`, under the name `key`."""
 
     file: Path
     key: str
@@ -51,93 +51,92 @@ class Stored:
     size: int
 
 
-def damaged(file: Path, what: str) -> WeightsError:
+def damaged_file(file: Path, what: str) -> WeightsError:
+    """Return the error for a file that is not valid safetensors."""
     return WeightsError(
         f"{file} cannot be read as safetensors: {what}. It is damaged or its download is incomplete: delete it and "
-        "fetch it again."
+        "download it again."
     )
 
 
 def parse_header(file: Path, raw: bytes) -> dict[str, Any]:
-    """The entries of a header by name, each name once."""
+    """Return the entries of a header by name. Raises WeightsError unless each name occurs once."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise damaged(file, f"its header holds {twice!r} twice")
-        return found
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            repeated = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise damaged_file(file, f"its header holds {repeated!r} twice")
+        return entries
 
     try:
         header = json.loads(raw, object_pairs_hook=once)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise damaged(file, f"its header is not JSON ({error})") from error
+        raise damaged_file(file, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise damaged(file, f"its header is a {type(header).__name__} and not a table of tensors")
+        raise damaged_file(file, f"its header is a {type(header).__name__}, not a table of tensors")
     return header
 
 
-def stored_tensor(file: Path, key: str, entry: Any, begin: int) -> Stored:
-    """One entry of the header; data begins at byte `begin`."""
+def stored_tensor(file: Path, key: str, entry: Any, begin: int) -> StoredTensor:
+    """Return one tensor of the header; data starts at byte `begin`."""
     try:
         name, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop))
+        is_complete = all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop))
     except (TypeError, KeyError, ValueError):
-        whole = False
-    if not whole:
-        raise damaged(file, f"its header's entry for {key} has no dtype, shape and data_offsets")
+        is_complete = False
+    if not is_complete:
+        raise damaged_file(file, f"its header's entry for {key} has no dtype, shape and data_offsets")
     if name not in DTYPES:
-        raise WeightsError(
-            f"{file}: {key} is of dtype {name}, which cannot be loaded. Give a file in one of {', '.join(DTYPES)}."
-        )
+        raise WeightsError(f"{file}: {key} has dtype {name}. Give a file in one of {', '.join(DTYPES)}")
     needed = prod(shape) * DTYPES[name].itemsize
     if stop - start != needed:
-        raise damaged(file, f"{key}, {name} of shape {shape}, needs {needed} bytes, and its place has {stop - start}")
-    return Stored(file, key, DTYPES[name], shape, begin + start, needed)
+        raise damaged_file(file, f"{key}, {name} of shape {shape}, needs {needed} bytes and has {stop - start}")
+    return StoredTensor(file, key, DTYPES[name], shape, begin + start, needed)
 
 
-def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata.
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors of a safetensors file and its metadata.
 
-    Raises WeightsError, with the file and where it can the tensor, unless the tensors fill the file exactly.
+    Raises WeightsError, with the file and if possible the tensor, unless the tensors fill the file exactly.
     """
     try:
         with file.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             if size < 8:
-                raise damaged(file, f"it has {size} bytes")
+                raise damaged_file(file, f"it has {size} bytes")
             if not 2 <= length <= HEADER_LIMIT:
-                raise damaged(file, f"it begins with a header length of {length}: it is another kind of file, or blank")
+                raise damaged_file(file, f"it starts with a header length of {length}: another kind of file, or blank")
             raw = handle.read(length)
     except OSError as error:
         raise WeightsError(f"{file} cannot be read ({error.strerror})") from error
     if len(raw) < length:
-        raise damaged(file, f"it ends within its header: {size} bytes, of which the header alone needs {8 + length}")
+        raise damaged_file(file, f"it ends within its header: {size} bytes, and the header needs {8 + length}")
     header = parse_header(file, raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise damaged(file, "its metadata are no table")
+        raise damaged_file(file, "its metadata is not a table")
     tensors = {key: stored_tensor(file, key, entry, 8 + length) for key, entry in header.items()}
     check_places(file, tensors, 8 + length, size)
     return tensors, metadata
 
 
-def check_places(file: Path, tensors: dict[str, Stored], begin: int, size: int) -> None:
-    """Raises WeightsError unless the tensors follow each other from `begin` to the end of the file."""
+def check_places(file: Path, tensors: dict[str, StoredTensor], begin: int, size: int) -> None:
+    """Raise WeightsError unless the tensors follow each other from `begin` to the end of the file."""
     last, end = "", begin
     for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.size)):
         if stored.start < end:
-            raise damaged(file, f"{last} and {stored.key} overlap")
+            raise damaged_file(file, f"{last} and {stored.key} overlap")
         if stored.start > end:
-            raise damaged(file, f"before {stored.key} are {stored.start - end} bytes that belong to no tensor")
+            raise damaged_file(file, f"{stored.start - end} bytes before {stored.key} belong to no tensor")
         last, end = stored.key, stored.start + stored.size
         if end > size:
-            raise damaged(file, f"it ends within {last}: {size} bytes, of which the tensors up to there need {end}")
+            raise damaged_file(file, f"it ends within {last}: {size} bytes, and the tensors up to it need {end}")
     if end < size:
-        raise damaged(file, f"after its last tensor {last} are {size - end} bytes more")
+        raise damaged_file(file, f"{size - end} bytes follow its last tensor {last}")
     if last and tensors[last].size >= BLANK and is_blank(file, size - BLANK):
-        raise damaged(file, f"{last} ends in {BLANK} bytes of zeros, as where space was set aside and never written")
+        raise damaged_file(file, f"{last} ends in {BLANK} bytes of zeros, as in allocated space that was never written")
 
 
 def is_blank(file: Path, start: int) -> bool:
@@ -150,15 +149,15 @@ class TensorFiles:
     """The tensors of one or several safetensors files by name.
 
     Raises:
-        WeightsError: a file is not whole, or two hold the same tensor.
+        WeightsError: A file is incomplete, or two files hold the same tensor.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = sorted(files)
         if not self.files:
             raise WeightsError("no .safetensors file was found")
-        self.identities = [identity(file) for file in self.files]
-        self.tensors: dict[str, Stored] = {}
+        self.identities = [file_identity(file) for file in self.files]
+        self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         for file in self.files:
             tensors, metadata = read_header(file)
@@ -172,32 +171,37 @@ class TensorFiles:
         return set(self.tensors)
 
     @property
+    def plan(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtypes and shapes by name."""
+        return {name: (stored.dtype, stored.shape) for name, stored in self.tensors.items()}
+
+    @property
     def place(self) -> Path:
-        """The file, or the folder of several."""
+        """The file, or the folder of several files."""
         return self.files[0] if len(self.files) == 1 else self.files[0].parent
 
-    def __getitem__(self, name: str) -> Stored:
+    def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
 
     def small(self, name: str) -> Tensor:
-        """A small tensor, read now."""
+        """Return a small tensor, read at once."""
         stored = self.tensors[name]
         with stored.file.open("rb") as handle:
             handle.seek(stored.start)
             raw = bytearray(handle.read(stored.size))
         if len(raw) < stored.size:
-            raise damaged(stored.file, f"it ends within {name}")
+            raise damaged_file(stored.file, f"it ends within {name}")
         return torch.frombuffer(raw, dtype=stored.dtype).reshape(stored.shape)
 
     def check_unchanged(self) -> None:
-        """Raises WeightsError if a file was written to since the headers were read."""
+        """Raise WeightsError if a file was written to since the headers were read."""
         for file, before in zip(self.files, self.identities, strict=True):
-            if identity(file) != before:
-                raise WeightsError(f"{file} was changed while it was read. Wait until it is complete, and start again.")
+            if file_identity(file) != before:
+                raise WeightsError(f"{file} was changed while it was read. Wait until it is complete and start again.")
 
 
-def identity(file: Path) -> tuple[str, int, int, int]:
-    """What changes when a file does, without reading it: real path, size, time of change in ns, inode."""
+def file_identity(file: Path) -> tuple[str, int, int, int]:
+    """Return what changes when a file changes: real path, size, modification time in ns, inode."""
     try:
         status = file.stat()
     except OSError as error:
@@ -206,7 +210,7 @@ def identity(file: Path) -> tuple[str, int, int, int]:
 
 
 def part_files(folder: Path) -> TensorFiles:
-    """The tensors of one published folder: the shards its index names, or every safetensors file in it."""
+    """Return the tensors of a published folder: of the shards that its index names, or of every safetensors file."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if not indexes:
         files = sorted(folder.glob("*.safetensors"))
@@ -216,13 +220,13 @@ def part_files(folder: Path) -> TensorFiles:
     try:
         shards = {folder / shard for shard in json.loads(indexes[0].read_text())["weight_map"].values()}
     except (json.JSONDecodeError, KeyError) as error:
-        raise WeightsError(f"{indexes[0]} is not an index of shards ({error!r}): fetch it again") from error
+        raise WeightsError(f"{indexes[0]} is not an index of shards ({error!r}): download it again") from error
     if absent := sorted(shard.name for shard in shards if not shard.exists()):
-        raise WeightsError(f"{folder}: its index names files that are not there: {', '.join(absent)}")
+        raise WeightsError(f"{folder}: its index names files that do not exist: {', '.join(absent)}")
     return TensorFiles(shards)
 
 
 def tensor_files(source: ModelSource, part: Part) -> TensorFiles:
-    """The tensors of a part: of its single file, or of its folder."""
+    """Return the tensors of a part: of its single file, or of its folder."""
     file = source.file(part)
     return part_files(source.folder(part)) if file is None else TensorFiles([file])

@@ -1,4 +1,4 @@
-"""Where a model's files are: a Hugging Face repository, a folder in the published layout, or one safetensors file."""
+"""Find a model's files: in a Hugging Face repository, a folder in the published layout, or one safetensors file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import re
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from flux2.models.variants import Variant, get_variant
+from flux2.utils.files import atomic_write
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
 Part = Literal["transformer", "vae", "text_encoder", "tokenizer"]
@@ -22,15 +22,14 @@ log = logging.getLogger(__name__)
 
 
 class WeightsError(ValueError):
-    """A model's files are absent, unreadable, or not those of the model asked for."""
+    """A model's files are absent, unreadable, or those of another model."""
 
 
 class Fingerprints:
-    """Fingerprints of model parts in a file, by where the configuration says that the parts are.
+    """Fingerprints of model parts in a file, by the location of the part in the configuration.
 
-    With them, what was computed by an encoder is found again where its files are not: moved away to make room, or never
-    downloaded to the machine that trains. They are those of the files that were last there. Without a file nothing is
-    known.
+    They identify cached results of an encoder even if its files are gone: removed to make room, or never downloaded to
+    the machine that trains. They are those of the files that were last there. With `file=None` nothing is remembered.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -45,7 +44,7 @@ class Fingerprints:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, AttributeError) as error:
-            log.warning("%s cannot be read (%s): fingerprints are taken from the model's files", file, error)
+            log.warning("%s cannot be read (%s): fingerprints are computed from the model's files", file, error)
             return {}
 
     def get(self, name: str) -> str | None:
@@ -55,26 +54,22 @@ class Fingerprints:
         self._found[name] = fingerprint
 
     def save(self) -> None:
-        """Writes what is new. Raises OSError if that is not possible."""
+        """Write new fingerprints to the file. Raises OSError if that is not possible."""
         if self._file is None or self._found == self._kept:
             return
-        unfinished = self._file.with_name(f".{self._file.name}.{uuid.uuid4().hex}.tmp")
-        try:
+        with atomic_write(self._file) as unfinished:
             unfinished.write_text(json.dumps(self._found, indent=1, sort_keys=True))
-            unfinished.replace(self._file)
-        finally:
-            unfinished.unlink(missing_ok=True)
         self._kept = dict(self._found)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the parts of a model come from.
+    """The locations of a model's parts.
 
     `path` is a repository id, a folder in the published layout, or a safetensors file with the transformer. The
-    autoencoder and the text encoder come from there too unless they are given, likewise as id, folder or (the
-    autoencoder) file; beside a single transformer file they come from the variant's repository. `fingerprints` are what
-    is known of parts that are not there.
+    autoencoder and the text encoder come from there too unless they have their own id, folder or (the autoencoder)
+    file; if `path` is a file, they come from the variant's repository. `fingerprints` remembers those of parts whose
+    files are gone.
     """
 
     variant: Variant
@@ -84,20 +79,23 @@ class ModelSource:
     fingerprints: Fingerprints | None = field(default=None, compare=False, repr=False)
 
     def where(self, part: Part) -> str:
-        given = {"vae": self.autoencoder, "transformer": None}.get(part, self.text_encoder)
-        if given:
-            return given
+        own_location = {"vae": self.autoencoder, "transformer": None}.get(part, self.text_encoder)
+        if own_location:
+            return own_location
         if part != "transformer" and self.path.endswith(".safetensors"):
             return self.variant.repo or str(TINY_FOLDER)
         return self.path
 
     def key(self, part: Part) -> str:
-        """The setting that says where a part comes from, for errors."""
-        given = {"vae": "autoencoder", "transformer": "path"}.get(part, "text_encoder")
-        return f"model.{given}" if getattr(self, given) else "model.path"
+        """Return the setting that gives the location of a part, for errors."""
+        setting = {"vae": "autoencoder", "transformer": "path"}.get(part, "text_encoder")
+        return f"model.{setting}" if getattr(self, setting) else "model.path"
 
     def file(self, part: Part) -> Path | None:
-        """The single file of a part, if that is what was given. Raises WeightsError if it is not there."""
+        """Return the single file of a part, or None if its location is a folder or repository.
+
+        Raises WeightsError if the file does not exist.
+        """
         where = self.where(part)
         if not where.endswith(".safetensors"):
             return None
@@ -108,49 +106,49 @@ class ModelSource:
         return Path(where).expanduser()
 
     def folder(self, part: Part) -> Path:
-        """The local folder of a part, downloaded if `path` is a repository id."""
+        """Return the local folder of a part, downloaded if the location is a repository id."""
         where = self.where(part)
         if not looks_local(where):
             return Path(download(where, part)) / part
-        whole = Path(where).expanduser()
-        if (whole / part).is_dir():
-            return whole / part
-        if whole.is_dir():
+        root = Path(where).expanduser()
+        if (root / part).is_dir():
+            return root / part
+        if root.is_dir():
             raise WeightsError(
-                f"{self.key(part)}={where!r}: there is no folder {whole / part}. It exists but is not in the published "
-                "layout (transformer/, vae/, text_encoder/, tokenizer/)"
+                f"{self.key(part)}={where!r}: there is no folder {root / part}. Give a folder in the published layout "
+                "(transformer/, vae/, text_encoder/, tokenizer/)"
             )
-        what = "does not exist" if not whole.exists() else "is neither a folder nor a .safetensors file"
-        raise WeightsError(f"{self.key(part)}={where!r} {what}: give a repository id, a folder or a .safetensors file")
+        what = "does not exist" if not root.exists() else "is neither a folder nor a .safetensors file"
+        raise WeightsError(f"{self.key(part)}={where!r} {what}. Give a repository id, a folder or a .safetensors file")
 
 
 def model_source(
     name: str, path: str | None = None, autoencoder: str | None = None, text_encoder: str | None = None
 ) -> ModelSource:
-    """The source of the model called `name`: at `path`, else the embedded one or the published repository."""
-    found = get_variant(name)
+    """Return the source of the model `name`: at `path`, by default the embedded model or the published repository."""
+    chosen = get_variant(name)
     for key, value in {"path": path, "autoencoder": autoencoder, "text_encoder": text_encoder}.items():
         if value is not None and not isinstance(value, str):
             raise ValueError(f"model.{key}={value!r} must be a repository id, a folder or a file")
-    return ModelSource(found, path or found.repo or str(TINY_FOLDER), autoencoder, text_encoder)
+    return ModelSource(chosen, path or chosen.repo or str(TINY_FOLDER), autoencoder, text_encoder)
 
 
 def looks_local(where: str) -> bool:
-    """Whether `where` names a place on disk and not a repository: it exists, or does not read as `owner/name`."""
+    """Return whether `where` is a path and not a repository: it exists, or is not of the form `owner/name`."""
     return Path(where).expanduser().exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith(".")
 
 
 def download(repo: str, part: Part) -> str:
-    """The snapshot folder of one part of a repository. Raises WeightsError with what to do."""
+    """Return the snapshot folder of one part of a repository, downloaded. Raises WeightsError with a remedy."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise WeightsError(f"{repo!r} is neither a file, a folder nor a repository id (owner/name)")
+        raise WeightsError(f"{repo!r} is neither a file nor a folder nor a repository id (owner/name)")
     try:
         snapshot = huggingface_hub.snapshot_download(repo, allow_patterns=[f"{part}/*"])
     except hub_errors.GatedRepoError as error:
         raise WeightsError(
             f"{repo} is gated, and you are not logged in or have not accepted its license. Open "
             f"https://huggingface.co/{repo}, accept the license (non-commercial for FLUX.2-dev and the 9B models), "
-            "then run `hf auth login` and start again."
+            "run `hf auth login` and start again."
         ) from error
     except hub_errors.RepositoryNotFoundError as error:
         raise WeightsError(
@@ -162,7 +160,7 @@ def download(repo: str, part: Part) -> str:
             f"{repo} could not be reached and its {part}/ is not in the local cache ({type(error).__name__}). Go "
             "online once to download it, or give a local folder or file: model.path=/path/to/FLUX.2."
         ) from error
-    if not (Path(snapshot) / part).is_dir():  # the repository has none, or an incomplete cache was used offline
+    if not (Path(snapshot) / part).is_dir():  # the repository lacks it, or an incomplete cache was used offline
         raise WeightsError(
             f"{repo} has no {part}/, or it is not in the local cache and the network could not be reached. Give a "
             "repository in the published layout, or a local folder: model.path=/path/to/FLUX.2."
@@ -170,11 +168,11 @@ def download(repo: str, part: Part) -> str:
     return snapshot
 
 
-def is_here(source: ModelSource, part: Part) -> bool:
-    """Whether a part's files can be read without downloading them."""
+def is_available(source: ModelSource, part: Part) -> bool:
+    """Return whether a part's files can be read without a download."""
     where = source.where(part)
     if looks_local(where):
-        return True  # or there is an error that says what is wrong
+        return True  # or loading raises an error that names the problem
     try:
         snapshot = huggingface_hub.snapshot_download(where, allow_patterns=[f"{part}/*"], local_files_only=True)
     except hub_errors.LocalEntryNotFoundError:
@@ -182,35 +180,35 @@ def is_here(source: ModelSource, part: Part) -> bool:
     return (Path(snapshot) / part).is_dir()
 
 
-WHOLE = 1 << 29  # bytes of a file that is read whole for its fingerprint
-SAMPLES = 33  # of 1 MiB each, of a larger one
+FULL_HASH_LIMIT = 1 << 29  # bytes up to which a file is hashed completely for its fingerprint
+SAMPLES = 33  # samples of 1 MiB that are hashed of a larger file
 
 
 def fingerprint(source: ModelSource, part: Part) -> str:
-    """What a cached result of this part depends on: a digest of its files.
+    """Return a digest of a part's files, which identifies what is cached of its results.
 
-    Of each file: name and size, and the content; of one above half a GB the safetensors header (names, shapes, offsets)
-    and 33 samples of the data. Hashing 48 GB whole would take longer than reading a cache saves. If the files are not
-    there, or not downloaded, and `source.fingerprints` knows the part, it is what that says, after a warning.
+    Of each file it covers name, size and content; above 512 MiB the safetensors header (names, shapes, offsets) and 33
+    samples of the data, because hashing 48 GB would take longer than reading a cache saves. If the files do not exist,
+    or are not downloaded, and `source.fingerprints` knows the part, that is returned, after a warning.
     """
     name = f"{part} of {source.where(part)}"
     known = source.fingerprints.get(name) if source.fingerprints is not None else None
     try:
-        if known is not None and not is_here(source, part):
+        if known is not None and not is_available(source, part):
             raise WeightsError(f"{source.where(part)} is not downloaded")
-        found = digest_of_files(source, part)
+        current = digest_of_files(source, part)
     except WeightsError as error:
         if known is None:
             raise
-        log.warning("using what is cached of the %s that was last there (%s)", name, error)
+        log.warning("using the cached results of the last known %s (%s)", name, error)
         return known
     if source.fingerprints is not None:
-        source.fingerprints.set(name, found)
-    return found
+        source.fingerprints.set(name, current)
+    return current
 
 
 def digest_of_files(source: ModelSource, part: Part) -> str:
-    """Raises WeightsError if there are none."""
+    """Return a digest of the part's files. Raises WeightsError if there are none."""
     single = source.file(part)
     files = [single] if single else sorted(file for file in source.folder(part).glob("*.*") if file.is_file())
     if not any(file.suffix == ".safetensors" for file in files) and part != "tokenizer":
@@ -225,7 +223,7 @@ def digest_of_files(source: ModelSource, part: Part) -> str:
             if file.suffix != ".safetensors":
                 digest.update(handle.read())
                 continue
-            if size <= WHOLE:
+            if size <= FULL_HASH_LIMIT:
                 while block := handle.read(1 << 20):
                     digest.update(block)
                 continue

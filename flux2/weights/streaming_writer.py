@@ -1,7 +1,7 @@
-"""Large safetensors files, tensor by tensor, so that no more than one is in memory.
+"""Write large safetensors files tensor by tensor, with one tensor in memory at a time.
 
-The library writes only what is in memory whole. Here the header comes first, from names, shapes and dtypes; then each
-tensor, in order; at last the header again, with the hash of what follows it (`modelspec`). The format:
+The library writes only tensors that are all in memory. Here the header is written first, from names, shapes and dtypes;
+then each tensor, in order; finally the header again, with the hash of the data (`modelspec`). The format:
 github.com/huggingface/safetensors.
 """
 
@@ -14,61 +14,65 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from flux2.utils.text import gigabytes
 from flux2.weights.modelspec import HASH, NO_HASH
 from flux2.weights.safetensors_files import DTYPE_NAMES
 
-GB = 1e9
-SPARE = 64 << 20  # bytes that stay free beside what is written
-Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # a file's tensors, in the order that they are written in
+SPARE = 64 << 20  # bytes of the disk that stay free
+Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtypes and shapes by name, in the order of writing
 
 
 def nbytes(plan: Plan) -> int:
+    """Return the number of bytes of all tensors."""
     return sum(prod(shape) * dtype.itemsize for dtype, shape in plan.values())
 
 
 def check_room(folder: Path, size: int, what: str) -> None:
-    """Raises ValueError, beginning with `what`, unless the disk of `folder` has room for `size` bytes."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(there).free
+    """Raise ValueError, starting with `what`, unless the disk of `folder` has room for `size` bytes."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if size + SPARE > free:
         raise ValueError(
-            f"{what}: {size / GB:.2f} GB are to be written, and {there} has {free / GB:.2f} GB free. Make room, or "
-            "give another place"
+            f"{what}: {gigabytes(size)} are needed, and {existing} has {gigabytes(free)} free. Make room, or choose "
+            "another folder"
         )
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor as a file holds them."""
+    """Return the bytes of a tensor as a file holds them."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-class File:
-    """One file that is being written."""
+def file_header(plan: Plan, metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes of a file before its data."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name, (dtype, shape) in plan.items():
+        stop = start + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+class SafetensorsFile:
+    """A file that is being written."""
 
     def __init__(self, path: Path, plan: Plan, metadata: Mapping[str, str]) -> None:
         self.path, self.plan, self.metadata = path, plan, dict(metadata)
         self.todo = list(plan)
         self.hash = hashlib.sha256()
         self.handle: BinaryIO = path.open("wb")
-        self.handle.write(self.header(NO_HASH))
+        self._write_header(NO_HASH)
 
-    def header(self, digest: str) -> bytes:
-        """The bytes before the data; as many for any digest."""
-        about: dict[str, Any] = {"__metadata__": self.metadata | {HASH: digest}}
-        start = 0
-        for name, (dtype, shape) in self.plan.items():
-            stop = start + prod(shape) * dtype.itemsize
-            about[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
-            start = stop
-        raw = json.dumps(about).encode()
-        raw += b" " * (-len(raw) % 8)
-        return len(raw).to_bytes(8, "little") + raw
+    def _write_header(self, digest: str) -> None:  # as many bytes for any digest
+        self.handle.write(file_header(self.plan, self.metadata | {HASH: digest}))
 
     def write(self, name: str, tensor: Tensor) -> None:
         assert self.todo[:1] == [name], f"{name} is not next in {self.path}"
@@ -81,33 +85,27 @@ class File:
     def finish(self) -> None:
         assert not self.todo, f"not written: {self.todo[:3]}"
         self.handle.seek(0)
-        self.handle.write(self.header("0x" + self.hash.hexdigest()))
+        self._write_header("0x" + self.hash.hexdigest())
         self.handle.close()
 
 
-class Writer:
-    """Several files, of which each tensor has one. As a context: what is open is closed at its end."""
+class SafetensorsWriter(ExitStack):
+    """Context manager that writes several files, each tensor to the file that plans it, and closes them at the end."""
 
     def __init__(self, files: Mapping[Path, Plan], metadata: Mapping[str, str]) -> None:
-        self.stack = ExitStack()
-        self.files: list[File] = []
+        super().__init__()
+        self.files: list[SafetensorsFile] = []
         try:
             for path, plan in files.items():
-                self.files.append(File(path, plan, metadata))
-                self.stack.callback(self.files[-1].handle.close)
+                self.files.append(SafetensorsFile(path, plan, metadata))
+                self.callback(self.files[-1].handle.close)
         except BaseException:
-            self.stack.close()
+            self.close()
             raise
         self.home = {name: file for file in self.files for name in file.plan}
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stack.close()
-
     def write(self, name: str, tensor: Tensor) -> None:
-        """Tensors come in the order of their file's plan."""
+        """Write a tensor. Tensors must come in the order of their file's plan."""
         self.home[name].write(name, tensor)
 
     def finish(self) -> None:

@@ -215,7 +215,7 @@ def test_prompts_that_are_cut_are_told_once_with_their_number(pipe: Pipeline, ca
     for _ in range(2):
         pipe.encode(["a cup", "fox " * 100, "cup " * 100])
     (record,) = caplog.records
-    assert record.getMessage().startswith("2 prompts are longer than 24 tokens and were cut: 'fox fox")
+    assert record.getMessage().startswith("truncated 2 prompts to 24 tokens, e.g. 'fox fox")
 
 
 def test_prompts_to_encode_are_checked(pipe: Pipeline) -> None:
@@ -314,7 +314,7 @@ def test_adapters_change_the_picture_and_add_up(pipe: Pipeline, tmp_path: Path) 
         pipe.load_adapter(tmp_path / str(i))
         pictures.append(pipe.generate(**options))
     assert min(difference(pictures[i], pictures[j]) for i, j in ((0, 1), (1, 2), (0, 2))) > 10
-    with adapters.disabled(pipe.transformer):
+    with adapters.adapters_disabled(pipe.transformer):
         assert difference(pipe.generate(**options), pictures[0]) == 0
     pipe.load_adapter(tmp_path / "1", scale=-1.0)
     assert difference(pipe.generate(**options), pictures[1]) <= 1, "once and minus once is nothing"

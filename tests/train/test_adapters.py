@@ -62,12 +62,12 @@ def test_every_type_lowers_the_validation_loss_is_used_and_goes_on_bit_for_bit(k
     assert same_tensors(adapter(again), adapter(whole))
 
 
-@pytest.mark.parametrize(("kind", "said"), [("loha", "makes a LoRA of it, nearly equal, for"), ("lora", "")])
+@pytest.mark.parametrize(("kind", "said"), [("loha", "converts it to a nearly equal LoRA for"), ("lora", "")])
 def test_what_cannot_read_an_adapter_is_said_at_the_end(kind, said, typed, small, run_command, tmp_path):
     code, out, _ = run_command(*small(f"output_dir={tmp_path / 'run'}", f"adapter={kind}", "steps=1"))
     assert code == 0
     line = f"`python -m flux2.export {tmp_path / 'run' / 'adapter'} --format ... --out FILE` {said} diffusers, ComfyUI"
-    assert (f"formats   LoHa is read by PEFT and flux2.generate alone; {line} and kohya" in out) == bool(said)
+    assert (f"formats   only PEFT and flux2.generate read LoHa; {line} and kohya" in out) == bool(said)
     assert ("formats" in out) == bool(said)
 
 

@@ -257,7 +257,7 @@ def test_with_a_full_cache_a_run_needs_none_of_the_encoders_files(train, model_f
         (model / part).rename(tmp_path / part)
     assert lines(train("after", *settings)) == lines(before)
     for part in ("text_encoder", "tokenizer", "vae"):
-        assert f"using what is cached of the {part} of {model} that was last there" in caplog.text
+        assert f"using the cached results of the last known {part} of {model}" in caplog.text
     with pytest.raises(ValueError, match=rf"there is no folder {model / 'text_encoder'}"):
         train("other", *settings, "sample.prompts=[a fox]")
     (tmp_path / "cache" / "fingerprints.json").unlink()

@@ -159,8 +159,8 @@ def test_jobs_of_submitit_leave_the_same_table(small, tmp_path, train):
     assert done.returncode == 2, done.stderr
     failed, other = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
     assert (failed["status"], other["status"]) == ("failed", "done")
-    assert "adapter.rank=0 must be a whole number from 1" in failed["error"]
-    assert "adapter.rank=0 must be a whole number from 1" in done.stdout
+    assert "adapter.rank=0 must be an integer >= 1" in failed["error"]
+    assert "adapter.rank=0 must be an integer >= 1" in done.stdout
     alone = execute([sys.executable, "train/run.py", *settings, f"output_dir={tmp_path / 'alone'}", "adapter.rank=2"])
     assert alone.returncode == 0, alone.stderr
     assert lines(tmp_path / "alone") == lines(tmp_path / "sweep" / "1")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data.loader import Batch, onto
 from data.sampler import derived_generator
-from flux2.adapters import disabled
+from flux2.adapters import adapters_disabled
 from flux2.models.positions import positions_with_references, text_positions, to_tokens, with_references
 from train.objective.timesteps import Uniform
 
@@ -152,7 +152,7 @@ def training_loss(
         flow = flow_loss(noised.predict(model, text, guidance), noised.target, noised.mask, weights)
         return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
     batch, held = len(text), slice(0, len(plain))
-    with torch.no_grad(), disabled(model):
+    with torch.no_grad(), adapters_disabled(model):
         base = noised.predict(model, plain, guidance, held)
     together = Noised(
         torch.cat([noised.tokens, noised.tokens[held]]),

@@ -20,7 +20,7 @@ from flux2 import adapters
 from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE, PISSA_FILE, format_notes, layer_pairs
 from flux2.adapters.formats import AdapterError, to_comfyui, to_kohya
 from flux2.adapters.tuners import (
-    adapted,
+    adapter_layers,
     attach,
     detach,
 )
@@ -82,7 +82,7 @@ def test_detaching_gives_the_base_back_as_it_was(kind: str, precision: str) -> N
 def test_a_base_that_an_adapter_was_merged_into_is_not_given_back() -> None:
     wrapped = stirred(attached("lora", base()))
     wrapped.merge_adapter()
-    with pytest.raises(adapters.AdapterError, match=r"cannot be given back: an adapter is merged into double_blocks"):
+    with pytest.raises(adapters.AdapterError, match=r"cannot be restored: an adapter is merged into double_blocks"):
         detach(wrapped)
 
 
@@ -160,7 +160,7 @@ def test_every_type_trains_on_every_precision_and_is_saved_loaded_and_gone_on_wi
         losses.append(float(loss))
     assert losses[-1] < 0.95 * losses[0]
     learnt = predict(wrapped)
-    with adapters.disabled(wrapped):
+    with adapters.adapters_disabled(wrapped):
         assert torch.equal(predict(wrapped), predict(base(precision)))
 
     adapters.save(wrapped, tmp_path, base="small")
@@ -259,16 +259,16 @@ def test_no_file_is_written_that_others_would_read_wrongly_and_none_of_an_earlie
     wrapped = attached(kind, base())
     adapters.save(wrapped, tmp_path, base="small")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", PEFT_FILE]
-    assert "flux2.generate alone; `python -m flux2.export" in format_notes(tmp_path)
+    assert "`python -m flux2.export" in format_notes(tmp_path)
     assert "diffusers" not in (tmp_path / "README.md").read_text()
-    with pytest.raises(AdapterError, match="is no low-rank pair"):
+    with pytest.raises(AdapterError, match="is not a low-rank pair"):
         layer_pairs(wrapped.get_base_model())
 
 
 def test_a_dora_is_no_pair_for_comfyui_and_kohya_and_its_diffusers_file_loads_here(tmp_path: Path) -> None:
     wrapped = stirred(attached("dora", base(), targets="all_linear"))
     for form in (to_comfyui, to_kohya):
-        with pytest.raises(AdapterError, match="is of a DoRA, which this form cannot hold"):
+        with pytest.raises(AdapterError, match="belongs to a DoRA, which this format cannot hold"):
             form(layer_pairs(wrapped.get_base_model()))
     adapters.save(wrapped, tmp_path, base="small")
     model = base()
@@ -335,7 +335,7 @@ def test_several_of_a_type_add_up_each_at_its_scale(kind: str, tmp_path: Path) -
         for name, tensor in alone.state_dict().items():
             both.state_dict()[name].add_(tensor - weights[name], alpha=scale)
     assert helpers.relative_error(predict(model), predict(both)) <= 1e-5
-    with adapters.disabled(model):
+    with adapters.adapters_disabled(model):
         assert torch.equal(predict(model), predict(base()))
     adapters.merge(model)
     assert helpers.relative_error(predict(model), predict(both)) <= 1e-5
@@ -362,7 +362,7 @@ def test_types_that_do_not_add_up_are_refused_and_the_first_stays(first: str, se
     model = base()
     adapters.load(model, tmp_path / "first", name="one")
     before = predict(model)
-    with pytest.raises(AdapterError, match=r"second: a \w+ adapter cannot be used .* the \w+ that is loaded"):
+    with pytest.raises(AdapterError, match=r"second: a \w+ adapter cannot be combined with the loaded \w+"):
         adapters.load(model, tmp_path / "second", name="two")
     assert torch.equal(predict(model), before)
 
@@ -370,7 +370,7 @@ def test_types_that_do_not_add_up_are_refused_and_the_first_stays(first: str, se
 def test_an_oft_has_no_scale(tmp_path: Path) -> None:
     adapters.save(stirred(attached("oft", base())), tmp_path, base="small")
     model = base()
-    with pytest.raises(AdapterError, match=r"scale=0.5: an OFT adapter .* has no scale; give 1"):
+    with pytest.raises(AdapterError, match=r"scale=0.5: an OFT adapter .* has no scale. Use 1"):
         adapters.load(model, tmp_path, scale=0.5)
     assert torch.equal(predict(model), predict(base()))
 
@@ -432,16 +432,16 @@ def of_another_layer(state: dict[str, Tensor]) -> dict[str, Tensor]:
             r"not those of the LoHa .*: missing single_blocks.2.linear2.hada_w2_b$",
         ),
         ("dora", {}, without_last, r"not those of the DoRA .*: missing single_blocks.2.linear2.lora_magnitude_vector$"),
-        ("loha", {"r": 5}, unchanged, r"hada_w1_a has shape \(\d+, 4\), but this model's layer .* give \(\d+, 5\)"),
-        ("oft", {"oft_block_size": 8}, unchanged, r"has shape \(\d+, 120\), but .* give \(\d+, 28\)"),
-        ("oft", {"oft_block_size": 25}, unchanged, r"PEFT cannot make the OFT that .* \(Invalid"),
+        ("loha", {"r": 5}, unchanged, r"hada_w1_a has shape \(\d+, 4\) instead of \(\d+, 5\)"),
+        ("oft", {"oft_block_size": 8}, unchanged, r"has shape \(\d+, 120\) instead of \(\d+, 28\)"),
+        ("oft", {"oft_block_size": 25}, unchanged, r"PEFT cannot create the OFT that .* \(Invalid"),
         (
             "lokr",
             {"decompose_factor": 4},
             unchanged,
             r"not those of the LoKr .*: missing .*lokr_w2_a.*; unknown .*lokr_w2",
         ),
-        ("lokr", {"r": 5}, unchanged, r"lokr_w2_a has shape .* trained on another model, or its files are not of one"),
+        ("lokr", {"r": 5}, unchanged, r"lokr_w2_a has shape .* Use the base it was trained on, and files of one"),
         ("lokr", {}, with_nan, "has NaN or infinite values"),
         (
             "loha",
@@ -455,9 +455,14 @@ def of_another_layer(state: dict[str, Tensor]) -> dict[str, Tensor]:
             "loha",
             {"peft_type": "VERA"},
             unchanged,
-            r"of the kind VERA, of which nothing is known here: LoRA, LoHa",
+            r"its type VERA is not supported; it must be one of LoRA, LoHa",
         ),
-        ("lora", {"use_bdlora": {"target_modules_bd_a": ["x"], "nblocks": 2}}, unchanged, "a variant of LoRA of which"),
+        (
+            "lora",
+            {"use_bdlora": {"target_modules_bd_a": ["x"], "nblocks": 2}},
+            unchanged,
+            "variant of LoRA that is not",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
@@ -488,13 +493,13 @@ def test_going_on_with_an_adapter_of_another_type_is_an_error_that_changes_nothi
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("dora", {"rank": 0}, "adapter.rank=0 must be a whole number from 1"),
+        ("dora", {"rank": 0}, "adapter.rank=0 must be an integer >= 1"),
         ("dora", {"dropout": 1}, r"adapter.dropout=1 must be a number in \[0, 1\)"),
         ("lora", {"rslora": "yes"}, "adapter.rslora='yes' must be true or false"),
-        ("pissa", {"iterations": 0}, "adapter.iterations=0 must be a whole number from 1"),
-        ("pissa", {"rank": 49}, r"adapter.rank=49 is more than double_blocks.0.img_attn.qkv has.* at most 48, or such"),
+        ("pissa", {"iterations": 0}, "adapter.iterations=0 must be an integer >= 1"),
+        ("pissa", {"rank": 49}, r"adapter.rank=49 is more than double_blocks.0.img_attn.qkv has.* Use at most 48"),
         ("pissa", {"rank_pattern": {"mlp": 60}}, "adapter.rank=60 is more than double_blocks.0.img_mlp.0 has"),
-        ("lora", {"rank": 100_000}, r"rank=100000 is more than .* a weight of 144 x 48, and 21 other layers have less"),
+        ("lora", {"rank": 100_000}, r"rank=100000 is more than .* a weight of 144 x 48, and 21 other layers"),
         ("dora", {"rank": 49}, "adapter.rank=49 is more than double_blocks.0.img_attn.qkv has"),
         ("loha", {"rank": 49}, "adapter.rank=49 is more than double_blocks.0.img_attn.qkv has"),
         ("loha", {"alpha": 0}, r"adapter.alpha=0 must be a number from 1e-06 to 1e\+06, or null for the rank"),
@@ -509,21 +514,21 @@ def test_going_on_with_an_adapter_of_another_type_is_an_error_that_changes_nothi
         ("lora", {"rank_pattern": False}, "adapter.rank_pattern=False must map"),
         ("lora", {"rank_pattern": ""}, "adapter.rank_pattern='' must map"),
         ("lokr", {"alpha_pattern": []}, r"adapter.alpha_pattern=\[\] must map"),
-        ("lokr", {"decompose_factor": 1}, "adapter.decompose_factor=1 must be a whole number from 2"),
+        ("lokr", {"decompose_factor": 1}, "adapter.decompose_factor=1 must be an integer >= 2"),
         ("lokr", {"decompose_both": 1}, "adapter.decompose_both=1 must be true or false"),
         ("oft", {"block_size": 32}, r"adapter.block_size=32 does not divide the 48 input features of double_blocks.0"),
-        ("oft", {"block_size": 1}, "adapter.block_size=1 must be a whole number from 2"),
+        ("oft", {"block_size": 1}, "adapter.block_size=1 must be an integer >= 2"),
         ("oft", {"exact": 1}, "adapter.exact=1 must be true or false"),
         (
             "lora",
             {"rank_pattern": {"single_blocks": 0}},
-            "rank_pattern: 'single_blocks'=0 must be a whole number",
+            "rank_pattern: 'single_blocks'=0 must be an integer",
         ),
         ("lora", {"alpha_pattern": {"mlp": "x"}}, "adapter.alpha_pattern: 'mlp'='x' must be a number from"),
         (
             "lora",
             {"rank_pattern": {"linear1": 2}},
-            "'linear1' matches none of the 22 layers that adapter.t",
+            "'linear1' matches none of the 22 layers of adapter.t",
         ),
         ("lora", {"rank_pattern": {"modulation": 2}}, "'modulation' matches none of the 22 layers"),
         ("lora", {"rank_pattern": {"(": 2}}, r"adapter.rank_pattern: '\(' is not a regular expression"),
@@ -531,7 +536,7 @@ def test_going_on_with_an_adapter_of_another_type_is_an_error_that_changes_nothi
         (
             "lora",
             {"rank_pattern": {"attention": 2, r"single_blocks\.0\..*": 3}},
-            r"'attention' and 'single_blocks.*' both match single_blocks.0.linear1: let each layer be matched once",
+            r"'attention' and 'single_blocks.*' both match single_blocks.0.linear1. Change them",
         ),
     ],
 )
@@ -544,7 +549,7 @@ def test_settings_that_cannot_be_are_errors_that_name_them(kind: str, options: d
 
 def test_a_rank_above_that_of_a_layer_is_lowered_for_it_alone_and_lets_a_lokr_train_whole_matrices() -> None:
     wrapped = attached("lora", base(), rank=60, targets=["attention"], rank_pattern={"attention": 8})
-    assert {module.r["default"] for module in adapted(wrapped.get_base_model()).values()} == {8}
+    assert {module.r["default"] for module in adapter_layers(wrapped.get_base_model()).values()} == {8}
     whole = attached("lokr", base(), rank=100_000, targets=["attention"])
     assert not any("w2_a" in name for name, tensor in whole.named_parameters() if tensor.requires_grad)
 

@@ -57,10 +57,10 @@ def test_without_a_login_it_says_how_to_get_one(monkeypatch) -> None:
 
 def test_models_say_which_parts_are_here(monkeypatch) -> None:
     here = {("dev", "transformer"), ("dev", "vae"), *(("klein_4b", part) for part in doctor.PARTS)}
-    monkeypatch.setattr(doctor, "is_here", lambda source, part: (source.variant.name, part) in here)
+    monkeypatch.setattr(doctor, "is_available", lambda source, part: (source.variant.name, part) in here)
     found = dict(doctor.models())
     assert found["tiny"] == "embedded"
-    assert found["dev"] == "here: transformer, vae; not here: text_encoder, tokenizer"
+    assert found["dev"] == "present: transformer, vae; missing: text_encoder, tokenizer"
     assert found["klein_4b"] == "complete"
     assert found["klein_9b"] == "not downloaded (black-forest-labs/FLUX.2-klein-9B)"
 
@@ -71,9 +71,9 @@ def test_folders_are_counted_and_a_home_is_not_named(tmp_path, monkeypatch) -> N
     (copies / "sub").mkdir(parents=True)
     (copies / "sub" / "a.safetensors").write_bytes(b"0" * 20_000_000)
     monkeypatch.setenv("FLUX2_CACHE", str(copies))
-    found = dict(doctor.places())
-    assert found["quantized copies"].startswith("~/copies: 1 files, 0.02 GB; ")
-    assert doctor.size(tmp_path / "nothing") == "not there yet"
+    found = dict(doctor.folders())
+    assert found["quantized copies"].startswith("~/copies: 1 files, 20.0 MB; ")
+    assert doctor.size(tmp_path / "nothing") == "does not exist yet"
 
 
 @pytest.mark.parametrize(("capability", "words"), [((9, 0), ", FP8 products,"), ((8, 6), "no FP8 products")])
@@ -89,10 +89,10 @@ def test_a_gpu_is_described(capability, words, monkeypatch) -> None:
     name, text = next(doctor.devices())
     assert name == "GPU 0"
     assert "NVIDIA H200" in text
-    assert "139.0 of 141.0 GB free" in text
+    assert "139.00 GB of 141.00 GB free" in text
     assert words in text
 
 
 def test_a_rocm_build_is_refused_in_a_sentence(monkeypatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert list(doctor.devices()) == [("GPU", "ROCm 6.4: refused, only CUDA was built for; device=cpu works")]
+    assert list(doctor.devices()) == [("GPU", "ROCm 6.4: refused, only CUDA is supported; device=cpu works")]

@@ -63,7 +63,7 @@ def test_without_diffusers_it_says_that_nothing_was_compared(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "diffusers", None)
     (finding,) = selftest.selftest()
     assert finding.passed is None
-    assert "diffusers cannot be imported" in finding.said
+    assert "diffusers cannot be imported" in finding.detail
 
 
 def test_a_diffusers_without_flux2_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_a_diffusers_without_flux2_is_no_failure(monkeypatch: pytest.MonkeyPatch
     old.__version__ = "0.30"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "diffusers", old)
     (finding,) = selftest.selftest()
-    assert (finding.passed, finding.said) == (None, "not made: diffusers 0.30 has no FLUX.2")
+    assert (finding.passed, finding.detail) == (None, "skipped: diffusers 0.30 has no FLUX.2")
 
 
 def test_a_comparison_that_breaks_is_named_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,10 +80,10 @@ def test_a_comparison_that_breaks_is_named_and_the_others_go_on(monkeypatch: pyt
 
     monkeypatch.setattr(selftest, "CHECKS", {"one": broken, "system message": selftest.system_message})
     one, other = selftest.selftest()
-    assert (one.passed, one.said) == (None, "not made (TypeError: a function was renamed)")
+    assert (one.passed, one.detail) == (None, "failed (TypeError: a function was renamed)")
     assert other.passed is True
 
 
 def test_shapes_that_differ_are_no_small_difference() -> None:
     with pytest.raises(ValueError, match=r"shape \(2,\) here, \(3,\) there"):
-        selftest.within((torch.ones(2), torch.ones(3)))
+        selftest.compare_values((torch.ones(2), torch.ones(3)))

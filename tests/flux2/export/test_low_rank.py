@@ -28,7 +28,7 @@ def test_norms_and_distances_are_those_of_the_matrices() -> None:
 
 def test_a_sum_of_pairs_is_the_sum_of_their_matrices() -> None:
     one, two = pair(seed=1), pair(rank=3, seed=2)
-    found = low_rank.stacked([one, two], [0.5, -2.0])
+    found = low_rank.sum_pairs([one, two], [0.5, -2.0])
     assert found.a.shape[0] == 9
     torch.testing.assert_close(matrix(found), 0.5 * matrix(one) - 2 * matrix(two))
 
@@ -37,7 +37,7 @@ def test_a_sum_of_pairs_is_the_sum_of_their_matrices() -> None:
 def test_a_reduced_pair_is_the_nearest_of_its_rank(rank: int) -> None:
     given = pair()
     values = torch.linalg.svdvals(matrix(given))
-    found, error, size = low_rank.reduced(given, rank)
+    found, error, size = low_rank.reduce_rank(given, rank)
     assert found.a.shape == (rank, 40)
     assert error == pytest.approx(float(values[rank:].norm()), rel=1e-9)
     assert float((matrix(found) - matrix(given)).norm()) == pytest.approx(error, rel=1e-5)
@@ -46,8 +46,8 @@ def test_a_reduced_pair_is_the_nearest_of_its_rank(rank: int) -> None:
 
 def test_a_pair_of_no_more_than_the_rank_stays_as_it_is() -> None:
     given = pair()
-    assert low_rank.reduced(given, 6)[0] is given
-    assert low_rank.reduced(given, 60)[0] is given
+    assert low_rank.reduce_rank(given, 6)[0] is given
+    assert low_rank.reduce_rank(given, 60)[0] is given
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "leading"])
@@ -59,12 +59,12 @@ def test_a_matrix_becomes_the_nearest_pair_and_the_error_is_measured(
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(60, 44, generator=generator) @ torch.diag(0.8 ** torch.arange(44.0))
     values = torch.linalg.svdvals(delta.double())
-    found, error, size = low_rank.decomposed(delta.clone(), rank)
+    found, error, size = low_rank.decompose(delta.clone(), rank)
     assert found.a.shape[0] == rank
     assert float((matrix(found) - delta).norm()) == pytest.approx(error, rel=1e-4)
     assert error == pytest.approx(float(values[rank:].norm()), rel=1e-5 if exact else 0.01)
     assert size == pytest.approx(float(values.norm()))
-    again = low_rank.decomposed(delta.clone(), rank)[0]
+    again = low_rank.decompose(delta.clone(), rank)[0]
     assert torch.equal(again.a, found.a), "the same at every call"
 
 
@@ -75,7 +75,7 @@ def test_max_error_takes_the_smallest_rank_that_meets_it(exact: bool, monkeypatc
     delta = delta @ torch.diag(0.9 ** torch.arange(50.0))
     values = 0.9 ** torch.arange(50.0)
     for limit in (0.5, 0.1, 0.03):
-        found, error, size = low_rank.decomposed(delta.clone(), None, limit)
+        found, error, size = low_rank.decompose(delta.clone(), None, limit)
         rank = found.a.shape[0]
         assert error / size <= limit
         assert float(values[rank - 1 :].norm() / values.norm()) > limit, "one less would not do"
@@ -83,10 +83,10 @@ def test_max_error_takes_the_smallest_rank_that_meets_it(exact: bool, monkeypatc
 
 def test_directions_that_are_nothing_are_left_out() -> None:
     given = pair(rank=4)
-    found, error, size = low_rank.decomposed(matrix(given).float(), 32)
+    found, error, size = low_rank.decompose(matrix(given).float(), 32)
     assert found.a.shape[0] == 4
     assert error / size <= 1e-6
-    zero, error, size = low_rank.decomposed(torch.zeros(9, 7), 4)
+    zero, error, size = low_rank.decompose(torch.zeros(9, 7), 4)
     assert (zero.a.shape[0], error, size) == (1, 0.0, 0.0)
 
 

@@ -28,7 +28,7 @@ def two_pictures(stream: io.StringIO) -> str:
         for name in ("a.png", "b.png"):
             for _ in range(2):
                 screen.step()
-            with screen.told(f"{name}: 2 steps"):
+            with screen.picture_done(f"{name}: 2 steps"):
                 stream.write(f"<{name}>")  # as if both streams were one
     return stream.getvalue()
 

@@ -294,7 +294,7 @@ def test_what_can_change_is_looked_at_in_every_call(products: list[nn.Module]) -
     assert not is_fused()
     ours.eval()
     assert is_fused()
-    with adapters.disabled(ours):
+    with adapters.adapters_disabled(ours):
         assert not is_fused()
         assert torch.equal(the_layer(ours)(x), the_layer(ours).base_layer(x))
     the_layer(ours).merge()
@@ -317,7 +317,7 @@ def test_a_base_with_a_forward_of_its_own_and_no_product_is_left_to_peft(product
     base = Doubled(IN, OUT, bias=False, dtype=torch.float64).requires_grad_(False)
     the_layer(ours).base_layer = base
     x = torch.randn(3, IN, dtype=torch.float64)
-    with adapters.disabled(ours):
+    with adapters.adapters_disabled(ours):
         assert torch.equal(the_layer(ours)(x), base(x))
     torch.testing.assert_close(the_layer(ours)(x), lora.Linear.forward(the_layer(ours), x))
     assert products == []
@@ -338,7 +338,7 @@ def test_an_attached_adapter_is_fused_and_is_still_pefts(tmp_path: Path, product
     assert all(type(module) is FusedLora for module in layers)
     assert len(products) == len(layers)
     assert not torch.equal(prediction, plain_prediction)
-    with adapters.disabled(model):
+    with adapters.adapters_disabled(model):
         assert torch.equal(model(**inputs), plain_prediction)
 
     adapters.save(wrapped, tmp_path, base="klein")

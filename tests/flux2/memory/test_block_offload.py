@@ -82,7 +82,7 @@ def preserving_step(model: Transformer) -> list[Tensor]:
     """Two passes that are both differentiated, and between them one of the base without a gradient."""
     torch.manual_seed(0)
     first = predict(model)
-    with torch.no_grad(), adapters.disabled(model):
+    with torch.no_grad(), adapters.adapters_disabled(model):
         base = predict(model, seed=2)
     second = predict(model, seed=2)
     loss = first.square().mean() + (second - base).square().mean()

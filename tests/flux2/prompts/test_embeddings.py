@@ -63,16 +63,16 @@ def test_pictures_from_saved_embeddings_are_the_encoders_own(small, monkeypatch)
     assert not any(differ(a, b) for a, b in zip(made, wanted, strict=True))
     has_empty = "" in SavedPrompts(Path("deep/two.safetensors"), source.variant).prompts
     assert has_empty == (not source.variant.transformer.guidance), "of guidance by two predictions"
-    assert not list(Path("deep").glob(".part*"))
+    assert not list(Path("deep").glob(".*.part"))
 
 
 def test_what_a_file_does_not_hold_is_named(small) -> None:
     _, load = small
     load().save_embeddings("one.safetensors", ["a cup"])
     pipe = load(embeddings="one.safetensors")
-    with pytest.raises(ValueError, match=r"'one\.safetensors' has none of 'a fox'; it has .*'a cup'\. Make it again"):
+    with pytest.raises(ValueError, match=r"'one\.safetensors' has no embedding of 'a fox', only of .*'a cup'"):
         pipe.generate("a fox", **SMALL)
-    with pytest.raises(ValueError, match=r"are of \d+ tokens a prompt, not 10"):
+    with pytest.raises(ValueError, match=r"have \d+ tokens per prompt, not 10"):
         pipe.encode(["a cup"], length=10)
     assert pipe.encode(["a cup"], length=pipe.variant.text.length).shape[0] == 1
 
@@ -86,10 +86,10 @@ def test_files_that_cannot_be_used_are_refused_when_the_model_is_asked_for(small
     load().save_embeddings("good.safetensors", ["a cup"])
     content = load_file("good.safetensors")
     for name, said in (
-        ("gone.safetensors", "is no file: `--save-embeddings` or pipe.save_embeddings makes one"),
+        ("gone.safetensors", "is not a file. `--save-embeddings` or pipe.save_embeddings writes one"),
         ("broken.safetensors", "cannot be used"),
-        ("plain.safetensors", r"cannot be used \(it is not of `--save-embeddings`"),
-        ("other.safetensors", "are of another model: "),
+        ("plain.safetensors", r"cannot be used \(it was not written by `--save-embeddings`"),
+        ("other.safetensors", "belong to another model: "),
     ):
         with pytest.raises(ValueError, match=said):
             load(embeddings=name)
@@ -131,14 +131,14 @@ def open_about(file: str) -> Any:
     [
         (
             {"text_storage": "nf4", "text_encoder": "http://127.0.0.1:1"},
-            "text_storage='nf4' does nothing with the serv",
+            "text_storage='nf4' has no effect with the serv",
         ),
         (
             {"text_storage": "nf4", "embeddings": "good.safetensors"},
-            "text_storage='nf4' does nothing with the file good",
+            "text_storage='nf4' has no effect with the file good",
         ),
-        ({"embeddings": "good.safetensors", "text_encoder": "http://127.0.0.1:1"}, "give one of them"),
-        ({"embeddings": "good.safetensors", "text_encoder": "folder"}, "give one of them"),
+        ({"embeddings": "good.safetensors", "text_encoder": "http://127.0.0.1:1"}, "exclude each other"),
+        ({"embeddings": "good.safetensors", "text_encoder": "folder"}, "exclude each other"),
         ({"text_storage": "fp8"}, "text_storage='fp8' must be one of nf4, int8, or null"),
     ],
 )
@@ -187,7 +187,7 @@ def test_the_command_saves_embeddings_and_draws_from_them(small, monkeypatch, ca
     assert Path("again.png").read_bytes() == Path("far.png").read_bytes()
     Path("e.safetensors").rename("moved.safetensors")
     assert command(monkeypatch, "--from-image", "far.png", "--out", "again.png") == 2
-    assert "the embeddings e.safetensors do not exist; give those with --embeddings" in capsys.readouterr().err
+    assert "the embeddings file e.safetensors does not exist. Give it with --embeddings" in capsys.readouterr().err
     again = ("--from-image", "far.png", "--out", "moved.png")
     assert command(monkeypatch, *again, "--embeddings", "moved.safetensors") == 0
     assert not differ(pixels("moved.png"), pixels("far.png"))
@@ -216,14 +216,14 @@ def test_a_picture_says_how_its_text_encoder_was_kept(small, monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--save-embeddings", "e.safetensors", "--embeddings", "f.safetensors"), "give one of them"),
+        (("--save-embeddings", "e.safetensors", "--embeddings", "f.safetensors"), "exclude each other"),
         (("--save-embeddings", "e.pt"), "--save-embeddings e.pt must end in .safetensors"),
         (("--save-embeddings", "e.pt/e.safetensors"), "e.pt is not a folder"),
         (("--save-embeddings", f"{'e' * 240}.safetensors"), "cannot be written: File name too long"),
-        (("--save-embeddings", "e.safetensors", "--adapter", "a"), "--adapter does nothing with --save-embeddings"),
-        (("--save-embeddings", "e.safetensors", "--merge"), "--merge does nothing with --save-embeddings"),
-        (("--save-embeddings", "e.safetensors", "--image", "a.png"), "--image does nothing with --save-embeddings"),
-        (("--embeddings", "gone.safetensors"), "gone.safetensors' is no file"),
+        (("--save-embeddings", "e.safetensors", "--adapter", "a"), "--adapter has no effect with --save-embeddings"),
+        (("--save-embeddings", "e.safetensors", "--merge"), "--merge has no effect with --save-embeddings"),
+        (("--save-embeddings", "e.safetensors", "--image", "a.png"), "--image has no effect with --save-embeddings"),
+        (("--embeddings", "gone.safetensors"), "gone.safetensors' is not a file"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(words, said, tmp_path, monkeypatch, capsys) -> None:

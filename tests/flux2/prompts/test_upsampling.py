@@ -226,12 +226,12 @@ def test_where_the_config_ties_them_the_embeddings_are_the_head(source, writer, 
 def test_an_answer_that_is_cut_is_told_and_an_empty_one_is_an_error(source, caplog, monkeypatch) -> None:
     made = load_upsampler(source, torch.device("cpu"), torch.float32, TextSource(), pictures=False)
     made.rewrite("a cup", new_tokens=1, seed=1)
-    assert "the rewritten prompt was cut at 1 tokens: 'a cup'" in caplog.text
+    assert "the rewritten prompt was truncated to 1 tokens: 'a cup'" in caplog.text
     end = made.tokenizer.eos_token_id
     monkeypatch.setattr(made.model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([[end]])], 1))
-    with pytest.raises(ValueError, match="answered with no words to 'a cup'"):
+    with pytest.raises(ValueError, match="answered with an empty text to 'a cup'"):
         made.rewrite("a cup")
-    with pytest.raises(ValueError, match="tokens are too many to rewrite, at most 2048 fit: 'fox fox"):
+    with pytest.raises(ValueError, match="tokens are too many to rewrite, the limit is 2048: 'fox fox"):
         made.inputs("fox " * 3000)
 
 
@@ -247,9 +247,9 @@ def test_models_and_sources_that_write_no_prompts_are_refused(source, model_fold
     tiny = flux2.load("tiny", device="cpu")
     for pipe, said in (
         (pipeline(klein), "prompts cannot be rewritten: small_klein reads prompts with Qwen3"),
-        (tiny, "the embedded model's text encoder is random weights"),
-        (pipeline(source, server), "the server http://127.0.0.1:1 gives embeddings alone"),
-        (pipeline(source, saved), "saved.safetensors gives embeddings alone"),
+        (tiny, "the embedded model's text encoder has random weights"),
+        (pipeline(source, server), "the server http://127.0.0.1:1 gives only embeddings"),
+        (pipeline(source, saved), "saved.safetensors gives only embeddings"),
     ):
         with pytest.raises(ValueError, match=said):
             pipe.upsample("a cup")
@@ -268,7 +268,7 @@ def test_an_encoder_that_is_cut_is_refused(source, tmp_path) -> None:
             pipeline(ModelSource(DEV, str(tmp_path / name))).upsample("a cup", [squares(16, 16)])
     config = tmp_path / "blind" / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text())["text_config"]))
-    with pytest.raises(WeightsError, match="is a language model without a vision tower"):
+    with pytest.raises(WeightsError, match="is a language model without vision tower"):
         pipeline(ModelSource(DEV, str(tmp_path / "blind"))).upsample("a cup", [squares(16, 16)])
     assert pipeline(ModelSource(DEV, str(tmp_path / "blind"))).upsample("a cup")
 
@@ -288,7 +288,7 @@ def test_the_command_draws_the_new_prompt_and_keeps_both(source, tmp_path, monke
     assert command("--prompt", "a cup", "--count", "2", "--upsample") == 0
     err = capsys.readouterr().err
     (wanted,) = pipeline(source).upsample("a cup")
-    assert err.count(f"prompt 'a cup' became {wanted!r}") == 1, "once for both pictures"
+    assert err.count(f"prompt 'a cup' was rewritten to {wanted!r}") == 1, "once for both pictures"
     made = [metadata.read(tmp_path / f"out_00{i}.png", "x") for i in range(2)]
     assert [(one.prompt, one.asked, one.seed) for one in made] == [(wanted, "a cup", 0), (wanted, "a cup", 1)]
     assert command("--prompt", wanted, "--out", "same.png") == 0

@@ -390,7 +390,7 @@ def test_an_adapter_is_saved_loaded_and_switched_off_as_on_any_base(name: str, t
         ours.data.copy_(theirs)
     predicted, base = model(**inputs), model_in(name)(**inputs)
     assert helpers.relative_error(predicted, base) > 1e-3
-    with adapters.disabled(model):
+    with adapters.adapters_disabled(model):
         assert torch.equal(model(**inputs), base)
     adapters.save(wrapped, tmp_path, base="dev")
     for place in (tmp_path, tmp_path / DIFFUSERS_FILE):

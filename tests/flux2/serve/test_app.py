@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
 from flux2.serve import app as service
-from flux2.serve.app import Limits, Served, application
+from flux2.serve.app import Limits, ServedEncoder, application
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Running:
     """The service on a free port, in a thread."""
 
     def __init__(self, encoder: Watched, limits: Limits, token: str | None) -> None:
-        served = Served(encoder, "tiny", "mistral", (1, 2, 3), 6, 4, lambda length: f"fake {length}")
+        served = ServedEncoder(encoder, "tiny", "mistral", (1, 2, 3), 6, 4, lambda length: f"fake {length}")
         config = uvicorn.Config(application(served, limits, token), port=0, log_level="critical")
         self.encoder, self.server = encoder, uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
@@ -174,8 +174,8 @@ def waiting(server: Running) -> int:
         ({"prompts": ["a"], "length": 0}, 422, "length: Input should be greater than or equal to 1"),
         ({"prompts": ["a"], "length": 9}, 422, "length=9 must be from 1 to 8"),
         ({"prompts": ["a"], "length": 2.5}, 422, "length: Input should be a valid integer"),
-        ({"prompts": ["a" * 11]}, 422, "a prompt has 11 characters; at most 10"),
-        ({"prompts": ["a"] * 4}, 422, "4 prompts in one request; at most 3"),
+        ({"prompts": ["a" * 11]}, 422, "a prompt has 11 characters, more than 10"),
+        ({"prompts": ["a"] * 4}, 422, "4 prompts are more than 3 per request"),
         ({"prompts": ["a" * 300]}, 413, "the body has more than 200 bytes"),
     ],
 )
@@ -236,7 +236,7 @@ def test_a_token_is_needed_for_everything_but_health(running: Callable[..., Runn
         encode = server.post({"prompts": ["a"]}, headers=headers)
         for answer in (asked, encode):
             assert answer.status_code == 401
-            assert answer.json() == {"error": "a bearer token is needed"}
+            assert answer.json() == {"error": "a bearer token is required"}
             assert answer.headers["WWW-Authenticate"] == "Bearer"
     assert server.encoder.calls == []
     headers = {"Authorization": f"Bearer {SECRET}"}
@@ -252,7 +252,7 @@ def test_more_prompts_than_may_wait_are_told_to_come_back(running: Callable[...,
     thread.start()
     wait_until(lambda: server.encoder.calls == [["a"]])
     refused = server.post({"prompts": ["c", "d"]})
-    assert (refused.status_code, refused.json()) == (503, {"error": "too many prompts wait: try again"})
+    assert (refused.status_code, refused.json()) == (503, {"error": "too many prompts are waiting: try again"})
     assert refused.headers["Retry-After"] == "2"
     server.encoder.hold.set()
     thread.join(30)
@@ -267,11 +267,11 @@ def test_an_encoder_that_fails_is_an_answer_and_not_the_end(running: Callable[..
     server.encoder.fail = torch.OutOfMemoryError("CUDA out of memory")
     answer = server.post({"prompts": ["a"]})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
-    assert "memory does not suffice" in answer.json()["error"]
+    assert "out of memory" in answer.json()["error"]
     server.encoder.fail = RuntimeError("secret of the machine")
     answer = server.post({"prompts": ["a"]})
     assert answer.status_code == 500
-    assert answer.json() == {"error": "the encoder failed (RuntimeError); its log says why"}
+    assert answer.json() == {"error": "the encoder failed (RuntimeError); see its log"}
     server.encoder.fail = None
     assert values(server.post({"prompts": ["a"]})) == [1]
 
@@ -279,13 +279,13 @@ def test_an_encoder_that_fails_is_an_answer_and_not_the_end(running: Callable[..
 def test_prompts_of_a_client_that_is_gone_are_not_encoded(
     running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone, disconnected = threading.Event(), service.disconnected
+    gone, disconnected = threading.Event(), service.wait_for_disconnect
 
     async def noted(request: Request) -> None:
         await disconnected(request)
         gone.set()
 
-    monkeypatch.setattr(service, "disconnected", noted)
+    monkeypatch.setattr(service, "wait_for_disconnect", noted)
     server = running()
     server.encoder.hold.clear()
     body = json.dumps({"prompts": ["first", "second"]})

@@ -45,7 +45,7 @@ def test_embeddings_and_identity_are_those_of_this_machine_bit_for_bit(
 def test_the_server_says_where_it_is_and_asks_for_the_token(real_server: RealServer) -> None:
     assert real_server.said == f"tiny's text encoder at {real_server.url}, with a token\n"
     answer = requests.post(f"{real_server.url}/encode", json={"prompts": ["a"]}, timeout=30)
-    assert (answer.status_code, answer.json()) == (401, {"error": "a bearer token is needed"})
+    assert (answer.status_code, answer.json()) == (401, {"error": "a bearer token is required"})
 
 
 def test_settings_of_the_command_reach_the_encoder_and_sigterm_ends_it_cleanly() -> None:
@@ -55,7 +55,7 @@ def test_settings_of_the_command_reach_the_encoder_and_sigterm_ends_it_cleanly()
         answer = session.post(f"{server.url}/encode", json={"prompts": ["a cup"]}, timeout=30)
         refused = session.post(f"{server.url}/encode", json={"prompts": ["a cup!"]}, timeout=30)
         assert server.stop() == (0, "", "")
-    assert refused.json() == {"error": "a prompt has 6 characters; at most 5"}
+    assert refused.json() == {"error": "a prompt has 6 characters, more than 5"}
     (embedding,) = safetensors.torch.load(answer.content)["embeddings"]
     encoder = load_text_encoder(TINY, dtype=torch.bfloat16, storage="int8")
     assert torch.equal(embedding, encoder.encode(["a cup"])[0])
@@ -90,7 +90,7 @@ def test_a_weak_token_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.setenv(TOKEN, token)
     said = command()
-    assert f"{TOKEN} must hold at least 16 ASCII signs, no spaces" in said
+    assert f"{TOKEN} must hold >= 16 ASCII characters, no spaces" in said
     assert token not in said
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from flux2.models.transformer import Transformer
 from flux2.weights import loading as weights
 from flux2.weights import parallel_reader
-from flux2.weights.key_names import Published, transformer_module, transformer_tensor
+from flux2.weights.key_names import PublishedTensor, transformer_module, transformer_tensor
 from flux2.weights.loading import load_autoencoder, load_transformer
 from flux2.weights.safetensors_files import TensorFiles
 from flux2.weights.sources import TINY_FOLDER, ModelSource, WeightsError, fingerprint, looks_local, model_source
@@ -127,7 +127,7 @@ def test_loading_never_holds_a_second_copy(
     alive: dict[int, int] = {}
     sizes: list[int] = []
     most = 0
-    begin = parallel_reader.begin
+    begin = parallel_reader.start_task
 
     def spy(*args: Any) -> Any:
         nonlocal most
@@ -139,7 +139,7 @@ def test_loading_never_holds_a_second_copy(
         most = max(most, sum(alive.values()))
         return tensors, futures
 
-    monkeypatch.setattr(parallel_reader, "begin", spy)
+    monkeypatch.setattr(parallel_reader, "start_task", spy)
     model = load_transformer(ModelSource(DEV, str(model_folders("dev"))), precision=torch.bfloat16)
     assert sum(sizes) == sum(4 * parameter.numel() for parameter in model.parameters())
     assert max(sizes) < most <= 1.5 * max(sizes) < sum(sizes) / 5
@@ -188,7 +188,7 @@ def halved() -> Transformer:
 def test_a_module_that_stores_its_weight_itself_is_given_it(halved: Transformer, tmp_path: Path) -> None:
     model, reference = helpers.transformers("dev")
     save_file(reference.state_dict(), tmp_path / "flux.safetensors")
-    published = {name: transformer_tensor(name) for name in weights.taken(halved)}
+    published = {name: transformer_tensor(name) for name in weights.expected_shapes(halved)}
     assert published.keys() == model.state_dict().keys()
     weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model", dtype=torch.bfloat16)
     for name, tensor in model.state_dict().items():
@@ -202,7 +202,7 @@ def test_a_module_that_stores_its_weight_itself_needs_it_in_its_shape(halved: Tr
     state["single_blocks.0.linear2.weight"] = torch.zeros(2, 3)
     del state["single_blocks.1.linear2.weight"]
     save_file(state, tmp_path / "flux.safetensors")
-    published = {name: Published((name,)) for name in weights.taken(halved)}
+    published = {name: PublishedTensor((name,)) for name in weights.expected_shapes(halved)}
     with pytest.raises(WeightsError, match=r"1 missing: single_blocks.1.linear2.weight; 1 misshaped: single_blocks.0"):
         weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model")
 
@@ -243,13 +243,13 @@ def test_a_file_that_changes_while_the_model_is_filled_is_named(
 ) -> None:
     file = tmp_path / "flux.safetensors"
     save_file(helpers.transformers("klein")[0].state_dict(), file)
-    read = weights.run
+    read = weights.run_tasks
 
     def write_meanwhile(*arguments: Any) -> None:
         read(*arguments)
         file.write_bytes(file.read_bytes() + b"more")
 
-    monkeypatch.setattr(weights, "run", write_meanwhile)
+    monkeypatch.setattr(weights, "run_tasks", write_meanwhile)
     with pytest.raises(WeightsError, match=r"flux.safetensors was changed while it was read"):
         load_transformer(ModelSource(helpers.VARIANTS["klein"], str(file)))
 
@@ -263,7 +263,7 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
 def test_a_shard_that_the_index_names_and_that_is_absent_is_named(copied: Path) -> None:
     shard = sorted((copied / "transformer").glob("*.safetensors"))[2]
     shard.unlink()
-    with pytest.raises(WeightsError, match=rf"index names files that are not there: {shard.name}"):
+    with pytest.raises(WeightsError, match=rf"index names files that do not exist: {shard.name}"):
         load_transformer(ModelSource(DEV, str(copied)))
 
 
@@ -286,8 +286,8 @@ def test_shards_that_the_index_does_not_name_are_not_read(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (ModelSource(DEV, "/nowhere/at/all"), "model.path='/nowhere/at/all' does not exist: give a repository id"),
-        (ModelSource(DEV, "FLUX.2-dev"), "model.path='FLUX.2-dev' does not exist: give a repository id"),
+        (ModelSource(DEV, "/nowhere/at/all"), "model.path='/nowhere/at/all' does not exist. Give a repository id"),
+        (ModelSource(DEV, "FLUX.2-dev"), "model.path='FLUX.2-dev' does not exist. Give a repository id"),
         (ModelSource(DEV, "gone/flux.safetensors"), "model.path='gone/flux.safetensors' does not exist"),
     ],
 )
@@ -308,7 +308,7 @@ def test_a_missing_place_of_another_part_is_named_by_its_own_setting(model_folde
 
 def test_a_folder_in_another_layout_is_an_error_that_names_the_right_one(tmp_path: Path) -> None:
     with pytest.raises(
-        WeightsError, match=r"not in the published layout \(transformer/, vae/, text_encoder/, tokenizer/\)"
+        WeightsError, match=r"in the published layout \(transformer/, vae/, text_encoder/, tokenizer/\)"
     ):
         load_transformer(ModelSource(DEV, str(tmp_path)))
     (tmp_path / "transformer").mkdir()

@@ -113,7 +113,7 @@ def test_four_bits_in_diffusers_names_are_taken_over_bit_for_bit(load: Load) -> 
     parts = [stored[f"transformer_blocks.0.attn.add_{part}_proj.weight"] for part in "qkv"]
     assert torch.equal(fused.qweight, torch.cat(parts))
     assert not fused.nested  # each part's scales have an offset of their own
-    assert said == [f"{tmp_file(said)} is quantized: 10 layers are kept as they are there, 11 tensors are dequantized"]
+    assert said == [f"{tmp_file(said)} is quantized: 10 layers keep the stored format, 11 tensors are dequantized"]
 
 
 def tmp_file(said: list[str]) -> str:
@@ -185,7 +185,7 @@ def test_parts_in_different_forms_are_joined_as_floats(load: Load) -> None:
 @pytest.mark.parametrize(
     ("suffix", "told"),
     [
-        (".quant_state.bitsandbytes__nf4", "is in 4 bits, and of these only NF4 is read.* there is no quant_state"),
+        (".quant_state.bitsandbytes__nf4", "is in 4 bits, but not in NF4.* there is no quant_state"),
         (".quant_map", "quant_map"),
         (".nested_absmax", "nested_absmax"),
     ],
@@ -218,7 +218,7 @@ def test_scales_of_4_bits_that_are_others_are_named(
 
 @pytest.mark.parametrize(
     ("key", "value", "told"),
-    [("dtype", "foo", "cannot be used"), ("nested_dtype", "foo", "cannot be used"), ("shape", "x", "does not tell")],
+    [("dtype", "foo", "cannot be used"), ("nested_dtype", "foo", "cannot be used"), ("shape", "x", "does not hold")],
 )
 def test_a_description_of_4_bits_that_cannot_be_is_named(key: str, value: str, told: str, load: Load) -> None:
     stored, _ = in_four_bits(weights())
@@ -245,7 +245,7 @@ def test_a_4_bit_weight_of_another_shape_is_misshaped(load: Load) -> None:
         load(in_four_bits(state)[0], NF4)
     stored, _ = in_four_bits(weights())
     stored["single_blocks.0.linear2.weight.quant_state.bitsandbytes__nf4"] = torch.zeros(9, dtype=torch.uint8)
-    with pytest.raises(WeightsError, match=r"quant_state.bitsandbytes__nf4 does not tell the shape"):
+    with pytest.raises(WeightsError, match=r"quant_state.bitsandbytes__nf4 does not hold the shape"):
         load(stored, NF4)
 
 
@@ -313,8 +313,8 @@ def test_fp8_with_a_scale_a_tensor_is_taken_over(spelling: str, inputs: str | No
     assert torch.equal(layer.qweight.view(torch.float8_e4m3fn), stored["double_blocks.0.img_attn.qkv.weight"])
     assert layer.scale.view(torch.float32) == stored[f"double_blocks.0.img_attn.qkv.{spelling}"]
     assert len(said) == 1
-    assert "10 layers are kept as they are there" in said[0]
-    assert ("10 scales of inputs are not used" in said[0]) == (inputs is not None)
+    assert "10 layers keep the stored format" in said[0]
+    assert ("10 input scales are not used" in said[0]) == (inputs is not None)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["one a tensor", "one a row"])
@@ -326,7 +326,7 @@ def test_fp8_in_diffusers_names_is_taken_over_with_a_scale_a_row_where_they_diff
     stored, meant = in_eight_bits(published(state), spelling, rows=rows)
     said: list[str] = []
     model = load(stored, FP8, say=said.append)
-    assert "10 layers are kept as they are there" in said[0]
+    assert "10 layers keep the stored format" in said[0]
     assert "dequantized" not in said[0]
     wanted = joined(meant, state)
     check_equal(model, wanted)
@@ -360,7 +360,7 @@ def test_weights_that_are_no_numbers_or_of_an_unusual_dtype(precision: Precision
     assert torch.equal(
         in_float64.get_submodule(name[:-7]).qweight, load(state, precision).get_submodule(name[:-7]).qweight
     )
-    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} is in torch.int32, and a weight is a float"):
+    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} has dtype torch.int32, not a float"):
         load(state | {name: state[name].int()}, precision)
     broken = state[name].clone()
     broken[3, 5] = float("nan")

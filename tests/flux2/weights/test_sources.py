@@ -33,7 +33,7 @@ def test_a_fingerprint_is_remembered_for_when_the_files_are_gone(
     later = remembering(tmp_path / "known.json", str(folder))
     assert {part: fingerprint(later, part) for part in found} == found
     assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
-        f"using what is cached of the {part} of {folder} that was last there" for part in found
+        f"using the cached results of the last known {part} of {folder}" for part in found
     ]
     with pytest.raises(WeightsError, match="there is no folder"):
         fingerprint(model_source("tiny", str(folder)), "vae")
@@ -73,7 +73,7 @@ def test_what_is_known_of_a_repository_is_not_downloaded_for_it(tmp_path: Path, 
 def test_a_damaged_memory_is_told(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "known.json").write_text(content)
     assert Fingerprints(tmp_path / "known.json").get("vae of x") is None
-    assert "fingerprints are taken from the model's files" in caplog.text
+    assert "fingerprints are computed from the model's files" in caplog.text
 
 
 def test_nothing_new_writes_nothing_and_without_a_file_nothing_is_known(tmp_path: Path) -> None:

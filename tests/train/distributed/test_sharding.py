@@ -97,7 +97,7 @@ def test_what_a_sharded_model_saved_is_loaded_by_a_whole_one(found, folder):
     with torch.no_grad():
         prediction = model(**inputs(0, 1))
         torch.testing.assert_close(prediction, found[0]["fp32", "full"]["sharded"]["prediction"], atol=1e-5, rtol=1e-5)
-        with adapters.disabled(model):
+        with adapters.adapters_disabled(model):
             assert not torch.allclose(prediction, model(**inputs(0, 1)), atol=1e-2)
 
 

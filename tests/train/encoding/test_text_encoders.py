@@ -75,7 +75,7 @@ def test_training_from_the_real_server_is_training_from_this_machine_and_the_tok
     monkeypatch.setenv(TOKEN, f"{SECRET}-of-yesterday")  # an error, and what it prints
     code, out, err = run_command(*tiny(pictures, tmp_path / "none", f"output_dir={tmp_path / 'refused'}", *asked))
     assert code == 2
-    assert "the token was refused (HTTP 401, a bearer token is needed)" in err
+    assert "the token was refused (HTTP 401, a bearer token is required)" in err
     code, out2, err2 = run_command(*tiny(pictures, tmp_path / "none"), *asked[:2], f"+text_encoder.token={SECRET}")
     assert code == 2
     assert "text_encoder.token=*** is not a setting" in err2
@@ -189,7 +189,7 @@ def test_a_harmful_pickle_stops_the_run_and_is_not_run(fake_server, small, tmp_p
     message = run_command.refused(
         *small(*remote(server, "text_encoder.protocol=published"), f"cache_dir={tmp_path / 'cache'}"), task=main
     )
-    assert "which is no tensor. Nothing of it was run" in message
+    assert "which is not a tensor. Nothing in it was executed" in message
     assert not harm.exists()
     assert embeddings(tmp_path / "cache") == {}
 
@@ -198,7 +198,7 @@ def test_a_server_that_asks_for_a_token_says_where_it_belongs(fake_server, small
     server = fake_server(helpers.VARIANTS["dev"], token=SECRET)
     settings = small(*remote(server), f"cache_dir={tmp_path / 'cache'}")
     message = run_command.refused(*settings, task=main)
-    assert f"it asks for a token (HTTP 401, None is not welcome): set the environment variable {TOKEN}" in message
+    assert f"a token is required (HTTP 401, None is not welcome): set the environment variable {TOKEN}" in message
     monkeypatch.setenv(TOKEN, SECRET)
     assert run_command(*settings, task=main)[0] == 0
     assert sorted(server.given) == sorted(WANTED)
@@ -215,7 +215,7 @@ def test_a_server_that_dies_in_the_middle_is_told_and_what_it_gave_is_kept(fake_
     settings = small(*remote(server, "text_encoder.max_concurrent_requests=2"), f"cache_dir={tmp_path / 'cache'}")
     message = run_command.refused(*settings, task=main)
     assert f"{server.url} gave no answer in 4 attempts, the last one: the connection failed" in message
-    assert "What was answered is kept: start again" in message
+    assert "start again: embeddings that were received are cached" in message
     deadline = time.monotonic() + 20
     while len(embeddings(tmp_path / "cache")) < len(server.given) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -295,7 +295,7 @@ def test_the_published_endpoint_is_the_default():
     ("settings", "said"),
     [
         ({"url": "nowhere"}, "text_encoder.url='nowhere' is not an address"),
-        ({"url": "https://me:hidden@host"}, "text_encoder.url=https://host/... must hold no user, password"),
+        ({"url": "https://me:hidden@host"}, "text_encoder.url=https://host/... must have no user, password"),
         ({"protocol": "http"}, "text_encoder.protocol='http' must be one of flux2, published, or null"),
         ({"length": 0}, "text_encoder.length=0 must be a whole number from 1 on"),
         ({"max_concurrent_requests": 0}, "text_encoder.max_concurrent_requests=0 must be a whole number from 1 to 64"),

@@ -283,7 +283,7 @@ def test_dropout_of_the_adapter_does_not_reach_the_bases_prediction():
     base = helpers.transformers("dev")[0]
     batch = batch_of(2)
     noised = drawn_and_mixed(batch, LogitNormal(), 0, 0)
-    with adapters.disabled(model):
+    with adapters.adapters_disabled(model):
         off = noised.predict(model, batch.embeddings, 1.0)
     torch.testing.assert_close(off, noised.predict(base, batch.embeddings, 1.0), atol=0, rtol=0)
 

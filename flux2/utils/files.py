@@ -1,0 +1,64 @@
+"""Files and folders that are complete or absent: written under a temporary name, flushed to the disk and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new name in the folder of `path` for what is not complete yet."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what processes that were killed while writing the file `path` left behind."""
+    for file in path.parent.glob(f".{path.name}.*.part"):
+        file.unlink()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Context manager that yields a temporary path for a file or folder, then flushes and renames it to `path`.
+
+    After an exception the temporary file or folder is deleted, and `path` is as it was. The folder of `path` must
+    exist.
+    """
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        _flush(temporary)
+        if path.is_dir():
+            _replace_folder(temporary, path)
+        else:
+            temporary.replace(path)
+    finally:
+        _delete(temporary)
+
+
+def _flush(path: Path) -> None:
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    old = temporary_path(path)
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    _delete(old)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""flux2.utils.files: what is written is complete or absent, and nothing else is left."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flux2.utils.files import atomic_write, remove_unfinished
+from flux2.utils.text import gigabytes
+
+
+def test_a_file_is_replaced_at_the_end_and_flushed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(file.read_text()))
+    file = tmp_path / "a.json"
+    file.write_text("old")
+    with atomic_write(file) as unfinished:
+        unfinished.write_text("new")
+        assert unfinished.parent == tmp_path
+        assert file.read_text() == "old"
+    assert file.read_text() == "new"
+    assert flushed == ["old"], "flushed once, before the file got its name"
+    assert [*tmp_path.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_after_an_error_the_old_content_is_there_and_nothing_else(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    inside = place if kind == "file" else place / "inside"
+    inside.parent.mkdir(exist_ok=True)
+    inside.write_text("old")
+
+    def write() -> None:
+        with atomic_write(place) as unfinished:
+            file = unfinished if kind == "file" else unfinished / "inside"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert inside.read_text() == "old"
+    assert [*tmp_path.iterdir()] == [place]
+
+
+def test_a_folder_replaces_a_folder_with_all_that_was_in_it(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "old").touch()
+    with atomic_write(tmp_path / "place") as unfinished:
+        unfinished.mkdir()
+        (unfinished / "new").write_text("1")
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()] == ["place/new"]
+
+
+def test_files_of_killed_processes_are_removed_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / ".a.json.12345678.part").touch()
+    (tmp_path / ".b.json.12345678.part").touch()
+    remove_unfinished(tmp_path / "a.json")
+    assert [file.name for file in tmp_path.iterdir()] == [".b.json.12345678.part"]
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "0.0 MB"), (99.9e6, "99.9 MB"), (1e8, "0.10 GB"), (1.5e9, "1.50 GB")])
+def test_sizes_are_megabytes_or_gigabytes(size: float, text: str) -> None:
+    assert gigabytes(size) == text
