@@ -1,6 +1,8 @@
 """Small models with an adapter of every type, on every precision."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import helpers
@@ -31,11 +33,17 @@ PRECISIONS = {
 }
 
 
-def base(precision: str = "fp32", model: str = "dev") -> Transformer:
-    """A frozen random transformer in a precision."""
-    found = helpers.transformers(model)[0].to(PRECISIONS[precision].dtype)
+@cache
+def made_base(precision: str, model: str) -> Transformer:
+    """What `base` copies, made once in a process: not to be changed."""
+    found = helpers.transformer(model).to(PRECISIONS[precision].dtype)
     convert(found, PRECISIONS[precision])
     return found
+
+
+def base(precision: str = "fp32", model: str = "klein") -> Transformer:
+    """A frozen random transformer in a precision."""
+    return deepcopy(made_base(precision, model))
 
 
 def attached(kind: str, model: Transformer, **options: Any) -> peft.PeftModel:

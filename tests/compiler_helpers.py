@@ -28,3 +28,8 @@ class Graphs:
             return make_boxed_func(graph.forward)
 
         return compiler
+
+
+def blocks_of(double_blocks: int) -> list[str]:
+    """The targets that a model with so many double blocks, or none, has."""
+    return ["blocks" if double_blocks else "single_blocks"]

@@ -5,6 +5,8 @@ Every weight is random, norms and biases too: a layer whose weights are all one 
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,10 +121,30 @@ def reference_transformer(config: TransformerConfig) -> Flux2Transformer2DModel:
     )
 
 
-def transformers(kind: str, seed: int = 0) -> tuple[Transformer, Flux2Transformer2DModel]:
-    """Ours and diffusers', with the same random weights; both fresh, frozen, in evaluation mode."""
+@cache
+def made_transformers(kind: str, seed: int) -> tuple[Transformer, Flux2Transformer2DModel]:
+    """What `transformers` copies, made once in a process: not to be changed."""
     reference = randomize(reference_transformer(TRANSFORMERS[kind]), seed)
     return transformer_like(reference, TRANSFORMERS[kind]), reference
+
+
+def transformers(kind: str, seed: int = 0) -> tuple[Transformer, Flux2Transformer2DModel]:
+    """Ours and diffusers', with the same random weights; both fresh, frozen, in evaluation mode."""
+    ours, reference = made_transformers(kind, seed)
+    return deepcopy(ours), deepcopy(reference)
+
+
+def transformer(kind: str, seed: int = 0) -> Transformer:
+    """Ours of `transformers` alone."""
+    return deepcopy(made_transformers(kind, seed)[0])
+
+
+def transformer_of(double_blocks: int, single_blocks: int) -> Transformer:
+    """A frozen random transformer as narrow as klein with so many blocks."""
+    config = replace(TRANSFORMERS["klein"], double_blocks=double_blocks, single_blocks=single_blocks)
+    model = Transformer(config)
+    randomize(model, 0)
+    return model
 
 
 def transformer_like(reference: Flux2Transformer2DModel, config: TransformerConfig) -> Transformer:

@@ -10,9 +10,6 @@ import io
 import json
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,12 +21,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from process_helpers import ForkedModule
 from torch import Tensor
 
 from flux2.prompts.remote_client import TOKEN
 from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
 
-ROOT = Path(__file__).resolve().parent.parent
 SECRET = "a-secret-token-of-many-signs"
 HEX = "0123456789abcdef" * 2
 
@@ -179,30 +176,20 @@ class RealServer:
     def __init__(self, *arguments: str, token: str | None = None) -> None:
         environment = {key: value for key, value in os.environ.items() if key != TOKEN}
         environment |= {"HF_HUB_OFFLINE": "1"} | ({TOKEN: token} if token else {})
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "flux2.serve", "--port", "0", "--device", "cpu", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
+        given = ("--port", "0", "--device", "cpu", *arguments)
+        self.process = ForkedModule("flux2.serve", *given, environment=environment)
         self.said = self.process.stdout.readline()
         self.url = next((word.rstrip(",") for word in self.said.split() if word.startswith("http://")), "")
+        assert self.url, self.process.stop()
 
     def stop(self) -> tuple[int, str, str]:
         """Ask it to end; exit code, and what it wrote besides its address."""
-        self.process.send_signal(signal.SIGTERM)
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out, err
+        return self.process.stop()
 
 
 @pytest.fixture(scope="session")
 def real_server() -> Iterator[RealServer]:
     """The embedded model's text encoder, which asks for the token `SECRET`."""
     server = RealServer("--model", "tiny", token=SECRET)
-    assert server.url, server.process.communicate()
     yield server
-    if server.process.poll() is None:
-        server.stop()
+    server.stop()

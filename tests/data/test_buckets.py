@@ -1,5 +1,7 @@
 """data.buckets: which sizes there are, which one a picture gets, and that fitting neither distorts nor pads."""
 
+import re
+
 import pytest
 from PIL import Image, ImageChops, ImageOps
 
@@ -43,22 +45,22 @@ def test_max_aspect_one_leaves_only_the_square() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"resolution": 500}, "resolution=500 .* multiple of 16"),
-        ({"resolution": 528, "step": 64}, "resolution=528 .* multiple of 64"),
-        ({"resolution": 512, "step": 8}, "step=8 .* multiple of 16"),
+        ({"resolution": 500}, r"resolution=500\b.*\b16\b"),
+        ({"resolution": 528, "step": 64}, r"resolution=528\b.*\b64\b"),
+        ({"resolution": 512, "step": 8}, r"step=8\b.*\b16\b"),
         ({"resolution": 0}, "resolution=0"),
         ({"resolution": "512"}, "resolution='512'"),
         ({"resolution": 512, "max_aspect": 0.5}, "max_aspect=0.5"),
         ({"resolution": 512, "max_aspect": "2"}, "max_aspect='2'"),
-        ({"resolution": []}, r"resolution=\[\] .* several different"),
-        ({"resolution": [512, 512]}, r"resolution=\[512, 512\] .* several different"),
-        ({"resolution": [512, 500]}, "resolution=500 .* multiple of 16"),
-        ({"resolution": 512, "upscale": "no"}, "upscale='no' must be true or false"),
-        ({"resolution": 512, "flip": 1}, "flip=1 must be true or false"),
+        ({"resolution": []}, r"resolution=\[\]"),
+        ({"resolution": [512, 512]}, r"resolution=\[512, 512\]"),
+        ({"resolution": [512, 500]}, r"resolution=500\b.*\b16\b"),
+        ({"resolution": 512, "upscale": "no"}, "upscale='no'"),
+        ({"resolution": 512, "flip": 1}, "flip=1"),
         ({"resolution": 512, "random_crops": -1}, "random_crops=-1"),
         ({"resolution": 512, "random_crops": True}, "random_crops=True"),
-        ({"resolution": [512, 256], "min_resolution": 257}, "min_resolution=257 .* smallest resolution, 256"),
-        ({"resolution": 512, "min_resolution": 64, "upscale": True}, "min_resolution=64 does nothing with upscale"),
+        ({"resolution": [512, 256], "min_resolution": 257}, r"min_resolution=257\b.*\b256\b"),
+        ({"resolution": 512, "min_resolution": 64, "upscale": True}, "min_resolution=64.*upscale"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict, message: str) -> None:
@@ -153,7 +155,7 @@ def test_too_small_a_picture_has_no_bucket_and_is_told_why() -> None:
     assert buckets.assign(256, 256) == (256, 256)
     assert buckets.assign(255, 256) is None
     assert buckets.assign(3, 3) is None
-    assert "has 255 x 256 pixels, too few for buckets.min_resolution of 256" in buckets.too_small(255, 256)
+    assert re.search(r"255 x 256 pixels.*buckets\.min_resolution.* 256", buckets.too_small(255, 256))
     assert Buckets(1024, min_resolution=100).assign(255, 256) == (240, 256)
     assert Buckets(1024, upscale=True).assign(3, 3) == (1024, 1024)
     assert Buckets([1024, 512], upscale=True).assign(700, 700) == (512, 512)

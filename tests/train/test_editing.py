@@ -12,7 +12,7 @@ from PIL import Image
 from train_helpers import adapter, compose, draw_picture, run_training, values
 
 from flux2.models.positions import from_tokens
-from train import loop
+from train.objective import objective
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
@@ -72,8 +72,8 @@ def test_the_first_loss_on_a_folder_of_edits_is_that_of_diffusers(
         seen.append((batch, add_noise(batch, *arguments)))
         return seen[-1][1]
 
-    add_noise = loop.add_noise
-    monkeypatch.setattr(loop, "add_noise", spy)
+    add_noise = objective.add_noise
+    monkeypatch.setattr(objective, "add_noise", spy)
     with torch.enable_grad():
         run = train(
             "run",

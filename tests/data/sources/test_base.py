@@ -3,6 +3,7 @@ allowed.
 """
 
 import logging
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -76,44 +77,38 @@ CONVERTED = {
 
 # what is not: the reason that is said
 BAD = {
-    "unreadable": (one(b"not a picture"), r"x.png cannot be read \(UnidentifiedImageError: cannot identify"),
-    "postscript": (one(b"%!PS-Adobe-3.0 EPSF-3.0\n"), r"x.png cannot be read \(UnidentifiedImageError"),
-    "damaged header": (one(square()[:20]), r"x.png cannot be read"),
-    "empty": (one(b""), r"x.png cannot be read \(it is empty: 0 bytes\)"),
-    "gigantic": (one(bomb()), r"x.png cannot be read \(DecompressionBombError: .*400000000 pixels\) exceeds limit"),
-    "animated gif": (one(animation(), "x.gif"), "x.gif has several frames: dataset.first_frame=true takes the first"),
-    "animated webp": (one(animation("WEBP"), "x.webp"), "x.webp has several frames"),
-    "one pixel": (one(square(side=1)), "x.png has 1 x 1 pixels: a side must have 16 or more"),
-    "a line": (one(encoded(Image.new("RGB", (100, 15)))), "x.png has 100 x 15 pixels: a side must have 16 or more"),
-    "32 bits": (
-        one(encoded(Image.new("F", (16, 16)), "TIFF"), "x.tif"),
-        "x.tif has mode F, which has no defined white",
-    ),
-    "a format of phones": (one(b"x", "x.heic"), "x.heic has a format that Pillow cannot read: convert it"),
-    "outside the folder": (
-        metadata({"file_name": "../x.png", "text": "x"}),
-        "line 3 names '../x.png', which is not in .*: only its own files may be used",
-    ),
+    "unreadable": (one(b"not a picture"), r"x\.png\b.*UnidentifiedImageError: cannot identify"),
+    "postscript": (one(b"%!PS-Adobe-3.0 EPSF-3.0\n"), r"x\.png\b.*UnidentifiedImageError"),
+    "damaged header": (one(square()[:20]), r"x\.png\b"),
+    "empty": (one(b""), r"x\.png\b.*empty.*0 bytes"),
+    "gigantic": (one(bomb()), r"x\.png\b.*DecompressionBombError: .*400000000 pixels\) exceeds limit"),
+    "animated gif": (one(animation(), "x.gif"), r"x\.gif\b.*frames.*dataset\.first_frame=true"),
+    "animated webp": (one(animation("WEBP"), "x.webp"), r"x\.webp\b.*frames"),
+    "one pixel": (one(square(side=1)), r"x\.png\b.*1 x 1 pixels.*\b16\b"),
+    "a line": (one(encoded(Image.new("RGB", (100, 15)))), r"x\.png\b.*100 x 15 pixels.*\b16\b"),
+    "32 bits": (one(encoded(Image.new("F", (16, 16)), "TIFF"), "x.tif"), r"x\.tif\b.*mode F\b"),
+    "a format of phones": (one(b"x", "x.heic"), r"x\.heic\b.*Pillow"),
+    "outside the folder": (metadata({"file_name": "../x.png", "text": "x"}), r"line 3\b.*'\.\./x\.png'.* /"),
     "a reference outside": (
         metadata({"file_name": "a.png", "text": "x", "references": ["/etc/passwd"]}),
-        "line 3 names '/etc/passwd', which is not in",
+        r"line 3\b.*'/etc/passwd'.* /",
     ),
-    "missing": (metadata({"file_name": "x.png", "text": "x"}), "x.png does not exist"),
+    "missing": (metadata({"file_name": "x.png", "text": "x"}), r"x\.png\b.*(exist|found)"),
     "a missing reference": (
         metadata({"file_name": "a.png", "text": "x", "references": ["x.png"]}),
-        "a.png has .*x.png, which does not exist",
+        r"a\.png\b.*x\.png\b.*(exist|found)",
     ),
     "too many references": (
         metadata({"file_name": "a.png", "text": "x", "references": ["a.png"] * 11}),
-        "a.png has 11 references: at most 10 are possible",
+        r"a\.png\b.*11 references.*\b10\b",
     ),
-    "a missing column": (metadata({"file_name": "a.png"}), "line 3 has no column 'text'; it has: file_name"),
-    "an empty caption": (sidecar(x_png=square(), x_txt=" \n"), "x.png has an empty caption: write one, or say"),
-    "no caption": (sidecar(x_png=square()), "x.png has no caption: write x.txt beside it"),
-    "a duplicate line": (metadata({"file_name": "a.png", "text": "a.png"}), "a.png is there twice, with the same"),
+    "a missing column": (metadata({"file_name": "a.png"}), r"line 3\b.*'text'.*file_name"),
+    "an empty caption": (sidecar(x_png=square(), x_txt=" \n"), r"x\.png\b.*empty.*captions\.allow_empty"),
+    "no caption": (sidecar(x_png=square()), r"x\.png\b.*caption.*\bx\.txt\b"),
+    "a duplicate line": (metadata({"file_name": "a.png", "text": "a.png"}), r"a\.png\b.*twice"),
     "duplicate names": (
         sidecar(x_png=square(), x_webp=square(), x_txt="x"),
-        r"x.png has the name of x.webp, and so its caption.*\n.*x.webp has the name of x.png",
+        r"x\.png\b.*x\.webp\b.*caption.*\n.*x\.webp\b.*x\.png\b",
     ),
 }
 
@@ -133,29 +128,33 @@ def test_bad_input_is_listed_and_left_out_as_far_as_allowed(
         make(tmp_path)
     message = str(caught.value)
     bad = message.count("\n  ")
-    assert message.startswith(f"{bad} of {2 + bad} samples of {tmp_path} cannot be used:\n  ")
-    assert message.endswith(f"\nMend or remove them, or train without them: dataset.max_bad={bad} (now 0)")
+    assert bad > 0
+    first, *listed, last = message.splitlines()
+    assert re.search(rf"\b{bad} of {2 + bad} samples\b.* {tmp_path}\b", first)
+    assert len(listed) == bad
+    assert re.search(rf"dataset\.max_bad={bad}\b", last)
     assert "Traceback" not in message
     assert "object at 0x" not in message
     caplog.set_level(logging.WARNING)
     samples = make(tmp_path, max_bad=bad)
     assert [Path(sample.name).name for sample in samples] == ["a.png", "b.png"]
     assert len(samples.bad) == bad
-    assert caplog.messages[-1].startswith(f"{bad} of {2 + bad} samples of {tmp_path} are left out:\n  ")
+    assert re.match(rf".*\b{bad} of {2 + bad} samples\b.* {tmp_path}\b", caplog.messages[-1])
+    assert caplog.messages[-1].count("\n  ") == bad
 
 
 def test_the_whole_list_is_shown(tmp_path: Path) -> None:
     write(tmp_path, {f"{number:02}.png": b"" for number in range(40)} | {"good.png": square()})
     with pytest.raises(BadData) as caught:
         Folder(tmp_path, prompt="x", max_bad=39)
-    assert str(caught.value).count("it is empty") == 40
+    assert str(caught.value).count("empty") == 40
     assert len(Folder(tmp_path, prompt="x", max_bad=40)) == 1
 
 
 @pytest.mark.parametrize("max_bad", [0, 9])
 def test_no_usable_sample_is_an_error_whatever_is_allowed(tmp_path: Path, max_bad: int) -> None:
     write(tmp_path, {"a.png": b"", "b.png": b"x"})
-    expected = "2 of 2 samples" if max_bad == 0 else "has no sample that can be used:\n  .*a.png cannot be read"
+    expected = "2 of 2 samples" if max_bad == 0 else rf"{tmp_path}\b.*:\n  .*a\.png\b"
     with pytest.raises(BadData, match=expected):
         Folder(tmp_path, prompt="x", max_bad=max_bad)
 
@@ -168,9 +167,11 @@ def test_the_first_frame_is_taken_if_asked(tmp_path: Path) -> None:
 def test_bad_rows_and_shards_come_to_the_same_list(tmp_path: Path) -> None:
     path = table(tmp_path / "t.parquet", image=[square(), b"", square(side=1)], caption=["x", "y", None])
     reasons = [bad.reason for bad in HuggingFace(path, max_bad=2).bad]
-    assert reasons == ["cannot be read (it is empty: 0 bytes)", "has no caption in 'caption': null"]
+    assert len(reasons) == 2
+    assert re.search("empty.*0 bytes", reasons[0])
+    assert re.search("'caption'.*null", reasons[1])
     write(tmp_path, {"s.tar": b"no tar"})
-    with pytest.raises(BadData, match="has no sample that can be used"):
+    with pytest.raises(BadData, match=r"s\.tar\b"):
         WebDataset(tmp_path / "s.tar", max_bad=1)
 
 
@@ -184,7 +185,7 @@ def test_what_only_the_decoder_finds_comes_to_the_list_later(tmp_path: Path) -> 
     samples.leave_out({1: caught.value.reason})
     assert [Path(sample.name).name for sample in samples] == ["a.png", "c.png"]
     assert [Path(bad.name).name for bad in samples.bad] == ["d.png", "b.png"]
-    with pytest.raises(BadData, match=r"3 of 4 samples (?s:.*)b.png cannot be read \(OSError(?s:.*)c.png is bad"):
+    with pytest.raises(BadData, match=r"3 of 4 samples (?s:.*)b\.png\b.*OSError(?s:.*)c\.png\b.*is bad"):
         samples.leave_out({1: "is bad"})
 
 
@@ -211,21 +212,21 @@ def test_a_mask_has_the_size_of_its_picture_as_it_is_turned(tmp_path: Path) -> N
     assert mask is not None
     assert mask.size == (16, 32)
     write(tmp_path, {"masks/a.png": encoded(Image.new("L", (32, 16)))})
-    with pytest.raises(BadData, match=r"a.png has the mask .*masks/a.png of 32 x 16 pixels for a picture of 16 x 32"):
+    with pytest.raises(BadData, match=r"a\.png\b.*masks/a\.png\b.*32 x 16.*16 x 32"):
         Folder(tmp_path, prompt="x", mask="masks")
     write(tmp_path, {"masks/a.png": b""})
-    with pytest.raises(BadData, match=r"a.png has .*masks/a.png, which cannot be read \(it is empty"):
+    with pytest.raises(BadData, match=r"a\.png\b.*masks/a\.png\b.*empty"):
         Folder(tmp_path, prompt="x", mask="masks")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_bad": -1}, "dataset.max_bad=-1 must be a whole number from 0"),
-        ({"max_bad": True}, "dataset.max_bad=True must be"),
-        ({"first_frame": 1}, "dataset.first_frame=1 must be true or false"),
-        ({"captions": {"trigger": "x"}}, "dataset.captions=.* must be made by data.sources.captions.Captions"),
-        ({"mask": ""}, "dataset.mask=''"),
+        ({"max_bad": -1}, r"dataset\.max_bad=-1\b"),
+        ({"max_bad": True}, r"dataset\.max_bad=True\b"),
+        ({"first_frame": 1}, r"dataset\.first_frame=1\b"),
+        ({"captions": {"trigger": "x"}}, r"dataset\.captions=.*Captions"),
+        ({"mask": ""}, r"dataset\.mask=''"),
     ],
 )
 def test_a_setting_that_cannot_be_is_an_error(tmp_path: Path, settings: dict, message: str) -> None:

@@ -77,7 +77,7 @@ def test_the_trigger_stays_in_front_of_shuffled_tags() -> None:
 
 @pytest.mark.parametrize("texts", [("",), (" \n",), ("a", ""), ()])
 def test_an_empty_caption_is_refused_unless_it_is_meant(texts: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=r"^has an empty caption: .*dataset.captions.allow_empty=true"):
+    with pytest.raises(ValueError, match=r"empty.*dataset\.captions\.allow_empty=true"):
         prepared(*texts)
     assert prepared(*texts, allow_empty=True)[-1] == ""
 
@@ -87,21 +87,21 @@ def test_an_empty_caption_that_is_meant_gets_the_trigger() -> None:
 
 
 def test_half_a_character_is_refused() -> None:
-    with pytest.raises(ValueError, match="half of a character"):
+    with pytest.raises(ValueError, match=r"character|Unicode|surrogate"):
         prepared("a \ud800")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"trigger": ""}, r"dataset.captions.trigger='' must be a text"),
-        ({"trigger": 3}, r"dataset.captions.trigger=3"),
-        ({"template": "a photo"}, r"template='a photo' must say \{caption\}"),
-        ({"shuffle_tags": -1}, "shuffle_tags=-1 must be a whole number from 0"),
-        ({"shuffle_tags": True}, "shuffle_tags=True must be a whole number"),
-        ({"keep_tags": 1}, "keep_tags=1 does nothing without shuffle_tags"),
-        ({"split_lines": "yes"}, "split_lines='yes' must be true or false"),
-        ({"allow_empty": None}, "allow_empty=None must be true or false"),
+        ({"trigger": ""}, r"dataset\.captions\.trigger=''"),
+        ({"trigger": 3}, r"dataset\.captions\.trigger=3\b"),
+        ({"template": "a photo"}, r"template='a photo'.*\{caption\}"),
+        ({"shuffle_tags": -1}, r"shuffle_tags=-1\b"),
+        ({"shuffle_tags": True}, r"shuffle_tags=True\b"),
+        ({"keep_tags": 1}, "keep_tags=1.*shuffle_tags"),
+        ({"split_lines": "yes"}, "split_lines='yes'"),
+        ({"allow_empty": None}, "allow_empty=None"),
     ],
 )
 def test_a_setting_that_cannot_be_is_an_error(settings: dict, message: str) -> None:

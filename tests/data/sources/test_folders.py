@@ -69,10 +69,10 @@ def test_masks_may_be_a_folder_beside_the_pictures(tmp_path: Path) -> None:
     assert names(samples) == ["a.png", "in/b.png"]
     assert [color(sample.mask) for sample in samples] == [WHITE, BLACK]
     (tmp_path / "masks/a.png").unlink()
-    with pytest.raises(BadData, match=r"a.png has no mask in .*masks"):
+    with pytest.raises(BadData, match=r"a\.png\b.*mask.*/masks\b"):
         Folder(tmp_path, recursive=True, mask="masks")
     write(tmp_path, {"masks/a.png": square("white"), "masks/a.jpg": square("white", kind="JPEG")})
-    with pytest.raises(BadData, match=r"a.png has several masks, .*a.jpg and .*a.png: remove all but one"):
+    with pytest.raises(BadData, match=r"a\.png\b.*masks.*a\.jpg\b.*a\.png\b"):
         Folder(tmp_path, recursive=True, mask="masks")
 
 
@@ -148,7 +148,7 @@ def test_a_picture_may_have_several_lines_but_not_the_same_twice(tmp_path: Path)
     write(tmp_path, {"a.png": square(), "metadata.jsonl": lines(*rows)})
     assert captions(Folder(tmp_path)) == ["x", "y"]
     write(tmp_path, {"metadata.jsonl": lines(*rows, rows[0])})
-    with pytest.raises(BadData, match=r"1 of 3 .*\n.*a.png is there twice, with the same caption and references"):
+    with pytest.raises(BadData, match=r"1 of 3 .*\n.*a\.png\b.*twice"):
         Folder(tmp_path)
 
 
@@ -195,73 +195,77 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
 @pytest.mark.parametrize(
     ("prepare", "arguments", "message"),
     [
-        (lambda folder: folder / "gone", {}, "gone' does not exist"),
-        (lambda folder: write(folder, {"a.txt": "x"}) / "a.txt", {}, "a.txt' is not a folder"),
-        (pictures(a_txt="x"), {}, r"has no samples: it holds no pictures .*.jpeg.*dataset.recursive=true"),
-        (pictures(a_txt="x"), {"recursive": True}, r"it holds no pictures \(.*webp\)$"),
-        (pictures(a_png=square(), a_txt=b"\xff\xfe\xff"), {}, "a.png has a caption .*a.txt is not UTF-8"),
-        (pictures(a_heic=b"", b_png=square(), b_txt="b"), {}, "a.heic has a format that Pillow cannot read: convert"),
+        (lambda folder: folder / "gone", {}, "gone'"),
+        (lambda folder: write(folder, {"a.txt": "x"}) / "a.txt", {}, r"a\.txt'.*folder"),
+        (pictures(a_txt="x"), {}, r"/test_.*\.jpeg.*dataset\.recursive=true"),
+        (pictures(a_txt="x"), {"recursive": True}, r"/test_.*\.jpeg((?!recursive).)*$"),
+        (pictures(a_png=square(), a_txt=b"\xff\xfe\xff"), {}, r"a\.png\b.*caption.*a\.txt\b.*UTF-8"),
+        (pictures(a_heic=b"", b_png=square(), b_txt="b"), {}, r"a\.heic\b.*Pillow"),
         (
             pictures(a_png=square()),
             {},
-            "a.png has no caption: write a.txt beside it, or metadata.jsonl",
+            r"a\.png\b.*caption.*a\.txt\b.*metadata\.jsonl",
         ),
-        (pictures(a_png=square(), a_txt="a"), {"caption_column": "t"}, "metadata.jsonl does not exist"),
-        (pictures(a_png=square(), a_txt="a"), {"reference_columns": ["t"]}, r"so reference_columns=\['t'\] name noth"),
-        (pictures(a_png=square(), a_txt="a"), {"mask": "masks"}, "dataset.mask='.*masks' does not exist"),
-        (pictures(a_png=square(), a_jpg=square(), a_txt=""), {}, "a.jpg has the name of a.png, and so its caption"),
-        (pictures(metadata_jsonl=GOOD, metadata_csv="x"), {}, "has both metadata.jsonl and metadata.csv"),
-        (jsonl(GOOD + "{oops\n"), {}, "metadata.jsonl line 2 is not JSON"),
-        (jsonl(GOOD + "[1]\n"), {}, r"line 2 is '\[1\]': each line is one JSON object"),
-        (jsonl(GOOD), {"caption_column": "caption"}, "metadata.jsonl has no column 'caption'; it has: file_name, text"),
-        (jsonl(GOOD), {"reference_columns": ["before"]}, "metadata.jsonl has no column 'before'"),
-        (jsonl(GOOD), {"mask": "mask"}, "metadata.jsonl has no column 'mask'"),
+        (pictures(a_png=square(), a_txt="a"), {"caption_column": "t"}, r"metadata\.jsonl\b.*caption_column='t'"),
+        (
+            pictures(a_png=square(), a_txt="a"),
+            {"reference_columns": ["t"]},
+            r"metadata\.jsonl\b.*reference_columns=\['t'\]",
+        ),
+        (pictures(a_png=square(), a_txt="a"), {"mask": "masks"}, r"dataset\.mask='.*masks'"),
+        (pictures(a_png=square(), a_jpg=square(), a_txt=""), {}, r"a\.jpg\b.*a\.png\b.*caption"),
+        (pictures(metadata_jsonl=GOOD, metadata_csv="x"), {}, r"metadata\.jsonl\b.*metadata\.csv\b"),
+        (jsonl(GOOD + "{oops\n"), {}, r"metadata\.jsonl line 2\b.*JSON"),
+        (jsonl(GOOD + "[1]\n"), {}, r"line 2\b.*'\[1\]'.*JSON object"),
+        (jsonl(GOOD), {"caption_column": "caption"}, r"metadata\.jsonl\b.*'caption'.*file_name, text"),
+        (jsonl(GOOD), {"reference_columns": ["before"]}, r"metadata\.jsonl\b.*'before'.*file_name, text"),
+        (jsonl(GOOD), {"mask": "mask"}, r"metadata\.jsonl\b.*'mask'.*file_name, text"),
         (
             jsonl(GOOD + lines({"file_name": "a.png"})),
             {},
-            "1 of 2 .*\n.*line 2 has no column 'text'; it has: file",
+            r"1 of 2 .*\n.*line 2\b.*'text'.*file_name",
         ),
-        (jsonl(lines({"file_name": "a.png", "text": None})), {}, "line 1 has the caption None: text was expected"),
-        (jsonl(lines({"file_name": "a.png", "text": []})), {}, r"line 1 has the caption \[\]: text was expected"),
-        (jsonl(lines({"file_name": "b.png", "text": "x"})), {}, "b.png does not exist"),
-        (jsonl(lines({"file_name": ["a.png", "a.png"], "text": "x"})), {}, "line 1 has file_name=.*one file name was"),
+        (jsonl(lines({"file_name": "a.png", "text": None})), {}, r"line 1\b.*caption.*None"),
+        (jsonl(lines({"file_name": "a.png", "text": []})), {}, r"line 1\b.*caption.*\[\]"),
+        (jsonl(lines({"file_name": "b.png", "text": "x"})), {}, r"b\.png\b.*(exist|found)"),
+        (jsonl(lines({"file_name": ["a.png", "a.png"], "text": "x"})), {}, r"line 1\b.*file_name=\['a\.png'"),
         (
             jsonl(lines({"file_name": "a.png", "text": "x", "references": [3]})),
             {},
-            r"has references=\[3\]: a file name or a list",
+            r"references=\[3\]",
         ),
-        (jsonl("\n"), {}, "metadata.jsonl is empty"),
+        (jsonl("\n"), {}, r"metadata\.jsonl\b.*empty"),
         (
             jsonl(GOOD + '{"file_name": "a.png", "text": "a \\ud800"}'),
             {},
-            "has a caption with half of a character",
+            r"line 2\b.*caption|a\.png\b.*caption",
         ),
-        (jsonl(GOOD + '{"file_name": "\\ud800", "text": "a"}'), {}, "line 2 has file_name=.*half of a character"),
-        (jsonl(lines({"file_name": "", "text": "x"})), {}, "line 1 has file_name='': one file name was expected"),
-        (jsonl(lines({"file_name": "y" * 5000, "text": "x"})), {}, r"/y+\.\.\.y{57} cannot be read .*too long"),
-        (jsonl(lines({"file_name": "../b.png", "text": "x"})), {}, r"line 1 names '../b.png', which is not in"),
-        (jsonl(lines({"file_name": "/b.png", "text": "x"})), {}, r"line 1 names '/b.png', which is not in"),
-        (jsonl(lines({"file_name": ".", "text": "x"})), {}, r"line 1 names '.', which is not in"),
+        (jsonl(GOOD + '{"file_name": "\\ud800", "text": "a"}'), {}, r"line 2\b.*file_name="),
+        (jsonl(lines({"file_name": "", "text": "x"})), {}, r"line 1\b.*file_name=''"),
+        (jsonl(lines({"file_name": "y" * 5000, "text": "x"})), {}, r"/y+\.\.\.y{57}.*too long"),
+        (jsonl(lines({"file_name": "../b.png", "text": "x"})), {}, r"line 1\b.*'\.\./b\.png'.* /"),
+        (jsonl(lines({"file_name": "/b.png", "text": "x"})), {}, r"line 1\b.*'/b\.png'.* /"),
+        (jsonl(lines({"file_name": ".", "text": "x"})), {}, r"line 1\b.*'\.'.* /"),
         (
             jsonl(lines({"file_name": "a.png", "text": "x", "references": ["s/../../b.png"]})),
             {},
-            r"line 1 names 's/../../b.png', which is not in",
+            r"line 1\b.*'s/\.\./\.\./b\.png'.* /",
         ),
-        (csv("file_name,text\na.png,one, two\n"), {}, "metadata.csv line 2 has more cells than columns: put a text"),
-        (csv("file_name,text\na.png\n"), {}, "metadata.csv line 2 has the caption None"),
-        (csv('file_name,text\na.png,"x'), {}, r"metadata.csv line 1 is not CSV \(unexpected end of data"),
-        (csv("file_name,text\n"), {}, "metadata.csv is empty"),
-        (csv("img,text\na.png,x\n"), {}, "metadata.csv has no column 'file_name'; it has: img, text"),
-        (dangling("a.png"), {}, "a.png does not exist"),
-        (dangling("a.txt"), {}, "a.png has a caption that cannot be read: .*No such file"),
-        (jsonl(GOOD), {"reference_columns": "before"}, "reference_columns='before' is str: a list"),
-        (jsonl(GOOD), {"reference_columns": [3]}, "reference_columns=3 is int"),
-        (jsonl(GOOD), {"caption_column": 5}, "caption_column=5 is int"),
+        (csv("file_name,text\na.png,one, two\n"), {}, r"metadata\.csv line 2\b.*columns"),
+        (csv("file_name,text\na.png\n"), {}, r"metadata\.csv line 2\b.*caption.*None"),
+        (csv('file_name,text\na.png,"x'), {}, r"metadata\.csv line 1\b.*CSV.*unexpected end of data"),
+        (csv("file_name,text\n"), {}, r"metadata\.csv\b.*empty"),
+        (csv("img,text\na.png,x\n"), {}, r"metadata\.csv\b.*'file_name'.* img, text"),
+        (dangling("a.png"), {}, r"a\.png\b.*(exist|found)"),
+        (dangling("a.txt"), {}, r"a\.png\b.*caption.*No such file"),
+        (jsonl(GOOD), {"reference_columns": "before"}, "reference_columns='before'.*list"),
+        (jsonl(GOOD), {"reference_columns": [3]}, r"reference_columns=3\b"),
+        (jsonl(GOOD), {"caption_column": 5}, r"caption_column=5\b"),
         (jsonl(GOOD), {"image_column": ""}, "image_column=''"),
         (jsonl(GOOD), {"prompt": ""}, "prompt=''"),
-        (jsonl(GOOD), {"recursive": 1}, "recursive=1 must be true or false"),
-        (jsonl(GOOD), {"mask": 1}, "mask=1 is int"),
-        (lambda _: None, {}, "dataset.path=None is NoneType"),
+        (jsonl(GOOD), {"recursive": 1}, "recursive=1"),
+        (jsonl(GOOD), {"mask": 1}, r"mask=1\b"),
+        (lambda _: None, {}, r"dataset\.path=None\b"),
     ],
 )
 def test_a_mistake_in_a_folder_is_one_clear_error(
@@ -291,7 +295,7 @@ def test_pairs_are_of_the_same_name_in_two_folders(tmp_path: Path) -> None:
 def test_several_reference_folders_keep_their_order_and_may_lack_a_picture_if_that_is_said(tmp_path: Path) -> None:
     write(pair(tmp_path), {"pose/a.png": square("blue"), "face/a.png": square("white")})
     folders = ["pose", "source", "face"]
-    with pytest.raises(BadData, match=r"1 of 2 .*\n.*b.png has no picture of its name in .*pose .*dataset.incomplete"):
+    with pytest.raises(BadData, match=r"1 of 2 .*\n.*b\.png\b.*/pose\b.*dataset\.incomplete"):
         Pairs(tmp_path, reference_folders=folders)
     samples = Pairs(tmp_path, reference_folders=folders, incomplete=True)
     assert [len(sample.references) for sample in samples] == [3, 1]
@@ -306,25 +310,25 @@ def test_pairs_may_have_masks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "arguments", "message"),
     [
-        ({"source/c.png": square()}, {}, r"source/c.png has no target of its name in .*target"),
-        ({"target/c.png": square(), "target/c.txt": "c"}, {}, r"target/c.png has no picture of its name in .*source"),
+        ({"source/c.png": square()}, {}, r"source/c\.png\b.*/target\b"),
+        ({"target/c.png": square(), "target/c.txt": "c"}, {}, r"target/c\.png\b.*/source\b"),
         (
             {"target/c.png": square(), "source/c.png": square()},
             {},
-            "target/c.png has no caption: write c.txt",
+            r"target/c\.png\b.*caption.*\bc\.txt\b",
         ),
-        ({"source/a.png": square()}, {}, r"target/a.png could be paired in several ways, there are .*a.*and.*a"),
-        ({"target/a.jpg": square()}, {}, r"target/a.*could be paired in several ways, there are .*target/a"),
-        ({"target/a.txt": b"\xff"}, {}, "target/a.png has a caption that cannot be read: .* is not UTF-8"),
-        ({"source/c.heic": b"", "target/c.png": square(), "target/c.txt": "c"}, {}, "c.heic has a format that Pillow"),
-        ({}, {"target_folder": "after"}, "dataset.target_folder='.*after' does not exist"),
-        ({}, {"reference_folders": ["before"]}, "dataset.reference_folders='.*before' does not exist"),
-        ({}, {"reference_folders": []}, "dataset.reference_folders is empty"),
-        ({}, {"reference_folders": "source"}, "reference_folders='source' is str: a list"),
-        ({}, {"mask": "masks"}, "dataset.mask='.*masks' does not exist"),
-        ({"masks/a.png": square()}, {"mask": "masks"}, "in/b.png has no mask in .*masks"),
-        ({}, {"incomplete": "no"}, "incomplete='no' must be true or false"),
-        ({"none/x.txt": ""}, {"target_folder": "none"}, "has no target of its name|none holds no pictures"),
+        ({"source/a.png": square()}, {}, r"target/a\.png\b.*/source/a\..*/source/a\."),
+        ({"target/a.jpg": square()}, {}, r"target/a\..*/target/a\."),
+        ({"target/a.txt": b"\xff"}, {}, r"target/a\.png\b.*caption.*UTF-8"),
+        ({"source/c.heic": b"", "target/c.png": square(), "target/c.txt": "c"}, {}, r"c\.heic\b.*Pillow"),
+        ({}, {"target_folder": "after"}, r"dataset\.target_folder='.*after'"),
+        ({}, {"reference_folders": ["before"]}, r"dataset\.reference_folders='.*before'"),
+        ({}, {"reference_folders": []}, r"dataset\.reference_folders\b.*empty"),
+        ({}, {"reference_folders": "source"}, "reference_folders='source'.*list"),
+        ({}, {"mask": "masks"}, r"dataset\.mask='.*masks'"),
+        ({"masks/a.png": square()}, {"mask": "masks"}, r"in/b\.png\b.*/masks\b"),
+        ({}, {"incomplete": "no"}, "incomplete='no'"),
+        ({"none/x.txt": ""}, {"target_folder": "none"}, r"/none\b"),
     ],
 )
 def test_a_mistake_in_paired_folders_is_one_clear_error(

@@ -67,7 +67,7 @@ def test_size_reads_the_header_alone(kind: str) -> None:
     start = content.index(b"IDAT") if kind == "PNG" else len(content) // 2
     broken = picture(content[: start + 20])
     assert broken.size == (300, 200)
-    with pytest.raises(ValueError, match=r"here.png cannot be read"):
+    with pytest.raises(ValueError, match=r"here\.png\b"):
         broken.load()
 
 
@@ -117,13 +117,13 @@ def test_a_cmyk_jpeg_becomes_rgb() -> None:
 
 
 def test_a_float_picture_is_refused_rather_than_guessed_at() -> None:
-    with pytest.raises(ValueError, match=r"here.png cannot be read .*mode F has no defined white"):
+    with pytest.raises(ValueError, match=r"here\.png\b.*mode F\b"):
         picture(encoded(Image.new("F", (4, 4), 0.5), "TIFF")).load()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", square()[:40]])
 def test_a_corrupt_picture_is_named(content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"picture here.png cannot be read"):
+    with pytest.raises(ValueError, match=r"here\.png\b"):
         picture(content).load()
 
 
@@ -142,7 +142,7 @@ def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     first, second = (file_picture(tmp_path / f"{name}.png") for name in "ab")
     assert first.digest() == second.digest() == hashlib.sha256(square()).hexdigest()
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"a\.png does not exist"):
+    with pytest.raises(ValueError, match=r"a\.png\b.*(exist|found)"):
         first.digest()
 
 
@@ -204,7 +204,8 @@ def test_transparency_is_a_mask_of_the_turned_size() -> None:
         assert pixels.getpixel((3, 0)) == 51  # a quarter turn to the right
         assert sorted(pixels.getcolors()) == [(1, 51), (23, 255)]
     assert mask.digest() not in (found.digest(), hashlib.sha256(b"").hexdigest())
-    assert mask.name == "the transparency of here.png"
+    assert "here.png" in mask.name
+    assert mask.name != found.name
 
 
 def test_a_picture_without_transparency_is_solid() -> None:
@@ -221,17 +222,17 @@ def test_a_picture_of_gray_is_a_mask_as_it_is() -> None:
 
 
 def test_a_bad_picture_has_a_name_and_a_reason() -> None:
-    with pytest.raises(
-        BadPicture, match=r"^picture here.png .*it is empty: 0 bytes\): replace or remove it$"
-    ) as caught:
+    with pytest.raises(BadPicture, match=r"here\.png\b.*empty.*0 bytes") as caught:
         picture(b"").load()
-    assert (caught.value.name, caught.value.reason) == ("here.png", "cannot be read (it is empty: 0 bytes)")
+    assert caught.value.name == "here.png"
+    assert "0 bytes" in caught.value.reason
+    assert "here.png" not in caught.value.reason
 
 
 def test_a_gigantic_picture_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
     for act in (lambda: picture(square()).size, picture(square()).load):
-        with pytest.raises(BadPicture, match=r"here.png .* \(16 pixels\) exceeds limit of 10 pixels.*bomb"):
+        with pytest.raises(BadPicture, match=r"here\.png\b.*\(16 pixels\) exceeds limit of 10 pixels.*bomb"):
             act()
 
 
@@ -239,7 +240,7 @@ def test_a_file_is_called_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(square())
     found = file_picture(tmp_path / "a.png")
     assert (found.name, found.load().getpixel((0, 0))) == (str(tmp_path / "a.png"), RED)
-    with pytest.raises(BadPicture, match=r"gone.png does not exist"):
+    with pytest.raises(BadPicture, match=r"gone\.png\b.*(exist|found)"):
         file_picture(tmp_path / "gone.png").digest()
 
 

@@ -54,7 +54,7 @@ def test_a_mix_leaves_out_what_its_sources_do(tmp_path: Path) -> None:
     mix = Mix({"bad": bad})
     assert [Path(sample.name).name for sample in mix] == ["a.png"]
     assert [Path(name).name for name, _ in mix.bad] == ["b.png"]
-    with pytest.raises(BadData, match=r"(?s)2 of 2 samples .*no sample|has no sample that can be used"):
+    with pytest.raises(BadData, match=r"a\.png\b.*cannot be decoded"):
         mix.leave_out({0: "cannot be decoded"})
 
 
@@ -69,23 +69,23 @@ def test_what_is_left_out_later_is_its_sources_own_and_shares_stay(tmp_path: Pat
     assert [sample.caption for sample in mix] == ["a"] * 2 + ["b"] * 10
     assert sum(weights(mix)[:2]) / sum(weights(mix)) == pytest.approx(0.7)
     assert len(mix.bad) == 8
-    with pytest.raises(BadData, match=r"1 of 10 samples of .*b cannot be used"):
+    with pytest.raises(BadData, match=r"1 of 10 samples\b.*/b\b.*\n.*is too small"):
         mix.leave_out({5: "is too small"})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"repeats": {"birds": 2}}, "dataset.repeats.birds is no source; there are: cats, dogs"),
-        ({"repeats": {"cats": 0}}, "dataset.repeats.cats=0 must be a positive number"),
-        ({"repeats": {"cats": float("nan")}}, "dataset.repeats.cats=nan must be"),
-        ({"repeats": {"cats": True}}, "dataset.repeats.cats=True must be"),
-        ({"repeats": 3}, "dataset.repeats=3 must be numbers by the names"),
-        ({"shares": {"cats": 1}}, "dataset.shares leaves out dogs"),
-        ({"shares": {"cats": "1", "dogs": 1}}, "dataset.shares.cats='1' must be a positive number"),
-        ({"shares": {"cats": 1, "dogs": 1}, "repeats": {"cats": 2}}, "exclude each other"),
-        ({"sources": {}}, "dataset.sources={} must name at least one"),
-        ({"sources": {"cats": 3}}, "dataset.sources.cats is int: a dataset was expected"),
+        ({"repeats": {"birds": 2}}, r"dataset\.repeats\.birds\b.* cats, dogs"),
+        ({"repeats": {"cats": 0}}, r"dataset\.repeats\.cats=0\b"),
+        ({"repeats": {"cats": float("nan")}}, r"dataset\.repeats\.cats=nan\b"),
+        ({"repeats": {"cats": True}}, r"dataset\.repeats\.cats=True\b"),
+        ({"repeats": 3}, r"dataset\.repeats=3\b"),
+        ({"shares": {"cats": 1}}, r"dataset\.shares\b.* dogs\b"),
+        ({"shares": {"cats": "1", "dogs": 1}}, r"dataset\.shares\.cats='1'"),
+        ({"shares": {"cats": 1, "dogs": 1}, "repeats": {"cats": 2}}, r"dataset\.\w+.*(repeats|shares)\b"),
+        ({"sources": {}}, r"dataset\.sources=\{\}"),
+        ({"sources": {"cats": 3}}, r"dataset\.sources\.cats\b"),
     ],
 )
 def test_a_mistaken_mix_is_one_clear_error(sources: dict, settings: dict, message: str) -> None:

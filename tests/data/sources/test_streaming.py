@@ -124,8 +124,8 @@ def test_a_hub_dataset_is_streamed_again_for_a_new_commit_and_read_without_a_net
     api.commit = None
     assert len(HuggingFace("a/b", streaming=True, limit=2)) == 2
     assert len(rows_read) == 4
-    assert "a/b cannot be asked for its version: going on with the rows that were streamed before" in caplog.text
-    with pytest.raises(ValueError, match="'a/b' could not be reached on the Hub"):
+    assert "a/b" in caplog.text
+    with pytest.raises(ValueError, match=r"'a/b'.*Hub"):
         HuggingFace("a/b", streaming=True, limit=1)
 
 
@@ -146,18 +146,18 @@ def test_shards_of_tar_files_can_be_streamed_by_the_library(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("prepare", "arguments", "message"),
     [
-        (lambda folder: table(folder / "t.parquet"), {"split": "train[:2]"}, r"split='train\[:2\]' cannot be a slice"),
-        (lambda folder: table(folder / "t.parquet"), {"split": "test"}, "split='test' cannot be read: .*train"),
-        (lambda folder: table(folder / "t.parquet"), {"caption_column": "x"}, "caption_column='x' is not a column"),
+        (lambda folder: table(folder / "t.parquet"), {"split": "train[:2]"}, r"split='train\[:2\]'.*dataset\.limit"),
+        (lambda folder: table(folder / "t.parquet"), {"split": "test"}, "split='test'.*train"),
+        (lambda folder: table(folder / "t.parquet"), {"caption_column": "x"}, "caption_column='x'.*image, caption"),
         (
             lambda folder: write(folder, {"t.parquet": "no"}) / "t.parquet",
             {},
-            "t.parquet', split='train' cannot be read",
+            r"t\.parquet'.*split='train'",
         ),
         (
             lambda folder: write(folder, {"t.jsonl": ""}) / "t.jsonl",
             {},
-            "t.jsonl', split='train' cannot be read: it has no rows",
+            r"t\.jsonl'.*split='train'.*no rows",
         ),
     ],
 )
@@ -170,12 +170,12 @@ def test_what_cannot_be_streamed_is_one_clear_error(
 
 def test_what_is_saved_to_disk_needs_no_stream(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": ["x"], "caption": ["y"]}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"made by save_to_disk and needs no dataset.streaming"):
+    with pytest.raises(ValueError, match=r"save_to_disk.*dataset\.streaming"):
         HuggingFace(tmp_path / "saved", streaming=True)
 
 
 def test_pictures_that_lie_elsewhere_are_in_no_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = {"bytes": None, "path": "hf://datasets/a/b/a.png"}
     table(tmp_path / "t.parquet", image=[image] * 3)
-    with pytest.raises(ValueError, match="holds loose picture files, which no stream contains"):
+    with pytest.raises(ValueError, match=r"t\.parquet.*dataset\.streaming"):
         HuggingFace(tmp_path / "t.parquet", streaming=True)

@@ -5,6 +5,7 @@ of.
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -71,7 +72,7 @@ def test_what_save_to_disk_wrote_is_read_without_decoding(tmp_path: Path) -> Non
     assert color(HuggingFace(tmp_path / "alone")[0].target) == RED
     (only,) = HuggingFace(tmp_path / "splits", split="test")
     assert (only.caption, color(only.target)) == ("blue", BLUE)
-    with pytest.raises(ValueError, match="split='val' cannot be read: no such split; it has: train, test"):
+    with pytest.raises(ValueError, match=r"dataset\.path=.*split='val'.*train, test"):
         HuggingFace(tmp_path / "splits", split="val")
 
 
@@ -92,18 +93,15 @@ def test_a_picture_that_the_library_refers_to_is_opened_beside_the_table_and_whe
     images = [{"bytes": None, "path": path} for path in paths]
     samples = HuggingFace(table(tmp_path / "data/t.parquet", image=images), max_bad=1)
     assert [color(sample.target) for sample in samples] == [RED, BLUE]
-    assert [bad.reason for bad in samples.bad] == [
-        f"is '{tmp_path}/secret.png', which is not in {tmp_path}/data: dataset.picture_folder names another folder"
-    ]
+    (bad,) = samples.bad
+    assert re.search(rf"'{tmp_path}/secret\.png'.* {tmp_path}/data\b.*dataset\.picture_folder", bad.reason)
 
 
 def test_a_column_of_paths_on_the_hub_needs_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {"a.png": square("blue")})
     rows = datasets.Dataset.from_dict({"image": ["a.png"], "caption": ["x"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    with pytest.raises(
-        ValueError, match=r"column 'image' of a/b holds paths: name the folder .*dataset.picture_folder"
-    ):
+    with pytest.raises(ValueError, match=r"'image'.*a/b\b.*dataset\.picture_folder"):
         HuggingFace("a/b")
     assert color(HuggingFace("a/b", picture_folder=str(tmp_path))[0].target) == BLUE
 
@@ -116,16 +114,17 @@ def test_what_is_wrong_with_the_pictures_of_rows_is_listed_by_row(tmp_path: Path
     with pytest.raises(BadData) as caught:
         HuggingFace(path)
     listed = str(caught.value).splitlines()
-    assert listed[0] == f"5 of 5 samples of {path} cannot be used:"
-    said = [line.partition(" column ")[2] for line in listed[1:6]]
-    outside = f"which is not in {tmp_path / 'data'}: dataset.picture_folder names another folder"
-    assert said == [
-        "image does not exist",
-        f"image is '../secret.png', {outside}",
-        "image is null",
-        f"image has row 3 of {path}, column references[1], which is '../secret.png', {outside}",
-        f"image is '{tmp_path}/secret.png', {outside}",
+    assert re.search(rf"\b5 of 5 samples\b.* {path}\b", listed[0])
+    outside = rf"{tmp_path / 'data'}\b.*dataset\.picture_folder"
+    wanted = [
+        "(exist|found)",
+        rf"'\.\./secret\.png'.*{outside}",
+        "null",
+        rf"row 3 of {path}, column references\[1\].*'\.\./secret\.png'.*{outside}",
+        rf"'{tmp_path}/secret\.png'.*{outside}",
     ]
+    for row, (line, reason) in enumerate(zip(listed[1:6], wanted, strict=True)):
+        assert re.search(rf"row {row} of {path}, column image\b.*{reason}", line)
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "arrow", "csv"])
@@ -180,26 +179,23 @@ def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "test"}, r"split='test' cannot be read: .*\['train'\]"),
-        ({"image_column": "img"}, "image_column='img' is not a column .* has: image, caption, sources, number"),
-        ({"caption_column": "text"}, "caption_column='text' is not a column .* has: image, caption"),
-        ({"reference_columns": ["before"]}, "reference_columns='before' is not a column"),
-        (
-            {"image_column": "number"},
-            "image_column='number' .* holds int64: pictures, encoded bytes, or paths expected",
-        ),
-        ({"image_column": "sources"}, "image_column='sources' .* holds list"),
-        ({"mask": "cutout"}, "mask='cutout' is not a column"),
-        ({"mask": "number"}, "mask='number' .* holds int64"),
-        ({"limit": 0}, "limit=0 must be a whole number from 1"),
-        ({"streaming": "yes"}, "streaming='yes' must be true or false"),
-        ({"picture_folder": "."}, "picture_folder='.' does nothing: .* holds no paths"),
-        ({"prompt": 3}, "prompt=3 is int"),
-        ({"caption_column": "number"}, "caption_column='number' .* holds int64: text expected"),
-        ({"reference_columns": "sources"}, "reference_columns='sources' is str"),
-        ({"revision": "main"}, "revision='main'.* for a Hub id"),
-        ({"subset": 3}, "subset=3 is int"),
-        ({"split": None}, "split=None"),
+        ({"split": "test"}, r"split='test'.*\['train'\]"),
+        ({"image_column": "img"}, "image_column='img'.* image, caption, sources, number"),
+        ({"caption_column": "text"}, "caption_column='text'.* image, caption"),
+        ({"reference_columns": ["before"]}, "reference_columns='before'.* image, caption"),
+        ({"image_column": "number"}, "image_column='number'.* int64"),
+        ({"image_column": "sources"}, "image_column='sources'.* list"),
+        ({"mask": "cutout"}, "mask='cutout'.* image, caption"),
+        ({"mask": "number"}, "mask='number'.* int64"),
+        ({"limit": 0}, r"limit=0\b"),
+        ({"streaming": "yes"}, "streaming='yes'"),
+        ({"picture_folder": "."}, r"picture_folder='\.'"),
+        ({"prompt": 3}, r"prompt=3\b"),
+        ({"caption_column": "number"}, "caption_column='number'.* int64"),
+        ({"reference_columns": "sources"}, "reference_columns='sources'"),
+        ({"revision": "main"}, "revision='main'.*Hub"),
+        ({"subset": 3}, r"subset=3\b"),
+        ({"split": None}, r"split=None\b"),
     ],
 )
 def test_a_mistaken_argument_is_one_clear_error(tmp_path: Path, arguments: dict, message: str) -> None:
@@ -208,7 +204,7 @@ def test_a_mistaken_argument_is_one_clear_error(tmp_path: Path, arguments: dict,
 
 
 def test_a_row_without_a_caption_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"row 1 of .* has no caption in 'caption': null"):
+    with pytest.raises(ValueError, match=r"row 1 of .*'caption'.*null"):
         HuggingFace(table(tmp_path / "t.parquet", caption=["x", None, "z"]))
 
 
@@ -216,24 +212,24 @@ def test_an_empty_table_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
     empty = datasets.Dataset.from_dict({"image": [], "caption": []}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)
-    with pytest.raises(ValueError, match="split 'train' of a/b is empty"):
+    with pytest.raises(ValueError, match=r"'train'.*a/b\b"):
         HuggingFace("a/b")
 
 
 @pytest.mark.parametrize("path", ["gone.parquet", "./gone", "/gone/away", "~/gone-away", "a/b/c"])
 def test_a_local_path_that_does_not_exist_is_not_looked_for_on_the_hub(path: str) -> None:
-    with pytest.raises(ValueError, match=f"dataset.path='{path}' does not exist"):
+    with pytest.raises(ValueError, match=rf"dataset\.path='{path}'.*\.parquet"):
         HuggingFace(path)
 
 
 def test_a_folder_without_parquet_files_says_what_is_accepted(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": square(), "a.txt": "x", "metadata.jsonl": "{}"})
-    with pytest.raises(ValueError, match=r"neither a .parquet, .arrow, .json.* use dataset=folder"):
+    with pytest.raises(ValueError, match=r"\.parquet, \.arrow, \.json.*dataset=folder"):
         HuggingFace(tmp_path)
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"bad.parquet', split='train' cannot be read: .*Parquet"):
+    with pytest.raises(ValueError, match=r"bad\.parquet'.*split='train'.*Parquet"):
         HuggingFace(write(tmp_path, {"bad.parquet": b"nonsense"}) / "bad.parquet")
 
 
@@ -242,17 +238,17 @@ def test_a_hub_id_that_cannot_be_reached_is_one_error_with_the_local_alternative
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"'someone/squares' could not be reached .*path=/path/to/file\.parquet, or"):
+    with pytest.raises(ValueError, match=r"'someone/squares'.*dataset\.path=/path/to/file\.parquet"):
         HuggingFace("someone/squares")
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (DatasetNotFoundError("It doesn't exist or cannot be accessed."), "datasets/a/b and run `hf auth login`"),
-        (GatedRepoError("gated", response=Mock(headers={})), "datasets/a/b and run `hf auth login`"),
-        (HTTPError("timed out"), r"'a/b' could not be reached on the Hub \(timed out\); a local copy works too"),
-        (DatasetGenerationError("bad row"), "path='a/b', split='train' cannot be read: bad row"),
+        (DatasetNotFoundError("It doesn't exist or cannot be accessed."), "datasets/a/b.*`hf auth login`"),
+        (GatedRepoError("gated", response=Mock(headers={})), "datasets/a/b.*`hf auth login`"),
+        (HTTPError("timed out"), r"'a/b'.*timed out.*dataset\.path="),
+        (DatasetGenerationError("bad row"), "path='a/b'.*split='train'.*bad row"),
     ],
 )
 def test_what_goes_wrong_on_the_hub_has_a_remedy(

@@ -60,12 +60,18 @@ def blob(rng: np.random.Generator, irregularity: float) -> Image.Image:
     return picture
 
 
-def test_clean_drawings_with_jitter_are_read_right_in_every_attribute():
-    assert min(accuracy(300, lambda picture, _: picture).values()) >= 0.995
+def some_or(many: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("count", [60, pytest.param(many, marks=pytest.mark.slow)])
 
 
-def test_blurred_and_noisy_drawings_are_read_right():
-    assert min(accuracy(200, degraded).values()) >= 0.97
+@some_or(300)
+def test_clean_drawings_with_jitter_are_read_right_in_every_attribute(count):
+    assert min(accuracy(count, lambda picture, _: picture).values()) >= 0.995
+
+
+@some_or(200)
+def test_blurred_and_noisy_drawings_are_read_right(count):
+    assert min(accuracy(count, degraded).values()) >= 0.97
 
 
 def test_small_white_subjects_whose_blurred_outline_passes_the_color_of_the_background_are_read_right():
@@ -76,8 +82,9 @@ def test_small_white_subjects_whose_blurred_outline_passes_the_color_of_the_back
             assert (reading.shape, reading.color, reading.background) == (shape, "white", background)
 
 
-def test_wobbly_drawings_are_read_right():
-    assert min(accuracy(120, wobbly).values()) >= 0.95
+@some_or(120)
+def test_wobbly_drawings_are_read_right(count):
+    assert min(accuracy(count, wobbly).values()) >= 0.95
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -6,6 +6,8 @@ import re
 import socket
 import stat
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,17 @@ BLOCK = [*(f"{stream}_{layer}" for stream in ("img", "txt") for layer in ("attn.
 
 def trained(kind: str = "dev", seed: int = 3, **options: Any) -> tuple[peft.PeftModel, Transformer]:
     """A transformer with an adapter whose A and B are random, as after training."""
-    model, _ = helpers.transformers(kind)
+    return train(kind, seed, **options) if options else deepcopy(made_trained(kind, seed))
+
+
+@cache
+def made_trained(kind: str, seed: int) -> tuple[peft.PeftModel, Transformer]:
+    """What `trained` copies, made once in a process: not to be changed."""
+    return train(kind, seed)
+
+
+def train(kind: str, seed: int, **options: Any) -> tuple[peft.PeftModel, Transformer]:
+    model = helpers.transformer(kind)
     wrapped = adapters.attach(model, **({"rank": 3, "alpha": 6} | options))
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapters.adapter_parameters(model):
@@ -44,7 +56,7 @@ def trained(kind: str = "dev", seed: int = 3, **options: Any) -> tuple[peft.Peft
 
 
 def fresh(kind: str = "dev") -> Transformer:
-    return helpers.transformers(kind)[0]
+    return helpers.transformer(kind)
 
 
 @torch.no_grad()
@@ -175,17 +187,17 @@ def test_disabled_is_the_base_bit_for_bit_and_ends(dtype: torch.dtype) -> None:
     [
         (
             {"targets": [r".*linear1", "to_q"]},
-            r"adapter.targets: 'to_q' matches no linear layer .*single_blocks.N.linear1",
+            r"adapter\.targets.*'to_q'.*single_blocks\.N\.linear1",
         ),
-        ({"targets": ["("]}, r"adapter.targets: '\(' is not a regular expression"),
-        ({"targets": []}, "adapter.targets is empty"),
-        ({"targets": "linear1"}, "adapter.targets: 'linear1' matches no linear layer .* is a preset"),
-        ({"targets": 3}, "adapter.targets=3 must be a preset, a regular expression, or a list of these"),
-        ({"targets": [3]}, r"adapter.targets=\[3\] must be a preset"),
-        ({"rank": 0}, "adapter.rank=0 must be an integer >= 1"),
-        ({"rank": 2.0}, "adapter.rank=2.0 must be an integer"),
-        ({"alpha": -1}, "adapter.alpha=-1 must be a number from 1e-06"),
-        ({"dropout": 1.0}, r"adapter.dropout=1.0 must be a number in \[0, 1\)"),
+        ({"targets": ["("]}, r"adapter\.targets.*'\('.*regular expression"),
+        ({"targets": []}, r"adapter\.targets"),
+        ({"targets": "linear1"}, r"adapter\.targets.*'linear1'.*single_blocks"),
+        ({"targets": 3}, r"adapter\.targets=3\b"),
+        ({"targets": [3]}, r"adapter\.targets=\[3\]"),
+        ({"rank": 0}, r"adapter\.rank=0\b"),
+        ({"rank": 2.0}, r"adapter\.rank=2\.0\b"),
+        ({"alpha": -1}, r"adapter\.alpha=-1\b"),
+        ({"dropout": 1.0}, r"adapter\.dropout=1\.0\b.*\[0, 1\)"),
     ],
 )
 def test_settings_that_cannot_be_are_errors_that_name_them(options: dict[str, Any], message: str) -> None:
@@ -196,7 +208,7 @@ def test_settings_that_cannot_be_are_errors_that_name_them(options: dict[str, An
 
 
 def test_targets_are_whole_names_and_not_parts() -> None:
-    with pytest.raises(AdapterError, match="matches no linear layer"):
+    with pytest.raises(AdapterError, match=r"adapter\.targets.*'linear1'"):
         adapters.attach(fresh(), targets=["linear1"])
 
 
@@ -538,7 +550,7 @@ def test_saving_and_loading_ask_nothing_of_the_network(tmp_path: Path, monkeypat
     adapters.load(fresh(), tmp_path)
     peft.PeftModel.from_pretrained(fresh(), str(tmp_path))
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(AdapterError, match=r"adapter_config.json is missing"):
+    with pytest.raises(AdapterError, match=r"adapter_config\.json"):
         adapters.load(fresh(), tmp_path)
     assert asked == []
 
@@ -556,8 +568,8 @@ def test_restore_goes_on_from_the_saved_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 4}, r"has shape \(3, 48\) instead of \(4, 48\)"),
-        ({"targets": [r".*linear1"]}, "holds an adapter of another type, or of other layers than adapter.targets"),
+        ({"rank": 4}, r"\(3, 48\).*\(4, 48\).*adapter\.rank"),
+        ({"targets": [r".*linear1"]}, r"adapter\.targets"),
     ],
 )
 def test_restoring_into_another_adapter_is_an_error(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -583,9 +595,9 @@ def test_a_run_folder_gives_its_final_adapter_else_its_newest_checkpoint(tmp_pat
 
 
 def test_nothing_to_load_is_an_error_that_says_what_can_be_given(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"gone': does not exist. Give an adapter folder"):
+    with pytest.raises(AdapterError, match=r"gone'.*adapter_model\.safetensors"):
         adapters.find(tmp_path / "gone")
-    with pytest.raises(AdapterError, match=r"no adapter was found in this folder. Give an adapter folder"):
+    with pytest.raises(AdapterError, match=rf"{tmp_path}.*adapter_model\.safetensors"):
         adapters.find(tmp_path)
 
 
@@ -593,8 +605,9 @@ def test_the_adapter_of_another_model_is_an_error_and_changes_nothing(tmp_path: 
     adapters.save(trained("dev")[0], tmp_path, base="small")
     model = fresh("klein")
     for place in (tmp_path, tmp_path / "diffusers.safetensors"):
-        with pytest.raises(AdapterError, match=r"It was trained on another model|has layers that this model does not"):
+        with pytest.raises(AdapterError, match=r"(double|single|transformer)_blocks\.") as error:
             adapters.load(model, place)
+        assert str(place) in str(error.value)
     assert torch.equal(predict(model, "klein"), predict(fresh("klein"), "klein"))
 
 
@@ -605,30 +618,30 @@ DIFFUSERS_LAYER = "transformer.transformer_blocks.0.attn"
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "it holds no tensors"),
-        ({"lora_unet_single_blocks_0_linear2.lora_down.weight": (2, 192)}, "linear2 has only lora_A: the file is inc"),
-        ({f"{LAYER}.lora_A.weight": (2, 192)}, "single_blocks.0.linear2 has only lora_A: the file is incomplete"),
+        ({}, "no tensors"),
+        ({"lora_unet_single_blocks_0_linear2.lora_down.weight": (2, 192)}, "linear2.*lora_A"),
+        ({f"{LAYER}.lora_A.weight": (2, 192)}, r"single_blocks\.0\.linear2.*lora_A"),
         (
             {f"{LAYER}.lora_A.weight": (2, 64), f"{LAYER}.lora_B.weight": (48, 2)},
-            "the adapter is for a layer of 64 to 48 features, but the model's has 192 to 48",
+            r"single_blocks\.0\.linear2.*64.*48.*192.*48",
         ),
         (
             {"diffusion_model.single_blocks.9.linear2.lora_A.weight": (2, 192)},
-            "has layers that this model does not: single_blocks.9.linear2",
+            r"single_blocks\.9\.linear2",
         ),
         (
             {"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": (2, 48)},
-            r"to_k has only lora_A: the file is incomplete",
+            r"to_k.*lora_A",
         ),
         (
             {f"{LAYER}.lora_A.weight": (2, 192), f"{LAYER}.lora_B.weight": (48, 3)},
-            r"lora_A has shape \(2, 192\) and lora_B \(48, 3\), not \(rank, in\) and \(out, rank\)",
+            r"lora_A.*\(2, 192\).*lora_B.*\(48, 3\).*\(rank, in\).*\(out, rank\)",
         ),
-        ({f"{LAYER}.lora_A.weight": (), f"{LAYER}.lora_B.weight": (48, 2)}, r"lora_A has shape \(\) and lora_B"),
-        ({f"{LAYER}.lora_A.weight": (0, 192), f"{LAYER}.lora_B.weight": (48, 0)}, r"lora_A has shape \(0, 192\)"),
+        ({f"{LAYER}.lora_A.weight": (), f"{LAYER}.lora_B.weight": (48, 2)}, r"lora_A.*\(\).*lora_B"),
+        ({f"{LAYER}.lora_A.weight": (0, 192), f"{LAYER}.lora_B.weight": (48, 0)}, r"lora_A.*\(0, 192\)"),
         (
             {f"{LAYER}.lora_A.weight": (2, 192), f"{LAYER}.lora_B.weight": (48, 2), f"{LAYER}.alpha": (2,)},
-            r"single_blocks.0.linear2: alpha has shape \(2,\) and must be one number",
+            r"single_blocks\.0\.linear2.*alpha.*\(2,\)",
         ),
         (
             {
@@ -637,7 +650,7 @@ DIFFUSERS_LAYER = "transformer.transformer_blocks.0.attn"
                 f"{DIFFUSERS_LAYER}.to_k.lora_A.weight": (2, 40),
                 f"{DIFFUSERS_LAYER}.to_k.lora_B.weight": (48, 2),
             },
-            r"to_k: the adapter is for a layer of 40 to 48 features, but the model's has 48 to 48",
+            r"to_k.*40.*48.*48.*48",
         ),
     ],
 )
@@ -656,7 +669,7 @@ def test_values_that_are_not_finite_are_refused(value: float, tmp_path: Path) ->
     file = tmp_path / "lora.safetensors"
     state = {f"{LAYER}.lora_A.weight": torch.zeros(2, 192), f"{LAYER}.lora_B.weight": torch.full((48, 2), value)}
     save_file(state, file)
-    with pytest.raises(AdapterError, match=r"lora.safetensors: .*linear2.lora_B.weight has NaN or infinite values"):
+    with pytest.raises(AdapterError, match=r"lora\.safetensors.*linear2\.lora_B\.weight.*NaN"):
         adapters.load(fresh(), file)
 
 
@@ -666,7 +679,7 @@ def test_values_that_are_not_finite_are_refused(value: float, tmp_path: Path) ->
 def test_a_scale_that_is_no_finite_number_changes_nothing(scale: Any, kind: type[Exception], tmp_path: Path) -> None:
     adapters.save(trained()[0], tmp_path, base="small")
     model = fresh()
-    with pytest.raises(kind, match=r"scale=.* must be a "):
+    with pytest.raises(kind, match=r"scale="):
         adapters.load(model, tmp_path, scale=scale)
     assert torch.equal(predict(model), predict(fresh()))
 
@@ -675,7 +688,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     adapters.save(trained()[0], tmp_path, base="small")
     file = tmp_path / adapter_files.PEFT_FILE
     file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(AdapterError, match=r"adapter_model.safetensors cannot be read .* damaged or incomplete"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors.*incomplete"):
         adapters.load(fresh(), tmp_path)
 
 
@@ -683,19 +696,19 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, r"not those of the DoRA .*: missing double_blocks.*lora_magnitude_vector"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
-        ({"peft_type": "LOHA"}, r"not those of the LoHa .*: missing .*hada_w1_a.*; unknown .*lora_A"),
-        ({"peft_type": "NOTHING"}, "adapter_config.json cannot be read by PEFT .*NOTHING"),
-        ({"r": 32}, r"has rank \d+ instead of 32 in adapter_config.json: the two files belong to different adapters"),
+        ({"use_dora": True}, r"DoRA.*missing double_blocks.*lora_magnitude_vector"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"peft_type": "LOHA"}, r"LoHa.*missing .*hada_w1_a.*unknown .*lora_A"),
+        ({"peft_type": "NOTHING"}, r"adapter_config\.json.*PEFT .*NOTHING"),
+        ({"r": 32}, r"rank 3\b.*adapter_config\.json.*32"),
         ({"r": 0}, "adapter_config.json"),
         ({"r": "x"}, "adapter_config.json"),
         ({"r": None}, "adapter_config.json"),
-        ({"lora_alpha": None}, "adapter_config.json: lora_alpha=None must be a number"),
-        ({"lora_alpha": "x"}, "adapter_config.json: lora_alpha='x' must be a number"),
-        ({"rank_pattern": {"(": 4}}, r"adapter_config.json: rank_pattern has an invalid pattern '\('"),
-        ({"rank_pattern": {"linear1": 0}}, "adapter_config.json: linear1=0 must be at least 1"),
-        ({"alpha_pattern": {"linear1": "x"}}, "adapter_config.json: linear1='x' must be a number"),
+        ({"lora_alpha": None}, r"adapter_config\.json.*lora_alpha=None"),
+        ({"lora_alpha": "x"}, r"adapter_config\.json.*lora_alpha='x'"),
+        ({"rank_pattern": {"(": 4}}, r"adapter_config\.json.*rank_pattern.*'\('"),
+        ({"rank_pattern": {"linear1": 0}}, r"adapter_config\.json.*linear1=0"),
+        ({"alpha_pattern": {"linear1": "x"}}, r"adapter_config\.json.*linear1='x'"),
         ({"alpha_pattern": []}, "adapter_config.json"),
     ],
 )

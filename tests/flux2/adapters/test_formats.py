@@ -20,7 +20,7 @@ QKV = "double_blocks.1.img_attn.qkv"
 
 
 def fresh(kind: str = "dev") -> Transformer:
-    return helpers.transformers(kind)[0]
+    return helpers.transformer(kind)
 
 
 @torch.no_grad()
@@ -114,47 +114,47 @@ def comfy_pair(layer: str = QKV) -> dict[str, Tensor]:
     [
         (
             comfy_pair() | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 4)},
-            "it also adapts the text encoder, which is not supported: lora_te1_text_model_encoder_layers_0_mlp_fc1",
+            "text encoder.*lora_te1_text_model_encoder_layers_0_mlp_fc1",
         ),
         (
             kohya(QKV, 2, 2.0) | {"lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight": torch.zeros(2, 4)},
-            "has layers that this model does not: lora_unet_down_blocks_0_resnets_0_conv1",
+            "lora_unet_down_blocks_0_resnets_0_conv1",
         ),
         (
             kohya(QKV, 2, 2.0) | {"lora_unet_single_blocks_77_linear1.lora_down.weight": torch.zeros(2, 4)},
-            "has layers that this model does not: lora_unet_single_blocks_77_linear1",
+            "lora_unet_single_blocks_77_linear1",
         ),
         (
             comfy_pair() | {"emb_params": torch.zeros(3), "string_to_param": torch.zeros(3)},
-            "2 of its 4 keys are not LoRA keys of diffusers, ComfyUI or kohya: emb_params, string_to_param$",
+            r"\b2\b.*\b4\b.*diffusers, ComfyUI or kohya.*emb_params, string_to_param$",
         ),
         (
             kohya(QKV, 2, 2.0) | {"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.zeros(3, 1)},
-            "1 of its 4 keys .*qkv.dora_scale. It is a DoRA in the keys of LyCORIS",
+            r"\b1\b.*\b4\b.*qkv\.dora_scale\b.*DoRA.*LyCORIS",
         ),
-        ({"lora_unet_single_blocks_0_linear1.hada_w1_a": torch.zeros(3, 1)}, "It is a LoHa, which"),
-        ({"diffusion_model.single_blocks.0.linear1.lokr_w1": torch.zeros(3, 1)}, "It is a LoKr, which"),
+        ({"lora_unet_single_blocks_0_linear1.hada_w1_a": torch.zeros(3, 1)}, "hada_w1_a.*LoHa.*PEFT"),
+        ({"diffusion_model.single_blocks.0.linear1.lokr_w1": torch.zeros(3, 1)}, "lokr_w1.*LoKr.*PEFT"),
         (
             comfy_pair() | kohya("single_blocks.0.linear1", 2, 2.0),
-            r"mixes keys of several formats instead of one: diffusion_model.*A.weight \(ComfyUI\), lora_u",
+            r"formats.*diffusion_model.*A\.weight \(ComfyUI\), lora_u",
         ),
-        (comfy_pair() | to_diffusers(random_pairs(layers=["img_in"])), r"it mixes keys .*\(ComfyUI\).*\(diffusers\)"),
+        (comfy_pair() | to_diffusers(random_pairs(layers=["img_in"])), r"formats.*\(ComfyUI\).*\(diffusers\)"),
         (
             comfy_pair() | {f"diffusion_model.{QKV}.lora_up.weight": torch.zeros(144, 3)},
-            "lora_up.weight repeats lora_B of double_blocks.1.img_attn.qkv",
+            r"lora_up\.weight\b.*lora_B\b.*double_blocks\.1\.img_attn\.qkv\b.*twice",
         ),
         (
             comfy_pair() | {f"diffusion_model.{QKV}.lora_magnitude_vector": torch.ones(5)},
-            r"lora_magnitude_vector has shape \(5,\), not \(144,\)",
+            r"lora_magnitude_vector\b.*\(5,\).*\(144,\)",
         ),
         (
             to_diffusers(random_pairs(layers=[QKV]))
             | {"transformer.transformer_blocks.1.attn.to_q.lora_magnitude_vector": torch.ones(48)},
-            "only transformer_blocks.1.attn.to_q have a DoRA magnitude, .*to_k, .* are one layer here",
+            r"DoRA.*transformer_blocks\.1\.attn\.to_q\b.*to_k",
         ),
         (
             comfy_pair() | comfy_pair("img_in") | {f"diffusion_model.{QKV}.lora_magnitude_vector": torch.ones(144)},
-            r"some of its layers belong to a DoRA \(double_blocks.1.img_attn.qkv\), others to a plain LoRA",
+            r"DoRA.*double_blocks\.1\.img_attn\.qkv\b.*LoRA",
         ),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_dora_that_was_trained_in_diffusers_is_the_same_here(parts: tuple[str,
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "dora.safetensors")
     model = fresh()
     if len(parts) == 2:
-        with pytest.raises(AdapterError, match=r"only \S+to_k, \S+to_q have a DoRA magnitude, .* one layer"):
+        with pytest.raises(AdapterError, match=r"DoRA.*transformer_blocks\.1\.attn\.to_k, .*to_q\b"):
             adapters.load(model, tmp_path / "dora.safetensors")
         return
     assert adapters.load(model, tmp_path / "dora.safetensors").kind == "DoRA"
@@ -208,5 +208,5 @@ def test_a_published_file_of_one_half_says_which_is_missing(tmp_path: Path) -> N
     del state["lora_unet_double_blocks_1_img_attn_qkv.lora_up.weight"]
     save_file(state, tmp_path / "lora.safetensors")
     assert len(load_file(tmp_path / "lora.safetensors")) == 2
-    with pytest.raises(AdapterError, match=r"img_attn.qkv has only lora_A and alpha|only alpha and lora_A"):
+    with pytest.raises(AdapterError, match=r"img_attn\.qkv\b.*(lora_A and alpha|alpha and lora_A)"):
         adapters.load(fresh(), tmp_path / "lora.safetensors")

@@ -31,10 +31,19 @@ from flux2.models.transformer import Transformer
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision, convert
 
+NAMES = {"lora": "LoRA", "dora": "DoRA", "oft": "OFT", "loha": "LoHa", "lokr": "LoKr"}  # as messages call them
 SUPPORTED = {(kind, precision) for kind in TYPES for precision in PRECISIONS}  # all; docs/adapters.md has the table
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "adapters.md"
 EACH_TYPE = pytest.mark.parametrize("kind", TYPES)
-EACH_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
+
+
+def each_pair(*precisions: str) -> pytest.MarkDecorator:
+    """Parametrizes by type, on each of `precisions`; `make test` runs some pairs of each type and precision."""
+    often = {(kind, "nf4") for kind in TYPES} | {("lora", name) for name in PRECISIONS}
+    often |= {("dora", "bf16"), ("oft", "fp8"), ("lokr", "bf16"), ("loha", "fp8"), ("pissa", "fp32")}
+    pairs = [(kind, precision) for kind in TYPES for precision in precisions or PRECISIONS]
+    cases = [pytest.param(*pair, marks=() if pair in often else pytest.mark.slow) for pair in pairs]
+    return pytest.mark.parametrize(("kind", "precision"), cases)
 
 
 @torch.no_grad()
@@ -47,10 +56,9 @@ def predict(model: nn.Module, autocast: bool = False) -> Tensor:
 # ------------------------------------------------------------------ beginning and end
 
 
-@EACH_PRECISION
-@EACH_TYPE
+@each_pair()
 def test_a_fresh_adapter_changes_nothing_bit_for_bit(kind: str, precision: str) -> None:
-    model, autocast = base(precision), precision != "fp32"
+    model, autocast = base(precision, "dev"), precision != "fp32"
     before, without = predict(model, autocast), predict(model)
     beginning = torch.get_rng_state()
     wrapped = attached(kind, model, targets="all_linear").train()
@@ -60,8 +68,7 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(kind: str, precision: str) 
     assert torch.equal(torch.get_rng_state(), beginning), "neither attaching nor a forward draws from the process"
 
 
-@EACH_PRECISION
-@EACH_TYPE
+@each_pair()
 def test_detaching_gives_the_base_back_as_it_was(kind: str, precision: str) -> None:
     model = base(precision)
     model.img_in.requires_grad_(True)
@@ -82,7 +89,7 @@ def test_detaching_gives_the_base_back_as_it_was(kind: str, precision: str) -> N
 def test_a_base_that_an_adapter_was_merged_into_is_not_given_back() -> None:
     wrapped = stirred(attached("lora", base()))
     wrapped.merge_adapter()
-    with pytest.raises(adapters.AdapterError, match=r"cannot be restored: an adapter is merged into double_blocks"):
+    with pytest.raises(adapters.AdapterError, match=r"merged.*double_blocks"):
         detach(wrapped)
 
 
@@ -125,7 +132,7 @@ def test_gradients_on_a_quantized_base_are_those_on_the_dequantized(kind: str, s
     """All in float32 but the storage of the weights."""
     found = []
     for change in (lambda model: model, dequantized):
-        model = helpers.transformers("dev")[0]
+        model = helpers.transformer("klein")
         convert(model, Precision(storage=storage))
         found.append(gradients(stirred(attached(kind, change(model)))))
     for ours, wanted in zip(*found, strict=True):
@@ -142,8 +149,7 @@ def test_gradients_in_bfloat16_point_where_those_of_the_same_weights_in_float32_
     assert {tensor.dtype for tensor in ours} == {torch.float32}
 
 
-@EACH_PRECISION
-@EACH_TYPE
+@each_pair()
 def test_every_type_trains_on_every_precision_and_is_saved_loaded_and_gone_on_with(
     kind: str, precision: str, tmp_path: Path
 ) -> None:
@@ -168,7 +174,7 @@ def test_every_type_trains_on_every_precision_and_is_saved_loaded_and_gone_on_wi
     report = adapters.load(loaded, tmp_path)
     assert helpers.relative_error(predict(loaded), learnt) <= 1e-6
     assert not adapters.adapter_parameters(loaded)
-    assert len(report.layers) == 22
+    assert len(report.layers) == 8 + 2 * 2
     again = attached(kind, base(precision), seed=9)
     assert not torch.equal(predict(again), learnt)
     adapters.restore(again, tmp_path)
@@ -177,8 +183,7 @@ def test_every_type_trains_on_every_precision_and_is_saved_loaded_and_gone_on_wi
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "nf4"])
-@EACH_TYPE
+@each_pair("bf16", "nf4")
 def test_recomputed_and_streamed_blocks_give_the_same_gradients_bit_for_bit(kind: str, precision: str) -> None:
     found = []
     for how in ("none", "full", "selective", "streamed"):
@@ -230,15 +235,15 @@ def test_a_pissa_starts_at_the_weights_largest_directions_and_has_pissas_gradien
 
 @EACH_TYPE
 def test_pefts_own_loader_reads_what_is_saved(kind: str, tmp_path: Path) -> None:
-    wrapped = stirred(attached(kind, base(), targets="all_linear"))
+    wrapped = stirred(attached(kind, base(model="dev"), targets="all_linear"))
     adapters.save(wrapped, tmp_path, base="small")
-    by_peft = peft.PeftModel.from_pretrained(base(), str(tmp_path))
+    by_peft = peft.PeftModel.from_pretrained(base(model="dev"), str(tmp_path))
     assert helpers.relative_error(predict(by_peft), predict(wrapped)) <= 1e-6
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa"])
 def test_diffusers_reads_every_type_that_is_written_for_it(kind: str, tmp_path: Path) -> None:
-    wrapped = stirred(attached(kind, base(), targets="all_linear", rank_pattern={"image_stream": 2}))
+    wrapped = stirred(attached(kind, base(model="dev"), targets="all_linear", rank_pattern={"image_stream": 2}))
     adapters.save(wrapped, tmp_path, base="small")
     reference = helpers.transformers("dev")[1]
     reference.load_lora_adapter(load_file(tmp_path / DIFFUSERS_FILE))
@@ -246,7 +251,7 @@ def test_diffusers_reads_every_type_that_is_written_for_it(kind: str, tmp_path: 
     with torch.no_grad():
         theirs = helpers.reference_forward(reference, helpers.transformer_inputs(helpers.TRANSFORMERS["dev"]))
     assert helpers.relative_error(theirs, ours) <= 1e-5
-    assert helpers.relative_error(predict(base()), ours) > 0.05
+    assert helpers.relative_error(predict(base(model="dev")), ours) > 0.05
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])
@@ -259,22 +264,22 @@ def test_no_file_is_written_that_others_would_read_wrongly_and_none_of_an_earlie
     wrapped = attached(kind, base())
     adapters.save(wrapped, tmp_path, base="small")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", PEFT_FILE]
-    assert "`python -m flux2.export" in format_notes(tmp_path)
+    assert re.search(r"flux2\.generate.*python -m flux2\.export", format_notes(tmp_path))
     assert "diffusers" not in (tmp_path / "README.md").read_text()
-    with pytest.raises(AdapterError, match="is not a low-rank pair"):
+    with pytest.raises(AdapterError, match=rf"(double|single)_blocks.*{NAMES[kind]}"):
         layer_pairs(wrapped.get_base_model())
 
 
 def test_a_dora_is_no_pair_for_comfyui_and_kohya_and_its_diffusers_file_loads_here(tmp_path: Path) -> None:
     wrapped = stirred(attached("dora", base(), targets="all_linear"))
     for form in (to_comfyui, to_kohya):
-        with pytest.raises(AdapterError, match="belongs to a DoRA, which this format cannot hold"):
+        with pytest.raises(AdapterError, match=r"img_in\b.*DoRA"):
             form(layer_pairs(wrapped.get_base_model()))
     adapters.save(wrapped, tmp_path, base="small")
     model = base()
     assert adapters.load(model, tmp_path / DIFFUSERS_FILE).kind == "DoRA"
     assert helpers.relative_error(predict(model), predict(wrapped)) <= 1e-6
-    assert "diffusers; `python -m flux2.export" in format_notes(tmp_path)
+    assert re.search(r"diffusers.*python -m flux2\.export", format_notes(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "loha", "lokr"])
@@ -283,7 +288,7 @@ def test_ranks_and_alphas_of_layers_are_kept_in_every_form(kind: str, tmp_path: 
         "rank_pattern": {r"single_blocks\.1\.linear1": 2, "double_attention": 7},
         "alpha_pattern": {r"single_blocks\.[12]\..*": 3.0},
     }
-    wrapped = stirred(attached(kind, base(), **options))
+    wrapped = stirred(attached(kind, base(model="dev"), **options))
     layers: dict[str, Any] = dict(wrapped.get_base_model().named_modules())
     power = 0.5 if kind == "rslora" else 1
     for name, rank, alpha in (
@@ -304,7 +309,7 @@ def test_ranks_and_alphas_of_layers_are_kept_in_every_form(kind: str, tmp_path: 
         places += [tmp_path / DIFFUSERS_FILE, tmp_path / "comfyui.safetensors"]
     wanted = predict(wrapped)
     for place in places:
-        model = base()
+        model = base(model="dev")
         report = adapters.load(model, place)
         assert helpers.relative_error(predict(model), wanted) <= 1e-6, place
         assert (min(report.ranks), max(report.ranks)) == ((4, 14) if kind == "pissa" else (2, 7))
@@ -362,7 +367,7 @@ def test_types_that_do_not_add_up_are_refused_and_the_first_stays(first: str, se
     model = base()
     adapters.load(model, tmp_path / "first", name="one")
     before = predict(model)
-    with pytest.raises(AdapterError, match=r"second: a \w+ adapter cannot be combined with the loaded \w+"):
+    with pytest.raises(AdapterError, match=rf"second: .*{NAMES[second]}.*{NAMES[first]}"):
         adapters.load(model, tmp_path / "second", name="two")
     assert torch.equal(predict(model), before)
 
@@ -370,7 +375,7 @@ def test_types_that_do_not_add_up_are_refused_and_the_first_stays(first: str, se
 def test_an_oft_has_no_scale(tmp_path: Path) -> None:
     adapters.save(stirred(attached("oft", base())), tmp_path, base="small")
     model = base()
-    with pytest.raises(AdapterError, match=r"scale=0.5: an OFT adapter .* has no scale. Use 1"):
+    with pytest.raises(AdapterError, match=r"scale=0\.5.*OFT"):
         adapters.load(model, tmp_path, scale=0.5)
     assert torch.equal(predict(model), predict(base()))
 
@@ -392,7 +397,7 @@ def test_a_merged_adapter_is_the_same_model_in_plain_layers(kind: str, precision
 def test_merging_into_a_quantized_base_is_refused(kind: str, precision: str) -> None:
     wrapped = stirred(attached(kind, base(precision)))
     before = predict(wrapped)
-    with pytest.raises(AdapterError, match=r"cannot merge into double_blocks.*load .*precision=bf16 or fp32"):
+    with pytest.raises(AdapterError, match=r"double_blocks.*precision=bf16"):
         adapters.merge(wrapped)
     assert torch.equal(predict(wrapped), before)
 
@@ -429,53 +434,48 @@ def of_another_layer(state: dict[str, Tensor]) -> dict[str, Tensor]:
             "loha",
             {},
             without_last,
-            r"not those of the LoHa .*: missing single_blocks.2.linear2.hada_w2_b$",
+            r"LoHa.*missing single_blocks\.2\.linear2\.hada_w2_b$",
         ),
-        ("dora", {}, without_last, r"not those of the DoRA .*: missing single_blocks.2.linear2.lora_magnitude_vector$"),
-        ("loha", {"r": 5}, unchanged, r"hada_w1_a has shape \(\d+, 4\) instead of \(\d+, 5\)"),
-        ("oft", {"oft_block_size": 8}, unchanged, r"has shape \(\d+, 120\) instead of \(\d+, 28\)"),
-        ("oft", {"oft_block_size": 25}, unchanged, r"PEFT cannot create the OFT that .* \(Invalid"),
+        ("dora", {}, without_last, r"DoRA.*missing single_blocks\.2\.linear2\.lora_magnitude_vector$"),
+        ("loha", {"r": 5}, unchanged, r"hada_w1_a.*\(\d+, 4\).*adapter_config\.json.*\(\d+, 5\)"),
+        ("oft", {"oft_block_size": 8}, unchanged, r"oft_R.*\(\d+, 120\).*adapter_config\.json.*\(\d+, 28\)"),
+        ("oft", {"oft_block_size": 25}, unchanged, r"OFT.*adapter_config\.json.*\(Invalid"),
         (
             "lokr",
             {"decompose_factor": 4},
             unchanged,
-            r"not those of the LoKr .*: missing .*lokr_w2_a.*; unknown .*lokr_w2",
+            r"LoKr.*missing .*lokr_w2_a.*unknown .*lokr_w2",
         ),
-        ("lokr", {"r": 5}, unchanged, r"lokr_w2_a has shape .* Use the base it was trained on, and files of one"),
-        ("lokr", {}, with_nan, "has NaN or infinite values"),
+        ("lokr", {"r": 5}, unchanged, r"lokr_w2_a.*\(.*adapter_config\.json.*\("),
+        ("lokr", {}, with_nan, "NaN"),
         (
             "loha",
             {},
             of_another_layer,
-            r"this model does not: single_blocks.9.linear1, single_blocks.9.linear2",
+            r"single_blocks\.9\.linear1, single_blocks\.9\.linear2",
         ),
-        ("loha", {"modules_to_save": ["img_in"]}, unchanged, r"replaces whole layers .*modules_to_save=\['img_in'\]"),
-        ("loha", {"alpha": None}, unchanged, "adapter_config.json: alpha=None must be a number"),
+        ("loha", {"modules_to_save": ["img_in"]}, unchanged, r"modules_to_save=\['img_in'\]"),
+        ("loha", {"alpha": None}, unchanged, r"adapter_config\.json.*alpha=None"),
         (
             "loha",
             {"peft_type": "VERA"},
             unchanged,
-            r"its type VERA is not supported; it must be one of LoRA, LoHa",
+            r"VERA.*LoRA, LoHa",
         ),
-        (
-            "lora",
-            {"use_bdlora": {"target_modules_bd_a": ["x"], "nblocks": 2}},
-            unchanged,
-            "variant of LoRA that is not",
-        ),
+        ("lora", {"use_bdlora": {"target_modules_bd_a": ["x"], "nblocks": 2}}, unchanged, "use_bdlora"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 def test_files_of_other_types_that_do_not_fit_are_refused_by_name(
     kind: str, config: dict[str, Any], state: Any, message: str, tmp_path: Path
 ) -> None:
-    adapters.save(stirred(attached(kind, base())), tmp_path, base="small")
+    adapters.save(stirred(attached(kind, base(model="dev"))), tmp_path, base="small")
     rewritten(tmp_path, config, state)
-    model = base()
+    model = base(model="dev")
     with pytest.raises(AdapterError, match=message) as error:
         adapters.load(model, tmp_path)
     assert str(tmp_path) in str(error.value)
-    assert torch.equal(predict(model), predict(base()))
+    assert torch.equal(predict(model), predict(base(model="dev")))
     assert not any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
 
 
@@ -485,7 +485,7 @@ def test_going_on_with_an_adapter_of_another_type_is_an_error_that_changes_nothi
     for kind in {"lora", "pissa", "lokr"} - {saved}:
         wrapped = attached(kind, base())
         before = predict(wrapped)
-        with pytest.raises(AdapterError, match=r"of another type|pissa.safetensors is missing|belongs to another"):
+        with pytest.raises(AdapterError, match=r"adapter\.targets|pissa\.safetensors|adapter\.rank"):
             adapters.restore(wrapped, tmp_path)
         assert torch.equal(predict(wrapped), before)
 
@@ -493,55 +493,51 @@ def test_going_on_with_an_adapter_of_another_type_is_an_error_that_changes_nothi
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("dora", {"rank": 0}, "adapter.rank=0 must be an integer >= 1"),
-        ("dora", {"dropout": 1}, r"adapter.dropout=1 must be a number in \[0, 1\)"),
-        ("lora", {"rslora": "yes"}, "adapter.rslora='yes' must be true or false"),
-        ("pissa", {"iterations": 0}, "adapter.iterations=0 must be an integer >= 1"),
-        ("pissa", {"rank": 49}, r"adapter.rank=49 is more than double_blocks.0.img_attn.qkv has.* Use at most 48"),
-        ("pissa", {"rank_pattern": {"mlp": 60}}, "adapter.rank=60 is more than double_blocks.0.img_mlp.0 has"),
-        ("lora", {"rank": 100_000}, r"rank=100000 is more than .* a weight of 144 x 48, and 21 other layers"),
-        ("dora", {"rank": 49}, "adapter.rank=49 is more than double_blocks.0.img_attn.qkv has"),
-        ("loha", {"rank": 49}, "adapter.rank=49 is more than double_blocks.0.img_attn.qkv has"),
-        ("loha", {"alpha": 0}, r"adapter.alpha=0 must be a number from 1e-06 to 1e\+06, or null for the rank"),
-        ("lora", {"alpha": 1e300}, r"adapter.alpha=1e\+300 must be a number from 1e-06 to 1e\+06"),
-        ("lora", {"alpha": 1e-300}, "adapter.alpha=1e-300 must be a number"),
-        ("lokr", {"alpha": math.nan}, "adapter.alpha=nan must be a number"),
-        ("lora", {"alpha": math.inf}, "adapter.alpha=inf must be a number"),
-        ("lora", {"alpha": True}, "adapter.alpha=True must be a number"),
-        ("lora", {"dropout": math.nan}, r"adapter.dropout=nan must be a number in \[0, 1\)"),
-        ("lora", {"dropout": -0.1}, r"adapter.dropout=-0.1 must be a number in \[0, 1\)"),
-        ("lora", {"rank_pattern": 0}, "adapter.rank_pattern=0 must map presets or regular expressions"),
-        ("lora", {"rank_pattern": False}, "adapter.rank_pattern=False must map"),
-        ("lora", {"rank_pattern": ""}, "adapter.rank_pattern='' must map"),
-        ("lokr", {"alpha_pattern": []}, r"adapter.alpha_pattern=\[\] must map"),
-        ("lokr", {"decompose_factor": 1}, "adapter.decompose_factor=1 must be an integer >= 2"),
-        ("lokr", {"decompose_both": 1}, "adapter.decompose_both=1 must be true or false"),
-        ("oft", {"block_size": 32}, r"adapter.block_size=32 does not divide the 48 input features of double_blocks.0"),
-        ("oft", {"block_size": 1}, "adapter.block_size=1 must be an integer >= 2"),
-        ("oft", {"exact": 1}, "adapter.exact=1 must be true or false"),
+        ("dora", {"rank": 0}, r"adapter\.rank=0\b"),
+        ("dora", {"dropout": 1}, r"adapter\.dropout=1\b.*\[0, 1\)"),
+        ("lora", {"rslora": "yes"}, r"adapter\.rslora='yes'"),
+        ("pissa", {"iterations": 0}, r"adapter\.iterations=0\b"),
         (
-            "lora",
-            {"rank_pattern": {"single_blocks": 0}},
-            "rank_pattern: 'single_blocks'=0 must be an integer",
+            "pissa",
+            {"rank": 49},
+            r"adapter\.rank=49.*double_blocks\.0\.img_attn\.qkv.*48.*adapter\.rank_pattern",
         ),
-        ("lora", {"alpha_pattern": {"mlp": "x"}}, "adapter.alpha_pattern: 'mlp'='x' must be a number from"),
-        (
-            "lora",
-            {"rank_pattern": {"linear1": 2}},
-            "'linear1' matches none of the 22 layers of adapter.t",
-        ),
-        ("lora", {"rank_pattern": {"modulation": 2}}, "'modulation' matches none of the 22 layers"),
-        ("lora", {"rank_pattern": {"(": 2}}, r"adapter.rank_pattern: '\(' is not a regular expression"),
-        ("lora", {"rank_pattern": [2]}, r"adapter.rank_pattern=\[2\] must map presets or regular expressions"),
+        ("pissa", {"rank_pattern": {"mlp": 60}}, r"adapter\.rank=60.*double_blocks\.0\.img_mlp\.0"),
+        ("lora", {"rank": 100_000}, r"adapter\.rank=100000.*144 x 48.*21 other layers"),
+        ("dora", {"rank": 49}, r"adapter\.rank=49.*double_blocks\.0\.img_attn\.qkv"),
+        ("loha", {"rank": 49}, r"adapter\.rank=49.*double_blocks\.0\.img_attn\.qkv"),
+        ("loha", {"alpha": 0}, r"adapter\.alpha=0\b.*1e-06.*1e\+06.*null"),
+        ("lora", {"alpha": 1e300}, r"adapter\.alpha=1e\+300.*1e-06.*1e\+06"),
+        ("lora", {"alpha": 1e-300}, r"adapter\.alpha=1e-300\b"),
+        ("lokr", {"alpha": math.nan}, r"adapter\.alpha=nan\b"),
+        ("lora", {"alpha": math.inf}, r"adapter\.alpha=inf\b"),
+        ("lora", {"alpha": True}, r"adapter\.alpha=True\b"),
+        ("lora", {"dropout": math.nan}, r"adapter\.dropout=nan\b.*\[0, 1\)"),
+        ("lora", {"dropout": -0.1}, r"adapter\.dropout=-0\.1\b.*\[0, 1\)"),
+        ("lora", {"rank_pattern": 0}, r"adapter\.rank_pattern=0\b"),
+        ("lora", {"rank_pattern": False}, r"adapter\.rank_pattern=False\b"),
+        ("lora", {"rank_pattern": ""}, r"adapter\.rank_pattern=''"),
+        ("lokr", {"alpha_pattern": []}, r"adapter\.alpha_pattern=\[\]"),
+        ("lokr", {"decompose_factor": 1}, r"adapter\.decompose_factor=1\b"),
+        ("lokr", {"decompose_both": 1}, r"adapter\.decompose_both=1\b"),
+        ("oft", {"block_size": 32}, r"adapter\.block_size=32\b.*48.*double_blocks\.0.*adapter\.targets"),
+        ("oft", {"block_size": 1}, r"adapter\.block_size=1\b"),
+        ("oft", {"exact": 1}, r"adapter\.exact=1\b"),
+        ("lora", {"rank_pattern": {"single_blocks": 0}}, r"adapter\.rank_pattern.*'single_blocks'=0\b"),
+        ("lora", {"alpha_pattern": {"mlp": "x"}}, r"adapter\.alpha_pattern.*'mlp'='x'"),
+        ("lora", {"rank_pattern": {"linear1": 2}}, r"adapter\.rank_pattern.*'linear1'.*22 layers.*adapter\.targets"),
+        ("lora", {"rank_pattern": {"modulation": 2}}, r"adapter\.rank_pattern.*'modulation'.*22 layers"),
+        ("lora", {"rank_pattern": {"(": 2}}, r"adapter\.rank_pattern.*'\('.*regular expression"),
+        ("lora", {"rank_pattern": [2]}, r"adapter\.rank_pattern=\[2\]"),
         (
             "lora",
             {"rank_pattern": {"attention": 2, r"single_blocks\.0\..*": 3}},
-            r"'attention' and 'single_blocks.*' both match single_blocks.0.linear1. Change them",
+            r"adapter\.rank_pattern.*'attention'.*'single_blocks.*'.*single_blocks\.0\.linear1",
         ),
     ],
 )
 def test_settings_that_cannot_be_are_errors_that_name_them(kind: str, options: dict[str, Any], message: str) -> None:
-    model = base()
+    model = base(model="dev")
     with pytest.raises(AdapterError, match=message):
         attached(kind, model, **options)
     assert not any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
@@ -559,14 +555,14 @@ def test_settings_of_a_type_are_pefts() -> None:
     name = "single_blocks.0.linear2"  # 192 to 48
 
     def layer(kind: str, **options: Any) -> Any:
-        return attached(kind, base(), **options).get_base_model().get_submodule(name)
+        return attached(kind, base(model="dev"), **options).get_base_model().get_submodule(name)
 
     assert layer("lokr").lokr_w1["default"].shape == (6, 12)
     assert layer("lokr", decompose_factor=4).lokr_w1["default"].shape == (4, 4)
     assert layer("lokr", rank=2, decompose_both=True).lokr_w1_a["default"].shape == (6, 2)
     assert layer("oft").oft_R["default"].weight.shape == (12, 16 * 15 // 2)
     assert layer("oft", block_share=True).oft_R["default"].weight.shape == (1, 16 * 15 // 2)
-    turned = stirred(attached("oft", base(), exact=True), by=0.3).get_base_model().get_submodule(name)
+    turned = stirred(attached("oft", base(model="dev"), exact=True), by=0.3).get_base_model().get_submodule(name)
     rotation = turned.oft_R["default"].get_weight()
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(192), rtol=0, atol=1e-5)
     assert layer("dora", dropout=0.25).lora_dropout["default"].p == 0.25

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -51,7 +52,7 @@ FORMS = ("diffusers", "comfyui", "kohya")
 
 
 def fresh(kind: str = "dev") -> Transformer:
-    return helpers.transformers(kind)[0]
+    return helpers.transformer(kind)
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def test_a_dora_goes_to_diffusers_as_a_dora(
 ) -> None:
     place = saved("dora", "all_linear")
     assert command(place, "--format", "diffusers", "--out", "out.safetensors", path=False) == 0
-    assert "DoRA of rank 4 on" in capsys.readouterr().err
+    assert re.search(r"DoRA.*rank 4\b", capsys.readouterr().err)
     reference = helpers.transformers("dev")[1]
     reference.load_lora_adapter(Flux2Pipeline.lora_state_dict(str(tmp_path / "out.safetensors")))
     assert helpers.relative_error(predict(reference), predict(loaded((place, 1.0)))) <= 1e-5
@@ -170,7 +171,7 @@ def test_bfloat16_is_within_the_bound_that_is_checked(
     command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(saved("lora"), "--format", "kohya", "--dtype", "bf16", "--out", "out.safetensors") == 0
-    said = float(re.search(r"largest relative error ([\d.e-]+)", capsys.readouterr().err)[1])  # type: ignore[index]
+    said = float(re.search(r"relative error\D*(\d[\d.e-]*)", capsys.readouterr().err)[1])  # type: ignore[index]
     state = load_file(tmp_path / "out.safetensors")
     assert {tensor.dtype for key, tensor in state.items() if "alpha" not in key} == {torch.bfloat16}
     wanted, found = changes(saved("lora")), changes(tmp_path / "out.safetensors")
@@ -184,8 +185,13 @@ def test_bfloat16_is_within_the_bound_that_is_checked(
 # ------------------------------------------------------------------ conversions
 
 
-@pytest.mark.parametrize("form", ["comfyui", "diffusers"])
-@pytest.mark.parametrize("adapter", ["dora", "loha", "lokr", "oft", "lora"])
+@pytest.mark.parametrize(
+    ("adapter", "form"),
+    [
+        *(("dora", "diffusers"), ("loha", "comfyui"), ("lokr", "diffusers"), ("oft", "comfyui"), ("lora", "comfyui")),
+        pytest.param("dora", "comfyui", marks=pytest.mark.slow),
+    ],
+)
 def test_other_types_become_the_nearest_lora_and_the_error_said_is_true(
     adapter: str,
     form: str,
@@ -197,13 +203,12 @@ def test_other_types_become_the_nearest_lora_and_the_error_said_is_true(
     """--rank 3 is less than any of them has: the singular values that are left out are the error, layer by layer."""
     place = saved(adapter)
     assert command(place, "--format", form, "--rank", 3, "--out", "out.safetensors") == 0
+    number = r"\D*(\d[\d.e-]*)"
     said = re.search(
-        r"to a? ?\w* ?\w* ?rank 3: relative error ([\d.e-]+) over all 22 layers, ([\d.e-]+) in the worst, (\S+)|"
-        r"rank 3: relative error ([\d.e-]+) over all 22 layers, ([\d.e-]+) in the worst, (\S+)",
-        capsys.readouterr().err,
+        rf"rank 3\b{number}.* 22 layers{number}.*?((?:double|single)_blocks[\w.]*\w)", capsys.readouterr().err
     )
     assert said is not None
-    overall, worst, layer = (found for found in said.groups() if found)
+    overall, worst, layer = said.groups()
     wanted, found = changes(place), changes(tmp_path / "out.safetensors")
     lost = {name: float((found[name] - delta).norm()) for name, delta in wanted.items()}
     for name, delta in wanted.items():
@@ -218,7 +223,9 @@ def test_other_types_become_the_nearest_lora_and_the_error_said_is_true(
     assert {pair.a.shape[0] for pair in pairs.values()} == {3}
 
 
-@pytest.mark.parametrize("adapter", ["dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize(
+    "adapter", ["dora", "lokr", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("loha", "oft"))]
+)
 def test_max_error_is_met_in_every_layer(
     adapter: str, command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -235,7 +242,7 @@ def test_a_product_of_low_rank_is_exact_at_the_standard_rank(
 ) -> None:
     """A LoHa of rank 3 is of rank 9; its weights need no base, so none is asked for."""
     assert command(saved("loha"), "--format", "comfyui", "--out", "out.safetensors", path=False) == 0
-    assert "LoHa converted to a LoRA of rank 9: relative error" in capsys.readouterr().err
+    assert re.search(r"LoHa.*rank 9\b", capsys.readouterr().err)
     wanted, found = changes(saved("loha")), changes(tmp_path / "out.safetensors")
     assert all(helpers.relative_error(found[name], delta) <= 1e-5 for name, delta in wanted.items())
 
@@ -244,9 +251,9 @@ def test_a_coarse_conversion_is_said_and_the_metadata_have_it(
     command: Callable[..., int], saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(saved("oft"), "--format", "comfyui", "--rank", 1, "--out", "out.safetensors") == 0
-    assert "this is coarse, and images will differ: use a larger --rank" in capsys.readouterr().err
+    assert "--rank" in capsys.readouterr().err
     with safe_open("out.safetensors", "pt") as file:
-        assert "OFT converted to a LoRA of rank 1: relative error 0." in file.metadata()["modelspec.description"]
+        assert re.search(r"OFT.*rank 1\b.*relative error 0\.", file.metadata()["modelspec.description"])
 
 
 # ------------------------------------------------------------------ full checkpoints
@@ -263,18 +270,32 @@ def merged_model(place: Path) -> Transformer:
     return load_transformer(ModelSource(helpers.VARIANTS["dev"], str(place)))
 
 
+MERGED = {
+    "pairs": [("lora", 0.5), ("rslora", -1.0)],
+    "products": [("lora", 1.0), ("loha", 0.5), ("lokr", 1.0)],
+    "dora": [("dora", 0.5)],
+    "oft": [("oft", 1.0)],
+}
+OFTEN = {  # every reader, writer and kind of change; all of their combinations are slow tests
+    ("pairs", "bfl", "diffusers"),
+    ("products", "diffusers", "bfl"),
+    ("dora", "diffusers", "diffusers"),
+    ("oft", "bfl", "bfl"),
+    ("pairs", "diffusers", "bfl"),
+}
+
+
 @pytest.mark.parametrize(
-    ("base", "layout"), [("diffusers", "bfl"), ("bfl", "diffusers"), ("diffusers", "diffusers"), ("bfl", "bfl")]
-)
-@pytest.mark.parametrize(
-    "given",
-    [[("lora", 0.5), ("rslora", -1.0)], [("lora", 1.0), ("loha", 0.5), ("lokr", 1.0)], [("dora", 0.5)], [("oft", 1.0)]],
-    ids=["pairs", "products", "dora", "oft"],
+    ("given", "base", "layout"),
+    [
+        pytest.param(*case, marks=() if case in OFTEN else pytest.mark.slow)
+        for case in itertools.product(MERGED, ("diffusers", "bfl"), ("diffusers", "bfl"))
+    ],
 )
 def test_a_full_checkpoint_computes_what_the_adapters_do_on_the_fly(
-    given: list[tuple[str, float]],
-    layout: str,
+    given: str,
     base: str,
+    layout: str,
     command: Callable[..., int],
     saved: Callable[..., Path],
     model_folders: Callable[[str], Path],
@@ -282,14 +303,14 @@ def test_a_full_checkpoint_computes_what_the_adapters_do_on_the_fly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(merge_checkpoint, "SHARD", "100KB")
-    places = [(saved(kind, "all_linear"), scale) for kind, scale in given]
+    places = [(saved(kind, "all_linear"), scale) for kind, scale in MERGED[given]]
     read = model_folders("dev")
     if base == "bfl":
         read = single_file(read, tmp_path / "base.safetensors")
     out = Path("merged" if layout == "diffusers" else "merged.safetensors")
     asked = [f"{place}:{scale}" if scale != 1 else place for place, scale in places]
     assert command(*asked, "--format", f"full-{layout}", "--path", read, "--out", out, path=False) == 0
-    if {kind for kind, _ in given} & {"loha"}:  # different types share no layers on the fly: their changes add up
+    if given == "products":  # different types share no layers on the fly: their changes add up
         wanted = fresh()
         for place, scale in places:
             for name, delta in changes(place).items():
@@ -324,7 +345,7 @@ def test_a_merged_checkpoint_in_bfloat16_is_the_sum_rounded_once(
     delta = {name: tensor - base[name] for name, tensor in exact.state_dict().items() if (tensor != base[name]).any()}
     lost = sum(float((found[name].float() - exact.state_dict()[name]).norm()) ** 2 for name in delta) ** 0.5
     part = lost / sum(float(tensor.norm()) ** 2 for tensor in delta.values()) ** 0.5
-    said = re.search(r"rounding loses ([\d.e-]+) of the change", capsys.readouterr().err)
+    said = re.search(r"[Rr]ound\w*\D*(\d[\d.e-]*)", capsys.readouterr().err)
     assert said is not None
     assert float(said[1]) == pytest.approx(part, rel=0.06)
     assert part > 1e-3
@@ -339,8 +360,7 @@ def test_a_quantized_base_is_refused_with_the_reason(
     save_file(state, tmp_path / "fp8.safetensors")
     asked = (saved("lora"), "--format", "full-bfl", "--path", "fp8.safetensors", "--out", "out.safetensors")
     assert command(*asked, path=False) == 2
-    message = capsys.readouterr().err
-    assert "fp8.safetensors is quantized (double_blocks.0.img_attn.qkv.weight): rounding would lose most" in message
+    assert re.search(r"fp8\.safetensors.*double_blocks\.0\.img_attn\.qkv\.weight", capsys.readouterr().err)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -401,7 +421,7 @@ def test_an_adapter_of_a_klein_base_is_merged_into_its_distilled_twin_and_no_oth
     wanted = predict(loaded((place, 1.0), kind="klein"), "klein")
     assert helpers.relative_error(predict(load_transformer(source), "klein"), wanted) <= 1e-5
     assert command(*asked, "--overwrite", "--model", "tiny") == 2
-    assert "was trained on klein_base_4b, whose layers differ from tiny's" in capsys.readouterr().err
+    assert re.search(r"klein_base_4b.*tiny", capsys.readouterr().err)
 
 
 def test_twins_have_the_same_layers_and_an_adapter_loads_on_both(saved: Callable[..., Path]) -> None:
@@ -409,11 +429,8 @@ def test_twins_have_the_same_layers_and_an_adapter_loads_on_both(saved: Callable
         assert VARIANTS[f"klein_base_{size}"].transformer == VARIANTS[f"klein_{size}"].transformer
     model = fresh("klein")
     assert adapters.load(model, saved("lora", model="klein", base="klein_base_4b")).layers
-    with pytest.raises(
-        adapters.AdapterError, match=r"klein_4b|trained on another model.*|that this model does not"
-    ) as e:
+    with pytest.raises(adapters.AdapterError, match=r"_blocks\..*klein_base_4b"):
         adapters.load(fresh("dev"), saved("lora", model="klein", base="klein_base_4b"))
-    assert str(e.value).endswith(" Its recorded base is klein_base_4b.")
 
 
 def one_layer(layer: str, rows: int, columns: int) -> dict[str, Tensor]:
@@ -441,12 +458,10 @@ def test_a_file_that_says_nothing_is_known_by_its_shapes(
 
 def test_what_fits_no_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     save_file(one_layer("single_blocks.0.linear2", 777, 88), tmp_path / "lora.safetensors")
-    with pytest.raises(
-        adapters.AdapterError, match=r"fits none of dev, klein_4b, .*For tiny: .* of 88 to 777 features"
-    ):
+    with pytest.raises(adapters.AdapterError, match=r"dev, klein_4b, .*tiny: .*88.*777"):
         deltas.variant_for([tmp_path / "lora.safetensors"], None)
     save_file({"emb_params": torch.zeros(3)}, tmp_path / "text.safetensors")
-    with pytest.raises(adapters.AdapterError, match=r"text.safetensors: 1 of its 1 keys are not LoRA keys"):
+    with pytest.raises(adapters.AdapterError, match=r"text\.safetensors.*LoRA.*emb_params"):
         deltas.variant_for([tmp_path / "text.safetensors"], None)
 
 
@@ -456,32 +471,26 @@ def test_what_fits_no_model_is_refused_with_the_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gone", "--format", "kohya"], "adapter 'gone': does not exist"),
-        (["{lora}:nan", "--format", "kohya"], "the scale nan must be a finite number"),
-        (["{lora}", "--format", "kohya", "--rank", "0"], "--rank=0 must be an integer >= 1"),
-        (["{lora}", "--format", "kohya", "--max-error", "1"], "--max-error 1 must be above 0 and below 1"),
-        (["{lora}", "--format", "kohya", "--out", "out.bin"], "--out out.bin must end in .safetensors"),
-        (["{lora}", "--format", "full-diffusers"], "must be a folder, in which transformer/ is written"),
-        (
-            ["{lora}", "--format", "kohya", "--out", "there.safetensors"],
-            "there.safetensors exists. Choose another name",
-        ),
-        (["{lora}", "--format", "kohya", "--device", "tpu"], "device='tpu' is not a device"),
-        (["{oft}:0.5", "--format", "kohya"], "scale=0.5: an OFT adapter rotates the layers' inputs and has no scale"),
-        (["{dora}", "{lora}", "--format", "full-bfl"], "a DoRA cannot be added to another adapter"),
-        (["{klein}", "{lora}", "--format", "kohya"], "trained on models of different sizes: klein_base_4b, tiny"),
-        (["{klein}", "--model", "tiny", "--format", "kohya"], "was trained on klein_base_4b, whose layers differ"),
-        (["{nameless}", "--format", "full-bfl"], "does not record it. Give --model tiny, or another variant of these"),
-        (
-            ["{nameless}", "--model", "klein_4b", "--format", "kohya"],
-            "has layers that this model does not|another model",
-        ),
-        (["{lora}", "--format", "full-bfl", "--path", "elsewhere"], "--path 'elsewhere' does not exist"),
+        (["gone", "--format", "kohya"], r"adapter 'gone'"),
+        (["{lora}:nan", "--format", "kohya"], r"scale.*nan"),
+        (["{lora}", "--format", "kohya", "--rank", "0"], r"--rank[= ]0\b"),
+        (["{lora}", "--format", "kohya", "--max-error", "1"], r"--max-error[= ]1\b"),
+        (["{lora}", "--format", "kohya", "--out", "out.bin"], r"--out[= ]out\.bin.*\.safetensors"),
+        (["{lora}", "--format", "full-diffusers"], r"--out[= ]out\.safetensors.*folder"),
+        (["{lora}", "--format", "kohya", "--out", "there.safetensors"], r"there\.safetensors.*--overwrite"),
+        (["{lora}", "--format", "kohya", "--device", "tpu"], r"device='?tpu"),
+        (["{oft}:0.5", "--format", "kohya"], r"scale=0\.5.*OFT"),
+        (["{dora}", "{lora}", "--format", "full-bfl"], r"DoRA.*--format full-bfl.*--path"),
+        (["{klein}", "{lora}", "--format", "kohya"], r"klein_base_4b, tiny"),
+        (["{klein}", "--model", "tiny", "--format", "kohya"], r"klein_base_4b.*tiny"),
+        (["{nameless}", "--format", "full-bfl"], r"--model tiny"),
+        (["{nameless}", "--model", "klein_4b", "--format", "kohya"], r"_blocks\."),
+        (["{lora}", "--format", "full-bfl", "--path", "elsewhere"], r"--path[= ]'?elsewhere"),
         (
             ["{lora}", "--format", "kohya", "--overwrite", "--out", "{lora}/adapter_model.safetensors"],
-            "is an input, or contains one",
+            r"--out[= ]\S*/adapter_model\.safetensors",
         ),
-        (["{copy}", "--format", "kohya", "--overwrite", "--out", "{copy}"], "is an input, or contains one"),
+        (["{copy}", "--format", "kohya", "--overwrite", "--out", "{copy}"], r"--out[= ]\S*/copy\.safetensors"),
     ],
 )
 def test_whatever_is_wrong_is_one_line_and_nothing_is_written(
@@ -504,7 +513,7 @@ def test_whatever_is_wrong_is_one_line_and_nothing_is_written(
     assert command(*given, path="--path" not in given) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1
-    assert re.search(re.escape(message) if "|" not in message else message, error[0]), error[0]
+    assert re.search(message, error[0]), error[0]
     after = {file: file.read_bytes() for folder in (tmp_path, places["lora"]) for file in folder.iterdir()}
     assert after == before
 
@@ -512,9 +521,9 @@ def test_whatever_is_wrong_is_one_line_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "4", "--max-error", "0.1"], "give --rank or --max-error, not both"),
-        (["--format", "full-bfl", "--rank", "4"], "keeps the complete change: remove --rank and --max-error"),
-        (["--format", "peft"], "invalid choice: 'peft'"),
+        (["--rank", "4", "--max-error", "0.1"], r"--rank.*--max-error"),
+        (["--format", "full-bfl", "--rank", "4"], r"--format full-bfl.*--rank"),
+        (["--format", "peft"], r"invalid choice: 'peft'"),
     ],
 )
 def test_options_that_contradict_are_refused(
@@ -522,7 +531,7 @@ def test_options_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         export.arguments(["x", "--out", "y", "--format", "kohya", *arguments])
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
 FULL_AND_NOT = pytest.mark.parametrize(
@@ -543,7 +552,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     usage = argparse.Namespace(free=streaming_writer.SPARE + 1000)
     monkeypatch.setattr(streaming_writer.shutil, "disk_usage", lambda place: usage)
     assert command(saved("lora"), "--format", form, "--out", out) == 2
-    assert re.search(r"error: --out \S+: [\d.]+ MB are needed, and .* has [\d.]+ MB free", capsys.readouterr().err)
+    assert re.search(r"error: --out \S+.* 0\.\d\d GB.* 0\.07 GB", capsys.readouterr().err)
     assert not (tmp_path / "o").exists()
 
 
@@ -606,7 +615,7 @@ def test_a_disk_that_fills_is_one_error_that_names_out(
         assert command(place, "--format", form, "--out", out) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert re.search(r"error: --out \S+ could not be written \(.*File too large.*make room", capsys.readouterr().err)
+    assert re.search(r"error: --out \S+.*File too large", capsys.readouterr().err)
     assert not [file for file in tmp_path.rglob("*") if file.is_file() or ".part" in file.name]
 
 
@@ -640,7 +649,7 @@ def test_a_merge_that_overflows_is_refused(
     command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(f"{saved('lora')}:1e39", "--format", "full-bfl", "--out", "o.safetensors") == 2
-    assert "would get NaN or infinite weights" in capsys.readouterr().err
+    assert re.search(r"error: .*_blocks\..*NaN", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
@@ -652,13 +661,13 @@ def test_a_place_that_cannot_be_written_and_a_damaged_configuration_are_named(
     for form, out in (("kohya", "file/o.safetensors"), ("full-diffusers", "file/o")):
         assert command(place, "--format", form, "--out", out) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"error: --out {out} cannot be written: {tmp_path / 'file'} is a file")
+        assert re.match(rf"error: --out {out}\b.*{tmp_path / 'file'}\b", said)
         assert len(said.splitlines()) == 1
     (tmp_path / "damaged").mkdir()
     shutil.copy(place / "adapter_model.safetensors", tmp_path / "damaged")
     (tmp_path / "damaged" / "adapter_config.json").write_text("{")
     assert command("damaged", "--format", "kohya", "--out", "o.safetensors") == 2
-    assert "error: adapter damaged: adapter_config.json cannot be read by PEFT" in capsys.readouterr().err
+    assert re.search(r"error: adapter damaged.*adapter_config\.json", capsys.readouterr().err)
 
 
 @FULL_AND_NOT
@@ -689,9 +698,7 @@ def test_a_file_that_does_not_hold_what_was_written_is_not_kept(
     monkeypatch.setattr(streaming_writer.SafetensorsFile, "finish", flip)
     monkeypatch.setattr(export, "load_file", worn)
     assert command(saved("lora"), "--format", form, "--out", out) == 2
-    assert re.search(
-        r"error: (\S+ differs after reading back|1 tensors that were read back differ)", capsys.readouterr().err
-    )
+    assert re.search(r"error: .*(_blocks\.|final_layer\.)", capsys.readouterr().err)
     assert not any(file.is_file() for file in tmp_path.rglob("*"))
 
 
@@ -718,7 +725,7 @@ def test_layers_that_diffusers_leaves_out_of_kohyas_keys_are_named(
     assert len(missing) == 6
     assert all(layer in said for layer in missing)
     assert command(place, "--format", "comfyui", "--out", "comfyui.safetensors") == 0
-    assert "reads final_layer.adaLN_modulation.1 from ComfyUI's keys with its halves in" in capsys.readouterr().err
+    assert re.search(r"final_layer\.adaLN_modulation\.1.*ComfyUI", capsys.readouterr().err)
 
 
 def test_files_can_be_read_by_whom_the_umask_lets(

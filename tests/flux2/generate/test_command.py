@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from process_helpers import run_module
 from remote_helpers import SECRET, FakeServer
 
 from flux2 import adapters
@@ -54,7 +56,7 @@ def command(
 
 
 def write_adapter(folder: Path, seed: int = 0) -> None:
-    model, _ = helpers.transformers("dev")
+    model = helpers.transformer("dev")
     wrapped = adapters.attach(model, rank=2, seed=seed)
     for parameter in adapters.adapter_parameters(model):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.3
@@ -97,7 +99,7 @@ def test_with_the_address_of_a_server_the_picture_is_the_same_and_no_text_encode
     monkeypatch.setattr(prompts, "load_text_encoder", lambda *_: pytest.fail("a text encoder was loaded"))
     monkeypatch.delenv(TOKEN, raising=False)
     assert command("--text-encoder", server.url) == 2
-    assert f"set the environment variable {TOKEN}" in capsys.readouterr().err
+    assert TOKEN in capsys.readouterr().err
     monkeypatch.setenv(TOKEN, SECRET)
     assert command("--prompt", "a fox", "--text-encoder", f"{server.url}/", "--out", "far.png") == 0
     for number in ("000", "001"):
@@ -155,42 +157,42 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--adapter", "gone"], "adapter 'gone': does not exist. Give an adapter folder"),
-        (["--adapter", "gone:0.5"], "adapter 'gone': does not exist"),
-        (["--adapter", "broken.safetensors"], "adapter broken.safetensors cannot be read"),
-        (["--image", "gone.png"], "--image gone.png does not exist"),
-        (["--image", "broken.png"], "--image broken.png cannot be read as an image"),
-        (["--image", "cut.png"], "--image cut.png cannot be read as an image"),
-        (["--image", "thin.png"], "a reference of 8 x 64 pixels is too small"),
-        (["--width", "15"], "width=15 must be an integer >= 16"),
-        (["--height", "0"], "height=0 must be an integer >= 16"),
-        (["--image", "small.png"] * 11, "11 references are given, but FLUX.2 takes at most 10"),
-        (["--steps", "0"], "steps=0 must be an integer from 1"),
-        (["--count", "0"], "--count 0 must be at least 1"),
-        (["--device", "cuda"], "sees no CUDA GPU here. Use device=cpu"),
-        (["--device", "gpu"], "device='gpu' is not a device"),
-        (["--out", "cup.txt"], "--out cup.txt must end in an image extension"),
-        (["--out", "cup.psd"], "--out cup.psd: images cannot be saved as .psd"),
-        (["--out", "x" * 5000 + ".png"], "File name too long"),
-        (["--out", "."], "--out . must end in an image extension"),
-        (["--adapter", "lora:nan"], "--adapter lora:nan: the scale nan must be a finite number"),
-        (["--adapter", "lora:1e400"], "the scale 1e400 must be a finite number"),
-        (["--guidance", "nan"], "guidance=nan must be a finite number"),
-        (["--guidance", "inf"], "guidance=inf must be a finite number"),
-        (["--guidance", "1e300"], "guidance=1e+300 must be from -1000 to 1000"),
-        (["--steps", "1000000000000"], "steps=1000000000000 must be an integer from 1 to 10000"),
-        (["--width", "1600000", "--height", "1024"], "width=1600000, height=1024 are more than"),
-        (["--seed", "1" + "0" * 30], "must be at most 18446744073709551615"),
-        (["--count", "1000000000000"], "--count 1000000000000 must be an integer from 1 to"),
-        (["--prompt", "a\udcff"], "is not valid Unicode"),
-        (["--device", "meta"], "device='meta' is not supported: give cuda, cuda:1 or cpu"),
-        (["--device", "mps"], "device='mps' is not supported: give cuda, cuda:1 or cpu"),
-        (["--out", "broken.png/cup.png"], "broken.png"),
-        (["--path", "gone"], "--path 'gone' does not exist. Give a repository id"),
-        (["--path", "."], "in the published layout"),
-        (["--autoencoder", "gone.safetensors"], "--autoencoder 'gone.safetensors' does not exist"),
-        (["--text-encoder", "broken.png"], "--text-encoder 'broken.png' is neither a folder nor"),
-        (["--text-encoder", "http://me:hidden@host"], "--text-encoder url=http://host/... must have no user, password"),
+        (["--adapter", "gone"], r"adapter 'gone'.*adapter_model\.safetensors"),
+        (["--adapter", "gone:0.5"], r"adapter 'gone'"),
+        (["--adapter", "broken.safetensors"], r"adapter broken\.safetensors"),
+        (["--image", "gone.png"], r"--image[= ]gone\.png"),
+        (["--image", "broken.png"], r"--image[= ]broken\.png"),
+        (["--image", "cut.png"], r"--image[= ]cut\.png"),
+        (["--image", "thin.png"], r"8 x 64 pixels"),
+        (["--width", "15"], r"width=15\b.* 16\b"),
+        (["--height", "0"], r"height=0\b.* 16\b"),
+        (["--image", "small.png"] * 11, r"11 references.* 10\b"),
+        (["--steps", "0"], r"steps=0\b"),
+        (["--count", "0"], r"--count[= ]0\b"),
+        (["--device", "cuda"], r"CUDA.*device=cpu"),
+        (["--device", "gpu"], r"device='?gpu"),
+        (["--out", "cup.txt"], r"--out[= ]cup\.txt"),
+        (["--out", "cup.psd"], r"--out[= ]cup\.psd"),
+        (["--out", "x" * 5000 + ".png"], r"File name too long"),
+        (["--out", "."], r"--out[= ]\."),
+        (["--adapter", "lora:nan"], r"--adapter[= ]lora:nan"),
+        (["--adapter", "lora:1e400"], r"--adapter[= ]lora:1e400"),
+        (["--guidance", "nan"], r"guidance=nan\b"),
+        (["--guidance", "inf"], r"guidance=inf\b"),
+        (["--guidance", "1e300"], r"guidance=1e\+300\b.*-1000 to 1000"),
+        (["--steps", "1000000000000"], r"steps=1000000000000\b.* 10000\b"),
+        (["--width", "1600000", "--height", "1024"], r"width=1600000.*height=1024\b"),
+        (["--seed", "1" + "0" * 30], r"seed=10{30}\b.*18446744073709551615"),
+        (["--count", "1000000000000"], r"--count[= ]1000000000000\b"),
+        (["--prompt", "a\udcff"], r"--prompt.*Unicode"),
+        (["--device", "meta"], r"device='?meta.*cuda, cuda:1 or cpu"),
+        (["--device", "mps"], r"device='?mps.*cuda, cuda:1 or cpu"),
+        (["--out", "broken.png/cup.png"], r"broken\.png"),
+        (["--path", "gone"], r"--path[= ]'?gone"),
+        (["--path", "."], r"transformer"),
+        (["--autoencoder", "gone.safetensors"], r"--autoencoder[= ]'?gone\.safetensors"),
+        (["--text-encoder", "broken.png"], r"--text-encoder[= ]'?broken\.png"),
+        (["--text-encoder", "http://me:hidden@host"], r"--text-encoder.*http://host/\.\.\..*password"),
     ],
 )
 def test_whatever_is_wrong_is_one_line_and_exit_code_2(
@@ -215,7 +217,8 @@ def test_whatever_is_wrong_is_one_line_and_exit_code_2(
         line for line in printed.err.splitlines() if "step/s" not in line and "s/step" not in line and line.strip()
     ]
     assert line.startswith("error: ")
-    assert message in line
+    assert re.search(message, line), line
+    assert "hidden" not in line
     assert len(line) < 700
     assert not list(tmp_path.glob("out*.png"))
 
@@ -281,8 +284,7 @@ def test_want_of_memory_is_one_line_that_says_what_takes_less(
     monkeypatch.setattr(generate, "load", fail)
     assert command() == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: out of memory")
-    assert "smaller --width" in line
+    assert re.match(r"error: .*memory.*--width", line)
 
 
 def test_an_error_that_is_not_foreseen_keeps_its_traceback(
@@ -301,7 +303,7 @@ def test_an_adapter_whose_scale_makes_the_picture_overflow_is_an_error(
 ) -> None:
     write_adapter(tmp_path / "lora")
     assert command("--adapter", "lora:1e38") == 2
-    assert "error: the computed image has NaN or infinite pixels" in capsys.readouterr().err
+    assert re.search("error: .*NaN", capsys.readouterr().err)
     assert not list(tmp_path.glob("out*.png"))
 
 
@@ -314,18 +316,12 @@ def test_a_clear_reference_is_the_white_that_training_saw(command: Callable[...,
     assert np.abs(made["clear"] - made["black"]).max() > 3
 
 
-def test_the_real_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flux2.generate", "--prompt", "a cup", "--image", str(tmp_path / "gone.png")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines() == [f"error: --image {tmp_path / 'gone.png'} does not exist"]
+def test_the_real_command_ends_with_code_2_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = tmp_path / "gone.png"
+    assert run_module("flux2.generate", "--prompt", "a cup", "--image", str(gone)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(rf"error: .*--image[= ]{gone}\b.*\n", printed.err)
 
 
 def test_an_unknown_model_is_refused_by_the_command(
@@ -347,12 +343,9 @@ def test_blocks_that_stream_make_the_same_picture(
     assert (tmp_path / "half.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
     assert (tmp_path / "four.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
     capsys.readouterr()
-    for given, said in (
-        ("6", "offload_blocks=6 is more than the model's 5 blocks"),
-        ("1.5", "offload_blocks=1.5 must be"),
-    ):
+    for given, said in (("6", r"offload_blocks=6\b.* 5 blocks"), ("1.5", r"offload_blocks=1\.5\b")):
         assert command("--stream-blocks", given) == 2
-        assert capsys.readouterr().err.startswith(f"error: {said}")
+        assert re.search(rf"error: .*{said}", capsys.readouterr().err)
 
 
 # ------------------------------------------------------------------ how a picture was made
@@ -395,9 +388,9 @@ def test_merged_adapters_make_the_picture_and_it_is_made_again_merged(
     assert len(merges) == 2
     capsys.readouterr()
     assert command("--merge") == 2
-    assert "error: --merge has no effect without --adapter" in capsys.readouterr().err
+    assert re.search("error: .*--merge.*--adapter", capsys.readouterr().err)
     assert command("--merge", "--adapter", "lora", "--precision", "nf4") == 2
-    assert "error: precision=nf4: adapters cannot be merged" in capsys.readouterr().err
+    assert re.search("error: .*precision=nf4.*merge", capsys.readouterr().err)
 
 
 def test_one_line_says_what_an_adapter_is_and_its_layers_are_listed_if_asked_for(
@@ -405,11 +398,21 @@ def test_one_line_says_what_an_adapter_is_and_its_layers_are_listed_if_asked_for
 ) -> None:
     write_adapter(tmp_path / "lora")
     assert command("--adapter", "lora:0.5") == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("adapter")]
-    line = "adapter lora at scale 0.5: LoRA of rank 2 on 22 layers (16 in double blocks, 6 in single blocks)"
-    assert said == [line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "lora" in line]
+    assert len(said) == 1
+    for words in (
+        r"\blora\b",
+        r"\b0\.5\b",
+        r"\bLoRA\b",
+        r"rank 2\b",
+        r"\b22 layers",
+        r"\b16\b.*double",
+        r"\b6\b.*single",
+    ):
+        assert re.search(words, said[0]), words
+    assert "img_attn" not in said[0]
     assert command("--adapter", "lora", "--verbose") == 0
-    assert "  layers: double_blocks.N.img_attn.qkv, " in capsys.readouterr().err
+    assert "double_blocks.N.img_attn.qkv, " in capsys.readouterr().err
 
 
 def repeat(*arguments: str) -> int:
@@ -427,14 +430,14 @@ def test_a_file_that_has_changed_since_is_named(
     assert command("--adapter", "lora", "--image", "a.png", "--out", "one.png") == 0
     write_adapter(tmp_path / "lora", seed=1)
     assert repeat("--from-image", "one.png", "--out", "two.png") == 2
-    assert "the adapter lora has changed. Give the original with --adapter" in capsys.readouterr().err
+    assert re.search(r"one\.png.*\blora\b.*--adapter", capsys.readouterr().err)
     assert repeat("--from-image", "one.png", "--out", "two.png", "--adapter", "lora") == 0
     Image.new("RGB", (48, 32), "blue").save(tmp_path / "a.png")
     assert repeat("--from-image", "one.png", "--out", "two.png", "--adapter", "lora") == 2
-    assert "the reference a.png has changed" in capsys.readouterr().err
+    assert re.search(r"one\.png.*\ba\.png\b.*--image", capsys.readouterr().err)
     (tmp_path / "a.png").unlink()
     assert repeat("--from-image", "one.png", "--out", "two.png", "--adapter", "lora") == 2
-    assert "the reference a.png does not exist. Give it with --image" in capsys.readouterr().err
+    assert re.search(r"one\.png.*\ba\.png\b.*--image", capsys.readouterr().err)
 
 
 def test_without_metadata_the_file_says_nothing(
@@ -443,7 +446,7 @@ def test_without_metadata_the_file_says_nothing(
     assert command("--no-metadata") == 0
     assert b"flux2-lora" not in (tmp_path / "out.png").read_bytes()
     assert repeat("--from-image", "out.png") == 2
-    assert "--from-image out.png does not record how it was made" in capsys.readouterr().err
+    assert re.search(r"--from-image[= ]out\.png.*--no-metadata", capsys.readouterr().err)
     assert command("--out", "out.jpg") == 0
     assert b"a cup" not in (tmp_path / "out.jpg").read_bytes()
 
@@ -451,11 +454,11 @@ def test_without_metadata_the_file_says_nothing(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no json", "is invalid"),
-        ("[]", "is not an object"),
-        ('{"model": "flux1"}', "model='flux1' must be one of"),
-        ('{"model": "tiny", "other": 1}', "unknown: other"),
-        ('{"model": "tiny", "precision": "fp32"}', "'prompt'"),
+        ("no json", r"Expecting value"),
+        ("[]", r"\[\]"),
+        ('{"model": "flux1"}', r"model='flux1'"),
+        ('{"model": "tiny", "other": 1}', r"\bother\b"),
+        ('{"model": "tiny", "precision": "fp32"}', r"'prompt'"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_an_error(
@@ -467,8 +470,7 @@ def test_a_text_that_cannot_be_used_is_an_error(
     Image.new("RGB", (16, 16)).save("bad.png", pnginfo=info)
     assert repeat("--from-image", "bad.png") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --from-image bad.png: the record of how it was made is invalid")
-    assert message in error
+    assert re.search(rf"error: --from-image[= ]bad\.png.*{message}", error)
 
 
 # ------------------------------------------------------------------ many pictures
@@ -489,7 +491,7 @@ def test_a_file_of_prompts_makes_what_its_lines_say(
     assert repeat("--path", command.path, *sizes, "--prompts", "many.jsonl", "--seed", "5", "--out", "x/y.png") == 0
     printed = capsys.readouterr()
     assert printed.out.split() == ["x/y_000.png", "x/wide.png", "x/y_002.png"]
-    assert "width=49 is not a multiple of 16: rounded to 48" in printed.err
+    assert re.search(r"width=49\b.*\b16\b.*\b48\b", printed.err)
     made = [metadata.read(tmp_path / file, file) for file in printed.out.split()]
     assert [(one.prompt, one.seed, one.width, one.steps) for one in made] == [
         ("a fox", 5, 32, 2),
@@ -504,19 +506,19 @@ def test_a_file_of_prompts_makes_what_its_lines_say(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has no lines"),
-        ('{"prompt": "a"}\nnonsense', "line 2: "),
-        ('["a"]', "line 1: ['a'] is not an object"),
-        ('{"seed": 1}', "line 1: prompt=None must be a string"),
-        ("[" * 100_000, "line 1: maximum recursion depth exceeded"),
-        ('{"prompt": "a", "color": "red"}', "line 1: 'color' must be one of prompt, out, seed"),
-        ('{"prompt": "a", "steps": 0}', "line 1: steps=0 must be at least 1"),
-        ('{"prompt": "a", "seed": "x"}', "line 1: seed='x' must be a whole number"),
-        ('{"prompt": "a", "width": 8}', "line 1: width=8 must be at least 16"),
-        ('{"prompt": "a", "images": "a.png"}', "line 1: images='a.png' must be a list"),
-        ('{"prompt": "a", "out": "b.png"}\n{"prompt": "b", "out": "b.png"}', "line 2: an earlier line writes b.png"),
-        ('{"prompt": "a", "images": ["gone.png"]}', "--image gone.png does not exist"),
-        ('{"prompt": "a", "out": "b.txt"}', "--out b.txt must end in an image extension"),
+        ("", r"--prompts[= ]many\.jsonl"),
+        ('{"prompt": "a"}\nnonsense', r"line 2\b"),
+        ('["a"]', r"line 1\b.*\['a'\]"),
+        ('{"seed": 1}', r"line 1\b.*prompt=None"),
+        ("[" * 100_000, r"line 1\b.*recursion"),
+        ('{"prompt": "a", "color": "red"}', r"line 1\b.*'color'.*prompt, out, seed"),
+        ('{"prompt": "a", "steps": 0}', r"line 1\b.*steps=0\b"),
+        ('{"prompt": "a", "seed": "x"}', r"line 1\b.*seed='x'"),
+        ('{"prompt": "a", "width": 8}', r"line 1\b.*width=8\b.*16"),
+        ('{"prompt": "a", "images": "a.png"}', r"line 1\b.*images='a\.png'"),
+        ('{"prompt": "a", "out": "b.png"}\n{"prompt": "b", "out": "b.png"}', r"line 2\b.*b\.png"),
+        ('{"prompt": "a", "images": ["gone.png"]}', r"--image[= ]gone\.png"),
+        ('{"prompt": "a", "out": "b.txt"}', r"--out[= ]b\.txt"),
     ],
 )
 def test_a_wrong_line_is_named_before_anything_is_loaded(
@@ -526,15 +528,15 @@ def test_a_wrong_line_is_named_before_anything_is_loaded(
     monkeypatch.setattr(generate, "load", lambda *_, **__: pytest.fail("a model was asked for"))
     (tmp_path / "many.jsonl").write_text(text)
     assert repeat("--prompts", "many.jsonl") == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_prompts_are_given_in_one_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        ([], "give --prompt, --prompts or --from-image"),
-        (["--prompt", "a", "--prompts", "b"], "give --prompt or --prompts, not both"),
+        ([], r"--prompt\b.*--prompts\b.*--from-image"),
+        (["--prompt", "a", "--prompts", "b"], r"--prompt\b.*--prompts\b"),
     ):
         with pytest.raises(SystemExit) as end:
             repeat(*arguments)
         assert end.value.code == 2
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err.splitlines()[-1])

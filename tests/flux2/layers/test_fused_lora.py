@@ -327,7 +327,7 @@ def test_a_base_with_a_forward_of_its_own_and_no_product_is_left_to_peft(product
 
 
 def test_an_attached_adapter_is_fused_and_is_still_pefts(tmp_path: Path, products: list[nn.Module]) -> None:
-    model, _ = helpers.transformers("klein")
+    model = helpers.transformer("klein")
     inputs = helpers.transformer_inputs(model.config)
     plain_prediction = model(**inputs)
     wrapped = adapters.attach(model, rank=3)
@@ -343,7 +343,7 @@ def test_an_attached_adapter_is_fused_and_is_still_pefts(tmp_path: Path, product
 
     adapters.save(wrapped, tmp_path, base="klein")
     products.clear()
-    other, _ = helpers.transformers("klein")
+    other = helpers.transformer("klein")
     adapters.load(other, tmp_path)
     torch.testing.assert_close(other(**inputs), prediction, rtol=1e-5, atol=1e-5)
     assert len(products) == len(layers)  # one adapter for inference is fused too

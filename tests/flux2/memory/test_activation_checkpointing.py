@@ -9,7 +9,7 @@ import helpers
 import peft
 import pytest
 import torch
-from compiler_helpers import Graphs
+from compiler_helpers import Graphs, blocks_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +27,7 @@ from flux2.quantization.nf4 import Nf4Linear
 
 def train_once(policy: str, dropout: float = 0.0) -> tuple[Tensor, list[Tensor], dict[str, int]]:
     """Loss, gradients of a LoRA, and counts: forwards of blocks, numbers of floats saved for the backward."""
-    model, _ = helpers.transformers("dev")
+    model = helpers.transformer("dev")
     adapters.attach(model, rank=2, dropout=dropout)
     generator = torch.Generator().manual_seed(0)
     for parameter in adapters.adapter_parameters(model):
@@ -78,7 +78,7 @@ def test_full_keeps_a_fraction_of_what_none_keeps() -> None:
 
 
 def test_sampling_recomputes_nothing() -> None:
-    model, _ = helpers.transformers("klein")
+    model = helpers.transformer("klein")
     set_policy(model, "full")
     inputs = helpers.transformer_inputs(model.config)
     with torch.no_grad():
@@ -89,16 +89,21 @@ def test_sampling_recomputes_nothing() -> None:
 
 
 def test_an_unknown_policy_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"memory.checkpointing='half' is not a policy; choose one of none, full"):
+    with pytest.raises(ValueError, match=r"memory\.checkpointing='half'.*none, full, selective, budget"):
         set_policy(Transformer(helpers.TRANSFORMERS["klein"]), "half")
 
 
 # ------------------------------------------------------------------ what a second run leaves out
 
 
-def small_model(rank: int = 2, targets: Sequence[str] = BLOCK_LINEARS, **options: Any) -> Transformer:
+def small_model(**options: Any) -> Transformer:
     """A model with an adapter whose weights are not zero."""
-    model, _ = helpers.transformers("dev")
+    return with_adapter(helpers.transformer("dev"), **options)
+
+
+def with_adapter(
+    model: Transformer, rank: int = 2, targets: Sequence[str] = BLOCK_LINEARS, **options: Any
+) -> Transformer:
     adapters.attach(model, rank=rank, targets=targets, **options)
     generator = torch.Generator().manual_seed(0)
     for parameter in adapters.adapter_parameters(model):
@@ -151,7 +156,7 @@ def test_gates_that_are_trained_get_the_gradient_of_without_a_policy(policy: str
 
 
 def test_an_adapter_that_reads_the_output_of_its_base_gets_it() -> None:
-    model, _ = helpers.transformers("klein")
+    model = helpers.transformer("klein")
     config = peft.LoraConfig(r=2, target_modules=r".*(linear2|mlp\.2|proj)", use_dora=True, init_lora_weights=False)
     peft.get_peft_model(model, config)
     expected = gradients(model, "none")
@@ -415,10 +420,10 @@ KINDS = ("double", "single")
 @pytest.mark.parametrize(
     ("policy", "budget", "said"),
     [
-        ("budget", None, "memory.budget_gb=None must be a number >= 0 with memory.checkpointing=budget"),
-        ("budget", -1, "memory.budget_gb=-1 must be a number >= 0"),
-        ("budget", True, "memory.budget_gb=True must be a number >= 0"),
-        ("full", 4, "memory.budget_gb=4 is used only with memory.checkpointing=budget, not with full"),
+        ("budget", None, r"memory\.budget_gb=None.*memory\.checkpointing=budget"),
+        ("budget", -1, r"memory\.budget_gb=-1\b"),
+        ("budget", True, r"memory\.budget_gb=True\b"),
+        ("full", 4, r"memory\.budget_gb=4.*memory\.checkpointing=budget.*full"),
     ],
 )
 def test_a_budget_is_a_number_where_it_is_read_and_nothing_elsewhere(policy: str, budget: Any, said: str) -> None:
@@ -462,15 +467,13 @@ def test_attention_is_computed_by_the_first_backend_of_the_list_that_can(
 
 
 def test_a_list_of_backends_of_which_none_can_is_an_error_that_says_so() -> None:
-    with pytest.raises(ValueError, match=r"memory.attention=\['cudnn'\] contains no backend that can .* on cpu"):
+    with pytest.raises(ValueError, match=r"memory\.attention=\['cudnn'\].*cpu"):
         chosen_backend(["cudnn"], 2, 16, 8, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("given", ["flash", [], ["flash", "flash"], ["fast"], 3])
 def test_backends_are_a_list_of_known_names(given: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"attention=.* must be a list of attention backends, best first, out of cudnn"
-    ):
+    with pytest.raises(ValueError, match=r"attention=.*cudnn, flash, efficient, math"):
         check_backends(given)
 
 
@@ -485,6 +488,14 @@ def test_without_a_wish_the_order_is_pytorchs_but_on_hopper(monkeypatch: pytest.
 # ------------------------------------------------------------------ compiled
 
 
+def compiled_gradients_are(model: Transformer, expected: list[Tensor]) -> None:
+    model.zero_grad()
+    model(**helpers.transformer_inputs(model.config)).square().mean().backward()
+    for parameter, theirs in zip(adapters.adapter_parameters(model), expected, strict=True):
+        assert parameter.grad is not None
+        assert helpers.relative_error(parameter.grad, theirs) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("policy", "mm_of_a_single_block", "attention_again"),
     # backward: five products a LoRA layer; again: all three of linear1, and of linear2 only the adapter's A
@@ -493,19 +504,18 @@ def test_without_a_wish_the_order_is_pytorchs_but_on_hopper(monkeypatch: pytest.
 def test_compiled_blocks_give_the_same_and_do_not_compute_their_last_linear_again(
     policy: str, mm_of_a_single_block: int, attention_again: int
 ) -> None:
-    model = small_model()
+    """With `full` blocks of both kinds, else single ones alone: a graph of a double block takes seconds to make."""
+    doubles = int(policy == "full")
+    model = with_adapter(helpers.transformer_of(doubles, 3), targets=blocks_of(doubles))
     expected = gradients(model, "none")
     graphs = Graphs()
     order = ["flash", "math"]
     set_policy(model, policy, compile=True, compiler=graphs.backend, attention=order if policy == "selective" else None)
-    model.zero_grad()
-    model(**helpers.transformer_inputs(model.config)).square().mean().backward()
-    for parameter, theirs in zip(adapters.adapter_parameters(model), expected, strict=True):
-        assert parameter.grad is not None
-        assert helpers.relative_error(parameter.grad, theirs) < 1e-5
-    # blocks of a kind share a graph, but for the first, whose input needs no gradient
-    assert sorted(graph["aten.mm.default"] for graph in graphs.forward) == [2 * 3, 8 * 3, 8 * 3]
-    assert min(graph["aten.mm.default"] for graph in graphs.backward) == mm_of_a_single_block
+    compiled_gradients_are(model, expected)
+    # blocks of a kind share a graph, but for the very first, whose input needs no gradient
+    first = 8 * 3 if doubles else 2 * 3
+    assert sorted(graph["aten.mm.default"] for graph in graphs.forward) == [2 * 3, first]
+    assert mm_of_a_single_block in [graph["aten.mm.default"] for graph in graphs.backward]
     attention = (
         "aten._scaled_dot_product_flash_attention_for_cpu.default",
         "run_with_rng_state",
@@ -514,19 +524,18 @@ def test_compiled_blocks_give_the_same_and_do_not_compute_their_last_linear_agai
 
 
 def test_compilation_goes_on_for_as_many_shapes_as_are_expected() -> None:
-    model = small_model()
+    model = with_adapter(helpers.transformer_of(0, 1), targets=blocks_of(0))
     graphs = Graphs()
-    limit = torch._dynamo.config.recompile_limit
-    try:
-        torch._dynamo.config.recompile_limit = 2
-        set_policy(model, "full", compile=True, compiler=graphs.backend, shapes=4)
-        for width in range(2, 6):
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        set_policy(model, "full", compile=True, compiler=graphs.backend, shapes=3)
+        limit = torch._dynamo.config.recompile_limit
+        for count, width in ((1, 2), (2, 3)):
             model(**helpers.transformer_inputs(model.config, size=(2, width)))
-    finally:
-        torch._dynamo.config.recompile_limit = limit
-    assert len(graphs.forward) == 4 * 3
-    with torch.no_grad():
-        model(**helpers.transformer_inputs(model.config, size=(2, 2)))
+            assert len(graphs.forward) == count
+        with torch.no_grad():
+            model(**helpers.transformer_inputs(model.config, size=(2, 2)))
+        assert len(graphs.forward) == 3
+    assert limit >= 3 * 2 * 2, "for each shape: two kinds of blocks, with gradients and without"
 
 
 @pytest.mark.parametrize(
@@ -535,18 +544,14 @@ def test_compilation_goes_on_for_as_many_shapes_as_are_expected() -> None:
     [(Float8Linear, "aten._scaled_mm.default", 1, 2), (Nf4Linear, "flux2.nf4_unpack.default", 1, 1)],
 )
 def test_a_block_with_a_quantized_layer_compiles(kind: Any, operation: str, forward: int, backward: int) -> None:
-    model = small_model()
-    for block in model.single_blocks:
-        base = block.linear1.base_layer
-        layer = kind(base.in_features, base.out_features)
-        layer.store(base.weight)
-        block.linear1.base_layer = layer
+    model = with_adapter(helpers.transformer_of(0, 1), targets=blocks_of(0))
+    model.txt_in.requires_grad_(True)  # so that the block's input has a gradient, as that of all blocks but the first
+    base = model.single_blocks[0].linear1.base_layer
+    layer = kind(base.in_features, base.out_features)
+    layer.store(base.weight)
+    model.single_blocks[0].linear1.base_layer = layer
     expected, graphs = gradients(model, "full"), Graphs()
     set_policy(model, "full", compile=True, compiler=graphs.backend)
-    model.zero_grad()
-    model(**helpers.transformer_inputs(model.config)).square().mean().backward()
-    for parameter, theirs in zip(adapters.adapter_parameters(model), expected, strict=True):
-        assert parameter.grad is not None
-        assert helpers.relative_error(parameter.grad, theirs) < 1e-5
-    assert {graph[operation] for graph in graphs.forward} == {0, forward}
-    assert {graph[operation] for graph in graphs.backward} == {0, backward}
+    compiled_gradients_are(model, expected)
+    assert [graph[operation] for graph in graphs.forward] == [forward]
+    assert [graph[operation] for graph in graphs.backward] == [backward]

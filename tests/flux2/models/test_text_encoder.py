@@ -149,26 +149,26 @@ def test_a_length_can_be_given_a_call(source: ModelSource) -> None:
 
 
 def test_one_string_for_prompts_is_an_error(source: ModelSource) -> None:
-    with pytest.raises(ValueError, match="must be a list of strings"):
+    with pytest.raises(ValueError, match="list"):
         load_text_encoder(source).encode("a cup")
 
 
 def test_a_language_model_with_too_few_layers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="has 4 layers, but layer 30 is needed"):
+    with pytest.raises(ValueError, match=r"\b4 layers\b.*\blayer 30\b"):
         build({"num_hidden_layers": 4}, MISTRAL)
 
 
 def test_the_error_of_a_wrong_text_encoder_names_its_folder(model_folders: Callable[[str], Path]) -> None:
     deeper = TextConfig(kind="mistral", layers=(1, 2, 9), length=8)
     source = ModelSource(replace(helpers.VARIANTS["dev"], text=deeper), str(model_folders("dev")))
-    with pytest.raises(WeightsError, match=r"text_encoder: the text encoder has 4 layers, but layer 9 is needed"):
+    with pytest.raises(WeightsError, match=r"/text_encoder\b.*\b4 layers\b.*\blayer 9\b"):
         load_text_encoder(source)
 
 
 def test_the_text_encoder_of_another_model_is_an_error(model_folders: Callable[[str], Path]) -> None:
     variant = helpers.VARIANTS["klein"]
     source = ModelSource(replace(variant, text=helpers.TEXTS["dev"]), "", text_encoder=str(model_folders("dev")))
-    with pytest.raises(WeightsError, match="gives embeddings of width 48, but small_klein takes 72"):
+    with pytest.raises(WeightsError, match=r"\b48\b.*small_klein.*\b72\b"):
         load_text_encoder(source)
 
 
@@ -217,17 +217,17 @@ def test_weights_without_a_language_model_are_an_error(model_folders: Callable[[
     folder = tmp_path / "model"
     shutil.copytree(model_folders("dev"), folder)
     save_file({"vision.weight": torch.zeros(1)}, folder / "text_encoder" / "model.safetensors")
-    with pytest.raises(WeightsError, match="holds no language model"):
+    with pytest.raises(WeightsError, match="embed_tokens"):
         load_text_encoder(ModelSource(helpers.VARIANTS["dev"], str(folder)))
 
 
 @pytest.mark.parametrize(
     ("gone", "message"),
     [
-        ("tokenizer/tokenizer.json", "contains no tokenizer.json"),
-        ("tokenizer/chat_template.jinja", "contains no chat template"),
-        ("text_encoder/config.json", "holds no config.json"),
-        ("text_encoder/model.safetensors", "holds no .safetensors file"),
+        ("tokenizer/tokenizer.json", r"/tokenizer\b.*tokenizer\.json"),
+        ("tokenizer/chat_template.jinja", r"/tokenizer\b.*chat.template"),
+        ("text_encoder/config.json", r"/text_encoder\b.*config\.json"),
+        ("text_encoder/model.safetensors", r"/text_encoder\b.*\.safetensors"),
     ],
 )
 def test_a_missing_file_is_named(gone: str, message: str, model_folders: Callable[[str], Path], tmp_path: Path) -> None:
@@ -318,5 +318,5 @@ def test_a_folder_that_is_in_4_bits_is_taken_over_as_it_is(
 
 @pytest.mark.parametrize("storage", ["int4", "4bit", 8, True, ""])
 def test_a_storage_that_there_is_not_is_refused(storage: object, source: ModelSource) -> None:
-    with pytest.raises(ValueError, match=rf"storage={storage!r} must be one of nf4, int8, or null"):
+    with pytest.raises(ValueError, match=rf"storage={storage!r}.*nf4, int8"):
         load_text_encoder(source, storage=storage)  # type: ignore[arg-type]

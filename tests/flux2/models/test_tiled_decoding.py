@@ -56,7 +56,7 @@ def test_what_is_computed_at_once_is_a_stripe(monkeypatch: pytest.MonkeyPatch) -
 
 def test_several_pictures_are_refused() -> None:
     model, _ = helpers.autoencoders()
-    with pytest.raises(ValueError, match="holds 2 images: decode one at a time"):
+    with pytest.raises(ValueError, match=r"\b2 pictures\b"):
         tiled_decoding.decode(model, latents(2, 2).expand(2, -1, -1, -1))
 
 
@@ -85,5 +85,5 @@ def test_large_pictures_are_decoded_in_stripes(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_another_value_of_tiled_is_an_error() -> None:
-    with pytest.raises(ValueError, match="tiled='yes' must be True, False or None"):
+    with pytest.raises(ValueError, match="tiled='yes'"):
         flux2.load("tiny", tiled="yes")  # type: ignore[arg-type]

@@ -89,14 +89,12 @@ def test_only_the_4b_models_are_free_of_a_license_to_accept() -> None:
 
 
 def test_an_unknown_model_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match=r"model='flux1' .*tiny, dev, klein_base_9b, klein_9b, klein_base_4b, klein_4b"
-    ):
+    with pytest.raises(ValueError, match=r"model='flux1'.*tiny, dev, klein_base_9b, klein_9b, klein_base_4b, klein_4b"):
         get_variant("flux1")
 
 
 def test_rope_axes_that_do_not_fill_a_head_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"rope_axes=\(4, 4\) must add up to head_dim=16"):
+    with pytest.raises(ValueError, match=r"rope_axes=\(4, 4\).*head_dim=16"):
         TransformerConfig(
             heads=1, double_blocks=1, single_blocks=1, text_width=8, guidance=True, head_dim=16, rope_axes=(4, 4)
         )

@@ -2,6 +2,7 @@
 is one.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,9 +71,9 @@ def test_what_a_file_does_not_hold_is_named(small) -> None:
     _, load = small
     load().save_embeddings("one.safetensors", ["a cup"])
     pipe = load(embeddings="one.safetensors")
-    with pytest.raises(ValueError, match=r"'one\.safetensors' has no embedding of 'a fox', only of .*'a cup'"):
+    with pytest.raises(ValueError, match=r"'one\.safetensors'.*'a fox'.*'a cup'"):
         pipe.generate("a fox", **SMALL)
-    with pytest.raises(ValueError, match=r"have \d+ tokens per prompt, not 10"):
+    with pytest.raises(ValueError, match=r"\b\d+ tokens\b.*\b10\b"):
         pipe.encode(["a cup"], length=10)
     assert pipe.encode(["a cup"], length=pipe.variant.text.length).shape[0] == 1
 
@@ -86,16 +87,16 @@ def test_files_that_cannot_be_used_are_refused_when_the_model_is_asked_for(small
     load().save_embeddings("good.safetensors", ["a cup"])
     content = load_file("good.safetensors")
     for name, said in (
-        ("gone.safetensors", "is not a file. `--save-embeddings` or pipe.save_embeddings writes one"),
-        ("broken.safetensors", "cannot be used"),
-        ("plain.safetensors", r"cannot be used \(it was not written by `--save-embeddings`"),
-        ("other.safetensors", "belong to another model: "),
+        ("gone", "--save-embeddings"),
+        ("broken", ""),
+        ("plain", "--save-embeddings"),
+        ("other", "model"),
     ):
-        with pytest.raises(ValueError, match=said):
-            load(embeddings=name)
+        with pytest.raises(ValueError, match=rf"\b{name}\.safetensors\b.*{said}"):
+            load(embeddings=f"{name}.safetensors")
     for name, tensors, said in (
-        ("short.safetensors", {}, r"cannot be used \(it holds 0 tensors for"),
-        ("bad.safetensors", {key: value * float("nan") for key, value in content.items()}, "has NaN or infinite"),
+        ("short.safetensors", {}, r"short\.safetensors\b.*\b0 tensors"),
+        ("bad.safetensors", {key: value * float("nan") for key, value in content.items()}, "NaN"),
     ):
         with open_about("good.safetensors") as about:
             save_file(tensors, name, about)
@@ -105,10 +106,10 @@ def test_files_that_cannot_be_used_are_refused_when_the_model_is_asked_for(small
         save_file({key: value[:, :5].contiguous() for key, value in content.items()}, "narrow.safetensors", about)
         save_file(content, "number.safetensors", {**about, "prompts": str([5] * len(content))})
     for name, said in (
-        ("narrow.safetensors", r"an embedding of \[\d+, 5\], where"),
-        ("number.safetensors", "has 5 in it"),
+        ("narrow.safetensors", r"\[\d+, 5\]"),
+        ("number.safetensors", r"\b5\b"),
     ):
-        with pytest.raises(ValueError, match=f"{name}' cannot be used .*{said}"):
+        with pytest.raises(ValueError, match=rf"\b{name}\b.*{said}"):
             load(embeddings=name)
 
 
@@ -131,15 +132,21 @@ def open_about(file: str) -> Any:
     [
         (
             {"text_storage": "nf4", "text_encoder": "http://127.0.0.1:1"},
-            "text_storage='nf4' has no effect with the serv",
+            r"text_storage='nf4'.*http://127\.0\.0\.1:1\b",
         ),
         (
             {"text_storage": "nf4", "embeddings": "good.safetensors"},
-            "text_storage='nf4' has no effect with the file good",
+            r"text_storage='nf4'.*good\.safetensors",
         ),
-        ({"embeddings": "good.safetensors", "text_encoder": "http://127.0.0.1:1"}, "exclude each other"),
-        ({"embeddings": "good.safetensors", "text_encoder": "folder"}, "exclude each other"),
-        ({"text_storage": "fp8"}, "text_storage='fp8' must be one of nf4, int8, or null"),
+        (
+            {"embeddings": "good.safetensors", "text_encoder": "http://127.0.0.1:1"},
+            "(?s)embeddings.*text_encoder|text_encoder.*embeddings",
+        ),
+        (
+            {"embeddings": "good.safetensors", "text_encoder": "folder"},
+            "embeddings.*text_encoder|text_encoder.*embeddings",
+        ),
+        ({"text_storage": "fp8"}, "text_storage='fp8'.*nf4, int8"),
     ],
 )
 def test_places_that_contradict_each_other_are_refused(given, said, small) -> None:
@@ -187,7 +194,7 @@ def test_the_command_saves_embeddings_and_draws_from_them(small, monkeypatch, ca
     assert Path("again.png").read_bytes() == Path("far.png").read_bytes()
     Path("e.safetensors").rename("moved.safetensors")
     assert command(monkeypatch, "--from-image", "far.png", "--out", "again.png") == 2
-    assert "the embeddings file e.safetensors does not exist. Give it with --embeddings" in capsys.readouterr().err
+    assert re.search(r"far\.png\b.*\be\.safetensors\b.*--embeddings", capsys.readouterr().err)
     again = ("--from-image", "far.png", "--out", "moved.png")
     assert command(monkeypatch, *again, "--embeddings", "moved.safetensors") == 0
     assert not differ(pixels("moved.png"), pixels("far.png"))
@@ -216,14 +223,17 @@ def test_a_picture_says_how_its_text_encoder_was_kept(small, monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--save-embeddings", "e.safetensors", "--embeddings", "f.safetensors"), "exclude each other"),
-        (("--save-embeddings", "e.pt"), "--save-embeddings e.pt must end in .safetensors"),
-        (("--save-embeddings", "e.pt/e.safetensors"), "e.pt is not a folder"),
-        (("--save-embeddings", f"{'e' * 240}.safetensors"), "cannot be written: File name too long"),
-        (("--save-embeddings", "e.safetensors", "--adapter", "a"), "--adapter has no effect with --save-embeddings"),
-        (("--save-embeddings", "e.safetensors", "--merge"), "--merge has no effect with --save-embeddings"),
-        (("--save-embeddings", "e.safetensors", "--image", "a.png"), "--image has no effect with --save-embeddings"),
-        (("--embeddings", "gone.safetensors"), "gone.safetensors' is not a file"),
+        (
+            ("--save-embeddings", "e.safetensors", "--embeddings", "f.safetensors"),
+            r"--save-embeddings\b.*--embeddings\b",
+        ),
+        (("--save-embeddings", "e.pt"), r"--save-embeddings[= ]e\.pt\b.*\.safetensors"),
+        (("--save-embeddings", "e.pt/e.safetensors"), r"--save-embeddings[= ]e\.pt/e\.safetensors\b.*\be\.pt "),
+        (("--save-embeddings", f"{'e' * 240}.safetensors"), r"--save-embeddings\b.*File name too long"),
+        (("--save-embeddings", "e.safetensors", "--adapter", "a"), r"--adapter\b.*--save-embeddings\b"),
+        (("--save-embeddings", "e.safetensors", "--merge"), r"--merge\b.*--save-embeddings\b"),
+        (("--save-embeddings", "e.safetensors", "--image", "a.png"), r"--image\b.*--save-embeddings\b"),
+        (("--embeddings", "gone.safetensors"), r"\bgone\.safetensors\b"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(words, said, tmp_path, monkeypatch, capsys) -> None:
@@ -232,7 +242,7 @@ def test_options_that_cannot_be_are_one_line(words, said, tmp_path, monkeypatch,
     assert command(monkeypatch, "--prompt", "a cup", *words) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
-    assert said in err
+    assert re.search(said, err)
     assert err.count("\n") == 1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -107,7 +108,7 @@ def test_every_third_request_may_fail(protocol: str, fake_server: Fake) -> None:
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_after_the_last_attempt_the_error_says_what_the_server_said(status: int, fake_server: Fake) -> None:
     server = fake_server(VARIANT, answer=lambda *_: (status, {}, b'{"error": "no room\\nnow"}'))
-    with pytest.raises(RemoteError, match=f"gave no answer in 3 attempts, the last one: HTTP {status}, no room now"):
+    with pytest.raises(RemoteError, match=rf"{server.url}\b.*\b3 attempts\b.*HTTP {status}, no room now"):
         client(server).encode(["a cup"])
     assert server.asked == ["a cup"] * 3
 
@@ -115,7 +116,7 @@ def test_after_the_last_attempt_the_error_says_what_the_server_said(status: int,
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 def test_a_request_that_is_wrong_is_not_sent_again(status: int, fake_server: Fake) -> None:
     server = fake_server(VARIANT, answer=lambda *_: (status, {}, b'{"error": "a prompt has 9 characters"}'))
-    with pytest.raises(RemoteError, match=f"refused the request: HTTP {status}, a prompt has 9 characters"):
+    with pytest.raises(RemoteError, match=rf"{server.url}\b.*HTTP {status}, a prompt has 9 characters"):
         client(server).encode(["a cup"])
     assert server.asked == ["a cup"]
 
@@ -150,7 +151,7 @@ def test_retry_after_is_read(header: str | None, seconds: float) -> None:
 
 def test_a_server_that_asks_to_wait_for_long_is_not_waited_for(fake_server: Fake) -> None:
     server = fake_server(VARIANT, answer=lambda *_: (429, {"Retry-After": "3600"}, b""))
-    with pytest.raises(RemoteError, match="asks to wait 3600 s"):
+    with pytest.raises(RemoteError, match=r"\b3600 s\b"):
         client(server).encode(["a cup"])
     assert len(server.asked) == 1
 
@@ -170,7 +171,7 @@ def test_a_slow_server_is_waited_for_until_the_time_is_over(fake_server: Fake) -
     server = fake_server(VARIANT)
     server.answer = lambda *_: time.sleep(0.6)
     assert torch.equal(client(server).encode(["a cup"])[0], server.embedding("a cup"))
-    with pytest.raises(RemoteError, match=r"in 2 attempts, the last one: no answer within 0.2 s"):
+    with pytest.raises(RemoteError, match=r"\b2 attempts\b.*\b0\.2 s\b"):
         client(server, timeout=0.2, attempts=2).encode(["a cup"])
 
 
@@ -192,7 +193,7 @@ def test_an_answer_that_trickles_in_is_not_waited_for_forever(
 
     monkeypatch.setattr(server._server.RequestHandlerClass, "do_POST", trickle)
     before = time.monotonic()
-    with pytest.raises(RemoteError, match="the answer came too slowly"):
+    with pytest.raises(RemoteError, match=rf"{server.url}\b"):
         client(server, timeout=0.5, attempts=1).encode(["a cup"])
     assert time.monotonic() - before < 5
 
@@ -210,7 +211,7 @@ def test_nobody_at_the_address_is_said_soon() -> None:
     gone = FakeServer(VARIANT, 64)
     gone.start()
     gone.stop()
-    with pytest.raises(RemoteError, match=r"in 3 attempts.*Connection refused.*Check that the server runs"):
+    with pytest.raises(RemoteError, match=rf"{gone.url}\b.*\b3 attempts\b.*Connection refused"):
         client(gone, attempts=50).identity()
 
 
@@ -220,7 +221,7 @@ def test_closing_ends_what_waits(fake_server: Fake) -> None:
     asking.identity()
     threading.Timer(0.3, asking.close).start()
     before = time.monotonic()
-    with pytest.raises(RemoteError, match="was not asked again"):
+    with pytest.raises(RemoteError, match=rf"{server.url}\b"):
         asking.encode(["a cup"])
     assert time.monotonic() - before < 10
     assert len(server.asked) == 1
@@ -232,9 +233,7 @@ def test_closing_ends_what_waits(fake_server: Fake) -> None:
 def test_a_pickle_that_wants_more_than_a_tensor_is_refused_and_not_run(fake_server: Fake, tmp_path: Path) -> None:
     harm = tmp_path / "harm"
     server = fake_server(VARIANT, answer=lambda *_: (200, {}, harmful_archive(harm)))
-    with pytest.raises(
-        RemoteError, match=r"is refused: it names \w+.system, which is not a tensor. Nothing in it was executed"
-    ):
+    with pytest.raises(RemoteError, match=rf"{server.url}\b.*\b\w+\.system\b"):
         client(server, "published").encode(["a cup"])
     assert not harm.exists()
     assert len(server.asked) == 1, "a refused answer is not asked for again"
@@ -243,13 +242,13 @@ def test_a_pickle_that_wants_more_than_a_tensor_is_refused_and_not_run(fake_serv
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [
-        (torch.ones(1, 64, 47), r"its shape is \(1, 64, 47\) instead of \(1, 64, 48\)"),
-        (torch.ones(2, 64, 48), r"its shape is \(2, 64, 48\)"),
-        (torch.ones(64, 48), r"its shape is \(64, 48\)"),
-        (torch.ones(SHAPE, dtype=torch.float64), "its dtype is torch.float64"),
-        (torch.ones(SHAPE, dtype=torch.int64), "its dtype is torch.int64"),
-        (torch.ones(SHAPE).index_fill(1, torch.tensor(3), float("nan")), "it has NaN or infinite values"),
-        (torch.full(SHAPE, float("-inf")), "it has NaN or infinite values"),
+        (torch.ones(1, 64, 47), r"shape.*\(1, 64, 47\).*\(1, 64, 48\)"),
+        (torch.ones(2, 64, 48), r"shape.*\(2, 64, 48\)"),
+        (torch.ones(64, 48), r"shape.*\(64, 48\)"),
+        (torch.ones(SHAPE, dtype=torch.float64), r"dtype.*torch\.float64"),
+        (torch.ones(SHAPE, dtype=torch.int64), r"dtype.*torch\.int64"),
+        (torch.ones(SHAPE).index_fill(1, torch.tensor(3), float("nan")), "NaN"),
+        (torch.full(SHAPE, float("-inf")), "NaN"),
     ],
     ids=["width", "batch", "rank", "float64", "int64", "nan", "inf"],
 )
@@ -260,7 +259,7 @@ def test_a_tensor_that_was_not_asked_for_is_refused(
     server = fake_server(VARIANT)
     body = saved(tensor) if protocol == "published" else safetensors.torch.save({"embeddings": tensor})
     server.answer = lambda *_: (200, {IDENTITY_HEADER: server.identity}, body)
-    with pytest.raises(RemoteError, match=f"the answer of {server.url} is refused: {said}"):
+    with pytest.raises(RemoteError, match=rf"{server.url}\b.*{said}"):
         client(server, protocol).encode(["a cup"])
 
 
@@ -283,21 +282,21 @@ def test_an_answer_may_not_be_larger_than_what_was_asked_for(
             sent.append(1)
 
     monkeypatch.setattr(handler, "do_POST", flood)
-    with pytest.raises(RemoteError, match=r"more than 1060864 bytes"):
+    with pytest.raises(RemoteError, match=r"\b1060864 bytes\b"):
         client(server, protocol).encode(["a cup"])
     assert len(sent) < 200
 
 
 def test_a_compressed_answer_is_refused(fake_server: Fake) -> None:
     server = fake_server(VARIANT, answer=lambda *_: (200, {"Content-Encoding": "gzip"}, b"x"))
-    with pytest.raises(RemoteError, match="it is compressed, which was not requested"):
+    with pytest.raises(RemoteError, match="compressed"):
         client(server).encode(["a cup"])
 
 
 def test_a_redirect_is_not_followed(fake_server: Fake) -> None:
     other = fake_server(VARIANT)
     server = fake_server(VARIANT, answer=lambda *_: (307, {"Location": other.url}, b""))
-    with pytest.raises(RemoteError, match=r"redirects to another address \(307\)"):
+    with pytest.raises(RemoteError, match=r"redirect.*307"):
         client(server).encode(["a cup"])
     assert other.headers == []
 
@@ -307,13 +306,13 @@ def test_a_server_that_changes_its_encoder_is_noticed(fake_server: Fake) -> None
     asking = client(server)
     asking.encode(["a cup"])
     server.identity = "another"
-    with pytest.raises(RemoteError, match="serves another text encoder than at the start"):
+    with pytest.raises(RemoteError, match=rf"{server.url}\b.*text encoder"):
         asking.encode(["a cup"])
 
 
 def test_the_text_encoder_of_another_model_is_refused_before_anything_is_encoded(fake_server: Fake) -> None:
     server = fake_server(helpers.VARIANTS["klein"])
-    with pytest.raises(RemoteError, match=r"of small_klein, not that of small_dev. Start it with --model"):
+    with pytest.raises(RemoteError, match=r"small_klein.*small_dev.*--model"):
         client(server).encode(["a cup"])
     assert server.asked == []
 
@@ -322,7 +321,7 @@ def test_the_text_encoder_of_another_model_is_refused_before_anything_is_encoded
 def test_another_kind_of_server_is_told(body: bytes, fake_server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     server = fake_server(VARIANT)
     monkeypatch.setattr(server._server.RequestHandlerClass, "do_GET", lambda self: self.send(200, {}, body))
-    with pytest.raises(RemoteError, match=r"is not a `python -m flux2.serve`: /identity\?length=64 gave"):
+    with pytest.raises(RemoteError, match=r"python -m flux2\.serve.*/identity\?length=64"):
         client(server).identity()
 
 
@@ -334,7 +333,7 @@ def test_an_identity_with_the_token_in_it_is_not_taken(fake_server: Fake, monkey
     server = fake_server(VARIANT, token=SECRET)
     monkeypatch.setenv(TOKEN, SECRET)
     server.identity = f"mistral Bearer {SECRET}"
-    with pytest.raises(RemoteError, match="gave another answer") as refused:
+    with pytest.raises(RemoteError, match=rf"{server.url}\b") as refused:
         client(server).identity()
     assert SECRET not in str(refused.value)
 
@@ -348,9 +347,7 @@ def test_the_token_of_the_environment_is_sent_and_shown_nowhere(
     asking = client(server)
     assert torch.equal(asking.encode(["a cup"])[0], server.embedding("a cup"))
     server.token = "another"
-    with pytest.raises(
-        RemoteError, match=r"the token was refused \(HTTP 401, Bearer \*\*\* is not welcome\)"
-    ) as refused:
+    with pytest.raises(RemoteError, match=r"token.*HTTP 401, Bearer \*\*\* is not welcome") as refused:
         asking.encode(["a cup"])
     server.answer = lambda *_: (503, {}, f"not you, {SECRET}".encode())
     server.token = SECRET
@@ -362,9 +359,9 @@ def test_the_token_of_the_environment_is_sent_and_shown_nowhere(
 
 def test_a_server_that_wants_a_token_and_gets_none_says_where_it_belongs(fake_server: Fake) -> None:
     server = fake_server(VARIANT, token=SECRET)
-    with pytest.raises(RemoteError, match=f"a token is required .*: set the environment variable {TOKEN} to the token"):
+    with pytest.raises(RemoteError, match=rf"token.*\b{TOKEN}\b"):
         client(server).identity()
-    with pytest.raises(RemoteError, match="or run `hf auth login`"):
+    with pytest.raises(RemoteError, match=r"token.*`hf auth login`"):
         client(server, "published").encode(["a cup"])
     assert [headers.get("Authorization") for headers in server.headers] == [None, None]
 
@@ -406,7 +403,7 @@ def test_the_login_of_the_hub_is_for_the_hub_alone(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("token", ["two words", "line\nbreak", "ümlaut"])
 def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN, token)
-    with pytest.raises(ValueError, match=f"{TOKEN} must hold ASCII characters") as error:
+    with pytest.raises(ValueError, match=rf"\b{TOKEN}\b") as error:
         bearer_token(PUBLISHED)
     assert token not in str(error.value)
 
@@ -419,7 +416,7 @@ def test_a_token_that_travels_unencrypted_is_a_warning(
         Client(url, VARIANT)
     assert caplog.text == ""
     Client("http://192.168.0.7:8700", VARIANT)
-    assert "is sent unencrypted to 192.168.0.7: use https or a tunnel" in caplog.text
+    assert re.search(r"192\.168\.0\.7\b.*https", caplog.text)
     assert SECRET not in caplog.text
 
 
@@ -447,13 +444,13 @@ def test_what_is_no_address_is_named(url: object) -> None:
     "url", ["https://me:hidden@host/x", "https://hidden@host", "https://host/x?token=hidden", "https://host/#hidden"]
 )
 def test_an_address_with_a_secret_in_it_is_refused_and_not_shown(url: str) -> None:
-    with pytest.raises(ValueError, match="must have no user, password") as error:
+    with pytest.raises(ValueError, match=r"^url=.*password") as error:
         check_url(url)
     assert "hidden" not in str(error.value)
 
 
 def test_the_published_protocol_has_one_length() -> None:
-    with pytest.raises(ValueError, match="length=32 must be 64, to which the published protocol pads"):
+    with pytest.raises(ValueError, match=r"length=32\b.*\b64\b"):
         Client(PUBLISHED, VARIANT, 32)
     assert Client(PUBLISHED, VARIANT).protocol == "published"
     assert Client("http://127.0.0.1:1/", VARIANT, 32).protocol == "flux2"

@@ -3,6 +3,7 @@ refused.
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -100,13 +101,18 @@ def squares(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def answer(
-    writer: Mistral3ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, text: str, seed: int, **seen: Any
+    writer: Mistral3ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    seed: int,
+    new_tokens: int = NEW_TOKENS,
+    **seen: Any,
 ) -> str:
     """What transformers' own model writes behind `text`."""
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = writer.generate(**ids, **seen, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=TEMPERATURE)
+        made = writer.generate(**ids, **seen, max_new_tokens=new_tokens, do_sample=True, temperature=TEMPERATURE)
     return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -218,20 +224,22 @@ def test_where_the_config_ties_them_the_embeddings_are_the_head(source, writer, 
     (folder / "config.json").write_text(json.dumps(config))
     theirs = Mistral3ForConditionalGeneration.from_pretrained(folder)
     sent = f"<s>[SYSTEM_PROMPT]{TEXT_TO_IMAGE}[/SYSTEM_PROMPT][INST]a cup[/INST]"
-    found = pipeline(ModelSource(DEV, str(tmp_path / "tied"))).upsample("a cup")
-    assert found == [answer(theirs, tokenizer, sent, 0)]
-    assert found != [answer(writer, tokenizer, sent, 0)]
+    tied = ModelSource(DEV, str(tmp_path / "tied"))
+    made = load_upsampler(tied, torch.device("cpu"), torch.float32, TextSource(), pictures=False)
+    found = made.rewrite("a cup", new_tokens=60)  # it would not end
+    assert found == answer(theirs, tokenizer, sent, 0, new_tokens=60)
+    assert found != answer(writer, tokenizer, sent, 0, new_tokens=60)
 
 
 def test_an_answer_that_is_cut_is_told_and_an_empty_one_is_an_error(source, caplog, monkeypatch) -> None:
     made = load_upsampler(source, torch.device("cpu"), torch.float32, TextSource(), pictures=False)
     made.rewrite("a cup", new_tokens=1, seed=1)
-    assert "the rewritten prompt was truncated to 1 tokens: 'a cup'" in caplog.text
+    assert re.search(r"\b1 tokens?\b.*'a cup'", caplog.text)
     end = made.tokenizer.eos_token_id
     monkeypatch.setattr(made.model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([[end]])], 1))
-    with pytest.raises(ValueError, match="answered with an empty text to 'a cup'"):
+    with pytest.raises(ValueError, match="'a cup'"):
         made.rewrite("a cup")
-    with pytest.raises(ValueError, match="tokens are too many to rewrite, the limit is 2048: 'fox fox"):
+    with pytest.raises(ValueError, match=r"\b2048\b.*'fox fox"):
         made.inputs("fox " * 3000)
 
 
@@ -246,10 +254,10 @@ def test_models_and_sources_that_write_no_prompts_are_refused(source, model_fold
     saved = TextSource(saved=saved_prompts.SavedPrompts(file, DEV))
     tiny = flux2.load("tiny", device="cpu")
     for pipe, said in (
-        (pipeline(klein), "prompts cannot be rewritten: small_klein reads prompts with Qwen3"),
-        (tiny, "the embedded model's text encoder has random weights"),
-        (pipeline(source, server), "the server http://127.0.0.1:1 gives only embeddings"),
-        (pipeline(source, saved), "saved.safetensors gives only embeddings"),
+        (pipeline(klein), "rewrit.*small_klein.*Qwen3"),
+        (tiny, "rewrit.*embedded model.*text encoder"),
+        (pipeline(source, server), r"rewrit.*http://127\.0\.0\.1:1\b.*embeddings"),
+        (pipeline(source, saved), r"rewrit.*saved\.safetensors.*embeddings"),
     ):
         with pytest.raises(ValueError, match=said):
             pipe.upsample("a cup")
@@ -257,9 +265,9 @@ def test_models_and_sources_that_write_no_prompts_are_refused(source, model_fold
 
 def test_an_encoder_that_is_cut_is_refused(source, tmp_path) -> None:
     for name, dropped, said in (
-        ("headless", "lm_head", "has no output head"),
-        ("short", "layers.3", "8 missing|9 missing"),
-        ("blind", "vision_tower", "missing: .*vision_tower"),
+        ("headless", "lm_head", "head"),
+        ("short", "layers.3", r"layers\.3"),
+        ("blind", "vision_tower", "vision_tower"),
     ):
         shutil.copytree(source.path, tmp_path / name, symlinks=True)
         file = tmp_path / name / "text_encoder" / FILE
@@ -268,7 +276,7 @@ def test_an_encoder_that_is_cut_is_refused(source, tmp_path) -> None:
             pipeline(ModelSource(DEV, str(tmp_path / name))).upsample("a cup", [squares(16, 16)])
     config = tmp_path / "blind" / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text())["text_config"]))
-    with pytest.raises(WeightsError, match="is a language model without vision tower"):
+    with pytest.raises(WeightsError, match="vision tower"):
         pipeline(ModelSource(DEV, str(tmp_path / "blind"))).upsample("a cup", [squares(16, 16)])
     assert pipeline(ModelSource(DEV, str(tmp_path / "blind"))).upsample("a cup")
 
@@ -288,7 +296,7 @@ def test_the_command_draws_the_new_prompt_and_keeps_both(source, tmp_path, monke
     assert command("--prompt", "a cup", "--count", "2", "--upsample") == 0
     err = capsys.readouterr().err
     (wanted,) = pipeline(source).upsample("a cup")
-    assert err.count(f"prompt 'a cup' was rewritten to {wanted!r}") == 1, "once for both pictures"
+    assert len(re.findall(rf"'a cup'.*{re.escape(repr(wanted))}", err)) == 1, "once for both pictures"
     made = [metadata.read(tmp_path / f"out_00{i}.png", "x") for i in range(2)]
     assert [(one.prompt, one.asked, one.seed) for one in made] == [(wanted, "a cup", 0), (wanted, "a cup", 1)]
     assert command("--prompt", wanted, "--out", "same.png") == 0
@@ -306,4 +314,4 @@ def test_the_command_says_what_writes_no_prompts(tmp_path, monkeypatch, capsys) 
     monkeypatch.setattr(sys, "argv", ["generate", "--prompt", "a cup", "--upsample", "--device", "cpu"])
     monkeypatch.setattr(prompts, "load_text_encoder", lambda *_: pytest.fail("a text encoder was loaded"))
     assert generate.main() == 2
-    assert capsys.readouterr().err.startswith("error: prompts cannot be rewritten: the embedded model's text encoder")
+    assert re.match("error: .*rewrit.*embedded model.*text encoder", capsys.readouterr().err)

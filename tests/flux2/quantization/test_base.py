@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +261,9 @@ def test_nf4_is_stored_as_bitsandbytes_stores_it_bit_for_bit() -> None:
 def test_nf4_blocks_run_through_the_weight_whatever_its_width(out: int, columns: int) -> None:
     """bitsandbytes' CPU kernel begins a block at every row, which gives other weights where 64 does not divide it."""
     weight = random_weight(rows=out, columns=columns)
-    linear = layer("nf4", weight)
+    with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles what is no multiple of 64, for ten seconds
+        linear = layer("nf4", weight)
+        found = linear.weight + 0
     packed = linear.qweight.flatten()
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[: weight.numel()].long()
     absmax = linear.absmax.flatten().long()
@@ -271,8 +272,8 @@ def test_nf4_blocks_run_through_the_weight_whatever_its_width(out: int, columns:
     scales = bnb.functional.create_dynamic_map()[absmax] * nested + offset
     table = bnb.functional.get_4bit_type("nf4", device="cpu")
     expected = (table[codes] * scales.repeat_interleave(64)[: weight.numel()]).view(out, columns)
-    torch.testing.assert_close(linear.weight + 0, expected, rtol=1e-6, atol=1e-7)
-    assert close(linear.weight, weight) < 0.11
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert close(found, weight) < 0.11
 
 
 def test_nf4_with_scales_that_are_not_quantized_is_read_too() -> None:
@@ -369,30 +370,29 @@ def changed(kind: str, **other: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("kind", "tensors", "said"),
     [
-        ("fp8", changed("fp8", weight_scale=None), "weight_scale missing"),
-        ("fp8", changed("fp8", weight_scale=torch.ones(3)), "a scale of shape (3,)"),
-        ("fp8", changed("fp8", weight=torch.zeros(OUT, IN)), "a weight in torch.float32"),
-        ("fp8", layer("fp8", random_weight(rows=32)).storage(), "a weight of shape (32, 64)"),
-        ("nf4", changed("nf4", weight__absmax=None), "weight.absmax missing"),
-        ("nf4", changed("nf4", weight__nested_quant_map=None), "weight.nested_quant_map missing"),
-        ("nf4", layer("nf4", random_weight(rows=32)).storage(), "shape (32, 64) instead of (160, 64)"),
+        ("fp8", changed("fp8", weight_scale=None), r"\bweight_scale missing"),
+        ("fp8", changed("fp8", weight_scale=torch.ones(3)), r"scale.*\(3,\)"),
+        ("fp8", changed("fp8", weight=torch.zeros(OUT, IN)), r"weight.*torch\.float32"),
+        ("fp8", layer("fp8", random_weight(rows=32)).storage(), r"weight.*\(32, 64\)"),
+        ("nf4", changed("nf4", weight__absmax=None), r"\bweight\.absmax missing"),
+        ("nf4", changed("nf4", weight__nested_quant_map=None), r"\bweight\.nested_quant_map missing"),
+        ("nf4", layer("nf4", random_weight(rows=32)).storage(), r"\(32, 64\).*\(160, 64\)"),
         ("nf4", changed("nf4", weight__quant_map=torch.linspace(-1, 1, 16)), "quant_map"),
-        ("nf4", changed("nf4", weight=torch.zeros(9, 1, dtype=torch.uint8)), "bytes 9 instead of 5120"),
+        ("nf4", changed("nf4", weight=torch.zeros(9, 1, dtype=torch.uint8)), r"\b9\b.*\b5120\b"),
     ],
 )
 def test_a_weight_that_is_not_the_layers_is_refused(kind: str, tensors: dict[str, Tensor], said: str) -> None:
     linear = layer(kind)
     before = {name: parameter.clone() for name, parameter in linear.named_parameters()}
-    with pytest.raises(ValueError, match=rf"{re.escape(said)}|in_features={IN}") as error:
+    with pytest.raises(ValueError, match=said) as error:
         linear.adopt(tensors)
-    assert said in str(error.value)
     assert f"in_features={IN}" in str(error.value)
     assert all(torch.equal(parameter, before[name]) for name, parameter in linear.named_parameters())
 
 
 def test_a_weight_of_another_shape_is_not_stored() -> None:
     for kind in ("fp8", "nf4"):
-        with pytest.raises(ValueError, match=r"shape \(64, 160\) was given to .*Linear\(in_features=64"):
+        with pytest.raises(ValueError, match=r"\(64, 160\).*Linear\(in_features=64"):
             layer(kind).store(random_weight().t())
 
 
@@ -460,6 +460,6 @@ def test_writing_the_weight_is_refused_with_what_to_do(kind: str) -> None:
         linear.weight.data = torch.zeros(OUT, IN)
 
     for write in (added, replaced, data, lambda: linear.weight.add_(1), lambda: linear.weight.copy_(before)):
-        with pytest.raises(ValueError, match=r"cannot be written.*precision=bf16 or fp32"):
+        with pytest.raises(ValueError, match="precision=bf16 or fp32"):
             write()
     assert torch.equal(linear.weight + 0, before)

@@ -50,11 +50,11 @@ def test_eight_bits_and_the_scales_are_all_that_is_kept() -> None:
 
 
 def test_a_weight_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a weight of shape \(5, 4\) was given to Int8Linear"):
+    with pytest.raises(ValueError, match=r"\(5, 4\).*Int8Linear"):
         Int8Linear(5, 4, device="meta").store(torch.zeros(5, 4))
 
 
 def test_writing_the_weight_is_refused() -> None:
     layer = stored(torch.randn(4, 4))
-    with pytest.raises(ValueError, match="the weight of a frozen int8 layer cannot be written"):
+    with pytest.raises(ValueError, match=r"\bint8\b"):
         layer.weight.zero_()

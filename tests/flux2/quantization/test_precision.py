@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,15 @@ EACH = pytest.mark.parametrize("name", list(PRECISIONS))
 
 def model_in(kind: Precision | str | None, model: str = "dev") -> Transformer:
     """A small random model, converted."""
-    made = helpers.transformers(model)[0]
-    if kind is not None:
-        convert(made, PRECISIONS[kind] if isinstance(kind, str) else kind)
+    return deepcopy(made_in(PRECISIONS[kind] if isinstance(kind, str) else kind, model))
+
+
+@cache
+def made_in(precision: Precision | None, model: str) -> Transformer:
+    """What `model_in` copies, made once in a process: not to be changed."""
+    made = helpers.transformer(model)
+    if precision is not None:
+        convert(made, precision)
     return made
 
 
@@ -72,7 +80,7 @@ def converted(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("storage", ["fp8", "nf4"])
 def test_the_linears_of_the_blocks_are_converted_and_nothing_else(storage: Any) -> None:
-    model = helpers.transformers("dev")[0]
+    model = helpers.transformer("dev")
     plain = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = convert(model, Precision(storage=storage))
     assert names == converted(model) == linear_names(model, BLOCK_LINEARS, "")
@@ -90,9 +98,10 @@ def test_other_layers_are_converted_if_asked_for_and_the_model_still_predicts() 
 
 
 def test_nothing_is_converted_without_a_storage() -> None:
-    model = helpers.transformers("dev")[0]
+    model = helpers.transformer("dev")
     assert convert(model, Precision(torch.bfloat16)) == converted(model) == []
-    assert describe(model, Precision()) == "all weights in float32"
+    assert re.search(r"\bfloat32\b", describe(model, Precision()))
+    assert "fp8" not in describe(model, Precision())
 
 
 @pytest.mark.parametrize(
@@ -100,30 +109,30 @@ def test_nothing_is_converted_without_a_storage() -> None:
     [
         (
             (r"single_blocks\.\d+\.linear3",),
-            r"precision.layers: 'single_blocks\\.\\d+\\.linear3' matches no linear layer",
+            r"precision\.layers.*'single_blocks\\\\.\\\\d\+\\\\.linear3'",
         ),
-        ((*BLOCK_LINEARS, "norm"), "precision.layers: 'norm' matches no linear layer"),
-        (("(",), "precision.layers: '(' is not a regular expression"),
-        ((), "precision.layers is empty"),
+        ((*BLOCK_LINEARS, "norm"), r"precision\.layers.*'norm'"),
+        (("(",), r"precision\.layers.*'\('.*regular expression"),
+        ((), r"precision\.layers"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error(layers: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=said):
         model_in(replace(FP8, layers=layers))
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"storage": "int8"}, "precision.storage='int8' must be one of null, fp8, nf4"),
-        ({"backward": "fp32"}, "precision.backward='fp32' must be one of fp8, bf16"),
-        ({"matmul": True}, "precision.matmul=True must be one of auto, fp8, dequantized"),
-        ({"rowwise": "yes"}, "precision.rowwise='yes' must be true or false"),
-        ({"layers": "linear1"}, "precision.layers='linear1' must be a list of regular expressions"),
+        ({"storage": "int8"}, r"precision\.storage='int8'.*null, fp8, nf4"),
+        ({"backward": "fp32"}, r"precision\.backward='fp32'.*fp8, bf16"),
+        ({"matmul": True}, r"precision\.matmul=True\b.*auto, fp8, dequanti[sz]ed"),
+        ({"rowwise": "yes"}, r"precision\.rowwise='yes'"),
+        ({"layers": "linear1"}, r"precision\.layers='linear1'.*list"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named_with_its_value(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=said):
         Precision(**settings)
 
 
@@ -152,7 +161,7 @@ def test_a_name_means_the_usual_dtype_of_the_device_with_its_storage() -> None:
         "fp8",
         "nf4",
     ]
-    with pytest.raises(ValueError, match="precision='fp16' must be one of auto, fp32, bf16, fp8, nf4"):
+    with pytest.raises(ValueError, match=r"precision='fp16'.*auto, fp32, bf16, fp8, nf4"):
         precision_from_name("fp16", CPU)
 
 
@@ -165,12 +174,12 @@ def test_the_stored_bytes_depend_on_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("capability", "matmul", "in_fp8", "said"),
     [
-        ((9, 0), "auto", True, "products in FP8"),
-        ((8, 9), "auto", True, "products in FP8"),
-        ((8, 6), "auto", False, "products in bfloat16: this GPU's compute capability is 8.6, FP8 products need 8.9"),
-        ((9, 0), "dequantized", False, "products in bfloat16: precision.matmul=dequantized"),
-        (None, "auto", False, "products in bfloat16: FP8 products are slower on a CPU"),
-        (None, "fp8", True, "products in FP8"),
+        ((9, 0), "auto", True, r"FP8$"),
+        ((8, 9), "auto", True, r"FP8$"),
+        ((8, 6), "auto", False, r"bfloat16\b.*\b8\.6\b.*\b8\.9\b"),
+        ((9, 0), "dequantized", False, r"bfloat16\b.*precision\.matmul=dequanti[sz]ed"),
+        (None, "auto", False, r"bfloat16\b.*CPU"),
+        (None, "fp8", True, r"FP8$"),
     ],
 )
 def test_products_are_in_fp8_where_they_are_fast_or_asked_for(
@@ -184,21 +193,21 @@ def test_products_are_in_fp8_where_they_are_fast_or_asked_for(
     convert(model, kind, device)
     layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
     assert {(layer.forward_fp8, layer.backward_fp8) for layer in layers} == {(in_fp8, in_fp8)}
-    assert describe(model, kind, device).endswith(said)
-    assert describe(model, kind, device).startswith("22 of 33 linear layers in fp8")
+    assert re.search(rf"\b22\b.*\b33\b.*\bfp8\b.*{said}", describe(model, kind, device))
 
 
 def test_unused_transposed_weights_are_reported() -> None:
     precision = replace(FP8, matmul="auto", cache_transposed_weights=True)
-    unused = "transposed weights would have no effect and are not cached"
-    assert describe(model_in(precision), precision).endswith(unused)
+    unused = describe(model_in(precision), precision)
+    assert unused != describe(model_in(replace(FP8, matmul="auto")), replace(FP8, matmul="auto"))
+    assert "layout" in unused
     used = replace(precision, matmul="fp8")
-    assert unused not in describe(model_in(used), used)
+    assert "layout" not in describe(model_in(used), used)
 
 
 def test_fp8_products_that_a_gpu_does_not_have_are_refused_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "gpu_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match=r"precision.matmul=fp8: this GPU's compute capability is 8.0.*matmul=auto"):
+    with pytest.raises(ValueError, match=r"precision\.matmul=fp8\b.*\b8\.0\b.*matmul=auto"):
         convert(model_in(None), FP8, "cuda")
 
 
@@ -210,7 +219,7 @@ def test_a_backward_in_bf16_and_one_layout_are_what_they_say() -> None:
     model = model_in("fp8_bf16_backward")
     assert set_transposed_cache(model, enabled=True) == 0
     assert not model.single_blocks[0].linear1.cache_transposed_weights
-    assert "in the backward in float32" in describe(model_in("fp8_bf16_backward"), PRECISIONS["fp8_bf16_backward"])
+    assert "float32" in describe(model_in("fp8_bf16_backward"), PRECISIONS["fp8_bf16_backward"])
 
 
 def test_the_second_layout_comes_and_goes() -> None:
@@ -234,7 +243,7 @@ def test_layers_whose_sides_are_no_multiples_of_16_are_stored_in_fp8_and_multipl
     convert(model, FP8)
     odd = {name for name in converted(model) if not model.get_submodule(name).forward_fp8}
     assert odd == {name for name in converted(model) if re.search(r"mlp\.2$|linear2$", name)}
-    assert f"products in FP8, and in float32 for {len(odd)} layers" in describe(model, FP8)
+    assert re.search(rf"FP8\b.*float32\b.*\b{len(odd)} layers", describe(model, FP8))
     assert model(**helpers.transformer_inputs(config)).isfinite().all()
 
 
@@ -385,7 +394,7 @@ def test_an_adapter_is_saved_loaded_and_switched_off_as_on_any_base(name: str, t
     inputs = helpers.transformer_inputs(helpers.TRANSFORMERS["dev"])
     model = model_in(name)
     wrapped = adapters.attach(model, rank=4)
-    with_b = with_adapter(helpers.transformers("dev")[0])
+    with_b = with_adapter(helpers.transformer("dev"))
     for ours, theirs in zip(adapters.adapter_parameters(model), adapters.adapter_parameters(with_b), strict=True):
         ours.data.copy_(theirs)
     predicted, base = model(**inputs), model_in(name)(**inputs)
@@ -412,9 +421,7 @@ def test_an_adapter_is_not_merged_into_a_quantized_base_but_refused(name: str) -
             nn.init.constant_(module.lora_B["default"].weight, 0.01)
     before = model(**inputs)
     kind = PRECISIONS[name].storage
-    with pytest.raises(
-        adapters.AdapterError, match=rf"cannot merge into double_blocks\.0.* {kind} layer.*precision=bf16"
-    ):
+    with pytest.raises(adapters.AdapterError, match=rf"double_blocks\.0\..*\b{kind}\b.*precision=bf16"):
         adapters.merge(model)
     for attempt in (
         wrapped.merge_adapter,
@@ -422,7 +429,7 @@ def test_an_adapter_is_not_merged_into_a_quantized_base_but_refused(name: str) -
         wrapped.merge_and_unload,
         model.single_blocks[0].linear1.merge,
     ):
-        with pytest.raises(ValueError, match=r"cannot be written.*load the model with precision=bf16 or fp32"):
+        with pytest.raises(ValueError, match="precision=bf16 or fp32"):
             attempt()
         assert torch.equal(model(**inputs), before)
 
@@ -433,7 +440,7 @@ def test_a_beginning_that_changes_the_base_is_refused_on_a_quantized_one(name: s
     model = model_in(name)
     before = model.single_blocks[0].linear1.weight.clone()
     config = peft.LoraConfig(r=4, target_modules=[r"single_blocks.0.linear1"], init_lora_weights=start)
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(ValueError, match="precision=bf16 or fp32"):
         peft.inject_adapter_in_model(config, model)
     layer = model.single_blocks[0].linear1
     assert torch.equal((layer.base_layer if isinstance(layer, LoraLayer) else layer).weight + 0, before)
@@ -497,7 +504,7 @@ def test_several_adapters_merge_at_their_scales_and_one_that_is_merged_is_refuse
     assert helpers.relative_error(model(**inputs), predicted) < 1e-5
     other = model_in(None)
     adapters.attach(other, rank=4, targets="single_blocks").merge_adapter()
-    with pytest.raises(adapters.AdapterError, match=r"single_blocks.0.linear1: its adapter is merged already"):
+    with pytest.raises(adapters.AdapterError, match=r"single_blocks\.0\.linear1\b.*merged"):
         adapters.merge(other)
 
 

@@ -1,5 +1,6 @@
 """python -m flux2.serve: the real server in another process, and what it refuses to start with."""
 
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from flux2.weights.sources import TINY_FOLDER, ModelSource
 
 pytest_plugins = ("remote_helpers",)
 
+ROOT = Path(__file__).resolve().parents[3]
 TINY = ModelSource(VARIANTS["tiny"], str(TINY_FOLDER))
 PROMPTS = ["a small red cup", "", "red " * 100]
 
@@ -43,19 +45,20 @@ def test_embeddings_and_identity_are_those_of_this_machine_bit_for_bit(
 
 
 def test_the_server_says_where_it_is_and_asks_for_the_token(real_server: RealServer) -> None:
-    assert real_server.said == f"tiny's text encoder at {real_server.url}, with a token\n"
+    assert re.fullmatch(rf"tiny.* {real_server.url}\b.*\bwith a token\n", real_server.said)
     answer = requests.post(f"{real_server.url}/encode", json={"prompts": ["a"]}, timeout=30)
-    assert (answer.status_code, answer.json()) == (401, {"error": "a bearer token is required"})
+    assert answer.status_code == 401
+    assert "bearer token" in answer.json()["error"]
 
 
 def test_settings_of_the_command_reach_the_encoder_and_sigterm_ends_it_cleanly() -> None:
     server = RealServer("--model", "tiny", "--storage", "int8", "--precision", "bf16", "--max-characters", "5")
-    assert server.said == f"tiny's text encoder at {server.url}, without a token\n"
+    assert re.fullmatch(rf"tiny.* {server.url}\b.*\bwithout a token\n", server.said)
     with requests.Session() as session:  # a connection that stays open does not hold the end up
         answer = session.post(f"{server.url}/encode", json={"prompts": ["a cup"]}, timeout=30)
         refused = session.post(f"{server.url}/encode", json={"prompts": ["a cup!"]}, timeout=30)
         assert server.stop() == (0, "", "")
-    assert refused.json() == {"error": "a prompt has 6 characters, more than 5"}
+    assert re.search(r"\b6 characters.*\b5\b", refused.json()["error"])
     (embedding,) = safetensors.torch.load(answer.content)["embeddings"]
     encoder = load_text_encoder(TINY, dtype=torch.bfloat16, storage="int8")
     assert torch.equal(embedding, encoder.encode(["a cup"])[0])
@@ -81,7 +84,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "::", "myhost"])
 def test_an_address_that_others_reach_needs_a_token(host: str, command: Callable[..., str]) -> None:
-    assert command("--host", host).startswith(f"--host {host} can be reached from other machines: set the environment")
+    assert re.match(rf"--host[= ]{host}\s.*{TOKEN}\b", command("--host", host))
 
 
 @pytest.mark.parametrize("token", ["short", "sixteen signs and spaces", "ümläütümläütümläüt"])
@@ -90,42 +93,43 @@ def test_a_weak_token_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.setenv(TOKEN, token)
     said = command()
-    assert f"{TOKEN} must hold >= 16 ASCII characters, no spaces" in said
+    assert re.search(rf"{TOKEN}\b.*\b16\b.*ASCII", said)
     assert token not in said
 
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(command: Callable[..., str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        assert command("--port", port) == f"--host 127.0.0.1 --port {port}: Address already in use\n"
+        assert re.fullmatch(rf"--host 127\.0\.0\.1 --port {port}\b.*\bin use\b.*\n", command("--port", port))
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--port", "70000"], "--port=70000 must be an integer from 0 to 65535"),
-        (["--batch", "0"], "--batch=0 must be an integer >= 1"),
-        (["--max-body", "-1"], "--max-body=-1 must be an integer >= 1"),
-        (["--path", "/gone"], "'/gone' does not exist"),
-        (["--device", "cuda:7"], "device='cuda:7'"),
+        (["--port", "70000"], r"--port[= ]70000\b.*\b65535\b"),
+        (["--batch", "0"], r"--batch[= ]0\b"),
+        (["--max-body", "-1"], r"--max-body[= ]-1\b"),
+        (["--path", "/gone"], r"'/gone'"),
+        (["--device", "cuda:7"], r"device='?cuda:7"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments: list[str], said: str, command: Callable[..., str]) -> None:
-    assert said in command(*arguments)
+    assert re.search(said, command(*arguments))
 
 
 def test_without_its_libraries_the_command_names_them(
     command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert command() == "uvicorn is not installed: pip install -e '.[serve]'\n"
+    assert re.fullmatch(r"uvicorn\b.*pip install -e '\.\[serve\]'\n", command())
 
 
 def test_the_web_libraries_are_not_needed_for_training() -> None:
     users = [
-        f"{file.parent.name}/{file.name}"
+        str(file.relative_to(ROOT))
         for folder in ("flux2", "data", "train")
-        for file in (Path(serve.__file__).parents[2] / folder).rglob("*.py")
+        for file in (ROOT / folder).rglob("*.py")
         if "import uvicorn" in file.read_text() or "from fastapi" in file.read_text()
     ]
-    assert sorted(users) == ["serve/app.py", "serve/command.py"]
+    assert users
+    assert all(file.startswith("flux2/serv") for file in users), users

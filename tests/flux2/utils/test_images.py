@@ -1,5 +1,6 @@
 """flux2.utils.images: files are read as training reads them, and what cannot be written is known beforehand."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_a_file_gives_the_same_pixels_as_in_training_or_is_refused_by_both(name:
     training = Picture(name, lambda: path.open("rb"))
     if name in REFUSED:
         for act in (training.load, lambda: read_image(path, f"--image {name}")):
-            with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            with pytest.raises(ValueError, match=re.escape(name)):
                 act()
         return
     wanted, ours = training.load(), read_image(path, "--image")
@@ -80,28 +81,30 @@ def test_a_decompression_bomb_is_an_error_in_both(tmp_path: Path, monkeypatch: p
     COLOR.save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for act in (Picture("bomb.png", lambda: path.open("rb")).load, lambda: read_image(path, "--image bomb.png")):
-        with pytest.raises(ValueError, match=r"bomb.png cannot be read .*decompression bomb"):
+        with pytest.raises(ValueError, match=r"bomb\.png\b.*decompression bomb"):
             act()
 
 
 def test_an_error_names_the_file_and_no_stream(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"^--image x cannot be read as an image \(cannot identify image file\)$"):
+    with pytest.raises(
+        ValueError, match=r"--image x\b((?!no\.png|BytesIO|0x).)*cannot identify image file((?!no\.png|BytesIO|0x).)*$"
+    ):
         read_image(tmp_path / "no.png", "--image x")
-    with pytest.raises(ValueError, match="--image y is not a file"):
+    with pytest.raises(ValueError, match=r"--image y\b"):
         read_image(tmp_path, "--image y")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.txt", "must end in an image extension"),
-        ("a", "must end in an image extension"),
-        ("a.psd", "images cannot be saved as .psd, give .png or .jpg"),
-        ("a.xbm", "images cannot be saved as .xbm"),
-        ("a.h5", "images cannot be saved as .h5"),
-        ("folder.png", "is a folder"),
-        ("file/new/a.png", "file is not a folder"),
+        ("a.txt", r"\.png"),
+        ("a", r"\.png"),
+        ("a.psd", r"\.psd\b.*\.png\b"),
+        ("a.xbm", r"\.xbm\b.*\.png\b"),
+        ("a.h5", r"\.h5\b.*\.png\b"),
+        ("folder.png", "folder"),
+        ("file/new/a.png", r"/file\b.*folder"),
     ],
 )
 def test_what_cannot_be_written_is_told_before(name: str, message: str, tmp_path: Path) -> None:
@@ -121,5 +124,5 @@ def test_usual_formats_can_be_written_into_folders_that_are_made_later(name: str
 
 def test_a_place_that_may_not_be_written_to_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)  # as root, nothing is read-only
-    with pytest.raises(ValueError, match="is read-only"):
+    with pytest.raises(ValueError, match=rf"--out\b.*{tmp_path}"):
         check_writable(tmp_path / "a.png", "--out")

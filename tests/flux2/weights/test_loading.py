@@ -3,6 +3,7 @@ error.
 """
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def equal(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_a_folder_with_a_sharded_index_loads(source: ModelSource) -> None:
     kind = source.variant.name.removeprefix("small_")
     assert len(list((Path(source.path) / "transformer").glob("*.safetensors"))) > 3, "the test needs shards"
-    assert equal(load_transformer(source).state_dict(), helpers.transformers(kind)[0].state_dict())
+    assert equal(load_transformer(source).state_dict(), helpers.transformer(kind).state_dict())
 
 
 def test_a_folder_with_one_file_loads(copied: Path) -> None:
@@ -55,12 +56,12 @@ def test_a_folder_with_one_file_loads(copied: Path) -> None:
         shard.unlink()
     save_file(whole, copied / "transformer" / "diffusion_pytorch_model.safetensors")
     loaded = load_transformer(ModelSource(DEV, str(copied)))
-    assert equal(loaded.state_dict(), helpers.transformers("dev")[0].state_dict())
+    assert equal(loaded.state_dict(), helpers.transformer("dev").state_dict())
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_a_single_file_with_black_forest_labs_names_loads(prefix: str, tmp_path: Path) -> None:
-    state = helpers.transformers("dev")[0].state_dict()
+    state = helpers.transformer("dev").state_dict()
     others = {"vae.decoder.conv_in.weight": torch.zeros(2)} if prefix else {}  # ComfyUI's checkpoints hold all parts
     save_file({prefix + name: tensor for name, tensor in state.items()} | others, tmp_path / "flux.safetensors")
     assert equal(load_transformer(ModelSource(DEV, str(tmp_path / "flux.safetensors"))).state_dict(), state)
@@ -95,7 +96,7 @@ def test_a_loaded_model_is_frozen_in_evaluation_mode_and_in_the_dtype_asked_for(
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not [parameter for parameter in model.parameters() if parameter.requires_grad]
-    wanted = helpers.transformers("dev")[0].state_dict()
+    wanted = helpers.transformer("dev").state_dict()
     assert equal(model.state_dict(), {name: tensor.bfloat16() for name, tensor in wanted.items()})
 
 
@@ -113,7 +114,7 @@ def test_a_model_is_looked_for_in_its_repository_unless_a_path_is_given() -> Non
     assert model_source("dev").path == "black-forest-labs/FLUX.2-dev"
     assert model_source("dev", "/models/dev").path == "/models/dev"
     assert model_source("tiny").path == str(TINY_FOLDER)
-    with pytest.raises(ValueError, match=r"model.autoencoder=3 must be a repository id, a folder or a file"):
+    with pytest.raises(ValueError, match=r"model\.autoencoder=3\b"):
         model_source("dev", autoencoder=3)  # type: ignore[arg-type]
 
 
@@ -198,12 +199,12 @@ def test_a_module_that_stores_its_weight_itself_is_given_it(halved: Transformer,
 
 
 def test_a_module_that_stores_its_weight_itself_needs_it_in_its_shape(halved: Transformer, tmp_path: Path) -> None:
-    state = helpers.transformers("dev")[0].state_dict()
+    state = helpers.transformer("dev").state_dict()
     state["single_blocks.0.linear2.weight"] = torch.zeros(2, 3)
     del state["single_blocks.1.linear2.weight"]
     save_file(state, tmp_path / "flux.safetensors")
     published = {name: PublishedTensor((name,)) for name in weights.expected_shapes(halved)}
-    with pytest.raises(WeightsError, match=r"1 missing: single_blocks.1.linear2.weight; 1 misshaped: single_blocks.0"):
+    with pytest.raises(WeightsError, match=r"missing: single_blocks\.1\.linear2\.weight.*misshaped: single_blocks\.0"):
         weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model")
 
 
@@ -211,7 +212,7 @@ def test_a_module_that_stores_its_weight_itself_needs_it_in_its_shape(halved: Tr
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_one_error_that_lists_them(tmp_path: Path) -> None:
-    state = helpers.transformers("dev")[0].state_dict()
+    state = helpers.transformer("dev").state_dict()
     state["img_in.weight"] = torch.zeros(3, 5)
     state["extra.weight"] = torch.zeros(1)
     del state["single_blocks.1.linear2.weight"]
@@ -219,14 +220,14 @@ def test_missing_unexpected_and_misshaped_tensors_are_one_error_that_lists_them(
     with pytest.raises(WeightsError) as error:
         load_transformer(ModelSource(DEV, str(tmp_path / "flux.safetensors")))
     message = str(error.value)
-    assert "flux.safetensors does not hold the transformer of small_dev" in message
-    assert "1 missing: single_blocks.1.linear2.weight" in message
-    assert "1 unexpected: extra.weight" in message
-    assert "1 misshaped: img_in.weight (3, 5) instead of (48, 128)" in message
+    assert re.search(r"/flux\.safetensors\b.*small_dev\b", message)
+    assert re.search(r"\b1 missing: single_blocks\.1\.linear2\.weight\b", message)
+    assert re.search(r"\b1 unexpected: extra\.weight\b", message)
+    assert re.search(r"\b1 misshaped: img_in\.weight \(3, 5\).*\(48, 128\)", message)
 
 
 def test_the_file_of_another_model_is_an_error_that_is_not_endless(model_folders: Callable[[str], Path]) -> None:
-    with pytest.raises(WeightsError, match=r"missing: .* and \d+ more") as error:
+    with pytest.raises(WeightsError, match=r"missing: .*\b\d+ more") as error:
         load_transformer(ModelSource(DEV, str(model_folders("klein"))))
     assert len(str(error.value)) < 2500
 
@@ -234,7 +235,7 @@ def test_the_file_of_another_model_is_an_error_that_is_not_endless(model_folders
 def test_a_truncated_file_is_named(copied: Path) -> None:
     shard = sorted((copied / "transformer").glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=rf"{shard.name} cannot be read .* damaged or its download is incomplete"):
+    with pytest.raises(WeightsError, match=rf"{shard.name}\b.*incomplete"):
         load_transformer(ModelSource(DEV, str(copied)))
 
 
@@ -242,35 +243,35 @@ def test_a_file_that_changes_while_the_model_is_filled_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "flux.safetensors"
-    save_file(helpers.transformers("klein")[0].state_dict(), file)
+    save_file(helpers.transformer("klein").state_dict(), file)
     read = weights.run_tasks
 
     def write_meanwhile(*arguments: Any) -> None:
         read(*arguments)
         file.write_bytes(file.read_bytes() + b"more")
 
-    monkeypatch.setattr(weights, "run_tasks", write_meanwhile)
-    with pytest.raises(WeightsError, match=r"flux.safetensors was changed while it was read"):
+    monkeypatch.setattr(weights, "run", write_meanwhile)
+    with pytest.raises(WeightsError, match=r"/flux\.safetensors\b.*change"):
         load_transformer(ModelSource(helpers.VARIANTS["klein"], str(file)))
 
 
 def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
     (tmp_path / "flux.safetensors").write_text("<html>404</html>")
-    with pytest.raises(WeightsError, match=r"flux.safetensors cannot be read"):
+    with pytest.raises(WeightsError, match=r"/flux\.safetensors\b"):
         load_transformer(ModelSource(DEV, str(tmp_path / "flux.safetensors")))
 
 
 def test_a_shard_that_the_index_names_and_that_is_absent_is_named(copied: Path) -> None:
     shard = sorted((copied / "transformer").glob("*.safetensors"))[2]
     shard.unlink()
-    with pytest.raises(WeightsError, match=rf"index names files that do not exist: {shard.name}"):
+    with pytest.raises(WeightsError, match=rf"index.*{shard.name}"):
         load_transformer(ModelSource(DEV, str(copied)))
 
 
 def test_a_damaged_index_is_named(copied: Path) -> None:
     (index,) = (copied / "transformer").glob("*.index.json")
     index.write_text("{")
-    with pytest.raises(WeightsError, match=rf"{index.name} is not an index of shards"):
+    with pytest.raises(WeightsError, match=rf"{index.name}\b"):
         load_transformer(ModelSource(DEV, str(copied)))
 
 
@@ -280,15 +281,15 @@ def test_shards_that_the_index_does_not_name_are_not_read(copied: Path) -> None:
     stale = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     save_file(stale, copied / "transformer" / "zz.safetensors")
     loaded = load_transformer(ModelSource(DEV, str(copied)))
-    assert equal(loaded.state_dict(), helpers.transformers("dev")[0].state_dict())
+    assert equal(loaded.state_dict(), helpers.transformer("dev").state_dict())
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (ModelSource(DEV, "/nowhere/at/all"), "model.path='/nowhere/at/all' does not exist. Give a repository id"),
-        (ModelSource(DEV, "FLUX.2-dev"), "model.path='FLUX.2-dev' does not exist. Give a repository id"),
-        (ModelSource(DEV, "gone/flux.safetensors"), "model.path='gone/flux.safetensors' does not exist"),
+        (ModelSource(DEV, "/nowhere/at/all"), r"model\.path='/nowhere/at/all'"),
+        (ModelSource(DEV, "FLUX.2-dev"), r"model\.path='FLUX\.2-dev'.*repository"),
+        (ModelSource(DEV, "gone/flux.safetensors"), r"model\.path='gone/flux\.safetensors'"),
     ],
 )
 def test_a_missing_place_is_named(source: ModelSource, message: str) -> None:
@@ -298,21 +299,19 @@ def test_a_missing_place_is_named(source: ModelSource, message: str) -> None:
 
 def test_a_missing_place_of_another_part_is_named_by_its_own_setting(model_folders: Callable[[str], Path]) -> None:
     folder = str(model_folders("dev"))
-    with pytest.raises(WeightsError, match=r"model.autoencoder='gone.safetensors' does not exist"):
+    with pytest.raises(WeightsError, match=r"model\.autoencoder='gone\.safetensors'"):
         load_autoencoder(ModelSource(DEV, folder, autoencoder="gone.safetensors"))
-    with pytest.raises(WeightsError, match=r"model.text_encoder='./gone' does not exist"):
+    with pytest.raises(WeightsError, match=r"model\.text_encoder='\./gone'"):
         weights.load_text_encoder(ModelSource(DEV, folder, text_encoder="./gone"))
-    with pytest.raises(WeightsError, match=r"model.text_encoder='a.safetensors' must be a repository id or a folder"):
+    with pytest.raises(WeightsError, match=r"model\.text_encoder='a\.safetensors'.*folder"):
         weights.load_text_encoder(ModelSource(DEV, folder, text_encoder="a.safetensors"))
 
 
 def test_a_folder_in_another_layout_is_an_error_that_names_the_right_one(tmp_path: Path) -> None:
-    with pytest.raises(
-        WeightsError, match=r"in the published layout \(transformer/, vae/, text_encoder/, tokenizer/\)"
-    ):
+    with pytest.raises(WeightsError, match=rf"{tmp_path}\b.*transformer/, vae/, text_encoder/, tokenizer/"):
         load_transformer(ModelSource(DEV, str(tmp_path)))
     (tmp_path / "transformer").mkdir()
-    with pytest.raises(WeightsError, match=r"transformer holds no .safetensors file"):
+    with pytest.raises(WeightsError, match=r"/transformer\b.*\.safetensors"):
         load_transformer(ModelSource(DEV, str(tmp_path)))
 
 
@@ -341,14 +340,14 @@ def test_a_repository_downloads_only_the_part_that_is_needed(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     model = load_transformer(ModelSource(DEV, "someone/model"))
     assert asked == [("someone/model", ["transformer/*"])]
-    assert equal(model.state_dict(), helpers.transformers("dev")[0].state_dict())
+    assert equal(model.state_dict(), helpers.transformer("dev").state_dict())
 
 
 def test_a_repository_that_cannot_be_reached_is_an_error_that_says_how_to_give_a_local_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError, match=r"someone/absent could not be reached .* model.path=/path/to/FLUX.2"):
+    with pytest.raises(WeightsError, match=r"someone/absent\b.*model\.path="):
         load_transformer(ModelSource(DEV, "someone/absent"))
 
 
@@ -356,16 +355,16 @@ def test_an_incomplete_cache_is_an_error_and_not_a_missing_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(WeightsError, match=r"someone/half has no transformer/, or it is not in the local cache"):
+    with pytest.raises(WeightsError, match=r"someone/half\b.*transformer/.*model\.path="):
         load_transformer(ModelSource(DEV, "someone/half"))
 
 
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (hub_errors.GatedRepoError, ["is gated", "accept the license", "hf auth login"]),
-        (hub_errors.RepositoryNotFoundError, ["was not found", "Check the name", "hf auth login"]),
-        (hub_errors.HfHubHTTPError, ["could not be reached", "model.path=/path/to/FLUX.2"]),
+        (hub_errors.GatedRepoError, ["gated", "https://huggingface.co/black-forest-labs/FLUX.2-dev", "hf auth login"]),
+        (hub_errors.RepositoryNotFoundError, ["hf auth login"]),
+        (hub_errors.HfHubHTTPError, ["model.path="]),
     ],
 )
 def test_the_hubs_refusals_say_what_to_do(kind: type, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +416,7 @@ def test_a_fingerprint_changes_with_the_configuration_beside_the_weights(copied:
 
 
 def test_the_fingerprint_of_a_single_file_changes_with_its_weights_and_not_with_its_folder(tmp_path: Path) -> None:
-    state = helpers.transformers("klein")[0].state_dict()
+    state = helpers.transformer("klein").state_dict()
     prints = []
     for place, value in (("a", 0.0), ("b", 0.0), ("c", 1.0)):
         (tmp_path / place).mkdir()
@@ -425,7 +424,7 @@ def test_the_fingerprint_of_a_single_file_changes_with_its_weights_and_not_with_
         save_file(state, tmp_path / place / "flux.safetensors")
         prints.append(fingerprint(ModelSource(DEV, str(tmp_path / place / "flux.safetensors")), "transformer"))
     assert prints[0] == prints[1] != prints[2]
-    with pytest.raises(WeightsError, match="does not exist"):
+    with pytest.raises(WeightsError, match=r"/gone\.safetensors\b"):
         fingerprint(ModelSource(DEV, str(tmp_path / "gone.safetensors")), "transformer")
 
 

@@ -1,6 +1,7 @@
 """flux2.weights.prequantized: what is quantized in its file already is taken over bit for bit where it can be."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,11 +114,8 @@ def test_four_bits_in_diffusers_names_are_taken_over_bit_for_bit(load: Load) -> 
     parts = [stored[f"transformer_blocks.0.attn.add_{part}_proj.weight"] for part in "qkv"]
     assert torch.equal(fused.qweight, torch.cat(parts))
     assert not fused.nested  # each part's scales have an offset of their own
-    assert said == [f"{tmp_file(said)} is quantized: 10 layers keep the stored format, 11 tensors are dequantized"]
-
-
-def tmp_file(said: list[str]) -> str:
-    return said[0].partition(" is quantized")[0]
+    (line,) = said
+    assert re.search(r"/flux\.safetensors\b.*\b10 layers\b.*\b11 tensors\b.*dequanti[sz]ed", line)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -185,7 +183,7 @@ def test_parts_in_different_forms_are_joined_as_floats(load: Load) -> None:
 @pytest.mark.parametrize(
     ("suffix", "told"),
     [
-        (".quant_state.bitsandbytes__nf4", "is in 4 bits, but not in NF4.* there is no quant_state"),
+        (".quant_state.bitsandbytes__nf4", "4 bits.*NF4.*quant_state"),
         (".quant_map", "quant_map"),
         (".nested_absmax", "nested_absmax"),
     ],
@@ -194,16 +192,16 @@ def test_a_4_bit_weight_that_is_not_whole_is_named(suffix: str, told: str, load:
     stored, _ = in_four_bits(weights())
     name = "single_blocks.0.linear2.weight"
     del stored[name + suffix]
-    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} .*{told}"):
+    with pytest.raises(WeightsError, match=rf"/flux\.safetensors: {name}\b.*{told}"):
         load(stored, NF4)
 
 
 @pytest.mark.parametrize(
     ("suffix", "change", "told"),
     [
-        ("absmax", lambda old: old.float(), "absmax is in torch.float32 instead of torch.uint8"),
-        ("nested_absmax", lambda old: old.half(), "nested_absmax is in torch.float16 instead of torch.float32"),
-        ("nested_absmax", lambda old: old * float("nan"), "a scale of a 4-bit weight is not finite"),
+        ("absmax", lambda old: old.float(), r"absmax\b.*torch\.float32.*torch\.uint8"),
+        ("nested_absmax", lambda old: old.half(), r"nested_absmax\b.*torch\.float16.*torch\.float32"),
+        ("nested_absmax", lambda old: old * float("nan"), "scale.*finite"),
     ],
 )
 def test_scales_of_4_bits_that_are_others_are_named(
@@ -212,13 +210,13 @@ def test_scales_of_4_bits_that_are_others_are_named(
     stored, _ = in_four_bits(weights())
     name = "single_blocks.0.linear2.weight"
     stored[f"{name}.{suffix}"] = change(stored[f"{name}.{suffix}"])
-    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} cannot be read: .*{told}"):
+    with pytest.raises(WeightsError, match=rf"/flux\.safetensors: {name}\b.*{told}"):
         load(stored, NF4)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "told"),
-    [("dtype", "foo", "cannot be used"), ("nested_dtype", "foo", "cannot be used"), ("shape", "x", "does not hold")],
+    [("dtype", "foo", "foo"), ("nested_dtype", "foo", "foo"), ("shape", "x", "shape")],
 )
 def test_a_description_of_4_bits_that_cannot_be_is_named(key: str, value: str, told: str, load: Load) -> None:
     stored, _ = in_four_bits(weights())
@@ -226,7 +224,7 @@ def test_a_description_of_4_bits_that_cannot_be_is_named(key: str, value: str, t
     state = f"{name}.quant_state.bitsandbytes__nf4"
     content = json.loads(bytes(stored[state].tolist())) | {key: value}
     stored[state] = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
-    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name}.*{told}"):
+    with pytest.raises(WeightsError, match=rf"/flux\.safetensors: {name}.*{told}"):
         load(stored, NF4)
 
 
@@ -234,18 +232,18 @@ def test_another_kind_of_4_bits_is_named(load: Load) -> None:
     stored, _ = in_four_bits(weights())
     name = "single_blocks.0.linear2.weight"
     stored[f"{name}.quant_state.bitsandbytes__fp4"] = stored.pop(f"{name}.quant_state.bitsandbytes__nf4")
-    with pytest.raises(WeightsError, match=rf"{name} is in 4 bits.* there is bitsandbytes__fp4"):
+    with pytest.raises(WeightsError, match=rf"{name}\b.*4 bits.*bitsandbytes__fp4"):
         load(stored, NF4)
 
 
 def test_a_4_bit_weight_of_another_shape_is_misshaped(load: Load) -> None:
     state = weights()
     state["single_blocks.0.linear2.weight"] = torch.randn(64, 128)
-    with pytest.raises(WeightsError, match=r"1 misshaped: single_blocks.0.linear2.weight \(64, 128\) instead of"):
+    with pytest.raises(WeightsError, match=r"\b1 misshaped: single_blocks\.0\.linear2\.weight \(64, 128\)"):
         load(in_four_bits(state)[0], NF4)
     stored, _ = in_four_bits(weights())
     stored["single_blocks.0.linear2.weight.quant_state.bitsandbytes__nf4"] = torch.zeros(9, dtype=torch.uint8)
-    with pytest.raises(WeightsError, match=r"quant_state.bitsandbytes__nf4 does not hold the shape"):
+    with pytest.raises(WeightsError, match=r"quant_state\.bitsandbytes__nf4\b.*shape"):
         load(stored, NF4)
 
 
@@ -312,9 +310,9 @@ def test_fp8_with_a_scale_a_tensor_is_taken_over(spelling: str, inputs: str | No
     layer = model.get_submodule("double_blocks.0.img_attn.qkv")
     assert torch.equal(layer.qweight.view(torch.float8_e4m3fn), stored["double_blocks.0.img_attn.qkv.weight"])
     assert layer.scale.view(torch.float32) == stored[f"double_blocks.0.img_attn.qkv.{spelling}"]
-    assert len(said) == 1
-    assert "10 layers keep the stored format" in said[0]
-    assert ("10 input scales are not used" in said[0]) == (inputs is not None)
+    (line,) = said
+    assert "10 layers" in line
+    assert ("10 scales" in line) == (inputs is not None)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["one a tensor", "one a row"])
@@ -326,8 +324,8 @@ def test_fp8_in_diffusers_names_is_taken_over_with_a_scale_a_row_where_they_diff
     stored, meant = in_eight_bits(published(state), spelling, rows=rows)
     said: list[str] = []
     model = load(stored, FP8, say=said.append)
-    assert "10 layers keep the stored format" in said[0]
-    assert "dequantized" not in said[0]
+    assert "10 layers" in said[0]
+    assert not re.search(r"dequanti[sz]ed", said[0])
     wanted = joined(meant, state)
     check_equal(model, wanted)
     fused = model.get_submodule("double_blocks.0.img_attn.qkv")
@@ -349,7 +347,7 @@ def test_fp8_in_diffusers_names_is_taken_over_with_a_scale_a_row_where_they_diff
 def test_a_scale_that_is_none_is_named(scale: float, load: Load) -> None:
     stored, _ = in_eight_bits(weights(), "weight_scale")
     stored["single_blocks.0.linear2.weight_scale"] = torch.tensor(scale)
-    with pytest.raises(WeightsError, match=r"single_blocks.0.linear2.weight cannot be read: a scale is zero, negative"):
+    with pytest.raises(WeightsError, match=r"single_blocks\.0\.linear2\.weight\b.*scale.*(zero|negative|finite)"):
         load(stored, FP8)
 
 
@@ -360,11 +358,11 @@ def test_weights_that_are_no_numbers_or_of_an_unusual_dtype(precision: Precision
     assert torch.equal(
         in_float64.get_submodule(name[:-7]).qweight, load(state, precision).get_submodule(name[:-7]).qweight
     )
-    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} has dtype torch.int32, not a float"):
+    with pytest.raises(WeightsError, match=rf"/flux\.safetensors: {name}\b.*torch\.int32\b"):
         load(state | {name: state[name].int()}, precision)
     broken = state[name].clone()
     broken[3, 5] = float("nan")
-    with pytest.raises(WeightsError, match=rf"flux.safetensors: {name} cannot be used: .* not finite"):
+    with pytest.raises(WeightsError, match=rf"/flux\.safetensors: {name}\b.*finite"):
         load(state | {name: broken}, precision)
 
 
@@ -407,13 +405,13 @@ def test_fp8_without_scales_is_what_it_says(load: Load) -> None:
 def test_a_scale_of_another_shape_is_named(load: Load) -> None:
     stored, _ = in_eight_bits(weights(), "weight_scale")
     stored["single_blocks.0.linear1.weight_scale"] = torch.ones(3)
-    with pytest.raises(WeightsError, match=r"single_blocks.0.linear1.weight of shape .* has a scale of shape \(3,\)"):
+    with pytest.raises(WeightsError, match=r"single_blocks\.0\.linear1\.weight\b.*scale.*\(3,\)"):
         load(stored, FP8)
 
 
 def test_scales_of_weights_that_are_not_in_fp8_are_unexpected(load: Load) -> None:
     state = weights() | {"single_blocks.0.linear1.weight_scale": torch.ones(1)}
-    with pytest.raises(WeightsError, match=r"1 unexpected: single_blocks.0.linear1.weight_scale"):
+    with pytest.raises(WeightsError, match=r"\b1 unexpected: single_blocks\.0\.linear1\.weight_scale"):
         load(state)
 
 

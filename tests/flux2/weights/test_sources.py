@@ -1,5 +1,6 @@
 """flux2.weights.sources: a part's fingerprint is that of its files, or what is remembered where they are gone."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -32,12 +33,11 @@ def test_a_fingerprint_is_remembered_for_when_the_files_are_gone(
     (folder / "text_encoder" / "model.safetensors").unlink()  # what is left is no encoder
     later = remembering(tmp_path / "known.json", str(folder))
     assert {part: fingerprint(later, part) for part in found} == found
-    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
-        f"using the cached results of the last known {part} of {folder}" for part in found
-    ]
-    with pytest.raises(WeightsError, match="there is no folder"):
+    for record, part in zip(caplog.records, found, strict=True):
+        assert re.search(rf"\b{part}\b.* {folder}\b", record.getMessage())
+    with pytest.raises(WeightsError, match=rf"{folder}/vae\b"):
         fingerprint(model_source("tiny", str(folder)), "vae")
-    with pytest.raises(WeightsError, match=r"holds no \.safetensors file"):
+    with pytest.raises(WeightsError, match=rf"{folder}/text_encoder\b.*\.safetensors"):
         fingerprint(model_source("tiny", str(folder)), "text_encoder")
 
 
@@ -73,7 +73,7 @@ def test_what_is_known_of_a_repository_is_not_downloaded_for_it(tmp_path: Path, 
 def test_a_damaged_memory_is_told(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "known.json").write_text(content)
     assert Fingerprints(tmp_path / "known.json").get("vae of x") is None
-    assert "fingerprints are computed from the model's files" in caplog.text
+    assert str(tmp_path / "known.json") in caplog.text
 
 
 def test_nothing_new_writes_nothing_and_without_a_file_nothing_is_known(tmp_path: Path) -> None:
