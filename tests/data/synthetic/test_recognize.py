@@ -24,7 +24,7 @@ def drawings(request, monkeypatch):
         yield [*new_drawings(), *all_drawings()[::37]]
         return
     recognition._lineup.cache_clear()
-    monkeypatch.setattr(recognize, "all_drawings", lambda: ALIKE)
+    monkeypatch.setattr(recognition, "all_drawings", lambda: ALIKE)
     yield ALIKE[::5]
     recognition._lineup.cache_clear()
 
