@@ -191,7 +191,7 @@ def test_progress_is_called_once_a_step(pipe: Pipeline) -> None:
         ({"steps": "4"}, "steps='4' must be an integer"),
         ({"guidance": float("nan")}, "guidance=nan must be a finite number"),
         ({"guidance": "4"}, "guidance='4' must be a number"),
-        ({"length": 0}, "length=0 must be an integer >= 1"),
+        ({"length": 0}, "length=0 must be an integer from 1"),
         ({"length": 2.5}, "length=2.5 must be an integer"),
         ({"batch_size": 0}, "batch_size=0 must be an integer >= 1"),
     ],
@@ -222,7 +222,7 @@ def test_prompts_to_encode_are_checked(pipe: Pipeline) -> None:
     assert pipe.encode("a cup").shape[0] == 1
     with pytest.raises(ValueError, match="prompts is an empty list"):
         pipe.encode([])
-    with pytest.raises(ValueError, match="length=0 must be an integer >= 1"):
+    with pytest.raises(ValueError, match="length=0 must be an integer from 1"):
         pipe.encode(["a cup"], length=0)
 
 
