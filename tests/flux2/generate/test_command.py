@@ -507,7 +507,7 @@ def test_a_file_of_prompts_makes_what_its_lines_say(
         ("", "has no lines"),
         ('{"prompt": "a"}\nnonsense', "line 2: "),
         ('["a"]', "line 1: ['a'] is no object"),
-        ('{"seed": 1}', "line 1: prompt=None must be a string"),
+        ('{"seed": 1}', "line 1: prompt=None must be a text"),
         ("[" * 100_000, "line 1: maximum recursion depth exceeded"),
         ('{"prompt": "a", "color": "red"}', "line 1: 'color' is not known; known are prompt, out, seed"),
         ('{"prompt": "a", "steps": 0}', "line 1: steps=0 must be an integer from 1"),
