@@ -166,7 +166,7 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
         (["--height", "0"], "height=0 must be at least 16"),
         (["--image", "small.png"] * 11, "11 references are given, and FLUX.2 takes at most 10: leave some out"),
         (["--steps", "0"], "steps=0 must be at least 1"),
-        (["--count", "0"], "--count 0 must be at least 1"),
+        (["--count", "0"], "--count 0 must be an integer from 1"),
         (["--device", "cuda"], "sees no CUDA GPU here. Use device=cpu"),
         (["--device", "gpu"], "device='gpu' is not a device"),
         (["--out", "cup.txt"], "--out cup.txt must end in a picture's extension"),
