@@ -273,7 +273,7 @@ def test_a_dora_is_no_pair_for_comfyui_and_kohya_and_its_diffusers_file_loads_he
     model = base()
     assert adapters.load(model, tmp_path / DIFFUSERS_FILE).kind == "DoRA"
     assert helpers.relative_error(predict(model), predict(wrapped)) <= 1e-6
-    assert "diffusers; `python -m flux2.export" in format_notes(tmp_path)
+    assert "diffusers read a DoRA; `python -m flux2.export" in format_notes(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "loha", "lokr"])

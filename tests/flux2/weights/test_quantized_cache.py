@@ -110,7 +110,7 @@ def test_the_second_load_reads_the_copy_and_is_the_same_bit_for_bit(
     written = re.match(r"writing a quantized copy of ([\d.]+) MB to (\S+) \(", place.said[0])
     assert written is not None
     assert written[2] == str(place.copies[0])
-    assert float(written[1]) == pytest.approx(size, rel=0.05)
+    assert float(written[1]) == pytest.approx(size, abs=0.1)  # without the header, rounded
     no_source()
     second = place.load(precision)
     assert place.said == [f"read from the quantized copy {place.copies[0]}"]
