@@ -82,7 +82,7 @@ class SavedPrompts:
         expected = [self.length, variant.transformer.text_width]
         if wrong := [shape for shape in shapes if shape != expected]:
             raise ValueError(
-                f"embeddings={str(file)!r} cannot be used: an embedding has shape {wrong[0]} instead of {expected}. "
+                f"embeddings={str(file)!r} cannot be used (an embedding has shape {wrong[0]}, not {expected}). "
                 "Write the file again"
             )
 
