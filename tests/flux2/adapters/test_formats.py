@@ -141,7 +141,7 @@ def comfy_pair(layer: str = QKV) -> dict[str, Tensor]:
         (comfy_pair() | to_diffusers(random_pairs(layers=["img_in"])), r"formats.*\(ComfyUI\).*\(diffusers\)"),
         (
             comfy_pair() | {f"diffusion_model.{QKV}.lora_up.weight": torch.zeros(144, 3)},
-            r"lora_up\.weight\b.*lora_B\b.*double_blocks\.1\.img_attn\.qkv\b.*twice",
+            r"lora_up\.weight\b.*lora_B\b.*double_blocks\.1\.img_attn\.qkv\b",
         ),
         (
             comfy_pair() | {f"diffusion_model.{QKV}.lora_magnitude_vector": torch.ones(5)},
@@ -150,7 +150,7 @@ def comfy_pair(layer: str = QKV) -> dict[str, Tensor]:
         (
             to_diffusers(random_pairs(layers=[QKV]))
             | {"transformer.transformer_blocks.1.attn.to_q.lora_magnitude_vector": torch.ones(48)},
-            r"DoRA.*transformer_blocks\.1\.attn\.to_q\b.*to_k",
+            r"transformer_blocks\.1\.attn\.to_q\b.*DoRA.*to_k",
         ),
         (
             comfy_pair() | comfy_pair("img_in") | {f"diffusion_model.{QKV}.lora_magnitude_vector": torch.ones(144)},

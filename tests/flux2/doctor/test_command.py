@@ -67,7 +67,7 @@ def test_folders_are_counted_and_a_home_is_not_named(tmp_path, monkeypatch) -> N
     monkeypatch.setenv("FLUX2_CACHE", str(copies))
     found = dict(doctor.folders())
     (copied,) = [text for name, text in found.items() if "copies" in name]
-    assert re.match(r"~/copies\b.*\b1 files?\b.*0\.02 GB", copied)
+    assert re.match(r"~/copies\b.*\b1 files?\b.*20\.0 MB", copied)
     assert "GB" not in doctor.size(tmp_path / "nothing")
 
 
@@ -84,7 +84,7 @@ def test_a_gpu_is_described(capability, words, monkeypatch) -> None:
     name, text = next(doctor.devices())
     assert name == "GPU 0"
     assert "NVIDIA H200" in text
-    assert "139.0 of 141.0 GB" in text
+    assert "139.00 GB of 141.00 GB" in text
     assert words in text
 
 

@@ -64,7 +64,7 @@ def test_without_diffusers_it_says_that_nothing_was_compared(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "diffusers", None)
     (finding,) = selftest.selftest()
     assert finding.passed is None
-    assert "diffusers" in finding.said
+    assert "diffusers" in finding.detail
 
 
 def test_a_diffusers_without_flux2_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def test_a_diffusers_without_flux2_is_no_failure(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "diffusers", old)
     (finding,) = selftest.selftest()
     assert finding.passed is None
-    assert re.search(r"diffusers 0\.30\b.*FLUX\.2", finding.said)
+    assert re.search(r"diffusers 0\.30\b.*FLUX\.2", finding.detail)
 
 
 def test_a_comparison_that_breaks_is_named_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_a_comparison_that_breaks_is_named_and_the_others_go_on(monkeypatch: pyt
     monkeypatch.setattr(selftest, "CHECKS", {"one": broken, "system message": selftest.system_message})
     one, other = selftest.selftest()
     assert one.passed is None
-    assert "TypeError: a function was renamed" in one.said
+    assert "TypeError: a function was renamed" in one.detail
     assert other.passed is True
 
 

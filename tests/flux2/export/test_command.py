@@ -552,7 +552,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     usage = argparse.Namespace(free=streaming_writer.SPARE + 1000)
     monkeypatch.setattr(streaming_writer.shutil, "disk_usage", lambda place: usage)
     assert command(saved("lora"), "--format", form, "--out", out) == 2
-    assert re.search(r"error: --out \S+.* 0\.\d\d GB.* 0\.07 GB", capsys.readouterr().err)
+    assert re.search(r"error: --out \S+.* \d\.\d MB.* 67\.1 MB", capsys.readouterr().err)
     assert not (tmp_path / "o").exists()
 
 

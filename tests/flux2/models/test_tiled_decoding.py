@@ -56,7 +56,7 @@ def test_what_is_computed_at_once_is_a_stripe(monkeypatch: pytest.MonkeyPatch) -
 
 def test_several_pictures_are_refused() -> None:
     model, _ = helpers.autoencoders()
-    with pytest.raises(ValueError, match=r"\b2 pictures\b"):
+    with pytest.raises(ValueError, match=r"\b2 images\b"):
         tiled_decoding.decode(model, latents(2, 2).expand(2, -1, -1, -1))
 
 

@@ -200,9 +200,9 @@ def test_unused_transposed_weights_are_reported() -> None:
     precision = replace(FP8, matmul="auto", cache_transposed_weights=True)
     unused = describe(model_in(precision), precision)
     assert unused != describe(model_in(replace(FP8, matmul="auto")), replace(FP8, matmul="auto"))
-    assert "layout" in unused
+    assert "transposed" in unused
     used = replace(precision, matmul="fp8")
-    assert "layout" not in describe(model_in(used), used)
+    assert "transposed" not in describe(model_in(used), used)
 
 
 def test_fp8_products_that_a_gpu_does_not_have_are_refused_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

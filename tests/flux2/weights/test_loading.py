@@ -250,7 +250,7 @@ def test_a_file_that_changes_while_the_model_is_filled_is_named(
         read(*arguments)
         file.write_bytes(file.read_bytes() + b"more")
 
-    monkeypatch.setattr(weights, "run", write_meanwhile)
+    monkeypatch.setattr(weights, "run_tasks", write_meanwhile)
     with pytest.raises(WeightsError, match=r"/flux\.safetensors\b.*change"):
         load_transformer(ModelSource(helpers.VARIANTS["klein"], str(file)))
 

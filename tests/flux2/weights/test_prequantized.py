@@ -312,7 +312,7 @@ def test_fp8_with_a_scale_a_tensor_is_taken_over(spelling: str, inputs: str | No
     assert layer.scale.view(torch.float32) == stored[f"double_blocks.0.img_attn.qkv.{spelling}"]
     (line,) = said
     assert "10 layers" in line
-    assert ("10 scales" in line) == (inputs is not None)
+    assert ("10 input scales" in line) == (inputs is not None)
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["one a tensor", "one a row"])
