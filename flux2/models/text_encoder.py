@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from flux2.layers.selection import linear_names
 from flux2.models.variants import TextConfig
 from flux2.quantization.int8 import Int8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Storage = Literal["nf4", "int8"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
@@ -63,6 +65,8 @@ def tokenize(
 
 def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
     """The language model of a published `text_encoder/config.json`, cut behind the last layer that is read."""
+    from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model  # takes two seconds
+
     values = dict(config.get("text_config", config))
     layers = max(text.layers)
     if values["num_hidden_layers"] < layers:
@@ -147,6 +151,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     image libraries, and are only needed to put pictures into the text encoder's own prompt. Raises ValueError if it is
     not there or has no chat template.
     """
+    from transformers import PreTrainedTokenizerFast
+
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} holds no tokenizer.json")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

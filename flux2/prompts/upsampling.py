@@ -16,18 +16,11 @@ import json
 import logging
 from collections.abc import Sequence
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
 from flux2.models.text_encoder import load_tokenizer, quantize
 from flux2.models.variants import Variant
@@ -37,6 +30,9 @@ from flux2.weights.key_names import Published
 from flux2.weights.loading import fill, language_prefix, rebuild_rotary, taken
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
 from flux2.weights.sources import ModelSource, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEMPERATURE = 0.15
 NEW_TOKENS = 512
@@ -186,6 +182,8 @@ def load_upsampler(
 
     Raises ValueError where prompts cannot be rewritten (`refusal`), WeightsError for files that are not such a model's.
     """
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, MistralForCausalLM
+
     if reason := refusal(source.variant, text):
         raise ValueError(f"prompts cannot be rewritten: {reason}")
     folder = source.folder("text_encoder")

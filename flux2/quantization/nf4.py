@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux2.quantization.base import QuantizedLinear
+
+if TYPE_CHECKING:  # bitsandbytes takes a second to import: each function that needs it imports it
+    import bitsandbytes.functional as bnb
 
 BLOCK = 64  # elements with one scale
 PART = 1 << 18  # elements quantized at once: on a CPU bitsandbytes holds 16 distances to each, twice, in float32
@@ -28,12 +30,16 @@ NESTED_KEYS = ("weight.nested_absmax", "weight.nested_quant_map")
 @lru_cache
 def quant_map(device: torch.device) -> Tensor:
     """The sixteen values of NF4."""
+    import bitsandbytes.functional as bnb
+
     return bnb.get_4bit_type("nf4", device=device)
 
 
 @lru_cache
 def nested_quant_map(device: torch.device) -> Tensor:
     """The 256 values that scales are rounded to."""
+    import bitsandbytes.functional as bnb
+
     return bnb.create_dynamic_map().to(device)
 
 
@@ -41,6 +47,8 @@ def quant_state(
     absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> bnb.QuantState:
     """bitsandbytes' description of a weight to be dequantized to `dtype` and `shape`; scales as bytes."""
+    import bitsandbytes.functional as bnb
+
     nested = None
     if nested_absmax is not None:
         nested = bnb.QuantState(
@@ -72,6 +80,8 @@ def unpack(
     out: Tensor | None = None,
 ) -> Tensor:
     """The weight (rows, columns), in `out` (as many elements of `dtype`) if it is given."""
+    import bitsandbytes.functional as bnb
+
     size = rows * columns
     # Blocks run through the whole weight. The CPU kernel starts anew at every row, so each row is made one block.
     shape = (size // BLOCK, BLOCK) if size % BLOCK == 0 else (1, size)
@@ -208,6 +218,8 @@ class Nf4Linear(QuantizedLinear):
         return dx.view(*dy.shape[:-1], self.in_features)
 
     def store(self, weight: Tensor) -> None:
+        import bitsandbytes.functional as bnb
+
         weight = self.place(weight)
         if weight.dtype not in KERNEL_DTYPES:
             weight = weight.float()
@@ -235,6 +247,8 @@ class Nf4Linear(QuantizedLinear):
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes bitsandbytes' keys, with scales quantized or not."""
+        import bitsandbytes.functional as bnb
+
         nested = any(key in tensors for key in NESTED_KEYS)
         needed = {*NF4_KEYS, *NESTED_KEYS} if nested else set(NF4_KEYS)
         if missing := needed - tensors.keys():

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -225,6 +224,8 @@ class Weight:
 
 def join_blocks(entry: Published, layers: Sequence[Nf4Linear], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Storage, in bitsandbytes' keys, of layers on top of each other or in halves, with block scales in float32."""
+    import bitsandbytes.functional as bnb
+
     scales = []
     for layer in layers:
         state = layer.state(torch.float32, (layer.out_features, layer.in_features))
