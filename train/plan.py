@@ -15,12 +15,11 @@ from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from train.cli.light_imports import import_lightly
     from train.cli.start import start
 
-    from train.cli.light_peft import import_peft
-
     start()
-    import_peft()
+    import_lightly()
 
 from collections.abc import Callable, Mapping
 from functools import cache
