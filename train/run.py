@@ -1,8 +1,7 @@
 """Train a LoRA: `accelerate launch train/run.py +experiment=tarot [key=value ...]`, or with plain `python`.
 
-Hydra composes the configuration from conf/, `load_config` checks it, and `train` runs the stages of train/stages/ one
-after the other. Missing cache entries are computed first; each encoder is loaded only if it is needed, and freed before
-the next model.
+Hydra composes the configuration from conf/, `load_config` checks it, and `train` runs the stages of train/stages/ in
+order. Missing cache entries are computed first; an encoder is loaded only if needed, and freed before the next model.
 """
 
 from __future__ import annotations

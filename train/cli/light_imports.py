@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.abc
 import os
 import sys
-from collections.abc import Sequence
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -20,7 +19,6 @@ from typing import Any
 class StandIn(ModuleType):
     """A module whose every name is an empty class."""
 
-    __path__: Sequence[str] = ()
     __version__ = metadata.version("transformers")
 
     def __getattr__(self, name: str) -> Any:
