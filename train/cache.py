@@ -9,14 +9,14 @@ With `+prune=true` it computes nothing, and removes what no sample of this confi
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    if os.environ.get("RANK", "0") == "0":
-        print("loading libraries", file=sys.stderr, flush=True)
+    from train.cli.start import start
+
+    start()
 
 from omegaconf import DictConfig, OmegaConf
 

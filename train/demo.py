@@ -13,14 +13,15 @@ The measures know nothing of training: an adapter that learned nothing gets 0 % 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    if os.environ.get("RANK", "0") == "0":
-        print("loading libraries", file=sys.stderr, flush=True)
+    from train.cli.start import start
+
+    sys.argv.append("+experiment=demo")  # at the end, as -m takes what follows it for its own
+    start()
 
 import json
 import shlex
@@ -228,5 +229,4 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv.append("+experiment=demo")  # at the end, as -m takes what follows it for its own
     command(main)

@@ -12,6 +12,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from train.cli.start import start
+
+    start("evaluate")
 
 import itertools
 import json

@@ -1,7 +1,7 @@
 """The training loop, top to bottom.
 
-Data, model and settings arrive ready (train/run.py); this file is what happens at a step: read a batch, add noise,
-predict, compare, update, and at intervals log, validate, sample and save.
+train/run.py prepares data, model and settings. Each step reads a batch, adds noise, predicts, computes the loss and
+updates the adapter; at intervals it logs, validates, samples and saves.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -44,11 +44,7 @@ class Trainer:
 
     Attributes:
         peft_model: PEFT's wrapper around the transformer.
-        weights: What is validated, sampled and saved of the adapter: the trained weights or an average of them.
-        loader: Gives this process's micro-batches of a step.
-        sample_names: The name of each sample of the loader, for messages.
-        folder: The run folder.
-        validator, sampler: None where nothing is validated or sampled.
+        weights: The adapter's weights that are validated, sampled and saved: the trained ones or their average.
     """
 
     settings: LoopSettings
@@ -65,21 +61,20 @@ class Trainer:
     folder: Path
     validator: FixedNoiseLoss | None = None
     sampler: Sampler | None = None
-    prefetcher: Prefetcher[list[MicroBatch]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.accelerator = self.processes.accelerator
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        self.prefetcher = Prefetcher(lambda step: self.objective.micro_batches(self.loader, step))
+        self.prefetcher: Prefetcher[list[MicroBatch]] = Prefetcher(
+            lambda step: self.objective.micro_batches(self.loader, step)
+        )
 
     def run(self, start: int) -> Path:
         """Train from `start` finished steps to the last; return the folder of the finished adapter.
 
         Raises:
             TrainingError: Losses or gradients are not finite, or the adapter cannot be written.
-            Interrupted: After one of `stopping.SIGNALS`, with a checkpoint of the last finished step saved.
-
-        Any other error gets a note that says where the last finished step is saved.
+            Interrupted: A stop signal arrived; a checkpoint of the last finished step is saved.
         """
         settings, checkpointer, is_due = self.settings, self.checkpointer, self.settings.is_due
         model = self.processes.wrap(self.peft_model)
@@ -131,7 +126,7 @@ class Trainer:
                         if values:
                             progress.log(values)
                         # not while updates are being skipped: the checkpoint is saved after the next good step
-                        if checkpoint_pending and not guard.row and done < settings.steps:
+                        if checkpoint_pending and not guard.skipped and done < settings.steps:
                             checkpointer.save(done)
                             checkpoint_pending = False
 
@@ -147,23 +142,22 @@ class Trainer:
         """Return what makes the updates, and skips those that are not finite."""
 
         def names(step: int) -> list[str]:
-            own = [self.sample_names[index] for index in self.loader.sampler.batch(step)]
-            return own + (self.objective.prior.samples(step) if self.objective.prior else [])
+            class_images = self.objective.prior.samples(step) if self.objective.prior else []
+            return [self.sample_names[index] for index in self.loader.sampler.batch(step)] + class_images
 
         return UpdateGuard(
             self.optimizer,
             self.accelerator,
-            most=self.settings.max_nonfinite_steps,
-            fresh=untrained,
-            samples=names,
-            last=lambda: self.checkpointer.last(advice=False),
+            max_nonfinite_steps=self.settings.max_nonfinite_steps,
+            is_untrained=untrained,
+            sample_names=names,
+            last_checkpoint=lambda: self.checkpointer.last(advice=False),
         )
 
     def accumulate_gradients(self, model: nn.Module, step: int) -> Losses:
         """Accumulate the gradients of one step over its micro-batches and all processes; return the mean losses."""
         micro_batches = self.prefetcher.get(step)
-        count = self.settings.gradient_accumulation
-        samples: list[Tensor] = []  # of each micro-batch: (total, flow, preservation)
+        count, samples = self.settings.gradient_accumulation, list[Tensor]()  # (total, flow, preservation) of each
         prior_losses = [torch.zeros((), device=self.device)]
         for i, micro_batch in enumerate(micro_batches):
             inputs = self.objective.prepare(micro_batch, step, self.device)
@@ -243,8 +237,7 @@ class Trainer:
                 raise
             except Exception as error:  # a full disk, an image library: no reason to lose the training
                 if self.is_main:
-                    text = f"{type(error).__name__}: {error}"
-                    warn(f"the sheet of pictures after step {done} failed ({text}); training goes on")
+                    warn(f"sampling after step {done} failed ({type(error).__name__}: {error}); training continues")
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -10,14 +10,16 @@ train/planner/predictor.py); docs/memory.md says how. It needs no weights, no ne
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    if os.environ.get("RANK", "0") == "0":
-        print("loading libraries", file=sys.stderr, flush=True)
+    from train.cli.light_imports import import_lightly
+    from train.cli.start import start
+
+    start()
+    import_lightly()
 
 from collections.abc import Callable, Mapping
 from functools import cache

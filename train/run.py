@@ -1,20 +1,19 @@
 """Train a LoRA: `accelerate launch train/run.py +experiment=tarot [key=value ...]`, or with plain `python`.
 
-Hydra composes the configuration from conf/, `load_config` checks it, and `train` runs the stages of train/stages/ one
-after the other. Missing cache entries are computed first; each encoder is loaded only if it is needed, and freed before
-the next model.
+Hydra composes the configuration from conf/, `load_config` checks it, and `train` runs the stages of train/stages/ in
+order. Missing cache entries are computed first; an encoder is loaded only if needed, and freed before the next model.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    if os.environ.get("RANK", "0") == "0":
-        print("loading libraries", file=sys.stderr, flush=True)
+    from train.cli.start import start
+
+    start()
 
 from omegaconf import DictConfig
 

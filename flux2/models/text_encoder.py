@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from flux2.layers.selection import linear_names
 from flux2.models.variants import TextConfig
 from flux2.quantization.base import QuantizedLinear, swap_linears
 from flux2.quantization.int8 import Int8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TextStorage = Literal["nf4", "int8"]
 TEXT_STORAGES: tuple[TextStorage, ...] = get_args(TextStorage)
@@ -66,6 +68,8 @@ def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
 
     Raise ValueError if it has fewer layers.
     """
+    from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model  # takes two seconds
+
     values = dict(config.get("text_config", config))
     layers = max(text.layers)
     if values["num_hidden_layers"] < layers:
@@ -147,6 +151,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     and are only useful for images in the text encoder's own prompt. Raise ValueError if the file or its chat template
     is missing.
     """
+    from transformers import PreTrainedTokenizerFast
+
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} contains no tokenizer.json")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -16,18 +16,11 @@ import json
 import logging
 from collections.abc import Sequence
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
 from flux2.models.text_encoder import load_tokenizer, quantize_text_encoder
 from flux2.models.variants import Variant
@@ -37,6 +30,9 @@ from flux2.weights.key_names import PublishedTensor
 from flux2.weights.loading import expected_shapes, fill, language_prefix, rebuild_rotary
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
 from flux2.weights.sources import ModelSource, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEMPERATURE = 0.15
 NEW_TOKENS = 512
@@ -185,6 +181,8 @@ def load_upsampler(
     With `pictures` it has the vision tower for references, whose weights stay in `dtype`. Raises ValueError if prompts
     cannot be rewritten (`refusal_reason`), WeightsError for files of another model.
     """
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, MistralForCausalLM
+
     if reason := refusal_reason(source.variant, text):
         raise ValueError(f"prompts cannot be rewritten: {reason}")
     folder = source.folder("text_encoder")

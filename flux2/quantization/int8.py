@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,8 @@ BLOCK = 64  # elements per scale
 @lru_cache
 def value_map(device: torch.device) -> Tensor:
     """Return the values from -1 to 1 that elements are rounded to, relative to the largest element of their block."""
+    import bitsandbytes.functional as bnb
+
     return bnb.create_linear_map(signed=True, total_bits=8).to(device)
 
 
@@ -37,12 +38,16 @@ class Int8Linear(QuantizedLinear):
         self.allocate(device, qweight=(size,), absmax=(4 * -(-size // BLOCK),))
 
     def store(self, weight: Tensor) -> None:
+        import bitsandbytes.functional as bnb
+
         weight = self.on_storage_device(weight)
         codes, state = bnb.quantize_blockwise(weight, code=value_map(weight.device), blocksize=BLOCK)
         self.hold("qweight", codes.reshape(-1))
         self.hold("absmax", state.absmax)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
+        import bitsandbytes.functional as bnb
+
         exact = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
         state = bnb.QuantState(
             self.absmax.view(torch.float32), code=value_map(self.qweight.device), blocksize=BLOCK, dtype=exact

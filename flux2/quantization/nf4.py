@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 
 from flux2.quantization.base import Device, QuantizedLinear
+
+if TYPE_CHECKING:  # bitsandbytes takes a second to import: each function that needs it imports it
+    import bitsandbytes.functional as bnb
 
 BLOCK = 64  # elements per scale
 PART = 1 << 18  # elements quantized at once: on a CPU bitsandbytes holds 32 float32 values for each
@@ -27,12 +29,16 @@ NESTED_KEYS = ("weight.nested_absmax", "weight.nested_quant_map")
 @lru_cache
 def quant_map(device: torch.device) -> Tensor:
     """Return the sixteen values of NF4."""
+    import bitsandbytes.functional as bnb
+
     return bnb.get_4bit_type("nf4", device=device)
 
 
 @lru_cache
 def nested_quant_map(device: torch.device) -> Tensor:
     """Return the 256 values that scales are rounded to."""
+    import bitsandbytes.functional as bnb
+
     return bnb.create_dynamic_map().to(device)
 
 
@@ -40,6 +46,8 @@ def quant_state(
     absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> bnb.QuantState:
     """Return bitsandbytes' description of a weight to be dequantized to `dtype` and `shape`, from scales as bytes."""
+    import bitsandbytes.functional as bnb
+
     nested = None
     if nested_absmax is not None:
         code = nested_quant_map(absmax.device)
@@ -69,6 +77,8 @@ def unpack(
     out: Tensor | None = None,
 ) -> Tensor:
     """Return the weight (rows, columns), in `out` (rows * columns elements of `dtype`) if that is given."""
+    import bitsandbytes.functional as bnb
+
     size = rows * columns
     # Blocks run through the whole weight, but the CPU kernel restarts at every row, so each block becomes a row.
     shape = (size // BLOCK, BLOCK) if size % BLOCK == 0 else (1, size)
@@ -172,6 +182,8 @@ class Nf4Linear(QuantizedLinear):
         return self.dequantize(dtype, self.workspace.take(self.in_features * self.out_features, dtype, device))
 
     def store(self, weight: Tensor) -> None:
+        import bitsandbytes.functional as bnb
+
         weight = self.on_storage_device(weight)
         if weight.dtype not in KERNEL_DTYPES:
             weight = weight.float()
@@ -199,6 +211,7 @@ class Nf4Linear(QuantizedLinear):
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Adopt tensors under bitsandbytes' keys, with scales quantized or not."""
+
         nested = any(key in tensors for key in NESTED_KEYS)
         device = tensors["weight"].device if self.qweight.is_meta and "weight" in tensors else self.qweight.device
         state = self._checked_state(tensors, nested, device)

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -219,9 +218,13 @@ class Weight:
         layers = [self.layer(i, tensors) for i in range(len(self.parts))]
         return join_blocks(self.entry, layers, tuple(self.shape))
 
+    import bitsandbytes.functional as bnb
+
 
 def join_blocks(entry: PublishedTensor, layers: Sequence[Nf4Linear], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Return the storage, in bitsandbytes' keys, of layers joined by `entry`, with block scales in float32."""
+    import bitsandbytes.functional as bnb
+
     scales = []
     for layer in layers:
         state = layer.state(torch.float32, (layer.out_features, layer.in_features))

@@ -498,7 +498,7 @@ def test_a_run_that_ends_in_a_loss_that_is_not_finite_is_one_message(run_command
     assert "warning: step 2: the loss is" in err
     assert "error: step 3: the loss is" in err
     assert "Traceback" not in err
-    assert "no checkpoint was saved yet. Start anew with a lower optimizer.lr" in err
+    assert "no checkpoint was saved yet. Restart with a lower optimizer.lr" in err
 
 
 # ------------------------------------------------------------------ other processes

@@ -110,7 +110,7 @@ class Checkpointer:
                 about=about,
             )
         self.saved = done
-        self.rotation.turn(place, warn)
+        self.rotation.prune(place, warn)
 
     def elsewhere(self) -> str:
         """Write the adapter among the temporary files, where its own disk has no room for anything; says where."""

@@ -45,9 +45,11 @@ class Rotation:
         if self.every and checkpoint_every and self.every % checkpoint_every:
             raise ValueError(f"keep_every={self.every} must be a multiple of checkpoint_every={checkpoint_every}")
 
-    def doomed(self, newest: Path) -> list[Path]:
-        """What is to be deleted now that `newest` is written. What is named after later steps is left alone: it is
-        damaged, or else the run would have gone on from there."""
+    def to_delete(self, newest: Path) -> list[Path]:
+        """Return the checkpoints to delete after `newest` was written.
+
+        Those of later steps stay: they are damaged, or the run would have resumed from them.
+        """
         if self.last is None:
             return []
         found = [path for path in checkpoints(newest.parent.parent) if number(path) <= number(newest)]
@@ -56,13 +58,13 @@ class Rotation:
         best = sorted(losses, key=lambda path: (losses[path], number(path)))[: self.best]
         return [path for path in older if path not in best and not (self.every and number(path) % self.every == 0)]
 
-    def turn(self, newest: Path, warn: Callable[[str], None]) -> None:
-        """Delete what is to be deleted; what cannot be is told to `warn`."""
-        for path in self.doomed(newest):
+    def prune(self, newest: Path, warn: Callable[[str], None]) -> None:
+        """Delete the checkpoints that rotation does not keep; `warn` receives what cannot be deleted."""
+        for path in self.to_delete(newest):
             try:
                 shutil.rmtree(set_aside(path))
             except OSError as error:
-                warn(f"{path} could not be deleted ({error}): training goes on, and it takes room")
+                warn(f"{path} could not be deleted ({error}): training continues, and it takes disk space")
 
 
 def validation_loss(checkpoint: Path) -> float | None:

@@ -7,6 +7,7 @@ keys that nothing reads, which Hydra lets through behind a `+`. HYDRA_FULL_ERROR
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import traceback
@@ -15,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from train.cli.errors import USER_ERRORS, format_error, lost_jobs, no_plugin
+from train.cli.start import prepare_hydra
 from train.config.instantiate import SECRET
 from train.config.paths import CONFIG
 from train.distributed.launch import is_submitted
@@ -33,16 +33,7 @@ from train.utils.files import near
 from train.utils.redact import masked_settings, masked_text
 from train.utils.signals import Stopped, stopped_at_once
 
-if not OmegaConf.has_resolver("first"):
-    OmegaConf.register_new_resolver("first", lambda *values: next(value for value in values if value is not None))
-
-if not OmegaConf.has_resolver("within"):  # a place in a folder, if there is one
-    OmegaConf.register_new_resolver("within", lambda folder, name: None if folder is None else f"{folder}/{name}")
-
-# conf/hydra/sweeper/optuna.yaml: the plugin, if it is there, brings one of the same name, and Hydra refuses two
-Plugins.instance()
-ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)
-
+prepare_hydra()
 
 # ------------------------------------------------------------------ commands
 
@@ -100,6 +91,9 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     A job of a sweep that fails says so at once, and the others go on. Of several processes the first speaks, but for
     what went wrong in another alone (`own_errors`).
     """
+    if not gc.isenabled():  # as `start` leaves it
+        gc.freeze()
+        gc.enable()
     before = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints cut tracebacks itself
     failed = []

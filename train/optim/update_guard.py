@@ -1,13 +1,13 @@
-"""An update is made only if the loss and its gradient are finite.
+"""Update the adapter only if the loss and its gradient are finite.
 
-One that is not would turn the adapter, the optimizer's moments and everything averaged from them into NaN. So it is
-left out: all of them stay exactly as they were. One sample or an overflow may cause it, and training goes on; after
-several in a row it stops.
+A non-finite update would turn the adapter, the optimizer's moments and everything averaged from them into NaN. The
+guard skips it, so all of them stay exactly as they were. One sample or an overflow may cause it, and training
+continues; after several skipped steps in a row it stops.
 
-On a GPU the host runs ahead of the device, and to ask for a number is to wait. So the device decides by itself where
-the optimizer can (torch's fused ones take `found_inf`, as they do from `torch.amp.GradScaler`), and the host is told a
-step later, when the device has work again. Other optimizers are asked for on the host, which waits once a step, as
-GradScaler does. On a CPU there is nothing to wait for.
+On a GPU the host runs ahead of the device, and reading a number makes it wait. So the device decides by itself where
+the optimizer can (torch's fused optimizers take `found_inf`, as they do from `torch.amp.GradScaler`), and the host
+reads the result one step later, when the device has work again. For other optimizers the host decides and waits once a
+step, as GradScaler does. On a CPU there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ class UpdateGuard:
     """Makes the updates of one run, and knows which of its steps were bad.
 
     Args:
-        most: bad steps in a row with which training stops.
-        fresh: whether the adapter is untrained, which makes a bad step the fault of something else than training.
-        samples: the names of a step's samples.
-        last: says which checkpoint is the last.
+        max_nonfinite_steps: Number of skipped steps in a row after which training stops.
+        is_untrained: Whether no update was made yet, so that training is not the cause of a skipped step.
+        sample_names: Returns the names of a step's samples.
+        last_checkpoint: Returns a sentence that names the last checkpoint.
     """
 
     def __init__(
@@ -86,16 +86,17 @@ class UpdateGuard:
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
         *,
-        most: int,
-        fresh: bool,
-        samples: Callable[[int], list[str]],
-        last: Callable[[], str],
+        max_nonfinite_steps: int,
+        is_untrained: bool,
+        sample_names: Callable[[int], list[str]],
+        last_checkpoint: Callable[[], str],
     ) -> None:
-        self.optimizer, self.accelerator, self.most = optimizer, accelerator, most
-        self.fresh, self.samples, self.last = fresh, samples, last
+        self.optimizer, self.accelerator = optimizer, accelerator
+        self.max_nonfinite_steps, self.is_untrained = max_nonfinite_steps, is_untrained
+        self.sample_names, self.last_checkpoint = sample_names, last_checkpoint
         self.device = accelerator.device
         self.on_device = self.device.type == "cuda" and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-        self.row: list[Reading] = []  # the bad steps since the last good one
+        self.skipped: list[Reading] = []  # the steps without an update since the last one with an update
         self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def update(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -149,16 +150,16 @@ class UpdateGuard:
 
     def _count(self, reading: Reading) -> None:
         if not reading.bad:
-            self.row, self.fresh = [], False
+            self.skipped, self.is_untrained = [], False
             return
-        self.row.append(reading)
-        if len(self.row) >= self.most:
+        self.skipped.append(reading)
+        if len(self.skipped) >= self.max_nonfinite_steps:
             raise TrainingError(self.message())
         if self.accelerator.is_main_process:
             warn(
-                f"{self.said(reading)}: no update is made, and nothing of it is learned. Its samples: "
-                f"{names_of(self.samples(reading.step))}. Training stops after "
-                f"max_nonfinite_steps={self.most} in a row."
+                f"{self.describe(reading)}: no update is made, and nothing of it is learned. Its samples: "
+                f"{names_of(self.sample_names(reading.step))}. Training stops after "
+                f"max_nonfinite_steps={self.max_nonfinite_steps} in a row."
             )
 
     def stop(self, request: StopRequest, readings: Sequence[Reading]) -> int | None:
@@ -170,24 +171,24 @@ class UpdateGuard:
     def check_end(self) -> None:
         """At the end of training: raises TrainingError if it ends in several bad steps, with no good one after them to
         show that the adapter still works, or never made an update."""
-        if len(self.row) > 1 or (self.row and self.fresh):
+        if len(self.skipped) > 1 or (self.skipped and self.is_untrained):
             raise TrainingError(self.message())
 
     @staticmethod
-    def said(reading: Reading) -> str:
+    def describe(reading: Reading) -> str:
         return (
             f"step {reading.step + 1}: the loss is {reading.loss:.4g} and its gradient's norm {reading.norm:.4g}, "
             "which is not finite"
         )
 
     def message(self) -> str:
-        names = names_of([name for reading in self.row for name in self.samples(reading.step)])
-        count = f"{len(self.row)} steps in a row" if len(self.row) > 1 else "its step"
+        names = names_of([name for reading in self.skipped for name in self.sample_names(reading.step)])
+        count = f"{len(self.skipped)} steps in a row" if len(self.skipped) > 1 else "its step"
         remedy = (
             "No update was made yet, so it is not the rate alone: look at these samples, try precision=fp32, and look "
             "at the model's files."
-            if self.fresh
-            else f"What was learned may be ruined already: {self.last()}. Start anew with a lower optimizer.lr, and if "
-            "that does not help, with precision=fp32; if it is always the same samples, look at them."
+            if self.is_untrained
+            else f"The adapter may already be corrupted: {self.last_checkpoint()}. Restart with a lower optimizer.lr, "
+            "and if that does not help, with precision=fp32; if the samples are always the same, look at them."
         )
-        return f"{self.said(self.row[-1])}. The samples of {count}: {names}. {remedy}"
+        return f"{self.describe(self.skipped[-1])}. The samples of {count}: {names}. {remedy}"

@@ -189,7 +189,7 @@ def test_a_checkpoint_moved_away_from_its_run_starts_a_branch_with_its_own_copy_
 def rotated(run, rotation):
     """The steps that stay, rotation having its turn after each checkpoint."""
     said = []
-    rotation.turn(checkpoint.checkpoints(run)[-1], said.append)
+    rotation.prune(checkpoint.checkpoints(run)[-1], said.append)
     return [checkpoint.number(path) for path in checkpoint.checkpoints(run)], said
 
 
@@ -219,7 +219,7 @@ def test_the_last_the_best_and_every_so_many_stay(tmp_path, settings, stay):
 def test_what_is_named_after_later_steps_does_not_push_out_the_checkpoint_that_is_whole(tmp_path):
     run = make_run(tmp_path / "run", 4, 5, 6)
     (run / "checkpoints" / "step_000006" / "optimizer.pt").unlink()
-    Rotation(last=1).turn(run / "checkpoints" / "step_000005", print)
+    Rotation(last=1).prune(run / "checkpoints" / "step_000005", print)
     assert [checkpoint.number(path) for path in checkpoint.checkpoints(run)] == [5, 6]
     assert look(str(run), tmp_path / "new", say=lambda text: None).step == 5
 

@@ -90,8 +90,8 @@ def test_after_several_in_a_row_training_stops_and_names_samples_and_the_last_go
     said = str(raised.value)
     names = said.partition("in a row: ")[2].partition(". ")[0].split(", ")
     assert set(names) == set(names_at(tmp_path / "run", (3, 4, 5)))
-    assert "ruined already: the last checkpoint is" in said
-    assert "step_000003. Start anew with a lower optimizer.lr" in said
+    assert "corrupted: the last checkpoint is" in said
+    assert "step_000003. Restart with a lower optimizer.lr" in said
     kept = [path.name for path in checkpoints(tmp_path / "run")]
     assert kept == ["step_000001", "step_000003"]  # of step 2, which was no better than 1, none
 
@@ -176,7 +176,14 @@ def test_many_names_are_cut_and_each_is_there_once():
 def make(optimizer, most=2):
     device = torch.device("cpu")
     accelerator = SimpleNamespace(device=device, num_processes=1, is_main_process=True)
-    return UpdateGuard(optimizer, accelerator, most=most, fresh=False, samples=lambda step: ["x"], last=lambda: "none")
+    return UpdateGuard(
+        optimizer,
+        accelerator,
+        max_nonfinite_steps=most,
+        is_untrained=False,
+        sample_names=lambda step: ["x"],
+        last_checkpoint=lambda: "none",
+    )
 
 
 def trained(fused):

@@ -104,7 +104,7 @@ def test_a_sheet_that_fails_is_a_warning(train, monkeypatch, capfd):
     assert (train("run", *settings) / "adapter").exists()
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 3
-    assert "the sheet of pictures after step 2 failed (OSError: disk full); training goes on" in said[1]
+    assert "sampling after step 2 failed (OSError: disk full)" in said[1]
 
 
 def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):

@@ -1,0 +1,64 @@
+"""Start a command that Hydra composes: answer `--help` and say that libraries load, before any of them is imported."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+from train.config.paths import CONFIG
+
+
+def prepare_hydra() -> None:
+    """Register the resolvers of conf/, and let conf/hydra/sweeper/optuna.yaml replace the file of Hydra's plugin."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+    from omegaconf import OmegaConf
+
+    def first(*values: object) -> object:
+        return next(value for value in values if value is not None)
+
+    def within(folder: str | None, name: str) -> str | None:
+        return None if folder is None else f"{folder}/{name}"
+
+    for resolver in (first, within):
+        if not OmegaConf.has_resolver(resolver.__name__):
+            OmegaConf.register_new_resolver(resolver.__name__, resolver)
+    Plugins.instance()  # registers a file of the same name as ours, and Hydra refuses two
+    ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)
+
+
+def answer_help(config_name: str) -> None:
+    """Print Hydra's help and exit if the command line asks for it. Return if it cannot be composed: `command` says why.
+
+    Hydra composes conf/ for it, which takes none of the libraries that a command works with.
+    """
+    if not {"--help", "-h", "--hydra-help"} & set(sys.argv[1:]):
+        return
+    import hydra
+
+    def task(_: object) -> None: ...
+
+    task.__module__ = f"train.{Path(sys.argv[0]).stem}"  # the name that the help shows
+    prepare_hydra()
+    before = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised, not printed
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG), config_name=config_name)(task)()
+    except Exception:
+        os.environ["HYDRA_FULL_ERROR"] = before
+        return
+    sys.exit()
+
+
+def start(config_name: str = "train") -> None:
+    """Begin a command: answer `--help`, else report that libraries load and make their imports cheaper.
+
+    Imports make a million objects that all stay; `command` turns the garbage collector on again and leaves them out of
+    its passes, which saves a quarter of the CPU time of a plan.
+    """
+    answer_help(config_name)
+    if os.environ.get("RANK", "0") == "0":
+        print("loading libraries", file=sys.stderr, flush=True)
+    gc.disable()
