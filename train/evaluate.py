@@ -42,10 +42,10 @@ from train.utils.files import opened, write_picture, write_whole
 from train.utils.memory import free_memory
 from train.utils.progress import ItemProgress
 from train.utils.redact import masked_command, masked_text
+from train.validation.sample_grid import sample_grid
 from train.validation.samples import is_texts
-from train.validation.sheet import sheet
 
-NUMBERS, SHEET = "evaluation.json", "sheet.png"  # in the folder of an evaluation
+NUMBERS, GRID = "evaluation.json", "grid.png"  # in the folder of an evaluation
 
 # ------------------------------------------------------------------ settings
 
@@ -135,7 +135,7 @@ def choose(folder: Path, found: Sequence[Candidate]) -> tuple[Candidate, str]:
 
 
 def evaluate(run: SavedRun, features: Features, wanted: Wanted) -> Evaluation:
-    """Draw what is missing, measure all, and write sheet.png and evaluation.json, unless only the chosen one is wanted.
+    """Draw what is missing, measure all, and write grid.png and evaluation.json, unless only the chosen one is wanted.
 
     Raises ValueError if the run has no adapter, or memory does not suffice.
     """
@@ -191,7 +191,7 @@ def evaluate(run: SavedRun, features: Features, wanted: Wanted) -> Evaluation:
     if wanted.chosen_alone:  # the run's own evaluation, if it has one, is of all its checkpoints
         return made
     write_whole(run.place / NUMBERS, json.dumps(made.numbers(), indent=1) + "\n")
-    write_sheet(made, run.place / SHEET)
+    write_grid(made, run.place / GRID)
     return made
 
 
@@ -234,7 +234,7 @@ def measure(
     made.pictures = {index: loads[index]() for index in sorted(shown)}
 
 
-def write_sheet(made: Evaluation, file: Path) -> None:
+def write_grid(made: Evaluation, file: Path) -> None:
     """Every row as a row of pictures, a column for each prompt and seed."""
     found = [[None if one is None else opened(one) for one in row.files] for row in made.rows]
     some = next((picture for row in found for picture in row if picture is not None), Image.new("RGB", (256, 256)))
@@ -242,7 +242,7 @@ def write_sheet(made: Evaluation, file: Path) -> None:
     captions = [f"{masked_text(made.prompts[i])} (seed {seed})" for i, seed in made.columns]
     names = [row.name for row in made.rows]
     side = 256 if len(made.columns) <= 12 else 128
-    page = sheet([[picture or blank for picture in row] for row in found], captions, names, side)
+    page = sample_grid([[picture or blank for picture in row] for row in found], captions, names, side)
     write_picture(file, page)
     free_memory()
 

@@ -236,7 +236,7 @@ class Trainer:
             file = self.folder / "samples" / f"step_{done:06d}.png"
             try:
                 with watched(f"while sampling after step {done}", "samples", self.device), self.evaluation():
-                    self.sampler.sheet(self.peft_model.get_base_model(), file, write=self.is_main)
+                    self.sampler.write_grid(self.peft_model.get_base_model(), file, write=self.is_main)
                 if self.is_main:
                     self.metrics.picture(done, file)
             except (OutOfMemory, ProcessesDiverged):
@@ -244,7 +244,7 @@ class Trainer:
             except Exception as error:  # a full disk, an image library: no reason to lose the training
                 if self.is_main:
                     text = f"{type(error).__name__}: {error}"
-                    warn(f"the sheet of pictures after step {done} failed ({text}); training goes on")
+                    warn(f"the sample grid after step {done} failed ({text}); training goes on")
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

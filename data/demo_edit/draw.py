@@ -1,7 +1,7 @@
 """Draw the pairs of the edit demonstration: pictures, and the same pictures in a spotlight.
 
 What: `python data/demo_edit/draw.py` writes source/*.png, target/*.png and metadata.jsonl, 40 pairs to learn from, and
-new/*.png, pictures for the sample sheets; the same pixels on every run. All pairs have one and the same instruction.
+new/*.png, pictures for the sample grids; the same pixels on every run. All pairs have one and the same instruction.
 
 How: an edited picture is its source, pixel by pixel, under a colored light: warm in a disc in the middle, dim and cool
 around it. It follows from the source alone, so that only who looks at the reference can draw it.

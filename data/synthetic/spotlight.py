@@ -69,7 +69,7 @@ def new_drawings() -> list[Drawing]:
     return [d for d in all_drawings() if held_out(d) and d.shape in subjects and d.color in colors]
 
 
-# Of those, for the sheets.
+# Of those, for the sample grids.
 SHOWN = (
     Drawing("fish", "pink", "grey", "large"),
     Drawing("tree", "brown", "blue", "small"),

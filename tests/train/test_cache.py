@@ -194,7 +194,7 @@ def test_a_process_looks_for_missing_entries_before_any_other_can_have_filled_th
     assert order == ["look", "wait", "fill", "wait"]
 
 
-def test_a_run_prepares_captions_prompts_of_sheets_and_of_preservation(small, tmp_path):
+def test_a_run_prepares_captions_prompts_of_grids_and_of_preservation(small, tmp_path):
     config = compose(
         *small("sample.prompts=[a fox]", "preservation=base", "preservation.prompts=[a card]", f"cache_dir={tmp_path}")
     )
@@ -291,8 +291,8 @@ def test_projected_embeddings_are_what_the_first_layer_gives(source, pictures, t
 
 @pytest.mark.parametrize(("storage", "limit"), [("projected", 1e-5), ("fp8", 0.02), ("projected_fp8", 0.02)])
 def test_training_on_smaller_embeddings_is_nearly_the_same(train, storage, limit):
-    sheets = ["sample.prompts=[a fox]", "sample.steps=1", "sample_every=4", "validate_every=2"]
-    full, small = train("full", *sheets), train("small", f"embedding_storage={storage}", *sheets)
+    grids = ["sample.prompts=[a fox]", "sample.steps=1", "sample_every=4", "validate_every=2"]
+    full, small = train("full", *grids), train("small", f"embedding_storage={storage}", *grids)
     for key in ("loss", "validation_loss"):
         one, other = torch.tensor(values(full, key)), torch.tensor(values(small, key))
         assert (one / other - 1).abs().max() < limit

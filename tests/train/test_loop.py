@@ -441,8 +441,8 @@ def test_intervals_say_when_and_the_end_is_always_shown(train):
         (5, True, True),
     ]
     assert [path.name for path in checkpoints(run)] == ["step_000002", "step_000004", "step_000005"]
-    sheets = sorted(path.name for path in (run / "samples").iterdir())
-    assert sheets == ["step_000000.png", "step_000004.png", "step_000005.png"]
+    grids = sorted(path.name for path in (run / "samples").iterdir())
+    assert grids == ["step_000000.png", "step_000004.png", "step_000005.png"]
 
 
 def test_an_interval_of_zero_is_off(train):

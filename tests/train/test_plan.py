@@ -196,7 +196,7 @@ def test_the_references_that_a_dataset_names_are_counted():
     assert counted("dataset=mix", *pairs, *cards) == 1
 
 
-def test_what_sample_sheets_edit_is_counted_with_the_prompt_that_edits_most(small, tmp_path):
+def test_what_sample_grids_edit_is_counted_with_the_prompt_that_edits_most(small, tmp_path):
     files = []
     for size in ((96, 64), (48, 40)):
         files.append(str(tmp_path / f"{size[0]}.png"))
@@ -207,7 +207,7 @@ def test_what_sample_sheets_edit_is_counted_with_the_prompt_that_edits_most(smal
     assert edits.sample_references == [(96, 64), (48, 32)]
     assert (
         choosing.job_of(load_config(compose(*small(*given))), on_gpu=False).sample_references == []
-    )  # no sheets are made
+    )  # no grids are made
     alone = replace(edits, sample_references=[])
     sizes = [Planner(each).predict(Choice("full")).phases["samples"]["working set"] for each in (edits, alone)]
     assert sizes[0] > sizes[1]
@@ -559,7 +559,7 @@ def test_the_first_step_has_nothing_to_save(run_command, small, at_step, tmp_pat
     [
         ("train.stages.model.load_transformer", "while loading the transformer", False),
         ("train.validation.loss.FixedNoiseLoss.__call__", "in the validation after step 2", True),
-        ("train.validation.samples.Sampler.sheet", "while sampling after step 2", True),
+        ("train.validation.samples.Sampler.write_grid", "while sampling after step 2", True),
         ("torch.optim.AdamW.step", "in the optimizer's update of step 1", False),
         ("flux2.models.autoencoder.Autoencoder.encode", "while encoding pictures", False),
         ("flux2.models.text_encoder.TextEncoder.encode", "while encoding prompts", False),

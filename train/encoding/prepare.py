@@ -43,7 +43,7 @@ class CacheRequest:
     """All that one configuration wants to have cached.
 
     Attributes:
-        prompts: besides the captions and the empty prompt: those of sample sheets and of preservation.
+        prompts: besides the captions and the empty prompt: those of sample grids and of preservation.
         reference_pixels: references are made smaller to at most this area.
         dtype: of the text encoder. The autoencoder runs in float32: it is small, and its rounding would be learned.
         storage: of embeddings, one of `STORAGES`.

@@ -214,7 +214,7 @@ class Planner:
 
     @cached_property
     def reference_encoder(self) -> int:
-        """Bytes above the autoencoder's weights to encode what a sample sheet edits, beside the transformer."""
+        """Bytes above the autoencoder's weights to encode what a sample grid edits, beside the transformer."""
         largest = max(self.job.sample_references, key=tokens, default=None)
         return 0 if largest is None else autoencoder_peaks(self.job.variant.autoencoder, *largest)[1]
 

@@ -18,7 +18,7 @@ from train.reports.html import data_uri, heads, number, table
 from train.reports.slider import Cell, Shot
 from train.utils.files import make_writable, opened, write_picture, write_whole
 from train.utils.redact import masked_text
-from train.validation.sheet import cut
+from train.validation.sample_grid import cut
 
 MOST_SHEETS = 12
 PAIRS, PAIRS_FILE = "before_after", "pictures.json"

@@ -117,7 +117,7 @@ def check_run_folder(folder: Path, key: str) -> None:
 
 
 def configuration(folder: Path, device: str | None, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run, changed to draw pictures with: `sample` replaces what the sheets show."""
+    """The configuration of a run, changed to draw pictures with: `sample` replaces what the sample grids show."""
     config = resume.configuration(folder)
     standard = OmegaConf.load(CONFIG / "train.yaml")
     choices = {

@@ -1,8 +1,8 @@
 """Where the numbers of a run go: always `metrics.jsonl` in its folder, and a tracker if one is chosen.
 
-A tracker gets the numbers, the sheets and the configuration without its secrets (train/utils/redact.py), and nothing
-that it would find by itself: no command line, no environment, no output of the terminal, no code. What fails in a
-tracker is a warning, and training goes on.
+A tracker gets the numbers, the sample grids and the configuration without its secrets (train/utils/redact.py), and
+nothing that it would find by itself: no command line, no environment, no output of the terminal, no code. What
+fails in a tracker is a warning, and training continues.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 class Progress:
     """Counts steps, and shows loss, seconds a step, the time that is left, and memory.
 
-    The time of a step is that of training alone: validation, sheets and checkpoints are `paused`. The time that is left
-    is the steps' too, so those come on top of it.
+    The time of a step is that of training alone: validation, sample grids and checkpoints are `paused`. They come on
+    top of the time that is left.
 
     Args:
         total, start: steps in all, and those that were done before.

@@ -1,4 +1,4 @@
-"""Two ways to see how training goes: a sheet of pictures, and a loss at fixed noise and times.
+"""Two ways to see how training goes: a sample grid, and a loss at fixed noise and times.
 
 The training loss jumps with the drawn times far more than it falls. At the same noise and times for the same samples
 it becomes a curve that can be read, above all on samples set aside.

@@ -21,9 +21,9 @@ from flux2.utils.checks import MAX_GUIDANCE, MAX_STEPS
 from train.distributed.processes import Share, alone
 from train.utils.checks import check_count, check_seed, is_number
 from train.utils.redact import masked
-from train.validation.sheet import LAYOUT, sheet
+from train.validation.sample_grid import LAYOUT, sample_grid
 
-WIDEST = 8192  # pixels of a picture on a sheet
+WIDEST = 8192  # pixels of a picture on a sample grid
 
 
 def is_texts(value: object) -> TypeGuard[Sequence[str]]:
@@ -33,7 +33,7 @@ def is_texts(value: object) -> TypeGuard[Sequence[str]]:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What a sheet shows.
+    """What a sample grid shows.
 
     Attributes:
         prompts: one picture each.
@@ -92,13 +92,13 @@ class SampleSettings:
 
 
 class Sampler:
-    """Makes the sheets of a run, through the same function as inference.
+    """Makes the sample grids of a run, through the same function as inference.
 
     Args:
         text: (P, T, text_width) embeddings of the prompts; empty: (1, T, text_width).
         references: latents (1, 128, h, w) of the pictures that each prompt edits.
         sizes: (width, height) in pixels of each prompt's picture.
-        share: spreads the pictures over the processes; all of them then call `sheet`.
+        share: spreads the pictures over the processes; all of them then call `write_grid`.
     """
 
     def __init__(
@@ -137,12 +137,12 @@ class Sampler:
         """One picture a prompt; each depends on its own seed, not on the others."""
         return self.share(lambda i: self.picture(model, i, self.settings.seed + i), range(len(self.sizes)))
 
-    def sheet(self, model: Transformer, file: Path, *, write: bool = True) -> None:
+    def write_grid(self, model: Transformer, file: Path, *, write: bool = True) -> None:
         """Write the pictures with their prompts to `file`; of several processes one does."""
         pictures = self.pictures(model)
         if write:
             file.parent.mkdir(parents=True, exist_ok=True)
-            page = sheet([pictures], columns=list(self.settings.prompts))
+            page = sample_grid([pictures], columns=list(self.settings.prompts))
             info = PngInfo()  # for the report, which shows the pictures one by one
             prompts = masked(list(self.settings.prompts))
             info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))

@@ -13,7 +13,7 @@ from train.evaluation.results import Evaluation, Row
 from train.reports import plots, run_report, slider
 from train.reports.plots import Curve
 from train.reports.slider import Cell, Shot
-from train.validation.sheet import cut, sheet
+from train.validation.sample_grid import cut, sample_grid
 
 pytest_plugins = ("train_helpers",)
 
@@ -167,11 +167,11 @@ def test_the_command_is_kept_without_secrets_and_where_it_goes_on(run):
     assert "+experiment=demo" in run_report.of(run)
 
 
-def test_a_sheet_says_where_its_pictures_are_and_the_report_shows_them_one_by_one(run):
+def test_a_grid_says_where_its_pictures_are_and_the_report_shows_them_one_by_one(run):
     prompts = ["a red cup", "the fox", EVIL, "four", "five"]
     (run / "samples").mkdir()
     for step, colors in ((0, ["red"] * 5), (40, ["red", "green", "blue", "white", "black"])):
-        page = sheet([pictures(*colors)], prompts)
+        page = sample_grid([pictures(*colors)], prompts)
         shown = cut_of(page, prompts)
         assert [name for name, _ in shown] == prompts
         assert [picture.getcolors() for _, picture in shown] == [
@@ -189,7 +189,7 @@ def test_a_sheet_says_where_its_pictures_are_and_the_report_shows_them_one_by_on
 def save(page, prompts, file):
     from PIL.PngImagePlugin import PngInfo
 
-    from train.validation.sheet import LAYOUT
+    from train.validation.sample_grid import LAYOUT
 
     info = PngInfo()
     info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
@@ -197,7 +197,7 @@ def save(page, prompts, file):
 
 
 def cut_of(page, prompts):
-    from train.validation.sheet import LAYOUT
+    from train.validation.sample_grid import LAYOUT
 
     page.info[LAYOUT] = json.dumps({"prompts": prompts, "boxes": page.info["boxes"]})
     return cut(page)

@@ -116,7 +116,7 @@ def scalars(run):
     return {key: [(event.step, event.value) for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
 
 
-def test_tensorboard_gets_the_numbers_and_the_sheets(train):
+def test_tensorboard_gets_the_numbers_and_the_grids(train):
     run = train(
         "run", "tracker=tensorboard", "validate_every=2", "sample_every=4", "sample.prompts=[a fox]", "sample.steps=1"
     )
@@ -202,7 +202,7 @@ def without_secrets(folder):
 
 
 def looked_at(tmp_path):
-    """A short run with numbers and sheets, and a secret in its command line."""
+    """A short run with numbers and grids, and a secret in its command line."""
     return [
         *(f"output_dir={tmp_path / 'run'}", "steps=2", "validate_every=1", "sample_every=2", "sample.steps=1"),
         f"sample.prompts=[a cup {HUB_TOKEN}]",
@@ -217,7 +217,7 @@ def test_wandb_draws_no_numbers_between_the_last_step_and_what_a_run_says_at_its
     assert not given[0].quiet  # which would hide how to send it, too
 
 
-def test_an_offline_run_of_wandb_has_configuration_numbers_and_sheets_and_no_secret(
+def test_an_offline_run_of_wandb_has_configuration_numbers_and_grids_and_no_secret(
     run_command, small, planted, at_step, tmp_path
 ):
     at_step(1, lambda: print("on the screen:", HUB_TOKEN))
@@ -240,10 +240,10 @@ def test_an_offline_run_of_wandb_has_configuration_numbers_and_sheets_and_no_sec
     logged = [{"".join(item.nested_key) or item.key: json.loads(item.value_json) for item in line} for line in lines]
     for key in ("loss", "validation_loss/0.55"):
         assert [line[key] for line in logged if key in line] == values(tmp_path / "run", key) != []
-    sheets = [path.read_bytes() for path in (tmp_path / "run" / "samples").iterdir()]
+    grids = [path.read_bytes() for path in (tmp_path / "run" / "samples").iterdir()]
     sent = [path.read_bytes() for path in file.parent.glob("files/media/images/samples_*.png")]
-    assert len(sheets) == 2
-    assert sorted(sent) == sorted(sheets)
+    assert len(grids) == 2
+    assert sorted(sent) == sorted(grids)
     # nor is there what wandb would find by itself
     assert "train/run.py" not in str(found)
     assert {path.name for path in file.parent.glob("files/*")} == {"media", "requirements.txt"}

@@ -98,13 +98,13 @@ def test_an_error_in_the_middle_of_an_update_saves_nothing_that_is_half_done(tra
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_sheet_that_fails_is_a_warning(train, monkeypatch, capfd):
-    monkeypatch.setattr(Sampler, "sheet", failing(OSError("disk full")))
+def test_a_grid_that_fails_is_a_warning(train, monkeypatch, capfd):
+    monkeypatch.setattr(Sampler, "write_grid", failing(OSError("disk full")))
     settings = ["sample_every=2", "sample.prompts=[a fox]", "sample.steps=1"]
     assert (train("run", *settings) / "adapter").exists()
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 3
-    assert "the sheet of pictures after step 2 failed (OSError: disk full); training goes on" in said[1]
+    assert "the sample grid after step 2 failed (OSError: disk full); training goes on" in said[1]
 
 
 def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):

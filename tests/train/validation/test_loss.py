@@ -13,8 +13,8 @@ from train.stages.data import prepare_samples
 from train.stages.memory import load_config
 from train.stages.model import load_sampler
 from train.validation.loss import TIMES, FixedNoiseLoss, ValidationSettings, chosen_samples
+from train.validation.sample_grid import sample_grid, wrap
 from train.validation.samples import SampleSettings
-from train.validation.sheet import sheet, wrap
 
 pytest_plugins = ("train_helpers",)
 
@@ -189,7 +189,7 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
     assert np.mean(record["losses"]) == pytest.approx(first[0][0], rel=1e-6)
 
 
-# ------------------------------------------------------------------ sheets
+# ------------------------------------------------------------------ grids
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
         ({"guidance": -1}, r"sample\.guidance=-1 must be"),
     ],
 )
-def test_a_refused_setting_of_the_sheets_is_named_with_its_value(settings, said):
+def test_a_refused_setting_of_the_grids_is_named_with_its_value(settings, said):
     with pytest.raises(ValueError, match=said):
         SampleSettings(**settings)
 
@@ -270,11 +270,11 @@ def test_each_prompt_is_shown_as_the_edit_of_its_own_files_in_the_shape_of_the_f
     plain = alone.pictures(model)
     assert abs(pixels(pictures[2]) - pixels(plain[2])).max() == 0
     assert abs(pixels(pictures[3]) - pixels(plain[3])).max() > 8
-    sampler.sheet(model, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").height > 512  # the tall picture is not squeezed
+    sampler.write_grid(model, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").height > 512  # the tall picture is not squeezed
 
 
-def test_a_run_without_prompts_or_sheets_has_no_sampler(small):
+def test_a_run_without_prompts_or_grids_has_no_sampler(small):
     for settings in ([], ["sample.prompts=[a fox]"]):
         run = load_config(compose(*small(*settings)))
         assert load_sampler(run, prepare_samples(run).cached) is None
@@ -284,10 +284,10 @@ def plain(color, size=(64, 48)):
     return Image.new("RGB", size, color)
 
 
-def test_a_sheet_holds_the_very_pixels_under_their_captions():
+def test_a_grid_holds_the_very_pixels_under_their_captions():
     noise = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
     pictures = [Image.fromarray(one) for one in noise]
-    page = pixels(sheet([pictures], ["a red cup", "the fox"]))
+    page = pixels(sample_grid([pictures], ["a red cup", "the fox"]))
     top = page.shape[0] - 4 * 48 - 12  # a gap below the row, and one at the edge
     for i, picture in enumerate(pictures):
         left = 6 + i * (4 * 64 + 6)
@@ -297,31 +297,31 @@ def test_a_sheet_holds_the_very_pixels_under_their_captions():
     assert (page[:4] == 255).all()
 
 
-def test_pictures_of_different_shapes_keep_theirs_on_a_sheet():
-    page = pixels(sheet([[plain("red", (64, 32)), plain("blue", (32, 64))]], ["a cup", "a fox"]))
+def test_pictures_of_different_shapes_keep_theirs_on_a_grid():
+    page = pixels(sample_grid([[plain("red", (64, 32)), plain("blue", (32, 64))]], ["a cup", "a fox"]))
     assert (page == (255, 0, 0)).all(-1).sum() == 256 * 128
     assert (page == (0, 0, 255)).all(-1).sum() == 256 * 512
 
 
 def test_rows_are_named_and_columns_captioned():
-    page = pixels(sheet([[plain("red")], [plain("blue")]], ["a cup"], ["before", "after"]))
+    page = pixels(sample_grid([[plain("red")], [plain("blue")]], ["a cup"], ["before", "after"]))
     reds = (page == (255, 0, 0)).all(-1)
     blues = (page == (0, 0, 255)).all(-1)
     assert reds.sum() == blues.sum() == 256 * 192
     ys, xs = np.nonzero(reds)
     assert np.nonzero(blues)[0].min() == ys.max() + 7  # under it, a gap between
     assert (page[ys.min() : ys.max(), : xs.min()] < 128).any()  # its name
-    assert sheet([[plain("red")]], [""]).height == 192 + 12  # no room for captions that are not there
+    assert sample_grid([[plain("red")]], [""]).height == 192 + 12  # no room for captions that are not there
 
 
 def test_a_long_row_is_broken_after_four():
-    page = pixels(sheet([[plain("red")] * 6], [f"prompt {i}" for i in range(6)]))
+    page = pixels(sample_grid([[plain("red")] * 6], [f"prompt {i}" for i in range(6)]))
     counts = [(page[half] == (255, 0, 0)).all(-1).sum() for half in np.array_split(range(page.shape[0]), 2)]
     assert counts == [4 * 256 * 192, 2 * 256 * 192]
 
 
 def test_large_pictures_are_scaled_down_to_the_width_of_a_column():
-    page = sheet([[plain("red", (1024, 512))]], ["a cup"])
+    page = sample_grid([[plain("red", (1024, 512))]], ["a cup"])
     assert (pixels(page) == (255, 0, 0)).all(-1).sum() == 256 * 128
 
 
@@ -340,7 +340,7 @@ def test_captions_are_broken_at_spaces_and_cut_with_dots():
 
 
 @pytest.mark.parametrize("key", ["width", "height"])
-def test_a_size_of_a_sheets_pictures_that_no_machine_has_room_for_is_refused(key):
+def test_a_size_of_a_grids_pictures_that_no_machine_has_room_for_is_refused(key):
     with pytest.raises(ValueError, match=rf"sample\.{key}=1000000 must be a multiple of 16 pixels up to 8192"):
         SampleSettings(**{key: 1_000_000})
     SampleSettings(**{key: 8192})

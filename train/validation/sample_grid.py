@@ -1,4 +1,4 @@
-"""A sheet of pictures: rows and columns with captions, written as PNG and read back."""
+"""Sample grids: images in rows and columns with captions, and cutting a grid into its images again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-LAYOUT = "flux2-lora-sheet"  # keyword of the text in the file of a sheet: its prompts, and where its pictures are
+LAYOUT = "flux2-lora-grid"  # keyword of the text in the file of a sample grid: its prompts, and where its pictures are
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
@@ -28,7 +28,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return "\n".join(broken)
 
 
-def sheet(
+def sample_grid(
     rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str] = (), side: int = 256
 ) -> Image.Image:
     """Pictures in rows of equal length, a caption above each column and a name left of each row.
@@ -38,7 +38,7 @@ def sheet(
     """
     if len(rows) == 1 and len(rows[0]) > 4 and not names:
         parts = [rows[0][i : i + 4] for i in range(0, len(rows[0]), 4)]
-        strips = [sheet([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
+        strips = [sample_grid([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
         page = Image.new("RGB", (max(s.width for s in strips), sum(strip.height for strip in strips)), "white")
         y, page.info["boxes"] = 0, []
         for strip in strips:
@@ -81,11 +81,11 @@ def _scaled(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, round(height * side / width)), Image.Resampling.LANCZOS)
 
 
-def cut(sheet: Image.Image) -> list[tuple[str, Image.Image]]:
-    """Prompt and picture of each on a sheet; empty if it does not say where they are."""
+def cut(grid: Image.Image) -> list[tuple[str, Image.Image]]:
+    """Prompt and picture of each on a sample grid; empty if it does not say where they are."""
     try:
-        layout = json.loads(sheet.info[LAYOUT])
+        layout = json.loads(grid.info[LAYOUT])
         pairs = zip(layout["prompts"], layout["boxes"], strict=True)
-        return [(str(prompt), sheet.crop((int(x0), int(y0), int(x1), int(y1)))) for prompt, (x0, y0, x1, y1) in pairs]
+        return [(str(prompt), grid.crop((int(x0), int(y0), int(x1), int(y1)))) for prompt, (x0, y0, x1, y1) in pairs]
     except (KeyError, TypeError, ValueError):
         return []
