@@ -22,7 +22,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from train.cli.errors import USER_ERRORS, format_error, lost_jobs, no_plugin
-from train.config.instantiate import SECRET
 from train.config.paths import CONFIG
 from train.distributed.launch import is_submitted
 from train.sweeps import callback, records, slurm
@@ -30,7 +29,7 @@ from train.sweeps.job import SweepAborted
 from train.sweeps.reuse import SHARED
 from train.utils.console import is_first_process, warn
 from train.utils.files import near
-from train.utils.redact import masked_settings, masked_text
+from train.utils.redact import is_secret, masked_settings, masked_text
 from train.utils.signals import Stopped, stopped_at_once
 
 if not OmegaConf.has_resolver("first"):
@@ -55,7 +54,7 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
     slurm.join_tasks()
     this = HydraConfig.get()
     folder, given = Path(this.runtime.output_dir), [text.partition("=") for text in this.overrides.task]
-    overrides = [f"{key}{sign}{'...' if SECRET.search(key) else masked_text(value)}" for key, sign, value in given]
+    overrides = [f"{key}{sign}{'...' if is_secret(key) else masked_text(value)}" for key, sign, value in given]
 
     def note(**values: Any) -> None:
         if is_first_process():

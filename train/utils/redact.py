@@ -37,6 +37,7 @@ WORDS = {
     "signature",
     "token",
 }
+ENDINGS = ("token", "password", "secret", "apikey")  # as in `hftoken`
 KEYS_OF = {"api", "access", "private"}  # a `key` behind one of these
 FORMS = (
     r"\bhf_[A-Za-z0-9]{20,}",
@@ -60,12 +61,11 @@ ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]+)(\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s
 
 
 def is_secret(key: str) -> bool:
-    """Whether what is kept under this name should be seen by nobody."""
+    """Return whether a value under this key is a secret."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     parts = [word for word in re.split(r"[^a-z0-9]+", words) if word]
-    return any(part in WORDS for part in parts) or any(
-        one in KEYS_OF and two in ("key", "keys") for one, two in pairwise(parts)
-    )
+    named = any(part in WORDS or part.endswith(ENDINGS) for part in parts)
+    return named or any(one in KEYS_OF and two in ("key", "keys") for one, two in pairwise(parts))
 
 
 def known() -> list[str]:
