@@ -21,7 +21,8 @@ from data.cache import Cache
 from data.cache.embeddings import EMBEDDING_SHAPE, unpacked
 from data.cache.latents import LatentEntry, latent_shape, mask_shape
 from data.cache.store import Shape
-from data.sampler import BucketSampler, check_int, derived_generator
+from data.checks import check_int
+from data.sampler import BucketSampler, derived_generator
 
 
 @dataclass(frozen=True)

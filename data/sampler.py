@@ -9,6 +9,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from data.checks import check_int
+
 
 def derived_generator(seed: int, *key: int | str) -> torch.Generator:
     """A CPU generator that depends on nothing but its arguments, such as (seed, "noise", step, position).
@@ -130,9 +132,3 @@ class _Passes:
         while self.before(passed + 1) <= k:
             passed += 1
         return passed, k - self.before(passed)
-
-
-def check_int(key: str, value: object, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{key}={value!r} must be a whole number of at least {least}")
-    return value

@@ -38,7 +38,7 @@ from train.reports import run_report
 from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder
 from train.utils.checks import check_count, is_number
 from train.utils.console import warn
-from train.utils.files import opened, write_picture, write_whole
+from train.utils.files import opened, write_whole
 from train.utils.memory import free_memory
 from train.utils.progress import ItemProgress
 from train.utils.redact import masked_command, masked_text
@@ -243,7 +243,7 @@ def write_grid(made: Evaluation, file: Path) -> None:
     names = [row.name for row in made.rows]
     side = 256 if len(made.columns) <= 12 else 128
     page = sample_grid([[picture or blank for picture in row] for row in found], captions, names, side)
-    write_picture(file, page)
+    write_whole(file, page)
     free_memory()
 
 

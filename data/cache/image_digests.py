@@ -14,10 +14,10 @@ import json
 import logging
 import os
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
+from data.files import atomic_write
 from data.sources.images import Picture
 
 VERSION = 1
@@ -105,9 +105,5 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _write(file: Path, known: dict[str, list[Any]]) -> None:
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        unfinished.write_text(json.dumps({"version": VERSION, "pictures": known}, separators=(",", ":")))
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps({"version": VERSION, "pictures": known}, separators=(",", ":")))

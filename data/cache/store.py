@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -29,6 +28,8 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from data.files import atomic_write
 
 MAX_HEADER = 1 << 20  # bytes; an entry's own is a few hundred
 HEAD = 1 << 10  # bytes that are read at once to see a header
@@ -145,7 +146,6 @@ class Cache:
         `metadata` is for people who open the file; nothing here reads it but the checksum that is added.
         """
         path = self.path(key)
-        unfinished = path.with_name(f".{key}.{uuid.uuid4().hex}.tmp")
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = save(stored)
         begin = 8 + int.from_bytes(content[:8], "little")
@@ -156,19 +156,14 @@ class Cache:
         head += b" " * (-len(head) % 8)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("xb") as file:
+            with atomic_write(path) as temporary, temporary.open("xb") as file:
                 file.write(len(head).to_bytes(8, "little") + head)
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
         except OSError as error:
             raise ValueError(
                 f"the cache {self.folder} cannot be written ({error.strerror or error}): make room there, or give "
                 "another cache_dir. What is in it stays, and the next start goes on from there"
             ) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
         return 8 + len(head) + len(data)
 
     def free(self) -> int:

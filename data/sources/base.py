@@ -8,10 +8,10 @@ not decoded: what only a decoder can find out comes to the same list later, thro
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
+from data.checks import check_flag, check_int, checked_text
 from data.sources.captions import Captions
 from data.sources.images import BadPicture, Picture, shortened
 
@@ -85,11 +85,9 @@ class Source(Sequence[Sample]):
         if captions is not None and not isinstance(captions, Captions):
             raise ValueError(f"dataset.captions={captions!r} must be made by data.sources.captions.Captions, or null")
         if mask is not None:
-            checked_text("mask", mask)
-        check_flag("first_frame", first_frame)
-        if not isinstance(max_bad, int) or isinstance(max_bad, bool) or max_bad < 0:
-            raise ValueError(f"dataset.max_bad={max_bad!r} must be a whole number from 0")
-        self.where, self.max_bad, self.bad = where, max_bad, list[Bad]()
+            checked_text("dataset.mask", mask)
+        check_flag("dataset.first_frame", first_frame)
+        self.where, self.max_bad, self.bad = where, check_int("dataset.max_bad", max_bad, 0), list[Bad]()
         self._preparation, self._mask, self._first_frame = captions or Captions(), mask, first_frame
         self._samples: list[Sample] = []
 
@@ -181,25 +179,3 @@ class Source(Sequence[Sample]):
             raise BadData(f"{self.where} has no sample that can be used:{listed}")
         if new:
             log.warning("%s are left out:%s", of, listed)
-
-
-# ------------------------------------------------------------------ arguments
-
-
-def checked_text(key: str, value: object) -> str:
-    """`value`, a text or path that is not empty. Raises ValueError, naming the key, for anything else."""
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError(f"dataset.{key}={value!r} is {type(value).__name__}: a text that is not empty was expected")
-    return str(value)
-
-
-def checked_texts(key: str, value: object) -> tuple[str, ...]:
-    """`value`, a list of such."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"dataset.{key}={value!r} is {type(value).__name__}: a list of names was expected")
-    return tuple(checked_text(key, item) for item in value)
-
-
-def check_flag(key: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"dataset.{key}={value!r} must be true or false")

@@ -14,7 +14,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from data.sources.base import ALPHA, Bad, Sample, Source, check_flag, checked_text, checked_texts
+from data.checks import check_flag, checked_text, checked_texts
+from data.sources.base import ALPHA, Bad, Sample, Source
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, UNREADABLE, Picture, file_picture, shortened
 
@@ -61,13 +62,13 @@ class Folder(Source):
     ) -> None:
         self.path = existing_folder("path", path)
         super().__init__(str(self.path), captions, mask, first_frame, max_bad)
-        self._caption = checked_text("caption_column", caption_column)
-        self._image = checked_text("image_column", image_column)
+        self._caption = checked_text("dataset.caption_column", caption_column)
+        self._image = checked_text("dataset.image_column", image_column)
         self._references = reference_columns
         if reference_columns is not None:
-            self._references = checked_texts("reference_columns", reference_columns)
-        self._prompt = None if prompt is None else checked_text("prompt", prompt)
-        check_flag("recursive", recursive)
+            self._references = checked_texts("dataset.reference_columns", reference_columns)
+        self._prompt = None if prompt is None else checked_text("dataset.prompt", prompt)
+        check_flag("dataset.recursive", recursive)
         self._recursive = recursive
         self._described = False  # by metadata
         self._pictures: dict[str, Picture] = {}  # by path: a reference of many is one
@@ -219,14 +220,14 @@ class Pairs(Source):
     ) -> None:
         self.path = existing_folder("path", path)
         super().__init__(str(self.path), captions, mask, first_frame, max_bad)
-        references = checked_texts("reference_folders", reference_folders)
+        references = checked_texts("dataset.reference_folders", reference_folders)
         if not references:
             raise ValueError("dataset.reference_folders is empty: name a folder, or use dataset=folder")
-        target = existing_folder("target_folder", self.path / checked_text("target_folder", target_folder))
+        target = existing_folder("target_folder", self.path / checked_text("dataset.target_folder", target_folder))
         sources = [existing_folder("reference_folders", self.path / name) for name in references]
         masks = None if mask in (None, ALPHA) else existing_folder("mask", self.path / str(mask))
-        check_flag("incomplete", incomplete)
-        self._prompt = None if prompt is None else checked_text("prompt", prompt)
+        check_flag("dataset.incomplete", incomplete)
+        self._prompt = None if prompt is None else checked_text("dataset.prompt", prompt)
         self._take(self._found(target, sources, masks, incomplete), f": {target} holds no pictures")
 
     def _found(
@@ -269,7 +270,7 @@ class Pairs(Source):
 
 def existing_folder(key: str, path: object) -> Path:
     """The folder that a setting names. Raises ValueError if there is none."""
-    folder = Path(checked_text(key, path)).expanduser()
+    folder = Path(checked_text(f"dataset.{key}", path)).expanduser()
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"dataset.{key}={str(path)!r} {problem}: give a folder of pictures")

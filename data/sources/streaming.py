@@ -9,7 +9,6 @@ processes one streams while the others wait.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from data.files import atomic_write
 from data.sources.open_table import explained, is_local, open_stream, table_files
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ def streamed_table(path: str, split: str, revision: str | None, subset: str | No
     with FileLock(f"{folder}.lock"):
         if not file.exists():
             stream = open_stream(path, split, revision, subset)
-            unfinished = file.with_suffix(".tmp")
-            with explained(path, split):
-                _write(unfinished, path, islice(iter(stream.decode(False)), limit), stream.features)
-            os.replace(unfinished, file)
+            with atomic_write(file) as temporary, explained(path, split):
+                _write(temporary, path, islice(iter(stream.decode(False)), limit), stream.features)
     return datasets.Dataset.from_file(str(file))
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 import pyarrow as pa
 
-from data.sources.base import ALPHA, Bad, Sample, Source, check_flag, checked_text, checked_texts
+from data.checks import check_flag, check_int, checked_text, checked_texts
+from data.sources.base import ALPHA, Bad, Sample, Source
 from data.sources.captions import Captions
 from data.sources.folders import REFERENCES, OutsideFolder, existing_folder, inside
 from data.sources.images import BadPicture, Picture, shortened
@@ -69,20 +70,20 @@ class HuggingFace(Source):
         first_frame: bool = False,
         max_bad: int = 0,
     ) -> None:
-        self.path = checked_text("path", path)
+        self.path = checked_text("dataset.path", path)
         super().__init__(self.path, captions, mask, first_frame, max_bad)
         for key, value in (("revision", revision), ("subset", subset)):
             if value is not None:
-                checked_text(key, value)
-        check_flag("streaming", streaming)
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise ValueError(f"dataset.limit={limit!r} must be a whole number from 1, or null")
-        self._prompt = None if prompt is None else checked_text("prompt", prompt)
-        self._image = checked_text("image_column", image_column)
-        self._caption = checked_text("caption_column", caption_column)
+                checked_text(f"dataset.{key}", value)
+        check_flag("dataset.streaming", streaming)
+        if limit is not None:
+            check_int("dataset.limit", limit, 1)
+        self._prompt = None if prompt is None else checked_text("dataset.prompt", prompt)
+        self._image = checked_text("dataset.image_column", image_column)
+        self._caption = checked_text("dataset.caption_column", caption_column)
         self._mask_column = mask if mask != ALPHA else None
-        given = None if reference_columns is None else checked_texts("reference_columns", reference_columns)
-        where = self.path, checked_text("split", split), revision, subset
+        given = None if reference_columns is None else checked_texts("dataset.reference_columns", reference_columns)
+        where = self.path, checked_text("dataset.split", split), revision, subset
         table = streamed_table(*where, limit) if streaming else open_table(*where)
         columns = table.features.arrow_schema
         self._references = given if given is not None else (REFERENCES,) * (REFERENCES in columns.names)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.sources.base import ALPHA, Bad, Sample, Source, checked_text
+from data.checks import checked_text
+from data.sources.base import ALPHA, Bad, Sample, Source
 from data.sources.captions import Captions
 from data.sources.folders import is_foreign
 from data.sources.images import SUFFIXES, Picture, shortened
@@ -54,9 +55,9 @@ class WebDataset(Source):
         first_frame: bool = False,
         max_bad: int = 0,
     ) -> None:
-        super().__init__(checked_text("path", path), captions, mask, first_frame, max_bad)
-        self._key = None if caption_column is None else checked_text("caption_column", caption_column)
-        self._prompt = None if prompt is None else checked_text("prompt", prompt)
+        super().__init__(checked_text("dataset.path", path), captions, mask, first_frame, max_bad)
+        self._key = None if caption_column is None else checked_text("dataset.caption_column", caption_column)
+        self._prompt = None if prompt is None else checked_text("dataset.prompt", prompt)
         self._take((found for shard in _shards(str(path)) for found in self._found(shard)), ": the shards are empty")
         if self._mask not in (None, ALPHA) and not any(sample.mask for sample in self):
             raise ValueError(f"dataset.mask={self._mask!r} names no file of any sample, such as NAME.{self._mask}.png")

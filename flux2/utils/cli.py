@@ -1,4 +1,4 @@
-"""What the commands share: messages in the words of their options, and which errors are for want of memory."""
+"""What the commands share: messages in the words of their options, and which errors mean out of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import torch
+
+# in the messages of errors of PyTorch and CUDA that have no type of their own
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
 
 def split_adapter(given: str) -> tuple[str, float]:
@@ -34,5 +37,5 @@ def message(error: Exception) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of PyTorch is for want of memory, on a GPU or in the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Return whether `error` says that memory of a GPU or of the host is used up."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)

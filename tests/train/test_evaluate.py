@@ -16,7 +16,7 @@ from train.evaluation import distances
 from train.evaluation.features import Latents, Vision
 from train.evaluation.findings import caution, stands_out
 from train.reports import run_report
-from train.utils.files import write_picture
+from train.utils.files import write_whole
 from train.validation.sample_grid import sample_grid
 from train.validation.samples import Sampler
 
@@ -177,7 +177,7 @@ def test_where_a_grid_cannot_be_put_that_is_one_error_and_nothing_unfinished_sta
     (run / "evaluation" / "grid.png").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"grid.png cannot be written \(Is a directory\): make room there, or move"):
         evaluate(run)
-    assert not list(run.rglob("*.part"))
+    assert not list(run.rglob(".*.tmp"))
     assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 8
     other = train("other", *KEPT)
     (other / "evaluation").write_text("in the place of a folder")
@@ -219,7 +219,7 @@ def test_secrets_in_prompts_are_in_no_file_of_an_evaluation(train, monkeypatch):
 
 def test_a_full_disk_and_a_stop_leave_whole_pictures_alone(tmp_path, monkeypatch):
     picture = Image.new("RGB", (8, 8))
-    write_picture(tmp_path / "one.png", picture)
+    write_whole(tmp_path / "one.png", picture)
     before = (tmp_path / "one.png").read_bytes()
 
     def half(error):
@@ -235,7 +235,7 @@ def test_a_full_disk_and_a_stop_leave_whole_pictures_alone(tmp_path, monkeypatch
     ):
         monkeypatch.setattr(Image.Image, "save", half(error))
         with pytest.raises(raised):
-            write_picture(tmp_path / "one.png", picture)
+            write_whole(tmp_path / "one.png", picture)
         assert [file.name for file in tmp_path.iterdir()] == ["one.png"]
         assert (tmp_path / "one.png").read_bytes() == before
 

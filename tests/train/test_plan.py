@@ -19,6 +19,7 @@ from train_helpers import adapter, compose, one_message, same_tensors
 from flux2.adapters.tuners import attach
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import Precision
+from flux2.utils.cli import is_out_of_memory
 from flux2.weights.loading import load_text_encoder
 from train import plan
 from train.config import settings as train_settings
@@ -33,7 +34,7 @@ from train.planner.search import choose, step_down
 from train.planner.text_encoder_memory import text_encoder_bytes
 from train.planner.workload import Workload, trained
 from train.stages.memory import load_config
-from train.utils.memory import OutOfMemory, amounts, is_out_of_memory, watched
+from train.utils.memory import OutOfMemory, amounts, watched
 
 pytest_plugins = ("train_helpers",)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.cache.prepared import CachedDataset
+from data.files import atomic_write
 from data.sources import Sample, Source
 from data.sources.base import BadData
 from data.sources.images import Picture
@@ -100,18 +100,6 @@ def are_whole(file: Path, shape: tuple[int, ...]) -> bool:
         return False
 
 
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write a file of its own, which then takes the place of `file` once it is on the disk."""
-    unfinished = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        write(unfinished)
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def draw(
     folder: Path,
     recipe: Recipe,
@@ -142,13 +130,15 @@ def draw(
         text, empty = (prepared.embeddings([prompt]).to(accelerator.device) for prompt in (recipe.prompt(index), ""))
         noise = noise.to(accelerator.device)
         made = sample(model, noise, text, steps=recipe.steps, guidance=recipe.guidance, empty=empty)
-        write_whole(latents_file(own, index), partial(save_file, {"latents": made[0].cpu()}))
+        with atomic_write(latents_file(own, index)) as temporary:
+            save_file({"latents": made[0].cpu()}, temporary)
 
     def picture(index: int, model: Autoencoder) -> None:
         made = load_file(latents_file(own, index))["latents"]
         with torch.no_grad():
             (image,) = to_images(model.decode(made[None].to(accelerator.device)))
-        write_whole(picture_file(own, index), partial(image.save, format="PNG"))
+        with atomic_write(picture_file(own, index)) as temporary:
+            image.save(temporary, "PNG")
         latents_file(own, index).unlink(missing_ok=True)
 
     undecoded = [index for index in range(count) if not picture_file(own, index).exists()]
@@ -159,7 +149,8 @@ def draw(
     if undecoded:
         with own_errors(accelerator.process_index):
             make_writable(own, "preservation.folder")
-            write_whole(own / "recipe.json", partial(_write_text, json.dumps(asdict(recipe), indent=1)))
+            with atomic_write(own / "recipe.json") as temporary:
+                temporary.write_text(json.dumps(asdict(recipe), indent=1))
             for index in set(range(count)).difference(undecoded):  # decoded, and killed before they were removed
                 latents_file(own, index).unlink(missing_ok=True)
         kept = count - len(undecoded)
@@ -167,10 +158,6 @@ def draw(
     _each(undrawn, transformer, latents, accelerator, "drawn", "samples")
     _each(undecoded, autoencoder, picture, accelerator, "decoded", "pictures")
     return ClassPictureFolder(own, recipe, count)
-
-
-def _write_text(text: str, file: Path) -> None:
-    file.write_text(text)
 
 
 def _each(

@@ -22,6 +22,7 @@ from data.sources import Source
 from data.sources.images import BadPicture
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import to_pixels
+from flux2.utils.text import gigabytes
 from flux2.weights.loading import load_autoencoder, load_text_projection
 from flux2.weights.sources import Fingerprints, ModelSource, fingerprint
 from train.encoding.bucket_table import show_buckets
@@ -30,7 +31,7 @@ from train.utils.console import own_errors
 from train.utils.files import make_writable
 from train.utils.memory import free_memory, watched
 from train.utils.progress import ItemProgress
-from train.utils.text import gigabytes, many
+from train.utils.text import many
 
 PICTURES, FINGERPRINTS = "pictures.json", "fingerprints.json"  # in the cache's folder
 

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from train.evaluation.recommend import FEW_SAMPLES, difference, not_finite, percent, validations
 from train.evaluation.results import Evaluation, Row
-from train.tracking.metrics import LAST_LOSSES, logged, series
+from train.tracking.metrics import LAST_LOSSES, read_metrics, series
 
 RISEN = 1.25  # the training loss at the end by that at the start
 FARTHER = 1.15  # distance to the training pictures by the base's
@@ -22,7 +22,7 @@ FEW = 8  # samples, below which another choice of them may well rank checkpoints
 
 def of_training(folder: Path) -> list[str]:
     """From metrics.jsonl and validation.jsonl of the run in `folder`."""
-    lines, found = logged(folder), []
+    lines, found = read_metrics(folder), []
     if skipped := sum(bool(line.get("skipped")) for line in lines):
         found.append(f"{skipped} logged steps made no update, as their loss or gradient was not finite")
     losses = [value for _, value in series(lines, "loss")]

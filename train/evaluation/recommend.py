@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 
 from train.checkpoints import resume
 from train.checkpoints.checkpoint import checkpoints, number
-from train.tracking.metrics import VALIDATION_FILE, read
+from train.tracking.metrics import VALIDATION_FILE, read_json_lines
 from train.utils.text import many
 
 # quantiles of Student's t for one, two, ... degrees of freedom; beyond, 1.96 + 2.5 / degrees is near enough
@@ -74,7 +74,7 @@ def not_finite(folder: Path) -> list[int]:
 def every_validation(folder: Path) -> list[Validation]:
     """`validations`, and those that are not finite."""
     file = folder / VALIDATION_FILE
-    found = [line for line in read(file) if "losses" in line] if file.exists() else []
+    found = [line for line in read_json_lines(file) if "losses" in line]
     kept = {
         line["step"]: Validation(line["step"], tuple(fmean(row) for row in line["losses"]))
         for line in found
@@ -86,7 +86,7 @@ def every_validation(folder: Path) -> list[Validation]:
 def blamed(folder: Path) -> str:
     """What the first validation that is not finite says of its cause."""
     first = next(one for one in every_validation(folder) if not math.isfinite(one.mean))
-    lines = [line for line in read(folder / VALIDATION_FILE) if line.get("step") == first.step]
+    lines = [line for line in read_json_lines(folder / VALIDATION_FILE) if line.get("step") == first.step]
     named = lines[-1]["samples"]
     those = [name for name, loss in zip(named, first.losses, strict=True) if not math.isfinite(loss)]
     if first.step == 0 and len(those) < len(named):

@@ -16,7 +16,7 @@ from train.evaluation.results import BASE, Evaluation, Row
 from train.reports import slider
 from train.reports.html import data_uri, heads, number, table
 from train.reports.slider import Cell, Shot
-from train.utils.files import make_writable, opened, write_picture, write_whole
+from train.utils.files import make_writable, opened, write_whole
 from train.utils.redact import masked_text
 from train.validation.sample_grid import cut
 
@@ -68,7 +68,7 @@ def keep_pairs(folder: Path, cells: Sequence[Cell]) -> None:
         for j, shot in enumerate(cell.shots):
             name = None if shot.image is None else f"{i}_{j}.png"
             if name is not None and shot.image is not None:
-                write_picture(place / name, shot.image)
+                write_whole(place / name, shot.image)
             shots.append({"name": shot.name, "file": name, "first": shot.first})
         kept.append({"label": masked_text(cell.label), "notes": list(cell.notes), "shots": shots})
     text = json.dumps({"adapter": adapter_of(folder), "cells": kept}, indent=1)

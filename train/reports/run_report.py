@@ -27,7 +27,7 @@ from train.reports import plots, run_pictures, slider
 from train.reports.html import document, heads, number, table
 from train.reports.plots import Curve
 from train.reports.slider import Cell
-from train.tracking.metrics import logged, series
+from train.tracking.metrics import read_metrics, series
 from train.utils.console import warn
 from train.utils.files import write_whole
 from train.utils.redact import masked, masked_command, masked_text
@@ -78,7 +78,7 @@ class Told:
         why = [line.replace(f"{folder}/", "") for line in why]
         chosen = None if found.checkpoint is None else int(found.checkpoint.name.removeprefix("step_"))
         named = label or f"{config.get('name', '')}/{folder.resolve().name}".strip("/")
-        return cls(folder, masked_text(named), config, logged(folder), chosen, why)
+        return cls(folder, masked_text(named), config, read_metrics(folder), chosen, why)
 
     def series(self, key: str) -> list[tuple[int, float]]:
         return series(self.lines, key)

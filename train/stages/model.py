@@ -13,13 +13,13 @@ from flux2.adapters import adapter_parameters
 from flux2.memory.block_offload import offload
 from flux2.models.pixels import reference_image, to_pixels
 from flux2.quantization.precision import describe
+from flux2.utils.text import gigabytes
 from flux2.weights.loading import load_autoencoder, load_transformer
 from train.config.run_config import RunConfig
 from train.distributed.sharding import attached, sharder, shares, whole_size
 from train.sweeps.reuse import SHARED, Base
 from train.utils.console import own_errors
 from train.utils.memory import watched
-from train.utils.text import gigabytes
 from train.validation.samples import Sampler
 
 

@@ -36,7 +36,7 @@ from train.encoding.prepare import prepare
 from train.stages.data import cache_request, paths
 from train.stages.memory import load_config
 from train.stages.model import load_sampler, offload_blocks, shared_base
-from train.utils.files import make_writable, opened, write_picture, write_whole
+from train.utils.files import make_writable, opened, write_whole
 from train.utils.memory import free_memory
 from train.validation.samples import Sampler
 
@@ -272,7 +272,7 @@ class SavedRun:
                 except ValueError as error:  # NaN and infinite pixels
                     write_whole(failed_mark(file), f"{error}\n")
                 else:
-                    write_picture(file, picture)
+                    write_whole(file, picture)
                 yield file
 
     def trained(self, most: int) -> Iterator[Trained]:

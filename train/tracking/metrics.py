@@ -8,54 +8,47 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.files import atomic_write
 from train.tracking.trackers import Tracker
 from train.utils.console import warn
 from train.utils.redact import masked, masked_text
 
-LAST_LOSSES = 10  # logged ones, whose mean is the training loss: a single one jumps with the times that are drawn
+METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+LAST_LOSSES = 10  # logged losses in the mean that is reported: a single one varies with the drawn timesteps
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of the metrics of a run; none if there are none."""
-    found = []
-    file = folder / "metrics.jsonl"
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a file of JSON objects with a step; none if there is no file.
+
+    A killed process or a full disk may have left incomplete lines, which are skipped.
+    """
+    lines = []
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
             values = json.loads(line)
         except ValueError:
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
-            found.append(values)
-    return found
+            lines.append(values)
+    return lines
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl in a run folder; none if there is no such file."""
+    return read_json_lines(folder / METRICS_FILE)
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of every finite value of `key`."""
-    found = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-    return [(step, float(value)) for step, value in found if math.isfinite(value)]
+    """Return (step, value) for every finite value of `key`."""
+    values = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    return [(step, float(value)) for step, value in values if math.isfinite(value)]
 
 
 def last_validation_loss(folder: Path) -> float | None:
-    """Of the run in `folder`: the last one, if it is a finite number."""
-    values = [line["validation_loss"] for line in logged(folder) if "validation_loss" in line]
+    """Return the last validation loss of the run in `folder`; None if there is none or it is not finite."""
+    values = [line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line]
     last = values[-1] if values else None
     return float(last) if isinstance(last, int | float) and math.isfinite(last) else None
-
-
-METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """All lines that are whole: a killed process or a full disk may have left others, which are skipped."""
-    found = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            found.append(values)
-    return found
 
 
 class Metrics:
@@ -79,10 +72,9 @@ class Metrics:
                 if file == self.file:
                     file.touch()
                 if file.exists() and file.stat().st_size:
-                    kept = [line for line in read(file) if 0 < step >= line["step"]]
-                    temporary = file.with_suffix(".part")
-                    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-                    temporary.replace(file)
+                    kept = [line for line in read_json_lines(file) if 0 < step >= line["step"]]
+                    with atomic_write(file) as temporary:
+                        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             except OSError as error:
                 raise ValueError(
                     f"{file}, for the numbers of this run, cannot be written ({error.strerror or error}): make room, "

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.files import atomic_write
+
 
 def reason(error: OSError) -> str:
     """What the system says, without number and path."""
@@ -53,31 +55,18 @@ def make_new(folder: Path) -> Path:
     raise AssertionError("names do not end")
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write beside `file` and put it in its place: it is as before or complete. Raises ValueError if it cannot be."""
-    unfinished = file.with_name(f".{file.name}.part")
+def write_whole(file: Path, content: str | Image.Image) -> None:
+    """Write a text, or an image as PNG, to `file`; it is as before or complete. Raise ValueError if that fails."""
     try:
-        unfinished.write_text(text)
-        unfinished.replace(file)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise ValueError(
-            f"{file} cannot be written ({reason(error)}): make room there, or give another folder"
-        ) from error
-
-
-def write_picture(file: Path, picture: Image.Image) -> None:
-    """As `write_whole`, a PNG; nothing unfinished is left behind where it is stopped either."""
-    unfinished = file.with_suffix(".part")
-    try:
-        picture.save(unfinished, "PNG")
-        unfinished.replace(file)
+        with atomic_write(file) as temporary:
+            if isinstance(content, str):
+                temporary.write_text(content)
+            else:
+                content.save(temporary, "PNG")
     except OSError as error:
         raise ValueError(
             f"{file} cannot be written ({reason(error)}): make room there, or move away what is in its place"
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def opened(file: Path) -> Image.Image | None:

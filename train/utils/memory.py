@@ -11,8 +11,10 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from flux2.utils.cli import is_out_of_memory
+from flux2.utils.text import gigabytes
+
 UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
 
 def free_memory() -> None:
@@ -45,15 +47,6 @@ class OutOfMemory(ValueError):  # noqa: N818
         asked = f"{gigabytes(self.asked)} asked for" if self.asked else "an unknown amount asked for"
         free = f", {gigabytes(self.free)} free" if self.free else ""
         return f"out of memory {self.doing}: {asked}{free}."
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of PyTorch is for want of memory, on a GPU or in the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in SIGNS)
 
 
 def amounts(text: str) -> tuple[int, int]:

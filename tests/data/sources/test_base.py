@@ -221,7 +221,7 @@ def test_a_mask_has_the_size_of_its_picture_as_it_is_turned(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_bad": -1}, "dataset.max_bad=-1 must be a whole number from 0"),
+        ({"max_bad": -1}, "dataset.max_bad=-1 must be an integer >= 0"),
         ({"max_bad": True}, "dataset.max_bad=True must be"),
         ({"first_frame": 1}, "dataset.first_frame=1 must be true or false"),
         ({"captions": {"trigger": "x"}}, "dataset.captions=.* must be made by data.sources.captions.Captions"),

@@ -191,7 +191,7 @@ def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
         ({"image_column": "sources"}, "image_column='sources' .* holds list"),
         ({"mask": "cutout"}, "mask='cutout' is not a column"),
         ({"mask": "number"}, "mask='number' .* holds int64"),
-        ({"limit": 0}, "limit=0 must be a whole number from 1"),
+        ({"limit": 0}, "dataset.limit=0 must be an integer >= 1"),
         ({"streaming": "yes"}, "streaming='yes' must be true or false"),
         ({"picture_folder": "."}, "picture_folder='.' does nothing: .* holds no paths"),
         ({"prompt": 3}, "prompt=3 is int"),

@@ -276,16 +276,6 @@ def test_latents_that_a_stopped_drawing_left_damaged_are_made_again(small, drawn
     assert pictures(tmp_path) == pictures(drawings)
 
 
-def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(
-        train.encoding.class_pictures.os, "fsync", lambda number: flushed.append(not (tmp_path / "file").exists())
-    )
-    train.encoding.class_pictures.write_whole(tmp_path / "file", lambda file: file.write_text("x"))
-    assert flushed == [True]
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
 def test_they_are_the_pictures_that_the_pipeline_makes(small, drawn, drawings, model_folders):
     prepare_samples(load_config(compose(*small(*drawn(3)))))
     pipe = load("small_dev", model_folders("dev"), device="cpu")
