@@ -89,7 +89,7 @@ def test_references_are_mirrored_with_their_picture_and_not_cropped(tmp_path: Pa
 
 def test_random_crops_of_which_no_sample_can_have_any_are_refused(tmp_path: Path) -> None:
     samples = [Sample(noise((64, 64)), ("",), (noise((32, 32)),))]
-    with pytest.raises(ValueError, match=r"buckets\.random_crops=2 does nothing: all samples have references"):
+    with pytest.raises(ValueError, match=r"buckets\.random_crops=2 has no effect: all samples have references"):
         plan(Cache(tmp_path), samples, buckets=Buckets(64, random_crops=2))
 
 

@@ -59,7 +59,7 @@ def test_nothing_is_removed_while_another_process_reads_or_fills(tmp_path: Path)
         os._exit(lease._file is None)
     os.read(ready[0], 1)
     try:
-        with pytest.raises(ValueError, match=r"nothing was removed from .*: a run uses it now"):
+        with pytest.raises(ValueError, match=r"nothing was deleted from .*: a run is using it"):
             prune(cache, set())
         assert "ab" * 32 in cache
     finally:

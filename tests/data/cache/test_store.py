@@ -336,7 +336,7 @@ def test_content_that_changed_on_the_disk_is_seen_when_read_and_computed_again(t
     damaged = flipped(content, len(content) - 100) if place == "data" else swapped
     assert damaged != content
     cache.path(key).write_bytes(damaged)
-    with pytest.raises(ValueError, match=rf"{cache.path(key)} is damaged, its checksum differs: it was removed, start"):
+    with pytest.raises(ValueError, match=rf"{cache.path(key)} is damaged \(wrong checksum\): it was deleted; rerun"):
         cache.get(key)
     assert planned.missing == 1
     planned.fill(encode_images)

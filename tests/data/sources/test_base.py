@@ -134,14 +134,14 @@ def test_bad_input_is_listed_and_left_out_as_far_as_allowed(
     message = str(caught.value)
     bad = message.count("\n  ")
     assert message.startswith(f"{bad} of {2 + bad} samples of {tmp_path} cannot be used:\n  ")
-    assert message.endswith(f"\nMend or remove them, or train without them: dataset.max_bad={bad} (now 0)")
+    assert message.endswith(f"\nFix or remove them, or skip them with dataset.max_bad={bad} (now 0)")
     assert "Traceback" not in message
     assert "object at 0x" not in message
     caplog.set_level(logging.WARNING)
     samples = make(tmp_path, max_bad=bad)
     assert [Path(sample.name).name for sample in samples] == ["a.png", "b.png"]
     assert len(samples.bad) == bad
-    assert caplog.messages[-1].startswith(f"{bad} of {2 + bad} samples of {tmp_path} are left out:\n  ")
+    assert caplog.messages[-1].startswith(f"{bad} of {2 + bad} samples of {tmp_path} are skipped:\n  ")
 
 
 def test_the_whole_list_is_shown(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_mask_has_the_size_of_its_picture_as_it_is_turned(tmp_path: Path) -> N
     assert mask is not None
     assert mask.size == (16, 32)
     write(tmp_path, {"masks/a.png": encoded(Image.new("L", (32, 16)))})
-    with pytest.raises(BadData, match=r"a.png has the mask .*masks/a.png of 32 x 16 pixels for a picture of 16 x 32"):
+    with pytest.raises(BadData, match=r"a.png has the mask .*masks/a.png of 32 x 16 pixels for an image of 16 x 32"):
         Folder(tmp_path, prompt="x", mask="masks")
     write(tmp_path, {"masks/a.png": b""})
     with pytest.raises(BadData, match=r"a.png has .*masks/a.png, which cannot be read \(it is empty"):

@@ -197,8 +197,8 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
     [
         (lambda folder: folder / "gone", {}, "gone' does not exist"),
         (lambda folder: write(folder, {"a.txt": "x"}) / "a.txt", {}, "a.txt' is not a folder"),
-        (pictures(a_txt="x"), {}, r"has no samples: it holds no pictures .*.jpeg.*dataset.recursive=true"),
-        (pictures(a_txt="x"), {"recursive": True}, r"it holds no pictures \(.*webp\)$"),
+        (pictures(a_txt="x"), {}, r"has no samples: it contains no images .*.jpeg.*dataset.recursive=true"),
+        (pictures(a_txt="x"), {"recursive": True}, r"it contains no images \(.*webp\)$"),
         (pictures(a_png=square(), a_txt=b"\xff\xfe\xff"), {}, "a.png has a caption .*a.txt is not UTF-8"),
         (pictures(a_heic=b"", b_png=square(), b_txt="b"), {}, "a.heic has a format that Pillow cannot read: convert"),
         (
@@ -221,8 +221,8 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
             {},
             "1 of 2 .*\n.*line 2 has no column 'text'; it has: file",
         ),
-        (jsonl(lines({"file_name": "a.png", "text": None})), {}, "line 1 has the caption None: text was expected"),
-        (jsonl(lines({"file_name": "a.png", "text": []})), {}, r"line 1 has the caption \[\]: text was expected"),
+        (jsonl(lines({"file_name": "a.png", "text": None})), {}, "line 1 has the caption None: it must be text"),
+        (jsonl(lines({"file_name": "a.png", "text": []})), {}, r"line 1 has the caption \[\]: it must be text"),
         (jsonl(lines({"file_name": "b.png", "text": "x"})), {}, "b.png does not exist"),
         (jsonl(lines({"file_name": ["a.png", "a.png"], "text": "x"})), {}, "line 1 has file_name=.*one file name was"),
         (
@@ -234,10 +234,10 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
         (
             jsonl(GOOD + '{"file_name": "a.png", "text": "a \\ud800"}'),
             {},
-            "has a caption with half of a character",
+            "has a caption that contains a lone surrogate",
         ),
-        (jsonl(GOOD + '{"file_name": "\\ud800", "text": "a"}'), {}, "line 2 has file_name=.*half of a character"),
-        (jsonl(lines({"file_name": "", "text": "x"})), {}, "line 1 has file_name='': one file name was expected"),
+        (jsonl(GOOD + '{"file_name": "\\ud800", "text": "a"}'), {}, "line 2 has file_name=.*.*lone surrogate"),
+        (jsonl(lines({"file_name": "", "text": "x"})), {}, "line 1 has file_name='': it must be one file name"),
         (jsonl(lines({"file_name": "y" * 5000, "text": "x"})), {}, r"/y+\.\.\.y{57} cannot be read .*too long"),
         (jsonl(lines({"file_name": "../b.png", "text": "x"})), {}, r"line 1 names '../b.png', which is not in"),
         (jsonl(lines({"file_name": "/b.png", "text": "x"})), {}, r"line 1 names '/b.png', which is not in"),
@@ -254,7 +254,7 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
         (csv("img,text\na.png,x\n"), {}, "metadata.csv has no column 'file_name'; it has: img, text"),
         (dangling("a.png"), {}, "a.png does not exist"),
         (dangling("a.txt"), {}, "a.png has a caption that cannot be read: .*No such file"),
-        (jsonl(GOOD), {"reference_columns": "before"}, "reference_columns='before' is str: a list"),
+        (jsonl(GOOD), {"reference_columns": "before"}, "reference_columns='before' is str: it must be a list"),
         (jsonl(GOOD), {"reference_columns": [3]}, "reference_columns=3 is int"),
         (jsonl(GOOD), {"caption_column": 5}, "caption_column=5 is int"),
         (jsonl(GOOD), {"image_column": ""}, "image_column=''"),
@@ -291,7 +291,7 @@ def test_pairs_are_of_the_same_name_in_two_folders(tmp_path: Path) -> None:
 def test_several_reference_folders_keep_their_order_and_may_lack_a_picture_if_that_is_said(tmp_path: Path) -> None:
     write(pair(tmp_path), {"pose/a.png": square("blue"), "face/a.png": square("white")})
     folders = ["pose", "source", "face"]
-    with pytest.raises(BadData, match=r"1 of 2 .*\n.*b.png has no picture of its name in .*pose .*dataset.incomplete"):
+    with pytest.raises(BadData, match=r"1 of 2 .*\n.*b.png has no image of its name in .*pose .*dataset.incomplete"):
         Pairs(tmp_path, reference_folders=folders)
     samples = Pairs(tmp_path, reference_folders=folders, incomplete=True)
     assert [len(sample.references) for sample in samples] == [3, 1]
@@ -307,24 +307,24 @@ def test_pairs_may_have_masks(tmp_path: Path) -> None:
     ("files", "arguments", "message"),
     [
         ({"source/c.png": square()}, {}, r"source/c.png has no target of its name in .*target"),
-        ({"target/c.png": square(), "target/c.txt": "c"}, {}, r"target/c.png has no picture of its name in .*source"),
+        ({"target/c.png": square(), "target/c.txt": "c"}, {}, r"target/c.png has no image of its name in .*source"),
         (
             {"target/c.png": square(), "source/c.png": square()},
             {},
             "target/c.png has no caption: write c.txt",
         ),
-        ({"source/a.png": square()}, {}, r"target/a.png could be paired in several ways, there are .*a.*and.*a"),
-        ({"target/a.jpg": square()}, {}, r"target/a.*could be paired in several ways, there are .*target/a"),
+        ({"source/a.png": square()}, {}, r"target/a.png has several possible pairs, .*a.*and.*a"),
+        ({"target/a.jpg": square()}, {}, r"target/a.*has several possible pairs, .*target/a"),
         ({"target/a.txt": b"\xff"}, {}, "target/a.png has a caption that cannot be read: .* is not UTF-8"),
         ({"source/c.heic": b"", "target/c.png": square(), "target/c.txt": "c"}, {}, "c.heic has a format that Pillow"),
         ({}, {"target_folder": "after"}, "dataset.target_folder='.*after' does not exist"),
         ({}, {"reference_folders": ["before"]}, "dataset.reference_folders='.*before' does not exist"),
         ({}, {"reference_folders": []}, "dataset.reference_folders is empty"),
-        ({}, {"reference_folders": "source"}, "reference_folders='source' is str: a list"),
+        ({}, {"reference_folders": "source"}, "reference_folders='source' is str: it must be a list"),
         ({}, {"mask": "masks"}, "dataset.mask='.*masks' does not exist"),
         ({"masks/a.png": square()}, {"mask": "masks"}, "in/b.png has no mask in .*masks"),
         ({}, {"incomplete": "no"}, "incomplete='no' must be true or false"),
-        ({"none/x.txt": ""}, {"target_folder": "none"}, "has no target of its name|none holds no pictures"),
+        ({"none/x.txt": ""}, {"target_folder": "none"}, "has no target of its name|none contains no images"),
     ],
 )
 def test_a_mistake_in_paired_folders_is_one_clear_error(

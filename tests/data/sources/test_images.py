@@ -123,7 +123,7 @@ def test_a_float_picture_is_refused_rather_than_guessed_at() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", square()[:40]])
 def test_a_corrupt_picture_is_named(content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"picture here.png cannot be read"):
+    with pytest.raises(ValueError, match=r"image here.png cannot be read"):
         picture(content).load()
 
 

@@ -85,7 +85,7 @@ def test_what_is_left_out_later_is_its_sources_own_and_shares_stay(tmp_path: Pat
         ({"shares": {"cats": "1", "dogs": 1}}, "dataset.shares.cats='1' must be a positive number"),
         ({"shares": {"cats": 1, "dogs": 1}, "repeats": {"cats": 2}}, "exclude each other"),
         ({"sources": {}}, "dataset.sources={} must name at least one"),
-        ({"sources": {"cats": 3}}, "dataset.sources.cats is int: a dataset was expected"),
+        ({"sources": {"cats": 3}}, "dataset.sources.cats is int: it must be a dataset"),
     ],
 )
 def test_a_mistaken_mix_is_one_clear_error(sources: dict, settings: dict, message: str) -> None:

@@ -124,7 +124,7 @@ def test_a_hub_dataset_is_streamed_again_for_a_new_commit_and_read_without_a_net
     api.commit = None
     assert len(HuggingFace("a/b", streaming=True, limit=2)) == 2
     assert len(rows_read) == 4
-    assert "a/b cannot be asked for its version: going on with the rows that were streamed before" in caplog.text
+    assert "the version of a/b cannot be requested: using the rows that were streamed before" in caplog.text
     with pytest.raises(ValueError, match="'a/b' could not be reached on the Hub"):
         HuggingFace("a/b", streaming=True, limit=1)
 

@@ -193,7 +193,7 @@ def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
         ({"mask": "number"}, "mask='number' .* holds int64"),
         ({"limit": 0}, "dataset.limit=0 must be an integer >= 1"),
         ({"streaming": "yes"}, "streaming='yes' must be true or false"),
-        ({"picture_folder": "."}, "picture_folder='.' does nothing: .* holds no paths"),
+        ({"picture_folder": "."}, "picture_folder='.' has no effect: .* contains no paths"),
         ({"prompt": 3}, "prompt=3 is int"),
         ({"caption_column": "number"}, "caption_column='number' .* holds int64: text expected"),
         ({"reference_columns": "sources"}, "reference_columns='sources' is str"),
