@@ -402,10 +402,10 @@ def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_comman
     events.clear()
     code, out, err = run_command(*settings, "+prune=true", task=cache.main)
     assert (code, events) == (0, []), err
-    assert f"removed from {tmp_path / 'cache'}: 1 embeddings (" in out
+    assert f"deleted from {tmp_path / 'cache'}: 1 embeddings (" in out
     assert f"{len(CAPTIONS)} latents (" in out
     assert {path.name for path in (tmp_path / "cache").rglob("*.safetensors")} == kept
-    assert "nothing was removed" in run_command(*settings, "+prune=true", task=cache.main)[1]
+    assert "nothing was deleted" in run_command(*settings, "+prune=true", task=cache.main)[1]
     assert "prune='maybe' must be true or false" in run_command.refused(*settings, "+prune=maybe", task=cache.main)
 
 
@@ -462,7 +462,7 @@ def test_a_fill_that_is_killed_leaves_whole_entries_and_only_the_missing_are_com
         assert Cache(folder).get(path.stem)
     done = execute(arguments)
     assert done.returncode == 0, done.stderr
-    assert f"to encode: {49 - len(before)} pictures (" in done.stdout
+    assert f"to encode: {49 - len(before)} images (" in done.stdout
     after = entries(folder)
     assert len(after) == 49
     assert {path: after[path] for path in before} == before

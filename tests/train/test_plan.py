@@ -365,14 +365,14 @@ def test_what_does_not_fit_is_said_before_the_time_of_a_step(run_command, offlin
         (["dataset.reference_columns=before"], "dataset.reference_columns='before' must be a list"),
         (
             ["batch_size=99999999999999999999"],
-            "must be a whole number from 1 to 1048576",
+            "must be an integer from 1 to 1048576",
         ),
         (["buckets.resolution=65536"], "resolution=65536 must be a positive whole multiple of 16 pixels up to 8192"),
         (["memory=30gb"], "memory=30gb is not a choice"),
         (["memory=auto", "memory.gpu_memory_gb=lots"], "memory.gpu_memory_gb='lots' must be a number of GB"),
         (["+memory.card=24"], "memory.card=24 is not a setting"),
         (["memory.checkpointing=some"], "memory.checkpointing='some' is not a policy"),
-        (["model.resolution=big"], "model.resolution='big' must be a whole number"),
+        (["model.resolution=big"], "model.resolution='big' must be an integer"),
     ],
 )
 def test_bad_input_is_one_message(run_command, arguments, said):

@@ -1,4 +1,4 @@
-"""The numbers of a run in metrics.jsonl and validation.jsonl: written, and read back."""
+"""Writing and reading of the metrics of a run, metrics.jsonl and validation.jsonl."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def last_validation_loss(folder: Path) -> float | None:
 
 
 class Metrics:
-    """`metrics.jsonl`, one JSON object a line, and the tracker beside it; used by the main process alone.
+    """Writes `metrics.jsonl`, one JSON object per line, and passes metrics to the tracker; for the main process only.
 
-    `validation.jsonl` is likewise, with the loss of each validated sample, for whoever compares steps.
-    What a resumed run had logged past the checkpoint it goes on from is dropped from the files: a step is in them once.
+    `validation.jsonl` has the same form, with the loss of each validation sample. When a run resumes, lines after its
+    checkpoint are removed from the files, so that every step occurs once.
     """
 
     def __init__(self, folder: Path, tracker: Tracker) -> None:
         self.folder, self.file, self.tracker = folder, folder / METRICS_FILE, tracker
         self.validation_file = folder / VALIDATION_FILE
         self._started = False
-        self._said: set[str] = set()
+        self._failed_calls: set[str] = set()
         self._unwritten: dict[Path, bytes] = {}
 
     def start(self, name: str, config: dict[str, Any], step: int) -> None:
-        """Before the first value of a run that has done `step` steps. Raises ValueError if nothing can be written."""
+        """Prepare the files and start the tracker of a run after `step` steps. Raise ValueError if writing fails."""
         for file in (self.file, self.validation_file):
             try:
                 if file == self.file:
@@ -77,19 +77,19 @@ class Metrics:
                         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             except OSError as error:
                 raise ValueError(
-                    f"{file}, for the numbers of this run, cannot be written ({error.strerror or error}): make room, "
-                    "or move away what is there"
+                    f"the metrics file {file} cannot be written ({error.strerror or error}). Make room, or remove what "
+                    "is in its place"
                 ) from error
         self.tracker.start(self.folder, name, masked(config))
         self._started = True
 
     @property
     def tracker_id(self) -> str | None:
-        """Under which the tracker knows this run, if it gives it a name of its own."""
+        """The tracker's id of this run, if it has one."""
         return getattr(self.tracker, "run_id", None)
 
     def close(self) -> None:
-        """After the last value, also of a run that failed; does nothing where it was not started."""
+        """Finish the tracker, also after a failed run; do nothing before `start`."""
         if self._started:
             self._track("finish", self.tracker.finish)
 
@@ -98,7 +98,7 @@ class Metrics:
         self._track("log", self.tracker.log, step, values)
 
     def validated(self, step: int, record: dict[str, Any]) -> None:
-        """Keep the loss of each sample, for the folder alone."""
+        """Append the loss of each sample to validation.jsonl; the tracker does not get it."""
         self._append(self.validation_file, step, record)
 
     def _append(self, to: Path, step: int, values: dict[str, Any]) -> None:
@@ -108,25 +108,25 @@ class Metrics:
             with to.open("ab", buffering=0) as file:
                 before = file.tell()
                 if file.write(lines) != len(lines):
-                    file.truncate(before)  # or the next line would be appended to half of this one
-                    raise OSError("no room for a whole line")
+                    file.truncate(before)  # remove the incomplete line
+                    raise OSError("no space for a complete line")
         except OSError as error:
             self._unwritten[to] = lines
-            if not waiting:  # once for all in a row
+            if not waiting:  # one warning for consecutive failures
                 warn(
-                    f"the numbers of step {step} could not be written to {to} ({error}); training goes on, and they "
-                    "are written with the next ones that can be"
+                    f"the metrics of step {step} could not be written to {to} ({error}); training continues, and they "
+                    "are written later if possible"
                 )
 
     def picture(self, step: int, file: Path) -> None:
         self._track("picture", self.tracker.picture, step, file)
 
     def _track(self, what: str, call: Callable[..., None], *arguments: Any) -> None:
-        """Call the tracker; what fails there, such as a network, is said once for each kind of call."""
+        """Call the tracker, and warn once for each kind of call that fails, for example because of the network."""
         try:
             call(*arguments)
-        except Exception as error:  # of whatever library it is
-            if what not in self._said:
-                self._said.add(what)
-                said = masked_text(f"{what}: {type(error).__name__}: {error}")
-                warn(f"the tracker failed ({said}); training goes on without it")
+        except Exception as error:  # libraries raise various types
+            if what not in self._failed_calls:
+                self._failed_calls.add(what)
+                message = masked_text(f"{what}: {type(error).__name__}: {error}")
+                warn(f"the tracker failed ({message}); training continues without it")

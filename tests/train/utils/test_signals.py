@@ -189,7 +189,7 @@ def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(mon
             signal.raise_signal(signal.SIGINT)
             clock.now = 0.2
             signal.raise_signal(signal.SIGTERM)
-            assert (stop.number, stop.at) == (signal.SIGINT, 0.0)
+            assert (stop.number, stop.time) == (signal.SIGINT, 0.0)
             clock.now = 0.4
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)

@@ -61,12 +61,12 @@ def test_holding_out_everything_is_refused():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"held_out": -1}, r"validation\.held_out=-1 must be a whole number"),
-        ({"samples": 1.5}, r"validation\.samples=1\.5 must be a whole number"),
-        ({"seed": "x"}, r"validation\.seed='x' must be a whole number"),
-        ({"seed": 2**63}, r"validation\.seed=9223372036854775808 must be a whole number from 0, below 2 \*\* 63"),
-        ({"seed": True}, r"validation\.seed=True must be a whole number"),
-        ({"seed": 1.0}, r"validation\.seed=1\.0 must be a whole number"),
+        ({"held_out": -1}, r"validation\.held_out=-1 must be an integer"),
+        ({"samples": 1.5}, r"validation\.samples=1\.5 must be an integer"),
+        ({"seed": "x"}, r"validation\.seed='x' must be an integer"),
+        ({"seed": 2**63}, r"validation\.seed=9223372036854775808 must be an integer >= 0 and < 2 \*\* 63"),
+        ({"seed": True}, r"validation\.seed=True must be an integer"),
+        ({"seed": 1.0}, r"validation\.seed=1\.0 must be an integer"),
         *(
             ({"times": times}, r"validation\.times=.* must be a list of different numbers from 0 to 1")
             for times in ([], 0.5, "0.5", [0.5, 2], [0.5, 0.5], [0.5, 0.50000001], [True])
@@ -114,7 +114,7 @@ def test_the_losses_are_those_of_each_sample_at_each_time(measured):
     found = loss(model, 1.0)
     assert found.shape == (2, len(TIMES))
     for sample, row in zip(loss.chosen, found, strict=True):
-        noised, text = loss.sample(sample, torch.device("cpu"))
+        noised, text = loss.inputs(sample, torch.device("cpu"))
         assert torch.equal(noised.times, torch.tensor(TIMES))
         assert torch.equal(text, loss.prepared.embeddings([sample.caption] * len(TIMES)))
         with torch.no_grad():
@@ -139,7 +139,7 @@ def test_the_mean_and_that_of_each_time_are_reported(measured):
 def test_noise_differs_between_samples_and_times(measured):
     _, loss = measured
     other = replace(loss.chosen[0], content=loss.chosen[1].content)  # the same picture, so that only the noise differs
-    targets = [loss.sample(sample, torch.device("cpu"))[0].target for sample in (loss.chosen[0], other)]
+    targets = [loss.inputs(sample, torch.device("cpu"))[0].target for sample in (loss.chosen[0], other)]
     rows = torch.cat(targets).flatten(1)
     assert len({row.sum().item() for row in rows}) == 2 * len(TIMES)
 
@@ -195,7 +195,7 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"prompts": "a cup"}, r"sample\.prompts='a cup' must be a list of texts"),
+        ({"prompts": "a cup"}, r"sample\.prompts='a cup' must be a list of strings"),
         ({"prompts": [1]}, r"sample\.prompts=\[1\] must be"),
         ({"prompts": 5}, r"sample\.prompts=5 must be"),
         ({"references": "x.png"}, r"sample\.references='x\.png' must be a list of files for all prompts, or a list of"),
@@ -209,7 +209,7 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
         ({"seed": -1}, r"sample\.seed=-1 must be"),
         ({"seed": 2**64}, r"sample\.seed=18446744073709551616 must be .* below 2 \*\* 63"),
         ({"seed": False}, r"sample\.seed=False must be"),
-        ({"steps": 10**6}, r"sample\.steps=1000000 must be a whole number from 1 to 10000"),
+        ({"steps": 10**6}, r"sample\.steps=1000000 must be an integer from 1 to 10000"),
         ({"guidance": 1e9}, r"sample\.guidance=1000000000\.0 must be a number from 0 to 1000"),
         ({"width": 100}, r"sample\.width=100 must be a multiple of 16"),
         ({"height": "x"}, r"sample\.height='x' must be"),
