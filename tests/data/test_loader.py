@@ -272,7 +272,7 @@ def test_references_are_dropped_for_a_whole_step_in_all_processes(tmp_path: Path
 
 def test_dropping_references_that_no_sample_has_is_refused(tmp_path: Path) -> None:
     cache, entries, captions, keys = filled(tmp_path, 2)
-    with pytest.raises(ValueError, match=r"reference_dropout=0\.5 has nothing to drop"):
+    with pytest.raises(ValueError, match=r"reference_dropout=0\.5 has no effect"):
         Loader(cache, entries, captions, keys, batch_size=1, seed=0, reference_dropout=0.5)
 
 

@@ -129,5 +129,5 @@ def test_weight_zero_is_never_trained() -> None:
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf"), 1.0]])
 def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="weights of samples must be numbers from 0, and not all 0"):
+    with pytest.raises(ValueError, match="weights of samples must be numbers >= 0, and not all 0"):
         BucketSampler(["a", "b"], 1, 0, weights)

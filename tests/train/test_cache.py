@@ -219,9 +219,7 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
 def test_the_command_is_an_entry_file_of_its_own(tmp_path):
     done = execute([sys.executable, str(ROOT / "train" / "cache.py"), "dataset=folder", "dataset.path=/nowhere"])
     assert done.returncode == 2
-    assert (
-        done.stderr == "loading libraries\nerror: dataset.path='/nowhere' does not exist: give a folder of pictures\n"
-    )
+    assert done.stderr == "loading libraries\nerror: dataset.path='/nowhere' does not exist. Give a folder of images\n"
 
 
 # ------------------------------------------------------------------ cached and not
@@ -412,7 +410,7 @@ def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_comman
 def test_nothing_is_pruned_while_a_run_is_prepared(run_command, small, tmp_path):
     settings = small(f"cache_dir={tmp_path / 'cache'}")
     result = prepare_samples(load_config(compose(*settings))).cached
-    assert "a run uses it now" in run_command.refused(
+    assert "a run is using it" in run_command.refused(
         *settings, "buckets.resolution=32", "+prune=true", task=cache.main
     )
     result.lease.close()

@@ -175,7 +175,7 @@ def test_what_cannot_be_evaluated_is_one_clear_error(small, train, tmp_path):
 def test_where_a_grid_cannot_be_put_that_is_one_error_and_nothing_unfinished_stays(train):
     run = train("run", *KEPT)
     (run / "evaluation" / "grid.png").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"grid.png cannot be written \(Is a directory\): make room there, or move"):
+    with pytest.raises(ValueError, match=r"grid.png cannot be written \(Is a directory\)\. Make room there, or remove"):
         evaluate(run)
     assert not list(run.rglob(".*.tmp"))
     assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 8

@@ -371,7 +371,7 @@ def test_one_launched_process_uses_all_cores_and_one_of_several_its_share(monkey
 
 def test_processes_that_do_not_know_each_other_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(AssertionError, match="1 processes know each other, not 2"):
+    with pytest.raises(AssertionError, match="1 processes are connected, not 2"):
         make_accelerator("cpu")
 
 
@@ -449,8 +449,8 @@ def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, 
     ("mistake", "said"),
     [
         ("model.path=/nowhere/model", ["model.path='/nowhere/model' does not exist", "give a repository id, a folder"]),
-        ("dataset.path=/nowhere/pictures", ["dataset.path='/nowhere/pictures' does not exist", "give a folder"]),
-        ("dataset.caption_column=title", ["caption_column='title'", "leave the columns out"]),
+        ("dataset.path=/nowhere/pictures", ["dataset.path='/nowhere/pictures' does not exist", "Give a folder"]),
+        ("dataset.caption_column=title", ["caption_column='title'", "remove the setting"]),
         ("resume=/nowhere", ["resume='/nowhere' is not a folder", "or auto"]),
         ("validation.held_out=6", ["validation.held_out=6 leaves none of the 6 samples"]),
     ],

@@ -183,5 +183,5 @@ def test_a_damaged_entry_of_the_index_is_read_again(tmp_path: Path, entry: objec
 def test_a_damaged_index_is_told_and_made_anew(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "index.json").write_text(content)
     index = Digests(tmp_path / "index.json")
-    assert "all pictures are read again" in caplog.text
+    assert "all images are read again" in caplog.text
     assert index.look(drawn(tmp_path / "a.png", "red"))[1] == (20, 10)

@@ -122,9 +122,9 @@ def test_a_mask_that_cannot_be_used_makes_its_sample_bad(tmp_path: Path) -> None
         Sample(picture("red", (64, 64)), ("",), mask=Picture("b", lambda: BytesIO(black.getvalue()))),
     ]
     planned = plan(Cache(tmp_path), samples)
-    assert planned.bad == {0: "has m, which is a mask and has 64 x 48 pixels, but its picture 64 x 64"}
+    assert planned.bad == {0: "has m, which is a mask and has 64 x 48 pixels, but its image 64 x 64"}
     (error,) = planned.fill(averages).values()
-    assert str(error).startswith("picture b is a mask and black all over")
+    assert str(error).startswith("image b is a mask that is black in the whole crop")
 
 
 def test_pictures_that_are_too_small_or_unreadable_are_listed_and_not_planned(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_what_is_decoded_is_what_was_planned(tmp_path: Path) -> None:
     planned = plan_latents(cache, [Sample(file_picture(file), ("",))], Buckets(64), "vae", 64**2)
     file.write_bytes(other.open().read())
     (error,) = planned.fill(averages).values()
-    assert "was changed after this run had looked at it (start again)" in str(error)
+    assert "was changed after this run had read its digest (start again)" in str(error)
     assert planned.missing == 1
 
 
@@ -216,7 +216,7 @@ def test_a_mask_that_is_black_in_what_is_trained_makes_its_sample_bad(tmp_path: 
     sample = Sample(picture("red", (192, 64)), ("",), mask=Picture("m", lambda: BytesIO(content.getvalue())))
     planned = plan(Cache(tmp_path), [sample], buckets=Buckets(64, max_aspect=1.0))
     (error,) = planned.fill(averages).values()
-    assert "black all over in what is trained" in str(error)
+    assert "black in the whole crop" in str(error)
 
 
 def test_the_table_counts_pictures_and_what_is_cut_off(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_several_runs_share_a_cache_and_a_closed_lease_holds_nothing(tmp_path: P
     cache.put("ab" * 32, {"latents": torch.ones(3)}, {})
     leases = [Lease(cache), Lease(cache)]
     for lease in leases:
-        with pytest.raises(ValueError, match="a run uses it now"):
+        with pytest.raises(ValueError, match="a run is using it"):
             prune(cache, set())
         lease.close()
     assert prune(cache, set())["latents"][0] == 1

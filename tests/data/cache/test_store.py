@@ -272,7 +272,7 @@ def test_pictures_that_are_scaled_up_are_counted_once(tmp_path: Path, caplog: py
     samples = [Sample(picture("red", size, f"{size}"), ("",)) for size in ((1, 1), (20000, 2), (64, 64), (90, 70))]
     plan(Cache(tmp_path), samples)
     (record,) = caplog.records
-    assert record.getMessage().startswith("2 of 4 pictures are smaller than the size that they are trained at")
+    assert record.getMessage().startswith("2 of 4 images are smaller than the size that they are trained at")
     assert record.getMessage().endswith("such as (1, 1), 1 x 1")
     caplog.clear()
     plan(Cache(tmp_path), samples[2:])

@@ -81,10 +81,13 @@ BAD = {
     "damaged header": (one(square()[:20]), r"x.png cannot be read"),
     "empty": (one(b""), r"x.png cannot be read \(it is empty: 0 bytes\)"),
     "gigantic": (one(bomb()), r"x.png cannot be read \(DecompressionBombError: .*400000000 pixels\) exceeds limit"),
-    "animated gif": (one(animation(), "x.gif"), "x.gif has several frames: dataset.first_frame=true takes the first"),
+    "animated gif": (
+        one(animation(), "x.gif"),
+        "x.gif has several frames: set dataset.first_frame=true to use the first",
+    ),
     "animated webp": (one(animation("WEBP"), "x.webp"), "x.webp has several frames"),
-    "one pixel": (one(square(side=1)), "x.png has 1 x 1 pixels: a side must have 16 or more"),
-    "a line": (one(encoded(Image.new("RGB", (100, 15)))), "x.png has 100 x 15 pixels: a side must have 16 or more"),
+    "one pixel": (one(square(side=1)), "x.png has 1 x 1 pixels: each side must have at least 16"),
+    "a line": (one(encoded(Image.new("RGB", (100, 15)))), "x.png has 100 x 15 pixels: each side must have at least 16"),
     "32 bits": (
         one(encoded(Image.new("F", (16, 16)), "TIFF"), "x.tif"),
         "x.tif has mode F, which has no defined white",
@@ -92,7 +95,7 @@ BAD = {
     "a format of phones": (one(b"x", "x.heic"), "x.heic has a format that Pillow cannot read: convert it"),
     "outside the folder": (
         metadata({"file_name": "../x.png", "text": "x"}),
-        "line 3 names '../x.png', which is not in .*: only its own files may be used",
+        "line 3 names '../x.png', which is not in .*: files must be inside the folder",
     ),
     "a reference outside": (
         metadata({"file_name": "a.png", "text": "x", "references": ["/etc/passwd"]}),
@@ -105,15 +108,15 @@ BAD = {
     ),
     "too many references": (
         metadata({"file_name": "a.png", "text": "x", "references": ["a.png"] * 11}),
-        "a.png has 11 references: at most 10 are possible",
+        "a.png has 11 references: at most 10 are allowed",
     ),
     "a missing column": (metadata({"file_name": "a.png"}), "line 3 has no column 'text'; it has: file_name"),
-    "an empty caption": (sidecar(x_png=square(), x_txt=" \n"), "x.png has an empty caption: write one, or say"),
-    "no caption": (sidecar(x_png=square()), "x.png has no caption: write x.txt beside it"),
-    "a duplicate line": (metadata({"file_name": "a.png", "text": "a.png"}), "a.png is there twice, with the same"),
+    "an empty caption": (sidecar(x_png=square(), x_txt=" \n"), "x.png has an empty caption: write one, or allow"),
+    "no caption": (sidecar(x_png=square()), "x.png has no caption: write x.txt or"),
+    "a duplicate line": (metadata({"file_name": "a.png", "text": "a.png"}), "a.png is a duplicate, with the same"),
     "duplicate names": (
         sidecar(x_png=square(), x_webp=square(), x_txt="x"),
-        r"x.png has the name of x.webp, and so its caption.*\n.*x.webp has the name of x.png",
+        r"x.png shares its name.* with x.webp.*\n.*x.webp shares its name.* with x.png",
     ),
 }
 

@@ -96,7 +96,7 @@ def test_half_a_character_is_refused() -> None:
     [
         ({"trigger": ""}, r"dataset.captions.trigger='' must be a string"),
         ({"trigger": 3}, r"dataset.captions.trigger=3"),
-        ({"template": "a photo"}, r"template='a photo' must say \{caption\}"),
+        ({"template": "a photo"}, r"template='a photo' must contain \{caption\}"),
         ({"shuffle_tags": -1}, "shuffle_tags=-1 must be an integer >= 0"),
         ({"shuffle_tags": True}, "shuffle_tags=True must be an integer"),
         ({"keep_tags": 1}, "keep_tags=1 has no effect without shuffle_tags"),

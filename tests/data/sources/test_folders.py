@@ -148,7 +148,7 @@ def test_a_picture_may_have_several_lines_but_not_the_same_twice(tmp_path: Path)
     write(tmp_path, {"a.png": square(), "metadata.jsonl": lines(*rows)})
     assert captions(Folder(tmp_path)) == ["x", "y"]
     write(tmp_path, {"metadata.jsonl": lines(*rows, rows[0])})
-    with pytest.raises(BadData, match=r"1 of 3 .*\n.*a.png is there twice, with the same caption and references"):
+    with pytest.raises(BadData, match=r"1 of 3 .*\n.*a.png is a duplicate, with the same caption and references"):
         Folder(tmp_path)
 
 
@@ -204,15 +204,19 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
         (
             pictures(a_png=square()),
             {},
-            "a.png has no caption: write a.txt beside it, or metadata.jsonl",
+            "a.png has no caption: write a.txt or metadata.jsonl",
         ),
         (pictures(a_png=square(), a_txt="a"), {"caption_column": "t"}, "metadata.jsonl does not exist"),
         (pictures(a_png=square(), a_txt="a"), {"reference_columns": ["t"]}, r"so reference_columns=\['t'\] name noth"),
         (pictures(a_png=square(), a_txt="a"), {"mask": "masks"}, "dataset.mask='.*masks' does not exist"),
-        (pictures(a_png=square(), a_jpg=square(), a_txt=""), {}, "a.jpg has the name of a.png, and so its caption"),
+        (
+            pictures(a_png=square(), a_jpg=square(), a_txt=""),
+            {},
+            "a.jpg shares its name, and so its caption, with a.png",
+        ),
         (pictures(metadata_jsonl=GOOD, metadata_csv="x"), {}, "has both metadata.jsonl and metadata.csv"),
         (jsonl(GOOD + "{oops\n"), {}, "metadata.jsonl line 2 is not JSON"),
-        (jsonl(GOOD + "[1]\n"), {}, r"line 2 is '\[1\]': each line is one JSON object"),
+        (jsonl(GOOD + "[1]\n"), {}, r"line 2 is '\[1\]'. Each line must be one JSON object"),
         (jsonl(GOOD), {"caption_column": "caption"}, "metadata.jsonl has no column 'caption'; it has: file_name, text"),
         (jsonl(GOOD), {"reference_columns": ["before"]}, "metadata.jsonl has no column 'before'"),
         (jsonl(GOOD), {"mask": "mask"}, "metadata.jsonl has no column 'mask'"),
@@ -224,7 +228,11 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
         (jsonl(lines({"file_name": "a.png", "text": None})), {}, "line 1 has the caption None: it must be text"),
         (jsonl(lines({"file_name": "a.png", "text": []})), {}, r"line 1 has the caption \[\]: it must be text"),
         (jsonl(lines({"file_name": "b.png", "text": "x"})), {}, "b.png does not exist"),
-        (jsonl(lines({"file_name": ["a.png", "a.png"], "text": "x"})), {}, "line 1 has file_name=.*one file name was"),
+        (
+            jsonl(lines({"file_name": ["a.png", "a.png"], "text": "x"})),
+            {},
+            "line 1 has file_name=.*it must be one file name",
+        ),
         (
             jsonl(lines({"file_name": "a.png", "text": "x", "references": [3]})),
             {},
@@ -247,7 +255,7 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
             {},
             r"line 1 names 's/../../b.png', which is not in",
         ),
-        (csv("file_name,text\na.png,one, two\n"), {}, "metadata.csv line 2 has more cells than columns: put a text"),
+        (csv("file_name,text\na.png,one, two\n"), {}, "metadata.csv line 2 has more cells than columns. Quote texts"),
         (csv("file_name,text\na.png\n"), {}, "metadata.csv line 2 has the caption None"),
         (csv('file_name,text\na.png,"x'), {}, r"metadata.csv line 1 is not CSV \(unexpected end of data"),
         (csv("file_name,text\n"), {}, "metadata.csv is empty"),

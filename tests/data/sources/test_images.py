@@ -204,7 +204,7 @@ def test_transparency_is_a_mask_of_the_turned_size() -> None:
         assert pixels.getpixel((3, 0)) == 51  # a quarter turn to the right
         assert sorted(pixels.getcolors()) == [(1, 51), (23, 255)]
     assert mask.digest() not in (found.digest(), hashlib.sha256(b"").hexdigest())
-    assert mask.name == "the transparency of here.png"
+    assert mask.name == "the alpha channel of here.png"
 
 
 def test_a_picture_without_transparency_is_solid() -> None:
@@ -221,9 +221,7 @@ def test_a_picture_of_gray_is_a_mask_as_it_is() -> None:
 
 
 def test_a_bad_picture_has_a_name_and_a_reason() -> None:
-    with pytest.raises(
-        BadPicture, match=r"^picture here.png .*it is empty: 0 bytes\): replace or remove it$"
-    ) as caught:
+    with pytest.raises(BadPicture, match=r"^image here.png .*it is empty: 0 bytes\)\. Replace or remove it$") as caught:
         picture(b"").load()
     assert (caught.value.name, caught.value.reason) == ("here.png", "cannot be read (it is empty: 0 bytes)")
 

@@ -76,12 +76,12 @@ def test_what_is_left_out_later_is_its_sources_own_and_shares_stay(tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"repeats": {"birds": 2}}, "dataset.repeats.birds is no source; there are: cats, dogs"),
+        ({"repeats": {"birds": 2}}, "dataset.repeats.birds is not a source. The sources are: cats, dogs"),
         ({"repeats": {"cats": 0}}, "dataset.repeats.cats=0 must be a positive number"),
         ({"repeats": {"cats": float("nan")}}, "dataset.repeats.cats=nan must be"),
         ({"repeats": {"cats": True}}, "dataset.repeats.cats=True must be"),
-        ({"repeats": 3}, "dataset.repeats=3 must be numbers by the names"),
-        ({"shares": {"cats": 1}}, "dataset.shares leaves out dogs"),
+        ({"repeats": 3}, "dataset.repeats=3 must map names of sources to numbers"),
+        ({"shares": {"cats": 1}}, "dataset.shares omits dogs"),
         ({"shares": {"cats": "1", "dogs": 1}}, "dataset.shares.cats='1' must be a positive number"),
         ({"shares": {"cats": 1, "dogs": 1}, "repeats": {"cats": 2}}, "exclude each other"),
         ({"sources": {}}, "dataset.sources={} must name at least one"),

@@ -71,7 +71,7 @@ def test_what_save_to_disk_wrote_is_read_without_decoding(tmp_path: Path) -> Non
     assert color(HuggingFace(tmp_path / "alone")[0].target) == RED
     (only,) = HuggingFace(tmp_path / "splits", split="test")
     assert (only.caption, color(only.target)) == ("blue", BLUE)
-    with pytest.raises(ValueError, match="split='val' cannot be read: no such split; it has: train, test"):
+    with pytest.raises(ValueError, match=r"split='val' cannot be read: no such split. The splits are: train, test"):
         HuggingFace(tmp_path / "splits", split="val")
 
 
@@ -93,7 +93,7 @@ def test_a_picture_that_the_library_refers_to_is_opened_beside_the_table_and_whe
     samples = HuggingFace(table(tmp_path / "data/t.parquet", image=images), max_bad=1)
     assert [color(sample.target) for sample in samples] == [RED, BLUE]
     assert [bad.reason for bad in samples.bad] == [
-        f"is '{tmp_path}/secret.png', which is not in {tmp_path}/data: dataset.picture_folder names another folder"
+        f"is '{tmp_path}/secret.png', which is not in {tmp_path}/data: set dataset.picture_folder to"
     ]
 
 
@@ -101,9 +101,7 @@ def test_a_column_of_paths_on_the_hub_needs_a_folder(tmp_path: Path, monkeypatch
     write(tmp_path, {"a.png": square("blue")})
     rows = datasets.Dataset.from_dict({"image": ["a.png"], "caption": ["x"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    with pytest.raises(
-        ValueError, match=r"column 'image' of a/b holds paths: name the folder .*dataset.picture_folder"
-    ):
+    with pytest.raises(ValueError, match=r"column 'image' of a/b contains paths. .*dataset.picture_folder"):
         HuggingFace("a/b")
     assert color(HuggingFace("a/b", picture_folder=str(tmp_path))[0].target) == BLUE
 
@@ -118,7 +116,7 @@ def test_what_is_wrong_with_the_pictures_of_rows_is_listed_by_row(tmp_path: Path
     listed = str(caught.value).splitlines()
     assert listed[0] == f"5 of 5 samples of {path} cannot be used:"
     said = [line.partition(" column ")[2] for line in listed[1:6]]
-    outside = f"which is not in {tmp_path / 'data'}: dataset.picture_folder names another folder"
+    outside = f"which is not in {tmp_path / 'data'}: set dataset.picture_folder to"
     assert said == [
         "image does not exist",
         f"image is '../secret.png', {outside}",
@@ -186,7 +184,7 @@ def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
         ({"reference_columns": ["before"]}, "reference_columns='before' is not a column"),
         (
             {"image_column": "number"},
-            "image_column='number' .* holds int64: pictures, encoded bytes, or paths expected",
+            "image_column='number' .* contains int64: it must contain images, encoded bytes, or paths",
         ),
         ({"image_column": "sources"}, "image_column='sources' .* holds list"),
         ({"mask": "cutout"}, "mask='cutout' is not a column"),
@@ -228,7 +226,7 @@ def test_a_local_path_that_does_not_exist_is_not_looked_for_on_the_hub(path: str
 
 def test_a_folder_without_parquet_files_says_what_is_accepted(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": square(), "a.txt": "x", "metadata.jsonl": "{}"})
-    with pytest.raises(ValueError, match=r"neither a .parquet, .arrow, .json.* use dataset=folder"):
+    with pytest.raises(ValueError, match=r"is not a .parquet, .arrow, .json.* use dataset=folder"):
         HuggingFace(tmp_path)
 
 

@@ -74,7 +74,7 @@ def test_the_light_is_warm_in_the_middle_and_cool_around_it():
     assert in_the_disc == pytest.approx(np.pi * 0.40**2, abs=0.02)
     half = draw(SHOWN[0], 64)
     assert spotlight(half).size == (64, 64)
-    with pytest.raises(ValueError, match="picture is 64 x 32; a spotlight needs a square one"):
+    with pytest.raises(ValueError, match="the image is 64 x 32; it must be square"):
         spotlight(half.crop((0, 0, 64, 32)))
 
 

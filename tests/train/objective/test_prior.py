@@ -308,7 +308,7 @@ def test_a_drawn_picture_that_is_damaged_is_named_and_drawn_again_once_it_is_del
     for file in files:
         Image.new("RGB", (32, 32)).save(file)
     files[1].write_bytes(b"")
-    with pytest.raises(ValueError, match=r"(?s)1 class pictures in .*00001\.png.* are drawn again"):
+    with pytest.raises(ValueError, match=r"(?s)1 class images in .*00001\.png.* draw them again"):
         train.encoding.class_pictures.ClassPictureFolder(tmp_path, recipe, 2)
     files[1].unlink()
     Image.new("RGB", (32, 32)).save(files[1])
@@ -373,8 +373,8 @@ def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, r"takes class pictures .* or class prompts .* one of them: prompts=\[\], dataset=None"),
-        ({"prompts": ["a"], "dataset": {"path": "x"}}, r"one of them: prompts=\['a'\], dataset=given"),
+        ({}, r"preservation\.prompts=\[\] with preservation\.dataset=None: .* one of both"),
+        ({"prompts": ["a"], "dataset": {"path": "x"}}, r"prompts=\['a'\] with preservation\.dataset=given"),
         ({"prompts": "a"}, r"preservation\.prompts='a' must be a list"),
         ({"dataset": "x"}, r"preservation\.dataset='x' must be the settings"),
         ({"prompts": ["a"], "weight": 0}, r"preservation\.weight=0 must be a positive number"),
@@ -391,10 +391,10 @@ def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
             r"preservation\.width=1048576 .* at most 8192 x 8192",
         ),
         ({"prompts": ["a"], "guidance": 1e9}, r"preservation\.guidance=1000000000\.0 must be a number from 0 to 1000"),
-        ({"prompts": ["a"], "seed": 2**63}, r"preservation\.seed=9223372036854775808 must be .* below 2 \*\* 63"),
+        ({"prompts": ["a"], "seed": 2**63}, r"preservation\.seed=9223372036854775808 must be .* < 2 \*\* 63"),
         ({"prompts": ["a"], "seed": 1.0}, r"preservation\.seed=1\.0 must be"),
         ({"prompts": ["a", " "]}, r"preservation\.prompts=\['a', ' '\] must be strings that are not empty"),
-        ({"prompts": ["a", "b", "a "]}, r"preservation\.prompts=\['a', 'b', 'a '\] must be different texts"),
+        ({"prompts": ["a", "b", "a "]}, r"preservation\.prompts=\['a', 'b', 'a '\] must be different strings"),
         ({"prompts": ["a"], "guidance": "x"}, r"preservation\.guidance='x' must be"),
         ({"prompts": ["a"], "folder": ""}, r"preservation\.folder='' must be"),
     ],

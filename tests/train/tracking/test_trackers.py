@@ -77,7 +77,7 @@ def test_numbers_that_cannot_be_written_are_a_warning(tmp_path, capfd):
     metrics = Metrics(tmp_path, tracker := Remembering())
     (tmp_path / "metrics.jsonl").mkdir()
     metrics.log(1, loss=0.5)
-    assert "warning: the numbers of step 1 could not be written to" in capfd.readouterr().err
+    assert "warning: the metrics of step 1 could not be written to" in capfd.readouterr().err
     assert tracker.events == [("log", 1, {"loss": 0.5})]
 
 
@@ -96,7 +96,7 @@ def test_numbers_that_could_not_be_written_are_kept_until_they_can_be_and_said_o
 def test_a_folder_in_the_place_of_the_numbers_is_named_with_a_remedy(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "file").touch()
-    with pytest.raises(ValueError, match=rf"{name}, for the numbers of this run, cannot be written .*move away"):
+    with pytest.raises(ValueError, match=rf"{name} cannot be written .*or remove"):
         Metrics(tmp_path, NoTracker()).start("run", {}, 2)
 
 
@@ -294,7 +294,7 @@ def test_wandb_that_cannot_be_reached_goes_on_offline_with_a_warning(train, monk
     run = train("run", "tracker=wandb")
     assert time.monotonic() - began < 90
     err = capfd.readouterr().err
-    assert re.search(r"warning: tracker=wandb: .* kept offline: `wandb sync .*run/wandb/offline-run-\*` sends it", err)
+    assert re.search(r"warning: tracker=wandb: .* stored offline: `wandb sync .*offline-run-\*` sends it", err)
     assert "the tracker failed" not in err
     kept = (run / "wandb_id").read_text()
     (file,) = run.glob(f"wandb/offline-run-*/run-{kept}.wandb")
@@ -334,5 +334,5 @@ def test_where_tensorboard_cannot_write_is_one_error_with_a_remedy(tmp_path):
 
 
 def test_an_unknown_mode_of_wandb_is_refused():
-    with pytest.raises(ValueError, match=r"tracker\.mode='on' must be online, offline or disabled"):
+    with pytest.raises(ValueError, match=r"tracker\.mode='on' must be one of online, offline, disabled"):
         WandbTracker(mode="on")

@@ -112,7 +112,7 @@ def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):
     assert len(values(train("run"))) == 4
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 1
-    assert "the tracker failed (log: ConnectionError: no network); training goes on without it" in said[0]
+    assert "the tracker failed (log: ConnectionError: no network); training continues without it" in said[0]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_next_is_tried(train, monkeypatch, capfd):

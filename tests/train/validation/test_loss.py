@@ -205,7 +205,7 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
         ),
         ({"references": [[1]], "prompts": ["a cup"]}, r"sample\.references=\[\[1\]\] must be a list of files"),
         ({"references": [["x.png"]]}, r"sample\.references=\[\['x\.png'\]\] has 1 lists for 0 sample\.prompts"),
-        ({"references": [[], []], "prompts": ["a cup"]}, r"has 2 lists for 1 sample\.prompts: give one for each"),
+        ({"references": [[], []], "prompts": ["a cup"]}, r"has 2 lists for 1 sample\.prompts\. Give a list"),
         ({"seed": -1}, r"sample\.seed=-1 must be"),
         ({"seed": 2**64}, r"sample\.seed=18446744073709551616 must be .* below 2 \*\* 63"),
         ({"seed": False}, r"sample\.seed=False must be"),
