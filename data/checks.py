@@ -17,15 +17,15 @@ def check_flag(key: str, value: object) -> None:
         raise ValueError(f"{key}={value!r} must be true or false")
 
 
-def checked_text(key: str, value: object) -> str:
+def check_text(key: str, value: object) -> str:
     """Return `value` as a string; raise ValueError unless it is a string or path that is not empty."""
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError(f"{key}={value!r} is {type(value).__name__}: it must be a string that is not empty")
     return str(value)
 
 
-def checked_texts(key: str, value: object) -> tuple[str, ...]:
+def check_texts(key: str, value: object) -> tuple[str, ...]:
     """Return `value` as a tuple; raise ValueError unless it is a list of strings that are not empty."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ValueError(f"{key}={value!r} is {type(value).__name__}: it must be a list of names")
-    return tuple(checked_text(key, item) for item in value)
+    return tuple(check_text(key, item) for item in value)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.buckets import Size
 from data.cache import Cache
-from data.cache.embeddings import EMBEDDING_SHAPE, unpacked
+from data.cache.embeddings import EMBEDDING_SHAPE, unpack
 from data.cache.latents import LatentEntry, latent_shape, mask_shape
 from data.cache.store import Shape
 from data.checks import check_int
@@ -51,14 +51,14 @@ class Batch:
         """Return the batch with its tensors on `device` as `dtype`, without waiting for the copies."""
         return replace(
             self,
-            latents=onto(self.latents, device).to(dtype),
-            references=[onto(reference, device).to(dtype) for reference in self.references],
-            embeddings=onto(self.embeddings, device).to(dtype),
-            mask=None if self.mask is None else onto(self.mask, device).to(dtype),
+            latents=copy_to_device(self.latents, device).to(dtype),
+            references=[copy_to_device(reference, device).to(dtype) for reference in self.references],
+            embeddings=copy_to_device(self.embeddings, device).to(dtype),
+            mask=None if self.mask is None else copy_to_device(self.mask, device).to(dtype),
         )
 
 
-def onto(tensor: Tensor, device: torch.device | str) -> Tensor:
+def copy_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy a CPU tensor to `device`, from pinned memory, so that the host need not wait for the GPU."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
@@ -186,7 +186,7 @@ class Loader:
         stacked: list[Tensor] = []
         for key in keys:
             shape = tuple(stacked[0].shape) if stacked else EMBEDDING_SHAPE
-            stacked.append(unpacked(self._cache, key, self._memory.get(key), shape))
+            stacked.append(unpack(self._cache, key, self._memory.get(key), shape))
         return torch.stack(stacked)
 
     def _masks(self, keys: Sequence[str | None], size: Size) -> Tensor | None:

@@ -38,12 +38,12 @@ from train.reports import run_report
 from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder
 from train.utils.checks import check_count, is_number
 from train.utils.console import warn
-from train.utils.files import opened, write_whole
+from train.utils.files import read_image, write_whole
 from train.utils.memory import free_memory
 from train.utils.progress import ItemProgress
 from train.utils.redact import masked_command, masked_text
 from train.validation.sample_grid import sample_grid
-from train.validation.samples import is_texts
+from train.validation.samples import is_string_list
 
 NUMBERS, GRID = "evaluation.json", "grid.png"  # in the folder of an evaluation
 
@@ -69,7 +69,7 @@ class EvaluationSettings:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.compare, str) and not is_texts(self.compare):
+        if not isinstance(self.compare, str) and not is_string_list(self.compare):
             raise ValueError(f"compare={self.compare!r} must be a run folder or a list of them")
         compared = [self.compare] if isinstance(self.compare, str) else self.compare
         for key, places in (("run", [self.run]), ("compare", compared)):
@@ -77,7 +77,7 @@ class EvaluationSettings:
                 raise ValueError(
                     f"{key}={getattr(self, key)!r} is empty: give the folder of a run, outputs/<name>/<time>"
                 )
-        if self.prompts is not None and (not is_texts(self.prompts) or not self.prompts):
+        if self.prompts is not None and (not is_string_list(self.prompts) or not self.prompts):
             raise ValueError(f"prompts={self.prompts!r} must be a list of texts, or null for the run's own")
         if self.references is not None and self.prompts is None:
             raise ValueError(f"references={self.references!r} does nothing without prompts: give both")
@@ -206,7 +206,7 @@ def measure(
         if file is None:
             return None
         if file not in known:
-            picture = opened(file)
+            picture = read_image(file)
             if picture is None:
                 raise ValueError(f"{file} cannot be read: delete it, and the same command draws it again")
             known[file] = describe(picture)
@@ -236,7 +236,7 @@ def measure(
 
 def write_grid(made: Evaluation, file: Path) -> None:
     """Every row as a row of pictures, a column for each prompt and seed."""
-    found = [[None if one is None else opened(one) for one in row.files] for row in made.rows]
+    found = [[None if one is None else read_image(one) for one in row.files] for row in made.rows]
     some = next((picture for row in found for picture in row if picture is not None), Image.new("RGB", (256, 256)))
     blank = Image.new("RGB", some.size, "grey")
     captions = [f"{masked_text(made.prompts[i])} (seed {seed})" for i, seed in made.columns]

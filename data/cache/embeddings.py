@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.cache.store import Cache, Progress, Shape, check_finite, each, share
-from data.sources.images import shortened
+from data.cache.store import Cache, Progress, Shape, check_finite, run_each, share
+from data.sources.images import shorten
 
 EMBEDDING_SHAPE: Shape = (None, None)
 GROUP = 128  # maximum number of neighbors that share a scale
@@ -64,12 +64,12 @@ class EmbeddingPlan:
             embeddings = encode([prompts[key]])
             assert embeddings.ndim == 3, f"encode returned {embeddings.shape}, not (1, L, D)"
             assert len(embeddings) == 1, f"encode returned {embeddings.shape}, not (1, L, D)"
-            check_finite(embeddings, f"the text encoder's embedding of prompt {shortened(prompts[key])!r}")
-            tensors = packed(embeddings[0]) if self.fp8 else {"embeddings": embeddings[0]}
+            check_finite(embeddings, f"the text encoder's embedding of prompt {shorten(prompts[key])!r}")
+            tensors = pack(embeddings[0]) if self.fp8 else {"embeddings": embeddings[0]}
             return self.cache.put(key, tensors, {"prompt": prompts[key]})
 
         self.cache.sweep()
-        each(compute, share(self.cache, self.lacks, list(prompts), process_index, num_processes), workers, progress)
+        run_each(compute, share(self.cache, self.lacks, list(prompts), process_index, num_processes), workers, progress)
 
 
 def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str, fp8: bool = False) -> EmbeddingPlan:
@@ -84,7 +84,7 @@ def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str, fp8: 
     return EmbeddingPlan(cache, keys, fp8)
 
 
-def packed(embeddings: Tensor) -> dict[str, Tensor]:
+def pack(embeddings: Tensor) -> dict[str, Tensor]:
     """Return "embeddings" (L, D) in float8_e4m3fn and "scales" (L, groups) in float32, on the device of the input."""
     grouped = embeddings.float().unflatten(-1, (-1, _group(embeddings.shape[-1])))  # (L, groups, group)
     scales = grouped.abs().amax(-1) / FP8_MAX
@@ -93,7 +93,7 @@ def packed(embeddings: Tensor) -> dict[str, Tensor]:
     return {"embeddings": values.flatten(-2).to(torch.float8_e4m3fn), "scales": scales}
 
 
-def unpacked(cache: Cache, key: str, tensors: Mapping[str, Tensor], shape: Shape = EMBEDDING_SHAPE) -> Tensor:
+def unpack(cache: Cache, key: str, tensors: Mapping[str, Tensor], shape: Shape = EMBEDDING_SHAPE) -> Tensor:
     """Return the embeddings (L, D) in the tensors of entry `key`: in their dtype, or float32 if they are packed.
 
     Raises ValueError, naming the entry, if there are no embeddings of `shape`.

@@ -31,9 +31,9 @@ from data.buckets import (
     reference_size,
 )
 from data.cache.image_digests import Digests
-from data.cache.store import Cache, Progress, check_finite, each, share
+from data.cache.store import Cache, Progress, check_finite, run_each, share
 from data.sources import Sample
-from data.sources.images import BadPicture, Picture, shortened
+from data.sources.images import BadPicture, Picture, shorten
 
 LATENT_CHANNELS = 128
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class LatentPlan:
             return self.cache.put(key, {work.name: tensor}, {"picture": work.picture.name})
 
         self.cache.sweep()
-        each(compute, share(self.cache, self.lacks, list(self.work), process_index, num_processes), 1, progress)
+        run_each(compute, share(self.cache, self.lacks, list(self.work), process_index, num_processes), 1, progress)
         return bad
 
     def without(self, bad: Mapping[str, BadPicture]) -> "LatentPlan":
@@ -309,7 +309,7 @@ class _Planner:
         key = self.cache.key("latents", reference=work.kind == "reference", **recipe, **work.cut.recipe)
         self.work.setdefault(key, work)
         if size[0] > before[0] or size[1] > before[1]:
-            self.enlarged[key] = f"{shortened(picture.name)}, {before[0]} x {before[1]}"
+            self.enlarged[key] = f"{shorten(picture.name)}, {before[0]} x {before[1]}"
         return key
 
     def mask(self, digest: str, work: Work) -> str:
@@ -320,7 +320,7 @@ class _Planner:
 
 def _reason(target: Picture, error: BadPicture) -> str:
     """Return the reason why a sample is bad, to be read after the name of its target."""
-    return error.reason if error.name == target.name else f"has {shortened(error.name)}, which {error.reason}"
+    return error.reason if error.name == target.name else f"has {shorten(error.name)}, which {error.reason}"
 
 
 def latent_shape(size: Size) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data.cache.embeddings import unpacked
+from data.cache.embeddings import unpack
 from data.cache.latents import LatentEntry
 from data.cache.pruning import Lease
 from data.cache.store import Cache
@@ -33,4 +33,4 @@ class CachedDataset:
     def embeddings(self, prompts: Sequence[str]) -> Tensor:
         """Return the embeddings (B, L, D) of prompts, read from the cache."""
         keys = [self.prompts[prompt] for prompt in prompts]
-        return torch.stack([unpacked(self.cache, key, self.cache.get(key)) for key in keys])
+        return torch.stack([unpack(self.cache, key, self.cache.get(key)) for key in keys])

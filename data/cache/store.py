@@ -86,7 +86,7 @@ class Cache:
                 head += os.read(file, length)
             header = json.loads(head[8 : 8 + length]) if length <= MAX_HEADER else {}
             ends = [entry["data_offsets"][1] for tensor, entry in header.items() if tensor != "__metadata__"]
-            return size == 8 + length + max(ends, default=0) and fits(tuple(header[name]["shape"]), shape)
+            return size == 8 + length + max(ends, default=0) and has_shape(tuple(header[name]["shape"]), shape)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             return False
         finally:
@@ -98,7 +98,7 @@ class Cache:
 
     def pick(self, key: str, tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
         """Return `tensors[name]`. Raise ValueError, naming the entry `key`, unless it has `shape`."""
-        if name not in tensors or not fits(tuple(tensors[name].shape), shape):
+        if name not in tensors or not has_shape(tuple(tensors[name].shape), shape):
             found = ", ".join(f"{other} {tuple(tensor.shape)}" for other, tensor in tensors.items()) or "nothing"
             wanted = ", ".join("any" if side is None else str(side) for side in shape)
             raise ValueError(
@@ -189,7 +189,7 @@ class MemoryCache(Cache):
         return key in self._entries
 
     def holds(self, key: str, name: str, shape: Shape) -> bool:
-        return name in self._entries.get(key, ()) and fits(tuple(self._entries[key][name].shape), shape)
+        return name in self._entries.get(key, ()) and has_shape(tuple(self._entries[key][name].shape), shape)
 
     def get(self, key: str) -> dict[str, Tensor]:
         if key not in self._entries:
@@ -223,7 +223,7 @@ def _removed(path: Path) -> str:
     return "it was deleted; rerun to recompute it"
 
 
-def fits(found: tuple[int, ...], wanted: Shape) -> bool:
+def has_shape(found: tuple[int, ...], wanted: Shape) -> bool:
     return len(found) == len(wanted) and all(a > 0 if b is None else a == b for a, b in zip(found, wanted, strict=True))
 
 
@@ -240,7 +240,7 @@ def share(
     return [key for key in own if lacks(key)]
 
 
-def each(work: Callable[[str], int], keys: Sequence[str], workers: int, progress: Progress | None) -> None:
+def run_each(work: Callable[[str], int], keys: Sequence[str], workers: int, progress: Progress | None) -> None:
     """Call `work` for every key, in this thread or in several others, and report progress after each.
 
     `work` returns the number of bytes stored. The first error is raised at once, without waiting for other threads,

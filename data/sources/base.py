@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
-from data.checks import check_flag, check_int, checked_text
+from data.checks import check_flag, check_int, check_text
 from data.sources.captions import Captions
-from data.sources.images import BadPicture, Picture, shortened
+from data.sources.images import BadPicture, Picture, shorten
 
 MAX_REFERENCES = 10  # as many as the published models were trained with
 ALPHA = "alpha"
@@ -55,7 +55,7 @@ class Bad(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{shortened(self.name)} {self.reason}"
+        return f"{shorten(self.name)} {self.reason}"
 
 
 class BadData(ValueError):  # noqa: N818
@@ -85,7 +85,7 @@ class Source(Sequence[Sample]):
         if captions is not None and not isinstance(captions, Captions):
             raise ValueError(f"dataset.captions={captions!r} must be made by data.sources.captions.Captions, or null")
         if mask is not None:
-            checked_text("dataset.mask", mask)
+            check_text("dataset.mask", mask)
         check_flag("dataset.first_frame", first_frame)
         self.where, self.max_bad, self.bad = where, check_int("dataset.max_bad", max_bad, 0), list[Bad]()
         self._preparation, self._mask, self._first_frame = captions or Captions(), mask, first_frame

@@ -14,10 +14,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from data.checks import check_flag, checked_text, checked_texts
+from data.checks import check_flag, check_text, check_texts
 from data.sources.base import ALPHA, Bad, Sample, Source
 from data.sources.captions import Captions
-from data.sources.images import SUFFIXES, UNREADABLE, Picture, file_picture, shortened
+from data.sources.images import SUFFIXES, UNREADABLE, Picture, file_picture, shorten
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 REFERENCES = "references"
@@ -62,12 +62,12 @@ class Folder(Source):
     ) -> None:
         self.path = existing_folder("path", path)
         super().__init__(str(self.path), captions, mask, first_frame, max_bad)
-        self._caption = checked_text("dataset.caption_column", caption_column)
-        self._image = checked_text("dataset.image_column", image_column)
+        self._caption = check_text("dataset.caption_column", caption_column)
+        self._image = check_text("dataset.image_column", image_column)
         self._references = reference_columns
         if reference_columns is not None:
-            self._references = checked_texts("dataset.reference_columns", reference_columns)
-        self._prompt = None if prompt is None else checked_text("dataset.prompt", prompt)
+            self._references = check_texts("dataset.reference_columns", reference_columns)
+        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         check_flag("dataset.recursive", recursive)
         self._recursive = recursive
         self._has_metadata = False
@@ -86,7 +86,7 @@ class Folder(Source):
             self._has_metadata = True
             yield from self._from_metadata(metadata[0])
             return
-        names, folders = listed(folder)
+        names, folders = list_folder(folder)
         yield from self._from_sidecars(folder, names)
         if self._recursive:
             for name in folders:
@@ -174,7 +174,7 @@ class Folder(Source):
                 continue
             texts: list[Any] = caption if isinstance(caption, list) else [caption]
             if not texts or not all(isinstance(text, str) for text in texts):
-                yield Bad(f"{file} line {number}", f"has the caption {shortened(repr(caption))}: it must be text")
+                yield Bad(f"{file} line {number}", f"has the caption {shorten(repr(caption))}: it must be text")
             else:
                 yield Sample(target, tuple(texts), tuple(others), mask=mask)
 
@@ -186,7 +186,7 @@ class Folder(Source):
 
     def _inside(self, file: Path, name: str) -> Picture:
         """Return the image that `file` names. Raise ValueError if it is not in the folder of `file`."""
-        path = inside(file.parent, name)
+        path = path_inside(file.parent, name)
         return self._pictures.setdefault(path, file_picture(path))
 
 
@@ -220,14 +220,14 @@ class Pairs(Source):
     ) -> None:
         self.path = existing_folder("path", path)
         super().__init__(str(self.path), captions, mask, first_frame, max_bad)
-        references = checked_texts("dataset.reference_folders", reference_folders)
+        references = check_texts("dataset.reference_folders", reference_folders)
         if not references:
             raise ValueError("dataset.reference_folders is empty. Name a folder, or use dataset=folder")
-        target = existing_folder("target_folder", self.path / checked_text("dataset.target_folder", target_folder))
+        target = existing_folder("target_folder", self.path / check_text("dataset.target_folder", target_folder))
         sources = [existing_folder("reference_folders", self.path / name) for name in references]
         masks = None if mask in (None, ALPHA) else existing_folder("mask", self.path / str(mask))
         check_flag("dataset.incomplete", incomplete)
-        self._prompt = None if prompt is None else checked_text("dataset.prompt", prompt)
+        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._take(self._found(target, sources, masks, incomplete), f": {target} contains no images")
 
     def _found(
@@ -270,23 +270,23 @@ class Pairs(Source):
 
 def existing_folder(key: str, path: object) -> Path:
     """Return the folder that a setting names. Raise ValueError if there is none."""
-    folder = Path(checked_text(f"dataset.{key}", path)).expanduser()
+    folder = Path(check_text(f"dataset.{key}", path)).expanduser()
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"dataset.{key}={str(path)!r} {problem}. Give a folder of images")
     return folder
 
 
-def inside(folder: Path, name: str) -> str:
+def path_inside(folder: Path, name: str) -> str:
     """Return the path of a file that a dataset names. Raise OutsideFolder if it is not inside the folder."""
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))
     if not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise OutsideFolder(f"names {shortened(name)!r}, which is not in {folder}: files must be inside the folder")
+        raise OutsideFolder(f"names {shorten(name)!r}, which is not in {folder}: files must be inside the folder")
     return os.path.join(folder, os.path.relpath(path, root))
 
 
-def listed(folder: Path) -> tuple[list[str], list[str]]:
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Return the sorted names of the files (and broken links) and of the subfolders, without hidden ones."""
     files: list[str] = []
     folders: list[str] = []
@@ -313,8 +313,8 @@ def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
 
 def pictures_by_stem(folder: Path) -> dict[str, list[str]]:
     """Return the paths of the images in a folder and its subfolders, by relative path without the extension."""
-    found = {stem: [str(folder / name) for name in names] for stem, names in by_stem(listed(folder)[0]).items()}
-    for name in listed(folder)[1]:
+    found = {stem: [str(folder / name) for name in names] for stem, names in by_stem(list_folder(folder)[0]).items()}
+    for name in list_folder(folder)[1]:
         found |= {f"{name}/{stem}": files for stem, files in pictures_by_stem(folder / name).items()}
     return found
 
@@ -363,9 +363,9 @@ def _names(value: object, column: str) -> list[str]:
     names: list[Any] = [] if value in (None, "") else value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"has {column}={shortened(repr(value))}: it must be a file name or a list of file names")
+            raise ValueError(f"has {column}={shorten(repr(value))}: it must be a file name or a list of file names")
         if any("\ud800" <= character <= "\udfff" for character in name):
-            raise ValueError(f"has {column}={shortened(ascii(name))}: it contains a lone surrogate")
+            raise ValueError(f"has {column}={shorten(ascii(name))}: it contains a lone surrogate")
     return names
 
 

@@ -27,7 +27,7 @@ class BadPicture(ValueError):  # noqa: N818
     """An image that cannot be used: its name in messages, and a reason that follows the name ("cannot be read")."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"image {shortened(name)} {reason}. Replace or remove it")
+        super().__init__(f"image {shorten(name)} {reason}. Replace or remove it")
         self.name, self.reason = name, reason
 
 
@@ -147,7 +147,7 @@ class Picture:
         if self._is_empty():
             return BadPicture(self.name, "cannot be read (it is empty: 0 bytes)")
         what = re.sub(r" '?<_?io\..*", "", str(error))  # Pillow's messages contain the repr of the stream
-        return BadPicture(self.name, f"cannot be read ({type(error).__name__}: {shortened(what)})")
+        return BadPicture(self.name, f"cannot be read ({type(error).__name__}: {shorten(what)})")
 
 
 def file_picture(path: str | Path) -> Picture:
@@ -177,7 +177,7 @@ class _Opener:
         return open(self.path, "rb")
 
 
-def shortened(name: str, most: int = 300) -> str:
+def shorten(name: str, most: int = 300) -> str:
     """Return `name` for a message, without its middle if it is longer than `most` characters."""
     return name if len(name) <= most else f"{name[: most - 60]}...{name[-57:]}"
 

@@ -28,7 +28,7 @@ def open_table(path: str, split: str, revision: str | None, subset: str | None) 
     import datasets  # a second to import, and folders do not need it
 
     local = _local(path, revision, subset)
-    with explained(path, split):
+    with explain_errors(path, split):
         if local is None:
             return datasets.load_dataset(path, subset, split=split, revision=revision)
         if _is_saved(local):
@@ -45,7 +45,7 @@ def open_stream(path: str, split: str, revision: str | None, subset: str | None)
         raise ValueError(f"dataset.split={split!r}: a stream cannot be sliced. Use dataset.limit")
     if local is not None and _is_saved(local):
         raise ValueError(f"dataset.path={path!r} was written by save_to_disk. Remove dataset.streaming")
-    with explained(path, split):
+    with explain_errors(path, split):
         if local is None:
             return datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True)
         return datasets.load_dataset(*_builder(local), split=split, streaming=True, **_data_files(local))
@@ -96,7 +96,7 @@ def _saved_split(saved: "Dataset | dict[str, Dataset]", split: str) -> "Dataset"
 
 
 @contextmanager
-def explained(path: str, split: str) -> Iterator[None]:
+def explain_errors(path: str, split: str) -> Iterator[None]:
     """Context manager that turns exceptions of `datasets` and the Hub into one ValueError."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from data.files import atomic_write
-from data.sources.open_table import explained, is_local, open_stream, table_files
+from data.sources.open_table import explain_errors, is_local, open_stream, table_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +47,7 @@ def streamed_table(path: str, split: str, revision: str | None, subset: str | No
     with FileLock(f"{folder}.lock"):
         if not file.exists():
             stream = open_stream(path, split, revision, subset)
-            with atomic_write(file) as temporary, explained(path, split):
+            with atomic_write(file) as temporary, explain_errors(path, split):
                 _write(temporary, path, islice(iter(stream.decode(False)), limit), stream.features)
     return datasets.Dataset.from_file(str(file))
 

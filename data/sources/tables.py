@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 import pyarrow as pa
 
-from data.checks import check_flag, check_int, checked_text, checked_texts
+from data.checks import check_flag, check_int, check_text, check_texts
 from data.sources.base import ALPHA, Bad, Sample, Source
 from data.sources.captions import Captions
-from data.sources.folders import REFERENCES, OutsideFolder, existing_folder, inside
-from data.sources.images import BadPicture, Picture, shortened
+from data.sources.folders import REFERENCES, OutsideFolder, existing_folder, path_inside
+from data.sources.images import BadPicture, Picture, shorten
 from data.sources.open_table import is_local, open_table
 from data.sources.streaming import streamed_table
 
@@ -70,20 +70,20 @@ class HuggingFace(Source):
         first_frame: bool = False,
         max_bad: int = 0,
     ) -> None:
-        self.path = checked_text("dataset.path", path)
+        self.path = check_text("dataset.path", path)
         super().__init__(self.path, captions, mask, first_frame, max_bad)
         for key, value in (("revision", revision), ("subset", subset)):
             if value is not None:
-                checked_text(f"dataset.{key}", value)
+                check_text(f"dataset.{key}", value)
         check_flag("dataset.streaming", streaming)
         if limit is not None:
             check_int("dataset.limit", limit, 1)
-        self._prompt = None if prompt is None else checked_text("dataset.prompt", prompt)
-        self._image = checked_text("dataset.image_column", image_column)
-        self._caption = checked_text("dataset.caption_column", caption_column)
+        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
+        self._image = check_text("dataset.image_column", image_column)
+        self._caption = check_text("dataset.caption_column", caption_column)
         self._mask_column = mask if mask != ALPHA else None
-        given = None if reference_columns is None else checked_texts("dataset.reference_columns", reference_columns)
-        where = self.path, checked_text("dataset.split", split), revision, subset
+        given = None if reference_columns is None else check_texts("dataset.reference_columns", reference_columns)
+        where = self.path, check_text("dataset.split", split), revision, subset
         table = streamed_table(*where, limit) if streaming else open_table(*where)
         columns = table.features.arrow_schema
         self._references = given if given is not None else (REFERENCES,) * (REFERENCES in columns.names)
@@ -143,10 +143,10 @@ class HuggingFace(Source):
             return cast(BinaryIO, pa.BufferReader(cell.as_buffer())) if len(cell.as_buffer()) else BytesIO()
         for root in roots:
             try:
-                return open(inside(root, cell.as_py()), "rb")
+                return open(path_inside(root, cell.as_py()), "rb")
             except OutsideFolder:
                 continue
-        path = shortened(repr(cell.as_py()))
+        path = shorten(repr(cell.as_py()))
         raise BadPicture(name, f"is {path}, which is not in {roots[0]}: set dataset.picture_folder to its base folder")
 
     def _picture_roots(self, folder: str | None, columns: pa.Schema) -> list[Path]:

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.checks import checked_text
+from data.checks import check_text
 from data.sources.base import ALPHA, Bad, Sample, Source
 from data.sources.captions import Captions
 from data.sources.folders import is_foreign
-from data.sources.images import SUFFIXES, Picture, shortened
+from data.sources.images import SUFFIXES, Picture, shorten
 
 REFERENCE = re.compile(r"ref(\d+)$")
 MOST_TEXT = 1 << 20  # maximum bytes of a caption file
@@ -55,9 +55,9 @@ class WebDataset(Source):
         first_frame: bool = False,
         max_bad: int = 0,
     ) -> None:
-        super().__init__(checked_text("dataset.path", path), captions, mask, first_frame, max_bad)
-        self._key = None if caption_column is None else checked_text("dataset.caption_column", caption_column)
-        self._prompt = None if prompt is None else checked_text("dataset.prompt", prompt)
+        super().__init__(check_text("dataset.path", path), captions, mask, first_frame, max_bad)
+        self._key = None if caption_column is None else check_text("dataset.caption_column", caption_column)
+        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._take((found for shard in _shards(str(path)) for found in self._found(shard)), ": the shards are empty")
         if self._mask not in (None, ALPHA) and not any(sample.mask for sample in self):
             raise ValueError(f"dataset.mask={self._mask!r}: no sample has a file such as NAME.{self._mask}.png")
@@ -117,11 +117,11 @@ class WebDataset(Source):
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"has a .json that is not JSON ({error})") from error
         if not isinstance(row, dict) or self._key not in row:
-            has = ", ".join(row) if isinstance(row, dict) else shortened(repr(row))
+            has = ", ".join(row) if isinstance(row, dict) else shorten(repr(row))
             raise ValueError(f"has no {self._key!r} in its .json, which has: {has}")
         texts = row[self._key] if isinstance(row[self._key], list) else [row[self._key]]
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"has the caption {shortened(repr(row[self._key]))}: it must be text")
+            raise ValueError(f"has the caption {shorten(repr(row[self._key]))}: it must be text")
         return texts
 
 

@@ -34,7 +34,7 @@ from train.planner.search import choose, step_down
 from train.planner.text_encoder_memory import text_encoder_bytes
 from train.planner.workload import Workload, trained
 from train.stages.memory import load_config
-from train.utils.memory import OutOfMemory, amounts, watched
+from train.utils.memory import OutOfMemory, explain_oom, parse_amounts
 
 pytest_plugins = ("train_helpers",)
 
@@ -507,12 +507,12 @@ def test_the_amounts_are_read_from_pytorchs_messages():
         with pytest.raises(RuntimeError) as caught:
             cause()
         assert is_out_of_memory(caught.value)
-        assert amounts(str(caught.value)) == (asked, free)
+        assert parse_amounts(str(caught.value)) == (asked, free)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_other_errors_pass_and_the_step_is_let_go():
-    with pytest.raises(RuntimeError, match=r"^shapes$"), watched("", "step", torch.device("cpu")):
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explain_oom("", "step", torch.device("cpu")):
         raise RuntimeError("shapes")
     held = []
 
@@ -521,7 +521,7 @@ def test_other_errors_pass_and_the_step_is_let_go():
         held.append(weakref.ref(big))
         raise_for_cpu()
 
-    with pytest.raises(OutOfMemory) as caught, watched("while testing", "step", torch.device("cpu")):
+    with pytest.raises(OutOfMemory) as caught, explain_oom("while testing", "step", torch.device("cpu")):
         work()
     assert held[0]() is None
     assert caught.value.asked == 2**60

@@ -28,7 +28,7 @@ from train.sweeps import callback, records, slurm
 from train.sweeps.job import SweepAborted
 from train.sweeps.reuse import SHARED
 from train.utils.console import is_first_process, warn
-from train.utils.files import near
+from train.utils.files import short_path
 from train.utils.redact import is_secret, masked_settings, masked_text
 from train.utils.signals import Stopped, stopped_at_once
 
@@ -132,9 +132,8 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
         if is_first_process():
             print(masked_settings(str(stop)) or Stopped(), file=sys.stderr, flush=True)
             for place in callback.SweepCallback.folders:
-                print(
-                    f"go on with the sweep: the same command with output_dir={near(place)} resume=auto", file=sys.stderr
-                )
+                again = f"output_dir={short_path(place)} resume=auto"
+                print(f"go on with the sweep: the same command with {again}", file=sys.stderr)
         sys.exit(getattr(stop, "code", Stopped().code))
     except Exception as error:
         known = error if isinstance(error, USER_ERRORS) else no_plugin(error) or lost_jobs(error)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import psutil
 
 
-def submitted() -> Sequence[str]:
+def submitted_command() -> Sequence[str]:
     """Return the words before the script that start as many processes without submitit as submitit started."""
     processes = os.environ.get("WORLD_SIZE", "1")
     return ["accelerate", "launch", "--multi_gpu", "--num_processes", processes] if processes != "1" else ["python"]
 
 
-def launcher(script: str) -> Sequence[str]:
+def launch_command(script: str) -> Sequence[str]:
     """Return the words before `script` on the command line that started it: `python`, or `accelerate launch ...`."""
     try:
         parent = psutil.Process().parent()

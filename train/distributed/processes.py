@@ -100,7 +100,7 @@ class Processes:
         """
         if self.sharded:
             with torch.no_grad():
-                for parameter in trained(wrapped):
+                for parameter in trained_parameters(wrapped):
                     torch.distributed.broadcast(parameter, 0)
             return wrapped
         named = chain(wrapped.named_parameters(), wrapped.named_buffers())
@@ -113,7 +113,7 @@ class Processes:
         """Average gradients after the last micro-batch, unless the wrapper did; one collective operation per dtype."""
         if not self.sharded:
             return
-        gradients = [parameter.grad for parameter in trained(wrapped) if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in trained_parameters(wrapped) if parameter.grad is not None]
         for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
             own = [gradient for gradient in gradients if gradient.dtype == dtype]
             together = torch.cat([gradient.flatten() for gradient in own]).div_(self.accelerator.num_processes)
@@ -159,7 +159,7 @@ class Processes:
         return [everything[place] for place in range(len(work))]
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -171,6 +171,6 @@ def cores() -> int:
 Share = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 
-def alone(do: Callable[[Any], Any], work: Sequence[Any]) -> list[Any]:
+def map_serially(do: Callable[[Any], Any], work: Sequence[Any]) -> list[Any]:
     """Return `do(item)` for all items of `work`, in this process; `Processes.map` distributes them over several."""
     return [do(one) for one in work]

@@ -104,7 +104,7 @@ def sharder(device: torch.device) -> Callable[[nn.Module], None]:
     return shard
 
 
-def shares(model: nn.Module) -> int:
+def local_bytes(model: nn.Module) -> int:
     """Return the bytes of the base that this process holds between steps."""
     return sum(
         parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
@@ -113,14 +113,14 @@ def shares(model: nn.Module) -> int:
     )
 
 
-def whole_size(model: nn.Module) -> int:
+def total_bytes(model: nn.Module) -> int:
     """Return the bytes of the complete base."""
     return sum(
         parameter.numel() * parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad
     )
 
 
-def attached(attach: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+def attach_sharded(attach: Callable[..., T], *arguments: Any, **settings: Any) -> T:
     """Attach an adapter to a sharded model.
 
     Raises ValueError for an adapter that is initialized from the base's weights, which are complete nowhere.

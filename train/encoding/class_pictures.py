@@ -30,9 +30,9 @@ from flux2.models.pixels import to_images
 from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, TOKEN_CHANNELS
 from flux2.sampling import initial_noise, sample
-from train.utils.console import own_errors
+from train.utils.console import name_process_in_errors
 from train.utils.files import make_writable
-from train.utils.memory import free_memory, watched
+from train.utils.memory import explain_oom, free_memory
 from train.utils.progress import ItemProgress
 from train.utils.text import many
 
@@ -146,7 +146,7 @@ def draw(
     # the first process decides for all: images that another run draws meanwhile must not change the shares
     undecoded, undrawn = broadcast_object_list([undecoded, undrawn])
     if undecoded:
-        with own_errors(accelerator.process_index):
+        with name_process_in_errors(accelerator.process_index):
             make_writable(own, "preservation.folder")
             with atomic_write(own / "recipe.json") as temporary:
                 temporary.write_text(json.dumps(asdict(recipe), indent=1))
@@ -170,9 +170,9 @@ def _each(
     """Call `make` with every missing index of this process's share and the loaded model, then free the model."""
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
-        doing = watched("while drawing class images", phase, accelerator.device)
+        doing = explain_oom("while drawing class images", phase, accelerator.device)
         bar = ItemProgress(f"class images {what}", shown=accelerator.is_main_process)
-        with own_errors(accelerator.process_index), doing, closing(bar):
+        with name_process_in_errors(accelerator.process_index), doing, closing(bar):
             model = load()
             for done, index in enumerate(mine, 1):
                 make(index, model)

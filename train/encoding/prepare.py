@@ -27,9 +27,9 @@ from flux2.weights.loading import load_autoencoder, load_text_projection
 from flux2.weights.sources import Fingerprints, ModelSource, fingerprint
 from train.encoding.bucket_table import show_buckets
 from train.encoding.text_encoders import Encode, PromptEncoder
-from train.utils.console import own_errors
+from train.utils.console import name_process_in_errors
 from train.utils.files import make_writable
-from train.utils.memory import free_memory, watched
+from train.utils.memory import explain_oom, free_memory
 from train.utils.progress import ItemProgress
 from train.utils.text import many
 
@@ -162,8 +162,8 @@ def fill(
     bad: dict[str, BadPicture] = {}
     if missing:
         bar = ItemProgress(f"{what} encoded", shown=accelerator.is_main_process)
-        doing = watched(f"while encoding {what}", what, accelerator.device)
-        with own_errors(accelerator.process_index), doing, closing(bar):
+        doing = explain_oom(f"while encoding {what}", what, accelerator.device)
+        with name_process_in_errors(accelerator.process_index), doing, closing(bar):
             encode = load()
 
             def progress(done: int, total: int, stored: int) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import Batch, onto
+from data.loader import Batch, copy_to_device
 from data.sampler import derived_generator
 from flux2.adapters import disabled
 from flux2.models.positions import positions_with_references, text_positions, to_tokens, with_references
@@ -93,7 +93,7 @@ def draw(batch: Batch, timesteps: Uniform, seed: int, step: int) -> NoiseDraw:
 def add_noise(batch: Batch, drawn: NoiseDraw) -> Noised:
     """Mix a batch, float32 on any device, with its noise at its timesteps."""
     device = batch.latents.device
-    return noise_at(batch, onto(drawn.times, device), onto(drawn.noise, device))
+    return noise_at(batch, copy_to_device(drawn.times, device), copy_to_device(drawn.noise, device))
 
 
 def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:

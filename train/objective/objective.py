@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from data.loader import Batch, Loader, onto
+from data.loader import Batch, Loader, copy_to_device
 from train.objective.loss import Losses, Noised, NoiseDraw, add_noise, draw, training_loss
 from train.objective.preservation import Preservation
 from train.objective.prior import ClassPictures
@@ -99,6 +99,8 @@ class Objective:
         noised, preserved = add_noise(batch, micro_batch.noise), None
         if self.preservation.active:
             prompts = self.preservation.choose(self.seed, step, batch.positions[: self.preservation.samples])
-            preserved = onto(torch.stack([self.preserved[prompt] for prompt in prompts]), batch.embeddings.device)
+            preserved = copy_to_device(
+                torch.stack([self.preserved[prompt] for prompt in prompts]), batch.embeddings.device
+            )
             preserved = preserved.to(batch.embeddings.dtype)
         return Inputs(noised, batch.embeddings, preserved)

@@ -1,8 +1,8 @@
 """The weights that are evaluated (validated, sampled, saved), if they differ from the trained ones.
 
 There are two such cases. `Ema` keeps an exponential moving average of the trained parameters. Schedule-free optimizers
-(`train.optim.optimizers.averages`) keep their own average. In both cases `EvaluationWeights.swapped()` temporarily puts
-the average into the parameters and then restores them exactly: evaluation does not change a run.
+(`train.optim.optimizers.averages_weights`) keep their own average. In both cases `EvaluationWeights.swapped()`
+temporarily puts the average into the parameters and then restores them exactly: evaluation does not change a run.
 
 A checkpoint then contains the average as its adapter, and in addition the parts "trained" (the trained parameters) and
 "ema" (the average in float32), so that resuming is exact.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.optim.optimizers import averages
+from train.optim.optimizers import averages_weights
 
 
 class Ema:
@@ -48,7 +48,7 @@ class Ema:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state. Raise ValueError or KeyError if it belongs to other parameters."""
-        put([self.updates, *self.average], [state["updates"], *state["average"]])
+        copy_values([self.updates, *self.average], [state["updates"], *state["average"]])
 
 
 class EvaluationWeights:
@@ -63,7 +63,7 @@ class EvaluationWeights:
         check_one_average(optimizer, ema_decay)
         self.parameters, self.optimizer = list(parameters), optimizer
         self.ema = Ema(parameters, ema_decay) if ema_decay else None
-        self.averages = averages(optimizer)
+        self.averages = averages_weights(optimizer)
         self._trained: list[Tensor] | None = None  # the trained weights while they are swapped out
 
     @property
@@ -92,7 +92,7 @@ class EvaluationWeights:
         self._trained = [parameter.detach().clone() for parameter in self.parameters]
         try:
             if self.ema is not None:
-                put(self.parameters, self.ema.average)
+                copy_values(self.parameters, self.ema.average)
             else:
                 self.optimizer.eval()  # type: ignore[attr-defined]
             yield
@@ -104,7 +104,7 @@ class EvaluationWeights:
         """Continue training at `values`."""
         if self.averages:
             self.optimizer.train()  # type: ignore[attr-defined]  # it restores with rounding, so `put` follows
-        put(self.parameters, values)
+        copy_values(self.parameters, values)
 
     def state_dict(self) -> dict[str, Any]:
         values = self.parameters if self._trained is None else self._trained
@@ -117,7 +117,7 @@ class EvaluationWeights:
 
 def check_one_average(optimizer: torch.optim.Optimizer, ema_decay: float) -> None:
     """Raise ValueError if there would be an average of averages."""
-    if ema_decay and averages(optimizer):
+    if ema_decay and averages_weights(optimizer):
         raise ValueError(
             f"ema_decay={ema_decay} cannot be used with {type(optimizer).__name__}, which averages weights itself. "
             "Set ema_decay=0"
@@ -125,7 +125,7 @@ def check_one_average(optimizer: torch.optim.Optimizer, ema_decay: float) -> Non
 
 
 @torch.no_grad()
-def put(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def copy_values(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy `values`, on any device, into tensors of the same shapes. Raise ValueError if shapes differ."""
     if [one.shape for one in into] != [one.shape for one in values]:
         raise ValueError(f"{len(values)} tensors do not have the shapes of these {len(into)}")

@@ -29,7 +29,7 @@ def check_installed(target: object) -> None:
         )
 
 
-def averages(optimizer: object) -> bool:
+def averages_weights(optimizer: object) -> bool:
     """Return whether an optimizer (or its class) averages weights, as schedule-free ones do.
 
     Its `eval()` puts the averaged weights into the parameters, and `train()` the trained ones.
@@ -97,7 +97,7 @@ def check_settings(make: MakeOptimizer) -> None:
                 raise ValueError(f"optimizer.{key}={value!r} must be {what}")
 
 
-def doubts(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
+def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
     """Return warnings about optimizer and schedule settings that are valid but probably unintended."""
     rate = getattr(make, "keywords", {}).get("lr", 0.0)
     warnings = []
@@ -146,7 +146,7 @@ def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.opti
                 "another optimizer, or adapter=lora"
             ) from error
         raise ValueError(f"the optimizer refused its settings ({error}): {given}") from error
-    if averages(optimizer):
+    if averages_weights(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 

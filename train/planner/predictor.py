@@ -20,7 +20,7 @@ from flux2.memory.ring_buffer import RING, slot_sizes
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import keep_layouts
 from train.config.memory import Choice
-from train.optim.optimizers import averages
+from train.optim.optimizers import averages_weights
 from train.planner.gpus import Gpu
 from train.planner.optimizer_memory import optimizer_bytes
 from train.planner.step_memory import (
@@ -190,7 +190,7 @@ class Planner:
     @property
     def swapped(self) -> int:
         """Bytes of the trained weights, which are kept beside the average that is validated, sampled and saved."""
-        kept = self.job.averaged or averages(getattr(self.job.optimizer, "func", None))
+        kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
         return size(trained(self.job.model)) if kept else 0
 
     @property

@@ -16,9 +16,9 @@ from train.evaluation.results import BASE, Evaluation, Row
 from train.reports import slider
 from train.reports.html import data_uri, heads, number, table
 from train.reports.slider import Cell, Shot
-from train.utils.files import make_writable, opened, write_whole
+from train.utils.files import make_writable, read_image, write_whole
 from train.utils.redact import masked_text
-from train.validation.sample_grid import cut
+from train.validation.sample_grid import split_grid
 
 MOST_SHEETS = 12
 PAIRS, PAIRS_FILE = "before_after", "pictures.json"
@@ -39,10 +39,10 @@ def sheets(folder: Path) -> list[tuple[str, Path]]:
 
 def of_training(folder: Path) -> str:
     """The sheets that training made, prompt by prompt; those that say nothing of their layout as a whole."""
-    found = [(name, picture) for name, file in sheets(folder) if (picture := opened(file)) is not None]
+    found = [(name, picture) for name, file in sheets(folder) if (picture := read_image(file)) is not None]
     if not found:
         return ""
-    parts = [cut(picture) for _, picture in found]
+    parts = [split_grid(picture) for _, picture in found]
     names = [name for name, _ in found]
     prompts = [prompt for prompt, _ in parts[-1]]
     if not prompts or any([prompt for prompt, _ in one] != prompts for one in parts):
@@ -111,7 +111,7 @@ def adapter_of(folder: Path) -> str | None:
 
 
 def shown(file: Path | None) -> Image.Image | None:
-    return None if file is None else opened(file)
+    return None if file is None else read_image(file)
 
 
 def of_evaluations(all_made: Sequence[Evaluation], names: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ from train.encoding.prepare import prepare
 from train.stages.data import cache_request, paths
 from train.stages.memory import load_config
 from train.stages.model import load_sampler, offload_blocks, shared_base
-from train.utils.files import make_writable, opened, write_whole
+from train.utils.files import make_writable, read_image, write_whole
 from train.utils.memory import free_memory
 from train.validation.samples import Sampler
 
@@ -257,7 +257,7 @@ class SavedRun:
     def missing(self, adapter: Candidate | None, strength: float, seeds: Sequence[int]) -> list[tuple[int, int, Path]]:
         """(prompt, seed, file) of the pictures that are not there, or cannot be read."""
         every = [(i, seed, self.file(adapter, strength, i, seed)) for seed in seeds for i in range(len(self.prompts))]
-        return [one for one in every if not failed_mark(one[2]).exists() and opened(one[2]) is None]
+        return [one for one in every if not failed_mark(one[2]).exists() and read_image(one[2]) is None]
 
     def draw(self, adapter: Candidate | None, strength: float, seeds: Sequence[int]) -> Iterator[Path]:
         """Draw what is missing, and give each file when it is there, or `failed_mark` of it is: what the model gave was

@@ -12,7 +12,7 @@ from pathlib import Path
 from train.checkpoints import resume
 from train.reports import html as page
 from train.sweeps.records import SweepJob, best_job, split_overrides
-from train.utils.files import opened
+from train.utils.files import read_image
 
 WIDEST = 1060  # pixels of an embedded sheet, which is four pictures; the whole one is behind its link
 MOST_COLUMNS = 4
@@ -32,7 +32,7 @@ figcaption { min-height: calc(3em + 1rem) }
 
 def picture(file: Path) -> str:
     """The file as a data URI; empty if it cannot be read."""
-    image = opened(file)
+    image = read_image(file)
     return "" if image is None else page.data_uri(image, WIDEST, jpeg=True)
 
 

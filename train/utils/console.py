@@ -21,7 +21,7 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def own_errors(process: int) -> Iterator[None]:
+def name_process_in_errors(process: int) -> Iterator[None]:
     """Context manager that marks exceptions of processes other than the first, so that these are shown too."""
     try:
         yield

@@ -16,7 +16,7 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def near(path: Path) -> Path:
+def short_path(path: Path) -> Path:
     """Return an absolute path relative to the current folder, if it is inside."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
@@ -62,7 +62,7 @@ def write_whole(file: Path, content: str | Image.Image) -> None:
         ) from error
 
 
-def opened(file: Path) -> Image.Image | None:
+def read_image(file: Path) -> Image.Image | None:
     """Return the image in `file`; None if it cannot be read, for example because it is incomplete."""
     try:
         with Image.open(file) as image:

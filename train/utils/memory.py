@@ -49,7 +49,7 @@ class OutOfMemory(ValueError):  # noqa: N818
         return f"out of memory {self.doing}: {asked}{free}."
 
 
-def amounts(text: str) -> tuple[int, int]:
+def parse_amounts(text: str) -> tuple[int, int]:
     """Return (requested, free) bytes in PyTorch's message; 0 if it does not contain them."""
     number = r"([\d.]+) (bytes|[KMGT]iB|B)"
     asked = re.search(f"[Tt]ried to allocate {number}", text)
@@ -58,7 +58,7 @@ def amounts(text: str) -> tuple[int, int]:
 
 
 @contextmanager
-def watched(doing: str, phase: str, device: torch.device) -> Iterator[None]:
+def explain_oom(doing: str, phase: str, device: torch.device) -> Iterator[None]:
     """Context manager that turns out-of-memory errors into `OutOfMemory` and frees the tensors of the failed code."""
     failed = None
     try:
@@ -68,7 +68,7 @@ def watched(doing: str, phase: str, device: torch.device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        asked, free = amounts(str(error))
+        asked, free = parse_amounts(str(error))
         traceback.clear_frames(error.__traceback__)  # the frames refer to the tensors of the step
         error.__traceback__ = None
         failed = OutOfMemory(doing, phase, asked, free)

@@ -68,7 +68,7 @@ def is_secret(key: str) -> bool:
     return named or any(one in KEYS_OF and two in ("key", "keys") for one, two in pairwise(parts))
 
 
-def known() -> list[str]:
+def known_secrets() -> list[str]:
     """Return the secrets in the environment variables and the Hub login, longest first."""
     named = {value for key, value in os.environ.items() if is_secret(key)}
     values = {value.strip() for value in named | {huggingface_hub.get_token() or ""}}
@@ -78,7 +78,7 @@ def known() -> list[str]:
 
 def masked_text(text: str) -> str:
     """Return `text` with `known` secrets and everything that has the form of a secret masked."""
-    for value in known():
+    for value in known_secrets():
         text = text.replace(value, MASK)
     text = FORM.sub(MASK, text)
     return QUERY.sub(lambda found: f"{found[1]}={MASK}" if is_secret(found[1]) else found[0], text)

@@ -68,7 +68,7 @@ def grace() -> float:
 
 
 @contextmanager
-def handled(note: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
+def signal_handlers(note: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
     """Context manager that calls `note` for each of `SIGNALS`, with a function that restores the handlers.
 
     SIGHUP stays ignored if it is, as under nohup. Outside the main thread no handlers can be set.
@@ -107,7 +107,7 @@ def stop_requests() -> Iterator[StopRequest]:
             restore()
             signal.raise_signal(number)
 
-    with handled(note):
+    with signal_handlers(note):
         yield request
 
 
@@ -119,5 +119,5 @@ def stopped_at_once() -> Iterator[None]:
         restore()
         raise Stopped(number=number)
 
-    with handled(note):
+    with signal_handlers(note):
         yield

@@ -19,7 +19,7 @@ from data.cache.prepared import CachedDataset
 from data.loader import Batch
 from data.sampler import derived_generator
 from data.sources.base import Sample
-from train.distributed.processes import Share, alone
+from train.distributed.processes import Share, map_serially
 from train.objective.loss import Noised, flow_loss, noise_at
 from train.utils.checks import check_count, check_seed, is_number
 
@@ -92,7 +92,7 @@ class FixedNoiseLoss:
     chosen: Sequence[Validated]
     seed: int
     times: Sequence[float] = TIMES
-    share: Share = alone
+    share: Share = map_serially
     rows: int = 1
 
     def __call__(self, model: nn.Module, guidance: float | None) -> Tensor:

@@ -80,7 +80,7 @@ def _scaled(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, round(height * side / width)), Image.Resampling.LANCZOS)
 
 
-def cut(grid: Image.Image) -> list[tuple[str, Image.Image]]:
+def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
     """Return the prompts and images of a sample grid; an empty list if the file has no layout."""
     try:
         layout = json.loads(grid.info[LAYOUT])

@@ -18,7 +18,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.pipeline import render
 from flux2.utils.checks import MAX_GUIDANCE, MAX_STEPS
-from train.distributed.processes import Share, alone
+from train.distributed.processes import Share, map_serially
 from train.utils.checks import check_count, check_seed, is_number
 from train.utils.redact import masked
 from train.validation.sample_grid import LAYOUT, sample_grid
@@ -26,7 +26,7 @@ from train.validation.sample_grid import LAYOUT, sample_grid
 WIDEST = 8192  # maximum width and height of an image in a sample grid
 
 
-def is_texts(value: object) -> TypeGuard[Sequence[str]]:
+def is_string_list(value: object) -> TypeGuard[Sequence[str]]:
     """Return whether `value` is a list of strings."""
     return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
 
@@ -52,10 +52,12 @@ class SampleSettings:
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        if not is_texts(self.prompts):
+        if not is_string_list(self.prompts):
             raise ValueError(f"sample.prompts={self.prompts!r} must be a list of strings")
-        if not is_texts(self.references):
-            if not isinstance(self.references, list | tuple) or not all(is_texts(item) for item in self.references):
+        if not is_string_list(self.references):
+            if not isinstance(self.references, list | tuple) or not all(
+                is_string_list(item) for item in self.references
+            ):
                 raise ValueError(
                     f"sample.references={self.references!r} must be a list of files for all prompts, or a list of "
                     "lists, one for each prompt"
@@ -81,13 +83,13 @@ class SampleSettings:
     @property
     def edits(self) -> list[list[str]]:
         """The reference files of each prompt."""
-        lists = [self.references] * len(self.prompts) if is_texts(self.references) else self.references
+        lists = [self.references] * len(self.prompts) if is_string_list(self.references) else self.references
         return [list(paths) for paths in lists]
 
     @property
     def files(self) -> list[str]:
         """All distinct reference files, even if there are no prompts yet."""
-        lists = [self.references] if is_texts(self.references) else self.references
+        lists = [self.references] if is_string_list(self.references) else self.references
         return list(dict.fromkeys(chain(*lists)))
 
 
@@ -111,7 +113,7 @@ class Sampler:
         empty: Tensor,
         references: Sequence[Sequence[Tensor]],
         sizes: Sequence[tuple[int, int]],
-        share: Share = alone,
+        share: Share = map_serially,
     ) -> None:
         self.settings, self.autoencoder = settings, autoencoder
         self.text, self.empty, self.references, self.sizes = text, empty, references, sizes

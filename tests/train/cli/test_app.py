@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from train.cli.errors import format_error, known_settings
 from train.config.instantiate import check_keys, instantiate, no_setting, parse_settings
 from train.sweeps import callback
-from train.utils.console import own_errors
+from train.utils.console import name_process_in_errors
 from train.utils.signals import SIGNALS, Interrupted
 
 pytest_plugins = ("train_helpers",)
@@ -238,7 +238,7 @@ def test_what_the_system_refuses_is_one_line_and_what_was_saved_is_said_with_it(
 
 def test_of_several_processes_the_first_speaks_but_for_what_is_anothers_own(run_command, monkeypatch):
     def alone(config):
-        with own_errors(1):
+        with name_process_in_errors(1):
             raise ValueError("only here")
 
     monkeypatch.setenv("RANK", "1")

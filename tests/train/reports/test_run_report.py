@@ -13,7 +13,7 @@ from train.evaluation.results import Evaluation, Row
 from train.reports import plots, run_report, slider
 from train.reports.plots import Curve
 from train.reports.slider import Cell, Shot
-from train.validation.sample_grid import cut, sample_grid
+from train.validation.sample_grid import sample_grid, split_grid
 
 pytest_plugins = ("train_helpers",)
 
@@ -200,7 +200,7 @@ def cut_of(page, prompts):
     from train.validation.sample_grid import LAYOUT
 
     page.info[LAYOUT] = json.dumps({"prompts": prompts, "boxes": page.info["boxes"]})
-    return cut(page)
+    return split_grid(page)
 
 
 def test_training_writes_a_report_and_its_failure_is_a_warning(train, monkeypatch, capsys):
