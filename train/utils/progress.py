@@ -42,12 +42,7 @@ class Progress:
         self.stream = sys.stderr if stream is None else stream
         self.is_bar = shown and self.stream.isatty()
         self._bar = tqdm(
-            total=total,
-            initial=start,
-            disable=not self.is_bar,
-            file=self.stream,
-            dynamic_ncols=True,
-            bar_format=FORMAT,
+            total=total, initial=start, disable=not self.is_bar, file=self.stream, dynamic_ncols=True, bar_format=FORMAT
         )
         self._logged = ""
         self._began = self._since = clock()
