@@ -10,6 +10,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,9 @@ class Folder(Source):
                 elif self._prompt is None and f"{stem}.txt" not in texts:
                     yield Bad(path, f"has no caption: write {stem}.txt or metadata.jsonl, or set dataset.prompt")
                 else:
-                    try:
-                        caption = self._prompt or read_text(folder / f"{stem}.txt")
-                    except (OSError, ValueError) as error:
-                        yield Bad(path, f"has a caption that cannot be read: {error}")
-                        continue
                     mask = file_picture(masks[stem]) if masks else None
-                    yield Sample(file_picture(path), (caption,), mask=mask)
+                    sample = Sample(file_picture(path), (self._prompt or "",), mask=mask)
+                    yield sample if self._prompt else _with_caption(sample, folder / f"{stem}.txt")
 
     # -------------------------------------------------------------- metadata
 
@@ -252,14 +249,10 @@ class Pairs(Source):
             elif self._prompt is None and not text.is_file():
                 yield Bad(name, f"has no caption: write {text.name} next to it, or set dataset.prompt for all")
             else:
-                try:
-                    caption = self._prompt or read_text(text)
-                except (OSError, ValueError) as error:
-                    yield Bad(name, f"has a caption that cannot be read: {error}")
-                    continue
                 mask = file_picture(masked[stem][0]) if masks is not None else None
                 references = tuple(file_picture(file) for files in partners for file in files)
-                yield Sample(file_picture(name), (caption,), references, mask=mask)
+                sample = Sample(file_picture(name), (self._prompt or "",), references, mask=mask)
+                yield sample if self._prompt else _with_caption(sample, text)
         for files in references_by_stem:
             for stem in sorted(files.keys() - targets.keys()):
                 yield Bad(files[stem][0], f"has no target of its name in {target}")
@@ -325,6 +318,14 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8") from error
+
+
+def _with_caption(sample: Sample, file: Path) -> Sample | Bad:
+    """Return the sample with the caption in `file`, or Bad if that cannot be read."""
+    try:
+        return replace(sample, captions=(read_text(file),))
+    except (OSError, ValueError) as error:
+        return Bad(sample.name, f"has a caption that cannot be read: {error}")
 
 
 # ------------------------------------------------------------------ rows

@@ -33,7 +33,7 @@ def open_table(path: str, split: str, revision: str | None, subset: str | None) 
             return datasets.load_dataset(path, subset, split=split, revision=revision)
         if _is_saved(local):
             return _saved_split(datasets.load_from_disk(str(local)), split)
-        return datasets.load_dataset(*_builder(local), split=split, **_data_files(local))
+        return datasets.load_dataset(split=split, **_local_arguments(local))
 
 
 def open_stream(path: str, split: str, revision: str | None, subset: str | None) -> "IterableDataset":
@@ -48,7 +48,7 @@ def open_stream(path: str, split: str, revision: str | None, subset: str | None)
     with explain_errors(path, split):
         if local is None:
             return datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True)
-        return datasets.load_dataset(*_builder(local), split=split, streaming=True, **_data_files(local))
+        return datasets.load_dataset(split=split, streaming=True, **_local_arguments(local))
 
 
 def table_files(local: Path) -> list[Path]:
@@ -79,12 +79,8 @@ def _is_saved(local: Path) -> bool:
     return any((local / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _builder(local: Path) -> tuple[str]:
-    return (KINDS[local.suffix],) if local.is_file() else (str(local),)
-
-
-def _data_files(local: Path) -> dict[str, str]:
-    return {"data_files": str(local)} if local.is_file() else {}
+def _local_arguments(local: Path) -> dict[str, str]:
+    return {"path": KINDS[local.suffix], "data_files": str(local)} if local.is_file() else {"path": str(local)}
 
 
 def _saved_split(saved: "Dataset | dict[str, Dataset]", split: str) -> "Dataset":

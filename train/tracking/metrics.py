@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import atomic_write
-from train.tracking.trackers import Tracker
+from train.tracking.trackers import NoTracker
 from train.utils.console import warn
 from train.utils.redact import masked, masked_text
 
@@ -58,7 +58,7 @@ class Metrics:
     checkpoint are removed from the files, so that every step occurs once.
     """
 
-    def __init__(self, folder: Path, tracker: Tracker) -> None:
+    def __init__(self, folder: Path, tracker: NoTracker) -> None:
         self.folder, self.file, self.tracker = folder, folder / METRICS_FILE, tracker
         self.validation_file = folder / VALIDATION_FILE
         self._started = False
@@ -86,7 +86,7 @@ class Metrics:
     @property
     def tracker_id(self) -> str | None:
         """The tracker's id of this run, if it has one."""
-        return getattr(self.tracker, "run_id", None)
+        return self.tracker.run_id
 
     def close(self) -> None:
         """Finish the tracker, also after a failed run; do nothing before `start`."""

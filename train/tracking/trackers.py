@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import uuid
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from train.utils.console import warn
 from train.utils.redact import masked_text
@@ -23,44 +23,29 @@ INIT_SECONDS = 30.0  # timeout of wandb's server at the start
 FINISH_SECONDS = 120.0  # timeout at the end; data that was not sent is on disk
 
 
-class Tracker(Protocol):
-    """Destination of metrics and sample grids in addition to the run folder.
+class NoTracker:
+    """No tracker in addition to metrics.jsonl, and the base class of trackers.
 
     Attributes:
         run_id: The tracker's id of this run after `start`; None if it has none.
     """
 
-    run_id: str | None
+    run_id: str | None = None
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         """Start the run with its resolved configuration."""
 
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-
-    def picture(self, step: int, file: Path) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class NoTracker:
-    """No tracker in addition to metrics.jsonl."""
-
-    run_id: str | None = None
-
-    def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        return
-
     def log(self, step: int, values: dict[str, float]) -> None:
-        return
+        """Log the metrics of a step."""
 
     def picture(self, step: int, file: Path) -> None:
-        return
+        """Log a sample grid."""
 
     def finish(self) -> None:
-        return
+        """End the run."""
 
 
-class WandbTracker:
+class WandbTracker(NoTracker):
     """Weights & Biases. A resumed run keeps its id, which is stored in the run folder.
 
     If the server cannot be reached at the start, the run is stored offline for `wandb sync`.
@@ -69,8 +54,6 @@ class WandbTracker:
         project, entity: Project and owner of the run.
         mode: online, offline or disabled.
     """
-
-    run_id: str | None = None
 
     def __init__(self, project: str = "flux2-lora", entity: str | None = None, mode: str = "online") -> None:
         if mode not in ("online", "offline", "disabled"):
@@ -133,10 +116,8 @@ class WandbTracker:
         self._run.finish()
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(NoTracker):
     """TensorBoard event files in `<run folder>/tensorboard`."""
-
-    run_id: str | None = None
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         """Start the run. Raise ValueError if TensorBoard is not installed or its folder cannot be written."""
