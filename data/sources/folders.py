@@ -97,9 +97,9 @@ class Folder(Source):
     def _check_used(self) -> None:
         """Raise ValueError if columns are set and there is no metadata."""
         columns = {"caption_column": (self._caption, "text"), "image_column": (self._image, "file_name")}
-        given = [f"{key}={value!r}" for key, (value, usual) in columns.items() if value != usual]
+        given = [f"dataset.{key}={value!r}" for key, (value, usual) in columns.items() if value != usual]
         if self._references:
-            given.append(f"reference_columns={list(self._references)}")
+            given.append(f"dataset.reference_columns={list(self._references)}")
         if given and not self._has_metadata:
             raise ValueError(
                 f"{', '.join(given)}: {self.path / METADATA[0]} does not exist. Write that file (or {METADATA[1]}), or "

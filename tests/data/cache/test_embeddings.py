@@ -70,5 +70,7 @@ def test_storage_in_fp8_is_an_entry_of_its_own_of_a_quarter_of_the_size(tmp_path
 def test_a_packed_entry_without_its_scales_is_named(tmp_path: Path) -> None:
     cache, key = Cache(tmp_path), "ab" * 32
     tensors = pack(states())
-    with pytest.raises(ValueError, match=rf"{cache.path(key)} holds embeddings \(7, 384\) instead of scales \(7, 3\)"):
+    with pytest.raises(
+        ValueError, match=rf"{cache.path(key)} contains embeddings \(7, 384\) instead of scales \(7, 3\)"
+    ):
         unpack(cache, key, {"embeddings": tensors["embeddings"]})

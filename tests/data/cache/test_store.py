@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_nothing_and_raises(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "fsync", full)
     cache = Cache(tmp_path)
-    with pytest.raises(ValueError, match=r"cannot be written \(no space left on device\): make room there"):
+    with pytest.raises(ValueError, match=r"cannot be written \(no space left on device\)\. Make room there"):
         cache.put("ab" * 32, {"x": torch.ones(3)}, {})
     assert files(cache) == []
 
@@ -77,13 +77,13 @@ def test_a_truncated_entry_is_named_with_its_remedy(tmp_path: Path) -> None:
     content = cache.path(key).read_bytes()
     for length in (0, 4, len(content) // 2, len(content) - 1):
         cache.path(key).write_bytes(content[:length])
-        with pytest.raises(ValueError, match=rf"{cache.path(key)} is damaged .*removed"):
+        with pytest.raises(ValueError, match=rf"{cache.path(key)} is damaged .*deleted"):
             cache.get(key)
         assert key not in cache
 
 
 def test_getting_what_is_not_there_says_to_fill(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not exist .*fill the cache again"):
+    with pytest.raises(ValueError, match=r"does not exist.*Fill the cache again"):
         Cache(tmp_path).get("ab" * 32)
 
 
@@ -251,7 +251,7 @@ def test_a_tensor_of_another_name_or_shape_is_an_error_that_names_the_entry(tmp_
     cache.put("ab" * 32, {"x": torch.ones(2, 3)}, {})
     for name, shape in (("latents", (2, 3)), ("x", (128, 2, 3)), ("x", (2, 4))):
         with pytest.raises(
-            ValueError, match=rf"{cache.path('ab' * 32)} holds x \(2, 3\) instead of {name} .*delete it"
+            ValueError, match=rf"{cache.path('ab' * 32)} contains x \(2, 3\) instead of {name} .*Delete it"
         ):
             cache.tensor("ab" * 32, name, shape)
 

@@ -207,7 +207,11 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
             "a.png has no caption: write a.txt or metadata.jsonl",
         ),
         (pictures(a_png=square(), a_txt="a"), {"caption_column": "t"}, "metadata.jsonl does not exist"),
-        (pictures(a_png=square(), a_txt="a"), {"reference_columns": ["t"]}, r"so reference_columns=\['t'\] name noth"),
+        (
+            pictures(a_png=square(), a_txt="a"),
+            {"reference_columns": ["t"]},
+            r"reference_columns=\['t'\]: .* does not exist",
+        ),
         (pictures(a_png=square(), a_txt="a"), {"mask": "masks"}, "dataset.mask='.*masks' does not exist"),
         (
             pictures(a_png=square(), a_jpg=square(), a_txt=""),
@@ -236,7 +240,7 @@ GOOD = lines({"file_name": "a.png", "text": "x"})
         (
             jsonl(lines({"file_name": "a.png", "text": "x", "references": [3]})),
             {},
-            r"has references=\[3\]: a file name or a list",
+            r"has references=\[3\]: it must be a file name or a list",
         ),
         (jsonl("\n"), {}, "metadata.jsonl is empty"),
         (

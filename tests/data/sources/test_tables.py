@@ -93,7 +93,7 @@ def test_a_picture_that_the_library_refers_to_is_opened_beside_the_table_and_whe
     samples = HuggingFace(table(tmp_path / "data/t.parquet", image=images), max_bad=1)
     assert [color(sample.target) for sample in samples] == [RED, BLUE]
     assert [bad.reason for bad in samples.bad] == [
-        f"is '{tmp_path}/secret.png', which is not in {tmp_path}/data: set dataset.picture_folder to"
+        f"is '{tmp_path}/secret.png', which is not in {tmp_path}/data: set dataset.picture_folder to its base folder"
     ]
 
 
@@ -116,7 +116,7 @@ def test_what_is_wrong_with_the_pictures_of_rows_is_listed_by_row(tmp_path: Path
     listed = str(caught.value).splitlines()
     assert listed[0] == f"5 of 5 samples of {path} cannot be used:"
     said = [line.partition(" column ")[2] for line in listed[1:6]]
-    outside = f"which is not in {tmp_path / 'data'}: set dataset.picture_folder to"
+    outside = f"which is not in {tmp_path / 'data'}: set dataset.picture_folder to its base folder"
     assert said == [
         "image does not exist",
         f"image is '../secret.png', {outside}",
@@ -179,21 +179,21 @@ def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"split": "test"}, r"split='test' cannot be read: .*\['train'\]"),
-        ({"image_column": "img"}, "image_column='img' is not a column .* has: image, caption, sources, number"),
-        ({"caption_column": "text"}, "caption_column='text' is not a column .* has: image, caption"),
+        ({"image_column": "img"}, "image_column='img' is not a column .*: image, caption, sources, number"),
+        ({"caption_column": "text"}, "caption_column='text' is not a column .*: image, caption"),
         ({"reference_columns": ["before"]}, "reference_columns='before' is not a column"),
         (
             {"image_column": "number"},
             "image_column='number' .* contains int64: it must contain images, encoded bytes, or paths",
         ),
-        ({"image_column": "sources"}, "image_column='sources' .* holds list"),
+        ({"image_column": "sources"}, "image_column='sources' .* contains list"),
         ({"mask": "cutout"}, "mask='cutout' is not a column"),
-        ({"mask": "number"}, "mask='number' .* holds int64"),
+        ({"mask": "number"}, "mask='number' .* contains int64"),
         ({"limit": 0}, "dataset.limit=0 must be an integer >= 1"),
         ({"streaming": "yes"}, "streaming='yes' must be true or false"),
         ({"picture_folder": "."}, "picture_folder='.' has no effect: .* contains no paths"),
         ({"prompt": 3}, "prompt=3 is int"),
-        ({"caption_column": "number"}, "caption_column='number' .* holds int64: text expected"),
+        ({"caption_column": "number"}, "caption_column='number' .* contains int64: it must contain text"),
         ({"reference_columns": "sources"}, "reference_columns='sources' is str"),
         ({"revision": "main"}, "revision='main'.* for a Hub id"),
         ({"subset": 3}, "subset=3 is int"),
@@ -214,7 +214,7 @@ def test_an_empty_table_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
     empty = datasets.Dataset.from_dict({"image": [], "caption": []}, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)
-    with pytest.raises(ValueError, match="split 'train' of a/b is empty"):
+    with pytest.raises(ValueError, match="split='train' of a/b is empty"):
         HuggingFace("a/b")
 
 

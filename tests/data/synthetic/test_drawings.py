@@ -119,7 +119,7 @@ def test_holes_show_the_background():
 def test_drawing_is_deterministic_and_follows_pixels():
     assert (pixels(CUP) == pixels(CUP)).all()
     assert draw(CUP, 256).size == (256, 256)
-    with pytest.raises(ValueError, match="pixels is 4"):
+    with pytest.raises(ValueError, match="pixels=4"):
         draw(CUP, 4)
 
 
@@ -194,9 +194,9 @@ def test_plain_edits_have_one_form_and_change_one_attribute(kind, new, instructi
 def test_plain_edits_refuse_an_unknown_kind_and_no_change():
     with pytest.raises(ValueError, match="kind='angle' must be one of color"):
         plain_edit(CUP, "angle", "red")
-    with pytest.raises(ValueError, match="new is 'red'"):
+    with pytest.raises(ValueError, match="new='red'"):
         plain_edit(CUP, "color", "red")
-    with pytest.raises(ValueError, match="color is 'teal'"):
+    with pytest.raises(ValueError, match="color='teal'"):
         plain_edit(CUP, "color", "teal")
 
 

@@ -47,6 +47,6 @@ def test_the_difference_is_the_mean_distance_of_the_colors():
 @pytest.mark.parametrize("size", [(64, 32), (100, 100)])
 def test_what_is_no_square_of_a_fitting_size_is_refused(size):
     with pytest.raises(
-        ValueError, match=f"picture is {size[0]} x {size[1]}; it must be square, with sides that are multiples of 32"
+        ValueError, match=f"the image is {size[0]} x {size[1]}; it must be square, with sides that are multiples of 32"
     ):
         recognize([Image.new("RGB", size)])

@@ -103,7 +103,10 @@ def test_a_shift_of_one_is_none():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Uniform("much"), r"timesteps\.shift='much' must be none, resolution, empirical or a positive number"),
+        (
+            lambda: Uniform("much"),
+            r"timesteps\.shift='much' must be one of none, resolution, empirical, or a positive number",
+        ),
         (lambda: Uniform(0), r"timesteps\.shift=0 must be"),
         (lambda: Uniform(None), r"timesteps\.shift=None must be"),
         (lambda: Uniform("empirical", 0), r"timesteps\.steps=0 must be an integer >= 1"),
