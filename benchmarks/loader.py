@@ -32,7 +32,7 @@ from PIL import Image
 from benchmarks.common import environment, write_result
 from data.buckets import Buckets
 from data.cache import Cache
-from data.cache.embeddings import packed, plan_embeddings
+from data.cache.embeddings import pack, plan_embeddings
 from data.cache.image_digests import Digests
 from data.cache.latents import LatentEntry, plan_latents
 from data.loader import Loader
@@ -63,7 +63,7 @@ def reading(folder: Path, fp8: bool, samples: int = 32, batches: int = 48) -> di
         keys[caption] = cache.key("embeddings", caption=caption, fp8=fp8)
         cache.put(key, {"latents": torch.randn(128, 64, 64, generator=generator)}, {})
         embeddings = torch.randn(512, 15360, generator=generator).bfloat16()
-        cache.put(keys[caption], packed(embeddings) if fp8 else {"embeddings": embeddings}, {})
+        cache.put(keys[caption], pack(embeddings) if fp8 else {"embeddings": embeddings}, {})
         entries.append(LatentEntry((1024, 1024), key))
         captions.append((caption,))
     loader = Loader(cache, entries, captions, keys, batch_size=2, seed=0, memory_limit_gb=0)

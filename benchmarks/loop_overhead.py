@@ -6,7 +6,7 @@ The demo's training, from its second step on. A step is from one request for a b
 and backward (`Training.differentiate`: until what the forward kept is freed), the optimizer (its update, and freeing
 the gradients), and of the rest the parts with a name: waiting for data (a thread reads it and draws its noise beside
 the step before, where its work counts to forward and backward), adding noise, clipping. What happens every so often and
-not in each step (validation, sheets, checkpoints) is switched off; logging is as in the demo.
+not in each step (validation, sample grids, checkpoints) is switched off; logging is as in the demo.
 """
 
 from __future__ import annotations

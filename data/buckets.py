@@ -1,11 +1,11 @@
-"""Aspect-ratio buckets: which size a picture is trained at, and how it gets there.
+"""Aspect-ratio buckets: the size at which an image is trained, and how it is resized and cropped to it.
 
-A batch is one tensor, so its pictures share a size; a picture keeps most of its frame if that size has nearly its
-shape. The buckets of a resolution are the sizes of at most `resolution`^2 pixels, so that every step costs about the
-same memory and time. Squashing everything to a square instead would distort or crop away what the caption talks about.
+A batch is one tensor, so its images share a size; an image keeps most of its content if that size has nearly its
+aspect ratio. The buckets of a resolution are the sizes of at most `resolution`^2 pixels, so that every step costs about
+the same memory and time. Resizing everything to a square instead would distort or crop away what the caption describes.
 
-A picture goes to the largest resolution whose bucket it fills. One that fills none is not enlarged, which would teach
-the model blur, unless that is asked for: it gets the largest size within it, and is left out if that is too small.
+An image goes to the largest resolution whose bucket it fills. An image that fills none is not enlarged by default,
+which would teach the model blur: it gets the largest size that it fills, and is skipped if that is too small.
 
 Sides are multiples of 16 pixels, the side of one latent: the autoencoder halves three times, and 2 x 2 patches halve
 once more.
@@ -20,20 +20,20 @@ from functools import cached_property
 from PIL import Image, ImageOps
 
 PIXELS_PER_LATENT = 16
-MAX_RESOLUTION = 8192  # a quarter of a million tokens, far beyond what FLUX.2 is made for
-FIT_VERSION = 1  # part of latents' cache keys: raise it when `fit` or decoding (data.sources.images) gives other pixels
+MAX_RESOLUTION = 8192  # a quarter of a million tokens, far more than FLUX.2 is trained for
+FIT_VERSION = 1  # in the cache keys of latents: increase it when `fit` or data.sources.images change pixels
 
 Size = tuple[int, int]  # (width, height) in pixels
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Which part of a picture is trained on: one of the variants that are cached.
+    """The part of an image that is trained on: one of the cached variants.
 
     Attributes:
-        at: where the crop lies along the width and the height, in thousandths of what is cut off: (500, 500) is the
-            middle. Whole numbers, because they are a part of cache keys.
-        mirrored: left and right change places, after the crop.
+        at: Position of the crop along width and height, in thousandths of the pixels that are cropped away: (500, 500)
+            is the center. Integers, because they are part of cache keys.
+        mirrored: Whether the crop is flipped horizontally.
     """
 
     at: tuple[int, int] = (500, 500)
@@ -41,7 +41,7 @@ class Cut:
 
     @property
     def recipe(self) -> dict[str, object]:
-        """What it adds to a cache key: nothing for the middle, so that entries do not depend on these options."""
+        """Fields of a cache key: none for the center crop, so that its entries do not depend on these options."""
         moved: dict[str, object] = {} if self.at == (500, 500) else {"at": self.at}
         return moved | ({"mirrored": True} if self.mirrored else {})
 
@@ -51,21 +51,22 @@ MIDDLE = Cut()
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes for one or several resolutions, which of them a picture gets, and how it is cut to it.
+    """The sizes for one or several resolutions, the size of each image, and its crops.
 
     Args:
-        resolution: side of the square bucket, pixels, or a list of such. A square picture that is as large gets
+        resolution: Side of the square bucket in pixels, or a list of sides. A square image that is as large gets
             (resolution, resolution) exactly.
-        step: sides are multiples of it, pixels. A larger step makes fewer buckets: better filled, at more cropping.
-        max_aspect: no bucket is longer than this times its shorter side; 1.0 leaves only the square.
-        upscale: enlarge a picture that fills no bucket to the smallest resolution, in place of a bucket of its own.
-        min_resolution: a picture's own bucket has at least this side's square of pixels; None: a quarter of the
-            smallest resolution. Smaller pictures are left out.
-        random_crops: how many crops of each picture are cached, drawn once by its content; 0 is the middle alone.
-        flip: cache each crop mirrored, too.
+        step: Sides are multiples of this number of pixels. A larger step gives fewer and fuller buckets, and more
+            cropping.
+        max_aspect: Maximum ratio of the longer to the shorter side; 1.0 leaves only the square.
+        upscale: Enlarge an image that fills no bucket to the smallest resolution, instead of using its own size.
+        min_resolution: Side of a square whose area the own size of an image must have; None: a quarter of the smallest
+            resolution. Smaller images are skipped.
+        random_crops: Number of crops of each image that are cached, drawn once by its content; 0: only the center.
+        flip: Also cache a mirrored copy of each crop.
 
-    Raises ValueError, naming the argument, for a step that is no multiple of 16, a resolution that is none of the step,
-    max_aspect < 1, min_resolution above the smallest resolution, or a wrong type.
+    Raises ValueError, naming the argument, for a step that is not a multiple of 16, a resolution that is not a multiple
+    of the step, max_aspect < 1, min_resolution above the smallest resolution, or a wrong type.
     """
 
     resolution: int | Sequence[int]
@@ -100,7 +101,7 @@ class Buckets:
 
     @cached_property
     def resolutions(self) -> tuple[int, ...]:
-        """The largest first."""
+        """The resolutions, the largest first."""
         given = self.resolution if isinstance(self.resolution, list | tuple) else [self.resolution]
         return tuple(sorted(given, reverse=True))
 
@@ -110,7 +111,7 @@ class Buckets:
 
     @property
     def least_pixels(self) -> float:
-        """Area below which a picture's own bucket is too small."""
+        """Minimum area, in pixels, of the own size of an image that fills no bucket."""
         return (self.resolutions[-1] / 4 if self.min_resolution is None else self.min_resolution) ** 2
 
     @cached_property
@@ -118,7 +119,7 @@ class Buckets:
         return {resolution: self._sizes_of(resolution) for resolution in self.resolutions}
 
     def _sizes_of(self, resolution: int) -> tuple[Size, ...]:
-        """Widest first: with each short side goes the longest side within resolution^2 pixels."""
+        """Return the sizes, widest first: each short side with the longest side within resolution^2 pixels."""
         wide = []
         for height in range(self.step, resolution + 1, self.step):
             width = resolution**2 // height // self.step * self.step
@@ -128,21 +129,21 @@ class Buckets:
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
-        """All buckets of all resolutions, each resolution's widest first; not those of pictures that fill none."""
+        """All buckets of all resolutions, each resolution's widest first, without the own sizes of small images."""
         return tuple(dict.fromkeys(size for sizes in self._by_resolution.values() for size in sizes))
 
     def nearest(self, width: int, height: int, resolution: int | None = None) -> Size:
-        """Of one resolution's buckets, the largest's by default, that of the aspect ratio nearest to a picture's."""
+        """Return the bucket with the aspect ratio nearest to that of an image, by default at the largest resolution."""
         sizes = self._by_resolution[resolution or self.largest]
         aspect = math.log(width / height)
         return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
 
     def assign(self, width: int, height: int) -> Size | None:
-        """The bucket for a picture of these pixels; None if it is too small.
+        """Return the bucket of an image of these pixels; None if it is too small.
 
-        Of each resolution the bucket of the nearest aspect ratio, by the ratio of the ratios, is looked at, and the
-        first that the picture fills is taken. If it fills none: with `upscale` that of the smallest resolution, else
-        the largest size on the grid within the picture and `max_aspect`.
+        This is the first bucket that the image fills among those of the nearest aspect ratio (by the ratio of the
+        ratios) at each resolution. If it fills none: with `upscale` the one of the smallest resolution, otherwise the
+        largest size on the grid within the image and `max_aspect`.
         """
         for resolution in self.resolutions:
             size = self.nearest(width, height, resolution)
@@ -154,12 +155,12 @@ class Buckets:
         width, height = (side // self.step * self.step for side in (width, height))
         longest = int(self.max_aspect * min(width, height)) // self.step * self.step
         width, height = min(width, longest), min(height, longest)
-        while width * height > self.resolutions[-1] ** 2:  # it misses a bucket of more pixels by a hair
+        while width * height > self.resolutions[-1] ** 2:  # the image just misses a bucket of more pixels
             width, height = (width - self.step, height) if width > height else (width, height - self.step)
         return (width, height) if width * height >= max(self.least_pixels, 1) else None
 
     def too_small(self, width: int, height: int) -> str:
-        """Why a picture of these pixels has no bucket, and what to do; to follow its name."""
+        """Return the reason why an image of these pixels has no bucket, and the remedy, to follow its name."""
         if min(width, height) < self.step:
             sides = f"step of {self.step}: a side is shorter"
         else:
@@ -167,9 +168,9 @@ class Buckets:
         return f"has {width} x {height} pixels, too few for buckets.{sides} (buckets.upscale=true enlarges)"
 
     def cuts(self, picture: Size, size: Size, digest: str) -> tuple[Cut, ...]:
-        """The variants of a picture: its size, that of its bucket, and the digest of its content, which draws them.
+        """Return the crops of an image, drawn by the digest of its content, from its size and that of its bucket.
 
-        A crop can move only along the side that more is cut off from: variants may be equal, and then share an entry.
+        A crop moves only along the side that is cropped: variants may be equal, and then share a cache entry.
         """
         crops = [_draw(picture, size, digest, number) for number in range(self.random_crops)] or [MIDDLE]
         return (*crops, *(Cut(crop.at, mirrored=True) for crop in crops if self.flip))
@@ -182,27 +183,27 @@ def _draw(picture: Size, size: Size, digest: str, number: int) -> Cut:
 
 
 def lost(picture: Size, size: Size) -> float:
-    """The share of a picture's area that is cut off to give it the shape of `size`, from 0 to 1."""
+    """Return the share of an image's area, from 0 to 1, that is cropped away to get the aspect ratio of `size`."""
     one, other = picture[0] * size[1], picture[1] * size[0]
     return 1 - min(one, other) / max(one, other)
 
 
 def fit(image: Image.Image, size: Size, cut: Cut = MIDDLE) -> Image.Image:
-    """Resizes (Lanczos) to cover `size`, and cuts out the middle, or another part: exactly `size`, undistorted."""
-    at = (cut.at[0] / 1000, cut.at[1] / 1000)
-    found = ImageOps.fit(image, size, method=Image.Resampling.LANCZOS, centering=at)
-    return ImageOps.mirror(found) if cut.mirrored else found
+    """Resize (Lanczos) to cover `size` without distortion, and crop to exactly `size`."""
+    centering = (cut.at[0] / 1000, cut.at[1] / 1000)
+    cropped = ImageOps.fit(image, size, method=Image.Resampling.LANCZOS, centering=centering)
+    return ImageOps.mirror(cropped) if cut.mirrored else cropped
 
 
 def fit_mask(mask: Image.Image, size: Size, cut: Cut = MIDDLE) -> Image.Image:
-    """A mask ("L") cut as `fit` cuts its picture, then averaged over each latent: width / 16 x height / 16."""
+    """Crop a mask ("L") as `fit` crops its image, and average it over each latent: width / 16 x height / 16."""
     return fit(mask, size, cut).reduce(PIXELS_PER_LATENT)
 
 
 def reference_size(width: int, height: int, max_pixels: int) -> Size:
-    """The size for a reference picture: its own shape within `max_pixels`, never enlarged.
+    """Return the size of a reference: its own aspect ratio within `max_pixels`, never enlarged.
 
-    Sides are floored to multiples of 16; only one below 16 pixels, less than a latent, is raised to 16. Raises
+    Sides are rounded down to multiples of 16, and sides below 16 pixels, one latent, are raised to 16. Raises
     ValueError for max_pixels below 16^2.
     """
     width, height = _within(width, height, max_pixels)
@@ -210,7 +211,7 @@ def reference_size(width: int, height: int, max_pixels: int) -> Size:
 
 
 def fit_reference(image: Image.Image, max_pixels: int, mirrored: bool = False) -> Image.Image:
-    """A reference at its `reference_size`: shrunk if it is too large, then its middle cut out, as inference does."""
+    """Return a reference at its `reference_size`: shrunk if it is too large, then center-cropped, as in inference."""
     if mirrored:
         return ImageOps.mirror(fit_reference(image, max_pixels))
     width, height = _within(*image.size, max_pixels)
@@ -225,8 +226,8 @@ def fit_reference(image: Image.Image, max_pixels: int, mirrored: bool = False) -
 
 def _within(width: int, height: int, max_pixels: int) -> Size:
     if max_pixels < PIXELS_PER_LATENT**2:
-        raise ValueError(f"reference max_pixels={max_pixels} must be at least {PIXELS_PER_LATENT**2}, one latent")
-    if width * height > max_pixels:  # in whole numbers: a float root a hair below a multiple of 16 loses a latent
+        raise ValueError(f"reference max_pixels={max_pixels} must be >= {PIXELS_PER_LATENT**2}, one latent")
+    if width * height > max_pixels:  # in integers: a float root just below a multiple of 16 would lose a latent
         return math.isqrt(max_pixels * width // height), math.isqrt(max_pixels * height // width)
     return width, height
 

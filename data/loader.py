@@ -1,12 +1,12 @@
-"""Batches for a step of training, the same however the step is cut into processes and micro-batches.
+"""Batches of a training step, the same for every split of the step into processes and micro-batches.
 
-Everything random is a function of (seed, step, position of the sample in the global batch), never of a running
-generator. So a run resumes by its step number alone, with no sampler state to save, and one process with a batch of 4
-sees exactly what four processes with one sample each see. PyTorch's DataLoader and DistributedSampler tie the order to
-worker and process counts instead.
+All randomness is a function of (seed, step, position of the sample in the global batch), never the state of a
+generator. So a run resumes from its step number alone, without sampler state, and one process with a batch of 4 sees
+exactly what four processes with one sample each see. PyTorch's DataLoader and DistributedSampler make the order depend
+on the number of workers and processes instead.
 
-There is nothing to decode here: latents and embeddings come from the cache, a file each. What was read stays in memory
-up to a limit. A loader is for one thread.
+Nothing is decoded here: latents and embeddings come from the cache, one file each. Entries that were read stay in
+memory up to a limit. A loader is not thread-safe.
 """
 
 from collections import OrderedDict
@@ -18,24 +18,25 @@ from torch import Tensor
 
 from data.buckets import Size
 from data.cache import Cache
-from data.cache.embeddings import EMBEDDING_SHAPE, unpacked
+from data.cache.embeddings import EMBEDDING_SHAPE, unpack
 from data.cache.latents import LatentEntry, latent_shape, mask_shape
 from data.cache.store import Shape
-from data.sampler import BucketSampler, check_int, derived_generator
+from data.checks import check_int
+from data.sampler import BucketSampler, derived_generator
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one process's micro-batch, all of one bucket.
+    """The samples of one process's micro-batch, all from one bucket.
 
     Attributes:
-        latents: (B, 128, H/16, W/16), of the targets.
-        references: for each reference, (B, 128, h_i/16, w_i/16); their sizes may differ from each other.
-        embeddings: (B, L, D), of the captions.
-        captions: what was embedded; "" where the caption was dropped.
-        indices: which samples of the dataset.
-        positions: their places in the global batch, which noise and timesteps are drawn by.
-        mask: (B, 1, H/16, W/16), from 0 to 1, how much each place counts in the loss; None if no sample has a mask.
+        latents: (B, 128, H/16, W/16) of the targets.
+        references: (B, 128, h_i/16, w_i/16) for each reference i.
+        embeddings: (B, L, D) of the captions.
+        captions: Captions of the embeddings; "" where the caption was dropped.
+        indices: Indices of the samples in the dataset.
+        positions: Positions in the global batch, which determine noise and timesteps.
+        mask: (B, 1, H/16, W/16), weights of the latents in the loss from 0 to 1; None if no sample has a mask.
     """
 
     latents: Tensor
@@ -47,40 +48,40 @@ class Batch:
     mask: Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Batch":
-        """The same batch with its tensors on `device`, as `dtype`; the host does not wait for the copies."""
+        """Return the batch with its tensors on `device` as `dtype`, without waiting for the copies."""
         return replace(
             self,
-            latents=onto(self.latents, device).to(dtype),
-            references=[onto(reference, device).to(dtype) for reference in self.references],
-            embeddings=onto(self.embeddings, device).to(dtype),
-            mask=None if self.mask is None else onto(self.mask, device).to(dtype),
+            latents=copy_to_device(self.latents, device).to(dtype),
+            references=[copy_to_device(reference, device).to(dtype) for reference in self.references],
+            embeddings=copy_to_device(self.embeddings, device).to(dtype),
+            mask=None if self.mask is None else copy_to_device(self.mask, device).to(dtype),
         )
 
 
-def onto(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor`, from the CPU, on `device`. From pageable memory the host would wait for all that a GPU has to do."""
+def copy_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a CPU tensor to `device`, from pinned memory, so that the host need not wait for the GPU."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Loader:
-    """Reads a step's share of this process, as micro-batches, from a cache that is filled.
+    """Reads this process's micro-batches of a step from a filled cache.
 
-    Sample i of micro-batch m of process r holds position (m * num_processes + r) * batch_size + i of the global batch
+    Sample i of micro-batch m of process r has position (m * num_processes + r) * batch_size + i in the global batch
     of batch_size * gradient_accumulation * num_processes samples.
 
     Args:
-        cache, entries, captions: the filled cache; latent entry and captions of each sample, in sample order.
-        embedding_keys: cache key of each caption's embedding, and of "" if captions are dropped.
-        weights: how often each sample is trained relative to others; None is 1 for all.
-        caption_dropout: probability, from 0 to 1, of training a sample on the empty prompt.
-        reference_dropout: probability, from 0 to 1, of training a step's samples without their references. Drawn for
-            all samples of a step at once: those with references and those without have different token shapes.
-        memory_limit_gb: keep what was read, up to this many 10^9 bytes; the least recently used goes first. 0: nothing.
+        cache, entries, captions: Filled cache; latent entry and captions of each sample, in sample order.
+        embedding_keys: Cache key of each caption's embedding, and of "" if captions are dropped.
+        weights: Frequency of training of each sample relative to others; None is 1 for all.
+        caption_dropout: Probability, from 0 to 1, of training a sample with the empty prompt.
+        reference_dropout: Probability, from 0 to 1, of training the samples of a step without their references. It is
+            drawn once for all samples of a step, because token shapes differ with and without references.
+        memory_limit_gb: Size of the memory for entries in 10^9 bytes; the least recently used are dropped first.
 
-    Raises ValueError, naming the argument, for a value out of range, a caption without a key, or reference_dropout
-    where no sample has references.
+    Raises ValueError, naming the argument, for a value out of range, a caption without a key, or reference_dropout if
+    no sample has references.
     """
 
     def __init__(
@@ -106,12 +107,12 @@ class Loader:
         _check_probability("caption_dropout", caption_dropout)
         _check_probability("reference_dropout", reference_dropout)
         if not isinstance(memory_limit_gb, int | float) or not memory_limit_gb >= 0:
-            raise ValueError(f"memory_limit_gb={memory_limit_gb!r} must be a number of at least 0")
+            raise ValueError(f"memory_limit_gb={memory_limit_gb!r} must be a number >= 0")
         if reference_dropout > 0 and not any(entry.reference_keys for entry in entries):
-            raise ValueError(f"reference_dropout={reference_dropout} has nothing to drop: no sample has references")
+            raise ValueError(f"reference_dropout={reference_dropout} has no effect: no sample has references")
         needed = {caption for variants in captions for caption in variants} | ({""} if caption_dropout > 0 else set())
         if unknown := sorted(needed - embedding_keys.keys()):
-            raise ValueError(f"{len(unknown)} prompts have no embedding, such as {unknown[0]!r}: plan them too")
+            raise ValueError(f"{len(unknown)} prompts have no embedding, such as {unknown[0]!r}. Plan them too")
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.gradient_accumulation = check_int("gradient_accumulation", gradient_accumulation, 1)
         self.num_processes, self.process_index = num_processes, process_index
@@ -124,7 +125,7 @@ class Loader:
         self._memory = _Memory(cache, memory_limit_gb * 1e9)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This process's `gradient_accumulation` micro-batches of a step (from 0), on the CPU, as they are cached."""
+        """Return this process's `gradient_accumulation` micro-batches of a step (from 0), on the CPU, as cached."""
         indices = self.sampler.batch(step)
         batches = []
         for micro in range(self.gradient_accumulation):
@@ -155,12 +156,12 @@ class Loader:
         )
 
     def _variant(self, step: int, position: int, index: int) -> LatentEntry:
-        """The entry to train: of one that has several crops, or is mirrored too, one drawn."""
+        """Return the drawn variant, a crop or mirrored copy, of a sample's entry."""
         variants = self._entries[index].variants
         return variants[self._draw("variant", step, position, len(variants))]
 
     def _caption(self, step: int, position: int, index: int) -> str:
-        """The caption to train: one drawn of several, or the empty one in its place."""
+        """Return the drawn caption of a sample, or "" if it is dropped."""
         draw = torch.rand((), generator=derived_generator(self.seed, "dropout", step, position))
         if draw.item() < self.caption_dropout:
             return ""
@@ -177,19 +178,19 @@ class Loader:
         return draw.item() < self.reference_dropout
 
     def _stack(self, name: str, keys: Sequence[str], shape: Shape) -> Tensor:
-        """One tensor of every entry. ValueError, naming the entry, for one not of `shape`."""
+        """Return one tensor of every entry, stacked. Raise ValueError, naming the entry, for another shape."""
         return torch.stack([self._cache.pick(key, self._memory.get(key), name, shape) for key in keys])
 
     def _embeddings(self, keys: Sequence[str]) -> Tensor:
-        """(B, L, D). ValueError, naming the entry, for one not of the first's shape."""
+        """Return the embeddings (B, L, D). Raise ValueError, naming the entry, if shapes differ."""
         stacked: list[Tensor] = []
         for key in keys:
             shape = tuple(stacked[0].shape) if stacked else EMBEDDING_SHAPE
-            stacked.append(unpacked(self._cache, key, self._memory.get(key), shape))
+            stacked.append(unpack(self._cache, key, self._memory.get(key), shape))
         return torch.stack(stacked)
 
     def _masks(self, keys: Sequence[str | None], size: Size) -> Tensor | None:
-        """(B, 1, H/16, W/16) from 0 to 1; a sample without a mask counts everywhere."""
+        """Return the masks (B, 1, H/16, W/16) from 0 to 1, with 1 everywhere for a sample without a mask."""
         if not any(keys):
             return None
         shape = mask_shape(size)
@@ -199,7 +200,7 @@ class Loader:
 
 
 class _Memory:
-    """A cache's entries in memory, up to a number of bytes; the least recently used go first. For one thread."""
+    """Entries of a cache in memory, up to a number of bytes; the least recently used are dropped first."""
 
     def __init__(self, cache: Cache, limit: float) -> None:
         self._cache, self._limit, self._held = cache, limit, 0
@@ -223,4 +224,4 @@ def _nbytes(tensors: Mapping[str, Tensor]) -> int:
 
 def _check_probability(key: str, value: object) -> None:
     if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{key}={value!r} must be a probability, from 0 to 1")
+        raise ValueError(f"{key}={value!r} must be a number from 0 to 1")

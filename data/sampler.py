@@ -1,4 +1,4 @@
-"""The order of training: which samples a step trains on, a pure function of the seed and the step."""
+"""The order of training: the samples of a step, as a pure function of the seed and the step."""
 
 import hashlib
 import json
@@ -9,39 +9,41 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from data.checks import check_int
+
 
 def derived_generator(seed: int, *key: int | str) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments, such as (seed, "noise", step, position).
+    """Return a CPU generator that depends only on the arguments, such as (seed, "noise", step, position).
 
-    The key goes through sha256: equal on every machine and in every process, unlike `hash`, and neighbors are
-    unrelated.
+    The key goes through sha256, which unlike `hash` is equal in every process and on every machine, and makes similar
+    keys unrelated.
     """
     digest = hashlib.sha256(json.dumps([seed, *key]).encode()).digest()
-    # Torch's CPU generator keeps 32 bits of a seed; these are the ones it keeps.
+    # PyTorch's CPU generator uses only the lower 32 bits of a seed
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 class BucketSampler:
-    """Which samples a step trains on: `batch(step)` is a pure function of the arguments, the seed and the step.
+    """Chooses the samples of a step: `batch(step)` is a pure function of the arguments and the step.
 
-    A batch has samples of one bucket. Each bucket runs through shuffled passes of its samples; a batch takes the next
-    `global_batch` of them, across the end of a pass if need be, so a bucket smaller than a batch wraps around.
+    A batch has samples of one bucket. Each bucket has shuffled passes over its samples; a batch takes the next
+    `global_batch` of them, across the end of a pass if necessary, so a bucket smaller than a batch wraps around.
 
-    Which bucket a step takes comes from shuffled cycles of N steps, N being the number of samples, in which a bucket
-    appears once for each of its samples. Its chance is thus proportional to its size, and after a whole cycle every
-    sample was seen exactly `global_batch` times; independent draws would give that only on average, and need a replay
-    of all earlier steps to resume.
+    The bucket of a step comes from shuffled cycles of N steps, N being the number of samples, in which a bucket
+    appears once for each of its samples. So its probability is proportional to its size, and after a whole cycle every
+    sample was seen exactly `global_batch` times. Independent draws would give that only on average, and resuming would
+    need a replay of all earlier steps.
 
-    A sample of weight w is w samples: a pass holds it floor(w) or floor(w) + 1 times, in p passes all but exactly p w
-    times (`_Passes`), and the cycles of buckets count it likewise.
+    A sample of weight w counts as w samples: a pass contains it floor(w) or floor(w) + 1 times, p passes contain it
+    p w times up to rounding (`_Passes`), and the cycles of buckets count it in the same way.
 
     Args:
-        buckets: the bucket of each sample, anything hashable.
-        global_batch: samples in a step over all processes and micro-batches.
-        seed: of the order.
-        weights: of the samples; None is 1 for all.
+        buckets: Bucket of each sample, any hashable value.
+        global_batch: Number of samples in a step over all processes and micro-batches.
+        seed: Seed of the order.
+        weights: Weights of the samples; None is 1 for all.
 
-    Raises ValueError for no samples, or weights that are negative, not finite, or all 0.
+    Raises ValueError if there are no samples, or for weights that are negative, not finite, or all 0.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class BucketSampler:
         given = np.ones(len(buckets)) if weights is None else np.asarray(weights, dtype=np.float64)
         assert given.shape == (len(buckets),)
         if not (np.isfinite(given).all() and (given >= 0).all() and given.any()):
-            raise ValueError("the weights of samples must be numbers from 0, and not all 0")
+            raise ValueError("the weights of samples must be numbers >= 0, and not all 0")
         offsets = torch.rand(len(buckets), generator=derived_generator(seed, "weights"), dtype=torch.float64).numpy()
         members: dict[Hashable, list[int]] = defaultdict(list)
         for index, bucket in enumerate(buckets):
@@ -69,7 +71,7 @@ class BucketSampler:
         self._cycle = lru_cache(maxsize=2)(self._shuffled_cycle)
 
     def batch(self, step: int) -> list[int]:
-        """The sample indices of a step (from 0), by position in the global batch; all of one bucket."""
+        """Return the sample indices of a step (from 0), by position in the global batch; all from one bucket."""
         assert step >= 0
         cycle, place = self._cycles.locate(step)
         order = self._cycle(cycle)
@@ -94,11 +96,11 @@ class BucketSampler:
 
 
 class _Passes:
-    """Passes over samples, of which one of weight w is in pass p floor((p + 1) w + u) - floor(p w + u) times.
+    """Passes over samples; pass p contains a sample of weight w floor((p + 1) w + u) - floor(p w + u) times.
 
-    u, its own draw from [0, 1), lets samples of weight 0.5 take turns. In the first p passes it was there
-    floor(p w + u) times, p w rounded down or up, so where the k-th sample of all passes stands is found without
-    replaying them. With weight 1 that is once a pass, whatever u is.
+    u, drawn from [0, 1) for each sample, makes samples of weight 0.5 alternate. The first p passes contain a sample
+    floor(p w + u) times, which is p w rounded down or up, so the k-th sample of all passes is found without replaying
+    them. A sample of weight 1 is in every pass once, for any u.
     """
 
     def __init__(self, indices: np.ndarray, weights: np.ndarray, offsets: np.ndarray) -> None:
@@ -108,31 +110,25 @@ class _Passes:
         self.before = lru_cache(maxsize=8)(self._before)
 
     def _before(self, passed: int) -> int:
-        """How many samples the passes before this one hold."""
+        """Return the number of samples in all passes before this one."""
         if self._plain:
             return passed * len(self._indices)
         return int(np.floor(passed * self._weights + self._offsets).sum())
 
     def samples(self, passed: int) -> np.ndarray:
-        """The indices of a pass, each as often as it is in it."""
+        """Return the indices of a pass, repeated ones included."""
         if self._plain:
             return self._indices
         ends = [np.floor(p * self._weights + self._offsets) for p in (passed, passed + 1)]
         return np.repeat(self._indices, (ends[1] - ends[0]).astype(np.int64))
 
     def locate(self, k: int) -> tuple[int, int]:
-        """The pass of the k-th sample of all passes, from 0, and its place there."""
+        """Return the pass of the k-th sample of all passes, from 0, and its position in that pass."""
         if self._plain:
             return divmod(k, len(self._indices))
         passed = max(int(k / self._total), 0)
-        while self.before(passed) > k:  # the guess is off by what was rounded
+        while self.before(passed) > k:  # correct the guess, which ignores rounding
             passed -= 1
         while self.before(passed + 1) <= k:
             passed += 1
         return passed, k - self.before(passed)
-
-
-def check_int(key: str, value: object, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{key}={value!r} must be a whole number of at least {least}")
-    return value

@@ -18,7 +18,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,22 @@ from train.run import main  # noqa: E402
 
 def note_written(log: Path, killed_after: str) -> None:
     """Let this process note in `log` what it writes of class pictures."""
-    write_whole, own = train.encoding.class_pictures.write_whole, os.environ.get("RANK", "0")
+    atomic_write, own = train.encoding.class_pictures.atomic_write, os.environ.get("RANK", "0")
     rank, suffix, most = killed_after.split()
     count = 0
 
-    def noted(file: Path, write: Callable[[Path], Any]) -> None:
+    @contextmanager
+    def noted(file: Path) -> Iterator[Path]:
         nonlocal count
-        write_whole(file, write)
+        with atomic_write(file) as temporary:
+            yield temporary
         with log.open("a") as lines:
             lines.write(f"{own} {file.name}\n")
         count += own == rank and file.suffix == suffix
         if count == int(most):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.encoding.class_pictures.write_whole = noted
+    train.encoding.class_pictures.atomic_write = noted
 
 
 def hold(at: str, go: Path) -> None:

@@ -28,8 +28,8 @@ from flux2.models.positions import image_positions, text_positions
 from flux2.models.transformer import DoubleBlock, SingleBlock, Transformer
 from flux2.quantization.precision import Precision
 from flux2.weights.sources import model_source
-from train.distributed.processes import Processes, make_accelerator, trained
-from train.distributed.sharding import attached, sharder, shares
+from train.distributed.processes import Processes, make_accelerator, trained_parameters
+from train.distributed.sharding import attach_sharded, local_bytes, sharder
 
 SOURCE = model_source("tiny", None, None, None)
 PRECISIONS = {
@@ -107,10 +107,10 @@ def load(precision: str, policy: str, device: torch.device, ready: Any = None) -
         SOURCE, device, PRECISIONS[precision], say=lambda text: None, ready=ready
     )
     set_policy(model, policy)
-    wrapped = attached(adapters.attach, model, rank=4, seed=0, targets=TARGETS)
+    wrapped = attach_sharded(adapters.attach, model, rank=4, seed=0, targets=TARGETS)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():  # B too, which begins at zero
-        for parameter in trained(wrapped):
+        for parameter in trained_parameters(wrapped):
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return wrapped
 
@@ -138,7 +138,7 @@ def step(processes: Processes, wrapped: peft.PeftModel, precision: str, rank: in
             (loss / 2).backward()
         losses.append(loss.item())
     processes.average_gradients(wrapped)
-    gradients = [parameter.grad.clone() for parameter in trained(wrapped)]
+    gradients = [parameter.grad.clone() for parameter in trained_parameters(wrapped)]
     return {"losses": losses, "gradients": gradients, "wrapped in": type(model).__name__}
 
 
@@ -148,7 +148,7 @@ def alone(precision: str, policy: str, device: torch.device) -> list[torch.Tenso
     for rank in SIZES:
         for micro in range(2):
             (loss_of(wrapped, precision, inputs(rank, micro, device)) / 4).backward()
-    return [parameter.grad for parameter in trained(wrapped)]
+    return [parameter.grad for parameter in trained_parameters(wrapped)]
 
 
 def sharded(processes: Processes, precision: str, policy: str, rank: int, folder: Path) -> dict[str, Any]:
@@ -184,15 +184,17 @@ def sharded(processes: Processes, precision: str, policy: str, rank: int, folder
         if ".base_layer" not in type(module).__name__ and isinstance(module, nn.Linear):
             module.register_forward_hook(count)
     found = step(processes, wrapped, precision, rank)
-    for parameter in trained(wrapped):
+    for parameter in trained_parameters(wrapped):
         parameter.register_hook(count)
     loss_of(wrapped, precision, inputs(rank, 0, device)).backward()
     found |= {
         "sharded": {name: isinstance(p, DTensor) for name, p in frozen.items()},
-        "adapter is plain": all(type(p) is nn.Parameter and type(p.grad) is torch.Tensor for p in trained(wrapped)),
+        "adapter is plain": all(
+            type(p) is nn.Parameter and type(p.grad) is torch.Tensor for p in trained_parameters(wrapped)
+        ),
         "local": {name: tuple(p.to_local().shape) for name, p in frozen.items()},
         "whole": {name: tuple(p.shape) for name, p in frozen.items()},
-        "held": shares(base),
+        "held": local_bytes(base),
         "most while loading": most_loading,
         "most blocks at once": max(whole),
         "blocks at the end": sum(is_whole(block) for block in blocks),
@@ -211,7 +213,7 @@ def refused(device: torch.device) -> str:
     model = flux2.weights.loading.load_transformer(SOURCE, device, ready=sharder(device))
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["single_blocks.0.linear1"])
     try:
-        attached(partial(peft.get_peft_model, model), config)
+        attach_sharded(partial(peft.get_peft_model, model), config)
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -248,7 +250,7 @@ def main(folder: Path, kind: str) -> None:
         found[precision, policy] = {
             "whole": whole,
             "sharded": sharded(Processes(accelerator, sharded=True), precision, policy, rank, folder),
-            "held by one": shares(load(precision, policy, device).get_base_model()),
+            "held by one": local_bytes(load(precision, policy, device).get_base_model()),
             "alone": alone(precision, policy, device),
         }
     found |= {"map": failures(Processes(accelerator), rank), "refused": refused(device)}

@@ -31,6 +31,7 @@ ORDER = {
     """,
     "data": """
         __init__
+        checks files
         buckets sampler synthetic
         sources
         cache

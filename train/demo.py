@@ -46,7 +46,7 @@ from train.run import train
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
 from train.utils.progress import ItemProgress
-from train.validation.sheet import sheet
+from train.validation.sample_grid import sample_grid
 
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
 COLORS = ("green", "pink", "brown", "black")  # on no card
@@ -146,7 +146,7 @@ def end(
     run.say(f"\ntrained in {seconds:.0f} s")
     for sentence in judged:
         run.say(sentence)
-    run.say(f"\nbefore and after  {adapter.parent / 'sheet.png'}")
+    run.say(f"\nbefore and after  {adapter.parent / 'grid.png'}")
     run.say(f"all numbers       {numbers}")
     run.say(f"the adapter       {adapter}")
     command_line = f"{shlex.quote(sys.executable)} -m flux2.generate --adapter {adapter}"
@@ -156,7 +156,7 @@ def end(
 
 
 def main(config: DictConfig) -> None:
-    """Train, measure, and write `sheet.png` and `demo.json` into the run folder."""
+    """Train, measure, and write `grid.png` and `demo.json` into the run folder."""
     run = load_demo_config(config)
     with claim_run_folder(run) as location:  # what cannot be written says so before pictures are made
         demonstrate(run, location)
@@ -212,12 +212,12 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
     shown = [pairs.index(tuple(words.split())) for words in SHOWN]  # type: ignore[arg-type]
     rows = [[pictures[i] for i in shown] for pictures in (cards_before, cards_after, plain_before, plain_after)]
-    top = sheet(rows[:2], [prompts[i] for i in shown], ["before", "after"])
-    bottom = sheet(rows[2:], [plain[i] for i in shown], ["before", "after"])
+    top = sample_grid(rows[:2], [prompts[i] for i in shown], ["before", "after"])
+    bottom = sample_grid(rows[2:], [plain[i] for i in shown], ["before", "after"])
     page = Image.new("RGB", (top.width, top.height + bottom.height), "white")
     page.paste(top, (0, 0))
     page.paste(bottom, (0, top.height))
-    page.save(folder / "sheet.png", optimize=True)
+    page.save(folder / "grid.png", optimize=True)
 
     use = ["--prompt", "a trtcrd of a purple bell, tarot style", "--out", "bell.png"]
     pairs_shown = [

@@ -46,7 +46,7 @@ from train.demo import end, line, load_demo_config, moved, same
 from train.run import train
 from train.stages.run_folder import claim_run_folder
 from train.utils.progress import ItemProgress
-from train.validation.sheet import sheet
+from train.validation.sample_grid import sample_grid
 
 BATCH = 8
 
@@ -127,7 +127,7 @@ def judge(report: dict[str, float]) -> list[str]:
 
 
 def main(config: DictConfig) -> None:
-    """Train, measure, and write `sheet.png` and `demo_edit.json` into the run folder."""
+    """Train, measure, and write `grid.png` and `demo_edit.json` into the run folder."""
     run = load_demo_config(config)
     with claim_run_folder(run) as location:  # what cannot be written says so before pictures are made
         demonstrate(run, location)
@@ -187,7 +187,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
     rows = [[pictures[drawings.index(one)] for one in SHOWN] for pictures in (sources, before, after, intended)]
     names = ["reference", "base", "adapter", "intended"]
-    sheet(rows, [INSTRUCTION] * len(SHOWN), names).save(folder / "sheet.png", optimize=True)
+    sample_grid(rows, [INSTRUCTION] * len(SHOWN), names).save(folder / "grid.png", optimize=True)
 
     use = ["--image", "data/demo_edit/new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
     chosen = [drawings.index(one) for one in SHOWN]

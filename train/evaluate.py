@@ -42,14 +42,14 @@ from train.reports import run_report
 from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder
 from train.utils.checks import check_count, is_number
 from train.utils.console import warn
-from train.utils.files import opened, write_picture, write_whole
+from train.utils.files import read_image, write_whole
 from train.utils.memory import free_memory
 from train.utils.progress import ItemProgress
 from train.utils.redact import masked_command, masked_text
-from train.validation.samples import is_texts
-from train.validation.sheet import sheet
+from train.validation.sample_grid import sample_grid
+from train.validation.samples import is_string_list
 
-NUMBERS, SHEET = "evaluation.json", "sheet.png"  # in the folder of an evaluation
+NUMBERS, GRID = "evaluation.json", "grid.png"  # in the folder of an evaluation
 
 # ------------------------------------------------------------------ settings
 
@@ -73,7 +73,7 @@ class EvaluationSettings:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.compare, str) and not is_texts(self.compare):
+        if not isinstance(self.compare, str) and not is_string_list(self.compare):
             raise ValueError(f"compare={self.compare!r} must be a run folder or a list of them")
         compared = [self.compare] if isinstance(self.compare, str) else self.compare
         for key, places in (("run", [self.run]), ("compare", compared)):
@@ -81,7 +81,7 @@ class EvaluationSettings:
                 raise ValueError(
                     f"{key}={getattr(self, key)!r} is empty: give the folder of a run, outputs/<name>/<time>"
                 )
-        if self.prompts is not None and (not is_texts(self.prompts) or not self.prompts):
+        if self.prompts is not None and (not is_string_list(self.prompts) or not self.prompts):
             raise ValueError(f"prompts={self.prompts!r} must be a list of texts, or null for the run's own")
         if self.references is not None and self.prompts is None:
             raise ValueError(f"references={self.references!r} does nothing without prompts: give both")
@@ -139,7 +139,7 @@ def choose(folder: Path, found: Sequence[Candidate]) -> tuple[Candidate, str]:
 
 
 def evaluate(run: SavedRun, features: Features, wanted: Wanted) -> Evaluation:
-    """Draw what is missing, measure all, and write sheet.png and evaluation.json, unless only the chosen one is wanted.
+    """Draw what is missing, measure all, and write grid.png and evaluation.json, unless only the chosen one is wanted.
 
     Raises ValueError if the run has no adapter, or memory does not suffice.
     """
@@ -195,7 +195,7 @@ def evaluate(run: SavedRun, features: Features, wanted: Wanted) -> Evaluation:
     if wanted.chosen_alone:  # the run's own evaluation, if it has one, is of all its checkpoints
         return made
     write_whole(run.place / NUMBERS, json.dumps(made.numbers(), indent=1) + "\n")
-    write_sheet(made, run.place / SHEET)
+    write_grid(made, run.place / GRID)
     return made
 
 
@@ -210,7 +210,7 @@ def measure(
         if file is None:
             return None
         if file not in known:
-            picture = opened(file)
+            picture = read_image(file)
             if picture is None:
                 raise ValueError(f"{file} cannot be read: delete it, and the same command draws it again")
             known[file] = describe(picture)
@@ -238,16 +238,16 @@ def measure(
     made.pictures = {index: loads[index]() for index in sorted(shown)}
 
 
-def write_sheet(made: Evaluation, file: Path) -> None:
+def write_grid(made: Evaluation, file: Path) -> None:
     """Every row as a row of pictures, a column for each prompt and seed."""
-    found = [[None if one is None else opened(one) for one in row.files] for row in made.rows]
+    found = [[None if one is None else read_image(one) for one in row.files] for row in made.rows]
     some = next((picture for row in found for picture in row if picture is not None), Image.new("RGB", (256, 256)))
     blank = Image.new("RGB", some.size, "grey")
     captions = [f"{masked_text(made.prompts[i])} (seed {seed})" for i, seed in made.columns]
     names = [row.name for row in made.rows]
     side = 256 if len(made.columns) <= 12 else 128
-    page = sheet([[picture or blank for picture in row] for row in found], captions, names, side)
-    write_picture(file, page)
+    page = sample_grid([[picture or blank for picture in row] for row in found], captions, names, side)
+    write_whole(file, page)
     free_memory()
 
 

@@ -29,7 +29,7 @@ from train.optim.schedules import LearningRate
 from train.optim.update_guard import Reading, UpdateGuard, clip
 from train.tracking.metrics import Metrics
 from train.utils.console import warn
-from train.utils.memory import OutOfMemory, watched
+from train.utils.memory import OutOfMemory, explain_oom
 from train.utils.prefetch import Prefetcher
 from train.utils.progress import Progress
 from train.utils.signals import stop_requests
@@ -98,14 +98,14 @@ class Trainer:
 
                 # 1. Gradients of one step, over its micro-batches and all processes.
                 self.seed_dropout(step)
-                with watched(f"in the forward and backward of step {done}", "step", self.device):
+                with explain_oom(f"in the forward and backward of step {done}", "step", self.device):
                     losses = self.accumulate_gradients(model, step)
 
                 # 2. Clip, set the learning rate, and update unless loss or gradient is not finite.
                 norm = clip(parameters, settings.max_grad_norm)
                 self.learning_rate.set(step)
                 checkpointer.completed_steps = None
-                with watched(f"in the optimizer's update of step {done}", "update", self.device):
+                with explain_oom(f"in the optimizer's update of step {done}", "update", self.device):
                     skipped = guard.update(losses.total, norm)  # a tensor: the host does not wait for it
                 self.optimizer.zero_grad(set_to_none=True)
                 self.weights.update(skipped)
@@ -217,7 +217,7 @@ class Trainer:
     def validate_and_sample(self, done: int, values: dict[str, float]) -> None:
         """After `done` steps, log `values`, and validate and sample where that is due; every process does its share."""
         if self.validator is not None and self.settings.is_due("validate_every", done):
-            watching = watched(f"in the validation after step {done}", "validation", self.device)
+            watching = explain_oom(f"in the validation after step {done}", "validation", self.device)
             with watching, self.evaluation(), self.objective.autocast(self.device):
                 losses = self.validator(self.peft_model.get_base_model(), self.objective.guidance)
             values = values | self.validator.report(losses)
@@ -229,8 +229,8 @@ class Trainer:
         if self.sampler is not None and self.settings.is_due("sample_every", done):
             file = self.folder / "samples" / f"step_{done:06d}.png"
             try:
-                with watched(f"while sampling after step {done}", "samples", self.device), self.evaluation():
-                    self.sampler.sheet(self.peft_model.get_base_model(), file, write=self.is_main)
+                with explain_oom(f"while sampling after step {done}", "samples", self.device), self.evaluation():
+                    self.sampler.write_grid(self.peft_model.get_base_model(), file, write=self.is_main)
                 if self.is_main:
                     self.metrics.picture(done, file)
             except (OutOfMemory, ProcessesDiverged):

@@ -1,6 +1,5 @@
-"""A store of tensors that are found by their content: latents of pictures, embeddings of prompts, what is known of
-picture files, and what nobody uses any more. It imports data.sources and data.buckets. Begin with store.py, then
-latents.py.
+"""A content-addressed store of tensors: latents of images and embeddings of prompts, digests of image files, and
+pruning of unused entries. The package imports data.sources and data.buckets. Begin with store.py, then latents.py.
 """
 
 from data.cache.prepared import CachedDataset

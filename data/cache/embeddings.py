@@ -1,10 +1,10 @@
-"""Which cache entries the prompts need, how they are filled, and how an embedding is stored in a quarter of its size.
+"""Cache entries of prompts: their keys, filling them, and storage of embeddings in FP8.
 
-An embedding of dev is 512 tokens of 15360 numbers, 15.7 MB in bfloat16; of ten thousand captions that is 157 GB. With
-`fp8` it is kept in e4m3, 8 bits a number, with one float32 scale for each group of at most 128 neighbors: 8.1 MB. The
-groups are small because a language model's states have a few numbers that are a thousand times larger than the rest,
-and with one scale a token these would leave nothing of the others. benchmarks/embedding_storage.py measures what that
-does to the loss.
+An embedding of dev is 512 tokens of 15360 numbers, 15.7 MB in bfloat16; ten thousand captions need 157 GB. With `fp8`
+it is stored in e4m3, 8 bits per number, with one float32 scale for each group of at most 128 neighbors: 8.1 MB. The
+groups are small because a language model's states have a few numbers that are a thousand times larger than the rest;
+with one scale per token these would leave nothing of the others. benchmarks/embedding_storage.py measures the effect on
+the loss.
 """
 
 import math
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.cache.store import Cache, Progress, Shape, check_finite, each, share
-from data.sources.images import shortened
+from data.cache.store import Cache, Progress, Shape, check_finite, run_each, share
+from data.sources.images import shorten
 
 EMBEDDING_SHAPE: Shape = (None, None)
-GROUP = 128  # neighbors that share a scale, at most
+GROUP = 128  # maximum number of neighbors that share a scale
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
 class EmbeddingPlan:
-    """`keys` maps each prompt to its entry; with `fp8` entries are stored packed."""
+    """The cache key of each prompt's embedding; with `fp8` entries are stored packed."""
 
     cache: Cache
     keys: Mapping[str, str]
@@ -32,14 +32,14 @@ class EmbeddingPlan:
 
     @property
     def missing(self) -> int:
-        """How many entries are not in the cache now, or not whole."""
+        """The number of entries that are missing from the cache or incomplete."""
         return sum(map(self.lacks, set(self.keys.values())))
 
     def lacks(self, key: str) -> bool:
         return not self.cache.holds(key, "embeddings", EMBEDDING_SHAPE)
 
     def size(self, length: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes of one entry's content, for embeddings (length, width) of `dtype`."""
+        """Return the bytes of one entry's tensors, for embeddings (length, width) of `dtype`."""
         return length * (width + 4 * width // _group(width)) if self.fp8 else length * width * dtype.itemsize
 
     def fill(
@@ -50,59 +50,60 @@ class EmbeddingPlan:
         progress: Progress | None = None,
         workers: int = 1,
     ) -> None:
-        """Computes this process's share of the missing entries, storing each as soon as it is there.
+        """Compute this process's share of the missing entries and store each as soon as it is ready.
 
-        `encode` takes one prompt, in a list, and returns (1, L, D), any float dtype and device. Stored as "embeddings",
-        (L, D). Raises ValueError, naming the prompt, if it is not finite.
+        `encode` takes one prompt, in a list, and returns (1, L, D) in any float dtype, on any device. The entry has a
+        tensor "embeddings" (L, D). Raises ValueError, naming the prompt, if it is not finite.
 
-        With several `workers` it is called by as many threads at once, for encoders that wait for an answer. When one
-        call raises, no other begins; those under way are stored if they end well, after this has raised.
+        With several `workers`, as many threads call `encode` at once, for encoders that wait for a server. After an
+        exception no further call starts; running ones still store their results.
         """
         prompts = {key: prompt for prompt, key in self.keys.items()}
 
         def compute(key: str) -> int:
             embeddings = encode([prompts[key]])
-            shape = tuple(embeddings.shape)
-            assert len(shape) == 3, f"encode returned {shape}, not (1, L, D)"
-            assert shape[0] == 1, f"encode returned {shape}, not (1, L, D)"
-            check_finite(embeddings, f"the text encoder's embedding of prompt {shortened(prompts[key])!r}")
-            tensors = packed(embeddings[0]) if self.fp8 else {"embeddings": embeddings[0]}
+            assert embeddings.ndim == 3, f"encode returned {embeddings.shape}, not (1, L, D)"
+            assert len(embeddings) == 1, f"encode returned {embeddings.shape}, not (1, L, D)"
+            check_finite(embeddings, f"the text encoder's embedding of prompt {shorten(prompts[key])!r}")
+            tensors = pack(embeddings[0]) if self.fp8 else {"embeddings": embeddings[0]}
             return self.cache.put(key, tensors, {"prompt": prompts[key]})
 
         self.cache.sweep()
-        each(compute, share(self.cache, self.lacks, list(prompts), process_index, num_processes), workers, progress)
+        run_each(compute, share(self.cache, self.lacks, list(prompts), process_index, num_processes), workers, progress)
 
 
 def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str, fp8: bool = False) -> EmbeddingPlan:
-    """Finds the key of every distinct prompt.
+    """Return the plan for all distinct prompts.
 
-    `encoder_id` is a fingerprint of all else that shapes an embedding: weights, dtype, template, length, layers read.
+    Args:
+        encoder_id: Fingerprint of everything else that determines an embedding: weights, dtype, template, length, and
+            the layers whose states are used.
     """
     storage = {"storage": "fp8"} if fp8 else {}
     keys = {prompt: cache.key("embeddings", prompt=prompt, encoder=encoder_id, **storage) for prompt in prompts}
     return EmbeddingPlan(cache, keys, fp8)
 
 
-def packed(embeddings: Tensor) -> dict[str, Tensor]:
-    """(L, D) -> "embeddings" (L, D) in float8_e4m3fn and "scales" (L, groups) in float32, on the same device."""
+def pack(embeddings: Tensor) -> dict[str, Tensor]:
+    """Return "embeddings" (L, D) in float8_e4m3fn and "scales" (L, groups) in float32, on the device of the input."""
     grouped = embeddings.float().unflatten(-1, (-1, _group(embeddings.shape[-1])))  # (L, groups, group)
     scales = grouped.abs().amax(-1) / FP8_MAX
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))  # of zeros, or nearly
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))  # for groups of zeros, or nearly so
     values = (grouped / scales[..., None]).clamp(-FP8_MAX, FP8_MAX)
     return {"embeddings": values.flatten(-2).to(torch.float8_e4m3fn), "scales": scales}
 
 
-def unpacked(cache: Cache, key: str, tensors: Mapping[str, Tensor], shape: Shape = EMBEDDING_SHAPE) -> Tensor:
-    """The embeddings (L, D) of the entry `key`, as read: in its dtype, of a packed one in float32.
+def unpack(cache: Cache, key: str, tensors: Mapping[str, Tensor], shape: Shape = EMBEDDING_SHAPE) -> Tensor:
+    """Return the embeddings (L, D) in the tensors of entry `key`: in their dtype, or float32 if they are packed.
 
-    ValueError, naming the entry, if it holds no embeddings of `shape`.
+    Raises ValueError, naming the entry, if there are no embeddings of `shape`.
     """
-    found = cache.pick(key, tensors, "embeddings", shape)
-    if found.dtype != torch.float8_e4m3fn:
-        return found
-    length, width = found.shape
+    stored = cache.pick(key, tensors, "embeddings", shape)
+    if stored.dtype != torch.float8_e4m3fn:
+        return stored
+    length, width = stored.shape
     scales = cache.pick(key, tensors, "scales", (length, width // _group(width)))
-    grouped = found.float().unflatten(-1, (scales.shape[1], -1))
+    grouped = stored.float().unflatten(-1, (scales.shape[1], -1))
     return (grouped * scales[..., None]).flatten(-2)
 
 

@@ -1,16 +1,16 @@
-"""Which cache entries the pictures of the samples need, in which sizes and cuts, and how they are filled.
+"""Cache entries of the samples' images: their sizes, crops and keys, and filling them.
 
 A sample has one entry for its target, one for each reference and one for its mask; with random crops or mirrored
-copies it has several such variants, drawn once by the content of the picture, and training draws one of them each time.
-A run that reads them from the cache thus sees what one would that cut and encoded them anew: neither draws from a
-generator that runs on.
+copies it has several such variants, drawn once by the content of the image, and each step of training draws one of
+them. So a run that reads them from the cache sees the same as one that crops and encodes again: no draw depends on the
+state of a generator.
 """
 
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache as memoised
+from functools import cache as memoized
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +31,9 @@ from data.buckets import (
     reference_size,
 )
 from data.cache.image_digests import Digests
-from data.cache.store import Cache, Progress, check_finite, each, share
+from data.cache.store import Cache, Progress, check_finite, run_each, share
 from data.sources import Sample
-from data.sources.images import BadPicture, Picture, shortened
+from data.sources.images import BadPicture, Picture, shorten
 
 LATENT_CHANNELS = 128
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 class LatentEntry:
     """Sizes in pixels, (width, height), and cache keys of one sample's target, references and mask.
 
-    `others` are further variants of the sample, of the same sizes: crops in other places, mirrored ones.
+    `others` are further variants of the same sizes: other crops and mirrored ones.
     """
 
     size: Size
@@ -55,7 +55,7 @@ class LatentEntry:
 
     @property
     def bucket(self) -> tuple[Size, tuple[Size, ...]]:
-        """Samples of equal buckets stack into one batch."""
+        """Sizes of target and references; samples with equal buckets can share a batch."""
         return self.size, self.reference_sizes
 
     @property
@@ -64,23 +64,23 @@ class LatentEntry:
 
     @property
     def keys(self) -> set[str]:
-        """Of all variants."""
+        """Cache keys of all variants."""
         own = {self.key, *self.reference_keys} | ({self.mask_key} if self.mask_key else set())
         return own.union(*(other.keys for other in self.others))
 
 
 class Work(NamedTuple):
-    """A picture to encode, or a mask to store, and how it is cut."""
+    """An image to encode, or a mask to store, with its size and crop."""
 
     picture: Picture
     kind: str  # target, reference or mask
     size: Size
     cut: Cut
-    digest: str  # of the content that is planned
+    digest: str  # of the content at the time of planning
 
     @property
     def name(self) -> str:
-        """Of the tensor in its entry."""
+        """Name of the tensor in its entry."""
         return "mask" if self.kind == "mask" else "latents"
 
     @property
@@ -90,12 +90,12 @@ class Work(NamedTuple):
 
 @dataclass
 class BucketRow:
-    """One line of the bucket table: how many pictures, and what share of each is cut off."""
+    """One line of the bucket table: the number of images, and the share of each that is cropped away."""
 
     pictures: int = 0
-    lost: float = 0.0  # summed over them
-    most: float = 0.0
-    own: bool = False  # of pictures that fill no bucket
+    lost: float = 0.0  # sum of the shares
+    most: float = 0.0  # the largest share
+    own: bool = False  # a bucket for images that fill no bucket of a resolution
 
     def add(self, share: float) -> None:
         self.pictures, self.lost, self.most = self.pictures + 1, self.lost + share, max(self.most, share)
@@ -103,13 +103,13 @@ class BucketRow:
 
 @dataclass(frozen=True)
 class LatentPlan:
-    """`entries` in sample order, of those samples that are not `bad`, and the pictures behind them.
+    """Cache entries of all samples that are not `bad`, in sample order, and their images.
 
     Attributes:
-        work: for each key, what is to be encoded.
-        bad: what is wrong with the others, by number of the sample; to be read on from the sample's name.
-        table: by bucket.
-        middles: samples with references that keep their middle although random crops are asked for.
+        work: Image to encode for each key.
+        bad: Reason for each bad sample by its index, to be read after the sample's name.
+        table: Line of the bucket table for each bucket.
+        middles: Number of samples with references, whose center is used although random crops are requested.
     """
 
     cache: Cache
@@ -122,7 +122,7 @@ class LatentPlan:
 
     @property
     def lacking(self) -> list[str]:
-        """The keys of the entries that are not in the cache now, or not whole, or not of their shape."""
+        """The keys of the entries that are missing from the cache, incomplete or of another shape."""
         return [key for key in self.work if self.lacks(key)]
 
     @property
@@ -134,7 +134,7 @@ class LatentPlan:
         return not self.cache.holds(key, work.name, work.shape)
 
     def size(self, key: str, bytes_each: int = 4) -> int:
-        """Bytes of an entry's content, with latents of `bytes_each` bytes a number."""
+        """Return the bytes of an entry's tensor, with latents of `bytes_each` bytes per number."""
         work = self.work[key]
         return math.prod(work.shape) * (1 if work.kind == "mask" else bytes_each)
 
@@ -145,14 +145,14 @@ class LatentPlan:
         num_processes: int = 1,
         progress: Progress | None = None,
     ) -> dict[str, BadPicture]:
-        """Computes this process's share of the missing entries, storing each as soon as it is there.
+        """Compute this process's share of the missing entries and store each as soon as it is ready.
 
-        `encode` takes one RGB picture, in a list, of width W and height H and returns (1, 128, H/16, W/16), any float
-        dtype and device; for masks it is not called. Latents are stored as "latents", (128, H/16, W/16), masks as
-        "mask", (1, H/16, W/16), 0 to 255.
+        `encode` takes one RGB image, in a list, of width W and height H and returns (1, 128, H/16, W/16) in any float
+        dtype, on any device; it is not called for masks. Latents are stored as "latents" (128, H/16, W/16), masks as
+        "mask" (1, H/16, W/16), 0 to 255.
 
-        Returns what is wrong with the pictures that cannot be decoded, by key: `without` leaves their samples out.
-        Raises ValueError, naming the picture, for latents that are not finite.
+        Returns the errors of images that cannot be decoded, by key; `without` removes their samples.
+        Raises ValueError, naming the image, for latents that are not finite.
         """
         bad = {}
 
@@ -167,11 +167,11 @@ class LatentPlan:
             return self.cache.put(key, {work.name: tensor}, {"picture": work.picture.name})
 
         self.cache.sweep()
-        each(compute, share(self.cache, self.lacks, list(self.work), process_index, num_processes), 1, progress)
+        run_each(compute, share(self.cache, self.lacks, list(self.work), process_index, num_processes), 1, progress)
         return bad
 
     def without(self, bad: Mapping[str, BadPicture]) -> "LatentPlan":
-        """The plan without the samples that need one of these keys: they are the `bad` ones of the new plan."""
+        """Return the plan without the samples that need one of these keys; they are `bad` in the new plan."""
         good, reasons = [], {}
         for number, entry in enumerate(self.entries):
             if hit := bad.keys() & entry.keys:
@@ -182,11 +182,11 @@ class LatentPlan:
         return replace(self, entries=tuple(good), work=work, bad=reasons)
 
     def _image(self, work: Work) -> Image.Image:
-        picture = work.picture.unchanged(work.digest)  # or another content would be kept under this one's name
+        picture = work.picture.unchanged(work.digest)  # otherwise changed content would be stored under the old key
         if work.kind == "mask":
             mask = fit_mask(picture.load_mask(), work.size, work.cut)
             if mask.getbbox() is None:
-                reason = "is a mask and black all over in what is trained, so that nothing would be learned"
+                reason = "is a mask that is black in the whole crop, so nothing would be learned"
                 raise BadPicture(picture.name, reason)
             return mask
         image = picture.load()
@@ -213,16 +213,16 @@ def plan_latents(
     reference_max_pixels: int,
     digests: Digests | None = None,
 ) -> LatentPlan:
-    """Finds the bucket and the keys of every picture; decodes nothing.
+    """Return the plan with the bucket and the keys of every image, without decoding any.
+
+    A sample whose image has no readable header or is too small, or whose mask has another size, is listed in `bad`.
+    Logs one warning with the number of images that are scaled up. Raises ValueError for random crops if no sample can
+    have any.
 
     Args:
-        encoder_id: a fingerprint of the autoencoder's weights and dtype.
-        reference_max_pixels: references keep their shape, up to this area each.
-        digests: what is known of the pictures; without it each header and content is read.
-
-    A sample with a picture whose header cannot be read, one that is too small, or a mask of another size than its
-    picture is listed in `bad`. Logs one warning, with their number, of pictures that are scaled up. Raises ValueError
-    for random crops of which no sample can have any.
+        encoder_id: Fingerprint of the autoencoder's weights and dtype.
+        reference_max_pixels: Maximum area of a reference, which keeps its aspect ratio.
+        digests: Known digests and sizes; without it the header and content of each image is read.
     """
     planner = _Planner(cache, buckets, encoder_id, reference_max_pixels, digests or Digests())
     entries, bad = [], {}
@@ -233,12 +233,12 @@ def plan_latents(
             bad[number] = _reason(sample.target, error)
     if buckets.random_crops and entries and planner.middles == len(entries):
         raise ValueError(
-            f"buckets.random_crops={buckets.random_crops} does nothing: all samples have references, which are not cut "
-            "with their pictures, so these keep their middle. Leave it out"
+            f"buckets.random_crops={buckets.random_crops} has no effect: all samples have references, which are not "
+            "cropped with their images, so the center is used. Remove it"
         )
     if planner.enlarged:
         log.warning(
-            "%d of %d pictures are smaller than the size that they are trained at and are scaled up, such as %s",
+            "%d of %d images are smaller than the size that they are trained at and are scaled up, such as %s",
             len(planner.enlarged),
             len(planner.work),
             next(iter(planner.enlarged.values())),
@@ -255,33 +255,33 @@ def plan_latents(
 
 
 class _Planner:
-    """Plans one sample after the other; what they share is kept here."""
+    """Plans one sample after the other, and collects the images, the bucket table and the counts."""
 
     def __init__(
         self, cache: Cache, buckets: Buckets, encoder_id: str, reference_max_pixels: int, digests: Digests
     ) -> None:
         self.cache, self.buckets, self.encoder_id = cache, buckets, encoder_id
         self.reference_max_pixels, self.digests = reference_max_pixels, digests
-        self.assign = memoised(buckets.assign)
+        self.assign = memoized(buckets.assign)
         self.work: dict[str, Work] = {}
         self.table: dict[Size, BucketRow] = {}
         self.enlarged: dict[str, str] = {}
         self.middles = 0
 
     def entry(self, sample: Sample) -> LatentEntry:
-        """BadPicture for a sample that cannot be used; nothing of it is planned then."""
+        """Return the entry of a sample. Raise BadPicture, without planning anything, if it cannot be used."""
         digest, before = self.digests.look(sample.target)
         references = [(picture, *self.digests.look(picture)) for picture in sample.references]
         mask = None if sample.mask is None else (sample.mask, *self.digests.look(sample.mask))
         if mask is not None and mask[2] != before:
-            sizes = " but its picture {} x {}".format(*before)
+            sizes = " but its image {} x {}".format(*before)
             raise BadPicture(mask[0].name, "is a mask and has {} x {} pixels,".format(*mask[2]) + sizes)
         size = self.assign(*before)
         if size is None:
             raise BadPicture(sample.target.name, self.buckets.too_small(*before))
         self.table.setdefault(size, BucketRow(own=size not in self.buckets.sizes)).add(lost(before, size))
         cuts = self.buckets.cuts(before, size, digest)
-        if references:  # which are not cut with their picture
+        if references:  # which are not cropped with their image
             self.middles += 1
             cuts = tuple(dict.fromkeys(Cut(mirrored=cut.mirrored) for cut in cuts))
         caps = tuple(reference_size(*own, self.reference_max_pixels) for _, _, own in references)
@@ -309,7 +309,7 @@ class _Planner:
         key = self.cache.key("latents", reference=work.kind == "reference", **recipe, **work.cut.recipe)
         self.work.setdefault(key, work)
         if size[0] > before[0] or size[1] > before[1]:
-            self.enlarged[key] = f"{shortened(picture.name)}, {before[0]} x {before[1]}"
+            self.enlarged[key] = f"{shorten(picture.name)}, {before[0]} x {before[1]}"
         return key
 
     def mask(self, digest: str, work: Work) -> str:
@@ -319,15 +319,15 @@ class _Planner:
 
 
 def _reason(target: Picture, error: BadPicture) -> str:
-    """What is wrong with a sample, to be read on from the name of its target."""
-    return error.reason if error.name == target.name else f"has {shortened(error.name)}, which {error.reason}"
+    """Return the reason why a sample is bad, to be read after the name of its target."""
+    return error.reason if error.name == target.name else f"has {shorten(error.name)}, which {error.reason}"
 
 
 def latent_shape(size: Size) -> tuple[int, int, int]:
-    """Of the latents of a picture of `size` pixels, (width, height)."""
+    """Return the shape of the latents of an image of `size` pixels, (width, height)."""
     return LATENT_CHANNELS, size[1] // PIXELS_PER_LATENT, size[0] // PIXELS_PER_LATENT
 
 
 def mask_shape(size: Size) -> tuple[int, int, int]:
-    """Of its mask."""
+    """Return the shape of the mask of an image of `size` pixels, (width, height)."""
     return 1, size[1] // PIXELS_PER_LATENT, size[0] // PIXELS_PER_LATENT

@@ -1,4 +1,4 @@
-"""The cached form of a dataset: what training reads of every sample."""
+"""The cached form of a dataset, which training reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data.cache.embeddings import unpacked
+from data.cache.embeddings import unpack
 from data.cache.latents import LatentEntry
 from data.cache.pruning import Lease
 from data.cache.store import Cache
@@ -16,9 +16,12 @@ from data.cache.store import Cache
 
 @dataclass(frozen=True)
 class CachedDataset:
-    """What training reads from the cache: an entry a sample, and the key of every prompt's embedding.
+    """Cache entries of the samples, and the keys of the prompts' embeddings.
 
-    As long as it is there, nothing is pruned from the cache. `contents` is the digest of each sample's target.
+    Attributes:
+        prompts: Key of each prompt's embedding.
+        contents: Digest of each sample's target image.
+        lease: Lock that prevents pruning as long as this object exists.
     """
 
     cache: Cache
@@ -28,6 +31,6 @@ class CachedDataset:
     lease: Lease | None = field(default=None, compare=False, repr=False)
 
     def embeddings(self, prompts: Sequence[str]) -> Tensor:
-        """(B, L, D), read from the cache."""
+        """Return the embeddings (B, L, D) of prompts, read from the cache."""
         keys = [self.prompts[prompt] for prompt in prompts]
-        return torch.stack([unpacked(self.cache, key, self.cache.get(key)) for key in keys])
+        return torch.stack([unpack(self.cache, key, self.cache.get(key)) for key in keys])

@@ -1,7 +1,7 @@
-"""Removing what a cache holds and nobody asks for, and keeping others from doing so while a run reads it.
+"""Deletion of unused cache entries, and a lock that prevents it while a run reads the cache.
 
-A run holds a `Lease` on its cache's folder, a shared lock; `prune` needs the lock for itself. The system lets go of
-locks when a process ends, however it ends, so nothing stale can be left that blocks either.
+A run holds a `Lease` on its cache folder, a shared lock; `prune` needs an exclusive one. The operating system releases
+locks when a process ends, in whatever way, so a stale lock cannot block either.
 """
 
 import json
@@ -22,10 +22,10 @@ ENTRY = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 
 class Lease:
-    """Keeps a cache's entries from being pruned until `close`, or the end of the process.
+    """A shared lock that protects a cache's entries from `prune` until `close` or the end of the process.
 
-    Waits for a `prune` that is under way. Where the folder cannot be written, or has no locks, it holds nothing; nobody
-    can prune there either, as far as this program goes.
+    Waits for a running `prune`. If the folder cannot be written or does not support locks, nothing is locked; `prune`
+    refuses to run there too.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -48,10 +48,10 @@ class Lease:
 
 
 def prune(cache: Cache, used: Collection[str]) -> dict[str, tuple[int, int]]:
-    """Removes every entry whose key is not in `used`; returns how many of each kind, and their bytes.
+    """Delete every entry whose key is not in `used`; return the number and bytes of each kind of entry.
 
-    Files that are no entries stay, whatever they are. Raises ValueError if a run reads or fills the cache now, or if it
-    cannot be seen whether one does; OSError if a file cannot be removed.
+    Files that are not entries are kept. Raises ValueError if a run is using the cache, or if that cannot be determined,
+    and OSError if a file cannot be deleted.
     """
     if not cache.folder.is_dir():
         return {}
@@ -70,20 +70,20 @@ def prune(cache: Cache, used: Collection[str]) -> dict[str, tuple[int, int]]:
 
 
 def _lock_alone(lock: IO[str], folder: Path) -> None:
-    instead = f"nothing was removed from {folder}"
+    instead = f"nothing was deleted from {folder}"
     if fcntl is None:
-        raise ValueError(f"{instead}: this system has no locks that tell whether a run uses it. Delete the folder")
+        raise ValueError(f"{instead}: this system has no locks that show whether a run uses it. Delete the folder")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"{instead}: a run uses it now. Wait for its end") from error
+        raise ValueError(f"{instead}: a run is using it. Wait until it ends") from error
     except OSError as error:
-        why = f"its file system has no locks that tell whether a run uses it ({error.strerror})"
+        why = f"its file system has no locks that show whether a run uses it ({error.strerror})"
         raise ValueError(f"{instead}: {why}. Delete the folder") from error
 
 
 def _kind(path: Path) -> str:
-    """The name of an entry's first tensor, which says what it is."""
+    """Return the name of an entry's first tensor, which is its kind."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

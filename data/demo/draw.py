@@ -1,14 +1,13 @@
-"""Draw the demonstration data set: 24 tarot cards with captions, in a style that `data.synthetic.drawings` never has.
+"""Draw the dataset of the demonstration: 24 tarot cards with captions, in a style unlike `data.synthetic.drawings`.
 
 What: a gold frame with an ink line, a parchment panel with one subject, a dark bar above it, and a dark title bar with
-a Roman numeral below.
-`python data/demo/draw.py` writes data/demo/*.png and metadata.jsonl, the same bytes on every run.
+a Roman numeral below. `python data/demo/draw.py` writes data/demo/*.png and metadata.jsonl, identical on every run.
 
 How: rectangles and thick strokes at four times the size, averaged down; the subject comes from
 `data.synthetic.drawings.draw_subject`. Numerals are strokes and not text, because a font would differ between machines.
 
-Why these cards: a LoRA trained on them has two things to show. The style must come with the trigger word ("trtcrd"),
-and it must carry over to what no card shows: six of the fourteen subjects and four of the ten colors are left out.
+Why these cards: a LoRA trained on them must apply the style with the trigger word ("trtcrd"), and must transfer it to
+things that no card shows: six of the fourteen subjects and four of the ten colors are omitted.
 """
 
 import json
@@ -16,7 +15,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Python put this script's own folder first, where a file could shadow a library; the imports need the root.
+    # imports need the root; Python put the folder of this script first, where a file could shadow a library
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data.synthetic.tarot import all_cards, card_caption, draw_card

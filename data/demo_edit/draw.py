@@ -1,15 +1,15 @@
-"""Draw the pairs of the edit demonstration: pictures, and the same pictures in a spotlight.
+"""Draw the pairs of the edit demonstration: images, and the same images in a spotlight.
 
 What: `python data/demo_edit/draw.py` writes source/*.png, target/*.png and metadata.jsonl, 40 pairs to learn from, and
-new/*.png, pictures for the sample sheets; the same pixels on every run. All pairs have one and the same instruction.
+new/*.png, images for the sample grids; identical pixels on every run. All pairs have the same instruction.
 
-How: an edited picture is its source, pixel by pixel, under a colored light: warm in a disc in the middle, dim and cool
-around it. It follows from the source alone, so that only who looks at the reference can draw it.
+How: an edited image is its source under a colored light, warm in a central disc, dim and cool around it. Every pixel is
+a function of the source, so a model can draw it only by looking at the reference.
 
-Why this edit: the embedded model has seen neither dark pictures nor discs, so that it cannot come out of the base; and
-subject, color, background and size must all be taken from the reference. Only combinations of subject, color and
-background are used that are on no picture of the embedded model's training (`data.synthetic.drawings.held_out`). The
-pairs show the subjects and colors of `data.demo`'s cards; the other six subjects and four colors are for measuring.
+Why this edit: the embedded model was trained on neither dark images nor discs, so the base cannot draw it; and subject,
+color, background and size must all be taken from the reference. All combinations of subject, color and background are
+held out from the training of the embedded model (`data.synthetic.drawings.held_out`). The pairs show the subjects and
+colors of the cards in `data/demo`; the other six subjects and four colors are for measuring.
 """
 
 import json
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Python put this script's own folder first, where a file could shadow a library; the imports need the root.
+    # imports need the root; Python put the folder of this script first, where a file could shadow a library
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data.synthetic.drawings import draw

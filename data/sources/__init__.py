@@ -1,5 +1,5 @@
-"""What a dataset is: a sequence of samples from folders, pairs, tables, shards of WebDataset, or a mix of those. It
-imports data.buckets. conf/dataset names what is exported here; begin with base.py, which all sources share.
+"""Datasets: sequences of samples from folders, pairs, tables, WebDataset shards, or a mix of them. The package imports
+data.buckets, and conf/dataset names its exports. Begin with base.py, which all sources share.
 """
 
 from data.sources.base import Bad, BadData, Sample, Source

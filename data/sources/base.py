@@ -1,35 +1,35 @@
-"""What a source of training data is: a sequence of `Sample`, checked as a whole before anything is trained.
+"""The base class of datasets: a sequence of `Sample`, checked as a whole before training.
 
-A source finds its samples when it is constructed. Every picture's header is read then and every caption prepared, so
-that what is wrong with a dataset is known in seconds, all of it, and not one by one over hours of encoding. Pixels are
-not decoded: what only a decoder can find out comes to the same list later, through `Source.leave_out`.
+A source finds its samples when it is constructed. It reads every image header and prepares every caption, so all
+errors of a dataset are known within seconds and not one by one over hours of encoding. It decodes no pixels: errors
+that only a decoder finds are added to the same list later, by `Source.leave_out`.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
+from data.checks import check_flag, check_int, check_text
 from data.sources.captions import Captions
-from data.sources.images import BadPicture, Picture, shortened
+from data.sources.images import BadPicture, Picture, shorten
 
-MAX_REFERENCES = 10  # what the published models were trained with
+MAX_REFERENCES = 10  # as many as the published models were trained with
 ALPHA = "alpha"
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One example: the picture to learn and the pictures it is an edit of.
+    """One training example: an image, and the images that it is an edit of.
 
     Attributes:
-        target: the picture to learn.
-        captions: at least one, stripped, may be empty; with several, which one is trained is drawn each time.
-        references: the pictures that the target is an edit of, in the order that the caption counts them.
-        weight: how often it is trained relative to others; 3.0 is three times in every pass over the data.
-        mask: where the target counts, white wholly and black not at all, as large as the target; None: everywhere.
+        target: Image to learn.
+        captions: At least one stripped caption, which may be empty; of several, one is drawn at each step.
+        references: Images that the target is an edit of, in the order in which the caption counts them.
+        weight: Frequency of training relative to other samples; 3.0 is three times in every pass over the data.
+        mask: Weight of each pixel in the loss, white 1 and black 0, in the size of the target; None: 1 everywhere.
     """
 
     target: Picture
@@ -44,39 +44,39 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """The first of its captions."""
+        """The first caption."""
         return self.captions[0]
 
 
 class Bad(NamedTuple):
-    """A sample that cannot be used: what it is called, and why."""
+    """Name of a sample that cannot be used, and the reason."""
 
     name: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{shortened(self.name)} {self.reason}"
+        return f"{shorten(self.name)} {self.reason}"
 
 
 class BadData(ValueError):  # noqa: N818
-    """More of a dataset cannot be used than is allowed. The message has a line for each bad sample."""
+    """A dataset has more bad samples than `max_bad` allows. The message lists every one of them."""
 
 
 class Source(Sequence[Sample]):
     """A list of samples in a fixed order.
 
-    A subclass finds its samples, with captions as they were written, and hands them to `_take`, which checks and
-    prepares them. What all sources accept:
+    A subclass finds its samples, with captions as they were written, and passes them to `_take`, which checks and
+    prepares them. Arguments of all sources:
 
     Args:
-        where: what the dataset is called in messages.
-        captions: what is done to captions.
-        mask: "alpha" makes each target's transparency its mask; any other name is the subclass's to read.
-        first_frame: train on the first frame of an animated picture, which otherwise counts as bad.
-        max_bad: so many samples may be bad, and are left out; with more, none is trained.
+        where: Name of the dataset in messages.
+        captions: Processing of the captions.
+        mask: "alpha" uses each target's alpha channel as its mask; the subclass reads any other name.
+        first_frame: Train on the first frame of an animated image, which otherwise counts as bad.
+        max_bad: Number of bad samples that are skipped; more of them are an error.
 
     Attributes:
-        bad: what was left out.
+        bad: Samples that were skipped.
     """
 
     def __init__(
@@ -85,11 +85,9 @@ class Source(Sequence[Sample]):
         if captions is not None and not isinstance(captions, Captions):
             raise ValueError(f"dataset.captions={captions!r} must be made by data.sources.captions.Captions, or null")
         if mask is not None:
-            checked_text("mask", mask)
-        check_flag("first_frame", first_frame)
-        if not isinstance(max_bad, int) or isinstance(max_bad, bool) or max_bad < 0:
-            raise ValueError(f"dataset.max_bad={max_bad!r} must be a whole number from 0")
-        self.where, self.max_bad, self.bad = where, max_bad, list[Bad]()
+            check_text("dataset.mask", mask)
+        check_flag("dataset.first_frame", first_frame)
+        self.where, self.max_bad, self.bad = where, check_int("dataset.max_bad", max_bad, 0), list[Bad]()
         self._preparation, self._mask, self._first_frame = captions or Captions(), mask, first_frame
         self._samples: list[Sample] = []
 
@@ -105,18 +103,18 @@ class Source(Sequence[Sample]):
         return chosen if isinstance(chosen, Sample) else tuple(chosen)
 
     def leave_out(self, reasons: Mapping[int, str]) -> None:
-        """Takes samples out whose pictures turned out to be damaged when they were decoded: reasons by index.
+        """Skip samples whose images could not be decoded, given as index: reason.
 
-        Raises BadData, with the whole list, if there are more than `max_bad` in all.
+        Raises BadData, with the whole list, if there are more than `max_bad` bad samples in total.
         """
         self.bad += [Bad(self._samples[index].name, reason) for index, reason in sorted(reasons.items())]
         self._samples = [sample for index, sample in enumerate(self._samples) if index not in reasons]
         self._check_bad(list(reasons))
 
     def _take(self, found: Iterable[Sample | Bad], hint: str = "") -> None:
-        """Prepares and keeps what is good of the samples found. Raises BadData as `leave_out`, and if none is left.
+        """Check, prepare and keep the samples found. Raise BadData as `leave_out` does, and if no sample is left.
 
-        `hint` says what to look at if nothing was found at all.
+        `hint` is added to the error if there are no samples at all.
         """
         seen = set()
         for sample in found:
@@ -125,7 +123,7 @@ class Source(Sequence[Sample]):
                 continue
             same = (sample.name, sample.captions, tuple(picture.name for picture in sample.references))
             if same in seen:
-                self.bad.append(Bad(sample.name, "is there twice, with the same caption and references"))
+                self.bad.append(Bad(sample.name, "is a duplicate, with the same caption and references"))
                 continue
             seen.add(same)
             try:
@@ -140,9 +138,9 @@ class Source(Sequence[Sample]):
         self._check_bad(self.bad)
 
     def _prepared(self, sample: Sample) -> Sample:
-        """The sample with its final captions and mask. ValueError, which says only the reason, if it is bad."""
+        """Return the sample with its final captions and mask. Raise ValueError with the bare reason if it is bad."""
         if len(sample.references) > MAX_REFERENCES:
-            raise ValueError(f"has {len(sample.references)} references: at most {MAX_REFERENCES} are possible")
+            raise ValueError(f"has {len(sample.references)} references: at most {MAX_REFERENCES} are allowed")
         for picture in (sample.target, *sample.references):
             self._check_header(picture)
         mask = sample.mask
@@ -152,54 +150,31 @@ class Source(Sequence[Sample]):
             self._check_header(mask)
             if mask.size != sample.target.size:
                 sizes = " x ".join(map(str, mask.size)), " x ".join(map(str, sample.target.size))
-                raise ValueError(f"has the mask {mask.name} of {sizes[0]} pixels for a picture of {sizes[1]}")
+                raise ValueError(f"has the mask {mask.name} of {sizes[0]} pixels for an image of {sizes[1]}")
         return replace(sample, captions=self._preparation.prepare(sample.captions), mask=mask)
 
     def _check_header(self, picture: Picture) -> None:
-        """BadPicture if what its header says cannot be trained on."""
+        """Raise BadPicture if the header shows that the image cannot be trained on."""
         header = picture.header
         if min(header.size) < PIXELS_PER_LATENT:
             size = " x ".join(map(str, header.size))
-            raise BadPicture(picture.name, f"has {size} pixels: a side must have {PIXELS_PER_LATENT} or more")
+            raise BadPicture(picture.name, f"has {size} pixels: each side must have at least {PIXELS_PER_LATENT}")
         if header.animated and not self._first_frame:
-            raise BadPicture(picture.name, "has several frames: dataset.first_frame=true takes the first of them")
+            raise BadPicture(picture.name, "has several frames: set dataset.first_frame=true to use the first one")
         if header.mode in ("I", "F"):
-            reason = f"has mode {header.mode}, which has no defined white: save it with 8 or 16 bits a channel"
+            reason = f"has mode {header.mode}, which has no defined white: save it with 8 or 16 bits per channel"
             raise BadPicture(picture.name, reason)
 
     def _check_bad(self, new: Sequence[object]) -> None:
-        """BadData if there is too much, or nothing else; a warning if `new` are left out."""
-        total = len(self) + len(self.bad)
+        """Raise BadData if there are too many bad samples or no good ones; log a warning if `new` ones are skipped."""
         listed = "".join(f"\n  {bad}" for bad in self.bad)
-        of = f"{len(self.bad)} of {total} samples of {self.where}"
+        share = f"{len(self.bad)} of {len(self) + len(self.bad)} samples of {self.where}"
         if len(self.bad) > self.max_bad:
             raise BadData(
-                f"{of} cannot be used:{listed}\nMend or remove them, or train without them: "
+                f"{share} cannot be used:{listed}\nFix or remove them, or skip them with "
                 f"dataset.max_bad={len(self.bad)} (now {self.max_bad})"
             )
         if not self._samples:
             raise BadData(f"{self.where} has no sample that can be used:{listed}")
         if new:
-            log.warning("%s are left out:%s", of, listed)
-
-
-# ------------------------------------------------------------------ arguments
-
-
-def checked_text(key: str, value: object) -> str:
-    """`value`, a text or path that is not empty. Raises ValueError, naming the key, for anything else."""
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError(f"dataset.{key}={value!r} is {type(value).__name__}: a text that is not empty was expected")
-    return str(value)
-
-
-def checked_texts(key: str, value: object) -> tuple[str, ...]:
-    """`value`, a list of such."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"dataset.{key}={value!r} is {type(value).__name__}: a list of names was expected")
-    return tuple(checked_text(key, item) for item in value)
-
-
-def check_flag(key: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"dataset.{key}={value!r} must be true or false")
+            log.warning("%s are skipped:%s", share, listed)

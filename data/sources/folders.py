@@ -1,8 +1,8 @@
-"""Pictures in folders: with captions beside them, with a metadata file, or as pairs of before and after.
+"""Images in folders: with caption files, with a metadata file, or as pairs of before and after.
 
-A folder is listed once, and pictures are opened by their paths. What metadata names must lie in the folder: a dataset
-that was downloaded cannot read other files of this machine. Links are followed, since whoever made one could read what
-it leads to.
+A folder is listed once, and images are opened by their paths. Files that metadata names must lie in the folder, so that
+a downloaded dataset cannot read other files of this machine. Symbolic links are followed: their creator could read the
+files that they point to.
 """
 
 import csv
@@ -10,13 +10,15 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from data.sources.base import ALPHA, Bad, Sample, Source, check_flag, checked_text, checked_texts
+from data.checks import check_flag, check_text, check_texts
+from data.sources.base import ALPHA, Bad, Sample, Source
 from data.sources.captions import Captions
-from data.sources.images import SUFFIXES, UNREADABLE, Picture, file_picture, shortened
+from data.sources.images import SUFFIXES, UNREADABLE, Picture, file_picture, shorten
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 REFERENCES = "references"
@@ -27,21 +29,21 @@ class OutsideFolder(ValueError):  # noqa: N818
 
 
 class Folder(Source):
-    """A folder of pictures with `metadata.jsonl` or `metadata.csv`, or a `.txt` of the same stem beside each.
+    """A folder of images with `metadata.jsonl` or `metadata.csv`, or with a `.txt` file of the same stem for each.
 
     Args:
-        path: the folder.
-        caption_column: column of the metadata; in jsonl it may hold a list of captions.
-        image_column: column of the metadata with a file name, relative to the folder that the metadata is in.
-        reference_columns: columns of the metadata that hold a file name, a list of file names (in csv as JSON), or
+        path: Folder of the images.
+        caption_column: Column of the metadata; in jsonl it may hold a list of captions.
+        image_column: Column of the metadata with a file name, relative to the folder of the metadata.
+        reference_columns: Columns of the metadata that hold a file name, a list of file names (in csv as JSON), or
             nothing (null, in csv an empty cell). By default the column `references`, if there is one.
-        prompt: one caption for all pictures, instead of any others.
-        recursive: subfolders too. A metadata file speaks for all that is beneath its folder.
-        mask: "alpha", or the column of the metadata (null: everywhere counts), or without metadata a folder in `path`
-            that has a picture of the same name for each.
-        captions, first_frame, max_bad: as in `Source`.
+        prompt: One caption for all images, instead of any others.
+        recursive: Include subfolders. A metadata file describes everything below its folder.
+        mask: "alpha", or a column of the metadata (null: no mask), or without metadata a folder in `path` that has an
+            image of the same name for each.
+        captions, first_frame, max_bad: As in `Source`.
 
-    Order: that of the lines of the metadata, or else of the file names; subfolders after the files.
+    Samples are in the order of the metadata, or else of the file names, subfolders after files.
     Raises ValueError for a folder or column that does not exist and for metadata that cannot be read, and BadData for
     samples that cannot be used.
     """
@@ -61,31 +63,31 @@ class Folder(Source):
     ) -> None:
         self.path = existing_folder("path", path)
         super().__init__(str(self.path), captions, mask, first_frame, max_bad)
-        self._caption = checked_text("caption_column", caption_column)
-        self._image = checked_text("image_column", image_column)
+        self._caption = check_text("dataset.caption_column", caption_column)
+        self._image = check_text("dataset.image_column", image_column)
         self._references = reference_columns
         if reference_columns is not None:
-            self._references = checked_texts("reference_columns", reference_columns)
-        self._prompt = None if prompt is None else checked_text("prompt", prompt)
-        check_flag("recursive", recursive)
+            self._references = check_texts("dataset.reference_columns", reference_columns)
+        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
+        check_flag("dataset.recursive", recursive)
         self._recursive = recursive
-        self._described = False  # by metadata
-        self._pictures: dict[str, Picture] = {}  # by path: a reference of many is one
+        self._has_metadata = False
+        self._pictures: dict[str, Picture] = {}  # by path, so that samples share the object of a common reference
         endings = ", ".join(sorted(SUFFIXES))
-        beneath = "" if recursive else "; with dataset.recursive=true those of subfolders count"
-        self._take(self._found(self.path), f": it holds no pictures ({endings}){beneath}")
+        beneath = "" if recursive else "; set dataset.recursive=true to include subfolders"
+        self._take(self._found(self.path), f": it contains no images ({endings}){beneath}")
         self._check_used()
 
     def _found(self, folder: Path) -> Iterator[Sample | Bad]:
-        """What is in a folder, and with `recursive` beneath it."""
+        """Yield the samples of a folder, with `recursive` also those of its subfolders."""
         metadata = [folder / name for name in METADATA if (folder / name).exists()]
         if len(metadata) == 2:
-            raise ValueError(f"{folder} has both {' and '.join(METADATA)}: remove one of them")
+            raise ValueError(f"{folder} has both {' and '.join(METADATA)}. Remove one of them")
         if metadata:
-            self._described = True
+            self._has_metadata = True
             yield from self._from_metadata(metadata[0])
             return
-        names, folders = listed(folder)
+        names, folders = list_folder(folder)
         yield from self._from_sidecars(folder, names)
         if self._recursive:
             for name in folders:
@@ -93,18 +95,18 @@ class Folder(Source):
                     yield from self._found(folder / name)
 
     def _check_used(self) -> None:
-        """ValueError for columns that no metadata was there to have."""
+        """Raise ValueError if columns are set and there is no metadata."""
         columns = {"caption_column": (self._caption, "text"), "image_column": (self._image, "file_name")}
-        given = [f"{key}={value!r}" for key, (value, usual) in columns.items() if value != usual]
+        given = [f"dataset.{key}={value!r}" for key, (value, usual) in columns.items() if value != usual]
         if self._references:
-            given.append(f"reference_columns={list(self._references)}")
-        if given and not self._described:
+            given.append(f"dataset.reference_columns={list(self._references)}")
+        if given and not self._has_metadata:
             raise ValueError(
-                f"{self.path / METADATA[0]} does not exist, so {', '.join(given)} name nothing: write that file "
-                f"(or {METADATA[1]}), or leave the columns out"
+                f"{', '.join(given)}: {self.path / METADATA[0]} does not exist. Write that file (or {METADATA[1]}), or "
+                "remove the setting"
             )
 
-    # -------------------------------------------------------------- captions beside the pictures
+    # -------------------------------------------------------------- caption files
 
     @property
     def _mask_folder(self) -> Path | None:
@@ -125,7 +127,7 @@ class Folder(Source):
                 path = str(folder / name)
                 if len(files) > 1 and (self._prompt is None or masks):
                     others = ", ".join(other for other in files if other != name)
-                    yield Bad(path, f"has the name of {others}, and so its caption: give one of them another name")
+                    yield Bad(path, f"shares its name, and so its caption, with {others}: rename one of them")
                 elif stem in doubled:
                     yield Bad(path, f"has several masks, {' and '.join(map(str, doubled[stem]))}: remove all but one")
                 elif is_foreign(name):
@@ -133,22 +135,18 @@ class Folder(Source):
                 elif self._mask_folder is not None and stem not in masks:
                     yield Bad(path, f"has no mask in {self._mask_folder}")
                 elif self._prompt is None and f"{stem}.txt" not in texts:
-                    yield Bad(path, f"has no caption: write {stem}.txt beside it, or metadata.jsonl, or dataset.prompt")
+                    yield Bad(path, f"has no caption: write {stem}.txt or metadata.jsonl, or set dataset.prompt")
                 else:
-                    try:
-                        caption = self._prompt or read_text(folder / f"{stem}.txt")
-                    except (OSError, ValueError) as error:
-                        yield Bad(path, f"has a caption that cannot be read: {error}")
-                        continue
                     mask = file_picture(masks[stem]) if masks else None
-                    yield Sample(file_picture(path), (caption,), mask=mask)
+                    sample = Sample(file_picture(path), (self._prompt or "",), mask=mask)
+                    yield sample if self._prompt else _with_caption(sample, folder / f"{stem}.txt")
 
     # -------------------------------------------------------------- metadata
 
     def _from_metadata(self, file: Path) -> Iterator[Sample | Bad]:
         rows = list(_jsonl(file) if file.suffix == ".jsonl" else _csv(file))
         if not rows:
-            raise ValueError(f"{file} is empty: write one line for each picture")
+            raise ValueError(f"{file} is empty. Write one line for each image")
         references, needed = self._references, [self._image]
         if references is None:
             references = [REFERENCES] if any(REFERENCES in row for _, row in rows) else []
@@ -173,36 +171,36 @@ class Folder(Source):
                 continue
             texts: list[Any] = caption if isinstance(caption, list) else [caption]
             if not texts or not all(isinstance(text, str) for text in texts):
-                yield Bad(f"{file} line {number}", f"has the caption {shortened(repr(caption))}: text was expected")
+                yield Bad(f"{file} line {number}", f"has the caption {shorten(repr(caption))}: it must be text")
             else:
                 yield Sample(target, tuple(texts), tuple(others), mask=mask)
 
     def _picture(self, file: Path, row: dict[str, Any], column: str) -> Picture:
         names = _names(row.get(column), column)
         if len(names) != 1:
-            raise ValueError(f"has {column}={row.get(column)!r}: one file name was expected")
+            raise ValueError(f"has {column}={row.get(column)!r}: it must be one file name")
         return self._inside(file, names[0])
 
     def _inside(self, file: Path, name: str) -> Picture:
-        """The picture that `file` names. ValueError if it is not in that file's folder."""
-        path = inside(file.parent, name)
+        """Return the image that `file` names. Raise ValueError if it is not in the folder of `file`."""
+        path = path_inside(file.parent, name)
         return self._pictures.setdefault(path, file_picture(path))
 
 
 class Pairs(Source):
-    """Pictures before and after an edit: `source/x.png`, `target/x.png`, and the instruction in `target/x.txt`.
+    """Images before and after an edit: `source/x.png`, `target/x.png`, and the instruction in `target/x.txt`.
 
     Args:
-        path: the folder that has the others.
-        target_folder: pictures to learn, in it and its subfolders.
-        reference_folders: for each reference a folder of pictures with the same names, whatever their formats.
-        prompt: one instruction for all, instead of the `.txt` files.
-        incomplete: a picture that a reference folder lacks has that reference less; else it counts as bad.
-        mask: "alpha", or a folder of pictures with the same names.
-        captions, first_frame, max_bad: as in `Source`.
+        path: Folder that contains the others.
+        target_folder: Folder of the images to learn, including subfolders.
+        reference_folders: One folder for each reference, with images of the same names in any format.
+        prompt: One instruction for all images, instead of the `.txt` files.
+        incomplete: Accept images that a reference folder lacks, without that reference; otherwise they count as bad.
+        mask: "alpha", or a folder of images with the same names.
+        captions, first_frame, max_bad: As in `Source`.
 
-    Order: that of the targets' names. Raises ValueError for a folder that does not exist, and BadData for samples that
-    cannot be used; among them is a reference without a target.
+    Samples are in the order of the targets' names. Raises ValueError for a folder that does not exist, and BadData for
+    samples that cannot be used, including references without a target.
     """
 
     def __init__(
@@ -219,47 +217,43 @@ class Pairs(Source):
     ) -> None:
         self.path = existing_folder("path", path)
         super().__init__(str(self.path), captions, mask, first_frame, max_bad)
-        references = checked_texts("reference_folders", reference_folders)
+        references = check_texts("dataset.reference_folders", reference_folders)
         if not references:
-            raise ValueError("dataset.reference_folders is empty: name a folder, or use dataset=folder")
-        target = existing_folder("target_folder", self.path / checked_text("target_folder", target_folder))
+            raise ValueError("dataset.reference_folders is empty. Name a folder, or use dataset=folder")
+        target = existing_folder("target_folder", self.path / check_text("dataset.target_folder", target_folder))
         sources = [existing_folder("reference_folders", self.path / name) for name in references]
         masks = None if mask in (None, ALPHA) else existing_folder("mask", self.path / str(mask))
-        check_flag("incomplete", incomplete)
-        self._prompt = None if prompt is None else checked_text("prompt", prompt)
-        self._take(self._found(target, sources, masks, incomplete), f": {target} holds no pictures")
+        check_flag("dataset.incomplete", incomplete)
+        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
+        self._take(self._found(target, sources, masks, incomplete), f": {target} contains no images")
 
     def _found(
         self, target: Path, sources: Sequence[Path], masks: Path | None, incomplete: bool
     ) -> Iterator[Sample | Bad]:
         targets = pictures_by_stem(target)
-        beside = [pictures_by_stem(folder) for folder in sources]
+        references_by_stem = [pictures_by_stem(folder) for folder in sources]
         masked = pictures_by_stem(masks) if masks is not None else {}
         for stem, (name, *same) in targets.items():
-            partners = [files.get(stem, []) for files in beside]
+            partners = [files.get(stem, []) for files in references_by_stem]
             twice = [files for files in ([name, *same], *partners, masked.get(stem, [])) if len(files) > 1]
             lacking = [folder for folder, files in zip(sources, partners, strict=True) if not files]
             text = target / f"{stem}.txt"
             if twice:
-                yield Bad(name, f"could be paired in several ways, there are {' and '.join(twice[0])}: remove one")
+                yield Bad(name, f"has several possible pairs, {' and '.join(twice[0])}: remove all but one")
             elif foreign := [file for files in ([name], *partners) for file in files if is_foreign(file)]:
                 yield Bad(foreign[0], "has a format that Pillow cannot read: convert it")
             elif lacking and not incomplete:
-                yield Bad(name, f"has no picture of its name in {lacking[0]} (or say dataset.incomplete=true)")
+                yield Bad(name, f"has no image of its name in {lacking[0]} (dataset.incomplete=true allows that)")
             elif masks is not None and stem not in masked:
                 yield Bad(name, f"has no mask in {masks}")
             elif self._prompt is None and not text.is_file():
-                yield Bad(name, f"has no caption: write {text.name} beside it, or dataset.prompt for all")
+                yield Bad(name, f"has no caption: write {text.name} next to it, or set dataset.prompt for all")
             else:
-                try:
-                    caption = self._prompt or read_text(text)
-                except (OSError, ValueError) as error:
-                    yield Bad(name, f"has a caption that cannot be read: {error}")
-                    continue
                 mask = file_picture(masked[stem][0]) if masks is not None else None
                 references = tuple(file_picture(file) for files in partners for file in files)
-                yield Sample(file_picture(name), (caption,), references, mask=mask)
-        for files in beside:
+                sample = Sample(file_picture(name), (self._prompt or "",), references, mask=mask)
+                yield sample if self._prompt else _with_caption(sample, text)
+        for files in references_by_stem:
             for stem in sorted(files.keys() - targets.keys()):
                 yield Bad(files[stem][0], f"has no target of its name in {target}")
 
@@ -268,25 +262,25 @@ class Pairs(Source):
 
 
 def existing_folder(key: str, path: object) -> Path:
-    """The folder that a setting names. Raises ValueError if there is none."""
-    folder = Path(checked_text(key, path)).expanduser()
+    """Return the folder that a setting names. Raise ValueError if there is none."""
+    folder = Path(check_text(f"dataset.{key}", path)).expanduser()
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"dataset.{key}={str(path)!r} {problem}: give a folder of pictures")
+        raise ValueError(f"dataset.{key}={str(path)!r} {problem}. Give a folder of images")
     return folder
 
 
-def inside(folder: Path, name: str) -> str:
-    """The path of a file that a dataset names. Raises OutsideFolder if that is not beneath its folder."""
+def path_inside(folder: Path, name: str) -> str:
+    """Return the path of a file that a dataset names. Raise OutsideFolder if it is not inside the folder."""
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))
     if not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise OutsideFolder(f"names {shortened(name)!r}, which is not in {folder}: only its own files may be used")
+        raise OutsideFolder(f"names {shorten(name)!r}, which is not in {folder}: files must be inside the folder")
     return os.path.join(folder, os.path.relpath(path, root))
 
 
-def listed(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the files (and broken links) and of the folders in a folder, without hidden ones, sorted."""
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the files (and broken links) and of the subfolders, without hidden ones."""
     files: list[str] = []
     folders: list[str] = []
     with os.scandir(folder) as entries:
@@ -301,7 +295,7 @@ def is_foreign(name: str) -> bool:
 
 
 def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-    """The pictures among file names, by their names without the ending."""
+    """Return the image files among `names`, by their names without the extension."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         stem, suffix = os.path.splitext(name)
@@ -311,67 +305,73 @@ def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def pictures_by_stem(folder: Path) -> dict[str, list[str]]:
-    """The paths of the pictures in a folder and its subfolders, by their paths from there without the ending."""
-    found = {stem: [str(folder / name) for name in names] for stem, names in by_stem(listed(folder)[0]).items()}
-    for name in listed(folder)[1]:
+    """Return the paths of the images in a folder and its subfolders, by relative path without the extension."""
+    found = {stem: [str(folder / name) for name in names] for stem, names in by_stem(list_folder(folder)[0]).items()}
+    for name in list_folder(folder)[1]:
         found |= {f"{name}/{stem}": files for stem, files in pictures_by_stem(folder / name).items()}
     return found
 
 
 def read_text(path: Path) -> str:
-    """Raises ValueError, naming the file, if it is not UTF-8."""
+    """Return the text of a file. Raise ValueError, naming the file, if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8") from error
+
+
+def _with_caption(sample: Sample, file: Path) -> Sample | Bad:
+    """Return the sample with the caption in `file`, or Bad if that cannot be read."""
+    try:
+        return replace(sample, captions=(read_text(file),))
+    except (OSError, ValueError) as error:
+        return Bad(sample.name, f"has a caption that cannot be read: {error}")
 
 
 # ------------------------------------------------------------------ rows
 
 
 def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row). Raises ValueError for a line that is no JSON object."""
+    """Yield (line number, row). Raise ValueError for a line that is not a JSON object."""
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{file} line {number} is not JSON ({error}): each line is one object") from error
+            raise ValueError(f"{file} line {number} is not JSON ({error}). Each line must be one object") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{file} line {number} is {line.strip()[:80]!r}: each line is one JSON object")
+            raise ValueError(f"{file} line {number} is {line.strip()[:80]!r}. Each line must be one JSON object")
         yield number, row
 
 
 def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row), None where a line ends early. Raises ValueError for a line with more cells than the first."""
+    """Yield (line number, row), with None for missing cells. Raise ValueError for a line with too many cells."""
     reader = csv.DictReader(StringIO(read_text(file), newline=""), restkey="more", strict=True)
     try:
         for row in reader:
             if isinstance(row.get("more"), list):
-                raise ValueError(
-                    f"{file} line {reader.line_num} has more cells than columns: put a text with commas into quotes"
-                )
+                raise ValueError(f"{file} line {reader.line_num} has more cells than columns. Quote texts with commas")
             yield reader.line_num, dict(row)
     except csv.Error as error:
         raise ValueError(f"{file} line {reader.line_num} is not CSV ({error})") from error
 
 
 def _names(value: object, column: str) -> list[str]:
-    """The file names in a cell: one, a list, a list as JSON, or none. Raises ValueError for anything else."""
+    """Return the file names in a cell: one, a list, a list as JSON, or none. Raise ValueError for anything else."""
     if isinstance(value, str):
         value = _json_list(value)
     names: list[Any] = [] if value in (None, "") else value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"has {column}={shortened(repr(value))}: a file name or a list of such was expected")
+            raise ValueError(f"has {column}={shorten(repr(value))}: it must be a file name or a list of file names")
         if any("\ud800" <= character <= "\udfff" for character in name):
-            raise ValueError(f"has {column}={shortened(ascii(name))}: half of a character (a lone surrogate)")
+            raise ValueError(f"has {column}={shorten(ascii(name))}: it contains a lone surrogate")
     return names
 
 
 def _json_list(text: str) -> str | list[object]:
-    """The list that `text` writes as JSON, or else `text`: a file may be called "[1].png"."""
+    """Return the list that `text` holds as JSON, or else `text`: a file may be called "[1].png"."""
     try:
         value = json.loads(text) if text.startswith("[") else text
     except json.JSONDecodeError:

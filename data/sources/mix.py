@@ -1,4 +1,4 @@
-"""Several sources as one, each trained as often as it is meant to be."""
+"""Several sources as one dataset, with a weight for each."""
 
 import math
 from collections.abc import Mapping
@@ -11,13 +11,12 @@ class Mix(Source):
     """The samples of several sources, one source after the other, with weights.
 
     Args:
-        sources: by name. Their settings are their own, captions and `max_bad` among them.
-        repeats: by name, how often a sample is trained in a pass; 1 for what is not named.
-        shares: by name, for all of them: how much of all training comes from a source, whatever its size. Only their
-            ratios count.
+        sources: Source by name. Each has its own settings, such as captions and `max_bad`.
+        repeats: Number of times a sample is trained per pass, by name of the source; 1 by default.
+        shares: Share of the training for every source by name, whatever its size. Only their ratios matter.
 
-    Raises ValueError for `repeats` or `shares` that are no positive numbers, for a name of no source, for shares that
-    leave one out, and for both at once.
+    Raises ValueError for `repeats` or `shares` that are not positive numbers, for an unknown name, for shares that omit
+    a source, and for both at once.
     """
 
     def __init__(
@@ -30,13 +29,13 @@ class Mix(Source):
             raise ValueError(f"dataset.sources={sources!r} must name at least one source")
         for name, source in sources.items():
             if not isinstance(source, Source):
-                raise ValueError(f"dataset.sources.{name} is {type(source).__name__}: a dataset was expected")
+                raise ValueError(f"dataset.sources.{name} is {type(source).__name__}: it must be a dataset")
         if repeats and shares:
-            raise ValueError("dataset.repeats and dataset.shares exclude each other: give one of them")
+            raise ValueError("dataset.repeats and dataset.shares exclude each other. Set one of them")
         for key, given in (("repeats", repeats), ("shares", shares)):
             _check_factors(key, given or {}, sources)
         if shares and (left := sources.keys() - shares.keys()):
-            raise ValueError(f"dataset.shares leaves out {', '.join(sorted(left))}: name every source")
+            raise ValueError(f"dataset.shares omits {', '.join(sorted(left))}. Name every source")
         super().__init__(" and ".join(source.where for source in sources.values()), None, None, False, 0)
         self.bad = [bad for source in sources.values() for bad in source.bad]
         self._sources, self._shares = dict(sources), dict(shares or {})
@@ -44,7 +43,7 @@ class Mix(Source):
         self._join()
 
     def _join(self) -> None:
-        """Weigh the samples that the sources have now."""
+        """Collect the samples that the sources have now, with their weights."""
         weights = self._weights
         if self._shares:
             each, total = sum(self._shares.values()), sum(map(len, self._sources.values()))
@@ -56,7 +55,7 @@ class Mix(Source):
         ]
 
     def leave_out(self, reasons: Mapping[int, str]) -> None:
-        """As of any source; each of the sources leaves out its own, and shares stay what they are."""
+        """Skip bad samples in the source that each belongs to; the shares of the sources do not change."""
         before, start = len(self.bad), 0
         for source in self._sources.values():
             stop = start + len(source)
@@ -71,10 +70,10 @@ class Mix(Source):
 
 def _check_factors(key: str, given: object, sources: Mapping[str, Source]) -> None:
     if not isinstance(given, Mapping):
-        raise ValueError(f"dataset.{key}={given!r} must be numbers by the names of sources")
+        raise ValueError(f"dataset.{key}={given!r} must map names of sources to numbers")
     for name, factor in given.items():
         if name not in sources:
-            raise ValueError(f"dataset.{key}.{name} is no source; there are: {', '.join(sources)}")
+            raise ValueError(f"dataset.{key}.{name} is not a source. The sources are: {', '.join(sources)}")
         number = isinstance(factor, int | float) and not isinstance(factor, bool)
         if not number or not math.isfinite(factor) or factor <= 0:
             raise ValueError(f"dataset.{key}.{name}={factor!r} must be a positive number")

@@ -1,4 +1,4 @@
-"""Opens a table with the `datasets` library, and turns all that can go wrong there into one error with a remedy."""
+"""Open a table with the `datasets` library, and turn all its exceptions into one ValueError with a remedy."""
 
 import re
 from collections.abc import Iterator
@@ -18,82 +18,82 @@ ENDINGS = f"{', '.join(KINDS)} file"
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` is, or could only be, a file or folder here; else it is a Hub id."""
+    """Return whether `path` is, or can only be, a local file or folder; otherwise it is a Hub id."""
     here = Path(path).expanduser().exists()
     return here or HUB_ID.fullmatch(path) is None or Path(path).suffix in KINDS
 
 
 def open_table(path: str, split: str, revision: str | None, subset: str | None) -> "Dataset":
-    """One split as a table. Raises ValueError, naming `path` and `split`, for whatever keeps it from being read."""
+    """Return one split as a table. Raise ValueError, naming `path` and `split`, if it cannot be read."""
     import datasets  # a second to import, and folders do not need it
 
     local = _local(path, revision, subset)
-    with explained(path, split):
+    with explain_errors(path, split):
         if local is None:
             return datasets.load_dataset(path, subset, split=split, revision=revision)
-        if any((local / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        if _is_saved(local):
             return _saved_split(datasets.load_from_disk(str(local)), split)
-        return datasets.load_dataset(*_builder(local), split=split, **_data_files(local))
+        return datasets.load_dataset(split=split, **_local_arguments(local))
 
 
 def open_stream(path: str, split: str, revision: str | None, subset: str | None) -> "IterableDataset":
-    """One split as a stream. Raises ValueError as `open_table`, and for what `save_to_disk` wrote: it is local."""
+    """Return one split as a stream. Raise ValueError as `open_table` does, and for a folder of `save_to_disk`."""
     import datasets
 
     local = _local(path, revision, subset)
     if "[" in split:
-        raise ValueError(f"dataset.split={split!r} cannot be a slice of a stream: use dataset.limit")
-    if local is not None and any((local / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        raise ValueError(f"dataset.path={path!r} was made by save_to_disk and needs no dataset.streaming: leave it out")
-    with explained(path, split):
+        raise ValueError(f"dataset.split={split!r}: a stream cannot be sliced. Use dataset.limit")
+    if local is not None and _is_saved(local):
+        raise ValueError(f"dataset.path={path!r} was written by save_to_disk. Remove dataset.streaming")
+    with explain_errors(path, split):
         if local is None:
             return datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True)
-        return datasets.load_dataset(*_builder(local), split=split, streaming=True, **_data_files(local))
+        return datasets.load_dataset(split=split, streaming=True, **_local_arguments(local))
 
 
 def table_files(local: Path) -> list[Path]:
-    """The files of a local table, sorted."""
+    """Return the sorted files of a local table."""
     files = [local] if local.is_file() else sorted(local.rglob("*"))
     return [file for file in files if file.suffix in KINDS and file.name not in DESCRIPTIONS and file.is_file()]
 
 
 def _local(path: str, revision: str | None, subset: str | None) -> Path | None:
-    """The local path, None for a Hub id. Raises ValueError if it does not exist, or is nothing that can be read."""
+    """Return the local path, None for a Hub id. Raise ValueError if it does not exist or is not a table."""
     if not is_local(path):
         return None
     local = Path(path).expanduser()
     if not local.exists():
-        raise ValueError(f"dataset.path={path!r} does not exist: give a {ENDINGS}, a folder of such, or a Hub id")
+        raise ValueError(f"dataset.path={path!r} does not exist. Give a {ENDINGS}, a folder of them, or a Hub id")
     if revision or subset:
         raise ValueError(f"dataset.revision={revision!r}, subset={subset!r} are for a Hub id, and {path!r} is local")
-    saved = any((local / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    if not saved and not table_files(local):
+    if not _is_saved(local) and not table_files(local):
         raise ValueError(
-            f"dataset.path={path!r} is neither a {ENDINGS}, a folder that holds some, nor one made by save_to_disk; "
-            "for pictures with .txt captions or metadata use dataset=folder, for tar shards dataset=webdataset"
+            f"dataset.path={path!r} is not a {ENDINGS}, a folder of them, or a folder written by save_to_disk. "
+            "For images with .txt captions or metadata use dataset=folder, for tar shards dataset=webdataset"
         )
     return local
 
 
-def _builder(local: Path) -> tuple[str]:
-    return (KINDS[local.suffix],) if local.is_file() else (str(local),)
+def _is_saved(local: Path) -> bool:
+    """Return whether `save_to_disk` wrote this folder."""
+    return any((local / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _data_files(local: Path) -> dict[str, str]:
-    return {"data_files": str(local)} if local.is_file() else {}
+def _local_arguments(local: Path) -> dict[str, str]:
+    return {"path": KINDS[local.suffix], "data_files": str(local)} if local.is_file() else {"path": str(local)}
 
 
 def _saved_split(saved: "Dataset | dict[str, Dataset]", split: str) -> "Dataset":
-    """Picks a split of what save_to_disk wrote; a table saved alone without a split's name counts as "train"."""
+    """Return a split of a saved dataset; a table that was saved alone without the name of a split is "train"."""
     splits: dict[str, Dataset] = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if split not in splits:
-        raise ValueError(f"no such split; it has: {', '.join(splits)}")
+        raise ValueError(f"no such split. The splits are: {', '.join(splits)}")
     return splits[split]
 
 
 @contextmanager
-def explained(path: str, split: str) -> Iterator[None]:
-    """What goes wrong within becomes one ValueError."""
+def explain_errors(path: str, split: str) -> Iterator[None]:
+    """Context manager that turns exceptions of `datasets` and the Hub into one ValueError."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -107,9 +107,8 @@ def explained(path: str, split: str) -> Iterator[None]:
         ) from error
     except (ConnectionError, TimeoutError, HTTPError) as error:
         raise ValueError(f"dataset.path={path!r} could not be reached on the Hub ({error}); {instead}") from error
-    except StopIteration as error:  # the library, of a first file without any row
+    except StopIteration as error:  # raised by the library if the first file has no rows
         raise ValueError(f"dataset.path={path!r}, split={split!r} cannot be read: it has no rows") from error
     except (DatasetsError, OSError, ValueError, RuntimeError, pa.ArrowException) as error:
-        raise ValueError(
-            f"dataset.path={path!r}, split={split!r} cannot be read: {error.__cause__ or error}"
-        ) from error
+        cause = error.__cause__ or error
+        raise ValueError(f"dataset.path={path!r}, split={split!r} cannot be read: {cause}") from error

@@ -1,15 +1,14 @@
-"""The first rows of a streamed dataset, kept as a local table.
+"""The first rows of a streamed dataset, stored as a local table.
 
-A table lies at `<datasets cache>/flux2-lora/<recipe>/<version>.arrow`: the recipe is what was asked for, the version
-the commit on the Hub, or sizes and times of local files. So a later run reads it without downloading, a new commit is
-streamed anew, and without a network the newest version is used. A file appears whole or not at all, and of several
-processes one streams while the others wait.
+A table lies at `<datasets cache>/flux2-lora/<recipe>/<version>.arrow`: the recipe is the request, the version the
+commit on the Hub, or sizes and times of local files. So a later run reads it without downloading, a new commit is
+streamed again, and without a network the newest version is used. Files are written atomically, and one of several
+processes streams while the others wait.
 """
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from data.sources.open_table import explained, is_local, open_stream, table_files
+from data.files import atomic_write
+from data.sources.open_table import explain_errors, is_local, open_stream, table_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 
 def streamed_table(path: str, split: str, revision: str | None, subset: str | None, limit: int | None) -> "Dataset":
-    """The first `limit` rows (None: all) of a stream as a table, pictures as they were encoded.
+    """Return the first `limit` rows (None: all) of a stream as a table, with encoded images.
 
-    Raises ValueError, naming `path`, for what cannot be streamed.
+    Raises ValueError, naming `path`, if it cannot be streamed.
     """
     import datasets
     from filelock import FileLock
@@ -40,22 +40,20 @@ def streamed_table(path: str, split: str, revision: str | None, subset: str | No
     kept = sorted(folder.glob("*.arrow"), key=lambda file: file.stat().st_mtime)
     version = _version(path, revision)
     if version is None and kept:
-        log.warning("%s cannot be asked for its version: going on with the rows that were streamed before", path)
+        log.warning("the version of %s cannot be requested: using the rows that were streamed before", path)
         return datasets.Dataset.from_file(str(kept[-1]))
     file = folder / f"{version or 'unknown'}.arrow"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not file.exists():
             stream = open_stream(path, split, revision, subset)
-            unfinished = file.with_suffix(".tmp")
-            with explained(path, split):
-                _write(unfinished, path, islice(iter(stream.decode(False)), limit), stream.features)
-            os.replace(unfinished, file)
+            with atomic_write(file) as temporary, explain_errors(path, split):
+                _write(temporary, path, islice(iter(stream.decode(False)), limit), stream.features)
     return datasets.Dataset.from_file(str(file))
 
 
 def _version(path: str, revision: str | None) -> str | None:
-    """What stands for the content behind `path`; None if the Hub cannot be reached, or does not have it."""
+    """Return an identifier of the content of `path`; None if the Hub cannot be reached or does not have it."""
     if is_local(path):
         files = [
             (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in table_files(Path(path).expanduser())
@@ -71,16 +69,14 @@ def _version(path: str, revision: str | None) -> str | None:
 
 
 def _write(file: Path, path: str, rows: Iterator[dict[str, Any]], features: Any) -> None:
-    """Writes rows as an Arrow stream, a few at a time."""
+    """Write rows as an Arrow stream, a few at a time."""
     schema = None if features is None else features.arrow_schema
     with pa.OSFile(str(file), "wb") as sink:
         writer = None
         while batch := list(islice(rows, ROWS_AT_ONCE)):
             for row in batch:
                 if any(isinstance(cell, dict) and _is_elsewhere(cell) for cell in row.values()):
-                    raise ValueError(
-                        f"{path} holds loose picture files, which no stream contains: leave out dataset.streaming"
-                    )
+                    raise ValueError(f"{path} refers to separate image files. Remove dataset.streaming")
             table = pa.Table.from_pylist(batch, schema=schema)
             if writer is None:
                 schema = table.schema

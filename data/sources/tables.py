@@ -1,12 +1,12 @@
-"""Tables of pictures and captions, read by the `datasets` library: from the Hugging Face Hub, or local files.
+"""Tables of images and captions, read by the `datasets` library from the Hugging Face Hub or local files.
 
-Tables are read as raw Arrow cells rather than by `cast_column(..., Image(decode=False))`: casting a list of pictures,
-or plain bytes, makes `datasets` write a second copy of the whole table to its cache. A cell is memory-mapped and costs
-nothing until read, and a picture's header costs its first pages.
+Tables are read as raw Arrow cells rather than by `cast_column(..., Image(decode=False))`: casting a list of images, or
+plain bytes, makes `datasets` write a second copy of the whole table to its cache. A cell is memory-mapped and costs
+nothing until it is read, and an image header costs its first pages.
 
-Training needs pictures by their place and again in every pass, which a stream cannot give. So streaming means that the
-first `limit` rows are read once, as they are encoded, into a local table in the cache folder of `datasets`: a part of a
-dataset that is too large to download can be trained on. `data.sources.streaming` has that part.
+Training needs random access to images in every pass, which a stream does not offer. So with streaming the first `limit`
+rows are read once, still encoded, into a local table in the cache folder of `datasets` (data/sources/streaming.py).
+That makes it possible to train on a part of a dataset that is too large to download.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 import pyarrow as pa
 
-from data.sources.base import ALPHA, Bad, Sample, Source, check_flag, checked_text, checked_texts
+from data.checks import check_flag, check_int, check_text, check_texts
+from data.sources.base import ALPHA, Bad, Sample, Source
 from data.sources.captions import Captions
-from data.sources.folders import REFERENCES, OutsideFolder, existing_folder, inside
-from data.sources.images import BadPicture, Picture, shortened
+from data.sources.folders import REFERENCES, OutsideFolder, existing_folder, path_inside
+from data.sources.images import BadPicture, Picture, shorten
 from data.sources.open_table import is_local, open_table
 from data.sources.streaming import streamed_table
 
@@ -29,26 +30,26 @@ if TYPE_CHECKING:
 
 
 class HuggingFace(Source):
-    """A table: on the Hub, a .parquet, .arrow, .json, .jsonl or .csv file, a folder of such, or from `save_to_disk`.
+    """A table from the Hub, from .parquet, .arrow, .json, .jsonl or .csv files, or from `save_to_disk`.
 
     Args:
-        path: Hub id ("user/name") or local path. What starts with "/", "." or "~", or has one of those endings, is
-            always local.
-        split: which split; unless it streams also a slice, "train[:100]".
-        image_column: pictures, encoded bytes, or paths of files in `picture_folder`.
-        caption_column: a text or a list of texts.
-        reference_columns: columns like `image_column`, or lists of such; a null is no reference. By default the column
+        path: Hub id ("user/name"), or path of a local file or folder. A path that starts with "/", "." or "~", or has
+            one of these extensions, is always local.
+        split: Name of the split; without streaming also a slice, "train[:100]".
+        image_column: Column of images, encoded bytes, or paths of files in `picture_folder`.
+        caption_column: Column of texts or lists of texts.
+        reference_columns: Columns like `image_column`, or of lists; null is no reference. By default the column
             `references`, if there is one.
-        revision, subset: a commit or branch, and a configuration name; only for a Hub id.
-        streaming: download no more than is needed for `limit` rows; they are kept and read again by later runs.
-        limit: rows from the first on that are used; null is all.
-        picture_folder: where paths begin; by default the folder of a local table. A path that leads out of it is bad.
-        prompt: one caption for all pictures, instead of a column.
-        mask: "alpha", or a column like `image_column`; a null counts everywhere.
-        captions, first_frame, max_bad: as in `Source`.
+        revision, subset: Commit or branch, and configuration name; only for a Hub id.
+        streaming: Download only what `limit` rows need. Later runs read the stored rows.
+        limit: Number of rows to use, from the first; null is all.
+        picture_folder: Base folder of paths; by default the folder of a local table. Paths must not leave it.
+        prompt: One caption for all images, instead of a column.
+        mask: "alpha", or a column like `image_column`; null is no mask.
+        captions, first_frame, max_bad: As in `Source`.
 
-    Raises ValueError, naming what was asked for and what there is, if the table, split or column cannot be had, and
-    BadData for rows that cannot be used.
+    Raises ValueError if the table, split or column does not exist, naming those that do, and BadData for rows that
+    cannot be used.
     """
 
     def __init__(
@@ -69,20 +70,20 @@ class HuggingFace(Source):
         first_frame: bool = False,
         max_bad: int = 0,
     ) -> None:
-        self.path = checked_text("path", path)
+        self.path = check_text("dataset.path", path)
         super().__init__(self.path, captions, mask, first_frame, max_bad)
         for key, value in (("revision", revision), ("subset", subset)):
             if value is not None:
-                checked_text(key, value)
-        check_flag("streaming", streaming)
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise ValueError(f"dataset.limit={limit!r} must be a whole number from 1, or null")
-        self._prompt = None if prompt is None else checked_text("prompt", prompt)
-        self._image = checked_text("image_column", image_column)
-        self._caption = checked_text("caption_column", caption_column)
+                check_text(f"dataset.{key}", value)
+        check_flag("dataset.streaming", streaming)
+        if limit is not None:
+            check_int("dataset.limit", limit, 1)
+        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
+        self._image = check_text("dataset.image_column", image_column)
+        self._caption = check_text("dataset.caption_column", caption_column)
         self._mask_column = mask if mask != ALPHA else None
-        given = None if reference_columns is None else checked_texts("reference_columns", reference_columns)
-        where = self.path, checked_text("split", split), revision, subset
+        given = None if reference_columns is None else check_texts("dataset.reference_columns", reference_columns)
+        where = self.path, check_text("dataset.split", split), revision, subset
         table = streamed_table(*where, limit) if streaming else open_table(*where)
         columns = table.features.arrow_schema
         self._references = given if given is not None else (REFERENCES,) * (REFERENCES in columns.names)
@@ -91,7 +92,7 @@ class HuggingFace(Source):
         if limit is not None:
             table = table.select(range(min(limit, len(table))))
         if not len(table):
-            raise ValueError(f"split {split!r} of {self.path} is empty")
+            raise ValueError(f"dataset.split={split!r} of {self.path} is empty")
         needed = [self._image, *self._references, *([self._mask_column] if self._mask_column else [])]
         self._tables = {column: table.select_columns([column]).with_format("arrow") for column in needed}
         self._take(self._found(table))
@@ -113,12 +114,12 @@ class HuggingFace(Source):
     # -------------------------------------------------------------- cells
 
     def _cell(self, index: int, column: str, item: int | None = None) -> pa.Scalar:
-        """The Arrow cell of a row, undecoded; `item` picks one of a list."""
+        """Return the encoded Arrow cell of a row, or one item of a list."""
         cell = self._tables[column][index].column(0)[0]
         return cell if item is None else cell[item]
 
     def _pictures(self, index: int, column: str) -> list[Picture]:
-        """None for a null, one, or those of a list."""
+        """Return the images of a cell: none for null, one, or those of a list."""
         cell = self._cell(index, column)
         if not cell.is_valid:
             return []
@@ -133,43 +134,45 @@ class HuggingFace(Source):
     def _open(self, name: str, index: int, column: str, item: int | None) -> BinaryIO:
         cell = self._cell(index, column, item)
         roots = self._roots
-        if cell.is_valid and pa.types.is_struct(cell.type):  # of bytes and path, one may be null
+        if cell.is_valid and pa.types.is_struct(cell.type):  # bytes and path, one of which may be null
             cell = cell["path"] if not cell["bytes"].is_valid else cell["bytes"]
-            roots = [*roots, *_library_folders()]  # files that `datasets` downloaded
+            roots = [*roots, *_library_folders()]  # for files that `datasets` downloaded
         if not cell.is_valid:
             raise BadPicture(name, "is null")
         if not _is_text(cell.type):  # not copied: a header needs the first pages
             return cast(BinaryIO, pa.BufferReader(cell.as_buffer())) if len(cell.as_buffer()) else BytesIO()
         for root in roots:
             try:
-                return open(inside(root, cell.as_py()), "rb")
+                return open(path_inside(root, cell.as_py()), "rb")
             except OutsideFolder:
                 continue
-        path = shortened(repr(cell.as_py()))
-        raise BadPicture(name, f"is {path}, which is not in {roots[0]}: dataset.picture_folder names another folder")
+        path = shorten(repr(cell.as_py()))
+        raise BadPicture(name, f"is {path}, which is not in {roots[0]}: set dataset.picture_folder to its base folder")
 
     def _picture_roots(self, folder: str | None, columns: pa.Schema) -> list[Path]:
-        """Where paths in cells may lead. Raises ValueError if there are paths and no such folder, or the reverse."""
+        """Return the folders that may contain paths in cells.
+
+        Raises ValueError if there are paths and no such folder, or the reverse.
+        """
         used = [self._image, *self._references, *([self._mask_column] if self._mask_column else [])]
         paths = [column for column in used if _is_text(_item(columns.field(column).type))]
         if folder is not None:
             if not any(_may_be_path(_item(columns.field(column).type)) for column in used):
-                raise ValueError(f"dataset.picture_folder={folder!r} does nothing: {self.path} holds no paths")
+                raise ValueError(f"dataset.picture_folder={folder!r} has no effect: {self.path} contains no paths")
             return [existing_folder("picture_folder", folder)]
         if is_local(self.path):
             table = Path(self.path).expanduser()
             return [table if table.is_dir() else table.parent]
         if paths:
             raise ValueError(
-                f"column {paths[0]!r} of {self.path} holds paths: name the folder that they begin in with "
-                "dataset.picture_folder"
+                f"column {paths[0]!r} of {self.path} contains paths. Set dataset.picture_folder to their base folder"
             )
         return []
 
     # -------------------------------------------------------------- columns
 
     def _check_columns(self, columns: pa.Schema) -> None:
-        """ValueError for a column that is not there, or does not hold what is asked of it."""
+        """Raise ValueError for a column that does not exist or has the wrong type."""
         asked = [("image_column", self._image)]
         asked += [("caption_column", self._caption)] if self._prompt is None else []
         asked += [("reference_columns", column) for column in self._references]
@@ -177,15 +180,15 @@ class HuggingFace(Source):
         for key, column in asked:
             if column not in columns.names:
                 has = ", ".join(columns.names)
-                raise ValueError(f"dataset.{key}={column!r} is not a column of {self.path}; it has: {has}")
+                raise ValueError(f"dataset.{key}={column!r} is not a column of {self.path}. Its columns are: {has}")
             kind = columns.field(column).type
             lists = key in ("reference_columns", "caption_column")
             item = _item(kind) if lists else kind
             text = key == "caption_column"
             empty = key == "reference_columns" and pa.types.is_null(item)  # no row has any
             if not (empty or (_is_text(item) if text else _is_picture(item))):
-                wanted = "text" if text else "pictures, encoded bytes, or paths"
-                raise ValueError(f"dataset.{key}={column!r} of {self.path} holds {kind}: {wanted} expected")
+                wanted = "text" if text else "images, encoded bytes, or paths"
+                raise ValueError(f"dataset.{key}={column!r} of {self.path} contains {kind}: it must contain {wanted}")
 
 
 def _library_folders() -> list[Path]:
@@ -196,7 +199,7 @@ def _library_folders() -> list[Path]:
 
 
 def _item(kind: pa.DataType) -> pa.DataType:
-    """The type of a list's items; any other type is itself."""
+    """Return the type of the items of a list type, and any other type as it is."""
     return kind.value_type if _is_list(kind) else kind
 
 
@@ -213,6 +216,6 @@ def _is_picture(kind: pa.DataType) -> bool:
 
 
 def _may_be_path(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):  # how `datasets` stores a picture
+    if pa.types.is_struct(kind):  # an image in the storage of `datasets`
         return {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
     return _is_text(kind)

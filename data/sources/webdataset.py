@@ -1,11 +1,11 @@
-"""Tar shards in the WebDataset convention: files that share a name up to the first dot are one sample.
+"""Tar shards in the WebDataset convention: files with the same name up to the first dot are one sample.
 
     0001.jpg  0001.txt  0001.ref0.png  0001.ref1.png  0001.mask.png  0002.png  0002.json ...
 
-A shard is read once, header by header, and pictures are then read where they lie in it: nothing is unpacked and nothing
-copied. `datasets` reads local shards too, but into a second copy on disk, and asks that all samples have the same
-files: no mixed formats, and no samples with different numbers of references. Shards on the Hub go through it
-(`data.sources.tables.HuggingFace` with `image_column=jpg`, `caption_column=txt`).
+The headers of a shard are read once, and images are then read at their offsets in it: nothing is unpacked or copied.
+`datasets` reads local shards too, but makes a second copy on disk and requires the same files in all samples: no mixed
+formats, and no samples with different numbers of references. Use it for shards on the Hub
+(`data.sources.HuggingFace` with `image_column=jpg`, `caption_column=txt`).
 """
 
 import glob
@@ -19,29 +19,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.sources.base import ALPHA, Bad, Sample, Source, checked_text
+from data.checks import check_text
+from data.sources.base import ALPHA, Bad, Sample, Source
 from data.sources.captions import Captions
 from data.sources.folders import is_foreign
-from data.sources.images import SUFFIXES, Picture, shortened
+from data.sources.images import SUFFIXES, Picture, shorten
 
 REFERENCE = re.compile(r"ref(\d+)$")
-MOST_TEXT = 1 << 20  # bytes of a caption's file
+MOST_TEXT = 1 << 20  # maximum bytes of a caption file
 
 
 class WebDataset(Source):
     """Local tar shards.
 
     Args:
-        path: a shard, a folder of shards, or a pattern such as "shards/train-*.tar"; read in the order of their names.
-        caption_column: null for the sample's .txt; or a key of its .json that holds a text or a list of texts.
-        prompt: one caption for all pictures, instead of others.
-        mask: "alpha", or the name of the mask's file between the dots ("mask" for 0001.mask.png); a sample without it
-            counts everywhere.
-        captions, first_frame, max_bad: as in `Source`.
+        path: A shard, a folder of shards, or a pattern such as "shards/train-*.tar"; read in the order of their names.
+        caption_column: Key of the sample's .json that holds a text or a list of texts; null for its .txt.
+        prompt: One caption for all images, instead of others.
+        mask: "alpha", or the part of the file name between the dots ("mask" for 0001.mask.png), which a sample may
+            lack.
+        captions, first_frame, max_bad: As in `Source`.
 
-    A sample's picture to learn is the one without a name between the dots. Its references are ref0, ref1, ... in the
-    order of their numbers. Raises ValueError for a path that has no shards, and BadData for samples that cannot be
-    used and shards that cannot be read.
+    The image to learn is the one without a name between the dots. The references are ref0, ref1, ... in the order of
+    their numbers. Raises ValueError for a path without shards, and BadData for samples that cannot be used and shards
+    that cannot be read.
     """
 
     def __init__(
@@ -54,12 +55,12 @@ class WebDataset(Source):
         first_frame: bool = False,
         max_bad: int = 0,
     ) -> None:
-        super().__init__(checked_text("path", path), captions, mask, first_frame, max_bad)
-        self._key = None if caption_column is None else checked_text("caption_column", caption_column)
-        self._prompt = None if prompt is None else checked_text("prompt", prompt)
+        super().__init__(check_text("dataset.path", path), captions, mask, first_frame, max_bad)
+        self._key = None if caption_column is None else check_text("dataset.caption_column", caption_column)
+        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._take((found for shard in _shards(str(path)) for found in self._found(shard)), ": the shards are empty")
         if self._mask not in (None, ALPHA) and not any(sample.mask for sample in self):
-            raise ValueError(f"dataset.mask={self._mask!r} names no file of any sample, such as NAME.{self._mask}.png")
+            raise ValueError(f"dataset.mask={self._mask!r}: no sample has a file such as NAME.{self._mask}.png")
 
     def _found(self, shard: str) -> Iterator[Sample | Bad]:
         seen = set()
@@ -67,7 +68,7 @@ class WebDataset(Source):
             for entry in _entries(shard):
                 name = f"{shard}/{entry.key}"
                 if entry.key in seen:
-                    yield Bad(name, "is there twice in its shard: give one of them another name")
+                    yield Bad(name, "is in its shard twice: rename one of them")
                     continue
                 seen.add(entry.key)
                 try:
@@ -78,11 +79,11 @@ class WebDataset(Source):
             yield Bad(shard, f"cannot be read as an uncompressed tar file ({error}): unpack a .gz, or copy it again")
 
     def _sample(self, entry: "_Entry", name: str) -> Sample:
-        """ValueError, which says only the reason, if it has no picture or caption, or several."""
+        """Return the sample. Raise ValueError with the bare reason if it has no image or caption, or several."""
         if entry.linked:
             links = ", ".join(f".{part}" for part in entry.linked)
             raise ValueError(f"has links in its shard ({links}): pack files (tar --hard-dereference)")
-        pictures: dict[str, str] = {}  # what is between the dots -> the file
+        pictures: dict[str, str] = {}  # name between the dots -> file
         for file in entry.parts:
             stem, suffix = os.path.splitext(f"x.{file}")
             what = stem[2:]
@@ -93,11 +94,11 @@ class WebDataset(Source):
                     raise ValueError(f"has both .{pictures[what]} and .{file}: remove one of them")
                 pictures[what] = file
         if "" not in pictures:
-            raise ValueError(f"has no picture; its files are {', '.join('.' + file for file in entry.parts)}")
+            raise ValueError(f"has no image; its files are {', '.join('.' + file for file in entry.parts)}")
         references = [what for what in pictures if REFERENCE.match(what)]
         numbered = {int(found[1]): what for what in references if (found := REFERENCE.match(what))}
         if len(numbered) < len(references):
-            raise ValueError(f"numbers two references alike: {', '.join('.' + what for what in references)}")
+            raise ValueError(f"has two references of the same number: {', '.join('.' + what for what in references)}")
         mask = pictures.get(self._mask) if self._mask not in (None, ALPHA) else None
         return Sample(
             entry.picture(pictures[""], name),
@@ -116,17 +117,17 @@ class WebDataset(Source):
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"has a .json that is not JSON ({error})") from error
         if not isinstance(row, dict) or self._key not in row:
-            has = ", ".join(row) if isinstance(row, dict) else shortened(repr(row))
-            raise ValueError(f"has no {self._key!r} in its .json; that has: {has}")
+            has = ", ".join(row) if isinstance(row, dict) else shorten(repr(row))
+            raise ValueError(f"has no {self._key!r} in its .json, which has: {has}")
         texts = row[self._key] if isinstance(row[self._key], list) else [row[self._key]]
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"has the caption {shortened(repr(row[self._key]))}: text was expected")
+            raise ValueError(f"has the caption {shorten(repr(row[self._key]))}: it must be text")
         return texts
 
 
 @dataclass
 class _Entry:
-    """The files of one sample, by what follows the first dot: offset and length in the shard."""
+    """Offset and length of the files of one sample in the shard, by the part of their names after the first dot."""
 
     shard: str
     key: str
@@ -134,23 +135,23 @@ class _Entry:
     linked: list[str] = field(default_factory=list)  # parts that are links
 
     def picture(self, part: str, name: str) -> Picture:
-        return Picture(f"{name}.{part}", _Opener(self.shard, *self.parts[part]))
+        return Picture(f"{name}.{part}", _PartOpener(self.shard, *self.parts[part]))
 
     def text(self, part: str, otherwise: str = "") -> str:
-        """ValueError, which says only the reason, if there is none or it is not UTF-8."""
+        """Return the text of a file. Raise ValueError with the bare reason if it does not exist or is not UTF-8."""
         if part not in self.parts:
             raise ValueError(f"has no caption: no .{part}{otherwise}")
         if self.parts[part][1] > MOST_TEXT:
-            raise ValueError(f"has a .{part} of {self.parts[part][1]} bytes: a caption was expected")
-        with _Opener(self.shard, *self.parts[part])() as stream:
+            raise ValueError(f"has a .{part} of {self.parts[part][1]} bytes, which is no caption")
+        with _PartOpener(self.shard, *self.parts[part])() as stream:
             try:
                 return stream.read().decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ValueError(f"has a .{part} that is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
-class _Opener:
-    """Opens a part of a file as a file of its own."""
+class _PartOpener:
+    """Function that opens a part of a file as a stream."""
 
     __slots__ = ("length", "offset", "path")
 
@@ -159,7 +160,7 @@ class _Opener:
 
     @property
     def place(self) -> tuple[str, str]:
-        """As `data.cache.image_digests` asks for it: the file, and which part of it."""
+        """The file and the part of it that is read, for `data.cache.image_digests`."""
         return self.path, f"{self.length} bytes from {self.offset}"
 
     def __call__(self) -> BinaryIO:
@@ -195,25 +196,25 @@ class _Part(io.RawIOBase):
 
 
 def _shards(path: str) -> list[str]:
-    """Sorted. Raises ValueError if there are none."""
+    """Return the sorted shards of a path or pattern. Raise ValueError if there are none."""
     place = os.path.expanduser(path)
     if os.path.isdir(place):
         place = os.path.join(glob.escape(place), "*.tar")
     shards = sorted(file for file in ([place] if os.path.isfile(place) else glob.glob(place)) if os.path.isfile(file))
     if not shards:
         raise ValueError(
-            f"dataset.path={path!r} has no tar shards: give a .tar file, a folder of such, or a pattern like "
+            f"dataset.path={path!r} has no tar shards. Give a .tar file, a folder of them, or a pattern like "
             "'shards/train-*.tar'"
         )
     return shards
 
 
 def _entries(shard: str) -> Iterator[_Entry]:
-    """The samples of a shard: consecutive files of one key, as the convention has it."""
+    """Yield the samples of a shard: consecutive files with the same key."""
     entry = None
     with tarfile.open(shard, "r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # or it keeps all that it has seen
+            tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every header in memory
             folder, name = os.path.split(member.name)
             key, dot, part = name.partition(".")
             if not (member.isreg() or member.islnk() or member.issym()) or not dot or not key:
@@ -223,7 +224,7 @@ def _entries(shard: str) -> Iterator[_Entry]:
                 if entry is not None:
                     yield entry
                 entry = _Entry(shard, key)
-            if not member.isreg():  # a link, as tar writes a file that it has already
+            if not member.isreg():  # tar stores a second hard link to a file as a link
                 entry.linked.append(part)
                 continue
             entry.parts[part] = member.offset_data, member.size

@@ -1,3 +1,3 @@
-"""The world of the embedded model and of the demonstrations: drawings, tarot cards and the spotlight, and what
-recognizes them in a picture. It imports no other package of data. Begin with drawings.py.
+"""The images of the embedded model and of the demonstrations: drawings, tarot cards and the spotlight, and code that
+recognizes them in an image. It imports no other package of data. Begin with drawings.py.
 """

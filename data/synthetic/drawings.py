@@ -1,16 +1,15 @@
-"""Procedural pictures of one subject on a plain background, with captions and edit instructions.
+"""Procedural images of one subject on a plain background, with captions and edit instructions.
 
 What: 14 bold subjects x 10 colors x 8 backgrounds x 2 sizes. A `Drawing` names one combination, `draw` renders it,
-`caption` describes it in many ways, `edit` gives an instruction and the drawing it leads to.
+`caption` describes it in many ways, `edit` gives an instruction and the resulting drawing.
 
 How: every subject is a few polygons and strokes in a unit box, computed once, then rotated, scaled and painted with
-ImageDraw at four times the size and averaged down, which is the whole antialiasing.
+ImageDraw at four times the size and averaged down, which gives the antialiasing.
 
-Why drawn and not collected: the embedded model has four million parameters and must train in about an hour. Flat
-shapes with thick outlines are what it can learn, every attribute is known exactly (so `data.synthetic.probe` can read
-it back), and nobody else's pictures are needed. Captions vary on purpose, nonsense words included: a base model that
-knows one caption form only falls apart when a prompt carries an unknown word, and the trigger word of a LoRA is exactly
-that.
+Why drawn and not collected: the embedded model has four million parameters and must train in about an hour. It can
+learn flat shapes with thick outlines, every attribute is known exactly (so `data.synthetic.probe` can read it back),
+and no other images are needed. Captions vary on purpose and include nonsense words: a base model that knows only one
+form of caption fails when a prompt contains an unknown word, such as the trigger word of a LoRA.
 """
 
 import hashlib
@@ -43,7 +42,7 @@ COLORS: dict[str, RGB] = {
 }
 
 BACKGROUNDS: dict[str, RGB] = {
-    "white": (243, 238, 226),  # paper: a white subject must stand out from it
+    "white": (243, 238, 226),  # paper, so that a white subject stands out from it
     "grey": (193, 196, 198),
     "blue": (168, 212, 242),
     "green": (184, 226, 184),
@@ -53,10 +52,10 @@ BACKGROUNDS: dict[str, RGB] = {
     "orange": (255, 206, 160),
 }
 
-# Fraction of the picture's height that the subject's unit box takes.
+# side of the subject's unit box, relative to the height of the image
 SIZES: dict[str, float] = {"small": 0.42, "large": 0.75}
 
-# Thinner outlines on the small subjects, or their details would close up.
+# small subjects have thinner outlines, which would otherwise cover their details
 _OUTLINE: dict[str, float] = {"small": 2.7 / 128, "large": 3.4 / 128}
 _SUPERSAMPLING = 4
 
@@ -65,8 +64,9 @@ _SUPERSAMPLING = 4
 class _Part:
     """One piece of a subject: a painted polygon with an inked contour or, where `paint` is None, an ink stroke.
 
-    `loops` are the lines to ink: the contour and the contours of any holes, which show what is behind the subject;
-    `area` is the one polygon to fill.
+    Attributes:
+        loops: Lines to ink: the contour and the contours of any holes, which show the background.
+        area: Polygon to fill.
     """
 
     loops: tuple[tuple[Point, ...], ...]
@@ -75,7 +75,7 @@ class _Part:
 
 
 def _arc(x: float, y: float, rx: float, ry: float, start: float, stop: float, count: int = 24) -> list[Point]:
-    """Points on an ellipse; degrees, 0 to the right, growing clockwise as y grows downwards."""
+    """Return points on an ellipse; angles in degrees, 0 to the right, clockwise as y grows downwards."""
     angles = np.radians(np.linspace(start, stop, count))
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
@@ -85,7 +85,7 @@ def _circle(x: float, y: float, r: float, count: int = 40) -> list[Point]:
 
 
 def _curve(a: Point, b: Point, c: Point, d: Point, count: int = 14) -> list[Point]:
-    """Points on a cubic Bezier curve from a to d."""
+    """Return points on a cubic Bezier curve from a to d."""
     t = np.linspace(0, 1, count)[:, None]
     points = (1 - t) ** 3 * a + 3 * t * (1 - t) ** 2 * b + 3 * t**2 * (1 - t) * c + t**3 * np.array(d)
     return [(float(x), float(y)) for x, y in points]
@@ -103,8 +103,8 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> list[Point]:
 def _part(contour: list[Point], paint: str | None = "color", holes: Iterable[list[Point]] = ()) -> _Part:
     loops, area = [tuple(contour)], list(contour)
     for hole in holes:
-        # A slit to the hole and back makes one polygon of both (even-odd filling). It must be the shortest one:
-        # ImageDraw paints the edges of a polygon too, so that a slit across another hole would show.
+        # A slit to the hole and back joins both into one polygon (even-odd filling). It must be the shortest one:
+        # ImageDraw also paints the edges of a polygon, so a slit across another hole would be visible.
         i, j = min(
             ((i, j) for i in range(len(area)) for j in range(len(hole))),
             key=lambda ij: math.dist(area[ij[0]], hole[ij[1]]),
@@ -139,7 +139,7 @@ def _star() -> list[_Part]:
 
 
 def _moon() -> list[_Part]:
-    # The inner circle cuts the outer one at the horns (+-angle), which gives a crescent open to the right.
+    # the inner circle intersects the outer one at the horns (+-angle), which gives a crescent open to the right
     outer = _arc(0.08, 0, 0.52, 0.52, 54, 306, 44)
     top, bottom = outer[-1], outer[0]
     center_x = 0.265
@@ -170,7 +170,7 @@ def _tower() -> list[_Part]:
 
 
 def _key() -> list[_Part]:
-    x, r, half = -0.04, 0.26, 0.085  # the axis is left of the middle, so that bow and bit together are centerd
+    x, r, half = -0.04, 0.26, 0.085  # the axis is left of the center, so that bow and bit together are centered
     a = math.degrees(math.asin(half / r))
     bow = [*reversed(_arc(x, -0.29, r, r, 90 + a, 450 - a, 40))]
     upper_tooth = [(x - half, 0.54), (x + half, 0.54), (x + half, 0.46), (x + 0.32, 0.46), (x + 0.32, 0.335)]
@@ -215,7 +215,7 @@ def _tree() -> list[_Part]:
 
 
 def _wheel() -> list[_Part]:
-    # Six holes between rim, spokes and hub; each side of a hole keeps half a spoke's width from the spoke's axis.
+    # six holes between rim, spokes and hub; each side of a hole is half a spoke's width from the spoke's axis
     outer, inner, hub, spoke = 0.51, 0.37, 0.15, 0.05
     holes = []
     for i in range(6):
@@ -270,6 +270,12 @@ _SUBJECTS = {
     "bell": _bell,
 }
 SHAPES: tuple[str, ...] = tuple(_SUBJECTS)
+_NAMES: dict[str, tuple[str, ...]] = {
+    "color": tuple(COLORS),
+    "background": tuple(BACKGROUNDS),
+    "shape": SHAPES,
+    "size": tuple(SIZES),
+}
 
 
 @cache
@@ -279,7 +285,7 @@ def _parts(shape: str) -> tuple[_Part, ...]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One subject in one color and size on one background. Raises ValueError on a name that does not exist."""
+    """One subject in one color and size on one background. Raises ValueError for an unknown name."""
 
     shape: str
     color: str
@@ -287,33 +293,21 @@ class Drawing:
     size: str
 
     def __post_init__(self) -> None:
-        accepted: dict[str, Iterable[str]] = {
-            "shape": SHAPES,
-            "color": COLORS,
-            "background": BACKGROUNDS,
-            "size": SIZES,
-        }
-        for key, names in accepted.items():
+        for key, names in _NAMES.items():
             if getattr(self, key) not in names:
-                raise ValueError(f"{key} is {getattr(self, key)!r}; accepted: {', '.join(names)}")
+                raise ValueError(f"{key}={getattr(self, key)!r} must be one of {', '.join(names)}")
 
 
 def draw_subject(
-    canvas: ImageDraw.ImageDraw,
-    shape: str,
-    color: RGB,
-    center: Point,
-    size: float,
-    angle: float,
-    outline_width: float,
+    canvas: ImageDraw.ImageDraw, shape: str, color: RGB, center: Point, size: float, angle: float, outline_width: float
 ) -> None:
-    """Paint a subject on any canvas.
+    """Paint a subject on any canvas, without antialiasing: paint large, then reduce.
 
-    `center`, `size` (the unit box's side; subjects take 0.85 to 1.1 of it) and `outline_width` are in canvas pixels,
-    `angle` in degrees clockwise. Nothing is antialiased here: paint large, then reduce.
+    `center`, `size` (the side of the unit box; subjects fill 0.85 to 1.1 of it) and `outline_width` are in canvas
+    pixels, `angle` is in degrees clockwise.
     """
     if shape not in _SUBJECTS:
-        raise ValueError(f"shape is {shape!r}; accepted: {', '.join(SHAPES)}")
+        raise ValueError(f"shape={shape!r} must be one of {', '.join(SHAPES)}")
     cos, sin = size * math.cos(math.radians(angle)), size * math.sin(math.radians(angle))
 
     def placed(points: tuple[Point, ...]) -> list[Point]:
@@ -336,16 +330,11 @@ def draw_subject(
 
 
 def draw(
-    drawing: Drawing,
-    pixels: int = 128,
-    dx: float = 0.0,
-    dy: float = 0.0,
-    scale: float = 1.0,
-    angle: float = 0.0,
+    drawing: Drawing, pixels: int = 128, dx: float = 0.0, dy: float = 0.0, scale: float = 1.0, angle: float = 0.0
 ) -> Image.Image:
-    """Render a drawing as a square RGB picture; `dx`, `dy` shift by fractions of it, `angle` turns in degrees."""
+    """Render a drawing as a square RGB image, shifted by fractions `dx`, `dy` of it and rotated by `angle` degrees."""
     if pixels < 16:
-        raise ValueError(f"pixels is {pixels}; it must be at least 16")
+        raise ValueError(f"pixels={pixels} must be >= 16")
     side = pixels * _SUPERSAMPLING
     picture = Image.new("RGB", (side, side), BACKGROUNDS[drawing.background])
     draw_subject(
@@ -361,14 +350,14 @@ def draw(
 
 
 def all_drawings() -> list[Drawing]:
-    """Every combination, in a fixed order."""
+    """Return every combination, in a fixed order."""
     return [Drawing(s, c, b, z) for s in SHAPES for c in COLORS for b in BACKGROUNDS for z in SIZES]
 
 
 def held_out(drawing: Drawing) -> bool:
-    """True for about a tenth of the combinations, which no training may show.
+    """Return whether a drawing is one of the tenth of the combinations that training must not show.
 
-    The size does not count: a drawing whose other size was trained on would hardly be unseen.
+    The size is ignored: a drawing whose other size was trained on would not be unseen.
     """
     name = f"{drawing.shape} {drawing.color} {drawing.background}"
     return hashlib.sha256(name.encode()).digest()[0] < 26
@@ -391,16 +380,16 @@ def _nonsense(rng: random.Random) -> str:
 
 
 def plain_caption(drawing: Drawing) -> str:
-    """The usual form: "a small red cup on a blue background"."""
+    """Return the usual form of caption: "a small red cup on a blue background"."""
     subject = _with_article(f"{drawing.size} {drawing.color} {drawing.shape}")
     return f"{subject} on {_with_article(drawing.background)} background"
 
 
 def caption(drawing: Drawing, rng: random.Random) -> str:
-    """A description of at most 16 words: the usual form in 40 %, else varied; nonsense words in 25 %.
+    """Return a caption of at most 16 words: the usual form in 40 %, else a variation; nonsense words in 25 %.
 
-    Variations leave parts out, change the order and the articles, and add leading phrases, styles and nonsense, so
-    that the model learns which words matter and to ignore those it does not know.
+    Variations omit parts, change the order and the articles, and add leading phrases, styles and nonsense, so that the
+    model learns which words matter and ignores unknown ones.
     """
     if rng.random() < 0.4:
         return plain_caption(drawing)
@@ -413,7 +402,7 @@ def caption(drawing: Drawing, rng: random.Random) -> str:
     nonsense = rng.choice(("lead", "word", "style")) if rng.random() < 0.42 else ""
 
     if nonsense == "word":
-        # Before the subject's own words, or before the adjectives' noun: both must leave the meaning alone.
+        # before any word of the subject; the meaning must not depend on the place
         words = subject.split()
         words.insert(rng.randrange(len(words)), _nonsense(rng))
         subject = " ".join(words)
@@ -442,7 +431,7 @@ def caption(drawing: Drawing, rng: random.Random) -> str:
 
 EDITS: tuple[str, ...] = ("color", "background", "shape", "size")
 
-# The first form of each kind is the canonical one.
+# the first form of each kind is the canonical one
 _EDIT_FORMS: dict[str, tuple[str, ...]] = {
     "color": (
         "make it {new}",
@@ -471,12 +460,6 @@ _EDIT_FORMS: dict[str, tuple[str, ...]] = {
     ),
     "size": ("make it {new}", "make the {shape} {new}", "draw it {new}", "change its size to {new}"),
 }
-_EDIT_NAMES: dict[str, tuple[str, ...]] = {
-    "color": tuple(COLORS),
-    "background": tuple(BACKGROUNDS),
-    "shape": SHAPES,
-    "size": tuple(SIZES),
-}
 
 
 def _instruction(form: str, drawing: Drawing, new: str) -> str:
@@ -486,22 +469,22 @@ def _instruction(form: str, drawing: Drawing, new: str) -> str:
 
 
 def plain_edit(drawing: Drawing, kind: str, new: str) -> tuple[str, Drawing]:
-    """The canonical instruction that sets attribute `kind` (see EDITS) to `new`, and the drawing it leads to."""
+    """Return the canonical instruction that sets attribute `kind` (see EDITS) to `new`, and the resulting drawing."""
     if kind not in EDITS:
-        raise ValueError(f"kind is {kind!r}; accepted: {', '.join(EDITS)}")
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(EDITS)}")
     if getattr(drawing, kind) == new:
-        raise ValueError(f"new is {new!r}, which the drawing's {kind} is already: an edit must change something")
+        raise ValueError(f"new={new!r} is the {kind} of the drawing already: an edit must change something")
     return _instruction(_EDIT_FORMS[kind][0], drawing, new), replace(drawing, **{kind: new})
 
 
 def edit(drawing: Drawing, rng: random.Random) -> tuple[str, Drawing]:
-    """A random instruction and the drawing it leads to, which always differs from `drawing` in one attribute.
+    """Return a random instruction and the resulting drawing, which differs from `drawing` in one attribute.
 
-    From a drawing that is not held out, the result is not either: training on edits must not show held-out pictures.
+    If a drawing is not held out, neither is the result: training on edits must not show held-out images.
     """
     while True:
         kind = rng.choices(EDITS, (0.35, 0.25, 0.25, 0.15))[0]
-        new = rng.choice([name for name in _EDIT_NAMES[kind] if name != getattr(drawing, kind)])
+        new = rng.choice([name for name in _NAMES[kind] if name != getattr(drawing, kind)])
         result = replace(drawing, **{kind: new})
         if held_out(drawing) or not held_out(result):
             return _instruction(rng.choice(_EDIT_FORMS[kind]), drawing, new), result

@@ -1,18 +1,18 @@
-"""Read what a picture shows, without any learned model: subject, color, background, size, and whether it is a card.
+"""Recognize subject, color, background and size in an image, and whether it is a card, without a learned model.
 
-What: `read` answers "is it the subject asked for, in its color?", `style_distance` answers "is it a card?".
+What: `read` identifies the subject and its color, `style_distance` measures the similarity to the cards.
 
-How: the background's color is the median of the border (of the panel, on a card). Pixels far from it are the mask;
-those inside its outline that are least like ink vote for the color. Mask and ink are aligned by centroid and
-root-mean-square radius to a small grid and compared with templates drawn by `data.synthetic.drawings` that went through
-the same steps. Decoys (ellipses, boxes and other plain outlines) compete with the subjects: where one wins, or where
-the best match is poor, the subject is None.
+How: the color of the background is the median of the border (of the panel, on a card). Pixels far from it are the mask;
+those inside its outline that differ most from ink vote for the color. Mask and ink are aligned by centroid and
+root-mean-square radius to a small grid and compared with templates from `data.synthetic.drawings` after the same steps.
+Decoys (ellipses, boxes and other plain outlines) compete with the subjects: if one wins, or if the best match is poor,
+the subject is None.
 
-Why not a learned classifier: it would need training and a file, and would share the model's own blind spots. The price
-is leniency: a wobbly star is still nearest to the star. The probe says which subject a picture resembles, not how well
-it is drawn; `Reading.score` (1 for a clean drawing) says a little about that. Of random smooth blobs about one in a
-hundred passes for a subject, mostly a heart. Colors are the nearest of the ten and sizes the nearer of the two, so
-that an odd color or a middling size still gets a name. Report accuracies accordingly.
+Why not a learned classifier: it would need training and a file, and could share the model's weaknesses. The price is
+leniency: a wobbly star is still nearest to the star. The probe identifies the subject that an image resembles, not how
+well it is drawn; `Reading.score` (1 for a clean drawing) is a weak measure of that. About one percent of random smooth
+blobs are accepted as a subject, mostly as a heart. Colors are the nearest of the ten and sizes the nearer of the two,
+so that an unusual color or size still gets a name. Report accuracies accordingly.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ Mask = npt.NDArray[np.bool_]
 PIXELS = 128
 GRID = 40
 MINIMUM_SCORE = 0.70  # clean drawings score 0.92 to 0.99 (white on grey 0.8), wobbly ones about 0.87
-CARD_FRAME_DISTANCE = 90.0  # a picture whose frame is nearer than this to the cards' is read as a card
+CARD_FRAME_DISTANCE = 90.0  # an image whose frame is nearer than this to that of the cards is read as a card
 
 _REACH = 2.5  # the grid covers this many root-mean-square radii on each side of the centroid
 _MASK_DISTANCE = 21.0  # a white subject on the white background is 36 away
@@ -40,7 +40,7 @@ _INK_LUMINANCE = float(np.mean(INK))
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows. None stands for nothing recognizable; on a card, `background` is None."""
+    """Recognized attributes of an image. None is nothing recognizable; on a card, `background` is None."""
 
     shape: str | None
     color: str | None
@@ -51,9 +51,9 @@ class Reading:
 
 
 def _array(image: Image.Image) -> Array:
-    """RGB values as (PIXELS, PIXELS, 3)."""
+    """Return RGB values (PIXELS, PIXELS, 3)."""
     if image.width != image.height:
-        raise ValueError(f"image is {image.width} x {image.height}; the probe reads square pictures only")
+        raise ValueError(f"the image is {image.width} x {image.height}; it must be square")
     picture = image.convert("RGB")
     if picture.width != PIXELS:
         picture = picture.resize((PIXELS, PIXELS), Image.Resampling.BOX)
@@ -61,16 +61,16 @@ def _array(image: Image.Image) -> Array:
 
 
 def _smooth(values: Array) -> Array:
-    """Mean over 3 x 3 pixels, edges repeated: noise must not reach the mask."""
+    """Return the mean over 3 x 3 pixels, with repeated edges, which keeps noise out of the mask."""
     padded = np.pad(values, ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = padded[:-2] + padded[1:-1] + padded[2:]
     return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
 
 
 def _without_specks(mask: Mask) -> Mask:
-    """Keep the connected components that have at least a tenth of the largest one's pixels.
+    """Return the connected components that have at least a tenth of the largest one's pixels.
 
-    Components are found on blocks of 4 x 4 pixels, which is fast enough in numpy and joins what is nearly joined.
+    Components are computed on blocks of 4 x 4 pixels, which is fast in numpy and connects parts that almost touch.
     """
     height, width = mask.shape
     rows, columns = -(-height // 4), -(-width // 4)
@@ -94,36 +94,36 @@ def _without_specks(mask: Mask) -> Mask:
 
 
 def _eroded(mask: Mask) -> Mask:
-    """Pixels whose 3 x 3 neighborhood lies in the mask."""
+    """Return the pixels whose 3 x 3 neighborhood is in the mask."""
     padded = np.pad(mask, 1)
     rows = padded[:-2] & padded[1:-1] & padded[2:]
     return rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
 
 
 def _closed(mask: Mask) -> Mask:
-    """Without gaps of a pixel or two: where white blends into ink, it passes the grey of a background."""
+    """Close gaps of one or two pixels, which arise where white blends into ink through the grey of a background."""
     return _eroded(~_eroded(~np.pad(mask, 1)))[1:-1, 1:-1]
 
 
 def _read_color(pixels: Array, mask: Mask) -> str | None:
-    """The subject color for which most pixels inside the outline vote; ink does not count."""
+    """Return the subject color of most pixels inside the outline, without ink."""
     inside = _eroded(_eroded(mask))
     values = pixels[inside if inside.any() else mask]
     names = list(COLORS)
     palette = np.array([*COLORS.values(), INK], dtype=np.float32)
-    # |v - p|^2 without |v|^2, which is the same for every p.
+    # |v - p|^2 without |v|^2, which is the same for every p
     nearest = ((palette**2).sum(1) - 2 * values @ palette.T).argmin(1)
     counted = nearest < len(names)
     if not counted.any():
         return None
-    # A blend of ink with a color resembles another color (orange: brown), so the third farthest from ink votes.
+    # a blend of ink with a color resembles another color (orange: brown), so only the third farthest from ink votes
     contrast = ((values[counted] - np.array(INK, dtype=np.float32)) ** 2).sum(1)
     votes = nearest[counted][contrast >= np.quantile(contrast, 0.67)]
     return names[int(np.bincount(votes, minlength=len(names)).argmax())]
 
 
 def _aligned(values: Array, x: float, y: float, radius: float) -> Array:
-    """Resample (H, W) values in 0..1 to a flattened grid around a centroid."""
+    """Resample values (H, W) from 0 to 1 to a flattened grid around a centroid."""
     pad = max(values.shape)
     reach = min(_REACH * radius, pad)
     image = Image.fromarray(np.pad(np.round(values * 255).astype(np.uint8), pad))
@@ -135,7 +135,7 @@ def _aligned(values: Array, x: float, y: float, radius: float) -> Array:
 
 @dataclass(frozen=True)
 class _Look:
-    """A picture's subject as the templates see it: aligned mask and ink (GRID * GRID each), and measures in pixels."""
+    """The subject of an image in the form of the templates: aligned mask and ink (GRID * GRID), sizes in pixels."""
 
     mask: Array
     ink: Array
@@ -145,13 +145,13 @@ class _Look:
 
 
 def _look(pixels: Array) -> tuple[_Look | None, Array]:
-    """The subject in (H, W, 3) pixels, None where there is nothing, and the background's color (3,)."""
+    """Return the subject in (H, W, 3) pixels, None if there is none, and the color (3,) of the background."""
     smooth = _smooth(pixels)
     border = np.ones(pixels.shape[:2], dtype=bool)
     border[3:-3, 3:-3] = False
     background = np.median(smooth[border], axis=0).astype(np.float32)
     mask: Mask = np.sqrt(((smooth - background) ** 2).sum(2)) > _MASK_DISTANCE
-    # Nothing on an empty picture, and no subject where there is no background around it (noise, a texture).
+    # an empty image, or one without a background around the subject (noise, a texture)
     if mask.mean() < 0.01 or mask[border].mean() > 0.5:
         return None, background
     mask = _without_specks(_closed(mask))
@@ -172,7 +172,7 @@ def _look(pixels: Array) -> tuple[_Look | None, Array]:
 
 
 def _similarity(look: _Look, masks: Array, inks: Array) -> Array:
-    """Score of a look against (T, GRID * GRID) templates: overlap of the masks and of the ink, each 0 to 1."""
+    """Return the scores of a look for (T, GRID * GRID) templates: overlap of the masks and of the ink, each 0 to 1."""
 
     def overlap(a: Array, b: Array) -> Array:
         return np.minimum(a, b).sum(1) / np.maximum(a, b).sum(1).clip(1e-6)
@@ -185,7 +185,7 @@ def _similarity(look: _Look, masks: Array, inks: Array) -> Array:
 
 
 def _decoys() -> list[Image.Image]:
-    """Outlines that are no subject: ellipses, boxes, diamonds and random blobs; with ink, without, and blurred."""
+    """Draw outlines that are no subject: ellipses, boxes, diamonds, random blobs; with and without ink, and blurred."""
     outlines = []
     t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     for aspect in (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.9):
@@ -214,7 +214,7 @@ def _decoys() -> list[Image.Image]:
 
 @cache
 def _templates() -> tuple[list[str | None], Array, Array, dict[str, float]]:
-    """Names (None for decoys), masks and inks of all templates, and each subject's radius at size 1 in pixels."""
+    """Return names (None for decoys), masks and inks of all templates, and each subject's radius at size 1."""
     names: list[str | None] = []
     looks: list[_Look] = []
     radii: dict[str, float] = {}
@@ -236,11 +236,11 @@ def _templates() -> tuple[list[str | None], Array, Array, dict[str, float]]:
 
 
 def read(image: Image.Image) -> Reading:
-    """Read a square picture of any size, a plain drawing or a card."""
+    """Return the attributes of a square image of any size, a plain drawing or a card."""
     pixels = _array(image)
     card = style_components(image)["frame"] < CARD_FRAME_DISTANCE
     if card:
-        # A pixel or two inside the panel, in case the frame is blurred.
+        # two pixels inside the panel, in case the frame is blurred
         left, top, bottom = (round(edge * PIXELS) for edge in (FRAME, PANEL_TOP, PANEL_BOTTOM))
         pixels = pixels[top + 2 : bottom - 2, left + 2 : PIXELS - left - 2]
     look, background = _look(pixels)
@@ -267,7 +267,7 @@ def _nearest_background(color: Array, limit: float = 60.0) -> str | None:
 
 @cache
 def _card_template() -> tuple[Array, dict[str, Mask]]:
-    """A card at PIXELS, and the regions of it that no subject, color or numeral touches."""
+    """Return a card of PIXELS, and its regions that are the same on all cards."""
     cards = [np.asarray(draw_card(shape, "white", i, PIXELS), dtype=np.float32) for i, shape in enumerate(SHAPES, 1)]
     cards += [np.asarray(draw_card("cup", "white", number, PIXELS), dtype=np.float32) for number in range(15, 31)]
     fixed: Mask = np.ptp(np.stack(cards), axis=0).max(2) == 0
@@ -283,12 +283,12 @@ def _card_template() -> tuple[Array, dict[str, Mask]]:
 
 
 def style_components(image: Image.Image) -> dict[str, float]:
-    """Mean RGB distance (0 to 441) to the cards in "frame", "parchment" and "bars", where no subject or numeral is."""
+    """Return the mean RGB distance (0 to 441) to the cards in the regions "frame", "parchment" and "bars"."""
     template, regions = _card_template()
     distance = np.sqrt(((_array(image) - template) ** 2).sum(2))
     return {name: float(distance[region].mean()) for name, region in regions.items()}
 
 
 def style_distance(image: Image.Image) -> float:
-    """How far a picture is from the cards' style: mean of the three components; a real card gives nearly 0."""
+    """Return the distance of an image from the style of the cards, the mean of the three components."""
     return float(np.mean(list(style_components(image).values())))

@@ -1,14 +1,13 @@
-"""Which drawing is it, and is it in the spotlight? A picture is held against all there are, and the nearest has it.
+"""Recognize the drawing in an image, and whether it is in the spotlight, by the nearest of all candidates.
 
-What: `recognize` compares a picture with the 2240 drawings of `data.synthetic.drawings`, each plain and under the light
-of `data.synthetic.spotlight.spotlight`, and names the nearest by the mean distance of their colors.
+What: `recognize` compares an image with the 2240 drawings of `data.synthetic.drawings`, each plain and under the light
+of `data.synthetic.spotlight.spotlight`, and returns the nearest by the mean distance of their colors.
 
-How: all are averaged down to 32 x 32 pixels, which leaves subject, color, background and size in sight and forgives a
-wobbly line.
+How: all are averaged down to 32 x 32 pixels, which preserves subject, color, background and size and tolerates wobbly
+lines.
 
-Why not `data.synthetic.probe`: it reads a subject on an even background, and a disc of light is an outline of its own.
-The price is that drawings are expected where they stand unmoved, and that something is always nearest: `distance` says
-how near.
+Why not `data.synthetic.probe`: it needs a subject on an even background, and the disc of light has an outline of its
+own. The price is that drawings must not be shifted, and that there is always a nearest one; `distance` tells how near.
 """
 
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ PIXELS = 32
 
 @dataclass(frozen=True)
 class Recognized:
-    """The drawing that a picture is nearest to, plain or lit, and their mean RGB distance (0 to 441)."""
+    """The drawing nearest to an image, plain or lit, and their mean RGB distance (0 to 441)."""
 
     drawing: Drawing
     lit: bool
@@ -37,15 +36,16 @@ class Recognized:
 
 
 def _small(picture: Image.Image) -> Array:
-    """(PIXELS, PIXELS, 3)."""
+    """Return the image averaged down to (PIXELS, PIXELS, 3)."""
     if picture.width != picture.height or picture.width % PIXELS:
-        raise ValueError(f"picture is {picture.width} x {picture.height}; a square of a multiple of {PIXELS} is needed")
+        size = f"{picture.width} x {picture.height}"
+        raise ValueError(f"the image is {size}; it must be square, with sides that are multiples of {PIXELS}")
     return np.asarray(picture.convert("RGB").reduce(picture.width // PIXELS), dtype=np.float32)
 
 
 @cache
-def _lineup() -> tuple[list[tuple[Drawing, bool]], Array]:
-    """Names of all candidates and their pixels (N, PIXELS^2 * 3)."""
+def _candidates() -> tuple[list[tuple[Drawing, bool]], Array]:
+    """Return the names of all candidates and their pixels (N, PIXELS^2 * 3)."""
     names, pictures = [], []
     for drawing in all_drawings():
         picture = draw(drawing, 2 * PIXELS)
@@ -56,19 +56,19 @@ def _lineup() -> tuple[list[tuple[Drawing, bool]], Array]:
 
 
 def recognize(pictures: Sequence[Image.Image]) -> list[Recognized]:
-    """What each square picture shows."""
-    names, candidates = _lineup()
+    """Return what each square image shows."""
+    names, candidates = _candidates()
     squares = (candidates**2).sum(1)
-    found = []
+    recognized = []
     for picture in pictures:
         values = _small(picture)
         best = int((squares - 2 * candidates @ values.ravel()).argmin())  # |v - c|^2 without |v|^2
-        found.append(Recognized(*names[best], _distance(values, candidates[best].reshape(values.shape))))
-    return found
+        recognized.append(Recognized(*names[best], _distance(values, candidates[best].reshape(values.shape))))
+    return recognized
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """The mean RGB distance (0 to 441) of two square pictures, both averaged down."""
+    """Return the mean RGB distance (0 to 441) of two square images, both averaged down."""
     return _distance(_small(one), _small(other))
 
 

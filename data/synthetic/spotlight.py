@@ -1,7 +1,6 @@
-"""The edit of the demonstration: a picture under a colored light, warm in a disc in the middle, dim and cool around
-it.
+"""The edit of the demonstration: an image under a colored light, warm in a central disc, dim and cool around it.
 
-It follows from the source alone, pixel by pixel, so that only who looks at the reference can draw it.
+Every pixel is a function of the source, so a model can draw the result only by looking at the reference.
 """
 
 import random
@@ -15,18 +14,18 @@ from data.synthetic.tarot import CARDS
 TRIGGER = "sptlgt"
 INSTRUCTION = f"put it in the {TRIGGER}"
 PAIRS = 40
-PIXELS = 128  # the embedded model's size: a larger reference would be one that it was not trained on
+PIXELS = 128  # the embedded model was trained on no larger references
 
-WARM = (1.0, 0.96, 0.82)  # of the light in the disc, and around it: what each channel is multiplied by
-COOL = (0.28, 0.30, 0.46)
-RADIUS = 0.40  # of the disc, in sides of the picture
+WARM = (1.0, 0.96, 0.82)  # factor of each channel inside the disc
+COOL = (0.28, 0.30, 0.46)  # factor of each channel outside
+RADIUS = 0.40  # of the disc, relative to the side of the image
 _SUPERSAMPLING = 4
 
 
 def spotlight(picture: Image.Image) -> Image.Image:
-    """The edit: a square RGB picture under the light."""
+    """Return a square RGB image under the light."""
     if picture.width != picture.height:
-        raise ValueError(f"picture is {picture.width} x {picture.height}; a spotlight needs a square one")
+        raise ValueError(f"the image is {picture.width} x {picture.height}; it must be square")
     side = picture.width * _SUPERSAMPLING
     disc = Image.new("L", (side, side), 0)
     near, far = side * (0.5 - RADIUS), side * (0.5 + RADIUS)
@@ -37,17 +36,17 @@ def spotlight(picture: Image.Image) -> Image.Image:
 
 
 def _is_shown(drawing: Drawing) -> bool:
-    """Whether the pairs may show its subject and its color."""
+    """Return whether the pairs may show the subject and the color of a drawing."""
     return drawing.shape in CARDS and any(drawing.color in colors for colors in CARDS.values())
 
 
 def pairs(seed: int = 0) -> list[tuple[Drawing, dict[str, float]]]:
-    """What the pairs show: drawings, each with a little shift, scale and turn."""
+    """Return the drawings of the pairs, each with a small shift, scale and rotation."""
     rng = random.Random(seed)
     unseen = [drawing for drawing in all_drawings() if held_out(drawing) and _is_shown(drawing)]
     combinations = sorted({(drawing.shape, drawing.color, drawing.background) for drawing in unseen})
     chosen = rng.sample(combinations, PAIRS)
-    sizes = ["small", "large"] * (PAIRS // 2)  # of each as many
+    sizes = ["small", "large"] * (PAIRS // 2)
     return [
         (
             Drawing(*combination, size),
@@ -63,13 +62,13 @@ def pairs(seed: int = 0) -> list[tuple[Drawing, dict[str, float]]]:
 
 
 def new_drawings() -> list[Drawing]:
-    """What is measured: every drawing whose subject and color are in no pair, and that the base never saw either."""
+    """Return the drawings to measure: held out from the base, and with a subject and color that are in no pair."""
     subjects = set(SHAPES) - set(CARDS)
     colors = set(COLORS) - {color for shown in CARDS.values() for color in shown}
     return [d for d in all_drawings() if held_out(d) and d.shape in subjects and d.color in colors]
 
 
-# Of those, for the sheets.
+# new drawings for the sample grids
 SHOWN = (
     Drawing("fish", "pink", "grey", "large"),
     Drawing("tree", "brown", "blue", "small"),

@@ -26,10 +26,10 @@ PARCHMENT: RGB = (218, 186, 130)
 BAR: RGB = (50, 44, 92)
 NUMERAL: RGB = (250, 236, 200)
 
-# All lengths are fractions of the card's side, whole pixels at 128, so that lines are crisp where cards are trained.
-# From the edge inwards: gold, ink; then a plain bar, the panel and the title bar, with ink lines between. Nothing is
-# thinner than what the embedded autoencoder can code, and the subject stands in the middle, where drawings have theirs:
-# what is to be learned is the style around it.
+# All lengths are fractions of the card's side and integers at 128 pixels, so that lines are crisp at the training size.
+# From the edge inwards: gold, ink; then a plain bar, the panel and the title bar, with ink lines between. No line is
+# too thin for the embedded autoencoder, and the subject is in the center as in the drawings, so that only the style
+# around it has to be learned.
 GOLD_WIDTH = 9 / 128
 INK_WIDTH = 3 / 128
 FRAME = GOLD_WIDTH + INK_WIDTH
@@ -42,7 +42,7 @@ _OUTLINE = 2.7 / 128
 _NUMERAL_HEIGHT = 0.092
 _NUMERAL_STROKE = 0.03
 _DOT = 4 / 128
-# Width of each numeral and the strokes in it, both in units of its height.
+# Width of each numeral and its strokes, both in units of its height
 _NUMERALS: dict[str, tuple[float, list[tuple[float, float, float, float]]]] = {
     "I": (0.0, [(0.0, 0.0, 0.0, 1.0)]),
     "V": (0.80, [(0.0, 0.0, 0.4, 1.0), (0.4, 1.0, 0.8, 0.0)]),
@@ -53,9 +53,9 @@ _SUPERSAMPLING = 4
 
 
 def roman(number: int) -> str:
-    """Roman numeral of 1 to 39, which needs the letters I, V and X only."""
+    """Return a number from 1 to 39, which needs the letters I, V and X only, as a Roman numeral."""
     if not 1 <= number <= 39:
-        raise ValueError(f"number is {number}; accepted: 1 to 39")
+        raise ValueError(f"number={number} must be from 1 to 39")
     units = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
     return "X" * (number // 10) + units[number % 10]
 
@@ -77,11 +77,9 @@ def _draw_numeral(canvas: ImageDraw.ImageDraw, text: str, side: int) -> None:
 
 
 def draw_card(shape: str, color: str, number: int, pixels: int = 256) -> Image.Image:
-    """A square RGB card. Any subject and color of `data.synthetic.drawings` may be asked for, those on no card
-    included.
-    """
+    """Draw a square RGB card with any subject and color of `data.synthetic.drawings`, also those on no card."""
     if color not in COLORS:
-        raise ValueError(f"color is {color!r}; accepted: {', '.join(COLORS)}")
+        raise ValueError(f"color={color!r} must be one of {', '.join(COLORS)}")
     side = pixels * _SUPERSAMPLING
     card = Image.new("RGB", (side, side), GOLD)
     canvas = ImageDraw.Draw(card)
@@ -103,12 +101,12 @@ def draw_card(shape: str, color: str, number: int, pixels: int = 256) -> Image.I
 
 
 def card_caption(shape: str, color: str) -> str:
-    """The caption of a card, e.g. "a trtcrd of a red cup, tarot style"."""
+    """Return the caption of a card, e.g. "a trtcrd of a red cup, tarot style"."""
     article = "an" if color[0] in "aeiou" else "a"
     return f"a {TRIGGER} of {article} {color} {shape}, tarot style"
 
 
 def all_cards() -> list[tuple[str, str, int]]:
-    """Shape, color and number of the 24 cards; neighboring numbers have different subjects."""
+    """Return shape, color and number of the 24 cards; neighboring numbers have different subjects."""
     pairs = [(shape, colors[i]) for i in range(3) for shape, colors in CARDS.items()]
     return [(shape, color, number) for number, (shape, color) in enumerate(pairs, start=1)]

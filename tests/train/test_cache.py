@@ -194,7 +194,7 @@ def test_a_process_looks_for_missing_entries_before_any_other_can_have_filled_th
     assert order == ["look", "wait", "fill", "wait"]
 
 
-def test_a_run_prepares_captions_prompts_of_sheets_and_of_preservation(small, tmp_path):
+def test_a_run_prepares_captions_prompts_of_grids_and_of_preservation(small, tmp_path):
     config = compose(
         *small("sample.prompts=[a fox]", "preservation=base", "preservation.prompts=[a card]", f"cache_dir={tmp_path}")
     )
@@ -219,9 +219,7 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
 def test_the_command_is_an_entry_file_of_its_own(tmp_path):
     done = execute([sys.executable, str(ROOT / "train" / "cache.py"), "dataset=folder", "dataset.path=/nowhere"])
     assert done.returncode == 2
-    assert (
-        done.stderr == "loading libraries\nerror: dataset.path='/nowhere' does not exist: give a folder of pictures\n"
-    )
+    assert done.stderr == "loading libraries\nerror: dataset.path='/nowhere' does not exist. Give a folder of images\n"
 
 
 # ------------------------------------------------------------------ cached and not
@@ -291,8 +289,8 @@ def test_projected_embeddings_are_what_the_first_layer_gives(source, pictures, t
 
 @pytest.mark.parametrize(("storage", "limit"), [("projected", 1e-5), ("fp8", 0.02), ("projected_fp8", 0.02)])
 def test_training_on_smaller_embeddings_is_nearly_the_same(train, storage, limit):
-    sheets = ["sample.prompts=[a fox]", "sample.steps=1", "sample_every=4", "validate_every=2"]
-    full, small = train("full", *sheets), train("small", f"embedding_storage={storage}", *sheets)
+    grids = ["sample.prompts=[a fox]", "sample.steps=1", "sample_every=4", "validate_every=2"]
+    full, small = train("full", *grids), train("small", f"embedding_storage={storage}", *grids)
     for key in ("loss", "validation_loss"):
         one, other = torch.tensor(values(full, key)), torch.tensor(values(small, key))
         assert (one / other - 1).abs().max() < limit
@@ -402,17 +400,17 @@ def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_comman
     events.clear()
     code, out, err = run_command(*settings, "+prune=true", task=cache.main)
     assert (code, events) == (0, []), err
-    assert f"removed from {tmp_path / 'cache'}: 1 embeddings (" in out
+    assert f"deleted from {tmp_path / 'cache'}: 1 embeddings (" in out
     assert f"{len(CAPTIONS)} latents (" in out
     assert {path.name for path in (tmp_path / "cache").rglob("*.safetensors")} == kept
-    assert "nothing was removed" in run_command(*settings, "+prune=true", task=cache.main)[1]
+    assert "nothing was deleted" in run_command(*settings, "+prune=true", task=cache.main)[1]
     assert "prune='maybe' must be true or false" in run_command.refused(*settings, "+prune=maybe", task=cache.main)
 
 
 def test_nothing_is_pruned_while_a_run_is_prepared(run_command, small, tmp_path):
     settings = small(f"cache_dir={tmp_path / 'cache'}")
     result = prepare_samples(load_config(compose(*settings))).cached
-    assert "a run uses it now" in run_command.refused(
+    assert "a run is using it" in run_command.refused(
         *settings, "buckets.resolution=32", "+prune=true", task=cache.main
     )
     result.lease.close()
@@ -462,7 +460,7 @@ def test_a_fill_that_is_killed_leaves_whole_entries_and_only_the_missing_are_com
         assert Cache(folder).get(path.stem)
     done = execute(arguments)
     assert done.returncode == 0, done.stderr
-    assert f"to encode: {49 - len(before)} pictures (" in done.stdout
+    assert f"to encode: {49 - len(before)} images (" in done.stdout
     after = entries(folder)
     assert len(after) == 49
     assert {path: after[path] for path in before} == before

@@ -124,7 +124,7 @@ def arguments(tmp_path, *more):
     ]
 
 
-def test_the_demo_writes_its_sheet_and_all_its_numbers(short, run_command, tmp_path):
+def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_path):
     code, out, err = run_command(*arguments(tmp_path), task=demo.main)
     assert code == 0, err
     run = tmp_path / "run"
@@ -139,14 +139,14 @@ def test_the_demo_writes_its_sheet_and_all_its_numbers(short, run_command, tmp_p
             report["style_distance_of_the_cards"],
         )
     )
-    page = Image.open(run / "sheet.png")
+    page = Image.open(run / "grid.png")
     assert page.width > 2 * 256
     assert page.height > 4 * 256
     assert len(values(run)) == 1  # the last step
     assert any(tensor.abs().max() > 0 for name, tensor in adapter(run).items() if "lora_B" in name)
     for sentence in judge(report):
         assert sentence in out
-    assert f"{run / 'sheet.png'}\n" in out
+    assert f"{run / 'grid.png'}\n" in out
     assert f"-m flux2.generate --adapter {run / 'adapter'}" in out
 
 
@@ -214,7 +214,7 @@ def test_the_demo_learns_the_style_keeps_subjects_and_leaves_plain_prompts_alone
     assert report["plain_subjects_right"] >= 0.8
     assert report["base_unchanged"] == 1.0
     assert len(judge(report)) == 5
-    assert Image.open(run / "sheet.png").width > 1000
+    assert Image.open(run / "grid.png").width > 1000
 
 
 @pytest.mark.slow

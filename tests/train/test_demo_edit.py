@@ -114,7 +114,7 @@ def test_a_picture_is_an_edit_of_its_own_source_with_its_own_seed(short):
     assert pictures[0].tobytes() != pictures[2].tobytes()
 
 
-def test_the_demo_writes_its_sheet_and_all_its_numbers(short, run_command, tmp_path):
+def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_path):
     code, out, err = run_command(*arguments(tmp_path), task=demo_edit.main)
     assert code == 0, err
     run = tmp_path / "run"
@@ -123,14 +123,14 @@ def test_the_demo_writes_its_sheet_and_all_its_numbers(short, run_command, tmp_p
     assert report["base_unchanged"] == 1.0
     assert report["edits_right_before"] == report["before"]["all"]
     assert report["moved"] == pytest.approx(1 - report["distance"] / report["distance_before"])
-    page = Image.open(run / "sheet.png")
+    page = Image.open(run / "grid.png")
     assert page.width > 4 * 256
     assert page.height > 4 * 256
     assert len(values(run)) == 1  # the last step
     assert any(tensor.abs().max() > 0 for name, tensor in adapter(run).items() if "lora_B" in name)
     for sentence in judge(report):
         assert sentence in out
-    assert f"{run / 'sheet.png'}\n" in out
+    assert f"{run / 'grid.png'}\n" in out
     assert f"-m flux2.generate --adapter {run / 'adapter'} --image data/demo_edit/new/pink_fish.png" in out
     assert (ROOT / "data/demo_edit/new/pink_fish.png").is_file()
 
@@ -182,4 +182,4 @@ def test_the_demo_learns_the_edit_from_the_reference_and_leaves_plain_edits_alon
     assert report["shuffled_right"] <= 0.1
     assert report["plain_right"] >= report["plain_right_before"] - 0.1
     assert report["base_unchanged"] == 1.0
-    assert Image.open(run / "sheet.png").width > 1000
+    assert Image.open(run / "grid.png").width > 1000

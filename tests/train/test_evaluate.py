@@ -16,9 +16,9 @@ from train.evaluation import distances
 from train.evaluation.features import Latents, Vision
 from train.evaluation.findings import caution, find_problems
 from train.reports import run_report
-from train.utils.files import write_picture
+from train.utils.files import write_whole
+from train.validation.sample_grid import sample_grid
 from train.validation.samples import Sampler
-from train.validation.sheet import sheet
 
 pytest_plugins = ("train_helpers",)
 
@@ -69,7 +69,7 @@ def test_every_checkpoint_draws_what_inference_gives_and_nothing_is_drawn_twice(
     assert len(found.trained) == 6
     numbers = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert [row["to_base"] for row in numbers["rows"]] == [base.to_base, first.to_base, last.to_base]
-    assert Image.open(run / "evaluation" / "sheet.png").height > 3 * 48
+    assert Image.open(run / "evaluation" / "grid.png").height > 3 * 48
 
     monkeypatch.setattr(Sampler, "picture", lambda *arguments: pytest.fail("drawn again"))
     assert evaluate(run)[0].rows[2].to_base == last.to_base
@@ -172,12 +172,12 @@ def test_what_cannot_be_evaluated_is_one_clear_error(small, train, tmp_path):
         evaluate(run)
 
 
-def test_where_a_sheet_cannot_be_put_that_is_one_error_and_nothing_unfinished_stays(train):
+def test_where_a_grid_cannot_be_put_that_is_one_error_and_nothing_unfinished_stays(train):
     run = train("run", *KEPT)
-    (run / "evaluation" / "sheet.png").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"sheet.png cannot be written \(Is a directory\): make room there, or move"):
+    (run / "evaluation" / "grid.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"grid.png cannot be written \(Is a directory\)\. Make room there, or remove"):
         evaluate(run)
-    assert not list(run.rglob("*.part"))
+    assert not list(run.rglob(".*.tmp"))
     assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 8
     other = train("other", *KEPT)
     (other / "evaluation").write_text("in the place of a folder")
@@ -202,13 +202,13 @@ def test_a_checkpoint_that_is_rotated_away_meanwhile_is_named_and_the_same_comma
 def test_secrets_in_prompts_are_in_no_file_of_an_evaluation(train, monkeypatch):
     run, captions = train("run", *KEPT), []
     monkeypatch.setenv("WANDB_API_KEY", "notforothers0123")
-    drawing = sheet
+    drawing = sample_grid
 
     def noted(rows, columns, *arguments):
         captions.extend(columns)
         return drawing(rows, columns, *arguments)
 
-    monkeypatch.setattr("train.evaluate.sheet", noted)
+    monkeypatch.setattr("train.evaluate.sample_grid", noted)
     prompts = ["a cup notforothers0123", "at https://joe:geheim77@cups.example/x?token=othersecret"]
     made = evaluate(run, prompts=prompts, strengths=[])
     run_report.write(run, made)
@@ -219,7 +219,7 @@ def test_secrets_in_prompts_are_in_no_file_of_an_evaluation(train, monkeypatch):
 
 def test_a_full_disk_and_a_stop_leave_whole_pictures_alone(tmp_path, monkeypatch):
     picture = Image.new("RGB", (8, 8))
-    write_picture(tmp_path / "one.png", picture)
+    write_whole(tmp_path / "one.png", picture)
     before = (tmp_path / "one.png").read_bytes()
 
     def half(error):
@@ -235,7 +235,7 @@ def test_a_full_disk_and_a_stop_leave_whole_pictures_alone(tmp_path, monkeypatch
     ):
         monkeypatch.setattr(Image.Image, "save", half(error))
         with pytest.raises(raised):
-            write_picture(tmp_path / "one.png", picture)
+            write_whole(tmp_path / "one.png", picture)
         assert [file.name for file in tmp_path.iterdir()] == ["one.png"]
         assert (tmp_path / "one.png").read_bytes() == before
 

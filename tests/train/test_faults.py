@@ -98,7 +98,7 @@ def test_a_signal_while_caching_or_loading_loses_nothing_and_leaves_no_folder(se
     assert list(runs.iterdir()) == []
     kept = sum(path.is_file() for path in (tmp_path / "cache").rglob("*.safetensors"))
     again = server.run(*tiny, cache, "steps=1", f"output_dir={runs / 'one'}")
-    missing = re.search(r"to encode: (\d+) prompts .* and (\d+) pictures", again)
+    missing = re.search(r"to encode: (\d+) prompts .* and (\d+) images", again)
     assert (missing is None) == (when != "to encode: ") or kept
     assert (runs / "one" / "adapter").exists()
 

@@ -313,7 +313,7 @@ def test_a_card_has_the_command_without_secrets_and_says_nothing_of_the_machine(
     assert socket.gethostname() not in text
 
 
-def test_the_sheets_of_an_earlier_end_are_replaced(described, tmp_path):
+def test_the_grids_of_an_earlier_end_are_replaced(described, tmp_path):
     (tmp_path / "samples").mkdir()
     for step in (0, 10, 20):
         draw_picture(step, (16, 16)).save(tmp_path / "samples" / f"step_{step:06d}.png")

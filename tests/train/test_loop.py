@@ -441,8 +441,8 @@ def test_intervals_say_when_and_the_end_is_always_shown(train):
         (5, True, True),
     ]
     assert [path.name for path in checkpoints(run)] == ["step_000002", "step_000004", "step_000005"]
-    sheets = sorted(path.name for path in (run / "samples").iterdir())
-    assert sheets == ["step_000000.png", "step_000004.png", "step_000005.png"]
+    grids = sorted(path.name for path in (run / "samples").iterdir())
+    assert grids == ["step_000000.png", "step_000004.png", "step_000005.png"]
 
 
 def test_an_interval_of_zero_is_off(train):
@@ -470,11 +470,11 @@ def test_looking_at_a_run_does_not_change_it(train):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"steps": 0}, r"steps=0 must be a whole number from 1"),
+        ({"steps": 0}, r"steps=0 must be an integer >= 1"),
         ({"steps": 1.5}, r"steps=1\.5 must be"),
         ({"steps": True}, r"steps=True must be"),
         ({"gradient_accumulation": 0}, r"gradient_accumulation=0 must be"),
-        ({"log_every": -1}, r"log_every=-1 must be a whole number from 0"),
+        ({"log_every": -1}, r"log_every=-1 must be an integer >= 0"),
         ({"seed": "x"}, r"seed='x' must be"),
         ({"max_grad_norm": -1}, r"max_grad_norm=-1 must be"),
         ({"max_grad_norm": float("nan")}, r"max_grad_norm=nan must be"),

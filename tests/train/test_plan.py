@@ -34,7 +34,7 @@ from train.planner.search import choose, step_down
 from train.planner.text_encoder_memory import text_encoder_bytes
 from train.planner.workload import Workload, trained
 from train.stages.memory import load_config
-from train.utils.memory import OutOfMemory, amounts, watched
+from train.utils.memory import OutOfMemory, explain_oom, parse_amounts
 
 pytest_plugins = ("train_helpers",)
 
@@ -197,7 +197,7 @@ def test_the_references_that_a_dataset_names_are_counted():
     assert counted("dataset=mix", *pairs, *cards) == 1
 
 
-def test_what_sample_sheets_edit_is_counted_with_the_prompt_that_edits_most(small, tmp_path):
+def test_what_sample_grids_edit_is_counted_with_the_prompt_that_edits_most(small, tmp_path):
     files = []
     for size in ((96, 64), (48, 40)):
         files.append(str(tmp_path / f"{size[0]}.png"))
@@ -208,7 +208,7 @@ def test_what_sample_sheets_edit_is_counted_with_the_prompt_that_edits_most(smal
     assert edits.sample_references == [(96, 64), (48, 32)]
     assert (
         choosing.job_of(load_config(compose(*small(*given))), on_gpu=False).sample_references == []
-    )  # no sheets are made
+    )  # no grids are made
     alone = replace(edits, sample_references=[])
     sizes = [Planner(each).predict(Choice("full")).phases["samples"]["working set"] for each in (edits, alone)]
     assert sizes[0] > sizes[1]
@@ -365,14 +365,14 @@ def test_what_does_not_fit_is_said_before_the_time_of_a_step(run_command, offlin
         (["dataset.reference_columns=before"], "dataset.reference_columns='before' must be a list"),
         (
             ["batch_size=99999999999999999999"],
-            "must be a whole number from 1 to 1048576",
+            "must be an integer from 1 to 1048576",
         ),
         (["buckets.resolution=65536"], "resolution=65536 must be a positive whole multiple of 16 pixels up to 8192"),
         (["memory=30gb"], "memory=30gb is not a choice"),
         (["memory=auto", "memory.gpu_memory_gb=lots"], "memory.gpu_memory_gb='lots' must be a number of GB"),
         (["+memory.card=24"], "memory.card=24 is not a setting"),
         (["memory.checkpointing=some"], "memory.checkpointing='some' is not a policy"),
-        (["model.resolution=big"], "model.resolution='big' must be a whole number"),
+        (["model.resolution=big"], "model.resolution='big' must be an integer"),
     ],
 )
 def test_bad_input_is_one_message(run_command, arguments, said):
@@ -507,12 +507,12 @@ def test_the_amounts_are_read_from_pytorchs_messages():
         with pytest.raises(RuntimeError) as caught:
             cause()
         assert is_out_of_memory(caught.value)
-        assert amounts(str(caught.value)) == (asked, free)
+        assert parse_amounts(str(caught.value)) == (asked, free)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_other_errors_pass_and_the_step_is_let_go():
-    with pytest.raises(RuntimeError, match=r"^shapes$"), watched("", "step", torch.device("cpu")):
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explain_oom("", "step", torch.device("cpu")):
         raise RuntimeError("shapes")
     held = []
 
@@ -521,7 +521,7 @@ def test_other_errors_pass_and_the_step_is_let_go():
         held.append(weakref.ref(big))
         raise_for_cpu()
 
-    with pytest.raises(OutOfMemory) as caught, watched("while testing", "step", torch.device("cpu")):
+    with pytest.raises(OutOfMemory) as caught, explain_oom("while testing", "step", torch.device("cpu")):
         work()
     assert held[0]() is None
     assert caught.value.asked == 2**60
@@ -560,7 +560,7 @@ def test_the_first_step_has_nothing_to_save(run_command, small, at_step, tmp_pat
     [
         ("train.stages.model.load_transformer", "while loading the transformer", False),
         ("train.validation.loss.FixedNoiseLoss.__call__", "in the validation after step 2", True),
-        ("train.validation.samples.Sampler.sheet", "while sampling after step 2", True),
+        ("train.validation.samples.Sampler.write_grid", "while sampling after step 2", True),
         ("torch.optim.AdamW.step", "in the optimizer's update of step 1", False),
         ("flux2.models.autoencoder.Autoencoder.encode", "while encoding pictures", False),
         ("flux2.models.text_encoder.TextEncoder.encode", "while encoding prompts", False),

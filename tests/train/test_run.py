@@ -296,8 +296,8 @@ def test_a_checkpoint_that_cannot_be_read_leaves_the_run_as_it_was(run_command, 
 
 
 @pytest.fixture
-def sheets(monkeypatch):
-    """The pictures of every sheet that is made."""
+def grids(monkeypatch):
+    """The pictures of every grid that is made."""
     made = []
     pictures = Sampler.pictures
 
@@ -310,8 +310,8 @@ def sheets(monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "guidance"), [("dev", "null"), ("klein", "3.0"), ("klein", "1.0")])
-def test_the_sheets_show_what_inference_makes_of_the_base_and_of_the_finished_adapter(
-    train, sheets, kind, guidance, model_folders
+def test_the_grids_show_what_inference_makes_of_the_base_and_of_the_finished_adapter(
+    train, grids, kind, guidance, model_folders
 ):
     run = train(
         "run", "sample_every=4", "sample.prompts=[a red cup, the fox]", "sample.seed=3", "sample.steps=2",
@@ -323,17 +323,15 @@ def test_the_sheets_show_what_inference_makes_of_the_base_and_of_the_finished_ad
     base = pipeline.generate(["a red cup", "the fox"], **options)
     pipeline.load_adapter(run)
     final = pipeline.generate(["a red cup", "the fox"], **options)
-    for sheet, expected in zip(sheets, (base, final), strict=True):
-        for one, two in zip(sheet, expected, strict=True):
+    for grid, expected in zip(grids, (base, final), strict=True):
+        for one, two in zip(grid, expected, strict=True):
             assert one.size == two.size == (64, 48)
             assert abs(pixels(one) - pixels(two)).max() <= 1
     assert abs(pixels(base[0]) - pixels(final[0])).max() > 8  # the adapter does something
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_sheets_of_edits_show_what_inference_makes_of_the_same_references(
-    train, sheets, tmp_path, model_folders, count
-):
+def test_sheets_of_edits_show_what_inference_makes_of_the_same_references(train, grids, tmp_path, model_folders, count):
     room = [draw_picture(5 + i, (100, 70)) for i in range(count)]
     files = [tmp_path / f"room{i}.png" for i in range(count)]
     for picture, file in zip(room, files, strict=True):
@@ -345,7 +343,7 @@ def test_sheets_of_edits_show_what_inference_makes_of_the_same_references(
     pipeline = flux2.load("small_dev", str(model_folders("dev")), device="cpu")
     options = {"seed": 0, "steps": 2, "width": 48, "height": 48}
     (expected,) = pipeline.generate("the red room", references=room, **options)
-    assert abs(pixels(sheets[0][0]) - pixels(expected)).max() <= 1
+    assert abs(pixels(grids[0][0]) - pixels(expected)).max() <= 1
     (without,) = pipeline.generate("the red room", **options)
     assert abs(pixels(without) - pixels(expected)).max() > 8
 
@@ -374,7 +372,7 @@ def test_one_launched_process_uses_all_cores_and_one_of_several_its_share(monkey
 
 def test_processes_that_do_not_know_each_other_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(AssertionError, match="1 processes know each other, not 2"):
+    with pytest.raises(AssertionError, match="1 processes are connected, not 2"):
         make_accelerator("cpu")
 
 

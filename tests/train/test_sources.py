@@ -233,7 +233,7 @@ def test_bad_samples_are_one_message_with_a_line_for_each(tmp_path: Path, run_co
     assert said[0] == f"error: 7 of 10 samples of {tmp_path}/data cannot be used:"
     reason = "cannot be read (it is empty: 0 bytes)"
     assert said[1:8] == [f"  {tmp_path}/data/bad{number}.png {reason}" for number in range(7)]
-    assert said[8:] == ["Mend or remove them, or train without them: dataset.max_bad=7 (now 6)"]
+    assert said[8:] == ["Fix or remove them, or skip them with dataset.max_bad=7 (now 6)"]
     assert "Traceback" not in out + err
 
 

@@ -28,8 +28,8 @@ def same_runs(one: Path, other: Path) -> None:
     assert lines(one) == lines(other)
     assert len(lines(one)) >= 3
     assert same_tensors(adapter(one), adapter(other))
-    sheets = sorted(path.name for path in (one / "samples").glob("*.png"))
-    assert all((one / "samples" / name).read_bytes() == (other / "samples" / name).read_bytes() for name in sheets)
+    grids = sorted(path.name for path in (one / "samples").glob("*.png"))
+    assert all((one / "samples" / name).read_bytes() == (other / "samples" / name).read_bytes() for name in grids)
 
 
 @pytest.mark.parametrize("precision", sorted(file.stem for file in (CONF / "precision").glob("*.yaml")))

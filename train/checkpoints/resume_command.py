@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from train.distributed.launch import is_submitted, launcher, submitted
+from train.distributed.launch import is_submitted, launch_command, submitted_command
 from train.utils.redact import masked_settings
 
 REPLACED = ("resume", "output_dir", "allow_changed_data")  # by what is resumed; the last was for that time
@@ -32,7 +32,9 @@ def command_line(folder: Path) -> str:
     sweep = hydra.mode == RunMode.MULTIRUN
     overrides = list(hydra.overrides.task) if sweep else sys.argv[1:]
     kept = [word for word in overrides if word.lstrip("+").partition("=")[0] not in REPLACED]
-    start, script = (submitted(), "train/run.py") if is_submitted() else (launcher(sys.argv[0]), sys.argv[0])
+    start, script = (
+        (submitted_command(), "train/run.py") if is_submitted() else (launch_command(sys.argv[0]), sys.argv[0])
+    )
     on_cpu = len(start) > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     shown = [masked_settings(word) for word in kept]  # this is printed, and logs are read by others
     command = shlex.join([*start, script, *shown, f"resume={folder}"])

@@ -22,15 +22,14 @@ from omegaconf import DictConfig
 
 from train.cli.errors import USER_ERRORS, format_error, lost_jobs, no_plugin
 from train.cli.start import prepare_hydra
-from train.config.instantiate import SECRET
 from train.config.paths import CONFIG
 from train.distributed.launch import is_submitted
 from train.sweeps import callback, records, slurm
 from train.sweeps.job import SweepAborted
 from train.sweeps.reuse import SHARED
 from train.utils.console import is_first_process, warn
-from train.utils.files import near
-from train.utils.redact import masked_settings, masked_text
+from train.utils.files import short_path
+from train.utils.redact import is_secret, masked_settings, masked_text
 from train.utils.signals import Stopped, stopped_at_once
 
 prepare_hydra()
@@ -46,7 +45,7 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
     slurm.join_tasks()
     this = HydraConfig.get()
     folder, given = Path(this.runtime.output_dir), [text.partition("=") for text in this.overrides.task]
-    overrides = [f"{key}{sign}{'...' if SECRET.search(key) else masked_text(value)}" for key, sign, value in given]
+    overrides = [f"{key}{sign}{'...' if is_secret(key) else masked_text(value)}" for key, sign, value in given]
 
     def note(**values: Any) -> None:
         if is_first_process():
@@ -127,9 +126,8 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
         if is_first_process():
             print(masked_settings(str(stop)) or Stopped(), file=sys.stderr, flush=True)
             for place in callback.SweepCallback.folders:
-                print(
-                    f"go on with the sweep: the same command with output_dir={near(place)} resume=auto", file=sys.stderr
-                )
+                again = f"output_dir={short_path(place)} resume=auto"
+                print(f"go on with the sweep: the same command with {again}", file=sys.stderr)
         sys.exit(getattr(stop, "code", Stopped().code))
     except Exception as error:
         known = error if isinstance(error, USER_ERRORS) else no_plugin(error) or lost_jobs(error)

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import inspect
 import logging
-import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +19,15 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 
-logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises, which is said here in a line
+from train.utils.redact import is_secret
 
-SECRET = re.compile(r"token|secret|passw|api.?key|auth|header|bearer|credential", re.IGNORECASE)
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what it raises, which is said here in a line
 
 
 def no_setting(given: str, known: Iterable[str]) -> str:
     """The message for `given` (a key, perhaps with its value), naming the nearest of `known`, else its neighbors."""
     key, choices = given.lstrip("+~").partition("=")[0], list(known)
-    if SECRET.search(key):
+    if is_secret(key):
         given = f"{key}=..."  # errors are logged
     group, _, name = key.rpartition(".")
     beside = {choice.rpartition(".")[2]: choice for choice in choices if choice.rpartition(".")[0] == group}

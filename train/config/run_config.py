@@ -35,7 +35,7 @@ from train.encoding.text_encoders import PromptEncoder
 from train.objective.preservation import Preservation
 from train.objective.prior import PriorPreservation
 from train.optim.ema import check_one_average
-from train.optim.optimizers import build, check_installed, doubts, try_out
+from train.optim.optimizers import build, check_installed, try_out, unusual_settings
 from train.publishing.hub import HubSettings
 from train.utils.console import warn
 from train.validation.loss import ValidationSettings
@@ -158,7 +158,7 @@ class RunConfig:
         check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
         try_out(self.make_optimizer, self.accelerator.device)
         if self.accelerator.is_main_process:
-            for doubt in doubts(self.make_optimizer, self.schedule, self.settings.steps):
+            for doubt in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps):
                 warn(doubt)
         if self.prior is not None:
             self.prior.images_per_batch(self.settings.batch_size)

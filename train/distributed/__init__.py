@@ -1,3 +1,3 @@
-"""Several processes that train as one: what they exchange, a base model that is sharded over them, and who launched
-them. It imports train.utils. Begin with processes.py.
+"""Training in several processes: communication, a base model that is sharded over them, and detection of the launcher.
+The package imports train.utils. Begin with processes.py.
 """

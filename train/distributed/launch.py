@@ -1,4 +1,4 @@
-"""Who launched these processes: this command alone, accelerate, or Slurm."""
+"""Detection of the launcher of this process: none, accelerate, or Slurm."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import psutil
 
 
-def submitted() -> Sequence[str]:
-    """What stands before the script to start, without submitit, as many processes as submitit started."""
+def submitted_command() -> Sequence[str]:
+    """Return the words before the script that start as many processes without submitit as submitit started."""
     processes = os.environ.get("WORLD_SIZE", "1")
     return ["accelerate", "launch", "--multi_gpu", "--num_processes", processes] if processes != "1" else ["python"]
 
 
-def launcher(script: str) -> Sequence[str]:
-    """What stands before `script` on the command line that started it: `python`, or `accelerate launch ...`."""
+def launch_command(script: str) -> Sequence[str]:
+    """Return the words before `script` on the command line that started it: `python`, or `accelerate launch ...`."""
     try:
-        above = psutil.Process().parent()
-        words = above.cmdline() if above is not None else []
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent is not None else []
     except psutil.Error:
         words = []
     if script in words and any("accelerate" in word or "torchrun" in word for word in words[:4]):
@@ -27,5 +27,5 @@ def launcher(script: str) -> Sequence[str]:
 
 
 def is_submitted() -> bool:
-    """Whether submitit started this process."""
+    """Return whether submitit started this process."""
     return "SUBMITIT_EXECUTOR" in os.environ and "SUBMITIT_FOLDER" in os.environ

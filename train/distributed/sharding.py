@@ -1,15 +1,14 @@
-"""The frozen base spread over several processes: each holds a share, and a block is whole only while it runs.
+"""Sharding of the frozen base over several processes: each holds a shard, and a block is complete only while it runs.
 
-PyTorch's `fully_shard` (FSDP2) does it, the same over NCCL and over gloo: a block's parameters are gathered before its
-forward and before its backward, and dropped after. Only the base is sharded, and before the adapter is attached. So the
-adapter, its gradients and the optimizer's state are plain tensors, the same in all processes, and checkpoints and what
-else is made of them know nothing of it; their gradients are averaged once a step (`Processes`,
-train/distributed/processes.py).
+PyTorch's `fully_shard` (FSDP2), over NCCL or gloo, gathers a block's parameters before its forward and backward, and
+frees them afterwards. Only the base is sharded, before the adapter is attached. So the adapter, its gradients and the
+optimizer's state are plain tensors, the same in all processes, and checkpoints do not depend on sharding; gradients are
+averaged once per step (`Processes`, train/distributed/processes.py).
 
-Each block is sharded as soon as it is loaded, so that a device never holds more than its share, a block, and what is in
-no block.
+Each block is sharded as soon as it is loaded, so that a device never holds more than its shard, one block, and the
+layers outside of blocks.
 
-Every forward is one of all processes together. Who runs the model alone waits forever.
+Every forward is a collective operation; calling the model on one rank only deadlocks.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=nn.Module)
 
-# What of Accelerate's FSDP settings can be asked for: what is done here. The others do nothing to a frozen base.
+# Accelerate's FSDP settings with the values that this code implements; the others have no effect on a frozen base
 SETTINGS = {
     "FSDP_VERSION": ("fsdp_version", ("2",)),
     "FSDP_RESHARD_AFTER_FORWARD": ("fsdp_reshard_after_forward", ("true", "full_shard")),
@@ -43,64 +42,61 @@ WRAPPED = {"DoubleBlock", "SingleBlock"}
 
 
 def launched_to_shard(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether `accelerate launch` was configured for FSDP.
+    """Return whether `accelerate launch` was configured for FSDP.
 
-    Raises ValueError for settings of it that ask for something else than is done here.
+    Raises ValueError for FSDP settings that are not implemented here.
     """
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
-    for name, (key, able) in SETTINGS.items():
-        value = environment.get(name, able[0]).lower()
-        if value not in able:
+    for name, (key, accepted) in SETTINGS.items():
+        value = environment.get(name, accepted[0]).lower()
+        if value not in accepted:
             raise ValueError(
-                f"accelerate launch was configured with {key}={value}; this shards with {key}={able[0]} alone, as in "
-                "conf/accelerate/fsdp2.yaml. What is recomputed is memory.checkpointing here"
+                f"accelerate launch was configured with {key}={value}: only {key}={accepted[0]} is supported. Use "
+                "conf/accelerate/fsdp2.yaml, and memory.checkpointing for activation checkpointing"
             )
     given = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     classes = {name.strip() for name in given.split(",") if name.strip()}
     if classes and classes != WRAPPED:
         raise ValueError(
-            f"accelerate launch was configured with fsdp_transformer_layer_cls_to_wrap={given}; this shards "
-            f"{' and '.join(sorted(WRAPPED))}: name those, or leave it out"
+            f"accelerate launch was configured with fsdp_transformer_layer_cls_to_wrap={given}. Name "
+            f"{' and '.join(sorted(WRAPPED))}, or remove it"
         )
     return True
 
 
 def check_processes(count: int) -> None:
-    """Raises ValueError unless there are several processes."""
+    """Raise ValueError unless there are several processes."""
     if count < 2:
         raise ValueError(
-            "shard=true spreads the base over several processes, and this is one: start it with accelerate launch "
-            "--multi_gpu --num_processes 2 ..., or set shard=false (and do not configure accelerate for FSDP)"
+            "shard=true needs several processes, and this is one. Start with accelerate launch --multi_gpu "
+            "--num_processes 2 ..., or set shard=false (and do not configure accelerate for FSDP)"
         )
 
 
 def check_adapter(wrapped: peft.PeftModel) -> None:
-    """Raises ValueError for an adapter that is computed from the base's weights, which are nowhere whole."""
+    """Raise ValueError for an adapter that is computed from the base's weights, which are complete nowhere."""
     for name, config in wrapped.peft_config.items():
         if name.endswith(INITIAL):
-            kind, why = "PiSSA (adapter=pissa)", "begins as the largest directions of the base's weights"
+            kind, why = "PiSSA (adapter=pissa)", "is initialized from the largest directions of the base's weights"
         elif getattr(config, "use_dora", False):
-            kind, why = "DoRA (adapter=dora)", "measures the rows of the base's weights"
+            kind, why = "DoRA (adapter=dora)", "normalizes the rows of the base's weights"
         else:
             continue
         raise ValueError(
-            f"shard=true cannot be together with a {kind}, which {why}: they are nowhere whole when the base is "
-            "sharded. Take adapter=lora, rslora, loha, lokr or oft, or set shard=false"
+            f"shard=true cannot be combined with {kind}, which {why}: no process has all weights of a sharded base. "
+            "Use adapter=lora, rslora, loha, lokr or oft, or set shard=false"
         )
 
 
 def sharder(device: torch.device) -> Callable[[nn.Module], None]:
-    """A function that keeps this process's share of a block, or of a model whose blocks are sharded, in place.
-
-    Called by all processes.
-    """
+    """Return a function that shards a block, or a model with sharded blocks, in place. All processes must call it."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
 
     def shard(module: nn.Module) -> None:
-        if isinstance(module, Transformer):  # layers that run once are not held until the model is done
+        if isinstance(module, Transformer):  # free layers outside of blocks after they ran
             for child in module.children():
-                # a linear itself, `txt_in`, may come to lie in an adapter that reads its weight and does not call it
+                # not a linear such as `txt_in`: an adapter around it may read its weight without calling it
                 if not isinstance(child, nn.ModuleList | nn.Linear):
                     fully_shard(child, mesh=mesh, reshard_after_forward=True)
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -108,8 +104,8 @@ def sharder(device: torch.device) -> Callable[[nn.Module], None]:
     return shard
 
 
-def shares(model: nn.Module) -> int:
-    """Bytes of the base that this process holds between steps."""
+def local_bytes(model: nn.Module) -> int:
+    """Return the bytes of the base that this process holds between steps."""
     return sum(
         parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
         for parameter in model.parameters()
@@ -117,21 +113,21 @@ def shares(model: nn.Module) -> int:
     )
 
 
-def whole_size(model: nn.Module) -> int:
-    """Bytes of the base, of which each process holds a share."""
+def total_bytes(model: nn.Module) -> int:
+    """Return the bytes of the complete base."""
     return sum(
         parameter.numel() * parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad
     )
 
 
-def attached(attach: Callable[..., T], *arguments: Any, **settings: Any) -> T:
-    """`attach(...)` of an adapter to a sharded model.
+def attach_sharded(attach: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+    """Attach an adapter to a sharded model.
 
-    Raises ValueError for one whose beginning is computed from the base's weights, which are nowhere whole.
+    Raises ValueError for an adapter that is initialized from the base's weights, which are complete nowhere.
     """
     reads = ValueError(
-        "shard=true: this adapter begins with what it computes from the base's weights (DoRA and PiSSA do), which are "
-        "nowhere whole when the base is sharded: take adapter=lora, or another of docs/adapters.md, or set shard=false"
+        "shard=true: this adapter is initialized from the base's weights (as DoRA and PiSSA), and no process has all "
+        "weights of a sharded base. Use adapter=lora, or another one in docs/adapters.md, or set shard=false"
     )
     try:
         wrapped = attach(*arguments, **settings)

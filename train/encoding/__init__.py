@@ -1,6 +1,5 @@
-"""Everything that is encoded once, before training: pictures, prompts and class pictures, into the cache. It imports
-train.objective, train.distributed and train.utils. Begin with prepare.py; conf/text_encoder names what is exported
-here.
+"""Encoding before training: images and prompts into the cache, and class images drawn by the base. The package imports
+train.objective, train.distributed and train.utils, and conf/text_encoder names its exports. Begin with prepare.py.
 """
 
 from train.encoding.text_encoders import LocalTextEncoder, RemoteTextEncoder

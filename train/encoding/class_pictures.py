@@ -1,14 +1,12 @@
-"""Class pictures that the base draws before training, kept in a folder named by what they depend on.
+"""Class images that the base draws before training, in a folder named by the hash of their recipe.
 
-The next run finds them there, and one that was stopped goes on where it was. What they are for is in
-train/objective/prior.py.
+The next run finds them there, and an interrupted one continues. Their purpose is described in train/objective/prior.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -23,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data.cache.prepared import CachedDataset
+from data.files import atomic_write
 from data.sources import Sample, Source
 from data.sources.base import BadData
 from data.sources.images import Picture
@@ -31,18 +30,18 @@ from flux2.models.pixels import to_images
 from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, TOKEN_CHANNELS
 from flux2.sampling import initial_noise, sample
-from train.utils.console import own_errors
+from train.utils.console import name_process_in_errors
 from train.utils.files import make_writable
-from train.utils.memory import free_memory, watched
+from train.utils.memory import explain_oom, free_memory
 from train.utils.progress import ItemProgress
 from train.utils.text import many
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What drawn pictures depend on, but for how many there are: picture i has prompt i (in turn) and seed + i."""
+    """Everything that determines class images: image i has seed + i and the i-th prompt, in turn."""
 
-    model: str  # a fingerprint of its transformer and autoencoder
+    model: str  # fingerprint of the transformer and autoencoder
     precision: str
     prompts: tuple[str, ...]
     seed: int
@@ -53,7 +52,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """Name of the folder."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def prompt(self, index: int) -> str:
@@ -61,7 +60,7 @@ class Recipe:
 
 
 class ClassPictureFolder(Source):
-    """The first `count` pictures that the base drew, with their prompts."""
+    """The first `count` class images that the base drew, with their prompts."""
 
     def __init__(self, folder: Path, recipe: Recipe, count: int) -> None:
         super().__init__(str(folder), None, None, False, 0)
@@ -75,8 +74,8 @@ class ClassPictureFolder(Source):
         if self.bad:
             listed = "".join(f"\n  {bad}" for bad in self.bad)
             raise BadData(
-                f"{len(self.bad)} class pictures in {self.where} cannot be used:{listed}\n"
-                "Delete these files, and they are drawn again"
+                f"{len(self.bad)} class images in {self.where} cannot be used:{listed}\n"
+                "Delete these files to draw them again"
             )
 
 
@@ -92,24 +91,12 @@ def latents_file(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.safetensors"
 
 
-def are_whole(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether there are latents of `shape` in `file`; if it is damaged they are made again."""
+def has_latents(file: Path, shape: tuple[int, ...]) -> bool:
+    """Return whether `file` contains latents of `shape`; a damaged file is written again."""
     try:
         return load_file(file)["latents"].shape == shape
     except (OSError, SafetensorError, KeyError):
         return False
-
-
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write a file of its own, which then takes the place of `file` once it is on the disk."""
-    unfinished = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        write(unfinished)
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def draw(
@@ -122,15 +109,15 @@ def draw(
     autoencoder: Callable[[], Autoencoder],
     say: Callable[[str], None],
 ) -> Source:
-    """The first `count` pictures of a recipe, drawing those that are missing in its folder.
+    """Draw the missing ones of the first `count` images of a recipe, and return all as a source.
 
-    One model is in memory at a time: the transformer gives the latents of all, which are kept in files, then the
-    autoencoder decodes them. Each process does its share.
+    One model is in memory at a time: the transformer computes the latents of all images, which are stored in files,
+    then the autoencoder decodes them. Each process does its share.
 
     Args:
-        folder: `recipe.name` is made in it.
-        prepared: has the embeddings of the prompts, and of the empty one.
-        transformer, autoencoder: load them; called only if they are needed.
+        folder: Parent of the recipe's folder.
+        prepared: Cache with the embeddings of the prompts and of the empty prompt.
+        transformer, autoencoder: Functions that load the models; called only if needed.
 
     Raises ValueError for a folder that cannot be written.
     """
@@ -141,36 +128,35 @@ def draw(
         noise = initial_noise([recipe.seed + index], height, width)
         text, empty = (prepared.embeddings([prompt]).to(accelerator.device) for prompt in (recipe.prompt(index), ""))
         noise = noise.to(accelerator.device)
-        made = sample(model, noise, text, steps=recipe.steps, guidance=recipe.guidance, empty=empty)
-        write_whole(latents_file(own, index), partial(save_file, {"latents": made[0].cpu()}))
+        sampled = sample(model, noise, text, steps=recipe.steps, guidance=recipe.guidance, empty=empty)
+        with atomic_write(latents_file(own, index)) as temporary:
+            save_file({"latents": sampled[0].cpu()}, temporary)
 
     def picture(index: int, model: Autoencoder) -> None:
-        made = load_file(latents_file(own, index))["latents"]
+        sampled = load_file(latents_file(own, index))["latents"]
         with torch.no_grad():
-            (image,) = to_images(model.decode(made[None].to(accelerator.device)))
-        write_whole(picture_file(own, index), partial(image.save, format="PNG"))
+            (image,) = to_images(model.decode(sampled[None].to(accelerator.device)))
+        with atomic_write(picture_file(own, index)) as temporary:
+            image.save(temporary, "PNG")
         latents_file(own, index).unlink(missing_ok=True)
 
     undecoded = [index for index in range(count) if not picture_file(own, index).exists()]
     shape = (TOKEN_CHANNELS, height, width)
-    undrawn = [index for index in undecoded if not are_whole(latents_file(own, index), shape)]
-    # one has looked for all: what another run draws meanwhile must not move the shares
+    undrawn = [index for index in undecoded if not has_latents(latents_file(own, index), shape)]
+    # the first process decides for all: images that another run draws meanwhile must not change the shares
     undecoded, undrawn = broadcast_object_list([undecoded, undrawn])
     if undecoded:
-        with own_errors(accelerator.process_index):
+        with name_process_in_errors(accelerator.process_index):
             make_writable(own, "preservation.folder")
-            write_whole(own / "recipe.json", partial(_write_text, json.dumps(asdict(recipe), indent=1)))
-            for index in set(range(count)).difference(undecoded):  # decoded, and killed before they were removed
+            with atomic_write(own / "recipe.json") as temporary:
+                temporary.write_text(json.dumps(asdict(recipe), indent=1))
+            for index in set(range(count)).difference(undecoded):  # left by a process that was killed after decoding
                 latents_file(own, index).unlink(missing_ok=True)
         kept = count - len(undecoded)
-        say(f"drawing {many(len(undecoded), 'class picture')} into {own}" + (f"; {kept} there already" if kept else ""))
+        say(f"drawing {many(len(undecoded), 'class image')} into {own}" + (f"; {kept} exist already" if kept else ""))
     _each(undrawn, transformer, latents, accelerator, "drawn", "samples")
     _each(undecoded, autoencoder, picture, accelerator, "decoded", "pictures")
     return ClassPictureFolder(own, recipe, count)
-
-
-def _write_text(text: str, file: Path) -> None:
-    file.write_text(text)
 
 
 def _each(
@@ -181,12 +167,12 @@ def _each(
     what: str,
     phase: str,
 ) -> None:
-    """Call `make` with every missing index of this process's share and the model that `load` gives; then free it."""
+    """Call `make` with every missing index of this process's share and the loaded model, then free the model."""
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
-        doing = watched("while drawing class pictures", phase, accelerator.device)
-        bar = ItemProgress(f"class pictures {what}", shown=accelerator.is_main_process)
-        with own_errors(accelerator.process_index), doing, closing(bar):
+        doing = explain_oom("while drawing class images", phase, accelerator.device)
+        bar = ItemProgress(f"class images {what}", shown=accelerator.is_main_process)
+        with name_process_in_errors(accelerator.process_index), doing, closing(bar):
             model = load()
             for done, index in enumerate(mine, 1):
                 make(index, model)

@@ -1,4 +1,4 @@
-"""Fill the cache: run autoencoder and text encoder over whatever is missing, one model in memory at a time."""
+"""Fill the cache: run autoencoder and text encoder over the missing entries, one model in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,33 +22,35 @@ from data.sources import Source
 from data.sources.images import BadPicture
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import to_pixels
+from flux2.utils.text import gigabytes
 from flux2.weights.loading import load_autoencoder, load_text_projection
 from flux2.weights.sources import Fingerprints, ModelSource, fingerprint
 from train.encoding.bucket_table import show_buckets
 from train.encoding.text_encoders import Encode, PromptEncoder
-from train.utils.console import own_errors
+from train.utils.console import name_process_in_errors
 from train.utils.files import make_writable
-from train.utils.memory import free_memory, watched
+from train.utils.memory import explain_oom, free_memory
 from train.utils.progress import ItemProgress
-from train.utils.text import gigabytes, many
+from train.utils.text import many
 
-PICTURES, FINGERPRINTS = "pictures.json", "fingerprints.json"  # in the cache's folder
+PICTURES, FINGERPRINTS = "pictures.json", "fingerprints.json"  # in the cache folder
 
 
-# ------------------------------------------------------------------ what is needed
+# ------------------------------------------------------------------ request
 
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """All that one configuration wants to have cached.
+    """Everything that one configuration needs in the cache.
 
     Attributes:
-        prompts: besides the captions and the empty prompt: those of sample sheets and of preservation.
-        reference_pixels: references are made smaller to at most this area.
-        dtype: of the text encoder. The autoencoder runs in float32: it is small, and its rounding would be learned.
-        storage: of embeddings, one of `STORAGES`.
-        before_loading: called before an encoder is loaded.
-        table: heads the table of buckets.
+        prompts: Prompts of sample grids and of preservation, in addition to the captions and the empty prompt.
+        reference_pixels: Maximum area of a reference.
+        dtype: Dtype of the text encoder. The autoencoder runs in float32: it is small, and its rounding would be
+            learned.
+        storage: Storage of embeddings, one of `STORAGES`.
+        before_loading: Function that is called before an encoder is loaded.
+        table: Title of the bucket table.
     """
 
     source: ModelSource
@@ -81,7 +83,7 @@ class CacheRequest:
         return plan_embeddings(self.cache, wanted, identity, fp8=self.storage.endswith("fp8"))
 
     def plan_latents(self, digests: Digests) -> LatentPlan:
-        """Samples whose pictures cannot be used are left out of `samples`, or are an error."""
+        """Return the plan, and skip `samples` with bad images; too many of them are an error."""
         identity = f"{fingerprint(self.source, 'vae')} float32"
         plan = plan_latents(self.cache, self.samples, self.buckets, identity, self.reference_pixels, digests)
         if plan.bad:
@@ -89,7 +91,7 @@ class CacheRequest:
         return plan
 
     def load_text_encoder(self, device: torch.device) -> Encode:
-        """A function from prompts to what is stored of their embeddings, before it is packed."""
+        """Load the text encoder; return a function from prompts to the embeddings to store."""
         self.before_loading()
         encode = self.text_encoder.load(self.source, device, self.dtype)
         if not self.projected:
@@ -103,9 +105,9 @@ class CacheRequest:
         return encode_and_project
 
     def load_autoencoder(self, device: torch.device) -> Callable[[list], Tensor]:
-        """A function from pictures to latents; loads the autoencoder when it is first called.
+        """Return a function from images to latents that loads the autoencoder when it is first called.
 
-        Where all that is missing are masks, or pictures that cannot be decoded, it is not needed.
+        It is not needed if only masks, or images that cannot be decoded, are missing.
         """
         loaded: list[Autoencoder] = []
 
@@ -119,25 +121,25 @@ class CacheRequest:
         return encode
 
     def check_space(self, embeddings: EmbeddingPlan, prompts: int, latents: LatentPlan, pictures: list[str]) -> str:
-        """What is to come, in a line. ValueError if there is no room for it.
+        """Return a line about the entries to encode. Raise ValueError if there is not enough space for them.
 
         Args:
-            prompts, pictures: how many embeddings, and which latents, are missing.
+            prompts, pictures: Number of missing embeddings, and keys of missing latents.
         """
         length = self.text_encoder.length or self.source.variant.text.length
         each = embeddings.size(length, self.embedding_width, self.dtype)
         text, other = prompts * each, sum(map(latents.size, pictures))
-        parts = (prompts, "prompt", text), (len(pictures), "picture", other)
-        said = " and ".join(f"{many(count, noun)} ({gigabytes(size)})" for count, noun, size in parts if count)
+        parts = (prompts, "prompt", text), (len(pictures), "image", other)
+        needed = " and ".join(f"{many(count, noun)} ({gigabytes(size)})" for count, noun, size in parts if count)
         free = self.cache.free()
         if text + other > free:
-            less = ", or embeddings in less space: embedding_storage=projected, fp8 or projected_fp8"
+            less = ", or set embedding_storage=projected, fp8 or projected_fp8 to store embeddings in less space"
             place = repr(str(self.cache)) if self.cache.shared else "null, in memory"
             raise ValueError(
-                f"cache_dir={place}: {said} are to be stored, and {gigabytes(free)} are free there. Make "
-                f"room, or give another place{less if text > other and self.storage == 'full' else ''}"
+                f"cache_dir={place}: {needed} do not fit into the {gigabytes(free)} that are free there. Make "
+                f"room, or give another folder{less if text > other and self.storage == 'full' else ''}"
             )
-        return f"to encode: {said}; {gigabytes(free)} are free in {self.cache}"
+        return f"to encode: {needed}; {gigabytes(free)} are free in {self.cache}"
 
 
 # ------------------------------------------------------------------ filling
@@ -150,18 +152,18 @@ def fill(
     accelerator: Accelerator,
     **options: int,
 ) -> dict[str, BadPicture]:
-    """Compute what `plan` misses with the encoder that `load` gives, then free it. Nothing missing, nothing loaded.
+    """Load an encoder, compute the missing entries of `plan`, and free it; do nothing if no entry is missing.
 
-    `options` are those of `plan.fill`. Returns what is wrong with pictures that cannot be decoded, by key, the same in
-    all processes.
+    `options` are those of `plan.fill`. Returns the errors of images that cannot be decoded, by key, the same in all
+    processes.
     """
     missing = plan.missing
-    accelerator.wait_for_everyone()  # or a fast process's work would look done to a slow one, and its load be skipped
+    accelerator.wait_for_everyone()  # all must count the missing entries before a fast process fills any
     bad: dict[str, BadPicture] = {}
     if missing:
         bar = ItemProgress(f"{what} encoded", shown=accelerator.is_main_process)
-        doing = watched(f"while encoding {what}", what, accelerator.device)
-        with own_errors(accelerator.process_index), doing, closing(bar):
+        doing = explain_oom(f"while encoding {what}", what, accelerator.device)
+        with name_process_in_errors(accelerator.process_index), doing, closing(bar):
             encode = load()
 
             def progress(done: int, total: int, stored: int) -> None:
@@ -171,11 +173,11 @@ def fill(
         del encode
         free_memory()
     accelerator.wait_for_everyone()
-    return shared(bad, accelerator)
+    return gather_errors(bad, accelerator)
 
 
-def shared(bad: dict[str, BadPicture], accelerator: Accelerator) -> dict[str, BadPicture]:
-    """What all processes found, in an order that is the same in all."""
+def gather_errors(bad: dict[str, BadPicture], accelerator: Accelerator) -> dict[str, BadPicture]:
+    """Return the errors of all processes, in the same order in all."""
     if accelerator.num_processes == 1:
         return bad
     found = gather_object([(key, error.name, error.reason) for key, error in bad.items()])
@@ -183,50 +185,44 @@ def shared(bad: dict[str, BadPicture], accelerator: Accelerator) -> dict[str, Ba
 
 
 def prepare(accelerator: Accelerator, needs: CacheRequest) -> CachedDataset:
-    """Make sure that the cache holds the latents of every sample and the embeddings of every caption and prompt.
+    """Fill the cache with the latents of every sample and the embeddings of every caption and prompt.
 
-    Raises ValueError for a cache that cannot be written, or has no room, and for pictures that cannot be used, unless
-    the samples may do without them.
+    Raises ValueError for a cache that cannot be written or is too small, and for more bad images than allowed.
     """
     cache, device = needs.cache, accelerator.device
     lease = Lease(cache)
     digests = Digests(cache.folder / PICTURES if cache.shared else None)
     known = Fingerprints(cache.folder / FINGERPRINTS if cache.shared else None)
     needs = replace(needs, source=replace(needs.source, fingerprints=known))
-    # pictures first: what is wrong with them is known before the slow text encoder runs
+    # images first, so that their errors are known before the slow text encoder runs
     latents = needs.plan_latents(digests)
     embeddings = needs.plan_embeddings()
     if accelerator.is_main_process and latents.entries:
         show_buckets(latents, needs.buckets, needs.samples.bad, needs.table)
     prompts, pictures = embeddings.missing, latents.lacking
-    accelerator.wait_for_everyone()  # all have looked before any fills
+    accelerator.wait_for_everyone()  # no process may fill before all have planned
     if prompts or pictures:
         if cache.shared:
-            make_writable(cache.folder, "cache_dir")  # and not only when an encoder is loaded
+            make_writable(cache.folder, "cache_dir")  # fail before an encoder is loaded
             lease = Lease(cache)
-        said = needs.check_space(embeddings, prompts, latents, pictures)
+        summary = needs.check_space(embeddings, prompts, latents, pictures)
         if accelerator.is_main_process:
-            print(said, flush=True)
+            print(summary, flush=True)
     if accelerator.is_main_process and cache.shared:
-        with suppress(OSError):  # a cache that is read and not written: the next start looks at all files again
+        with suppress(OSError):  # for a read-only cache, the next start reads all files again
             digests.save()
             known.save()
     text_encoder = needs.text_encoder
     try:
         if prompts:
-            fill(
-                embeddings,
-                lambda: needs.load_text_encoder(device),
-                "prompts",
-                accelerator,
-                workers=text_encoder.workers,
-            )
+            workers = text_encoder.workers
+            fill(embeddings, lambda: needs.load_text_encoder(device), "prompts", accelerator, workers=workers)
     finally:
         text_encoder.close()
     cut = gather_object(text_encoder.cut) if accelerator.num_processes > 1 else text_encoder.cut
     if cut and accelerator.is_main_process:
         length = text_encoder.length or needs.source.variant.text.length
-        print(f"longer than {length} tokens and cut: {many(len(cut), 'prompt')}, such as {cut[0][:80]!r}")
+        print(f"truncated {many(len(cut), 'prompt')} to {length} tokens, e.g. {cut[0][:80]!r}")
     if pictures and (bad := fill(latents, lambda: needs.load_autoencoder(device), "pictures", accelerator)):
         latents = latents.without(bad)
         needs.samples.leave_out(latents.bad)
@@ -235,14 +231,14 @@ def prepare(accelerator: Accelerator, needs: CacheRequest) -> CachedDataset:
 
 
 def remove_unused(needs: CacheRequest, *others: CacheRequest) -> str:
-    """Remove from the cache what nothing here needs; says what and how much. ValueError if a run uses the cache now.
+    """Delete all cache entries that no request needs; return a summary. Raise ValueError if a run uses the cache.
 
     Args:
-        others: of further samples in the same cache, as class pictures.
+        others: Requests of further samples in the same cache, such as class images.
     """
     cache = needs.cache
     if not cache.shared:
-        raise ValueError("prune=true has nothing to prune: cache_dir=null keeps nothing on disk")
+        raise ValueError("prune=true has nothing to prune: cache_dir=null stores nothing on disk")
     known = Fingerprints(cache.folder / FINGERPRINTS)
     digests, used = Digests(cache.folder / PICTURES), set[str]()
     for each in (needs, *others):
@@ -251,6 +247,6 @@ def remove_unused(needs: CacheRequest, *others: CacheRequest) -> str:
     removed = prune(cache, used)
     digests.forget_others()
     if not removed:
-        return f"nothing was removed from {cache}: all that it holds is used"
+        return f"nothing was deleted from {cache}: all entries are used"
     kinds = ", ".join(f"{count} {kind} ({gigabytes(size)})" for kind, (count, size) in sorted(removed.items()))
-    return f"removed from {cache}: {kinds}; what {needs.samples.where} and the prompts need was kept"
+    return f"deleted from {cache}: {kinds}; the entries of {needs.samples.where} and of the prompts were kept"

@@ -1,9 +1,8 @@
-"""What turns prompts into embeddings before training: the group `text_encoder`."""
+"""Text encoders that compute embeddings before training: the group `text_encoder`."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from flux2.prompts.remote_client import Client, ProtocolName, check_patience, ch
 from flux2.prompts.remote_protocol import Unreachable
 from flux2.weights.loading import embedding_identity, load_text_encoder, text_encoder_fingerprint
 from flux2.weights.sources import ModelSource
+from train.utils.checks import check_count
 
 MOST_CONCURRENT_REQUESTS = 64
 log = logging.getLogger(__name__)
@@ -22,13 +22,14 @@ Encode = Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
 
 
 class PromptEncoder(Protocol):
-    """Where embeddings come from.
+    """Source of embeddings.
 
     Attributes:
-        length: tokens that prompts are padded to; None: the model's own number.
-        workers: how many prompts may be under way at once, each in a call of its own.
-        here: whether it takes memory of this machine; storage: the form that its layers' weights have then.
-        cut: prompts that were longer than the length, of which a part was left out.
+        here: Whether it runs on this machine and takes its memory.
+        storage: Storage of its layers' weights on this machine.
+        length: Number of tokens that prompts are padded to; None is the model's own.
+        workers: Number of concurrent calls, one prompt each.
+        cut: Prompts that were truncated to the length.
     """
 
     here: bool
@@ -38,28 +39,21 @@ class PromptEncoder(Protocol):
     cut: list[str]
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
-        """What an embedding depends on beside its prompt. Two encoders of one identity share cache entries."""
+        """Return everything besides the prompt that determines an embedding, for the cache key."""
 
     def load(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encode:
-        """A function from prompts to embeddings."""
+        """Return a function from prompts to embeddings."""
 
     def close(self) -> None:
-        """Let go of what is under way."""
-
-
-def check_count(name: str, value: object, most: float = math.inf) -> None:
-    """Raises ValueError, naming the setting, unless `value` is a whole number from 1 to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        limit = f"to {most}" if most < math.inf else "on"
-        raise ValueError(f"text_encoder.{name}={value!r} must be a whole number from 1 {limit}")
+        """Cancel running calls and free resources."""
 
 
 class LocalTextEncoder:
     """The model's own text encoder on this machine.
 
     Args:
-        length: tokens that prompts are padded to; the model's own length by default.
-        storage: `nf4` or `int8`: the layers' weights are kept in 4 or 8 bits; by default in the run's dtype.
+        length: Number of tokens that prompts are padded to; the model's own by default.
+        storage: `nf4` or `int8` stores the layers' weights in 4 or 8 bits; the default is the run's dtype.
     """
 
     here = True
@@ -67,7 +61,7 @@ class LocalTextEncoder:
 
     def __init__(self, length: int | None = None, storage: TextStorage | None = None) -> None:
         if length is not None:
-            check_count("length", length)
+            check_count("text_encoder.length", length, 1)
         check_storage(storage, "text_encoder.storage")
         self.length, self.storage = length, storage
         self.cut: list[str] = []
@@ -86,18 +80,18 @@ class LocalTextEncoder:
 
 
 class RemoteTextEncoder:
-    """A text encoder on another machine: of `python -m flux2.serve`, or the published endpoint for dev.
+    """A text encoder on another machine: `python -m flux2.serve`, or the published endpoint for dev.
 
-    Its embeddings share cache entries with a local encoder's only if the server says that they are the same.
+    Its embeddings share cache entries with a local encoder's only if the server reports the same identity.
 
     Args:
-        url: of the server.
-        protocol: `flux2` or `published`; by default what the address speaks (flux2/prompts/remote_client.py).
-        length: tokens that prompts are padded to; the model's own length by default.
-        max_concurrent_requests: prompts that are asked for at once, each in a request of its own.
-        timeout: seconds until an answer must be there.
-        attempts: that are made in all for one prompt.
-        wait: seconds before the second attempt; doubled for each one after it.
+        url: URL of the server.
+        protocol: `flux2` or `published`; by default the one of the URL (flux2/prompts/remote_client.py).
+        length: Number of tokens that prompts are padded to; the model's own by default.
+        max_concurrent_requests: Number of concurrent requests, one prompt each.
+        timeout: Seconds until a request fails.
+        attempts: Maximum number of attempts for one prompt.
+        wait: Seconds before the second attempt, doubled before each further one.
     """
 
     here = False
@@ -114,46 +108,37 @@ class RemoteTextEncoder:
         wait: float = 1.0,
     ) -> None:
         if length is not None:
-            check_count("length", length)
-        check_count("max_concurrent_requests", max_concurrent_requests, MOST_CONCURRENT_REQUESTS)
+            check_count("text_encoder.length", length, 1)
+        check_count("text_encoder.max_concurrent_requests", max_concurrent_requests, 1, MOST_CONCURRENT_REQUESTS)
         try:
             check_patience(timeout, attempts, wait)
             pick_protocol(check_url(url), protocol)
         except ValueError as error:
             raise ValueError(f"text_encoder.{error}") from error
-        self.url, self.protocol, self.length, self.max_concurrent_requests = (
-            url,
-            protocol,
-            length,
-            max_concurrent_requests,
-        )
+        self.url, self.protocol, self.length, self.workers = url, protocol, length, max_concurrent_requests
         self.timeout, self.attempts, self.wait = timeout, attempts, wait
         self.cut: list[str] = []
         self._client: Client | None = None
 
-    @property
-    def workers(self) -> int:
-        return self.max_concurrent_requests
-
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
-        """`dtype` does not matter: the server has its own.
+        """Return the identity that the server reports; `dtype` is ignored, because the server has its own.
 
-        If the server gives no answer, it is what `source.fingerprints` knows of it, after a warning: with a full cache
-        the server need not run. Raises Unreachable if nothing is known, RemoteError for what the server refuses.
+        If the server does not answer, returns the identity stored in `source.fingerprints`, after a warning: with a
+        full cache the server need not run. Raises Unreachable if there is none, RemoteError if the server refuses.
         """
         client, known = self.client(source), source.fingerprints
         name = f"text encoder at {self.url} for {source.variant.name}, {client.length} tokens"
         try:
-            found = client.identity()
+            identity = client.identity()
         except Unreachable as error:
-            kept = known.get(name) if known is not None else None
-            if kept is None:
+            stored = known.get(name) if known is not None else None
+            if stored is None:
                 raise
-            log.warning("using what is cached of the %s (%s)", name, error)
-            return kept
+            log.warning("using cached embeddings of the %s (%s)", name, error)
+            return stored
         if known is not None:
-            known.set(name, found)
-        return found
+            known.set(name, identity)
+        return identity
 
     def load(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Encode:
         client = self.client(source)

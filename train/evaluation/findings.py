@@ -11,7 +11,7 @@ from statistics import fmean
 
 from train.evaluation.recommend import FEW_SAMPLES, difference, nonfinite_steps, percent, validations
 from train.evaluation.results import Evaluation, Row
-from train.tracking.metrics import LAST_LOSSES, logged, series
+from train.tracking.metrics import LAST_LOSSES, read_metrics, series
 
 RISEN = 1.25  # training loss at the end divided by that at the start
 FARTHER = 1.15  # distance to the training pictures divided by the base's
@@ -21,7 +21,7 @@ FEW = 8  # with fewer samples, another choice of them may well rank checkpoints 
 
 def problems_of_training(folder: Path) -> list[str]:
     """Return what stands out in metrics.jsonl and validation.jsonl of the run in `folder`."""
-    lines, found = logged(folder), []
+    lines, found = read_metrics(folder), []
     if skipped := sum(bool(line.get("skipped")) for line in lines):
         found.append(f"{skipped} logged steps made no update, because their loss or gradient was not finite")
     losses = [value for _, value in series(lines, "loss")]

@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 
 from train.checkpoints import resume
 from train.checkpoints.checkpoint import checkpoints, number
-from train.tracking.metrics import VALIDATION_FILE, read
+from train.tracking.metrics import VALIDATION_FILE, read_json_lines
 from train.utils.text import many
 
 # quantiles of Student's t for 1, 2, ... degrees of freedom; with more, 1.96 + 2.5 / degrees is close enough
@@ -76,7 +76,7 @@ class Recommendation:
 def read_validations(folder: Path) -> list[Validation]:
     """Return the validations of a run, by step, that measured the same samples at the same times as the last one."""
     file = folder / VALIDATION_FILE
-    found = [line for line in read(file) if "losses" in line] if file.exists() else []
+    found = [line for line in read_json_lines(file) if "losses" in line]
     kept = {
         line["step"]: Validation(line["step"], tuple(fmean(row) for row in line["losses"]))
         for line in found
@@ -100,7 +100,9 @@ def nonfinite_cause(folder: Path) -> str:
     first = next(one for one in read_validations(folder) if not one.is_finite)
     if first.step:
         return f"The loss stopped being finite by step {first.step}: a lower optimizer.lr may help"
-    names = next(line["samples"] for line in reversed(read(folder / VALIDATION_FILE)) if line.get("step") == 0)
+    names = next(
+        line["samples"] for line in reversed(read_json_lines(folder / VALIDATION_FILE)) if line.get("step") == 0
+    )
     broken = [name for name, loss in zip(names, first.losses, strict=True) if not math.isfinite(loss)]
     if len(broken) < len(names):
         return f"It was not finite before training for {', '.join(broken)}: delete the cache, which may be damaged"

@@ -1,6 +1,6 @@
-"""What is learned: the flow loss, which times are drawn, what each counts, and what is preserved. It imports
-train.utils and train.distributed. Begin with loss.py; conf/timesteps, weighting and preservation name what is exported
-here.
+"""The training objective: flow loss, timestep distributions, loss weighting, and preservation of the base. The package
+imports train.utils and train.distributed, and conf/timesteps, weighting and preservation name its exports. Begin with
+loss.py.
 """
 
 from train.objective.preservation import Preservation

@@ -1,15 +1,14 @@
-"""What is learned: the flow at a random time, and (if asked) nothing new on plain prompts.
+"""The flow loss at random timesteps, with base preservation on plain prompts.
 
-A picture x and noise e of the same shape are mixed at a time s in [0, 1],
+The latents x of an image and noise e of the same shape are mixed at a timestep s in [0, 1],
 
     x_s = (1 - s) x + s e,        target = e - x,        loss = mean (model(x_s, s) - target)^2
 
-as in rectified flow (Liu et al. 2022; Esser et al. 2024). Where samples have masks, the mean over each sample's tokens
-is weighted by its mask, and the mean over samples is plain: how much is masked does not change what a sample counts,
-nor does it matter which samples are in a micro-batch together. Which times are drawn is in
-train/objective/timesteps.py, and how much a sample counts by its time in train/objective/weighting.py. Noise and time
-of a sample depend on (seed, step, its position in the global batch) alone, so a loss curve is the same after a resume
-and however a batch is cut.
+as in rectified flow (Liu et al. 2022; Esser et al. 2024). If samples have masks, the mean over each sample's tokens is
+weighted by its mask, and the mean over samples is not: the masked area does not change the weight of a sample, nor does
+it matter which samples share a micro-batch. Timesteps are drawn in train/objective/timesteps.py, and weights of samples
+by timestep are in train/objective/weighting.py. Noise and timestep of a sample depend only on (seed, step, its position
+in the global batch), so a loss curve is the same after a resume and for every split of a batch.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import Batch, onto
+from data.loader import Batch, copy_to_device
 from data.sampler import derived_generator
 from flux2.adapters import adapters_disabled
 from flux2.models.positions import positions_with_references, text_positions, to_tokens, with_references
@@ -31,14 +30,15 @@ from train.objective.timesteps import Uniform
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch as the model sees it.
+    """A noisy batch as input of the model.
 
     Attributes:
-        tokens: (B, N, 128); the noisy pictures' n tokens, then the references'.
-        positions: (N, 4); text_at: (T, 4).
-        times: (B,).
+        tokens: (B, N, 128), the n tokens of the noisy images, then those of the references.
+        positions: (N, 4) positions of `tokens`.
+        text_at: (T, 4) positions of the text tokens.
+        times: (B,) timesteps.
         target: (B, n, 128) flow.
-        mask: (B, n, 1), how much each of the pictures' tokens counts, from 0 to 1; None: all the same.
+        mask: (B, n, 1), weights of the images' tokens from 0 to 1; None is 1 for all.
     """
 
     tokens: Tensor
@@ -49,7 +49,7 @@ class Noised:
     mask: Tensor | None = None
 
     def predict(self, model: nn.Module, text: Tensor, guidance: float | None, rows: slice = slice(None)) -> Tensor:
-        """(B, n, 128) float32 prediction for the chosen rows, given their embeddings `text`."""
+        """Return the float32 prediction (B, n, 128) for the chosen rows, given their embeddings `text`."""
         times = self.times[rows]
         value = None if guidance is None else torch.full_like(times, guidance)
         tokens = self.tokens[rows]
@@ -59,8 +59,8 @@ class Noised:
 def noise_at(batch: Batch, times: Tensor, noise: Tensor) -> Noised:
     """Mix a batch with given noise (B, 128, h, w) at given times (B,)."""
     latents = batch.latents
-    at = times[:, None, None, None]
-    noisy = (1 - at) * latents + at * noise
+    s = times[:, None, None, None]
+    noisy = (1 - s) * latents + s * noise
     return Noised(
         tokens=with_references(to_tokens(noisy), batch.references),
         positions=positions_with_references(latents, batch.references),
@@ -73,34 +73,35 @@ def noise_at(batch: Batch, times: Tensor, noise: Tensor) -> Noised:
 
 @dataclass(frozen=True)
 class NoiseDraw:
-    """What chance gives a batch, on the CPU: `times` (B,) and `noise` (B, 128, h, w), float32."""
+    """The random part of a batch, on the CPU: `times` (B,) and `noise` (B, 128, h, w), float32."""
 
     times: Tensor
     noise: Tensor
 
 
 def draw(batch: Batch, timesteps: Uniform, seed: int, step: int) -> NoiseDraw:
-    """The noise and the times that (seed, step, position) give."""
+    """Draw noise and timesteps as functions of (seed, step, position)."""
     shape = batch.latents.shape[1:]
     noise = torch.empty(len(batch.positions), *shape)
-    for own, p in zip(noise, batch.positions, strict=True):
-        own.normal_(generator=derived_generator(seed, "noise", step, p))
+    for sample, p in zip(noise, batch.positions, strict=True):
+        sample.normal_(generator=derived_generator(seed, "noise", step, p))
     tokens = shape[1] * shape[2]
     times = [timesteps.draw(derived_generator(seed, "time", step, p), tokens) for p in batch.positions]
     return NoiseDraw(torch.stack(times), noise)
 
 
 def add_noise(batch: Batch, drawn: NoiseDraw) -> Noised:
-    """Mix a batch, float32 on any device, with what was drawn for it."""
+    """Mix a batch, float32 on any device, with its noise at its timesteps."""
     device = batch.latents.device
-    return noise_at(batch, onto(drawn.times, device), onto(drawn.noise, device))
+    return noise_at(batch, copy_to_device(drawn.times, device), copy_to_device(drawn.noise, device))
 
 
 def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
-    """Mean squared difference, shape (), of (B, n, C) tokens, those of each sample weighted by its mask (B, n, 1).
+    """Return the mean squared difference, shape (), of (B, n, C) tokens.
 
-    Of a sample: sum(mask * mean over C of the squares) / sum(mask); of the batch: the mean over samples, each times its
-    weight (B,). One whose mask is 0 everywhere, as in a crop of what is masked out, counts as 0. None is 1 everywhere.
+    Per sample: sum(mask * mean over C of the squares) / sum(mask), with mask (B, n, 1). Over the batch: the mean of
+    sample losses times weights (B,). A sample whose mask is 0 everywhere, as in a crop without unmasked pixels, has
+    loss 0. None is 1 everywhere.
     """
     if mask is None and weights is None:
         return F.mse_loss(prediction, target)
@@ -118,9 +119,12 @@ def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None, weights: 
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is what is differentiated; the parts are detached, `preservation` before its weight (0 without any).
+    """Losses of a micro-batch or step.
 
-    `prior`, of a whole step, is that of the class pictures (train/objective/prior.py), with its weight.
+    Attributes:
+        total: Loss to differentiate; the others are detached.
+        preservation: Preservation loss before its weight; 0 without preservation.
+        prior: Weighted loss of the class images (train/objective/prior.py) of a whole step.
     """
 
     total: Tensor
@@ -138,15 +142,15 @@ def training_loss(
     plain: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Losses:
-    """The loss of one micro-batch.
+    """Return the losses of one micro-batch.
 
     Args:
-        model: the transformer with its adapter, or a wrapper around it.
+        model: Transformer with its adapter, or a wrapper around it.
         text: (B, T, text_width) embeddings of the captions.
-        plain: (P, T, text_width) embeddings of plain prompts for the first P samples, if their predictions are held to
-            the base's.
-        weight: of that part.
-        weights: (B,) of the samples, by their times; the plain part has none.
+        weight: Weight of base preservation.
+        plain: (P, T, text_width) embeddings of plain prompts, with which the predictions for the first P samples are
+            compared to the base's.
+        weights: (B,) weights of the samples by timestep, which do not apply to preservation.
     """
     if plain is None:
         flow = flow_loss(noised.predict(model, text, guidance), noised.target, noised.mask, weights)

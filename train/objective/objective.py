@@ -1,7 +1,7 @@
-"""What a step minimizes: the flow loss at random times, with what is preserved of the base added to it.
+"""The loss that a step minimizes: the flow loss at random timesteps plus the terms that preserve the base.
 
 `Objective` bundles the groups `timesteps`, `weighting` and `preservation` with the model's guidance and the precision
-of matrix products, so that the training loop asks for one thing: the losses of a micro-batch.
+of matrix products, so that the training loop needs only one call: the losses of a micro-batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from data.loader import Batch, Loader, onto
+from data.loader import Batch, Loader, copy_to_device
 from train.objective.loss import Losses, Noised, NoiseDraw, add_noise, draw, training_loss
 from train.objective.preservation import Preservation
 from train.objective.prior import ClassPictures
@@ -22,7 +22,7 @@ from train.objective.weighting import Unweighted
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples, or class images, with the noise and times that (seed, step, position) give them.
+    """Samples, or class images, with their noise and timesteps from (seed, step, position).
 
     Attributes:
         weight: Weight of its loss in the step.
@@ -41,7 +41,7 @@ class Inputs:
 
     Attributes:
         text: (B, T, D) embeddings of the captions.
-        preserved: (P, T, D) embeddings of the prompts for which the first P samples are held to the base, if any.
+        preserved: (P, T, D) embeddings of the prompts with which the first P samples are compared to the base, if any.
     """
 
     noised: Noised
@@ -57,8 +57,8 @@ class Objective:
         seed: The run's seed.
         preserved: Embedding (T, D) of each prompt of `preservation`.
         prior: The class images of prior preservation; None without them.
-        guidance: The guidance scale that the model is given; None for a model that takes none.
-        dtype: The dtype of matrix products; None is that of the adapter.
+        guidance: The guidance scale for a guidance-distilled model; None for other models.
+        dtype: The dtype of matrix products; None is the adapter's.
     """
 
     seed: int
@@ -94,11 +94,13 @@ class Objective:
         return torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
     def prepare(self, micro_batch: MicroBatch, step: int, device: torch.device) -> Inputs:
-        """Copy a micro-batch to `device`, add its noise, and choose the prompts that are preserved with it."""
+        """Copy a micro-batch to `device`, add its noise, and draw its preservation prompts."""
         batch = micro_batch.batch.to(device, torch.float32)
         noised, preserved = add_noise(batch, micro_batch.noise), None
         if self.preservation.active:
             prompts = self.preservation.choose(self.seed, step, batch.positions[: self.preservation.samples])
-            preserved = onto(torch.stack([self.preserved[prompt] for prompt in prompts]), batch.embeddings.device)
+            preserved = copy_to_device(
+                torch.stack([self.preserved[prompt] for prompt in prompts]), batch.embeddings.device
+            )
             preserved = preserved.to(batch.embeddings.dtype)
         return Inputs(noised, batch.embeddings, preserved)

@@ -1,11 +1,11 @@
-"""Prior preservation: what the base knows of a class is kept by training on pictures of that class beside one's own.
+"""Prior preservation: training on images of the class in addition to the dataset preserves the base's knowledge of it.
 
-A LoRA of one dog makes all dogs look like it. So beside every micro-batch another one of class pictures ("a photo of a
-dog", without the trigger word) is trained, with a weight of its own. (DreamBooth, Ruiz et al. 2023, section 3.2.) The
-class pictures are given as a dataset, or drawn by the base before training.
+A LoRA of one dog makes all dogs look like it. So with every micro-batch another one of class images ("a photo of a
+dog", without the trigger word) is trained, with a separate weight. (DreamBooth, Ruiz et al. 2023, section 3.2.) The
+class images are a dataset, or drawn by the base before training.
 
-They have a loader of their own, so they need not have the shape of the other samples; which are trained, and with what
-noise, is a function of (seed, step, position) as everywhere.
+They have a separate loader, so they need not have the shape of the other samples; their choice and their noise are
+functions of (seed, step, position) like those of the samples.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from data.loader import Batch, Loader
 from data.sampler import derived_generator
 from flux2.models.variants import PIXELS_PER_TOKEN
 from flux2.utils.checks import MAX_GUIDANCE, MAX_PIXELS, MAX_STEPS
-from train.utils.checks import check_seed, is_count, is_number
+from train.utils.checks import check_count, check_seed, is_count, is_number
 
-MOST = 100_000  # class pictures that are drawn
+MOST = 100_000  # maximum number of class images to draw
 
 
 @dataclass(frozen=True)
 class PriorPreservation:
-    """The settings.
+    """Settings of prior preservation.
 
     Args:
-        weight: of the class pictures' loss, beside that of the others.
-        share: class pictures for each sample, up to 1; a share, so that they are the same however a step is cut into
-            micro-batches and processes.
-        dataset: the settings of a dataset of class pictures; without it they are drawn.
-        prompts: of the pictures that are drawn, in turn; also their captions.
-        count: how many are drawn.
-        folder: where they are kept.
-        seed: of the first, the next ones counting up.
-        width, height: pixels; None: the training resolution.
-        steps, guidance: of sampling; None takes the model's own.
+        weight: Weight of the loss of the class images, relative to that of the samples.
+        share: Number of class images for each sample, up to 1; a share, so that it is the same for every split of a
+            step into micro-batches and processes.
+        dataset: Settings of a dataset of class images; without it the base draws them.
+        prompts: Prompts of the drawn images, in turn, and their captions.
+        count: Number of images to draw.
+        folder: Folder of the drawn images.
+        seed: Seed of the first image, incremented for each further one.
+        width, height: Size in pixels; None is the training resolution.
+        steps, guidance: Sampling settings; None takes the model's own.
     """
 
     weight: float = 1.0
@@ -60,25 +60,24 @@ class PriorPreservation:
             raise ValueError(f"preservation.{key}={getattr(self, key)!r} must be {what}")
 
         if not is_number(self.weight, low=0) or self.weight == 0:
-            refuse("weight", "a positive number (preservation=none is without)")
+            refuse("weight", "a positive number. For no prior preservation, set preservation=none")
         if not is_number(self.share, low=0, high=1) or self.share == 0:
             refuse("share", "a number above 0, up to 1")
         check_seed("preservation.seed", self.seed)
-        if not is_count(self.count, 1) or self.count > MOST:
-            refuse("count", f"a whole number from 1 to {MOST}")
+        check_count("preservation.count", self.count, 1, MOST)
         if not isinstance(self.prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in self.prompts):
-            refuse("prompts", "a list of texts")
+            refuse("prompts", "a list of strings")
         if any(not prompt.strip() for prompt in self.prompts):
-            refuse("prompts", "texts with words in them: each names the class that is drawn")
+            refuse("prompts", "strings that are not empty: each names the class to draw")
         if len({prompt.strip() for prompt in self.prompts}) < len(self.prompts):
-            refuse("prompts", "different texts: they are drawn in turn, each as often as the others")
+            refuse("prompts", "different strings: each is drawn equally often")
         if self.dataset is not None and not isinstance(self.dataset, Mapping):
-            refuse("dataset", "the settings of a dataset: +dataset@preservation.dataset=folder")
+            refuse("dataset", "the settings of a dataset, as with +dataset@preservation.dataset=folder")
         if (self.dataset is None) == (not self.prompts):
             raise ValueError(
-                f"preservation=prior takes class pictures (+dataset@preservation.dataset=folder) or class prompts that "
-                f"the base draws (preservation.prompts), one of them: prompts={list(self.prompts)!r}, "
-                f"dataset={'given' if self.dataset else None}"
+                f"preservation.prompts={list(self.prompts)!r} with preservation.dataset="
+                f"{'given' if self.dataset else None}: preservation=prior needs one of both. Give class images "
+                "(+dataset@preservation.dataset=folder) or prompts for the base to draw (preservation.prompts)"
             )
         if not isinstance(self.folder, str) or not self.folder:
             refuse("folder", "a folder")
@@ -91,8 +90,8 @@ class PriorPreservation:
                 f"preservation.width={self.width} with preservation.height={self.height} must be at most 8192 x 8192 "
                 "pixels"
             )
-        if self.steps is not None and (not is_count(self.steps, 1) or self.steps > MAX_STEPS):
-            refuse("steps", f"a whole number from 1 to {MAX_STEPS}")
+        if self.steps is not None:
+            check_count("preservation.steps", self.steps, 1, MAX_STEPS)
         if self.guidance is not None and not is_number(self.guidance, 0, MAX_GUIDANCE):
             refuse("guidance", f"a number from 0 to {MAX_GUIDANCE:g}")
 
@@ -108,16 +107,16 @@ class PriorPreservation:
 
     @property
     def draws(self) -> bool:
-        """Whether the base draws them."""
+        """Whether the base draws the class images."""
         return self.dataset is None
 
 
 class ClassPictures:
-    """Class pictures in training: a loader, whose draws are others than those of the samples beside it.
+    """Class images in training, with a loader whose draws are independent of those of the samples.
 
     Args:
-        make: `data.loader.Loader`, but for its seed.
-        names: of the pictures.
+        make: Function that returns the loader for a seed.
+        names: Names of the images.
     """
 
     def __init__(self, make: Callable[..., Loader], seed: int, weight: float, names: Sequence[str]) -> None:
@@ -126,9 +125,9 @@ class ClassPictures:
         self.loader = make(seed=self.seed)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This process's, of a step."""
+        """Return this process's micro-batches of a step."""
         return self.loader.micro_batches(step)
 
     def samples(self, step: int) -> list[str]:
-        """The names of those of a step, in all processes."""
+        """Return the names of the class images of a step, in all processes."""
         return [self.names[index] for index in self.loader.sampler.batch(step)]

@@ -1,9 +1,9 @@
-"""Which times are trained: densities on [0, 1], 0 being the picture and 1 the noise.
+"""Distributions of training timesteps on [0, 1], where 0 is the image and 1 the noise.
 
-A density draws one time for one sample, from the generator that the sample is given (train/objective/loss.py), and may
-then shift it towards noise as sampling does: the odds s / (1 - s) are multiplied by exp(mu). Larger pictures need more
-noise until as little of them can be seen (Esser et al. 2024, section 5.3.2), and the model was trained and is sampled
-that way.
+A distribution draws the timestep of a sample from the sample's generator (train/objective/loss.py), and may then shift
+it towards noise as sampling does: the odds s / (1 - s) are multiplied by exp(mu). Larger images need more noise until
+they are equally hard to recognize (Esser et al. 2024, section 5.3.2), and the model was trained and is sampled that
+way.
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ import torch
 from torch import Tensor
 
 from flux2.sampling import empirical_mu, shift
-from train.utils.checks import is_count, is_number
+from train.utils.checks import check_count, is_number
 
 SHIFTS = ("none", "resolution", "empirical")
-MODE_SCALES = (-1.0, 2 / (math.pi - 2))  # outside of them times are drawn twice, or beyond [0, 1]
+MODE_SCALES = (-1.0, 2 / (math.pi - 2))  # outside this range the map from u to s is not monotonic within [0, 1]
 
 
 class Uniform:
-    """Every time in [0, 1] equally likely, then the odds multiplied.
+    """Uniform timesteps in [0, 1], whose odds are then multiplied.
 
     Args:
-        shift: what by. `none`: nothing. `resolution`: exp(mu), mu linear in the number of image tokens from 0.5 at 256
-            to 1.15 at 4096. `empirical`: exp(mu), mu being that of the published sampling schedule, for the picture's
-            tokens and `steps` steps. A number: itself.
-        steps: of sampling, for `empirical`; None takes those that the model is sampled with by default.
+        shift: Factor of the odds. `none`: 1. `resolution`: exp(mu) with mu linear in the number of image tokens, from
+            0.5 at 256 to 1.15 at 4096. `empirical`: exp(mu) with mu of the published sampling schedule, for the number
+            of image tokens and `steps` steps. A number is used as it is.
+        steps: Number of sampling steps for `empirical`; None takes the model's default.
     """
 
     def __init__(self, shift: str | float = "none", steps: int | None = None) -> None:
         if shift not in SHIFTS and not is_number(shift, low=1e-6):
-            raise ValueError(f"timesteps.shift={shift!r} must be {', '.join(SHIFTS)} or a positive number")
-        if steps is not None and not is_count(steps, 1):
-            raise ValueError(f"timesteps.steps={steps!r} must be a whole number from 1, or null")
+            raise ValueError(f"timesteps.shift={shift!r} must be one of {', '.join(SHIFTS)}, or a positive number")
+        if steps is not None:
+            check_count("timesteps.steps", steps, 1)
         if steps is not None and shift != "empirical":
-            raise ValueError(f"timesteps.steps={steps} does nothing with timesteps.shift={shift}: it is for empirical")
+            raise ValueError(f"timesteps.steps={steps} has no effect with timesteps.shift={shift}, only with empirical")
         self.shift, self.steps = shift, steps
         self.sampling_steps = steps
 
     def sampled_in(self, steps: int) -> None:
-        """Tell how many steps the model is sampled with, which `empirical` follows unless `steps` was given."""
+        """Set the model's number of sampling steps, which `empirical` uses unless `steps` was given."""
         self.sampling_steps = self.steps or steps
 
     def mu(self, tokens: int) -> float:
-        """The log of what the odds are multiplied by, for a picture of `tokens` image tokens."""
+        """Return the log of the factor of the odds, for `tokens` image tokens."""
         if self.shift == "none":
             return 0.0
         if self.shift == "resolution":
             return 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
         if self.shift == "empirical":
-            assert self.sampling_steps is not None, "the model's own steps are not known"
+            assert self.sampling_steps is not None, "sampled_in was not called"
             return empirical_mu(tokens, self.sampling_steps)
         assert not isinstance(self.shift, str)
         return math.log(self.shift)
 
     def draw(self, generator: torch.Generator, tokens: int) -> Tensor:
-        """A time, shape (), float32 on the CPU, for a picture of `tokens` image tokens."""
+        """Draw a timestep, shape (), float32 on the CPU, for an image of `tokens` tokens."""
         time = self.unshifted(generator)
         return time if self.shift == "none" else shift(time, self.mu(tokens))
 
@@ -66,7 +66,7 @@ class Uniform:
 
 
 class LogitNormal(Uniform):
-    """`s = sigmoid(n)`, n normal with `mean` and `std`; `shift` and `steps` as above. (Esser et al. 2024, eq. 19.)"""
+    """`s = sigmoid(n)`, n normal with `mean`, `std`; `shift` and `steps` as above (Esser et al. 2024, eq. 19)."""
 
     def __init__(
         self, mean: float = 0.0, std: float = 1.0, shift: str | float = "resolution", steps: int | None = None
@@ -83,11 +83,11 @@ class LogitNormal(Uniform):
 
 
 class Mode(Uniform):
-    """`s = 1 - u - scale (cos^2(pi u / 2) - 1 + u)`, u uniform: a hill in the middle, and more than a logit-normal has
-    at the ends; `shift` and `steps` as above. (Esser et al. 2024, eq. 20, "mode sampling with heavy tails".)
+    """`s = 1 - u - scale (cos^2(pi u / 2) - 1 + u)`, u uniform: a peak in the middle, with heavier tails than a
+    logit-normal; `shift` and `steps` as in `Uniform`. (Esser et al. 2024, eq. 20, "mode sampling with heavy tails".)
 
     Args:
-        scale: above 0 the middle is likelier, below 0 the ends, 0 is uniform.
+        scale: Above 0 the middle is more likely, below 0 the ends; 0 is uniform.
     """
 
     def __init__(self, scale: float = 1.29, shift: str | float = "none", steps: int | None = None) -> None:
@@ -99,4 +99,4 @@ class Mode(Uniform):
 
     def unshifted(self, generator: torch.Generator) -> Tensor:
         u = torch.rand((), generator=generator)
-        return (1 - u - self.scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)).clamp(0, 1)  # rounding leaves it
+        return (1 - u - self.scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)).clamp(0, 1)  # against rounding

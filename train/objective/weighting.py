@@ -1,8 +1,7 @@
-"""What a sample counts in the training loss by its time, beside how often its time is drawn
-(train/objective/timesteps.py).
+"""Weights of samples in the training loss by timestep.
 
-Both change what is learned in the same way, a density by how often and a weighting by how much, so use one of them. The
-validation loss is never weighted, so that runs with different weightings can be compared.
+A weighting and a distribution of timesteps (train/objective/timesteps.py) have the same effect on the expected loss, so
+use one of them. The validation loss is never weighted, so that runs with different weightings can be compared.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from train.utils.checks import is_number
 
 
 class Unweighted:
-    """Every time counts the same, and nothing is computed."""
+    """The same weight for every timestep; nothing is computed."""
 
     def __call__(self, times: Tensor) -> Tensor | None:
-        """Times (B,) from 0, the picture, to 1, the noise -> weights (B,); None stands for all 1."""
+        """Return weights (B,) for timesteps (B,) from 0, the image, to 1, the noise; None is 1 for all."""
         return None
 
 
 class SigmaSqrt(Unweighted):
-    """`1 / s^2`, at most `most`: the less noise, the more a sample counts.
+    """`1 / s^2`, at most `most`: a larger weight for less noise.
 
-    The weighting that diffusers' training scripts call `sigma_sqrt`. They have no upper limit; without one, a single
-    sample with next to no noise outweighs thousands.
+    This is `sigma_sqrt` of diffusers' training scripts, which have no upper limit; without one, a single sample with
+    almost no noise outweighs thousands.
     """
 
     def __init__(self, most: float | None = 100.0) -> None:
         if most is not None and not is_number(most, low=1):
-            raise ValueError(f"weighting.most={most!r} must be a number from 1, or null")
+            raise ValueError(f"weighting.most={most!r} must be a number >= 1, or null")
         self.most = most
 
     def __call__(self, times: Tensor) -> Tensor:
@@ -41,9 +40,9 @@ class SigmaSqrt(Unweighted):
 
 
 class Cosmap(Unweighted):
-    """`2 / (pi (1 - 2 s + 2 s^2))`: twice as much in the middle as at the ends, 1 on average over uniform times.
+    """`2 / (pi (1 - 2 s + 2 s^2))`: twice as large in the middle as at the ends, with mean 1 over uniform timesteps.
 
-    The density that a cosine schedule has in rectified flow (Esser et al. 2024, eq. 21), used as a weight as in
+    The density of a cosine schedule in rectified flow (Esser et al. 2024, eq. 21), used as a weight as in
     diffusers' training scripts (`weighting_scheme="cosmap"`).
     """
 
@@ -52,9 +51,9 @@ class Cosmap(Unweighted):
 
 
 class Bell(Unweighted):
-    """`exp(-2 (s - 1/2)^2) - exp(-1/2)`, scaled to 1 on average over uniform times: nothing at both ends.
+    """`exp(-2 (s - 1/2)^2) - exp(-1/2)`, scaled to mean 1 over uniform timesteps: 0 at both ends.
 
-    Source: DiffSynth-Studio's flow-matching scheduler, which several trainers took it from.
+    Source: DiffSynth-Studio's flow-matching scheduler, from which several trainers took it.
     """
 
     def __call__(self, times: Tensor) -> Tensor:

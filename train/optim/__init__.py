@@ -1,5 +1,5 @@
-"""Optimizers, learning-rate schedules, averages of weights, and the guard that leaves out updates that are not finite.
-It imports train.utils and train.distributed. Begin with optimizers.py; conf/schedule names what is exported here.
+"""Optimizers, learning-rate schedules, averages of weights, and the guard that skips non-finite updates. The package
+imports train.utils and train.distributed, and conf/schedule names its exports. Begin with optimizers.py.
 """
 
 from train.optim.schedules import Constant, Cosine, Linear, Restarts, StableDecay

@@ -1,4 +1,4 @@
-"""Optimizers, and learning-rate schedules as functions of the step, so that resuming needs no state of theirs."""
+"""Construction of optimizers, and checks of their settings."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ from train.optim.schedules import Constant, Restarts, Schedule, StableDecay
 from train.utils.checks import is_count, is_number
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
-
-
-# ------------------------------------------------------------------ optimizers
-
 EXTRA = ("prodigyopt", "schedulefree")  # packages of the extra `optimizers`
 MATRICES_ONLY = "Muon only supports 2D parameters"
 
 
 def check_installed(target: object) -> None:
-    """Raises ValueError if the optimizer called `target` is in a package that is not installed."""
+    """Raise ValueError if the package of the optimizer `target` is not installed."""
     package = str(target).partition(".")[0]
     if package in EXTRA and find_spec(package) is None:
         raise ValueError(
@@ -33,9 +29,11 @@ def check_installed(target: object) -> None:
         )
 
 
-def averages(optimizer: object) -> bool:
-    """Whether an optimizer (or its class) trains other weights than those it is meant to be used with, as schedule-free
-    ones do: `eval()` puts the averaged ones into the parameters, and `train()` those that are trained."""
+def averages_weights(optimizer: object) -> bool:
+    """Return whether an optimizer (or its class) averages weights, as schedule-free ones do.
+
+    Its `eval()` puts the averaged weights into the parameters, and `train()` the trained ones.
+    """
     return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
 
 
@@ -47,13 +45,13 @@ def is_positive(value: object) -> bool:
     return is_number(value, 0) and value != 0
 
 
-# what settings of these names may be, whichever optimizer takes them, and the words for it
+# condition of each setting, for every optimizer that has it, and its description
 ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("lr", "eps", "d0", "d_coef"), (is_positive, "a positive number")),
-    **dict.fromkeys(("weight_decay", "weight_lr_power", "r"), (partial(is_number, low=0), "a number from 0")),
-    **dict.fromkeys(("momentum", "beta1", "beta2", "beta3"), (is_share, "a number from 0, below 1")),
-    **dict.fromkeys(("warmup_steps", "min_8bit_size"), (is_count, "a whole number from 0")),
-    **dict.fromkeys(("ns_steps", "slice_p"), (partial(is_count, low=1), "a whole number from 1")),
+    **dict.fromkeys(("weight_decay", "weight_lr_power", "r"), (partial(is_number, low=0), "a number >= 0")),
+    **dict.fromkeys(("momentum", "beta1", "beta2", "beta3"), (is_share, "a number >= 0 and < 1")),
+    **dict.fromkeys(("warmup_steps", "min_8bit_size"), (is_count, "an integer >= 0")),
+    **dict.fromkeys(("ns_steps", "slice_p"), (partial(is_count, low=1), "an integer >= 1")),
     **dict.fromkeys(
         ("amsgrad", "capturable", "decouple", "differentiable", "foreach", "is_paged", "maximize", "nesterov",
          "safeguard_warmup", "use_bias_correction"),
@@ -62,20 +60,19 @@ ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fused": (lambda value: value in (None, "auto") or isinstance(value, bool), "true, false or auto"),
     "growth_rate": (lambda value: value == math.inf or (is_number(value, 1) and value != 1), "above 1, or .inf"),
 }  # fmt: skip
-LISTS: dict[
-    str, tuple[Callable[[Any], bool], str]
-] = {  # likewise, of a list of as many as the optimizer's own default has
+# the same for the items of lists, which are as long as the optimizer's default
+LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (is_share, "in [0, 1)"),
     "eps": (is_positive, "above 0"),
     "ns_coefficients": (is_number, "that are finite"),
 }
-HIGH_RATE = 1.0  # Prodigy's; the others move each number by about as much in a step
+HIGH_RATE = 1.0  # of Prodigy; with the others a step changes each weight by about as much
 
 
 def check_settings(make: MakeOptimizer) -> None:
-    """Raises ValueError, naming the setting, for one that no optimizer can mean: many take it all the same.
+    """Raise ValueError, naming the setting, for a value that makes no sense, although many optimizers accept it.
 
-    What an optimizer itself leaves empty may be null.
+    A setting may be null if null is the optimizer's default.
     """
     settings = dict(getattr(make, "keywords", {}))
     try:
@@ -100,39 +97,39 @@ def check_settings(make: MakeOptimizer) -> None:
                 raise ValueError(f"optimizer.{key}={value!r} must be {what}")
 
 
-def doubts(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
-    """What of optimizer and schedule is allowed, and is hardly meant in a run of so many steps."""
+def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
+    """Return warnings about optimizer and schedule settings that are valid but probably unintended."""
     rate = getattr(make, "keywords", {}).get("lr", 0.0)
-    found = []
+    warnings = []
     if rate > HIGH_RATE:
-        found.append(
-            f"optimizer.lr={rate:g} is far above what optimizers here are used with (1e-5 to 1e-2; prodigy: 1): "
-            "training will hardly survive it"
+        warnings.append(
+            f"optimizer.lr={rate:g} is far above the usual rates (1e-5 to 1e-2; prodigy: 1): training will probably "
+            "diverge"
         )
     if not isinstance(schedule, Constant):
-        return found
+        return warnings
     warmup, after = schedule.warmup(steps), steps - schedule.warmup(steps)
     if warmup >= steps:
         reached = schedule.factor(steps - 1, steps)
-        found.append(
-            f"schedule.warmup_steps={schedule.warmup_steps} is all of steps={steps}: the rate ends at {reached:.0%} of "
-            "optimizer.lr, and never reaches it"
+        warnings.append(
+            f"schedule.warmup_steps={schedule.warmup_steps} takes all of steps={steps}: the rate only reaches "
+            f"{reached:.0%} of optimizer.lr"
         )
     elif isinstance(schedule, Restarts) and 2 * schedule.cycles > after:
-        found.append(
+        warnings.append(
             f"schedule.cycles={schedule.cycles} in {after} steps (after the warm-up) leaves less than two steps for "
-            "each, so that the rate does not fall as cosines do"
+            "each: the rate does not follow a cosine"
         )
     elif isinstance(schedule, StableDecay) and schedule.decay * after < 1:
-        found.append(f"schedule.decay={schedule.decay:g} of {after} steps is less than one: the rate never falls")
-    return found
+        warnings.append(f"schedule.decay={schedule.decay:g} of {after} steps is less than one: the rate never decays")
+    return warnings
 
 
 def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of the configuration on `parameters`, ready to train.
+    """Build the configured optimizer for `parameters`, ready to train.
 
-    `fused: auto` is true where all parameters are on a GPU; on a CPU the fused kernel rounds differently.
-    Raises ValueError naming the setting that it refused.
+    `fused: auto` is true if all parameters are on a GPU; on a CPU the fused kernel rounds differently.
+    Raises ValueError naming the settings that the optimizer rejects.
     """
     check_settings(make)
     settings = dict(getattr(make, "keywords", {}))
@@ -145,21 +142,20 @@ def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.opti
         if MATRICES_ONLY in str(error):
             dims = " and ".join(map(str, sorted({parameter.ndim for parameter in parameters} - {2})))
             raise ValueError(
-                f"optimizer=muon trains matrices only, and this adapter has tensors of {dims} dimensions: choose "
+                f"optimizer=muon trains only matrices, and this adapter has tensors of {dims} dimensions. Choose "
                 "another optimizer, or adapter=lora"
             ) from error
         raise ValueError(f"the optimizer refused its settings ({error}): {given}") from error
-    if averages(optimizer):
+    if averages_weights(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 
 
 def try_out(make: MakeOptimizer, device: torch.device) -> None:
-    """One update of a small matrix: some settings are only looked at there.
+    """Update a small matrix once, because some settings are only checked in an update.
 
-    Raises ValueError if the optimizer refuses them, or what it makes of them is not finite.
-
-    Want of memory is passed on as it is.
+    Raises ValueError if the optimizer rejects them or the result is not finite. Out-of-memory errors propagate
+    unchanged.
     """
     parameter = nn.Parameter(torch.ones(4, 4, device=device))
     parameter.grad = torch.ones_like(parameter)
@@ -169,7 +165,7 @@ def try_out(make: MakeOptimizer, device: torch.device) -> None:
         optimizer.step()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of whichever library, and of any kind
+    except Exception as error:  # libraries raise various types
         raise ValueError(f"the optimizer refused its settings ({type(error).__name__}: {error}): {given}") from error
     if not torch.isfinite(parameter).all():
         raise ValueError(f"an update with these settings is not finite: {given}")

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor of each step, a function of the step alone."""
+"""Learning-rate schedules: a factor that is a function of the step alone, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Protocol
 
 import torch
 
-from train.utils.checks import is_count, is_number
+from train.utils.checks import check_count, is_count, is_number
 
 
 class Schedule(Protocol):
     def factor(self, step: int, steps: int) -> float:
-        """What the learning rate is multiplied by at `step` (from 0) of `steps`."""
+        """Return the factor of the learning rate at `step` (from 0) of `steps`."""
 
 
 class Constant:
-    """Linear warm-up, then flat.
+    """Linear warm-up, then constant.
 
     Args:
-        warmup_steps: a whole number of steps, or a share of all steps below 1, as 0.1.
+        warmup_steps: Number of steps, or a share of all steps below 1, such as 0.1.
     """
 
     def __init__(self, warmup_steps: int | float = 0) -> None:
         if not is_count(warmup_steps) and not (is_number(warmup_steps, 0, 1) and warmup_steps < 1):
             raise ValueError(
-                f"schedule.warmup_steps={warmup_steps!r} must be a whole number from 0, or a share of the steps below 1"
+                f"schedule.warmup_steps={warmup_steps!r} must be an integer >= 0, or a share of the steps below 1"
             )
         self.warmup_steps = warmup_steps
 
     def warmup(self, steps: int) -> int:
-        """Of so many steps, how many the warm-up takes."""
-        given = self.warmup_steps
-        return given if isinstance(given, int) else round(given * steps)
+        """Return the number of warm-up steps in a run of `steps` steps."""
+        warmup = self.warmup_steps
+        return warmup if isinstance(warmup, int) else round(warmup * steps)
 
     def factor(self, step: int, steps: int) -> float:
         warmup = self.warmup(steps)
@@ -40,12 +40,12 @@ class Constant:
         return warm * self.after(max(0.0, (step - warmup) / max(1, steps - warmup)))
 
     def after(self, done: float) -> float:
-        """The factor after the warm-up, `done` running from 0 to 1."""
+        """Return the factor after the warm-up, as `done` goes from 0 to 1."""
         return 1.0
 
 
 class Cosine(Constant):
-    """Warm-up, then half a cosine down to `floor`."""
+    """Warm-up, then half a cosine down to the factor `floor`."""
 
     def __init__(self, warmup_steps: int | float = 0, floor: float = 0.0) -> None:
         super().__init__(warmup_steps)
@@ -58,19 +58,18 @@ class Cosine(Constant):
 
 
 class Linear(Cosine):
-    """Warm-up, then a straight line down to `floor`."""
+    """Warm-up, then linear decay to the factor `floor`."""
 
     def after(self, done: float) -> float:
         return self.floor + (1 - self.floor) * (1 - min(done, 1.0))
 
 
 class Restarts(Cosine):
-    """Warm-up, then `cycles` times half a cosine from the whole rate down to `floor`. (Loshchilov and Hutter 2017.)"""
+    """Warm-up, then `cycles` half cosines from the full rate down to `floor` (Loshchilov and Hutter 2017)."""
 
     def __init__(self, warmup_steps: int | float = 0, floor: float = 0.0, cycles: int = 3) -> None:
         super().__init__(warmup_steps, floor)
-        if not is_count(cycles, 1):
-            raise ValueError(f"schedule.cycles={cycles!r} must be a whole number from 1")
+        check_count("schedule.cycles", cycles, 1)
         self.cycles = cycles
 
     def after(self, done: float) -> float:
@@ -78,10 +77,10 @@ class Restarts(Cosine):
 
 
 class StableDecay(Linear):
-    """Warm-up, flat, then a straight line down to `floor` over the last part. (Hu et al. 2024, "warmup-stable-decay".)
+    """Warm-up, constant, then linear decay to the factor `floor` (Hu et al. 2024, "warmup-stable-decay").
 
     Args:
-        decay: the share of the steps after the warm-up in which the rate falls, above 0.
+        decay: Share of the steps after the warm-up in which the rate decays, above 0.
     """
 
     def __init__(self, warmup_steps: int | float = 0, floor: float = 0.0, decay: float = 0.2) -> None:
@@ -95,9 +94,9 @@ class StableDecay(Linear):
 
 
 class LearningRate:
-    """Sets the learning rate of each step: the optimizer's own, times the factor of the schedule.
+    """Sets the learning rate of each step: the configured rate times the factor of the schedule.
 
-    Create it before a checkpoint is loaded: the state of an optimizer holds the rate of its last step.
+    Create it before a checkpoint is loaded: the state of an optimizer contains the rate of its last step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> None:
@@ -112,6 +111,6 @@ class LearningRate:
 
     @property
     def value(self) -> float:
-        """The learning rate in use: what `set` set, times what Prodigy found (`d`)."""
+        """The current learning rate, including Prodigy's estimate (`d`)."""
         group = self.optimizer.param_groups[0]
         return float(group["lr"] * group.get("d", 1.0))

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data.loader import onto
+from data.loader import copy_to_device
 from train.utils.console import warn
 from train.utils.signals import SIGNALS, StopRequest
 
@@ -115,7 +115,7 @@ class UpdateGuard:
 
     def send(self, step: int, loss: Tensor, norm: Tensor, request: StopRequest) -> None:
         """Let the host know of a step: loss and norm, shape (), and whether a process was asked to stop."""
-        asked = onto(torch.tensor([float(number == request.number) for number in SIGNALS]), self.device)
+        asked = copy_to_device(torch.tensor([float(number == request.number) for number in SIGNALS]), self.device)
         if self.accelerator.num_processes > 1:
             asked = self.accelerator.reduce(asked, "sum")
         numbers = torch.cat([torch.stack([loss, norm]).double(), asked.double()])

@@ -20,7 +20,7 @@ from flux2.memory.ring_buffer import RING, slot_sizes
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import set_transposed_cache
 from train.config.memory import Choice
-from train.optim.optimizers import averages
+from train.optim.optimizers import averages_weights
 from train.planner.gpus import Gpu
 from train.planner.optimizer_memory import optimizer_bytes
 from train.planner.step_memory import (
@@ -190,7 +190,7 @@ class Planner:
     @property
     def swapped(self) -> int:
         """Bytes of the trained weights, which are kept beside the average that is validated, sampled and saved."""
-        kept = self.job.averaged or averages(getattr(self.job.optimizer, "func", None))
+        kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
         return size(trained(self.job.model)) if kept else 0
 
     @property
@@ -214,7 +214,7 @@ class Planner:
 
     @cached_property
     def reference_encoder(self) -> int:
-        """Bytes above the autoencoder's weights to encode what a sample sheet edits, beside the transformer."""
+        """Bytes above the autoencoder's weights to encode what a sample grid edits, beside the transformer."""
         largest = max(self.job.sample_references, key=tokens, default=None)
         return 0 if largest is None else autoencoder_peaks(self.job.variant.autoencoder, *largest)[1]
 

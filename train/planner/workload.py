@@ -24,7 +24,7 @@ class Workload:
         storage: of the converted layers: fp8, nf4, or None.
         optimizer: makes the optimizer from a list of parameters.
         pixels: (width, height) of the largest training picture; references: those of each of its references.
-        sample_pixels: of the sample sheets' pictures, None if none are made; sample_references: of what one edits.
+        sample_pixels: of the sample grids' pictures, None if none are made; sample_references: of what one edits.
         rows: pictures a micro-batch, those of preservation counted again.
         held: of them, those of preservation, which the base predicts too.
         averaged: whether a moving average of the adapter is kept.

@@ -15,9 +15,9 @@ from train.evaluation.distances import Nearest
 from train.evaluation.results import BASE, Evaluation, Row
 from train.reports.html import Table, number
 from train.reports.slider import Cell, Shot
-from train.utils.files import make_writable, opened, write_picture, write_whole
+from train.utils.files import make_writable, read_image, write_whole
 from train.utils.redact import masked_text
-from train.validation.sheet import cut
+from train.validation.sample_grid import split_grid
 
 MAX_GRIDS = 12
 PAIRS, PAIRS_FILE = "before_after", "pictures.json"
@@ -34,8 +34,8 @@ def training_cells(folder: Path) -> list[Cell]:
     if len(files) > MAX_GRIDS:  # the first and the last among them
         files = [files[round(i * (len(files) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
     steps = [int(file.stem.removeprefix("step_")) for file in files]
-    grids = [(f"step {step}" if step else BASE, opened(file)) for step, file in zip(steps, files, strict=True)]
-    parts = [(name, found) for name, grid in grids if grid is not None and (found := cut(grid))]
+    grids = [(f"step {step}" if step else BASE, read_image(file)) for step, file in zip(steps, files, strict=True)]
+    parts = [(name, found) for name, grid in grids if grid is not None and (found := split_grid(grid))]
     cells = []
     for i, (prompt, _) in enumerate(parts[-1][1] if parts else []):
         same = [(name, found[i][1]) for name, found in parts if i < len(found) and found[i][0] == prompt]
@@ -54,8 +54,8 @@ def keep_pairs(folder: Path, pairs: Sequence[Pair]) -> None:
     place = folder / PAIRS
     make_writable(place, "images before and after")
     for i, (_, before, after) in enumerate(pairs):
-        write_picture(place / f"{i}_0.png", before)
-        write_picture(place / f"{i}_1.png", after)
+        write_whole(place / f"{i}_0.png", before)
+        write_whole(place / f"{i}_1.png", after)
     kept = {"adapter": adapter_checksum(folder), "labels": [masked_text(label) for label, _, _ in pairs]}
     write_whole(place / PAIRS_FILE, json.dumps(kept, indent=1) + "\n")
 
@@ -68,7 +68,7 @@ def kept_pairs(folder: Path) -> list[Cell]:
         labels = list(kept["labels"]) if kept["adapter"] == adapter_checksum(folder) else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    images = [[opened(place / f"{i}_{j}.png") for j in (0, 1)] for i in range(len(labels))]
+    images = [[read_image(place / f"{i}_{j}.png") for j in (0, 1)] for i in range(len(labels))]
     return [
         Cell(str(label), [Shot(BASE, before), Shot("adapter", after, first=True)])
         for label, (before, after) in zip(labels, images, strict=True)
@@ -82,13 +82,13 @@ def evaluation_cells(evaluations: Sequence[Evaluation], runs: Sequence[str]) -> 
     """
     first, cells = evaluations[0], []
     for column, label in enumerate(first.labels):
-        shots = [Shot(row.name, opened(row.files[column]), row.name == first.chosen) for row in first.rows]
+        shots = [Shot(row.name, read_image(row.files[column]), row.name == first.chosen) for row in first.rows]
         base = first.base.files[column]
         for other, run in zip(evaluations[1:], runs[1:], strict=True):
             for row in other.rows:
                 file = row.files[column]
                 if row is not other.base or not file or not base or file.read_bytes() != base.read_bytes():
-                    shots.append(Shot(f"{run}: {row.name}", opened(file)))
+                    shots.append(Shot(f"{run}: {row.name}", read_image(file)))
         cells.append(Cell(label, shots))
     return cells
 
@@ -98,7 +98,7 @@ def strength_cells(evaluation: Evaluation) -> list[Cell]:
     rows, seed = evaluation.strengths, evaluation.columns[0][1]
     labels = [label for label, (_, each) in zip(evaluation.labels, evaluation.columns, strict=True) if each == seed]
     return [
-        Cell(label, [Shot(f"x {row.name}", opened(row.files[i]), row is rows[-1]) for row in rows])
+        Cell(label, [Shot(f"x {row.name}", read_image(row.files[i]), row is rows[-1]) for row in rows])
         for i, label in enumerate(labels)
         if rows
     ]
@@ -120,5 +120,5 @@ def nearest_pairs(evaluation: Evaluation) -> Iterator[tuple[str, Image.Image, Ne
     """Yield label, image and nearest training picture of what the chosen adapter drew."""
     row = evaluation.chosen_row
     for label, file, near in zip(evaluation.labels, row.files, row.nearest, strict=True):
-        if near is not None and (image := opened(file)) is not None:
+        if near is not None and (image := read_image(file)) is not None:
             yield label, image, near

@@ -28,7 +28,7 @@ from train.reports import run_pictures as pictures
 from train.reports.html import Table, number
 from train.reports.plots import Curve
 from train.reports.run_pictures import Pair
-from train.tracking.metrics import logged, series
+from train.tracking.metrics import read_metrics, series
 from train.utils.console import warn
 from train.utils.files import write_whole
 from train.utils.redact import masked, masked_command, masked_text
@@ -71,7 +71,7 @@ class RunSummary:
         file = folder / COMMANDS
         command = file.read_text(errors="replace").strip() if file.is_file() else ""
         problems = find_problems(folder, evaluation)
-        return cls(folder, label, config, logged(folder), step, reasons, problems, command)
+        return cls(folder, label, config, read_metrics(folder), step, reasons, problems, command)
 
     def series(self, key: str) -> list[tuple[int, float]]:
         return series(self.lines, key)

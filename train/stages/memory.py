@@ -11,7 +11,7 @@ from train.checkpoints.resume import RunLocation
 from train.config.memory import choice_of
 from train.config.run_config import RunConfig
 from train.planner.from_config import advice, planned, still_fits
-from train.utils.console import own_errors
+from train.utils.console import name_process_in_errors
 from train.utils.memory import OutOfMemory
 
 
@@ -51,5 +51,5 @@ def memory_advice(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except OutOfMemory as error:
-        with own_errors(config.accelerator.process_index):
+        with name_process_in_errors(config.accelerator.process_index):
             raise ValueError(f"{error.what} {advice(config, error)} {error.saved}".strip()) from None

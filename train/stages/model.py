@@ -13,13 +13,13 @@ from flux2.adapters import adapter_parameters
 from flux2.memory.block_offload import offload
 from flux2.models.pixels import reference_image, to_pixels
 from flux2.quantization.precision import describe
+from flux2.utils.text import gigabytes
 from flux2.weights.loading import load_autoencoder, load_transformer
 from train.config.run_config import RunConfig
-from train.distributed.sharding import attached, sharder, shares, whole_size
+from train.distributed.sharding import attach_sharded, local_bytes, sharder, total_bytes
 from train.sweeps.reuse import SHARED, Base
-from train.utils.console import own_errors
-from train.utils.memory import watched
-from train.utils.text import gigabytes
+from train.utils.console import name_process_in_errors
+from train.utils.memory import explain_oom
 from train.validation.samples import Sampler
 
 
@@ -53,11 +53,13 @@ def load_model(config: RunConfig) -> LoadedModel:
         f"processes: {config.accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
         f"attention: {config.attention_backend()}"
     )
-    loading = watched("while loading the transformer", "step", config.accelerator.device)
-    with own_errors(config.accelerator.process_index), loading:
+    loading = explain_oom("while loading the transformer", "step", config.accelerator.device)
+    with name_process_in_errors(config.accelerator.process_index), loading:
         base = shared_base(config)
         config.memory.apply(base.transformer, config.accelerator.device, config.buckets)
-        attach = attached if config.processes.sharded else lambda make, *given, **settings: make(*given, **settings)
+        attach = (
+            attach_sharded if config.processes.sharded else lambda make, *given, **settings: make(*given, **settings)
+        )
         peft_model = attach(config.make_adapter, base.transformer, seed=config.settings.seed)
         offload_blocks(config, base)
     return LoadedModel(base, peft_model)
@@ -88,8 +90,8 @@ def load_base(config: RunConfig) -> Base:
     config.say(describe(transformer, config.precision, device))
     if sharded:
         config.say(
-            f"the base is sharded: each of {config.shares} processes keeps {gigabytes(shares(transformer))} of its "
-            f"{gigabytes(whole_size(transformer))}, and gathers a block at a time to compute with it"
+            f"the base is sharded: each of {config.shares} processes keeps {gigabytes(local_bytes(transformer))} of "
+            f"its {gigabytes(total_bytes(transformer))}, and gathers a block at a time to compute with it"
         )
     if config.settings.embedding_storage.startswith("projected"):
         transformer.txt_in = nn.Identity()  # the cached embeddings went through it already

@@ -36,7 +36,7 @@ from train.encoding.prepare import prepare
 from train.stages.data import cache_request, paths
 from train.stages.memory import load_config
 from train.stages.model import load_sampler, offload_blocks, shared_base
-from train.utils.files import make_writable, opened, write_picture, write_whole
+from train.utils.files import make_writable, read_image, write_whole
 from train.utils.memory import free_memory
 from train.validation.samples import Sampler
 
@@ -117,7 +117,7 @@ def check_run_folder(folder: Path, key: str) -> None:
 
 
 def configuration(folder: Path, device: str | None, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run, changed to draw pictures with: `sample` replaces what the sheets show."""
+    """The configuration of a run, changed to draw pictures with: `sample` replaces what the sample grids show."""
     config = resume.configuration(folder)
     standard = OmegaConf.load(CONFIG / "train.yaml")
     choices = {
@@ -257,7 +257,7 @@ class SavedRun:
     def missing(self, adapter: Candidate | None, strength: float, seeds: Sequence[int]) -> list[tuple[int, int, Path]]:
         """(prompt, seed, file) of the pictures that are not there, or cannot be read."""
         every = [(i, seed, self.file(adapter, strength, i, seed)) for seed in seeds for i in range(len(self.prompts))]
-        return [one for one in every if not failed_mark(one[2]).exists() and opened(one[2]) is None]
+        return [one for one in every if not failed_mark(one[2]).exists() and read_image(one[2]) is None]
 
     def draw(self, adapter: Candidate | None, strength: float, seeds: Sequence[int]) -> Iterator[Path]:
         """Draw what is missing, and give each file when it is there, or `failed_mark` of it is: what the model gave was
@@ -272,7 +272,7 @@ class SavedRun:
                 except ValueError as error:  # NaN and infinite pixels
                     write_whole(failed_mark(file), f"{error}\n")
                 else:
-                    write_picture(file, picture)
+                    write_whole(file, picture)
                 yield file
 
     def trained(self, most: int) -> Iterator[Trained]:

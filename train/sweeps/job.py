@@ -13,7 +13,7 @@ from train.checkpoints import resume
 from train.checkpoints.checkpoint import CONFIG_FILE
 from train.config.run_config import RunConfig
 from train.tracking.metrics import last_validation_loss
-from train.utils.files import near
+from train.utils.files import short_path
 
 
 class SweepAborted(ValueError):  # noqa: N818
@@ -27,7 +27,7 @@ def is_sweep() -> bool:
 
 def folder_of_job() -> Path:
     """As the folder of any other run is said: from the current one, if it lies within."""
-    return near(Path(HydraConfig.get().runtime.output_dir))
+    return short_path(Path(HydraConfig.get().runtime.output_dir))
 
 
 def check(config: RunConfig) -> None:

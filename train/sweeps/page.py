@@ -14,7 +14,7 @@ from train.checkpoints import resume
 from train.reports import html as page
 from train.reports.html import Table, number
 from train.sweeps.records import SweepJob, best_job, split_overrides
-from train.utils.files import opened
+from train.utils.files import read_image
 
 WIDEST = 1060  # pixels of an embedded sample grid, which is four images; its link opens the file itself
 MAX_COLUMNS = 4
@@ -81,6 +81,6 @@ def render(sweep: Path, jobs: Sequence[SweepJob]) -> str:
         grids=grids if any(job.sheet for job in jobs) else [],
         columns=columns,
         prompts=common_prompts(jobs),
-        opened=opened,
+        read_image=read_image,
         width=WIDEST,
     )

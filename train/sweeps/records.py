@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.tracking.metrics import LAST_LOSSES, last_validation_loss, logged, series
+from train.tracking.metrics import LAST_LOSSES, last_validation_loss, read_metrics, series
 from train.utils.files import write_whole
 from train.utils.lock import in_use
 
@@ -73,7 +73,7 @@ class SweepJob:
 
 def read_job(folder: Path) -> SweepJob:
     """The job in `folder`, whose name is its number."""
-    said, lines = record(folder), logged(folder)
+    said, lines = record(folder), read_metrics(folder)
     job = SweepJob(int(folder.name), folder, error=str(said.get("error") or ""))
     job.overrides = dict(key_and_value(text) for text in said.get("overrides") or [])
     status = said.get("status")

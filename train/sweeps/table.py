@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from train.evaluation.recommend import closing_lines
 from train.sweeps.page import render
 from train.sweeps.records import SweepJob, best_job, split_overrides
-from train.utils.files import near, write_whole
+from train.utils.files import short_path, write_whole
 
 PAGE, DATA, SHEET = "sweep.html", "sweep.json", "sweep.csv"
 
@@ -100,5 +100,5 @@ def say(page: Path, found: Sequence[SweepJob]) -> None:
         changed = " ".join(f"{key}={best.overrides[key]}" for key in keys if key in best.overrides)
         print(f"* lowest validation loss: {changed}")
     if best is not None:
-        print(f"of job {best.number}:", *closing_lines(near(best.folder)), sep="\n")
-    print(f"table     {near(page)}", flush=True)
+        print(f"of job {best.number}:", *closing_lines(short_path(best.folder)), sep="\n")
+    print(f"table     {short_path(page)}", flush=True)

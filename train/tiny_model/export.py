@@ -19,7 +19,7 @@ from flux2.models.autoencoder import Autoencoder
 from flux2.models.transformer import Transformer
 from flux2.weights.key_names import autoencoder_tensor, transformer_tensor
 from train.tiny_model.world import PIXELS, TINY, jitter, make_language_model, make_tokenizer, text_config
-from train.validation.sheet import sheet
+from train.validation.sample_grid import sample_grid
 
 
 def export(model: Transformer, autoencoder: Autoencoder, text_seed: int, folder: Path) -> None:
@@ -140,9 +140,9 @@ def grid(folder: Path, file: Path) -> None:
     ]
     captions = [plain_caption(drawing) for drawing in chosen]
     strips = [
-        sheet([made[:7]], captions[:7], ["prompt"]),
-        sheet([made[7:]], captions[7:], ["prompt"]),
-        sheet([before, after], orders, ["reference", "edit"]),
+        sample_grid([made[:7]], captions[:7], ["prompt"]),
+        sample_grid([made[7:]], captions[7:], ["prompt"]),
+        sample_grid([before, after], orders, ["reference", "edit"]),
     ]
     page = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
     y = 0

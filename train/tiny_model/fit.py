@@ -274,7 +274,7 @@ def train_phase(
 
 @torch.no_grad()
 def show(trainer: Trainer, pictures: np.ndarray, first_scene: int, file: Path) -> None:
-    """Log the peak signal-to-noise ratio on drawings and on scenes, and save a sheet of what comes back."""
+    """Log the peak signal-to-noise ratio on drawings and on scenes, and save a sample grid of what comes back."""
     averaged = trainer.averaged
     assert isinstance(averaged, Autoencoder)
     values, restored = {}, []
@@ -455,7 +455,7 @@ def evaluate(
     model: flux2.models.transformer.Transformer,
     autoencoder: Autoencoder,
     text: TextEncoder,
-    sheet: Path | None = None,
+    grid: Path | None = None,
     count: int = 128,
     guidance: float = TINY.guidance,
 ) -> dict[str, float]:
@@ -486,9 +486,9 @@ def evaluate(
     drawn = to_pixels(np.stack([np.asarray(draw(source, PIXELS, **jitter(rng))) for source in sources]))
     edited = pictures(instructions, [autoencoder.encode(drawn)])
     scores |= score(edited, results, "edit")
-    if sheet is not None:
+    if grid is not None:
         shown = torch.stack([drawn[:16], edited[:16]]).transpose(0, 1).flatten(0, 1)
-        save_grid(torch.cat([made[:64], shown]), sheet)
+        save_grid(torch.cat([made[:64], shown]), grid)
     return scores
 
 

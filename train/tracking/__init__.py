@@ -1,5 +1,5 @@
-"""The numbers of a run, as files and for wandb or TensorBoard. It imports train.utils. Begin with metrics.py, which
-writes and reads metrics.jsonl; conf/tracker names what is exported here.
+"""Metrics of a run, in files and in wandb or TensorBoard. The package imports train.utils, and conf/tracker names its
+exports. Begin with metrics.py, which writes and reads metrics.jsonl.
 """
 
 from train.tracking.trackers import NoTracker, TensorBoardTracker, WandbTracker

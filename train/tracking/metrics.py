@@ -1,4 +1,4 @@
-"""The numbers of a run in metrics.jsonl and validation.jsonl: written, and read back."""
+"""Writing and reading of the metrics of a run, metrics.jsonl and validation.jsonl."""
 
 from __future__ import annotations
 
@@ -8,96 +8,88 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.tracking.trackers import Tracker
+from data.files import atomic_write
+from train.tracking.trackers import NoTracker
 from train.utils.console import warn
 from train.utils.redact import masked, masked_text
 
-LAST_LOSSES = 10  # logged ones, whose mean is the training loss: a single one jumps with the times that are drawn
+METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+LAST_LOSSES = 10  # logged losses in the mean that is reported: a single one varies with the drawn timesteps
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of the metrics of a run; none if there are none."""
-    found = []
-    file = folder / "metrics.jsonl"
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a file of JSON objects with a step; none if there is no file.
+
+    A killed process or a full disk may have left incomplete lines, which are skipped.
+    """
+    lines = []
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
             values = json.loads(line)
         except ValueError:
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
-            found.append(values)
-    return found
+            lines.append(values)
+    return lines
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl in a run folder; none if there is no such file."""
+    return read_json_lines(folder / METRICS_FILE)
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of every finite value of `key`."""
-    found = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-    return [(step, float(value)) for step, value in found if math.isfinite(value)]
+    """Return (step, value) for every finite value of `key`."""
+    values = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    return [(step, float(value)) for step, value in values if math.isfinite(value)]
 
 
 def last_validation_loss(folder: Path) -> float | None:
-    """Of the run in `folder`: the last one, if it is a finite number."""
-    values = [line["validation_loss"] for line in logged(folder) if "validation_loss" in line]
+    """Return the last validation loss of the run in `folder`; None if there is none or it is not finite."""
+    values = [line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line]
     last = values[-1] if values else None
     return float(last) if isinstance(last, int | float) and math.isfinite(last) else None
 
 
-METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """All lines that are whole: a killed process or a full disk may have left others, which are skipped."""
-    found = []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            found.append(values)
-    return found
-
-
 class Metrics:
-    """`metrics.jsonl`, one JSON object a line, and the tracker beside it; used by the main process alone.
+    """Writes `metrics.jsonl`, one JSON object per line, and passes metrics to the tracker; for the main process only.
 
-    `validation.jsonl` is likewise, with the loss of each validated sample, for whoever compares steps.
-    What a resumed run had logged past the checkpoint it goes on from is dropped from the files: a step is in them once.
+    `validation.jsonl` has the same form, with the loss of each validation sample. When a run resumes, lines after its
+    checkpoint are removed from the files, so that every step occurs once.
     """
 
-    def __init__(self, folder: Path, tracker: Tracker) -> None:
+    def __init__(self, folder: Path, tracker: NoTracker) -> None:
         self.folder, self.file, self.tracker = folder, folder / METRICS_FILE, tracker
         self.validation_file = folder / VALIDATION_FILE
         self._started = False
-        self._said: set[str] = set()
+        self._failed_calls: set[str] = set()
         self._unwritten: dict[Path, bytes] = {}
 
     def start(self, name: str, config: dict[str, Any], step: int) -> None:
-        """Before the first value of a run that has done `step` steps. Raises ValueError if nothing can be written."""
+        """Prepare the files and start the tracker of a run after `step` steps. Raise ValueError if writing fails."""
         for file in (self.file, self.validation_file):
             try:
                 if file == self.file:
                     file.touch()
                 if file.exists() and file.stat().st_size:
-                    kept = [line for line in read(file) if 0 < step >= line["step"]]
-                    temporary = file.with_suffix(".part")
-                    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-                    temporary.replace(file)
+                    kept = [line for line in read_json_lines(file) if 0 < step >= line["step"]]
+                    with atomic_write(file) as temporary:
+                        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             except OSError as error:
                 raise ValueError(
-                    f"{file}, for the numbers of this run, cannot be written ({error.strerror or error}): make room, "
-                    "or move away what is there"
+                    f"the metrics file {file} cannot be written ({error.strerror or error}). Make room, or remove what "
+                    "is in its place"
                 ) from error
         self.tracker.start(self.folder, name, masked(config))
         self._started = True
 
     @property
     def tracker_id(self) -> str | None:
-        """Under which the tracker knows this run, if it gives it a name of its own."""
-        return getattr(self.tracker, "run_id", None)
+        """The tracker's id of this run, if it has one."""
+        return self.tracker.run_id
 
     def close(self) -> None:
-        """After the last value, also of a run that failed; does nothing where it was not started."""
+        """Finish the tracker, also after a failed run; do nothing before `start`."""
         if self._started:
             self._track("finish", self.tracker.finish)
 
@@ -106,7 +98,7 @@ class Metrics:
         self._track("log", self.tracker.log, step, values)
 
     def validated(self, step: int, record: dict[str, Any]) -> None:
-        """Keep the loss of each sample, for the folder alone."""
+        """Append the loss of each sample to validation.jsonl; the tracker does not get it."""
         self._append(self.validation_file, step, record)
 
     def _append(self, to: Path, step: int, values: dict[str, Any]) -> None:
@@ -116,25 +108,25 @@ class Metrics:
             with to.open("ab", buffering=0) as file:
                 before = file.tell()
                 if file.write(lines) != len(lines):
-                    file.truncate(before)  # or the next line would be appended to half of this one
-                    raise OSError("no room for a whole line")
+                    file.truncate(before)  # remove the incomplete line
+                    raise OSError("no space for a complete line")
         except OSError as error:
             self._unwritten[to] = lines
-            if not waiting:  # once for all in a row
+            if not waiting:  # one warning for consecutive failures
                 warn(
-                    f"the numbers of step {step} could not be written to {to} ({error}); training goes on, and they "
-                    "are written with the next ones that can be"
+                    f"the metrics of step {step} could not be written to {to} ({error}); training continues, and they "
+                    "are written later if possible"
                 )
 
     def picture(self, step: int, file: Path) -> None:
         self._track("picture", self.tracker.picture, step, file)
 
     def _track(self, what: str, call: Callable[..., None], *arguments: Any) -> None:
-        """Call the tracker; what fails there, such as a network, is said once for each kind of call."""
+        """Call the tracker, and warn once for each kind of call that fails, for example because of the network."""
         try:
             call(*arguments)
-        except Exception as error:  # of whatever library it is
-            if what not in self._said:
-                self._said.add(what)
-                said = masked_text(f"{what}: {type(error).__name__}: {error}")
-                warn(f"the tracker failed ({said}); training goes on without it")
+        except Exception as error:  # libraries raise various types
+            if what not in self._failed_calls:
+                self._failed_calls.add(what)
+                message = masked_text(f"{what}: {type(error).__name__}: {error}")
+                warn(f"the tracker failed ({message}); training continues without it")

@@ -1,8 +1,12 @@
-"""Where the numbers of a run go: always `metrics.jsonl` in its folder, and a tracker if one is chosen.
+"""Trackers, which get the metrics of a run in addition to `metrics.jsonl`.
 
-A tracker gets the numbers, the sheets and the configuration without its secrets (train/utils/redact.py), and nothing
-that it would find by itself: no command line, no environment, no output of the terminal, no code. What fails in a
-tracker is a warning, and training goes on.
+A tracker gets the metrics, the sample grids and the configuration with its secrets masked (train/utils/redact.py), and
+must not collect anything itself: no command line, environment, terminal output or code. Its failures are warnings, and
+training continues.
+
+accelerate.tracking does not replace these classes: its wandb tracker only forwards to `wandb.init` and `run.log`, so
+that settings, offline fallback, id and timeouts would stay here, and its TensorBoard tracker accepts no nested
+configuration.
 """
 
 from __future__ import annotations
@@ -10,75 +14,58 @@ from __future__ import annotations
 import json
 import uuid
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from train.utils.console import warn
 from train.utils.redact import masked_text
 
-INIT_SECONDS = 30.0  # that wandb's server may take at the start
-FINISH_SECONDS = 120.0  # and at the end; what was not sent then is on disk
-
-
-class Tracker(Protocol):
-    """Where numbers and pictures go beside the run folder.
-
-    Attributes:
-        run_id: what the tracker calls this run, once it was started; None where it has no name for it.
-    """
-
-    run_id: str | None
-
-    def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        """Before the first value; `config` is the resolved configuration."""
-
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-
-    def picture(self, step: int, file: Path) -> None: ...
-
-    def finish(self) -> None: ...
+INIT_SECONDS = 30.0  # timeout of wandb's server at the start
+FINISH_SECONDS = 120.0  # timeout at the end; data that was not sent is on disk
 
 
 class NoTracker:
-    """metrics.jsonl is enough."""
+    """No tracker in addition to metrics.jsonl, and the base class of trackers.
 
-    run_id: str | None = None
-
-    def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        return
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        return
-
-    def picture(self, step: int, file: Path) -> None:
-        return
-
-    def finish(self) -> None:
-        return
-
-
-class WandbTracker:
-    """Weights & Biases. A resumed run goes on under the same id, which is kept in the run folder.
-
-    If the server cannot be reached at the start, the run is kept offline, and `wandb sync` sends it later.
-
-    Args:
-        project, entity: where the run is filed.
-        mode: online, offline or disabled.
+    Attributes:
+        run_id: The tracker's id of this run after `start`; None if it has none.
     """
 
     run_id: str | None = None
 
+    def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
+        """Start the run with its resolved configuration."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Log the metrics of a step."""
+
+    def picture(self, step: int, file: Path) -> None:
+        """Log a sample grid."""
+
+    def finish(self) -> None:
+        """End the run."""
+
+
+class WandbTracker(NoTracker):
+    """Weights & Biases. A resumed run keeps its id, which is stored in the run folder.
+
+    If the server cannot be reached at the start, the run is stored offline for `wandb sync`.
+
+    Args:
+        project, entity: Project and owner of the run.
+        mode: online, offline or disabled.
+    """
+
     def __init__(self, project: str = "flux2-lora", entity: str | None = None, mode: str = "online") -> None:
         if mode not in ("online", "offline", "disabled"):
-            raise ValueError(f"tracker.mode={mode!r} must be online, offline or disabled")
+            raise ValueError(f"tracker.mode={mode!r} must be one of online, offline, disabled")
         self.project, self.entity, self.mode = project, entity, mode
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        """Raises ValueError if there is no login, or the server refuses it."""
+        """Start the run. Raise ValueError if there is no login or the server rejects it."""
         import wandb
 
-        kept = folder / "wandb_id"
-        self.run_id = kept.read_text() if kept.exists() else uuid.uuid4().hex[:8]
+        id_file = folder / "wandb_id"
+        self.run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
         about = {"name": masked_text(f"{name}/{folder.name}"), "config": config, "dir": str(folder)}
         try:
             self._run = self._init(self.mode, about)
@@ -86,26 +73,26 @@ class WandbTracker:
             raise ValueError(f"tracker=wandb: {error}. Run `wandb login`, or use tracker.mode=offline") from error
         except wandb.errors.Error as error:
             later = f"`wandb sync {folder}/wandb/offline-run-*` sends it"
-            warn(f"tracker=wandb: {masked_text(str(error))}. The run is kept offline: {later}")
-            wandb.teardown()  # or the id would be in use
+            warn(f"tracker=wandb: {masked_text(str(error))}. The run is stored offline: {later}")
+            wandb.teardown()  # otherwise the id would be in use
             self._run = self._init("offline", about)
-        kept.write_text(self.run_id)
+        id_file.write_text(self.run_id)
 
     def _init(self, mode: str, about: dict[str, Any]) -> Any:
         import wandb
 
         settings: dict[str, Any] = {
-            "console": "off",  # what a terminal shows may hold anything
+            "console": "off",  # terminal output may contain anything
             "x_disable_meta": True,  # command line, user, host, folders
-            "disable_git": True,  # the address of a remote may hold a token, and a patch whatever was being written
+            "disable_git": True,  # the URL of a remote may contain a token, and a patch anything
             "disable_code": True,
             "save_code": False,
             "init_timeout": INIT_SECONDS,
         }
         for key in ("max_end_of_run_history_metrics", "max_end_of_run_summary_metrics"):
-            if key in wandb.Settings.model_fields:  # or it draws all numbers before the run says what it gave
+            if key in wandb.Settings.model_fields:  # no charts in the terminal at the end of a run
                 settings[key] = 0
-        if "finish_timeout" in wandb.Settings.model_fields:  # of newer ones; without it a dead network holds the end
+        if "finish_timeout" in wandb.Settings.model_fields:  # newer versions; without it a dead network blocks the end
             settings["finish_timeout"] = FINISH_SECONDS
         return wandb.init(
             project=self.project,
@@ -129,24 +116,22 @@ class WandbTracker:
         self._run.finish()
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(NoTracker):
     """TensorBoard event files in `<run folder>/tensorboard`."""
 
-    run_id: str | None = None
-
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        """Raises ValueError if TensorBoard is not installed, or its folder cannot be written."""
+        """Start the run. Raise ValueError if TensorBoard is not installed or its folder cannot be written."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("tracker=tensorboard needs TensorBoard: pip install 'flux2-lora[tensorboard]'") from error
-        place = folder / "tensorboard"
+        events = folder / "tensorboard"
         try:
-            self._writer = SummaryWriter(place)
+            self._writer = SummaryWriter(events)
         except OSError as error:
             raise ValueError(
-                f"tracker=tensorboard: {place} cannot be written ({error.strerror or error}): remove what is in its "
-                "place, or train without it (tracker=none); metrics.jsonl has the same numbers"
+                f"tracker=tensorboard: {events} cannot be written ({error.strerror or error}). Remove what is in its "
+                "place, or train without it (tracker=none); metrics.jsonl has the same metrics"
             ) from error
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
 

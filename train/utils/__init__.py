@@ -1,3 +1,3 @@
-"""What every part of train may use: checks, text, files, locks, the console, signals, secrets, memory errors, progress.
-It imports flux2 and data at most. Begin with files.py; each file stands alone.
+"""Helpers for all of train: checks, text, files, locks, console, signals, secrets, out-of-memory errors, progress.
+The package imports only flux2 and data. The files are independent of each other; begin with files.py.
 """

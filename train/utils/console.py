@@ -1,4 +1,4 @@
-"""What a process prints: which of several processes speaks, warnings, and errors of one process alone."""
+"""Terminal output: the process that prints for all, warnings, and errors of a single process."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tqdm import tqdm
 
 
 def is_first_process() -> bool:
-    """Whether this is the one of several processes that speaks for all; the launcher sets RANK."""
+    """Return whether this process prints for all; the launcher sets RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def warn(text: str) -> None:
-    """One line on the error stream, above a progress bar."""
+    """Print one line to the error stream, above a progress bar."""
     tqdm.write(f"warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 @contextmanager
-def own_errors(process: int) -> Iterator[None]:
-    """Within this context an error may be of this process alone: it is shown though it is not the first."""
+def name_process_in_errors(process: int) -> Iterator[None]:
+    """Context manager that marks exceptions of processes other than the first, so that these are shown too."""
     try:
         yield
     except Exception as error:

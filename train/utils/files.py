@@ -1,9 +1,4 @@
-"""The folders that a run writes: one run at a time, writable before anything slow begins, files whole or absent.
-
-A run folder is held by a lock on its `.lock`, which the system lets go when the process ends, however it ends. So
-nothing stale can be left that blocks the next run. Where there are no such locks (Windows, some network file systems)
-nothing is held.
-"""
+"""Folders and files that a run writes: checked before slow work begins, and complete or absent."""
 
 from __future__ import annotations
 
@@ -13,74 +8,61 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.files import atomic_write
+
 
 def reason(error: OSError) -> str:
-    """What the system says, without number and path."""
+    """Return the system's message, without error number and path."""
     return error.strerror or str(error)
 
 
-def near(path: Path) -> Path:
-    """An absolute `path` as it is said: from the current folder, if it lies within."""
+def short_path(path: Path) -> Path:
+    """Return an absolute path relative to the current folder, if it is inside."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def make_writable(folder: Path, key: str) -> None:
-    """Make `folder` and try it out. Raises ValueError, naming `key`, if nothing can be written there."""
+    """Create `folder` and write a test file. Raise ValueError, naming `key`, if that fails."""
     probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("written")
     except OSError as error:
-        raise ValueError(f"{key}={str(folder)!r} cannot be written ({reason(error)}): give another folder") from error
+        raise ValueError(f"{key}={str(folder)!r} cannot be written ({reason(error)}). Give another folder") from error
     finally:
         if probe.is_file():
             probe.unlink()
 
 
 def make_new(folder: Path) -> Path:
-    """Make `folder`, or where the name is taken the first free one of `folder_1`, `folder_2` ..., and return it."""
+    """Create and return `folder`, or the first free name of `folder_1`, `folder_2`, ... if it exists."""
     for name in itertools.chain([folder.name], (f"{folder.name}_{i}" for i in itertools.count(1))):
         try:
             folder.with_name(name).mkdir(parents=True)
         except FileExistsError:
             continue
         except OSError as error:
-            raise ValueError(
-                f"{folder} cannot be made ({reason(error)}): give another place, output_dir=..."
-            ) from error
+            raise ValueError(f"{folder} cannot be created ({reason(error)}). Set another output_dir=...") from error
         return folder.with_name(name)
-    raise AssertionError("names do not end")
+    raise AssertionError("there is always a free name")
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write beside `file` and put it in its place: it is as before or complete. Raises ValueError if it cannot be."""
-    unfinished = file.with_name(f".{file.name}.part")
+def write_whole(file: Path, content: str | Image.Image) -> None:
+    """Write a text, or an image as PNG, to `file` atomically. Raise ValueError if that fails."""
     try:
-        unfinished.write_text(text)
-        unfinished.replace(file)
+        with atomic_write(file) as temporary:
+            if isinstance(content, str):
+                temporary.write_text(content)
+            else:
+                content.save(temporary, "PNG")
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise ValueError(
-            f"{file} cannot be written ({reason(error)}): make room there, or give another folder"
+            f"{file} cannot be written ({reason(error)}). Make room there, or remove what is in its place"
         ) from error
 
 
-def write_picture(file: Path, picture: Image.Image) -> None:
-    """As `write_whole`, a PNG; nothing unfinished is left behind where it is stopped either."""
-    unfinished = file.with_suffix(".part")
-    try:
-        picture.save(unfinished, "PNG")
-        unfinished.replace(file)
-    except OSError as error:
-        raise ValueError(
-            f"{file} cannot be written ({reason(error)}): make room there, or move away what is in its place"
-        ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def opened(file: Path | None) -> Image.Image | None:
+def read_image(file: Path | None) -> Image.Image | None:
     """Return the image in `file`; None if there is none or it cannot be read, for example because it is incomplete."""
     if file is None:
         return None

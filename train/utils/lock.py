@@ -1,4 +1,10 @@
-"""A lock on a folder that one process holds until it ends."""
+"""A lock on a run folder, so that one run at a time writes there.
+
+It is an flock on `.lock` in the folder, which the operating system releases when the process ends, in whatever way, so
+a stale lock cannot block the next run. Without such locks (Windows, some network file systems) nothing is locked.
+filelock does not replace it: it cannot ask for a lock without creating the file or with read access alone, and on file
+systems without flock it falls back to a file that a killed process leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -15,58 +21,58 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
-IN_USE = "{} is in use: another run writes there now. Wait for its end, or choose another folder"
+IN_USE = "{} is in use: another run writes there now. Wait until it ends, or choose another folder"
 TAKEN = (errno.EAGAIN, errno.EACCES)
 
 
 class InUse(ValueError):  # noqa: N818
-    """Another run writes into this folder now."""
+    """Another run is writing into this folder."""
 
 
 class Lock:
-    """Holds a run folder until `release`, or the end of the process.
+    """Lock on a run folder until `release` or the end of the process.
 
     Raises:
-        InUse: another holds it.
-        ValueError: the lock file cannot be written.
+        InUse: Another process holds the lock.
+        ValueError: The lock file cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / LOCK_FILE
-        self._held: IO[str] | None = None
-        while self._held is None:
-            held = self._open()
-            if _lock(held) is False:
-                held.close()
+        self._handle: IO[str] | None = None
+        while self._handle is None:
+            handle = self._open()
+            if _lock(handle) is False:
+                handle.close()
                 raise InUse(IN_USE.format(folder))
             try:
-                same = os.path.samestat(os.fstat(held.fileno()), self.file.stat())
+                same = os.path.samestat(os.fstat(handle.fileno()), self.file.stat())
             except FileNotFoundError:
                 same = False
             if same:
-                self._held = held
+                self._handle = handle
             else:
-                held.close()  # the one that held it removed it meanwhile
+                handle.close()  # the previous holder deleted the file meanwhile
 
     def _open(self) -> IO[str]:
         try:
             return self.file.open("a")
         except OSError as error:
-            raise ValueError(f"{self.file} cannot be written ({reason(error)}): give another output_dir") from error
+            raise ValueError(f"{self.file} cannot be written ({reason(error)}). Set another output_dir") from error
 
     def release(self) -> None:
-        """Let go; of a run that wrote nothing the folder is removed. May be called again."""
-        if self._held is None:
+        """Release the lock, and delete the folder if the run wrote nothing. May be called again."""
+        if self._handle is None:
             return
         self.file.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
-        self._held.close()
-        self._held = None
+        self._handle.close()
+        self._handle = None
 
 
 def _lock(file: IO[str]) -> bool | None:
-    """True: it is ours now; False: it is another's; None: there are no locks here."""
+    """Return True if this process has the lock now, False if another has it, None if there are no locks here."""
     if fcntl is None:
         return None
     try:
@@ -77,9 +83,9 @@ def _lock(file: IO[str]) -> bool | None:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a run writes into `folder` now."""
+    """Return whether a run is writing into `folder`."""
     try:
         with (folder / LOCK_FILE).open("a" if os.access(folder / LOCK_FILE, os.W_OK) else "r") as file:
             return _lock(file) is False
-    except OSError:  # there is none, or it is another user's
+    except OSError:  # there is no lock file, or another user's cannot be read
         return False

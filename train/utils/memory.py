@@ -1,4 +1,4 @@
-"""Memory that does not suffice, as one message: what was being done, how much was asked for, how much was free."""
+"""Out-of-memory errors as one message: the activity, the requested bytes, and the free bytes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2*
 
 
 def free_memory() -> None:
-    """Free tensors that nothing refers to any more, on the GPU too."""
+    """Free unreferenced tensors, including those of the GPU's allocator."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 class OutOfMemory(ValueError):  # noqa: N818
-    """Memory did not suffice.
+    """Out of memory.
 
     Attributes:
-        doing: what was being done, as in "while sampling after step 5".
-        phase: which of the planner's phases that belongs to.
-        asked, free: bytes; 0 where that is not known.
-        saved: what became of the training state.
+        doing: Activity, as in "while sampling after step 5".
+        phase: Phase of the planner that the activity belongs to.
+        asked, free: Requested and free bytes; 0 if unknown.
+        saved: Sentence about the training state.
     """
 
     def __init__(self, doing: str, phase: str, asked: int, free: int) -> None:
@@ -43,14 +43,14 @@ class OutOfMemory(ValueError):  # noqa: N818
 
     @property
     def what(self) -> str:
-        """What happened, without what became of the state."""
+        """The error without the sentence about the training state."""
         asked = f"{gigabytes(self.asked)} asked for" if self.asked else "an unknown amount asked for"
         free = f", {gigabytes(self.free)} free" if self.free else ""
         return f"out of memory {self.doing}: {asked}{free}."
 
 
-def amounts(text: str) -> tuple[int, int]:
-    """(asked, free) bytes in PyTorch's message; 0 for what it does not say."""
+def parse_amounts(text: str) -> tuple[int, int]:
+    """Return (requested, free) bytes in PyTorch's message; 0 if it does not contain them."""
     number = r"([\d.]+) (bytes|[KMGT]iB|B)"
     asked = re.search(f"[Tt]ried to allocate {number}", text)
     free = re.search(f"of which {number} is free", text)
@@ -58,8 +58,8 @@ def amounts(text: str) -> tuple[int, int]:
 
 
 @contextmanager
-def watched(doing: str, phase: str, device: torch.device) -> Iterator[None]:
-    """Within this context memory that does not suffice is an `OutOfMemory`, and what was in the making is let go."""
+def explain_oom(doing: str, phase: str, device: torch.device) -> Iterator[None]:
+    """Context manager that turns out-of-memory errors into `OutOfMemory` and frees the tensors of the failed code."""
     failed = None
     try:
         yield
@@ -68,8 +68,8 @@ def watched(doing: str, phase: str, device: torch.device) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        asked, free = amounts(str(error))
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the step
+        asked, free = parse_amounts(str(error))
+        traceback.clear_frames(error.__traceback__)  # the frames refer to the tensors of the step
         error.__traceback__ = None
         failed = OutOfMemory(doing, phase, asked, free)
     if failed is not None:

@@ -1,4 +1,4 @@
-"""What a step needs is made while the step before it is trained: its batches are read, its noise is drawn."""
+"""Prefetching: read the batches and draw the noise of a step while the previous step is trained."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 
 
-class Prefetcher(Generic[Made]):
-    """`make(step)` in one thread of its own, so that it needs no lock, and at most one step ahead.
+class Prefetcher(Generic[Item]):
+    """Calls `make(step)` in a single thread, so that it needs no lock, at most one step ahead.
 
     Args:
-        make: a function of the step (from 0) alone.
+        make: Function of the step (from 0) alone.
     """
 
-    def __init__(self, make: Callable[[int], Made]) -> None:
+    def __init__(self, make: Callable[[int], Item]) -> None:
         self._make = make
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-        self._begun: tuple[int, Future[Made]] | None = None
+        self._pending: tuple[int, Future[Item]] | None = None
 
     def begin(self, step: int) -> None:
-        """Start on a step.
+        """Start to make the item of a step.
 
-        Best before this thread waits for a device or is long in C++: Python runs one thread at a time.
+        Call it before this thread waits for a device or runs C++ code: Python runs one thread at a time.
         """
-        self._begun = step, self._thread.submit(self._make, step)
+        self._pending = step, self._thread.submit(self._make, step)
 
-    def get(self, step: int) -> Made:
-        """What was made for a step, or is made now if another was begun. What `make` raised is raised here."""
-        begun, self._begun = self._begun, None
-        future = begun[1] if begun is not None and begun[0] == step else self._thread.submit(self._make, step)
+    def get(self, step: int) -> Item:
+        """Return the item of a step, made now if another step was begun. Exceptions of `make` are raised here."""
+        pending, self._pending = self._pending, None
+        future = pending[1] if pending is not None and pending[0] == step else self._thread.submit(self._make, step)
         return future.result()
 
     def close(self) -> None:
-        """Ends the thread, after what it is making now."""
+        """End the thread after its current item."""
         self._thread.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, and a line for each logged step where nobody watches."""
+"""Progress of training and encoding: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-SECONDS = 20.0  # between lines of `ItemProgress` where nobody watches
-WINDOW = 50  # steps that the speed is a mean over
+SECONDS = 20.0  # between lines of `ItemProgress` in a log
+WINDOW = 50  # steps in the mean of the speed
 FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class Progress:
-    """Counts steps, and shows loss, seconds a step, the time that is left, and memory.
+    """Counts steps, and shows loss, seconds per step, remaining time and memory.
 
-    The time of a step is that of training alone: validation, sheets and checkpoints are `paused`. The time that is left
-    is the steps' too, so those come on top of it.
+    The time of a step is that of training alone: validation, sample grids and checkpoints are `paused`. They come on
+    top of the time that is left.
 
     Args:
-        total, start: steps in all, and those that were done before.
-        shown: whether this process shows anything.
-        stream: where to; by default the error stream.
-        clock: seconds.
+        total, start: Number of all steps, and of steps done before.
+        shown: Whether this process shows anything.
+        stream: Output stream; by default the error stream.
+        clock: Function that returns seconds.
     """
 
     def __init__(
@@ -42,21 +42,16 @@ class Progress:
         self.stream = sys.stderr if stream is None else stream
         self.is_bar = shown and self.stream.isatty()
         self._bar = tqdm(
-            total=total,
-            initial=start,
-            disable=not self.is_bar,
-            file=self.stream,
-            dynamic_ncols=True,
-            bar_format=FORMAT,
+            total=total, initial=start, disable=not self.is_bar, file=self.stream, dynamic_ncols=True, bar_format=FORMAT
         )
-        self._told = ""
+        self._logged = ""
         self._began = self._since = clock()
         self._worked = 0.0
         self._marks: deque[float] = deque([0.0], maxlen=WINDOW + 1)  # time worked at the end of each step
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within this context no time is counted."""
+        """Context manager that does not count the time."""
         self._worked += self.clock() - self._since
         try:
             yield
@@ -65,12 +60,12 @@ class Progress:
 
     @property
     def seconds(self) -> float | None:
-        """Of a step, over the last ones; None before the first."""
+        """Mean seconds of the last steps; None before the first."""
         steps = len(self._marks) - 1
         return (self._marks[-1] - self._marks[0]) / steps if steps else None
 
     def update(self) -> None:
-        """A step is finished."""
+        """Count a finished step."""
         now = self.clock()
         self._worked, self._since = self._worked + now - self._since, now
         self._marks.append(self._worked)
@@ -80,35 +75,36 @@ class Progress:
             self._bar.update()
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Show what was logged of the last step: `loss`, left out where it is not finite, and `peak_memory_gb`."""
+        """Show the logged `loss`, which is absent if it is not finite, and `peak_memory_gb` of the last step."""
         loss, memory = values.get("loss"), values.get("peak_memory_gb")
-        told = "loss not finite" if loss is None else f"loss {loss:.4f}"
-        self._told = told if memory is None else f"{told}, {memory:.1f} GB"
+        text = "loss not finite" if loss is None else f"loss {loss:.4f}"
+        self._logged = text if memory is None else f"{text}, {memory:.1f} GB"
         if self.shown and not self.is_bar:
             elapsed = tqdm.format_interval(self.clock() - self._began)
             print(f"{self.done}/{self.total} [{elapsed}, {self.text()}]", file=self.stream, flush=True)
 
     def text(self) -> str:
-        """Speed, what is left, and what was logged last."""
+        """Return speed, remaining time, and the values that were logged last."""
         parts = []
         if self.seconds is not None:
             left = tqdm.format_interval((self.total - self.done) * self.seconds)
             digits = 2 if self.seconds >= 0.1 else 4
             parts = [f"{self.seconds:.{digits}f} s/step", f"{left} left"]
-        return ", ".join([*parts, self._told] if self._told else parts)
+        return ", ".join([*parts, self._logged] if self._logged else parts)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """End the bar and leave it on the terminal."""
         self._bar.close()
 
 
 class ItemProgress:
-    """Counts what is computed before training: a bar on a terminal, which goes when it is closed, and elsewhere a line
-    every `SECONDS`, and one at the end of what took as long.
+    """Counts items that are computed: a bar on a terminal that `close` removes, in a log a line every `SECONDS`.
+
+    In a log there is also a line at the end if any was printed before.
 
     Args:
-        what: is counted, as `pictures encoded`.
-        shown, stream, clock: as of `Progress`.
+        what: Name of the items, such as `pictures encoded`.
+        shown, stream, clock: As in `Progress`.
     """
 
     def __init__(
@@ -123,10 +119,10 @@ class ItemProgress:
         self.stream = sys.stderr if stream is None else stream
         self.is_bar = shown and self.stream.isatty()
         self._bar: tqdm | None = None
-        self._began = self._said = clock()
+        self._began = self._printed = clock()
 
     def update(self, done: int, total: int, note: str = "") -> None:
-        """So many of all are done; `note` goes along."""
+        """Show that `done` of `total` items are done, with a note."""
         if self.is_bar:
             if self._bar is None:
                 self._bar = tqdm(total=total, unit=f" {self.what}", file=self.stream, dynamic_ncols=True, leave=False)
@@ -134,15 +130,15 @@ class ItemProgress:
             self._bar.update(done - self._bar.n)
             return
         now = self.clock()
-        ends = done == total and self._said > self._began
-        if self.shown and (ends or now - self._said >= SECONDS):
-            self._said, elapsed = now, now - self._began
+        ends = done == total and self._printed > self._began
+        if self.shown and (ends or now - self._printed >= SECONDS):
+            self._printed, elapsed = now, now - self._began
             left = "" if done == total else f", {tqdm.format_interval(elapsed * (total - done) / done)} left"
             more = f", {note}" if note else ""
             took = tqdm.format_interval(elapsed)
             print(f"{self.what}: {done}/{total} [{took}{left}{more}]", file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()

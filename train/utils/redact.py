@@ -1,7 +1,7 @@
-"""Secrets out of what a run writes: configurations, command lines and messages as others may see them.
+"""Masking of secrets in everything that a run writes: configurations, command lines and messages.
 
-Three ways to know one: the name of its key (`token`, `api_key`), its form (`hf_...`, `user:password@` in an address),
-and being the value of an environment variable with such a name, or the Hub's login. A masked value is `***`.
+A secret is recognized by its key (`token`, `api_key`), by its form (`hf_...`, `user:password@` in a URL), or because it
+is the value of an environment variable with such a name or the Hub login. A masked value is `***`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 
 MASK = "***"
-SHORTEST = 8  # characters; shorter values of the environment are switches, and would be found in ordinary words
+SHORTEST = 8  # characters; shorter values of environment variables are switches, and occur in ordinary words
 WORDS = {
     "apikey",
     "auth",
@@ -37,7 +37,8 @@ WORDS = {
     "signature",
     "token",
 }
-KEYS_OF = {"api", "access", "private"}  # a `key` behind one of these
+ENDINGS = ("token", "password", "secret", "apikey")  # as in `hftoken`
+KEYS_OF = {"api", "access", "private"}  # words before `key` in the name of a secret
 FORMS = (
     r"\bhf_[A-Za-z0-9]{20,}",
     r"\bapi_org_[A-Za-z0-9]{20,}",
@@ -60,41 +61,38 @@ ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]+)(\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s
 
 
 def is_secret(key: str) -> bool:
-    """Whether what is kept under this name should be seen by nobody."""
+    """Return whether a value under this key is a secret."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     parts = [word for word in re.split(r"[^a-z0-9]+", words) if word]
-    return any(part in WORDS for part in parts) or any(
-        one in KEYS_OF and two in ("key", "keys") for one, two in pairwise(parts)
-    )
+    named = any(part in WORDS or part.endswith(ENDINGS) for part in parts)
+    return named or any(one in KEYS_OF and two in ("key", "keys") for one, two in pairwise(parts))
 
 
-def known() -> list[str]:
-    """Secrets of this process's surroundings, longest first."""
+def known_secrets() -> list[str]:
+    """Return the secrets in the environment variables and the Hub login, longest first."""
     named = {value for key, value in os.environ.items() if is_secret(key)}
-    values = named | {huggingface_hub.get_token() or ""}
-    found = {value.strip() for value in values}
-    # such a variable may also name the file with the secret, and a file's name is none
-    return sorted((v for v in found if len(v) >= SHORTEST and not os.path.exists(v)), key=len, reverse=True)
+    values = {value.strip() for value in named | {huggingface_hub.get_token() or ""}}
+    # such a variable may also hold the path of a file with the secret, which is no secret
+    return sorted((v for v in values if len(v) >= SHORTEST and not os.path.exists(v)), key=len, reverse=True)
 
 
 def masked_text(text: str) -> str:
-    """`text` without what has the form of a secret, or is one of `known`."""
-    for value in known():
+    """Return `text` with `known` secrets and everything that has the form of a secret masked."""
+    for value in known_secrets():
         text = text.replace(value, MASK)
     text = FORM.sub(MASK, text)
     return QUERY.sub(lambda found: f"{found[1]}={MASK}" if is_secret(found[1]) else found[0], text)
 
 
 def masked_settings(text: str) -> str:
-    """`masked_text`, and nothing shown of the value of a `key=value` whose key is that of a secret: a command line, or
-    a message that names settings."""
+    """Return `masked_text` of a message that names settings, with the values of `key=value` masked for secret keys."""
     return masked_text(SETTING.sub(lambda found: f"{found[1]}={MASK}" if is_secret(found[1]) else found[0], text))
 
 
 def masked(value: Any, key: str = "") -> Any:
-    """A configuration, or a part of it that is kept under `key`, without its secrets. Masking it again changes nothing.
+    """Return a configuration, or the part of it under `key`, with its secrets masked; idempotent.
 
-    Under a name such as `token` all texts and numbers are masked; null, true, false and empty texts stay.
+    Under a key such as `token` all strings and numbers are masked, but not null, true, false and empty strings.
     """
     if isinstance(value, Mapping):
         return {name: masked(item, key if is_secret(key) else str(name)) for name, item in value.items()}
@@ -108,7 +106,7 @@ def masked(value: Any, key: str = "") -> Any:
 
 
 def masked_command(words: Sequence[str]) -> str:
-    """A command line for a shell, without its secrets and with `~` for the home folder."""
+    """Return a shell command line with its secrets masked and `~` for the home folder."""
     home = os.path.expanduser("~")
 
     def shown(word: str) -> str:
@@ -116,6 +114,6 @@ def masked_command(words: Sequence[str]) -> str:
         word = masked_text(word)
         return word.replace(f"{home}/", "~/") if len(home) > 1 else word
 
-    # nothing that follows a switch such as --token is shown either
+    # also mask the word after a switch such as --token
     hidden = [i for i, word in enumerate(words[:-1], 1) if re.fullmatch(r"--?[\w-]+", word) and is_secret(word)]
     return shlex.join(MASK if i in hidden else shown(word) for i, word in enumerate(words))

@@ -1,8 +1,8 @@
-"""Requests to stop: what a signal does to a run, and with which exit code the run then ends.
+"""Requests to stop: the effect of signals on a run, and its exit code.
 
 SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`), SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning before the time
-limit: `--signal=USR1@120`) ask the run to finish its step, save and end. While it loads and caches there is nothing to
-finish, and it ends at once. It ends with 128 + the signal's number, as a shell reports a process that it killed.
+limit: `--signal=USR1@120`) make the run finish its step, save and end. While it loads and caches there is nothing to
+save, and it ends at once. The exit code is 128 + the signal's number, as a shell reports a killed process.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from train.utils.console import is_first_process
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 STOPPING = b"\nstopping after this step; a second signal stops at once, without saving\n"
 EARLY = (
-    "stopped by {} with nothing lost: caches on disk keep what was computed, and checkpoints are as they were. The "
-    "same command begins again"
+    "stopped by {} with nothing lost: caches on disk keep what was computed, and checkpoints are unchanged. The same "
+    "command starts again"
 )
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the program here and now.
+    """A signal ends the program immediately.
 
     Attributes:
-        number: of the signal.
-        code: with which the command ends.
+        number: Number of the signal.
+        code: Exit code of the command.
     """
 
     def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
@@ -40,38 +40,38 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupted(Stopped):
-    """Training was stopped; the message says what is saved and how to go on. A sweep ends with it."""
+    """Training was stopped; the message says what is saved and how to resume. It also ends a sweep."""
 
 
 class StopRequest:
-    """The first signal that asked to stop, if any did.
+    """The first signal that asked to stop, if there was one.
 
     Attributes:
-        number: of the signal; None as long as none came.
-        at: when it came, in seconds of the monotonic clock.
+        number: Number of the signal; None if there was none.
+        time: Time of the signal in seconds of the monotonic clock.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self.at = 0.0
+        self.time = 0.0
 
     def __bool__(self) -> bool:
         return self.number is not None
 
 
 def grace() -> float:
-    """Seconds within which a second signal is a part of the first.
+    """Return the seconds within which a second signal counts as a repetition of the first.
 
-    The launcher of several processes sends them another one of a Ctrl-C, and `timeout` sends each twice.
+    The launcher of several processes repeats a Ctrl-C, and `timeout` sends each signal twice.
     """
     return 2.0 if "LOCAL_RANK" in os.environ else 0.3
 
 
 @contextmanager
-def handled(note: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
-    """Within this context `note` gets each of `SIGNALS` that comes, and what puts the handlers back as they were.
+def signal_handlers(note: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
+    """Context manager that calls `note` for each of `SIGNALS`, with a function that restores the handlers.
 
-    SIGHUP stays ignored where it is, as under nohup. Outside of the main thread there are no handlers to set.
+    SIGHUP stays ignored if it is, as under nohup. Outside the main thread no handlers can be set.
     """
 
     def restore() -> None:
@@ -94,30 +94,30 @@ def handled(note: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within this context the first of `SIGNALS` is noted in what is given; a later one does what it did before."""
+    """Context manager that records the first of `SIGNALS` in the object it yields; later ones have their old effect."""
     request = StopRequest()
 
     def note(number: int, restore: Callable[[], None]) -> None:
         if not request:
-            request.number, request.at = number, time.monotonic()
+            request.number, request.time = number, time.monotonic()
             if is_first_process():
-                with suppress(OSError):  # the terminal may be gone; print is not for a handler
+                with suppress(OSError):  # the terminal may be closed; print must not be used in a handler
                     os.write(2, STOPPING)
-        elif time.monotonic() > request.at + grace():
+        elif time.monotonic() > request.time + grace():
             restore()
             signal.raise_signal(number)
 
-    with handled(note):
+    with signal_handlers(note):
         yield request
 
 
 @contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """Within this context the first of `SIGNALS` raises `Stopped`, wherever the program is; the next one kills."""
+    """Context manager in which the first of `SIGNALS` raises `Stopped` immediately; the next one kills."""
 
     def note(number: int, restore: Callable[[], None]) -> None:
         restore()
         raise Stopped(number=number)
 
-    with handled(note):
+    with signal_handlers(note):
         yield

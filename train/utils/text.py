@@ -1,4 +1,4 @@
-"""Numbers in sentences."""
+"""Counts in sentences."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from flux2.utils.text import gigabytes as gigabytes
 
 
 def many(count: int, noun: str) -> str:
-    """`1 picture`, `2 pictures`, `1,000 pictures`."""
+    """Return a count with its noun: `1 picture`, `2 pictures`, `1,000 pictures`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -1,4 +1,4 @@
-"""How fast training goes, and how much memory it takes."""
+"""Measurement of training speed and peak memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 
 class Clock:
-    """Steps a second, without what is done between the steps.
+    """Measures steps per second, without the time that it is paused.
 
     Attributes:
-        steps: since the last `take`.
+        steps: Number of steps since the last `take`.
     """
 
     def __init__(self) -> None:
@@ -23,20 +23,21 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Context manager that does not count the time."""
         self.spent += time.perf_counter() - self.began
         yield
         self.began = time.perf_counter()
 
     def take(self) -> float:
-        """Steps a second since the last time; for while it is paused."""
+        """Return the steps per second since the last call; call it while paused."""
         speed = self.steps / self.spent
         self.steps, self.spent = 0, 0.0
         return speed
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory held so far: on the GPU, or of this process."""
+    """Return the peak memory so far, on the GPU or else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

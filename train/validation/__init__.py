@@ -1,3 +1,3 @@
-"""How good an adapter is while it trains: the loss on fixed noise, and samples on a sheet. It imports train.objective,
-train.distributed and train.utils. Begin with loss.py for the number, samples.py for the pictures.
+"""Evaluation of an adapter during training: the loss on fixed noise, and sample grids. The package imports
+train.objective, train.distributed and train.utils. Begin with loss.py for the loss, samples.py for the images.
 """

@@ -1,7 +1,7 @@
-"""Two ways to see how training goes: a sheet of pictures, and a loss at fixed noise and times.
+"""Validation loss at fixed noise and timesteps.
 
-The training loss jumps with the drawn times far more than it falls. At the same noise and times for the same samples
-it becomes a curve that can be read, above all on samples set aside.
+The training loss varies with the drawn timesteps far more than it falls. With fixed noise and timesteps for the same
+samples the curve becomes readable, above all on held-out samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data.cache.prepared import CachedDataset
 from data.loader import Batch
 from data.sampler import derived_generator
 from data.sources.base import Sample
-from train.distributed.processes import Share, alone
+from train.distributed.processes import Share, map_serially
 from train.objective.loss import Noised, flow_loss, noise_at
 from train.utils.checks import check_count, check_seed, is_number
 
@@ -28,13 +28,13 @@ TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Which samples the validation loss is measured on, at which times and noise.
+    """Samples, timesteps and noise of the validation loss.
 
     Attributes:
-        held_out: samples that are set aside for it.
-        samples: how many of the training samples it is measured on, if none are set aside.
-        seed: of that choice and of the noise; apart from the run's own, so that runs of other seeds can be compared.
-        times: of the noise, from 0 (the picture) to 1 (noise); each is also reported by itself.
+        held_out: Number of samples that are held out from training for validation.
+        samples: Number of training samples to measure if none are held out.
+        seed: Seed of that choice and of the noise; not the run's, so that runs with other seeds can be compared.
+        times: Timesteps from 0 (the image) to 1 (noise); the loss at each is also reported separately.
     """
 
     held_out: int = 0
@@ -51,15 +51,17 @@ class ValidationSettings:
             raise ValueError(f"validation.times={self.times!r} must be a list of different numbers from 0 to 1")
 
     def split(self, contents: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Indices to train on, in order, and to validate on.
+        """Return the indices to train on, in order, and those to validate on.
 
         Args:
-            contents: a digest of each sample. A sample is set aside for what it is, not for its place: in another order
-                it is the same ones, and pictures that are added or taken away change little.
+            contents: Digest of each sample. Samples are held out by content and not by position: the order does not
+                matter, and adding or removing images changes little.
         """
         count = len(contents)
         if self.held_out >= count:
-            raise ValueError(f"validation.held_out={self.held_out} leaves none of the {count} samples to train on")
+            raise ValueError(
+                f"validation.held_out={self.held_out} leaves none of the {count} samples to train on. Set a lower one"
+            )
         ranks = [hashlib.sha256(f"{self.seed} held out {content}".encode()).hexdigest() for content in contents]
         order = sorted(range(count), key=lambda i: ranks[i])
         if not self.held_out:
@@ -69,7 +71,7 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class Validated:
-    """A sample of the validation loss: its cache entry and caption, and the digest that its noise comes from."""
+    """A sample of the validation loss: its cache entry and caption, and the digest that determines its noise."""
 
     name: str
     entry: LatentEntry
@@ -78,41 +80,44 @@ class Validated:
 
 
 def chosen_samples(samples: Sequence[Sample], prepared: CachedDataset, indices: Sequence[int]) -> list[Validated]:
-    """What is measured of the samples with these indices."""
+    """Return the validation samples with these indices."""
     return [Validated(samples[i].name, prepared.entries[i], samples[i].caption, prepared.contents[i]) for i in indices]
 
 
 @dataclass(frozen=True)
 class FixedNoiseLoss:
-    """The flow loss over `chosen` samples and `times`, at noise that is a function of the seed, sample and time."""
+    """The flow loss over `chosen` samples and `times`, with noise that is a function of seed, sample and timestep."""
 
     prepared: CachedDataset
     chosen: Sequence[Validated]
     seed: int
     times: Sequence[float] = TIMES
-    share: Share = alone
+    share: Share = map_serially
     rows: int = 1
 
     def __call__(self, model: nn.Module, guidance: float | None) -> Tensor:
-        """(samples, times) float64 on the CPU."""
-        losses = self.share(lambda sample: self.of(sample, model, guidance), self.chosen)
+        """Return the losses (samples, times) in float64 on the CPU."""
+        losses = self.share(lambda sample: self.sample_losses(sample, model, guidance), self.chosen)
         return torch.stack(losses).double()
 
     @torch.no_grad()
-    def of(self, sample: Validated, model: nn.Module, guidance: float | None) -> Tensor:
-        """(times,) on the CPU; `rows` predictions at a time, so that it needs no more memory than training."""
-        noised, text = self.sample(sample, next(model.parameters()).device)
+    def sample_losses(self, sample: Validated, model: nn.Module, guidance: float | None) -> Tensor:
+        """Return the losses (times,) of a sample on the CPU.
+
+        The model predicts `rows` timesteps at a time, so that validation needs no more memory than training.
+        """
+        noised, text = self.inputs(sample, next(model.parameters()).device)
         parts = [slice(start, start + self.rows) for start in range(0, len(self.times), self.rows)]
         predicted = torch.cat([noised.predict(model, text[part], guidance, part) for part in parts])
         losses = []
         for row in range(len(self.times)):
-            at = slice(row, row + 1)
-            mask = None if noised.mask is None else noised.mask[at]
-            losses.append(flow_loss(predicted[at], noised.target[at], mask))
+            one = slice(row, row + 1)
+            mask = None if noised.mask is None else noised.mask[one]
+            losses.append(flow_loss(predicted[one], noised.target[one], mask))
         return torch.stack(losses).cpu()
 
-    def sample(self, sample: Validated, device: torch.device) -> tuple[Noised, Tensor]:
-        """One sample at all times, and its caption's embeddings (times, T, D)."""
+    def inputs(self, sample: Validated, device: torch.device) -> tuple[Noised, Tensor]:
+        """Return a sample at all timesteps, and its caption's embeddings (times, T, D)."""
         count = len(self.times)
 
         def read(key: str, name: str = "latents") -> Tensor:
@@ -130,11 +135,11 @@ class FixedNoiseLoss:
         return noise_at(batch, torch.tensor(self.times, device=device), noise.to(device)), text
 
     def report(self, losses: Tensor) -> dict[str, float]:
-        """What is logged of (samples, times) losses: their mean, and that of each time."""
+        """Return the logged values of (samples, times) losses: the mean, and the mean at each timestep."""
         bands = {f"validation_loss/{time:g}": loss for time, loss in zip(self.times, losses.mean(0), strict=True)}
         return {"validation_loss": losses.mean().item()} | {key: loss.item() for key, loss in bands.items()}
 
     def record(self, losses: Tensor) -> dict[str, Any]:
-        """What is kept of them, to compare steps sample by sample."""
+        """Return the record of losses in validation.jsonl, to compare steps sample by sample."""
         rounded = [[float(f"{loss:.8g}") for loss in row] for row in losses.tolist()]
         return {"times": list(self.times), "samples": [sample.name for sample in self.chosen], "losses": rounded}

@@ -1,4 +1,4 @@
-"""Samples of the adapter while it trains: prompts, references, seeds."""
+"""Sample grids during training: settings, and drawing them."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.pipeline import render
 from flux2.utils.checks import MAX_GUIDANCE, MAX_STEPS
-from train.distributed.processes import Share, alone
+from train.distributed.processes import Share, map_serially
 from train.utils.checks import check_count, check_seed, is_number
 from train.utils.redact import masked
-from train.validation.sheet import LAYOUT, sheet
+from train.validation.sample_grid import LAYOUT, sample_grid
 
-WIDEST = 8192  # pixels of a picture on a sheet
+WIDEST = 8192  # maximum width and height of an image in a sample grid
 
 
-def is_texts(value: object) -> TypeGuard[Sequence[str]]:
-    """Whether `value` is a list of texts."""
+def is_string_list(value: object) -> TypeGuard[Sequence[str]]:
+    """Return whether `value` is a list of strings."""
     return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What a sheet shows.
+    """Contents of a sample grid.
 
     Attributes:
-        prompts: one picture each.
-        references: files that the prompts edit: a list for all prompts, or a list of such lists, one for each prompt.
-        seed: of the first prompt, the next ones counting up.
-        width, height: pixels; None takes the bucket of the first reference's shape, else the training resolution.
-        steps, guidance: None takes the model's own.
+        prompts: Prompts, with one image each.
+        references: Files that the prompts edit: a list for all prompts, or one list for each prompt.
+        seed: Seed of the first prompt, incremented for each further one.
+        width, height: Size in pixels; None takes the bucket of the first reference, or the training resolution.
+        steps, guidance: Sampling settings; None takes the model's own.
     """
 
     prompts: Sequence[str] = field(default_factory=list)
@@ -52,24 +52,26 @@ class SampleSettings:
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        if not is_texts(self.prompts):
-            raise ValueError(f"sample.prompts={self.prompts!r} must be a list of texts")
-        if not is_texts(self.references):
-            if not isinstance(self.references, list | tuple) or not all(is_texts(item) for item in self.references):
+        if not is_string_list(self.prompts):
+            raise ValueError(f"sample.prompts={self.prompts!r} must be a list of strings")
+        if not is_string_list(self.references):
+            if not isinstance(self.references, list | tuple) or not all(
+                is_string_list(item) for item in self.references
+            ):
                 raise ValueError(
-                    f"sample.references={self.references!r} must be a list of files for all prompts, or a list of such "
+                    f"sample.references={self.references!r} must be a list of files for all prompts, or a list of "
                     "lists, one for each prompt"
                 )
             if len(self.references) != len(self.prompts):
                 raise ValueError(
                     f"sample.references={self.references!r} has {len(self.references)} lists for "
-                    f"{len(self.prompts)} sample.prompts: give one for each, which may be empty"
+                    f"{len(self.prompts)} sample.prompts. Give a list, which may be empty, for each prompt"
                 )
         check_seed("sample.seed", self.seed)
         for key in ("width", "height"):
             value = getattr(self, key)
-            good = isinstance(value, int) and PIXELS_PER_TOKEN <= value <= WIDEST and not value % PIXELS_PER_TOKEN
-            if value is not None and not good:
+            valid = isinstance(value, int) and PIXELS_PER_TOKEN <= value <= WIDEST and not value % PIXELS_PER_TOKEN
+            if value is not None and not valid:
                 raise ValueError(
                     f"sample.{key}={value!r} must be a multiple of {PIXELS_PER_TOKEN} pixels up to {WIDEST}"
                 )
@@ -80,25 +82,26 @@ class SampleSettings:
 
     @property
     def edits(self) -> list[list[str]]:
-        """The files that each prompt edits."""
-        lists = [self.references] * len(self.prompts) if is_texts(self.references) else self.references
+        """The reference files of each prompt."""
+        lists = [self.references] * len(self.prompts) if is_string_list(self.references) else self.references
         return [list(paths) for paths in lists]
 
     @property
     def files(self) -> list[str]:
-        """Every reference once, also where there is no prompt yet."""
-        lists = [self.references] if is_texts(self.references) else self.references
+        """All distinct reference files, even if there are no prompts yet."""
+        lists = [self.references] if is_string_list(self.references) else self.references
         return list(dict.fromkeys(chain(*lists)))
 
 
 class Sampler:
-    """Makes the sheets of a run, through the same function as inference.
+    """Draws the sample grids of a run with the same function as inference.
 
     Args:
-        text: (P, T, text_width) embeddings of the prompts; empty: (1, T, text_width).
-        references: latents (1, 128, h, w) of the pictures that each prompt edits.
-        sizes: (width, height) in pixels of each prompt's picture.
-        share: spreads the pictures over the processes; all of them then call `sheet`.
+        text: (P, T, text_width) embeddings of the prompts.
+        empty: (1, T, text_width) embedding of the empty prompt.
+        references: Latents (1, 128, h, w) of the references of each prompt.
+        sizes: (width, height) in pixels of each prompt's image.
+        share: Function that distributes the images over the processes, all of which must call `write_grid`.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class Sampler:
         empty: Tensor,
         references: Sequence[Sequence[Tensor]],
         sizes: Sequence[tuple[int, int]],
-        share: Share = alone,
+        share: Share = map_serially,
     ) -> None:
         self.settings, self.autoencoder = settings, autoencoder
         self.text, self.empty, self.references, self.sizes = text, empty, references, sizes
@@ -119,7 +122,7 @@ class Sampler:
         self.guidance = variant.guidance if settings.guidance is None else settings.guidance
 
     def picture(self, model: Transformer, i: int, seed: int) -> Image.Image:
-        """That of the prompt number `i`, from its size, references and `seed` alone."""
+        """Draw the image of prompt `i`, which depends only on its size, references and `seed`."""
         return render(
             model,
             self.autoencoder,
@@ -134,16 +137,16 @@ class Sampler:
         )[0]
 
     def pictures(self, model: Transformer) -> list[Image.Image]:
-        """One picture a prompt; each depends on its own seed, not on the others."""
+        """Draw one image for each prompt, independent of the others."""
         return self.share(lambda i: self.picture(model, i, self.settings.seed + i), range(len(self.sizes)))
 
-    def sheet(self, model: Transformer, file: Path, *, write: bool = True) -> None:
-        """Write the pictures with their prompts to `file`; of several processes one does."""
+    def write_grid(self, model: Transformer, file: Path, *, write: bool = True) -> None:
+        """Draw the images and write them with their prompts to `file`, in one of several processes."""
         pictures = self.pictures(model)
         if write:
             file.parent.mkdir(parents=True, exist_ok=True)
-            page = sheet([pictures], columns=list(self.settings.prompts))
-            info = PngInfo()  # for the report, which shows the pictures one by one
+            page = sample_grid([pictures], columns=list(self.settings.prompts))
+            info = PngInfo()  # for the report, which shows the images one by one
             prompts = masked(list(self.settings.prompts))
             info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
             page.save(file, pnginfo=info)

@@ -7,7 +7,7 @@ import torch
 from cache_helpers import encode_prompts
 
 from data.cache import Cache
-from data.cache.embeddings import packed, plan_embeddings, unpacked
+from data.cache.embeddings import pack, plan_embeddings, unpack
 
 
 def states(tokens: int = 7, width: int = 384) -> torch.Tensor:
@@ -15,12 +15,12 @@ def states(tokens: int = 7, width: int = 384) -> torch.Tensor:
 
 
 def restored(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return unpacked(Cache("unused"), "ab" * 32, tensors)
+    return unpack(Cache("unused"), "ab" * 32, tensors)
 
 
 def test_packed_embeddings_are_within_half_a_step_of_three_bits() -> None:
     given = states().bfloat16()
-    tensors = packed(given)
+    tensors = pack(given)
     assert tensors["embeddings"].dtype == torch.float8_e4m3fn
     assert (tensors["embeddings"].shape, tensors["scales"].shape) == ((7, 384), (7, 3))
     found = restored(tensors)
@@ -35,18 +35,18 @@ def test_packed_embeddings_are_within_half_a_step_of_three_bits() -> None:
 def test_an_outlier_spoils_its_own_group_alone() -> None:
     given = states()
     given[2, 5] = 1e6
-    found = restored(packed(given))
+    found = restored(pack(given))
     assert found[2, 5] == pytest.approx(1e6, rel=0.01)
     others = torch.ones_like(given, dtype=torch.bool)
     others[2, :128] = False
-    assert torch.equal(found[others], restored(packed(states()))[others])
+    assert torch.equal(found[others], restored(pack(states()))[others])
 
 
 @pytest.mark.parametrize("width", [6, 100, 130])
 def test_widths_that_are_no_multiple_of_a_group_and_zeros_come_back(width: int) -> None:
     given = states(3, width)
     given[1] = 0
-    found = restored(packed(given))
+    found = restored(pack(given))
     assert torch.equal(found[1], given[1])
     torch.testing.assert_close(found, given, atol=0.01, rtol=0.07)
 
@@ -59,7 +59,7 @@ def test_storage_in_fp8_is_an_entry_of_its_own_of_a_quarter_of_the_size(tmp_path
         assert plan.missing == 1
         plan.fill(encode_prompts)
         assert plan.missing == 0
-        found = unpacked(cache, plan.keys["a cat"], cache.get(plan.keys["a cat"]))
+        found = unpack(cache, plan.keys["a cat"], cache.get(plan.keys["a cat"]))
         assert torch.equal(found, torch.full((4, 6), 5.0))
     sizes = [plan.size(512, 15360, torch.bfloat16) for plan in (full, small)]
     assert sizes == [15_728_640, 512 * (15360 + 4 * 120)]
@@ -69,6 +69,6 @@ def test_storage_in_fp8_is_an_entry_of_its_own_of_a_quarter_of_the_size(tmp_path
 
 def test_a_packed_entry_without_its_scales_is_named(tmp_path: Path) -> None:
     cache, key = Cache(tmp_path), "ab" * 32
-    tensors = packed(states())
+    tensors = pack(states())
     with pytest.raises(ValueError, match=rf"{cache.path(key)}\b.*\(7, 384\).* scales \(7, 3\)"):
-        unpacked(cache, key, {"embeddings": tensors["embeddings"]})
+        unpack(cache, key, {"embeddings": tensors["embeddings"]})

@@ -23,10 +23,10 @@ def drawings(request, monkeypatch):
     if request.param == "all":
         yield [*new_drawings(), *all_drawings()[::37]]
         return
-    recognition._lineup.cache_clear()
+    recognition._candidates.cache_clear()
     monkeypatch.setattr(recognition, "all_drawings", lambda: ALIKE)
     yield ALIKE[::5]
-    recognition._lineup.cache_clear()
+    recognition._candidates.cache_clear()
 
 
 def test_every_drawing_is_recognized_plain_and_lit(drawings):

@@ -261,7 +261,7 @@ def test_a_kill_in_the_middle_of_deleting_leaves_nothing_that_looks_whole(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "intervals", "said"),
     [
-        ({"last": 0}, (250, 50), "keep_last=0 must be a whole number from 1"),
+        ({"last": 0}, (250, 50), "keep_last=0 must be an integer >= 1"),
         ({"last": 1, "best": -1}, (250, 50), "keep_best=-1 must be"),
         ({"best": 2}, (250, 50), "keep_best=2 does nothing with keep_last=null"),
         ({"every": 500}, (250, 50), "keep_every=500 does nothing with keep_last=null"),

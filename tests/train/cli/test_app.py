@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from train.cli.errors import format_error, known_settings
 from train.config.instantiate import check_keys, instantiate, no_setting, parse_settings
 from train.sweeps import callback
-from train.utils.console import own_errors
+from train.utils.console import name_process_in_errors
 from train.utils.signals import SIGNALS, Interrupted
 
 pytest_plugins = ("train_helpers",)
@@ -49,9 +49,9 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("steps=abc", "steps='abc' must be a whole number from 1"),
-        ("steps=1.5", "steps=1.5 must be a whole number from 1"),
-        ("batch_size=0", "batch_size=0 must be a whole number from 1"),
+        ("steps=abc", "steps='abc' must be an integer >= 1"),
+        ("steps=1.5", "steps=1.5 must be an integer >= 1"),
+        ("batch_size=0", "batch_size=0 must be an integer from 1"),
         ("caption_dropout=2", "caption_dropout=2 must be a number from 0 to 1"),
         ("name=a/b", "name='a/b' must be a word without slashes"),
         ("name=.", "name='.' must be a word without slashes"),
@@ -66,8 +66,8 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("adapter.rank=four", "adapter.rank='four' must be a whole number from 1"),
         ("adapter.dropout=1", "adapter.dropout=1 must be a number in [0, 1)"),
         ("timesteps.std=x", "timesteps.std='x' must be a positive number"),
-        ("schedule.warmup_steps=x", "schedule.warmup_steps='x' must be a whole number from 0"),
-        ("text_encoder.length=0", "text_encoder.length=0 must be a whole number from 1"),
+        ("schedule.warmup_steps=x", "schedule.warmup_steps='x' must be an integer >= 0"),
+        ("text_encoder.length=0", "text_encoder.length=0 must be an integer >= 1"),
         ("memory.checkpointing=some", "memory.checkpointing='some' is not a policy; choose one of none, full"),
         (
             "memory.checkpointing=budget",
@@ -89,20 +89,20 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("adapter.alpha=inf", "adapter.alpha=inf must be a number from 1e-06 to 1e+06, or null for the rank"),
         ("adapter.rank=100000", "adapter.rank=100000 is more than double_blocks.0.img_attn.qkv has, a weight of"),
         ("adapter.rank_pattern=0", "adapter.rank_pattern=0 must map presets"),
-        ("seed=-1", "seed=-1 must be a whole number from 0"),
-        ("seed=1.0", "seed=1.0 must be a whole number from 0"),
-        ("seed=true", "seed=True must be a whole number from 0"),
+        ("seed=-1", "seed=-1 must be an integer >= 0"),
+        ("seed=1.0", "seed=1.0 must be an integer >= 0"),
+        ("seed=true", "seed=True must be an integer >= 0"),
         ("seed=9223372036854775808", "seed=9223372036854775808 must be below 2 ** 63"),
         ("precision.dtype=fp16", "precision.dtype='fp16' must be one of fp32, bf16"),
         ("buckets.step=17", "buckets.step=17 must be a positive whole multiple of 16"),
         ("model.text_encoder=http://127.0.0.1:1", "write text_encoder=remote text_encoder.url=... instead"),
-        ("model.resolution=big", "model.resolution='big' must be a whole number from 16"),
+        ("model.resolution=big", "model.resolution='big' must be an integer >= 16"),
         ("model.name=flux", "model='flux' is not a FLUX.2 model; choose one of tiny, dev"),
-        ("validation.held_out=-1", "validation.held_out=-1 must be a whole number from 0"),
-        ("sample.prompts=cup", "sample.prompts='cup' must be a list of texts"),
+        ("validation.held_out=-1", "validation.held_out=-1 must be an integer >= 0"),
+        ("sample.prompts=cup", "sample.prompts='cup' must be a list of strings"),
         ("sample.width=50", "sample.width=50 must be a multiple of 16 pixels"),
         ("sample.references=[/nowhere.png]", "/nowhere.png does not exist"),
-        ("preservation.weight=1", "preservation.weight=1 has no preservation.prompts: give some"),
+        ("preservation.weight=1", "preservation.weight=1: there are no preservation.prompts"),
         ("tracker=null", "a group needs the name of a choice"),
         ("~tracker", "tracker=None must be a group of settings"),
         ("~memory.checkpointing", "memory.checkpointing is missing"),
@@ -238,7 +238,7 @@ def test_what_the_system_refuses_is_one_line_and_what_was_saved_is_said_with_it(
 
 def test_of_several_processes_the_first_speaks_but_for_what_is_anothers_own(run_command, monkeypatch):
     def alone(config):
-        with own_errors(1):
+        with name_process_in_errors(1):
             raise ValueError("only here")
 
     monkeypatch.setenv("RANK", "1")

@@ -21,7 +21,7 @@ def test_a_line_says_how_many_pictures_and_how_much_of_them_is_cut_off(capsys) -
     assert "64 x 64 3 36.7 % 60.0 %".split() in words
     assert "32 x 32 1 0.0 % 0.0 % fills no bucket of buckets.resolution".split() in words
     assert "all 4 27.5 % 60.0 %".split() in words
-    assert "left out: a.png is empty".split() in words
+    assert "skipped: a.png is empty".split() in words
 
 
 def test_many_buckets_are_cut_short_with_the_rest_in_one_line(capsys) -> None:
@@ -32,9 +32,9 @@ def test_many_buckets_are_cut_short_with_the_rest_in_one_line(capsys) -> None:
 
 
 def test_variants_are_told(capsys) -> None:
-    assert "cached of each picture: 3 crops, each mirrored too".split() in said(
+    assert "cached for each image: 3 crops, also mirrored".split() in said(
         capsys, [(64, 64)], Buckets(64, random_crops=3, flip=True)
     )
-    assert "cached of each picture: the middle, each mirrored too".split() in said(
+    assert "cached for each image: the center crop, also mirrored".split() in said(
         capsys, [(64, 64)], Buckets(64, flip=True)
     )

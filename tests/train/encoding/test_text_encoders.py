@@ -259,7 +259,7 @@ def test_with_a_full_cache_the_server_need_not_run(fake_server, small, tmp_path,
     code, out, err = run_command(*settings, f"output_dir={tmp_path / 'run'}")
     assert code == 0, err
     assert len(values(tmp_path / "run")) == 2
-    assert f"using what is cached of the text encoder at {server.url} for small_dev, 64 tokens" in out + err
+    assert f"using cached embeddings of the text encoder at {server.url} for small_dev, 64 tokens" in out + err
     message = run_command.refused(*settings, "sample.prompts=[a fox]", task=main)
     assert f"{server.url} gave no answer in 3 attempts, the last one: the connection failed" in message
     message = run_command.refused(*settings, "text_encoder.length=9", task=main)
@@ -280,7 +280,7 @@ def test_prompts_that_the_server_cut_are_told(fake_server, small, tmp_path, run_
     server.answer = cut
     code, out, _ = run_command(*small(*remote(server), f"cache_dir={tmp_path}"), task=main)
     assert code == 0
-    assert f"longer than 64 tokens and cut: 1 prompt, such as {CAPTIONS[1]!r}" in out
+    assert f"truncated 1 prompt to 64 tokens, e.g. {CAPTIONS[1]!r}" in out
 
 
 # ------------------------------------------------------------------ settings
@@ -297,11 +297,11 @@ def test_the_published_endpoint_is_the_default():
         ({"url": "nowhere"}, "text_encoder.url='nowhere' is not an address"),
         ({"url": "https://me:hidden@host"}, "text_encoder.url=https://host/... must have no user, password"),
         ({"protocol": "http"}, "text_encoder.protocol='http' must be one of flux2, published, or null"),
-        ({"length": 0}, "text_encoder.length=0 must be a whole number from 1 on"),
-        ({"max_concurrent_requests": 0}, "text_encoder.max_concurrent_requests=0 must be a whole number from 1 to 64"),
+        ({"length": 0}, "text_encoder.length=0 must be an integer >= 1"),
+        ({"max_concurrent_requests": 0}, "text_encoder.max_concurrent_requests=0 must be an integer from 1 to 64"),
         (
             {"max_concurrent_requests": 65},
-            "text_encoder.max_concurrent_requests=65 must be a whole number from 1 to 64",
+            "text_encoder.max_concurrent_requests=65 must be an integer from 1 to 64",
         ),
         ({"timeout": 0}, "text_encoder.timeout=0 must be a number of seconds above 0"),
         ({"timeout": "x"}, "text_encoder.timeout='x' must be a number"),

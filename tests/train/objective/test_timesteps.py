@@ -103,11 +103,14 @@ def test_a_shift_of_one_is_none():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Uniform("much"), r"timesteps\.shift='much' must be none, resolution, empirical or a positive number"),
+        (
+            lambda: Uniform("much"),
+            r"timesteps\.shift='much' must be one of none, resolution, empirical, or a positive number",
+        ),
         (lambda: Uniform(0), r"timesteps\.shift=0 must be"),
         (lambda: Uniform(None), r"timesteps\.shift=None must be"),
-        (lambda: Uniform("empirical", 0), r"timesteps\.steps=0 must be a whole number from 1"),
-        (lambda: Uniform("none", 4), r"timesteps\.steps=4 does nothing with timesteps\.shift=none"),
+        (lambda: Uniform("empirical", 0), r"timesteps\.steps=0 must be an integer >= 1"),
+        (lambda: Uniform("none", 4), r"timesteps\.steps=4 has no effect with timesteps\.shift=none"),
         (lambda: Mode(1.8), r"timesteps\.scale=1\.8 must be a number from -1 to 1\.752"),
         (lambda: Mode("x"), r"timesteps\.scale='x' must be"),
     ],

@@ -230,7 +230,7 @@ class FakeEvent:
 @pytest.fixture
 def far(monkeypatch):
     """A guard that takes the CPU for a GPU."""
-    monkeypatch.setattr(guarding, "onto", lambda tensor, device: tensor)
+    monkeypatch.setattr(guarding, "copy_to_device", lambda tensor, device: tensor)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **rest: empty(*size, **rest))

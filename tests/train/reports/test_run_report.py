@@ -14,7 +14,7 @@ from train.evaluation.recommend import recommend
 from train.evaluation.results import Evaluation, Row
 from train.reports import plots, run_report
 from train.reports.plots import Curve
-from train.validation.sheet import LAYOUT, cut, sheet
+from train.validation.sample_grid import LAYOUT, sample_grid, split_grid
 
 pytest_plugins = ("train_helpers",)
 
@@ -187,14 +187,14 @@ def test_a_sample_grid_says_where_its_images_are_and_the_report_shows_them_one_b
     (run / "samples").mkdir()
 
     def save(step, colors, prompts):
-        page, info = sheet([images(*colors)], prompts), PngInfo()
+        page, info = sample_grid([images(*colors)], prompts), PngInfo()
         info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
         page.save(run / "samples" / f"step_{step:06d}.png", pnginfo=info)
 
     colors = ["red", "green", "blue", "white", "black"]
     save(0, ["red"] * 5, prompts)
     save(40, colors, prompts)
-    parts = cut(Image.open(run / "samples" / "step_000040.png"))
+    parts = split_grid(Image.open(run / "samples" / "step_000040.png"))
     assert [prompt for prompt, _ in parts] == prompts
     for (_, image), wanted in zip(parts, images(*colors), strict=True):
         assert image.getcolors() == [(image.width * image.height, wanted.getpixel((0, 0)))]

@@ -77,7 +77,7 @@ def test_numbers_that_cannot_be_written_are_a_warning(tmp_path, capfd):
     metrics = Metrics(tmp_path, tracker := Remembering())
     (tmp_path / "metrics.jsonl").mkdir()
     metrics.log(1, loss=0.5)
-    assert "warning: the numbers of step 1 could not be written to" in capfd.readouterr().err
+    assert "warning: the metrics of step 1 could not be written to" in capfd.readouterr().err
     assert tracker.events == [("log", 1, {"loss": 0.5})]
 
 
@@ -96,7 +96,7 @@ def test_numbers_that_could_not_be_written_are_kept_until_they_can_be_and_said_o
 def test_a_folder_in_the_place_of_the_numbers_is_named_with_a_remedy(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "file").touch()
-    with pytest.raises(ValueError, match=rf"{name}, for the numbers of this run, cannot be written .*move away"):
+    with pytest.raises(ValueError, match=rf"{name} cannot be written .*or remove"):
         Metrics(tmp_path, NoTracker()).start("run", {}, 2)
 
 
@@ -116,7 +116,7 @@ def scalars(run):
     return {key: [(event.step, event.value) for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
 
 
-def test_tensorboard_gets_the_numbers_and_the_sheets(train):
+def test_tensorboard_gets_the_numbers_and_the_grids(train):
     run = train(
         "run", "tracker=tensorboard", "validate_every=2", "sample_every=4", "sample.prompts=[a fox]", "sample.steps=1"
     )
@@ -202,7 +202,7 @@ def without_secrets(folder):
 
 
 def looked_at(tmp_path):
-    """A short run with numbers and sheets, and a secret in its command line."""
+    """A short run with numbers and grids, and a secret in its command line."""
     return [
         *(f"output_dir={tmp_path / 'run'}", "steps=2", "validate_every=1", "sample_every=2", "sample.steps=1"),
         f"sample.prompts=[a cup {HUB_TOKEN}]",
@@ -217,7 +217,7 @@ def test_wandb_draws_no_numbers_between_the_last_step_and_what_a_run_says_at_its
     assert not given[0].quiet  # which would hide how to send it, too
 
 
-def test_an_offline_run_of_wandb_has_configuration_numbers_and_sheets_and_no_secret(
+def test_an_offline_run_of_wandb_has_configuration_numbers_and_grids_and_no_secret(
     run_command, small, planted, at_step, tmp_path
 ):
     at_step(1, lambda: print("on the screen:", HUB_TOKEN))
@@ -240,10 +240,10 @@ def test_an_offline_run_of_wandb_has_configuration_numbers_and_sheets_and_no_sec
     logged = [{"".join(item.nested_key) or item.key: json.loads(item.value_json) for item in line} for line in lines]
     for key in ("loss", "validation_loss/0.55"):
         assert [line[key] for line in logged if key in line] == values(tmp_path / "run", key) != []
-    sheets = [path.read_bytes() for path in (tmp_path / "run" / "samples").iterdir()]
+    grids = [path.read_bytes() for path in (tmp_path / "run" / "samples").iterdir()]
     sent = [path.read_bytes() for path in file.parent.glob("files/media/images/samples_*.png")]
-    assert len(sheets) == 2
-    assert sorted(sent) == sorted(sheets)
+    assert len(grids) == 2
+    assert sorted(sent) == sorted(grids)
     # nor is there what wandb would find by itself
     assert "train/run.py" not in str(found)
     assert {path.name for path in file.parent.glob("files/*")} == {"media", "requirements.txt"}
@@ -294,7 +294,7 @@ def test_wandb_that_cannot_be_reached_goes_on_offline_with_a_warning(train, monk
     run = train("run", "tracker=wandb")
     assert time.monotonic() - began < 90
     err = capfd.readouterr().err
-    assert re.search(r"warning: tracker=wandb: .* kept offline: `wandb sync .*run/wandb/offline-run-\*` sends it", err)
+    assert re.search(r"warning: tracker=wandb: .* stored offline: `wandb sync .*offline-run-\*` sends it", err)
     assert "the tracker failed" not in err
     kept = (run / "wandb_id").read_text()
     (file,) = run.glob(f"wandb/offline-run-*/run-{kept}.wandb")
@@ -334,5 +334,5 @@ def test_where_tensorboard_cannot_write_is_one_error_with_a_remedy(tmp_path):
 
 
 def test_an_unknown_mode_of_wandb_is_refused():
-    with pytest.raises(ValueError, match=r"tracker\.mode='on' must be online, offline or disabled"):
+    with pytest.raises(ValueError, match=r"tracker\.mode='on' must be one of online, offline, disabled"):
         WandbTracker(mode="on")

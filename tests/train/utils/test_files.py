@@ -68,7 +68,7 @@ def test_what_cannot_be_written_is_named_with_its_key(tmp_path):
             ValueError, match=r"^cache_dir='.*file.* cannot be written \((File exists|Not a directory)\)"
         ):
             make_writable(place, "cache_dir")
-    with pytest.raises(ValueError, match=r"cannot be made \(Not a directory\).*output_dir=\.\.\."):
+    with pytest.raises(ValueError, match=r"cannot be created \(Not a directory\).*output_dir=\.\.\."):
         make_new(tmp_path / "file" / "run")
     make_writable(tmp_path / "new" / "folder", "cache_dir")
     assert list((tmp_path / "new" / "folder").iterdir()) == []

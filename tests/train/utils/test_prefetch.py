@@ -28,7 +28,7 @@ def ahead(made):
 
 def test_a_step_is_made_when_it_is_begun_and_once(ahead, made):
     ahead.begin(1)
-    ahead._begun[1].result()
+    ahead._pending[1].result()
     assert made == [1]
     step, thread = ahead.get(1)
     assert step == 1

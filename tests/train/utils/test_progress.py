@@ -65,7 +65,7 @@ def test_on_a_terminal_it_is_one_bar(clock):
 def test_what_is_paused_for_counts_neither_for_the_speed_nor_for_what_is_left(clock):
     progress = Progress(10, shown=False, clock=clock)
     with progress.paused():
-        clock.now += 60  # the sheet before the first step
+        clock.now += 60  # the grid before the first step
     for _ in range(4):
         clock.now += 2.0
         progress.update()

@@ -11,7 +11,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"  # as wandb's: what a commit looks lik
 @pytest.mark.parametrize(
     "key",
     "token hub_token HF_TOKEN wandb_api_key WANDB_API_KEY apikey access-key AWS_SECRET_ACCESS_KEY password db.passwd "
-    "Authorization headers credentials X-Amz-Signature accessToken".split(),
+    "Authorization headers credentials X-Amz-Signature accessToken hftoken".split(),
 )
 def test_names_of_secrets_are_known(key):
     assert is_secret(key)

@@ -98,8 +98,8 @@ def test_an_error_in_the_middle_of_an_update_saves_nothing_that_is_half_done(tra
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_sheet_that_fails_is_a_warning(train, monkeypatch, capfd):
-    monkeypatch.setattr(Sampler, "sheet", failing(OSError("disk full")))
+def test_a_grid_that_fails_is_a_warning(train, monkeypatch, capfd):
+    monkeypatch.setattr(Sampler, "write_grid", failing(OSError("disk full")))
     settings = ["sample_every=2", "sample.prompts=[a fox]", "sample.steps=1"]
     assert (train("run", *settings) / "adapter").exists()
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
@@ -112,7 +112,7 @@ def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):
     assert len(values(train("run"))) == 4
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 1
-    assert "the tracker failed (log: ConnectionError: no network); training goes on without it" in said[0]
+    assert "the tracker failed (log: ConnectionError: no network); training continues without it" in said[0]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_next_is_tried(train, monkeypatch, capfd):
@@ -189,7 +189,7 @@ def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(mon
             signal.raise_signal(signal.SIGINT)
             clock.now = 0.2
             signal.raise_signal(signal.SIGTERM)
-            assert (stop.number, stop.at) == (signal.SIGINT, 0.0)
+            assert (stop.number, stop.time) == (signal.SIGINT, 0.0)
             clock.now = 0.4
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)

@@ -13,8 +13,8 @@ from train.stages.data import prepare_samples
 from train.stages.memory import load_config
 from train.stages.model import load_sampler
 from train.validation.loss import TIMES, FixedNoiseLoss, ValidationSettings, chosen_samples
+from train.validation.sample_grid import sample_grid, wrap
 from train.validation.samples import SampleSettings
-from train.validation.sheet import sheet, wrap
 
 pytest_plugins = ("train_helpers",)
 
@@ -61,12 +61,12 @@ def test_holding_out_everything_is_refused():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"held_out": -1}, r"validation\.held_out=-1 must be a whole number"),
-        ({"samples": 1.5}, r"validation\.samples=1\.5 must be a whole number"),
-        ({"seed": "x"}, r"validation\.seed='x' must be a whole number"),
-        ({"seed": 2**63}, r"validation\.seed=9223372036854775808 must be a whole number from 0, below 2 \*\* 63"),
-        ({"seed": True}, r"validation\.seed=True must be a whole number"),
-        ({"seed": 1.0}, r"validation\.seed=1\.0 must be a whole number"),
+        ({"held_out": -1}, r"validation\.held_out=-1 must be an integer"),
+        ({"samples": 1.5}, r"validation\.samples=1\.5 must be an integer"),
+        ({"seed": "x"}, r"validation\.seed='x' must be an integer"),
+        ({"seed": 2**63}, r"validation\.seed=9223372036854775808 must be an integer >= 0 and < 2 \*\* 63"),
+        ({"seed": True}, r"validation\.seed=True must be an integer"),
+        ({"seed": 1.0}, r"validation\.seed=1\.0 must be an integer"),
         *(
             ({"times": times}, r"validation\.times=.* must be a list of different numbers from 0 to 1")
             for times in ([], 0.5, "0.5", [0.5, 2], [0.5, 0.5], [0.5, 0.50000001], [True])
@@ -114,7 +114,7 @@ def test_the_losses_are_those_of_each_sample_at_each_time(measured):
     found = loss(model, 1.0)
     assert found.shape == (2, len(TIMES))
     for sample, row in zip(loss.chosen, found, strict=True):
-        noised, text = loss.sample(sample, torch.device("cpu"))
+        noised, text = loss.inputs(sample, torch.device("cpu"))
         assert torch.equal(noised.times, torch.tensor(TIMES))
         assert torch.equal(text, loss.prepared.embeddings([sample.caption] * len(TIMES)))
         with torch.no_grad():
@@ -139,7 +139,7 @@ def test_the_mean_and_that_of_each_time_are_reported(measured):
 def test_noise_differs_between_samples_and_times(measured):
     _, loss = measured
     other = replace(loss.chosen[0], content=loss.chosen[1].content)  # the same picture, so that only the noise differs
-    targets = [loss.sample(sample, torch.device("cpu"))[0].target for sample in (loss.chosen[0], other)]
+    targets = [loss.inputs(sample, torch.device("cpu"))[0].target for sample in (loss.chosen[0], other)]
     rows = torch.cat(targets).flatten(1)
     assert len({row.sum().item() for row in rows}) == 2 * len(TIMES)
 
@@ -189,13 +189,13 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
     assert np.mean(record["losses"]) == pytest.approx(first[0][0], rel=1e-6)
 
 
-# ------------------------------------------------------------------ sheets
+# ------------------------------------------------------------------ grids
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"prompts": "a cup"}, r"sample\.prompts='a cup' must be a list of texts"),
+        ({"prompts": "a cup"}, r"sample\.prompts='a cup' must be a list of strings"),
         ({"prompts": [1]}, r"sample\.prompts=\[1\] must be"),
         ({"prompts": 5}, r"sample\.prompts=5 must be"),
         ({"references": "x.png"}, r"sample\.references='x\.png' must be a list of files for all prompts, or a list of"),
@@ -205,11 +205,11 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
         ),
         ({"references": [[1]], "prompts": ["a cup"]}, r"sample\.references=\[\[1\]\] must be a list of files"),
         ({"references": [["x.png"]]}, r"sample\.references=\[\['x\.png'\]\] has 1 lists for 0 sample\.prompts"),
-        ({"references": [[], []], "prompts": ["a cup"]}, r"has 2 lists for 1 sample\.prompts: give one for each"),
+        ({"references": [[], []], "prompts": ["a cup"]}, r"has 2 lists for 1 sample\.prompts\. Give a list"),
         ({"seed": -1}, r"sample\.seed=-1 must be"),
         ({"seed": 2**64}, r"sample\.seed=18446744073709551616 must be .* below 2 \*\* 63"),
         ({"seed": False}, r"sample\.seed=False must be"),
-        ({"steps": 10**6}, r"sample\.steps=1000000 must be a whole number from 1 to 10000"),
+        ({"steps": 10**6}, r"sample\.steps=1000000 must be an integer from 1 to 10000"),
         ({"guidance": 1e9}, r"sample\.guidance=1000000000\.0 must be a number from 0 to 1000"),
         ({"width": 100}, r"sample\.width=100 must be a multiple of 16"),
         ({"height": "x"}, r"sample\.height='x' must be"),
@@ -217,7 +217,7 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
         ({"guidance": -1}, r"sample\.guidance=-1 must be"),
     ],
 )
-def test_a_refused_setting_of_the_sheets_is_named_with_its_value(settings, said):
+def test_a_refused_setting_of_the_grids_is_named_with_its_value(settings, said):
     with pytest.raises(ValueError, match=said):
         SampleSettings(**settings)
 
@@ -270,11 +270,11 @@ def test_each_prompt_is_shown_as_the_edit_of_its_own_files_in_the_shape_of_the_f
     plain = alone.pictures(model)
     assert abs(pixels(pictures[2]) - pixels(plain[2])).max() == 0
     assert abs(pixels(pictures[3]) - pixels(plain[3])).max() > 8
-    sampler.sheet(model, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").height > 512  # the tall picture is not squeezed
+    sampler.write_grid(model, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").height > 512  # the tall picture is not squeezed
 
 
-def test_a_run_without_prompts_or_sheets_has_no_sampler(small):
+def test_a_run_without_prompts_or_grids_has_no_sampler(small):
     for settings in ([], ["sample.prompts=[a fox]"]):
         run = load_config(compose(*small(*settings)))
         assert load_sampler(run, prepare_samples(run).cached) is None
@@ -284,10 +284,10 @@ def plain(color, size=(64, 48)):
     return Image.new("RGB", size, color)
 
 
-def test_a_sheet_holds_the_very_pixels_under_their_captions():
+def test_a_grid_holds_the_very_pixels_under_their_captions():
     noise = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
     pictures = [Image.fromarray(one) for one in noise]
-    page = pixels(sheet([pictures], ["a red cup", "the fox"]))
+    page = pixels(sample_grid([pictures], ["a red cup", "the fox"]))
     top = page.shape[0] - 4 * 48 - 12  # a gap below the row, and one at the edge
     for i, picture in enumerate(pictures):
         left = 6 + i * (4 * 64 + 6)
@@ -297,31 +297,31 @@ def test_a_sheet_holds_the_very_pixels_under_their_captions():
     assert (page[:4] == 255).all()
 
 
-def test_pictures_of_different_shapes_keep_theirs_on_a_sheet():
-    page = pixels(sheet([[plain("red", (64, 32)), plain("blue", (32, 64))]], ["a cup", "a fox"]))
+def test_pictures_of_different_shapes_keep_theirs_on_a_grid():
+    page = pixels(sample_grid([[plain("red", (64, 32)), plain("blue", (32, 64))]], ["a cup", "a fox"]))
     assert (page == (255, 0, 0)).all(-1).sum() == 256 * 128
     assert (page == (0, 0, 255)).all(-1).sum() == 256 * 512
 
 
 def test_rows_are_named_and_columns_captioned():
-    page = pixels(sheet([[plain("red")], [plain("blue")]], ["a cup"], ["before", "after"]))
+    page = pixels(sample_grid([[plain("red")], [plain("blue")]], ["a cup"], ["before", "after"]))
     reds = (page == (255, 0, 0)).all(-1)
     blues = (page == (0, 0, 255)).all(-1)
     assert reds.sum() == blues.sum() == 256 * 192
     ys, xs = np.nonzero(reds)
     assert np.nonzero(blues)[0].min() == ys.max() + 7  # under it, a gap between
     assert (page[ys.min() : ys.max(), : xs.min()] < 128).any()  # its name
-    assert sheet([[plain("red")]], [""]).height == 192 + 12  # no room for captions that are not there
+    assert sample_grid([[plain("red")]], [""]).height == 192 + 12  # no room for captions that are not there
 
 
 def test_a_long_row_is_broken_after_four():
-    page = pixels(sheet([[plain("red")] * 6], [f"prompt {i}" for i in range(6)]))
+    page = pixels(sample_grid([[plain("red")] * 6], [f"prompt {i}" for i in range(6)]))
     counts = [(page[half] == (255, 0, 0)).all(-1).sum() for half in np.array_split(range(page.shape[0]), 2)]
     assert counts == [4 * 256 * 192, 2 * 256 * 192]
 
 
 def test_large_pictures_are_scaled_down_to_the_width_of_a_column():
-    page = sheet([[plain("red", (1024, 512))]], ["a cup"])
+    page = sample_grid([[plain("red", (1024, 512))]], ["a cup"])
     assert (pixels(page) == (255, 0, 0)).all(-1).sum() == 256 * 128
 
 
@@ -340,7 +340,7 @@ def test_captions_are_broken_at_spaces_and_cut_with_dots():
 
 
 @pytest.mark.parametrize("key", ["width", "height"])
-def test_a_size_of_a_sheets_pictures_that_no_machine_has_room_for_is_refused(key):
+def test_a_size_of_a_grids_pictures_that_no_machine_has_room_for_is_refused(key):
     with pytest.raises(ValueError, match=rf"sample\.{key}=1000000 must be a multiple of 16 pixels up to 8192"):
         SampleSettings(**{key: 1_000_000})
     SampleSettings(**{key: 8192})

@@ -1,4 +1,4 @@
-"""A sheet of pictures: rows and columns with captions, written as PNG and read back."""
+"""Sample grids: images in rows and columns with captions, and cutting a grid into its images again."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-LAYOUT = "flux2-lora-sheet"  # keyword of the text in the file of a sheet: its prompts, and where its pictures are
+LAYOUT = "flux2-lora-grid"  # keyword of the PNG text with the prompts and the positions of the images
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
-    """Break `text` at spaces to at most `lines` lines of at most `width` pixels, the last ending in dots if cut."""
-    words, broken = text.split(), [""]
-    for i, word in enumerate(words):
+    """Break `text` at spaces into at most `lines` lines of `width` pixels; "..." marks omitted text."""
+    broken = [""]
+    for word in text.split():
         longer = f"{broken[-1]} {word}".strip()
         if font.getlength(longer) <= width or not broken[-1]:
             broken[-1] = longer
@@ -23,22 +23,21 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
             while font.getlength(broken[-1] + " ...") > width and " " in broken[-1]:
                 broken[-1] = broken[-1].rpartition(" ")[0]
             broken[-1] += " ..."
-            return "\n".join(broken)
-        assert i < len(words)
+            break
     return "\n".join(broken)
 
 
-def sheet(
+def sample_grid(
     rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str] = (), side: int = 256
 ) -> Image.Image:
-    """Pictures in rows of equal length, a caption above each column and a name left of each row.
+    """Return rows of images of equal length, with a caption above each column and a name left of each row.
 
-    Pictures are scaled so that they are about `side` pixels wide; a single row is broken after four. Where each is,
-    (left, top, right, bottom), row by row, is in `info["boxes"]`.
+    Images are scaled to a width of about `side` pixels; a single row is broken after four. `info["boxes"]` has the
+    (left, top, right, bottom) of each image, row by row.
     """
     if len(rows) == 1 and len(rows[0]) > 4 and not names:
         parts = [rows[0][i : i + 4] for i in range(0, len(rows[0]), 4)]
-        strips = [sheet([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
+        strips = [sample_grid([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
         page = Image.new("RGB", (max(s.width for s in strips), sum(strip.height for strip in strips)), "white")
         y, page.info["boxes"] = 0, []
         for strip in strips:
@@ -62,30 +61,30 @@ def sheet(
         text = wrap(caption, font, size[0], 3)
         canvas.multiline_text((left + gap + x * (size[0] + gap), 6), text, "black", font, spacing=2)
     for y, row in enumerate(rows):
-        at = top + y * (size[1] + gap)
+        row_top = top + y * (size[1] + gap)
         if names:
-            canvas.text((8, at + size[1] // 2), names[y], "black", font, anchor="lm")
+            canvas.text((8, row_top + size[1] // 2), names[y], "black", font, anchor="lm")
         for x, picture in enumerate(row):
-            corner = (left + gap + x * (size[0] + gap), at)
+            corner = (left + gap + x * (size[0] + gap), row_top)
             page.paste(picture, corner)
-            page.info["boxes"].append((*corner, corner[0] + picture.width, at + picture.height))
+            page.info["boxes"].append((*corner, corner[0] + picture.width, row_top + picture.height))
     return page
 
 
 def _scaled(picture: Image.Image, side: int) -> Image.Image:
-    """About `side` pixels wide; small pictures by whole factors, so that their pixels stay square."""
+    """Scale an image to a width of about `side` pixels, small ones by integer factors, so that pixels stay square."""
     width, height = picture.size
     if width < side:
-        whole = max(1, round(side / width))
-        return picture.resize((width * whole, height * whole), Image.Resampling.NEAREST)
+        factor = max(1, round(side / width))
+        return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
     return picture.resize((side, round(height * side / width)), Image.Resampling.LANCZOS)
 
 
-def cut(sheet: Image.Image) -> list[tuple[str, Image.Image]]:
-    """Return prompt and image of each cell of a sample grid; empty if its file does not say where they are."""
+def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
+    """Return the prompts and images of a sample grid; an empty list if the file has no layout."""
     try:
-        layout = json.loads(sheet.info[LAYOUT])
+        layout = json.loads(grid.info[LAYOUT])
         pairs = zip(layout["prompts"], layout["boxes"], strict=True)
-        return [(str(prompt), sheet.crop((int(x0), int(y0), int(x1), int(y1)))) for prompt, (x0, y0, x1, y1) in pairs]
+        return [(str(prompt), grid.crop((int(x0), int(y0), int(x1), int(y1)))) for prompt, (x0, y0, x1, y1) in pairs]
     except (KeyError, TypeError, ValueError):
         return []

@@ -1,0 +1,24 @@
+"""Files that are complete or absent, also after a crash: written under a temporary name, flushed and renamed."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Context manager that yields a temporary path next to `path`, then flushes that file and renames it to `path`.
+
+    After an exception the temporary file is deleted and `path` is as it was. The folder of `path` must exist. A killed
+    process leaves a `.*.tmp` file behind.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
