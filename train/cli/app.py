@@ -1,7 +1,6 @@
-"""The command line of the entry files: Hydra composes conf/, and what a user can mend is one message, no traceback.
+"""Run a command under Hydra, which composes conf/; user errors are reported as one line, without a traceback.
 
-A configuration is checked before anything large is loaded: `checked` and `made` turn a group into an object and refuse
-keys that nothing reads, which Hydra lets through behind a `+`. HYDRA_FULL_ERROR=1 shows tracebacks all the same.
+HYDRA_FULL_ERROR=1 shows tracebacks anyway.
 """
 
 from __future__ import annotations
@@ -84,17 +83,17 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
 
 
 def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
-    """Run `task` under Hydra with conf/`name`.yaml; what a user can mend is one message and exit code 2, a stop request
-    128 + its signal.
+    """Run `task` under Hydra with conf/`name`.yaml.
 
-    A job of a sweep that fails says so at once, and the others go on. Of several processes the first speaks, but for
-    what went wrong in another alone (`own_errors`).
+    A user error is one message and exit code 2; a stop request exits with 128 + its signal. A job of a sweep that fails
+    is reported at once, and the others continue. Only the first process reports, except errors of another process alone
+    (`own_errors`).
     """
     if not gc.isenabled():  # as `start` leaves it
         gc.freeze()
         gc.enable()
     before = os.environ.get("HYDRA_FULL_ERROR", "0")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints cut tracebacks itself
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints shortened tracebacks itself
     failed = []
 
     def report(error: Exception, where: str = "") -> None:

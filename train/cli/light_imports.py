@@ -51,7 +51,10 @@ def import_lightly() -> None:
     sys.meta_path.insert(0, finder)
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
-        import peft  # noqa: F401
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+
+        assert not is_bnb_available()  # PEFT keeps these answers
+        assert not is_bnb_4bit_available()
     finally:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
