@@ -75,7 +75,7 @@ def test_what_cannot_read_an_adapter_is_said_at_the_end(kind, said, typed, small
     ("overrides", "message"),
     [
         (["adapter=oft", "adapter.block_size=20"], "adapter.block_size=20 does not divide the 48 input features"),
-        (["adapter=loha", "adapter.rank_pattern={mlp: 0}"], "adapter.rank_pattern: 'mlp'=0 must be a whole number"),
+        (["adapter=loha", "adapter.rank_pattern={mlp: 0}"], "adapter.rank_pattern: 'mlp'=0 must be an integer"),
         (
             ["adapter.targets=attentoin"],
             "adapter.targets: 'attentoin' matches no linear layer of the model. A t",

@@ -157,7 +157,7 @@ def test_muon_and_an_adapter_that_is_not_of_matrices_is_refused_before_anything_
     run = load_config(compose(*small("optimizer=muon")))
     run.make_adapter = attach
     with pytest.raises(ValueError, match=r"optimizer=muon trains only matrices"):
-        run.rehearse()
+        run.dry_run()
 
 
 def test_a_schedule_free_optimizer_and_a_moving_average_exclude_each_other(small):

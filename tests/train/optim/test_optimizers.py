@@ -125,8 +125,8 @@ def test_a_refused_setting_of_the_optimizer_is_named_with_its_value(settings, sa
 
 def test_the_rate_is_set_for_all_groups():
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=1.0)
-    LearningRate(optimizer, Constant(), 1).set(0)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    LearningRate(optimizer, Constant(warmup_steps=3), 4).set(1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
 
 
 def test_the_rate_in_use_is_that_of_the_schedule_times_what_prodigy_found():

@@ -86,7 +86,8 @@ def test_a_refused_setting_of_validation_is_named_with_its_value(settings, said)
 def measured(small):
     """A model and its loss at fixed noise over two samples."""
     run = load_config(compose(*small()))
-    dataset, prepared = prepare_samples(run)
+    data = prepare_samples(run)
+    dataset, prepared = data.samples, data.cached
     chosen = chosen_samples(dataset, prepared, (1, 4))
     return load_transformer(run.source), FixedNoiseLoss(prepared, chosen, seed=0)
 
