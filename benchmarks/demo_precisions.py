@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+import flux2  # noqa: F401, I001  before torch: it sets how long threads spin
+
 import argparse
 import json
 import shlex

@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+import flux2  # noqa: F401, I001  before torch: it sets how long threads spin
+
 import argparse
 import gc
 import json
@@ -37,14 +39,14 @@ from flux2 import adapters
 from flux2.layers.attention import preferred_backends
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.block_offload import offload, offloaded_blocks
+from flux2.quantization.precision import Storage
 from flux2.models.positions import image_positions, text_positions
 from flux2.models.variants import VARIANTS, Variant
-from flux2.quantization.precision import Storage
+from train.planner.gpus import CONTEXT_GB, GIB, gpu, usable
+from train.planner.search import choose
 from train.config.memory import settings_of
 from train.planner.from_config import skeleton
-from train.planner.gpus import CONTEXT_GB, GIB, gpu, usable
 from train.planner.predictor import LIBRARIES, Planner, Prediction
-from train.planner.search import choose
 from train.planner.workload import Workload
 
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
+    import flux2  # noqa: F401  before torch: it sets how long threads spin
 
 import argparse
 import gc

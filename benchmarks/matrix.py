@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import flux2  # noqa: F401, I001  before torch: it sets how long threads spin
+
 import argparse
 import gc
 import importlib.util
@@ -46,9 +48,9 @@ from benchmarks.models import (
 from flux2 import adapters
 from flux2.layers.attention import preferred_backends, use_backends
 from flux2.memory.activation_checkpointing import set_policy
+from flux2.quantization.precision import STORAGES
 from flux2.models.positions import image_positions, text_positions
 from flux2.models.variants import TransformerConfig
-from flux2.quantization.precision import STORAGES
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import flux2  # noqa: F401, I001  before torch: it sets how long threads spin
+
 import argparse
 import json
 import statistics
@@ -28,8 +30,8 @@ from benchmarks.common import at_least, clock, hardware, write_result
 from benchmarks.models import adapt_with_peft, diffusers_transformer
 from flux2 import adapters
 from flux2.memory.activation_checkpointing import set_policy
-from flux2.models.positions import image_positions, text_positions
 from flux2.models.transformer import Transformer
+from flux2.models.positions import image_positions, text_positions
 from flux2.models.variants import KLEIN_4B, TransformerConfig
 
 SMALL = replace(KLEIN_4B, heads=4, double_blocks=2, single_blocks=4, text_width=1536)

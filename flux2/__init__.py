@@ -1,7 +1,19 @@
 """FLUX.2: images from text and reference images. `flux2.load("tiny").generate("a small red cup")`."""
 
 import logging
+import os
+import platform
 from typing import TYPE_CHECKING, Any
+
+# OpenMP threads that wait for each other spin before they sleep, with libgomp for 300,000 rounds by default: 4 ms on a
+# current Intel CPU. On a busy machine most of that is lost, as the thread that is waited for does not run, and steps of
+# the demo took up to 60 times as long. 10,000 rounds are as fast as the default on an idle machine. Sleeping at once
+# (OMP_WAIT_POLICY=passive) makes a step half as long again there (benchmarks/busy.py). On other architectures a round
+# has no pause instruction and is far shorter, so the default stays. libgomp reads the variable when torch is loaded:
+# every command imports flux2 before torch.
+SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what the user sets stays
+if platform.machine() in ("x86_64", "AMD64") and not os.environ.keys() & set(SPIN_VARIABLES):
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 # bitsandbytes, imported by PEFT, warns on some CPUs that a kernel could not be downloaded; flux2 does not use it
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -18,6 +18,8 @@ os.environ.pop("FLUX2_CACHE", None)  # no test may write where the developer kee
 
 import pytest
 
+import flux2  # noqa: F401  before torch: it sets how long threads spin
+
 if TYPE_CHECKING:
     from flux2.weights.sources import ModelSource
 

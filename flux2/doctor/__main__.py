@@ -2,6 +2,10 @@
 
 import sys
 
+from flux2.doctor.arguments import check_arguments
+
+check_arguments()  # --help and wrong options end here: the imports below take seconds
+
 from flux2.doctor.command import main
 
 sys.exit(main())

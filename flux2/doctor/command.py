@@ -1,13 +1,7 @@
-"""Show what a bug report needs: `python -m flux2.doctor`.
-
-It lists versions, devices, free memory and disk, whether there is a Hub login (never the token), which models and
-caches exist, and runs the self-test of `flux2.doctor.selftest`. It changes and downloads nothing, and exits with 1 if a
-comparison failed.
-"""
+"""Report versions, devices and caches, and test the numbers: the command `python -m flux2.doctor`."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -20,6 +14,7 @@ import psutil
 import torch
 from huggingface_hub import constants as hub
 
+from flux2.doctor.arguments import check_arguments
 from flux2.doctor.selftest import Finding, selftest
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import FP8_CAPABILITY
@@ -148,10 +143,7 @@ def report() -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m flux2.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args(argv)
+    check_arguments(argv)
     for text in report():
         print(text, flush=True)
     print("Self-test, compared with diffusers", flush=True)

@@ -1,11 +1,4 @@
-"""Write adapters for other programs: `python -m flux2.export outputs/tarot/.../adapter --format comfyui --out
-x.safetensors`.
-
-ADAPTER is anything that `flux2.generate --adapter` accepts: a run, checkpoint or PEFT folder, or a file with keys of
-diffusers, ComfyUI or kohya; several are added up. An adapter that is not a low-rank pair becomes the nearest one, and
-the error is reported. With --format full-bfl or full-diffusers the adapters are merged into a complete transformer.
-Each file is read back and compared before it gets its name.
-"""
+"""Write adapters for other programs: the command `python -m flux2.export` (options in arguments.py)."""
 
 from __future__ import annotations
 
@@ -28,11 +21,11 @@ from flux2.adapters import find
 from flux2.adapters.files import PEFT_FILE
 from flux2.adapters.formats import LoraPair, from_state, to_comfyui, to_diffusers, to_kohya
 from flux2.export import deltas
+from flux2.export.arguments import FULL, RANK, arguments
 from flux2.export.deltas import AdapterDelta
 from flux2.export.low_rank import decompose, distance, ratio, reduce_rank, rounding_bound, sum_pairs
 from flux2.export.merge_checkpoint import NotReadError, merge
 from flux2.models.transformer import Transformer
-from flux2.models.variants import VARIANTS
 from flux2.utils import checks
 from flux2.utils.cli import format_error, split_adapter
 from flux2.utils.device import pick_device
@@ -50,9 +43,7 @@ FORMS: dict[str, Callable[[Mapping[str, LoraPair]], dict[str, Tensor]]] = {
     "comfyui": to_comfyui,
     "kohya": to_kohya,
 }
-FULL = {"full-bfl": "bfl", "full-diffusers": "diffusers"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RANK = 64  # default rank of conversions
 EXACT = 1e-6  # relative error that reading back may have in addition to rounding to the dtype
 COARSE = 0.1  # relative error from which a conversion is reported as coarse
 # layers that diffusers 0.42 leaves out of kohya's keys, with only a warning, and that it reads wrongly from ComfyUI's
@@ -61,42 +52,6 @@ DROPPED = ("guidance_in", "double_stream_modulation", "single_stream_modulation"
 
 def say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m flux2.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("adapter", nargs="+", metavar="ADAPTER[:SCALE]", help="folder or file")
-    parser.add_argument(
-        "--format", required=True, choices=[*FORMS, *FULL], help="program whose keys are written, or a full checkpoint"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="a .safetensors file; a folder for full-diffusers")
-    parser.add_argument("--model", choices=list(VARIANTS), help="the base, if the adapter does not record it")
-    parser.add_argument(
-        "--path",
-        help="repository id, folder or .safetensors file of the base, if weights are needed and not the published ones",
-    )
-    parser.add_argument("--rank", type=int, help=f"rank of the LoRA; {RANK} for conversions by default")
-    parser.add_argument(
-        "--max-error",
-        type=float,
-        metavar="E",
-        help="instead of a rank: the smallest rank of each layer with this error",
-    )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="default: fp32 for a LoRA, the base's for a full checkpoint"
-    )
-    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
-    parser.add_argument("--title", help="title in the file's metadata; default: the name of OUT")
-    parser.add_argument("--trigger", default="", metavar="PHRASE", help="trigger word in the metadata")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    options = parser.parse_args(argv)
-    if options.rank is not None and options.max_error is not None:
-        parser.error("give --rank or --max-error, not both")
-    if options.format in FULL and (options.rank, options.max_error) != (None, None):
-        parser.error(f"--format {options.format} keeps the complete change: remove --rank and --max-error")
-    return options
 
 
 # ------------------------------------------------------------------ checks

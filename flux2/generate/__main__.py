@@ -3,7 +3,10 @@
 import signal
 import sys
 
+from flux2.generate.arguments import option_parser
+
 # the imports below take seconds
+option_parser().parse_args()  # --help and wrong options end here
 if sys.stderr.isatty():
     print("loading libraries ...", end="\r", file=sys.stderr, flush=True)
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

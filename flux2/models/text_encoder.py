@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ from flux2.models.variants import TextConfig
 from flux2.quantization.base import QuantizedLinear, swap_linears
 from flux2.quantization.int8 import Int8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
+from flux2.utils.choices import TEXT_STORAGES as TEXT_STORAGES
+from flux2.utils.choices import TextStorage as TextStorage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TextStorage = Literal["nf4", "int8"]
-TEXT_STORAGES: tuple[TextStorage, ...] = get_args(TextStorage)
 LAYER_LINEARS = (r"layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj",)
 
 # The line break belongs to the published message; a space instead of it would change the embeddings.

@@ -23,13 +23,13 @@ from flux2.layers.selection import BLOCK_LINEARS, linear_names
 from flux2.quantization.base import QuantizedLinear, swap_linears
 from flux2.quantization.float8 import MULTIPLE, Float8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
+from flux2.utils.choices import PRECISIONS
 
 Storage = Literal["fp8", "nf4"]
 Backward = Literal["fp8", "bf16"]
 Matmul = Literal["auto", "fp8", "dequantized"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STORAGES: tuple[Storage, ...] = get_args(Storage)
-NAMES = ("auto", "fp32", "bf16", "fp8", "nf4")
 FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs with FP8 products
 
 
@@ -106,8 +106,8 @@ def precision_from_name(name: str | None, device: torch.device) -> Precision:
 
     auto means bfloat16 on a GPU and float32 on a CPU; fp8 and nf4 use the same for everything unconverted.
     """
-    if name is not None and name not in NAMES:
-        raise ValueError(f"precision={name!r} must be one of {', '.join(NAMES)}")
+    if name is not None and name not in PRECISIONS:
+        raise ValueError(f"precision={name!r} must be one of {', '.join(PRECISIONS)}")
     storage = next((storage for storage in STORAGES if storage == name), None)
     return Precision(pick_dtype(name if name in DTYPES else None, device), storage)
 

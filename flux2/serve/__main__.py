@@ -2,6 +2,10 @@
 
 import sys
 
+from flux2.serve.arguments import arguments
+
+arguments()  # --help and wrong options end here: the imports below take seconds
+
 from flux2.serve.command import main
 
 sys.exit(main())

@@ -218,8 +218,6 @@ class Weight:
         layers = [self.layer(i, tensors) for i in range(len(self.parts))]
         return join_blocks(self.entry, layers, tuple(self.shape))
 
-    import bitsandbytes.functional as bnb
-
 
 def join_blocks(entry: PublishedTensor, layers: Sequence[Nf4Linear], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Return the storage, in bitsandbytes' keys, of layers joined by `entry`, with block scales in float32."""

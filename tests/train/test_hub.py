@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 from train_helpers import draw_picture
 
-from flux2.export import command as export
+from flux2.export import arguments as export_arguments
 from flux2.models.variants import VARIANTS
 from train.hub import main
 from train.publishing import model_card
@@ -271,7 +271,7 @@ def test_the_license_and_the_pipeline_are_those_of_the_base(described, name):
     assert 'load_lora_weights("jane/felix", weight_name="diffusers.safetensors")' in code
     assert 'prompt="say \\"felix\\""' in code
     (command,) = re.findall(r"^python -m flux2\.export (.*)$", text, re.MULTILINE)
-    read = export.arguments(shlex.split(command))  # it ends the program if an option is not one
+    read = export_arguments.arguments(shlex.split(command))  # it ends the program if an option is not one
     assert (read.format, str(read.out)) == ("comfyui", "cards.safetensors")
     assert "**Trigger**: `felix`" in text
     assert "| adapter | `LoRA, rank=16, targets=['a\\|b']` |" in text

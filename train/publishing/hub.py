@@ -11,8 +11,6 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from flux2.adapters.files import PEFT_FILE
-from train.checkpoints import resume
 from train.utils.redact import masked_text
 
 LATER = "python -m train.hub {}"
@@ -100,6 +98,8 @@ def push(run: Path, settings: HubSettings) -> str:
         ValueError: there is no finished adapter, or no place to send it to.
         NotPushed: the Hub or the way to it failed.
     """
+    from flux2.adapters.files import PEFT_FILE  # these imports take seconds, and --help does without
+
     folder = run / "adapter"
     if not (folder / PEFT_FILE).exists():
         raise ValueError(f"{str(run)!r} holds no finished adapter (adapter/{PEFT_FILE}): give the folder of a run")
@@ -129,5 +129,7 @@ def push_or_say(run: Path, settings: HubSettings) -> str:
 
 def settings_of(run: Path, changes: dict[str, Any]) -> HubSettings:
     """What a run was started with, but for `changes`."""
+    from train.checkpoints import resume
+
     given = resume.configuration(run).get("hub") or {}
     return replace(HubSettings(**given), **{key: value for key, value in changes.items() if value is not None})

@@ -29,9 +29,6 @@ import json
 from pathlib import Path
 
 from flux2.weights.sources import TINY_FOLDER
-from train.tiny_model.export import export, grid
-from train.tiny_model.fit import Recipe, encode_pictures, evaluate, train_autoencoder, train_transformer
-from train.tiny_model.world import catalog, draw_pictures, make_text_encoder
 
 STAGES = ("text", "pictures", "autoencoder", "latents", "transformer", "export")
 
@@ -44,6 +41,11 @@ def main() -> None:
     parser.add_argument("--until", choices=STAGES, default="export", help="the last stage to run")
     parser.add_argument("--scale", type=float, default=1.0, help="of all counts and steps, to try the script quickly")
     options = parser.parse_args()
+
+    from train.tiny_model.export import export, grid  # these imports take seconds, and --help does without
+    from train.tiny_model.fit import Recipe, encode_pictures, evaluate, train_autoencoder, train_transformer
+    from train.tiny_model.world import catalog, draw_pictures, make_text_encoder
+
     home, folder, until = options.home, options.folder, STAGES.index(options.until)
     recipe = Recipe().scaled(options.scale)
     home.mkdir(parents=True, exist_ok=True)

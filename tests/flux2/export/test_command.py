@@ -29,6 +29,7 @@ from flux2 import adapters
 from flux2.adapters.files import DIFFUSERS_FILE
 from flux2.adapters.formats import LoraPair, from_state, to_comfyui, to_kohya
 from flux2.adapters.tuners import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa
+from flux2.export import arguments as export_arguments
 from flux2.export import command as export
 from flux2.export import deltas, low_rank, merge_checkpoint
 from flux2.models.transformer import Transformer
@@ -453,7 +454,7 @@ def test_a_file_that_says_nothing_is_known_by_its_shapes(
     assert (found.name, certain) == (variant, False)
     monkeypatch.setattr(sys, "argv", ["export"])
     options = ["--format", "comfyui", "--out", str(tmp_path / "out.safetensors")]
-    assert export.run(export.arguments([str(tmp_path / "lora.safetensors"), *options])).exists()
+    assert export.run(export_arguments.arguments([str(tmp_path / "lora.safetensors"), *options])).exists()
 
 
 def test_what_fits_no_model_is_refused_with_the_reason(tmp_path: Path) -> None:

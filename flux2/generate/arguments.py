@@ -1,0 +1,98 @@
+"""Generate images: `python -m flux2.generate --model tiny --prompt "a small red cup on a blue background"`.
+
+PNG files record how they were made, as text; `--from-image x.png` repeats an image, with the other options changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flux2.models.variants import VARIANTS
+from flux2.utils.choices import PRECISIONS, TEXT_STORAGES
+
+
+def option_parser() -> argparse.ArgumentParser:
+    """Return a parser that gives only the options that are on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flux2.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--model", choices=list(VARIANTS), help="variant of FLUX.2 (tiny)")
+    parser.add_argument("--path", help="repository id, folder or .safetensors file; default: the published one")
+    parser.add_argument("--autoencoder", help="the same for the autoencoder, if it is not in PATH")
+    parser.add_argument(
+        "--text-encoder", help="the same for the text encoder and its tokenizer; or the address of a server, http://..."
+    )
+    parser.add_argument(
+        "--text-storage",
+        choices=TEXT_STORAGES,
+        help="store the text encoder's layers in 4 or 8 bits; default: as the rest",
+    )
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="FILE", help="file of --save-embeddings, whose prompts need no text encoder"
+    )
+    parser.add_argument(
+        "--save-embeddings", type=Path, metavar="FILE", help="write the prompts' embeddings and generate no images"
+    )
+    parser.add_argument("--prompt", action="append", help="prompt; repeat for more images")
+    parser.add_argument(
+        "--upsample", action="store_true", help="let dev's text encoder rewrite the prompts in more detail"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='one JSON object per line: {"prompt": ...} and, if they differ, seed, width, height, steps, guidance, '
+        "images, out",
+    )
+    parser.add_argument(
+        "--from-image", type=Path, metavar="PNG", help="repeat this image; other options replace the recorded ones"
+    )
+    parser.add_argument("--image", action="append", type=Path, help="reference image; repeatable, up to ten")
+    parser.add_argument("--adapter", action="append", metavar="PATH[:SCALE]", help="folder or file; repeatable")
+    parser.add_argument("--out", type=Path, help="output file; several are numbered (out.png)")
+    parser.add_argument("--seed", type=int, help="seed of the first image; the next ones count up (0)")
+    parser.add_argument("--count", type=int, help="images per prompt (1)")
+    parser.add_argument("--width", type=int, help="pixels, rounded to a multiple of 16")
+    parser.add_argument("--height", type=int, help="pixels, rounded to a multiple of 16")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: the published number")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the published one")
+    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--stream-blocks",
+        dest="offload_blocks",
+        type=number_or_share,
+        metavar="N",
+        help="blocks to offload to host memory: a number (8) or a share (0.5)",
+    )
+    parser.add_argument(
+        "--tiled",
+        action=argparse.BooleanOptionalAction,
+        help="decode in stripes, which needs less memory; default: for images above a megapixel",
+    )
+    parser.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        help="merge the adapters into the weights (fp32, bf16): faster, but rounded in bf16",
+    )
+    parser.add_argument("--verbose", action="store_true", help="list the layers of each adapter")
+    parser.add_argument("--cache", type=folder_argument, help="folder of quantized copies; default: FLUX2_CACHE")
+    parser.add_argument(
+        "--no-metadata", dest="metadata", action="store_false", help="do not record in the PNG how it was made"
+    )
+    return parser
+
+
+def folder_argument(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path is not a folder; remove the option to use none")
+    return Path(text)
+
+
+def number_or_share(text: str) -> int | float:
+    """Return `8` as a number of blocks, `0.5` and `1.0` as shares."""
+    return int(text) if text.isdecimal() else float(text)
