@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may reach the network
+# before torch is imported: pytest-xdist starts a process per core, and with more threads they wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("FLUX2_CACHE", None)  # no test may write where the developer keeps copies of models
 
 import pytest
@@ -22,13 +24,6 @@ import flux2  # noqa: F401  before torch: it sets how long threads spin
 
 if TYPE_CHECKING:
     from flux2.weights.sources import ModelSource
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # under xdist, one process a core: one thread a process
-        import torch
-
-        torch.set_num_threads(1)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -43,6 +38,19 @@ def no_configuration_of_another_command() -> Iterator[None]:
     yield
     if "hydra.core.hydra_config" in sys.modules:
         sys.modules["hydra.core.hydra_config"].HydraConfig.instance().cfg = None
+
+
+@pytest.fixture(autouse=True)
+def no_threads_of_another_run() -> Iterator[None]:
+    """Restore PyTorch's number of threads: a run that was launched takes all cores, and later tests would keep them."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    torch = sys.modules["torch"]
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
 """Starts runs by forking a process that has imported everything: a start takes one second and not ten.
 
 What is forked is a process of its own, which can be sent any signal. One request a line, in JSON: `{"start": [...],
-"out": FILE, "environment": {...}}` runs the command line train/run.py and answers with the process's id; `{"wait": ID}`
-answers with its exit code, -9 for one that was killed. This process itself computes nothing, so it can be forked.
+"out": FILE, "environment": {...}}` runs a command line such as `["train/run.py", "steps=3"]` as Python runs a script,
+and answers with the process's id; `{"wait": ID}` answers with its exit code, -9 for one that was killed. This process
+itself computes nothing, so it can be forked.
 
 With `WRITTEN` in its environment a run notes in that file each of the class pictures' files that it has written, a line
 `RANK NAME` of each. With `KILLED_AFTER`, as `1 .png 3`, process 1 kills itself when it has written three that end so.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -29,9 +31,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
+import train.run  # noqa: E402
 import train.tracking.metrics  # noqa: E402
-from train.cli.app import command  # noqa: E402
-from train.run import main  # noqa: E402
 
 
 def note_written(log: Path, killed_after: str) -> None:
@@ -84,7 +85,7 @@ def hold(at: str, go: Path) -> None:
         stream.write = written
 
 
-def run(arguments: list[str], out: str, environment: dict[str, str]) -> int:
+def run(words: list[str], out: str, environment: dict[str, str]) -> int:
     """The exit code of one command line, whose output goes to the file `out`."""
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -94,9 +95,9 @@ def run(arguments: list[str], out: str, environment: dict[str, str]) -> int:
         note_written(Path(environment["WRITTEN"]), environment.get("KILLED_AFTER", "- - -1"))
     if "HELD_AT" in environment:
         hold(environment["HELD_AT"], Path(out + ".go"))
-    sys.argv = ["train/run.py", *arguments]
+    sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
     try:
-        command(main)
+        runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
         return int(stop.code or 0)
     except BaseException:

@@ -21,7 +21,7 @@ from train.cli.errors import flat
 from train.config.instantiate import instantiate, parse_settings
 from train.config.run_config import GROUPS
 from train.evaluate import EvaluationSettings
-from train.stages.data import cache_request, paths
+from train.stages.data import paths
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
@@ -161,7 +161,7 @@ def test_whether_the_hub_can_be_reached_is_asked_for_every_dataset_of_a_mix(monk
     monkeypatch.setattr("train.stages.data.is_offline", asked.extend)
     mix = ["dataset=mix", "+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/no/pictures"]
     more = ["+dataset@dataset.sources.dogs=huggingface", "dataset.sources.dogs.path=someone/dogs"]
-    with pytest.raises(ValueError, match=r"path='/no/pictures' does not exist"):
+    with pytest.raises(ValueError, match=r"path='?/no/pictures"):
         cache_request(load_config(compose(*mix, *more)))
     assert {"/no/pictures", "someone/dogs"} < set(asked)
     assert paths(compose().dataset) == ["data/demo"]

@@ -6,6 +6,7 @@ pytest is told: PYTEST_DONT_REWRITE.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -33,6 +38,7 @@ from data.loader import Batch
 from flux2.models.variants import VARIANTS
 from flux2.weights.sources import TINY_FOLDER
 from train.cli.app import command
+from train.cli.errors import USER_ERRORS, format_error
 from train.config.run_config import RunConfig
 from train.loop import Trainer
 from train.objective.loss import Noised, add_noise, draw
@@ -51,11 +57,21 @@ NOT_NUMBERS_OF_LEARNING = ("images_per_second", "peak_memory_gb")
 Train = Callable[..., Path]
 
 
-def compose(*overrides: str) -> DictConfig:
-    """conf/train.yaml with `overrides`, as the command line composes it."""
+@cache
+def composed(*choices: str) -> DictConfig:
+    """conf/train.yaml with these choices of groups. Hydra takes 0.1 s for it: once per process, not to be changed."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("train", list(overrides))
+        return hydra.compose("train", list(choices))
+
+
+def compose(*overrides: str) -> DictConfig:
+    """conf/train.yaml with `overrides`, as the command line composes it: choices of groups first, then values."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    choices = [one for one in parsed if (CONF / one.key_or_group).is_dir()]
+    config = copy.deepcopy(composed(*(one.input_line for one in choices)))
+    ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if one not in choices], config)
+    return config
 
 
 def drawn_and_mixed(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Noised:
@@ -177,6 +193,33 @@ def train(small: Callable[..., list[str]], tmp_path: Path) -> Train:
     return run
 
 
+@pytest.fixture(scope="session")
+def reference_runs() -> dict[tuple[str, ...], Path]:
+    """The run folders that `reference` gave."""
+    return {}
+
+
+@pytest.fixture
+def reference(
+    small: Callable[..., list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+    reference_runs: dict[tuple[str, ...], Path],
+) -> Callable[..., Path]:
+    """`reference(*overrides)`: the folder of a small run that all tests compare theirs with; not to be changed.
+
+    It is trained once in this process: whoever asks first must not have patched anything yet that it would run into.
+    """
+
+    def run(*overrides: str, kind: str = "dev") -> Path:
+        if (kind, *overrides) not in reference_runs:
+            place = tmp_path_factory.mktemp("reference") / "run"
+            trained = run_training(compose(*small(f"output_dir={place}", *overrides, kind=kind)))
+            reference_runs[kind, *overrides] = trained.parent
+        return reference_runs[kind, *overrides]
+
+    return run
+
+
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
     """`at_step(3, action)`: call `action` once, before the gradients of the step with three finished ones."""
@@ -205,25 +248,37 @@ class Command:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch, self.capfd = monkeypatch, capfd
 
-    def __call__(self, *arguments: str, task: Callable[[DictConfig], None] = main) -> tuple[int, str, str]:
+    def __call__(
+        self, *arguments: str, task: Callable[[DictConfig], Any] = main, name: str = "train"
+    ) -> tuple[int, str, str]:
         self.monkeypatch.setattr(sys, "argv", ["train/run.py", *arguments])
+        # Hydra composes everything twice, first to look for `hydra.mode`, which no file of conf/ has
+        self.monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
         GlobalHydra.instance().clear()
         self.capfd.readouterr()
         code = 0
         try:
-            command(task)
+            command(task, name)
         except SystemExit as stop:
             code = int(stop.code or 0)
         out, err = self.capfd.readouterr()
         return code, out, err
 
-    def refused(self, *arguments: str, task: Callable[[DictConfig], None] = main) -> str:
+    def refused(self, *arguments: str, task: Callable[[DictConfig], Any] = main, name: str = "train") -> str:
         """The one message of a command line that is refused with exit code 2."""
-        code, out, err = self(*arguments, task=task)
+        code, out, err = self(*arguments, task=task, name=name)
         assert code == 2
         message = one_message(err)
         assert "Traceback" not in out
         return message
+
+
+def refusal(*overrides: str, task: Callable[[DictConfig], Any] = load_config) -> str:
+    """The message for settings that `task` refuses, by default before anything is looked for or loaded; without the
+    command line around it."""
+    with pytest.raises(USER_ERRORS) as raised:
+        task(compose(*overrides))
+    return format_error(raised.value, overrides)
 
 
 def one_message(err: str) -> str:

@@ -78,11 +78,12 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *arguments: str, **extra: str) -> Process:
+    def start(self, *arguments: str, file: str = "train/run.py", **extra: str) -> Process:
+        """Start a script with these arguments, and with these variables in its environment."""
         self.count += 1
         out = self.folder / f"{self.count}.txt"
         out.touch()
-        return Process(self, self.ask(start=arguments, out=str(out), environment=extra), out)
+        return Process(self, self.ask(start=[file, *arguments], out=str(out), environment=extra), out)
 
     def run(self, *arguments: str, **extra: str) -> str:
         """Run to a good end; what was said."""

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from message_helpers import holds
 from PIL import Image
-from train_helpers import CAPTIONS, ROOT, compose, draw_picture, environment, execute, launch, lines, values
+from train_helpers import CAPTIONS, ROOT, compose, draw_picture, environment, execute, launch, lines, refusal, values
 
 from data.buckets import Buckets
 from data.cache import Cache
@@ -147,7 +148,7 @@ def test_the_storage_asked_for_is_what_computes(source, pictures, tmp_path):
 
 
 def test_a_refused_storage_is_named():
-    with pytest.raises(ValueError, match=r"text_encoder\.storage='4bit' must be one of nf4, int8, or null"):
+    with pytest.raises(ValueError, match=r"text_encoder\.storage='?4bit.* nf4, int8"):
         LocalTextEncoder(storage="4bit")
 
 
@@ -208,18 +209,12 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
     arguments = small(f"cache_dir={tmp_path / 'cache'}")
     code, out, err = run_command(*arguments, task=cache.main)
     assert code == 0, err
-    assert f"the caches in {tmp_path / 'cache'} are complete" in out
+    assert str(tmp_path / "cache") in out
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(CAPTIONS) + 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # it trains nothing
     for module, name in ((text_encoders, "load_text_encoder"), (train.encoding.prepare, "load_autoencoder")):
         monkeypatch.setattr(module, name, lambda *rest: pytest.fail("an encoder was loaded"))
-    train("run", f"cache_dir={tmp_path / 'cache'}")
-
-
-def test_the_command_is_an_entry_file_of_its_own(tmp_path):
-    done = execute([sys.executable, str(ROOT / "train" / "cache.py"), "dataset=folder", "dataset.path=/nowhere"])
-    assert done.returncode == 2
-    assert done.stderr == "loading libraries\nerror: dataset.path='/nowhere' does not exist. Give a folder of images\n"
+    train("run", f"cache_dir={tmp_path / 'cache'}", "steps=1")
 
 
 # ------------------------------------------------------------------ cached and not
@@ -236,7 +231,7 @@ def test_a_run_from_the_cache_equals_one_that_keeps_nothing_on_disk_to_the_bit(t
     new = {path for path in set(tmp_path.rglob("*")) - before if tmp_path / "uncached" not in (path, *path.parents)}
     assert new == set()
     assert lines(cached) == lines(again) == lines(uncached)
-    assert values(cached) != values(train("middle", "cache_dir=null", CUTS[0], CUTS[3]))
+    assert values(cached)[0] != values(train("middle", "steps=1", CUTS[0], CUTS[3]))[0]
 
 
 def test_without_a_cache_folder_copies_of_models_have_none_either():
@@ -249,17 +244,17 @@ def test_without_a_cache_folder_copies_of_models_have_none_either():
 
 def test_with_a_full_cache_a_run_needs_none_of_the_encoders_files(train, model_folders, tmp_path, caplog):
     model = shutil.copytree(model_folders("dev"), tmp_path / "model")
-    settings = [f"model.path={model}", f"cache_dir={tmp_path / 'cache'}"]
+    settings = [f"model.path={model}", f"cache_dir={tmp_path / 'cache'}", "steps=2"]
     before = train("before", *settings)
     for part in ("text_encoder", "tokenizer", "vae"):
         (model / part).rename(tmp_path / part)
     assert lines(train("after", *settings)) == lines(before)
     for part in ("text_encoder", "tokenizer", "vae"):
-        assert f"using the cached results of the last known {part} of {model}" in caplog.text
-    with pytest.raises(ValueError, match=rf"there is no folder {model / 'text_encoder'}"):
+        assert re.search(rf"{part} of {model}", caplog.text)
+    with pytest.raises(ValueError, match=rf"{model / 'text_encoder'}"):
         train("other", *settings, "sample.prompts=[a fox]")
     (tmp_path / "cache" / "fingerprints.json").unlink()
-    with pytest.raises(ValueError, match=rf"there is no folder {model / 'vae'}"):
+    with pytest.raises(ValueError, match=rf"{model / 'vae'}"):
         train("unknown", *settings)
 
 
@@ -288,9 +283,9 @@ def test_projected_embeddings_are_what_the_first_layer_gives(source, pictures, t
 
 
 @pytest.mark.parametrize(("storage", "limit"), [("projected", 1e-5), ("fp8", 0.02), ("projected_fp8", 0.02)])
-def test_training_on_smaller_embeddings_is_nearly_the_same(train, storage, limit):
-    grids = ["sample.prompts=[a fox]", "sample.steps=1", "sample_every=4", "validate_every=2"]
-    full, small = train("full", *grids), train("small", f"embedding_storage={storage}", *grids)
+def test_training_on_smaller_embeddings_is_nearly_the_same(train, reference, storage, limit):
+    grids = ["sample.prompts=[a fox]", "sample.steps=1", "sample_every=4", "validate_every=4"]
+    full, small = reference(*grids), train("small", f"embedding_storage={storage}", *grids)
     for key in ("loss", "validation_loss"):
         one, other = torch.tensor(values(full, key)), torch.tensor(values(small, key))
         assert (one / other - 1).abs().max() < limit
@@ -299,10 +294,10 @@ def test_training_on_smaller_embeddings_is_nearly_the_same(train, storage, limit
     assert (small / "samples" / "step_000004.png").exists()
 
 
-def test_embeddings_are_not_stored_behind_a_layer_that_is_trained(run_command, small):
-    message = run_command.refused(*small("adapter.targets=[txt_in]", "embedding_storage=projected_fp8"))
-    assert message.startswith("embedding_storage='projected_fp8' stores embeddings as the layer txt_in gives them")
-    assert run_command.refused(*small("embedding_storage=half")).startswith("embedding_storage='half' must be one of")
+def test_embeddings_are_not_stored_behind_a_layer_that_is_trained(small):
+    message = refusal(*small("adapter.targets=[txt_in]", "embedding_storage=projected_fp8"))
+    assert holds(message, "embedding_storage=projected_fp8 ... txt_in")
+    assert holds(refusal(*small("embedding_storage=half")), "embedding_storage=half ... projected_fp8")
 
 
 # ------------------------------------------------------------------ room, and what is left out
@@ -310,11 +305,8 @@ def test_embeddings_are_not_stored_behind_a_layer_that_is_trained(run_command, s
 
 def test_the_size_to_come_is_told_and_must_fit(source, pictures, tmp_path, events, monkeypatch, capsys):
     monkeypatch.setattr(Cache, "free", lambda self: 2500)
-    with pytest.raises(
-        ValueError, match=r"cache_dir='.*': 7 prompts \(.* MB\) and 6 pictures \(.* MB\) are to be"
-    ) as told:
+    with pytest.raises(ValueError, match=r"cache_dir=.*\b7 .* MB.*\b6 .* MB.*embedding_storage=projected.* fp8"):
         prepared(source, pictures, tmp_path)
-    assert "embedding_storage=projected, fp8 or projected_fp8" in str(told.value)
     assert events == []
     assert list(tmp_path.rglob("*.safetensors")) == []
     monkeypatch.undo()
@@ -348,23 +340,24 @@ def test_all_pictures_that_cannot_be_decoded_are_told_at_once(run_command, small
     code, _, err = run_command(*small(*settings))
     assert code == 2
     for name, bad in (("0", False), ("1", True), ("2", True), ("3", False)):
-        assert (f"{folder / name}.png cannot be read" in err) is bad, err
-    assert "dataset.max_bad=2 (now 0)" in err
+        assert (f"{folder / name}.png" in err) is bad, err
+    assert "dataset.max_bad=2" in err
 
 
 def test_pictures_that_cannot_be_decoded_are_left_out_if_so_many_may_be(train, tmp_path):
     folder = damaged_folder(tmp_path / "pictures")
-    settings = [f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}", "dataset.max_bad=2"]
+    settings = ["steps=2", f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}", "dataset.max_bad=2"]
     run = train("run", *settings)
     for i in (1, 2):
         (folder / f"{i}.png").unlink()
         (folder / f"{i}.txt").unlink()
-    assert lines(train("good", *settings[:2])) == lines(run)
+    assert lines(train("good", *settings[:3])) == lines(run)
 
 
 def test_pictures_that_cannot_be_decoded_load_no_encoder_at_the_next_start(train, tmp_path, events):
-    settings = [f"dataset.path={damaged_folder(tmp_path / 'pictures')}", f"cache_dir={tmp_path / 'cache'}"]
+    settings = [f"dataset.path={damaged_folder(tmp_path / 'pictures')}", f"cache_dir={tmp_path / 'cache'}", "steps=1"]
     train("run", *settings, "dataset.max_bad=2")
+    assert "autoencoder loaded" in events
     events.clear()
     train("again", *settings, "dataset.max_bad=2")
     assert "autoencoder loaded" not in events
@@ -380,7 +373,7 @@ def test_masks_change_what_is_learned_and_are_in_the_validation_loss(train, tmp_
         picture.putalpha(alpha)
         picture.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(CAPTIONS[i])
-    settings = [f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}", "validate_every=2"]
+    settings = [f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}", "validate_every=2", "steps=2"]
     plain, masked = train("plain", *settings), train("masked", *settings, "dataset.mask=alpha")
     for key in ("loss", "validation_loss"):
         assert values(plain, key) != values(masked, key)
@@ -400,23 +393,23 @@ def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_comman
     events.clear()
     code, out, err = run_command(*settings, "+prune=true", task=cache.main)
     assert (code, events) == (0, []), err
-    assert f"deleted from {tmp_path / 'cache'}: 1 embeddings (" in out
-    assert f"{len(CAPTIONS)} latents (" in out
+    assert holds(out, f"{tmp_path / 'cache'} ... 1 embedding ... {len(CAPTIONS)} latents")
     assert {path.name for path in (tmp_path / "cache").rglob("*.safetensors")} == kept
-    assert "nothing was deleted" in run_command(*settings, "+prune=true", task=cache.main)[1]
-    assert "prune='maybe' must be true or false" in run_command.refused(*settings, "+prune=maybe", task=cache.main)
+    assert "nothing" in run_command(*settings, "+prune=true", task=cache.main)[1]
+    assert holds(refusal(*settings, "+prune=maybe", task=cache.main), "prune=maybe ... true ... false")
 
 
 def test_nothing_is_pruned_while_a_run_is_prepared(run_command, small, tmp_path):
     settings = small(f"cache_dir={tmp_path / 'cache'}")
     result = prepare_samples(load_config(compose(*settings))).cached
-    assert "a run is using it" in run_command.refused(
-        *settings, "buckets.resolution=32", "+prune=true", task=cache.main
-    )
+    before = entries(tmp_path)
+    assert str(tmp_path / "cache") in refusal(*settings, "buckets.resolution=32", "+prune=true", task=cache.main)
+    assert entries(tmp_path) == before
     result.lease.close()
     code, out, _ = run_command(*settings, "buckets.resolution=32", "+prune=true", task=cache.main)
     assert code == 0
     assert "latents (" in out
+    assert entries(tmp_path).keys() < before.keys()
 
 
 def entries(folder):

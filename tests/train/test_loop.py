@@ -7,13 +7,12 @@ import threading
 
 import pytest
 import torch
+from message_helpers import holds
 from train_helpers import (
     CAPTIONS,
     adapter,
     ask_to_stop,
     compose,
-    execute,
-    launch,
     lines,
     random_tiny,
     run_training,
@@ -33,7 +32,7 @@ from train.stages.memory import load_config
 from train.utils.prefetch import Prefetcher
 from train.utils.signals import Interrupted
 
-pytest_plugins = ("train_helpers",)
+pytest_plugins = ("train_helpers", "train_processes")
 
 PRESERVE = ["preservation=base", "preservation.prompts=[a fox, the cup, a card]", "preservation.samples=1"]
 # everything that draws numbers or keeps state, at once
@@ -95,27 +94,27 @@ def batches(monkeypatch):
 def test_a_run_that_stopped_and_goes_on_has_the_losses_of_one_that_did_not(
     train, at_step, batches, way, kind, settings
 ):
-    settings = [*settings, "steps=6"]
+    settings = [*settings, "steps=5"]
     whole = train("whole", *settings, kind=kind)
     assert len({batch.latents.shape for batch in batches}) == 2  # both buckets took part
     if way == "stopped":
         at_step(2, ask_to_stop())
-        with pytest.raises(Interrupted, match=r"stopped by SIGTERM after step 3.*resume="):
+        with pytest.raises(Interrupted, match=r"SIGTERM.* step 3\b.*resume="):
             train("cut", *settings, kind=kind)
     else:
 
         def die():
             raise RuntimeError("power cut")
 
-        at_step(5, die)
+        at_step(4, die)
         with pytest.raises(RuntimeError, match="power cut"):
-            train("cut", *settings, "checkpoint_every=2", kind=kind)
-        assert values_of_steps(whole.parent / "cut")[-1] == 5  # past the checkpoint of step 4
+            train("cut", *settings, "checkpoint_every=3", kind=kind)
+        assert values_of_steps(whole.parent / "cut")[-1] == 4
     cut = train("cut", *settings, "resume=auto", kind=kind)
     assert lines(cut) == lines(whole)
     assert values_of_steps(cut) == list(dict.fromkeys(values_of_steps(cut)))  # each step once
-    assert values_of_steps(cut)[-6:] == [1, 2, 3, 4, 5, 6]
-    assert len(set(values(whole))) == 6
+    assert values_of_steps(cut)[-5:] == [1, 2, 3, 4, 5]
+    assert len(set(values(whole))) == 5
     assert same_tensors(adapter(cut), adapter(whole))
 
 
@@ -123,37 +122,37 @@ def values_of_steps(folder):
     return [line["step"] for line in lines(folder)]
 
 
-def test_a_run_can_be_stopped_and_go_on_more_than_once(train, at_step):
-    whole = train("whole", "steps=5")
+def test_a_run_can_be_stopped_and_go_on_more_than_once(train, reference, at_step, tmp_path):
+    whole = reference("steps=5")
     for step in (0, 2, 3):
         at_step(step, ask_to_stop(signal.SIGINT))
         with pytest.raises(Interrupted):
             train("cut", "steps=5", *(["resume=auto"] if step else []))
-    cut = train("cut", "steps=5", f"resume={whole.parent / 'cut'}")
+    cut = train("cut", "steps=5", f"resume={tmp_path / 'cut'}")
     assert lines(cut) == lines(whole)
 
 
-def test_a_half_written_last_line_and_what_came_after_the_checkpoint_are_dropped(train, at_step):
-    whole = train("whole", "steps=5")
+def test_a_half_written_last_line_and_what_came_after_the_checkpoint_are_dropped(train, reference, at_step, tmp_path):
+    whole = reference("steps=5")
     at_step(2, ask_to_stop())
     with pytest.raises(Interrupted):
         train("cut", "steps=5")
-    file = whole.parent / "cut" / "metrics.jsonl"
+    file = tmp_path / "cut" / "metrics.jsonl"
     with file.open("a") as metrics:
         metrics.write('{"step": 4, "loss": 17}\n{"step": 5, "lo')
     cut = train("cut", "steps=5", "resume=auto")
     assert lines(cut) == lines(whole)
 
 
-def test_the_branch_of_an_older_checkpoint_has_the_losses_from_there_on(train):
-    whole = train("whole", "steps=5", "checkpoint_every=2")
+def test_the_branch_of_an_older_checkpoint_has_the_losses_from_there_on(train, reference):
+    whole = reference("steps=5", "checkpoint_every=2")
     branch = train("branch", "steps=5", f"resume={whole / 'checkpoints' / 'step_000002'}")
     assert lines(branch) == lines(whole)[2:]
     assert same_tensors(adapter(branch), adapter(whole))
 
 
-def test_a_finished_run_is_trained_for_longer(train):
-    whole = train("whole", "steps=5")
+def test_a_finished_run_is_trained_for_longer(train, reference):
+    whole = reference("steps=5")
     first = train("cut", "steps=3", "checkpoint_every=3")
     longer = train("cut", "steps=5", f"resume={first}")
     assert lines(longer) == lines(whole)
@@ -162,15 +161,15 @@ def test_a_finished_run_is_trained_for_longer(train):
 def test_another_configuration_is_not_resumed(train):
     run = train("run", "checkpoint_every=2")
     for change, said in (
-        ("adapter.rank=2", "adapter.rank=4 there, 2 here"),
-        ("model.name=small_klein", "model.name='small_dev' there, 'small_klein' here"),
+        ("adapter.rank=2", "adapter.rank=4 ... 2"),
+        ("model.name=small_klein", "model.name=small_dev ... small_klein"),
     ):
-        with pytest.raises(ValueError, match="another configuration") as error:
+        with pytest.raises(ValueError, match="configuration") as error:
             train("run", f"resume={run}", change, "steps=9")
-        assert said in str(error.value)
-    with pytest.raises(ValueError, match=r"the samples are not those that .* was trained on: of 6 samples 24 new"):
+        assert holds(str(error.value), said)
+    with pytest.raises(ValueError, match=rf"samples .*{run}\b.* 6 .*24 new"):
         train("run", f"resume={run}", "dataset.path=data/demo", "steps=9")
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match=rf"{run}\b.*resume="):
         train("run")
 
 
@@ -236,35 +235,29 @@ def test_accumulated_micro_batches_train_as_one_batch_does(train, kind):
         torch.testing.assert_close(adapter(two)[name], tensor, atol=1e-5, rtol=1e-3)
 
 
-def test_a_larger_batch_is_another_run(train):
-    assert values(train("one", "batch_size=1"))[0] != values(train("two", "batch_size=2"))[0]
+def test_a_larger_batch_is_another_run(train, reference):
+    assert values(train("one", "batch_size=1", "steps=1"))[0] != values(reference())[0]
 
 
-def test_two_processes_train_as_one_does(train, pictures, tmp_path):
+def test_two_processes_train_as_one_does(server, pictures, tmp_path):
     """Real processes, through the entry file; what they train is of the size called tiny, with random weights.
 
     In the two, half of the blocks stream.
     """
-    model = random_tiny_folder(tmp_path)
     arguments = [
-        *("model=tiny", f"model.path={model}", "model.resolution=48", "dataset=folder", f"dataset.path={pictures}"),
+        *("model=tiny", f"model.path={random_tiny_folder(tmp_path)}", "model.resolution=48", "dataset=folder"),
+        f"dataset.path={pictures}",
         *(f"cache_dir={tmp_path / 'cache'}", "steps=3", "log_every=1", "checkpoint_every=2", "sample_every=0"),
         *("validate_every=3", "validation.samples=1", "adapter.rank=2", "optimizer.lr=1e-3", "caption_dropout=0.3"),
         *("preservation=base", "preservation.prompts=[a red cup]", "preservation.samples=4"),
     ]
     two = tmp_path / "two"
-    script = [
-        *launch("train/run.py", processes=2),
-        *arguments,
-        "batch_size=1",
-        "gradient_accumulation=2",
-        "memory.offload_blocks=0.5",
-        f"output_dir={two}",
-    ]
-    done = execute(script, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "processes: 2" in done.stdout
-    assert done.stdout.count("trained parameters") == 1  # one of them speaks
+    cut = ["batch_size=1", "gradient_accumulation=2", "memory.offload_blocks=0.5", f"output_dir={two}"]
+    first, second = server.start_two(*arguments, *cut)
+    said = [process.out.read_text() for process in (first, second) if process.wait() == 0]
+    assert len(said) == 2, first.out.read_text()
+    assert "processes: 2" in said[0]
+    assert [text.count("trained parameters") for text in said] == [1, 0]  # one of them speaks
     one = run_training(compose(*arguments, "batch_size=4", f"output_dir={tmp_path / 'one'}")).parent
     assert [line["step"] for line in lines(two)] == [line["step"] for line in lines(one)] == [0, 1, 2, 3]
     for key in ("loss", "preservation_loss", "grad_norm", "validation_loss"):
@@ -306,7 +299,7 @@ def reread(training):
 
 
 def test_training_lowers_the_loss_at_fixed_noise(train):
-    run = train("run", "steps=30", "validate_every=30", "batch_size=4", "log_every=0")
+    run = train("run", "steps=20", "validate_every=20", "batch_size=4", "log_every=0")
     before, after = values(run, "validation_loss")
     assert after < 0.9 * before
 
@@ -340,17 +333,15 @@ def test_dropped_captions_train_on_the_empty_prompt(train, batches):
     assert len({batch.embeddings.sum().item() for batch in batches}) == 1
 
 
-def test_the_guidance_that_a_model_takes_is_the_one_of_the_settings_or_its_own(train):
-    own, same, other = (train(name, *more) for name, more in
-                        (("own", []), ("same", ["guidance=1.0"]), ("other", ["guidance=3.0"])))  # fmt: skip
-    assert values(own) == values(same)
-    assert values(own)[0] != values(other)[0]
-    klein = [train(f"klein {value}", f"guidance={value}", kind="klein") for value in ("null", "3.0")]
-    assert values(klein[0]) == values(klein[1])  # which takes none
+def test_the_guidance_that_a_model_takes_is_the_one_of_the_settings_or_its_own(train, reference):
+    own, klein = values(reference()), values(reference(kind="klein"))
+    assert values(train("same", "guidance=1.0", "steps=2")) == own[:2]
+    assert values(train("other", "guidance=3.0", "steps=1"))[0] != own[0]
+    assert values(train("klein", "guidance=3.0", "steps=2", kind="klein")) == klein[:2]  # which takes none
 
 
-def test_a_seed_changes_all_draws(train):
-    assert values(train("one"))[0] != values(train("two", "seed=1"))[0]
+def test_a_seed_changes_all_draws(train, reference):
+    assert values(train("other", "seed=1", "steps=1"))[0] != values(reference())[0]
 
 
 # ------------------------------------------------------------------ the step
@@ -373,20 +364,22 @@ def test_the_gradient_is_clipped_to_its_norm_and_logged_before(train, captured, 
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     monkeypatch.setattr("train.config.run_config.try_out", lambda *arguments: None)
-    clipped = train("clipped", "max_grad_norm=0.01")
-    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    clipped = train("clipped", "max_grad_norm=0.01", "steps=2")
+    assert norms == pytest.approx([0.01] * 2, rel=1e-3)
     assert all(value > 0.02 for value in values(clipped, "grad_norm"))
     norms.clear()
-    free = train("free", "max_grad_norm=0")
+    free = train("free", "max_grad_norm=0", "steps=2")
     assert norms == pytest.approx(values(free, "grad_norm"), rel=1e-5)
     assert values(free, "grad_norm")[0] == values(clipped, "grad_norm")[0]
 
 
-def test_bfloat16_is_near_to_float32_and_keeps_the_adapter_in_float32(train, captured):
-    exact, near = train("exact"), train("near", "precision=bf16")
+def test_bfloat16_is_near_to_float32_and_keeps_the_adapter_in_float32(reference, train, captured):
+    exact = reference()
+    captured.clear()
+    near = train("near", "precision=bf16", "steps=2")
     assert values(near)[0] == pytest.approx(values(exact)[0], rel=0.02)
     assert values(near)[0] != values(exact)[0]
-    kinds = {name: parameter.dtype for name, parameter in captured[1].peft_model.named_parameters()}
+    kinds = {name: parameter.dtype for name, parameter in captured[0].peft_model.named_parameters()}
     assert {kind for name, kind in kinds.items() if "lora_" in name} == {torch.float32}
     assert {kind for name, kind in kinds.items() if "lora_" not in name} == {torch.bfloat16}
 
@@ -417,7 +410,7 @@ def test_validation_measures_the_adapter_as_it_is_used_without_dropout(train, ca
 
 def test_recomputing_activations_changes_no_loss(train):
     def curve(policy, *more):
-        return lines(train(policy, f"memory.checkpointing={policy}", "adapter.dropout=0.2", *more))
+        return lines(train(policy, f"memory.checkpointing={policy}", "adapter.dropout=0.2", "steps=3", *more))
 
     none = curve("none")
     assert none == curve("full")
@@ -468,19 +461,22 @@ def test_looking_at_a_run_does_not_change_it(train):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    "settings",
     [
-        ({"steps": 0}, r"steps=0 must be an integer >= 1"),
-        ({"steps": 1.5}, r"steps=1\.5 must be"),
-        ({"steps": True}, r"steps=True must be"),
-        ({"gradient_accumulation": 0}, r"gradient_accumulation=0 must be"),
-        ({"log_every": -1}, r"log_every=-1 must be an integer >= 0"),
-        ({"seed": "x"}, r"seed='x' must be"),
-        ({"max_grad_norm": -1}, r"max_grad_norm=-1 must be"),
-        ({"max_grad_norm": float("nan")}, r"max_grad_norm=nan must be"),
-        ({"guidance": "high"}, r"guidance='high' must be"),
+        {"steps": 0},
+        {"steps": 1.5},
+        {"steps": True},
+        {"gradient_accumulation": 0},
+        {"log_every": -1},
+        {"seed": "x"},
+        {"max_grad_norm": -1},
+        {"max_grad_norm": float("nan")},
+        {"guidance": "high"},
     ],
+    ids=str,
 )
-def test_a_refused_setting_of_the_loop_is_named_with_its_value(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_refused_setting_of_the_loop_is_named_with_its_value(settings):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
         LoopSettings(**settings)
+    ((key, value),) = settings.items()
+    assert holds(str(error.value), f"{key}={value}")

@@ -156,10 +156,10 @@ def test_muon_and_an_adapter_that_is_not_of_matrices_is_refused_before_anything_
 
     run = load_config(compose(*small("optimizer=muon")))
     run.make_adapter = attach
-    with pytest.raises(ValueError, match=r"optimizer=muon trains only matrices"):
+    with pytest.raises(ValueError, match=r"optimizer=muon"):
         run.dry_run()
 
 
 def test_a_schedule_free_optimizer_and_a_moving_average_exclude_each_other(small):
-    with pytest.raises(ValueError, match=r"ema_decay=0\.9 cannot be used with AdamWScheduleFree"):
+    with pytest.raises(ValueError, match=r"ema_decay=0\.9.*AdamWScheduleFree"):
         load_config(compose(*small("optimizer=schedulefree", "ema_decay=0.9")))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import helpers
 import pytest
 import torch
 from accelerate import DistributedType
+from message_helpers import holds
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from train_helpers import (
@@ -27,6 +29,7 @@ from train_helpers import (
     one_message,
     pixels,
     random_tiny,
+    refusal,
     run_training,
     same_tensors,
     values,
@@ -46,11 +49,12 @@ from train.checkpoints.checkpoint import checkpoints
 from train.distributed.processes import cores, make_accelerator
 from train.encoding import text_encoders
 from train.loop import Trainer
+from train.run import main as training_command
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
 from train.validation.samples import Sampler
 
-pytest_plugins = ("train_helpers",)
+pytest_plugins = ("train_helpers", "train_processes")
 
 
 # ------------------------------------------------------------------ the run folder
@@ -95,8 +99,8 @@ def keys(file):
         return list(tensors.keys())
 
 
-def test_the_configuration_is_kept_resolved_and_makes_the_same_run_again(train, tmp_path):
-    run = train("run")
+def test_the_configuration_is_kept_resolved_and_makes_the_same_run_again(reference, tmp_path):
+    run = reference()
     text = (run / "config.yaml").read_text()
     assert "${" not in text
     assert "???" not in text
@@ -115,10 +119,21 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("name", list(PRECISIONS))
-@pytest.mark.parametrize("kind", ["dev", "klein"])
-def test_a_base_in_few_bits_trains_a_float32_adapter_and_stays_as_it_is(train, monkeypatch, capsys, name, kind):
-    trained = []
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("dev", "fp8"),
+        ("klein", "fp8_matmul"),
+        ("dev", "nf4"),
+        pytest.param("klein", "fp8", marks=pytest.mark.slow),
+        pytest.param("dev", "fp8_matmul", marks=pytest.mark.slow),
+        pytest.param("klein", "nf4", marks=pytest.mark.slow),
+    ],
+)
+def test_a_base_in_few_bits_trains_a_float32_adapter_and_stays_as_it_is(
+    train, reference, monkeypatch, capsys, name, kind
+):
+    exact, trained = reference(kind=kind), []
     original = Trainer.run
 
     def keep(self, start):
@@ -126,10 +141,10 @@ def test_a_base_in_few_bits_trains_a_float32_adapter_and_stays_as_it_is(train, m
         return original(self, start)
 
     monkeypatch.setattr(Trainer, "run", keep)
-    exact, run = train("exact", kind=kind), train("run", *PRECISIONS[name], kind=kind)
+    run = train("run", *PRECISIONS[name], kind=kind)
     assert values(run)[0] == pytest.approx(values(exact)[0], rel=0.05)
     assert values(run) != values(exact)
-    model = trained[1].get_base_model()
+    model = trained[0].get_base_model()
     storage = PRECISIONS[name][0].removeprefix("precision=")
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert {layer.kind for layer in layers} == {storage}
@@ -155,27 +170,27 @@ def reread(run):
 def test_recomputing_activations_changes_no_loss_in_few_bits(train):
     for storage in ("fp8", "nf4"):
         runs = [
-            train(f"{storage}_{policy}", f"precision={storage}", f"memory.checkpointing={policy}")
+            train(f"{storage}_{policy}", f"precision={storage}", f"memory.checkpointing={policy}", "steps=2")
             for policy in ("none", "full")
         ]
         assert lines(runs[0]) == lines(runs[1])
 
 
-def test_bfloat16_with_a_base_in_few_bits_autocasts_as_plain_bfloat16_does(train):
-    near, ours = train("near", "precision=bf16"), train("ours", "precision=nf4", "precision.dtype=bf16")
+def test_bfloat16_with_a_base_in_few_bits_autocasts_as_plain_bfloat16_does(train, reference):
+    near, ours = reference("precision=bf16"), train("ours", "precision=nf4", "precision.dtype=bf16")
     assert values(ours)[0] == pytest.approx(values(near)[0], rel=0.05)
     assert all(tensor.dtype == torch.float32 for tensor in adapter(ours).values())
 
 
 def test_a_run_keeps_a_quantized_copy_that_the_next_one_reads(train, tmp_path, monkeypatch, capsys):
     train("none", "precision=nf4", "quantized_cache_dir=null", "steps=1")
-    assert "quantized copy" not in capsys.readouterr().out
+    assert "copy" not in capsys.readouterr().out
     monkeypatch.setenv("FLUX2_CACHE", str(tmp_path / "copies"))
-    first = train("first", "precision=nf4")
-    assert "writing a quantized copy of" in capsys.readouterr().out
+    first = train("first", "precision=nf4", "steps=2")
     (copy,) = (tmp_path / "copies").glob("*.safetensors")
-    second = train("second", "precision=nf4")
-    assert f"read from the quantized copy {copy}" in capsys.readouterr().out
+    assert re.search(r"writing .*copy", capsys.readouterr().out)
+    second = train("second", "precision=nf4", "steps=2")
+    assert re.search(rf"read .*copy {re.escape(str(copy))}", capsys.readouterr().out)
     assert lines(first) == lines(second)
 
 
@@ -188,7 +203,7 @@ def test_the_first_steps_of_the_demo_have_the_losses_of_float32(tmp_path):
                 "+experiment=demo",
                 *overrides,
                 "device=cpu",
-                "steps=4",
+                "steps=2",
                 "log_every=1",
                 "checkpoint_every=0",
                 "sample_every=0",
@@ -231,13 +246,13 @@ def refuse_to_load(*args, **kwargs):
     raise AssertionError("something was loaded")
 
 
-def test_settings_are_checked_before_anything_is_loaded_or_written(run_command, small, monkeypatch, tmp_path):
+def test_settings_are_checked_before_anything_is_loaded_or_written(small, monkeypatch, tmp_path):
     encoders = (text_encoders, "load_text_encoder"), (train.encoding.prepare, "load_autoencoder")
     for module, name in (*encoders, (train.stages.model, "load_transformer")):
         monkeypatch.setattr(module, name, refuse_to_load)
     folder = tmp_path / "run"
     for mistake in ("adapter.rank=0", "adapter.targets=[foo]", "optimizer.lr=x", "dataset.path=/nowhere"):
-        run_command.refused(*small(f"output_dir={folder}", f"cache_dir={tmp_path / 'cache'}", mistake))
+        refusal(*small(f"output_dir={folder}", f"cache_dir={tmp_path / 'cache'}", mistake), task=training_command)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -249,35 +264,35 @@ def test_two_runs_of_a_name_in_the_same_second_get_folders_of_their_own(small, m
         assert [one.folder.name, other.folder.name] == ["noon", "noon_1"]
 
 
-def test_a_folder_that_another_run_writes_is_refused_by_name(run_command, small, tmp_path):
+def test_a_folder_that_another_run_writes_is_refused_by_name(small, tmp_path):
     alive = load_config(compose(*small(f"output_dir={tmp_path / 'run'}")))
     with claim_run_folder(alive):
         for settings in ([], ["resume=auto"]):
-            message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}", *settings))
-            assert message.startswith(f"{tmp_path / 'run'} is in use")
+            message = refusal(*small(f"output_dir={tmp_path / 'run'}", *settings), task=training_command)
+            assert holds(message, f"{tmp_path / 'run'} ... in use")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_is_being_resumed_is_not_resumed_twice(run_command, train, small, tmp_path):
+def test_a_run_that_is_being_resumed_is_not_resumed_twice(train, small):
     run = train("run", "steps=1", "checkpoint_every=1")
     alive = load_config(compose(*small(f"resume={run}")))
     with claim_run_folder(alive):
-        assert run_command.refused(*small(f"resume={run}")).startswith(f"{run} is in use")
+        assert holds(refusal(*small(f"resume={run}"), task=training_command), f"{run} ... in use")
 
 
-def test_places_that_cannot_be_written_are_named_before_anything_is_loaded(run_command, small, monkeypatch, tmp_path):
+def test_places_that_cannot_be_written_are_named_before_anything_is_loaded(small, monkeypatch, tmp_path):
     encoders = (text_encoders, "load_text_encoder"), (train.encoding.prepare, "load_autoencoder")
     for module, name in (*encoders, (train.stages.model, "load_transformer")):
         monkeypatch.setattr(module, name, refuse_to_load)
     file = tmp_path / "file"
     file.touch()
-    for key, said in (
-        ("output_dir", f"output_dir='{file}' cannot be written (File exists)"),
-        ("cache_dir", f"cache_dir='{file}' is not a folder"),
+    for place, said in (
+        (f"output_dir={file}", f"output_dir={file} ... File exists"),
+        (f"cache_dir={file}", f"cache_dir={file} ... not a folder"),
+        (f"cache_dir={file / 'cache'}", f"cache_dir={file / 'cache'} ... Not a directory"),
     ):
-        assert said in run_command.refused(*small(f"output_dir={tmp_path / 'run'}", f"{key}={file}"))
-    message = run_command.refused(*small(f"output_dir={tmp_path / 'run'}", f"cache_dir={file / 'cache'}"))
-    assert f"cache_dir='{file / 'cache'}' cannot be written (Not a directory)" in message
+        message = refusal(*small(f"output_dir={tmp_path / 'run'}", place), task=training_command)
+        assert holds(message, said), message
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -287,8 +302,8 @@ def test_a_checkpoint_that_cannot_be_read_leaves_the_run_as_it_was(run_command, 
     before = {name: (run / name).read_text() for name in ("config.yaml", "data.json", "metrics.jsonl")}
     code, out, err = run_command(*small(f"resume={run}", "steps=2"))
     assert code == 2
-    assert "step_000001/optimizer.pt is damaged" in out
-    assert "holds no complete checkpoint whose files are whole: they are named above" in err
+    assert "step_000001/optimizer.pt" in out
+    assert "no complete checkpoint" in err
     assert {name: (run / name).read_text() for name in before} == before
 
 
@@ -309,7 +324,9 @@ def grids(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(("kind", "guidance"), [("dev", "null"), ("klein", "3.0"), ("klein", "1.0")])
+@pytest.mark.parametrize(
+    ("kind", "guidance"), [("dev", "null"), ("klein", "3.0"), pytest.param("klein", "1.0", marks=pytest.mark.slow)]
+)
 def test_the_grids_show_what_inference_makes_of_the_base_and_of_the_finished_adapter(
     train, grids, kind, guidance, model_folders
 ):
@@ -372,20 +389,21 @@ def test_one_launched_process_uses_all_cores_and_one_of_several_its_share(monkey
 
 def test_processes_that_do_not_know_each_other_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(AssertionError, match="1 processes are connected, not 2"):
+    with pytest.raises(AssertionError, match=r"1 process.*\b2\b"):
         make_accelerator("cpu")
 
 
 def test_a_launcher_set_up_for_another_kind_of_parallelism_is_refused(monkeypatch):
     fake = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     monkeypatch.setattr(train.distributed.processes, "Accelerator", lambda **kwargs: fake)
-    with pytest.raises(ValueError, match=r"configured for DEEPSPEED.*--multi_gpu.*shard=true"):
+    with pytest.raises(ValueError, match=r"DEEPSPEED.*--multi_gpu.*shard=true"):
         make_accelerator("cpu")
 
 
-def test_the_launchers_mixed_precision_does_not_change_the_runs(train, monkeypatch):
-    plain = train("plain")
+def test_the_launchers_mixed_precision_does_not_change_the_runs(train, reference, monkeypatch):
+    plain = reference()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # or the run takes all cores
     assert lines(train("launched")) == lines(plain)
 
 
@@ -413,7 +431,7 @@ def test_a_job_of_a_sweep_that_fails_leaves_the_others_results(run_command, smal
     code, _, err = run_command("-m", *small(f"output_dir={tmp_path / 'sweep'}"), "adapter.rank=2,0,8", "steps=1")
     assert code == 2
     assert err.count("error: ") == 1
-    assert "adapter.rank=0 must be an integer >= 1" in err
+    assert holds(err, "adapter.rank=0 ... 1")
     assert [len(values(tmp_path / "sweep" / job)) for job in ("0", "2")] == [1, 1]
 
 
@@ -449,24 +467,21 @@ def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, 
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("model.path=/nowhere/model", ["model.path='/nowhere/model' does not exist", "Give a repository id, a folder"]),
-        ("dataset.path=/nowhere/pictures", ["dataset.path='/nowhere/pictures' does not exist", "give a folder"]),
-        ("dataset.caption_column=title", ["caption_column='title'", "leave the columns out"]),
-        ("resume=/nowhere", ["resume='/nowhere' is not a folder", "or auto"]),
-        ("validation.held_out=6", ["validation.held_out=6 leaves none of the 6 samples"]),
+        ("model.path=/nowhere/model", "model.path=/nowhere/model ... does not exist ... repository ... folder"),
+        ("dataset.path=/nowhere/pictures", "dataset.path=/nowhere/pictures ... does not exist ... folder"),
+        ("dataset.caption_column=title", "caption_column=title"),
+        ("resume=/nowhere", "resume=/nowhere ... folder ... auto"),
+        ("validation.held_out=6", "validation.held_out=6 ... 6 samples"),
     ],
 )
-def test_a_place_that_is_not_there_is_named_with_its_key_and_a_remedy(run_command, small, mistake, said):
-    message = run_command.refused(*small(mistake))
-    assert all(part in message for part in said), message
+def test_a_place_that_is_not_there_is_named_with_its_key_and_a_remedy(small, mistake, said):
+    message = refusal(*small(mistake), task=training_command)
+    assert holds(message, said), message
 
 
-def test_a_column_that_is_not_there_is_named_with_those_that_are(run_command, small, parquet):
-    message = run_command.refused(
-        *small("dataset=huggingface", f"dataset.path={parquet}", "dataset.caption_column=text")
-    )
-    assert "dataset.caption_column='text' is not a column" in message
-    assert "it has: image, caption" in message
+def test_a_column_that_is_not_there_is_named_with_those_that_are(small, parquet):
+    settings = ["dataset=huggingface", f"dataset.path={parquet}", "dataset.caption_column=text"]
+    assert holds(refusal(*small(*settings), task=training_command), "dataset.caption_column=text ... image, caption")
 
 
 def test_a_picture_that_cannot_be_read_is_named_before_any_encoder_is_loaded(run_command, small, tmp_path, monkeypatch):
@@ -477,42 +492,45 @@ def test_a_picture_that_cannot_be_read_is_named_before_any_encoder_is_loaded(run
     monkeypatch.setattr(text_encoders, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded"))
     code, _, err = run_command(*small(f"dataset.path={folder}", f"cache_dir={tmp_path / 'cache'}"))
     assert code == 2
-    assert err.startswith("error: 1 of 1 samples of ")
-    assert f"{folder / 'broken.png'} cannot be read" in err
-    assert "dataset.max_bad=1 (now 0)" in err
+    assert holds(err, f"error: ... 1 of 1 samples ... {folder / 'broken.png'} ... dataset.max_bad=1")
     assert "Traceback" not in err
 
 
-def test_a_model_that_cannot_be_downloaded_is_named_with_the_way_to_give_a_local_one(run_command, parquet, tmp_path):
-    message = run_command.refused("+experiment=tarot", f"dataset.path={parquet}", f"cache_dir={tmp_path}")
-    assert "black-forest-labs/FLUX.2-dev" in message
-    assert "could not be reached" in message
-    assert "model.path=/path/to/FLUX.2" in message
+def test_a_model_that_cannot_be_downloaded_is_named_with_the_way_to_give_a_local_one(parquet, tmp_path):
+    message = refusal(
+        "+experiment=tarot", f"dataset.path={parquet}", f"cache_dir={tmp_path}", f"output_dir={tmp_path / 'run'}",
+        task=training_command,
+    )  # fmt: skip
+    assert holds(message, "black-forest-labs/FLUX.2-dev ... model.path=/path/to/FLUX.2")
 
 
 def test_a_run_that_ends_in_a_loss_that_is_not_finite_is_one_message(run_command, small, tmp_path):
     code, _, err = run_command(*small("optimizer.lr=1e30", "max_nonfinite_steps=2", f"output_dir={tmp_path / 'run'}"))
     assert code == 2
-    assert "warning: step 2: the loss is" in err
-    assert "error: step 3: the loss is" in err
+    assert re.search(r"^warning: .*step 2\b", err, re.MULTILINE)
+    assert re.search(r"^error: .*step 3\b.*no checkpoint.*optimizer\.lr", err, re.MULTILINE)
     assert "Traceback" not in err
-    assert "no checkpoint was saved yet. Restart with a lower optimizer.lr" in err
 
 
 # ------------------------------------------------------------------ other processes
 
 
-def test_accelerate_launch_trains_the_tarot_experiment_on_local_parquet_with_all_cores(parquet, tmp_path):
+@pytest.mark.parametrize("way", ["variables", pytest.param("launch", marks=pytest.mark.slow)])
+def test_accelerate_launch_trains_the_tarot_experiment_on_local_parquet_with_all_cores(server, parquet, tmp_path, way):
+    """By the command itself, and by the variables that it sets."""
     run = tmp_path / "run"
-    done = execute(
-        [
-            *launch("train/run.py", "+experiment=tarot", "model=tiny", f"dataset.path={parquet}", "steps=2"),
-            *("model.resolution=64", "sample.steps=1", "log_every=1", "checkpoint_every=2", "sample_every=2"),
-            *(f"output_dir={run}", f"cache_dir={tmp_path / 'cache'}"),
-        ]
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"processes: 1, CPU threads each: {cores()};" in done.stdout
+    arguments = [
+        *("+experiment=tarot", "model=tiny", f"dataset.path={parquet}", "steps=2", f"output_dir={run}"),
+        *("model.resolution=64", "sample.steps=1", "log_every=1", "checkpoint_every=2", "sample_every=2"),
+        f"cache_dir={tmp_path / 'cache'}",
+    ]
+    if way == "launch":
+        done = execute(launch("train/run.py", *arguments))
+        assert done.returncode == 0, done.stderr[-3000:]
+        said = done.stdout
+    else:
+        said = server.run(*arguments, ACCELERATE_MIXED_PRECISION="no", OMP_NUM_THREADS="1")
+    assert f"processes: 1, CPU threads each: {cores()};" in said
     kept = OmegaConf.load(run / "config.yaml")
     assert (kept.name, kept.adapter.rank, kept.optimizer._target_) == ("tarot", 8, "bitsandbytes.optim.AdamW8bit")
     assert [line["step"] for line in lines(run)] == [0, 1, 2]
@@ -521,6 +539,7 @@ def test_accelerate_launch_trains_the_tarot_experiment_on_local_parquet_with_all
     assert any(tensor.abs().max() > 0 for name, tensor in adapter(run).items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_without_network_the_tarot_experiment_says_which_repository_and_how_to_give_a_local_one(tmp_path):
     started = time.monotonic()
     done = execute(
@@ -531,53 +550,19 @@ def test_without_network_the_tarot_experiment_says_which_repository_and_how_to_g
     )
     assert done.returncode == 2
     message = one_message(done.stderr)
-    assert "multimodalart/1920-raider-waite-tarot-public-domain" in message
-    assert "could not be reached" in message
-    assert "dataset.path=/path/to/file.parquet" in message
-    assert "http://127.0.0.1:9 cannot be reached: going on with what was downloaded before" in done.stdout
+    assert holds(
+        message,
+        "multimodalart/1920-raider-waite-tarot-public-domain ... dataset.path=/path/to/file.parquet",
+    )
+    assert "http://127.0.0.1:9" in done.stdout
     assert time.monotonic() - started < 240  # ten seconds on a machine that does nothing else
 
 
 def test_a_mistake_on_the_command_line_of_the_entry_file_is_one_line(tmp_path):
     done = execute([sys.executable, "train/run.py", "adapter.rnk=4", f"output_dir={tmp_path / 'run'}"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "loading libraries\nerror: adapter.rnk=4 is not a setting; did you mean adapter.rank?\n"
+    assert holds(one_message(done.stderr), "adapter.rnk=4 ... adapter.rank?")
     assert not (tmp_path / "run").exists()
-
-
-def test_sigterm_saves_and_the_resumed_run_has_the_losses_of_an_uninterrupted_one(pictures, tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    arguments = [
-        *("model=tiny", f"model.path={random_tiny(model)}", "model.resolution=48", "batch_size=2", "log_every=1"),
-        *("dataset=folder", f"dataset.path={pictures}", f"cache_dir={tmp_path / 'cache'}", "adapter.dropout=0.1"),
-        *("sample_every=0", "validate_every=0", "checkpoint_every=0", "adapter.rank=2", "optimizer.lr=1e-3"),
-    ]
-    cut = tmp_path / "cut"
-    process = subprocess.Popen(
-        [sys.executable, "train/run.py", *arguments, "steps=100000", f"output_dir={cut}"],
-        cwd=ROOT,
-        env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = cut / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    (place,) = checkpoints(cut)
-    done = len(values(cut))
-    assert f"stopped by SIGTERM after step {done}, saved in {place}; go on with:" in err
-    assert "Traceback" not in err
-    steps = f"steps={done + 2}"
-    resumed = run_training(compose(*arguments, steps, "resume=auto", f"output_dir={cut}")).parent
-    whole = run_training(compose(*arguments, steps, f"output_dir={tmp_path / 'whole'}")).parent
-    assert lines(resumed) == lines(whole)
 
 
 @pytest.mark.slow

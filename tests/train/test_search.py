@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from message_helpers import holds
 from omegaconf import OmegaConf
 from train_helpers import CONF, adapter, execute, launch, lines, random_tiny, same_tensors
 
@@ -51,12 +52,12 @@ def test_a_search_minimizes_the_last_validation_loss_and_survives_a_trial_that_f
     found = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
     assert found.best_value == best["validation_loss"]
     assert str(found.best_params["optimizer.lr"]) == best["overrides"]["optimizer.lr"]
-    assert f"optimizer.lr={found.best_params['optimizer.lr']}" in out[out.index("* lowest validation loss: ") :]
+    assert f"optimizer.lr={found.best_params['optimizer.lr']}" in out[out.index("lowest validation loss") :]
     first = [job["overrides"]["optimizer.lr"] for job in about["jobs"]]
     code, out, _ = search("hydra.sweeper.n_trials=4", "validate_every=1", "resume=auto", *space)  # seeded: the same
     again = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [job["overrides"]["optimizer.lr"] for job in again["jobs"]] == first
-    assert out.count("done before: ") == len(done)
+    assert out.count("done before") == len(done)
 
 
 @pytest.mark.parametrize("setting", ["validate_every=0", "validation.samples=0"])
@@ -65,7 +66,7 @@ def test_a_search_without_a_validation_loss_is_one_error_before_anything_is_load
     code, _, err = search("hydra.sweeper.n_trials=3", "validate_every=1", setting, "optimizer.lr=interval(1e-4,1e-1)")
     assert code == 2
     assert err.count("error: ") == 1
-    assert f"minimizes the validation loss, and with {setting} there is none" in err
+    assert holds(err, f"validation loss ... {setting}")
 
 
 def test_a_job_returns_its_last_validation_loss_if_that_is_a_number(tmp_path):
@@ -128,7 +129,7 @@ def test_two_processes_search_alike_and_get_the_same_values(small, tmp_path):
     about = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [job["status"] for job in about["jobs"]] == ["done"] * 3
     assert "processes: 2" in done.stdout
-    assert done.stdout.count("using the transformer of the job before") == 2
+    assert done.stdout.count("transformer of the job before") == 2
     best = re.findall(r"Best value: ([0-9.]+)", done.stdout)  # of both processes
     assert len(best) == 2
     assert best[0] == best[1] == str(min(job["validation_loss"] for job in about["jobs"]))
@@ -159,8 +160,8 @@ def test_jobs_of_submitit_leave_the_same_table(small, tmp_path, train):
     assert done.returncode == 2, done.stderr
     failed, other = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]
     assert (failed["status"], other["status"]) == ("failed", "done")
-    assert "adapter.rank=0 must be an integer >= 1" in failed["error"]
-    assert "adapter.rank=0 must be an integer >= 1" in done.stdout
+    assert "adapter.rank=0" in failed["error"]
+    assert failed["error"] in done.stdout
     alone = execute([sys.executable, "train/run.py", *settings, f"output_dir={tmp_path / 'alone'}", "adapter.rank=2"])
     assert alone.returncode == 0, alone.stderr
     assert lines(tmp_path / "alone") == lines(tmp_path / "sweep" / "1")
@@ -235,10 +236,10 @@ def test_a_job_that_slurm_starts_again_goes_on(run_command, small, train, at_ste
     code, out, err = run_command("-m", *small(*settings))
     if restarts == "0":
         assert code == 2
-        assert "already holds a run" in err
+        assert holds(err, f"{place} ... resume=auto")
         return
     assert code == 0, err
-    assert f"resuming from {place / 'checkpoints'}" in out
+    assert str(place / "checkpoints" / "step_000003") in out
     alone = train("alone")
     assert lines(place) == lines(alone)
     assert same_tensors(adapter(place), adapter(alone))
@@ -261,4 +262,4 @@ def test_a_search_for_the_highest_loss_is_refused(run_command, tmp_path):
     given = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=2"]
     code, _, err = run_command(*given, "adapter.rank=choice(2,4)", "device=cpu", f"output_dir={tmp_path}")
     assert code == 2
-    assert err.count("hydra.sweeper.direction=maximize would look for the highest validation loss") == 1
+    assert err.count("hydra.sweeper.direction=maximize") == 1

@@ -11,7 +11,8 @@ import datasets
 import pyarrow
 import pytest
 from data_helpers import encoded, keep_caches_in, lines, shard, write
-from train_helpers import CAPTIONS, compose, draw_picture, run_training
+from message_helpers import holds
+from train_helpers import CAPTIONS, compose, draw_picture, refusal, run_training
 from train_helpers import lines as metrics
 
 from data.loader import Batch, Loader
@@ -230,16 +231,13 @@ def test_bad_samples_are_one_message_with_a_line_for_each(tmp_path: Path, run_co
     code, out, err = run_command(*given, "dataset.max_bad=6", f"cache_dir={tmp_path}/cache")
     assert code == 2
     said = [line for line in err.splitlines() if line.strip()]
-    assert said[0] == f"error: 7 of 10 samples of {tmp_path}/data cannot be used:"
-    reason = "cannot be read (it is empty: 0 bytes)"
-    assert said[1:8] == [f"  {tmp_path}/data/bad{number}.png {reason}" for number in range(7)]
-    assert said[8:] == ["Fix or remove them, or skip them with dataset.max_bad=7 (now 6)"]
+    assert holds(said[0], f"error: ... 7 of 10 samples ... {tmp_path}/data")
+    assert all(holds(said[1 + i], f"{tmp_path}/data/bad{i}.png ... empty") for i in range(7))
+    assert holds("".join(said[8:]), "dataset.max_bad=7")
     assert "Traceback" not in out + err
 
 
-def test_a_misspelt_setting_of_captions_names_the_right_one(run_command: Callable) -> None:
-    message = run_command.refused("dataset.captions.triger=x")
-    assert message == "dataset.captions.triger=x is not a setting; did you mean dataset.captions.trigger?"
-    message = run_command.refused("dataset=huggingfase")
-    assert message == "dataset=huggingfase is not a choice; did you mean huggingface?"
-    assert "_common" not in run_command.refused("dataset=qqq")
+def test_a_misspelt_setting_of_captions_names_the_right_one() -> None:
+    assert holds(refusal("dataset.captions.triger=x"), "dataset.captions.triger=x ... dataset.captions.trigger?")
+    assert holds(refusal("dataset=huggingfase"), "dataset=huggingfase ... did you mean huggingface?")
+    assert "_common" not in refusal("dataset=qqq")

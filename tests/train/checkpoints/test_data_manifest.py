@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from message_helpers import holds
 from train_helpers import CAPTIONS, draw_picture, lines
 
 from data.cache.latents import LatentEntry
@@ -26,25 +27,26 @@ BEFORE = {"a": "one", "b": "two", "c": "three"}
     ("now", "said"),
     [
         (BEFORE, None),
-        ({**BEFORE, "b": "other"}, "of 3 samples 1 changed (b)"),
-        ({**BEFORE, "d": "new"}, "of 3 samples 1 new (d)"),
-        ({"a": "one"}, "of 3 samples 2 gone (b, c)"),
-        ({"b": "x", "c": "three", "e": ""}, "of 3 samples 1 changed (b), 1 new (e), 1 gone (a)"),
-        ({"b": "two", "a": "one", "c": "three"}, "of 3 samples all are there, in another order"),
-        ({str(i): "" for i in range(7)}, "of 3 samples 7 new (0, 1, 2, 3, 4, ...), 3 gone (a, b, c)"),
+        ({**BEFORE, "b": "other"}, "3 samples ... 1 changed (b)"),
+        ({**BEFORE, "d": "new"}, "3 samples ... 1 new (d)"),
+        ({"a": "one"}, "3 samples ... 2 gone (b, c)"),
+        ({"b": "x", "c": "three", "e": ""}, "3 samples ... 1 changed (b) ... 1 new (e) ... 1 gone (a)"),
+        ({"b": "two", "a": "one", "c": "three"}, "3 samples ... order"),
+        ({str(i): "" for i in range(7)}, "3 samples ... 7 new (0, 1, 2, 3, 4, ... 3 gone (a, b, c)"),
     ],
 )
 def test_what_differs_is_counted_and_the_first_are_named(tmp_path, now, said):
     before = data(**BEFORE)
     before.write(tmp_path)
-    assert data(**now).difference(tmp_path, before.digest) == said
+    found = data(**now).difference(tmp_path, before.digest)
+    assert found is None if said is None else holds(found, said)
 
 
 @pytest.mark.parametrize("kept", [None, "garbage", "[]", '{"names": ["a"], "marks": ["x"]}'])
 def test_where_the_marks_are_lost_the_digest_still_tells(tmp_path, kept):
     if kept is not None:
         (tmp_path / "data.json").write_text(kept)
-    assert data(**BEFORE).difference(tmp_path, data(a="x").digest) == "its samples are others"
+    assert "samples" in data(**BEFORE).difference(tmp_path, data(a="x").digest)
     assert data(**BEFORE).difference(tmp_path, data(**BEFORE).digest) is None
 
 
@@ -75,13 +77,11 @@ def test_a_run_goes_on_with_changed_samples_only_if_it_may(train, pictures, tmp_
 
     (folder / "1.txt").write_text("the cup")
     draw_picture(77, (48, 48)).save(folder / "2.png")
-    with pytest.raises(
-        ValueError, match=r"step_000002 was trained on: of 6 samples 2 changed \(.*1\.png, .*2\.png\)\. "
-    ):
+    with pytest.raises(ValueError, match=r"step_000002.* 6 samples.*2 changed.*1\.png.*2\.png"):
         train("run", f"dataset.path={folder}", "steps=4", "resume=auto")
     assert [line["step"] for line in lines(run)] == [1, 2]
     capfd.readouterr()
     train("run", f"dataset.path={folder}", "steps=4", "checkpoint_every=2", "resume=auto", "allow_changed_data=true")
-    assert "going on with other samples: of 6 samples 2 changed" in capfd.readouterr().out
+    assert holds(capfd.readouterr().out, "6 samples ... 2 changed")
     assert state(checkpoints(run)[-1])["data"] != before
     assert json.loads((run / "data.json").read_text())["marks"] != kept["marks"]

@@ -1,11 +1,11 @@
 """Where a run goes on, or starts: the rules of `resume`."""
 
 import json
-import re
 import shutil
 
 import pytest
 from checkpoint_helpers import ANEW, CONFIG, IMAGES, changed, damage, look, make_run
+from message_helpers import holds
 
 from train.checkpoints import checkpoint
 from train.checkpoints.resume import PLACES, RunLocation
@@ -21,7 +21,7 @@ def test_a_new_run_starts_in_its_own_folder(tmp_path):
 
 def test_a_new_run_into_the_folder_of_another_is_refused(tmp_path):
     make_run(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"output_dir=.*run' already holds a run.*resume=auto"):
+    with pytest.raises(ValueError, match=r"output_dir=.*run\b.*resume=auto"):
         look(None, tmp_path / "run", chosen=True)
 
 
@@ -41,12 +41,12 @@ def test_the_newest_checkpoint_can_be_given_itself(tmp_path):
 def test_an_older_checkpoint_needs_a_folder_of_its_own_to_branch_off_into(tmp_path):
     run = make_run(tmp_path / "run", 2, 4)
     older = run / "checkpoints" / "step_000002"
-    with pytest.raises(ValueError, match=r"step_000004 of that run would be overwritten.*output_dir="):
+    with pytest.raises(ValueError, match=r"step_000004\b.*output_dir="):
         look(str(older), tmp_path / "new")
     branch = tmp_path / "branch"
     assert look(str(older), branch, chosen=True) == RunLocation(branch, older)
     make_run(branch)
-    with pytest.raises(ValueError, match=r"already holds a run.*for the branch"):
+    with pytest.raises(ValueError, match=r"branch"):
         look(str(older), branch, chosen=True)
 
 
@@ -56,25 +56,25 @@ def test_a_checkpoint_that_was_not_finished_is_no_checkpoint(tmp_path):
     (run / "checkpoints" / ".step_000006.part").mkdir()
     (run / "checkpoints" / ".step_000006.part" / "state.json").write_text('{"step": 6}')
     assert look(str(run), tmp_path / "new").step == 2
-    with pytest.raises(ValueError, match="neither a run folder nor a complete checkpoint"):
+    with pytest.raises(ValueError, match=r"run folder.*complete checkpoint"):
         look(str(run / "checkpoints" / "step_000004"), tmp_path / "new")
 
 
 def test_nothing_to_resume_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"resume='/nowhere' is not a folder.*auto"):
+    with pytest.raises(ValueError, match=r"resume='?/nowhere.*auto"):
         look("/nowhere", tmp_path / "new")
-    with pytest.raises(ValueError, match="is neither a run folder nor a complete checkpoint"):
+    with pytest.raises(ValueError, match=r"run folder.*complete checkpoint"):
         look(str(tmp_path), tmp_path / "new")
-    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         look(str(make_run(tmp_path / "run")), tmp_path / "new")
 
 
 def test_a_finished_run_needs_more_steps_to_go_on(tmp_path):
     run = make_run(tmp_path / "run", 10, finished=True)
-    with pytest.raises(ValueError, match=r"has done 10 steps: to train it for longer, set steps=11 or more"):
+    with pytest.raises(ValueError, match=r"10 steps.*steps=11"):
         look(str(run), tmp_path / "new")
     assert look(str(run), tmp_path / "new", changed(steps=12)).step == 10
-    with pytest.raises(ValueError, match="has done 10 steps"):
+    with pytest.raises(ValueError, match="10 steps"):
         look(str(run), tmp_path / "new", changed(steps=8))
 
 
@@ -90,21 +90,21 @@ def test_a_run_that_was_killed_before_its_adapter_was_written_is_finished_off(tm
 def test_one_error_lists_all_keys_that_differ(tmp_path):
     run = make_run(tmp_path / "run", 2)
     config = changed(model={"name": "dev"}, adapter={"rank": 8}, dataset={"limit": 3}, seed=1)
-    with pytest.raises(ValueError, match="another configuration") as error:
+    with pytest.raises(ValueError, match="configuration") as error:
         look(str(run), tmp_path / "new", config)
     for difference in (
-        "model.name='tiny' there, 'dev' here",
-        "adapter.rank=4 there, 8 here",
-        "dataset.limit=None there, 3 here",
-        "seed=0 there, 1 here",
+        "model.name=tiny ... dev",
+        "adapter.rank=4 ... 8",
+        "dataset.limit=None ... 3",
+        "seed=0 ... 1",
     ):
-        assert difference in str(error.value)
+        assert holds(str(error.value), difference)
     assert "adapter.targets" not in str(error.value)
 
 
 def test_a_key_that_only_one_of_them_has_differs(tmp_path):
     run = make_run(tmp_path / "run", 2)
-    with pytest.raises(ValueError, match=r"adapter\.alpha=None there, 2 here"):
+    with pytest.raises(ValueError, match=r"adapter\.alpha=None.*\b2\b"):
         look(str(run), tmp_path / "new", changed(adapter={"alpha": 2}))
 
 
@@ -119,7 +119,7 @@ def test_a_run_may_go_on_with_more_patience_for_its_text_encoder_but_not_with_an
     run = make_run(tmp_path / "run", 2, config=there)
     patient = CONFIG | {"text_encoder": {"url": "http://one", "timeout": 9.0, "max_concurrent_requests": 1}}
     assert look(str(run), tmp_path / "new", patient).step == 2
-    with pytest.raises(ValueError, match=r"text_encoder\.url='http://one' there, 'http://two' here"):
+    with pytest.raises(ValueError, match=r"text_encoder\.url='?http://one.*http://two"):
         look(
             str(run),
             tmp_path / "new",
@@ -130,7 +130,7 @@ def test_a_run_may_go_on_with_more_patience_for_its_text_encoder_but_not_with_an
 def test_images_may_be_cut_into_batches_differently_but_not_be_more_a_step(tmp_path):
     run = make_run(tmp_path / "run", 2)
     assert look(str(run), tmp_path / "new", changed(batch_size=2, gradient_accumulation=2)).step == 2
-    with pytest.raises(ValueError, match=r"batch_size \* gradient_accumulation \* processes=4 there, 8 here"):
+    with pytest.raises(ValueError, match=r"batch_size.*gradient_accumulation.*processes.*4\b.*\b8\b"):
         look(str(run), tmp_path / "new", images=8)
     assert look("auto", tmp_path / "new", images=8) == RunLocation(tmp_path / "new")
 
@@ -138,13 +138,13 @@ def test_images_may_be_cut_into_batches_differently_but_not_be_more_a_step(tmp_p
 def test_a_damaged_configuration_is_named(tmp_path):
     run = make_run(tmp_path / "run", 2)
     (run / "config.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"config\.yaml cannot be read"):
+    with pytest.raises(ValueError, match=r"config\.yaml"):
         look(str(run), tmp_path / "new")
     said = []
     assert look("auto", tmp_path / "new", say=said.append) == RunLocation(tmp_path / "new")
     assert len(said) == 2
-    assert re.match(r"warning: skipping .*run: .*config\.yaml cannot be read", said[0])
-    assert said[1] == ANEW
+    assert holds(said[0], f"warning: ... {run / 'config.yaml'}")
+    assert holds(said[1], ANEW)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "just words", "a: 1", "steps: many"])
@@ -152,7 +152,7 @@ def test_a_configuration_that_is_none_is_named_and_not_compared(tmp_path, text):
     run = make_run(tmp_path / "run", 2)
     (run / "config.yaml").write_text(text)
     for resume, fresh, chosen in ((str(run), tmp_path / "new", False), ("auto", run, True)):
-        with pytest.raises(ValueError, match=r"config\.yaml is not the configuration of a run") as error:
+        with pytest.raises(ValueError, match=r"config\.yaml") as error:
             look(resume, fresh, chosen=chosen)
         assert len(str(error.value)) < 400
 
@@ -163,9 +163,9 @@ def test_a_run_without_its_configuration_is_not_written_over(tmp_path, left):
     (run / "config.yaml").unlink()
     if left == "metrics.jsonl":
         (run / left).touch()
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="resume"):
         look(None, run, chosen=True)
-    with pytest.raises(ValueError, match=r"resume=auto: .*config\.yaml cannot be read"):
+    with pytest.raises(ValueError, match=r"resume=auto.*config\.yaml"):
         look("auto", run, chosen=True)
 
 
@@ -179,7 +179,7 @@ DAMAGED_STATES = ["", "garbage", "{}", "[]", '{"step": "2", "images_per_step": 4
 def test_a_damaged_state_of_a_checkpoint_that_is_given_is_one_error_that_names_the_file(tmp_path, text):
     run = make_run(tmp_path / "run", 2, 4)
     (run / "checkpoints" / "step_000004" / "state.json").write_text(text)
-    with pytest.raises(ValueError, match=r"step_000004/state\.json .*delete .*step_000004 to go on from the one bef"):
+    with pytest.raises(ValueError, match=r"step_000004/state\.json.*delete .*step_000004"):
         look(str(run / "checkpoints" / "step_000004"), tmp_path / "new")
 
 
@@ -187,7 +187,7 @@ def test_a_state_in_which_a_number_changed_is_damaged(tmp_path):
     run = make_run(tmp_path / "run", 4)
     file = run / "checkpoints" / "step_000004" / "state.json"
     file.write_text(file.read_text().replace('"step": 4', '"step": 5'))
-    with pytest.raises(ValueError, match=r"state\.json is damaged \(its checksum differs\)"):
+    with pytest.raises(ValueError, match=r"state\.json.*checksum"):
         checkpoint.state(file.parent)
 
 
@@ -195,7 +195,7 @@ def test_a_checkpoint_without_checksums_is_of_an_older_version(tmp_path):
     run = make_run(tmp_path / "run", 4)
     place = run / "checkpoints" / "step_000004"
     (place / "state.json").write_text(json.dumps({"step": 4, "base": "tiny", "images_per_step": IMAGES}))
-    with pytest.raises(ValueError, match=r"state\.json has no checksums: .* older version\. Its adapter can be used"):
+    with pytest.raises(ValueError, match=r"state\.json.*no checksum.*adapter"):
         look(str(place), tmp_path / "new")
 
 
@@ -215,7 +215,7 @@ def test_a_run_folder_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_
     assert len(said) == 1
     assert f"step_000004/{file}" in said[0]
     damage(run / "checkpoints" / "step_000002" / file, "cut")
-    with pytest.raises(ValueError, match="holds no complete checkpoint whose files are whole: they are named above"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         look(str(run), tmp_path / "new", say=said.append)
     assert f"step_000002/{file}" in said[-1]
 
@@ -229,7 +229,7 @@ def test_auto_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_p
     place = look("auto", run if chosen else tmp_path / "new", chosen=chosen, say=said.append)
     assert place == RunLocation(run, run / "checkpoints" / "step_000002")
     assert len(said) == 1
-    assert said[0].startswith("warning: skipping a damaged checkpoint: ")
+    assert said[0].startswith("warning: ")
     assert f"step_000004/{file}" in said[0]
 
 
@@ -243,7 +243,7 @@ def test_auto_skips_a_damaged_run_and_takes_the_one_before(tmp_path):
 def test_auto_does_not_start_anew_over_checkpoints_that_cannot_be_read(tmp_path):
     run = make_run(tmp_path / "1", 2)
     (run / "checkpoints" / "step_000002" / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no checkpoint of .*1 can be read"):
+    with pytest.raises(ValueError, match=r"no checkpoint of .*1\b"):
         look("auto", run, chosen=True)
 
 
@@ -270,7 +270,7 @@ def test_auto_skips_a_run_that_is_alive(tmp_path):
 def test_a_folder_that_was_asked_for_and_is_in_use_is_named(tmp_path, resume):
     run = make_run(tmp_path / "1", 2)
     lock = Lock(run)
-    with pytest.raises(InUse, match=r"/1 is in use: another run writes there now"):
+    with pytest.raises(InUse, match=r"/1 .*in use"):
         look(resume, run, chosen=True)
     lock.release()
 
@@ -306,7 +306,7 @@ def test_auto_with_a_folder_that_was_asked_for_looks_there_alone(tmp_path):
     make_run(tmp_path / "beside", 4)
     fresh, said = tmp_path / "mine", []
     assert look("auto", fresh, chosen=True, say=said.append) == RunLocation(fresh)
-    assert said == [ANEW]
+    assert [holds(line, ANEW) for line in said] == [True]
     make_run(fresh, 2)
     assert look("auto", fresh, chosen=True) == RunLocation(fresh, fresh / "checkpoints" / "step_000002")
 
@@ -314,14 +314,14 @@ def test_auto_with_a_folder_that_was_asked_for_looks_there_alone(tmp_path):
 def test_auto_starts_again_in_its_folder_if_nothing_was_saved_there(tmp_path):
     fresh, said = make_run(tmp_path / "mine"), []
     assert look("auto", fresh, chosen=True, say=said.append) == RunLocation(fresh)
-    assert said == [ANEW]
+    assert [holds(line, ANEW) for line in said] == [True]
 
 
 def test_auto_does_not_write_into_a_folder_whose_run_is_finished_or_another(tmp_path):
     fresh = make_run(tmp_path / "mine", 10, finished=True)
-    with pytest.raises(ValueError, match=r"has done its 10 steps: .*with steps=11 or more"):
+    with pytest.raises(ValueError, match=r"10 steps.*steps=11"):
         look("auto", fresh, chosen=True)
-    with pytest.raises(ValueError, match=r"another configuration: adapter\.rank=4 there, 8 here"):
+    with pytest.raises(ValueError, match=r"configuration.*adapter\.rank=4.*\b8\b"):
         look("auto", fresh, changed(adapter={"rank": 8}), chosen=True)
 
 
@@ -335,7 +335,7 @@ def test_auto_in_a_finished_runs_folder_goes_on_with_more_steps(tmp_path):
 
 def test_auto_does_not_write_over_a_finished_run_without_checkpoints(tmp_path):
     run = make_run(tmp_path / "mine", finished=True)
-    with pytest.raises(ValueError, match="has done its 10 steps"):
+    with pytest.raises(ValueError, match="10 steps"):
         look("auto", run, changed(steps=12), chosen=True)
 
 
@@ -344,7 +344,8 @@ def test_auto_that_starts_anew_says_which_key_of_the_newest_run_differs(tmp_path
     make_run(tmp_path / "2", 2, config=changed(adapter={"rank": 8}))
     said = []
     assert look("auto", tmp_path / "3", say=said.append) == RunLocation(tmp_path / "3")
-    assert said == [f"not going on with {tmp_path / '2'}: adapter.rank=8 there, 4 here", ANEW]
+    assert holds(said[0], f"{tmp_path / '2'} ... adapter.rank=8 ... 4")
+    assert [holds(line, ANEW) for line in said] == [False, True]
     make_run(tmp_path / "0", 2)
     said.clear()
     assert look("auto", tmp_path / "3", say=said.append).folder == tmp_path / "0"
@@ -361,7 +362,7 @@ def test_samples_may_be_at_another_place_for_a_run_that_is_named_and_not_for_one
     assert look("auto", run, config, chosen=True).checkpoint == run / "checkpoints" / "step_000002"
     said = []
     assert look("auto", tmp_path / "new", config, say=said.append) == RunLocation(tmp_path / "new")
-    assert "dataset.path='data/demo' there, '/mnt/demo' here" in said[0]
+    assert holds(said[0], "dataset.path=data/demo ... /mnt/demo")
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_a_checkpoint_that_was_renamed_is_not_taken_for_that_of_another_step(tmp
     said = []
     place = look(str(run), tmp_path / "new", say=said.append)
     assert place.checkpoint == run / "checkpoints" / "step_000002"
-    assert "step_000009 is that of step 4, by state.json: name it step_000004, or delete" in said[0]
+    assert holds(said[0], "step_000009 ... state.json ... step_000004 ... delete")
 
 
 def test_a_checkpoint_that_was_taken_out_of_its_run_may_have_any_name(tmp_path):
@@ -397,7 +398,7 @@ def test_a_state_whose_files_are_no_listing_is_skipped(tmp_path, files):
     file.write_text(json.dumps({**about, "checksum": checkpoint.checksum_of(about)}))
     said = []
     assert look(str(run), tmp_path / "new", say=said.append).step == 2
-    assert "does not list size and checksum of each file" in said[0]
+    assert holds(said[0], "step_000004 ... size ... checksum")
 
 
 def test_a_state_that_nests_too_deep_is_one_that_cannot_be_read(tmp_path):
@@ -409,5 +410,5 @@ def test_a_state_that_nests_too_deep_is_one_that_cannot_be_read(tmp_path):
 def test_a_configuration_that_cannot_be_read_has_copies(tmp_path):
     run = make_run(tmp_path / "run", 2)
     (run / "config.yaml").write_text("steps: [")
-    with pytest.raises(ValueError, match=r"each whole checkpoint has a copy of it, checkpoints/step_\*/config\.yaml"):
+    with pytest.raises(ValueError, match=r"checkpoints/step_\*/config\.yaml"):
         look(str(run), tmp_path / "new")

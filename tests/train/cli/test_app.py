@@ -4,11 +4,14 @@ import dataclasses
 import json
 import re
 import signal
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
+from message_helpers import holds
+from train_helpers import execute, one_message, refusal
 
 from train.cli.errors import format_error, known_settings
 from train.config.instantiate import check_keys, instantiate, no_setting, parse_settings
@@ -16,7 +19,7 @@ from train.sweeps import callback
 from train.utils.console import name_process_in_errors
 from train.utils.signals import SIGNALS, Interrupted
 
-pytest_plugins = ("train_helpers",)
+pytest_plugins = ("train_helpers", "train_processes")
 
 
 # ------------------------------------------------------------------ mistakes
@@ -25,173 +28,167 @@ pytest_plugins = ("train_helpers",)
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("adapter.rnk=4", ["adapter.rnk=4 is not a setting", "did you mean adapter.rank?"]),
-        ("+adapter.rnk=4", ["adapter.rnk=4 is not a setting", "did you mean adapter.rank?"]),
-        ("stepz=3", ["stepz=3 is not a setting", "did you mean steps?"]),
-        ("+stepz=3", ["stepz=3 is not a setting", "did you mean steps?"]),
-        ("lr=1e-4", ["lr=1e-4 is not a setting", "did you mean optimizer.lr?"]),
-        ("modle=dev", ["modle=dev is not a setting", "did you mean model?"]),
-        ("+foo=1", ["foo=1 is not a setting", "known are seed, steps,"]),
-        ("+schedule.warmup=1", ["schedule.warmup=1 is not a setting", "did you mean schedule.warmup_steps?"]),
-        ("+optimizer.beta=1", ["optimizer.beta=1 is not a setting", "did you mean optimizer.betas?"]),
-        ("+sample.prompt=a", ["sample.prompt='a' is not a setting", "did you mean sample.prompts?"]),
-        ("+tracker.mode=offline", ["tracker.mode='offline' is not a setting; tracker has none"]),
-        ("+adapter.seed=3", ["adapter.seed=3 is not a setting", "known are adapter.rank"]),
-        ("experiment=debug", ["experiment=debug", "write +experiment=debug"]),
+        ("adapter.rnk=4", "adapter.rnk=4 ... adapter.rank?"),
+        ("+adapter.rnk=4", "adapter.rnk=4 ... adapter.rank?"),
+        ("stepz=3", "stepz=3 ... did you mean steps?"),
+        ("+stepz=3", "stepz=3 ... did you mean steps?"),
+        ("lr=1e-4", "lr=1e-4 ... optimizer.lr?"),
+        ("modle=dev", "modle=dev ... model?"),
+        ("+foo=1", "foo=1 ... seed, steps,"),
+        ("+schedule.warmup=1", "schedule.warmup=1 ... schedule.warmup_steps?"),
+        ("+optimizer.beta=1", "optimizer.beta=1 ... optimizer.betas?"),
+        ("+sample.prompt=a", "sample.prompt=a ... sample.prompts?"),
+        ("+tracker.mode=offline", "tracker.mode=offline"),
+        ("+adapter.seed=3", "adapter.seed=3 ... adapter.rank"),
+        ("experiment=debug", "experiment=debug ... +experiment=debug"),
     ],
 )
-def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mistake, said):
-    message = run_command.refused(mistake)
-    assert all(part in message for part in said), message
+def test_an_unknown_setting_is_named_with_the_nearest_known_ones(mistake, said):
+    message = refusal(mistake)
+    assert holds(message, said), message
     assert "append" not in message  # Hydra's advice for a misspelt key makes it worse
 
 
 @pytest.mark.parametrize(
-    ("mistake", "said"),
-    [
-        ("steps=abc", "steps='abc' must be an integer >= 1"),
-        ("steps=1.5", "steps=1.5 must be an integer >= 1"),
-        ("batch_size=0", "batch_size=0 must be an integer from 1"),
-        ("caption_dropout=2", "caption_dropout=2 must be a number from 0 to 1"),
-        ("name=a/b", "name='a/b' must be a word without slashes"),
-        ("name=.", "name='.' must be a word without slashes"),
-        ("name=..", "name='..' must be a word without slashes"),
-        ("name=", "name='' must be a word without slashes"),
-        ("output_dir=3", "output_dir=3 must be a text"),
-        ("output_dir=", "output_dir='' must not be empty: leave it out, or null"),
-        ("resume=", "resume='' must not be empty: leave it out, or null"),
-        ("cache_dir=", "cache_dir='' must not be empty"),
-        ("optimizer.lr=abc", "optimizer.lr='abc' must be a positive number"),
-        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]"),
-        ("adapter.rank=four", "adapter.rank='four' must be an integer"),
-        ("adapter.dropout=1", "adapter.dropout=1 must be a number in [0, 1)"),
-        ("timesteps.std=x", "timesteps.std='x' must be a positive number"),
-        ("schedule.warmup_steps=x", "schedule.warmup_steps='x' must be an integer >= 0"),
-        ("text_encoder.length=0", "text_encoder.length=0 must be an integer >= 1"),
-        ("memory.checkpointing=some", "memory.checkpointing='some' is not a policy; choose one of none, full"),
-        (
-            "memory.checkpointing=budget",
-            "memory.budget_gb=None must be a number >= 0 with memory.checkpointing=budget",
-        ),
-        ("memory.budget_gb=4", "memory.budget_gb=4 is used only with memory.checkpointing=budget, not with full"),
-        ("memory.compile=yes please", "memory.compile='yes please' must be true or false"),
-        ("memory.attention=flash", "memory.attention='flash' must be a list of attention backends, best first"),
-        ("memory.attention=[flash,flash]", "memory.attention=['flash', 'flash'] must be a list of attention backends"),
-        ("memory.checkpointing=[1]", "memory.checkpointing=[1] must be a text"),
-        ("precision.dtype=[1]", "precision.dtype=[1] must be a text, or null"),
-        ("model.name=[a]", "model.name=['a'] must be a text"),
-        ("adapter.targets=null", "adapter.targets=None must be a preset, a regular expression, or a list"),
-        ("adapter.targets=5", "adapter.targets=5 must be a preset, a regular expression, or a list"),
-        ("adapter.targets=[5]", "adapter.targets=[5] must be a preset, a regular expression, or a list"),
-        ("adapter._target_=null", "adapter._target_=None must be the name of a class or a function"),
-        ("adapter.rslora=maybe", "adapter.rslora='maybe' must be true or false"),
-        ("adapter.alpha=nan", "adapter.alpha=nan must be a number from 1e-06 to 1e+06, or null for the rank"),
-        ("adapter.alpha=inf", "adapter.alpha=inf must be a number from 1e-06 to 1e+06, or null for the rank"),
-        ("adapter.rank=100000", "adapter.rank=100000 is more than double_blocks.0.img_attn.qkv has, a weight of"),
-        ("adapter.rank_pattern=0", "adapter.rank_pattern=0 must map presets"),
-        ("seed=-1", "seed=-1 must be an integer >= 0"),
-        ("seed=1.0", "seed=1.0 must be an integer >= 0"),
-        ("seed=true", "seed=True must be an integer >= 0"),
-        ("seed=9223372036854775808", "seed=9223372036854775808 must be below 2 ** 63"),
-        ("precision.dtype=fp16", "precision.dtype='fp16' must be one of fp32, bf16"),
-        ("buckets.step=17", "buckets.step=17 must be a positive whole multiple of 16"),
-        ("model.text_encoder=http://127.0.0.1:1", "write text_encoder=remote text_encoder.url=... instead"),
-        ("model.resolution=big", "model.resolution='big' must be an integer >= 16"),
-        ("model.name=flux", "model='flux' is not a FLUX.2 model; choose one of tiny, dev"),
-        ("validation.held_out=-1", "validation.held_out=-1 must be an integer >= 0"),
-        ("sample.prompts=cup", "sample.prompts='cup' must be a list of strings"),
-        ("sample.width=50", "sample.width=50 must be a multiple of 16 pixels"),
-        ("sample.references=[/nowhere.png]", "/nowhere.png does not exist"),
-        ("preservation.weight=1", "preservation.weight=1: there are no preservation.prompts"),
-        ("tracker=null", "a group needs the name of a choice"),
-        ("~tracker", "tracker=None must be a group of settings"),
-        ("~memory.checkpointing", "memory.checkpointing is missing"),
-        ("device=gpu", "device='gpu' is not a device: give cuda"),
-    ],
+    "mistake", ["adapter.rnk=4", "steps=abc", "model=foo", "steps=[1", "dataset=folder", "~tracker"]
 )
-def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(run_command, mistake, said):
-    assert said in run_command.refused(mistake)
+def test_of_the_command_a_refusal_is_one_line_and_exit_code_2(run_command, mistake):
+    assert run_command.refused(mistake) == refusal(mistake)
 
 
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("precision=fp8 precision.matmul=fast", "precision.matmul='fast' must be one of auto, fp8, dequantized"),
-        ("precision=fp8 precision.rowwise=some", "precision.rowwise='some' must be true or false"),
-        ("precision=fp8 precision.storage=int4", "precision.storage='int4' must be one of null, fp8, nf4"),
-        (
-            "precision=nf4 precision.layers=[linear9]",
-            "precision.layers: 'linear9' matches no linear layer",
-        ),
-        ("precision=nf4 precision.layers=[]", "precision.layers is empty: name at least one layer"),
-        ("precision=nf4 +precision.rowwise=true", "precision.rowwise=True does nothing with precision.storage='nf4'"),
+        ("steps=abc", "steps=abc ... 1"),
+        ("steps=1.5", "steps=1.5"),
+        ("batch_size=0", "batch_size=0 ... 1"),
+        ("caption_dropout=2", "caption_dropout=2 ... 0 ... 1"),
+        ("name=a/b", "name=a/b ... slash"),
+        ("name=.", "name=. ... slash"),
+        ("name=..", "name=.. ... slash"),
+        ("name=", "name= ... slash"),
+        ("output_dir=3", "output_dir=3"),
+        ("output_dir=", "output_dir= ... null"),
+        ("resume=", "resume= ... null"),
+        ("cache_dir=", "cache_dir="),
+        ("optimizer.lr=abc", "optimizer.lr=abc ... positive"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]"),
+        ("adapter.rank=four", "adapter.rank=four ... 1"),
+        ("adapter.dropout=1", "adapter.dropout=1 ... 0"),
+        ("timesteps.std=x", "timesteps.std=x ... positive"),
+        ("schedule.warmup_steps=x", "schedule.warmup_steps=x ... 0"),
+        ("text_encoder.length=0", "text_encoder.length=0 ... 1"),
+        ("memory.checkpointing=some", "memory.checkpointing=some ... none, full"),
+        ("memory.checkpointing=budget", "memory.budget_gb=None ... memory.checkpointing=budget"),
+        ("memory.budget_gb=4", "memory.budget_gb=4 ... memory.checkpointing=budget ... full"),
+        ("memory.compile=yes please", "memory.compile=yes please ... true ... false"),
+        ("memory.attention=flash", "memory.attention=flash ... list"),
+        ("memory.attention=[flash,flash]", "memory.attention=[flash, flash]"),
+        ("memory.checkpointing=[1]", "memory.checkpointing=[1]"),
+        ("precision.dtype=[1]", "precision.dtype=[1] ... null"),
+        ("model.name=[a]", "model.name=[a]"),
+        ("adapter.targets=null", "adapter.targets=None ... regular expression ... list"),
+        ("adapter.targets=5", "adapter.targets=5 ... regular expression ... list"),
+        ("adapter.targets=[5]", "adapter.targets=[5] ... regular expression ... list"),
+        ("adapter._target_=null", "adapter._target_=None ... class"),
+        ("adapter.rslora=maybe", "adapter.rslora=maybe ... true ... false"),
+        ("adapter.alpha=nan", "adapter.alpha=nan ... 1e-06 ... 1e+06 ... null"),
+        ("adapter.alpha=inf", "adapter.alpha=inf ... 1e-06 ... 1e+06 ... null"),
+        ("adapter.rank=100000", "adapter.rank=100000 ... double_blocks.0.img_attn.qkv"),
+        ("adapter.rank_pattern=0", "adapter.rank_pattern=0"),
+        ("seed=-1", "seed=-1 ... 0"),
+        ("seed=1.0", "seed=1.0"),
+        ("seed=true", "seed=True"),
+        ("seed=9223372036854775808", "seed=9223372036854775808 ... 2 ** 63"),
+        ("precision.dtype=fp16", "precision.dtype=fp16 ... fp32, bf16"),
+        ("buckets.step=17", "buckets.step=17 ... 16"),
+        ("model.text_encoder=http://127.0.0.1:1", "text_encoder=remote text_encoder.url="),
+        ("model.resolution=big", "model.resolution=big ... 16"),
+        ("model.name=flux", "model=flux ... tiny, dev"),
+        ("validation.held_out=-1", "validation.held_out=-1 ... 0"),
+        ("sample.prompts=cup", "sample.prompts=cup ... list"),
+        ("sample.width=50", "sample.width=50 ... 16"),
+        ("sample.references=[/nowhere.png]", "/nowhere.png"),
+        ("preservation.weight=1", "preservation.weight=1 ... preservation.prompts"),
+        ("tracker=null", "group"),
+        ("~tracker", "tracker=None ... group"),
+        ("~memory.checkpointing", "memory.checkpointing"),
+        ("device=gpu", "device=gpu ... cuda"),
+    ],
+)
+def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(mistake, said):
+    message = refusal(mistake)
+    assert holds(message, said), message
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("precision=fp8 precision.matmul=fast", "precision.matmul=fast ... auto, fp8"),
+        ("precision=fp8 precision.rowwise=some", "precision.rowwise=some ... true ... false"),
+        ("precision=fp8 precision.storage=int4", "precision.storage=int4 ... null, fp8, nf4"),
+        ("precision=nf4 precision.layers=[linear9]", "precision.layers ... linear9"),
+        ("precision=nf4 precision.layers=[]", "precision.layers ... empty"),
+        ("precision=nf4 +precision.rowwise=true", "precision.rowwise=True ... precision.storage=nf4"),
         (
             "precision=nf4 memory.cache_transposed_weights=true",
-            "memory.cache_transposed_weights=true does nothing with precision.storage=nf4",
+            "memory.cache_transposed_weights=true ... precision.storage=nf4",
         ),
         (
             "precision=fp8 memory.cache_transposed_weights=true precision.backward=bf16",
-            "memory.cache_transposed_weights=true does nothing with precision.backward=bf16",
+            "memory.cache_transposed_weights=true ... precision.backward=bf16",
         ),
-        ("memory.cache_transposed_weights=1", "memory.cache_transposed_weights=1 must be true or false"),
-        ("+precision.backward=bf16", "precision.backward='bf16' does nothing with precision.storage=None"),
-        ("precision=nf4 precision.rowwise=true", "precision.rowwise=true is not a setting"),
-        ("precision=int4", "precision=int4 is not a choice; choose one of auto, bf16, fp32, fp8, nf4"),
+        ("memory.cache_transposed_weights=1", "memory.cache_transposed_weights=1 ... true ... false"),
+        ("+precision.backward=bf16", "precision.backward=bf16 ... precision.storage=None"),
+        ("precision=nf4 precision.rowwise=true", "precision.rowwise=true ... not a setting"),
+        ("precision=int4", "precision=int4 ... auto, bf16, fp32, fp8, nf4"),
     ],
 )
-def test_a_precision_that_cannot_be_is_refused_before_anything_is_loaded(run_command, mistake, said):
-    assert said in run_command.refused(*mistake.split())
+def test_a_precision_that_cannot_be_is_refused_before_anything_is_loaded(mistake, said):
+    message = refusal(*mistake.split())
+    assert holds(message, said), message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_said(run_command):
-    message = run_command.refused("device=cuda")
-    assert "device='cuda'" in message
-    assert "sees no CUDA GPU here. Use device=cpu" in message
+def test_a_gpu_that_is_not_there_is_said():
+    assert holds(refusal("device=cuda"), "device=cuda ... GPU ... device=cpu")
 
 
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("model=foo", "model=foo is not a choice; choose one of dev, klein_4b"),
-        ("model=tinny", "model=tinny is not a choice; did you mean tiny?"),
-        (
-            "optimizer=foo",
-            "optimizer=foo is not a choice; choose one of adafactor, adamw, adamw_8bit, lion, muon, prodigy, schedul",
-        ),
-        ("+experiment=foo", "experiment=foo is not a choice; choose one of debug, demo, demo_edit, relighting, tarot"),
+        ("model=foo", "model=foo ... dev, klein_4b"),
+        ("model=tinny", "model=tinny ... did you mean tiny?"),
+        ("optimizer=foo", "optimizer=foo ... adafactor, adamw, adamw_8bit, lion, muon, prodigy, schedul"),
+        ("+experiment=foo", "experiment=foo ... debug, demo, demo_edit, relighting, tarot"),
     ],
 )
-def test_an_unknown_choice_is_named_with_the_known_ones(run_command, mistake, said):
-    assert said in run_command.refused(mistake)
+def test_an_unknown_choice_is_named_with_the_known_ones(mistake, said):
+    assert holds(refusal(mistake), said)
 
 
 @pytest.mark.parametrize(
     ("missing", "said"),
-    [
-        ("dataset=folder", "dataset.path must be given: add dataset.path=..."),
-        ("preservation=base", "preservation.prompts must be given"),
-    ],
+    [("dataset=folder", "add dataset.path="), ("preservation=base", "add preservation.prompts=")],
 )
-def test_a_setting_without_a_default_is_asked_for(run_command, missing, said):
-    assert said in run_command.refused(missing)
+def test_a_setting_without_a_default_is_asked_for(missing, said):
+    assert holds(refusal(missing), said)
 
 
 @pytest.mark.parametrize(
     ("mistake", "said"),
-    [
-        ("steps", "'steps' cannot be read: write key=value"),
-        ("steps=[1", "'steps=[1' cannot be read"),
-        ("sample.width=${foo}", "Interpolation key 'foo' not found full_key: sample.width"),
-    ],
+    [("steps", "steps ... key=value"), ("steps=[1", "steps=[1"), ("sample.width=${foo}", "foo ... sample.width")],
 )
-def test_what_cannot_be_parsed_or_resolved_is_one_line_too(run_command, mistake, said):
-    assert said in run_command.refused(mistake)
+def test_what_cannot_be_parsed_or_resolved_is_one_line_too(mistake, said):
+    message = refusal(mistake)
+    assert holds(message, said), message
+    assert "\n" not in message
 
 
-def test_a_target_that_matches_nothing_is_named_with_the_layers_there_are(run_command):
-    message = run_command.refused(r"adapter.targets=[attention\.q]")
-    assert r"adapter.targets: 'attention\\.q' matches no linear layer" in message
+def test_a_target_that_matches_nothing_is_named_with_the_layers_there_are():
+    message = refusal(r"adapter.targets=[attention\.q]")
+    assert "adapter.targets" in message
+    assert r"attention\\.q" in message
     assert "double_blocks.N.img_attn.qkv" in message
 
 
@@ -223,7 +220,7 @@ def test_a_signal_before_training_ends_the_command_at_once_and_says_what_is_kept
 
     code, out, err = run_command(task=task)
     assert (code, out) == (128 + number, "")
-    assert re.fullmatch(rf"stopped by {signal.Signals(number).name} with nothing lost: caches on disk keep .*\n", err)
+    assert re.fullmatch(rf".*{signal.Signals(number).name}.* cache.*\n", err)
     assert [signal.getsignal(name) for name in SIGNALS] == before
     monkeypatch.setenv("RANK", "1")
     assert run_command(task=task) == (128 + number, "", "")
@@ -268,6 +265,33 @@ def test_memory_that_does_not_suffice_names_what_needs_less(run_command):
     assert "batch_size" in message
 
 
+@pytest.mark.parametrize("way", ["fork", pytest.param("python", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["run.py", "stepz=3"], ["cache.py", "stepz=3"], ["plan.py", "stepz=3"], ["evaluate.py", "seedz=[1]"]),
+        *(
+            ["sweep.py", "/nowhere"],
+            ["demo.py", "stepz=3"],
+            ["demo.py", "-m", "stepz=1,2"],
+            ["demo_edit.py", "stepz=3"],
+        ),
+    ],
+    ids=" ".join,
+)
+def test_each_command_is_an_entry_file_of_its_own(server, words, way):
+    """Which a mistake shows, that the command itself names; in a process that has all libraries, and in a new one."""
+    file, *given = words
+    if way == "python":
+        done = execute([sys.executable, f"train/{file}", *given])
+        code, said = done.returncode, done.stderr
+    else:
+        process = server.start(*given, file=f"train/{file}")
+        code, said = process.wait(), process.out.read_text()
+    assert code == 2
+    assert holds(one_message(said), given[-1])
+
+
 def test_help_lists_the_groups_and_the_settings(run_command):
     code, out, err = run_command("--help")
     assert (code, err) == (0, "")
@@ -304,7 +328,8 @@ def test_a_stop_request_ends_the_whole_sweep(run_command, tmp_path):
     code, _, err = run_command("-m", "steps=1,2,3", f"output_dir={tmp_path}", task=task)
     assert (code, ran) == (130, [1])
     assert err.splitlines()[0] == "stopped"
-    assert err.splitlines()[1:] == [f"go on with the sweep: the same command with output_dir={tmp_path} resume=auto"]
+    (way,) = err.splitlines()[1:]
+    assert way.endswith(f"output_dir={tmp_path} resume=auto")
 
 
 def test_a_sweep_keeps_no_secret(run_command, tmp_path):
@@ -339,7 +364,7 @@ def test_nothing_that_a_sweep_writes_has_a_secret_of_its_command_line(run_comman
 
 
 def test_a_sweep_that_is_started_again_without_resume_leaves_what_is_done_as_done(run_command, tmp_path):
-    given = ["-m", "steps=1,2", f"output_dir={tmp_path}"]
+    given = ["-m", "steps=1", f"output_dir={tmp_path}"]
     assert run_command(*given, task=lambda config: None)[0] == 0
 
     def refuse(config):
@@ -387,12 +412,12 @@ def test_a_job_that_fails_through_a_mistake_of_ours_shows_where_and_the_others_g
 
 def test_keys_are_compared_within_their_group_first():
     known = ["steps", "adapter", "adapter.rank", "sample.steps", "optimizer.lr"]
-    assert no_setting("adapter.rnk=4", known) == "adapter.rnk=4 is not a setting; did you mean adapter.rank?"
+    assert holds(no_setting("adapter.rnk=4", known), "adapter.rnk=4 ... did you mean adapter.rank?")
     assert no_setting("sample.step", known).endswith("did you mean sample.steps?")
     assert no_setting("rank=4", known).endswith("did you mean adapter.rank?")
-    assert no_setting("adapter.foo=4", known).endswith("known are adapter.rank")
-    assert no_setting("+text_encoder.token=hidden", known).startswith("text_encoder.token=... is not a setting")
-    assert no_setting("nothing.foo=4", known).endswith(f"known are {', '.join(known)}")
+    assert holds(no_setting("adapter.foo=4", known), "adapter.foo=4 ... adapter.rank")
+    assert no_setting("+text_encoder.token=hidden", known).startswith("text_encoder.token=...")
+    assert holds(no_setting("nothing.foo=4", known), f"nothing.foo=4 ... {', '.join(known)}")
 
 
 def test_the_known_settings_are_those_of_the_choices_made():
@@ -415,9 +440,9 @@ class Settings:
 def test_a_group_becomes_its_dataclass_or_an_error_that_names_the_key():
     assert parse_settings("group", {"needed": 3}, Settings) == Settings(3)
     for given, said in (
-        ({"needed": -1}, r"^group\.needed=-1 must not"),
-        ({}, r"^group\.needed is missing"),
-        ({"needed": 1, "mor": 2}, r"^group\.mor=2 is not a setting; did you mean group\.more\?"),
+        ({"needed": -1}, r"^group\.needed=-1"),
+        ({}, r"^group\.needed\b"),
+        ({"needed": 1, "mor": 2}, r"^group\.mor=2.* did you mean group\.more\?"),
     ):
         with pytest.raises(ValueError, match=said):
             parse_settings("group", given, Settings)
@@ -426,9 +451,9 @@ def test_a_group_becomes_its_dataclass_or_an_error_that_names_the_key():
 def test_a_target_gets_its_settings_and_refuses_others(caplog):
     target = {"_target_": "train.optim.Cosine", "warmup_steps": 3}
     assert instantiate("schedule", target).warmup_steps == 3
-    with pytest.raises(ValueError, match=r"^schedule\.flor=1 is not a setting; did you mean schedule\.floor\?"):
+    with pytest.raises(ValueError, match=r"^schedule\.flor=1.* did you mean schedule\.floor\?"):
         instantiate("schedule", target | {"flor": 1})
-    with pytest.raises(ValueError, match=r"^schedule\.floor='x' must be"):
+    with pytest.raises(ValueError, match=r"^schedule\.floor='?x"):
         instantiate("schedule", target | {"floor": "x"})
     with pytest.raises(ValueError, match=r"^schedule: .*Sine"):
         instantiate("schedule", {"_target_": "train.optim.Sine"})
@@ -442,7 +467,7 @@ def test_a_function_that_takes_any_setting_is_given_them():
 def test_what_is_given_later_is_no_setting():
     partial = {"_target_": "flux2.adapters.attach", "_partial_": True, "rank": 3}
     assert instantiate("adapter", partial, ["model", "seed"]).keywords == {"rank": 3}
-    with pytest.raises(ValueError, match=r"adapter\.seed=1 is not a setting"):
+    with pytest.raises(ValueError, match=r"adapter\.seed=1"):
         instantiate("adapter", partial | {"seed": 1}, ["model", "seed"])
 
 
@@ -451,5 +476,5 @@ def test_a_message_is_one_line_whatever_a_library_wrote():
 
 
 def test_keys_of_the_top_have_no_prefix():
-    with pytest.raises(ValueError, match=r"^b=1 is not a setting; known are a$"):
+    with pytest.raises(ValueError, match=r"^b=1 .* a\.?$"):
         check_keys("", {"b": 1}, ["a"])

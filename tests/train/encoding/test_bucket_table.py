@@ -19,9 +19,9 @@ def test_a_line_says_how_many_pictures_and_how_much_of_them_is_cut_off(capsys) -
     sizes = [(64, 64), (128, 64), (160, 64), (40, 40)]
     words = said(capsys, sizes, Buckets(64, max_aspect=1.0), [Bad("a.png", "is empty")])
     assert "64 x 64 3 36.7 % 60.0 %".split() in words
-    assert "32 x 32 1 0.0 % 0.0 % fills no bucket of buckets.resolution".split() in words
+    assert any("32 x 32 1 0.0 % 0.0 %" in (line := " ".join(row)) and "buckets.resolution" in line for row in words)
     assert "all 4 27.5 % 60.0 %".split() in words
-    assert "skipped: a.png is empty".split() in words
+    assert any("a.png is empty" in " ".join(row) for row in words)
 
 
 def test_many_buckets_are_cut_short_with_the_rest_in_one_line(capsys) -> None:

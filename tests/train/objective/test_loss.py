@@ -300,14 +300,14 @@ def test_prompts_are_chosen_by_seed_step_and_position():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"weight": -1}, r"preservation\.weight=-1 must be"),
-        ({"weight": "x"}, r"preservation\.weight='x' must be"),
-        ({"samples": 1.5}, r"preservation\.samples=1\.5 must be"),
-        ({"prompts": "a red cup"}, r"preservation\.prompts='a red cup' must be a list"),
-        ({"prompts": None}, r"preservation\.prompts=None must be a list"),
-        ({"weight": 1.0}, r"preservation\.weight=1\.0: there are no preservation\.prompts"),
-        ({"weight": 1.0, "samples": 1}, r"preservation\.weight=1\.0: there are no preservation\.prompts"),
-        ({"weight": 1.0, "prompts": ["a"]}, r"preservation\.weight=1\.0 .*preservation\.samples"),
+        ({"weight": -1}, r"preservation\.weight=-1"),
+        ({"weight": "x"}, r"preservation\.weight='?x'?"),
+        ({"samples": 1.5}, r"preservation\.samples=1\.5"),
+        ({"prompts": "a red cup"}, r"preservation\.prompts='?a red cup"),
+        ({"prompts": None}, r"preservation\.prompts=(None|null)"),
+        ({"weight": 1.0}, r"preservation\.weight=1\.0.*preservation\.prompts"),
+        ({"weight": 1.0, "samples": 1}, r"preservation\.weight=1\.0.*preservation\.prompts"),
+        ({"weight": 1.0, "prompts": ["a"]}, r"preservation\.weight=1\.0.*preservation\.samples"),
     ],
 )
 def test_a_refused_setting_of_preservation_is_named_with_its_value(settings, said):

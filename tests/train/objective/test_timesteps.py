@@ -103,16 +103,13 @@ def test_a_shift_of_one_is_none():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (
-            lambda: Uniform("much"),
-            r"timesteps\.shift='much' must be one of none, resolution, empirical, or a positive number",
-        ),
-        (lambda: Uniform(0), r"timesteps\.shift=0 must be"),
-        (lambda: Uniform(None), r"timesteps\.shift=None must be"),
-        (lambda: Uniform("empirical", 0), r"timesteps\.steps=0 must be an integer >= 1"),
-        (lambda: Uniform("none", 4), r"timesteps\.steps=4 has no effect with timesteps\.shift=none"),
-        (lambda: Mode(1.8), r"timesteps\.scale=1\.8 must be a number from -1 to 1\.752"),
-        (lambda: Mode("x"), r"timesteps\.scale='x' must be"),
+        (lambda: Uniform("much"), r"timesteps\.shift='?much'?"),
+        (lambda: Uniform(0), r"timesteps\.shift=0"),
+        (lambda: Uniform(None), r"timesteps\.shift=(None|null)"),
+        (lambda: Uniform("empirical", 0), r"timesteps\.steps=0"),
+        (lambda: Uniform("none", 4), r"timesteps\.steps=4 does nothing with timesteps\.shift=none"),
+        (lambda: Mode(1.8), r"timesteps\.scale=1\.8"),
+        (lambda: Mode("x"), r"timesteps\.scale='?x'?"),
     ],
 )
 def test_a_refused_setting_is_named_with_its_value(make, said):

@@ -26,7 +26,7 @@ def test_weightings_are_those_of_diffusers(weighting, name):
 def test_sigma_sqrt_counts_no_sample_more_than_its_limit_even_without_noise():
     weights = SigmaSqrt(most=25.0)(torch.tensor([0.0, 0.1, 0.2, 0.5, 1.0]))
     torch.testing.assert_close(weights, torch.tensor([25.0, 25.0, 25.0, 4.0, 1.0]))
-    with pytest.raises(ValueError, match=r"weighting\.most=0\.5 must be a number >= 1, or null"):
+    with pytest.raises(ValueError, match=r"weighting\.most=0\.5.* null"):
         SigmaSqrt(most=0.5)
 
 

@@ -100,15 +100,15 @@ def test_a_state_of_other_parameters_is_refused():
     trained = parameters()
     shown = EvaluationWeights(trained, torch.optim.SGD(trained, lr=1.0), 0.9)
     state = shown.parts["ema"].state_dict()
-    with pytest.raises(ValueError, match="do not have the shapes"):
+    with pytest.raises(ValueError, match="shape"):
         shown.parts["ema"].load_state_dict({**state, "average": state["average"][:1]})
-    with pytest.raises(ValueError, match="do not have the shapes"):
+    with pytest.raises(ValueError, match="shape"):
         shown.load_state_dict({"trained": [torch.zeros(4, 3), torch.zeros(2)]})
 
 
 @pytest.mark.parametrize("given", ["1", "-0.1", "2", "x", "true"])
 def test_a_decay_that_is_none_is_refused(given, small):
-    with pytest.raises(ValueError, match=r"ema_decay=.* must be a number from 0"):
+    with pytest.raises(ValueError, match=r"ema_decay="):
         load_config(compose(*small(f"ema_decay={given}")))
 
 

@@ -1,12 +1,12 @@
 import math
-import re
 from functools import partial
 
 import pytest
 import torch
 from hydra.utils import get_object
+from message_helpers import holds
 from torch import nn
-from train_helpers import compose
+from train_helpers import compose, refusal
 
 from train.optim import Constant, Cosine, Linear, Restarts, StableDecay
 from train.optim.optimizers import build, check_installed, try_out
@@ -105,17 +105,17 @@ def test_an_optimizer_is_made_on_the_parameters_with_its_settings():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"lr": "abc"}, r"optimizer\.lr='abc' must be a positive number"),
-        ({"lr": None}, r"optimizer\.lr=None must be a positive number"),
-        ({}, r"optimizer\.lr=None must be a positive number"),
-        ({"lr": -1.0}, r"optimizer\.lr=-1\.0 must be a positive number"),
-        ({"lr": 0}, r"optimizer\.lr=0 must be a positive number"),
-        ({"lr": math.inf}, r"optimizer\.lr=inf must be a positive number"),
-        ({"lr": 1.0, "betas": [0.9]}, r"optimizer\.betas=\[0\.9\] must be 2 numbers in \[0, 1\)"),
-        ({"lr": 1.0, "betas": [0.9, 7.0]}, r"optimizer\.betas=\[0\.9, 7\.0\] must be 2 numbers"),
-        ({"lr": 1.0, "betas": [0.9, None]}, r"optimizer\.betas=\[0\.9, None\] must be 2 numbers"),
-        ({"lr": 1.0, "weight_decay": "x"}, r"optimizer\.weight_decay='x' must be a number >= 0"),
-        ({"lr": 1.0, "eps": math.nan}, r"optimizer\.eps=nan must be a positive number"),
+        ({"lr": "abc"}, r"optimizer\.lr='?abc'?"),
+        ({"lr": None}, r"optimizer\.lr=(None|null)"),
+        ({}, r"optimizer\.lr=(None|null)"),
+        ({"lr": -1.0}, r"optimizer\.lr=-1\.0"),
+        ({"lr": 0}, r"optimizer\.lr=0"),
+        ({"lr": math.inf}, r"optimizer\.lr=inf"),
+        ({"lr": 1.0, "betas": [0.9]}, r"optimizer\.betas=\[0\.9\]"),
+        ({"lr": 1.0, "betas": [0.9, 7.0]}, r"optimizer\.betas=\[0\.9, 7\.0\]"),
+        ({"lr": 1.0, "betas": [0.9, None]}, r"optimizer\.betas=\[0\.9, None\]"),
+        ({"lr": 1.0, "weight_decay": "x"}, r"optimizer\.weight_decay='?x'?"),
+        ({"lr": 1.0, "eps": math.nan}, r"optimizer\.eps=nan"),
     ],
 )
 def test_a_refused_setting_of_the_optimizer_is_named_with_its_value(settings, said):
@@ -153,7 +153,7 @@ def test_muon_says_that_it_trains_matrices_only():
     make = partial(torch.optim.Muon, lr=1e-3)
     build(make, [nn.Parameter(torch.zeros(2, 3))])
     wrong = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (2, 3, 4), (5,))]
-    with pytest.raises(ValueError, match=r"muon trains only matrices.* tensors of 1 and 3 dimensions.*adapter=lora"):
+    with pytest.raises(ValueError, match=r"muon.* 1 and 3 .*adapter=lora"):
         build(make, wrong)
 
 
@@ -161,7 +161,7 @@ def test_an_optimizer_that_is_not_installed_names_the_extra(monkeypatch):
     check_installed("prodigyopt.Prodigy")
     monkeypatch.setattr("train.optim.optimizers.find_spec", lambda package: None)
     for package in ("prodigyopt", "schedulefree"):
-        with pytest.raises(ValueError, match=rf"{package}\..* needs the package {package}: .*flux2-lora\[optimizers\]"):
+        with pytest.raises(ValueError, match=rf"{package}\b.*flux2-lora\[optimizers\]"):
             check_installed(f"{package}.Some")
     check_installed("torch.optim.AdamW")  # of what every installation has nothing is asked
     check_installed(None)
@@ -170,31 +170,30 @@ def test_an_optimizer_that_is_not_installed_names_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "setting", "said"),
     [
-        ("adamw", "optimizer.betas=[0.9,0.999,0.5]", "must be 2 numbers in [0, 1)"),
-        ("adamw", "optimizer.weight_decay=1e300", "an update with these settings is not finite: "),
-        ("adamw", "optimizer.fused=maybe", "optimizer.fused='maybe' must be true, false or auto"),
-        ("adamw", "+optimizer.amsgrad=2", "optimizer.amsgrad=2 must be true or false"),
-        ("prodigy", "optimizer.d_coef=a", "optimizer.d_coef='a' must be a positive number"),
-        ("prodigy", "optimizer.d_coef=0", "optimizer.d_coef=0 must be a positive number"),
-        ("prodigy", "optimizer.d_coef=-1", "optimizer.d_coef=-1 must be a positive number"),
-        ("prodigy", "+optimizer.growth_rate=1", "optimizer.growth_rate=1 must be above 1, or .inf"),
-        ("lion", "optimizer.betas=[0.9]", "must be 2 numbers"),
-        ("muon", "optimizer.momentum=5", "optimizer.momentum=5 must be a number >= 0 and < 1"),
-        ("muon", "+optimizer.ns_steps=0", "optimizer.ns_steps=0 must be an integer >= 1"),
-        ("muon", "+optimizer.ns_coefficients=[1,2]", "optimizer.ns_coefficients=[1, 2] must be 3 numbers"),
-        ("adafactor", "optimizer.eps=[null,0]", "optimizer.eps=[None, 0] must be 2 numbers above 0"),
-        ("adafactor", "optimizer.eps=1e-8", "optimizer.eps=1e-08 must be 2 numbers above 0"),
-        ("schedulefree", "optimizer.weight_decay=a", "optimizer.weight_decay='a' must be a number >= 0"),
-        ("schedulefree", "optimizer.weight_decay=-1", "optimizer.weight_decay=-1 must be a number >= 0"),
-        ("schedulefree", "optimizer.betas=[2,2]", "optimizer.betas=[2, 2] must be 2 numbers in [0, 1)"),
-        ("schedulefree", "+optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1 must be an integer >= 0"),
-        ("adamw_8bit", "+optimizer.min_8bit_size=a", "optimizer.min_8bit_size='a' must be an integer >= 0"),
+        ("adamw", "optimizer.betas=[0.9,0.999,0.5]", "0.999, 0.5"),
+        ("adamw", "optimizer.weight_decay=1e300", "not finite"),
+        ("adamw", "optimizer.fused=maybe", "optimizer.fused=maybe ... true ... false ... auto"),
+        ("adamw", "+optimizer.amsgrad=2", "optimizer.amsgrad=2 ... true ... false"),
+        ("prodigy", "optimizer.d_coef=a", "optimizer.d_coef=a ... positive"),
+        ("prodigy", "optimizer.d_coef=0", "optimizer.d_coef=0 ... positive"),
+        ("prodigy", "optimizer.d_coef=-1", "optimizer.d_coef=-1 ... positive"),
+        ("prodigy", "+optimizer.growth_rate=1", "optimizer.growth_rate=1 ... .inf"),
+        ("lion", "optimizer.betas=[0.9]", "optimizer.betas=[0.9]"),
+        ("muon", "optimizer.momentum=5", "optimizer.momentum=5"),
+        ("muon", "+optimizer.ns_steps=0", "optimizer.ns_steps=0"),
+        ("muon", "+optimizer.ns_coefficients=[1,2]", "optimizer.ns_coefficients=[1, 2] ... 3"),
+        ("adafactor", "optimizer.eps=[null,0]", "optimizer.eps=["),
+        ("adafactor", "optimizer.eps=1e-8", "optimizer.eps=1e-08"),
+        ("schedulefree", "optimizer.weight_decay=a", "optimizer.weight_decay=a"),
+        ("schedulefree", "optimizer.weight_decay=-1", "optimizer.weight_decay=-1"),
+        ("schedulefree", "optimizer.betas=[2,2]", "optimizer.betas=[2, 2]"),
+        ("schedulefree", "+optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1"),
+        ("adamw_8bit", "+optimizer.min_8bit_size=a", "optimizer.min_8bit_size=a"),
     ],
 )
 def test_what_no_optimizer_can_mean_is_said_before_anything_is_loaded(name, setting, said):
-    with pytest.raises(ValueError, match=re.escape(said)) as caught:
-        load_config(compose("model=tiny", f"optimizer={name}", setting))
-    assert setting.partition("=")[0].lstrip("+") in str(caught.value)
+    message = refusal("model=tiny", f"optimizer={name}", setting, task=load_config)
+    assert holds(message, f"{setting.partition('=')[0].lstrip('+')} ... {said}"), message
 
 
 def test_what_an_optimizer_sees_at_its_first_update_alone_is_said_with_its_settings():
@@ -202,7 +201,7 @@ def test_what_an_optimizer_sees_at_its_first_update_alone_is_said_with_its_setti
         def step(self, closure=None):
             raise TypeError("no such momentum")
 
-    with pytest.raises(ValueError, match=r"refused its settings \(TypeError: no such momentum\): optimizer\.lr=0\.1"):
+    with pytest.raises(ValueError, match=r"no such momentum.*optimizer\.lr=0\.1"):
         try_out(partial(Picky, lr=0.1), torch.device("cpu"))
 
 
@@ -211,29 +210,29 @@ def test_what_an_optimizer_leaves_empty_may_be_left_empty():
     build(partial(torch.optim.AdamW, lr=1.0, foreach=None, fused=None), parameter)
     build(partial(torch.optim.Adafactor, lr=1.0, eps=[None, 1.0]), parameter)
     build(partial(get_object("prodigyopt.Prodigy"), lr=1.0, beta3=None, growth_rate=math.inf), parameter)
-    with pytest.raises(ValueError, match=r"optimizer\.weight_decay=None must be a number >= 0"):
+    with pytest.raises(ValueError, match=r"optimizer\.weight_decay=(None|null)"):
         build(partial(torch.optim.AdamW, lr=1.0, weight_decay=None), parameter)
 
 
 @pytest.mark.parametrize(
     ("settings", "steps", "said"),
     [
-        (["optimizer.lr=1e30"], 300, "optimizer.lr=1e+30 is far above"),
+        (["optimizer.lr=1e30"], 300, "optimizer.lr=1e+30"),
         (["optimizer=prodigy"], 300, ""),
         (
             ["schedule=cosine", "schedule.warmup_steps=9"],
             9,
-            "schedule.warmup_steps=9 takes all of steps=9: the rate only reaches 90%",
+            "schedule.warmup_steps=9 ... steps=9 ... 90%",
         ),
         (["schedule=cosine", "schedule.warmup_steps=9"], 10, ""),
-        (["schedule=restarts", "schedule.cycles=6"], 11, "schedule.cycles=6 in 11 steps"),
-        (["schedule=restarts", "schedule.cycles=6", "schedule.warmup_steps=1"], 12, "schedule.cycles=6 in 11 steps"),
+        (["schedule=restarts", "schedule.cycles=6"], 11, "schedule.cycles=6 ... 11"),
+        (["schedule=restarts", "schedule.cycles=6", "schedule.warmup_steps=1"], 12, "schedule.cycles=6 ... 11"),
         (["schedule=restarts", "schedule.cycles=6"], 12, ""),
-        (["schedule=wsd"], 4, "schedule.decay=0.2 of 4 steps is less than one"),
+        (["schedule=wsd"], 4, "schedule.decay=0.2 ... 4"),
         (["schedule=wsd"], 5, ""),
     ],
 )
 def test_what_is_hardly_meant_is_a_warning(settings, steps, said, capfd):
     load_config(compose("model=tiny", f"steps={steps}", *settings))
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert [line.removeprefix("warning: ").startswith(said) for line in warnings] == ([True] if said else [])
+    assert [holds(line, said) for line in warnings] == ([True] if said else [])

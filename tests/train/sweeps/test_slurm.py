@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from message_helpers import holds
 from omegaconf import OmegaConf
 from train_helpers import compose, execute, random_tiny, run_training, values
 
@@ -114,7 +115,7 @@ def test_every_process_of_a_job_has_a_gpu_or_none_has(monkeypatch):
     slurm.check_launcher(launcher(tasks_per_node=4, gpus_per_node=4))
     slurm.check_launcher(launcher(tasks_per_node=2, gpus_per_node=None))
     for tasks, gpus in ((1, 4), (2, 1)):
-        said = rf"gpus_per_node={gpus} with hydra\.launcher\.tasks_per_node={tasks}: each process trains on one GPU"
+        said = rf"gpus_per_node={gpus}\b.*hydra\.launcher\.tasks_per_node={tasks}\b"
         with pytest.raises(ValueError, match=said):
             slurm.check_launcher(launcher(tasks_per_node=tasks, gpus_per_node=gpus))
 
@@ -123,9 +124,9 @@ def test_what_cannot_be_submitted_is_one_message_and_nothing_is_submitted(run_co
     pytest.importorskip("submitit", reason="the extra `slurm`")
     given = ["-m", "hydra/launcher=slurm", f"output_dir={tmp_path / 'sweep'}", "steps=1,2"]
     message = run_command.refused(*given, "hydra.launcher.gpus_per_node=4")
-    assert "hydra.launcher.gpus_per_node=4 with hydra.launcher.tasks_per_node=1" in message
+    assert holds(message, "hydra.launcher.gpus_per_node=4 ... hydra.launcher.tasks_per_node=1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "submitted by one process" in run_command.refused(*given)
+    assert "one process" in run_command.refused(*given)
     monkeypatch.setenv("RANK", "1")
     code, _, err = run_command(*given)
     assert (code, err) == (2, "")
@@ -149,7 +150,7 @@ def test_a_job_of_two_processes_is_the_run_of_one(tmp_path):
     said = "".join(file.read_text() for file in (tmp_path / "two" / ".submitit").glob("*/*_0_log.out"))
     assert len(re.findall("processes: 2, CPU threads each: ", said)) == 1, said
     assert [job.status for job in records.read_jobs(tmp_path / "two")] == ["done", "failed"]
-    assert done.stdout.count("adapter.rank=0 must be an integer >= 1") == 1
+    assert len(re.findall("error: .*adapter.rank=0", done.stdout)) == 1
     one = run_training(compose(*settings, "batch_size=2", "adapter.rank=2", f"output_dir={tmp_path / 'one'}")).parent
     for key in ("loss", "validation_loss"):
         assert values(tmp_path / "two" / "0", key) == pytest.approx(values(one, key), rel=1e-5)

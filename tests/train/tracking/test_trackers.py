@@ -5,6 +5,7 @@ import time
 
 import pytest
 import wandb
+from message_helpers import holds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_helpers import ask_to_stop, lines, values
 from wandb.proto import wandb_internal_pb2
@@ -77,7 +78,7 @@ def test_numbers_that_cannot_be_written_are_a_warning(tmp_path, capfd):
     metrics = Metrics(tmp_path, tracker := Remembering())
     (tmp_path / "metrics.jsonl").mkdir()
     metrics.log(1, loss=0.5)
-    assert "warning: the metrics of step 1 could not be written to" in capfd.readouterr().err
+    assert holds(capfd.readouterr().err, "warning: ... step 1 ... metrics.jsonl")
     assert tracker.events == [("log", 1, {"loss": 0.5})]
 
 
@@ -96,7 +97,7 @@ def test_numbers_that_could_not_be_written_are_kept_until_they_can_be_and_said_o
 def test_a_folder_in_the_place_of_the_numbers_is_named_with_a_remedy(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "file").touch()
-    with pytest.raises(ValueError, match=rf"{name} cannot be written .*or remove"):
+    with pytest.raises(ValueError, match=rf"{name}\b"):
         Metrics(tmp_path, NoTracker()).start("run", {}, 2)
 
 
@@ -224,7 +225,7 @@ def test_an_offline_run_of_wandb_has_configuration_numbers_and_grids_and_no_secr
     code, out, err = run_command(*small(*looked_at(tmp_path), "tracker=wandb", "tracker.mode=offline"))
     assert code == 0, err
     assert f"on the screen: {HUB_TOKEN}" in out
-    assert "the tracker failed" not in err
+    assert "warning" not in err
     wandb.teardown()  # its process may write for a moment after the run has finished
     files = without_secrets(tmp_path)
     (file,) = [file for file in files if file.suffix == ".wandb"]
@@ -280,7 +281,7 @@ def test_wandb_without_a_login_is_one_error_with_a_remedy(tmp_path, monkeypatch)
         raise wandb.errors.UsageError("No API key configured")
 
     monkeypatch.setattr(wandb, "init", fail)
-    with pytest.raises(ValueError, match=r"tracker=wandb: No API key .*wandb login.*tracker\.mode=offline"):
+    with pytest.raises(ValueError, match=r"tracker=wandb.*No API key.*wandb login.*tracker\.mode=offline"):
         WandbTracker().start(tmp_path, "run", {})
 
 
@@ -294,8 +295,8 @@ def test_wandb_that_cannot_be_reached_goes_on_offline_with_a_warning(train, monk
     run = train("run", "tracker=wandb")
     assert time.monotonic() - began < 90
     err = capfd.readouterr().err
-    assert re.search(r"warning: tracker=wandb: .* stored offline: `wandb sync .*offline-run-\*` sends it", err)
-    assert "the tracker failed" not in err
+    assert re.search(r"warning: tracker=wandb\b.*`wandb sync .*run/wandb/offline-run-\*`", err)
+    assert err.count("warning") == 1
     kept = (run / "wandb_id").read_text()
     (file,) = run.glob(f"wandb/offline-run-*/run-{kept}.wandb")
     wandb.teardown()  # its process may write for a moment after the run has finished
@@ -323,16 +324,16 @@ def test_tensorboard_that_is_not_installed_is_one_error_with_a_remedy(tmp_path, 
     import sys
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"tracker=tensorboard needs TensorBoard: pip install"):
+    with pytest.raises(ValueError, match=r"tracker=tensorboard.*pip install"):
         TensorBoardTracker().start(tmp_path, "run", {})
 
 
 def test_where_tensorboard_cannot_write_is_one_error_with_a_remedy(tmp_path):
     (tmp_path / "tensorboard").touch()
-    with pytest.raises(ValueError, match=r"tracker=tensorboard: .*/tensorboard cannot be written .*tracker=none"):
+    with pytest.raises(ValueError, match=r"tracker=tensorboard.*/tensorboard\b.*tracker=none"):
         TensorBoardTracker().start(tmp_path, "run", {})
 
 
 def test_an_unknown_mode_of_wandb_is_refused():
-    with pytest.raises(ValueError, match=r"tracker\.mode='on' must be one of online, offline, disabled"):
+    with pytest.raises(ValueError, match=r"tracker\.mode='?on\b.*online.*offline.*disabled"):
         WandbTracker(mode="on")

@@ -18,7 +18,7 @@ def test_a_folder_is_held_by_one_until_it_lets_go(tmp_path):
     (tmp_path / "config.yaml").touch()
     first = Lock(tmp_path)
     assert in_use(tmp_path)
-    with pytest.raises(InUse, match=f"{tmp_path} is in use"):
+    with pytest.raises(InUse, match=f"{tmp_path}.*in use"):
         Lock(tmp_path)
     first.release()
     first.release()
@@ -64,11 +64,9 @@ def test_a_taken_name_gets_a_number(tmp_path):
 def test_what_cannot_be_written_is_named_with_its_key(tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(
-            ValueError, match=r"^cache_dir='.*file.* cannot be written \((File exists|Not a directory)\)"
-        ):
+        with pytest.raises(ValueError, match=r"^cache_dir=.*file.*(File exists|Not a directory)"):
             make_writable(place, "cache_dir")
-    with pytest.raises(ValueError, match=r"cannot be created \(Not a directory\).*output_dir=\.\.\."):
+    with pytest.raises(ValueError, match=r"Not a directory.*output_dir="):
         make_new(tmp_path / "file" / "run")
     make_writable(tmp_path / "new" / "folder", "cache_dir")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
@@ -84,7 +82,7 @@ def test_a_file_is_as_it_was_where_it_cannot_be_written_whole(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ValueError, match=r"config\.yaml cannot be written \(No space left on device\)"):
+    with pytest.raises(ValueError, match=r"config\.yaml.*No space left on device"):
         write_whole(file, "after")
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]

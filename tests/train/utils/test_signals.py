@@ -5,11 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from train_helpers import (
-    ask_to_stop,
-    lines,
-    values,
-)
+from message_helpers import holds
+from train_helpers import ask_to_stop, lines, values
 
 from flux2 import adapters
 from train.checkpoints.checkpoint import checkpoints
@@ -29,7 +26,7 @@ pytest_plugins = ("train_helpers",)
 def test_a_stop_request_saves_the_step_and_leaves_the_handlers_as_they_were(train, at_step, number, tmp_path):
     before = [signal.getsignal(name) for name in SIGNALS]
     at_step(1, ask_to_stop(number))
-    with pytest.raises(Interrupted, match=f"stopped by {signal.Signals(number).name} after step 2"):
+    with pytest.raises(Interrupted, match=f"{signal.Signals(number).name} .*step 2"):
         train("run")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_000002"]
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
@@ -43,7 +40,7 @@ def test_the_first_stop_request_is_answered_on_the_error_stream_by_the_first_pro
         with stop_requests():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        assert capfd.readouterr().err.count("stopping after this step; a second signal stops at once") == said
+        assert capfd.readouterr().err.count("second signal") == said
 
 
 def test_a_hang_up_that_is_ignored_stays_so():
@@ -61,10 +58,10 @@ def test_stopped_at_once_the_last_checkpoint_is_named(train, at_step, tmp_path):
         raise KeyboardInterrupt
 
     at_step(3, interrupt)
-    with pytest.raises(Interrupted, match=r"without saving; the last checkpoint is .*step_000002; .*resume=.*run$"):
+    with pytest.raises(Interrupted, match=r"without saving.*step_000002.*resume=.*run$"):
         train("run", "checkpoint_every=2")
     at_step(0, interrupt)
-    with pytest.raises(Interrupted, match=r"without saving; no checkpoint was saved yet"):
+    with pytest.raises(Interrupted, match=r"without saving.*no checkpoint"):
         train("other")
 
 
@@ -84,8 +81,8 @@ def test_an_error_in_mid_training_saves_the_last_whole_step_and_says_where(train
     at_step(3, failing(error))
     with pytest.raises(type(error), match=str(error)) as raised:
         train("run")
-    note = f"The state after step 3 is saved in {tmp_path / 'run' / 'checkpoints' / 'step_000003'}; go on with resume="
-    assert note in raised.value.__notes__[0]
+    note = f"step 3 ... {tmp_path / 'run' / 'checkpoints' / 'step_000003'} ... resume="
+    assert holds(raised.value.__notes__[0], note)
     assert lines(train("run", "resume=auto")) == lines(plain)
 
 
@@ -94,7 +91,7 @@ def test_an_error_in_the_middle_of_an_update_saves_nothing_that_is_half_done(tra
     monkeypatch.setattr("train.config.run_config.try_out", lambda *arguments: None)
     with pytest.raises(RuntimeError) as raised:
         train("run")
-    assert raised.value.__notes__ == ["No checkpoint was saved yet"]
+    assert holds("".join(raised.value.__notes__), "no checkpoint")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -104,7 +101,7 @@ def test_a_grid_that_fails_is_a_warning(train, monkeypatch, capfd):
     assert (train("run", *settings) / "adapter").exists()
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 3
-    assert "sampling after step 2 failed (OSError: disk full)" in said[1]
+    assert holds(said[1], "step 2 ... OSError: disk full")
 
 
 def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):
@@ -112,7 +109,7 @@ def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):
     assert len(values(train("run"))) == 4
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 1
-    assert "the tracker failed (log: ConnectionError: no network); training continues without it" in said[0]
+    assert holds(said[0], "tracker ... ConnectionError: no network")
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_next_is_tried(train, monkeypatch, capfd):
@@ -128,7 +125,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_the_next_is_tried(
     monkeypatch.setattr(torch, "save", once)
     run = train("run", "checkpoint_every=1")
     assert [path.name for path in checkpoints(run)] == ["step_000002", "step_000003", "step_000004"]
-    assert "step_000001 could not be written (no room)" in capfd.readouterr().err
+    assert holds(capfd.readouterr().err, "step_000001 ... no room")
     assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -143,7 +140,7 @@ def test_an_adapter_that_cannot_be_written_leaves_a_state_to_go_on_from(train, m
 
     monkeypatch.setattr(adapters, "save", full)
     for settings in ([], ["checkpoint_every=4", "resume=auto"]):
-        with pytest.raises(TrainingError, match=r"all 4 steps are done, but .*\(disk full\)\. .*step_000004") as raised:
+        with pytest.raises(TrainingError, match=r"4 steps.*disk full.*step_000004") as raised:
             train("run", *settings)
         assert f"resume={tmp_path / 'run'}" in str(raised.value)
     monkeypatch.undo()
@@ -158,9 +155,7 @@ def test_what_cannot_be_saved_says_what_is_still_there(train, monkeypatch, at_st
     with pytest.raises(ValueError, match="cache entry gone") as raised:
         train("run", "checkpoint_every=2")
     (note,) = raised.value.__notes__
-    assert "The state after step 3 could not be saved" in note
-    assert "The last checkpoint is" in note
-    assert "step_000002" in note
+    assert holds(note, "step 3 ... step_000002")
 
 
 def test_a_stop_request_at_the_last_step_lets_the_run_end(train, at_step):
