@@ -5,7 +5,7 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 # One thread a test process: two processes with two threads each would wait for each other.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
-.PHONY: setup demo demo-edit test test-slow check bench tiny clean
+.PHONY: setup demo demo-edit test test-slow check bench docs tiny clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make check      lint, format, types and make test"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make tiny       draw the pictures and train the embedded model again (hours)"
+	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make bench      the side-by-side benchmarks for this machine, and README's tables from them"
 
 setup: .venv/installed
@@ -51,6 +52,13 @@ bench: setup
 	$(BIN)/python benchmarks/step.py
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(BIN)/python benchmarks/matrix.py && $(BIN)/python benchmarks/fits.py && $(BIN)/python benchmarks/inference.py; fi
 	$(BIN)/python benchmarks/tables.py
+
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 clean:
 	rm -rf .venv outputs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,4 +1,4 @@
-"""Draw docs/data_flow.svg, the way from pictures to the adapter: `python docs/draw_data_flow.py`.
+"""Draw docs/data_flow.svg, the way from images to the adapter: `python docs/draw_data_flow.py`.
 
 Boxes have their own background and lines are medium gray, so the picture reads on light and dark pages.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("data_flow.svg")
 WIDTH, HEIGHT = 960, 560
-LINE = "#6e7681"  # contrast of 4 or more on both white and #0d1117
+LINE = "#768390"  # contrast of about 4 on white, on the dark theme of the site and on #0d1117
 DATA, MODEL, STEP, TRAINED, OUTPUT = "#dbeafe", "#d1d5db", "#f9fafb", "#fde68a", "#bbf7d0"
 BOX_HEIGHT = 74
 
@@ -43,13 +43,13 @@ def phase(y: int, height: int, title: str, title_x: int = 24) -> list[str]:
 def prepare() -> list[str]:
     return [
         *phase(8, 218, "1  Prepare, once: each encoder is loaded, used and freed"),
-        *box(24, 92, 190, DATA, "Pictures, captions", "folder, pairs, Hub, tables,", "tar shards"),
+        *box(24, 92, 190, DATA, "Images, captions", "folder, pairs, Hub, tables,", "tar shards"),
         arrow((214, 129), (250, 129)),
         *box(252, 92, 190, DATA, "Samples", "captions, references, mask", "data/sources"),
         arrow((442, 118), (462, 118), (462, 82), (488, 82)),
         arrow((442, 140), (462, 140), (462, 176), (488, 176)),
         *box(490, 46, 200, MODEL, "Text encoder", "captions to embeddings", "flux2/prompts"),
-        *box(490, 140, 200, MODEL, "Autoencoder", "pictures to latents, per bucket", "flux2/models"),
+        *box(490, 140, 200, MODEL, "Autoencoder", "images to latents, per bucket", "flux2/models"),
         arrow((690, 82), (716, 82), (716, 118), (744, 118)),
         arrow((690, 176), (716, 176), (716, 140), (744, 140)),
         *box(746, 92, 190, DATA, "Cache", "one file per content", "data/cache"),
@@ -83,7 +83,7 @@ def use() -> list[str]:
         arrow((360, 499), (406, 499)),
         arrow((384, 499), (384, 448), (672, 448), (672, 460)),
         arrow((672, 448), (856, 448), (856, 460)),
-        *box(408, 462, 160, OUTPUT, "flux2.generate", "pictures, edits", "also flux2.load in Python"),
+        *box(408, 462, 160, OUTPUT, "flux2.generate", "images, edits", "also flux2.load in Python"),
         *box(592, 462, 160, OUTPUT, "diffusers", "load_lora_weights"),
         *box(776, 462, 160, OUTPUT, "flux2.export", "ComfyUI, kohya,", "merged checkpoints"),
     ]
@@ -95,7 +95,7 @@ def draw() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'role="img" font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">'
     )
-    title = "<title>How data flows from pictures to the adapter</title>"
+    title = "<title>How data flows from images to the adapter</title>"
     marker = (
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0,0 L8,4 L0,8 z" fill="{LINE}"/></marker></defs>'

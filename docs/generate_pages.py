@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOP_FOLDERS = ("flux2", "data", "train")
 PUBLIC_API = ("flux2.load", "flux2.Pipeline")  # the first page of the API; their modules are left out below
 COPIED = {  # page of the site: the file of the repository that it shows
+    "getting-started.md": "README.md",
     "embedded-model.md": "flux2/assets/tiny/README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
@@ -90,10 +91,9 @@ def settings_page() -> str:
 
 
 def listed_packages() -> list[str]:
-    """Return the packages and modules of README's list, dotted and in its order: the first cell of its table rows."""
-    paths = re.findall(
-        rf"^\| `((?:{'|'.join(TOP_FOLDERS)})/[\w/.]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE
-    )
+    """Return the packages and modules of README's list, dotted and in its order: the first cells of its table rows."""
+    cells = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    paths = re.findall(rf"`((?:{'|'.join(TOP_FOLDERS)})/[\w/.]+)`", " ".join(cells))
     return [path.removesuffix(".py").replace("/", ".") for path in paths]
 
 
@@ -120,25 +120,25 @@ def modules(name: str) -> list[str]:
 
 def api_pages() -> dict[str, str]:
     """Return the API pages by path, the public API first."""
-    listed = listed_packages()
-    check_packages(listed)
     public = ["# flux2: load and generate", *(f"::: {name}" for name in PUBLIC_API)]
     pages = {"api/flux2.md": "\n\n".join(public)}
-    for name in listed:
-        parts = [f"# {name}"]
-        for module in modules(name):
-            # A package shows its docstring alone: what it re-exports is documented where it is defined.
-            own = "\n    options: {members: false}" if module == name and len(modules(name)) > 1 else ""
-            parts.append(f"::: {module}{own}")
+    for name in listed_packages():
+        first, *others = modules(name)
+        options = "show_root_heading: false, show_root_toc_entry: false"  # the heading of the page says it
+        if others:
+            options += ", members: false"  # what a package re-exports is documented where it is defined
+        parts = [f"# {name}", f"::: {first}\n    options: {{{options}}}", *(f"::: {module}" for module in others)]
         pages[f"api/{name}.md"] = "\n\n".join(parts)
     return pages
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the API pages to the navigation."""
+    """Check the list of packages, and add the API pages to the navigation."""
     assert config.nav is not None
-    names = ["flux2", *listed_packages()]
-    for top in reversed(TOP_FOLDERS):
+    listed = listed_packages()
+    check_packages(listed)
+    names = ["flux2", *listed]
+    for top in TOP_FOLDERS:
         pages = [{name: f"api/{name}.md"} for name in names if name.partition(".")[0] == top]
         config.nav.insert(-1, {f"Python API: {top}": pages})
     return config
@@ -157,7 +157,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links within the repository into links within the site, or into plain text if the site has no such page."""
     path = page.file.src_uri
     folder = posixpath.dirname(COPIED.get(path, f"docs/{path}"))
-    pages = {source: name for name, source in COPIED.items()} | {"README.md": "index.md"}
+    pages = {source: name for name, source in COPIED.items()}
 
     def replace(match: re.Match[str]) -> str:
         image, text, link, anchor = match.groups()

@@ -21,7 +21,7 @@ from train.cli.errors import flat
 from train.config.instantiate import instantiate, parse_settings
 from train.config.run_config import GROUPS
 from train.evaluate import EvaluationSettings
-from train.stages.data import paths
+from train.stages.data import cache_request, paths
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
