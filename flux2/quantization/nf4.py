@@ -224,6 +224,8 @@ class Nf4Linear(QuantizedLinear):
 
     def _checked_state(self, tensors: Mapping[str, Tensor], nested: bool, device: torch.device) -> bnb.QuantState:
         """Return bitsandbytes' state of `tensors`. Raise ValueError unless they are a weight of this layer."""
+        import bitsandbytes.functional as bnb
+
         needed = {*NF4_KEYS, *NESTED_KEYS} if nested else set(NF4_KEYS)
         if missing := needed - tensors.keys():
             raise ValueError(f"{', '.join(sorted(missing))} missing for {self}")
