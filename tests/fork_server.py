@@ -25,12 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import train.encoding.class_pictures
-
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
+import train.encoding.class_pictures  # noqa: E402
 import train.run  # noqa: E402
 import train.tracking.metrics  # noqa: E402
 
