@@ -68,7 +68,7 @@ def composed(*choices: str) -> DictConfig:
 def compose(*overrides: str) -> DictConfig:
     """conf/train.yaml with `overrides`, as the command line composes it: choices of groups first, then values."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    choices = [one for one in parsed if (CONF / one.key_or_group).is_dir()]
+    choices = [one for one in parsed if (CONF / one.key_or_group).is_dir() or one.key_or_group.startswith("hydra.")]
     config = copy.deepcopy(composed(*(one.input_line for one in choices)))
     ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if one not in choices], config)
     return config

@@ -107,7 +107,7 @@ def test_a_shift_of_one_is_none():
         (lambda: Uniform(0), r"timesteps\.shift=0"),
         (lambda: Uniform(None), r"timesteps\.shift=(None|null)"),
         (lambda: Uniform("empirical", 0), r"timesteps\.steps=0"),
-        (lambda: Uniform("none", 4), r"timesteps\.steps=4 does nothing with timesteps\.shift=none"),
+        (lambda: Uniform("none", 4), r"timesteps\.steps=4 has no effect with timesteps\.shift=none"),
         (lambda: Mode(1.8), r"timesteps\.scale=1\.8"),
         (lambda: Mode("x"), r"timesteps\.scale='?x'?"),
     ],
