@@ -301,7 +301,7 @@ def test_training_on_smaller_embeddings_is_nearly_the_same(train, storage, limit
 
 def test_embeddings_are_not_stored_behind_a_layer_that_is_trained(run_command, small):
     message = run_command.refused(*small("adapter.targets=[txt_in]", "embedding_storage=projected_fp8"))
-    assert message.startswith("embedding_storage='projected_fp8' stores embeddings as the layer txt_in gives them")
+    assert message.startswith("embedding_storage='projected_fp8' stores the output of the layer txt_in")
     assert run_command.refused(*small("embedding_storage=half")).startswith("embedding_storage='half' must be one of")
 
 

@@ -11,7 +11,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from train.cli.errors import format_error, known_settings
-from train.config.instantiate import check_keys, instantiate, no_setting, parse_settings
+from train.config.instantiate import check_keys, instantiate, parse_settings, unknown_setting
 from train.sweeps import callback
 from train.utils.console import name_process_in_errors
 from train.utils.signals import SIGNALS, Interrupted
@@ -31,12 +31,12 @@ pytest_plugins = ("train_helpers",)
         ("+stepz=3", ["stepz=3 is not a setting", "did you mean steps?"]),
         ("lr=1e-4", ["lr=1e-4 is not a setting", "did you mean optimizer.lr?"]),
         ("modle=dev", ["modle=dev is not a setting", "did you mean model?"]),
-        ("+foo=1", ["foo=1 is not a setting", "known are seed, steps,"]),
+        ("+foo=1", ["foo=1 is not a setting", "choose one of seed, steps,"]),
         ("+schedule.warmup=1", ["schedule.warmup=1 is not a setting", "did you mean schedule.warmup_steps?"]),
         ("+optimizer.beta=1", ["optimizer.beta=1 is not a setting", "did you mean optimizer.betas?"]),
         ("+sample.prompt=a", ["sample.prompt='a' is not a setting", "did you mean sample.prompts?"]),
         ("+tracker.mode=offline", ["tracker.mode='offline' is not a setting; tracker has none"]),
-        ("+adapter.seed=3", ["adapter.seed=3 is not a setting", "known are adapter.rank"]),
+        ("+adapter.seed=3", ["adapter.seed=3 is not a setting", "choose one of adapter.rank"]),
         ("experiment=debug", ["experiment=debug", "write +experiment=debug"]),
     ],
 )
@@ -57,9 +57,9 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("name=.", "name='.' must be a word without slashes"),
         ("name=..", "name='..' must be a word without slashes"),
         ("name=", "name='' must be a word without slashes"),
-        ("output_dir=3", "output_dir=3 must be a text"),
-        ("output_dir=", "output_dir='' must not be empty: leave it out, or null"),
-        ("resume=", "resume='' must not be empty: leave it out, or null"),
+        ("output_dir=3", "output_dir=3 must be a string"),
+        ("output_dir=", "output_dir='' must not be empty: leave it out, or set null"),
+        ("resume=", "resume='' must not be empty: leave it out, or set null"),
         ("cache_dir=", "cache_dir='' must not be empty"),
         ("optimizer.lr=abc", "optimizer.lr='abc' must be a positive number"),
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]"),
@@ -77,9 +77,9 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("memory.compile=yes please", "memory.compile='yes please' must be true or false"),
         ("memory.attention=flash", "memory.attention='flash' must be a list of attention backends, best first"),
         ("memory.attention=[flash,flash]", "memory.attention=['flash', 'flash'] must be a list of attention backends"),
-        ("memory.checkpointing=[1]", "memory.checkpointing=[1] must be a text"),
-        ("precision.dtype=[1]", "precision.dtype=[1] must be a text, or null"),
-        ("model.name=[a]", "model.name=['a'] must be a text"),
+        ("memory.checkpointing=[1]", "memory.checkpointing=[1] must be a string"),
+        ("precision.dtype=[1]", "precision.dtype=[1] must be a string, or null"),
+        ("model.name=[a]", "model.name=['a'] must be a string"),
         ("adapter.targets=null", "adapter.targets=None must be a preset, a regular expression, or a list"),
         ("adapter.targets=5", "adapter.targets=5 must be a preset, a regular expression, or a list"),
         ("adapter.targets=[5]", "adapter.targets=[5] must be a preset, a regular expression, or a list"),
@@ -92,7 +92,7 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("seed=-1", "seed=-1 must be an integer >= 0"),
         ("seed=1.0", "seed=1.0 must be an integer >= 0"),
         ("seed=true", "seed=True must be an integer >= 0"),
-        ("seed=9223372036854775808", "seed=9223372036854775808 must be below 2 ** 63"),
+        ("seed=9223372036854775808", "seed=9223372036854775808 must be an integer >= 0 and < 2 ** 63"),
         ("precision.dtype=fp16", "precision.dtype='fp16' must be one of fp32, bf16"),
         ("buckets.step=17", "buckets.step=17 must be a positive whole multiple of 16"),
         ("model.text_encoder=http://127.0.0.1:1", "write text_encoder=remote text_encoder.url=... instead"),
@@ -124,17 +124,17 @@ def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(run_command
             "precision.layers: 'linear9' matches no linear layer",
         ),
         ("precision=nf4 precision.layers=[]", "precision.layers is empty: name at least one layer"),
-        ("precision=nf4 +precision.rowwise=true", "precision.rowwise=True does nothing with precision.storage='nf4'"),
+        ("precision=nf4 +precision.rowwise=true", "precision.rowwise=True has no effect with precision.storage='nf4'"),
         (
             "precision=nf4 memory.cache_transposed_weights=true",
-            "memory.cache_transposed_weights=true does nothing with precision.storage=nf4",
+            "memory.cache_transposed_weights=true has no effect with precision.storage=nf4",
         ),
         (
             "precision=fp8 memory.cache_transposed_weights=true precision.backward=bf16",
-            "memory.cache_transposed_weights=true does nothing with precision.backward=bf16",
+            "memory.cache_transposed_weights=true has no effect with precision.backward=bf16",
         ),
         ("memory.cache_transposed_weights=1", "memory.cache_transposed_weights=1 must be true or false"),
-        ("+precision.backward=bf16", "precision.backward='bf16' does nothing with precision.storage=None"),
+        ("+precision.backward=bf16", "precision.backward='bf16' has no effect with precision.storage=None"),
         ("precision=nf4 precision.rowwise=true", "precision.rowwise=true is not a setting"),
         ("precision=int4", "precision=int4 is not a choice; choose one of auto, bf16, fp32, fp8, nf4"),
     ],
@@ -387,12 +387,12 @@ def test_a_job_that_fails_through_a_mistake_of_ours_shows_where_and_the_others_g
 
 def test_keys_are_compared_within_their_group_first():
     known = ["steps", "adapter", "adapter.rank", "sample.steps", "optimizer.lr"]
-    assert no_setting("adapter.rnk=4", known) == "adapter.rnk=4 is not a setting; did you mean adapter.rank?"
-    assert no_setting("sample.step", known).endswith("did you mean sample.steps?")
-    assert no_setting("rank=4", known).endswith("did you mean adapter.rank?")
-    assert no_setting("adapter.foo=4", known).endswith("known are adapter.rank")
-    assert no_setting("+text_encoder.token=hidden", known).startswith("text_encoder.token=... is not a setting")
-    assert no_setting("nothing.foo=4", known).endswith(f"known are {', '.join(known)}")
+    assert unknown_setting("adapter.rnk=4", known) == "adapter.rnk=4 is not a setting; did you mean adapter.rank?"
+    assert unknown_setting("sample.step", known).endswith("did you mean sample.steps?")
+    assert unknown_setting("rank=4", known).endswith("did you mean adapter.rank?")
+    assert unknown_setting("adapter.foo=4", known).endswith("choose one of adapter.rank")
+    assert unknown_setting("+text_encoder.token=hidden", known).startswith("text_encoder.token=... is not a setting")
+    assert unknown_setting("nothing.foo=4", known).endswith(f"choose one of {', '.join(known)}")
 
 
 def test_the_known_settings_are_those_of_the_choices_made():
@@ -451,5 +451,5 @@ def test_a_message_is_one_line_whatever_a_library_wrote():
 
 
 def test_keys_of_the_top_have_no_prefix():
-    with pytest.raises(ValueError, match=r"^b=1 is not a setting; known are a$"):
+    with pytest.raises(ValueError, match=r"^b=1 is not a setting; choose one of a$"):
         check_keys("", {"b": 1}, ["a"])

@@ -350,7 +350,7 @@ def test_a_size_of_a_grids_pictures_that_no_machine_has_room_for_is_refused(key)
 def test_the_best_checkpoints_are_not_kept_by_a_loss_that_is_not_measured(small):
     given = small("keep_last=1", "keep_best=1", "checkpoint_every=2", "validate_every=2", "validation.samples=0")
     with pytest.raises(
-        ValueError, match=r"keep_best=1 goes by the validation loss, which validation\.samples=0 does not"
+        ValueError, match=r"keep_best=1 ranks checkpoints by validation loss, which validation\.samples=0 does not"
     ):
         load_config(compose(*given))
     load_config(compose(*given, "validation.held_out=1"))
