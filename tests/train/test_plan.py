@@ -176,18 +176,19 @@ def test_a_text_encoder_on_this_disk_is_counted_by_its_own_sizes():
 def test_a_text_encoder_in_less_memory_is_counted_as_it_is_kept(storage):
     run = load_config(compose("model=tiny", "device=cpu", f"text_encoder.storage={storage}"))
     model = load_text_encoder(run.source, dtype=torch.float32, storage=storage).model
-    phases = Planner(choosing.job_of(run, on_gpu=False)).encoders({})
+    phases = Planner(choosing.workload_of(run, on_gpu=False)).encoders({})
     assert phases["prompts"]["text encoder"] == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_a_text_encoder_elsewhere_takes_no_memory_here():
     run = load_config(compose("model=tiny", "device=cpu", "text_encoder=remote"))
-    assert "prompts" not in Planner(choosing.job_of(run, on_gpu=False)).encoders({})
+    assert "prompts" not in Planner(choosing.workload_of(run, on_gpu=False)).encoders({})
 
 
 def test_the_references_that_a_dataset_names_are_counted():
     def counted(*given):
-        return len(choosing.job_of(load_config(compose(*given, "reference_resolution=64")), on_gpu=False).references)
+        run = load_config(compose(*given, "reference_resolution=64"))
+        return len(choosing.workload_of(run, on_gpu=False).references)
 
     pairs = ["+dataset@dataset.sources.pairs=pairs", "dataset.sources.pairs.path=x"]
     cards = ["+dataset@dataset.sources.cards=folder", "dataset.sources.cards.path=x"]
@@ -204,10 +205,10 @@ def test_what_sample_grids_edit_is_counted_with_the_prompt_that_edits_most(small
         Image.new("RGB", size).save(files[-1])
     wide, small_one = files
     given = [f"sample.references=[[{small_one}],[{wide},{small_one}],[]]", "sample.prompts=[a cup,a fox,a cup]"]
-    edits = choosing.job_of(load_config(compose(*small(*given, "sample_every=1"))), on_gpu=False)
+    edits = choosing.workload_of(load_config(compose(*small(*given, "sample_every=1"))), on_gpu=False)
     assert edits.sample_references == [(96, 64), (48, 32)]
     assert (
-        choosing.job_of(load_config(compose(*small(*given))), on_gpu=False).sample_references == []
+        choosing.workload_of(load_config(compose(*small(*given))), on_gpu=False).sample_references == []
     )  # no grids are made
     alone = replace(edits, sample_references=[])
     sizes = [Planner(each).predict(Choice("full")).phases["samples"]["working set"] for each in (edits, alone)]
@@ -324,16 +325,16 @@ def offline(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["+experiment=tarot"], ["dev in bf16: 2 pictures of 4096 tokens with 512 of text", "34.7", "predicted"]),
-        (["+experiment=tarot", "+card=24", "batch_size=1"], ["For a card of 24 GB memory=auto would choose"]),
+        (["+experiment=tarot"], ["dev in bf16: 2 images of 4096 tokens with 512 text tokens", "34.7", "predicted"]),
+        (["+experiment=tarot", "+card=24", "batch_size=1"], ["For a GPU of 24 GB memory=auto would choose"]),
         (
             ["+experiment=tarot", "precision=nf4", "memory=24gb"],
-            ["dev in nf4", "streamed blocks", "dequantized layer", "For a card of 24 GB memory=auto would choose"],
+            ["dev in nf4", "streamed blocks", "dequantized layer", "For a GPU of 24 GB memory=auto would choose"],
         ),
-        (["model=klein_base_4b"], ["klein_base_4b in bf16: 4 pictures of 4096 tokens"]),
-        (["model=tiny"], ["tiny in bf16: 4 pictures of 64 tokens"]),
+        (["model=klein_base_4b"], ["klein_base_4b in bf16: 4 images of 4096 tokens"]),
+        (["model=tiny"], ["tiny in bf16: 4 images of 64 tokens"]),
         (["model=tiny", "device=cpu"], ["tiny in fp32", "in host memory"]),
-        (["+experiment=demo", "memory=8gb"], ["For a card of 8 GB", "10 pictures"]),
+        (["+experiment=demo", "memory=8gb"], ["For a GPU of 8 GB", "10 images"]),
     ],
 )
 def test_the_command_prints_the_plan_offline_and_without_weights(run_command, offline, arguments, said):
@@ -347,20 +348,20 @@ def test_the_command_prints_the_plan_offline_and_without_weights(run_command, of
 def test_what_does_not_fit_is_said_before_the_time_of_a_step(run_command, offline):
     code, out, err = run_command("+experiment=tarot", "+card=24", "batch_size=1", task=plan.main)
     assert code == 0, err
-    assert "dev in bf16: 1 picture of 4096 tokens" in out
-    refused = out.index("As set it does not fit 24 GB: it takes ")
-    assert refused < out.index("If it fitted: A step of 1 picture: ")
+    assert "dev in bf16: 1 image of 4096 tokens" in out
+    refused = out.index("As set it does not fit 24 GB: it needs ")
+    assert refused < out.index("If it did fit: A step of 1 image: ")
     code, out, err = run_command("model=tiny", "+card=24", task=plan.main)
     assert code == 0, err
-    assert "fitted" not in out
-    assert "\nA step of 4 pictures: " in out
+    assert "did fit" not in out
+    assert "\nA step of 4 images: " in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["+card=big"], "card='big' must be the size of a card in GB"),
-        (["+card=0.5"], "card=0.5 must be the size of a card in GB, from 1"),
+        (["+card=big"], "card='big' must be the memory of a GPU in GB"),
+        (["+card=0.5"], "card=0.5 must be the memory of a GPU in GB"),
         (["device=foo"], "device='foo' must be cuda or cpu, or null"),
         (["dataset.reference_columns=before"], "dataset.reference_columns='before' must be a list"),
         (
@@ -414,8 +415,8 @@ def test_a_measured_micro_batch_counts_as_often_as_it_is_computed(planner, tmp_p
         job = replace(found.job, **changes)
         return plan.describe(Planner(job), Planner(job).predict(Choice("full")), H200, "NVIDIA H200")
 
-    assert said().startswith("A step of 1 picture: 0.25 s (measured on NVIDIA H200")
-    assert said(accumulation=8).startswith("A step of 8 pictures: 2.00 s (measured")
+    assert said().startswith("A step of 1 image: 0.25 s (measured on NVIDIA H200")
+    assert said(accumulation=8).startswith("A step of 8 images: 2.00 s (measured")
     assert "predicted" in said(usual=False)
 
 
@@ -424,14 +425,14 @@ def test_a_measured_micro_batch_counts_as_often_as_it_is_computed(planner, tmp_p
 )
 def test_what_is_set_otherwise_than_measured_is_not_usual(given):
     arguments = ["model=tiny", "device=cpu", "precision=fp8", "precision.matmul=fp8"]
-    assert choosing.job_of(load_config(compose(*arguments)), on_gpu=False).usual
+    assert choosing.workload_of(load_config(compose(*arguments)), on_gpu=False).usual
     more = ["preservation.prompts=[a]"] if given == "preservation=base" else []
-    assert not choosing.job_of(load_config(compose(*arguments, given, *more)), on_gpu=False).usual
+    assert not choosing.workload_of(load_config(compose(*arguments, given, *more)), on_gpu=False).usual
 
 
 def test_on_a_card_without_fp8_products_they_are_planned_in_bf16():
     run = load_config(compose("model=klein_base_4b", "device=cpu", "precision=fp8"))
-    new, old = (Planner(choosing.job_of(run, True, in_fp8)) for in_fp8 in (True, False))
+    new, old = (Planner(choosing.workload_of(run, True, in_fp8)) for in_fp8 in (True, False))
     assert (new.has_layouts, old.has_layouts) == (True, False)
     assert "fp8" in new.blocks("full")[2].flops
     assert "fp8" not in old.blocks("full")[2].flops
@@ -588,7 +589,7 @@ def test_what_was_being_done_is_named(run_command, small, monkeypatch, tmp_path,
 def test_the_advice_is_a_setting_that_takes_less(small):
     run = load_config(compose(*small("memory.checkpointing=none")))
     said = advice(run, OutOfMemory("", "step", 0, 0))
-    assert said.startswith("Next step down: memory.checkpointing=")
+    assert said.startswith("Set memory.checkpointing=")
     said = advice(run, OutOfMemory("", "step", 10**15, 0))
     assert said.startswith("The base would be ")
     assert said.endswith("with batch_size=1 with more gradient_accumulation or a smaller buckets.resolution.")
