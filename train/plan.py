@@ -177,7 +177,7 @@ def main(config: DictConfig) -> None:
 
     # Whether it fits, and the time of a step.
     fits = card is None or now.training <= usable(card)
-    if not fits:
+    if card is not None and not fits:
         console.print(
             f"As set it does not fit {card:g} GB: it needs {now.training / 1e9:.1f} GB, and only "
             f"{usable(card) / 1e9:.1f} GB are usable"
