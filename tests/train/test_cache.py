@@ -208,7 +208,7 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
     arguments = small(f"cache_dir={tmp_path / 'cache'}")
     code, out, err = run_command(*arguments, task=cache.main)
     assert code == 0, err
-    assert f"the caches in {tmp_path / 'cache'} are complete" in out
+    assert f"the cache in {tmp_path / 'cache'} is complete" in out
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(CAPTIONS) + 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # it trains nothing
     for module, name in ((text_encoders, "load_text_encoder"), (train.encoding.prepare, "load_autoencoder")):

@@ -150,25 +150,25 @@ def test_without_the_training_pictures_all_else_is_there(train, tmp_path):
     lines = ["  path: /gone" if "/pictures" in line else line for line in config.read_text().splitlines()]
     config.write_text("\n".join(lines) + "\n")
     (found,) = evaluate(run)
-    assert "the training pictures are not here" in found.notes[0]
+    assert "the training images are not available" in found.notes[0]
     assert found.rows[1].to_training is None
     assert found.rows[1].to_base > 0
 
 
 def test_what_cannot_be_evaluated_is_one_clear_error(small, train, tmp_path):
-    with pytest.raises(ValueError, match=r"run='/nowhere' does not exist: give the folder of a run"):
+    with pytest.raises(ValueError, match=r"run='/nowhere' does not exist"):
         evaluate("/nowhere")
-    with pytest.raises(ValueError, match=r"is not the folder of a run: config.yaml is not in it"):
+    with pytest.raises(ValueError, match=r"is not a run folder: it has no config.yaml"):
         evaluate(tmp_path)
     run = train("run", *KEPT)
-    with pytest.raises(ValueError, match=r"there is none of step 3 in .*kept: 2, 4"):
+    with pytest.raises(ValueError, match=r"has no checkpoint of step 3, only: 2, 4"):
         evaluate(run, checkpoints=[3])
     with pytest.raises(ValueError, match="compare names a run twice"):
         evaluate(run, compare=str(run))
     for place in checkpoints(run):
         damage(place / "adapter" / "adapter_model.safetensors")
     (run / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no adapter to evaluate: none of its checkpoints can be read"):
+    with pytest.raises(ValueError, match="has no adapter to evaluate: no checkpoint is readable"):
         evaluate(run)
 
 
@@ -246,7 +246,7 @@ def test_a_relative_dataset_that_is_not_here_says_where_to_start(train):
     lines = ["  path: cards" if "/pictures" in line else line for line in config.read_text().splitlines()]
     config.write_text("\n".join(lines) + "\n")
     (found,) = evaluate(run, strengths=[])
-    assert f"That is looked for in {Path.cwd()}: start this where the run was started" in found.notes[0]
+    assert f"The path is relative to {Path.cwd()}: start this where the run was started" in found.notes[0]
 
 
 def test_an_empty_run_is_refused():

@@ -168,7 +168,7 @@ def test_another_configuration_is_not_resumed(train):
         with pytest.raises(ValueError, match="another configuration") as error:
             train("run", f"resume={run}", change, "steps=9")
         assert said in str(error.value)
-    with pytest.raises(ValueError, match=r"the samples are not those that .* was trained on: of 6 samples 24 new"):
+    with pytest.raises(ValueError, match=r"the samples differ from those that .* was trained on: of 6 samples 24 new"):
         train("run", f"resume={run}", "dataset.path=data/demo", "steps=9")
     with pytest.raises(ValueError, match="already holds a run"):
         train("run")

@@ -485,7 +485,7 @@ def test_a_resumed_run_keeps_what_was_chosen_for_it(train, small, monkeypatch, t
     file = run / "config.yaml"
     file.write_text(file.read_text().replace("checkpointing: none", "checkpointing: full"))  # as by another planner
     train("run", "memory=auto", "memory.gpu_memory_gb=9", "steps=3", f"resume={run}")
-    assert "memory as when the run began: memory.checkpointing=full" in capsys.readouterr().out
+    assert "memory settings of the resumed run: memory.checkpointing=full" in capsys.readouterr().out
     assert OmegaConf.load(file).memory.checkpointing == "full"
 
 

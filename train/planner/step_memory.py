@@ -324,10 +324,10 @@ def step(costs: Sequence[Cost], end: Cost) -> tuple[int, int]:
 
 
 def autoencoder_peaks(config: AutoencoderConfig, width: int, height: int) -> tuple[int, int, int]:
-    """Return the bytes of the float32 autoencoder's weights, and the peaks of encoding and decoding an image.
+    """Return the bytes of the float32 autoencoder's weights, and the peaks above them to encode and decode an image.
 
     Args:
-        width, height: Size of the image in pixels. The weights are not part of the peaks.
+        width, height: Size of the image in pixels.
     """
     with torch.device("meta"):
         model = Autoencoder(config)

@@ -82,6 +82,6 @@ def test_a_run_goes_on_with_changed_samples_only_if_it_may(train, pictures, tmp_
     assert [line["step"] for line in lines(run)] == [1, 2]
     capfd.readouterr()
     train("run", f"dataset.path={folder}", "steps=4", "checkpoint_every=2", "resume=auto", "allow_changed_data=true")
-    assert "going on with other samples: of 6 samples 2 changed" in capfd.readouterr().out
+    assert "resuming with changed samples: of 6 samples 2 changed" in capfd.readouterr().out
     assert state(checkpoints(run)[-1])["data"] != before
     assert json.loads((run / "data.json").read_text())["marks"] != kept["marks"]

@@ -222,7 +222,7 @@ def test_the_base_draws_what_is_missing_one_model_at_a_time_and_the_next_run_fin
     assert "drawing 3 class images" in said.out
     assert [line.strip() for line in said.out.splitlines() if line.strip().startswith("Buckets")] == [
         "Buckets",
-        "Buckets of the class pictures",
+        "Buckets of the class images",
     ]
     assert "\r" not in said.err
     (folder,) = tmp_path.iterdir()
