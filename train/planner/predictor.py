@@ -213,11 +213,6 @@ class Planner:
         return self.job.dtype.itemsize * max(sizes, default=0)
 
     @cached_property
-    def largest(self) -> int:
-        """Number of elements of the largest parameter."""
-        return max(parameter.numel() for parameter in self.job.model.parameters())
-
-    @cached_property
     def inputs(self) -> int:
         """Bytes of a micro-batch: latents and embeddings in float32, the first block's input, and rotary angles."""
         job, config, shape = self.job, self.job.model.config, self.job.shape
@@ -230,13 +225,9 @@ class Planner:
         names = offloaded_blocks(self.job.model.config, given)
         if not names:
             return 0, 0
-        sizes = [weights[self.names[name]] for name in names]
+        all_names = list(self.job.model.config.block_names)
+        sizes = [weights[all_names.index(name)] for name in names]
         return sum(sizes), sum(slot_sizes(sizes, RING))
-
-    @cached_property
-    def names(self) -> dict[str, int]:
-        """Index of each block by its name."""
-        return {name: i for i, name in enumerate(self.job.model.config.block_names)}
 
     def predict(self, choice: Choice) -> Prediction:
         """Return the prediction for a choice, computed once."""
@@ -308,7 +299,7 @@ class Planner:
         host = {
             "streamed blocks": streamed,
             "block inputs": away,
-            "while loading": 2 * 2 * self.largest,  # two tensors in the file's dtype, of 2 bytes
+            "while loading": 2 * 2 * max(p.numel() for p in job.model.parameters()),  # two bf16 tensors
             "cache entries read": READ_AHEAD,
             "process (assumed)": PROCESS,
         }

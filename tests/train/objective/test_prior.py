@@ -147,7 +147,7 @@ def test_a_run_with_other_class_pictures_does_not_go_on_unasked(train, given, cl
     try:
         class_folder.rename(tmp_path / "kept")
         moved.rename(class_folder)
-        with pytest.raises(ValueError, match=r"the samples are not those .*1 changed \(.*3\.png\)"):
+        with pytest.raises(ValueError, match=r"the samples differ from those .*1 changed \(.*3\.png\)"):
             train("rest", *again, "checkpoint_every=2")
     finally:
         class_folder.rename(moved)
