@@ -376,7 +376,7 @@ def test_processes_that_do_not_know_each_other_are_an_error(monkeypatch):
         make_accelerator("cpu")
 
 
-def test_a_launcher_set_up_for_another_kind_of_parallelizm_is_refused(monkeypatch):
+def test_a_launcher_set_up_for_another_kind_of_parallelism_is_refused(monkeypatch):
     fake = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     monkeypatch.setattr(train.distributed.processes, "Accelerator", lambda **kwargs: fake)
     with pytest.raises(ValueError, match=r"configured for DEEPSPEED.*--multi_gpu.*shard=true"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 import torch
@@ -57,10 +58,8 @@ def load_model(config: RunConfig) -> LoadedModel:
     with name_process_in_errors(config.accelerator.process_index), loading:
         base = shared_base(config)
         config.memory.apply(base.transformer, config.accelerator.device, config.buckets)
-        attach = (
-            attach_sharded if config.processes.sharded else lambda make, *given, **settings: make(*given, **settings)
-        )
-        peft_model = attach(config.make_adapter, base.transformer, seed=config.settings.seed)
+        attach = partial(attach_sharded, config.make_adapter) if config.processes.sharded else config.make_adapter
+        peft_model = attach(base.transformer, seed=config.settings.seed)
         offload_blocks(config, base)
     return LoadedModel(base, peft_model)
 

@@ -121,9 +121,8 @@ def configuration(folder: Path, device: str | None, sample: Mapping[str, Any]) -
     """Return the configuration of a run, changed for inference: `sample` overrides its group `sample`."""
     config = resume.configuration(folder)
     standard = OmegaConf.load(CONFIG / "train.yaml")
-    choices = {
-        str(key): value for entry in standard.defaults if hasattr(entry, "items") for key, value in entry.items()
-    }
+    groups = [entry for entry in standard.defaults if hasattr(entry, "items")]
+    choices = {str(key): value for entry in groups for key, value in entry.items()}
     for group in TRAINING_ONLY:
         config[group] = OmegaConf.to_container(OmegaConf.load(CONFIG / group / f"{choices[group]}.yaml"))
     memory, own = config.get("memory"), config.get("sample")
