@@ -211,8 +211,8 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
     assert f"the cache in {tmp_path / 'cache'} is complete" in out
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(CAPTIONS) + 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # it trains nothing
-    for module, name in ((text_encoders, "load_text_encoder"), (train.encoding.prepare, "load_autoencoder")):
-        monkeypatch.setattr(module, name, lambda *rest: pytest.fail("an encoder was loaded"))
+    for loader in ("text_encoders.load_text_encoder", "prepare.load_autoencoder"):
+        monkeypatch.setattr(f"train.encoding.{loader}", lambda *rest: pytest.fail("an encoder was loaded"))
     train("run", f"cache_dir={tmp_path / 'cache'}")
 
 
@@ -311,7 +311,7 @@ def test_embeddings_are_not_stored_behind_a_layer_that_is_trained(run_command, s
 def test_the_size_to_come_is_told_and_must_fit(source, pictures, tmp_path, events, monkeypatch, capsys):
     monkeypatch.setattr(Cache, "free", lambda self: 2500)
     with pytest.raises(
-        ValueError, match=r"cache_dir='.*': 7 prompts \(.* MB\) and 6 pictures \(.* MB\) are to be"
+        ValueError, match=r"cache_dir='.*': 7 prompts \(.* MB\) and 6 images \(.* MB\) do not fit"
     ) as told:
         prepared(source, pictures, tmp_path)
     assert "embedding_storage=projected, fp8 or projected_fp8" in str(told.value)
