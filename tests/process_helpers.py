@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-TOKENIZERS = "TOKENIZERS_PARALLELIZM"  # threads do not survive a fork, and what is forked would wait for them
+TOKENIZERS = "TOKENIZERS_PARALLELISM"  # threads do not survive a fork, and what is forked would wait for them
 
 
 def run_module(name: str, *arguments: str) -> int:

@@ -1,10 +1,10 @@
-"""Fill the caches: `accelerate launch train/cache.py +experiment=tarot [+prune=true]`.
+"""Fill the cache: `accelerate launch train/cache.py +experiment=tarot [+prune=true]`.
 
-Training does this by itself for whatever is missing. As a command it prepares a dataset where the encoders fit (the
-text encoder of dev needs 35 GB in bfloat16), so that training elsewhere loads neither of them. One encoder is in memory
-at a time; with several processes each fills its share.
+Training also computes missing entries. This command prepares a dataset on a machine where the encoders fit (the text
+encoder of dev needs 35 GB in bfloat16), so that training elsewhere loads neither. One encoder is in memory at a time;
+each of several processes fills its share.
 
-With `+prune=true` it computes nothing, and removes what no sample of this configuration uses.
+`+prune=true` computes nothing and removes the entries that no sample of this configuration uses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
+if __name__ == "__main__":  # sys.path begins with the script's folder, whose modules would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from train.cli.start import start
 
@@ -28,7 +28,7 @@ from train.stages.memory import load_config
 
 
 def main(config: DictConfig) -> None:
-    """Fill the caches of one configuration, or prune them."""
+    """Fill or prune the cache of one configuration."""
     given = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     prunes = given.pop("prune", False)
     if not isinstance(prunes, bool):
@@ -36,7 +36,7 @@ def main(config: DictConfig) -> None:
     run = load_config(OmegaConf.create(given))
     if not prunes:
         prepare_samples(run)
-        run.say(f"the caches in {run.settings.cache_dir} are complete")
+        run.say(f"the cache in {run.settings.cache_dir} is complete")
     elif run.accelerator.is_main_process:
         request = cache_request(run)
         print(remove_unused(request, *class_cache_requests(run, request)))

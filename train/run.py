@@ -1,7 +1,7 @@
 """Train a LoRA: `accelerate launch train/run.py +experiment=tarot [key=value ...]`, or with plain `python`.
 
 Hydra composes the configuration from conf/, `load_config` checks it, and `train` runs the stages of train/stages/ in
-order. Missing cache entries are computed first; an encoder is loaded only if needed, and freed before the next model.
+order. Missing cache entries are computed first; an encoder is loaded only if needed and freed before the next model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
+if __name__ == "__main__":  # sys.path begins with the script's folder, whose modules would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from train.cli.start import start
 
@@ -39,18 +39,18 @@ from train.utils.text import many
 
 
 def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]:
-    """Train the adapter of one configuration in its claimed run folder; return the adapter's folder and the data."""
+    """Train the adapter of one configuration in its run folder; return the adapter's folder and the data."""
     settings, processes, accelerator = config.settings, config.processes, config.accelerator
     if processes.sharded:
         check_processes(accelerator.num_processes)
     config = keep_memory(config, location)
     with memory_advice(config), SHARED.job(keeps=is_sweep()):
-        # Samples, encoded once into the cache; then both encoders are freed.
+        # Fill the cache with encoded samples; this loads and frees both encoders.
         data = prepare_data(config)
         data.check_unchanged(config, location)
         objective = make_objective(config, data)
 
-        # The frozen base in its precision, with the adapter around it.
+        # Load the frozen base in its precision and attach the adapter.
         model = load_model(config)
         optimizer = build(config.make_optimizer, model.parameters)
         learning_rate = LearningRate(optimizer, config.schedule, settings.steps)
@@ -61,7 +61,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
         )
         sampler = load_sampler(config, data.prepared.cached)
 
-        # The state of the run that is resumed. Nothing in the run folder changes before it is read.
+        # Restore the resumed state. Nothing in the run folder changes before it is read.
         metrics = Metrics(location.folder, config.tracker)
         checkpointer = Checkpointer(
             accelerator,
@@ -81,6 +81,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
             record_start(config, location, data.manifest)
             metrics.start(settings.name, config.config, start)
 
+        # Train, then write the model card and the report.
         adapter = Trainer(
             settings,
             processes,
@@ -103,7 +104,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
 
 
 def main(config: DictConfig) -> float | None:
-    """Train one configuration; return the last validation loss of a job of a sweep, if there is one."""
+    """Train one configuration; return the last validation loss of a sweep job, if there is one."""
     try:
         run = load_config(config)
         check(run)
@@ -113,7 +114,7 @@ def main(config: DictConfig) -> float | None:
             announce(run, adapter, data.first_caption)
         return result(run)
     finally:
-        free_memory()  # the next job of a sweep needs it
+        free_memory()  # for the next job of a sweep
 
 
 if __name__ == "__main__":

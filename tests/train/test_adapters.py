@@ -7,7 +7,7 @@ from train_helpers import adapter, compose, refusal, run_training, same_tensors,
 from flux2 import adapters
 from flux2.models.transformer import Transformer
 from flux2.weights.loading import load_transformer
-from train.planner.from_config import job_of, skeleton
+from train.planner.from_config import skeleton, workload_of
 from train.planner.predictor import Planner
 from train.planner.workload import trained
 from train.run import main
@@ -117,7 +117,7 @@ def test_patterns_and_presets_are_given_on_the_command_line(small, tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "pissa", "oft"])
 def test_what_is_frozen_of_an_adapter_does_not_stream_in_the_plan(kind, typed):
     """A PiSSA's beginning and an OFT's indices are no weights of the base: they are planned to stay on the device."""
-    planner = Planner(job_of(typed(kind, "run"), on_gpu=True))
+    planner = Planner(workload_of(typed(kind, "run"), on_gpu=True))
     base = Transformer(planner.job.variant.transformer).to(planner.job.dtype)
     blocks = [*base.double_blocks, *base.single_blocks]
     assert planner.weights == [sum(one.nbytes for one in block.parameters()) for block in blocks]

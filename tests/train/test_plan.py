@@ -179,18 +179,19 @@ def test_a_text_encoder_on_this_disk_is_counted_by_its_own_sizes():
 def test_a_text_encoder_in_less_memory_is_counted_as_it_is_kept(storage):
     run = load_config(compose("model=tiny", "device=cpu", f"text_encoder.storage={storage}"))
     model = load_text_encoder(run.source, dtype=torch.float32, storage=storage).model
-    phases = Planner(choosing.job_of(run, on_gpu=False)).encoders({})
+    phases = Planner(choosing.workload_of(run, on_gpu=False)).encoders({})
     assert phases["prompts"]["text encoder"] == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_a_text_encoder_elsewhere_takes_no_memory_here():
     run = load_config(compose("model=tiny", "device=cpu", "text_encoder=remote"))
-    assert "prompts" not in Planner(choosing.job_of(run, on_gpu=False)).encoders({})
+    assert "prompts" not in Planner(choosing.workload_of(run, on_gpu=False)).encoders({})
 
 
 def test_the_references_that_a_dataset_names_are_counted():
     def counted(*given):
-        return len(choosing.job_of(load_config(compose(*given, "reference_resolution=64")), on_gpu=False).references)
+        run = load_config(compose(*given, "reference_resolution=64"))
+        return len(choosing.workload_of(run, on_gpu=False).references)
 
     pairs = ["+dataset@dataset.sources.pairs=pairs", "dataset.sources.pairs.path=x"]
     cards = ["+dataset@dataset.sources.cards=folder", "dataset.sources.cards.path=x"]
@@ -207,10 +208,10 @@ def test_what_sample_grids_edit_is_counted_with_the_prompt_that_edits_most(small
         Image.new("RGB", size).save(files[-1])
     wide, small_one = files
     given = [f"sample.references=[[{small_one}],[{wide},{small_one}],[]]", "sample.prompts=[a cup,a fox,a cup]"]
-    edits = choosing.job_of(load_config(compose(*small(*given, "sample_every=1"))), on_gpu=False)
+    edits = choosing.workload_of(load_config(compose(*small(*given, "sample_every=1"))), on_gpu=False)
     assert edits.sample_references == [(96, 64), (48, 32)]
     assert (
-        choosing.job_of(load_config(compose(*small(*given))), on_gpu=False).sample_references == []
+        choosing.workload_of(load_config(compose(*small(*given))), on_gpu=False).sample_references == []
     )  # no grids are made
     alone = replace(edits, sample_references=[])
     sizes = [Planner(each).predict(Choice("full")).phases["samples"]["working set"] for each in (edits, alone)]
@@ -432,14 +433,14 @@ def test_a_measured_micro_batch_counts_as_often_as_it_is_computed(planner, tmp_p
 )
 def test_what_is_set_otherwise_than_measured_is_not_usual(given):
     arguments = ["model=tiny", "device=cpu", "precision=fp8", "precision.matmul=fp8"]
-    assert choosing.job_of(load_config(compose(*arguments)), on_gpu=False).usual
+    assert choosing.workload_of(load_config(compose(*arguments)), on_gpu=False).usual
     more = ["preservation.prompts=[a]"] if given == "preservation=base" else []
-    assert not choosing.job_of(load_config(compose(*arguments, given, *more)), on_gpu=False).usual
+    assert not choosing.workload_of(load_config(compose(*arguments, given, *more)), on_gpu=False).usual
 
 
 def test_on_a_card_without_fp8_products_they_are_planned_in_bf16():
     run = load_config(compose("model=klein_base_4b", "device=cpu", "precision=fp8"))
-    new, old = (Planner(choosing.job_of(run, True, in_fp8)) for in_fp8 in (True, False))
+    new, old = (Planner(choosing.workload_of(run, True, in_fp8)) for in_fp8 in (True, False))
     assert (new.has_layouts, old.has_layouts) == (True, False)
     assert "fp8" in new.blocks("full")[2].flops
     assert "fp8" not in old.blocks("full")[2].flops

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data.sources.base import BadData
-from train.config.instantiate import no_setting
+from train.config.instantiate import unknown_setting
 from train.config.paths import CONFIG
 
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, HydraException, torch.OutOfMemoryError)
@@ -64,7 +64,7 @@ def format_error(error: Exception, overrides: Sequence[str] = (), name: str = "t
         given = [item for item in overrides if item.lstrip("+~").partition("=")[0] == found[1]] or [found[1]]
         if (CONFIG / found[1]).is_dir():
             return f"{given[0]}: no {found[1]} is chosen yet that this could override; write +{given[0]}"
-        return no_setting(given[0], known_settings(overrides, name))
+        return unknown_setting(given[0], known_settings(overrides, name))
     if text.startswith("Config group override must be"):
         return f"a group needs the name of a choice, as in model=tiny ({text})"
     if isinstance(error, OmegaConfBaseException | HydraException):

@@ -1,4 +1,4 @@
-"""The group `memory` as something to choose: which of its keys may be null, and how each way to set it is written."""
+"""The keys of the group `memory` that the planner chooses when they are null, as a `Choice`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 # keys of `memory` that may be null
 CHOSEN = ("checkpointing", "budget_gb", "offload_blocks", "offload_activations", "cache_transposed_weights")
-FREE = "free"  # memory.gpu_memory_gb: whatever is free on the device at hand
+FREE = "free"  # memory.gpu_memory_gb: the memory that is free on this device
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to set the group `memory`; from the top of `Planner.choices` down each takes less and is slower."""
+    """Values for the keys of `memory` that the planner can choose."""
 
     checkpointing: str = "full"
     budget_gb: float | None = None
@@ -21,41 +21,30 @@ class Choice:
     offload_activations: bool = False
     cache_transposed_weights: bool = False
 
-    def settings(self) -> dict[str, Any]:
-        """By their keys, without those that are off."""
-        found: dict[str, Any] = {"checkpointing": self.checkpointing}
-        if self.checkpointing == "budget":
-            found["budget_gb"] = self.budget_gb
-        if self.offload_blocks:
-            found["offload_blocks"] = self.offload_blocks
-        if self.offload_activations:
-            found["offload_activations"] = True
-        if self.cache_transposed_weights:
-            found["cache_transposed_weights"] = True
-        return found
-
     def __str__(self) -> str:
-        return " ".join(f"memory.{key}={str(value).lower()}" for key, value in self.settings().items())
+        """Return the overrides for this choice, without the keys that are off."""
+        used = {"checkpointing": True, "budget_gb": self.checkpointing == "budget"}
+        values = {key: value for key, value in settings_of(self).items() if used.get(key, value)}
+        return " ".join(f"memory.{key}={str(value).lower()}" for key, value in values.items())
 
 
 def fixed_keys(memory: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the group that are given and so not to be chosen."""
+    """Return the keys of the group that have a value, so that the planner leaves them."""
     return {key: memory[key] for key in CHOSEN if memory.get(key) is not None}
 
 
 def settings_of(choice: Choice) -> dict[str, Any]:
-    """All keys of the group that can be chosen."""
+    """Return all keys of the group that can be chosen."""
     return {key: getattr(choice, key) for key in CHOSEN}
 
 
 def completed(memory: Mapping[str, Any]) -> dict[str, Any]:
-    """The group with what is to be chosen set to a default, so that the rest can be checked."""
+    """Return the group with defaults for the keys that the planner chooses, so that the others can be checked."""
     needed = {"budget_gb": 0.0} if memory.get("checkpointing") == "budget" and memory.get("budget_gb") is None else {}
-    choice = choice_of({**memory, **needed})
-    chosen = {key: value for key, value in settings_of(choice).items() if key in memory}
+    chosen = {key: value for key, value in settings_of(choice_of({**memory, **needed})).items() if key in memory}
     return dict(memory) | (chosen if memory.get("gpu_memory_gb") is not None else {})
 
 
 def choice_of(memory: Mapping[str, Any]) -> Choice:
-    """The choice that a group `memory` without nulls is."""
+    """Return the choice of a group `memory` without nulls."""
     return Choice(**fixed_keys(memory))

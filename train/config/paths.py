@@ -1,4 +1,4 @@
-"""Where the configuration files are."""
+"""The folder of the configuration files."""
 
 from pathlib import Path
 

@@ -1,7 +1,6 @@
-"""One configuration turned into objects, with every setting checked before anything large is loaded.
+"""The objects of one configuration, with every setting checked before anything large is loaded.
 
-Training, the planner, evaluation and the filling of caches start from a `RunConfig`. Nothing below it sees a
-`DictConfig`.
+Training, planner, evaluation and train/cache.py start from a `RunConfig`. Nothing below it sees a `DictConfig`.
 """
 
 from __future__ import annotations
@@ -41,28 +40,16 @@ from train.utils.console import warn
 from train.validation.loss import ValidationSettings
 from train.validation.samples import SampleSettings
 
+# fmt: off
 GROUPS = (
-    "model",
-    "precision",
-    "memory",
-    "adapter",
-    "dataset",
-    "text_encoder",
-    "optimizer",
-    "schedule",
-    "timesteps",
-    "weighting",
-    "preservation",
-    "tracker",
-    "buckets",
-    "validation",
-    "sample",
-    "hub",
+    "model", "precision", "memory", "adapter", "dataset", "text_encoder", "optimizer", "schedule", "timesteps",
+    "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
 )
+# fmt: on
 
 
 def open_image(path: str) -> Picture:
-    """Return the image file at `path`, read when it is needed."""
+    """Return the image at `path`; its file is read on `load`."""
     return Picture(path, lambda: Path(path).expanduser().open("rb"))
 
 
@@ -71,33 +58,30 @@ class RunConfig:
 
     Args:
         config: The composed configuration (conf/train.yaml).
-        planned_processes: Number of processes a plan is made for; None takes those that are running.
+        planned_processes: Number of processes to plan for; None takes the processes that are running.
 
     Raises:
-        ValueError: A setting is missing, unknown or not accepted; the message names it.
+        ValueError: A setting is missing, unknown or invalid; the message names it.
     """
 
     def __init__(self, config: DictConfig, planned_processes: int | None = None) -> None:
         self.config: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         for group in GROUPS:
             if not isinstance(self.config.get(group), dict):
-                raise ValueError(
-                    f"{group}={self.config.get(group)!r} must be a group of settings, as in conf/train.yaml"
-                )
+                raise ValueError(f"{group}={self.config.get(group)!r} must be a group of settings; see conf/train.yaml")
         top = {key: value for key, value in self.config.items() if key not in GROUPS}
         self.model: ModelSettings = parse_settings("model", self.config["model"], ModelSettings)
         self.settings: RunSettings = parse_settings("", top, RunSettings)
         self.given_memory = dict(self.config["memory"])
         self.memory: MemorySettings = parse_settings("memory", completed(self.given_memory), MemorySettings)
         precision: PrecisionSettings = parse_settings("precision", self.config["precision"], PrecisionSettings)
-        self.validation: ValidationSettings = parse_settings(
-            "validation", self.config["validation"], ValidationSettings
-        )
-        if self.settings.keep_best and not (self.validation.held_out or self.validation.samples):
+        validation: ValidationSettings = parse_settings("validation", self.config["validation"], ValidationSettings)
+        if self.settings.keep_best and not (validation.held_out or validation.samples):
             raise ValueError(
-                f"keep_best={self.settings.keep_best} goes by the validation loss, which validation.samples=0 does not "
-                "measure: give it a number above 0, or validation.held_out"
+                f"keep_best={self.settings.keep_best} ranks checkpoints by validation loss, which validation.samples=0 "
+                "does not measure. Set validation.samples or validation.held_out above 0."
             )
+        self.validation = validation
         self.sample: SampleSettings = parse_settings("sample", self.config["sample"], SampleSettings)
         self.hub: HubSettings = parse_settings("hub", self.config["hub"], HubSettings)
         self.buckets: Buckets = parse_settings("buckets", self.config["buckets"], Buckets)
@@ -117,10 +101,8 @@ class RunConfig:
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
 
-    # ------------------------------------------------------------------ copies with another group
-
     def with_memory(self, chosen: dict[str, Any]) -> RunConfig:
-        """Return this configuration with `chosen` as its group `memory`, also in the file that the run keeps."""
+        """Return a copy with `chosen` as its group `memory`, which the run also writes to its config.yaml."""
         other = copy.copy(self)
         other.config = {**self.config, "memory": chosen}
         other.memory = parse_settings("memory", chosen, MemorySettings)
@@ -128,17 +110,15 @@ class RunConfig:
         return other
 
     def with_prompts(self, prompts: Sequence[str]) -> RunConfig:
-        """Return this configuration with `prompts`, without references, as those that are sampled."""
+        """Return a copy that samples `prompts` without references."""
         other = copy.copy(self)
         other.sample = replace(self.sample, prompts=list(prompts), references=[])
         return other
 
-    # ------------------------------------------------------------------ checks
-
     def dry_run(self) -> RunConfig:
-        """Attach the adapter to a model without memory and open the sample images, so that errors come now, not later.
+        """Return this configuration after checks on a model without memory, so that errors are reported early.
 
-        Returns this configuration. Raises ValueError for settings that cannot work together.
+        Raises ValueError for settings that do not work together and for sample images that cannot be read.
         """
         if self.processes.sharded:
             self.memory.check_sharded()
@@ -153,13 +133,13 @@ class RunConfig:
         if self.memory.compile:
             check_compiles(model)
         shapes = [parameter.shape for parameter in adapter_parameters(peft_model)]
-        one = torch.zeros((), device=self.accelerator.device)  # expanded to every shape, so that it takes no memory
+        one = torch.zeros((), device=self.accelerator.device)  # expanding it to a shape takes no memory
         parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
         check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
         try_out(self.make_optimizer, self.accelerator.device)
         if self.accelerator.is_main_process:
-            for doubt in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps):
-                warn(doubt)
+            for warning in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps):
+                warn(warning)
         if self.prior is not None:
             self.prior.images_per_batch(self.settings.batch_size)
         self.attention_backend()
@@ -169,27 +149,25 @@ class RunConfig:
         return self
 
     def _check_storage(self, peft_model: nn.Module) -> None:
-        """Raise ValueError if embeddings are stored as the output of a layer that is trained."""
+        """Raise ValueError if embeddings are stored as the output of a trained layer."""
         trained = [name for name, tensor in peft_model.named_parameters() if tensor.requires_grad and "txt_in" in name]
         storage = self.settings.embedding_storage
         if trained and storage.startswith("projected"):
             raise ValueError(
-                f"embedding_storage={storage!r} stores embeddings as the layer txt_in gives them, and adapter.targets "
-                "trains that layer: take txt_in out of the targets, or store them in another way (full, fp8)"
+                f"embedding_storage={storage!r} stores the output of the layer txt_in, but adapter.targets trains that "
+                "layer. Remove txt_in from adapter.targets, or set embedding_storage=full or fp8."
             )
-
-    # ------------------------------------------------------------------ what follows from the settings
 
     @property
     def streamed(self) -> list[str]:
-        """Names of the blocks that are offloaded."""
+        """Names of the offloaded blocks, which stream to the device."""
         return offloaded_blocks(self.variant.transformer, self.memory.offload_blocks, "memory.offload_blocks")
 
     @property
     def copies(self) -> Path | None:
         """The folder of quantized copies of models."""
-        given = self.settings.quantized_cache_dir
-        return Path(given).expanduser() if given else None
+        folder = self.settings.quantized_cache_dir
+        return Path(folder).expanduser() if folder else None
 
     @property
     def variant(self) -> Variant:
@@ -214,15 +192,14 @@ class RunConfig:
 
     @property
     def guidance(self) -> float | None:
-        """The guidance scale that the model is given in training; None for a model that takes none."""
+        """The guidance scale that the model receives in training; None for a model without one."""
         if not self.variant.transformer.guidance:
             return None
-        given = self.settings.guidance
-        return self.variant.training_guidance if given is None else given
+        return self.variant.training_guidance if self.settings.guidance is None else self.settings.guidance
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The dtype of matrix products where it is not that of the adapter, which is float32."""
+        """The dtype of matrix products where it is not float32, the adapter's dtype."""
         return torch.bfloat16 if self.precision.dtype == torch.bfloat16 else None
 
     @property
@@ -231,26 +208,26 @@ class RunConfig:
 
     @property
     def shares(self) -> int:
-        """Number of processes that the base is sharded over; 1 if it is not."""
+        """Number of processes that the base is sharded over; 1 without sharding."""
         return (self.planned_processes or self.accelerator.num_processes) if self.processes.sharded else 1
 
     def instantiate(self, group: str, *excluded: str) -> Any:
-        """Return the object that a group's `_target_` makes; its arguments `excluded` are given later, not settings."""
+        """Return the object of a group with a `_target_`; its arguments `excluded` are no settings."""
         return instantiate(group, self.config[group], excluded)
 
     def say(self, text: str) -> None:
-        """Print a line, in the main process alone."""
+        """Print a line in the main process only."""
         if self.accelerator.is_main_process:
             print(text, flush=True)
 
     def attention_backend(self) -> str:
-        """Return the attention backend that a square image of the largest bucket gets."""
+        """Return the attention backend for a square image of the largest bucket."""
         device, config = self.accelerator.device, self.variant.transformer
         backends = preferred_backends(self.memory.attention, device)
         tokens = (self.buckets.largest // 16) ** 2
         return chosen_backend(backends, config.heads, config.head_dim, tokens, device, self.precision.dtype)
 
     def sample_references(self, paths: Sequence[str]) -> tuple[list[Picture], int]:
-        """Return the images that a sample prompt edits, and the most pixels of each: the limits of inference."""
+        """Return the reference images of a sample prompt, and the maximum number of pixels of each."""
         limit = ONE_REFERENCE_PIXELS if len(paths) == 1 else MANY_REFERENCES_PIXELS
         return [open_image(path) for path in paths], limit

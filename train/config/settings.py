@@ -1,6 +1,6 @@
-"""The groups of settings that are no objects of their own: what each key may be, and what it means together.
+"""Dataclasses for the groups of settings without a `_target_`.
 
-Constructing one checks it. Raises ValueError, naming the key, what was given and what would be accepted.
+Constructing one checks it and raises ValueError with the key, its value and the accepted values.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from flux2.quantization.precision import Precision, pick_dtype
 from flux2.weights.sources import ModelSource, model_source
 from train.checkpoints.rotation import Rotation
 from train.config.memory import FREE
-from train.utils.checks import check_count, is_number
+from train.utils.checks import check_count, check_seed, is_number
 
 STORAGES = ("full", "projected", "fp8", "projected_fp8")  # of prompt embeddings
-MOST = 1 << 20  # pictures in a batch, and batches in a step
+MOST = 1 << 20  # images in a batch
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The run-level numbers of conf/train.yaml that the loop reads. An interval of 0 is off."""
+    """The top-level numbers of conf/train.yaml that the loop reads. An interval of 0 is off."""
 
     seed: int = 0
     steps: int = 300
@@ -44,23 +44,21 @@ class LoopSettings:
     validate_every: int = 50
 
     def __post_init__(self) -> None:
-        intervals = ("log_every", "checkpoint_every", "sample_every", "validate_every")
-        for key in ("seed", *intervals):
+        check_seed("seed", self.seed)
+        for key in ("log_every", "checkpoint_every", "sample_every", "validate_every"):
             check_count(key, getattr(self, key))
-        if self.seed >= 2**63:
-            raise ValueError(f"seed={self.seed!r} must be below 2 ** 63")
         for key in ("steps", "gradient_accumulation", "max_nonfinite_steps"):
             check_count(key, getattr(self, key), 1)
         self.rotation.check(self.checkpoint_every, self.validate_every)
         if not is_number(self.max_grad_norm, low=0):
-            raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be a number from 0 (0 is off)")
+            raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be a number >= 0 (0 is off)")
         if not is_number(self.ema_decay, 0, 1) or self.ema_decay == 1:
-            raise ValueError(f"ema_decay={self.ema_decay!r} must be a number from 0 (which is off) and below 1")
+            raise ValueError(f"ema_decay={self.ema_decay!r} must be a number in [0, 1) (0 is off)")
         if self.guidance is not None and not is_number(self.guidance, low=0):
-            raise ValueError(f"guidance={self.guidance!r} must be a number from 0, or null")
+            raise ValueError(f"guidance={self.guidance!r} must be a number >= 0, or null")
 
     def is_due(self, interval: str, done: int) -> bool:
-        """Return whether `interval`, such as "log_every", is due after `done` steps: every so often and at the end."""
+        """Return whether `interval`, such as "log_every", is due after `done` steps: at multiples and at the end."""
         every = getattr(self, interval)
         return every > 0 and (done % every == 0 or done == self.steps)
 
@@ -89,12 +87,11 @@ class RunSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.shard, bool):
-            raise ValueError(f"shard={self.shard!r} must be true or false")
+        for key in ("shard", "allow_changed_data"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}={getattr(self, key)!r} must be true or false")
         check_count("batch_size", self.batch_size, 1, MOST)
         check_count("reference_resolution", self.reference_resolution, 16)
-        if not isinstance(self.allow_changed_data, bool):
-            raise ValueError(f"allow_changed_data={self.allow_changed_data!r} must be true or false")
         for key in ("caption_dropout", "reference_dropout"):
             if not is_number(getattr(self, key), 0, 1):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be a number from 0 to 1")
@@ -103,10 +100,10 @@ class RunSettings(LoopSettings):
         for key in ("name", "resume", "output_dir", "cache_dir", "quantized_cache_dir", "device"):
             value = getattr(self, key)
             if not isinstance(value, str) and not (value is None and key != "name"):
-                raise ValueError(f"{key}={value!r} must be a text")
+                raise ValueError(f"{key}={value!r} must be a string")
             if key != "name" and value == "":
                 origin = "; it comes from the environment variable FLUX2_CACHE" if key == "quantized_cache_dir" else ""
-                raise ValueError(f"{key}='' must not be empty: leave it out, or null{origin}")
+                raise ValueError(f"{key}='' must not be empty: leave it out, or set null{origin}")
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a word without slashes: it becomes a folder")
 
@@ -132,7 +129,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """The group `precision`: of the frozen base. What is left out is as in `flux2.quantization.precision.Precision`."""
+    """The group `precision` of the frozen base. Missing keys default as in `flux2.quantization.precision.Precision`."""
 
     dtype: str | None
     storage: str | None = None
@@ -142,12 +139,12 @@ class PrecisionSettings:
     matmul: str | None = None
 
     def on(self, device: torch.device) -> Precision:
-        """The precision on `device`. Raises ValueError for what cannot be there, and for what would do nothing."""
+        """Return the precision on `device`. Raise ValueError for a value it does not support or that has no effect."""
         given = {key: value for key, value in asdict(self).items() if key != "dtype" and value is not None}
         usable = {None: (), "nf4": ("storage", "layers")}.get(self.storage, given)
         for key, value in given.items():
             if key not in usable:
-                raise ValueError(f"precision.{key}={value!r} does nothing with precision.storage={self.storage!r}")
+                raise ValueError(f"precision.{key}={value!r} has no effect with precision.storage={self.storage!r}")
         if isinstance(self.layers, list):
             given["layers"] = tuple(self.layers)
         precision = replace(Precision(pick_dtype(self.dtype, device)), **given)
@@ -157,7 +154,7 @@ class PrecisionSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """The group `memory`. With `gpu_memory_gb` train/planner/from_config.py chooses what is null."""
+    """The group `memory`. With `gpu_memory_gb`, the planner chooses the keys that are null."""
 
     checkpointing: str
     budget_gb: float | None = None
@@ -179,24 +176,24 @@ class MemorySettings:
             raise ValueError(f"gpu_memory_gb={self.gpu_memory_gb!r} must be a number of GB, `{FREE}`, or null")
 
     def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
-        """Let the blocks of `model`, which computes on `device`, run as these settings say."""
+        """Apply checkpointing, attention backend and compilation to the blocks of `model`, which runs on `device`."""
         set_policy(
             model,
             self.checkpointing,
             budget_gb=self.budget_gb,
             attention=preferred_backends(self.attention, device),
             compile=self.compile,
-            shapes=4 * len(buckets.sizes),  # with references, in validation and in sampling there are others
+            shapes=4 * len(buckets.sizes),  # references, validation and sampling add further shapes
         )
 
     def check_sharded(self) -> None:
-        """Raise ValueError for a setting that a sharded base rules out."""
+        """Raise ValueError for a setting that does not work with a sharded base."""
         for key, off in (("offload_blocks", 0), ("offload_activations", False), ("compile", False)):
             value = getattr(self, key)
             if value:
                 raise ValueError(
-                    f"memory.{key}={str(value).lower()} cannot be together with a sharded base (shard=true), of which "
-                    f"a block is whole only while it runs: set memory.{key}={str(off).lower()}, or shard=false"
+                    f"memory.{key}={str(value).lower()} does not work with shard=true, because a block is gathered "
+                    f"only while it runs. Set memory.{key}={str(off).lower()} or shard=false."
                 )
 
     def with_layouts(self, precision: Precision) -> Precision:
@@ -208,7 +205,7 @@ class MemorySettings:
         ):
             if self.cache_transposed_weights and value not in needed:
                 raise ValueError(
-                    f"memory.cache_transposed_weights=true does nothing with precision.{key}={value}: it is for "
+                    f"memory.cache_transposed_weights=true has no effect with precision.{key}={value}: it needs "
                     "gradients that are multiplied in FP8"
                 )
         return replace(precision, cache_transposed_weights=self.cache_transposed_weights)

@@ -215,7 +215,7 @@ def prepare(accelerator: Accelerator, needs: CacheRequest) -> CachedDataset:
     text_encoder = needs.text_encoder
     try:
         if prompts:
-            workers = text_encoder.workers
+            workers = text_encoder.max_concurrent_requests
             fill(embeddings, lambda: needs.load_text_encoder(device), "prompts", accelerator, workers=workers)
     finally:
         text_encoder.close()

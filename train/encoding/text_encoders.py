@@ -28,14 +28,14 @@ class PromptEncoder(Protocol):
         here: Whether it runs on this machine and takes its memory.
         storage: Storage of its layers' weights on this machine.
         length: Number of tokens that prompts are padded to; None is the model's own.
-        workers: Number of concurrent calls, one prompt each.
+        max_concurrent_requests: Number of concurrent calls, one prompt each.
         cut: Prompts that were truncated to the length.
     """
 
     here: bool
     storage: TextStorage | None
     length: int | None
-    workers: int
+    max_concurrent_requests: int
     cut: list[str]
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
@@ -57,7 +57,7 @@ class LocalTextEncoder:
     """
 
     here = True
-    workers = 1
+    max_concurrent_requests = 1
 
     def __init__(self, length: int | None = None, storage: TextStorage | None = None) -> None:
         if length is not None:
@@ -115,7 +115,8 @@ class RemoteTextEncoder:
             pick_protocol(check_url(url), protocol)
         except ValueError as error:
             raise ValueError(f"text_encoder.{error}") from error
-        self.url, self.protocol, self.length, self.workers = url, protocol, length, max_concurrent_requests
+        self.url, self.protocol, self.length = url, protocol, length
+        self.max_concurrent_requests = max_concurrent_requests
         self.timeout, self.attempts, self.wait = timeout, attempts, wait
         self.cut: list[str] = []
         self._client: Client | None = None

@@ -1,3 +1,4 @@
-"""How much memory a run needs and how long it takes, before it starts, and which memory settings fit. It imports
-train.config and what stands below. Begin with from_config.py, then predictor.py.
+"""Prediction of a run's memory and step time before it starts, and the choice of memory settings that fit.
+
+It imports train.config and the packages below it. Start with from_config.py, then predictor.py.
 """

@@ -1,7 +1,7 @@
-"""How to set the group `memory` so that a run fits: for `memory=auto`, for the presets, and after an error.
+"""Choose the group `memory` so that a run fits: for `memory=auto`, the presets, and advice after out of memory.
 
-The fastest setting that is predicted to fit is chosen, and nothing else is looked at, so the choice for a size of
-memory is always the same, and more memory never gets a slower one.
+The choice is the fastest setting that is predicted to fit, so it is deterministic for a size of memory, and more memory
+never gets a slower one.
 """
 
 from __future__ import annotations
@@ -30,14 +30,11 @@ from train.planner.workload import Workload, tokens
 from train.sweeps.reuse import SHARED
 from train.utils.memory import OutOfMemory
 
-LEAST_STEP = 0.03  # of what a run takes: an advice after an error saves at least this, as memory is in pieces
-
-
-# ------------------------------------------------------------------ the job of a run
+LEAST_STEP = 0.03  # share of a run's memory that advice after out of memory saves at least, because of fragmentation
 
 
 def text_sizes(source: ModelSource) -> dict[str, int]:
-    """Sizes of a text encoder that is on this disk, from its config.json; empty if it is not, or is of another kind."""
+    """Return the sizes in the config.json of a local text encoder; empty if it is not local or of an unknown kind."""
     file = Path(source.where("text_encoder")).expanduser() / "text_encoder" / "config.json"
     if not file.is_file():
         return {}
@@ -49,7 +46,7 @@ def text_sizes(source: ModelSource) -> dict[str, int]:
 
 
 def skeleton(variant: Variant, precision: Precision, adapt: Callable[[Transformer], object]) -> Transformer:
-    """The transformer in its precision and with its adapter, on the meta device."""
+    """Return the transformer in its precision, with its adapter, on the meta device."""
     with torch.device("meta"):
         model = Transformer(variant.transformer).to(precision.dtype)
         convert(model, precision, "cpu")
@@ -58,7 +55,7 @@ def skeleton(variant: Variant, precision: Precision, adapt: Callable[[Transforme
 
 
 def planned_precision(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Precision:
-    """That of a run, as on a GPU: FP8 products if the GPU at hand can do them; of one that is not there if `in_fp8`."""
+    """Return the run's precision as on a GPU. Without a GPU in this machine, `in_fp8` decides about FP8 products."""
     given = {key: value for key, value in config.config["precision"].items() if value is not None}
     dtype = pick_dtype(given.pop("dtype", None), torch.device("cuda" if on_gpu else "cpu"))
     if "layers" in given:
@@ -71,18 +68,18 @@ def planned_precision(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> P
 
 
 def references_of(dataset: Mapping[str, Any]) -> int:
-    """How many references its settings name; of several datasets the most."""
+    """Return the number of references in a dataset's settings, the maximum for a mix."""
     named = dataset.get("reference_columns") or dataset.get("reference_folders") or []
     if not isinstance(named, list):
-        raise ValueError(f"dataset.reference_columns={named!r} must be a list of names, such as [{named}]")
+        raise ValueError(f"dataset.reference_columns={named!r} must be a list of names, e.g. [{named}]")
     return max([len(named), *map(references_of, (dataset.get("sources") or {}).values())])
 
 
-def job_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workload:
-    """What of a run decides memory and time. Pictures are counted as squares, the largest of the buckets.
+def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workload:
+    """Return what determines a run's memory and step time. Images are counted as squares of the largest bucket.
 
     Args:
-        in_fp8: whether a GPU that is not there multiplies FP8 (compute capability 8.9 and above).
+        in_fp8: Whether to plan FP8 products if this machine has no GPU (compute capability 8.9 and above).
     """
     settings, side = config.settings, config.buckets.largest
     samples = bool(config.sample.prompts) and settings.sample_every > 0
@@ -121,7 +118,7 @@ def job_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workload:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a GPU, or in the host for a CPU; what a job before left can be freed."""
+    """Return the free memory of a GPU, or of the host for a CPU, including what a previous sweep job left."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return free + SHARED.held(device)
 
@@ -131,60 +128,58 @@ def gpu_name(device: torch.device) -> str | None:
 
 
 def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The group `memory` with its nulls chosen for `gpu_memory_gb`, and a sentence that says what and why.
+    """Return the group `memory` with its nulls chosen for `gpu_memory_gb`, and a message about the choice.
 
-    Raises:
-        ValueError: nothing that can be chosen fits.
+    Raises ValueError if no choice fits.
     """
     device = config.accelerator.device
     gpu_memory_gb = memory["gpu_memory_gb"]
-    if gpu_memory_gb == FREE:  # of all processes the least, so that all choose alike
+    if gpu_memory_gb == FREE:  # the minimum of all processes, so that all choose the same
         free = torch.tensor([float(free_bytes(device))], dtype=torch.float64, device=device)
         gpu_memory_gb = round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
-    planner = Planner(job_of(config, device.type == "cuda"))
+    planner = Planner(workload_of(config, device.type == "cuda"))
     on, fixed, limit = gpu(gpu_name(device), gpu_memory_gb), fixed_keys(memory), usable(gpu_memory_gb)
-    found = choose(planner, fixed, limit, on)
-    if found is None:
+    best = choose(planner, fixed, limit, on)
+    if best is None:
         raise ValueError(does_not_fit(planner, fixed, gpu_memory_gb))
-    chosen = {key: value for key, value in settings_of(found.choice).items() if key in memory}
+    chosen = {key: value for key, value in settings_of(best.choice).items() if key in memory}
     why = (
-        f"memory for {gpu_memory_gb:g} GB: {found.choice}, the fastest that is predicted to fit "
-        f"({found.training / 1e9:.1f} of {limit / 1e9:.1f} GB)"
+        f"memory for {gpu_memory_gb:g} GB: {best.choice}, the fastest that is predicted to fit "
+        f"({best.training / 1e9:.1f} of {limit / 1e9:.1f} GB)"
     )
-    if found.moved:  # weights or activations leave the device
+    if best.moved:  # weights or activations leave the device
         why = f"{why}. {lighter(planner)}".removesuffix(". ")
     return dict(memory) | chosen | {"gpu_memory_gb": gpu_memory_gb}, why
 
 
 def still_fits(config: RunConfig, kept: Mapping[str, Any]) -> bool:
-    """Whether a group `memory` that was chosen before agrees with what is given now and fits the memory of now."""
+    """Return whether the group `memory` of a resumed run agrees with the current settings and still fits."""
     chosen, given = set(CHOSEN) & kept.keys(), fixed_keys(config.given_memory)
     if kept.get("gpu_memory_gb") is None or any(kept.get(key) != value for key, value in given.items()):
         return False
     if any(kept[key] is None for key in chosen - {"budget_gb"}) or chosen != set(CHOSEN) & config.given_memory.keys():
         return False
-    planner = Planner(job_of(config, config.accelerator.device.type == "cuda"))
+    planner = Planner(workload_of(config, config.accelerator.device.type == "cuda"))
     if kept.get("cache_transposed_weights") and not planner.has_layouts:
         return False
     return planner.predict(choice_of(kept)).training <= usable(config.config["memory"]["gpu_memory_gb"])
 
 
 def advice(config: RunConfig, error: OutOfMemory) -> str:
-    """What to add after memory did not suffice: the planner's next step down."""
+    """Return advice after out of memory: the planner's next smaller setting, or how to make the encoders smaller."""
     if error.phase == "prompts":
         return (
-            "Text encoders are large and needed only once: keep it in less (text_encoder.storage=nf4), ask one on "
-            "another machine (text_encoder=remote), or fill the cache where there is more memory (train/cache.py, or "
-            "device=cpu), and start again"
+            "Quantize the text encoder (text_encoder.storage=nf4), use one on another machine (text_encoder=remote), "
+            "or fill the cache where there is more memory (train/cache.py, or device=cpu)."
         )
     if error.phase == "pictures":
-        return "Smaller pictures need less: buckets.resolution, reference_resolution"
+        return "Set a smaller buckets.resolution or reference_resolution."
     device = config.accelerator.device
-    planner, now = Planner(job_of(config, device.type == "cuda")), choice_of(config.config["memory"])
+    planner, now = Planner(workload_of(config, device.type == "cuda")), choice_of(config.config["memory"])
     on = gpu(gpu_name(device), free_bytes(device) / GIB + CONTEXT_GB)
     before = planner.predict(now).training
-    found = step_down(planner, now, on, max(error.asked - error.free, LEAST_STEP * before))
-    if found is None:
+    smaller_choice = step_down(planner, now, on, max(error.asked - error.free, LEAST_STEP * before))
+    if smaller_choice is None:
         return smaller(planner)
-    after = planner.predict(found).training
-    return f"Next step down: {found} (predicted: {after / 1e9:.1f} GB in place of {before / 1e9:.1f} GB)"
+    after = planner.predict(smaller_choice).training
+    return f"Set {smaller_choice} (predicted: {after / 1e9:.1f} GB instead of {before / 1e9:.1f} GB)."

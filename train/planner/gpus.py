@@ -1,8 +1,7 @@
-"""GPUs: their sizes, and how fast they are taken to be.
+"""Memory and throughput of GPUs.
 
-The figures are assumptions of the planner, not measurements of this project: throughput that large products reach in
-practice, which is 70 to 80 % of the data sheet's dense figure, and of attention less. What was measured is in
-benchmarks/results, and `measured` prefers it.
+The throughputs are assumptions, not measurements of this project: 70 to 80 % of the data sheet's dense figure for large
+matrix products, less for attention. `measured` looks up measured step times in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import Any
 from train.planner.step_memory import Work
 
 GIB = 2**30
-SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GB, as cards are sold; each holds about as many GiB
-CONTEXT_GB = 1  # of a card: what the driver, CUDA itself and the screen take before PyTorch asks for anything
-MARGIN = 0.03  # of the rest: what the allocator cannot hand out, as its free pieces are too small
+SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GB as advertised, which are about as many GiB
+CONTEXT_GB = 1  # used by the driver, the CUDA context and the display before PyTorch allocates anything
+MARGIN = 0.03  # share of the rest that the allocator loses to fragmentation
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def usable(gpu_memory_gb: float) -> int:
-    """Bytes that tensors can take on a card of this size."""
+    """Return the bytes that tensors can use on a GPU of this size."""
     return int(max(gpu_memory_gb - CONTEXT_GB, 0) * GIB * (1 - MARGIN))
 
 
@@ -33,12 +32,12 @@ class Gpu:
     """Throughput of a class of GPUs.
 
     Attributes:
-        pattern: of the name that CUDA gives it.
+        pattern: Regular expression for the device name in CUDA.
         bf16, fp8: TFLOP/s of large matrix products; fp8 is None below compute capability 8.9.
-        fp32: likewise, without TF32.
-        attention, attention_backward: TFLOP/s.
-        memory: GB/s of its own memory.
-        bus: GB/s from pinned host memory.
+        fp32: TFLOP/s of large matrix products without TF32.
+        attention, attention_backward: TFLOP/s of flash attention.
+        memory: Bandwidth of the GPU's memory in GB/s.
+        bus: Bandwidth from pinned host memory in GB/s.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Gpu:
     bus: float
 
     def seconds(self, work: Work, fused: bool = False) -> float:
-        """Time for `work`, one operation after the other; `fused` if elementwise operations are compiled."""
+        """Return the time of `work` without overlap; `fused` means that elementwise operations are compiled."""
         rates = {
             "bf16": self.bf16,
             "fp8": self.fp8 or self.bf16,
@@ -62,7 +61,7 @@ class Gpu:
             "attention_backward": self.attention_backward,
         }
         products = sum(flops / (rates[kind] * 1e12) for kind, flops in work.flops.items())
-        # three quarters of the data sheet's bandwidth; compiled, a quarter of the bytes (docs/memory.md)
+        # 3/4 of the data sheet's bandwidth is reached; compiled code moves 1/4 of the bytes (docs/memory.md)
         return products + work.bytes * (0.25 if fused else 1.0) / (0.75 * self.memory * 1e9)
 
 
@@ -86,7 +85,7 @@ TYPICAL = {8: "RTX 3070", 12: "RTX 3060", 16: "RTX 4080", 24: "RTX 4090", 32: "R
 
 
 def gpu(name: str | None, gpu_memory_gb: float) -> Gpu:
-    """The class of the GPU that CUDA calls `name`; of an unknown one, a common card of its size."""
+    """Return the entry for the CUDA device `name`, or for a typical GPU of that size if it is unknown."""
     for known in GPUS:
         if name is not None and re.search(known.pattern, name):
             return known
@@ -96,10 +95,9 @@ def gpu(name: str | None, gpu_memory_gb: float) -> Gpu:
 
 
 def measured(name: str | None, setting: Mapping[str, Any], folder: Path = RESULTS) -> float | None:
-    """Seconds a step that a file of `folder` holds for this GPU and this setting; None if none does.
+    """Return the measured seconds per step for this GPU and setting from the files of `folder`, or None.
 
-    A file counts if its `hardware` is the GPU's name, and of its `cases` the one with this very `setting`, as
-    benchmarks/matrix.py writes them.
+    benchmarks/matrix.py writes these files: `hardware` is the GPU's name, and each of the `cases` has a `setting`.
     """
     for file in sorted(folder.glob("*.json")) if name else []:
         content = json.loads(file.read_text())

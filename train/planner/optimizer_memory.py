@@ -1,4 +1,4 @@
-"""Bytes of an optimizer's state, measured on small tensors."""
+"""Size of an optimizer's state, measured on small tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PRIMES = (3, 5, 7, 11, 13)
 
 
 def optimizer_bytes(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of an optimizer's state: seen from one step on small parameters, an 8-bit one's from its layout."""
+    """Return the bytes of an optimizer's state: from one step on small parameters, or the layout of an 8-bit state."""
     counted = Counter(tuple(parameter.shape) for parameter in parameters)
     target: Any = getattr(make, "func", make)
     if getattr(target, "__module__", "").startswith("bitsandbytes") and "8bit" in getattr(target, "__name__", ""):
-        # moments of a byte with a float32 scale a block of 256; small tensors stay in float32
+        # one byte per moment and a float32 scale per block of 256; tensors below 4096 elements stay in float32
         moments = 1 if any(base.__name__ == "Optimizer1State" for base in target.__mro__) else 2
         sizes = {shape: math.prod(shape) for shape in counted}
         each = {shape: moments * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n) for shape, n in sizes.items()}
@@ -30,10 +30,10 @@ def optimizer_bytes(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> 
 
 
 def state_bytes(make: MakeOptimizer, shape: tuple[int, ...]) -> int:
-    """Bytes of the state of one parameter of `shape`, of a dimension or more.
+    """Return the bytes of the state of one parameter of `shape`, which has at least one dimension.
 
-    Seen on a small parameter whose sides are different primes, so that a tensor of the state that has some of its sides
-    (Adafactor's rows and columns) is told from one that has all of them.
+    Measured on a parameter whose sides are different primes, so that the sides of a state tensor can be identified
+    (Adafactor keeps rows and columns).
     """
     sides = PRIMES[: len(shape)]
     parameter = nn.Parameter(torch.ones(sides))

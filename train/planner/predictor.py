@@ -1,8 +1,8 @@
-"""What a run would hold in memory, phase by phase, and how long its steps would take: predicted, not measured.
+"""Predict the memory of each phase of a run and the time of a step.
 
-`Planner` counts the blocks of a job once (train/planner/step_memory.py) and then adds up any choice of the group
-`memory` in no time; both are in train/planner/workload.py. A phase is what is in memory together: the encoders, one
-after the other, before training; then the step, and between steps the update, validation and samples.
+`Planner` counts the blocks of a job once (train/planner/step_memory.py); a prediction for a choice of the group
+`memory` is then a cheap sum. The phases are the encoders, one after the other, before training; the step; and between
+steps the update, validation and samples.
 """
 
 from __future__ import annotations
@@ -40,19 +40,18 @@ from train.planner.workload import Workload, frozen, tokens, trained
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
-FELT = 0.1  # assumed: the share of copies that compute does not hide, or of compute that copies do not
-GATHERED = 3  # blocks: the one that runs, the next one as it arrives and as it is laid out (assumed)
-READ_AHEAD = 2.0e9  # cache entries that data.loader keeps, at most
+NOT_OVERLAPPED = 0.1  # assumed: the share of the shorter of copies and compute that the longer does not hide
+GATHERED = 3  # assumed: gathered blocks, the current one and two buffers for the next one
+READ_AHEAD = 2.0e9  # maximum of cache entries that data.loader prefetches
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on the device by phase and component, bytes in host memory by component, and what a step takes.
+    """Bytes on the device by phase and component, bytes in host memory by component, and the work of a step.
 
     Attributes:
-        moved: bytes a step between host and device.
-        work: of a step.
-        compiled: whether elementwise operations are fused.
+        moved: Bytes copied between host and device per step.
+        compiled: Whether elementwise operations are fused.
     """
 
     choice: Choice
@@ -67,21 +66,17 @@ class Prediction:
 
     @property
     def training(self) -> float:
-        """The most that any phase takes while the transformer is loaded."""
+        """The peak of the phases with the transformer loaded."""
         return max(self.total(phase) for phase in self.phases if phase not in ("prompts", "pictures"))
 
-    @property
-    def peak(self) -> float:
-        return max(self.total(phase) for phase in self.phases)
-
     def seconds(self, gpu: Gpu) -> float:
-        """A step: its compute, or the copies beside it where they take longer, and a part of the other."""
+        """Return the time of a step: the longer of compute and copies, plus the unhidden part of the other."""
         both = gpu.seconds(self.work, fused=self.compiled), self.moved / (gpu.bus * 1e9)
-        return max(both) + FELT * min(both)
+        return max(both) + NOT_OVERLAPPED * min(both)
 
 
 class Planner:
-    """Counts a job's blocks once, and adds up choices."""
+    """Predictions for one job. Its blocks are counted once."""
 
     def __init__(self, job: Workload) -> None:
         self.job = job
@@ -93,7 +88,7 @@ class Planner:
 
     @cached_property
     def kinds(self) -> list[nn.Module]:
-        """For each block the one of its kind that is counted for it."""
+        """For each block, the block that is counted in its place: the one of its kind with the largest adapter."""
         model = self.job.model
         double, single = heaviest(model.double_blocks), heaviest(model.single_blocks)
         kinds = [double] * len(model.double_blocks) + [single] * len(model.single_blocks)
@@ -105,7 +100,7 @@ class Planner:
 
     @cached_property
     def has_layouts(self) -> bool:
-        """Whether layers multiply gradients in FP8, for which weights can be kept transposed too."""
+        """Whether layers multiply gradients in FP8, so that transposed weights can be cached."""
         return set_transposed_cache(self.job.model, enabled=False) > 0
 
     def cost(self, policy: str, block: nn.Module, both: bool = False) -> Cost:
@@ -117,10 +112,10 @@ class Planner:
         return self._costs[key]
 
     def blocks(self, policy: str, budget_gb: float | None = None, both: bool = False) -> tuple[int, int, Work]:
-        """Bytes kept and working set at the peak of a forward and backward, and their work.
+        """Return (kept bytes, working set) at the peak of a forward and backward, and their work.
 
         Args:
-            both: whether weights are kept transposed too.
+            both: Whether transposed weights are cached.
         """
         count = self.kept_within(budget_gb) if policy == "budget" and budget_gb is not None else 0
         key = ("full" if policy == "budget" else policy, both, count)
@@ -134,13 +129,12 @@ class Planner:
         return self._blocks[key]
 
     def kept_within(self, budget_gb: float) -> int:
-        """How many of the last blocks `checkpointing=budget` keeps whole."""
-        shape = self.job.shape
-        config = self.job.model.config
-        return blocks_within(config, budget_gb, shape.rows * shape.tokens, self.job.dtype.itemsize)
+        """Return how many of the last blocks `checkpointing=budget` keeps without recompute."""
+        job = self.job
+        return blocks_within(job.model.config, budget_gb, job.shape.rows * job.shape.tokens, job.dtype.itemsize)
 
     def budget_for(self, count: int) -> float:
-        """The `budget_gb` that is enough for `count` of the last blocks and no more, with as few digits as can be."""
+        """Return the `budget_gb` that keeps exactly `count` of the last blocks, with as few digits as possible."""
         job, config = self.job, self.job.model.config
         needed = 0
         for i in range(count):
@@ -151,7 +145,7 @@ class Planner:
         return next((budget for budget in rounded if self.kept_within(budget) == count), math.ceil(needed / 1e5) / 1e4)
 
     def inference(self, shape: Shape, autocast: bool) -> tuple[int, Work]:
-        """Peak and work of one prediction without gradients."""
+        """Return peak bytes and work of one prediction without gradients."""
         if (shape, autocast) not in self._inferences:
             model, dtype = self.job.model, self.job.dtype
             counted = {block: infer_block(model, block, shape, dtype, autocast) for block in {*self.kinds}}
@@ -161,7 +155,7 @@ class Planner:
         return self._inferences[shape, autocast]
 
     def block_weights(self, both: bool) -> list[int]:
-        """Bytes of the base in each block, with or without what is transposed too."""
+        """Return the bytes of the base in each block, with or without cached transposed weights."""
         if both not in self._weights:
             set_transposed_cache(self.job.model, both)
             self._weights[both] = [size(streamed_tensors(block)) for block in self.job.blocks]
@@ -169,7 +163,7 @@ class Planner:
 
     @property
     def weights(self) -> list[int]:
-        """Bytes of the base in each block, in one layout."""
+        """Bytes of the base in each block, without transposed weights."""
         return self.block_weights(both=False)
 
     @cached_property
@@ -189,70 +183,54 @@ class Planner:
 
     @property
     def swapped(self) -> int:
-        """Bytes of the trained weights, which are kept beside the average that is validated, sampled and saved."""
+        """Bytes of the trained weights, stored while their average is validated, sampled and saved."""
         kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
         return size(trained(self.job.model)) if kept else 0
 
     @property
     def class_share(self) -> float:
-        """What class pictures, which have no references, add to the tokens of a micro-batch: a share of them."""
+        """Tokens of the class images, which have no references, as a share of the tokens of a micro-batch."""
         shape = self.job.shape
         return self.job.class_rows * (shape.predicted + shape.text) / (shape.rows * shape.tokens)
 
     @cached_property
     def autoencoder(self) -> tuple[int, int, int]:
-        width, height = max(
-            [
-                self.job.pixels,
-                *self.job.references,
-                self.job.sample_pixels or (16, 16),
-                self.job.class_pixels or (16, 16),
-            ],
-            key=tokens,
-        )
-        return autoencoder_peaks(self.job.variant.autoencoder, width, height)
+        job = self.job
+        sizes = [job.pixels, *job.references, job.sample_pixels or (16, 16), job.class_pixels or (16, 16)]
+        return autoencoder_peaks(job.variant.autoencoder, *max(sizes, key=tokens))
 
     @cached_property
     def reference_encoder(self) -> int:
-        """Bytes above the autoencoder's weights to encode what a sample grid edits, beside the transformer."""
+        """Bytes in addition to the autoencoder's weights for encoding the references of a sample grid."""
         largest = max(self.job.sample_references, key=tokens, default=None)
         return 0 if largest is None else autoencoder_peaks(self.job.variant.autoencoder, *largest)[1]
 
     @cached_property
     def workspace(self) -> int:
-        """Bytes of the buffer that NF4 layers are dequantized into, which stays."""
+        """Bytes of the permanent buffer that NF4 layers are dequantized into."""
         layers = [layer for layer in self.job.model.modules() if isinstance(layer, Nf4Linear)]
         sizes = [layer.in_features * layer.out_features for layer in layers]
         return self.job.dtype.itemsize * max(sizes, default=0)
 
     @cached_property
-    def largest(self) -> int:
-        """Elements of the largest tensor."""
-        return max(parameter.numel() for parameter in self.job.model.parameters())
-
-    @cached_property
     def inputs(self) -> int:
-        """Bytes of a micro-batch: latents and embeddings in float32, what the first block is given, and angles."""
+        """Bytes of a micro-batch: latents and embeddings in float32, the first block's input, and rotary angles."""
         job, config, shape = self.job, self.job.model.config, self.job.shape
         row = shape.text * config.text_width * (4 + job.dtype.itemsize) + shape.image * config.channels * 12
         stream = shape.tokens * config.hidden * job.dtype.itemsize
         return shape.rows * (row + stream) + shape.tokens * config.head_dim * 4
 
     def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
-        """Bytes of the blocks that stream, and of the ring they stream through."""
+        """Return the bytes of the streamed blocks, and of the ring buffer they stream through."""
         names = offloaded_blocks(self.job.model.config, given)
         if not names:
             return 0, 0
-        sizes = [weights[self.names[name]] for name in names]
+        all_names = list(self.job.model.config.block_names)
+        sizes = [weights[all_names.index(name)] for name in names]
         return sum(sizes), sum(slot_sizes(sizes, RING))
 
-    @cached_property
-    def names(self) -> dict[str, int]:
-        """Which of the blocks has which name."""
-        return {name: i for i, name in enumerate(self.job.model.config.block_names)}
-
     def predict(self, choice: Choice) -> Prediction:
-        """Add up a choice; what was added up once is known."""
+        """Return the prediction for a choice, computed once."""
         if choice not in self._predictions:
             self._predictions[choice] = self.add_up(choice)
         return self._predictions[choice]
@@ -270,13 +248,13 @@ class Planner:
         if choice.offload_activations:
             whole = len(self.kinds) if choice.checkpointing == "none" else self.kept_within(choice.budget_gb or 0.0)
             away = boundary * (len(self.kinds) - whole)
-            kept += min(2 * boundary, away) - away  # two are on their way
+            kept += min(2 * boundary, away) - away  # two are being copied
             moved += 2.0 * away * job.accumulation * (1 + self.class_share)
         here, gathered = sum(weights) - streamed, 0
-        if job.shares > 1:  # gathered for the forward and for the backward
+        if job.shares > 1:  # all-gathered in forward and backward
             others = [child for child in job.model.children() if not isinstance(child, nn.ModuleList)]
             gathered = GATHERED * max([*weights, *(size(frozen(child)) for child in others)])
-            gathered += sum(size(frozen(child)) for child in others if isinstance(child, nn.Linear))  # all the time
+            gathered += sum(size(frozen(child)) for child in others if isinstance(child, nn.Linear))  # permanently
             moved += 2.0 * (here + self.other_weights) * (1 - 1 / job.shares) * passes
         libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
         resident: dict[str, float] = {
@@ -321,14 +299,14 @@ class Planner:
         host = {
             "streamed blocks": streamed,
             "block inputs": away,
-            "while loading": 2 * 2 * self.largest,  # two tensors as they are in the file
+            "while loading": 2 * 2 * max(p.numel() for p in job.model.parameters()),  # two bf16 tensors
             "cache entries read": READ_AHEAD,
             "process (assumed)": PROCESS,
         }
         return Prediction(choice, phases, host, work * job.accumulation, moved, job.compiled)
 
     def encoders(self, libraries: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        """The phases that fill the cache; with a full cache they do not happen."""
+        """Return the phases that fill the cache; a run with a complete cache skips them."""
         job = self.job
         weights, encode, _ = self.autoencoder
         phases: dict[str, dict[str, float]] = {}
@@ -339,6 +317,6 @@ class Planner:
             held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
             phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
         if job.class_pixels:
-            encode = max(encode, self.autoencoder[2])  # what is drawn is decoded
+            encode = max(encode, self.autoencoder[2])  # the class images are decoded
         phases["pictures"] = {"autoencoder": weights, "working set": encode, **libraries}
         return phases

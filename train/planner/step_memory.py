@@ -1,12 +1,12 @@
-"""What a training step holds in memory and computes, counted from shapes: no weights, no GPU, no network.
+"""Count the memory and the operations of a training step from shapes, without weights, GPU or network.
 
-Blocks are run, forward and backward, on tensors that have a shape and no memory (PyTorch's fake tensors), and every
-tensor is counted from the operation that makes it to its end. So what is counted is what the code does: the adapter's
-layers, the policy of recompute, the precision's products. Where a GPU runs another kernel than a CPU (attention,
-norms, the dtypes of autocast) `gpu_kernels` puts the GPU's in. A model is the sum of its blocks (`step`), which the
-tests compare with whole models, and with what PyTorch's profiler sees allocated.
+Blocks run forward and backward on PyTorch's fake tensors, which have a shape and no memory, and every tensor is counted
+from its creation until it is freed. The counts therefore follow the real code: adapter layers, checkpointing policy,
+precision. Where GPU kernels keep other tensors than CPU kernels (attention, norms, autocast dtypes), `gpu_kernels`
+substitutes the GPU's behavior. A model is the sum of its blocks (`step`); the tests compare this with whole models and
+with PyTorch's profiler.
 
-Not counted are what CUDA itself and fragmentation take: train/plan.py names its assumptions about them.
+The CUDA context and fragmentation are not counted; train/planner/gpus.py has the assumptions about them.
 """
 
 from __future__ import annotations
@@ -31,18 +31,15 @@ from flux2.models.transformer import DoubleBlock, RotaryAngles, Transformer
 from flux2.models.variants import AutoencoderConfig
 from flux2.quantization.nf4 import Nf4Linear
 
-GRANULE = 512  # bytes: the CUDA allocator hands out multiples of it
+GRANULE = 512  # bytes; the CUDA allocator rounds sizes up to multiples of it
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16", torch.float8_e4m3fn: "fp8"}
 
 
-# ------------------------------------------------------------------ counting
-
-
 @dataclass
 class Work:
-    """What a piece of a step computes: floating-point operations by kind, and bytes that other operations move."""
+    """Floating-point operations by kind, and the bytes that all other operations read and write."""
 
     flops: dict[str, float] = field(default_factory=dict)
     bytes: float = 0.0
@@ -57,13 +54,13 @@ class Work:
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Counts the bytes of tensors made within this context while they live, and the work of its operations.
+    """Context manager that counts the bytes of new tensors while they live, and the work of all operations.
 
     Args:
-        known: tensors that are counted elsewhere, as weights are.
+        known: Tensors that are counted elsewhere, such as weights.
 
     Attributes:
-        live, peak: bytes now, and the most since the last `start`.
+        live, peak: Current bytes, and their maximum since the last `start`.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -75,12 +72,12 @@ class AllocationCounter(TorchDispatchMode):
             self.hold(tensor, 0)
 
     def start(self) -> int:
-        """Begin a new peak and new work; returns the bytes that live now."""
+        """Reset peak and work; return the live bytes."""
         self.peak, self.work = self.live, Work()
         return self.live
 
     def hold(self, tensor: Tensor, size: int | None = None) -> bool:
-        """Count a tensor's storage until it is freed; False if it is counted already."""
+        """Count a tensor's storage until it is freed. Return False if it is already counted."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.sizes:
@@ -96,15 +93,15 @@ class AllocationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        fresh = [self.hold(tensor) for tensor in made]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        is_new = [self.hold(tensor) for tensor in outputs]
         packet = func._overloadpacket
         if packet in flop_registry:
             self.multiply(packet, args, kwargs or {}, out)
-        elif (any(fresh) or func._schema.is_mutable) and "empty" not in packet.__name__:
+        elif (any(is_new) or func._schema.is_mutable) and "empty" not in packet.__name__:
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             read = [] if packet.__name__ == "fill_" else read
-            self.work.bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*read, *made])
+            self.work.bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*read, *outputs])
         return out
 
     def multiply(self, packet: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -113,20 +110,20 @@ class AllocationCounter(TorchDispatchMode):
         kind = KINDS.get(first.dtype, "bf16")
         if packet in (FLASH, FLASH_BACKWARD):
             kind = "attention" if packet is FLASH else "attention_backward"
-        done = flop_registry[packet](*args, **kwargs, out_val=out)
-        self.work.flops[kind] = self.work.flops.get(kind, 0.0) + done
+        flops = flop_registry[packet](*args, **kwargs, out_val=out)
+        self.work.flops[kind] = self.work.flops.get(kind, 0.0) + flops
         if packet is FLASH_BACKWARD and first.dtype != torch.float32:
-            # the kernels add the queries' gradient up in float32, in memory of their own
+            # the kernels accumulate the gradient of the queries in a float32 buffer
             self.peak = max(self.peak, self.live + 4 * first.numel())
 
 
 class Rms(torch.autograd.Function):
-    """`F.rms_norm` as the GPU's one kernel: keeps its input and a number a row."""
+    """`F.rms_norm` with the memory of the fused GPU kernel, which saves its input and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, x.new_empty(x.shape[:-1]))
-        return torch.relu(x)  # any operation that reads a tensor and writes one
+        return torch.relu(x)  # any operation that reads one tensor and writes one
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
@@ -136,10 +133,10 @@ class Rms(torch.autograd.Function):
 
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """Within this context operations run as on a GPU where the CPU's keep other tensors.
+    """Context manager that substitutes GPU behavior for operations whose CPU kernels keep other tensors.
 
-    Attention is flash attention, a norm is one kernel, under autocast a layer norm gives float32, and NF4 layers share
-    one buffer. The functions are replaced where they stand: a mode would not reach what runs again in the backward.
+    Attention is flash attention, a norm is one kernel, layer norm returns float32 under autocast, and NF4 layers share
+    one buffer. The functions are patched, because a dispatch mode would not reach the recompute in the backward.
     """
     layer_norm = F.layer_norm
 
@@ -174,7 +171,7 @@ def gpu_kernels() -> Iterator[None]:
 
 
 def fake(module: nn.Module) -> None:
-    """Give every parameter and buffer of a module on the meta device a fake one instead. Within FakeTensorMode."""
+    """Replace the parameters and buffers of a module on the meta device by fake tensors; needs FakeTensorMode."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -186,11 +183,8 @@ def fake(module: nn.Module) -> None:
 
 
 def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes."""
+    """Return the bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-# ------------------------------------------------------------------ blocks
 
 
 @dataclass(frozen=True)
@@ -198,10 +192,10 @@ class Cost:
     """Bytes and work of one block.
 
     Attributes:
-        kept: bytes that its forward leaves for the backward, with its output.
-        forward: the most bytes above those before it, during its forward.
-        backward: the most bytes above those kept, during its backward, with recompute and gradients of tokens; its
-            output is among those kept, but is free by then, and so is not counted here.
+        kept: Bytes that its forward keeps for the backward, including its output.
+        forward: Peak of its forward above the bytes before it.
+        backward: Peak of its backward above the kept bytes, including recompute and token gradients. Its output, part
+            of the kept bytes, is already freed then and subtracted.
     """
 
     kept: int
@@ -212,9 +206,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Shape:
-    """What goes through the transformer at once: `rows` pictures of `image` tokens, their references' among them.
+    """The input of the transformer: `rows` images with `image` tokens, including references, and `text` tokens each.
 
-    `predicted` of the image tokens get a prediction; all rows have `text` tokens.
+    `predicted` of the image tokens are no reference tokens and get a prediction.
     """
 
     rows: int
@@ -228,7 +222,7 @@ class Shape:
 
 
 def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], list[Any]]:
-    """The tokens that a block transforms, and what else it is given."""
+    """Return the tokens that a block transforms, and its other arguments."""
     config = model.config
     angles = (1, 1, shape.tokens, config.head_dim // 2)
     by: RotaryAngles = (torch.empty(angles), torch.empty(angles), torch.empty(angles, dtype=torch.complex64))
@@ -247,12 +241,12 @@ def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.d
 def prepared(
     model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype
 ) -> tuple[nn.Module, Any, AllocationCounter]:
-    """A fake copy of a block, its arguments, and a count that knows them. Within FakeTensorMode."""
-    with unset_fake_temporarily():  # in which a buffer cannot be copied
+    """Return a fake copy of a block, its arguments, and a counter that excludes them; needs FakeTensorMode."""
+    with unset_fake_temporarily():  # buffers cannot be copied in FakeTensorMode
         block = copy.deepcopy(block).train()
     fake(block)
     for parameter in block.parameters():
-        if parameter.requires_grad:  # as with accumulated gradients, which are counted beside the optimizer
+        if parameter.requires_grad:  # gradients exist already and are counted with the optimizer
             parameter.grad = torch.empty_like(parameter)
     given = arguments(model, block, shape, dtype)
     grads = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
@@ -263,14 +257,14 @@ def prepared(
 def train_block(
     model: Transformer, block: nn.Module, run: Callable[..., Any], shape: Shape, dtype: torch.dtype, autocast: bool
 ) -> Cost:
-    """Count a block of `model` (on the meta device) in training, run by `run` as in `Transformer.run_block`."""
+    """Return the cost of training a block of `model` (on the meta device) with `run`, a `Transformer.run_block`."""
     with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True):
         block, (tokens, rest), count = prepared(model, block, shape, dtype)
         lives = [0]
         with count:
             out: Any = tuple(tokens)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                for _ in range(2):  # what the second one adds is what one of many adds
+                for _ in range(2):  # the second one adds what any further block adds
                     count.start()
                     out = run(block, *out, *rest)
                     out = out if isinstance(out, tuple) else (out,)
@@ -279,13 +273,13 @@ def train_block(
             gradients = tuple(torch.empty_like(part) for part in out)
             kept = count.start() - size(gradients)
             torch.autograd.backward(out, gradients)
-            # a model lets go of a block's output when the next block's backward is over
+            # a model frees a block's output after the backward of the next block
             backward = count.peak - kept - size(gradients)
             return Cost(lives[2] - lives[1], forward, backward, work + count.work * 0.5)
 
 
 def infer_block(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype, autocast: bool) -> Cost:
-    """Count a block without gradients, as in sampling and validation."""
+    """Return the cost of a block without gradients, as in sampling and validation."""
     with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         block, (tokens, rest), count = prepared(model, block, shape, dtype)
         with count, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -295,7 +289,7 @@ def infer_block(model: Transformer, block: nn.Module, shape: Shape, dtype: torch
 
 
 def train_end(model: Transformer, shape: Shape, dtype: torch.dtype, autocast: bool) -> Cost:
-    """Count the final layer and the loss."""
+    """Return the cost of the final layer and the loss."""
     with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True):
         config = model.config
         layer = copy.deepcopy(model.final_layer)
@@ -312,12 +306,12 @@ def train_end(model: Transformer, shape: Shape, dtype: torch.dtype, autocast: bo
 
 
 def heaviest(blocks: Iterable[nn.Module]) -> nn.Module | None:
-    """The block with the most trained parameters: all are alike, but for the adapter's layers."""
+    """Return the block with the most trained parameters; blocks of a kind differ only in their adapter layers."""
     return max(blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad), default=None)
 
 
 def step(costs: Sequence[Cost], end: Cost) -> tuple[int, int]:
-    """Bytes at the peak of one forward and backward through blocks in order: (kept by then, working set)."""
+    """Return (kept bytes, working set) at the peak of one forward and backward through blocks in order."""
     held, peaks = 0, []
     for cost in costs:
         peaks.append((held, cost.forward))
@@ -329,14 +323,11 @@ def step(costs: Sequence[Cost], end: Cost) -> tuple[int, int]:
     return max(peaks, key=sum)
 
 
-# ------------------------------------------------------------------ encoders
-
-
 def autoencoder_peaks(config: AutoencoderConfig, width: int, height: int) -> tuple[int, int, int]:
-    """Bytes of the autoencoder in float32: its weights, and the most above them to encode and to decode one picture.
+    """Return the bytes of the float32 autoencoder's weights, and the peaks above them to encode and decode an image.
 
     Args:
-        width, height: of the picture, pixels.
+        width, height: Size of the image in pixels.
     """
     with torch.device("meta"):
         model = Autoencoder(config)

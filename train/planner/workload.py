@@ -1,4 +1,4 @@
-"""What of a configuration decides memory and time (`Workload`), and how the group `memory` could be set (`Choice`)."""
+"""The part of a configuration that determines memory and step time."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from train.planner.step_memory import Shape
 
 @dataclass(frozen=True)
 class Workload:
-    """What of a configuration decides memory and time.
+    """The part of a configuration that determines memory and step time. Sizes in pixels are (width, height).
 
     Attributes:
-        model: the transformer on the meta device, in its precision and with its adapter.
-        dtype: of what is not converted, and of activations.
-        storage: of the converted layers: fp8, nf4, or None.
-        optimizer: makes the optimizer from a list of parameters.
-        pixels: (width, height) of the largest training picture; references: those of each of its references.
-        sample_pixels: of the sample grids' pictures, None if none are made; sample_references: of what one edits.
-        rows: pictures a micro-batch, those of preservation counted again.
-        held: of them, those of preservation, which the base predicts too.
-        averaged: whether a moving average of the adapter is kept.
-        class_rows: class pictures in a micro-batch of their own; class_pixels: (width, height) of those that the base
-            draws before training, None if it draws none.
-        validates: whether a validation loss is taken.
-        on_gpu: else everything is in host memory.
-        compiled: whether blocks are compiled; memory is counted as if they were not.
-        usual: whether precision and attention are set as they are where steps are measured, and nothing is preserved.
-        text_storage: of the text encoder's layers: nf4, int8, or None; text_here: whether it runs on this machine.
-        shares: of how many processes each holds a part of the base; 1 if it is not sharded.
+        model: The transformer on the meta device, in its precision and with its adapter.
+        dtype: Dtype of activations and of layers that are not quantized.
+        storage: Storage of the quantized layers: fp8, nf4, or None.
+        optimizer: Makes the optimizer from a list of parameters.
+        pixels, references: Sizes of the largest training image and of each of its references.
+        sample_pixels: Size of the sampled images; None without sample grids.
+        sample_references: Sizes of the references of the sample prompt with the most reference tokens.
+        rows: Images in a micro-batch, including those that base preservation adds.
+        held: The images that base preservation adds, which the base predicts too.
+        averaged: Whether an EMA of the adapter is kept.
+        class_rows: Class images in their own micro-batch.
+        class_pixels: Size of the class images that the base generates before training; None if there are none.
+        validates: Whether a validation loss is computed.
+        on_gpu: Whether the run uses a GPU; otherwise everything is in host memory.
+        compiled: Whether blocks are compiled; memory is counted as if they were not.
+        usual: Whether the run has the precision and attention of the benchmarks and no preservation.
+        text_storage: Storage of the text encoder's layers: nf4, int8, or None.
+        text_here: Whether the text encoder runs on this machine.
+        shares: Number of processes that the base is sharded over; 1 without sharding.
     """
 
     variant: Variant
@@ -65,7 +67,7 @@ class Workload:
 
     @property
     def precision(self) -> str:
-        """As in `precision=...`."""
+        """The name of the group choice `precision`."""
         return self.storage or {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
 
     @property

@@ -1,4 +1,4 @@
-"""The class images of a run (train/objective/prior.py): the source, what is cached of them, and the loader."""
+"""The class images of a run (train/objective/prior.py): their source, cache request and loader."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from train.encoding.prepare import CacheRequest
 from train.objective.prior import ClassPictures
 
 
-def given_classes(config: RunConfig) -> Source | None:
-    """The dataset of class pictures, if one is given."""
+def class_dataset(config: RunConfig) -> Source | None:
+    """Return the dataset of class images; None if the base draws them or there are none."""
     if config.prior is None or config.prior.dataset is None:
         return None
     source: Source = instantiate("preservation.dataset", config.prior.dataset)
     return source
 
 
-def recipe_of(config: RunConfig) -> Recipe:
-    """Of class pictures that are drawn."""
+def class_recipe(config: RunConfig) -> Recipe:
+    """Return what determines the class images that the base draws."""
     assert config.prior is not None
     prior, (width, height) = config.prior, config.class_image_size
     return Recipe(
@@ -47,8 +47,8 @@ def recipe_of(config: RunConfig) -> Recipe:
     )
 
 
-def drawn_classes(config: RunConfig, prepared: CachedDataset) -> Source:
-    """Class pictures that the base draws, or drew before. `prepared` has the embeddings of their prompts."""
+def draw_class_images(config: RunConfig, prepared: CachedDataset) -> Source:
+    """Return the class images of the base, drawing the missing ones. `prepared` has the embeddings of their prompts."""
     assert config.prior is not None
     prior, device = config.prior, config.accelerator.device
     precision = replace(config.precision, cache_transposed_weights=False)  # there is no backward
@@ -56,27 +56,27 @@ def drawn_classes(config: RunConfig, prepared: CachedDataset) -> Source:
     def load() -> Transformer:
         if config.processes.sharded:
             raise ValueError(
-                "preservation.prompts: the base draws class pictures whole, which shard=true is there to avoid. Draw "
-                "them first, in a run without it, with memory.offload_blocks=1.0 if need be: they are kept"
+                "preservation.prompts: a sharded base cannot draw class images. Draw them in a run with shard=false "
+                "(and memory.offload_blocks=1.0 if they do not fit); later runs reuse them."
             )
         pipe = Pipeline(config.source, device, precision, False, config.memory.offload_blocks, config.copies)
         transformer = pipe.transformer
         if config.settings.embedding_storage.startswith("projected"):
-            transformer.txt_in = nn.Identity()  # it is applied in what is stored
+            transformer.txt_in = nn.Identity()  # stored embeddings are its output
         return transformer
 
     decoder = partial(load_autoencoder, config.source, device)
     folder = Path(prior.folder).expanduser()
-    return draw(folder, recipe_of(config), prior.count, config.accelerator, prepared, load, decoder, config.say)
+    return draw(folder, class_recipe(config), prior.count, config.accelerator, prepared, load, decoder, config.say)
 
 
 def class_cache_requests(config: RunConfig, request: CacheRequest) -> list[CacheRequest]:
-    """What is to be cached of the class pictures that are there, if any."""
+    """Return the cache request of the class images, if they exist."""
     if config.prior is None:
         return []
-    source = given_classes(config)
+    source = class_dataset(config)
     if source is None:
-        recipe = recipe_of(config)
+        recipe = class_recipe(config)
         folder = Path(config.prior.folder).expanduser() / recipe.name
         if not all(picture_file(folder, index).exists() for index in range(config.prior.count)):
             return []
@@ -87,10 +87,10 @@ def class_cache_requests(config: RunConfig, request: CacheRequest) -> list[Cache
 def class_loader(
     config: RunConfig, classes: tuple[Source, CachedDataset] | None, **shards: int
 ) -> ClassPictures | None:
-    """Return what gives class images to training; None without them.
+    """Return the class images for training; None without prior preservation.
 
     Args:
-        shards: How a step is split into processes and micro-batches, as in `data.loader.Loader`.
+        shards: Split of a step into processes and micro-batches, as in `data.loader.Loader`.
     """
     if config.prior is None or classes is None:
         return None
@@ -109,7 +109,7 @@ def class_loader(
 
 
 def manifest_of_classes(classes: tuple[Source, CachedDataset] | None) -> TrainedData | None:
-    """Return what identifies the class images by content; None without them."""
+    """Return the content digests of the class images; None without them."""
     if classes is None:
         return None
     source, cached = classes

@@ -1,4 +1,4 @@
-"""The data of a run: its samples, the cache filled with what training reads of them, the split, and the loader."""
+"""The data of a run: its samples, the filled cache, the validation split and the loader."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from train.config.run_config import RunConfig
 from train.encoding.prepare import CacheRequest, prepare
 from train.objective.objective import Objective
 from train.objective.prior import ClassPictures
-from train.stages.class_data import class_loader, drawn_classes, given_classes, manifest_of_classes
+from train.stages.class_data import class_dataset, class_loader, draw_class_images, manifest_of_classes
 from train.sweeps.reuse import SHARED
 from train.utils.network import is_offline
 from train.validation.loss import FixedNoiseLoss, chosen_samples
 
-# a later job of a sweep reuses the data of the job before if these are equal
+# a sweep job reuses the data of the previous job if these settings are equal
 DATA_GROUPS = ("model", "dataset", "text_encoder", "buckets", "sample", "preservation")
 DATA_KEYS = ("cache_dir", "embedding_storage", "reference_resolution", "device")
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The samples of a run with their cache entries, and those of the class images, if there are any."""
+    """The samples of a run and the class images, if there are any, with their cache entries."""
 
     samples: Source
     cached: CachedDataset
@@ -45,15 +45,15 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What one run trains and validates on.
+    """The data that one run trains and validates on.
 
     Attributes:
         prepared: All samples of the dataset.
-        names: The name of each training sample, by the index that the loader gives it.
-        manifest: Identifies the training samples by content, so that a resumed run notices others.
-        loader: Gives this process's micro-batches of a step.
-        prior: Likewise those of the class images; None without them.
-        validator: The loss at fixed noise; None if no sample is validated.
+        names: Names of the training samples, in the order of the loader's indices.
+        manifest: Content digests of the training samples, so that a resumed run detects changes.
+        loader: Loader of this process's micro-batches.
+        prior: Class images and their loader; None without them.
+        validator: The loss at fixed noise; None without validation samples.
     """
 
     prepared: PreparedData
@@ -64,35 +64,33 @@ class TrainingData:
     validator: FixedNoiseLoss | None
 
     def check_unchanged(self, config: RunConfig, location: RunLocation) -> None:
-        """Raise ValueError if a resumed run would train on other samples than before, unless that is allowed."""
+        """Raise ValueError if a resumed run would train on changed samples without allow_changed_data=true."""
         if location.checkpoint is None:
             return
         changed = self.manifest.difference(location.origin, checkpoint.state(location.checkpoint).get("data", ""))
         if changed and not config.settings.allow_changed_data:
             raise ValueError(
-                f"the samples are not those that {location.checkpoint} was trained on: {changed}. Give those again, "
-                "start a new run, or go on with these: allow_changed_data=true"
+                f"the samples differ from those that {location.checkpoint} was trained on: {changed}. Restore those "
+                "samples, start a new run, or set allow_changed_data=true."
             )
         if changed:
-            config.say(f"going on with other samples: {changed}")
+            config.say(f"resuming with changed samples: {changed}")
 
 
 def paths(dataset: Mapping[str, Any]) -> list[object]:
-    """Return where the images are: a dataset's `path`, and those of the datasets that it mixes."""
-    return [
-        dataset.get("path"),
-        *(path for source in (dataset.get("sources") or {}).values() for path in paths(source)),
-    ]
+    """Return the `path` of a dataset and of the datasets that it mixes."""
+    mixed = (dataset.get("sources") or {}).values()
+    return [dataset.get("path"), *(path for source in mixed for path in paths(source))]
 
 
 def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequest:
-    """Return what is to be cached of `samples`, by default those of the configuration."""
+    """Return what to cache for `samples`; the default is the configuration's dataset."""
     cache = config.settings.cache_dir
-    if cache is not None and Path(cache).expanduser().exists() and not Path(cache).expanduser().is_dir():
-        raise ValueError(f"cache_dir={cache!r} is not a folder: give another")
+    if cache is not None and (folder := Path(cache).expanduser()).exists() and not folder.is_dir():
+        raise ValueError(f"cache_dir={cache!r} is not a folder. Set another one.")
     source = config.source
     if is_offline([*paths(config.config["dataset"]), source.path, source.autoencoder, source.text_encoder]):
-        config.say(f"{constants.ENDPOINT} cannot be reached: going on with what was downloaded before")
+        config.say(f"{constants.ENDPOINT} cannot be reached: using downloaded files only")
     return CacheRequest(
         source,
         config.text_encoder,
@@ -103,32 +101,32 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
         config.settings.reference_resolution**2,
         config.precision.dtype,
         config.settings.embedding_storage,
-        before_loading=SHARED.free,  # what the previous job of a sweep left in memory
+        before_loading=SHARED.free,  # models that the previous sweep job left in memory
     )
 
 
 def prepare_samples(config: RunConfig) -> PreparedData:
-    """Fill the cache with all that training reads, class images included."""
-    request, given = cache_request(config), given_classes(config)
-    captions = [caption for sample in given or [] for caption in sample.captions]  # all are encoded in one pass
+    """Fill the cache for training, including class images."""
+    request, classes = cache_request(config), class_dataset(config)
+    captions = [caption for sample in classes or [] for caption in sample.captions]  # encoded in the same pass
     cached = prepare(config.accelerator, replace(request, prompts=[*request.prompts, *captions]))
     if config.prior is None:
         return PreparedData(request.samples, cached)
-    source = drawn_classes(config, cached) if given is None else given
-    config.say(f"class pictures: {len(source)} of {source.where}")
-    others = replace(request, samples=source, prompts=[], table="Buckets of the class pictures")
-    return PreparedData(request.samples, cached, (source, prepare(config.accelerator, others)))
+    source = draw_class_images(config, cached) if classes is None else classes
+    config.say(f"class images: {len(source)} from {source.where}")
+    class_request = replace(request, samples=source, prompts=[], table="Buckets of the class images")
+    return PreparedData(request.samples, cached, (source, prepare(config.accelerator, class_request)))
 
 
 def prepare_data(config: RunConfig) -> TrainingData:
-    """Prepare the samples, or take them over from the previous job of a sweep, and split them."""
+    """Prepare the samples, or reuse those of the previous sweep job, and split them."""
     key = [config.precision.dtype, *(config.config[name] for name in (*DATA_GROUPS, *DATA_KEYS))]
     prepared: PreparedData = SHARED.take("data", key, lambda: prepare_samples(config), config.say, "prepared data")
     samples, cached, settings = prepared.samples, prepared.cached, config.settings
     training, held_out = config.validation.split(cached.contents)
-    every_caption, every_weight = ([getattr(one, key) for one in samples] for key in ("captions", "weight"))
-    captions, weights = ([every[i] for i in training] for every in (every_caption, every_weight))
-    names, entries = [samples[i].name for i in training], [cached.entries[i] for i in training]
+    selected = [samples[i] for i in training]
+    captions, weights = [sample.captions for sample in selected], [sample.weight for sample in selected]
+    names, entries = [sample.name for sample in selected], [cached.entries[i] for i in training]
     manifest = TrainedData.of(names, entries, captions, weights).beside(manifest_of_classes(prepared.classes))
     shards = {
         "gradient_accumulation": settings.gradient_accumulation,
@@ -154,7 +152,7 @@ def prepare_data(config: RunConfig) -> TrainingData:
 
 
 def make_objective(config: RunConfig, data: TrainingData) -> Objective:
-    """Return the loss of a run, with the embeddings of the prompts that it preserves."""
+    """Return the training objective, with the embeddings of the preservation prompts."""
     prompts = list(config.preservation.prompts) if config.preservation.active else []
     return Objective(
         config.settings.seed,

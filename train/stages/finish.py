@@ -1,4 +1,4 @@
-"""What a run writes beside its adapter when it ends, and what it says last."""
+"""The end of a run: model card, report, closing output and push to the Hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.utils.console import warn
 
 
 def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None:
-    """Write the model card next to the finished adapter, and the report; `samples` were trained on."""
+    """Write the model card next to the finished adapter, and the report. `samples`: number of training samples."""
     if not config.accelerator.is_main_process:
         return
     device = config.accelerator.device
@@ -42,23 +42,24 @@ def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None
     try:
         model_card.write(data, folder)
     except (OSError, ValueError) as error:
-        warn(f"the card of the adapter could not be written ({error})")
+        warn(f"the model card could not be written ({error})")
     run_report.write_or_warn(folder)
 
 
 def announce(config: RunConfig, adapter: Path, caption: str) -> None:
-    """Print where everything is and how to use it, and push the adapter if that is asked for.
+    """Print the results and how to use them, and push the adapter with `hub.push`.
 
     Args:
-        caption: The prompt of the printed command where nothing is sampled.
+        caption: Prompt of the printed command if the run samples nothing.
     """
-    if config.accelerator.is_main_process:
-        if not is_sweep():  # which ends with those of its best job
-            print(*closing_lines(adapter.parent), sep="\n")
-        if config.hub.push:
-            print(push_or_say(adapter.parent, config.hub), flush=True)
+    if not config.accelerator.is_main_process:
+        return
+    if not is_sweep():  # a sweep ends with the lines of its best job
+        print(*closing_lines(adapter.parent), sep="\n")
+    if config.hub.push:
+        print(push_or_say(adapter.parent, config.hub), flush=True)
     config.say(f"adapter   {adapter}")
-    if config.accelerator.is_main_process and (note := format_notes(adapter)):
+    if note := format_notes(adapter):
         config.say(f"formats   {note}")
     config.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if config.sample.prompts and config.settings.sample_every:
@@ -69,7 +70,7 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
 
 
 def words_to_generate(config: RunConfig, adapter: Path, caption: str) -> list[str]:
-    """Return the command that makes an image with the adapter."""
+    """Return the command that generates an image with the adapter."""
     words = ["python", "-m", "flux2.generate", "--model", config.variant.name]
     for option in ("path", "autoencoder", "text_encoder"):
         if place := getattr(config.model, option):

@@ -1,4 +1,4 @@
-"""The group `memory` of a run: chosen for the GPU at hand, kept on resume, and explained when memory runs out."""
+"""The group `memory` of a run: chosen for the GPU, kept on resume, and changed by advice after out of memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from train.utils.memory import OutOfMemory
 
 
 def load_config(config: DictConfig) -> RunConfig:
-    """Parse a configuration, choose its memory settings, and check that everything can work together.
-
-    Raises ValueError, naming the setting, if it cannot.
-    """
+    """Parse a configuration, choose its memory settings, and check all settings together (`RunConfig.dry_run`)."""
     return choose_memory(RunConfig(config)).dry_run()
 
 
@@ -41,13 +38,13 @@ def keep_memory(config: RunConfig, location: RunLocation) -> RunConfig:
     if before == config.config["memory"] or not still_fits(config, before):
         return config
     config = config.with_memory(before)
-    config.say(f"memory as when the run began: {choice_of(before)}")
+    config.say(f"memory settings of the resumed run: {choice_of(before)}")
     return config
 
 
 @contextmanager
 def memory_advice(config: RunConfig) -> Iterator[None]:
-    """Context manager that turns out of memory into a ValueError with the planner's next smaller setting."""
+    """Context manager that turns an out-of-memory error into a ValueError with the planner's advice."""
     try:
         yield
     except OutOfMemory as error:

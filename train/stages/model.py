@@ -1,8 +1,9 @@
-"""The models of a run: the frozen base with its adapter, and the sampler of pictures."""
+"""The models of a run: the frozen base with its adapter, and the sampler."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 import torch
@@ -25,7 +26,7 @@ from train.validation.samples import Sampler
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The base, which a later job of a sweep may reuse, and PEFT's wrapper around it with the adapter."""
+    """The base, which a later sweep job may reuse, and PEFT's wrapper around it with the adapter."""
 
     base: Base
     peft_model: peft.PeftModel
@@ -40,8 +41,8 @@ class LoadedModel:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def release(self, config: RunConfig) -> None:
-        """Remove the adapter, so that the next job of a sweep can reuse the base; drop a base that cannot be reused."""
-        # compiled code belongs to the layers as they were
+        """Remove the adapter, so that the next sweep job can reuse the base; drop a base that cannot be reused."""
+        # compiled code is specific to the replaced layers
         if SHARED.keeps and (config.memory.compile or not self.base.take_off(self.peft_model)):
             SHARED.drop("transformer")
 
@@ -57,25 +58,22 @@ def load_model(config: RunConfig) -> LoadedModel:
     with name_process_in_errors(config.accelerator.process_index), loading:
         base = shared_base(config)
         config.memory.apply(base.transformer, config.accelerator.device, config.buckets)
-        attach = (
-            attach_sharded if config.processes.sharded else lambda make, *given, **settings: make(*given, **settings)
-        )
-        peft_model = attach(config.make_adapter, base.transformer, seed=config.settings.seed)
+        attach = partial(attach_sharded, config.make_adapter) if config.processes.sharded else config.make_adapter
+        peft_model = attach(base.transformer, seed=config.settings.seed)
         offload_blocks(config, base)
     return LoadedModel(base, peft_model)
 
 
 def shared_base(config: RunConfig) -> Base:
-    """Return the transformer, loaded now or left by the previous job of a sweep."""
+    """Return the transformer, loaded now or reused from the previous sweep job."""
     device, memory = str(config.accelerator.device), {**config.config["memory"], "gpu_memory_gb": None}
-    projected = config.settings.embedding_storage.startswith("projected")
-    key = [config.source, config.precision, device, memory, config.config["buckets"], projected]
-    key.append(config.processes.sharded)
+    projected, sharded = config.settings.embedding_storage.startswith("projected"), config.processes.sharded
+    key = [config.source, config.precision, device, memory, config.config["buckets"], projected, sharded]
     return SHARED.take("transformer", key, lambda: load_base(config), config.say)
 
 
 def load_base(config: RunConfig) -> Base:
-    """Load the transformer in its precision; with `shard=true` each process keeps a share of it."""
+    """Load the transformer in its precision; with `shard=true` each process holds a share of it."""
     device, sharded = config.accelerator.device, config.processes.sharded
     config.say(f"loading the transformer of {config.variant.name} ({config.precision.name}) onto {device}")
     transformer = load_transformer(
@@ -90,16 +88,16 @@ def load_base(config: RunConfig) -> Base:
     config.say(describe(transformer, config.precision, device))
     if sharded:
         config.say(
-            f"the base is sharded: each of {config.shares} processes keeps {gigabytes(local_bytes(transformer))} of "
-            f"its {gigabytes(total_bytes(transformer))}, and gathers a block at a time to compute with it"
+            f"the base is sharded: each of {config.shares} processes holds {gigabytes(local_bytes(transformer))} of "
+            f"{gigabytes(total_bytes(transformer))} and gathers one block at a time"
         )
     if config.settings.embedding_storage.startswith("projected"):
-        transformer.txt_in = nn.Identity()  # the cached embeddings went through it already
+        transformer.txt_in = nn.Identity()  # cached embeddings are its output
     return Base(transformer, check=SHARED.keeps and not sharded)
 
 
 def offload_blocks(config: RunConfig, base: Base) -> None:
-    """Set up offloading of blocks and activations to host memory, if the settings ask for it."""
+    """Set up offloading of blocks and activations to host memory as configured."""
     if base.offloader is None:
         base.offloader = offload(
             base.transformer,
@@ -114,7 +112,7 @@ def offload_blocks(config: RunConfig, base: Base) -> None:
 
 
 def load_sampler(config: RunConfig, cached: CachedDataset) -> Sampler | None:
-    """Return what samples the pictures of a run; None if it samples none."""
+    """Return the sampler of the run's sample grids; None without sample grids."""
     if not config.sample.prompts or not config.settings.sample_every:
         return None
     device = config.accelerator.device

@@ -1,4 +1,4 @@
-"""The run folder: choose it by the rules of `resume`, create it, and hold its lock until the run ends."""
+"""Choose the run folder by the rules of `resume`, create it, and hold its lock until the run ends."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ from train.utils.redact import masked
 
 @contextmanager
 def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
-    """Context manager that gives where the run writes and what it resumes, and holds that folder's lock.
+    """Context manager that returns the run folder and the checkpoint to resume, and holds the folder's lock.
 
-    The main process decides for all. Raises ValueError if the folder is in use, holds another run, or cannot be
-    written.
+    The main process decides for all. Raises ValueError if the folder is in use, holds another run, or is not writable.
     """
     lock: Lock | None = None
     shared: list[Any] = [None]
@@ -52,7 +51,7 @@ def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
 
 
 def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
-    """Choose the run folder, create it and lock it; before that, check that the adapter can be pushed."""
+    """Check that the adapter can be pushed, then choose the run folder, create it and lock it."""
     config.hub.check()
     output = config.settings.output_dir
     if is_sweep():
@@ -71,11 +70,11 @@ def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
         except InUse:
             if chosen or given != "auto":
                 raise
-            # another run took it in the meantime: look for one that is free
+            # another run has just taken it: look for a free one
 
 
 def record_start(config: RunConfig, location: RunLocation, data: TrainedData) -> None:
-    """Write the configuration, the samples and the command into the run folder, once the checkpoint has been read."""
+    """Write configuration, data manifest and command to the run folder, after the checkpoint has been read."""
     if location.checkpoint is not None:
         config.say(f"resuming from {location.checkpoint}")
     text = OmegaConf.to_yaml(OmegaConf.create(masked(config.config)))

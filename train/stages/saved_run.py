@@ -1,8 +1,8 @@
-"""A run of before, opened again from its folder: the model, its adapters, and the pictures they make.
+"""A saved run, opened from its folder to generate images with its adapters.
 
-All that is read is `config.yaml` and the adapters; what is needed for training alone (the optimizer that is not
-installed here, the GPU's kernels) is replaced by the defaults. Every picture is a file in the run's folder, named by a
-digest of all that determines it, so that what was drawn before is not drawn again, and nothing stale is taken for it.
+Only `config.yaml` and the adapters are read; groups that only training needs are replaced by the defaults. Every image
+is a file in the run's folder, named by a digest of everything that determines it, so that existing images are reused
+and stale ones are not.
 """
 
 from __future__ import annotations
@@ -40,24 +40,26 @@ from train.utils.files import make_writable, read_image, write_whole
 from train.utils.memory import free_memory
 from train.validation.samples import Sampler
 
-FOLDER = "evaluation"  # in a run's
+FOLDER = "evaluation"  # in the run folder
 TRAINING_ONLY = ("adapter", "optimizer", "schedule", "timesteps", "weighting", "preservation", "tracker")
-MOST_CAPTIONS = 4  # that are prompts where a run has none
+MOST_CAPTIONS = 4  # captions that are used as prompts if the run has none
 
 
 class NoSamples(Source):
-    """An empty source: of a run, only prompts are encoded."""
+    """An empty source, so that only prompts are encoded."""
 
     def __init__(self) -> None:
         super().__init__("no samples", None, None, False, 0)
 
 
-# ------------------------------------------------------------------ what there is
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """An adapter of a run. `step` is None for a finished one that is no checkpoint's; `digest` is of its files."""
+    """An adapter of a run.
+
+    Attributes:
+        step: Step of its checkpoint; None for a finished adapter that equals no checkpoint's.
+        digest: Checksums of its files.
+    """
 
     name: str
     step: int | None
@@ -65,69 +67,66 @@ class Candidate:
     digest: str
 
 
-def digest_of(adapter: Path) -> str:
-    """Of the files that an adapter is read from."""
-    files = [adapter / PEFT_FILE, adapter / "adapter_config.json"]
-    return "-".join(checksum(file) for file in files)
+def adapter_digest(adapter: Path) -> str:
+    """Return the checksums of an adapter's files."""
+    return "-".join(checksum(adapter / name) for name in (PEFT_FILE, "adapter_config.json"))
 
 
 def candidates(folder: Path, wanted: Sequence[int] | None = None) -> tuple[list[Candidate], list[str]]:
-    """The adapters of a run by step, the finished one last unless it is the last checkpoint's; and what is damaged.
+    """Return the readable adapters of a run by step, the finished one last if it differs, and errors of damaged ones.
 
     Args:
-        wanted: the steps to take of the checkpoints; None takes all, and the finished adapter.
+        wanted: Steps of the checkpoints to use; None uses all, and the finished adapter.
 
-    Raises ValueError if a wanted one is not there, or if there is none at all that can be read.
+    Raises ValueError if a wanted checkpoint does not exist, or if no adapter is readable.
     """
     found, damaged = [], []
     saved = {number(place): place for place in checkpoints(folder)}
     if wanted is not None and (missing := sorted(set(wanted) - set(saved))):
         steps = ", ".join(map(str, saved)) or "none"
-        raise ValueError(f"checkpoints={list(wanted)}: there is none of step {missing[0]} in {folder}; kept: {steps}")
+        raise ValueError(f"checkpoints={list(wanted)}: {folder} has no checkpoint of step {missing[0]}, only: {steps}")
     for step, place in saved.items():
         if wanted is not None and step not in wanted:
             continue
         try:
             check(place, "adapter")
-            found.append(Candidate(f"step {step}", step, place / "adapter", digest_of(place / "adapter")))
+            found.append(Candidate(f"step {step}", step, place / "adapter", adapter_digest(place / "adapter")))
         except (ValueError, OSError) as error:
             damaged.append(str(error).partition(": delete")[0])
     final = folder / "adapter"
     if wanted is None and (final / PEFT_FILE).is_file():
         try:
-            digest = digest_of(final)
+            digest = adapter_digest(final)
             read_tensors(final)
             if digest not in [one.digest for one in found]:
                 found.append(Candidate("finished", None, final, digest))
         except (ValueError, OSError) as error:
             damaged.append(str(error))
     if not found:
-        why = f"none of its checkpoints can be read: {'; '.join(damaged)}" if damaged else "it has no checkpoint"
+        why = f"no checkpoint is readable: {'; '.join(damaged)}" if damaged else "it has no checkpoint"
         raise ValueError(f"{folder} has no adapter to evaluate: {why}")
     return found, damaged
 
 
 def check_run_folder(folder: Path, key: str) -> None:
-    """Raises ValueError, naming `key`, unless `folder` is that of a run."""
+    """Raise ValueError, naming `key`, unless `folder` is a run folder."""
     if not folder.is_dir():
-        raise ValueError(f"{key}={str(folder)!r} does not exist: give the folder of a run, outputs/<name>/<time>")
+        raise ValueError(f"{key}={str(folder)!r} does not exist. Give a run folder, outputs/<name>/<time>.")
     if not (folder / CONFIG_FILE).is_file():
-        hint = " It looks like a sweep: give one of its jobs." if (folder / "sweep.json").exists() else ""
-        raise ValueError(f"{key}={str(folder)!r} is not the folder of a run: {CONFIG_FILE} is not in it.{hint}")
+        hint = " It looks like a sweep. Give one of its jobs." if (folder / "sweep.json").exists() else ""
+        raise ValueError(f"{key}={str(folder)!r} is not a run folder: it has no {CONFIG_FILE}.{hint}")
 
 
 def configuration(folder: Path, device: str | None, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run, changed to draw pictures with: `sample` replaces what the sample grids show."""
+    """Return the configuration of a run, changed for inference: `sample` overrides its group `sample`."""
     config = resume.configuration(folder)
     standard = OmegaConf.load(CONFIG / "train.yaml")
-    choices = {
-        str(key): value for entry in standard.defaults if hasattr(entry, "items") for key, value in entry.items()
-    }
+    groups = [entry for entry in standard.defaults if hasattr(entry, "items")]
+    choices = {str(key): value for entry in groups for key, value in entry.items()}
     for group in TRAINING_ONLY:
         config[group] = OmegaConf.to_container(OmegaConf.load(CONFIG / group / f"{choices[group]}.yaml"))
-    memory = config.get("memory")
+    memory, own = config.get("memory"), config.get("sample")
     streamed = memory.get("offload_blocks", 0) if isinstance(memory, dict) else 0
-    own = config.get("sample")
     return {
         **config,
         "memory": {"checkpointing": "none", "offload_blocks": streamed},
@@ -142,12 +141,9 @@ def configuration(folder: Path, device: str | None, sample: Mapping[str, Any]) -
     }
 
 
-# ------------------------------------------------------------------ opened
-
-
 @dataclass(frozen=True)
-class Trained:
-    """A training picture; `load` reads it again, for who keeps only a few."""
+class TrainingImage:
+    """A training image. `load` reads it again, so that a caller need not keep all of them in memory."""
 
     name: str
     image: Image.Image
@@ -155,11 +151,11 @@ class Trained:
 
 
 class SavedRun:
-    """A run whose adapters draw pictures of `prompts`. Nothing large is loaded before the first that is not there yet.
+    """A run whose adapters generate images of `prompts`. Models are loaded when the first missing image is drawn.
 
     Attributes:
-        notes: what a reader should know, such as that the training pictures are not here.
-        samples: the training pictures; None where they are not here.
+        notes: Remarks for the report, e.g. that the training images are not available.
+        samples: The training samples; None if they are not available.
     """
 
     def __init__(self, folder: Path, device: str | None, sample: Mapping[str, Any], seeds: Sequence[int]) -> None:
@@ -168,24 +164,24 @@ class SavedRun:
         self.notes: list[str] = []
         config = load_config(OmegaConf.create(configuration(folder, device, sample)))
         if config.accelerator.num_processes > 1:
-            raise ValueError("evaluation runs in one process: start it with python, without accelerate launch")
+            raise ValueError("evaluation runs in one process only. Start it with python, not with accelerate launch.")
         make_writable(self.place / "pictures", "evaluation folder")
         self.samples: Source | None = None
         try:
             self.samples = config.instantiate("dataset")
         except (ValueError, OSError) as error:
-            said = str(error).splitlines()[0]
-            self.notes.append(f"the training pictures are not here, so nothing is compared with them ({said})")
-            gone = [str(place) for place in paths(config.config["dataset"]) if place and str(place) in said]
-            if any(not Path(place).expanduser().is_absolute() for place in gone):
-                self.notes[-1] += f". That is looked for in {Path.cwd()}: start this where the run was started"
+            message = str(error).splitlines()[0]
+            self.notes.append(f"the training images are not available, so there is no comparison with them ({message})")
+            absent = [str(place) for place in paths(config.config["dataset"]) if place and str(place) in message]
+            if any(not Path(place).expanduser().is_absolute() for place in absent):
+                self.notes[-1] += f". The path is relative to {Path.cwd()}: start this where the run was started"
         if not config.sample.prompts:
             captions = [sample.caption for sample in self.samples or [] if sample.caption]
             captions = list(dict.fromkeys(captions))[:MOST_CAPTIONS]
             if not captions:
-                raise ValueError("there is nothing to draw: the run has no sample.prompts. Give prompts=['a cup']")
+                raise ValueError("prompts=null: the run has no sample.prompts and no captions. Set prompts=['a cup'].")
             config = config.with_prompts(captions)
-            self.notes.append(f"the run has no sample.prompts: drawn are the captions of {len(captions)} trained ones")
+            self.notes.append(f"the run has no sample.prompts: {len(captions)} training captions are the prompts")
         self.config = config
         self._transformer: Transformer | None = None
 
@@ -195,15 +191,15 @@ class SavedRun:
 
     @cached_property
     def sampler(self) -> Sampler:
-        """What draws, with the prompts encoded as training had them."""
+        """The sampler of training, with its encoded prompts."""
         cached = prepare(self.config.accelerator, cache_request(self.config, NoSamples()))
-        found = load_sampler(self.config, cached)
-        assert found is not None
-        return found
+        sampler = load_sampler(self.config, cached)
+        assert sampler is not None
+        return sampler
 
     @property
     def transformer(self) -> Transformer:
-        """The base."""
+        """The base, loaded on first use."""
         if self._transformer is None:
             base = shared_base(self.config)
             self.config.memory.apply(base.transformer, self.config.accelerator.device, self.config.buckets)
@@ -212,13 +208,13 @@ class SavedRun:
         return self._transformer
 
     def forget(self) -> None:
-        """Let go of the transformer: all is drawn."""
+        """Release the transformer."""
         self._transformer = None
         free_memory()
 
     @contextmanager
     def adapted(self, adapter: Candidate | None, strength: float) -> Iterator[Transformer]:
-        """The base with the adapter within this context, and without it afterwards."""
+        """Context manager that returns the base with the adapter attached, and removes the adapter afterwards."""
         if adapter is None:
             yield self.transformer
             return
@@ -238,7 +234,7 @@ class SavedRun:
         }
 
     def file(self, adapter: Candidate | None, strength: float, i: int, seed: int) -> Path:
-        """Where the picture of prompt `i` is or will be."""
+        """Return the image file of prompt `i`, whether or not it exists."""
         sampler = self.sampler
         recipe = {
             **self._base,
@@ -251,17 +247,16 @@ class SavedRun:
         }
         name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
         row = "base" if adapter is None else adapter.name.replace(" ", "_")
-        at = "" if adapter is None or strength == 1 else f"_x{strength:g}"
-        return self.place / "pictures" / f"{row}{at}_prompt_{i}_seed_{seed}_{name}.png"
+        suffix = "" if adapter is None or strength == 1 else f"_x{strength:g}"
+        return self.place / "pictures" / f"{row}{suffix}_prompt_{i}_seed_{seed}_{name}.png"
 
     def missing(self, adapter: Candidate | None, strength: float, seeds: Sequence[int]) -> list[tuple[int, int, Path]]:
-        """(prompt, seed, file) of the pictures that are not there, or cannot be read."""
+        """Return (prompt, seed, file) of the images that do not exist or are not readable."""
         every = [(i, seed, self.file(adapter, strength, i, seed)) for seed in seeds for i in range(len(self.prompts))]
         return [one for one in every if not failed_mark(one[2]).exists() and read_image(one[2]) is None]
 
     def draw(self, adapter: Candidate | None, strength: float, seeds: Sequence[int]) -> Iterator[Path]:
-        """Draw what is missing, and give each file when it is there, or `failed_mark` of it is: what the model gave was
-        not finite."""
+        """Generate the missing images and yield each file; of a non-finite image, only its `failed_mark` is written."""
         missing = self.missing(adapter, strength, seeds)
         if not missing:
             return
@@ -275,17 +270,17 @@ class SavedRun:
                     write_whole(file, picture)
                 yield file
 
-    def trained(self, most: int) -> Iterator[Trained]:
-        """Training samples as they were trained, each content once; at most `most`, evenly chosen.
+    def trained(self, most: int) -> Iterator[TrainingImage]:
+        """Yield training images at their trained size without duplicates, at most `most` of them, evenly chosen.
 
-        Those that cannot be read are left out, which is noted.
+        Unreadable ones are skipped and counted in `notes`.
         """
         if self.samples is None:
             return
         count, seen, bad = len(self.samples), set[str](), 0
         indices = sorted({i * count // most for i in range(most)}) if count > most else range(count)
         if count > most:
-            self.notes.append(f"compared with {most} of the {count} training pictures (training_pictures={most})")
+            self.notes.append(f"compared with {most} of the {count} training images (training_pictures={most})")
         for i in indices:
             picture = self.samples[i].target
             try:
@@ -297,9 +292,9 @@ class SavedRun:
                 bad += 1
                 continue
             seen.add(content)
-            yield Trained(picture.name, image, partial(cut_out, picture, size))
+            yield TrainingImage(picture.name, image, partial(cut_out, picture, size))
         if bad:
-            self.notes.append(f"{bad} training pictures cannot be read, and are not compared with")
+            self.notes.append(f"{bad} training images are not readable and not compared")
 
 
 def cut_out(picture: Picture, size: Size) -> Image.Image:
@@ -307,14 +302,14 @@ def cut_out(picture: Picture, size: Size) -> Image.Image:
 
 
 def failed_mark(file: Path) -> Path:
-    """What is there in place of a picture that could not be computed; it says why."""
+    """Return the text file that replaces an image that could not be computed; it contains the error."""
     return file.with_suffix(".failed.txt")
 
 
 def digest(*tensors: Tensor) -> str:
-    """Of shapes, dtypes and bits."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of shapes, dtypes and bits."""
+    sha = hashlib.sha256()
     for tensor in tensors:
-        found.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        sha.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

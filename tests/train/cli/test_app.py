@@ -14,7 +14,7 @@ from message_helpers import holds
 from train_helpers import execute, one_message, refusal
 
 from train.cli.errors import format_error, known_settings
-from train.config.instantiate import check_keys, instantiate, no_setting, parse_settings
+from train.config.instantiate import check_keys, instantiate, parse_settings, unknown_setting
 from train.sweeps import callback
 from train.utils.console import name_process_in_errors
 from train.utils.signals import SIGNALS, Interrupted

@@ -21,7 +21,7 @@ from train.config.memory import choice_of
 from train.encoding.class_pictures import Recipe
 from train.objective import objective
 from train.objective.prior import ClassPictures, PriorPreservation
-from train.planner.from_config import job_of
+from train.planner.from_config import workload_of
 from train.planner.predictor import Planner
 from train.stages.class_data import class_cache_requests, class_loader
 from train.stages.data import cache_request, prepare_samples
@@ -355,7 +355,7 @@ def test_nothing_is_to_be_cached_of_pictures_that_are_not_drawn_yet(small, drawn
 def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
     def planned(*settings):
         run = load_config(compose(*small("batch_size=4", *settings)))
-        planner = Planner(job_of(run, on_gpu=True))
+        planner = Planner(workload_of(run, on_gpu=True))
         return planner, planner.predict(choice_of(run.config["memory"]))
 
     (_, plain), (planner, read), (_, made) = planned(), planned(*given, "preservation.share=0.5"), planned(*drawn(3))

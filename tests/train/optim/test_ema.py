@@ -6,7 +6,7 @@ from train_helpers import adapter, compose, lines, run_training, same_tensors, v
 from train.config.memory import choice_of
 from train.loop import Trainer
 from train.optim.ema import Ema, EvaluationWeights
-from train.planner.from_config import job_of
+from train.planner.from_config import workload_of
 from train.planner.predictor import Planner
 from train.stages.memory import load_config
 
@@ -196,7 +196,7 @@ def test_a_run_with_an_average_goes_on_to_the_bit(averaged, train):
 def test_the_planner_counts_the_average_and_what_is_swapped_out(small):
     def phases(*more):
         run = load_config(compose(*small("validate_every=1", *more)))
-        planner = Planner(job_of(run, on_gpu=True))
+        planner = Planner(workload_of(run, on_gpu=True))
         return planner, planner.predict(choice_of(run.config["memory"])).phases
 
     planner, with_it = phases(EMA)
