@@ -23,7 +23,7 @@ CONFIG = {
     "sample": {"prompts": []},
 }
 IMAGES = 4
-ANEW = "resume=auto: nothing to resume, starting anew"
+ANEW = "resume=auto: nothing to resume, starting a new run"
 
 
 def changed(**groups):

@@ -57,9 +57,9 @@ def test_each_signal_saves_the_step_says_how_to_go_on_and_ends_with_its_own_code
     said = process.out.read_text()
     (place,) = checkpoints(cut)
     steps = len(values(cut))
-    assert f"stopped by {number.name} after step {steps}, saved in {place}; go on with:\n" in said
+    assert f"stopped by {number.name} after step {steps}, saved in {place}; resume with:\n" in said
     assert "Traceback" not in said
-    words = shlex.split(said.rpartition("go on with:\n")[2])
+    words = shlex.split(said.rpartition("resume with:\n")[2])
     assert words[:2] == ["python", "train/run.py"]
     assert words[-1] == f"resume={cut}"
     server.run(*words[2:])
@@ -171,7 +171,7 @@ def test_two_processes_go_on_to_the_bit_and_so_does_one_of_two_that_is_asked_to_
     assert [process.wait() for process in stopped] == [128 + signal.SIGTERM] * 2
     said = [process.out.read_text() for process in stopped]
     (place,) = checkpoints(cut)
-    assert f"stopped by SIGTERM after step {len(values(cut))}, saved in {place}; go on with:" in said[0]
+    assert f"stopped by SIGTERM after step {len(values(cut))}, saved in {place}; resume with:" in said[0]
     assert "saved in" not in said[1]
 
     one = shutil.copytree(cut, tmp_path / "one")
@@ -228,5 +228,5 @@ def test_the_command_that_goes_on_is_the_launchers_too(tiny, tmp_path):
     launcher.send_signal(signal.SIGTERM)
     said, _ = launcher.communicate(timeout=LIMIT)
     assert launcher.returncode != 0
-    command = said.partition("go on with:\n")[2].splitlines()[0]
+    command = said.partition("resume with:\n")[2].splitlines()[0]
     assert shlex.split(command) == ["ACCELERATE_USE_CPU=true", *words[:-1], f"resume={cut}"]

@@ -538,7 +538,7 @@ def test_a_step_without_memory_saves_the_state_and_names_the_next_setting(
     message = one_message(err)
     assert code == 2
     assert "out of memory in the forward and backward of step 4: " in message
-    assert f"The state after step 3 is saved in {folder}/checkpoints/step_000003; go on with: " in message
+    assert f"The state after step 3 is saved in {folder}/checkpoints/step_000003; resume with: " in message
     assert message.endswith(f" resume={folder}")
     assert ("2.68 GB asked for, 1.61 GB free" in message) == (cause is raise_for_gpu)
     whole = train("whole", "memory.checkpointing=none")

@@ -572,7 +572,7 @@ def test_sigterm_saves_and_the_resumed_run_has_the_losses_of_an_uninterrupted_on
     assert process.returncode == 128 + signal.SIGTERM
     (place,) = checkpoints(cut)
     done = len(values(cut))
-    assert f"stopped by SIGTERM after step {done}, saved in {place}; go on with:" in err
+    assert f"stopped by SIGTERM after step {done}, saved in {place}; resume with:" in err
     assert "Traceback" not in err
     steps = f"steps={done + 2}"
     resumed = run_training(compose(*arguments, steps, "resume=auto", f"output_dir={cut}")).parent

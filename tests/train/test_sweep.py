@@ -282,7 +282,7 @@ def test_a_stop_request_leaves_the_table_and_says_how_to_go_on(grid, train, at_s
     settings = ["adapter.rank=2,4", "checkpoint_every=2", "resume=auto"]
     code, out, err = grid(*settings)
     assert code == 130
-    assert f"go on with the sweep: the same command with output_dir={place} resume=auto" in err
+    assert f"resume the sweep: the same command with output_dir={place} resume=auto" in err
     (job,) = json.loads((place / "sweep.json").read_text())["jobs"]
     assert (job["status"], job["steps"], job["of"]) == ("stopped", 2, 4)
     assert "stopped 2/4" in out

@@ -74,7 +74,7 @@ class TrainingData:
                 "start a new run, or go on with these: allow_changed_data=true"
             )
         if changed:
-            config.say(f"going on with other samples: {changed}")
+            config.say(f"resuming with other samples: {changed}")
 
 
 def paths(dataset: Mapping[str, Any]) -> list[object]:
@@ -129,7 +129,9 @@ def prepare_data(config: RunConfig) -> TrainingData:
     every_caption, every_weight = ([getattr(one, key) for one in samples] for key in ("captions", "weight"))
     captions, weights = ([every[i] for i in training] for every in (every_caption, every_weight))
     names, entries = [samples[i].name for i in training], [cached.entries[i] for i in training]
-    manifest = TrainedData.of(names, entries, captions, weights).beside(manifest_of_classes(prepared.classes))
+    manifest = TrainedData.from_samples(names, entries, captions, weights).followed_by(
+        manifest_of_classes(prepared.classes)
+    )
     shards = {
         "gradient_accumulation": settings.gradient_accumulation,
         "num_processes": config.accelerator.num_processes,

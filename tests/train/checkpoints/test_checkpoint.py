@@ -122,7 +122,9 @@ def test_a_damaged_checkpoint_is_one_error_that_names_it(tmp_path, trained, dama
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:100] if how == "cut" else b"\x05" * 200)
-    with pytest.raises(ValueError, match=r"step_000007/.* (cannot be read|is damaged) .*delete .*step_000007 to go"):
+    with pytest.raises(
+        ValueError, match=r"step_000007/.* (cannot be read|is damaged) .*Delete .*step_000007 to resume"
+    ):
         read(place, trained())
 
 
@@ -133,7 +135,7 @@ def test_a_file_that_holds_no_state_of_this_optimizer_is_the_same_error(tmp_path
     place = write(tmp_path, 7, trained())
     torch.save(wrong, place / "optimizer.pt")
     reseal(place)
-    with pytest.raises(ValueError, match=r"step_000007/optimizer\.pt .*delete .*step_000007 to go on"):
+    with pytest.raises(ValueError, match=r"step_000007/optimizer\.pt .*Delete .*step_000007 to resume"):
         read(place, trained())
 
 
@@ -158,7 +160,9 @@ def test_every_part_is_a_file_and_one_too_few_or_too_many_is_named(tmp_path, tra
     new = Part(0.0)
     checkpoint.load(place, wrapped, {"optimizer": optimizer, "other": new})
     assert new.value == 3.0
-    with pytest.raises(ValueError, match=r"step_000007 is of another kind of run: nothing here reads its other\.pt"):
+    with pytest.raises(
+        ValueError, match=r"step_000007 belongs to another kind of run: nothing here reads its other\.pt"
+    ):
         checkpoint.load(place, wrapped, {"optimizer": optimizer})
     with pytest.raises(ValueError, match=r"another kind of run: it has no third\.pt"):
         checkpoint.load(place, wrapped, {**kept, "third": Part(1.0)})
@@ -173,9 +177,9 @@ def test_a_checkpoint_moved_away_from_its_run_starts_a_branch_with_its_own_copy_
     shutil.rmtree(run)
     place = look(str(moved), tmp_path / "new", chosen=True)
     assert place == RunLocation(tmp_path / "new", moved)
-    assert place.before == CONFIG
+    assert place.resumed_config == CONFIG
     for config, chosen, said in (
-        (CONFIG, False, "is a checkpoint without its run: give a new folder, output_dir="),
+        (CONFIG, False, "is a checkpoint without its run. Set a new folder, output_dir="),
         (changed(seed=1), True, "is of another configuration: seed=0 there, 1 here"),
         (changed(steps=6), True, "has done more than steps=6"),
     ):
@@ -265,8 +269,8 @@ def test_a_kill_in_the_middle_of_deleting_leaves_nothing_that_looks_whole(tmp_pa
         ({"last": 1, "best": -1}, (250, 50), "keep_best=-1 must be"),
         ({"best": 2}, (250, 50), "keep_best=2 does nothing with keep_last=null"),
         ({"every": 500}, (250, 50), "keep_every=500 does nothing with keep_last=null"),
-        ({"last": 1, "best": 2}, (250, 0), "keep_best=2 goes by the validation loss .* validate_every=0 does not"),
-        ({"last": 1, "best": 2}, (250, 100), "validate_every=100 does not measure with checkpoint_every=250"),
+        ({"last": 1, "best": 2}, (250, 0), "keep_best=2: validate_every=0 does not measure"),
+        ({"last": 1, "best": 2}, (250, 100), "validate_every=100 does not measure .* checkpoint_every=250"),
         ({"last": 1, "every": 300}, (250, 50), "keep_every=300 must be a multiple of checkpoint_every=250"),
     ],
 )

@@ -16,7 +16,9 @@ pytest_plugins = ("train_helpers",)
 def data(**captions):
     """Samples of these names and captions; a name's content is itself."""
     entries = [LatentEntry((16, 16), f"key of {name}") for name in captions]
-    return TrainedData.of(list(captions), entries, [[text] for text in captions.values()], [1.0] * len(captions))
+    return TrainedData.from_samples(
+        list(captions), entries, [[text] for text in captions.values()], [1.0] * len(captions)
+    )
 
 
 BEFORE = {"a": "one", "b": "two", "c": "three"}
@@ -30,7 +32,7 @@ BEFORE = {"a": "one", "b": "two", "c": "three"}
         ({**BEFORE, "d": "new"}, "of 3 samples 1 new (d)"),
         ({"a": "one"}, "of 3 samples 2 gone (b, c)"),
         ({"b": "x", "c": "three", "e": ""}, "of 3 samples 1 changed (b), 1 new (e), 1 gone (a)"),
-        ({"b": "two", "a": "one", "c": "three"}, "of 3 samples all are there, in another order"),
+        ({"b": "two", "a": "one", "c": "three"}, "of 3 samples all are the same, in another order"),
         ({str(i): "" for i in range(7)}, "of 3 samples 7 new (0, 1, 2, 3, 4, ...), 3 gone (a, b, c)"),
     ],
 )
@@ -44,14 +46,14 @@ def test_what_differs_is_counted_and_the_first_are_named(tmp_path, now, said):
 def test_where_the_marks_are_lost_the_digest_still_tells(tmp_path, kept):
     if kept is not None:
         (tmp_path / "data.json").write_text(kept)
-    assert data(**BEFORE).difference(tmp_path, data(a="x").digest) == "its samples are others"
+    assert data(**BEFORE).difference(tmp_path, data(a="x").digest) == "its samples differ"
     assert data(**BEFORE).difference(tmp_path, data(**BEFORE).digest) is None
 
 
 def test_everything_of_a_sample_that_is_learned_is_in_its_mark():
     entry = LatentEntry((16, 16), "key")
     one = [
-        TrainedData.of(["a"], [changed], [captions], [weight]).digest
+        TrainedData.from_samples(["a"], [changed], [captions], [weight]).digest
         for changed, captions, weight in (
             (entry, ["x"], 1.0),
             (LatentEntry((16, 16), "other"), ["x"], 1.0),
@@ -82,6 +84,6 @@ def test_a_run_goes_on_with_changed_samples_only_if_it_may(train, pictures, tmp_
     assert [line["step"] for line in lines(run)] == [1, 2]
     capfd.readouterr()
     train("run", f"dataset.path={folder}", "steps=4", "checkpoint_every=2", "resume=auto", "allow_changed_data=true")
-    assert "going on with other samples: of 6 samples 2 changed" in capfd.readouterr().out
+    assert "resuming with other samples: of 6 samples 2 changed" in capfd.readouterr().out
     assert state(checkpoints(run)[-1])["data"] != before
     assert json.loads((run / "data.json").read_text())["marks"] != kept["marks"]

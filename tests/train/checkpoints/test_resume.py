@@ -71,7 +71,7 @@ def test_nothing_to_resume_is_said(tmp_path):
 
 def test_a_finished_run_needs_more_steps_to_go_on(tmp_path):
     run = make_run(tmp_path / "run", 10, finished=True)
-    with pytest.raises(ValueError, match=r"has done 10 steps: to train it for longer, set steps=11 or more"):
+    with pytest.raises(ValueError, match=r"has done 10 steps\. To train longer, set steps=11 or more"):
         look(str(run), tmp_path / "new")
     assert look(str(run), tmp_path / "new", changed(steps=12)).step == 10
     with pytest.raises(ValueError, match="has done 10 steps"):
@@ -179,7 +179,7 @@ DAMAGED_STATES = ["", "garbage", "{}", "[]", '{"step": "2", "images_per_step": 4
 def test_a_damaged_state_of_a_checkpoint_that_is_given_is_one_error_that_names_the_file(tmp_path, text):
     run = make_run(tmp_path / "run", 2, 4)
     (run / "checkpoints" / "step_000004" / "state.json").write_text(text)
-    with pytest.raises(ValueError, match=r"step_000004/state\.json .*delete .*step_000004 to go on from the one bef"):
+    with pytest.raises(ValueError, match=r"step_000004/state\.json .*Delete .*step_000004 to resume"):
         look(str(run / "checkpoints" / "step_000004"), tmp_path / "new")
 
 
@@ -215,7 +215,7 @@ def test_a_run_folder_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_
     assert len(said) == 1
     assert f"step_000004/{file}" in said[0]
     damage(run / "checkpoints" / "step_000002" / file, "cut")
-    with pytest.raises(ValueError, match="holds no complete checkpoint whose files are whole: they are named above"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint that can be read; the damaged"):
         look(str(run), tmp_path / "new", say=said.append)
     assert f"step_000002/{file}" in said[-1]
 
@@ -319,7 +319,7 @@ def test_auto_starts_again_in_its_folder_if_nothing_was_saved_there(tmp_path):
 
 def test_auto_does_not_write_into_a_folder_whose_run_is_finished_or_another(tmp_path):
     fresh = make_run(tmp_path / "mine", 10, finished=True)
-    with pytest.raises(ValueError, match=r"has done its 10 steps: .*with steps=11 or more"):
+    with pytest.raises(ValueError, match=r"has done its 10 steps\. .*with steps=11 or more"):
         look("auto", fresh, chosen=True)
     with pytest.raises(ValueError, match=r"another configuration: adapter\.rank=4 there, 8 here"):
         look("auto", fresh, changed(adapter={"rank": 8}), chosen=True)
@@ -344,7 +344,7 @@ def test_auto_that_starts_anew_says_which_key_of_the_newest_run_differs(tmp_path
     make_run(tmp_path / "2", 2, config=changed(adapter={"rank": 8}))
     said = []
     assert look("auto", tmp_path / "3", say=said.append) == RunLocation(tmp_path / "3")
-    assert said == [f"not going on with {tmp_path / '2'}: adapter.rank=8 there, 4 here", ANEW]
+    assert said == [f"not resuming {tmp_path / '2'}: adapter.rank=8 there, 4 here", ANEW]
     make_run(tmp_path / "0", 2)
     said.clear()
     assert look("auto", tmp_path / "3", say=said.append).folder == tmp_path / "0"
@@ -379,7 +379,10 @@ def test_a_checkpoint_that_was_renamed_is_not_taken_for_that_of_another_step(tmp
     said = []
     place = look(str(run), tmp_path / "new", say=said.append)
     assert place.checkpoint == run / "checkpoints" / "step_000002"
-    assert "step_000009 is that of step 4, by state.json: name it step_000004, or delete" in said[0]
+    assert (
+        "step_000009 is the checkpoint of step 4, according to state.json. Rename it to step_000004, or delete"
+        in said[0]
+    )
 
 
 def test_a_checkpoint_that_was_taken_out_of_its_run_may_have_any_name(tmp_path):
@@ -409,5 +412,5 @@ def test_a_state_that_nests_too_deep_is_one_that_cannot_be_read(tmp_path):
 def test_a_configuration_that_cannot_be_read_has_copies(tmp_path):
     run = make_run(tmp_path / "run", 2)
     (run / "config.yaml").write_text("steps: [")
-    with pytest.raises(ValueError, match=r"each whole checkpoint has a copy of it, checkpoints/step_\*/config\.yaml"):
+    with pytest.raises(ValueError, match=r"Restore it from .*, checkpoints/step_\*/config\.yaml"):
         look(str(run), tmp_path / "new")

@@ -209,8 +209,8 @@ def test_the_exit_code_says_how_it_ended(run_command):
     assert run_command(task=lambda config: None) == (0, "", "")
     assert run_command(task=raising(ValueError("a\n b"))) == (2, "", "error: a b\n")
     for number in SIGNALS:
-        stopped = Interrupted("stopped after step 3; go on with resume=x", number)
-        assert run_command(task=raising(stopped)) == (128 + number, "", "stopped after step 3; go on with resume=x\n")
+        stopped = Interrupted("stopped after step 3; resume with resume=x", number)
+        assert run_command(task=raising(stopped)) == (128 + number, "", "stopped after step 3; resume with resume=x\n")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -304,7 +304,7 @@ def test_a_stop_request_ends_the_whole_sweep(run_command, tmp_path):
     code, _, err = run_command("-m", "steps=1,2,3", f"output_dir={tmp_path}", task=task)
     assert (code, ran) == (130, [1])
     assert err.splitlines()[0] == "stopped"
-    assert err.splitlines()[1:] == [f"go on with the sweep: the same command with output_dir={tmp_path} resume=auto"]
+    assert err.splitlines()[1:] == [f"resume the sweep: the same command with output_dir={tmp_path} resume=auto"]
 
 
 def test_a_sweep_keeps_no_secret(run_command, tmp_path):

@@ -281,7 +281,7 @@ def test_an_adapter_that_the_last_update_ruined_is_not_kept(train, tmp_path, mon
 
     made: list[int] = []
     monkeypatch.setattr(UpdateGuard, "update", ruin)
-    with pytest.raises(TrainingError, match=r"not finite after 2 steps: its last update ruined it.*step_000001"):
+    with pytest.raises(TrainingError, match=r"not finite after 2 steps: its last update corrupted it.*step_000001"):
         train("run", "steps=2", "checkpoint_every=1")
     assert "step_000002 is not written: the adapter is not finite after 2 steps" in capfd.readouterr().err
     run = tmp_path / "run"

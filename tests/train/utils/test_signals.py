@@ -84,7 +84,7 @@ def test_an_error_in_mid_training_saves_the_last_whole_step_and_says_where(train
     at_step(3, failing(error))
     with pytest.raises(type(error), match=str(error)) as raised:
         train("run")
-    note = f"The state after step 3 is saved in {tmp_path / 'run' / 'checkpoints' / 'step_000003'}; go on with resume="
+    note = f"The state after step 3 is saved in {tmp_path / 'run' / 'checkpoints' / 'step_000003'}; resume with resume="
     assert note in raised.value.__notes__[0]
     assert lines(train("run", "resume=auto")) == lines(plain)
 
