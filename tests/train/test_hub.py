@@ -15,7 +15,7 @@ from flux2.export import command as export
 from flux2.models.variants import VARIANTS
 from train.hub import main
 from train.publishing import model_card
-from train.publishing.hub import HubSettings, push_or_say
+from train.publishing.hub import HubSettings, push_or_warn
 from train.publishing.model_card import ModelCardData
 
 pytest_plugins = ("train_helpers",)
@@ -77,11 +77,11 @@ def there(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"push": True}, r"hub\.push=true needs hub\.repo_id=owner/name"),
+        ({"push": True}, r"hub\.push=true: .* Set hub\.repo_id=owner/name"),
         ({"push": "yes"}, r"hub\.push='yes' must be true or false"),
         ({"private": None}, r"hub\.private=None must be"),
-        ({"repo_id": "a/b/c"}, r"hub\.repo_id='a/b/c' is no name on the Hub"),
-        ({"repo_id": "my cards"}, r"hub\.repo_id='my cards' is no name"),
+        ({"repo_id": "a/b/c"}, r"hub\.repo_id='a/b/c' is not a valid repository name"),
+        ({"repo_id": "my cards"}, r"hub\.repo_id='my cards' is not a valid repository name"),
     ],
 )
 def test_a_refused_setting_is_named_with_its_value(settings, said):
@@ -98,12 +98,12 @@ def test_a_login_that_may_write_there_is_enough(there, repo):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda it: it.fails.update(whoami=LocalTokenNotFoundError("no token found")), "run `hf auth login`"),
-        (lambda it: it.fails.update(whoami=ConnectionError(f"no route, {TOKEN}")), "the login does not work"),
-        (lambda it: it.me.update(auth={"accessToken": {"role": "read"}}), "the token may only read"),
-        (lambda it: it.me.update(name="john", orgs=[]), "is not yours: this login writes to john"),
-        (lambda it: it.repos.update({"jane/tarot": False}), "everybody can see it: give hub.private=false"),
-        (lambda it: it.fails.update(model_info=OSError("503")), "cannot be looked at"),
+        (lambda it: it.fails.update(whoami=LocalTokenNotFoundError("no token found")), "Run `hf auth login`"),
+        (lambda it: it.fails.update(whoami=ConnectionError(f"no route, {TOKEN}")), "the login failed"),
+        (lambda it: it.me.update(auth={"accessToken": {"role": "read"}}), "the token is read-only"),
+        (lambda it: it.me.update(name="john", orgs=[]), "belongs to another account. Choose one of john"),
+        (lambda it: it.repos.update({"jane/tarot": False}), "is public. Set hub.private=false"),
+        (lambda it: it.fails.update(model_info=OSError("503")), "cannot be accessed"),
     ],
 )
 def test_what_would_fail_in_the_end_fails_before_training(there, change, said):
@@ -124,7 +124,7 @@ def test_without_network_by_choice_nothing_can_be_pushed(there, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE=1 .*python -m train\.hub RUN_FOLDER"):
         HubSettings(True, "jane/tarot").check()
-    with pytest.raises(ValueError, match=r"^pushing needs the Hub, and HF_HUB_OFFLINE=1 .*: unset it, and push again$"):
+    with pytest.raises(ValueError, match=r"^pushing needs the Hub, .*HF_HUB_OFFLINE=1 .*Unset it, and push again$"):
         HubSettings(True, "jane/tarot").check(trained=True)
 
 
@@ -181,7 +181,7 @@ def test_the_adapter_goes_to_the_hub_with_its_card_and_may_go_again(finished, th
     said = capfd.readouterr().err
     assert "was not pushed to jane/tarot (ConnectionError: reset" in said
     assert TOKEN not in said
-    warning = push_or_say(run, HubSettings(True, "jane/tarot"))
+    warning = push_or_warn(run, HubSettings(True, "jane/tarot"))
     assert warning.startswith("warning: ")
     assert f"python -m train.hub {run}" in warning
 
@@ -196,7 +196,7 @@ def test_a_push_that_fails_is_a_warning_with_the_command_that_does_it_later(run_
     settings = [f"output_dir={tmp_path / 'run'}", "steps=1", "hub.push=true", "hub.repo_id=tarot"]
     code, out, err = run_command(*small(*settings))
     assert code == 0, err
-    assert f"Nothing is lost; push it later: python -m train.hub {tmp_path / 'run'}" in out
+    assert f"push it later: python -m train.hub {tmp_path / 'run'}" in out
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 

@@ -22,11 +22,11 @@ from train.stages.memory import load_config
 from train.stages.model import load_base
 from train.sweeps import records, reuse
 from train.sweeps.page import arrange, render
-from train.sweeps.reuse import SHARED, Base, Shared, checksum, state_of
+from train.sweeps.reuse import SHARED, Base, SharedObjects, checksum, state_of
 
 pytest_plugins = ("train_helpers", "offload_helpers")
 
-USED = "using the transformer of the job before"
+USED = "using the transformer of the previous job"
 LOOKS = ["validate_every=2", "sample_every=2", "sample.prompts=[a red cup]", "sample.steps=2"]
 
 
@@ -89,7 +89,7 @@ def test_jobs_load_once_and_give_what_they_give_alone(grid, train, loads, tmp_pa
     assert loads.count("load_autoencoder") == ("sample_every=2" in settings)
     assert out.count("loading the transformer") == 1
     assert out.count(USED) == 1
-    assert out.count("using the prepared data of the job before") == 1
+    assert out.count("using the prepared data of the previous job") == 1
     same_runs(tmp_path / "sweep" / "1", train("alone", "adapter.rank=4", *settings, kind=kind))
     assert not same_tensors(adapter(tmp_path / "sweep" / "0"), adapter(tmp_path / "sweep" / "1"))
     assert SHARED.held(torch.device("cpu")) == 0  # when the sweep is over
@@ -200,7 +200,7 @@ def test_the_state_of_a_model_is_its_modules_and_the_bits_of_its_tensors():
 
 
 def test_things_are_taken_by_their_key_and_kept_only_by_jobs_that_end_well():
-    store, said = Shared(), []
+    store, said = SharedObjects(), []
 
     def job(key, made, fails=False):
         with store.job(keeps=True):
@@ -211,7 +211,7 @@ def test_things_are_taken_by_their_key_and_kept_only_by_jobs_that_end_well():
 
     assert job([1], "a") == "a"
     assert job([1], "b") == "a"
-    assert said == ["using the thing of the job before"]
+    assert said == ["using the thing of the previous job"]
     assert job([2], "c") == "c"
     with pytest.raises(RuntimeError):
         job([2], "d", fails=True)
@@ -326,7 +326,7 @@ def test_a_job_that_was_killed_has_no_word_and_one_that_holds_its_folder_runs(tm
     finally:
         lock.release()
     assert (killed.status, running.status) == ("lost", "running")
-    assert (killed.steps, killed.of, killed.training_loss) == (1, 4, 2.0)
+    assert (killed.steps, killed.total_steps, killed.training_loss) == (1, 4, 2.0)
 
 
 def test_the_table_is_made_again_by_a_command(tmp_path, capsys):

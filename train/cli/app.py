@@ -136,7 +136,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     finally:
         os.environ["HYDRA_FULL_ERROR"] = before
         SHARED.free()
-        if not callback.end_all():
+        if not callback.write_tables():
             failed.append("")
     if failed:
         sys.exit(2)

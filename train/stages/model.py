@@ -42,7 +42,7 @@ class LoadedModel:
     def release(self, config: RunConfig) -> None:
         """Remove the adapter, so that the next job of a sweep can reuse the base; drop a base that cannot be reused."""
         # compiled code belongs to the layers as they were
-        if SHARED.keeps and (config.memory.compile or not self.base.take_off(self.peft_model)):
+        if SHARED.keeps and (config.memory.compile or not self.base.remove_adapter(self.peft_model)):
             SHARED.drop("transformer")
 
 

@@ -180,8 +180,8 @@ def test_a_checkpoint_moved_away_from_its_run_starts_a_branch_with_its_own_copy_
     assert place.resumed_config == CONFIG
     for config, chosen, said in (
         (CONFIG, False, "is a checkpoint without its run. Set a new folder, output_dir="),
-        (changed(seed=1), True, "is of another configuration: seed=0 there, 1 here"),
-        (changed(steps=6), True, "has done more than steps=6"),
+        (changed(seed=1), True, "has another configuration: seed=0 there, 1 here"),
+        (changed(steps=6), True, "has done 7 steps, more than steps=6"),
     ):
         with pytest.raises(ValueError, match=said):
             look(str(moved), tmp_path / "new", config, chosen=chosen)
