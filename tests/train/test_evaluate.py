@@ -277,7 +277,7 @@ def test_the_command_says_what_is_wrong_in_one_line():
     assert done.stderr == "error: features=lantents is not a choice; did you mean latents?\n"
     done = execute([sys.executable, "train/evaluate.py", "-m", "run=/nowhere"])
     assert (done.returncode, done.stdout) == (2, "")  # Hydra did not begin a sweep, whose folder would be left
-    assert one_message(done.stderr).startswith("-m sweeps over trainings")
+    assert one_message(done.stderr).startswith("-m: only training can be swept")
     done = execute([sys.executable, "train/evaluate.py", "run=/nowhere", "seedz=[1]"])
     assert (done.returncode, done.stderr) == (2, "error: seedz=[1] is not a setting; did you mean seeds?\n")
 

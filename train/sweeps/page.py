@@ -13,7 +13,7 @@ from markupsafe import Markup
 from train.checkpoints import resume
 from train.reports import html as page
 from train.reports.html import Table, number
-from train.sweeps.records import SweepJob, best_job, split_overrides
+from train.sweeps.records import NUMBERS, SweepJob, best_job, split_overrides
 from train.utils.files import read_image
 
 WIDEST = 1060  # pixels of an embedded sample grid, which is four images; its link opens the file itself
@@ -22,14 +22,12 @@ MAX_COLUMNS = 4
 
 def job_table(jobs: Sequence[SweepJob], keys: Sequence[str], best: SweepJob | None) -> Table:
     """Return the table of settings, status, losses and speed, one row per job."""
-    numbers = {"last": ".4f", "best": ".4f", "best_step": "d", "training_loss": ".4f", "images_per_second": ".2f"}
     link, status, rows = Markup('<a href="{}/">{}</a>'), Markup('<span class="{}">{}</span>'), []
     for job in jobs:
         row = [link.format(job.folder.name, job.number), *(job.overrides.get(key, "") for key in keys)]
         row.append(status.format(job.status, job.progress))
-        rows.append(row + [number(getattr(job, key), form) for key, form in numbers.items()])
-    names = ("validation loss", "best", "at step", "training loss", "images/s")
-    return Table(["job", *keys, "status"], names, rows, [job is best for job in jobs])
+        rows.append(row + [number(getattr(job, key), form) for key, _, form in NUMBERS])
+    return Table(["job", *keys, "status"], [heading for _, heading, _ in NUMBERS], rows, [job is best for job in jobs])
 
 
 def arrange(jobs: Sequence[SweepJob], keys: Sequence[str]) -> tuple[list[SweepJob], int]:

@@ -20,6 +20,13 @@ from train.utils.lock import in_use
 RECORD = "job.json"
 ENDED = ("done", "failed", "stopped")
 RUNNING, REQUEUED, LOST = "running", "waiting", "lost"
+NUMBERS = (  # columns of a table: attribute of a job, heading, format
+    ("last", "validation loss", ".4f"),
+    ("best", "best", ".4f"),
+    ("best_step", "at step", "d"),
+    ("training_loss", "training loss", ".4f"),
+    ("images_per_second", "images/s", ".2f"),
+)
 
 
 def record(folder: Path) -> dict[str, Any]:

@@ -16,18 +16,10 @@ from rich.table import Table as RichTable
 from train.evaluation.recommend import closing_lines
 from train.reports.html import number
 from train.sweeps.page import render
-from train.sweeps.records import SweepJob, best_job, split_overrides
+from train.sweeps.records import NUMBERS, SweepJob, best_job, split_overrides
 from train.utils.files import short_path, write_whole
 
 PAGE, DATA, SHEET = "sweep.html", "sweep.json", "sweep.csv"
-
-NUMBERS = (  # attribute of a job, heading, format
-    ("last", "validation loss", ".4f"),
-    ("best", "best", ".4f"),
-    ("best_step", "at step", "d"),
-    ("training_loss", "training loss", ".4f"),
-    ("images_per_second", "images/s", ".2f"),
-)
 
 
 def row(job: SweepJob, keys: Sequence[str]) -> dict[str, Any]:

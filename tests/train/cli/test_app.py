@@ -103,7 +103,7 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mi
         ("sample.width=50", "sample.width=50 must be a multiple of 16 pixels"),
         ("sample.references=[/nowhere.png]", "/nowhere.png does not exist"),
         ("preservation.weight=1", "preservation.weight=1: there are no preservation.prompts"),
-        ("tracker=null", "a group needs the name of a choice"),
+        ("tracker=null", "a group must be set to the name of a choice"),
         ("~tracker", "tracker=None must be a group of settings"),
         ("~memory.checkpointing", "memory.checkpointing is missing"),
         ("device=gpu", "device='gpu' is not a device: give cuda"),
@@ -169,7 +169,7 @@ def test_an_unknown_choice_is_named_with_the_known_ones(run_command, mistake, sa
 @pytest.mark.parametrize(
     ("missing", "said"),
     [
-        ("dataset=folder", "dataset.path must be given: add dataset.path=..."),
+        ("dataset=folder", "dataset.path is missing: add dataset.path=..."),
         ("preservation=base", "preservation.prompts must be given"),
     ],
 )
@@ -180,8 +180,8 @@ def test_a_setting_without_a_default_is_asked_for(run_command, missing, said):
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("steps", "'steps' cannot be read: write key=value"),
-        ("steps=[1", "'steps=[1' cannot be read"),
+        ("steps", "'steps' cannot be parsed: write key=value"),
+        ("steps=[1", "'steps=[1' cannot be parsed"),
         ("sample.width=${foo}", "Interpolation key 'foo' not found full_key: sample.width"),
     ],
 )
