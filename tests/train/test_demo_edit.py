@@ -12,7 +12,7 @@ from data.synthetic.spotlight import INSTRUCTION, SHOWN, new_drawings, spotlight
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import load
 from train import demo_edit
-from train.demo_edit import edited, judge, others, plain_edits, shares
+from train.demo_edit import edit_sources, judge, others, plain_edits, shares
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
@@ -106,7 +106,7 @@ def arguments(tmp_path, *more):
 def test_a_picture_is_an_edit_of_its_own_source_with_its_own_seed(short):
     pipe = load("tiny", device="cpu")
     sources = [draw(CUP), draw(FISH), draw(CUP)]
-    pictures = edited(pipe, sources, ["make it blue", "make it green", "make it blue"])
+    pictures = edit_sources(pipe, sources, ["make it blue", "make it green", "make it blue"])
     for i, source in enumerate(sources):
         (alone,) = pipe.generate(["make it blue", "make it green", "make it blue"][i], references=[source], seed=i)
         assert difference(pictures[i], alone) < 0.5
@@ -148,7 +148,7 @@ def test_the_demo_of_an_adapter_that_learns_nothing_says_so(short, run_command, 
 
 def test_the_demo_is_for_the_embedded_model(small, run_command):
     message = run_command.refused(*small(), task=demo_edit.main)
-    assert message == "model=small_dev: the demo is for the embedded model; train others with train/run.py"
+    assert message == "model=small_dev: the demo needs the embedded model. Train others with train/run.py"
 
 
 def test_the_demo_is_an_entry_file_of_its_own():
