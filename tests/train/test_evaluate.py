@@ -11,7 +11,7 @@ from train_helpers import execute, one_message, pixels
 
 from flux2.pipeline import Pipeline
 from train.checkpoints.checkpoint import checkpoints
-from train.evaluate import EvaluationSettings, evaluated
+from train.evaluate import EvaluationSettings, evaluate_runs
 from train.evaluation import distances
 from train.evaluation.features import Latents, Vision
 from train.evaluation.findings import caution, find_problems
@@ -29,7 +29,7 @@ KEPT = [*SHOWN, "checkpoint_every=2", "validate_every=2"]
 
 def evaluate(run, **more):
     settings = {"seeds": [5], "strengths": [0, 1, 1.5], "device": "cpu", **more}
-    return evaluated(EvaluationSettings(str(run), **settings), Latents(32))
+    return evaluate_runs(EvaluationSettings(str(run), **settings), Latents(32))
 
 
 def loaded(files):
@@ -193,7 +193,7 @@ def test_a_checkpoint_that_is_rotated_away_meanwhile_is_named_and_the_same_comma
         return picture(self, model, i, seed)
 
     monkeypatch.setattr(Sampler, "picture", rotating)
-    with pytest.raises(ValueError, match=r"step_000002/adapter was removed while it was to be evaluated"):
+    with pytest.raises(ValueError, match=r"step_000002/adapter was removed during the evaluation"):
         evaluate(run)
     assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 2
     assert [row.name for row in evaluate(run)[0].rows] == ["base", "step 4"]
@@ -250,7 +250,7 @@ def test_a_relative_dataset_that_is_not_here_says_where_to_start(train):
 
 
 def test_an_empty_run_is_refused():
-    with pytest.raises(ValueError, match=r"^run='' is empty: give the folder of a run"):
+    with pytest.raises(ValueError, match=r"^run='' is empty\. Give the folder of a run"):
         EvaluationSettings("")
 
 
