@@ -132,7 +132,7 @@ def test_a_run_asks_the_hub_before_anything_is_loaded(run_command, small, there,
     there.me["name"], there.me["orgs"] = "john", []
     monkeypatch.setattr("train.stages.data.prepare", lambda *_: pytest.fail("the check came too late"))
     settings = [f"output_dir={tmp_path / 'run'}", "hub.push=true", "hub.repo_id=jane/tarot"]
-    assert "hub.repo_id='jane/tarot' is not yours" in run_command.refused(*small(*settings))
+    assert "hub.repo_id='jane/tarot' belongs to another account" in run_command.refused(*small(*settings))
     assert not (tmp_path / "run").exists()
 
 
@@ -174,7 +174,7 @@ def test_the_adapter_goes_to_the_hub_with_its_card_and_may_go_again(finished, th
     assert there.uploaded.keys() == {"jane/tarot", "cards/public"}
     assert there.repos == {"jane/tarot": True, "cards/public": False}
     assert main([str(run), "--repo-id", "cards/public"]) == 2
-    assert "everybody can see it" in capfd.readouterr().err
+    assert "exists and is public" in capfd.readouterr().err
 
     there.fails["upload_folder"] = ConnectionError(f"reset, Authorization: Bearer {TOKEN}")
     assert main([str(run)]) == 2

@@ -37,7 +37,7 @@ pytest_plugins = ("train_helpers",)
         ("+sample.prompt=a", ["sample.prompt='a' is not a setting", "did you mean sample.prompts?"]),
         ("+tracker.mode=offline", ["tracker.mode='offline' is not a setting; tracker has none"]),
         ("+adapter.seed=3", ["adapter.seed=3 is not a setting", "known are adapter.rank"]),
-        ("experiment=debug", ["experiment=debug", "write +experiment=debug"]),
+        ("experiment=debug", ["experiment=debug", "Write +experiment=debug"]),
     ],
 )
 def test_an_unknown_setting_is_named_with_the_nearest_known_ones(run_command, mistake, said):
