@@ -272,7 +272,7 @@ def test_the_table_is_what_the_jobs_logged(grid, tmp_path):
     assert "://" not in page
     assert "<script" not in page
     assert all(f"{job['validation_loss']:.4f}" in page for job in done)
-    assert "adapter.rank=0 must be an integer >= 1" in page
+    assert "adapter.rank=0 must be an integer &gt;= 1" in page
     assert all((place / str(number)).is_dir() and f'href="{number}/"' in page for number in range(6))
 
 
