@@ -17,7 +17,7 @@ from data.sources import Folder, HuggingFace
 from data.sources.captions import Captions
 from flux2.adapters.tuners import attach
 from flux2.quantization.precision import Precision, precision_from_name
-from train.cli.errors import flat
+from train.cli.errors import all_keys
 from train.config.instantiate import instantiate, parse_settings
 from train.config.run_config import GROUPS
 from train.evaluate import EvaluationSettings
@@ -199,10 +199,10 @@ def test_an_experiment_holds_only_differences(name):
     assert [(group, choice) for group, choice in choices if usual[group] == choice] == []
     without = compose(*(f"{group}={choice}" for group, choice in choices))
     same = []
-    for key in flat(raw):
+    for key in all_keys(raw):
         value = OmegaConf.select(raw, key)
         if not isinstance(value, DictConfig) and not OmegaConf.is_missing(without, key):
-            assert key in flat(without), f"{key} is no setting"
+            assert key in all_keys(without), f"{key} is no setting"
             if OmegaConf.select(without, key) == value:
                 same.append(key)
     assert same == []

@@ -1,14 +1,14 @@
 """The demo: `make demo`, or `python train/demo.py [key=value ...]`.
 
-Trains the LoRA of conf/experiment/demo.yaml on 24 drawn tarot cards, then looks at what came of it, on subjects and
-colors that are on no card:
+Trains the LoRA of conf/experiment/demo.yaml on 24 drawn tarot cards, then measures it on subjects and colors that are
+on no card:
 
-- style: how far pictures are from the cards' frame, parchment and title bar, before and after, and the cards too;
-- subject: the share of pictures that show the subject asked for in its color, read by `data.synthetic.probe`;
+- style: the distance of images from the cards' frame, parchment and title bar, before and after training;
+- subject: the share of images that show the requested subject in its color, read by `data.synthetic.probe`;
 - both again for plain prompts, without the trigger word, which should not change;
-- whether the base, adapter off, still makes the very same pictures.
+- whether the base, with the adapter disabled, still generates identical images.
 
-The measures know nothing of training: an adapter that learned nothing gets 0 % of the way, and the verdict says so.
+The measures are independent of training: an adapter that learned nothing moves 0 % of the way and fails.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
+if __name__ == "__main__":  # train/ comes first in sys.path and would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from train.cli.start import start
 
-    sys.argv.append("+experiment=demo")  # at the end, as -m takes what follows it for its own
+    sys.argv.append("+experiment=demo")  # at the end, because -m takes the words after it
     start()
 
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 
@@ -50,14 +50,14 @@ from train.validation.sample_grid import sample_grid
 
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
 COLORS = ("green", "pink", "brown", "black")  # on no card
-PICTURES = 2  # of each prompt
+PICTURES = 2  # images per prompt
 BATCH = 8
 SHOWN = ("green fish", "pink heart", "brown tree", "black bell")
 
 
 @dataclass(frozen=True)
-class Look:
-    """One set of pictures, measured: mean distance from the cards' style, and shares of what was asked for."""
+class PictureScores:
+    """Scores of a set of images: mean distance from the cards' style, and shares of images as requested."""
 
     style_distance: float
     subject: float
@@ -65,54 +65,54 @@ class Look:
     both: float
 
 
-def look(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> Look:
-    """Measure `pictures` that should show `wanted` (color, subject)."""
+def score_pictures(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> PictureScores:
+    """Score `pictures` that should show `wanted` (color, subject)."""
     read = [probe.read(picture) for picture in pictures]
     subject = [r.shape == shape for r, (_, shape) in zip(read, wanted, strict=True)]
     color = [r.color == name for r, (name, _) in zip(read, wanted, strict=True)]
     both = [a and b for a, b in zip(subject, color, strict=True)]
     count = len(pictures)
     distance = sum(probe.style_distance(picture) for picture in pictures) / count
-    return Look(distance, sum(subject) / count, sum(color) / count, sum(both) / count)
+    return PictureScores(distance, sum(subject) / count, sum(color) / count, sum(both) / count)
 
 
-def moved(before: float, after: float, cards: float) -> float:
-    """How much of the way from `before` to `cards` the style went; 0 is not at all, 1 all of it."""
+def share_moved(before: float, after: float, cards: float) -> float:
+    """Return the share of the way from `before` to `cards` that the style moved, 1 for all of it."""
     return (before - after) / (before - cards) if before != cards else 0.0
 
 
-def same(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> bool:
-    """Whether all pictures are equal, bit for bit."""
+def are_identical(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> bool:
+    """Return whether all images are equal, bit for bit."""
     return all(ImageChops.difference(a, b).getbbox() is None for a, b in zip(one, other, strict=True))
 
 
-def line(good: bool, text: str) -> str:
-    """A sentence of the verdict."""
+def verdict(good: bool, text: str) -> str:
+    """Return a sentence that starts with yes or NO."""
     return f"{'yes' if good else 'NO ':3}  {text}"
 
 
 def judge(report: dict[str, float]) -> list[str]:
-    """The report in sentences; each says what was measured, then yes or no."""
+    """Return the report as sentences that start with yes or NO."""
     style, leak = report["style_moved"], report["plain_style_moved"]
     return [
-        line(style >= 0.9, f"the cards' style was learned: {style:.0%} of the way from the base to the cards"),
-        line(
+        verdict(style >= 0.9, f"the cards' style was learned: {style:.0%} of the way from the base to the cards"),
+        verdict(
             report["subjects_right"] >= 0.8,
             f"new subjects and colors stay right on cards: {report['subjects_right']:.0%} (base, same prompts: "
             f"{report['subjects_right_before']:.0%})",
         ),
-        line(leak <= 0.2, f"plain prompts keep the base's style: moved {leak:.0%} of the way to the cards"),
-        line(
+        verdict(leak <= 0.2, f"plain prompts keep the base's style: moved {leak:.0%} of the way to the cards"),
+        verdict(
             report["plain_subjects_right"] >= 0.8,
             f"plain prompts keep their subjects: {report['plain_subjects_right']:.0%} (base: "
             f"{report['plain_subjects_right_before']:.0%})",
         ),
-        line(bool(report["base_unchanged"]), "with the adapter off, the base's pictures are the same, bit for bit"),
+        verdict(bool(report["base_unchanged"]), "with the adapter off, the base's images are the same, bit for bit"),
     ]
 
 
 def draw(pipe: Pipeline, prompts: Sequence[str], count: ItemProgress, done: int, total: int) -> list[Image.Image]:
-    """A picture of each prompt; `count` shows how many there are of `total`, `done` having been made before."""
+    """Draw an image for each prompt; `count` shows the progress from `done` to `total`."""
     steps = 0
 
     def step(_: Tensor) -> None:
@@ -123,17 +123,16 @@ def draw(pipe: Pipeline, prompts: Sequence[str], count: ItemProgress, done: int,
     return pipe.generate(prompts, batch_size=BATCH, progress=step)
 
 
-def load_demo_config(config: DictConfig) -> RunConfig:
-    """Return the configuration of a demonstration. Raises ValueError for any but the embedded model."""
+def run_demo(config: DictConfig, demonstrate: Callable[[RunConfig, RunLocation], None]) -> None:
+    """Call `demonstrate` with a claimed run folder. Raises ValueError for any but the embedded model."""
     run = load_config(config)
     if run.variant.name != "tiny":
-        raise ValueError(
-            f"model={run.variant.name}: the demo is for the embedded model; train others with train/run.py"
-        )
-    return run
+        raise ValueError(f"model={run.variant.name}: the demo needs the embedded model. Train others with train/run.py")
+    with claim_run_folder(run) as location:  # fails before images are drawn if the folder cannot be written
+        demonstrate(run, location)
 
 
-def end(
+def report_results(
     run: RunConfig,
     adapter: Path,
     seconds: float,
@@ -142,7 +141,7 @@ def end(
     use: Sequence[str],
     pairs: Sequence[Pair],
 ) -> None:
-    """Say how it went, where everything is, and with which arguments the adapter makes more pictures."""
+    """Print the results, their files, and the command that generates more images with the adapter."""
     run.say(f"\ntrained in {seconds:.0f} s")
     for sentence in judged:
         run.say(sentence)
@@ -150,26 +149,24 @@ def end(
     run.say(f"all numbers       {numbers}")
     run.say(f"the adapter       {adapter}")
     command_line = f"{shlex.quote(sys.executable)} -m flux2.generate --adapter {adapter}"
-    run.say(f"more pictures     {command_line} {shlex.join(use)}")
+    run.say(f"more images       {command_line} {shlex.join(use)}")
     if run.accelerator.is_main_process and (page := run_report.write_or_warn(adapter.parent, pairs)):
         run.say(f"the report        {page}")
 
 
 def main(config: DictConfig) -> None:
     """Train, measure, and write `grid.png` and `demo.json` into the run folder."""
-    run = load_demo_config(config)
-    with claim_run_folder(run) as location:  # what cannot be written says so before pictures are made
-        demonstrate(run, location)
+    run_demo(config, demonstrate)
 
 
 def demonstrate(run: RunConfig, location: RunLocation) -> None:
-    """Train in a run folder that is claimed, with pictures before and after."""
+    """Train in a claimed run folder and compare images before and after."""
     dataset = run.instantiate("dataset")
     pairs = [(color, subject) for subject in SUBJECTS for color in COLORS] * PICTURES
     prompts = [f"a trtcrd of a {color} {subject}, tarot style" for color, subject in pairs]
     plain = [f"a large {color} {subject} on a blue background" for color, subject in pairs]
 
-    run.say(f"{len(prompts) + len(plain)} pictures of the base, then {run.settings.steps} steps, then as many pictures")
+    run.say(f"{len(prompts) + len(plain)} images of the base, then {run.settings.steps} steps, then as many images")
     base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
     with closing(ItemProgress("pictures", shown=run.accelerator.is_main_process)) as count:
         cards_before = draw(base, prompts, count, 0, len(prompts) + len(plain))
@@ -179,26 +176,28 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     adapter, _ = train(run, location)
     seconds = time.perf_counter() - began
 
-    run.say("pictures with the adapter, and once more without it")
+    run.say("images with the adapter, and again without it")
     base.load_adapter(adapter)
     with closing(ItemProgress("pictures", shown=run.accelerator.is_main_process)) as count:
         total = 2 * len(prompts) + len(plain)
         cards_after = draw(base, prompts, count, 0, total)
         plain_after = draw(base, plain, count, len(prompts), total)
         with adapters_disabled(base.transformer):
-            unchanged = same(cards_before, draw(base, prompts, count, len(prompts) + len(plain), total))
+            unchanged = are_identical(cards_before, draw(base, prompts, count, len(prompts) + len(plain), total))
 
     cards = sum(probe.style_distance(sample.target.load()) for sample in dataset) / len(dataset)
     looks = {
-        "cards_before": look(cards_before, pairs),
-        "cards_after": look(cards_after, pairs),
-        "plain_before": look(plain_before, pairs),
-        "plain_after": look(plain_after, pairs),
+        "cards_before": score_pictures(cards_before, pairs),
+        "cards_after": score_pictures(cards_after, pairs),
+        "plain_before": score_pictures(plain_before, pairs),
+        "plain_after": score_pictures(plain_after, pairs),
     }
     found = {
         "training_seconds": round(seconds, 1),
-        "style_moved": moved(looks["cards_before"].style_distance, looks["cards_after"].style_distance, cards),
-        "plain_style_moved": moved(looks["plain_before"].style_distance, looks["plain_after"].style_distance, cards),
+        "style_moved": share_moved(looks["cards_before"].style_distance, looks["cards_after"].style_distance, cards),
+        "plain_style_moved": share_moved(
+            looks["plain_before"].style_distance, looks["plain_after"].style_distance, cards
+        ),
         "subjects_right_before": looks["cards_before"].both,
         "subjects_right": looks["cards_after"].both,
         "plain_subjects_right_before": looks["plain_before"].both,
@@ -225,7 +224,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
         for words, before, after in ((prompts, cards_before, cards_after), (plain, plain_before, plain_after))
         for i in shown
     ]
-    end(run, adapter, seconds, judge(found), folder / "demo.json", use, pairs_shown)
+    report_results(run, adapter, seconds, judge(found), folder / "demo.json", use, pairs_shown)
 
 
 if __name__ == "__main__":

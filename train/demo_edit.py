@@ -1,15 +1,15 @@
 """The edit demonstration: `python train/demo_edit.py [key=value ...]`.
 
-Trains the LoRA of conf/experiment/demo_edit.yaml on 40 pairs of a picture and the same picture in a spotlight, then
-looks at what came of it, on pictures whose subjects and colors are in no pair and that the base never saw:
+Trains the LoRA of conf/experiment/demo_edit.yaml on 40 pairs of an image and the same image in a spotlight, then
+measures it on images whose subjects and colors are in no pair and that the base never saw:
 
-- edit: the share of pictures that are the given one, in all it shows, and in the spotlight; before and after;
-- reference: the same with each picture given in place of another, which must then be the one that is edited. An adapter
-  that draws from its memory of the pairs, or from the instruction alone, fails here;
-- plain edits, without the trigger word, which should be as before;
-- whether the base, adapter off, still makes the very same pictures.
+- edit: the share of images that show the reference in the spotlight, before and after training;
+- reference: the same with shuffled references, which must then be the ones that are edited. An adapter that draws from
+  its memory of the pairs, or from the instruction alone, fails here;
+- plain edits, without the trigger word, which should not change;
+- whether the base, with the adapter disabled, still generates identical images.
 
-`data.synthetic.recognize` says what a picture shows. It knows nothing of training.
+`data.synthetic.recognize` reads what an image shows, independently of training.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
+if __name__ == "__main__":  # train/ comes first in sys.path and would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from train.cli.start import start
 
-    sys.argv.append("+experiment=demo_edit")  # at the end, as -m takes what follows it for its own
+    sys.argv.append("+experiment=demo_edit")  # at the end, because -m takes the words after it
     start()
 
 import json
@@ -42,17 +42,16 @@ from flux2.pipeline import Pipeline, render
 from train.checkpoints.resume import RunLocation
 from train.cli.app import command
 from train.config.run_config import RunConfig
-from train.demo import end, line, load_demo_config, moved, same
+from train.demo import are_identical, report_results, run_demo, share_moved, verdict
 from train.run import train
-from train.stages.run_folder import claim_run_folder
 from train.utils.progress import ItemProgress
 from train.validation.sample_grid import sample_grid
 
 BATCH = 8
 
 
-def edited(pipe: Pipeline, sources: Sequence[Image.Image], prompts: Sequence[str]) -> list[Image.Image]:
-    """Each source edited as its prompt says; the i-th with seed i."""
+def edit_sources(pipe: Pipeline, sources: Sequence[Image.Image], prompts: Sequence[str]) -> list[Image.Image]:
+    """Edit each source according to its prompt, the i-th with seed i."""
     text, empty = pipe.embeddings(prompts)
     references = torch.cat([pipe.encode_references([source])[0] for source in sources])
     pictures: list[Image.Image] = []
@@ -76,7 +75,7 @@ def edited(pipe: Pipeline, sources: Sequence[Image.Image], prompts: Sequence[str
 
 
 def shares(pictures: Sequence[Image.Image], wanted: Sequence[Drawing], lit: bool) -> dict[str, float]:
-    """Shares of pictures that are lit as asked for, that show each attribute of `wanted`, and all of it together."""
+    """Return the shares of images with the requested light, with each attribute of `wanted`, and with all of them."""
     found = recognize(pictures)
     right = {
         key: [getattr(one.drawing, key) == getattr(drawing, key) for one, drawing in zip(found, wanted, strict=True)]
@@ -88,7 +87,7 @@ def shares(pictures: Sequence[Image.Image], wanted: Sequence[Drawing], lit: bool
 
 
 def others(drawings: Sequence[Drawing]) -> list[int]:
-    """For each drawing the index of another, each taken once: the one half of the list further, another subject."""
+    """Return for each drawing the index of another with another subject, half the list further; each is used once."""
     count = len(drawings)
     indices = [(i + count // 2) % count for i in range(count)]
     assert all(one.shape != drawings[i].shape for one, i in zip(drawings, indices, strict=True))
@@ -96,7 +95,7 @@ def others(drawings: Sequence[Drawing]) -> list[int]:
 
 
 def plain_edits(drawings: Sequence[Drawing]) -> list[tuple[str, Drawing]]:
-    """An instruction without the trigger for each: in turn another color and another background."""
+    """Return an instruction without the trigger for each drawing, in turn another color and another background."""
     edits = []
     for i, drawing in enumerate(drawings):
         kind, names = ("background", list(BACKGROUNDS)) if i % 2 else ("color", list(COLORS))
@@ -106,35 +105,33 @@ def plain_edits(drawings: Sequence[Drawing]) -> list[tuple[str, Drawing]]:
 
 
 def judge(report: dict[str, float]) -> list[str]:
-    """The report in sentences; each says what was measured, then yes or no."""
+    """Return the report as sentences that start with yes or NO."""
     right, before = report["edits_right"], report["edits_right_before"]
     follow, wrong = report["shuffled_follow"], report["shuffled_right"]
     plain, plain_before = report["plain_right"], report["plain_right_before"]
     return [
-        line(
+        verdict(
             right >= 0.8 and before <= 0.1,
-            f"the edit was learned: {right:.0%} of new pictures are the given one in the spotlight (base: "
-            f"{before:.0%}), {report['moved']:.0%} of the way from the base's pictures to the intended",
+            f"the edit was learned: {right:.0%} of new images show the reference in the spotlight (base: "
+            f"{before:.0%}), {report['moved']:.0%} of the way from the base's images to the intended ones",
         ),
-        line(
+        verdict(
             follow >= 0.8 and wrong <= 0.1,
-            f"the reference is what is edited: given another picture, {follow:.0%} are that one in the spotlight and "
-            f"{wrong:.0%} still the one before",
+            f"the reference is what is edited: with another reference, {follow:.0%} show that one in the spotlight and "
+            f"{wrong:.0%} still the previous one",
         ),
-        line(plain >= plain_before - 0.1, f"plain edits stay right: {plain:.0%} (base: {plain_before:.0%})"),
-        line(bool(report["base_unchanged"]), "with the adapter off, the base's pictures are the same, bit for bit"),
+        verdict(plain >= plain_before - 0.1, f"plain edits stay right: {plain:.0%} (base: {plain_before:.0%})"),
+        verdict(bool(report["base_unchanged"]), "with the adapter off, the base's images are the same, bit for bit"),
     ]
 
 
 def main(config: DictConfig) -> None:
     """Train, measure, and write `grid.png` and `demo_edit.json` into the run folder."""
-    run = load_demo_config(config)
-    with claim_run_folder(run) as location:  # what cannot be written says so before pictures are made
-        demonstrate(run, location)
+    run_demo(config, demonstrate)
 
 
 def demonstrate(run: RunConfig, location: RunLocation) -> None:
-    """Train in a run folder that is claimed, with pictures before and after."""
+    """Train in a claimed run folder and compare images before and after."""
     drawings = new_drawings()
     sources = [draw(drawing, PIXELS) for drawing in drawings]
     intended = [spotlight(source) for source in sources]
@@ -142,20 +139,20 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     shuffled = others(drawings)
     plain, results = zip(*plain_edits(drawings), strict=True)
 
-    run.say(f"{2 * len(drawings)} pictures of the base, then {run.settings.steps} steps, then {4 * len(drawings)} more")
+    run.say(f"{2 * len(drawings)} images of the base, then {run.settings.steps} steps, then {4 * len(drawings)} more")
     pipe = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
-    before, plain_before = edited(pipe, sources, instructions), edited(pipe, sources, plain)
+    before, plain_before = edit_sources(pipe, sources, instructions), edit_sources(pipe, sources, plain)
 
     began = time.perf_counter()
     adapter, _ = train(run, location)
     seconds = time.perf_counter() - began
 
-    run.say("pictures with the adapter, and once more without it")
+    run.say("images with the adapter, and again without it")
     pipe.load_adapter(adapter)
-    after, plain_after = edited(pipe, sources, instructions), edited(pipe, sources, plain)
-    of_another = edited(pipe, [sources[i] for i in shuffled], instructions)
+    after, plain_after = edit_sources(pipe, sources, instructions), edit_sources(pipe, sources, plain)
+    of_another = edit_sources(pipe, [sources[i] for i in shuffled], instructions)
     with adapters_disabled(pipe.transformer):
-        unchanged = same(before, edited(pipe, sources, instructions))
+        unchanged = are_identical(before, edit_sources(pipe, sources, instructions))
 
     looks = {
         "before": shares(before, drawings, lit=True),
@@ -175,7 +172,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
         "edits_right": looks["after"]["all"],
         "distance_before": distances[0],
         "distance": distances[1],
-        "moved": moved(distances[0], distances[1], 0),
+        "moved": share_moved(distances[0], distances[1], 0),
         "shuffled_right": looks["shuffled"]["all"],
         "shuffled_follow": looks["shuffled_given"]["all"],
         "plain_right_before": looks["plain_before"]["all"],
@@ -192,7 +189,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     use = ["--image", "data/demo_edit/new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
     chosen = [drawings.index(one) for one in SHOWN]
     pairs = [(f"{drawings[i].color} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen]
-    end(run, adapter, seconds, judge(found), folder / "demo_edit.json", use, pairs)
+    report_results(run, adapter, seconds, judge(found), folder / "demo_edit.json", use, pairs)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Compare the checkpoints of a run: `python train/evaluate.py run=outputs/demo/<time> [compare=OTHER] [key=value ...]`
 
-Draws the same prompts from the same seeds with the base and every checkpoint, measures the pictures, and writes
-report.html into the run folder (docs/evaluation.md). All that it needs is in that folder; pictures are kept in its
-`evaluation/`, so an evaluation that was interrupted goes on where it was.
+Draws the same prompts from the same seeds with the base and every checkpoint, measures the images, and writes
+report.html into the run folder (docs/evaluation.md). The run folder contains everything it needs; images are stored in
+its `evaluation/`, so an interrupted evaluation resumes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a script's own folder comes first in sys.path, and ours would hide libraries
+if __name__ == "__main__":  # train/ comes first in sys.path and would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from train.cli.start import start
 
@@ -50,13 +50,12 @@ from train.validation.sample_grid import sample_grid
 from train.validation.samples import is_string_list
 
 NUMBERS, GRID = "evaluation.json", "grid.png"  # in the folder of an evaluation
-
-# ------------------------------------------------------------------ settings
+DRAWING_KEYS = ("steps", "guidance", "width", "height")
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """The keys of conf/evaluate.yaml but the group `features`."""
+    """The keys of conf/evaluate.yaml, except the group `features`."""
 
     run: str
     compare: str | Sequence[str] = field(default_factory=list)
@@ -74,52 +73,46 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.compare, str) and not is_string_list(self.compare):
-            raise ValueError(f"compare={self.compare!r} must be a run folder or a list of them")
-        compared = [self.compare] if isinstance(self.compare, str) else self.compare
-        for key, places in (("run", [self.run]), ("compare", compared)):
-            if not all(place.strip() for place in places):
+            raise ValueError(f"compare={self.compare!r} must be a run folder or a list of run folders")
+        for key, folders in (("run", [self.run]), ("compare", self.compared)):
+            if not all(folder.strip() for folder in folders):
                 raise ValueError(
-                    f"{key}={getattr(self, key)!r} is empty: give the folder of a run, outputs/<name>/<time>"
+                    f"{key}={getattr(self, key)!r} is empty. Give the folder of a run, outputs/<name>/<time>"
                 )
         if self.prompts is not None and (not is_string_list(self.prompts) or not self.prompts):
-            raise ValueError(f"prompts={self.prompts!r} must be a list of texts, or null for the run's own")
+            raise ValueError(f"prompts={self.prompts!r} must be a list of strings, or null for the run's own prompts")
         if self.references is not None and self.prompts is None:
-            raise ValueError(f"references={self.references!r} does nothing without prompts: give both")
+            raise ValueError(f"references={self.references!r} has no effect without prompts. Give both")
         for key, low in (("seeds", 0), ("checkpoints", 1)):
-            given = getattr(self, key)
-            if given is None and key == "checkpoints":
+            numbers = getattr(self, key)
+            if numbers is None and key == "checkpoints":
                 continue
-            if not isinstance(given, list | tuple) or not given or len({str(one) for one in given}) < len(given):
-                raise ValueError(f"{key}={given!r} must be a list of different whole numbers")
-            for one in given:
+            if not isinstance(numbers, list | tuple) or not numbers or len(set(map(str, numbers))) < len(numbers):
+                raise ValueError(f"{key}={numbers!r} must be a list of different integers")
+            for one in numbers:
                 check_count(key, one, low, 2**63 - 1)
         if not isinstance(self.strengths, list | tuple) or not all(is_number(one) for one in self.strengths):
             raise ValueError(f"strengths={self.strengths!r} must be a list of numbers")
         if len(set(self.strengths)) < len(self.strengths):
-            raise ValueError(f"strengths={self.strengths!r} has a number twice")
+            raise ValueError(f"strengths={self.strengths!r} has a number twice. Remove one")
         check_count("training_pictures", self.training_pictures, 1)
 
     @property
-    def others(self) -> list[Path]:
-        given = [self.compare] if isinstance(self.compare, str) else self.compare
-        return [Path(one).expanduser() for one in given]
+    def compared(self) -> Sequence[str]:
+        return [self.compare] if isinstance(self.compare, str) else self.compare
 
     @property
     def sample(self) -> dict[str, Any]:
-        """What replaces settings of the run's group `sample`."""
-        keys = ("steps", "guidance", "width", "height")
-        found: dict[str, Any] = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        """The settings that replace those of the run's group `sample`."""
+        found: dict[str, Any] = {key: value for key in DRAWING_KEYS if (value := getattr(self, key)) is not None}
         if self.prompts is not None:
             found |= {"prompts": list(self.prompts), "references": list(self.references or [])}
         return found
 
 
-# ------------------------------------------------------------------ one run
-
-
 @dataclass(frozen=True)
-class Wanted:
-    """What is drawn of a run; see conf/evaluate.yaml. `chosen_alone` leaves out all adapters but the chosen one."""
+class DrawingPlan:
+    """What to draw for a run; see conf/evaluate.yaml. `chosen_alone` limits the adapters to the chosen one."""
 
     strengths: Sequence[float]
     checkpoints: Sequence[int] | None
@@ -128,7 +121,7 @@ class Wanted:
 
 
 def choose(folder: Path, found: Sequence[Candidate]) -> tuple[Candidate, str]:
-    """The adapter that the run recommends, else the last; and why not the recommended one, if there is one."""
+    """Return the adapter that the run recommends, or the last, and the reason if it is not the recommended one."""
     recommended = recommend(folder).checkpoint
     if recommended is None:
         return found[-1], ""
@@ -138,22 +131,22 @@ def choose(folder: Path, found: Sequence[Candidate]) -> tuple[Candidate, str]:
     return found[-1], f"{recommended.name} has the lowest validation loss, but is not among those evaluated"
 
 
-def evaluate(run: SavedRun, features: Features, wanted: Wanted) -> Evaluation:
-    """Draw what is missing, measure all, and write grid.png and evaluation.json, unless only the chosen one is wanted.
+def evaluate(run: SavedRun, features: Features, plan: DrawingPlan) -> Evaluation:
+    """Draw missing images, measure all, and write grid.png and evaluation.json, unless `plan.chosen_alone`.
 
-    Raises ValueError if the run has no adapter, or memory does not suffice.
+    Raises ValueError if the run has no adapter or memory runs out.
     """
-    found, damaged = candidates(run.folder, wanted.checkpoints)
+    found, damaged = candidates(run.folder, plan.checkpoints)
     chosen, why_not = choose(run.folder, found)
     notes = [why_not] if why_not else []
-    if wanted.chosen_alone:
+    if plan.chosen_alone:
         found = [chosen]
     for text in damaged:
-        tqdm.write(f"warning: left out: {text}", file=sys.stderr)
+        tqdm.write(f"warning: skipping {text}", file=sys.stderr)
     columns = [(i, seed) for i in range(len(run.prompts)) for seed in run.seeds]
     adapters: list[Candidate | None] = [None, *found]
     firsts = run.seeds[:1]
-    strengths = [float(one) for one in wanted.strengths]
+    strengths = [float(one) for one in plan.strengths]
     work: list[tuple[Candidate | None, float, list[int]]] = [(one, 1.0, run.seeds) for one in adapters]
     work += [(chosen, strength, firsts) for strength in strengths if strength not in (0, 1)]
     try:
@@ -167,42 +160,40 @@ def evaluate(run: SavedRun, features: Features, wanted: Wanted) -> Evaluation:
         if (gone := one[0]) is None or gone.place.is_dir():
             raise
         raise ValueError(
-            f"{gone.place} was removed while it was to be evaluated, as a run that still trains does with keep_last: "
-            "what was drawn is kept, and the same command goes on with what is there now"
+            f"{gone.place} was removed during the evaluation, for example by a run that still trains with keep_last. "
+            "Repeat the command: it keeps the images and evaluates the checkpoints that exist now"
         ) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            "out of GPU memory while drawing: what was drawn is kept, and the same command goes on. Give smaller "
-            f"pictures, width= and height=, or another device ({' '.join(str(error).split())})"
+            f"out of GPU memory while drawing ({' '.join(str(error).split())}). Repeat the command with smaller width= "
+            "and height=, or another device=; it keeps the images that were drawn"
         ) from error
 
-    def row(adapter: Candidate | None, strength: float, at: Sequence[tuple[int, int]], name: str) -> Row:
-        files = [run.file(adapter, strength, i, seed) for i, seed in at]
+    def row(adapter: Candidate | None, strength: float, columns: Sequence[tuple[int, int]], name: str) -> Row:
+        files = [run.file(adapter, strength, i, seed) for i, seed in columns]
         step = None if adapter is None else adapter.step
         return Row(name, step, strength, [file if file.exists() else None for file in files])
 
     rows = [row(one, 1.0, columns, one.name if one else BASE) for one in adapters]
     few = [column for column in columns if column[1] in firsts]
     sweep = [row(chosen if strength else None, strength or 1.0, few, f"{strength:g}") for strength in strengths]
-    for of_sweep, strength in zip(sweep, strengths, strict=True):
-        of_sweep.strength = strength
-    made = Evaluation(
-        run.folder, features.name, run.prompts, columns, rows, chosen.name, sweep, damaged=damaged, notes=notes
-    )
+    for sweep_row, strength in zip(sweep, strengths, strict=True):
+        sweep_row.strength = strength
+    prompts, name = run.prompts, chosen.name
+    result = Evaluation(run.folder, features.name, prompts, columns, rows, name, sweep, damaged=damaged, notes=notes)
     run.forget()
-    measure(made, run, features, few, wanted.training_pictures)
-    made.notes += run.notes
-    if wanted.chosen_alone:  # the run's own evaluation, if it has one, is of all its checkpoints
-        return made
-    write_whole(run.place / NUMBERS, json.dumps(made.numbers(), indent=1) + "\n")
-    write_grid(made, run.place / GRID)
-    return made
+    measure(result, run, features, few, plan.training_pictures)
+    result.notes += run.notes
+    if not plan.chosen_alone:  # the files of the run's own evaluation cover all its checkpoints
+        write_whole(run.place / NUMBERS, json.dumps(result.numbers(), indent=1) + "\n")
+        write_grid(result, run.place / GRID)
+    return result
 
 
 def measure(
-    made: Evaluation, run: SavedRun, features: Features, few: Sequence[tuple[int, int]], training_pictures: int
+    result: Evaluation, run: SavedRun, features: Features, few: Sequence[tuple[int, int]], training_pictures: int
 ) -> None:
-    """Fill in the distances."""
+    """Measure the distances of all rows and the nearest training images."""
     describe = features.load(lambda: run.sampler.autoencoder, run.config.accelerator.device)
     known: dict[Path, Tensor] = {}
 
@@ -212,7 +203,7 @@ def measure(
         if file not in known:
             picture = read_image(file)
             if picture is None:
-                raise ValueError(f"{file} cannot be read: delete it, and the same command draws it again")
+                raise ValueError(f"{file} cannot be read. Delete it and repeat the command, which draws it again")
             known[file] = describe(picture)
         return known[file]
 
@@ -220,78 +211,72 @@ def measure(
     vectors: list[Tensor] = []
     for one in run.trained(training_pictures):
         vectors.append(describe(one.image))
-        made.trained.append(one.name)
+        result.trained.append(one.name)
         loads.append(one.load)
     trained = distances.TrainingDistances.from_vectors(vectors) if vectors else None
-    made.own = trained.own if trained else ()
-    bases = dict(zip(made.columns, map(vector, made.base.files), strict=True))
-    for row, columns in [*((row, made.columns) for row in made.rows), *((row, few) for row in made.strengths)]:
+    result.own = trained.own if trained else ()
+    bases = dict(zip(result.columns, map(vector, result.base.files), strict=True))
+    for row, columns in [*((row, result.columns) for row in result.rows), *((row, few) for row in result.strengths)]:
         own = [vector(file) for file in row.files]
-        there = [one for one in own if one is not None]
-        pairs = [(one, bases[at]) for one, at in zip(own, columns, strict=True)]
+        pairs = [(one, bases[column]) for one, column in zip(own, columns, strict=True)]
         row.to_base = distances.mean_distance([(a, b) for a, b in pairs if a is not None and b is not None])
-        row.spread = distances.spread(there)
+        row.spread = distances.spread([one for one in own if one is not None])
         row.nearest = [None if one is None or trained is None else trained.nearest(one) for one in own]
         near = [one.distance for one in row.nearest if one is not None]
         row.to_training = sum(near) / len(near) if near else None
-    shown = {one.index for one in made.chosen_row.nearest if one is not None}
-    made.pictures = {index: loads[index]() for index in sorted(shown)}
+    shown = {one.index for one in result.chosen_row.nearest if one is not None}
+    result.pictures = {index: loads[index]() for index in sorted(shown)}
 
 
-def write_grid(made: Evaluation, file: Path) -> None:
-    """Every row as a row of pictures, a column for each prompt and seed."""
-    found = [[None if one is None else read_image(one) for one in row.files] for row in made.rows]
-    some = next((picture for row in found for picture in row if picture is not None), Image.new("RGB", (256, 256)))
+def write_grid(result: Evaluation, file: Path) -> None:
+    """Write the sample grid of all rows, with a column for each prompt and seed."""
+    images = [[None if one is None else read_image(one) for one in row.files] for row in result.rows]
+    some = next((picture for row in images for picture in row if picture is not None), Image.new("RGB", (256, 256)))
     blank = Image.new("RGB", some.size, "grey")
-    captions = [f"{masked_text(made.prompts[i])} (seed {seed})" for i, seed in made.columns]
-    names = [row.name for row in made.rows]
-    side = 256 if len(made.columns) <= 12 else 128
-    page = sample_grid([[picture or blank for picture in row] for row in found], captions, names, side)
+    captions = [f"{masked_text(result.prompts[i])} (seed {seed})" for i, seed in result.columns]
+    names = [row.name for row in result.rows]
+    side = 256 if len(result.columns) <= 12 else 128
+    page = sample_grid([[picture or blank for picture in row] for row in images], captions, names, side)
     write_whole(file, page)
     free_memory()
 
 
-# ------------------------------------------------------------------ the command
-
-
-def evaluated(settings: EvaluationSettings, features: Features) -> list[Evaluation]:
-    """That of the run, then those of the others, which draw the same prompts with the adapter that each chose."""
-    folders = [Path(settings.run).expanduser(), *settings.others]
-    for folder, key in zip(folders, ["run", *["compare"] * len(settings.others)], strict=True):
-        check_run_folder(folder, key)
+def evaluate_runs(settings: EvaluationSettings, features: Features) -> list[Evaluation]:
+    """Evaluate the run, then the compared runs, which draw the same prompts with the recommended adapter alone."""
+    folders = [Path(folder).expanduser() for folder in (settings.run, *settings.compared)]
+    for number, folder in enumerate(folders):
+        check_run_folder(folder, "compare" if number else "run")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError("compare names a run twice, or the one that is evaluated: give other runs")
+        raise ValueError("compare names a run twice, or the run that is evaluated. Give other runs")
     found: list[Evaluation] = []
     sample = settings.sample
     for number, folder in enumerate(folders):
         alone = number > 0
         run = SavedRun(folder, settings.device, sample, settings.seeds)
-        if not alone:  # the others draw what the first does
+        if not alone:  # the compared runs draw the same as the first
             first = run.config.sample
-            keys = ("steps", "guidance", "width", "height")
-            sample = {key: getattr(first, key) for key in keys} | {"prompts": run.prompts, "references": first.edits}
+            sample = {key: getattr(first, key) for key in DRAWING_KEYS} | {
+                "prompts": run.prompts,
+                "references": first.edits,
+            }
         run.config.say(f"evaluating {folder}: {run.config.variant.name}, {len(run.prompts)} prompts, seeds {run.seeds}")
-        wanted = Wanted(
-            [] if alone else settings.strengths,
-            None if alone else settings.checkpoints,
-            settings.training_pictures,
-            alone,
-        )
-        found.append(evaluate(run, features, wanted))
+        strengths, steps = ([], None) if alone else (settings.strengths, settings.checkpoints)
+        plan = DrawingPlan(strengths, steps, settings.training_pictures, alone)
+        found.append(evaluate(run, features, plan))
         del run
         free_memory()
     return found
 
 
 def main(config: DictConfig) -> None:
-    """Evaluate, write the report, and say what it recommends and where it is."""
-    given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    group = given.pop("features")
+    """Evaluate, write the report, and print the recommendation and the files."""
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    group = values.pop("features")
     if not isinstance(group, dict):
-        raise ValueError(f"features={group!r} must be a group of settings, as in conf/features/latents.yaml")
+        raise ValueError(f"features={group!r} must be a group of settings. See conf/features/latents.yaml")
     features: Features = instantiate("features", group)
-    settings: EvaluationSettings = parse_settings("", given, EvaluationSettings)
-    found = evaluated(settings, features)
+    settings: EvaluationSettings = parse_settings("", values, EvaluationSettings)
+    found = evaluate_runs(settings, features)
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     by = f"python train/evaluate.py {masked_command(words)}" if words else ""
     page = run_report.write(found[0].folder, found, evaluated_by=by)
@@ -301,7 +286,7 @@ def main(config: DictConfig) -> None:
     print(*closing_lines(found[0].folder), sep="\n")
     for text in find_problems(found[0].folder, found[0]):
         print(text)
-    print(f"pictures  {found[0].folder / 'evaluation'}")
+    print(f"images    {found[0].folder / 'evaluation'}")
     print(f"report    {page}", flush=True)
 
 

@@ -1,10 +1,8 @@
-"""Sweeps: `python train/config.py -m +experiment=demo adapter.rank=2,4,8`, and one table of what came out.
+"""Write the table of a sweep: `python train/sweep.py outputs/demo/<time>`, at any time, also while jobs run.
 
-Hydra makes the jobs and a launcher runs them, here or elsewhere. When they have ended, also by Ctrl-C, `end_all` reads
-their folders and writes `sweep.html`, `sweep.json` and `sweep.csv` beside them. So does, at any time, also while jobs
-run,
-
-    python train/sweep.py outputs/demo/<time>
+`python train/run.py -m +experiment=demo adapter.rank=2,4,8` starts a sweep: Hydra creates the jobs and a launcher runs
+them, on this machine or elsewhere. When they end, also by Ctrl-C, the command writes the same files, `sweep.html`,
+`sweep.json` and `sweep.csv`, into the folder of the sweep.
 """
 
 from __future__ import annotations
@@ -19,21 +17,19 @@ import argparse
 from collections.abc import Sequence
 
 from train.sweeps.records import read_jobs
-from train.sweeps.table import say, write
-
-# ------------------------------------------------------------------ the table
+from train.sweeps.table import print_table, write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write and print the table of a sweep's folder."""
-    parser = argparse.ArgumentParser(description="The table of a sweep: sweep.html, sweep.json and sweep.csv.")
-    parser.add_argument("folder", type=Path, help="of the sweep, with its jobs in 0, 1 ...")
+    parser = argparse.ArgumentParser(description="Write the table of a sweep: sweep.html, sweep.json and sweep.csv.")
+    parser.add_argument("folder", type=Path, help="folder of the sweep, with its jobs in 0, 1 ...")
     sweep = parser.parse_args(arguments).folder
     found = read_jobs(sweep) if sweep.is_dir() else []
     try:
         if not found:
             raise ValueError(f"{sweep} is not the folder of a sweep: there are no jobs 0, 1 ... in it")
-        say(write(sweep, found), found)
+        print_table(write(sweep, found), found)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from data.synthetic.tarot import draw_card
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import load
 from train import demo
-from train.demo import COLORS, SHOWN, SUBJECTS, Look, judge, look, moved, same
+from train.demo import COLORS, SHOWN, SUBJECTS, PictureScores, are_identical, judge, score_pictures, share_moved
 from train.stages.memory import load_config
 from train.utils.progress import ItemProgress
 
@@ -35,29 +35,33 @@ GOOD = {
 
 
 def test_the_way_to_the_cards_is_measured_from_the_base():
-    assert moved(before=150, after=150, cards=10) == 0
-    assert moved(before=150, after=10, cards=10) == 1
-    assert moved(before=150, after=80, cards=10) == 0.5
-    assert moved(before=150, after=164, cards=10) == pytest.approx(-0.1)
-    assert moved(before=10, after=10, cards=10) == 0
+    assert share_moved(before=150, after=150, cards=10) == 0
+    assert share_moved(before=150, after=10, cards=10) == 1
+    assert share_moved(before=150, after=80, cards=10) == 0.5
+    assert share_moved(before=150, after=164, cards=10) == pytest.approx(-0.1)
+    assert share_moved(before=10, after=10, cards=10) == 0
 
 
 def test_pictures_are_the_same_only_bit_for_bit():
     one = [Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")]
     other = [picture.copy() for picture in one]
-    assert same(one, other)
+    assert are_identical(one, other)
     other[1].putpixel((7, 7), (0, 0, 254))
-    assert not same(one, other)
+    assert not are_identical(one, other)
 
 
 def test_cards_and_plain_drawings_are_looked_at_for_style_subject_and_color():
-    cards = look([draw_card("cup", "red", 3), draw_card("star", "blue", 4)], [("red", "cup"), ("red", "star")])
+    cards = score_pictures(
+        [draw_card("cup", "red", 3), draw_card("star", "blue", 4)], [("red", "cup"), ("red", "star")]
+    )
     assert cards.style_distance < 5
     assert (cards.subject, cards.color, cards.both) == (1.0, 0.5, 0.5)
-    plain = look([draw(Drawing("cup", "red", "blue", "large"))], [("red", "cup")])
+    plain = score_pictures([draw(Drawing("cup", "red", "blue", "large"))], [("red", "cup")])
     assert plain.style_distance > 100
     assert (plain.subject, plain.color, plain.both) == (1.0, 1.0, 1.0)
-    assert look([draw(Drawing("cup", "red", "blue", "large"))], [("red", "fish")]) == replace(plain, subject=0, both=0)
+    assert score_pictures([draw(Drawing("cup", "red", "blue", "large"))], [("red", "fish")]) == replace(
+        plain, subject=0, both=0
+    )
 
 
 def test_what_is_asked_for_is_on_no_card_and_the_probe_knows_it():
@@ -70,7 +74,7 @@ def test_what_is_asked_for_is_on_no_card_and_the_probe_knows_it():
     assert set(SHOWN) <= pairs
     for color in COLORS:  # a clean drawing of each counts as right
         for subject in SUBJECTS:
-            assert look([draw(Drawing(subject, color, "blue", "large"))], [(color, subject)]).both == 1
+            assert score_pictures([draw(Drawing(subject, color, "blue", "large"))], [(color, subject)]).both == 1
 
 
 def test_everything_good_is_judged_so_in_every_sentence():
@@ -95,7 +99,7 @@ def test_what_missed_its_threshold_is_judged_so_with_its_number(key, bad, senten
 
 
 def test_an_adapter_that_learned_nothing_is_said_to_have_learned_nothing():
-    first = judge(GOOD | {"style_moved": moved(150, 150, 10), "plain_style_moved": moved(120, 120, 10)})[0]
+    first = judge(GOOD | {"style_moved": share_moved(150, 150, 10), "plain_style_moved": share_moved(120, 120, 10)})[0]
     assert first.startswith("NO ")
     assert " 0% " in first
 
@@ -124,9 +128,9 @@ def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_pa
     report = json.loads((run / "demo.json").read_text())
     assert report.keys() >= GOOD.keys() | {"training_seconds", "style_distance_of_the_cards", "cards_before"}
     assert report["base_unchanged"] == 1.0
-    assert report["cards_before"].keys() == set(Look.__dataclass_fields__)
+    assert report["cards_before"].keys() == set(PictureScores.__dataclass_fields__)
     assert report["style_moved"] == pytest.approx(
-        moved(
+        share_moved(
             report["cards_before"]["style_distance"],
             report["cards_after"]["style_distance"],
             report["style_distance_of_the_cards"],
@@ -167,7 +171,7 @@ def test_pictures_are_counted_while_they_are_drawn(monkeypatch):
     assert told == sorted(told)
     assert told[0][0] >= 4
     assert told[-1] == (7, 9)
-    assert same(drawn, pipe.generate(prompts, batch_size=2))
+    assert are_identical(drawn, pipe.generate(prompts, batch_size=2))
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_pictures_are_made(short, monkeypatch, tmp_path):

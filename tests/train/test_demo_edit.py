@@ -13,7 +13,7 @@ from data.synthetic.spotlight import INSTRUCTION, SHOWN, new_drawings, spotlight
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import load
 from train import demo_edit
-from train.demo_edit import edited, judge, others, plain_edits, shares
+from train.demo_edit import edit_sources, judge, others, plain_edits, shares
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
@@ -103,7 +103,7 @@ def short(monkeypatch, tmp_path, cache_folder):
 def test_a_picture_is_an_edit_of_its_own_source_with_its_own_seed(short):
     pipe = load("tiny", device="cpu")
     sources = [draw(CUP), draw(FISH), draw(CUP)]
-    pictures = edited(pipe, sources, ["make it blue", "make it green", "make it blue"])
+    pictures = edit_sources(pipe, sources, ["make it blue", "make it green", "make it blue"])
     for i, source in enumerate(sources):
         (alone,) = pipe.generate(["make it blue", "make it green", "make it blue"][i], references=[source], seed=i)
         assert difference(pictures[i], alone) < 0.5

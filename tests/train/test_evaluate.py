@@ -11,7 +11,7 @@ from train_helpers import pixels
 
 from flux2.pipeline import Pipeline
 from train.checkpoints.checkpoint import checkpoints
-from train.evaluate import EvaluationSettings, evaluated, main
+from train.evaluate import EvaluationSettings, evaluate_runs, main
 from train.evaluation import distances
 from train.evaluation.features import Latents, Vision
 from train.evaluation.findings import caution, find_problems
@@ -29,7 +29,7 @@ KEPT = [*SHOWN, "checkpoint_every=2", "validate_every=2"]
 
 def evaluate(run, **more):
     settings = {"seeds": [5], "strengths": [0, 1, 1.5], "device": "cpu", **more}
-    return evaluated(EvaluationSettings(str(run), **settings), Latents(32))
+    return evaluate_runs(EvaluationSettings(str(run), **settings), Latents(32))
 
 
 @pytest.fixture

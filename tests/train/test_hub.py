@@ -16,7 +16,7 @@ from flux2.export import arguments as export_arguments
 from flux2.models.variants import VARIANTS
 from train.hub import main
 from train.publishing import model_card
-from train.publishing.hub import HubSettings, push_or_say
+from train.publishing.hub import HubSettings, push_or_warn
 from train.publishing.model_card import ModelCardData
 from train.run import main as training_command
 
@@ -183,7 +183,7 @@ def test_the_adapter_goes_to_the_hub_with_its_card_and_may_go_again(finished, th
     said = capfd.readouterr().err
     assert holds(said, "jane/tarot ... ConnectionError: reset")
     assert TOKEN not in said
-    warning = push_or_say(run, HubSettings(True, "jane/tarot"))
+    warning = push_or_warn(run, HubSettings(True, "jane/tarot"))
     assert warning.startswith("warning: ")
     assert f"python -m train.hub {run}" in warning
 

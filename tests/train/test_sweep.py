@@ -22,7 +22,7 @@ from train.stages.memory import load_config
 from train.stages.model import load_base
 from train.sweeps import records, reuse
 from train.sweeps.page import arrange, render
-from train.sweeps.reuse import SHARED, Base, Shared, checksum, state_of
+from train.sweeps.reuse import SHARED, Base, SharedObjects, checksum, state_of
 
 pytest_plugins = ("train_helpers", "offload_helpers")
 
@@ -200,7 +200,7 @@ def test_the_state_of_a_model_is_its_modules_and_the_bits_of_its_tensors():
 
 
 def test_things_are_taken_by_their_key_and_kept_only_by_jobs_that_end_well():
-    store, said = Shared(), []
+    store, said = SharedObjects(), []
 
     def job(key, made, fails=False):
         with store.job(keeps=True):
@@ -326,7 +326,7 @@ def test_a_job_that_was_killed_has_no_word_and_one_that_holds_its_folder_runs(tm
     finally:
         lock.release()
     assert (killed.status, running.status) == ("lost", "running")
-    assert (killed.steps, killed.of, killed.training_loss) == (1, 4, 2.0)
+    assert (killed.steps, killed.total_steps, killed.training_loss) == (1, 4, 2.0)
 
 
 def test_the_table_is_made_again_by_a_command(tmp_path, capsys):

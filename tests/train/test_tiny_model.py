@@ -11,7 +11,9 @@ from train_helpers import execute
 
 import flux2
 from data.synthetic.drawings import EDITS, held_out
-from train.tiny_model.fit import Phase, Recipe, draw_batch, edit_shares, rate, set_groups
+from train.tiny_model.autoencoder import set_groups
+from train.tiny_model.training import Phase, Recipe, rate
+from train.tiny_model.transformer import draw_batch, edit_shares
 from train.tiny_model.world import Catalog, catalog, make_text_encoder, make_tokenizer, render
 
 

@@ -1,3 +1,4 @@
-"""Checkpoints: what one holds, which are kept, when one is written, and how a run resumes from it on the same data. It
-imports train.optim, train.distributed and train.utils. Begin with checkpoint.py, then resume.py.
+"""Checkpoints: their content, when they are written and deleted, and how a run resumes from one on the same data.
+
+Imports train.optim, train.distributed and train.utils. Read checkpoint.py first, then resume.py.
 """

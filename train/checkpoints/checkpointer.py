@@ -1,4 +1,4 @@
-"""What a run keeps while it trains: its checkpoints and, at the end, its adapter, whatever goes wrong."""
+"""Write the checkpoints of a run and its final adapter, also after errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from flux2 import adapters
 from train.checkpoints import checkpoint
 from train.checkpoints.resume import RunLocation
-from train.checkpoints.resume_command import go_on
+from train.checkpoints.resume_command import how_to_resume
 from train.checkpoints.rotation import Rotation
 from train.optim.ema import EvaluationWeights
 from train.optim.update_guard import TrainingError
@@ -32,14 +32,14 @@ class Checkpointer:
     """Saves the state of a run.
 
     Attributes:
-        location: Where the run writes, and what it resumes.
+        location: Where the run writes, and the checkpoint that it resumes.
         peft_model: The adapter, in PEFT's wrapper.
-        weights: Which weights of the adapter are saved as the ones to use.
-        base, license: of the base model, for the adapter's files.
-        about: what else a checkpoint says about itself.
+        weights: The weights of the adapter that are saved for use.
+        base, license: Name and license of the base model, for the adapter's files.
+        about: Additional content of each checkpoint's state file.
         completed_steps: None during the optimizer update, when the state is inconsistent.
-        saved: steps of the last checkpoint in the run's folder that is this run's own.
-        measured: the last validation loss, and after how many steps that was.
+        saved: Steps of the last checkpoint that this run wrote into its folder.
+        measured: Step and value of the last validation loss.
     """
 
     accelerator: Accelerator
@@ -59,11 +59,11 @@ class Checkpointer:
 
     @property
     def parts(self) -> dict[str, checkpoint.Stateful]:
-        """What a checkpoint holds in addition to the adapter; restored after it, in this order."""
+        """Training state in addition to the adapter; restored after it, in this order."""
         return {"optimizer": self.optimizer, **self.weights.parts}
 
     def load(self) -> int:
-        """Restore the state that the run resumes; return its finished steps. Then remove what a killed run left."""
+        """Restore the state that the run resumes and remove what a killed run left; return the finished steps."""
         step = 0
         if self.location.checkpoint is not None:
             step = checkpoint.load(self.location.checkpoint, self.peft_model, self.parts)["step"]
@@ -72,11 +72,11 @@ class Checkpointer:
             checkpoint.tidy(self.location.folder)
         return step
 
-    def at(self, done: int) -> Path:
+    def path_of(self, done: int) -> Path:
         return self.location.folder / "checkpoints" / f"step_{done:06d}"
 
     def save(self, done: int) -> Path | None:
-        """Write the checkpoint of `done` steps, waiting for it in all processes; None, after a warning, if it fails."""
+        """Write the checkpoint of `done` steps while all processes wait; warn and return None if that fails."""
         failed = False
         if self.accelerator.is_main_process:
             try:
@@ -85,14 +85,16 @@ class Checkpointer:
                 failed = True
                 warn(str(error))
         flag = torch.tensor([float(failed)], device=self.accelerator.device)
-        return None if self.accelerator.reduce(flag, "sum").item() else self.at(done)
+        return None if self.accelerator.reduce(flag, "sum").item() else self.path_of(done)
 
     def write(self, done: int) -> None:
-        """Write the checkpoint of `done` steps, if it is not there, and delete old ones. For the main process alone."""
+        """Write the checkpoint of `done` steps, if missing, and delete old ones. Call on the main process only."""
         if done == self.saved:
             return
         if not self.is_finite():
-            raise checkpoint.NotSaved(f"{self.at(done)} is not written: the adapter is not finite after {done} steps")
+            raise checkpoint.NotSaved(
+                f"{self.path_of(done)} is not written: the adapter is not finite after {done} steps"
+            )
         about = dict(self.about)
         if self.measured is not None and self.measured[0] == done:
             about["validation_loss"] = self.measured[1]
@@ -112,24 +114,24 @@ class Checkpointer:
         self.saved = done
         self.rotation.prune(place, warn)
 
-    def elsewhere(self) -> str:
-        """Write the adapter among the temporary files, where its own disk has no room for anything; says where."""
+    def save_to_temporary_folder(self) -> str:
+        """Write the adapter to a temporary folder when its own disk is full; return a sentence that says where."""
         try:
             place = Path(tempfile.mkdtemp(prefix="flux2-lora-"))
             with self.weights.swapped():
                 adapters.save(self.peft_model, place / "adapter", base=self.base, license=self.license)
-        except checkpoint.NOT_WRITTEN as error:
-            return f"Nor among the temporary files ({error}). "
+        except checkpoint.FILE_ERRORS as error:
+            return f"A temporary folder cannot be written either ({error}). "
         return f"It is kept in {place / 'adapter'}: move it to a safe place. "
 
     def is_finite(self) -> bool:
-        """Whether all numbers of the adapter are. Its last update may have ruined it, which no loss has shown yet."""
+        """Return whether the adapter is finite: no loss has yet shown what the last update did to it."""
         return all(bool(torch.isfinite(one).all()) for one in adapters.adapter_parameters(self.peft_model))
 
     def stop(self, done: int, number: int) -> NoReturn:
-        """Save the state of `done` steps, as a signal asked for, and raise Interrupted."""
+        """Save the state of `done` steps after a stop signal, and raise Interrupted."""
         place = self.save(done)
-        saved = f"saved in {place}; {go_on(self.location.folder)}" if place else self.last()
+        saved = f"saved in {place}; {how_to_resume(self.location.folder)}" if place else self.last()
         raise Interrupted(f"stopped by {signal.Signals(number).name} after step {done}, {saved}", number)
 
     @contextmanager
@@ -147,14 +149,14 @@ class Checkpointer:
             error.saved = self.rescue(self.completed_steps)
             raise
         except Exception as error:
-            if not isinstance(error, TrainingError) and not hasattr(error, "saved"):  # these say it themselves
+            if not isinstance(error, TrainingError) and not hasattr(error, "saved"):  # these contain the note already
                 error.add_note(self.rescue(self.completed_steps))
             raise
 
     def rescue(self, done: int | None) -> str:
-        """Save the state of `done` steps after an error, if possible; says what became of it.
+        """Save the state of `done` steps after an error, if possible; return a sentence with the result.
 
-        Other processes may wait for this one somewhere else, so it waits for none of them.
+        This waits for no other process: they may be waiting elsewhere.
         """
         for parameter in adapters.adapter_parameters(self.peft_model):
             parameter.grad = None
@@ -162,37 +164,37 @@ class Checkpointer:
         if done is None or done == self.location.step:
             return last
         if not self.accelerator.is_main_process:
-            return f"Process {self.accelerator.process_index} failed, and saves nothing. {last}"
+            return f"Process {self.accelerator.process_index} failed and saves nothing. {last}"
         try:
             self.write(done)
         except (OSError, RuntimeError, MemoryError) as error:
             return f"The state after step {done} could not be saved ({error}). {last}"
-        return f"The state after step {done} is saved in {self.at(done)}; {go_on(self.location.folder)}"
+        return f"The state after step {done} is saved in {self.path_of(done)}; {how_to_resume(self.location.folder)}"
 
     def last(self, *, advice: bool = True) -> str:
-        """Which checkpoint is the last."""
+        """Return a clause that names the last checkpoint."""
         found = checkpoint.checkpoints(self.location.folder)
         place = found[-1] if found else self.location.checkpoint
         if place is None:
             return "no checkpoint was saved yet"
-        return f"the last checkpoint is {place}" + (f"; {go_on(place.parent.parent)}" if advice else "")
+        return f"the last checkpoint is {place}" + (f"; {how_to_resume(place.parent.parent)}" if advice else "")
 
     def finish(self, steps: int) -> Path:
-        """Write the finished adapter; returns its folder. Raises TrainingError if it cannot be, or is not finite."""
+        """Write the finished adapter; return its folder. Raises TrainingError if that fails or it is not finite."""
         folder = self.location.folder / "adapter"
         if not self.is_finite():
             raise TrainingError(
-                f"the adapter is not finite after {steps} steps: its last update ruined it. Start anew with a lower "
+                f"the adapter is not finite after {steps} steps: its last update corrupted it. Restart with a lower "
                 f"optimizer.lr; {self.last()}"
             )
         if self.accelerator.is_main_process:
             try:
                 with self.weights.swapped():
                     adapters.save(self.peft_model, folder, base=self.base, license=self.license)
-            except checkpoint.NOT_WRITTEN as error:
-                said = f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error})."
+            except checkpoint.FILE_ERRORS as error:
+                done = f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error})."
                 rescued = self.rescue(steps)
-                kept = "" if self.saved == steps else self.elsewhere()
-                raise TrainingError(f"{said} {kept}Make room there first. {rescued}") from error
+                copy = "" if self.saved == steps else self.save_to_temporary_folder()
+                raise TrainingError(f"{done} {copy}Make room there first. {rescued}") from error
         self.accelerator.wait_for_everyone()
         return folder

@@ -1,6 +1,6 @@
-"""What a run trains on, in a form that a later start can compare: a mark for every sample, a digest of them all.
+"""Record the samples of a run, so that a resumed run can compare: a mark for every sample, and a digest of all marks.
 
-A mark is made of cache keys, which are digests of content, and of captions, so it costs no reading. Marks are kept once
+A mark is a hash of cache keys, which are digests of content, and of captions, so no file is read. The marks are stored
 in the run folder, the digest in every checkpoint.
 """
 
@@ -22,28 +22,28 @@ SHOWN = 5  # names in a message
 
 @dataclass(frozen=True)
 class TrainedData:
-    """The samples of a run in their order, which the draws go by: names, and a mark of each one's content."""
+    """The samples of a run, in the order that draws depend on: names, and a mark of each one's content."""
 
     names: tuple[str, ...]
     marks: tuple[str, ...]
 
     @classmethod
-    def of(
+    def from_samples(
         cls,
         names: Sequence[str],
         entries: Sequence[LatentEntry],
         captions: Sequence[Sequence[str]],
         weights: Sequence[float],
     ) -> TrainedData:
-        """Of each sample: pictures with their cuts, masks and references; captions; weight."""
+        """Hash of each sample: images with their crops, masks and references; captions; weight."""
         marks = []
         for entry, texts, weight in zip(entries, captions, weights, strict=True):
             keys = [[one.key, *one.reference_keys, one.mask_key] for one in entry.variants]
             marks.append(xxhash.xxh3_64_hexdigest(json.dumps([keys, list(texts), weight]).encode()))
         return cls(tuple(names), tuple(marks))
 
-    def beside(self, other: TrainedData | None) -> TrainedData:
-        """These samples and then the others, if any."""
+    def followed_by(self, other: TrainedData | None) -> TrainedData:
+        """Return these samples and then the others, if any."""
         return self if other is None else TrainedData(self.names + other.names, self.marks + other.marks)
 
     @property
@@ -51,24 +51,26 @@ class TrainedData:
         return xxhash.xxh3_128_hexdigest("\n".join(self.marks).encode())
 
     def write(self, folder: Path) -> None:
-        """Keep the marks in a run folder. Raises ValueError if it cannot be written."""
+        """Write the marks into a run folder. Raises ValueError if that fails."""
         write_whole(folder / DATA_FILE, json.dumps({"names": self.names, "marks": self.marks}))
 
     def difference(self, folder: Path, digest: str) -> str | None:
-        """What is other in these samples than in those of the run in `folder`, whose digest was `digest`; None if
-        nothing is. A sample may have another name: it is the content that is learned."""
+        """Return how these samples differ from the run's in `folder` with this `digest`; None if they are equal.
+
+        A sample may have another name: only content is learned.
+        """
         if digest == self.digest:
             return None
         try:
-            kept = json.loads((folder / DATA_FILE).read_text())
-            there = TrainedData(tuple(kept["names"]), tuple(kept["marks"]))
+            stored = json.loads((folder / DATA_FILE).read_text())
+            there = TrainedData(tuple(stored["names"]), tuple(stored["marks"]))
         except (OSError, ValueError, KeyError, TypeError):
-            return "its samples are others"  # and which, is not known
-        if there.digest != digest:
-            return "its samples are others"
+            there = None
+        if there is None or there.digest != digest:
+            return "its samples differ"  # which ones is unknown
         was, now = (dict(zip(data.names, data.marks, strict=True)) for data in (there, self))
         changed = [name for name in now if name in was and was[name] != now[name]]
-        said = [
+        parts = [
             f"{len(found)} {what} ({', '.join(found[:SHOWN])}{', ...' if len(found) > SHOWN else ''})"
             for found, what in (
                 (changed, "changed"),
@@ -77,4 +79,4 @@ class TrainedData:
             )
             if found
         ]
-        return f"of {len(there.names)} samples " + ", ".join(said or ["all are there, in another order"])
+        return f"of {len(there.names)} samples " + ", ".join(parts or ["all are the same, in another order"])

@@ -1,7 +1,7 @@
-"""Where a run goes on, or starts: the rules of `resume`.
+"""Decide whether a run starts fresh or resumes, and from which checkpoint.
 
-A run is resumed only with the configuration it was started with, but for keys that cannot change what is learned or
-that say how far to go.
+A run resumes only with the configuration it was started with, except for keys that cannot change what is learned and
+the number of steps.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from flux2.adapters.files import PEFT_FILE
 from train.checkpoints.checkpoint import CONFIG_FILE, STATE_FILE, check, checkpoints, number, state
 from train.utils.lock import IN_USE, InUse, in_use
 
-# what may differ between a run and its continuation
+# keys that may differ when a run resumes
 FREE_KEYS = (
     "name",
     "steps",
-    "batch_size",  # their product with the number of processes is compared instead
+    "batch_size",  # the product of both with the number of processes is compared instead
     "gradient_accumulation",
     "log_every",
     "checkpoint_every",
@@ -44,45 +44,42 @@ FREE_KEYS = (
     "hub",
     "memory",
 )
-FREE_SETTINGS = tuple(
-    f"text_encoder.{key}" for key in ("max_concurrent_requests", "timeout", "attempts", "wait")
-)  # in a group
-# where samples are may differ, on another machine: what they are is compared by content
-# (train/checkpoints/data_manifest.py)
+FREE_SETTINGS = tuple(f"text_encoder.{key}" for key in ("max_concurrent_requests", "timeout", "attempts", "wait"))
+# samples may be in another place on another machine; train/checkpoints/data_manifest.py compares their content
 PLACES = re.compile(r"(dataset|preservation\.dataset)(\.sources\.[^=]+)?\.path|preservation\.folder")
-COPIES = f"; each whole checkpoint has a copy of it, checkpoints/step_*/{CONFIG_FILE}"
+COPIES = f". Restore it from the copy in a complete checkpoint, checkpoints/step_*/{CONFIG_FILE}"
 
 
 @dataclass(frozen=True)
 class RunLocation:
-    """Where a run writes, and the checkpoint that it goes on from, if any."""
+    """The folder that a run writes to, and the checkpoint that it resumes from, if any."""
 
     folder: Path
     checkpoint: Path | None = None
 
     @property
     def origin(self) -> Path:
-        """The run folder that it goes on from."""
+        """The folder of the run that is resumed."""
         return self.folder if self.checkpoint is None else self.checkpoint.parent.parent
 
     @property
-    def before(self) -> dict[str, Any]:
-        """The configuration that it goes on with: the run's, or the checkpoint's own where that has no run here."""
+    def resumed_config(self) -> dict[str, Any]:
+        """The configuration of the resumed run, or the checkpoint's own if its run is not here."""
         from_checkpoint = self.checkpoint if not (self.origin / CONFIG_FILE).exists() else None
         return configuration(from_checkpoint or self.origin)
 
     @property
     def step(self) -> int:
-        """Finished steps."""
+        """The number of finished steps."""
         return 0 if self.checkpoint is None else state(self.checkpoint)["step"]
 
 
 def configuration(folder: Path) -> dict[str, Any]:
-    """The configuration of a run. Raises ValueError, naming the file, if it cannot be read or is none."""
+    """Return the configuration of a run. Raises ValueError, naming the file, if it is invalid."""
     file = folder / CONFIG_FILE
     try:
         found = OmegaConf.to_container(OmegaConf.load(file))
-    except Exception as error:  # the file is not there, or one of the YAML reader's own
+    except Exception as error:  # the file is missing, or one of the YAML reader's own errors
         raise ValueError(f"{file} cannot be read ({error}){COPIES}") from error
     if not isinstance(found, dict) or not isinstance(found.get("steps"), int):
         raise ValueError(f"{file} is not the configuration of a run{COPIES}")
@@ -90,14 +87,14 @@ def configuration(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in `folder` has its adapter, and was not meant to go on from there."""
+    """Return whether the run in `folder` has its adapter and was not started again for more steps."""
     if not (folder / "adapter" / PEFT_FILE).exists():
         return False
     return all(number(path) >= configuration(folder)["steps"] for path in checkpoints(folder)[-1:])
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every key that is not equal, as `key=value there, value here`."""
+    """Return every key that differs, as `key=value there, value here`."""
     found = []
     for key in sorted({*one, *other}):
         a, b = one.get(key), other.get(key)
@@ -111,10 +108,10 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
 def conflicts(
     folder: Path, config: Mapping[str, Any], images: int, start: Path | None, *, moved: bool = False
 ) -> list[str]:
-    """What forbids to go on in `folder` from `start` with `config` and `images` a step.
+    """Return the differences that prevent resuming `folder` from `start` with `config` and `images` per step.
 
-    With `moved` the samples may be at another place: for a run that was asked for, of which
-    `TrainingData.check_unchanged` tells later whether they are the same. Which run is meant, their place helps to tell.
+    With `moved` the samples may be in another place: for a run that is named explicitly, `TrainingData.check_unchanged`
+    later compares their content. Without it, their place tells whether the run is the intended one.
 
     Raises ValueError if the run's configuration or the checkpoint's state cannot be read.
     """
@@ -123,17 +120,16 @@ def conflicts(
         {key: value for key, value in there.items() if key not in FREE_KEYS},
         {key: value for key, value in config.items() if key not in FREE_KEYS},
     )
-    given = [(line.partition("=")[0], line) for line in found]
-    found = [line for key, line in given if key not in FREE_SETTINGS and not (moved and PLACES.fullmatch(key))]
+    lines = [(line.partition("=")[0], line) for line in found]
+    found = [line for key, line in lines if key not in FREE_SETTINGS and not (moved and PLACES.fullmatch(key))]
     before = images if start is None else state(start)["images_per_step"]
     if before != images:
-        cut = "batch_size * gradient_accumulation * processes"
-        found.append(f"{cut}={before} there, {images} here")
+        found.append(f"batch_size * gradient_accumulation * processes={before} there, {images} here")
     return found
 
 
-def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that can be read; `say` is told of those that are skipped."""
+def newest_complete(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that can be read; `say` receives a warning for each that is skipped."""
     for place in reversed(checkpoints(folder)):
         try:
             check(place)
@@ -142,6 +138,25 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
         else:
             return place
     return None
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """A run that is about to start or resume; see `find`."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    images: int
+    chosen: bool
+    occupied: bool
+    say: Callable[[str], None]
+
+    def conflicts(self, folder: Path, start: Path | None) -> str:
+        return "; ".join(conflicts(folder, self.config, self.images, start, moved=True))
+
+    def start_new(self) -> RunLocation:
+        self.say("resume=auto: nothing to resume, starting a new run")
+        return RunLocation(self.folder)
 
 
 def find(
@@ -153,21 +168,21 @@ def find(
     chosen: bool,
     say: Callable[[str], None] = print,
 ) -> RunLocation:
-    """Decide where the run goes on, or starts.
+    """Decide where a run starts or resumes.
 
     Args:
         resume: None, `auto`, a run folder or one of its checkpoints.
-        fresh: the folder of a new run.
-        config: the resolved configuration of this run.
-        images: a step trains on.
-        chosen: whether `fresh` was asked for, by `output_dir` or a sweep. Then `auto` looks there alone and not at the
-            runs beside it, and a path branches off into it. Otherwise it is a name that need not be free.
-        say: is told what was skipped, and why, and whether `auto` starts anew.
+        fresh: Folder of a new run.
+        config: Resolved configuration of this run.
+        images: Number of images per step.
+        chosen: Whether `fresh` was set by `output_dir` or a sweep. Then `auto` considers only this folder and not the
+            runs next to it, and a path branches off into it. Otherwise `fresh` is a default that may be occupied.
+        say: Receives what was skipped, and why, and whether `auto` starts a new run.
 
     Raises:
-        InUse: another run writes into the folder that was asked for.
-        ValueError: nothing whole to resume at a given path, a configuration that differs, nothing left to do, or a new
-            run into a folder that holds one.
+        InUse: another run writes into the folder.
+        ValueError: no complete checkpoint at a given path, a configuration that differs, nothing left to do, or a new
+            run into a folder that already holds one.
     """
     if chosen and in_use(fresh):
         raise InUse(IN_USE.format(fresh))
@@ -175,124 +190,105 @@ def find(
     if resume is None:
         if occupied:
             raise ValueError(
-                f"output_dir={str(fresh)!r} already holds a run: choose another folder, or go on with it: resume=auto"
+                f"output_dir={str(fresh)!r} already holds a run. Choose another folder, or resume it with resume=auto"
             )
         return RunLocation(fresh)
-    if resume == "auto":
-        if occupied:
-            return continue_in(fresh, config, images, say)
-        if chosen:
-            return start_new(fresh, say)
-        return find_unfinished(fresh, config, images, say)
-    return from_path(resume, fresh, config, images, occupied=occupied, chosen=chosen, say=say)
+    new = NewRun(fresh, config, images, chosen, occupied, say)
+    if resume != "auto":
+        return from_path(resume, new)
+    if occupied:
+        return continue_in_folder(new)
+    return new.start_new() if chosen else find_unfinished(new)
 
 
-def from_path(
-    resume: str,
-    fresh: Path,
-    config: Mapping[str, Any],
-    images: int,
-    *,
-    occupied: bool,
-    chosen: bool,
-    say: Callable[[str], None],
-) -> RunLocation:
-    """`resume=PATH`: the newest checkpoint of a run that is whole, or the very one that is given."""
-    given = Path(resume).expanduser().resolve()
-    is_checkpoint = (given / STATE_FILE).exists()
-    folder = given.parent.parent if is_checkpoint else given
-    if is_checkpoint and not (folder / CONFIG_FILE).exists() and (given / CONFIG_FILE).exists():
-        return from_checkpoint(given, fresh, config, images, occupied=occupied, chosen=chosen)
+def from_path(resume: str, new: NewRun) -> RunLocation:
+    """Resume `resume=PATH`: the newest complete checkpoint of a run, or the given checkpoint."""
+    path = Path(resume).expanduser().resolve()
+    is_checkpoint = (path / STATE_FILE).exists()
+    folder = path.parent.parent if is_checkpoint else path
+    if is_checkpoint and not (folder / CONFIG_FILE).exists() and (path / CONFIG_FILE).exists():
+        return from_checkpoint(path, new)
     if not (folder / CONFIG_FILE).exists():
-        what = "is neither a run folder nor a complete checkpoint" if given.is_dir() else "is not a folder"
-        raise ValueError(f"resume={resume!r} {what}; give a run folder, one of its checkpoints, or auto")
+        what = "is neither a run folder nor a complete checkpoint" if path.is_dir() else "is not a folder"
+        raise ValueError(f"resume={resume!r} {what}. Give a run folder, one of its checkpoints, or auto")
     found = checkpoints(folder)
-    start = given if is_checkpoint else newest_whole(folder, say)
-    if problems := conflicts(folder, config, images, start, moved=True):
+    start = path if is_checkpoint else newest_complete(folder, new.say)
+    if problems := new.conflicts(folder, start):
         raise ValueError(
-            f"resume={resume!r}: that run has another configuration, and going on would mix the two: "
-            f"{'; '.join(problems)}. Start a new run, or set these keys as they were."
+            f"resume={resume!r}: that run has another configuration: {problems}. Set these keys as they were, or start "
+            "a new run"
         )
     if start is None:
-        what = "whose files are whole: they are named above" if found else f"(checkpoints/step_*/{STATE_FILE})"
+        what = "that can be read; the damaged ones are named above" if found else f"(checkpoints/step_*/{STATE_FILE})"
         raise ValueError(f"resume={resume!r} holds no complete checkpoint {what}")
-    done = check(start)["step"]
-    if done > config["steps"] or (done == config["steps"] and is_finished(folder)):
-        raise ValueError(
-            f"resume={resume!r} has done {done} steps: to train it for longer, set steps={done + 1} or more"
-        )
-    if chosen and fresh.resolve() != folder:
-        if occupied:
-            raise ValueError(f"output_dir={str(fresh)!r} already holds a run: choose another folder for the branch")
-        return RunLocation(fresh, start)
+    done, steps = check(start)["step"], new.config["steps"]
+    if done > steps or (done == steps and is_finished(folder)):
+        raise ValueError(f"resume={resume!r} has done {done} steps. To train longer, set steps={done + 1} or more")
+    if new.chosen and new.folder.resolve() != folder:
+        if new.occupied:
+            raise ValueError(
+                f"output_dir={str(new.folder)!r} already holds a run. Choose another folder for the branch"
+            )
+        return RunLocation(new.folder, start)
     if is_checkpoint and start != found[-1]:
         raise ValueError(
-            f"resume={resume!r}: {found[-1].name} of that run would be overwritten. Give output_dir=... to branch off "
-            "into another folder, or resume the run itself."
+            f"resume={resume!r}: {found[-1].name} of that run would be overwritten. Set output_dir=... to branch off "
+            "into another folder, or resume the run itself"
         )
     return RunLocation(folder, start)
 
 
-def from_checkpoint(
-    start: Path, fresh: Path, config: Mapping[str, Any], images: int, *, occupied: bool, chosen: bool
-) -> RunLocation:
-    """From a checkpoint that was moved here without its run, into the folder that was asked for."""
-    if not chosen or occupied:
-        raise ValueError(f"resume={str(start)!r} is a checkpoint without its run: give a new folder, output_dir=...")
-    if problems := conflicts(start, config, images, start, moved=True):
-        raise ValueError(f"resume={str(start)!r} is of another configuration: {'; '.join(problems)}")
-    if check(start)["step"] > config["steps"]:
-        raise ValueError(f"resume={str(start)!r} has done more than steps={config['steps']}")
-    return RunLocation(fresh, start)
+def from_checkpoint(start: Path, new: NewRun) -> RunLocation:
+    """Resume a checkpoint that was moved here without its run, in the folder that was chosen."""
+    if not new.chosen or new.occupied:
+        raise ValueError(f"resume={str(start)!r} is a checkpoint without its run. Set a new folder, output_dir=...")
+    if problems := new.conflicts(start, start):
+        raise ValueError(f"resume={str(start)!r} has another configuration: {problems}")
+    if (done := check(start)["step"]) > new.config["steps"]:
+        raise ValueError(f"resume={str(start)!r} has done {done} steps, more than steps={new.config['steps']}")
+    return RunLocation(new.folder, start)
 
 
-def start_new(fresh: Path, say: Callable[[str], None]) -> RunLocation:
-    """`auto` with nothing to go on from."""
-    say("resume=auto: nothing to resume, starting anew")
-    return RunLocation(fresh)
-
-
-def continue_in(run: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> RunLocation:
-    """`auto` in the folder of a run that was asked for: from its newest checkpoint, or from the start without any."""
+def continue_in_folder(new: NewRun) -> RunLocation:
+    """Resume `auto` in a chosen folder that holds a run: from its newest checkpoint, or from the start without one."""
+    run, steps = new.folder, new.config["steps"]
     try:
-        start = newest_whole(run, say)
-        problems = conflicts(run, config, images, start, moved=True)
+        start = newest_complete(run, new.say)
+        problems = new.conflicts(run, start)
     except ValueError as error:
-        raise ValueError(f"resume=auto: {error}: mend it, or choose another output_dir") from error
+        raise ValueError(f"resume=auto: {error}. Fix it, or choose another output_dir") from error
     if problems:
-        raise ValueError(f"resume=auto: the run in {run} has another configuration: {'; '.join(problems)}")
+        raise ValueError(f"resume=auto: the run in {run} has another configuration: {problems}")
     if start is None and checkpoints(run):
-        raise ValueError(f"resume=auto: no checkpoint of {run} can be read: choose another output_dir")
+        raise ValueError(f"resume=auto: no checkpoint of {run} can be read. Choose another output_dir")
     if start is None and not is_finished(run):
-        return start_new(run, say)
+        return new.start_new()
     done = configuration(run)["steps"] if start is None else state(start)["step"]
-    if start is None or done > config["steps"] or (done == config["steps"] and is_finished(run)):
-        longer = "" if start is None else f", or train it for longer with steps={done + 1} or more"
-        raise ValueError(f"resume=auto: the run in {run} has done its {done} steps: choose another output_dir{longer}")
+    if start is None or done > steps or (done == steps and is_finished(run)):
+        longer = "" if start is None else f", or train longer with steps={done + 1} or more"
+        raise ValueError(f"resume=auto: the run in {run} has done its {done} steps. Choose another output_dir{longer}")
     return RunLocation(run, start)
 
 
-def find_unfinished(fresh: Path, config: Mapping[str, Any], images: int, say: Callable[[str], None]) -> RunLocation:
-    """`auto` without a folder: the newest unfinished run beside `fresh` that can go on, or a new one in `fresh`."""
+def find_unfinished(new: NewRun) -> RunLocation:
+    """Resume `auto` without a chosen folder: the newest unfinished run that matches, or a new one."""
     passed = []
-    for run in sorted(fresh.parent.glob("*"), reverse=True):
+    for run in sorted(new.folder.parent.glob("*"), reverse=True):
         if not checkpoints(run) or in_use(run):
             continue
         try:
             if is_finished(run):
                 continue
-            if problems := conflicts(run, config, images, None):
-                passed.append(f"not going on with {run}: {'; '.join(problems)}")
-                continue
-            start = newest_whole(run, say)
-            if start is None:
-                continue
-            if problems := conflicts(run, config, images, start):
-                passed.append(f"not going on with {run}: {'; '.join(problems)}")
-            elif state(start)["step"] <= config["steps"]:
+            start = None
+            problems = conflicts(run, new.config, new.images, None)
+            if not problems and (start := newest_complete(run, new.say)) is not None:
+                problems = conflicts(run, new.config, new.images, start)
+            if problems:
+                passed.append(f"not resuming {run}: {'; '.join(problems)}")
+            elif start is not None and state(start)["step"] <= new.config["steps"]:
                 return RunLocation(run, start)
         except ValueError as error:
-            say(f"warning: skipping {run}: {error}")
-    for text in passed[:1]:  # the newest is the one that was meant, if any
-        say(text)
-    return start_new(fresh, say)
+            new.say(f"warning: skipping {run}: {error}")
+    for text in passed[:1]:  # the newest is the intended one, if any
+        new.say(text)
+    return new.start_new()

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the last ones, the best by validation loss, and every so many steps."""
+"""Decide which checkpoints to keep: the last ones, the best by validation loss, and one every N steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from train.utils.checks import check_count
 
 @dataclass(frozen=True)
 class Rotation:
-    """Which checkpoints stay: the last ones, those of the lowest validation loss, and every so many steps one.
+    """Which checkpoints to keep.
 
     Attributes:
-        last: how many of the last; None keeps all.
-        best: how many of the best, by the loss that `save` was told in `about`.
-        every: those whose steps are a multiple of this; 0: none for that.
+        last: Number of most recent checkpoints; None keeps all.
+        best: Number of checkpoints with the lowest validation loss.
+        every: Interval of steps whose checkpoints are kept; 0 for none.
     """
 
     last: int | None = None
@@ -36,11 +36,11 @@ class Rotation:
                 raise ValueError(f"keep_{key}={getattr(self, key)} does nothing with keep_last=null, which keeps all")
 
     def check(self, checkpoint_every: int, validate_every: int) -> None:
-        """Raises ValueError if these intervals leave nothing to go by."""
+        """Raise ValueError if these settings have no effect with these intervals."""
         if self.best and (not validate_every or checkpoint_every % validate_every):
             raise ValueError(
-                f"keep_best={self.best} goes by the validation loss of each checkpoint, which validate_every="
-                f"{validate_every} does not measure with checkpoint_every={checkpoint_every}: let it divide that"
+                f"keep_best={self.best}: validate_every={validate_every} does not measure the validation loss of each "
+                f"checkpoint. Choose a validate_every that divides checkpoint_every={checkpoint_every}"
             )
         if self.every and checkpoint_every and self.every % checkpoint_every:
             raise ValueError(f"keep_every={self.every} must be a multiple of checkpoint_every={checkpoint_every}")
@@ -48,7 +48,7 @@ class Rotation:
     def to_delete(self, newest: Path) -> list[Path]:
         """Return the checkpoints to delete after `newest` was written.
 
-        Those of later steps stay: they are damaged, or the run would have resumed from them.
+        Checkpoints of later steps stay: they are damaged, or the run would have resumed from them.
         """
         if self.last is None:
             return []
@@ -64,11 +64,11 @@ class Rotation:
             try:
                 shutil.rmtree(set_aside(path))
             except OSError as error:
-                warn(f"{path} could not be deleted ({error}): training continues, and it takes disk space")
+                warn(f"{path} could not be deleted ({error}): training continues, but it takes disk space")
 
 
 def validation_loss(checkpoint: Path) -> float | None:
-    """The validation loss of a checkpoint's step, if it was measured and can be read."""
+    """Return the validation loss of a checkpoint's step, if it was measured and can be read."""
     try:
         found = state(checkpoint).get("validation_loss")
     except ValueError:

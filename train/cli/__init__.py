@@ -1,3 +1,4 @@
-"""The command line of the scripts in train/: Hydra's wrapper, and errors as one message that says what to do. It
-imports train.sweeps and train.config. Begin with app.py; start.py runs before any library is imported.
+"""The command line of the scripts in train/: Hydra's wrapper, and errors as one message with a remedy.
+
+Imports train.sweeps and train.config. Read app.py first; start.py runs before any library is imported.
 """

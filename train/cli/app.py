@@ -1,6 +1,6 @@
 """Run a command under Hydra, which composes conf/; user errors are reported as one line, without a traceback.
 
-HYDRA_FULL_ERROR=1 shows tracebacks anyway.
+HYDRA_FULL_ERROR=1 shows tracebacks.
 """
 
 from __future__ import annotations
@@ -33,18 +33,16 @@ from train.utils.signals import Stopped, stopped_at_once
 
 prepare_hydra()
 
-# ------------------------------------------------------------------ commands
-
 Report = Callable[[Exception, str], None]
-NO_SWEEP = "-m sweeps over trainings: give this command one configuration, without it"
+NO_SWEEP = "-m: only training can be swept. Run this command without it, with one configuration"
 
 
 def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig, report: Report) -> float | None:
-    """Run one job of a sweep, which notes in its folder how it ended; returns None if it failed."""
+    """Run one job of a sweep and record its status in its folder; return its result, None if it failed."""
     slurm.join_tasks()
     this = HydraConfig.get()
-    folder, given = Path(this.runtime.output_dir), [text.partition("=") for text in this.overrides.task]
-    overrides = [f"{key}{sign}{'...' if is_secret(key) else masked_text(value)}" for key, sign, value in given]
+    folder, words = Path(this.runtime.output_dir), [text.partition("=") for text in this.overrides.task]
+    overrides = [f"{key}{sign}{'...' if is_secret(key) else masked_text(value)}" for key, sign, value in words]
 
     def note(**values: Any) -> None:
         if is_first_process():
@@ -68,10 +66,10 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
         if not is_submitted():
             raise
         print(masked_settings(str(stop)), file=sys.stderr)
-        return None  # whoever submitted this waits for a result
+        return None  # the process that submitted the job waits for a result
     except Exception as error:
         if before.get("status") == "done" and config.resume is None:
-            note(**before)  # a new run is refused there, and what the folder holds is as it was
+            note(**before)  # a new run was refused and the folder is unchanged
         else:
             note(status="failed", error=masked_settings(format_error(error, sys.argv[1:])))
         report(error, f"job {this.job.num} ({','.join(sorted(overrides))}): ")
@@ -85,11 +83,11 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
 def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     """Run `task` under Hydra with conf/`name`.yaml.
 
-    A user error is one message and exit code 2; a stop request exits with 128 + its signal. A job of a sweep that fails
-    is reported at once, and the others continue. Only the first process reports, except errors of another process alone
-    (`own_errors`).
+    A user error is one message and exit code 2; a stop request exits with 128 + its signal. A failed job of a sweep is
+    reported at once, and the others continue. Only the first process reports, except errors that occur in another
+    process alone (`own_errors`).
     """
-    if not gc.isenabled():  # as `start` leaves it
+    if not gc.isenabled():  # `start` disabled it
         gc.freeze()
         gc.enable()
     before = os.environ.get("HYDRA_FULL_ERROR", "0")
@@ -99,10 +97,10 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     def report(error: Exception, where: str = "") -> None:
         if before == "1":
             raise error
-        failed.append(where)  # not the error, whose traceback would hold the models of a failed job
+        failed.append(where)  # not the error: its traceback would keep the models in memory
         if not isinstance(error, USER_ERRORS):
             traceback.print_exception(error)
-        if is_first_process() or getattr(error, "__notes__", None):  # a mistake in the settings is the same in all
+        if is_first_process() or getattr(error, "__notes__", None):  # a bad setting fails in all
             print(f"error: {masked_settings(where + format_error(error, sys.argv[1:], name))}", file=sys.stderr)
 
     @functools.wraps(task)
@@ -117,16 +115,18 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
             return report(error)
 
     try:
-        if name != "train" and {"-m", "--multirun"} & set(sys.argv[1:]):  # before Hydra makes a folder for them
+        if name != "train" and {"-m", "--multirun"} & set(sys.argv[1:]):  # before Hydra creates folders
             raise ValueError(NO_SWEEP)
         with stopped_at_once():
             hydra.main(version_base="1.3", config_path=str(CONFIG), config_name=name)(job)()
     except KeyboardInterrupt as stop:
         if is_first_process():
             print(masked_settings(str(stop)) or Stopped(), file=sys.stderr, flush=True)
-            for place in callback.SweepCallback.folders:
-                again = f"output_dir={short_path(place)} resume=auto"
-                print(f"go on with the sweep: the same command with {again}", file=sys.stderr)
+            for folder in callback.SweepCallback.folders:
+                print(
+                    f"resume the sweep: the same command with output_dir={short_path(folder)} resume=auto",
+                    file=sys.stderr,
+                )
         sys.exit(getattr(stop, "code", Stopped().code))
     except Exception as error:
         known = error if isinstance(error, USER_ERRORS) else no_plugin(error) or lost_jobs(error)
@@ -136,7 +136,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     finally:
         os.environ["HYDRA_FULL_ERROR"] = before
         SHARED.free()
-        if not callback.end_all():
+        if not callback.write_tables():
             failed.append("")
     if failed:
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Imports of a plan without the libraries that it does not use, which take a third of its CPU time.
+"""Import PEFT for a plan without the libraries that a plan does not use, which take a third of its CPU time.
 
 A plan attaches an adapter to a model that has shapes only: it loads no text encoder, quantizes no weight and compiles
 nothing. PEFT imports transformers for base classes and `isinstance` checks, and bitsandbytes for its layers.
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class StandIn(ModuleType):
-    """A module whose every name is an empty class."""
+    """A module in which every name is an empty class."""
 
     __version__ = metadata.version("transformers")
 
@@ -42,18 +42,18 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def import_lightly() -> None:
-    """Import PEFT with stand-ins, which later imports do not see, and as if bitsandbytes were missing.
+    """Import PEFT with stand-ins, which later imports do not see, and as if bitsandbytes were not installed.
 
-    PEFT then never looks for bitsandbytes' layers, of which our models have none.
+    PEFT then never checks for layers of bitsandbytes; our models have none.
     """
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # `torch.compile` then does nothing, and imports nothing
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # `torch.compile` does and imports nothing
     finder = StandInFinder()
     sys.meta_path.insert(0, finder)
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
         from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
-        assert not is_bnb_available()  # PEFT keeps these answers
+        assert not is_bnb_available()  # PEFT caches both results
         assert not is_bnb_4bit_available()
     finally:
         sys.meta_path.remove(finder)

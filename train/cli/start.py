@@ -1,4 +1,4 @@
-"""Start a command that Hydra composes: answer `--help` and say that libraries load, before any of them is imported."""
+"""Start a command that Hydra composes: answer `--help` and report loading before the libraries are imported."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def prepare_hydra() -> None:
     for resolver in (first, within):
         if not OmegaConf.has_resolver(resolver.__name__):
             OmegaConf.register_new_resolver(resolver.__name__, resolver)
-    Plugins.instance()  # registers a file of the same name as ours, and Hydra refuses two
+    Plugins.instance()  # registers a file with the name of ours, and Hydra rejects duplicates
     ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)
 
 
 def answer_help(config_name: str) -> None:
-    """Print Hydra's help and exit if the command line asks for it. Return if it cannot be composed: `command` says why.
+    """Print Hydra's help and exit if requested. Return if it cannot be composed: `command` then reports the error.
 
-    Hydra composes conf/ for it, which takes none of the libraries that a command works with.
+    Hydra composes conf/ for the help without importing the libraries of the command.
     """
     if not {"--help", "-h", "--hydra-help"} & set(sys.argv[1:]):
         return
@@ -40,7 +40,7 @@ def answer_help(config_name: str) -> None:
 
     def task(_: object) -> None: ...
 
-    task.__module__ = f"train.{Path(sys.argv[0]).stem}"  # the name that the help shows
+    task.__module__ = f"train.{Path(sys.argv[0]).stem}"  # the name shown in the help
     prepare_hydra()
     before = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised, not printed
@@ -53,9 +53,9 @@ def answer_help(config_name: str) -> None:
 
 
 def start(config_name: str = "train") -> None:
-    """Begin a command: answer `--help`, else report that libraries load and make their imports cheaper.
+    """Start a command: answer `--help`, or report that libraries load and disable garbage collection meanwhile.
 
-    Imports make a million objects that all stay; `command` turns the garbage collector on again and leaves them out of
+    Imports create a million permanent objects. `command` enables the garbage collector again and excludes them from
     its passes, which saves a quarter of the CPU time of a plan.
     """
     answer_help(config_name)

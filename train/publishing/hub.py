@@ -21,9 +21,9 @@ class HubSettings:
     """The group `hub`.
 
     Attributes:
-        push: at the end of the run.
-        repo_id: `owner/name`, or a name among the user's own; made if it does not exist.
-        private: whether others must not see it.
+        push: Whether to push at the end of the run.
+        repo_id: `owner/name`, or a name in the user's account; created if it does not exist.
+        private: Whether the repository is private.
     """
 
     push: bool = False
@@ -38,98 +38,103 @@ class HubSettings:
             try:
                 validate_repo_id(self.repo_id)
             except HFValidationError as error:
-                raise ValueError(f"hub.repo_id={self.repo_id!r} is no name on the Hub ({error})") from error
+                raise ValueError(f"hub.repo_id={self.repo_id!r} is not a valid repository name ({error})") from error
         if self.push and not self.repo_id:
-            raise ValueError("hub.push=true needs hub.repo_id=owner/name: where the adapter is to go")
+            raise ValueError("hub.push=true: hub.repo_id is missing. Set hub.repo_id=owner/name")
 
     def check(self, *, trained: bool = False) -> None:
-        """Whether the login may write there, if anything is to be pushed. Raises ValueError that says what to do.
+        """Raise ValueError if something is to be pushed and the login may not write to `repo_id`.
 
         Args:
-            trained: whether the adapter is there already, so that nothing is gained by pushing it later.
+            trained: Whether the adapter is already trained, so that the advice to push later does not apply.
         """
         if not self.push or self.repo_id is None:
             return
-        asked = "pushing" if trained else "hub.push=true"
-        unless = f"or leave hub.push out and push when it is trained: {LATER.format('RUN_FOLDER')}"
-        later = "and push again" if trained else unless
+        action = "pushing" if trained else "hub.push=true"
+        later = f"or omit hub.push and push after training: {LATER.format('RUN_FOLDER')}"
+        later = "and push again" if trained else later
         if constants.is_offline_mode():
-            raise ValueError(f"{asked} needs the Hub, and HF_HUB_OFFLINE=1 forbids to ask it: unset it, {later}")
+            raise ValueError(f"{action} needs the Hub, but HF_HUB_OFFLINE=1 is set. Unset it, {later}")
         api = huggingface_hub.HfApi()
         try:
             me = api.whoami()
-        except Exception as error:  # of the Hub, the network, or the HTTP library
+        except Exception as error:  # from the Hub, the network, or the HTTP library
             raise ValueError(
-                f"{asked}: the login does not work ({reason(error)}): run `hf auth login` with a token that may "
-                f"write, {later}"
+                f"{action}: the login failed ({reason(error)}). Run `hf auth login` with a write token, {later}"
             ) from error
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise ValueError(f"{asked}: the token may only read: run `hf auth login` with another, {later}")
+            raise ValueError(f"{action}: the token is read-only. Run `hf auth login` with a write token, {later}")
         owners = [me["name"], *(owner["name"] for owner in me.get("orgs", []))]
         owner, _, name = self.repo_id.rpartition("/")
         if owner and owner.lower() not in map(str.lower, owners):
-            raise ValueError(f"hub.repo_id={self.repo_id!r} is not yours: this login writes to {', '.join(owners)}")
+            raise ValueError(
+                f"hub.repo_id={self.repo_id!r} belongs to another account. Choose one of {', '.join(owners)}"
+            )
         try:
-            there = api.model_info(f"{owner or me['name']}/{name}")
+            existing = api.model_info(f"{owner or me['name']}/{name}")
         except RepositoryNotFoundError:
             return
         except Exception as error:
-            raise ValueError(f"hub.repo_id={self.repo_id!r} cannot be looked at ({reason(error)}); {later}") from error
-        if self.private and not there.private:
             raise ValueError(
-                f"hub.repo_id={self.repo_id!r} exists and everybody can see it: give hub.private=false if that is "
-                "meant, or another name"
+                f"hub.repo_id={self.repo_id!r} cannot be accessed ({reason(error)}). Check the name, {later}"
+            ) from error
+        if self.private and not existing.private:
+            raise ValueError(
+                f"hub.repo_id={self.repo_id!r} exists and is public. Set hub.private=false if that is intended, or "
+                "choose another name"
             )
 
 
-class NotPushed(OSError):  # noqa: N818
+class PushError(OSError):
     """The adapter is not on the Hub, or not all of it."""
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a line and without secrets."""
+    """Return the error as one line without secrets."""
     return masked_text(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def push(run: Path, settings: HubSettings) -> str:
-    """Send the adapter of a run folder with its card to the Hub; returns the address.
+    """Push the adapter of a run folder with its model card to the Hub; return its address.
 
     Raises:
-        ValueError: there is no finished adapter, or no place to send it to.
-        NotPushed: the Hub or the way to it failed.
+        ValueError: there is no finished adapter, or no repository is set.
+        PushError: the Hub or the network failed.
     """
     from flux2.adapters.files import PEFT_FILE  # these imports take seconds, and --help does without
 
     folder = run / "adapter"
     if not (folder / PEFT_FILE).exists():
-        raise ValueError(f"{str(run)!r} holds no finished adapter (adapter/{PEFT_FILE}): give the folder of a run")
+        raise ValueError(
+            f"{str(run)!r} holds no finished adapter (adapter/{PEFT_FILE}). Give the folder of a finished run"
+        )
     if not settings.repo_id:
-        raise ValueError("where to? Give --repo-id owner/name")
+        raise ValueError("no repository is set. Give --repo-id owner/name")
     api = huggingface_hub.HfApi()
     try:
-        made = api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)
+        repository = api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)
         api.upload_folder(
-            repo_id=made.repo_id,
+            repo_id=repository.repo_id,
             folder_path=folder,
             commit_message="LoRA for FLUX.2",
             ignore_patterns=[".*", "*.part"],
         )
-    except Exception as error:  # of the Hub, the network, or the HTTP library
-        raise NotPushed(f"{folder} was not pushed to {settings.repo_id} ({reason(error)})") from error
-    return str(made)
+    except Exception as error:  # from the Hub, the network, or the HTTP library
+        raise PushError(f"{folder} was not pushed to {settings.repo_id} ({reason(error)})") from error
+    return str(repository)
 
 
-def push_or_say(run: Path, settings: HubSettings) -> str:
-    """`push`; in place of an error, what to do later."""
+def push_or_warn(run: Path, settings: HubSettings) -> str:
+    """Push the adapter; return a line with its address, or a warning with the command to push it later."""
     try:
         return f"pushed    {push(run, settings)}"
-    except (NotPushed, ValueError) as error:
-        return f"warning: {error}. Nothing is lost; push it later: {LATER.format(run)}"
+    except (PushError, ValueError) as error:
+        return f"warning: {error}. The adapter is complete; push it later: {LATER.format(run)}"
 
 
-def settings_of(run: Path, changes: dict[str, Any]) -> HubSettings:
-    """What a run was started with, but for `changes`."""
+def saved_settings(run: Path, changes: dict[str, Any]) -> HubSettings:
+    """Return the hub settings of a run, with the `changes` that are not None."""
     from train.checkpoints import resume
 
-    given = resume.configuration(run).get("hub") or {}
-    return replace(HubSettings(**given), **{key: value for key, value in changes.items() if value is not None})
+    saved = resume.configuration(run).get("hub") or {}
+    return replace(HubSettings(**saved), **{key: value for key, value in changes.items() if value is not None})

@@ -114,4 +114,4 @@ def manifest_of_classes(classes: tuple[Source, CachedDataset] | None) -> Trained
         return None
     source, cached = classes
     names, captions = [sample.name for sample in source], [sample.captions for sample in source]
-    return TrainedData.of(names, cached.entries, captions, [sample.weight for sample in source])
+    return TrainedData.from_samples(names, cached.entries, captions, [sample.weight for sample in source])

@@ -127,7 +127,8 @@ def prepare_data(config: RunConfig) -> TrainingData:
     selected = [samples[i] for i in training]
     captions, weights = [sample.captions for sample in selected], [sample.weight for sample in selected]
     names, entries = [sample.name for sample in selected], [cached.entries[i] for i in training]
-    manifest = TrainedData.of(names, entries, captions, weights).beside(manifest_of_classes(prepared.classes))
+    manifest = TrainedData.from_samples(names, entries, captions, weights)
+    manifest = manifest.followed_by(manifest_of_classes(prepared.classes))
     shards = {
         "gradient_accumulation": settings.gradient_accumulation,
         "num_processes": config.accelerator.num_processes,

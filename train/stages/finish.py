@@ -14,7 +14,7 @@ from train.config.run_config import RunConfig
 from train.encoding.text_encoders import RemoteTextEncoder
 from train.evaluation.recommend import closing_lines
 from train.publishing import model_card
-from train.publishing.hub import push_or_say
+from train.publishing.hub import push_or_warn
 from train.reports import run_report
 from train.sweeps.job import is_sweep
 from train.utils.console import warn
@@ -57,7 +57,7 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
     if not is_sweep():  # a sweep ends with the lines of its best job
         print(*closing_lines(adapter.parent), sep="\n")
     if config.hub.push:
-        print(push_or_say(adapter.parent, config.hub), flush=True)
+        print(push_or_warn(adapter.parent, config.hub), flush=True)
     config.say(f"adapter   {adapter}")
     if note := format_notes(adapter):
         config.say(f"formats   {note}")

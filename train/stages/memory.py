@@ -34,7 +34,7 @@ def keep_memory(config: RunConfig, location: RunLocation) -> RunConfig:
     """Return the configuration with the memory settings of the resumed run, if they were chosen and still fit."""
     if location.checkpoint is None or config.memory.gpu_memory_gb is None:
         return config
-    before = location.before.get("memory", {})
+    before = location.resumed_config.get("memory", {})
     if before == config.config["memory"] or not still_fits(config, before):
         return config
     config = config.with_memory(before)

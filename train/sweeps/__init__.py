@@ -1,5 +1,6 @@
-"""Many runs with different settings: their jobs, records, table and page, on this machine or through Slurm. It imports
-train.config and what stands below. Begin with job.py; conf/train.yaml names the callback that is exported here.
+"""Sweeps, many runs with different settings: their jobs, records, table and page, on this machine or through Slurm.
+
+Imports train.config and the layers below it. Read job.py first; conf/train.yaml names the callback exported here.
 """
 
 from train.sweeps.callback import SweepCallback

@@ -1,4 +1,4 @@
-"""One job of a sweep: where it runs, what it may set, whether it is done, and what it gives."""
+"""One job of a sweep: its folder, its checks, whether it is done, and its result."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ from train.utils.files import short_path
 
 
 class SweepAborted(ValueError):  # noqa: N818
-    """What is wrong with this job is wrong with all jobs of the sweep."""
+    """An error that all jobs of the sweep share, so the sweep ends."""
 
 
 def is_sweep() -> bool:
-    """Whether this is a job of a sweep."""
+    """Return whether this is a job of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def folder_of_job() -> Path:
-    """As the folder of any other run is said: from the current one, if it lies within."""
+    """Return the folder of this job, relative to the current folder if it lies within it."""
     return short_path(Path(HydraConfig.get().runtime.output_dir))
 
 
 def check(config: RunConfig) -> None:
-    """Raises EndsSweep if a search has nothing to minimize, or the processes of a job do not train the same."""
+    """Raise SweepAborted if a search has nothing to minimize, or the processes of a job train different settings."""
     if not is_sweep():
         return
     measured = config.validation.held_out or config.validation.samples
     if "optuna" in HydraConfig.get().sweeper._target_ and not (config.settings.validate_every and measured):
         key = "validate_every=0" if not config.settings.validate_every else "validation.samples=0"
         raise SweepAborted(
-            f"hydra/sweeper=optuna minimizes the validation loss, and with {key} there is none: give it a number above "
-            "0; validation.held_out=8 measures it on samples set aside"
+            f"{key}: hydra/sweeper=optuna minimizes the validation loss, which needs a number above 0. "
+            "Set one; validation.held_out=8 measures the loss on held-out samples"
         )
     sweeper = HydraConfig.get().sweeper
     if "optuna" in sweeper._target_ and "maximize" in str(sweeper.get("direction")):
         raise SweepAborted(
-            "hydra.sweeper.direction=maximize would look for the highest validation loss: leave it out, or minimize"
+            "hydra.sweeper.direction=maximize would search for the highest validation loss. Omit it, or set minimize"
         )
     mine = list(HydraConfig.get().overrides.task)
     first: list[Any] = [mine]
     broadcast_object_list(first)
     if first[0] != mine:
         raise SweepAborted(
-            f"process {config.accelerator.process_index} was given {' '.join(mine)}, and the first "
-            f"{' '.join(first[0])}: a search over several processes needs a seed (hydra.sweeper.sampler.seed=0)"
+            f"process {config.accelerator.process_index} received {' '.join(mine)}, but the first process "
+            f"{' '.join(first[0])}. For a search with several processes set hydra.sweeper.sampler.seed=0"
         )
 
 
 def is_done(config: RunConfig) -> bool:
-    """Whether this job of a sweep that goes on (`resume=auto`) had finished before; says so."""
+    """Return, and report, whether this job of a resumed sweep (`resume=auto`) had finished before."""
     done = [False]
     if is_sweep() and config.settings.resume == "auto" and config.accelerator.is_main_process:
         folder = folder_of_job()
@@ -72,7 +72,7 @@ def is_done(config: RunConfig) -> bool:
 
 
 def result(config: RunConfig) -> float | None:
-    """The last validation loss of a job of a sweep, the same in all processes; None if it has none."""
+    """Return the last validation loss of a job of a sweep, in all processes; None if there is none."""
     if not is_sweep():
         return None
     found: list[Any] = [last_validation_loss(folder_of_job()) if config.accelerator.is_main_process else None]

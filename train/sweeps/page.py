@@ -13,7 +13,7 @@ from markupsafe import Markup
 from train.checkpoints import resume
 from train.reports import html as page
 from train.reports.html import Table, number
-from train.sweeps.records import SweepJob, best_job, split_overrides
+from train.sweeps.records import NUMBERS, SweepJob, best_job, split_overrides
 from train.utils.files import read_image
 
 WIDEST = 1060  # pixels of an embedded sample grid, which is four images; its link opens the file itself
@@ -21,20 +21,17 @@ MAX_COLUMNS = 4
 
 
 def job_table(jobs: Sequence[SweepJob], keys: Sequence[str], best: SweepJob | None) -> Table:
-    """Return settings, status, losses and speed, a line for each job."""
-    numbers = {"last": ".4f", "best": ".4f", "best_step": "d", "training_loss": ".4f", "images_per_second": ".2f"}
+    """Return the table of settings, status, losses and speed, one row per job."""
     link, status, rows = Markup('<a href="{}/">{}</a>'), Markup('<span class="{}">{}</span>'), []
     for job in jobs:
-        progress = "" if job.status == "done" or not job.of else f" {job.steps}/{job.of}"
         row = [link.format(job.folder.name, job.number), *(job.overrides.get(key, "") for key in keys)]
-        row.append(status.format(job.status, job.status + progress))
-        rows.append(row + [number(getattr(job, key), form) for key, form in numbers.items()])
-    names = ("validation loss", "best", "at step", "training loss", "images/s")
-    return Table(["job", *keys, "status"], names, rows, [job is best for job in jobs])
+        row.append(status.format(job.status, job.progress))
+        rows.append(row + [number(getattr(job, key), form) for key, _, form in NUMBERS])
+    return Table(["job", *keys, "status"], [heading for _, heading, _ in NUMBERS], rows, [job is best for job in jobs])
 
 
 def arrange(jobs: Sequence[SweepJob], keys: Sequence[str]) -> tuple[list[SweepJob], int]:
-    """Return the jobs in the order they are shown, and how many stand in a row.
+    """Return the jobs in display order, and the number of columns.
 
     In a grid search the jobs of a row differ in one key only, the one with most values, so a column is one value of it.
     """
@@ -58,12 +55,12 @@ def common_prompts(jobs: Sequence[SweepJob]) -> list[str]:
 
 
 def render(sweep: Path, jobs: Sequence[SweepJob]) -> str:
-    """Return the page of `jobs`, which are those in the folder `sweep`."""
+    """Return the page of `jobs` in the folder `sweep`."""
     common, keys = split_overrides(jobs)
     shown, columns = arrange(jobs, keys)
     best = best_job(jobs) if len(jobs) > 1 else None
     firsts = [job.first_sheet for job in jobs if job.first_sheet is not None]
-    first = firsts[0] if len({file.read_bytes() for file in firsts}) == 1 else None  # the base's, the same for all jobs
+    first = firsts[0] if len({file.read_bytes() for file in firsts}) == 1 else None  # the base's, for all jobs
     grids = [(job, None if first and job.sheet == job.first_sheet else job.sheet) for job in shown]
     return page.render(
         "sweep.html",

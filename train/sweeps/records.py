@@ -1,7 +1,7 @@
-"""The jobs of a sweep, each in a folder `<sweep>/<n>`: what a job says of itself, and what its folder holds.
+"""Read and write the records of a sweep's jobs, each in a folder `<sweep>/<n>`.
 
-A job keeps `job.json`: its overrides, how it ended, and with which error. All else is read from what any run writes, so
-it does not matter which launcher ran the job, on which machine, or whether it was killed.
+A job writes `job.json`: its overrides, its status and its error. All else is read from the files of any run, so it does
+not matter which launcher ran the job, on which machine, or whether it was killed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,17 @@ from train.utils.lock import in_use
 RECORD = "job.json"
 ENDED = ("done", "failed", "stopped")
 RUNNING, REQUEUED, LOST = "running", "waiting", "lost"
+NUMBERS = (  # columns of a table: attribute of a job, heading, format
+    ("last", "validation loss", ".4f"),
+    ("best", "best", ".4f"),
+    ("best_step", "at step", "d"),
+    ("training_loss", "training loss", ".4f"),
+    ("images_per_second", "images/s", ".2f"),
+)
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """What the job in `folder` says of itself; empty if it says nothing that can be read."""
+    """Return the record of the job in `folder`, empty if there is none that can be read."""
     try:
         found = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -32,27 +39,24 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def note(folder: Path, **values: Any) -> None:
-    """Add `values` to what a job says of itself. Raises ValueError if it cannot be written."""
+    """Add `values` to the record of a job. Raises ValueError if it cannot be written."""
     write_whole(folder / RECORD, json.dumps(record(folder) | values, indent=1) + "\n")
-
-
-# ------------------------------------------------------------------ jobs
 
 
 @dataclass
 class SweepJob:
-    """One job, as its folder shows it now.
+    """One job, according to the files in its folder.
 
     Attributes:
-        overrides: value by key, as written on the command line.
-        status: done, failed, stopped, running, waiting (to be started again by Slurm), or lost: it ended without a
-            word, as when it is killed.
-        error: what a job that failed or was stopped said.
-        steps: finished, as far as the metrics say; `of` are to be done.
-        best: the lowest validation loss, at step `best_step`; `last` is that of the adapter that the run ended with.
-        training_loss: mean of the last ten that were logged.
-        images_per_second: the median.
-        sheet, first_sheet: the newest pictures, and those of step 0.
+        overrides: Values by key, as written on the command line.
+        status: done, failed, stopped, running, waiting (for Slurm to restart it), or lost: it ended without a record,
+            for example because it was killed.
+        error: Message of a job that failed or was stopped.
+        steps: Number of finished steps, according to the metrics, out of `total_steps`.
+        best: Lowest validation loss, at step `best_step`; `last` is the loss of the final adapter.
+        training_loss: Mean of the last logged losses.
+        images_per_second: Median over the logged steps.
+        sheet, first_sheet: The newest sample grid, and the one of step 0.
     """
 
     number: int
@@ -61,7 +65,7 @@ class SweepJob:
     status: str = LOST
     error: str = ""
     steps: int = 0
-    of: int | None = None
+    total_steps: int | None = None
     last: float | None = None
     best: float | None = None
     best_step: int | None = None
@@ -70,19 +74,26 @@ class SweepJob:
     sheet: Path | None = None
     first_sheet: Path | None = None
 
+    @property
+    def progress(self) -> str:
+        """The status, and the finished steps of a job that is not done."""
+        return self.status + (
+            "" if self.status == "done" or not self.total_steps else f" {self.steps}/{self.total_steps}"
+        )
+
 
 def read_job(folder: Path) -> SweepJob:
-    """The job in `folder`, whose name is its number."""
-    said, lines = record(folder), read_metrics(folder)
-    job = SweepJob(int(folder.name), folder, error=str(said.get("error") or ""))
-    job.overrides = dict(key_and_value(text) for text in said.get("overrides") or [])
-    status = said.get("status")
+    """Return the job in `folder`, whose name is its number."""
+    about, lines = record(folder), read_metrics(folder)
+    job = SweepJob(int(folder.name), folder, error=str(about.get("error") or ""))
+    job.overrides = {key: value for key, _, value in (text.partition("=") for text in about.get("overrides") or [])}
+    status = about.get("status")
     if status in ENDED or status == REQUEUED:
         job.status = status
     elif in_use(folder):
         job.status = RUNNING
     job.steps = max((line["step"] for line in lines), default=0)
-    job.of = said.get("steps")
+    job.total_steps = about.get("steps")
     validation = series(lines, "validation_loss")
     if validation:
         job.last = last_validation_loss(folder)
@@ -97,19 +108,14 @@ def read_job(folder: Path) -> SweepJob:
     return job
 
 
-def key_and_value(override: str) -> tuple[str, str]:
-    key, _, value = override.partition("=")
-    return key, value
-
-
 def read_jobs(sweep: Path) -> list[SweepJob]:
-    """All jobs of a sweep's folder in the order of their numbers."""
+    """Return all jobs of a sweep's folder in the order of their numbers."""
     folders = [path for path in sweep.iterdir() if path.name.isdecimal() and path.is_dir()]
     return [read_job(path) for path in sorted(folders, key=lambda path: int(path.name))]
 
 
 def split_overrides(jobs: Sequence[SweepJob]) -> tuple[dict[str, str], list[str]]:
-    """The overrides that all jobs have in common, and the keys in which they differ, in the order they were given."""
+    """Return the overrides that all jobs share, and the keys in which they differ, in command-line order."""
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     values = {key: {job.overrides.get(key) for job in jobs} for key in keys}
     common = {key: jobs[0].overrides[key] for key in keys if len(values[key]) == 1}
@@ -117,6 +123,6 @@ def split_overrides(jobs: Sequence[SweepJob]) -> tuple[dict[str, str], list[str]
 
 
 def best_job(jobs: Sequence[SweepJob]) -> SweepJob | None:
-    """The finished job whose adapter has the lowest validation loss."""
+    """Return the finished job whose adapter has the lowest validation loss."""
     finished = [job for job in jobs if job.status == "done" and job.last is not None]
     return min(finished, key=lambda job: (job.last, job.number), default=None)

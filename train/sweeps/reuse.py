@@ -1,8 +1,8 @@
-"""What the jobs of a sweep leave to each other: they run one after another in one process.
+"""Objects reused between the jobs of a sweep that run one after another in one process.
 
-The transformer of a job, without its adapter, the autoencoder of its sheets and the prepared data are kept until the
-next job asks for what was made of the same settings; if it asks for another, the old one is freed first, so that only
-one large model is in memory. A job that fails leaves nothing of what it had taken: in what state that is, nobody knows.
+The transformer without its adapter, the autoencoder of the sample grids and the prepared data are kept for a next job
+with the same settings. If its settings differ, the old object is freed first, so that only one large model is in
+memory. A job that fails leaves none of its objects to the next one, because their state is unknown.
 """
 
 from __future__ import annotations
@@ -27,42 +27,43 @@ T = TypeVar("T")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Shared:
-    """Things by name, each with the key of what it was made of.
+class SharedObjects:
+    """Objects by name, each with the key of the settings it was built from.
 
     Attributes:
-        keeps: whether what is taken now is kept for another job.
+        keeps: Whether the objects of the current job are kept for the next one.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[object, Any]] = {}
+        self._stored: dict[str, tuple[object, Any]] = {}
         self._taken: dict[str, tuple[object, Any]] = {}
         self.keeps = False
 
     @contextmanager
     def job(self, keeps: bool) -> Iterator[None]:
-        """A job of a sweep, if it `keeps`: what it takes is kept for the next one when it ends without an error."""
+        """Context manager of a job: if it `keeps`, its objects are stored for the next job, except after an error."""
         self.keeps, self._taken = keeps, {}
         try:
             yield
-            self._kept |= self._taken
+            self._stored |= self._taken
         finally:
             self.keeps, self._taken = False, {}
 
     def take(self, name: str, key: object, make: Callable[[], T], say: Callable[[str], None], called: str = "") -> T:
-        """What the job before left as `name` if it was made of `key`, else what `make` makes once that is freed.
+        """Return the previous job's object `name` if its key equals `key`; otherwise free it and call `make`.
 
         Args:
-            key: compared with `==`.
-            say: is told, by what it is `called`, that the one of the job before is used.
+            key: Settings of the object, compared with `==`.
+            say: Receives a line when the previous job's object is used.
+            called: Name of the object in that line.
         """
-        there = name in self._kept
-        made_of, thing = self._kept.pop(name, (None, None))
-        if there and made_of == key:
-            say(f"using the {called or name} of the job before")
+        is_stored = name in self._stored
+        stored_key, thing = self._stored.pop(name, (None, None))
+        if is_stored and stored_key == key:
+            say(f"using the {called or name} of the previous job")
         else:
             del thing
-            if there:
+            if is_stored:
                 free_memory()
             thing = make()
         if self.keeps:
@@ -70,27 +71,24 @@ class Shared:
         return thing
 
     def drop(self, name: str) -> None:
-        """Keep what this job took as `name` for no other."""
+        """Do not keep this job's object `name` for the next job."""
         self._taken.pop(name, None)
 
     def free(self, *names: str) -> None:
-        """Let go of what the job before left: of `names`, or of all."""
-        found = [self._kept.pop(name) for name in names or list(self._kept) if name in self._kept]
+        """Release the previous job's objects `names`, or all of them."""
+        found = [self._stored.pop(name) for name in names or list(self._stored) if name in self._stored]
         if found:
             del found
             free_memory()
 
     def held(self, device: torch.device) -> int:
-        """Bytes on `device` of models that the job before left, which are free for a job that needs others."""
-        models = [thing for _, thing in self._kept.values() if isinstance(thing, Base | nn.Module)]
+        """Return the bytes on `device` of the previous job's models, which are freed if this job needs others."""
+        models = [thing for _, thing in self._stored.values() if isinstance(thing, Base | nn.Module)]
         tensors = chain.from_iterable(tensors_of(m.transformer if isinstance(m, Base) else m) for m in models)
         return sum(tensor.nbytes for _, tensor in tensors if tensor.device.type == device.type)
 
 
-SHARED = Shared()  # of this process: jobs have nothing else in common
-
-
-# ------------------------------------------------------------------ the transformer
+SHARED = SharedObjects()  # the only state that jobs of this process share
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -98,13 +96,13 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def checksum(tensor: Tensor) -> int:
-    """The sum of its bits, read as whole numbers: of one that was written to, nearly always another."""
+    """Return the sum of the elements, read as integers: a tensor that was modified has nearly always another sum."""
     tensor = tensor.detach()
     return int(tensor.view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def state_of(model: nn.Module) -> list[tuple[object, ...]]:
-    """What tells whether a model is the one that it was: its modules and tensors, with their checksums."""
+    """Return the modules and tensors of a model with their checksums, to detect changes."""
     modules = [(name, type(module)) for name, module in model.named_modules()]
     tensors = [
         (name, tensor.shape, tensor.dtype, tensor.requires_grad, checksum(tensor)) for name, tensor in tensors_of(model)
@@ -117,8 +115,8 @@ class Base:
     """A transformer that is trained with one adapter after another.
 
     Attributes:
-        check: whether its state is noted now, without an adapter, to be compared when one is taken off.
-        offloader: what streams its blocks, if they do.
+        check: Whether to record the state without an adapter now, to compare when an adapter is removed.
+        offloader: The offloader that streams its blocks, if any.
     """
 
     transformer: Transformer
@@ -128,10 +126,10 @@ class Base:
     def __post_init__(self) -> None:
         self.before = state_of(self.transformer) if self.check else []
 
-    def take_off(self, wrapped: peft.PeftModel) -> bool:
-        """Take the adapter off; whether the transformer is then as it was, bit for bit, and can be trained again."""
+    def remove_adapter(self, wrapped: peft.PeftModel) -> bool:
+        """Remove the adapter; return whether the transformer is unchanged, bit for bit, and can be trained again."""
         if any(isinstance(tensor, DTensor) for _, tensor in tensors_of(wrapped)):
-            return False  # in pieces on several devices
+            return False  # sharded across devices
         adapters.detach(wrapped)
         self.transformer.requires_grad_(False).eval()
         return state_of(self.transformer) == self.before

@@ -1,12 +1,12 @@
-"""Jobs that submitit runs, under Slurm or locally: what happens when their time is nearly up.
+"""Run jobs that submitit starts, under Slurm or locally: join their processes, and save before a time limit.
 
-submitit asks Slurm for a signal (SIGUSR2) some time before the limit, and its own handler starts the job again at once,
-in the middle of a step. Here a run that trains first finishes its step and saves, as on any request to stop
-(train/utils/signals.py), and then submitit's handler does its part: `scontrol requeue`. Started again, the job goes on
-from its checkpoint. A run that does not train yet has nothing to save, and is started again at once.
+submitit asks Slurm for a signal (SIGUSR2) some time before the limit, and its own handler requeues the job at once, in
+the middle of a step. Here a run that trains first finishes its step and saves, as on any stop request
+(train/utils/signals.py); then submitit's handler calls `scontrol requeue`. The restarted job resumes from its
+checkpoint. A run that does not train yet has nothing to save and is requeued at once.
 
-A job of several tasks (`tasks_per_node`, `nodes`) is one run of as many processes. Slurm, or submitit on this machine,
-starts them; here they are told of each other as `accelerate launch` would tell them.
+A job of several tasks (`tasks_per_node`, `nodes`) is one run with as many processes. Slurm, or submitit on this
+machine, starts them; `join_tasks` sets the variables that `accelerate launch` would set.
 """
 
 from __future__ import annotations
@@ -28,31 +28,30 @@ from train.utils.signals import Stopped
 
 
 def check_launcher(launcher: DictConfig) -> None:
-    """Raises ValueError if jobs cannot be submitted from this process, or a job's processes have not one GPU each."""
+    """Raise ValueError if this process cannot submit jobs, or a job does not have one GPU per process."""
     if "submitit" not in str(launcher.get("_target_")):
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "jobs are submitted by one process, and accelerate launch started several, each of which would submit "
-            "them: start this with python train/run.py -m ..., and set hydra.launcher.tasks_per_node to the processes "
-            "of a job"
+            "accelerate launch started several processes, and each would submit the jobs. Start python train/run.py "
+            "-m ..., and set hydra.launcher.tasks_per_node to the number of processes per job"
         )
     tasks, gpus = launcher.get("tasks_per_node"), launcher.get("gpus_per_node")
     if gpus is not None and gpus != tasks:
         raise ValueError(
             f"hydra.launcher.gpus_per_node={gpus} with hydra.launcher.tasks_per_node={tasks}: each process trains on "
-            "one GPU. Give tasks_per_node alone, or gpus_per_node=null on machines without GPUs"
+            "one GPU. Set tasks_per_node alone, or gpus_per_node=null on machines without GPUs"
         )
 
 
 def join_tasks() -> None:
-    """Tell a process that submitit started of the others of its job, by the variables that `accelerate launch` sets.
+    """Set the variables of `accelerate launch` in a process that submitit started, so that it joins its job.
 
-    Called before anything asks which process this is. Each takes the GPU of its number on its machine.
+    Must be called before anything reads the rank. Each process uses the GPU of its local rank.
     """
     if not is_submitted():
         return
-    from submitit import JobEnvironment  # an extra, which is there when it started this process
+    from submitit import JobEnvironment  # an extra, installed if it started this process
     from submitit.helpers import TorchDistributedEnvironment
 
     from train.distributed.processes import cores
@@ -60,24 +59,24 @@ def join_tasks() -> None:
     if JobEnvironment().num_tasks < 2:
         return
     group = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    if "OMP_NUM_THREADS" not in os.environ:  # Accelerate would take one, and say so
+    if "OMP_NUM_THREADS" not in os.environ:  # Accelerate would set one thread, with a warning
         share = max(1, cores() // group.local_world_size)
         os.environ["OMP_NUM_THREADS"] = os.environ.get("SLURM_CPUS_PER_TASK", str(share))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def was_started_before(folder: Path) -> bool:
-    """Whether the job in `folder` is started again by its scheduler: after a time limit, or when its node failed."""
+    """Return whether the scheduler restarted the job in `folder`: after a time limit or a node failure."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return records.record(folder).get("status") == records.REQUEUED or (restarts.isdecimal() and int(restarts) > 0)
 
 
 @contextmanager
 def within_time_limit(folder: Path) -> Iterator[None]:
-    """Within this context submitit's warning makes a run save before it ends, and the scheduler start it again.
+    """Context manager in which submitit's warning makes a run save, end and be requeued.
 
-    Raises SystemExit, in place of `Stopped`, when the job will be started again. Of several processes the first does
-    that, for all: what submitit's handler does in the others is nothing.
+    Raises SystemExit, instead of `Stopped`, when the job is requeued. The first process does that for all; submitit's
+    handler does nothing in the others.
     """
     number = getattr(signal, "SIGUSR2", None)
     handler = signal.getsignal(number) if number is not None and is_submitted() else None
@@ -85,23 +84,23 @@ def within_time_limit(folder: Path) -> Iterator[None]:
         yield
         return
 
-    def again() -> None:
+    def requeue() -> None:
         if is_first_process():
             records.note(folder, status=records.REQUEUED, error="")
         handler(number, None)
 
     def warned(signum: int, frame: FrameType | None) -> None:
-        if callable(signal.getsignal(signal.SIGUSR1)):  # the loop listens
+        if callable(signal.getsignal(signal.SIGUSR1)):  # the training loop handles it
             signal.raise_signal(signal.SIGUSR1)
         else:
-            again()
+            requeue()
 
     signal.signal(number, warned)
     try:
         yield
     except Stopped as stop:
         if stop.number == signal.SIGUSR1:
-            again()
+            requeue()
         raise
     finally:
         signal.signal(number, handler)

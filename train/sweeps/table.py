@@ -1,4 +1,4 @@
-"""The table of a sweep: one row a job, written again after each."""
+"""Write and print the table of a sweep, with one row per job."""
 
 from __future__ import annotations
 
@@ -14,29 +14,22 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from train.evaluation.recommend import closing_lines
+from train.reports.html import number
 from train.sweeps.page import render
-from train.sweeps.records import SweepJob, best_job, split_overrides
+from train.sweeps.records import NUMBERS, SweepJob, best_job, split_overrides
 from train.utils.files import short_path, write_whole
 
 PAGE, DATA, SHEET = "sweep.html", "sweep.json", "sweep.csv"
 
-NUMBERS = (  # attribute of a job, heading, format
-    ("last", "validation loss", ".4f"),
-    ("best", "best", ".4f"),
-    ("best_step", "at step", "d"),
-    ("training_loss", "training loss", ".4f"),
-    ("images_per_second", "images/s", ".2f"),
-)
-
 
 def row(job: SweepJob, keys: Sequence[str]) -> dict[str, Any]:
-    """A job as plain values: for a file, and for scripts."""
+    """Return a job as plain values, for the files."""
     return {
         "job": job.number,
         "status": job.status,
         **{key: job.overrides.get(key) for key in keys},
         "steps": job.steps,
-        "of": job.of,
+        "of": job.total_steps,
         "validation_loss": job.last,
         "best_validation_loss": job.best,
         "best_step": job.best_step,
@@ -49,7 +42,7 @@ def row(job: SweepJob, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def write(sweep: Path, found: Sequence[SweepJob]) -> Path:
-    """Write page, JSON and CSV of the jobs `found`; returns the page. Raises ValueError if that cannot be."""
+    """Write page, JSON and CSV of the jobs `found`; return the page. Raises ValueError if that fails."""
     common, keys = split_overrides(found)
     best = best_job(found)
     rows = [row(job, []) | {"overrides": job.overrides} for job in found]
@@ -64,19 +57,8 @@ def write(sweep: Path, found: Sequence[SweepJob]) -> Path:
     return sweep / PAGE
 
 
-def shown(job: SweepJob, attribute: str, form: str) -> str:
-    value = getattr(job, attribute)
-    return "" if value is None else format(value, form)
-
-
-def status(job: SweepJob) -> str:
-    """How a job ended, and after how many steps if not after all."""
-    of = "" if job.status == "done" or not job.of else f" {job.steps}/{job.of}"
-    return f"{job.status}{of}"
-
-
-def say(page: Path, found: Sequence[SweepJob]) -> None:
-    """Print the table."""
+def print_table(page: Path, found: Sequence[SweepJob]) -> None:
+    """Print the table and the best job."""
     _, keys = split_overrides(found)
     best = best_job(found)
     numbers = [entry for entry in NUMBERS if any(getattr(job, entry[0]) is not None for job in found)]
@@ -88,7 +70,12 @@ def say(page: Path, found: Sequence[SweepJob]) -> None:
     for job in found:
         mark = " *" if best is job and len(found) > 1 else ""
         values = [job.overrides.get(key, "") for key in keys]
-        cells = [f"{job.number}{mark}", *values, status(job), *(shown(job, key, form) for key, _, form in numbers)]
+        cells = [
+            f"{job.number}{mark}",
+            *values,
+            job.progress,
+            *(number(getattr(job, key), form) for key, _, form in numbers),
+        ]
         table.add_row(*cells)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
     console.print()

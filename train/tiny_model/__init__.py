@@ -1,1 +1,1 @@
-"""The embedded model: `python -m train.tiny_model` draws its pictures and trains it."""
+"""The embedded model: `python -m train.tiny_model` draws its images and trains it."""

@@ -3,22 +3,22 @@
 The embedded model is a real FLUX.2 in every part (autoencoder, transformer with a guidance embedding, text encoder,
 published folder layout), three thousand times smaller than dev, so that the whole framework can be run, tested and
 demonstrated on a laptop. Its world is `data.synthetic.drawings`: one subject in one color and size on one background,
-made from a caption or by editing a reference. flux2/assets/tiny/README.md is its model card.
+drawn from a caption or by editing a reference. flux2/assets/tiny/README.md is its model card.
 
-Stages, each skipped when its result is there; a stopped training goes on from its last checkpoint:
+Each stage is skipped when its result exists; an interrupted training resumes from its last checkpoint:
 
-1. text:         a tokenizer for the captions' words (unknown words are spelt letter by letter) and a frozen, random
+1. text:         a tokenizer for the captions' words (it spells unknown words letter by letter) and a frozen, random
                  Mistral. Random states are enough: the transformer learns what the words mean.
-2. pictures:     drawings for training, pairs for edits, and abstract scenes that only the autoencoder sees, so that it
-                 can also code pictures that are no drawings.
-3. autoencoder:  L1 + MSE + gradient loss, the colors of areas, and a little KL; half drawings, half scenes;
-                 crops first, whole pictures last.
-4. latents:      every picture encoded, and the statistics that normalize the 128 channels.
-5. transformer:  flow matching in three lessons: in the first, one batch in four edits a reference; then every other
-                 one, most often its size. One caption in ten is dropped. From `guide_from` on, half of each batch
-                 learns guided flows for guidance values in [1, 4], as in model-guidance (Tang et al. 2025, "Diffusion
-                 Models without Classifier-free Guidance"): the embedding then means what it means in dev, and guidance
-                 1 stays the plain flow that LoRAs are trained with.
+2. pictures:     drawings for training, pairs for edits, and abstract scenes for the autoencoder alone, so that it can
+                 also encode images that are not drawings.
+3. autoencoder:  L1 + MSE + gradient loss, the colors of areas, and a small KL; half drawings, half scenes;
+                 crops first, whole images last.
+4. latents:      every image encoded, and the statistics that normalize the 128 channels.
+5. transformer:  flow matching in three lessons: in the first, one batch in four edits a reference; in the others,
+                 every second one, and these edits mostly change the size. One caption in ten is dropped. From
+                 `guide_from` on, half of each batch learns guided flows for guidance values in [1, 4], as in
+                 model-guidance (Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"): the embedding
+                 then means what it means in dev, and guidance 1 stays the plain flow that LoRAs are trained with.
 6. export:       averaged weights in bfloat16 to flux2/assets/tiny.
 """
 
@@ -35,15 +35,18 @@ STAGES = ("text", "pictures", "autoencoder", "latents", "transformer", "export")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures and train the embedded model.")
-    parser.add_argument("--home", type=Path, default=Path("outputs/tiny"), help="where checkpoints and the log go")
-    parser.add_argument("--folder", type=Path, default=TINY_FOLDER, help="where the finished model goes")
-    parser.add_argument("--docs", type=Path, default=Path("docs/tiny.png"), help="where the picture grid goes")
+    parser.add_argument("--home", type=Path, default=Path("outputs/tiny"), help="folder of checkpoints and log")
+    parser.add_argument("--folder", type=Path, default=TINY_FOLDER, help="folder of the finished model")
+    parser.add_argument("--docs", type=Path, default=Path("docs/tiny.png"), help="file of the image grid")
     parser.add_argument("--until", choices=STAGES, default="export", help="the last stage to run")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all counts and steps, to try the script quickly")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all counts and steps, for a quick try")
     options = parser.parse_args()
 
-    from train.tiny_model.export import export, grid  # these imports take seconds, and --help does without
-    from train.tiny_model.fit import Recipe, encode_pictures, evaluate, train_autoencoder, train_transformer
+    # these imports take seconds, and --help does without
+    from train.tiny_model.autoencoder import encode_pictures, train_autoencoder
+    from train.tiny_model.export import export, grid
+    from train.tiny_model.training import Recipe
+    from train.tiny_model.transformer import evaluate, train_transformer
     from train.tiny_model.world import catalog, draw_pictures, make_text_encoder
 
     home, folder, until = options.home, options.folder, STAGES.index(options.until)

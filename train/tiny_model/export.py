@@ -1,4 +1,4 @@
-"""Write the trained parts in the published folder layout, and the picture grid of the model card."""
+"""Write the trained parts in the published folder layout, and the image grid of the model card."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def export(model: Transformer, autoencoder: Autoencoder, text_seed: int, folder:
 
     write("text_encoder", "config.json", language_config)
     torch.manual_seed(text_seed)
-    whole = Mistral3ForConditionalGeneration(Mistral3Config(**language_config)).to(torch.bfloat16)
+    complete = Mistral3ForConditionalGeneration(Mistral3Config(**language_config)).to(torch.bfloat16)
     language = make_language_model(language_config, text_seed)
-    missing, unexpected = whole.model.language_model.load_state_dict(language)
+    missing, unexpected = complete.model.language_model.load_state_dict(language)
     assert not missing, missing
     assert not unexpected, unexpected
-    whole.save_pretrained(folder / "text_encoder")
+    complete.save_pretrained(folder / "text_encoder")
     (folder / "text_encoder" / "generation_config.json").unlink(missing_ok=True)
 
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -125,12 +125,12 @@ def export(model: Transformer, autoencoder: Autoencoder, text_seed: int, folder:
 
 
 def grid(folder: Path, file: Path) -> None:
-    """The picture grid of the model card: every subject, held-out combinations only, and a row of edits."""
+    """Write the image grid of the model card: every subject, held-out combinations only, and a row of edits."""
     pipeline = flux2.load("tiny", str(folder))
     rng = random.Random(3)
     unseen = [drawing for drawing in all_drawings() if held_out(drawing)]
     chosen = [rng.choice([drawing for drawing in unseen if drawing.shape == shape]) for shape in SHAPES]
-    made = pipeline.generate([plain_caption(drawing) for drawing in chosen], seed=0)
+    generated = pipeline.generate([plain_caption(drawing) for drawing in chosen], seed=0)
     sources = rng.sample(unseen, 7)
     before = [draw(source, PIXELS, **jitter(rng)) for source in sources]
     orders = [edit(source, rng)[0] for source in sources]
@@ -140,8 +140,8 @@ def grid(folder: Path, file: Path) -> None:
     ]
     captions = [plain_caption(drawing) for drawing in chosen]
     strips = [
-        sample_grid([made[:7]], captions[:7], ["prompt"]),
-        sample_grid([made[7:]], captions[7:], ["prompt"]),
+        sample_grid([generated[:7]], captions[:7], ["prompt"]),
+        sample_grid([generated[7:]], captions[7:], ["prompt"]),
         sample_grid([before, after], orders, ["reference", "edit"]),
     ]
     page = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")

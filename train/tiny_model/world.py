@@ -1,16 +1,14 @@
-"""What the embedded model sees: a text encoder for its captions, its pictures, and its edits.
+"""What the embedded model sees: a text encoder for its captions, its images, and its edits (see `__main__`).
 
-Tokenizer: whole words where they are known, letters otherwise, so that any trigger word is a sequence of its own. The
-text encoder is a frozen, random Mistral: random states are enough, as the transformer learns what the words mean.
-
-Pictures: drawings for training, results of edits, and abstract scenes that only the autoencoder sees, so that it can
-also code pictures that are no drawings. Held-out combinations (`data.synthetic.drawings.held_out`) are on none of them.
+Held-out combinations (`data.synthetic.drawings.held_out`) are on no image.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pool
 from pathlib import Path
@@ -31,19 +29,12 @@ TINY = VARIANTS["tiny"]
 PIXELS = TINY.resolution
 
 
-class Atomic:
-    """`with Atomic(file) as temporary:` writes beside `file` and renames, so a stop never leaves half a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.temporary = file.with_name(f"{file.stem}.part{file.suffix}")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            os.replace(self.temporary, self.file)
+@contextmanager
+def atomic(file: Path) -> Iterator[Path]:
+    """Context manager that renames the yielded temporary path to `file`, so that no incomplete file is left."""
+    temporary = file.with_name(f"{file.stem}.part{file.suffix}")
+    yield temporary
+    os.replace(temporary, file)
 
 
 WORDS = """
@@ -63,7 +54,7 @@ TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words where they are known, letters otherwise, so that any trigger word is a sequence of its own."""
+    """Return the tokenizer: known words are one token, others are spelled, so every trigger word is distinct."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     control = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]"]
     entries = [*control, *dict.fromkeys(WORDS), *MARKS, *letters, *("##" + letter for letter in letters)]
@@ -85,7 +76,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def text_config(vocabulary: int) -> dict[str, Any]:
-    """`text_encoder/config.json` in the layout of dev: a Mistral beside a vision tower."""
+    """Return `text_encoder/config.json` in the layout of dev: a Mistral and a vision tower."""
     return {
         "architectures": ["Mistral3ForConditionalGeneration"],
         "model_type": "mistral3",
@@ -120,7 +111,7 @@ def text_config(vocabulary: int) -> dict[str, Any]:
 
 
 def make_language_model(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Weights of the random text encoder, in bfloat16 as they are shipped, under `MistralModel`'s names."""
+    """Return the random text encoder's weights in bfloat16, as they are published, by `MistralModel`'s names."""
     torch.manual_seed(seed)
     model = MistralModel(MistralConfig(**config["text_config"]))
     nn.init.normal_(model.embed_tokens.weight)
@@ -137,7 +128,7 @@ def make_text_encoder(seed: int) -> TextEncoder:
 
 
 def jitter(rng: random.Random) -> dict[str, float]:
-    """A little of everything, so that the model learns drawings and not templates."""
+    """Draw small random changes of position, scale and angle, so that the model learns no fixed template."""
     return {
         "dx": rng.uniform(-0.025, 0.025),
         "dy": rng.uniform(-0.025, 0.025),
@@ -147,7 +138,7 @@ def jitter(rng: random.Random) -> dict[str, float]:
 
 
 def scene(rng: random.Random) -> Image.Image:
-    """An abstract composition for the autoencoder: overlapping shapes, strokes and scribbles in any colors."""
+    """Draw an abstract scene for the autoencoder: overlapping shapes, strokes and scribbles in any colors."""
     side = 4 * PIXELS
 
     def color() -> tuple[int, int, int]:
@@ -184,7 +175,7 @@ def scene(rng: random.Random) -> Image.Image:
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to render: a drawing with its jitter, or a scene."""
+    """One image to render: a drawing with its jitter, or a scene."""
 
     drawing: Drawing | None
     seed: int
@@ -198,15 +189,15 @@ def render(job: Job) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Catalog:
-    """What is drawn: `drawings`, then the results of `edits`, then the scenes; pictures[i] belongs to jobs[i]."""
+    """All images: `drawings`, then the results of `edits`, then the scenes; pictures[i] belongs to jobs[i]."""
 
     jobs: list[Job]
     drawings: int
-    edits: list[tuple[int, str]]  # for each result: the index of its source and the instruction
+    edits: list[tuple[int, str]]  # index of the source and instruction, for each result
 
 
 def catalog(seed: int, drawings: int, edits: int, scenes: int) -> Catalog:
-    """Held-out combinations of subject, color and background are on no picture."""
+    """Return the images to draw, none with a held-out combination of subject, color and background."""
     rng = random.Random(seed)
     allowed = [drawing for drawing in all_drawings() if not held_out(drawing)]
     jobs: list[Job] = []
@@ -223,17 +214,17 @@ def catalog(seed: int, drawings: int, edits: int, scenes: int) -> Catalog:
         instruction, result = edit(drawing, rng)
         assert not held_out(result)
         orders.append((source, instruction))
-        results.append(Job(result, jobs[source].seed))  # the same jitter: what is not edited stays where it is
+        results.append(Job(result, jobs[source].seed))  # the same jitter, so that the unedited parts stay in place
     abstract = [Job(None, rng.getrandbits(32)) for _ in range(scenes)]
     return Catalog([*jobs, *results, *abstract], drawings, orders)
 
 
 def draw_pictures(jobs: list[Job], file: Path) -> np.ndarray:
-    """(N, 128, 128, 3) uint8, kept in `file`."""
+    """Return the images of `jobs`, (N, 128, 128, 3) uint8, stored in `file`."""
     if not file.exists():
         print(f"drawing {len(jobs)} pictures")
         with Pool(os.cpu_count()) as pool:
             pictures = np.stack(pool.map(render, jobs, chunksize=256))
-        with Atomic(file) as temporary:
+        with atomic(file) as temporary:
             np.save(temporary, pictures)
     return np.load(file, mmap_mode="r")

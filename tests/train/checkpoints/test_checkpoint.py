@@ -173,7 +173,7 @@ def test_a_checkpoint_moved_away_from_its_run_starts_a_branch_with_its_own_copy_
     shutil.rmtree(run)
     place = look(str(moved), tmp_path / "new", chosen=True)
     assert place == RunLocation(tmp_path / "new", moved)
-    assert place.before == CONFIG
+    assert place.resumed_config == CONFIG
     for config, chosen, said in (
         (CONFIG, False, "output_dir="),
         (changed(seed=1), True, r"configuration.*seed=0.*\b1\b"),

@@ -17,7 +17,9 @@ pytest_plugins = ("train_helpers",)
 def data(**captions):
     """Samples of these names and captions; a name's content is itself."""
     entries = [LatentEntry((16, 16), f"key of {name}") for name in captions]
-    return TrainedData.of(list(captions), entries, [[text] for text in captions.values()], [1.0] * len(captions))
+    return TrainedData.from_samples(
+        list(captions), entries, [[text] for text in captions.values()], [1.0] * len(captions)
+    )
 
 
 BEFORE = {"a": "one", "b": "two", "c": "three"}
@@ -53,7 +55,7 @@ def test_where_the_marks_are_lost_the_digest_still_tells(tmp_path, kept):
 def test_everything_of_a_sample_that_is_learned_is_in_its_mark():
     entry = LatentEntry((16, 16), "key")
     one = [
-        TrainedData.of(["a"], [changed], [captions], [weight]).digest
+        TrainedData.from_samples(["a"], [changed], [captions], [weight]).digest
         for changed, captions, weight in (
             (entry, ["x"], 1.0),
             (LatentEntry((16, 16), "other"), ["x"], 1.0),

@@ -206,8 +206,8 @@ def test_the_exit_code_says_how_it_ended(run_command):
     assert run_command(task=lambda config: None) == (0, "", "")
     assert run_command(task=raising(ValueError("a\n b"))) == (2, "", "error: a b\n")
     for number in SIGNALS:
-        stopped = Interrupted("stopped after step 3; go on with resume=x", number)
-        assert run_command(task=raising(stopped)) == (128 + number, "", "stopped after step 3; go on with resume=x\n")
+        stopped = Interrupted("stopped after step 3; resume with resume=x", number)
+        assert run_command(task=raising(stopped)) == (128 + number, "", "stopped after step 3; resume with resume=x\n")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -412,12 +412,12 @@ def test_a_job_that_fails_through_a_mistake_of_ours_shows_where_and_the_others_g
 
 def test_keys_are_compared_within_their_group_first():
     known = ["steps", "adapter", "adapter.rank", "sample.steps", "optimizer.lr"]
-    assert holds(no_setting("adapter.rnk=4", known), "adapter.rnk=4 ... did you mean adapter.rank?")
-    assert no_setting("sample.step", known).endswith("did you mean sample.steps?")
-    assert no_setting("rank=4", known).endswith("did you mean adapter.rank?")
-    assert holds(no_setting("adapter.foo=4", known), "adapter.foo=4 ... adapter.rank")
-    assert no_setting("+text_encoder.token=hidden", known).startswith("text_encoder.token=...")
-    assert holds(no_setting("nothing.foo=4", known), f"nothing.foo=4 ... {', '.join(known)}")
+    assert holds(unknown_setting("adapter.rnk=4", known), "adapter.rnk=4 ... did you mean adapter.rank?")
+    assert unknown_setting("sample.step", known).endswith("did you mean sample.steps?")
+    assert unknown_setting("rank=4", known).endswith("did you mean adapter.rank?")
+    assert holds(unknown_setting("adapter.foo=4", known), "adapter.foo=4 ... adapter.rank")
+    assert unknown_setting("+text_encoder.token=hidden", known).startswith("text_encoder.token=...")
+    assert holds(unknown_setting("nothing.foo=4", known), f"nothing.foo=4 ... {', '.join(known)}")
 
 
 def test_the_known_settings_are_those_of_the_choices_made():
