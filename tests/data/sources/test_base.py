@@ -105,10 +105,10 @@ BAD = {
     "a missing column": (metadata({"file_name": "a.png"}), r"line 3\b.*'text'.*file_name"),
     "an empty caption": (sidecar(x_png=square(), x_txt=" \n"), r"x\.png\b.*empty.*captions\.allow_empty"),
     "no caption": (sidecar(x_png=square()), r"x\.png\b.*caption.*\bx\.txt\b"),
-    "a duplicate line": (metadata({"file_name": "a.png", "text": "a.png"}), r"a\.png\b.*twice"),
+    "a duplicate line": (metadata({"file_name": "a.png", "text": "a.png"}), r"a\.png\b.*duplicate"),
     "duplicate names": (
         sidecar(x_png=square(), x_webp=square(), x_txt="x"),
-        r"x\.png\b.*x\.webp\b.*caption.*\n.*x\.webp\b.*x\.png\b",
+        r"x\.png\b.*caption.*x\.webp\b.*\n.*x\.webp\b.*x\.png\b",
     ),
 }
 
