@@ -212,8 +212,8 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
     assert str(tmp_path / "cache") in out
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(CAPTIONS) + 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # it trains nothing
-    for module, name in ((text_encoders, "load_text_encoder"), (train.encoding.prepare, "load_autoencoder")):
-        monkeypatch.setattr(module, name, lambda *rest: pytest.fail("an encoder was loaded"))
+    for loader in ("text_encoders.load_text_encoder", "prepare.load_autoencoder"):
+        monkeypatch.setattr(f"train.encoding.{loader}", lambda *rest: pytest.fail("an encoder was loaded"))
     train("run", f"cache_dir={tmp_path / 'cache'}", "steps=1")
 
 
@@ -377,7 +377,9 @@ def test_masks_change_what_is_learned_and_are_in_the_validation_loss(train, tmp_
     plain, masked = train("plain", *settings), train("masked", *settings, "dataset.mask=alpha")
     for key in ("loss", "validation_loss"):
         assert values(plain, key) != values(masked, key)
-    assert values(train("uncached", *settings[::2], "dataset.mask=alpha", "cache_dir=null")) == values(masked)
+    assert values(train("uncached", settings[0], *settings[2:], "dataset.mask=alpha", "cache_dir=null")) == values(
+        masked
+    )
 
 
 # ------------------------------------------------------------------ the command
