@@ -172,7 +172,7 @@ def test_without_the_training_pictures_all_else_is_there(drawn):
     lines = ["  path: /gone" if "/pictures" in line else line for line in config.read_text().splitlines()]
     config.write_text("\n".join(lines) + "\n")
     (found,) = evaluate(run)
-    assert "training pictures" in found.notes[0]
+    assert "training images" in found.notes[0]
     assert found.rows[1].to_training is None
     assert found.rows[1].to_base > 0
 
@@ -196,8 +196,8 @@ def test_what_cannot_be_evaluated_is_one_clear_error(kept, tmp_path):
 
 def test_where_a_grid_cannot_be_put_that_is_one_error_and_nothing_unfinished_stays(kept, reference, tmp_path):
     run = kept
-    (run / "evaluation" / "sheet.png").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"sheet\.png.*Is a directory"):
+    (run / "evaluation" / "grid.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"grid\.png.*Is a directory"):
         evaluate(run)
     assert not list(run.rglob(".*.tmp"))
     assert len(list((run / "evaluation" / "pictures").glob("*.png"))) == 8
@@ -298,7 +298,7 @@ def test_the_command_says_what_is_wrong_in_one_line(run_command):
         return run_command.refused("run=/nowhere", *arguments, task=main, name="evaluate")
 
     assert holds(refused("features=lantents"), "features=lantents ... did you mean latents?")
-    assert refused("-m").startswith("-m ")  # Hydra did not begin a sweep, whose folder would be left
+    assert refused("-m").startswith("-m")  # Hydra did not begin a sweep, whose folder would be left
     assert holds(refused("seedz=[1]"), "seedz=[1] ... did you mean seeds?")
     assert holds(refused(), "run=/nowhere")
 

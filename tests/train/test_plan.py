@@ -571,7 +571,7 @@ def test_the_first_step_has_nothing_to_save(no_advice, small, at_step, tmp_path)
     [
         ("train.stages.model.load_transformer", "loading the transformer", False),
         ("train.validation.loss.FixedNoiseLoss.__call__", "validation after step 2", True),
-        ("train.validation.samples.Sampler.sheet", "sampling after step 2", True),
+        ("train.validation.samples.Sampler.write_grid", "sampling after step 2", True),
         ("torch.optim.AdamW.step", "update of step 1", False),
         ("flux2.models.autoencoder.Autoencoder.encode", "encoding pictures", False),
         ("flux2.models.text_encoder.TextEncoder.encode", "encoding prompts", False),

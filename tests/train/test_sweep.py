@@ -26,7 +26,7 @@ from train.sweeps.reuse import SHARED, Base, SharedObjects, checksum, state_of
 
 pytest_plugins = ("train_helpers", "offload_helpers")
 
-USED = "transformer of the job before"
+USED = "transformer of the previous job"
 LOOKS = ["validate_every=2", "sample_every=2", "sample.prompts=[a red cup]", "sample.steps=2"]
 
 
@@ -89,7 +89,7 @@ def test_jobs_load_once_and_give_what_they_give_alone(grid, train, loads, tmp_pa
     assert loads.count("load_autoencoder") == ("sample_every=2" in settings)
     assert out.count("loading the transformer") == 1
     assert out.count(USED) == 1
-    assert out.count("data of the job before") == 1
+    assert out.count("data of the previous job") == 1
     same_runs(tmp_path / "sweep" / "1", train("alone", "adapter.rank=4", *settings, kind=kind))
     assert not same_tensors(adapter(tmp_path / "sweep" / "0"), adapter(tmp_path / "sweep" / "1"))
     assert SHARED.held(torch.device("cpu")) == 0  # when the sweep is over
@@ -211,7 +211,7 @@ def test_things_are_taken_by_their_key_and_kept_only_by_jobs_that_end_well():
 
     assert job([1], "a") == "a"
     assert job([1], "b") == "a"
-    assert [holds(text, "the thing ... job before") for text in said] == [True]
+    assert [holds(text, "the thing ... previous job") for text in said] == [True]
     assert job([2], "c") == "c"
     with pytest.raises(RuntimeError):
         job([2], "d", fails=True)
