@@ -120,7 +120,8 @@ def main() -> None:
             print(side, mode, found, flush=True)
     for found in (value for key, value in result.items() if key.isdecimal() and "seconds" in value.get("whole", {})):
         for key in ("seconds", "gigabytes"):
-            found[f"ratio_of_{key}"] = found["stripes"][key] / found["whole"][key]
+            if found["whole"][key]:  # 0 GB if a small image needs less than loading the libraries did
+                found[f"ratio_of_{key}"] = found["stripes"][key] / found["whole"][key]
     result["pixels_of_the_embedded_model_apart"] = difference(max(options.sides))
     write_result(options.out or RESULTS / f"decoding_{device.type}.json", result | environment())
 
