@@ -129,7 +129,7 @@ def test_two_processes_search_alike_and_get_the_same_values(small, tmp_path):
     about = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [job["status"] for job in about["jobs"]] == ["done"] * 3
     assert "processes: 2" in done.stdout
-    assert done.stdout.count("transformer of the job before") == 2
+    assert done.stdout.count("transformer of the previous job") == 2
     best = re.findall(r"Best value: ([0-9.]+)", done.stdout)  # of both processes
     assert len(best) == 2
     assert best[0] == best[1] == str(min(job["validation_loss"] for job in about["jobs"]))

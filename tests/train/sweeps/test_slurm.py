@@ -150,7 +150,7 @@ def test_a_job_of_two_processes_is_the_run_of_one(tmp_path):
     said = "".join(file.read_text() for file in (tmp_path / "two" / ".submitit").glob("*/*_0_log.out"))
     assert len(re.findall("processes: 2, CPU threads each: ", said)) == 1, said
     assert [job.status for job in records.read_jobs(tmp_path / "two")] == ["done", "failed"]
-    assert len(re.findall("error: .*adapter.rank=0", done.stdout)) == 1
+    assert len(re.findall(r"^job 1: .*adapter\.rank=0", done.stdout, re.MULTILINE)) == 1
     one = run_training(compose(*settings, "batch_size=2", "adapter.rank=2", f"output_dir={tmp_path / 'one'}")).parent
     for key in ("loss", "validation_loss"):
         assert values(tmp_path / "two" / "0", key) == pytest.approx(values(one, key), rel=1e-5)
