@@ -181,7 +181,7 @@ class Planner:
             "its average": 4 * sum(parameter.numel() for parameter in parameters) if self.job.averaged else 0,
         }
 
-    @property
+    @cached_property
     def swapped(self) -> int:
         """Bytes of the trained weights, stored while their average is validated, sampled and saved."""
         kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
@@ -204,6 +204,11 @@ class Planner:
         """Bytes in addition to the autoencoder's weights for encoding the references of a sample grid."""
         largest = max(self.job.sample_references, key=tokens, default=None)
         return 0 if largest is None else autoencoder_peaks(self.job.variant.autoencoder, *largest)[1]
+
+    @cached_property
+    def while_loading(self) -> int:
+        """Bytes of host memory for the largest parameter in bfloat16, twice."""
+        return 2 * 2 * max(parameter.numel() for parameter in self.job.model.parameters())
 
     @cached_property
     def workspace(self) -> int:
@@ -299,7 +304,7 @@ class Planner:
         host = {
             "streamed blocks": streamed,
             "block inputs": away,
-            "while loading": 2 * 2 * max(p.numel() for p in job.model.parameters()),  # two bf16 tensors
+            "while loading": self.while_loading,
             "cache entries read": READ_AHEAD,
             "process (assumed)": PROCESS,
         }
