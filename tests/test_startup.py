@@ -13,8 +13,14 @@ import pytest
 import flux2
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("flux2.generate", "flux2.export", "flux2.doctor", "flux2.serve", "train.hub", "train.tiny_model")
-SCRIPTS = ("train/demo.py",)
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).parent.parts)
+    for top in ("flux2", "train")
+    for path in (ROOT / top).glob("*/__main__.py")
+)
+SCRIPTS = sorted(
+    f"train/{path.name}" for path in (ROOT / "train").glob("*.py") if path.name not in ("__init__.py", "loop.py")
+)
 COMMANDS = [*(["-m", name] for name in MODULES), *([name] for name in SCRIPTS)]
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 
 if __name__ == "__main__":  # sys.path begins with the script's folder, whose modules would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.cli.light_imports import import_lightly
     from train.cli.start import start
 
     start()
+    from train.cli.light_imports import import_lightly
+
     import_lightly()
 
+import gc
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -144,7 +146,7 @@ def main(config: DictConfig) -> None:
     is_chosen = memory.get("gpu_memory_gb") is not None
     given["memory"] = completed(memory) | ({"gpu_memory_gb": None} if "gpu_memory_gb" in memory else {})
     given["device"] = "cpu"
-    run = RunConfig(OmegaConf.create(given), planned_processes=processes).dry_run()
+    run = RunConfig(OmegaConf.create(given), planned_processes=processes)
 
     has_gpu = torch.cuda.is_available() and on_gpu
     name = torch.cuda.get_device_name() if has_gpu else None
@@ -156,6 +158,7 @@ def main(config: DictConfig) -> None:
         return plan(on.fp8 is not None or planned_precision(run, on_gpu).matmul != "fp8")
 
     planner = planners(gpu(name, card or SIZES[-1]))
+    run.dry_run(planner.job.model)
     fixed = fixed_keys(memory) if is_chosen else {}  # otherwise its values are the group's defaults
     now = planner.predict(choice_of(run.config["memory"]))
     if is_chosen and card is not None:
@@ -205,4 +208,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(200_000)  # a plan takes seconds, and by default a tenth of them would be garbage collection
     command(main)

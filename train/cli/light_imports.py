@@ -1,19 +1,21 @@
-"""Import PEFT for a plan without the libraries that a plan does not use, which take a third of its CPU time.
+"""Import PEFT and PyTorch for a plan without what a plan does not use, which takes a third of its CPU time.
 
-A plan attaches an adapter to a model that has shapes only: it loads no text encoder, quantizes no weight and compiles
-nothing. PEFT imports transformers for base classes and `isinstance` checks, and bitsandbytes for its layers.
-bitsandbytes, which optimizer=adamw_8bit needs, imports torch's compiler for functions that a plan does not call.
+A plan attaches an adapter to a model that has shapes only: it loads no text encoder, quantizes no weight, shards no
+tensor and compiles nothing. PEFT imports transformers for base classes and `isinstance` checks, and bitsandbytes for
+its layers. PyTorch imports its compiler when it makes an optimizer or a fake tensor, and DTensor for such checks.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
-import os
 import sys
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+import torch
 
 
 class StandIn(ModuleType):
@@ -26,6 +28,17 @@ class StandIn(ModuleType):
             raise AttributeError(name)
         setattr(self, name, type(name, (), {}))
         return getattr(self, name)
+
+
+class Compiler(StandIn):
+    """A stand-in for torch._dynamo, PyTorch's compiler: only its module `config` is real."""
+
+    __path__ = [f"{torch.__path__[0]}/_dynamo"]  # noqa: RUF012
+
+    @staticmethod
+    def disable(function: Any = None, *_: object, **__: object) -> Any:
+        """Return `function`, or a decorator that does: also in place of `torch.compile`."""
+        return Compiler.disable if function is None else function
 
 
 class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -46,7 +59,12 @@ def import_lightly() -> None:
 
     PEFT then never checks for layers of bitsandbytes; our models have none.
     """
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # `torch.compile` does and imports nothing
+    for name, stand_in in (("torch._dynamo", Compiler), ("torch.distributed.tensor", StandIn)):
+        sys.modules[name] = stand_in(name)
+        parent, _, child = name.rpartition(".")
+        setattr(sys.modules[parent], child, sys.modules[name])
+    importlib.import_module("torch._dynamo.config")
+    torch.compile = Compiler.disable  # type: ignore[assignment]
     finder = StandInFinder()
     sys.meta_path.insert(0, finder)
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]

@@ -115,24 +115,28 @@ class RunConfig:
         other.sample = replace(self.sample, prompts=list(prompts), references=[])
         return other
 
-    def dry_run(self) -> RunConfig:
+    def dry_run(self, model: Transformer | None = None) -> RunConfig:
         """Return this configuration after checks on a model without memory, so that errors are reported early.
+
+        Args:
+            model: One on the meta device that has its adapter, if there is one already.
 
         Raises ValueError for settings that do not work together and for sample images that cannot be read.
         """
         if self.processes.sharded:
             self.memory.check_sharded()
-        with torch.device("meta"):
-            model = Transformer(self.variant.transformer)
-            convert(model, self.precision, self.accelerator.device)
-            self.memory.apply(model, self.accelerator.device, self.buckets)
-            peft_model = self.make_adapter(model, seed=self.settings.seed)
-        self._check_storage(peft_model)
+        if model is None:
+            with torch.device("meta"):
+                model = Transformer(self.variant.transformer)
+                convert(model, self.precision, self.accelerator.device)
+                self.make_adapter(model, seed=self.settings.seed)
+        self.memory.apply(model, self.accelerator.device, self.buckets)
+        self._check_storage(model)
         if self.processes.sharded:
-            check_adapter(peft_model)
+            check_adapter(model)
         if self.memory.compile:
             check_compiles(model)
-        shapes = [parameter.shape for parameter in adapter_parameters(peft_model)]
+        shapes = [parameter.shape for parameter in adapter_parameters(model)]
         one = torch.zeros((), device=self.accelerator.device)  # expanding it to a shape takes no memory
         parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
         check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
@@ -148,9 +152,9 @@ class RunConfig:
             open_image(path).load()
         return self
 
-    def _check_storage(self, peft_model: nn.Module) -> None:
+    def _check_storage(self, model: nn.Module) -> None:
         """Raise ValueError if embeddings are stored as the output of a trained layer."""
-        trained = [name for name, tensor in peft_model.named_parameters() if tensor.requires_grad and "txt_in" in name]
+        trained = [name for name, tensor in model.named_parameters() if tensor.requires_grad and "txt_in" in name]
         storage = self.settings.embedding_storage
         if trained and storage.startswith("projected"):
             raise ValueError(

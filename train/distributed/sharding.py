@@ -19,15 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from flux2.layers.fused_lora import INITIAL
 from flux2.models.transformer import Transformer
 
 if TYPE_CHECKING:
-    import peft
+    pass
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -74,9 +71,10 @@ def check_processes(count: int) -> None:
         )
 
 
-def check_adapter(wrapped: peft.PeftModel) -> None:
+def check_adapter(model: nn.Module) -> None:
     """Raise ValueError for an adapter that is computed from the base's weights, which are complete nowhere."""
-    for name, config in wrapped.peft_config.items():
+    configs: Any = model.peft_config
+    for name, config in configs.items():
         if name.endswith(INITIAL):
             kind, why = "PiSSA (adapter=pissa)", "is initialized from the largest directions of the base's weights"
         elif getattr(config, "use_dora", False):
@@ -91,6 +89,9 @@ def check_adapter(wrapped: peft.PeftModel) -> None:
 
 def sharder(device: torch.device) -> Callable[[nn.Module], None]:
     """Return a function that shards a block, or a model with sharded blocks, in place. All processes must call it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
 
     def shard(module: nn.Module) -> None:
@@ -104,13 +105,15 @@ def sharder(device: torch.device) -> Callable[[nn.Module], None]:
     return shard
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Return whether `tensor` is a DTensor, without the import of its module, which takes half a second."""
+    return hasattr(tensor, "to_local")
+
+
 def local_bytes(model: nn.Module) -> int:
     """Return the bytes of the base that this process holds between steps."""
-    return sum(
-        parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
-        for parameter in model.parameters()
-        if not parameter.requires_grad
-    )
+    frozen: Any = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    return sum((tensor.to_local() if is_sharded(tensor) else tensor).nbytes for tensor in frozen)
 
 
 def total_bytes(model: nn.Module) -> int:
@@ -135,6 +138,6 @@ def attach_sharded(attach: Callable[..., T], *arguments: Any, **settings: Any) -
         if "DTensor" in str(error):
             raise reads from error
         raise
-    if any(isinstance(parameter, DTensor) for parameter in wrapped.parameters() if parameter.requires_grad):
+    if any(is_sharded(parameter) for parameter in wrapped.parameters() if parameter.requires_grad):
         raise reads
     return wrapped

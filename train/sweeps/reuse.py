@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import peft
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flux2 import adapters
 from flux2.memory.block_offload import Offloader
 from flux2.models.transformer import Transformer
+from train.distributed.sharding import is_sharded
 from train.utils.memory import free_memory
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ class Base:
 
     def remove_adapter(self, wrapped: peft.PeftModel) -> bool:
         """Remove the adapter; return whether the transformer is unchanged, bit for bit, and can be trained again."""
-        if any(isinstance(tensor, DTensor) for _, tensor in tensors_of(wrapped)):
+        if any(is_sharded(tensor) for _, tensor in tensors_of(wrapped)):
             return False  # sharded across devices
         adapters.detach(wrapped)
         self.transformer.requires_grad_(False).eval()
