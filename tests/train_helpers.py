@@ -238,6 +238,31 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
     return plant
 
 
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """The `Trainer` of every run that reaches its end."""
+    found: list[Trainer] = []
+    run = Trainer.run
+
+    def keep(self: Trainer, start: Any) -> Path:
+        folder = run(self, start)
+        found.append(self)
+        return folder
+
+    monkeypatch.setattr(Trainer, "run", keep)
+    return found
+
+
+def refuse_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a run that loads a text encoder or an autoencoder fails."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an encoder was loaded")
+
+    monkeypatch.setattr("train.encoding.text_encoders.load_text_encoder", refuse)
+    monkeypatch.setattr("train.encoding.prepare.load_autoencoder", refuse)
+
+
 def ask_to_stop(number: int = signal.SIGTERM) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 

@@ -14,7 +14,19 @@ import pytest
 import torch
 from message_helpers import holds
 from PIL import Image
-from train_helpers import CAPTIONS, ROOT, compose, draw_picture, environment, execute, launch, lines, refusal, values
+from train_helpers import (
+    CAPTIONS,
+    ROOT,
+    compose,
+    draw_picture,
+    environment,
+    execute,
+    launch,
+    lines,
+    refusal,
+    refuse_encoders,
+    values,
+)
 
 from data.buckets import Buckets
 from data.cache import Cache
@@ -212,8 +224,7 @@ def test_the_command_fills_the_caches_and_the_run_after_it_loads_no_encoder(
     assert str(tmp_path / "cache") in out
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(CAPTIONS) + 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # it trains nothing
-    for loader in ("text_encoders.load_text_encoder", "prepare.load_autoencoder"):
-        monkeypatch.setattr(f"train.encoding.{loader}", lambda *rest: pytest.fail("an encoder was loaded"))
+    refuse_encoders(monkeypatch)
     train("run", f"cache_dir={tmp_path / 'cache'}", "steps=1")
 
 

@@ -15,6 +15,7 @@ from train_helpers import (
     compose,
     lines,
     random_tiny,
+    refuse_encoders,
     run_training,
     same_tensors,
     values,
@@ -24,8 +25,6 @@ from flux2 import adapters
 from flux2.weights.loading import load_transformer
 from train.checkpoints.checkpoint import checkpoints
 from train.config.settings import LoopSettings
-from train.encoding import text_encoders
-from train.loop import Trainer
 from train.objective import objective
 from train.objective.objective import Objective
 from train.stages.memory import load_config
@@ -47,21 +46,6 @@ EVERYTHING = [
     "validate_every=2",
     "validation.held_out=1",
 ]
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """The `Trainer` of every run that reaches its end."""
-    found = []
-    run = Trainer.run
-
-    def keep(self, start):
-        folder = run(self, start)
-        found.append(self)
-        return folder
-
-    monkeypatch.setattr(Trainer, "run", keep)
-    return found
 
 
 @pytest.fixture
@@ -179,16 +163,11 @@ def test_another_configuration_is_not_resumed(train):
 def test_filled_caches_give_the_same_losses_and_load_neither_encoder(train, tmp_path, monkeypatch):
     settings = [f"cache_dir={tmp_path / 'own_cache'}", "caption_dropout=0.5", *PRESERVE]
     empty = train("empty", *settings)
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("an encoder is loaded")
-
-    monkeypatch.setattr(text_encoders, "load_text_encoder", refuse)
-    monkeypatch.setattr("train.encoding.prepare.load_autoencoder", refuse)
+    refuse_encoders(monkeypatch)
     filled = train("filled", *settings)
     assert lines(filled) == lines(empty)
     assert same_tensors(adapter(filled), adapter(empty))
-    with pytest.raises(AssertionError, match="an encoder is loaded"):
+    with pytest.raises(AssertionError, match="an encoder was loaded"):
         train("other", f"cache_dir={tmp_path / 'other_cache'}")
 
 
