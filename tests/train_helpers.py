@@ -30,7 +30,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -41,6 +41,7 @@ from train.cli.app import command
 from train.cli.errors import USER_ERRORS, format_error
 from train.config.run_config import RunConfig
 from train.loop import Trainer
+from train.objective import objective
 from train.objective.loss import Noised, add_noise, draw
 from train.objective.timesteps import Uniform
 from train.run import main
@@ -52,6 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 # a word of the small tokenizer's each, so that no two captions have the same embedding
 CAPTIONS = ["a red cup", "a blue fox", "the small card", "a tarot cup", "trtcrd in red", "the blue background"]
+PRESERVE = ["preservation=base", "preservation.prompts=[a fox, the cup, a card]", "preservation.samples=1"]
 NOT_NUMBERS_OF_LEARNING = ("images_per_second", "peak_memory_gb")
 
 Train = Callable[..., Path]
@@ -121,6 +123,12 @@ def random_tiny(folder: Path) -> Path:
     (folder / "transformer").mkdir()
     save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     return folder
+
+
+def reread(run: Path) -> list[str]:
+    """The overrides of a run's model."""
+    kept = OmegaConf.load(run / "config.yaml").model
+    return [f"model.name={kept.name}", f"model.path={kept.path}"]
 
 
 def run_training(config: DictConfig | RunConfig) -> Path:
@@ -251,6 +259,20 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
 
     monkeypatch.setattr(Trainer, "run", keep)
     return found
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Every micro-batch that is trained on."""
+    seen: list[Batch] = []
+    add_noise = objective.add_noise
+
+    def keep(batch: Batch, *rest: Any) -> Noised:
+        seen.append(batch)
+        return add_noise(batch, *rest)
+
+    monkeypatch.setattr(objective, "add_noise", keep)
+    return seen
 
 
 def refuse_encoders(monkeypatch: pytest.MonkeyPatch) -> None:

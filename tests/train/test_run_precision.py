@@ -4,8 +4,7 @@ import re
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from train_helpers import adapter, compose, lines, run_training, same_tensors, values
+from train_helpers import adapter, compose, lines, reread, run_training, same_tensors, values
 
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import precision_from_name
@@ -53,12 +52,6 @@ def test_a_base_in_few_bits_trains_a_float32_adapter_and_stays_as_it_is(train, r
     now = {key.replace(".base_layer", ""): value for key, value in model.named_parameters() if "qweight" in key}
     assert len(stored) == len(layers)
     assert same_tensors(stored, now)
-
-
-def reread(run):
-    """The overrides of a run's model."""
-    kept = OmegaConf.load(run / "config.yaml").model
-    return [f"model.name={kept.name}", f"model.path={kept.path}"]
 
 
 def test_recomputing_activations_changes_no_loss_in_few_bits(train):
