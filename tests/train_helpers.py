@@ -112,6 +112,7 @@ def draw_picture(seed: int, size: tuple[int, int]) -> Image.Image:
 def random_tiny(folder: Path) -> Path:
     """A model of the size called `tiny` with random weights, for runs in other processes: what it predicts depends on
     all of its weights, whatever the embedded ones are."""
+    folder.mkdir(parents=True, exist_ok=True)
     for part in ("vae", "text_encoder", "tokenizer"):
         (folder / part).symlink_to(TINY_FOLDER / part, target_is_directory=True)
     generator = torch.Generator().manual_seed(0)

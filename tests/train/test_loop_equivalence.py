@@ -200,7 +200,7 @@ def test_two_processes_train_as_one_does(server, pictures, tmp_path):
     In the two, half of the blocks stream.
     """
     arguments = [
-        *("model=tiny", f"model.path={random_tiny_folder(tmp_path)}", "model.resolution=48", "dataset=folder"),
+        *("model=tiny", f"model.path={random_tiny(tmp_path / 'random tiny')}", "model.resolution=48", "dataset=folder"),
         f"dataset.path={pictures}",
         *(f"cache_dir={tmp_path / 'cache'}", "steps=3", "log_every=1", "checkpoint_every=2", "sample_every=0"),
         *("validate_every=3", "validation.samples=1", "adapter.rank=2", "optimizer.lr=1e-3", "caption_dropout=0.3"),
@@ -224,9 +224,3 @@ def test_two_processes_train_as_one_does(server, pictures, tmp_path):
     assert sorted(path.name for path in two.iterdir()) == [*files, "validation.jsonl"]
     state = json.loads((two / "checkpoints" / "step_000002" / "state.json").read_text())
     assert (state["step"], state["base"], state["images_per_step"]) == (2, "tiny", 4)
-
-
-def random_tiny_folder(tmp_path):
-    folder = tmp_path / "random tiny"
-    folder.mkdir()
-    return random_tiny(folder)

@@ -242,11 +242,10 @@ def test_a_mistake_on_the_command_line_of_the_entry_file_is_one_line(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_request_to_the_launcher_of_two_processes_saves_once(pictures, tmp_path, number):
     """A Ctrl-C reaches launcher and processes alike, and the launcher then signals them again."""
-    model = tmp_path / "model"
-    model.mkdir()
+    model = random_tiny(tmp_path / "model")
     cut = tmp_path / "cut"
     arguments = [
-        *("model=tiny", f"model.path={random_tiny(model)}", "model.resolution=48", "batch_size=1", "log_every=1"),
+        *("model=tiny", f"model.path={model}", "model.resolution=48", "batch_size=1", "log_every=1"),
         *("dataset=folder", f"dataset.path={pictures}", f"cache_dir={tmp_path / 'cache'}", "steps=100000"),
         *("sample_every=0", "validate_every=0", "checkpoint_every=0", f"output_dir={cut}"),
     ]
