@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import helpers
@@ -84,6 +85,20 @@ def train(kind: str, seed: int, **options: Any) -> tuple[peft.PeftModel, Transfo
     for parameter in adapters.adapter_parameters(model):
         parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
     return wrapped, model
+
+
+def draw_adapter(model: nn.Module, by: float = 0.1, seed: int = 0) -> None:
+    """Draw every trained weight: B too, which starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapters.adapter_parameters(model):
+        parameter.data = by * torch.randn(parameter.shape, generator=generator)
+
+
+def write_adapter(folder: Path, seed: int = 0, kind: str = "dev") -> None:
+    """Save a LoRA that changes pictures."""
+    wrapped = adapters.attach(helpers.transformer(kind), rank=2, seed=seed)
+    draw_adapter(wrapped, 0.3, seed)
+    adapters.save(wrapped, folder, base="small")
 
 
 def fresh(kind: str = "dev") -> Transformer:

@@ -9,6 +9,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from adapter_helpers import write_adapter
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
@@ -305,11 +306,7 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_adapters_change_the_picture_and_add_up(pipe: Pipeline, tmp_path: Path) -> None:
     for i in range(2):
-        model = helpers.transformer("klein")
-        wrapped = adapters.attach(model, rank=2, seed=i)
-        for parameter in adapters.adapter_parameters(model):
-            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.3
-        adapters.save(wrapped, tmp_path / str(i), base="small")
+        write_adapter(tmp_path / str(i), i, "klein")
     options: dict[str, Any] = {"prompt": "a cup", "width": 32, "height": 32}
     pictures = [pipe.generate(**options)]
     for i in range(2):
@@ -332,10 +329,7 @@ def test_merged_adapters_make_the_same_picture_in_plain_layers(
         pipe.merge_adapters()
     base = pipe.generate(**options)
     for i in range(2):
-        wrapped = adapters.attach(helpers.transformer("klein"), rank=2, seed=i)
-        for parameter in adapters.adapter_parameters(wrapped):
-            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.3
-        adapters.save(wrapped, tmp_path / str(i), base="small")
+        write_adapter(tmp_path / str(i), i, "klein")
         pipe.load_adapter(tmp_path / str(i), 0.5)
     beside = pipe.generate(**options)
     pipe.merge_adapters()

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-import torch
-from adapter_helpers import TYPES, fresh
+from adapter_helpers import TYPES, fresh, stirred
 
 from flux2 import adapters
 from flux2.adapters.tuners import attach_loha
@@ -27,10 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = (kind, targets, model, base)
         if key not in made:
             attach_it, options = EXPORTED[kind]
-            wrapped = attach_it(fresh(model), targets=targets, **options)
-            generator = torch.Generator().manual_seed(len(made))
-            for parameter in adapters.adapter_parameters(wrapped):
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            wrapped = stirred(attach_it(fresh(model), targets=targets, **options), by=0.1, seed=len(made))
             made[key] = tmp_path_factory.mktemp(kind) / "adapter"
             adapters.save(wrapped, made[key], base=base)
         return made[key]

@@ -9,7 +9,8 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from generate_helpers import repeat, write_adapter
+from adapter_helpers import write_adapter
+from generate_helpers import repeat
 from PIL import Image
 from remote_helpers import SECRET, FakeServer
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from generate_helpers import repeat, write_adapter
+from adapter_helpers import write_adapter
+from generate_helpers import repeat
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from process_helpers import run_module
