@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapter_helpers import EACH_TYPE, PRECISIONS, TYPES, attached, base, predict, stirred
+from precision_helpers import dequantized
 from torch import Tensor, nn
 
 from flux2 import adapters
@@ -17,8 +18,6 @@ from flux2.adapters.tuners import detach
 from flux2.layers.fused_lora import FusedLora
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.block_offload import offload
-from flux2.models.transformer import Transformer
-from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision, convert
 
 SUPPORTED = {(kind, precision) for kind in TYPES for precision in PRECISIONS}  # all; docs/adapters.md has the table
@@ -94,17 +93,6 @@ def gradients(model: nn.Module, autocast: bool = False) -> list[Tensor]:
     assert len(found) == len(parameters)
     model.zero_grad()
     return found
-
-
-def dequantized(model: Transformer) -> Transformer:
-    """The same weights in plain float32 layers."""
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, QuantizedLinear):
-            plain = nn.Linear(module.in_features, module.out_features, bias=False)
-            plain.weight = nn.Parameter(module.dequantize(torch.float32), requires_grad=False)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, plain)
-    return model.float()
 
 
 @pytest.mark.parametrize("storage", ["fp8", "nf4"])
