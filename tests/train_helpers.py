@@ -56,6 +56,7 @@ CAPTIONS = ["a red cup", "a blue fox", "the small card", "a tarot cup", "trtcrd 
 PRESERVE = ["preservation=base", "preservation.prompts=[a fox, the cup, a card]", "preservation.samples=1"]
 NOT_NUMBERS_OF_LEARNING = ("images_per_second", "peak_memory_gb")
 
+same_tensors = helpers.same_tensors
 Train = Callable[..., Path]
 
 
@@ -94,10 +95,6 @@ def values(folder: Path, key: str = "loss") -> list[float]:
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
     """The finished adapter of a run folder, or that of a checkpoint."""
     return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
