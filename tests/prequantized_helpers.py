@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, Variant
+from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision
 from flux2.weights.key_names import transformer_tensor
 from flux2.weights.loading import load_transformer
@@ -60,6 +61,15 @@ def load(tmp_path: Path) -> Load:
         return load_transformer(source, "cpu", precision, **options)  # type: ignore[arg-type]
 
     return function
+
+
+def check_stored(layer: QuantizedLinear, weight: Tensor) -> None:
+    """A layer stores what it would store of the float weight."""
+    fresh = type(layer)(layer.in_features, layer.out_features, device="meta")
+    fresh.store(weight)
+    ours, theirs = dict(layer.named_parameters()), dict(fresh.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def check_equal(model: Transformer, wanted: dict[str, Tensor]) -> None:
