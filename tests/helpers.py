@@ -78,6 +78,11 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
 
 
+def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """The same names, and the same bits for each."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int) -> nn.Module:
     """Draw every parameter and running statistic, at scales that keep activations near one."""

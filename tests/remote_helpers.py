@@ -18,17 +18,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import safetensors.torch
 import torch
 from process_helpers import ForkedModule
 from torch import Tensor
 
-from flux2.prompts.remote_client import TOKEN
+from flux2.prompts.remote_client import TOKEN, Client
 from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
 
 SECRET = "a-secret-token-of-many-signs"
 HEX = "0123456789abcdef" * 2
+VARIANT = helpers.VARIANTS["dev"]
+SHAPE = (1, VARIANT.text.length, VARIANT.transformer.text_width)
+PROTOCOLS = pytest.mark.parametrize("protocol", ["flux2", "published"])
 
 
 def saved(value: object) -> bytes:
@@ -154,6 +158,9 @@ class FakeServer:
         self._server.server_close()
 
 
+Fake = Callable[..., FakeServer]
+
+
 @pytest.fixture
 def fake_server() -> Iterator[Callable[..., FakeServer]]:
     """`fake_server(variant, length, ...)`: a server that runs until the test ends."""
@@ -193,3 +200,14 @@ def real_server() -> Iterator[RealServer]:
     server = RealServer("--model", "tiny", token=SECRET)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment has no token."""
+    monkeypatch.delenv(TOKEN, raising=False)
+
+
+def client(server: FakeServer, protocol: str = "flux2", **settings: object) -> Client:
+    quick = {"timeout": 20.0, "wait": 0.01, "attempts": 3} | settings
+    return Client(server.url, VARIANT, protocol=protocol, **quick)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -41,6 +41,7 @@ from train.cli.app import command
 from train.cli.errors import USER_ERRORS, format_error
 from train.config.run_config import RunConfig
 from train.loop import Trainer
+from train.objective import objective
 from train.objective.loss import Noised, add_noise, draw
 from train.objective.timesteps import Uniform
 from train.run import main
@@ -52,8 +53,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 # a word of the small tokenizer's each, so that no two captions have the same embedding
 CAPTIONS = ["a red cup", "a blue fox", "the small card", "a tarot cup", "trtcrd in red", "the blue background"]
+PRESERVE = ["preservation=base", "preservation.prompts=[a fox, the cup, a card]", "preservation.samples=1"]
 NOT_NUMBERS_OF_LEARNING = ("images_per_second", "peak_memory_gb")
 
+same_tensors = helpers.same_tensors
 Train = Callable[..., Path]
 
 
@@ -94,10 +97,6 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(int)
 
@@ -110,6 +109,7 @@ def draw_picture(seed: int, size: tuple[int, int]) -> Image.Image:
 def random_tiny(folder: Path) -> Path:
     """A model of the size called `tiny` with random weights, for runs in other processes: what it predicts depends on
     all of its weights, whatever the embedded ones are."""
+    folder.mkdir(parents=True, exist_ok=True)
     for part in ("vae", "text_encoder", "tokenizer"):
         (folder / part).symlink_to(TINY_FOLDER / part, target_is_directory=True)
     generator = torch.Generator().manual_seed(0)
@@ -121,6 +121,12 @@ def random_tiny(folder: Path) -> Path:
     (folder / "transformer").mkdir()
     save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     return folder
+
+
+def reread(run: Path) -> list[str]:
+    """The overrides of a run's model."""
+    kept = OmegaConf.load(run / "config.yaml").model
+    return [f"model.name={kept.name}", f"model.path={kept.path}"]
 
 
 def run_training(config: DictConfig | RunConfig) -> Path:
@@ -236,6 +242,45 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
         monkeypatch.setattr(Trainer, "accumulate_gradients", planted)
 
     return plant
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """The `Trainer` of every run that reaches its end."""
+    found: list[Trainer] = []
+    run = Trainer.run
+
+    def keep(self: Trainer, start: Any) -> Path:
+        folder = run(self, start)
+        found.append(self)
+        return folder
+
+    monkeypatch.setattr(Trainer, "run", keep)
+    return found
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Every micro-batch that is trained on."""
+    seen: list[Batch] = []
+    add_noise = objective.add_noise
+
+    def keep(batch: Batch, *rest: Any) -> Noised:
+        seen.append(batch)
+        return add_noise(batch, *rest)
+
+    monkeypatch.setattr(objective, "add_noise", keep)
+    return seen
+
+
+def refuse_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a run that loads a text encoder or an autoencoder fails."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an encoder was loaded")
+
+    monkeypatch.setattr("train.encoding.text_encoders.load_text_encoder", refuse)
+    monkeypatch.setattr("train.encoding.prepare.load_autoencoder", refuse)
 
 
 def ask_to_stop(number: int = signal.SIGTERM) -> Callable[[], None]:

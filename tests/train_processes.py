@@ -114,7 +114,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The settings of a run of the size called tiny, with random weights, on edits of two shapes."""
     folder = tmp_path_factory.mktemp("tiny")
-    (folder / "model").mkdir()
     for name in ("source", "target"):
         (folder / "edits" / name).mkdir(parents=True)
         for i, caption in enumerate(("a red cup", "a blue fox", "the small card")):

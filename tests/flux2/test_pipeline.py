@@ -1,7 +1,7 @@
 """flux2.pipeline: the pictures of Flux2Pipeline and Flux2KleinPipeline from the same noise, loaded part by part."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +12,26 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
+from pipeline_helpers import difference, picture, pipeline
 
 import flux2
-from flux2 import adapters
 from flux2 import pipeline as pipeline_module
-from flux2.models.pixels import reference_image, to_images, to_pixels
+from flux2.models.pixels import reference_image, to_pixels
 from flux2.models.variants import VARIANTS
 from flux2.pipeline import Pipeline
 from flux2.prompts import embeddings as prompts
-from flux2.quantization.precision import Precision
 from flux2.sampling import initial_noise
 from flux2.utils.device import pick_device
 from flux2.weights.sources import ModelSource
 
+pytest_plugins = ("pipeline_helpers",)
+
 PROMPTS = ["a small red fox", "the tarot card"]
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 REFERENCES = {0: [], 1: [picture(80, 64)], 2: [picture(64, 96, 1), picture(100, 70, 2)]}
-
-
-def pipeline(source: ModelSource, keep: bool = True) -> Pipeline:
-    return Pipeline(source, torch.device("cpu"), Precision(), keep_text_encoder=keep)
 
 
 def kind_of(source: ModelSource) -> str:
     return source.variant.name.removeprefix("small_")
-
-
-def difference(ours: Sequence[Image.Image], others: Sequence[Image.Image]) -> int:
-    """The largest difference of any pixel, of 255."""
-    pairs = zip(ours, others, strict=True)
-    return max(int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs)
 
 
 def published_pictures(kind: str, prompts: list[str], noise: torch.Tensor, **options: Any) -> list[Image.Image]:
@@ -143,11 +128,6 @@ def test_one_reference_may_have_more_pixels_than_one_of_several(
 
 
 # ------------------------------------------------------------------ what a picture depends on
-
-
-@pytest.fixture
-def pipe(model_folders: Callable[[str], Path]) -> Pipeline:
-    return pipeline(ModelSource(helpers.VARIANTS["klein"], str(model_folders("klein"))))
 
 
 def test_a_picture_depends_on_its_own_prompt_and_seed_alone(pipe: Pipeline) -> None:
@@ -298,115 +278,3 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     assert pick_device("cuda:1").index == 1
     with pytest.raises(ValueError, match=r"device='?cuda:2\b.*\b2 GPUs"):
         pick_device("cuda:2")
-
-
-# ------------------------------------------------------------------ adapters and pixels
-
-
-def test_adapters_change_the_picture_and_add_up(pipe: Pipeline, tmp_path: Path) -> None:
-    for i in range(2):
-        model = helpers.transformer("klein")
-        wrapped = adapters.attach(model, rank=2, seed=i)
-        for parameter in adapters.adapter_parameters(model):
-            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.3
-        adapters.save(wrapped, tmp_path / str(i), base="small")
-    options: dict[str, Any] = {"prompt": "a cup", "width": 32, "height": 32}
-    pictures = [pipe.generate(**options)]
-    for i in range(2):
-        pipe.load_adapter(tmp_path / str(i))
-        pictures.append(pipe.generate(**options))
-    assert min(difference(pictures[i], pictures[j]) for i, j in ((0, 1), (1, 2), (0, 2))) > 10
-    with adapters.adapters_disabled(pipe.transformer):
-        assert difference(pipe.generate(**options), pictures[0]) == 0
-    pipe.load_adapter(tmp_path / "1", scale=-1.0)
-    assert difference(pipe.generate(**options), pictures[1]) <= 1, "once and minus once is nothing"
-
-
-def test_merged_adapters_make_the_same_picture_in_plain_layers(
-    model_folders: Callable[[str], Path], tmp_path: Path
-) -> None:
-    source = ModelSource(helpers.VARIANTS["klein"], str(model_folders("klein")))
-    pipe = Pipeline(source, torch.device("cpu"), Precision(), keep_text_encoder=True)
-    options: dict[str, Any] = {"prompt": "a cup", "width": 32, "height": 32}
-    with pytest.raises(ValueError, match="adapter"):
-        pipe.merge_adapters()
-    base = pipe.generate(**options)
-    for i in range(2):
-        wrapped = adapters.attach(helpers.transformer("klein"), rank=2, seed=i)
-        for parameter in adapters.adapter_parameters(wrapped):
-            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.3
-        adapters.save(wrapped, tmp_path / str(i), base="small")
-        pipe.load_adapter(tmp_path / str(i), 0.5)
-    beside = pipe.generate(**options)
-    pipe.merge_adapters()
-    assert not any("lora_" in name for name, _ in pipe.transformer.named_parameters())
-    assert difference(pipe.generate(**options), beside) <= 1
-    assert difference(pipe.generate(**options), base) > 10
-    pipe.load_adapter(tmp_path / "0", -0.5)
-    pipe.load_adapter(tmp_path / "1", -0.5)
-    assert difference(pipe.generate(**options), base) <= 1, "others can be loaded on top"
-
-
-@pytest.mark.parametrize(
-    ("storage", "streamed", "message"),
-    [
-        ("nf4", 0, "precision=nf4.*precision=bf16 or fp32"),
-        ("fp8", 0, "precision=fp8.*precision=bf16 or fp32"),
-        (None, 1, r"merge.*offload_blocks=0\b"),
-    ],
-)
-def test_what_cannot_be_merged_into_is_refused_before_anything_is_loaded(
-    storage: Any, streamed: int, message: str, model_folders: Callable[[str], Path]
-) -> None:
-    source = ModelSource(helpers.VARIANTS["klein"], str(model_folders("klein")))
-    precision = Precision(torch.bfloat16, storage) if storage else Precision()
-    pipe = Pipeline(source, torch.device("cpu"), precision, False, streamed)
-    with pytest.raises(ValueError, match=message):
-        pipe.merge_adapters()
-    assert pipe._transformer is None
-
-
-def test_an_adapter_that_cannot_be_used_leaves_the_pipeline_as_it_was(pipe: Pipeline, tmp_path: Path) -> None:
-    model = helpers.transformer("klein")
-    wrapped = adapters.attach(model, rank=2)
-    adapters.save(wrapped, tmp_path / "good", base="small")
-    next(iter(adapters.adapter_parameters(model))).data.fill_(float("nan"))
-    adapters.save(wrapped, tmp_path / "bad", base="small")
-    options: dict[str, Any] = {"prompt": "a cup", "width": 16, "height": 16, "steps": 1}
-    before = pipe.generate(**options)
-    wrong: tuple[tuple[str, Any, type[Exception], str], ...] = (
-        ("good", "0.5", TypeError, r"scale='0\.5'"),
-        ("good", None, TypeError, r"scale=None\b"),
-        ("good", float("nan"), ValueError, r"scale=nan\b"),
-        ("bad", 1.0, ValueError, r"/bad\b.*NaN"),
-    )
-    for name, scale, kind, message in wrong:
-        with pytest.raises(kind, match=message):
-            pipe.load_adapter(tmp_path / name, scale)
-    assert difference(pipe.generate(**options), before) == 0
-    pipe.load_adapter(tmp_path / "good", np.float32(0.5))
-    assert difference(pipe.generate(**options), before) == 0, "a fresh adapter changes nothing"
-
-
-def test_pixels_that_are_not_finite_are_no_picture() -> None:
-    for value in (float("nan"), float("inf")):
-        pixels = torch.zeros(1, 3, 16, 16)
-        pixels[0, 1, 2, 3] = value
-        with pytest.raises(ValueError, match="NaN"):
-            to_images(pixels)
-
-
-def test_pixels_and_pictures_are_inverse_and_clip() -> None:
-    images = [picture(32, 16, seed) for seed in range(2)]
-    pixels = to_pixels(images)
-    assert pixels.shape == (2, 3, 16, 32)
-    assert pixels.min() == -1
-    assert pixels.max() == 1
-    assert difference(to_images(pixels), images) == 0
-    assert (
-        difference(
-            to_images(pixels * 3),
-            [image.point(lambda v: min(max(round((v - 127.5) * 3 + 127.5), 0), 255)) for image in images],
-        )
-        <= 1
-    )

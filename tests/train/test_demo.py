@@ -1,11 +1,14 @@
+"""train/demo.py: what the demo measures, how it judges that, and what it writes."""
+
 import json
 import sys
 from dataclasses import replace
 
 import pytest
+from demo_helpers import check_demo, check_miss, run_demo, short_settings
 from message_helpers import holds
 from PIL import Image
-from train_helpers import ROOT, adapter, compose, execute, refusal, values
+from train_helpers import ROOT, compose, execute, refusal
 
 from data.sources import Folder
 from data.synthetic import drawings
@@ -92,10 +95,7 @@ def test_everything_good_is_judged_so_in_every_sentence():
     ],
 )
 def test_what_missed_its_threshold_is_judged_so_with_its_number(key, bad, sentence):
-    judged = judge(GOOD | {key: bad})
-    assert [text[:3] for text in judged] == ["NO " if i == sentence else "yes" for i in range(5)]
-    if key != "base_unchanged":
-        assert f"{bad:.0%}" in judged[sentence]
+    check_miss(judge, GOOD, key, bad, sentence)
 
 
 def test_an_adapter_that_learned_nothing_is_said_to_have_learned_nothing():
@@ -115,19 +115,14 @@ def short(monkeypatch, tmp_path, cache_folder):
     monkeypatch.setattr(demo, "SHOWN", ("green fish", "pink heart"))
     monkeypatch.setattr(demo, "PICTURES", 1)
     monkeypatch.setitem(VARIANTS, "tiny", replace(VARIANTS["tiny"], steps=2))
-    return [
-        *("+experiment=demo", "steps=2", "batch_size=2", "preservation.samples=1", "model.resolution=64"),
-        *("sample_every=0", "validate_every=0", f"output_dir={tmp_path / 'run'}", f"cache_dir={cache_folder}"),
-    ]
+    return [*short_settings("demo", tmp_path / "run", cache_folder), "model.resolution=64"]
 
 
 def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_path):
-    code, out, err = run_command(*short, task=demo.main)
-    assert code == 0, err
     run = tmp_path / "run"
-    report = json.loads((run / "demo.json").read_text())
+    report, out = run_demo(run_command, short, demo.main, run / "demo.json")
+    check_demo(run, report, out, judge, columns=2)
     assert report.keys() >= GOOD.keys() | {"training_seconds", "style_distance_of_the_cards", "cards_before"}
-    assert report["base_unchanged"] == 1.0
     assert report["cards_before"].keys() == set(PictureScores.__dataclass_fields__)
     assert report["style_moved"] == pytest.approx(
         share_moved(
@@ -136,21 +131,11 @@ def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_pa
             report["style_distance_of_the_cards"],
         )
     )
-    page = Image.open(run / "grid.png")
-    assert page.width > 2 * 256
-    assert page.height > 4 * 256
-    assert len(values(run)) == 1  # the last step
-    assert any(tensor.abs().max() > 0 for name, tensor in adapter(run).items() if "lora_B" in name)
-    for sentence in judge(report):
-        assert sentence in out
-    assert f"{run / 'grid.png'}\n" in out
-    assert f"-m flux2.generate --adapter {run / 'adapter'}" in out
 
 
 def test_the_demo_of_an_adapter_that_learns_nothing_says_so(short, run_command, tmp_path):
-    code, out, err = run_command(*short, "optimizer.lr=1e-30", "steps=1", task=demo.main)
-    assert code == 0, err
-    report = json.loads((tmp_path / "run" / "demo.json").read_text())
+    settings = [*short, "optimizer.lr=1e-30", "steps=1"]
+    report, out = run_demo(run_command, settings, demo.main, tmp_path / "run" / "demo.json")
     assert report["style_moved"] == report["plain_style_moved"] == 0
     assert report["cards_before"] == report["cards_after"]
     assert judge(report)[0] in out

@@ -1,11 +1,14 @@
+"""train/demo_edit.py: what the demo of edits measures, how it judges that, and what it writes."""
+
 import json
 import sys
 from dataclasses import replace
 
 import pytest
+from demo_helpers import check_demo, check_miss, run_demo, short_settings
 from message_helpers import holds
 from PIL import Image
-from train_helpers import ROOT, adapter, compose, execute, refusal, values
+from train_helpers import ROOT, compose, execute, refusal
 
 from data.synthetic.drawings import Drawing, draw
 from data.synthetic.recognize import difference
@@ -80,10 +83,7 @@ def test_everything_good_is_judged_so_in_every_sentence():
     ],
 )
 def test_what_missed_its_threshold_is_judged_so_with_its_number(key, bad, sentence):
-    judged = judge(GOOD | {key: bad})
-    assert [text[:3] for text in judged] == ["NO " if i == sentence else "yes" for i in range(4)]
-    if key != "base_unchanged":
-        assert f"{bad:.0%}" in judged[sentence]
+    check_miss(judge, GOOD, key, bad, sentence)
 
 
 # ------------------------------------------------------------------ the command
@@ -94,10 +94,7 @@ def short(monkeypatch, tmp_path, cache_folder):
     """The settings of the demo with few steps and four pictures, each sampled in two steps."""
     monkeypatch.setattr(demo_edit, "new_drawings", lambda: list(SHOWN))
     monkeypatch.setitem(VARIANTS, "tiny", replace(VARIANTS["tiny"], steps=2))
-    return [
-        *("+experiment=demo_edit", "steps=2", "batch_size=2", "preservation.samples=1"),
-        *("sample_every=0", "validate_every=0", f"output_dir={tmp_path / 'run'}", f"cache_dir={cache_folder}"),
-    ]
+    return short_settings("demo_edit", tmp_path / "run", cache_folder)
 
 
 def test_a_picture_is_an_edit_of_its_own_source_with_its_own_seed(short):
@@ -112,30 +109,19 @@ def test_a_picture_is_an_edit_of_its_own_source_with_its_own_seed(short):
 
 
 def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_path):
-    code, out, err = run_command(*short, task=demo_edit.main)
-    assert code == 0, err
     run = tmp_path / "run"
-    report = json.loads((run / "demo_edit.json").read_text())
+    report, out = run_demo(run_command, short, demo_edit.main, run / "demo_edit.json")
+    check_demo(run, report, out, judge, columns=4)
     assert report.keys() >= GOOD.keys() | {"training_seconds", "distance", "before", "after", "shuffled_given"}
-    assert report["base_unchanged"] == 1.0
     assert report["edits_right_before"] == report["before"]["all"]
     assert report["moved"] == pytest.approx(1 - report["distance"] / report["distance_before"])
-    page = Image.open(run / "grid.png")
-    assert page.width > 4 * 256
-    assert page.height > 4 * 256
-    assert len(values(run)) == 1  # the last step
-    assert any(tensor.abs().max() > 0 for name, tensor in adapter(run).items() if "lora_B" in name)
-    for sentence in judge(report):
-        assert sentence in out
-    assert f"{run / 'grid.png'}\n" in out
     assert f"-m flux2.generate --adapter {run / 'adapter'} --image data/demo_edit/new/pink_fish.png" in out
     assert (ROOT / "data/demo_edit/new/pink_fish.png").is_file()
 
 
 def test_the_demo_of_an_adapter_that_learns_nothing_says_so(short, run_command, tmp_path):
-    code, out, err = run_command(*short, "optimizer.lr=1e-30", "steps=1", task=demo_edit.main)
-    assert code == 0, err
-    report = json.loads((tmp_path / "run" / "demo_edit.json").read_text())
+    settings = [*short, "optimizer.lr=1e-30", "steps=1"]
+    report, out = run_demo(run_command, settings, demo_edit.main, tmp_path / "run" / "demo_edit.json")
     assert report["moved"] == 0
     assert report["before"] == report["after"]
     assert report["plain_before"] == report["plain_after"]

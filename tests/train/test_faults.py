@@ -193,18 +193,23 @@ def test_two_processes_go_on_to_the_bit_and_so_does_one_of_two_that_is_asked_to_
     assert not same_tensors(adapter(one), adapter(place))  # it trained on
 
 
-@pytest.mark.slow
-def test_when_one_of_two_launched_processes_is_killed_the_other_ends_and_the_run_goes_on(server, tiny, tmp_path):
-    settings = [*tiny, "adapter.dropout=0", "checkpoint_every=1", "steps=100000"]
-    cut, alone = tmp_path / "cut", tmp_path / "alone"
-    launcher = subprocess.Popen(
-        [*launch("train/run.py", processes=2), *settings, f"output_dir={cut}"],
+def start_launcher(words):
+    """A launcher under way, whose output and errors are one."""
+    return subprocess.Popen(
+        words,
         cwd=ROOT,
         env=environment(ACCELERATE_USE_CPU="true"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@pytest.mark.slow
+def test_when_one_of_two_launched_processes_is_killed_the_other_ends_and_the_run_goes_on(server, tiny, tmp_path):
+    settings = [*tiny, "adapter.dropout=0", "checkpoint_every=1", "steps=100000"]
+    cut, alone = tmp_path / "cut", tmp_path / "alone"
+    launcher = start_launcher([*launch("train/run.py", processes=2), *settings, f"output_dir={cut}"])
     until(lambda: done(cut) >= 3, "three steps")
     children = psutil.Process(launcher.pid).children()
     assert len(children) == 2
@@ -224,14 +229,7 @@ def test_the_command_that_goes_on_is_the_launchers_too(tiny, tmp_path):
     cut = tmp_path / "cut"
     settings = [*tiny, "steps=100000", f"output_dir={cut}"]
     words = [*launch("train/run.py", processes=2), *settings]
-    launcher = subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=environment(ACCELERATE_USE_CPU="true"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    launcher = start_launcher(words)
     until(lambda: done(cut) >= 2, "two steps")
     launcher.send_signal(signal.SIGTERM)
     said, _ = launcher.communicate(timeout=LIMIT)

@@ -103,9 +103,8 @@ def test_the_plugins_of_the_configuration_are_those_of_the_extras():
 @pytest.mark.slow
 def test_two_processes_search_alike_and_get_the_same_values(small, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper.optuna_sweeper", reason="the extra `optuna`")
-    model = tmp_path / "model"
-    model.mkdir()
-    settings = [f"model.path={random_tiny(model)}", f"output_dir={tmp_path / 'sweep'}", "cache_dir=null", "steps=1"]
+    model = random_tiny(tmp_path / "model")
+    settings = [f"model.path={model}", f"output_dir={tmp_path / 'sweep'}", "cache_dir=null", "steps=1"]
     settings += [
         "+experiment=debug",
         "buckets.resolution=32",
@@ -142,9 +141,8 @@ def test_two_processes_search_alike_and_get_the_same_values(small, tmp_path):
 def test_jobs_of_submitit_leave_the_same_table(small, tmp_path, train):
     """In processes of their own, which a script on this machine starts: one fails, and the other is done."""
     pytest.importorskip("submitit", reason="the extra `slurm`")
-    model = tmp_path / "model"
-    model.mkdir()
-    settings = [f"model.path={random_tiny(model)}", f"cache_dir={tmp_path / 'cache'}", "steps=2", "validate_every=1"]
+    model = random_tiny(tmp_path / "model")
+    settings = [f"model.path={model}", f"cache_dir={tmp_path / 'cache'}", "steps=2", "validate_every=1"]
     settings += ["+experiment=debug", "buckets.resolution=32", "sample_every=0", "checkpoint_every=0"]
     done = execute(
         [

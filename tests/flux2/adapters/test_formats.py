@@ -7,26 +7,16 @@ import helpers
 import peft
 import pytest
 import torch
+from adapter_helpers import fresh, predict
 from diffusers import Flux2Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2 import adapters
 from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_comfyui, to_diffusers, to_kohya
-from flux2.models.transformer import Transformer
 from flux2.weights.key_names import transformer_module
 
 QKV = "double_blocks.1.img_attn.qkv"
-
-
-def fresh(kind: str = "dev") -> Transformer:
-    return helpers.transformer(kind)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, kind: str = "dev") -> Tensor:
-    inputs = helpers.transformer_inputs(helpers.TRANSFORMERS[kind])
-    return model(**inputs) if isinstance(model, Transformer) else helpers.reference_forward(model, inputs)
 
 
 def random_pairs(

@@ -1,4 +1,4 @@
-"""flux2.weights.prequantized: what is quantized in its file already is taken over bit for bit where it can be."""
+"""flux2.weights.prequantized: weights that are in 4 bits in their file are taken over bit for bit where they can be."""
 
 import json
 import re
@@ -6,79 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
+import helpers
 import pytest
 import torch
-from safetensors.torch import save_file
+from prequantized_helpers import CONFIG, FP8, NF4, Load, check_equal, check_stored, joined, of_size, published, weights
 from torch import Tensor
 
-from flux2.models.transformer import Transformer
-from flux2.models.variants import VARIANTS, TransformerConfig, Variant
 from flux2.quantization.float8 import Float8Linear
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import Precision
-from flux2.weights.key_names import swap_halves, transformer_tensor
+from flux2.weights.key_names import swap_halves
 from flux2.weights.loading import load_transformer
 from flux2.weights.sources import ModelSource, WeightsError
 
-CONFIG = TransformerConfig(
-    heads=4,
-    head_dim=16,
-    rope_axes=(4, 4, 4, 4),
-    double_blocks=1,
-    single_blocks=1,
-    text_width=48,
-    time_width=32,
-    guidance=True,
-)
-NF4, FP8 = Precision(storage="nf4"), Precision(storage="fp8")
-Load = Callable[..., Transformer]
-
-
-def of_size(heads: int) -> Variant:
-    from dataclasses import replace
-
-    return replace(VARIANTS["dev"], name="small", repo="", transformer=replace(CONFIG, heads=heads))
-
-
-def weights(heads: int = 4) -> dict[str, Tensor]:
-    """Random weights under our names."""
-    with torch.device("meta"):
-        names = Transformer(of_size(heads).transformer).state_dict()
-    generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in names.items()}
-
-
-def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same under diffusers' names."""
-    return {key: part for name, tensor in state.items() for key, part in transformer_tensor(name).split(tensor).items()}
-
-
-def joined(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """From diffusers' names back to ours."""
-    entries = {name: transformer_tensor(name) for name in like}
-    return {name: entry.join([state[key] for key in entry.names]) for name, entry in entries.items()}
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Load:
-    def function(
-        state: dict[str, Tensor], precision: Precision | torch.dtype = torch.float32, heads: int = 4, **options: object
-    ) -> Transformer:
-        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(contiguous, tmp_path / "flux.safetensors")
-        source = ModelSource(of_size(heads), str(tmp_path / "flux.safetensors"))
-        return load_transformer(source, "cpu", precision, **options)  # type: ignore[arg-type]
-
-    return function
-
-
-def check_equal(model: Transformer, wanted: dict[str, Tensor]) -> None:
-    for name, tensor in wanted.items():
-        module, _, leaf = name.rpartition(".")
-        assert torch.equal(getattr(model.get_submodule(module), leaf) + 0, tensor), name
-
-
-# ------------------------------------------------------------------ bitsandbytes
+pytest_plugins = ("prequantized_helpers",)
 
 
 def in_four_bits(state: dict[str, Tensor], nested: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -158,10 +99,8 @@ def test_four_bits_are_dequantized_for_other_precisions(load: Load) -> None:
     check_equal(load(stored, torch.float32), wanted)
     name = "double_blocks.0.img_attn.qkv"
     layer = load(stored, FP8).get_submodule(name)
-    fresh = Float8Linear(layer.in_features, layer.out_features, device="meta")
-    fresh.store(wanted[f"{name}.weight"])
-    assert torch.equal(layer.qweight, fresh.qweight)
-    assert torch.equal(layer.scale, fresh.scale)
+    assert isinstance(layer, Float8Linear)
+    check_stored(layer, wanted[f"{name}.weight"])
 
 
 def test_parts_in_different_forms_are_joined_as_floats(load: Load) -> None:
@@ -174,10 +113,10 @@ def test_parts_in_different_forms_are_joined_as_floats(load: Load) -> None:
     stored[name] = meant[name] = plain[name].bfloat16()
     meant[name] = meant[name].float()
     check_equal(load(stored, torch.float32), joined(meant, state))
-    model = load(stored, NF4)
-    fresh = Nf4Linear(64, 192, device="meta")
-    fresh.store(joined(meant, state)["double_blocks.0.img_attn.qkv.weight"])
-    assert torch.equal(model.get_submodule("double_blocks.0.img_attn.qkv").qweight, fresh.qweight)
+    name = "double_blocks.0.img_attn.qkv"
+    layer = load(stored, NF4).get_submodule(name)
+    assert isinstance(layer, Nf4Linear)
+    check_stored(layer, joined(meant, state)[f"{name}.weight"])
 
 
 @pytest.mark.parametrize(
@@ -249,7 +188,6 @@ def test_a_4_bit_weight_of_another_shape_is_misshaped(load: Load) -> None:
 
 def test_a_4_bit_folder_is_what_diffusers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by diffusers with bitsandbytes, as the published 4-bit repositories are; values as diffusers has them."""
-    import helpers
     from diffusers import BitsAndBytesConfig, Flux2Transformer2DModel
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 
@@ -274,145 +212,6 @@ def test_a_4_bit_folder_is_what_diffusers_loads(tmp_path: Path, monkeypatch: pyt
     model = load_transformer(ModelSource(of_size(4), str(tmp_path / "four")), "cpu", NF4)
     check_equal(model, joined(meant, weights()))
     assert sum(isinstance(module, Nf4Linear) for module in model.modules()) == 10
-
-
-# ------------------------------------------------------------------ fp8
-
-
-def in_eight_bits(
-    state: dict[str, Tensor], spelling: str, inputs: str | None = None, rows: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A file in e4m3 with scales, and the values that it stands for; matrices of blocks alone are in it."""
-    stored, meant = dict(state), dict(state)
-    for name, tensor in state.items():
-        if "blocks." not in name or tensor.ndim < 2:
-            continue
-        scale = (tensor.abs().amax(dim=1, keepdim=True) if rows else tensor.abs().max()) / 448
-        module = name.removesuffix("weight")
-        stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
-        stored[module + spelling] = scale
-        if inputs is not None:
-            stored[module + inputs] = torch.tensor(1.0)
-        meant[name] = stored[name].float() * scale
-    return stored, meant
-
-
-SPELLINGS = [("weight_scale", None), ("weight_scale", "input_scale"), ("scale_weight", "scale_input")]
-
-
-@pytest.mark.parametrize(("spelling", "inputs"), SPELLINGS)
-def test_fp8_with_a_scale_a_tensor_is_taken_over(spelling: str, inputs: str | None, load: Load) -> None:
-    stored, meant = in_eight_bits(weights(), spelling, inputs)
-    stored["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
-    said: list[str] = []
-    model = load({f"model.diffusion_model.{name}": tensor for name, tensor in stored.items()}, FP8, say=said.append)
-    check_equal(model, meant)
-    layer = model.get_submodule("double_blocks.0.img_attn.qkv")
-    assert torch.equal(layer.qweight.view(torch.float8_e4m3fn), stored["double_blocks.0.img_attn.qkv.weight"])
-    assert layer.scale.view(torch.float32) == stored[f"double_blocks.0.img_attn.qkv.{spelling}"]
-    (line,) = said
-    assert "10 layers" in line
-    assert ("10 input scales" in line) == (inputs is not None)
-
-
-@pytest.mark.parametrize("rows", [False, True], ids=["one a tensor", "one a row"])
-@pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight"])
-def test_fp8_in_diffusers_names_is_taken_over_with_a_scale_a_row_where_they_differ(
-    spelling: str, rows: bool, load: Load
-) -> None:
-    state = weights()
-    stored, meant = in_eight_bits(published(state), spelling, rows=rows)
-    said: list[str] = []
-    model = load(stored, FP8, say=said.append)
-    assert "10 layers" in said[0]
-    assert not re.search(r"dequanti[sz]ed", said[0])
-    wanted = joined(meant, state)
-    check_equal(model, wanted)
-    fused = model.get_submodule("double_blocks.0.img_attn.qkv")
-    assert fused.rowwise
-    assert torch.equal(fused.qweight[:64].view(torch.float8_e4m3fn), stored["transformer_blocks.0.attn.to_q.weight"])
-    assert model.get_submodule("single_blocks.0.linear1").rowwise == rows
-    x = torch.randn(3, fused.in_features)
-    error = fused(x) - x @ wanted["double_blocks.0.img_attn.qkv.weight"].t()
-    assert error.norm() < 0.05 * fused(x).norm()  # of the inputs' rounding
-
-    for part in "qkv":  # as some quantizers see to
-        stored[f"transformer_blocks.0.attn.to_{part}.{spelling}"] = torch.tensor(0.5)
-    layer = load(stored, FP8).get_submodule("double_blocks.0.img_attn.qkv")
-    assert not layer.rowwise
-    assert layer.scale.view(torch.float32) == 0.5
-
-
-@pytest.mark.parametrize("scale", [0.0, float("nan"), -1.0])
-def test_a_scale_that_is_none_is_named(scale: float, load: Load) -> None:
-    stored, _ = in_eight_bits(weights(), "weight_scale")
-    stored["single_blocks.0.linear2.weight_scale"] = torch.tensor(scale)
-    with pytest.raises(WeightsError, match=r"single_blocks\.0\.linear2\.weight\b.*scale.*(zero|negative|finite)"):
-        load(stored, FP8)
-
-
-@pytest.mark.parametrize("precision", [FP8, NF4], ids=["fp8", "nf4"])
-def test_weights_that_are_no_numbers_or_of_an_unusual_dtype(precision: Precision, load: Load) -> None:
-    state, name = weights(), "single_blocks.0.linear2.weight"
-    in_float64 = load({key: tensor.double() for key, tensor in state.items()}, precision)
-    assert torch.equal(
-        in_float64.get_submodule(name[:-7]).qweight, load(state, precision).get_submodule(name[:-7]).qweight
-    )
-    with pytest.raises(WeightsError, match=rf"/flux\.safetensors: {name}\b.*torch\.int32\b"):
-        load(state | {name: state[name].int()}, precision)
-    broken = state[name].clone()
-    broken[3, 5] = float("nan")
-    with pytest.raises(WeightsError, match=rf"/flux\.safetensors: {name}\b.*finite"):
-        load(state | {name: broken}, precision)
-
-
-@pytest.mark.parametrize("rows", [False, True], ids=["one a tensor", "one a row"])
-@pytest.mark.parametrize("naming", [dict, published], ids=["ours", "diffusers'"])
-def test_fp8_is_dequantized_for_other_precisions(rows: bool, naming: Callable[..., dict], load: Load) -> None:
-    state = weights()
-    stored, meant = in_eight_bits(naming(state), "weight_scale", rows=rows)
-    wanted = joined(meant, state) if naming is published else meant
-    check_equal(load(stored, torch.float32), wanted)
-    name = "single_blocks.0.linear1"
-    layer = load(stored, NF4).get_submodule(name)
-    fresh = Nf4Linear(layer.in_features, layer.out_features, device="meta")
-    fresh.store(wanted[f"{name}.weight"])
-    assert torch.equal(layer.qweight, fresh.qweight)
-
-
-def test_fp8_halves_in_another_order_have_their_scales(load: Load) -> None:
-    state = weights()
-    stored = published(state)
-    name = "norm_out.linear"
-    scale = stored[f"{name}.weight"].abs().amax(dim=1, keepdim=True) / 448
-    stored[f"{name}.weight"] = (stored[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
-    stored[f"{name}.weight_scale"] = scale
-    meant = swap_halves(stored[f"{name}.weight"].float() * scale)
-    assert torch.equal(load(stored).final_layer.adaLN_modulation[1].weight, meant)
-
-
-def test_fp8_without_scales_is_what_it_says(load: Load) -> None:
-    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights().items()}
-    wanted = {name: tensor.float() for name, tensor in state.items()}
-    check_equal(load(state), wanted)
-    model = load(state, FP8)
-    check_equal(model, wanted)
-    assert model.get_submodule("single_blocks.0.linear1").scale.view(torch.float32) == 1
-    five = {name: tensor.to(torch.float8_e5m2) for name, tensor in weights().items()}
-    check_equal(load(five), {name: tensor.float() for name, tensor in five.items()})
-
-
-def test_a_scale_of_another_shape_is_named(load: Load) -> None:
-    stored, _ = in_eight_bits(weights(), "weight_scale")
-    stored["single_blocks.0.linear1.weight_scale"] = torch.ones(3)
-    with pytest.raises(WeightsError, match=r"single_blocks\.0\.linear1\.weight\b.*scale.*\(3,\)"):
-        load(stored, FP8)
-
-
-def test_scales_of_weights_that_are_not_in_fp8_are_unexpected(load: Load) -> None:
-    state = weights() | {"single_blocks.0.linear1.weight_scale": torch.ones(1)}
-    with pytest.raises(WeightsError, match=r"\b1 unexpected: single_blocks\.0\.linear1\.weight_scale"):
-        load(state)
 
 
 def test_the_state_that_is_written_for_joined_blocks_is_bitsandbytes_own(load: Load) -> None:

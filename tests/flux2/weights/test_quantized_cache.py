@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from flux2.models.transformer import Transformer
-from flux2.models.variants import VARIANTS, TransformerConfig
+from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import Precision
 from flux2.weights import loading as weights
 from flux2.weights import quantized_cache
@@ -26,16 +27,7 @@ from flux2.weights.loading import load_transformer
 from flux2.weights.quantized_cache import QuantizedCache
 from flux2.weights.sources import ModelSource
 
-CONFIG = TransformerConfig(
-    heads=4,
-    head_dim=16,
-    rope_axes=(4, 4, 4, 4),
-    double_blocks=1,
-    single_blocks=1,
-    text_width=48,
-    time_width=32,
-    guidance=False,
-)
+CONFIG = replace(helpers.TRANSFORMERS["dev"], heads=4, double_blocks=1, single_blocks=1, guidance=False)
 SMALL = replace(VARIANTS["dev"], name="small", repo="", transformer=CONFIG)
 NF4, FP8 = Precision(storage="nf4"), Precision(storage="fp8")
 # what is reported of a copy

@@ -1,21 +1,14 @@
-"""What the command line says to a mistake: one line with the key, the value and a remedy, and exit code 2."""
+"""The command line of train/: mistakes are one line with the key, the value and a remedy, and exit code 2."""
 
-import dataclasses
-import json
 import re
 import signal
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
-from hydra.core.hydra_config import HydraConfig
 from message_helpers import holds
 from train_helpers import execute, one_message, refusal
 
-from train.cli.errors import format_error, known_settings
-from train.config.instantiate import check_keys, instantiate, parse_settings, unknown_setting
-from train.sweeps import callback
 from train.utils.console import name_process_in_errors
 from train.utils.signals import SIGNALS, Interrupted
 
@@ -299,182 +292,9 @@ def test_help_lists_the_groups_and_the_settings(run_command):
     assert "rank: 16" in out
 
 
-# ------------------------------------------------------------------ sweeps
-
-
-def test_a_job_that_fails_says_so_and_the_others_go_on(run_command, tmp_path):
-    ran = []
-
-    def task(config):
-        if config.adapter.rank == 0:
-            raise ValueError("rank 0")
-        ran.append((config.adapter.rank, HydraConfig.get().runtime.output_dir))
-
-    code, _, err = run_command("-m", "adapter.rank=2,0,8", f"output_dir={tmp_path}", task=task)
-    assert code == 2
-    assert ran == [(2, str(tmp_path / "0")), (8, str(tmp_path / "2"))]
-    assert err.startswith("error: job 1 (adapter.rank=0,")
-    assert err.endswith("): rank 0\n")
-    assert err.count("\n") == 1
-
-
-def test_a_stop_request_ends_the_whole_sweep(run_command, tmp_path):
-    ran = []
-
-    def task(config):
-        ran.append(config.steps)
-        raise Interrupted("stopped")
-
-    code, _, err = run_command("-m", "steps=1,2,3", f"output_dir={tmp_path}", task=task)
-    assert (code, ran) == (130, [1])
-    assert err.splitlines()[0] == "stopped"
-    (way,) = err.splitlines()[1:]
-    assert way.endswith(f"output_dir={tmp_path} resume=auto")
-
-
-def test_a_sweep_keeps_no_secret(run_command, tmp_path):
-    place = "model.path=https://jane:hidden@host/x"
-    arguments = ["-m", "+text_encoder.token=hidden", place, "steps=1,2", f"output_dir={tmp_path}"]
-    code, out, _ = run_command(*arguments, task=lambda config: None)
-    assert code == 0
-    record = json.loads((tmp_path / "0" / "job.json").read_text())
-    assert record["overrides"][0] == "+text_encoder.token=..."
-    assert "hidden" not in json.dumps(record)
-    assert "hidden" not in "".join(line for line in out.splitlines() if line.startswith("job "))
-    assert record["status"] == "done"
-
-
-def test_nothing_that_a_sweep_writes_has_a_secret_of_its_command_line(run_command, tmp_path):
-    """Not Hydra's multirun.yaml, which has all of it, nor what a job that fails or is stopped says."""
-
-    def task(config):
-        if config.steps == 1:
-            raise ValueError(f"text_encoder.token={config.text_encoder.token!r} at {config.model.path} is refused")
-        raise Interrupted(f"saved; go on with python train/run.py +text_encoder.token={config.text_encoder.token}")
-
-    place = "model.path=https://jane:swordfish@host/x"
-    given = ["-m", "+text_encoder.token=swordfish", place, "steps=1,2", f"output_dir={tmp_path}"]
-    _, _, err = run_command(*given, task=task)
-    written = {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-    assert [name for name, text in written.items() if "swordfish" in text] == []
-    assert f"output_dir={tmp_path}" in written["multirun.yaml"]
-    assert "+text_encoder.token=***" in written["multirun.yaml"]
-    assert "is refused" in written["sweep.html"]
-    assert "swordfish" not in err
-
-
-def test_a_sweep_that_is_started_again_without_resume_leaves_what_is_done_as_done(run_command, tmp_path):
-    given = ["-m", "steps=1", f"output_dir={tmp_path}"]
-    assert run_command(*given, task=lambda config: None)[0] == 0
-
-    def refuse(config):
-        raise ValueError("it already holds a run")
-
-    code, _, err = run_command(*given, task=refuse)
-    assert code == 2
-    assert "it already holds a run" in err
-    assert json.loads((tmp_path / "0" / "job.json").read_text())["status"] == "done"
-    assert run_command(*given, "resume=auto", task=refuse)[0] == 2
-    assert json.loads((tmp_path / "0" / "job.json").read_text())["status"] == "failed"
-
-
-def test_a_multirun_yaml_that_cannot_be_masked_is_removed(tmp_path):
-    (tmp_path / "multirun.yaml").write_text("token: hidden: [")
-    callback.mask_command_line(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_hydra_does_not_log_what_is_said_in_a_line(run_command):
     code, out, err = run_command("optimizer._target_=torch.optim.Nope", "device=cpu")
     assert code == 2
     assert "Error getting" not in out + err
     assert "Nope" in err
     assert len(err.strip().splitlines()) == 1
-
-
-def test_a_job_that_fails_through_a_mistake_of_ours_shows_where_and_the_others_go_on(run_command, tmp_path):
-    ran = []
-
-    def task(config):
-        ran.append(config.steps)
-        if config.steps == 1:
-            raise KeyError("a bug")
-
-    code, _, err = run_command("-m", "steps=1,2", f"output_dir={tmp_path}", task=task)
-    assert (code, ran) == (2, [1, 2])
-    assert 'raise KeyError("a bug")' in err
-    assert "error: job 0 (" in err
-    assert json.loads((tmp_path / "sweep.json").read_text())["jobs"][0]["status"] == "failed"
-
-
-# ------------------------------------------------------------------ parts
-
-
-def test_keys_are_compared_within_their_group_first():
-    known = ["steps", "adapter", "adapter.rank", "sample.steps", "optimizer.lr"]
-    assert holds(unknown_setting("adapter.rnk=4", known), "adapter.rnk=4 ... did you mean adapter.rank?")
-    assert unknown_setting("sample.step", known).endswith("did you mean sample.steps?")
-    assert unknown_setting("rank=4", known).endswith("did you mean adapter.rank?")
-    assert holds(unknown_setting("adapter.foo=4", known), "adapter.foo=4 ... adapter.rank")
-    assert unknown_setting("+text_encoder.token=hidden", known).startswith("text_encoder.token=...")
-    assert holds(unknown_setting("nothing.foo=4", known), f"nothing.foo=4 ... {', '.join(known)}")
-
-
-def test_the_known_settings_are_those_of_the_choices_made():
-    assert "schedule.floor" not in known_settings([])
-    assert "schedule.floor" in known_settings(["schedule=cosine", "adapter.rnk=3"])
-    assert "schedule.floor" not in known_settings(["schedule=cosine", "model=foo"])  # does not compose
-    assert {"steps", "adapter", "adapter.rank", "sample.prompts"} <= set(known_settings([]))
-
-
-@dataclass(frozen=True)
-class Settings:
-    needed: int
-    more: list = dataclasses.field(default_factory=list)
-
-    def __post_init__(self):
-        if self.needed < 0:
-            raise ValueError(f"needed={self.needed} must not be negative")
-
-
-def test_a_group_becomes_its_dataclass_or_an_error_that_names_the_key():
-    assert parse_settings("group", {"needed": 3}, Settings) == Settings(3)
-    for given, said in (
-        ({"needed": -1}, r"^group\.needed=-1"),
-        ({}, r"^group\.needed\b"),
-        ({"needed": 1, "mor": 2}, r"^group\.mor=2.* did you mean group\.more\?"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            parse_settings("group", given, Settings)
-
-
-def test_a_target_gets_its_settings_and_refuses_others(caplog):
-    target = {"_target_": "train.optim.Cosine", "warmup_steps": 3}
-    assert instantiate("schedule", target).warmup_steps == 3
-    with pytest.raises(ValueError, match=r"^schedule\.flor=1.* did you mean schedule\.floor\?"):
-        instantiate("schedule", target | {"flor": 1})
-    with pytest.raises(ValueError, match=r"^schedule\.floor='?x"):
-        instantiate("schedule", target | {"floor": "x"})
-    with pytest.raises(ValueError, match=r"^schedule: .*Sine"):
-        instantiate("schedule", {"_target_": "train.optim.Sine"})
-    assert not caplog.records  # nor does Hydra say it once more
-
-
-def test_a_function_that_takes_any_setting_is_given_them():
-    assert instantiate("x", {"_target_": "types.SimpleNamespace", "anything": 1}).anything == 1
-
-
-def test_what_is_given_later_is_no_setting():
-    partial = {"_target_": "flux2.adapters.attach", "_partial_": True, "rank": 3}
-    assert instantiate("adapter", partial, ["model", "seed"]).keywords == {"rank": 3}
-    with pytest.raises(ValueError, match=r"adapter\.seed=1"):
-        instantiate("adapter", partial | {"seed": 1}, ["model", "seed"])
-
-
-def test_a_message_is_one_line_whatever_a_library_wrote():
-    assert format_error(ValueError("one\n\n   two\tthree")) == "one two three"
-
-
-def test_keys_of_the_top_have_no_prefix():
-    with pytest.raises(ValueError, match=r"^b=1 .* a\.?$"):
-        check_keys("", {"b": 1}, ["a"])

@@ -23,13 +23,9 @@ from train.stages.data import prepare_samples
 from train.stages.memory import load_config
 
 pytest_plugins = ("remote_helpers", "train_helpers")
+pytestmark = pytest.mark.usefixtures("no_token")
 
 WANTED = {*CAPTIONS, ""}  # what the runs below need an embedding of
-
-
-@pytest.fixture(autouse=True)
-def no_token(monkeypatch):
-    monkeypatch.delenv(TOKEN, raising=False)
 
 
 def remote(server: FakeServer, *more: str) -> list[str]:

@@ -140,7 +140,6 @@ def test_what_cannot_be_submitted_is_one_message_and_nothing_is_submitted(run_co
 def test_a_job_of_two_processes_is_the_run_of_one(tmp_path):
     """On submitit's local executor, which starts both; of jobs that fail in all processes the table says so once."""
     pytest.importorskip("submitit", reason="the extra `slurm`")
-    (tmp_path / "model").mkdir()
     settings = [f"model.path={random_tiny(tmp_path / 'model')}", f"cache_dir={tmp_path / 'cache'}", "steps=2"]
     settings += ["+experiment=debug", "buckets.resolution=32", "sample_every=0", "checkpoint_every=0"]
     local = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "hydra.launcher.timeout_min=5"]
