@@ -222,7 +222,7 @@ def test_the_first_steps_of_the_demo_have_the_losses_of_float32(tmp_path):
 
 @pytest.mark.parametrize("license", ["", "FLUX Non-Commercial License"])
 def test_a_restricting_license_is_named_in_every_adapter_that_is_saved(train, monkeypatch, small, license):
-    variant = replace(helpers.VARIANTS["klein"], repo="owner/gated", gated=bool(license), license=license)
+    variant = replace(helpers.VARIANTS["klein"], repo="owner/gated", license=license)
     monkeypatch.setitem(VARIANTS, "small_klein", variant)
     run = train("run", "steps=1", "checkpoint_every=1", kind="klein")
     for folder in (run / "adapter", checkpoints(run)[0] / "adapter"):
