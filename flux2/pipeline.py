@@ -5,13 +5,11 @@ transformer is loaded, and embeddings of prompts are cached. The samples of a tr
 inference later gives the same images.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -26,7 +24,7 @@ from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import reference_image, to_images, to_pixels
 from flux2.models.text_encoder import TextStorage
 from flux2.models.transformer import Transformer
-from flux2.models.variants import PIXELS_PER_TOKEN, Variant, get_variant
+from flux2.models.variants import PIXELS_PER_TOKEN, get_variant
 from flux2.prompts.embeddings import Prompts, TextSource, free_memory, text_source
 from flux2.prompts.upsampling import load_upsampler
 from flux2.quantization.precision import Precision, precision_from_name
@@ -81,7 +79,7 @@ def render(
         steps, guidance, progress: As in `sampling.sample`.
     """
     checks.size(width, height, PIXELS_PER_TOKEN)
-    device = next(transformer.parameters()).device
+    device, parameter = next(transformer.parameters()).device, next(autoencoder.parameters())
     noise = initial_noise(seeds, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN).to(device)
     latents = sample(
         transformer,
@@ -93,10 +91,8 @@ def render(
         empty=None if empty is None else empty.to(device),
         progress=progress,
     )
-    parameter = next(autoencoder.parameters())
-    if tiled is None:
-        tiled = width * height > TILED_PIXELS
-    decode = partial(tiled_decoding.decode, autoencoder) if tiled else autoencoder.decode
+    in_stripes = width * height > TILED_PIXELS if tiled is None else tiled
+    decode = partial(tiled_decoding.decode, autoencoder) if in_stripes else autoencoder.decode
     # one image at a time: decoding 1024 px takes gigabytes of activations
     return to_images(torch.cat([decode(latent[None].to(parameter)) for latent in latents]))
 
@@ -115,43 +111,25 @@ class Pipeline:
         text: TextSource | None = None,
         tiled: bool | None = None,
     ) -> None:
-        self.tiled = tiled
-        self.streamed = offloaded_blocks(source.variant.transformer, offload_blocks)
-        self.offload_blocks = offload_blocks
-        self.source = source
-        self.device = device
-        self.precision = precision
-        self.cache = cache
+        self.source, self.variant, self.device, self.precision = source, source.variant, device, precision
+        self.cache, self.tiled, self.offload_blocks = cache, tiled, offload_blocks
+        self.streamed = offloaded_blocks(self.variant.transformer, offload_blocks)
         self.prompts = Prompts(source, device, precision.dtype, replace(text or TextSource(), keep=keep_text_encoder))
-        self._autoencoder: Autoencoder | None = None
-        self._transformer: Transformer | None = None
-        self._adapters: list[tuple[Path | str, float]] = []
+        self.adapter_count = 0
 
-    @property
-    def variant(self) -> Variant:
-        return self.source.variant
-
-    @property
+    @cached_property
     def autoencoder(self) -> Autoencoder:
-        if self._autoencoder is None:
-            # float32: it is small compared to the transformer, and bfloat16 rounding is visible in flat areas
-            self._autoencoder = load_autoencoder(self.source, self.device, torch.float32)
-        return self._autoencoder
+        # float32: it is small compared to the transformer, and bfloat16 rounding is visible in flat areas
+        return load_autoencoder(self.source, self.device, torch.float32)
 
-    @property
+    @cached_property
     def transformer(self) -> Transformer:
-        if self._transformer is None:
-            transformer = load_transformer(
-                self.source,
-                self.device,
-                self.precision,
-                host=self.streamed,
-                cache=self.cache,
-                say=lambda text: print(text, file=sys.stderr),
-            )
-            offload(transformer, self.offload_blocks, device=self.device)
-            self._transformer = transformer
-        return self._transformer
+        say = partial(print, file=sys.stderr)
+        transformer = load_transformer(
+            self.source, self.device, self.precision, host=self.streamed, cache=self.cache, say=say
+        )
+        offload(transformer, self.offload_blocks, device=self.device)
+        return transformer
 
     def load_adapter(self, path: str | Path, scale: float = 1.0) -> Loaded:
         """Add an adapter with its update multiplied by `scale`, and return its type, layers and ranks.
@@ -160,9 +138,8 @@ class Pipeline:
         for a scale or an adapter that cannot be used; the pipeline is unchanged then.
         """
         scale = checks.number("scale", scale)
-        name = f"adapter_{len(self._adapters)}"
-        loaded = adapters.load(self.transformer, path, name=name, scale=scale)
-        self._adapters.append((path, scale))
+        loaded = adapters.load(self.transformer, path, name=f"adapter_{self.adapter_count}", scale=scale)
+        self.adapter_count += 1
         return loaded
 
     def merge_adapters(self) -> None:
@@ -171,7 +148,7 @@ class Pipeline:
         Raise ValueError if no adapter is loaded or `check_mergeable` fails; the pipeline is unchanged then.
         """
         self.check_mergeable()
-        if not self._adapters:
+        if not self.adapter_count:
             raise ValueError("there is no adapter to merge: load one first")
         adapters.merge(self.transformer)
 
@@ -249,6 +226,8 @@ class Pipeline:
     ) -> list[Image.Image]:
         """Return one image per prompt.
 
+        Raise TypeError or ValueError for a wrong argument before anything is loaded, ValueError for infinite pixels.
+
         Args:
             prompt: One or several prompts.
             references: Images to edit or to use as reference, shared by all prompts.
@@ -258,19 +237,14 @@ class Pipeline:
             length: Number of tokens that prompts are padded to, by default that of the variant.
             batch_size: Number of images computed at once. It changes memory and speed, and images only by rounding.
             progress: Function called with the tokens after every step.
-
-        Raises:
-            TypeError, ValueError: An argument has the wrong type or is out of range; raised before loading anything.
-            ValueError: The computed pixels are not finite.
         """
-        variant = self.variant
         # 1. check the arguments before anything large is loaded
         prompts = checks.strings("prompt", prompt)
         seeds = checks.seeds(seed, len(prompts))
         unit = PIXELS_PER_TOKEN
         checks.size(unit if width is None else width, unit if height is None else height, unit)
-        steps = checks.steps(variant.steps if steps is None else steps)
-        guidance = checks.guidance(variant.guidance if guidance is None else guidance)
+        steps = checks.steps(self.variant.steps if steps is None else steps)
+        guidance = checks.guidance(self.variant.guidance if guidance is None else guidance)
         length = None if length is None else checks.integer("length", length, 1, checks.MAX_LENGTH)
         batch_size = checks.integer("batch_size", batch_size, 1)
         references = check_references(references)
@@ -278,10 +252,9 @@ class Pipeline:
         # 2. encode prompts and references
         text, empty = self.embeddings(prompts, guidance, length)
         latents = self.encode_references(references)
-        if latents:
-            default_height, default_width = (side * PIXELS_PER_TOKEN for side in latents[0].shape[2:])
-        else:
-            default_height = default_width = variant.resolution
+        sides = [side * unit for side in latents[0].shape[2:]] if latents else 2 * [self.variant.resolution]
+        height = sides[0] if height is None else height
+        width = sides[1] if width is None else width
 
         # 3. render in batches
         images: list[Image.Image] = []
@@ -292,8 +265,8 @@ class Pipeline:
                 self.autoencoder,
                 text[part],
                 seeds=seeds[part],
-                width=default_width if width is None else width,
-                height=default_height if height is None else height,
+                width=width,
+                height=height,
                 steps=steps,
                 guidance=guidance,
                 references=[latent.expand(len(text[part]), -1, -1, -1) for latent in latents],

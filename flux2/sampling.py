@@ -6,8 +6,6 @@ steps.
 Source: github.com/black-forest-labs/flux2, src/flux2/sampling.py (`get_schedule`, `compute_empirical_mu`, `denoise`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -80,42 +78,33 @@ def sample(
     empty: Tensor | None = None,
     progress: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Denoise `noise` to latents.
+    """Denoise `noise` to latents (B, 128, h, w) in float32.
 
     Args:
         noise: (B, 128, h, w) at time 1.
         text: (B, T, text_width) embeddings of the prompts.
-        steps: Number of Euler steps.
         guidance: Input of a model with a guidance embedding. For other models, the scale g of classifier-free guidance
             `empty + g * (prompt - empty)`; 1 turns it off.
         references: Latents (B, 128, h_i, w_i) of reference images.
         empty: (B or 1, T, text_width) embeddings of the empty prompt, required for classifier-free guidance.
         progress: Function called with the tokens after every step.
-
-    Returns:
-        (B, 128, h, w) float32 latents.
     """
     guidance = checks.guidance(guidance)
     height, width = noise.shape[2:]
     x = to_tokens(noise)
     positions = positions_with_references(noise, references)
     prompt_positions = text_positions(text.shape[1], noise.device)
-    classifier_free = not model.config.guidance and guidance != 1
-    if classifier_free and empty is None:
-        raise ValueError(f"guidance={guidance}: this model needs the embeddings of the empty prompt. Pass empty.")
     value = torch.full((x.shape[0],), guidance, device=x.device) if model.config.guidance else None
-
-    def predict(tokens: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
-        inputs = with_references(tokens, references)
-        return model(inputs, positions, prompt, prompt_positions, time, value, keep=tokens.shape[1])
+    prompts = [text]
+    if not model.config.guidance and guidance != 1:
+        if empty is None:
+            raise ValueError(f"guidance={guidance}: this model needs the embeddings of the empty prompt. Pass empty.")
+        prompts.append(empty.expand_as(text))
 
     def flow(tokens: Tensor, time: Tensor) -> Tensor:
-        prediction = predict(tokens, time, text)
-        if not classifier_free:
-            return prediction
-        assert empty is not None
-        unconditional = predict(tokens, time, empty.expand_as(text))
-        return unconditional + guidance * (prediction - unconditional)
+        inputs, keep = with_references(tokens, references), tokens.shape[1]
+        flows = [model(inputs, positions, prompt, prompt_positions, time, value, keep) for prompt in prompts]
+        return flows[0] if len(flows) == 1 else flows[1] + guidance * (flows[0] - flows[1])
 
     times = schedule(steps, x.shape[1]).to(x.device)
     return from_tokens(euler(flow, x, times, progress), height, width)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from flux2.memory import block_offload as offload_module
 from flux2.memory.block_offload import Offloader
-from flux2.memory.ring_buffer import CpuCopier
+from flux2.memory.ring_buffer import Copier
 
 
-class LateCopier(CpuCopier):
+class LateCopier(Copier):
     """Copies as late as it may, in the order asked, and spoils at once what a copy will write over.
 
     So what is used before it was waited for, or after its buffer was given to another block, is wrong.
@@ -27,13 +27,13 @@ class LateCopier(CpuCopier):
         self.waiting: list[tuple[Tensor, Tensor]] = []
         self.asked = self.finished = 0
 
-    def start(self, source: Tensor, target: Tensor) -> int:  # type: ignore[override]
+    def start(self, source: Tensor, target: Tensor) -> int:
         target.reshape(-1).view(torch.uint8).fill_(255)  # NaN in every float
         self.waiting.append((source, target))
         self.asked += 1
         return self.asked
 
-    def wait(self, ticket: int) -> None:  # type: ignore[override]
+    def wait(self, ticket: int) -> None:
         while self.finished < ticket:
             source, target = self.waiting.pop(0)
             self.move(source, target)

@@ -9,10 +9,9 @@ recompute from the projection, so they are not kept: the attention has an autogr
 q, k and v from the second run. This works with every backend, because autograd itself says what the backward needs.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ BACKENDS = {
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return full attention of three (B, H, L, head_dim), in the same shape; a second run recalls a kept result."""
-    replay = None if torch.compiler.is_compiling() else current_replay()
+    replay = current_replay()
     if replay is None or not replay.keeps_attention:
         return F.scaled_dot_product_attention(q, k, v)
     if replay.is_second_run:
@@ -43,14 +42,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     assert replay.attention is None, "a block has one attention"
     replay.attention = AttentionRecord(replay, q, k, v)
     return replay.saved[replay.attention.output]
-
-
-class GraphValues:
-    """The values that the graph of an attention reads in its backward: q, k, v and the saved tensors."""
-
-    save: Callable[[Tensor], int]
-    inputs: Sequence[Tensor] = ()
-    saved: Sequence[Tensor] = ()
 
 
 class DetachedInputs(torch.autograd.Function):
@@ -83,18 +74,17 @@ class AttentionRecord:
     """
 
     def __init__(self, replay: Replay, *inputs: Tensor) -> None:
-        self.values = values = GraphValues()  # the graph refers to this and not to `self`, or it would own itself
+        # what the graph reads in its backward; the graph refers to this and not to `self`, or it would own itself
+        self.values = values = SimpleNamespace(inputs=(), saved=(), save=replay.save)
         input_indices = {memory_key(tensor): i for i, tensor in enumerate(inputs)}
 
-        values.save = replay.save
-
-        def pack(tensor: Tensor) -> tuple[bool, int]:
+        def pack(tensor: Tensor) -> tuple[str, int]:
             index = input_indices.get(memory_key(tensor))
-            return (True, index) if index is not None else (False, values.save(tensor.detach()))
+            return ("saved", values.save(tensor.detach())) if index is None else ("inputs", index)
 
-        def unpack(packed: tuple[bool, int]) -> Tensor:
-            is_input, index = packed
-            return (values.inputs if is_input else values.saved)[index]
+        def unpack(packed: tuple[str, int]) -> Tensor:
+            name, index = packed
+            return getattr(values, name)[index]
 
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
             detached = DetachedInputs.apply(torch.ones((), requires_grad=True), *inputs)
@@ -102,14 +92,6 @@ class AttentionRecord:
         self.start, self.ends = get_gradient_edge(output), [get_gradient_edge(tensor) for tensor in detached]
         self.output = replay.save(output.detach())
         del values.save
-
-    def gradients(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of `inputs` (q, k and v of the second run) for the gradient dy of the result."""
-        self.values.inputs, self.values.saved = inputs, saved
-        try:
-            return torch.autograd.grad([self.start], self.ends, [dy], retain_graph=True)
-        finally:
-            self.values.inputs = self.values.saved = ()
 
 
 class RecalledAttention(torch.autograd.Function):
@@ -124,7 +106,12 @@ class RecalledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.record.gradients(ctx.saved_tensors, ctx.saved, dy)
+        record, values = ctx.record, ctx.record.values
+        values.inputs, values.saved = ctx.saved_tensors, ctx.saved
+        try:
+            return None, None, *torch.autograd.grad([record.start], record.ends, [dy], retain_graph=True)
+        finally:
+            values.inputs = values.saved = ()
 
 
 def check_backends(names: Any, key: str = "attention") -> None:

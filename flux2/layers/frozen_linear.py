@@ -8,8 +8,6 @@ A frozen linear may store its weight in any form (float, FP8, NF4). Training nee
 A module that stores its weight in another form has methods of these names; a plain `nn.Linear` needs none.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -57,13 +55,8 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, linear: nn.Linear, x: Tensor) -> Tensor:
         ctx.linear = linear
-        replay = None if torch.compiler.is_compiling() else current_replay()
-        y = replay.recall(linear, x) if replay else None
-        if y is None:
-            y = product(linear, x)
-            if replay:
-                replay.remember(linear, y)
-        return y
+        replay = current_replay()
+        return replay.output(linear, x, lambda: product(linear, x)) if replay else product(linear, x)
 
     @staticmethod
     @once_differentiable
@@ -75,10 +68,6 @@ class TailLinear(nn.Linear):
     """An `nn.Linear` whose output a recomputation can skip or recall (recompute_context.py)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            torch.compiler.is_compiling()
-            or current_replay() is None
-            or any(parameter.requires_grad for parameter in self.parameters())
-        ):
+        if current_replay() is None or any(parameter.requires_grad for parameter in self.parameters()):
             return product(self, x)
         return FrozenProduct.apply(self, cast_for_autocast(x))

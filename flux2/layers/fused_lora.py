@@ -9,8 +9,6 @@ only x and h are kept. PEFT remains the library: names, files, merging and every
 any adapter that is not a plain LoRA runs PEFT's forward (`FusedLora.plain_adapter` decides at every call).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -36,13 +34,14 @@ class LoraProduct(torch.autograd.Function):
     def forward(ctx: Any, linear: nn.Linear, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.linear, ctx.scale = linear, scale
         h = F.linear(flatten_rows(x), a.to(x.dtype))  # (tokens, rank)
-        replay = current_replay()
-        y = replay.recall(linear, x) if replay else None
-        if y is None:
+
+        def compute() -> Tensor:
             y = product(linear, x)
             y.view(-1, y.shape[-1]).addmm_(h, b.to(y.dtype).t(), alpha=scale)
-            if replay:
-                replay.remember(linear, y)
+            return y
+
+        replay = current_replay()
+        y = replay.output(linear, x, compute) if replay else compute()
         _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_a else None, h if needs_b else None, a, b)
         return y
@@ -89,8 +88,7 @@ class FusedLora(lora.Linear):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not active or active[1:] not in ([], [active[0] + INITIAL]):
             return None
-        name = active[0]
-        dropout = self.lora_dropout[name]
+        name, dropout = active[0], self.lora_dropout[active[0]]
         drops = not isinstance(dropout, nn.Identity) and dropout.training
         if drops or name in self.lora_variant or self.lora_bias[name]:
             return None

@@ -9,13 +9,13 @@ The policy (flux2/memory/activation_checkpointing.py) creates a `Replay` for eac
 while the block runs. The linears (frozen_linear.py, fused_lora.py) and the attention (attention.py) look it up.
 """
 
-from __future__ import annotations
-
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _thread = threading.local()  # autograd runs the backward in its own threads
@@ -26,53 +26,38 @@ def placeholder(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(()).expand(shape)
 
 
+@dataclass
 class Replay:
-    """The memory of one run of a block.
+    """The memory of one run of a block."""
 
-    Args:
-        unread: Linears whose output no gradient reads.
-        kept: Linears whose output is saved.
-        keeps_attention: Whether the output of the attention is saved.
-
-    Attributes:
-        attention: The record of the block's attention (`attention.AttentionRecord`).
-        saved: Saved tensors, in order. Between the runs the policy hands them to autograd.
-        is_second_run: Whether the block is being recomputed.
-    """
-
-    def __init__(
-        self, unread: Iterable[nn.Module] = (), kept: Iterable[nn.Module] = (), keeps_attention: bool = False
-    ) -> None:
-        self.unread = set(unread)
-        self.kept: dict[nn.Module, int | None] = dict.fromkeys(kept)
-        self.keeps_attention = keeps_attention
-        self.attention: Any = None
-        self.saved: list[Tensor] = []
-        self.is_second_run = False
+    unread: Collection[nn.Module] = ()  # linears whose output no gradient reads
+    kept: dict[nn.Module, int | None] = field(default_factory=dict)  # linears whose output is saved, with its index
+    keeps_attention: bool = False  # whether the output of the attention is saved
+    attention: Any = None  # the record of the block's attention (`attention.AttentionRecord`)
+    saved: list[Tensor] = field(default_factory=list)  # between the runs the policy hands them to autograd
+    is_second_run: bool = False
 
     def save(self, tensor: Tensor) -> int:
         """Save a tensor and return its index in `saved`."""
         self.saved.append(tensor)
         return len(self.saved) - 1
 
-    def recall(self, linear: nn.Linear, x: Tensor) -> Tensor | None:
-        """Return the output of `linear` for x in a second run, or None if it must be computed."""
+    def output(self, linear: nn.Linear, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the output of `linear` for x: from `compute`, unless the second run skips or recalls it."""
         if not self.is_second_run:
-            return None
+            y = compute()
+            if linear in self.kept:
+                self.kept[linear] = self.save(y.detach())
+            return y
         if linear in self.unread:
             return placeholder((*x.shape[:-1], linear.out_features), x)
         index = self.kept.get(linear)
-        return None if index is None else self.saved[index].detach()
-
-    def remember(self, linear: nn.Linear, y: Tensor) -> None:
-        """Save the output of `linear` in a first run, if `linear` is in `kept`."""
-        if not self.is_second_run and linear in self.kept:
-            self.kept[linear] = self.save(y.detach())
+        return compute() if index is None else self.saved[index].detach()
 
 
 def current_replay() -> Replay | None:
-    """Return the replay of the block that runs in this thread, if any."""
-    return getattr(_thread, "replay", None)
+    """Return the replay of the block that runs in this thread, if any; compiled blocks have none."""
+    return None if torch.compiler.is_compiling() else getattr(_thread, "replay", None)
 
 
 @contextmanager

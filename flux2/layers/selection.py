@@ -5,8 +5,6 @@ In a single block, attention and mlp share two fused layers: `linear1` computes 
 `double_mlp` select only the projections of double blocks.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 
@@ -48,9 +46,7 @@ def matching_names(names: Sequence[str], pattern: str) -> list[str]:
 def linear_names(model: nn.Module, patterns: Sequence[str], setting: str) -> list[str]:
     """Return the names of the linear layers that any of `patterns` (or presets) selects, in the order of the model.
 
-    Raises:
-        ValueError: A pattern is not a regular expression or matches no linear layer, or there are no patterns. The
-            message names `setting`.
+    Raise ValueError, naming `setting`, if a pattern is no regular expression or matches no layer, or if there is none.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen: set[str] = set()

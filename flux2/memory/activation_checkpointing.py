@@ -23,12 +23,9 @@ which saves two hooks per saved tensor. Trained parameters are inputs of the Fun
 like any others and can be averaged between processes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -68,12 +65,10 @@ def make_replay(block: nn.Module, args: Sequence[Any], keeps_attention: bool) ->
         last = frozen_linears(block.img_mlp[2], block.txt_mlp[2])
     elif isinstance(block, SingleBlock):
         last = frozen_linears(block.linear2)
-    else:
-        keeps_attention = False
     modulation = tensors_in([arg for arg in args if not isinstance(arg, Tensor)])
     if any(tensor.requires_grad for tensor in modulation):  # the gradient of the gate reads the outputs
         last = []
-    return Replay(unread=last, kept=kept, keeps_attention=keeps_attention)
+    return Replay(last, dict.fromkeys(kept), keeps_attention)
 
 
 def capture_autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -89,23 +84,18 @@ def capture_autocast(device: torch.device) -> Callable[[], AbstractContextManage
 
 def capture_rng(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
     """Return a function that returns contexts in which random numbers repeat from the current state."""
-    on_gpu = device.type == "cuda"
-    state = torch.get_rng_state()
-    gpu_state = torch.cuda.get_rng_state(device) if on_gpu else None
+    gpus = [device] if device.type == "cuda" else []
+    state, gpu_states = torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in gpus]
 
     @contextmanager
     def restored() -> Iterator[None]:
-        with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        with torch.random.fork_rng(gpus):
             torch.set_rng_state(state)
-            if gpu_state is not None:
-                torch.cuda.set_rng_state(gpu_state, device)
+            for gpu, gpu_state in zip(gpus, gpu_states, strict=True):
+                torch.cuda.set_rng_state(gpu_state, gpu)
             yield
 
     return restored
-
-
-def has_dropout(block: nn.Module) -> bool:
-    return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in block.modules())
 
 
 class RecomputedBlock(torch.autograd.Function):
@@ -131,7 +121,9 @@ class RecomputedBlock(torch.autograd.Function):
         leaves, ctx.spec = tree_flatten(args)
         ctx.leaves = [SLOT if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.autocast = capture_autocast(device)
-        ctx.rng = capture_rng(device) if has_dropout(block) else nullcontext
+        dropouts = [module for module in block.modules() if isinstance(module, nn.Dropout)]
+        drops = any(module.training and module.p > 0 for module in dropouts)
+        ctx.rng = capture_rng(device) if drops else nullcontext
         with use_replay(replay), ctx.autocast():
             outputs = run(block, *args)
         saved, replay.saved = replay.saved, []
@@ -168,19 +160,13 @@ class RecomputedBlock(torch.autograd.Function):
         return None, None, None, None, None, *(next(results) if needs else None for needs in needs_grad)
 
 
-@dataclass(frozen=True)
-class Recompute:
-    """Policy that runs blocks and keeps only their arguments; it runs them directly where gradients are disabled."""
-
-    run: Run
-    keeps_attention: bool = False
-
-    def __call__(self, block: nn.Module, *args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.run(block, *args)
-        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        replay = make_replay(block, args, self.keeps_attention)
-        return RecomputedBlock.apply(self.run, block, args, replay, trained, *tensors_in(args), *trained)
+def run_recomputed(run: Run, keeps_attention: bool, block: nn.Module, *args: Any) -> Any:
+    """Run a block with `run` and keep only its arguments; keep nothing where gradients are disabled."""
+    if not torch.is_grad_enabled():
+        return run(block, *args)
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    replay = make_replay(block, args, keeps_attention)
+    return RecomputedBlock.apply(run, block, args, replay, trained, *tensors_in(args), *trained)
 
 
 def kept_bytes(config: TransformerConfig, kind: str, policy: str, tokens: int, itemsize: int) -> int:
@@ -194,8 +180,7 @@ def kept_bytes(config: TransformerConfig, kind: str, policy: str, tokens: int, i
         tokens: Number of text and image tokens in the whole batch.
         itemsize: Bytes per number in the dtype of the products, 2 or 4. The norms of q and k are in float32.
     """
-    hidden, mlp = config.hidden, config.mlp_width
-    double = kind == "double"
+    hidden, mlp, double = config.hidden, config.mlp_width, kind == "double"
     if policy != "none":  # the input; the outputs of the attention projections; the attention
         return tokens * itemsize * hidden * (1 + double + (policy == "selective"))
     in_float32 = 2 * hidden if itemsize < 4 else 0  # q and k before their norms
@@ -232,8 +217,8 @@ class Budgeted:
 
     def __init__(self, model: Transformer, budget_gb: float, keep: Run, recompute: Run) -> None:
         self.config, self.budget_gb, self.keep, self.recompute = model.config, budget_gb, keep, recompute
-        blocks = [*model.double_blocks, *model.single_blocks]
-        self.from_end = {block: len(blocks) - i for i, block in enumerate(blocks)}  # 1 for the last
+        blocks = reversed([*model.double_blocks, *model.single_blocks])
+        self.from_end = {block: i for i, block in enumerate(blocks, start=1)}  # 1 for the last
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
         streams = [arg for arg in args if isinstance(arg, Tensor)]
@@ -282,22 +267,14 @@ def set_policy(
         compile: Whether `torch.compile` compiles the blocks and their recomputation (compile_blocks.py).
         shapes: Expected number of different token shapes; used only with `compile`.
         compiler: Backend of `torch.compile`.
-
-    Raises:
-        ValueError: The policy is unknown, or a budget is missing or unused.
     """
     check_policy(policy, budget_gb)
-    backends = None if attention is None else tuple(attention)
     if compile:
-        keep, recompute, selective = (
-            compile_blocks.compile_runner(run, backends, shapes, compiler)
-            for run in (compile_blocks.run_kept, compile_blocks.run_recomputed, compile_blocks.run_selective)
-        )
+        keep, recompute, selective = compile_blocks.compile_runners(attention, shapes, compiler)
     else:
-        keep = partial(compile_blocks.run_kept, backends)
-        recompute, selective = Recompute(keep), Recompute(keep, keeps_attention=True)
-    if policy == "budget":
-        assert budget_gb is not None
-        model.run_block = Budgeted(model, budget_gb, keep, recompute)
-    else:
+        keep = partial(compile_blocks.run_kept, attention)
+        recompute, selective = (partial(run_recomputed, keep, keeps_attention) for keeps_attention in (False, True))
+    if budget_gb is None:
         model.run_block = {"none": keep, "full": recompute, "selective": selective}[policy]
+    else:
+        model.run_block = Budgeted(model, budget_gb, keep, recompute)

@@ -12,27 +12,24 @@ from flux2.memory.ring_buffer import Copier
 class OffloadedActivation:
     """A block's input on its way to host memory and back."""
 
-    def __init__(self, tensor: Tensor, memory: Tensor, pool: ActivationPool) -> None:
-        self.memory, self.pool = memory, pool
-        self.shape, self.dtype = tensor.shape, tensor.dtype
-        pool.copier.start(tensor.contiguous(), self.view(self.memory))
-        self.returned: Tensor | None = None
-        self.ticket: Any = None
+    def __init__(self, tensor: Tensor, pool: ActivationPool) -> None:
+        self.pool, self.memory = pool, pool.take(tensor.nbytes)
+        self.values = self.memory.view(tensor.dtype).view(tensor.shape)
+        pool.copier.start(tensor.contiguous(), self.values)
+        self.returned: tuple[Tensor, Any] | None = None
 
-    def view(self, memory: Tensor) -> Tensor:
-        return memory.view(self.dtype).view(self.shape)
-
-    def fetch(self) -> None:
-        """Start the copy back to the device, unless it has started."""
+    def fetch(self) -> tuple[Tensor, Any]:
+        """Start the copy back to the device, unless it has started; return the copy and its ticket."""
         if self.returned is None:
-            self.returned = self.view(self.pool.copier.device(self.memory.nbytes))
-            self.ticket = self.pool.copier.start(self.view(self.memory), self.returned)
+            memory = self.pool.copier.device(self.memory.nbytes)
+            copy = memory.view(self.values.dtype).view(self.values.shape)
+            self.returned = copy, self.pool.copier.start(self.values, copy)
+        return self.returned
 
     def get(self) -> Tensor:
-        self.fetch()
-        assert self.returned is not None
-        self.pool.copier.wait(self.ticket)
-        return self.returned
+        copy, ticket = self.fetch()
+        self.pool.copier.wait(ticket)
+        return copy
 
     def __del__(self) -> None:
         self.pool.give(self.memory)

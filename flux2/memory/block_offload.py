@@ -13,8 +13,8 @@ parameters are views of the buffer; otherwise they are views of the host memory.
 the device.
 
 A view of a weight that autograd keeps (a plain linear keeps one for its input gradient) would be a view of the buffer,
-which holds another block by then. Autograd therefore keeps the position of the view (`StreamedView`) and reads the
-bytes when they are needed; it is an error if the block is not on the device then.
+which holds another block by then. Autograd therefore keeps a function that returns the view when it is needed; it is an
+error if the block is not on the device then.
 
 The same hooks can send the blocks' inputs, all that full recompute keeps, to host memory until the backward.
 """
@@ -51,15 +51,11 @@ def offloaded_blocks(config: TransformerConfig, blocks: int | float, key: str = 
     """Return the names of the blocks that stream, spread evenly, in the order of the forward.
 
     Args:
-        blocks: Number of blocks, or a share of all from 0.0 to 1.0, rounded up to whole blocks.
+        blocks: Number of blocks, or a share of all from 0.0 to 1.0, rounded up. Anything else raises ValueError.
         key: Name of the setting, for errors.
-
-    Raises:
-        ValueError: `blocks` has another type, is out of range, or is more than the model has.
     """
     check_offload_blocks(blocks, key)
-    names = config.block_names
-    total = len(names)
+    names, total = config.block_names, len(config.block_names)
     count = math.ceil(blocks * total - 1e-9) if isinstance(blocks, float) else blocks
     if count > total:
         raise ValueError(f"{key}={blocks} is more than the model's {total} blocks: give 0 to {total}, or 0.0 to 1.0")
@@ -68,55 +64,46 @@ def offloaded_blocks(config: TransformerConfig, blocks: int | float, key: str = 
 
 
 def streamed_tensors(block: nn.Module) -> list[Tensor]:
-    """What of a block streams: every buffer and frozen parameter, but for those of adapters."""
+    """Return the tensors of a block that stream: every buffer and frozen parameter, except those of adapters."""
     adapters = {id(tensor) for layer in adapter_layers(block).values() for tensor in layer_adapter_tensors(layer)}
     tensors = chain(block.parameters(), block.buffers())
     return [tensor for tensor in tensors if not tensor.requires_grad and id(tensor) not in adapters]
 
 
-@dataclass
-class TensorPlace:
-    """The position of a tensor in the bytes of its block."""
-
-    tensor: Tensor
-    offset: int
-    stride: tuple[int, ...]
-
-    def view(self, memory: Tensor) -> Tensor:
-        """Return the tensor's values in `memory`, (size,) uint8 that starts with the block's bytes."""
-        part = memory[self.offset : self.offset + self.tensor.nbytes].view(self.tensor.dtype)
-        return part.as_strided(self.tensor.shape, self.stride)
-
-
-def assign_places(block: nn.Module) -> tuple[list[TensorPlace], int]:
-    """Return places for all tensors of a block that stream, and the bytes that they take."""
-    places, offset = [], 0
-    for tensor in streamed_tensors(block):
-        stride = torch.empty_like(tensor, device="meta").stride()  # the same memory layout, but without gaps
-        places.append(TensorPlace(tensor, offset, stride))
-        offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return places, offset
-
-
-@dataclass
 class StreamedBlock:
     """A block that streams.
 
     Attributes:
         index: Its position among the blocks that stream.
+        places: Its tensors that stream, each with its offset in the bytes of the block and its strides there.
+        host: Its bytes in host memory.
         in_use: Whether its parameters are views of a buffer on the device.
     """
 
-    name: str
-    index: int
-    places: list[TensorPlace]
-    host: Tensor
-    in_use: bool = False
+    def __init__(self, name: str, index: int, block: nn.Module, copier: Copier) -> None:
+        self.name, self.index, self.in_use = name, index, False
+        self.places: list[tuple[Tensor, int, tuple[int, ...]]] = []
+        size = 0
+        for tensor in streamed_tensors(block):
+            stride = torch.empty_like(tensor, device="meta").stride()  # the same memory layout, but without gaps
+            self.places.append((tensor, size, stride))
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self.host = copier.host(size)
+        for tensor, view in self.views(self.host):
+            view.copy_(tensor.detach())
+        self.point_to(self.host)
+        block.register_forward_pre_hook(self.check)
+
+    def views(self, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each tensor and its values in `memory`, (size,) uint8 that starts with the block's bytes."""
+        for tensor, offset, stride in self.places:
+            part = memory[offset : offset + tensor.nbytes].view(tensor.dtype)
+            yield tensor, part.as_strided(tensor.shape, stride)
 
     @torch.no_grad()
     def point_to(self, memory: Tensor) -> None:
-        for place in self.places:
-            place.tensor.data = place.view(memory)
+        for tensor, view in self.views(memory):
+            tensor.data = view
 
     def check(self, *_: Any) -> None:
         """Raise RuntimeError if the block is not on the device; a hook before its forward."""
@@ -125,17 +112,6 @@ class StreamedBlock:
                 f"{self.name} was run while its weights are in host memory: only the model's run_block loads them. "
                 "Run the whole model, and call set_policy before offload, not after it."
             )
-
-
-@dataclass
-class StreamedView:
-    """What autograd keeps instead of a view of a streamed weight."""
-
-    block: StreamedBlock
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int  # elements
 
 
 @dataclass
@@ -179,34 +155,25 @@ class Offloader:
         names: Sequence[str],
         device: torch.device,
         copier: Copier,
-        activation_pool: ActivationPool | None,
+        pool: ActivationPool | None,
         ring: int,
     ) -> None:
-        self.device, self.activation_pool = device, activation_pool
+        self.device, self.activation_pool = device, pool
         self.first_block = model.double_blocks[0]
         self.last_run: Callable[[], BlockRun | None] = lambda: None
         self.block_in_use: StreamedBlock | None = None
-        self.blocks: list[StreamedBlock] = []
-        self.streamed_blocks: dict[nn.Module, StreamedBlock] = {}
-        for index, name in enumerate(names):
-            block = model.get_submodule(name)
-            places, size = assign_places(block)
-            streamed = StreamedBlock(name, index, places, copier.host(size))
-            for place in places:
-                place.view(streamed.host).copy_(place.tensor.detach())
-            streamed.point_to(streamed.host)
-            block.register_forward_pre_hook(streamed.check)
-            self.blocks.append(streamed)
-            self.streamed_blocks[block] = streamed
-        self.ring = Ring([streamed.host for streamed in self.blocks], copier, ring) if self.blocks else None
-        self.buffers = {slot.buffer.untyped_storage().data_ptr() for slot in self.ring.slots} if self.ring else set()
+        modules = [model.get_submodule(name) for name in names]
+        self.blocks = [StreamedBlock(name, i, modules[i], copier) for i, name in enumerate(names)]
+        self.streamed_blocks = dict(zip(modules, self.blocks, strict=True))
+        self.ring = Ring([streamed.host for streamed in self.blocks], copier, ring)
+        self.buffers = {slot.buffer.untyped_storage().data_ptr() for slot in self.ring.slots}
         self.reattach(model)
         model.is_streaming = bool(self.blocks)
 
     def reattach(self, model: Transformer) -> None:
         """Stream `model` again after a recompute policy was set or another adapter was attached."""
         self.run_inside = model.run_block
-        streaming = {id(place.tensor) for streamed in self.blocks for place in streamed.places}
+        streaming = {id(tensor) for streamed in self.blocks for tensor, _, _ in streamed.places}
         for tensor in chain(model.parameters(), model.buffers()):
             if id(tensor) not in streaming:
                 tensor.data = tensor.data.to(self.device)
@@ -220,16 +187,15 @@ class Offloader:
     @property
     def ring_bytes(self) -> int:
         """Return the bytes of the buffers on the device."""
-        return sum(slot.buffer.nbytes for slot in self.ring.slots) if self.ring else 0
+        return sum(slot.buffer.nbytes for slot in self.ring.slots)
 
     def __str__(self) -> str:
         """Return one line about what is offloaded."""
-        parts = []
-        if self.blocks:
-            parts.append(
-                f"{len(self.blocks)} blocks stream: {self.host_bytes / 1e9:.3g} GB in host memory, "
-                f"{self.ring_bytes / 1e9:.3g} GB of buffers on {self.device}"
-            )
+        blocks = (
+            f"{len(self.blocks)} blocks stream: {self.host_bytes / 1e9:.3g} GB in host memory, "
+            f"{self.ring_bytes / 1e9:.3g} GB of buffers on {self.device}"
+        )
+        parts = [blocks] if self.blocks else []
         if self.activation_pool is not None:
             parts.append("the blocks' inputs wait in host memory for the backward")
         return "; ".join(parts)
@@ -248,7 +214,7 @@ class Offloader:
         indices = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
         inputs = Signal.apply(lambda: self.release(streamed), *(args[i] for i in indices))
         replaced = dict(zip(indices, inputs, strict=True))
-        with self.on_device(streamed, "forward"), saved_tensors_hooks(self.packer(streamed, run, inputs), self.unpack):
+        with self.on_device(streamed, "forward"), saved_tensors_hooks(self.packer(streamed, run, inputs), unpack):
             outputs = self.run_inside(block, *(replaced.get(i, arg) for i, arg in enumerate(args)))
         several = isinstance(outputs, tuple)
         outputs = Signal.apply(lambda: self.begin_backward(streamed, run), *(outputs if several else (outputs,)))
@@ -264,22 +230,16 @@ class Offloader:
             self.release(streamed)
 
     def load(self, streamed: StreamedBlock | None, order: Order) -> None:
-        if streamed is None:
-            return
-        self.release(self.block_in_use)  # the first block's backward may have no end, nor has one that failed
-        assert self.ring is not None
-        streamed.point_to(self.ring.use(streamed.index, order))
-        streamed.in_use = True
-        self.block_in_use = streamed
+        if streamed is not None:
+            self.release(self.block_in_use)  # the first block's backward may have no end, nor has one that failed
+            streamed.point_to(self.ring.use(streamed.index, order))
+            streamed.in_use, self.block_in_use = True, streamed
 
     def release(self, streamed: StreamedBlock | None) -> None:
-        if streamed is None or streamed is not self.block_in_use:
-            return
-        assert self.ring is not None
-        streamed.in_use = False
-        streamed.point_to(streamed.host)
-        self.block_in_use = None
-        self.ring.release()
+        if streamed is not None and streamed is self.block_in_use:
+            streamed.point_to(streamed.host)
+            streamed.in_use, self.block_in_use = False, None
+            self.ring.release()
 
     def begin_backward(self, streamed: StreamedBlock | None, run: BlockRun) -> None:
         """Load a block whose output gradients are known, and fetch its inputs and those of the block before it."""
@@ -291,37 +251,39 @@ class Offloader:
     def packer(
         self, streamed: StreamedBlock | None, run: BlockRun, inputs: Sequence[Tensor]
     ) -> Callable[[Tensor], Any]:
-        """Return the function that maps a tensor to what autograd keeps instead, for one run of a block."""
+        """Return the function that maps a tensor to what autograd keeps in one run of a block: see `unpack`."""
         pool = self.activation_pool
         inputs_by_address = {} if pool is None else {tensor.data_ptr(): tensor for tensor in inputs}
         offloaded: dict[int, OffloadedActivation] = {}
 
         def pack(tensor: Tensor) -> Any:
             if streamed is not None and tensor.untyped_storage().data_ptr() in self.buffers:
-                return StreamedView(streamed, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
-            address = tensor.data_ptr()
-            same = inputs_by_address.get(address)
+                dtype, layout = tensor.dtype, (tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+                return lambda: self.buffer_of(streamed).view(dtype).as_strided(*layout)
+            address, same = tensor.data_ptr(), inputs_by_address.get(tensor.data_ptr())
             if pool is None or same is None or (tensor.shape, tensor.dtype) != (same.shape, same.dtype):
                 return tensor
             if address not in offloaded:
-                offloaded[address] = OffloadedActivation(tensor, pool.take(tensor.nbytes), pool)
+                offloaded[address] = OffloadedActivation(tensor, pool)
                 run.inputs.append(offloaded[address])
-            return offloaded[address]
+            return offloaded[address].get
 
         return pack
 
-    def unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, OffloadedActivation):
-            return packed.get()
-        if not isinstance(packed, StreamedView):
-            return packed
-        slot = self.ring.slot(packed.block.index) if self.ring and packed.block is self.block_in_use else None
+    def buffer_of(self, streamed: StreamedBlock) -> Tensor:
+        """Return the buffer that holds a block. Raise RuntimeError if the block is not in use."""
+        slot = self.ring.slot(streamed.index) if streamed is self.block_in_use else None
         if slot is None:
             raise RuntimeError(
-                f"the backward of {packed.block.name} reads a weight that is in host memory. Blocks stream one at a "
+                f"the backward of {streamed.name} reads a weight that is in host memory. Blocks stream one at a "
                 "time: differentiate through the whole model, with one backward."
             )
-        return slot.buffer.view(packed.dtype).as_strided(packed.shape, packed.stride, packed.offset)
+        return slot.buffer
+
+
+def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+    """Return the tensor for which a function of `Offloader.packer` returned `packed`."""
+    return packed if isinstance(packed, Tensor) else packed()
 
 
 def offload(
@@ -343,9 +305,6 @@ def offload(
         device: Device on which the model computes, by default that of its first layer. All other weights move there.
         ring: Number of buffers on the device.
         copier: Returns a copier for the device, one for weights and one for activations. By default `copier_for`.
-
-    Raises:
-        ValueError: `blocks` is out of range.
     """
     names = offloaded_blocks(model.config, blocks)
     if not names and not activations:

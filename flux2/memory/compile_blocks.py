@@ -13,8 +13,6 @@ If the compiler cannot trace a layer, PyTorch runs the whole block uncompiled an
 therefore rejects such layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -31,6 +29,11 @@ from flux2.quantization.base import QuantizedLinear
 
 BLOCK_KINDS = 2
 MODES = 10  # with or without gradients, input gradients, the adapter, streaming
+# the attention kernels that are one operation; the backend `math` has several, which are recomputed
+ATTENTION_OPERATIONS = [
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+]
 
 
 def check_compiles(model: nn.Module) -> None:
@@ -49,42 +52,30 @@ def check_compiles(model: nn.Module) -> None:
         )
 
 
-def attention_operations() -> list[Any]:
-    """Return the attention kernels that are one operation; the backend `math` has several, which are recomputed."""
-    names = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-    return [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
-
-
 def run_kept(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
     with use_backends(backends):
         return block(*args)
 
 
-def run_recomputed(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
+def run_recomputed(backends: Sequence[str] | None, keeps_attention: bool, block: nn.Module, *args: Any) -> Any:
     with use_backends(backends):
         if not torch.is_grad_enabled():
             return block(*args)
-        return checkpoint(block, *args, use_reentrant=False)
+        options: dict[str, Any] = {}
+        if keeps_attention:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_OPERATIONS)
+        return checkpoint(block, *args, use_reentrant=False, **options)
 
 
-def run_selective(backends: Sequence[str] | None, block: nn.Module, *args: Any) -> Any:
-    with use_backends(backends):
-        if not torch.is_grad_enabled():
-            return block(*args)
-        kept = partial(create_selective_checkpoint_contexts, attention_operations())
-        return checkpoint(block, *args, use_reentrant=False, context_fn=kept)
+def compile_runners(
+    backends: Sequence[str] | None, shapes: int, backend: str | Callable[..., Any] = "inductor"
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Return compiled functions that run a block: one keeps everything, one recomputes, one keeps the attention.
 
-
-def compile_runner(
-    run: Callable[..., Any], backends: Sequence[str] | None, shapes: int, backend: str | Callable[..., Any] = "inductor"
-) -> Callable[..., Any]:
-    """Return `run`, one of the three functions above, compiled for the attention `backends`.
-
-    Args:
-        shapes: Expected number of different token shapes.
-        backend: Backend of `torch.compile`.
+    `shapes` is the expected number of different token shapes; the other arguments are those of `set_policy`.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, BLOCK_KINDS * MODES * shapes)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * limits.recompile_limit)
-    return partial(torch.compile(run, dynamic=False, backend=backend), backends)
+    kept, recomputed = (torch.compile(run, dynamic=False, backend=backend) for run in (run_kept, run_recomputed))
+    return partial(kept, backends), partial(recomputed, backends, False), partial(recomputed, backends, True)

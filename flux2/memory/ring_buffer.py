@@ -8,11 +8,9 @@ A `Ring` holds the block in use and those expected next, in the orders
 so a copy overlaps with the compute of a whole block, and nothing is copied twice where the order turns. A wrong guess
 costs only time: `use` copies what is missing.
 
-This logic does not depend on the device. A `Copier` moves the bytes: `CpuCopier` within host memory, `CudaCopier` from
-pinned memory on its own stream, concurrently with the compute.
+This logic does not depend on the device. A `Copier` moves the bytes within host memory, a `CudaCopier` from pinned
+memory on its own stream, concurrently with the compute.
 """
-
-from __future__ import annotations
 
 import contextlib
 import mmap
@@ -20,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,48 +30,33 @@ ALIGNMENT = 256  # bytes; the alignment of the CUDA allocator, which is enough f
 Order = Literal["forward", "backward", "sample"]
 
 
-class Copier(Protocol):
-    """Allocates memory on both sides and copies between them."""
+class Copier:
+    """Allocates memory on both sides and copies between them: here within host memory, at once."""
 
     def host(self, size: int) -> Tensor:
         """Return `size` bytes of host memory, (size,) uint8."""
+        return torch.empty(size, dtype=torch.uint8)
 
     def device(self, size: int) -> Tensor:
         """Return `size` bytes on the device, (size,) uint8."""
+        return torch.empty(size, dtype=torch.uint8)
 
     def start(self, source: Tensor, target: Tensor) -> Any:
         """Copy to `target`, of the same shape and dtype, after all work submitted to the device so far.
 
         Return at once, with a ticket for `wait`.
         """
+        target.copy_(source)
 
     def wait(self, ticket: Any) -> None:
         """Make all work submitted to the device from now on wait for the copy of `ticket`."""
 
 
-class CpuCopier:
-    """Copies within host memory, at once: for tests and for training on a CPU."""
-
-    def host(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
-
-    def device(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
-
-    def start(self, source: Tensor, target: Tensor) -> None:
-        target.copy_(source)
-
-    def wait(self, ticket: None) -> None:
-        return None
-
-
-class CudaCopier:
+class CudaCopier(Copier):
     """Copies from and to pinned host memory on its own CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.place = device
-        self.stream = torch.cuda.Stream(device)
-        self.pins = True
+        self.place, self.stream, self.pins = device, torch.cuda.Stream(device), True
 
     def host(self, size: int) -> Tensor:
         """Return host memory, pinned if the system allows it; the first refusal is reported as a warning."""
@@ -105,8 +88,7 @@ class CudaCopier:
 
 def pin(memory: np.ndarray, device: torch.device) -> bool:
     """Page-lock host memory in place until it is freed. Return False if the system refuses."""
-    cudart = torch.cuda.cudart()
-    address = memory.ctypes.data
+    cudart, address = torch.cuda.cudart(), memory.ctypes.data
     if int(cudart.cudaHostRegister(address, memory.nbytes, 0)) != 0:
         with contextlib.suppress(RuntimeError):  # CUDA stores the error and would raise it at the next kernel
             torch.zeros(1, device=device)
@@ -116,19 +98,17 @@ def pin(memory: np.ndarray, device: torch.device) -> bool:
 
 
 def copier_for(device: torch.device) -> Copier:
-    return CudaCopier(device) if device.type == "cuda" else CpuCopier()
+    return CudaCopier(device) if device.type == "cuda" else Copier()
 
 
 def expected_blocks(index: int, order: Order, count: int) -> list[int]:
     """Return the blocks in the order in which they are expected after `index`, each once."""
-    after, before = range(index + 1, count), range(index - 1, -1, -1)
-    if order == "backward":
-        expected = [*before, *range(count)]
-    elif order == "forward":
-        expected = [*after, *range(count - 1, -1, -1)]
-    else:
-        expected = [*after, *range(count)]
-    return list(dict.fromkeys(expected))
+    expected = {
+        "forward": [*range(index + 1, count), *reversed(range(count))],
+        "backward": [*reversed(range(index)), *range(count)],
+        "sample": [*range(index + 1, count), *range(count)],
+    }
+    return list(dict.fromkeys(expected[order]))
 
 
 def slot_sizes(sizes: Sequence[int], ring: int = RING) -> list[int]:
@@ -165,13 +145,8 @@ class Ring:
         self.hosts, self.copier = list(hosts), copier
         self.slots = [Slot(copier.device(nbytes)) for nbytes in slot_sizes([host.nbytes for host in hosts], size)]
         self.current: int | None = None
-        self.expected: list[int] = list(range(len(self.hosts)))
+        self.expected = list(range(len(self.hosts)))
         self.copies = self.copied = 0
-
-    @property
-    def resident(self) -> list[int]:
-        """Return the blocks on the device or on their way."""
-        return [slot.holds for slot in self.slots if slot.holds is not None]
 
     def slot(self, index: int) -> Slot | None:
         return next((slot for slot in self.slots if slot.holds == index), None)

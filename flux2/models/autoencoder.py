@@ -10,9 +10,8 @@ Parameter names are those of Black Forest Labs' `ae.safetensors`; `flux2.weights
 Values are tested against diffusers' `AutoencoderKLFlux2`.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +39,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        if channels_in != channels_out:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+        same_width = channels_in == channels_out
+        self.nin_shortcut = nn.Identity() if same_width else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        return self.nin_shortcut(x) + h
 
 
 class AttentionBlock(nn.Module):
@@ -60,31 +59,25 @@ class AttentionBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """Attend with `queries` positions at a time, by default with all."""
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        if q.shape[2] > FEW_POSITIONS:  # kernels that never hold all pairs of positions need contiguous channels
+        if queries is None and q.shape[2] > FEW_POSITIONS:
+            # kernels that never hold all pairs of positions need contiguous channels
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.proj_out(h)
+        parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(queries or q.shape[2], dim=2)]
+        return x + self.proj_out(torch.cat(parts, dim=2)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # only right and bottom, as the published weights expect
+def downsample(channels: int) -> nn.Sequential:
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # only right and bottom, as the published weights expect
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(channels: int) -> nn.Sequential:
+    nearest = nn.Upsample(scale_factor=2.0, mode="nearest")
+    return nn.Sequential(OrderedDict(nearest=nearest, conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 def middle(channels: int, groups: int) -> nn.Sequential:
@@ -94,22 +87,14 @@ def middle(channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attn_1, block_2=block_2))
 
 
-class Level(nn.Module):
+class Level(nn.Sequential):
     """The blocks of one resolution, followed by `downsample` or `upsample`, if any."""
 
     def __init__(self, channels_in: int, channels_out: int, blocks: int, groups: int, resample: str = "") -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            [ResnetBlock(channels_in if i == 0 else channels_out, channels_out, groups) for i in range(blocks)]
-        )
-        self.resample = resample
+        widths = [channels_in] + blocks * [channels_out]
+        super().__init__(OrderedDict(block=nn.Sequential(*(ResnetBlock(*pair, groups) for pair in pairwise(widths)))))
         if resample:
-            setattr(self, resample, (Downsample if resample == "downsample" else Upsample)(channels_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return getattr(self, self.resample)(x) if self.resample else x
+            self.add_module(resample, {"downsample": downsample, "upsample": upsample}[resample](channels_out))
 
 
 class Encoder(nn.Module):
@@ -117,7 +102,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down = nn.Sequential()
         for i, width in enumerate(widths):
             resample = "downsample" if i < last else ""
             self.down.append(Level(widths[max(i - 1, 0)], width, config.blocks, config.groups, resample))
@@ -127,10 +112,8 @@ class Encoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+        x = self.mid(self.down(self.conv_in(x)))
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(x))))
 
 
 class Decoder(nn.Module):
@@ -159,22 +142,18 @@ class Autoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.bn = nn.BatchNorm2d(4 * config.latent_channels, eps=config.bn_eps, affine=False)
         self.eval()
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        mean, var = self.bn.running_mean, self.bn.running_var
-        assert mean is not None, "bn keeps running statistics"
-        assert var is not None
-        return mean[:, None, None], torch.sqrt(var + self.config.bn_eps)[:, None, None]
+        mean, var = self.bn.get_buffer("running_mean"), self.bn.get_buffer("running_var")
+        return mean[:, None, None], torch.sqrt(var + self.bn.eps)[:, None, None]
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance (B, 32, H/8, W/8) of the latent distribution; only training needs the second."""
-        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
-        return mean, logvar
+        return self.encoder(pixels).chunk(2, dim=1)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], sides multiples of 16 -> latents (B, 128, H/16, W/16), normalized."""

@@ -1,7 +1,5 @@
 """Conversion between images and the pixel tensors of the autoencoder, and the size of reference images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import isqrt
 

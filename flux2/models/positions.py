@@ -6,8 +6,6 @@ references; predictions for references are discarded.
 Source: github.com/black-forest-labs/flux2, src/flux2/sampling.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

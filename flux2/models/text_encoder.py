@@ -12,6 +12,7 @@ Source: github.com/black-forest-labs/flux2, src/flux2/text_encoder.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,15 @@ from torch import Tensor, nn
 
 from flux2.layers.selection import linear_names
 from flux2.models.variants import TextConfig
-from flux2.quantization.base import QuantizedLinear, swap_linears
+from flux2.quantization.base import swap_linears
 from flux2.quantization.int8 import Int8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
-from flux2.utils.choices import TEXT_STORAGES as TEXT_STORAGES
-from flux2.utils.choices import TextStorage as TextStorage
+from flux2.utils.choices import TEXT_STORAGES, TextStorage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LAYER_LINEARS = (r"layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj",)
-
+LAYER_LINEARS = r"layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
 # The line break belongs to the published message; a space instead of it would change the embeddings.
 SYSTEM_MESSAGE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
@@ -42,24 +41,19 @@ def chat(prompt: str, kind: str) -> list[dict[str, Any]]:
     """Return the conversation for a prompt: Mistral gets a system message, Qwen3 only the user turn."""
     if kind == "qwen3":
         return [{"role": "user", "content": prompt}]
-    parts = (("system", SYSTEM_MESSAGE), ("user", prompt.replace("[IMG]", "")))
-    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in parts]
+    texts = {"system": SYSTEM_MESSAGE, "user": prompt.replace("[IMG]", "")}
+    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
 
 
 def tokenize(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], kind: str, length: int
 ) -> tuple[Tensor, Tensor]:
     """Return token ids and attention mask (B, length), padded on the tokenizer's own side and truncated to `length`."""
-    options = {"add_generation_prompt": True, "enable_thinking": False} if kind == "qwen3" else {}
+    is_qwen3 = kind == "qwen3"  # the template of Mistral contains the special tokens
+    options = {"add_generation_prompt": True, "enable_thinking": False} if is_qwen3 else {}
     texts = [tokenizer.apply_chat_template(chat(prompt, kind), tokenize=False, **options) for prompt in prompts]
-    batch = tokenizer(
-        texts,
-        padding="max_length",
-        truncation=True,
-        max_length=length,
-        add_special_tokens=kind == "qwen3",  # Mistral's template contains them
-        return_tensors="pt",
-    )
+    padding: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
+    batch = tokenizer(texts, **padding, add_special_tokens=is_qwen3, return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
 
 
@@ -70,19 +64,16 @@ def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
     """
     from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model  # takes two seconds
 
-    values = dict(config.get("text_config", config))
-    layers = max(text.layers)
+    values, layers = config.get("text_config", config), max(text.layers)
     if values["num_hidden_layers"] < layers:
         raise ValueError(
             f"the text encoder has {values['num_hidden_layers']} layers, but layer {layers} is needed: "
             "this is not the text encoder of this model"
         )
-    values["num_hidden_layers"] = layers
+    values = values | {"num_hidden_layers": layers}
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][:layers]
-    model: nn.Module = (
-        MistralModel(MistralConfig(**values)) if text.kind == "mistral" else Qwen3Model(Qwen3Config(**values))
-    )
+    model = MistralModel(MistralConfig(**values)) if text.kind == "mistral" else Qwen3Model(Qwen3Config(**values))
     model.norm = nn.Identity()
     return model
 
@@ -98,21 +89,9 @@ def quantize_text_encoder(model: nn.Module, storage: TextStorage, dtype: torch.d
 
     `model` is on the meta device: each weight is quantized when it is loaded.
     """
-    workspace = Workspace()
-
-    def quantized(linear: nn.Linear) -> QuantizedLinear:
-        sizes = linear.in_features, linear.out_features
-        if storage == "nf4":
-            return Nf4Linear(*sizes, dtype=dtype, device="meta", workspace=workspace)
-        return Int8Linear(*sizes, dtype=dtype, device="meta")
-
-    swap_linears(model, linear_names(model, LAYER_LINEARS, "layers of the text encoder"), quantized)
-
-
-def is_truncated(tokenizer: PreTrainedTokenizerFast, prompt: str, kind: str, length: int) -> bool:
-    """Return whether `tokenize` truncates `prompt`."""
-    _, mask = tokenize(tokenizer, [prompt], kind, length + 1)
-    return bool(mask.all())
+    nf4, int8 = partial(Nf4Linear, dtype=dtype, workspace=Workspace()), partial(Int8Linear, dtype=dtype)
+    names = linear_names(model, [LAYER_LINEARS], "layers of the text encoder")
+    swap_linears(model, names, nf4 if storage == "nf4" else int8)
 
 
 class TextEncoder:
@@ -123,9 +102,7 @@ class TextEncoder:
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, text: TextConfig) -> None:
-        self.model = model.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
-        self.text = text
+        self.model, self.tokenizer, self.text = model.requires_grad_(False).eval(), tokenizer, text
         self.cut: list[str] = []
 
     @torch.no_grad()
@@ -135,13 +112,14 @@ class TextEncoder:
             raise ValueError("prompts must be a list of strings, got one string; wrap it in a list")
         length = length or self.text.length
         ids, mask = tokenize(self.tokenizer, prompts, self.text.kind, length)
-        full = [prompt for prompt, row in zip(prompts, mask, strict=True) if row.all()]
-        self.cut += [prompt for prompt in full if is_truncated(self.tokenizer, prompt, self.text.kind, length)]
+        for prompt, row in zip(prompts, mask, strict=True):
+            # the prompt fills its row; it was truncated if it also fills a longer one
+            if row.all() and tokenize(self.tokenizer, [prompt], self.text.kind, length + 1)[1].all():
+                self.cut.append(prompt)
         device = next(self.model.parameters()).device
-        states = self.model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True, use_cache=False
-        ).hidden_states
-        return torch.cat([states[layer] for layer in self.text.layers], dim=-1)
+        ids, mask = ids.to(device), mask.to(device)
+        outputs = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return torch.cat([outputs.hidden_states[layer] for layer in self.text.layers], dim=-1)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -6,69 +6,46 @@ them. Rows of neighboring stripes are recomputed instead of kept; of a residual 
 whole. This is two to three times the work of a decoder that is small compared to the transformer.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2.models.autoencoder import AttentionBlock, Autoencoder, Decoder, Level, ResnetBlock, Upsample
+from flux2.models.autoencoder import Autoencoder
 
 ELEMENTS = 1 << 23  # elements of a feature map in a stripe: 32 MB in float32
 QUERIES = 1024  # query positions per attention call
 HALO = 2  # input rows of two convolutions above and below their output rows
 
 
-class FeatureMap(Protocol):
-    """A feature map (1, channels, height, width) whose rows can be computed on demand, with at most `widest` channels
-    in between.
+@dataclass
+class FeatureMap:
+    """A feature map (1, channels, height, width), in memory or computed on demand.
+
+    Attributes:
+        widest: Largest number of channels of the maps that are computed on the way.
+        rows: Function that returns the rows [top, bottom).
     """
 
     channels: int
     height: int
     width: int
     widest: int
+    rows: Callable[[int, int], Tensor]
 
-    def rows(self, top: int, bottom: int) -> Tensor: ...
-
-
-def stripes(source: FeatureMap, elements: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows that cover `source`, each of about `elements` elements and at least eight rows."""
-    step = max(8, elements // (source.widest * source.width))
-    for top in range(0, source.height, step):
-        yield top, min(source.height, top + step)
+    def stripes(self, elements: int) -> Iterator[tuple[int, int]]:
+        """Yield ranges that cover all rows, each of about `elements` elements and at least eight rows."""
+        step = max(8, elements // (self.widest * self.width))
+        for top in range(0, self.height, step):
+            yield top, min(self.height, top + step)
 
 
-class StoredMap:
-    """A feature map in memory."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        _, self.channels, self.height, self.width = x.shape
-        self.widest = self.channels
-
-    def rows(self, top: int, bottom: int) -> Tensor:
-        return self.x[:, :, top:bottom]
-
-
-class UpsampledMap:
-    """A map at twice the size, followed by a convolution; computed on demand."""
-
-    def __init__(self, conv: nn.Conv2d, source: FeatureMap) -> None:
-        self.conv, self.source = conv, source
-        self.channels, self.height, self.width = conv.out_channels, 2 * source.height, 2 * source.width
-        self.widest = max(source.widest, self.channels)
-
-    def rows(self, top: int, bottom: int) -> Tensor:
-        def upsampled_rows(low: int, high: int) -> Tensor:
-            first, last = low // 2, (high + 1) // 2
-            x = F.interpolate(self.source.rows(first, last), scale_factor=2.0, mode="nearest")
-            return x[:, :, low - 2 * first : high - 2 * first]
-
-        return convolved_rows(self.conv, upsampled_rows, top, bottom, self.height)
+def stored_map(x: Tensor) -> FeatureMap:
+    _, channels, height, width = x.shape
+    return FeatureMap(channels, height, width, channels, lambda top, bottom: x[:, :, top:bottom])
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, low: int, high: int, height: int) -> tuple[Tensor, int, int]:
@@ -81,91 +58,68 @@ def convolve(conv: nn.Conv2d, x: Tensor, low: int, high: int, height: int) -> tu
     return y, low + (not at_top), high - (not at_bottom)
 
 
-def convolved_rows(conv: nn.Conv2d, rows: Callable[[int, int], Tensor], top: int, bottom: int, height: int) -> Tensor:
-    """Return the rows [top, bottom) of a 3 x 3 convolution of a map of `height` rows, which `rows` computes."""
-    low, high = max(0, top - 1), min(height, bottom + 1)
-    y, first, _ = convolve(conv, rows(low, high), low, high, height)
-    return y[:, :, top - first : bottom - first]
+def convolved_map(conv: nn.Conv2d, source: FeatureMap) -> FeatureMap:
+    """Return a 3 x 3 convolution of a map."""
+
+    def rows(top: int, bottom: int) -> Tensor:
+        low, high = max(0, top - 1), min(source.height, bottom + 1)
+        y, first, _ = convolve(conv, source.rows(low, high), low, high, source.height)
+        return y[:, :, top - first : bottom - first]
+
+    channels = conv.out_channels
+    return FeatureMap(channels, source.height, source.width, max(source.widest, channels), rows)
 
 
-class NormSiLU:
-    """A group norm with the statistics of a whole map, followed by SiLU."""
+def upsampled_map(source: FeatureMap) -> FeatureMap:
+    """Return a map at twice the size."""
 
-    def __init__(self, norm: nn.GroupNorm, channels: int, parts: Iterator[Tensor]) -> None:
-        # merge the statistics of the parts (Chan et al. 1979); squares: sum of squared distances from the mean
-        count, mean, squares = 0, torch.zeros(()), torch.zeros(())
-        for part in parts:
-            groups = part.reshape(norm.num_groups, -1)
-            size = groups.shape[1]
-            part_var, part_mean = (value.double() for value in torch.var_mean(groups, dim=1, correction=0))
-            delta = part_mean - mean.to(part_mean)
-            squares = squares.to(delta) + part_var * size + delta.square() * (count * size / (count + size))
-            mean = mean.to(delta) + delta * (size / (count + size))
-            count += size
-        scale = torch.rsqrt(squares / count + norm.eps)
-        group_size = channels // norm.num_groups
-        weight = scale.repeat_interleave(group_size) * norm.weight.double()
-        self.weight = weight.to(norm.weight)[:, None, None]
-        self.bias = (norm.bias.double() - mean.repeat_interleave(group_size) * weight).to(norm.weight)[:, None, None]
+    def rows(top: int, bottom: int) -> Tensor:
+        first, last = top // 2, (bottom + 1) // 2
+        x = F.interpolate(source.rows(first, last), scale_factor=2.0, mode="nearest")
+        return x[:, :, top - 2 * first : bottom - 2 * first]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.silu(torch.addcmul(self.bias, x, self.weight), inplace=True)
+    return FeatureMap(source.channels, 2 * source.height, 2 * source.width, source.widest, rows)
 
 
-class ResidualMap:
-    """The output of a residual block; computed on demand, except for the statistics of its norms."""
-
-    def __init__(self, block: ResnetBlock, source: FeatureMap, elements: int) -> None:
-        self.block, self.source = block, source
-        self.channels, self.height, self.width = block.conv1.out_channels, source.height, source.width
-        self.widest = max(source.widest, self.channels)
-        ranges = list(stripes(self, elements))
-        self.norm1 = NormSiLU(block.norm1, source.channels, (source.rows(*rows) for rows in ranges))
-        self.norm2 = NormSiLU(block.norm2, self.channels, (self.first_convolution(*rows) for rows in ranges))
-
-    def first_convolution(self, top: int, bottom: int) -> Tensor:
-        return convolved_rows(
-            self.block.conv1, lambda *rows: self.norm1(self.source.rows(*rows)), top, bottom, self.height
-        )
-
-    def rows(self, top: int, bottom: int) -> Tensor:
-        low, high = max(0, top - HALO), min(self.height, bottom + HALO)
-        x = self.source.rows(low, high)
-        h, first, last = convolve(self.block.conv1, self.norm1(x), low, high, self.height)
-        h, first, last = convolve(self.block.conv2, self.norm2(h), first, last, self.height)
-        assert first <= top < bottom <= last
-        x = x[:, :, top - low : bottom - low]
-        shortcut = self.block.nin_shortcut(x) if hasattr(self.block, "nin_shortcut") else x
-        return h[:, :, top - first : bottom - first] + shortcut
+def pointwise_map(function: Callable[[Tensor], Tensor], source: FeatureMap) -> FeatureMap:
+    return replace(source, rows=lambda top, bottom: function(source.rows(top, bottom)))
 
 
-def attend(block: AttentionBlock, x: Tensor) -> Tensor:
-    """Run an attention block, `QUERIES` queries at a time."""
-    h = block.norm(x)
-    q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (block.q, block.k, block.v))
-    parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(QUERIES, dim=2)]
-    return x + block.proj_out(torch.cat(parts, dim=2)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+def norm_silu(norm: nn.GroupNorm, source: FeatureMap, ranges: Iterable[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
+    """Return a group norm, followed by SiLU, with the statistics of a whole map, computed over `ranges` of its rows."""
+    # merge the statistics of the parts (Chan et al. 1979); squares: sum of squared distances from the mean
+    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for top, bottom in ranges:
+        groups = source.rows(top, bottom).reshape(norm.num_groups, -1)
+        size = groups.shape[1]
+        part_var, part_mean = (value.double() for value in torch.var_mean(groups, dim=1, correction=0))
+        delta = part_mean - mean.to(part_mean)
+        squares = squares.to(delta) + part_var * size + delta.square() * (count * size / (count + size))
+        mean = mean.to(delta) + delta * (size / (count + size))
+        count += size
+    group_size = source.channels // norm.num_groups
+    scale = torch.rsqrt(squares / count + norm.eps).repeat_interleave(group_size) * norm.weight.double()
+    shift = norm.bias.double() - mean.repeat_interleave(group_size) * scale
+    weight, bias = (value.to(norm.weight)[:, None, None] for value in (scale, shift))
+    return lambda x: F.silu(torch.addcmul(bias, x, weight), inplace=True)
 
 
-def decode_middle(decoder: Decoder, z: Tensor) -> Tensor:
-    """Run the decoder up to its first level: (1, 32, 2h, 2w) -> (1, channels, 2h, 2w)."""
-    block_1, attention, block_2 = decoder.mid
-    assert isinstance(attention, AttentionBlock)
-    return block_2(attend(attention, block_1(decoder.conv_in(decoder.post_quant_conv(z)))))
+def residual_map(block: Any, source: FeatureMap, elements: int) -> FeatureMap:
+    """Return the output of a residual block, computed on demand except for the statistics of its norms."""
+    height, channels = source.height, block.conv1.out_channels
 
+    def rows(top: int, bottom: int) -> Tensor:
+        low, high = max(0, top - HALO), min(height, bottom + HALO)
+        x = source.rows(low, high)
+        h, first, last = convolve(block.conv1, norm1(x), low, high, height)
+        h, first, _ = convolve(block.conv2, norm2(h), first, last, height)
+        return h[:, :, top - first : bottom - first] + block.nin_shortcut(x[:, :, top - low : bottom - low])
 
-class OutputMap:
-    """The pixels after the last norm and convolution; computed on demand."""
-
-    def __init__(self, decoder: Decoder, source: FeatureMap, elements: int) -> None:
-        self.conv, self.source = decoder.conv_out, source
-        self.channels, self.height, self.width = decoder.conv_out.out_channels, source.height, source.width
-        self.widest = source.widest
-        parts = (source.rows(*rows) for rows in stripes(source, elements))
-        self.norm = NormSiLU(decoder.norm_out, source.channels, parts)
-
-    def rows(self, top: int, bottom: int) -> Tensor:
-        return convolved_rows(self.conv, lambda *rows: self.norm(self.source.rows(*rows)), top, bottom, self.height)
+    result = FeatureMap(channels, height, source.width, max(source.widest, channels), rows)
+    ranges = list(result.stripes(elements))
+    norm1 = norm_silu(block.norm1, source, ranges)
+    norm2 = norm_silu(block.norm2, convolved_map(block.conv1, pointwise_map(norm1, source)), ranges)
+    return result
 
 
 @torch.no_grad()
@@ -173,30 +127,25 @@ def decode(autoencoder: Autoencoder, latents: Tensor, elements: int = ELEMENTS) 
     """Return `autoencoder.decode(latents)`, equal up to rounding.
 
     Args:
-        autoencoder: The autoencoder whose decoder is used.
-        latents: (1, 128, h, w), normalized.
+        latents: (1, 128, h, w), normalized. Several images raise ValueError.
         elements: Number of elements of a feature map in a stripe.
-
-    Raises:
-        ValueError: `latents` has more than one image.
     """
     if latents.shape[0] != 1:
         raise ValueError(f"latents holds {latents.shape[0]} images: decode one at a time in stripes")
-    decoder = autoencoder.decoder
+    decoder: Any = autoencoder.decoder  # mypy does not know the types of its modules
 
-    def store(source: FeatureMap) -> StoredMap:
-        whole = torch.empty(1, source.channels, source.height, source.width, dtype=latents.dtype, device=latents.device)
-        for top, bottom in stripes(source, elements):
+    def store(source: FeatureMap) -> Tensor:
+        whole = latents.new_empty(1, source.channels, source.height, source.width)
+        for top, bottom in source.stripes(elements):
             whole[:, :, top:bottom] = source.rows(top, bottom)
-        return StoredMap(whole)
+        return whole
 
-    source: FeatureMap = StoredMap(decode_middle(decoder, autoencoder.unnormalize(latents)))
+    z = decoder.post_quant_conv(autoencoder.unnormalize(latents))
+    source = stored_map(decoder.mid.block_2(decoder.mid.attn_1(decoder.mid.block_1(decoder.conv_in(z)), QUERIES)))
     for level in reversed(decoder.up):
-        assert isinstance(level, Level)
         for block in level.block:
-            assert isinstance(block, ResnetBlock)
-            source = store(ResidualMap(block, source, elements))
-        if level.resample:
-            assert isinstance(level.upsample, Upsample)
-            source = UpsampledMap(level.upsample.conv, source)
-    return store(OutputMap(decoder, source, elements)).x
+            source = stored_map(store(residual_map(block, source, elements)))
+        if hasattr(level, "upsample"):
+            source = convolved_map(level.upsample.conv, upsampled_map(source))
+    norm = norm_silu(decoder.norm_out, source, source.stripes(elements))
+    return store(convolved_map(decoder.conv_out, pointwise_map(norm, source)))

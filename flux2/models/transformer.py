@@ -24,10 +24,9 @@ Source: github.com/black-forest-labs/flux2, src/flux2/model.py. Values are teste
 Shapes: B images, N image tokens (with references), T text tokens, L = T + N, H heads, D = H * head_dim.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
+from operator import call
 from typing import Any
 
 import torch
@@ -42,20 +41,19 @@ Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate; each (B, 1, D)
 RotaryAngles = tuple[Tensor, Tensor, Tensor]  # cos, sin, cos + i sin of each token; each (1, 1, L, head_dim / 2)
 
 
-def run_directly(block: nn.Module, *args: Any) -> Any:
-    """Run a block and keep what its backward needs: the default of `Transformer.run_block`."""
-    return block(*args)
-
-
 class Transformer(nn.Module):
-    """The whole model. `run_block` runs each block: directly, or under a policy of flux2/memory."""
+    """The whole model.
+
+    Attributes:
+        run_block: Function that runs a block with its arguments: directly, or under a policy of flux2/memory.
+        is_streaming: Whether block weights are in host memory (flux2/memory/block_offload.py).
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.run_block: Callable[..., Any] = run_directly
-        self.is_streaming = False  # whether block weights are in host memory (flux2/memory/block_offload.py)
-
+        self.run_block: Callable[..., Any] = call
+        self.is_streaming = False
         self.img_in = nn.Linear(config.channels, config.hidden, bias=False)
         # training replaces it by the identity where cached embeddings are already projected
         self.txt_in: nn.Module = nn.Linear(config.text_width, config.hidden, bias=False)
@@ -79,7 +77,7 @@ class Transformer(nn.Module):
         guidance: Tensor | None = None,
         keep: int | None = None,
     ) -> Tensor:
-        """Predict the flow `noise - image` of noisy latent tokens.
+        """Predict the flow `noise - image` of noisy latent tokens: (B, keep, 128) in the dtype of the weights.
 
         Args:
             tokens: (B, N, 128); the image's noisy tokens first, then those of any references.
@@ -89,9 +87,6 @@ class Transformer(nn.Module):
             timestep: (B,) in [0, 1]; 1 is pure noise. References share it with the image.
             guidance: (B,) guidance values; required if and only if the model has a guidance embedding.
             keep: Number of leading tokens to predict (the image's, without references); all by default.
-
-        Returns:
-            (B, keep, 128) in the dtype of the weights.
         """
         # 1. time -> modulation, positions -> rotary angles; shared by all blocks
         time = self.embed_time(timestep, guidance)  # (B, D)
@@ -119,13 +114,11 @@ class Transformer(nn.Module):
 
     def embed_time(self, timestep: Tensor, guidance: Tensor | None) -> Tensor:
         """(B,) in [0, 1] and, for guided models, (B,) guidance values -> (B, D)."""
-        dtype = self.img_in.weight.dtype
-        time = self.time_in(timestep_embedding(timestep, self.config.time_width).to(dtype))
         if not self.config.guidance:
-            return time
+            return self.time_in(timestep)
         if guidance is None:
             raise ValueError("this model was trained with a guidance value: pass guidance (training uses 1.0)")
-        return time + self.guidance_in(timestep_embedding(guidance, self.config.time_width).to(dtype))
+        return self.time_in(timestep) + self.guidance_in(guidance)
 
 
 class DoubleBlock(nn.Module):
@@ -166,7 +159,6 @@ class SingleBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         self.split = [3 * config.hidden, 2 * config.mlp_width]
         self.pre_norm = nn.LayerNorm(config.hidden, eps=config.eps, elementwise_affine=False)
         self.linear1 = nn.Linear(config.hidden, sum(self.split), bias=False)
@@ -178,10 +170,8 @@ class SingleBlock(nn.Module):
         """x (B, L, D) -> the same shape."""
         shift, scale, gate = mod
         qkv, h = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split, dim=-1)
-        q, k, v = split_heads(qkv, self.head_dim)
-        q, k = self.norm(q, k)
-        attended = attend(q, k, v, rope)
-        return torch.addcmul(x, gate, self.linear2(torch.cat([attended, self.act(h)], dim=-1)))
+        q, k, v = self.norm(qkv)
+        return torch.addcmul(x, gate, self.linear2(torch.cat([attend(q, k, v, rope), self.act(h)], dim=-1)))
 
 
 class FinalLayer(nn.Module):
@@ -203,27 +193,28 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.norm = QKNorm(config.head_dim, config.eps)
         self.proj = TailLinear(config.hidden, config.hidden, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) -> normalized q and k, and v; each (B, H, L, head_dim)."""
-        q, k, v = split_heads(self.qkv(x), self.head_dim)
-        return *self.norm(q, k), v
+        return self.norm(self.qkv(x))
 
 
 class QKNorm(nn.Module):
-    """Norms of query and key over each head."""
+    """Split of q, k and v into heads, with a norm of q and of k over each head."""
 
     def __init__(self, head_dim: int, eps: float) -> None:
         super().__init__()
+        self.head_dim = head_dim
         self.query_norm = RMSNorm(head_dim, eps)
         self.key_norm = RMSNorm(head_dim, eps)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, 3 * D) -> three of (B, H, L, head_dim)."""
+        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.query_norm(q), self.key_norm(k), v
 
 
 class RMSNorm(nn.Module):
@@ -254,27 +245,26 @@ def mlp(config: TransformerConfig) -> nn.Sequential:
     )
 
 
-def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, 3 * D) -> three of (B, H, L, head_dim)."""
-    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, rope: RotaryAngles) -> Tensor:
     """Rotate q and k, then apply full attention: three of (B, H, L, head_dim) -> (B, L, D)."""
     return attention(apply_rope(q, rope), apply_rope(k, rope), v).transpose(1, 2).flatten(2)
 
 
 class MLPEmbedder(nn.Module):
-    """Two linear layers with a SiLU in between: (B, width) -> (B, D)."""
+    """Sinusoidal features of 1000 x, cosines first, and two linears with a SiLU in between: (B,) -> (B, D)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.width = width
         self.in_layer = nn.Linear(width, hidden, bias=False)
         self.out_layer = nn.Linear(hidden, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
+        half = self.width // 2
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+        angles = 1000.0 * x.float()[:, None] * frequencies  # frequency i is 10000^(-i / half)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.in_layer.weight.dtype)
+        return self.out_layer(F.silu(self.in_layer(features)))
 
 
 class SharedModulation(nn.Module):
@@ -292,14 +282,6 @@ class SharedModulation(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
-
-
-def timestep_embedding(x: Tensor, width: int) -> Tensor:
-    """Sinusoidal features of 1000 x at frequencies 10000^(-i / half), cosines first: (B,) -> (B, width) float32."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
-    angles = 1000.0 * x.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotary_angles(positions: Tensor, axes: tuple[int, ...], theta: int) -> RotaryAngles:

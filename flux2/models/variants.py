@@ -8,13 +8,10 @@ Sources: Black Forest Labs' reference code (github.com/black-forest-labs/flux2) 
 published repositories.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-LATENT_CHANNELS = 32  # channels of the autoencoder before patches of 2 x 2 are folded into channels
-TOKEN_CHANNELS = 4 * LATENT_CHANNELS
+TOKEN_CHANNELS = 128  # patches of 2 x 2 of the autoencoder's 32 channels, folded into channels
 PIXELS_PER_TOKEN = 16  # one token covers 16 x 16 pixels in every model
 
 
@@ -61,7 +58,7 @@ class AutoencoderConfig:
     widths: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
     groups: int = 32
-    latent_channels: int = LATENT_CHANNELS
+    latent_channels: int = 32
     bn_eps: float = 1e-4
 
 
@@ -94,14 +91,7 @@ class Variant:
     resolution: int = 1024
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     training_guidance: float = 1.0
-    gated: bool = False
     license: str = ""
-    parameters: float = 0.0
-
-    @property
-    def classifier_free(self) -> bool:
-        """Return whether the sampling default is classifier-free guidance (two predictions per step)."""
-        return not self.transformer.guidance and self.guidance > 1
 
 
 DEV = TransformerConfig(heads=48, double_blocks=8, single_blocks=48, text_width=15360, guidance=True)
@@ -110,51 +100,20 @@ KLEIN_4B = TransformerConfig(heads=24, double_blocks=5, single_blocks=20, text_w
 TINY = TransformerConfig(6, 2, 4, text_width=192, guidance=True, head_dim=32, mlp_ratio=2.0, rope_axes=(8, 8, 8, 8))
 MISTRAL = TextConfig(kind="mistral", layers=(10, 20, 30))
 QWEN3 = TextConfig(kind="qwen3", layers=(9, 18, 27))
+NON_COMMERCIAL = "FLUX Non-Commercial License (black-forest-labs)"
 
-_dev = Variant(
-    name="dev",
-    repo="black-forest-labs/FLUX.2-dev",
-    transformer=DEV,
-    text=MISTRAL,
-    steps=28,
-    guidance=4.0,
-    gated=True,
-    license="FLUX Non-Commercial License (black-forest-labs)",
-    parameters=32.22e9,
+# name, repository, sizes, text encoder, steps, guidance
+_dev = Variant("dev", "black-forest-labs/FLUX.2-dev", DEV, MISTRAL, 28, 4.0, license=NON_COMMERCIAL)
+_klein_base_9b = Variant(
+    "klein_base_9b", "black-forest-labs/FLUX.2-klein-base-9B", KLEIN_9B, QWEN3, 50, 4.0, license=NON_COMMERCIAL
 )
-_klein_base_9b = replace(
-    _dev,
-    name="klein_base_9b",
-    repo="black-forest-labs/FLUX.2-klein-base-9B",
-    transformer=KLEIN_9B,
-    text=QWEN3,
-    steps=50,
-    parameters=9.08e9,
-)
-_klein_base_4b = replace(
-    _klein_base_9b,
-    name="klein_base_4b",
-    repo="black-forest-labs/FLUX.2-klein-base-4B",
-    transformer=KLEIN_4B,
-    gated=False,
-    license="",
-    parameters=3.88e9,
-)
+_klein_base_4b = Variant("klein_base_4b", "black-forest-labs/FLUX.2-klein-base-4B", KLEIN_4B, QWEN3, 50, 4.0)
 _klein_9b = replace(_klein_base_9b, name="klein_9b", repo="black-forest-labs/FLUX.2-klein-9B", steps=4, guidance=1.0)
 _klein_4b = replace(_klein_base_4b, name="klein_4b", repo="black-forest-labs/FLUX.2-klein-4B", steps=4, guidance=1.0)
-_tiny = Variant(
-    name="tiny",
-    repo="",
-    transformer=TINY,
-    text=TextConfig(kind="mistral", layers=(1, 2, 3), length=32),
-    steps=16,
-    guidance=2.0,
-    resolution=128,
-    autoencoder=AutoencoderConfig(widths=(16, 32, 48, 64), blocks=1, groups=1),
-)
-VARIANTS: dict[str, Variant] = {
-    record.name: record for record in (_tiny, _dev, _klein_base_9b, _klein_9b, _klein_base_4b, _klein_4b)
-}
+_tiny_text = TextConfig(kind="mistral", layers=(1, 2, 3), length=32)
+_tiny_autoencoder = AutoencoderConfig(widths=(16, 32, 48, 64), blocks=1, groups=1)
+_tiny = Variant("tiny", "", TINY, _tiny_text, 16, 2.0, resolution=128, autoencoder=_tiny_autoencoder)
+VARIANTS = {record.name: record for record in (_tiny, _dev, _klein_base_9b, _klein_9b, _klein_base_4b, _klein_4b)}
 
 
 def get_variant(name: str) -> Variant:

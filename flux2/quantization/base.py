@@ -17,10 +17,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from flux2.layers.frozen_linear import FrozenProduct, cast_for_autocast, flatten_rows
 
 Device = torch.device | str | None
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that bitsandbytes quantizes from and to
+
+
+def kernels() -> Any:
+    """Return bitsandbytes.functional, imported on first use because that takes a second."""
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
 
 
 class DequantizedWeight(Tensor):
@@ -33,8 +42,8 @@ class DequantizedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, linear: QuantizedLinear) -> DequantizedWeight:
-        shape = (linear.out_features, linear.in_features)
-        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=linear.dtype, device=linear.qweight.device)
+        size = (linear.out_features, linear.in_features)
+        weight = Tensor._make_wrapper_subclass(cls, size, dtype=linear.dtype, device=linear.qweight.device)
         weight.linear = linear
         return weight
 
@@ -49,16 +58,11 @@ class DequantizedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
                 raise ValueError(value.linear.refusal)
-
-        def dequantized(x: Any) -> Any:
-            return x.linear.dequantize(x.dtype) if isinstance(x, cls) else x
-
-        tree_map = torch.utils._pytree.tree_map
-        return func(*tree_map(dequantized, args), **tree_map(dequantized, kwargs))
+        args, kwargs = tree_map_only(cls, lambda x: x.linear.dequantize(x.dtype), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DequantizedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, of={self.linear})"
@@ -77,9 +81,7 @@ class QuantizedLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.dtype = dtype
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.register_parameter("bias", None)
 
     def allocate(self, device: Device, **sizes: tuple[int, ...]) -> None:
@@ -88,8 +90,7 @@ class QuantizedLinear(nn.Linear):
 
     def hold(self, name: str, tensor: Tensor) -> None:
         """Register the bytes of `tensor` as the parameter `name`."""
-        raw = tensor.detach().contiguous()
-        raw = raw if raw.dtype == torch.uint8 else raw.reshape(-1 if raw.ndim == 0 else raw.shape).view(torch.uint8)
+        raw = torch.atleast_1d(tensor.detach().contiguous()).view(torch.uint8)
         self.register_parameter(name, nn.Parameter(raw, requires_grad=False))
 
     @property
@@ -160,8 +161,8 @@ class QuantizedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
 
 
-def swap_linears(model: nn.Module, names: Sequence[str], make: Callable[[nn.Linear], QuantizedLinear]) -> None:
-    """Replace the linears `names` of `model` by what `make` returns for them, in place.
+def swap_linears(model: nn.Module, names: Sequence[str], make: Callable[..., QuantizedLinear]) -> None:
+    """Replace the linears `names` of `model` by what `make(in_features, out_features, device=...)` returns, in place.
 
     Weights that are not on the meta device are quantized at once. Raise ValueError for a linear with a bias.
     """
@@ -170,7 +171,7 @@ def swap_linears(model: nn.Module, names: Sequence[str], make: Callable[[nn.Line
         assert isinstance(linear, nn.Linear)
         if linear.bias is not None:
             raise ValueError(f"{name} has a bias, but a quantized layer has none: leave it out of the quantized layers")
-        quantized = make(linear).train(linear.training)
+        quantized = make(linear.in_features, linear.out_features, device=linear.weight.device).train(linear.training)
         if not linear.weight.is_meta:
             quantized.store(linear.weight)
         parent, _, leaf = name.rpartition(".")

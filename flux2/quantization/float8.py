@@ -9,8 +9,6 @@ call:
 e4m3 serves for gradients too: rows scaled to its range lose 3.7 % of their norm, against 5.9 % in e5m2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -111,8 +109,7 @@ class Float8Linear(QuantizedLinear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        rows = flatten_rows(dy)
-        weight_scale = self.scales()
+        rows, weight_scale = flatten_rows(dy), self.scales()
         if self.rowwise:  # the scales belong to the summed dimension, which a product cannot scale
             rows = rows * weight_scale
             weight_scale = torch.ones(1, device=rows.device)

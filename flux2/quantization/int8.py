@@ -4,14 +4,12 @@ For text encoders, with bitsandbytes' blockwise kernels. Not LLM.int8(), which a
 sets its outlier columns apart by the content of the batch: an embedding would depend on the prompts encoded with it.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from flux2.quantization.base import Device, QuantizedLinear
+from flux2.quantization.base import KERNEL_DTYPES, Device, QuantizedLinear, kernels
 
 BLOCK = 64  # elements per scale
 
@@ -19,9 +17,7 @@ BLOCK = 64  # elements per scale
 @lru_cache
 def value_map(device: torch.device) -> Tensor:
     """Return the values from -1 to 1 that elements are rounded to, relative to the largest element of their block."""
-    import bitsandbytes.functional as bnb
-
-    return bnb.create_linear_map(signed=True, total_bits=8).to(device)
+    return kernels().create_linear_map(signed=True, total_bits=8).to(device)
 
 
 class Int8Linear(QuantizedLinear):
@@ -38,19 +34,14 @@ class Int8Linear(QuantizedLinear):
         self.allocate(device, qweight=(size,), absmax=(4 * -(-size // BLOCK),))
 
     def store(self, weight: Tensor) -> None:
-        import bitsandbytes.functional as bnb
-
         weight = self.on_storage_device(weight)
-        codes, state = bnb.quantize_blockwise(weight, code=value_map(weight.device), blocksize=BLOCK)
+        codes, state = kernels().quantize_blockwise(weight, code=value_map(weight.device), blocksize=BLOCK)
         self.hold("qweight", codes.reshape(-1))
         self.hold("absmax", state.absmax)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        import bitsandbytes.functional as bnb
-
-        exact = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-        state = bnb.QuantState(
-            self.absmax.view(torch.float32), code=value_map(self.qweight.device), blocksize=BLOCK, dtype=exact
-        )
-        weight = bnb.dequantize_blockwise(self.qweight, state)
+        exact = dtype if dtype in KERNEL_DTYPES else torch.float32
+        absmax, code = self.absmax.view(torch.float32), value_map(self.qweight.device)
+        state = kernels().QuantState(absmax, code=code, blocksize=BLOCK, dtype=exact)
+        weight = kernels().dequantize_blockwise(self.qweight, state)
         return weight.view(self.out_features, self.in_features).to(dtype)

@@ -8,90 +8,65 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flux2.quantization.base import Device, QuantizedLinear
-
-if TYPE_CHECKING:  # bitsandbytes takes a second to import: each function that needs it imports it
-    import bitsandbytes.functional as bnb
+from flux2.quantization.base import KERNEL_DTYPES, Device, QuantizedLinear, kernels
 
 BLOCK = 64  # elements per scale
 PART = 1 << 18  # elements quantized at once: on a CPU bitsandbytes holds 32 float32 values for each
 NESTED_BLOCK = 256  # scales per nested scale
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that bitsandbytes quantizes from and to
-NF4_KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
-NESTED_KEYS = ("weight.nested_absmax", "weight.nested_quant_map")
+NF4_KEYS = {"weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"}
+NESTED_KEYS = {"weight.nested_absmax", "weight.nested_quant_map"}
+Scales = tuple[Tensor, Tensor | None, Tensor]  # absmax, its nested scales if it is quantized, and its offset; as bytes
 
 
 @lru_cache
 def quant_map(device: torch.device) -> Tensor:
     """Return the sixteen values of NF4."""
-    import bitsandbytes.functional as bnb
-
-    return bnb.get_4bit_type("nf4", device=device)
+    return kernels().get_4bit_type("nf4", device=device)
 
 
 @lru_cache
 def nested_quant_map(device: torch.device) -> Tensor:
     """Return the 256 values that scales are rounded to."""
-    import bitsandbytes.functional as bnb
-
-    return bnb.create_dynamic_map().to(device)
+    return kernels().create_dynamic_map().to(device)
 
 
-def quant_state(
-    absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
-) -> bnb.QuantState:
-    """Return bitsandbytes' description of a weight to be dequantized to `dtype` and `shape`, from scales as bytes."""
-    import bitsandbytes.functional as bnb
-
-    nested = None
-    if nested_absmax is not None:
-        code = nested_quant_map(absmax.device)
-        nested = bnb.QuantState(
-            nested_absmax.view(torch.float32), code=code, blocksize=NESTED_BLOCK, dtype=torch.float32
-        )
-    return bnb.QuantState(
-        absmax if nested else absmax.view(torch.float32),
-        shape=torch.Size(shape),
-        code=quant_map(absmax.device),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=offset.view(torch.float32)[0] if nested else None,
-        state2=nested,
-    )
+def quant_state(scales: Scales, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
+    """Return bitsandbytes' description (QuantState) of a weight to be dequantized to `dtype` and `shape`."""
+    absmax, nested_absmax, offset = scales
+    nested: dict[str, Any] = {}
+    if nested_absmax is None:
+        absmax = absmax.view(torch.float32)
+    else:
+        code, floats = nested_quant_map(absmax.device), nested_absmax.view(torch.float32)
+        state = kernels().QuantState(floats, code=code, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        nested = {"offset": offset.view(torch.float32)[0], "state2": state}
+    options = {"code": quant_map(absmax.device), "blocksize": BLOCK, "quant_type": "nf4", "dtype": dtype}
+    return kernels().QuantState(absmax, shape=torch.Size(shape), **options, **nested)
 
 
 def unpack(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    packed: Tensor, scales: Scales, shape: tuple[int, int], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return the weight (rows, columns), in `out` (rows * columns elements of `dtype`) if that is given."""
-    import bitsandbytes.functional as bnb
-
-    size = rows * columns
+    """Return the weight of `shape`, in `out` (as many elements of `dtype`) if that is given."""
+    size = shape[0] * shape[1]
     # Blocks run through the whole weight, but the CPU kernel restarts at every row, so each block becomes a row.
-    shape = (size // BLOCK, BLOCK) if size % BLOCK == 0 else (1, size)
-    exact = dtype if dtype in KERNEL_DTYPES else torch.float32
-    target = None if out is None else out.view(shape)
-    weight = bnb.dequantize_4bit(packed, quant_state(absmax, nested_absmax, offset, exact, shape), out=target)
-    return weight.view(rows, columns).to(dtype)
+    rows = (size // BLOCK, BLOCK) if size % BLOCK == 0 else (1, size)
+    state = quant_state(scales, dtype if dtype in KERNEL_DTYPES else torch.float32, rows)
+    weight = kernels().dequantize_4bit(packed, state, out=None if out is None else out.view(rows))
+    return weight.view(shape).to(dtype)
 
 
 # `unpack` as one operation that `torch.compile` does not trace into
 unpack_op = torch.library.custom_op(
     "flux2::nf4_unpack",
-    lambda *args: unpack(*args),
+    lambda packed, absmax, nested, offset, rows, columns, dtype: unpack(
+        packed, (absmax, nested, offset), (rows, columns), dtype
+    ),
     mutates_args=(),
     schema="(Tensor packed, Tensor absmax, Tensor? nested, Tensor offset, int rows, int columns, ScalarType dtype)"
     " -> Tensor",
@@ -151,8 +126,7 @@ class Nf4Linear(QuantizedLinear):
         workspace: Workspace | None = None,
     ) -> None:
         super().__init__(in_features, out_features, dtype)
-        self.nested = True
-        self.source_dtype = dtype
+        self.nested, self.source_dtype = True, dtype
         self.workspace = workspace or Workspace()
         size = in_features * out_features
         self.workspace.largest = max(self.workspace.largest, size)
@@ -160,19 +134,22 @@ class Nf4Linear(QuantizedLinear):
         nested_size = 4 * -(-blocks // NESTED_BLOCK)
         self.allocate(device, qweight=((size + 1) // 2, 1), absmax=(blocks,), nested_absmax=(nested_size,), offset=(4,))
 
-    def state(self, dtype: torch.dtype, shape: tuple[int, ...]) -> bnb.QuantState:
+    @property
+    def scales(self) -> Scales:
+        return self.absmax, self.nested_absmax if self.nested else None, self.offset
+
+    def state(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
         """Return bitsandbytes' description of the storage, to be dequantized to `dtype` and `shape`."""
-        return quant_state(self.absmax, self.nested_absmax if self.nested else None, self.offset, dtype, shape)
+        return quant_state(self.scales, dtype, shape)
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the weight (out, in), in `out` (out * in elements of `dtype`) if that is given."""
-        nested = self.nested_absmax if self.nested else None
-        sizes = (self.out_features, self.in_features)
+        shape = (self.out_features, self.in_features)
         if self.qweight.is_meta:  # not supported by bitsandbytes
-            return torch.empty(sizes, dtype=dtype, device="meta")
+            return torch.empty(shape, dtype=dtype, device="meta")
         if torch.compiler.is_compiling():
-            return unpack_op(self.qweight, self.absmax, nested, self.offset, *sizes, dtype)
-        return unpack(self.qweight, self.absmax, nested, self.offset, *sizes, dtype, out)
+            return unpack_op(self.qweight, *self.scales, *shape, dtype)
+        return unpack(self.qweight, self.scales, shape, dtype, out)
 
     def weight_for_product(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in), in the workspace where the kernel can write into it."""
@@ -182,23 +159,20 @@ class Nf4Linear(QuantizedLinear):
         return self.dequantize(dtype, self.workspace.take(self.in_features * self.out_features, dtype, device))
 
     def store(self, weight: Tensor) -> None:
-        import bitsandbytes.functional as bnb
-
         weight = self.on_storage_device(weight)
         if weight.dtype not in KERNEL_DTYPES:
             weight = weight.float()
         packed = torch.empty(((weight.numel() + 1) // 2, 1), dtype=torch.uint8, device=weight.device)
         scales = []
         for part, target in zip(weight.reshape(-1).split(PART), packed.split(PART // 2), strict=True):
-            _, state = bnb.quantize_4bit(part, blocksize=BLOCK, quant_type="nf4", out=target)
+            _, state = kernels().quantize_4bit(part, blocksize=BLOCK, quant_type="nf4", out=target)
             scales.append(state.absmax)
         absmax = torch.cat(scales)
         if not bool(torch.isfinite(absmax).all()):
             raise ValueError("the weight has values that are not finite")
         offset = absmax.mean()  # quantizes the scales as bitsandbytes does when it gets the whole weight
-        codes, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-        self.nested = True
-        self.source_dtype = weight.dtype
+        codes, nested = kernels().quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        self.nested, self.source_dtype = True, weight.dtype
         self.hold("qweight", packed)
         self.hold("absmax", codes)
         self.hold("nested_absmax", nested.absmax)
@@ -211,31 +185,26 @@ class Nf4Linear(QuantizedLinear):
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Adopt tensors under bitsandbytes' keys, with scales quantized or not."""
-
         nested = any(key in tensors for key in NESTED_KEYS)
         device = tensors["weight"].device if self.qweight.is_meta and "weight" in tensors else self.qweight.device
         state = self._checked_state(tensors, nested, device)
-        self.nested = nested
-        self.source_dtype = state.dtype
+        self.nested, self.source_dtype = nested, state.dtype
         self.hold("qweight", tensors["weight"].to(device).view(torch.uint8).reshape(-1, 1))
         self.hold("absmax", state.absmax)
         self.hold("nested_absmax", state.state2.absmax if nested else torch.empty(0, device=device))
         self.hold("offset", state.offset.reshape(1) if nested else torch.zeros(1, device=device))
 
-    def _checked_state(self, tensors: Mapping[str, Tensor], nested: bool, device: torch.device) -> bnb.QuantState:
+    def _checked_state(self, tensors: Mapping[str, Tensor], nested: bool, device: torch.device) -> Any:
         """Return bitsandbytes' state of `tensors`. Raise ValueError unless they are a weight of this layer."""
-        import bitsandbytes.functional as bnb
-
-        needed = {*NF4_KEYS, *NESTED_KEYS} if nested else set(NF4_KEYS)
+        needed = NF4_KEYS | (NESTED_KEYS if nested else set())
         if missing := needed - tensors.keys():
             raise ValueError(f"{', '.join(sorted(missing))} missing for {self}")
-        dtypes = {"weight.absmax": torch.uint8 if nested else torch.float32, "weight.quant_map": torch.float32}
-        dtypes |= dict.fromkeys(NESTED_KEYS, torch.float32) if nested else {}
-        for key, dtype in dtypes.items():
+        for key in sorted(needed & {"weight.absmax", "weight.quant_map", *NESTED_KEYS}):
+            dtype = torch.uint8 if nested and key == "weight.absmax" else torch.float32
             if tensors[key].dtype != dtype:
                 raise ValueError(f"{key} is in {tensors[key].dtype} instead of {dtype}")
         try:
-            state = bnb.QuantState.from_dict({key: tensors[key] for key in needed - {"weight"}}, device)
+            state = kernels().QuantState.from_dict({key: tensors[key] for key in needed - {"weight"}}, device)
         except (AttributeError, TypeError) as error:  # it does not check dtypes by name, nor shapes
             raise ValueError(f"its quant_state cannot be used ({error})") from error
         size = self.in_features * self.out_features
@@ -250,14 +219,11 @@ class Nf4Linear(QuantizedLinear):
         if nested:
             checks["nested block"] = (state.state2.blocksize, NESTED_BLOCK)
             checks["nested scales"] = (state.state2.absmax.numel(), -(-blocks // NESTED_BLOCK))
-        wrong = [
-            f"{key} {actual} instead of {expected}" for key, (actual, expected) in checks.items() if actual != expected
-        ]
+        wrong = [f"{key} {actual} instead of {needs}" for key, (actual, needs) in checks.items() if actual != needs]
         if wrong:
             raise ValueError(f"a 4-bit weight does not fit {self}: {', '.join(wrong)}")
-        if not torch.equal(state.code, quant_map(device)) or (
-            nested and not torch.equal(state.state2.code, nested_quant_map(device))
-        ):
+        is_nf4 = torch.equal(state.code, quant_map(device))
+        if not is_nf4 or (nested and not torch.equal(state.state2.code, nested_quant_map(device))):
             raise ValueError(f"a 4-bit weight with other values than NF4's (quant_map) was given to {self}")
         scales = [state.state2.absmax, state.offset] if nested else [state.absmax]
         if not all(bool(torch.isfinite(scale).all()) for scale in scales):

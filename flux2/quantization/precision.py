@@ -10,10 +10,8 @@ meta device: each weight is then quantized as it is loaded (`QuantizedLinear.sto
 memory as a whole.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -124,36 +122,30 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def convert(model: nn.Module, precision: Precision, device: torch.device | str = "cpu") -> list[str]:
     """Swap the layers that `precision` names for quantized ones, in place, and return their names.
 
-    Args:
-        model: The model, ideally on the meta device; a layer that has its weight already is quantized at once.
-        device: Device on which the model will run, which decides whether products are in FP8.
-
-    Raises:
-        ValueError: A pattern matches no layer, a layer has a bias, or `device` lacks the required FP8 products.
+    A layer that has its weight already is quantized at once. `device`, on which the model will run, decides whether
+    products are in FP8. Raise ValueError if a pattern matches no layer, a layer has a bias, or `device` lacks the
+    required FP8 products.
     """
     if precision.storage is None:
         return []
     fp8_products = precision.multiplies_in_fp8(device)
-    workspace = Workspace()
 
-    def quantized(linear: nn.Linear) -> QuantizedLinear:
-        sizes, dtype, weight_device = (linear.in_features, linear.out_features), precision.dtype, linear.weight.device
-        if precision.storage == "nf4":
-            return Nf4Linear(*sizes, dtype=dtype, device=weight_device, workspace=workspace)
+    def fp8(*sizes: int, device: torch.device) -> Float8Linear:
         forward_fp8 = fp8_products and all(size % MULTIPLE == 0 for size in sizes)
         backward_fp8 = forward_fp8 and precision.backward == "fp8"
         return Float8Linear(
             *sizes,
-            dtype=dtype,
-            device=weight_device,
+            dtype=precision.dtype,
+            device=device,
             rowwise=precision.rowwise,
             forward_fp8=forward_fp8,
             backward_fp8=backward_fp8,
             cache_transposed_weights=backward_fp8 and precision.cache_transposed_weights,
         )
 
+    nf4 = partial(Nf4Linear, dtype=precision.dtype, workspace=Workspace())
     names = linear_names(model, precision.layers, "precision.layers")
-    swap_linears(model, names, quantized)
+    swap_linears(model, names, nf4 if precision.storage == "nf4" else fp8)
     return names
 
 
@@ -168,15 +160,15 @@ def set_transposed_cache(model: nn.Module, enabled: bool) -> int:
 def describe(model: nn.Module, precision: Precision, device: torch.device | str = "cpu") -> str:
     """Return one line about the result of `convert`: which layers are stored how, and how they multiply."""
     rest = str(precision.dtype).removeprefix("torch.")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if not layers:
         return f"all weights in {rest}"
     total = sum(isinstance(module, nn.Linear) and ".lora_" not in name for name, module in model.named_modules())
-    size = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters(recurse=False))
+    size = sum(parameter.nbytes for layer in layers for parameter in layer.parameters(recurse=False))
     text = f"{len(layers)} of {total} linear layers in {precision.storage} ({size / 1e9:.3g} GB), all others in {rest}"
     if precision.storage == "nf4":
         return f"{text}; dequantized to {rest} for each product"
-    fp8_layers = [layer for layer in layers.values() if isinstance(layer, Float8Linear)]
+    fp8_layers = [layer for layer in layers if isinstance(layer, Float8Linear)]
     rowwise = sum(layer.rowwise for layer in fp8_layers)
     text += f", one scale per {'row' if rowwise == len(fp8_layers) else 'tensor'}"
     text += f" ({rowwise} layers: per row)" if 0 < rowwise < len(fp8_layers) else ""

@@ -78,7 +78,7 @@ def test_the_configuration_is_kept_resolved_and_makes_the_same_run_again(referen
 
 @pytest.mark.parametrize("license", ["", "FLUX Non-Commercial License"])
 def test_a_restricting_license_is_named_in_every_adapter_that_is_saved(train, monkeypatch, small, license):
-    variant = replace(helpers.VARIANTS["klein"], repo="owner/gated", gated=bool(license), license=license)
+    variant = replace(helpers.VARIANTS["klein"], repo="owner/gated", license=license)
     monkeypatch.setitem(VARIANTS, "small_klein", variant)
     run = train("run", "steps=1", "checkpoint_every=1", kind="klein")
     for folder in (run / "adapter", checkpoints(run)[0] / "adapter"):
