@@ -73,9 +73,8 @@ class EmbeddingPlan:
 def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str, fp8: bool = False) -> EmbeddingPlan:
     """Return the plan for all distinct prompts.
 
-    Args:
-        encoder_id: Fingerprint of everything else that determines an embedding: weights, dtype, template, length, and
-            the layers whose states are used.
+    `encoder_id` is a fingerprint of everything else that determines an embedding: weights, dtype, template, length, and
+    the layers whose states are used.
     """
     storage = {"storage": "fp8"} if fp8 else {}
     keys = {prompt: cache.key("embeddings", prompt=prompt, encoder=encoder_id, **storage) for prompt in prompts}

@@ -44,23 +44,24 @@ class Request:
 
 
 KEYS = tuple(entry.name for entry in dataclasses.fields(Request))
+Say = Callable[[str], None]  # receives a line for the user
 
 
-def round_sizes(values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def round_sizes(values: dict[str, Any], say: Say) -> dict[str, Any]:
     """Return `values` with `width` and `height` rounded to multiples of 16, reported to `say`. None stays None.
 
     Raises TypeError or ValueError unless they are integers >= 16.
     """
-    sides = {key: values[key] for key in ("width", "height") if values[key] is not None}
-    integers = {key: checks.integer(key, side, PIXELS_PER_TOKEN) for key, side in sides.items()}
-    rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in integers.items()}
-    for key, side in integers.items():
-        if side != rounded[key]:
-            say(f"{key}={side} is not a multiple of {PIXELS_PER_TOKEN}: rounded to {rounded[key]}")
+    given = {key: values[key] for key in ("width", "height") if values[key] is not None}
+    sides = {key: checks.integer(key, side, PIXELS_PER_TOKEN) for key, side in given.items()}
+    rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in sides.items()}
+    for key in sides:
+        if sides[key] != rounded[key]:
+            say(f"{key}={sides[key]} is not a multiple of {PIXELS_PER_TOKEN}: rounded to {rounded[key]}")
     return values | rounded
 
 
-def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], None]) -> list[Request]:
+def read_lines(file: Path, defaults: Mapping[str, Any], say: Say) -> list[Request]:
     """Return the requests in a file of JSON lines, in UTF-8 with or without byte order mark.
 
     Each has a `prompt`, and any other field of `Request`; missing ones have their default. The default `seed` counts up
@@ -76,24 +77,20 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], Non
         raise ValueError(f"{what} cannot be read ({error})") from error
     if not lines:
         raise ValueError(f"{what} has no lines. Write one JSON object with a prompt per line")
-    requests = []
+    requests: dict[Path, Request] = {}  # by the file that they write
     for index, (number, text) in enumerate(lines):
         try:
-            requests.append(parse_request(json.loads(text), index, len(lines), defaults, say))
+            request = parse_request(json.loads(text), index, len(lines), defaults, say)
+            if request.out in requests:
+                raise ValueError(f"an earlier line writes {request.out} too")
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}, line {number}: {error}") from error
-    seen: set[Path] = set()
-    for (number, _), request in zip(lines, requests, strict=True):
-        if request.out in seen:
-            raise ValueError(f"{what}, line {number}: an earlier line writes {request.out} too")
-        seen.add(request.out)
-    return requests
+        requests[request.out] = request
+    return list(requests.values())
 
 
-def parse_request(
-    line: Any, index: int, count: int, defaults: Mapping[str, Any], say: Callable[[str], None]
-) -> Request:
-    """Return the request in one line. Raises TypeError or ValueError for an invalid one."""
+def parse_request(line: Any, index: int, count: int, defaults: Mapping[str, Any], say: Say) -> Request:
+    """Return the request in the line `index` of `count`. Raises TypeError or ValueError for an invalid one."""
     if not isinstance(line, dict):
         raise ValueError(f"{line!r} is not an object such as {{" + '"prompt": "..."}')
     if unknown := [key for key in line if key not in KEYS]:

@@ -114,9 +114,6 @@ class Client:
         timeout: Seconds until an answer must be complete.
         attempts: Number of attempts per request.
         wait: Seconds before the second attempt; doubled for each further attempt.
-
-    Attributes:
-        cut: Prompts that the server truncated to `length`. The published endpoint does not report them.
     """
 
     def __init__(
@@ -135,7 +132,7 @@ class Client:
         self.length = length or variant.text.length
         self.protocol = pick_protocol(self.url, protocol)
         self.timeout, self.attempts, self.wait = check_patience(timeout, attempts, wait)
-        self.cut: list[str] = []
+        self.cut: list[str] = []  # prompts that the server truncated; the published endpoint does not report them
         self._token = bearer_token(self.url)
         self._identity: str | None = None
         self._random = random.Random()  # not the global one: failures of a server must not change a run
