@@ -5,8 +5,6 @@ report.html into the run folder (docs/evaluation.md). The run folder contains ev
 its `evaluation/`, so an interrupted evaluation resumes.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -28,7 +26,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from flux2.adapters.formats import AdapterError
 from train.cli.app import command
@@ -76,15 +73,13 @@ class EvaluationSettings:
             raise ValueError(f"compare={self.compare!r} must be a run folder or a list of run folders")
         for key, folders in (("run", [self.run]), ("compare", self.compared)):
             if not all(folder.strip() for folder in folders):
-                raise ValueError(
-                    f"{key}={getattr(self, key)!r} is empty. Give the folder of a run, outputs/<name>/<time>"
-                )
+                given = f"{key}={getattr(self, key)!r}"
+                raise ValueError(f"{given} is empty. Give the folder of a run, outputs/<name>/<time>")
         if self.prompts is not None and (not is_string_list(self.prompts) or not self.prompts):
             raise ValueError(f"prompts={self.prompts!r} must be a list of strings, or null for the run's own prompts")
         if self.references is not None and self.prompts is None:
             raise ValueError(f"references={self.references!r} has no effect without prompts. Give both")
-        for key, low in (("seeds", 0), ("checkpoints", 1)):
-            numbers = getattr(self, key)
+        for key, low, numbers in (("seeds", 0, self.seeds), ("checkpoints", 1, self.checkpoints)):
             if numbers is None and key == "checkpoints":
                 continue
             if not isinstance(numbers, list | tuple) or not numbers or len(set(map(str, numbers))) < len(numbers):
@@ -110,16 +105,6 @@ class EvaluationSettings:
         return found
 
 
-@dataclass(frozen=True)
-class DrawingPlan:
-    """What to draw for a run; see conf/evaluate.yaml. `chosen_alone` limits the adapters to the chosen one."""
-
-    strengths: Sequence[float]
-    checkpoints: Sequence[int] | None
-    training_pictures: int
-    chosen_alone: bool = False
-
-
 def choose(folder: Path, found: Sequence[Candidate]) -> tuple[Candidate, str]:
     """Return the adapter that the run recommends, or the last, and the reason if it is not the recommended one."""
     recommended = recommend(folder).checkpoint
@@ -131,24 +116,24 @@ def choose(folder: Path, found: Sequence[Candidate]) -> tuple[Candidate, str]:
     return found[-1], f"{recommended.name} has the lowest validation loss, but is not among those evaluated"
 
 
-def evaluate(run: SavedRun, features: Features, plan: DrawingPlan) -> Evaluation:
-    """Draw missing images, measure all, and write grid.png and evaluation.json, unless `plan.chosen_alone`.
+def evaluate(run: SavedRun, features: Features, settings: EvaluationSettings, chosen_alone: bool) -> Evaluation:
+    """Draw missing images, measure all, and write grid.png and evaluation.json.
 
+    With `chosen_alone` only the chosen adapter is evaluated, at strength 1, and no file except the images is written.
     Raises ValueError if the run has no adapter or memory runs out.
     """
-    found, damaged = candidates(run.folder, plan.checkpoints)
+    found, damaged = candidates(run.folder, None if chosen_alone else settings.checkpoints)
     chosen, why_not = choose(run.folder, found)
     notes = [why_not] if why_not else []
-    if plan.chosen_alone:
+    if chosen_alone:
         found = [chosen]
     for text in damaged:
-        tqdm.write(f"warning: skipping {text}", file=sys.stderr)
+        warn(f"skipping {text}")
     columns = [(i, seed) for i in range(len(run.prompts)) for seed in run.seeds]
     adapters: list[Candidate | None] = [None, *found]
-    firsts = run.seeds[:1]
-    strengths = [float(one) for one in plan.strengths]
+    strengths = [] if chosen_alone else [float(one) for one in settings.strengths]
     work: list[tuple[Candidate | None, float, list[int]]] = [(one, 1.0, run.seeds) for one in adapters]
-    work += [(chosen, strength, firsts) for strength in strengths if strength not in (0, 1)]
+    work += [(chosen, strength, run.seeds[:1]) for strength in strengths if strength not in (0, 1)]
     try:
         total = sum(len(run.missing(*one)) for one in work)
         with closing(ItemProgress("pictures")) as count:
@@ -175,24 +160,20 @@ def evaluate(run: SavedRun, features: Features, plan: DrawingPlan) -> Evaluation
         return Row(name, step, strength, [file if file.exists() else None for file in files])
 
     rows = [row(one, 1.0, columns, one.name if one else BASE) for one in adapters]
-    few = [column for column in columns if column[1] in firsts]
-    sweep = [row(chosen if strength else None, strength or 1.0, few, f"{strength:g}") for strength in strengths]
-    for sweep_row, strength in zip(sweep, strengths, strict=True):
-        sweep_row.strength = strength
+    first = [column for column in columns if column[1] == run.seeds[0]]
+    sweep = [row(chosen if strength else None, strength, first, f"{strength:g}") for strength in strengths]
     prompts, name = run.prompts, chosen.name
     result = Evaluation(run.folder, features.name, prompts, columns, rows, name, sweep, damaged=damaged, notes=notes)
     run.forget()
-    measure(result, run, features, few, plan.training_pictures)
+    measure(result, run, features, settings.training_pictures)
     result.notes += run.notes
-    if not plan.chosen_alone:  # the files of the run's own evaluation cover all its checkpoints
+    if not chosen_alone:  # the files of the run's own evaluation cover all its checkpoints
         write_whole(run.place / NUMBERS, json.dumps(result.numbers(), indent=1) + "\n")
         write_grid(result, run.place / GRID)
     return result
 
 
-def measure(
-    result: Evaluation, run: SavedRun, features: Features, few: Sequence[tuple[int, int]], training_pictures: int
-) -> None:
+def measure(result: Evaluation, run: SavedRun, features: Features, training_pictures: int) -> None:
     """Measure the distances of all rows and the nearest training images."""
     describe = features.load(lambda: run.sampler.autoencoder, run.config.accelerator.device)
     known: dict[Path, Tensor] = {}
@@ -216,7 +197,8 @@ def measure(
     trained = distances.TrainingDistances.from_vectors(vectors) if vectors else None
     result.own = trained.own if trained else ()
     bases = dict(zip(result.columns, map(vector, result.base.files), strict=True))
-    for row, columns in [*((row, result.columns) for row in result.rows), *((row, few) for row in result.strengths)]:
+    first = [column for column in result.columns if column[1] == run.seeds[0]]
+    for row, columns in [*((row, result.columns) for row in result.rows), *((row, first) for row in result.strengths)]:
         own = [vector(file) for file in row.files]
         pairs = [(one, bases[column]) for one, column in zip(own, columns, strict=True)]
         row.to_base = distances.mean_distance([(a, b) for a, b in pairs if a is not None and b is not None])
@@ -251,18 +233,13 @@ def evaluate_runs(settings: EvaluationSettings, features: Features) -> list[Eval
     found: list[Evaluation] = []
     sample = settings.sample
     for number, folder in enumerate(folders):
-        alone = number > 0
         run = SavedRun(folder, settings.device, sample, settings.seeds)
-        if not alone:  # the compared runs draw the same as the first
+        if number == 0:  # the compared runs draw the same as the first
             first = run.config.sample
-            sample = {key: getattr(first, key) for key in DRAWING_KEYS} | {
-                "prompts": run.prompts,
-                "references": first.edits,
-            }
+            sample = {key: getattr(first, key) for key in DRAWING_KEYS}
+            sample |= {"prompts": run.prompts, "references": first.edits}
         run.config.say(f"evaluating {folder}: {run.config.variant.name}, {len(run.prompts)} prompts, seeds {run.seeds}")
-        strengths, steps = ([], None) if alone else (settings.strengths, settings.checkpoints)
-        plan = DrawingPlan(strengths, steps, settings.training_pictures, alone)
-        found.append(evaluate(run, features, plan))
+        found.append(evaluate(run, features, settings, chosen_alone=number > 0))
         del run
         free_memory()
     return found
@@ -278,8 +255,8 @@ def main(config: DictConfig) -> None:
     settings: EvaluationSettings = parse_settings("", values, EvaluationSettings)
     found = evaluate_runs(settings, features)
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    by = f"python train/evaluate.py {masked_command(words)}" if words else ""
-    page = run_report.write(found[0].folder, found, evaluated_by=by)
+    evaluated_by = f"python train/evaluate.py {masked_command(words)}" if words else ""
+    page = run_report.write(found[0].folder, found, evaluated_by=evaluated_by)
     for one in found:
         for note in one.notes:
             warn(note)

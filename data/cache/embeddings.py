@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.cache.store import Cache, Progress, Shape, check_finite, run_each, share
+from data.cache.store import Cache, Progress, Shape, check_finite, fill_share
 from data.sources.images import shorten
 
 EMBEDDING_SHAPE: Shape = (None, None)
@@ -62,22 +62,19 @@ class EmbeddingPlan:
 
         def compute(key: str) -> int:
             embeddings = encode([prompts[key]])
-            assert embeddings.ndim == 3, f"encode returned {embeddings.shape}, not (1, L, D)"
-            assert len(embeddings) == 1, f"encode returned {embeddings.shape}, not (1, L, D)"
+            assert embeddings.shape[:-2] == (1,), f"encode returned {embeddings.shape}, not (1, L, D)"
             check_finite(embeddings, f"the text encoder's embedding of prompt {shorten(prompts[key])!r}")
             tensors = pack(embeddings[0]) if self.fp8 else {"embeddings": embeddings[0]}
             return self.cache.put(key, tensors, {"prompt": prompts[key]})
 
-        self.cache.sweep()
-        run_each(compute, share(self.cache, self.lacks, list(prompts), process_index, num_processes), workers, progress)
+        fill_share(self.cache, self.lacks, list(prompts), compute, process_index, num_processes, progress, workers)
 
 
 def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str, fp8: bool = False) -> EmbeddingPlan:
     """Return the plan for all distinct prompts.
 
-    Args:
-        encoder_id: Fingerprint of everything else that determines an embedding: weights, dtype, template, length, and
-            the layers whose states are used.
+    `encoder_id` is a fingerprint of everything else that determines an embedding: weights, dtype, template, length, and
+    the layers whose states are used.
     """
     storage = {"storage": "fp8"} if fp8 else {}
     keys = {prompt: cache.key("embeddings", prompt=prompt, encoder=encoder_id, **storage) for prompt in prompts}

@@ -23,7 +23,6 @@ from data.sources.images import Picture
 VERSION = 1
 GRAIN = 2.0  # seconds; the resolution of the times of some file systems
 log = logging.getLogger(__name__)
-Known = tuple[str, tuple[int, int]]  # digest and (width, height)
 
 
 class Digests:
@@ -39,7 +38,7 @@ class Digests:
         self._used: dict[str, list[Any]] = {}
         self._changed = False
 
-    def look(self, picture: Picture) -> Known:
+    def look(self, picture: Picture) -> tuple[str, tuple[int, int]]:
         """Return the digest of the encoded content and (width, height). Raise BadPicture if it cannot be read."""
         before = _stamp(picture)
         if before is None:

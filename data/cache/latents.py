@@ -9,7 +9,7 @@ state of a generator.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache as memoized
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from data.buckets import (
     reference_size,
 )
 from data.cache.image_digests import Digests
-from data.cache.store import Cache, Progress, check_finite, run_each, share
+from data.cache.store import Cache, Progress, check_finite, fill_share
 from data.sources import Sample
 from data.sources.images import BadPicture, Picture, shorten
 
@@ -41,17 +41,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LatentEntry:
-    """Sizes in pixels, (width, height), and cache keys of one sample's target, references and mask.
-
-    `others` are further variants of the same sizes: other crops and mirrored ones.
-    """
+    """Sizes in pixels, (width, height), and cache keys of one sample's target, references and mask."""
 
     size: Size
     key: str
     reference_sizes: tuple[Size, ...] = ()
     reference_keys: tuple[str, ...] = ()
     mask_key: str | None = None
-    others: tuple["LatentEntry", ...] = ()
+    others: tuple["LatentEntry", ...] = ()  # further variants of the same sizes: other crops and mirrored ones
 
     @property
     def bucket(self) -> tuple[Size, tuple[Size, ...]]:
@@ -77,6 +74,7 @@ class Work(NamedTuple):
     size: Size
     cut: Cut
     digest: str  # of the content at the time of planning
+    original: Size
 
     @property
     def name(self) -> str:
@@ -86,6 +84,10 @@ class Work(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         return mask_shape(self.size) if self.kind == "mask" else latent_shape(self.size)
+
+    @property
+    def is_enlarged(self) -> bool:
+        return self.size[0] > self.original[0] or self.size[1] > self.original[1]
 
 
 @dataclass
@@ -103,22 +105,15 @@ class BucketRow:
 
 @dataclass(frozen=True)
 class LatentPlan:
-    """Cache entries of all samples that are not `bad`, in sample order, and their images.
-
-    Attributes:
-        work: Image to encode for each key.
-        bad: Reason for each bad sample by its index, to be read after the sample's name.
-        table: Line of the bucket table for each bucket.
-        middles: Number of samples with references, whose center is used although random crops are requested.
-    """
+    """Cache entries of all samples that are not `bad`, in sample order, and their images."""
 
     cache: Cache
     entries: tuple[LatentEntry, ...]
-    work: Mapping[str, Work]
+    work: Mapping[str, Work]  # image to encode for each key
     reference_max_pixels: int
-    bad: Mapping[int, str] = field(default_factory=dict)
-    table: Mapping[Size, BucketRow] = field(default_factory=dict)
-    middles: int = 0
+    bad: Mapping[int, str]  # reason for each bad sample by its index, to be read after the sample's name
+    table: Mapping[Size, BucketRow]  # line of the bucket table for each bucket
+    middles: int  # number of samples with references, whose center is used although random crops are requested
 
     @property
     def lacking(self) -> list[str]:
@@ -133,10 +128,10 @@ class LatentPlan:
         work = self.work[key]
         return not self.cache.holds(key, work.name, work.shape)
 
-    def size(self, key: str, bytes_each: int = 4) -> int:
-        """Return the bytes of an entry's tensor, with latents of `bytes_each` bytes per number."""
+    def size(self, key: str) -> int:
+        """Return the bytes of an entry's tensor: 1 per number of a mask, 4 per number of latents."""
         work = self.work[key]
-        return math.prod(work.shape) * (1 if work.kind == "mask" else bytes_each)
+        return math.prod(work.shape) * (1 if work.kind == "mask" else 4)
 
     def fill(
         self,
@@ -163,11 +158,16 @@ class LatentPlan:
             except BadPicture as error:
                 bad[key] = error
                 return 0
-            tensor = self._mask(image) if work.kind == "mask" else self._latents(encode, image, work)
+            if work.kind == "mask":
+                tensor = torch.from_numpy(np.array(image))[None]  # (1, H/16, W/16)
+            else:
+                latents, expected = encode([image]), (1, *latent_shape(image.size))
+                assert tuple(latents.shape) == expected, f"encode returned {tuple(latents.shape)} for {expected}"
+                check_finite(latents, f"the autoencoder's latents of picture {work.picture.name}")
+                tensor = latents[0]
             return self.cache.put(key, {work.name: tensor}, {"picture": work.picture.name})
 
-        self.cache.sweep()
-        run_each(compute, share(self.cache, self.lacks, list(self.work), process_index, num_processes), 1, progress)
+        fill_share(self.cache, self.lacks, list(self.work), compute, process_index, num_processes, progress)
         return bad
 
     def without(self, bad: Mapping[str, BadPicture]) -> "LatentPlan":
@@ -186,23 +186,12 @@ class LatentPlan:
         if work.kind == "mask":
             mask = fit_mask(picture.load_mask(), work.size, work.cut)
             if mask.getbbox() is None:
-                reason = "is a mask that is black in the whole crop, so nothing would be learned"
-                raise BadPicture(picture.name, reason)
+                raise BadPicture(picture.name, "is a mask that is black in the whole crop, so nothing would be learned")
             return mask
         image = picture.load()
         if work.kind == "reference":
             return fit_reference(image, self.reference_max_pixels, work.cut.mirrored)
         return fit(image, work.size, work.cut)
-
-    def _mask(self, image: Image.Image) -> Tensor:
-        return torch.from_numpy(np.array(image))[None]  # (1, H/16, W/16)
-
-    def _latents(self, encode: Callable[[list[Image.Image]], Tensor], image: Image.Image, work: Work) -> Tensor:
-        latents = encode([image])
-        expected = (1, *latent_shape(image.size))
-        assert tuple(latents.shape) == expected, f"encode returned {tuple(latents.shape)} for {expected}"
-        check_finite(latents, f"the autoencoder's latents of picture {work.picture.name}")
-        return latents[0]
 
 
 def plan_latents(
@@ -231,31 +220,27 @@ def plan_latents(
             entries.append(planner.entry(sample))
         except BadPicture as error:
             bad[number] = _reason(sample.target, error)
-    if buckets.random_crops and entries and planner.middles == len(entries):
+    middles = sum(bool(entry.reference_sizes) for entry in entries) if buckets.random_crops else 0
+    if entries and middles == len(entries):
         raise ValueError(
             f"buckets.random_crops={buckets.random_crops} has no effect: all samples have references, which are not "
             "cropped with their images, so the center is used. Remove it"
         )
-    if planner.enlarged:
+    table: dict[Size, BucketRow] = {}
+    for entry in entries:
+        row = table.setdefault(entry.size, BucketRow(own=entry.size not in buckets.sizes))
+        row.add(lost(planner.work[entry.key].original, entry.size))
+    if enlarged := [work for work in planner.work.values() if work.is_enlarged]:
+        example = "{}, {} x {}".format(shorten(enlarged[0].picture.name), *enlarged[0].original)
         log.warning(
             "%d of %d images are smaller than the size that they are trained at and are scaled up, such as %s",
-            len(planner.enlarged),
-            len(planner.work),
-            next(iter(planner.enlarged.values())),
+            *(len(enlarged), len(planner.work), example),
         )
-    return LatentPlan(
-        cache,
-        tuple(entries),
-        planner.work,
-        reference_max_pixels,
-        bad,
-        planner.table,
-        planner.middles if buckets.random_crops else 0,
-    )
+    return LatentPlan(cache, tuple(entries), planner.work, reference_max_pixels, bad, table, middles)
 
 
 class _Planner:
-    """Plans one sample after the other, and collects the images, the bucket table and the counts."""
+    """Plans one sample after the other, and collects the images to encode in `work`."""
 
     def __init__(
         self, cache: Cache, buckets: Buckets, encoder_id: str, reference_max_pixels: int, digests: Digests
@@ -264,56 +249,39 @@ class _Planner:
         self.reference_max_pixels, self.digests = reference_max_pixels, digests
         self.assign = memoized(buckets.assign)
         self.work: dict[str, Work] = {}
-        self.table: dict[Size, BucketRow] = {}
-        self.enlarged: dict[str, str] = {}
-        self.middles = 0
 
     def entry(self, sample: Sample) -> LatentEntry:
         """Return the entry of a sample. Raise BadPicture, without planning anything, if it cannot be used."""
-        digest, before = self.digests.look(sample.target)
+        digest, original = self.digests.look(sample.target)
         references = [(picture, *self.digests.look(picture)) for picture in sample.references]
         mask = None if sample.mask is None else (sample.mask, *self.digests.look(sample.mask))
-        if mask is not None and mask[2] != before:
-            sizes = " but its image {} x {}".format(*before)
-            raise BadPicture(mask[0].name, "is a mask and has {} x {} pixels,".format(*mask[2]) + sizes)
-        size = self.assign(*before)
+        if mask is not None and mask[2] != original:
+            sizes = "{} x {} pixels, but its image {} x {}".format(*mask[2], *original)
+            raise BadPicture(mask[0].name, f"is a mask and has {sizes}")
+        size = self.assign(*original)
         if size is None:
-            raise BadPicture(sample.target.name, self.buckets.too_small(*before))
-        self.table.setdefault(size, BucketRow(own=size not in self.buckets.sizes)).add(lost(before, size))
-        cuts = self.buckets.cuts(before, size, digest)
+            raise BadPicture(sample.target.name, self.buckets.too_small(*original))
+        cuts = self.buckets.cuts(original, size, digest)
         if references:  # which are not cropped with their image
-            self.middles += 1
             cuts = tuple(dict.fromkeys(Cut(mirrored=cut.mirrored) for cut in cuts))
         caps = tuple(reference_size(*own, self.reference_max_pixels) for _, _, own in references)
         variants = []
         for cut in cuts:
-            mirror = Cut(mirrored=cut.mirrored)
-            variants.append(
-                LatentEntry(
-                    size,
-                    self.latents(sample.target, digest, before, Work(sample.target, "target", size, cut, digest)),
-                    caps,
-                    tuple(
-                        self.latents(picture, content, own, Work(picture, "reference", cap, mirror, content))
-                        for (picture, content, own), cap in zip(references, caps, strict=True)
-                    ),
-                    None if mask is None else self.mask(mask[1], Work(mask[0], "mask", size, cut, mask[1])),
-                )
+            key = self.add(Work(sample.target, "target", size, cut, digest, original))
+            reference_keys = tuple(
+                self.add(Work(picture, "reference", cap, cut, content, own))
+                for (picture, content, own), cap in zip(references, caps, strict=True)
             )
-        first, *others = variants
-        return replace(first, others=tuple(others)) if others else first
+            mask_key = None if mask is None else self.add(Work(mask[0], "mask", size, cut, *mask[1:]))
+            variants.append(LatentEntry(size, key, caps, reference_keys, mask_key))
+        return replace(variants[0], others=tuple(variants[1:]))
 
-    def latents(self, picture: Picture, digest: str, before: Size, work: Work) -> str:
-        size = work.size
-        recipe = {"picture": digest, "size": size, "fit": FIT_VERSION, "encoder": self.encoder_id}
-        key = self.cache.key("latents", reference=work.kind == "reference", **recipe, **work.cut.recipe)
-        self.work.setdefault(key, work)
-        if size[0] > before[0] or size[1] > before[1]:
-            self.enlarged[key] = f"{shorten(picture.name)}, {before[0]} x {before[1]}"
-        return key
-
-    def mask(self, digest: str, work: Work) -> str:
-        key = self.cache.key("mask", picture=digest, size=work.size, fit=FIT_VERSION, **work.cut.recipe)
+    def add(self, work: Work) -> str:
+        """Collect an image to encode, unless it is known, and return its key."""
+        recipe = {"picture": work.digest, "size": work.size, "fit": FIT_VERSION, **work.cut.recipe}
+        if work.kind != "mask":
+            recipe |= {"encoder": self.encoder_id, "reference": work.kind == "reference"}
+        key = self.cache.key(work.name, **recipe)
         self.work.setdefault(key, work)
         return key
 

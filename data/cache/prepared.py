@@ -1,7 +1,5 @@
 """The cached form of a dataset, which training reads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,19 +14,13 @@ from data.cache.store import Cache
 
 @dataclass(frozen=True)
 class CachedDataset:
-    """Cache entries of the samples, and the keys of the prompts' embeddings.
-
-    Attributes:
-        prompts: Key of each prompt's embedding.
-        contents: Digest of each sample's target image.
-        lease: Lock that prevents pruning as long as this object exists.
-    """
+    """Cache entries of the samples, and the keys of the prompts' embeddings."""
 
     cache: Cache
     entries: tuple[LatentEntry, ...]
-    prompts: dict[str, str]
-    contents: tuple[str, ...]
-    lease: Lease | None = field(default=None, compare=False, repr=False)
+    prompts: dict[str, str]  # key of each prompt's embedding
+    contents: tuple[str, ...]  # digest of each sample's target image
+    lease: Lease | None = field(default=None, compare=False, repr=False)  # prevents pruning while this object exists
 
     def embeddings(self, prompts: Sequence[str]) -> Tensor:
         """Return the embeddings (B, L, D) of prompts, read from the cache."""

@@ -88,7 +88,6 @@ def _kind(path: Path) -> str:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, MAX_HEADER)))
-        names = [name for name in header if name != "__metadata__"]
-        return min(names, default="nothing")
+        return min(set(header) - {"__metadata__"}, default="nothing")
     except (OSError, ValueError, TypeError):
         return "damaged"

@@ -18,8 +18,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 import psutil
@@ -66,9 +68,6 @@ class Cache:
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def __contains__(self, key: str) -> bool:
-        return self.path(key).is_file()
-
     def __str__(self) -> str:
         return str(self.folder)
 
@@ -92,10 +91,6 @@ class Cache:
         finally:
             os.close(file)
 
-    def tensor(self, key: str, name: str, shape: Shape) -> Tensor:
-        """Return the tensor `name` of an entry. Raise ValueError as `get` and `pick` do."""
-        return self.pick(key, self.get(key), name, shape)
-
     def pick(self, key: str, tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
         """Return `tensors[name]`. Raise ValueError, naming the entry `key`, unless it has `shape`."""
         if name not in tensors or not has_shape(tuple(tensors[name].shape), shape):
@@ -109,11 +104,9 @@ class Cache:
     def sweep(self) -> None:
         """Delete incomplete files that processes left behind which were killed at least a day ago."""
         for unfinished in self.folder.glob("??/.*.tmp"):
-            try:
+            with suppress(FileNotFoundError):  # another process deleted it
                 if time.time() - unfinished.stat().st_mtime > UNFINISHED_SECONDS:
                     unfinished.unlink()
-            except FileNotFoundError:
-                continue  # another process deleted it
 
     def get(self, key: str) -> dict[str, Tensor]:
         """Return an entry in CPU memory, in the dtypes that it was stored in.
@@ -170,10 +163,8 @@ class Cache:
 
     def free(self) -> int:
         """Return the number of bytes that can still be stored."""
-        place = self.folder.absolute()
-        while not place.exists():
-            place = place.parent
-        return shutil.disk_usage(place).free
+        folder = self.folder.absolute()
+        return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
 class MemoryCache(Cache):
@@ -184,9 +175,6 @@ class MemoryCache(Cache):
     def __init__(self) -> None:
         super().__init__("memory")
         self._entries: dict[str, dict[str, Tensor]] = {}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._entries
 
     def holds(self, key: str, name: str, shape: Shape) -> bool:
         return name in self._entries.get(key, ()) and has_shape(tuple(self._entries[key][name].shape), shape)
@@ -227,38 +215,35 @@ def has_shape(found: tuple[int, ...], wanted: Shape) -> bool:
     return len(found) == len(wanted) and all(a > 0 if b is None else a == b for a, b in zip(found, wanted, strict=True))
 
 
-def share(
-    cache: Cache, lacks: Callable[[str], bool], keys: Sequence[str], process_index: int, num_processes: int
-) -> list[str]:
-    """Return the missing keys that this process has to fill; all of them if the cache is not shared.
+def fill_share(
+    cache: Cache,
+    lacks: Callable[[str], bool],
+    keys: Sequence[str],
+    work: Callable[[str], int],
+    process_index: int,
+    num_processes: int,
+    progress: Progress | None,
+    workers: int = 1,
+) -> None:
+    """Call `work` for the missing keys of this process's share, all if the cache is not shared; report progress.
 
-    They are every n-th of *all* keys, not of the missing ones: another process may fill entries before this one looks
+    A share is every n-th of *all* keys, not of the missing ones: another process may fill entries before this one looks
     for them, and shares of two different lists could leave entries that no process computes.
+
+    `work` stores an entry and returns its bytes. With several workers it runs in as many threads, and the first error
+    is raised at once, without waiting for other threads, which may wait for an answer that never comes.
     """
     assert 0 <= process_index < num_processes
-    own = keys[process_index::num_processes] if cache.shared else keys
-    return [key for key in own if lacks(key)]
-
-
-def run_each(work: Callable[[str], int], keys: Sequence[str], workers: int, progress: Progress | None) -> None:
-    """Call `work` for every key, in this thread or in several others, and report progress after each.
-
-    `work` returns the number of bytes stored. The first error is raised at once, without waiting for other threads,
-    which may wait for an answer that never comes.
-    """
-    stored = 0
-    if workers == 1:  # run models in the thread that loaded them
-        for done, key in enumerate(keys, start=1):
-            stored += work(key)
-            if progress is not None:
-                progress(done, len(keys), stored)
-        return
+    cache.sweep()
+    missing = [key for key in (keys[process_index::num_processes] if cache.shared else keys) if lacks(key)]
     pool = ThreadPoolExecutor(workers)
+    sizes: Iterable[int] = map(work, missing)  # a single worker is this thread, which loaded the model
+    if workers > 1:
+        sizes = (future.result() for future in as_completed([pool.submit(work, key) for key in missing]))
     try:
-        for done, future in enumerate(as_completed([pool.submit(work, key) for key in keys]), start=1):
-            stored += future.result()
+        for done, stored in enumerate(accumulate(sizes), start=1):
             if progress is not None:
-                progress(done, len(keys), stored)
+                progress(done, len(missing), stored)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

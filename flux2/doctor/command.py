@@ -1,11 +1,10 @@
 """Report versions, devices and caches, and test the numbers: the command `python -m flux2.doctor`."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from huggingface_hub import constants as hub
 
 from flux2.doctor.arguments import check_arguments
-from flux2.doctor.selftest import Finding, selftest
+from flux2.doctor.selftest import selftest
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import FP8_CAPABILITY
 from flux2.utils.text import gigabytes
@@ -54,19 +53,12 @@ def devices() -> Iterator[tuple[str, str]]:
         capability = torch.cuda.get_device_capability(index)
         free, total = torch.cuda.mem_get_info(index)
         fp8 = "FP8 products" if capability >= FP8_CAPABILITY else "no FP8 products (8.9 and above)"
-        yield (
-            f"GPU {index}",
-            f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}, {fp8}, "
-            f"{gigabytes(free)} of {gigabytes(total)} free, CUDA {torch.version.cuda}",
-        )
+        name = f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}"
+        free_memory = f"{gigabytes(free)} of {gigabytes(total)} free"
+        yield f"GPU {index}", f"{name}, {fp8}, {free_memory}, CUDA {torch.version.cuda}"
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "CPU", f"{cores} cores, {gigabytes(memory.available)} of {gigabytes(memory.total)} free"
-
-
-def nearest_folder(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.parents) if place.is_dir())
 
 
 def size(folder: Path) -> str:
@@ -75,11 +67,9 @@ def size(folder: Path) -> str:
         return "does not exist yet"
     sizes = []
     for file in folder.rglob("*"):
-        try:
+        with suppress(OSError):  # deleted in the meantime, or not readable
             if file.is_file():
                 sizes.append(file.stat().st_size)
-        except OSError:  # deleted in the meantime, or not readable
-            continue
     return f"{len(sizes)} files, {gigabytes(sum(sizes))}"
 
 
@@ -89,13 +79,11 @@ def folders() -> Iterator[tuple[str, str]]:
     cache = os.environ.get("FLUX2_CACHE")
     folders["quantized copies"] = Path(cache).expanduser() if cache else Path(LATENTS) / "weights"
     for what, folder in folders.items():
-        free = shutil.disk_usage(nearest_folder(folder.absolute())).free
-        yield what, f"{shorten_home(folder)}: {size(folder)}; {gigabytes(free)} free"
-
-
-def shorten_home(folder: Path) -> str:
-    """Return `folder` without the user's name, which a bug report need not have."""
-    return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)
+        existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+        free = shutil.disk_usage(existing).free
+        home = Path.home()  # contains the user's name, which a bug report need not have
+        name = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
+        yield what, f"{name}: {size(folder)}; {gigabytes(free)} free"
 
 
 def hub_state() -> str:
@@ -111,20 +99,13 @@ def models() -> Iterator[tuple[str, str]]:
             yield name, "embedded"
             continue
         present = [part for part in PARTS if is_available(model_source(name), part)]
-        missing = [part for part in PARTS if part not in present]
-        if not present:
-            yield name, f"not downloaded ({variant.repo})"
-        else:
-            yield name, "complete" if not missing else f"present: {', '.join(present)}; missing: {', '.join(missing)}"
+        missing = ", ".join(part for part in PARTS if part not in present)
+        some = f"present: {', '.join(present)}; missing: {missing}" if missing else "complete"
+        yield name, some if present else f"not downloaded ({variant.repo})"
 
 
 def line(name: str, text: str) -> str:
     return f"  {name:<30} {text}"
-
-
-def result_line(finding: Finding) -> str:
-    word = {True: "ok", False: "WRONG", None: "--"}[finding.passed]
-    return line(finding.what, f"{word:<5} {finding.detail}")
 
 
 def report() -> Iterator[str]:
@@ -149,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     print("Self-test, compared with diffusers", flush=True)
     wrong = 0
     for finding in selftest():
-        print(result_line(finding), flush=True)
+        word = {True: "ok", False: "WRONG", None: "--"}[finding.passed]
+        print(line(finding.what, f"{word:<5} {finding.detail}"), flush=True)
         wrong += finding.passed is False
     print("What fits on a GPU: python train/plan.py +experiment=tarot")
     if wrong:

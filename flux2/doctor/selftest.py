@@ -4,8 +4,6 @@
 can read too, and constants with the defaults of diffusers' functions.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -54,9 +52,6 @@ def compare_equal(ours: object, theirs: object) -> tuple[bool, str]:
 
 def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-# ------------------------------------------------------------------ comparisons
 
 
 def default(function: Callable[..., Any], name: str) -> tuple[int, ...]:
@@ -118,15 +113,8 @@ def forward(diffusers: Any) -> tuple[bool, str]:
     positions = positions_with_references(picture, [reference])
     tokens, text = draw(1, len(positions), 128), draw(1, variant.text.length, variant.transformer.text_width)
     text_at, time, guidance = text_positions(variant.text.length), torch.tensor([0.7]), torch.tensor([3.0])
-    expected = theirs(
-        hidden_states=tokens,
-        encoder_hidden_states=text,
-        timestep=time,
-        img_ids=positions,
-        txt_ids=text_at,
-        guidance=guidance,
-        return_dict=False,
-    )[0]
+    inputs = {"hidden_states": tokens, "encoder_hidden_states": text, "img_ids": positions, "txt_ids": text_at}
+    expected = theirs(**inputs, timestep=time, guidance=guidance, return_dict=False)[0]
     return compare_values((ours(tokens, positions, text, text_at, time, guidance), expected))
 
 
@@ -147,10 +135,7 @@ def module(diffusers: Any) -> str:
 
 @torch.no_grad()
 def selftest() -> Iterator[Finding]:
-    """Yield the result of each comparison. Without diffusers one result says so.
-
-    A comparison that raises an error, as it may with another version of diffusers, is a result too.
-    """
+    """Yield the result of each comparison, also if it is an error of another version; without diffusers only that."""
     try:
         diffusers = importlib.import_module("diffusers")
     except ImportError as error:

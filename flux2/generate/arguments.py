@@ -3,8 +3,6 @@
 PNG files record how they were made, as text; `--from-image x.png` repeats an image, with the other options changed.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -20,70 +18,61 @@ def option_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--model", choices=list(VARIANTS), help="variant of FLUX.2 (tiny)")
-    parser.add_argument("--path", help="repository id, folder or .safetensors file; default: the published one")
-    parser.add_argument("--autoencoder", help="the same for the autoencoder, if it is not in PATH")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", choices=list(VARIANTS), help="variant of FLUX.2 (tiny)")
+    add("--path", help="repository id, folder or .safetensors file; default: the published one")
+    add("--autoencoder", help="the same for the autoencoder, if it is not in PATH")
+    add(
         "--text-encoder", help="the same for the text encoder and its tokenizer; or the address of a server, http://..."
     )
-    parser.add_argument(
+    add(
         "--text-storage",
         choices=TEXT_STORAGES,
         help="store the text encoder's layers in 4 or 8 bits; default: as the rest",
     )
-    parser.add_argument(
-        "--embeddings", type=Path, metavar="FILE", help="file of --save-embeddings, whose prompts need no text encoder"
-    )
-    parser.add_argument(
-        "--save-embeddings", type=Path, metavar="FILE", help="write the prompts' embeddings and generate no images"
-    )
-    parser.add_argument("--prompt", action="append", help="prompt; repeat for more images")
-    parser.add_argument(
-        "--upsample", action="store_true", help="let dev's text encoder rewrite the prompts in more detail"
-    )
-    parser.add_argument(
+    add("--embeddings", type=Path, metavar="FILE", help="file of --save-embeddings, whose prompts need no text encoder")
+    add("--save-embeddings", type=Path, metavar="FILE", help="write the prompts' embeddings and generate no images")
+    add("--prompt", action="append", help="prompt; repeat for more images")
+    add("--upsample", action="store_true", help="let dev's text encoder rewrite the prompts in more detail")
+    add(
         "--prompts",
         type=Path,
         metavar="FILE",
         help='one JSON object per line: {"prompt": ...} and, if they differ, seed, width, height, steps, guidance, '
         "images, out",
     )
-    parser.add_argument(
-        "--from-image", type=Path, metavar="PNG", help="repeat this image; other options replace the recorded ones"
-    )
-    parser.add_argument("--image", action="append", type=Path, help="reference image; repeatable, up to ten")
-    parser.add_argument("--adapter", action="append", metavar="PATH[:SCALE]", help="folder or file; repeatable")
-    parser.add_argument("--out", type=Path, help="output file; several are numbered (out.png)")
-    parser.add_argument("--seed", type=int, help="seed of the first image; the next ones count up (0)")
-    parser.add_argument("--count", type=int, help="images per prompt (1)")
-    parser.add_argument("--width", type=int, help="pixels, rounded to a multiple of 16")
-    parser.add_argument("--height", type=int, help="pixels, rounded to a multiple of 16")
-    parser.add_argument("--steps", type=int, help="sampling steps; default: the published number")
-    parser.add_argument("--guidance", type=float, help="guidance scale; default: the published one")
-    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, else fp32")
-    parser.add_argument(
+    add("--from-image", type=Path, metavar="PNG", help="repeat this image; other options replace the recorded ones")
+    add("--image", action="append", type=Path, help="reference image; repeatable, up to ten")
+    add("--adapter", action="append", metavar="PATH[:SCALE]", help="folder or file; repeatable")
+    add("--out", type=Path, help="output file; several are numbered (out.png)")
+    add("--seed", type=int, help="seed of the first image; the next ones count up (0)")
+    add("--count", type=int, help="images per prompt (1)")
+    add("--width", type=int, help="pixels, rounded to a multiple of 16")
+    add("--height", type=int, help="pixels, rounded to a multiple of 16")
+    add("--steps", type=int, help="sampling steps; default: the published number")
+    add("--guidance", type=float, help="guidance scale; default: the published one")
+    add("--device", help="cuda or cpu; default: the GPU if there is one")
+    add("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, else fp32")
+    add(
         "--stream-blocks",
         dest="offload_blocks",
         type=number_or_share,
         metavar="N",
         help="blocks to offload to host memory: a number (8) or a share (0.5)",
     )
-    parser.add_argument(
+    add(
         "--tiled",
         action=argparse.BooleanOptionalAction,
         help="decode in stripes, which needs less memory; default: for images above a megapixel",
     )
-    parser.add_argument(
+    add(
         "--merge",
         action=argparse.BooleanOptionalAction,
         help="merge the adapters into the weights (fp32, bf16): faster, but rounded in bf16",
     )
-    parser.add_argument("--verbose", action="store_true", help="list the layers of each adapter")
-    parser.add_argument("--cache", type=folder_argument, help="folder of quantized copies; default: FLUX2_CACHE")
-    parser.add_argument(
-        "--no-metadata", dest="metadata", action="store_false", help="do not record in the PNG how it was made"
-    )
+    add("--verbose", action="store_true", help="list the layers of each adapter")
+    add("--cache", type=folder_argument, help="folder of quantized copies; default: FLUX2_CACHE")
+    add("--no-metadata", dest="metadata", action="store_false", help="do not record in the PNG how it was made")
     return parser
 
 

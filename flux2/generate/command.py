@@ -1,13 +1,12 @@
 """Generate images: the command `python -m flux2.generate` (options in arguments.py)."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from flux2.generate import metadata
 from flux2.generate.arguments import option_parser
 from flux2.generate.metadata import NamedFile, Record
 from flux2.generate.progress import CLEAR, Screen
-from flux2.generate.requests import Request, numbered_path, read_lines, round_sizes
+from flux2.generate.requests import Request, parse_request, read_lines, round_sizes
 from flux2.pipeline import Pipeline, load
 from flux2.quantization.precision import describe
 from flux2.utils import checks
@@ -28,32 +27,19 @@ from flux2.utils.images import check_target_file, check_writable, read_image
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
 
 MAX_COUNT = 10_000
-DEFAULTS: dict[str, Any] = {
-    "model": "tiny",
-    **dict.fromkeys(["path", "autoencoder", "text_encoder", "prompt", "prompts", "from_image", "device", "precision"]),
-    **dict.fromkeys(["width", "height", "steps", "guidance", "cache"]),
-    **dict.fromkeys(["text_storage", "embeddings", "save_embeddings"]),
-    "upsample": False,
-    "asked": {},  # original prompts, by the prompts they were rewritten to
-    "image": [],
-    "adapter": [],
-    "out": Path("out.png"),
-    "seed": 0,
-    "count": 1,
-    "offload_blocks": 0,
-    "tiled": None,
-    "merge": False,
-    "verbose": False,
-    "metadata": True,
-}
-LOADED = (  # options that flux2.pipeline.load takes under the same name
-    *("autoencoder", "text_encoder", "device", "precision", "offload_blocks", "cache", "tiled", "text_storage"),
-    "embeddings",
-)
 PLACES = ("path", "autoencoder", "text_encoder")
+SAMPLING = ("seed", "width", "height", "steps", "guidance")
+# options that flux2.pipeline.load takes under the same name
+LOADED = (*PLACES[1:], "device", "precision", "offload_blocks", "cache", "tiled", "text_storage", "embeddings")
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys([*PLACES, *SAMPLING, *LOADED, "prompt", "prompts", "from_image", "save_embeddings"]),
+    **dict.fromkeys(["upsample", "merge", "verbose"], False),
+    **{"model": "tiny", "out": Path("out.png"), "seed": 0, "count": 1, "offload_blocks": 0, "metadata": True},
+    **{"image": [], "adapter": [], "asked": {}},  # asked: original prompts, by the prompts they were rewritten to
+}
 # recorded settings that are dropped if the given option replaces them
 REPLACED = {
-    "embeddings": ("text_encoder", "text_storage"),
+    "embeddings": ("embeddings", "text_encoder", "text_storage"),
     "text_encoder": ("embeddings", "text_storage"),
     "text_storage": ("embeddings",),
     "upsample": ("embeddings",),
@@ -65,10 +51,7 @@ def say(text: str) -> None:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the given options, else those recorded in the image of --from-image, else DEFAULTS.
-
-    Raises ValueError if that image records none.
-    """
+    """Return the given options, else those recorded in the image of --from-image, else DEFAULTS."""
     parser = option_parser()
     explicit = vars(parser.parse_args(argv))
     recorded = options_from_image(explicit["from_image"], explicit) if "from_image" in explicit else {}
@@ -86,21 +69,18 @@ def options_from_image(file: Path, explicit: Mapping[str, Any]) -> dict[str, Any
     """Return the settings recorded in `file` as options. Raises ValueError if there are none, or files have changed."""
     what = f"--from-image {file}"
     record = metadata.read(file, what)
-    replaced: dict[str, Any] = {
-        name: [] for name, option in (("images", "image"), ("adapters", "adapter")) if option in explicit
-    }
-    if any("embeddings" in REPLACED.get(option, ()) for option in explicit) or "embeddings" in explicit:
+    replaced: dict[str, Any] = {f"{option}s": [] for option in ("image", "adapter") if option in explicit}
+    if any("embeddings" in REPLACED.get(option, ()) for option in explicit):
         replaced["embeddings"] = None
     metadata.check_unchanged(dataclasses.replace(record, **replaced), what)
     recorded = {
-        key: getattr(record, key) for key in ("model", "precision", "seed", "width", "height", "steps", "guidance")
+        **{key: getattr(record, key) for key in ("model", "precision", *SAMPLING)},
+        "prompt": [record.prompt],
+        "image": [Path(image.path) for image in record.images],
+        "adapter": [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters],
+        "merge": record.merged,
+        "asked": {} if record.asked is None else {record.prompt: record.asked},
     }
-    recorded["prompt"] = [record.prompt]
-    if record.asked is not None:
-        recorded["asked"] = {record.prompt: record.asked}
-    recorded["image"] = [Path(image.path) for image in record.images]
-    recorded["adapter"] = [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters]
-    recorded["merge"] = record.merged
     if "model" not in explicit:  # these belong to the recorded model
         recorded |= {key: getattr(record, key) for key in (*PLACES, "text_storage")}
         recorded["embeddings"] = None if record.embeddings is None else Path(record.embeddings.path)
@@ -111,36 +91,31 @@ def make_requests(options: argparse.Namespace) -> list[Request]:
     """Return the requested images. Raises ValueError for what is wrong independently of the model."""
     if not 1 <= options.count <= MAX_COUNT:
         raise ValueError(f"--count {options.count} must be an integer from 1 to {MAX_COUNT}")
-    shared = {key: getattr(options, key) for key in ("seed", "width", "height", "steps", "guidance", "out")}
-    shared["images"] = options.image
+    shared = {key: getattr(options, key) for key in (*SAMPLING, "out")} | {"images": options.image}
     if options.prompts is not None:
         if options.count > 1:
             raise ValueError(f"--count {options.count} has no effect with --prompts: write one line per image")
         return read_lines(options.prompts, shared, say)
     checks.strings("--prompt", options.prompt)
-    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
-    checks.seeds(options.seed, len(prompts))
+    lines = [{"prompt": prompt} for prompt in options.prompt for _ in range(options.count)]
     shared = round_sizes(shared, say)
-    outs = [numbered_path(options.out, i, len(prompts)) for i in range(len(prompts))]
-    return [
-        Request(prompt, **{**shared, "seed": options.seed + i, "out": out})
-        for i, (prompt, out) in enumerate(zip(prompts, outs, strict=True))
-    ]
+    return [parse_request(line, i, len(lines), shared, say) for i, line in enumerate(lines)]
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for options that have no effect together."""
-    if options.save_embeddings is not None:
-        if options.embeddings is not None:
-            raise ValueError("--save-embeddings and --embeddings exclude each other")
-        if options.save_embeddings.suffix != ".safetensors":
-            raise ValueError(f"--save-embeddings {options.save_embeddings} must end in .safetensors")
-        idle = [name for name in ("adapter", "merge", "image") if name in options.given and getattr(options, name)]
-        if options.upsample and "image" in idle:  # rewriting uses the references
-            idle.remove("image")
-        if idle:
-            raise ValueError(f"--{idle[0]} has no effect with --save-embeddings, which generates no images: remove it")
-        check_target_file(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
+    if options.save_embeddings is None:
+        if options.merge and not options.adapter:
+            raise ValueError("--merge has no effect without --adapter")
+        return
+    if options.embeddings is not None:
+        raise ValueError("--save-embeddings and --embeddings exclude each other")
+    if options.save_embeddings.suffix != ".safetensors":
+        raise ValueError(f"--save-embeddings {options.save_embeddings} must end in .safetensors")
+    for name in ("adapter", "merge") if options.upsample else ("adapter", "merge", "image"):  # which rewriting uses
+        if name in options.given and getattr(options, name):
+            raise ValueError(f"--{name} has no effect with --save-embeddings, which generates no images: remove it")
+    check_target_file(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
 
 
 def run(options: argparse.Namespace) -> Iterator[Path]:
@@ -154,15 +129,13 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
     pictures = {path: read_image(path, f"--image {path}") for request in requests for path in request.images}
     images = {path: NamedFile.from_path(path) for path in pictures}
     adapters = [split_adapter(adapter) for adapter in options.adapter]
-    if options.merge and not adapters:
-        raise ValueError("--merge has no effect without --adapter")
     # before the model is loaded, which takes minutes
     adapter_files = [NamedFile.from_adapter(path, scale) for path, scale in adapters]
     pipeline = load(options.model, options.path, **{key: getattr(options, key) for key in LOADED})
     if options.merge:
         pipeline.check_mergeable()
-    steps = [pipeline.variant.steps if request.steps is None else request.steps for request in requests]
-    with Screen(sum(steps)) as screen:
+    requests = [request.complete(pipeline.variant) for request in requests]
+    with closing(Screen(sum(request.steps or 0 for request in requests))) as screen:
         if options.upsample:
             screen.status("rewriting prompts")
             requests, originals = upsample_prompts(pipeline, requests, pictures)
@@ -172,39 +145,23 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
             pipeline.save_embeddings(options.save_embeddings, [request.prompt for request in requests])
             yield options.save_embeddings
             return
-        encode(pipeline, requests)  # before the transformer is loaded, for which the text encoder is freed
+        # before the transformer, for which the text encoder is freed; with the empty prompt if any image needs it
+        guidance = next((request.guidance for request in requests if request.guidance != 1), 1.0)
+        pipeline.embeddings([request.prompt for request in requests], guidance)
         screen.status("loading the transformer")
         load_adapters(pipeline, adapters, options)
         screen.begin()
-        embeddings_file = None if options.embeddings is None else NamedFile.from_path(options.embeddings)
-        for request, count in zip(requests, steps, strict=True):
-            (image,) = pipeline.generate(
-                request.prompt,
-                references=[pictures[path] for path in request.images],
-                seed=request.seed,
-                width=request.width,
-                height=request.height,
-                steps=count,
-                guidance=request.guidance,
-                progress=lambda _: screen.step(),
-            )
-            record = Record(
-                options.model,
-                request.prompt,
-                request.seed,
-                *image.size,
-                count,
-                pipeline.variant.guidance if request.guidance is None else request.guidance,
-                pipeline.precision.name,
-                **{key: getattr(options, key) for key in (*PLACES, "text_storage")},
-                asked=options.asked.get(request.prompt),
-                embeddings=embeddings_file,
-                images=[images[path] for path in request.images],
-                adapters=adapter_files,
-                merged=options.merge,
-            )
+        recorded = {key: getattr(options, key) for key in ("model", *PLACES, "text_storage")}
+        recorded |= {"precision": pipeline.precision.name, "adapters": adapter_files, "merged": options.merge}
+        recorded["embeddings"] = None if options.embeddings is None else NamedFile.from_path(options.embeddings)
+        for request in requests:
+            settings = {key: getattr(request, key) for key in ("prompt", *SAMPLING)}
+            references = [pictures[path] for path in request.images]
+            (image,) = pipeline.generate(**settings, references=references, progress=lambda _: screen.step())
+            settings |= {"width": image.width, "height": image.height, "asked": options.asked.get(request.prompt)}
+            record = Record(**settings, **recorded, images=[images[path] for path in request.images])
             write(image, request.out, record if options.metadata else None)
-            with screen.picture_done(f"{request.out}: {count} steps"):
+            with screen.image_done(f"{request.out}: {request.steps} steps"):
                 yield request.out
 
 
@@ -231,22 +188,14 @@ def upsample_prompts(
     once for prompts without references, and once for those with references.
     """
     texts: dict[tuple[str, tuple[Path, ...]], str] = {}
-    for images in dict.fromkeys(tuple(request.images) for request in requests):
-        prompts = [*dict.fromkeys(request.prompt for request in requests if tuple(request.images) == images)]
+    for images in dict.fromkeys(request.images for request in requests):
+        prompts = [*dict.fromkeys(request.prompt for request in requests if request.images == images)]
         answers = pipeline.upsample(prompts, [pictures[path] for path in images])
         texts |= {(prompt, images): answer for prompt, answer in zip(prompts, answers, strict=True)}
     for (prompt, _), answer in texts.items():
         say(f"prompt {prompt!r} was rewritten to {answer!r}")
-    rewritten = [
-        dataclasses.replace(request, prompt=texts[request.prompt, tuple(request.images)]) for request in requests
-    ]
+    rewritten = [dataclasses.replace(request, prompt=texts[request.prompt, request.images]) for request in requests]
     return rewritten, {answer: prompt for (prompt, _), answer in texts.items()}
-
-
-def encode(pipeline: Pipeline, requests: list[Request]) -> None:
-    """Encode all prompts, so that the text encoder is loaded once; with the empty one if any image needs it."""
-    values = [pipeline.variant.guidance if request.guidance is None else request.guidance for request in requests]
-    pipeline.embeddings([request.prompt for request in requests], next((value for value in values if value != 1), 1.0))
 
 
 def write(image: Image.Image, out: Path, record: Record | None) -> None:

@@ -4,15 +4,13 @@ The text is one JSON object under the keyword `flux2-lora`: the fields of `Recor
 given, with the SHA-256 of their content, so that a repetition notices another adapter under the same name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -41,16 +39,16 @@ class NamedFile:
     scale: float = 1.0
 
     @classmethod
-    def from_path(cls, path: Path) -> NamedFile:
+    def from_path(cls, path: Path) -> Self:
         return cls(str(path), sha256(path))
 
     @classmethod
-    def from_adapter(cls, path: str, scale: float) -> NamedFile:
+    def from_adapter(cls, path: str, scale: float) -> Self:
         """Return the file of the adapter at `path`. Raises AdapterError if there is none."""
-        return cls(path, sha256(weights(path)), scale)
+        return cls(path, sha256(adapter_file(path)), scale)
 
 
-def weights(adapter: str) -> Path:
+def adapter_file(adapter: str) -> Path:
     """Return the file that holds an adapter's tensors."""
     place = find(adapter)
     return place / PEFT_FILE if place.is_dir() else place
@@ -78,8 +76,8 @@ class Record:
     text_storage: TextStorage | None = None
     embeddings: NamedFile | None = None
     asked: str | None = None
-    images: Sequence[NamedFile] = field(default_factory=list)
-    adapters: Sequence[NamedFile] = field(default_factory=list)
+    images: Sequence[NamedFile] = ()
+    adapters: Sequence[NamedFile] = ()
     merged: bool = False
 
     def chunk(self) -> PngInfo:
@@ -98,7 +96,7 @@ def read(file: Path, what: str) -> Record:
             image.load()  # text may come after the pixels
             text = image.info.get(KEYWORD)
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, DecompressionBombError and more
-        raise ValueError(f"{what} cannot be read as a picture ({describe_decoding_error(error)})") from error
+        raise ValueError(f"{what} cannot be read as an image ({describe_decoding_error(error)})") from error
     if text is None:
         raise ValueError(
             f"{what} does not record how it was made: it is from another program, was written with --no-metadata or "
@@ -114,8 +112,7 @@ def parse_record(record: Any) -> Record:
     """Return a record from JSON. Raises ValueError, TypeError or KeyError for anything else."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{record!r} is not an object")
-    known = {entry.name for entry in dataclasses.fields(Record)}
-    if unknown := sorted(set(record) - known):
+    if unknown := sorted(set(record) - {entry.name for entry in dataclasses.fields(Record)}):
         raise ValueError(f"unknown: {', '.join(unknown)}")
     if record["model"] not in VARIANTS:
         raise ValueError(f"model={record['model']!r} must be one of {', '.join(VARIANTS)}")
@@ -130,15 +127,12 @@ def parse_record(record: Any) -> Record:
     (prompt,) = checks.strings("prompt", record["prompt"])
     (seed,) = checks.seeds(record["seed"], 1)
     checks.size(record["width"], record["height"], 1)
-    values: dict[str, Any] = {
-        "prompt": prompt,
-        "seed": seed,
-        "steps": checks.steps(record["steps"]),
-        "guidance": checks.guidance(record["guidance"]),
-    }
-    values["embeddings"] = parse_named_file(record["embeddings"]) if record.get("embeddings") is not None else None
+    steps, guidance = checks.steps(record["steps"]), checks.guidance(record["guidance"])
+    values = {**record, "prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance}
+    if record.get("embeddings") is not None:
+        values["embeddings"] = parse_named_file(record["embeddings"])
     files = {key: [parse_named_file(entry) for entry in record.get(key, [])] for key in ("images", "adapters")}
-    return Record(**{**record, **values, **files})
+    return Record(**values | files)
 
 
 def parse_named_file(entry: Any) -> NamedFile:
@@ -150,14 +144,13 @@ def parse_named_file(entry: Any) -> NamedFile:
 def check_unchanged(record: Record, what: str) -> None:
     """Raise ValueError, starting with `what`, if a file of `record` is missing or has changed."""
     embeddings = [] if record.embeddings is None else [record.embeddings]
-    kinds: list[tuple[str, Sequence[NamedFile], str]] = [
+    for kind, files, option in (
         ("reference", record.images, "--image"),
         ("embeddings file", embeddings, "--embeddings, or use --text-encoder"),
         ("adapter", record.adapters, "--adapter"),
-    ]
-    for kind, files, option in kinds:
+    ):
         for named in files:
-            file = weights(named.path) if kind == "adapter" else Path(named.path)
+            file = adapter_file(named.path) if kind == "adapter" else Path(named.path)
             if not file.is_file():
                 raise ValueError(f"{what}: the {kind} {named.path} does not exist. Give it with {option}")
             if sha256(file) != named.sha256:

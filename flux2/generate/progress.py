@@ -3,13 +3,10 @@
 Everything goes to stderr; stdout has only the names of the files.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
+from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
@@ -17,8 +14,8 @@ from tqdm import tqdm
 CLEAR = "\r\x1b[K"  # clears the line of a terminal
 
 
-class Screen(AbstractContextManager["Screen"]):
-    """Context manager that shows progress over `steps` sampling steps, by default on stderr, and then clears it."""
+class Screen:
+    """Shows progress over `steps` sampling steps, by default on stderr, until `close`."""
 
     def __init__(
         self, steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter
@@ -29,9 +26,6 @@ class Screen(AbstractContextManager["Screen"]):
         self._bar: tqdm | None = None
         self._since = clock()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._clear()
-
     def status(self, text: str) -> None:
         """Show the current activity on a terminal, until the next output."""
         if self.is_bar:
@@ -39,7 +33,7 @@ class Screen(AbstractContextManager["Screen"]):
 
     def begin(self) -> None:
         """Start the bar before the first image."""
-        self._clear()
+        self.close()
         self._since = self.clock()
         if self.is_bar:
             self._bar = tqdm(total=self.steps, unit="step", leave=False, file=self.stream, dynamic_ncols=True)
@@ -49,7 +43,7 @@ class Screen(AbstractContextManager["Screen"]):
             self._bar.update()
 
     @contextmanager
-    def picture_done(self, text: str) -> Iterator[None]:
+    def image_done(self, text: str) -> Iterator[None]:
         """Context manager, for a complete image, in which its name can be printed without disturbing the bar."""
         now = self.clock()
         seconds, self._since = now - self._since, now
@@ -63,7 +57,7 @@ class Screen(AbstractContextManager["Screen"]):
             if self._bar is not None:
                 self._bar.refresh()
 
-    def _clear(self) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,15 +1,13 @@
 """Requests of images: prompts from the command line, or one JSON object per line of a file."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux2.models.variants import PIXELS_PER_TOKEN
+from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.utils import checks
 
 
@@ -27,7 +25,7 @@ class Request:
     height: int | None = None
     steps: int | None = None
     guidance: float | None = None
-    images: Sequence[Path] = field(default_factory=list)
+    images: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         checks.strings("prompt", self.prompt)
@@ -39,29 +37,31 @@ class Request:
         if self.guidance is not None:
             checks.guidance(self.guidance)
 
+    def complete(self, variant: Variant) -> "Request":
+        """Return the request with the steps and the guidance of `variant` if it has none."""
+        guidance = variant.guidance if self.guidance is None else self.guidance
+        return dataclasses.replace(self, steps=self.steps or variant.steps, guidance=guidance)
+
 
 KEYS = tuple(entry.name for entry in dataclasses.fields(Request))
+Say = Callable[[str], None]  # receives a line for the user
 
 
-def round_sizes(values: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def round_sizes(values: dict[str, Any], say: Say) -> dict[str, Any]:
     """Return `values` with `width` and `height` rounded to multiples of 16, reported to `say`. None stays None.
 
     Raises TypeError or ValueError unless they are integers >= 16.
     """
-    sides = {key: values[key] for key in ("width", "height") if values[key] is not None}
-    integers = {key: checks.integer(key, side, PIXELS_PER_TOKEN) for key, side in sides.items()}
-    rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in integers.items()}
-    for key, side in integers.items():
-        if side != rounded[key]:
-            say(f"{key}={side} is not a multiple of {PIXELS_PER_TOKEN}: rounded to {rounded[key]}")
+    given = {key: values[key] for key in ("width", "height") if values[key] is not None}
+    sides = {key: checks.integer(key, side, PIXELS_PER_TOKEN) for key, side in given.items()}
+    rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in sides.items()}
+    for key in sides:
+        if sides[key] != rounded[key]:
+            say(f"{key}={sides[key]} is not a multiple of {PIXELS_PER_TOKEN}: rounded to {rounded[key]}")
     return values | rounded
 
 
-def numbered_path(out: Path, index: int, count: int) -> Path:
-    return out if count == 1 else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
-
-
-def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], None]) -> list[Request]:
+def read_lines(file: Path, defaults: Mapping[str, Any], say: Say) -> list[Request]:
     """Return the requests in a file of JSON lines, in UTF-8 with or without byte order mark.
 
     Each has a `prompt`, and any other field of `Request`; missing ones have their default. The default `seed` counts up
@@ -77,23 +77,20 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Callable[[str], Non
         raise ValueError(f"{what} cannot be read ({error})") from error
     if not lines:
         raise ValueError(f"{what} has no lines. Write one JSON object with a prompt per line")
-    requests = []
+    requests: dict[Path, Request] = {}  # by the file that they write
     for index, (number, text) in enumerate(lines):
         try:
-            requests.append(parse_request(json.loads(text), index, len(lines), defaults, say))
+            request = parse_request(json.loads(text), index, len(lines), defaults, say)
+            if request.out in requests:
+                raise ValueError(f"an earlier line writes {request.out} too")
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}, line {number}: {error}") from error
-    outs = [request.out for request in requests]
-    for number, (request, out) in enumerate(zip(requests, outs, strict=True)):
-        if out in outs[:number]:
-            raise ValueError(f"{what}, line {lines[number][0]}: an earlier line writes {request.out} too")
-    return requests
+        requests[request.out] = request
+    return list(requests.values())
 
 
-def parse_request(
-    line: Any, index: int, count: int, defaults: Mapping[str, Any], say: Callable[[str], None]
-) -> Request:
-    """Return the request in one line. Raises TypeError or ValueError for an invalid one."""
+def parse_request(line: Any, index: int, count: int, defaults: Mapping[str, Any], say: Say) -> Request:
+    """Return the request in the line `index` of `count`. Raises TypeError or ValueError for an invalid one."""
     if not isinstance(line, dict):
         raise ValueError(f"{line!r} is not an object such as {{" + '"prompt": "..."}')
     if unknown := [key for key in line if key not in KEYS]:
@@ -101,12 +98,11 @@ def parse_request(
     if not isinstance(line.get("prompt"), str):
         raise ValueError(f"prompt={line.get('prompt')!r} must be a string")
     values = {**defaults, "seed": defaults["seed"] + index, **line}
-    out, base = line.get("out"), Path(defaults["out"])
-    if out is not None and (not isinstance(out, str) or not out):
-        raise ValueError(f"out={out!r} must be a file name")
-    values["out"] = numbered_path(base, index, count) if out is None else base.parent / out
-    images = values["images"]
+    out, name, images = Path(defaults["out"]), line.get("out"), values["images"]
+    if name is not None and (not isinstance(name, str) or not name):
+        raise ValueError(f"out={name!r} must be a file name")
+    if name is not None or count > 1:
+        out = out.parent / name if name else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
     if not isinstance(images, list) or not all(isinstance(path, str | Path) for path in images):
         raise ValueError(f"images={images!r} must be a list of paths")
-    values["images"] = [Path(path) for path in images]
-    return Request(**round_sizes(values, say))
+    return Request(**round_sizes(values | {"out": out, "images": tuple(map(Path, images))}, say))

@@ -4,13 +4,11 @@ They come from a text encoder on this machine, loaded when needed and freed at o
 (flux2/prompts/remote_client.py); or from a file (flux2/prompts/saved.py).
 """
 
-from __future__ import annotations
-
 import gc
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +38,11 @@ class TextSource:
 
     def __post_init__(self) -> None:
         check_storage(self.storage, "text_storage")
-        if self.storage is not None and (self.server or self.saved):
+        if self.storage is not None and self.external_source:
             raise ValueError(
                 f"text_storage={self.storage!r} has no effect with {self.external_source}: no text encoder is loaded. "
                 "Remove one of them"
             )
-        if self.server and self.saved:
-            raise ValueError(f"embeddings={str(self.saved.file)!r} and text_encoder={self.server!r} exclude each other")
 
     @property
     def external_source(self) -> str:
@@ -65,8 +61,9 @@ def text_source(
         except ValueError as error:
             raise ValueError(f"model.text_encoder: {error}") from error
     saved = None if embeddings is None else SavedPrompts(Path(embeddings).expanduser(), variant)
-    if saved is not None and text_encoder is not None:
-        raise ValueError(f"embeddings={str(saved.file)!r} and text_encoder={text_encoder!r} exclude each other")
+    if saved is not None and (server or text_encoder) is not None:
+        given = f"embeddings={str(saved.file)!r} and text_encoder={server or text_encoder!r}"
+        raise ValueError(f"{given} exclude each other")
     return TextSource(server, saved, storage), text_encoder
 
 
@@ -87,20 +84,25 @@ class Prompts:
         tokens = self._tokens(length)
         unknown = [prompt for prompt in dict.fromkeys(prompts) if (prompt, tokens) not in self.known]
         if unknown:
-            find = self._read if self.text.saved else self._request if self.text.server else self._compute
-            if cut := find(unknown, tokens):
+            encode, cut = self._encode_function(unknown, tokens)
+            for prompt in unknown:
+                self.known[prompt, tokens] = encode(prompt).to("cpu", self.dtype)
+            if cut:
                 log.warning("truncated %d prompts to %d tokens, e.g. %.80r", len(cut), tokens, cut[0])
+                cut.clear()
+            if self.encoder is not None and not self.text.keep:
+                del encode
+                self.encoder = None
+                free_memory(self.device)
         return torch.cat([self.known[prompt, tokens] for prompt in prompts])
 
     def save(self, file: str | os.PathLike[str], prompts: Sequence[str], length: int | None = None) -> None:
         """Write the embeddings of `prompts` to `file`, for `embeddings=file`, and that of the empty prompt if the model
         may need it for classifier-free guidance.
         """
-        wanted = [*dict.fromkeys(checks.strings("prompts", prompts))]
-        if not self.source.variant.transformer.guidance and "" not in wanted:
-            wanted.append("")
-        embeddings = self.get(wanted, length)
-        by_prompt = dict(zip(wanted, embeddings, strict=True))
+        empty = [] if self.source.variant.transformer.guidance else [""]
+        wanted = [*dict.fromkeys([*checks.strings("prompts", prompts), *empty])]
+        by_prompt = dict(zip(wanted, self.get(wanted, length), strict=True))
         saved_prompts.write(Path(file).expanduser(), self.source.variant, by_prompt, self._tokens(length))
 
     def _tokens(self, length: int | None) -> int:
@@ -108,33 +110,18 @@ class Prompts:
             return self.source.variant.text.length
         return checks.integer("length", length, 1, checks.MAX_LENGTH)
 
-    # Each of these functions adds the embeddings of `prompts` to `known` and returns the prompts that were truncated.
-
-    def _read(self, prompts: Sequence[str], length: int) -> list[str]:
-        assert self.text.saved is not None
-        self.text.saved.check(list(prompts), length)
-        for prompt in prompts:
-            self.known[prompt, length] = self.text.saved.get(prompt).to(self.dtype)
-        return []
-
-    def _request(self, prompts: Sequence[str], length: int) -> list[str]:
-        assert self.text.server is not None
-        client = Client(self.text.server, self.source.variant, length)
-        for prompt in prompts:
-            self.known[prompt, length] = client.encode([prompt]).to(self.dtype)
-        return client.cut
-
-    def _compute(self, prompts: Sequence[str], length: int) -> list[str]:
+    def _encode_function(self, prompts: list[str], length: int) -> tuple[Callable[[str], Tensor], list[str]]:
+        """Return a function from one of `prompts` to its embedding, and the list of prompts that it truncated."""
+        if self.text.saved is not None:
+            self.text.saved.check(prompts, length)
+            return self.text.saved.get, []
+        if self.text.server is not None:
+            client = Client(self.text.server, self.source.variant, length)
+            return lambda prompt: client.encode([prompt]), client.cut
         if self.encoder is None:
             self.encoder = load_text_encoder(self.source, self.device, self.dtype, self.text.storage)
-        for prompt in prompts:
-            self.known[prompt, length] = self.encoder.encode([prompt], length).cpu()
-        cut = list(self.encoder.cut)
-        self.encoder.cut.clear()
-        if not self.text.keep:
-            self.encoder = None
-            free_memory(self.device)
-        return cut
+        encoder = self.encoder
+        return lambda prompt: encoder.encode([prompt], length), encoder.cut
 
 
 def free_memory(device: torch.device) -> None:

@@ -13,8 +13,6 @@ Face receive the token of the hub login, and no other address does. It is stored
 the configuration, and it is removed from every text that a server sends back.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import json
 import logging
@@ -55,7 +53,7 @@ TOKEN = "FLUX2_TEXT_ENCODER_TOKEN"
 HUB_HOSTS = ("huggingface.co", "hf.space", "endpoints.huggingface.cloud")
 
 ProtocolName = Literal["flux2", "published"]
-PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
+PROTOCOLS = get_args(ProtocolName)
 RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 CONNECT_SECONDS = 10.0
 LONGEST_WAIT = 30.0  # seconds between two attempts, if the server does not ask for more
@@ -65,9 +63,6 @@ OVERHEAD = 1 << 20  # bytes of an answer in addition to its tensor
 TEXT = 64 << 10  # bytes that are read of a textual answer
 
 log = logging.getLogger(__name__)
-
-
-# ------------------------------------------------------------------ addresses and tokens
 
 
 def is_loopback(host: str) -> bool:
@@ -109,23 +104,16 @@ def bearer_token(url: str) -> str | None:
     return token or None
 
 
-# ------------------------------------------------------------------ the client
-
-
 class Client:
     """Requests embeddings of one model's prompts from one server. Several threads may use it at once.
 
     Args:
-        url: Address of the server, or of the published endpoint.
         variant: The model that the embeddings are for; embeddings of another shape are refused.
         length: Tokens that prompts are padded to; by default the variant's.
         protocol: By default `published` for the published endpoint and `flux2` for any other address.
         timeout: Seconds until an answer must be complete.
         attempts: Number of attempts per request.
         wait: Seconds before the second attempt; doubled for each further attempt.
-
-    Attributes:
-        cut: Prompts that the server truncated to `length`. The published endpoint does not report them.
     """
 
     def __init__(
@@ -144,7 +132,7 @@ class Client:
         self.length = length or variant.text.length
         self.protocol = pick_protocol(self.url, protocol)
         self.timeout, self.attempts, self.wait = check_patience(timeout, attempts, wait)
-        self.cut: list[str] = []
+        self.cut: list[str] = []  # prompts that the server truncated; the published endpoint does not report them
         self._token = bearer_token(self.url)
         self._identity: str | None = None
         self._random = random.Random()  # not the global one: failures of a server must not change a run
@@ -176,10 +164,8 @@ class Client:
             answer = json.loads(body)
             found = (answer["kind"], tuple(answer["layers"]), answer["width"])
             model, identity = str(answer["model"]), answer["identity"]
-            if not isinstance(identity, str) or not re.fullmatch(r"[ -~]{1,300}", identity):
-                raise ValueError("identity")
-            if self._token and self._token in identity:  # it is stored next to the cache
-                raise ValueError("identity")
+            if not re.fullmatch(r"[ -~]{1,300}", identity) or (self._token and self._token in identity):
+                raise ValueError("identity")  # with the token it must not be stored next to the cache
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RemoteError(f"{self.url} is not a `python -m flux2.serve`: {path} gave another answer") from error
         text = self.variant.text
@@ -222,8 +208,6 @@ class Client:
         """Stop waiting for further attempts; no request is sent after this."""
         self._closed.set()
 
-    # -------------------------------------------------------------- requests
-
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Add the token. It is called even without one, or requests would look for one in ~/.netrc."""
         if self._token:
@@ -231,11 +215,11 @@ class Client:
         return request
 
     def _session(self) -> requests.Session:
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()  # one per thread: sessions are not thread-safe
-            self._local.session.trust_env = not is_loopback(self._host)  # no proxy for the local machine
-            self._local.session.auth = self._authorize
-        session: requests.Session = self._local.session
+        session: requests.Session | None = getattr(self._local, "session", None)
+        if session is None:
+            session = self._local.session = requests.Session()  # one per thread: sessions are not thread-safe
+            session.trust_env = not is_loopback(self._host)  # no proxy for the local machine
+            session.auth = self._authorize
         return session
 
     def _request(
@@ -251,22 +235,17 @@ class Client:
             except RetryLater as again:
                 reason = self._redact(str(again))
                 if again.after > LONGEST_ASKED:
-                    raise RemoteError(
-                        f"{self.url} asks to wait {again.after:.0f} s ({reason}). Start again later"
-                    ) from None
+                    text = f"{self.url} asks to wait {again.after:.0f} s ({reason}). Start again later"
+                    raise RemoteError(text) from None
                 if attempt < attempts:
-                    seconds = self._wait_seconds(attempt, again.after)
+                    longest = min(self.wait * 2 ** (attempt - 1), LONGEST_WAIT)
+                    seconds = again.after + longest * self._random.uniform(0.5, 1.0)  # so that clients spread out
                     log.warning("%s: %s; attempt %d of %d in %.1f s", self.url, reason, attempt + 1, attempts, seconds)
                     self._closed.wait(seconds)
         raise Unreachable(
             f"{self.url} gave no answer in {attempts} attempts, the last one: {reason}. Check that the server runs and "
             "start again: embeddings that were received are cached"
         )
-
-    def _wait_seconds(self, failed: int, after: float) -> float:
-        """Return the seconds to wait after `failed` attempts: doubling, with jitter so that clients spread out."""
-        longest = min(self.wait * 2 ** (failed - 1), LONGEST_WAIT)
-        return after + longest * self._random.uniform(0.5, 1.0)
 
     def _send(self, method: str, path: str, data: bytes | None, limit: int) -> tuple[bytes, Mapping[str, str]]:
         deadline = time.monotonic() + self.timeout
@@ -283,31 +262,28 @@ class Client:
             ) as response:
                 if response.status_code == 200:
                     return read_body(response, limit, deadline), response.headers
-                self._raise_for_status(response, read_body(response, TEXT, deadline, whole=False))
+                raise self._refusal(response, read_body(response, TEXT, deadline, whole=False))
         except (requests.Timeout, urllib3.exceptions.TimeoutError):
             raise RetryLater(f"no answer within {self.timeout:g} s") from None
         except requests.exceptions.SSLError:
             raise RemoteError(f"{self.url}: this machine does not accept its certificate") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise RetryLater(f"the connection failed ({root_cause(error)})") from None
-        raise AssertionError("every answer is returned or raises")
 
-    def _raise_for_status(self, response: requests.Response, body: bytes) -> None:
-        """Raise the error that an answer other than 200 means."""
-        status = response.status_code
-        text = error_text(body)
+    def _refusal(self, response: requests.Response, body: bytes) -> RetryLater | RemoteError:
+        """Return the error that an answer other than 200 means."""
+        status, text = response.status_code, error_text(body)
         what = f"HTTP {status}" + (f", {text}" if text else "")
         if status in RETRY_STATUSES:
-            raise RetryLater(what, retry_after(response.headers.get("Retry-After")))
+            return RetryLater(what, retry_after(response.headers.get("Retry-After")))
         if status in (401, 403):
-            hint = f"set the environment variable {TOKEN}" + (
-                ", or run `hf auth login`" if self.protocol == "published" else " to the token that the server has"
-            )
             state = "the token was refused" if self._token else "a token is required"
-            raise RemoteError(f"{self.url}: {state} ({self._redact(what)}): {hint}")
+            hint = ", or run `hf auth login`" if self.protocol == "published" else " to the token that the server has"
+            what = f"{state} ({self._redact(what)}): set the environment variable {TOKEN}{hint}"
+            return RemoteError(f"{self.url}: {what}")
         if 300 <= status < 400:
-            raise RemoteError(f"{self.url} redirects to another address ({status}). Use that address")
-        raise RemoteError(f"{self.url} refused the request: {self._redact(what)}")
+            return RemoteError(f"{self.url} redirects to another address ({status}). Use that address")
+        return RemoteError(f"{self.url} refused the request: {self._redact(what)}")
 
     def _redact(self, text: str) -> str:
         """Return `text` on one line, without the token."""
@@ -327,12 +303,13 @@ def root_cause(error: BaseException) -> str:
     return type(error).__name__
 
 
-def pick_protocol(url: str, protocol: object) -> ProtocolName:
+def pick_protocol(url: str, protocol: ProtocolName | None) -> ProtocolName:
     """Return `protocol`, by default that of the address. Raises ValueError for an unknown one."""
-    if protocol is not None and protocol not in PROTOCOLS:
+    if protocol is None:
+        return "published" if url == PUBLISHED else "flux2"
+    if protocol not in PROTOCOLS:
         raise ValueError(f"protocol={protocol!r} must be one of {', '.join(PROTOCOLS)}, or null")
-    default: ProtocolName = "published" if url == PUBLISHED else "flux2"
-    return next((choice for choice in PROTOCOLS if choice == protocol), default)
+    return protocol
 
 
 def check_patience(timeout: object, attempts: object, wait: object) -> tuple[float, int, float]:

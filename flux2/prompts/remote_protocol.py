@@ -4,8 +4,6 @@ An answer is not trusted. Its size is limited while it is read; it must hold one
 and a pickle is read with `weights_only`, which calls nothing that the pickle names.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -4,10 +4,8 @@ It is one safetensors file: a tensor (T, text_width) per prompt, and in its meta
 that they are padded to, and the text encoder and its layers. It can be used with every model that reads the same.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,16 +27,9 @@ def encoder_identity(variant: Variant) -> str:
 
 
 def write(file: Path, variant: Variant, embeddings: Mapping[str, Tensor], length: int) -> None:
-    """Write `embeddings`, (T, text_width) per prompt; the file is complete or absent.
-
-    Raises ValueError if it cannot be written.
-    """
-    about = {
-        "format": FORMAT,
-        "encoder": encoder_identity(variant),
-        "length": str(length),
-        "prompts": json.dumps([*embeddings]),
-    }
+    """Write `embeddings`, (T, text_width) per prompt, atomically. Raises ValueError if `file` cannot be written."""
+    about = {"format": FORMAT, "encoder": encoder_identity(variant)}
+    about |= {"length": str(length), "prompts": json.dumps([*embeddings])}
     tensors = {str(i): embedding.cpu().contiguous() for i, embedding in enumerate(embeddings.values())}
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -49,10 +40,7 @@ def write(file: Path, variant: Variant, embeddings: Mapping[str, Tensor], length
 
 
 class SavedPrompts:
-    """A file of embeddings; each is read when it is requested.
-
-    Raises ValueError, naming the file, if it cannot be read or is for another model.
-    """
+    """A file of embeddings, each read on request. Raises ValueError, naming the file, if it cannot be used."""
 
     def __init__(self, file: Path, variant: Variant) -> None:
         self.file = file
@@ -63,15 +51,14 @@ class SavedPrompts:
         try:
             with safe_open(file, "pt") as opened:
                 about = opened.metadata() or {}
-                names = set(opened.keys())
+                shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
             if about.get("format") != FORMAT:
                 raise ValueError("it was not written by `--save-embeddings` or pipe.save_embeddings")
             self.prompts: list[str] = json.loads(about["prompts"])
             self.length = int(about["length"])
-            if names != {str(i) for i in range(len(self.prompts))}:
-                raise ValueError(f"it holds {len(names)} tensors for {len(self.prompts)} prompts")
+            if shapes.keys() != {str(i) for i in range(len(self.prompts))}:
+                raise ValueError(f"it holds {len(shapes)} tensors for {len(self.prompts)} prompts")
             checks.strings("its prompts", self.prompts)
-            shapes = self.shapes(names)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"embeddings={str(file)!r} cannot be used ({error})") from error
         if about.get("encoder") != encoder_identity(variant):
@@ -80,15 +67,11 @@ class SavedPrompts:
                 f"width), but {variant.name} reads {encoder_identity(variant)}"
             )
         expected = [self.length, variant.transformer.text_width]
-        if wrong := [shape for shape in shapes if shape != expected]:
+        if wrong := [shape for shape in shapes.values() if shape != expected]:
             raise ValueError(
                 f"embeddings={str(file)!r} cannot be used (an embedding has shape {wrong[0]}, not {expected}). "
                 "Write the file again"
             )
-
-    def shapes(self, names: Iterable[str]) -> list[list[int]]:
-        with safe_open(self.file, "pt") as opened:
-            return [opened.get_slice(name).get_shape() for name in names]
 
     def check(self, prompts: list[str], length: int) -> None:
         """Raise ValueError unless the file has an embedding of each of `prompts`, with `length` tokens."""

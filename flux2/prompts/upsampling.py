@@ -62,9 +62,8 @@ log = logging.getLogger(__name__)
 def refusal_reason(variant: Variant, text: TextSource) -> str | None:
     """Return why this model's text encoder cannot rewrite prompts; None if it can."""
     if variant.text.kind != "mistral":
-        return (
-            f"{variant.name} reads prompts with Qwen3, but only dev's Mistral rewrites prompts. Rewrite with model=dev"
-        )
+        reads = f"{variant.name} reads prompts with Qwen3"
+        return f"{reads}, but only dev's Mistral rewrites prompts. Rewrite with model=dev"
     if variant.name == "tiny":
         return "the embedded model's text encoder has random weights and cannot write. Rewrite with model=dev"
     if text.external_source:
@@ -74,13 +73,13 @@ def refusal_reason(variant: Variant, text: TextSource) -> str | None:
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     """Return the references in one image of at most `MOST_PIXELS`, from left to right, smaller ones on white."""
-    pictures = [as_rgb(image) for image in images]
-    width, height = sum(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    images = [as_rgb(image) for image in images]
+    width, height = sum(image.width for image in images), max(image.height for image in images)
     canvas = Image.new("RGB", (width, height), "white")
     left = 0
-    for picture in pictures:
-        canvas.paste(picture, (left, (height - picture.height) // 2))
-        left += picture.width
+    for image in images:
+        canvas.paste(image, (left, (height - image.height) // 2))
+        left += image.width
     if width * height > MOST_PIXELS:
         smaller = isqrt(MOST_PIXELS * width // height), isqrt(MOST_PIXELS * height // width)
         canvas = canvas.resize((max(1, smaller[0]), max(1, smaller[1])), Image.Resampling.LANCZOS)
@@ -116,9 +115,8 @@ class Upsampler:
             height, width = (int(side) // self._cell for side in image_inputs["image_sizes"][0])
             row = IMAGE * width
             if text.count(IMAGE) != 1:
-                raise WeightsError(
-                    "the tokenizer's chat template has no place for an image. Rewrite prompts without references"
-                )
+                problem = "the tokenizer's chat template has no place for an image"
+                raise WeightsError(f"{problem}. Rewrite prompts without references")
             text = text.replace(IMAGE, ROW_END.join([row] * height) + IMAGE_END)
         tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         if (count := tokens["input_ids"].shape[1]) > MOST_TOKENS:
@@ -156,15 +154,9 @@ class Upsampler:
         end = self.tokenizer.eos_token_id
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # keeps the random state of the caller
             torch.manual_seed(seed)
-            generated = self.model.generate(
-                **inputs,
-                max_new_tokens=new_tokens,
-                do_sample=True,
-                temperature=temperature,
-                use_cache=True,
-                eos_token_id=end,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )[0, inputs["input_ids"].shape[1] :]
+            special = {"eos_token_id": end, "pad_token_id": self.tokenizer.pad_token_id}
+            limits = {"max_new_tokens": new_tokens, "temperature": temperature, "do_sample": True, "use_cache": True}
+            generated = self.model.generate(**inputs, **limits, **special)[0, inputs["input_ids"].shape[1] :]
         if generated.shape[0] == new_tokens and generated[-1] != end:
             log.warning("the rewritten prompt was truncated to %d tokens: %.80r", new_tokens, prompt)
         answer = str(self.tokenizer.decode(generated, skip_special_tokens=True)).strip()
@@ -224,10 +216,8 @@ def places(model: nn.Module, language: nn.Module, files: TensorFiles, tied: bool
     heads: list[str] = [name for name in ("lm_head.weight", "language_model.lm_head.weight") if name in files.names]
     heads += [f"{inside}embed_tokens.weight"] if tied else []
     if not heads:
-        raise WeightsError(
-            f"{files.place} has no output head (lm_head.weight), which writing needs. Use a complete text encoder, as "
-            "published"
-        )
+        missing = f"{files.place} has no output head (lm_head.weight), which writing needs"
+        raise WeightsError(f"{missing}. Use a complete text encoder, as published")
     outer = "model." if "model.vision_tower.patch_conv.weight" in files.names else ""
     locations = {}
     for name in expected_shapes(model):

@@ -12,18 +12,15 @@ encoded together, and the identity records it.
 An invalid request is answered with a 4xx and {"error": reason} before anything is computed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import logging
-import queue
-import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -35,39 +32,33 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from torch import Tensor
 
+from flux2.models.text_encoder import TextEncoder
 from flux2.prompts.remote_protocol import CUT_HEADER, IDENTITY_HEADER
 from flux2.utils.cli import is_out_of_memory
 
 log = logging.getLogger(__name__)
 BODY_SECONDS = 30.0  # time limit for the body of a request
 BUSY = {"Retry-After": "2"}
+Encoded = tuple[Tensor, bool]  # embedding (length, D), and whether the prompt was truncated
 
 
 @dataclass(frozen=True)
 class Limits:
     """Limits of requests and of the queue."""
 
+    batch: int = 1  # prompts that are encoded together
     characters: int = 20_000  # of a prompt
     prompts: int = 32  # of a request
     length: int = 512  # tokens that a prompt may be padded to
     body: int = 1 << 20  # bytes of a request
     waiting: int = 256  # prompts of all requests; further ones are answered with 503
-    batch: int = 1  # prompts that are encoded together
-
-
-class PromptEncoder(Protocol):
-    """Interface of `flux2.models.text_encoder.TextEncoder`."""
-
-    cut: list[str]
-
-    def encode(self, prompts: Sequence[str], length: int | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class ServedEncoder:
     """The encoder and its description. `identity` takes the number of tokens that prompts are padded to."""
 
-    encoder: PromptEncoder
+    encoder: TextEncoder
     model: str
     kind: str
     layers: tuple[int, ...]
@@ -86,65 +77,43 @@ class EncodeRequest(BaseModel):
 
 @dataclass
 class PendingPrompt:
-    """A prompt that waits for its embedding (length, D), and for whether it was truncated."""
+    """A prompt that waits for its embedding."""
 
     prompt: str
     length: int
-    result: Future[tuple[Tensor, bool]] = field(default_factory=Future)
+    result: Future[Encoded] = field(default_factory=Future)
 
 
 class Worker:
     """The thread that encodes prompts in the order of their arrival."""
 
-    def __init__(self, encoder: PromptEncoder, batch: int, most: int) -> None:
+    def __init__(self, encoder: TextEncoder, batch: int, most: int) -> None:
         self.encoder, self.batch, self.most = encoder, batch, most
-        self._queue: queue.SimpleQueue[PendingPrompt | None] = queue.SimpleQueue()
-        self._first: PendingPrompt | None = None
-        self._thread = threading.Thread(target=self._work, name="encoder")
-
-    def start(self) -> None:
-        self._thread.start()
+        self.waiting: deque[PendingPrompt] = deque()
+        self._thread = ThreadPoolExecutor(1, "encoder")
 
     def stop(self) -> None:
         """End the thread after it has encoded all waiting prompts."""
-        self._queue.put(None)
-        self._thread.join()
+        self._thread.shutdown()
 
-    @property
-    def waiting(self) -> int:
-        return self._queue.qsize()
-
-    def submit(self, prompts: Sequence[str], length: int) -> list[Future[tuple[Tensor, bool]]]:
-        """Return futures of the embeddings. Raises queue.Full if too many prompts wait."""
-        if self.waiting + len(prompts) > self.most:
-            raise queue.Full
+    def submit(self, prompts: Sequence[str], length: int) -> list[Future[Encoded]]:
+        """Return futures of the embeddings. Raises HTTPException if too many prompts wait."""
+        if len(self.waiting) + len(prompts) > self.most:
+            raise HTTPException(503, "too many prompts are waiting: try again", BUSY)
         units = [PendingPrompt(prompt, length) for prompt in prompts]
-        for unit in units:
-            self._queue.put(unit)
+        self.waiting += units
+        for _ in units:
+            self._thread.submit(self._encode_next)
         return [unit.result for unit in units]
 
-    def _work(self) -> None:
-        while (unit := self._first or self._queue.get()) is not None:
-            self._first = None
-            units = [unit, *self._batch_with(unit)]
-            units = [one for one in units if one.result.set_running_or_notify_cancel()]
-            if units:
-                self._encode(units)
-
-    def _batch_with(self, unit: PendingPrompt) -> list[PendingPrompt]:
-        """Return waiting prompts to encode together with `unit`: up to the batch size, of the same length."""
-        others: list[PendingPrompt] = []
-        while len(others) < self.batch - 1 and not self._queue.empty():
-            other = self._queue.get()
-            if other is None or other.length != unit.length:
-                self._first = other
-                if other is None:
-                    self._queue.put(None)
-                break
-            others.append(other)
-        return others
-
-    def _encode(self, units: list[PendingPrompt]) -> None:
+    def _encode_next(self) -> None:
+        """Encode the first waiting prompt together with the next ones of its length, up to the batch size."""
+        units: list[PendingPrompt] = []
+        while self.waiting and len(units) < self.batch and self.waiting[0].length == (units or self.waiting)[0].length:
+            units.append(self.waiting.popleft())
+        units = [unit for unit in units if unit.result.set_running_or_notify_cancel()]
+        if not units:
+            return
         try:
             self.encoder.cut.clear()
             embeddings = self.encoder.encode([unit.prompt for unit in units], units[0].length).cpu()
@@ -164,7 +133,6 @@ def application(served: ServedEncoder, limits: Limits, token: str | None) -> Fas
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.start()
         yield
         await run_in_threadpool(worker.stop)
 
@@ -194,19 +162,13 @@ def application(served: ServedEncoder, limits: Limits, token: str | None) -> Fas
 
     @app.get("/health")
     async def health() -> dict[str, str | int]:
-        return {"status": "ok", "waiting": worker.waiting}
+        return {"status": "ok", "waiting": len(worker.waiting)}
 
     @app.get("/identity", dependencies=[Depends(authorize)])
     def get_identity(length: int | None = None) -> dict[str, object]:
         tokens = checked_length(length)
-        return {
-            "model": served.model,
-            "kind": served.kind,
-            "layers": served.layers,
-            "width": served.width,
-            "length": tokens,
-            "identity": identity(tokens),
-        }
+        about = {key: getattr(served, key) for key in ("model", "kind", "layers", "width")}
+        return {**about, "length": tokens, "identity": identity(tokens)}
 
     @app.post("/encode", dependencies=[Depends(authorize)])
     async def encode(request: Request) -> Response:
@@ -223,11 +185,7 @@ def application(served: ServedEncoder, limits: Limits, token: str | None) -> Fas
         longest = max(map(len, question.prompts))
         if longest > limits.characters:
             raise HTTPException(422, f"a prompt has {longest} characters, more than {limits.characters}")
-        try:
-            results = worker.submit(question.prompts, length)
-        except queue.Full:
-            raise HTTPException(503, "too many prompts are waiting: try again", BUSY) from None
-        encoded = await wait_for_results(request, results)
+        encoded = await wait_for_results(request, worker.submit(question.prompts, length))
         content = await run_in_threadpool(pack, [embedding for embedding, _ in encoded])
         cut = ",".join(str(i) for i, (_, is_cut) in enumerate(encoded) if is_cut)
         headers = {IDENTITY_HEADER: identity(length), CUT_HEADER: cut}
@@ -236,16 +194,14 @@ def application(served: ServedEncoder, limits: Limits, token: str | None) -> Fas
     return app
 
 
-def pack(embeddings: Sequence[Tensor]) -> bytes:
-    return safetensors.torch.save({"embeddings": torch.stack(list(embeddings))})
+def pack(embeddings: list[Tensor]) -> bytes:
+    return safetensors.torch.save({"embeddings": torch.stack(embeddings)})
 
 
-def first_problem(errors: Sequence[dict] | Sequence[object]) -> str:
+def first_problem(errors: Sequence[Any]) -> str:
     """Return the first of pydantic's errors as text, without the input."""
-    problem = errors[0]
-    assert isinstance(problem, dict)
-    place = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query"))
-    return f"{place}: {problem['msg']}" if place else str(problem["msg"])
+    place = ".".join(str(part) for part in errors[0]["loc"] if part not in ("body", "query"))
+    return f"{place}: {errors[0]['msg']}" if place else str(errors[0]["msg"])
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -266,9 +222,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def wait_for_results(
-    request: Request, results: Sequence[Future[tuple[Tensor, bool]]]
-) -> list[tuple[Tensor, bool]]:
+async def wait_for_results(request: Request, results: Sequence[Future[Encoded]]) -> list[Encoded]:
     """Return the results when all are complete. If the client disconnects first, prompts that wait are canceled."""
     work = asyncio.gather(*map(asyncio.wrap_future, results))
     gone = asyncio.ensure_future(wait_for_disconnect(request))

@@ -2,13 +2,9 @@
 
 Train with `text_encoder=remote text_encoder.url=http://127.0.0.1:8700` (docs/text-encoders.md). Other machines need a
 bearer token, which both sides read from the environment variable FLUX2_TEXT_ENCODER_TOKEN, or, with the default
-address,
-a tunnel: `ssh -L 8700:localhost:8700 machine`.
-
-SIGTERM and Ctrl-C end the server after the current requests are answered.
+address, a tunnel: `ssh -L 8700:localhost:8700 machine`. SIGTERM and Ctrl-C end the server after the current requests
+are answered.
 """
-
-from __future__ import annotations
 
 import argparse
 
@@ -22,25 +18,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=(__doc__ or "").partition(":")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--model", default="tiny", choices=list(VARIANTS), help="the model whose text encoder is served"
-    )
-    parser.add_argument("--path", help="repository id or folder with text_encoder/ and tokenizer/; default: published")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 means all, and needs a token"
-    )
-    parser.add_argument("--port", type=int, default=8700, help="port; 0 chooses a free one")
-    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 on a GPU, else fp32")
-    parser.add_argument("--storage", choices=list(TEXT_STORAGES), help="store the layers' weights in 4 or 8 bits")
-    parser.add_argument(
-        "--batch", type=int, default=1, help="prompts per batch; above 1, rounding depends on the batch"
-    )
-    parser.add_argument("--max-prompts", type=int, default=32, help="prompts per request")
-    parser.add_argument("--max-characters", type=int, default=20_000, help="characters per prompt")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens that prompts may be padded to")
-    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="bytes per request")
-    parser.add_argument(
-        "--max-waiting", type=int, default=256, help="waiting prompts; further ones are answered with 503"
-    )
+    add = parser.add_argument
+    add("--model", default="tiny", choices=list(VARIANTS), help="the model whose text encoder is served")
+    add("--path", help="repository id or folder with text_encoder/ and tokenizer/; default: published")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 means all, and needs a token")
+    add("--port", type=int, default=8700, help="port; 0 chooses a free one")
+    add("--device", help="cuda or cpu; default: the GPU if there is one")
+    add("--precision", choices=["bf16", "fp32"], help="default: bf16 on a GPU, else fp32")
+    add("--storage", choices=list(TEXT_STORAGES), help="store the layers' weights in 4 or 8 bits")
+    add("--batch", type=int, default=1, help="prompts per batch; above 1, rounding depends on the batch")
+    add("--max-prompts", type=int, default=32, help="prompts per request")
+    add("--max-characters", type=int, default=20_000, help="characters per prompt")
+    add("--max-length", type=int, default=512, help="tokens that prompts may be padded to")
+    add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="bytes per request")
+    add("--max-waiting", type=int, default=256, help="waiting prompts; further ones are answered with 503")
     return parser.parse_args(argv)

@@ -1,7 +1,5 @@
 """Serve a text encoder: the command `python -m flux2.serve` (options in arguments.py)."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -20,6 +18,7 @@ from flux2.weights.sources import model_source
 SHORTEST_TOKEN = 16
 KEEP_ALIVE = 75  # seconds that a connection may be idle
 LAST_REQUESTS = 600  # seconds that current requests may take at shutdown
+LIMITED = ("prompts", "characters", "length", "body", "waiting")  # --max-prompts etc.
 
 
 def server_token(host: str) -> str | None:
@@ -56,13 +55,9 @@ def run(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install -e '.[serve]'") from error
 
-    options_by_limit = {"characters": "max_characters", "prompts": "max_prompts", "length": "max_length"}
-    options_by_limit |= {"body": "max_body", "waiting": "max_waiting", "batch": "batch"}
     limits = Limits(
-        **{
-            name: checks.integer("--" + option.replace("_", "-"), getattr(options, option), 1)
-            for name, option in options_by_limit.items()
-        }
+        checks.integer("--batch", options.batch, 1),
+        **{key: checks.integer(f"--max-{key}", getattr(options, f"max_{key}"), 1) for key in LIMITED},
     )
     token = server_token(options.host)
     device = pick_device(options.device)

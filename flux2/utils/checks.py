@@ -1,7 +1,5 @@
 """Checks of arguments. Each raises one error that names the argument, before anything large is loaded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -14,13 +12,12 @@ MAX_REFERENCES = 10  # the published limit
 SEEDS = (-(2**63), 2**64 - 1)  # the range that torch.Generator accepts
 
 
-def integer(name: str, value: object, least: int, most: int | None = None) -> int:
+def integer(name: str, value: object, least: int, most: float = math.inf) -> int:
     """Return `value` as an int. Raise TypeError if it is no integer, ValueError if it is out of range."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}={value!r} must be an integer, got {type(value).__name__}")
-    result = int(value)
-    if result < least or (most is not None and result > most):
-        accepted = f">= {least}" if most is None else f"from {least} to {most}"
+    if not least <= (result := int(value)) <= most:
+        accepted = f">= {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name}={result} must be an integer {accepted}")
     return result
 
@@ -41,12 +38,7 @@ def number(name: str, value: object, limit: float = math.inf) -> float:
 
 
 def strings(name: str, value: object) -> list[str]:
-    """Return one string or several as a list.
-
-    Raises:
-        TypeError: `value` is neither a string nor a list of strings.
-        ValueError: the list is empty, or a string is not valid Unicode.
-    """
+    """Return one string or several as a list. Raise TypeError for others, ValueError for none or invalid Unicode."""
     if not isinstance(value, Iterable):
         raise TypeError(f"{name}={value!r} must be a string or a list of strings, got {type(value).__name__}")
     values = [value] if isinstance(value, str) else list(value)

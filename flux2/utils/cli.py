@@ -1,7 +1,5 @@
 """Helpers shared by the commands: parsing of options, error messages and the detection of out-of-memory errors."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path
@@ -13,16 +11,13 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 
 
 def split_adapter(option: str) -> tuple[str, float]:
-    """Split `PATH[:SCALE]` into path and scale; a colon that belongs to the path stays in it.
-
-    Raise ValueError for a scale that is not finite.
-    """
+    """Split `PATH[:SCALE]`; a colon can belong to the path. Raise ValueError for a scale that is not finite."""
     path, colon, scale = option.rpartition(":")
-    if not colon or Path(option).exists():
-        return option, 1.0
     try:
         value = float(scale)
     except ValueError:
+        return option, 1.0
+    if not colon or Path(option).exists():
         return option, 1.0
     if not math.isfinite(value):
         raise ValueError(f"--adapter {option}: the scale {scale} must be a finite number")

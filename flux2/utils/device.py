@@ -1,15 +1,10 @@
 """Choice of the device that a model runs on."""
 
-from __future__ import annotations
-
 import torch
 
 
 def pick_device(device: str | None) -> torch.device:
-    """Return `device`, by default the GPU if there is one and else the CPU.
-
-    Raise ValueError for anything but the CPU or a GPU that exists.
-    """
+    """Return `device`, by default the GPU if there is one. Raise ValueError except for the CPU or a GPU that exists."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         chosen = torch.device(device or ("cuda" if gpus else "cpu"))

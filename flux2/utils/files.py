@@ -1,7 +1,5 @@
 """Files and folders that are complete or absent: written under a temporary name, flushed to the disk and renamed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import uuid
@@ -25,36 +23,26 @@ def remove_unfinished(path: Path) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Context manager that yields a temporary path for a file or folder, then flushes and renames it to `path`.
 
-    After an exception the temporary file or folder is deleted, and `path` is as it was. The folder of `path` must
-    exist.
+    After an exception the temporary one is deleted, and `path` is as it was. The folder of `path` must exist.
     """
     temporary = temporary_path(path)
     try:
         yield temporary
-        _flush(temporary)
+        for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
         if path.is_dir():
-            _replace_folder(temporary, path)
+            old = path.rename(temporary_path(path))
+            try:
+                temporary.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
+            _delete(old)
         else:
             temporary.replace(path)
     finally:
         _delete(temporary)
-
-
-def _flush(path: Path) -> None:
-    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-
-
-def _replace_folder(temporary: Path, path: Path) -> None:
-    old = temporary_path(path)
-    path.rename(old)
-    try:
-        temporary.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    _delete(old)
 
 
 def _delete(path: Path) -> None:

@@ -4,8 +4,6 @@ An adapter trained on edits knows its references as training decoded them, so a 
 `tests/flux2/utils/test_images.py` compares this module with `data.sources.images` for each image mode.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 from io import BytesIO
@@ -30,17 +28,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.floor(levels + 0.5).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
-    layer = image.convert("RGBA")
-    background = Image.new("RGBA", layer.size, "white")
-    background.alpha_composite(layer)
-    return background.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def read_image(path: Path, what: str) -> Image.Image:
-    """Return the image in a file as `as_rgb` converts it.
-
-    Raise ValueError with a message that starts with `what`, such as `--image x`.
-    """
+    """Return the image in a file as `as_rgb` converts it. Raise ValueError, starting with `what`: `--image x`."""
     if not path.exists():
         raise ValueError(f"{what} does not exist")
     if not path.is_file():
@@ -58,10 +51,7 @@ def describe_decoding_error(error: Exception) -> str:
 
 
 def check_writable(path: Path, what: str) -> None:
-    """Raise ValueError, starting with `what`, unless an RGB image can be saved at `path`. Write nothing.
-
-    The extension must belong to a format that Pillow writes in RGB.
-    """
+    """Raise ValueError, starting with `what`, unless Pillow can save an RGB image at `path`. Write nothing."""
     extension = path.suffix.lower()
     image_format = Image.registered_extensions().get(extension)
     if image_format is None:
@@ -83,9 +73,7 @@ def check_target_file(path: Path, what: str) -> None:
             raise ValueError(f"{what} cannot be written: File name too long, give a shorter one") from error
     if path.is_dir():
         raise ValueError(f"{what} is a folder: give the name of a file")
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = next(place for place in (path, *path.parents) if place.exists())
     if existing != path and not existing.is_dir():
         raise ValueError(f"{what} cannot be written: {existing} is not a folder")
     if not os.access(existing, os.W_OK):

@@ -3,22 +3,17 @@
 By default SIGTERM (from `kill`, `timeout` or a scheduler) ends Python at once and leaves incomplete files.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as a shell reports them
 
 
 class Terminated(KeyboardInterrupt):
     """The process received SIGTERM."""
 
 
-def terminate(number: int, frame: FrameType | None) -> None:
+def terminate(*_: object) -> None:
     raise Terminated
 
 
@@ -36,4 +31,5 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    """Return the exit code as a shell reports it."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)

@@ -1,7 +1,5 @@
 """Names and sizes as text for messages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 

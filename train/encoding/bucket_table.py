@@ -1,7 +1,5 @@
 """Table of aspect-ratio buckets, printed before encoding starts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.box import SIMPLE
@@ -26,21 +24,19 @@ def bucket_table(plan: LatentPlan, title: str = "Buckets") -> Table:
     shown = rows if len(rows) <= MOST_ROWS else rows[: MOST_ROWS - 1]
     for size, row in shown:
         note = "fills no bucket of buckets.resolution" if row.own else ""
-        table.add_row(f"{size[0]} x {size[1]}", *numbers(row), note)
+        table.add_row(f"{size[0]} x {size[1]}", *cells(row), note)
     if rest := rows[len(shown) :]:
-        table.add_row(f"{len(rest)} more", *numbers(combined([row for _, row in rest])), "")
+        table.add_row(f"{len(rest)} more", *cells(*(row for _, row in rest)), "")
     if len(rows) > 1:
         table.add_section()
-        table.add_row("all", *numbers(combined(list(plan.table.values()))), "")
+        table.add_row("all", *cells(*plan.table.values()), "")
     return table
 
 
-def combined(rows: list[BucketRow]) -> BucketRow:
-    return BucketRow(sum(row.pictures for row in rows), sum(row.lost for row in rows), max(row.most for row in rows))
-
-
-def numbers(row: BucketRow) -> tuple[str, str, str]:
-    return str(row.pictures), f"{100 * row.lost / row.pictures:.1f} %", f"{100 * row.most:.1f} %"
+def cells(*rows: BucketRow) -> tuple[str, str, str]:
+    """Return the cells of several buckets together: images, and how much of them is cropped on average and at most."""
+    count, lost = sum(row.pictures for row in rows), sum(row.lost for row in rows)
+    return str(count), f"{100 * lost / count:.1f} %", f"{100 * max(row.most for row in rows):.1f} %"
 
 
 def show_buckets(plan: LatentPlan, buckets: Buckets, left_out: Sequence[object], title: str = "Buckets") -> None:

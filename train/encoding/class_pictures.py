@@ -3,16 +3,13 @@
 The next run finds them there, and an interrupted one continues. Their purpose is described in train/objective/prior.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +21,7 @@ from data.cache.prepared import CachedDataset
 from data.files import atomic_write
 from data.sources import Sample, Source
 from data.sources.base import BadData
-from data.sources.images import Picture
+from data.sources.images import file_picture
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import to_images
 from flux2.models.transformer import Transformer
@@ -65,10 +62,7 @@ class ClassPictureFolder(Source):
     def __init__(self, folder: Path, recipe: Recipe, count: int) -> None:
         super().__init__(str(folder), None, None, False, 0)
         files = [picture_file(folder, index) for index in range(count)]
-        self._take(
-            Sample(Picture(str(file), partial(open_file, file)), (recipe.prompt(index),))
-            for index, file in enumerate(files)
-        )
+        self._take(Sample(file_picture(file), (recipe.prompt(index),)) for index, file in enumerate(files))
 
     def _check_bad(self, new: Sequence[object]) -> None:
         if self.bad:
@@ -77,10 +71,6 @@ class ClassPictureFolder(Source):
                 f"{len(self.bad)} class images in {self.where} cannot be used:{listed}\n"
                 "Delete these files to draw them again"
             )
-
-
-def open_file(file: Path) -> BinaryIO:
-    return file.open("rb")
 
 
 def picture_file(folder: Path, index: int) -> Path:
@@ -115,13 +105,11 @@ def draw(
     then the autoencoder decodes them. Each process does its share.
 
     Args:
-        folder: Parent of the recipe's folder.
+        folder: Parent of the recipe's folder. Raises ValueError if it cannot be written.
         prepared: Cache with the embeddings of the prompts and of the empty prompt.
         transformer, autoencoder: Functions that load the models; called only if needed.
-
-    Raises ValueError for a folder that cannot be written.
     """
-    own = folder / recipe.name
+    place = folder / recipe.name
     height, width = recipe.height // PIXELS_PER_TOKEN, recipe.width // PIXELS_PER_TOKEN
 
     def latents(index: int, model: Transformer) -> None:
@@ -129,34 +117,34 @@ def draw(
         text, empty = (prepared.embeddings([prompt]).to(accelerator.device) for prompt in (recipe.prompt(index), ""))
         noise = noise.to(accelerator.device)
         sampled = sample(model, noise, text, steps=recipe.steps, guidance=recipe.guidance, empty=empty)
-        with atomic_write(latents_file(own, index)) as temporary:
+        with atomic_write(latents_file(place, index)) as temporary:
             save_file({"latents": sampled[0].cpu()}, temporary)
 
     def picture(index: int, model: Autoencoder) -> None:
-        sampled = load_file(latents_file(own, index))["latents"]
+        sampled = load_file(latents_file(place, index))["latents"]
         with torch.no_grad():
             (image,) = to_images(model.decode(sampled[None].to(accelerator.device)))
-        with atomic_write(picture_file(own, index)) as temporary:
+        with atomic_write(picture_file(place, index)) as temporary:
             image.save(temporary, "PNG")
-        latents_file(own, index).unlink(missing_ok=True)
+        latents_file(place, index).unlink(missing_ok=True)
 
-    undecoded = [index for index in range(count) if not picture_file(own, index).exists()]
+    undecoded = [index for index in range(count) if not picture_file(place, index).exists()]
     shape = (TOKEN_CHANNELS, height, width)
-    undrawn = [index for index in undecoded if not has_latents(latents_file(own, index), shape)]
+    undrawn = [index for index in undecoded if not has_latents(latents_file(place, index), shape)]
     # the first process decides for all: images that another run draws meanwhile must not change the shares
     undecoded, undrawn = broadcast_object_list([undecoded, undrawn])
     if undecoded:
         with name_process_in_errors(accelerator.process_index):
-            make_writable(own, "preservation.folder")
-            with atomic_write(own / "recipe.json") as temporary:
+            make_writable(place, "preservation.folder")
+            with atomic_write(place / "recipe.json") as temporary:
                 temporary.write_text(json.dumps(asdict(recipe), indent=1))
             for index in set(range(count)).difference(undecoded):  # left by a process that was killed after decoding
-                latents_file(own, index).unlink(missing_ok=True)
+                latents_file(place, index).unlink(missing_ok=True)
         kept = count - len(undecoded)
-        say(f"drawing {many(len(undecoded), 'class image')} into {own}" + (f"; {kept} exist already" if kept else ""))
+        say(f"drawing {many(len(undecoded), 'class image')} into {place}" + (f"; {kept} exist already" if kept else ""))
     _each(undrawn, transformer, latents, accelerator, "drawn", "samples")
     _each(undecoded, autoencoder, picture, accelerator, "decoded", "pictures")
-    return ClassPictureFolder(own, recipe, count)
+    return ClassPictureFolder(place, recipe, count)
 
 
 def _each(

@@ -1,10 +1,9 @@
 """Fill the cache: run autoencoder and text encoder over the missing entries, one model in memory at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache as memoized
 
 import torch
 from accelerate import Accelerator
@@ -36,43 +35,26 @@ from train.utils.text import many
 PICTURES, FINGERPRINTS = "pictures.json", "fingerprints.json"  # in the cache folder
 
 
-# ------------------------------------------------------------------ request
-
-
 @dataclass(frozen=True)
 class CacheRequest:
-    """Everything that one configuration needs in the cache.
-
-    Attributes:
-        prompts: Prompts of sample grids and of preservation, in addition to the captions and the empty prompt.
-        reference_pixels: Maximum area of a reference.
-        dtype: Dtype of the text encoder. The autoencoder runs in float32: it is small, and its rounding would be
-            learned.
-        storage: Storage of embeddings, one of `STORAGES`.
-        before_loading: Function that is called before an encoder is loaded.
-        table: Title of the bucket table.
-    """
+    """Everything that one configuration needs in the cache."""
 
     source: ModelSource
     text_encoder: PromptEncoder
     cache: Cache
     samples: Source
-    prompts: Sequence[str]
+    prompts: Sequence[str]  # of sample grids and of preservation, in addition to the captions and the empty prompt
     buckets: Buckets
-    reference_pixels: int
+    reference_pixels: int  # maximum area of a reference
+    # of the text encoder; the autoencoder runs in float32: it is small, and its rounding would be learned
     dtype: torch.dtype
-    storage: str = "full"
+    storage: str = "full"  # of embeddings, one of `STORAGES`
     before_loading: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
-    table: str = "Buckets"
+    table: str = "Buckets"  # title of the bucket table
 
     @property
     def projected(self) -> bool:
         return self.storage.startswith("projected")
-
-    @property
-    def embedding_width(self) -> int:
-        transformer = self.source.variant.transformer
-        return transformer.hidden if self.projected else transformer.text_width
 
     def plan_embeddings(self) -> EmbeddingPlan:
         captions = (caption for sample in self.samples for caption in sample.captions)
@@ -97,38 +79,29 @@ class CacheRequest:
         if not self.projected:
             return encode
         project = load_text_projection(self.source, device, self.dtype)
-
-        @torch.no_grad()
-        def encode_and_project(prompts: list[str]) -> Tensor:
-            return project(encode(prompts).to(device, self.dtype))
-
-        return encode_and_project
+        return torch.no_grad()(lambda prompts: project(encode(prompts).to(device, self.dtype)))
 
     def load_autoencoder(self, device: torch.device) -> Callable[[list], Tensor]:
         """Return a function from images to latents that loads the autoencoder when it is first called.
 
         It is not needed if only masks, or images that cannot be decoded, are missing.
         """
-        loaded: list[Autoencoder] = []
 
-        @torch.no_grad()
-        def encode(images: list) -> Tensor:
-            if not loaded:
-                self.before_loading()
-                loaded.append(load_autoencoder(self.source, device, torch.float32))
-            return loaded[0].encode(to_pixels(images).to(device))
+        @memoized
+        def load() -> Autoencoder:
+            self.before_loading()
+            return load_autoencoder(self.source, device, torch.float32)
 
-        return encode
+        return torch.no_grad()(lambda images: load().encode(to_pixels(images).to(device)))
 
     def check_space(self, embeddings: EmbeddingPlan, prompts: int, latents: LatentPlan, pictures: list[str]) -> str:
-        """Return a line about the entries to encode. Raise ValueError if there is not enough space for them.
+        """Return a line about missing entries: `prompts` embeddings, latents with the keys `pictures`.
 
-        Args:
-            prompts, pictures: Number of missing embeddings, and keys of missing latents.
+        Raise ValueError if there is not enough space for them.
         """
-        length = self.text_encoder.length or self.source.variant.text.length
-        each = embeddings.size(length, self.embedding_width, self.dtype)
-        text, other = prompts * each, sum(map(latents.size, pictures))
+        length, model = self.text_encoder.length or self.source.variant.text.length, self.source.variant.transformer
+        text = prompts * embeddings.size(length, model.hidden if self.projected else model.text_width, self.dtype)
+        other = sum(map(latents.size, pictures))
         parts = (prompts, "prompt", text), (len(pictures), "image", other)
         needed = " and ".join(f"{many(count, noun)} ({gigabytes(size)})" for count, noun, size in parts if count)
         free = self.cache.free()
@@ -142,9 +115,6 @@ class CacheRequest:
         return f"to encode: {needed}; {gigabytes(free)} are free in {self.cache}"
 
 
-# ------------------------------------------------------------------ filling
-
-
 def fill(
     plan: LatentPlan | EmbeddingPlan,
     load: Callable[[], Callable[..., Tensor]],
@@ -154,8 +124,7 @@ def fill(
 ) -> dict[str, BadPicture]:
     """Load an encoder, compute the missing entries of `plan`, and free it; do nothing if no entry is missing.
 
-    `options` are those of `plan.fill`. Returns the errors of images that cannot be decoded, by key, the same in all
-    processes.
+    `options` are those of `plan.fill`. Returns the errors of images that cannot be decoded, the same in all processes.
     """
     missing = plan.missing
     accelerator.wait_for_everyone()  # all must count the missing entries before a fast process fills any
@@ -173,75 +142,66 @@ def fill(
         del encode
         free_memory()
     accelerator.wait_for_everyone()
-    return gather_errors(bad, accelerator)
+    if accelerator.num_processes > 1:
+        found = gather_object([(key, error.name, error.reason) for key, error in bad.items()])
+        bad = {key: BadPicture(name, reason) for key, name, reason in sorted(found)}
+    return bad
 
 
-def gather_errors(bad: dict[str, BadPicture], accelerator: Accelerator) -> dict[str, BadPicture]:
-    """Return the errors of all processes, in the same order in all."""
-    if accelerator.num_processes == 1:
-        return bad
-    found = gather_object([(key, error.name, error.reason) for key, error in bad.items()])
-    return {key: BadPicture(name, reason) for key, name, reason in sorted(found)}
-
-
-def prepare(accelerator: Accelerator, needs: CacheRequest) -> CachedDataset:
+def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     """Fill the cache with the latents of every sample and the embeddings of every caption and prompt.
 
     Raises ValueError for a cache that cannot be written or is too small, and for more bad images than allowed.
     """
-    cache, device = needs.cache, accelerator.device
+    cache, device = request.cache, accelerator.device
     lease = Lease(cache)
     digests = Digests(cache.folder / PICTURES if cache.shared else None)
     known = Fingerprints(cache.folder / FINGERPRINTS if cache.shared else None)
-    needs = replace(needs, source=replace(needs.source, fingerprints=known))
+    request = replace(request, source=replace(request.source, fingerprints=known))
     # images first, so that their errors are known before the slow text encoder runs
-    latents = needs.plan_latents(digests)
-    embeddings = needs.plan_embeddings()
+    latents = request.plan_latents(digests)
+    embeddings = request.plan_embeddings()
     if accelerator.is_main_process and latents.entries:
-        show_buckets(latents, needs.buckets, needs.samples.bad, needs.table)
+        show_buckets(latents, request.buckets, request.samples.bad, request.table)
     prompts, pictures = embeddings.missing, latents.lacking
     accelerator.wait_for_everyone()  # no process may fill before all have planned
     if prompts or pictures:
         if cache.shared:
             make_writable(cache.folder, "cache_dir")  # fail before an encoder is loaded
             lease = Lease(cache)
-        summary = needs.check_space(embeddings, prompts, latents, pictures)
+        summary = request.check_space(embeddings, prompts, latents, pictures)
         if accelerator.is_main_process:
             print(summary, flush=True)
     if accelerator.is_main_process and cache.shared:
         with suppress(OSError):  # for a read-only cache, the next start reads all files again
             digests.save()
             known.save()
-    text_encoder = needs.text_encoder
+    text_encoder = request.text_encoder
     try:
         if prompts:
             workers = text_encoder.max_concurrent_requests
-            fill(embeddings, lambda: needs.load_text_encoder(device), "prompts", accelerator, workers=workers)
+            fill(embeddings, lambda: request.load_text_encoder(device), "prompts", accelerator, workers=workers)
     finally:
         text_encoder.close()
     cut = gather_object(text_encoder.cut) if accelerator.num_processes > 1 else text_encoder.cut
     if cut and accelerator.is_main_process:
-        length = text_encoder.length or needs.source.variant.text.length
+        length = text_encoder.length or request.source.variant.text.length
         print(f"truncated {many(len(cut), 'prompt')} to {length} tokens, e.g. {cut[0][:80]!r}")
-    if pictures and (bad := fill(latents, lambda: needs.load_autoencoder(device), "pictures", accelerator)):
+    if pictures and (bad := fill(latents, lambda: request.load_autoencoder(device), "pictures", accelerator)):
         latents = latents.without(bad)
-        needs.samples.leave_out(latents.bad)
+        request.samples.leave_out(latents.bad)
     contents = tuple(latents.work[entry.key].digest for entry in latents.entries)
     return CachedDataset(cache, latents.entries, dict(embeddings.keys), contents, lease)
 
 
-def remove_unused(needs: CacheRequest, *others: CacheRequest) -> str:
-    """Delete all cache entries that no request needs; return a summary. Raise ValueError if a run uses the cache.
-
-    Args:
-        others: Requests of further samples in the same cache, such as class images.
-    """
-    cache = needs.cache
+def remove_unused(request: CacheRequest, *others: CacheRequest) -> str:
+    """Delete all cache entries that no request needs; return a summary. Raise ValueError if a run uses the cache."""
+    cache = request.cache
     if not cache.shared:
         raise ValueError("prune=true has nothing to prune: cache_dir=null stores nothing on disk")
     known = Fingerprints(cache.folder / FINGERPRINTS)
     digests, used = Digests(cache.folder / PICTURES), set[str]()
-    for each in (needs, *others):
+    for each in (request, *others):
         own = replace(each, source=replace(each.source, fingerprints=known))
         used |= {*own.plan_latents(digests).work, *own.plan_embeddings().keys.values()}
     removed = prune(cache, used)
@@ -249,4 +209,4 @@ def remove_unused(needs: CacheRequest, *others: CacheRequest) -> str:
     if not removed:
         return f"nothing was deleted from {cache}: all entries are used"
     kinds = ", ".join(f"{count} {kind} ({gigabytes(size)})" for kind, (count, size) in sorted(removed.items()))
-    return f"deleted from {cache}: {kinds}; the entries of {needs.samples.where} and of the prompts were kept"
+    return f"deleted from {cache}: {kinds}; the entries of {request.samples.where} and of the prompts were kept"

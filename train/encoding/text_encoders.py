@@ -1,10 +1,8 @@
 """Text encoders that compute embeddings before training: the group `text_encoder`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,21 +20,13 @@ Encode = Callable[[list[str]], Tensor]  # prompts -> (B, L, D)
 
 
 class PromptEncoder(Protocol):
-    """Source of embeddings.
+    """Source of embeddings."""
 
-    Attributes:
-        here: Whether it runs on this machine and takes its memory.
-        storage: Storage of its layers' weights on this machine.
-        length: Number of tokens that prompts are padded to; None is the model's own.
-        max_concurrent_requests: Number of concurrent calls, one prompt each.
-        cut: Prompts that were truncated to the length.
-    """
-
-    here: bool
-    storage: TextStorage | None
-    length: int | None
-    max_concurrent_requests: int
-    cut: list[str]
+    here: bool  # whether it runs on this machine and takes its memory
+    storage: TextStorage | None  # of its layers' weights on this machine; None is the run's dtype
+    length: int | None  # number of tokens that prompts are padded to; None is the model's own
+    max_concurrent_requests: int  # number of concurrent calls, one prompt each
+    cut: list[str]  # prompts that were truncated to the length
 
     def identity(self, source: ModelSource, dtype: torch.dtype) -> str:
         """Return everything besides the prompt that determines an embedding, for the cache key."""
@@ -49,12 +39,7 @@ class PromptEncoder(Protocol):
 
 
 class LocalTextEncoder:
-    """The model's own text encoder on this machine.
-
-    Args:
-        length: Number of tokens that prompts are padded to; the model's own by default.
-        storage: `nf4` or `int8` stores the layers' weights in 4 or 8 bits; the default is the run's dtype.
-    """
+    """The model's own text encoder on this machine, with the attributes of `PromptEncoder`."""
 
     here = True
     max_concurrent_requests = 1
@@ -85,13 +70,8 @@ class RemoteTextEncoder:
     Its embeddings share cache entries with a local encoder's only if the server reports the same identity.
 
     Args:
-        url: URL of the server.
-        protocol: `flux2` or `published`; by default the one of the URL (flux2/prompts/remote_client.py).
-        length: Number of tokens that prompts are padded to; the model's own by default.
-        max_concurrent_requests: Number of concurrent requests, one prompt each.
-        timeout: Seconds until a request fails.
-        attempts: Maximum number of attempts for one prompt.
-        wait: Seconds before the second attempt, doubled before each further one.
+        length, max_concurrent_requests: As in `PromptEncoder`.
+        protocol, timeout, attempts, wait: As in `flux2.prompts.remote_client.Client`.
     """
 
     here = False
@@ -132,8 +112,7 @@ class RemoteTextEncoder:
         try:
             identity = client.identity()
         except Unreachable as error:
-            stored = known.get(name) if known is not None else None
-            if stored is None:
+            if known is None or (stored := known.get(name)) is None:
                 raise
             log.warning("using cached embeddings of the %s (%s)", name, error)
             return stored
@@ -148,15 +127,8 @@ class RemoteTextEncoder:
 
     def client(self, source: ModelSource) -> Client:
         if self._client is None:
-            self._client = Client(
-                self.url,
-                source.variant,
-                self.length,
-                protocol=self.protocol,
-                timeout=self.timeout,
-                attempts=self.attempts,
-                wait=self.wait,
-            )
+            patience: dict[str, Any] = {"timeout": self.timeout, "attempts": self.attempts, "wait": self.wait}
+            self._client = Client(self.url, source.variant, self.length, protocol=self.protocol, **patience)
         return self._client
 
     def close(self) -> None:

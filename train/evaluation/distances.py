@@ -1,61 +1,49 @@
 """Distances between images as vectors of a feature model (train/evaluation/features.py), and what they may mean.
 
-Whether an image is memorized is judged relative to the data: it is suspicious if it is nearer to a training picture
-than training pictures are to one another. An absolute threshold would mean something else for each model and data set.
+Whether an image is memorized is judged relative to the data: it is suspicious if it is nearer to a training image than
+training images are to one another. An absolute threshold would mean something else for each model and data set.
 """
-
-from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
+from typing import Self
 
 import torch
 from torch import Tensor
 
-NEARER_THAN = 0.95  # share of the training pictures; an image is suspicious if it is nearer to one than this many are
-MIN_PICTURES = 8  # with fewer training pictures such a share says nothing
+NEARER_THAN = 0.95  # share of the training images; an image is suspicious if it is nearer to one than this many are
+MIN_PICTURES = 8  # with fewer training images such a share says nothing
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The training picture that is nearest to an image.
-
-    Attributes:
-        index: Number of the training picture.
-        distance: Distance from the image to it.
-        nearer_than: Share of the training pictures whose own nearest other one is farther away than `distance`.
-        suspicious: Whether that share suggests a copy.
-    """
+    """The training image that is nearest to an image."""
 
     index: int
     distance: float
-    nearer_than: float
-    suspicious: bool
+    nearer_than: float  # share of the training images whose own nearest other one is farther away than `distance`
+    suspicious: bool  # whether that share suggests a copy
 
 
 @dataclass(frozen=True)
 class TrainingDistances:
-    """The vectors (N, D) of the training pictures, all different.
+    """The training images, all different."""
 
-    Attributes:
-        own: Distance of each to its nearest other one, ascending; empty for a single picture.
-    """
-
-    vectors: Tensor
-    own: tuple[float, ...]
+    vectors: Tensor  # (N, D)
+    own: tuple[float, ...]  # distance of each to its nearest other one, ascending; empty for a single image
 
     @classmethod
-    def from_vectors(cls, vectors: Sequence[Tensor]) -> TrainingDistances:
+    def from_vectors(cls, vectors: Sequence[Tensor]) -> Self:
         stacked = torch.stack(list(vectors))
         apart = distances(stacked, stacked).fill_diagonal_(float("inf"))
         own = apart.min(1).values.tolist() if len(stacked) > 1 else []
         return cls(stacked, tuple(sorted(own)))
 
     def nearest(self, vector: Tensor) -> Nearest:
-        """Return the training picture nearest to the vector (D,) of an image."""
+        """Return the training image nearest to the vector (D,) of an image."""
         apart = distances(vector[None], self.vectors)[0]
         index = int(apart.argmin())
         found = float(apart[index])

@@ -4,8 +4,6 @@
 say little about what an image shows. `Vision` uses a vision transformer, whose distances depend on content.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,13 +20,9 @@ Describe = Callable[[Image.Image], Tensor]
 
 
 class Features(Protocol):
-    """A way to compare images.
+    """A way to compare images."""
 
-    Attributes:
-        name: Its name in a report.
-    """
-
-    name: str
+    name: str  # in a report
 
     def load(self, autoencoder: Callable[[], Autoencoder], device: torch.device) -> Describe:
         """Return a function from an image to its vector (D,), float32 on the CPU.
@@ -38,13 +32,10 @@ class Features(Protocol):
 
 
 class Latents:
-    """The autoencoder's latents of the image, resized to a square.
+    """The autoencoder's latents of the image, resized to a square whose `side` is a multiple of 16 pixels.
 
     The distance is the root of the mean squared difference. A latent has about unit variance, so two images with
     nothing in common are about 1.4 apart.
-
-    Args:
-        side: Pixels of the square's side, a multiple of 16.
     """
 
     def __init__(self, side: int = 256) -> None:

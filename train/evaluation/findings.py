@@ -3,8 +3,6 @@
 Thresholds are wide: they find runs that a glance at the images finds too, and do not rank good ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean

@@ -4,8 +4,6 @@ A loss is the mean over a few samples, and samples differ more from each other t
 sample by sample: the mean of the differences, and the interval it varies in (Student's t, at 95 %).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,17 +54,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The recommended checkpoint, and lines for a reader.
+    """The recommended checkpoint, and lines for a reader."""
 
-    Attributes:
-        checkpoint: None if there is none to choose from, or no loss to choose by.
-        reasons: Why it is recommended, or why none is.
-        table: The losses, to be shown before the reasons.
-    """
-
-    checkpoint: Path | None
-    reasons: list[str]
-    table: list[str] = field(default_factory=list)
+    checkpoint: Path | None  # None if there is none to choose from, or no loss to choose by
+    reasons: list[str]  # why it is recommended, or why none is
+    table: list[str] = field(default_factory=list)  # the losses, to be shown before the reasons
 
     @property
     def lines(self) -> list[str]:
@@ -75,8 +67,7 @@ class Recommendation:
 
 def read_validations(folder: Path) -> list[Validation]:
     """Return the validations of a run, by step, that measured the same samples at the same times as the last one."""
-    file = folder / VALIDATION_FILE
-    found = [line for line in read_json_lines(file) if "losses" in line]
+    found = [line for line in read_json_lines(folder / VALIDATION_FILE) if "losses" in line]
     kept = {
         line["step"]: Validation(line["step"], tuple(fmean(row) for row in line["losses"]))
         for line in found
@@ -100,9 +91,8 @@ def nonfinite_cause(folder: Path) -> str:
     first = next(one for one in read_validations(folder) if not one.is_finite)
     if first.step:
         return f"The loss stopped being finite by step {first.step}: a lower optimizer.lr may help"
-    names = next(
-        line["samples"] for line in reversed(read_json_lines(folder / VALIDATION_FILE)) if line.get("step") == 0
-    )
+    lines = reversed(read_json_lines(folder / VALIDATION_FILE))
+    names = next(line["samples"] for line in lines if line.get("step") == 0)
     broken = [name for name, loss in zip(names, first.losses, strict=True) if not math.isfinite(loss)]
     if len(broken) < len(names):
         return f"It was not finite before training for {', '.join(broken)}: delete the cache, which may be damaged"
@@ -142,11 +132,7 @@ def table_rows(chosen: Sequence[Validation], best: Validation, base: Validation 
 
 
 def reservation(best: Validation, last: Validation, steps: int) -> str:
-    """Return what weakens the choice of `best`, to follow the word "recommended"; empty if nothing does.
-
-    Args:
-        steps: Number of validations after the base's.
-    """
+    """Return what weakens the choice of `best` among `steps` validations, to follow "recommended"; empty if nothing."""
     few = [many(len(best.losses), "sample")] if len(best.losses) < FEW_SAMPLES else []
     few += [many(steps, "validation")] if steps < FEW_STEPS else []
     if few:
@@ -176,10 +162,7 @@ def explain(best: Validation, last: Validation, base: Validation | None) -> str:
 
 
 def recommend(folder: Path) -> Recommendation:
-    """Return the checkpoint of the run in `folder` with the lowest validation loss. Only reads files.
-
-    Raises ValueError if the run's configuration cannot be read.
-    """
+    """Return the checkpoint with the lowest validation loss. Raises ValueError if config.yaml cannot be read."""
     config = resume.configuration(folder)
     validation = config.get("validation") or {}
     measured, broken = validations(folder), nonfinite_steps(folder)
@@ -202,11 +185,9 @@ def recommend(folder: Path) -> Recommendation:
     lowest = min(trained, key=lambda one: one.mean, default=measured[0])
     if not chosen:
         table += table_rows(trained, lowest, base)
-        if saved:
-            return no_checkpoint("none was validated. Set checkpoint_every to a multiple of validate_every", table)
-        return no_checkpoint(
-            "none was saved but the finished adapter. Set checkpoint_every=250 to have a choice", table
-        )
+        unsaved = "none was saved but the finished adapter. Set checkpoint_every=250 to have a choice"
+        unvalidated = "none was validated. Set checkpoint_every to a multiple of validate_every"
+        return no_checkpoint(unvalidated if saved else unsaved, table)
     best = min(chosen, key=lambda one: one.mean)
     table += table_rows(chosen, best, base)
     if broken := [step for step in broken if step in saved]:
@@ -225,10 +206,8 @@ def recommend(folder: Path) -> Recommendation:
         why += ". But the base's loss is lower: these samples show nothing that was learned"
     reasons = [f"recommended{reservation(best, chosen[-1], len(trained))} {saved[best.step]}: {why}"]
     if not held_out:
-        reasons.append(
-            "  the loss is that of training samples, so it says little: it also falls if images are only memorized. "
-            f"{HELD_OUT}"
-        )
+        little = "so it says little: it also falls if images are only memorized"
+        reasons.append(f"  the loss is that of training samples, {little}. {HELD_OUT}")
     return Recommendation(saved[best.step], reasons, table)
 
 

@@ -1,7 +1,5 @@
 """What train/evaluate.py drew and measured of a run, and report.html shows."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,24 +14,16 @@ BASE = "base"
 
 @dataclass
 class Row:
-    """One adapter at one strength, or the base, with an image for each column of the evaluation.
-
-    Attributes:
-        files: The images; None where the model gave pixels that are not finite.
-        to_training: Mean distance from an image to the nearest training picture.
-        to_base: Mean distance from an image to the base's with the same prompt and seed.
-        spread: Mean distance between two of the row's own images.
-        nearest: The training picture nearest to each image; None without training pictures.
-    """
+    """One adapter at one strength, or the base, with an image for each column of the evaluation."""
 
     name: str
     step: int | None = None
     strength: float = 1.0
-    files: list[Path | None] = field(default_factory=list)
-    to_training: float | None = None
-    to_base: float | None = None
-    spread: float | None = None
-    nearest: list[Nearest | None] = field(default_factory=list)
+    files: list[Path | None] = field(default_factory=list)  # None where the model gave pixels that are not finite
+    to_training: float | None = None  # mean distance from an image to the nearest training image
+    to_base: float | None = None  # mean distance from an image to the base's with the same prompt and seed
+    spread: float | None = None  # mean distance between two of the row's own images
+    nearest: list[Nearest | None] = field(default_factory=list)  # of each image; None without training images
 
     @property
     def failed(self) -> int:
@@ -41,44 +31,30 @@ class Row:
 
     @property
     def suspicious(self) -> int:
-        """How many images are closer to a training picture than training pictures usually are to one another."""
+        """Number of images that are closer to a training image than training images usually are to one another."""
         return sum(one is not None and one.suspicious for one in self.nearest)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was measured as plain values."""
-        names = [None if file is None else file.name for file in self.files]
-        return {**asdict(self), "files": names, "failed": self.failed}
+        return asdict(self) | {"files": [file and file.name for file in self.files], "failed": self.failed}
 
 
 @dataclass
 class Evaluation:
-    """What was drawn and measured of one run.
-
-    Attributes:
-        features: Name of what images are compared by.
-        columns: Number of the prompt and seed of each image of a row.
-        rows: The base, then the adapters in the order of steps.
-        chosen: Name of the recommended row, otherwise of the last.
-        strengths: The chosen adapter at each strength, with images from the first seed alone.
-        trained: Names of the training pictures.
-        own: Distance of each training picture to its nearest other one, ascending.
-        pictures: The training pictures that are nearest to an image of the chosen row, by number.
-        damaged: What could not be evaluated.
-        notes: What else a reader should know.
-    """
+    """What was drawn and measured of one run."""
 
     folder: Path
-    features: str
+    features: str  # name of what images are compared by
     prompts: list[str]
-    columns: list[tuple[int, int]]
-    rows: list[Row]
-    chosen: str
-    strengths: list[Row] = field(default_factory=list)
-    trained: list[str] = field(default_factory=list)
-    own: tuple[float, ...] = ()
-    pictures: dict[int, Image.Image] = field(default_factory=dict)
-    damaged: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    columns: list[tuple[int, int]]  # number of the prompt, and seed, of each image of a row
+    rows: list[Row]  # the base, then the adapters in the order of steps
+    chosen: str  # name of the recommended row, otherwise of the last
+    strengths: list[Row] = field(default_factory=list)  # the chosen adapter, with images from the first seed alone
+    trained: list[str] = field(default_factory=list)  # names of the training images
+    own: tuple[float, ...] = ()  # distance of each training image to its nearest other one, ascending
+    pictures: dict[int, Image.Image] = field(default_factory=dict)  # training images nearest to one of the chosen row
+    damaged: list[str] = field(default_factory=list)  # what could not be evaluated
+    notes: list[str] = field(default_factory=list)  # what else a reader should know
 
     @property
     def labels(self) -> list[str]:

@@ -61,7 +61,7 @@ def test_nothing_is_removed_while_another_process_reads_or_fills(tmp_path: Path)
     try:
         with pytest.raises(ValueError, match=rf"{cache.folder}\b.*\brun\b"):
             prune(cache, set())
-        assert "ab" * 32 in cache
+        assert cache.path("ab" * 32).exists()
     finally:
         os.write(go[1], b"x")  # it ends without letting go, as after kill -9
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import flux2
@@ -23,13 +24,13 @@ def seconds() -> object:
 
 
 def two_pictures(stream: io.StringIO) -> str:
-    with Screen(4, stream, seconds()) as screen:  # type: ignore[arg-type]
+    with closing(Screen(4, stream, seconds())) as screen:  # type: ignore[arg-type]
         screen.status("reading prompts")
         screen.begin()
         for name in ("a.png", "b.png"):
             for _ in range(2):
                 screen.step()
-            with screen.picture_done(f"{name}: 2 steps"):
+            with screen.image_done(f"{name}: 2 steps"):
                 stream.write(f"<{name}>")  # as if both streams were one
     return stream.getvalue()
 
