@@ -80,8 +80,7 @@ class Loader:
             drawn once for all samples of a step, because token shapes differ with and without references.
         memory_limit_gb: Size of the memory for entries in 10^9 bytes; the least recently used are dropped first.
 
-    Raises ValueError, naming the argument, for a value out of range, a caption without a key, or reference_dropout if
-    no sample has references.
+    Raises ValueError, naming the argument, also for a caption without a key or reference_dropout without references.
     """
 
     def __init__(
@@ -137,10 +136,11 @@ class Loader:
         indices = [step_indices[position] for position in positions]
         entries, captions = [], []
         for position, index in zip(positions, indices, strict=True):
-            entries.append(self._variant(step, position, index))
+            variants = self._entries[index].variants  # crops and mirrored copies
+            entries.append(variants[self._draw("variant", step, position, len(variants))])
             captions.append(self._caption(step, position, index))
         size, reference_sizes = entries[0].bucket
-        if self._drops_references(step):
+        if self._is_drawn(self.reference_dropout, "reference dropout", step):
             reference_sizes = ()
         return Batch(
             latents=self._stack("latents", [entry.key for entry in entries], latent_shape(size)),
@@ -155,15 +155,9 @@ class Loader:
             mask=self._masks([entry.mask_key for entry in entries], size),
         )
 
-    def _variant(self, step: int, position: int, index: int) -> LatentEntry:
-        """Return the drawn variant, a crop or mirrored copy, of a sample's entry."""
-        variants = self._entries[index].variants
-        return variants[self._draw("variant", step, position, len(variants))]
-
     def _caption(self, step: int, position: int, index: int) -> str:
         """Return the drawn caption of a sample, or "" if it is dropped."""
-        draw = torch.rand((), generator=derived_generator(self.seed, "dropout", step, position))
-        if draw.item() < self.caption_dropout:
+        if self._is_drawn(self.caption_dropout, "dropout", step, position):
             return ""
         captions = self._captions[index]
         return captions[self._draw("caption", step, position, len(captions))]
@@ -173,9 +167,8 @@ class Loader:
             return 0
         return int(torch.randint(choices, (), generator=derived_generator(self.seed, what, step, position)))
 
-    def _drops_references(self, step: int) -> bool:
-        draw = torch.rand((), generator=derived_generator(self.seed, "reference dropout", step))
-        return draw.item() < self.reference_dropout
+    def _is_drawn(self, probability: float, *key: int | str) -> bool:
+        return torch.rand((), generator=derived_generator(self.seed, *key)).item() < probability
 
     def _stack(self, name: str, keys: Sequence[str], shape: Shape) -> Tensor:
         """Return one tensor of every entry, stacked. Raise ValueError, naming the entry, for another shape."""

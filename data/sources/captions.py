@@ -77,12 +77,9 @@ class Captions:
 
     def _shuffled(self, tags: list[str], text: str, number: int) -> list[str]:
         """Order the tags by a hash of each, not by a running generator, so that captions do not affect each other."""
-        content = f"{self.seed} {number} {text}".encode()
-
-        def place(index: int) -> bytes:
-            return hashlib.sha256(f"{index} ".encode() + content).digest()
-
-        return [tags[index] for index in sorted(range(len(tags)), key=place)]
+        content = f"{self.seed} {number} {text}"
+        ranks = [hashlib.sha256(f"{index} {content}".encode()).digest() for index in range(len(tags))]
+        return [tag for _, tag in sorted(zip(ranks, tags, strict=True))]
 
     def _finish(self, text: str) -> str:
         if self.template is not None:

@@ -15,8 +15,7 @@ class Mix(Source):
         repeats: Number of times a sample is trained per pass, by name of the source; 1 by default.
         shares: Share of the training for every source by name, whatever its size. Only their ratios matter.
 
-    Raises ValueError for `repeats` or `shares` that are not positive numbers, for an unknown name, for shares that omit
-    a source, and for both at once.
+    Raises ValueError for factors that are not positive numbers, unknown names, shares that omit a source, or both.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class Mix(Source):
             _check_factors(key, given or {}, sources)
         if shares and (left := sources.keys() - shares.keys()):
             raise ValueError(f"dataset.shares omits {', '.join(sorted(left))}. Name every source")
-        super().__init__(" and ".join(source.where for source in sources.values()), None, None, False, 0)
+        super().__init__(" and ".join(source.where for source in sources.values()))
         self.bad = [bad for source in sources.values() for bad in source.bad]
         self._sources, self._shares = dict(sources), dict(shares or {})
         self._weights = {name: float((repeats or {}).get(name, 1.0)) for name in sources}
