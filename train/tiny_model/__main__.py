@@ -1,9 +1,8 @@
-"""Draw the pictures and train the embedded model: `python -m train.tiny_model` (or `make tiny`).
+"""Draw the images and train the embedded model: `python -m train.tiny_model` (or `make tiny`).
 
 The embedded model is a real FLUX.2 in every part (autoencoder, transformer with a guidance embedding, text encoder,
-published folder layout), three thousand times smaller than dev, so that the whole framework can be run, tested and
-demonstrated on a laptop. Its world is `data.synthetic.drawings`: one subject in one color and size on one background,
-drawn from a caption or by editing a reference. flux2/assets/tiny/README.md is its model card.
+published folder layout), three thousand times smaller than dev, so that the framework runs on a laptop. Its world is
+`data.synthetic.drawings`, drawn from a caption or by editing a reference. flux2/assets/tiny/README.md is its card.
 
 Each stage is skipped when its result exists; an interrupted training resumes from its last checkpoint:
 

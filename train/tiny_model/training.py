@@ -8,12 +8,16 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.tiny_model.world import TINY, atomic
+from data.files import atomic_write
+from train.tiny_model.world import TINY
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -99,23 +103,18 @@ class Recipe:
         return replace(self, autoencoder=phases, transformer=lessons, **counts)
 
 
-class Trainer:
+class Trainer(Generic[M]):
     """Optimizer, averaged weights, checkpoints and log of one module."""
 
-    def __init__(self, name: str, module: nn.Module, lr: float, betas: tuple[float, float], average: float, home: Path):
-        self.name, self.module, self.lr, self.average, self.home = name, module, lr, average, home
+    def __init__(self, name: str, module: M, lr: float, betas: tuple[float, float], average: float, home: Path):
+        self.name, self.module, self.average, self.home = name, module, average, home
+        self.file = home / f"{name}.pt"
         decayed = [p for p in module.parameters() if p.ndim >= 2]
         other = [p for p in module.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": other, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
         self.averaged = copy.deepcopy(module).requires_grad_(False).eval()
-        self.step = 0
-        self.seconds = 0.0
-        self.started = time.monotonic()
-
-    @property
-    def file(self) -> Path:
-        return self.home / f"{self.name}.pt"
+        self.step, self.seconds, self.started = 0, 0.0, time.monotonic()
 
     def update(self, loss: Tensor, lr: float) -> None:
         loss.backward()
@@ -142,7 +141,7 @@ class Trainer:
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with atomic(self.file) as temporary:
+        with atomic_write(self.file) as temporary:
             torch.save(state, temporary)
 
     def resume(self) -> None:
