@@ -21,8 +21,8 @@ from train.encoding.text_encoders import LocalTextEncoder
 from train.stages.memory import load_config
 from train.stages.model import load_base
 from train.sweeps import records, reuse
-from train.sweeps.page import arrange, render
 from train.sweeps.reuse import SHARED, Base, SharedObjects, checksum, state_of
+from train.sweeps.table import arrange, render_page
 
 pytest_plugins = ("train_helpers", "offload_helpers")
 
@@ -363,7 +363,7 @@ def test_a_sample_grid_that_cannot_be_read_is_left_out(tmp_path):
     broken = tmp_path / "0" / "step_000001.png"
     broken.parent.mkdir()
     broken.write_bytes(b"\x89PNG half")
-    page = render(tmp_path, [records.SweepJob(0, broken.parent, sheet=broken)])
+    page = render_page(tmp_path, [records.SweepJob(0, broken.parent, sheet=broken)])
     assert "<figure" in page
     assert "<img" not in page
 

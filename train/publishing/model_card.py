@@ -1,7 +1,6 @@
 """Write the card of a trained adapter, adapter/README.md: what it is, how it was trained, and how to use it.
 
-The Hub reads its first lines. Every run writes one, so it can be read before anything is published. It contains no
-secrets (train/utils/redact.py).
+The Hub reads its first lines. Every run writes one, without secrets, to be read before anything is published.
 """
 
 from __future__ import annotations

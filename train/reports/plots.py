@@ -1,8 +1,7 @@
 """Line charts of report.html, drawn in the browser by uPlot (templates/uPlot.iife.min.js: version 1.6.32, unmodified).
 
 Library and data are in the page, so it needs no network. A chart takes colors and fonts from the page, follows a dark
-theme and the width of the screen, and shows the values under mouse or finger. The page's tables repeat the numbers that
-matter, for readers who cannot see a chart.
+theme and the width of the screen, and shows the values under mouse or finger. The page's tables repeat key numbers.
 """
 
 from __future__ import annotations

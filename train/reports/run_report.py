@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +23,7 @@ from train.evaluation.findings import caution, find_problems
 from train.evaluation.recommend import percent, recommend
 from train.evaluation.results import BASE, Evaluation
 from train.reports import html as page
-from train.reports import plots, slider
+from train.reports import plots
 from train.reports import run_pictures as pictures
 from train.reports.html import Table, number
 from train.reports.plots import Curve
@@ -44,8 +44,7 @@ class RunSummary:
         label: The name that tells it from other runs in the report.
         config: The configuration without secrets.
         lines: The lines of metrics.jsonl.
-        recommended: The step of the recommended checkpoint.
-        reasons: Sentences about the recommendation.
+        recommended, reasons: The step of the recommended checkpoint, and sentences about it.
         problems: Sentences about what stands out.
         command: The commands that started and resumed it; empty if they were not kept.
     """
@@ -60,14 +59,14 @@ class RunSummary:
     command: str
 
     @classmethod
-    def read(cls, folder: Path, evaluation: Evaluation | None = None, prefix: str = "") -> RunSummary:
+    def read(cls, folder: Path, evaluation: Evaluation | None = None) -> RunSummary:
         """Return the summary of the run in `folder`. Raises ValueError if its configuration cannot be read."""
         config, found = masked(resume.configuration(folder)), recommend(folder)
         step = None if found.checkpoint is None else int(found.checkpoint.name.removeprefix("step_"))
         reasons = [line.strip().replace(f"{folder}/", "") for line in found.reasons]
         if step is not None and (note := caution(folder)):
             reasons.append(note)
-        label = masked_text(prefix + f"{config.get('name', '')}/{folder.resolve().name}".strip("/"))
+        label = masked_text(f"{config.get('name', '')}/{folder.resolve().name}".strip("/"))
         file = folder / COMMANDS
         command = file.read_text(errors="replace").strip() if file.is_file() else ""
         problems = find_problems(folder, evaluation)
@@ -112,10 +111,8 @@ def loss_charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
         validation.append(Curve(f"{name}validation", run.series("validation_loss"), color))
     charts = {"Training loss": training, "Validation loss": validation}
     if len(runs) == 1:
-        times = runs[0].times.items()
-        charts["Validation loss by time (0 the picture, 1 noise)"] = [
-            Curve(name, points, color) for color, (name, points) in enumerate(times)
-        ]
+        times = [Curve(name, points, color) for color, (name, points) in enumerate(runs[0].times.items())]
+        charts["Validation loss by time (0 the picture, 1 noise)"] = times
         for title, name, key in (
             ("Gradient norm before clipping", "norm", "grad_norm"),
             ("Learning rate", "rate", "lr"),
@@ -180,7 +177,9 @@ def render(folder: Path, evaluations: Sequence[Evaluation] = (), evaluated_by: s
     given: list[tuple[Path, Evaluation | None]] = [(one.folder, one) for one in evaluations] or [(folder, None)]
     runs = [RunSummary.read(*one) for one in given]
     if len({run.label for run in runs}) < len(runs):
-        runs = [RunSummary.read(*one, f"{chr(65 + i)}: ") for i, one in enumerate(given)]
+        runs = [replace(run, label=f"{chr(65 + i)}: {run.label}") for i, run in enumerate(runs)]
+    labels = [run.label for run in runs]
+    images = pictures.evaluation_cells(evaluations, labels) if evaluations else pictures.training_cells(folder)
     return page.render(
         "report.html",
         title=runs[0].label,
@@ -189,9 +188,7 @@ def render(folder: Path, evaluations: Sequence[Evaluation] = (), evaluated_by: s
         evaluations=evaluations,
         evaluated_by=evaluated_by,
         pairs=pictures.kept_pairs(folder),
-        images=pictures.evaluation_cells(evaluations, [run.label for run in runs])
-        if evaluations
-        else pictures.training_cells(folder),
+        images=images,
         strengths=pictures.strength_cells(evaluations[0]) if evaluations else [],
         charts=loss_charts(runs),
         loss_tables=[loss_table(run) for run in runs],
@@ -199,7 +196,7 @@ def render(folder: Path, evaluations: Sequence[Evaluation] = (), evaluated_by: s
         differences=differences_table(runs),
         nearest_pairs=pictures.nearest_pairs,
         distance_table=pictures.distance_table,
-        width=slider.image_width,
+        width=pictures.image_width,
         measures=distances,
     )
 

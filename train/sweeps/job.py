@@ -34,15 +34,15 @@ def check(config: RunConfig) -> None:
     """Raise SweepAborted if a search has nothing to minimize, or the processes of a job train different settings."""
     if not is_sweep():
         return
-    measured = config.validation.held_out or config.validation.samples
-    if "optuna" in HydraConfig.get().sweeper._target_ and not (config.settings.validate_every and measured):
-        key = "validate_every=0" if not config.settings.validate_every else "validation.samples=0"
+    sweeper, measured = HydraConfig.get().sweeper, config.validation.held_out or config.validation.samples
+    is_search = "optuna" in sweeper._target_
+    if is_search and not (config.settings.validate_every and measured):
+        key = "validation.samples=0" if config.settings.validate_every else "validate_every=0"
         raise SweepAborted(
             f"{key}: hydra/sweeper=optuna minimizes the validation loss, which needs a number above 0. "
             "Set one; validation.held_out=8 measures the loss on held-out samples"
         )
-    sweeper = HydraConfig.get().sweeper
-    if "optuna" in sweeper._target_ and "maximize" in str(sweeper.get("direction")):
+    if is_search and "maximize" in str(sweeper.get("direction")):
         raise SweepAborted(
             "hydra.sweeper.direction=maximize would search for the highest validation loss. Omit it, or set minimize"
         )

@@ -53,9 +53,7 @@ class ValidationSettings:
     def split(self, contents: Sequence[str]) -> tuple[list[int], list[int]]:
         """Return the indices to train on, in order, and those to validate on.
 
-        Args:
-            contents: Digest of each sample. Samples are held out by content and not by position: the order does not
-                matter, and adding or removing images changes little.
+        Samples are held out by `contents`, their digests: order does not matter, and adding images changes little.
         """
         count = len(contents)
         if self.held_out >= count:
@@ -109,12 +107,9 @@ class FixedNoiseLoss:
         noised, text = self.inputs(sample, next(model.parameters()).device)
         parts = [slice(start, start + self.rows) for start in range(0, len(self.times), self.rows)]
         predicted = torch.cat([noised.predict(model, text[part], guidance, part) for part in parts])
-        losses = []
-        for row in range(len(self.times)):
-            one = slice(row, row + 1)
-            mask = None if noised.mask is None else noised.mask[one]
-            losses.append(flow_loss(predicted[one], noised.target[one], mask))
-        return torch.stack(losses).cpu()
+        masks = [None] * len(self.times) if noised.mask is None else noised.mask.split(1)
+        rows = zip(predicted.split(1), noised.target.split(1), masks, strict=True)
+        return torch.stack([flow_loss(*row) for row in rows]).cpu()
 
     def inputs(self, sample: Validated, device: torch.device) -> tuple[Noised, Tensor]:
         """Return a sample at all timesteps, and its caption's embeddings (times, T, D)."""
@@ -136,8 +131,8 @@ class FixedNoiseLoss:
 
     def report(self, losses: Tensor) -> dict[str, float]:
         """Return the logged values of (samples, times) losses: the mean, and the mean at each timestep."""
-        bands = {f"validation_loss/{time:g}": loss for time, loss in zip(self.times, losses.mean(0), strict=True)}
-        return {"validation_loss": losses.mean().item()} | {key: loss.item() for key, loss in bands.items()}
+        by_time = zip(self.times, losses.mean(0).tolist(), strict=True)
+        return {"validation_loss": losses.mean().item()} | {f"validation_loss/{time:g}": loss for time, loss in by_time}
 
     def record(self, losses: Tensor) -> dict[str, Any]:
         """Return the record of losses in validation.jsonl, to compare steps sample by sample."""

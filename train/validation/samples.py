@@ -55,9 +55,7 @@ class SampleSettings:
         if not is_string_list(self.prompts):
             raise ValueError(f"sample.prompts={self.prompts!r} must be a list of strings")
         if not is_string_list(self.references):
-            if not isinstance(self.references, list | tuple) or not all(
-                is_string_list(item) for item in self.references
-            ):
+            if not isinstance(self.references, list | tuple) or not all(map(is_string_list, self.references)):
                 raise ValueError(
                     f"sample.references={self.references!r} must be a list of files for all prompts, or a list of "
                     "lists, one for each prompt"
@@ -93,10 +91,11 @@ class SampleSettings:
         return list(dict.fromkeys(chain(*lists)))
 
 
+@dataclass(frozen=True, eq=False)
 class Sampler:
     """Draws the sample grids of a run with the same function as inference.
 
-    Args:
+    Attributes:
         text: (P, T, text_width) embeddings of the prompts.
         empty: (1, T, text_width) embedding of the empty prompt.
         references: Latents (1, 128, h, w) of the references of each prompt.
@@ -104,22 +103,22 @@ class Sampler:
         share: Function that distributes the images over the processes, all of which must call `write_grid`.
     """
 
-    def __init__(
-        self,
-        settings: SampleSettings,
-        variant: Variant,
-        autoencoder: Autoencoder,
-        text: Tensor,
-        empty: Tensor,
-        references: Sequence[Sequence[Tensor]],
-        sizes: Sequence[tuple[int, int]],
-        share: Share = map_serially,
-    ) -> None:
-        self.settings, self.autoencoder = settings, autoencoder
-        self.text, self.empty, self.references, self.sizes = text, empty, references, sizes
-        self.share = share
-        self.steps = settings.steps or variant.steps
-        self.guidance = variant.guidance if settings.guidance is None else settings.guidance
+    settings: SampleSettings
+    variant: Variant
+    autoencoder: Autoencoder
+    text: Tensor
+    empty: Tensor
+    references: Sequence[Sequence[Tensor]]
+    sizes: Sequence[tuple[int, int]]
+    share: Share = map_serially
+
+    @property
+    def steps(self) -> int:
+        return self.settings.steps or self.variant.steps
+
+    @property
+    def guidance(self) -> float:
+        return self.variant.guidance if self.settings.guidance is None else self.settings.guidance
 
     def picture(self, model: Transformer, i: int, seed: int) -> Image.Image:
         """Draw the image of prompt `i`, which depends only on its size, references and `seed`."""
