@@ -1,8 +1,8 @@
 """Aspect-ratio buckets: the size at which an image is trained, and how it is resized and cropped to it.
 
 A batch is one tensor, so its images share a size; an image keeps most of its content if that size has nearly its
-aspect ratio. The buckets of a resolution are the sizes of at most `resolution`^2 pixels, so that every step costs about
-the same memory and time. Resizing everything to a square instead would distort or crop away what the caption describes.
+aspect ratio, where a square would distort it or crop away what the caption describes. The buckets of a resolution are
+the sizes of at most `resolution`^2 pixels, so that every step costs about the same memory and time.
 
 An image goes to the largest resolution whose bucket it fills. An image that fills none is not enlarged by default,
 which would teach the model blur: it gets the largest size that it fills, and is skipped if that is too small.
@@ -31,14 +31,12 @@ Size = tuple[int, int]  # (width, height) in pixels
 class Cut:
     """The part of an image that is trained on: one of the cached variants.
 
-    Attributes:
-        at: Position of the crop along width and height, in thousandths of the pixels that are cropped away: (500, 500)
-            is the center. Integers, because they are part of cache keys.
-        mirrored: Whether the crop is flipped horizontally.
+    `at` is the position of the crop along width and height, in thousandths of the pixels that are cropped away:
+    (500, 500) is the center. Integers, because they are part of cache keys.
     """
 
     at: tuple[int, int] = (500, 500)
-    mirrored: bool = False
+    mirrored: bool = False  # flipped horizontally
 
     @property
     def recipe(self) -> dict[str, object]:
@@ -53,28 +51,17 @@ MIDDLE = Cut()
 class Buckets:
     """The sizes for one or several resolutions, the size of each image, and its crops.
 
-    Args:
-        resolution: Side of the square bucket in pixels, or a list of sides. A square image that is as large gets
-            (resolution, resolution) exactly.
-        step: Sides are multiples of this number of pixels, itself a multiple of 16. A larger step gives fewer and
-            fuller buckets, and more cropping.
-        max_aspect: Maximum ratio of the longer to the shorter side; 1.0 leaves only the square.
-        upscale: Enlarge an image that fills no bucket to the smallest resolution, instead of using its own size.
-        min_resolution: Side of a square whose area the own size of an image must have; None: a quarter of the smallest
-            resolution. Smaller images are skipped.
-        random_crops: Number of crops of each image that are cached, drawn once by its content; 0: only the center.
-        flip: Also cache a mirrored copy of each crop.
-
     Raises ValueError, naming the argument, for a value out of range or of a wrong type.
     """
 
-    resolution: int | Sequence[int]
-    step: int = 16
-    max_aspect: float = 2.0
-    upscale: bool = False
+    resolution: int | Sequence[int]  # side of the square bucket in pixels, or several; a square image as large gets it
+    step: int = 16  # sides are multiples of it, and it of 16; a larger one: fewer, fuller buckets, more cropping
+    max_aspect: float = 2.0  # maximum ratio of the longer to the shorter side; 1.0 leaves only the square
+    upscale: bool = False  # enlarge an image that fills no bucket to the smallest resolution, instead of its own size
+    # side of a square whose area the own size of an image must have; None: a quarter of the smallest resolution
     min_resolution: int | None = None
-    random_crops: int = 0
-    flip: bool = False
+    random_crops: int = 0  # number of cached crops of each image, drawn once by its content; 0: only the center
+    flip: bool = False  # also cache a mirrored copy of each crop
 
     def __post_init__(self) -> None:
         _check_side("step", self.step, PIXELS_PER_LATENT)

@@ -38,9 +38,7 @@ class BucketSampler:
     p w times up to rounding (`_Passes`), and the cycles of buckets count it in the same way.
 
     Args:
-        buckets: Bucket of each sample, any hashable value.
         global_batch: Number of samples in a step over all processes and micro-batches.
-        seed: Seed of the order.
         weights: Weights of the samples; None is 1 for all.
 
     Raises ValueError if there are no samples, or for weights that are negative, not finite, or all 0.

@@ -85,19 +85,16 @@ def verdict(good: bool, text: str) -> str:
 def judge(report: dict[str, float]) -> list[str]:
     """Return the report as sentences that start with yes or NO."""
     style, leak = report["style_moved"], report["plain_style_moved"]
+    cards, cards_before = report["subjects_right"], report["subjects_right_before"]
+    plain, plain_before = report["plain_subjects_right"], report["plain_subjects_right_before"]
     return [
         verdict(style >= 0.9, f"the cards' style was learned: {style:.0%} of the way from the base to the cards"),
         verdict(
-            report["subjects_right"] >= 0.8,
-            f"new subjects and colors stay right on cards: {report['subjects_right']:.0%} (base, same prompts: "
-            f"{report['subjects_right_before']:.0%})",
+            cards >= 0.8,
+            f"new subjects and colors stay right on cards: {cards:.0%} (base, same prompts: {cards_before:.0%})",
         ),
         verdict(leak <= 0.2, f"plain prompts keep the base's style: moved {leak:.0%} of the way to the cards"),
-        verdict(
-            report["plain_subjects_right"] >= 0.8,
-            f"plain prompts keep their subjects: {report['plain_subjects_right']:.0%} (base: "
-            f"{report['plain_subjects_right_before']:.0%})",
-        ),
+        verdict(plain >= 0.8, f"plain prompts keep their subjects: {plain:.0%} (base: {plain_before:.0%})"),
         verdict(bool(report["base_unchanged"]), "with the adapter off, the base's images are the same, bit for bit"),
     ]
 

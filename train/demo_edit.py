@@ -162,10 +162,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
         "plain_before": shares(plain_before, results, lit=False),
         "plain_after": shares(plain_after, results, lit=False),
     }
-    distances = [
-        sum(difference(one, other) for one, other in zip(pictures, intended, strict=True)) / len(intended)
-        for pictures in (before, after)
-    ]
+    distances = [sum(map(difference, pictures, intended)) / len(intended) for pictures in (before, after)]
     found = {
         "training_seconds": round(seconds, 1),
         "edits_right_before": scores["before"]["all"],

@@ -22,21 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """One training example: an image, and the images that it is an edit of.
-
-    Attributes:
-        target: Image to learn.
-        captions: At least one stripped caption, which may be empty; of several, one is drawn at each step.
-        references: Images that the target is an edit of, in the order in which the caption counts them.
-        weight: Frequency of training relative to other samples; 3.0 is three times in every pass over the data.
-        mask: Weight of each pixel in the loss, white 1 and black 0, in the size of the target; None: 1 everywhere.
-    """
+    """One training example: an image, and the images that it is an edit of."""
 
     target: Picture
-    captions: tuple[str, ...]
-    references: tuple[Picture, ...] = ()
-    weight: float = 1.0
-    mask: Picture | None = None
+    captions: tuple[str, ...]  # at least one, stripped, may be empty; of several, one is drawn at each step
+    references: tuple[Picture, ...] = ()  # in the order in which the caption counts them
+    weight: float = 1.0  # frequency relative to other samples; 3.0 is three times in every pass over the data
+    mask: Picture | None = None  # loss weight of the target's pixels, white 1 and black 0; None: 1 everywhere
 
     @property
     def name(self) -> str:
@@ -71,21 +63,17 @@ class BadData(ValueError):  # noqa: N818
 
 
 class Source(Sequence[Sample]):
-    """A list of samples in a fixed order.
+    """A list of samples in a fixed order, and `bad`, those that were skipped.
 
     A subclass finds its samples, with captions as they were written, and passes them to `_take`, which checks and
     prepares them.
 
     Args:
         where: Name of the dataset in messages.
-        captions: Processing of the captions.
         mask: "alpha" uses each target's alpha channel as its mask; the subclass reads any other name (`_mask_name`).
         first_frame: Train on the first frame of an animated image, which otherwise counts as bad.
         max_bad: Number of bad samples that are skipped; more of them are an error.
         prompt: One caption for all images, instead of any others; the subclass reads it.
-
-    Attributes:
-        bad: Samples that were skipped.
     """
 
     def __init__(

@@ -33,7 +33,6 @@ class Folder(Source):
     """A folder of images with `metadata.jsonl` or `metadata.csv`, or with a `.txt` file of the same stem for each.
 
     Args:
-        path: Folder of the images.
         caption_column: Column of the metadata; in jsonl it may hold a list of captions.
         image_column: Column of the metadata with a file name, relative to the folder of the metadata.
         reference_columns: Columns of the metadata that hold a file name, a list of file names (in csv as JSON), or
@@ -170,7 +169,6 @@ class Pairs(Source):
     """Images before and after an edit: `source/x.png`, `target/x.png`, and the instruction in `target/x.txt`.
 
     Args:
-        path: Folder that contains the others.
         target_folder: Folder of the images to learn, including subfolders.
         reference_folders: One folder for each reference, with images of the same names in any format.
         prompt: One instruction for all images, instead of the `.txt` files.

@@ -7,7 +7,6 @@ drawings are opened: the content of a file need not match its name, and Pillow p
 
 import hashlib
 import io
-import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -44,17 +43,11 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """One image that is opened on demand. All methods raise BadPicture if it cannot be read.
+    """One image that is opened on demand. All methods raise BadPicture if it cannot be read."""
 
-    Attributes:
-        name: Name in messages: a path, or "row 12 of X, column image".
-        open: Function that returns a new binary stream of the encoded file.
-        alpha: Use the alpha channel as gray pixels: black where transparent, white where opaque.
-    """
-
-    name: str
-    open: Callable[[], BinaryIO] = field(repr=False)
-    alpha: bool = False
+    name: str  # in messages: a path, or "row 12 of X, column image"
+    open: Callable[[], BinaryIO] = field(repr=False)  # returns a new stream of the encoded file
+    alpha: bool = False  # use the alpha channel as gray pixels: black where transparent, white where opaque
 
     def load(self) -> Image.Image:
         """Return the first frame as 8-bit RGB: EXIF orientation applied, on white, 16-bit gray scaled, not clipped."""
@@ -179,8 +172,8 @@ class _FilePart(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
         self._place = max(start + offset, 0)
         return self._place
 

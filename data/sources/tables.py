@@ -177,7 +177,8 @@ class HuggingFace(Source):
             kind = columns.field(column).type
             item = _item(kind) if key in ("reference_columns", "caption_column") else kind
             empty = key == "reference_columns" and pa.types.is_null(item)  # no row has any
-            if not (empty or (_is_text(item) if key == "caption_column" else _is_picture(item))):
+            is_bytes = pa.types.is_binary(item) or pa.types.is_large_binary(item)
+            if not (empty or (_is_text(item) if key == "caption_column" else is_bytes or _may_be_path(item))):
                 wanted = "text" if key == "caption_column" else "images, encoded bytes, or paths"
                 raise ValueError(f"dataset.{key}={column!r} of {self.path} contains {kind}: it must contain {wanted}")
 
@@ -193,10 +194,6 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _is_picture(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _may_be_path(kind)
 
 
 def _may_be_path(kind: pa.DataType) -> bool:

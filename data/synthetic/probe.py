@@ -1,6 +1,4 @@
-"""Recognize subject, color, background and size in an image, and whether it is a card, without a learned model.
-
-What: `read` identifies the subject and its color, `style_distance` measures the similarity to the cards.
+"""Recognize subject, color, background and size in an image, and its similarity to the cards, without a learned model.
 
 How: the color of the background is the median of the border (of the panel, on a card). Pixels far from it are the mask;
 those inside its outline that differ most from ink vote for the color. Mask and ink are aligned by centroid and
@@ -166,14 +164,6 @@ def _look(pixels: Array) -> tuple[_Look | None, Array]:
     return _Look(aligned_mask, aligned_ink, color, radius, extent), background
 
 
-def _similarity(look: _Look, masks: Array, inks: Array) -> Array:
-    """Return the scores of a look for (T, GRID * GRID) templates: overlap of the masks and of the ink, each 0 to 1."""
-    overlaps = np.minimum(look.mask, masks).sum(1) / np.maximum(look.mask, masks).sum(1).clip(1e-6)
-    lengths: Array = np.sqrt((look.ink @ look.ink) * (inks * inks).sum(1))
-    cosines = (inks @ look.ink) / lengths.clip(1e-6)
-    return 0.6 * overlaps + 0.4 * cosines
-
-
 def _decoys() -> list[Image.Image]:
     """Draw outlines that are no subject: ellipses, boxes, diamonds, random blobs; with and without ink, and blurred."""
     outlines = []
@@ -237,7 +227,9 @@ def read(image: Image.Image) -> Reading:
     if look is None:
         return Reading(None, None, tint, None, card, 0.0)
     names, masks, inks, radii = _templates()
-    scores = _similarity(look, masks, inks)
+    overlaps = np.minimum(look.mask, masks).sum(1) / np.maximum(look.mask, masks).sum(1).clip(1e-6)
+    lengths: Array = np.sqrt((look.ink @ look.ink) * (inks * inks).sum(1))
+    scores = 0.6 * overlaps + 0.4 * ((inks @ look.ink) / lengths.clip(1e-6))  # of the masks and of the ink, each 0 to 1
     best = int(scores.argmax())
     score = float(scores[best])
     shape = names[best] if score >= MINIMUM_SCORE else None

@@ -19,16 +19,10 @@ LATER = "python -m train.hub {}"
 
 @dataclass(frozen=True)
 class HubSettings:
-    """The group `hub`.
+    """The group `hub`."""
 
-    Attributes:
-        push: Whether to push at the end of the run.
-        repo_id: `owner/name`, or a name in the user's account; created if it does not exist.
-        private: Whether the repository is private.
-    """
-
-    push: bool = False
-    repo_id: str | None = None
+    push: bool = False  # at the end of the run
+    repo_id: str | None = None  # `owner/name`, or a name in the user's account; created if it does not exist
     private: bool = True
 
     def __post_init__(self) -> None:

@@ -20,18 +20,12 @@ LOGARITHMIC_RATIO = 30.0  # of the greatest to the least value, from which the v
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart.
-
-    Attributes:
-        points: Pairs (step, value) in the order of steps; values that are not finite are skipped.
-        color: Number of the color. Curves of one color belong together.
-        faint: Draw it thin, pale and without a legend entry, behind the curve that smooths it.
-    """
+    """One line of a chart."""
 
     name: str
-    points: Points
-    color: int = 0
-    faint: bool = False
+    points: Points  # (step, value) in the order of steps; values that are not finite are skipped
+    color: int = 0  # number of the color; curves of one color belong together
+    faint: bool = False  # thin, pale and without a legend entry, behind the curve that smooths it
 
 
 def smooth(points: Points, weight: float = 0.9) -> list[tuple[float, float]]:

@@ -38,25 +38,16 @@ REPORT, COMMANDS = "report.html", "command.txt"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What report.html shows of one run.
-
-    Attributes:
-        label: The name that tells it from other runs in the report.
-        config: The configuration without secrets.
-        lines: The lines of metrics.jsonl.
-        recommended, reasons: The step of the recommended checkpoint, and sentences about it.
-        problems: Sentences about what stands out.
-        command: The commands that started and resumed it; empty if they were not kept.
-    """
+    """What report.html shows of one run."""
 
     folder: Path
-    label: str
-    config: dict[str, Any]
-    lines: list[dict[str, Any]]
-    recommended: int | None
-    reasons: list[str]
-    problems: list[str]
-    command: str
+    label: str  # tells it from other runs in the report
+    config: dict[str, Any]  # without secrets
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    recommended: int | None  # step of the recommended checkpoint
+    reasons: list[str]  # sentences about the recommendation
+    problems: list[str]  # sentences about what stands out
+    command: str  # the commands that started and resumed it; empty if they were not kept
 
     @classmethod
     def read(cls, folder: Path, evaluation: Evaluation | None = None) -> RunSummary:
@@ -174,8 +165,7 @@ def differences_table(runs: Sequence[RunSummary]) -> Table:
 
 def render(folder: Path, evaluations: Sequence[Evaluation] = (), evaluated_by: str = "") -> str:
     """Return the page of the run in `folder`; see `write`."""
-    given: list[tuple[Path, Evaluation | None]] = [(one.folder, one) for one in evaluations] or [(folder, None)]
-    runs = [RunSummary.read(*one) for one in given]
+    runs = [RunSummary.read(one.folder, one) for one in evaluations] or [RunSummary.read(folder)]
     if len({run.label for run in runs}) < len(runs):
         runs = [replace(run, label=f"{chr(65 + i)}: {run.label}") for i, run in enumerate(runs)]
     labels = [run.label for run in runs]
@@ -206,12 +196,9 @@ def write(
 ) -> Path:
     """Write report.html into the run folder and return its path.
 
-    Args:
-        evaluations: The evaluation of the run, then those of other runs to compare it with; without any, the images are
-            those of the run's sample grids.
-        pairs: Images before and after training, shown first. The run folder keeps them, and later reports show them as
-            long as the adapter is the same.
-        evaluated_by: The command of the evaluation.
+    `evaluations` are those of the run, then of other runs to compare it with; without any, the images are those of the
+    run's sample grids. `pairs` are images before and after training, shown first: the run folder keeps them, and later
+    reports show them as long as the adapter is the same. `evaluated_by` is the command of the evaluation.
 
     Raises ValueError or OSError if the configuration cannot be read or the file cannot be written.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
@@ -47,34 +46,32 @@ def check(config: RunConfig) -> None:
             "hydra.sweeper.direction=maximize would search for the highest validation loss. Omit it, or set minimize"
         )
     mine = list(HydraConfig.get().overrides.task)
-    first: list[Any] = [mine]
-    broadcast_object_list(first)
-    if first[0] != mine:
+    first = broadcast_object_list([mine])[0]
+    if first != mine:
         raise SweepAborted(
             f"process {config.accelerator.process_index} received {' '.join(mine)}, but the first process "
-            f"{' '.join(first[0])}. For a search with several processes set hydra.sweeper.sampler.seed=0"
+            f"{' '.join(first)}. For a search with several processes set hydra.sweeper.sampler.seed=0"
         )
 
 
 def is_done(config: RunConfig) -> bool:
     """Return, and report, whether this job of a resumed sweep (`resume=auto`) had finished before."""
-    done = [False]
+    done = False
     if is_sweep() and config.settings.resume == "auto" and config.accelerator.is_main_process:
         folder = folder_of_job()
         if (folder / CONFIG_FILE).exists() and resume.is_finished(folder):
             there = resume.configuration(folder)
             problems = resume.conflicts(folder, config.config, config.images_per_step, None)
-            done[0] = there["steps"] == config.settings.steps and not problems
-    broadcast_object_list(done)
-    if done[0]:
+            done = there["steps"] == config.settings.steps and not problems
+    done = bool(broadcast_object_list([done])[0])
+    if done:
         config.say(f"done before: {folder_of_job()}")
-    return bool(done[0])
+    return done
 
 
 def result(config: RunConfig) -> float | None:
     """Return the last validation loss of a job of a sweep, in all processes; None if there is none."""
     if not is_sweep():
         return None
-    found: list[Any] = [last_validation_loss(folder_of_job()) if config.accelerator.is_main_process else None]
-    broadcast_object_list(found)
-    return found[0]
+    loss = last_validation_loss(folder_of_job()) if config.accelerator.is_main_process else None
+    return broadcast_object_list([loss])[0]

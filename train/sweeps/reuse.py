@@ -102,16 +102,11 @@ def state_of(model: nn.Module) -> list[tuple[object, ...]]:
 
 @dataclass
 class Base:
-    """A transformer that is trained with one adapter after another.
-
-    Attributes:
-        check: Whether to record the state without an adapter now, to compare when an adapter is removed.
-        offloader: The offloader that streams its blocks, if any.
-    """
+    """A transformer that is trained with one adapter after another."""
 
     transformer: Transformer
-    check: bool = True
-    offloader: Offloader | None = None
+    check: bool = True  # record the state without an adapter now, to compare when an adapter is removed
+    offloader: Offloader | None = None  # streams its blocks
 
     def __post_init__(self) -> None:
         self.before = state_of(self.transformer) if self.check else []

@@ -115,15 +115,13 @@ def grid(folder: Path, file: Path) -> None:
     rng = random.Random(3)
     unseen = [drawing for drawing in all_drawings() if held_out(drawing)]
     chosen = [rng.choice([drawing for drawing in unseen if drawing.shape == shape]) for shape in SHAPES]
-    generated = pipeline.generate([plain_caption(drawing) for drawing in chosen], seed=0)
+    captions = [plain_caption(drawing) for drawing in chosen]
+    generated = pipeline.generate(captions, seed=0)
     sources = rng.sample(unseen, 7)
     before = [draw(source, PIXELS, **jitter(rng)) for source in sources]
     orders = [edit(source, rng)[0] for source in sources]
-    after = [
-        pipeline.generate(order, references=[picture], seed=i)[0]
-        for i, (order, picture) in enumerate(zip(orders, before, strict=True))
-    ]
-    captions = [plain_caption(drawing) for drawing in chosen]
+    edits = enumerate(zip(orders, before, strict=True))
+    after = [pipeline.generate(order, references=[image], seed=i)[0] for i, (order, image) in edits]
     strips = [
         sample_grid([generated[:7]], captions[:7], ["prompt"]),
         sample_grid([generated[7:]], captions[7:], ["prompt"]),

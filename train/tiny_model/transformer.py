@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
+from numpy.random import Generator
 from PIL import Image
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ def initialize(model: nn.Module) -> None:
             nn.init.zeros_(module.weight) if zero else nn.init.xavier_uniform_(module.weight)
 
 
-def draw_times(rng: np.random.Generator, count: int) -> Tensor:
+def draw_times(rng: Generator, count: int) -> Tensor:
     """Draw times, half uniform, half logit-normal around 0.73: subject and colors are decided near the noise."""
     uniform = rng.random(count)
     normal = 1 / (1 + np.exp(-rng.normal(1.0, 1.0, count)))
@@ -54,7 +56,7 @@ class TinyBatch(NamedTuple):
     captions: list[str]
 
 
-def edit_shares(world: Catalog, kinds: dict[str, float]) -> np.ndarray:
+def edit_shares(world: Catalog, kinds: dict[str, float]) -> ndarray:
     """Return the probability of drawing each edit so that the kinds of edits have the shares `kinds`."""
 
     def kind(i: int) -> str:
@@ -67,13 +69,7 @@ def edit_shares(world: Catalog, kinds: dict[str, float]) -> np.ndarray:
 
 
 def draw_batch(
-    recipe: Recipe,
-    lesson: Lesson,
-    world: Catalog,
-    shares: np.ndarray | None,
-    latents: Tensor,
-    step: int,
-    rng: np.random.Generator,
+    recipe: Recipe, lesson: Lesson, world: Catalog, shares: ndarray | None, latents: Tensor, step: int, rng: Generator
 ) -> TinyBatch:
     """Return the batch of `step`: every `edits_every`th one edits, the others draw from captions."""
     words = random.Random(int(rng.integers(2**31)))

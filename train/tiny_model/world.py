@@ -87,16 +87,8 @@ def text_config(vocabulary: int) -> dict[str, Any]:
             "tie_word_embeddings": True,
             "pad_token_id": 3,
         },
-        "vision_config": {
-            "model_type": "pixtral",
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-            "head_dim": 16,
-            "image_size": 32,
-            "patch_size": 16,
-        },
+        "vision_config": {"model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 1}
+        | {"hidden_size": 16, "intermediate_size": 16, "head_dim": 16, "image_size": 32, "patch_size": 16},
         "image_token_index": 0,
         "spatial_merge_size": 2,
     }
@@ -165,8 +157,7 @@ class Job:
 
 def render(job: Job) -> np.ndarray:
     rng = random.Random(job.seed)
-    picture = scene(rng) if job.drawing is None else draw(job.drawing, PIXELS, **jitter(rng))
-    return np.asarray(picture)
+    return np.asarray(scene(rng) if job.drawing is None else draw(job.drawing, PIXELS, **jitter(rng)))
 
 
 @dataclass(frozen=True)

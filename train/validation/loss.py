@@ -28,19 +28,12 @@ TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Samples, timesteps and noise of the validation loss.
+    """Samples, timesteps and noise of the validation loss."""
 
-    Attributes:
-        held_out: Number of samples that are held out from training for validation.
-        samples: Number of training samples to measure if none are held out.
-        seed: Seed of that choice and of the noise; not the run's, so that runs with other seeds can be compared.
-        times: Timesteps from 0 (the image) to 1 (noise); the loss at each is also reported separately.
-    """
-
-    held_out: int = 0
-    samples: int = 8
-    seed: int = 0
-    times: Sequence[float] = TIMES
+    held_out: int = 0  # number of samples that are held out from training
+    samples: int = 8  # number of training samples to measure if none are held out
+    seed: int = 0  # of that choice and of the noise; not the run's, so that runs with other seeds can be compared
+    times: Sequence[float] = TIMES  # from 0 (the image) to 1 (noise); the loss at each is also reported separately
 
     def __post_init__(self) -> None:
         check_count("validation.held_out", self.held_out)

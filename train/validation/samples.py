@@ -33,22 +33,15 @@ def is_string_list(value: object) -> TypeGuard[Sequence[str]]:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Contents of a sample grid.
+    """Contents of a sample grid."""
 
-    Attributes:
-        prompts: Prompts, with one image each.
-        references: Files that the prompts edit: a list for all prompts, or one list for each prompt.
-        seed: Seed of the first prompt, incremented for each further one.
-        width, height: Size in pixels; None takes the bucket of the first reference, or the training resolution.
-        steps, guidance: Sampling settings; None takes the model's own.
-    """
-
-    prompts: Sequence[str] = field(default_factory=list)
+    prompts: Sequence[str] = field(default_factory=list)  # with one image each
+    # files that the prompts edit: a list for all prompts, or one list for each prompt
     references: Sequence[str] | Sequence[Sequence[str]] = field(default_factory=list)
-    seed: int = 0
-    width: int | None = None
+    seed: int = 0  # of the first prompt, incremented for each further one
+    width: int | None = None  # pixels; None: the bucket of the first reference, or the training resolution
     height: int | None = None
-    steps: int | None = None
+    steps: int | None = None  # None: the model's own, as of guidance
     guidance: float | None = None
 
     def __post_init__(self) -> None:
@@ -93,24 +86,16 @@ class SampleSettings:
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Draws the sample grids of a run with the same function as inference.
-
-    Attributes:
-        text: (P, T, text_width) embeddings of the prompts.
-        empty: (1, T, text_width) embedding of the empty prompt.
-        references: Latents (1, 128, h, w) of the references of each prompt.
-        sizes: (width, height) in pixels of each prompt's image.
-        share: Function that distributes the images over the processes, all of which must call `write_grid`.
-    """
+    """Draws the sample grids of a run with the same function as inference."""
 
     settings: SampleSettings
     variant: Variant
     autoencoder: Autoencoder
-    text: Tensor
-    empty: Tensor
-    references: Sequence[Sequence[Tensor]]
-    sizes: Sequence[tuple[int, int]]
-    share: Share = map_serially
+    text: Tensor  # (P, T, text_width) embeddings of the prompts
+    empty: Tensor  # (1, T, text_width) embedding of the empty prompt
+    references: Sequence[Sequence[Tensor]]  # latents (1, 128, h, w) of the references of each prompt
+    sizes: Sequence[tuple[int, int]]  # (width, height) in pixels of each prompt's image
+    share: Share = map_serially  # distributes the images over the processes, all of which must call `write_grid`
 
     @property
     def steps(self) -> int:
