@@ -1,23 +1,24 @@
 """Aspect-ratio buckets: the size at which an image is trained, and how it is resized and cropped to it.
 
 A batch is one tensor, so its images share a size; an image keeps most of its content if that size has nearly its
-aspect ratio. The buckets of a resolution are the sizes of at most `resolution`^2 pixels, so that every step costs about
-the same memory and time. Resizing everything to a square instead would distort or crop away what the caption describes.
+aspect ratio, where a square would distort it or crop away what the caption describes. The buckets of a resolution are
+the sizes of at most `resolution`^2 pixels, so that every step costs about the same memory and time.
 
 An image goes to the largest resolution whose bucket it fills. An image that fills none is not enlarged by default,
 which would teach the model blur: it gets the largest size that it fills, and is skipped if that is too small.
 
-Sides are multiples of 16 pixels, the side of one latent: the autoencoder halves three times, and 2 x 2 patches halve
-once more.
+Sides are multiples of 16 pixels, one latent: the autoencoder halves three times, and 2 x 2 patches once more.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from PIL import Image, ImageOps
+
+from data.checks import check_flag, check_int
 
 PIXELS_PER_LATENT = 16
 MAX_RESOLUTION = 8192  # a quarter of a million tokens, far more than FLUX.2 is trained for
@@ -30,20 +31,17 @@ Size = tuple[int, int]  # (width, height) in pixels
 class Cut:
     """The part of an image that is trained on: one of the cached variants.
 
-    Attributes:
-        at: Position of the crop along width and height, in thousandths of the pixels that are cropped away: (500, 500)
-            is the center. Integers, because they are part of cache keys.
-        mirrored: Whether the crop is flipped horizontally.
+    `at` is the position of the crop along width and height, in thousandths of the pixels that are cropped away:
+    (500, 500) is the center. Integers, because they are part of cache keys.
     """
 
     at: tuple[int, int] = (500, 500)
-    mirrored: bool = False
+    mirrored: bool = False  # flipped horizontally
 
     @property
     def recipe(self) -> dict[str, object]:
         """Fields of a cache key: none for the center crop, so that its entries do not depend on these options."""
-        moved: dict[str, object] = {} if self.at == (500, 500) else {"at": self.at}
-        return moved | ({"mirrored": True} if self.mirrored else {})
+        return {key: value for key, value in asdict(self).items() if value != getattr(MIDDLE, key)}
 
 
 MIDDLE = Cut()
@@ -53,51 +51,35 @@ MIDDLE = Cut()
 class Buckets:
     """The sizes for one or several resolutions, the size of each image, and its crops.
 
-    Args:
-        resolution: Side of the square bucket in pixels, or a list of sides. A square image that is as large gets
-            (resolution, resolution) exactly.
-        step: Sides are multiples of this number of pixels. A larger step gives fewer and fuller buckets, and more
-            cropping.
-        max_aspect: Maximum ratio of the longer to the shorter side; 1.0 leaves only the square.
-        upscale: Enlarge an image that fills no bucket to the smallest resolution, instead of using its own size.
-        min_resolution: Side of a square whose area the own size of an image must have; None: a quarter of the smallest
-            resolution. Smaller images are skipped.
-        random_crops: Number of crops of each image that are cached, drawn once by its content; 0: only the center.
-        flip: Also cache a mirrored copy of each crop.
-
-    Raises ValueError, naming the argument, for a step that is not a multiple of 16, a resolution that is not a multiple
-    of the step, max_aspect < 1, min_resolution above the smallest resolution, or a wrong type.
+    Raises ValueError, naming the argument, for a value out of range or of a wrong type.
     """
 
-    resolution: int | Sequence[int]
-    step: int = 16
-    max_aspect: float = 2.0
-    upscale: bool = False
+    resolution: int | Sequence[int]  # side of the square bucket in pixels, or several; a square image as large gets it
+    step: int = 16  # sides are multiples of it, and it of 16; a larger one: fewer, fuller buckets, more cropping
+    max_aspect: float = 2.0  # maximum ratio of the longer to the shorter side; 1.0 leaves only the square
+    upscale: bool = False  # enlarge an image that fills no bucket to the smallest resolution, instead of its own size
+    # side of a square whose area the own size of an image must have; None: a quarter of the smallest resolution
     min_resolution: int | None = None
-    random_crops: int = 0
-    flip: bool = False
+    random_crops: int = 0  # number of cached crops of each image, drawn once by its content; 0: only the center
+    flip: bool = False  # also cache a mirrored copy of each crop
 
     def __post_init__(self) -> None:
         _check_side("step", self.step, PIXELS_PER_LATENT)
-        if isinstance(self.resolution, list | tuple):
-            if not self.resolution or len(set(self.resolution)) < len(self.resolution):
-                raise ValueError(f"resolution={list(self.resolution)!r} must be one side or several different ones")
-            for side in self.resolution:
-                _check_side("resolution", side, self.step, MAX_RESOLUTION)
-        else:
-            _check_side("resolution", self.resolution, self.step, MAX_RESOLUTION)
+        given = self.resolution if isinstance(self.resolution, list | tuple) else [self.resolution]
+        for side in given:
+            _check_side("resolution", side, self.step, MAX_RESOLUTION)
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"resolution={list(given)!r} must be one side or several different ones")
         if not isinstance(self.max_aspect, int | float) or not 1.0 <= self.max_aspect < math.inf:
             raise ValueError(f"max_aspect={self.max_aspect!r} must be a number of at least 1 (1: only the square)")
-        for key in ("upscale", "flip"):
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key}={getattr(self, key)!r} must be true or false")
-        if not _is_whole(self.random_crops) or self.random_crops < 0:
-            raise ValueError(f"random_crops={self.random_crops!r} must be a whole number from 0 (0: the middle)")
+        check_flag("upscale", self.upscale)
+        check_flag("flip", self.flip)
+        check_int("random_crops", self.random_crops, 0)
         least, most = self.min_resolution, self.resolutions[-1]
-        if least is not None and not (_is_whole(least) and 1 <= least <= most):
+        if least is not None and (not isinstance(least, int) or isinstance(least, bool) or not 1 <= least <= most):
             raise ValueError(f"min_resolution={least!r} must be from 1 to the smallest resolution, {most}, or null")
         if least is not None and self.upscale:
-            raise ValueError(f"min_resolution={least!r} does nothing with upscale=true: no picture is too small")
+            raise ValueError(f"min_resolution={least!r} has no effect with upscale=true: no image is too small")
 
     @cached_property
     def resolutions(self) -> tuple[int, ...]:
@@ -203,25 +185,24 @@ def fit_mask(mask: Image.Image, size: Size, cut: Cut = MIDDLE) -> Image.Image:
 def reference_size(width: int, height: int, max_pixels: int) -> Size:
     """Return the size of a reference: its own aspect ratio within `max_pixels`, never enlarged.
 
-    Sides are rounded down to multiples of 16, and sides below 16 pixels, one latent, are raised to 16. Raises
-    ValueError for max_pixels below 16^2.
+    Sides are rounded down to multiples of 16, but not below 16. Raises ValueError for max_pixels below 16^2.
     """
-    width, height = _within(width, height, max_pixels)
-    return _floor(width), _floor(height)
+    sides = _within(width, height, max_pixels)
+    width, height = (max(side // PIXELS_PER_LATENT, 1) * PIXELS_PER_LATENT for side in sides)
+    return width, height
 
 
 def fit_reference(image: Image.Image, max_pixels: int, mirrored: bool = False) -> Image.Image:
     """Return a reference at its `reference_size`: shrunk if it is too large, then center-cropped, as in inference."""
-    if mirrored:
-        return ImageOps.mirror(fit_reference(image, max_pixels))
-    width, height = _within(*image.size, max_pixels)
+    (width, height), size = _within(*image.size, max_pixels), reference_size(*image.size, max_pixels)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    size = _floor(width), _floor(height)
     if min(width, height) < PIXELS_PER_LATENT:
-        return fit(image, size)
-    left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    return image.crop((left, top, left + size[0], top + size[1]))
+        image = fit(image, size)
+    else:
+        left, top = (width - size[0]) // 2, (height - size[1]) // 2
+        image = image.crop((left, top, left + size[0], top + size[1]))
+    return ImageOps.mirror(image) if mirrored else image
 
 
 def _within(width: int, height: int, max_pixels: int) -> Size:
@@ -232,15 +213,7 @@ def _within(width: int, height: int, max_pixels: int) -> Size:
     return width, height
 
 
-def _floor(side: int) -> int:
-    return max(side // PIXELS_PER_LATENT, 1) * PIXELS_PER_LATENT
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_side(key: str, value: object, unit: int, most: float = math.inf) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most or value % unit:
         limit = "" if most == math.inf else f" up to {most}"
-        raise ValueError(f"{key}={value!r} must be a positive whole multiple of {unit} pixels{limit}")
+        raise ValueError(f"{key}={value!r} must be a positive multiple of {unit} pixels{limit}")

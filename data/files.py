@@ -11,8 +11,7 @@ from pathlib import Path
 def atomic_write(path: Path) -> Iterator[Path]:
     """Context manager that yields a temporary path next to `path`, then flushes that file and renames it to `path`.
 
-    After an exception the temporary file is deleted and `path` is as it was. The folder of `path` must exist. A killed
-    process leaves a `.*.tmp` file behind.
+    After an exception `path` is as it was. Its folder must exist. A killed process leaves a `.*.tmp` file behind.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

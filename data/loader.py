@@ -1,12 +1,11 @@
 """Batches of a training step, the same for every split of the step into processes and micro-batches.
 
-All randomness is a function of (seed, step, position of the sample in the global batch), never the state of a
-generator. So a run resumes from its step number alone, without sampler state, and one process with a batch of 4 sees
-exactly what four processes with one sample each see. PyTorch's DataLoader and DistributedSampler make the order depend
-on the number of workers and processes instead.
+All randomness is a function of (seed, step, position of the sample in the global batch), not the state of a generator.
+So a run resumes from its step number alone, and one process with a batch of 4 sees exactly what four processes with one
+sample each see. PyTorch's DataLoader and DistributedSampler make the order depend on the number of processes instead.
 
-Nothing is decoded here: latents and embeddings come from the cache, one file each. Entries that were read stay in
-memory up to a limit. A loader is not thread-safe.
+Nothing is decoded here: latents and embeddings come from the cache, one file each, and stay in memory up to a limit.
+A loader is not thread-safe.
 """
 
 from collections import OrderedDict
@@ -27,25 +26,15 @@ from data.sampler import BucketSampler, derived_generator
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one process's micro-batch, all from one bucket.
+    """The samples of one process's micro-batch, all from one bucket."""
 
-    Attributes:
-        latents: (B, 128, H/16, W/16) of the targets.
-        references: (B, 128, h_i/16, w_i/16) for each reference i.
-        embeddings: (B, L, D) of the captions.
-        captions: Captions of the embeddings; "" where the caption was dropped.
-        indices: Indices of the samples in the dataset.
-        positions: Positions in the global batch, which determine noise and timesteps.
-        mask: (B, 1, H/16, W/16), weights of the latents in the loss from 0 to 1; None if no sample has a mask.
-    """
-
-    latents: Tensor
-    references: list[Tensor]
-    embeddings: Tensor
-    captions: list[str]
-    indices: list[int]
-    positions: list[int]
-    mask: Tensor | None = None
+    latents: Tensor  # (B, 128, H/16, W/16) of the targets
+    references: list[Tensor]  # (B, 128, h_i/16, w_i/16) for each reference i
+    embeddings: Tensor  # (B, L, D) of the captions
+    captions: list[str]  # "" where the caption was dropped
+    indices: list[int]  # of the samples in the dataset
+    positions: list[int]  # in the global batch; they determine noise and timesteps
+    mask: Tensor | None = None  # (B, 1, H/16, W/16), weights in the loss from 0 to 1; None if no sample has a mask
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Batch":
         """Return the batch with its tensors on `device` as `dtype`, without waiting for the copies."""
@@ -80,8 +69,7 @@ class Loader:
             drawn once for all samples of a step, because token shapes differ with and without references.
         memory_limit_gb: Size of the memory for entries in 10^9 bytes; the least recently used are dropped first.
 
-    Raises ValueError, naming the argument, for a value out of range, a caption without a key, or reference_dropout if
-    no sample has references.
+    Raises ValueError, naming the argument, also for a caption without a key or reference_dropout without references.
     """
 
     def __init__(
@@ -104,8 +92,9 @@ class Loader:
         assert len(entries) == len(captions)
         assert all(captions)
         assert 0 <= process_index < num_processes
-        _check_probability("caption_dropout", caption_dropout)
-        _check_probability("reference_dropout", reference_dropout)
+        for key, value in (("caption_dropout", caption_dropout), ("reference_dropout", reference_dropout)):
+            if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+                raise ValueError(f"{key}={value!r} must be a number from 0 to 1")
         if not isinstance(memory_limit_gb, int | float) or not memory_limit_gb >= 0:
             raise ValueError(f"memory_limit_gb={memory_limit_gb!r} must be a number >= 0")
         if reference_dropout > 0 and not any(entry.reference_keys for entry in entries):
@@ -137,10 +126,11 @@ class Loader:
         indices = [step_indices[position] for position in positions]
         entries, captions = [], []
         for position, index in zip(positions, indices, strict=True):
-            entries.append(self._variant(step, position, index))
+            variants = self._entries[index].variants  # crops and mirrored copies
+            entries.append(variants[self._draw("variant", step, position, len(variants))])
             captions.append(self._caption(step, position, index))
         size, reference_sizes = entries[0].bucket
-        if self._drops_references(step):
+        if self._is_drawn(self.reference_dropout, "reference dropout", step):
             reference_sizes = ()
         return Batch(
             latents=self._stack("latents", [entry.key for entry in entries], latent_shape(size)),
@@ -155,15 +145,9 @@ class Loader:
             mask=self._masks([entry.mask_key for entry in entries], size),
         )
 
-    def _variant(self, step: int, position: int, index: int) -> LatentEntry:
-        """Return the drawn variant, a crop or mirrored copy, of a sample's entry."""
-        variants = self._entries[index].variants
-        return variants[self._draw("variant", step, position, len(variants))]
-
     def _caption(self, step: int, position: int, index: int) -> str:
         """Return the drawn caption of a sample, or "" if it is dropped."""
-        draw = torch.rand((), generator=derived_generator(self.seed, "dropout", step, position))
-        if draw.item() < self.caption_dropout:
+        if self._is_drawn(self.caption_dropout, "dropout", step, position):
             return ""
         captions = self._captions[index]
         return captions[self._draw("caption", step, position, len(captions))]
@@ -173,9 +157,8 @@ class Loader:
             return 0
         return int(torch.randint(choices, (), generator=derived_generator(self.seed, what, step, position)))
 
-    def _drops_references(self, step: int) -> bool:
-        draw = torch.rand((), generator=derived_generator(self.seed, "reference dropout", step))
-        return draw.item() < self.reference_dropout
+    def _is_drawn(self, probability: float, *key: int | str) -> bool:
+        return torch.rand((), generator=derived_generator(self.seed, *key)).item() < probability
 
     def _stack(self, name: str, keys: Sequence[str], shape: Shape) -> Tensor:
         """Return one tensor of every entry, stacked. Raise ValueError, naming the entry, for another shape."""
@@ -204,24 +187,16 @@ class _Memory:
 
     def __init__(self, cache: Cache, limit: float) -> None:
         self._cache, self._limit, self._held = cache, limit, 0
-        self._entries: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[dict[str, Tensor], int]] = OrderedDict()  # tensors and their bytes
 
     def get(self, key: str) -> dict[str, Tensor]:
         if key in self._entries:
             self._entries.move_to_end(key)
-            return self._entries[key]
+            return self._entries[key][0]
         tensors = self._cache.get(key)
-        self._entries[key] = tensors
-        self._held += _nbytes(tensors)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self._entries[key] = tensors, size
+        self._held += size
         while self._held > self._limit:
-            self._held -= _nbytes(self._entries.popitem(last=False)[1])
+            self._held -= self._entries.popitem(last=False)[1][1]
         return tensors
-
-
-def _nbytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _check_probability(key: str, value: object) -> None:
-    if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{key}={value!r} must be a number from 0 to 1")

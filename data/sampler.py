@@ -38,9 +38,7 @@ class BucketSampler:
     p w times up to rounding (`_Passes`), and the cycles of buckets count it in the same way.
 
     Args:
-        buckets: Bucket of each sample, any hashable value.
         global_batch: Number of samples in a step over all processes and micro-batches.
-        seed: Seed of the order.
         weights: Weights of the samples; None is 1 for all.
 
     Raises ValueError if there are no samples, or for weights that are negative, not finite, or all 0.
@@ -67,32 +65,28 @@ class BucketSampler:
             self._bucket_of[indices] = number
             self._passes.append(_Passes(np.array(indices), given, offsets))
         self._cycles = _Passes(np.arange(len(buckets)), given, offsets)
-        self._pass = lru_cache(maxsize=2 * len(members))(self._shuffled_pass)
-        self._cycle = lru_cache(maxsize=2)(self._shuffled_cycle)
+        self._order = lru_cache(maxsize=2 * len(members) + 2)(self._shuffled)
 
     def batch(self, step: int) -> list[int]:
         """Return the sample indices of a step (from 0), by position in the global batch; all from one bucket."""
         assert step >= 0
         cycle, place = self._cycles.locate(step)
-        order = self._cycle(cycle)
+        order = self._order("bucket", cycle)
         number = int(order[place])
         earlier = self._passes[number].before(cycle) + int((order[:place] == number).sum())
         batch = []
         for k in range(earlier * self.global_batch, (earlier + 1) * self.global_batch):
             passed, offset = self._passes[number].locate(k)
-            batch.append(int(self._pass(number, passed)[offset]))
+            batch.append(int(self._order(number, passed)[offset]))
         return batch
 
-    def _shuffled_cycle(self, cycle: int) -> np.ndarray:
-        return self._bucket_of[self._shuffled(self._cycles, "bucket", cycle)]
-
-    def _shuffled_pass(self, number: int, passed: int) -> np.ndarray:
-        return self._shuffled(self._passes[number], number, passed)
-
-    def _shuffled(self, passes: "_Passes", name: int | str, turn: int) -> np.ndarray:
+    def _shuffled(self, name: int | str, turn: int) -> np.ndarray:
+        """Return the samples of a pass of the bucket with this number, or the buckets of a cycle ("bucket")."""
+        passes = self._passes[name] if isinstance(name, int) else self._cycles
         samples = passes.samples(turn)
         generator = derived_generator(self.seed, "order", name, turn)
-        return samples[torch.randperm(len(samples), generator=generator).numpy()]
+        order = samples[torch.randperm(len(samples), generator=generator).numpy()]
+        return order if isinstance(name, int) else self._bucket_of[order]
 
 
 class _Passes:

@@ -28,7 +28,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from typing import Any
 
 from omegaconf import DictConfig
 from PIL import Image, ImageChops
@@ -46,7 +46,7 @@ from train.run import train
 from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
 from train.utils.progress import ItemProgress
-from train.validation.sample_grid import sample_grid
+from train.validation.sample_grid import sample_grid, stack
 
 SUBJECTS = ("heart", "fish", "tree", "wheel", "lantern", "bell")  # on no card
 COLORS = ("green", "pink", "brown", "black")  # on no card
@@ -55,25 +55,16 @@ BATCH = 8
 SHOWN = ("green fish", "pink heart", "brown tree", "black bell")
 
 
-@dataclass(frozen=True)
-class PictureScores:
-    """Scores of a set of images: mean distance from the cards' style, and shares of images as requested."""
-
-    style_distance: float
-    subject: float
-    color: float
-    both: float
-
-
-def score_pictures(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> PictureScores:
-    """Score `pictures` that should show `wanted` (color, subject)."""
+def score_pictures(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Return the mean distance from the cards' style, and the shares of images that show `wanted` (color, subject)."""
     read = [probe.read(picture) for picture in pictures]
-    subject = [r.shape == shape for r, (_, shape) in zip(read, wanted, strict=True)]
-    color = [r.color == name for r, (name, _) in zip(read, wanted, strict=True)]
-    both = [a and b for a, b in zip(subject, color, strict=True)]
-    count = len(pictures)
-    distance = sum(probe.style_distance(picture) for picture in pictures) / count
-    return PictureScores(distance, sum(subject) / count, sum(color) / count, sum(both) / count)
+    right = {
+        "subject": [r.shape == subject for r, (_, subject) in zip(read, wanted, strict=True)],
+        "color": [r.color == color for r, (color, _) in zip(read, wanted, strict=True)],
+    }
+    right["both"] = [all(each) for each in zip(*right.values(), strict=True)]
+    distance = sum(map(probe.style_distance, pictures)) / len(pictures)
+    return {"style_distance": distance} | {key: sum(values) / len(values) for key, values in right.items()}
 
 
 def share_moved(before: float, after: float, cards: float) -> float:
@@ -94,19 +85,16 @@ def verdict(good: bool, text: str) -> str:
 def judge(report: dict[str, float]) -> list[str]:
     """Return the report as sentences that start with yes or NO."""
     style, leak = report["style_moved"], report["plain_style_moved"]
+    cards, cards_before = report["subjects_right"], report["subjects_right_before"]
+    plain, plain_before = report["plain_subjects_right"], report["plain_subjects_right_before"]
     return [
         verdict(style >= 0.9, f"the cards' style was learned: {style:.0%} of the way from the base to the cards"),
         verdict(
-            report["subjects_right"] >= 0.8,
-            f"new subjects and colors stay right on cards: {report['subjects_right']:.0%} (base, same prompts: "
-            f"{report['subjects_right_before']:.0%})",
+            cards >= 0.8,
+            f"new subjects and colors stay right on cards: {cards:.0%} (base, same prompts: {cards_before:.0%})",
         ),
         verdict(leak <= 0.2, f"plain prompts keep the base's style: moved {leak:.0%} of the way to the cards"),
-        verdict(
-            report["plain_subjects_right"] >= 0.8,
-            f"plain prompts keep their subjects: {report['plain_subjects_right']:.0%} (base: "
-            f"{report['plain_subjects_right_before']:.0%})",
-        ),
+        verdict(plain >= 0.8, f"plain prompts keep their subjects: {plain:.0%} (base: {plain_before:.0%})"),
         verdict(bool(report["base_unchanged"]), "with the adapter off, the base's images are the same, bit for bit"),
     ]
 
@@ -135,22 +123,26 @@ def run_demo(config: DictConfig, demonstrate: Callable[[RunConfig, RunLocation],
 def report_results(
     run: RunConfig,
     adapter: Path,
-    seconds: float,
+    name: str,
+    numbers: dict[str, Any],
     judged: Sequence[str],
-    numbers: Path,
+    grid: Image.Image,
     use: Sequence[str],
     pairs: Sequence[Pair],
 ) -> None:
-    """Print the results, their files, and the command that generates more images with the adapter."""
-    run.say(f"\ntrained in {seconds:.0f} s")
+    """Write grid and numbers into the run folder; print the results, and how to generate more images."""
+    folder = adapter.parent
+    grid.save(folder / "grid.png", optimize=True)
+    (folder / name).write_text(json.dumps(numbers, indent=2) + "\n")
+    run.say(f"\ntrained in {numbers['training_seconds']:.0f} s")
     for sentence in judged:
         run.say(sentence)
-    run.say(f"\nbefore and after  {adapter.parent / 'grid.png'}")
-    run.say(f"all numbers       {numbers}")
+    run.say(f"\nbefore and after  {folder / 'grid.png'}")
+    run.say(f"all numbers       {folder / name}")
     run.say(f"the adapter       {adapter}")
     command_line = f"{shlex.quote(sys.executable)} -m flux2.generate --adapter {adapter}"
     run.say(f"more images       {command_line} {shlex.join(use)}")
-    if run.accelerator.is_main_process and (page := run_report.write_or_warn(adapter.parent, pairs)):
+    if run.accelerator.is_main_process and (page := run_report.write_or_warn(folder, pairs)):
         run.say(f"the report        {page}")
 
 
@@ -165,12 +157,14 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     pairs = [(color, subject) for subject in SUBJECTS for color in COLORS] * PICTURES
     prompts = [f"a trtcrd of a {color} {subject}, tarot style" for color, subject in pairs]
     plain = [f"a large {color} {subject} on a blue background" for color, subject in pairs]
+    images: dict[str, list[Image.Image]] = {}
 
-    run.say(f"{len(prompts) + len(plain)} images of the base, then {run.settings.steps} steps, then as many images")
+    total = len(prompts) + len(plain)
+    run.say(f"{total} images of the base, then {run.settings.steps} steps, then as many images")
     base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
     with closing(ItemProgress("pictures", shown=run.accelerator.is_main_process)) as count:
-        cards_before = draw(base, prompts, count, 0, len(prompts) + len(plain))
-        plain_before = draw(base, plain, count, len(prompts), len(prompts) + len(plain))
+        images["cards_before"] = draw(base, prompts, count, 0, total)
+        images["plain_before"] = draw(base, plain, count, len(prompts), total)
 
     began = time.perf_counter()
     adapter, _ = train(run, location)
@@ -179,52 +173,30 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     run.say("images with the adapter, and again without it")
     base.load_adapter(adapter)
     with closing(ItemProgress("pictures", shown=run.accelerator.is_main_process)) as count:
-        total = 2 * len(prompts) + len(plain)
-        cards_after = draw(base, prompts, count, 0, total)
-        plain_after = draw(base, plain, count, len(prompts), total)
+        total += len(prompts)
+        images["cards_after"] = draw(base, prompts, count, 0, total)
+        images["plain_after"] = draw(base, plain, count, len(prompts), total)
         with adapters_disabled(base.transformer):
-            unchanged = are_identical(cards_before, draw(base, prompts, count, len(prompts) + len(plain), total))
+            again = draw(base, prompts, count, len(prompts) + len(plain), total)
 
     cards = sum(probe.style_distance(sample.target.load()) for sample in dataset) / len(dataset)
-    looks = {
-        "cards_before": score_pictures(cards_before, pairs),
-        "cards_after": score_pictures(cards_after, pairs),
-        "plain_before": score_pictures(plain_before, pairs),
-        "plain_after": score_pictures(plain_after, pairs),
-    }
-    found = {
-        "training_seconds": round(seconds, 1),
-        "style_moved": share_moved(looks["cards_before"].style_distance, looks["cards_after"].style_distance, cards),
-        "plain_style_moved": share_moved(
-            looks["plain_before"].style_distance, looks["plain_after"].style_distance, cards
-        ),
-        "subjects_right_before": looks["cards_before"].both,
-        "subjects_right": looks["cards_after"].both,
-        "plain_subjects_right_before": looks["plain_before"].both,
-        "plain_subjects_right": looks["plain_after"].both,
-        "base_unchanged": float(unchanged),
-        "style_distance_of_the_cards": cards,
-    }
-    folder = adapter.parent
-    everything = found | {name: asdict(value) for name, value in looks.items()}
-    (folder / "demo.json").write_text(json.dumps(everything, indent=2) + "\n")
-
-    shown = [pairs.index(tuple(words.split())) for words in SHOWN]  # type: ignore[arg-type]
-    rows = [[pictures[i] for i in shown] for pictures in (cards_before, cards_after, plain_before, plain_after)]
-    top = sample_grid(rows[:2], [prompts[i] for i in shown], ["before", "after"])
-    bottom = sample_grid(rows[2:], [plain[i] for i in shown], ["before", "after"])
-    page = Image.new("RGB", (top.width, top.height + bottom.height), "white")
-    page.paste(top, (0, 0))
-    page.paste(bottom, (0, top.height))
-    page.save(folder / "grid.png", optimize=True)
-
+    scores = {name: score_pictures(drawn, pairs) for name, drawn in images.items()}
+    found = {"training_seconds": round(seconds, 1), "style_distance_of_the_cards": cards}
+    found["base_unchanged"] = float(are_identical(images["cards_before"], again))
+    shown = [pairs.index((color, subject)) for color, _, subject in (words.partition(" ") for words in SHOWN)]
+    grids: list[Image.Image] = []
+    pairs_shown: list[Pair] = []
+    for prefix, kind, texts in (("", "cards", prompts), ("plain_", "plain", plain)):
+        before, after = scores[f"{kind}_before"], scores[f"{kind}_after"]
+        found[f"{prefix}style_moved"] = share_moved(before["style_distance"], after["style_distance"], cards)
+        found[f"{prefix}subjects_right_before"] = before["both"]
+        found[f"{prefix}subjects_right"] = after["both"]
+        captions = [texts[i] for i in shown]
+        rows = [[images[f"{kind}_{when}"][i] for i in shown] for when in ("before", "after")]
+        grids.append(sample_grid(rows, captions, ["before", "after"]))
+        pairs_shown += zip(captions, *rows, strict=True)
     use = ["--prompt", "a trtcrd of a purple bell, tarot style", "--out", "bell.png"]
-    pairs_shown = [
-        (words[i], before[i], after[i])
-        for words, before, after in ((prompts, cards_before, cards_after), (plain, plain_before, plain_after))
-        for i in shown
-    ]
-    report_results(run, adapter, seconds, judge(found), folder / "demo.json", use, pairs_shown)
+    report_results(run, adapter, "demo.json", found | scores, judge(found), stack(grids), use, pairs_shown)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ if __name__ == "__main__":  # train/ comes first in sys.path and would hide libr
     sys.argv.append("+experiment=demo_edit")  # at the end, because -m takes the words after it
     start()
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -34,7 +33,8 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from data.synthetic.drawings import BACKGROUNDS, COLORS, Drawing, draw, plain_edit
+from data.synthetic.captions import plain_edit
+from data.synthetic.drawings import BACKGROUNDS, COLORS, Drawing, draw
 from data.synthetic.recognize import difference, recognize
 from data.synthetic.spotlight import INSTRUCTION, PIXELS, SHOWN, new_drawings, spotlight
 from flux2.adapters import adapters_disabled
@@ -154,7 +154,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     with adapters_disabled(pipe.transformer):
         unchanged = are_identical(before, edit_sources(pipe, sources, instructions))
 
-    looks = {
+    scores = {
         "before": shares(before, drawings, lit=True),
         "after": shares(after, drawings, lit=True),
         "shuffled": shares(of_another, drawings, lit=True),
@@ -162,34 +162,26 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
         "plain_before": shares(plain_before, results, lit=False),
         "plain_after": shares(plain_after, results, lit=False),
     }
-    distances = [
-        sum(difference(one, other) for one, other in zip(pictures, intended, strict=True)) / len(intended)
-        for pictures in (before, after)
-    ]
+    distances = [sum(map(difference, pictures, intended)) / len(intended) for pictures in (before, after)]
     found = {
         "training_seconds": round(seconds, 1),
-        "edits_right_before": looks["before"]["all"],
-        "edits_right": looks["after"]["all"],
+        "edits_right_before": scores["before"]["all"],
+        "edits_right": scores["after"]["all"],
         "distance_before": distances[0],
         "distance": distances[1],
         "moved": share_moved(distances[0], distances[1], 0),
-        "shuffled_right": looks["shuffled"]["all"],
-        "shuffled_follow": looks["shuffled_given"]["all"],
-        "plain_right_before": looks["plain_before"]["all"],
-        "plain_right": looks["plain_after"]["all"],
+        "shuffled_right": scores["shuffled"]["all"],
+        "shuffled_follow": scores["shuffled_given"]["all"],
+        "plain_right_before": scores["plain_before"]["all"],
+        "plain_right": scores["plain_after"]["all"],
         "base_unchanged": float(unchanged),
     }
-    folder = adapter.parent
-    (folder / "demo_edit.json").write_text(json.dumps(found | looks, indent=2) + "\n")
-
-    rows = [[pictures[drawings.index(one)] for one in SHOWN] for pictures in (sources, before, after, intended)]
-    names = ["reference", "base", "adapter", "intended"]
-    sample_grid(rows, [INSTRUCTION] * len(SHOWN), names).save(folder / "grid.png", optimize=True)
-
-    use = ["--image", "data/demo_edit/new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
     chosen = [drawings.index(one) for one in SHOWN]
+    rows = [[pictures[i] for i in chosen] for pictures in (sources, before, after, intended)]
+    grid = sample_grid(rows, [INSTRUCTION] * len(SHOWN), ["reference", "base", "adapter", "intended"])
     pairs = [(f"{drawings[i].color} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen]
-    report_results(run, adapter, seconds, judge(found), folder / "demo_edit.json", use, pairs)
+    use = ["--image", "data/demo_edit/new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
+    report_results(run, adapter, "demo_edit.json", found | scores, judge(found), grid, use, pairs)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,6 @@
 What: a gold frame with an ink line, a parchment panel with one subject, a dark bar above it, and a dark title bar with
 a Roman numeral below. `python data/demo/draw.py` writes data/demo/*.png and metadata.jsonl, identical on every run.
 
-How: rectangles and thick strokes at four times the size, averaged down; the subject comes from
-`data.synthetic.drawings.draw_subject`. Numerals are strokes and not text, because a font would differ between machines.
-
 Why these cards: a LoRA trained on them must apply the style with the trigger word ("trtcrd"), and must transfer it to
 things that no card shows: six of the fourteen subjects and four of the ten colors are omitted.
 """

@@ -3,9 +3,6 @@
 What: `python data/demo_edit/draw.py` writes source/*.png, target/*.png and metadata.jsonl, 40 pairs to learn from, and
 new/*.png, images for the sample grids; identical pixels on every run. All pairs have the same instruction.
 
-How: an edited image is its source under a colored light, warm in a central disc, dim and cool around it. Every pixel is
-a function of the source, so a model can draw it only by looking at the reference.
-
 Why this edit: the embedded model was trained on neither dark images nor discs, so the base cannot draw it; and subject,
 color, background and size must all be taken from the reference. All combinations of subject, color and background are
 held out from the training of the embedded model (`data.synthetic.drawings.held_out`). The pairs show the subjects and

@@ -2,25 +2,11 @@
 data.buckets, and conf/dataset names its exports. Begin with base.py, which all sources share.
 """
 
-from data.sources.base import Bad, BadData, Sample, Source
+from data.sources.base import Bad, Sample, Source
 from data.sources.captions import Captions
 from data.sources.folders import Folder, Pairs
-from data.sources.images import BadPicture, Picture
 from data.sources.mix import Mix
 from data.sources.tables import HuggingFace
 from data.sources.webdataset import WebDataset
 
-__all__ = [
-    "Bad",
-    "BadData",
-    "BadPicture",
-    "Captions",
-    "Folder",
-    "HuggingFace",
-    "Mix",
-    "Pairs",
-    "Picture",
-    "Sample",
-    "Source",
-    "WebDataset",
-]
+__all__ = ["Bad", "Captions", "Folder", "HuggingFace", "Mix", "Pairs", "Sample", "Source", "WebDataset"]

@@ -8,7 +8,7 @@ that only a decoder finds are added to the same list later, by `Source.leave_out
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
 from data.checks import check_flag, check_int, check_text
@@ -22,21 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """One training example: an image, and the images that it is an edit of.
-
-    Attributes:
-        target: Image to learn.
-        captions: At least one stripped caption, which may be empty; of several, one is drawn at each step.
-        references: Images that the target is an edit of, in the order in which the caption counts them.
-        weight: Frequency of training relative to other samples; 3.0 is three times in every pass over the data.
-        mask: Weight of each pixel in the loss, white 1 and black 0, in the size of the target; None: 1 everywhere.
-    """
+    """One training example: an image, and the images that it is an edit of."""
 
     target: Picture
-    captions: tuple[str, ...]
-    references: tuple[Picture, ...] = ()
-    weight: float = 1.0
-    mask: Picture | None = None
+    captions: tuple[str, ...]  # at least one, stripped, may be empty; of several, one is drawn at each step
+    references: tuple[Picture, ...] = ()  # in the order in which the caption counts them
+    weight: float = 1.0  # frequency relative to other samples; 3.0 is three times in every pass over the data
+    mask: Picture | None = None  # loss weight of the target's pixels, white 1 and black 0; None: 1 everywhere
 
     @property
     def name(self) -> str:
@@ -58,29 +50,40 @@ class Bad(NamedTuple):
         return f"{shorten(self.name)} {self.reason}"
 
 
+def caption_texts(value: object) -> list[str]:
+    """Return a text or a list of texts as a list. Raise ValueError with the bare reason for anything else."""
+    texts: list[Any] = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"has the caption {shorten(repr(value))}: it must be text")
+    return texts
+
+
 class BadData(ValueError):  # noqa: N818
     """A dataset has more bad samples than `max_bad` allows. The message lists every one of them."""
 
 
 class Source(Sequence[Sample]):
-    """A list of samples in a fixed order.
+    """A list of samples in a fixed order, and `bad`, those that were skipped.
 
     A subclass finds its samples, with captions as they were written, and passes them to `_take`, which checks and
-    prepares them. Arguments of all sources:
+    prepares them.
 
     Args:
         where: Name of the dataset in messages.
-        captions: Processing of the captions.
-        mask: "alpha" uses each target's alpha channel as its mask; the subclass reads any other name.
+        mask: "alpha" uses each target's alpha channel as its mask; the subclass reads any other name (`_mask_name`).
         first_frame: Train on the first frame of an animated image, which otherwise counts as bad.
         max_bad: Number of bad samples that are skipped; more of them are an error.
-
-    Attributes:
-        bad: Samples that were skipped.
+        prompt: One caption for all images, instead of any others; the subclass reads it.
     """
 
     def __init__(
-        self, where: str, captions: Captions | None, mask: str | None, first_frame: bool, max_bad: int
+        self,
+        where: str,
+        captions: Captions | None = None,
+        mask: str | None = None,
+        first_frame: bool = False,
+        max_bad: int = 0,
+        prompt: str | None = None,
     ) -> None:
         if captions is not None and not isinstance(captions, Captions):
             raise ValueError(f"dataset.captions={captions!r} must be made by data.sources.captions.Captions, or null")
@@ -88,7 +91,9 @@ class Source(Sequence[Sample]):
             check_text("dataset.mask", mask)
         check_flag("dataset.first_frame", first_frame)
         self.where, self.max_bad, self.bad = where, check_int("dataset.max_bad", max_bad, 0), list[Bad]()
-        self._preparation, self._mask, self._first_frame = captions or Captions(), mask, first_frame
+        self._preparation, self._first_frame = captions or Captions(), first_frame
+        self._alpha, self._mask_name = mask == ALPHA, None if mask == ALPHA else mask
+        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._samples: list[Sample] = []
 
     def __len__(self) -> int:
@@ -103,19 +108,13 @@ class Source(Sequence[Sample]):
         return chosen if isinstance(chosen, Sample) else tuple(chosen)
 
     def leave_out(self, reasons: Mapping[int, str]) -> None:
-        """Skip samples whose images could not be decoded, given as index: reason.
-
-        Raises BadData, with the whole list, if there are more than `max_bad` bad samples in total.
-        """
+        """Skip samples that cannot be decoded, given as index: reason. Raise BadData if more than `max_bad` are bad."""
         self.bad += [Bad(self._samples[index].name, reason) for index, reason in sorted(reasons.items())]
         self._samples = [sample for index, sample in enumerate(self._samples) if index not in reasons]
         self._check_bad(list(reasons))
 
     def _take(self, found: Iterable[Sample | Bad], hint: str = "") -> None:
-        """Check, prepare and keep the samples found. Raise BadData as `leave_out` does, and if no sample is left.
-
-        `hint` is added to the error if there are no samples at all.
-        """
+        """Check, prepare and keep the samples found. Raise BadData as `leave_out` does, and, with `hint`, for none."""
         seen = set()
         for sample in found:
             if isinstance(sample, Bad):
@@ -144,7 +143,7 @@ class Source(Sequence[Sample]):
         for picture in (sample.target, *sample.references):
             self._check_header(picture)
         mask = sample.mask
-        if self._mask == ALPHA:
+        if self._alpha:
             mask = sample.target.transparency() if sample.target.header.transparent else None
         elif mask is not None:
             self._check_header(mask)

@@ -19,25 +19,16 @@ from data.checks import check_flag, check_int
 class Captions:
     """Settings for the captions of a source (`dataset.captions`).
 
-    Args:
-        trigger: Word that every caption must contain; "trigger, " is put in front of a caption without it.
-        template: Text in which {caption} is replaced by the caption: "a photo of {caption}".
-        split_lines: Use each line of a text as a separate caption.
-        shuffle_tags: Number of orders of a caption's comma-separated tags; 0 keeps the tags as they are.
-        keep_tags: Number of tags at the beginning that stay in place.
-        allow_empty: Train an empty caption with the empty prompt; otherwise it counts as bad.
-        seed: Seed of the orders, which depend only on it and the caption.
-
     Raises ValueError, naming the key, for an invalid value and for one that would have no effect.
     """
 
-    trigger: str | None = None
-    template: str | None = None
-    split_lines: bool = False
-    shuffle_tags: int = 0
-    keep_tags: int = 0
-    allow_empty: bool = False
-    seed: int = 0
+    trigger: str | None = None  # word that every caption must contain; "trigger, " is put in front of one without it
+    template: str | None = None  # text in which {caption} is replaced by the caption: "a photo of {caption}"
+    split_lines: bool = False  # use each line of a text as a separate caption
+    shuffle_tags: int = 0  # number of orders of a caption's comma-separated tags; 0 keeps the tags as they are
+    keep_tags: int = 0  # number of tags at the beginning that stay in place
+    allow_empty: bool = False  # train an empty caption with the empty prompt; otherwise it counts as bad
+    seed: int = 0  # of the orders, which depend only on it and the caption
 
     def __post_init__(self) -> None:
         for key in ("trigger", "template"):
@@ -77,12 +68,9 @@ class Captions:
 
     def _shuffled(self, tags: list[str], text: str, number: int) -> list[str]:
         """Order the tags by a hash of each, not by a running generator, so that captions do not affect each other."""
-        content = f"{self.seed} {number} {text}".encode()
-
-        def place(index: int) -> bytes:
-            return hashlib.sha256(f"{index} ".encode() + content).digest()
-
-        return [tags[index] for index in sorted(range(len(tags)), key=place)]
+        content = f"{self.seed} {number} {text}"
+        ranks = [hashlib.sha256(f"{index} {content}".encode()).digest() for index in range(len(tags))]
+        return [tag for _, tag in sorted(zip(ranks, tags, strict=True))]
 
     def _finish(self, text: str) -> str:
         if self.template is not None:

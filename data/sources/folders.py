@@ -10,13 +10,14 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from data.checks import check_flag, check_text, check_texts
-from data.sources.base import ALPHA, Bad, Sample, Source
+from data.sources.base import Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, UNREADABLE, Picture, file_picture, shorten
 
@@ -32,20 +33,17 @@ class Folder(Source):
     """A folder of images with `metadata.jsonl` or `metadata.csv`, or with a `.txt` file of the same stem for each.
 
     Args:
-        path: Folder of the images.
         caption_column: Column of the metadata; in jsonl it may hold a list of captions.
         image_column: Column of the metadata with a file name, relative to the folder of the metadata.
         reference_columns: Columns of the metadata that hold a file name, a list of file names (in csv as JSON), or
             nothing (null, in csv an empty cell). By default the column `references`, if there is one.
-        prompt: One caption for all images, instead of any others.
         recursive: Include subfolders. A metadata file describes everything below its folder.
         mask: "alpha", or a column of the metadata (null: no mask), or without metadata a folder in `path` that has an
             image of the same name for each.
-        captions, first_frame, max_bad: As in `Source`.
+        prompt, captions, first_frame, max_bad: As in `Source`.
 
-    Samples are in the order of the metadata, or else of the file names, subfolders after files.
-    Raises ValueError for a folder or column that does not exist and for metadata that cannot be read, and BadData for
-    samples that cannot be used.
+    Samples are in the order of the metadata, or else of the file names, subfolders after files. Raises ValueError for a
+    folder or column that does not exist or metadata that cannot be read, and BadData for samples that cannot be used.
     """
 
     def __init__(
@@ -62,13 +60,12 @@ class Folder(Source):
         max_bad: int = 0,
     ) -> None:
         self.path = existing_folder("path", path)
-        super().__init__(str(self.path), captions, mask, first_frame, max_bad)
+        super().__init__(str(self.path), captions, mask, first_frame, max_bad, prompt)
+        self._mask_folder = None if self._mask_name is None else self.path / self._mask_name
         self._caption = check_text("dataset.caption_column", caption_column)
         self._image = check_text("dataset.image_column", image_column)
-        self._references = reference_columns
-        if reference_columns is not None:
-            self._references = check_texts("dataset.reference_columns", reference_columns)
-        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
+        given = None if reference_columns is None else check_texts("dataset.reference_columns", reference_columns)
+        self._references = given
         check_flag("dataset.recursive", recursive)
         self._recursive = recursive
         self._has_metadata = False
@@ -76,7 +73,17 @@ class Folder(Source):
         endings = ", ".join(sorted(SUFFIXES))
         beneath = "" if recursive else "; set dataset.recursive=true to include subfolders"
         self._take(self._found(self.path), f": it contains no images ({endings}){beneath}")
-        self._check_used()
+        columns: dict[str, tuple[object, object]] = {
+            "caption_column": (self._caption, "text"),
+            "image_column": (self._image, "file_name"),
+            "reference_columns": (list(given or ()), []),
+        }
+        changed = [f"dataset.{key}={value!r}" for key, (value, usual) in columns.items() if value != usual]
+        if changed and not self._has_metadata:
+            raise ValueError(
+                f"{', '.join(changed)}: {self.path / METADATA[0]} does not exist. Write that file (or {METADATA[1]}), "
+                "or remove the setting"
+            )
 
     def _found(self, folder: Path) -> Iterator[Sample | Bad]:
         """Yield the samples of a folder, with `recursive` also those of its subfolders."""
@@ -94,67 +101,43 @@ class Folder(Source):
                 if folder / name != self._mask_folder:
                     yield from self._found(folder / name)
 
-    def _check_used(self) -> None:
-        """Raise ValueError if columns are set and there is no metadata."""
-        columns = {"caption_column": (self._caption, "text"), "image_column": (self._image, "file_name")}
-        given = [f"dataset.{key}={value!r}" for key, (value, usual) in columns.items() if value != usual]
-        if self._references:
-            given.append(f"dataset.reference_columns={list(self._references)}")
-        if given and not self._has_metadata:
-            raise ValueError(
-                f"{', '.join(given)}: {self.path / METADATA[0]} does not exist. Write that file (or {METADATA[1]}), or "
-                "remove the setting"
-            )
-
-    # -------------------------------------------------------------- caption files
-
-    @property
-    def _mask_folder(self) -> Path | None:
-        return None if self._mask in (None, ALPHA) else self.path / str(self._mask)
-
     def _from_sidecars(self, folder: Path, names: Sequence[str]) -> Iterator[Sample | Bad]:
-        masks, doubled = {}, {}
+        masks: dict[str, list[str]] = {}
         if self._mask_folder is not None:
             there = self._mask_folder / folder.relative_to(self.path)
             if folder == self.path:
                 existing_folder("mask", there)
-            found = pictures_by_stem(there) if there.is_dir() else {}
-            masks = {stem: files[0] for stem, files in found.items()}
-            doubled = {stem: files for stem, files in found.items() if len(files) > 1}
+            masks = pictures_by_stem(there) if there.is_dir() else {}
         texts = {name for name in names if name.endswith(".txt")}
         for stem, files in by_stem(names).items():
+            mask = masks.get(stem, [])
             for name in files:
                 path = str(folder / name)
                 if len(files) > 1 and (self._prompt is None or masks):
                     others = ", ".join(other for other in files if other != name)
                     yield Bad(path, f"shares its name, and so its caption, with {others}: rename one of them")
-                elif stem in doubled:
-                    yield Bad(path, f"has several masks, {' and '.join(map(str, doubled[stem]))}: remove all but one")
+                elif len(mask) > 1:
+                    yield Bad(path, f"has several masks, {' and '.join(mask)}: remove all but one")
                 elif is_foreign(name):
                     yield Bad(path, "has a format that Pillow cannot read: convert it")
-                elif self._mask_folder is not None and stem not in masks:
+                elif self._mask_folder is not None and not mask:
                     yield Bad(path, f"has no mask in {self._mask_folder}")
                 elif self._prompt is None and f"{stem}.txt" not in texts:
                     yield Bad(path, f"has no caption: write {stem}.txt or metadata.jsonl, or set dataset.prompt")
                 else:
-                    mask = file_picture(masks[stem]) if masks else None
-                    sample = Sample(file_picture(path), (self._prompt or "",), mask=mask)
-                    yield sample if self._prompt else _with_caption(sample, folder / f"{stem}.txt")
-
-    # -------------------------------------------------------------- metadata
+                    sample = Sample(file_picture(path), (), mask=file_picture(mask[0]) if mask else None)
+                    yield _with_caption(sample, self._prompt, folder / f"{stem}.txt")
 
     def _from_metadata(self, file: Path) -> Iterator[Sample | Bad]:
         rows = list(_jsonl(file) if file.suffix == ".jsonl" else _csv(file))
         if not rows:
             raise ValueError(f"{file} is empty. Write one line for each image")
-        references, needed = self._references, [self._image]
+        references = self._references
         if references is None:
-            references = [REFERENCES] if any(REFERENCES in row for _, row in rows) else []
-        else:
-            needed += references
-        needed += [self._caption] if self._prompt is None else []
-        masked = self._mask not in (None, ALPHA)
-        needed += [str(self._mask)] if masked else []
+            references = (REFERENCES,) * any(REFERENCES in row for _, row in rows)
+        caption_column = self._caption if self._prompt is None else None
+        wanted = (self._image, *(self._references or ()), caption_column, self._mask_name)
+        needed = [column for column in wanted if column is not None]
         for column in needed:
             if not any(column in row for _, row in rows):
                 raise ValueError(f"{file} has no column {column!r}; it has: {', '.join(rows[0][1])}")
@@ -164,16 +147,11 @@ class Folder(Source):
                     raise ValueError(f"has no column {missing[0]!r}; it has: {', '.join(row)}")
                 target = self._picture(file, row, self._image)
                 others = [self._inside(file, name) for column in references for name in _names(row.get(column), column)]
-                mask = self._picture(file, row, str(self._mask)) if masked and row.get(str(self._mask)) else None
-                caption = [self._prompt] if self._prompt is not None else row[self._caption]
+                mask = self._picture(file, row, self._mask_name) if self._mask_name and row[self._mask_name] else None
+                texts = [self._prompt] if self._prompt is not None else caption_texts(row[self._caption])
+                yield Sample(target, tuple(texts), tuple(others), mask=mask)
             except ValueError as error:
                 yield Bad(f"{file} line {number}", str(error))
-                continue
-            texts: list[Any] = caption if isinstance(caption, list) else [caption]
-            if not texts or not all(isinstance(text, str) for text in texts):
-                yield Bad(f"{file} line {number}", f"has the caption {shorten(repr(caption))}: it must be text")
-            else:
-                yield Sample(target, tuple(texts), tuple(others), mask=mask)
 
     def _picture(self, file: Path, row: dict[str, Any], column: str) -> Picture:
         names = _names(row.get(column), column)
@@ -191,7 +169,6 @@ class Pairs(Source):
     """Images before and after an edit: `source/x.png`, `target/x.png`, and the instruction in `target/x.txt`.
 
     Args:
-        path: Folder that contains the others.
         target_folder: Folder of the images to learn, including subfolders.
         reference_folders: One folder for each reference, with images of the same names in any format.
         prompt: One instruction for all images, instead of the `.txt` files.
@@ -216,15 +193,14 @@ class Pairs(Source):
         max_bad: int = 0,
     ) -> None:
         self.path = existing_folder("path", path)
-        super().__init__(str(self.path), captions, mask, first_frame, max_bad)
+        super().__init__(str(self.path), captions, mask, first_frame, max_bad, prompt)
         references = check_texts("dataset.reference_folders", reference_folders)
         if not references:
             raise ValueError("dataset.reference_folders is empty. Name a folder, or use dataset=folder")
         target = existing_folder("target_folder", self.path / check_text("dataset.target_folder", target_folder))
         sources = [existing_folder("reference_folders", self.path / name) for name in references]
-        masks = None if mask in (None, ALPHA) else existing_folder("mask", self.path / str(mask))
+        masks = None if self._mask_name is None else existing_folder("mask", self.path / self._mask_name)
         check_flag("dataset.incomplete", incomplete)
-        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._take(self._found(target, sources, masks, incomplete), f": {target} contains no images")
 
     def _found(
@@ -251,14 +227,10 @@ class Pairs(Source):
             else:
                 mask = file_picture(masked[stem][0]) if masks is not None else None
                 references = tuple(file_picture(file) for files in partners for file in files)
-                sample = Sample(file_picture(name), (self._prompt or "",), references, mask=mask)
-                yield sample if self._prompt else _with_caption(sample, text)
+                yield _with_caption(Sample(file_picture(name), (), references, mask=mask), self._prompt, text)
         for files in references_by_stem:
             for stem in sorted(files.keys() - targets.keys()):
                 yield Bad(files[stem][0], f"has no target of its name in {target}")
-
-
-# ------------------------------------------------------------------ files
 
 
 def existing_folder(key: str, path: object) -> Path:
@@ -281,13 +253,9 @@ def path_inside(folder: Path, name: str) -> str:
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Return the sorted names of the files (and broken links) and of the subfolders, without hidden ones."""
-    files: list[str] = []
-    folders: list[str] = []
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith("."):
-                (folders if entry.is_dir() else files).append(entry.name)
-    return sorted(files), sorted(folders)
+        shown = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    return [name for name, is_dir in shown if not is_dir], [name for name, is_dir in shown if is_dir]
 
 
 def is_foreign(name: str) -> bool:
@@ -306,8 +274,9 @@ def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
 
 def pictures_by_stem(folder: Path) -> dict[str, list[str]]:
     """Return the paths of the images in a folder and its subfolders, by relative path without the extension."""
-    found = {stem: [str(folder / name) for name in names] for stem, names in by_stem(list_folder(folder)[0]).items()}
-    for name in list_folder(folder)[1]:
+    files, folders = list_folder(folder)
+    found = {stem: [str(folder / name) for name in names] for stem, names in by_stem(files).items()}
+    for name in folders:
         found |= {f"{name}/{stem}": files for stem, files in pictures_by_stem(folder / name).items()}
     return found
 
@@ -320,15 +289,12 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8") from error
 
 
-def _with_caption(sample: Sample, file: Path) -> Sample | Bad:
-    """Return the sample with the caption in `file`, or Bad if that cannot be read."""
+def _with_caption(sample: Sample, prompt: str | None, file: Path) -> Sample | Bad:
+    """Return the sample with `prompt`, or else the text of `file`, as its caption; Bad if that cannot be read."""
     try:
-        return replace(sample, captions=(read_text(file),))
+        return replace(sample, captions=(read_text(file) if prompt is None else prompt,))
     except (OSError, ValueError) as error:
         return Bad(sample.name, f"has a caption that cannot be read: {error}")
-
-
-# ------------------------------------------------------------------ rows
 
 
 def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -359,8 +325,9 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _names(value: object, column: str) -> list[str]:
     """Return the file names in a cell: one, a list, a list as JSON, or none. Raise ValueError for anything else."""
-    if isinstance(value, str):
-        value = _json_list(value)
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(json.JSONDecodeError):  # a file may be called "[1].png"
+            value = json.loads(value)
     names: list[Any] = [] if value in (None, "") else value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str) or not name:
@@ -368,12 +335,3 @@ def _names(value: object, column: str) -> list[str]:
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise ValueError(f"has {column}={shorten(ascii(name))}: it contains a lone surrogate")
     return names
-
-
-def _json_list(text: str) -> str | list[object]:
-    """Return the list that `text` holds as JSON, or else `text`: a file may be called "[1].png"."""
-    try:
-        value = json.loads(text) if text.startswith("[") else text
-    except json.JSONDecodeError:
-        return text
-    return value

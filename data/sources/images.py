@@ -6,12 +6,13 @@ drawings are opened: the content of a file need not match its name, and Pillow p
 """
 
 import hashlib
+import io
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -42,25 +43,19 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """One image that is opened on demand. All methods raise BadPicture if it cannot be read.
+    """One image that is opened on demand. All methods raise BadPicture if it cannot be read."""
 
-    Attributes:
-        name: Name in messages: a path, or "row 12 of X, column image".
-        open: Function that returns a new binary stream of the encoded file.
-        alpha: Use the alpha channel as gray pixels: black where transparent, white where opaque.
-    """
-
-    name: str
-    open: Callable[[], BinaryIO] = field(repr=False)
-    alpha: bool = False
+    name: str  # in messages: a path, or "row 12 of X, column image"
+    open: Callable[[], BinaryIO] = field(repr=False)  # returns a new stream of the encoded file
+    alpha: bool = False  # use the alpha channel as gray pixels: black where transparent, white where opaque
 
     def load(self) -> Image.Image:
         """Return the first frame as 8-bit RGB: EXIF orientation applied, on white, 16-bit gray scaled, not clipped."""
-        return self._decoded(lambda image: (_alpha(image) if self.alpha else _rgb(image)).convert("RGB"))
+        return self._decoded("RGB")
 
     def load_mask(self) -> Image.Image:
         """Return the pixels as a mask, 8-bit gray ("L"), of the size `size`: the weight of each pixel in the loss."""
-        return self._decoded(lambda image: _alpha(image) if self.alpha else _rgb(image).convert("L"))
+        return self._decoded("L")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -70,40 +65,31 @@ class Picture:
     @cached_property
     def header(self) -> Header:
         """The header, which is read once."""
-        try:
-            with self.open() as stream, Image.open(stream, formats=FORMATS) as image:
-                # Pillow decodes a whole PNG to look for EXIF after its pixels, where few files have it.
-                header_suffices = image.format == "PNG" and not self._metadata_follows_pixels()
-                exif = Image.Image.getexif(image) if header_suffices else image.getexif()
-                width, height = image.size
-                mode, transparent = image.mode, image.has_transparency_data
-                # the further frames of a phone's MPO are depth or brightness
-                animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
-                turned = image.format != "TIFF"  # for a TIFF Pillow's size is already the rotated one
-        except Exception as error:
-            raise self._bad(error) from error
-        sideways = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return Header((height, width) if sideways and turned else (width, height), mode, animated, transparent)
+        with self._stream() as stream, Image.open(stream, formats=FORMATS) as image:
+            # Pillow decodes a whole PNG to look for EXIF after its pixels, where few files have it.
+            header_suffices = image.format == "PNG" and not self._metadata_follows_pixels()
+            exif = Image.Image.getexif(image) if header_suffices else image.getexif()
+            # for a TIFF Pillow's size is already the rotated one
+            sideways = image.format != "TIFF" and exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            # the further frames of a phone's MPO are depth or brightness
+            animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+            width, height = image.size
+            size = (height, width) if sideways else (width, height)
+            return Header(size, image.mode, animated, image.has_transparency_data)
 
     def digest(self) -> str:
         """Return the hexadecimal sha256 of the encoded file; with `alpha`, a digest that differs from it."""
-        try:
-            with self.open() as stream:
-                digest = hashlib.sha256()
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        except (OSError, ValueError) as error:
-            raise self._bad(error) from error
+        digest = hashlib.sha256()
+        with self._stream() as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
         return hashlib.sha256(b"alpha " + digest.digest()).hexdigest() if self.alpha else digest.hexdigest()
 
     def unchanged(self, digest: str) -> "Picture":
         """Return this image, read into memory once. Raise BadPicture if its content does not have this digest."""
-        try:
-            with self.open() as stream:
-                content = stream.read()
-        except (OSError, ValueError) as error:
-            raise self._bad(error) from error
-        held = replace(self, open=lambda: BytesIO(content))
+        with self._stream() as stream:
+            content = stream.read()
+        held = replace(self, open=lambda: io.BytesIO(content))
         if held.digest() != digest:
             raise BadPicture(self.name, "was changed after this run had read its digest (start again)")
         return held
@@ -112,12 +98,19 @@ class Picture:
         """Return the alpha channel of this image."""
         return replace(self, name=f"the alpha channel of {self.name}", alpha=True)
 
-    def _decoded(self, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    @contextmanager
+    def _stream(self) -> Iterator[BinaryIO]:
+        """Context manager that opens the encoded file and turns exceptions into BadPicture."""
         try:
-            with self.open() as stream, Image.open(stream, formats=FORMATS) as image:
-                return convert(ImageOps.exif_transpose(image))
+            with self.open() as stream:
+                yield stream
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError and more
             raise self._bad(error) from error
+
+    def _decoded(self, mode: str) -> Image.Image:
+        with self._stream() as stream, Image.open(stream, formats=FORMATS) as image:
+            turned = ImageOps.exif_transpose(image)
+            return (_alpha(turned) if self.alpha else _rgb(turned)).convert(mode)
 
     def _metadata_follows_pixels(self) -> bool:
         """Return whether EXIF or text (XMP) follows the first IDAT chunk of a PNG; reads only the chunk headers."""
@@ -132,49 +125,68 @@ class Picture:
                 stream.seek(length + 4, 1)  # data and checksum
         return False
 
-    def _is_empty(self) -> bool:
-        try:
-            with self.open() as stream:
-                return not stream.read(1)
-        except (OSError, ValueError):
-            return False
-
     def _bad(self, error: Exception) -> BadPicture:
         if isinstance(error, BadPicture):
             return error
         if isinstance(error, FileNotFoundError):
             return BadPicture(self.name, "does not exist")
-        if self._is_empty():
-            return BadPicture(self.name, "cannot be read (it is empty: 0 bytes)")
+        with suppress(OSError, ValueError), self.open() as stream:
+            if not stream.read(1):
+                return BadPicture(self.name, "cannot be read (it is empty: 0 bytes)")
         what = re.sub(r" '?<_?io\..*", "", str(error))  # Pillow's messages contain the repr of the stream
         return BadPicture(self.name, f"cannot be read ({type(error).__name__}: {shorten(what)})")
 
 
 def file_picture(path: str | Path) -> Picture:
     """Return the image in a file, named by its path."""
-    return Picture(str(path), _Opener(str(path)))
+    return Picture(str(path), FileOpener(str(path)))
 
 
-def bytes_picture(name: str, content: bytes) -> Picture:
-    """Return the image that `content` encodes."""
-    return Picture(name, lambda: BytesIO(content))
+@dataclass(frozen=True, slots=True)
+class FileOpener:
+    """Function that opens a file or a part of it; with 100,000 images a closure takes three times the memory."""
 
-
-class _Opener:
-    """Function that opens a file; with 100,000 images a closure over the path takes three times the memory."""
-
-    __slots__ = ("path",)
-
-    def __init__(self, path: str) -> None:
-        self.path = path
+    path: str
+    offset: int = 0
+    length: int | None = None
 
     @property
     def place(self) -> tuple[str, str]:
-        """The file and the part of it that is read (all), for `data.cache.image_digests`."""
-        return self.path, ""
+        """The file and the part of it that is read, for `data.cache.image_digests`."""
+        return self.path, "" if self.length is None else f"{self.length} bytes from {self.offset}"
 
     def __call__(self) -> BinaryIO:
-        return open(self.path, "rb")
+        if self.length is None:
+            return open(self.path, "rb")
+        return io.BufferedReader(_FilePart(self.path, self.offset, self.length))
+
+
+class _FilePart(io.RawIOBase):
+    def __init__(self, path: str, offset: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._offset, self._length, self._place = offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        self._place = max(start + offset, 0)
+        return self._place
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        wanted = min(len(buffer), max(self._length - self._place, 0))
+        self._file.seek(self._offset + self._place)
+        read = self._file.readinto(memoryview(buffer)[:wanted]) or 0
+        self._place += read
+        return read
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def shorten(name: str, most: int = 300) -> str:

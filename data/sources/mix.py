@@ -15,8 +15,7 @@ class Mix(Source):
         repeats: Number of times a sample is trained per pass, by name of the source; 1 by default.
         shares: Share of the training for every source by name, whatever its size. Only their ratios matter.
 
-    Raises ValueError for `repeats` or `shares` that are not positive numbers, for an unknown name, for shares that omit
-    a source, and for both at once.
+    Raises ValueError for factors that are not positive numbers, unknown names, shares that omit a source, or both.
     """
 
     def __init__(
@@ -32,11 +31,18 @@ class Mix(Source):
                 raise ValueError(f"dataset.sources.{name} is {type(source).__name__}: it must be a dataset")
         if repeats and shares:
             raise ValueError("dataset.repeats and dataset.shares exclude each other. Set one of them")
-        for key, given in (("repeats", repeats), ("shares", shares)):
-            _check_factors(key, given or {}, sources)
+        for key, given in (("repeats", repeats or {}), ("shares", shares or {})):
+            if not isinstance(given, Mapping):
+                raise ValueError(f"dataset.{key}={given!r} must map names of sources to numbers")
+            for name, factor in given.items():
+                if name not in sources:
+                    raise ValueError(f"dataset.{key}.{name} is not a source. The sources are: {', '.join(sources)}")
+                is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+                if not is_number or not math.isfinite(factor) or factor <= 0:
+                    raise ValueError(f"dataset.{key}.{name}={factor!r} must be a positive number")
         if shares and (left := sources.keys() - shares.keys()):
             raise ValueError(f"dataset.shares omits {', '.join(sorted(left))}. Name every source")
-        super().__init__(" and ".join(source.where for source in sources.values()), None, None, False, 0)
+        super().__init__(" and ".join(source.where for source in sources.values()))
         self.bad = [bad for source in sources.values() for bad in source.bad]
         self._sources, self._shares = dict(sources), dict(shares or {})
         self._weights = {name: float((repeats or {}).get(name, 1.0)) for name in sources}
@@ -66,14 +72,3 @@ class Mix(Source):
         self.bad = [bad for source in self._sources.values() for bad in source.bad]
         assert len(self.bad) == before + len(reasons)
         self._join()
-
-
-def _check_factors(key: str, given: object, sources: Mapping[str, Source]) -> None:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"dataset.{key}={given!r} must map names of sources to numbers")
-    for name, factor in given.items():
-        if name not in sources:
-            raise ValueError(f"dataset.{key}.{name} is not a source. The sources are: {', '.join(sources)}")
-        number = isinstance(factor, int | float) and not isinstance(factor, bool)
-        if not number or not math.isfinite(factor) or factor <= 0:
-            raise ValueError(f"dataset.{key}.{name}={factor!r} must be a positive number")

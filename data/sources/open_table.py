@@ -23,32 +23,34 @@ def is_local(path: str) -> bool:
     return here or HUB_ID.fullmatch(path) is None or Path(path).suffix in KINDS
 
 
-def open_table(path: str, split: str, revision: str | None, subset: str | None) -> "Dataset":
-    """Return one split as a table. Raise ValueError, naming `path` and `split`, if it cannot be read."""
+def open_table(
+    path: str, split: str, revision: str | None, subset: str | None, *, streaming: bool = False
+) -> "Dataset | IterableDataset":
+    """Return one split as a table or as a stream. Raise ValueError, naming `path` and `split`, if it cannot be read.
+
+    A stream cannot be a slice, or a folder of `save_to_disk`.
+    """
     import datasets  # a second to import, and folders do not need it
 
     local = _local(path, revision, subset)
-    with explain_errors(path, split):
-        if local is None:
-            return datasets.load_dataset(path, subset, split=split, revision=revision)
-        if _is_saved(local):
-            return _saved_split(datasets.load_from_disk(str(local)), split)
-        return datasets.load_dataset(split=split, **_local_arguments(local))
-
-
-def open_stream(path: str, split: str, revision: str | None, subset: str | None) -> "IterableDataset":
-    """Return one split as a stream. Raise ValueError as `open_table` does, and for a folder of `save_to_disk`."""
-    import datasets
-
-    local = _local(path, revision, subset)
-    if "[" in split:
+    is_saved = local is not None and _is_saved(local)
+    if streaming and "[" in split:
         raise ValueError(f"dataset.split={split!r}: a stream cannot be sliced. Use dataset.limit")
-    if local is not None and _is_saved(local):
+    if streaming and is_saved:
         raise ValueError(f"dataset.path={path!r} was written by save_to_disk. Remove dataset.streaming")
     with explain_errors(path, split):
         if local is None:
-            return datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True)
-        return datasets.load_dataset(split=split, streaming=True, **_local_arguments(local))
+            return datasets.load_dataset(path, subset, split=split, revision=revision, streaming=streaming)
+        if is_saved:
+            saved = datasets.load_from_disk(str(local))  # a table that was saved alone may have no name of its split
+            splits: dict[str, Dataset] = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+            if split not in splits:
+                raise ValueError(f"no such split. The splits are: {', '.join(splits)}")
+            return splits[split]
+        place = {"path": str(local)}
+        if local.is_file():
+            place = {"path": KINDS[local.suffix], "data_files": str(local)}
+        return datasets.load_dataset(split=split, streaming=streaming, **place)
 
 
 def table_files(local: Path) -> list[Path]:
@@ -77,18 +79,6 @@ def _local(path: str, revision: str | None, subset: str | None) -> Path | None:
 def _is_saved(local: Path) -> bool:
     """Return whether `save_to_disk` wrote this folder."""
     return any((local / name).is_file() for name in ("dataset_dict.json", "state.json"))
-
-
-def _local_arguments(local: Path) -> dict[str, str]:
-    return {"path": KINDS[local.suffix], "data_files": str(local)} if local.is_file() else {"path": str(local)}
-
-
-def _saved_split(saved: "Dataset | dict[str, Dataset]", split: str) -> "Dataset":
-    """Return a split of a saved dataset; a table that was saved alone without the name of a split is "train"."""
-    splits: dict[str, Dataset] = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-    if split not in splits:
-        raise ValueError(f"no such split. The splits are: {', '.join(splits)}")
-    return splits[split]
 
 
 @contextmanager

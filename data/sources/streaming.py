@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from data.files import atomic_write
-from data.sources.open_table import explain_errors, is_local, open_stream, table_files
+from data.sources.open_table import explain_errors, is_local, open_table, table_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,10 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def streamed_table(path: str, split: str, revision: str | None, subset: str | None, limit: int | None) -> "Dataset":
-    """Return the first `limit` rows (None: all) of a stream as a table, with encoded images.
-
-    Raises ValueError, naming `path`, if it cannot be streamed.
-    """
+    """Return the first `limit` rows (None: all), with encoded images. Raise ValueError, naming `path`, if it fails."""
     import datasets
     from filelock import FileLock
 
@@ -46,7 +43,7 @@ def streamed_table(path: str, split: str, revision: str | None, subset: str | No
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not file.exists():
-            stream = open_stream(path, split, revision, subset)
+            stream = open_table(path, split, revision, subset, streaming=True)
             with atomic_write(file) as temporary, explain_errors(path, split):
                 _write(temporary, path, islice(iter(stream.decode(False)), limit), stream.features)
     return datasets.Dataset.from_file(str(file))

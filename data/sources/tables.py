@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import pyarrow as pa
 
 from data.checks import check_flag, check_int, check_text, check_texts
-from data.sources.base import ALPHA, Bad, Sample, Source
+from data.sources.base import Bad, Sample, Source
 from data.sources.captions import Captions
 from data.sources.folders import REFERENCES, OutsideFolder, existing_folder, path_inside
 from data.sources.images import BadPicture, Picture, shorten
@@ -44,9 +44,8 @@ class HuggingFace(Source):
         streaming: Download only what `limit` rows need. Later runs read the stored rows.
         limit: Number of rows to use, from the first; null is all.
         picture_folder: Base folder of paths; by default the folder of a local table. Paths must not leave it.
-        prompt: One caption for all images, instead of a column.
         mask: "alpha", or a column like `image_column`; null is no mask.
-        captions, first_frame, max_bad: As in `Source`.
+        prompt, captions, first_frame, max_bad: As in `Source`.
 
     Raises ValueError if the table, split or column does not exist, naming those that do, and BadData for rows that
     cannot be used.
@@ -71,30 +70,28 @@ class HuggingFace(Source):
         max_bad: int = 0,
     ) -> None:
         self.path = check_text("dataset.path", path)
-        super().__init__(self.path, captions, mask, first_frame, max_bad)
+        super().__init__(self.path, captions, mask, first_frame, max_bad, prompt)
         for key, value in (("revision", revision), ("subset", subset)):
             if value is not None:
                 check_text(f"dataset.{key}", value)
         check_flag("dataset.streaming", streaming)
         if limit is not None:
             check_int("dataset.limit", limit, 1)
-        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._image = check_text("dataset.image_column", image_column)
         self._caption = check_text("dataset.caption_column", caption_column)
-        self._mask_column = mask if mask != ALPHA else None
         given = None if reference_columns is None else check_texts("dataset.reference_columns", reference_columns)
         where = self.path, check_text("dataset.split", split), revision, subset
         table = streamed_table(*where, limit) if streaming else open_table(*where)
         columns = table.features.arrow_schema
         self._references = given if given is not None else (REFERENCES,) * (REFERENCES in columns.names)
+        self._pictured = [self._image, *self._references, *([self._mask_name] if self._mask_name else [])]
         self._check_columns(columns)
         self._roots = self._picture_roots(picture_folder, columns)
         if limit is not None:
             table = table.select(range(min(limit, len(table))))
         if not len(table):
             raise ValueError(f"dataset.split={split!r} of {self.path} is empty")
-        needed = [self._image, *self._references, *([self._mask_column] if self._mask_column else [])]
-        self._tables = {column: table.select_columns([column]).with_format("arrow") for column in needed}
+        self._tables = {column: table.select_columns([column]).with_format("arrow") for column in self._pictured}
         self._take(self._found(table))
 
     def _found(self, table: "Dataset") -> Iterator[Sample | Bad]:
@@ -106,12 +103,9 @@ class HuggingFace(Source):
                 yield Bad(name, f"has no caption in {self._caption!r}: null")
                 continue
             references = [picture for column in self._references for picture in self._pictures(index, column)]
-            mask = self._pictures(index, self._mask_column)[:1] if self._mask_column else []
-            yield Sample(
-                self._picture(index, self._image), tuple(texts), tuple(references), mask=mask[0] if mask else None
-            )
-
-    # -------------------------------------------------------------- cells
+            masks = self._pictures(index, self._mask_name) if self._mask_name else []
+            target, mask = self._picture(index, self._image), masks[0] if masks else None
+            yield Sample(target, tuple(texts), tuple(references), mask=mask)
 
     def _cell(self, index: int, column: str, item: int | None = None) -> pa.Scalar:
         """Return the encoded Arrow cell of a row, or one item of a list."""
@@ -135,8 +129,12 @@ class HuggingFace(Source):
         cell = self._cell(index, column, item)
         roots = self._roots
         if cell.is_valid and pa.types.is_struct(cell.type):  # bytes and path, one of which may be null
+            import datasets
+            from huggingface_hub import constants
+
             cell = cell["path"] if not cell["bytes"].is_valid else cell["bytes"]
-            roots = [*roots, *_library_folders()]  # for files that `datasets` downloaded
+            # files that `datasets` downloaded
+            roots = [*roots, Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
         if not cell.is_valid:
             raise BadPicture(name, "is null")
         if not _is_text(cell.type):  # not copied: a header needs the first pages
@@ -150,14 +148,11 @@ class HuggingFace(Source):
         raise BadPicture(name, f"is {path}, which is not in {roots[0]}: set dataset.picture_folder to its base folder")
 
     def _picture_roots(self, folder: str | None, columns: pa.Schema) -> list[Path]:
-        """Return the folders that may contain paths in cells.
-
-        Raises ValueError if there are paths and no such folder, or the reverse.
-        """
-        used = [self._image, *self._references, *([self._mask_column] if self._mask_column else [])]
-        paths = [column for column in used if _is_text(_item(columns.field(column).type))]
+        """Return the base folders of paths in cells. Raise ValueError for paths without a folder, or the reverse."""
+        kinds = {column: _item(columns.field(column).type) for column in self._pictured}
+        paths = [column for column, kind in kinds.items() if _is_text(kind)]
         if folder is not None:
-            if not any(_may_be_path(_item(columns.field(column).type)) for column in used):
+            if not any(map(_may_be_path, kinds.values())):
                 raise ValueError(f"dataset.picture_folder={folder!r} has no effect: {self.path} contains no paths")
             return [existing_folder("picture_folder", folder)]
         if is_local(self.path):
@@ -169,33 +164,23 @@ class HuggingFace(Source):
             )
         return []
 
-    # -------------------------------------------------------------- columns
-
     def _check_columns(self, columns: pa.Schema) -> None:
         """Raise ValueError for a column that does not exist or has the wrong type."""
         asked = [("image_column", self._image)]
         asked += [("caption_column", self._caption)] if self._prompt is None else []
         asked += [("reference_columns", column) for column in self._references]
-        asked += [("mask", self._mask_column)] if self._mask_column else []
+        asked += [("mask", self._mask_name)] if self._mask_name else []
         for key, column in asked:
             if column not in columns.names:
                 has = ", ".join(columns.names)
                 raise ValueError(f"dataset.{key}={column!r} is not a column of {self.path}. Its columns are: {has}")
             kind = columns.field(column).type
-            lists = key in ("reference_columns", "caption_column")
-            item = _item(kind) if lists else kind
-            text = key == "caption_column"
+            item = _item(kind) if key in ("reference_columns", "caption_column") else kind
             empty = key == "reference_columns" and pa.types.is_null(item)  # no row has any
-            if not (empty or (_is_text(item) if text else _is_picture(item))):
-                wanted = "text" if text else "images, encoded bytes, or paths"
+            is_bytes = pa.types.is_binary(item) or pa.types.is_large_binary(item)
+            if not (empty or (_is_text(item) if key == "caption_column" else is_bytes or _may_be_path(item))):
+                wanted = "text" if key == "caption_column" else "images, encoded bytes, or paths"
                 raise ValueError(f"dataset.{key}={column!r} of {self.path} contains {kind}: it must contain {wanted}")
-
-
-def _library_folders() -> list[Path]:
-    import datasets
-    from huggingface_hub import constants
-
-    return [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
 
 
 def _item(kind: pa.DataType) -> pa.DataType:
@@ -209,10 +194,6 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _is_picture(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _may_be_path(kind)
 
 
 def _may_be_path(kind: pa.DataType) -> bool:

@@ -9,7 +9,6 @@ formats, and no samples with different numbers of references. Use it for shards 
 """
 
 import glob
-import io
 import json
 import os
 import re
@@ -17,13 +16,12 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from data.checks import check_text
-from data.sources.base import ALPHA, Bad, Sample, Source
+from data.sources.base import Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.folders import is_foreign
-from data.sources.images import SUFFIXES, Picture, shorten
+from data.sources.images import SUFFIXES, FileOpener, Picture, shorten
 
 REFERENCE = re.compile(r"ref(\d+)$")
 MOST_TEXT = 1 << 20  # maximum bytes of a caption file
@@ -35,14 +33,12 @@ class WebDataset(Source):
     Args:
         path: A shard, a folder of shards, or a pattern such as "shards/train-*.tar"; read in the order of their names.
         caption_column: Key of the sample's .json that holds a text or a list of texts; null for its .txt.
-        prompt: One caption for all images, instead of others.
         mask: "alpha", or the part of the file name between the dots ("mask" for 0001.mask.png), which a sample may
             lack.
-        captions, first_frame, max_bad: As in `Source`.
+        prompt, captions, first_frame, max_bad: As in `Source`.
 
-    The image to learn is the one without a name between the dots. The references are ref0, ref1, ... in the order of
-    their numbers. Raises ValueError for a path without shards, and BadData for samples that cannot be used and shards
-    that cannot be read.
+    The image to learn has no name between the dots; the references are ref0, ref1, ... in the order of their numbers.
+    Raises ValueError for a path without shards, and BadData for unusable samples and unreadable shards.
     """
 
     def __init__(
@@ -55,12 +51,11 @@ class WebDataset(Source):
         first_frame: bool = False,
         max_bad: int = 0,
     ) -> None:
-        super().__init__(check_text("dataset.path", path), captions, mask, first_frame, max_bad)
+        super().__init__(check_text("dataset.path", path), captions, mask, first_frame, max_bad, prompt)
         self._key = None if caption_column is None else check_text("dataset.caption_column", caption_column)
-        self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._take((found for shard in _shards(str(path)) for found in self._found(shard)), ": the shards are empty")
-        if self._mask not in (None, ALPHA) and not any(sample.mask for sample in self):
-            raise ValueError(f"dataset.mask={self._mask!r}: no sample has a file such as NAME.{self._mask}.png")
+        if self._mask_name is not None and not any(sample.mask for sample in self):
+            raise ValueError(f"dataset.mask={mask!r}: no sample has a file such as NAME.{mask}.png")
 
     def _found(self, shard: str) -> Iterator[Sample | Bad]:
         seen = set()
@@ -95,15 +90,14 @@ class WebDataset(Source):
                 pictures[what] = file
         if "" not in pictures:
             raise ValueError(f"has no image; its files are {', '.join('.' + file for file in entry.parts)}")
-        references = [what for what in pictures if REFERENCE.match(what)]
-        numbered = {int(found[1]): what for what in references if (found := REFERENCE.match(what))}
-        if len(numbered) < len(references):
-            raise ValueError(f"has two references of the same number: {', '.join('.' + what for what in references)}")
-        mask = pictures.get(self._mask) if self._mask not in (None, ALPHA) else None
+        numbered = [(int(found[1]), what) for what in pictures if (found := REFERENCE.match(what))]
+        if len(dict(numbered)) < len(numbered):
+            raise ValueError(f"has two references of the same number: {', '.join(f'.{what}' for _, what in numbered)}")
+        mask = None if self._mask_name is None else pictures.get(self._mask_name)
         return Sample(
             entry.picture(pictures[""], name),
             tuple(self._texts(entry)),
-            tuple(entry.picture(pictures[numbered[number]], name) for number in sorted(numbered)),
+            tuple(entry.picture(pictures[what], name) for _, what in sorted(numbered)),
             mask=None if mask is None else entry.picture(mask, name),
         )
 
@@ -119,10 +113,7 @@ class WebDataset(Source):
         if not isinstance(row, dict) or self._key not in row:
             has = ", ".join(row) if isinstance(row, dict) else shorten(repr(row))
             raise ValueError(f"has no {self._key!r} in its .json, which has: {has}")
-        texts = row[self._key] if isinstance(row[self._key], list) else [row[self._key]]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"has the caption {shorten(repr(row[self._key]))}: it must be text")
-        return texts
+        return caption_texts(row[self._key])
 
 
 @dataclass
@@ -135,7 +126,7 @@ class _Entry:
     linked: list[str] = field(default_factory=list)  # parts that are links
 
     def picture(self, part: str, name: str) -> Picture:
-        return Picture(f"{name}.{part}", _PartOpener(self.shard, *self.parts[part]))
+        return Picture(f"{name}.{part}", FileOpener(self.shard, *self.parts[part]))
 
     def text(self, part: str, otherwise: str = "") -> str:
         """Return the text of a file. Raise ValueError with the bare reason if it does not exist or is not UTF-8."""
@@ -143,56 +134,11 @@ class _Entry:
             raise ValueError(f"has no caption: no .{part}{otherwise}")
         if self.parts[part][1] > MOST_TEXT:
             raise ValueError(f"has a .{part} of {self.parts[part][1]} bytes, which is no caption")
-        with _PartOpener(self.shard, *self.parts[part])() as stream:
+        with FileOpener(self.shard, *self.parts[part])() as stream:
             try:
                 return stream.read().decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ValueError(f"has a .{part} that is not UTF-8 text ({error}): save it as UTF-8") from error
-
-
-class _PartOpener:
-    """Function that opens a part of a file as a stream."""
-
-    __slots__ = ("length", "offset", "path")
-
-    def __init__(self, path: str, offset: int, length: int) -> None:
-        self.path, self.offset, self.length = path, offset, length
-
-    @property
-    def place(self) -> tuple[str, str]:
-        """The file and the part of it that is read, for `data.cache.image_digests`."""
-        return self.path, f"{self.length} bytes from {self.offset}"
-
-    def __call__(self) -> BinaryIO:
-        return io.BufferedReader(_Part(self.path, self.offset, self.length))
-
-
-class _Part(io.RawIOBase):
-    def __init__(self, path: str, offset: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
-        self._offset, self._length, self._place = offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
-        self._place = max(start + offset, 0)
-        return self._place
-
-    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
-        wanted = min(len(buffer), max(self._length - self._place, 0))
-        self._file.seek(self._offset + self._place)
-        read = self._file.readinto(memoryview(buffer)[:wanted]) or 0
-        self._place += read
-        return read
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _shards(path: str) -> list[str]:

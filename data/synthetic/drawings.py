@@ -1,24 +1,24 @@
-"""Procedural images of one subject on a plain background, with captions and edit instructions.
+"""Procedural images of one subject on a plain background.
 
-What: 14 bold subjects x 10 colors x 8 backgrounds x 2 sizes. A `Drawing` names one combination, `draw` renders it,
-`caption` describes it in many ways, `edit` gives an instruction and the resulting drawing.
+What: 14 bold subjects x 10 colors x 8 backgrounds x 2 sizes. A `Drawing` names one combination, `draw` renders it;
+data/synthetic/captions.py describes and edits it.
 
 How: every subject is a few polygons and strokes in a unit box, computed once, then rotated, scaled and painted with
 ImageDraw at four times the size and averaged down, which gives the antialiasing.
 
 Why drawn and not collected: the embedded model has four million parameters and must train in about an hour. It can
 learn flat shapes with thick outlines, every attribute is known exactly (so `data.synthetic.probe` can read it back),
-and no other images are needed. Captions vary on purpose and include nonsense words: a base model that knows only one
-form of caption fails when a prompt contains an unknown word, such as the trigger word of a LoRA.
+and no other images are needed.
 """
 
 import hashlib
 import math
 import random
-import string
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -60,18 +60,17 @@ _OUTLINE: dict[str, float] = {"small": 2.7 / 128, "large": 3.4 / 128}
 _SUPERSAMPLING = 4
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One piece of a subject: a painted polygon with an inked contour or, where `paint` is None, an ink stroke.
+class _Part(NamedTuple):
+    """One piece of a subject: a painted polygon with an inked contour or, where `paint` is None, an ink stroke."""
 
-    Attributes:
-        loops: Lines to ink: the contour and the contours of any holes, which show the background.
-        area: Polygon to fill.
-    """
-
-    loops: tuple[tuple[Point, ...], ...]
-    area: tuple[Point, ...]
+    loops: list[list[Point]]  # lines to ink: the contour and the contours of any holes, which show the background
+    area: list[Point]  # polygon to fill
     paint: str | None
+
+
+def _polar(x: float, y: float, r: float, angle: float) -> Point:
+    """Return the point at a distance from (x, y), at an angle as in `_arc`."""
+    return x + r * math.cos(math.radians(angle)), y + r * math.sin(math.radians(angle))
 
 
 def _arc(x: float, y: float, rx: float, ry: float, start: float, stop: float, count: int = 24) -> list[Point]:
@@ -101,17 +100,14 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> list[Point]:
 
 
 def _part(contour: list[Point], paint: str | None = "color", holes: Iterable[list[Point]] = ()) -> _Part:
-    loops, area = [tuple(contour)], list(contour)
+    area = list(contour)
     for hole in holes:
         # A slit to the hole and back joins both into one polygon (even-odd filling). It must be the shortest one:
         # ImageDraw also paints the edges of a polygon, so a slit across another hole would be visible.
-        i, j = min(
-            ((i, j) for i in range(len(area)) for j in range(len(hole))),
-            key=lambda ij: math.dist(area[ij[0]], hole[ij[1]]),
-        )
+        slits = product(range(len(area)), range(len(hole)))
+        i, j = min(slits, key=lambda slit: math.dist(area[slit[0]], hole[slit[1]]))
         area[i + 1 : i + 1] = [*hole[j:], *hole[: j + 1], area[i]]
-        loops.append(tuple(hole))
-    return _Part(tuple(loops), tuple(area), paint)
+    return _Part([contour, *holes], area, paint)
 
 
 def _cup() -> list[_Part]:
@@ -131,29 +127,22 @@ def _sword() -> list[_Part]:
 
 
 def _star() -> list[_Part]:
-    points = []
-    for i in range(10):
-        r, a = (0.56 if i % 2 == 0 else 0.255), math.radians(36 * i - 90)
-        points.append((r * math.cos(a), 0.04 + r * math.sin(a)))
-    return [_part(points)]
+    return [_part([_polar(0, 0.04, 0.255 if i % 2 else 0.56, 36 * i - 90) for i in range(10)])]
 
 
 def _moon() -> list[_Part]:
     # the inner circle intersects the outer one at the horns (+-angle), which gives a crescent open to the right
     outer = _arc(0.08, 0, 0.52, 0.52, 54, 306, 44)
     top, bottom = outer[-1], outer[0]
-    center_x = 0.265
-    r = math.dist((center_x, 0), top)
-    a = math.degrees(math.atan2(bottom[1], bottom[0] - center_x))
-    return [_part(outer[:-1] + _arc(center_x, 0, r, r, 360 - a, a, 34)[:-1])]
+    x = 0.265
+    r = math.dist((x, 0), top)
+    a = math.degrees(math.atan2(bottom[1], bottom[0] - x))
+    return [_part(outer[:-1] + _arc(x, 0, r, r, 360 - a, a, 34)[:-1])]
 
 
 def _sun() -> list[_Part]:
-    rays = []
-    for i in range(8):
-        for offset, r in ((-16.0, 0.35), (0.0, 0.55), (16.0, 0.345)):
-            a = math.radians(45 * i + offset)
-            rays.append((r * math.cos(a), r * math.sin(a)))
+    tips = ((-16.0, 0.35), (0.0, 0.55), (16.0, 0.345))  # angle from the ray's axis, distance from the center
+    rays = [_polar(0, 0, r, 45 * i + offset) for i in range(8) for offset, r in tips]
     return [_part(rays), _part(_circle(0, 0, 0.27))]
 
 
@@ -172,7 +161,7 @@ def _tower() -> list[_Part]:
 def _key() -> list[_Part]:
     x, r, half = -0.04, 0.26, 0.085  # the axis is left of the center, so that bow and bit together are centered
     a = math.degrees(math.asin(half / r))
-    bow = [*reversed(_arc(x, -0.29, r, r, 90 + a, 450 - a, 40))]
+    bow = _arc(x, -0.29, r, r, 90 + a, 450 - a, 40)[::-1]
     upper_tooth = [(x - half, 0.54), (x + half, 0.54), (x + half, 0.46), (x + 0.32, 0.46), (x + 0.32, 0.335)]
     lower_tooth = [(x + half, 0.335), (x + half, 0.235), (x + 0.32, 0.235), (x + 0.32, 0.11), (x + half, 0.11)]
     return [_part([*bow, *upper_tooth, *lower_tooth], holes=[_circle(x, -0.29, 0.11, 24)])]
@@ -188,9 +177,8 @@ def _heart() -> list[_Part]:
 
 
 def _crown() -> list[_Part]:
-    half = [(0.0, -0.30), (0.19, 0.06), (0.45, -0.22), (0.39, 0.40)]
     return [
-        _part(_mirrored(half)),
+        _part(_mirrored([(0.0, -0.30), (0.19, 0.06), (0.45, -0.22), (0.39, 0.40)])),
         _part([(-0.415, 0.20), (0.415, 0.20)], None),
         _part(_circle(0, -0.33, 0.085, 24)),
         _part(_circle(0.455, -0.23, 0.08, 24)),
@@ -217,10 +205,10 @@ def _tree() -> list[_Part]:
 def _wheel() -> list[_Part]:
     # six holes between rim, spokes and hub; each side of a hole is half a spoke's width from the spoke's axis
     outer, inner, hub, spoke = 0.51, 0.37, 0.15, 0.05
+    far, near = math.degrees(math.asin(spoke / inner)), math.degrees(math.asin(spoke / hub))
     holes = []
-    for i in range(6):
-        start, stop = 60 * i - 30, 60 * i + 30
-        far, near = math.degrees(math.asin(spoke / inner)), math.degrees(math.asin(spoke / hub))
+    for start in range(-30, 330, 60):
+        stop = start + 60
         rim = _arc(0, 0, inner, inner, start + far, stop - far, 12)
         holes.append(rim + _arc(0, 0, hub, hub, stop - near, start + near, 6))
     return [_part(_circle(0, 0, outer, 60), holes=holes), _part(_circle(0, 0, 0.05, 14), "ink")]
@@ -253,34 +241,15 @@ def _bell() -> list[_Part]:
     ]
 
 
-_SUBJECTS = {
-    "cup": _cup,
-    "sword": _sword,
-    "star": _star,
-    "moon": _moon,
-    "sun": _sun,
-    "tower": _tower,
-    "key": _key,
-    "heart": _heart,
-    "crown": _crown,
-    "fish": _fish,
-    "tree": _tree,
-    "wheel": _wheel,
-    "lantern": _lantern,
-    "bell": _bell,
-}
-SHAPES: tuple[str, ...] = tuple(_SUBJECTS)
-_NAMES: dict[str, tuple[str, ...]] = {
-    "color": tuple(COLORS),
-    "background": tuple(BACKGROUNDS),
-    "shape": SHAPES,
-    "size": tuple(SIZES),
-}
+_FUNCTIONS = (_cup, _sword, _star, _moon, _sun, _tower, _key, _heart, _crown, _fish, _tree, _wheel, _lantern, _bell)
+_SUBJECTS = {function.__name__.removeprefix("_"): function for function in _FUNCTIONS}
+SHAPES = tuple(_SUBJECTS)
+NAMES = {"color": tuple(COLORS), "background": tuple(BACKGROUNDS), "shape": SHAPES, "size": tuple(SIZES)}
 
 
 @cache
-def _parts(shape: str) -> tuple[_Part, ...]:
-    return tuple(_SUBJECTS[shape]())
+def _parts(shape: str) -> list[_Part]:
+    return _SUBJECTS[shape]()
 
 
 @dataclass(frozen=True)
@@ -293,7 +262,7 @@ class Drawing:
     size: str
 
     def __post_init__(self) -> None:
-        for key, names in _NAMES.items():
+        for key, names in NAMES.items():
             if getattr(self, key) not in names:
                 raise ValueError(f"{key}={getattr(self, key)!r} must be one of {', '.join(names)}")
 
@@ -303,14 +272,13 @@ def draw_subject(
 ) -> None:
     """Paint a subject on any canvas, without antialiasing: paint large, then reduce.
 
-    `center`, `size` (the side of the unit box; subjects fill 0.85 to 1.1 of it) and `outline_width` are in canvas
-    pixels, `angle` is in degrees clockwise.
+    Lengths are in canvas pixels; subjects fill 0.85 to 1.1 of `size`. `angle` is in degrees clockwise.
     """
     if shape not in _SUBJECTS:
         raise ValueError(f"shape={shape!r} must be one of {', '.join(SHAPES)}")
     cos, sin = size * math.cos(math.radians(angle)), size * math.sin(math.radians(angle))
 
-    def placed(points: tuple[Point, ...]) -> list[Point]:
+    def placed(points: Sequence[Point]) -> list[Point]:
         return [(center[0] + cos * x - sin * y, center[1] + sin * x + cos * y) for x, y in points]
 
     width, r = round(outline_width), outline_width / 2
@@ -336,17 +304,17 @@ def draw(
     if pixels < 16:
         raise ValueError(f"pixels={pixels} must be >= 16")
     side = pixels * _SUPERSAMPLING
-    picture = Image.new("RGB", (side, side), BACKGROUNDS[drawing.background])
-    draw_subject(
-        ImageDraw.Draw(picture),
-        drawing.shape,
-        COLORS[drawing.color],
-        center=(side * (0.5 + dx), side * (0.5 + dy)),
-        size=side * SIZES[drawing.size] * scale,
-        angle=angle,
-        outline_width=side * _OUTLINE[drawing.size],
-    )
-    return picture.reduce(_SUPERSAMPLING)
+    image = Image.new("RGB", (side, side), BACKGROUNDS[drawing.background])
+    center, size = (side * (0.5 + dx), side * (0.5 + dy)), side * SIZES[drawing.size] * scale
+    outline_width = side * _OUTLINE[drawing.size]
+    draw_subject(ImageDraw.Draw(image), drawing.shape, COLORS[drawing.color], center, size, angle, outline_width)
+    return image.reduce(_SUPERSAMPLING)
+
+
+def jitter(rng: random.Random) -> dict[str, float]:
+    """Draw small random arguments of `draw`, so that a model learns no fixed position, scale and angle."""
+    shift = {key: rng.uniform(-0.025, 0.025) for key in ("dx", "dy")}
+    return shift | {"scale": rng.uniform(0.95, 1.05), "angle": rng.uniform(-3, 3)}
 
 
 def all_drawings() -> list[Drawing]:
@@ -361,130 +329,3 @@ def held_out(drawing: Drawing) -> bool:
     """
     name = f"{drawing.shape} {drawing.color} {drawing.background}"
     return hashlib.sha256(name.encode()).digest()[0] < 26
-
-
-_LEADS = ("a drawing of", "a picture of", "an image of", "a card of")
-_STYLES = ("ink style", "vintage style", "tarot style", "flat style", "woodcut style")
-_KNOWN_WORDS = frozenset((*SHAPES, *COLORS, *BACKGROUNDS, *SIZES, "background", "the", "style", "with"))
-
-
-def _with_article(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def _nonsense(rng: random.Random) -> str:
-    while True:
-        word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7)))
-        if word not in _KNOWN_WORDS:
-            return word
-
-
-def plain_caption(drawing: Drawing) -> str:
-    """Return the usual form of caption: "a small red cup on a blue background"."""
-    subject = _with_article(f"{drawing.size} {drawing.color} {drawing.shape}")
-    return f"{subject} on {_with_article(drawing.background)} background"
-
-
-def caption(drawing: Drawing, rng: random.Random) -> str:
-    """Return a caption of at most 16 words: the usual form in 40 %, else a variation; nonsense words in 25 %.
-
-    Variations omit parts, change the order and the articles, and add leading phrases, styles and nonsense, so that the
-    model learns which words matter and ignores unknown ones.
-    """
-    if rng.random() < 0.4:
-        return plain_caption(drawing)
-    size_as_adjective = rng.random() < 0.85
-    adjectives = [drawing.size] if rng.random() < 0.7 and size_as_adjective else []
-    adjectives += [drawing.color] if rng.random() < 0.9 else []
-    subject = " ".join([*adjectives, drawing.shape])
-    article = rng.choices(("a", "the", ""), (0.55, 0.25, 0.2))[0]
-    background = f"{_with_article(drawing.background)} background"
-    nonsense = rng.choice(("lead", "word", "style")) if rng.random() < 0.42 else ""
-
-    if nonsense == "word":
-        # before any word of the subject; the meaning must not depend on the place
-        words = subject.split()
-        words.insert(rng.randrange(len(words)), _nonsense(rng))
-        subject = " ".join(words)
-    if article:
-        subject = _with_article(subject) if article == "a" else f"the {subject}"
-    if nonsense == "lead":
-        subject = f"{_with_article(_nonsense(rng))} of {subject}"
-    elif rng.random() < 0.3:
-        subject = f"{rng.choice(_LEADS)} {subject}"
-
-    listed = not size_as_adjective
-    place = rng.choices(("after", "before", "listed", "left out"), (0.3, 0.2, 0.15, 0.35))[0]
-    text = f"{subject}, {drawing.size}" if listed else subject
-    if place == "after":
-        text = f"{text}, on {background}" if listed else f"{text} on {background}"
-    elif place == "before":
-        text = f"on {background}, {text}"
-    elif place == "listed":
-        text = f"{text}, {drawing.background} background"
-    if nonsense == "style":
-        text = f"{text}, {_nonsense(rng)} style"
-    elif rng.random() < 0.2:
-        text = f"{text}, {rng.choice(_STYLES)}"
-    return text
-
-
-EDITS: tuple[str, ...] = ("color", "background", "shape", "size")
-
-# the first form of each kind is the canonical one
-_EDIT_FORMS: dict[str, tuple[str, ...]] = {
-    "color": (
-        "make it {new}",
-        "make the {shape} {new}",
-        "paint it {new}",
-        "paint the {shape} {new}",
-        "change its color to {new}",
-        "turn it {new}",
-        "a {new} {shape} instead",
-    ),
-    "background": (
-        "change the background to {new}",
-        "put it on a {new} background",
-        "make the background {new}",
-        "put the {shape} on a {new} background",
-        "on a {new} background",
-        "{new} background",
-    ),
-    "shape": (
-        "turn it into a {new}",
-        "replace the {shape} with a {new}",
-        "replace it with a {new}",
-        "turn the {shape} into a {new}",
-        "make it a {new}",
-        "change the {shape} to a {new}",
-    ),
-    "size": ("make it {new}", "make the {shape} {new}", "draw it {new}", "change its size to {new}"),
-}
-
-
-def _instruction(form: str, drawing: Drawing, new: str) -> str:
-    if new[0] in "aeiou":
-        form = form.replace("a {new}", "an {new}")
-    return form.format(shape=drawing.shape, new=new)
-
-
-def plain_edit(drawing: Drawing, kind: str, new: str) -> tuple[str, Drawing]:
-    """Return the canonical instruction that sets attribute `kind` (see EDITS) to `new`, and the resulting drawing."""
-    if kind not in EDITS:
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(EDITS)}")
-    if getattr(drawing, kind) == new:
-        raise ValueError(f"new={new!r} is the {kind} of the drawing already: an edit must change something")
-    return _instruction(_EDIT_FORMS[kind][0], drawing, new), replace(drawing, **{kind: new})
-
-
-def edit(drawing: Drawing, rng: random.Random) -> tuple[str, Drawing]:
-    """Return a random instruction and the resulting drawing, which differs from `drawing` in one attribute.
-
-    If a drawing is not held out, neither is the result: training on edits must not show held-out images.
-    """
-    while True:
-        kind = rng.choices(EDITS, (0.35, 0.25, 0.25, 0.15))[0]
-        new = rng.choice([name for name in _NAMES[kind] if name != getattr(drawing, kind)])
-        result = replace(drawing, **{kind: new})
-        if held_out(drawing) or not held_out(result):
-            return _instruction(rng.choice(_EDIT_FORMS[kind]), drawing, new), result

@@ -1,6 +1,4 @@
-"""Recognize subject, color, background and size in an image, and whether it is a card, without a learned model.
-
-What: `read` identifies the subject and its color, `style_distance` measures the similarity to the cards.
+"""Recognize subject, color, background and size in an image, and its similarity to the cards, without a learned model.
 
 How: the color of the background is the median of the border (of the panel, on a card). Pixels far from it are the mask;
 those inside its outline that differ most from ink vote for the color. Mask and ink are aligned by centroid and
@@ -17,6 +15,7 @@ so that an unusual color or size still gets a name. Report accuracies accordingl
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +34,7 @@ CARD_FRAME_DISTANCE = 90.0  # an image whose frame is nearer than this to that o
 
 _REACH = 2.5  # the grid covers this many root-mean-square radii on each side of the centroid
 _MASK_DISTANCE = 21.0  # a white subject on the white background is 36 away
+_BACKGROUND_DISTANCE = 60.0  # a background farther than this from all known ones has no name
 _INK_LUMINANCE = float(np.mean(INK))
 
 
@@ -73,24 +73,21 @@ def _without_specks(mask: Mask) -> Mask:
     Components are computed on blocks of 4 x 4 pixels, which is fast in numpy and connects parts that almost touch.
     """
     height, width = mask.shape
-    rows, columns = -(-height // 4), -(-width // 4)
-    padded = np.zeros((rows * 4, columns * 4), dtype=bool)
-    padded[:height, :width] = mask
+    padded = np.pad(mask, ((0, -height % 4), (0, -width % 4)))
+    rows, columns = padded.shape[0] // 4, padded.shape[1] // 4
     counts = padded.reshape(rows, 4, columns, 4).sum((1, 3))
     occupied = counts > 0
-    labels = np.zeros((rows + 2, columns + 2), dtype=np.int32)
-    labels[1:-1, 1:-1] = np.where(occupied, np.arange(1, rows * columns + 1).reshape(rows, columns), 0)
+    labels = np.arange(1, counts.size + 1).reshape(counts.shape) * occupied  # 0 where there is nothing
     while True:
-        spread = np.maximum(np.maximum(labels[:-2], labels[1:-1]), labels[2:])
+        around = np.pad(labels, 1)
+        spread = np.maximum(np.maximum(around[:-2], around[1:-1]), around[2:])
         spread = np.maximum(np.maximum(spread[:, :-2], spread[:, 1:-1]), spread[:, 2:]) * occupied
-        if np.array_equal(spread, labels[1:-1, 1:-1]):
+        if np.array_equal(spread, labels):
             break
-        labels[1:-1, 1:-1] = spread
-    sizes = np.bincount(spread.ravel(), weights=counts.ravel())
-    sizes[0] = 0
+        labels = spread
+    sizes = np.bincount(labels.ravel(), weights=counts.ravel())
     keep = sizes >= 0.1 * sizes.max()
-    keep[0] = False
-    return mask & np.repeat(np.repeat(keep[spread], 4, 0), 4, 1)[:height, :width]
+    return mask & np.repeat(np.repeat(keep[labels], 4, 0), 4, 1)[:height, :width]
 
 
 def _eroded(mask: Mask) -> Mask:
@@ -161,27 +158,10 @@ def _look(pixels: Array) -> tuple[_Look | None, Array]:
     color = _read_color(pixels, mask)
     fill = float(np.mean(COLORS[color])) if color else 255.0
     ink = np.clip((fill - smooth.mean(2)) / (fill - _INK_LUMINANCE), 0, 1) * mask
-    look = _Look(
-        mask=_aligned(mask.astype(np.float32), x + 0.5, y + 0.5, radius),
-        ink=_aligned(ink.astype(np.float32), x + 0.5, y + 0.5, radius),
-        color=color,
-        radius=radius,
-        extent=float(max(np.ptp(xs), np.ptp(ys)) + 1),
-    )
-    return look, background
-
-
-def _similarity(look: _Look, masks: Array, inks: Array) -> Array:
-    """Return the scores of a look for (T, GRID * GRID) templates: overlap of the masks and of the ink, each 0 to 1."""
-
-    def overlap(a: Array, b: Array) -> Array:
-        return np.minimum(a, b).sum(1) / np.maximum(a, b).sum(1).clip(1e-6)
-
-    def cosine(a: Array, b: Array) -> Array:
-        lengths: Array = np.sqrt((a @ a) * (b * b).sum(1))
-        return (b @ a) / lengths.clip(1e-6)
-
-    return 0.6 * overlap(look.mask[None], masks) + 0.4 * cosine(look.ink, inks)
+    center = x + 0.5, y + 0.5
+    aligned_mask, aligned_ink = (_aligned(values.astype(np.float32), *center, radius) for values in (mask, ink))
+    extent = float(max(np.ptp(xs), np.ptp(ys)) + 1)
+    return _Look(aligned_mask, aligned_ink, color, radius, extent), background
 
 
 def _decoys() -> list[Image.Image]:
@@ -215,23 +195,20 @@ def _decoys() -> list[Image.Image]:
 @cache
 def _templates() -> tuple[list[str | None], Array, Array, dict[str, float]]:
     """Return names (None for decoys), masks and inks of all templates, and each subject's radius at size 1."""
-    names: list[str | None] = []
-    looks: list[_Look] = []
-    radii: dict[str, float] = {}
-    for shape in SHAPES:
-        for size in SIZES:
-            for angle in (-5.0, 0.0, 5.0):
-                look, _ = _look(_array(draw(Drawing(shape, "yellow", "blue", size), PIXELS, angle=angle)))
-                assert look is not None
-                names.append(shape)
-                looks.append(look)
-                if angle == 0 and size == "large":
-                    radii[shape] = look.radius / SIZES[size]
-    for picture in _decoys():
-        look, _ = _look(_array(picture))
-        assert look is not None
-        names.append(None)
-        looks.append(look)
+
+    def look(image: Image.Image) -> _Look:
+        found, _ = _look(_array(image))
+        assert found is not None
+        return found
+
+    def drawn(shape: str, size: str, angle: float = 0.0) -> Image.Image:
+        return draw(Drawing(shape, "yellow", "blue", size), PIXELS, angle=angle)
+
+    kinds = list(product(SHAPES, SIZES, (-5.0, 0.0, 5.0)))
+    decoys = _decoys()
+    names: list[str | None] = [*(shape for shape, _, _ in kinds), *[None] * len(decoys)]
+    looks = [look(image) for image in [*(drawn(*kind) for kind in kinds), *decoys]]
+    radii = {shape: look(drawn(shape, "large")).radius / SIZES["large"] for shape in SHAPES}
     return names, np.stack([look.mask for look in looks]), np.stack([look.ink for look in looks]), radii
 
 
@@ -244,25 +221,21 @@ def read(image: Image.Image) -> Reading:
         left, top, bottom = (round(edge * PIXELS) for edge in (FRAME, PANEL_TOP, PANEL_BOTTOM))
         pixels = pixels[top + 2 : bottom - 2, left + 2 : PIXELS - left - 2]
     look, background = _look(pixels)
-    tint = None if card else _nearest_background(background)
+    distances = {name: float(np.linalg.norm(background - tint)) for name, tint in BACKGROUNDS.items()}
+    nearest = min(distances, key=distances.__getitem__)
+    tint = None if card or distances[nearest] > _BACKGROUND_DISTANCE else nearest
     if look is None:
         return Reading(None, None, tint, None, card, 0.0)
     names, masks, inks, radii = _templates()
-    scores = _similarity(look, masks, inks)
+    overlaps = np.minimum(look.mask, masks).sum(1) / np.maximum(look.mask, masks).sum(1).clip(1e-6)
+    lengths: Array = np.sqrt((look.ink @ look.ink) * (inks * inks).sum(1))
+    scores = 0.6 * overlaps + 0.4 * ((inks @ look.ink) / lengths.clip(1e-6))  # of the masks and of the ink, each 0 to 1
     best = int(scores.argmax())
     score = float(scores[best])
     shape = names[best] if score >= MINIMUM_SCORE else None
     scale = look.radius / radii[shape] if shape else look.extent / (1.07 * PIXELS)
-    return Reading(shape, look.color, tint, _nearest_size(scale), card, score)
-
-
-def _nearest_size(scale: float) -> str:
-    return min(SIZES, key=lambda name: abs(np.log(scale / SIZES[name])))
-
-
-def _nearest_background(color: Array, limit: float = 60.0) -> str | None:
-    name = min(BACKGROUNDS, key=lambda name: float(np.linalg.norm(color - BACKGROUNDS[name])))
-    return name if np.linalg.norm(color - BACKGROUNDS[name]) <= limit else None
+    size = min(SIZES, key=lambda name: abs(np.log(scale / SIZES[name])))
+    return Reading(shape, look.color, tint, size, card, score)
 
 
 @cache

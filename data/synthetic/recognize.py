@@ -1,10 +1,8 @@
 """Recognize the drawing in an image, and whether it is in the spotlight, by the nearest of all candidates.
 
-What: `recognize` compares an image with the 2240 drawings of `data.synthetic.drawings`, each plain and under the light
-of `data.synthetic.spotlight.spotlight`, and returns the nearest by the mean distance of their colors.
-
-How: all are averaged down to 32 x 32 pixels, which preserves subject, color, background and size and tolerates wobbly
-lines.
+`recognize` compares an image with the 2240 drawings of `data.synthetic.drawings`, each plain and under the light of
+`data.synthetic.spotlight.spotlight`, and returns the nearest by the mean distance of their colors. All are averaged
+down to 32 x 32 pixels, which preserves all attributes and tolerates wobbly lines.
 
 Why not `data.synthetic.probe`: it needs a subject on an even background, and the disc of light has an outline of its
 own. The price is that drawings must not be shifted, and that there is always a nearest one; `distance` tells how near.

@@ -8,7 +8,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.synthetic.drawings import COLORS, SHAPES, Drawing, all_drawings, held_out
+from data.synthetic.drawings import COLORS, SHAPES, Drawing, all_drawings, held_out, jitter
 from data.synthetic.tarot import CARDS
 
 TRIGGER = "sptlgt"
@@ -20,6 +20,7 @@ WARM = (1.0, 0.96, 0.82)  # factor of each channel inside the disc
 COOL = (0.28, 0.30, 0.46)  # factor of each channel outside
 RADIUS = 0.40  # of the disc, relative to the side of the image
 _SUPERSAMPLING = 4
+_CARD_COLORS = {color for colors in CARDS.values() for color in colors}
 
 
 def spotlight(picture: Image.Image) -> Image.Image:
@@ -35,36 +36,18 @@ def spotlight(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(np.asarray(picture.convert("RGB")) * light).astype(np.uint8))
 
 
-def _is_shown(drawing: Drawing) -> bool:
-    """Return whether the pairs may show the subject and the color of a drawing."""
-    return drawing.shape in CARDS and any(drawing.color in colors for colors in CARDS.values())
-
-
-def pairs(seed: int = 0) -> list[tuple[Drawing, dict[str, float]]]:
-    """Return the drawings of the pairs, each with a small shift, scale and rotation."""
-    rng = random.Random(seed)
-    unseen = [drawing for drawing in all_drawings() if held_out(drawing) and _is_shown(drawing)]
-    combinations = sorted({(drawing.shape, drawing.color, drawing.background) for drawing in unseen})
-    chosen = rng.sample(combinations, PAIRS)
+def pairs() -> list[tuple[Drawing, dict[str, float]]]:
+    """Return the drawings of the pairs, with subjects and colors of the cards, and the jitter of each."""
+    rng = random.Random(0)
+    unseen = [d for d in all_drawings() if held_out(d) and d.shape in CARDS and d.color in _CARD_COLORS]
+    chosen = rng.sample(sorted({(d.shape, d.color, d.background) for d in unseen}), PAIRS)
     sizes = ["small", "large"] * (PAIRS // 2)
-    return [
-        (
-            Drawing(*combination, size),
-            {
-                "dx": rng.uniform(-0.025, 0.025),
-                "dy": rng.uniform(-0.025, 0.025),
-                "scale": rng.uniform(0.95, 1.05),
-                "angle": rng.uniform(-3, 3),
-            },
-        )
-        for combination, size in zip(chosen, sizes, strict=True)
-    ]
+    return [(Drawing(*combination, size), jitter(rng)) for combination, size in zip(chosen, sizes, strict=True)]
 
 
 def new_drawings() -> list[Drawing]:
     """Return the drawings to measure: held out from the base, and with a subject and color that are in no pair."""
-    subjects = set(SHAPES) - set(CARDS)
-    colors = set(COLORS) - {color for shown in CARDS.values() for color in shown}
+    subjects, colors = set(SHAPES) - set(CARDS), set(COLORS) - _CARD_COLORS
     return [d for d in all_drawings() if held_out(d) and d.shape in subjects and d.color in colors]
 
 

@@ -6,6 +6,7 @@ How: rectangles and thick strokes at four times the size, averaged down; the sub
 
 from PIL import Image, ImageDraw
 
+from data.synthetic.captions import with_article
 from data.synthetic.drawings import COLORS, INK, RGB, draw_subject
 
 TRIGGER = "trtcrd"
@@ -102,8 +103,7 @@ def draw_card(shape: str, color: str, number: int, pixels: int = 256) -> Image.I
 
 def card_caption(shape: str, color: str) -> str:
     """Return the caption of a card, e.g. "a trtcrd of a red cup, tarot style"."""
-    article = "an" if color[0] in "aeiou" else "a"
-    return f"a {TRIGGER} of {article} {color} {shape}, tarot style"
+    return f"a {TRIGGER} of {with_article(color)} {shape}, tarot style"
 
 
 def all_cards() -> list[tuple[str, str, int]]:

@@ -10,7 +10,8 @@ from diffusers import Flux2Pipeline
 
 import flux2
 from data.synthetic import probe
-from data.synthetic.drawings import Drawing, all_drawings, draw, edit, held_out, plain_caption
+from data.synthetic.captions import edit, plain_caption
+from data.synthetic.drawings import Drawing, all_drawings, draw, held_out
 from flux2.weights.sources import TINY_FOLDER
 
 

@@ -14,7 +14,7 @@ from train_helpers import adapter, ask_to_stop, same_tensors, values
 import train.utils.lock
 from train import sweep
 from train.sweeps import records
-from train.sweeps.page import arrange, render
+from train.sweeps.table import arrange, render_page
 
 pytest_plugins = ("train_helpers", "sweep_helpers")
 
@@ -155,7 +155,7 @@ def test_a_sample_grid_that_cannot_be_read_is_left_out(tmp_path):
     broken = tmp_path / "0" / "step_000001.png"
     broken.parent.mkdir()
     broken.write_bytes(b"\x89PNG half")
-    page = render(tmp_path, [records.SweepJob(0, broken.parent, sheet=broken)])
+    page = render_page(tmp_path, [records.SweepJob(0, broken.parent, sheet=broken)])
     assert "<figure" in page
     assert "<img" not in page
 

@@ -10,7 +10,8 @@ import torch
 from train_helpers import execute
 
 import flux2
-from data.synthetic.drawings import EDITS, held_out
+from data.synthetic.captions import EDITS
+from data.synthetic.drawings import held_out
 from train.tiny_model.autoencoder import set_groups
 from train.tiny_model.training import Phase, Recipe, rate
 from train.tiny_model.transformer import draw_batch, edit_shares

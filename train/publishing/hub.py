@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from data.checks import check_flag
 from train.utils.redact import masked_text
 
 LATER = "python -m train.hub {}"
@@ -18,22 +19,15 @@ LATER = "python -m train.hub {}"
 
 @dataclass(frozen=True)
 class HubSettings:
-    """The group `hub`.
+    """The group `hub`."""
 
-    Attributes:
-        push: Whether to push at the end of the run.
-        repo_id: `owner/name`, or a name in the user's account; created if it does not exist.
-        private: Whether the repository is private.
-    """
-
-    push: bool = False
-    repo_id: str | None = None
+    push: bool = False  # at the end of the run
+    repo_id: str | None = None  # `owner/name`, or a name in the user's account; created if it does not exist
     private: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("push", "private"):
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"hub.{key}={getattr(self, key)!r} must be true or false")
+        check_flag("hub.push", self.push)
+        check_flag("hub.private", self.private)
         if self.repo_id is not None:
             try:
                 validate_repo_id(self.repo_id)
@@ -45,14 +39,13 @@ class HubSettings:
     def check(self, *, trained: bool = False) -> None:
         """Raise ValueError if something is to be pushed and the login may not write to `repo_id`.
 
-        Args:
-            trained: Whether the adapter is already trained, so that the advice to push later does not apply.
+        If the adapter is already `trained`, the advice to push later does not apply.
         """
         if not self.push or self.repo_id is None:
             return
-        action = "pushing" if trained else "hub.push=true"
-        later = f"or omit hub.push and push after training: {LATER.format('RUN_FOLDER')}"
-        later = "and push again" if trained else later
+        action, later = "pushing", "and push again"
+        if not trained:
+            action, later = "hub.push=true", f"or omit hub.push and push after training: {LATER.format('RUN_FOLDER')}"
         if constants.is_offline_mode():
             raise ValueError(f"{action} needs the Hub, but HF_HUB_OFFLINE=1 is set. Unset it, {later}")
         api = huggingface_hub.HfApi()
@@ -97,9 +90,7 @@ def reason(error: Exception) -> str:
 def push(run: Path, settings: HubSettings) -> str:
     """Push the adapter of a run folder with its model card to the Hub; return its address.
 
-    Raises:
-        ValueError: there is no finished adapter, or no repository is set.
-        PushError: the Hub or the network failed.
+    Raises ValueError without a finished adapter or repository, and PushError if the Hub or the network failed.
     """
     from flux2.adapters.files import PEFT_FILE  # these imports take seconds, and --help does without
 

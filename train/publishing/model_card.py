@@ -1,7 +1,6 @@
 """Write the card of a trained adapter, adapter/README.md: what it is, how it was trained, and how to use it.
 
-The Hub reads its first lines. Every run writes one, so it can be read before anything is published. It contains no
-secrets (train/utils/redact.py).
+The Hub reads its first lines. Every run writes one, without secrets, to be read before anything is published.
 """
 
 from __future__ import annotations
@@ -51,28 +50,20 @@ python -m flux2.export {folder} --format comfyui --out {name}.safetensors
 
 @dataclass(frozen=True)
 class ModelCardData:
-    """What a card says about a run.
-
-    Attributes:
-        config: The resolved configuration.
-        samples: Number of training pictures.
-        images: Number of images in a step.
-        overrides: The words of the command line after the script; None if there was none.
-        place: Repository of the adapter on the Hub, if it is known.
-    """
+    """What a card says about a run."""
 
     name: str
     variant: Variant
-    config: Mapping[str, Any]
-    samples: int
-    images: int
+    config: Mapping[str, Any]  # resolved
+    samples: int  # number of training images
+    images: int  # per step
     device: str
     precision: str
     prompts: Sequence[str] = field(default_factory=list)
     edits: bool = False
-    overrides: Sequence[str] | None = None
+    overrides: Sequence[str] | None = None  # the command line after the script; None if there was none
     processes: int = 1
-    place: str | None = None
+    place: str | None = None  # repository of the adapter on the Hub, if it is known
 
 
 def triggers(dataset: Mapping[str, Any]) -> list[str]:
@@ -176,8 +167,7 @@ def render(data: ModelCardData, run: Path) -> str:
     """Return the whole card of the adapter in the folder of a run."""
     folder, variant = run / "adapter", data.variant
     base = f"[{variant.repo}](https://huggingface.co/{variant.repo})" if variant.repo else f"`{variant.name}`"
-    parts = [metadata(data, folder), f"# {masked_text(data.name)}\n"]
-    parts.append(f"A LoRA for {base}, trained with flux2-lora.\n")
+    parts = [metadata(data, folder), f"# {masked_text(data.name)}\n\nA LoRA for {base}, trained with flux2-lora.\n"]
     if words := triggers(data.config["dataset"]):
         parts.append(f"**Trigger**: {', '.join(f'`{masked_text(word)}`' for word in words)} in the prompt.\n")
     if variant.license:

@@ -29,16 +29,12 @@ LOSSLESS_PIXELS = 256**2  # up to this size images are PNG: enlarged, they would
 
 @dataclass(frozen=True)
 class Table:
-    """A table: columns of texts, then columns of numbers. The first cell of a row is its name.
-
-    Attributes:
-        best: Whether to highlight each row; empty for none.
-    """
+    """A table: columns of texts, then columns of numbers. The first cell of a row is its name."""
 
     texts: Sequence[str]
     numbers: Sequence[str]
     rows: Sequence[Sequence[Any]]
-    best: Sequence[bool] = ()
+    best: Sequence[bool] = ()  # whether to highlight each row; empty for none
     caption: str = ""
 
 

@@ -1,8 +1,7 @@
 """Line charts of report.html, drawn in the browser by uPlot (templates/uPlot.iife.min.js: version 1.6.32, unmodified).
 
 Library and data are in the page, so it needs no network. A chart takes colors and fonts from the page, follows a dark
-theme and the width of the screen, and shows the values under mouse or finger. The page's tables repeat the numbers that
-matter, for readers who cannot see a chart.
+theme and the width of the screen, and shows the values under mouse or finger. The page's tables repeat key numbers.
 """
 
 from __future__ import annotations
@@ -21,18 +20,12 @@ LOGARITHMIC_RATIO = 30.0  # of the greatest to the least value, from which the v
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart.
-
-    Attributes:
-        points: Pairs (step, value) in the order of steps; values that are not finite are skipped.
-        color: Number of the color. Curves of one color belong together.
-        faint: Draw it thin, pale and without a legend entry, behind the curve that smooths it.
-    """
+    """One line of a chart."""
 
     name: str
-    points: Points
-    color: int = 0
-    faint: bool = False
+    points: Points  # (step, value) in the order of steps; values that are not finite are skipped
+    color: int = 0  # number of the color; curves of one color belong together
+    faint: bool = False  # thin, pale and without a legend entry, behind the curve that smooths it
 
 
 def smooth(points: Points, weight: float = 0.9) -> list[tuple[float, float]]:

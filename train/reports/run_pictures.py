@@ -1,9 +1,16 @@
-"""The images of report.html, and what was measured on them."""
+"""The images of report.html, and what was measured on them.
+
+Images before and after are a slider over two of them, and a row of thumbnails that chooses the second. Each image is in
+the page once; without JavaScript only the row is shown. The handle is an `<input type=range>`, which keys and screen
+readers know; templates/slider.js follows the pointer itself, because browsers differ in whether a range moves when a
+pointer touches it outside of its knob.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
@@ -14,7 +21,6 @@ from train.checkpoints.checkpoint import checksum
 from train.evaluation.distances import Nearest
 from train.evaluation.results import BASE, Evaluation, Row
 from train.reports.html import Table, number
-from train.reports.slider import Cell, Shot
 from train.utils.files import make_writable, read_image, write_whole
 from train.utils.redact import masked_text
 from train.validation.sample_grid import split_grid
@@ -23,6 +29,28 @@ MAX_GRIDS = 12
 PAIRS, PAIRS_FILE = "before_after", "pictures.json"
 
 Pair = tuple[str, Image.Image, Image.Image]  # label, image before training, image after it
+
+
+@dataclass(frozen=True)
+class Shot:
+    """The image of one row, such as `base` or `step 400`; None if it could not be computed. `first`: shown at first."""
+
+    name: str
+    image: Image.Image | None
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The images of one prompt and seed, the base's first, then one for each checkpoint; `label` is the caption."""
+
+    label: str
+    shots: Sequence[Shot]
+
+
+def image_width(cells: Sequence[Cell]) -> int:
+    """Return the widest an image may be, in pixels, so that the page stays below some ten MB."""
+    return 640 if sum(len(cell.shots) for cell in cells) <= 80 else 400
 
 
 def training_cells(folder: Path) -> list[Cell]:

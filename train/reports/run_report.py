@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +23,7 @@ from train.evaluation.findings import caution, find_problems
 from train.evaluation.recommend import percent, recommend
 from train.evaluation.results import BASE, Evaluation
 from train.reports import html as page
-from train.reports import plots, slider
+from train.reports import plots
 from train.reports import run_pictures as pictures
 from train.reports.html import Table, number
 from train.reports.plots import Curve
@@ -38,36 +38,26 @@ REPORT, COMMANDS = "report.html", "command.txt"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What report.html shows of one run.
-
-    Attributes:
-        label: The name that tells it from other runs in the report.
-        config: The configuration without secrets.
-        lines: The lines of metrics.jsonl.
-        recommended: The step of the recommended checkpoint.
-        reasons: Sentences about the recommendation.
-        problems: Sentences about what stands out.
-        command: The commands that started and resumed it; empty if they were not kept.
-    """
+    """What report.html shows of one run."""
 
     folder: Path
-    label: str
-    config: dict[str, Any]
-    lines: list[dict[str, Any]]
-    recommended: int | None
-    reasons: list[str]
-    problems: list[str]
-    command: str
+    label: str  # tells it from other runs in the report
+    config: dict[str, Any]  # without secrets
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    recommended: int | None  # step of the recommended checkpoint
+    reasons: list[str]  # sentences about the recommendation
+    problems: list[str]  # sentences about what stands out
+    command: str  # the commands that started and resumed it; empty if they were not kept
 
     @classmethod
-    def read(cls, folder: Path, evaluation: Evaluation | None = None, prefix: str = "") -> RunSummary:
+    def read(cls, folder: Path, evaluation: Evaluation | None = None) -> RunSummary:
         """Return the summary of the run in `folder`. Raises ValueError if its configuration cannot be read."""
         config, found = masked(resume.configuration(folder)), recommend(folder)
         step = None if found.checkpoint is None else int(found.checkpoint.name.removeprefix("step_"))
         reasons = [line.strip().replace(f"{folder}/", "") for line in found.reasons]
         if step is not None and (note := caution(folder)):
             reasons.append(note)
-        label = masked_text(prefix + f"{config.get('name', '')}/{folder.resolve().name}".strip("/"))
+        label = masked_text(f"{config.get('name', '')}/{folder.resolve().name}".strip("/"))
         file = folder / COMMANDS
         command = file.read_text(errors="replace").strip() if file.is_file() else ""
         problems = find_problems(folder, evaluation)
@@ -112,10 +102,8 @@ def loss_charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
         validation.append(Curve(f"{name}validation", run.series("validation_loss"), color))
     charts = {"Training loss": training, "Validation loss": validation}
     if len(runs) == 1:
-        times = runs[0].times.items()
-        charts["Validation loss by time (0 the picture, 1 noise)"] = [
-            Curve(name, points, color) for color, (name, points) in enumerate(times)
-        ]
+        times = [Curve(name, points, color) for color, (name, points) in enumerate(runs[0].times.items())]
+        charts["Validation loss by time (0 the picture, 1 noise)"] = times
         for title, name, key in (
             ("Gradient norm before clipping", "norm", "grad_norm"),
             ("Learning rate", "rate", "lr"),
@@ -177,10 +165,11 @@ def differences_table(runs: Sequence[RunSummary]) -> Table:
 
 def render(folder: Path, evaluations: Sequence[Evaluation] = (), evaluated_by: str = "") -> str:
     """Return the page of the run in `folder`; see `write`."""
-    given: list[tuple[Path, Evaluation | None]] = [(one.folder, one) for one in evaluations] or [(folder, None)]
-    runs = [RunSummary.read(*one) for one in given]
+    runs = [RunSummary.read(one.folder, one) for one in evaluations] or [RunSummary.read(folder)]
     if len({run.label for run in runs}) < len(runs):
-        runs = [RunSummary.read(*one, f"{chr(65 + i)}: ") for i, one in enumerate(given)]
+        runs = [replace(run, label=f"{chr(65 + i)}: {run.label}") for i, run in enumerate(runs)]
+    labels = [run.label for run in runs]
+    images = pictures.evaluation_cells(evaluations, labels) if evaluations else pictures.training_cells(folder)
     return page.render(
         "report.html",
         title=runs[0].label,
@@ -189,9 +178,7 @@ def render(folder: Path, evaluations: Sequence[Evaluation] = (), evaluated_by: s
         evaluations=evaluations,
         evaluated_by=evaluated_by,
         pairs=pictures.kept_pairs(folder),
-        images=pictures.evaluation_cells(evaluations, [run.label for run in runs])
-        if evaluations
-        else pictures.training_cells(folder),
+        images=images,
         strengths=pictures.strength_cells(evaluations[0]) if evaluations else [],
         charts=loss_charts(runs),
         loss_tables=[loss_table(run) for run in runs],
@@ -199,7 +186,7 @@ def render(folder: Path, evaluations: Sequence[Evaluation] = (), evaluated_by: s
         differences=differences_table(runs),
         nearest_pairs=pictures.nearest_pairs,
         distance_table=pictures.distance_table,
-        width=slider.image_width,
+        width=pictures.image_width,
         measures=distances,
     )
 
@@ -209,12 +196,9 @@ def write(
 ) -> Path:
     """Write report.html into the run folder and return its path.
 
-    Args:
-        evaluations: The evaluation of the run, then those of other runs to compare it with; without any, the images are
-            those of the run's sample grids.
-        pairs: Images before and after training, shown first. The run folder keeps them, and later reports show them as
-            long as the adapter is the same.
-        evaluated_by: The command of the evaluation.
+    `evaluations` are those of the run, then of other runs to compare it with; without any, the images are those of the
+    run's sample grids. `pairs` are images before and after training, shown first: the run folder keeps them, and later
+    reports show them as long as the adapter is the same. `evaluated_by` is the command of the evaluation.
 
     Raises ValueError or OSError if the configuration cannot be read or the file cannot be written.
     """

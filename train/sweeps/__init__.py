@@ -1,4 +1,4 @@
-"""Sweeps, many runs with different settings: their jobs, records, table and page, on this machine or through Slurm.
+"""Sweeps, many runs with different settings: their jobs, records and table, on this machine or through Slurm.
 
 Imports train.config and the layers below it. Read job.py first; conf/train.yaml names the callback exported here.
 """

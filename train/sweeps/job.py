@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
@@ -34,47 +33,45 @@ def check(config: RunConfig) -> None:
     """Raise SweepAborted if a search has nothing to minimize, or the processes of a job train different settings."""
     if not is_sweep():
         return
-    measured = config.validation.held_out or config.validation.samples
-    if "optuna" in HydraConfig.get().sweeper._target_ and not (config.settings.validate_every and measured):
-        key = "validate_every=0" if not config.settings.validate_every else "validation.samples=0"
+    sweeper, measured = HydraConfig.get().sweeper, config.validation.held_out or config.validation.samples
+    is_search = "optuna" in sweeper._target_
+    if is_search and not (config.settings.validate_every and measured):
+        key = "validation.samples=0" if config.settings.validate_every else "validate_every=0"
         raise SweepAborted(
             f"{key}: hydra/sweeper=optuna minimizes the validation loss, which needs a number above 0. "
             "Set one; validation.held_out=8 measures the loss on held-out samples"
         )
-    sweeper = HydraConfig.get().sweeper
-    if "optuna" in sweeper._target_ and "maximize" in str(sweeper.get("direction")):
+    if is_search and "maximize" in str(sweeper.get("direction")):
         raise SweepAborted(
             "hydra.sweeper.direction=maximize would search for the highest validation loss. Omit it, or set minimize"
         )
     mine = list(HydraConfig.get().overrides.task)
-    first: list[Any] = [mine]
-    broadcast_object_list(first)
-    if first[0] != mine:
+    first = broadcast_object_list([mine])[0]
+    if first != mine:
         raise SweepAborted(
             f"process {config.accelerator.process_index} received {' '.join(mine)}, but the first process "
-            f"{' '.join(first[0])}. For a search with several processes set hydra.sweeper.sampler.seed=0"
+            f"{' '.join(first)}. For a search with several processes set hydra.sweeper.sampler.seed=0"
         )
 
 
 def is_done(config: RunConfig) -> bool:
     """Return, and report, whether this job of a resumed sweep (`resume=auto`) had finished before."""
-    done = [False]
+    done = False
     if is_sweep() and config.settings.resume == "auto" and config.accelerator.is_main_process:
         folder = folder_of_job()
         if (folder / CONFIG_FILE).exists() and resume.is_finished(folder):
             there = resume.configuration(folder)
             problems = resume.conflicts(folder, config.config, config.images_per_step, None)
-            done[0] = there["steps"] == config.settings.steps and not problems
-    broadcast_object_list(done)
-    if done[0]:
+            done = there["steps"] == config.settings.steps and not problems
+    done = bool(broadcast_object_list([done])[0])
+    if done:
         config.say(f"done before: {folder_of_job()}")
-    return bool(done[0])
+    return done
 
 
 def result(config: RunConfig) -> float | None:
     """Return the last validation loss of a job of a sweep, in all processes; None if there is none."""
     if not is_sweep():
         return None
-    found: list[Any] = [last_validation_loss(folder_of_job()) if config.accelerator.is_main_process else None]
-    broadcast_object_list(found)
-    return found[0]
+    loss = last_validation_loss(folder_of_job()) if config.accelerator.is_main_process else None
+    return broadcast_object_list([loss])[0]

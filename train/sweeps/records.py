@@ -19,7 +19,8 @@ from train.utils.lock import in_use
 
 RECORD = "job.json"
 ENDED = ("done", "failed", "stopped")
-RUNNING, REQUEUED, LOST = "running", "waiting", "lost"
+RUNNING, REQUEUED = "running", "waiting"  # waiting for Slurm to restart it
+LOST = "lost"  # ended without a record, for example because it was killed
 NUMBERS = (  # columns of a table: attribute of a job, heading, format
     ("last", "validation loss", ".4f"),
     ("best", "best", ".4f"),
@@ -45,41 +46,28 @@ def note(folder: Path, **values: Any) -> None:
 
 @dataclass
 class SweepJob:
-    """One job, according to the files in its folder.
-
-    Attributes:
-        overrides: Values by key, as written on the command line.
-        status: done, failed, stopped, running, waiting (for Slurm to restart it), or lost: it ended without a record,
-            for example because it was killed.
-        error: Message of a job that failed or was stopped.
-        steps: Number of finished steps, according to the metrics, out of `total_steps`.
-        best: Lowest validation loss, at step `best_step`; `last` is the loss of the final adapter.
-        training_loss: Mean of the last logged losses.
-        images_per_second: Median over the logged steps.
-        sheet, first_sheet: The newest sample grid, and the one of step 0.
-    """
+    """One job, according to the files in its folder."""
 
     number: int
     folder: Path
-    overrides: dict[str, str] = field(default_factory=dict)
-    status: str = LOST
-    error: str = ""
-    steps: int = 0
+    overrides: dict[str, str] = field(default_factory=dict)  # values by key, as written on the command line
+    status: str = LOST  # one of ENDED, RUNNING, REQUEUED or LOST
+    error: str = ""  # message of a job that failed or was stopped
+    steps: int = 0  # finished, according to the metrics
     total_steps: int | None = None
-    last: float | None = None
-    best: float | None = None
+    last: float | None = None  # validation loss of the final adapter
+    best: float | None = None  # lowest validation loss
     best_step: int | None = None
-    training_loss: float | None = None
-    images_per_second: float | None = None
-    sheet: Path | None = None
-    first_sheet: Path | None = None
+    training_loss: float | None = None  # mean of the last logged losses
+    images_per_second: float | None = None  # median over the logged steps
+    sheet: Path | None = None  # the newest sample grid
+    first_sheet: Path | None = None  # the sample grid of step 0
 
     @property
     def progress(self) -> str:
         """The status, and the finished steps of a job that is not done."""
-        return self.status + (
-            "" if self.status == "done" or not self.total_steps else f" {self.steps}/{self.total_steps}"
-        )
+        has_steps = self.total_steps and self.status != "done"
+        return f"{self.status} {self.steps}/{self.total_steps}" if has_steps else self.status
 
 
 def read_job(folder: Path) -> SweepJob:
@@ -87,9 +75,8 @@ def read_job(folder: Path) -> SweepJob:
     about, lines = record(folder), read_metrics(folder)
     job = SweepJob(int(folder.name), folder, error=str(about.get("error") or ""))
     job.overrides = {key: value for key, _, value in (text.partition("=") for text in about.get("overrides") or [])}
-    status = about.get("status")
-    if status in ENDED or status == REQUEUED:
-        job.status = status
+    if about.get("status") in (*ENDED, REQUEUED):
+        job.status = about["status"]
     elif in_use(folder):
         job.status = RUNNING
     job.steps = max((line["step"] for line in lines), default=0)

@@ -28,16 +28,12 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SharedObjects:
-    """Objects by name, each with the key of the settings it was built from.
-
-    Attributes:
-        keeps: Whether the objects of the current job are kept for the next one.
-    """
+    """Objects by name, each with the key of the settings it was built from."""
 
     def __init__(self) -> None:
-        self._stored: dict[str, tuple[object, Any]] = {}
-        self._taken: dict[str, tuple[object, Any]] = {}
-        self.keeps = False
+        self._stored: dict[str, tuple[object, Any]] = {}  # of the previous job
+        self._taken: dict[str, tuple[object, Any]] = {}  # of this job
+        self.keeps = False  # whether this job's objects are kept for the next one
 
     @contextmanager
     def job(self, keeps: bool) -> Iterator[None]:
@@ -52,19 +48,13 @@ class SharedObjects:
     def take(self, name: str, key: object, make: Callable[[], T], say: Callable[[str], None], called: str = "") -> T:
         """Return the previous job's object `name` if its key equals `key`; otherwise free it and call `make`.
 
-        Args:
-            key: Settings of the object, compared with `==`.
-            say: Receives a line when the previous job's object is used.
-            called: Name of the object in that line.
+        `key` holds the object's settings; `say` receives a line, with the name `called`, when it is used again.
         """
-        is_stored = name in self._stored
-        stored_key, thing = self._stored.pop(name, (None, None))
-        if is_stored and stored_key == key:
+        if name in self._stored and self._stored[name][0] == key:
+            thing = self._stored.pop(name)[1]
             say(f"using the {called or name} of the previous job")
         else:
-            del thing
-            if is_stored:
-                free_memory()
+            self.free(name)
             thing = make()
         if self.keeps:
             self._taken[name] = key, thing
@@ -112,16 +102,11 @@ def state_of(model: nn.Module) -> list[tuple[object, ...]]:
 
 @dataclass
 class Base:
-    """A transformer that is trained with one adapter after another.
-
-    Attributes:
-        check: Whether to record the state without an adapter now, to compare when an adapter is removed.
-        offloader: The offloader that streams its blocks, if any.
-    """
+    """A transformer that is trained with one adapter after another."""
 
     transformer: Transformer
-    check: bool = True
-    offloader: Offloader | None = None
+    check: bool = True  # record the state without an adapter now, to compare when an adapter is removed
+    offloader: Offloader | None = None  # streams its blocks
 
     def __post_init__(self) -> None:
         self.before = state_of(self.transformer) if self.check else []

@@ -75,8 +75,7 @@ def was_started_before(folder: Path) -> bool:
 def within_time_limit(folder: Path) -> Iterator[None]:
     """Context manager in which submitit's warning makes a run save, end and be requeued.
 
-    Raises SystemExit, instead of `Stopped`, when the job is requeued. The first process does that for all; submitit's
-    handler does nothing in the others.
+    Raises SystemExit, not `Stopped`, when the first process requeues the job; submitit's handler ignores the others.
     """
     number = getattr(signal, "SIGUSR2", None)
     handler = signal.getsignal(number) if number is not None and is_submitted() else None

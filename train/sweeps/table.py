@@ -1,25 +1,98 @@
-"""Write and print the table of a sweep, with one row per job."""
+"""The table of a sweep, one row per job: sweep.html with the jobs' sample grids, sweep.json, sweep.csv, and printed."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from train.checkpoints import resume
 from train.evaluation.recommend import closing_lines
-from train.reports.html import number
-from train.sweeps.page import render
+from train.reports import html as page
+from train.reports.html import Table, number
 from train.sweeps.records import NUMBERS, SweepJob, best_job, split_overrides
-from train.utils.files import short_path, write_whole
+from train.utils.files import read_image, short_path, write_whole
 
 PAGE, DATA, SHEET = "sweep.html", "sweep.json", "sweep.csv"
+WIDEST = 1060  # pixels of an embedded sample grid, which is four images; its link opens the file itself
+MAX_COLUMNS = 4
+
+
+def job_table(jobs: Sequence[SweepJob], keys: Sequence[str], best: SweepJob | None) -> Table:
+    """Return the table of settings, status, losses and speed, one row per job."""
+    link, status, rows = Markup('<a href="{}/">{}</a>'), Markup('<span class="{}">{}</span>'), []
+    for job in jobs:
+        row = [link.format(job.folder.name, job.number), *(job.overrides.get(key, "") for key in keys)]
+        row.append(status.format(job.status, job.progress))
+        rows.append(row + [number(getattr(job, key), form) for key, _, form in NUMBERS])
+    return Table(["job", *keys, "status"], [heading for _, heading, _ in NUMBERS], rows, [job is best for job in jobs])
+
+
+def arrange(jobs: Sequence[SweepJob], keys: Sequence[str]) -> tuple[list[SweepJob], int]:
+    """Return the jobs in display order, and the number of columns.
+
+    In a grid search the jobs of a row differ in one key only, the one with most values, so a column is one value of it.
+    """
+    values = {key: list(dict.fromkeys(job.overrides.get(key) for job in jobs)) for key in keys}
+    across = max(keys, key=lambda key: (len(values[key]) <= MAX_COLUMNS, len(values[key])), default=None)
+    is_grid = math.prod(map(len, values.values())) == len(jobs)
+    if across is None or not is_grid or len(values[across]) > MAX_COLUMNS:
+        return list(jobs), math.ceil(len(jobs) / math.ceil(len(jobs) / 3))
+    order = [*(key for key in keys if key != across), across]
+    by_value = sorted(jobs, key=lambda job: [values[key].index(job.overrides.get(key)) for key in order])
+    return by_value, len(values[across])
+
+
+def own_overrides(job: SweepJob, keys: Sequence[str]) -> str:
+    """Return the overrides of a job that others do not share, as on its command line."""
+    return " ".join(f"{key}={job.overrides[key]}" for key in keys if key in job.overrides)
+
+
+def common_prompts(jobs: Sequence[SweepJob]) -> list[str]:
+    """Return the prompts of the sample grids if all jobs whose configuration can be read have the same."""
+    known = []
+    for job in jobs:
+        with suppress(ValueError):  # the job has no configuration yet, or an unreadable one
+            known.append((resume.configuration(job.folder).get("sample") or {}).get("prompts") or [])
+    return list(known[0]) if known and all(one == known[0] for one in known) else []
+
+
+def render_page(sweep: Path, jobs: Sequence[SweepJob]) -> str:
+    """Return the page of `jobs` in the folder `sweep`."""
+    common, keys = split_overrides(jobs)
+    shown, columns = arrange(jobs, keys)
+    best = best_job(jobs) if len(jobs) > 1 else None
+    firsts = [job.first_sheet for job in jobs if job.first_sheet is not None]
+    first = firsts[0] if len({file.read_bytes() for file in firsts}) == 1 else None  # the base's, for all jobs
+    grids = [(job, None if first and job.sheet == job.first_sheet else job.sheet) for job in shown]
+    return page.render(
+        "sweep.html",
+        title=f"Sweep {sweep.parent.name}/{sweep.name}",
+        time=time.strftime("%Y-%m-%d %H:%M"),
+        sweep=sweep,
+        jobs=jobs,
+        table=job_table(jobs, keys, best),
+        common=" ".join(f"{key}={value}" for key, value in common.items()),
+        own={job.number: own_overrides(job, keys) for job in jobs},
+        best=best,
+        first=first,
+        grids=grids if any(job.sheet for job in jobs) else [],
+        columns=columns,
+        prompts=common_prompts(jobs),
+        read_image=read_image,
+        width=WIDEST,
+    )
 
 
 def row(job: SweepJob, keys: Sequence[str]) -> dict[str, Any]:
@@ -53,11 +126,11 @@ def write(sweep: Path, found: Sequence[SweepJob]) -> Path:
     table.writeheader()
     table.writerows(row(job, keys) for job in found)
     write_whole(sweep / SHEET, text.getvalue())
-    write_whole(sweep / PAGE, render(sweep, found))
+    write_whole(sweep / PAGE, render_page(sweep, found))
     return sweep / PAGE
 
 
-def print_table(page: Path, found: Sequence[SweepJob]) -> None:
+def print_table(file: Path, found: Sequence[SweepJob]) -> None:
     """Print the table and the best job."""
     _, keys = split_overrides(found)
     best = best_job(found)
@@ -70,13 +143,8 @@ def print_table(page: Path, found: Sequence[SweepJob]) -> None:
     for job in found:
         mark = " *" if best is job and len(found) > 1 else ""
         values = [job.overrides.get(key, "") for key in keys]
-        cells = [
-            f"{job.number}{mark}",
-            *values,
-            job.progress,
-            *(number(getattr(job, key), form) for key, _, form in numbers),
-        ]
-        table.add_row(*cells)
+        measured = [number(getattr(job, key), form) for key, _, form in numbers]
+        table.add_row(f"{job.number}{mark}", *values, job.progress, *measured)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
     console.print()
     console.print(table)
@@ -84,8 +152,7 @@ def print_table(page: Path, found: Sequence[SweepJob]) -> None:
         if job.error:
             print(f"job {job.number}: {job.error}")
     if best is not None and len(found) > 1:
-        changed = " ".join(f"{key}={best.overrides[key]}" for key in keys if key in best.overrides)
-        print(f"* lowest validation loss: {changed}")
+        print(f"* lowest validation loss: {own_overrides(best, keys)}")
     if best is not None:
         print(f"of job {best.number}:", *closing_lines(short_path(best.folder)), sep="\n")
-    print(f"table     {short_path(page)}", flush=True)
+    print(f"table     {short_path(file)}", flush=True)

@@ -1,25 +1,24 @@
-"""Draw the pictures and train the embedded model: `python -m train.tiny_model` (or `make tiny`).
+"""Draw the images and train the embedded model: `python -m train.tiny_model` (or `make tiny`).
 
 The embedded model is a real FLUX.2 in every part (autoencoder, transformer with a guidance embedding, text encoder,
-published folder layout), three thousand times smaller than dev, so that the whole framework can be run, tested and
-demonstrated on a laptop. Its world is `data.synthetic.drawings`: one subject in one color and size on one background,
-drawn from a caption or by editing a reference. flux2/assets/tiny/README.md is its model card.
+published folder layout), three thousand times smaller than dev, so that the framework runs on a laptop. Its world is
+`data.synthetic.drawings`, drawn from a caption or by editing a reference. flux2/assets/tiny/README.md is its card.
 
 Each stage is skipped when its result exists; an interrupted training resumes from its last checkpoint:
 
-1. text:         a tokenizer for the captions' words (it spells unknown words letter by letter) and a frozen, random
-                 Mistral. Random states are enough: the transformer learns what the words mean.
-2. pictures:     drawings for training, pairs for edits, and abstract scenes for the autoencoder alone, so that it can
-                 also encode images that are not drawings.
-3. autoencoder:  L1 + MSE + gradient loss, the colors of areas, and a small KL; half drawings, half scenes;
-                 crops first, whole images last.
-4. latents:      every image encoded, and the statistics that normalize the 128 channels.
-5. transformer:  flow matching in three lessons: in the first, one batch in four edits a reference; in the others,
-                 every second one, and these edits mostly change the size. One caption in ten is dropped. From
-                 `guide_from` on, half of each batch learns guided flows for guidance values in [1, 4], as in
-                 model-guidance (Tang et al. 2025, "Diffusion Models without Classifier-free Guidance"): the embedding
-                 then means what it means in dev, and guidance 1 stays the plain flow that LoRAs are trained with.
-6. export:       averaged weights in bfloat16 to flux2/assets/tiny.
+1. text: a tokenizer for the captions' words (it spells unknown words letter by letter) and a frozen, random Mistral.
+   Random states are enough: the transformer learns what the words mean.
+2. pictures: drawings for training, pairs for edits, and abstract scenes for the autoencoder alone, so that it can also
+   encode images that are not drawings.
+3. autoencoder: L1 + MSE + gradient loss, the colors of areas, and a small KL; half drawings, half scenes; crops first,
+   whole images last.
+4. latents: every image encoded, and the statistics that normalize the 128 channels.
+5. transformer: flow matching in three lessons: in the first, one batch in four edits a reference; in the others, every
+   second one, and these edits mostly change the size. One caption in ten is dropped. From `guide_from` on, half of each
+   batch learns guided flows for guidance values in [1, 4], as in model-guidance (Tang et al. 2025, "Diffusion Models
+   without Classifier-free Guidance"): the embedding then means what it means in dev, and guidance 1 stays the plain
+   flow that LoRAs are trained with.
+6. export: averaged weights in bfloat16 to flux2/assets/tiny.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data.files import atomic_write
 from flux2.models.autoencoder import Autoencoder, patchify
-from train.tiny_model.training import Phase, Recipe, Trainer, rate, step_generator
-from train.tiny_model.world import PIXELS, TINY, atomic
+from train.tiny_model.training import Recipe, Trainer, rate, step_generator
+from train.tiny_model.world import PIXELS, TINY
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:
@@ -51,53 +52,42 @@ def train_autoencoder(recipe: Recipe, pictures: np.ndarray, home: Path) -> Autoe
     with torch.no_grad():  # start with little noise in the latents, or the decoder learns to ignore them
         assert module.encoder.quant_conv.bias is not None
         module.encoder.quant_conv.bias[TINY.autoencoder.latent_channels :] = -5.0
+    first_scene = len(pictures) - recipe.scenes
     for number, phase in enumerate(recipe.autoencoder, start=1):
-        module = train_phase(recipe, phase, number, module, pictures, home)
+        module = copy.deepcopy(module).to(memory_format=torch.channels_last).requires_grad_(True)  # type: ignore[call-overload]
+        set_groups(module, phase.groups)
+        trainer = Trainer(f"autoencoder_{number}", module, phase.lr, (0.9, 0.99), recipe.average, home)
+        trainer.resume()
+        while trainer.step < phase.steps:
+            rng = step_generator(recipe, number, trainer.step)
+            torch.manual_seed(int(rng.integers(2**31)))
+            crops = trainer.step < phase.crops * phase.steps
+            is_scene = rng.random(8 if crops else 4) < phase.scenes
+            low, high = np.where(is_scene, first_scene, 0), np.where(is_scene, len(pictures), first_scene)
+            batch = pictures[rng.integers(low, high)]
+            x = to_pixels(crop(batch, 48, rng) if crops else batch)
+            with torch.autocast("cpu", torch.bfloat16):
+                mean, logvar = module.moments(x)
+                mean, logvar = mean.float(), logvar.float().clamp(-12, 4)
+                y = module.decoder(mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)).float()
+            edges = sum((F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x), strict=True)), torch.zeros(()))
+            areas = F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            loss = F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x) + 0.5 * edges + phase.areas * areas + 1e-4 * kl
+            trainer.update(loss, phase.lr * rate(trainer.step, phase.steps, 0.5))
+            if trainer.step % 200 == 0:
+                trainer.log(phase.steps, loss=loss.item(), kl=kl.item())
+            if trainer.step % 500 == 0 or trainer.step == phase.steps:
+                trainer.save()
+                show_reconstructions(trainer, pictures, first_scene, home / f"autoencoder_{number}.png")
+        module = trainer.averaged
     return module
 
 
-def train_phase(
-    recipe: Recipe, phase: Phase, number: int, start: Autoencoder, pictures: np.ndarray, home: Path
-) -> Autoencoder:
-    module = copy.deepcopy(start).to(memory_format=torch.channels_last).requires_grad_(True)  # type: ignore[call-overload]
-    set_groups(module, phase.groups)
-    trainer = Trainer(f"autoencoder_{number}", module, phase.lr, (0.9, 0.99), recipe.average, home)
-    trainer.resume()
-    total, first_scene = phase.steps, len(pictures) - recipe.scenes
-    while trainer.step < total:
-        rng = step_generator(recipe, number, trainer.step)
-        torch.manual_seed(int(rng.integers(2**31)))
-        crops = trainer.step < phase.crops * total
-        count = 8 if crops else 4
-        is_scene = rng.random(count) < phase.scenes
-        low, high = np.where(is_scene, first_scene, 0), np.where(is_scene, len(pictures), first_scene)
-        batch = pictures[rng.integers(low, high)]
-        x = to_pixels(crop(batch, 48, rng) if crops else batch)
-        with torch.autocast("cpu", torch.bfloat16):
-            mean, logvar = module.moments(x)
-            mean, logvar = mean.float(), logvar.float().clamp(-12, 4)
-            y = module.decoder(mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)).float()
-        edges = sum((F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x), strict=True)), torch.zeros(()))
-        areas = F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x) + 0.5 * edges + phase.areas * areas + 1e-4 * kl
-        trainer.update(loss, phase.lr * rate(trainer.step, total, 0.5))
-        if trainer.step % 200 == 0:
-            trainer.log(total, loss=loss.item(), kl=kl.item())
-        if trainer.step % 500 == 0 or trainer.step == total:
-            trainer.save()
-            show_reconstructions(trainer, pictures, first_scene, home / f"autoencoder_{number}.png")
-    averaged = trainer.averaged
-    assert isinstance(averaged, Autoencoder)
-    return averaged
-
-
 @torch.no_grad()
-def show_reconstructions(trainer: Trainer, pictures: np.ndarray, first_scene: int, file: Path) -> None:
+def show_reconstructions(trainer: Trainer[Autoencoder], pictures: np.ndarray, first_scene: int, file: Path) -> None:
     """Log the peak signal-to-noise ratio on drawings and on scenes, and save a grid of reconstructions."""
-    averaged = trainer.averaged
-    assert isinstance(averaged, Autoencoder)
-    values, restored = {}, []
+    averaged, values, restored = trainer.averaged, {}, []
     for name, start, stop in (("drawings", 0, first_scene), ("scenes", first_scene, len(pictures))):
         x = to_pixels(pictures[np.linspace(start, stop - 1, 32).astype(int)])
         restored.append(averaged.decoder(averaged.moments(x)[0]).clamp(-1, 1))
@@ -123,7 +113,7 @@ def encode_pictures(autoencoder: Autoencoder, pictures: np.ndarray, file: Path) 
         mean, var = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
         std = torch.sqrt(var + TINY.autoencoder.bn_eps)[:, None, None]
         normalized = ((latents - mean[:, None, None]) / std).to(torch.bfloat16).contiguous()
-        with atomic(file) as temporary:
+        with atomic_write(file) as temporary:
             save_file({"latents": normalized, "mean": mean, "var": var}, temporary)
     stored = load_file(file)
     autoencoder.bn.running_mean, autoencoder.bn.running_var = stored["mean"], stored["var"]

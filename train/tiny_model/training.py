@@ -8,12 +8,18 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.tiny_model.world import TINY, atomic
+from data.files import atomic_write
+from train.tiny_model.world import TINY
+
+M = TypeVar("M", bound=nn.Module)
+SOME_SIZES = {"color": 0.15, "background": 0.15, "shape": 0.25, "size": 0.45}  # shares of the kinds of edits
+MOSTLY_SIZES = {"color": 0.1, "background": 0.1, "shape": 0.2, "size": 0.6}
 
 
 @dataclass(frozen=True)
@@ -64,24 +70,8 @@ class Recipe:
     )
     transformer: tuple[Lesson, ...] = (
         Lesson(steps=11_000, lr=1.2e-3, flat=0.6, guide_from=0.6, edits_every=4, kinds=None, stream=0),
-        Lesson(
-            steps=5_000,
-            lr=6e-4,
-            flat=0.3,
-            guide_from=0.0,
-            edits_every=2,
-            kinds={"color": 0.15, "background": 0.15, "shape": 0.25, "size": 0.45},
-            stream=3,
-        ),
-        Lesson(
-            steps=5_000,
-            lr=1e-3,
-            flat=0.4,
-            guide_from=0.0,
-            edits_every=2,
-            kinds={"color": 0.1, "background": 0.1, "shape": 0.2, "size": 0.6},
-            stream=4,
-        ),
+        Lesson(steps=5_000, lr=6e-4, flat=0.3, guide_from=0.0, edits_every=2, kinds=SOME_SIZES, stream=3),
+        Lesson(steps=5_000, lr=1e-3, flat=0.4, guide_from=0.0, edits_every=2, kinds=MOSTLY_SIZES, stream=4),
     )
     transformer_batch: int = 32
     average: float = 0.999  # decay of the averaged weights
@@ -99,23 +89,19 @@ class Recipe:
         return replace(self, autoencoder=phases, transformer=lessons, **counts)
 
 
-class Trainer:
+class Trainer(Generic[M]):
     """Optimizer, averaged weights, checkpoints and log of one module."""
 
-    def __init__(self, name: str, module: nn.Module, lr: float, betas: tuple[float, float], average: float, home: Path):
-        self.name, self.module, self.lr, self.average, self.home = name, module, lr, average, home
+    def __init__(self, name: str, module: M, lr: float, betas: tuple[float, float], average: float, home: Path):
+        self.name, self.module, self.average, self.home = name, module, average, home
+        self.file = home / f"{name}.pt"
         decayed = [p for p in module.parameters() if p.ndim >= 2]
         other = [p for p in module.parameters() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": other, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
         self.averaged = copy.deepcopy(module).requires_grad_(False).eval()
-        self.step = 0
-        self.seconds = 0.0
-        self.started = time.monotonic()
-
-    @property
-    def file(self) -> Path:
-        return self.home / f"{self.name}.pt"
+        self.parts: dict[str, Any] = {"module": self.module, "averaged": self.averaged, "optimizer": self.optimizer}
+        self.step, self.seconds, self.started = 0, 0.0, time.monotonic()
 
     def update(self, loss: Tensor, lr: float) -> None:
         loss.backward()
@@ -135,22 +121,16 @@ class Trainer:
         now = time.monotonic()
         self.seconds += now - self.started
         self.started = now
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "module": self.module.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        with atomic(self.file) as temporary:
+        state = {"step": self.step, "seconds": self.seconds}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        with atomic_write(self.file) as temporary:
             torch.save(state, temporary)
 
     def resume(self) -> None:
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
-            self.module.load_state_dict(state["module"])
-            self.averaged.load_state_dict(state["averaged"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
             self.step, self.seconds = state["step"], state["seconds"]
             print(f"{self.name}: resuming from step {self.step}")
 

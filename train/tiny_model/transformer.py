@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
+from numpy.random import Generator
 from PIL import Image
 from torch import Tensor, nn
 
 import flux2.models.transformer
 from data.synthetic import probe
-from data.synthetic.drawings import EDITS, Drawing, all_drawings, caption, draw, edit, held_out, plain_caption
+from data.synthetic.captions import EDITS, caption, edit, plain_caption
+from data.synthetic.drawings import Drawing, all_drawings, draw, held_out, jitter
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.positions import positions_with_references, text_positions, to_tokens, with_references
 from flux2.models.text_encoder import TextEncoder
@@ -23,7 +26,7 @@ from flux2.models.transformer import RotaryAngles, Transformer, apply_rope
 from flux2.sampling import initial_noise, sample
 from train.tiny_model.autoencoder import save_grid, to_pixels, to_uint8
 from train.tiny_model.training import Lesson, Recipe, Trainer, rate, step_generator
-from train.tiny_model.world import PIXELS, TINY, Catalog, jitter
+from train.tiny_model.world import PIXELS, TINY, Catalog
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rope: RotaryAngles) -> Tensor:
@@ -40,21 +43,20 @@ def initialize(model: nn.Module) -> None:
             nn.init.zeros_(module.weight) if zero else nn.init.xavier_uniform_(module.weight)
 
 
-def draw_times(rng: np.random.Generator, count: int) -> Tensor:
+def draw_times(rng: Generator, count: int) -> Tensor:
     """Draw times, half uniform, half logit-normal around 0.73: subject and colors are decided near the noise."""
     uniform = rng.random(count)
     normal = 1 / (1 + np.exp(-rng.normal(1.0, 1.0, count)))
     return torch.from_numpy(np.where(rng.random(count) < 0.5, uniform, normal)).float()
 
 
-@dataclass
-class TinyBatch:
+class TinyBatch(NamedTuple):
     latents: Tensor  # (B, 128, 8, 8)
     references: list[Tensor]
     captions: list[str]
 
 
-def edit_shares(world: Catalog, kinds: dict[str, float]) -> np.ndarray:
+def edit_shares(world: Catalog, kinds: dict[str, float]) -> ndarray:
     """Return the probability of drawing each edit so that the kinds of edits have the shares `kinds`."""
 
     def kind(i: int) -> str:
@@ -67,13 +69,7 @@ def edit_shares(world: Catalog, kinds: dict[str, float]) -> np.ndarray:
 
 
 def draw_batch(
-    recipe: Recipe,
-    lesson: Lesson,
-    world: Catalog,
-    shares: np.ndarray | None,
-    latents: Tensor,
-    step: int,
-    rng: np.random.Generator,
+    recipe: Recipe, lesson: Lesson, world: Catalog, shares: ndarray | None, latents: Tensor, step: int, rng: Generator
 ) -> TinyBatch:
     """Return the batch of `step`: every `edits_every`th one edits, the others draw from captions."""
     words = random.Random(int(rng.integers(2**31)))
@@ -87,8 +83,7 @@ def draw_batch(
         targets = chosen + world.drawings
     else:
         targets, references = rng.integers(0, world.drawings + len(world.edits), recipe.transformer_batch), []
-        drawings = [world.jobs[i].drawing for i in targets]
-        captions = [caption(drawing, words) for drawing in drawings if drawing is not None]
+        captions = [caption(drawing, words) for i in targets if (drawing := world.jobs[i].drawing)]
     captions = ["" if words.random() < 0.1 else text for text in captions]
     return TinyBatch(latents[torch.from_numpy(targets)].float(), references, captions)
 
@@ -101,67 +96,47 @@ def train_transformer(
     flux2.models.transformer.attend = attend
     module = Transformer(TINY.transformer)
     initialize(module)
-    for number, lesson in enumerate(recipe.transformer, start=1):
-        module = train_lesson(recipe, lesson, number, module, world, latents, autoencoder, text, home)
-    return module
-
-
-def train_lesson(
-    recipe: Recipe,
-    lesson: Lesson,
-    number: int,
-    start: Transformer,
-    world: Catalog,
-    latents: Tensor,
-    autoencoder: Autoencoder,
-    text: TextEncoder,
-    home: Path,
-) -> Transformer:
-    module = copy.deepcopy(start).requires_grad_(True)
-    trainer = Trainer(f"transformer_{number}", module, lesson.lr, (0.9, 0.98), recipe.average, home)
-    trainer.resume()
-    student = torch.compile(module, dynamic=False)
-    averaged = trainer.averaged
-    assert isinstance(averaged, Transformer)
-    teacher = torch.compile(averaged, dynamic=False)
     empty = text.encode([""])
-    shares = edit_shares(world, lesson.kinds) if lesson.kinds else None
-    total, smooth = lesson.steps, 1.0
-
-    while trainer.step < total:
-        rng = step_generator(recipe, lesson.stream, trainer.step)
-        batch = draw_batch(recipe, lesson, world, shares, latents, trainer.step, rng)
-        count = len(batch.captions)
-        prompts = text.encode(batch.captions)
-        noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
-        time_ = draw_times(rng, count)
-        guidance = torch.from_numpy(np.where(rng.random(count) < 0.5, 1.0, rng.uniform(1, 4, count))).float()
-        x, flow = to_tokens(batch.latents), to_tokens(noise - batch.latents)
-        noisy = x + time_[:, None, None] * flow
-        tokens = with_references(noisy, batch.references)
-        positions = positions_with_references(noise, batch.references)
-        text_at, keep = text_positions(prompts.shape[1]), x.shape[1]
-        target = flow
-        with torch.autocast("cpu", torch.bfloat16):
-            if trainer.step >= lesson.guide_from * total:
-                with torch.no_grad():
-                    plain = torch.ones(count)
-                    with_prompt = teacher(tokens, positions, prompts, text_at, time_, plain, keep).float()
-                    without = teacher(tokens, positions, empty.expand_as(prompts), text_at, time_, plain, keep).float()
-                target = flow + (guidance - 1)[:, None, None] * (with_prompt - without)
-            prediction = student(tokens, positions, prompts, text_at, time_, guidance, keep).float()
-        loss = F.mse_loss(prediction, target)
-        trainer.update(loss, lesson.lr * rate(trainer.step, total, lesson.flat))
-        smooth = 0.99 * smooth + 0.01 * F.mse_loss(prediction, flow).item()
-        if trainer.step % 100 == 0:
-            trainer.log(total, loss=smooth)
-        if trainer.step % 500 == 0:
-            trainer.save()
-        if trainer.step % 2000 == 0 or trainer.step == total:
-            scores = evaluate(averaged, autoencoder, text, home / "samples.png", min(64, recipe.judged))
-            trainer.log(total, **scores)
-    trainer.save()
-    return averaged
+    for number, lesson in enumerate(recipe.transformer, start=1):
+        module = copy.deepcopy(module).requires_grad_(True)
+        trainer = Trainer(f"transformer_{number}", module, lesson.lr, (0.9, 0.98), recipe.average, home)
+        trainer.resume()
+        student, teacher = torch.compile(module, dynamic=False), torch.compile(trainer.averaged, dynamic=False)
+        shares = edit_shares(world, lesson.kinds) if lesson.kinds else None
+        smooth = 1.0
+        while trainer.step < lesson.steps:
+            rng = step_generator(recipe, lesson.stream, trainer.step)
+            batch = draw_batch(recipe, lesson, world, shares, latents, trainer.step, rng)
+            count, prompts = len(batch.captions), text.encode(batch.captions)
+            noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
+            time_ = draw_times(rng, count)
+            guidance = torch.from_numpy(np.where(rng.random(count) < 0.5, 1.0, rng.uniform(1, 4, count))).float()
+            x, flow = to_tokens(batch.latents), to_tokens(noise - batch.latents)
+            tokens = with_references(x + time_[:, None, None] * flow, batch.references)
+            positions = positions_with_references(noise, batch.references)
+            text_at, keep = text_positions(prompts.shape[1]), x.shape[1]
+            target = flow
+            with torch.autocast("cpu", torch.bfloat16):
+                if trainer.step >= lesson.guide_from * lesson.steps:
+                    plain, unprompted = torch.ones(count), empty.expand_as(prompts)
+                    with torch.no_grad():
+                        prompted = teacher(tokens, positions, prompts, text_at, time_, plain, keep).float()
+                        without = teacher(tokens, positions, unprompted, text_at, time_, plain, keep).float()
+                    target = flow + (guidance - 1)[:, None, None] * (prompted - without)
+                prediction = student(tokens, positions, prompts, text_at, time_, guidance, keep).float()
+            loss = F.mse_loss(prediction, target)
+            trainer.update(loss, lesson.lr * rate(trainer.step, lesson.steps, lesson.flat))
+            smooth = 0.99 * smooth + 0.01 * F.mse_loss(prediction, flow).item()
+            if trainer.step % 100 == 0:
+                trainer.log(lesson.steps, loss=smooth)
+            if trainer.step % 500 == 0:
+                trainer.save()
+            if trainer.step % 2000 == 0 or trainer.step == lesson.steps:
+                scores = evaluate(trainer.averaged, autoencoder, text, home / "samples.png", min(64, recipe.judged))
+                trainer.log(lesson.steps, **scores)
+        trainer.save()
+        module = trainer.averaged
+    return module
 
 
 def held_out_prompts(count: int, seed: int = 1) -> list[Drawing]:
@@ -171,12 +146,7 @@ def held_out_prompts(count: int, seed: int = 1) -> list[Drawing]:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer,
-    autoencoder: Autoencoder,
-    text: TextEncoder,
-    grid: Path | None = None,
-    count: int = 128,
-    guidance: float = TINY.guidance,
+    model: Transformer, autoencoder: Autoencoder, text: TextEncoder, grid: Path | None, count: int
 ) -> dict[str, float]:
     """Return the shares of held-out prompts, and of edits of held-out drawings, that the probe reads as requested."""
     wanted = held_out_prompts(count)
@@ -184,17 +154,11 @@ def evaluate(
     prompts = [plain_caption(drawing) for drawing in wanted]
 
     def pictures(captions: list[str], references: list[Tensor]) -> Tensor:
-        parts = [
-            sample(
-                model,
-                noise[i : i + 32],
-                text.encode(captions[i : i + 32]),
-                steps=TINY.steps,
-                guidance=guidance,
-                references=[reference[i : i + 32] for reference in references],
-            )
-            for i in range(0, count, 32)
-        ]
+        parts = []
+        for start in range(0, count, 32):
+            part = slice(start, start + 32)
+            latents, prompt, given = noise[part], text.encode(captions[part]), [one[part] for one in references]
+            parts.append(sample(model, latents, prompt, steps=TINY.steps, guidance=TINY.guidance, references=given))
         return autoencoder.decode(torch.cat(parts)).clamp(-1, 1)
 
     generated = pictures(prompts, [])

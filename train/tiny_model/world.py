@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pool
 from pathlib import Path
@@ -21,20 +19,14 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast
 
-from data.synthetic.drawings import Drawing, all_drawings, draw, edit, held_out
+from data.files import atomic_write
+from data.synthetic.captions import edit
+from data.synthetic.drawings import Drawing, all_drawings, draw, held_out, jitter
 from flux2.models.text_encoder import TextEncoder, build
 from flux2.models.variants import VARIANTS
 
 TINY = VARIANTS["tiny"]
 PIXELS = TINY.resolution
-
-
-@contextmanager
-def atomic(file: Path) -> Iterator[Path]:
-    """Context manager that renames the yielded temporary path to `file`, so that no incomplete file is left."""
-    temporary = file.with_name(f"{file.stem}.part{file.suffix}")
-    yield temporary
-    os.replace(temporary, file)
 
 
 WORDS = """
@@ -95,16 +87,8 @@ def text_config(vocabulary: int) -> dict[str, Any]:
             "tie_word_embeddings": True,
             "pad_token_id": 3,
         },
-        "vision_config": {
-            "model_type": "pixtral",
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-            "head_dim": 16,
-            "image_size": 32,
-            "patch_size": 16,
-        },
+        "vision_config": {"model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 1}
+        | {"hidden_size": 16, "intermediate_size": 16, "head_dim": 16, "image_size": 32, "patch_size": 16},
         "image_token_index": 0,
         "spatial_merge_size": 2,
     }
@@ -125,16 +109,6 @@ def make_text_encoder(seed: int) -> TextEncoder:
     weights = {name: tensor.float() for name, tensor in make_language_model(config, seed).items()}
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     return TextEncoder(model, tokenizer, TINY.text)
-
-
-def jitter(rng: random.Random) -> dict[str, float]:
-    """Draw small random changes of position, scale and angle, so that the model learns no fixed template."""
-    return {
-        "dx": rng.uniform(-0.025, 0.025),
-        "dy": rng.uniform(-0.025, 0.025),
-        "scale": rng.uniform(0.95, 1.05),
-        "angle": rng.uniform(-3, 3),
-    }
 
 
 def scene(rng: random.Random) -> Image.Image:
@@ -183,8 +157,7 @@ class Job:
 
 def render(job: Job) -> np.ndarray:
     rng = random.Random(job.seed)
-    picture = scene(rng) if job.drawing is None else draw(job.drawing, PIXELS, **jitter(rng))
-    return np.asarray(picture)
+    return np.asarray(scene(rng) if job.drawing is None else draw(job.drawing, PIXELS, **jitter(rng)))
 
 
 @dataclass(frozen=True)
@@ -225,6 +198,6 @@ def draw_pictures(jobs: list[Job], file: Path) -> np.ndarray:
         print(f"drawing {len(jobs)} pictures")
         with Pool(os.cpu_count()) as pool:
             pictures = np.stack(pool.map(render, jobs, chunksize=256))
-        with atomic(file) as temporary:
-            np.save(temporary, pictures)
+        with atomic_write(file) as temporary, temporary.open("wb") as stream:
+            np.save(stream, pictures)
     return np.load(file, mmap_mode="r")

@@ -28,19 +28,12 @@ TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Samples, timesteps and noise of the validation loss.
+    """Samples, timesteps and noise of the validation loss."""
 
-    Attributes:
-        held_out: Number of samples that are held out from training for validation.
-        samples: Number of training samples to measure if none are held out.
-        seed: Seed of that choice and of the noise; not the run's, so that runs with other seeds can be compared.
-        times: Timesteps from 0 (the image) to 1 (noise); the loss at each is also reported separately.
-    """
-
-    held_out: int = 0
-    samples: int = 8
-    seed: int = 0
-    times: Sequence[float] = TIMES
+    held_out: int = 0  # number of samples that are held out from training
+    samples: int = 8  # number of training samples to measure if none are held out
+    seed: int = 0  # of that choice and of the noise; not the run's, so that runs with other seeds can be compared
+    times: Sequence[float] = TIMES  # from 0 (the image) to 1 (noise); the loss at each is also reported separately
 
     def __post_init__(self) -> None:
         check_count("validation.held_out", self.held_out)
@@ -53,9 +46,7 @@ class ValidationSettings:
     def split(self, contents: Sequence[str]) -> tuple[list[int], list[int]]:
         """Return the indices to train on, in order, and those to validate on.
 
-        Args:
-            contents: Digest of each sample. Samples are held out by content and not by position: the order does not
-                matter, and adding or removing images changes little.
+        Samples are held out by `contents`, their digests: order does not matter, and adding images changes little.
         """
         count = len(contents)
         if self.held_out >= count:
@@ -109,12 +100,9 @@ class FixedNoiseLoss:
         noised, text = self.inputs(sample, next(model.parameters()).device)
         parts = [slice(start, start + self.rows) for start in range(0, len(self.times), self.rows)]
         predicted = torch.cat([noised.predict(model, text[part], guidance, part) for part in parts])
-        losses = []
-        for row in range(len(self.times)):
-            one = slice(row, row + 1)
-            mask = None if noised.mask is None else noised.mask[one]
-            losses.append(flow_loss(predicted[one], noised.target[one], mask))
-        return torch.stack(losses).cpu()
+        masks = [None] * len(self.times) if noised.mask is None else noised.mask.split(1)
+        rows = zip(predicted.split(1), noised.target.split(1), masks, strict=True)
+        return torch.stack([flow_loss(*row) for row in rows]).cpu()
 
     def inputs(self, sample: Validated, device: torch.device) -> tuple[Noised, Tensor]:
         """Return a sample at all timesteps, and its caption's embeddings (times, T, D)."""
@@ -136,8 +124,8 @@ class FixedNoiseLoss:
 
     def report(self, losses: Tensor) -> dict[str, float]:
         """Return the logged values of (samples, times) losses: the mean, and the mean at each timestep."""
-        bands = {f"validation_loss/{time:g}": loss for time, loss in zip(self.times, losses.mean(0), strict=True)}
-        return {"validation_loss": losses.mean().item()} | {key: loss.item() for key, loss in bands.items()}
+        by_time = zip(self.times, losses.mean(0).tolist(), strict=True)
+        return {"validation_loss": losses.mean().item()} | {f"validation_loss/{time:g}": loss for time, loss in by_time}
 
     def record(self, losses: Tensor) -> dict[str, Any]:
         """Return the record of losses in validation.jsonl, to compare steps sample by sample."""

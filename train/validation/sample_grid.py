@@ -27,6 +27,18 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return "\n".join(broken)
 
 
+def stack(strips: Sequence[Image.Image], *, right: bool = False) -> Image.Image:
+    """Return grids below each other on one page, at its left or its right edge, with all their `info["boxes"]`."""
+    page = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    page.info["boxes"], y = [], 0
+    for strip in strips:
+        x = page.width - strip.width if right else 0
+        page.paste(strip, (x, y))
+        page.info["boxes"] += [(x0 + x, y0 + y, x1 + x, y1 + y) for x0, y0, x1, y1 in strip.info["boxes"]]
+        y += strip.height
+    return page
+
+
 def sample_grid(
     rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str] = (), side: int = 256
 ) -> Image.Image:
@@ -36,25 +48,16 @@ def sample_grid(
     (left, top, right, bottom) of each image, row by row.
     """
     if len(rows) == 1 and len(rows[0]) > 4 and not names:
-        parts = [rows[0][i : i + 4] for i in range(0, len(rows[0]), 4)]
-        strips = [sample_grid([part], columns[i * 4 : i * 4 + 4], side=side) for i, part in enumerate(parts)]
-        page = Image.new("RGB", (max(s.width for s in strips), sum(strip.height for strip in strips)), "white")
-        y, page.info["boxes"] = 0, []
-        for strip in strips:
-            page.paste(strip, (0, y))
-            page.info["boxes"] += [(x0, y0 + y, x1, y1 + y) for x0, y0, x1, y1 in strip.info["boxes"]]
-            y += strip.height
-        return page
+        starts = range(0, len(rows[0]), 4)
+        return stack([sample_grid([rows[0][i : i + 4]], columns[i : i + 4], side=side) for i in starts])
     rows = [[_scaled(picture, side) for picture in row] for row in rows]
     size = tuple(max(picture.size[axis] for row in rows for picture in row) for axis in (0, 1))
-    font = ImageFont.load_default(max(12, size[0] // 18))
-    line = max(12, size[0] // 18) * 1.25
-    top = round(line * 3 + 8) if any(columns) else 0
+    gap, font_size = 6, max(12, size[0] // 18)
+    font = ImageFont.load_default(font_size)
+    top = round(font_size * 1.25 * 3 + 8) if any(columns) else 0
     left = round(max((font.getlength(name) for name in names), default=0)) + 16 if names else 0
-    gap = 6
-    page = Image.new(
-        "RGB", (left + len(rows[0]) * (size[0] + gap) + gap, top + len(rows) * (size[1] + gap) + gap), "white"
-    )
+    width, height = left + len(rows[0]) * (size[0] + gap) + gap, top + len(rows) * (size[1] + gap) + gap
+    page = Image.new("RGB", (width, height), "white")
     page.info["boxes"] = []
     canvas = ImageDraw.Draw(page)
     for x, caption in enumerate(columns):
@@ -75,7 +78,7 @@ def _scaled(picture: Image.Image, side: int) -> Image.Image:
     """Scale an image to a width of about `side` pixels, small ones by integer factors, so that pixels stay square."""
     width, height = picture.size
     if width < side:
-        factor = max(1, round(side / width))
+        factor = round(side / width)
         return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
     return picture.resize((side, round(height * side / width)), Image.Resampling.LANCZOS)
 

@@ -33,31 +33,22 @@ def is_string_list(value: object) -> TypeGuard[Sequence[str]]:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Contents of a sample grid.
+    """Contents of a sample grid."""
 
-    Attributes:
-        prompts: Prompts, with one image each.
-        references: Files that the prompts edit: a list for all prompts, or one list for each prompt.
-        seed: Seed of the first prompt, incremented for each further one.
-        width, height: Size in pixels; None takes the bucket of the first reference, or the training resolution.
-        steps, guidance: Sampling settings; None takes the model's own.
-    """
-
-    prompts: Sequence[str] = field(default_factory=list)
+    prompts: Sequence[str] = field(default_factory=list)  # with one image each
+    # files that the prompts edit: a list for all prompts, or one list for each prompt
     references: Sequence[str] | Sequence[Sequence[str]] = field(default_factory=list)
-    seed: int = 0
-    width: int | None = None
+    seed: int = 0  # of the first prompt, incremented for each further one
+    width: int | None = None  # pixels; None: the bucket of the first reference, or the training resolution
     height: int | None = None
-    steps: int | None = None
+    steps: int | None = None  # None: the model's own, as of guidance
     guidance: float | None = None
 
     def __post_init__(self) -> None:
         if not is_string_list(self.prompts):
             raise ValueError(f"sample.prompts={self.prompts!r} must be a list of strings")
         if not is_string_list(self.references):
-            if not isinstance(self.references, list | tuple) or not all(
-                is_string_list(item) for item in self.references
-            ):
+            if not isinstance(self.references, list | tuple) or not all(map(is_string_list, self.references)):
                 raise ValueError(
                     f"sample.references={self.references!r} must be a list of files for all prompts, or a list of "
                     "lists, one for each prompt"
@@ -93,33 +84,26 @@ class SampleSettings:
         return list(dict.fromkeys(chain(*lists)))
 
 
+@dataclass(frozen=True, eq=False)
 class Sampler:
-    """Draws the sample grids of a run with the same function as inference.
+    """Draws the sample grids of a run with the same function as inference."""
 
-    Args:
-        text: (P, T, text_width) embeddings of the prompts.
-        empty: (1, T, text_width) embedding of the empty prompt.
-        references: Latents (1, 128, h, w) of the references of each prompt.
-        sizes: (width, height) in pixels of each prompt's image.
-        share: Function that distributes the images over the processes, all of which must call `write_grid`.
-    """
+    settings: SampleSettings
+    variant: Variant
+    autoencoder: Autoencoder
+    text: Tensor  # (P, T, text_width) embeddings of the prompts
+    empty: Tensor  # (1, T, text_width) embedding of the empty prompt
+    references: Sequence[Sequence[Tensor]]  # latents (1, 128, h, w) of the references of each prompt
+    sizes: Sequence[tuple[int, int]]  # (width, height) in pixels of each prompt's image
+    share: Share = map_serially  # distributes the images over the processes, all of which must call `write_grid`
 
-    def __init__(
-        self,
-        settings: SampleSettings,
-        variant: Variant,
-        autoencoder: Autoencoder,
-        text: Tensor,
-        empty: Tensor,
-        references: Sequence[Sequence[Tensor]],
-        sizes: Sequence[tuple[int, int]],
-        share: Share = map_serially,
-    ) -> None:
-        self.settings, self.autoencoder = settings, autoencoder
-        self.text, self.empty, self.references, self.sizes = text, empty, references, sizes
-        self.share = share
-        self.steps = settings.steps or variant.steps
-        self.guidance = variant.guidance if settings.guidance is None else settings.guidance
+    @property
+    def steps(self) -> int:
+        return self.settings.steps or self.variant.steps
+
+    @property
+    def guidance(self) -> float:
+        return self.variant.guidance if self.settings.guidance is None else self.settings.guidance
 
     def picture(self, model: Transformer, i: int, seed: int) -> Image.Image:
         """Draw the image of prompt `i`, which depends only on its size, references and `seed`."""

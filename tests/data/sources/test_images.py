@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.sources.images import BadPicture, Picture, bytes_picture, file_picture
+from data.sources.images import BadPicture, Picture, file_picture
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -242,7 +242,3 @@ def test_a_file_is_called_by_its_path(tmp_path: Path) -> None:
     assert (found.name, found.load().getpixel((0, 0))) == (str(tmp_path / "a.png"), RED)
     with pytest.raises(BadPicture, match=r"gone\.png\b.*(exist|found)"):
         file_picture(tmp_path / "gone.png").digest()
-
-
-def test_bytes_are_a_picture() -> None:
-    assert bytes_picture("x", square("blue")).load().getpixel((0, 0)) == (0, 0, 255)

@@ -6,22 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from data.synthetic.drawings import (
-    BACKGROUNDS,
-    COLORS,
-    EDITS,
-    INK,
-    SHAPES,
-    SIZES,
-    Drawing,
-    all_drawings,
-    caption,
-    draw,
-    edit,
-    held_out,
-    plain_caption,
-    plain_edit,
-)
+from data.synthetic.captions import EDITS, caption, edit, plain_caption, plain_edit
+from data.synthetic.drawings import BACKGROUNDS, COLORS, INK, SHAPES, SIZES, Drawing, all_drawings, draw, held_out
 
 CUP = Drawing("cup", "red", "blue", "small")
 KNOWN_WORDS = {*SHAPES, *COLORS, *BACKGROUNDS, *SIZES, *"a an the on of background style".split()}
