@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from train_helpers import adapter, compose, one_message, refusal, same_tensors
 
+from flux2.adapters import adapter_parameters
 from flux2.adapters.tuners import attach
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import Precision
@@ -34,7 +35,7 @@ from train.planner.optimizer_memory import optimizer_bytes
 from train.planner.predictor import Planner
 from train.planner.search import choose, step_down
 from train.planner.text_encoder_memory import text_encoder_bytes
-from train.planner.workload import Workload, trained
+from train.planner.workload import Workload
 from train.run import main
 from train.stages.memory import load_config
 from train.utils.memory import OutOfMemory, explain_oom, parse_amounts
@@ -610,4 +611,4 @@ def test_the_advice_is_a_setting_that_takes_less(small):
 def test_trained_parameters_are_the_adapters():
     model = job("tiny", rank=2).model
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    assert len(trained(model)) == sum(".lora_" in name for name, _ in model.named_parameters())
+    assert len(adapter_parameters(model)) == sum(".lora_" in name for name, _ in model.named_parameters())
