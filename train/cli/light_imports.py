@@ -1,8 +1,8 @@
 """Import PEFT for a plan without the libraries that a plan does not use, which take a third of its CPU time.
 
-A plan attaches an adapter to a model that has shapes only: it loads no text encoder, quantizes no weight and compiles
-nothing. PEFT imports transformers for base classes and `isinstance` checks, and bitsandbytes for its layers.
-bitsandbytes, which optimizer=adamw_8bit needs, imports torch's compiler for functions that a plan does not call.
+A plan attaches an adapter to shapes alone: it loads no text encoder, quantizes no weight and compiles nothing. PEFT
+imports transformers for base classes and `isinstance` checks, and bitsandbytes for its layers. bitsandbytes, which
+optimizer=adamw_8bit needs, imports torch's compiler for functions that a plan does not call.
 """
 
 from __future__ import annotations
@@ -34,11 +34,8 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "transformers" else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return StandIn(spec.name)
-
     def exec_module(self, module: ModuleType) -> None:
-        pass
+        module.__class__ = StandIn
 
 
 def import_lightly() -> None:
