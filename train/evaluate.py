@@ -181,7 +181,7 @@ def evaluate(run: SavedRun, features: Features, plan: DrawingPlan) -> Evaluation
         sweep_row.strength = strength
     prompts, name = run.prompts, chosen.name
     result = Evaluation(run.folder, features.name, prompts, columns, rows, name, sweep, damaged=damaged, notes=notes)
-    run.forget()
+    run.free_transformer()
     measure(result, run, features, few, plan.training_pictures)
     result.notes += run.notes
     if not plan.chosen_alone:  # the files of the run's own evaluation cover all its checkpoints
@@ -209,7 +209,7 @@ def measure(
 
     loads: list[Callable[[], Image.Image]] = []
     vectors: list[Tensor] = []
-    for one in run.trained(training_pictures):
+    for one in run.training_images(training_pictures):
         vectors.append(describe(one.image))
         result.trained.append(one.name)
         loads.append(one.load)
