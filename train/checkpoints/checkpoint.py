@@ -135,10 +135,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` finished steps of the run in the folder `run`; return the checkpoint's folder.
 
-    Args:
-        parts: Parts of the training state, each written as `<name>.pt`.
-        about: Further content of the state file, as JSON values: `images_per_step`, and more.
-
+    Each of `parts` is written as `<name>.pt`; `about` is further content of the state file, such as `images_per_step`.
     Raises NotSaved if the disk is full or the folder cannot be written.
     """
     place = run / "checkpoints" / f"step_{step:06d}"

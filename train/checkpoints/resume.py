@@ -121,11 +121,9 @@ class NewRun:
     def conflicts(self, folder: Path, start: Path | None, *, moved: bool = True) -> str:
         """Return the differences that prevent resuming the run in `folder` from `start`; empty if there are none.
 
-        With `moved` the samples may be in another place: for a run that is named explicitly,
-        `TrainingData.check_unchanged` later compares their content. Without it, their place tells whether the run is
-        the intended one.
-
-        Raises ValueError if the run's configuration or the checkpoint's state cannot be read.
+        With `moved` the samples may be in another place, because `TrainingData.check_unchanged` later compares their
+        content. Without it, their place tells whether the run is the intended one. Raises ValueError if the run's
+        configuration or the checkpoint's state cannot be read.
         """
         found = [
             text

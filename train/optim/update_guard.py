@@ -104,9 +104,7 @@ class UpdateGuard:
         """Return the steps that were sent, oldest first: all with `wait`, else all but the newest on a GPU.
 
         The newest is still being computed. Every process waits for the one before it, so that all decide the same at
-        the same step. Warns about skipped steps.
-
-        Raises TrainingError after `max_nonfinite_steps` of them in a row.
+        the same step. Warns about skipped steps, and raises TrainingError after `max_nonfinite_steps` in a row.
         """
         readings = []
         while self._sent and (wait or self.device.type != "cuda" or len(self._sent) > 1):

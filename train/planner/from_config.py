@@ -76,10 +76,7 @@ def references_of(dataset: Mapping[str, Any]) -> int:
 
 
 def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workload:
-    """Return what determines a run's memory and step time. Images are counted as squares of the largest bucket.
-
-    `in_fp8` plans FP8 products (compute capability 8.9 and above) if this machine has no GPU.
-    """
+    """Return what determines memory and step time, for squares of the largest bucket; `in_fp8` as above."""
     settings, side = config.settings, config.buckets.largest
     samples = bool(config.sample.prompts) and settings.sample_every > 0
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]

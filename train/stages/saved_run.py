@@ -44,13 +44,6 @@ TRAINING_ONLY = ("adapter", "optimizer", "schedule", "timesteps", "weighting", "
 MOST_CAPTIONS = 4  # captions that are used as prompts if the run has none
 
 
-class NoSamples(Source):
-    """An empty source, so that only prompts are encoded."""
-
-    def __init__(self) -> None:
-        super().__init__("no samples", None, None, False, 0)
-
-
 @dataclass(frozen=True)
 class Candidate:
     """An adapter of a run."""
@@ -178,7 +171,8 @@ class SavedRun:
     @cached_property
     def sampler(self) -> Sampler:
         """The sampler of training, with its encoded prompts."""
-        cached = prepare(self.config.accelerator, cache_request(self.config, NoSamples()))
+        no_samples = Source("no samples", None, None, False, 0)  # only prompts are encoded
+        cached = prepare(self.config.accelerator, cache_request(self.config, no_samples))
         sampler = load_sampler(self.config, cached)
         assert sampler is not None
         return sampler

@@ -59,21 +59,6 @@ class WandbTracker(NoTracker):
 
         id_file = folder / "wandb_id"
         self.run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
-        about = {"name": masked_text(f"{name}/{folder.name}"), "config": config, "dir": str(folder)}
-        try:
-            self._run = self._init(self.mode, about)
-        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-            raise ValueError(f"tracker=wandb: {error}. Run `wandb login`, or use tracker.mode=offline") from error
-        except wandb.errors.Error as error:
-            later = f"`wandb sync {folder}/wandb/offline-run-*` sends it"
-            warn(f"tracker=wandb: {masked_text(str(error))}. The run is stored offline: {later}")
-            wandb.teardown()  # otherwise the id would be in use
-            self._run = self._init("offline", about)
-        id_file.write_text(self.run_id)
-
-    def _init(self, mode: str, about: dict[str, Any]) -> Any:
-        import wandb
-
         settings: dict[str, Any] = {
             "console": "off",  # terminal output may contain anything
             "x_disable_meta": True,  # command line, user, host, folders
@@ -88,15 +73,19 @@ class WandbTracker(NoTracker):
             "finish_timeout": FINISH_SECONDS,  # without it a dead network blocks the end
         }
         settings |= {key: value for key, value in newer.items() if key in wandb.Settings.model_fields}
-        return wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=mode,  # type: ignore[arg-type]
-            id=self.run_id,
-            resume="allow",
-            settings=wandb.Settings(**settings),
-            **about,
-        )
+        run: dict[str, Any] = {"project": self.project, "entity": self.entity, "mode": self.mode, "id": self.run_id}
+        run |= {"name": masked_text(f"{name}/{folder.name}"), "config": config, "dir": str(folder)}
+        run |= {"resume": "allow", "settings": wandb.Settings(**settings)}
+        try:
+            self._run = wandb.init(**run)
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise ValueError(f"tracker=wandb: {error}. Run `wandb login`, or use tracker.mode=offline") from error
+        except wandb.errors.Error as error:
+            later = f"`wandb sync {folder}/wandb/offline-run-*` sends it"
+            warn(f"tracker=wandb: {masked_text(str(error))}. The run is stored offline: {later}")
+            wandb.teardown()  # otherwise the id would be in use
+            self._run = wandb.init(**run | {"mode": "offline", "settings": wandb.Settings(**settings)})
+        id_file.write_text(self.run_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

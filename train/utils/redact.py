@@ -78,10 +78,7 @@ def masked_settings(text: str) -> str:
 
 
 def masked(value: Any, key: str = "") -> Any:
-    """Return a configuration, or the part of it under `key`, with its secrets masked; idempotent.
-
-    Under a key such as `token` all strings and numbers are masked, but not null, true, false and empty strings.
-    """
+    """Return a configuration, or its part under `key`, masked: all strings and numbers under a key such as `token`."""
     if isinstance(value, Mapping):
         return {name: masked(item, key if is_secret(key) else str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):

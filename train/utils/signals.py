@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -97,13 +97,11 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
 
 
-@contextmanager
-def stopped_at_once() -> Iterator[None]:
-    """Context manager in which the first of `SIGNALS` raises `Stopped` immediately; the next one kills."""
+def stopped_at_once() -> AbstractContextManager[None]:
+    """Return a context manager in which the first of `SIGNALS` raises `Stopped` immediately; the next one kills."""
 
     def note(number: int, restore: Callable[[], None]) -> None:
         restore()
         raise Stopped(number=number)
 
-    with signal_handlers(note):
-        yield
+    return signal_handlers(note)
