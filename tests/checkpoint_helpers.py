@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from flux2.adapters.files import PEFT_FILE
 from train.checkpoints import checkpoint
-from train.checkpoints.resume import find
+from train.checkpoints.resume import NewRun, find
 
 CONFIG = {
     "name": "a",
@@ -52,7 +52,7 @@ def make_run(folder: Path, *steps: int, finished: bool = False, config=CONFIG, i
 
 
 def look(resume, fresh, config=CONFIG, images=IMAGES, chosen=False, say=print):
-    return find(resume, fresh, config, images, chosen=chosen, say=say)
+    return find(resume, NewRun(fresh, config, images, chosen, say))
 
 
 def damage(file, how):

@@ -28,7 +28,7 @@ from flux2.models.positions import image_positions, text_positions
 from flux2.models.transformer import DoubleBlock, SingleBlock, Transformer
 from flux2.quantization.precision import Precision
 from flux2.weights.sources import model_source
-from train.distributed.processes import Processes, make_accelerator, trained_parameters
+from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import attach_sharded, local_bytes, sharder
 
 SOURCE = model_source("tiny", None, None, None)
@@ -110,7 +110,7 @@ def load(precision: str, policy: str, device: torch.device, ready: Any = None) -
     wrapped = attach_sharded(adapters.attach, model, rank=4, seed=0, targets=TARGETS)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():  # B too, which begins at zero
-        for parameter in trained_parameters(wrapped):
+        for parameter in adapters.adapter_parameters(wrapped):
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return wrapped
 
@@ -138,7 +138,7 @@ def step(processes: Processes, wrapped: peft.PeftModel, precision: str, rank: in
             (loss / 2).backward()
         losses.append(loss.item())
     processes.average_gradients(wrapped)
-    gradients = [parameter.grad.clone() for parameter in trained_parameters(wrapped)]
+    gradients = [parameter.grad.clone() for parameter in adapters.adapter_parameters(wrapped)]
     return {"losses": losses, "gradients": gradients, "wrapped in": type(model).__name__}
 
 
@@ -148,7 +148,7 @@ def alone(precision: str, policy: str, device: torch.device) -> list[torch.Tenso
     for rank in SIZES:
         for micro in range(2):
             (loss_of(wrapped, precision, inputs(rank, micro, device)) / 4).backward()
-    return [parameter.grad for parameter in trained_parameters(wrapped)]
+    return [parameter.grad for parameter in adapters.adapter_parameters(wrapped)]
 
 
 def sharded(processes: Processes, precision: str, policy: str, rank: int, folder: Path) -> dict[str, Any]:
@@ -184,13 +184,13 @@ def sharded(processes: Processes, precision: str, policy: str, rank: int, folder
         if ".base_layer" not in type(module).__name__ and isinstance(module, nn.Linear):
             module.register_forward_hook(count)
     found = step(processes, wrapped, precision, rank)
-    for parameter in trained_parameters(wrapped):
+    for parameter in adapters.adapter_parameters(wrapped):
         parameter.register_hook(count)
     loss_of(wrapped, precision, inputs(rank, 0, device)).backward()
     found |= {
         "sharded": {name: isinstance(p, DTensor) for name, p in frozen.items()},
         "adapter is plain": all(
-            type(p) is nn.Parameter and type(p.grad) is torch.Tensor for p in trained_parameters(wrapped)
+            type(p) is nn.Parameter and type(p.grad) is torch.Tensor for p in adapters.adapter_parameters(wrapped)
         ),
         "local": {name: tuple(p.to_local().shape) for name, p in frozen.items()},
         "whole": {name: tuple(p.shape) for name, p in frozen.items()},

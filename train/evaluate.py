@@ -164,7 +164,7 @@ def evaluate(run: SavedRun, features: Features, settings: EvaluationSettings, ch
     sweep = [row(chosen if strength else None, strength, first, f"{strength:g}") for strength in strengths]
     prompts, name = run.prompts, chosen.name
     result = Evaluation(run.folder, features.name, prompts, columns, rows, name, sweep, damaged=damaged, notes=notes)
-    run.forget()
+    run.free_transformer()
     measure(result, run, features, settings.training_pictures)
     result.notes += run.notes
     if not chosen_alone:  # the files of the run's own evaluation cover all its checkpoints
@@ -190,7 +190,7 @@ def measure(result: Evaluation, run: SavedRun, features: Features, training_pict
 
     loads: list[Callable[[], Image.Image]] = []
     vectors: list[Tensor] = []
-    for one in run.trained(training_pictures):
+    for one in run.training_images(training_pictures):
         vectors.append(describe(one.image))
         result.trained.append(one.name)
         loads.append(one.load)

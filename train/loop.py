@@ -151,7 +151,7 @@ class Trainer:
             max_nonfinite_steps=self.settings.max_nonfinite_steps,
             is_untrained=untrained,
             sample_names=names,
-            last_checkpoint=lambda: self.checkpointer.last(advice=False),
+            last_checkpoint=lambda: self.checkpointer.last_checkpoint(advice=False),
         )
 
     def accumulate_gradients(self, model: nn.Module, step: int) -> Losses:

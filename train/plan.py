@@ -41,7 +41,6 @@ from train.planner.from_config import planned_precision, workload_of
 from train.planner.gpus import GIB, SIZES, Gpu, gpu, measured, usable
 from train.planner.predictor import Planner, Prediction
 from train.planner.search import choose, does_not_fit, lighter
-from train.planner.workload import trained
 from train.utils.checks import check_count, is_number
 from train.utils.text import many
 
@@ -98,10 +97,6 @@ def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None
     return f"A step of {many(images, 'image')}: {seconds:.2f} s ({source}); {flops:.0f} TFLOP in matrix products"
 
 
-def trained_parameters(planner: Planner) -> int:
-    return sum(parameter.numel() for parameter in trained(planner.job.model))
-
-
 def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
     """Return the `setting` of a case in benchmarks/results that measured this job and choice."""
     job = planner.job
@@ -111,7 +106,7 @@ def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
         "pictures": job.rows,
         "image_tokens": job.shape.image,
         "text_tokens": job.shape.text,
-        "trained_parameters": trained_parameters(planner),
+        "trained_parameters": job.trained_parameters,
         "compile": job.compiled,
         **settings_of(choice),
     }
@@ -171,7 +166,7 @@ def main(config: DictConfig) -> None:
     console, shape = Console(width=max(120, Console().width), highlight=False), planner.job.shape
     console.print(
         f"{run.variant.name} in {planner.job.precision}: {many(shape.rows, 'image')} of {shape.image} tokens "
-        f"with {shape.text} text tokens, {trained_parameters(planner):,} trained parameters"
+        f"with {shape.text} text tokens, {planner.job.trained_parameters:,} trained parameters"
         + (f"; for each of {processes} processes with a sharded base" if processes > 1 else "")
     )
     console.print(phase_table(now, on_gpu))

@@ -11,6 +11,7 @@ from PIL import Image
 from planner_helpers import ADAMW, H200, job
 from train_helpers import compose
 
+from flux2.adapters import adapter_parameters
 from flux2.adapters.tuners import attach
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import Precision
@@ -23,7 +24,7 @@ from train.planner.gpus import GIB, SIZES, gpu, measured, usable
 from train.planner.optimizer_memory import optimizer_bytes
 from train.planner.predictor import Planner
 from train.planner.text_encoder_memory import text_encoder_bytes
-from train.planner.workload import Workload, trained
+from train.planner.workload import Workload
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers", "planner_helpers")
@@ -234,4 +235,4 @@ def test_every_gpu_has_its_figures():
 def test_trained_parameters_are_the_adapters():
     model = job("tiny", rank=2).model
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    assert len(trained(model)) == sum(".lora_" in name for name, _ in model.named_parameters())
+    assert len(adapter_parameters(model)) == sum(".lora_" in name for name, _ in model.named_parameters())

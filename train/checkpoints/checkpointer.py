@@ -29,32 +29,24 @@ from train.utils.signals import Interrupted, Stopped
 
 @dataclass
 class Checkpointer:
-    """Saves the state of a run.
-
-    Attributes:
-        location: Where the run writes, and the checkpoint that it resumes.
-        peft_model: The adapter, in PEFT's wrapper.
-        weights: The weights of the adapter that are saved for use.
-        base, license: Name and license of the base model, for the adapter's files.
-        about: Additional content of each checkpoint's state file.
-        completed_steps: None during the optimizer update, when the state is inconsistent.
-        saved: Steps of the last checkpoint that this run wrote into its folder.
-        measured: Step and value of the last validation loss.
-    """
+    """Saves the state of a run."""
 
     accelerator: Accelerator
-    location: RunLocation
+    location: RunLocation  # where the run writes, and the checkpoint that it resumes
     peft_model: peft.PeftModel
     optimizer: torch.optim.Optimizer
-    weights: EvaluationWeights
-    base: str
-    license: str
+    weights: EvaluationWeights  # the weights of the adapter that are saved for use
+    base: str  # name of the base model, for the adapter's files
+    license: str  # of the base model
     images_per_step: int
     metrics: Metrics
     rotation: Rotation
-    about: Mapping[str, Any]
+    about: Mapping[str, Any]  # additional content of each checkpoint's state file
+    # None during the optimizer update, when the state is inconsistent
     completed_steps: int | None = field(default=None, init=False)
+    # steps of the last checkpoint that this run wrote into its folder
     saved: int | None = field(default=None, init=False)
+    # step and value of the last validation loss
     measured: tuple[int, float] | None = field(default=None, init=False)
 
     @property
@@ -69,7 +61,7 @@ class Checkpointer:
             step = checkpoint.load(self.location.checkpoint, self.peft_model, self.parts)["step"]
             self.saved = step if self.location.origin == self.location.folder else None
         if self.accelerator.is_main_process:
-            checkpoint.tidy(self.location.folder)
+            checkpoint.remove_incomplete(self.location.folder)
         return step
 
     def path_of(self, done: int) -> Path:
@@ -77,40 +69,30 @@ class Checkpointer:
 
     def save(self, done: int) -> Path | None:
         """Write the checkpoint of `done` steps while all processes wait; warn and return None if that fails."""
-        failed = False
+        failed = torch.zeros(1, device=self.accelerator.device)
         if self.accelerator.is_main_process:
             try:
                 self.write(done)
             except checkpoint.NotSaved as error:
-                failed = True
+                failed += 1
                 warn(str(error))
-        flag = torch.tensor([float(failed)], device=self.accelerator.device)
-        return None if self.accelerator.reduce(flag, "sum").item() else self.path_of(done)
+        return None if self.accelerator.reduce(failed, "sum").item() else self.path_of(done)
 
     def write(self, done: int) -> None:
         """Write the checkpoint of `done` steps, if missing, and delete old ones. Call on the main process only."""
         if done == self.saved:
             return
         if not self.is_finite():
-            raise checkpoint.NotSaved(
-                f"{self.path_of(done)} is not written: the adapter is not finite after {done} steps"
-            )
-        about = dict(self.about)
+            place = self.path_of(done)
+            raise checkpoint.NotSaved(f"{place} is not written: the adapter is not finite after {done} steps")
+        about = {"images_per_step": self.images_per_step, **self.about}
         if self.measured is not None and self.measured[0] == done:
             about["validation_loss"] = self.measured[1]
-        if self.metrics.tracker_id is not None:
-            about["tracker_id"] = self.metrics.tracker_id
+        if self.metrics.tracker.run_id is not None:
+            about["tracker_id"] = self.metrics.tracker.run_id
+        run, names = self.location.folder, {"base": self.base, "license": self.license}
         with self.weights.swapped():
-            place = checkpoint.save(
-                self.location.folder,
-                done,
-                self.peft_model,
-                self.parts,
-                base=self.base,
-                license=self.license,
-                images_per_step=self.images_per_step,
-                about=about,
-            )
+            place = checkpoint.save(run, done, self.peft_model, self.parts, **names, **about)
         self.saved = done
         self.rotation.prune(place, warn)
 
@@ -131,7 +113,7 @@ class Checkpointer:
     def stop(self, done: int, number: int) -> NoReturn:
         """Save the state of `done` steps after a stop signal, and raise Interrupted."""
         place = self.save(done)
-        saved = f"saved in {place}; {how_to_resume(self.location.folder)}" if place else self.last()
+        saved = f"saved in {place}; {how_to_resume(self.location.folder)}" if place else self.last_checkpoint()
         raise Interrupted(f"stopped by {signal.Signals(number).name} after step {done}, {saved}", number)
 
     @contextmanager
@@ -144,7 +126,7 @@ class Checkpointer:
             raise
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGINT
-            raise Interrupted(f"stopped at once without saving; {self.last()}", number) from error
+            raise Interrupted(f"stopped at once without saving; {self.last_checkpoint()}", number) from error
         except OutOfMemory as error:
             error.saved = self.rescue(self.completed_steps)
             raise
@@ -154,13 +136,11 @@ class Checkpointer:
             raise
 
     def rescue(self, done: int | None) -> str:
-        """Save the state of `done` steps after an error, if possible; return a sentence with the result.
-
-        This waits for no other process: they may be waiting elsewhere.
-        """
+        """Save the state of `done` steps after an error, without waiting for other processes; return what was saved."""
         for parameter in adapters.adapter_parameters(self.peft_model):
             parameter.grad = None
-        last = f"{self.last()[0].upper()}{self.last()[1:]}"
+        last = self.last_checkpoint()
+        last = last[0].upper() + last[1:]
         if done is None or done == self.location.step:
             return last
         if not self.accelerator.is_main_process:
@@ -171,7 +151,7 @@ class Checkpointer:
             return f"The state after step {done} could not be saved ({error}). {last}"
         return f"The state after step {done} is saved in {self.path_of(done)}; {how_to_resume(self.location.folder)}"
 
-    def last(self, *, advice: bool = True) -> str:
+    def last_checkpoint(self, *, advice: bool = True) -> str:
         """Return a clause that names the last checkpoint."""
         found = checkpoint.checkpoints(self.location.folder)
         place = found[-1] if found else self.location.checkpoint
@@ -185,7 +165,7 @@ class Checkpointer:
         if not self.is_finite():
             raise TrainingError(
                 f"the adapter is not finite after {steps} steps: its last update corrupted it. Restart with a lower "
-                f"optimizer.lr; {self.last()}"
+                f"optimizer.lr; {self.last_checkpoint()}"
             )
         if self.accelerator.is_main_process:
             try:

@@ -7,13 +7,15 @@ in the run folder, the digest in every checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from data.cache.latents import LatentEntry
+from data.sources.base import Sample
+from flux2.utils.text import listed
 from train.utils.files import write_whole
 
 DATA_FILE = "data.json"
@@ -28,23 +30,14 @@ class TrainedData:
     marks: tuple[str, ...]
 
     @classmethod
-    def from_samples(
-        cls,
-        names: Sequence[str],
-        entries: Sequence[LatentEntry],
-        captions: Sequence[Sequence[str]],
-        weights: Sequence[float],
-    ) -> TrainedData:
+    def from_samples(cls, samples: Iterable[Sample], entries: Iterable[LatentEntry]) -> TrainedData:
         """Hash of each sample: images with their crops, masks and references; captions; weight."""
-        marks = []
-        for entry, texts, weight in zip(entries, captions, weights, strict=True):
+        names, marks = [], []
+        for sample, entry in zip(samples, entries, strict=True):
             keys = [[one.key, *one.reference_keys, one.mask_key] for one in entry.variants]
-            marks.append(xxhash.xxh3_64_hexdigest(json.dumps([keys, list(texts), weight]).encode()))
+            marks.append(xxhash.xxh3_64_hexdigest(json.dumps([keys, sample.captions, sample.weight]).encode()))
+            names.append(sample.name)
         return cls(tuple(names), tuple(marks))
-
-    def followed_by(self, other: TrainedData | None) -> TrainedData:
-        """Return these samples and then the others, if any."""
-        return self if other is None else TrainedData(self.names + other.names, self.marks + other.marks)
 
     @property
     def digest(self) -> str:
@@ -55,10 +48,7 @@ class TrainedData:
         write_whole(folder / DATA_FILE, json.dumps({"names": self.names, "marks": self.marks}))
 
     def difference(self, folder: Path, digest: str) -> str | None:
-        """Return how these samples differ from the run's in `folder` with this `digest`; None if they are equal.
-
-        A sample may have another name: only content is learned.
-        """
+        """Return how the samples' content differs from the run's in `folder` with this `digest`; None if equal."""
         if digest == self.digest:
             return None
         try:
@@ -69,14 +59,10 @@ class TrainedData:
         if there is None or there.digest != digest:
             return "its samples differ"  # which ones is unknown
         was, now = (dict(zip(data.names, data.marks, strict=True)) for data in (there, self))
-        changed = [name for name in now if name in was and was[name] != now[name]]
-        parts = [
-            f"{len(found)} {what} ({', '.join(found[:SHOWN])}{', ...' if len(found) > SHOWN else ''})"
-            for found, what in (
-                (changed, "changed"),
-                ([name for name in now if name not in was], "new"),
-                ([name for name in was if name not in now], "gone"),
-            )
-            if found
-        ]
+        changes: dict[str, Collection[str]] = {
+            "changed": [name for name in now if name in was and was[name] != now[name]],
+            "new": now.keys() - was.keys(),
+            "gone": was.keys() - now.keys(),
+        }
+        parts = [f"{len(names)} {what} ({listed(names, SHOWN)})" for what, names in changes.items() if names]
         return f"of {len(there.names)} samples " + ", ".join(parts or ["all are the same, in another order"])

@@ -15,36 +15,18 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from flux2.adapters.files import PEFT_FILE
-from train.checkpoints.checkpoint import CONFIG_FILE, STATE_FILE, check, checkpoints, number, state
+from train.checkpoints.checkpoint import CONFIG_FILE, STATE_FILE, check, checkpoints, read_state, step_of
+from train.tracking.metrics import METRICS_FILE
 from train.utils.lock import IN_USE, InUse, in_use
 
-# keys that may differ when a run resumes
-FREE_KEYS = (
-    "name",
-    "steps",
-    "batch_size",  # the product of both with the number of processes is compared instead
-    "gradient_accumulation",
-    "log_every",
-    "checkpoint_every",
-    "sample_every",
-    "validate_every",
-    "resume",
-    "output_dir",
-    "cache_dir",
-    "quantized_cache_dir",
-    "device",
-    "shard",
-    "keep_last",
-    "keep_best",
-    "keep_every",
-    "max_nonfinite_steps",
-    "allow_changed_data",
-    "sample",
-    "tracker",
-    "hub",
-    "memory",
+# groups, keys and settings that may differ when a run resumes; the product of batch_size, gradient_accumulation and the
+# number of processes is compared instead
+FREE_KEYS = set(
+    "name steps batch_size gradient_accumulation log_every checkpoint_every sample_every validate_every resume "
+    "output_dir cache_dir quantized_cache_dir device shard keep_last keep_best keep_every max_nonfinite_steps "
+    "allow_changed_data sample tracker hub memory text_encoder.max_concurrent_requests text_encoder.timeout "
+    "text_encoder.attempts text_encoder.wait".split()
 )
-FREE_SETTINGS = tuple(f"text_encoder.{key}" for key in ("max_concurrent_requests", "timeout", "attempts", "wait"))
 # samples may be in another place on another machine; train/checkpoints/data_manifest.py compares their content
 PLACES = re.compile(r"(dataset|preservation\.dataset)(\.sources\.[^=]+)?\.path|preservation\.folder")
 COPIES = f". Restore it from the copy in a complete checkpoint, checkpoints/step_*/{CONFIG_FILE}"
@@ -71,7 +53,7 @@ class RunLocation:
     @property
     def step(self) -> int:
         """The number of finished steps."""
-        return 0 if self.checkpoint is None else state(self.checkpoint)["step"]
+        return 0 if self.checkpoint is None else read_state(self.checkpoint)["step"]
 
 
 def configuration(folder: Path) -> dict[str, Any]:
@@ -90,41 +72,18 @@ def is_finished(folder: Path) -> bool:
     """Return whether the run in `folder` has its adapter and was not started again for more steps."""
     if not (folder / "adapter" / PEFT_FILE).exists():
         return False
-    return all(number(path) >= configuration(folder)["steps"] for path in checkpoints(folder)[-1:])
+    return all(step_of(path) >= configuration(folder)["steps"] for path in checkpoints(folder)[-1:])
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return every key that differs, as `key=value there, value here`."""
-    found = []
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return a text for every key that differs: `key=value there, value here`."""
+    found: dict[str, str] = {}
     for key in sorted({*one, *other}):
         a, b = one.get(key), other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{key}.")
+            found |= differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}={a!r} there, {b!r} here")
-    return found
-
-
-def conflicts(
-    folder: Path, config: Mapping[str, Any], images: int, start: Path | None, *, moved: bool = False
-) -> list[str]:
-    """Return the differences that prevent resuming `folder` from `start` with `config` and `images` per step.
-
-    With `moved` the samples may be in another place: for a run that is named explicitly, `TrainingData.check_unchanged`
-    later compares their content. Without it, their place tells whether the run is the intended one.
-
-    Raises ValueError if the run's configuration or the checkpoint's state cannot be read.
-    """
-    there = configuration(folder)
-    found = differences(
-        {key: value for key, value in there.items() if key not in FREE_KEYS},
-        {key: value for key, value in config.items() if key not in FREE_KEYS},
-    )
-    lines = [(line.partition("=")[0], line) for line in found]
-    found = [line for key, line in lines if key not in FREE_SETTINGS and not (moved and PLACES.fullmatch(key))]
-    before = images if start is None else state(start)["images_per_step"]
-    if before != images:
-        found.append(f"batch_size * gradient_accumulation * processes={before} there, {images} here")
+            found[f"{prefix}{key}"] = f"{prefix}{key}={a!r} there, {b!r} here"
     return found
 
 
@@ -142,63 +101,64 @@ def newest_complete(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 @dataclass(frozen=True)
 class NewRun:
-    """A run that is about to start or resume; see `find`."""
+    """A run that is about to start or resume.
 
-    folder: Path
-    config: Mapping[str, Any]
-    images: int
+    Its folder is `chosen` if `output_dir` or a sweep set it. Then `auto` considers only this folder and not the runs
+    next to it, and a path branches off into it. Otherwise the folder is a default that may be occupied.
+    """
+
+    folder: Path  # of a new run
+    config: Mapping[str, Any]  # resolved
+    images: int  # per step
     chosen: bool
-    occupied: bool
-    say: Callable[[str], None]
+    say: Callable[[str], None]  # receives what was skipped, and why, and whether `auto` starts a new run
 
-    def conflicts(self, folder: Path, start: Path | None) -> str:
-        return "; ".join(conflicts(folder, self.config, self.images, start, moved=True))
+    @property
+    def occupied(self) -> bool:
+        """Whether the chosen folder already holds a run."""
+        return self.chosen and any((self.folder / name).exists() for name in (CONFIG_FILE, "checkpoints", METRICS_FILE))
+
+    def conflicts(self, folder: Path, start: Path | None, *, moved: bool = True) -> str:
+        """Return the differences that prevent resuming the run in `folder` from `start`; empty if there are none.
+
+        With `moved` the samples may be in another place, because `TrainingData.check_unchanged` later compares their
+        content. Without it, their place tells whether the run is the intended one. Raises ValueError if the run's
+        configuration or the checkpoint's state cannot be read.
+        """
+        found = [
+            text
+            for key, text in differences(configuration(folder), self.config).items()
+            if not {key, key.partition(".")[0]} & FREE_KEYS and not (moved and PLACES.fullmatch(key))
+        ]
+        before = self.images if start is None else read_state(start)["images_per_step"]
+        if before != self.images:
+            found.append(f"batch_size * gradient_accumulation * processes={before} there, {self.images} here")
+        return "; ".join(found)
 
     def start_new(self) -> RunLocation:
         self.say("resume=auto: nothing to resume, starting a new run")
         return RunLocation(self.folder)
 
 
-def find(
-    resume: str | None,
-    fresh: Path,
-    config: Mapping[str, Any],
-    images: int,
-    *,
-    chosen: bool,
-    say: Callable[[str], None] = print,
-) -> RunLocation:
-    """Decide where a run starts or resumes.
+def find(resume: str | None, new: NewRun) -> RunLocation:
+    """Decide where a run starts or resumes. `resume` is None, `auto`, a run folder or one of its checkpoints.
 
-    Args:
-        resume: None, `auto`, a run folder or one of its checkpoints.
-        fresh: Folder of a new run.
-        config: Resolved configuration of this run.
-        images: Number of images per step.
-        chosen: Whether `fresh` was set by `output_dir` or a sweep. Then `auto` considers only this folder and not the
-            runs next to it, and a path branches off into it. Otherwise `fresh` is a default that may be occupied.
-        say: Receives what was skipped, and why, and whether `auto` starts a new run.
-
-    Raises:
-        InUse: another run writes into the folder.
-        ValueError: no complete checkpoint at a given path, a configuration that differs, nothing left to do, or a new
-            run into a folder that already holds one.
+    Raises InUse if another run writes into the folder; ValueError for no complete checkpoint at a given path, a
+    configuration that differs, nothing left to do, or a new run into a folder that already holds one.
     """
-    if chosen and in_use(fresh):
-        raise InUse(IN_USE.format(fresh))
-    occupied = chosen and any((fresh / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl"))
+    if new.chosen and in_use(new.folder):
+        raise InUse(IN_USE.format(new.folder))
     if resume is None:
-        if occupied:
+        if new.occupied:
             raise ValueError(
-                f"output_dir={str(fresh)!r} already holds a run. Choose another folder, or resume it with resume=auto"
+                f"output_dir={str(new.folder)!r} already holds a run. Choose another folder, or resume with resume=auto"
             )
-        return RunLocation(fresh)
-    new = NewRun(fresh, config, images, chosen, occupied, say)
+        return RunLocation(new.folder)
     if resume != "auto":
         return from_path(resume, new)
-    if occupied:
+    if new.occupied:
         return continue_in_folder(new)
-    return new.start_new() if chosen else find_unfinished(new)
+    return new.start_new() if new.chosen else find_unfinished(new)
 
 
 def from_path(resume: str, new: NewRun) -> RunLocation:
@@ -263,7 +223,7 @@ def continue_in_folder(new: NewRun) -> RunLocation:
         raise ValueError(f"resume=auto: no checkpoint of {run} can be read. Choose another output_dir")
     if start is None and not is_finished(run):
         return new.start_new()
-    done = configuration(run)["steps"] if start is None else state(start)["step"]
+    done = configuration(run)["steps"] if start is None else read_state(start)["step"]
     if start is None or done > steps or (done == steps and is_finished(run)):
         longer = "" if start is None else f", or train longer with steps={done + 1} or more"
         raise ValueError(f"resume=auto: the run in {run} has done its {done} steps. Choose another output_dir{longer}")
@@ -280,12 +240,12 @@ def find_unfinished(new: NewRun) -> RunLocation:
             if is_finished(run):
                 continue
             start = None
-            problems = conflicts(run, new.config, new.images, None)
+            problems = new.conflicts(run, None, moved=False)
             if not problems and (start := newest_complete(run, new.say)) is not None:
-                problems = conflicts(run, new.config, new.images, start)
+                problems = new.conflicts(run, start, moved=False)
             if problems:
-                passed.append(f"not resuming {run}: {'; '.join(problems)}")
-            elif start is not None and state(start)["step"] <= new.config["steps"]:
+                passed.append(f"not resuming {run}: {problems}")
+            elif start is not None and read_state(start)["step"] <= new.config["steps"]:
                 return RunLocation(run, start)
         except ValueError as error:
             new.say(f"warning: skipping {run}: {error}")

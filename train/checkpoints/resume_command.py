@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from train.distributed.launch import is_submitted, launch_command, submitted_command
 from train.utils.redact import masked_settings
 
-REPLACED = ("resume", "output_dir", "allow_changed_data")  # set by the resumed run, or meant for one start only
+NOT_REPEATED = ("resume", "output_dir", "allow_changed_data")  # set by the resumed run, or meant for one start only
 
 
 def how_to_resume(folder: Path) -> str:
@@ -24,17 +24,13 @@ def how_to_resume(folder: Path) -> str:
 
 
 def command_line(folder: Path) -> str:
-    """Return this process's command line, with its launcher's if there is one, set to resume the run in `folder`.
-
-    Secrets are masked as `***`. In a sweep it is the command line of the job alone.
-    """
+    """Return this command line, or a sweep job's own, set to resume the run in `folder`, with secrets masked."""
     hydra = HydraConfig.get()
     sweep = hydra.mode == RunMode.MULTIRUN
     overrides = list(hydra.overrides.task) if sweep else sys.argv[1:]
-    words = [word for word in overrides if word.lstrip("+").partition("=")[0] not in REPLACED]
-    start, script = (
-        (submitted_command(), "train/run.py") if is_submitted() else (launch_command(sys.argv[0]), sys.argv[0])
-    )
+    words = [word for word in overrides if word.lstrip("+").partition("=")[0] not in NOT_REPEATED]
+    script = "train/run.py" if is_submitted() else sys.argv[0]
+    start = submitted_command() if is_submitted() else launch_command(script)
     on_cpu = len(start) > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     command = shlex.join([*start, script, *map(masked_settings, words), f"resume={folder}"])  # logs are read by others
     return f"ACCELERATE_USE_CPU=true {command}" if on_cpu else command

@@ -8,32 +8,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.checkpoints.checkpoint import checkpoints, number, set_aside, state
+from train.checkpoints.checkpoint import checkpoints, read_state, set_aside, step_of
 from train.utils.checks import check_count
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Which checkpoints to keep.
+    """Which checkpoints to keep."""
 
-    Attributes:
-        last: Number of most recent checkpoints; None keeps all.
-        best: Number of checkpoints with the lowest validation loss.
-        every: Interval of steps whose checkpoints are kept; 0 for none.
-    """
-
-    last: int | None = None
-    best: int = 0
-    every: int = 0
+    last: int | None = None  # number of most recent checkpoints; None keeps all
+    best: int = 0  # number of checkpoints with the lowest validation loss
+    every: int = 0  # interval of steps whose checkpoints are kept; 0 for none
 
     def __post_init__(self) -> None:
-        for key in ("last", "best", "every"):
-            value, least = getattr(self, key), int(key == "last")
-            if not (value is None and key == "last"):
-                check_count(f"keep_{key}", value, least)
-        for key in ("best", "every"):
-            if self.last is None and getattr(self, key):
-                raise ValueError(f"keep_{key}={getattr(self, key)} does nothing with keep_last=null, which keeps all")
+        if self.last is not None:
+            check_count("keep_last", self.last, 1)
+        for key, value in (("best", self.best), ("every", self.every)):
+            check_count(f"keep_{key}", value)
+            if self.last is None and value:
+                raise ValueError(f"keep_{key}={value} does nothing with keep_last=null, which keeps all")
 
     def check(self, checkpoint_every: int, validate_every: int) -> None:
         """Raise ValueError if these settings have no effect with these intervals."""
@@ -46,17 +39,14 @@ class Rotation:
             raise ValueError(f"keep_every={self.every} must be a multiple of checkpoint_every={checkpoint_every}")
 
     def to_delete(self, newest: Path) -> list[Path]:
-        """Return the checkpoints to delete after `newest` was written.
-
-        Checkpoints of later steps stay: they are damaged, or the run would have resumed from them.
-        """
+        """Return the checkpoints to delete after `newest`. Later ones stay: the run did not resume from them."""
         if self.last is None:
             return []
-        found = [path for path in checkpoints(newest.parent.parent) if number(path) <= number(newest)]
-        older = found[: -self.last]
+        found = [path for path in checkpoints(newest.parent.parent) if step_of(path) <= step_of(newest)]
         losses = {path: loss for path in found if (loss := validation_loss(path)) is not None}
-        best = sorted(losses, key=lambda path: (losses[path], number(path)))[: self.best]
-        return [path for path in older if path not in best and not (self.every and number(path) % self.every == 0)]
+        kept = sorted(losses, key=lambda path: (losses[path], step_of(path)))[: self.best]
+        kept += [path for path in found if self.every and step_of(path) % self.every == 0]
+        return [path for path in found[: -self.last] if path not in kept]
 
     def prune(self, newest: Path, warn: Callable[[str], None]) -> None:
         """Delete the checkpoints that rotation does not keep; `warn` receives what cannot be deleted."""
@@ -70,7 +60,7 @@ class Rotation:
 def validation_loss(checkpoint: Path) -> float | None:
     """Return the validation loss of a checkpoint's step, if it was measured and can be read."""
     try:
-        found = state(checkpoint).get("validation_loss")
+        found = read_state(checkpoint).get("validation_loss")
     except ValueError:
         return None
     return found if isinstance(found, float) and math.isfinite(found) else None

@@ -85,7 +85,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
 
     A user error is one message and exit code 2; a stop request exits with 128 + its signal. A failed job of a sweep is
     reported at once, and the others continue. Only the first process reports, except errors that occur in another
-    process alone (`own_errors`).
+    process alone (`name_process_in_errors`).
     """
     if not gc.isenabled():  # `start` disabled it
         gc.freeze()
@@ -122,11 +122,8 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     except KeyboardInterrupt as stop:
         if is_first_process():
             print(masked_settings(str(stop)) or Stopped(), file=sys.stderr, flush=True)
-            for folder in callback.SweepCallback.folders:
-                print(
-                    f"resume the sweep: the same command with output_dir={short_path(folder)} resume=auto",
-                    file=sys.stderr,
-                )
+            for folder in map(short_path, callback.SweepCallback.folders):
+                print(f"resume the sweep: the same command with output_dir={folder} resume=auto", file=sys.stderr)
         sys.exit(getattr(stop, "code", Stopped().code))
     except Exception as error:
         known = error if isinstance(error, USER_ERRORS) else no_plugin(error) or lost_jobs(error)

@@ -23,8 +23,7 @@ def prepare_hydra() -> None:
         return None if folder is None else f"{folder}/{name}"
 
     for resolver in (first, within):
-        if not OmegaConf.has_resolver(resolver.__name__):
-            OmegaConf.register_new_resolver(resolver.__name__, resolver)
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     Plugins.instance()  # registers a file with the name of ours, and Hydra rejects duplicates
     ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)
 
@@ -55,8 +54,8 @@ def answer_help(config_name: str) -> None:
 def start(config_name: str = "train") -> None:
     """Start a command: answer `--help`, or report that libraries load and disable garbage collection meanwhile.
 
-    Imports create a million permanent objects. `command` enables the garbage collector again and excludes them from
-    its passes, which saves a quarter of the CPU time of a plan.
+    Imports create a million permanent objects. `command` excludes them from garbage collection when it enables it
+    again, which saves a quarter of the CPU time of a plan.
     """
     answer_help(config_name)
     if os.environ.get("RANK", "0") == "0":

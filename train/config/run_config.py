@@ -211,7 +211,7 @@ class RunConfig:
         return self.settings.batch_size * self.settings.gradient_accumulation * self.accelerator.num_processes
 
     @property
-    def shares(self) -> int:
+    def num_shards(self) -> int:
         """Number of processes that the base is sharded over; 1 without sharding."""
         return (self.planned_processes or self.accelerator.num_processes) if self.processes.sharded else 1
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -14,9 +14,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import patch_environment
 from torch import nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
+from flux2.adapters import adapter_parameters
 from flux2.utils.device import pick_device
 
 # Timeout of collective operations instead of NCCL's ten minutes, for long work of one process such as encoding. The
@@ -36,10 +39,11 @@ def make_accelerator(device: str | None) -> Accelerator:
     chosen = pick_device(device)
     AcceleratorState._reset_state()  # a sweep runs several jobs in one process
     GradientState._reset_state()
-    # without `cpu`, processes on a machine without a GPU do not connect and train the same run twice
-    with without_fsdp():
+    # train/distributed/sharding.py shards the base, with or without GPUs; Accelerate would also wrap the adapter, and
+    # without GPUs it would silently do nothing
+    with patch_environment(ACCELERATE_USE_FSDP="false"):
         accelerator = Accelerator(
-            cpu=chosen.type == "cpu",
+            cpu=chosen.type == "cpu",  # else processes without a GPU do not connect and train the same run twice
             mixed_precision="no",
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=PATIENCE),
@@ -62,36 +66,16 @@ def make_accelerator(device: str | None) -> Accelerator:
     return accelerator
 
 
-@contextmanager
-def without_fsdp() -> Iterator[None]:
-    """Context manager that hides from Accelerate that it was launched for FSDP.
-
-    train/distributed/sharding.py shards the base, with or without GPUs; Accelerate would also wrap the adapter, and
-    without GPUs it would silently do nothing.
-    """
-    value = os.environ.pop("ACCELERATE_USE_FSDP", None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = value
-
-
 class ProcessesDiverged(RuntimeError):  # noqa: N818
     """A process failed during a collective forward, in which the others wait for it."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Collective operations of the processes of a run.
-
-    Attributes:
-        sharded: Whether each process holds a shard of the base (train/distributed/sharding.py). Every forward is then
-            a collective operation.
-    """
+    """Collective operations of the processes of a run."""
 
     accelerator: Accelerator
-    sharded: bool = False
+    sharded: bool = False  # each process holds a shard of the base, and every forward is a collective operation
 
     def wrap(self, wrapped: nn.Module) -> nn.Module:
         """Return a wrapper of the model with its adapter that averages gradients.
@@ -100,7 +84,7 @@ class Processes:
         """
         if self.sharded:
             with torch.no_grad():
-                for parameter in trained_parameters(wrapped):
+                for parameter in adapter_parameters(wrapped):
                     torch.distributed.broadcast(parameter, 0)
             return wrapped
         named = chain(wrapped.named_parameters(), wrapped.named_buffers())
@@ -113,34 +97,29 @@ class Processes:
         """Average gradients after the last micro-batch, unless the wrapper did; one collective operation per dtype."""
         if not self.sharded:
             return
-        gradients = [parameter.grad for parameter in trained_parameters(wrapped) if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in adapter_parameters(wrapped) if parameter.grad is not None]
         for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
             own = [gradient for gradient in gradients if gradient.dtype == dtype]
-            together = torch.cat([gradient.flatten() for gradient in own]).div_(self.accelerator.num_processes)
-            torch.distributed.all_reduce(together)
-            parts = together.split([gradient.numel() for gradient in own])
-            torch._foreach_copy_(own, [part.view_as(gradient) for part, gradient in zip(parts, own, strict=True)])
+            flat = _flatten_dense_tensors(own).div_(self.accelerator.num_processes)
+            torch.distributed.all_reduce(flat)
+            torch._foreach_copy_(own, _unflatten_dense_tensors(flat, own))
 
     def map(self, do: Callable[[T], R], work: Sequence[T]) -> list[R]:
         """Return `do(item)` for all items of `work` in every process; each computes its share. All must call it.
 
         With a sharded base `do` must make equally many forwards for each item, and processes with fewer items repeat
-        the last one.
-
-        Raises:
-            ProcessesDiverged: `do` failed and the base is sharded.
-            RuntimeError: `do` failed in another process, in which its own exception is raised.
+        the last one. If `do` fails, raises ProcessesDiverged with a sharded base; otherwise its own exception in its
+        process, and RuntimeError in the others.
         """
         count, own = self.accelerator.num_processes, self.accelerator.process_index
         if count == 1:
             return [do(one) for one in work]
-        rounds = -(-len(work) // count)
         done: dict[int, R] = {}
         failed: Exception | None = None
         try:
-            for place in range(own, rounds * count, count):
-                if place < len(work):
-                    done[place] = do(work[place])
+            for index in range(own, math.ceil(len(work) / count) * count, count):
+                if index < len(work):
+                    done[index] = do(work[index])
                 elif self.sharded:
                     do(work[-1])
         except Exception as error:
@@ -155,12 +134,8 @@ class Processes:
         for process, (_, message) in enumerate(gathered):
             if message is not None:
                 raise RuntimeError(f"process {process} failed: {message}")
-        everything = {place: result for results, _ in gathered for place, result in results.items()}
-        return [everything[place] for place in range(len(work))]
-
-
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+        results = {index: result for part, _ in gathered for index, result in part.items()}
+        return [results[index] for index in range(len(work))]
 
 
 def cores() -> int:

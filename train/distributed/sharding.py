@@ -39,10 +39,7 @@ WRAPPED = {"DoubleBlock", "SingleBlock"}
 
 
 def launched_to_shard(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether `accelerate launch` was configured for FSDP.
-
-    Raises ValueError for FSDP settings that are not implemented here.
-    """
+    """Return whether `accelerate launch` was configured for FSDP. Raise ValueError for unsupported settings."""
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     for name, (key, accepted) in SETTINGS.items():
@@ -118,16 +115,11 @@ def local_bytes(model: nn.Module) -> int:
 
 def total_bytes(model: nn.Module) -> int:
     """Return the bytes of the complete base."""
-    return sum(
-        parameter.numel() * parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad
-    )
+    return sum(one.numel() * one.itemsize for one in model.parameters() if not one.requires_grad)
 
 
 def attach_sharded(attach: Callable[..., T], *arguments: Any, **settings: Any) -> T:
-    """Attach an adapter to a sharded model.
-
-    Raises ValueError for an adapter that is initialized from the base's weights, which are complete nowhere.
-    """
+    """Attach an adapter to a sharded model. Raise ValueError for one that is initialized from the base's weights."""
     reads = ValueError(
         "shard=true: this adapter is initialized from the base's weights (as DoRA and PiSSA), and no process has all "
         "weights of a sharded base. Use adapter=lora, or another one in docs/adapters.md, or set shard=false"

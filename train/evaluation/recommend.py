@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from train.checkpoints import resume
-from train.checkpoints.checkpoint import checkpoints, number
+from train.checkpoints.checkpoint import checkpoints, step_of
 from train.tracking.metrics import VALIDATION_FILE, read_json_lines
 from train.utils.text import many
 
@@ -166,7 +166,7 @@ def recommend(folder: Path) -> Recommendation:
     config = resume.configuration(folder)
     validation = config.get("validation") or {}
     measured, broken = validations(folder), nonfinite_steps(folder)
-    saved = {number(place): place for place in checkpoints(folder)}
+    saved = {step_of(place): place for place in checkpoints(folder)}
 
     def no_checkpoint(reason: str, table: Sequence[str] = ()) -> Recommendation:
         return Recommendation(None, [f"no checkpoint is recommended: {reason}"], list(table))

@@ -1,8 +1,8 @@
 """The weights that are evaluated (validated, sampled, saved), if they differ from the trained ones.
 
-There are two such cases. `Ema` keeps an exponential moving average of the trained parameters. Schedule-free optimizers
-(`train.optim.optimizers.averages_weights`) keep their own average. In both cases `EvaluationWeights.swapped()`
-temporarily puts the average into the parameters and then restores them exactly: evaluation does not change a run.
+Either `Ema` keeps an exponential moving average of the trained parameters, or a schedule-free optimizer
+(`train.optim.optimizers.averages_weights`) keeps its own. `EvaluationWeights.swapped()` temporarily puts the average
+into the parameters and then restores them exactly: evaluation does not change a run.
 
 A checkpoint then contains the average as its adapter, and in addition the parts "trained" (the trained parameters) and
 "ema" (the average in float32), so that resuming is exact.
@@ -52,10 +52,7 @@ class Ema:
 
 
 class EvaluationWeights:
-    """The weights to evaluate of `parameters` that `optimizer` trains; its state dict contains the trained ones.
-
-    With `ema_decay=0` and an optimizer that does not average, they are the parameters themselves.
-    """
+    """The weights to evaluate: an average of `parameters`, or themselves. The state dict contains the trained ones."""
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, ema_decay: float = 0.0
@@ -74,9 +71,8 @@ class EvaluationWeights:
     @property
     def parts(self) -> dict[str, Any]:
         """The parts of a checkpoint, to be restored in this order and after the optimizer."""
-        if not self.differ:
-            return {}
-        return {"trained": self} if self.ema is None else {"ema": self.ema, "trained": self}
+        ema = {} if self.ema is None else {"ema": self.ema}
+        return {**ema, "trained": self} if self.differ else {}
 
     def update(self, left_out: Tensor | None = None) -> None:
         """Update the average after each update of the parameters, as `Ema.update`."""
@@ -97,14 +93,8 @@ class EvaluationWeights:
                 self.optimizer.eval()  # type: ignore[attr-defined]
             yield
         finally:
-            self._train(self._trained)
+            self.load_state_dict({"trained": self._trained})
             self._trained = None
-
-    def _train(self, values: Sequence[Tensor]) -> None:
-        """Continue training at `values`."""
-        if self.averages:
-            self.optimizer.train()  # type: ignore[attr-defined]  # it restores with rounding, so `put` follows
-        copy_values(self.parameters, values)
 
     def state_dict(self) -> dict[str, Any]:
         values = self.parameters if self._trained is None else self._trained
@@ -112,7 +102,9 @@ class EvaluationWeights:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state, after the optimizer's. Raise ValueError or KeyError if it belongs to other parameters."""
-        self._train(state["trained"])
+        if self.averages:
+            self.optimizer.train()  # type: ignore[attr-defined]  # it restores with rounding, so values are copied
+        copy_values(self.parameters, state["trained"])
 
 
 def check_one_average(optimizer: torch.optim.Optimizer, ema_decay: float) -> None:

@@ -30,10 +30,7 @@ def check_installed(target: object) -> None:
 
 
 def averages_weights(optimizer: object) -> bool:
-    """Return whether an optimizer (or its class) averages weights, as schedule-free ones do.
-
-    Its `eval()` puts the averaged weights into the parameters, and `train()` the trained ones.
-    """
+    """Return whether an optimizer has `eval()`, which puts averaged weights into the parameters, and `train()`."""
     return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
 
 
@@ -69,37 +66,39 @@ LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 HIGH_RATE = 1.0  # of Prodigy; with the others a step changes each weight by about as much
 
 
-def check_settings(make: MakeOptimizer) -> None:
-    """Raise ValueError, naming the setting, for a value that makes no sense, although many optimizers accept it.
+def settings_of(make: MakeOptimizer) -> dict[str, Any]:
+    return dict(getattr(make, "keywords", {}))
 
-    A setting may be null if null is the optimizer's default.
-    """
-    settings = dict(getattr(make, "keywords", {}))
+
+def refusal(make: MakeOptimizer, problem: str) -> ValueError:
+    settings = ", ".join(f"optimizer.{key}={value!r}" for key, value in settings_of(make).items())
+    return ValueError(f"{problem}: {settings}")
+
+
+def check_settings(make: MakeOptimizer) -> None:
+    """Raise ValueError for a senseless value, which many optimizers accept. Null is allowed where it is the default."""
     try:
         parameters = inspect.signature(getattr(make, "func", make)).parameters
         own = {name: parameter.default for name, parameter in parameters.items()}
     except ValueError:
         own = {}
-    for key, value in {"lr": None, **settings}.items():
+    for key, value in {"lr": None, **settings_of(make)}.items():
         default = own.get(key)
         if value is None and key in own and default is None:
             continue
-        count = len(default) if isinstance(default, list | tuple) else 2 if key == "betas" else 0
-        if key in LISTS and count:
+        items = default if isinstance(default, list | tuple) else (0.9, 0.9) if key == "betas" else ()
+        if key in LISTS and items:
             accepts, what = LISTS[key]
-            empty = [item is None for item in default] if isinstance(default, list | tuple) else [False] * count
-            right = isinstance(value, list | tuple) and len(value) == count
-            if not right or not all(accepts(a) or (a is None and b) for a, b in zip(value, empty, strict=True)):
-                raise ValueError(f"optimizer.{key}={value!r} must be {count} numbers {what}")
-        elif key in ACCEPTED:
-            accepts, what = ACCEPTED[key]
-            if not accepts(value):
-                raise ValueError(f"optimizer.{key}={value!r} must be {what}")
+            right = isinstance(value, list | tuple) and len(value) == len(items)
+            if not right or not all(accepts(a) or a is b is None for a, b in zip(value, items, strict=True)):
+                raise ValueError(f"optimizer.{key}={value!r} must be {len(items)} numbers {what}")
+        elif key in ACCEPTED and not ACCEPTED[key][0](value):
+            raise ValueError(f"optimizer.{key}={value!r} must be {ACCEPTED[key][1]}")
 
 
 def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
     """Return warnings about optimizer and schedule settings that are valid but probably unintended."""
-    rate = getattr(make, "keywords", {}).get("lr", 0.0)
+    rate = settings_of(make).get("lr", 0.0)
     warnings = []
     if rate > HIGH_RATE:
         warnings.append(
@@ -132,40 +131,32 @@ def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.opti
     Raises ValueError naming the settings that the optimizer rejects.
     """
     check_settings(make)
-    settings = dict(getattr(make, "keywords", {}))
-    if settings.get("fused") == "auto":
-        make = partial(make, fused=all(parameter.is_cuda for parameter in parameters) or None)
+    fused = {"fused": all(parameter.is_cuda for parameter in parameters) or None}
     try:
-        optimizer = make(list(parameters))
+        optimizer = make(list(parameters), **(fused if settings_of(make).get("fused") == "auto" else {}))
     except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
-        given = ", ".join(f"optimizer.{key}={value!r}" for key, value in settings.items())
         if MATRICES_ONLY in str(error):
             dims = " and ".join(map(str, sorted({parameter.ndim for parameter in parameters} - {2})))
             raise ValueError(
                 f"optimizer=muon trains only matrices, and this adapter has tensors of {dims} dimensions. Choose "
                 "another optimizer, or adapter=lora"
             ) from error
-        raise ValueError(f"the optimizer refused its settings ({error}): {given}") from error
+        raise refusal(make, f"the optimizer refused its settings ({error})") from error
     if averages_weights(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 
 
 def try_out(make: MakeOptimizer, device: torch.device) -> None:
-    """Update a small matrix once, because some settings are only checked in an update.
-
-    Raises ValueError if the optimizer rejects them or the result is not finite. Out-of-memory errors propagate
-    unchanged.
-    """
+    """Update a small matrix once, as some settings are only checked then. Raise ValueError if this fails."""
     parameter = nn.Parameter(torch.ones(4, 4, device=device))
     parameter.grad = torch.ones_like(parameter)
-    given = ", ".join(f"optimizer.{key}={value!r}" for key, value in getattr(make, "keywords", {}).items())
     optimizer = build(make, [parameter])
     try:
         optimizer.step()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # libraries raise various types
-        raise ValueError(f"the optimizer refused its settings ({type(error).__name__}: {error}): {given}") from error
+        raise refusal(make, f"the optimizer refused its settings ({type(error).__name__}: {error})") from error
     if not torch.isfinite(parameter).all():
-        raise ValueError(f"an update with these settings is not finite: {given}")
+        raise refusal(make, "an update with these settings is not finite")

@@ -22,30 +22,23 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from data.loader import copy_to_device
+from flux2.utils.text import listed
 from train.utils.console import warn
 from train.utils.signals import SIGNALS, StopRequest
 
-SHOWN = 8  # names in a message
-
 
 class TrainingError(ValueError):
-    """Training cannot go on; the message says what is saved and what to do."""
+    """Training cannot continue; the message says what is saved and what to do."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the host knows of a step once the device is done with it.
+    """What the host reads of a finished step."""
 
-    Attributes:
-        step: from 0.
-        loss, norm: what is differentiated, and its gradient's norm before clipping.
-        stop: the signal that asked any of the processes to stop, if one did.
-    """
-
-    step: int
-    loss: float
-    norm: float
-    stop: int | None = None
+    step: int  # from 0
+    loss: float  # the differentiated one
+    norm: float  # of the gradient before clipping
+    stop: int | None = None  # number of the stop signal that any of the processes received
 
     @property
     def bad(self) -> bool:
@@ -53,10 +46,10 @@ class Reading:
 
 
 def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-    """Scale the gradients down to a norm of at most `most`, in place (0: leave them); returns their norm, shape ().
+    """Scale the gradients down in place to a norm of at most `most` (0: any); return their norm, shape ().
 
-    As `nn.utils.clip_grad_norm_`, which multiplies by 1 what is small enough. A CPU need not; a GPU would have to be
-    waited for to know.
+    Like `nn.utils.clip_grad_norm_`, which multiplies small gradients by 1. On a CPU this is skipped; on a GPU the host
+    would have to wait for the norm.
     """
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if most and not (norm.device.type == "cpu" and norm < most - 1e-6):  # torch adds 1e-6 to the norm
@@ -64,45 +57,27 @@ def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     return norm
 
 
-def names_of(names: Sequence[str]) -> str:
-    """The first of them, each once, and how many more there are."""
-    each = list(dict.fromkeys(names))
-    more = f" and {len(each) - SHOWN} more" if len(each) > SHOWN else ""
-    return ", ".join(each[:SHOWN]) + more
-
-
+@dataclass
 class UpdateGuard:
-    """Makes the updates of one run, and knows which of its steps were bad.
+    """Makes the updates of one run, and counts skipped ones."""
 
-    Args:
-        max_nonfinite_steps: Number of skipped steps in a row after which training stops.
-        is_untrained: Whether no update was made yet, so that training is not the cause of a skipped step.
-        sample_names: Returns the names of a step's samples.
-        last_checkpoint: Returns a sentence that names the last checkpoint.
-    """
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    max_nonfinite_steps: int  # number of skipped steps in a row after which training stops
+    is_untrained: bool  # whether no update was made yet, so that training is not the cause of a skipped step
+    sample_names: Callable[[int], list[str]]  # of a step
+    last_checkpoint: Callable[[], str]  # returns a sentence that names it
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
-        *,
-        max_nonfinite_steps: int,
-        is_untrained: bool,
-        sample_names: Callable[[int], list[str]],
-        last_checkpoint: Callable[[], str],
-    ) -> None:
-        self.optimizer, self.accelerator = optimizer, accelerator
-        self.max_nonfinite_steps, self.is_untrained = max_nonfinite_steps, is_untrained
-        self.sample_names, self.last_checkpoint = sample_names, last_checkpoint
-        self.device = accelerator.device
-        self.on_device = self.device.type == "cuda" and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    def __post_init__(self) -> None:
+        self.device, scales = self.accelerator.device, getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        self.on_device = self.device.type == "cuda" and bool(scales)  # whether the optimizer decides on the GPU
         self.skipped: list[Reading] = []  # the steps without an update since the last one with an update
         self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def update(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """The optimizer's step, unless `loss` or `norm` is not finite; returns whether it was left out, shape (), bool.
+        """Update the parameters unless `loss` or `norm` is not finite; return whether that was skipped, shape (), bool.
 
-        The answer is on the device: to look at it is to wait. `torch.where` and a weight of 0 need not.
+        The result is on the device: reading it makes the host wait, `torch.where` and a weight of 0 do not.
         """
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         if self.on_device:
@@ -114,39 +89,33 @@ class UpdateGuard:
         return bad
 
     def send(self, step: int, loss: Tensor, norm: Tensor, request: StopRequest) -> None:
-        """Let the host know of a step: loss and norm, shape (), and whether a process was asked to stop."""
+        """Send a step to the host: loss and norm, shape (), and the stop signals that the processes received."""
         asked = copy_to_device(torch.tensor([float(number == request.number) for number in SIGNALS]), self.device)
         if self.accelerator.num_processes > 1:
             asked = self.accelerator.reduce(asked, "sum")
-        numbers = torch.cat([torch.stack([loss, norm]).double(), asked.double()])
-        if self.device.type != "cuda":
-            self._sent.append((step, numbers, None))
-            return
-        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        host.copy_(numbers, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._sent.append((step, host, arrived))
+        numbers, arrived = torch.cat([torch.stack([loss, norm]).double(), asked.double()]), None
+        if self.device.type == "cuda":
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            numbers, arrived = host.copy_(numbers, non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._sent.append((step, numbers, arrived))
 
     def receive(self, *, wait: bool) -> list[Reading]:
-        """The steps that have become known, oldest first: with `wait` all, else all but the newest on a GPU.
+        """Return the steps that were sent, oldest first: all with `wait`, else all but the newest on a GPU.
 
-        That newest one is still being computed. The step before it is waited for in every process, so that all decide
-        the same at the same step. Warns of those that are bad.
-
-        Raises TrainingError if as many as `most` of them are so in a row.
+        The newest is still being computed. Every process waits for the one before it, so that all decide the same at
+        the same step. Warns about skipped steps, and raises TrainingError after `max_nonfinite_steps` in a row.
         """
-        found = []
+        readings = []
         while self._sent and (wait or self.device.type != "cuda" or len(self._sent) > 1):
             step, numbers, arrived = self._sent.popleft()
             if arrived is not None:
                 arrived.synchronize()
             loss, norm, *flags = numbers.tolist()
-            stops = [number for number, flag in zip(SIGNALS, flags, strict=True) if flag]
-            found.append(Reading(step, loss, norm, stops[0] if stops else None))
-        for reading in found:
-            self._count(reading)
-        return found
+            stop = next((number for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)
+            readings.append(Reading(step, loss, norm, stop))
+            self._count(readings[-1])
+        return readings
 
     def _count(self, reading: Reading) -> None:
         if not reading.bad:
@@ -158,19 +127,18 @@ class UpdateGuard:
         if self.accelerator.is_main_process:
             warn(
                 f"{self.describe(reading)}: no update is made, and nothing of it is learned. Its samples: "
-                f"{names_of(self.sample_names(reading.step))}. Training stops after "
+                f"{listed(set(self.sample_names(reading.step)))}. Training stops after "
                 f"max_nonfinite_steps={self.max_nonfinite_steps} in a row."
             )
 
     def stop(self, request: StopRequest, readings: Sequence[Reading]) -> int | None:
-        """The signal that asked to stop. Of several processes all get the same answer, when they have read it."""
+        """Return the stop signal, if there was one. Several processes all return the same, once they have read it."""
         if self.accelerator.num_processes == 1:
             return request.number
         return next((reading.stop for reading in readings if reading.stop is not None), None)
 
     def check_end(self) -> None:
-        """At the end of training: raises TrainingError if it ends in several bad steps, with no good one after them to
-        show that the adapter still works, or never made an update."""
+        """Raise TrainingError if several last steps were skipped (no later one proves the adapter), or all steps."""
         if len(self.skipped) > 1 or (self.skipped and self.is_untrained):
             raise TrainingError(self.message())
 
@@ -182,7 +150,7 @@ class UpdateGuard:
         )
 
     def message(self) -> str:
-        names = names_of([name for reading in self.skipped for name in self.sample_names(reading.step)])
+        names = listed({name for reading in self.skipped for name in self.sample_names(reading.step)})
         count = f"{len(self.skipped)} steps in a row" if len(self.skipped) > 1 else "its step"
         remedy = (
             "No update was made yet, so it is not the rate alone: look at these samples, try precision=fp32, and look "

@@ -76,11 +76,7 @@ def references_of(dataset: Mapping[str, Any]) -> int:
 
 
 def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workload:
-    """Return what determines a run's memory and step time. Images are counted as squares of the largest bucket.
-
-    Args:
-        in_fp8: Whether to plan FP8 products if this machine has no GPU (compute capability 8.9 and above).
-    """
+    """Return what determines memory and step time, for squares of the largest bucket; `in_fp8` as above."""
     settings, side = config.settings, config.buckets.largest
     samples = bool(config.sample.prompts) and settings.sample_every > 0
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]
@@ -113,7 +109,7 @@ def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workloa
         text_sizes=text_sizes(config.source),
         text_storage=config.text_encoder.storage,
         text_here=config.text_encoder.here,
-        shares=config.shares,
+        num_shards=config.num_shards,
     )
 
 
@@ -128,10 +124,7 @@ def gpu_name(device: torch.device) -> str | None:
 
 
 def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the group `memory` with its nulls chosen for `gpu_memory_gb`, and a message about the choice.
-
-    Raises ValueError if no choice fits.
-    """
+    """Return the group `memory` with its nulls chosen, and a message. Raise ValueError if nothing fits."""
     device = config.accelerator.device
     gpu_memory_gb = memory["gpu_memory_gb"]
     if gpu_memory_gb == FREE:  # the minimum of all processes, so that all choose the same

@@ -29,38 +29,22 @@ def usable(gpu_memory_gb: float) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Throughput of a class of GPUs.
-
-    Attributes:
-        pattern: Regular expression for the device name in CUDA.
-        bf16, fp8: TFLOP/s of large matrix products; fp8 is None below compute capability 8.9.
-        fp32: TFLOP/s of large matrix products without TF32.
-        attention, attention_backward: TFLOP/s of flash attention.
-        memory: Bandwidth of the GPU's memory in GB/s.
-        bus: Bandwidth from pinned host memory in GB/s.
-    """
+    """Throughput of a class of GPUs."""
 
     name: str
-    pattern: str
-    size: int
-    bf16: float
-    fp8: float | None
-    fp32: float
-    attention: float
+    pattern: str  # regular expression for the device name in CUDA
+    size: int  # GB
+    bf16: float  # TFLOP/s of large matrix products
+    fp8: float | None  # the same; None below compute capability 8.9
+    fp32: float  # the same, without TF32
+    attention: float  # TFLOP/s of flash attention
     attention_backward: float
-    memory: float
-    bus: float
+    memory: float  # GB/s, bandwidth of the GPU's memory
+    bus: float  # GB/s, bandwidth from pinned host memory
 
     def seconds(self, work: Work, fused: bool = False) -> float:
         """Return the time of `work` without overlap; `fused` means that elementwise operations are compiled."""
-        rates = {
-            "bf16": self.bf16,
-            "fp8": self.fp8 or self.bf16,
-            "fp32": self.fp32,
-            "attention": self.attention,
-            "attention_backward": self.attention_backward,
-        }
-        products = sum(flops / (rates[kind] * 1e12) for kind, flops in work.flops.items())
+        products = sum(flops / ((getattr(self, kind) or self.bf16) * 1e12) for kind, flops in work.flops.items())
         # 3/4 of the data sheet's bandwidth is reached; compiled code moves 1/4 of the bytes (docs/memory.md)
         return products + work.bytes * (0.25 if fused else 1.0) / (0.75 * self.memory * 1e9)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from torch import nn
 
+from flux2.adapters import adapter_parameters
 from flux2.memory.activation_checkpointing import blocks_within, kept_bytes, set_policy
 from flux2.memory.block_offload import offloaded_blocks, streamed_tensors
 from flux2.memory.ring_buffer import RING, slot_sizes
@@ -36,7 +37,7 @@ from train.planner.step_memory import (
     train_end,
 )
 from train.planner.text_encoder_memory import TEXT_SIZES, text_encoder_bytes
-from train.planner.workload import Workload, frozen, tokens, trained
+from train.planner.workload import Workload, frozen, tokens
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
@@ -47,19 +48,14 @@ READ_AHEAD = 2.0e9  # maximum of cache entries that data.loader prefetches
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on the device by phase and component, bytes in host memory by component, and the work of a step.
-
-    Attributes:
-        moved: Bytes copied between host and device per step.
-        compiled: Whether elementwise operations are fused.
-    """
+    """Bytes on the device by phase and component, bytes in host memory by component, and the work of a step."""
 
     choice: Choice
     phases: Mapping[str, Mapping[str, float]]
     host: Mapping[str, float]
     work: Work
-    moved: float
-    compiled: bool = False
+    moved: float  # bytes copied between host and device per step
+    compiled: bool = False  # whether elementwise operations are fused
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
@@ -76,15 +72,12 @@ class Prediction:
 
 
 class Planner:
-    """Predictions for one job. Its blocks are counted once."""
+    """Predictions for one job; each block and each choice is computed once."""
 
     def __init__(self, job: Workload) -> None:
         self.job = job
-        self._predictions: dict[Choice, Prediction] = {}
-        self._costs: dict[tuple[str, bool, nn.Module], Cost] = {}
-        self._blocks: dict[tuple[str, bool, int], tuple[int, int, Work]] = {}
-        self._weights: dict[bool, list[int]] = {}
-        self._inferences: dict[tuple[Shape, bool], tuple[int, Work]] = {}
+        self.predict, self.blocks, self.cost = cache(self._predict), cache(self._blocks), cache(self._cost)
+        self.inference, self.block_weights = cache(self._inference), cache(self._block_weights)
 
     @cached_property
     def kinds(self) -> list[nn.Module]:
@@ -103,30 +96,21 @@ class Planner:
         """Whether layers multiply gradients in FP8, so that transposed weights can be cached."""
         return set_transposed_cache(self.job.model, enabled=False) > 0
 
-    def cost(self, policy: str, block: nn.Module, both: bool = False) -> Cost:
-        job, key = self.job, (policy, both, block)
-        if key not in self._costs:
-            set_policy(job.model, policy)  # the model is on the meta device and this job's alone
-            set_transposed_cache(job.model, both)
-            self._costs[key] = train_block(job.model, block, job.model.run_block, job.shape, job.dtype, job.autocast)
-        return self._costs[key]
+    def _cost(self, policy: str, block: nn.Module, both: bool) -> Cost:
+        job = self.job
+        set_policy(job.model, policy)  # the model is on the meta device and this job's alone
+        set_transposed_cache(job.model, both)
+        return train_block(job.model, block, job.model.run_block, job.shape, job.dtype, job.autocast)
 
-    def blocks(self, policy: str, budget_gb: float | None = None, both: bool = False) -> tuple[int, int, Work]:
-        """Return (kept bytes, working set) at the peak of a forward and backward, and their work.
-
-        Args:
-            both: Whether transposed weights are cached.
-        """
-        count = self.kept_within(budget_gb) if policy == "budget" and budget_gb is not None else 0
-        key = ("full" if policy == "budget" else policy, both, count)
-        if key not in self._blocks:
-            edge = len(self.kinds) - count
-            costs = [self.cost("none" if i >= edge else key[0], block, both) for i, block in enumerate(self.kinds)]
-            work = sum((cost.work for cost in costs), self.end.work)
-            if self.job.held:
-                work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
-            self._blocks[key] = *step(costs, self.end), work
-        return self._blocks[key]
+    def _blocks(self, policy: str, budget_gb: float | None = None, both: bool = False) -> tuple[int, int, Work]:
+        """Return (kept bytes, working set) at the peak of a step, and its work. `both`: cache transposed weights."""
+        kept = self.kept_within(budget_gb) if policy == "budget" and budget_gb is not None else 0
+        policies = ["full" if policy == "budget" else policy] * (len(self.kinds) - kept) + ["none"] * kept
+        costs = [self.cost(policy, block, both) for policy, block in zip(policies, self.kinds, strict=True)]
+        work = sum((cost.work for cost in costs), self.end.work)
+        if self.job.held:
+            work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
+        return *step(costs, self.end), work
 
     def kept_within(self, budget_gb: float) -> int:
         """Return how many of the last blocks `checkpointing=budget` keeps without recompute."""
@@ -135,36 +119,31 @@ class Planner:
 
     def budget_for(self, count: int) -> float:
         """Return the `budget_gb` that keeps exactly `count` of the last blocks, with as few digits as possible."""
-        job, config = self.job, self.job.model.config
-        needed = 0
+        config, needed = self.job.model.config, 0
+        stream = self.job.shape.rows * self.job.shape.tokens, self.job.dtype.itemsize
         for i in range(count):
             kind = "single" if i < config.single_blocks else "double"
-            arguments = (job.shape.rows * job.shape.tokens, job.dtype.itemsize)
-            needed += kept_bytes(config, kind, "none", *arguments) - kept_bytes(config, kind, "full", *arguments)
+            needed += kept_bytes(config, kind, "none", *stream) - kept_bytes(config, kind, "full", *stream)
         rounded = (math.ceil(needed / 10 ** (9 - digits)) / 10**digits for digits in range(1, 4))
         return next((budget for budget in rounded if self.kept_within(budget) == count), math.ceil(needed / 1e5) / 1e4)
 
-    def inference(self, shape: Shape, autocast: bool) -> tuple[int, Work]:
+    def _inference(self, shape: Shape, autocast: bool) -> tuple[int, Work]:
         """Return peak bytes and work of one prediction without gradients."""
-        if (shape, autocast) not in self._inferences:
-            model, dtype = self.job.model, self.job.dtype
-            counted = {block: infer_block(model, block, shape, dtype, autocast) for block in {*self.kinds}}
-            work = sum((counted[block].work for block in self.kinds), Work())
-            stream = shape.rows * shape.tokens * model.config.hidden * dtype.itemsize
-            self._inferences[shape, autocast] = max(cost.forward for cost in counted.values()) + stream, work
-        return self._inferences[shape, autocast]
+        model, dtype = self.job.model, self.job.dtype
+        counted = {block: infer_block(model, block, shape, dtype, autocast) for block in {*self.kinds}}
+        work = sum((counted[block].work for block in self.kinds), Work())
+        stream = shape.rows * shape.tokens * model.config.hidden * dtype.itemsize
+        return max(cost.forward for cost in counted.values()) + stream, work
 
-    def block_weights(self, both: bool) -> list[int]:
+    def _block_weights(self, both: bool) -> list[int]:
         """Return the bytes of the base in each block, with or without cached transposed weights."""
-        if both not in self._weights:
-            set_transposed_cache(self.job.model, both)
-            self._weights[both] = [size(streamed_tensors(block)) for block in self.job.blocks]
-        return self._weights[both]
+        set_transposed_cache(self.job.model, both)
+        return [size(streamed_tensors(block)) for block in self.job.blocks]
 
     @property
     def weights(self) -> list[int]:
         """Bytes of the base in each block, without transposed weights."""
-        return self.block_weights(both=False)
+        return self.block_weights(False)
 
     @cached_property
     def other_weights(self) -> int:
@@ -173,19 +152,19 @@ class Planner:
 
     @cached_property
     def adapter(self) -> dict[str, float]:
-        parameters = trained(self.job.model)
+        parameters = adapter_parameters(self.job.model)
         return {
             "adapter": size(parameters),
             "its gradients": size(parameters),
             "optimizer": optimizer_bytes(self.job.optimizer, parameters),
-            "its average": 4 * sum(parameter.numel() for parameter in parameters) if self.job.averaged else 0,
+            "its average": 4 * self.job.trained_parameters if self.job.averaged else 0,
         }
 
     @cached_property
     def swapped(self) -> int:
         """Bytes of the trained weights, stored while their average is validated, sampled and saved."""
         kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
-        return size(trained(self.job.model)) if kept else 0
+        return size(adapter_parameters(self.job.model)) if kept else 0
 
     @property
     def class_share(self) -> float:
@@ -213,9 +192,8 @@ class Planner:
     @cached_property
     def workspace(self) -> int:
         """Bytes of the permanent buffer that NF4 layers are dequantized into."""
-        layers = [layer for layer in self.job.model.modules() if isinstance(layer, Nf4Linear)]
-        sizes = [layer.in_features * layer.out_features for layer in layers]
-        return self.job.dtype.itemsize * max(sizes, default=0)
+        layers = (layer for layer in self.job.model.modules() if isinstance(layer, Nf4Linear))
+        return self.job.dtype.itemsize * max((layer.in_features * layer.out_features for layer in layers), default=0)
 
     @cached_property
     def inputs(self) -> int:
@@ -227,20 +205,12 @@ class Planner:
 
     def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
         """Return the bytes of the streamed blocks, and of the ring buffer they stream through."""
-        names = offloaded_blocks(self.job.model.config, given)
-        if not names:
-            return 0, 0
-        all_names = list(self.job.model.config.block_names)
-        sizes = [weights[all_names.index(name)] for name in names]
-        return sum(sizes), sum(slot_sizes(sizes, RING))
+        config = self.job.model.config
+        by_name = dict(zip(config.block_names, weights, strict=True))
+        sizes = [by_name[name] for name in offloaded_blocks(config, given)]
+        return sum(sizes), sum(slot_sizes(sizes, RING)) if sizes else 0
 
-    def predict(self, choice: Choice) -> Prediction:
-        """Return the prediction for a choice, computed once."""
-        if choice not in self._predictions:
-            self._predictions[choice] = self.add_up(choice)
-        return self._predictions[choice]
-
-    def add_up(self, choice: Choice) -> Prediction:
+    def _predict(self, choice: Choice) -> Prediction:
         job = self.job
         weights = self.block_weights(choice.cache_transposed_weights)
         kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights)
@@ -256,17 +226,17 @@ class Planner:
             kept += min(2 * boundary, away) - away  # two are being copied
             moved += 2.0 * away * job.accumulation * (1 + self.class_share)
         here, gathered = sum(weights) - streamed, 0
-        if job.shares > 1:  # all-gathered in forward and backward
-            others = [child for child in job.model.children() if not isinstance(child, nn.ModuleList)]
-            gathered = GATHERED * max([*weights, *(size(frozen(child)) for child in others)])
-            gathered += sum(size(frozen(child)) for child in others if isinstance(child, nn.Linear))  # permanently
-            moved += 2.0 * (here + self.other_weights) * (1 - 1 / job.shares) * passes
+        if job.num_shards > 1:  # all-gathered in forward and backward
+            layers = [child for child in job.model.children() if not isinstance(child, nn.ModuleList)]
+            gathered = GATHERED * max([*weights, *(size(frozen(layer)) for layer in layers)])
+            gathered += sum(size(frozen(layer)) for layer in layers if isinstance(layer, nn.Linear))  # permanently
+            moved += 2.0 * (here + self.other_weights) * (1 - 1 / job.num_shards) * passes
         libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
         resident: dict[str, float] = {
-            "weights of blocks": here / job.shares,
+            "weights of blocks": here / job.num_shards,
             "buffers of streamed blocks": ring,
             "gathered weights": gathered,
-            "other weights": self.other_weights / job.shares,
+            "other weights": self.other_weights / job.num_shards,
             **self.adapter,
             "dequantized layer": self.workspace,
             "autoencoder": self.autoencoder[0] if job.sample_pixels else 0,
@@ -285,16 +255,14 @@ class Planner:
         if job.sample_pixels:
             predicted, edited = tokens(job.sample_pixels), sum(map(tokens, job.sample_references))
             shape = Shape(1, predicted + edited, job.text_tokens, predicted)
-            phases["samples"] = {
-                **idle,
-                "working set": max(self.inference(shape, False)[0], self.autoencoder[2], self.reference_encoder),
-            }
+            working = max(self.inference(shape, False)[0], self.autoencoder[2], self.reference_encoder)
+            phases["samples"] = {**idle, "working set": working}
         if job.class_pixels:
             predicted = tokens(job.class_pixels)
-            shape, plain = Shape(1, predicted, job.text_tokens, predicted), self.block_weights(both=False)
-            streamed_then, ring_then = self.count_streamed(choice.offload_blocks, plain)
+            shape = Shape(1, predicted, job.text_tokens, predicted)
+            streamed_then, ring_then = self.count_streamed(choice.offload_blocks, self.weights)
             phases["class pictures"] = {
-                "weights of blocks": sum(plain) - streamed_then,
+                "weights of blocks": sum(self.weights) - streamed_then,
                 "buffers of streamed blocks": ring_then,
                 "other weights": self.other_weights,
                 "dequantized layer": self.workspace,
@@ -313,7 +281,7 @@ class Planner:
     def encoders(self, libraries: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Return the phases that fill the cache; a run with a complete cache skips them."""
         job = self.job
-        weights, encode, _ = self.autoencoder
+        weights, encode, decode = self.autoencoder
         phases: dict[str, dict[str, float]] = {}
         width = job.variant.transformer.text_width // len(job.variant.text.layers)
         sizes = job.text_sizes or TEXT_SIZES.get((job.variant.text.kind, width))
@@ -321,7 +289,6 @@ class Planner:
             kept = job.dtype, sizes, job.text_storage
             held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
             phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
-        if job.class_pixels:
-            encode = max(encode, self.autoencoder[2])  # the class images are decoded
-        phases["pictures"] = {"autoencoder": weights, "working set": encode, **libraries}
+        working = max(encode, decode) if job.class_pixels else encode  # class images are decoded
+        phases["pictures"] = {"autoencoder": weights, "working set": working, **libraries}
         return phases

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from flux2.memory.activation_checkpointing import POLICIES
@@ -24,40 +25,32 @@ def policies(planner: Planner, fixed: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 
 def choices(planner: Planner, fixed: Mapping[str, Any], limit: float) -> Iterator[Prediction]:
-    """Yield predictions of choices that fit `limit` bytes, each with the fewest streamed blocks.
-
-    Args:
-        fixed: Keys of the group that are set, with their values.
-    """
-    total = len(planner.weights)
-    if planner.job.shares > 1:  # blocks of a sharded base do not stream
+    """Yield predictions of choices with `fixed` keys that fit `limit` bytes, with the fewest streamed blocks each."""
+    if planner.job.num_shards > 1:  # blocks of a sharded base do not stream
         fixed = {**fixed, "offload_blocks": 0, "offload_activations": False}
-    layouts = [True, False] if planner.has_layouts else [False]
-    if "cache_transposed_weights" in fixed:
-        layouts = [fixed["cache_transposed_weights"]]
+
+    def options(key: str, default: Iterable[Any]) -> Iterable[Any]:
+        return [fixed[key]] if key in fixed else default
+
     for policy, budget in policies(planner, fixed):
-        for away in [fixed["offload_activations"]] if "offload_activations" in fixed else [False, True]:
-            if away and policy in ("none", "budget") and "offload_activations" not in fixed:
-                continue  # block inputs are a small part of the activations then
-            numbers = [fixed["offload_blocks"]] if "offload_blocks" in fixed else range(total + 1)
-            if policy == "budget" and "checkpointing" not in fixed and len(numbers) > 1:
-                numbers = [0]  # with less recompute, copies are hidden less
-            for both in layouts:
-                for number in numbers:
-                    prediction = planner.predict(Choice(policy, budget, number, away, both))
-                    if prediction.training <= limit:
-                        yield prediction
-                        break
+        # block inputs are a small part of the activations with these policies
+        offloads = options("offload_activations", [False] if policy in ("none", "budget") else [False, True])
+        # with less recompute, copies are hidden less
+        few = policy == "budget" and "checkpointing" not in fixed
+        numbers = options("offload_blocks", [0] if few else range(len(planner.weights) + 1))
+        layouts = options("cache_transposed_weights", [True, False] if planner.has_layouts else [False])
+        for away, both in product(offloads, layouts):
+            for number in numbers:
+                prediction = planner.predict(Choice(policy, budget, number, away, both))
+                if prediction.training <= limit:
+                    yield prediction
+                    break
 
 
 def choose(planner: Planner, fixed: Mapping[str, Any], limit: float, on: Gpu) -> Prediction | None:
-    """Return the fastest choice, as predicted, that fits `limit` bytes while the transformer is loaded, or None.
-
-    The result is deterministic. Between equally fast choices, the one that moves the fewest bytes wins.
-    """
-    return min(
-        choices(planner, fixed, limit), key=lambda p: (round(p.seconds(on), 6), p.moved, p.training), default=None
-    )
+    """Return the fastest choice that fits `limit` bytes in training; of equally fast ones, the one that moves least."""
+    found = choices(planner, fixed, limit)
+    return min(found, key=lambda p: (round(p.seconds(on), 6), p.moved, p.training), default=None)
 
 
 def step_down(planner: Planner, now: Choice, on: Gpu, short: float = 0.0) -> Choice | None:
@@ -69,7 +62,7 @@ def step_down(planner: Planner, now: Choice, on: Gpu, short: float = 0.0) -> Cho
 def does_not_fit(planner: Planner, fixed: Mapping[str, Any], gpu_memory_gb: float) -> str:
     """Return the error message if no choice fits, with the smallest choice and other ways to save memory."""
     least = min(choices(planner, fixed, float("inf")), key=lambda p: p.training)
-    streams = "offload_blocks" not in fixed and planner.job.shares == 1
+    streams = "offload_blocks" not in fixed and planner.job.num_shards == 1
     for number in range(len(planner.weights) + 1) if streams else []:
         more = planner.predict(replace(least.choice, offload_blocks=number))
         least = min(least, more, key=lambda p: p.training)

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from flux2.memory.activation_checkpointing import tensors_in
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.transformer import DoubleBlock, RotaryAngles, Transformer
 from flux2.models.variants import AutoencoderConfig
@@ -53,14 +54,16 @@ class Work:
         return Work({kind: value * times for kind, value in self.flops.items()}, self.bytes * times)
 
 
+def size(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 class AllocationCounter(TorchDispatchMode):
     """Context manager that counts the bytes of new tensors while they live, and the work of all operations.
 
-    Args:
-        known: Tensors that are counted elsewhere, such as weights.
-
-    Attributes:
-        live, peak: Current bytes, and their maximum since the last `start`.
+    `live` are the current bytes, `peak` is their maximum since the last `start`. `known` tensors, such as weights, are
+    counted elsewhere.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -93,23 +96,21 @@ class AllocationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        outputs = tensors_in(out)
         is_new = [self.hold(tensor) for tensor in outputs]
         packet = func._overloadpacket
         if packet in flop_registry:
             self.multiply(packet, args, kwargs or {}, out)
         elif (any(is_new) or func._schema.is_mutable) and "empty" not in packet.__name__:
-            read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            read = [] if packet.__name__ == "fill_" else read
-            self.work.bytes += sum(tensor.numel() * tensor.element_size() for tensor in [*read, *outputs])
+            read = [] if packet.__name__ == "fill_" else tensors_in((args, kwargs))
+            self.work.bytes += size([*read, *outputs])
         return out
 
     def multiply(self, packet: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Count the operations of a matrix product, a convolution or attention."""
         first = args[0]
-        kind = KINDS.get(first.dtype, "bf16")
-        if packet in (FLASH, FLASH_BACKWARD):
-            kind = "attention" if packet is FLASH else "attention_backward"
+        attention = {FLASH: "attention", FLASH_BACKWARD: "attention_backward"}
+        kind = attention.get(packet) or KINDS.get(first.dtype, "bf16")
         flops = flop_registry[packet](*args, **kwargs, out_val=out)
         self.work.flops[kind] = self.work.flops.get(kind, 0.0) + flops
         if packet is FLASH_BACKWARD and first.dtype != torch.float32:
@@ -182,39 +183,28 @@ def fake(module: nn.Module) -> None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def size(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 @dataclass(frozen=True)
 class Cost:
     """Bytes and work of one block.
 
-    Attributes:
-        kept: Bytes that its forward keeps for the backward, including its output.
-        forward: Peak of its forward above the bytes before it.
-        backward: Peak of its backward above the kept bytes, including recompute and token gradients. Its output, part
-            of the kept bytes, is already freed then and subtracted.
+    The peak of the backward includes recompute and token gradients, but not the block's output, part of the kept bytes,
+    which is already freed then.
     """
 
-    kept: int
-    forward: int
-    backward: int
+    kept: int  # bytes that its forward keeps for the backward, including its output
+    forward: int  # peak of its forward above the bytes before it
+    backward: int  # peak of its backward above the kept bytes
     work: Work
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The input of the transformer: `rows` images with `image` tokens, including references, and `text` tokens each.
-
-    `predicted` of the image tokens are no reference tokens and get a prediction.
-    """
+    """The input of the transformer: `rows` images with `image` tokens, including references, and `text` tokens each."""
 
     rows: int
     image: int
     text: int
-    predicted: int
+    predicted: int  # image tokens that are no reference tokens, and get a prediction
 
     @property
     def tokens(self) -> int:
@@ -224,8 +214,8 @@ class Shape:
 def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], list[Any]]:
     """Return the tokens that a block transforms, and its other arguments."""
     config = model.config
-    angles = (1, 1, shape.tokens, config.head_dim // 2)
-    by: RotaryAngles = (torch.empty(angles), torch.empty(angles), torch.empty(angles, dtype=torch.complex64))
+    each = (1, 1, shape.tokens, config.head_dim // 2)
+    angles: RotaryAngles = (torch.empty(each), torch.empty(each), torch.empty(each, dtype=torch.complex64))
 
     def modulation() -> tuple[Tensor, ...]:
         return tuple(torch.empty(shape.rows, 1, config.hidden, dtype=dtype) for _ in range(3))
@@ -234,11 +224,11 @@ def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.d
         return torch.empty(shape.rows, count, config.hidden, dtype=dtype, requires_grad=True)
 
     if isinstance(block, DoubleBlock):
-        return [tokens(shape.image), tokens(shape.text)], [[modulation() for _ in range(2)] for _ in range(2)] + [by]
-    return [tokens(shape.tokens)], [modulation(), by]
+        return [tokens(shape.image), tokens(shape.text)], [[modulation(), modulation()] for _ in range(2)] + [angles]
+    return [tokens(shape.tokens)], [modulation(), angles]
 
 
-def prepared(
+def fake_block(
     model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype
 ) -> tuple[nn.Module, Any, AllocationCounter]:
     """Return a fake copy of a block, its arguments, and a counter that excludes them; needs FakeTensorMode."""
@@ -250,8 +240,7 @@ def prepared(
             parameter.grad = torch.empty_like(parameter)
     given = arguments(model, block, shape, dtype)
     grads = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
-    known = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
-    return block, given, AllocationCounter([*block.parameters(), *block.buffers(), *grads, *known])
+    return block, given, AllocationCounter([*block.parameters(), *block.buffers(), *grads, *tensors_in(given)])
 
 
 def train_block(
@@ -259,7 +248,7 @@ def train_block(
 ) -> Cost:
     """Return the cost of training a block of `model` (on the meta device) with `run`, a `Transformer.run_block`."""
     with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True):
-        block, (tokens, rest), count = prepared(model, block, shape, dtype)
+        block, (tokens, rest), count = fake_block(model, block, shape, dtype)
         lives = [0]
         with count:
             out: Any = tuple(tokens)
@@ -281,7 +270,7 @@ def train_block(
 def infer_block(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype, autocast: bool) -> Cost:
     """Return the cost of a block without gradients, as in sampling and validation."""
     with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        block, (tokens, rest), count = prepared(model, block, shape, dtype)
+        block, (tokens, rest), count = fake_block(model, block, shape, dtype)
         with count, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = block(*tokens, *rest)
             del out
@@ -312,35 +301,26 @@ def heaviest(blocks: Iterable[nn.Module]) -> nn.Module | None:
 
 def step(costs: Sequence[Cost], end: Cost) -> tuple[int, int]:
     """Return (kept bytes, working set) at the peak of one forward and backward through blocks in order."""
-    held, peaks = 0, []
-    for cost in costs:
-        peaks.append((held, cost.forward))
-        held += cost.kept
-    peaks.append((held, end.backward))
-    for cost in reversed(costs):
-        peaks.append((held, cost.backward))
-        held -= cost.kept
+    kept = [0, *accumulate(cost.kept for cost in costs)]
+    peaks = [(before, cost.forward) for before, cost in zip(kept[:-1], costs, strict=True)]
+    peaks.append((kept[-1], end.backward))
+    peaks += reversed([(after, cost.backward) for after, cost in zip(kept[1:], costs, strict=True)])
     return max(peaks, key=sum)
 
 
 def autoencoder_peaks(config: AutoencoderConfig, width: int, height: int) -> tuple[int, int, int]:
-    """Return the bytes of the float32 autoencoder's weights, and the peaks above them to encode and decode an image.
-
-    Args:
-        width, height: Size of the image in pixels.
-    """
+    """Return the float32 autoencoder's bytes, and its peaks above them to encode and decode an image (in pixels)."""
     with torch.device("meta"):
         model = Autoencoder(config)
     with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake(model)
         known = [*model.parameters(), *model.buffers()]
-        peaks = []
-        for call, shape in (
-            (model.encode, (1, 3, height, width)),
-            (model.decode, (1, 4 * config.latent_channels, height // 16, width // 16)),
-        ):
+
+        def peak(call: Callable[[Tensor], object], *shape: int) -> int:
             given = torch.empty(shape)
             with AllocationCounter([*known, given]) as count:
                 call(given)
-            peaks.append(count.peak + size([given]))
-    return size(known), peaks[0], peaks[1]
+            return count.peak + given.nbytes
+
+        encoding = peak(model.encode, 1, 3, height, width)
+        return size(known), encoding, peak(model.decode, 1, 4 * config.latent_channels, height // 16, width // 16)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from flux2.adapters import adapter_parameters
 from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from train.optim.optimizers import MakeOptimizer
@@ -16,54 +17,32 @@ from train.planner.step_memory import Shape
 
 @dataclass(frozen=True)
 class Workload:
-    """The part of a configuration that determines memory and step time. Sizes in pixels are (width, height).
-
-    Attributes:
-        model: The transformer on the meta device, in its precision and with its adapter.
-        dtype: Dtype of activations and of layers that are not quantized.
-        storage: Storage of the quantized layers: fp8, nf4, or None.
-        optimizer: Makes the optimizer from a list of parameters.
-        pixels, references: Sizes of the largest training image and of each of its references.
-        sample_pixels: Size of the sampled images; None without sample grids.
-        sample_references: Sizes of the references of the sample prompt with the most reference tokens.
-        rows: Images in a micro-batch, including those that base preservation adds.
-        held: The images that base preservation adds, which the base predicts too.
-        averaged: Whether an EMA of the adapter is kept.
-        class_rows: Class images in their own micro-batch.
-        class_pixels: Size of the class images that the base generates before training; None if there are none.
-        validates: Whether a validation loss is computed.
-        on_gpu: Whether the run uses a GPU; otherwise everything is in host memory.
-        compiled: Whether blocks are compiled; memory is counted as if they were not.
-        usual: Whether the run has the precision and attention of the benchmarks and no preservation.
-        text_storage: Storage of the text encoder's layers: nf4, int8, or None.
-        text_here: Whether the text encoder runs on this machine.
-        shares: Number of processes that the base is sharded over; 1 without sharding.
-    """
+    """The part of a configuration that determines memory and step time. Sizes in pixels are (width, height)."""
 
     variant: Variant
-    model: Transformer
-    dtype: torch.dtype
+    model: Transformer  # on the meta device, in its precision and with its adapter
+    dtype: torch.dtype  # of activations and of layers that are not quantized
     optimizer: MakeOptimizer
-    pixels: tuple[int, int]
-    references: Sequence[tuple[int, int]] = ()
-    sample_pixels: tuple[int, int] | None = None
-    sample_references: Sequence[tuple[int, int]] = ()
+    pixels: tuple[int, int]  # of the largest training image
+    references: Sequence[tuple[int, int]] = ()  # sizes of its references
+    sample_pixels: tuple[int, int] | None = None  # of the sampled images; None without sample grids
+    sample_references: Sequence[tuple[int, int]] = ()  # of the sample prompt with the most reference tokens
     text_tokens: int = 512
-    rows: int = 1
-    held: int = 0
+    rows: int = 1  # images in a micro-batch, including those that base preservation adds
+    held: int = 0  # the images that base preservation adds, which the base predicts too
     accumulation: int = 1
-    averaged: bool = False
-    class_rows: int = 0
-    class_pixels: tuple[int, int] | None = None
-    validates: bool = False
-    on_gpu: bool = True
-    storage: str | None = None
-    compiled: bool = False
-    usual: bool = True
+    averaged: bool = False  # whether an EMA of the adapter is kept
+    class_rows: int = 0  # class images in their own micro-batch
+    class_pixels: tuple[int, int] | None = None  # of the class images that the base generates before training
+    validates: bool = False  # whether a validation loss is computed
+    on_gpu: bool = True  # otherwise everything is in host memory
+    storage: str | None = None  # of the quantized layers: fp8, nf4, or None
+    compiled: bool = False  # whether blocks are compiled; memory is counted as if they were not
+    usual: bool = True  # whether the run has the precision and attention of the benchmarks and no preservation
     text_sizes: Mapping[str, int] = field(default_factory=dict)
-    text_storage: str | None = None
-    text_here: bool = True
-    shares: int = 1
+    text_storage: str | None = None  # of the text encoder's layers: nf4, int8, or None
+    text_here: bool = True  # whether the text encoder runs on this machine
+    num_shards: int = 1  # number of processes that the base is sharded over
 
     @property
     def precision(self) -> str:
@@ -81,6 +60,10 @@ class Workload:
         return Shape(self.rows, image, self.text_tokens, predicted)
 
     @property
+    def trained_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in adapter_parameters(self.model))
+
+    @property
     def blocks(self) -> list[nn.Module]:
         return [*self.model.double_blocks, *self.model.single_blocks]
 
@@ -91,7 +74,3 @@ def tokens(pixels: tuple[int, int]) -> int:
 
 def frozen(module: nn.Module) -> list[torch.Tensor]:
     return [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
-
-
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

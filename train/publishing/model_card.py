@@ -19,7 +19,7 @@ import huggingface_hub
 from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE
 from flux2.models.variants import Variant
 from flux2.weights.sources import looks_local
-from train.checkpoints.resume_command import REPLACED
+from train.checkpoints.resume_command import NOT_REPEATED
 from train.evaluation.recommend import count_samples, percent, validations
 from train.reports.run_report import launch_command
 from train.utils.redact import masked, masked_command, masked_text
@@ -181,7 +181,7 @@ def render(data: ModelCardData, run: Path) -> str:
     parts += usage(data, folder)
     parts += ["## Training\n", *training_table(data, run)]
     if data.overrides is not None:
-        parts.append(f"```sh\n{launch_command(data.overrides, data.processes, REPLACED)}\n```\n")
+        parts.append(f"```sh\n{launch_command(data.overrides, data.processes, NOT_REPEATED)}\n```\n")
     parts.append("## Files\n")
     if (folder / PEFT_FILE).exists():
         parts.append(f"- `{PEFT_FILE}`, `adapter_config.json`: PEFT, layers named as Black Forest Labs names them")

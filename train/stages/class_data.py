@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 
+from data.cache.latents import LatentEntry
 from data.cache.prepared import CachedDataset
 from data.loader import Loader
-from data.sources import Source
+from data.sources import Sample, Source
 from flux2.models.transformer import Transformer
 from flux2.pipeline import Pipeline
 from flux2.weights.loading import load_autoencoder
 from flux2.weights.sources import fingerprint
-from train.checkpoints.data_manifest import TrainedData
 from train.config.instantiate import instantiate
 from train.config.run_config import RunConfig
 from train.encoding.class_pictures import ClassPictureFolder, Recipe, draw, picture_file
@@ -27,24 +29,16 @@ def class_dataset(config: RunConfig) -> Source | None:
     """Return the dataset of class images; None if the base draws them or there are none."""
     if config.prior is None or config.prior.dataset is None:
         return None
-    source: Source = instantiate("preservation.dataset", config.prior.dataset)
-    return source
+    return cast(Source, instantiate("preservation.dataset", config.prior.dataset))
 
 
 def class_recipe(config: RunConfig) -> Recipe:
     """Return what determines the class images that the base draws."""
     assert config.prior is not None
-    prior, (width, height) = config.prior, config.class_image_size
-    return Recipe(
-        " ".join(fingerprint(config.source, part) for part in ("transformer", "vae")),
-        config.precision.name,
-        tuple(prior.prompts),
-        prior.seed,
-        width,
-        height,
-        prior.steps or config.variant.steps,
-        float(config.variant.guidance if prior.guidance is None else prior.guidance),
-    )
+    prior, variant, size = config.prior, config.variant, config.class_image_size
+    weights = " ".join(fingerprint(config.source, part) for part in ("transformer", "vae"))
+    sampling = prior.steps or variant.steps, float(variant.guidance if prior.guidance is None else prior.guidance)
+    return Recipe(weights, config.precision.name, tuple(prior.prompts), prior.seed, *size, *sampling)
 
 
 def draw_class_images(config: RunConfig, prepared: CachedDataset) -> Source:
@@ -84,34 +78,21 @@ def class_cache_requests(config: RunConfig, request: CacheRequest) -> list[Cache
     return [replace(request, samples=source, prompts=[])]
 
 
+def make_loader(
+    samples: Sequence[Sample], entries: Sequence[LatentEntry], cached: CachedDataset, **settings: Any
+) -> Loader:
+    """Return a loader of `samples` with their `entries`; `settings` are those of `data.loader.Loader`."""
+    captions, weights = [sample.captions for sample in samples], [sample.weight for sample in samples]
+    return Loader(cached.cache, entries, captions, cached.prompts, weights=weights, **settings)
+
+
 def class_loader(
     config: RunConfig, classes: tuple[Source, CachedDataset] | None, **shards: int
 ) -> ClassPictures | None:
-    """Return the class images for training; None without prior preservation.
-
-    Args:
-        shards: Split of a step into processes and micro-batches, as in `data.loader.Loader`.
-    """
+    """Return the class images for training; `shards` splits a step into processes and micro-batches."""
     if config.prior is None or classes is None:
         return None
     source, cached = classes
-    make = partial(
-        Loader,
-        cached.cache,
-        cached.entries,
-        [sample.captions for sample in source],
-        cached.prompts,
-        batch_size=config.prior.images_per_batch(config.settings.batch_size),
-        weights=[sample.weight for sample in source],
-        **shards,
-    )
+    size = config.prior.images_per_batch(config.settings.batch_size)
+    make = partial(make_loader, source, cached.entries, cached, batch_size=size, **shards)
     return ClassPictures(make, config.settings.seed, config.prior.weight, [sample.name for sample in source])
-
-
-def manifest_of_classes(classes: tuple[Source, CachedDataset] | None) -> TrainedData | None:
-    """Return the content digests of the class images; None without them."""
-    if classes is None:
-        return None
-    source, cached = classes
-    names, captions = [sample.name for sample in source], [sample.captions for sample in source]
-    return TrainedData.from_samples(names, cached.entries, captions, [sample.weight for sample in source])

@@ -13,14 +13,14 @@ from data.cache import Cache, MemoryCache
 from data.cache.prepared import CachedDataset
 from data.loader import Loader
 from data.sources import Source
-from train.checkpoints import checkpoint
+from train.checkpoints.checkpoint import read_state
 from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
 from train.encoding.prepare import CacheRequest, prepare
 from train.objective.objective import Objective
 from train.objective.prior import ClassPictures
-from train.stages.class_data import class_dataset, class_loader, draw_class_images, manifest_of_classes
+from train.stages.class_data import class_dataset, class_loader, draw_class_images, make_loader
 from train.sweeps.reuse import SHARED
 from train.utils.network import is_offline
 from train.validation.loss import FixedNoiseLoss, chosen_samples
@@ -45,29 +45,20 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The data that one run trains and validates on.
+    """The data that one run trains and validates on."""
 
-    Attributes:
-        prepared: All samples of the dataset.
-        names: Names of the training samples, in the order of the loader's indices.
-        manifest: Content digests of the training samples, so that a resumed run detects changes.
-        loader: Loader of this process's micro-batches.
-        prior: Class images and their loader; None without them.
-        validator: The loss at fixed noise; None without validation samples.
-    """
-
-    prepared: PreparedData
-    names: list[str]
-    manifest: TrainedData
-    loader: Loader
-    prior: ClassPictures | None
-    validator: FixedNoiseLoss | None
+    prepared: PreparedData  # all samples of the dataset
+    names: list[str]  # of the training samples, in the order of the loader's indices
+    manifest: TrainedData  # content digests of the training samples, so that a resumed run detects changes
+    loader: Loader  # of this process's micro-batches
+    prior: ClassPictures | None  # class images and their loader
+    validator: FixedNoiseLoss | None  # None without validation samples
 
     def check_unchanged(self, config: RunConfig, location: RunLocation) -> None:
         """Raise ValueError if a resumed run would train on changed samples without allow_changed_data=true."""
         if location.checkpoint is None:
             return
-        changed = self.manifest.difference(location.origin, checkpoint.state(location.checkpoint).get("data", ""))
+        changed = self.manifest.difference(location.origin, read_state(location.checkpoint).get("data", ""))
         if changed and not config.settings.allow_changed_data:
             raise ValueError(
                 f"the samples differ from those that {location.checkpoint} was trained on: {changed}. Restore those "
@@ -122,46 +113,30 @@ def prepare_data(config: RunConfig) -> TrainingData:
     """Prepare the samples, or reuse those of the previous sweep job, and split them."""
     key = [config.precision.dtype, *(config.config[name] for name in (*DATA_GROUPS, *DATA_KEYS))]
     prepared: PreparedData = SHARED.take("data", key, lambda: prepare_samples(config), config.say, "prepared data")
-    samples, cached, settings = prepared.samples, prepared.cached, config.settings
+    cached, settings = prepared.cached, config.settings
     training, held_out = config.validation.split(cached.contents)
-    selected = [samples[i] for i in training]
-    captions, weights = [sample.captions for sample in selected], [sample.weight for sample in selected]
-    names, entries = [sample.name for sample in selected], [cached.entries[i] for i in training]
-    manifest = TrainedData.from_samples(names, entries, captions, weights)
-    manifest = manifest.followed_by(manifest_of_classes(prepared.classes))
+    samples, entries = [prepared.samples[i] for i in training], [cached.entries[i] for i in training]
+    all_samples, all_entries = samples, entries
+    if prepared.classes is not None:
+        all_samples, all_entries = [*samples, *prepared.classes[0]], [*entries, *prepared.classes[1].entries]
+    manifest = TrainedData.from_samples(all_samples, all_entries)
     shards = {
         "gradient_accumulation": settings.gradient_accumulation,
         "num_processes": config.accelerator.num_processes,
         "process_index": config.accelerator.process_index,
     }
-    loader = Loader(
-        cached.cache,
-        entries,
-        captions,
-        cached.prompts,
-        batch_size=settings.batch_size,
-        **shards,
-        seed=settings.seed,
-        weights=weights,
-        caption_dropout=settings.caption_dropout,
-        reference_dropout=settings.reference_dropout,
-    )
-    chosen = chosen_samples(samples, cached, held_out)
+    used = ("batch_size", "seed", "caption_dropout", "reference_dropout")
+    loader = make_loader(samples, entries, cached, **shards, **{key: getattr(settings, key) for key in used})
+    chosen = chosen_samples(prepared.samples, cached, held_out)
     noise = config.validation.seed, config.validation.times
     validator = FixedNoiseLoss(cached, chosen, *noise, config.processes.map, settings.batch_size) if chosen else None
+    names = [sample.name for sample in samples]
     return TrainingData(prepared, names, manifest, loader, class_loader(config, prepared.classes, **shards), validator)
 
 
 def make_objective(config: RunConfig, data: TrainingData) -> Objective:
     """Return the training objective, with the embeddings of the preservation prompts."""
     prompts = list(config.preservation.prompts) if config.preservation.active else []
-    return Objective(
-        config.settings.seed,
-        config.timesteps,
-        config.weighting,
-        config.preservation,
-        dict(zip(prompts, data.prepared.cached.embeddings(prompts), strict=True)) if prompts else {},
-        data.prior,
-        config.guidance,
-        config.autocast,
-    )
+    embeddings = dict(zip(prompts, data.prepared.cached.embeddings(prompts), strict=True)) if prompts else {}
+    settings = config.timesteps, config.weighting, config.preservation
+    return Objective(config.settings.seed, *settings, embeddings, data.prior, config.guidance, config.autocast)

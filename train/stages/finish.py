@@ -47,11 +47,7 @@ def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None
 
 
 def announce(config: RunConfig, adapter: Path, caption: str) -> None:
-    """Print the results and how to use them, and push the adapter with `hub.push`.
-
-    Args:
-        caption: Prompt of the printed command if the run samples nothing.
-    """
+    """Print the results and how to use them, with `caption` if the run samples no prompts, and push with `hub.push`."""
     if not config.accelerator.is_main_process:
         return
     if not is_sweep():  # a sweep ends with the lines of its best job

@@ -76,20 +76,15 @@ def load_base(config: RunConfig) -> Base:
     """Load the transformer in its precision; with `shard=true` each process holds a share of it."""
     device, sharded = config.accelerator.device, config.processes.sharded
     config.say(f"loading the transformer of {config.variant.name} ({config.precision.name}) onto {device}")
+    ready = sharder(device) if sharded else None
     transformer = load_transformer(
-        config.source,
-        device,
-        config.precision,
-        host=config.streamed,
-        cache=config.copies,
-        say=config.say,
-        ready=sharder(device) if sharded else None,
+        config.source, device, config.precision, host=config.streamed, cache=config.copies, say=config.say, ready=ready
     )
     config.say(describe(transformer, config.precision, device))
     if sharded:
         config.say(
-            f"the base is sharded: each of {config.shares} processes holds {gigabytes(local_bytes(transformer))} of "
-            f"{gigabytes(total_bytes(transformer))} and gathers one block at a time"
+            f"the base is sharded: each of {config.num_shards} processes holds {gigabytes(local_bytes(transformer))} "
+            f"of {gigabytes(total_bytes(transformer))} and gathers one block at a time"
         )
     if config.settings.embedding_storage.startswith("projected"):
         transformer.txt_in = nn.Identity()  # cached embeddings are its output
@@ -98,13 +93,10 @@ def load_base(config: RunConfig) -> Base:
 
 def offload_blocks(config: RunConfig, base: Base) -> None:
     """Set up offloading of blocks and activations to host memory as configured."""
+    memory, device = config.memory, config.accelerator.device
     if base.offloader is None:
-        base.offloader = offload(
-            base.transformer,
-            config.memory.offload_blocks,
-            activations=config.memory.offload_activations,
-            device=config.accelerator.device,
-        )
+        activations = memory.offload_activations
+        base.offloader = offload(base.transformer, memory.offload_blocks, activations=activations, device=device)
     else:
         base.offloader.reattach(base.transformer)
     if base.offloader is not None:

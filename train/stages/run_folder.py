@@ -13,10 +13,9 @@ from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from train.checkpoints import resume
 from train.checkpoints.checkpoint import CONFIG_FILE
 from train.checkpoints.data_manifest import TrainedData
-from train.checkpoints.resume import RunLocation
+from train.checkpoints.resume import NewRun, RunLocation, find
 from train.config.run_config import RunConfig
 from train.reports import run_report
 from train.sweeps.job import folder_of_job, is_sweep
@@ -58,10 +57,9 @@ def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
         output = str(folder_of_job())
     new = Path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     given, chosen = config.settings.resume, output is not None
+    run = NewRun(new, masked(config.config), config.images_per_step, chosen, say=partial(print, flush=True))
     while True:
-        location = resume.find(
-            given, new, masked(config.config), config.images_per_step, chosen=chosen, say=partial(print, flush=True)
-        )
+        location = find(given, run)
         if location == RunLocation(new) and not chosen:
             location = RunLocation(make_new(new))
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from flux2.adapters.tuners import remove_adapters
 from flux2.models.transformer import Transformer
 from flux2.weights.sources import fingerprint
 from train.checkpoints import resume
-from train.checkpoints.checkpoint import CONFIG_FILE, check, checkpoints, checksum, number
+from train.checkpoints.checkpoint import CONFIG_FILE, check, checkpoints, checksum, step_of
 from train.config.paths import CONFIG
 from train.encoding.prepare import prepare
 from train.stages.data import cache_request, paths
@@ -45,26 +44,14 @@ TRAINING_ONLY = ("adapter", "optimizer", "schedule", "timesteps", "weighting", "
 MOST_CAPTIONS = 4  # captions that are used as prompts if the run has none
 
 
-class NoSamples(Source):
-    """An empty source, so that only prompts are encoded."""
-
-    def __init__(self) -> None:
-        super().__init__("no samples", None, None, False, 0)
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """An adapter of a run.
-
-    Attributes:
-        step: Step of its checkpoint; None for a finished adapter that equals no checkpoint's.
-        digest: Checksums of its files.
-    """
+    """An adapter of a run."""
 
     name: str
-    step: int | None
+    step: int | None  # of its checkpoint; None for a finished adapter that equals no checkpoint's
     place: Path
-    digest: str
+    digest: str  # checksums of its files
 
 
 def adapter_digest(adapter: Path) -> str:
@@ -75,13 +62,11 @@ def adapter_digest(adapter: Path) -> str:
 def candidates(folder: Path, wanted: Sequence[int] | None = None) -> tuple[list[Candidate], list[str]]:
     """Return the readable adapters of a run by step, the finished one last if it differs, and errors of damaged ones.
 
-    Args:
-        wanted: Steps of the checkpoints to use; None uses all, and the finished adapter.
-
-    Raises ValueError if a wanted checkpoint does not exist, or if no adapter is readable.
+    `wanted` are the steps of the checkpoints to use; None uses all, and the finished adapter. Raises ValueError if a
+    wanted checkpoint does not exist, or if no adapter is readable.
     """
     found, damaged = [], []
-    saved = {number(place): place for place in checkpoints(folder)}
+    saved = {step_of(place): place for place in checkpoints(folder)}
     if wanted is not None and (missing := sorted(set(wanted) - set(saved))):
         steps = ", ".join(map(str, saved)) or "none"
         raise ValueError(f"checkpoints={list(wanted)}: {folder} has no checkpoint of step {missing[0]}, only: {steps}")
@@ -92,7 +77,7 @@ def candidates(folder: Path, wanted: Sequence[int] | None = None) -> tuple[list[
             check(place, "adapter")
             found.append(Candidate(f"step {step}", step, place / "adapter", adapter_digest(place / "adapter")))
         except (ValueError, OSError) as error:
-            damaged.append(str(error).partition(": delete")[0])
+            damaged.append(str(error).partition(". Delete")[0])
     final = folder / "adapter"
     if wanted is None and (final / PEFT_FILE).is_file():
         try:
@@ -151,22 +136,17 @@ class TrainingImage:
 
 
 class SavedRun:
-    """A run whose adapters generate images of `prompts`. Models are loaded when the first missing image is drawn.
-
-    Attributes:
-        notes: Remarks for the report, e.g. that the training images are not available.
-        samples: The training samples; None if they are not available.
-    """
+    """A run whose adapters generate images of `prompts`. Models are loaded when the first missing image is drawn."""
 
     def __init__(self, folder: Path, device: str | None, sample: Mapping[str, Any], seeds: Sequence[int]) -> None:
         self.folder, self.seeds = folder, list(seeds)
         self.place = folder / FOLDER
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # for the report
         config = load_config(OmegaConf.create(configuration(folder, device, sample)))
         if config.accelerator.num_processes > 1:
             raise ValueError("evaluation runs in one process only. Start it with python, not with accelerate launch.")
         make_writable(self.place / "pictures", "evaluation folder")
-        self.samples: Source | None = None
+        self.samples: Source | None = None  # None if the training images are not available
         try:
             self.samples = config.instantiate("dataset")
         except (ValueError, OSError) as error:
@@ -183,7 +163,6 @@ class SavedRun:
             config = config.with_prompts(captions)
             self.notes.append(f"the run has no sample.prompts: {len(captions)} training captions are the prompts")
         self.config = config
-        self._transformer: Transformer | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -192,37 +171,22 @@ class SavedRun:
     @cached_property
     def sampler(self) -> Sampler:
         """The sampler of training, with its encoded prompts."""
-        cached = prepare(self.config.accelerator, cache_request(self.config, NoSamples()))
+        no_samples = Source("no samples", None, None, False, 0)  # only prompts are encoded
+        cached = prepare(self.config.accelerator, cache_request(self.config, no_samples))
         sampler = load_sampler(self.config, cached)
         assert sampler is not None
         return sampler
 
-    @property
+    @cached_property
     def transformer(self) -> Transformer:
-        """The base, loaded on first use."""
-        if self._transformer is None:
-            base = shared_base(self.config)
-            self.config.memory.apply(base.transformer, self.config.accelerator.device, self.config.buckets)
-            offload_blocks(self.config, base)
-            self._transformer = base.transformer
-        return self._transformer
+        base = shared_base(self.config)
+        self.config.memory.apply(base.transformer, self.config.accelerator.device, self.config.buckets)
+        offload_blocks(self.config, base)
+        return base.transformer
 
-    def forget(self) -> None:
-        """Release the transformer."""
-        self._transformer = None
+    def free_transformer(self) -> None:
+        vars(self).pop("transformer", None)
         free_memory()
-
-    @contextmanager
-    def adapted(self, adapter: Candidate | None, strength: float) -> Iterator[Transformer]:
-        """Context manager that returns the base with the adapter attached, and removes the adapter afterwards."""
-        if adapter is None:
-            yield self.transformer
-            return
-        adapters.load(self.transformer, adapter.place, scale=strength)
-        try:
-            yield self.transformer
-        finally:
-            remove_adapters(self.transformer)
 
     @cached_property
     def _base(self) -> dict[str, str]:
@@ -260,21 +224,23 @@ class SavedRun:
         missing = self.missing(adapter, strength, seeds)
         if not missing:
             return
-        with self.adapted(adapter, strength) as model:
+        if adapter is not None:
+            adapters.load(self.transformer, adapter.place, scale=strength)
+        try:
             for i, seed, file in missing:
                 try:
-                    picture = self.sampler.picture(model, i, seed)
+                    image = self.sampler.picture(self.transformer, i, seed)
                 except ValueError as error:  # NaN and infinite pixels
                     write_whole(failed_mark(file), f"{error}\n")
                 else:
-                    write_whole(file, picture)
+                    write_whole(file, image)
                 yield file
+        finally:
+            if adapter is not None:
+                remove_adapters(self.transformer)
 
-    def trained(self, most: int) -> Iterator[TrainingImage]:
-        """Yield training images at their trained size without duplicates, at most `most` of them, evenly chosen.
-
-        Unreadable ones are skipped and counted in `notes`.
-        """
+    def training_images(self, most: int) -> Iterator[TrainingImage]:
+        """Yield up to `most` distinct training images at their trained size; count unreadable ones in `notes`."""
         if self.samples is None:
             return
         count, seen, bad = len(self.samples), set[str](), 0

@@ -13,6 +13,7 @@ from train.checkpoints.checkpoint import CONFIG_FILE
 from train.config.run_config import RunConfig
 from train.tracking.metrics import last_validation_loss
 from train.utils.files import short_path
+from train.utils.redact import masked
 
 
 class SweepAborted(ValueError):  # noqa: N818
@@ -60,9 +61,9 @@ def is_done(config: RunConfig) -> bool:
     if is_sweep() and config.settings.resume == "auto" and config.accelerator.is_main_process:
         folder = folder_of_job()
         if (folder / CONFIG_FILE).exists() and resume.is_finished(folder):
-            there = resume.configuration(folder)
-            problems = resume.conflicts(folder, config.config, config.images_per_step, None)
-            done = there["steps"] == config.settings.steps and not problems
+            run = resume.NewRun(folder, masked(config.config), config.images_per_step, chosen=True, say=config.say)
+            is_same = not run.conflicts(folder, None, moved=False)
+            done = is_same and resume.configuration(folder)["steps"] == config.settings.steps
     done = bool(broadcast_object_list([done])[0])
     if done:
         config.say(f"done before: {folder_of_job()}")

@@ -11,6 +11,7 @@ from typing import Any
 from data.files import atomic_write
 from train.tracking.trackers import NoTracker
 from train.utils.console import warn
+from train.utils.files import reason
 from train.utils.redact import masked, masked_text
 
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
@@ -18,10 +19,7 @@ LAST_LOSSES = 10  # logged losses in the mean that is reported: a single one var
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a file of JSON objects with a step; none if there is no file.
-
-    A killed process or a full disk may have left incomplete lines, which are skipped.
-    """
+    """Return a file's JSON lines with a step, or none; skip lines that a crash or a full disk left incomplete."""
     lines = []
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
@@ -77,16 +75,11 @@ class Metrics:
                         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             except OSError as error:
                 raise ValueError(
-                    f"the metrics file {file} cannot be written ({error.strerror or error}). Make room, or remove what "
+                    f"the metrics file {file} cannot be written ({reason(error)}). Make room, or remove what "
                     "is in its place"
                 ) from error
         self.tracker.start(self.folder, name, masked(config))
         self._started = True
-
-    @property
-    def tracker_id(self) -> str | None:
-        """The tracker's id of this run, if it has one."""
-        return self.tracker.run_id
 
     def close(self) -> None:
         """Finish the tracker, also after a failed run; do nothing before `start`."""

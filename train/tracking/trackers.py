@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from train.utils.console import warn
+from train.utils.files import reason
 from train.utils.redact import masked_text
 
 INIT_SECONDS = 30.0  # timeout of wandb's server at the start
@@ -24,13 +25,9 @@ FINISH_SECONDS = 120.0  # timeout at the end; data that was not sent is on disk
 
 
 class NoTracker:
-    """No tracker in addition to metrics.jsonl, and the base class of trackers.
+    """No tracker in addition to metrics.jsonl, and the base class of trackers."""
 
-    Attributes:
-        run_id: The tracker's id of this run after `start`; None if it has none.
-    """
-
-    run_id: str | None = None
+    run_id: str | None = None  # the tracker's id of this run after `start`, if it has one
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         """Start the run with its resolved configuration."""
@@ -49,10 +46,6 @@ class WandbTracker(NoTracker):
     """Weights & Biases. A resumed run keeps its id, which is stored in the run folder.
 
     If the server cannot be reached at the start, the run is stored offline for `wandb sync`.
-
-    Args:
-        project, entity: Project and owner of the run.
-        mode: online, offline or disabled.
     """
 
     def __init__(self, project: str = "flux2-lora", entity: str | None = None, mode: str = "online") -> None:
@@ -66,21 +59,6 @@ class WandbTracker(NoTracker):
 
         id_file = folder / "wandb_id"
         self.run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
-        about = {"name": masked_text(f"{name}/{folder.name}"), "config": config, "dir": str(folder)}
-        try:
-            self._run = self._init(self.mode, about)
-        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-            raise ValueError(f"tracker=wandb: {error}. Run `wandb login`, or use tracker.mode=offline") from error
-        except wandb.errors.Error as error:
-            later = f"`wandb sync {folder}/wandb/offline-run-*` sends it"
-            warn(f"tracker=wandb: {masked_text(str(error))}. The run is stored offline: {later}")
-            wandb.teardown()  # otherwise the id would be in use
-            self._run = self._init("offline", about)
-        id_file.write_text(self.run_id)
-
-    def _init(self, mode: str, about: dict[str, Any]) -> Any:
-        import wandb
-
         settings: dict[str, Any] = {
             "console": "off",  # terminal output may contain anything
             "x_disable_meta": True,  # command line, user, host, folders
@@ -89,20 +67,25 @@ class WandbTracker(NoTracker):
             "save_code": False,
             "init_timeout": INIT_SECONDS,
         }
-        for key in ("max_end_of_run_history_metrics", "max_end_of_run_summary_metrics"):
-            if key in wandb.Settings.model_fields:  # no charts in the terminal at the end of a run
-                settings[key] = 0
-        if "finish_timeout" in wandb.Settings.model_fields:  # newer versions; without it a dead network blocks the end
-            settings["finish_timeout"] = FINISH_SECONDS
-        return wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=mode,  # type: ignore[arg-type]
-            id=self.run_id,
-            resume="allow",
-            settings=wandb.Settings(**settings),
-            **about,
-        )
+        newer = {
+            "max_end_of_run_history_metrics": 0,  # no charts in the terminal at the end of a run
+            "max_end_of_run_summary_metrics": 0,
+            "finish_timeout": FINISH_SECONDS,  # without it a dead network blocks the end
+        }
+        settings |= {key: value for key, value in newer.items() if key in wandb.Settings.model_fields}
+        run: dict[str, Any] = {"project": self.project, "entity": self.entity, "mode": self.mode, "id": self.run_id}
+        run |= {"name": masked_text(f"{name}/{folder.name}"), "config": config, "dir": str(folder)}
+        run |= {"resume": "allow", "settings": wandb.Settings(**settings)}
+        try:
+            self._run = wandb.init(**run)
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise ValueError(f"tracker=wandb: {error}. Run `wandb login`, or use tracker.mode=offline") from error
+        except wandb.errors.Error as error:
+            later = f"`wandb sync {folder}/wandb/offline-run-*` sends it"
+            warn(f"tracker=wandb: {masked_text(str(error))}. The run is stored offline: {later}")
+            wandb.teardown()  # otherwise the id would be in use
+            self._run = wandb.init(**run | {"mode": "offline", "settings": wandb.Settings(**settings)})
+        id_file.write_text(self.run_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -130,7 +113,7 @@ class TensorBoardTracker(NoTracker):
             self._writer = SummaryWriter(events)
         except OSError as error:
             raise ValueError(
-                f"tracker=tensorboard: {events} cannot be written ({error.strerror or error}). Remove what is in its "
+                f"tracker=tensorboard: {events} cannot be written ({reason(error)}). Remove what is in its "
                 "place, or train without it (tracker=none); metrics.jsonl has the same metrics"
             ) from error
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")

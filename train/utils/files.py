@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from pathlib import Path
 
@@ -37,15 +36,16 @@ def make_writable(folder: Path, key: str) -> None:
 
 def make_new(folder: Path) -> Path:
     """Create and return `folder`, or the first free name of `folder_1`, `folder_2`, ... if it exists."""
-    for name in itertools.chain([folder.name], (f"{folder.name}_{i}" for i in itertools.count(1))):
+    place, number = folder, 0
+    while True:
         try:
-            folder.with_name(name).mkdir(parents=True)
+            place.mkdir(parents=True)
+            return place
         except FileExistsError:
-            continue
+            number += 1
+            place = folder.with_name(f"{folder.name}_{number}")
         except OSError as error:
             raise ValueError(f"{folder} cannot be created ({reason(error)}). Set another output_dir=...") from error
-        return folder.with_name(name)
-    raise AssertionError("there is always a free name")
 
 
 def write_whole(file: Path, content: str | Image.Image) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -30,35 +31,24 @@ class InUse(ValueError):  # noqa: N818
 
 
 class Lock:
-    """Lock on a run folder until `release` or the end of the process.
-
-    Raises:
-        InUse: Another process holds the lock.
-        ValueError: The lock file cannot be written.
-    """
+    """Lock on a run folder until `release` or the process ends. Raises InUse, or ValueError if it is not writable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / LOCK_FILE
         self._handle: IO[str] | None = None
-        while self._handle is None:
-            handle = self._open()
+        while True:
+            try:
+                handle = self.file.open("a")
+            except OSError as error:
+                raise ValueError(f"{self.file} cannot be written ({reason(error)}). Set another output_dir") from error
             if _lock(handle) is False:
                 handle.close()
                 raise InUse(IN_USE.format(folder))
-            try:
-                same = os.path.samestat(os.fstat(handle.fileno()), self.file.stat())
-            except FileNotFoundError:
-                same = False
-            if same:
-                self._handle = handle
-            else:
-                handle.close()  # the previous holder deleted the file meanwhile
-
-    def _open(self) -> IO[str]:
-        try:
-            return self.file.open("a")
-        except OSError as error:
-            raise ValueError(f"{self.file} cannot be written ({reason(error)}). Set another output_dir") from error
+            with suppress(FileNotFoundError):
+                if os.path.samefile(handle.fileno(), self.file):
+                    self._handle = handle
+                    return
+            handle.close()  # the previous holder deleted the file meanwhile
 
     def release(self) -> None:
         """Release the lock, and delete the folder if the run wrote nothing. May be called again."""

@@ -25,13 +25,9 @@ def free_memory() -> None:
 
 
 class OutOfMemory(ValueError):  # noqa: N818
-    """Out of memory.
+    """Out of memory while `doing` something, which belongs to a `phase` of the planner.
 
-    Attributes:
-        doing: Activity, as in "while sampling after step 5".
-        phase: Phase of the planner that the activity belongs to.
-        asked, free: Requested and free bytes; 0 if unknown.
-        saved: Sentence about the training state.
+    `asked` and `free` are bytes, 0 if unknown; `saved` is a sentence about the training state.
     """
 
     def __init__(self, doing: str, phase: str, asked: int, free: int) -> None:

@@ -10,11 +10,7 @@ Item = TypeVar("Item")
 
 
 class Prefetcher(Generic[Item]):
-    """Calls `make(step)` in a single thread, so that it needs no lock, at most one step ahead.
-
-    Args:
-        make: Function of the step (from 0) alone.
-    """
+    """Calls `make(step)`, a function of the step (from 0) alone, in a single thread, at most one step ahead."""
 
     def __init__(self, make: Callable[[int], Item]) -> None:
         self._make = make
@@ -22,10 +18,7 @@ class Prefetcher(Generic[Item]):
         self._pending: tuple[int, Future[Item]] | None = None
 
     def begin(self, step: int) -> None:
-        """Start to make the item of a step.
-
-        Call it before this thread waits for a device or runs C++ code: Python runs one thread at a time.
-        """
+        """Start to make the item of a step. Call it before waiting for a device: Python runs one thread at a time."""
         self._pending = step, self._thread.submit(self._make, step)
 
     def get(self, step: int) -> Item:

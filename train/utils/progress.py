@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TextIO
 
 from tqdm import tqdm
@@ -16,36 +17,26 @@ WINDOW = 50  # steps in the mean of the speed
 FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
+@dataclass
 class Progress:
     """Counts steps, and shows loss, seconds per step, remaining time and memory.
 
     The time of a step is that of training alone: validation, sample grids and checkpoints are `paused`. They come on
     top of the time that is left.
-
-    Args:
-        total, start: Number of all steps, and of steps done before.
-        shown: Whether this process shows anything.
-        stream: Output stream; by default the error stream.
-        clock: Function that returns seconds.
     """
 
-    def __init__(
-        self,
-        total: int,
-        start: int = 0,
-        *,
-        shown: bool = True,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.total, self.done, self.shown, self.clock = total, start, shown, clock
-        self.stream = sys.stderr if stream is None else stream
-        self.is_bar = shown and self.stream.isatty()
-        self._bar = tqdm(
-            total=total, initial=start, disable=not self.is_bar, file=self.stream, dynamic_ncols=True, bar_format=FORMAT
-        )
+    total: int
+    done: int = 0
+    shown: bool = True  # whether this process shows anything
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    clock: Callable[[], float] = perf_counter  # returns seconds
+
+    def __post_init__(self) -> None:
+        self.is_bar = self.shown and self.stream.isatty()
+        count = {"total": self.total, "initial": self.done}
+        self._bar = tqdm(**count, disable=not self.is_bar, file=self.stream, dynamic_ncols=True, bar_format=FORMAT)
         self._logged = ""
-        self._began = self._since = clock()
+        self._began = self._since = self.clock()
         self._worked = 0.0
         self._marks: deque[float] = deque([0.0], maxlen=WINDOW + 1)  # time worked at the end of each step
 
@@ -97,29 +88,22 @@ class Progress:
         self._bar.close()
 
 
+@dataclass
 class ItemProgress:
-    """Counts items that are computed: a bar on a terminal that `close` removes, in a log a line every `SECONDS`.
+    """Counts items: a bar on a terminal that `close` removes, in a log a line every `SECONDS`.
 
     In a log there is also a line at the end if any was printed before.
-
-    Args:
-        what: Name of the items, such as `pictures encoded`.
-        shown, stream, clock: As in `Progress`.
     """
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        shown: bool = True,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.what, self.shown, self.clock = what, shown, clock
-        self.stream = sys.stderr if stream is None else stream
-        self.is_bar = shown and self.stream.isatty()
+    what: str  # name of the items, such as `pictures encoded`
+    shown: bool = True
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    clock: Callable[[], float] = perf_counter
+
+    def __post_init__(self) -> None:
+        self.is_bar = self.shown and self.stream.isatty()
         self._bar: tqdm | None = None
-        self._began = self._printed = clock()
+        self._began = self._printed = self.clock()
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` items are done, with a note."""

@@ -17,26 +17,10 @@ import huggingface_hub
 
 MASK = "***"
 SHORTEST = 8  # characters; shorter values of environment variables are switches, and occur in ordinary words
-WORDS = {
-    "apikey",
-    "auth",
-    "authorization",
-    "bearer",
-    "cookie",
-    "credential",
-    "credentials",
-    "header",
-    "headers",
-    "passphrase",
-    "passwd",
-    "password",
-    "pwd",
-    "secret",
-    "secrets",
-    "sig",
-    "signature",
-    "token",
-}
+WORDS = set(
+    "apikey auth authorization bearer cookie credential credentials header headers passphrase passwd password pwd "
+    "secret secrets sig signature token".split()
+)
 ENDINGS = ("token", "password", "secret", "apikey")  # as in `hftoken`
 KEYS_OF = {"api", "access", "private"}  # words before `key` in the name of a secret
 FORMS = (
@@ -55,8 +39,8 @@ FORMS = (
     r"(?<=://)[^/\s@]+(?=@)",  # user and password
 )
 FORM = re.compile("|".join(FORMS))
-QUERY = re.compile(r"(?<=[?&])([\w.~-]+)=([^&\s#'\"]+)")
-SETTING = re.compile(r"(?<![\w.-])([\w.+~-]+)=(\"[^\"]*\"|'[^']*'|[^\s,}\])'\"]+)")
+QUERY = re.compile(r"(?<=[?&])([\w.~-]+)(=)([^&\s#'\"]+)")
+SETTING = re.compile(r"(?<![\w.-])([\w.+~-]+)(=)(\"[^\"]*\"|'[^']*'|[^\s,}\])'\"]+)")
 ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]+)(\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s,}\])]+)")
 
 
@@ -66,6 +50,11 @@ def is_secret(key: str) -> bool:
     parts = [word for word in re.split(r"[^a-z0-9]+", words) if word]
     named = any(part in WORDS or part.endswith(ENDINGS) for part in parts)
     return named or any(one in KEYS_OF and two in ("key", "keys") for one, two in pairwise(parts))
+
+
+def masked_values(pattern: re.Pattern[str], text: str) -> str:
+    """Return `text` with the values of secret keys masked, where `pattern` finds (key)(separator)(value)."""
+    return pattern.sub(lambda found: f"{found[1]}{found[2]}{MASK}" if is_secret(found[1]) else found[0], text)
 
 
 def known_secrets() -> list[str]:
@@ -80,20 +69,16 @@ def masked_text(text: str) -> str:
     """Return `text` with `known` secrets and everything that has the form of a secret masked."""
     for value in known_secrets():
         text = text.replace(value, MASK)
-    text = FORM.sub(MASK, text)
-    return QUERY.sub(lambda found: f"{found[1]}={MASK}" if is_secret(found[1]) else found[0], text)
+    return masked_values(QUERY, FORM.sub(MASK, text))
 
 
 def masked_settings(text: str) -> str:
     """Return `masked_text` of a message that names settings, with the values of `key=value` masked for secret keys."""
-    return masked_text(SETTING.sub(lambda found: f"{found[1]}={MASK}" if is_secret(found[1]) else found[0], text))
+    return masked_text(masked_values(SETTING, text))
 
 
 def masked(value: Any, key: str = "") -> Any:
-    """Return a configuration, or the part of it under `key`, with its secrets masked; idempotent.
-
-    Under a key such as `token` all strings and numbers are masked, but not null, true, false and empty strings.
-    """
+    """Return a configuration, or its part under `key`, masked: all strings and numbers under a key such as `token`."""
     if isinstance(value, Mapping):
         return {name: masked(item, key if is_secret(key) else str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -110,8 +95,7 @@ def masked_command(words: Sequence[str]) -> str:
     home = os.path.expanduser("~")
 
     def shown(word: str) -> str:
-        word = ASSIGNED.sub(lambda found: f"{found[1]}{found[2]}{MASK}" if is_secret(found[1]) else found[0], word)
-        word = masked_text(word)
+        word = masked_text(masked_values(ASSIGNED, word))
         return word.replace(f"{home}/", "~/") if len(home) > 1 else word
 
     # also mask the word after a switch such as --token

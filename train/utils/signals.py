@@ -12,7 +12,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -27,12 +28,7 @@ EARLY = (
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the program immediately.
-
-    Attributes:
-        number: Number of the signal.
-        code: Exit code of the command.
-    """
+    """A signal, with its `number`, ends the program immediately with the exit code `code`."""
 
     def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
         super().__init__(message or EARLY.format(signal.Signals(number).name))
@@ -43,28 +39,15 @@ class Interrupted(Stopped):
     """Training was stopped; the message says what is saved and how to resume. It also ends a sweep."""
 
 
+@dataclass
 class StopRequest:
-    """The first signal that asked to stop, if there was one.
+    """The first signal that asked to stop: its number, None if there was none, and its `time.monotonic()`."""
 
-    Attributes:
-        number: Number of the signal; None if there was none.
-        time: Time of the signal in seconds of the monotonic clock.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.time = 0.0
+    number: int | None = None
+    time: float = 0.0
 
     def __bool__(self) -> bool:
         return self.number is not None
-
-
-def grace() -> float:
-    """Return the seconds within which a second signal counts as a repetition of the first.
-
-    The launcher of several processes repeats a Ctrl-C, and `timeout` sends each signal twice.
-    """
-    return 2.0 if "LOCAL_RANK" in os.environ else 0.3
 
 
 @contextmanager
@@ -96,6 +79,9 @@ def signal_handlers(note: Callable[[int, Callable[[], None]], None]) -> Iterator
 def stop_requests() -> Iterator[StopRequest]:
     """Context manager that records the first of `SIGNALS` in the object it yields; later ones have their old effect."""
     request = StopRequest()
+    # a second signal within so many seconds repeats the first: the launcher of several processes repeats a Ctrl-C, and
+    # `timeout` sends each signal twice
+    grace = 2.0 if "LOCAL_RANK" in os.environ else 0.3
 
     def note(number: int, restore: Callable[[], None]) -> None:
         if not request:
@@ -103,7 +89,7 @@ def stop_requests() -> Iterator[StopRequest]:
             if is_first_process():
                 with suppress(OSError):  # the terminal may be closed; print must not be used in a handler
                     os.write(2, STOPPING)
-        elif time.monotonic() > request.time + grace():
+        elif time.monotonic() > request.time + grace:
             restore()
             signal.raise_signal(number)
 
@@ -111,13 +97,11 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
 
 
-@contextmanager
-def stopped_at_once() -> Iterator[None]:
-    """Context manager in which the first of `SIGNALS` raises `Stopped` immediately; the next one kills."""
+def stopped_at_once() -> AbstractContextManager[None]:
+    """Return a context manager in which the first of `SIGNALS` raises `Stopped` immediately; the next one kills."""
 
     def note(number: int, restore: Callable[[], None]) -> None:
         restore()
         raise Stopped(number=number)
 
-    with signal_handlers(note):
-        yield
+    return signal_handlers(note)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from flux2.utils.text import gigabytes as gigabytes
-
 
 def many(count: int, noun: str) -> str:
     """Return a count with its noun: `1 picture`, `2 pictures`, `1,000 pictures`."""

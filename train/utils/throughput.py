@@ -12,11 +12,7 @@ import torch
 
 
 class Clock:
-    """Measures steps per second, without the time that it is paused.
-
-    Attributes:
-        steps: Number of steps since the last `take`.
-    """
+    """Measures the speed of `steps` since the last `take`, without the time that it is paused."""
 
     def __init__(self) -> None:
         self.steps, self.spent, self.began = 0, 0.0, time.perf_counter()

@@ -59,7 +59,7 @@ def test_adapter_and_optimizer_come_back_bit_for_bit(tmp_path, trained):
     first = trained()
     place = write(tmp_path, 7, first)
     assert place == tmp_path / "checkpoints" / "step_000007"
-    about = checkpoint.state(place)
+    about = checkpoint.read_state(place)
     files = about.pop("files")
     assert about == {"step": 7, "base": "tiny", "images_per_step": IMAGES}
     assert files.keys() == {path.relative_to(place).as_posix() for path in place.rglob("*.*")} - {"state.json"}
@@ -190,7 +190,7 @@ def rotated(run, rotation):
     """The steps that stay, rotation having its turn after each checkpoint."""
     said = []
     rotation.prune(checkpoint.checkpoints(run)[-1], said.append)
-    return [checkpoint.number(path) for path in checkpoint.checkpoints(run)], said
+    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)], said
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_what_is_named_after_later_steps_does_not_push_out_the_checkpoint_that_i
     run = make_run(tmp_path / "run", 4, 5, 6)
     (run / "checkpoints" / "step_000006" / "optimizer.pt").unlink()
     Rotation(last=1).prune(run / "checkpoints" / "step_000005", print)
-    assert [checkpoint.number(path) for path in checkpoint.checkpoints(run)] == [5, 6]
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == [5, 6]
     assert look(str(run), tmp_path / "new", say=lambda text: None).step == 5
 
 
@@ -250,9 +250,9 @@ def test_a_kill_in_the_middle_of_deleting_leaves_nothing_that_looks_whole(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         rotated(run, Rotation(last=1))
     monkeypatch.undo()
-    assert [checkpoint.number(path) for path in checkpoint.checkpoints(run)] == [2]
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == [2]
     assert len(list((run / "checkpoints").iterdir())) == 2
-    checkpoint.tidy(run)
+    checkpoint.remove_incomplete(run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
 
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from message_helpers import holds
 from train_helpers import CAPTIONS, draw_picture, lines
 
 from data.cache.latents import LatentEntry
-from train.checkpoints.checkpoint import checkpoints, state
+from train.checkpoints.checkpoint import checkpoints, read_state
 from train.checkpoints.data_manifest import TrainedData
 
 pytest_plugins = ("train_helpers",)
@@ -16,10 +17,8 @@ pytest_plugins = ("train_helpers",)
 
 def data(**captions):
     """Samples of these names and captions; a name's content is itself."""
-    entries = [LatentEntry((16, 16), f"key of {name}") for name in captions]
-    return TrainedData.from_samples(
-        list(captions), entries, [[text] for text in captions.values()], [1.0] * len(captions)
-    )
+    samples = [SimpleNamespace(name=name, captions=(text,), weight=1.0) for name, text in captions.items()]
+    return TrainedData.from_samples(samples, [LatentEntry((16, 16), f"key of {name}") for name in captions])
 
 
 BEFORE = {"a": "one", "b": "two", "c": "three"}
@@ -34,7 +33,7 @@ BEFORE = {"a": "one", "b": "two", "c": "three"}
         ({"a": "one"}, "3 samples ... 2 gone (b, c)"),
         ({"b": "x", "c": "three", "e": ""}, "3 samples ... 1 changed (b) ... 1 new (e) ... 1 gone (a)"),
         ({"b": "two", "a": "one", "c": "three"}, "3 samples ... order"),
-        ({str(i): "" for i in range(7)}, "3 samples ... 7 new (0, 1, 2, 3, 4, ... 3 gone (a, b, c)"),
+        ({str(i): "" for i in range(7)}, "3 samples ... 7 new (0, 1, 2, 3, 4 and 2 more) ... 3 gone (a, b, c)"),
     ],
 )
 def test_what_differs_is_counted_and_the_first_are_named(tmp_path, now, said):
@@ -55,7 +54,7 @@ def test_where_the_marks_are_lost_the_digest_still_tells(tmp_path, kept):
 def test_everything_of_a_sample_that_is_learned_is_in_its_mark():
     entry = LatentEntry((16, 16), "key")
     one = [
-        TrainedData.from_samples(["a"], [changed], [captions], [weight]).digest
+        TrainedData.from_samples([SimpleNamespace(name="a", captions=captions, weight=weight)], [changed]).digest
         for changed, captions, weight in (
             (entry, ["x"], 1.0),
             (LatentEntry((16, 16), "other"), ["x"], 1.0),
@@ -75,7 +74,7 @@ def test_a_run_goes_on_with_changed_samples_only_if_it_may(train, pictures, tmp_
     kept = json.loads((run / "data.json").read_text())
     assert len(kept["marks"]) == len(CAPTIONS)
     (place,) = checkpoints(run)
-    before = state(place)["data"]
+    before = read_state(place)["data"]
 
     (folder / "1.txt").write_text("the cup")
     draw_picture(77, (48, 48)).save(folder / "2.png")
@@ -85,5 +84,5 @@ def test_a_run_goes_on_with_changed_samples_only_if_it_may(train, pictures, tmp_
     capfd.readouterr()
     train("run", f"dataset.path={folder}", "steps=4", "checkpoint_every=2", "resume=auto", "allow_changed_data=true")
     assert holds(capfd.readouterr().out, "6 samples ... 2 changed")
-    assert state(checkpoints(run)[-1])["data"] != before
+    assert read_state(checkpoints(run)[-1])["data"] != before
     assert json.loads((run / "data.json").read_text())["marks"] != kept["marks"]

@@ -61,7 +61,7 @@ def test_a_state_in_which_a_number_changed_is_damaged(tmp_path):
     file = run / "checkpoints" / "step_000004" / "state.json"
     file.write_text(file.read_text().replace('"step": 4', '"step": 5'))
     with pytest.raises(ValueError, match=r"state\.json.*checksum"):
-        checkpoint.state(file.parent)
+        checkpoint.read_state(file.parent)
 
 
 def test_a_checkpoint_without_checksums_is_of_an_older_version(tmp_path):
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_was_renamed_is_not_taken_for_that_of_another_step(tmp
 def test_a_checkpoint_that_was_taken_out_of_its_run_may_have_any_name(tmp_path):
     run = make_run(tmp_path / "run", 2)
     place = (run / "checkpoints" / "step_000002").rename(tmp_path / "best")
-    assert checkpoint.state(place)["step"] == 2
+    assert checkpoint.read_state(place)["step"] == 2
 
 
 @pytest.mark.parametrize("files", [None, ["optimizer.pt"], {"optimizer.pt": None}, {"optimizer.pt": {"size": 3}}])

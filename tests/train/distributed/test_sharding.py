@@ -15,7 +15,6 @@ from flux2.weights.loading import load_transformer
 from flux2.weights.sources import model_source
 from train.config.instantiate import parse_settings
 from train.config.settings import MemorySettings, RunSettings
-from train.distributed.processes import trained_parameters
 from train.distributed.sharding import SETTINGS, attach_sharded, launched_to_shard, sharder
 from train.plan import main as plan
 from train.stages.memory import load_config
@@ -191,11 +190,11 @@ def test_an_adapter_of_each_other_type_on_a_sharded_base_learns_the_same(one_pro
     for ready in (None, sharder(torch.device("cpu"))):
         model = load_transformer(SOURCE, "cpu", PRECISIONS[precision], say=lambda text: None, ready=ready)
         wrapped = attach_sharded(make, model, seed=0, targets="all_linear", **settings)
-        assert all(type(parameter) is torch.nn.Parameter for parameter in trained_parameters(wrapped))
+        assert all(type(parameter) is torch.nn.Parameter for parameter in adapters.adapter_parameters(wrapped))
         assert any(isinstance(parameter, DTensor) for parameter in model.parameters()) is (ready is not None)
         loss = loss_of(stirred(wrapped), precision, inputs(0, 0))
         loss.backward()
-        found.append((loss.item(), [parameter.grad for parameter in trained_parameters(wrapped)]))
+        found.append((loss.item(), [parameter.grad for parameter in adapters.adapter_parameters(wrapped)]))
     (whole, gradients), (loss, theirs) = found
     assert loss == whole
     assert all(map(torch.equal, theirs, gradients))

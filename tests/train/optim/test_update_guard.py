@@ -14,7 +14,7 @@ from train import loop
 from train.checkpoints.checkpoint import checkpoints
 from train.loop import Trainer
 from train.optim import update_guard as guarding
-from train.optim.update_guard import TrainingError, UpdateGuard, clip, names_of
+from train.optim.update_guard import TrainingError, UpdateGuard, clip
 from train.utils.signals import SIGNALS, StopRequest
 
 pytest_plugins = ("train_helpers",)
@@ -161,11 +161,6 @@ def test_numbers_are_read_from_the_device_only_where_they_are_logged_and_the_cur
     seldom = train("seldom", "steps=5", "adapter.dropout=0.2", "log_every=3")
     assert read == [3, 5]
     assert lines(seldom) == [line for line in lines(often) if line["step"] in (3, 5)]
-
-
-def test_many_names_are_cut_and_each_is_there_once():
-    assert names_of(["a", "b", "a"]) == "a, b"
-    assert names_of([str(i) for i in range(20)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
 
 
 # ------------------------------------------------------------------ what a device decides

@@ -308,13 +308,12 @@ def test_neither_start_nor_end_wait_long_for_a_server_and_the_run_keeps_its_id(t
     asked = {}
     monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings))
     tracker = WandbTracker()
-    assert Metrics(tmp_path, tracker).tracker_id is None
+    assert tracker.run_id is None
     tracker.start(tmp_path, "run", {"steps": 3})
     assert asked["settings"].finish_timeout == 120
     assert asked["settings"].init_timeout == 30
     assert asked["mode"] == "online"
     assert asked["id"] == tracker.run_id == (tmp_path / "wandb_id").read_text()
-    assert Metrics(tmp_path, tracker).tracker_id == tracker.run_id
     again = WandbTracker()
     again.start(tmp_path, "run", {"steps": 3})
     assert again.run_id == tracker.run_id

@@ -52,7 +52,7 @@ def test_where_nobody_watches_there_is_a_line_for_what_is_logged_and_no_other(cl
 
 def test_on_a_terminal_it_is_one_bar(clock):
     stream = Terminal()
-    progress = Progress(10, start=4, stream=stream, clock=clock)
+    progress = Progress(10, done=4, stream=stream, clock=clock)
     steps(progress, clock, 6, 1.0, loss=0.5, peak_memory_gb=3)
     progress.close()
     shown = stream.getvalue()
