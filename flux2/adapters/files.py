@@ -10,30 +10,21 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_diffusers
-from flux2.adapters.loading import (
-    PREFIX,
-    Loaded,
-    adapter_tensors,
-    attach_pairs,
-    attach_saved,
-    check_compatible,
-    kind_of,
-    pair_config,
-)
-from flux2.adapters.tuners import adapter_layers, float_copy, remove_adapters
+from flux2.adapters.loading import Loaded, adapter_tensors, attach_pairs, attach_saved, check_compatible, peft_form
+from flux2.adapters.tuners import adapter_layers, float_copy, kind_of, remove_adapters
 from flux2.layers.fused_lora import INITIAL, subtract_initial
 from flux2.models.transformer import Transformer
 from flux2.models.variants import find_variant
@@ -45,9 +36,8 @@ from flux2.weights.modelspec import HASH, content_hash, metadata
 PEFT_FILE = "adapter_model.safetensors"
 DIFFUSERS_FILE = "diffusers.safetensors"
 PISSA_FILE = "pissa.safetensors"
+PREFIX = "base_model.model."  # prefix of the keys in PEFT's files
 PEFT_ALONE = ("LoHa", "LoKr", "OFT")  # types that no other format holds
-
-# ------------------------------------------------------------------ in a model
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -58,14 +48,13 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Context manager in which `model` computes as if it had no adapters, bit for bit."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer, layer._disable_adapters) for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
+    before = {layer: layer._disable_adapters for layer in adapter_layers(model).values()}
     try:
+        for layer in before:
+            layer._disable_adapters = True
         yield
     finally:
-        for layer, value in before:
+        for layer, value in before.items():
             layer._disable_adapters = value
 
 
@@ -83,14 +72,11 @@ def layer_pairs(model: nn.Module, name: str = "default") -> dict[str, LoraPair]:
             if name + INITIAL in module.lora_A:
                 first_a, first_b = module.lora_A[name + INITIAL].weight, module.lora_B[name + INITIAL].weight
                 a, b = subtract_initial(a, b, first_a, first_b)
-            length = None
+            pairs[layer] = LoraPair(a.float().cpu(), b.float().cpu() * module.scaling[name])
             if name in module.lora_magnitude_vector:
-                length = module.lora_magnitude_vector[name].weight.detach().float().cpu()
-            pairs[layer] = LoraPair(a.float().cpu(), b.float().cpu() * module.scaling[name], length)
+                magnitude = module.lora_magnitude_vector[name].weight.detach().float().cpu()
+                pairs[layer] = replace(pairs[layer], magnitude=magnitude)
     return pairs
-
-
-# ------------------------------------------------------------------ files
 
 
 def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "", name: str = "default") -> None:
@@ -121,7 +107,7 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
         (written / "README.md").write_text(adapter_card(base, license, kind))  # replaces PEFT's empty template
         if kind not in PEFT_ALONE:
             state = to_diffusers(layer_pairs(model, name))
-            about = metadata(base=base, title=f"{kind} for {base}", lora=True, names="diffusers", license=license)
+            about = metadata(base=base, title=f"{kind} for {base}", lora=True, diffusers=True, license=license)
             save_file(state, written / DIFFUSERS_FILE, about | {HASH: content_hash(state)})
         (folder / PEFT_FILE).unlink(missing_ok=True)  # its presence means that all files are those of one adapter
         files = [path for path in written.iterdir() if path.is_file()]
@@ -136,15 +122,10 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
 
 def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:
     """Write PEFT's two files of the plain LoRA, and the trained weights with their initial values."""
-    pairs = layer_pairs(model, name)
-    state = {}
-    for layer, pair in pairs.items():
-        state[f"{PREFIX}{layer}.lora_A.weight"] = pair.a
-        state[f"{PREFIX}{layer}.lora_B.weight"] = pair.b
-    save_file(state, folder / PEFT_FILE, {"format": "pt"})
-    config = pair_config({layer: pair.a.shape[0] for layer, pair in pairs.items()})
+    config, state = peft_form(layer_pairs(model, name))
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
+    save_file({PREFIX + key: tensor for key, tensor in state.items()}, folder / PEFT_FILE, {"format": "pt"})
     both = {key: tensor.detach().cpu().contiguous() for key, tensor in pissa_tensors(model, name).items()}
     save_file(both, folder / PISSA_FILE, {"format": "pt"})
 
@@ -161,13 +142,13 @@ def adapter_card(base: str, license: str, kind: str = "LoRA") -> str:
     terms = f"\nThe base model's license, {license}, applies to what is made with this adapter.\n" if license else ""
     files = f"- `{PEFT_FILE}`, `adapter_config.json`: PEFT, layers named as Black Forest Labs names them\n"
     if kind == "PiSSA":
-        files += f"- `{PISSA_FILE}`: for going on with its training alone; the others are a plain LoRA\n"
+        files += f"- `{PISSA_FILE}`: only for resuming its training; the other files are a plain LoRA\n"
     if kind not in PEFT_ALONE:
         weights = f'weight_name="{DIFFUSERS_FILE}"'
         files += f"- `{DIFFUSERS_FILE}`: for diffusers' `pipeline.load_lora_weights(folder, {weights})`\n"
     return (
         f"---\n{hub}tags:\n- lora\n- flux2\n---\n# {kind} for {base}\n{terms}\n{files}"
-        "\n`python -m flux2.generate --prompt ... --adapter FOLDER` makes pictures with it, and "
+        "\n`python -m flux2.generate --prompt ... --adapter FOLDER` generates images with it, and "
         "`python -m flux2.export FOLDER --format comfyui --out FILE` converts it.\n"
     )
 
@@ -188,72 +169,52 @@ def find(path: str | Path) -> Path:
     place = Path(path).expanduser()
     if place.is_file():  # PEFT's file is of no use without the configuration next to it
         return place.parent if place.name == PEFT_FILE else place
-    candidates = [place, place / "adapter", *sorted(place.glob("checkpoints/step_*/adapter"), reverse=True)]
-    for candidate in candidates:
-        if (candidate / PEFT_FILE).exists():
-            return candidate
+    for folder in (place, place / "adapter", *sorted(place.glob("checkpoints/step_*/adapter"), reverse=True)):
+        if (folder / PEFT_FILE).exists():
+            return folder
+    what = "no adapter was found in this folder" if place.exists() else "does not exist"
     raise AdapterError(
-        f"adapter {str(path)!r}: "
-        + ("no adapter was found in this folder" if place.exists() else "does not exist")
-        + ". Give an adapter folder (adapter_model.safetensors), a run folder, or a .safetensors file"
+        f"adapter {str(path)!r}: {what}. Give an adapter folder (adapter_model.safetensors), a run folder, or a "
+        ".safetensors file"
     )
 
 
 def read_tensors(place: Path) -> dict[str, Tensor]:
-    """Return the tensors of the file `place`, or of PEFT's file in that folder. Raises AdapterError if unreadable."""
-    file = place / PEFT_FILE if place.is_dir() else place
+    """Return the tensors of the file `place`, or of PEFT's file in that folder, without its prefix.
+
+    Raises AdapterError if the file is unreadable.
+    """
+    file, prefix = (place / PEFT_FILE, PREFIX) if place.is_dir() else (place, "")
     try:
-        return load_file(file)
+        return {key.removeprefix(prefix): tensor for key, tensor in load_file(file).items()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"adapter {file} cannot be read ({error}): it is damaged or incomplete") from error
 
 
-def read(place: Path, model: nn.Module) -> dict[str, LoraPair]:
-    """Return the pairs in a file with keys of diffusers, ComfyUI or kohya, or in the PEFT folder of a plain LoRA.
+def scaled_pairs(state: Mapping[str, Tensor], config: peft.LoraConfig | None, model: nn.Module) -> dict[str, LoraPair]:
+    """Return the pairs in the tensors of a file with keys of diffusers, ComfyUI or kohya, or of a PEFT folder.
 
-    Raises:
-        AdapterError: The file is unreadable, not a plain LoRA, has other ranks than its configuration, or was trained
-            on another model than `model`.
+    `config` is that of the folder, None for a file. Raises ValueError if the tensors are not low-rank pairs, have other
+    ranks than `config`, or are for other layers than those of `model`.
     """
-    state = read_tensors(place)
-    try:
-        if not place.is_dir():
-            return from_state(state, model)
-        config = peft_config.read_config(place)
-        if not isinstance(config, peft.LoraConfig) or config.use_dora:
-            raise AdapterError(f"it is a {peft_config.type_name(config)}, not a plain LoRA")
-        state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
-        peft_config.check_ranks(config, state)
-        pairs = from_state(state, model)
-        return {
-            layer: LoraPair(pair.a, pair.b * peft_config.layer_scale(config, layer)) for layer, pair in pairs.items()
-        }
-    except ValueError as error:
-        raise AdapterError(f"adapter {place}: {error}") from error
-
-
-def dora_state(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
-    """Return PEFT's configuration and tensors of a DoRA with the scales folded into B."""
-    config = pair_config({layer: pair.a.shape[0] for layer, pair in pairs.items()})
-    config.use_dora = True
-    state: dict[str, Tensor] = {}
-    for layer, pair in pairs.items():
-        assert pair.magnitude is not None
-        state |= {f"{layer}.lora_A.weight": pair.a, f"{layer}.lora_B.weight": pair.b}
-        state[f"{layer}.lora_magnitude_vector"] = pair.magnitude
-    return config, state
+    if config is None:
+        return from_state(state, model)
+    peft_config.check_ranks(config, state)
+    return {
+        layer: replace(pair, b=pair.b * peft_config.layer_scale(config, layer))
+        for layer, pair in from_state(state, model).items()
+    }
 
 
 def recorded_base(place: Path) -> str:
     """Return the base that the adapter at `place` records; empty if it records none. Raises ValueError."""
-    if place.is_dir():
-        try:
-            return str(peft_config.read_config(place).base_model_name_or_path or "")
-        except ValueError as error:
-            raise AdapterError(f"adapter {place}: {error}") from error
     try:
+        if place.is_dir():
+            return str(peft_config.read_config(place).base_model_name_or_path or "")
         with safe_open(place, "pt") as file:
             return str((file.metadata() or {}).get("base_model", ""))
+    except ValueError as error:
+        raise AdapterError(f"adapter {place}: {error}") from error
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"adapter {place} cannot be read ({error}): it is damaged or incomplete") from error
 
@@ -279,12 +240,11 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
     try:
         config = peft_config.read_config(place) if place.is_dir() else None
         if config is not None and not peft_config.is_plain(config):
-            state = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(place).items()}
-            return attach_saved(model, config, state, name, scale)
+            return attach_saved(model, config, read_tensors(place), name, scale)
         check_compatible(model, "LoRA")  # before names are compared: layers of another type would hide the cause
-        pairs = read(place, model)
+        pairs = scaled_pairs(read_tensors(place), config, model)
         if any(pair.magnitude is not None for pair in pairs.values()):
-            return attach_saved(model, *dora_state(pairs), name, scale)
+            return attach_saved(model, *peft_form(pairs), name, scale)
         attach_pairs(model, pairs, name, scale)
     except ValueError as error:
         text = str(error) + base_hint(place, model)
@@ -300,9 +260,8 @@ def merge(model: nn.Module) -> None:
     The sum is computed in float32 and rounded once, to the dtype of the weight. A bfloat16 weight does not change by
     less than 0.2 to 0.4 % of itself; quantized weights would lose most of the update and are refused.
 
-    Raises:
-        AdapterError: A layer is quantized, blocks are offloaded, or an adapter is merged already; the model is then
-            unchanged.
+    Raises AdapterError, leaving the model unchanged, if a layer is quantized, blocks are offloaded, or an adapter is
+    merged already.
     """
     if isinstance(model, peft.PeftModel):
         model = model.get_base_model()
@@ -313,8 +272,7 @@ def merge(model: nn.Module) -> None:
         )
     layers = adapter_layers(model)
     for name, module in layers.items():
-        base = module.get_base_layer()
-        if isinstance(base, QuantizedLinear):
+        if isinstance(base := module.get_base_layer(), QuantizedLinear):
             raise AdapterError(f"cannot merge into {name}: {base.refusal}")
         if module.merged or any(getattr(module, "lora_bias", {}).values()):
             raise AdapterError(f"cannot merge into {name}: its adapter is merged already, or has a bias")

@@ -135,10 +135,8 @@ def pair_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> LoraPair:
 def parse_keys(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of a file by layer, as the file names it with dots, and by side: lora_A, lora_B, alpha.
 
-    Args:
-        names: Names with dots by the names with underscores that kohya derives from them.
-
-    Raises AdapterError for keys of no format, of several formats or with the same meaning, and for non-finite values.
+    `names` maps the names with underscores that kohya derives to those with dots. Raises AdapterError for keys of no
+    format, of several formats or with the same meaning, and for non-finite values.
     """
     if of_text := [key for key in state if key.startswith(TEXT)]:
         raise AdapterError(f"it also adapts the text encoder, which is not supported: {listed(of_text, 2)}")
@@ -167,16 +165,12 @@ def parse_keys(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[st
 
 
 def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, LoraPair]:
-    """Return the pairs of our layers from the keys of diffusers, ComfyUI or kohya.
+    """Return the pairs of the layers of `model`, which may be on the meta device, from a file's tensors.
 
-    Args:
-        state: `*.lora_A.weight` and `*.lora_B.weight`, or `lora_down` and `lora_up`, and optionally `*.alpha` and
-            `*.lora_magnitude_vector`.
-        model: The model whose layers the keys must name; may be on the meta device.
-
-    Raises:
-        AdapterError: A key has no format or another than the rest, a tensor has non-finite values, a pair is incomplete
-            or has two ranks, a layer is not in the model or has another shape, or only some layers belong to a DoRA.
+    These are `*.lora_A.weight` and `*.lora_B.weight`, or `lora_down` and `lora_up`, and optionally `*.alpha` and
+    `*.lora_magnitude_vector`. Raises AdapterError if a key has no format or another than the rest, a tensor has
+    non-finite values, a pair is incomplete or has two ranks, a layer is not in the model or has another shape, or only
+    some layers belong to a DoRA.
     """
     if not state:
         raise AdapterError("it holds no tensors")
@@ -199,7 +193,7 @@ def from_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, LoraP
             for name, part in parts.items():
                 check_features(name, part, columns, part_rows)
             doras = [name for name, part in parts.items() if part.magnitude is not None]
-            if 0 < len(doras) < len(published.names):
+            if doras and len(doras) < len(published.names):
                 raise AdapterError(
                     f"only {listed(doras)} have a DoRA magnitude, but {listed(published.names)} are one layer here and "
                     "must have all or none"

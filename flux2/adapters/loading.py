@@ -9,29 +9,25 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import peft
 import torch
-from peft.tuners.loha.layer import LoHaLayer
-from peft.tuners.lokr.layer import LoKrLayer
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.oft.layer import OFTLayer
 from torch import Tensor, nn
 
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair
-from flux2.adapters.tuners import adapter_layers, disable_module_dropout, to_device
+from flux2.adapters.peft_config import PEFT_CONFIG
+from flux2.adapters.tuners import adapter_layers, disable_module_dropout, kind_of, to_device
 from flux2.layers.fused_lora import fuse_lora
 from flux2.layers.selection import layer_kinds
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
 from flux2.utils.text import listed
 
-PREFIX = "base_model.model."  # prefix of the keys in PEFT's files
 PARTS = {"double_blocks": "in double blocks", "single_blocks": "in single blocks"}
 
 
@@ -44,8 +40,7 @@ class Loaded:
     ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        ranks = sorted(set(self.ranks))
-        size = f" of rank {ranks[0]}" if len(ranks) == 1 else f" of ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+        size = f" of {describe_ranks(self.ranks)}" if self.ranks else ""
         parts = Counter(PARTS.get(layer.partition(".")[0], "outside of blocks") for layer in self.layers)
         spread = ", ".join(f"{count} {part}" for part, count in parts.items())
         return f"{self.kind}{size} on {len(self.layers)} layers ({spread})"
@@ -55,6 +50,11 @@ class Loaded:
         return layer_kinds(self.layers)
 
 
+def describe_ranks(ranks: Iterable[int]) -> str:
+    ordered = sorted(ranks)
+    return f"rank {ordered[0]}" if ordered[0] == ordered[-1] else f"ranks {ordered[0]} to {ordered[-1]}"
+
+
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the weights of the adapter `name`, trained or not, by PEFT's keys without its prefix."""
     tensors = {}
@@ -62,18 +62,9 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         for key, parameter in module.named_parameters():
             part = f".{key}.".replace(f".{name}.", ".", 1)
             if not key.startswith("base_layer.") and part != f".{key}.":
-                tensors[layer + part.rstrip(".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = (
-                    parameter
-                )
+                part = part.rstrip(".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+                tensors[layer + part] = parameter
     return tensors
-
-
-def kind_of(layer: Any) -> str:
-    """Return the type of a layer's adapters; rsLoRA and PiSSA count as LoRA."""
-    if isinstance(layer, LoraLayer):
-        return "DoRA" if len(layer.lora_magnitude_vector) else "LoRA"
-    others = {LoHaLayer: "LoHa", LoKrLayer: "LoKr", OFTLayer: "OFT"}
-    return next(name for kind, name in others.items() if isinstance(layer, kind))
 
 
 def check_compatible(model: nn.Module, kind: str) -> None:
@@ -94,29 +85,47 @@ def check_compatible(model: nn.Module, kind: str) -> None:
 
 def attach_pairs(model: Transformer, pairs: Mapping[str, LoraPair], name: str, scale: float = 1.0) -> None:
     """Add an adapter of these pairs to `model`, in place, active and frozen."""
-    check_compatible(model, "LoRA")
+    insert(model, *peft_form(pairs), name, scale)
+
+
+def peft_form(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
+    """Return PEFT's configuration and tensors, without its prefix, of pairs whose scales are folded into B."""
     ranks = {layer: pair.a.shape[0] for layer, pair in pairs.items()}
-    inject(model, pair_config(ranks), name)
-    device = model.img_in.weight.device  # not the layer's own: offloaded blocks are in host memory
-    for layer, pair in pairs.items():
-        module = model.get_submodule(layer)
-        assert isinstance(module, LoraLayer)
-        for side, value in ((module.lora_A[name], pair.a), (module.lora_B[name], pair.b)):
-            side.weight.data = value.to(device, torch.float32)
-        module.scaling[name] = scale
-    fuse_lora(model)
-    activate(model)
-
-
-def pair_config(ranks: Mapping[str, int]) -> peft.LoraConfig:
-    """Return PEFT's configuration of pairs with these ranks and their scales folded in."""
-    return peft.LoraConfig(
+    config = peft.LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
         target_modules=list(ranks),
         rank_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
         alpha_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
+        use_dora=any(pair.magnitude is not None for pair in pairs.values()),
     )
+    state: dict[str, Tensor] = {}
+    for layer, pair in pairs.items():
+        state |= {f"{layer}.lora_A.weight": pair.a, f"{layer}.lora_B.weight": pair.b}
+        if pair.magnitude is not None:
+            state[f"{layer}.lora_magnitude_vector"] = pair.magnitude
+    return config, state
+
+
+def insert(model: Transformer, config: peft.PeftConfig, state: Mapping[str, Tensor], name: str, scale: float) -> None:
+    """Add an adapter with the tensors `state`, by PEFT's keys without its prefix, in place, active and frozen."""
+    inject(model, config, name)
+    device = model.img_in.weight.device  # not the layer's own: offloaded blocks are in host memory
+    for key, parameter in adapter_tensors(model, name).items():
+        parameter.data = state[key].to(device, torch.float32)
+    for module in adapter_layers(model).values():
+        if name in getattr(module, "lora_magnitude_vector", {}):
+            magnitude = module.lora_magnitude_vector[name]
+            magnitude.__class__ = ScaledDora
+            magnitude.strength = scale
+        elif name in getattr(module, "scaling", {}):
+            module.scaling[name] *= scale
+    fuse_lora(model)
+    disable_module_dropout(model)
+    to_device(model)
+    for module in adapter_layers(model).values():
+        module.set_adapter(sorted(module._get_available_adapters(), key=list(module.r).index))
+    model.requires_grad_(False)
 
 
 def inject(model: nn.Module, config: peft.PeftConfig, name: str) -> None:
@@ -124,13 +133,6 @@ def inject(model: nn.Module, config: peft.PeftConfig, name: str) -> None:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         peft.inject_adapter_in_model(config, model, adapter_name=name)
-
-
-def activate(model: nn.Module) -> None:
-    """Make all adapters of `model` active together, and freeze them."""
-    for module in adapter_layers(model).values():
-        module.set_adapter(sorted(module._get_available_adapters(), key=list(module.r).index))
-    model.requires_grad_(False)
 
 
 class ScaledDora(DoraLinearLayer):
@@ -150,19 +152,22 @@ def check_scale(kind: str, scale: float) -> None:
 
 def check_saved(
     sizes: TransformerConfig, config: peft.PeftConfig, state: Mapping[str, Tensor]
-) -> tuple[peft.PeftConfig, list[str]]:
-    """Return a new configuration for the adapter in a PEFT folder, and its layers.
+) -> tuple[peft.PeftConfig, dict[str, dict[str, Tensor]]]:
+    """Return a new configuration for the adapter in a PEFT folder, and its tensors by layer and the rest of the key.
 
-    Raises AdapterError, as `attach_saved` documents, unless its tensors are those that PEFT creates for these sizes.
+    Raises AdapterError if a tensor has non-finite values, belongs to no layer of a model of these `sizes`, has another
+    shape than the layer and the configuration give, or is missing or unknown.
     """
     kind, name = peft_config.type_name(config), "default"
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{key} has NaN or infinite values: its training failed")
+        layer = re.sub(r"\.(lora|hada|lokr|oft)_\w+(\.weight)?$", "", key)
+        layers.setdefault(layer, {})[key.removeprefix(f"{layer}.")] = tensor
     with torch.device("meta"):
         skeleton = Transformer(sizes)
     linears = {layer for layer, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
-    layers = dict.fromkeys(re.sub(r"\.(lora|hada|lokr|oft)_\w+(\.weight)?$", "", key) for key in state)
     if not layers:
         raise AdapterError("it holds no tensors")
     if unknown := layers.keys() - linears:
@@ -173,23 +178,19 @@ def check_saved(
             warnings.simplefilter("error")  # PEFT changes sizes that do not fit, and warns
             inject(skeleton, clean, name)
     except (ValueError, TypeError, RuntimeError, UserWarning) as error:
-        raise AdapterError(
-            f"PEFT cannot create the {kind} that its {peft_config.PEFT_CONFIG} describes ({error})"
-        ) from error
+        raise AdapterError(f"PEFT cannot create the {kind} that its {PEFT_CONFIG} describes ({error})") from error
     wanted = adapter_tensors(skeleton, name)
     if wanted.keys() != state.keys():
-        missing, more = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-        raise AdapterError(
-            f"its tensors are not those of the {kind} that its {peft_config.PEFT_CONFIG} describes: "
-            + "; ".join(f"{word} {listed(keys)}" for word, keys in (("missing", missing), ("unknown", more)) if keys)
-        )
+        kinds = {"missing": wanted.keys() - state.keys(), "unknown": state.keys() - wanted.keys()}
+        text = "; ".join(f"{word} {listed(keys)}" for word, keys in kinds.items() if keys)
+        raise AdapterError(f"its tensors are not those of the {kind} that its {PEFT_CONFIG} describes: {text}")
     for key, tensor in state.items():
         if tensor.shape != wanted[key].shape:
             raise AdapterError(
                 f"{key} has shape {tuple(tensor.shape)} instead of {tuple(wanted[key].shape)}, which follows from the "
-                f"model and its {peft_config.PEFT_CONFIG}. Use the base it was trained on, and files of one adapter"
+                f"model and its {PEFT_CONFIG}. Use the base it was trained on, and files of one adapter"
             )
-    return clean, list(layers)
+    return clean, layers
 
 
 def attach_saved(
@@ -203,28 +204,13 @@ def attach_saved(
         scale: Factor of the update.
 
     Raises:
-        AdapterError: A tensor has non-finite values, belongs to no layer of the model, has another shape than the layer
-            and the configuration give, or is missing or unknown; the type has no scale; or it does not add up with the
-            model's adapters.
+        AdapterError: `check_saved` refuses the tensors, the type has no scale, or it does not add up with the model's
+            adapters.
     """
     kind = peft_config.type_name(config)
     check_compatible(model, kind)
     check_scale(kind, scale)
     clean, layers = check_saved(model.config, config, state)
-    inject(model, clean, name)
-    device = model.img_in.weight.device
-    for key, parameter in adapter_tensors(model, name).items():
-        parameter.data = state[key].to(device, torch.float32)
-    for module in adapter_layers(model).values():
-        if kind == "DoRA" and name in module.lora_A:
-            magnitude = module.lora_magnitude_vector[name]
-            magnitude.__class__ = ScaledDora
-            magnitude.strength = scale
-        elif kind in ("LoHa", "LoKr") and name in module.scaling:
-            module.scaling[name] *= scale
-    fuse_lora(model)
-    disable_module_dropout(model)
-    to_device(model)
-    activate(model)
+    insert(model, clean, state, name, scale)
     ranks = [] if kind == "OFT" else [module.r[name] for module in adapter_layers(model).values() if name in module.r]
     return Loaded(kind, tuple(layers), tuple(ranks))

@@ -18,7 +18,7 @@ from torch import Tensor
 from flux2.utils import checks
 
 PEFT_CONFIG = "adapter_config.json"
-TYPES = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "OFT": "OFT"}
+TYPES = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "OFT": "OFT"}  # PEFT's name: ours
 # what each type needs of its configuration, in addition to its layers
 NEEDED = {
     "LORA": ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
@@ -32,7 +32,7 @@ def type_name(config: peft.PeftConfig) -> str:
     """Return the name in docs/adapters.md; a saved PiSSA is a LoRA."""
     if isinstance(config, peft.LoraConfig):
         return "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    return TYPES[str(getattr(config.peft_type, "value", config.peft_type))]
+    return TYPES[config.peft_type]
 
 
 def is_plain(config: peft.PeftConfig) -> bool:
@@ -48,8 +48,8 @@ def read_config(place: Path) -> peft.PeftConfig:
         config = peft.PeftConfig.from_pretrained(str(place))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{PEFT_CONFIG} cannot be read by PEFT {peft.__version__} ({error!r})") from error
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in TYPES:
+    if config.peft_type not in TYPES:
+        kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"its type {kind} is not supported; it must be one of {', '.join(TYPES.values())}")
     if isinstance(config, peft.LoraConfig):
         if config.init_lora_weights not in (True, False, "gaussian", "eva"):
@@ -65,8 +65,7 @@ def read_config(place: Path) -> peft.PeftConfig:
 
 def minimal_config(config: peft.PeftConfig, layers: Sequence[str]) -> peft.PeftConfig:
     """Return a configuration for `layers` with only what its type needs."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    needed: dict[str, Any] = {key: getattr(config, key) for key in NEEDED[kind]}
+    needed = {key: getattr(config, key) for key in NEEDED[config.peft_type]}
     return type(config)(**needed, target_modules=list(layers))
 
 
@@ -82,9 +81,8 @@ def layer_config(config: peft.PeftConfig, layer: str, name: str) -> peft.PeftCon
 
 def check_numbers(config: Any) -> None:
     """Raise ValueError unless ranks are integers >= 1, alphas finite, and patterns regular expressions."""
-    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
-    for key in patterns:
-        pattern = patterns[key] = getattr(config, key, {})
+    ranks, alphas = getattr(config, "rank_pattern", {}), getattr(config, "alpha_pattern", {})
+    for key, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(pattern, dict):
             raise ValueError(f"{PEFT_CONFIG}: {key}={pattern!r} must map layer names to numbers")
         for expression in pattern:
@@ -100,9 +98,9 @@ def check_numbers(config: Any) -> None:
             checks.number("eps", config.eps)
             return
         alpha = "lora_alpha" if isinstance(config, peft.LoraConfig) else "alpha"
-        for name, rank in {"r": config.r, **patterns["rank_pattern"]}.items():
+        for name, rank in {"r": config.r, **ranks}.items():
             checks.integer(name, rank, 1)
-        for name, value in {alpha: getattr(config, alpha), **patterns["alpha_pattern"]}.items():
+        for name, value in {alpha: getattr(config, alpha), **alphas}.items():
             checks.number(name, value)
         if isinstance(config, peft.LoKrConfig):
             checks.integer("decompose_factor", config.decompose_factor, -1)

@@ -47,8 +47,7 @@ def check_dropout(key: str, value: Any) -> float:
 def target_layers(model: nn.Module, targets: Targets) -> list[str]:
     """Return the linear layers that match any of `targets`: presets and regular expressions for whole names.
 
-    Raises:
-        AdapterError: A target is neither, or matches no linear layer.
+    Raises AdapterError if a target is neither, or matches no linear layer.
     """
     patterns = [targets] if isinstance(targets, str) else targets
     is_valid = isinstance(patterns, Sequence) and all(isinstance(target, str) for target in patterns)
@@ -59,17 +58,14 @@ def target_layers(model: nn.Module, targets: Targets) -> list[str]:
         raise AdapterError(str(error)) from error
 
 
-def values_by_layer(
-    key: str, pattern: object, layers: Sequence[str], check: Callable[[str, Any], Any]
-) -> dict[str, Any]:
-    """Return the values that `adapter.<key>`, a mapping of targets to numbers, gives to `layers`, which may be some.
+def values_by_layer(key: str, pattern: Any, layers: Sequence[str], check: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """Return the values that `adapter.<key>`, a mapping of targets to numbers or None, gives to some of `layers`.
 
-    Raises:
-        AdapterError: A pattern is not a regular expression, matches no layer, or has a value that `check` refuses; or
-            two match one layer, as files and command lines do not preserve the order that would decide.
+    Raises AdapterError if a pattern is not a regular expression, matches no layer, or has a value that `check` refuses;
+    or if two match one layer, as files and command lines do not preserve the order that would decide.
     """
-    if not isinstance(pattern, Mapping):
-        raise AdapterError(f"adapter.{key}={pattern!r} must map presets or regular expressions to numbers")
+    pattern = {} if pattern is None else pattern
+    require(key, pattern, isinstance(pattern, Mapping), "a mapping of presets or regular expressions to numbers")
     values: dict[str, Any] = {}
     target_of: dict[str, str] = {}
     for target, value in pattern.items():
@@ -106,20 +102,16 @@ def rank_arguments(
 ) -> dict[str, Any]:
     """Return the arguments that PEFT's configurations of types with a rank share; LoRA calls `alpha` `lora_alpha`.
 
-    Each layer's alpha comes from a pattern, else from `alpha`, else it is the layer's own rank.
-
-    Args:
-        any_rank: Accept ranks above those of the layers, for a type that then trains whole matrices.
-
-    Raises:
-        AdapterError: A setting has the wrong type, or a rank is more than its layer has.
+    Each layer's alpha comes from a pattern, else from `alpha`, else it is the layer's own rank. Raises AdapterError if
+    a setting has the wrong type, or a rank is more than its layer has, unless `any_rank` accepts that: the type then
+    trains whole matrices.
     """
     check_integer("rank", rank)
     if alpha is not None:
         check_alpha("alpha", alpha, ", or null for the rank")
     layers = target_layers(model, targets)
-    ranks = values_by_layer("rank_pattern", {} if rank_pattern is None else rank_pattern, layers, check_integer)
-    alphas = values_by_layer("alpha_pattern", {} if alpha_pattern is None else alpha_pattern, layers, check_alpha)
+    ranks = values_by_layer("rank_pattern", rank_pattern, layers, check_integer)
+    alphas = values_by_layer("alpha_pattern", alpha_pattern, layers, check_alpha)
     if not any_rank:
         check_ranks_fit(model, {name: ranks.get(name, rank) for name in layers})
     standard = rank if alpha is None else alpha
@@ -137,14 +129,12 @@ def rank_arguments(
 def check_ranks_fit(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Raise AdapterError if a rank is above that of the layer's weight: the excess trains nothing."""
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in ranks}
-    most_of = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
-    smaller = [name for name, rank in ranks.items() if rank > most_of[name]]
-    if not smaller:
-        return
-    name = smaller[0]
-    layer, rank, most = layers[name], ranks[name], most_of[name]
-    others = f", and {len(smaller) - 1} other layers also have less" if len(smaller) > 1 else ""
-    raise AdapterError(
-        f"adapter.rank={rank} is more than {name} has, a weight of {layer.out_features} x {layer.in_features}{others}. "
-        f"Use at most {most}, or set lower ranks for such layers (adapter.rank_pattern)"
-    )
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    smaller = [name for name, rank in ranks.items() if rank > min(shapes[name])]
+    if smaller:
+        name, (rows, columns) = smaller[0], shapes[smaller[0]]
+        others = f", and {len(smaller) - 1} other layers also have less" if len(smaller) > 1 else ""
+        raise AdapterError(
+            f"adapter.rank={ranks[name]} is more than {name} has, a weight of {rows} x {columns}{others}. Use at most "
+            f"{min(rows, columns)}, or set lower ranks for such layers (adapter.rank_pattern)"
+        )

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import peft
@@ -27,6 +28,7 @@ import torch
 from peft.tuners.loha.layer import Linear as LohaLinear
 from peft.tuners.lokr.layer import Linear as LokrLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -35,26 +37,6 @@ from flux2.adapters.settings import Targets, check_dropout, check_flag, check_in
 from flux2.layers.fused_lora import INITIAL, fuse_lora
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
-
-Initializer = Callable[[Any, str], None]
-
-# ------------------------------------------------------------------ attach
-
-
-def _attach(model: Transformer, config: peft.PeftConfig, start: Initializer, seed: int, name: str) -> peft.PeftModel:
-    """Wrap `model`, freeze it, and let `start` initialize each layer from `seed`."""
-    trained = frozenset(key for key, parameter in model.named_parameters() if parameter.requires_grad)
-    model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        wrapped = peft.get_peft_model(model, config, adapter_name=name)
-        for layer in adapter_layers(model).values():
-            start(layer, name)
-    vars(wrapped)["trained_before"] = trained
-    fuse_lora(model)
-    disable_module_dropout(model)
-    to_device(model)
-    return wrapped
 
 
 def layer_adapter_tensors(layer: Any) -> list[Tensor]:
@@ -89,46 +71,28 @@ class DrawFreeLokr(LokrLinear):
 
 def disable_module_dropout(model: nn.Module) -> None:
     """Stop LoHa and LoKr layers from using the process's random numbers, in place."""
+    draw_free: dict[type, type] = {LohaLinear: DrawFreeLoha, LokrLinear: DrawFreeLokr}
     for module in model.modules():
-        if type(module) is LohaLinear:
-            module.__class__ = DrawFreeLoha
-        elif type(module) is LokrLinear:
-            module.__class__ = DrawFreeLokr
-        if isinstance(module, DrawFreeLoha | DrawFreeLokr):
+        if type(module) in draw_free:
+            module.__class__ = draw_free[type(module)]
             module.train()
 
 
-# PEFT rounds initial values to the base's precision: these functions draw them again, so that all precisions are equal
-
-
-def init_lora(layer: Any, name: str) -> None:
-    layer.lora_A[name].float()
-    layer.lora_B[name].float()
-    layer.reset_lora_parameters(name, init_lora_weights=True)
-
-
 @torch.no_grad()
-def init_dora(layer: Any, name: str) -> None:
-    """Initialize a LoRA and the magnitudes, measured as the forward pass measures them, so that they divide to 1."""
-    init_lora(layer, name)
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    layer.lora_magnitude_vector[name].update_layer(
-        base_layer=float_copy(layer, a.device), lora_A=a, lora_B=b, scaling=layer.scaling[name]
-    )
+def initialize(layer: Any, name: str) -> None:
+    """Draw the initial values again in float32: PEFT rounded them to the base's precision.
 
-
-def init_product(layer: Any, name: str) -> None:
-    """Initialize a LoHa or LoKr."""
-    for kind in layer.adapter_layer_names:
-        parameters = getattr(layer, kind)
-        if name in parameters:
-            parameters[name].data = parameters[name].data.float()
-    layer.reset_adapter_parameters(name)
-
-
-def init_oft(layer: Any, name: str) -> None:
-    layer.oft_R[name].weight.data = layer.oft_R[name].weight.data.float()
-    layer.reset_oft_parameters(name, True)
+    The magnitudes of a DoRA are measured as the forward pass measures them, so that they divide to 1.
+    """
+    if isinstance(layer, LycorisLayer):
+        layer.reset_adapter_parameters(name)
+    if isinstance(layer, LoraLayer):
+        layer.reset_lora_parameters(name, init_lora_weights=True)
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if name in layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector[name].update_layer(
+                base_layer=float_copy(layer, a.device), lora_A=a, lora_B=b, scaling=layer.scaling[name]
+            )
 
 
 def float_copy(layer: Any, device: torch.device) -> nn.Linear:
@@ -136,6 +100,24 @@ def float_copy(layer: Any, device: torch.device) -> nn.Linear:
     copy = nn.Linear(1, 1, bias=False, device="meta")
     copy.weight = nn.Parameter(layer.get_base_layer().weight.detach().float().to(device), requires_grad=False)
     return copy
+
+
+def _attach(
+    model: Transformer, config: peft.PeftConfig, seed: int, name: str, start: Callable[[Any, str], None] = initialize
+) -> peft.PeftModel:
+    """Wrap `model`, freeze it, and let `start` initialize each layer from `seed`."""
+    trained = frozenset(key for key, parameter in model.named_parameters() if parameter.requires_grad)
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(model, config, adapter_name=name)
+        for layer in adapter_layers(model).values():
+            start(layer, name)
+    vars(wrapped)["trained_before"] = trained
+    fuse_lora(model)
+    disable_module_dropout(model)
+    to_device(model)
+    return wrapped
 
 
 def attach(
@@ -153,8 +135,9 @@ def attach(
 ) -> peft.PeftModel:
     """Attach a new LoRA to `model`, in place; only its weights, in float32, require gradients.
 
+    Return PEFT's wrapper around the same `model`; either can be used.
+
     Args:
-        rank: Rank of every pair.
         alpha: Scales the update by alpha / rank; by default the layer's rank, so that a learning rate means the same at
             every rank.
         targets: Presets (flux2/layers/selection.py) and regular expressions for whole layer names.
@@ -162,12 +145,9 @@ def attach(
         rslora: Whether to scale by alpha / sqrt(rank) instead.
         rank_pattern, alpha_pattern: Values for the layers that a target matches; each layer may match once.
         seed: Seed of A's initialization; B starts at zero, so a new adapter changes nothing, bit for bit.
-
-    Returns:
-        PEFT's wrapper around the same `model`; either can be used.
     """
     ranks = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
-    return _lora(model, ranks, dropout, rslora, seed, name, init_lora)
+    return _attach(model, lora_config(ranks, dropout, rslora), seed, name)
 
 
 def attach_dora(
@@ -185,20 +165,12 @@ def attach_dora(
 ) -> peft.PeftModel:
     """Attach a new DoRA: a LoRA with a trained length for each row of the sum. Arguments and result as in `attach`."""
     ranks = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
-    return _lora(model, ranks, dropout, rslora, seed, name, init_dora)
+    return _attach(model, lora_config(ranks, dropout, rslora, use_dora=True), seed, name)
 
 
-def _lora(
-    model: Transformer, ranks: dict[str, Any], dropout: float, rslora: bool, seed: int, name: str, start: Initializer
-) -> peft.PeftModel:
-    check_dropout("dropout", dropout)
-    check_flag("rslora", rslora)
-    config = lora_config(ranks, lora_dropout=dropout, use_rslora=rslora, use_dora=start is init_dora)
-    return _attach(model, config, start, seed, name)
-
-
-def lora_config(ranks: dict[str, Any], **settings: Any) -> peft.LoraConfig:
+def lora_config(ranks: dict[str, Any], dropout: float = 0.0, rslora: bool = False, **settings: Any) -> peft.LoraConfig:
     """Return PEFT's configuration, which calls `alpha` `lora_alpha`."""
+    settings |= {"lora_dropout": check_dropout("dropout", dropout), "use_rslora": check_flag("rslora", rslora)}
     return peft.LoraConfig(lora_alpha=ranks.pop("alpha"), **ranks, **settings)
 
 
@@ -216,18 +188,18 @@ def attach_pissa(
 ) -> peft.PeftModel:
     """Attach a new PiSSA: a LoRA that starts at the weight's largest singular directions. The base does not change.
 
-    Args:
+    It is saved as the equivalent plain LoRA of twice the rank.
+
+    Args (others as in `attach`):
         iterations: Iterations of the randomized decomposition; null decomposes exactly, which takes minutes for large
             layers. Directions that are only nearly the largest cost little of the method's benefit.
-
-    Other arguments and the result as in `attach`. It is saved as the equivalent plain LoRA of twice the rank.
     """
     if iterations is not None:
         check_integer("iterations", iterations)
     ranks = rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern)
     config = lora_config(ranks)
     method = "pissa" if iterations is None else f"pissa_niter_{iterations}"
-    wrapped = _attach(model, config, lambda layer, name: init_pissa(layer, name, method), seed, name)
+    wrapped = _attach(model, config, seed, name, partial(init_pissa, method=method))
     with torch.random.fork_rng(devices=[]):
         wrapped.add_adapter(name + INITIAL, replace(config, target_modules=ranks["target_modules"]))
     for module in model.modules():
@@ -240,9 +212,9 @@ def attach_pissa(
 @torch.no_grad()
 def init_pissa(layer: Any, name: str, method: str) -> None:
     """Run PEFT's initialization on a copy of the weight, which it would change."""
-    init_lora(layer, name)
-    base, weight = layer.base_layer, layer.base_layer.weight
-    if weight.is_meta:
+    initialize(layer, name)
+    base = layer.base_layer
+    if base.weight.is_meta:
         return
     layer.base_layer = float_copy(layer, layer.lora_A[name].weight.device)
     try:
@@ -253,11 +225,10 @@ def init_pissa(layer: Any, name: str, method: str) -> None:
 
 def add_opposite(layer: Any, name: str) -> None:
     """Make the second adapter of a PiSSA layer a frozen copy of the first with the opposite sign; both are active."""
-    for side in (layer.lora_A, layer.lora_B):
-        side[name + INITIAL].weight.data = side[name].weight.detach().clone()
     layer.scaling[name + INITIAL] = -layer.scaling[name]
     layer.set_adapter([name, name + INITIAL])
     for side in (layer.lora_A, layer.lora_B):
+        side[name + INITIAL].weight.data = side[name].weight.detach().clone()
         side[name].requires_grad_(True)
         side[name + INITIAL].requires_grad_(False)
 
@@ -273,12 +244,9 @@ def attach_loha(
     seed: int = 0,
     name: str = "default",
 ) -> peft.PeftModel:
-    """Attach a new LoHa: the elementwise product of two pairs, of up to `rank` squared.
-
-    Arguments and result as in `attach`.
-    """
+    """Attach a new LoHa: the elementwise product of two pairs, of up to `rank` squared. Arguments as in `attach`."""
     config = peft.LoHaConfig(**rank_arguments(model, targets, rank, alpha, rank_pattern, alpha_pattern))
-    return _attach(model, config, init_product, seed, name)
+    return _attach(model, config, seed, name)
 
 
 def attach_lokr(
@@ -296,12 +264,10 @@ def attach_lokr(
 ) -> peft.PeftModel:
     """Attach a new LoKr: a Kronecker product of a small matrix and a larger one of low rank.
 
-    Args:
+    Args (others as in `attach`):
         rank: Rank of the larger matrix, which is a full matrix from half of its longer side.
         decompose_factor: Largest side of the small matrix; -1: the divisor nearest to the square root of the layer's.
         decompose_both: Whether the small matrix has that rank too.
-
-    Other arguments and the result as in `attach`.
     """
     if decompose_factor != -1:
         check_integer("decompose_factor", decompose_factor, 2)
@@ -310,7 +276,7 @@ def attach_lokr(
         decompose_factor=decompose_factor,
         decompose_both=check_flag("decompose_both", decompose_both),
     )
-    return _attach(model, config, init_product, seed, name)
+    return _attach(model, config, seed, name)
 
 
 def attach_oft(
@@ -325,13 +291,11 @@ def attach_oft(
 ) -> peft.PeftModel:
     """Attach a new OFT: each layer's input is rotated in blocks of `block_size` features.
 
-    Args:
+    Args (others as in `attach`):
         block_size: Features per block; must divide the input features of every layer.
         block_share: Whether all blocks of a layer share one rotation.
         exact: Whether rotations come from a solved system (Cayley) instead of five terms of its series, which are
             nearly orthogonal.
-
-    Other arguments and the result as in `attach`.
     """
     check_integer("block_size", block_size, 2)
     layers = target_layers(model, targets)
@@ -349,15 +313,19 @@ def attach_oft(
         block_share=check_flag("block_share", block_share),
         use_cayley_neumann=not check_flag("exact", exact),
     )
-    return _attach(model, config, init_oft, seed, name)
-
-
-# ------------------------------------------------------------------ detach
+    return _attach(model, config, seed, name)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
     """Return the layers of `model` that have adapters, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def kind_of(layer: Any) -> str:
+    """Return the type of a layer's adapters; rsLoRA and PiSSA count as LoRA."""
+    if isinstance(layer, LoraLayer):
+        return "DoRA" if len(layer.lora_magnitude_vector) else "LoRA"
+    return "LoHa" if isinstance(layer, LohaLinear) else "LoKr" if isinstance(layer, LokrLinear) else "OFT"
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -377,8 +345,7 @@ def detach(wrapped: peft.PeftModel) -> Transformer:
     """
     model = wrapped.get_base_model()
     assert isinstance(model, Transformer)
-    merged = [name for name, module in adapter_layers(model).items() if module.merged]
-    if merged:
+    if merged := [name for name, module in adapter_layers(model).items() if module.merged]:
         raise AdapterError(f"the base cannot be restored: an adapter is merged into {listed(merged)}")
     remove_adapters(model)
     trained = vars(wrapped).get("trained_before", frozenset())

@@ -24,30 +24,21 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m flux2.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("adapter", nargs="+", metavar="ADAPTER[:SCALE]", help="folder or file")
-    parser.add_argument(
-        "--format", required=True, choices=FORMATS, help="program whose keys are written, or a full checkpoint"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="a .safetensors file; a folder for full-diffusers")
-    parser.add_argument("--model", choices=list(VARIANTS), help="the base, if the adapter does not record it")
-    parser.add_argument(
-        "--path",
-        help="repository id, folder or .safetensors file of the base, if weights are needed and not the published ones",
-    )
-    parser.add_argument("--rank", type=int, help=f"rank of the LoRA; {RANK} for conversions by default")
-    parser.add_argument(
-        "--max-error",
-        type=float,
-        metavar="E",
-        help="instead of a rank: the smallest rank of each layer with this error",
-    )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="default: fp32 for a LoRA, the base's for a full checkpoint"
-    )
-    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
-    parser.add_argument("--title", help="title in the file's metadata; default: the name of OUT")
-    parser.add_argument("--trigger", default="", metavar="PHRASE", help="trigger word in the metadata")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    add = parser.add_argument
+    add("adapter", nargs="+", metavar="ADAPTER[:SCALE]", help="folder or file")
+    add("--format", required=True, choices=FORMATS, help="program whose keys are written, or a full checkpoint")
+    add("--out", required=True, type=Path, help="a .safetensors file; a folder for full-diffusers")
+    add("--model", choices=list(VARIANTS), help="the base, if the adapter does not record it")
+    path = "repository id, folder or .safetensors file of the base, if weights are needed and not the published ones"
+    add("--path", help=path)
+    add("--rank", type=int, help=f"rank of the LoRA; {RANK} for conversions by default")
+    error = "instead of a rank: the smallest rank of each layer with this error"
+    add("--max-error", type=float, metavar="E", help=error)
+    add("--dtype", choices=list(DTYPES), help="default: fp32 for a LoRA, the base's for a full checkpoint")
+    add("--device", help="cuda or cpu; default: the GPU if there is one")
+    add("--title", help="title in the file's metadata; default: the name of OUT")
+    add("--trigger", default="", metavar="PHRASE", help="trigger word in the metadata")
+    add("--overwrite", action="store_true", help="replace OUT if it exists")
     options = parser.parse_args(argv)
     if options.rank is not None and options.max_error is not None:
         parser.error("give --rank or --max-error, not both")

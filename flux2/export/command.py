@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
+import datetime
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,28 @@ from tqdm import tqdm
 from flux2.adapters import find
 from flux2.adapters.files import PEFT_FILE
 from flux2.adapters.formats import LoraPair, from_state, to_comfyui, to_diffusers, to_kohya
+from flux2.adapters.loading import describe_ranks
 from flux2.export import deltas
 from flux2.export.arguments import FULL, RANK, arguments
 from flux2.export.deltas import AdapterDelta
 from flux2.export.low_rank import decompose, distance, ratio, reduce_rank, rounding_bound, sum_pairs
 from flux2.export.merge_checkpoint import NotReadError, merge
 from flux2.models.transformer import Transformer
+from flux2.quantization.precision import DTYPES
 from flux2.utils import checks
 from flux2.utils.cli import format_error, split_adapter
 from flux2.utils.device import pick_device
 from flux2.utils.files import atomic_write
+from flux2.utils.images import check_target_file
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
 from flux2.utils.text import listed
 from flux2.weights import modelspec
+from flux2.weights.loading import BaseWeights
 from flux2.weights.safetensors_files import tensor_files
-from flux2.weights.sources import ModelSource, model_source
+from flux2.weights.sources import model_source
 from flux2.weights.streaming_writer import check_room
-from flux2.weights.transformer_tensors import BaseWeights
 
-FORMS: dict[str, Callable[[Mapping[str, LoraPair]], dict[str, Tensor]]] = {
-    "diffusers": to_diffusers,
-    "comfyui": to_comfyui,
-    "kohya": to_kohya,
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMS = {"diffusers": to_diffusers, "comfyui": to_comfyui, "kohya": to_kohya}
 EXACT = 1e-6  # relative error that reading back may have in addition to rounding to the dtype
 COARSE = 0.1  # relative error from which a conversion is reported as coarse
 # layers that diffusers 0.42 leaves out of kohya's keys, with only a warning, and that it reads wrongly from ComfyUI's
@@ -52,9 +49,6 @@ DROPPED = ("guidance_in", "double_stream_modulation", "single_stream_modulation"
 
 def say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-# ------------------------------------------------------------------ checks
 
 
 def output_path(options: argparse.Namespace) -> Path:
@@ -68,103 +62,77 @@ def check_options(options: argparse.Namespace) -> None:
         checks.integer("--rank", options.rank, 1)
     if options.max_error is not None and not 0 < options.max_error < 1:
         raise ValueError(f"--max-error {options.max_error:g} must be above 0 and below 1, for example 0.01 for 1 %")
-    out = options.out
-    if options.format != "full-diffusers":
-        if out.suffix != ".safetensors":
-            raise ValueError(f"--out {out} must end in .safetensors")
-        if out.is_dir():
-            raise ValueError(f"--out {out} is a folder. Give a file")
-    elif out.suffix == ".safetensors" or out.is_file():
+    out, target = options.out, output_path(options)
+    is_folder = options.format == "full-diffusers"
+    if is_folder and (out.suffix == ".safetensors" or out.is_file()):
         raise ValueError(f"--out {out} must be a folder, in which transformer/ is written")
-    target = output_path(options)
+    if not is_folder and out.suffix != ".safetensors":
+        raise ValueError(f"--out {out} must end in .safetensors")
+    check_target_file((target / "config.json" if is_folder else target).absolute(), f"--out {out}")
     if target.exists() and not options.overwrite:
         raise ValueError(f"--out {target} exists. Choose another name, or replace it with --overwrite")
-    parent = next(place for place in target.absolute().parents if place.exists())
-    if not parent.is_dir() or (options.format == "full-diffusers" and target.is_file()):
-        file = parent if not parent.is_dir() else target
-        raise ValueError(f"--out {out} cannot be written: {file} is a file, not a folder. Choose another path")
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: {parent} is read-only. Choose another path")
 
 
-def check_apart(out: Path, places: Sequence[Path], source: ModelSource | None) -> None:
-    """Raise ValueError if writing `out` would replace an adapter or the base that is read."""
-    inputs = [place.resolve() for place in places]
-    inputs += [place / PEFT_FILE for place in inputs if place.is_dir()]
-    if source is not None:
-        inputs.append((source.file("transformer") or source.folder("transformer")).resolve())
-    target = out.resolve()
-    if any(target in (place, *place.parents) for place in inputs):
-        raise ValueError(f"--out {out} is an input, or contains one. Choose another name")
+def check_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise ValueError if writing `out` would replace one of the adapters or the base that are read."""
+    for place in inputs:
+        place = place.resolve()
+        if out.resolve() in (place / PEFT_FILE, place, *place.parents):
+            raise ValueError(f"--out {out} is an input, or contains one. Choose another name")
 
 
-# ------------------------------------------------------------------ low-rank files
+Errors = dict[str, tuple[float, float]]  # by layer: norms of the error of a conversion and of what is converted
 
 
-@dataclass
-class ConversionErrors:
-    """Relative errors of converted layers."""
-
-    errors: dict[str, float]
-    lost: float = 0.0  # sum of squared errors
-    whole: float = 0.0  # sum of squared norms
-
-    def add(self, layer: str, error: float, size: float) -> None:
-        self.errors[layer] = ratio(error, size)
-        self.lost += error**2
-        self.whole += size**2
-
-    @property
-    def overall(self) -> float:
-        return ratio(self.lost**0.5, self.whole**0.5)
-
-    def __str__(self) -> str:
-        worst = max(self.errors, key=lambda layer: self.errors[layer])
-        return f"{self.overall:.2g} over all {len(self.errors)} layers, {self.errors[worst]:.2g} in the worst, {worst}"
+def overall_error(errors: Errors) -> float:
+    """Return the relative error over all layers."""
+    error, size = (sum(norm**2 for norm in norms) ** 0.5 for norms in zip(*errors.values(), strict=True))
+    return ratio(error, size)
 
 
+def describe_errors(errors: Errors) -> str:
+    relative = {layer: ratio(*norms) for layer, norms in errors.items()}
+    worst = max(relative, key=lambda layer: relative[layer])
+    return f"{overall_error(errors):.2g} over all {len(errors)} layers, {relative[worst]:.2g} in the worst, {worst}"
+
+
+@torch.no_grad()
 def low_rank(
-    updates: Sequence[AdapterDelta],
-    options: argparse.Namespace,
-    base: Callable[[], BaseWeights],
-    device: torch.device,
-) -> tuple[dict[str, LoraPair], ConversionErrors | None]:
-    """Return the sum of adapters as one pair per layer, and the errors; None if nothing was approximated."""
+    updates: Sequence[AdapterDelta], options: argparse.Namespace, base: Callable[[], BaseWeights], device: torch.device
+) -> tuple[dict[str, LoraPair], Errors]:
+    """Return the sum of adapters as one pair per layer, and the errors of the layers that were approximated."""
     layers = list(dict.fromkeys(layer for update in updates for layer in update.layers))
     is_explicit = options.rank is not None or options.max_error is not None
     if not is_explicit and len(updates) == 1 and updates[0].kind == "DoRA" and options.format == "diffusers":
         if updates[0].scale == 1:
-            return dict(updates[0].pairs), None
+            return dict(updates[0].pairs), {}
         say(f"a DoRA at scale {updates[0].scale:g} is not a DoRA that diffusers can hold: it is converted")
     by_layer = {layer: [update for update in updates if layer in update.layers] for layer in layers}
     converted = [layer for layer in layers if not all(update.is_plain for update in by_layer[layer])]
     pairs: dict[str, LoraPair] = {}
-    errors = ConversionErrors({})
+    errors: Errors = {}
     for layer in layers:
         if layer not in converted:
             pairs[layer] = sum_pairs([update.pair(layer) for update in by_layer[layer]])
             if is_explicit:
                 pairs[layer], error, size = reduce_rank(pairs[layer], options.rank, options.max_error)
-                errors.add(layer, error, size)
+                errors[layer] = error, size
     rank = options.rank if is_explicit else RANK
     with tqdm(total=len(converted), unit="layer", leave=False, disable=None if converted else True) as bar:
 
         def convert(layer: str, weight: Tensor | None) -> None:
-            delta = by_layer[layer][0].change(layer, weight, device)
-            for update in by_layer[layer][1:]:
-                delta += update.change(layer, weight, device)
+            delta = deltas.total_change(by_layer[layer], layer, weight, device)
             pairs[layer], error, size = decompose(delta, rank, options.max_error)
-            errors.add(layer, error, size)
+            errors[layer] = error, size
             bar.update()
 
-        with torch.no_grad():
-            if any(update.needs_weights for update in updates):
-                names = [f"{layer}.weight" for layer in converted]
-                base().each(names, device, lambda name, stored: convert(name.removesuffix(".weight"), stored.float()))
-            else:
-                for layer in converted:
-                    convert(layer, None)
-    return {layer: pairs[layer] for layer in layers}, errors if errors.errors else None
+        if any(update.needs_weights for update in updates):
+            names = [f"{layer}.weight" for layer in converted]
+            base().each(names, device, lambda name, stored: convert(name.removesuffix(".weight"), stored.float()))
+        else:
+            for layer in converted:
+                convert(layer, None)
+    return pairs, errors
 
 
 def write_pairs(
@@ -224,9 +192,6 @@ def warn_of_layers(layers: Sequence[str], form: str) -> None:
         say(f"note: diffusers reads {listed(swapped)} from ComfyUI's keys with its halves in the wrong order")
 
 
-# ------------------------------------------------------------------ the command
-
-
 def run(options: argparse.Namespace) -> Path:
     """Write the requested file or folder and return OUT. Raises ValueError for invalid options or files."""
     check_options(options)
@@ -248,34 +213,41 @@ def run(options: argparse.Namespace) -> Path:
     source = model_source(variant.name, options.path)
 
     def base() -> BaseWeights:
-        check_apart(output_path(options), [], source)
+        check_apart(output_path(options), [source.file("transformer") or source.folder("transformer")])
         return BaseWeights(model, tensor_files(source, "transformer"), f"the transformer of {variant.name}")
 
-    check_apart(output_path(options), places, None)
+    check_apart(output_path(options), places)
     about: dict[str, Any] = {
         "base": variant.repo or variant.name,
         "title": options.title or options.out.stem,
         "lora": options.format not in FULL,
-        "names": "diffusers" if "diffusers" in options.format else "bfl",
+        "diffusers": "diffusers" in options.format,
         "license": variant.license,
-        "resolution": variant.resolution,
-        "trigger": options.trigger,
-        "dated": True,
+        "resolution": f"{variant.resolution}x{variant.resolution}",
+        "trigger_phrase": options.trigger,
+        "usage_hint": f"Trigger word: {options.trigger}" if options.trigger else "",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    kinds = " and ".join(sorted({update.kind for update in updates}))
     if options.format in FULL:
+        about["merged_from"] = ", ".join([about["base"], *(str(update.place) for update in updates)])
+        layout, metadata, dtype = FULL[options.format], modelspec.metadata(**about), DTYPES.get(options.dtype)
         with name_output_in_errors(options.out):
-            write_checkpoint(updates, base(), source, model, options, device, about)
+            merged = merge(updates, base(), source, options.out, layout, metadata, dtype, device)
+        say(
+            f"merged into {merged.layers} layers, which change by {merged.changed:.2g} of themselves; rounding loses "
+            f"{merged.lost:.2g} of the change. Read back and compared: equal bit for bit"
+        )
+        if options.format == "full-diffusers":
+            say("this is only the transformer: autoencoder, text encoder and the rest are those of the base")
         return options.out
     pairs, errors = low_rank(updates, options, base, device)
-    if errors is not None:
-        ranks = sorted({pair.a.shape[0] for pair in pairs.values()})
-        size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        converted = any(not update.is_plain for update in updates)
-        summary = f"{kinds} {'converted to a LoRA of' if converted else 'brought to'} {size}: relative error {errors}"
-        about["description"] = summary
-        say(summary)
-        if errors.overall > COARSE:
+    if errors:
+        kinds = " and ".join(sorted({update.kind for update in updates}))
+        action = "brought to" if all(update.is_plain for update in updates) else "converted to a LoRA of"
+        size = describe_ranks(pair.a.shape[0] for pair in pairs.values())
+        about["description"] = f"{kinds} {action} {size}: relative error {describe_errors(errors)}"
+        say(about["description"])
+        if overall_error(errors) > COARSE:
             say(f"note: this is coarse, and images will differ: use a larger --rank, or --max-error {COARSE / 10}")
     with name_output_in_errors(options.out):
         worst = write_pairs(pairs, options, model, modelspec.metadata(**about))
@@ -295,38 +267,6 @@ def name_output_in_errors(out: Path) -> Iterator[None]:
         raise ValueError(
             f"--out {out} could not be written ({error}), and nothing was left: make room there, or choose another path"
         ) from error
-
-
-def write_checkpoint(
-    updates: Sequence[AdapterDelta],
-    base: BaseWeights,
-    source: ModelSource,
-    model: Transformer,
-    options: argparse.Namespace,
-    device: torch.device,
-    about: dict[str, Any],
-) -> None:
-    """Write a full checkpoint and report the change."""
-    about["merged_from"] = ", ".join([str(about["base"]), *(str(update.place) for update in updates)])
-    with tqdm(total=len(base.weights), unit="tensor", leave=False, disable=None) as bar:
-        merged = merge(
-            updates,
-            base,
-            source,
-            model,
-            options.out,
-            layout=FULL[options.format],
-            metadata=modelspec.metadata(**about),
-            dtype=DTYPES.get(options.dtype),
-            device=device,
-            progress=lambda _: bar.update(),
-        )
-    say(
-        f"merged into {merged.layers} layers, which change by {merged.changed:.2g} of themselves; rounding loses "
-        f"{merged.lost:.2g} of the change. Read back and compared: equal bit for bit"
-    )
-    if options.format == "full-diffusers":
-        say("this is only the transformer: autoencoder, text encoder and the rest are those of the base")
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from flux2 import adapters
 from flux2.adapters import files as adapter_files
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair
-from flux2.adapters.loading import PREFIX, Loaded, adapter_tensors, check_saved, check_scale, inject
+from flux2.adapters.loading import Loaded, adapter_tensors, check_saved, check_scale, inject
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, TransformerConfig, Variant, find_variant
 from flux2.utils import checks
@@ -34,8 +34,7 @@ class AdapterDelta:
     place: Path  # its file or folder
     kind: str
     scale: float  # factor of its change
-    base: Variant | None  # that it records; None if it records none or an unknown one
-    shapes: Mapping[str, tuple[int, int]]
+    model: Transformer  # of names and shapes only
     pairs: Mapping[str, LoraPair] = field(default_factory=dict)
     config: peft.PeftConfig | None = None
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by layer and PEFT's key
@@ -79,28 +78,22 @@ class AdapterDelta:
                 delta = total.mul_(lengths[:, None]).sub_(weight)
         else:
             assert self.config is not None
-            delta = change_by_peft(self.config, layer, self.tensors[layer], self.shapes[layer], weight, device)
+            if weight is None:
+                weight = torch.zeros(self.model.get_parameter(f"{layer}.weight").shape, device=device)
+            delta = change_by_peft(self.config, layer, self.tensors[layer], weight)
         return delta.mul_(self.scale)
 
 
 @torch.no_grad()
-def change_by_peft(
-    config: peft.PeftConfig,
-    layer: str,
-    state: Mapping[str, Tensor],
-    shape: tuple[int, int],
-    weight: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """Return the change that PEFT makes when it merges an adapter of `config` into a layer, by default of zeros."""
-    base = torch.zeros(shape, device=device) if weight is None else weight
-    container = nn.Module()
-    container.linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-    container.linear.weight = nn.Parameter(base.clone(), requires_grad=False)  # PEFT merges in place
+def change_by_peft(config: peft.PeftConfig, layer: str, state: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """Return the change that PEFT makes when it merges an adapter of `config` into a layer."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)  # PEFT merges in place
+    container = nn.ModuleDict({"linear": linear})
     inject(container, peft_config.layer_config(config, layer, "linear"), "default")
     for key, parameter in adapter_tensors(container, "default").items():
-        parameter.data = state[key.removeprefix("linear.")].to(device, torch.float32)
-    return adapter_files.merged_weight(container.linear).sub_(base)
+        parameter.data = state[key.removeprefix("linear.")].to(weight.device, torch.float32)
+    return adapter_files.merged_weight(container["linear"]).sub_(weight)
 
 
 def skeleton(sizes: TransformerConfig) -> Transformer:
@@ -116,41 +109,29 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
     """
     scale = checks.number("scale", scale)
     place = adapters.find(path)
-    shapes = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
     try:
-        base = find_variant(adapter_files.recorded_base(place))
         config = peft_config.read_config(place) if place.is_dir() else None
-        if config is None or peft_config.is_plain(config):
-            pairs = adapter_files.read(place, model)
-            is_dora = any(pair.magnitude is not None for pair in pairs.values())
-            kind = "DoRA" if is_dora else "LoRA" if config is None else peft_config.type_name(config)
-            return AdapterDelta(place, kind, scale, base, shapes, pairs)
-        kind = peft_config.type_name(config)
-        check_scale(kind, scale)
-        state = {key.removeprefix(PREFIX): tensor for key, tensor in adapter_files.read_tensors(place).items()}
-        clean, layers = check_saved(model.config, config, state)
-        by_layer: dict[str, dict[str, Tensor]] = {layer: {} for layer in layers}
-        for key, tensor in state.items():
-            layer = next(layer for layer in layers if key.startswith(f"{layer}."))
-            by_layer[layer][key.removeprefix(f"{layer}.")] = tensor
-        if not isinstance(clean, peft.LoraConfig):
-            return AdapterDelta(place, kind, scale, base, shapes, config=clean, tensors=by_layer)
-        pairs = {
-            layer: LoraPair(
-                state_of_layer["lora_A.weight"].float(),
-                state_of_layer["lora_B.weight"].float() * peft_config.layer_scale(clean, layer),
-                state_of_layer["lora_magnitude_vector"].float(),
-            )
-            for layer, state_of_layer in by_layer.items()
-        }
-        return AdapterDelta(place, kind, scale, base, shapes, pairs)
+        kind = "LoRA" if config is None else peft_config.type_name(config)
+        state = adapter_files.read_tensors(place)
+        if config is not None and not peft_config.is_plain(config):
+            check_scale(kind, scale)
+            config, tensors = check_saved(model.config, config, state)
+            if not isinstance(config, peft.LoraConfig):
+                return AdapterDelta(place, kind, scale, model, config=config, tensors=tensors)
+        pairs = adapter_files.scaled_pairs(state, config, model)
+        kind = "DoRA" if any(pair.magnitude is not None for pair in pairs.values()) else kind
+        return AdapterDelta(place, kind, scale, model, pairs)
     except ValueError as error:
         text = str(error)
         raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
+
+
+def total_change(updates: Sequence[AdapterDelta], layer: str, weight: Tensor | None, device: torch.device) -> Tensor:
+    """Return the sum of what several adapters, which all have `layer`, add to its weight; as `AdapterDelta.change`."""
+    total = updates[0].change(layer, weight, device)
+    for update in updates[1:]:
+        total += update.change(layer, weight, device)
+    return total
 
 
 def check_together(updates: Sequence[AdapterDelta]) -> None:
@@ -168,7 +149,6 @@ def variant_for(places: Sequence[Path], requested: str | None) -> tuple[Variant,
     """Return the model that the adapters are for, and whether that is certain: requested, or recorded in one of them.
 
     Otherwise it is the first variant whose layers the first adapter fits: klein base and its distilled twin have the
-    same.
     same.
 
     Raises AdapterError if an adapter records a base of other sizes, or if none fits.

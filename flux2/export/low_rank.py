@@ -22,13 +22,11 @@ ITERATIONS = 4
 NEGLIGIBLE = 1e-6  # relative to the largest singular value; smaller ones are rounding errors of zeros
 
 
-def sum_pairs(pairs: Sequence[LoraPair], factors: Sequence[float] | None = None) -> LoraPair:
-    """Return the sum of factor * B A as one pair, whose rank is the sum of ranks."""
-    factors = [1.0] * len(pairs) if factors is None else factors
-    if len(pairs) == 1 and factors[0] == 1:
+def sum_pairs(pairs: Sequence[LoraPair]) -> LoraPair:
+    """Return the sum of B A as one pair, whose rank is the sum of ranks."""
+    if len(pairs) == 1:
         return pairs[0]
-    b = torch.cat([pair.b * factor for pair, factor in zip(pairs, factors, strict=True)], dim=1)
-    return LoraPair(torch.cat([pair.a for pair in pairs]), b)
+    return LoraPair(torch.cat([pair.a for pair in pairs]), torch.cat([pair.b for pair in pairs], dim=1))
 
 
 def core(pair: LoraPair) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +48,7 @@ def ratio(error: float, size: float) -> float:
 
 def distance(approximation: LoraPair, exact: LoraPair) -> float:
     """Return the relative error of one update as an approximation of the other."""
-    return ratio(norm(sum_pairs([approximation, exact], [1.0, -1.0])), norm(exact))
+    return ratio(norm(sum_pairs([approximation, LoraPair(exact.a, -exact.b)])), norm(exact))
 
 
 def rounding_bound(pair: LoraPair, dtype: torch.dtype) -> float:

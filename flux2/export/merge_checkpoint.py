@@ -14,19 +14,20 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from flux2.adapters.formats import AdapterError
-from flux2.export.deltas import AdapterDelta
+from flux2.export.deltas import AdapterDelta, total_change
 from flux2.export.low_rank import norm, ratio, sum_pairs
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
 from flux2.utils.files import atomic_write
 from flux2.weights.key_names import PublishedTensor, transformer_tensor
+from flux2.weights.loading import BaseWeights
 from flux2.weights.parallel_reader import checksum
 from flux2.weights.safetensors_files import TensorFiles, part_files
 from flux2.weights.sources import ModelSource
-from flux2.weights.streaming_writer import Plan, SafetensorsWriter, check_room, nbytes, raw_bytes
-from flux2.weights.transformer_tensors import BaseWeights
+from flux2.weights.streaming_writer import Plan, check_room, nbytes, raw_bytes, safetensors_writer
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SHARD = "10GB"  # largest file, as in diffusers
@@ -51,10 +52,10 @@ def published_tensor(name: str, layout: str) -> PublishedTensor:
     return transformer_tensor(name) if layout == "diffusers" else PublishedTensor((name,))
 
 
-def plan(base: BaseWeights, model: Transformer, layout: str, dtype: torch.dtype | None) -> tuple[list[str], Plan]:
+def plan(base: BaseWeights, layout: str, dtype: torch.dtype | None) -> tuple[list[str], Plan]:
     """Return our tensors in the order of writing, and the checkpoint's tensors."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    dtypes = {name: base.dtype(name) if dtype is None else dtype for name in shapes}
+    shapes = {name: tensor.shape for name, tensor in base.model.state_dict().items()}
+    dtypes = {name: base.weights[name].dtype if dtype is None else dtype for name in shapes}
     # large elements first: the format requires a tensor to start at a multiple of its element size
     order = sorted(shapes, key=lambda name: -dtypes[name].itemsize)
     checkpoint: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -68,12 +69,10 @@ def shards(folder: Path, whole: Plan) -> tuple[dict[Path, Plan], dict[str, objec
     """Return the files of a folder in diffusers' layout, and its index; None if one file holds everything."""
     empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in whole.items()}
     split = huggingface_hub.split_torch_state_dict_into_shards(empty, filename_pattern=PATTERN, max_shard_size=SHARD)
-    files: dict[Path, Plan] = {
-        folder / file: {name: whole[name] for name in names} for file, names in split.filename_to_tensors.items()
-    }
-    if not split.is_sharded:
-        return files, None
-    return files, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    names_in = split.filename_to_tensors.items()
+    files: dict[Path, Plan] = {folder / file: {name: whole[name] for name in names} for file, names in names_in}
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    return files, index if split.is_sharded else None
 
 
 def diffusers_config(source: ModelSource) -> bytes:
@@ -105,30 +104,22 @@ def merge(
     updates: Sequence[AdapterDelta],
     base: BaseWeights,
     source: ModelSource,
-    model: Transformer,
     out: Path,
-    *,
     layout: str,
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
     device: torch.device,
-    progress: Callable[[str], None] = lambda name: None,
 ) -> MergeSummary:
-    """Write the transformer of `source` with `updates` added.
+    """Write the transformer `base` of `source` with `updates` added on `device`.
 
     Args:
-        base: Tensors of the transformer.
-        model: Model with the names and shapes.
         out: The file for `bfl`; for `diffusers` the folder, in which `transformer/` is written.
         dtype: Dtype of all tensors; None: as in the base.
-        device: Device for the sums.
-        progress: Called with each of our tensor names after it is written.
 
-    Raises:
-        ValueError: The disk has no room.
-        NotReadError: The disk holds something else than what was written. `out` is then unchanged.
+    Raises ValueError if the disk has no room, NotReadError if it holds something else than what was written; `out` is
+    then unchanged.
     """
-    order, whole = plan(base, model, layout, dtype)
+    order, whole = plan(base, layout, dtype)
     target = out / "transformer" if layout == "diffusers" else out
     check_room(target.parent, nbytes(whole), f"--out {out}")
     created = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
@@ -142,10 +133,9 @@ def merge(
                 files, index = shards(place, whole)
                 if index is not None:
                     (place / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-            with SafetensorsWriter(files, metadata) as writer:
-                sums, merged = write_tensors(writer, updates, base, order, layout, whole, device, progress)
-                writer.finish()
-            compare(part_files(place) if layout == "diffusers" else TensorFiles([place]), model, sums)
+            with safetensors_writer(files, metadata) as write:
+                sums, merged = write_tensors(write, updates, base, order, layout, whole, device)
+            compare(part_files(place) if layout == "diffusers" else TensorFiles([place]), base.model, sums)
     except BaseException:
         for folder in created:
             if folder.exists() and not any(folder.iterdir()):
@@ -155,14 +145,13 @@ def merge(
 
 
 def write_tensors(
-    writer: SafetensorsWriter,
+    write: Callable[[str, Tensor], None],
     updates: Sequence[AdapterDelta],
     base: BaseWeights,
     order: Sequence[str],
     layout: str,
     whole: Plan,
     device: torch.device,
-    progress: Callable[[str], None],
 ) -> tuple[dict[str, str], MergeSummary]:
     """Write all tensors; return their checksums by our names, and a summary."""
     sums: dict[str, str] = {}
@@ -189,10 +178,11 @@ def write_tensors(
             tensor = stored.to(wanted)
         sums[name] = checksum(raw_bytes(tensor))
         for key, part in entry.split(tensor).items():
-            writer.write(key, part)
-        progress(name)
+            write(key, part)
+        bar.update()
 
-    base.each(order, device, use)
+    with tqdm(total=len(order), unit="tensor", leave=False, disable=None) as bar:
+        base.each(order, device, use)
     return sums, MergeSummary(len(layers), ratio(changes**0.5, weights**0.5), ratio(losses**0.5, changes**0.5))
 
 
@@ -204,22 +194,20 @@ def merged_weight(
     if all(update.is_plain for update in of_layer):
         pair = sum_pairs([update.pair(layer) for update in of_layer])
         return torch.addmm(weight, pair.b.to(device), pair.a.to(device)), norm(pair)
-    change = of_layer[0].change(layer, weight, device)
-    for update in of_layer[1:]:
-        change += update.change(layer, weight, device)
+    change = total_change(of_layer, layer, weight, device)
     return weight + change, float(change.norm())
 
 
 def compare(files: TensorFiles, model: Transformer, sums: Mapping[str, str]) -> None:
     """Raise NotReadError unless the tensors in `files`, read as a checkpoint, have these checksums."""
-    checksums = {}
+    wrong = []
 
     def use(name: str, tensor: Tensor) -> None:
-        checksums[name] = checksum(raw_bytes(tensor))
+        if checksum(raw_bytes(tensor)) != sums[name]:
+            wrong.append(name)
 
-    written = BaseWeights(model, files, "what was written")
-    written.each(sums, torch.device("cpu"), use)
-    if wrong := [name for name in sums if checksums.get(name) != sums[name]]:
+    BaseWeights(model, files, "what was written").each(sums, torch.device("cpu"), use)
+    if wrong:
         raise NotReadError(
             f"{len(wrong)} tensors that were read back differ from what was written, the first is {wrong[0]}: the disk "
             "or the memory is faulty. Nothing was written. Try another disk"

@@ -29,9 +29,7 @@ class PublishedTensor:
         (tensor,) = tensors
         if self.kind == "swapped":
             return swap_halves(tensor)
-        if self.kind == "pointwise" and tensor.ndim == 2:
-            return tensor[:, :, None, None]
-        return tensor
+        return tensor[:, :, None, None] if self.kind == "pointwise" and tensor.ndim == 2 else tensor
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """Return the published tensors by name: the inverse of `join`."""
@@ -46,8 +44,7 @@ class PublishedTensor:
 
 def swap_halves(tensor: Tensor) -> Tensor:
     """Swap (shift, scale) and (scale, shift) along the first dimension."""
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
+    return torch.cat(tensor.chunk(2)[::-1])
 
 
 _SINGLE = {
@@ -93,10 +90,9 @@ def transformer_module(name: str) -> PublishedTensor:
         kind, index, inner = match.groups()
         if kind == "single":
             return PublishedTensor((f"single_transformer_blocks.{index}.{_SINGLE[inner]}",))
-        prefix = f"transformer_blocks.{index}"
-        if inner in _QKV:
-            return PublishedTensor(tuple(f"{prefix}.{part}" for part in _QKV[inner]), "stacked")
-        return PublishedTensor((f"{prefix}.{_DOUBLE[inner]}",))
+        parts = _QKV.get(inner) or (_DOUBLE[inner],)
+        names = tuple(f"transformer_blocks.{index}.{part}" for part in parts)
+        return PublishedTensor(names, "stacked" if inner in _QKV else "same")
     return PublishedTensor((_OUTER[name],), "swapped" if name == "final_layer.adaLN_modulation.1" else "same")
 
 

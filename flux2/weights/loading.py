@@ -10,58 +10,37 @@ Loading is strict: missing, unexpected and misshaped tensors are one error that 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from flux2.models.autoencoder import Autoencoder
-from flux2.models.text_encoder import (
-    TextEncoder,
-    TextStorage,
-    build,
-    check_storage,
-    load_tokenizer,
-    quantize_text_encoder,
-)
+from flux2.models.text_encoder import TextEncoder, build, check_storage, load_tokenizer, quantize_text_encoder
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TextConfig
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision, convert
+from flux2.utils.choices import TextStorage
 from flux2.utils.text import listed
 from flux2.weights.key_names import PublishedTensor, autoencoder_tensor, transformer_tensor
 from flux2.weights.parallel_reader import Digests, ReadTask, group_by_module, run_tasks
 from flux2.weights.prequantized import MARKER, Weight, find_part
-from flux2.weights.quantized_cache import QuantizedCache, set_tensor
+from flux2.weights.quantized_cache import QuantizedCache, plain_tensors, quantized_layers, set_tensor
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
 from flux2.weights.sources import ModelSource, WeightsError, fingerprint
-
-
-@runtime_checkable
-class StoresWeight(Protocol):
-    """A linear layer that takes a float weight (out_features, in_features) and stores it in its own format."""
-
-    in_features: int
-    out_features: int
-
-    def store(self, weight: Tensor) -> None: ...
 
 
 def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Return names and shapes of the tensors that a model is filled with.
 
-    These are its parameters and buffers; a module with a method `store` has a `weight` instead of its own.
+    These are its parameters and buffers; a quantized layer has a `weight` instead of its storage.
     """
-    stores = {name: module for name, module in model.named_modules() if isinstance(module, StoresWeight)}
-    prefixes = tuple(f"{name}." for name in stores)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
-    return shapes | {
-        f"{name}.weight": torch.Size((module.out_features, module.in_features)) for name, module in stores.items()
-    }
+    weights = {f"{name}.weight": layer.weight.shape for name, layer in quantized_layers(model).items()}
+    return {name: tensor.shape for name, tensor in plain_tensors(model).items()} | weights
 
 
 @dataclass
@@ -103,9 +82,8 @@ def fill(
     """Fill a model built on the meta device.
 
     Args:
-        model: The model; every tensor of `expected_shapes(model)` is filled. A module with a method `store` receives
-            its weight in the file's dtype, or in `dtype` if it is quantized in the file.
-            weight in the file's dtype, or in `dtype` if it is quantized in the file.
+        model: The model; every tensor of `expected_shapes(model)` is filled. A quantized layer receives its weight in
+            the file's dtype, or in `dtype` if it is quantized in the file.
         published: The location of each of these names in `files`.
         what: Name of the model in errors.
         device, dtype: Device and dtype of the filled tensors; integers keep their dtype.
@@ -116,23 +94,38 @@ def fill(
     """
     device = torch.device(device)
     device_of = device_chooser(host, device)
-    weights = match_weights(model, files, published, what, ignored)
-    check_floats(model, weights)
-
+    weights = match_weights(model, files, published, ignored, what)
     filled = FillCounts(unused=sum(len(part.unused) for one in weights.values() for part in one.parts))
 
     def read_task(name: str, weight: Weight) -> ReadTask:
-        final_device = device_of(name)
-        stores = isinstance(model.get_submodule(name.rpartition(".")[0]), StoresWeight)
-        reads = weight.reads(device if stores or not weight.plain else final_device)
-        return ReadTask(reads, lambda tensors: store_weight(model, name, weight, tensors, dtype, final_device, filled))
+        module, final_device = model.get_submodule(name.rpartition(".")[0]), device_of(name)
+
+        def store(tensors: dict[str, Tensor]) -> None:
+            if isinstance(module, QuantizedLinear) and weight.keep_stored_form(module, tensors):
+                filled.kept += 1
+                module.to(final_device)
+                return
+            tensor = weight.dequantized(tensors, dtype or torch.float32)
+            tensors.clear()
+            filled.dequantized += not weight.plain
+            if not isinstance(module, QuantizedLinear):
+                tensor = tensor.to(final_device, dtype if tensor.is_floating_point() else None)
+                set_tensor(model, name, tensor.contiguous())
+                return
+            try:
+                module.store(tensor)
+            except ValueError as error:
+                raise WeightsError(f"{weight.parts[0].description} cannot be used: {error}") from error
+            filled.quantized += 1
+            module.to(final_device)
+
+        is_converted = isinstance(module, QuantizedLinear) or not weight.plain
+        return ReadTask(weight.reads(device if is_converted else final_device), store)
 
     tasks = {name: read_task(name, weight) for name, weight in weights.items()}
     run_tasks(group_by_module(tasks, modules or {}), digests)
     files.check_unchanged()
-    unfilled = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
-    unfilled |= {name for name, parameter in model.named_parameters() if parameter.is_meta}
-    assert not unfilled, f"not filled: {listed(unfilled)}"
+    assert not any(tensor.is_meta for tensor in model.state_dict().values()), "a tensor was not filled"
     return filled
 
 
@@ -140,12 +133,13 @@ def match_weights(
     model: nn.Module,
     files: TensorFiles,
     published: Mapping[str, PublishedTensor],
-    what: str,
     ignored: Callable[[str], bool],
+    what: str,
 ) -> dict[str, Weight]:
     """Return where the tensors of `model` are in `files`, by our names; arguments as in `fill`.
 
-    Raises WeightsError, which lists the names, if tensors are missing, unexpected or misshaped.
+    Raises WeightsError, which lists the names, if tensors are missing, unexpected or misshaped, and for integers where
+    the model expects floats: a cast would hide the error.
     """
     shapes = expected_shapes(model)
     weights: dict[str, Weight] = {}
@@ -164,47 +158,11 @@ def match_weights(
     kinds: dict[str, set[str] | list[str]] = {"missing": missing, "unexpected": unread, "misshaped": misshaped}
     if problems := [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]:
         raise WeightsError(f"{files.place} does not hold {what}: " + "; ".join(problems))
+    integers = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    for part in (part for name, weight in weights.items() if name not in integers for part in weight.parts):
+        if part.form == "plain" and not part.weight.dtype.is_floating_point:
+            raise WeightsError(f"{part.description} has dtype {part.weight.dtype}, not a float: give the model's files")
     return weights
-
-
-def check_floats(model: nn.Module, weights: Mapping[str, Weight]) -> None:
-    """Raise WeightsError for integers in a file if the model expects floats: a cast would hide the error."""
-    model_tensors = model.state_dict()
-    for name, weight in weights.items():
-        for part in weight.parts:
-            stored = part.stored["weight"]
-            wants_float = name not in model_tensors or model_tensors[name].is_floating_point()
-            if part.form == "plain" and wants_float and not stored.dtype.is_floating_point:
-                raise WeightsError(f"{part.description} has dtype {stored.dtype}, not a float: give the model's files")
-
-
-def store_weight(
-    model: nn.Module,
-    name: str,
-    weight: Weight,
-    tensors: dict[str, Tensor],
-    dtype: torch.dtype | None,
-    final_device: torch.device,
-    filled: FillCounts,
-) -> None:
-    """Store the tensors that were read of `weight` as `name` in the model, and count it in `filled`."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, QuantizedLinear) and weight.keep_stored_form(module, tensors):
-        filled.kept += 1
-        module.to(final_device)
-        return
-    tensor = weight.dequantized(tensors, dtype or torch.float32)
-    tensors.clear()
-    filled.dequantized += not weight.plain
-    if isinstance(module, StoresWeight):
-        try:
-            module.store(tensor)
-        except ValueError as error:
-            raise WeightsError(f"{weight.parts[0].description} cannot be used: {error}") from error
-        filled.quantized += 1
-        module.to(final_device)
-    else:
-        set_tensor(model, name, tensor.to(final_device, dtype if tensor.is_floating_point() else None).contiguous())
 
 
 def transformer_names(model: nn.Module, files: TensorFiles) -> tuple[dict[str, PublishedTensor], Callable[[str], bool]]:
@@ -215,6 +173,34 @@ def transformer_names(model: nn.Module, files: TensorFiles) -> tuple[dict[str, P
     else:
         published = {name: transformer_tensor(name) for name in expected_shapes(model)}
     return published, lambda name: bool(prefix) and not name.startswith(prefix)
+
+
+class BaseWeights:
+    """The tensors of a published transformer with the names and shapes of `model`, by our names in its order.
+
+    They are read one by one, without the model: the largest is 1.4 GB in float32, the model 64 GB in bfloat16. Raises
+    WeightsError unless `files` hold exactly these tensors as floats: quantization has lost the original values.
+    """
+
+    def __init__(self, model: Transformer, files: TensorFiles, what: str) -> None:
+        self.model, self.files = model, files
+        self.weights = match_weights(model, files, *transformer_names(model, files), what)
+        parts = [part for weight in self.weights.values() for part in weight.parts]
+        if quantized := [part.weight.key for part in parts if part.form != "plain"]:
+            raise WeightsError(
+                f"{files.place} is quantized ({listed(quantized, 2)}): rounding would lose most of an adapter, and the "
+                "original values are not in it. Give the published files in bfloat16 (--path)"
+            )
+
+    def each(self, names: Iterable[str], device: torch.device, use: Callable[[str, Tensor], None]) -> None:
+        """Call `use` with each name and its tensor on `device`, in the dtype of the file, in this order."""
+
+        def task(name: str, weight: Weight) -> ReadTask:
+            return ReadTask(weight.reads(device), lambda tensors: use(name, weight.dequantized(tensors, torch.float32)))
+
+        with torch.no_grad():
+            run_tasks([task(name, self.weights[name]) for name in names])
+        self.files.check_unchanged()
 
 
 def load_transformer(
@@ -248,9 +234,7 @@ def load_transformer(
         return model.eval()
 
     def blocks(model: Transformer) -> dict[str, Callable[[], None]]:
-        if ready is None:
-            return {}
-        return {name: partial(ready, model.get_submodule(name)) for name in model.config.block_names}
+        return {name: partial(ready, model.get_submodule(name)) for name in model.config.block_names} if ready else {}
 
     files = tensor_files(source, "transformer")
     model = build()
@@ -267,7 +251,7 @@ def load_transformer(
         filled = fill(model, files, published, what, device, precision.dtype, ignored, host, digests, blocks(model))
         if description := filled.description(files):
             say(description)
-        if copies is not None and digests is not None and filled.quantized:
+        if copies and digests and filled.quantized:
             copies.write(model, digests)
     if ready is not None:
         ready(model)
@@ -277,14 +261,12 @@ def load_transformer(
 def load_text_projection(source: ModelSource, device: torch.device | str, dtype: torch.dtype) -> nn.Linear:
     """Return the transformer's projection of embeddings, `txt_in`: (.., text_width) -> (.., hidden)."""
     with torch.device("meta"):
-        whole = Transformer(source.variant.transformer)
-    model = nn.Module()
-    model.txt_in = whole.txt_in
-    files = tensor_files(source, "transformer")
+        projection = Transformer(source.variant.transformer).txt_in
+    assert isinstance(projection, nn.Linear)
+    model, files = nn.ModuleDict({"txt_in": projection}), tensor_files(source, "transformer")
     published, _ = transformer_names(model, files)
     fill(model, files, published, f"txt_in of {source.variant.name}", device, dtype, ignored=lambda name: True)
-    assert isinstance(whole.txt_in, nn.Linear)
-    return whole.txt_in
+    return projection
 
 
 def load_autoencoder(
@@ -320,22 +302,20 @@ def load_text_encoder(
     files = tensor_files(source, "text_encoder")
     folder = source.folder("text_encoder")
     text = source.variant.text
-    config_file = folder / "config.json"
-    if not config_file.exists():
+    if not (folder / "config.json").exists():
         raise WeightsError(f"{folder} holds no config.json. Give a complete text encoder")
     try:
         with torch.device("meta"):
-            model = build(json.loads(config_file.read_text()), text)
+            model = build(json.loads((folder / "config.json").read_text()), text)
         if storage is not None:
             quantize_text_encoder(model, storage, dtype)
     except ValueError as error:
         raise WeightsError(f"{folder}: {error}") from error
     width = len(text.layers) * model.get_parameter("embed_tokens.weight").shape[1]
-    takes = source.variant.transformer.text_width
-    if width != takes:
+    if width != source.variant.transformer.text_width:
         raise WeightsError(
-            f"{folder} gives embeddings of width {width}, but {source.variant.name} takes {takes}. Give its own text "
-            "encoder"
+            f"{folder} gives embeddings of width {width}, but {source.variant.name} takes "
+            f"{source.variant.transformer.text_width}. Give its own text encoder"
         )
     prefix = language_prefix(files)
     read = {name: PublishedTensor((prefix + name,)) for name in expected_shapes(model)}

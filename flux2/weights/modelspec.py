@@ -7,7 +7,6 @@ knows: `Flux.2-dev`, `Flux.2-klein-4b`, `Flux.2-klein-9b`, for base and distille
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 from collections.abc import Mapping
 
@@ -31,41 +30,24 @@ ARCHITECTURES = {
 }
 
 
-def metadata(
-    *,
-    base: str,
-    title: str,
-    lora: bool,
-    names: str = "bfl",
-    license: str = "",
-    resolution: int | None = None,
-    trigger: str = "",
-    description: str = "",
-    merged_from: str = "",
-    dated: bool = False,
-) -> dict[str, str]:
+def metadata(*, base: str, title: str, lora: bool, diffusers: bool, license: str = "", **more: str) -> dict[str, str]:
     """Return the metadata of a safetensors file, except the hash.
 
     Args:
         base: A variant or a repository.
         lora: Whether the file is a LoRA; otherwise it is a full checkpoint.
-        names: Naming scheme of the tensors, `bfl` or `diffusers`.
-        dated: Whether to add the date; without it the same training gives the same bytes.
+        diffusers: Whether the tensors have diffusers' names; otherwise they have Black Forest Labs'.
+        more: Other fields of ModelSpec; empty ones are left out.
     """
     variant = find_variant(base)
     name = variant.name if variant else base
     spec = {
         "sai_model_spec": VERSION,
         "architecture": ARCHITECTURES.get(name, name) + ("/lora" if lora else ""),
-        "implementation": "diffusers" if names == "diffusers" else BFL,
+        "implementation": "diffusers" if diffusers else BFL,
         "title": title,
-        "resolution": f"{resolution}x{resolution}" if resolution else "",
-        "trigger_phrase": trigger,
-        "usage_hint": f"Trigger word: {trigger}" if trigger else "",
-        "description": description,
+        **more,
         "license": license,
-        "merged_from": merged_from,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat() if dated else "",
     }
     kept = {"format": "pt", "base_model": base} | ({"base_model_license": license} if license else {})
     return kept | {PREFIX + key: value for key, value in spec.items() if value}

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import xxhash
 from torch import Tensor
 
-from flux2.weights.safetensors_files import StoredTensor, damaged_file
-from flux2.weights.sources import WeightsError
+from flux2.weights.safetensors_files import StoredTensor
 
 CHUNK = 16 << 20  # bytes that a thread reads at once
 THREADS = 4
@@ -50,7 +49,7 @@ class TensorRead:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return sum(piece.size for piece in self.pieces)
 
 
 def read_of(stored: StoredTensor, device: torch.device) -> TensorRead:
@@ -93,16 +92,10 @@ class Digests:
         return xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
 
 
-def chunks(size: int) -> Iterable[tuple[int, int]]:
-    """Return start and stop of the chunks in which `size` bytes are read and summed up."""
-    return ((start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
-
-
 def checksum(data: memoryview) -> str:
     """Return what `Digests.of` returns for a tensor of these bytes that was read completely."""
-    return xxhash.xxh3_128_hexdigest(
-        b"".join(xxhash.xxh3_128_digest(data[start:stop]) for start, stop in chunks(len(data)))
-    )
+    chunks = (data[start : start + CHUNK] for start in range(0, len(data), CHUNK))
+    return xxhash.xxh3_128_hexdigest(b"".join(map(xxhash.xxh3_128_digest, chunks)))
 
 
 def needs_staging(memory: Tensor) -> bool:
@@ -110,63 +103,40 @@ def needs_staging(memory: Tensor) -> bool:
     return memory.device.type != "cpu"
 
 
-@dataclass
-class ReaderThreadState(threading.local):
-    """A reading thread's pinned buffer, and the stream for its copies."""
+class Reader(threading.local):
+    """Reads chunks into memory on any device. Each thread has its own staging buffer, and stream for its copies."""
 
-    buffer: Tensor | None = None
     stream: torch.cuda.Stream | None = None
 
+    def __init__(self, digests: Digests | None) -> None:
+        self.digests = digests
 
-@dataclass
-class Reader:
-    """Reads chunks into memory on any device. Its methods run in threads."""
+    @cached_property
+    def buffer(self) -> Tensor:
+        return torch.empty(CHUNK, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
-    digests: Digests | None = None
-    thread_state: ReaderThreadState = field(default_factory=ReaderThreadState)
-
-    def read_chunk(self, piece: Piece, start: int, stop: int, memory: Tensor, ready: torch.cuda.Event | None) -> None:
-        """Read bytes `start` to `stop` of `piece` into `memory`, (stop - start,) uint8."""
+    def read_chunk(self, stored: StoredTensor, offset: int, memory: Tensor, ready: torch.cuda.Event | None) -> None:
+        """Fill `memory`, uint8, with the bytes of `stored` from `offset`."""
         staged = needs_staging(memory)
-        target = self.staging_buffer(memory.device)[: stop - start] if staged else memory
+        target = self.buffer[: len(memory)] if staged else memory
         view = target.numpy().data
-        read_into(view, piece.stored, piece.offset + start)
+        stored.read_into(view, offset)
         if self.digests is not None:
-            self.digests.add(piece.stored, piece.offset + start, view)
+            self.digests.add(stored, offset, view)
         if staged:
             self.copy_to_device(target, memory, ready)
-
-    def staging_buffer(self, device: torch.device) -> Tensor:
-        if self.thread_state.buffer is None:
-            self.thread_state.buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        return self.thread_state.buffer
 
     def copy_to_device(self, source: Tensor, memory: Tensor, ready: torch.cuda.Event | None) -> None:
         """Copy to the device, and wait for it: the buffer is reused at once."""
         if ready is None:
             memory.copy_(source)
             return
-        if self.thread_state.stream is None:
-            self.thread_state.stream = torch.cuda.Stream(memory.device)
-        with torch.cuda.stream(self.thread_state.stream):
-            self.thread_state.stream.wait_event(ready)  # the memory may have been another tensor's that is still in use
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(memory.device)
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)  # the memory may have been another tensor's that is still in use
             memory.copy_(source, non_blocking=True)
-        self.thread_state.stream.synchronize()
-
-
-def read_into(view: memoryview, stored: StoredTensor, offset: int) -> None:
-    """Fill `view` with the bytes of a stored tensor, starting at `offset`."""
-    done = 0
-    try:
-        with stored.file.open("rb", buffering=0) as handle:
-            handle.seek(stored.start + offset)
-            while done < len(view):
-                count = handle.readinto(view[done:])
-                if not count:
-                    raise damaged_file(stored.file, f"it ends within {stored.key}")
-                done += count
-    except OSError as error:
-        raise WeightsError(f"{stored.file}: {stored.key} cannot be read ({error.strerror})") from error
+        self.stream.synchronize()
 
 
 def group_by_module(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable[[], None]]) -> list[ReadTask]:
@@ -176,14 +146,8 @@ def group_by_module(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable
     """
     remaining, ordered = dict(jobs), []
     for module, ready in modules.items():
-        of_module = [remaining.pop(name) for name in list(remaining) if name.startswith(f"{module}.")]
-        last = of_module.pop()
-
-        def use(tensors: dict[str, Tensor], last: ReadTask = last, ready: Callable[[], None] = ready) -> None:
-            last.use(tensors)
-            ready()
-
-        ordered += [*of_module, ReadTask(last.reads, use)]
+        ordered += [remaining.pop(name) for name in list(remaining) if name.startswith(f"{module}.")]
+        ordered.append(ReadTask({}, lambda tensors, ready=ready: ready()))  # type: ignore[misc]
     return [*remaining.values(), *ordered]
 
 
@@ -221,12 +185,9 @@ def start_task(job: ReadTask, reader: Reader, pool: ThreadPoolExecutor) -> tuple
     for name, read in job.reads.items():
         memory = torch.empty(read.nbytes, dtype=torch.uint8, device=read.device)
         ready = torch.cuda.current_stream(read.device).record_event() if read.device.type == "cuda" else None
-        offset = 0
-        for piece in read.pieces:
-            for start, stop in chunks(piece.size):
-                part = memory[offset + start : offset + stop]
-                futures.append(pool.submit(reader.read_chunk, piece, start, stop, part, ready))
-            offset += piece.size
-        assert offset == read.nbytes, f"{name}: {offset} bytes for {read.nbytes}"
+        for piece, target in zip(read.pieces, memory.split([piece.size for piece in read.pieces]), strict=True):
+            for start in range(0, piece.size, CHUNK):
+                part = target[start : start + CHUNK]
+                futures.append(pool.submit(reader.read_chunk, piece.stored, piece.offset + start, part, ready))
         tensors[name] = memory.view(read.dtype).reshape(read.shape)
     return tensors, futures

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
@@ -49,14 +49,17 @@ class StoredPart:
     unused: tuple[str, ...] = ()  # names in the file that belong to the weight and are not read
 
     @property
+    def weight(self) -> StoredTensor:
+        return self.stored["weight"]
+
+    @property
     def names(self) -> set[str]:
         return {stored.key for stored in self.stored.values()} | set(self.unused)
 
     @property
     def description(self) -> str:
         """File and key of the weight, for errors."""
-        weight = self.stored["weight"]
-        return f"{weight.file}: {weight.key}"
+        return f"{self.weight.file}: {self.weight.key}"
 
 
 def find_part(files: TensorFiles, name: str) -> StoredPart | None:
@@ -71,9 +74,8 @@ def find_part(files: TensorFiles, name: str) -> StoredPart | None:
     module = name.removesuffix("weight")
     scale = next((module + leaf for leaf in SCALES if module + leaf in files.names), None)
     tensors = {"weight": stored} | ({"weight_scale": files[scale]} if scale else {})
-    part = StoredPart(
-        "fp8", stored.shape, tensors, tuple(module + leaf for leaf in UNUSED if module + leaf in files.names)
-    )
+    unused = tuple(module + leaf for leaf in UNUSED if module + leaf in files.names)
+    part = StoredPart("fp8", stored.shape, tensors, unused)
     if scale and prod(files[scale].shape) not in (1, stored.shape[0]):
         raise WeightsError(
             f"{part.description} of shape {stored.shape} has a scale of shape {files[scale].shape}. Give files with "
@@ -92,8 +94,10 @@ def find_nf4_part(files: TensorFiles, stored: StoredTensor) -> StoredPart:
             f"{stored.file}: {name} is in 4 bits, but not in NF4: {state} is missing, there is "
             f"{kinds[0] if kinds else 'no quant_state'}. Give NF4, FP8 or float weights"
         )
+    raw = bytearray(files[state].size)
+    files[state].read_into(memoryview(raw))
     try:
-        shape = tuple(json.loads(bytes(files.small(state).tolist()))["shape"])
+        shape = tuple(json.loads(raw)["shape"])
         if not all(isinstance(side, int) for side in shape):
             raise ValueError(f"shape {shape}")
     except (ValueError, KeyError, TypeError) as error:
@@ -108,11 +112,16 @@ class Weight:
 
     entry: PublishedTensor
     parts: tuple[StoredPart, ...]
-    is_joined: bool = field(init=False)  # whether it is read as one tensor, its parts one after the other
 
-    def __post_init__(self) -> None:
-        dtypes = {part.stored["weight"].dtype for part in self.parts}
-        self.is_joined = len(dtypes) == 1 and all(part.form != "nf4" for part in self.parts)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in the file, of the first part if they differ."""
+        return self.parts[0].weight.dtype
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether it is read as one tensor, its parts one after the other."""
+        return all(part.form != "nf4" and part.weight.dtype == self.dtype for part in self.parts)
 
     @property
     def plain(self) -> bool:
@@ -133,17 +142,12 @@ class Weight:
             if not (self.is_joined and key == "weight")
         }
         if self.is_joined:
-            dtype = self.parts[0].stored["weight"].dtype
-            reads["weight"] = TensorRead(dtype, tuple(self.shape), self.pieces(), device)
+            pieces = tuple(Piece(part.weight, 0, part.weight.size) for part in self.parts)
+            if self.entry.kind == "swapped":
+                weight, half = self.parts[0].weight, self.parts[0].weight.size // 2
+                pieces = Piece(weight, half, half), Piece(weight, 0, half)
+            reads["weight"] = TensorRead(self.dtype, tuple(self.shape), pieces, device)
         return reads
-
-    def pieces(self) -> tuple[Piece, ...]:
-        """Return the bytes of the weights, in our order."""
-        stored = [part.stored["weight"] for part in self.parts]
-        if self.entry.kind != "swapped":
-            return tuple(Piece(one, 0, one.size) for one in stored)
-        half = stored[0].size // 2
-        return Piece(stored[0], half, half), Piece(stored[0], 0, half)
 
     def dequantized(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Return the float tensor: a plain one as it was read, any other in `dtype`."""
@@ -185,17 +189,14 @@ class Weight:
 
     def keep_stored_form(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> bool:
         """Put the weight into the layer as it is in the file; return False, doing nothing, if its format differs."""
-        forms = {part.form for part in self.parts}
-        if isinstance(layer, Nf4Linear) and forms == {"nf4"}:
+        joined = None
+        if isinstance(layer, Nf4Linear) and all(part.form == "nf4" for part in self.parts):
             joined = self.joined_nf4(tensors)
-        elif isinstance(layer, Float8Linear) and self.is_joined and tensors["weight"].dtype == torch.float8_e4m3fn:
+        elif isinstance(layer, Float8Linear) and self.is_joined and self.dtype == torch.float8_e4m3fn:
             joined = {"weight": tensors["weight"], "weight_scale": self.scales(tensors)}
-        else:
-            joined = None
-        if joined is None:
-            return False
-        self.adopt(layer, joined)
-        return True
+        if joined is not None:
+            self.adopt(layer, joined)
+        return joined is not None
 
     def adopt(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> None:
         try:
@@ -215,26 +216,20 @@ class Weight:
         if len(runs) == 1 and "weight.nested_absmax" in first and runs[0] % (BLOCK * NESTED_BLOCK) == 0:
             reordered = ("weight", "weight.absmax", "weight.nested_absmax")
             return first | {key: self.entry.join([first[key]]) for key in reordered}
-        layers = [self.layer(i, tensors) for i in range(len(self.parts))]
-        return join_blocks(self.entry, layers, tuple(self.shape))
+        return self.join_blocks([self.layer(i, tensors) for i in range(len(self.parts))])
 
+    def join_blocks(self, layers: Sequence[Nf4Linear]) -> dict[str, Tensor]:
+        """Return the storage, in bitsandbytes' keys, of the parts as layers, with block scales in float32."""
+        import bitsandbytes.functional as bnb
 
-def join_blocks(entry: PublishedTensor, layers: Sequence[Nf4Linear], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Return the storage, in bitsandbytes' keys, of layers joined by `entry`, with block scales in float32."""
-    import bitsandbytes.functional as bnb
-
-    scales = []
-    for layer in layers:
-        state = layer.state(torch.float32, (layer.out_features, layer.in_features))
-        nested = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if layer.nested else state.absmax
-        scales.append(nested.float())
-    state = bnb.QuantState(
-        entry.join(scales),
-        shape=torch.Size(shape),
-        code=state.code,
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=layers[0].source_dtype,
-    )
-    stored = {f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
-    return {"weight": entry.join([layer.qweight.detach() for layer in layers])} | stored
+        scales = []
+        for layer in layers:
+            state = layer.state(torch.float32, (layer.out_features, layer.in_features))
+            absmax = state.absmax
+            if layer.nested:
+                absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+            scales.append(absmax.float())
+        absmax, dtype = self.entry.join(scales), layers[0].source_dtype
+        joined = bnb.QuantState(absmax, self.shape, state.code, BLOCK, quant_type="nf4", dtype=dtype)
+        stored = {f"weight.{key}": tensor for key, tensor in joined.as_dict(packed=True).items()}
+        return {"weight": self.entry.join([layer.qweight.detach() for layer in layers])} | stored

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from math import prod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import filelock
@@ -34,9 +33,9 @@ from flux2.quantization.precision import Precision
 from flux2.utils.files import atomic_write, remove_unfinished
 from flux2.utils.text import gigabytes
 from flux2.weights.parallel_reader import Digests, ReadTask, checksum, group_by_module, read_of, run_tasks
-from flux2.weights.safetensors_files import DTYPE_NAMES, TensorFiles
+from flux2.weights.safetensors_files import DTYPE_NAMES, StoredTensor, TensorFiles
 from flux2.weights.sources import WeightsError
-from flux2.weights.streaming_writer import Plan, file_header, nbytes, raw_bytes
+from flux2.weights.streaming_writer import Plan, file_header, raw_bytes
 
 VERSION = 2
 SPARE = 1 << 30  # bytes of the disk that stay free after a copy is written
@@ -68,8 +67,17 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers that do not belong to a quantized layer."""
-    own = tuple(f"{name}." for name in quantized_layers(model))
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
+    prefixes = tuple(f"{name}." for name in quantized_layers(model))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a copy of `model` by name, in the order of the file."""
+    layers = quantized_layers(model).items()
+    tensors = {f"{name}.{key}": tensor for name, layer in layers for key, tensor in layer.storage().items()}
+    tensors |= plain_tensors(model)
+    # large elements first: the format requires a tensor to start at a multiple of its element size
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 class QuantizedCache:
@@ -78,7 +86,6 @@ class QuantizedCache:
     Args:
         folder: Folder of all copies; created when one is written.
         name: The model's name, which the file names start with.
-        files: The files that are copied.
         model: The converted model; its weights are not needed.
         say: Receives one line for each copy that is read or written, or the reason why not.
     """
@@ -90,11 +97,9 @@ class QuantizedCache:
         files: TensorFiles,
         model: nn.Module,
         precision: Precision,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None],
     ) -> None:
-        self.folder = folder
-        self.files = files
-        self.say = say
+        self.folder, self.files, self.say = folder, files, say
         self.stem = f"{name}-{precision.recipe}"
         self.damaged: Path | None = None
         self.recipe = [VERSION, precision.recipe, str(precision.dtype), sorted(quantized_layers(model))]
@@ -113,13 +118,8 @@ class QuantizedCache:
         copy = self.copy_of(str(content))
         return copy if copy.is_file() else None
 
-    # -------------------------------------------------------------- reading
-
     def read(
-        self,
-        model: nn.Module,
-        home: Callable[[str], torch.device],
-        modules: Mapping[str, Callable[[], None]] | None = None,
+        self, model: nn.Module, home: Callable[[str], torch.device], modules: Mapping[str, Callable[[], None]]
     ) -> bool:
         """Fill `model` from the copy, each tensor on the device `home(name)`; return False if there is no valid copy.
 
@@ -129,7 +129,7 @@ class QuantizedCache:
         if copy is None:
             return False
         try:
-            self.fill(model, copy, home, modules or {})
+            self.fill(model, copy, home, modules)
         except (WeightsError, ValueError) as error:  # a layer raises ValueError for storage that is not its own
             self.damaged = copy
             reason = str(error).partition(". It is damaged")[0]  # without the advice for downloads
@@ -148,45 +148,36 @@ class QuantizedCache:
         """Fill `model` from `copy`. Raises WeightsError or ValueError if the copy is damaged."""
         files = TensorFiles([copy])
         try:
-            sums = json.loads(files.metadata["checksums"])
-            is_complete = files.metadata["layout"] == layout(files.plan)
-        except (KeyError, TypeError, ValueError):
-            sums, is_complete = None, False
-        if not isinstance(sums, dict):
-            raise WeightsError(f"{copy} holds no checksums")
-        if not is_complete:
+            sums = dict(json.loads(files.metadata["checksums"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{copy} holds no checksums") from error
+        if files.metadata.get("layout") != layout(files.plan):
             raise WeightsError(f"{copy}: dtypes and shapes differ from those that were written")
         digests = Digests()
-        unread = files.names
-        jobs: dict[str, ReadTask] = {}
 
-        def job(wanted: dict[str, str], device: torch.device, use: Callable[[dict[str, Tensor]], None]) -> ReadTask:
-            if absent := sorted(set(wanted.values()) - unread):
-                raise WeightsError(f"{copy} does not hold {absent[0]}")
-            unread.difference_update(wanted.values())
-            stored = {key: files[name] for key, name in wanted.items()}
-
-            def checked(tensors: dict[str, Tensor]) -> None:
+        def task(name: str, stored: dict[str, StoredTensor], use: Callable[[dict[str, Tensor]], None]) -> ReadTask:
+            def check_and_use(tensors: dict[str, Tensor]) -> None:
                 for one in stored.values():
                     if digests.of(one) != sums.get(one.key):
                         raise WeightsError(f"{copy}: the bytes of {one.key} differ from those that were written")
                 use(tensors)
 
-            return ReadTask({key: read_of(one, device) for key, one in stored.items()}, checked)
+            return ReadTask({key: read_of(one, home(name)) for key, one in stored.items()}, check_and_use)
 
+        tasks: dict[str, ReadTask] = {}
+        rest = dict(files.tensors)
         for name, layer in quantized_layers(model).items():
-            start = f"{name}."
-            own = {key.removeprefix(start): key for key in files.names if key.startswith(start)}
-            jobs[name] = job(own, home(name), layer.adopt)
-        for name, tensor in plain_tensors(model).items():
-            if name in files.names and files[name].shape != tensor.shape:
-                raise WeightsError(f"{copy}: {name} has shape {files[name].shape} instead of {tuple(tensor.shape)}")
-            jobs[name] = job({name: name}, home(name), lambda tensors: set_tensor(model, *tensors.popitem()))
-        if unread:
-            raise WeightsError(f"{copy} holds {sorted(unread)[0]}, which the model does not")
-        run_tasks(group_by_module(jobs, modules), digests)
-
-    # -------------------------------------------------------------- writing
+            prefix = f"{name}."
+            stored = {key.removeprefix(prefix): rest.pop(key) for key in files.names if key.startswith(prefix)}
+            tasks[name] = task(name, stored, layer.adopt)
+        plain = plain_tensors(model)
+        if unpaired := sorted(plain.keys() ^ rest.keys()):
+            raise WeightsError(f"{copy} and the model do not both have {unpaired[0]}")
+        for name, tensor in plain.items():
+            if rest[name].shape != tensor.shape:
+                raise WeightsError(f"{copy}: {name} has shape {rest[name].shape} instead of {tuple(tensor.shape)}")
+            tasks[name] = task(name, {name: rest[name]}, lambda tensors: set_tensor(model, *tensors.popitem()))
+        run_tasks(group_by_module(tasks, modules), digests)
 
     def write(self, model: nn.Module, digests: Digests) -> None:
         """Write a copy of the filled `model`, whose files have the contents `digests`, or say why there is none."""
@@ -207,51 +198,32 @@ class QuantizedCache:
 
     def write_new(self, model: nn.Module, copy: Path) -> None:
         remove_unfinished(copy)
-        writer = CopyWriter(model)
-        free = shutil.disk_usage(self.folder).free
-        size = gigabytes(writer.size)
-        if writer.size + SPARE > free:
+        tensors = stored_tensors(model)
+        free, size = shutil.disk_usage(self.folder).free, sum(tensor.nbytes for tensor in tensors.values())
+        if size + SPARE > free:
             self.say(
-                f"no quantized copy is kept, so that the next start quantizes again: it needs {size} and "
+                f"no quantized copy is kept, so that the next start quantizes again: it needs {gigabytes(size)} and "
                 f"{gigabytes(SPARE)} to spare, and {self.folder} has {gigabytes(free)} free"
             )
             return
-        self.say(f"writing a quantized copy of {size} to {copy} ({gigabytes(free)} free)")
+        self.say(f"writing a quantized copy of {gigabytes(size)} to {copy} ({gigabytes(free)} free)")
         with atomic_write(copy) as unfinished:
-            writer.write(unfinished)
+            write_with_checksums(unfinished, tensors)
 
 
-class CopyWriter:
-    """Writes a filled model as a safetensors file with checksums; `size` is the bytes of all tensors."""
+def write_with_checksums(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file with the checksum of each tensor in its metadata."""
+    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    sums = dict.fromkeys(plan, NO_CHECKSUM)
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        tensors: Plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors()}
-        # large elements first: the format requires a tensor to start at a multiple of its element size
-        self.plan: Plan = dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize))
-        self.size = nbytes(self.plan)
+    def header() -> bytes:  # as many bytes for any checksums
+        return file_header(plan, {"format": "pt", "layout": layout(plan), "checksums": json.dumps(sums)})
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, layer in quantized_layers(self.model).items():
-            yield from ((f"{name}.{key}", tensor) for key, tensor in layer.storage().items())
-        yield from plain_tensors(self.model).items()
-
-    def header(self, sums: dict[str, str]) -> bytes:
-        """Return the bytes before the data; their number does not depend on the checksums."""
-        about = {"format": "pt", "layout": layout(self.plan), "checksums": json.dumps(sums)}
-        return file_header(self.plan, about)
-
-    def write(self, file: Path) -> None:
-        sums = dict.fromkeys(self.plan, NO_CHECKSUM)
-        starts, start = {}, len(self.header(sums))
-        for name, (dtype, shape) in self.plan.items():
-            starts[name] = start
-            start += prod(shape) * dtype.itemsize
-        with file.open("wb") as handle:
-            for name, tensor in self.tensors():
-                data = raw_bytes(tensor)
-                handle.seek(starts[name])
-                handle.write(data)
-                sums[name] = checksum(data)
-            handle.seek(0)
-            handle.write(self.header(sums))
+    with file.open("wb") as handle:
+        handle.write(header())
+        for name, tensor in tensors.items():
+            data = raw_bytes(tensor)
+            handle.write(data)
+            sums[name] = checksum(data)
+        handle.seek(0)
+        handle.write(header())

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flux2.weights.sources import ModelSource, Part, WeightsError
 
@@ -49,6 +48,16 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     size: int
+
+    def read_into(self, view: memoryview, offset: int = 0) -> None:
+        """Fill `view` with the bytes from `offset`. Raises WeightsError that names file and tensor."""
+        try:
+            with self.file.open("rb") as handle:
+                handle.seek(self.start + offset)
+                if handle.readinto(view) < len(view):
+                    raise damaged_file(self.file, f"it ends within {self.key}")
+        except OSError as error:
+            raise WeightsError(f"{self.file}: {self.key} cannot be read ({error.strerror})") from error
 
 
 def damaged_file(file: Path, what: str) -> WeightsError:
@@ -135,27 +144,22 @@ def check_places(file: Path, tensors: dict[str, StoredTensor], begin: int, size:
             raise damaged_file(file, f"it ends within {last}: {size} bytes, and the tensors up to it need {end}")
     if end < size:
         raise damaged_file(file, f"{size - end} bytes follow its last tensor {last}")
-    if last and tensors[last].size >= BLANK and is_blank(file, size - BLANK):
-        raise damaged_file(file, f"{last} ends in {BLANK} bytes of zeros, as in allocated space that was never written")
-
-
-def is_blank(file: Path, start: int) -> bool:
-    with file.open("rb") as handle:
-        handle.seek(start)
-        return not any(handle.read(BLANK))
+    if last and tensors[last].size >= BLANK:
+        with file.open("rb") as handle:
+            handle.seek(size - BLANK)
+            if not any(handle.read(BLANK)):
+                what = f"{last} ends in {BLANK} bytes of zeros, as in allocated space that was never written"
+                raise damaged_file(file, what)
 
 
 class TensorFiles:
     """The tensors of one or several safetensors files by name.
 
-    Raises:
-        WeightsError: A file is incomplete, or two files hold the same tensor.
+    Raises WeightsError if a file is incomplete, or two files hold the same tensor.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = sorted(files)
-        if not self.files:
-            raise WeightsError("no .safetensors file was found")
         self.identities = [file_identity(file) for file in self.files]
         self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
@@ -183,16 +187,6 @@ class TensorFiles:
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
 
-    def small(self, name: str) -> Tensor:
-        """Return a small tensor, read at once."""
-        stored = self.tensors[name]
-        with stored.file.open("rb") as handle:
-            handle.seek(stored.start)
-            raw = bytearray(handle.read(stored.size))
-        if len(raw) < stored.size:
-            raise damaged_file(stored.file, f"it ends within {name}")
-        return torch.frombuffer(raw, dtype=stored.dtype).reshape(stored.shape)
-
     def check_unchanged(self) -> None:
         """Raise WeightsError if a file was written to since the headers were read."""
         for file, before in zip(self.files, self.identities, strict=True):
@@ -211,18 +205,16 @@ def file_identity(file: Path) -> tuple[str, int, int, int]:
 
 def part_files(folder: Path) -> TensorFiles:
     """Return the tensors of a published folder: of the shards that its index names, or of every safetensors file."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if not indexes:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise WeightsError(f"{folder} holds no .safetensors file")
-        return TensorFiles(files)
-    try:
-        shards = {folder / shard for shard in json.loads(indexes[0].read_text())["weight_map"].values()}
-    except (json.JSONDecodeError, KeyError) as error:
-        raise WeightsError(f"{indexes[0]} is not an index of shards ({error!r}): download it again") from error
-    if absent := sorted(shard.name for shard in shards if not shard.exists()):
-        raise WeightsError(f"{folder}: its index names files that do not exist: {', '.join(absent)}")
+    shards = set(folder.glob("*.safetensors"))
+    for index in sorted(folder.glob("*.safetensors.index.json"))[:1]:
+        try:
+            shards = {folder / shard for shard in json.loads(index.read_text())["weight_map"].values()}
+        except (json.JSONDecodeError, KeyError) as error:
+            raise WeightsError(f"{index} is not an index of shards ({error!r}): download it again") from error
+        if absent := sorted(shard.name for shard in shards if not shard.exists()):
+            raise WeightsError(f"{folder}: its index names files that do not exist: {', '.join(absent)}")
+    if not shards:
+        raise WeightsError(f"{folder} holds no .safetensors file")
     return TensorFiles(shards)
 
 

@@ -34,18 +34,13 @@ class Fingerprints:
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._kept = {} if file is None else self._read(file)
-        self._found = dict(self._kept)
-
-    @staticmethod
-    def _read(file: Path) -> dict[str, str]:
+        self._kept: dict[str, str] = {}
         try:
-            return {str(name): str(value) for name, value in json.loads(file.read_text()).items()}
-        except FileNotFoundError:
-            return {}
+            if file is not None and file.exists():
+                self._kept = {str(name): str(value) for name, value in json.loads(file.read_text()).items()}
         except (OSError, ValueError, AttributeError) as error:
             log.warning("%s cannot be read (%s): fingerprints are computed from the model's files", file, error)
-            return {}
+        self._found = dict(self._kept)
 
     def get(self, name: str) -> str | None:
         return self._found.get(name)
@@ -79,12 +74,10 @@ class ModelSource:
     fingerprints: Fingerprints | None = field(default=None, compare=False, repr=False)
 
     def where(self, part: Part) -> str:
-        own_location = {"vae": self.autoencoder, "transformer": None}.get(part, self.text_encoder)
-        if own_location:
-            return own_location
-        if part != "transformer" and self.path.endswith(".safetensors"):
+        setting = self.key(part).removeprefix("model.")
+        if setting == "path" and part != "transformer" and self.path.endswith(".safetensors"):
             return self.variant.repo or str(TINY_FOLDER)
-        return self.path
+        return str(getattr(self, setting))
 
     def key(self, part: Part) -> str:
         """Return the setting that gives the location of a part, for errors."""
@@ -92,10 +85,7 @@ class ModelSource:
         return f"model.{setting}" if getattr(self, setting) else "model.path"
 
     def file(self, part: Part) -> Path | None:
-        """Return the single file of a part, or None if its location is a folder or repository.
-
-        Raises WeightsError if the file does not exist.
-        """
+        """Return a part's single file, None if its location is no file. Raises WeightsError if it does not exist."""
         where = self.where(part)
         if not where.endswith(".safetensors"):
             return None
@@ -140,8 +130,6 @@ def looks_local(where: str) -> bool:
 
 def download(repo: str, part: Part) -> str:
     """Return the snapshot folder of one part of a repository, downloaded. Raises WeightsError with a remedy."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise WeightsError(f"{repo!r} is neither a file nor a folder nor a repository id (owner/name)")
     try:
         snapshot = huggingface_hub.snapshot_download(repo, allow_patterns=[f"{part}/*"])
     except hub_errors.GatedRepoError as error:
@@ -192,7 +180,7 @@ def fingerprint(source: ModelSource, part: Part) -> str:
     or are not downloaded, and `source.fingerprints` knows the part, that is returned, after a warning.
     """
     name = f"{part} of {source.where(part)}"
-    known = source.fingerprints.get(name) if source.fingerprints is not None else None
+    known = source.fingerprints.get(name) if source.fingerprints else None
     try:
         if known is not None and not is_available(source, part):
             raise WeightsError(f"{source.where(part)} is not downloaded")
@@ -202,7 +190,7 @@ def fingerprint(source: ModelSource, part: Part) -> str:
             raise
         log.warning("using the cached results of the last known %s (%s)", name, error)
         return known
-    if source.fingerprints is not None:
+    if source.fingerprints:
         source.fingerprints.set(name, current)
     return current
 
@@ -220,12 +208,8 @@ def digest_of_files(source: ModelSource, part: Part) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as handle:
-            if file.suffix != ".safetensors":
-                digest.update(handle.read())
-                continue
-            if size <= FULL_HASH_LIMIT:
-                while block := handle.read(1 << 20):
-                    digest.update(block)
+            if file.suffix != ".safetensors" or size <= FULL_HASH_LIMIT:
+                hashlib.file_digest(handle, lambda: digest)
                 continue
             digest.update(handle.read(8 + int.from_bytes(handle.read(8), "little")))
             for i in range(SAMPLES):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,14 +65,14 @@ class SafetensorsFile:
     """A file that is being written."""
 
     def __init__(self, path: Path, plan: Plan, metadata: Mapping[str, str]) -> None:
-        self.path, self.plan, self.metadata = path, plan, dict(metadata)
+        self.path, self.plan, self.metadata = path, plan, metadata
         self.todo = list(plan)
         self.hash = hashlib.sha256()
         self.handle: BinaryIO = path.open("wb")
         self._write_header(NO_HASH)
 
     def _write_header(self, digest: str) -> None:  # as many bytes for any digest
-        self.handle.write(file_header(self.plan, self.metadata | {HASH: digest}))
+        self.handle.write(file_header(self.plan, {**self.metadata, HASH: digest}))
 
     def write(self, name: str, tensor: Tensor) -> None:
         assert self.todo[:1] == [name], f"{name} is not next in {self.path}"
@@ -89,25 +89,20 @@ class SafetensorsFile:
         self.handle.close()
 
 
-class SafetensorsWriter(ExitStack):
-    """Context manager that writes several files, each tensor to the file that plans it, and closes them at the end."""
+@contextmanager
+def safetensors_writer(
+    plans: Mapping[Path, Plan], metadata: Mapping[str, str]
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """Context manager that yields a function which writes a tensor to the file that plans it, in the order of its plan.
 
-    def __init__(self, files: Mapping[Path, Plan], metadata: Mapping[str, str]) -> None:
-        super().__init__()
-        self.files: list[SafetensorsFile] = []
-        try:
-            for path, plan in files.items():
-                self.files.append(SafetensorsFile(path, plan, metadata))
-                self.callback(self.files[-1].handle.close)
-        except BaseException:
-            self.close()
-            raise
-        self.home = {name: file for file in self.files for name in file.plan}
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor. Tensors must come in the order of their file's plan."""
-        self.home[name].write(name, tensor)
-
-    def finish(self) -> None:
-        for file in self.files:
+    At the end all files are finished; after an exception they are only closed.
+    """
+    with ExitStack() as stack:
+        files: list[SafetensorsFile] = []
+        for path, plan in plans.items():
+            files.append(SafetensorsFile(path, plan, metadata))
+            stack.callback(files[-1].handle.close)
+        file_of = {name: file for file in files for name in file.plan}
+        yield lambda name, tensor: file_of[name].write(name, tensor)
+        for file in files:
             file.finish()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flux2.models.transformer import Transformer
+from flux2.quantization.base import QuantizedLinear
 from flux2.weights import loading as weights
 from flux2.weights import parallel_reader
 from flux2.weights.key_names import PublishedTensor, transformer_module, transformer_tensor
@@ -145,23 +146,21 @@ def test_models_are_built_without_memory(model_folders: Callable[[str], Path], m
     assert built == [{"meta"}] * 3
 
 
-class Halves(torch.nn.Linear):
-    """A linear layer that keeps its weight in a form of its own: in half precision, under another name."""
+class Halves(QuantizedLinear):
+    """A layer that keeps its weight in a form of its own: in half precision, under another name."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
-        with torch.device("meta"):
-            super().__init__(linear.in_features, linear.out_features, bias=False)
-            del self.weight
-            self.kept = torch.nn.Parameter(torch.empty(self.out_features, self.in_features, dtype=torch.half), False)
+        super().__init__(linear.in_features, linear.out_features, torch.float32)
+        self.allocate("meta", qweight=(self.out_features, 2 * self.in_features))
 
     def store(self, weight: Tensor) -> None:
         assert weight.dtype == torch.float32, "the dtype of the file, not the model's"
-        self.kept = torch.nn.Parameter(weight.half(), False)
+        self.hold("qweight", weight.half())
 
 
 @pytest.fixture
 def halved() -> Transformer:
-    """A transformer on the meta device whose block linears have a method `store`."""
+    """A transformer on the meta device whose block linears store their weight in a form of their own."""
     with torch.device("meta"):
         model = Transformer(DEV.transformer)
     for name, module in list(model.named_modules()):
@@ -177,9 +176,11 @@ def test_a_module_that_stores_its_weight_itself_is_given_it(halved: Transformer,
     assert published.keys() == model.state_dict().keys()
     weights.fill(halved, TensorFiles([tmp_path / "flux.safetensors"]), published, "the model", dtype=torch.bfloat16)
     for name, tensor in model.state_dict().items():
-        kept = name.replace(".weight", ".kept") if "_blocks." in name else name
-        dtype = torch.half if kept.endswith(".kept") else torch.bfloat16
-        assert torch.equal(halved.get_parameter(kept), tensor.to(dtype))
+        if isinstance(halved.get_submodule(name.rpartition(".")[0]), Halves):
+            stored = halved.get_parameter(name.replace(".weight", ".qweight")).view(torch.half)
+            assert torch.equal(stored, tensor.half())
+        else:
+            assert torch.equal(halved.get_parameter(name), tensor.bfloat16())
 
 
 def test_a_module_that_stores_its_weight_itself_needs_it_in_its_shape(halved: Transformer, tmp_path: Path) -> None:
