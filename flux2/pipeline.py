@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux2 import adapters
-from flux2.adapters.loading import Loaded
+from flux2.adapters.loading import LoadedAdapter
 from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.models import tiled_decoding
 from flux2.models.autoencoder import Autoencoder
@@ -131,7 +131,7 @@ class Pipeline:
         offload(transformer, self.offload_blocks, device=self.device)
         return transformer
 
-    def load_adapter(self, path: str | Path, scale: float = 1.0) -> Loaded:
+    def load_adapter(self, path: str | Path, scale: float = 1.0) -> LoadedAdapter:
         """Add an adapter with its update multiplied by `scale`, and return its type, layers and ranks.
 
         `adapters.load` documents the accepted files. Several adapters of one type add up. Raise TypeError or ValueError

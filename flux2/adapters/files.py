@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_diffusers
-from flux2.adapters.loading import Loaded, adapter_tensors, attach_pairs, attach_saved, check_compatible, peft_form
-from flux2.adapters.tuners import adapter_layers, float_copy, kind_of, remove_adapters
+from flux2.adapters.loading import LoadedAdapter, attach_pairs, attach_saved, check_compatible, peft_form
+from flux2.adapters.tuners import adapter_layers, adapter_tensors, float_copy, kind_of, remove_adapters
 from flux2.layers.fused_lora import INITIAL, subtract_initial
 from flux2.models.transformer import Transformer
 from flux2.models.variants import find_variant
@@ -228,7 +228,7 @@ def base_hint(place: Path, model: Transformer) -> str:
     return "" if base is None or base.transformer == model.config else f" Its recorded base is {base.name}."
 
 
-def load(model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0) -> Loaded:
+def load(model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0) -> LoadedAdapter:
     """Attach the adapter at `path` to `model` for inference, in place, with its update multiplied by `scale`.
 
     `path` is a PEFT folder, a run folder or checkpoint that holds one, or a .safetensors file with the keys of
@@ -250,7 +250,7 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
         text = str(error) + base_hint(place, model)
         raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
     kind = "LoRA" if config is None else peft_config.type_name(config)
-    return Loaded(kind, tuple(pairs), tuple(pair.a.shape[0] for pair in pairs.values()))
+    return LoadedAdapter(kind, tuple(pairs), tuple(pair.a.shape[0] for pair in pairs.values()))
 
 
 @torch.no_grad()

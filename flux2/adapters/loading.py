@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair
 from flux2.adapters.peft_config import PEFT_CONFIG
-from flux2.adapters.tuners import adapter_layers, disable_module_dropout, kind_of, to_device
+from flux2.adapters.tuners import adapter_layers, adapter_tensors, disable_module_dropout, kind_of, to_device
 from flux2.layers.fused_lora import fuse_lora
 from flux2.layers.selection import layer_kinds
 from flux2.models.transformer import Transformer
@@ -32,7 +32,7 @@ PARTS = {"double_blocks": "in double blocks", "single_blocks": "in single blocks
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedAdapter:
     """Type, layers and ranks of an adapter that was loaded into the model."""
 
     kind: str
@@ -53,18 +53,6 @@ class Loaded:
 def describe_ranks(ranks: Iterable[int]) -> str:
     ordered = sorted(ranks)
     return f"rank {ordered[0]}" if ordered[0] == ordered[-1] else f"ranks {ordered[0]} to {ordered[-1]}"
-
-
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Return the weights of the adapter `name`, trained or not, by PEFT's keys without its prefix."""
-    tensors = {}
-    for layer, module in adapter_layers(model).items():
-        for key, parameter in module.named_parameters():
-            part = f".{key}.".replace(f".{name}.", ".", 1)
-            if not key.startswith("base_layer.") and part != f".{key}.":
-                part = part.rstrip(".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-                tensors[layer + part] = parameter
-    return tensors
 
 
 def check_compatible(model: nn.Module, kind: str) -> None:
@@ -195,7 +183,7 @@ def check_saved(
 
 def attach_saved(
     model: Transformer, config: peft.PeftConfig, state: Mapping[str, Tensor], name: str, scale: float = 1.0
-) -> Loaded:
+) -> LoadedAdapter:
     """Add an adapter from a PEFT folder, in place, active and frozen; `model` is unchanged if the adapter does not fit.
 
     Args:
@@ -213,4 +201,4 @@ def attach_saved(
     clean, layers = check_saved(model.config, config, state)
     insert(model, clean, state, name, scale)
     ranks = [] if kind == "OFT" else [module.r[name] for module in adapter_layers(model).values() if name in module.r]
-    return Loaded(kind, tuple(layers), tuple(ranks))
+    return LoadedAdapter(kind, tuple(layers), tuple(ranks))

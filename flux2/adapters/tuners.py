@@ -321,6 +321,18 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the weights of the adapter `name`, trained or not, by PEFT's keys without its prefix."""
+    tensors = {}
+    for layer, module in adapter_layers(model).items():
+        for key, parameter in module.named_parameters():
+            part = f".{key}.".replace(f".{name}.", ".", 1)
+            if not key.startswith("base_layer.") and part != f".{key}.":
+                part = part.rstrip(".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+                tensors[layer + part] = parameter
+    return tensors
+
+
 def kind_of(layer: Any) -> str:
     """Return the type of a layer's adapters; rsLoRA and PiSSA count as LoRA."""
     if isinstance(layer, LoraLayer):

@@ -18,7 +18,8 @@ from flux2 import adapters
 from flux2.adapters import files as adapter_files
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair
-from flux2.adapters.loading import Loaded, adapter_tensors, check_saved, check_scale, inject
+from flux2.adapters.loading import LoadedAdapter, check_saved, check_scale, inject
+from flux2.adapters.tuners import adapter_tensors
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, TransformerConfig, Variant, find_variant
 from flux2.utils import checks
@@ -56,7 +57,7 @@ class AdapterDelta:
     def description(self) -> str:
         """Return type, ranks and number of layers."""
         ranks = [pair.a.shape[0] for pair in self.pairs.values()]
-        return str(Loaded(self.kind, tuple(self.layers), tuple(ranks)))
+        return str(LoadedAdapter(self.kind, tuple(self.layers), tuple(ranks)))
 
     def pair(self, layer: str) -> LoraPair:
         """Return the pair of a layer of a plain adapter, with its scale folded in."""

@@ -111,7 +111,7 @@ def decompose(delta: Tensor, rank: int | None = None, max_error: float | None = 
     else:
         count = rank or 32
         while True:
-            u, s, v = leading(delta, min(count + OVERSAMPLING, side))
+            u, s, v = leading_vectors(delta, min(count + OVERSAMPLING, side))
             if (kept_rank := choose_rank(s, total, rank, max_error)) or len(s) == side:
                 break
             count *= 2
@@ -120,7 +120,7 @@ def decompose(delta: Tensor, rank: int | None = None, max_error: float | None = 
     return LoraPair(pair.a.cpu(), pair.b.cpu()), float(delta.norm()), total
 
 
-def leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading_vectors(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first `count` singular vectors and values, the same at every call."""
     devices = [delta.device] if delta.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -45,7 +45,7 @@ def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 @dataclass
 class FillCounts:
-    """How many layers of a model were stored in their own format, and how the file held the weights."""
+    """How many layers of a model were stored in their own format, and how the file stores the weights."""
 
     quantized: int = 0  # layers whose weight was quantized now
     kept: int = 0  # layers whose weight had their format in the file
@@ -107,7 +107,7 @@ def fill(
                 return
             tensor = weight.dequantized(tensors, dtype or torch.float32)
             tensors.clear()
-            filled.dequantized += not weight.plain
+            filled.dequantized += not weight.is_plain
             if not isinstance(module, QuantizedLinear):
                 tensor = tensor.to(final_device, dtype if tensor.is_floating_point() else None)
                 set_tensor(model, name, tensor.contiguous())
@@ -119,7 +119,7 @@ def fill(
             filled.quantized += 1
             module.to(final_device)
 
-        is_converted = isinstance(module, QuantizedLinear) or not weight.plain
+        is_converted = isinstance(module, QuantizedLinear) or not weight.is_plain
         return ReadTask(weight.reads(device if is_converted else final_device), store)
 
     tasks = {name: read_task(name, weight) for name, weight in weights.items()}

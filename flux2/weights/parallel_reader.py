@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,19 +81,19 @@ class Digests:
         with self._lock:
             self._chunks.setdefault(stored, {})[offset] = digest
 
-    def of(self, stored: StoredTensor) -> str:
+    def checksum(self, stored: StoredTensor) -> str:
         """Return the checksum of a tensor as 32 hexadecimal digits."""
         chunks = self._chunks.get(stored, {})
         return xxhash.xxh3_128_hexdigest(b"".join(chunks[offset] for offset in sorted(chunks)))
 
     def content(self) -> str:
         """Return a checksum of names, shapes, dtypes and bytes of all tensors, however they are spread over files."""
-        lines = (f"{stored.key} {stored.dtype} {stored.shape} {self.of(stored)}" for stored in self._chunks)
+        lines = (f"{stored.key} {stored.dtype} {stored.shape} {self.checksum(stored)}" for stored in self._chunks)
         return xxhash.xxh3_128_hexdigest("\n".join(sorted(lines)).encode())
 
 
 def checksum(data: memoryview) -> str:
-    """Return what `Digests.of` returns for a tensor of these bytes that was read completely."""
+    """Return what `Digests.checksum` returns for a tensor of these bytes that was read completely."""
     chunks = (data[start : start + CHUNK] for start in range(0, len(data), CHUNK))
     return xxhash.xxh3_128_hexdigest(b"".join(map(xxhash.xxh3_128_digest, chunks)))
 
@@ -139,50 +139,50 @@ class Reader(threading.local):
         self.stream.synchronize()
 
 
-def group_by_module(jobs: Mapping[str, ReadTask], modules: Mapping[str, Callable[[], None]]) -> list[ReadTask]:
+def group_by_module(tasks: Mapping[str, ReadTask], modules: Mapping[str, Callable[[], None]]) -> list[ReadTask]:
     """Return the tasks, keyed by the name of what they fill, with those of each of `modules` next to each other.
 
     `modules` maps a module's name (`double_blocks.0`) to a function that is called once the module is complete.
     """
-    remaining, ordered = dict(jobs), []
+    remaining, ordered = dict(tasks), []
     for module, ready in modules.items():
         ordered += [remaining.pop(name) for name in list(remaining) if name.startswith(f"{module}.")]
         ordered.append(ReadTask({}, lambda tensors, ready=ready: ready()))  # type: ignore[misc]
     return [*remaining.values(), *ordered]
 
 
-def run_tasks(jobs: Sequence[ReadTask], digests: Digests | None = None) -> None:
+def run_tasks(tasks: Sequence[ReadTask], digests: Digests | None = None) -> None:
     """Read the tensors of the tasks and call each task's `use` with new tensors, which it may keep, in order.
 
     `digests` receives the checksums of everything that is read.
     """
-    budget = AHEAD * max((job.nbytes for job in jobs), default=0)
+    budget = AHEAD * max((task.nbytes for task in tasks), default=0)
     reader = Reader(digests)
-    waiting = deque(jobs)
+    waiting = deque(tasks)
     reading: deque[tuple[ReadTask, dict[str, Tensor], list[Future[None]]]] = deque()
     held_bytes = 0
     with ThreadPoolExecutor(THREADS, thread_name_prefix="weights") as pool:
         try:
             while waiting or reading:
                 while waiting and (not reading or held_bytes + waiting[0].nbytes <= budget):
-                    job = waiting.popleft()
-                    held_bytes += job.nbytes
-                    reading.append((job, *start_task(job, reader, pool)))
-                job, tensors, futures = reading.popleft()
+                    task = waiting.popleft()
+                    held_bytes += task.nbytes
+                    reading.append((task, *start_task(task, reader, pool)))
+                task, tensors, futures = reading.popleft()
                 for future in futures:
                     future.result()
-                job.use(tensors)
+                task.use(tensors)
                 del tensors
-                held_bytes -= job.nbytes
+                held_bytes -= task.nbytes
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def start_task(job: ReadTask, reader: Reader, pool: ThreadPoolExecutor) -> tuple[dict[str, Tensor], list[Future[None]]]:
+def start_task(task: ReadTask, reader: Reader, pool: Executor) -> tuple[dict[str, Tensor], list[Future[None]]]:
     """Allocate memory for a task's tensors and submit the reads."""
     tensors: dict[str, Tensor] = {}
     futures = []
-    for name, read in job.reads.items():
+    for name, read in task.reads.items():
         memory = torch.empty(read.nbytes, dtype=torch.uint8, device=read.device)
         ready = torch.cuda.current_stream(read.device).record_event() if read.device.type == "cuda" else None
         for piece, target in zip(read.pieces, memory.split([piece.size for piece in read.pieces]), strict=True):

@@ -124,7 +124,7 @@ class Weight:
         return all(part.form != "nf4" and part.weight.dtype == self.dtype for part in self.parts)
 
     @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether it is read as one float tensor and needs no conversion."""
         return self.is_joined and self.parts[0].form == "plain"
 
@@ -151,7 +151,7 @@ class Weight:
 
     def dequantized(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Return the float tensor: a plain one as it was read, any other in `dtype`."""
-        if self.plain:
+        if self.is_plain:
             return tensors["weight"]
         if self.is_joined:
             return tensors["weight"].to(dtype).mul_(self.scales(tensors))

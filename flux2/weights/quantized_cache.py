@@ -109,15 +109,6 @@ class QuantizedCache:
         """Return the path of the copy of files with these contents."""
         return self.folder / f"{self.stem}-{digest(content, *self.recipe)[:16]}.safetensors"
 
-    def known(self) -> Path | None:
-        """Return the copy of these files, or None if their contents are unknown or there is no copy."""
-        try:
-            content = json.loads(self.note.read_text())["content"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # never loaded, or the record is damaged
-        copy = self.copy_of(str(content))
-        return copy if copy.is_file() else None
-
     def read(
         self, model: nn.Module, home: Callable[[str], torch.device], modules: Mapping[str, Callable[[], None]]
     ) -> bool:
@@ -125,12 +116,16 @@ class QuantizedCache:
 
         `modules` as in `flux2.weights.loading.fill`.
         """
-        copy = self.known()
-        if copy is None:
+        try:
+            content = json.loads(self.note.read_text())["content"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # never loaded, or the record is damaged
+        copy = self.copy_of(str(content))
+        if not copy.is_file():
             return False
         try:
             self.fill(model, copy, home, modules)
-        except (WeightsError, ValueError) as error:  # a layer raises ValueError for storage that is not its own
+        except ValueError as error:  # of reading, or of a layer whose storage this is not
             self.damaged = copy
             reason = str(error).partition(". It is damaged")[0]  # without the advice for downloads
             self.say(f"the quantized copy is damaged and will be written again: {reason}")
@@ -158,7 +153,7 @@ class QuantizedCache:
         def task(name: str, stored: dict[str, StoredTensor], use: Callable[[dict[str, Tensor]], None]) -> ReadTask:
             def check_and_use(tensors: dict[str, Tensor]) -> None:
                 for one in stored.values():
-                    if digests.of(one) != sums.get(one.key):
+                    if digests.checksum(one) != sums.get(one.key):
                         raise WeightsError(f"{copy}: the bytes of {one.key} differ from those that were written")
                 use(tensors)
 

@@ -223,7 +223,7 @@ def test_checksums_are_of_the_bytes(
     monkeypatch.setattr(parallel_reader, "CHUNK", 1000)
     digests = Digests()
     run_tasks([ReadTask({name: read_of(files[name], CPU)}, lambda tensors: None) for name in state], digests)
-    sums = {name: digests.of(files[name]) for name in state}
+    sums = {name: digests.checksum(files[name]) for name in state}
     assert len(set(sums.values())) == len(state)
     for name, tensor in state.items():
         assert sums[name] == checksum(tensor.view(-1).view(torch.uint8).numpy().data)
