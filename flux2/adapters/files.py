@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_diffusers
-from flux2.adapters.loading import LoadedAdapter, attach_pairs, attach_saved, check_compatible, peft_form
+from flux2.adapters.loading import LoadedAdapter, attach_pairs, attach_saved, check_compatible, to_peft
 from flux2.adapters.tuners import adapter_layers, adapter_tensors, float_copy, kind_of, remove_adapters
 from flux2.layers.fused_lora import INITIAL, subtract_initial
 from flux2.models.transformer import Transformer
@@ -122,7 +122,7 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
 
 def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:
     """Write PEFT's two files of the plain LoRA, and the trained weights with their initial values."""
-    config, state = peft_form(layer_pairs(model, name))
+    config, state = to_peft(layer_pairs(model, name))
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
     save_file({PREFIX + key: tensor for key, tensor in state.items()}, folder / PEFT_FILE, {"format": "pt"})
@@ -244,7 +244,7 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
         check_compatible(model, "LoRA")  # before names are compared: layers of another type would hide the cause
         pairs = scaled_pairs(read_tensors(place), config, model)
         if any(pair.magnitude is not None for pair in pairs.values()):
-            return attach_saved(model, *peft_form(pairs), name, scale)
+            return attach_saved(model, *to_peft(pairs), name, scale)
         attach_pairs(model, pairs, name, scale)
     except ValueError as error:
         text = str(error) + base_hint(place, model)

@@ -73,10 +73,10 @@ def check_compatible(model: nn.Module, kind: str) -> None:
 
 def attach_pairs(model: Transformer, pairs: Mapping[str, LoraPair], name: str, scale: float = 1.0) -> None:
     """Add an adapter of these pairs to `model`, in place, active and frozen."""
-    insert(model, *peft_form(pairs), name, scale)
+    insert(model, *to_peft(pairs), name, scale)
 
 
-def peft_form(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
+def to_peft(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
     """Return PEFT's configuration and tensors, without its prefix, of pairs whose scales are folded into B."""
     ranks = {layer: pair.a.shape[0] for layer, pair in pairs.items()}
     config = peft.LoraConfig(
