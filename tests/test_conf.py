@@ -1,6 +1,7 @@
 """Every file of conf/ composes and makes its objects; experiments hold only differences."""
 
 import inspect
+import re
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from train_helpers import CONF, compose
+from train_helpers import CONF, compose, slow_but
 
 from data.sources import Folder, HuggingFace
 from data.sources.captions import Captions
@@ -61,7 +62,11 @@ def test_every_group_of_the_defaults_has_a_folder_and_every_folder_is_a_group():
     assert {"debug", "demo", "demo_edit", "relighting", "tarot"} <= set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=["/".join(names) for names in CHOICES])
+PRESETS = [choice for choice in CHOICES if re.fullmatch(r"\d+gb", choice[1])]  # each is planned for seconds
+FAST = [choice for choice in CHOICES if choice not in PRESETS or choice == ("memory", "24gb")]
+
+
+@pytest.mark.parametrize(("group", "choice"), slow_but(CHOICES, fast=FAST), ids=["/".join(names) for names in CHOICES])
 def test_every_choice_composes_and_makes_its_objects(group, choice):
     config = compose(f"{group}={choice}", *NEEDS.get((group, choice), []))
     run = load_config(config)

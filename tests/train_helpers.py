@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -75,6 +75,18 @@ def compose(*overrides: str) -> DictConfig:
     config = copy.deepcopy(composed(*(one.input_line for one in choices)))
     ConfigLoaderImpl._apply_overrides_to_config([one for one in parsed if one not in choices], config)
     return config
+
+
+def slow_but(values: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
+    """Return `values` as parameters of a test, with those not in `fast` in the slow set."""
+    chosen = list(fast)
+    assert set(chosen) <= set(values)
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)), marks=[pytest.mark.slow] * (value not in chosen)
+        )
+        for value in values
+    ]
 
 
 def drawn_and_mixed(batch: Batch, timesteps: Uniform, seed: int, step: int) -> Noised:

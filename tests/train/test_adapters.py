@@ -2,7 +2,7 @@
 
 import pytest
 from message_helpers import holds
-from train_helpers import adapter, compose, refusal, run_training, same_tensors, values
+from train_helpers import adapter, compose, refusal, run_training, same_tensors, slow_but, values
 
 from flux2 import adapters
 from flux2.models.transformer import Transformer
@@ -41,7 +41,7 @@ def typed(small, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", slow_but(TYPES, fast=("dora", "lokr")))
 def test_every_type_lowers_the_validation_loss_is_used_and_goes_on_bit_for_bit(kind, typed, tmp_path, capsys):
     every = ["validate_every=8", "checkpoint_every=4", "batch_size=4", "steps=8", "optimizer.lr=2e-2"]
     run = typed(kind, "whole", *every)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from torch import nn
-from train_helpers import CONF, adapter, compose, lines, run_training, same_tensors, values
+from train_helpers import CONF, adapter, compose, lines, run_training, same_tensors, slow_but, values
 
 from flux2 import adapters, load
 from train.optim.optimizers import build
@@ -67,7 +67,7 @@ def same(one, other):
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", slow_but(RATES, fast=("adamw_8bit", "schedulefree", "muon")))
 def test_it_lowers_the_validation_loss_and_goes_on_to_the_bit(trained, name):
     folder = trained(name)
     before, between, after = values(folder, "validation_loss")

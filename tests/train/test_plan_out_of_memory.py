@@ -61,7 +61,7 @@ def no_advice(monkeypatch):
     monkeypatch.setattr("train.stages.memory.advice", lambda *_: "")
 
 
-@pytest.mark.parametrize("cause", [raise_for_gpu, raise_for_cpu])
+@pytest.mark.parametrize("cause", [raise_for_gpu, pytest.param(raise_for_cpu, marks=pytest.mark.slow)])
 def test_a_step_without_memory_saves_the_state_and_names_the_next_setting(
     run_command, small, at_step, tmp_path, reference, cause
 ):
@@ -89,10 +89,12 @@ def test_the_first_step_has_nothing_to_save(no_advice, small, at_step, tmp_path)
 @pytest.mark.parametrize(
     ("place", "doing", "saved"),
     [
-        ("train.stages.model.load_transformer", "loading the transformer", False),
+        pytest.param("train.stages.model.load_transformer", "loading the transformer", False, marks=pytest.mark.slow),
         ("train.validation.loss.FixedNoiseLoss.__call__", "validation after step 2", True),
-        ("train.validation.samples.Sampler.write_grid", "sampling after step 2", True),
-        ("torch.optim.AdamW.step", "update of step 1", False),
+        pytest.param(
+            "train.validation.samples.Sampler.write_grid", "sampling after step 2", True, marks=pytest.mark.slow
+        ),
+        pytest.param("torch.optim.AdamW.step", "update of step 1", False, marks=pytest.mark.slow),
         ("flux2.models.autoencoder.Autoencoder.encode", "encoding pictures", False),
         ("flux2.models.text_encoder.TextEncoder.encode", "encoding prompts", False),
     ],

@@ -220,7 +220,7 @@ def test_outside_of_submitit_its_signal_is_left_alone(tmp_path):
         assert signal.getsignal(signal.SIGUSR2) == before
 
 
-@pytest.mark.parametrize("restarts", ["0", "1"])
+@pytest.mark.parametrize("restarts", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_job_that_slurm_starts_again_goes_on(run_command, small, train, at_step, tmp_path, monkeypatch, restarts):
     place = tmp_path / "sweep" / "0"
     settings = [f"output_dir={tmp_path / 'sweep'}", "adapter.rank=4", "checkpoint_every=2"]

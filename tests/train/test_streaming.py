@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from train_helpers import CONF, adapter, compose, lines, same_tensors
+from train_helpers import CONF, adapter, compose, lines, same_tensors, slow_but
 
 from flux2.memory.activation_checkpointing import POLICIES
 from flux2.memory.block_offload import Offloader
@@ -32,7 +32,10 @@ def same_runs(one: Path, other: Path) -> None:
     assert all((one / "samples" / name).read_bytes() == (other / "samples" / name).read_bytes() for name in grids)
 
 
-@pytest.mark.parametrize("precision", sorted(file.stem for file in (CONF / "precision").glob("*.yaml")))
+PRECISIONS = sorted(file.stem for file in (CONF / "precision").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("precision", slow_but(PRECISIONS, fast=("fp8", "nf4")))
 def test_a_run_is_the_same_in_every_precision(train, scrambled: list[Offloader], precision: str) -> None:
     plain = train("plain", f"precision={precision}", *EVENTS)
     assert scrambled == []

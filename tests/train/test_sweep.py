@@ -23,9 +23,9 @@ USED = "transformer of the previous job"
     ("settings", "kind"),
     [
         (LOOKS, "dev"),
-        (["adapter=dora", "adapter.dropout=0.2", *LOOKS], "klein"),
-        (["precision=nf4", "memory.checkpointing=selective"], "dev"),
-        (["embedding_storage=projected", "cache_dir=null"], "dev"),
+        pytest.param(["adapter=dora", "adapter.dropout=0.2", *LOOKS], "klein", marks=pytest.mark.slow),
+        pytest.param(["precision=nf4", "memory.checkpointing=selective"], "dev", marks=pytest.mark.slow),
+        pytest.param(["embedding_storage=projected", "cache_dir=null"], "dev", marks=pytest.mark.slow),
         (["memory.offload_blocks=0.5", "memory.offload_activations=true"], "dev"),
     ],
     ids=["samples", "dora", "nf4", "projected", "streaming"],
@@ -87,7 +87,10 @@ def test_nothing_is_kept_outside_of_a_sweep(train, loads):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ValueError("x")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        pytest.param(ValueError("x"), marks=pytest.mark.slow),
+    ],
     ids=["memory", "value"],
 )
 def test_after_a_job_that_failed_while_training_nothing_of_it_is_used(grid, train, at_step, loads, tmp_path, error):

@@ -20,11 +20,11 @@ pytest_plugins = ("train_helpers", "sweep_helpers")
 
 
 def test_the_table_is_what_the_jobs_logged(grid, tmp_path):
-    code, out, err = grid("adapter.rank=2,0,4", "optimizer.lr=1e-3,1e-2", "steps=12", *LOOKS)
+    code, out, err = grid("adapter.rank=0,4", "optimizer.lr=1e-3,1e-2", "steps=12", *LOOKS)
     assert code == 2, err
     place = tmp_path / "sweep"
     about = json.loads((place / "sweep.json").read_text())
-    assert [job["status"] for job in about["jobs"]] == ["done", "done", "failed", "failed", "done", "done"]
+    assert [job["status"] for job in about["jobs"]] == ["failed", "failed", "done", "done"]
     assert about["common"]["steps"] == "12"
     for job in about["jobs"]:
         folder = place / job["folder"]
@@ -49,23 +49,23 @@ def test_the_table_is_what_the_jobs_logged(grid, tmp_path):
     assert about["best"] == best["job"]
     with (place / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["adapter.rank"] for row in rows] == ["2", "2", "0", "0", "4", "4"]
+    assert [row["adapter.rank"] for row in rows] == ["0", "0", "4", "4"]
     assert [row["validation_loss"] for row in rows if row["status"] == "done"] == [
         str(job["validation_loss"]) for job in done
     ]
     shown = next(line for line in out.splitlines() if line.startswith(f"{best['job']} * "))
     assert f"{best['validation_loss']:.4f}" in shown
     page = (place / "sweep.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 1 + 4  # before training, and each job that was done
-    places = [page.index(f">job {number}</a>") for number in (0, 2, 4, 1, 3, 5)]
+    assert page.count("data:image/jpeg;base64,") == 1 + 2  # before training, and each job that was done
+    places = [page.index(f">job {number}</a>") for number in (0, 2, 1, 3)]
     assert places == sorted(places)  # a row for each rate, a column for each rank, that of failed jobs too
-    assert page.count('style="--columns: 3"') == 2
+    assert page.count('style="--columns: 2"') == 2
     assert "<ol><li>a red cup</li></ol>" in page
     assert "://" not in page
     assert "<script" not in page
     assert all(f"{job['validation_loss']:.4f}" in page for job in done)
-    assert about["jobs"][2]["error"] in unescape(page)
-    assert all((place / str(number)).is_dir() and f'href="{number}/"' in page for number in range(6))
+    assert about["jobs"][0]["error"] in unescape(page)
+    assert all((place / str(number)).is_dir() and f'href="{number}/"' in page for number in range(4))
 
 
 def test_a_stop_request_leaves_the_table_and_says_how_to_go_on(grid, train, at_step, tmp_path, loads):
