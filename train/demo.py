@@ -120,6 +120,16 @@ def run_demo(config: DictConfig, demonstrate: Callable[[RunConfig, RunLocation],
         demonstrate(run, location)
 
 
+def train_and_load(run: RunConfig, location: RunLocation, pipe: Pipeline) -> tuple[Path, float]:
+    """Train in a claimed run folder and load the adapter; return it and the seconds that the training took."""
+    began = time.perf_counter()
+    adapter, _ = train(run, location)
+    seconds = round(time.perf_counter() - began, 1)
+    run.say("images with the adapter, and again without it")
+    pipe.load_adapter(adapter)
+    return adapter, seconds
+
+
 def report_results(
     run: RunConfig,
     adapter: Path,
@@ -166,12 +176,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
         images["cards_before"] = draw(base, prompts, count, 0, total)
         images["plain_before"] = draw(base, plain, count, len(prompts), total)
 
-    began = time.perf_counter()
-    adapter, _ = train(run, location)
-    seconds = time.perf_counter() - began
-
-    run.say("images with the adapter, and again without it")
-    base.load_adapter(adapter)
+    adapter, seconds = train_and_load(run, location, base)
     with closing(ItemProgress("pictures", shown=run.accelerator.is_main_process)) as count:
         total += len(prompts)
         images["cards_after"] = draw(base, prompts, count, 0, total)
@@ -181,7 +186,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
     cards = sum(probe.style_distance(sample.target.load()) for sample in dataset) / len(dataset)
     scores = {name: score_pictures(drawn, pairs) for name, drawn in images.items()}
-    found = {"training_seconds": round(seconds, 1), "style_distance_of_the_cards": cards}
+    found = {"training_seconds": seconds, "style_distance_of_the_cards": cards}
     found["base_unchanged"] = float(are_identical(images["cards_before"], again))
     shown = [pairs.index((color, subject)) for color, _, subject in (words.partition(" ") for words in SHOWN)]
     grids: list[Image.Image] = []

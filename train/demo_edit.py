@@ -25,7 +25,6 @@ if __name__ == "__main__":  # train/ comes first in sys.path and would hide libr
     sys.argv.append("+experiment=demo_edit")  # at the end, because -m takes the words after it
     start()
 
-import time
 from collections.abc import Sequence
 from contextlib import closing
 
@@ -42,8 +41,7 @@ from flux2.pipeline import Pipeline, render
 from train.checkpoints.resume import RunLocation
 from train.cli.app import command
 from train.config.run_config import RunConfig
-from train.demo import are_identical, report_results, run_demo, share_moved, verdict
-from train.run import train
+from train.demo import are_identical, report_results, run_demo, share_moved, train_and_load, verdict
 from train.utils.progress import ItemProgress
 from train.validation.sample_grid import sample_grid
 
@@ -143,12 +141,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     pipe = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
     before, plain_before = edit_sources(pipe, sources, instructions), edit_sources(pipe, sources, plain)
 
-    began = time.perf_counter()
-    adapter, _ = train(run, location)
-    seconds = time.perf_counter() - began
-
-    run.say("images with the adapter, and again without it")
-    pipe.load_adapter(adapter)
+    adapter, seconds = train_and_load(run, location, pipe)
     after, plain_after = edit_sources(pipe, sources, instructions), edit_sources(pipe, sources, plain)
     of_another = edit_sources(pipe, [sources[i] for i in shuffled], instructions)
     with adapters_disabled(pipe.transformer):
@@ -164,7 +157,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     }
     distances = [sum(map(difference, pictures, intended)) / len(intended) for pictures in (before, after)]
     found = {
-        "training_seconds": round(seconds, 1),
+        "training_seconds": seconds,
         "edits_right_before": scores["before"]["all"],
         "edits_right": scores["after"]["all"],
         "distance_before": distances[0],

@@ -1,7 +1,7 @@
 """Render the pages of this project: one self-contained HTML file each, readable on a phone, that loads nothing.
 
 Images are data URIs, styles and scripts are in the page, and a content security policy in its head forbids the browser
-to fetch anything, whatever a text from outside contains. Jinja2 escapes what it prints, and `mask` hides secrets.
+to fetch anything, whatever a text from outside contains. Jinja2 escapes what it prints, and secrets are masked.
 """
 
 from __future__ import annotations
@@ -55,11 +55,6 @@ def data_uri(image: Image.Image, widest: int, *, jpeg: bool = False) -> Markup:
     return Markup(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}")
 
 
-def mask(value: Any) -> Any:
-    """Return a printed value without secrets. Markup is ours and stays as it is."""
-    return masked_text(value) if type(value) is str else value
-
-
 @cache
 def environment() -> jinja2.Environment:
     """Return the Jinja2 environment of the templates."""
@@ -69,7 +64,7 @@ def environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=mask,
+        finalize=lambda value: masked_text(value) if type(value) is str else value,  # not Markup, which is ours
         trim_blocks=True,
         lstrip_blocks=True,
     )
