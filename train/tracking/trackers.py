@@ -43,10 +43,7 @@ class NoTracker:
 
 
 class WandbTracker(NoTracker):
-    """Weights & Biases. A resumed run keeps its id, which is stored in the run folder.
-
-    If the server cannot be reached at the start, the run is stored offline for `wandb sync`.
-    """
+    """Weights & Biases. A resumed run keeps its id; without a server the run is stored offline for `wandb sync`."""
 
     def __init__(self, project: str = "flux2-lora", entity: str | None = None, mode: str = "online") -> None:
         if mode not in ("online", "offline", "disabled"):
