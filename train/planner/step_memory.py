@@ -188,8 +188,7 @@ def fake(module: nn.Module) -> None:
 class Cost:
     """Bytes and work of one block.
 
-    The peak of the backward includes recompute and token gradients, but not the block's output, part of the kept bytes,
-    which is already freed then.
+    The peak of the backward includes recompute and token gradients, but not the block's output, which is freed then.
     """
 
     kept: int  # bytes that its forward keeps for the backward, including its output

@@ -1,8 +1,7 @@
 """Trackers, which get the metrics of a run in addition to `metrics.jsonl`.
 
 A tracker gets the metrics, the sample grids and the configuration with its secrets masked (train/utils/redact.py), and
-must not collect anything itself: no command line, environment, terminal output or code. Its failures are warnings, and
-training continues.
+must not collect anything itself: no command line, environment, terminal output or code. Its failures are warnings.
 
 accelerate.tracking does not replace these classes: its wandb tracker only forwards to `wandb.init` and `run.log`, so
 that settings, offline fallback, id and timeouts would stay here, and its TensorBoard tracker accepts no nested
