@@ -42,12 +42,9 @@ class Checkpointer:
     metrics: Metrics
     rotation: Rotation
     about: Mapping[str, Any]  # additional content of each checkpoint's state file
-    # None during the optimizer update, when the state is inconsistent
-    completed_steps: int | None = field(default=None, init=False)
-    # steps of the last checkpoint that this run wrote into its folder
-    saved: int | None = field(default=None, init=False)
-    # step and value of the last validation loss
-    measured: tuple[int, float] | None = field(default=None, init=False)
+    completed_steps: int | None = field(default=None, init=False)  # None during the update: the state is inconsistent
+    saved: int | None = field(default=None, init=False)  # steps of the last checkpoint in this run's own folder
+    measured: tuple[int, float] | None = field(default=None, init=False)  # step and value of the last validation
 
     @property
     def parts(self) -> dict[str, checkpoint.Stateful]:

@@ -92,10 +92,9 @@ def newest_complete(folder: Path, say: Callable[[str], None]) -> Path | None:
     for place in reversed(checkpoints(folder)):
         try:
             check(place)
+            return place
         except ValueError as error:
             say(f"warning: skipping a damaged checkpoint: {error}")
-        else:
-            return place
     return None
 
 

@@ -52,10 +52,7 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def import_lightly() -> None:
-    """Import PEFT with stand-ins, which later imports do not see, and as if bitsandbytes were not installed.
-
-    PEFT then never checks for layers of bitsandbytes; our models have none.
-    """
+    """Import PEFT with stand-ins, and as if bitsandbytes were not installed, because our models have no such layers."""
     for name, stand_in in (("torch._dynamo", Compiler), ("torch.distributed.tensor", StandIn)):
         sys.modules[name] = stand_in(name)
         parent, _, child = name.rpartition(".")

@@ -29,10 +29,7 @@ def prepare_hydra() -> None:
 
 
 def answer_help(config_name: str) -> None:
-    """Print Hydra's help and exit if requested. Return if it cannot be composed: `command` then reports the error.
-
-    Hydra composes conf/ for the help without importing the libraries of the command.
-    """
+    """Print Hydra's help, which needs no libraries, and exit if requested; return if `command` must report an error."""
     if not {"--help", "-h", "--hydra-help"} & set(sys.argv[1:]):
         return
     import hydra

@@ -6,25 +6,20 @@ optimizer's state are plain tensors, the same in all processes, and checkpoints 
 averaged once per step (`Processes`, train/distributed/processes.py).
 
 Each block is sharded as soon as it is loaded, so that a device never holds more than its shard, one block, and the
-layers outside of blocks.
-
-Every forward is a collective operation; calling the model on one rank only deadlocks.
+layers outside of blocks. Every forward is a collective operation; calling the model on one rank only deadlocks.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from flux2.layers.fused_lora import INITIAL
 from flux2.models.transformer import Transformer
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -126,7 +121,7 @@ def attach_sharded(attach: Callable[..., T], *arguments: Any, **settings: Any) -
     )
     try:
         wrapped = attach(*arguments, **settings)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, TypeError) as error:
         if "DTensor" in str(error):
             raise reads from error
         raise

@@ -125,10 +125,9 @@ def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> lis
 
 
 def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the configured optimizer for `parameters`, ready to train.
+    """Build the configured optimizer, ready to train. Raise ValueError naming the settings that it rejects.
 
     `fused: auto` is true if all parameters are on a GPU; on a CPU the fused kernel rounds differently.
-    Raises ValueError naming the settings that the optimizer rejects.
     """
     check_settings(make)
     fused = {"fused": all(parameter.is_cuda for parameter in parameters) or None}

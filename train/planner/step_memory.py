@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from flux2.adapters import adapter_parameters
 from flux2.memory.activation_checkpointing import tensors_in
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.transformer import DoubleBlock, RotaryAngles, Transformer
@@ -187,8 +188,7 @@ def fake(module: nn.Module) -> None:
 class Cost:
     """Bytes and work of one block.
 
-    The peak of the backward includes recompute and token gradients, but not the block's output, part of the kept bytes,
-    which is already freed then.
+    The peak of the backward includes recompute and token gradients, but not the block's output, which is freed then.
     """
 
     kept: int  # bytes that its forward keeps for the backward, including its output
@@ -235,9 +235,8 @@ def fake_block(
     with unset_fake_temporarily():  # buffers cannot be copied in FakeTensorMode
         block = copy.deepcopy(block).train()
     fake(block)
-    for parameter in block.parameters():
-        if parameter.requires_grad:  # gradients exist already and are counted with the optimizer
-            parameter.grad = torch.empty_like(parameter)
+    for parameter in adapter_parameters(block):
+        parameter.grad = torch.empty_like(parameter)  # exists already and is counted with the optimizer
     given = arguments(model, block, shape, dtype)
     grads = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
     return block, given, AllocationCounter([*block.parameters(), *block.buffers(), *grads, *tensors_in(given)])
@@ -296,7 +295,7 @@ def train_end(model: Transformer, shape: Shape, dtype: torch.dtype, autocast: bo
 
 def heaviest(blocks: Iterable[nn.Module]) -> nn.Module | None:
     """Return the block with the most trained parameters; blocks of a kind differ only in their adapter layers."""
-    return max(blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad), default=None)
+    return max(blocks, key=lambda block: sum(p.numel() for p in adapter_parameters(block)), default=None)
 
 
 def step(costs: Sequence[Cost], end: Cost) -> tuple[int, int]:

@@ -34,8 +34,7 @@ def text_encoder_bytes(
     """Return the bytes of (weights, activations of one prompt) of the text encoder's layers that are used.
 
     Args:
-        width: Hidden size.
-        length: Number of tokens of a prompt.
+        width, length: Hidden size, and number of tokens of a prompt.
         sizes: `mlp` width, attention `heads`, key and value heads (`pairs`), `head` width, vocabulary size (`words`).
         storage: Quantization of the linear layers; it adds a dequantized weight to the activations.
     """

@@ -52,9 +52,7 @@ def claim_run_folder(config: RunConfig) -> Iterator[RunLocation]:
 def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
     """Check that the adapter can be pushed, then choose the run folder, create it and lock it."""
     config.hub.check()
-    output = config.settings.output_dir
-    if is_sweep():
-        output = str(folder_of_job())
+    output = str(folder_of_job()) if is_sweep() else config.settings.output_dir
     new = Path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     given, chosen = config.settings.resume, output is not None
     run = NewRun(new, masked(config.config), config.images_per_step, chosen, say=partial(print, flush=True))

@@ -65,28 +65,27 @@ def candidates(folder: Path, wanted: Sequence[int] | None = None) -> tuple[list[
     `wanted` are the steps of the checkpoints to use; None uses all, and the finished adapter. Raises ValueError if a
     wanted checkpoint does not exist, or if no adapter is readable.
     """
-    found, damaged = [], []
+    found, damaged = list[Candidate](), list[str]()
     saved = {step_of(place): place for place in checkpoints(folder)}
     if wanted is not None and (missing := sorted(set(wanted) - set(saved))):
-        steps = ", ".join(map(str, saved)) or "none"
-        raise ValueError(f"checkpoints={list(wanted)}: {folder} has no checkpoint of step {missing[0]}, only: {steps}")
-    for step, place in saved.items():
-        if wanted is not None and step not in wanted:
-            continue
+        there = ", ".join(map(str, saved)) or "none"
+        raise ValueError(f"checkpoints={list(wanted)}: {folder} has no checkpoint of step {missing[0]}, only: {there}")
+    steps = saved.keys() if wanted is None else wanted
+    places: dict[int | None, Path] = {step: place / "adapter" for step, place in saved.items() if step in steps}
+    if wanted is None and (folder / "adapter" / PEFT_FILE).is_file():
+        places[None] = folder / "adapter"
+    for step, place in places.items():
         try:
-            check(place, "adapter")
-            found.append(Candidate(f"step {step}", step, place / "adapter", adapter_digest(place / "adapter")))
+            if step is None:
+                read_tensors(place)
+            else:
+                check(place.parent, "adapter")
+            digest = adapter_digest(place)
         except (ValueError, OSError) as error:
             damaged.append(str(error).partition(". Delete")[0])
-    final = folder / "adapter"
-    if wanted is None and (final / PEFT_FILE).is_file():
-        try:
-            digest = adapter_digest(final)
-            read_tensors(final)
-            if digest not in [one.digest for one in found]:
-                found.append(Candidate("finished", None, final, digest))
-        except (ValueError, OSError) as error:
-            damaged.append(str(error))
+            continue
+        if step is not None or digest not in [one.digest for one in found]:
+            found.append(Candidate("finished" if step is None else f"step {step}", step, place, digest))
     if not found:
         why = f"no checkpoint is readable: {'; '.join(damaged)}" if damaged else "it has no checkpoint"
         raise ValueError(f"{folder} has no adapter to evaluate: {why}")

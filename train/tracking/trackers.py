@@ -1,8 +1,7 @@
 """Trackers, which get the metrics of a run in addition to `metrics.jsonl`.
 
 A tracker gets the metrics, the sample grids and the configuration with its secrets masked (train/utils/redact.py), and
-must not collect anything itself: no command line, environment, terminal output or code. Its failures are warnings, and
-training continues.
+must not collect anything itself: no command line, environment, terminal output or code. Its failures are warnings.
 
 accelerate.tracking does not replace these classes: its wandb tracker only forwards to `wandb.init` and `run.log`, so
 that settings, offline fallback, id and timeouts would stay here, and its TensorBoard tracker accepts no nested
@@ -43,10 +42,7 @@ class NoTracker:
 
 
 class WandbTracker(NoTracker):
-    """Weights & Biases. A resumed run keeps its id, which is stored in the run folder.
-
-    If the server cannot be reached at the start, the run is stored offline for `wandb sync`.
-    """
+    """Weights & Biases. A resumed run keeps its id; without a server the run is stored offline for `wandb sync`."""
 
     def __init__(self, project: str = "flux2-lora", entity: str | None = None, mode: str = "online") -> None:
         if mode not in ("online", "offline", "disabled"):

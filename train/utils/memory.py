@@ -25,13 +25,11 @@ def free_memory() -> None:
 
 
 class OutOfMemory(ValueError):  # noqa: N818
-    """Out of memory while `doing` something, which belongs to a `phase` of the planner.
-
-    `asked` and `free` are bytes, 0 if unknown; `saved` is a sentence about the training state.
-    """
+    """Out of memory `doing` something, in a `phase` of the planner; `asked` and `free` are bytes, 0 if unknown."""
 
     def __init__(self, doing: str, phase: str, asked: int, free: int) -> None:
-        self.doing, self.phase, self.asked, self.free, self.saved = doing, phase, asked, free, ""
+        self.doing, self.phase, self.asked, self.free = doing, phase, asked, free
+        self.saved = ""  # sentence about the training state
         super().__init__(doing)
 
     def __str__(self) -> str:

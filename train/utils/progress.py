@@ -90,10 +90,7 @@ class Progress:
 
 @dataclass
 class ItemProgress:
-    """Counts items: a bar on a terminal that `close` removes, in a log a line every `SECONDS`.
-
-    In a log there is also a line at the end if any was printed before.
-    """
+    """Counts items: a bar on a terminal that `close` removes, or lines in a log every `SECONDS` and then at the end."""
 
     what: str  # name of the items, such as `pictures encoded`
     shown: bool = True
