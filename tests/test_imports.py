@@ -1,5 +1,7 @@
 """Who may import whom: an order of packages in each top folder, no circle of files, and diffusers for tests alone.
 
+Also how long files and functions may be, and that a top folder has one class of a name.
+
 Every import counts, whether it is at the top of a file, in a function or under TYPE_CHECKING.
 """
 
@@ -189,3 +191,24 @@ def test_an_import_is_seen_wherever_it_stands(source):
     assert against_the_order(graph(sources | {"train.c": ""}), {"train": "__init__\na\nb\nc"}) == wrong
     assert against_the_order(graph(sources | {"train.c": ""}), {"train": "__init__\nc\nb\na"}) == []
     assert against_the_order(graph(sources | {"train.c": ""}), {"train": "__init__\nc\na b"}) == wrong[:1]
+
+
+LONGEST = {"train/run.py": 120, "train/loop.py": 250}  # lines; they read from top to bottom
+FOLDERS = (*OURS, "docs")
+
+
+@pytest.mark.parametrize("top", sorted(FOLDERS))
+def test_files_and_functions_are_short(top):
+    for file in (ROOT / top).rglob("*.py"):
+        source, name = file.read_text(), str(file.relative_to(ROOT))
+        assert source.count("\n") <= LONGEST.get(name, 400), name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{name}: {node.name}"
+
+
+@pytest.mark.parametrize("top", TOPS)
+def test_no_two_classes_of_a_top_folder_share_a_name(top):
+    trees = [ast.parse(file.read_text()) for file in (ROOT / top).rglob("*.py")]
+    names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert sorted(names) == sorted(set(names))

@@ -1,7 +1,6 @@
 """Train a LoRA: `accelerate launch train/run.py +experiment=tarot [key=value ...]`, or with plain `python`.
 
-Hydra composes the configuration from conf/, `load_config` checks it, and `train` runs the stages of train/stages/ in
-order. Missing cache entries are computed first; an encoder is loaded only if needed and freed before the next model.
+Hydra composes the configuration from conf/, `load_config` checks it, and `train` runs the stages of train/stages/.
 """
 
 from __future__ import annotations

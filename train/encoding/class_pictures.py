@@ -35,7 +35,7 @@ from train.utils.text import many
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ClassImageRecipe:
     """Everything that determines class images: image i has seed + i and the i-th prompt, in turn."""
 
     model: str  # fingerprint of the transformer and autoencoder
@@ -59,7 +59,7 @@ class Recipe:
 class ClassPictureFolder(Source):
     """The first `count` class images that the base drew, with their prompts."""
 
-    def __init__(self, folder: Path, recipe: Recipe, count: int) -> None:
+    def __init__(self, folder: Path, recipe: ClassImageRecipe, count: int) -> None:
         super().__init__(str(folder), None, None, False, 0)
         files = [picture_file(folder, index) for index in range(count)]
         self._take(Sample(file_picture(file), (recipe.prompt(index),)) for index, file in enumerate(files))
@@ -91,7 +91,7 @@ def has_latents(file: Path, shape: tuple[int, ...]) -> bool:
 
 def draw(
     folder: Path,
-    recipe: Recipe,
+    recipe: ClassImageRecipe,
     count: int,
     accelerator: Accelerator,
     prepared: CachedDataset,

@@ -20,7 +20,7 @@ from flux2.weights.loading import load_autoencoder
 from flux2.weights.sources import fingerprint
 from train.config.instantiate import instantiate
 from train.config.run_config import RunConfig
-from train.encoding.class_pictures import ClassPictureFolder, Recipe, draw, picture_file
+from train.encoding.class_pictures import ClassImageRecipe, ClassPictureFolder, draw, picture_file
 from train.encoding.prepare import CacheRequest
 from train.objective.prior import ClassPictures
 
@@ -32,13 +32,13 @@ def class_dataset(config: RunConfig) -> Source | None:
     return cast(Source, instantiate("preservation.dataset", config.prior.dataset))
 
 
-def class_recipe(config: RunConfig) -> Recipe:
+def class_recipe(config: RunConfig) -> ClassImageRecipe:
     """Return what determines the class images that the base draws."""
     assert config.prior is not None
     prior, variant, size = config.prior, config.variant, config.class_image_size
     weights = " ".join(fingerprint(config.source, part) for part in ("transformer", "vae"))
     sampling = prior.steps or variant.steps, float(variant.guidance if prior.guidance is None else prior.guidance)
-    return Recipe(weights, config.precision.name, tuple(prior.prompts), prior.seed, *size, *sampling)
+    return ClassImageRecipe(weights, config.precision.name, tuple(prior.prompts), prior.seed, *size, *sampling)
 
 
 def draw_class_images(config: RunConfig, prepared: CachedDataset) -> Source:

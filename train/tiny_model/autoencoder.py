@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data.files import atomic_write
 from flux2.models.autoencoder import Autoencoder, patchify
-from train.tiny_model.training import Recipe, Trainer, rate, step_generator
+from train.tiny_model.training import PhaseTrainer, Recipe, rate, step_generator
 from train.tiny_model.world import PIXELS, TINY
 
 
@@ -56,7 +56,7 @@ def train_autoencoder(recipe: Recipe, pictures: np.ndarray, home: Path) -> Autoe
     for number, phase in enumerate(recipe.autoencoder, start=1):
         module = copy.deepcopy(module).to(memory_format=torch.channels_last).requires_grad_(True)  # type: ignore[call-overload]
         set_groups(module, phase.groups)
-        trainer = Trainer(f"autoencoder_{number}", module, phase.lr, (0.9, 0.99), recipe.average, home)
+        trainer = PhaseTrainer(f"autoencoder_{number}", module, phase.lr, (0.9, 0.99), recipe.average, home)
         trainer.resume()
         while trainer.step < phase.steps:
             rng = step_generator(recipe, number, trainer.step)
@@ -85,7 +85,9 @@ def train_autoencoder(recipe: Recipe, pictures: np.ndarray, home: Path) -> Autoe
 
 
 @torch.no_grad()
-def show_reconstructions(trainer: Trainer[Autoencoder], pictures: np.ndarray, first_scene: int, file: Path) -> None:
+def show_reconstructions(
+    trainer: PhaseTrainer[Autoencoder], pictures: np.ndarray, first_scene: int, file: Path
+) -> None:
     """Log the peak signal-to-noise ratio on drawings and on scenes, and save a grid of reconstructions."""
     averaged, values, restored = trainer.averaged, {}, []
     for name, start, stop in (("drawings", 0, first_scene), ("scenes", first_scene, len(pictures))):

@@ -89,7 +89,7 @@ class Recipe:
         return replace(self, autoencoder=phases, transformer=lessons, **counts)
 
 
-class Trainer(Generic[M]):
+class PhaseTrainer(Generic[M]):
     """Optimizer, averaged weights, checkpoints and log of one module."""
 
     def __init__(self, name: str, module: M, lr: float, betas: tuple[float, float], average: float, home: Path):

@@ -25,7 +25,7 @@ from flux2.models.text_encoder import TextEncoder
 from flux2.models.transformer import RotaryAngles, Transformer, apply_rope
 from flux2.sampling import initial_noise, sample
 from train.tiny_model.autoencoder import save_grid, to_pixels, to_uint8
-from train.tiny_model.training import Lesson, Recipe, Trainer, rate, step_generator
+from train.tiny_model.training import Lesson, PhaseTrainer, Recipe, rate, step_generator
 from train.tiny_model.world import PIXELS, TINY, Catalog
 
 
@@ -99,7 +99,7 @@ def train_transformer(
     empty = text.encode([""])
     for number, lesson in enumerate(recipe.transformer, start=1):
         module = copy.deepcopy(module).requires_grad_(True)
-        trainer = Trainer(f"transformer_{number}", module, lesson.lr, (0.9, 0.98), recipe.average, home)
+        trainer = PhaseTrainer(f"transformer_{number}", module, lesson.lr, (0.9, 0.98), recipe.average, home)
         trainer.resume()
         student, teacher = torch.compile(module, dynamic=False), torch.compile(trainer.averaged, dynamic=False)
         shares = edit_shares(world, lesson.kinds) if lesson.kinds else None

@@ -17,7 +17,7 @@ import train.encoding.class_pictures
 import train.stages.class_data
 from flux2 import load
 from train.cache import main as fill_caches
-from train.encoding.class_pictures import Recipe
+from train.encoding.class_pictures import ClassImageRecipe
 from train.stages.class_data import class_cache_requests
 from train.stages.data import cache_request, prepare_samples
 from train.stages.memory import load_config
@@ -164,7 +164,7 @@ def test_training_with_drawn_pictures_trains_them(train, drawn):
 
 
 def test_a_drawn_picture_that_is_damaged_is_named_and_drawn_again_once_it_is_deleted(tmp_path):
-    recipe = Recipe("model", "fp32", ("a red cup",), 0, 32, 32, 2, 1.0)
+    recipe = ClassImageRecipe("model", "fp32", ("a red cup",), 0, 32, 32, 2, 1.0)
     files = [train.encoding.class_pictures.picture_file(tmp_path, index) for index in range(2)]
     for file in files:
         Image.new("RGB", (32, 32)).save(file)
@@ -177,18 +177,18 @@ def test_a_drawn_picture_that_is_damaged_is_named_and_drawn_again_once_it_is_del
 
 
 def test_everything_that_a_picture_depends_on_is_in_the_name_of_its_folder():
-    recipe = Recipe("model", "fp32", ("a", "b"), 0, 64, 48, 4, 2.0)
+    recipe = ClassImageRecipe("model", "fp32", ("a", "b"), 0, 64, 48, 4, 2.0)
     others = [
-        Recipe("other", "fp32", ("a", "b"), 0, 64, 48, 4, 2.0),
-        Recipe("model", "bf16", ("a", "b"), 0, 64, 48, 4, 2.0),
-        Recipe("model", "fp32", ("b", "a"), 0, 64, 48, 4, 2.0),
-        Recipe("model", "fp32", ("a", "b"), 1, 64, 48, 4, 2.0),
-        Recipe("model", "fp32", ("a", "b"), 0, 48, 64, 4, 2.0),
-        Recipe("model", "fp32", ("a", "b"), 0, 64, 48, 5, 2.0),
-        Recipe("model", "fp32", ("a", "b"), 0, 64, 48, 4, 2.5),
+        ClassImageRecipe("other", "fp32", ("a", "b"), 0, 64, 48, 4, 2.0),
+        ClassImageRecipe("model", "bf16", ("a", "b"), 0, 64, 48, 4, 2.0),
+        ClassImageRecipe("model", "fp32", ("b", "a"), 0, 64, 48, 4, 2.0),
+        ClassImageRecipe("model", "fp32", ("a", "b"), 1, 64, 48, 4, 2.0),
+        ClassImageRecipe("model", "fp32", ("a", "b"), 0, 48, 64, 4, 2.0),
+        ClassImageRecipe("model", "fp32", ("a", "b"), 0, 64, 48, 5, 2.0),
+        ClassImageRecipe("model", "fp32", ("a", "b"), 0, 64, 48, 4, 2.5),
     ]
     assert len({recipe.name, *(other.name for other in others)}) == 8
-    assert recipe.name == Recipe("model", "fp32", ("a", "b"), 0, 64, 48, 4, 2.0).name
+    assert recipe.name == ClassImageRecipe("model", "fp32", ("a", "b"), 0, 64, 48, 4, 2.0).name
 
 
 # ------------------------------------------------------------------ caches
