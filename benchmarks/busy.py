@@ -95,19 +95,18 @@ class Training:
         return reply
 
     def run_steps(self, count: int) -> list[float]:
-        """Run one untimed step and `count` timed ones, and return the seconds of each."""
+        """Run an untimed step and then `count` steps, and return the seconds of each of these."""
         assert self.popen.stdin is not None
-        start, machine, own = (
-            time.perf_counter(),
-            busy_seconds(psutil.cpu_times()),
-            busy_seconds(self.process.cpu_times()),
-        )
+        start, others = time.perf_counter(), self.other_seconds()
         print(count + 1, file=self.popen.stdin, flush=True)
         seconds: list[float] = self.read_reply()["seconds"]
-        machine = busy_seconds(psutil.cpu_times()) - machine
-        own = busy_seconds(self.process.cpu_times()) - own
-        self.others.append((machine - own) / (time.perf_counter() - start) / (os.cpu_count() or 1))
+        others = self.other_seconds() - others
+        self.others.append(others / (time.perf_counter() - start) / (os.cpu_count() or 1))
         return seconds[1:]
+
+    def other_seconds(self) -> float:
+        """Return the CPU seconds that all other processes of the machine have used."""
+        return busy_seconds(psutil.cpu_times()) - busy_seconds(self.process.cpu_times())
 
     def close(self) -> None:
         """End the process."""
@@ -191,9 +190,7 @@ def main() -> None:
         },
         "idle": {"flux2-lora / default": medians[ours]["idle"] / medians[default]["idle"]},
         "busy / idle": {variant: values["busy"] / values["idle"] for variant, values in medians.items()},
-        "used by other processes": statistics.mean(
-            share for training in trainings.values() for share in training.others
-        ),
+        "used by other processes": statistics.mean(share for each in trainings.values() for share in each.others),
         "launched by accelerate": options.launch,
         **environment(),
     }

@@ -102,9 +102,7 @@ def pixel_difference(side: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sides", type=integer_type(64), nargs="+", default=[1024, 2048])
-    parser.add_argument(
-        "--whole-up-to", type=integer_type(64), default=2048, help="decode larger images only in stripes"
-    )
+    parser.add_argument("--whole-up-to", type=integer_type(64), default=2048, help="larger images: only in stripes")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

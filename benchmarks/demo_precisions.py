@@ -4,8 +4,8 @@
 
 Trains conf/experiment/demo.yaml with three seeds on the embedded model in float32, in FP8 (products in FP8 too, forward
 and backward, as on a GPU) and in NF4, and measures the result as train/demo.py does. A precision passes if its mean
-lies within the spread of the float32 seeds, widened by what one image of the 48 counts. The last validation loss is
-written but not judged, because the loss of the base differs between precisions. Results are written to
+lies within the spread of the float32 seeds, widened by one image of the 48. The last validation loss is written but
+not judged, because the loss of the base differs between precisions. Results are written to
 benchmarks/results/demo_precisions.json with the hardware and the versions.
 """
 
@@ -59,7 +59,7 @@ def train_demo(overrides: Sequence[str], folder: Path, cache: Path) -> dict[str,
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Return the mean, minimum and maximum over the seeds of each precision and measure.
 
-    `within_fp32` is whether the mean lies within the values of float32, widened by what one image counts.
+    `within_fp32` is whether the mean lies within the values of float32, widened by one image.
     """
     slack = 1 / IMAGES + 1e-9
     columns = {name: {key: [run[key] for run in given] for key in MEASURES} for name, given in runs.items()}

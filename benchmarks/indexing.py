@@ -120,8 +120,9 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             results["ways"][layout] = json.loads(done.stdout.splitlines()[-1])
             print(f"{layout}: {results['ways'][layout]}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    from benchmarks.common import write_result  # here, because it imports torch, which would count in `measure`
+
+    write_result(options.out, results)
     print(f"written to {options.out}")
 
 

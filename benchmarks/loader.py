@@ -168,8 +168,7 @@ def measure_starts(folder: Path, count: int) -> dict[str, Any]:
 
     def run_start() -> dict[str, Any]:
         command = [sys.executable, __file__, "--start", str(folder / "images"), str(folder / "cache")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return json.loads(done.stdout)
+        return json.loads(subprocess.check_output(command, text=True))
 
     folder.mkdir()
     write_samples(folder / "images", count)

@@ -28,6 +28,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import bitsandbytes
@@ -205,10 +206,8 @@ def measure_limits(config: TransformerConfig, tokens: int, device: torch.device,
         "attention": (attend, 4 * tokens**2 * config.hidden),
     }
     if device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9):
-        operations["fp8"] = (
-            lambda: torch._scaled_mm(x8, w8.t(), one, one, out_dtype=torch.bfloat16),
-            2 * tokens * k * n,
-        )
+        scaled_product = partial(torch._scaled_mm, x8, w8.t(), one, one, out_dtype=torch.bfloat16)
+        operations["fp8"] = (scaled_product, 2 * tokens * k * n)
     rates = {}
     for name, (run, flops) in operations.items():
         time_runs(run, 3, device)
@@ -302,12 +301,10 @@ def main() -> None:
     parser.add_argument("--rank", type=integer_type(1), default=16)
     parser.add_argument("--repeats", type=integer_type(1), default=20, help="timed steps of each case")
     parser.add_argument(
-        "--warmup", type=integer_type(0), default=3, help="untimed steps after the first, which compiles"
+        "--warmup", type=integer_type(0), default=3, help="untimed steps after the first, compiling one"
     )
     parser.add_argument("--compiler", default="inductor", help="backend of torch.compile; aot_eager tests the script")
-    parser.add_argument(
-        "--memory-gb", type=float, help="size of a smaller GPU to emulate; CUDA itself takes 1 GiB of it"
-    )
+    parser.add_argument("--memory-gb", type=float, help="GPU size to emulate; CUDA itself takes 1 GiB of it")
     options = parser.parse_args()
 
     cases = choose_cases(parser, CASES, options.only)
