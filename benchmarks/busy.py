@@ -1,11 +1,11 @@
-"""A busy machine: the demo's step alone, and next to processes that keep every core busy.
+"""Time a step of the demo on an idle machine, and next to processes that keep every core busy.
 
     python benchmarks/busy.py
 
-Two trainings of the demo (train/run.py) are alive at once: one whose OpenMP threads spin as flux2/__init__.py sets it,
-one with libgomp's own default. They take turns of a few steps, in changing order, so that both meet the same machine;
-the first step of a turn does not count. `--launch` starts them with `accelerate launch`. The result has the share of
-the machine that other processes used during the idle turns: above a few percent, the idle figures mean little.
+Two processes train the demo (train/run.py): one with the OpenMP spinning that flux2/__init__.py sets, one with the
+default of libgomp. They take turns of a few steps in alternating order, so that both see the same load; the first step
+of a turn is not counted. `--launch` starts them with `accelerate launch`. The result has the share of the machine that
+other processes used during the idle turns: if it exceeds a few percent, the idle figures mean little.
 """
 
 from __future__ import annotations
@@ -34,90 +34,95 @@ import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.common import at_least, environment, hardware, write_result
+from benchmarks.common import RESULTS, environment, hardware, integer_type, write_result
 
-WORK = "--work"  # as the first argument: be a training
-RESULT = ROOT / "benchmarks" / "results" / "busy_cpu.json"
+WORKER = "--worker"  # as the first argument: run as one of the training processes
 VARIANTS: dict[str, dict[str, str]] = {
-    "libgomp's default": {"GOMP_SPINCOUNT": "300000"},  # what it takes where no variable is set
+    "libgomp's default": {"GOMP_SPINCOUNT": "300000"},  # the value that libgomp uses if no variable is set
     "flux2-lora": {},
 }
 
 
-def work(settings: Sequence[str]) -> None:
-    """Train as train/run.py does: as many steps as a line of stdin asks for; their seconds are a line of stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what training prints
-    left, began, seconds = 0, 0.0, []
+def run_worker(settings: Sequence[str]) -> None:
+    """Train like train/run.py: read a number of steps from stdin, run them, write their seconds to stdout, repeat."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # stdout carries the replies, so what training prints goes to stderr
+    remaining, start, seconds = 0, 0.0, []
 
-    def step(*_: object) -> None:
-        nonlocal left, began, seconds
-        if left:
-            seconds.append(time.perf_counter() - began)
-            left -= 1
-        if not left:
-            print(json.dumps({"pid": os.getpid(), "seconds": seconds}), file=answers, flush=True)
-            left, seconds = int(sys.stdin.readline() or 0), []
-            if not left:
-                os._exit(0)  # the benchmark has ended
-        began = time.perf_counter()
+    def after_step(*_: object) -> None:
+        nonlocal remaining, start, seconds
+        if remaining:
+            seconds.append(time.perf_counter() - start)
+            remaining -= 1
+        if not remaining:
+            print(json.dumps({"pid": os.getpid(), "seconds": seconds}), file=replies, flush=True)
+            remaining, seconds = int(sys.stdin.readline() or 0), []
+            if not remaining:
+                os._exit(0)  # the benchmark closed stdin
+        start = time.perf_counter()
 
-    register_optimizer_step_post_hook(step)
+    register_optimizer_step_post_hook(after_step)
     sys.argv = ["train/run.py", *settings]
     runpy.run_path(str(ROOT / "train" / "run.py"), run_name="__main__")
 
 
 class Training:
-    """A training of the demo in a process of its own, whose OpenMP threads spin as `variables` say."""
+    """A process that trains the demo, with the environment `variables` for its OpenMP threads."""
 
     def __init__(self, folder: Path, variables: dict[str, str], launch: bool) -> None:
         settings = ("+experiment=demo", f"cache_dir={folder}/cache", f"output_dir={folder}/run", "steps=1000000")
         settings += ("sample_every=0", "validate_every=0", "checkpoint_every=0")
-        start = ["-m", "accelerate.commands.launch"] if launch else []
-        plain = {key: value for key, value in os.environ.items() if key not in flux2.SPIN_VARIABLES}
-        self.started = subprocess.Popen(
-            [sys.executable, *start, __file__, WORK, *settings],
+        launcher = ["-m", "accelerate.commands.launch"] if launch else []
+        inherited = {key: value for key, value in os.environ.items() if key not in flux2.SPIN_VARIABLES}
+        self.popen = subprocess.Popen(
+            [sys.executable, *launcher, __file__, WORKER, *settings],
             cwd=ROOT,
-            env=plain | variables,
+            env=inherited | variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.process = psutil.Process(self.answer()["pid"])  # after the first step
-        self.others: list[float] = []  # share of the machine that other processes used, for each turn
+        self.process = psutil.Process(self.read_reply()["pid"])  # replies after its first step
+        self.others: list[float] = []  # share of the machine used by other processes, per turn
 
-    def answer(self) -> dict[str, Any]:
-        assert self.started.stdout is not None
-        line = self.started.stdout.readline()
+    def read_reply(self) -> dict[str, Any]:
+        """Return the next reply of the worker."""
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
         if not line:
-            raise RuntimeError("a training ended early")
-        found: dict[str, Any] = json.loads(line)
-        return found
+            raise RuntimeError("a training process ended early")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
-    def steps(self, count: int) -> list[float]:
-        """Seconds of each of `count` steps, after one that does not count."""
-        assert self.started.stdin is not None
-        began, machine, own = time.perf_counter(), used(psutil.cpu_times()), used(self.process.cpu_times())
-        print(count + 1, file=self.started.stdin, flush=True)
-        seconds: list[float] = self.answer()["seconds"]
-        other = used(psutil.cpu_times()) - machine - (used(self.process.cpu_times()) - own)
-        self.others.append(other / (time.perf_counter() - began) / (os.cpu_count() or 1))
+    def run_steps(self, count: int) -> list[float]:
+        """Run an untimed step and then `count` steps, and return the seconds of each of these."""
+        assert self.popen.stdin is not None
+        start, others = time.perf_counter(), self.other_seconds()
+        print(count + 1, file=self.popen.stdin, flush=True)
+        seconds: list[float] = self.read_reply()["seconds"]
+        others = self.other_seconds() - others
+        self.others.append(others / (time.perf_counter() - start) / (os.cpu_count() or 1))
         return seconds[1:]
 
+    def other_seconds(self) -> float:
+        """Return the CPU seconds that all other processes of the machine have used."""
+        return busy_seconds(psutil.cpu_times()) - busy_seconds(self.process.cpu_times())
+
     def close(self) -> None:
-        assert self.started.stdin is not None
-        self.started.stdin.close()
-        self.started.wait()
+        """End the process."""
+        assert self.popen.stdin is not None
+        self.popen.stdin.close()
+        self.popen.wait()
 
 
-def used(times: Any) -> float:
-    """CPU seconds of a process or of the machine, idle ones left out."""
+def busy_seconds(times: Any) -> float:
+    """Return the CPU seconds of a process or of the machine, without idle time."""
     return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
 
 
 @contextmanager
 def every_core_busy() -> Iterator[None]:
-    """Context manager that runs one process per core, and each would use all of it."""
+    """Context manager that runs one process per core, each of which spins."""
     spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
         time.sleep(0.5)
@@ -129,38 +134,41 @@ def every_core_busy() -> Iterator[None]:
 
 
 def measure(trainings: dict[str, Training], rounds: int, idle: int, busy: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of the steps of each training, alone and next to busy processes."""
+    """Return the seconds of the steps of each training process, on the idle and on the busy machine."""
     seconds: dict[str, dict[str, list[float]]] = {name: {"idle": [], "busy": []} for name in trainings}
     for turn in range(rounds):
         order = list(trainings)[:: 1 if turn % 2 else -1]
         for name in order:
-            seconds[name]["idle"] += trainings[name].steps(idle)
+            seconds[name]["idle"] += trainings[name].run_steps(idle)
         others = {name: list(training.others) for name, training in trainings.items()}
         with every_core_busy():
             for name in order:
-                seconds[name]["busy"] += trainings[name].steps(busy)
-        for name, training in trainings.items():  # only of the turns alone
+                seconds[name]["busy"] += trainings[name].run_steps(busy)
+        for name, training in trainings.items():  # drop the shares of the busy turns
             training.others = others[name]
         print(f"round {turn + 1} of {rounds}:", summary(seconds), flush=True)
     return seconds
 
 
 def summary(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    return {name: {when: statistics.median(found) for when, found in of.items()} for name, of in seconds.items()}
+    """Return the medians."""
+    return {
+        name: {load: statistics.median(times) for load, times in by_load.items()} for name, by_load in seconds.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=at_least(1), default=8)
-    parser.add_argument("--idle-steps", type=at_least(1), default=20, help="of a turn")
-    parser.add_argument("--busy-steps", type=at_least(1), default=3, help="of a turn")
-    parser.add_argument("--launch", action="store_true", help="start the trainings with `accelerate launch`")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--rounds", type=integer_type(1), default=8)
+    parser.add_argument("--idle-steps", type=integer_type(1), default=20, help="timed steps per turn")
+    parser.add_argument("--busy-steps", type=integer_type(1), default=3, help="timed steps per turn")
+    parser.add_argument("--launch", action="store_true", help="start the processes with `accelerate launch`")
+    parser.add_argument("--out", type=Path, default=RESULTS / "busy_cpu.json")
     options = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as folder:
         trainings = {
-            variant: Training(Path(name) / str(number), variables, options.launch)
+            variant: Training(Path(folder) / str(number), variables, options.launch)
             for number, (variant, variables) in enumerate(VARIANTS.items())
         }
         try:
@@ -171,14 +179,14 @@ def main() -> None:
     medians = summary(seconds)
     default, ours = VARIANTS
     result = {
-        "what": "a step of the demo, alone and next to one busy process per core",
+        "what": "a step of the demo, on an idle machine and next to one busy process per core",
         "hardware": hardware(torch.device("cpu")),
         "seconds": {
             variant: {
-                when: {"median": statistics.median(found), "min": min(found), "max": max(found), "steps": len(found)}
-                for when, found in of.items()
+                load: {"median": statistics.median(times), "min": min(times), "max": max(times), "steps": len(times)}
+                for load, times in by_load.items()
             }
-            for variant, of in seconds.items()
+            for variant, by_load in seconds.items()
         },
         "idle": {"flux2-lora / default": medians[ours]["idle"] / medians[default]["idle"]},
         "busy / idle": {variant: values["busy"] / values["idle"] for variant, values in medians.items()},
@@ -191,7 +199,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [WORK]:
-        work(sys.argv[2:])
+    if sys.argv[1:2] == [WORKER]:
+        run_worker(sys.argv[2:])
     else:
         main()

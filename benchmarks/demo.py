@@ -1,9 +1,9 @@
-"""The demo over several seeds: how much of its numbers is chance.
+"""Run the demo with several seeds, to see how much its figures vary by chance.
 
     python benchmarks/demo.py --seeds 0 1 2 [key=value ...]
 
-Runs train/demo.py once a seed, with any settings that are given, and writes what it measured, with medians, lowest and
-highest values, the hardware and the versions, to benchmarks/results/demo.json.
+Runs train/demo.py once per seed with the given settings. Writes its figures, with medians, lowest and highest values,
+the hardware and the versions, to benchmarks/results/demo.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tempfile
 import peft
 import torch
 
-from benchmarks.common import hardware, write_result
+from benchmarks.common import RESULTS, hardware, write_result
 
 KEYS = (
     "training_seconds",
@@ -38,7 +38,7 @@ KEYS = (
 
 
 def run(seed: int, settings: list[str], folder: Path) -> dict[str, float]:
-    """The numbers of one demo. Raises CalledProcessError if it fails."""
+    """Run the demo once and return its figures. Raises CalledProcessError if it fails."""
     command = [sys.executable, "train/demo.py", f"seed={seed}", f"output_dir={folder}", *settings]
     subprocess.run(command, cwd=ROOT, check=True)
     report = json.loads((folder / "demo.json").read_text())
@@ -48,7 +48,7 @@ def run(seed: int, settings: list[str], folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "demo.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "demo.json")
     options, settings = parser.parse_known_args()
 
     runs = {}
@@ -57,7 +57,7 @@ def main() -> None:
             runs[seed] = run(seed, settings, Path(folder) / "run")
     columns = {key: [values[key] for values in runs.values()] for key in KEYS}
     result = {
-        "what": "train/demo.py, one run a seed; shares of 48 pictures",
+        "what": "train/demo.py, one run per seed; shares of 48 images",
         "settings": settings,
         "hardware": hardware(torch.device("cpu")),
         "versions": {"torch": torch.__version__, "peft": peft.__version__},

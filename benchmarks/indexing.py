@@ -1,11 +1,10 @@
-"""How long a source takes to index many samples, and how much memory it keeps.
+"""Measure how long a source takes to index many samples, and the peak memory.
 
     python benchmarks/indexing.py [--samples 100000]
 
-Writes small JPEGs with captions, once in each of three ways, and opens each in a fresh process: a folder with .txt
-captions, a folder with metadata.jsonl, tar shards. Opening reads every caption and every picture's header. The memory
-is the highest of the whole process, Python and libraries included. Files are in the page cache, as they were written
-just before.
+Writes small JPEGs with captions in three layouts (.txt captions, metadata.jsonl, tar shards) and opens each in a new
+process. Opening reads every caption and the header of every image. The memory is the peak of
+the whole process, including Python and libraries. The files were just written and are in the page cache.
 
 The target for 100,000 samples in a folder is under 60 s and under 500 MB.
 """
@@ -33,13 +32,13 @@ from importlib.metadata import version
 import numpy as np
 from PIL import Image
 
-FOLDERS = 16  # of pictures that metadata.jsonl names
-A_SHARD = 10_000  # samples
-WAYS = ("sidecars", "metadata", "shards")
+FOLDERS = 16  # image folders next to metadata.jsonl
+SHARD_SAMPLES = 10_000
+LAYOUTS = ("sidecars", "metadata", "shards")
 
 
 def jpeg(number: int) -> bytes:
-    """A picture of its own, 64 pixels wide; as small as a file system's block, so that 100,000 fit anywhere."""
+    """Return a distinct image, 64 pixels wide, that fits into one block of the file system."""
     noise = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(noise).resize((64, 48 + 16 * (number % 3))).save(stream, "JPEG")
@@ -47,16 +46,19 @@ def jpeg(number: int) -> bytes:
 
 
 def caption(number: int) -> str:
-    return f"picture {number}, a caption of about a hundred characters, as they are written for training, more or less"
+    """Return a caption of about a hundred characters."""
+    return f"image {number}, a caption of about a hundred characters, as they are written for training, more or less"
 
 
 def write_sidecars(folder: Path, samples: int) -> None:
+    """Write images with .txt captions."""
     for number in range(samples):
         (folder / f"{number:06}.jpg").write_bytes(jpeg(number))
         (folder / f"{number:06}.txt").write_text(caption(number))
 
 
 def write_metadata(folder: Path, samples: int) -> None:
+    """Write images in `FOLDERS` folders and their captions in metadata.jsonl."""
     for number in range(FOLDERS):
         (folder / f"{number:02}").mkdir()
     with (folder / "metadata.jsonl").open("w") as file:
@@ -67,22 +69,23 @@ def write_metadata(folder: Path, samples: int) -> None:
 
 
 def write_shards(folder: Path, samples: int) -> None:
-    for first in range(0, samples, A_SHARD):
+    """Write tar shards of `SHARD_SAMPLES` samples."""
+    for first in range(0, samples, SHARD_SAMPLES):
         with tarfile.open(folder / f"{first:06}.tar", "w") as tar:
-            for number in range(first, min(first + A_SHARD, samples)):
+            for number in range(first, min(first + SHARD_SAMPLES, samples)):
                 for suffix, content in (("jpg", jpeg(number)), ("txt", caption(number).encode())):
                     member = tarfile.TarInfo(f"{number:06}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
 
 
-def measure(way: str, folder: str, samples: int) -> None:
-    """Opens the source in this process and prints what it took."""
+def measure(layout: str, folder: str, samples: int) -> None:
+    """Open the source in this process and print the time and memory."""
     from data.sources import Folder, WebDataset
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
-    source = WebDataset(folder) if way == "shards" else Folder(folder)
+    source = WebDataset(folder) if layout == "shards" else Folder(folder)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux
     assert len(source) == samples
@@ -95,13 +98,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/indexing_cpu.json"))
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure:
-        return measure(*given.measure, given.samples)
+    options = parser.parse_args()
+    if options.measure:
+        return measure(*options.measure, options.samples)
 
     results = {
         "what": "a source of small JPEGs is opened: captions and headers are read",
-        "samples": given.samples,
+        "samples": options.samples,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
         "load_average": os.getloadavg()[0],
@@ -110,16 +113,17 @@ def main() -> None:
         "ways": {},
     }
     write = {"sidecars": write_sidecars, "metadata": write_metadata, "shards": write_shards}
-    for way in WAYS:
+    for layout in LAYOUTS:
         with tempfile.TemporaryDirectory() as folder:
-            write[way](Path(folder), given.samples)
-            command = [sys.executable, __file__, "--samples", str(given.samples), "--measure", way, folder]
+            write[layout](Path(folder), options.samples)
+            command = [sys.executable, __file__, "--samples", str(options.samples), "--measure", layout, folder]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            results["ways"][way] = json.loads(done.stdout.splitlines()[-1])
-            print(f"{way}: {results['ways'][way]}", flush=True)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written to {given.out}")
+            results["ways"][layout] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{layout}: {results['ways'][layout]}", flush=True)
+    from benchmarks.common import write_result  # here, because it imports torch, which would count in `measure`
+
+    write_result(options.out, results)
+    print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""A picture on a smaller card: ours with streamed blocks beside diffusers' own ways of offloading, on one GPU.
+"""Compare inference with offloaded blocks to the offloading of diffusers, on one GPU limited to smaller sizes.
 
-    python benchmarks/inference.py                             dev at 1024 px, on cards of 24, 18 and 8 GB
+    python benchmarks/inference.py                             dev at 1024 px, on GPUs of 24, 18 and 8 GB
     python benchmarks/inference.py --only "8 GB" --steps 4
-    python benchmarks/inference.py --small --on cpu            proves the script; its figures mean nothing
+    python benchmarks/inference.py --small --on cpu            tests the script; its figures mean nothing
 
-Weights are random, made on the GPU at their true shapes; prompts are random embeddings, so no text encoder is counted.
-PyTorch may take no more of the GPU than such a card has. A picture is sampled and decoded; the first one, of a single
-step, is not counted. Where memory does not suffice, the result says so. Beside what the allocator saw of ours stands
-what was predicted (`predicted`), counted from shapes.
+Weights are random and drawn on the GPU at the published shapes; prompts are random embeddings, so the text encoder is
+not counted. PyTorch is limited to the memory of a GPU of each size. Each case samples and decodes one image after a
+warm-up image of one step; if it runs out of memory, the result says so. For our cases, the result also contains the
+memory predicted from shapes (`predict_memory`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
     import flux2  # noqa: F401  before torch: it sets how long threads spin
 
 import argparse
-import gc
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -36,8 +32,26 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.common import at_least, clock, hardware, write_result
-from benchmarks.models import SMALL, diffusers_transformer, drawn, precision_of, random_transformer, to_four_bits
+from benchmarks.common import (
+    add_case_options,
+    choose_cases,
+    choose_device,
+    hardware,
+    integer_type,
+    limit_memory,
+    peak_memory,
+    read_clock,
+    result_file,
+    run_cases,
+)
+from benchmarks.models import (
+    SMALL,
+    diffusers_transformer,
+    make_precision,
+    quantize_to_nf4,
+    random_transformer,
+    random_weight,
+)
 from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.models import tiled_decoding
 from flux2.models.autoencoder import Autoencoder
@@ -46,7 +60,6 @@ from flux2.models.variants import VARIANTS, AutoencoderConfig, TransformerConfig
 from flux2.pipeline import render
 from flux2.quantization.precision import Storage
 from train.planner.from_config import skeleton
-from train.planner.gpus import CONTEXT_GB, GIB
 from train.planner.predictor import LIBRARIES, Planner
 from train.planner.step_memory import AllocationCounter, Shape, autoencoder_peaks, fake, gpu_kernels, size
 from train.planner.workload import Workload
@@ -63,7 +76,15 @@ SMALL_DEV = replace(
 
 @dataclass(frozen=True)
 class Case:
-    """One way to make a picture. `offload` is diffusers' mode; ours streams `offload_blocks` and decodes `tiled`."""
+    """A way to generate an image.
+
+    Attributes:
+        gpu_memory_gb: Size of the GPU.
+        storage: Storage of the block linears; None is bfloat16.
+        offload_blocks: Share or number of the blocks that ours offloads.
+        tiled: Whether ours decodes in stripes.
+        offload: Offload mode of diffusers; None runs ours.
+    """
 
     gpu_memory_gb: int
     storage: Storage | None
@@ -87,40 +108,44 @@ OURS = (
     Case(8, "fp8", 1.0, tiled=True),
 )
 THEIRS = tuple(
-    Case(card, storage, offload=mode)
-    for card in (24, 18, 8)
+    Case(size, storage, offload=mode)
+    for size in (24, 18, 8)
     for mode, storage in (("model", None), ("model", "nf4"), ("sequential", None), ("group", None))
+)
+SMALL_CASES = (
+    Case(8, None),
+    Case(8, "nf4", 2, tiled=True),
+    Case(8, None, offload="group"),
+    Case(8, None, offload="no"),
 )
 
 
-# ------------------------------------------------------------------ predicted
+# ------------------------------------------------------------------ prediction
 
 
 @cache
 def whole_peak(config: AutoencoderConfig, pixels: int) -> tuple[int, int]:
-    """Bytes of the autoencoder's weights, and the most above them to decode one picture at once."""
+    """Return the bytes of the autoencoder's weights, and the peak above them to decode one image as a whole."""
     weights, _, decode = autoencoder_peaks(config, pixels, pixels)
     return weights, decode
 
 
 @cache
 def stripes_peak(config: AutoencoderConfig, pixels: int) -> int:
-    """The most bytes above the weights to decode one picture in stripes, counted as train/planner/step_memory.py
-    counts.
-    """
+    """Return the peak above the autoencoder's weights to decode one image in stripes, in bytes."""
     with torch.device("meta"):
         model = Autoencoder(config)
     with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake(model)
-        given = torch.empty(1, 4 * config.latent_channels, pixels // 16, pixels // 16)
-        with AllocationCounter([*model.parameters(), *model.buffers(), given]) as count:
-            tiled_decoding.decode(model, given)
-    return count.peak + size([given])
+        latents = torch.empty(1, 4 * config.latent_channels, pixels // 16, pixels // 16)
+        with AllocationCounter([*model.parameters(), *model.buffers(), latents]) as count:
+            tiled_decoding.decode(model, latents)
+    return count.peak + size([latents])
 
 
-def predicted(variant: Variant, case: Case, pixels: int = 1024) -> dict[str, float]:
-    """Bytes on a GPU while `pipe.generate` makes one picture from a known prompt, by what they are for."""
-    precision = precision_of(case.storage, in_fp8=True)
+def predict_memory(variant: Variant, case: Case, pixels: int = 1024) -> dict[str, float]:
+    """Return the bytes on a GPU by purpose while `pipe.generate` makes one image from prompt embeddings."""
+    precision = make_precision(case.storage, in_fp8=True)
     model = skeleton(variant, precision, lambda model: model.requires_grad_(False))
     unused = partial(torch.optim.AdamW, lr=1.0)
     job = Workload(variant, model, precision.dtype, unused, (pixels, pixels), sample_pixels=(pixels, pixels))
@@ -141,27 +166,28 @@ def predicted(variant: Variant, case: Case, pixels: int = 1024) -> dict[str, flo
     }
 
 
-# ------------------------------------------------------------------ made
+# ------------------------------------------------------------------ measurement
 
 
 def ours(variant: Variant, case: Case, device: torch.device, pixels: int) -> Callable[[int], Any]:
+    """Return a function that makes images with our pipeline in a number of steps."""
     config = variant.transformer
-    precision = precision_of(case.storage, in_fp8=True)
+    precision = make_precision(case.storage, in_fp8=True)
     host = offloaded_blocks(config, case.offload_blocks)
     model = random_transformer(config, precision, device, host=host)
     offload(model, case.offload_blocks, device=device)
     autoencoder = Autoencoder(variant.autoencoder).to(device).requires_grad_(False).eval()
     text = torch.randn(1, TEXT, config.text_width, generator=torch.Generator().manual_seed(0)).to(device)
 
-    def make(steps: int) -> Any:
-        given = {"seeds": [0], "width": pixels, "height": pixels, "steps": steps, "guidance": 4.0, "tiled": case.tiled}
-        return render(model.eval(), autoencoder, text, **given)
+    def generate(steps: int) -> Any:
+        size = {"width": pixels, "height": pixels}
+        return render(model.eval(), autoencoder, text, seeds=[0], steps=steps, guidance=4.0, tiled=case.tiled, **size)
 
-    return make
+    return generate
 
 
-class DrawnAway(Mapping[str, Tensor]):
-    """The weights of `random_transformer`, each drawn on `device` when it is asked for, and given in host memory."""
+class HostWeights(Mapping[str, Tensor]):
+    """The weights of `random_transformer` in host memory, each drawn on `device` when it is read."""
 
     def __init__(self, config: TransformerConfig, device: torch.device) -> None:
         with torch.device("meta"):
@@ -169,7 +195,7 @@ class DrawnAway(Mapping[str, Tensor]):
         self.device = device
 
     def __getitem__(self, name: str) -> Tensor:
-        return drawn(name, self.shapes[name], self.device, torch.bfloat16).cpu()
+        return random_weight(name, self.shapes[name], self.device, torch.bfloat16).cpu()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -179,11 +205,11 @@ class DrawnAway(Mapping[str, Tensor]):
 
 
 def theirs(variant: Variant, case: Case, device: torch.device, pixels: int) -> Callable[[int], Any]:
-    """diffusers' pipeline with the same weights, offloaded as it can itself."""
+    """Return a function that makes images with diffusers' pipeline: same weights, one of its own offload modes."""
     config, sizes = variant.transformer, variant.autoencoder
-    model = diffusers_transformer(config, DrawnAway(config, device), torch.device("cpu"), torch.bfloat16)
+    model = diffusers_transformer(config, HostWeights(config, device), torch.device("cpu"), torch.bfloat16)
     if case.storage == "nf4":
-        to_four_bits(model, device)
+        quantize_to_nf4(model, device)
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * len(sizes.widths),
         up_block_types=("UpDecoderBlock2D",) * len(sizes.widths),
@@ -205,83 +231,53 @@ def theirs(variant: Variant, case: Case, device: torch.device, pixels: int) -> C
     else:
         pipe.to(device)
     text = torch.randn(1, TEXT, config.text_width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    sizes_of = {"width": pixels, "height": pixels, "guidance_scale": 4.0}
-    return lambda steps: pipe(prompt_embeds=text.to(device), num_inference_steps=steps, **sizes_of).images
+    arguments = {"width": pixels, "height": pixels, "guidance_scale": 4.0}
+    return lambda steps: pipe(prompt_embeds=text.to(device), num_inference_steps=steps, **arguments).images
 
 
 def measure(variant: Variant, case: Case, device: torch.device, pixels: int, steps: int) -> dict[str, Any]:
-    """Seconds of a picture and the memory it took, or why there is none."""
-    gpu = device.type == "cuda"
+    """Return the seconds per image and the memory of a case, or the out-of-memory error."""
     result: dict[str, Any] = {}
     if not case.offload:
-        result["predicted GB"] = sum(predicted(variant, case, pixels).values()) / 1e9
-    if gpu:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.gpu_memory_gb - CONTEXT_GB) * GIB / total), device)
+        result["predicted GB"] = sum(predict_memory(variant, case, pixels).values()) / 1e9
+    if device.type == "cuda":
+        limit_memory(device, case.gpu_memory_gb)
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        make = (theirs if case.offload else ours)(variant, case, device, pixels)
-        make(1)
-        began = clock(device)
-        (picture,) = make(steps)
-        result["seconds a picture"] = clock(device) - began
-        assert picture.size == (pixels, pixels)
+        generate = (theirs if case.offload else ours)(variant, case, device, pixels)
+        generate(1)
+        start = read_clock(device)
+        (image,) = generate(steps)
+        result["seconds per image"] = read_clock(device) - start
+        assert image.size == (pixels, pixels)
     except torch.OutOfMemoryError as error:
         result["out of memory"] = str(error).splitlines()[0]
-    if gpu:
-        result["GB"] = {
-            "allocated": torch.cuda.max_memory_allocated(device) / 1e9,
-            "reserved": torch.cuda.max_memory_reserved(device) / 1e9,
-        }
+    if device.type == "cuda":
+        result["GB"] = peak_memory(device)
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only cases with this in their name, as '8 GB' or 'diffusers'")
-    parser.add_argument("--steps", type=at_least(1), default=DEV.steps)
-    parser.add_argument("--pixels", type=at_least(64), default=1024, help="of a side")
-    parser.add_argument("--small", action="store_true", help="a small model, without a limit of memory")
-    parser.add_argument("--on", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, help="result file; by default benchmarks/results/inference_<GPU>.json")
+    add_case_options(parser, "'8 GB' or 'diffusers'", "inference_<GPU>")
+    parser.add_argument("--steps", type=integer_type(1), default=DEV.steps)
+    parser.add_argument("--pixels", type=integer_type(64), default=1024, help="width and height of the image")
+    parser.add_argument("--small", action="store_true", help="run a small model without a memory limit")
     options = parser.parse_args()
-    device = torch.device(options.on)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here; --small --on cpu proves the script")
+    device = choose_device(parser, options.on, "--small --on cpu")
     if device.type == "cpu" and not options.small:
-        parser.error("dev on a CPU takes days: add --small")
-    cases = [*OURS, *THEIRS]
-    if options.small:
-        small = (
-            Case(8, None),
-            Case(8, "nf4", 2, tiled=True),
-            Case(8, None, offload="group"),
-            Case(8, None, offload="no"),
-        )
-        cases = [*small]
-    cases = [case for case in cases if options.only in case.name]
-    if not cases:
-        parser.error(f"--only {options.only!r} names no case")
+        parser.error("dev on a CPU takes days. Add --small.")
+    cases = choose_cases(parser, SMALL_CASES if options.small else [*OURS, *THEIRS], options.only)
 
     variant = SMALL_DEV if options.small else DEV
     machine = hardware(device)
-    short = re.sub(r"\W+", "_", machine.split(",")[0]).strip("_").lower()
-    result: dict[str, Any] = {
-        "what": f"one picture of {options.pixels} px in {options.steps} steps, {variant.name}, random weights",
+    result = {
+        "what": f"one image of {options.pixels} px in {options.steps} steps, {variant.name}, random weights",
         "hardware": machine,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, bitsandbytes)},
-        "runs": {},
     }
-    out = options.out or ROOT / "benchmarks" / "results" / f"inference_{short}.json"
-    write_result(out, result)  # what cannot be written says so now
-    for case in cases:
-        result["runs"][case.name] = measure(variant, case, device, options.pixels, options.steps)
-        write_result(out, result)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        print(f"{case.name}: {json.dumps(result['runs'][case.name])}", flush=True)
-    print(f"written to {out}")
+    out = options.out or result_file("inference", machine)
+    run_cases(out, result, cases, lambda case: measure(variant, case, device, options.pixels, options.steps), device)
 
 
 if __name__ == "__main__":

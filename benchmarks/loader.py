@@ -1,11 +1,12 @@
-"""The loader: how fast it reads, how long training waits for it, and how long a start with a full cache takes.
+"""Measure how fast the loader reads, how long training waits for it, and how long a start with a full cache takes.
 
     python benchmarks/loader.py
 
-Reading: batches of two samples of dev's sizes (1024 x 1024 pixels, 512 tokens) from files in the page cache, with
-nothing kept in memory; full embeddings and packed ones. Waiting: the share of the demo's time from the first step to
-the last that is spent in `Prefetcher.get`. Start: 100,000 pictures in a folder, all cached and all seen before,
-from the listing of the folder to the plan that finds nothing missing; once with everything in memory.
+- Reading: batches of two samples of dev's sizes (1024 x 1024 pixels, 512 tokens) from files in the page cache, nothing
+  kept in memory, with full embeddings and with embeddings in 8 bits.
+- Waiting: the share of the time from the first step of the demo to the last that `Prefetcher.get` takes.
+- Start: a folder of 100,000 images, from listing the folder to finding the missing cache entries. The first start has
+  an empty cache; at the second, every entry exists and the files are in the page cache.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
+from unittest import mock
 
-import hydra
 import torch
 from PIL import Image
 
-from benchmarks.common import environment, write_result
+from benchmarks.common import RESULTS, environment, integer_type, write_result
+from benchmarks.demo_training import train_demo
 from data.buckets import Buckets
 from data.cache import Cache
 from data.cache.embeddings import pack, plan_embeddings
@@ -38,25 +40,21 @@ from data.cache.image_digests import Digests
 from data.cache.latents import LatentEntry, plan_latents
 from data.loader import Loader
 from data.sources import Folder
-from train.config.paths import CONFIG
-from train.run import train
-from train.stages.memory import load_config
-from train.stages.run_folder import claim_run_folder
 from train.utils.prefetch import Prefetcher
 
-RESULT = Path(__file__).parent / "results" / "loader_cpu.json"
 
-
-def timed(act: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = act()
-    return time.perf_counter() - began, result
+def time_call(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Call and return the seconds and the result."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
 
 
 # ------------------------------------------------------------------ reading
 
 
-def reading(folder: Path, fp8: bool, samples: int = 32, batches: int = 48) -> dict[str, float]:
+def measure_reading(folder: Path, fp8: bool, samples: int = 32, batches: int = 48) -> dict[str, float]:
+    """Return the batches and gigabytes per second that the loader reads from a cache of random entries."""
     cache, entries, captions, keys = Cache(folder), [], [], {}
     generator = torch.Generator().manual_seed(0)
     for index in range(samples):
@@ -74,7 +72,7 @@ def reading(folder: Path, fp8: bool, samples: int = 32, batches: int = 48) -> di
         for step in range(1, batches + 1):
             loader.micro_batches(step)
 
-    seconds, _ = timed(read)
+    seconds, _ = time_call(read)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / samples
     return {"batches_per_second": batches / seconds, "gigabytes_per_second": 2 * size * batches / seconds / 1e9}
 
@@ -82,38 +80,25 @@ def reading(folder: Path, fp8: bool, samples: int = 32, batches: int = 48) -> di
 # ------------------------------------------------------------------ waiting
 
 
-def waiting(place: Path, steps: int) -> dict[str, float]:
-    """In the demo, from the first step to the last."""
-    waited, calls = [], []
-    plain = Prefetcher.get
+def measure_waiting(folder: Path, steps: int) -> dict[str, float]:
+    """Train the demo and return the share of waiting between its first and its last step."""
+    waits, calls = [], []
+    get = Prefetcher.get
 
-    def watched(ahead: Prefetcher[Any], step: int) -> Any:
+    def timed_get(prefetcher: Prefetcher[Any], step: int) -> Any:
         calls.append(time.perf_counter())
-        seconds, found = timed(lambda: plain(ahead, step))
-        waited.append(seconds)
-        return found
+        seconds, batch = time_call(lambda: get(prefetcher, step))
+        waits.append(seconds)
+        return batch
 
-    with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
-        config = hydra.compose(
-            "train",
-            [
-                *("+experiment=demo", "device=cpu", f"steps={steps + 1}", f"cache_dir={place}/cache"),
-                *(f"output_dir={place}/run", "sample_every=0", "validate_every=0", "checkpoint_every=0"),
-            ],
-        )
-    Prefetcher.get = watched  # type: ignore[method-assign]
-    try:
-        run = load_config(config)
-        with claim_run_folder(run) as location:
-            train(run, location)
-    finally:
-        Prefetcher.get = plain  # type: ignore[method-assign]
+    with mock.patch.object(Prefetcher, "get", timed_get):
+        train_demo("device=cpu", f"steps={steps + 1}", f"cache_dir={folder}/cache", f"output_dir={folder}/run")
     total = calls[-1] - calls[0]
     return {
         "steps": steps,
-        "seconds_a_step": total / steps,
-        "share_of_waiting": sum(waited[:-1]) / total,
-        "share_of_waiting_without_the_first": sum(waited[1:-1]) / (calls[-1] - calls[1]),
+        "seconds_per_step": total / steps,
+        "share_of_waiting": sum(waits[:-1]) / total,
+        "share_of_waiting_without_the_first": sum(waits[1:-1]) / (calls[-1] - calls[1]),
     }
 
 
@@ -121,7 +106,7 @@ def waiting(place: Path, steps: int) -> dict[str, float]:
 
 
 def write_samples(folder: Path, count: int) -> None:
-    """Small pictures that differ, with a caption each."""
+    """Write small distinct images, each with a caption."""
     folder.mkdir()
     with (folder / "metadata.jsonl").open("w") as metadata:
         for index in range(count):
@@ -129,19 +114,22 @@ def write_samples(folder: Path, count: int) -> None:
             color = index % 256, index // 256 % 256, index // 65536
             Image.new("RGB", (32, 32), color).save(stream, "BMP")
             (folder / f"{index:06d}.bmp").write_bytes(stream.getvalue())
-            metadata.write(json.dumps({"file_name": f"{index:06d}.bmp", "text": f"picture number {index}"}) + "\n")
+            metadata.write(json.dumps({"file_name": f"{index:06d}.bmp", "text": f"image number {index}"}) + "\n")
 
 
-def both(act: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """Seconds, and those of them that this process computed: the others it waited for the disk, or its turn."""
-    began = time.process_time()
-    seconds, result = timed(act)
-    return {"seconds": seconds, "computing": time.process_time() - began}, result
+def time_computing(call: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Call and return the seconds in total, the seconds that this process computed, and the result.
+
+    The rest of the time is waiting for the disk or for a core.
+    """
+    start = time.process_time()
+    seconds, result = time_call(call)
+    return {"seconds": seconds, "computing": time.process_time() - start}, result
 
 
-def start(folder: Path, cache: Cache) -> dict[str, Any]:
-    """One start: what its parts take, and how many entries it finds missing."""
-    listed, samples = both(lambda: Folder(folder))
+def measure_start(folder: Path, cache: Cache) -> dict[str, Any]:
+    """Return the time of each part of a start, and the number of missing entries."""
+    listed, samples = time_computing(lambda: Folder(folder))
 
     def plan() -> Any:
         digests = Digests(cache.folder / "pictures.json")
@@ -151,8 +139,8 @@ def start(folder: Path, cache: Cache) -> dict[str, Any]:
             digests.save()
         return latents, embeddings
 
-    planned, (latents, embeddings) = both(plan)
-    looked, missing = both(lambda: latents.missing + embeddings.missing)
+    planned, (latents, embeddings) = time_computing(plan)
+    looked, missing = time_computing(lambda: latents.missing + embeddings.missing)
     return {
         "listing_the_folder": listed,
         "finding_the_keys": planned,
@@ -164,59 +152,58 @@ def start(folder: Path, cache: Cache) -> dict[str, Any]:
 
 
 def fill_quickly(cache: Cache, keys: list[str], latents: int, example: Path) -> None:
-    """Entries of the right form, without the flush to the disk that makes each of them safe."""
-    one = Cache(example)
-    one.put("00" * 32, {"latents": torch.zeros(128, 2, 2)}, {"picture": "a"})
-    one.put("11" * 32, {"embeddings": torch.zeros(8, 16)}, {"prompt": "a"})
-    contents = one.path("00" * 32).read_bytes(), one.path("11" * 32).read_bytes()
+    """Write entries of the right form without flushing each to the disk, which would take long."""
+    template = Cache(example)
+    template.put("00" * 32, {"latents": torch.zeros(128, 2, 2)}, {"picture": "a"})
+    template.put("11" * 32, {"embeddings": torch.zeros(8, 16)}, {"prompt": "a"})
+    contents = template.path("00" * 32).read_bytes(), template.path("11" * 32).read_bytes()
     for number, key in enumerate(keys):
         path = cache.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(contents[number >= latents])
 
 
-def starting(place: Path, count: int) -> dict[str, Any]:
-    """Each start is a process of its own."""
+def measure_starts(folder: Path, count: int) -> dict[str, Any]:
+    """Return the time of a start with an empty cache and with a full one, each in a new process."""
 
-    def once() -> dict[str, Any]:
-        command = [sys.executable, __file__, "--start", str(place / "pictures"), str(place / "cache")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return json.loads(done.stdout)
+    def run_start() -> dict[str, Any]:
+        command = [sys.executable, __file__, "--start", str(folder / "images"), str(folder / "cache")]
+        return json.loads(subprocess.check_output(command, text=True))
 
-    place.mkdir()
-    write_samples(place / "pictures", count)
-    cache = Cache(place / "cache")
+    folder.mkdir()
+    write_samples(folder / "images", count)
+    cache = Cache(folder / "cache")
     cache.folder.mkdir()
-    first = once()
+    first = run_start()
     assert first["missing"] == 2 * count
-    fill_quickly(cache, first["keys"], first["latents"], place / "example")
-    second = once()
+    fill_quickly(cache, first["keys"], first["latents"], folder / "example")
+    second = run_start()
     assert second["missing"] == 0
-    for found in (first, second):
-        del found["keys"], found["latents"]
+    for figures in (first, second):
+        del figures["keys"], figures["latents"]
     return {"samples": count, "first_start": first, "with_a_full_cache": second}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--samples", type=int, default=100_000, help="of the start")
-    parser.add_argument("--steps", type=int, default=30, help="of the demo")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--start", nargs=2, type=Path, metavar=("PICTURES", "CACHE"), help=argparse.SUPPRESS)
+    parser.add_argument("--samples", type=integer_type(1), default=100_000, help="samples of the start")
+    parser.add_argument("--steps", type=integer_type(1), default=30, help="steps of the demo")
+    parser.add_argument("--out", type=Path, default=RESULTS / "loader_cpu.json")
+    parser.add_argument("--start", nargs=2, type=Path, metavar=("IMAGES", "CACHE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start:
-        print(json.dumps(start(options.start[0], Cache(options.start[1]))))
+        print(json.dumps(measure_start(options.start[0], Cache(options.start[1]))))
         return
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        result: dict[str, Any] = {"what": "data.loader: reading, waiting for it, and starting with a full cache"}
+        folder = Path(name)
+        result: dict[str, Any] = {"what": "data.loader: reading, waiting in training, and starting with a full cache"}
         result["reading"] = {
-            storage: reading(place / storage, storage == "fp8") for storage in ("full embeddings", "fp8")
+            storage: measure_reading(folder / storage, storage == "fp8") for storage in ("full embeddings", "fp8")
         }
         print(json.dumps(result["reading"]), flush=True)
-        result["waiting_in_the_demo"] = waiting(place / "demo", options.steps)
+        result["waiting_in_the_demo"] = measure_waiting(folder / "demo", options.steps)
         print(json.dumps(result["waiting_in_the_demo"]), flush=True)
-        result["starting"] = starting(place / "start", options.samples)
+        result["starting"] = measure_starts(folder / "start", options.samples)
         print(json.dumps(result["starting"]), flush=True)
     write_result(options.out, result | environment())
 

@@ -1,12 +1,12 @@
-"""Loading a large checkpoint into NF4: host memory, and the second start from the quantized copy.
+"""Measure loading a large checkpoint into NF4: host memory, and the second start from the quantized copy.
 
     python benchmarks/loading.py
 
-Writes a random bf16 checkpoint of klein 9B's shapes with fewer blocks (about 4 GB, in a temporary folder), and loads it
-in fresh processes: without a copy, with one being written, and from the copy. The memory is a process's own: from
-before the load to its highest, less what the loaded model keeps, in units of the largest published tensor. Files are
-read and not mapped, so that none of their pages are in it. Starts alternate, and each is measured twice: with the files
-in the page cache, as after a download or an earlier start, and after they were dropped from it, as on a fresh machine.
+Writes a random bf16 checkpoint with the shapes of klein 9B and fewer blocks (about 4 GB, in a temporary folder). New
+processes load it: a first start, which writes the quantized copy, and a second one, which reads the copy. The memory is
+the peak of the process above its memory before the load, less the loaded model, in units of the largest tensor of the
+checkpoint. Files are read and not mapped, so their pages do not count. Starts alternate and run in two states: with the
+files in the page cache, as after a download or an earlier start, and without, as on a new machine.
 
 The target is at most two tensors above the model, and a second start at least twice as fast.
 """
@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import at_least, environment, write_result
+from benchmarks.common import RESULTS, environment, integer_type, write_result
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, Variant
 from flux2.quantization.precision import Precision
@@ -46,16 +46,16 @@ from flux2.weights.sources import ModelSource
 GB = 1e9
 
 
-def published(double: int, single: int) -> Variant:
-    """klein 9B with fewer blocks."""
-    whole = VARIANTS["klein_base_9b"]
-    return replace(whole, transformer=replace(whole.transformer, double_blocks=double, single_blocks=single))
+def shortened_klein(double: int, single: int) -> Variant:
+    """Return klein 9B with so many blocks."""
+    variant = VARIANTS["klein_base_9b"]
+    return replace(variant, transformer=replace(variant.transformer, double_blocks=double, single_blocks=single))
 
 
 def write_checkpoint(variant: Variant, file: Path) -> tuple[int, int]:
-    """Random bf16 weights under Black Forest Labs' names; returns the bytes of all tensors and of the largest.
+    """Write random bf16 weights with Black Forest Labs' key names. Return the bytes of all tensors and of the largest.
 
-    Written piece by piece: the measuring machine may have little memory.
+    The file is written piece by piece, because the machine may have little memory.
     """
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(variant.transformer).state_dict().items()}
@@ -67,67 +67,67 @@ def write_checkpoint(variant: Variant, file: Path) -> tuple[int, int]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     generator = torch.Generator().manual_seed(0)
-    # weights of different places are different pieces of one random stretch: drawing gigabytes would take minutes
+    # tensors are different parts of one random sequence, because drawing gigabytes would take minutes
     noise = torch.randn((1 << 22) + 4099, generator=generator)
     with file.open("wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for i, shape in enumerate(shapes.values()):
             scaled = (noise / shape[-1] ** 0.5).bfloat16().view(torch.uint8).numpy().data
-            left, at = 2 * shape.numel(), 2 * ((i * 977) % 4099)
-            while left:
-                part = scaled[at : at + min(left, len(scaled) - at)]
+            remaining, offset = 2 * shape.numel(), 2 * ((i * 977) % 4099)
+            while remaining:
+                part = scaled[offset : offset + min(remaining, len(scaled) - offset)]
                 handle.write(part)
-                left, at = left - len(part), 0
+                remaining, offset = remaining - len(part), 0
     return end, max(2 * shape.numel() for shape in shapes.values())
 
 
-# ------------------------------------------------------------------ one start, in a process of its own
+# ------------------------------------------------------------------ one start, in its own process
 
 
-def memory(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
+def process_memory(key: str) -> int:
+    """Return the bytes of this process: VmRSS is the current value, VmHWM the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
-def start(variant: Variant, file: Path, cache: Path | None) -> dict[str, float]:
-    """Load once and measure; times are of `load_transformer` alone, without Python's imports."""
+def measure_start(variant: Variant, file: Path, cache: Path | None) -> dict[str, float]:
+    """Load once and measure `load_transformer` alone, without Python's imports."""
     precision = Precision(torch.bfloat16, storage="nf4")
-    sampled, stop = [memory("VmRSS")], threading.Event()
+    sampled, stop = [process_memory("VmRSS")], threading.Event()
 
     def sample() -> None:
         while not stop.wait(0.02):
-            sampled.append(memory("VmRSS"))
+            sampled.append(process_memory("VmRSS"))
 
     sampler = threading.Thread(target=sample)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     sampler.start()
-    began = time.perf_counter()
-    told: list[tuple[float, str]] = []
+    start = time.perf_counter()
+    messages: list[tuple[float, str]] = []
     model = load_transformer(
         ModelSource(variant, str(file)),
         "cpu",
         precision,
         cache=cache,
-        say=lambda text: told.append((time.perf_counter() - began, text)),
+        say=lambda text: messages.append((time.perf_counter() - start, text)),
     )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     stop.set()
     sampler.join()
     kept = sum(parameter.nbytes for parameter in model.parameters())
     return {
         "seconds": seconds,
-        # until the copy begins to be written, which is said
-        "seconds_without_writing": next((at for at, text in told if text.startswith("writing")), seconds),
+        # until load_transformer reports that it writes the copy
+        "seconds_without_writing": next((when for when, text in messages if text.startswith("writing")), seconds),
         "model_bytes": kept,
-        "peak_bytes": memory("VmHWM") - sampled[0],
+        "peak_bytes": process_memory("VmHWM") - sampled[0],
         "peak_sampled_bytes": max(sampled) - sampled[0],
-        "from_copy": float(any(text.startswith("read from the quantized copy") for _, text in told)),
+        "from_copy": float(any(text.startswith("read from the quantized copy") for _, text in messages)),
     }
 
 
-def fresh_start(options: argparse.Namespace, file: Path, cache: Path | None, dropped: bool) -> dict[str, float]:
-    """`start` in a new process. `dropped`: the files are not in the page cache."""
+def run_start(options: argparse.Namespace, file: Path, cache: Path | None, dropped: bool) -> dict[str, float]:
+    """Call `measure_start` in a new process. If `dropped`, remove the files from the page cache first."""
     for each in [file, *(cache.glob("*.safetensors") if cache else [])]:
         with each.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -144,15 +144,17 @@ def fresh_start(options: argparse.Namespace, file: Path, cache: Path | None, dro
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ------------------------------------------------------------------ all of it
+# ------------------------------------------------------------------ all starts
 
 
 def median(starts: list[dict[str, float]], key: str) -> float:
+    """Return the median of one figure."""
     return statistics.median(start[key] for start in starts)
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    variant = published(options.double, options.single)
+    """Write the checkpoint, run all starts and return their figures."""
+    variant = shortened_klein(options.double, options.single)
     file, cache = folder / "checkpoint.safetensors", folder / "copies"
     size, largest = write_checkpoint(variant, file)
     print(f"{size / GB:.2f} GB in {file}, the largest tensor {largest / GB:.3f} GB", flush=True)
@@ -162,13 +164,15 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             where = "from disk" if dropped else "in the page cache"
             shutil.rmtree(cache, ignore_errors=True)
             for name in ("first", "second"):
-                measured = fresh_start(options, file, cache, dropped)
-                assert measured["from_copy"] == (name == "second"), f"the {name} start was not one"
+                measured = run_start(options, file, cache, dropped)
+                assert measured["from_copy"] == (name == "second"), (
+                    f"the {name} start read the copy: {bool(measured['from_copy'])}"
+                )
                 starts.setdefault(f"{name}, {where}", []).append(measured)
                 print(f"{name} start, files {where}: {measured['seconds']:.1f} s", flush=True)
     kept = [copy.stat().st_size for copy in cache.glob("*.safetensors")]
     result: dict[str, Any] = {
-        "what": "load_transformer into NF4 beside bf16, on the CPU",
+        "what": "load_transformer into NF4, other weights in bf16, on the CPU",
         "checkpoint_gb": size / GB,
         "largest_tensor_gb": largest / GB,
         "copy_gb": kept[0] / GB,
@@ -179,13 +183,13 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "starts": {},
     }
     for name, measured in starts.items():
-        above = max(one["peak_bytes"] - one["model_bytes"] for one in measured)
+        above = max(start["peak_bytes"] - start["model_bytes"] for start in measured)
         result["starts"][name] = {
-            "seconds": [round(one["seconds"], 2) for one in measured],
-            "seconds_without_writing": [round(one["seconds_without_writing"], 2) for one in measured],
+            "seconds": [round(start["seconds"], 2) for start in measured],
+            "seconds_without_writing": [round(start["seconds_without_writing"], 2) for start in measured],
             "model_gb": measured[0]["model_bytes"] / GB,
-            "peak_gb": max(one["peak_bytes"] for one in measured) / GB,
-            "peak_sampled_gb": max(one["peak_sampled_bytes"] for one in measured) / GB,
+            "peak_gb": max(start["peak_bytes"] for start in measured) / GB,
+            "peak_sampled_gb": max(start["peak_sampled_bytes"] for start in measured) / GB,
             "above_model_in_largest_tensors": above / largest,
         }
     for where in ("in the page cache", "from disk"):
@@ -199,14 +203,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/loading.py", description=__doc__)
     parser.add_argument("--double", type=int, default=2, help="double blocks")
     parser.add_argument("--single", type=int, default=4, help="single blocks")
-    parser.add_argument("--repeats", type=at_least(1), default=3)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is written; a temporary folder")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loading_cpu.json"))
+    parser.add_argument("--repeats", type=integer_type(1), default=3)
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder for the checkpoint")
+    parser.add_argument("--out", type=Path, default=RESULTS / "loading_cpu.json")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start:
-        print(json.dumps(start(published(options.double, options.single), options.start, options.cache)))
+        print(json.dumps(measure_start(shortened_klein(options.double, options.single), options.start, options.cache)))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         result = compare(options, Path(folder))

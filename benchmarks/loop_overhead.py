@@ -1,12 +1,12 @@
-"""The loop: what share of a step is spent outside forward, backward and optimizer.
+"""Measure the share of a training step that is spent outside forward, backward and optimizer.
 
     python benchmarks/loop_overhead.py
 
-The demo's training, from its second step on. A step is from one request for a batch to the next. Measured are forward
-and backward (`Training.differentiate`: until what the forward kept is freed), the optimizer (its update, and freeing
-the gradients), and of the rest the parts with a name: waiting for data (a thread reads it and draws its noise beside
-the step before, where its work counts to forward and backward), adding noise, clipping. What happens every so often and
-not in each step (validation, sample grids, checkpoints) is switched off; logging is as in the demo.
+Trains the demo and measures from its second step on. A step lasts from one request for a batch to the next. Its parts
+are forward and backward (`Objective.losses`, `Accelerator.backward`), the optimizer (its update, and freeing the
+gradients), and the rest: waiting for data, adding noise, clipping, and what has no name. A thread reads the next batch
+and draws its noise during the step before, so that work counts as forward and backward. Validation, sample grids and
+checkpoints are off, because they do not occur in every step; logging is as in the demo.
 """
 
 from __future__ import annotations
@@ -23,128 +23,110 @@ import functools
 import json
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-import hydra
 import torch
 from accelerate import Accelerator
 from torch.optim import optimizer
 
 import train.loop
 import train.objective.objective
-import train.run
-from benchmarks.common import at_least, environment, hardware, write_result
+from benchmarks.common import RESULTS, environment, hardware, integer_type, read_clock, write_result
+from benchmarks.demo_training import train_demo
 from flux2.utils.device import pick_device
-from train.config.paths import CONFIG
 from train.objective.objective import Objective
-from train.stages.memory import load_config
-from train.stages.run_folder import claim_run_folder
 from train.utils.prefetch import Prefetcher
 
-RESULT = Path(__file__).parent / "results" / "loop_overhead_cpu.json"
 WORK = ("forward and backward", "optimizer")
 
 
-class Clock:
-    """Seconds of each part of each step."""
+class StepTimer:
+    """The seconds of each part of each step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.steps: list[dict[str, float]] = []
         self.current: dict[str, float] = defaultdict(float)
-        self.began: float | None = None
+        self.start: float | None = None
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def next_step(self) -> None:
+        """End the current step, if there is one, and begin the next."""
+        now = read_clock(self.device)
+        if self.start is not None:
+            self.steps.append({**self.current, "whole": now - self.start})
+        self.current, self.start = defaultdict(float), now
 
-    def step(self) -> None:
-        """A step ends, and the next begins."""
-        now = self.now()
-        if self.began is not None:
-            self.steps.append({**self.current, "whole": now - self.began})
-        self.current, self.began = defaultdict(float), now
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function`, whose time then counts to the part `name`."""
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
-            began = self.now()
+            start = read_clock(self.device)
             try:
                 return function(*arguments, **options)
             finally:
-                self.current[name] += self.now() - began
+                self.current[name] += read_clock(self.device) - start
 
         return call
 
 
 @contextmanager
-def watching(clock: Clock) -> Iterator[None]:
-    """Within this context `clock` sees what training calls."""
-    wait = clock.timed("waiting for data", Prefetcher.get)
+def record(timer: StepTimer) -> Iterator[None]:
+    """Context manager that makes `timer` record the functions that training calls."""
+    wait = timer.wrap("waiting for data", Prefetcher.get)
 
-    def get(ahead: Prefetcher[Any], step: int) -> Any:
-        clock.step()
-        return wait(ahead, step)
+    def get(prefetcher: Prefetcher[Any], step: int) -> Any:
+        timer.next_step()
+        return wait(prefetcher, step)
 
-    began: list[float] = []
+    starts: list[float] = []
     with ExitStack() as stack:
-        before = optimizer.register_optimizer_step_pre_hook(lambda *_: began.append(clock.now()))
+        before = optimizer.register_optimizer_step_pre_hook(lambda *_: starts.append(read_clock(timer.device)))
 
         def after(*_: Any) -> None:
-            clock.current["optimizer"] += clock.now() - began.pop()
+            timer.current["optimizer"] += read_clock(timer.device) - starts.pop()
 
         hooks = [before, optimizer.register_optimizer_step_post_hook(after)]
         for hook in hooks:
             stack.callback(hook.remove)
-        for place, name, called in (
+        for owner, part, function in (
             (Objective, "forward and backward", "losses"),
             (Accelerator, "forward and backward", "backward"),
             (torch.optim.AdamW, "optimizer", "zero_grad"),
             (train.objective.objective, "adding noise", "add_noise"),
             (train.loop, "clipping", "clip"),
         ):
-            stack.enter_context(mock.patch.object(place, called, clock.timed(name, getattr(place, called))))
+            stack.enter_context(mock.patch.object(owner, function, timer.wrap(part, getattr(owner, function))))
         stack.enter_context(mock.patch.object(Prefetcher, "get", get))
         yield
 
 
-def measured(place: Path, steps: int) -> Clock:
-    with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
-        config = hydra.compose(
-            "train",
-            [
-                *("+experiment=demo", f"steps={steps + 2}", f"cache_dir={place}/cache", f"output_dir={place}/run"),
-                *("sample_every=0", "validate_every=0", "checkpoint_every=0"),
-            ],
-        )
-    clock = Clock(pick_device(None))
-    with watching(clock):
-        run = load_config(config)
-        with claim_run_folder(run) as location:
-            train.run.train(run, location)
-    clock.steps = clock.steps[1:]  # the first step warms up
-    return clock
+def measure(folder: Path, steps: int) -> StepTimer:
+    """Train the demo in `folder` and return the times of its steps."""
+    timer = StepTimer(pick_device(None))
+    with record(timer):
+        train_demo(f"steps={steps + 2}", f"cache_dir={folder}/cache", f"output_dir={folder}/run")
+    timer.steps = timer.steps[1:]  # the first step warms up
+    return timer
 
 
-def shares(clock: Clock) -> dict[str, Any]:
-    """Of the sum of all steps; and of the single steps the median share outside."""
-    whole = sum(step["whole"] for step in clock.steps)
+def summarize(timer: StepTimer) -> dict[str, Any]:
+    """Return the share of each part in the time of all steps, and the median over the steps of the share outside."""
+    whole = sum(step["whole"] for step in timer.steps)
     parts: dict[str, float] = defaultdict(float)
-    for step in clock.steps:
+    for step in timer.steps:
         for name, seconds in step.items():
             parts[name] += seconds / whole
     named = {name: share for name, share in parts.items() if name not in ("whole", *WORK)}
     outside = 1 - sum(parts[name] for name in WORK)
-    single = [1 - sum(step[name] for name in WORK) / step["whole"] for step in clock.steps]
+    single = [1 - sum(step[name] for name in WORK) / step["whole"] for step in timer.steps]
     return {
-        "steps": len(clock.steps),
-        "seconds_a_step": whole / len(clock.steps),
+        "steps": len(timer.steps),
+        "seconds_per_step": whole / len(timer.steps),
         "work": {name: parts[name] for name in WORK},
         "outside": {"all": outside, **named, "the rest": outside - sum(named.values())},
         "outside_median_of_steps": statistics.median(single),
@@ -153,13 +135,13 @@ def shares(clock: Clock) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=at_least(2), default=200)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--steps", type=integer_type(2), default=200)
+    parser.add_argument("--out", type=Path, default=RESULTS / "loop_overhead_cpu.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        clock = measured(Path(name), options.steps)
+        timer = measure(Path(name), options.steps)
     result = {"what": "share of a training step outside forward, backward and optimizer, in the demo"}
-    result |= {"hardware": hardware(clock.device), **shares(clock), **environment()}
+    result |= {"hardware": hardware(timer.device), **summarize(timer), **environment()}
     print(json.dumps(result, indent=2))
     write_result(options.out, result)
 

@@ -1,10 +1,10 @@
-"""CPU seconds (user + system) that commands take to start: `--help` of each, and a plan.
+"""Measure the CPU seconds (user + system) that commands take to start: `--help` of each, and a plan.
 
     python benchmarks/startup.py
 
-Each command runs once to write bytecode and to see what it imports, then `--repeats` times, of which the least counts.
-The result keeps the figures of `baseline`, written with `--baseline` before imports moved to where they are used. Fails
-if a command is above its limit: 1.5 s and no torch for `--help`, half of the baseline for the plan.
+Each command runs once to write bytecode and to list its imports, then `--repeats` times, of which the minimum counts.
+The result keeps the figures of `baseline`, which `--baseline` wrote before imports were moved to where they are used.
+Fails if a command exceeds its limit: 1.5 s and no torch for `--help`, half of the baseline for the plan.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import resource
 import subprocess
 from typing import Any
 
-from benchmarks.common import at_least, environment, write_result
+from benchmarks.common import RESULTS, environment, integer_type, write_result
 
-RESULT = ROOT / "benchmarks" / "results" / "startup_cpu.json"
 SCRIPTS = ("run", "plan", "cache", "evaluate", "sweep", "demo", "demo_edit")
 MODULES = ("flux2.generate", "flux2.export", "flux2.doctor", "flux2.serve", "train.hub", "train.tiny_model")
 HELP = [f"train/{name}.py --help" for name in SCRIPTS] + [f"-m {name} --help" for name in MODULES]
@@ -34,8 +33,8 @@ PLAN_LIMIT = 0.5  # of the baseline
 HEAVY = ("torch", "transformers", "datasets", "wandb", "bitsandbytes", "peft", "accelerate")
 
 
-def start(*command: str) -> str:
-    """Run `python COMMAND` and return what it writes to stderr. Raises CalledProcessError if it fails."""
+def run_python(*command: str) -> str:
+    """Run `python COMMAND` and return its stderr. Raises CalledProcessError if it fails."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
@@ -44,40 +43,38 @@ def start(*command: str) -> str:
 
 
 def cpu_seconds(command: str) -> float:
-    """User and system time of one run of `python COMMAND`."""
+    """Return the user and system time of one run of `python COMMAND`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start(*command.split())
+    run_python(*command.split())
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def heavy_imports(command: str) -> list[str]:
-    """Which of HEAVY are imported by `python COMMAND`."""
-    lines = start("-X", "importtime", *command.split()).splitlines()
+    """Return the members of HEAVY that `python COMMAND` imports."""
+    lines = run_python("-X", "importtime", *command.split()).splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     return [name for name in HEAVY if name in imported]
 
 
-def broken_limits(result: dict[str, Any]) -> list[str]:
-    """A sentence for each command that is above its limit."""
-    broken = []
+def exceeded_limits(result: dict[str, Any]) -> list[str]:
+    """Return a line for each command that exceeds its limit."""
+    exceeded = []
     for command in HELP:
-        found = result["commands"][command]
-        if found["cpu_seconds"] > HELP_LIMIT or "torch" in found["imports"]:
-            broken.append(
-                f"{command}: {found['cpu_seconds']:.2f} s, imports {', '.join(found['imports']) or 'nothing heavy'}"
-            )
+        seconds, imports = (result["commands"][command][key] for key in ("cpu_seconds", "imports"))
+        if seconds > HELP_LIMIT or "torch" in imports:
+            exceeded.append(f"{command}: {seconds:.2f} s, imports {', '.join(imports) or 'nothing heavy'}")
     ratio = result["commands"][PLAN]["cpu_seconds"] / result["baseline"]["commands"][PLAN]["cpu_seconds"]
     if ratio > PLAN_LIMIT:
-        broken.append(f"{PLAN}: {ratio:.2f} of the baseline")
-    return broken
+        exceeded.append(f"{PLAN}: {ratio:.2f} of the baseline")
+    return exceeded
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=at_least(1), default=3)
-    parser.add_argument("--baseline", action="store_true", help="write the figures as the baseline")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--repeats", type=integer_type(1), default=3)
+    parser.add_argument("--baseline", action="store_true", help="write the figures as the new baseline")
+    parser.add_argument("--out", type=Path, default=RESULTS / "startup_cpu.json")
     options = parser.parse_args()
 
     commands = {}
@@ -90,12 +87,12 @@ def main() -> None:
     measured = {key: about[key] for key in ("processor", "cpus", "load_average", "torch", "python")} | {
         "commands": commands
     }
-    before = json.loads(options.out.read_text()) if options.out.exists() else {}
-    baseline = measured if options.baseline else before.get("baseline", measured)
-    result = {"what": "user + system seconds of a command, the least of its runs", **measured, "baseline": baseline}
+    previous = json.loads(options.out.read_text()) if options.out.exists() else {}
+    baseline = measured if options.baseline else previous.get("baseline", measured)
+    result = {"what": "user + system seconds of a command, the minimum of its runs", **measured, "baseline": baseline}
     write_result(options.out, result)
-    if broken := broken_limits(result):
-        sys.exit("\n".join(["above the limits:", *broken]))
+    if exceeded := exceeded_limits(result):
+        sys.exit("\n".join(["limits exceeded:", *exceeded]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark that trains the demo in every precision: what it concludes from its runs."""
+"""The benchmark that trains the demo in every precision: its conclusions from the runs."""
 
 import json
 import sys
@@ -16,18 +16,18 @@ def run(style, loss):
 
 
 def test_a_precision_passes_if_its_mean_lies_within_the_seeds_of_float32():
-    found = benchmark.summary(
+    summary = benchmark.summarize(
         {
             "fp32": [run(0.90, 1.0), run(0.95, 1.2)],
             "fp8": [run(0.80, 1.3), run(1.00, 0.9)],
             "nf4": [run(0.80, 1.3), run(0.90, 1.3)],
         }
     )
-    assert found["fp8"]["style_moved"] == {"mean": pytest.approx(0.9), "min": 0.8, "max": 1.0, "within_fp32": True}
-    assert found["fp8"]["final_validation_loss"] == {"mean": pytest.approx(1.1), "min": 0.9, "max": 1.3}
-    assert not found["nf4"]["style_moved"]["within_fp32"]  # by more than one picture of 48
-    assert all(found["fp32"][key]["within_fp32"] for key in benchmark.MEASURES)
-    nearly = benchmark.summary({"fp32": [run(0.90, 1.0)], "nf4": [run(0.88, 1.0)]})
+    assert summary["fp8"]["style_moved"] == {"mean": pytest.approx(0.9), "min": 0.8, "max": 1.0, "within_fp32": True}
+    assert summary["fp8"]["final_validation_loss"] == {"mean": pytest.approx(1.1), "min": 0.9, "max": 1.3}
+    assert not summary["nf4"]["style_moved"]["within_fp32"]  # by more than one image of 48
+    assert all(summary["fp32"][key]["within_fp32"] for key in benchmark.MEASURES)
+    nearly = benchmark.summarize({"fp32": [run(0.90, 1.0)], "nf4": [run(0.88, 1.0)]})
     assert nearly["nf4"]["subjects_right"]["within_fp32"]
 
 
@@ -38,7 +38,7 @@ def test_every_precision_is_trained_at_every_seed_and_written_with_hardware_and_
         trained.append((folder.name, list(overrides)))
         return run(0.9, 1.0)
 
-    monkeypatch.setattr(benchmark, "trained", fake)
+    monkeypatch.setattr(benchmark, "train_demo", fake)
     out = tmp_path / "results" / "demo.json"
     result = benchmark.main(["--seeds", "2", "--out", str(out), "steps=4"])
     assert json.loads(out.read_text()) == result

@@ -1,4 +1,4 @@
-"""The benchmarks of inference and of decoding, at small shapes on a CPU: they run and say what they did."""
+"""The benchmarks of inference and of decoding run at small shapes on a CPU and write their results."""
 
 import json
 import re
@@ -15,16 +15,16 @@ from benchmarks import decoding, inference
 CPU = torch.device("cpu")
 
 
-def test_every_case_makes_a_picture(monkeypatch, tmp_path, capsys):
+def test_every_case_makes_an_image(monkeypatch, tmp_path, capsys):
     out = tmp_path / "inference.json"
     words = ["inference.py", "--small", "--on", "cpu", "--steps", "2", "--pixels", "64", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", words)
     inference.main()
-    found = json.loads(out.read_text())
-    assert found["hardware"]
-    assert len(found["runs"]) == 4
-    assert all(run["seconds a picture"] > 0 for run in found["runs"].values())
-    assert [name for name in found["runs"] if "predicted GB" in found["runs"][name]] == [
+    result = json.loads(out.read_text())
+    assert result["hardware"]
+    assert len(result["runs"]) == 4
+    assert all(run["seconds per image"] > 0 for run in result["runs"].values())
+    assert [name for name in result["runs"] if "predicted GB" in result["runs"][name]] == [
         "8 GB: flux2-lora, 0 streamed, bf16",
         "8 GB: flux2-lora, 2 streamed, nf4",
     ]
@@ -32,21 +32,21 @@ def test_every_case_makes_a_picture(monkeypatch, tmp_path, capsys):
 
 def test_both_sides_have_the_same_weights():
     variant = inference.SMALL_DEV
-    ours = inference.random_transformer(variant.transformer, inference.precision_of(None, in_fp8=False), CPU)
-    weights = inference.DrawnAway(variant.transformer, CPU)
+    ours = inference.random_transformer(variant.transformer, inference.make_precision(None, in_fp8=False), CPU)
+    weights = inference.HostWeights(variant.transformer, CPU)
     assert set(weights) == set(ours.state_dict())
     assert all(torch.equal(weights[name], tensor) for name, tensor in ours.state_dict().items())
 
 
-def test_blocks_that_stream_are_not_counted_here():
-    whole = inference.predicted(inference.SMALL_DEV, inference.Case(8, None), 256)
-    away = inference.predicted(inference.SMALL_DEV, inference.Case(8, None, 1.0, tiled=True), 256)
-    assert away["weights of blocks"] == 0 < whole["weights of blocks"]
-    assert away["buffers of streamed blocks"] > 0 == whole["buffers of streamed blocks"]
+def test_offloaded_blocks_are_not_counted_as_weights_on_the_gpu():
+    whole = inference.predict_memory(inference.SMALL_DEV, inference.Case(8, None), 256)
+    offloaded = inference.predict_memory(inference.SMALL_DEV, inference.Case(8, None, 1.0, tiled=True), 256)
+    assert offloaded["weights of blocks"] == 0 < whole["weights of blocks"]
+    assert offloaded["buffers of streamed blocks"] > 0 == whole["buffers of streamed blocks"]
 
 
 @pytest.mark.parametrize("words", [["--on", "cpu"], ["--small", "--on", "cpu", "--only", "9 GB"]])
-def test_what_cannot_be_measured_is_said(words, monkeypatch, capsys):
+def test_options_that_cannot_be_measured_are_rejected(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["inference.py", *words])
     with pytest.raises(SystemExit):
         inference.main()
@@ -54,11 +54,11 @@ def test_what_cannot_be_measured_is_said(words, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_decoding_says_time_memory_and_difference(monkeypatch, tmp_path):
+def test_decoding_writes_time_memory_and_difference(monkeypatch, tmp_path):
     out = tmp_path / "decoding.json"
     words = ["decoding.py", "--sides", "128", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", words)
     decoding.main()
-    found = json.loads(out.read_text())
-    assert found["128"]["whole"]["seconds"] > 0 < found["128"]["stripes"]["seconds"]
-    assert found["pixels_of_the_embedded_model_apart"]["mean"] < 1
+    result = json.loads(out.read_text())
+    assert result["128"]["whole"]["seconds"] > 0 < result["128"]["stripes"]["seconds"]
+    assert result["pixel_difference_of_the_embedded_model"]["mean"] < 1

@@ -96,13 +96,13 @@ def test_links_of_the_pages_lead_somewhere() -> None:
 )
 def test_what_the_table_predicts_is_predicted_and_fits(card, model, options, said) -> None:
     sys.path.insert(0, str(ROOT))
-    from benchmarks.inference import Case, predicted
+    from benchmarks.inference import Case, predict_memory
     from train.planner.gpus import usable
 
     given = vars(arguments(["--prompt", "x", *shlex.split(options.replace("`", ""))]))
     storage = None if given["precision"] is None else given["precision"]
     case = Case(int(card), storage, given["offload_blocks"], tiled=bool(given["tiled"]))
-    total = sum(predicted(VARIANTS[model], case).values())
+    total = sum(predict_memory(VARIANTS[model], case).values())
     assert f"{total / 1e9:.1f}" == said
     assert total <= usable(int(card))
 
