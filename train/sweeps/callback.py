@@ -47,7 +47,7 @@ def mask_command_line(sweep: Path) -> None:
         return
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
-        if (safe := without_secrets(content)) != content:
+        if (safe := masked_overrides(masked(content))) != content:
             write_whole(file, OmegaConf.to_yaml(OmegaConf.create(safe)))
     except Exception as error:  # from the disk, or one of the YAML reader's own
         try:
@@ -56,12 +56,12 @@ def mask_command_line(sweep: Path) -> None:
             warn(f"{file} holds this command line with any secrets in it, and cannot be changed ({error})")
 
 
-def without_secrets(value: Any) -> Any:
-    """Return `value` without secrets, also in overrides among strings."""
+def masked_overrides(value: Any) -> Any:
+    """Return `value` with the secrets in overrides among its strings masked."""
     if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in masked(value).items()}
+        return {key: masked_overrides(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_secrets(item) for item in value]
+        return [masked_overrides(item) for item in value]
     return masked_settings(value) if isinstance(value, str) else value
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -44,6 +45,7 @@ SETTING = re.compile(r"(?<![\w.-])([\w.+~-]+)(=)(\"[^\"]*\"|'[^']*'|[^\s,}\])'\"
 ASSIGNED = re.compile(r"(?<![\w.-])([\w.-]+)(\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s,}\])]+)")
 
 
+@lru_cache(maxsize=4096)
 def is_secret(key: str) -> bool:
     """Return whether a value under this key is a secret."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
@@ -65,9 +67,9 @@ def known_secrets() -> list[str]:
     return sorted((v for v in values if len(v) >= SHORTEST and not os.path.exists(v)), key=len, reverse=True)
 
 
-def masked_text(text: str) -> str:
-    """Return `text` with `known` secrets and everything that has the form of a secret masked."""
-    for value in known_secrets():
+def masked_text(text: str, known: Iterable[str] | None = None) -> str:
+    """Return `text` with the `known_secrets` and everything that has the form of a secret masked."""
+    for value in known_secrets() if known is None else known:
         text = text.replace(value, MASK)
     return masked_values(QUERY, FORM.sub(MASK, text))
 
@@ -77,17 +79,18 @@ def masked_settings(text: str) -> str:
     return masked_text(masked_values(SETTING, text))
 
 
-def masked(value: Any, key: str = "") -> Any:
+def masked(value: Any, key: str = "", known: Sequence[str] | None = None) -> Any:
     """Return a configuration, or its part under `key`, masked: all strings and numbers under a key such as `token`."""
+    known = known_secrets() if known is None else known
     if isinstance(value, Mapping):
-        return {name: masked(item, key if is_secret(key) else str(name)) for name, item in value.items()}
+        return {name: masked(item, key if is_secret(key) else str(name), known) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [masked(item, key) for item in value]
+        return [masked(item, key, known) for item in value]
     if value is None or isinstance(value, bool) or value == "":
         return value
     if is_secret(key):
         return MASK
-    return masked_text(value) if isinstance(value, str) else value
+    return masked_text(value, known) if isinstance(value, str) else value
 
 
 def masked_command(words: Sequence[str]) -> str:
