@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 # before torch is imported: pytest-xdist starts a process per core, and with more threads they wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("FLUX2_CACHE", None)  # no test may write where the developer keeps copies of models
+os.fsync = lambda handle: None  # what tests write does not have to survive a power cut, and a disk takes its time
 
 import pytest
 
