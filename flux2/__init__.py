@@ -1,4 +1,7 @@
-"""FLUX.2: images from text and reference images. `flux2.load("tiny").generate("a small red cup")`."""
+"""FLUX.2: images from text and reference images. `flux2.load("tiny").generate("a small red cup")`.
+
+Begin with pipeline.py, which loads a model once and generates many images; models/transformer.py is the network.
+"""
 
 import logging
 import os

@@ -72,13 +72,13 @@ def test_every_choice_composes_and_makes_its_objects(group, choice):
     run = load_config(config)
     given = OmegaConf.to_container(config[group], resolve=True)
     if group == "memory" and "gpu_memory_gb" in given:  # the planner gives what is null its value
-        assert all(run.config[group][key] == value for key, value in given.items() if value not in (None, "free"))
-        assert run.config[group]["checkpointing"] is not None
+        assert all(run.composed[group][key] == value for key, value in given.items() if value not in (None, "free"))
+        assert run.composed[group]["checkpointing"] is not None
     else:
-        assert run.config[group] == given
+        assert run.composed[group] == given
     if group in OBJECTS:
         made, target = getattr(run, OBJECTS[group]), get_object(config[group]._target_)
-        settings = {key: value for key, value in run.config[group].items() if not key.startswith("_")}
+        settings = {key: value for key, value in run.composed[group].items() if not key.startswith("_")}
         if config[group].get("_partial_"):
             assert isinstance(made, partial)
             assert made.func is target
@@ -186,7 +186,7 @@ def test_the_datasets_are_made_from_their_files(pictures, parquet):
 def test_every_experiment_composes_and_makes_its_objects(name):
     run = load_config(compose(f"+experiment={name}"))
     assert run.settings.name == name
-    assert set(run.config) - set(GROUPS) == set(run.settings.__dataclass_fields__)
+    assert set(run.composed) - set(GROUPS) == set(run.settings.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

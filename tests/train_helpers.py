@@ -262,8 +262,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
     found: list[Trainer] = []
     run = Trainer.run
 
-    def keep(self: Trainer, start: Any) -> Path:
-        folder = run(self, start)
+    def keep(self: Trainer, first_step: int) -> Path:
+        folder = run(self, first_step)
         found.append(self)
         return folder
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # sys.path begins with the script's folder, whose modules would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.cli.start import start
+    from train.cli.start import start_command
 
-    start()
+    start_command()  # before the imports below: they take seconds, and --help needs none of them
 
 from omegaconf import DictConfig, OmegaConf
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 if __name__ == "__main__":  # train/ comes first in sys.path and would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.cli.start import start
+    from train.cli.start import start_command
 
     sys.argv.append("+experiment=demo_edit")  # at the end, because -m takes the words after it
-    start()
+    start_command()  # before the imports below: they take seconds, and --help needs none of them
 
 from collections.abc import Sequence
 from contextlib import closing

@@ -10,9 +10,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # train/ comes first in sys.path and would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.cli.start import start
+    from train.cli.start import start_command
 
-    start("evaluate")
+    start_command("evaluate")  # before the imports below: they take seconds, and --help needs none of them
 
 import itertools
 import json

@@ -44,7 +44,7 @@ class Trainer:
 
     Attributes:
         peft_model: PEFT's wrapper around the transformer.
-        weights: The adapter's weights that are validated, sampled and saved: the trained ones or their average.
+        evaluation_weights: The weights that are validated, sampled and saved: the trained ones or their average.
     """
 
     settings: LoopSettings
@@ -52,7 +52,7 @@ class Trainer:
     peft_model: peft.PeftModel
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
-    weights: EvaluationWeights
+    evaluation_weights: EvaluationWeights
     objective: Objective
     loader: Loader
     sample_names: Sequence[str]
@@ -69,8 +69,8 @@ class Trainer:
             lambda step: self.objective.micro_batches(self.loader, step)
         )
 
-    def run(self, start: int) -> Path:
-        """Train from `start` finished steps to the last; return the folder of the finished adapter.
+    def run(self, first_step: int) -> Path:
+        """Train from `first_step`, counted from 0, to the last; return the folder of the finished adapter.
 
         Raises:
             TrainingError: Losses or gradients are not finite, or the adapter cannot be written.
@@ -79,67 +79,67 @@ class Trainer:
         settings, checkpointer, is_due = self.settings, self.checkpointer, self.settings.is_due
         model = self.processes.wrap(self.peft_model)
         parameters = adapter_parameters(self.peft_model)
-        guard = self.update_guard(untrained=start == 0)
-        progress = Progress(settings.steps, start, shown=self.is_main)
+        guard = self.update_guard(untrained=first_step == 0)
+        progress = Progress(settings.steps, first_step, shown=self.is_main)
         with (
             closing(self.metrics),
             closing(self.prefetcher),
             closing(progress),
             stop_requests() as stop_request,
-            checkpointer.rescue_on_error(start),
+            checkpointer.rescue_on_error(first_step),
         ):
             self.peft_model.train()
-            if start == 0:
+            if first_step == 0:
                 with progress.paused():
                     self.validate_and_sample(0, {})
             clock, checkpoint_pending = Clock(), False
-            for step in range(start, settings.steps):
-                done = step + 1
+            for step in range(first_step, settings.steps):
+                steps_done = step + 1  # once this step is finished
 
                 # 1. Gradients of one step, over its micro-batches and all processes.
                 self.seed_dropout(step)
-                with explain_oom(f"in the forward and backward of step {done}", "step", self.device):
+                with explain_oom(f"in the forward and backward of step {steps_done}", "step", self.device):
                     losses = self.accumulate_gradients(model, step)
 
                 # 2. Clip, set the learning rate, and update unless loss or gradient is not finite.
                 norm = clip(parameters, settings.max_grad_norm)
                 self.learning_rate.set(step)
                 checkpointer.completed_steps = None
-                with explain_oom(f"in the optimizer's update of step {done}", "update", self.device):
-                    skipped = guard.update(losses.total, norm)  # a tensor: the host does not wait for it
+                with explain_oom(f"in the optimizer's update of step {steps_done}", "update", self.device):
+                    skipped = guard.update(losses.total, norm)  # with a fused optimizer, the host does not wait
                 self.optimizer.zero_grad(set_to_none=True)
-                self.weights.update(skipped)
-                checkpointer.completed_steps = done
+                self.evaluation_weights.update(skipped)
+                checkpointer.completed_steps = steps_done
 
-                # 3. At intervals: log, validate, sample, save. Only here does the host wait for the device.
-                guard.send(step, losses.total, norm, stop_request)
-                checkpoint_pending = checkpoint_pending or is_due("checkpoint_every", done)
-                needs_host_sync = checkpoint_pending or self.needs_host_sync(done)
-                readings = guard.receive(wait=needs_host_sync)
+                # 3. At intervals: log, validate, sample, save. With a fused optimizer, the host waits only here.
+                guard.queue_reading(step, losses.total, norm, stop_request)
+                checkpoint_pending = checkpoint_pending or is_due("checkpoint_every", steps_done)
+                needs_host_sync = checkpoint_pending or self.needs_host_sync(steps_done)
+                readings = guard.read_finished_steps(wait=needs_host_sync)
                 clock.steps += 1
                 progress.update()
                 self.log_skipped_steps(readings)
                 if needs_host_sync:
                     with clock.paused(), progress.paused():
-                        values = self.values(losses, readings[-1], clock) if is_due("log_every", done) else {}
-                        self.validate_and_sample(done, values)
+                        values = self.values(losses, readings[-1], clock) if is_due("log_every", steps_done) else {}
+                        self.validate_and_sample(steps_done, values)
                         if values:
                             progress.log(values)
                         # not while updates are being skipped: the checkpoint is saved after the next good step
-                        if checkpoint_pending and not guard.skipped and done < settings.steps:
-                            checkpointer.save(done)
+                        if checkpoint_pending and not guard.skipped and steps_done < settings.steps:
+                            checkpointer.save(steps_done)
                             checkpoint_pending = False
 
                 # 4. Stop if a signal asked for it, in all processes at the same step.
-                if done < settings.steps and (number := guard.stop(stop_request, readings)):
-                    checkpointer.stop(done, number)
-            guard.check_end()
+                if steps_done < settings.steps and (number := guard.find_stop_signal(stop_request, readings)):
+                    checkpointer.save_and_raise_interrupted(steps_done, number)
+            guard.raise_if_last_steps_skipped()
             if settings.checkpoint_every:
                 checkpointer.save(settings.steps)
             return checkpointer.finish(settings.steps)
 
     def update_guard(self, *, untrained: bool) -> UpdateGuard:
-        """Return what makes the updates, and skips those that are not finite."""
+        """Return the guard that updates the adapter, and skips updates that are not finite."""
 
         def names(step: int) -> list[str]:
             class_images = self.objective.prior.samples(step) if self.objective.prior else []
@@ -157,28 +157,28 @@ class Trainer:
     def accumulate_gradients(self, model: nn.Module, step: int) -> Losses:
         """Accumulate the gradients of one step over its micro-batches and all processes; return the mean losses."""
         micro_batches = self.prefetcher.get(step)
-        count, samples = self.settings.gradient_accumulation, list[Tensor]()  # (total, flow, preservation) of each
+        count, sample_losses = self.settings.gradient_accumulation, list[Tensor]()  # (total, flow, preservation)
         prior_losses = [torch.zeros((), device=self.device)]
         for i, micro_batch in enumerate(micro_batches):
             inputs = self.objective.prepare(micro_batch, step, self.device)
             if i == 0 and step + 1 < self.settings.steps:
                 self.prefetcher.begin(step + 1)
-            is_last = i == len(micro_batches) - 1  # only then do processes exchange gradients
+            is_last = i == len(micro_batches) - 1  # DDP averages gradients then; for a sharded base, see below
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 losses = self.objective.losses(model, inputs)
                 self.accelerator.backward(losses.total * micro_batch.weight / count)
             if micro_batch.is_prior:
                 prior_losses.append(micro_batch.weight * losses.flow / count)
             else:
-                samples.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+                sample_losses.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
             del inputs, losses  # what the forward kept is freed before the next one
         self.processes.average_gradients(self.peft_model)
-        mean = torch.cat([torch.stack(samples).mean(0), torch.stack(prior_losses).sum()[None]])
+        mean = torch.cat([torch.stack(sample_losses).mean(0), torch.stack(prior_losses).sum()[None]])
         total, flow, preservation, prior = self.accelerator.reduce(mean, "mean")
         return Losses(total + prior, flow, preservation, prior)
 
     def seed_dropout(self, step: int) -> None:
-        """Seed what layers draw, which is dropout. (`torch.manual_seed` seeds every kind of device, in a ms.)"""
+        """Seed the dropout of layers, per process. (`torch.manual_seed` takes 1 ms: it seeds every kind of device.)"""
         generator = derived_generator(self.settings.seed, "layers", step, self.accelerator.process_index)
         seed = int(torch.randint(2**31, (), generator=generator))
         torch.default_generator.manual_seed(seed)
@@ -186,7 +186,7 @@ class Trainer:
             torch.cuda.manual_seed(seed)
 
     def values(self, losses: Losses, reading: Reading, clock: Clock) -> dict[str, float]:
-        """Return what is logged of a step; of one without an update, only what is finite."""
+        """Return the metrics to log for a step; for a step without an update, only the finite ones."""
         numbers = {"loss": losses.flow.item()}
         if self.objective.preservation.active:
             numbers["preservation_loss"] = losses.preservation.item()
@@ -203,48 +203,48 @@ class Trainer:
         return {key: value for key, value in numbers.items() if math.isfinite(value)} | {"skipped": 1}
 
     def log_skipped_steps(self, readings: Sequence[Reading]) -> None:
-        """Log the steps without an update that are not logged anyway."""
+        """Log skipped steps that `log_every` does not log."""
         for reading in readings:
-            done = reading.step + 1
-            if reading.bad and self.is_main and not self.settings.is_due("log_every", done):
-                self.metrics.log(done, skipped=1)
+            if reading.bad and self.is_main and not self.settings.is_due("log_every", reading.step + 1):
+                self.metrics.log(reading.step + 1, skipped=1)
 
-    def needs_host_sync(self, done: int) -> bool:
-        """Whether anything but training follows the first `done` steps."""
+    def needs_host_sync(self, steps_done: int) -> bool:
+        """Return whether the loop logs, validates, samples or ends after `steps_done` steps."""
         keys = ("log_every", "validate_every", "sample_every")
-        return done == self.settings.steps or any(self.settings.is_due(key, done) for key in keys)
+        return steps_done == self.settings.steps or any(self.settings.is_due(key, steps_done) for key in keys)
 
-    def validate_and_sample(self, done: int, values: dict[str, float]) -> None:
-        """After `done` steps, log `values`, and validate and sample where that is due; every process does its share."""
-        if self.validator is not None and self.settings.is_due("validate_every", done):
-            watching = explain_oom(f"in the validation after step {done}", "validation", self.device)
-            with watching, self.evaluation(), self.objective.autocast(self.device):
+    def validate_and_sample(self, steps_done: int, values: dict[str, float]) -> None:
+        """Log `values`, and validate and sample if due after `steps_done` steps; each process does its share."""
+        if self.validator is not None and self.settings.is_due("validate_every", steps_done):
+            oom_context = explain_oom(f"in the validation after step {steps_done}", "validation", self.device)
+            with oom_context, self.evaluation(), self.objective.autocast(self.device):
                 losses = self.validator(self.peft_model.get_base_model(), self.objective.guidance)
             values = values | self.validator.report(losses)
-            self.checkpointer.measured = done, values["validation_loss"]
+            self.checkpointer.measured = steps_done, values["validation_loss"]
             if self.is_main:
-                self.metrics.validated(done, self.validator.record(losses))
+                self.metrics.validated(steps_done, self.validator.record(losses))
         if values and self.is_main:
-            self.metrics.log(done, **values)
-        if self.sampler is not None and self.settings.is_due("sample_every", done):
-            file = self.folder / "samples" / f"step_{done:06d}.png"
+            self.metrics.log(steps_done, **values)
+        if self.sampler is not None and self.settings.is_due("sample_every", steps_done):
+            file = self.folder / "samples" / f"step_{steps_done:06d}.png"
             try:
-                with explain_oom(f"while sampling after step {done}", "samples", self.device), self.evaluation():
+                with explain_oom(f"while sampling after step {steps_done}", "samples", self.device), self.evaluation():
                     self.sampler.write_grid(self.peft_model.get_base_model(), file, write=self.is_main)
                 if self.is_main:
-                    self.metrics.picture(done, file)
+                    self.metrics.picture(steps_done, file)
             except (OutOfMemory, ProcessesDiverged):
                 raise
             except Exception as error:  # a full disk, an image library: no reason to lose the training
+                reason = f"{type(error).__name__}: {error}"
                 if self.is_main:
-                    warn(f"sampling after step {done} failed ({type(error).__name__}: {error}); training continues")
+                    warn(f"sampling after step {steps_done} failed ({reason}); training continues")
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Context manager in which the adapter has its evaluation weights and no dropout."""
         self.peft_model.eval()
         try:
-            with self.weights.swapped():
+            with self.evaluation_weights.swapped():
                 yield
         finally:
             self.peft_model.train()  # here and not before each step: walking the modules is slow for a small model

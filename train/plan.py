@@ -14,9 +14,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # sys.path begins with the script's folder, whose modules would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.cli.start import start
+    from train.cli.start import start_command
 
-    start()
+    start_command()  # before the imports below: they take seconds, and --help needs none of them
     from train.cli.light_imports import import_lightly
 
     import_lightly()
@@ -155,7 +155,7 @@ def main(config: DictConfig) -> None:
     planner = planners(gpu(name, card or SIZES[-1]))
     run.dry_run(planner.job.model)
     fixed = fixed_keys(memory) if is_chosen else {}  # otherwise its values are the group's defaults
-    now = planner.predict(choice_of(run.config["memory"]))
+    now = planner.predict(choice_of(run.composed["memory"]))
     if is_chosen and card is not None:
         now = choose(planner, fixed, usable(card), gpu(name, card)) or now
     on = gpu(name, card or next((size for size in SIZES if now.training <= usable(size)), SIZES[-1]))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # sys.path begins with the script's folder, whose modules would hide libraries
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from train.cli.start import start
+    from train.cli.start import start_command
 
-    start()
+    start_command()  # before the imports below: they take seconds, and --help needs none of them
 
 from omegaconf import DictConfig
 
@@ -23,14 +23,14 @@ from train.config.run_config import RunConfig
 from train.distributed.sharding import check_processes
 from train.loop import Trainer
 from train.optim.ema import EvaluationWeights
-from train.optim.optimizers import build
+from train.optim.optimizers import build_optimizer
 from train.optim.schedules import LearningRate
 from train.stages.data import PreparedData, make_objective, prepare_data
 from train.stages.finish import announce, write_card_and_report
-from train.stages.memory import keep_memory, load_config, memory_advice
+from train.stages.memory import keep_resumed_memory, load_config, memory_advice
 from train.stages.model import load_model, load_sampler
 from train.stages.run_folder import claim_run_folder, record_start
-from train.sweeps.job import check, is_done, is_sweep, result
+from train.sweeps.job import check_sweep_job, is_done, is_sweep, sweep_result
 from train.sweeps.reuse import SHARED
 from train.tracking.metrics import Metrics
 from train.utils.memory import free_memory
@@ -42,7 +42,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
     settings, processes, accelerator = config.settings, config.processes, config.accelerator
     if processes.sharded:
         check_processes(accelerator.num_processes)
-    config = keep_memory(config, location)
+    config = keep_resumed_memory(config, location)
     with memory_advice(config), SHARED.job(keeps=is_sweep()):
         # Fill the cache with encoded samples; this loads and frees both encoders.
         data = prepare_data(config)
@@ -51,9 +51,9 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
 
         # Load the frozen base in its precision and attach the adapter.
         model = load_model(config)
-        optimizer = build(config.make_optimizer, model.parameters)
+        optimizer = build_optimizer(config.make_optimizer, model.trained_parameters)
         learning_rate = LearningRate(optimizer, config.schedule, settings.steps)
-        weights = EvaluationWeights(model.parameters, optimizer, settings.ema_decay)
+        evaluation_weights = EvaluationWeights(model.trained_parameters, optimizer, settings.ema_decay)
         config.say(
             f"{many(len(data.names), 'sample')}, {model.parameter_count:,} trained parameters, "
             f"{many(settings.steps, 'step')} in {location.folder}"
@@ -67,51 +67,51 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
             location,
             model.peft_model,
             optimizer,
-            weights,
+            evaluation_weights,
             base=config.variant.repo or config.variant.name,
             license=config.variant.license,
             images_per_step=config.images_per_step,
             metrics=metrics,
             rotation=settings.rotation,
-            about={"data": data.manifest.digest},
+            extra_state={"data": data.manifest.digest},
         )
-        start = checkpointer.load()
+        first_step = checkpointer.load()
         if accelerator.is_main_process:
             record_start(config, location, data.manifest)
-            metrics.start(settings.name, config.config, start)
+            metrics.start(settings.name, config.composed, first_step)
 
         # Train, then write the model card and the report.
-        adapter = Trainer(
-            settings,
-            processes,
-            model.peft_model,
-            optimizer,
-            learning_rate,
-            weights,
-            objective,
-            data.loader,
-            data.names,
-            checkpointer,
-            metrics,
-            location.folder,
-            data.validator,
-            sampler,
-        ).run(start)
+        adapter_folder = Trainer(
+            settings=settings,
+            processes=processes,
+            peft_model=model.peft_model,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            evaluation_weights=evaluation_weights,
+            objective=objective,
+            loader=data.loader,
+            sample_names=data.names,
+            checkpointer=checkpointer,
+            metrics=metrics,
+            folder=location.folder,
+            validator=data.validator,
+            sampler=sampler,
+        ).run(first_step)
         write_card_and_report(config, location.folder, len(data.names))
         model.release(config)
-    return adapter, data.prepared
+    return adapter_folder, data.prepared
 
 
-def main(config: DictConfig) -> float | None:
+def main(composed: DictConfig) -> float | None:
     """Train one configuration; return the last validation loss of a sweep job, if there is one."""
     try:
-        run = load_config(config)
-        check(run)
-        if not is_done(run):
-            with claim_run_folder(run) as location:
-                adapter, data = train(run, location)
-            announce(run, adapter, data.first_caption)
-        return result(run)
+        config = load_config(composed)
+        check_sweep_job(config)
+        if not is_done(config):
+            with claim_run_folder(config) as location:
+                adapter_folder, prepared = train(config, location)
+            announce(config, adapter_folder, prepared.first_caption)
+        return sweep_result(config)
     finally:
         free_memory()  # for the next job of a sweep
 

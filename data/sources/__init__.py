@@ -1,5 +1,6 @@
-"""Datasets: sequences of samples from folders, pairs, tables, WebDataset shards, or a mix of them. The package imports
-data.buckets, and conf/dataset names its exports. Begin with base.py, which all sources share.
+"""Datasets: sequences of samples from folders, pairs, tables, WebDataset shards, or a mix of them. The package
+implements conf/dataset. It imports only packages that are earlier in README's list. Begin with base.py, which all
+sources share.
 """
 
 from data.sources.base import Bad, Sample, Source

@@ -1,5 +1,6 @@
-"""Adapters: attach, detach, save, load and merge them, and write them for other programs. The package imports
-flux2.weights and the packages below it. Begin with tuners.py for the types, files.py for the saved form.
+"""Adapters: attach, detach, save, load and merge them, and write them for other programs. The package implements
+conf/adapter. It imports only packages that are earlier in README's list. Begin with tuners.py for the types, files.py
+for the saved form.
 """
 
 from flux2.adapters.files import adapter_parameters, adapters_disabled, find, load, merge, restore, save

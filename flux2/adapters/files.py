@@ -265,7 +265,7 @@ def merge(model: nn.Module) -> None:
     """
     if isinstance(model, peft.PeftModel):
         model = model.get_base_model()
-    if isinstance(model, Transformer) and model.is_streaming:
+    if isinstance(model, Transformer) and model.has_offloaded_blocks:
         raise AdapterError(
             "cannot merge while blocks are offloaded to host memory, because their copies on the device would not "
             "change. Load the model with offload_blocks=0"

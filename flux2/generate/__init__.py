@@ -1,3 +1,3 @@
-"""`python -m flux2.generate`: images from the command line. The package imports the rest of flux2 except other
-commands. Begin with command.py; requests.py reads which images are wanted, metadata.py records how an image was made.
+"""`python -m flux2.generate`: images from the command line. It imports only packages that are earlier in README's list.
+Begin with command.py; requests.py reads which images are wanted, metadata.py records how an image was made.
 """

@@ -1,3 +1,4 @@
 """Building blocks of the networks: frozen linears fused with their LoRA, attention, the context in which a block is
-recomputed, and the selection of layers by pattern. Imports flux2.utils. Start with frozen_linear.py.
+recomputed, and the selection of layers by pattern. It imports only packages that are earlier in README's list. Begin
+with frozen_linear.py.
 """

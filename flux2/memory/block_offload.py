@@ -168,7 +168,7 @@ class Offloader:
         self.ring = Ring([streamed.host for streamed in self.blocks], copier, ring)
         self.buffers = {slot.buffer.untyped_storage().data_ptr() for slot in self.ring.slots}
         self.reattach(model)
-        model.is_streaming = bool(self.blocks)
+        model.has_offloaded_blocks = bool(self.blocks)
 
     def reattach(self, model: Transformer) -> None:
         """Stream `model` again after a recompute policy was set or another adapter was attached."""

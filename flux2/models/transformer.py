@@ -14,7 +14,7 @@ The time embedding controls every block through a shift, a scale and a gate, wit
              x += gate2 * mlp(m2(x))
     single:  x += gate  * linear2([attention(q, k, v), swiglu(h)])  q, k, v, h = linear1(m(x))
 
-Unlike in FLUX.1, all blocks of a kind share one modulation, which is computed once per step. No layer has a bias.
+Unlike in FLUX.1, all blocks of a kind share one modulation, which is computed once per forward. No layer has a bias.
 
 Parameter names and fused layouts are those of Black Forest Labs' files: a published single file loads without renaming,
 LoRAs carry names that ComfyUI knows, and q, k and v are one matrix product.
@@ -37,23 +37,26 @@ from flux2.layers.attention import attention
 from flux2.layers.frozen_linear import TailLinear
 from flux2.models.variants import TransformerConfig
 
+# The last linear of an attention, an mlp and a single block is a `TailLinear`: an `nn.Linear` whose output activation
+# checkpointing can skip, or recall, when it runs the block again in the backward (flux2/layers/recompute_context.py).
+
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate; each (B, 1, D)
 RotaryAngles = tuple[Tensor, Tensor, Tensor]  # cos, sin, cos + i sin of each token; each (1, 1, L, head_dim / 2)
 
 
 class Transformer(nn.Module):
-    """The whole model.
+    """Predict the flow of noisy image tokens from a prompt: the whole model.
 
     Attributes:
         run_block: Function that runs a block with its arguments: directly, or under a policy of flux2/memory.
-        is_streaming: Whether block weights are in host memory (flux2/memory/block_offload.py).
+        has_offloaded_blocks: Whether weights of blocks are in host memory (flux2/memory/block_offload.py).
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.run_block: Callable[..., Any] = call
-        self.is_streaming = False
+        self.has_offloaded_blocks = False
         self.img_in = nn.Linear(config.channels, config.hidden, bias=False)
         # training replaces it by the identity where cached embeddings are already projected
         self.txt_in: nn.Module = nn.Linear(config.text_width, config.hidden, bias=False)
@@ -81,9 +84,10 @@ class Transformer(nn.Module):
 
         Args:
             tokens: (B, N, 128); the image's noisy tokens first, then those of any references.
-            positions: (N, 4) integer (t, h, w, l) of `tokens`, shared by the batch.
+            positions: (N, 4) integers (t, h, w, l) of `tokens`, shared by the batch: image number t (0, references 10,
+                20, ...), row h, column w, and l = 0 (flux2/models/positions.py).
             text: (B, T, text_width) prompt embeddings.
-            text_positions: (T, 4) integer positions of `text`.
+            text_positions: (T, 4) integers (0, 0, 0, l) of `text`: l is the index of the token in the prompt.
             timestep: (B,) in [0, 1]; 1 is pure noise. References share it with the image.
             guidance: (B,) guidance values; required if and only if the model has a guidance embedding.
             keep: Number of leading tokens to predict (the image's, without references); all by default.
@@ -113,7 +117,7 @@ class Transformer(nn.Module):
         return self.final_layer(x[:, start:stop], time)
 
     def embed_time(self, timestep: Tensor, guidance: Tensor | None) -> Tensor:
-        """(B,) in [0, 1] and, for guided models, (B,) guidance values -> (B, D)."""
+        """Return the embedding (B, D) of timesteps (B,) in [0, 1] and, for guided models, of guidance values (B,)."""
         if not self.config.guidance:
             return self.time_in(timestep)
         if guidance is None:
@@ -135,7 +139,7 @@ class DoubleBlock(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, image_mod: list[Modulation], text_mod: list[Modulation], rope: RotaryAngles
     ) -> tuple[Tensor, Tensor]:
-        """image (B, N, D), text (B, T, D) -> the same shapes."""
+        """Return image (B, N, D) and text (B, T, D) after this block, in the same shapes."""
         (shift1, scale1, gate1), (shift2, scale2, gate2) = image_mod
         (text_shift1, text_scale1, text_gate1), (text_shift2, text_scale2, text_gate2) = text_mod
 
@@ -167,7 +171,7 @@ class SingleBlock(nn.Module):
         self.act = SwiGLU()
 
     def forward(self, x: Tensor, mod: Modulation, rope: RotaryAngles) -> Tensor:
-        """x (B, L, D) -> the same shape."""
+        """Return x (B, L, D) after this block, in the same shape."""
         shift, scale, gate = mod
         qkv, h = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split, dim=-1)
         q, k, v = self.norm(qkv)
@@ -198,7 +202,7 @@ class Attention(nn.Module):
         self.proj = TailLinear(config.hidden, config.hidden, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, D) -> normalized q and k, and v; each (B, H, L, head_dim)."""
+        """Return normalized q and k, and v, of x (B, L, D); each (B, H, L, head_dim)."""
         return self.norm(self.qkv(x))
 
 
@@ -212,7 +216,7 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNorm(head_dim, eps)
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, 3 * D) -> three of (B, H, L, head_dim)."""
+        """Split qkv (B, L, 3 * D) into normalized q and k, and v; each (B, H, L, head_dim)."""
         q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         return self.query_norm(q), self.key_norm(k), v
 

@@ -1,4 +1,4 @@
-"""Our tensors as files hold them: as floats, or already quantized.
+"""Pre-quantized weights: find the tensors of a layer in a file that holds them as floats or already quantized.
 
     plain   a float tensor
     fp8     `X.weight` in e4m3 or e5m2; its scale, one per tensor or one per row, is `X.weight_scale` or, as ComfyUI

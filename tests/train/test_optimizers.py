@@ -10,7 +10,7 @@ from torch import nn
 from train_helpers import CONF, adapter, compose, lines, run_training, same_tensors, slow_but, values
 
 from flux2 import adapters, load
-from train.optim.optimizers import build
+from train.optim.optimizers import build_optimizer
 from train.planner.optimizer_memory import optimizer_bytes
 from train.stages.data import prepare_samples
 from train.stages.memory import load_config
@@ -118,7 +118,7 @@ def test_the_bytes_of_its_state_are_those_that_the_planner_counts(name):
     run = load_config(compose(f"optimizer={name}", "device=cpu"))
     shapes = [(16, 384), (1152, 16), (16, 96), (300, 16)]
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    optimizer = build(run.make_optimizer, parameters)
+    optimizer = build_optimizer(run.make_optimizer, parameters)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

@@ -135,7 +135,7 @@ def test_what_is_chosen_is_what_a_run_applies_and_keeps(train, small, monkeypatc
 def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
     monkeypatch.setattr("train.planner.from_config.free_bytes", lambda device: 7 * GIB)
     run = load_config(compose(*small("memory=auto")))
-    assert run.config["memory"]["gpu_memory_gb"] == 8
+    assert run.composed["memory"]["gpu_memory_gb"] == 8
     assert run.memory.checkpointing == "none"
     assert holds(capsys.readouterr().out, "8 GB ... memory.checkpointing=none")
     assert free_bytes(torch.device("cpu")) == pytest.approx(psutil.virtual_memory().available, rel=0.2)

@@ -1,3 +1,3 @@
-"""Checkpoints: their content, when they are written and deleted, and how a run resumes from one on the same data.
-Imports train.optim, train.distributed and train.utils. Read checkpoint.py first, then resume.py.
+"""Checkpoints: their content, when they are written and deleted, and how a run resumes from one on the same data. It
+imports only packages that are earlier in README's list. Begin with checkpoint.py, then resume.py.
 """

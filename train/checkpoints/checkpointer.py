@@ -35,13 +35,13 @@ class Checkpointer:
     location: RunLocation  # where the run writes, and the checkpoint that it resumes
     peft_model: peft.PeftModel
     optimizer: torch.optim.Optimizer
-    weights: EvaluationWeights  # the weights of the adapter that are saved for use
+    evaluation_weights: EvaluationWeights  # the weights of the adapter that are saved for use
     base: str  # name of the base model, for the adapter's files
     license: str  # of the base model
     images_per_step: int
     metrics: Metrics
     rotation: Rotation
-    about: Mapping[str, Any]  # additional content of each checkpoint's state file
+    extra_state: Mapping[str, Any]  # additional content of each checkpoint's state file
     completed_steps: int | None = field(default=None, init=False)  # None during the update: the state is inconsistent
     saved: int | None = field(default=None, init=False)  # steps of the last checkpoint in this run's own folder
     measured: tuple[int, float] | None = field(default=None, init=False)  # step and value of the last validation
@@ -49,7 +49,7 @@ class Checkpointer:
     @property
     def parts(self) -> dict[str, checkpoint.Stateful]:
         """Training state in addition to the adapter; restored after it, in this order."""
-        return {"optimizer": self.optimizer, **self.weights.parts}
+        return {"optimizer": self.optimizer, **self.evaluation_weights.parts}
 
     def load(self) -> int:
         """Restore the state that the run resumes and remove what a killed run left; return the finished steps."""
@@ -82,14 +82,14 @@ class Checkpointer:
         if not self.is_finite():
             place = self.path_of(done)
             raise checkpoint.NotSaved(f"{place} is not written: the adapter is not finite after {done} steps")
-        about = {"images_per_step": self.images_per_step, **self.about}
+        state = {"images_per_step": self.images_per_step, **self.extra_state}
         if self.measured is not None and self.measured[0] == done:
-            about["validation_loss"] = self.measured[1]
+            state["validation_loss"] = self.measured[1]
         if self.metrics.tracker.run_id is not None:
-            about["tracker_id"] = self.metrics.tracker.run_id
+            state["tracker_id"] = self.metrics.tracker.run_id
         run, names = self.location.folder, {"base": self.base, "license": self.license}
-        with self.weights.swapped():
-            place = checkpoint.save(run, done, self.peft_model, self.parts, **names, **about)
+        with self.evaluation_weights.swapped():
+            place = checkpoint.save(run, done, self.peft_model, self.parts, **names, **state)
         self.saved = done
         self.rotation.prune(place, warn)
 
@@ -97,7 +97,7 @@ class Checkpointer:
         """Write the adapter to a temporary folder when its own disk is full; return a sentence that says where."""
         try:
             place = Path(tempfile.mkdtemp(prefix="flux2-lora-"))
-            with self.weights.swapped():
+            with self.evaluation_weights.swapped():
                 adapters.save(self.peft_model, place / "adapter", base=self.base, license=self.license)
         except checkpoint.FILE_ERRORS as error:
             return f"A temporary folder cannot be written either ({error}). "
@@ -107,7 +107,7 @@ class Checkpointer:
         """Return whether the adapter is finite: no loss has yet shown what the last update did to it."""
         return all(bool(torch.isfinite(one).all()) for one in adapters.adapter_parameters(self.peft_model))
 
-    def stop(self, done: int, number: int) -> NoReturn:
+    def save_and_raise_interrupted(self, done: int, number: int) -> NoReturn:
         """Save the state of `done` steps after a stop signal, and raise Interrupted."""
         place = self.save(done)
         saved = f"saved in {place}; {how_to_resume(self.location.folder)}" if place else self.last_checkpoint()
@@ -166,7 +166,7 @@ class Checkpointer:
             )
         if self.accelerator.is_main_process:
             try:
-                with self.weights.swapped():
+                with self.evaluation_weights.swapped():
                     adapters.save(self.peft_model, folder, base=self.base, license=self.license)
             except checkpoint.FILE_ERRORS as error:
                 done = f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error})."

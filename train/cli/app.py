@@ -87,7 +87,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     reported at once, and the others continue. Only the first process reports, except errors that occur in another
     process alone (`name_process_in_errors`).
     """
-    if not gc.isenabled():  # `start` disabled it
+    if not gc.isenabled():  # `start_command` disabled it
         gc.freeze()
         gc.enable()
     before = os.environ.get("HYDRA_FULL_ERROR", "0")

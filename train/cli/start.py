@@ -48,7 +48,7 @@ def answer_help(config_name: str) -> None:
     sys.exit()
 
 
-def start(config_name: str = "train") -> None:
+def start_command(config_name: str = "train") -> None:
     """Start a command: answer `--help`, or report that libraries load and disable garbage collection meanwhile.
 
     Imports create a million permanent objects. `command` excludes them from garbage collection when it enables it

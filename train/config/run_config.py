@@ -34,7 +34,7 @@ from train.encoding.text_encoders import PromptEncoder
 from train.objective.preservation import Preservation
 from train.objective.prior import PriorPreservation
 from train.optim.ema import check_one_average
-from train.optim.optimizers import build, check_installed, try_out, unusual_settings
+from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
 from train.publishing.hub import HubSettings
 from train.utils.console import warn
 from train.validation.loss import ValidationSettings
@@ -60,38 +60,43 @@ class RunConfig:
         config: The composed configuration (conf/train.yaml).
         planned_processes: Number of processes to plan for; None takes the processes that are running.
 
+    Attributes:
+        composed: The composed configuration as a plain dict, with its interpolations resolved.
+
     Raises:
         ValueError: A setting is missing, unknown or invalid; the message names it.
     """
 
     def __init__(self, config: DictConfig, planned_processes: int | None = None) -> None:
-        self.config: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        self.composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         for group in GROUPS:
-            if not isinstance(self.config.get(group), dict):
-                raise ValueError(f"{group}={self.config.get(group)!r} must be a group of settings; see conf/train.yaml")
-        top = {key: value for key, value in self.config.items() if key not in GROUPS}
-        self.model: ModelSettings = parse_settings("model", self.config["model"], ModelSettings)
+            if not isinstance(self.composed.get(group), dict):
+                raise ValueError(
+                    f"{group}={self.composed.get(group)!r} must be a group of settings; see conf/train.yaml"
+                )
+        top = {key: value for key, value in self.composed.items() if key not in GROUPS}
+        self.model: ModelSettings = parse_settings("model", self.composed["model"], ModelSettings)
         self.settings: RunSettings = parse_settings("", top, RunSettings)
-        self.given_memory = dict(self.config["memory"])
+        self.given_memory = dict(self.composed["memory"])
         self.memory: MemorySettings = parse_settings("memory", completed(self.given_memory), MemorySettings)
-        precision: PrecisionSettings = parse_settings("precision", self.config["precision"], PrecisionSettings)
-        validation: ValidationSettings = parse_settings("validation", self.config["validation"], ValidationSettings)
+        precision: PrecisionSettings = parse_settings("precision", self.composed["precision"], PrecisionSettings)
+        validation: ValidationSettings = parse_settings("validation", self.composed["validation"], ValidationSettings)
         if self.settings.keep_best and not (validation.held_out or validation.samples):
             raise ValueError(
                 f"keep_best={self.settings.keep_best} ranks checkpoints by validation loss, which validation.samples=0 "
                 "does not measure. Set validation.samples or validation.held_out above 0."
             )
         self.validation = validation
-        self.sample: SampleSettings = parse_settings("sample", self.config["sample"], SampleSettings)
-        self.hub: HubSettings = parse_settings("hub", self.config["hub"], HubSettings)
-        self.buckets: Buckets = parse_settings("buckets", self.config["buckets"], Buckets)
+        self.sample: SampleSettings = parse_settings("sample", self.composed["sample"], SampleSettings)
+        self.hub: HubSettings = parse_settings("hub", self.composed["hub"], HubSettings)
+        self.buckets: Buckets = parse_settings("buckets", self.composed["buckets"], Buckets)
         self.planned_processes = planned_processes
         self.source = self.model.source()
         self.accelerator = make_accelerator(self.settings.device)
         self.processes = Processes(self.accelerator, self.settings.shard or launched_to_shard())
         self.precision = self.memory.with_layouts(precision.on(self.accelerator.device))
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
-        check_installed(self.config["optimizer"].get("_target_"))
+        check_installed(self.composed["optimizer"].get("_target_"))
         self.make_optimizer = self.instantiate("optimizer", "params")
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
@@ -104,7 +109,7 @@ class RunConfig:
     def with_memory(self, chosen: dict[str, Any]) -> RunConfig:
         """Return a copy with `chosen` as its group `memory`, which the run also writes to its config.yaml."""
         other = copy.copy(self)
-        other.config = {**self.config, "memory": chosen}
+        other.composed = {**self.composed, "memory": chosen}
         other.memory = parse_settings("memory", chosen, MemorySettings)
         other.precision = other.memory.with_layouts(self.precision)
         return other
@@ -139,7 +144,7 @@ class RunConfig:
         shapes = [parameter.shape for parameter in adapter_parameters(model)]
         one = torch.zeros((), device=self.accelerator.device)  # expanding it to a shape takes no memory
         parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
-        check_one_average(build(self.make_optimizer, parameters), self.settings.ema_decay)
+        check_one_average(build_optimizer(self.make_optimizer, parameters), self.settings.ema_decay)
         try_out(self.make_optimizer, self.accelerator.device)
         if self.accelerator.is_main_process:
             for warning in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps):
@@ -217,7 +222,7 @@ class RunConfig:
 
     def instantiate(self, group: str, *excluded: str) -> Any:
         """Return the object of a group with a `_target_`; its arguments `excluded` are no settings."""
-        return instantiate(group, self.config[group], excluded)
+        return instantiate(group, self.composed[group], excluded)
 
     def say(self, text: str) -> None:
         """Print a line in the main process only."""

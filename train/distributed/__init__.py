@@ -1,3 +1,3 @@
 """Training in several processes: communication, a base model that is sharded over them, and detection of the launcher.
-The package imports train.utils. Begin with processes.py.
+It imports only packages that are earlier in README's list. Begin with processes.py.
 """

@@ -1,5 +1,5 @@
-"""Encoding before training: images and prompts into the cache, and class images drawn by the base. The package imports
-train.objective, train.distributed and train.utils, and conf/text_encoder names its exports. Begin with prepare.py.
+"""Encoding before training: images and prompts into the cache, and class images drawn by the base. The package
+implements conf/text_encoder. It imports only packages that are earlier in README's list. Begin with prepare.py.
 """
 
 from train.encoding.text_encoders import LocalTextEncoder, RemoteTextEncoder

@@ -1,6 +1,6 @@
 """The training objective: flow loss, timestep distributions, loss weighting, and preservation of the base. The package
-imports train.utils and train.distributed, and conf/timesteps, weighting and preservation name its exports. Begin with
-loss.py.
+implements conf/timesteps, conf/weighting and conf/preservation. It imports only packages that are earlier in README's
+list. Begin with loss.py.
 """
 
 from train.objective.preservation import Preservation

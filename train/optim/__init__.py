@@ -1,5 +1,6 @@
 """Optimizers, learning-rate schedules, averages of weights, and the guard that skips non-finite updates. The package
-imports train.utils and train.distributed, and conf/schedule names its exports. Begin with optimizers.py.
+implements conf/schedule, and builds what conf/optimizer names. It imports only packages that are earlier in README's
+list. Begin with optimizers.py.
 """
 
 from train.optim.schedules import Constant, Cosine, Linear, Restarts, StableDecay

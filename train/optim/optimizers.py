@@ -124,7 +124,7 @@ def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> lis
     return warnings
 
 
-def build(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """Build the configured optimizer, ready to train. Raise ValueError naming the settings that it rejects.
 
     `fused: auto` is true if all parameters are on a GPU; on a CPU the fused kernel rounds differently.
@@ -150,7 +150,7 @@ def try_out(make: MakeOptimizer, device: torch.device) -> None:
     """Update a small matrix once, as some settings are only checked then. Raise ValueError if this fails."""
     parameter = nn.Parameter(torch.ones(4, 4, device=device))
     parameter.grad = torch.ones_like(parameter)
-    optimizer = build(make, [parameter])
+    optimizer = build_optimizer(make, [parameter])
     try:
         optimizer.step()
     except torch.OutOfMemoryError:

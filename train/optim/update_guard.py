@@ -38,7 +38,7 @@ class Reading:
     step: int  # from 0
     loss: float  # the differentiated one
     norm: float  # of the gradient before clipping
-    stop: int | None = None  # number of the stop signal that any of the processes received
+    stop_signal: int | None = None  # number of the stop signal that any of the processes received
 
     @property
     def bad(self) -> bool:
@@ -72,7 +72,7 @@ class UpdateGuard:
         self.device, scales = self.accelerator.device, getattr(self.optimizer, "_step_supports_amp_scaling", False)
         self.on_device = self.device.type == "cuda" and bool(scales)  # whether the optimizer decides on the GPU
         self.skipped: list[Reading] = []  # the steps without an update since the last one with an update
-        self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._queue: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def update(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Update the parameters unless `loss` or `norm` is not finite; return whether that was skipped, shape (), bool.
@@ -88,8 +88,8 @@ class UpdateGuard:
             self.optimizer.step()
         return bad
 
-    def send(self, step: int, loss: Tensor, norm: Tensor, request: StopRequest) -> None:
-        """Send a step to the host: loss and norm, shape (), and the stop signals that the processes received."""
+    def queue_reading(self, step: int, loss: Tensor, norm: Tensor, request: StopRequest) -> None:
+        """Start the copy of a step to the host: loss and norm, shape (), and the stop signals of the processes."""
         asked = copy_to_device(torch.tensor([float(number == request.number) for number in SIGNALS]), self.device)
         if self.accelerator.num_processes > 1:
             asked = self.accelerator.reduce(asked, "sum")
@@ -98,22 +98,22 @@ class UpdateGuard:
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             numbers, arrived = host.copy_(numbers, non_blocking=True), torch.cuda.Event()
             arrived.record()
-        self._sent.append((step, numbers, arrived))
+        self._queue.append((step, numbers, arrived))
 
-    def receive(self, *, wait: bool) -> list[Reading]:
-        """Return the steps that were sent, oldest first: all with `wait`, else all but the newest on a GPU.
+    def read_finished_steps(self, *, wait: bool) -> list[Reading]:
+        """Return the queued steps, oldest first: all with `wait`, else all but the newest on a GPU.
 
         The newest is still being computed. Every process waits for the one before it, so that all decide the same at
         the same step. Warns about skipped steps, and raises TrainingError after `max_nonfinite_steps` in a row.
         """
         readings = []
-        while self._sent and (wait or self.device.type != "cuda" or len(self._sent) > 1):
-            step, numbers, arrived = self._sent.popleft()
+        while self._queue and (wait or self.device.type != "cuda" or len(self._queue) > 1):
+            step, numbers, arrived = self._queue.popleft()
             if arrived is not None:
                 arrived.synchronize()
             loss, norm, *flags = numbers.tolist()
-            stop = next((number for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)
-            readings.append(Reading(step, loss, norm, stop))
+            stop_signal = next((number for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)
+            readings.append(Reading(step, loss, norm, stop_signal))
             self._count(readings[-1])
         return readings
 
@@ -131,13 +131,13 @@ class UpdateGuard:
                 f"max_nonfinite_steps={self.max_nonfinite_steps} in a row."
             )
 
-    def stop(self, request: StopRequest, readings: Sequence[Reading]) -> int | None:
+    def find_stop_signal(self, request: StopRequest, readings: Sequence[Reading]) -> int | None:
         """Return the stop signal, if there was one. Several processes all return the same, once they have read it."""
         if self.accelerator.num_processes == 1:
             return request.number
-        return next((reading.stop for reading in readings if reading.stop is not None), None)
+        return next((reading.stop_signal for reading in readings if reading.stop_signal is not None), None)
 
-    def check_end(self) -> None:
+    def raise_if_last_steps_skipped(self) -> None:
         """Raise TrainingError if several last steps were skipped (no later one proves the adapter), or all steps."""
         if len(self.skipped) > 1 or (self.skipped and self.is_untrained):
             raise TrainingError(self.message())

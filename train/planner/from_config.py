@@ -56,7 +56,7 @@ def skeleton(variant: Variant, precision: Precision, adapt: Callable[[Transforme
 
 def planned_precision(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Precision:
     """Return the run's precision as on a GPU. Without a GPU in this machine, `in_fp8` decides about FP8 products."""
-    given = {key: value for key, value in config.config["precision"].items() if value is not None}
+    given = {key: value for key, value in config.composed["precision"].items() if value is not None}
     dtype = pick_dtype(given.pop("dtype", None), torch.device("cuda" if on_gpu else "cpu"))
     if "layers" in given:
         given["layers"] = tuple(given["layers"])
@@ -91,7 +91,7 @@ def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workloa
         dtype=precision.dtype,
         optimizer=config.make_optimizer,
         pixels=(side, side),
-        references=[(settings.reference_resolution,) * 2 for _ in range(references_of(config.config["dataset"]))],
+        references=[(settings.reference_resolution,) * 2 for _ in range(references_of(config.composed["dataset"]))],
         sample_pixels=(config.sample.width or side, config.sample.height or side) if samples else None,
         sample_references=max(edited, key=lambda sizes: sum(map(tokens, sizes)), default=[]),
         text_tokens=config.text_encoder.length or config.variant.text.length,
@@ -155,7 +155,7 @@ def still_fits(config: RunConfig, kept: Mapping[str, Any]) -> bool:
     planner = Planner(workload_of(config, config.accelerator.device.type == "cuda"))
     if kept.get("cache_transposed_weights") and not planner.has_layouts:
         return False
-    return planner.predict(choice_of(kept)).training <= usable(config.config["memory"]["gpu_memory_gb"])
+    return planner.predict(choice_of(kept)).training <= usable(config.composed["memory"]["gpu_memory_gb"])
 
 
 def advice(config: RunConfig, error: OutOfMemory) -> str:
@@ -168,7 +168,7 @@ def advice(config: RunConfig, error: OutOfMemory) -> str:
     if error.phase == "pictures":
         return "Set a smaller buckets.resolution or reference_resolution."
     device = config.accelerator.device
-    planner, now = Planner(workload_of(config, device.type == "cuda")), choice_of(config.config["memory"])
+    planner, now = Planner(workload_of(config, device.type == "cuda")), choice_of(config.composed["memory"])
     on = gpu(gpu_name(device), free_bytes(device) / GIB + CONTEXT_GB)
     before = planner.predict(now).training
     smaller_choice = step_down(planner, now, on, max(error.asked - error.free, LEAST_STEP * before))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.optim.optimizers import MakeOptimizer, build
+from train.optim.optimizers import MakeOptimizer, build_optimizer
 
 PRIMES = (3, 5, 7, 11, 13)
 
@@ -38,7 +38,7 @@ def state_bytes(make: MakeOptimizer, shape: tuple[int, ...]) -> int:
     sides = PRIMES[: len(shape)]
     parameter = nn.Parameter(torch.ones(sides))
     parameter.grad = torch.ones_like(parameter)
-    optimizer = build(make, [parameter])
+    optimizer = build_optimizer(make, [parameter])
     optimizer.step()
     real, total = dict(zip(sides, shape, strict=True)), 0
     for value in optimizer.state[parameter].values():

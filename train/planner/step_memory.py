@@ -1,10 +1,10 @@
 """Count the memory and the operations of a training step from shapes, without weights, GPU or network.
 
-Blocks run forward and backward on PyTorch's fake tensors, which have a shape and no memory, and every tensor is counted
-from its creation until it is freed. The counts therefore follow the real code: adapter layers, checkpointing policy,
-precision. Where GPU kernels keep other tensors than CPU kernels (attention, norms, autocast dtypes), `gpu_kernels`
-substitutes the GPU's behavior. A model is the sum of its blocks (`step`); the tests compare this with whole models and
-with PyTorch's profiler.
+Blocks run forward and backward on PyTorch's fake tensors, which have a shape and no memory, and every tensor (weights,
+activations, gradients) is counted from its creation until it is freed. The counts therefore follow the real code:
+adapter layers, checkpointing policy, precision. Where GPU kernels keep other tensors than CPU kernels (attention,
+norms, autocast dtypes), `gpu_kernels` substitutes the GPU's behavior. A model is the sum of its blocks (`step`); the
+tests compare this with whole models and with PyTorch's profiler.
 
 The CUDA context and fragmentation are not counted; train/planner/gpus.py has the assumptions about them.
 """

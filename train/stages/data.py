@@ -80,7 +80,7 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
     if cache is not None and (folder := Path(cache).expanduser()).exists() and not folder.is_dir():
         raise ValueError(f"cache_dir={cache!r} is not a folder. Set another one.")
     source = config.source
-    if is_offline([*paths(config.config["dataset"]), source.path, source.autoencoder, source.text_encoder]):
+    if is_offline([*paths(config.composed["dataset"]), source.path, source.autoencoder, source.text_encoder]):
         config.say(f"{constants.ENDPOINT} cannot be reached: using downloaded files only")
     return CacheRequest(
         source,
@@ -111,7 +111,7 @@ def prepare_samples(config: RunConfig) -> PreparedData:
 
 def prepare_data(config: RunConfig) -> TrainingData:
     """Prepare the samples, or reuse those of the previous sweep job, and split them."""
-    key = [config.precision.dtype, *(config.config[name] for name in (*DATA_GROUPS, *DATA_KEYS))]
+    key = [config.precision.dtype, *(config.composed[name] for name in (*DATA_GROUPS, *DATA_KEYS))]
     prepared: PreparedData = SHARED.take("data", key, lambda: prepare_samples(config), config.say, "prepared data")
     cached, settings = prepared.cached, config.settings
     training, held_out = config.validation.split(cached.contents)

@@ -28,7 +28,7 @@ def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None
     data = model_card.ModelCardData(
         name=config.settings.name,
         variant=config.variant,
-        config=config.config,
+        config=config.composed,
         samples=samples,
         images=config.images_per_step,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

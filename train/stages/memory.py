@@ -30,12 +30,12 @@ def choose_memory(config: RunConfig) -> RunConfig:
     return config
 
 
-def keep_memory(config: RunConfig, location: RunLocation) -> RunConfig:
+def keep_resumed_memory(config: RunConfig, location: RunLocation) -> RunConfig:
     """Return the configuration with the memory settings of the resumed run, if they were chosen and still fit."""
     if location.checkpoint is None or config.memory.gpu_memory_gb is None:
         return config
     before = location.resumed_config.get("memory", {})
-    if before == config.config["memory"] or not still_fits(config, before):
+    if before == config.composed["memory"] or not still_fits(config, before):
         return config
     config = config.with_memory(before)
     config.say(f"memory settings of the resumed run: {choice_of(before)}")

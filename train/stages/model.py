@@ -32,13 +32,13 @@ class LoadedModel:
     peft_model: peft.PeftModel
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters."""
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the adapter."""
         return adapter_parameters(self.peft_model)
 
     @property
     def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters)
+        return sum(parameter.numel() for parameter in self.trained_parameters)
 
     def release(self, config: RunConfig) -> None:
         """Remove the adapter, so that the next sweep job can reuse the base; drop a base that cannot be reused."""
@@ -66,9 +66,9 @@ def load_model(config: RunConfig) -> LoadedModel:
 
 def shared_base(config: RunConfig) -> Base:
     """Return the transformer, loaded now or reused from the previous sweep job."""
-    device, memory = str(config.accelerator.device), {**config.config["memory"], "gpu_memory_gb": None}
+    device, memory = str(config.accelerator.device), {**config.composed["memory"], "gpu_memory_gb": None}
     projected, sharded = config.settings.embedding_storage.startswith("projected"), config.processes.sharded
-    key = [config.source, config.precision, device, memory, config.config["buckets"], projected, sharded]
+    key = [config.source, config.precision, device, memory, config.composed["buckets"], projected, sharded]
     return SHARED.take("transformer", key, lambda: load_base(config), config.say)
 
 

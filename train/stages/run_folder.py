@@ -55,7 +55,7 @@ def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
     output = str(folder_of_job()) if is_sweep() else config.settings.output_dir
     new = Path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     given, chosen = config.settings.resume, output is not None
-    run = NewRun(new, masked(config.config), config.images_per_step, chosen, say=partial(print, flush=True))
+    run = NewRun(new, masked(config.composed), config.images_per_step, chosen, say=partial(print, flush=True))
     while True:
         location = find(given, run)
         if location == RunLocation(new) and not chosen:
@@ -73,7 +73,7 @@ def record_start(config: RunConfig, location: RunLocation, data: TrainedData) ->
     """Write configuration, data manifest and command to the run folder, after the checkpoint has been read."""
     if location.checkpoint is not None:
         config.say(f"resuming from {location.checkpoint}")
-    text = OmegaConf.to_yaml(OmegaConf.create(masked(config.config)))
+    text = OmegaConf.to_yaml(OmegaConf.create(masked(config.composed)))
     write_whole(location.folder / CONFIG_FILE, text)
     data.write(location.folder)
     if HydraConfig.initialized():

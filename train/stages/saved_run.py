@@ -151,7 +151,7 @@ class SavedRun:
         except (ValueError, OSError) as error:
             message = str(error).splitlines()[0]
             self.notes.append(f"the training images are not available, so there is no comparison with them ({message})")
-            absent = [str(place) for place in paths(config.config["dataset"]) if place and str(place) in message]
+            absent = [str(place) for place in paths(config.composed["dataset"]) if place and str(place) in message]
             if any(not Path(place).expanduser().is_absolute() for place in absent):
                 self.notes[-1] += f". The path is relative to {Path.cwd()}: start this where the run was started"
         if not config.sample.prompts:

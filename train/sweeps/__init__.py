@@ -1,6 +1,7 @@
 """Sweeps, many runs with different settings: their jobs, records and table, on this machine or through Slurm.
 
-Imports train.config and the layers below it. Read job.py first; conf/train.yaml names the callback exported here.
+conf/train.yaml names the callback that is exported here. It imports only packages that are earlier in README's list.
+Begin with job.py.
 """
 
 from train.sweeps.callback import SweepCallback

@@ -30,7 +30,7 @@ def folder_of_job() -> Path:
     return short_path(Path(HydraConfig.get().runtime.output_dir))
 
 
-def check(config: RunConfig) -> None:
+def check_sweep_job(config: RunConfig) -> None:
     """Raise SweepAborted if a search has nothing to minimize, or the processes of a job train different settings."""
     if not is_sweep():
         return
@@ -61,7 +61,7 @@ def is_done(config: RunConfig) -> bool:
     if is_sweep() and config.settings.resume == "auto" and config.accelerator.is_main_process:
         folder = folder_of_job()
         if (folder / CONFIG_FILE).exists() and resume.is_finished(folder):
-            run = resume.NewRun(folder, masked(config.config), config.images_per_step, chosen=True, say=config.say)
+            run = resume.NewRun(folder, masked(config.composed), config.images_per_step, chosen=True, say=config.say)
             is_same = not run.conflicts(folder, None, moved=False)
             done = is_same and resume.configuration(folder)["steps"] == config.settings.steps
     done = bool(broadcast_object_list([done])[0])
@@ -70,7 +70,7 @@ def is_done(config: RunConfig) -> bool:
     return done
 
 
-def result(config: RunConfig) -> float | None:
+def sweep_result(config: RunConfig) -> float | None:
     """Return the last validation loss of a job of a sweep, in all processes; None if there is none."""
     if not is_sweep():
         return None

@@ -1,3 +1,3 @@
-"""Evaluation of an adapter during training: the loss on fixed noise, and sample grids. The package imports
-train.objective, train.distributed and train.utils. Begin with loss.py for the loss, samples.py for the images.
+"""Evaluation of an adapter during training: the loss on fixed noise, and sample grids. It imports only packages that
+are earlier in README's list. Begin with loss.py for the loss, samples.py for the images.
 """

@@ -129,7 +129,7 @@ def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
     def planned(*settings):
         run = load_config(compose(*small("batch_size=4", *settings)))
         planner = Planner(workload_of(run, on_gpu=True))
-        return planner, planner.predict(choice_of(run.config["memory"]))
+        return planner, planner.predict(choice_of(run.composed["memory"]))
 
     (_, plain), (planner, read), (_, made) = planned(), planned(*given, "preservation.share=0.5"), planned(*drawn(3))
     assert planner.class_share == 0.5

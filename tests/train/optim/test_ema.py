@@ -128,9 +128,9 @@ def averaged(runs, small, tmp_path_factory):
         order = []
         run = Trainer.run
 
-        def noted(self, start):
+        def noted(self, first_step):
             order[:] = [name for name, value in self.peft_model.named_parameters() if value.requires_grad]
-            return run(self, start)
+            return run(self, first_step)
 
         place = tmp_path_factory.mktemp("averaged")
         every = ["checkpoint_every=1", "validate_every=2", "adapter.dropout=0.1"]
@@ -197,7 +197,7 @@ def test_the_planner_counts_the_average_and_what_is_swapped_out(small):
     def phases(*more):
         run = load_config(compose(*small("validate_every=1", *more)))
         planner = Planner(workload_of(run, on_gpu=True))
-        return planner, planner.predict(choice_of(run.config["memory"])).phases
+        return planner, planner.predict(choice_of(run.composed["memory"])).phases
 
     planner, with_it = phases(EMA)
     without = phases()[1]

@@ -9,7 +9,7 @@ from torch import nn
 from train_helpers import compose, refusal
 
 from train.optim import Constant, Cosine, Linear, Restarts, StableDecay
-from train.optim.optimizers import build, check_installed, try_out
+from train.optim.optimizers import build_optimizer, check_installed, try_out
 from train.optim.schedules import LearningRate
 from train.stages.memory import load_config
 
@@ -96,7 +96,7 @@ def test_a_schedule_names_the_setting_that_it_refuses(make, key):
 
 def test_an_optimizer_is_made_on_the_parameters_with_its_settings():
     parameter = nn.Parameter(torch.zeros(2))
-    optimizer = build(partial(torch.optim.AdamW, lr=0.5, betas=[0.8, 0.9], weight_decay=0.25), [parameter])
+    optimizer = build_optimizer(partial(torch.optim.AdamW, lr=0.5, betas=[0.8, 0.9], weight_decay=0.25), [parameter])
     (group,) = optimizer.param_groups
     assert group["params"] == [parameter]
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (0.5, (0.8, 0.9), 0.25)
@@ -120,7 +120,7 @@ def test_an_optimizer_is_made_on_the_parameters_with_its_settings():
 )
 def test_a_refused_setting_of_the_optimizer_is_named_with_its_value(settings, said):
     with pytest.raises(ValueError, match=said):
-        build(partial(torch.optim.AdamW, **settings), [nn.Parameter(torch.zeros(1))])
+        build_optimizer(partial(torch.optim.AdamW, **settings), [nn.Parameter(torch.zeros(1))])
 
 
 def test_the_rate_is_set_for_all_groups():
@@ -132,29 +132,29 @@ def test_the_rate_is_set_for_all_groups():
 def test_the_rate_in_use_is_that_of_the_schedule_times_what_prodigy_found():
     parameter = nn.Parameter(torch.zeros(1))
     assert LearningRate(torch.optim.SGD([parameter], lr=0.25), Constant(), 1).value == 0.25
-    optimizer = build(partial(get_object("prodigyopt.Prodigy"), lr=0.5, d0=1e-3), [parameter])
+    optimizer = build_optimizer(partial(get_object("prodigyopt.Prodigy"), lr=0.5, d0=1e-3), [parameter])
     assert LearningRate(optimizer, Constant(), 1).value == 0.5e-3
 
 
 def test_fused_is_for_the_gpu_unless_it_is_asked_for():
     parameter = nn.Parameter(torch.zeros(1))
     make = partial(torch.optim.AdamW, lr=1.0)
-    assert build(partial(make, fused="auto"), [parameter]).defaults["fused"] is None
-    assert build(partial(make, fused=True), [parameter]).defaults["fused"] is True
+    assert build_optimizer(partial(make, fused="auto"), [parameter]).defaults["fused"] is None
+    assert build_optimizer(partial(make, fused=True), [parameter]).defaults["fused"] is True
 
     class OnGpu(nn.Parameter):
         is_cuda = True
 
-    assert build(partial(make, fused="auto"), [OnGpu(torch.zeros(1))]).defaults["fused"] is True
-    assert build(partial(make, fused=False), [OnGpu(torch.zeros(1))]).defaults["fused"] is False
+    assert build_optimizer(partial(make, fused="auto"), [OnGpu(torch.zeros(1))]).defaults["fused"] is True
+    assert build_optimizer(partial(make, fused=False), [OnGpu(torch.zeros(1))]).defaults["fused"] is False
 
 
 def test_muon_says_that_it_trains_matrices_only():
     make = partial(torch.optim.Muon, lr=1e-3)
-    build(make, [nn.Parameter(torch.zeros(2, 3))])
+    build_optimizer(make, [nn.Parameter(torch.zeros(2, 3))])
     wrong = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (2, 3, 4), (5,))]
     with pytest.raises(ValueError, match=r"muon.* 1 and 3 .*adapter=lora"):
-        build(make, wrong)
+        build_optimizer(make, wrong)
 
 
 def test_an_optimizer_that_is_not_installed_names_the_extra(monkeypatch):
@@ -207,11 +207,11 @@ def test_what_an_optimizer_sees_at_its_first_update_alone_is_said_with_its_setti
 
 def test_what_an_optimizer_leaves_empty_may_be_left_empty():
     parameter = [nn.Parameter(torch.zeros(2, 2))]
-    build(partial(torch.optim.AdamW, lr=1.0, foreach=None, fused=None), parameter)
-    build(partial(torch.optim.Adafactor, lr=1.0, eps=[None, 1.0]), parameter)
-    build(partial(get_object("prodigyopt.Prodigy"), lr=1.0, beta3=None, growth_rate=math.inf), parameter)
+    build_optimizer(partial(torch.optim.AdamW, lr=1.0, foreach=None, fused=None), parameter)
+    build_optimizer(partial(torch.optim.Adafactor, lr=1.0, eps=[None, 1.0]), parameter)
+    build_optimizer(partial(get_object("prodigyopt.Prodigy"), lr=1.0, beta3=None, growth_rate=math.inf), parameter)
     with pytest.raises(ValueError, match=r"optimizer\.weight_decay=(None|null)"):
-        build(partial(torch.optim.AdamW, lr=1.0, weight_decay=None), parameter)
+        build_optimizer(partial(torch.optim.AdamW, lr=1.0, weight_decay=None), parameter)
 
 
 @pytest.mark.parametrize(

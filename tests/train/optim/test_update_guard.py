@@ -236,29 +236,29 @@ def far(monkeypatch):
 def send(guard, step, loss=1.0, number=None):
     request = StopRequest()
     request.number = number
-    guard.send(step, torch.tensor(loss), torch.tensor(2.0), request)
+    guard.queue_reading(step, torch.tensor(loss), torch.tensor(2.0), request)
 
 
 def test_of_a_gpu_the_host_knows_a_step_when_the_next_one_is_under_way(far):
     send(far, 0)
-    assert far.receive(wait=False) == []
+    assert far.read_finished_steps(wait=False) == []
     assert FakeEvent.waited == 0
     send(far, 1, number=SIGNALS[1])
-    (reading,) = far.receive(wait=False)
-    assert (reading.step, reading.loss, reading.norm, reading.stop) == (0, 1.0, 2.0, None)
-    (reading,) = far.receive(wait=True)
-    assert (reading.step, reading.stop) == (1, SIGNALS[1])
+    (reading,) = far.read_finished_steps(wait=False)
+    assert (reading.step, reading.loss, reading.norm, reading.stop_signal) == (0, 1.0, 2.0, None)
+    (reading,) = far.read_finished_steps(wait=True)
+    assert (reading.step, reading.stop_signal) == (1, SIGNALS[1])
     assert FakeEvent.waited == 2
 
 
 def test_of_a_gpu_bad_steps_are_counted_when_they_are_known(far, capfd):
     send(far, 0, float("nan"))
-    far.receive(wait=False)
+    far.read_finished_steps(wait=False)
     send(far, 1, float("inf"))
-    far.receive(wait=False)
+    far.read_finished_steps(wait=False)
     assert holds(capfd.readouterr().err, "step 1 ... nan")
     with pytest.raises(TrainingError, match=r"step 2\b.* inf"):
-        far.receive(wait=True)
+        far.read_finished_steps(wait=True)
 
 
 def test_an_adapter_that_the_last_update_ruined_is_not_kept(train, tmp_path, monkeypatch, capfd):
