@@ -18,7 +18,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 # before torch is imported: pytest-xdist starts a process per core, and with more threads they wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("FLUX2_CACHE", None)  # no test may write where the developer keeps copies of models
-os.fsync = lambda handle: None  # what tests write does not have to survive a power cut, and a disk takes its time
 
 import pytest
 
@@ -26,6 +25,8 @@ import flux2  # noqa: F401  before torch: it sets how long threads spin
 
 if TYPE_CHECKING:
     from flux2.weights.sources import ModelSource
+
+os.fsync = lambda handle: None  # what tests write does not have to survive a power cut, and a disk takes its time
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
