@@ -297,12 +297,13 @@ def load(
     Args:
         path: Repository id, folder in the published layout, or one .safetensors file with the transformer; by default
             the published repository, or the embedded files for `tiny`.
-        autoencoder, text_encoder: The same for these parts, if they are not at `path`. The text encoder can also be the
-            address of a server (flux2/prompts/remote_client.py); it then takes no memory here.
+        autoencoder: Repository id, folder or file of the autoencoder, if it is not at `path`.
+        text_encoder: Repository id or folder of the text encoder, if it is not at `path`, or the address of a server
+            (flux2/prompts/remote_client.py); it then takes no memory here.
         device: `cuda`, `cuda:1` or `cpu`; by default the GPU if there is one.
         precision: `fp32`, `bf16`, `fp8` or `nf4` for the transformer (flux2/quantization/precision.py). By default, and
             for the text encoder with `fp8` and `nf4`, bf16 on a GPU and fp32 on a CPU.
-        keep_text_encoder: Whether it stays in memory between calls; by default only for `tiny`.
+        keep_text_encoder: Whether the text encoder stays in memory between calls; by default only for `tiny`.
         offload_blocks: Transformer blocks that stay in host memory and stream to the device: a number, or a share from
             0.0 to 1.0.
         cache: Folder of quantized copies, which make the next start in `fp8` or `nf4` faster; by default the value of
