@@ -230,11 +230,12 @@ def plan_latents(
     for entry in entries:
         row = table.setdefault(entry.size, BucketRow(own=entry.size not in buckets.sizes))
         row.add(lost(planner.work[entry.key].original, entry.size))
-    if enlarged := [work for work in planner.work.values() if work.is_enlarged]:
+    images = [work for work in planner.work.values() if work.kind != "mask"]
+    if enlarged := [work for work in images if work.is_enlarged]:
         example = "{}, {} x {}".format(shorten(enlarged[0].picture.name), *enlarged[0].original)
         log.warning(
             "%d of %d images are smaller than the size that they are trained at and are scaled up, such as %s",
-            *(len(enlarged), len(planner.work), example),
+            *(len(enlarged), len(images), example),
         )
     return LatentPlan(cache, tuple(entries), planner.work, reference_max_pixels, bad, table, middles)
 

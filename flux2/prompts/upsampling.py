@@ -42,7 +42,7 @@ IMAGE, ROW_END, IMAGE_END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 
 TEXT_TO_IMAGE = (
     "You write prompts for FLUX.2, a model that draws pictures from text. The user gives you a short prompt. Answer "
-    "with a longer one for the same picture. Keep every subject, number, color, style and wish that the user names, "
+    "with a longer one for the same picture. Keep every subject, number, colour, style and wish that the user names, "
     "and add nothing that contradicts them. Say what can be seen: shapes, materials and surfaces, where things are and "
     "how large, the light and its direction, the background, the camera or the medium. Words that are to be read in "
     "the picture stay as they are, in quotation marks, and what carries writing gets its words. If the prompt is "

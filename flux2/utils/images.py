@@ -61,6 +61,8 @@ def check_writable(path: Path, what: str) -> None:
     except Exception as error:  # an unknown format is a KeyError, an unsupported mode an OSError
         raise ValueError(f"{what}: images cannot be saved as {extension}, give .png or .jpg") from error
     check_target_file(path, what)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{what} cannot be written: {path} is read-only")
 
 
 def check_target_file(path: Path, what: str) -> None:
@@ -76,5 +78,6 @@ def check_target_file(path: Path, what: str) -> None:
     existing = next(place for place in (path, *path.parents) if place.exists())
     if existing != path and not existing.is_dir():
         raise ValueError(f"{what} cannot be written: {existing} is not a folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{what} cannot be written: {existing} is read-only")
+    place = existing if existing.is_dir() else existing.parent  # files are replaced by renaming a temporary one
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{what} cannot be written: {place} is read-only")

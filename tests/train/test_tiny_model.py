@@ -1,5 +1,6 @@
 """The script that draws and trains the embedded model, at a thousandth of its size."""
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from train_helpers import execute
 import flux2
 from data.synthetic.captions import EDITS
 from data.synthetic.drawings import held_out
+from flux2.weights.sources import TINY_FOLDER
 from train.tiny_model.autoencoder import set_groups
 from train.tiny_model.training import Phase, Recipe, rate
 from train.tiny_model.transformer import draw_batch, edit_shares
@@ -26,6 +28,11 @@ def test_unknown_words_are_spelt_and_so_told_apart() -> None:
     assert tokenizer.unk_token_id not in one + other
     assert one != other
     assert len(one) == 6
+
+
+def test_the_tokenizer_is_that_of_the_embedded_model() -> None:
+    committed = json.loads((TINY_FOLDER / "tokenizer" / "tokenizer.json").read_text())
+    assert make_tokenizer().get_vocab() == committed["model"]["vocab"]
 
 
 def test_embeddings_differ_between_prompts_and_repeat_for_one_seed() -> None:

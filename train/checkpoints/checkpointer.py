@@ -85,8 +85,8 @@ class Checkpointer:
         state = {"images_per_step": self.images_per_step, **self.extra_state}
         if self.measured is not None and self.measured[0] == done:
             state["validation_loss"] = self.measured[1]
-        if self.metrics.tracker.run_id is not None:
-            state["tracker_id"] = self.metrics.tracker.run_id
+        if (tracker_id := getattr(self.metrics.tracker, "run_id", None)) is not None:  # a tracker may be a user's own
+            state["tracker_id"] = tracker_id
         run, names = self.location.folder, {"base": self.base, "license": self.license}
         with self.evaluation_weights.swapped():
             place = checkpoint.save(run, done, self.peft_model, self.parts, **names, **state)

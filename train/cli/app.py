@@ -28,7 +28,7 @@ from train.sweeps.job import SweepAborted
 from train.sweeps.reuse import SHARED
 from train.utils.console import is_first_process, warn
 from train.utils.files import short_path
-from train.utils.redact import is_secret, masked_settings, masked_text
+from train.utils.redact import masked_settings, masked_text, may_be_secret
 from train.utils.signals import Stopped, stopped_at_once
 
 prepare_hydra()
@@ -42,7 +42,7 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
     slurm.join_tasks()
     this = HydraConfig.get()
     folder, words = Path(this.runtime.output_dir), [text.partition("=") for text in this.overrides.task]
-    overrides = [f"{key}{sign}{'...' if is_secret(key) else masked_text(value)}" for key, sign, value in words]
+    overrides = [f"{key}{sign}{'...' if may_be_secret(key) else masked_text(value)}" for key, sign, value in words]
 
     def note(**values: Any) -> None:
         if is_first_process():

@@ -17,7 +17,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 
-from train.utils.redact import is_secret
+from train.utils.redact import may_be_secret
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs the errors that are also raised
 
@@ -25,7 +25,7 @@ logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs the error
 def unknown_setting(given: str, known: Iterable[str]) -> str:
     """Return the error message for the unknown key `given` (or `key=value`), with the nearest of `known` keys."""
     key, choices = given.lstrip("+~").partition("=")[0], list(known)
-    if is_secret(key):
+    if may_be_secret(key):
         given = f"{key}=..."  # errors are logged
     group, _, name = key.rpartition(".")
     siblings = {choice.rpartition(".")[2]: choice for choice in choices if choice.rpartition(".")[0] == group}

@@ -36,7 +36,7 @@ class Preservation:
             )
         if self.weight > 0 and not self.samples:
             raise ValueError(
-                f"preservation.weight={self.weight} has no effect with preservation.samples=0. Set it to >= 1"
+                f"preservation.weight={self.weight} has no effect with preservation.samples=0. Set samples >= 1"
             )
 
     @property

@@ -32,7 +32,7 @@ PIXELS = TINY.resolution
 WORDS = """
 a an the of on in with and for to at by it its is this that into instead put make paint draw turn change replace
 picture image drawing card photo painting illustration sketch icon sticker poster print style ink vintage tarot flat
-woodcut watercolor pastel simple clean bold old new background color color size subject small large big little tiny
+woodcut watercolor pastel simple clean bold old new background colour color size subject small large big little tiny
 cup sword star moon sun tower key heart crown fish tree wheel lantern bell
 red orange yellow green blue purple pink brown white black grey gray gold silver
 """.split()

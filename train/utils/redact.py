@@ -22,7 +22,9 @@ WORDS = set(
     "apikey auth authorization bearer cookie credential credentials header headers passphrase passwd password pwd "
     "secret secrets sig signature token".split()
 )
-ENDINGS = ("token", "password", "secret", "apikey")  # as in `hftoken`
+ENDINGS = ("token", "password", "secret", "apikey", "auth")  # as in `hftoken`
+BEGINNINGS = ("secret", "passw", "apikey", "credential")  # as in `secretkey`
+LIKE_SECRET = re.compile("token|secret|passw|api.?key|auth|header|bearer|credential", re.IGNORECASE)
 KEYS_OF = {"api", "access", "private"}  # words before `key` in the name of a secret
 FORMS = (
     r"\bhf_[A-Za-z0-9]{20,}",
@@ -50,8 +52,13 @@ def is_secret(key: str) -> bool:
     """Return whether a value under this key is a secret."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     parts = [word for word in re.split(r"[^a-z0-9]+", words) if word]
-    named = any(part in WORDS or part.endswith(ENDINGS) for part in parts)
+    named = any(part in WORDS or part.endswith(ENDINGS) or part.startswith(BEGINNINGS) for part in parts)
     return named or any(one in KEYS_OF and two in ("key", "keys") for one, two in pairwise(parts))
+
+
+def may_be_secret(key: str) -> bool:
+    """Return whether a value under this key is better not shown: also for keys that only contain such a word."""
+    return is_secret(key) or LIKE_SECRET.search(key) is not None
 
 
 def masked_values(pattern: re.Pattern[str], text: str) -> str:

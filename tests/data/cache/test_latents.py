@@ -235,3 +235,11 @@ def test_the_table_counts_pictures_and_what_is_cut_off(tmp_path: Path) -> None:
 def test_mirroring_is_the_mirror_image() -> None:
     image = noise((64, 64)).load()
     assert ImageOps.mirror(image).tobytes() == fit(image, (64, 64), Cut(mirrored=True)).tobytes()
+
+
+def test_images_that_are_enlarged_are_counted_without_their_masks(tmp_path: Path, caplog) -> None:
+    samples = [Sample(noise((64, 64), name=f"{i}.png"), ("",), mask=noise((64, 64), "L", f"m{i}.png")) for i in (0, 1)]
+    plan(Cache(tmp_path), samples, buckets=Buckets(128, upscale=True))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 of 2 images")
+    assert "0.png, 64 x 64" in record.getMessage()

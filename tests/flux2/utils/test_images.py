@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.sources.images import Picture
 from flux2.models.pixels import reference_image
-from flux2.utils.images import as_rgb, check_writable, read_image
+from flux2.utils.images import as_rgb, check_target_file, check_writable, read_image
 
 RAMP = np.random.default_rng(0).integers(0, 256, (20, 24, 4), dtype=np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65536, (20, 24), dtype=np.uint16)
@@ -126,3 +126,16 @@ def test_a_place_that_may_not_be_written_to_is_an_error(tmp_path: Path, monkeypa
     monkeypatch.setattr("os.access", lambda *_: False)  # as root, nothing is read-only
     with pytest.raises(ValueError, match=rf"--out\b.*{tmp_path}"):
         check_writable(tmp_path / "a.png", "--out")
+
+
+def test_a_file_that_is_replaced_needs_a_folder_that_can_be_written(monkeypatch, tmp_path):
+    file = tmp_path / "x.png"
+    file.touch()
+    monkeypatch.setattr("os.access", lambda path, mode: path != file)
+    check_target_file(file, "--out")
+    with pytest.raises(ValueError, match="read-only"):  # an image is replaced only if it may be written itself
+        check_writable(file, "--out")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    for check in (check_target_file, check_writable):
+        with pytest.raises(ValueError, match="read-only"):
+            check(file, "--out")

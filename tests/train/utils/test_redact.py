@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 from train_helpers import compose
 
-from train.utils.redact import MASK, is_secret, masked, masked_command, masked_settings, masked_text
+from train.utils.redact import MASK, is_secret, masked, masked_command, masked_settings, masked_text, may_be_secret
 
 HUB = "hf_" + "aB3" * 11 + "x"
 KEY = "0123456789abcdef" * 2 + "01234567"  # as wandb's: what a commit looks like too
@@ -11,10 +11,16 @@ KEY = "0123456789abcdef" * 2 + "01234567"  # as wandb's: what a commit looks lik
 @pytest.mark.parametrize(
     "key",
     "token hub_token HF_TOKEN wandb_api_key WANDB_API_KEY apikey access-key AWS_SECRET_ACCESS_KEY password db.passwd "
-    "Authorization headers credentials X-Amz-Signature accessToken hftoken".split(),
+    "Authorization headers credentials X-Amz-Signature accessToken hftoken "
+    "secretkey passwort passwords apikeys hfauth oauth basicauth".split(),
 )
 def test_names_of_secrets_are_known(key):
     assert is_secret(key)
+
+
+def test_errors_and_tables_do_not_show_what_only_resembles_a_secret():
+    assert all(may_be_secret(key) for key in ("tokens", "headersx", "auth2", "hub.token"))
+    assert not any(may_be_secret(key) for key in ("steps", "adapter.rank", "cache_dir"))
 
 
 @pytest.mark.parametrize(
