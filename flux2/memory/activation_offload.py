@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ class OffloadedActivation:
 
     def __init__(self, tensor: Tensor, pool: ActivationPool) -> None:
         self.pool, self.memory = pool, pool.take(tensor.nbytes)
+        weakref.finalize(self, pool.give, self.memory).atexit = False
         self.values = self.memory.view(tensor.dtype).view(tensor.shape)
         pool.copier.start(tensor.contiguous(), self.values)
         self.returned: tuple[Tensor, Any] | None = None
@@ -30,9 +32,6 @@ class OffloadedActivation:
         copy, ticket = self.fetch()
         self.pool.copier.wait(ticket)
         return copy
-
-    def __del__(self) -> None:
-        self.pool.give(self.memory)
 
 
 class ActivationPool:

@@ -117,6 +117,7 @@ def test_weights_and_activations_wait_in_pinned_memory() -> None:
     waiting = [memory for free in offloader.activation_pool.free.values() for memory in free]
     assert waiting
     assert all(memory.is_pinned() for memory in waiting)
+    offloader.release(offloader.block_in_use)  # the first block: its inputs need no gradient, so no signal ends its use
     for name, parameter in model.named_parameters():
         assert parameter.is_cuda == ("lora_" in name or "_blocks." not in name), name
 
@@ -180,7 +181,7 @@ def test_the_device_holds_what_is_resident_and_the_ring_from_loading_on(precisio
     # quantizing takes the float weight and float32 copies of a part of it
     room = 4 * largest if precision == "bf16" else 12 * largest
     assert torch.cuda.max_memory_allocated() - start < resident + offloader.ring_bytes + room
-    assert offloader.host_bytes > 4 * offloader.ring_bytes * 0.9
+    assert offloader.host_bytes > 2.9 * offloader.ring_bytes  # the two largest of ten blocks
 
 
 def test_activations_on_the_host_leave_the_depth_out_of_the_peak() -> None:

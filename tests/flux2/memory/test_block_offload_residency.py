@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from flux2 import adapters
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.block_offload import Offloader, StreamedBlock, offload
+from flux2.memory.ring_buffer import Copier
 from flux2.models.transformer import Transformer
 
 pytest_plugins = ("offload_helpers",)
@@ -286,3 +287,15 @@ def test_inputs_come_back_one_block_ahead() -> None:
     assert sent == 3 + 2 * 2
     loss.backward()
     assert asked == [2, 3, 5, 7, 7]
+
+
+def test_host_memory_that_runs_out_is_one_error_and_nothing_is_given_back() -> None:
+    class FullCopier(Copier):
+        def host(self, size: int) -> Tensor:
+            raise MemoryError("host memory is full")
+
+    model = adapted()
+    offloader = _made(offload(model, 0, activations=True, copier=lambda _: FullCopier()))
+    with pytest.raises(MemoryError, match="host memory is full"):  # pytest reports errors in finalizers too
+        predict(model)
+    assert not offloader.activation_pool.free
