@@ -143,6 +143,7 @@ def test_runs_side_by_side_draw_the_same_prompts_with_the_adapter_that_each_chos
     assert not (other / "evaluation" / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_far_too_high_shows_in_the_numbers(train):
     good = train("good", *KEPT, "optimizer.lr=1e-3")
     bad = train("bad", *KEPT, "optimizer.lr=30")

@@ -37,6 +37,7 @@ def test_the_same_question_gets_the_same_answer(planner):
     assert answers == {choose(again, {}, usable(24), H200).choice}
 
 
+@pytest.mark.slow
 def test_weights_are_kept_transposed_where_there_is_room(planner):
     found = planner("dev", storage="fp8", side=512)
     assert choose(found, {}, usable(141), H200).choice.cache_transposed_weights

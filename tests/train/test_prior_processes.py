@@ -57,6 +57,7 @@ def wait(processes: list[Process]) -> None:
     assert [process.wait() for process in processes] == [0, 0], processes[0].out.read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_pictures_of_one_each_its_share_and_none_twice(server, drawing, by_one, tmp_path):
     log = tmp_path / "log"
     two = server.start_two(*drawing, *places(tmp_path), WRITTEN=str(log))

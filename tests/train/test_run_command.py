@@ -188,6 +188,7 @@ def test_a_run_that_ends_in_a_loss_that_is_not_finite_is_one_message(run_command
 # ------------------------------------------------------------------ other processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["variables", pytest.param("launch", marks=pytest.mark.slow)])
 def test_accelerate_launch_trains_the_tarot_experiment_on_local_parquet_with_all_cores(server, parquet, tmp_path, way):
     """By the command itself, and by the variables that it sets."""

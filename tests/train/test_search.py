@@ -38,6 +38,7 @@ def search(run_command, small, tmp_path):
 # ------------------------------------------------------------------ Optuna
 
 
+@pytest.mark.slow
 def test_a_search_minimizes_the_last_validation_loss_and_survives_a_trial_that_fails(search, tmp_path):
     space = ["optimizer.lr=tag(log,interval(1e-4,1e-1))", "adapter.rank=0,4"]
     code, out, err = search("hydra.sweeper.n_trials=4", "validate_every=1", *space)

@@ -43,6 +43,7 @@ def test_jobs_load_once_and_give_what_they_give_alone(grid, train, loads, tmp_pa
     assert SHARED.held(torch.device("cpu")) == 0  # when the sweep is over
 
 
+@pytest.mark.slow
 def test_another_precision_frees_the_old_transformer_before_it_is_loaded(grid, loads, monkeypatch):
     held = []
     load = train.stages.model.load_transformer
@@ -107,6 +108,7 @@ def test_after_a_job_that_failed_while_training_nothing_of_it_is_used(grid, trai
     assert [job.status for job in records.read_jobs(tmp_path / "sweep")] == ["failed", "done"]
 
 
+@pytest.mark.slow
 def test_a_job_refused_for_its_settings_costs_no_second_load(grid, loads):
     code, out, _ = grid("adapter.rank=2,0,8", "steps=1")
     assert code == 2

@@ -98,6 +98,7 @@ def test_a_stop_request_leaves_the_table_and_says_how_to_go_on(grid, train, at_s
     assert [job["steps"] for job in json.loads((place / "sweep.json").read_text())["jobs"]] == [6, 6]
 
 
+@pytest.mark.slow
 def test_a_finished_job_is_not_taken_for_one_of_other_settings(grid):
     assert grid("adapter.rank=2,4", "steps=1")[0] == 0
     code, _, err = grid("adapter.rank=2,8", "steps=1", "resume=auto")

@@ -16,7 +16,8 @@ from flux2.quantization.nf4 import Nf4Linear
 @pytest.mark.parametrize(
     ("policy", "mm_of_a_single_block", "attention_again"),
     # backward: five products a LoRA layer; again: all three of linear1, and of linear2 only the adapter's A
-    [("none", 10, 0), ("full", 10 + 4, 1), ("selective", 10 + 4, 0)],
+    [("full", 10 + 4, 1)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("none", 10, 0), ("selective", 10 + 4, 0))],
 )
 def test_compiled_blocks_give_the_same_and_do_not_compute_their_last_linear_again(
     policy: str, mm_of_a_single_block: int, attention_again: int

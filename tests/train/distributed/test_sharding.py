@@ -35,12 +35,14 @@ def found(folder):
     return findings(folder, "cpu")
 
 
+@pytest.mark.slow
 def test_there_are_two_processes_and_they_wait_for_each_other_for_long(found):
     for one in found:
         assert one["processes"] == 2
         assert one["timeout"] >= 3600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
 def test_a_sharded_base_gives_the_losses_and_gradients_of_a_whole_one(found, case):
     """Of a step whose pictures have another shape in each process, to the bit."""
@@ -56,6 +58,7 @@ def test_a_sharded_base_gives_the_losses_and_gradients_of_a_whole_one(found, cas
     assert found[0][case]["sharded"]["losses"] != found[1][case]["sharded"]["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
 def test_each_process_holds_half_of_the_base_and_all_of_the_adapter(found, case):
     for rank, one in enumerate(found):
@@ -69,6 +72,7 @@ def test_each_process_holds_half_of_the_base_and_all_of_the_adapter(found, case)
             assert sharded["local"][name] == (rows, *shape[1:]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
 def test_a_block_is_whole_only_while_it_runs(found, case):
     for one in found:
@@ -76,6 +80,7 @@ def test_a_block_is_whole_only_while_it_runs(found, case):
         assert one[case]["sharded"]["blocks at the end"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in CASES])
 def test_while_loading_a_process_holds_its_share_a_block_and_what_is_in_none(found, case):
     for one in found:
@@ -89,6 +94,7 @@ def test_while_loading_a_process_holds_its_share_a_block_and_what_is_in_none(fou
         assert sharded["most while loading"] <= limit * 1.001 < one[case]["held by one"]
 
 
+@pytest.mark.slow
 def test_what_a_sharded_model_saved_is_loaded_by_a_whole_one(found, folder):
     """And predicts the same. One process saved it alone, which the other did not wait for."""
     model = load_transformer(model_source("tiny", None, None, None), "cpu")
@@ -100,11 +106,13 @@ def test_what_a_sharded_model_saved_is_loaded_by_a_whole_one(found, folder):
             assert not torch.allclose(prediction, model(**inputs(0, 1)), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_begins_with_the_bases_weights_is_refused(found):
     for one in found:
         assert "adapter=lora" in one["refused"]
 
 
+@pytest.mark.slow
 def test_work_is_shared_between_processes_and_an_error_is_known_to_both(found):
     first, second = (one["map"] for one in found)
     assert first["shared"] == second["shared"] == [(0, 0), (1, 1), (4, 0), (9, 1), (16, 0)]
@@ -205,6 +213,7 @@ def test_shard_is_true_or_false():
         parse_settings("", {"shard": "yes"}, RunSettings)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_sharded_run_divides_the_base(run_command):
     def weights(*more):
         code, out, err = run_command("model=klein_4b", "precision=bf16", "batch_size=1", "+card=24", *more, task=plan)
