@@ -165,6 +165,7 @@ def has_reached(process, step):
 # ------------------------------------------------------------------ two processes
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_to_the_bit_and_so_does_one_of_two_that_is_asked_to_stop(server, tiny, tmp_path):
     settings = [*tiny, "ema_decay=0.8", "reference_dropout=0.3", "schedule=cosine", "steps=5"]
     two, cut = tmp_path / "two", tmp_path / "cut"

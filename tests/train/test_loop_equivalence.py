@@ -194,6 +194,7 @@ def test_a_larger_batch_is_another_run(train, reference):
     assert values(train("one", "batch_size=1", "steps=1"))[0] != values(reference())[0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(server, pictures, tmp_path):
     """Real processes, through the entry file; what they train is of the size called tiny, with random weights.
 

@@ -31,6 +31,7 @@ def test_a_choice_fits_and_a_larger_card_never_gets_a_slower_one(planner, storag
     assert times == sorted(times, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_same_question_gets_the_same_answer(planner):
     answers = {choose(planner("dev"), {}, usable(24), H200).choice for _ in range(3)}
     again = Planner(job("dev"))

@@ -161,6 +161,7 @@ def test_a_sample_grid_that_cannot_be_read_is_left_out(tmp_path):
     assert "<img" not in page
 
 
+@pytest.mark.slow
 def test_a_sweep_says_where_things_are_as_a_single_run_does_and_recommends_once(
     run_command, small, tmp_path, monkeypatch
 ):
