@@ -152,7 +152,7 @@ def test_wandb_works_without_network_and_keeps_its_run_over_a_resume(train, at_s
     assert (run / "wandb_id").read_text() == kept
     written = sorted(path.name for path in (run / "wandb").glob("offline-run-*"))
     assert len(written) >= 1
-    assert all(name.endswith(f"-{kept}") for name in written)
+    assert all(f"-{kept}" in name for name in written)  # wandb numbers two of the same second
     assert len(values(run)) == 4
 
 
