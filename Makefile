@@ -1,9 +1,10 @@
 # One environment, made from this file: every target builds what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-CORES := $(shell nproc 2>/dev/null || echo 2)
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 # One thread a test process: two processes with two threads each would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
+# Bytecode is kept also where the environment says not to: without it every test process compiles the tests again.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
 .PHONY: setup demo demo-edit test test-slow check bench docs tiny clean
 .DEFAULT_GOAL := help
