@@ -1,4 +1,4 @@
-"""Batches of a training step, the same for every split of the step into processes and micro-batches.
+"""Batches of a training step with captions, crops and dropout drawn, for any split into processes and micro-batches.
 
 All randomness is a function of (seed, step, position of the sample in the global batch), not the state of a generator.
 So a run resumes from its step number alone, and one process with a batch of 4 sees exactly what four processes with one

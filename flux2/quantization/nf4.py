@@ -1,7 +1,8 @@
 """Frozen linear layers in NF4: 4-bit NormalFloat in blocks of 64, with quantized scales of the blocks.
 
 This is QLoRA's format (arxiv.org/abs/2305.14314), computed and stored by bitsandbytes. The weight is dequantized for
-each product, on a GPU into a buffer that all layers of a model share.
+each product, on a GPU into a buffer that all layers of a model share. flux2/weights/prequantized.py reads such weights
+from files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write the checkpoints of a run and its final adapter, also after errors."""
+"""Write the checkpoints of a run and its final adapter, also after errors and requests to stop."""
 
 from __future__ import annotations
 

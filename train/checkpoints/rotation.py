@@ -1,4 +1,4 @@
-"""Decide which checkpoints to keep: the last ones, the best by validation loss, and one every N steps."""
+"""Decide which checkpoints to keep (the last, the best by validation loss, one every N steps); delete the others."""
 
 from __future__ import annotations
 

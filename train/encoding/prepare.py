@@ -1,4 +1,7 @@
-"""Fill the cache: run autoencoder and text encoder over the missing entries, one model in memory at a time."""
+"""Fill the cache: run autoencoder and text encoder over the missing entries, one model in memory at a time.
+
+data/cache decides what is missing (latents.py, embeddings.py) and writes it (store.py).
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress

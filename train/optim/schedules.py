@@ -1,4 +1,7 @@
-"""Learning-rate schedules: a factor that is a function of the step alone, so that resuming needs no state."""
+"""Learning-rate schedules: a factor that is a function of the step alone, so that resuming needs no state.
+
+`LearningRate.set` applies it to an optimizer before each step.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`), SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning before the time
 limit: `--signal=USR1@120`) make the run finish its step, save and end. While it loads and caches there is nothing to
-save, and it ends at once. The exit code is 128 + the signal's number, as a shell reports a killed process.
+save, and it ends at once. train/loop.py sees the request, `Checkpointer.save_and_raise_interrupted` saves. The exit
+code is 128 + the signal's number, as a shell reports a killed process.
 """
 
 from __future__ import annotations
