@@ -8,7 +8,7 @@ LoHa, LoKr and OFT are PEFT's only.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,13 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2.adapters import peft_config
-from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_diffusers
-from flux2.adapters.loading import LoadedAdapter, attach_pairs, attach_saved, check_compatible, to_peft
+from flux2.adapters.formats import AdapterError, LoraPair, rescale, to_diffusers
+from flux2.adapters.loading import LoadedAdapter, attach_pairs, check_compatible, check_scale, insert, to_peft
+from flux2.adapters.reading import PEFT_FILE, PREFIX, read_adapter, recorded_base
 from flux2.adapters.tuners import adapter_layers, adapter_tensors, float_copy, kind_of, remove_adapters
 from flux2.layers.fused_lora import INITIAL, subtract_initial
 from flux2.models.transformer import Transformer
@@ -33,10 +33,9 @@ from flux2.utils import checks
 from flux2.utils.text import listed
 from flux2.weights.modelspec import HASH, content_hash, metadata
 
-PEFT_FILE = "adapter_model.safetensors"
 DIFFUSERS_FILE = "diffusers.safetensors"
+DIFFUSERS_FOLDER_FILE = "pytorch_lora_weights.safetensors"  # what diffusers itself writes to a folder
 PISSA_FILE = "pissa.safetensors"
-PREFIX = "base_model.model."  # prefix of the keys in PEFT's files
 PEFT_ALONE = ("LoHa", "LoKr", "OFT")  # types that no other format holds
 
 
@@ -165,58 +164,25 @@ def format_notes(folder: Path) -> str:
 
 
 def find(path: str | Path) -> Path:
-    """Return what to load for `path`: a safetensors file, or a PEFT folder, possibly inside a run or checkpoint."""
+    """Return what to load for `path`: a safetensors file, or a PEFT folder, possibly inside a run or checkpoint.
+
+    A folder of diffusers stands for its pytorch_lora_weights.safetensors.
+    """
     place = Path(path).expanduser()
     if place.is_file():  # PEFT's file is of no use without the configuration next to it
         return place.parent if place.name == PEFT_FILE else place
     for folder in (place, place / "adapter", *sorted(place.glob("checkpoints/step_*/adapter"), reverse=True)):
         if (folder / PEFT_FILE).exists():
             return folder
+    if (place / DIFFUSERS_FOLDER_FILE).is_file():
+        return place / DIFFUSERS_FOLDER_FILE
     what = "no adapter was found in this folder" if place.exists() else "does not exist"
+    if files := [file.name for file in place.glob("*.safetensors")]:
+        what += f", but files that may be one ({listed(files)})"
     raise AdapterError(
         f"adapter {str(path)!r}: {what}. Give an adapter folder (adapter_model.safetensors), a run folder, or a "
         ".safetensors file"
     )
-
-
-def read_tensors(place: Path) -> dict[str, Tensor]:
-    """Return the tensors of the file `place`, or of PEFT's file in that folder, without its prefix.
-
-    Raises AdapterError if the file is unreadable.
-    """
-    file, prefix = (place / PEFT_FILE, PREFIX) if place.is_dir() else (place, "")
-    try:
-        return {key.removeprefix(prefix): tensor for key, tensor in load_file(file).items()}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"adapter {file} cannot be read ({error}): it is damaged or incomplete") from error
-
-
-def scaled_pairs(state: Mapping[str, Tensor], config: peft.LoraConfig | None, model: nn.Module) -> dict[str, LoraPair]:
-    """Return the pairs in the tensors of a file with keys of diffusers, ComfyUI or kohya, or of a PEFT folder.
-
-    `config` is that of the folder, None for a file. Raises ValueError if the tensors are not low-rank pairs, have other
-    ranks than `config`, or are for other layers than those of `model`.
-    """
-    if config is None:
-        return from_state(state, model)
-    peft_config.check_ranks(config, state)
-    return {
-        layer: replace(pair, b=pair.b * peft_config.layer_scale(config, layer))
-        for layer, pair in from_state(state, model).items()
-    }
-
-
-def recorded_base(place: Path) -> str:
-    """Return the base that the adapter at `place` records; empty if it records none. Raises ValueError."""
-    try:
-        if place.is_dir():
-            return str(peft_config.read_config(place).base_model_name_or_path or "")
-        with safe_open(place, "pt") as file:
-            return str((file.metadata() or {}).get("base_model", ""))
-    except ValueError as error:
-        raise AdapterError(f"adapter {place}: {error}") from error
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"adapter {place} cannot be read ({error}): it is damaged or incomplete") from error
 
 
 def base_hint(place: Path, model: Transformer) -> str:
@@ -238,19 +204,18 @@ def load(model: Transformer, path: str | Path, *, name: str = "default", scale: 
     scale = checks.number("scale", scale)
     place = find(path)
     try:
-        config = peft_config.read_config(place) if place.is_dir() else None
-        if config is not None and not peft_config.is_plain(config):
-            return attach_saved(model, config, read_tensors(place), name, scale)
-        check_compatible(model, "LoRA")  # before names are compared: layers of another type would hide the cause
-        pairs = scaled_pairs(read_tensors(place), config, model)
-        if any(pair.magnitude is not None for pair in pairs.values()):
-            return attach_saved(model, *to_peft(pairs), name, scale)
-        attach_pairs(model, pairs, name, scale)
+        stored = read_adapter(place, model)
+        check_compatible(model, stored.kind)
+        check_scale(stored.kind, scale)
+        if stored.config is None:
+            attach_pairs(model, stored.pairs, name, scale)
+        else:
+            state = {f"{layer}.{key}": one for layer, found in stored.tensors.items() for key, one in found.items()}
+            insert(model, stored.config, state, name, scale)
     except ValueError as error:
         text = str(error) + base_hint(place, model)
         raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
-    kind = "LoRA" if config is None else peft_config.type_name(config)
-    return LoadedAdapter(kind, tuple(pairs), tuple(pair.a.shape[0] for pair in pairs.values()))
+    return LoadedAdapter(stored.kind, stored.layers, stored.ranks, stored.note)
 
 
 @torch.no_grad()
@@ -291,6 +256,10 @@ def merged_weight(layer: Any) -> Tensor:
                 a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
                 weight = weight + layer.scaling[adapter] * (b @ a)
         return weight
+    for adapter, magnitude in getattr(layer, "lora_magnitude_vector", {}).items():
+        if magnitude.weight.ndim > 1:  # lengths of columns, which PEFT does not know
+            delta = layer.scaling[adapter] * (layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight)
+            return weight + magnitude.strength * (rescale(weight + delta, magnitude.weight) - weight)
     base, layer.base_layer = layer.base_layer, float_copy(layer, weight.device)
     try:
         layer.merge()

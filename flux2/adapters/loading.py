@@ -1,7 +1,7 @@
 """Load saved adapters into a transformer for inference, in addition to those that it has.
 
-Low-rank pairs come from any format (`attach_pairs`) and add up, each with its scale. The other types come from PEFT
-folders (`attach_saved`) and are computed by PEFT; `check_compatible` knows which of them add up.
+Low-rank pairs (`attach_pairs`) add up, each with its scale. The other types are computed by PEFT (`insert`);
+`check_compatible` knows which of them add up.
 """
 
 from __future__ import annotations
@@ -15,13 +15,23 @@ from typing import Any
 
 import peft
 import torch
+import torch.nn.functional as F
+from peft.tuners.lokr.layer import Linear as LokrLinear
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from flux2.adapters import peft_config
-from flux2.adapters.formats import AdapterError, LoraPair
+from flux2.adapters.formats import AdapterError, LoraPair, rescale
+from flux2.adapters.keys import check_dtype
 from flux2.adapters.peft_config import PEFT_CONFIG
-from flux2.adapters.tuners import adapter_layers, adapter_tensors, disable_module_dropout, kind_of, to_device
+from flux2.adapters.tuners import (
+    adapter_layers,
+    adapter_tensors,
+    disable_module_dropout,
+    kind_of,
+    set_factors,
+    to_device,
+)
 from flux2.layers.fused_lora import fuse_lora
 from flux2.layers.selection import layer_kinds
 from flux2.models.transformer import Transformer
@@ -38,12 +48,14 @@ class LoadedAdapter:
     kind: str
     layers: tuple[str, ...]
     ranks: tuple[int, ...] = ()
+    note: str = ""  # what is not certain
 
     def __str__(self) -> str:
         size = f" of {describe_ranks(self.ranks)}" if self.ranks else ""
         parts = Counter(PARTS.get(layer.partition(".")[0], "outside of blocks") for layer in self.layers)
         spread = ", ".join(f"{count} {part}" for part, count in parts.items())
-        return f"{self.kind}{size} on {len(self.layers)} layers ({spread})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.kind}{size} on {len(self.layers)} layers ({spread}){note}"
 
     def listing(self) -> str:
         """Return its layers, with block numbers replaced by N."""
@@ -86,12 +98,15 @@ def to_peft(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, T
         rank_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
         alpha_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
         use_dora=any(pair.magnitude is not None for pair in pairs.values()),
+        lora_bias=any(pair.bias is not None for pair in pairs.values()),
     )
     state: dict[str, Tensor] = {}
     for layer, pair in pairs.items():
         state |= {f"{layer}.lora_A.weight": pair.a, f"{layer}.lora_B.weight": pair.b}
         if pair.magnitude is not None:
             state[f"{layer}.lora_magnitude_vector"] = pair.magnitude
+        if config.lora_bias:
+            state[f"{layer}.lora_B.bias"] = torch.zeros(len(pair.b)) if pair.bias is None else pair.bias
     return config, state
 
 
@@ -99,21 +114,29 @@ def insert(model: Transformer, config: peft.PeftConfig, state: Mapping[str, Tens
     """Add an adapter with the tensors `state`, by PEFT's keys without its prefix, in place, active and frozen."""
     inject(model, config, name)
     device = model.img_in.weight.device  # not the layer's own: offloaded blocks are in host memory
-    for key, parameter in adapter_tensors(model, name).items():
-        parameter.data = state[key].to(device, torch.float32)
+    fill_adapter(model, name, state, device)
     for module in adapter_layers(model).values():
         if name in getattr(module, "lora_magnitude_vector", {}):
             magnitude = module.lora_magnitude_vector[name]
-            magnitude.__class__ = ScaledDora
+            magnitude.__class__ = ScaledDora if magnitude.weight.ndim == 1 else ColumnDora
             magnitude.strength = scale
         elif name in getattr(module, "scaling", {}):
             module.scaling[name] *= scale
     fuse_lora(model)
-    disable_module_dropout(model)
     to_device(model)
     for module in adapter_layers(model).values():
         module.set_adapter(sorted(module._get_available_adapters(), key=list(module.r).index))
     model.requires_grad_(False)
+
+
+def fill_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put tensors by PEFT's keys into the adapter `name` that PEFT created, in place."""
+    for layer, module in adapter_layers(model).items():
+        if isinstance(module, LokrLinear) and name in module.r:
+            set_factors(module, name, {key.removeprefix(f"{layer}."): tensor for key, tensor in state.items()})
+    for key, parameter in adapter_tensors(model, name).items():
+        parameter.data = state[key].to(device, torch.float32)
+    disable_module_dropout(model)
 
 
 def inject(model: nn.Module, config: peft.PeftConfig, name: str) -> None:
@@ -130,6 +153,16 @@ class ScaledDora(DoraLinearLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(*args, **kwargs) * self.strength
+
+
+class ColumnDora(ScaledDora):
+    """A DoRA whose magnitudes are the lengths of the columns of each part of the layer (`formats.rescale`)."""
+
+    def forward(self, x: Tensor, **given: Any) -> Tensor:
+        weight = given["base_layer"].weight.float()
+        delta = given["scaling"] * (given["lora_B"].weight @ given["lora_A"].weight)
+        changed = rescale(weight + delta, self.weight)
+        return F.linear(x, (changed - weight).to(x.dtype)) * self.strength
 
 
 def check_scale(kind: str, scale: float) -> None:
@@ -149,6 +182,7 @@ def check_saved(
     kind, name = peft_config.type_name(config), "default"
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
+        check_dtype(key, tensor)
         if not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{key} has NaN or infinite values: its training failed")
         layer = re.sub(r"\.(lora|hada|lokr|oft)_\w+(\.weight)?$", "", key)
@@ -179,26 +213,3 @@ def check_saved(
                 f"model and its {PEFT_CONFIG}. Use the base it was trained on, and files of one adapter"
             )
     return clean, layers
-
-
-def attach_saved(
-    model: Transformer, config: peft.PeftConfig, state: Mapping[str, Tensor], name: str, scale: float = 1.0
-) -> LoadedAdapter:
-    """Add an adapter from a PEFT folder, in place, active and frozen; `model` is unchanged if the adapter does not fit.
-
-    Args:
-        config: The result of `peft_config.read_config`.
-        state: Tensors by PEFT's keys without its prefix.
-        scale: Factor of the update.
-
-    Raises:
-        AdapterError: `check_saved` refuses the tensors, the type has no scale, or it does not add up with the model's
-            adapters.
-    """
-    kind = peft_config.type_name(config)
-    check_compatible(model, kind)
-    check_scale(kind, scale)
-    clean, layers = check_saved(model.config, config, state)
-    insert(model, clean, state, name, scale)
-    ranks = [] if kind == "OFT" else [module.r[name] for module in adapter_layers(model).values() if name in module.r]
-    return LoadedAdapter(kind, tuple(layers), tuple(ranks))

@@ -63,10 +63,29 @@ class DrawFreeLoha(LohaLinear):
 
 
 class DrawFreeLokr(LokrLinear):
-    """PEFT's LoKr layer without module dropout, like `DrawFreeLoha`."""
+    """PEFT's LoKr layer without module dropout, like `DrawFreeLoha`; factors may have a first dimension of parts."""
 
     def train(self, mode: bool = True) -> DrawFreeLokr:
         return super().train(False)
+
+    def get_delta_weight(self, adapter_name: str, *arguments: Any, **options: Any) -> Tensor:
+        if adapter_name not in self.lokr_w1 or self.lokr_w1[adapter_name].ndim == 2:
+            return super().get_delta_weight(adapter_name, *arguments, **options)
+        w2 = self.lokr_w2.get(adapter_name)
+        if w2 is None:
+            w2 = self.lokr_w2_a[adapter_name] @ self.lokr_w2_b[adapter_name]
+        products = [torch.kron(one, two) for one, two in zip(self.lokr_w1[adapter_name], w2, strict=True)]
+        return torch.cat(products) * self.scaling[adapter_name]
+
+
+def set_factors(layer: LokrLinear, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give the adapter `name` of a LoKr layer these factors, of any shapes: PEFT creates only its own."""
+    for side in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"):
+        factors = getattr(layer, side)
+        if name in factors:
+            del factors[name]
+        if side in tensors:
+            factors[name] = nn.Parameter(tensors[side], requires_grad=False)
 
 
 def disable_module_dropout(model: nn.Module) -> None:

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from flux2.adapters import find
 from flux2.adapters.files import PEFT_FILE
-from flux2.adapters.formats import LoraPair, from_state, to_comfyui, to_diffusers, to_kohya
+from flux2.adapters.formats import LoraPair, to_comfyui, to_diffusers, to_kohya
 from flux2.adapters.loading import describe_ranks
+from flux2.adapters.reading import from_state
 from flux2.export import deltas
 from flux2.export.arguments import FULL, RANK, arguments
 from flux2.export.deltas import AdapterDelta

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from flux2 import adapters
 from flux2.adapters import files as adapter_files
 from flux2.adapters import peft_config
-from flux2.adapters.formats import AdapterError, LoraPair
-from flux2.adapters.loading import LoadedAdapter, check_saved, check_scale, inject
-from flux2.adapters.tuners import adapter_tensors
+from flux2.adapters.formats import AdapterError, LoraPair, rescale
+from flux2.adapters.loading import LoadedAdapter, check_scale, fill_adapter, inject
+from flux2.adapters.reading import read_adapter, recorded_base
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, TransformerConfig, Variant, find_variant
 from flux2.utils import checks
@@ -39,6 +39,7 @@ class AdapterDelta:
     pairs: Mapping[str, LoraPair] = field(default_factory=dict)
     config: peft.PeftConfig | None = None
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by layer and PEFT's key
+    note: str = ""  # what is not certain
 
     @property
     def layers(self) -> list[str]:
@@ -57,7 +58,7 @@ class AdapterDelta:
     def description(self) -> str:
         """Return type, ranks and number of layers."""
         ranks = [pair.a.shape[0] for pair in self.pairs.values()]
-        return str(LoadedAdapter(self.kind, tuple(self.layers), tuple(ranks)))
+        return str(LoadedAdapter(self.kind, tuple(self.layers), tuple(ranks), self.note))
 
     def pair(self, layer: str) -> LoraPair:
         """Return the pair of a layer of a plain adapter, with its scale folded in."""
@@ -74,9 +75,7 @@ class AdapterDelta:
             delta = pair.b.to(device) @ pair.a.to(device)
             if pair.magnitude is not None:
                 assert weight is not None
-                total = delta.add_(weight)
-                lengths = pair.magnitude.to(device) / torch.linalg.vector_norm(total, dim=1)
-                delta = total.mul_(lengths[:, None]).sub_(weight)
+                delta = rescale(delta.add_(weight), pair.magnitude.to(device)).sub_(weight)
         else:
             assert self.config is not None
             if weight is None:
@@ -92,8 +91,7 @@ def change_by_peft(config: peft.PeftConfig, layer: str, state: Mapping[str, Tens
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)  # PEFT merges in place
     container = nn.ModuleDict({"linear": linear})
     inject(container, peft_config.layer_config(config, layer, "linear"), "default")
-    for key, parameter in adapter_tensors(container, "default").items():
-        parameter.data = state[key.removeprefix("linear.")].to(weight.device, torch.float32)
+    fill_adapter(container, "default", {f"linear.{key}": tensor for key, tensor in state.items()}, weight.device)
     return adapter_files.merged_weight(container["linear"]).sub_(weight)
 
 
@@ -111,20 +109,16 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
     scale = checks.number("scale", scale)
     place = adapters.find(path)
     try:
-        config = peft_config.read_config(place) if place.is_dir() else None
-        kind = "LoRA" if config is None else peft_config.type_name(config)
-        state = adapter_files.read_tensors(place)
-        if config is not None and not peft_config.is_plain(config):
-            check_scale(kind, scale)
-            config, tensors = check_saved(model.config, config, state)
-            if not isinstance(config, peft.LoraConfig):
-                return AdapterDelta(place, kind, scale, model, config=config, tensors=tensors)
-        pairs = adapter_files.scaled_pairs(state, config, model)
-        kind = "DoRA" if any(pair.magnitude is not None for pair in pairs.values()) else kind
-        return AdapterDelta(place, kind, scale, model, pairs)
+        stored = read_adapter(place, model)
+        check_scale(stored.kind, scale)
+        if biased := [layer for layer, pair in stored.pairs.items() if pair.bias is not None]:
+            raise AdapterError(f"it adds a bias to {listed(biased, 2)}, which no weight and no other format holds")
     except ValueError as error:
         text = str(error)
         raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
+    if stored.pairs:
+        return AdapterDelta(place, stored.kind, scale, model, stored.pairs, note=stored.note)
+    return AdapterDelta(place, stored.kind, scale, model, {}, stored.config, stored.tensors, stored.note)
 
 
 def total_change(updates: Sequence[AdapterDelta], layer: str, weight: Tensor | None, device: torch.device) -> Tensor:
@@ -154,7 +148,7 @@ def variant_for(places: Sequence[Path], requested: str | None) -> tuple[Variant,
 
     Raises AdapterError if an adapter records a base of other sizes, or if none fits.
     """
-    recorded = {place: found for place in places if (found := find_variant(adapter_files.recorded_base(place)))}
+    recorded = {place: found for place in places if (found := find_variant(recorded_base(place)))}
     if requested is not None:
         for place, candidate in recorded.items():
             if candidate.transformer != VARIANTS[requested].transformer:

@@ -16,8 +16,9 @@ from torch import Tensor
 from flux2 import adapters
 from flux2.adapters import files as adapter_files
 from flux2.adapters.files import layer_pairs
-from flux2.adapters.formats import from_state, to_comfyui, to_diffusers
+from flux2.adapters.formats import to_comfyui, to_diffusers
 from flux2.adapters.loading import attach_pairs
+from flux2.adapters.reading import from_state
 from flux2.layers.selection import BLOCK_LINEARS
 
 

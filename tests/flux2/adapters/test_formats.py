@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2 import adapters
-from flux2.adapters.formats import AdapterError, LoraPair, from_state, to_comfyui, to_diffusers, to_kohya
+from flux2.adapters.formats import AdapterError, LoraPair, to_comfyui, to_diffusers, to_kohya
+from flux2.adapters.reading import from_state
 from flux2.weights.key_names import transformer_module
 
 QKV = "double_blocks.1.img_attn.qkv"
@@ -120,10 +121,10 @@ def comfy_pair(layer: str = QKV) -> dict[str, Tensor]:
         ),
         (
             kohya(QKV, 2, 2.0) | {"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.zeros(3, 1)},
-            r"\b1\b.*\b4\b.*qkv\.dora_scale\b.*DoRA.*LyCORIS",
+            r"double_blocks\.0\.img_attn\.qkv\b.*only dora_scale",
         ),
-        ({"lora_unet_single_blocks_0_linear1.hada_w1_a": torch.zeros(3, 1)}, "hada_w1_a.*LoHa.*PEFT"),
-        ({"diffusion_model.single_blocks.0.linear1.lokr_w1": torch.zeros(3, 1)}, "lokr_w1.*LoKr.*PEFT"),
+        ({"lora_unet_single_blocks_0_linear1.hada_w1_a": torch.zeros(3, 1)}, "only hada_w1_a"),
+        ({"diffusion_model.single_blocks.0.linear1.lokr_w1": torch.zeros(3, 1)}, "only lokr_w1"),
         (
             comfy_pair() | kohya("single_blocks.0.linear1", 2, 2.0),
             r"formats.*diffusion_model.*A\.weight \(ComfyUI\), lora_u",

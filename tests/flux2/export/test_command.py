@@ -21,7 +21,7 @@ from torch import nn
 
 from flux2 import adapters
 from flux2.adapters.files import DIFFUSERS_FILE
-from flux2.adapters.formats import from_state
+from flux2.adapters.reading import from_state
 from flux2.adapters.tuners import attach
 from flux2.export import deltas, low_rank
 from flux2.models.variants import VARIANTS
