@@ -19,7 +19,7 @@ from flux2.adapters.formats import AdapterError
 from flux2.utils.text import listed
 from flux2.weights.key_names import transformer_module
 
-TENSORS = 100_000  # in a file; a LoRA of every layer of the largest model has 1,200
+TENSORS = 20_000  # in a file; an adapter of every layer of the largest model has at most 1,500
 KEY_LENGTH = 400
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 DOTTED = r"(?:(?:base_model|model|diffusion_model|transformer)\.)*"
@@ -38,7 +38,7 @@ KEY = re.compile(
     rf"(?P<prefix>{DOTTED}(?:{'|'.join(UNDERSCORES)})?)(?P<layer>.+?)"
     r"\.(?P<side>lora_[AB]|lora_down|lora_up|lora_magnitude_vector|magnitude|dora_scale|alpha"
     r"|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
-    r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+    r"(?:\.(?!weight(?:_|$)|bias$)(?P<adapter>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
 IGNORED = ("lokr_factor",)  # musubi's note of the size of factors, which their shapes have too
 # what is not read, by a part of its keys

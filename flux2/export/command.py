@@ -211,6 +211,8 @@ def run(options: argparse.Namespace) -> Path:
             f"the weights of the base are needed, and the adapter does not record it. Give --model {variant.name}, or "
             "another variant of these sizes"
         )
+    if not certain:
+        say(f"note: the adapter does not record its base; its layers fit {variant.name}. --model writes it to the file")
     source = model_source(variant.name, options.path)
 
     def base() -> BaseWeights:
@@ -219,12 +221,12 @@ def run(options: argparse.Namespace) -> Path:
 
     check_apart(output_path(options), places)
     about: dict[str, Any] = {
-        "base": variant.repo or variant.name,
+        "base": (variant.repo or variant.name) if certain else "",  # what is guessed from sizes is not recorded
         "title": options.title or options.out.stem,
         "lora": options.format not in FULL,
         "diffusers": "diffusers" in options.format,
-        "license": variant.license,
-        "resolution": f"{variant.resolution}x{variant.resolution}",
+        "license": variant.license if certain else "",
+        "resolution": f"{variant.resolution}x{variant.resolution}" if certain else "",
         "trigger_phrase": options.trigger,
         "usage_hint": f"Trigger word: {options.trigger}" if options.trigger else "",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

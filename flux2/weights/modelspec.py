@@ -34,7 +34,8 @@ def metadata(*, base: str, title: str, lora: bool, diffusers: bool, license: str
     """Return the metadata of a safetensors file, except the hash.
 
     Args:
-        base: A variant or a repository.
+        base: A variant or a repository; empty if it is not known. The file then has no `architecture`, which makes it
+            none of ModelSpec's (no `sai_model_spec`).
         lora: Whether the file is a LoRA; otherwise it is a full checkpoint.
         diffusers: Whether the tensors have diffusers' names; otherwise they have Black Forest Labs'.
         more: Other fields of ModelSpec; empty ones are left out.
@@ -42,15 +43,15 @@ def metadata(*, base: str, title: str, lora: bool, diffusers: bool, license: str
     variant = find_variant(base)
     name = variant.name if variant else base
     spec = {
-        "sai_model_spec": VERSION,
-        "architecture": ARCHITECTURES.get(name, name) + ("/lora" if lora else ""),
+        "sai_model_spec": VERSION if name else "",
+        "architecture": ARCHITECTURES.get(name, name) + ("/lora" if lora and name else ""),
         "implementation": "diffusers" if diffusers else BFL,
         "title": title,
         **more,
         "license": license,
     }
-    kept = {"format": "pt", "base_model": base} | ({"base_model_license": license} if license else {})
-    return kept | {PREFIX + key: value for key, value in spec.items() if value}
+    kept = {key: value for key, value in {"base_model": base, "base_model_license": license}.items() if value}
+    return {"format": "pt"} | kept | {PREFIX + key: value for key, value in spec.items() if value}
 
 
 def content_hash(state: Mapping[str, Tensor]) -> str:

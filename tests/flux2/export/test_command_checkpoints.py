@@ -12,6 +12,7 @@ import torch
 from adapter_helpers import fresh, predict
 from diffusers import Flux2Transformer2DModel
 from export_helpers import changes, loaded
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from flux2.export import command as export
 from flux2.export import deltas, merge_checkpoint
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS
+from flux2.weights import modelspec
 from flux2.weights.loading import load_transformer
 from flux2.weights.sources import ModelSource
 
@@ -183,14 +185,35 @@ def one_layer(layer: str, rows: int, columns: int) -> dict[str, Tensor]:
     ],
 )
 def test_a_file_that_says_nothing_is_known_by_its_shapes(
-    state: dict[str, Tensor], variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: dict[str, Tensor],
+    variant: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The base is a guess then, and is not written to the file as if it were known."""
     save_file(state, tmp_path / "lora.safetensors")
     found, certain = deltas.variant_for([tmp_path / "lora.safetensors"], None)
     assert (found.name, certain) == (variant, False)
     monkeypatch.setattr(sys, "argv", ["export"])
     options = ["--format", "comfyui", "--out", str(tmp_path / "out.safetensors")]
-    assert export.run(export_arguments.arguments([str(tmp_path / "lora.safetensors"), *options])).exists()
+    place = export.run(export_arguments.arguments([str(tmp_path / "lora.safetensors"), *options]))
+    assert "--model" in capsys.readouterr().err
+    recorded = metadata_of(place)
+    assert recorded.keys() == {
+        "format",
+        *(f"modelspec.{key}" for key in ("implementation", "title", "date", "hash_sha256")),
+    }
+    options += ["--model", variant, "--overwrite"]
+    export.run(export_arguments.arguments([str(tmp_path / "lora.safetensors"), *options]))
+    recorded = metadata_of(place)
+    assert recorded["base_model"] == VARIANTS[variant].repo
+    assert recorded["modelspec.architecture"] == f"{modelspec.ARCHITECTURES[variant]}/lora"
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 def test_what_fits_no_model_is_refused_with_the_reason(tmp_path: Path) -> None:
