@@ -194,6 +194,7 @@ def write(
             changes[layer] = torch.cat(changes[layer].chunk(2)[::-1])
     header = {"format": "pt"}
     config = settings(kind, strength)
+    config["target_modules"] = [name for names in writer.names.values() for name in names]
     if writer.strength == "header":
         prefix = "transformer." if writer.prefix else ""
         header["lora_adapter_metadata"] = json.dumps({prefix + key: value for key, value in config.items()})

@@ -143,6 +143,7 @@ def inject(model: nn.Module, config: peft.PeftConfig, name: str) -> None:
     """Let PEFT create the layers, without its random numbers and its warning about a second adapter."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message=".*lora_bias=True")  # that it cannot be merged is said when merging
         peft.inject_adapter_in_model(config, model, adapter_name=name)
 
 

@@ -4,6 +4,7 @@ On the embedded model, and on a small random klein that diffusers itself wrote; 
 diffusers every picture of a batch has a generator of its own, as every picture here has a seed of its own.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from foreign_adapters import WRITERS, write
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import flux2
 from data.synthetic.drawings import Drawing, draw
@@ -130,6 +134,50 @@ def test_with_the_exported_lora_the_picture_is_diffusers(
         pipe = fresh(both)
         pipe.load_adapter(file)
         assert distance(both.here(PROMPTS[:1], SEEDS[:1], pipe, references=REFERENCES[:count]), theirs) <= 2
+
+
+READ_BY_DIFFUSERS = [
+    ("diffusers", "lora", "pattern"),
+    ("diffusers", "lora", "rslora"),
+    ("diffusers", "dora", "number"),
+    ("diffusers folder", "lora", "number"),
+    ("PEFT in a prefix", "lora", "none"),
+    ("ai-toolkit", "lora", "none"),
+    ("ai-toolkit", "lokr_whole", "number"),
+    ("musubi", "lora", "number"),
+    ("LyCORIS", "lokr", "number"),
+    ("SimpleTuner", "lokr", "number"),
+]
+FAST = {READ_BY_DIFFUSERS[0], READ_BY_DIFFUSERS[6]}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in READ_BY_DIFFUSERS], ids=str
+)
+def test_a_file_of_another_program_makes_the_picture_that_diffusers_makes_of_it(
+    case: tuple[str, str, str], tiny: Both, tmp_path: Path
+) -> None:
+    name, kind, strength = case
+    writer = WRITERS[name]
+    write(writer, kind, strength, torch.float32, tmp_path, tiny.ours.transformer)
+    file = tmp_path / writer.file
+    with safe_open(file, "pt") as opened:  # diffusers drops the modulation of some formats
+        header = opened.metadata()
+    state = {key: tensor for key, tensor in load_file(file).items() if "norm_out" not in key and "adaLN" not in key}
+    if name == "PEFT in a prefix":
+        state = {re.sub(r"^transformer\.|\.mystyle", "", key): tensor for key, tensor in state.items()}
+    save_file(state, file, header)
+    theirs = Both.__new__(Both)
+    vars(theirs).update(vars(tiny))
+    theirs.theirs = Flux2Pipeline.from_pretrained(TINY_FOLDER, torch_dtype=torch.float32)  # a LoKr fuses its layers
+    theirs.theirs.set_progress_bar_config(disable=True)
+    plain = theirs.in_diffusers(PROMPTS[:1], SEEDS[:1])
+    theirs.theirs.load_lora_weights(tmp_path, weight_name=writer.file)
+    wanted = theirs.in_diffusers(PROMPTS[:1], SEEDS[:1])
+    assert distance(wanted, plain) > 20
+    pipe = fresh(tiny)
+    pipe.load_adapter(tmp_path if writer.file != "lora.safetensors" else file)
+    assert distance(tiny.here(PROMPTS[:1], SEEDS[:1], pipe), wanted) <= 2
 
 
 def fresh(both: Both) -> flux2.Pipeline:
