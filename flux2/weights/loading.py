@@ -28,7 +28,7 @@ from flux2.utils.choices import TextStorage
 from flux2.utils.text import listed
 from flux2.weights.key_names import PublishedTensor, autoencoder_tensor, transformer_tensor
 from flux2.weights.parallel_reader import Digests, ReadTask, group_by_module, run_tasks
-from flux2.weights.prequantized import MARKER, Weight, find_part
+from flux2.weights.prequantized import MARKER, Weight, check_formats, find_part
 from flux2.weights.quantized_cache import QuantizedCache, plain_tensors, quantized_layers, set_tensor
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
 from flux2.weights.sources import ModelSource, WeightsError, fingerprint
@@ -141,6 +141,7 @@ def match_weights(
     Raises WeightsError, which lists the names, if tensors are missing, unexpected or misshaped, and for integers where
     the model expects floats: a cast would hide the error.
     """
+    check_formats(files)
     shapes = expected_shapes(model)
     weights: dict[str, Weight] = {}
     missing: set[str] = set()
@@ -173,6 +174,15 @@ def transformer_names(model: nn.Module, files: TensorFiles) -> tuple[dict[str, P
     else:
         published = {name: transformer_tensor(name) for name in expected_shapes(model)}
     return published, lambda name: bool(prefix) and not name.startswith(prefix)
+
+
+def other_modules(published: Mapping[str, PublishedTensor]) -> Callable[[str], bool]:
+    """Return a function that says whether a name belongs to none of the modules that are read.
+
+    What is next to a weight that is read changes what it means: a scale, a bias.
+    """
+    read = tuple({f"{name.rpartition('.')[0]}." for entry in published.values() for name in entry.names})
+    return lambda name: not name.startswith(read)
 
 
 class BaseWeights:
@@ -265,7 +275,7 @@ def load_text_projection(source: ModelSource, device: torch.device | str, dtype:
     assert isinstance(projection, nn.Linear)
     model, files = nn.ModuleDict({"txt_in": projection}), tensor_files(source, "transformer")
     published, _ = transformer_names(model, files)
-    fill(model, files, published, f"txt_in of {source.variant.name}", device, dtype, ignored=lambda name: True)
+    fill(model, files, published, f"txt_in of {source.variant.name}", device, dtype, other_modules(published))
     return projection
 
 
@@ -319,7 +329,7 @@ def load_text_encoder(
         )
     prefix = language_prefix(files)
     read = {name: PublishedTensor((prefix + name,)) for name in expected_shapes(model)}
-    fill(model, files, read, f"the text encoder of {source.variant.name}", device, dtype, ignored=lambda name: True)
+    fill(model, files, read, f"the text encoder of {source.variant.name}", device, dtype, other_modules(read))
     rebuild_rotary(model, device)
     return TextEncoder(model, load_tokenizer(source.folder("tokenizer")), text)
 

@@ -1,16 +1,19 @@
 """Pre-quantized weights: find the tensors of a layer in a file that holds them as floats or already quantized.
 
     plain   a float tensor
-    fp8     `X.weight` in e4m3 or e5m2; its scale, one per tensor or one per row, is `X.weight_scale` or, as ComfyUI
-            wrote it, `X.scale_weight`; without one it is 1. `X.input_scale` and `X.scale_input` are for products with
-            quantized inputs, whose scales are measured here instead: they are not used.
+    fp8     `X.weight` in e4m3 or e5m2; its scale, one per tensor, row or block, is `X.weight_scale`,
+            `X.weight_scale_inv` (a factor too, despite its name) or, as ComfyUI wrote it, `X.scale_weight`; without one
+            it is 1. `INPUT_SCALES` are for products with quantized inputs, whose scales are measured here instead: they
+            are not used.
+            `X.comfy_quant` is JSON that names the format.
     nf4     bitsandbytes' keys: `X.weight` with two values per byte, `.absmax`, `.quant_map`, `.nested_absmax`,
             `.nested_quant_map` and, with the shape, `.quant_state.bitsandbytes__nf4`
 
 A weight that has the format of its layer is kept bit for bit. NF4 quantizes blocks of 64 elements in memory order, so
 three weights (q, k, v) on top of each other, or the halves of one in another order, are their bytes and block scales in
 that order. The block scales are quantized too, in blocks of 256 with an offset per weight: those of several weights
-cannot be joined, and are kept in float32. FP8 weights on top of each other with a scale each have one scale per row.
+cannot be joined, and are kept in float32. FP8 weights on top of each other with a scale each have one scale per row;
+those with a scale per block are dequantized. Other formats are refused by name.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Literal
+from math import ceil, prod
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,16 +31,30 @@ from torch import Tensor
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.float8 import Float8Linear
 from flux2.quantization.nf4 import BLOCK, NESTED_BLOCK, Nf4Linear
+from flux2.utils.text import listed
 from flux2.weights.key_names import PublishedTensor
 from flux2.weights.parallel_reader import Piece, TensorRead, read_of
-from flux2.weights.safetensors_files import StoredTensor, TensorFiles
+from flux2.weights.safetensors_files import ADVICE, StoredTensor, TensorFiles
 from flux2.weights.sources import WeightsError
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = ("weight_scale", "scale_weight")
-UNUSED = ("input_scale", "scale_input")
+SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
+INPUT_SCALES = ("input_scale", "scale_input", "activation_scale", "input_scale_ub")
 MARKER = "scaled_fp8"  # a tensor that marks a file as fp8
+COMFY = "comfy_quant"  # a tensor next to a weight: JSON that names its format
+COMFY_FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+COMFY_KEYS = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape"}  # others change what a weight means
+COMFY_LIMIT = 4096  # bytes
+SCALE_BLOCK = 128  # rows and columns that share an FP8 scale, unless config.json says otherwise
 STATE = "quant_state.bitsandbytes__nf4"
+# last parts of names that only these formats have
+FOREIGN = {
+    "weight_scale_2": "NVFP4",
+    "weight_global_scale": "NVFP4",
+    "weight_packed": "a packed format of compressed-tensors",
+    "qweight": "GPTQ, AWQ or SVDQuant",
+    "SCB": "the 8-bit format of bitsandbytes",
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,8 @@ class StoredPart:
     shape: tuple[int, ...]  # of the weight, whatever the format in the file
     stored: Mapping[str, StoredTensor]  # the tensors to read, by the names that `QuantizedLinear.adopt` knows
     unused: tuple[str, ...] = ()  # names in the file that belong to the weight and are not read
+    block: tuple[int, int] | None = None  # rows and columns that share a scale, if they are neither a tensor nor a row
+    marker: tuple[str, ...] = ()  # the name of `COMFY`, if it is in the file
 
     @property
     def weight(self) -> StoredTensor:
@@ -54,7 +74,7 @@ class StoredPart:
 
     @property
     def names(self) -> set[str]:
-        return {stored.key for stored in self.stored.values()} | set(self.unused)
+        return {stored.key for stored in self.stored.values()} | {*self.unused, *self.marker}
 
     @property
     def description(self) -> str:
@@ -62,26 +82,89 @@ class StoredPart:
         return f"{self.weight.file}: {self.weight.key}"
 
 
+def check_formats(files: TensorFiles) -> None:
+    """Raise WeightsError, with the name of the format, if the files hold weights in one that is not read."""
+    for name in sorted(files.names):
+        if kind := FOREIGN.get(name.rpartition(".")[2]):
+            raise WeightsError(f"{files[name].file}: {name} belongs to a weight in {kind}, which is not read. {ADVICE}")
+    if text := files.metadata.get("_quantization_metadata"):
+        for layer, entry in parse_json(text, files.place, "_quantization_metadata").get("layers", {}).items():
+            check_comfy_format(entry, f"{files.place}: {layer}")
+
+
+def parse_json(text: str | bytes, file: Path, what: str) -> dict[str, Any]:
+    """Return the table in a file's JSON. Raises WeightsError that names `what`."""
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{file}: {what} is not JSON: the file is damaged. {ADVICE}") from error
+    if not isinstance(table, dict):
+        raise WeightsError(f"{file}: {what} is not a JSON table: the file is damaged. {ADVICE}")
+    return table
+
+
+def check_comfy_format(entry: Any, weight: str) -> torch.dtype:
+    """Return the dtype of a weight that ComfyUI describes by `entry`. Raises WeightsError if it is not plain FP8."""
+    kind = entry.get("format") if isinstance(entry, dict) else entry
+    if not isinstance(kind, str) or kind not in COMFY_FORMATS:
+        raise WeightsError(f"{weight} is stored in {str(kind)[:80]}, which is not read. {ADVICE}")
+    if unknown := sorted(entry.keys() - COMFY_KEYS):
+        raise WeightsError(f"{weight} is stored in {kind} with {listed(unknown)}, which is not read. {ADVICE}")
+    return COMFY_FORMATS[kind]
+
+
 def find_part(files: TensorFiles, name: str) -> StoredPart | None:
     """Return the published tensor `name` in any format, or None if it is not in the files."""
     if name not in files.names:
         return None
-    stored = files[name]
+    stored, module = files[name], name.removesuffix("weight")
     if f"{name}.absmax" in files.names:
         return find_nf4_part(files, stored)
+    marker: tuple[str, ...] = ()
+    if name.endswith("weight") and (key := module + COMFY) in files.names:
+        raw, marker = bytearray(min(files[key].size, COMFY_LIMIT)), (key,)
+        files[key].read_into(memoryview(raw))
+        if check_comfy_format(parse_json(bytes(raw), files[key].file, key), f"{stored.file}: {name}") != stored.dtype:
+            raise WeightsError(f"{stored.file}: {name} has dtype {stored.dtype}, but {key} says otherwise. {ADVICE}")
     if stored.dtype not in FP8:
         return StoredPart("plain", stored.shape, {"weight": stored})
-    module = name.removesuffix("weight")
     scale = next((module + leaf for leaf in SCALES if module + leaf in files.names), None)
     tensors = {"weight": stored} | ({"weight_scale": files[scale]} if scale else {})
-    unused = tuple(module + leaf for leaf in UNUSED if module + leaf in files.names)
-    part = StoredPart("fp8", stored.shape, tensors, unused)
-    if scale and prod(files[scale].shape) not in (1, stored.shape[0]):
-        raise WeightsError(
-            f"{part.description} of shape {stored.shape} has a scale of shape {files[scale].shape}. Give files with "
-            "one scale per tensor or per row"
-        )
-    return part
+    unused = tuple(module + leaf for leaf in INPUT_SCALES if module + leaf in files.names)
+    block = scale_block(files, stored, files[scale]) if scale else None
+    return StoredPart("fp8", stored.shape, tensors, unused, block, marker)
+
+
+def scale_block(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -> tuple[int, int] | None:
+    """Return how many rows and columns share a scale; None if there is one per tensor or per row.
+
+    Blocks at the end may be smaller. Raises WeightsError if the scales do not fit the weight.
+    """
+    what = f"{weight.file}: {weight.key} of shape {weight.shape} has a scale"
+    if not scale.dtype.is_floating_point or scale.dtype in FP8:
+        raise WeightsError(f"{what} of dtype {scale.dtype}, as in MXFP8, which is not read. {ADVICE}")
+    if prod(scale.shape) == 1 or (scale.shape[0] == weight.shape[0] == prod(scale.shape)):
+        return None
+    if len(scale.shape) == len(weight.shape) == 2:
+        for block in block_sizes(files, weight, scale):
+            if tuple(ceil(side / n) for side, n in zip(weight.shape, block, strict=True)) == scale.shape:
+                return block
+    raise WeightsError(
+        f"{what} of shape {scale.shape}. Give files with one scale per tensor, per row or per block, and the "
+        "config.json that has its size"
+    )
+
+
+def block_sizes(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -> list[tuple[int, int]]:
+    """Return the sizes of blocks to try: that of config.json next to the file, or the usual one and an exact one."""
+    config = weight.file.parent / "config.json"
+    if config.exists():
+        described = parse_json(config.read_bytes(), config, "it").get("quantization_config") or {}
+        size = described.get("weight_block_size") if isinstance(described, dict) else None
+        if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
+            return [(size[0], size[1])]
+    exact = [side // count for side, count in zip(weight.shape, scale.shape, strict=True) if count and not side % count]
+    return [(SCALE_BLOCK, SCALE_BLOCK), *([(exact[0], exact[1])] if len(exact) == 2 else [])]
 
 
 def find_nf4_part(files: TensorFiles, stored: StoredTensor) -> StoredPart:
@@ -121,7 +204,7 @@ class Weight:
     @property
     def is_joined(self) -> bool:
         """Whether it is read as one tensor, its parts one after the other."""
-        return all(part.form != "nf4" and part.weight.dtype == self.dtype for part in self.parts)
+        return all(part.form != "nf4" and part.block is None and part.weight.dtype == self.dtype for part in self.parts)
 
     @property
     def is_plain(self) -> bool:
@@ -163,6 +246,10 @@ class Weight:
             return self.layer(i, tensors, dtype).dequantize(dtype)
         weight = tensors[f"{i}.weight"].to(dtype)
         scale = tensors.get(f"{i}.weight_scale")
+        if scale is not None and part.block is not None:
+            for dim, (size, side) in enumerate(zip(part.block, part.shape, strict=True)):
+                scale = scale.repeat_interleave(size, dim)[(slice(None),) * dim + (slice(side),)]
+            return weight.mul_(scale.float())
         return weight if scale is None else weight.mul_(scale.float().reshape(-1, *[1] * (weight.ndim - 1)))
 
     def layer(self, i: int, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Nf4Linear:

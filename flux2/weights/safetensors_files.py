@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from flux2.utils.text import listed
 from flux2.weights.sources import ModelSource, Part, WeightsError
 
 DTYPES = {
@@ -36,6 +37,16 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100 << 20  # bytes; the limit of the format
 BLANK = 1 << 20  # zero bytes at the end that mark an incomplete download
+ADVICE = "Give the model's safetensors files in bfloat16, FP8 or NF4"
+OTHER_ENDINGS = (".gguf", ".bin", ".pt", ".pth", ".ckpt")
+# first bytes of other files, which may have been renamed to .safetensors
+OTHER_FILES = {
+    b"GGUF": f"GGUF, which is not read. {ADVICE}",
+    b"PK\x03\x04": "a PyTorch checkpoint (or another zip archive), which can run code. Give a safetensors file",
+    b"\x80": "a pickle, which can run code. Give a safetensors file",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself. Download it with `hf download`",
+    b"<": "a web page: the download failed or needs a login. Download it with `hf download`",
+}
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,9 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             if size < 8:
                 raise damaged_file(file, f"it has {size} bytes")
             if not 2 <= length <= HEADER_LIMIT:
+                first = length.to_bytes(8, "little") + handle.read(24)
+                if other := next((text for start, text in OTHER_FILES.items() if first.startswith(start)), None):
+                    raise WeightsError(f"{file} is {other}.")
                 raise damaged_file(file, f"it starts with a header length of {length}: another kind of file, or blank")
             raw = handle.read(length)
     except OSError as error:
@@ -214,7 +228,9 @@ def part_files(folder: Path) -> TensorFiles:
         if absent := sorted(shard.name for shard in shards if not shard.exists()):
             raise WeightsError(f"{folder}: its index names files that do not exist: {', '.join(absent)}")
     if not shards:
-        raise WeightsError(f"{folder} holds no .safetensors file")
+        others = sorted(file.name for kind in OTHER_ENDINGS for file in folder.glob(f"*{kind}"))
+        found = f", but {listed(others, 3)}, which is not read. {ADVICE}" if others else ""
+        raise WeightsError(f"{folder} holds no .safetensors file{found}")
     return TensorFiles(shards)
 
 

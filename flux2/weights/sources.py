@@ -109,6 +109,8 @@ class ModelSource:
                 "(transformer/, vae/, text_encoder/, tokenizer/)"
             )
         what = "does not exist" if not root.exists() else "is neither a folder nor a .safetensors file"
+        if root.suffix.lower() == ".gguf":
+            what = "is GGUF, which is not read"
         raise WeightsError(f"{self.key(part)}={where!r} {what}. Give a repository id, a folder or a .safetensors file")
 
 

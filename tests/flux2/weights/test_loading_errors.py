@@ -118,6 +118,19 @@ def test_a_missing_place_of_another_part_is_named_by_its_own_setting(model_folde
         weights.load_text_encoder(ModelSource(DEV, folder, text_encoder="a.safetensors"))
 
 
+def test_gguf_is_refused_by_name_whatever_it_is_called(copied: Path) -> None:
+    (copied / "a.gguf").write_bytes(b"GGUF" + bytes(64))
+    (copied / "b.safetensors").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
+    for name in ("a.gguf", "b.safetensors"):
+        with pytest.raises(WeightsError, match=rf"{re.escape(name)}\b.*GGUF, which is not read"):
+            load_transformer(ModelSource(DEV, str(copied / name)))
+    for file in (copied / "transformer").glob("*.safetensors"):
+        file.rename(file.with_suffix(".gguf"))
+    next((copied / "transformer").glob("*.index.json")).unlink()
+    with pytest.raises(WeightsError, match=r"/transformer\b.*\.gguf\b.*which is not read.*bfloat16"):
+        load_transformer(ModelSource(DEV, str(copied)))
+
+
 def test_a_folder_in_another_layout_is_an_error_that_names_the_right_one(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=rf"{tmp_path}\b.*transformer/, vae/, text_encoder/, tokenizer/"):
         load_transformer(ModelSource(DEV, str(tmp_path)))

@@ -1,17 +1,22 @@
 """flux2.weights.prequantized: weights that are in FP8 in their file are taken over with their scales."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from prequantized_helpers import FP8, NF4, Load, check_equal, check_stored, joined, published, weights
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import Precision
 from flux2.weights.key_names import swap_halves
-from flux2.weights.sources import WeightsError
+from flux2.weights.loading import load_text_encoder, load_text_projection
+from flux2.weights.sources import TINY_FOLDER, ModelSource, WeightsError, model_source
 
 pytest_plugins = ("prequantized_helpers",)
 
@@ -149,3 +154,162 @@ def test_scales_of_weights_that_are_not_in_fp8_are_unexpected(load: Load) -> Non
     state = weights() | {"single_blocks.0.linear1.weight_scale": torch.ones(1)}
     with pytest.raises(WeightsError, match=r"\b1 unexpected: single_blocks\.0\.linear1\.weight_scale"):
         load(state)
+
+
+def in_blocks(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix in e4m3 with a scale per block, the scales, and the values that they stand for, block by block."""
+    counts = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
+    stored, scales, meant = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(counts), weight.clone()
+    for i in range(counts[0]):
+        for j in range(counts[1]):
+            place = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            scales[i, j] = weight[place].abs().max() / 448
+            stored[place] = (weight[place] / scales[i, j]).to(torch.float8_e4m3fn)
+            meant[place] = stored[place].float() * scales[i, j]
+    return stored, scales, meant
+
+
+@pytest.fixture
+def encoder_folder(tmp_path: Path) -> Path:
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(TINY_FOLDER / part, tmp_path / part)
+    return tmp_path
+
+
+def change_encoder(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> ModelSource:
+    """Replace each projection of the language model in `folder` by what `change` gives."""
+    file = folder / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    for name in [name for name in state if name.endswith("_proj.weight") and "vision" not in name]:
+        state |= change(name, state.pop(name).float())
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+    return model_source("tiny", None, None, str(folder))
+
+
+SHAPES = [None, (1,), "rows", (48, 40)]
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale", "weight_scale_inv", "scale_weight"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["scalar", "one", "rows", "blocks"])
+def test_a_text_encoder_in_fp8_is_read_with_its_scales(shape: object, leaf: str, encoder_folder: Path) -> None:
+    wanted: dict[str, Tensor] = {}
+
+    def change(name: str, weight: Tensor) -> dict[str, Tensor]:
+        rows, columns = weight.shape
+        size = shape if isinstance(shape, tuple) and len(shape) == 2 else (1 if shape == "rows" else rows, columns)
+        stored, scales, wanted[name] = in_blocks(weight, *size)
+        if shape is None or shape == (1,):
+            scales = scales.reshape(shape or ())
+        module = name.removesuffix("weight")
+        inputs = {module + "activation_scale": torch.tensor(3.0)}  # as Mistral publishes them; not for weights
+        return {name: stored, module + leaf: scales} | inputs
+
+    source = change_encoder(encoder_folder, change)
+    config = encoder_folder / "text_encoder" / "config.json"
+    about = {"quant_method": "fp8", "weight_block_size": [48, 40] if shape == (48, 40) else None}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": about}))
+    encoder = load_text_encoder(source, dtype=torch.float32)
+    for name, tensor in encoder.model.state_dict().items():
+        if name.endswith("_proj.weight"):
+            (key,) = (key for key in wanted if key.endswith(name) and "vision" not in key)
+            assert torch.equal(tensor, wanted[key]), name
+    plain = load_text_encoder(model_source("tiny"), dtype=torch.float32).encode(["a cup"])
+    assert float((encoder.encode(["a cup"]) - plain).norm() / plain.norm()) < 0.1
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale_inv", "weight_zero_point", "bias", "lora_A.weight"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_what_is_next_to_a_weight_of_the_encoder_and_not_read_is_refused(
+    leaf: str, dtype: torch.dtype, encoder_folder: Path
+) -> None:
+    def change(name: str, weight: Tensor) -> dict[str, Tensor]:
+        module = name.removesuffix("weight")
+        both = {module + "weight_scale": torch.ones(1)} if dtype == torch.float8_e4m3fn else {}
+        return {name: weight.to(dtype), module + leaf: torch.ones(1)} | both
+
+    with pytest.raises(WeightsError, match=rf"unexpected: .*{re.escape(leaf)}"):
+        load_text_encoder(change_encoder(encoder_folder, change))
+
+
+def test_the_projection_of_embeddings_is_read_with_its_scale(tmp_path: Path) -> None:
+    state = load_file(next((TINY_FOLDER / "transformer").glob("*.safetensors")))
+    name = "context_embedder.weight"
+    state[name], scales, meant = in_blocks(state[name].float(), 32, 32)
+    save_file(state | {"context_embedder.weight_scale_inv": scales}, tmp_path / "x.safetensors")
+    projection = load_text_projection(model_source("tiny", str(tmp_path / "x.safetensors")), "cpu", torch.float32)
+    assert torch.equal(projection.weight, meant)
+
+
+@pytest.mark.parametrize("naming", [dict, published], ids=["ours", "diffusers'"])
+@pytest.mark.parametrize("precision", [torch.float32, FP8], ids=["fp32", "fp8"])
+def test_a_transformer_with_a_scale_per_block_is_dequantized(
+    naming: Callable[..., dict], precision: Precision | torch.dtype, load: Load
+) -> None:
+    state = weights()
+    stored, meant = naming(state), naming(state)
+    for name in [name for name in stored if "blocks." in name and stored[name].ndim == 2]:
+        stored[name], stored[f"{name}_scale_inv"], meant[name] = in_blocks(stored[name], 32, 64)
+    wanted = joined(meant, state) if naming is published else meant
+    model = load(stored, precision)
+    if precision is FP8:
+        name = "double_blocks.0.img_attn.qkv"
+        check_stored(model.get_submodule(name), wanted[f"{name}.weight"])
+    else:
+        check_equal(model, wanted)
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.ones(2, 3), torch.ones(1, 64), torch.ones(4, 16), torch.ones(64, dtype=torch.uint8)], ids=str
+)
+def test_scales_of_no_known_meaning_are_refused(scale: Tensor, load: Load, tmp_path: Path) -> None:
+    """Of a weight of 64 rows: as many scales as rows are not one per row if they have another shape."""
+    name = "double_blocks.0.img_attn.proj"
+    (tmp_path / "config.json").write_text('{"quantization_config": {"weight_block_size": [128, 128]}}')
+    state = weights()
+    assert state[f"{name}.weight"].shape == (64, 64)
+    state[f"{name}.weight"] = state[f"{name}.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(WeightsError, match=rf"{name}\.weight\b.*scale.*(shape|MXFP8)"):
+        load(state | {f"{name}.weight_scale": scale})
+
+
+def marker(**about: object) -> Tensor:
+    return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+
+
+def test_fp8_that_comfyui_marked_is_read(load: Load) -> None:
+    stored, meant = in_eight_bits(weights(), "weight_scale", "input_scale")
+    for name in [name for name in stored if name.endswith(".weight_scale")]:
+        stored[name.replace("weight_scale", "comfy_quant")] = marker(
+            format="float8_e4m3fn", full_precision_matrix_mult=True
+        )
+    check_equal(load({f"model.diffusion_model.{name}": tensor for name, tensor in stored.items()}, FP8), meant)
+
+
+@pytest.mark.parametrize(
+    ("about", "remedy"),
+    [
+        ({"format": "nvfp4"}, "nvfp4"),
+        ({"format": "mxfp8"}, "mxfp8"),
+        ({"format": "float8_e5m2"}, "float8_e4m3fn"),  # the weight's own dtype
+        ({"format": "float8_e4m3fn", "convrot": True}, "convrot"),
+        ({"formats": 3}, "None"),
+        ([], "JSON table"),
+    ],
+)
+def test_other_markers_of_comfyui_are_refused_by_name(about: object, remedy: str, load: Load) -> None:
+    stored, _ = in_eight_bits(weights(), "weight_scale")
+    key = "single_blocks.0.linear1.comfy_quant"
+    stored[key] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    with pytest.raises(WeightsError, match=rf"single_blocks\.0\.linear1\b.*{remedy}.*bfloat16"):
+        load(stored, FP8)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "kind"),
+    [("weight_scale_2", "NVFP4"), ("weight_global_scale", "NVFP4"), ("qweight", "GPTQ"), ("SCB", "8-bit")],
+)
+def test_formats_that_are_not_read_are_refused_by_name(leaf: str, kind: str, load: Load) -> None:
+    name = "single_blocks.0.linear1"
+    stored = weights() | {f"{name}.weight": torch.zeros(8, 8, dtype=torch.uint8), f"{name}.{leaf}": torch.ones(1)}
+    with pytest.raises(WeightsError, match=rf"{name}\.{leaf}\b.*{kind}.*bfloat16"):
+        load(stored)
