@@ -156,11 +156,14 @@ def format_notes(folder: Path) -> str:
     """Return one line on which programs cannot read the adapter in `folder`; empty if all can."""
     kind = peft_config.type_name(peft_config.read_config(folder))
     command = f"`python -m flux2.export {folder} --format ... --out FILE` converts it to a nearly equal LoRA"
-    if kind in PEFT_ALONE:
-        return f"only PEFT and flux2.generate read {kind}; {command} for diffusers, ComfyUI and kohya"
+    exact = f"`python -m flux2.export {folder} --format comfyui --out FILE` writes it unchanged for ComfyUI"
+    if kind == "LoKr":
+        return f"only PEFT and flux2.generate read this folder; {exact} and diffusers"
+    if kind == "LoHa":
+        return f"only PEFT and flux2.generate read this folder; {exact}; {command} for diffusers"
     if kind == "DoRA":
-        return f"only PEFT, flux2.generate and diffusers read a DoRA; {command} for ComfyUI and kohya"
-    return ""
+        return f"only PEFT, flux2.generate and diffusers read this folder; {exact}"
+    return f"only PEFT and flux2.generate read {kind}; {command} for other programs" if kind == "OFT" else ""
 
 
 def find(path: str | Path) -> Path:

@@ -25,6 +25,7 @@ from flux2.adapters.loading import check_saved
 from flux2.adapters.peft_config import PEFT_CONFIG
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
+from flux2.weights.modelspec import COMFY_DORA
 
 PEFT_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # prefix of the keys in PEFT's files
@@ -86,6 +87,8 @@ def read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             check_keys(keys)
             state = {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
             metadata = opened.metadata() or {}
+        if COMFY_DORA in metadata:
+            raise AdapterError("it is a DoRA for ComfyUI only. Give the folder that it was exported from")
     except AdapterError as error:
         raise AdapterError(f"adapter {file}: {error}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:

@@ -21,7 +21,7 @@ from flux2.adapters.files import PEFT_FILE
 from flux2.adapters.formats import LoraPair, to_comfyui, to_diffusers, to_kohya
 from flux2.adapters.loading import describe_ranks
 from flux2.adapters.reading import from_state
-from flux2.export import deltas
+from flux2.export import deltas, exact
 from flux2.export.arguments import FULL, RANK, arguments
 from flux2.export.deltas import AdapterDelta
 from flux2.export.low_rank import decompose, distance, ratio, reduce_rank, rounding_bound, sum_pairs
@@ -42,6 +42,8 @@ from flux2.weights.sources import model_source
 from flux2.weights.streaming_writer import check_room
 
 FORMS = {"diffusers": to_diffusers, "comfyui": to_comfyui, "kohya": to_kohya}
+# a length rounded to 8 bits would change the weight more than the update
+KEPT_IN_FLOAT32 = (".alpha", ".dora_scale", ".lora_magnitude_vector")
 EXACT = 1e-6  # relative error that reading back may have in addition to rounding to the dtype
 COARSE = 0.1  # relative error from which a conversion is reported as coarse
 # layers that diffusers 0.42 leaves out of kohya's keys, with only a warning, and that it reads wrongly from ComfyUI's
@@ -136,29 +138,60 @@ def low_rank(
     return pairs, errors
 
 
-def write_pairs(
-    pairs: Mapping[str, LoraPair], options: argparse.Namespace, model: Transformer, metadata: Mapping[str, str]
+def write_state(
+    state: Mapping[str, Tensor],
+    options: argparse.Namespace,
+    metadata: Mapping[str, str],
+    check: Callable[[dict[str, Tensor]], float],
 ) -> float:
-    """Write a LoRA, read it back and compare; return the largest relative error of a layer.
+    """Write an adapter's tensors in the requested dtype, read them back and return what `check` makes of them.
 
-    Raises ValueError if the disk has no room, NotReadError if the file differs from what was written. OUT is then
-    unchanged.
+    Raises ValueError if the disk has no room; `check` may raise NotReadError. OUT is then unchanged.
     """
     dtype = DTYPES[options.dtype or "fp32"]
-    state = {
-        key: tensor if key.endswith(".alpha") else tensor.to(dtype).contiguous()
-        for key, tensor in FORMS[options.format](pairs).items()
+    rounded = {
+        key: tensor if key.endswith(KEPT_IN_FLOAT32) else tensor.to(dtype).contiguous() for key, tensor in state.items()
     }
     out = options.out
-    check_room(out.parent, sum(tensor.nbytes for tensor in state.values()), f"--out {out}")
+    check_room(out.parent, sum(tensor.nbytes for tensor in rounded.values()), f"--out {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as place:
         place.touch()
         readable = place.stat().st_mode  # follows the umask; safetensors writes for the owner only
-        save_file(state, place, {**metadata, modelspec.HASH: modelspec.content_hash(state)})
-        worst = compare(from_state(load_file(place), model), pairs, dtype)
+        save_file(rounded, place, {**metadata, modelspec.HASH: modelspec.content_hash(rounded)})
+        worst = check(load_file(place))
         place.chmod(readable)
     return worst
+
+
+def write_pairs(
+    pairs: Mapping[str, LoraPair], options: argparse.Namespace, model: Transformer, metadata: Mapping[str, str]
+) -> float:
+    """Write a LoRA as `write_state` does; return the largest relative error of a layer."""
+    dtype = DTYPES[options.dtype or "fp32"]
+    state = FORMS[options.format](pairs)
+    return write_state(state, options, metadata, lambda found: compare(from_state(found, model), pairs, dtype))
+
+
+def write_exact(
+    update: AdapterDelta, options: argparse.Namespace, state: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> float:
+    """Write a type other than LoRA unchanged, as `write_state` does; return the largest relative error of a tensor."""
+    dtype = DTYPES[options.dtype or "fp32"]
+    metadata = modelspec.metadata(**about) | ({modelspec.COMFY_DORA: "comfyui"} if update.kind == "DoRA" else {})
+    return write_state(state, options, metadata, lambda found: compare_tensors(found, state, dtype))
+
+
+def compare_tensors(written: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+    """Return the largest relative error of a tensor. Raises NotReadError if `dtype` does not explain it."""
+    errors = {
+        key: ratio(float((written[key].double() - tensor.double()).norm()), float(tensor.double().norm()))
+        for key, tensor in wanted.items()
+    }
+    worst = max(errors, key=lambda key: errors[key])
+    if written.keys() != wanted.keys() or errors[worst] > (0 if dtype == torch.float32 else torch.finfo(dtype).eps):
+        raise NotReadError(f"{worst} differs after reading back by {errors[worst]:.2g}: nothing was written")
+    return errors[worst]
 
 
 def compare(written: Mapping[str, LoraPair], wanted: Mapping[str, LoraPair], dtype: torch.dtype) -> float:
@@ -173,7 +206,6 @@ def compare(written: Mapping[str, LoraPair], wanted: Mapping[str, LoraPair], dty
             length = written[layer].magnitude
             assert length is not None
             errors.append(float((length - pair.magnitude).norm() / pair.magnitude.norm()))
-            allowed = max(allowed, EXACT + torch.finfo(dtype).eps / 2)
         if max(errors) > allowed:
             raise NotReadError(
                 f"{layer} differs after reading back by {max(errors):.2g}, of which rounding explains {allowed:.2g}: "
@@ -243,6 +275,18 @@ def run(options: argparse.Namespace) -> Path:
         if options.format == "full-diffusers":
             say("this is only the transformer: autoencoder, text encoder and the rest are those of the base")
         return options.out
+    is_explicit = options.rank is not None or options.max_error is not None
+    if not is_explicit and (reason := exact.obstacle(updates, options.format)) is None:
+        with name_output_in_errors(options.out):
+            worst = write_exact(updates[0], options, exact.tensors(updates[0], options.format, base, device), about)
+        kind, layers = updates[0].kind, updates[0].layers
+        if kind != "LoKr":
+            say(f"note: only ComfyUI reads this {kind}; diffusers does not")
+        warn_of_layers(layers, options.format)
+        say(f"read back and compared: {kind} on {len(layers)} layers, largest relative error of a tensor {worst:.1e}")
+        return options.out
+    if not is_explicit and reason:
+        say(reason)
     pairs, errors = low_rank(updates, options, base, device)
     if errors:
         kinds = " and ".join(sorted({update.kind for update in updates}))

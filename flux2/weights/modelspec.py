@@ -18,6 +18,7 @@ from flux2.models.variants import find_variant
 PREFIX = "modelspec."
 VERSION = "1.0.1"
 HASH = f"{PREFIX}hash_sha256"
+COMFY_DORA = "flux2_lora.dora_scale"  # key of a file whose dora_scale is ComfyUI's; other programs write m there
 NO_HASH = "0x" + "0" * 64
 BFL = "https://github.com/black-forest-labs/flux2"
 ARCHITECTURES = {

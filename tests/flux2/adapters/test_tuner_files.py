@@ -49,7 +49,9 @@ def test_no_file_is_written_that_others_would_read_wrongly_and_none_of_an_earlie
     wrapped = attached(kind, base())
     adapters.save(wrapped, tmp_path, base="small")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", PEFT_FILE]
-    assert re.search(r"flux2\.generate.*python -m flux2\.export", format_notes(tmp_path))
+    note = format_notes(tmp_path)
+    assert re.search(r"flux2\.generate.*python -m flux2\.export", note)
+    assert ("unchanged for ComfyUI" in note, "nearly equal" in note) == (kind != "oft", kind != "lokr")
     assert "diffusers" not in (tmp_path / "README.md").read_text()
     with pytest.raises(AdapterError, match=rf"(double|single)_blocks.*{NAMES[kind]}"):
         layer_pairs(wrapped.get_base_model())
@@ -64,7 +66,7 @@ def test_a_dora_is_no_pair_for_comfyui_and_kohya_and_its_diffusers_file_loads_he
     model = base()
     assert adapters.load(model, tmp_path / DIFFUSERS_FILE).kind == "DoRA"
     assert helpers.relative_error(predict(model), predict(wrapped)) <= 1e-6
-    assert re.search(r"diffusers.*python -m flux2\.export", format_notes(tmp_path))
+    assert re.search(r"diffusers.*python -m flux2\.export .*comfyui.*unchanged for ComfyUI", format_notes(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "loha", "lokr"])
