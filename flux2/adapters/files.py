@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux2.adapters import peft_config
+from flux2.adapters.checksums import config_hash
 from flux2.adapters.formats import AdapterError, LoraPair, rescale, to_diffusers
 from flux2.adapters.loading import LoadedAdapter, attach_pairs, check_compatible, check_scale, insert, to_peft
 from flux2.adapters.reading import PEFT_FILE, PREFIX, read_adapter, recorded_base
@@ -31,7 +32,8 @@ from flux2.models.variants import find_variant
 from flux2.quantization.base import QuantizedLinear
 from flux2.utils import checks
 from flux2.utils.text import listed
-from flux2.weights.modelspec import HASH, content_hash, metadata
+from flux2.weights.modelspec import metadata
+from flux2.weights.streaming_writer import write_safetensors
 
 DIFFUSERS_FILE = "diffusers.safetensors"
 DIFFUSERS_FOLDER_FILE = "pytorch_lora_weights.safetensors"  # what diffusers itself writes to a folder
@@ -103,16 +105,21 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
             # save_embedding_layers=False: PEFT would query the Hub to see whether embeddings were resized
             wrapped.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
             written = written if name == "default" else written / name  # PEFT writes other names to a subfolder
+        # PEFT's file again, with checksums in its header; the first is renamed, because its tensors are mapped from it
+        unsealed = (written / PEFT_FILE).rename(written / f".{PEFT_FILE}")
+        peft_config.sort_layers(written)
+        write_safetensors(written / PEFT_FILE, load_file(unsealed), {"format": "pt", **config_hash(written)})
+        unsealed.unlink()
         (written / "README.md").write_text(adapter_card(base, license, kind))  # replaces PEFT's empty template
         if kind not in PEFT_ALONE:
             state = to_diffusers(layer_pairs(model, name))
             about = metadata(base=base, title=f"{kind} for {base}", lora=True, diffusers=True, license=license)
-            save_file(state, written / DIFFUSERS_FILE, about | {HASH: content_hash(state)})
+            write_safetensors(written / DIFFUSERS_FILE, state, about)
         (folder / PEFT_FILE).unlink(missing_ok=True)  # its presence means that all files are those of one adapter
         files = [path for path in written.iterdir() if path.is_file()]
         for stale in {DIFFUSERS_FILE, PISSA_FILE} - {file.name for file in files}:
             (folder / stale).unlink(missing_ok=True)
-        readable = (written / "README.md").stat().st_mode  # follows the umask; safetensors writes for the owner only
+        readable = (written / "README.md").stat().st_mode  # follows the umask; PEFT's file was for the owner only
         for file in files:
             file.chmod(readable)
         for file in sorted(files, key=lambda path: path.name == PEFT_FILE):
@@ -124,9 +131,9 @@ def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:
     config, state = to_peft(layer_pairs(model, name))
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
-    save_file({PREFIX + key: tensor for key, tensor in state.items()}, folder / PEFT_FILE, {"format": "pt"})
+    save_file({PREFIX + key: tensor for key, tensor in state.items()}, folder / PEFT_FILE)
     both = {key: tensor.detach().cpu().contiguous() for key, tensor in pissa_tensors(model, name).items()}
-    save_file(both, folder / PISSA_FILE, {"format": "pt"})
+    write_safetensors(folder / PISSA_FILE, both, {"format": "pt"})
 
 
 def pissa_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

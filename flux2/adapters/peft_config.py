@@ -119,6 +119,13 @@ def config_from(values: dict[str, Any], where: str) -> peft.PeftConfig:
     return config
 
 
+def sort_layers(folder: Path) -> None:
+    """Sort the layers in a configuration that PEFT wrote, in the order of a set: another one in each process."""
+    content = json.loads((folder / PEFT_CONFIG).read_text())
+    content["target_modules"] = sorted(content["target_modules"])
+    (folder / PEFT_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True))
+
+
 def minimal_config(config: peft.PeftConfig, layers: Sequence[str]) -> peft.PeftConfig:
     """Return a configuration for `layers` with only what its type needs, without patterns of others."""
     needed = {key: getattr(config, key) for key in NEEDED[config.peft_type]}

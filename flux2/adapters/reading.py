@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux2.adapters import peft_config
+from flux2.adapters.checksums import verify
 from flux2.adapters.factors import LohaFactors, LokrFactors, Strength, Update, join, read_update
 from flux2.adapters.formats import AdapterError, LoraPair
 from flux2.adapters.keys import check_dtype, check_keys, known_layers, match_key, parse
@@ -93,6 +94,7 @@ def read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterError(f"adapter {file}: {error}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
         raise AdapterError(f"adapter {file} cannot be read ({error}): it is damaged or incomplete") from error
+    verify(file)
     if len(state) < len(keys):
         raise AdapterError(f"adapter {file}: it has keys both with and without {prefix}")
     return state, metadata

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ from flux2.weights import modelspec
 from flux2.weights.loading import BaseWeights
 from flux2.weights.safetensors_files import tensor_files
 from flux2.weights.sources import model_source
-from flux2.weights.streaming_writer import check_room
+from flux2.weights.streaming_writer import check_room, write_safetensors
 
 FORMS = {"diffusers": to_diffusers, "comfyui": to_comfyui, "kohya": to_kohya}
 # a length rounded to 8 bits would change the weight more than the update
@@ -156,12 +156,8 @@ def write_state(
     check_room(out.parent, sum(tensor.nbytes for tensor in rounded.values()), f"--out {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as place:
-        place.touch()
-        readable = place.stat().st_mode  # follows the umask; safetensors writes for the owner only
-        save_file(rounded, place, {**metadata, modelspec.HASH: modelspec.content_hash(rounded)})
-        worst = check(load_file(place))
-        place.chmod(readable)
-    return worst
+        write_safetensors(place, rounded, metadata)
+        return check(load_file(place))
 
 
 def write_pairs(

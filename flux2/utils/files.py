@@ -1,11 +1,14 @@
 """Files and folders that are complete or absent: written under a temporary name, flushed to the disk and renamed."""
 
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import xxhash
 
 
 def temporary_path(path: Path) -> Path:
@@ -17,6 +20,15 @@ def remove_unfinished(path: Path) -> None:
     """Delete what processes that were killed while writing the file `path` left behind."""
     for file in path.parent.glob(f".{path.name}.*.part"):
         file.unlink()
+
+
+def checksum(file: Path, *, flush: bool = False) -> str:
+    """Return the checksum (XXH3) of a file; with `flush` the file is on the disk afterwards."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, xxhash.xxh3_128)
+        if flush:
+            os.fsync(opened.fileno())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -7,12 +7,6 @@ knows: `Flux.2-dev`, `Flux.2-klein-4b`, `Flux.2-klein-9b`, for base and distille
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-
-from safetensors.torch import save
-from torch import Tensor
-
 from flux2.models.variants import find_variant
 
 PREFIX = "modelspec."
@@ -53,10 +47,3 @@ def metadata(*, base: str, title: str, lora: bool, diffusers: bool, license: str
     }
     kept = {key: value for key, value in {"base_model": base, "base_model_license": license}.items() if value}
     return {"format": "pt"} | kept | {PREFIX + key: value for key, value in spec.items() if value}
-
-
-def content_hash(state: Mapping[str, Tensor]) -> str:
-    """Return ModelSpec's `hash_sha256` of what safetensors writes for these tensors: of all bytes after the header."""
-    raw = memoryview(save(dict(state)))
-    start = 8 + int.from_bytes(raw[:8], "little")
-    return "0x" + hashlib.sha256(raw[start:]).hexdigest()

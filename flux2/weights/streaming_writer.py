@@ -1,8 +1,8 @@
 """Write large safetensors files tensor by tensor, with one tensor in memory at a time.
 
-The library writes only tensors that are all in memory. Here the header is written first, from names, shapes and dtypes;
-then each tensor, in order; finally the header again, with the hash of the data (`modelspec`). The format:
-github.com/huggingface/safetensors.
+The library writes only tensors that are all in memory, and a header in another order each time. Here the header is
+written first, from names, shapes and dtypes; then each tensor, in order; finally the header again, with the hash of the
+data (`modelspec`). The format: github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -106,3 +106,12 @@ def safetensors_writer(
         yield lambda name, tensor: file_of[name].write(name, tensor)
         for file in files:
             file.finish()
+
+
+def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata, with the hash of the data: the same bytes for the same content."""
+    order = sorted(state, key=lambda name: (-state[name].dtype.itemsize, name))  # aligned, as the format requires
+    plan = {name: (state[name].dtype, tuple(state[name].shape)) for name in order}
+    with safetensors_writer({path: plan}, dict(sorted(metadata.items()))) as write:
+        for name in order:
+            write(name, state[name])

@@ -9,9 +9,7 @@ the seed and the step alone (`data.loader`), and the learning rate on the step.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,9 +22,10 @@ import xxhash
 from safetensors import SafetensorError
 
 from flux2 import adapters
+from flux2.adapters.checksums import STATE_FILE
+from flux2.utils.files import checksum
 
 CONFIG_FILE = "config.yaml"  # the run's configuration; each checkpoint has a copy
-STATE_FILE = "state.json"
 NAME = re.compile(r"step_\d+", re.ASCII)  # name of a checkpoint's folder
 FILE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what the libraries raise for a full disk or an unreadable file
 
@@ -103,15 +102,6 @@ def check(checkpoint: Path, within: str = "") -> dict[str, Any]:
         except OSError as error:
             raise unusable(checkpoint, f"{file} cannot be read ({error})") from error
     return found
-
-
-def checksum(file: Path, *, flush: bool = False) -> str:
-    """Return the checksum of a file; with `flush` the file is on the disk afterwards."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, xxhash.xxh3_128)
-        if flush:
-            os.fsync(opened.fileno())
-    return digest.hexdigest()
 
 
 def checksum_of(about: Mapping[str, Any]) -> str:

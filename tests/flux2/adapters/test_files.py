@@ -78,7 +78,7 @@ def test_a_failed_save_leaves_the_earlier_one_whole(tmp_path: Path, monkeypatch:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(adapter_files, "save_file", fail)
+    monkeypatch.setattr(adapter_files, "write_safetensors", fail)
     for parameter in adapters.adapter_parameters(model):
         parameter.data += 1
     with pytest.raises(OSError, match="no space left"):

@@ -98,7 +98,11 @@ def test_saving_a_step_again_replaces_it_whole(tmp_path, trained):
 
 @pytest.mark.parametrize(
     ("where", "name", "kind"),
-    [(torch, "save", RuntimeError), (adapter_files, "save_file", SafetensorError), (Path, "write_text", OSError)],
+    [
+        (torch, "save", RuntimeError),
+        (adapter_files, "write_safetensors", SafetensorError),
+        (Path, "write_text", OSError),
+    ],
 )
 def test_a_checkpoint_appears_only_when_it_is_whole(tmp_path, trained, monkeypatch, where, name, kind):
     def fail(*args, **kwargs):

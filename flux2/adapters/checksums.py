@@ -1,0 +1,70 @@
+"""Checksums of saved adapters, and their verification.
+
+The header of each file has the hash of its tensors (ModelSpec's), that of PEFT's file also the hash of the
+configuration next to it. The state file of a checkpoint has checksums of all its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+from safetensors import safe_open
+
+from flux2.adapters.formats import AdapterError
+from flux2.adapters.peft_config import PEFT_CONFIG
+from flux2.utils.files import checksum
+from flux2.weights.modelspec import HASH
+
+CONFIG_HASH = "flux2_lora.adapter_config_sha256"
+STATE_FILE = "state.json"  # in a checkpoint, next to the adapter's folder; train/checkpoints writes it
+STATE_LIMIT = 1 << 20  # bytes of a state file that is read
+log = logging.getLogger(__name__)
+
+
+def config_hash(folder: Path) -> dict[str, str]:
+    """Return the entry of the header of PEFT's file in `folder`."""
+    return {CONFIG_HASH: hashlib.sha256((folder / PEFT_CONFIG).read_bytes()).hexdigest()}
+
+
+def verify(file: Path) -> None:
+    """Raise AdapterError unless an adapter's file has the checksums that exist for it; OSError if it is unreadable.
+
+    A configuration outside of checkpoints may have been edited on purpose: that is a warning.
+    """
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata() or {}
+    if (wanted := about.get(HASH)) is not None:
+        with file.open("rb") as handle:
+            handle.seek(8 + int.from_bytes(handle.read(8), "little"))
+            if f"0x{hashlib.file_digest(handle, 'sha256').hexdigest()}" != wanted.lower():
+                raise damaged(file, "its header")
+    config = file.parent / PEFT_CONFIG
+    if CONFIG_HASH in about and config.exists() and config_hash(file.parent)[CONFIG_HASH] != about[CONFIG_HASH]:
+        log.warning("adapter %s was changed since it was saved. Unless you did that, restore it from a copy", config)
+    recorded = recorded_files(file.parent)
+    for one in (file, config):
+        if one.name in recorded and one.exists() and checksum(one) != recorded[one.name]:
+            raise damaged(one, f"the checkpoint's {STATE_FILE}")
+
+
+def damaged(file: Path, where: str) -> AdapterError:
+    return AdapterError(
+        f"adapter {file} was changed since it was saved: it differs from the checksum in {where}. Restore it from a "
+        "copy, or use another checkpoint"
+    )
+
+
+def recorded_files(folder: Path) -> dict[str, str]:
+    """Return the checksums that the state file next to an adapter's folder records, by the names of its files."""
+    file = folder.parent / STATE_FILE
+    if not file.is_file() or file.stat().st_size > STATE_LIMIT:
+        return {}
+    try:
+        files = json.loads(file.read_bytes())["files"]
+        own = {Path(name).name: entry for name, entry in files.items() if Path(name).parent == Path(folder.name)}
+        return {name: str(entry["xxh3_128"]) for name, entry in own.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return {}  # of another program, or of an old version; a run that resumes reports it
