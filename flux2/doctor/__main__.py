@@ -2,9 +2,9 @@
 
 import sys
 
-from flux2.doctor.arguments import check_arguments
+from flux2.doctor.arguments import arguments
 
-check_arguments()  # --help and wrong options end here: the imports below take seconds
+arguments()  # --help and wrong options end here: the imports below take seconds
 
 from flux2.doctor.command import main
 

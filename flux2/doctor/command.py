@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import metadata
@@ -13,8 +14,9 @@ import psutil
 import torch
 from huggingface_hub import constants as hub
 
-from flux2.doctor.arguments import check_arguments
+from flux2.doctor.arguments import arguments
 from flux2.doctor.selftest import selftest
+from flux2.doctor.verify import compare_files
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import FP8_CAPABILITY
 from flux2.utils.text import gigabytes
@@ -123,8 +125,24 @@ def report() -> Iterator[str]:
     yield line("Hub login", hub_state())
 
 
+def verify(model: str) -> int:
+    """Print the result for each file of a model; return 0 if one was compared and none is damaged, 2 for an error."""
+    counts = {True: 0, False: 0, None: 0}
+    try:
+        for found in compare_files(model):
+            word = {True: "ok", False: "DAMAGED", None: "--"}[found.passed]
+            print(line(found.file, f"{word:<8} {found.detail}"), flush=True)
+            counts[found.passed] += 1
+    except ValueError as error:
+        print("error:", error, file=sys.stderr)
+        return 2
+    print(f"{counts[True]} files are as on the Hub, {counts[False]} are damaged, of {counts[None]} no hash is known")
+    return int(counts[False] > 0 or not counts[True])
+
+
 def main(argv: list[str] | None = None) -> int:
-    check_arguments(argv)
+    if model := arguments(argv).verify:
+        return verify(model)
     for text in report():
         print(text, flush=True)
     print("Self-test, compared with diffusers", flush=True)
