@@ -12,9 +12,10 @@ from adapter_helpers import attached, base, stirred
 from safetensors.torch import load_file, save_file
 
 from flux2 import adapters
-from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE, PISSA_FILE, read_tensors
+from flux2.adapters.files import DIFFUSERS_FILE, PISSA_FILE
 from flux2.adapters.formats import AdapterError
 from flux2.adapters.peft_config import PEFT_CONFIG
+from flux2.adapters.reading import PEFT_FILE, read_tensors
 from flux2.export import deltas
 from flux2.weights.modelspec import HASH
 from flux2.weights.streaming_writer import write_safetensors
