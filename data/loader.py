@@ -21,12 +21,12 @@ from data.cache.embeddings import EMBEDDING_SHAPE, unpack
 from data.cache.latents import LatentEntry, latent_shape, mask_shape
 from data.cache.store import Shape
 from data.checks import check_int
-from data.sampler import BucketSampler, derived_generator
+from data.sampler import BucketSampler, derived_generator, pool_shapes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one process's micro-batch, all from one bucket."""
+    """Samples of one process's micro-batch, all of one shape."""
 
     latents: Tensor  # (B, 128, H/16, W/16) of the targets
     references: list[Tensor]  # (B, 128, h_i/16, w_i/16) for each reference i
@@ -56,6 +56,9 @@ def copy_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 class Loader:
     """Reads this process's micro-batches of a step from a filled cache.
+
+    The samples of a step have targets of one size. References may differ in number and size; a micro-batch in which
+    they do is returned as several batches, one for each shape.
 
     Sample i of micro-batch m of process r has position (m * num_processes + r) * batch_size + i in the global batch
     of batch_size * gradient_accumulation * num_processes samples.
@@ -106,21 +109,36 @@ class Loader:
         self.gradient_accumulation = check_int("gradient_accumulation", gradient_accumulation, 1)
         self.num_processes, self.process_index = num_processes, process_index
         self.seed, self.caption_dropout, self.reference_dropout = seed, caption_dropout, reference_dropout
-        self.sampler = BucketSampler(
-            [entry.bucket for entry in entries], batch_size * gradient_accumulation * num_processes, seed, weights
-        )
+        global_batch = batch_size * gradient_accumulation * num_processes
+        buckets = pool_shapes([entry.bucket for entry in entries], global_batch)
+        self.sampler = BucketSampler(buckets, global_batch, seed, weights)
         self._entries, self._captions, self._embedding_keys = entries, captions, embedding_keys
         self._cache = cache
         self._memory = _Memory(cache, memory_limit_gb * 1e9)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return this process's `gradient_accumulation` micro-batches of a step (from 0), on the CPU, as cached."""
-        indices = self.sampler.batch(step)
+        """Return this process's `gradient_accumulation` micro-batches of a step (from 0), on the CPU, as cached.
+
+        A micro-batch is in as many parts as it has shapes in the process where it has most of them: with a sharded
+        base, all processes must call the model equally often.
+        """
+        indices, has_references = self.sampler.batch(step), not self._drops_references(step)
         batches = []
         for micro in range(self.gradient_accumulation):
-            first = (micro * self.num_processes + self.process_index) * self.batch_size
-            batches.append(self._read_batch(step, indices, range(first, first + self.batch_size)))
+            groups = []  # positions of one shape, for each process
+            for process in range(self.num_processes):
+                by_shape: dict[tuple[Size, ...], list[int]] = {}
+                first = (micro * self.num_processes + process) * self.batch_size
+                for position in range(first, first + self.batch_size):
+                    sizes = self._entries[indices[position]].reference_sizes if has_references else ()
+                    by_shape.setdefault(sizes, []).append(position)
+                groups.append(list(by_shape.values()))
+            parts = _split(groups[self.process_index], max(map(len, groups)))
+            batches += [self._read_batch(step, indices, positions) for positions in parts]
         return batches
+
+    def _drops_references(self, step: int) -> bool:
+        return self._is_drawn(self.reference_dropout, "reference dropout", step)
 
     def _read_batch(self, step: int, step_indices: Sequence[int], positions: Sequence[int]) -> Batch:
         indices = [step_indices[position] for position in positions]
@@ -130,7 +148,7 @@ class Loader:
             entries.append(variants[self._draw("variant", step, position, len(variants))])
             captions.append(self._caption(step, position, index))
         size, reference_sizes = entries[0].bucket
-        if self._is_drawn(self.reference_dropout, "reference dropout", step):
+        if self._drops_references(step):
             reference_sizes = ()
         return Batch(
             latents=self._stack("latents", [entry.key for entry in entries], latent_shape(size)),
@@ -180,6 +198,16 @@ class Loader:
         everywhere = torch.full(shape, 255, dtype=torch.uint8)
         masks = [everywhere if key is None else self._stack("mask", [key], shape)[0] for key in keys]
         return torch.stack(masks).float() / 255
+
+
+def _split(groups: list[list[int]], count: int) -> list[list[int]]:
+    """Return `groups` in `count` parts, made by halving the largest. They must have at least as many items."""
+    parts = list(groups)
+    while len(parts) < count:
+        largest = max(range(len(parts)), key=lambda number: len(parts[number]))
+        half = len(parts[largest]) // 2
+        parts[largest : largest + 1] = [parts[largest][:half], parts[largest][half:]]
+    return parts
 
 
 class _Memory:

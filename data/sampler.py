@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
@@ -27,7 +27,8 @@ class BucketSampler:
     """Chooses the samples of a step: `batch(step)` is a pure function of the arguments and the step.
 
     A batch has samples of one bucket. Each bucket has shuffled passes over its samples; a batch takes the next
-    `global_batch` of them, across the end of a pass if necessary, so a bucket smaller than a batch wraps around.
+    `global_batch` of them, across the end of a pass if necessary. A bucket smaller than a batch wraps around; in a
+    larger one no batch has a sample twice, unless its weight asks for that (`_without_repeats`).
 
     The bucket of a step comes from shuffled cycles of N steps, N being the number of samples, in which a bucket
     appears once for each of its samples. So its probability is proportional to its size, and after a whole cycle every
@@ -61,6 +62,8 @@ class BucketSampler:
             members[bucket].append(index)
         self._bucket_of = np.empty(len(buckets), dtype=np.int64)
         self._passes = []
+        # buckets with fewer samples than a batch, which repeats them
+        self.small = {bucket: len(indices) for bucket, indices in members.items() if len(indices) < global_batch}
         for number, indices in enumerate(members.values()):
             self._bucket_of[indices] = number
             self._passes.append(_Passes(np.array(indices), given, offsets))
@@ -82,11 +85,39 @@ class BucketSampler:
 
     def _shuffled(self, name: int | str, turn: int) -> np.ndarray:
         """Return the samples of a pass of the bucket with this number, or the buckets of a cycle ("bucket")."""
-        passes = self._passes[name] if isinstance(name, int) else self._cycles
+        if name == "bucket":
+            return self._bucket_of[self._permuted(name, self._cycles, turn)]
+        assert isinstance(name, int)
+        return self._without_repeats(name, turn)
+
+    def _permuted(self, name: int | str, passes: "_Passes", turn: int) -> np.ndarray:
         samples = passes.samples(turn)
         generator = derived_generator(self.seed, "order", name, turn)
-        order = samples[torch.randperm(len(samples), generator=generator).numpy()]
-        return order if isinstance(name, int) else self._bucket_of[order]
+        return samples[torch.randperm(len(samples), generator=generator).numpy()]
+
+    def _without_repeats(self, number: int, turn: int) -> np.ndarray:
+        """Return the order of a pass of which no sample is in a batch that an earlier pass has put it in already.
+
+        A batch across the end of a pass begins with the last samples of that pass. Those among them that the next
+        pass draws for the rest of the batch are swapped with the first ones after it that are not. The order depends
+        on the pass before, back to one that begins with a batch: fewer than `global_batch` passes.
+        """
+        passes = self._passes[number]
+        size = len(passes.samples(turn))
+        first = turn
+        while passes.plain and size >= self.global_batch and first * size % self.global_batch:
+            first -= 1
+        order = self._permuted(number, passes, first)
+        for later in range(first + 1, turn + 1):
+            head = -later * size % self.global_batch  # samples that complete the batch
+            taken = set(order[size - self.global_batch + head :].tolist()) if head else set()
+            order = self._permuted(number, passes, later)
+            free = (place for place in range(head, size) if order[place] not in taken)
+            for place in range(head):
+                if order[place] in taken:
+                    other = next(free)
+                    order[[place, other]] = order[[other, place]]
+        return order
 
 
 class _Passes:
@@ -99,26 +130,26 @@ class _Passes:
 
     def __init__(self, indices: np.ndarray, weights: np.ndarray, offsets: np.ndarray) -> None:
         self._indices, self._weights, self._offsets = indices, weights[indices], offsets[indices]
-        self._plain = bool((self._weights == 1).all())
+        self.plain = bool((self._weights == 1).all())
         self._total = float(self._weights.sum())
         self.before = lru_cache(maxsize=8)(self._before)
 
     def _before(self, passed: int) -> int:
         """Return the number of samples in all passes before this one."""
-        if self._plain:
+        if self.plain:
             return passed * len(self._indices)
         return int(np.floor(passed * self._weights + self._offsets).sum())
 
     def samples(self, passed: int) -> np.ndarray:
         """Return the indices of a pass, repeated ones included."""
-        if self._plain:
+        if self.plain:
             return self._indices
         ends = [np.floor(p * self._weights + self._offsets) for p in (passed, passed + 1)]
         return np.repeat(self._indices, (ends[1] - ends[0]).astype(np.int64))
 
     def locate(self, k: int) -> tuple[int, int]:
         """Return the pass of the k-th sample of all passes, from 0, and its position in that pass."""
-        if self._plain:
+        if self.plain:
             return divmod(k, len(self._indices))
         passed = max(int(k / self._total), 0)
         while self.before(passed) > k:  # correct the guess, which ignores rounding
@@ -126,3 +157,23 @@ class _Passes:
         while self.before(passed + 1) <= k:
             passed += 1
         return passed, k - self.before(passed)
+
+
+def pool_shapes(shapes: Sequence[tuple[Hashable, Hashable]], global_batch: int) -> list[Hashable]:
+    """Return the bucket of each sample, given as (shape of the target, shapes of the references).
+
+    Samples of one shape are a bucket if they fill a batch. All other samples of the same target share one, so that a
+    step need not repeat a sample because no other has its references; to fill a batch, the rarest of the frequent
+    shapes join them. Which shapes of references are trained together is left to the loader.
+    """
+    counts = Counter(shapes)
+    bucket: dict[Hashable, Hashable] = {}
+    for target in dict.fromkeys(target for target, _ in shapes):
+        # the first of equally rare ones, in the order of the samples
+        own = sorted((shape for shape in counts if shape[0] == target), key=counts.__getitem__)
+        pooled = 0
+        for shape in own:
+            joins = counts[shape] < global_batch or 0 < pooled < global_batch
+            pooled += counts[shape] if joins else 0
+            bucket[shape] = target if joins else shape
+    return [bucket[shape] for shape in shapes]

@@ -157,7 +157,7 @@ class Trainer:
     def accumulate_gradients(self, model: nn.Module, step: int) -> Losses:
         """Accumulate the gradients of one step over its micro-batches and all processes; return the mean losses."""
         micro_batches = self.prefetcher.get(step)
-        count, sample_losses = self.settings.gradient_accumulation, list[Tensor]()  # (total, flow, preservation)
+        count, rows = self.settings.gradient_accumulation, list[Tensor]()  # (total, flow, preservation), weighted
         prior_losses = [torch.zeros((), device=self.device)]
         for i, micro_batch in enumerate(micro_batches):
             inputs = self.objective.prepare(micro_batch, step, self.device)
@@ -170,10 +170,10 @@ class Trainer:
             if micro_batch.is_prior:
                 prior_losses.append(micro_batch.weight * losses.flow / count)
             else:
-                sample_losses.append(torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
+                rows.append(micro_batch.weight * torch.stack([losses.total.detach(), losses.flow, losses.preservation]))
             del inputs, losses  # what the forward kept is freed before the next one
         self.processes.average_gradients(self.peft_model)
-        mean = torch.cat([torch.stack(sample_losses).mean(0), torch.stack(prior_losses).sum()[None]])
+        mean = torch.cat([torch.stack(rows).sum(0) / count, torch.stack(prior_losses).sum()[None]])
         total, flow, preservation, prior = self.accelerator.reduce(mean, "mean")
         return Losses(total + prior, flow, preservation, prior)
 

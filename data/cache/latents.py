@@ -8,8 +8,9 @@ state of a generator.
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache as memoized
 from typing import NamedTuple
 
@@ -98,6 +99,7 @@ class BucketRow:
     lost: float = 0.0  # sum of the shares
     most: float = 0.0  # the largest share
     own: bool = False  # a bucket for images that fill no bucket of a resolution
+    references: Counter[tuple[Size, ...]] = field(default_factory=Counter)  # samples by the sizes of their references
 
     def add(self, share: float) -> None:
         self.pictures, self.lost, self.most = self.pictures + 1, self.lost + share, max(self.most, share)
@@ -230,6 +232,7 @@ def plan_latents(
     for entry in entries:
         row = table.setdefault(entry.size, BucketRow(own=entry.size not in buckets.sizes))
         row.add(lost(planner.work[entry.key].original, entry.size))
+        row.references[entry.reference_sizes] += 1
     images = [work for work in planner.work.values() if work.kind != "mask"]
     if enlarged := [work for work in images if work.is_enlarged]:
         example = "{}, {} x {}".format(shorten(enlarged[0].picture.name), *enlarged[0].original)

@@ -1,16 +1,18 @@
 """Table of aspect-ratio buckets, printed before encoding starts."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from data.buckets import Buckets
+from data.buckets import Buckets, Size
 from data.cache.latents import BucketRow, LatentPlan
 from train.utils.text import many
 
 MOST_ROWS = 20
+MOST_SHAPES = 3  # of references, in a line
 
 
 def bucket_table(plan: LatentPlan, title: str = "Buckets") -> Table:
@@ -19,12 +21,14 @@ def bucket_table(plan: LatentPlan, title: str = "Buckets") -> Table:
     table.add_column("pixels")
     for name in ("images", "cropped on average", "at most"):
         table.add_column(name, justify="right")
-    table.add_column("")
+    has_references = any(shape for row in plan.table.values() for shape in row.references)
+    table.add_column("references" if has_references else "")
     rows = sorted(plan.table.items(), key=lambda item: (-item[1].pictures, item[0]))
     shown = rows if len(rows) <= MOST_ROWS else rows[: MOST_ROWS - 1]
     for size, row in shown:
-        note = "fills no bucket of buckets.resolution" if row.own else ""
-        table.add_row(f"{size[0]} x {size[1]}", *cells(row), note)
+        notes = [shapes(row.references)] if has_references else []
+        notes += ["fills no bucket of buckets.resolution"] if row.own else []
+        table.add_row(f"{size[0]} x {size[1]}", *cells(row), "; ".join(notes))
     if rest := rows[len(shown) :]:
         table.add_row(f"{len(rest)} more", *cells(*(row for _, row in rest)), "")
     if len(rows) > 1:
@@ -39,10 +43,22 @@ def cells(*rows: BucketRow) -> tuple[str, str, str]:
     return str(count), f"{100 * lost / count:.1f} %", f"{100 * max(row.most for row in rows):.1f} %"
 
 
+def shapes(references: Counter[tuple[Size, ...]]) -> str:
+    """Return the sizes of the references of a bucket's samples, the most frequent first."""
+    named = [
+        f"{' + '.join(f'{width} x {height}' for width, height in sizes) or 'none'} ({count})"
+        for sizes, count in references.most_common(MOST_SHAPES)
+    ]
+    rest = len(references) - len(named)
+    return ", ".join([*named, f"{rest} other sizes"] if rest else named)
+
+
 def show_buckets(plan: LatentPlan, buckets: Buckets, left_out: Sequence[object], title: str = "Buckets") -> None:
     """Print the table, the cached variants, and the skipped samples with reasons."""
     console = Console(width=max(100, Console().width), highlight=False, markup=False)
     console.print(bucket_table(plan, title))
+    with_references = sum(bool(entry.reference_sizes) for entry in plan.entries)
+    console.print(f"samples with references: {with_references or 'none'} of {len(plan.entries)}")
     variants = max(buckets.random_crops, 1) * (2 if buckets.flip else 1)
     if variants > 1:
         crops = f"{buckets.random_crops} crops" if buckets.random_crops else "the center crop"

@@ -76,11 +76,15 @@ class Objective:
         def noisy(batch: Batch, seed: int, weight: float, is_prior: bool) -> MicroBatch:
             return MicroBatch(batch, draw(batch, self.timesteps, seed, step), weight, is_prior)
 
-        samples = [noisy(batch, self.seed, 1.0, False) for batch in loader.micro_batches(step)]
+        def part(batch: Batch, whole: Loader) -> float:  # a micro-batch of several shapes is in several batches
+            return len(batch.indices) / whole.batch_size
+
+        samples = [noisy(batch, self.seed, part(batch, loader), False) for batch in loader.micro_batches(step)]
         if self.prior is None:
             return samples
         prior = self.prior
-        return samples + [noisy(batch, prior.seed, prior.weight, True) for batch in prior.micro_batches(step)]
+        weighted = [(batch, prior.weight * part(batch, prior.loader)) for batch in prior.micro_batches(step)]
+        return samples + [noisy(batch, prior.seed, weight, True) for batch, weight in weighted]
 
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """Return the losses of a micro-batch; `model` is the transformer with its adapter, or a wrapper around it."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import constants
 
+from data.buckets import Size
 from data.cache import Cache, MemoryCache
 from data.cache.prepared import CachedDataset
 from data.loader import Loader
 from data.sources import Source
+from flux2.utils.text import listed
 from train.checkpoints.checkpoint import read_state
 from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import RunLocation
@@ -23,6 +25,7 @@ from train.objective.prior import ClassPictures
 from train.stages.class_data import class_dataset, class_loader, draw_class_images, make_loader
 from train.sweeps.reuse import SHARED
 from train.utils.network import is_offline
+from train.utils.text import many
 from train.validation.loss import FixedNoiseLoss, chosen_samples
 
 # a sweep job reuses the data of the previous job if these settings are equal
@@ -127,11 +130,28 @@ def prepare_data(config: RunConfig) -> TrainingData:
     }
     used = ("batch_size", "seed", "caption_dropout", "reference_dropout")
     loader = make_loader(samples, entries, cached, **shards, **{key: getattr(settings, key) for key in used})
+    prior = class_loader(config, prepared.classes, **shards)
+    for reader, what in ((loader, "samples"), *([(prior.loader, "class images")] if prior else [])):
+        if note := repeats(reader, what):
+            config.say(note)
     chosen = chosen_samples(prepared.samples, cached, held_out)
     noise = config.validation.seed, config.validation.times
     validator = FixedNoiseLoss(cached, chosen, *noise, config.processes.map, settings.batch_size) if chosen else None
     names = [sample.name for sample in samples]
-    return TrainingData(prepared, names, manifest, loader, class_loader(config, prepared.classes, **shards), validator)
+    return TrainingData(prepared, names, manifest, loader, prior, validator)
+
+
+def repeats(loader: Loader, what: str) -> str | None:
+    """Return a line about buckets with fewer samples than a step has, which trains some of them several times."""
+    if not (small := loader.sampler.small):
+        return None
+    sizes = listed(
+        [f"{width} x {height}: {count}" for (width, height), count in cast(dict[Size, int], small).items()], 5
+    )
+    return (
+        f"a step trains {loader.sampler.global_batch} {what} of one size, and {many(len(small), 'bucket')} of fewer "
+        f"({sizes}) repeats them within a step. A lower batch_size or a larger buckets.step avoids that"
+    )
 
 
 def make_objective(config: RunConfig, data: TrainingData) -> Objective:
