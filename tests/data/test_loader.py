@@ -304,3 +304,51 @@ def test_packed_embeddings_are_unpacked(tmp_path: Path) -> None:
     loader = Loader(cache, entries, captions, plan.keys, batch_size=2, seed=0)
     (batch,) = loader.micro_batches(0)
     torch.testing.assert_close(batch.embeddings[:, 0, 0], 100.0 + torch.tensor(batch.indices), atol=0, rtol=1e-6)
+
+
+def varied(folder: Path, count: int = 8) -> tuple[Cache, list[LatentEntry], list[tuple[str, ...]], dict[str, str]]:
+    """Samples of one target size, each with a reference of another size, the last without."""
+    cache, entries, captions, keys = filled(folder, count)
+    for index in range(count):
+        sizes = ((16, 16 * (index + 1)),) * (index < count - 1)
+        key = cache.key("varied", index=index)
+        cache.put(key, {"latents": torch.full((128, index + 1, 1), 50.0 + index)}, {})
+        target = cache.key("target", index=index)
+        cache.put(target, {"latents": torch.full((128, 2, 2), float(index))}, {})
+        entries[index] = LatentEntry((32, 32), target, sizes, (key,) * len(sizes))
+    return cache, entries, captions, keys
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_samples_with_references_of_other_sizes_share_a_step(tmp_path: Path, dropout: float) -> None:
+    loader = Loader(*varied(tmp_path), batch_size=4, seed=0, reference_dropout=dropout)
+    seen = Counter()
+    for step in range(8):
+        batches = loader.micro_batches(step)
+        assert sorted(position for batch in batches for position in batch.positions) == [0, 1, 2, 3]
+        assert len(batches) == (1 if dropout else 4)
+        assert len({index for batch in batches for index in batch.indices}) == 4
+        for batch in batches if not dropout else []:
+            (index,) = batch.indices
+            assert [tuple(one.shape) for one in batch.references] == [(1, 128, index + 1, 1)] * (index < 7)
+        seen.update(index for batch in batches for index in batch.indices)
+    assert seen == dict.fromkeys(range(8), 4)
+
+
+def test_all_processes_have_as_many_batches_and_together_the_same_samples(tmp_path: Path) -> None:
+    cache, entries, captions, keys = varied(tmp_path)
+    entries[:5] = [replace(entry, reference_sizes=(), reference_keys=()) for entry in entries[:5]]
+    whole = Loader(cache, entries, captions, keys, batch_size=6, seed=0)
+    halves = [
+        Loader(cache, entries, captions, keys, batch_size=3, num_processes=2, process_index=process, seed=0)
+        for process in range(2)
+    ]
+    uneven = 0
+    for step in range(8):
+        one, other = (half.micro_batches(step) for half in halves)
+        assert len(one) == len(other)  # a sharded base waits for ever for a process that calls it less often
+        uneven += len({batch.references[0].shape if batch.references else None for batch in one}) < len(one)
+        pairs = [(p, i) for batch in (*one, *other) for p, i in zip(batch.positions, batch.indices, strict=True)]
+        expected = [(p, i) for b in whole.micro_batches(step) for p, i in zip(b.positions, b.indices, strict=True)]
+        assert sorted(pairs) == sorted(expected)
+    assert uneven  # a process with fewer shapes was split too

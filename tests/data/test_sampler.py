@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.sampler import BucketSampler, derived_generator
+from data.sampler import BucketSampler, derived_generator, pool_shapes
 
 FIRST_BATCHES = [[9, 9, 9], [3, 4, 5], [8, 7, 7]]
 
@@ -131,3 +131,32 @@ def test_weight_zero_is_never_trained() -> None:
 def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="weights"):
         BucketSampler(["a", "b"], 1, 0, weights)
+
+
+def test_no_batch_has_a_sample_twice_unless_its_bucket_is_smaller() -> None:
+    for count, batch in ((5, 4), (7, 3), (6, 6), (9, 8), (4, 3)):
+        sampler = BucketSampler(["a"] * count, batch, seed=count)
+        batches = [sampler.batch(step) for step in range(8 * count)]
+        assert all(len(set(one)) == batch for one in batches)
+        assert counts(sampler, 4 * count) == dict.fromkeys(range(count), 4 * batch)
+        assert not sampler.small
+        assert [BucketSampler(["a"] * count, batch, seed=count).batch(step) for step in (7, 3)] == [
+            batches[7],
+            batches[3],
+        ]
+
+
+def test_buckets_smaller_than_a_batch_are_known() -> None:
+    assert BucketSampler(["a"] * 7 + ["b"] * 2 + ["c"], 3, seed=0).small == {"b": 2, "c": 1}
+
+
+def test_shapes_of_references_that_fill_no_batch_share_a_bucket() -> None:
+    shapes = [("wide", i) for i in range(4)] + [("square", 0)] * 3 + [("square", 9)]
+    assert pool_shapes(shapes[:4], 4) == ["wide"] * 4
+    # a batch needs two: the three of one shape have a bucket, and the single one takes them as company
+    assert pool_shapes(shapes, 2) == ["wide"] * 4 + ["square"] * 4
+    assert pool_shapes(shapes[:7], 2) == ["wide"] * 4 + [("square", 0)] * 3
+    # what fills a batch keeps its bucket, and with it the order of earlier versions
+    several = [("a", 0)] * 3 + [("a", 1)] * 2 + [("a", 2)] * 2
+    assert pool_shapes(several, 2) == several
+    assert pool_shapes([*several, ("a", 3)], 2) == [("a", 0)] * 3 + ["a"] * 2 + [("a", 2)] * 2 + ["a"]

@@ -102,6 +102,26 @@ def test_the_first_loss_on_a_folder_of_edits_is_that_of_diffusers(
 # ------------------------------------------------------------------ the relighting experiment
 
 
+def test_a_step_trains_edits_of_several_shapes_as_their_mean(train, tmp_path, capsys, captured):
+    """Four edits of one size with references of three sizes: each step has all four, however it is split."""
+    folder = tmp_path / "edits"
+    for name in ("target", "source"):
+        (folder / name).mkdir(parents=True)
+    for i, size in enumerate([(32, 64), (64, 48), (48, 48), (48, 48)]):
+        draw_picture(i, (48, 48)).save(folder / "target" / f"{i}.png")
+        draw_picture(i + 9, size).save(folder / "source" / f"{i}.png")
+        (folder / "target" / f"{i}.txt").write_text(f"make it {i}")
+    settings = ["dataset=pairs", f"dataset.path={folder}", "model.resolution=48", "steps=2"]
+    together = values(train("together", *settings, "batch_size=4"))
+    assert "48 x 48 (2)" in capsys.readouterr().out  # the table of buckets
+    apart = values(train("apart", *settings, "batch_size=1", "gradient_accumulation=4"))
+    assert together == pytest.approx(apart, rel=1e-4)
+    for trainer in captured:
+        assert [sorted(trainer.loader.sampler.batch(step)) for step in range(2)] == [[0, 1, 2, 3]] * 2
+    train("more", *settings, "batch_size=6")
+    assert "48 x 48: 4" in capsys.readouterr().out  # two of six are repeats, and that is said
+
+
 def pairs_as_parquet(folder):
     """A table with the columns of the published data set."""
     rows = [

@@ -24,6 +24,20 @@ def test_a_line_says_how_many_pictures_and_how_much_of_them_is_cut_off(capsys) -
     assert any("a.png is empty" in " ".join(row) for row in words)
 
 
+def test_references_are_counted_and_shown_with_their_sizes(capsys) -> None:
+    wide, tall = picture("red", (64, 32)), picture("blue", (32, 48))
+    samples = [
+        Sample(picture("lime", (64, 64), str(number)), ("",), references)
+        for number, references in enumerate([(wide,), (wide,), (wide, tall), ()])
+    ]
+    show_buckets(plan(MemoryCache(), samples, buckets=Buckets(64)), Buckets(64), [])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "samples with references: 3 of 4" in out
+    assert "32 x 16 (2)" in out  # within 32 x 32 pixels
+    assert "32 x 16 + 16 x 32 (1)" in out
+    assert "none (1)" in out
+
+
 def test_many_buckets_are_cut_short_with_the_rest_in_one_line(capsys) -> None:
     sizes = [(16 * side, 480) for side in range(15, 15 + MOST_ROWS + 5)]
     words = said(capsys, sizes, Buckets(1024, min_resolution=16))
