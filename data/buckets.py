@@ -22,7 +22,7 @@ from data.checks import check_flag, check_int
 
 PIXELS_PER_LATENT = 16
 MAX_RESOLUTION = 8192  # a quarter of a million tokens, far more than FLUX.2 is trained for
-FIT_VERSION = 1  # in the cache keys of latents: increase it when `fit` or data.sources.images change pixels
+FIT_VERSION = 2  # in the cache keys of latents: increase it when `fit` or data.sources.pixels change pixels
 
 Size = tuple[int, int]  # (width, height) in pixels
 

@@ -1,9 +1,14 @@
-"""Files that are complete or absent, also after a crash: written under a temporary name, flushed and renamed."""
+"""Files that are complete or absent, also after a crash: written under a temporary name, flushed and renamed.
+
+And files that are read: regular ones alone, because a pipe of the same name would never end.
+"""
 
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 
@@ -21,3 +26,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a file to read it. Raise OSError if it does not exist or is a pipe, a socket or a device."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is not a regular file")
+    return file

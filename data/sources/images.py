@@ -1,8 +1,7 @@
 """One encoded image that is opened on demand: header, 8-bit RGB pixels, alpha channel, digest.
 
 All exceptions of Pillow's decoders for a damaged file become a `BadPicture` with a name and a reason, so that sources
-and caches can list all errors of a dataset instead of stopping at the first file. Only formats of photographs and
-drawings are opened: the content of a file need not match its name, and Pillow passes PostScript to another program.
+and caches can list all errors of a dataset instead of stopping at the first file.
 """
 
 import hashlib
@@ -16,12 +15,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")  # a phone's MPO is opened as JPEG
-UNREADABLE = frozenset((".heic", ".heif", ".jxl"))  # photographs that Pillow cannot open: an error, not skipped
+from data.files import open_regular
+from data.sources.pixels import FORMATS, decode_alpha, decode_gray, decode_rgb, open_image
+
+# fmt: off
+SUFFIXES = frozenset((
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+    ".avif", ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi",
+    ".tga", ".icb", ".vda", ".vst",
+))
+# photographs, drawings and films that are not opened: an error, not skipped. Pillow opens a raw photograph as a TIFF,
+# and so its thumbnail.
+UNREADABLE = frozenset((
+    ".heic", ".heif", ".hif", ".jxl", ".jxr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef",
+    ".srw", ".psd", ".psb", ".xcf", ".kra", ".clip", ".exr", ".hdr", ".dds", ".ico", ".svg", ".eps", ".pdf", ".ai",
+    ".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v",
+))
+# fmt: on
 
 
 class BadPicture(ValueError):  # noqa: N818
@@ -50,12 +62,12 @@ class Picture:
     alpha: bool = False  # use the alpha channel as gray pixels: black where transparent, white where opaque
 
     def load(self) -> Image.Image:
-        """Return the first frame as 8-bit RGB: EXIF orientation applied, on white, 16-bit gray scaled, not clipped."""
-        return self._decoded("RGB")
+        """Return the first frame as 8-bit sRGB, as `data.sources.pixels.decode_rgb` converts it."""
+        return self._decoded(decode_rgb).convert("RGB")
 
     def load_mask(self) -> Image.Image:
         """Return the pixels as a mask, 8-bit gray ("L"), of the size `size`: the weight of each pixel in the loss."""
-        return self._decoded("L")
+        return self._decoded(decode_gray)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,7 +77,7 @@ class Picture:
     @cached_property
     def header(self) -> Header:
         """The header, which is read once."""
-        with self._stream() as stream, Image.open(stream, formats=FORMATS) as image:
+        with self._stream() as stream, open_image(stream) as image:
             # Pillow decodes a whole PNG to look for EXIF after its pixels, where few files have it.
             header_suffices = image.format == "PNG" and not self._metadata_follows_pixels()
             exif = Image.Image.getexif(image) if header_suffices else image.getexif()
@@ -107,10 +119,9 @@ class Picture:
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, EOFError and more
             raise self._bad(error) from error
 
-    def _decoded(self, mode: str) -> Image.Image:
-        with self._stream() as stream, Image.open(stream, formats=FORMATS) as image:
-            turned = ImageOps.exif_transpose(image)
-            return (_alpha(turned) if self.alpha else _rgb(turned)).convert(mode)
+    def _decoded(self, decode: Callable[[Image.Image], Image.Image]) -> Image.Image:
+        with self._stream() as stream, open_image(stream) as image:
+            return (decode_alpha if self.alpha else decode)(image)
 
     def _metadata_follows_pixels(self) -> bool:
         """Return whether EXIF or text (XMP) follows the first IDAT chunk of a PNG; reads only the chunk headers."""
@@ -129,11 +140,16 @@ class Picture:
         if isinstance(error, BadPicture):
             return error
         if isinstance(error, FileNotFoundError):
-            return BadPicture(self.name, "does not exist")
+            hint = ": its name has a backslash, and folders are separated by /" if "\\" in self.name else ""
+            return BadPicture(self.name, f"does not exist{hint}")
         with suppress(OSError, ValueError), self.open() as stream:
             if not stream.read(1):
                 return BadPicture(self.name, "cannot be read (it is empty: 0 bytes)")
-        what = re.sub(r" '?<_?io\..*", "", str(error))  # Pillow's messages contain the repr of the stream
+        if isinstance(error, UnidentifiedImageError):  # its message names the stream object
+            return BadPicture(
+                self.name, f"cannot be read: it is damaged, or in none of the formats {', '.join(FORMATS)}"
+            )
+        what = re.sub(r" '?<[\w.]+[ >].*", "", str(error))  # Pillow's messages contain the repr of the stream
         return BadPicture(self.name, f"cannot be read ({type(error).__name__}: {shorten(what)})")
 
 
@@ -157,13 +173,13 @@ class FileOpener:
 
     def __call__(self) -> BinaryIO:
         if self.length is None:
-            return open(self.path, "rb")
+            return open_regular(self.path)
         return io.BufferedReader(_FilePart(self.path, self.offset, self.length))
 
 
 class _FilePart(io.RawIOBase):
     def __init__(self, path: str, offset: int, length: int) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._file = open_regular(path)
         self._offset, self._length, self._place = offset, length, 0
 
     def readable(self) -> bool:
@@ -180,7 +196,7 @@ class _FilePart(io.RawIOBase):
     def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
         wanted = min(len(buffer), max(self._length - self._place, 0))
         self._file.seek(self._offset + self._place)
-        read = self._file.readinto(memoryview(buffer)[:wanted]) or 0
+        read = self._file.readinto(memoryview(buffer)[:wanted])
         self._place += read
         return read
 
@@ -190,24 +206,7 @@ class _FilePart(io.RawIOBase):
 
 
 def shorten(name: str, most: int = 300) -> str:
-    """Return `name` for a message, without its middle if it is longer than `most` characters."""
+    """Return `name` for a message: without its middle if it is long, with escapes for what cannot be printed."""
+    if not name.isprintable():  # control characters, and bytes of a file name that are not UTF-8
+        name = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in name)
     return name if len(name) <= most else f"{name[: most - 60]}...{name[-57:]}"
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB. Raise ValueError for 32-bit and float images, whose white is not defined."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 -> 255
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no defined white: save it with 8 or 16 bits per channel")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _alpha(image: Image.Image) -> Image.Image:
-    """Return the alpha channel ("L"); 255 everywhere if nothing is transparent."""
-    if image.has_transparency_data:
-        return image.convert("RGBA").getchannel("A")
-    return Image.new("L", image.size, 255)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flux2.adapters import find
@@ -20,7 +19,7 @@ from flux2.adapters.files import PEFT_FILE
 from flux2.models.text_encoder import TextStorage, check_storage
 from flux2.models.variants import VARIANTS
 from flux2.utils import checks
-from flux2.utils.images import describe_decoding_error
+from flux2.utils.images import describe_decoding_error, open_image
 
 KEYWORD = "flux2-lora"
 
@@ -92,7 +91,7 @@ def read(file: Path, what: str) -> Record:
     if not file.is_file():
         raise ValueError(f"{what} does not exist")
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             image.load()  # text may come after the pixels
             text = image.info.get(KEYWORD)
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, DecompressionBombError and more

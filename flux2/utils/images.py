@@ -1,35 +1,103 @@
 """Image files: reading by the rules of training, and checks of where a file can be written.
 
 An adapter trained on edits knows its references as training decoded them, so a file must give the same pixels here.
-`tests/flux2/utils/test_images.py` compares this module with `data.sources.images` for each image mode.
+`tests/flux2/utils/test_images.py` compares this module with `data.sources.pixels` for each image mode.
+
+Only raster formats are opened, which Pillow decodes itself: for PostScript, which it recognizes by the content, it
+would start another program.
 """
 
 import errno
+import logging
 import os
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from flux2.utils.files import temporary_path
 
+# TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
+log = logging.getLogger(__name__)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Return the image in a regular file, of which only the header is read. Raise Pillow's exceptions, or OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")  # reading a pipe would never end
+    return Image.open(path, formats=FORMATS)
+
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return 8-bit RGB: rotated as EXIF says, transparency over white, 16-bit gray scaled instead of clipped.
+    """Return 8-bit sRGB: EXIF rotation and color profile applied, transparency over white, 16-bit gray scaled.
 
     Raise ValueError for the modes I and F with 32 bits per pixel, in which no value is defined as white.
     """
+    key = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    bits = tiles[0].args if tiles else None  # Pillow scales 2, 4 and 16 bits to 8, but not the key
+    if isinstance(key, int) and bits in ("L;2", "L;4"):
+        key *= 85 if bits == "L;2" else 17
+    elif isinstance(key, tuple) and bits == "RGB;16B":
+        key = tuple(value // 256 for value in key)
     image = ImageOps.exif_transpose(image)
+    profile = image.info.pop("icc_profile", None)
     if image.mode in ("I", "F"):
         raise ValueError(f"its mode {image.mode} has no defined white: save it with 8 or 16 bits per channel")
     if image.mode.startswith("I;16"):
-        levels = np.asarray(image).astype(np.float64) / 257  # 65535 becomes 255
-        image = Image.fromarray(np.floor(levels + 0.5).astype(np.uint8))
-    if not image.has_transparency_data:
+        depths = np.asarray(image)
+        levels = np.floor(depths.astype(np.float64) / 257 + 0.5).astype(np.uint8)  # 65535 becomes 255
+        image = Image.fromarray(levels)
+        if key is not None:
+            image.putalpha(Image.fromarray(np.where(depths == key, 0, 255).astype(np.uint8)))
+    elif key is not None:
+        image.info["transparency"] = key
+    is_gray = image.mode in ("1", "L", "LA")
+    if image.has_transparency_data:
+        image = image.convert("LA" if is_gray else "RGBA")
+        colors, alpha = _in_srgb(image.convert("L" if is_gray else "RGB"), profile), image.getchannel("A")
+        colors.putalpha(alpha)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colors).convert("RGB")
+    if image.mode == "LAB":
         return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return _in_srgb(image if image.mode == "CMYK" else image.convert("L" if is_gray else "RGB"), profile)
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Return an image of the mode L, RGB or CMYK as RGB, with its ICC profile applied."""
+    if profile and image.mode == "L" and profile[16:20] == b"RGB ":
+        image = image.convert("RGB")
+    transform = _transform(profile, image.mode) if profile else None
+    result = image.convert("RGB") if transform is None else transform.apply(image)
+    result.info.clear()  # of the profile and the transparent color
+    return result
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform of an ICC profile to sRGB with perceptual intent; None for sRGB itself.
+
+    As viewers do, ignore a profile that is damaged or of another color space than the pixels, and warn about it.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        space, wanted = source.profile.xcolor_space.strip(), {"L": "GRAY"}.get(mode, mode)
+        if space != wanted:
+            raise ValueError(f"it is for {space} and the image has {wanted} pixels")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (OSError, ValueError, ImageCms.PyCMSError) as error:
+        log.warning("an image's color profile cannot be applied (%s) and is ignored: its colors may be wrong", error)
+        return None
+    if mode == "CMYK":
+        return transform
+    steps = np.linspace(0, 255, 256 if mode == "L" else 17).astype(np.uint8)
+    colors = steps[None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), -1).reshape(17, -1, 3)
+    probe = Image.fromarray(colors)
+    difference = np.asarray(probe.convert("RGB")).astype(int) - np.asarray(transform.apply(probe))
+    return transform if np.abs(difference).max() > 1 else None  # rounding differs by one
 
 
 def read_image(path: Path, what: str) -> Image.Image:
@@ -39,15 +107,17 @@ def read_image(path: Path, what: str) -> Image.Image:
     if not path.is_file():
         raise ValueError(f"{what} is not a file")
     try:
-        with path.open("rb") as stream, Image.open(stream) as image:
+        with open_image(path) as image:
             return as_rgb(image)
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, DecompressionBombError and more
         raise ValueError(f"{what} cannot be read as an image ({describe_decoding_error(error)})") from error
 
 
 def describe_decoding_error(error: Exception) -> str:
-    """Return the message of a decoder without the stream object that it names as the file."""
-    return str(error).partition(" <_io.")[0] if "<_io." in str(error) else f"{type(error).__name__}: {error}"
+    """Return the message of a decoder without the file that it names."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is damaged, or in none of the formats {', '.join(FORMATS)}"
+    return f"{type(error).__name__}: {error}"
 
 
 def check_writable(path: Path, what: str) -> None:

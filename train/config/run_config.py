@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data.buckets import Buckets
-from data.sources.images import Picture
+from data.sources.images import FileOpener, Picture
 from flux2.adapters import adapter_parameters
 from flux2.layers.attention import chosen_backend, preferred_backends
 from flux2.memory.block_offload import offloaded_blocks
@@ -50,7 +50,7 @@ GROUPS = (
 
 def open_image(path: str) -> Picture:
     """Return the image at `path`; its file is read on `load`."""
-    return Picture(path, lambda: Path(path).expanduser().open("rb"))
+    return Picture(path, FileOpener(str(Path(path).expanduser())))
 
 
 class RunConfig:

@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from flux2.utils.images import open_image
 from train.utils.console import warn
 from train.utils.files import reason
 from train.utils.redact import masked_text
@@ -120,9 +121,10 @@ class TensorBoardTracker(NoTracker):
 
     def picture(self, step: int, file: Path) -> None:
         import numpy as np
-        from PIL import Image
 
-        self._writer.add_image("samples", np.asarray(Image.open(file).convert("RGB")), step, dataformats="HWC")
+        with open_image(file) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._writer.add_image("samples", pixels, step, dataformats="HWC")
 
     def finish(self) -> None:
         self._writer.close()

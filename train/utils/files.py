@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.files import atomic_write
+from flux2.utils.images import open_image
 
 
 def reason(error: OSError) -> str:
@@ -67,7 +68,7 @@ def read_image(file: Path | None) -> Image.Image | None:
     if file is None:
         return None
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             image.load()
             return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

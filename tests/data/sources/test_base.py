@@ -77,8 +77,8 @@ CONVERTED = {
 
 # what is not: the reason that is said
 BAD = {
-    "unreadable": (one(b"not a picture"), r"x\.png\b.*UnidentifiedImageError: cannot identify"),
-    "postscript": (one(b"%!PS-Adobe-3.0 EPSF-3.0\n"), r"x\.png\b.*UnidentifiedImageError"),
+    "unreadable": (one(b"not a picture"), r"x\.png\b.*damaged, or in none of the formats"),
+    "postscript": (one(b"%!PS-Adobe-3.0 EPSF-3.0\n"), r"x\.png\b.*formats PNG"),
     "damaged header": (one(square()[:20]), r"x\.png\b"),
     "empty": (one(b""), r"x\.png\b.*empty.*0 bytes"),
     "gigantic": (one(bomb()), r"x\.png\b.*DecompressionBombError: .*400000000 pixels\) exceeds limit"),

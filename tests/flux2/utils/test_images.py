@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_helpers import COATED, DISPLAY_P3, GRAY_LINEAR, LIMITED, PROPHOTO, png
 from PIL import Image
 
 from data.sources.images import Picture
@@ -45,6 +46,24 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "turned.jpg": lambda path: COLOR.save(path, exif=turned(6)),
     "turned.png": lambda path: Image.fromarray(RAMP).save(path, exif=turned(8)),
     "turned.tiff": lambda path: COLOR.save(path, exif=turned(5)),
+    "p3.jpg": lambda path: COLOR.save(path, icc_profile=DISPLAY_P3),
+    "p3_clear.png": lambda path: Image.fromarray(RAMP).save(path, icc_profile=DISPLAY_P3),
+    "prophoto_palette.png": lambda path: COLOR.convert("P").save(path, icc_profile=PROPHOTO),
+    "gray_profile.png": lambda path: COLOR.convert("L").save(path, icc_profile=GRAY_LINEAR),
+    "gray_p3.jpg": lambda path: COLOR.convert("L").save(path, icc_profile=DISPLAY_P3),
+    "la_profile.tiff": lambda path: Image.fromarray(RAMP[..., :2].copy(), "LA").save(path, icc_profile=GRAY_LINEAR),
+    "deep_profile.png": lambda path: Image.fromarray(DEEP).save(path, icc_profile=GRAY_LINEAR),
+    "cmyk_profile.jpg": lambda path: COLOR.convert("CMYK").save(path, icc_profile=COATED),
+    "wrong_profile.png": lambda path: COLOR.save(path, icc_profile=COATED),
+    "damaged_profile.png": lambda path: COLOR.save(path, icc_profile=DISPLAY_P3[:200]),
+    "jpeg2000.jp2": COLOR.save,
+    "targa.tga": COLOR.save,
+    **{
+        f"key_{bits}_{channels}.png": lambda path, bits=bits, channels=channels: path.write_bytes(
+            png(bits, channels, [0, LIMITED[bits], 2**bits - 1], clear=LIMITED[bits])
+        )
+        for bits, channels in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3), (16, 3))
+    },
     "whole.tiff": Image.fromarray(DEEP.astype(np.int32)).save,
     "float.tiff": Image.fromarray(DEEP.astype(np.float32)).save,
     "no.png": lambda path: path.write_text("no picture"),  # type: ignore[dict-item, return-value]
@@ -88,7 +107,7 @@ def test_a_decompression_bomb_is_an_error_in_both(tmp_path: Path, monkeypatch: p
 def test_an_error_names_the_file_and_no_stream(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("no picture")
     with pytest.raises(
-        ValueError, match=r"--image x\b((?!no\.png|BytesIO|0x).)*cannot identify image file((?!no\.png|BytesIO|0x).)*$"
+        ValueError, match=r"--image x\b((?!no\.png|BytesIO|0x).)*formats PNG((?!no\.png|BytesIO|0x).)*$"
     ):
         read_image(tmp_path / "no.png", "--image x")
     with pytest.raises(ValueError, match=r"--image y\b"):
