@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from data.checks import check_flag, check_int
 
 PIXELS_PER_LATENT = 16
+MOST_CROPS = 1000  # of an image, each of which is encoded
 MAX_RESOLUTION = 8192  # a quarter of a million tokens, far more than FLUX.2 is trained for
 FIT_VERSION = 2  # in the cache keys of latents: increase it when `fit` or data.sources.pixels change pixels
 
@@ -74,7 +75,7 @@ class Buckets:
             raise ValueError(f"max_aspect={self.max_aspect!r} must be a number of at least 1 (1: only the square)")
         check_flag("upscale", self.upscale)
         check_flag("flip", self.flip)
-        check_int("random_crops", self.random_crops, 0)
+        check_int("random_crops", self.random_crops, 0, MOST_CROPS)
         least, most = self.min_resolution, self.resolutions[-1]
         if least is not None and (not isinstance(least, int) or isinstance(least, bool) or not 1 <= least <= most):
             raise ValueError(f"min_resolution={least!r} must be from 1 to the smallest resolution, {most}, or null")

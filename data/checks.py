@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def check_int(key: str, value: object, least: int) -> int:
-    """Return `value`; raise ValueError unless it is an integer >= `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{key}={value!r} must be an integer >= {least}")
+def check_int(key: str, value: object, least: int, most: int | None = None) -> int:
+    """Return `value`; raise ValueError unless it is an integer >= `least` and, if given, <= `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        raise ValueError(f"{key}={value!r} must be an integer >= {least}" + ("" if most is None else f" and <= {most}"))
     return value
 
 

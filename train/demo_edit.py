@@ -173,7 +173,7 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     rows = [[pictures[i] for i in chosen] for pictures in (sources, before, after, intended)]
     grid = sample_grid(rows, [INSTRUCTION] * len(SHOWN), ["reference", "base", "adapter", "intended"])
     pairs = [(f"{drawings[i].color} {drawings[i].shape}, {INSTRUCTION}", before[i], after[i]) for i in chosen]
-    use = ["--image", "data/demo_edit/new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
+    use = ["--image", "data/demo_edit_new/pink_fish.png", "--prompt", INSTRUCTION, "--out", "fish.png"]
     report_results(run, adapter, "demo_edit.json", found | scores, judge(found), grid, use, pairs)
 
 

@@ -1,7 +1,8 @@
 """Draw the pairs of the edit demonstration: images, and the same images in a spotlight.
 
 What: `python data/demo_edit/draw.py` writes source/*.png, target/*.png and metadata.jsonl, 40 pairs to learn from, and
-new/*.png, images for the sample grids; identical pixels on every run. All pairs have the same instruction.
+data/demo_edit_new/*.png, images for the sample grids, outside of the dataset; identical pixels on every run. All pairs
+have the same instruction.
 
 Why this edit: the embedded model was trained on neither dark images nor discs, so the base cannot draw it; and subject,
 color, background and size must all be taken from the reference. All combinations of subject, color and background are
@@ -23,9 +24,10 @@ from data.synthetic.spotlight import INSTRUCTION, PIXELS, SHOWN, pairs, spotligh
 
 
 def main(folder: Path) -> None:
-    for name in ("source", "target", "new"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir()
+    new = folder.with_name("demo_edit_new")
+    for place in (folder / "source", folder / "target", new):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
     lines = []
     for number, (drawing, placed) in enumerate(pairs(), start=1):
         name = f"{number:02d}_{drawing.size}_{drawing.color}_{drawing.shape}.png"
@@ -35,7 +37,7 @@ def main(folder: Path) -> None:
         row = {"file_name": f"target/{name}", "references": [f"source/{name}"], "text": INSTRUCTION}
         lines.append(json.dumps(row) + "\n")
     for drawing in SHOWN:
-        draw(drawing, PIXELS).save(folder / "new" / f"{drawing.color}_{drawing.shape}.png", optimize=True)
+        draw(drawing, PIXELS).save(new / f"{drawing.color}_{drawing.shape}.png", optimize=True)
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from data.sources.images import BadPicture, Picture, shorten
 
 MAX_REFERENCES = 10  # as many as the published models were trained with
 ALPHA = "alpha"
+SHOWN = 20  # names in a message about what is not used
 log = logging.getLogger(__name__)
 
 
@@ -50,9 +51,14 @@ class Bad(NamedTuple):
         return f"{shorten(self.name)} {self.reason}"
 
 
-def caption_texts(value: object) -> list[str]:
-    """Return a text or a list of texts as a list. Raise ValueError with the bare reason for anything else."""
+def caption_texts(value: object, allow_empty: bool = False) -> list[str]:
+    """Return a text or a list of texts as a list; with `allow_empty`, null and the empty list are the empty text.
+
+    Raise ValueError with the bare reason for anything else.
+    """
     texts: list[Any] = value if isinstance(value, list) else [value]
+    if allow_empty:
+        texts = ["" if text is None else text for text in texts] or [""]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"has the caption {shorten(repr(value))}: it must be text")
     return texts
@@ -95,6 +101,12 @@ class Source(Sequence[Sample]):
         self._alpha, self._mask_name = mask == ALPHA, None if mask == ALPHA else mask
         self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._samples: list[Sample] = []
+        self._unused: dict[str, list[str]] = {}
+
+    @property
+    def allow_empty(self) -> bool:
+        """Whether an empty caption is allowed."""
+        return self._preparation.allow_empty
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -132,15 +144,26 @@ class Source(Sequence[Sample]):
                 self.bad.append(Bad(sample.name, f"{what}{error.reason}"))
             except ValueError as error:
                 self.bad.append(Bad(sample.name, str(error)))
+        for kind, names in self._unused.items():
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            shown = ", ".join(map(shorten, names[:SHOWN]))
+            log.warning("%s: not used: %s (%d): %s%s", self.where, kind, len(names), shown, more)
         if not self._samples and not self.bad:
             raise BadData(f"{self.where} has no samples{hint}")
         self._check_bad(self.bad)
+
+    def _note_unused(self, kind: str, *names: str) -> None:
+        """Note what a dataset has and does not train; `_take` logs it."""
+        if names:
+            self._unused.setdefault(kind, []).extend(names)
 
     def _prepared(self, sample: Sample) -> Sample:
         """Return the sample with its final captions and mask. Raise ValueError with the bare reason if it is bad."""
         if len(sample.references) > MAX_REFERENCES:
             raise ValueError(f"has {len(sample.references)} references: at most {MAX_REFERENCES} are allowed")
         for picture in (sample.target, *sample.references):
+            if any("\ud800" <= character <= "\udfff" for character in picture.name):
+                raise BadPicture(picture.name, "has a name that is not UTF-8: rename it")
             self._check_header(picture)
         mask = sample.mask
         if self._alpha:

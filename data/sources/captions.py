@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 from data.checks import check_flag, check_int
 
+MOST_CHARACTERS = 100_000  # of a caption; the text encoders read 512 tokens
+MOST_ORDERS = 1000
+MOST_CAPTIONS = 10_000  # of an image
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -37,7 +41,8 @@ class Captions:
                 raise ValueError(f"dataset.captions.{key}={value!r} must be a string that is not empty, or null")
         for key in ("split_lines", "allow_empty"):
             check_flag(f"dataset.captions.{key}", getattr(self, key))
-        for key in ("shuffle_tags", "keep_tags", "seed"):
+        check_int("dataset.captions.shuffle_tags", self.shuffle_tags, 0, MOST_ORDERS)
+        for key in ("keep_tags", "seed"):
             check_int(f"dataset.captions.{key}", getattr(self, key), 0)
         if self.template is not None and "{caption}" not in self.template:
             raise ValueError(
@@ -50,10 +55,20 @@ class Captions:
     def prepare(self, texts: Sequence[str]) -> tuple[str, ...]:
         """Return the distinct captions of one image. Raise ValueError with the bare reason if one is not allowed."""
         if self.split_lines:
-            texts = [line for text in texts for line in text.splitlines() if line.strip()]
+            # not `splitlines`, which also ends a line at characters that are part of texts, such as U+2028
+            texts = [line for text in texts for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
         texts = [text.strip() for text in texts] or [""]
         if not all(texts) and not self.allow_empty:
             raise ValueError("has an empty caption: write one, or allow it with dataset.captions.allow_empty=true")
+        if any(len(text) > MOST_CHARACTERS for text in texts):
+            raise ValueError(
+                f"has a caption of {max(map(len, texts))} characters: at most {MOST_CHARACTERS} are allowed"
+            )
+        if len(texts) * max(self.shuffle_tags, 1) > MOST_CAPTIONS:
+            orders = f" in {self.shuffle_tags} orders" if self.shuffle_tags else ""
+            raise ValueError(f"has {len(texts)} captions{orders}: at most {MOST_CAPTIONS} are allowed")
+        if any("\0" in text for text in texts):
+            raise ValueError("has a caption with NUL characters, as text in UTF-16 has: save it as UTF-8")
         if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
             raise ValueError("has a caption that contains a lone surrogate")
         return tuple(dict.fromkeys(self._finish(order) for text in texts for order in self._orders(text)))

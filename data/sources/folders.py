@@ -8,8 +8,8 @@ files that they point to.
 import csv
 import json
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from io import StringIO
@@ -19,14 +19,20 @@ from typing import Any
 from data.checks import check_flag, check_text, check_texts
 from data.sources.base import Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
-from data.sources.images import SUFFIXES, UNREADABLE, Picture, file_picture, shorten
+from data.sources.images import SUFFIXES, Picture, file_picture, shorten
+from data.sources.listing import (
+    METADATA,
+    MOST_TEXT,
+    Listing,
+    different,
+    existing_folder,
+    is_foreign,
+    list_files,
+    path_inside,
+    read_text,
+)
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 REFERENCES = "references"
-
-
-class OutsideFolder(ValueError):  # noqa: N818
-    """A dataset names a file that is not in its folder."""
 
 
 class Folder(Source):
@@ -72,7 +78,8 @@ class Folder(Source):
         self._pictures: dict[str, Picture] = {}  # by path, so that samples share the object of a common reference
         endings = ", ".join(sorted(SUFFIXES))
         beneath = "" if recursive else "; set dataset.recursive=true to include subfolders"
-        self._take(self._found(self.path), f": it contains no images ({endings}){beneath}")
+        found = self._found(self.path, (os.path.realpath(self.path),))
+        self._take(found, f": it contains no images ({endings}){beneath}")
         columns: dict[str, tuple[object, object]] = {
             "caption_column": (self._caption, "text"),
             "image_column": (self._image, "file_name"),
@@ -85,8 +92,8 @@ class Folder(Source):
                 "or remove the setting"
             )
 
-    def _found(self, folder: Path) -> Iterator[Sample | Bad]:
-        """Yield the samples of a folder, with `recursive` also those of its subfolders."""
+    def _found(self, folder: Path, above: tuple[str, ...]) -> Iterator[Sample | Bad]:
+        """Yield the samples of a folder, with `recursive` also those of its subfolders. `above` are real paths."""
         metadata = [folder / name for name in METADATA if (folder / name).exists()]
         if len(metadata) == 2:
             raise ValueError(f"{folder} has both {' and '.join(METADATA)}. Remove one of them")
@@ -94,44 +101,62 @@ class Folder(Source):
             self._has_metadata = True
             yield from self._from_metadata(metadata[0])
             return
-        names, folders = list_folder(folder)
-        yield from self._from_sidecars(folder, names)
-        if self._recursive:
-            for name in folders:
-                if folder / name != self._mask_folder:
-                    yield from self._found(folder / name)
+        found = list_files(folder)
+        yield from self._from_sidecars(folder, found)
+        for name in found.folders:
+            inside = folder / name
+            if inside == self._mask_folder:
+                continue
+            real = os.path.realpath(inside)
+            if self._recursive and real not in above:
+                yield from self._found(inside, (*above, real))
+            elif not self._recursive and (files := list_files(inside).pictures):
+                self._note_unused("subfolders with images (dataset.recursive=true)", f"{name} ({len(files)})")
 
-    def _from_sidecars(self, folder: Path, names: Sequence[str]) -> Iterator[Sample | Bad]:
+    def _from_sidecars(self, folder: Path, found: Listing) -> Iterator[Sample | Bad]:
         masks: dict[str, list[str]] = {}
         if self._mask_folder is not None:
             there = self._mask_folder / folder.relative_to(self.path)
             if folder == self.path:
                 existing_folder("mask", there)
-            masks = pictures_by_stem(there) if there.is_dir() else {}
-        texts = {name for name in names if name.endswith(".txt")}
-        for stem, files in by_stem(names).items():
-            mask = masks.get(stem, [])
-            for name in files:
-                path = str(folder / name)
+            masks = list_files(there, recursive=True).pictures if there.is_dir() else {}
+        for stem, files in found.pictures.items():
+            mask, texts = masks.get(stem, []), found.texts.get(stem, [])
+            for path in files:
                 if len(files) > 1 and (self._prompt is None or masks):
-                    others = ", ".join(other for other in files if other != name)
-                    yield Bad(path, f"shares its name, and so its caption, with {others}: rename one of them")
+                    others = [os.path.basename(other) for other in files if other != path]
+                    shared = different(others, os.path.basename(path))
+                    yield Bad(path, f"shares its name, and so its caption, with {shared}: rename one of them")
                 elif len(mask) > 1:
                     yield Bad(path, f"has several masks, {' and '.join(mask)}: remove all but one")
-                elif is_foreign(name):
+                elif len(texts) > 1:
+                    yield Bad(
+                        path,
+                        f"has several captions, {different(list(map(os.path.basename, texts)))}: remove all but one",
+                    )
+                elif is_foreign(path):
                     yield Bad(path, "has a format that Pillow cannot read: convert it")
                 elif self._mask_folder is not None and not mask:
                     yield Bad(path, f"has no mask in {self._mask_folder}")
-                elif self._prompt is None and f"{stem}.txt" not in texts:
+                elif not texts and (partner := found.partner_of(stem)):
+                    yield Bad(
+                        path,
+                        f"has no caption and, by its name, belongs to {os.path.basename(partner)}. References are the "
+                        "column references of metadata.jsonl, or a folder (dataset=pairs); masks are dataset.mask",
+                    )
+                elif self._prompt is None and not texts:
                     yield Bad(path, f"has no caption: write {stem}.txt or metadata.jsonl, or set dataset.prompt")
                 else:
                     sample = Sample(file_picture(path), (), mask=file_picture(mask[0]) if mask else None)
-                    yield _with_caption(sample, self._prompt, folder / f"{stem}.txt")
+                    yield _with_caption(sample, self._prompt, texts)
+        if self._prompt is None:
+            self._note_unused("captions without an image of their name", *found.lone_texts)
 
     def _from_metadata(self, file: Path) -> Iterator[Sample | Bad]:
         rows = list(_jsonl(file) if file.suffix == ".jsonl" else _csv(file))
         if not rows:
             raise ValueError(f"{file} is empty. Write one line for each image")
+        self._note_what_is_not_named(file, [row for _, row in rows])
         references = self._references
         if references is None:
             references = (REFERENCES,) * any(REFERENCES in row for _, row in rows)
@@ -148,10 +173,29 @@ class Folder(Source):
                 target = self._picture(file, row, self._image)
                 others = [self._inside(file, name) for column in references for name in _names(row.get(column), column)]
                 mask = self._picture(file, row, self._mask_name) if self._mask_name and row[self._mask_name] else None
-                texts = [self._prompt] if self._prompt is not None else caption_texts(row[self._caption])
+                texts = (
+                    [self._prompt] if self._prompt is not None else caption_texts(row[self._caption], self.allow_empty)
+                )
                 yield Sample(target, tuple(texts), tuple(others), mask=mask)
             except ValueError as error:
                 yield Bad(f"{file} line {number}", str(error))
+
+    def _note_what_is_not_named(self, file: Path, rows: Sequence[dict[str, Any]]) -> None:
+        """Note images, captions and metadata below the folder of `file` that it leaves out, and its unused columns."""
+        used = {self._image, self._mask_name, *(self._references or (REFERENCES,))}
+        cells = [(column, name) for row in rows for column, cell in row.items() for name in _texts(cell)]
+        named = {_comparable(file.parent / name) for _, name in cells}
+        columns = dict.fromkeys(column for column, name in cells if os.path.splitext(name)[1].lower() in SUFFIXES)
+        found = list_files(file.parent, recursive=True)
+        pictures = [path for files in found.pictures.values() for path in files]
+        self._note_unused(f"images that {file} does not name", *(p for p in pictures if _comparable(p) not in named))
+        if self._prompt is None:
+            texts = [path for stem, files in found.texts.items() if stem in found.pictures for path in files]
+            self._note_unused(f"captions, because {file} has them", *texts)
+        others = [path for path in found.metadata if path != str(file)]
+        self._note_unused(f"metadata of subfolders, because {file} describes them", *others)
+        unused = [column for column in columns if column not in used]
+        self._note_unused("columns of images, which dataset.reference_columns or dataset.mask can name", *unused)
 
     def _picture(self, file: Path, row: dict[str, Any], column: str) -> Picture:
         names = _names(row.get(column), column)
@@ -206,95 +250,57 @@ class Pairs(Source):
     def _found(
         self, target: Path, sources: Sequence[Path], masks: Path | None, incomplete: bool
     ) -> Iterator[Sample | Bad]:
-        targets = pictures_by_stem(target)
-        references_by_stem = [pictures_by_stem(folder) for folder in sources]
-        masked = pictures_by_stem(masks) if masks is not None else {}
+        found = list_files(target, recursive=True)
+        targets, texts = found.pictures, found.texts
+        references_by_stem = [list_files(folder, recursive=True).pictures for folder in sources]
+        masked = list_files(masks, recursive=True).pictures if masks is not None else {}
         for stem, (name, *same) in targets.items():
             partners = [files.get(stem, []) for files in references_by_stem]
             twice = [files for files in ([name, *same], *partners, masked.get(stem, [])) if len(files) > 1]
             lacking = [folder for folder, files in zip(sources, partners, strict=True) if not files]
-            text = target / f"{stem}.txt"
+            if len(texts.get(stem, [])) > 1:
+                twice.append(texts[stem])
             if twice:
-                yield Bad(name, f"has several possible pairs, {' and '.join(twice[0])}: remove all but one")
+                yield Bad(name, f"has several possible pairs, {different(twice[0])}: remove all but one")
             elif foreign := [file for files in ([name], *partners) for file in files if is_foreign(file)]:
                 yield Bad(foreign[0], "has a format that Pillow cannot read: convert it")
             elif lacking and not incomplete:
                 yield Bad(name, f"has no image of its name in {lacking[0]} (dataset.incomplete=true allows that)")
             elif masks is not None and stem not in masked:
                 yield Bad(name, f"has no mask in {masks}")
-            elif self._prompt is None and not text.is_file():
-                yield Bad(name, f"has no caption: write {text.name} next to it, or set dataset.prompt for all")
+            elif self._prompt is None and stem not in texts:
+                yield Bad(name, f"has no caption: write {stem}.txt next to it, or set dataset.prompt for all")
             else:
                 mask = file_picture(masked[stem][0]) if masks is not None else None
                 references = tuple(file_picture(file) for files in partners for file in files)
-                yield _with_caption(Sample(file_picture(name), (), references, mask=mask), self._prompt, text)
+                yield _with_caption(
+                    Sample(file_picture(name), (), references, mask=mask), self._prompt, texts.get(stem, [])
+                )
+        if self._prompt is None:
+            self._note_unused("captions without an image of their name", *found.lone_texts)
         for files in references_by_stem:
             for stem in sorted(files.keys() - targets.keys()):
                 yield Bad(files[stem][0], f"has no target of its name in {target}")
 
 
-def existing_folder(key: str, path: object) -> Path:
-    """Return the folder that a setting names. Raise ValueError if there is none."""
-    folder = Path(check_text(f"dataset.{key}", path)).expanduser()
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"dataset.{key}={str(path)!r} {problem}. Give a folder of images")
-    return folder
-
-
-def path_inside(folder: Path, name: str) -> str:
-    """Return the path of a file that a dataset names. Raise OutsideFolder if it is not inside the folder."""
-    root = os.path.abspath(folder)
-    path = os.path.normpath(os.path.join(root, name))
-    if not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise OutsideFolder(f"names {shorten(name)!r}, which is not in {folder}: files must be inside the folder")
-    return os.path.join(folder, os.path.relpath(path, root))
-
-
-def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the files (and broken links) and of the subfolders, without hidden ones."""
-    with os.scandir(folder) as entries:
-        shown = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    return [name for name, is_dir in shown if not is_dir], [name for name, is_dir in shown if is_dir]
-
-
-def is_foreign(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in UNREADABLE
-
-
-def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the image files among `names`, by their names without the extension."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in SUFFIXES | UNREADABLE:
-            found[stem].append(name)
-    return found
-
-
-def pictures_by_stem(folder: Path) -> dict[str, list[str]]:
-    """Return the paths of the images in a folder and its subfolders, by relative path without the extension."""
-    files, folders = list_folder(folder)
-    found = {stem: [str(folder / name) for name in names] for stem, names in by_stem(files).items()}
-    for name in folders:
-        found |= {f"{name}/{stem}": files for stem, files in pictures_by_stem(folder / name).items()}
-    return found
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file. Raise ValueError, naming the file, if it is not UTF-8."""
+def _with_caption(sample: Sample, prompt: str | None, texts: Sequence[str]) -> Sample | Bad:
+    """Return the sample with `prompt`, or else the text of the file, as its caption; Bad if that cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8") from error
-
-
-def _with_caption(sample: Sample, prompt: str | None, file: Path) -> Sample | Bad:
-    """Return the sample with `prompt`, or else the text of `file`, as its caption; Bad if that cannot be read."""
-    try:
-        return replace(sample, captions=(read_text(file) if prompt is None else prompt,))
+        return replace(sample, captions=(read_text(texts[0], MOST_TEXT) if prompt is None else prompt,))
     except (OSError, ValueError) as error:
         return Bad(sample.name, f"has a caption that cannot be read: {error}")
+
+
+def _comparable(path: str | Path) -> str:
+    return unicodedata.normalize("NFC", os.path.normpath(path))
+
+
+def _texts(cell: object) -> Iterator[str]:
+    """Yield the strings of a cell of metadata: one, those of a list, or those of a list that is written as JSON."""
+    if isinstance(cell, str) and cell.startswith("["):
+        with suppress(json.JSONDecodeError, RecursionError):
+            cell = json.loads(cell)
+    yield from (text for text in (cell if isinstance(cell, list) else [cell]) if isinstance(text, str))
 
 
 def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from data.sources.base import Source
 
+LEAST = 1e-4  # repeats of a source, and its share of the largest one
+
 
 class Mix(Source):
     """The samples of several sources, one source after the other, with weights.
@@ -40,6 +42,12 @@ class Mix(Source):
                 is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
                 if not is_number or not math.isfinite(factor) or factor <= 0:
                     raise ValueError(f"dataset.{key}.{name}={factor!r} must be a positive number")
+                part = factor if key == "repeats" else factor / max(map(float, given.values()))
+                if not LEAST <= part <= 1 / LEAST:  # far beyond, counts of samples lose their meaning
+                    raise ValueError(
+                        f"dataset.{key}.{name}={factor!r} must be from {LEAST:g} to {1 / LEAST:g}"
+                        + ("" if key == "repeats" else " times the largest share")
+                    )
         if shares and (left := sources.keys() - shares.keys()):
             raise ValueError(f"dataset.shares omits {', '.join(sorted(left))}. Name every source")
         super().__init__(" and ".join(source.where for source in sources.values()))

@@ -1,5 +1,6 @@
 """Open a table with the `datasets` library, and turn all its exceptions into one ValueError with a remedy."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,22 @@ def table_files(local: Path) -> list[Path]:
     """Return the sorted files of a local table."""
     files = [local] if local.is_file() else sorted(local.rglob("*"))
     return [file for file in files if file.suffix in KINDS and file.name not in DESCRIPTIONS and file.is_file()]
+
+
+def other_tables(path: str, split: str) -> list[str]:
+    """Return the tables in a local folder that are not read for `split`, because of their names.
+
+    The library sorts files into splits by words in their names, of one type alone: `train_stations.parquet` is a table
+    of the split train, and then `dogs.parquet` belongs to none.
+    """
+    import datasets
+
+    local = Path(path).expanduser()
+    if not is_local(path) or not local.is_dir() or _is_saved(local):
+        return []
+    files = datasets.load_dataset_builder(str(local)).config.data_files or {}
+    read = {os.path.realpath(file) for file in files.get(split.partition("[")[0], [])}
+    return [str(file.relative_to(local)) for file in table_files(local) if os.path.realpath(file) not in read]
 
 
 def _local(path: str, revision: str | None, subset: str | None) -> Path | None:

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import pyarrow as pa
 
 from data.checks import check_flag, check_int, check_text, check_texts
-from data.sources.base import Bad, Sample, Source
+from data.files import open_regular
+from data.sources.base import Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
-from data.sources.folders import REFERENCES, OutsideFolder, existing_folder, path_inside
-from data.sources.images import BadPicture, Picture, shorten
-from data.sources.open_table import is_local, open_table
+from data.sources.folders import REFERENCES
+from data.sources.images import SUFFIXES, BadPicture, Picture, shorten
+from data.sources.listing import OutsideFolder, existing_folder, path_inside
+from data.sources.open_table import is_local, open_table, other_tables
+from data.sources.pixels import is_image
 from data.sources.streaming import streamed_table
 
 if TYPE_CHECKING:
@@ -91,6 +94,11 @@ class HuggingFace(Source):
             table = table.select(range(min(limit, len(table))))
         if not len(table):
             raise ValueError(f"dataset.split={split!r} of {self.path} is empty")
+        unused = [name for name in columns.names if name not in self._pictured and _has_images(table, name)]
+        self._note_unused("columns of images, which dataset.reference_columns or dataset.mask can name", *unused)
+        self._note_unused(
+            f"tables that by their names are not of dataset.split={split}", *other_tables(self.path, split)
+        )
         self._tables = {column: table.select_columns([column]).with_format("arrow") for column in self._pictured}
         self._take(self._found(table))
 
@@ -99,9 +107,10 @@ class HuggingFace(Source):
         for index, caption in enumerate(captions):
             name = f"row {index} of {self.path}"
             texts = caption if isinstance(caption, list) else [caption]
-            if not texts or None in texts:
-                yield Bad(name, f"has no caption in {self._caption!r}: null")
+            if not self.allow_empty and (not texts or None in texts):
+                yield Bad(name, f"has no caption in {self._caption!r}: null (dataset.captions.allow_empty allows that)")
                 continue
+            texts = caption_texts(caption, self.allow_empty)
             references = [picture for column in self._references for picture in self._pictures(index, column)]
             masks = self._pictures(index, self._mask_name) if self._mask_name else []
             target, mask = self._picture(index, self._image), masks[0] if masks else None
@@ -139,12 +148,16 @@ class HuggingFace(Source):
             raise BadPicture(name, "is null")
         if not _is_text(cell.type):  # not copied: a header needs the first pages
             return cast(BinaryIO, pa.BufferReader(cell.as_buffer())) if len(cell.as_buffer()) else BytesIO()
+        path = shorten(repr(cell.as_py()))
         for root in roots:
             try:
-                return open(path_inside(root, cell.as_py()), "rb")
+                return open_regular(path_inside(root, cell.as_py()))
             except OutsideFolder:
                 continue
-        path = shorten(repr(cell.as_py()))
+            except FileNotFoundError as error:
+                hint = ", with / between folders" if "\\" in path else ""
+                reason = f"is {path}, which does not exist in {root}: correct it{hint}, or set dataset.picture_folder"
+                raise BadPicture(name, reason) from error
         raise BadPicture(name, f"is {path}, which is not in {roots[0]}: set dataset.picture_folder to its base folder")
 
     def _picture_roots(self, folder: str | None, columns: pa.Schema) -> list[Path]:
@@ -181,6 +194,20 @@ class HuggingFace(Source):
             if not (empty or (_is_text(item) if key == "caption_column" else is_bytes or _may_be_path(item))):
                 wanted = "text" if key == "caption_column" else "images, encoded bytes, or paths"
                 raise ValueError(f"dataset.{key}={column!r} of {self.path} contains {kind}: it must contain {wanted}")
+
+
+def _has_images(table: "Dataset", column: str) -> bool:
+    """Return whether a column holds images or paths of images, by its type and its first cell."""
+    cell = table.select_columns([column]).with_format("arrow")[0].column(0)[0]
+    if _is_list(cell.type) and cell.is_valid and len(cell):
+        cell = cell[0]
+    if pa.types.is_struct(cell.type):
+        return _may_be_path(cell.type)
+    if not cell.is_valid:
+        return False
+    if _is_text(cell.type):
+        return Path(cell.as_py()).suffix.lower() in SUFFIXES
+    return (pa.types.is_binary(cell.type) or pa.types.is_large_binary(cell.type)) and is_image(BytesIO(cell.as_py()))
 
 
 def _item(kind: pa.DataType) -> pa.DataType:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,10 @@ from pathlib import Path
 from data.checks import check_text
 from data.sources.base import Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
-from data.sources.folders import is_foreign
 from data.sources.images import SUFFIXES, FileOpener, Picture, shorten
+from data.sources.listing import MOST_TEXT, decode_text, is_foreign
 
 REFERENCE = re.compile(r"ref(\d+)$")
-MOST_TEXT = 1 << 20  # maximum bytes of a caption file
 
 
 class WebDataset(Source):
@@ -58,26 +58,23 @@ class WebDataset(Source):
             raise ValueError(f"dataset.mask={mask!r}: no sample has a file such as NAME.{mask}.png")
 
     def _found(self, shard: str) -> Iterator[Sample | Bad]:
-        seen = set()
-        try:
-            for entry in _entries(shard):
-                name = f"{shard}/{entry.key}"
-                if entry.key in seen:
-                    yield Bad(name, "is in its shard twice: rename one of them")
-                    continue
-                seen.add(entry.key)
-                try:
-                    yield self._sample(entry, name)
-                except ValueError as error:
-                    yield Bad(name, str(error))
-        except (tarfile.TarError, OSError, EOFError) as error:
-            yield Bad(shard, f"cannot be read as an uncompressed tar file ({error}): unpack a .gz, or copy it again")
+        entries, damage = _entries(shard)
+        for entry in entries:
+            name = f"{shard}/{entry.key}"
+            try:
+                yield self._sample(entry, name)
+            except ValueError as error:
+                yield Bad(name, str(error))
+        if damage is not None:
+            yield Bad(shard, f"cannot be read as an uncompressed tar file ({damage}): unpack a .gz, or copy it again")
 
     def _sample(self, entry: "_Entry", name: str) -> Sample:
         """Return the sample. Raise ValueError with the bare reason if it has no image or caption, or several."""
         if entry.linked:
             links = ", ".join(f".{part}" for part in entry.linked)
             raise ValueError(f"has links in its shard ({links}): pack files (tar --hard-dereference)")
+        if entry.twice:
+            raise ValueError(f"has .{entry.twice[0]} in its shard twice: rename one of them")
         pictures: dict[str, str] = {}  # name between the dots -> file
         for file in entry.parts:
             stem, suffix = os.path.splitext(f"x.{file}")
@@ -88,12 +85,17 @@ class WebDataset(Source):
                 if what in pictures:
                     raise ValueError(f"has both .{pictures[what]} and .{file}: remove one of them")
                 pictures[what] = file
+        if "" not in pictures and set(entry.parts) == {"txt"}:
+            raise ValueError("is a caption without an image of its name in its shard")
         if "" not in pictures:
             raise ValueError(f"has no image; its files are {', '.join('.' + file for file in entry.parts)}")
         numbered = [(int(found[1]), what) for what in pictures if (found := REFERENCE.match(what))]
         if len(dict(numbered)) < len(numbered):
             raise ValueError(f"has two references of the same number: {', '.join(f'.{what}' for _, what in numbered)}")
         mask = None if self._mask_name is None else pictures.get(self._mask_name)
+        used = {"", self._mask_name, *(what for _, what in numbered)}
+        others = [f"{name}.{file}" for what, file in pictures.items() if what not in used]
+        self._note_unused("further images of samples (references are called ref0, ref1; see dataset.mask)", *others)
         return Sample(
             entry.picture(pictures[""], name),
             tuple(self._texts(entry)),
@@ -113,7 +115,7 @@ class WebDataset(Source):
         if not isinstance(row, dict) or self._key not in row:
             has = ", ".join(row) if isinstance(row, dict) else shorten(repr(row))
             raise ValueError(f"has no {self._key!r} in its .json, which has: {has}")
-        return caption_texts(row[self._key])
+        return caption_texts(row[self._key], self.allow_empty)
 
 
 @dataclass
@@ -124,6 +126,7 @@ class _Entry:
     key: str
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)
     linked: list[str] = field(default_factory=list)  # parts that are links
+    twice: list[str] = field(default_factory=list)  # parts that the shard has twice
 
     def picture(self, part: str, name: str) -> Picture:
         return Picture(f"{name}.{part}", FileOpener(self.shard, *self.parts[part]))
@@ -136,9 +139,9 @@ class _Entry:
             raise ValueError(f"has a .{part} of {self.parts[part][1]} bytes, which is no caption")
         with FileOpener(self.shard, *self.parts[part])() as stream:
             try:
-                return stream.read().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"has a .{part} that is not UTF-8 text ({error}): save it as UTF-8") from error
+                return decode_text(stream.read())
+            except ValueError as error:
+                raise ValueError(f"has a .{part} that {error}") from error
 
 
 def _shards(path: str) -> list[str]:
@@ -155,24 +158,30 @@ def _shards(path: str) -> list[str]:
     return shards
 
 
-def _entries(shard: str) -> Iterator[_Entry]:
-    """Yield the samples of a shard: consecutive files with the same key."""
-    entry = None
-    with tarfile.open(shard, "r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every header in memory
-            folder, name = os.path.split(member.name)
-            key, dot, part = name.partition(".")
-            if not (member.isreg() or member.islnk() or member.issym()) or not dot or not key:
-                continue
-            key = f"{folder}/{key}" if folder else key
-            if entry is None or entry.key != key:
-                if entry is not None:
-                    yield entry
-                entry = _Entry(shard, key)
-            if not member.isreg():  # tar stores a second hard link to a file as a link
-                entry.linked.append(part)
-                continue
-            entry.parts[part] = member.offset_data, member.size
-    if entry is not None:
-        yield entry
+def _entries(shard: str) -> tuple[list[_Entry], Exception | None]:
+    """Return the samples of a shard, in the order of the first file of each, and the error at which it ends, if any.
+
+    Files of a sample need not follow each other. The sample of the last file before an error is left out.
+    """
+    entries: dict[str, _Entry] = {}
+    key = ""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every header in memory
+                folder, name = os.path.split(member.name)
+                stem, dot, part = name.partition(".")
+                if not (member.isreg() or member.islnk() or member.issym()) or not dot or not stem:
+                    continue
+                key = unicodedata.normalize("NFC", f"{folder}/{stem}" if folder else stem)
+                entry = entries.setdefault(key, _Entry(shard, key))
+                if part in entry.parts:
+                    entry.twice.append(part)
+                if not member.isreg():  # tar stores a second hard link to a file as a link
+                    entry.linked.append(part)
+                    continue
+                entry.parts[part] = member.offset_data, member.size
+    except (tarfile.TarError, OSError, EOFError) as error:
+        entries.pop(key, None)
+        return list(entries.values()), error
+    return list(entries.values()), None

@@ -72,7 +72,8 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Say) -> list[Reques
     """
     what = f"--prompts {file}"
     try:
-        lines = [line for line in enumerate(file.read_text("utf-8-sig").splitlines(), 1) if line[1].strip()]
+        text = file.read_text("utf-8-sig")  # a line ends at \n alone: U+2028 and others may be in a string
+        lines = [line for line in enumerate(text.split("\n"), 1) if line[1].strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{what} cannot be read ({error})") from error
     if not lines:

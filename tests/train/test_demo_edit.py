@@ -115,8 +115,8 @@ def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_pa
     assert report.keys() >= GOOD.keys() | {"training_seconds", "distance", "before", "after", "shuffled_given"}
     assert report["edits_right_before"] == report["before"]["all"]
     assert report["moved"] == pytest.approx(1 - report["distance"] / report["distance_before"])
-    assert f"-m flux2.generate --adapter {run / 'adapter'} --image data/demo_edit/new/pink_fish.png" in out
-    assert (ROOT / "data/demo_edit/new/pink_fish.png").is_file()
+    assert f"-m flux2.generate --adapter {run / 'adapter'} --image data/demo_edit_new/pink_fish.png" in out
+    assert (ROOT / "data/demo_edit_new/pink_fish.png").is_file()
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_the_demos_settings_are_those_of_its_experiment():
     assert {sample.captions for sample in dataset} == {(INSTRUCTION,)}
     assert all(len(sample.references) == 1 for sample in dataset)
     names = {f"{drawing.color}_{drawing.shape}" for drawing in SHOWN}
-    assert {file.removeprefix("data/demo_edit/new/").removesuffix(".png") for file in run.sample.files} == names
+    assert {file.removeprefix("data/demo_edit_new/").removesuffix(".png") for file in run.sample.files} == names
     assert [len(files) for files in run.sample.edits] == [1] * len(run.sample.prompts)
 
 

@@ -117,7 +117,12 @@ def prepare_data(config: RunConfig) -> TrainingData:
     key = [config.precision.dtype, *(config.composed[name] for name in (*DATA_GROUPS, *DATA_KEYS))]
     prepared: PreparedData = SHARED.take("data", key, lambda: prepare_samples(config), config.say, "prepared data")
     cached, settings = prepared.cached, config.settings
-    training, held_out = config.validation.split(cached.contents)
+    training, held_out = config.validation.split(cached.contents, cached.references)
+    if config.validation.held_out and len(held_out) > config.validation.held_out:
+        config.say(
+            f"{len(held_out)} samples are held out instead of {config.validation.held_out}: samples of one image, and "
+            "edits of an image that is held out, are not trained either"
+        )
     samples, entries = [prepared.samples[i] for i in training], [cached.entries[i] for i in training]
     all_samples, all_entries = samples, entries
     if prepared.classes is not None:

@@ -21,7 +21,7 @@ LAST_LOSSES = 10  # logged losses in the mean that is reported: a single one var
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """Return a file's JSON lines with a step, or none; skip lines that a crash or a full disk left incomplete."""
     lines = []
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+    for line in file.read_text(errors="replace").split("\n") if file.is_file() else []:
         try:
             values = json.loads(line)
         except ValueError:

@@ -7,6 +7,7 @@ samples the curve becomes readable, above all on held-out samples.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,21 +44,52 @@ class ValidationSettings:
         if not times or not all(is_number(time, 0, 1) for time in times) or len({f"{t:g}" for t in times}) < len(times):
             raise ValueError(f"validation.times={self.times!r} must be a list of different numbers from 0 to 1")
 
-    def split(self, contents: Sequence[str]) -> tuple[list[int], list[int]]:
+    def split(self, contents: Sequence[str], references: Sequence[Sequence[str]] = ()) -> tuple[list[int], list[int]]:
         """Return the indices to train on, in order, and those to validate on.
 
-        Samples are held out by `contents`, their digests: order does not matter, and adding images changes little.
+        Samples are held out by `contents`, the digests of their images: order does not matter, and adding images
+        changes little. Samples of one image, and samples of which one's image is among the other's `references`, are
+        held out together, which may be more than `held_out`.
         """
         count = len(contents)
-        if self.held_out >= count:
-            raise ValueError(
-                f"validation.held_out={self.held_out} leaves none of the {count} samples to train on. Set a lower one"
-            )
         ranks = [hashlib.sha256(f"{self.seed} held out {content}".encode()).hexdigest() for content in contents]
         order = sorted(range(count), key=lambda i: ranks[i])
         if not self.held_out:
             return list(range(count)), order[: self.samples]
-        return sorted(order[self.held_out :]), order[: self.held_out]
+        groups = groups_of(contents, references)
+        held_out = dict[int, None]()  # in order
+        for i in order:
+            if len(held_out) < self.held_out:
+                held_out |= dict.fromkeys(groups[i])
+        if len(held_out) >= count:
+            linked = f", which are held out with {len(held_out)} of the same images," * (self.held_out < count)
+            raise ValueError(
+                f"validation.held_out={self.held_out}{linked} leaves none of the {count} samples to train on. Set a "
+                "lower one"
+            )
+        return [i for i in range(count) if i not in held_out], list(held_out)
+
+
+def groups_of(contents: Sequence[str], references: Sequence[Sequence[str]] = ()) -> list[list[int]]:
+    """Return for each sample those that show its image, as their target or as an edit of it; itself is among them."""
+    of_image: dict[str, int] = {}  # the first sample of each target
+    parents = list(range(len(contents)))
+
+    def root(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = i = parents[parents[i]]
+        return i
+
+    for i, content in enumerate(contents):
+        parents[root(i)] = root(of_image.setdefault(content, i))
+    for i, shown in enumerate(references):
+        for content in shown:
+            if content in of_image:
+                parents[root(i)] = root(of_image[content])
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(contents)):
+        members[root(i)].append(i)
+    return [members[root(i)] for i in range(len(contents))]
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,28 @@ def pixels(file):
     return np.asarray(Image.open(file))
 
 
+def new_images(folder):
+    return folder.with_name("demo_edit_new")
+
+
 def files(folder):
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in (".png", ".jsonl"))
 
 
 def test_the_script_redraws_the_files_in_the_repository(tmp_path):
-    main(tmp_path)
-    assert files(tmp_path) == files(FOLDER)
-    assert len(files(FOLDER)) == 2 * PAIRS + len(SHOWN) + 1
-    assert (tmp_path / "metadata.jsonl").read_bytes() == (FOLDER / "metadata.jsonl").read_bytes()
-    for name in files(FOLDER)[:-1]:
-        # Pixels and not bytes: another zlib may compress differently.
-        assert name.endswith(".png") or name == "metadata.jsonl"
-        if name.endswith(".png"):
-            assert pixels(tmp_path / name).shape == (128, 128, 3)
-            assert (pixels(tmp_path / name) == pixels(FOLDER / name)).all(), name
+    redrawn = tmp_path / "demo_edit"
+    redrawn.mkdir()
+    main(redrawn)
+    assert (redrawn / "metadata.jsonl").read_bytes() == (FOLDER / "metadata.jsonl").read_bytes()
+    for here, there, count in ((redrawn, FOLDER, 2 * PAIRS + 1), (new_images(redrawn), new_images(FOLDER), len(SHOWN))):
+        assert files(here) == files(there)
+        assert len(files(there)) == count
+        for name in files(there):
+            # Pixels and not bytes: another zlib may compress differently.
+            assert name.endswith(".png") or name == "metadata.jsonl"
+            if name.endswith(".png"):
+                assert pixels(here / name).shape == (128, 128, 3)
+                assert (pixels(here / name) == pixels(there / name)).all(), name
 
 
 def test_a_pair_is_a_picture_and_the_same_picture_in_the_spotlight():

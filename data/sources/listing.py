@@ -1,0 +1,153 @@
+"""Folders of a dataset: their images and captions by name, paths inside them, and texts that are read from them.
+
+Names are compared in the Unicode form NFC, because macOS and some archives write "é" as two characters. A link to a
+folder that contains it is skipped: its files are found without it.
+"""
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.checks import check_text
+from data.files import open_regular
+from data.sources.images import SUFFIXES, UNREADABLE, shorten
+from data.sources.pixels import is_image
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+MOST_TEXT = 1 << 20  # maximum bytes of a caption file
+# what is added to the name of an image for what belongs to it: cat.png and cat.control.png
+PARTNER = re.compile(
+    r"(.+)[._-](ref(erence)?\d*|control|cond(itioning|ition)?|source|src|before|input|orig(inal)?|hint|mask|depth|pose|"
+    "canny|edges?)",
+    re.IGNORECASE,
+)
+
+
+class OutsideFolder(ValueError):  # noqa: N818
+    """A dataset names a file that is not in its folder."""
+
+
+@dataclass
+class Listing:
+    """The files of a folder that matter here, as paths, by their names relative to it without the extension (NFC)."""
+
+    pictures: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    texts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    metadata: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)  # names of subfolders
+
+    @property
+    def lone_texts(self) -> list[str]:
+        """The captions without an image of their name."""
+        return [file for stem, files in self.texts.items() if stem not in self.pictures for file in files]
+
+    def partner_of(self, stem: str) -> str | None:
+        """Return the image that a name such as cat.control belongs to, by its looks; None if there is none."""
+        found = PARTNER.fullmatch(stem)
+        return self.pictures[found[1]][0] if found and found[1] in self.pictures else None
+
+
+def list_files(folder: Path, recursive: bool = False) -> Listing:
+    """Return the files in a folder in the order of their names, subfolders after files, without hidden ones."""
+    found = Listing()
+    _collect(folder, "", found, (os.path.realpath(folder),) if recursive else None)
+    return found
+
+
+def _collect(folder: Path, prefix: str, found: Listing, above: tuple[str, ...] | None) -> None:
+    with os.scandir(folder) as entries:
+        shown = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    for name in (name for name, is_dir in shown if not is_dir):
+        stem, suffix = os.path.splitext(name)
+        path, key = str(folder / name), unicodedata.normalize("NFC", prefix + stem)
+        if suffix.lower() in SUFFIXES | UNREADABLE or (not suffix and _is_image_file(path)):
+            found.pictures[key].append(path)
+        elif suffix == ".txt":
+            found.texts[key].append(path)
+        elif name in METADATA:
+            found.metadata.append(path)
+    for name in (name for name, is_dir in shown if is_dir):
+        if above is None:
+            found.folders.append(name)
+        elif (real := os.path.realpath(folder / name)) not in above:
+            _collect(folder / name, f"{prefix}{name}/", found, (*above, real))
+
+
+def _is_image_file(path: str) -> bool:
+    try:
+        with open_regular(path) as stream:
+            return is_image(stream)
+    except OSError:  # a pipe, or a broken link
+        return False
+
+
+def existing_folder(key: str, path: object) -> Path:
+    """Return the folder that a setting names. Raise ValueError if there is none."""
+    folder = Path(check_text(f"dataset.{key}", path)).expanduser()
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"dataset.{key}={str(path)!r} {problem}. Give a folder of images")
+    return folder
+
+
+def path_inside(folder: Path, name: str) -> str:
+    """Return the path of a file that a dataset names, in the Unicode form in which it exists.
+
+    Raise OutsideFolder if it is not inside the folder.
+    """
+    root = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(root, name))
+    if not path.startswith(root.rstrip(os.sep) + os.sep):
+        raise OutsideFolder(f"names {shorten(name)!r}, which is not in {folder}: files must be inside the folder")
+    relative = os.path.relpath(path, root)
+    if not relative.isascii():
+        relative = _existing_form(root, relative)
+    return os.path.join(folder, relative)
+
+
+def _existing_form(root: str, relative: str) -> str:
+    place = root
+    for part in relative.split(os.sep):
+        forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
+        place = next((path for form in forms if os.path.exists(path := os.path.join(place, form))), f"{place}/{part}")
+    return os.path.relpath(place, root)
+
+
+def is_foreign(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in UNREADABLE
+
+
+def different(names: Sequence[str], *others: str) -> str:
+    """Return names of files for a message, with escapes if they, or `others`, look the same and are not."""
+    seen = [unicodedata.normalize("NFC", name) for name in (*names, *others)]
+    return " and ".join(map(ascii, names) if len(set(seen)) < len(seen) else names)
+
+
+def decode_text(content: bytes) -> str:
+    """Return a text. Raise ValueError with the bare reason if it is not UTF-8."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text ({error}). Save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError("is not UTF-8 text (it has NUL characters, as UTF-16 has). Save it as UTF-8")
+    return text
+
+
+def read_text(path: str | Path, most: int | None = None) -> str:
+    """Return the text of a file of at most `most` bytes, with \\n at the ends of its lines.
+
+    Raise ValueError, naming the file, if it is not UTF-8 or too long, and OSError if it is not a regular file.
+    """
+    with open_regular(path) as file:
+        content = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(content) > most:
+        raise ValueError(f"{path} has more than {most} bytes, which is no caption. Shorten it")
+    try:
+        return decode_text(content).replace("\r\n", "\n").replace("\r", "\n")
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
