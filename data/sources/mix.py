@@ -42,12 +42,10 @@ class Mix(Source):
                 is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
                 if not is_number or not math.isfinite(factor) or factor <= 0:
                     raise ValueError(f"dataset.{key}.{name}={factor!r} must be a positive number")
-                part = factor if key == "repeats" else factor / max(map(float, given.values()))
-                if not LEAST <= part <= 1 / LEAST:  # far beyond, counts of samples lose their meaning
-                    raise ValueError(
-                        f"dataset.{key}.{name}={factor!r} must be from {LEAST:g} to {1 / LEAST:g}"
-                        + ("" if key == "repeats" else " times the largest share")
-                    )
+            unit, of = (1.0, "") if key == "repeats" else (max(given.values(), default=1.0), " of the largest share")
+            for name, factor in given.items():
+                if not LEAST <= factor / unit <= 1 / LEAST:  # beyond, passes over the samples have no end
+                    raise ValueError(f"dataset.{key}.{name}={factor!r} must be from {LEAST:g} to {1 / LEAST:g}{of}")
         if shares and (left := sources.keys() - shares.keys()):
             raise ValueError(f"dataset.shares omits {', '.join(sorted(left))}. Name every source")
         super().__init__(" and ".join(source.where for source in sources.values()))

@@ -58,6 +58,7 @@ def test_max_aspect_one_leaves_only_the_square() -> None:
         ({"resolution": 512, "upscale": "no"}, "upscale='no'"),
         ({"resolution": 512, "flip": 1}, "flip=1"),
         ({"resolution": 512, "random_crops": -1}, "random_crops=-1"),
+        ({"resolution": 512, "random_crops": 1_000_000_000}, "random_crops=1000000000.*1000"),
         ({"resolution": 512, "random_crops": True}, "random_crops=True"),
         ({"resolution": [512, 256], "min_resolution": 257}, r"min_resolution=257\b.*\b256\b"),
         ({"resolution": 512, "min_resolution": 64, "upscale": True}, "min_resolution=64.*upscale"),

@@ -86,6 +86,18 @@ def test_an_empty_caption_that_is_meant_gets_the_trigger() -> None:
     assert prepared("", allow_empty=True, trigger="trtcrd") == ["trtcrd"]
 
 
+def test_a_line_ends_where_a_text_file_ends_it_and_not_at_characters_of_the_text() -> None:
+    text = "one\u2028still one\r\ntwo\u0085still two\rthree\n\n"
+    assert prepared(text, split_lines=True) == ["one\u2028still one", "two\u0085still two", "three"]
+
+
+def test_the_captions_of_an_image_have_a_bound() -> None:
+    with pytest.raises(ValueError, match=r"20000 captions.*10000"):
+        prepared("x\n" * 20_000, split_lines=True)
+    with pytest.raises(ValueError, match=r"1001 captions in 10 orders.*10000"):
+        prepared(*["a, b, c"] * 1001, shuffle_tags=10)
+
+
 def test_half_a_character_is_refused() -> None:
     with pytest.raises(ValueError, match=r"character|Unicode|surrogate"):
         prepared("a \ud800")
@@ -98,6 +110,7 @@ def test_half_a_character_is_refused() -> None:
         ({"trigger": 3}, r"dataset\.captions\.trigger=3\b"),
         ({"template": "a photo"}, r"template='a photo'.*\{caption\}"),
         ({"shuffle_tags": -1}, r"shuffle_tags=-1\b"),
+        ({"shuffle_tags": 1_000_000_000}, r"shuffle_tags=1000000000\b.*1000\b"),
         ({"shuffle_tags": True}, r"shuffle_tags=True\b"),
         ({"keep_tags": 1}, "keep_tags=1.*shuffle_tags"),
         ({"split_lines": "yes"}, "split_lines='yes'"),

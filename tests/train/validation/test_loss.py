@@ -79,6 +79,33 @@ def test_a_refused_setting_of_validation_is_named_with_its_value(settings, said)
         ValidationSettings(**settings)
 
 
+def test_samples_of_one_image_are_held_out_together():
+    # four images of five captions each, as a mix of sources or lines of metadata gives them
+    contents = [f"{i % 4}" for i in range(20)]
+    trained, validated = ValidationSettings(held_out=4).split(contents)
+    assert len(validated) == 5
+    assert sorted([*trained, *validated]) == list(range(20))
+    assert not {contents[i] for i in trained} & {contents[i] for i in validated}
+    with pytest.raises(ValueError, match=r"validation\.held_out=16\b.*none of the 20"):
+        ValidationSettings(held_out=16).split(contents)
+
+
+def test_edits_of_an_image_that_is_held_out_are_not_trained():
+    contents = [f"image {i}" for i in range(8)]
+    # 1 edits the result of 0, and 3 that of 1; 4 and 5 edit an image that is nobody's target
+    references = [("first",), (contents[0],), (), (contents[1],), ("style",), ("style",), (), ()]
+    for seed in range(20):
+        trained, validated = ValidationSettings(held_out=2, seed=seed).split(contents, references)
+        shown = {content for i in trained for content in (contents[i], *references[i])}
+        assert not shown & {contents[i] for i in validated}
+        assert {0, 1, 3} <= set(validated) or not {0, 1, 3} & set(validated)
+        assert len(validated) <= 4
+    assert any(
+        len({4, 5} & set(ValidationSettings(held_out=2, seed=seed).split(contents, references)[1])) == 1
+        for seed in range(20)
+    )
+
+
 # ------------------------------------------------------------------ the loss at fixed noise
 
 
