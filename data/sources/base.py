@@ -17,6 +17,7 @@ from data.sources.images import BadPicture, Picture, shorten
 
 MAX_REFERENCES = 10  # as many as the published models were trained with
 ALPHA = "alpha"
+UNUSED_COLUMNS = "columns of images, which dataset.reference_columns or dataset.mask can name"
 SHOWN = 20  # names in a message about what is not used
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checks import check_flag, check_text, check_texts
-from data.sources.base import Bad, Sample, Source, caption_texts
+from data.sources.base import UNUSED_COLUMNS, Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, Picture, file_picture, shorten
 from data.sources.listing import (
@@ -110,8 +110,15 @@ class Folder(Source):
             real = os.path.realpath(inside)
             if self._recursive and real not in above:
                 yield from self._found(inside, (*above, real))
-            elif not self._recursive and (files := list_files(inside).pictures):
-                self._note_unused("subfolders with images (dataset.recursive=true)", f"{name} ({len(files)})")
+            elif not self._recursive and (count := self._count_images(inside)):
+                self._note_unused("subfolders with images (dataset.recursive=true)", f"{name} ({count})")
+
+    def _count_images(self, folder: Path) -> int:
+        try:
+            return sum(map(len, list_files(folder).pictures.values()))
+        except OSError as error:
+            self._note_unused("folders that cannot be read", str(error))
+            return 0
 
     def _from_sidecars(self, folder: Path, found: Listing) -> Iterator[Sample | Bad]:
         masks: dict[str, list[str]] = {}
@@ -151,6 +158,9 @@ class Folder(Source):
                     yield _with_caption(sample, self._prompt, texts)
         if self._prompt is None:
             self._note_unused("captions without an image of their name", *found.lone_texts)
+        # the masks of subfolders are those of their own images
+        lone = (files[0] for stem, files in masks.items() if "/" not in stem and stem not in found.pictures)
+        self._note_unused("masks without an image of their name", *lone)
 
     def _from_metadata(self, file: Path) -> Iterator[Sample | Bad]:
         rows = list(_jsonl(file) if file.suffix == ".jsonl" else _csv(file))
@@ -186,7 +196,12 @@ class Folder(Source):
         cells = [(column, name) for row in rows for column, cell in row.items() for name in _texts(cell)]
         named = {_comparable(file.parent / name) for _, name in cells}
         columns = dict.fromkeys(column for column, name in cells if os.path.splitext(name)[1].lower() in SUFFIXES)
-        found = list_files(file.parent, recursive=True)
+        self._note_unused(UNUSED_COLUMNS, *(column for column in columns if column not in used))
+        try:
+            found = list_files(file.parent, recursive=True)
+        except OSError as error:
+            self._note_unused("folders that cannot be read", str(error))
+            return
         pictures = [path for files in found.pictures.values() for path in files]
         self._note_unused(f"images that {file} does not name", *(p for p in pictures if _comparable(p) not in named))
         if self._prompt is None:
@@ -194,8 +209,6 @@ class Folder(Source):
             self._note_unused(f"captions, because {file} has them", *texts)
         others = [path for path in found.metadata if path != str(file)]
         self._note_unused(f"metadata of subfolders, because {file} describes them", *others)
-        unused = [column for column in columns if column not in used]
-        self._note_unused("columns of images, which dataset.reference_columns or dataset.mask can name", *unused)
 
     def _picture(self, file: Path, row: dict[str, Any], column: str) -> Picture:
         names = _names(row.get(column), column)
@@ -278,6 +291,9 @@ class Pairs(Source):
                 )
         if self._prompt is None:
             self._note_unused("captions without an image of their name", *found.lone_texts)
+        self._note_unused(
+            "masks without an image of their name", *(masked[stem][0] for stem in masked.keys() - targets)
+        )
         for files in references_by_stem:
             for stem in sorted(files.keys() - targets.keys()):
                 yield Bad(files[stem][0], f"has no target of its name in {target}")
@@ -287,8 +303,8 @@ def _with_caption(sample: Sample, prompt: str | None, texts: Sequence[str]) -> S
     """Return the sample with `prompt`, or else the text of the file, as its caption; Bad if that cannot be read."""
     try:
         return replace(sample, captions=(read_text(texts[0], MOST_TEXT) if prompt is None else prompt,))
-    except (OSError, ValueError) as error:
-        return Bad(sample.name, f"has a caption that cannot be read: {error}")
+    except ValueError as error:
+        return Bad(sample.name, f"has a caption that cannot be used: {error}")
 
 
 def _comparable(path: str | Path) -> str:
@@ -298,7 +314,7 @@ def _comparable(path: str | Path) -> str:
 def _texts(cell: object) -> Iterator[str]:
     """Yield the strings of a cell of metadata: one, those of a list, or those of a list that is written as JSON."""
     if isinstance(cell, str) and cell.startswith("["):
-        with suppress(json.JSONDecodeError, RecursionError):
+        with suppress(ValueError, RecursionError):
             cell = json.loads(cell)
     yield from (text for text in (cell if isinstance(cell, list) else [cell]) if isinstance(text, str))
 
@@ -310,7 +326,7 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also for an integer of thousands of digits
             raise ValueError(f"{file} line {number} is not JSON ({error}). Each line must be one object") from error
         if not isinstance(row, dict):
             raise ValueError(f"{file} line {number} is {line.strip()[:80]!r}. Each line must be one JSON object")
@@ -332,7 +348,7 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _names(value: object, column: str) -> list[str]:
     """Return the file names in a cell: one, a list, a list as JSON, or none. Raise ValueError for anything else."""
     if isinstance(value, str) and value.startswith("["):
-        with suppress(json.JSONDecodeError):  # a file may be called "[1].png"
+        with suppress(ValueError, RecursionError):  # a file may be called "[1].png"
             value = json.loads(value)
     names: list[Any] = [] if value in (None, "") else value if isinstance(value, list) else [value]
     for name in names:

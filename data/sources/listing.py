@@ -141,10 +141,13 @@ def decode_text(content: bytes) -> str:
 def read_text(path: str | Path, most: int | None = None) -> str:
     """Return the text of a file of at most `most` bytes, with \\n at the ends of its lines.
 
-    Raise ValueError, naming the file, if it is not UTF-8 or too long, and OSError if it is not a regular file.
+    Raise ValueError, naming the file, if it cannot be read, is not UTF-8, or is too long.
     """
-    with open_regular(path) as file:
-        content = file.read() if most is None else file.read(most + 1)
+    try:
+        with open_regular(path) as file:
+            content = file.read() if most is None else file.read(most + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
     if most is not None and len(content) > most:
         raise ValueError(f"{path} has more than {most} bytes, which is no caption. Shorten it")
     try:

@@ -108,9 +108,10 @@ class WebDataset(Source):
             return [self._prompt]
         if self._key is None:
             return [entry.text("txt", " (or name a key of .json with dataset.caption_column)")]
+        text = entry.text("json")
         try:
-            row = json.loads(entry.text("json"))
-        except (json.JSONDecodeError, RecursionError) as error:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"has a .json that is not JSON ({error})") from error
         if not isinstance(row, dict) or self._key not in row:
             has = ", ".join(row) if isinstance(row, dict) else shorten(repr(row))

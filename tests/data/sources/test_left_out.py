@@ -67,6 +67,37 @@ def test_captions_without_an_image_are_listed(tmp_path: Path, caplog: pytest.Log
     assert "gone.txt" in warnings_of(caplog)
 
 
+def test_masks_without_an_image_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in (tmp_path, tmp_path / "target"):
+        write(folder, {"a.png": square(), "a.txt": "a", "deep/b.png": square(), "deep/b.txt": "b"})
+    write(tmp_path, {f"m/{name}.png": square() for name in ("a", "deep/b", "lost")} | {"source/a.png": square()})
+    write(tmp_path, {"source/deep/b.png": square()})
+    Folder(tmp_path, mask="m", prompt="x")
+    assert "m/lost.png" in warnings_of(caplog)
+    caplog.clear()
+    Pairs(tmp_path, mask="m")
+    assert "(1): " in warnings_of(caplog)
+    assert "m/lost.png" in warnings_of(caplog)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_reason_to_stop(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {"a.png": square(), "a.txt": "a", "locked/b.png": square()})
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> object:
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for files in ({}, {"metadata.jsonl": lines({"file_name": "a.png", "text": "x"})}):
+        caplog.clear()
+        assert len(Folder(write(tmp_path, files))) == 1
+        assert "locked" in warnings_of(caplog)
+
+
 def test_subfolders_with_images_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, {"a.png": square(), "a.txt": "a", "more/b.png": square(), "notes/x.txt": "x", "m/a.png": square()})
     Folder(tmp_path, mask="m")
@@ -193,7 +224,7 @@ def test_a_loop_of_links_is_walked_once(tmp_path: Path) -> None:
     assert len(Pairs(tmp_path / "pairs")) == 1
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.txt", "plain"])
+@pytest.mark.parametrize("name", ["a.png", "a.txt", "plain", "metadata.jsonl"])
 def test_a_pipe_is_refused_and_does_not_wait(tmp_path: Path, name: str) -> None:
     write(tmp_path, {"a.png": square(), "a.txt": "x"})
     (tmp_path / name).unlink(missing_ok=True)
@@ -201,7 +232,7 @@ def test_a_pipe_is_refused_and_does_not_wait(tmp_path: Path, name: str) -> None:
     if name == "plain":  # without an ending, it is not looked into
         assert len(Folder(tmp_path)) == 1
         return
-    with pytest.raises(BadData, match=r"a\.png\b.*not a regular file"):
+    with pytest.raises(ValueError, match=r"(a\.png|metadata\.jsonl)\b.*not a regular file"):
         Folder(tmp_path)
 
 
