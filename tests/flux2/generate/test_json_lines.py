@@ -8,10 +8,10 @@ import pytest
 from flux2.generate.requests import KEYS, read_lines
 
 
-@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1e"])
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
 def test_a_character_that_only_looks_like_the_end_of_a_line_stays_in_its_prompt(tmp_path: Path, character: str) -> None:
     prompts = [f"a cup{character}on a table", "a fox"]
-    raw = [json.dumps({"prompt": prompt}, ensure_ascii=character < " ") for prompt in prompts]
+    raw = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
     (tmp_path / "many.jsonl").write_bytes("\r\n".join(raw).encode())
     defaults = dict.fromkeys(KEYS) | {"seed": 0, "out": "x.png", "images": []}
     assert [request.prompt for request in read_lines(tmp_path / "many.jsonl", defaults, print)] == prompts
