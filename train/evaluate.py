@@ -67,6 +67,7 @@ class EvaluationSettings:
     height: int | None = None
     training_pictures: int = 1000
     device: str | None = None
+    text_encoder_url: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.compare, str) and not is_string_list(self.compare):
@@ -233,7 +234,7 @@ def evaluate_runs(settings: EvaluationSettings, features: Features) -> list[Eval
     found: list[Evaluation] = []
     sample = settings.sample
     for number, folder in enumerate(folders):
-        run = SavedRun(folder, settings.device, sample, settings.seeds)
+        run = SavedRun(folder, settings.device, sample, settings.seeds, settings.text_encoder_url)
         if number == 0:  # the compared runs draw the same as the first
             first = run.config.sample
             sample = {key: getattr(first, key) for key in DRAWING_KEYS}

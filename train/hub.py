@@ -11,22 +11,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from train.publishing.hub import PushError, push, saved_settings
+from train.publishing.hub import PushError, given_settings, push
 from train.utils.redact import masked_text
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.hub", description="Push the adapter of a run to the Hub.")
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--repo-id", help="owner/name; by default the run's hub.repo_id")
+    parser.add_argument("--repo-id", help="owner/name: the repository, created if it does not exist")
     visibility = parser.add_mutually_exclusive_group()
-    visibility.add_argument("--private", dest="private", action="store_true", default=None)
+    visibility.add_argument("--private", dest="private", action="store_true", default=True, help="the default")
     visibility.add_argument("--public", dest="private", action="store_false")
     options = parser.parse_args(argv)
     try:
-        settings = saved_settings(options.run, {"repo_id": options.repo_id, "private": options.private, "push": False})
-        if settings.repo_id:
-            replace(settings, push=True).check(trained=True)
+        settings = given_settings(options.run, options.repo_id, options.private)
+        replace(settings, push=True).check(trained=True)
         print(push(options.run, settings))
     except (PushError, ValueError) as error:
         print(f"error: {masked_text(str(error))}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import signal
 import sys
 import threading
@@ -83,6 +84,12 @@ def options_from_image(file: Path, explicit: Mapping[str, Any]) -> dict[str, Any
     }
     if "model" not in explicit:  # these belong to the recorded model
         recorded |= {key: getattr(record, key) for key in (*PLACES, "text_storage")}
+        if re.match(r"https?:", record.text_encoder or "") and not {"text_encoder", "embeddings"} & set(explicit):
+            # the image may come from someone else
+            raise ValueError(
+                f"{what} names a text encoder at {record.text_encoder}, which would receive the prompt and the token. "
+                "If it is yours, give it with --text-encoder"
+            )
         recorded["embeddings"] = None if record.embeddings is None else Path(record.embeddings.path)
     return recorded
 

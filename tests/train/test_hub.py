@@ -166,9 +166,12 @@ def test_the_adapter_goes_to_the_hub_with_its_card_and_may_go_again(finished, th
     assert sent["samples.png"] == (run / "samples" / "step_000002.png").read_bytes()
     assert sent["samples_base.png"] == (run / "samples" / "step_000000.png").read_bytes()
 
-    # as a command: to where it was meant, or elsewhere
+    # as a command: only to where it is told, because a run folder may come from someone else
     there.uploaded.clear()
-    assert main([str(run)]) == 0
+    assert main([str(run)]) == 2
+    assert "--repo-id jane/tarot" in capfd.readouterr().err
+    assert there.uploaded == {}
+    assert main([str(run), "--repo-id", "jane/tarot"]) == 0
     assert main([str(run), "--repo-id", "cards/public", "--public"]) == 0
     assert capfd.readouterr().out.split() == [
         f"https://huggingface.co/{name}" for name in ("jane/tarot", "cards/public")
@@ -179,16 +182,24 @@ def test_the_adapter_goes_to_the_hub_with_its_card_and_may_go_again(finished, th
     assert "private=false" in capfd.readouterr().err
 
     there.fails["upload_folder"] = ConnectionError(f"reset, Authorization: Bearer {TOKEN}")
-    assert main([str(run)]) == 2
+    assert main([str(run), "--repo-id", "jane/tarot"]) == 2
     said = capfd.readouterr().err
     assert holds(said, "jane/tarot ... ConnectionError: reset")
     assert TOKEN not in said
     warning = push_or_warn(run, HubSettings(True, "jane/tarot"))
     assert warning.startswith("warning: ")
-    assert f"python -m train.hub {run}" in warning
+    assert f"python -m train.hub {run} --repo-id jane/tarot" in warning
+    assert push_or_warn(run, HubSettings(True, "jane/tarot", private=False)).endswith(" --public")
+
+    del there.fails["upload_folder"]
+    there.uploaded.clear()
+    (run / "adapter" / "notes.txt").symlink_to("/etc/hostname")
+    assert main([str(run), "--repo-id", "jane/tarot"]) == 2
+    assert holds(capfd.readouterr().err, "link ... notes.txt")
+    assert there.uploaded == {}
 
     shutil.rmtree(run / "adapter")
-    assert main([str(run)]) == 2
+    assert main([str(run), "--repo-id", "jane/tarot"]) == 2
     assert "adapter" in capfd.readouterr().err
     assert main([str(run / "nowhere")]) == 2
 

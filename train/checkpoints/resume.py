@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from flux2.adapters.files import PEFT_FILE
 from train.checkpoints.checkpoint import CONFIG_FILE, STATE_FILE, check, checkpoints, read_state, step_of
 from train.tracking.metrics import METRICS_FILE
+from train.utils.files import read_yaml
 from train.utils.lock import IN_USE, InUse, in_use
 
 # groups, keys and settings that may differ when a run resumes; the product of batch_size, gradient_accumulation and the
@@ -57,12 +56,12 @@ class RunLocation:
 
 
 def configuration(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a run. Raises ValueError, naming the file, if it is invalid."""
+    """Return the configuration of a run as plain values. Raises ValueError, naming the file, if it is invalid."""
     file = folder / CONFIG_FILE
     try:
-        found = OmegaConf.to_container(OmegaConf.load(file))
-    except Exception as error:  # the file is missing, or one of the YAML reader's own errors
-        raise ValueError(f"{file} cannot be read ({error}){COPIES}") from error
+        found = read_yaml(file)
+    except ValueError as error:
+        raise ValueError(f"{error}{COPIES}") from error
     if not isinstance(found, dict) or not isinstance(found.get("steps"), int):
         raise ValueError(f"{file} is not the configuration of a run{COPIES}")
     return found

@@ -11,13 +11,16 @@ import inspect
 import logging
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
-from hydra.errors import InstantiationException
 from hydra.utils import get_object
-from hydra.utils import instantiate as hydra_instantiate
 
+from train.config.paths import CONFIG
+from train.utils.files import read_yaml
 from train.utils.redact import may_be_secret
+
+DIRECTIVES = ("_target_", "_partial_", "_recursive_")  # keys of a group that are not settings
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs the errors that are also raised
 
@@ -79,22 +82,75 @@ def accepted_names(target: Callable[..., Any]) -> list[str] | None:
 def instantiate(group: str, given: Mapping[str, Any], excluded: Sequence[str] = ()) -> Any:
     """Return the object that a group's `_target_` makes. Its ValueErrors propagate unchanged.
 
+    This is Hydra's `instantiate` without interpolation: values are resolved once, when the configuration is composed,
+    and a text such as `${oc.env:HOME}` that is left in them is a text.
+
     Args:
         excluded: Arguments of the target that are passed later and are not settings.
     """
     target = given.get("_target_")
     if not isinstance(target, str) or not target:
         raise ValueError(f"{group}._target_={target!r} must be the name of a class or a function")
+    settings = {key: value for key, value in given.items() if key not in DIRECTIVES}
     try:
-        known = accepted_names(get_object(target))
+        called = get_object(target)
+        known = accepted_names(called)
         if known is not None:
-            settings = {key: value for key, value in given.items() if not key.startswith("_")}
             check_keys(group, settings, [name for name in known if name not in excluded])
-        return hydra_instantiate(given, _convert_="object")
-    except (InstantiationException, ImportError, KeyError, TypeError) as error:
-        cause: BaseException = error
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, ValueError):
-            raise cause from error
-        raise ValueError(f"{group}: {cause}") from error
+        if given.get("_recursive_", True):
+            settings = {key: instantiate_within(f"{group}.{key}", value) for key, value in settings.items()}
+        return partial(called, **settings) if given.get("_partial_") else called(**settings)
+    except ValueError:
+        raise
+    except Exception as error:  # of any library that the target belongs to
+        raise ValueError(f"{group}: {error}") from error
+
+
+def instantiate_within(key: str, value: Any) -> Any:
+    """Return `value`, the setting `key`, with every group in it that has a `_target_` made into its object."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return instantiate(key, value)
+        return {name: instantiate_within(f"{key}.{name}", item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [instantiate_within(f"{key}.{i}", item) for i, item in enumerate(value)]
+    return value
+
+
+@cache
+def own_targets(group: str) -> dict[str, set[str]]:
+    """Return the targets that the files of conf/`group` name: under "" for the group, else under their key in it."""
+    found: dict[str, set[str]] = {}
+
+    def collect(key: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            if "_target_" in value:
+                found.setdefault(key, set()).add(value["_target_"])
+            for name, item in value.items():
+                collect(str(name), item)
+
+    for file in sorted((CONFIG / group).glob("*.yaml")):
+        collect("", read_yaml(file))
+    return found
+
+
+def check_own_targets(group: str, given: Any, key: str = "") -> None:
+    """Raise ValueError if a group from a run folder would make anything but what the files of conf/`group` make.
+
+    A run folder may come from someone else, and a `_target_` may name any function of any library.
+    """
+    if isinstance(given, list):
+        for item in given:
+            check_own_targets(group, item, key)
+    if not isinstance(given, Mapping):
+        return
+    targets = own_targets(group)
+    allowed = targets.get(key, targets[""])
+    for name, value in given.items():
+        if str(name).startswith("_") and (name not in DIRECTIVES or (name == "_target_" and value not in allowed)):
+            raise ValueError(
+                f"{group}: {name}={value!r} in the configuration of the run folder is not one of conf/{group}, and "
+                "only these are made of a run folder, which may come from someone else. To use it, correct the "
+                "folder's config.yaml"
+            )
+        check_own_targets(group, value, str(name) if name in targets else key)

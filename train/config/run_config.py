@@ -25,7 +25,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
 from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
 from flux2.quantization.precision import convert
-from train.config.instantiate import instantiate, parse_settings
+from train.config.instantiate import check_own_targets, instantiate, parse_settings
 from train.config.memory import completed
 from train.config.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.distributed.processes import Processes, make_accelerator
@@ -57,7 +57,8 @@ class RunConfig:
     """The objects of one configuration. Constructing it checks every setting; nothing is set on it afterwards.
 
     Args:
-        config: The composed configuration (conf/train.yaml).
+        config: The composed configuration (conf/train.yaml), or that of a run folder as a dict. A folder may come from
+            someone else: nothing in a dict is interpolated, and only targets that conf/ names are made of it.
         planned_processes: Number of processes to plan for; None takes the processes that are running.
 
     Attributes:
@@ -67,8 +68,11 @@ class RunConfig:
         ValueError: A setting is missing, unknown or invalid; the message names it.
     """
 
-    def __init__(self, config: DictConfig, planned_processes: int | None = None) -> None:
-        self.composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    def __init__(self, config: DictConfig | dict[str, Any], planned_processes: int | None = None) -> None:
+        self.is_saved = isinstance(config, dict)
+        self.composed: dict[str, Any] = (
+            config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        )
         for group in GROUPS:
             if not isinstance(self.composed.get(group), dict):
                 raise ValueError(
@@ -222,6 +226,8 @@ class RunConfig:
 
     def instantiate(self, group: str, *excluded: str) -> Any:
         """Return the object of a group with a `_target_`; its arguments `excluded` are no settings."""
+        if self.is_saved:
+            check_own_targets(group, self.composed[group])
         return instantiate(group, self.composed[group], excluded)
 
     def say(self, text: str) -> None:

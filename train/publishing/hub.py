@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -14,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from data.checks import check_flag
 from train.utils.redact import masked_text
 
-LATER = "python -m train.hub {}"
+LATER = "python -m train.hub {} --repo-id {}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,10 @@ class HubSettings:
             return
         action, later = "pushing", "and push again"
         if not trained:
-            action, later = "hub.push=true", f"or omit hub.push and push after training: {LATER.format('RUN_FOLDER')}"
+            action, later = (
+                "hub.push=true",
+                f"or omit hub.push and push after training: {LATER.format('RUN_FOLDER', self.repo_id)}",
+            )
         if constants.is_offline_mode():
             raise ValueError(f"{action} needs the Hub, but HF_HUB_OFFLINE=1 is set. Unset it, {later}")
         api = huggingface_hub.HfApi()
@@ -101,6 +103,8 @@ def push(run: Path, settings: HubSettings) -> str:
         )
     if not settings.repo_id:
         raise ValueError("no repository is set. Give --repo-id owner/name")
+    if links := [file.name for file in folder.rglob("*") if file.is_symlink()]:
+        raise ValueError(f"{folder} holds a link, {links[0]}, which would publish a file from elsewhere. Remove it")
     api = huggingface_hub.HfApi()
     try:
         repository = api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)
@@ -120,12 +124,20 @@ def push_or_warn(run: Path, settings: HubSettings) -> str:
     try:
         return f"pushed    {push(run, settings)}"
     except (PushError, ValueError) as error:
-        return f"warning: {error}. The adapter is complete; push it later: {LATER.format(run)}"
+        later = LATER.format(run, settings.repo_id) + ("" if settings.private else " --public")
+        return f"warning: {error}. The adapter is complete; push it later: {later}"
 
 
-def saved_settings(run: Path, changes: dict[str, Any]) -> HubSettings:
-    """Return the hub settings of a run, with the `changes` that are not None."""
+def given_settings(run: Path, repo_id: str | None, private: bool) -> HubSettings:
+    """Return the settings of a push. Raises ValueError without `repo_id`, naming the repository of the run, if any.
+
+    It is not taken from the run folder, which may come from someone else: it would choose what is overwritten.
+    """
     from train.checkpoints import resume
 
-    saved = resume.configuration(run).get("hub") or {}
-    return replace(HubSettings(**saved), **{key: value for key, value in changes.items() if value is not None})
+    if repo_id is None:
+        hub = resume.configuration(run).get("hub")
+        named = hub.get("repo_id") if isinstance(hub, dict) else None
+        hint = f"--repo-id {named}, as in the run's configuration, if it is yours" if named else "--repo-id owner/name"
+        raise ValueError(f"--repo-id is missing. Give {hint}")
+    return HubSettings(repo_id=repo_id, private=private)

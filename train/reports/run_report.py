@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
 from markupsafe import Markup
-from omegaconf import OmegaConf
 
 from train.checkpoints import resume
 from train.evaluation import distances
@@ -68,7 +68,7 @@ class RunSummary:
 
     @property
     def config_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(self.config))
+        return yaml.safe_dump(self.config, allow_unicode=True, sort_keys=False)
 
     @property
     def times(self) -> dict[str, list[tuple[int, float]]]:

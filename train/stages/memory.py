@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -15,7 +16,7 @@ from train.utils.console import name_process_in_errors
 from train.utils.memory import OutOfMemory
 
 
-def load_config(config: DictConfig) -> RunConfig:
+def load_config(config: DictConfig | dict[str, Any]) -> RunConfig:
     """Parse a configuration, choose its memory settings, and check all settings together (`RunConfig.dry_run`)."""
     return choose_memory(RunConfig(config)).dry_run()
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from flux2 import adapters
 from flux2.adapters.reading import PEFT_FILE, read_tensors
 from flux2.adapters.tuners import remove_adapters
 from flux2.models.transformer import Transformer
+from flux2.prompts.remote_client import PUBLISHED
 from flux2.weights.sources import fingerprint
 from train.checkpoints import resume
 from train.checkpoints.checkpoint import CONFIG_FILE, check, checkpoints, checksum, step_of
@@ -35,7 +35,7 @@ from train.encoding.prepare import prepare
 from train.stages.data import cache_request, paths
 from train.stages.memory import load_config
 from train.stages.model import load_sampler, offload_blocks, shared_base
-from train.utils.files import make_writable, read_image, write_whole
+from train.utils.files import make_writable, read_image, read_yaml, write_whole
 from train.utils.memory import free_memory
 from train.validation.samples import Sampler
 
@@ -101,14 +101,34 @@ def check_run_folder(folder: Path, key: str) -> None:
         raise ValueError(f"{key}={str(folder)!r} is not a run folder: it has no {CONFIG_FILE}.{hint}")
 
 
-def configuration(folder: Path, device: str | None, sample: Mapping[str, Any]) -> dict[str, Any]:
+def check_address(folder: Path, config: Mapping[str, Any], given: str | None) -> None:
+    """Raise ValueError unless the text encoder is on this machine, Hugging Face's, or at the address that is `given`.
+
+    The folder may come from someone else, and the server receives prompts and the token.
+    """
+    group = config.get("text_encoder")
+    url = group.get("url") if isinstance(group, dict) else None
+    if given is not None and url is None:
+        raise ValueError(f"text_encoder_url={given!r}: the text encoder of {folder} is not at an address. Omit it")
+    if given is None and url is not None and url != PUBLISHED:
+        raise ValueError(
+            f"text_encoder_url is missing: {folder} names a text encoder at {url!r}, and prompts and the token are not "
+            "sent to an address that a run folder names. If it is yours, set text_encoder_url to it"
+        )
+
+
+def configuration(
+    folder: Path, device: str | None, sample: Mapping[str, Any], text_encoder_url: str | None = None
+) -> dict[str, Any]:
     """Return the configuration of a run, changed for inference: `sample` overrides its group `sample`."""
     config = resume.configuration(folder)
-    standard = OmegaConf.load(CONFIG / "train.yaml")
-    groups = [entry for entry in standard.defaults if hasattr(entry, "items")]
+    check_address(folder, config, text_encoder_url)
+    if text_encoder_url is not None:
+        config["text_encoder"] = {**config["text_encoder"], "url": text_encoder_url}
+    groups = [entry for entry in read_yaml(CONFIG / "train.yaml")["defaults"] if isinstance(entry, dict)]
     choices = {str(key): value for entry in groups for key, value in entry.items()}
     for group in TRAINING_ONLY:
-        config[group] = OmegaConf.to_container(OmegaConf.load(CONFIG / group / f"{choices[group]}.yaml"))
+        config[group] = read_yaml(CONFIG / group / f"{choices[group]}.yaml")
     memory, own = config.get("memory"), config.get("sample")
     streamed = memory.get("offload_blocks", 0) if isinstance(memory, dict) else 0
     return {
@@ -137,11 +157,18 @@ class TrainingImage:
 class SavedRun:
     """A run whose adapters generate images of `prompts`. Models are loaded when the first missing image is drawn."""
 
-    def __init__(self, folder: Path, device: str | None, sample: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: str | None,
+        sample: Mapping[str, Any],
+        seeds: Sequence[int],
+        text_encoder_url: str | None = None,
+    ) -> None:
         self.folder, self.seeds = folder, list(seeds)
         self.place = folder / FOLDER
         self.notes: list[str] = []  # for the report
-        config = load_config(OmegaConf.create(configuration(folder, device, sample)))
+        config = load_config(configuration(folder, device, sample, text_encoder_url))
         if config.accelerator.num_processes > 1:
             raise ValueError("evaluation runs in one process only. Start it with python, not with accelerate launch.")
         make_writable(self.place / "pictures", "evaluation folder")

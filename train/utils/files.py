@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
+import yaml
+from omegaconf._utils import get_yaml_loader
 from PIL import Image
 
 from data.files import atomic_write
 from flux2.utils.images import open_image
+from flux2.utils.json_files import MOST_DEPTH, read_text
+
+MOST_YAML = 1 << 20  # bytes; the configuration of a run has some 5,000
 
 
 def reason(error: OSError) -> str:
@@ -61,6 +68,40 @@ def write_whole(file: Path, content: str | Image.Image) -> None:
         raise ValueError(
             f"{file} cannot be written ({reason(error)}). Make room there, or remove what is in its place"
         ) from error
+
+
+def read_yaml(file: Path) -> Any:
+    """Return the value in a YAML file that may come from someone else: plain dicts, lists and scalars.
+
+    Nothing is interpolated. Numbers are read as OmegaConf reads them. Raise ValueError for a file that cannot be read,
+    that is larger or more deeply nested than a configuration, or that has aliases, which can stand for any amount of
+    memory, or values that are no plain ones.
+    """
+    text = read_text(file, MOST_YAML)
+    depth = 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_DEPTH:
+                raise ValueError("it is nested too deeply")
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has an alias, which is not read")
+            if isinstance(event, yaml.ScalarEvent) and re.fullmatch(r"[-+0-9_:.]{40,}", event.value):
+                raise ValueError("it has a number of more than 40 digits")
+        found = yaml.load(text, get_yaml_loader())  # a SafeLoader
+        check_plain(found)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())})") from error
+    return found
+
+
+def check_plain(value: Any) -> None:
+    """Raise ValueError unless `value` consists of dicts, lists, texts, and numbers that fit into 64 bits."""
+    if isinstance(value, dict | list):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            check_plain(item)
+    elif not isinstance(value, str | int | float | None) or (isinstance(value, int) and abs(value) >= 2**64):
+        raise ValueError(f"it has a value of the type {type(value).__name__} that no configuration has")
 
 
 def read_image(file: Path | None) -> Image.Image | None:

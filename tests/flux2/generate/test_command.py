@@ -69,6 +69,14 @@ def test_with_the_address_of_a_server_the_picture_is_the_same_and_no_text_encode
         assert (pixels(tmp_path / f"far_{number}.png") == pixels(tmp_path / f"near_{number}.png")).all()
         assert metadata.read(tmp_path / f"far_{number}.png", "far").text_encoder == f"{server.url}/"
     assert server.given == ["a cup", "a fox"]
+    capsys.readouterr()
+    headers = len(server.headers)
+    again = ("--from-image", "far_000.png", "--out", "repeated.png")  # it may be someone else's image
+    assert repeat(*again) == 2
+    assert re.search(rf"--from-image far_000\.png .*{server.url}.*--text-encoder", capsys.readouterr().err)
+    assert len(server.headers) == headers
+    assert repeat(*again, "--text-encoder", server.url) == 0
+    assert len(server.headers) > headers
 
 
 def test_several_pictures_are_numbered_and_their_seeds_count_up(

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from train_helpers import ROOT
 
 from train.utils import lock
-from train.utils.files import make_new, make_writable, write_whole
+from train.utils.files import MOST_YAML, make_new, make_writable, read_yaml, write_whole
 from train.utils.lock import InUse, Lock, in_use
 
 
@@ -86,3 +87,42 @@ def test_a_file_is_as_it_was_where_it_cannot_be_written_whole(tmp_path, monkeypa
         write_whole(file, "after")
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{two}: &{two} [{','.join([f'*{one}'] * 9)}]\n" for one, two in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "alias"),
+        ("a: &a\n  b: *a", "alias"),
+        ("[" * 100_000, "nested"),
+        ("a: " + "{b: " * 50, "nested"),
+        ("- " * 50 + "a", "nested"),
+        ("a: " + "1:" * 200_000 + "1", "digits"),
+        ("a: " + "9" * 5000, "digits"),
+        ("a: 0x" + "f" * 400, "type int"),
+        ("a: !!python/object/apply:os.system [touch x]", "python/object"),
+        ("a: !!timestamp 2024-01-01", "type date"),
+        ("a: !!binary aGk=", "type bytes"),
+        ("a: !!set {x, y}", "type set"),
+        ("? [1, 2]\n: 3", "key"),
+        ("a: 1\na: 2", "a"),
+        ("a: [", "expected"),
+        ("#" * MOST_YAML + "#", "bytes"),
+    ],
+)
+def test_yaml_from_someone_else_is_bounded_and_has_plain_values(tmp_path, text, said):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.yaml .*{said}"):
+        read_yaml(tmp_path / "config.yaml")
+    assert not Path("x").exists()
+
+
+def test_yaml_is_read_as_a_configuration_is_written(tmp_path):
+    written = {"lr": 1e-05, "text": "${oc.env:HOME} ???", "no": None, "on": True, 3: ["1e-5", "2024-01-01", 2**63]}
+    (tmp_path / "a.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(written)))
+    assert read_yaml(tmp_path / "a.yaml") == written
