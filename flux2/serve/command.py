@@ -16,8 +16,6 @@ from flux2.weights.loading import embedding_identity, load_text_encoder, text_en
 from flux2.weights.sources import model_source
 
 SHORTEST_TOKEN = 16
-KEEP_ALIVE = 75  # seconds that a connection may be idle
-LAST_REQUESTS = 600  # seconds that current requests may take at shutdown
 LIMITED = ("prompts", "characters", "length", "body", "waiting")  # --max-prompts etc.
 
 
@@ -52,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
         import uvicorn
 
         from flux2.serve.app import Limits, ServedEncoder, application
+        from flux2.serve.connections import server_config
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: pip install -e '.[serve]'") from error
 
@@ -75,14 +74,7 @@ def run(options: argparse.Namespace) -> None:
             length=min(text.length, limits.length),
             identity=lambda length: embedding_identity(text, files, length, dtype, options.storage),
         )
-        config = uvicorn.Config(
-            application(served, limits, token),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=LAST_REQUESTS,
-        )
+        config = server_config(application(served, limits, token))
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         access = "with" if token else "without"
