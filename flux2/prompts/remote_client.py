@@ -21,7 +21,6 @@ import os
 import random
 import re
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -33,6 +32,7 @@ import urllib3
 from torch import Tensor
 
 from flux2.models.variants import Variant
+from flux2.prompts.deadline import TimedSession, within
 from flux2.prompts.remote_protocol import (
     CUT_HEADER,
     IDENTITY_HEADER,
@@ -217,7 +217,7 @@ class Client:
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._local, "session", None)
         if session is None:
-            session = self._local.session = requests.Session()  # one per thread: sessions are not thread-safe
+            session = self._local.session = TimedSession()  # one per thread: sessions are not thread-safe
             session.trust_env = not is_loopback(self._host)  # no proxy for the local machine
             session.auth = self._authorize
         return session
@@ -248,27 +248,37 @@ class Client:
         )
 
     def _send(self, method: str, path: str, data: bytes | None, limit: int) -> tuple[bytes, Mapping[str, str]]:
-        deadline = time.monotonic() + self.timeout
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
-        try:
-            with self._session().request(
-                method,
-                self.url + path,
-                data=data,
-                headers=headers,
-                timeout=(min(CONNECT_SECONDS, self.timeout), self.timeout),
-                allow_redirects=False,  # the token is for this server only
-                stream=True,
-            ) as response:
-                if response.status_code == 200:
-                    return read_body(response, limit, deadline), response.headers
-                raise self._refusal(response, read_body(response, TEXT, deadline, whole=False))
-        except (requests.Timeout, urllib3.exceptions.TimeoutError):
-            raise RetryLater(f"no answer within {self.timeout:g} s") from None
-        except requests.exceptions.SSLError:
-            raise RemoteError(f"{self.url}: this machine does not accept its certificate") from None
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise RetryLater(f"the connection failed ({root_cause(error)})") from None
+        late = RetryLater(f"no complete answer within {self.timeout:g} s")
+        with within(self.timeout) as deadline:
+            try:
+                with self._session().request(
+                    method,
+                    self.url + path,
+                    data=data,
+                    headers=headers,
+                    timeout=(min(CONNECT_SECONDS, self.timeout), self.timeout),
+                    allow_redirects=False,  # the token is for this server only
+                    stream=True,
+                ) as response:
+                    if response.status_code == 200:
+                        body = read_body(response, limit)
+                        if deadline.passed:  # an end by shutting down may look like that of the body
+                            raise late
+                        return body, response.headers
+                    raise self._refusal(response, read_body(response, TEXT, whole=False))
+            except RemoteError:
+                raise
+            except (requests.Timeout, urllib3.exceptions.TimeoutError):
+                raise late from None
+            except (RetryLater, requests.RequestException, urllib3.exceptions.HTTPError, ValueError, OSError) as error:
+                if deadline.passed:  # shutting a connection down may end in any of these
+                    raise late from None
+                if isinstance(error, RetryLater):
+                    raise
+                if isinstance(error, requests.exceptions.SSLError):
+                    raise RemoteError(f"{self.url}: this machine does not accept its certificate") from None
+                raise RetryLater(f"the connection failed ({root_cause(error)})") from None
 
     def _refusal(self, response: requests.Response, body: bytes) -> RetryLater | RemoteError:
         """Return the error that an answer other than 200 means."""

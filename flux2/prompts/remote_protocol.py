@@ -101,10 +101,11 @@ def retry_after(value: str | None) -> float:
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
-def read_body(response: requests.Response, limit: int, deadline: float, whole: bool = True) -> bytes:
+def read_body(response: requests.Response, limit: int, whole: bool = True) -> bytes:
     """Return up to `limit` bytes. A longer body is an error, or truncated if not `whole`.
 
-    Raises RemoteError for a body that is too long or compressed, RetryLater for one that breaks off or is too slow.
+    Raises RemoteError for a body that is too long or compressed, RetryLater for an answer that breaks off. One that
+    breaks off in its headers is taken by the HTTP library as one with fewer headers, and has no length.
     """
     where = urlsplit(response.url).netloc
     if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -116,12 +117,12 @@ def read_body(response: requests.Response, limit: int, deadline: float, whole: b
         body += chunk
         if len(body) > limit:
             break
-        if time.monotonic() > deadline:
-            raise RetryLater("the answer came too slowly")
     if len(body) > limit or (expected or 0) > limit:
         if whole:
             raise RemoteError(f"the answer of {where} is refused: it has more than {limit} bytes")
         return bytes(body[:limit])
+    if whole and expected is None and "chunked" not in response.headers.get("Transfer-Encoding", "").lower():
+        raise RetryLater("the answer has no length, as if it broke off in its headers")
     if expected is not None and len(body) != expected:
         raise RetryLater(f"the answer broke off after {len(body)} of {expected} bytes")
     return bytes(body)

@@ -233,6 +233,7 @@ async def wait_for_results(request: Request, results: Sequence[Future[Encoded]])
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not work.done():
         work.cancel()
+        await asyncio.gather(work, return_exceptions=True)  # asyncio logs an exception that is not retrieved
         raise HTTPException(499, "the client disconnected")
     gone.cancel()
     try:
