@@ -38,7 +38,7 @@ from train.evaluation.results import BASE, Evaluation, Row
 from train.reports import run_report
 from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder
 from train.utils.checks import check_count, is_number
-from train.utils.console import warn
+from train.utils.console import say, warn
 from train.utils.files import read_image, write_whole
 from train.utils.memory import free_memory
 from train.utils.progress import ItemProgress
@@ -261,11 +261,8 @@ def main(config: DictConfig) -> None:
     for one in found:
         for note in one.notes:
             warn(note)
-    print(*closing_lines(found[0].folder), sep="\n")
-    for text in find_problems(found[0].folder, found[0]):
-        print(text)
-    print(f"images    {found[0].folder / 'evaluation'}")
-    print(f"report    {page}", flush=True)
+    say(*closing_lines(found[0].folder), *find_problems(found[0].folder, found[0]))
+    say(f"images    {found[0].folder / 'evaluation'}", f"report    {page}")
 
 
 if __name__ == "__main__":

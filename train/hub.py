@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from train.publishing.hub import PushError, given_settings, push
+from train.utils.console import say
 from train.utils.redact import masked_text
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         replace(settings, push=True).check(trained=True)
         print(push(options.run, settings))
     except (PushError, ValueError) as error:
-        print(f"error: {masked_text(str(error))}", file=sys.stderr)
+        say(f"error: {masked_text(str(error))}", to_errors=True)
         return 2
     return 0
 

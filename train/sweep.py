@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep = parser.parse_args(arguments).folder
     from train.sweeps.records import read_jobs  # after the options, as `--help` imports no torch
     from train.sweeps.table import print_table, write
+    from train.utils.console import say
 
     found = read_jobs(sweep) if sweep.is_dir() else []
     try:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{sweep} is not the folder of a sweep: there are no jobs 0, 1 ... in it")
         print_table(write(sweep, found), found)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", to_errors=True)
         return 2
     return 0
 

@@ -34,7 +34,7 @@ from flux2.utils.device import pick_device
 from flux2.utils.files import atomic_write
 from flux2.utils.images import check_target_file
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
-from flux2.utils.text import listed
+from flux2.utils.text import listed, printable
 from flux2.weights import modelspec
 from flux2.weights.loading import BaseWeights
 from flux2.weights.safetensors_files import tensor_files
@@ -51,7 +51,7 @@ DROPPED = ("guidance_in", "double_stream_modulation", "single_stream_modulation"
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def output_path(options: argparse.Namespace) -> Path:

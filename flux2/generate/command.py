@@ -26,6 +26,7 @@ from flux2.utils.device import pick_device
 from flux2.utils.files import atomic_write
 from flux2.utils.images import check_target_file, check_writable, read_image
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
+from flux2.utils.text import printable
 
 MAX_COUNT = 10_000
 PLACES = ("path", "autoencoder", "text_encoder")
@@ -48,7 +49,7 @@ REPLACED = {
 
 
 def say(text: str) -> None:
-    print(f"{CLEAR}{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    print(f"{CLEAR if sys.stderr.isatty() else ''}{printable(text)}", file=sys.stderr, flush=True)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

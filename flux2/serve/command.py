@@ -12,6 +12,7 @@ from flux2.quantization.precision import pick_dtype
 from flux2.serve.arguments import arguments
 from flux2.utils import checks
 from flux2.utils.device import pick_device
+from flux2.utils.text import printable
 from flux2.weights.loading import embedding_identity, load_text_encoder, text_encoder_fingerprint
 from flux2.weights.sources import model_source
 
@@ -96,7 +97,7 @@ def main() -> int:
     try:
         run(options)
     except (ValueError, TypeError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while the model is loaded
         print("interrupted", file=sys.stderr)

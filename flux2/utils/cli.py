@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from flux2.utils.text import printable
+
 # in the messages of errors of PyTorch and CUDA that have no type of their own
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
@@ -28,7 +30,7 @@ def format_error(error: Exception) -> str:
     """Return the message of `error` as one line of bounded length, with settings named as command-line options."""
     line = " ".join(str(error).split())
     line = re.sub(r"\bmodel\.(path|autoencoder|text_encoder)[=:] ?", lambda key: f"--{key[1].replace('_', '-')} ", line)
-    return re.sub(r"\S{400,}", lambda name: f"{name[0][:120]}...{name[0][-40:]}", line)
+    return printable(re.sub(r"\S{400,}", lambda name: f"{name[0][:120]}...{name[0][-40:]}", line))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
+from markdown_it import MarkdownIt
 from message_helpers import holds
 from train_helpers import draw_picture, refusal
 
@@ -243,7 +245,7 @@ def described(tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json", "diffusers.safetensors"):
         (adapter / name).touch()
 
-    def describe(name, *, plain=True, **facts):
+    def describe(variant, *, plain=True, **facts):
         if not plain:
             (adapter / "diffusers.safetensors").unlink()
         config = {
@@ -258,7 +260,7 @@ def described(tmp_path):
             "seed": 0,
         }
         given = {"config": config, "samples": 24, "images": 2, "device": "NVIDIA H100", "precision": "bf16"} | facts
-        model_card.write(ModelCardData(name="cards", variant=VARIANTS[name], **given), tmp_path)
+        model_card.write(ModelCardData(**{"name": "cards", "variant": VARIANTS[variant]} | given), tmp_path)
         text = (adapter / "README.md").read_text()
         return text, ModelCard(text).data
 
@@ -324,6 +326,32 @@ def test_a_card_has_the_command_without_secrets_and_says_nothing_of_the_machine(
     assert TOKEN not in text
     assert "planted-key" not in text
     assert socket.gethostname() not in text
+
+
+def test_a_card_has_no_markup_of_others(described):
+    """Names, prompts and settings are text, in the card as in its blocks of code."""
+    evil = "<img src=x onerror=alert(1)> ``` [a](b:c) *c* | `d` &lt; &#60;\n```\n<script>alert(1)</script>\n# e"
+    config = {"model": {"path": None}, "dataset": {"captions": {"trigger": evil}}, "buckets": {"resolution": 1}}
+    config |= {key: {"_target_": "x.y", "value": evil} for key in ("adapter", "optimizer", "schedule")}
+    config |= {"steps": 1, "validation": {"held_out": 0}, "seed": 0}
+    text, data = described(
+        "dev", name=evil, config=config, prompts=[evil, evil], overrides=[f"name={evil}"], place="jane/x"
+    )
+    parsed = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text.split("---\n", 2)[2])
+    tokens = [token for outer in parsed for token in [outer, *(outer.children or [])]]
+    kinds = {token.type for token in tokens}
+    assert not {"html_block", "html_inline", "em_open", "image"} & kinds
+    assert {link.attrs["href"] for link in tokens if link.type == "link_open"} == {
+        f"https://huggingface.co/{VARIANTS['dev'].repo}"
+    }
+    headings = [two.content for one, two in itertools.pairwise(parsed) if one.type == "heading_open"]
+    assert headings[1:] == ["Use", "Training", "Files"]
+    assert "".join(child.content for child in parsed[1].children) == " ".join(evil.split())
+    fences = [token for token in parsed if token.type == "fence"]
+    assert [token.info for token in fences] == ["sh", "python", "sh", "sh"]
+    assert evil in fences[0].content
+    compile(fences[1].content, "card", "exec")
+    assert data.instance_prompt == evil
 
 
 def test_the_grids_of_an_earlier_end_are_replaced(described, tmp_path):

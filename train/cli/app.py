@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import sys
 import traceback
@@ -26,12 +27,13 @@ from train.distributed.launch import is_submitted
 from train.sweeps import callback, records, slurm
 from train.sweeps.job import SweepAborted
 from train.sweeps.reuse import SHARED
-from train.utils.console import is_first_process, warn
+from train.utils.console import PrintableRecord, is_first_process, say, warn
 from train.utils.files import short_path
 from train.utils.redact import masked_settings, masked_text, may_be_secret
 from train.utils.signals import Stopped, stopped_at_once
 
 prepare_hydra()
+logging.setLogRecordFactory(PrintableRecord)
 
 Report = Callable[[Exception, str], None]
 NO_SWEEP = "-m: only training can be swept. Run this command without it, with one configuration"
@@ -54,7 +56,7 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
     if config.resume is None and slurm.was_started_before(folder):
         config.resume = "auto"
     if is_first_process():
-        print(f"job {this.job.num}: {' '.join(overrides)}", flush=True)
+        say(f"job {this.job.num}: {' '.join(overrides)}")
     callback.mask_command_line(Path(this.sweep.dir))
     before = records.record(folder)
     note(overrides=overrides, steps=config.steps, status=records.RUNNING, error="")
@@ -101,7 +103,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
         if not isinstance(error, USER_ERRORS):
             traceback.print_exception(error)
         if is_first_process() or getattr(error, "__notes__", None):  # a bad setting fails in all
-            print(f"error: {masked_settings(where + format_error(error, sys.argv[1:], name))}", file=sys.stderr)
+            say(f"error: {masked_settings(where + format_error(error, sys.argv[1:], name))}", to_errors=True)
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:

@@ -36,7 +36,7 @@ from train.objective.prior import PriorPreservation
 from train.optim.ema import check_one_average
 from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
 from train.publishing.hub import HubSettings
-from train.utils.console import warn
+from train.utils.console import say, warn
 from train.validation.loss import ValidationSettings
 from train.validation.samples import SampleSettings
 
@@ -233,7 +233,7 @@ class RunConfig:
     def say(self, text: str) -> None:
         """Print a line in the main process only."""
         if self.accelerator.is_main_process:
-            print(text, flush=True)
+            say(text)
 
     def attention_backend(self) -> str:
         """Return the attention backend for a square image of the largest bucket."""

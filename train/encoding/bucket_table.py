@@ -9,6 +9,7 @@ from rich.table import Table
 
 from data.buckets import Buckets, Size
 from data.cache.latents import BucketRow, LatentPlan
+from flux2.utils.text import printable
 from train.utils.text import many
 
 MOST_ROWS = 20
@@ -66,6 +67,6 @@ def show_buckets(plan: LatentPlan, buckets: Buckets, left_out: Sequence[object],
     if plan.middles:
         console.print(f"center crop because of their references: {many(plan.middles, 'sample')}")
     for bad in left_out[:MOST_ROWS]:
-        console.print(f"skipped: {bad}", soft_wrap=True)
+        console.print(printable(f"skipped: {bad}"), soft_wrap=True)
     if len(left_out) > MOST_ROWS:
         console.print(f"skipped: {len(left_out) - MOST_ROWS} more")

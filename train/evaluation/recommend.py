@@ -5,14 +5,15 @@ sample by sample: the mean of the differences, and the interval it varies in (St
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from train.checkpoints import resume
 from train.checkpoints.checkpoint import checkpoints, step_of
-from train.tracking.metrics import VALIDATION_FILE, read_json_lines
+from train.tracking.metrics import MOST_VALUE, VALIDATION_FILE, read_json_lines
 from train.utils.text import many
 
 # quantiles of Student's t for 1, 2, ... degrees of freedom; with more, 1.96 + 2.5 / degrees is close enough
@@ -65,13 +66,33 @@ class Recommendation:
         return [*self.table, *self.reasons]
 
 
+def is_loss(value: object) -> bool:
+    return isinstance(value, int | float) and (abs(value) <= MOST_VALUE or not math.isfinite(value))
+
+
+def has_losses(line: Mapping[str, Any]) -> bool:
+    """Return whether a line of validation.jsonl, which may come from someone else, has a row of losses per sample."""
+    rows, names = line.get("losses"), line.get("samples")
+    if not isinstance(rows, list) or not isinstance(names, list) or len(rows) != len(names):
+        return False
+    return all(isinstance(row, list) and row and all(is_loss(loss) for loss in row) for row in rows)
+
+
 def read_validations(folder: Path) -> list[Validation]:
-    """Return the validations of a run, by step, that measured the same samples at the same times as the last one."""
-    found = [line for line in read_json_lines(folder / VALIDATION_FILE) if "losses" in line]
+    """Return the validations of a run, by step, that measured the same samples at the same times as the last one.
+
+    Raises ValueError, naming the file, for a line that is not one of a run.
+    """
+    file = folder / VALIDATION_FILE
+    found = [line for line in read_json_lines(file) if line.get("losses")]
+    if wrong := [line["step"] for line in found if not has_losses(line)]:
+        raise ValueError(
+            f"{file}: the line of step {wrong[0]} does not hold the losses of its samples. Remove the line"
+        )
     kept = {
         line["step"]: Validation(line["step"], tuple(fmean(row) for row in line["losses"]))
         for line in found
-        if line["losses"] and all(line.get(key) == found[-1].get(key) for key in ("samples", "times"))
+        if all(line.get(key) == found[-1].get(key) for key in ("samples", "times"))
     }
     return [kept[step] for step in sorted(kept)]
 
@@ -110,7 +131,7 @@ def difference(one: Validation, other: Validation) -> Difference:
 
 
 def percent(loss: float, base: float) -> str:
-    return f"{100 * (loss / base - 1):+.1f} %"
+    return f"{100 * (loss / base - 1):+.1f} %" if base else "from 0"
 
 
 def count_samples(validation: Validation, held_out: bool) -> str:
@@ -164,7 +185,11 @@ def explain(best: Validation, last: Validation, base: Validation | None) -> str:
 def recommend(folder: Path) -> Recommendation:
     """Return the checkpoint with the lowest validation loss. Raises ValueError if config.yaml cannot be read."""
     config = resume.configuration(folder)
-    validation = config.get("validation") or {}
+    validation, times = config.get("validation"), 0
+    if not isinstance(validation, dict):
+        validation = {}
+    if isinstance(listed := validation.get("times"), list):
+        times = len(listed)
     measured, broken = validations(folder), nonfinite_steps(folder)
     saved = {step_of(place): place for place in checkpoints(folder)}
 
@@ -178,8 +203,7 @@ def recommend(folder: Path) -> Recommendation:
         return no_checkpoint(f"nothing was validated. Set {key}; {HELD_OUT}")
     base = measured[0] if measured[0].step == 0 else None
     held_out = bool(validation.get("held_out"))
-    times = many(len(validation.get("times") or ()), "time")
-    table = [f"validation loss, {count_samples(measured[-1], held_out)} at {times}:"]
+    table = [f"validation loss, {count_samples(measured[-1], held_out)} at {many(times, 'time')}:"]
     chosen = [one for one in measured if one.step in saved]
     trained = [one for one in measured if one.step > 0]
     lowest = min(trained, key=lambda one: one.mean, default=measured[0])

@@ -24,21 +24,17 @@ from train.evaluation.recommend import count_samples, percent, validations
 from train.reports.run_report import launch_command
 from train.utils.redact import masked, masked_command, masked_text
 from train.utils.text import many
+from train.validation.sample_grid import sample_grids
 
 CARD, SHEET, BASE_SHEET = "README.md", "samples.png", "samples_base.png"
 LIBRARIES = ("torch", "peft", "diffusers")
 DIFFUSERS = """\
-With diffusers:
-
-```python
 import torch
 from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("{repo}", torch_dtype=torch.bfloat16)
 pipe.load_lora_weights("{place}", weight_name="{file}")
-pipe({image}prompt={prompt}).images[0]
-```
-"""
+pipe({image}prompt={prompt}).images[0]"""
 COMFYUI = """\
 ComfyUI has its own names for the layers. flux2-lora writes a file with them, for `models/loras`:
 
@@ -64,6 +60,29 @@ class ModelCardData:
     overrides: Sequence[str] | None = None  # the command line after the script; None if there was none
     processes: int = 1
     place: str | None = None  # repository of the adapter on the Hub, if it is known
+
+
+def plain(text: str) -> str:
+    """Return `text` on one line, masked, with the signs escaped that Markdown or HTML would take for markup."""
+    return re.sub(r"([\\`*_\[\]<>&|~#])", r"\\\1", masked_text(" ".join(text.split())))
+
+
+def code(text: str) -> str:
+    """Return `text` as code in a line: between more backticks than it has in a row."""
+    line = masked_text(" ".join(text.split()))
+    fence = "`" * (longest_run(line) + 1)
+    space = " " if "`" in line else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def code_block(language: str, text: str) -> str:
+    """Return `text` as a block of code, which no line of it ends."""
+    fence = "`" * max(3, longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}\n"
+
+
+def longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def triggers(dataset: Mapping[str, Any]) -> list[str]:
@@ -108,17 +127,17 @@ def training_table(data: ModelCardData, run: Path) -> list[str]:
     """Return the lines of a table that says how the adapter was trained."""
     config = masked(data.config)
     path = config["model"].get("path")
-    weights = "" if path is None else ", local weights" if looks_local(path) else f", weights of {path}"
+    weights = "" if path is None else ", local weights" if looks_local(path) else f", weights of {code(path)}"
     preservation = config.get("preservation", {})
     rows = {
         "base": f"{data.variant.repo or data.variant.name} ({data.precision}){weights}",
         "pictures": f"{data.samples}, at {config['buckets']['resolution']} px",
         "steps": f"{config['steps']} of {many(data.images, 'picture')}",
-        "adapter": f"`{settings(config['adapter'])}`",
-        "optimizer": f"`{settings(config['optimizer'])}`",
+        "adapter": code(settings(config["adapter"])),
+        "optimizer": code(settings(config["optimizer"])),
         **({"average": f"`ema_decay={config['ema_decay']}`"} if config.get("ema_decay") else {}),
-        **({"preservation": f"`{settings(preservation)}`"} if preservation.get("weight") else {}),
-        "schedule": f"`{settings(config['schedule'])}`",
+        **({"preservation": code(settings(preservation))} if preservation.get("weight") else {}),
+        "schedule": code(settings(config["schedule"])),
         "seed": config["seed"],
         "device": f"{data.processes} x {data.device}",
         "libraries": ", ".join(f"{name} {found}" for name in LIBRARIES if (found := installed_version(name))),
@@ -146,7 +165,7 @@ def usage(data: ModelCardData, folder: Path) -> list[str]:
     fetch = f"hf download {data.place} --local-dir lora\n" if data.place else ""
     image = " --image picture.png" if data.edits else ""
     command = f"python -m flux2.generate --model {variant.name} --adapter {local}{image} --prompt {prompt}"
-    parts = ["## Use\n", "With flux2-lora:\n", f"```sh\n{fetch}{command}\n```\n"]
+    parts = ["## Use\n", "With flux2-lora:\n", code_block("sh", f"{fetch}{command}")]
     if variant.repo and (folder / DIFFUSERS_FILE).exists():
         text = masked_text(data.prompts[0] if data.prompts else "...")
         example = DIFFUSERS.format(
@@ -157,7 +176,7 @@ def usage(data: ModelCardData, folder: Path) -> list[str]:
             image="image=picture, " if data.edits else "",
             prompt=json.dumps(text, ensure_ascii=False),  # JSON's strings are literals of Python too
         )
-        parts.append(example)
+        parts += ["With diffusers:\n", code_block("python", example)]
     if variant.repo:
         parts.append(COMFYUI.format(folder=local, name=re.sub(r"[^\w.-]+", "_", data.name)))
     return parts
@@ -167,21 +186,20 @@ def render(data: ModelCardData, run: Path) -> str:
     """Return the whole card of the adapter in the folder of a run."""
     folder, variant = run / "adapter", data.variant
     base = f"[{variant.repo}](https://huggingface.co/{variant.repo})" if variant.repo else f"`{variant.name}`"
-    parts = [metadata(data, folder), f"# {masked_text(data.name)}\n\nA LoRA for {base}, trained with flux2-lora.\n"]
+    parts = [metadata(data, folder), f"# {plain(data.name)}\n\nA LoRA for {base}, trained with flux2-lora.\n"]
     if words := triggers(data.config["dataset"]):
-        parts.append(f"**Trigger**: {', '.join(f'`{masked_text(word)}`' for word in words)} in the prompt.\n")
+        parts.append(f"**Trigger**: {', '.join(map(code, words))} in the prompt.\n")
     if variant.license:
         parts.append(f"**License**: the base model's, {variant.license}, applies to what is made with this adapter.\n")
     for file, title in ((SHEET, "With the adapter"), (BASE_SHEET, "Without it, from the same seeds")):
         if (folder / file).exists():
             parts.append(f"{title}:\n\n![{title}]({file})\n")
     if (folder / SHEET).exists() and data.prompts:
-        prompts = (masked_text(" ".join(prompt.split())) for prompt in data.prompts)
-        parts += [*(f"{i}. {prompt}" for i, prompt in enumerate(prompts, 1)), ""]
+        parts += [*(f"{i}. {plain(prompt)}" for i, prompt in enumerate(data.prompts, 1)), ""]
     parts += usage(data, folder)
     parts += ["## Training\n", *training_table(data, run)]
     if data.overrides is not None:
-        parts.append(f"```sh\n{launch_command(data.overrides, data.processes, NOT_REPEATED)}\n```\n")
+        parts.append(code_block("sh", launch_command(data.overrides, data.processes, NOT_REPEATED)))
     parts.append("## Files\n")
     if (folder / PEFT_FILE).exists():
         parts.append(f"- `{PEFT_FILE}`, `adapter_config.json`: PEFT, layers named as Black Forest Labs names them")
@@ -192,9 +210,9 @@ def render(data: ModelCardData, run: Path) -> str:
 
 def write(data: ModelCardData, run: Path) -> None:
     """Write the card, the first and the last sample grid next to the finished adapter. Raises OSError if it cannot."""
-    grids = sorted((run / "samples").glob("step_*.png"))
-    first = [grid for grid in grids[:-1] if int(grid.stem[5:]) == 0]
-    for name, found in ((SHEET, grids[-1:]), (BASE_SHEET, first)):
+    grids = sample_grids(run)
+    last, first = list(grids.values())[-1:], [file for step, file in list(grids.items())[:-1] if step == 0]
+    for name, found in ((SHEET, last), (BASE_SHEET, first)):
         (run / "adapter" / name).unlink(missing_ok=True)  # of an earlier end of this run
         for grid in found:
             shutil.copyfile(grid, run / "adapter" / name)

@@ -1,12 +1,14 @@
 """Render the pages of this project: one self-contained HTML file each, readable on a phone, that loads nothing.
 
 Images are data URIs, styles and scripts are in the page, and a content security policy in its head forbids the browser
-to fetch anything, whatever a text from outside contains. Jinja2 escapes what it prints, and secrets are masked.
+to fetch anything and to run any script but the project's own, whose hash it names, whatever a text from outside
+contains. Jinja2 escapes what it prints, and secrets are masked.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +57,12 @@ def data_uri(image: Image.Image, widest: int, *, jpeg: bool = False) -> Markup:
     return Markup(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}")
 
 
+def source_hash(script: str) -> Markup:
+    """Return the source of a content security policy that allows this script alone, or none if it is empty."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Markup(f"'sha256-{digest}'" if script else "'none'")
+
+
 @cache
 def environment() -> jinja2.Environment:
     """Return the Jinja2 environment of the templates."""
@@ -69,10 +77,12 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     found.filters["data_uri"] = data_uri
+    found.filters["source_hash"] = source_hash
     found.globals["asset"] = lambda name: Markup((TEMPLATES / name).read_text())
     return found
 
 
 def render(template: str, **values: Any) -> str:
     """Return the page that `template`, a file of `templates/`, makes of `values`."""
-    return environment().get_template(template).render(values)
+    page = environment().get_template(template).render(values)
+    return page.encode(errors="replace").decode()  # file names that are not UTF-8

@@ -17,16 +17,18 @@ from markupsafe import Markup
 from PIL import Image
 
 from flux2.adapters.files import PEFT_FILE
+from flux2.utils.json_files import read_json
 from train.checkpoints.checkpoint import checksum
 from train.evaluation.distances import Nearest
 from train.evaluation.results import BASE, Evaluation, Row
 from train.reports.html import Table, number
 from train.utils.files import make_writable, read_image, write_whole
 from train.utils.redact import masked_text
-from train.validation.sample_grid import split_grid
+from train.validation.sample_grid import sample_grids, split_grid
 
 MAX_GRIDS = 12
 PAIRS, PAIRS_FILE = "before_after", "pictures.json"
+MOST_BYTES, MOST_PAIRS = 1 << 20, 1000  # of the file, which may come from someone else
 
 Pair = tuple[str, Image.Image, Image.Image]  # label, image before training, image after it
 
@@ -58,11 +60,10 @@ def training_cells(folder: Path) -> list[Cell]:
 
     An older grid takes part if it has the same prompt at the same place: a resumed run may have other prompts.
     """
-    files = sorted((folder / "samples").glob("step_*.png"))
+    files = list(sample_grids(folder).items())
     if len(files) > MAX_GRIDS:  # the first and the last among them
         files = [files[round(i * (len(files) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
-    steps = [int(file.stem.removeprefix("step_")) for file in files]
-    grids = [(f"step {step}" if step else BASE, read_image(file)) for step, file in zip(steps, files, strict=True)]
+    grids = [(f"step {step}" if step else BASE, read_image(file)) for step, file in files]
     parts = [(name, found) for name, grid in grids if grid is not None and (found := split_grid(grid))]
     cells = []
     for i, (prompt, _) in enumerate(parts[-1][1] if parts else []):
@@ -92,8 +93,8 @@ def kept_pairs(folder: Path) -> list[Cell]:
     """Return what `keep_pairs` kept; empty if it belongs to another adapter than the present one, or is unreadable."""
     place = folder / PAIRS
     try:
-        kept = json.loads((place / PAIRS_FILE).read_text())
-        labels = list(kept["labels"]) if kept["adapter"] == adapter_checksum(folder) else []
+        kept = read_json(place / PAIRS_FILE, MOST_BYTES)
+        labels = list(kept["labels"])[:MOST_PAIRS] if kept["adapter"] == adapter_checksum(folder) else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
     images = [[read_image(place / f"{i}_{j}.png") for j in (0, 1)] for i in range(len(labels))]

@@ -7,6 +7,7 @@ checkpoint and their distances. The page is templates/report.html; this file col
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from flux2.utils.json_files import read_text
 from train.checkpoints import resume
+from train.checkpoints.checkpoint import checkpoints, step_of
 from train.evaluation import distances
 from train.evaluation.findings import caution, find_problems
 from train.evaluation.recommend import percent, recommend
@@ -34,6 +37,8 @@ from train.utils.files import write_whole
 from train.utils.redact import masked, masked_command, masked_text
 
 REPORT, COMMANDS = "report.html", "command.txt"
+MOST_COMMAND = 1 << 20  # bytes
+TIME = re.compile(r"validation_loss/(\d(?:\.\d{1,9})?(?:e-\d{1,2})?)")  # key of the loss at a time, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,16 @@ class RunSummary:
     def read(cls, folder: Path, evaluation: Evaluation | None = None) -> RunSummary:
         """Return the summary of the run in `folder`. Raises ValueError if its configuration cannot be read."""
         config, found = masked(resume.configuration(folder)), recommend(folder)
-        step = None if found.checkpoint is None else int(found.checkpoint.name.removeprefix("step_"))
+        step = None if found.checkpoint is None else step_of(found.checkpoint)
         reasons = [line.strip().replace(f"{folder}/", "") for line in found.reasons]
         if step is not None and (note := caution(folder)):
             reasons.append(note)
         label = masked_text(f"{config.get('name', '')}/{folder.resolve().name}".strip("/"))
         file = folder / COMMANDS
-        command = file.read_text(errors="replace").strip() if file.is_file() else ""
+        try:
+            command = read_text(file, MOST_COMMAND).strip()
+        except ValueError:  # there is none, or it was not written by us
+            command = ""
         problems = find_problems(folder, evaluation)
         return cls(folder, label, config, read_metrics(folder), step, reasons, problems, command)
 
@@ -73,7 +81,7 @@ class RunSummary:
     @property
     def times(self) -> dict[str, list[tuple[int, float]]]:
         """The series of the validation loss at single times, by time."""
-        keys = {key for line in self.lines for key in line if key.startswith("validation_loss/")}
+        keys = {key for line in self.lines for key in line if TIME.fullmatch(key)}
         ordered = sorted(keys, key=lambda key: float(key.partition("/")[2]))
         return {f"time {key.partition('/')[2]}": self.series(key) for key in ordered}
 
@@ -117,7 +125,7 @@ def loss_charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
 def loss_table(run: RunSummary) -> Table:
     """Return the validation loss of the base, after each checkpoint, and after the last step."""
     losses, times = dict(run.series("validation_loss")), {name: dict(found) for name, found in run.times.items()}
-    saved = {int(place.name.removeprefix("step_")) for place in run.folder.glob("checkpoints/step_*")}
+    saved = {step_of(place) for place in checkpoints(run.folder)}
     shown = [step for step in sorted(losses) if step in saved or step in (0, max(losses))]
     rows = []
     for step in shown:

@@ -17,7 +17,7 @@ from train.publishing import model_card
 from train.publishing.hub import push_or_warn
 from train.reports import run_report
 from train.sweeps.job import is_sweep
-from train.utils.console import warn
+from train.utils.console import say, warn
 
 
 def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None:
@@ -51,9 +51,9 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
     if not config.accelerator.is_main_process:
         return
     if not is_sweep():  # a sweep ends with the lines of its best job
-        print(*closing_lines(adapter.parent), sep="\n")
+        say(*closing_lines(adapter.parent))
     if config.hub.push:
-        print(push_or_warn(adapter.parent, config.hub), flush=True)
+        say(push_or_warn(adapter.parent, config.hub))
     config.say(f"adapter   {adapter}")
     if note := format_notes(adapter):
         config.say(f"formats   {note}")

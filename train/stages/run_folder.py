@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from train.checkpoints.resume import NewRun, RunLocation, find
 from train.config.run_config import RunConfig
 from train.reports import run_report
 from train.sweeps.job import folder_of_job, is_sweep
+from train.utils.console import say
 from train.utils.files import make_new, make_writable, write_whole
 from train.utils.lock import InUse, Lock
 from train.utils.redact import masked
@@ -55,7 +55,7 @@ def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
     output = str(folder_of_job()) if is_sweep() else config.settings.output_dir
     new = Path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     given, chosen = config.settings.resume, output is not None
-    run = NewRun(new, masked(config.composed), config.images_per_step, chosen, say=partial(print, flush=True))
+    run = NewRun(new, masked(config.composed), config.images_per_step, chosen, say=say)
     while True:
         location = find(given, run)
         if location == RunLocation(new) and not chosen:

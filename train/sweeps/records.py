@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flux2.utils.json_files import read_json
 from train.tracking.metrics import LAST_LOSSES, last_validation_loss, read_metrics, series
+from train.utils.checks import is_count
 from train.utils.files import write_whole
 from train.utils.lock import in_use
+from train.validation.sample_grid import sample_grids
+from train.validation.samples import is_string_list
 
 RECORD = "job.json"
 ENDED = ("done", "failed", "stopped")
 RUNNING, REQUEUED = "running", "waiting"  # waiting for Slurm to restart it
 LOST = "lost"  # ended without a record, for example because it was killed
+MOST_BYTES = 1 << 20
+FIELDS: dict[str, Callable[[Any], bool]] = {  # keys of job.json, and which values are accepted
+    "overrides": is_string_list,
+    "status": lambda value: value in (*ENDED, RUNNING, REQUEUED),
+    "steps": is_count,
+    "error": lambda value: isinstance(value, str),
+}
 NUMBERS = (  # columns of a table: attribute of a job, heading, format
     ("last", "validation loss", ".4f"),
     ("best", "best", ".4f"),
@@ -31,12 +42,16 @@ NUMBERS = (  # columns of a table: attribute of a job, heading, format
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """Return the record of the job in `folder`, empty if there is none that can be read."""
+    """Return the record of the job in `folder`, empty if there is none that can be read.
+
+    It may come from someone else: only values that `job.json` has, of their types, are returned.
+    """
     try:
-        found = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
+        found = read_json(folder / RECORD, MOST_BYTES)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    values = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in values if key in FIELDS and FIELDS[key](value)}
 
 
 def note(folder: Path, **values: Any) -> None:
@@ -73,9 +88,9 @@ class SweepJob:
 def read_job(folder: Path) -> SweepJob:
     """Return the job in `folder`, whose name is its number."""
     about, lines = record(folder), read_metrics(folder)
-    job = SweepJob(int(folder.name), folder, error=str(about.get("error") or ""))
-    job.overrides = {key: value for key, _, value in (text.partition("=") for text in about.get("overrides") or [])}
-    if about.get("status") in (*ENDED, REQUEUED):
+    job = SweepJob(int(folder.name), folder, error=about.get("error", ""))
+    job.overrides = {key: value for key, _, value in (text.partition("=") for text in about.get("overrides", []))}
+    if about.get("status", RUNNING) != RUNNING:
         job.status = about["status"]
     elif in_use(folder):
         job.status = RUNNING
@@ -89,9 +104,9 @@ def read_job(folder: Path) -> SweepJob:
         job.training_loss = statistics.fmean(losses[-LAST_LOSSES:])
     if speeds := [value for _, value in series(lines, "images_per_second")]:
         job.images_per_second = statistics.median(speeds)
-    if sheets := sorted((folder / "samples").glob("step_*.png")):
-        job.sheet = sheets[-1]
-        job.first_sheet = sheets[0] if int(sheets[0].stem.removeprefix("step_")) == 0 else None
+    if sheets := sample_grids(folder):
+        job.sheet = sheets[max(sheets)]
+        job.first_sheet = sheets.get(0)
     return job
 
 

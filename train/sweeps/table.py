@@ -17,12 +17,15 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from flux2.utils.text import printable
 from train.checkpoints import resume
 from train.evaluation.recommend import closing_lines
 from train.reports import html as page
 from train.reports.html import Table, number
 from train.sweeps.records import NUMBERS, SweepJob, best_job, split_overrides
+from train.utils.console import say
 from train.utils.files import read_image, short_path, write_whole
+from train.validation.samples import is_string_list
 
 PAGE, DATA, SHEET = "sweep.html", "sweep.json", "sweep.csv"
 WIDEST = 1060  # pixels of an embedded sample grid, which is four images; its link opens the file itself
@@ -61,11 +64,13 @@ def own_overrides(job: SweepJob, keys: Sequence[str]) -> str:
 
 def common_prompts(jobs: Sequence[SweepJob]) -> list[str]:
     """Return the prompts of the sample grids if all jobs whose configuration can be read have the same."""
-    known = []
+    known: list[Any] = []
     for job in jobs:
         with suppress(ValueError):  # the job has no configuration yet, or an unreadable one
-            known.append((resume.configuration(job.folder).get("sample") or {}).get("prompts") or [])
-    return list(known[0]) if known and all(one == known[0] for one in known) else []
+            sample = resume.configuration(job.folder).get("sample")
+            known.append(sample.get("prompts") if isinstance(sample, dict) else None)
+    same = known and is_string_list(known[0]) and all(one == known[0] for one in known)
+    return list(known[0]) if same else []
 
 
 def render_page(sweep: Path, jobs: Sequence[SweepJob]) -> str:
@@ -136,13 +141,13 @@ def print_table(file: Path, found: Sequence[SweepJob]) -> None:
     best = best_job(found)
     numbers = [entry for entry in NUMBERS if any(getattr(job, entry[0]) is not None for job in found)]
     table = RichTable(box=None, pad_edge=False, header_style="bold")
-    for heading in ("job", *keys, "status"):
+    for heading in ("job", *map(printable, keys), "status"):
         table.add_column(heading, overflow="fold")
     for _, heading, _ in numbers:
         table.add_column(heading, justify="right")
     for job in found:
         mark = " *" if best is job and len(found) > 1 else ""
-        values = [job.overrides.get(key, "") for key in keys]
+        values = [printable(job.overrides.get(key, "")) for key in keys]
         measured = [number(getattr(job, key), form) for key, _, form in numbers]
         table.add_row(f"{job.number}{mark}", *values, job.progress, *measured)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
@@ -150,9 +155,9 @@ def print_table(file: Path, found: Sequence[SweepJob]) -> None:
     console.print(table)
     for job in found:
         if job.error:
-            print(f"job {job.number}: {job.error}")
+            say(f"job {job.number}: {job.error}")
     if best is not None and len(found) > 1:
-        print(f"* lowest validation loss: {own_overrides(best, keys)}")
+        say(f"* lowest validation loss: {own_overrides(best, keys)}")
     if best is not None:
-        print(f"of job {best.number}:", *closing_lines(short_path(best.folder)), sep="\n")
-    print(f"table     {short_path(file)}", flush=True)
+        say(f"of job {best.number}:", *closing_lines(short_path(best.folder)))
+    say(f"table     {short_path(file)}")

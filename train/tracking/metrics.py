@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.files import atomic_write
+from flux2.utils.json_files import parse_json
 from train.tracking.trackers import NoTracker
+from train.utils.checks import is_count, is_number
 from train.utils.console import warn
 from train.utils.files import reason
 from train.utils.redact import masked, masked_text
 
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+MOST_BYTES = 1 << 30  # a million steps take some 300 MB
+MOST_VALUE = 3.5e38  # no float32 is larger; means and variances of larger ones overflow
 LAST_LOSSES = 10  # logged losses in the mean that is reported: a single one varies with the drawn timesteps
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """Return a file's JSON lines with a step, or none; skip lines that a crash or a full disk left incomplete."""
+    """Return a file's JSON lines with a step, or none; skip lines that a crash or a full disk left incomplete.
+
+    The file may come from someone else. Raises ValueError if it is larger than that of any run.
+    """
     lines = []
+    if file.exists() and file.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{file} has more than {MOST_BYTES:,} bytes, which no run writes. Move it away")
     for line in file.read_text(errors="replace").split("\n") if file.is_file() else []:
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError:
             continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
+        if isinstance(values, dict) and is_count(values.get("step")):
             lines.append(values)
     return lines
 
@@ -38,15 +46,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """Return (step, value) for every finite value of `key`."""
-    values = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-    return [(step, float(value)) for step, value in values if math.isfinite(value)]
+    return [(line["step"], float(line[key])) for line in lines if is_number(line.get(key), -MOST_VALUE, MOST_VALUE)]
 
 
 def last_validation_loss(folder: Path) -> float | None:
     """Return the last validation loss of the run in `folder`; None if there is none or it is not finite."""
     values = [line["validation_loss"] for line in read_metrics(folder) if "validation_loss" in line]
-    last = values[-1] if values else None
-    return float(last) if isinstance(last, int | float) and math.isfinite(last) else None
+    return float(values[-1]) if values and is_number(values[-1], -MOST_VALUE, MOST_VALUE) else None
 
 
 class Metrics:

@@ -61,7 +61,7 @@ def write_whole(file: Path, content: str | Image.Image) -> None:
     try:
         with atomic_write(file) as temporary:
             if isinstance(content, str):
-                temporary.write_text(content)
+                temporary.write_bytes(content.encode(errors="backslashreplace"))  # names that are not UTF-8
             else:
                 content.save(temporary, "PNG")
     except OSError as error:
@@ -105,8 +105,8 @@ def check_plain(value: Any) -> None:
 
 
 def read_image(file: Path | None) -> Image.Image | None:
-    """Return the image in `file`; None if there is none or it cannot be read, for example because it is incomplete."""
-    if file is None:
+    """Return the PNG image in `file`; None if there is none or it cannot be read, for example if it is incomplete."""
+    if file is None or not file.is_file():  # a pipe would block
         return None
     try:
         with open_image(file) as image:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from flux2.utils.json_files import parse_json
+
 LAYOUT = "flux2-lora-grid"  # keyword of the PNG text with the prompts and the positions of the images
+NAME = re.compile(r"step_(\d{1,12})\.png")
+
+
+def sample_grids(folder: Path) -> dict[int, Path]:
+    """Return the sample grids of a run by step, in ascending order."""
+    named = {file: NAME.fullmatch(file.name) for file in (folder / "samples").glob("step_*.png")}
+    found = {int(match[1]): file for file, match in named.items() if match is not None}
+    return {step: found[step] for step in sorted(found)}
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> str:
@@ -84,10 +95,16 @@ def _scaled(picture: Image.Image, side: int) -> Image.Image:
 
 
 def split_grid(grid: Image.Image) -> list[tuple[str, Image.Image]]:
-    """Return the prompts and images of a sample grid; an empty list if the file has no layout."""
+    """Return the prompts and images of a sample grid; an empty list if the file has no layout, or not that of a grid.
+
+    The file may come from someone else: the images lie in the grid and are together no larger than it.
+    """
     try:
-        layout = json.loads(grid.info[LAYOUT])
-        pairs = zip(layout["prompts"], layout["boxes"], strict=True)
-        return [(str(prompt), grid.crop((int(x0), int(y0), int(x1), int(y1)))) for prompt, (x0, y0, x1, y1) in pairs]
-    except (KeyError, TypeError, ValueError):
+        layout = parse_json(grid.info[LAYOUT])
+        boxes = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in layout["boxes"]]
+        inside = all(0 <= x0 < x1 <= grid.width and 0 <= y0 < y1 <= grid.height for x0, y0, x1, y1 in boxes)
+        if not inside or sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) > grid.width * grid.height:
+            return []
+        return [(str(prompt), grid.crop(box)) for prompt, box in zip(layout["prompts"], boxes, strict=True)]
+    except (KeyError, TypeError, ValueError, OverflowError):
         return []
