@@ -11,9 +11,12 @@ Source: github.com/black-forest-labs/flux2, src/flux2/text_encoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LAYER_LINEARS = r"layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
+DIRECTIVES = ("attn_implementation", "experts_implementation", "auto_map", "quantization_config", "use_kernels")
+MOST_TEMPLATE_STEPS = 200_000  # lines; the published templates take some 20 for a prompt
 # The line break belongs to the published message; a space instead of it would change the embeddings.
 SYSTEM_MESSAGE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
@@ -51,10 +56,45 @@ def tokenize(
     """Return token ids and attention mask (B, length), padded on the tokenizer's own side and truncated to `length`."""
     is_qwen3 = kind == "qwen3"  # the template of Mistral contains the special tokens
     options = {"add_generation_prompt": True, "enable_thinking": False} if is_qwen3 else {}
-    texts = [tokenizer.apply_chat_template(chat(prompt, kind), tokenize=False, **options) for prompt in prompts]
+    with bounded_template():
+        texts = [tokenizer.apply_chat_template(chat(prompt, kind), tokenize=False, **options) for prompt in prompts]
     padding: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
     batch = tokenizer(texts, **padding, add_special_tokens=is_qwen3, return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]
+
+
+@contextmanager
+def bounded_template() -> Iterator[None]:
+    """Context manager in which a chat template that loops is a ValueError instead of an endless rendering.
+
+    A template comes with the model, and Jinja's sandbox bounds `range`, but not loops in loops or macros that call
+    themselves. Each line of a template that this thread runs is counted.
+    """
+    steps, before = 0, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal steps
+        if frame.f_code.co_filename != "<template>":
+            return None
+        steps += 1
+        if steps > MOST_TEMPLATE_STEPS:
+            raise ValueError("the chat template of the tokenizer does not end. Give the tokenizer of the model")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def without_directives(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a published configuration without what tells the library to load more than a model has.
+
+    For example, `_attn_implementation` may name a repository with kernels, which are code.
+    """
+    kept = {key: value for key, value in config.items() if key[:1] != "_" and key not in DIRECTIVES}
+    return {key: without_directives(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
@@ -64,6 +104,7 @@ def build(config: dict[str, Any], text: TextConfig) -> nn.Module:
     """
     from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model  # takes two seconds
 
+    config = without_directives(config)
     values, layers = config.get("text_config", config), max(text.layers)
     if values["num_hidden_layers"] < layers:
         raise ValueError(

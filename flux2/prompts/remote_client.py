@@ -47,6 +47,7 @@ from flux2.prompts.remote_protocol import (
     retry_after,
 )
 from flux2.utils import checks
+from flux2.utils.json_files import parse_json
 
 PUBLISHED = "https://remote-text-encoder-flux-2.huggingface.co/predict"
 TOKEN = "FLUX2_TEXT_ENCODER_TOKEN"
@@ -161,7 +162,7 @@ class Client:
         path = f"/identity?length={self.length}"
         body, _ = self._request("GET", path, None, TEXT, min(self.attempts, FIRST_CONTACT))
         try:
-            answer = json.loads(body)
+            answer = parse_json(body)
             found = (answer["kind"], tuple(answer["layers"]), answer["width"])
             model, identity = str(answer["model"]), answer["identity"]
             if not re.fullmatch(r"[ -~]{1,300}", identity) or (self._token and self._token in identity):

@@ -16,6 +16,7 @@ from torch import Tensor
 from flux2.models.variants import Variant
 from flux2.utils import checks
 from flux2.utils.files import atomic_write
+from flux2.utils.json_files import parse_json
 from flux2.utils.text import listed
 
 FORMAT = "flux2-lora embeddings 1"
@@ -54,7 +55,7 @@ class SavedPrompts:
                 shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
             if about.get("format") != FORMAT:
                 raise ValueError("it was not written by `--save-embeddings` or pipe.save_embeddings")
-            self.prompts: list[str] = json.loads(about["prompts"])
+            self.prompts: list[str] = parse_json(about["prompts"])
             self.length = int(about["length"])
             if shapes.keys() != {str(i) for i in range(len(self.prompts))}:
                 raise ValueError(f"it holds {len(shapes)} tensors for {len(self.prompts)} prompts")

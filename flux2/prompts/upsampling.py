@@ -12,7 +12,6 @@ Source: github.com/black-forest-labs/flux2, src/flux2/text_encoder.py (`upsample
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from math import isqrt
@@ -22,10 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flux2.models.text_encoder import load_tokenizer, quantize_text_encoder
+from flux2.models.text_encoder import bounded_template, load_tokenizer, quantize_text_encoder, without_directives
 from flux2.models.variants import Variant
 from flux2.prompts.embeddings import TextSource
 from flux2.utils.images import as_rgb
+from flux2.utils.json_files import read_json
 from flux2.weights.key_names import PublishedTensor
 from flux2.weights.loading import expected_shapes, fill, language_prefix, rebuild_rotary
 from flux2.weights.safetensors_files import TensorFiles, tensor_files
@@ -106,9 +106,9 @@ class Upsampler:
 
         Raises ValueError for more than `MOST_TOKENS`.
         """
-        text = self.tokenizer.apply_chat_template(
-            conversation(prompt, bool(references)), tokenize=False, add_generation_prompt=True
-        )
+        messages = conversation(prompt, bool(references))
+        with bounded_template():
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         image_inputs: dict[str, Tensor] = {}
         if references:
             image_inputs = self._seen(side_by_side(references))
@@ -180,7 +180,10 @@ def load_upsampler(
     folder = source.folder("text_encoder")
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} holds no config.json")
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = without_directives(read_json(folder / "config.json"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{folder}: its config.json does not describe a language model ({error})") from error
     files = tensor_files(source, "text_encoder")
     if pictures and "vision_config" not in config:
         raise WeightsError(f"{folder} is a language model without vision tower. Rewrite prompts without references")

@@ -29,13 +29,14 @@ def read_text(file: Path, most: int = MOST_BYTES) -> str:
         raise ValueError(f"{file} cannot be read ({error.strerror or error})") from error
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, **settings: Any) -> Any:
     """Return the value of a JSON text. Raise ValueError if it is not JSON, or nested more than `MOST_DEPTH` deep.
 
     An integer of more than `MOST_DIGITS` characters becomes a float, which is infinite if it is too large for one.
+    `settings` are those of `json.loads`.
     """
     try:
-        value = json.loads(text, parse_int=bounded_integer)
+        value = json.loads(text, parse_int=bounded_integer, **settings)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     check_depth(value)

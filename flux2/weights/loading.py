@@ -9,7 +9,6 @@ Loading is strict: missing, unexpected and misshaped tensors are one error that 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from flux2.models.variants import TextConfig
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision, convert
 from flux2.utils.choices import TextStorage
+from flux2.utils.json_files import read_json
 from flux2.utils.text import listed
 from flux2.weights.key_names import PublishedTensor, autoencoder_tensor, transformer_tensor
 from flux2.weights.parallel_reader import Digests, ReadTask, group_by_module, run_tasks
@@ -316,11 +316,11 @@ def load_text_encoder(
         raise WeightsError(f"{folder} holds no config.json. Give a complete text encoder")
     try:
         with torch.device("meta"):
-            model = build(json.loads((folder / "config.json").read_text()), text)
-        if storage is not None:
-            quantize_text_encoder(model, storage, dtype)
-    except ValueError as error:
-        raise WeightsError(f"{folder}: {error}") from error
+            model = build(read_json(folder / "config.json"), text)
+    except Exception as error:  # of reading, or of the library for values of another type
+        raise WeightsError(f"{folder}: its config.json does not describe a text encoder ({error})") from error
+    if storage is not None:
+        quantize_text_encoder(model, storage, dtype)
     width = len(text.layers) * model.get_parameter("embed_tokens.weight").shape[1]
     if width != source.variant.transformer.text_width:
         raise WeightsError(

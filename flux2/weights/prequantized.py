@@ -18,7 +18,6 @@ those with a scale per block are dequantized. Other formats are refused by name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -31,6 +30,7 @@ from torch import Tensor
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.float8 import Float8Linear
 from flux2.quantization.nf4 import BLOCK, NESTED_BLOCK, Nf4Linear
+from flux2.utils.json_files import parse_json
 from flux2.utils.text import listed
 from flux2.weights.key_names import PublishedTensor
 from flux2.weights.parallel_reader import Piece, TensorRead, read_of
@@ -180,7 +180,7 @@ def find_nf4_part(files: TensorFiles, stored: StoredTensor) -> StoredPart:
     raw = bytearray(files[state].size)
     files[state].read_into(memoryview(raw))
     try:
-        shape = tuple(json.loads(raw)["shape"])
+        shape = tuple(parse_json(bytes(raw))["shape"])
         if not all(isinstance(side, int) for side in shape):
             raise ValueError(f"shape {shape}")
     except (ValueError, KeyError, TypeError) as error:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision
 from flux2.utils.files import atomic_write, remove_unfinished
+from flux2.utils.json_files import parse_json, read_json
 from flux2.utils.text import gigabytes
 from flux2.weights.parallel_reader import Digests, ReadTask, checksum, group_by_module, read_of, run_tasks
 from flux2.weights.safetensors_files import DTYPE_NAMES, StoredTensor, TensorFiles
@@ -117,7 +118,7 @@ class QuantizedCache:
         `modules` as in `flux2.weights.loading.fill`.
         """
         try:
-            content = json.loads(self.note.read_text())["content"]
+            content = read_json(self.note)["content"]
         except (OSError, ValueError, KeyError, TypeError):
             return False  # never loaded, or the record is damaged
         copy = self.copy_of(str(content))
@@ -143,7 +144,7 @@ class QuantizedCache:
         """Fill `model` from `copy`. Raises WeightsError or ValueError if the copy is damaged."""
         files = TensorFiles([copy])
         try:
-            sums = dict(json.loads(files.metadata["checksums"]))
+            sums = dict(parse_json(files.metadata["checksums"]))
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{copy} holds no checksums") from error
         if files.metadata.get("layout") != layout(files.plan):

@@ -7,8 +7,8 @@ The format: github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
-import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from flux2.utils.json_files import parse_json, read_json
 from flux2.utils.text import listed
 from flux2.weights.sources import ModelSource, Part, WeightsError
 
@@ -36,6 +37,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100 << 20  # bytes; the limit of the format
+MOST_DIMENSIONS = 8  # of a tensor
 BLANK = 1 << 20  # zero bytes at the end that mark an incomplete download
 ADVICE = "Give the model's safetensors files in bfloat16, FP8 or NF4"
 OTHER_ENDINGS = (".gguf", ".bin", ".pt", ".pth", ".ckpt")
@@ -85,13 +87,15 @@ def parse_header(file: Path, raw: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
-            repeated = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            ((repeated, _),) = Counter(name for name, _ in pairs).most_common(1)
             raise damaged_file(file, f"its header holds {repeated!r} twice")
         return entries
 
     try:
-        header = json.loads(raw, object_pairs_hook=once)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        header = parse_json(raw, object_pairs_hook=once)
+    except WeightsError:
+        raise
+    except ValueError as error:
         raise damaged_file(file, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise damaged_file(file, f"its header is a {type(header).__name__}, not a table of tensors")
@@ -102,7 +106,9 @@ def stored_tensor(file: Path, key: str, entry: Any, begin: int) -> StoredTensor:
     """Return one tensor of the header; data starts at byte `begin`."""
     try:
         name, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        is_complete = all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop))
+        numbers = (*shape, start, stop)
+        is_complete = isinstance(name, str) and len(shape) <= MOST_DIMENSIONS
+        is_complete = is_complete and all(type(number) is int and number >= 0 for number in numbers)
     except (TypeError, KeyError, ValueError):
         is_complete = False
     if not is_complete:
@@ -138,8 +144,8 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         raise damaged_file(file, f"it ends within its header: {size} bytes, and the header needs {8 + length}")
     header = parse_header(file, raw)
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise damaged_file(file, "its metadata is not a table")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged_file(file, "its metadata is not a table of texts")
     tensors = {key: stored_tensor(file, key, entry, 8 + length) for key, entry in header.items()}
     check_places(file, tensors, 8 + length, size)
     return tensors, metadata
@@ -222,9 +228,12 @@ def part_files(folder: Path) -> TensorFiles:
     shards = set(folder.glob("*.safetensors"))
     for index in sorted(folder.glob("*.safetensors.index.json"))[:1]:
         try:
-            shards = {folder / shard for shard in json.loads(index.read_text())["weight_map"].values()}
-        except (json.JSONDecodeError, KeyError) as error:
+            names = set(read_json(index)["weight_map"].values())
+            if wrong := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+                raise ValueError(f"{wrong[0]!r} is not the name of a safetensors file in its folder")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index} is not an index of shards ({error!r}): download it again") from error
+        shards = {folder / name for name in names}
         if absent := sorted(shard.name for shard in shards if not shard.exists()):
             raise WeightsError(f"{folder}: its index names files that do not exist: {', '.join(absent)}")
     if not shards:

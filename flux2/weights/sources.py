@@ -15,6 +15,7 @@ from huggingface_hub import errors as hub_errors
 
 from flux2.models.variants import Variant, get_variant
 from flux2.utils.files import atomic_write
+from flux2.utils.json_files import read_json
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
 Part = Literal["transformer", "vae", "text_encoder", "tokenizer"]
@@ -37,7 +38,7 @@ class Fingerprints:
         self._kept: dict[str, str] = {}
         try:
             if file is not None and file.exists():
-                self._kept = {str(name): str(value) for name, value in json.loads(file.read_text()).items()}
+                self._kept = {str(name): str(value) for name, value in read_json(file).items()}
         except (OSError, ValueError, AttributeError) as error:
             log.warning("%s cannot be read (%s): fingerprints are computed from the model's files", file, error)
         self._found = dict(self._kept)

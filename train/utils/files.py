@@ -105,7 +105,7 @@ def check_plain(value: Any) -> None:
 
 
 def read_image(file: Path | None) -> Image.Image | None:
-    """Return the PNG image in `file`; None if there is none or it cannot be read, for example if it is incomplete."""
+    """Return the image in `file`; None if there is none or it cannot be read, for example if it is incomplete."""
     if file is None or not file.is_file():  # a pipe would block
         return None
     try:
