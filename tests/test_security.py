@@ -41,7 +41,7 @@ KNOWN = {
     (
         "train/evaluation/features.py",
         "AutoModel.from_pretrained",
-    ): "no trust_remote_code, so only classes of the library",
+    ): "no trust_remote_code: only the library's classes",
     ("flux2/models/text_encoder.py", "PreTrainedTokenizerFast.from_pretrained"): "a class of ours to choose",
     ("flux2/adapters/peft_config.py", "peft.PeftConfig.from_pretrained"): "reads JSON into a dataclass",
     ("data/sources/open_table.py", "datasets.load_dataset"): "no trust_remote_code: the library runs no scripts",
