@@ -19,6 +19,7 @@ from flux2.weights.sources import ModelSource, model_source
 from train.checkpoints.rotation import Rotation
 from train.config.memory import FREE
 from train.utils.checks import check_count, check_seed, is_number
+from train.utils.redact import check_no_secret
 
 STORAGES = ("full", "projected", "fp8", "projected_fp8")  # of prompt embeddings
 MOST = 1 << 20  # images in a batch
@@ -90,6 +91,7 @@ class RunSettings(LoopSettings):
         for key in ("shard", "allow_changed_data"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be true or false")
+        check_no_secret("name", self.name)
         check_count("batch_size", self.batch_size, 1, MOST)
         check_count("reference_resolution", self.reference_resolution, 16)
         for key in ("caption_dropout", "reference_dropout"):

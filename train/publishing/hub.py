@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from data.checks import check_flag
-from train.utils.redact import masked_text
+from train.utils.redact import check_no_secret, masked_text
 
 LATER = "python -m train.hub {} --repo-id {}"
 
@@ -27,6 +27,7 @@ class HubSettings:
     def __post_init__(self) -> None:
         check_flag("hub.push", self.push)
         check_flag("hub.private", self.private)
+        check_no_secret("hub.repo_id", self.repo_id)
         if self.repo_id is not None:
             try:
                 validate_repo_id(self.repo_id)

@@ -18,7 +18,7 @@ from typing import Any
 from flux2.utils.images import open_image
 from train.utils.console import warn
 from train.utils.files import reason
-from train.utils.redact import masked_text
+from train.utils.redact import check_no_secret, masked_text
 
 INIT_SECONDS = 30.0  # timeout of wandb's server at the start
 FINISH_SECONDS = 120.0  # timeout at the end; data that was not sent is on disk
@@ -48,6 +48,8 @@ class WandbTracker(NoTracker):
     def __init__(self, project: str = "flux2-lora", entity: str | None = None, mode: str = "online") -> None:
         if mode not in ("online", "offline", "disabled"):
             raise ValueError(f"tracker.mode={mode!r} must be one of online, offline, disabled")
+        for key, value in (("project", project), ("entity", entity)):
+            check_no_secret(f"tracker.{key}", value)
         self.project, self.entity, self.mode = project, entity, mode
 
     def start(self, folder: Path, name: str, config: dict[str, Any]) -> None:

@@ -81,6 +81,15 @@ def masked_text(text: str, known: Iterable[str] | None = None) -> str:
     return masked_values(QUERY, FORM.sub(MASK, text))
 
 
+def check_no_secret(key: str, value: object) -> None:
+    """Raise ValueError, without showing it, if `value` holds a secret.
+
+    For names that others read and that a mask would change: of a run, a project, a repository.
+    """
+    if isinstance(value, str) and masked_text(value) != value:
+        raise ValueError(f"{key} holds a secret, such as a token, and others read it. Give another name")
+
+
 def masked_settings(text: str) -> str:
     """Return `masked_text` of a message that names settings, with the values of `key=value` masked for secret keys."""
     return masked_text(masked_values(SETTING, text))

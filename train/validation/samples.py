@@ -129,8 +129,8 @@ class Sampler:
         pictures = self.pictures(model)
         if write:
             file.parent.mkdir(parents=True, exist_ok=True)
-            page = sample_grid([pictures], columns=list(self.settings.prompts))
-            info = PngInfo()  # for the report, which shows the images one by one
             prompts = masked(list(self.settings.prompts))
+            page = sample_grid([pictures], columns=prompts)
+            info = PngInfo()  # for the report, which shows the images one by one
             info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
             page.save(file, pnginfo=info)

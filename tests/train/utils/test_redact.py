@@ -2,6 +2,9 @@ import pytest
 from omegaconf import OmegaConf
 from train_helpers import compose
 
+from train.config.settings import RunSettings
+from train.publishing.hub import HubSettings
+from train.tracking import WandbTracker
 from train.utils.redact import MASK, is_secret, masked, masked_command, masked_settings, masked_text, may_be_secret
 
 HUB = "hf_" + "aB3" * 11 + "x"
@@ -147,3 +150,21 @@ def test_a_command_line_is_shown_without_secrets_and_home(monkeypatch, tmp_path)
 def test_of_settings_in_a_text_no_secret_is_shown(text, shown):
     assert masked_settings(text) == shown
     assert masked_settings(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda value: WandbTracker(project=value), "tracker.project"),
+        (lambda value: WandbTracker(entity=value), "tracker.entity"),
+        (lambda value: HubSettings(repo_id=f"me/{value}"), "hub.repo_id"),
+        (lambda value: RunSettings(name=value), "name"),
+    ],
+)
+def test_a_name_that_a_mask_would_change_is_refused_if_it_holds_a_secret(make, key, monkeypatch):
+    make("cards")
+    monkeypatch.setenv("WANDB_API_KEY", "planted-key")
+    for secret in (HUB, "planted-key", "my-planted-key-1"):
+        with pytest.raises(ValueError, match=rf"^{key} holds a secret.*another name") as error:
+            make(secret)
+        assert secret not in str(error.value)

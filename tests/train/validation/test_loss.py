@@ -312,6 +312,16 @@ def plain(color, size=(64, 48)):
     return Image.new("RGB", size, color)
 
 
+def test_a_grid_shows_no_secret_as_text_nor_as_pixels(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_TOKEN", "planted-key")
+    monkeypatch.setattr(Sampler, "pictures", lambda *_: [plain("red")])
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file, prompt in zip(files, ("a planted-key", "a ***"), strict=True):
+        sampler = Sampler(None, None, SampleSettings(prompts=[prompt]), None, None, [[]], [(64, 48)])
+        sampler.write_grid(None, file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_grid_holds_the_very_pixels_under_their_captions():
     noise = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
     pictures = [Image.fromarray(one) for one in noise]
