@@ -14,7 +14,7 @@ from train.stages.memory import load_config
 from train.stages.model import load_sampler
 from train.validation.loss import TIMES, FixedNoiseLoss, ValidationSettings, chosen_samples
 from train.validation.sample_grid import sample_grid, wrap
-from train.validation.samples import SampleSettings
+from train.validation.samples import Sampler, SampleSettings
 
 pytest_plugins = ("train_helpers",)
 
