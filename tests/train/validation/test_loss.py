@@ -317,7 +317,7 @@ def test_a_grid_shows_no_secret_as_text_nor_as_pixels(monkeypatch, tmp_path):
     monkeypatch.setattr(Sampler, "pictures", lambda *_: [plain("red")])
     files = [tmp_path / "a.png", tmp_path / "b.png"]
     for file, prompt in zip(files, ("a planted-key", "a ***"), strict=True):
-        sampler = Sampler(None, None, SampleSettings(prompts=[prompt]), None, None, [[]], [(64, 48)])
+        sampler = Sampler(SampleSettings(prompts=[prompt]), None, None, None, None, [[]], [(64, 48)])
         sampler.write_grid(None, file)
     assert files[0].read_bytes() == files[1].read_bytes()
 
