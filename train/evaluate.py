@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux2.adapters.formats import AdapterError
+from train.checkpoints import resume
 from train.cli.app import command
 from train.config.instantiate import instantiate, parse_settings
 from train.evaluation import distances
@@ -36,7 +37,7 @@ from train.evaluation.findings import find_problems
 from train.evaluation.recommend import closing_lines, recommend
 from train.evaluation.results import BASE, Evaluation, Row
 from train.reports import run_report
-from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder
+from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder, encoder_address
 from train.utils.checks import check_count, is_number
 from train.utils.console import say, warn
 from train.utils.files import read_image, write_whole
@@ -231,6 +232,10 @@ def evaluate_runs(settings: EvaluationSettings, features: Features) -> list[Eval
         check_run_folder(folder, "compare" if number else "run")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("compare names a run twice, or the run that is evaluated. Give other runs")
+    if settings.text_encoder_url and not any(encoder_address(resume.configuration(folder)) for folder in folders):
+        raise ValueError(
+            f"text_encoder_url={settings.text_encoder_url!r}: the text encoder is on this machine. Omit it"
+        )
     found: list[Evaluation] = []
     sample = settings.sample
     for number, folder in enumerate(folders):

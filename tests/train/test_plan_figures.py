@@ -16,6 +16,7 @@ from flux2.adapters.tuners import attach
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import Precision
 from flux2.weights.loading import load_text_encoder
+from flux2.weights.sources import model_source
 from train.config.memory import Choice
 from train.planner import from_config as choosing
 from train.planner import gpus
@@ -236,3 +237,13 @@ def test_trained_parameters_are_the_adapters():
     model = job("tiny", rank=2).model
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     assert len(adapter_parameters(model)) == sum(".lora_" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", '{"text_config": 3}', '{"text_config": {"head_dim": "x"}}'])
+def test_the_sizes_of_a_text_encoder_that_says_none_are_not_known(content, tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text(content)
+    assert choosing.text_sizes(model_source("tiny", str(tmp_path))) == {}
+    (tmp_path / "text_encoder" / "config.json").write_text("[" * 99_999)
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        choosing.text_sizes(model_source("tiny", str(tmp_path)))

@@ -54,7 +54,7 @@ class TrainedData:
         try:
             stored = json.loads((folder / DATA_FILE).read_text())
             there = TrainedData(tuple(stored["names"]), tuple(stored["marks"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             there = None
         if there is None or there.digest != digest:
             return "its samples differ"  # which ones is unknown

@@ -6,7 +6,6 @@ never gets a slower one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from data.buckets import reference_size
 from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
 from flux2.quantization.precision import Precision, convert, pick_dtype
+from flux2.utils.json_files import read_json
 from flux2.weights.sources import ModelSource
 from train.config.memory import CHOSEN, FREE, choice_of, fixed_keys, settings_of
 from train.config.run_config import RunConfig
@@ -28,21 +28,28 @@ from train.planner.predictor import Planner
 from train.planner.search import choose, does_not_fit, lighter, smaller, step_down
 from train.planner.workload import Workload, tokens
 from train.sweeps.reuse import SHARED
+from train.utils.checks import is_count
 from train.utils.memory import OutOfMemory
 
 LEAST_STEP = 0.03  # share of a run's memory that advice after out of memory saves at least, because of fragmentation
 
 
 def text_sizes(source: ModelSource) -> dict[str, int]:
-    """Return the sizes in the config.json of a local text encoder; empty if it is not local or of an unknown kind."""
+    """Return the sizes in the config.json of a local text encoder; empty if it is not local or of an unknown kind.
+
+    Raises ValueError, naming the file, if it cannot be read.
+    """
     file = Path(source.where("text_encoder")).expanduser() / "text_encoder" / "config.json"
     if not file.is_file():
         return {}
-    values = json.loads(file.read_text())
-    values = values.get("text_config", values)
+    values = read_json(file)
+    values = values.get("text_config", values) if isinstance(values, dict) else None
+    if not isinstance(values, dict):
+        return {}
     keys = {"mlp": "intermediate_size", "heads": "num_attention_heads", "pairs": "num_key_value_heads"}
     keys |= {"head": "head_dim", "words": "vocab_size"}
-    return {name: values[key] for name, key in keys.items()} if set(keys.values()) <= values.keys() else {}
+    is_known = all(is_count(values.get(key), 1) for key in keys.values())
+    return {name: values[key] for name, key in keys.items()} if is_known else {}
 
 
 def skeleton(variant: Variant, precision: Precision, adapt: Callable[[Transformer], object]) -> Transformer:

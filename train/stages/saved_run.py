@@ -101,15 +101,18 @@ def check_run_folder(folder: Path, key: str) -> None:
         raise ValueError(f"{key}={str(folder)!r} is not a run folder: it has no {CONFIG_FILE}.{hint}")
 
 
+def encoder_address(config: Mapping[str, Any]) -> str | None:
+    """Return the address of a run's text encoder, None if it is on this machine."""
+    group = config.get("text_encoder")
+    return group.get("url") if isinstance(group, dict) else None
+
+
 def check_address(folder: Path, config: Mapping[str, Any], given: str | None) -> None:
     """Raise ValueError unless the text encoder is on this machine, Hugging Face's, or at the address that is `given`.
 
     The folder may come from someone else, and the server receives prompts and the token.
     """
-    group = config.get("text_encoder")
-    url = group.get("url") if isinstance(group, dict) else None
-    if given is not None and url is None:
-        raise ValueError(f"text_encoder_url={given!r}: the text encoder of {folder} is not at an address. Omit it")
+    url = encoder_address(config)
     if given is None and url is not None and url != PUBLISHED:
         raise ValueError(
             f"text_encoder_url is missing: {folder} names a text encoder at {url!r}, and prompts and the token are not "
@@ -123,7 +126,7 @@ def configuration(
     """Return the configuration of a run, changed for inference: `sample` overrides its group `sample`."""
     config = resume.configuration(folder)
     check_address(folder, config, text_encoder_url)
-    if text_encoder_url is not None:
+    if text_encoder_url is not None and encoder_address(config) is not None:
         config["text_encoder"] = {**config["text_encoder"], "url": text_encoder_url}
     groups = [entry for entry in read_yaml(CONFIG / "train.yaml")["defaults"] if isinstance(entry, dict)]
     choices = {str(key): value for entry in groups for key, value in entry.items()}

@@ -11,6 +11,8 @@ from train_helpers import composed
 from flux2.prompts.remote_client import PUBLISHED
 from train.config.instantiate import check_own_targets, own_targets
 from train.config.paths import CONFIG
+from train.evaluate import EvaluationSettings, evaluate_runs
+from train.evaluation.features import Latents
 from train.stages.saved_run import SavedRun, configuration
 from train.utils.files import read_yaml
 
@@ -99,7 +101,7 @@ def test_no_address_that_a_folder_names_is_contacted_unless_it_is_given(foreign,
     assert other.config.text_encoder.url == "http://localhost:1"
     assert configuration(foreign(text_encoder=REMOTE | {"url": PUBLISHED}), "cpu", {})["text_encoder"]["url"]
     with pytest.raises(ValueError, match=r"^text_encoder_url='http://x'"):
-        opened(foreign(), text_encoder_url="http://x")
+        evaluate_runs(EvaluationSettings(str(foreign()), text_encoder_url="http://x"), Latents(32))
 
 
 def test_all_targets_of_conf_may_be_in_a_run_folder_and_no_other():
