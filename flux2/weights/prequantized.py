@@ -88,15 +88,15 @@ def check_formats(files: TensorFiles) -> None:
         if kind := FOREIGN.get(name.rpartition(".")[2]):
             raise WeightsError(f"{files[name].file}: {name} belongs to a weight in {kind}, which is not read. {ADVICE}")
     if text := files.metadata.get("_quantization_metadata"):
-        for layer, entry in parse_json(text, files.place, "_quantization_metadata").get("layers", {}).items():
+        for layer, entry in parse_table(text, files.place, "_quantization_metadata").get("layers", {}).items():
             check_comfy_format(entry, f"{files.place}: {layer}")
 
 
-def parse_json(text: str | bytes, file: Path, what: str) -> dict[str, Any]:
+def parse_table(text: str | bytes, file: Path, what: str) -> dict[str, Any]:
     """Return the table in a file's JSON. Raises WeightsError that names `what`."""
     try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        table = parse_json(text)
+    except ValueError as error:
         raise WeightsError(f"{file}: {what} is not JSON: the file is damaged. {ADVICE}") from error
     if not isinstance(table, dict):
         raise WeightsError(f"{file}: {what} is not a JSON table: the file is damaged. {ADVICE}")
@@ -124,7 +124,7 @@ def find_part(files: TensorFiles, name: str) -> StoredPart | None:
     if name.endswith("weight") and (key := module + COMFY) in files.names:
         raw, marker = bytearray(min(files[key].size, COMFY_LIMIT)), (key,)
         files[key].read_into(memoryview(raw))
-        if check_comfy_format(parse_json(bytes(raw), files[key].file, key), f"{stored.file}: {name}") != stored.dtype:
+        if check_comfy_format(parse_table(bytes(raw), files[key].file, key), f"{stored.file}: {name}") != stored.dtype:
             raise WeightsError(f"{stored.file}: {name} has dtype {stored.dtype}, but {key} says otherwise. {ADVICE}")
     if stored.dtype not in FP8:
         return StoredPart("plain", stored.shape, {"weight": stored})
@@ -159,7 +159,7 @@ def block_sizes(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -
     """Return the sizes of blocks to try: that of config.json next to the file, or the usual one and an exact one."""
     config = weight.file.parent / "config.json"
     if config.exists():
-        described = parse_json(config.read_bytes(), config, "it").get("quantization_config") or {}
+        described = parse_table(config.read_bytes(), config, "it").get("quantization_config") or {}
         size = described.get("weight_block_size") if isinstance(described, dict) else None
         if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
             return [(size[0], size[1])]
