@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flux2.models.variants import VARIANTS
 from flux2.utils.choices import PRECISIONS, TEXT_STORAGES
+from flux2.utils.files import user_path
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -30,21 +31,32 @@ def option_parser() -> argparse.ArgumentParser:
         choices=TEXT_STORAGES,
         help="store the text encoder's layers in 4 or 8 bits; default: as the rest",
     )
-    add("--embeddings", type=Path, metavar="FILE", help="file of --save-embeddings, whose prompts need no text encoder")
-    add("--save-embeddings", type=Path, metavar="FILE", help="write the prompts' embeddings and generate no images")
+    add(
+        "--embeddings",
+        type=user_path,
+        metavar="FILE",
+        help="file of --save-embeddings, whose prompts need no text encoder",
+    )
+    add(
+        "--save-embeddings",
+        type=user_path,
+        metavar="FILE",
+        help="write the prompts' embeddings and generate no images",
+    )
     add("--prompt", action="append", help="prompt; repeat for more images")
     add("--upsample", action="store_true", help="let dev's text encoder rewrite the prompts in more detail")
     add(
         "--prompts",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help='one JSON object per line: {"prompt": ...} and, if they differ, seed, width, height, steps, guidance, '
         "images, out",
     )
-    add("--from-image", type=Path, metavar="PNG", help="repeat this image; other options replace the recorded ones")
-    add("--image", action="append", type=Path, help="reference image; repeatable, up to ten")
+    add("--from-image", type=user_path, metavar="PNG", help="repeat this image; other options replace recorded ones")
+    add("--image", action="append", type=user_path, help="reference image; repeatable, up to ten")
     add("--adapter", action="append", metavar="PATH[:SCALE]", help="folder or file; repeatable")
-    add("--out", type=Path, help="output file; several are numbered (out.png)")
+    add("--out", type=user_path, help="output file; several are numbered (out.png)")
+    add("--overwrite", action="store_true", help="replace output files that exist, which is an error otherwise")
     add("--seed", type=int, help="seed of the first image; the next ones count up (0)")
     add("--count", type=int, help="images per prompt (1)")
     add("--width", type=int, help="pixels, rounded to a multiple of 16")
@@ -79,7 +91,7 @@ def option_parser() -> argparse.ArgumentParser:
 def folder_argument(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("an empty path is not a folder; remove the option to use none")
-    return Path(text)
+    return user_path(text)
 
 
 def number_or_share(text: str) -> int | float:

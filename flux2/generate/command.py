@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import re
 import signal
 import sys
@@ -23,7 +24,7 @@ from flux2.quantization.precision import describe
 from flux2.utils import checks
 from flux2.utils.cli import format_error, is_out_of_memory, split_adapter
 from flux2.utils.device import pick_device
-from flux2.utils.files import atomic_write
+from flux2.utils.files import atomic_write, check_new
 from flux2.utils.images import check_target_file, check_writable, read_image
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
 from flux2.utils.text import printable
@@ -35,7 +36,7 @@ SAMPLING = ("seed", "width", "height", "steps", "guidance")
 LOADED = (*PLACES[1:], "device", "precision", "offload_blocks", "cache", "tiled", "text_storage", "embeddings")
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys([*PLACES, *SAMPLING, *LOADED, "prompt", "prompts", "from_image", "save_embeddings"]),
-    **dict.fromkeys(["upsample", "merge", "verbose"], False),
+    **dict.fromkeys(["upsample", "merge", "verbose", "overwrite"], False),
     **{"model": "tiny", "out": Path("out.png"), "seed": 0, "count": 1, "offload_blocks": 0, "metadata": True},
     **{"image": [], "adapter": [], "asked": {}},  # asked: original prompts, by the prompts they were rewritten to
 }
@@ -124,6 +125,7 @@ def check_options(options: argparse.Namespace) -> None:
         if name in options.given and getattr(options, name):
             raise ValueError(f"--{name} has no effect with --save-embeddings, which generates no images: remove it")
     check_target_file(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
+    check_new(options.save_embeddings, "--save-embeddings", overwrite=options.overwrite)
 
 
 def run(options: argparse.Namespace) -> Iterator[Path]:
@@ -134,6 +136,7 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
     if options.save_embeddings is None:
         for request in requests:
             check_writable(request.out, f"--out {request.out}")
+            check_new(request.out, "--out", overwrite=options.overwrite)
     pictures = {path: read_image(path, f"--image {path}") for request in requests for path in request.images}
     images = {path: NamedFile.from_path(path) for path in pictures}
     adapters = [split_adapter(adapter) for adapter in options.adapter]
@@ -168,9 +171,9 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
             (image,) = pipeline.generate(**settings, references=references, progress=lambda _: screen.step())
             settings |= {"width": image.width, "height": image.height, "asked": options.asked.get(request.prompt)}
             record = Record(**settings, **recorded, images=[images[path] for path in request.images])
-            write(image, request.out, record if options.metadata else None)
-            with screen.image_done(f"{request.out}: {request.steps} steps"):
-                yield request.out
+            file = write(image, request.out, record if options.metadata else None, overwrite=options.overwrite)
+            with screen.image_done(f"{file}: {request.steps} steps"):
+                yield file
 
 
 def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
@@ -206,13 +209,25 @@ def upsample_prompts(
     return rewritten, {answer: prompt for (prompt, _), answer in texts.items()}
 
 
-def write(image: Image.Image, out: Path, record: Record | None) -> None:
-    """Save an image, with `record` in it if it is a PNG; the file is complete or absent."""
+def write(image: Image.Image, out: Path, record: Record | None, *, overwrite: bool) -> Path:
+    """Save an image, with `record` in it if it is a PNG; the file is complete or absent.
+
+    Return the file: `out`, or the next free name if another process has written `out` while the image was generated.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     ending = out.suffix.lower()
     text = {"pnginfo": record.chunk()} if record is not None and ending == ".png" else {}
-    with atomic_write(out) as unfinished:
-        image.save(unfinished, Image.registered_extensions()[ending], **text)
+    for number in itertools.count():
+        file = out.with_stem(f"{out.stem}_{number}") if number else out
+        try:
+            with atomic_write(file, replace=overwrite) as unfinished:
+                image.save(unfinished, Image.registered_extensions()[ending], **text)
+        except FileExistsError:
+            continue
+        if number:
+            say(f"{out} was written by another process meanwhile: this image is {file}")
+        return file
+    raise AssertionError("every name is taken")
 
 
 def main() -> int:

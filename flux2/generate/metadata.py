@@ -22,6 +22,7 @@ from flux2.utils import checks
 from flux2.utils.images import describe_decoding_error, open_image
 
 KEYWORD = "flux2-lora"
+CONFIG_FILE = "adapter_config.json"  # of PEFT
 
 
 def sha256(file: Path) -> str:
@@ -31,11 +32,15 @@ def sha256(file: Path) -> str:
 
 @dataclass(frozen=True)
 class NamedFile:
-    """A file as it was given, and the SHA-256 of its content; `scale` is that of an adapter, 1 for images."""
+    """A file as it was given, and the SHA-256 of its content.
+
+    An adapter has a `scale`, and `config_sha256` if PEFT's configuration, which has the alpha, is in a file of its own.
+    """
 
     path: str
     sha256: str
     scale: float = 1.0
+    config_sha256: str | None = None
 
     @classmethod
     def from_path(cls, path: Path) -> Self:
@@ -43,14 +48,18 @@ class NamedFile:
 
     @classmethod
     def from_adapter(cls, path: str, scale: float) -> Self:
-        """Return the file of the adapter at `path`. Raises AdapterError if there is none."""
-        return cls(path, sha256(adapter_file(path)), scale)
+        """Return the files of the adapter at `path`. Raises AdapterError if there are none."""
+        tensors, config = adapter_files(path)
+        return cls(path, sha256(tensors), scale, None if config is None else sha256(config))
 
 
-def adapter_file(adapter: str) -> Path:
-    """Return the file that holds an adapter's tensors."""
+def adapter_files(adapter: str) -> tuple[Path, Path | None]:
+    """Return the file that holds an adapter's tensors, and the one of its configuration if there is one."""
     place = find(adapter)
-    return place / PEFT_FILE if place.is_dir() else place
+    if not place.is_dir():
+        return place, None
+    config = place / CONFIG_FILE
+    return place / PEFT_FILE, config if config.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,9 @@ def parse_record(record: Any) -> Record:
 def parse_named_file(entry: Any) -> NamedFile:
     if not isinstance(entry, Mapping) or not isinstance(entry["path"], str) or not isinstance(entry["sha256"], str):
         raise ValueError(f"{entry!r} is not a file with path and sha256")
-    return NamedFile(entry["path"], entry["sha256"], checks.number("scale", entry.get("scale", 1.0)))
+    if not isinstance(config := entry.get("config_sha256"), str | None):
+        raise TypeError(f"config_sha256={config!r} must be a string or null")
+    return NamedFile(entry["path"], entry["sha256"], checks.number("scale", entry.get("scale", 1.0)), config)
 
 
 def check_unchanged(record: Record, what: str) -> None:
@@ -149,8 +160,12 @@ def check_unchanged(record: Record, what: str) -> None:
         ("adapter", record.adapters, "--adapter"),
     ):
         for named in files:
-            file = adapter_file(named.path) if kind == "adapter" else Path(named.path)
+            file, config = adapter_files(named.path) if kind == "adapter" else (Path(named.path), None)
             if not file.is_file():
                 raise ValueError(f"{what}: the {kind} {named.path} does not exist. Give it with {option}")
-            if sha256(file) != named.sha256:
-                raise ValueError(f"{what}: the {kind} {named.path} has changed. Give the original with {option}")
+            found = NamedFile(named.path, sha256(file), named.scale, None if config is None else sha256(config))
+            if named.config_sha256 is None:  # recorded by an older version
+                found = dataclasses.replace(found, config_sha256=None)
+            if found != named:
+                part = " (adapter_config.json)" if found.sha256 == named.sha256 else ""
+                raise ValueError(f"{what}: the {kind} {named.path} has changed{part}. Give the original with {option}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.utils import checks
+from flux2.utils.files import user_path
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,28 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Say) -> list[Reques
         raise ValueError(f"{what} cannot be read ({error})") from error
     if not lines:
         raise ValueError(f"{what} has no lines. Write one JSON object with a prompt per line")
-    requests: dict[Path, Request] = {}  # by the file that they write
+    requests, writers = list[Request](), dict[str, int]()  # the number of the line that writes a file
     for index, (number, text) in enumerate(lines):
         try:
             request = parse_request(json.loads(text), index, len(lines), defaults, say)
-            if request.out in requests:
-                raise ValueError(f"an earlier line writes {request.out} too")
+            check_order(request, writers)
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}, line {number}: {error}") from error
-        requests[request.out] = request
-    return list(requests.values())
+        requests.append(request)
+        writers[os.path.realpath(request.out)] = number
+    return requests
+
+
+def check_order(request: Request, writers: Mapping[str, int]) -> None:
+    """Raise ValueError if `request` writes or reads a file that an earlier line writes, by the path of its file."""
+    if earlier := writers.get(os.path.realpath(request.out)):
+        raise ValueError(f"line {earlier} writes {request.out} too: give one of them another out")
+    for image in request.images:  # they are read before the first image is generated
+        if earlier := writers.get(os.path.realpath(image)):
+            raise ValueError(
+                f"images contains {image}, which line {earlier} writes: generate that line first, with a command of "
+                "its own"
+            )
 
 
 def parse_request(line: Any, index: int, count: int, defaults: Mapping[str, Any], say: Say) -> Request:
@@ -103,7 +117,7 @@ def parse_request(line: Any, index: int, count: int, defaults: Mapping[str, Any]
     if name is not None and (not isinstance(name, str) or not name):
         raise ValueError(f"out={name!r} must be a file name")
     if name is not None or count > 1:
-        out = out.parent / name if name else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
+        out = out.parent / user_path(name) if name else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
     if not isinstance(images, list) or not all(isinstance(path, str | Path) for path in images):
         raise ValueError(f"images={images!r} must be a list of paths")
-    return Request(**round_sizes(values | {"out": out, "images": tuple(map(Path, images))}, say))
+    return Request(**round_sizes(values | {"out": out, "images": tuple(map(user_path, images))}, say))

@@ -1,4 +1,7 @@
-"""Files and folders that are complete or absent: written under a temporary name, flushed to the disk and renamed."""
+"""Paths that a user gives; files and folders that are complete or absent.
+
+These are written under a temporary name, flushed to the disk and renamed.
+"""
 
 import hashlib
 import os
@@ -9,6 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
+
+
+def user_path(path: str | Path) -> Path:
+    """Return a path that a user gave, with `~` and `~name` expanded as a shell does."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown name
+
+
+def check_new(path: Path, option: str, *, overwrite: bool) -> None:
+    """Raise ValueError if the file that `option` names exists and must not be replaced."""
+    if not overwrite and os.path.lexists(path):
+        raise ValueError(f"{option} {path} exists: give another {option}, or --overwrite to replace it")
 
 
 def temporary_path(path: Path) -> Path:
@@ -32,10 +46,11 @@ def checksum(file: Path, *, flush: bool = False) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Context manager that yields a temporary path for a file or folder, then flushes and renames it to `path`.
 
-    After an exception the temporary one is deleted, and `path` is as it was. The folder of `path` must exist.
+    After an exception the temporary one is deleted, and `path` is as it was. The folder of `path` must exist. Without
+    `replace`, which is for files only, raise FileExistsError if another process has written `path` meanwhile.
     """
     temporary = temporary_path(path)
     try:
@@ -51,10 +66,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 old.rename(path)
                 raise
             _delete(old)
-        else:
+        elif replace:
             temporary.replace(path)
+        else:
+            _rename_to_new(temporary, path)
     finally:
         _delete(temporary)
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(temporary)  # fails if `path` exists, which a rename replaces
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists") from None
+        temporary.replace(path)
 
 
 def _delete(path: Path) -> None:

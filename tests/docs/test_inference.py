@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,11 @@ def on_tiny(words: list[str]) -> list[str]:
 def test_a_command_of_the_pages_runs(words, folder, tmp_path, monkeypatch, capsys) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    for option, file in pairwise(words):  # written on this page by another command
+        if option in ("--out", "--save-embeddings"):
+            Path(file).unlink(missing_ok=True)
     if "--from-image" in words:
+        Path("cup.png").unlink()
         monkeypatch.setattr(sys, "argv", ["generate", "--prompt", "a cup", *SMALL, "--out", "cup.png"])
         assert generate.main() == 0
         capsys.readouterr()
@@ -66,6 +71,13 @@ def test_a_command_of_the_pages_runs(words, folder, tmp_path, monkeypatch, capsy
     files = capsys.readouterr().out.split()
     assert files
     assert all(Path(file).is_file() for file in files)
+
+
+def test_the_commands_of_a_page_do_not_replace_each_others_files() -> None:
+    for text in PAGES.values():
+        written = re.findall(r"^python -m flux2\.generate .*--out (\S+)$", text, re.MULTILINE)
+        assert written
+        assert len(written) == len(set(written))
 
 
 def test_there_is_a_command_for_each_section() -> None:

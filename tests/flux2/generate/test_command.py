@@ -166,7 +166,7 @@ def test_a_picture_is_made_again_from_what_it_says(command: Callable[..., int], 
     assert repeat("--from-image", "one.png", "--out", "two.png") == 0
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
     for changed in (["--seed", "8"], ["--adapter", "lora:1.0"], ["--prompt", "a fox"], ["--steps", "3"]):
-        assert repeat("--from-image", "one.png", "--out", "other.png", *changed) == 0
+        assert repeat("--from-image", "one.png", "--out", "other.png", "--overwrite", *changed) == 0
         assert np.abs(pixels(tmp_path / "other.png") - pixels(tmp_path / "one.png")).max() > 3, changed
 
 
@@ -185,7 +185,7 @@ def test_merged_adapters_make_the_picture_and_it_is_made_again_merged(
     assert repeat("--from-image", "merged.png", "--out", "again.png") == 0
     assert len(merges) == 2
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "merged.png").read_bytes()
-    assert repeat("--from-image", "merged.png", "--no-merge", "--out", "again.png") == 0
+    assert repeat("--from-image", "merged.png", "--no-merge", "--out", "plain.png") == 0
     assert len(merges) == 2
     capsys.readouterr()
     assert command("--merge") == 2
@@ -212,7 +212,7 @@ def test_one_line_says_what_an_adapter_is_and_its_layers_are_listed_if_asked_for
     ):
         assert re.search(words, said[0]), words
     assert "img_attn" not in said[0]
-    assert command("--adapter", "lora", "--verbose") == 0
+    assert command("--adapter", "lora", "--verbose", "--overwrite") == 0
     assert "double_blocks.N.img_attn.qkv, " in capsys.readouterr().err
 
 

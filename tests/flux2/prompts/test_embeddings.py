@@ -195,7 +195,7 @@ def test_the_command_saves_embeddings_and_draws_from_them(small, monkeypatch, ca
     Path("e.safetensors").rename("moved.safetensors")
     assert command(monkeypatch, "--from-image", "far.png", "--out", "again.png") == 2
     assert re.search(r"far\.png\b.*\be\.safetensors\b.*--embeddings", capsys.readouterr().err)
-    again = ("--from-image", "far.png", "--out", "moved.png")
+    again = ("--from-image", "far.png", "--out", "moved.png", "--overwrite")
     assert command(monkeypatch, *again, "--embeddings", "moved.safetensors") == 0
     assert not differ(pixels("moved.png"), pixels("far.png"))
     monkeypatch.setattr(prompts, "load_text_encoder", load_text_encoder)
