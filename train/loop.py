@@ -28,7 +28,7 @@ from train.optim.ema import EvaluationWeights
 from train.optim.schedules import LearningRate
 from train.optim.update_guard import Reading, UpdateGuard, clip
 from train.tracking.metrics import Metrics
-from train.utils.console import warn
+from train.utils.console import warn_unsaved
 from train.utils.memory import OutOfMemory, explain_oom
 from train.utils.prefetch import Prefetcher
 from train.utils.progress import Progress
@@ -89,9 +89,9 @@ class Trainer:
             checkpointer.rescue_on_error(first_step),
         ):
             self.peft_model.train()
-            if first_step == 0:
+            if checkpointer.unlogged is not None:  # the base, or the step whose logging an error ended
                 with progress.paused():
-                    self.validate_and_sample(0, {})
+                    self.validate_and_sample(first_step, checkpointer.unlogged)
             clock, checkpoint_pending = Clock(), False
             for step in range(first_step, settings.steps):
                 steps_done = step + 1  # once this step is finished
@@ -215,16 +215,17 @@ class Trainer:
 
     def validate_and_sample(self, steps_done: int, values: dict[str, float]) -> None:
         """Log `values`, and validate and sample if due after `steps_done` steps; each process does its share."""
+        self.checkpointer.unlogged = values
         if self.validator is not None and self.settings.is_due("validate_every", steps_done):
             oom_context = explain_oom(f"in the validation after step {steps_done}", "validation", self.device)
             with oom_context, self.evaluation(), self.objective.autocast(self.device):
                 losses = self.validator(self.peft_model.get_base_model(), self.objective.guidance)
             values = values | self.validator.report(losses)
-            self.checkpointer.measured = steps_done, values["validation_loss"]
             if self.is_main:
                 self.metrics.validated(steps_done, self.validator.record(losses))
         if values and self.is_main:
             self.metrics.log(steps_done, **values)
+        self.checkpointer.note_logged(steps_done, values)
         if self.sampler is not None and self.settings.is_due("sample_every", steps_done):
             file = self.folder / "samples" / f"step_{steps_done:06d}.png"
             try:
@@ -235,9 +236,8 @@ class Trainer:
             except (OutOfMemory, ProcessesDiverged):
                 raise
             except Exception as error:  # a full disk, an image library: no reason to lose the training
-                reason = f"{type(error).__name__}: {error}"
                 if self.is_main:
-                    warn(f"sampling after step {steps_done} failed ({reason}); training continues")
+                    warn_unsaved(f"no grid of step {steps_done} ({type(error).__name__}: {error}); training continues")
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -78,7 +78,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
         first_step = checkpointer.load()
         if accelerator.is_main_process:
             record_start(config, location, data.manifest)
-            metrics.start(settings.name, config.composed, first_step)
+            metrics.start(settings.name, config.composed, checkpointer.logged_steps(first_step))
 
         # Train, then write the model card and the report.
         adapter_folder = Trainer(

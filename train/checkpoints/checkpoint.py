@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,11 @@ from flux2.adapters.checksums import STATE_FILE
 from flux2.utils.files import checksum
 
 CONFIG_FILE = "config.yaml"  # the run's configuration; each checkpoint has a copy
+UNFINISHED_FILE = ".unfinished"  # in the run folder from the start of a run until all that its end writes is there
 NAME = re.compile(r"step_\d+", re.ASCII)  # name of a checkpoint's folder
+# names under which files are written before they are complete: `atomic_write`, `adapters.save`, `make_writable`
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\..+\.[0-9a-f]{8}\.part|\.saving-\w+|\.probe-\d+", re.ASCII)
+WRITTEN = (".", "adapter", "samples", "tensorboard")  # folders in the run folder that only its run writes to
 FILE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what the libraries raise for a full disk or an unreadable file
 
 
@@ -158,9 +163,14 @@ def set_aside(place: Path) -> Path:
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Remove checkpoints that a killed run left partly written or partly deleted."""
-    for path in folder.glob("checkpoints/.step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed run left partly written or partly deleted. The caller holds the lock of the run folder."""
+    left = [path for name in WRITTEN for path in (folder / name).glob(".*") if LEFTOVER.fullmatch(path.name)]
+    for path in [*folder.glob("checkpoints/.step_*"), *left]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):  # it takes some space and nothing else
+                path.unlink()
 
 
 def load(checkpoint: Path, wrapped: peft.PeftModel, parts: Mapping[str, Stateful]) -> dict[str, Any]:

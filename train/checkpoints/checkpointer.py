@@ -22,7 +22,7 @@ from train.checkpoints.rotation import Rotation
 from train.optim.ema import EvaluationWeights
 from train.optim.update_guard import TrainingError
 from train.tracking.metrics import Metrics
-from train.utils.console import warn
+from train.utils.console import warn, warn_unsaved
 from train.utils.memory import OutOfMemory
 from train.utils.signals import Interrupted, Stopped
 
@@ -44,6 +44,9 @@ class Checkpointer:
     extra_state: Mapping[str, Any]  # additional content of each checkpoint's state file
     completed_steps: int | None = field(default=None, init=False)  # None during the update: the state is inconsistent
     saved: int | None = field(default=None, init=False)  # steps of the last checkpoint in this run's own folder
+    # metrics of the last step whose validation did not end, so that they are not in metrics.jsonl; None without such a
+    # step. A new run begins with the validation of step 0.
+    unlogged: dict[str, float] | None = field(default_factory=dict, init=False)
     measured: tuple[int, float] | None = field(default=None, init=False)  # step and value of the last validation
 
     @property
@@ -55,11 +58,22 @@ class Checkpointer:
         """Restore the state that the run resumes and remove what a killed run left; return the finished steps."""
         step = 0
         if self.location.checkpoint is not None:
-            step = checkpoint.load(self.location.checkpoint, self.peft_model, self.parts)["step"]
+            state = checkpoint.load(self.location.checkpoint, self.peft_model, self.parts)
+            step, self.unlogged = state["step"], state.get("unlogged")
             self.saved = step if self.location.origin == self.location.folder else None
         if self.accelerator.is_main_process:
             checkpoint.remove_incomplete(self.location.folder)
         return step
+
+    def logged_steps(self, done: int) -> int:
+        """Return the steps of `done` ones whose metrics are complete."""
+        return done if self.unlogged is None else done - 1
+
+    def note_logged(self, done: int, values: Mapping[str, float]) -> None:
+        """Note that the metrics of step `done` are `values`, and logged."""
+        self.unlogged = None
+        if "validation_loss" in values:
+            self.measured = done, values["validation_loss"]
 
     def path_of(self, done: int) -> Path:
         return self.location.folder / "checkpoints" / f"step_{done:06d}"
@@ -72,7 +86,7 @@ class Checkpointer:
                 self.write(done)
             except checkpoint.NotSaved as error:
                 failed += 1
-                warn(str(error))
+                warn_unsaved(str(error))
         return None if self.accelerator.reduce(failed, "sum").item() else self.path_of(done)
 
     def write(self, done: int) -> None:
@@ -85,6 +99,8 @@ class Checkpointer:
         state = {"images_per_step": self.images_per_step, **self.extra_state}
         if self.measured is not None and self.measured[0] == done:
             state["validation_loss"] = self.measured[1]
+        if self.unlogged is not None:
+            state["unlogged"] = self.unlogged
         if (tracker_id := getattr(self.metrics.tracker, "run_id", None)) is not None:  # a tracker may be a user's own
             state["tracker_id"] = tracker_id
         run, names = self.location.folder, {"base": self.base, "license": self.license}

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from flux2.adapters.files import PEFT_FILE
-from train.checkpoints.checkpoint import CONFIG_FILE, STATE_FILE, check, checkpoints, read_state, step_of
+from train.checkpoints.checkpoint import (
+    CONFIG_FILE,
+    STATE_FILE,
+    UNFINISHED_FILE,
+    check,
+    checkpoints,
+    read_state,
+    step_of,
+)
 from train.tracking.metrics import METRICS_FILE
 from train.utils.files import read_yaml
 from train.utils.lock import IN_USE, InUse, in_use
@@ -68,8 +76,8 @@ def configuration(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether the run in `folder` has its adapter and was not started again for more steps."""
-    if not (folder / "adapter" / PEFT_FILE).exists():
+    """Return whether the run in `folder` has its adapter and all that its end writes, and needs no more steps."""
+    if not (folder / "adapter" / PEFT_FILE).exists() or (folder / UNFINISHED_FILE).exists():
         return False
     return all(step_of(path) >= configuration(folder)["steps"] for path in checkpoints(folder)[-1:])
 

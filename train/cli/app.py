@@ -27,7 +27,7 @@ from train.distributed.launch import is_submitted
 from train.sweeps import callback, records, slurm
 from train.sweeps.job import SweepAborted
 from train.sweeps.reuse import SHARED
-from train.utils.console import PrintableRecord, is_first_process, say, warn
+from train.utils.console import UNSAVED, PrintableRecord, is_first_process, say, warn
 from train.utils.files import short_path
 from train.utils.redact import masked_settings, masked_text, may_be_secret
 from train.utils.signals import Stopped, stopped_at_once
@@ -82,12 +82,20 @@ def job_of_sweep(task: Callable[[DictConfig], float | None], config: DictConfig,
     return result
 
 
+def report_unsaved(most: int = 8) -> None:
+    """Print what the command could not save, as its last lines."""
+    for text in UNSAVED[:most]:
+        print(f"error: not saved: {masked_settings(text)}", file=sys.stderr)
+    if len(UNSAVED) > most:
+        print(f"error: not saved: {len(UNSAVED) - most} more, in the warnings above", file=sys.stderr)
+
+
 def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     """Run `task` under Hydra with conf/`name`.yaml.
 
     A user error is one message and exit code 2; a stop request exits with 128 + its signal. A failed job of a sweep is
     reported at once, and the others continue. Only the first process reports, except errors that occur in another
-    process alone (`name_process_in_errors`).
+    process alone (`name_process_in_errors`). The exit code is 2 as well if a run ended but could not save everything.
     """
     if not gc.isenabled():  # `start_command` disabled it
         gc.freeze()
@@ -95,6 +103,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
     before = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints shortened tracebacks itself
     failed = []
+    UNSAVED.clear()
 
     def report(error: Exception, where: str = "") -> None:
         if before == "1":
@@ -137,5 +146,6 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
         SHARED.free()
         if not callback.write_tables():
             failed.append("")
-    if failed:
+        report_unsaved()
+    if failed or UNSAVED:
         sys.exit(2)

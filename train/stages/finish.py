@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from flux2.adapters.files import format_notes
 from flux2.quantization.precision import precision_from_name
+from train.checkpoints.checkpoint import UNFINISHED_FILE
 from train.config.run_config import RunConfig
 from train.encoding.text_encoders import RemoteTextEncoder
 from train.evaluation.recommend import closing_lines
@@ -17,13 +18,26 @@ from train.publishing import model_card
 from train.publishing.hub import push_or_warn
 from train.reports import run_report
 from train.sweeps.job import is_sweep
-from train.utils.console import say, warn
+from train.utils.console import UNSAVED, say, warn_unsaved
+from train.utils.signals import stop_requests
 
 
 def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None:
-    """Write the model card next to the finished adapter, and the report. `samples`: number of training samples."""
+    """Write the model card next to the finished adapter, and the report. `samples`: number of training samples.
+
+    A stop request has no effect meanwhile; a second one ends the run at once, and `resume=auto` repeats this stage.
+    """
     if not config.accelerator.is_main_process:
         return
+    with stop_requests():
+        write_card(config, folder, samples)
+        if run_report.write_or_warn(folder) is None:
+            UNSAVED.append(f"the report {folder / run_report.REPORT}")
+        (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+
+
+def write_card(config: RunConfig, folder: Path, samples: int) -> None:
+    """Write the model card, or warn."""
     device = config.accelerator.device
     data = model_card.ModelCardData(
         name=config.settings.name,
@@ -42,8 +56,7 @@ def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None
     try:
         model_card.write(data, folder)
     except (OSError, ValueError) as error:
-        warn(f"the model card could not be written ({error})")
-    run_report.write_or_warn(folder)
+        warn_unsaved(f"the model card could not be written ({error})")
 
 
 def announce(config: RunConfig, adapter: Path, caption: str) -> None:

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from train.checkpoints.checkpoint import CONFIG_FILE
+from train.checkpoints.checkpoint import CONFIG_FILE, UNFINISHED_FILE
 from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import NewRun, RunLocation, find
 from train.config.run_config import RunConfig
@@ -73,6 +73,7 @@ def record_start(config: RunConfig, location: RunLocation, data: TrainedData) ->
     """Write configuration, data manifest and command to the run folder, after the checkpoint has been read."""
     if location.checkpoint is not None:
         config.say(f"resuming from {location.checkpoint}")
+    write_whole(location.folder / UNFINISHED_FILE, "resume=auto finishes this run\n")
     text = OmegaConf.to_yaml(OmegaConf.create(masked(config.composed)))
     write_whole(location.folder / CONFIG_FILE, text)
     data.write(location.folder)

@@ -11,6 +11,7 @@ configuration.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,21 @@ class NoTracker:
         """End the run."""
 
 
+def read_run_id(file: Path) -> str | None:
+    """Return the id of the resumed run in wandb; None, with a warning, if it cannot be read, or if there is none."""
+    if not file.exists():
+        return None
+    try:
+        found = file.read_text().strip()
+        if re.fullmatch(r"[\w-]{1,64}", found, re.ASCII):
+            return found
+        problem = "is not the id of a run"
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"cannot be read ({error})"
+    warn(f"tracker=wandb: {file} {problem}: the resumed run gets a new id")
+    return None
+
+
 class WandbTracker(NoTracker):
     """Weights & Biases. A resumed run keeps its id; without a server the run is stored offline for `wandb sync`."""
 
@@ -57,7 +73,7 @@ class WandbTracker(NoTracker):
         import wandb
 
         id_file = folder / "wandb_id"
-        self.run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
+        self.run_id = read_run_id(id_file) or uuid.uuid4().hex[:8]
         settings: dict[str, Any] = {
             "console": "off",  # terminal output may contain anything
             "x_disable_meta": True,  # command line, user, host, folders

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from flux2.utils.text import printable
 
+UNSAVED: list[str] = []  # what this process could not save; the command repeats it last and ends with an error
+
 
 def is_first_process() -> bool:
     """Return whether this process prints for all; the launcher sets RANK."""
@@ -34,6 +36,12 @@ class PrintableRecord(logging.LogRecord):
 
     def getMessage(self) -> str:  # noqa: N802 - a name of `logging`
         return printable(super().getMessage())
+
+
+def warn_unsaved(text: str) -> None:
+    """Warn, without ending the run, about something of it that is not saved."""
+    warn(text)
+    UNSAVED.append(" ".join(text.split()))
 
 
 @contextmanager

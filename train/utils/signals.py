@@ -81,8 +81,8 @@ def stop_requests() -> Iterator[StopRequest]:
     """Context manager that records the first of `SIGNALS` in the object it yields; later ones have their old effect."""
     request = StopRequest()
     # a second signal within so many seconds repeats the first: the launcher of several processes repeats a Ctrl-C, and
-    # `timeout` sends each signal twice
-    grace = 2.0 if "LOCAL_RANK" in os.environ else 0.3
+    # `timeout` sends each signal twice. A keyboard sends SIGINT once, so a second one soon after it is a second Ctrl-C
+    launched = "LOCAL_RANK" in os.environ
 
     def note(number: int, restore: Callable[[], None]) -> None:
         if not request:
@@ -90,7 +90,7 @@ def stop_requests() -> Iterator[StopRequest]:
             if is_first_process():
                 with suppress(OSError):  # the terminal may be closed; print must not be used in a handler
                     os.write(2, STOPPING)
-        elif time.monotonic() > request.time + grace:
+        elif time.monotonic() > request.time + (2.0 if launched else 0.02 if number == signal.SIGINT else 0.3):
             restore()
             signal.raise_signal(number)
 

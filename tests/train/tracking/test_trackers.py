@@ -55,7 +55,7 @@ def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     assert values(tmp_path) == [0.5]
 
 
-@pytest.mark.parametrize(("step", "kept"), [(0, []), (2, [0, 1, 2]), (3, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4])], ids=str)
+@pytest.mark.parametrize(("step", "kept"), [(-1, []), (0, [0]), (2, [0, 1, 2]), (9, [0, 1, 2, 3, 4])], ids=str)
 def test_going_on_drops_what_was_logged_past_the_checkpoint_and_a_half_written_line(tmp_path, step, kept):
     text = "".join(json.dumps({"step": i, "loss": i / 7}) + "\n" for i in range(5))
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5, "loss": 0.')
@@ -64,14 +64,38 @@ def test_going_on_drops_what_was_logged_past_the_checkpoint_and_a_half_written_l
     metrics.log(step + 1, loss=1.0)
     assert [line["step"] for line in lines(tmp_path)] == [*kept, step + 1]
     assert values(tmp_path)[:-1] == [i / 7 for i in kept]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]  # such a line is not worth a copy
 
 
-@pytest.mark.parametrize("garbage", ["garbage", "[1]", '{"loss": 1}', '{"step": "x"}', "\x00\x00", "3"])
-def test_lines_that_are_none_are_skipped_when_a_run_goes_on(tmp_path, garbage):
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 0.5}}\n{garbage}\n{{"step": 2, "loss": 0.25}}\n')
+DAMAGED = ["garbage", "[1]", '{"loss": 1}', '{"step": "x"}', "\x00\x00", "3", "[" * 100_000, '{"step": true}']
+FOREIGN = ['{"step": 1, "note": "by hand"}', '{"step": -1, "loss": 2}', '{"step": 2, "x": {}}']
+CONFLICTING = ['{"step": 1, "loss": 0.75}', '{"step": 2, "loss": 0.75}']  # that of step 2 comes before the run's own
+
+
+@pytest.mark.parametrize("line", [*DAMAGED, *FOREIGN, *CONFLICTING])
+def test_lines_that_cannot_be_used_are_removed_on_resuming_and_kept_in_a_copy(tmp_path, line, capfd):
+    text = f'{{"step": 1, "loss": 0.5}}\n{line}\n{{"step": 2, "loss": 0.25}}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
     Metrics(tmp_path, NoTracker()).start("run", {}, 2)
-    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    second = 0.75 if '"step": 2, "loss": 0.75' in line else 0.25
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": second}]
+    assert holds(capfd.readouterr().err, "warning: ... metrics.jsonl ... 1 line ... metrics.damaged.jsonl")
+    assert (tmp_path / "metrics.damaged.jsonl").read_text() == text
+    Metrics(tmp_path, NoTracker()).start("run", {}, 2)
+    assert capfd.readouterr().err == ""
+    (tmp_path / "metrics.jsonl").write_text(again := text + "garbage\n")  # the first copy stays
+    Metrics(tmp_path, NoTracker()).start("run", {}, 2)
+    assert (tmp_path / "metrics.damaged.jsonl").read_text() == text
+    assert (tmp_path / "metrics.damaged1.jsonl").read_text() == again
+
+
+def test_a_step_that_is_there_twice_is_kept_once_and_all_are_in_order(tmp_path, capfd):
+    found = [{"step": 1, "loss": 0.5}, {"step": 2, "skipped": 1}, {"step": 2, "validation_loss": 0.5}]
+    again = [found[0], *found, {"step": 0, "validation_loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in again))
+    Metrics(tmp_path, NoTracker()).start("run", {}, 2)
+    assert lines(tmp_path) == [again[-1], *found]
+    assert capfd.readouterr().err == ""
 
 
 def test_numbers_that_cannot_be_written_are_a_warning(tmp_path, capfd):
@@ -91,6 +115,19 @@ def test_numbers_that_could_not_be_written_are_kept_until_they_can_be_and_said_o
     (tmp_path / "metrics.jsonl").rmdir()
     metrics.log(3, loss=0.125)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_the_end_writes_what_could_not_be_written_or_says_that_it_is_lost(tmp_path, capfd):
+    metrics = Metrics(tmp_path, NoTracker())
+    (tmp_path / "metrics.jsonl").mkdir()
+    metrics.log(1, loss=0.5)
+    metrics.log(2, loss=0.25)
+    capfd.readouterr()
+    metrics.close()
+    assert holds(capfd.readouterr().err, "warning: 2 lines ... metrics.jsonl")
+    (tmp_path / "metrics.jsonl").rmdir()
+    metrics.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "validation.jsonl"])

@@ -192,6 +192,29 @@ def test_a_second_request_at_once_is_part_of_the_first_and_a_later_one_kills(mon
         signal.signal(signal.SIGINT, before)
 
 
+def test_two_ctrl_c_50_ms_apart_are_two_and_one_that_a_launcher_repeats_is_one(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        with stop_requests():
+            signal.raise_signal(signal.SIGINT)
+            clock.now = 0.05
+            signal.raise_signal(signal.SIGINT)
+        monkeypatch.delenv("LOCAL_RANK")
+        clock.now = 0.0
+        with stop_requests():
+            signal.raise_signal(signal.SIGINT)
+            clock.now = 0.01  # `timeout -s INT` sends it twice
+            signal.raise_signal(signal.SIGINT)
+            clock.now = 0.05
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_rate_far_too_high_ends_in_that_error_and_not_in_a_ruined_adapter(train, tmp_path):
     with pytest.raises(TrainingError, match="not finite"):
         train("run", "optimizer.lr=1e30")

@@ -1,0 +1,194 @@
+"""The end of a run: what it owes is finished by the next start, and what could not be saved is said last."""
+
+import os
+import shutil
+import signal
+import uuid
+
+import pytest
+from message_helpers import holds
+from train_helpers import adapter, lines, same_tensors
+
+from train.checkpoints.checkpoint import UNFINISHED_FILE, checkpoints
+from train.objective.objective import Objective
+from train.publishing import model_card
+from train.reports import run_report
+from train.utils.signals import SIGNALS
+from train.validation.loss import FixedNoiseLoss
+from train.validation.samples import Sampler
+
+pytest_plugins = ("train_helpers",)
+
+
+class Killed(BaseException):
+    """Takes the place of SIGKILL: nothing handles it."""
+
+
+def killed(*_, **__):
+    raise Killed
+
+
+# ------------------------------------------------------------------ killed at the end
+
+
+@pytest.mark.parametrize("every", [2, 0])
+def test_killed_between_the_adapter_and_the_report_auto_finishes_the_run(train, monkeypatch, tmp_path, every):
+    run, settings = tmp_path / "run", [f"checkpoint_every={every}", "validate_every=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("train.run.write_card_and_report", killed)
+        with pytest.raises(Killed):
+            train("run", *settings)
+    before, numbers = adapter(run), lines(run)
+    assert not (run / "report.html").exists()
+    assert train("run", *settings, "resume=auto") == run
+    assert (run / "report.html").is_file()
+    assert "| steps | 4 of 2 pictures |" in (run / "adapter" / "README.md").read_text()
+    assert same_tensors(adapter(run), before)
+    assert lines(run) == numbers
+    assert not (run / UNFINISHED_FILE).exists()
+    with pytest.raises(ValueError, match=r"has done its 4 steps"):
+        train("run", *settings, "resume=auto")
+
+
+def test_killed_before_its_new_adapter_a_run_that_trains_longer_does_not_keep_the_old_one(train, monkeypatch, tmp_path):
+    whole = train("whole", "steps=6", "checkpoint_every=2")
+    run = train("run", "checkpoint_every=2")
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoints.checkpointer.Checkpointer.finish", killed)
+        with pytest.raises(Killed):
+            train("run", "steps=6", "checkpoint_every=2", "resume=auto")
+    assert [place.name for place in checkpoints(run)][-1] == "step_000006"
+    train("run", "steps=6", "checkpoint_every=2", "resume=auto")
+    assert same_tensors(adapter(run), adapter(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_while_the_report_is_written_lets_the_run_end(train, monkeypatch, number):
+    write, before = model_card.write, [signal.getsignal(name) for name in SIGNALS]
+    monkeypatch.setattr(model_card, "write", lambda *given: (os.kill(os.getpid(), number), write(*given)))
+    run = train("run")
+    assert (run / "report.html").is_file()
+    assert not (run / UNFINISHED_FILE).exists()
+    assert [signal.getsignal(name) for name in SIGNALS] == before
+
+
+def test_the_next_start_removes_what_a_kill_left_and_nothing_else(train, monkeypatch):
+    run = train("run", "steps=2", "checkpoint_every=1", "sample_every=2", "sample.prompts=[a fox]", "sample.steps=1")
+    name, part = uuid.uuid4().hex, uuid.uuid4().hex[:8]
+    left = [
+        run / f".metrics.jsonl.{name}.tmp",
+        run / ".probe-123",
+        run / "samples" / f".step_000002.png.{name}.tmp",
+        run / "adapter" / f".README.md.{name}.tmp",
+        run / "adapter" / f".samples.png.{part}.part",
+        run / "adapter" / ".saving-ab_3x" / "adapter_model.safetensors",
+        run / "checkpoints" / ".step_000003.part" / "adapter" / ".saving-1" / "x",
+        run / "checkpoints" / ".step_000001.old" / "state.json",
+    ]
+    kept = [run / "notes.tmp", run / ".notes.tmp", run / "samples" / ".saving", run / "adapter" / "mine.part"]
+    for file in [*left, *kept]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    train("run", "steps=3", "checkpoint_every=1", "resume=auto")
+    assert not [file for file in left if file.exists()]
+    assert all(file.exists() for file in kept)
+    assert not [path for path in run.rglob(".*") if path not in kept]
+
+
+# ------------------------------------------------------------------ what is not saved
+
+
+def in_the_place_of_checkpoints(run):
+    """A file, from the second step on."""
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    (run / "checkpoints").write_text("mine")
+
+
+def fail(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "grid", "card", "report", "metrics"])
+def test_the_last_lines_and_the_exit_code_say_what_is_not_saved(
+    run_command, small, at_step, monkeypatch, tmp_path, what
+):
+    run = tmp_path / "run"
+    expected = {
+        "checkpoints": ["step_000002", "step_000004"],
+        "grid": ["step 0", "step 4"],
+        "card": ["model card"],
+        "report": [f"{run / 'report.html'}"],
+        "metrics": ["3 lines ... metrics.jsonl"],
+    }[what]
+    if what == "checkpoints":
+        at_step(1, lambda: in_the_place_of_checkpoints(run))
+    elif what == "metrics":
+        at_step(1, lambda: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()))
+    else:
+        target = {"grid": (Sampler, "write_grid"), "card": (model_card, "write"), "report": (run_report, "write")}[what]
+        monkeypatch.setattr(*target, fail)
+    grids = ["sample_every=4", "sample.prompts=[a fox]", "sample.steps=1"] if what == "grid" else []
+    code, _, err = run_command(*small(f"output_dir={run}", "checkpoint_every=2", *grids))
+    assert code == 2
+    last = err.splitlines()[-len(expected) :]
+    for line, words in zip(last, expected, strict=True):
+        assert holds(line, f"error: not saved: ... {words}"), err
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert "Traceback" not in err
+    if what == "checkpoints":
+        assert (run / "checkpoints").read_text() == "mine"
+
+
+def test_a_command_that_saves_everything_does_not_report_what_an_earlier_one_did_not(
+    run_command, small, monkeypatch, tmp_path
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(model_card, "write", fail)
+        assert run_command(*small(f"output_dir={tmp_path / 'one'}"))[0] == 2
+    code, _, err = run_command(*small(f"output_dir={tmp_path / 'two'}"))
+    assert (code, "not saved" in err) == (0, False)
+
+
+# ------------------------------------------------------------------ an error while a step is logged
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_the_numbers_of_a_step_whose_validation_failed_are_logged_on_resuming(train, monkeypatch, tmp_path, log_every):
+    settings = ["steps=5", "validate_every=2", f"log_every={log_every}"]
+    whole, run = train("whole", *settings), tmp_path / "run"
+    call, calls = FixedNoiseLoss.__call__, []
+
+    def third(self, *given):
+        calls.append(1)
+        if len(calls) == 3:  # after the base and step 2
+            raise ValueError("cache entry gone")
+        return call(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FixedNoiseLoss, "__call__", third)
+        with pytest.raises(ValueError, match="gone"):
+            train("run", *settings)
+    assert [place.name for place in checkpoints(run)] == ["step_000004"]
+    twice = shutil.copytree(run, tmp_path / "twice")
+    train("run", *settings, "resume=auto")
+    assert lines(run) == lines(whole)
+    assert (run / "validation.jsonl").read_text() == (whole / "validation.jsonl").read_text()
+    assert same_tensors(adapter(run), adapter(whole))
+    with monkeypatch.context() as patch:  # resumed from the same checkpoint twice: each line is there once
+        patch.setattr(Objective, "losses", killed)
+        with pytest.raises(Killed):
+            train("twice", *settings, "resume=auto")
+    train("twice", *settings, "resume=auto")
+    assert lines(twice) == lines(whole)
+
+
+@pytest.mark.parametrize("file", ["command.txt", "wandb_id"])
+def test_a_file_of_the_run_folder_that_is_no_text_does_not_prevent_resuming(run_command, small, tmp_path, file):
+    run = tmp_path / "run"
+    settings = [f"output_dir={run}", "checkpoint_every=2", "tracker=wandb", "tracker.mode=disabled"]
+    assert run_command(*small(*settings, "steps=2"))[0] == 0
+    (run / file).write_bytes(b"\xff\x00\xfe" * 9)
+    code, _, err = run_command(*small(*settings, "resume=auto"))
+    assert code == 0, err
+    assert holds(err, "wandb_id ... new id") == (file == "wandb_id")
+    assert (run / "command.txt").read_text().endswith("resume=auto\n")
