@@ -213,6 +213,28 @@ def test_an_experiment_holds_only_differences(name):
     assert same == []
 
 
+OPTIMIZERS = {file.stem: OmegaConf.load(file) for file in (CONF / "optimizer").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_rate_of_an_experiment_belongs_to_its_optimizer(name):
+    raw = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+    written = OmegaConf.to_container(raw).get("optimizer", {}).get("lr")
+    rated = re.fullmatch(r"\$\{rate_for:([\w ]+),(\S+)\}", written or "${rate_for:none,0}")
+    assert rated, f"{name}: whose rate is {written}?"
+    for optimizer, own in OPTIMIZERS.items():
+        expected = float(rated[2]) if optimizer in rated[1].split() else own.lr
+        assert compose(f"+experiment={name}", f"optimizer={optimizer}").optimizer.lr == expected
+    assert compose(f"+experiment={name}", "optimizer=lion", "optimizer.lr=5e-5").optimizer.lr == 5e-5
+
+
+def test_a_rate_of_an_experiment_is_not_taken_for_an_optimizer_without_a_file():
+    other = ["+experiment=demo", "optimizer._target_=torch.optim.RAdam", "~optimizer.fused"]
+    with pytest.raises(ValueError, match=r"optimizer\.lr=0\.002.*adamw.*torch\.optim\.RAdam.*optimizer\.lr="):
+        load_config(compose(*other))
+    assert load_config(compose(*other, "optimizer.lr=1e-3")).make_optimizer.keywords["lr"] == 1e-3
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_headed_by_what_it_is_and_its_command(name):
     head, _, rest = (CONF / "experiment" / f"{name}.yaml").read_text().partition("\n\n")

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from train.config.paths import CONFIG
 
@@ -22,7 +23,21 @@ def prepare_hydra() -> None:
     def within(folder: str | None, name: str) -> str | None:
         return None if folder is None else f"{folder}/{name}"
 
-    for resolver in (first, within):
+    def rate_for(optimizers: str, rate: float, _parent_: Any) -> float:
+        """Return `rate` if the chosen optimizer is one of `optimizers`, else the rate in the file of the chosen one."""
+        rates = {file.stem: OmegaConf.load(file) for file in sorted((CONFIG / "optimizer").glob("*.yaml"))}
+        target = _parent_.get("_target_")  # none if the experiment's file is read by itself
+        if target is None or target in [rates[name]._target_ for name in optimizers.split()]:
+            return rate
+        own = [each.lr for each in rates.values() if each._target_ == target]
+        if not own:
+            raise ValueError(
+                f"optimizer.lr={rate} of the experiment is a rate for {optimizers.replace(' ', ' or ')}, not for "
+                f"optimizer._target_={target}. Set optimizer.lr=..."
+            )
+        return own[0]
+
+    for resolver in (first, within, rate_for):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     Plugins.instance()  # registers a file with the name of ours, and Hydra rejects duplicates
     ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)

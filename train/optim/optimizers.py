@@ -38,13 +38,11 @@ def is_share(value: object) -> bool:
     return is_number(value, 0, 1) and value != 1
 
 
-def is_positive(value: object) -> bool:
-    return is_number(value, 0) and value != 0
-
-
 # condition of each setting, for every optimizer that has it, and its description
 ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("lr", "eps", "d0", "d_coef"), (is_positive, "a positive number")),
+    # with less, even a million steps change nothing
+    **dict.fromkeys(("lr", "d0", "d_coef"), (partial(is_number, low=1e-12), "a number >= 1e-12")),
+    "eps": (partial(is_number, low=1e-37), "a number >= 1e-37"),  # in float32 a smaller one is 0
     **dict.fromkeys(("weight_decay", "weight_lr_power", "r"), (partial(is_number, low=0), "a number >= 0")),
     **dict.fromkeys(("momentum", "beta1", "beta2", "beta3"), (is_share, "a number >= 0 and < 1")),
     **dict.fromkeys(("warmup_steps", "min_8bit_size"), (is_count, "an integer >= 0")),
@@ -60,10 +58,16 @@ ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 # the same for the items of lists, which are as long as the optimizer's default
 LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (is_share, "in [0, 1)"),
-    "eps": (is_positive, "above 0"),
+    "eps": (partial(is_number, low=1e-37), ">= 1e-37"),
     "ns_coefficients": (is_number, "that are finite"),
 }
-HIGH_RATE = 1.0  # of Prodigy; with the others a step changes each weight by about as much
+# usual learning rates by the beginning of an optimizer's class name: below training learns nothing, above it diverges
+USUAL_RATES: dict[str, tuple[float, float]] = {
+    "Prodigy": (0.1, 1.0),  # a factor of the rate that it estimates
+    "Lion": (1e-7, 1e-3),  # the size of every update
+    **dict.fromkeys(("Adam", "Adafactor", "RAdam", "NAdam", "Muon"), (1e-7, 0.1)),
+    "": (1e-9, 1.0),  # any other
+}
 
 
 def settings_of(make: MakeOptimizer) -> dict[str, Any]:
@@ -98,13 +102,7 @@ def check_settings(make: MakeOptimizer) -> None:
 
 def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
     """Return warnings about optimizer and schedule settings that are valid but probably unintended."""
-    rate = settings_of(make).get("lr", 0.0)
-    warnings = []
-    if rate > HIGH_RATE:
-        warnings.append(
-            f"optimizer.lr={rate:g} is far above the usual rates (1e-5 to 1e-2; prodigy: 1): training will probably "
-            "diverge"
-        )
+    warnings = unusual_rate(make)
     if not isinstance(schedule, Constant):
         return warnings
     warmup, after = schedule.warmup(steps), steps - schedule.warmup(steps)
@@ -124,12 +122,33 @@ def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> lis
     return warnings
 
 
+def unusual_rate(make: MakeOptimizer) -> list[str]:
+    """Return a warning if the learning rate is probably that of another optimizer."""
+    rate, name = settings_of(make).get("lr"), getattr(getattr(make, "func", make), "__name__", "")
+    if rate is None:  # its default, which is allowed if the optimizer chooses the rate
+        return []
+    low, high = next(span for start, span in USUAL_RATES.items() if name.startswith(start))
+    if low <= rate <= high:
+        return []
+    problem = "below the usual rates: little or nothing will be learned" if rate < low else "above the usual rates"
+    problem += "" if rate < low else ": training will probably diverge"
+    hint = ". It is a factor of the rate that Prodigy estimates: leave it at 1" if name == "Prodigy" else ""
+    return [f"optimizer.lr={rate:g} is far {problem} of {name} ({low:g} to {high:g}){hint}"]
+
+
+def float_lists(make: MakeOptimizer) -> dict[str, list[float | None]]:
+    """Return the settings that are lists of numbers with floats in place of integers, which PyTorch rejects (`0`)."""
+    given = {key: value for key, value in settings_of(make).items() if key in LISTS and isinstance(value, list | tuple)}
+    return {key: [None if item is None else float(item) for item in value] for key, value in given.items()}
+
+
 def build_optimizer(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """Build the configured optimizer, ready to train. Raise ValueError naming the settings that it rejects.
 
     `fused: auto` is true if all parameters are on a GPU; on a CPU the fused kernel rounds differently.
     """
     check_settings(make)
+    make = partial(make, **float_lists(make))
     fused = {"fused": all(parameter.is_cuda for parameter in parameters) or None}
     try:
         optimizer = make(list(parameters), **(fused if settings_of(make).get("fused") == "auto" else {}))

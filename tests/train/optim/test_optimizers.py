@@ -110,6 +110,8 @@ def test_an_optimizer_is_made_on_the_parameters_with_its_settings():
         ({}, r"optimizer\.lr=(None|null)"),
         ({"lr": -1.0}, r"optimizer\.lr=-1\.0"),
         ({"lr": 0}, r"optimizer\.lr=0"),
+        ({"lr": 1e-320}, r"optimizer\.lr=1e-320.* >= 1e-12"),
+        ({"lr": 1.0, "eps": 1e-320}, r"optimizer\.eps=1e-320"),
         ({"lr": math.inf}, r"optimizer\.lr=inf"),
         ({"lr": 1.0, "betas": [0.9]}, r"optimizer\.betas=\[0\.9\]"),
         ({"lr": 1.0, "betas": [0.9, 7.0]}, r"optimizer\.betas=\[0\.9, 7\.0\]"),
@@ -174,9 +176,10 @@ def test_an_optimizer_that_is_not_installed_names_the_extra(monkeypatch):
         ("adamw", "optimizer.weight_decay=1e300", "not finite"),
         ("adamw", "optimizer.fused=maybe", "optimizer.fused=maybe ... true ... false ... auto"),
         ("adamw", "+optimizer.amsgrad=2", "optimizer.amsgrad=2 ... true ... false"),
-        ("prodigy", "optimizer.d_coef=a", "optimizer.d_coef=a ... positive"),
-        ("prodigy", "optimizer.d_coef=0", "optimizer.d_coef=0 ... positive"),
-        ("prodigy", "optimizer.d_coef=-1", "optimizer.d_coef=-1 ... positive"),
+        ("prodigy", "optimizer.d_coef=a", "optimizer.d_coef=a ... number >= 1e-12"),
+        ("prodigy", "optimizer.d_coef=0", "optimizer.d_coef=0 ... number >= 1e-12"),
+        ("prodigy", "optimizer.d_coef=-1", "optimizer.d_coef=-1 ... number >= 1e-12"),
+        ("prodigy", "optimizer.d0=1e-320", "optimizer.d0=1e-320 ... number >= 1e-12"),
         ("prodigy", "+optimizer.growth_rate=1", "optimizer.growth_rate=1 ... .inf"),
         ("lion", "optimizer.betas=[0.9]", "optimizer.betas=[0.9]"),
         ("muon", "optimizer.momentum=5", "optimizer.momentum=5"),
@@ -205,6 +208,17 @@ def test_what_an_optimizer_sees_at_its_first_update_alone_is_said_with_its_setti
         try_out(partial(Picky, lr=0.1), torch.device("cpu"))
 
 
+def test_a_beta_of_zero_may_be_written_as_an_integer():
+    for name, target in (("adamw", torch.optim.AdamW), ("sgd", torch.optim.Adam)):
+        parameter = nn.Parameter(torch.ones(1))
+        parameter.grad = torch.ones(1)
+        make = partial(target, lr=0.5, betas=[0, 0.999])
+        try_out(make, torch.device("cpu"))
+        build_optimizer(make, [parameter]).step()
+        assert parameter.item() < 1, name
+    load_config(compose("model=tiny", "optimizer.betas=[0,0.999]"))
+
+
 def test_what_an_optimizer_leaves_empty_may_be_left_empty():
     parameter = [nn.Parameter(torch.zeros(2, 2))]
     build_optimizer(partial(torch.optim.AdamW, lr=1.0, foreach=None, fused=None), parameter)
@@ -217,8 +231,16 @@ def test_what_an_optimizer_leaves_empty_may_be_left_empty():
 @pytest.mark.parametrize(
     ("settings", "steps", "said"),
     [
-        (["optimizer.lr=1e30"], 300, "optimizer.lr=1e+30"),
+        (["optimizer.lr=1e30"], 300, "optimizer.lr=1e+30 ... above ... AdamW"),
+        (["optimizer.lr=1"], 300, "optimizer.lr=1 ... above ... AdamW"),  # left from Prodigy
+        (["optimizer.lr=1e-9"], 300, "optimizer.lr=1e-09 ... below ... AdamW"),
         (["optimizer=prodigy"], 300, ""),
+        (["optimizer=prodigy", "optimizer.lr=1e-4"], 300, "optimizer.lr=0.0001 ... below ... leave it at 1"),
+        (["optimizer=prodigy", "optimizer.lr=30"], 300, "optimizer.lr=30 ... above ... leave it at 1"),
+        (["optimizer=lion", "optimizer.lr=2e-3"], 300, "optimizer.lr=0.002 ... above ... Lion"),
+        (["optimizer=schedulefree", "optimizer.lr=1"], 300, "optimizer.lr=1 ... above ... AdamWScheduleFree"),
+        (["+experiment=demo", "optimizer=lion"], 300, ""),
+        (["+experiment=demo"], 300, ""),
         (
             ["schedule=cosine", "schedule.warmup_steps=9"],
             9,
