@@ -1,6 +1,7 @@
-"""Files that are complete or absent, also after a crash: written under a temporary name, flushed and renamed.
+"""Paths that a user gives; files that are complete or absent, also after a crash.
 
-And files that are read: regular ones alone, because a pipe of the same name would never end.
+These are written under a temporary name, flushed and renamed. Only regular files are read, because a pipe of the same
+name would never end.
 """
 
 import os
@@ -10,6 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that a user gave, with `~` and `~name` expanded as a shell does; as in flux2.utils.files."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown name
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from flux2.quantization.precision import Precision, precision_from_name
 from flux2.sampling import initial_noise, sample
 from flux2.utils import checks
 from flux2.utils.device import pick_device
+from flux2.utils.files import user_path
 from flux2.weights.loading import load_autoencoder, load_transformer
 from flux2.weights.sources import ModelSource, model_source
 
@@ -321,5 +322,5 @@ def load(
     target = pick_device(device)
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
     cache = cache or os.environ.get("FLUX2_CACHE")
-    folder = Path(cache).expanduser() if cache else None
+    folder = user_path(cache) if cache else None
     return Pipeline(source, target, precision_from_name(precision, target), keep, offload_blocks, folder, text, tiled)

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from data.files import user_path
 from flux2.adapters.formats import AdapterError
 from train.checkpoints import resume
 from train.cli.app import command
@@ -227,7 +228,7 @@ def write_grid(result: Evaluation, file: Path) -> None:
 
 def evaluate_runs(settings: EvaluationSettings, features: Features) -> list[Evaluation]:
     """Evaluate the run, then the compared runs, which draw the same prompts with the recommended adapter alone."""
-    folders = [Path(folder).expanduser() for folder in (settings.run, *settings.compared)]
+    folders = [user_path(folder) for folder in (settings.run, *settings.compared)]
     for number, folder in enumerate(folders):
         check_run_folder(folder, "compare" if number else "run")
     if len({folder.resolve() for folder in folders}) < len(folders):

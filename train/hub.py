@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+from data.files import user_path
 from train.publishing.hub import PushError, given_settings, push
 from train.utils.console import say
 from train.utils.redact import masked_text
@@ -18,7 +18,7 @@ from train.utils.redact import masked_text
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.hub", description="Push the adapter of a run to the Hub.")
-    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("run", type=user_path, help="folder of a finished run")
     parser.add_argument("--repo-id", help="owner/name: the repository, created if it does not exist")
     visibility = parser.add_mutually_exclusive_group()
     visibility.add_argument("--private", dest="private", action="store_true", default=True, help="the default")

@@ -16,11 +16,13 @@ if __name__ == "__main__":  # a script's own folder comes first in sys.path, and
 import argparse
 from collections.abc import Sequence
 
+from data.files import user_path
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write and print the table of a sweep's folder."""
     parser = argparse.ArgumentParser(description="Write the table of a sweep: sweep.html, sweep.json and sweep.csv.")
-    parser.add_argument("folder", type=Path, help="folder of the sweep, with its jobs in 0, 1 ...")
+    parser.add_argument("folder", type=user_path, help="folder of the sweep, with its jobs in 0, 1 ...")
     sweep = parser.parse_args(arguments).folder
     from train.sweeps.records import read_jobs  # after the options, as `--help` imports no torch
     from train.sweeps.table import print_table, write

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from data.files import atomic_write
+from data.files import atomic_write, user_path
 
 MAX_HEADER = 1 << 20  # bytes; the header of an entry has a few hundred
 HEAD = 1 << 10  # bytes of the first read, which contain almost every header
@@ -55,7 +55,7 @@ class Cache:
     def __init__(self, folder: str | Path) -> None:
         if not isinstance(folder, str | Path):
             raise ValueError(f"cache folder {folder!r} is {type(folder).__name__}: it must be a path")
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self._root = f"{self.folder}{os.sep}"
         self._warned_unchecked = False
 

@@ -19,6 +19,7 @@ from flux2.doctor.selftest import selftest
 from flux2.doctor.verify import compare_files
 from flux2.models.variants import VARIANTS
 from flux2.quantization.precision import FP8_CAPABILITY
+from flux2.utils.files import user_path
 from flux2.utils.text import gigabytes
 from flux2.weights.sources import Part, is_available, model_source
 
@@ -79,7 +80,7 @@ def folders() -> Iterator[tuple[str, str]]:
     """Yield the folders that grow, and the free space on their disks."""
     folders = {"latents and prompts": Path(LATENTS), "downloads": Path(hub.HF_HUB_CACHE)}
     cache = os.environ.get("FLUX2_CACHE")
-    folders["quantized copies"] = Path(cache).expanduser() if cache else Path(LATENTS) / "weights"
+    folders["quantized copies"] = user_path(cache) if cache else Path(LATENTS) / "weights"
     for what, folder in folders.items():
         existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
         free = shutil.disk_usage(existing).free

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from flux2.prompts import saved as saved_prompts
 from flux2.prompts.remote_client import Client, check_url
 from flux2.prompts.saved import SavedPrompts
 from flux2.utils import checks
+from flux2.utils.files import user_path
 from flux2.weights.loading import load_text_encoder
 from flux2.weights.sources import ModelSource
 
@@ -60,7 +60,7 @@ def text_source(
             server, text_encoder = check_url(text_encoder), None
         except ValueError as error:
             raise ValueError(f"model.text_encoder: {error}") from error
-    saved = None if embeddings is None else SavedPrompts(Path(embeddings).expanduser(), variant)
+    saved = None if embeddings is None else SavedPrompts(user_path(embeddings), variant)
     if saved is not None and (server or text_encoder) is not None:
         given = f"embeddings={str(saved.file)!r} and text_encoder={server or text_encoder!r}"
         raise ValueError(f"{given} exclude each other")
@@ -103,7 +103,7 @@ class Prompts:
         empty = [] if self.source.variant.transformer.guidance else [""]
         wanted = [*dict.fromkeys([*checks.strings("prompts", prompts), *empty])]
         by_prompt = dict(zip(wanted, self.get(wanted, length), strict=True))
-        saved_prompts.write(Path(file).expanduser(), self.source.variant, by_prompt, self._tokens(length))
+        saved_prompts.write(user_path(file), self.source.variant, by_prompt, self._tokens(length))
 
     def _tokens(self, length: int | None) -> int:
         if length is None:

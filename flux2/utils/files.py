@@ -14,7 +14,7 @@ from pathlib import Path
 import xxhash
 
 
-def user_path(path: str | Path) -> Path:
+def user_path(path: str | os.PathLike[str]) -> Path:
     """Return a path that a user gave, with `~` and `~name` expanded as a shell does."""
     return Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown name
 

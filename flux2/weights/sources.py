@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from flux2.models.variants import Variant, get_variant
-from flux2.utils.files import atomic_write
+from flux2.utils.files import atomic_write, user_path
 from flux2.utils.json_files import read_json
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny"
@@ -92,16 +92,16 @@ class ModelSource:
             return None
         if part not in ("transformer", "vae"):
             raise WeightsError(f"{self.key(part)}={where!r} must be a repository id or a folder with {part}/ in it")
-        if not Path(where).expanduser().is_file():
+        if not user_path(where).is_file():
             raise WeightsError(f"{self.key(part)}={where!r} does not exist")
-        return Path(where).expanduser()
+        return user_path(where)
 
     def folder(self, part: Part) -> Path:
         """Return the local folder of a part, downloaded if the location is a repository id."""
         where = self.where(part)
         if not looks_local(where):
             return Path(download(where, part)) / part
-        root = Path(where).expanduser()
+        root = user_path(where)
         if (root / part).is_dir():
             return root / part
         if root.is_dir():
@@ -128,7 +128,7 @@ def model_source(
 
 def looks_local(where: str) -> bool:
     """Return whether `where` is a path and not a repository: it exists, or is not of the form `owner/name`."""
-    return Path(where).expanduser().exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith(".")
+    return user_path(where).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith(".")
 
 
 def download(repo: str, part: Part) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.files import user_path
 from flux2.adapters.files import PEFT_FILE
 from train.checkpoints.checkpoint import (
     CONFIG_FILE,
@@ -169,7 +170,7 @@ def find(resume: str | None, new: NewRun) -> RunLocation:
 
 def from_path(resume: str, new: NewRun) -> RunLocation:
     """Resume `resume=PATH`: the newest complete checkpoint of a run, or the given checkpoint."""
-    path = Path(resume).expanduser().resolve()
+    path = user_path(resume).resolve()
     is_checkpoint = (path / STATE_FILE).exists()
     folder = path.parent.parent if is_checkpoint else path
     if is_checkpoint and not (folder / CONFIG_FILE).exists() and (path / CONFIG_FILE).exists():

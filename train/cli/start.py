@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.files import user_path
 from train.config.paths import CONFIG
 
 
@@ -37,7 +38,10 @@ def prepare_hydra() -> None:
             )
         return own[0]
 
-    for resolver in (first, within, rate_for):
+    def expand_user(path: str) -> str:
+        return str(user_path(path))
+
+    for resolver in (first, within, rate_for, expand_user):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     Plugins.instance()  # registers a file with the name of ours, and Hydra rejects duplicates
     ConfigStore.instance().repo.get("hydra", {}).get("sweeper", {}).pop("optuna.yaml", None)

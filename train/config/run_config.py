@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data.buckets import Buckets
+from data.files import user_path
 from data.sources.images import FileOpener, Picture
 from flux2.adapters import adapter_parameters
 from flux2.layers.attention import chosen_backend, preferred_backends
@@ -50,7 +51,7 @@ GROUPS = (
 
 def open_image(path: str) -> Picture:
     """Return the image at `path`; its file is read on `load`."""
-    return Picture(path, FileOpener(str(Path(path).expanduser())))
+    return Picture(path, FileOpener(str(user_path(path))))
 
 
 class RunConfig:
@@ -180,7 +181,7 @@ class RunConfig:
     def copies(self) -> Path | None:
         """The folder of quantized copies of models."""
         folder = self.settings.quantized_cache_dir
-        return Path(folder).expanduser() if folder else None
+        return user_path(folder) if folder else None
 
     @property
     def variant(self) -> Variant:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from data.buckets import reference_size
+from data.files import user_path
 from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
 from flux2.quantization.precision import Precision, convert, pick_dtype
@@ -39,7 +39,7 @@ def text_sizes(source: ModelSource) -> dict[str, int]:
 
     Raises ValueError, naming the file, if it cannot be read.
     """
-    file = Path(source.where("text_encoder")).expanduser() / "text_encoder" / "config.json"
+    file = user_path(source.where("text_encoder")) / "text_encoder" / "config.json"
     if not file.is_file():
         return {}
     values = read_json(file)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from data.cache.latents import LatentEntry
 from data.cache.prepared import CachedDataset
+from data.files import user_path
 from data.loader import Loader
 from data.sources import Sample, Source
 from flux2.models.transformer import Transformer
@@ -60,7 +60,7 @@ def draw_class_images(config: RunConfig, prepared: CachedDataset) -> Source:
         return transformer
 
     decoder = partial(load_autoencoder, config.source, device)
-    folder = Path(prior.folder).expanduser()
+    folder = user_path(prior.folder)
     return draw(folder, class_recipe(config), prior.count, config.accelerator, prepared, load, decoder, config.say)
 
 
@@ -71,7 +71,7 @@ def class_cache_requests(config: RunConfig, request: CacheRequest) -> list[Cache
     source = class_dataset(config)
     if source is None:
         recipe = class_recipe(config)
-        folder = Path(config.prior.folder).expanduser() / recipe.name
+        folder = user_path(config.prior.folder) / recipe.name
         if not all(picture_file(folder, index).exists() for index in range(config.prior.count)):
             return []
         source = ClassPictureFolder(folder, recipe, config.prior.count)

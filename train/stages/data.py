@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import constants
@@ -12,6 +11,7 @@ from huggingface_hub import constants
 from data.buckets import Size
 from data.cache import Cache, MemoryCache
 from data.cache.prepared import CachedDataset
+from data.files import user_path
 from data.loader import Loader
 from data.sources import Source
 from flux2.utils.text import listed
@@ -80,7 +80,7 @@ def paths(dataset: Mapping[str, Any]) -> list[object]:
 def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequest:
     """Return what to cache for `samples`; the default is the configuration's dataset."""
     cache = config.settings.cache_dir
-    if cache is not None and (folder := Path(cache).expanduser()).exists() and not folder.is_dir():
+    if cache is not None and (folder := user_path(cache)).exists() and not folder.is_dir():
         raise ValueError(f"cache_dir={cache!r} is not a folder. Set another one.")
     source = config.source
     if is_offline([*paths(config.composed["dataset"]), source.path, source.autoencoder, source.text_encoder]):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from data.files import user_path
 from train.checkpoints.checkpoint import CONFIG_FILE, UNFINISHED_FILE
 from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import NewRun, RunLocation, find
@@ -53,7 +53,7 @@ def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
     """Check that the adapter can be pushed, then choose the run folder, create it and lock it."""
     config.hub.check()
     output = str(folder_of_job()) if is_sweep() else config.settings.output_dir
-    new = Path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    new = user_path(output or f"outputs/{config.settings.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     given, chosen = config.settings.resume, output is not None
     run = NewRun(new, masked(config.composed), config.images_per_step, chosen, say=say)
     while True:

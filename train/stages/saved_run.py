@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.buckets import Size, fit
+from data.files import user_path
 from data.sources.base import Source
 from data.sources.images import Picture
 from flux2 import adapters
@@ -182,7 +183,7 @@ class SavedRun:
             message = str(error).splitlines()[0]
             self.notes.append(f"the training images are not available, so there is no comparison with them ({message})")
             absent = [str(place) for place in paths(config.composed["dataset"]) if place and str(place) in message]
-            if any(not Path(place).expanduser().is_absolute() for place in absent):
+            if any(not user_path(place).is_absolute() for place in absent):
                 self.notes[-1] += f". The path is relative to {Path.cwd()}: start this where the run was started"
         if not config.sample.prompts:
             captions = [sample.caption for sample in self.samples or [] if sample.caption]
