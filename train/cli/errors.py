@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 
 import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -16,6 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from data.sources.base import BadData
 from train.config.instantiate import unknown_setting
 from train.config.paths import CONFIG
+from train.utils.redact import may_be_secret
 
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, HydraException, torch.OutOfMemoryError)
 
@@ -42,6 +45,47 @@ def known_settings(overrides: Sequence[str], name: str = "train") -> list[str]:
             return all_keys(hydra.compose(name))
 
 
+def in_quotes(text: str, quote: str) -> str:
+    """Return `text` in Hydra's quotes, in which only the quote itself and the backslashes before it are special."""
+    escaped = re.sub(rf"(\\*){quote}", lambda found: found[1] * 2 + "\\" + quote, text)
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return quote + escaped + "\\" * trailing + quote
+
+
+def quoted_override(word: str, *, sweep: bool = False) -> str | None:
+    """Return the override `key=value` with its value, or the items of its list, in quotes, ready to paste into a shell.
+
+    With `sweep`, the value is a list of choices. Return None if Hydra does not read the quoted form as what was meant.
+    """
+    key, _, value = word.partition("=")
+    is_list = value.startswith("[") and value.endswith("]")
+    inner = value[1:-1] if is_list else value
+    if may_be_secret(key) or "\n" in value or inner[:1] in ("[", "{") or (is_list and set(inner) & set("[]{}")):
+        return None  # of lists within lists it is not clear what was meant
+    items = [item.strip() for item in inner.split(",")]
+    choices, forms = sweep and len(items) > 1 and not is_list, []
+    for quote in "\"'":
+        texts = [in_quotes(item, quote) for item in items]
+        whole = f"[{','.join(texts)}]" if is_list else ",".join(texts) if choices else in_quotes(value, quote)
+        try:
+            found = OverridesParser.create().parse_override(f"{key}={whole}")
+        except HydraException:
+            continue
+        read = [choice.text for choice in found.value().list] if found.is_sweep_override() else found.value()
+        if read == (items if is_list or choices else value):
+            forms.append(shlex.quote(f"{key}={whole}"))
+    return min(forms, key=len, default=None)
+
+
+def unreadable(word: str, overrides: Sequence[str]) -> str:
+    """Return the message for an override that Hydra cannot read, with a form that it can."""
+    quoted = quoted_override(word, sweep=bool({"-m", "--multirun"} & set(overrides))) if "=" in word else None
+    if quoted is None:
+        shown = f"{word.partition('=')[0]}=..." if may_be_secret(word.partition("=")[0]) else repr(word)
+        return f"{shown} cannot be parsed: write key=value, with quotes within quotes: 'key=\"value\"'"
+    return f"{word} cannot be parsed, because Hydra needs quotes of its own around special characters. Write {quoted}"
+
+
 def format_error(error: Exception, overrides: Sequence[str] = (), name: str = "train") -> str:
     """Return the message of an error that a user can fix: one line, or one for each bad sample."""
     if isinstance(error, BadData):
@@ -58,7 +102,11 @@ def format_error(error: Exception, overrides: Sequence[str] = (), name: str = "t
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing: add {error.full_key}=..."
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} cannot be parsed: write key=value, and quote a value with special characters"
+        return unreadable(str(error.override), overrides)
+    if (word := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: 1\. To| requires)", text)) and (
+        quoted := quoted_override(word[1])
+    ):
+        return f"{word[1]} is several values, which need -m (a sweep). If it is one text, write {quoted}"
     if found := re.match(r"Could not override '(.+?)'", text):
         words = [item for item in overrides if item.lstrip("+~").partition("=")[0] == found[1]] or [found[1]]
         if (CONFIG / found[1]).is_dir():

@@ -44,6 +44,11 @@ def unknown_setting(given: str, known: Iterable[str]) -> str:
     return f"{given} is not a setting; choose one of {', '.join(siblings.values() or choices)}"
 
 
+def how_to_quote(key: str) -> str:
+    """Return how a text that Hydra reads as another type, such as 2024 or true, is given."""
+    return f"write '{key}=\"...\"', with both kinds of quotes, to give a number or a word such as true as text"
+
+
 def check_keys(group: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise ValueError for the first key of `given` that is not in `known`. `group` is "" for top-level keys."""
     prefix, names = f"{group}." if group else "", list(known)
@@ -62,7 +67,8 @@ def parse_settings(group: str, given: Mapping[str, Any], accepted: Callable[...,
             raise ValueError(f"{prefix}{field.name} is missing. Give it a value.")
         value, hint = given.get(field.name, ""), hints[field.name]
         if hint in (str, str | None) and not isinstance(value, hint):
-            raise ValueError(f"{prefix}{field.name}={value!r} must be a string{'' if hint is str else ', or null'}")
+            key, null = prefix + field.name, "" if hint is str else ", or null"
+            raise ValueError(f"{key}={value!r} must be a string{null}: {how_to_quote(key)}")
     try:
         return accepted(**given)
     except ValueError as error:

@@ -17,6 +17,7 @@ from flux2.models.transformer import Transformer
 from flux2.quantization.precision import Precision, pick_dtype
 from flux2.weights.sources import ModelSource, model_source
 from train.checkpoints.rotation import Rotation
+from train.config.instantiate import how_to_quote
 from train.config.memory import FREE
 from train.utils.checks import check_count, check_seed, is_number
 from train.utils.redact import check_no_secret
@@ -102,7 +103,7 @@ class RunSettings(LoopSettings):
         for key in ("name", "resume", "output_dir", "cache_dir", "quantized_cache_dir", "device"):
             value = getattr(self, key)
             if not isinstance(value, str) and not (value is None and key != "name"):
-                raise ValueError(f"{key}={value!r} must be a string")
+                raise ValueError(f"{key}={value!r} must be a string: {how_to_quote(key)}")
             if key != "name" and value == "":
                 origin = "; it comes from the environment variable FLUX2_CACHE" if key == "quantized_cache_dir" else ""
                 raise ValueError(f"{key}='' must not be empty: leave it out, or set null{origin}")
