@@ -1,6 +1,6 @@
 """Checks of arguments that come from the configuration: each raises ValueError, naming the key."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -26,6 +26,6 @@ def check_text(key: str, value: object) -> str:
 
 def check_texts(key: str, value: object) -> tuple[str, ...]:
     """Return `value` as a tuple; raise ValueError unless it is a list of strings that are not empty."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"{key}={value!r} is {type(value).__name__}: it must be a list of names")
     return tuple(check_text(key, item) for item in value)

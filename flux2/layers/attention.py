@@ -118,7 +118,7 @@ def check_backends(names: Any, key: str = "attention") -> None:
     """Raise ValueError unless `names` is None or a list of names in `BACKENDS`; `key` is the setting's name."""
     if names is None:
         return
-    known = isinstance(names, list | tuple) and names and all(name in BACKENDS for name in names)
+    known = isinstance(names, list | tuple) and names and all(isinstance(n, str) and n in BACKENDS for n in names)
     if not known or len(set(names)) < len(names):
         raise ValueError(
             f"{key}={names!r} must be a list of attention backends, best first, out of {', '.join(BACKENDS)}; "

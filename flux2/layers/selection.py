@@ -8,12 +8,15 @@ In a single block, attention and mlp share two fused layers: `linear1` computes 
 import re
 from collections.abc import Sequence
 
+import regex  # type: ignore[import-untyped]
 from torch import nn
 
 _SINGLE = r"single_blocks\.\d+\.linear[12]"
 _DOUBLE = r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])"
 _DOUBLE_ATTENTION = r"double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)"
 _DOUBLE_MLP = r"double_blocks\.\d+\.(img|txt)_mlp\.[02]"
+
+SECONDS = 1.0  # that matching one name may take; usual expressions take microseconds
 
 # name: patterns of whole layer names; docs/adapters.md lists them with their share of the weights
 PRESETS = {
@@ -38,9 +41,19 @@ def layer_kinds(names: Sequence[str]) -> str:
 
 
 def matching_names(names: Sequence[str], pattern: str) -> list[str]:
-    """Return the `names` selected by a preset or fully matched by a regular expression. Raise `re.error`."""
+    """Return the `names` selected by a preset or fully matched by a regular expression.
+
+    Raise `re.error` for an invalid expression and for one that takes too long, such as `(.*)*x`.
+    """
     patterns = PRESETS.get(pattern, (pattern,))
-    return [name for name in names if any(re.fullmatch(one, name) for one in patterns)]
+    for one in patterns:
+        re.compile(one)
+    try:  # the package regex, because re has no time limit
+        return [name for name in names if any(regex.fullmatch(one, name, timeout=SECONDS) for one in patterns)]
+    except TimeoutError:
+        raise re.error(f"it takes more than {SECONDS:g} s for a name; repeat less within it") from None
+    except regex.error as error:
+        raise re.error(str(error)) from error
 
 
 def linear_names(model: nn.Module, patterns: Sequence[str], setting: str) -> list[str]:

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from train.cli.errors import USER_ERRORS, format_error, lost_jobs, no_plugin
+from train.cli.errors import USER_ERRORS, format_error, lost_jobs, no_choice, no_plugin
 from train.cli.start import prepare_hydra
 from train.config.paths import CONFIG
 from train.distributed.launch import is_submitted
@@ -138,6 +138,7 @@ def command(task: Callable[[DictConfig], Any], name: str = "train") -> None:
         sys.exit(getattr(stop, "code", Stopped().code))
     except Exception as error:
         known = error if isinstance(error, USER_ERRORS) else no_plugin(error) or lost_jobs(error)
+        known = known or no_choice(error, sys.argv[1:])
         if known is None:
             raise
         report(known)

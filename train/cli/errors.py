@@ -122,6 +122,18 @@ def format_error(error: Exception, overrides: Sequence[str] = (), name: str = "t
 PLUGINS = {"hydra_optuna_sweeper": "optuna", "hydra_submitit_launcher": "slurm"}  # the extra that installs each
 
 
+def no_choice(error: Exception, overrides: Sequence[str]) -> ValueError | None:
+    """Return the user error for a group that is set to a list of lists, on which Hydra itself fails."""
+    if not isinstance(error, TypeError):
+        return None
+    for word in overrides:
+        key, _, value = word.lstrip("+~").partition("=")
+        group = key.partition("@")[0]
+        if value.startswith(("[", "{")) and (CONFIG / group).is_dir():
+            return ValueError(f"{word}: a group must be set to the name of a choice, as in model=tiny")
+    return None
+
+
 def no_plugin(error: Exception) -> ValueError | None:
     """Return the user error for a plugin of Hydra that is not installed, None for any other error."""
     extra = next((extra for plugin, extra in PLUGINS.items() if f"hydra_plugins.{plugin}" in str(error)), None)

@@ -5,6 +5,7 @@ Constructing one checks it and raises ValueError with the key, its value and the
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from flux2.memory.activation_checkpointing import check_policy, set_policy
 from flux2.memory.block_offload import check_offload_blocks
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import Precision, pick_dtype
+from flux2.utils.checks import MAX_GUIDANCE, MAX_PIXELS
 from flux2.weights.sources import ModelSource, model_source
 from train.checkpoints.rotation import Rotation
 from train.config.instantiate import how_to_quote
@@ -23,7 +25,10 @@ from train.utils.checks import check_count, check_seed, is_number
 from train.utils.redact import check_no_secret
 
 STORAGES = ("full", "projected", "fp8", "projected_fp8")  # of prompt embeddings
-MOST = 1 << 20  # images in a batch
+MOST = 1 << 20  # images in a batch, and micro-batches in a step
+MOST_STEPS = 10**9  # a second each would take 30 years
+MOST_GB = 1e6  # of the memory of a device
+LEAST_NORM = 1e-6  # a gradient that is clipped to less is lost in rounding, and nothing is learned
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,15 @@ class LoopSettings:
         check_seed("seed", self.seed)
         for key in ("log_every", "checkpoint_every", "sample_every", "validate_every"):
             check_count(key, getattr(self, key))
-        for key in ("steps", "gradient_accumulation", "max_nonfinite_steps"):
-            check_count(key, getattr(self, key), 1)
+        for key, most in (("steps", MOST_STEPS), ("gradient_accumulation", MOST), ("max_nonfinite_steps", MOST_STEPS)):
+            check_count(key, getattr(self, key), 1, most)
         self.rotation.check(self.checkpoint_every, self.validate_every)
-        if not is_number(self.max_grad_norm, low=0):
-            raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be a number >= 0 (0 is off)")
+        if not is_number(self.max_grad_norm, low=LEAST_NORM) and not is_number(self.max_grad_norm, 0, 0):
+            raise ValueError(f"max_grad_norm={self.max_grad_norm!r} must be a number >= {LEAST_NORM:g}, or 0 (off)")
         if not is_number(self.ema_decay, 0, 1) or self.ema_decay == 1:
             raise ValueError(f"ema_decay={self.ema_decay!r} must be a number in [0, 1) (0 is off)")
-        if self.guidance is not None and not is_number(self.guidance, low=0):
-            raise ValueError(f"guidance={self.guidance!r} must be a number >= 0, or null")
+        if self.guidance is not None and not is_number(self.guidance, 0, MAX_GUIDANCE):
+            raise ValueError(f"guidance={self.guidance!r} must be a number from 0 to {MAX_GUIDANCE:g}, or null")
 
     def is_due(self, interval: str, done: int) -> bool:
         """Return whether `interval`, such as "log_every", is due after `done` steps: at multiples and at the end."""
@@ -94,7 +99,7 @@ class RunSettings(LoopSettings):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be true or false")
         check_no_secret("name", self.name)
         check_count("batch_size", self.batch_size, 1, MOST)
-        check_count("reference_resolution", self.reference_resolution, 16)
+        check_count("reference_resolution", self.reference_resolution, 16, math.isqrt(MAX_PIXELS))
         for key in ("caption_dropout", "reference_dropout"):
             if not is_number(getattr(self, key), 0, 1):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be a number from 0 to 1")
@@ -148,7 +153,9 @@ class PrecisionSettings:
         for key, value in given.items():
             if key not in usable:
                 raise ValueError(f"precision.{key}={value!r} has no effect with precision.storage={self.storage!r}")
-        if isinstance(self.layers, list):
+        if self.layers is not None:
+            if not isinstance(self.layers, list) or not all(isinstance(layer, str) for layer in self.layers):
+                raise ValueError(f"precision.layers={self.layers!r} must be a list of regular expressions")
             given["layers"] = tuple(self.layers)
         precision = replace(Precision(pick_dtype(self.dtype, device)), **given)
         precision.multiplies_in_fp8(device)
@@ -170,13 +177,16 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         check_policy(self.checkpointing, self.budget_gb)
+        if self.budget_gb is not None and self.budget_gb > MOST_GB:
+            raise ValueError(f"memory.budget_gb={self.budget_gb!r} must be a number of GB from 0 to {MOST_GB:g}")
         check_backends(self.attention, "memory.attention")
         check_offload_blocks(self.offload_blocks, "memory.offload_blocks")
         for key in ("compile", "offload_activations", "cache_transposed_weights"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
-        if self.gpu_memory_gb is not None and self.gpu_memory_gb != FREE and not is_number(self.gpu_memory_gb, 1):
-            raise ValueError(f"gpu_memory_gb={self.gpu_memory_gb!r} must be a number of GB, `{FREE}`, or null")
+        given = self.gpu_memory_gb
+        if given is not None and given != FREE and not is_number(given, 1, MOST_GB):
+            raise ValueError(f"gpu_memory_gb={given!r} must be a number of GB from 1 to {MOST_GB:g}, `{FREE}`, or null")
 
     def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
         """Apply checkpointing, attention backend and compilation to the blocks of `model`, which runs on `device`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from flux2.models.text_encoder import TextStorage, check_storage
 from flux2.prompts.remote_client import Client, ProtocolName, check_patience, check_url, pick_protocol
 from flux2.prompts.remote_protocol import Unreachable
+from flux2.utils.checks import MAX_LENGTH
 from flux2.weights.loading import embedding_identity, load_text_encoder, text_encoder_fingerprint
 from flux2.weights.sources import ModelSource
 from train.utils.checks import check_count
@@ -46,7 +47,7 @@ class LocalTextEncoder:
 
     def __init__(self, length: int | None = None, storage: TextStorage | None = None) -> None:
         if length is not None:
-            check_count("text_encoder.length", length, 1)
+            check_count("text_encoder.length", length, 1, MAX_LENGTH)
         check_storage(storage, "text_encoder.storage")
         self.length, self.storage = length, storage
         self.cut: list[str] = []
@@ -88,7 +89,7 @@ class RemoteTextEncoder:
         wait: float = 1.0,
     ) -> None:
         if length is not None:
-            check_count("text_encoder.length", length, 1)
+            check_count("text_encoder.length", length, 1, MAX_LENGTH)
         check_count("text_encoder.max_concurrent_requests", max_concurrent_requests, 1, MOST_CONCURRENT_REQUESTS)
         try:
             check_patience(timeout, attempts, wait)

@@ -10,6 +10,9 @@ import torch
 from data.sampler import derived_generator
 from train.utils.checks import check_count, is_number
 
+WEIGHTS = (1e-6, 1e6)  # with less a loss has no effect, and with more nothing else has
+MOST_SAMPLES = 1 << 20  # the largest micro-batch
+
 
 @dataclass(frozen=True)
 class Preservation:
@@ -25,9 +28,10 @@ class Preservation:
     samples: int = 0
 
     def __post_init__(self) -> None:
-        if not is_number(self.weight, low=0):
-            raise ValueError(f"preservation.weight={self.weight!r} must be a number >= 0")
-        check_count("preservation.samples", self.samples)
+        if not is_number(self.weight, *WEIGHTS) and not is_number(self.weight, 0, 0):
+            low, high = WEIGHTS
+            raise ValueError(f"preservation.weight={self.weight!r} must be 0, or a number from {low:g} to {high:g}")
+        check_count("preservation.samples", self.samples, 0, MOST_SAMPLES)
         if not isinstance(self.prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in self.prompts):
             raise ValueError(f"preservation.prompts={self.prompts!r} must be a list of strings")
         if self.weight > 0 and not self.prompts:

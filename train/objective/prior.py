@@ -21,6 +21,7 @@ from data.loader import Batch, Loader
 from data.sampler import derived_generator
 from flux2.models.variants import PIXELS_PER_TOKEN
 from flux2.utils.checks import MAX_GUIDANCE, MAX_PIXELS, MAX_STEPS
+from train.objective.preservation import WEIGHTS
 from train.utils.checks import check_count, check_seed, is_count, is_number
 
 MOST = 100_000  # maximum number of class images to draw
@@ -59,8 +60,9 @@ class PriorPreservation:
         def refuse(key: str, what: str) -> None:
             raise ValueError(f"preservation.{key}={getattr(self, key)!r} must be {what}")
 
-        if not is_number(self.weight, low=0) or self.weight == 0:
-            refuse("weight", "a positive number. For no prior preservation, set preservation=none")
+        if not is_number(self.weight, *WEIGHTS):
+            low, high = WEIGHTS
+            refuse("weight", f"a number from {low:g} to {high:g}. For no prior preservation, set preservation=none")
         if not is_number(self.share, low=0, high=1) or self.share == 0:
             refuse("share", "a number above 0, up to 1")
         check_seed("preservation.seed", self.seed)

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from flux2.sampling import empirical_mu, shift
+from flux2.utils.checks import MAX_STEPS
 from train.utils.checks import check_count, is_number
 
 SHIFTS = ("none", "resolution", "empirical")
+ODDS = (1e-6, 1e6)  # factors of the odds; beyond them all timesteps are the image, or all are noise
+MOST_LOGIT = 10.0  # likewise: the sigmoid of 10 is 0.99995
 MODE_SCALES = (-1.0, 2 / (math.pi - 2))  # outside this range the map from u to s is not monotonic within [0, 1]
 
 
@@ -31,10 +34,13 @@ class Uniform:
     """
 
     def __init__(self, shift: str | float = "none", steps: int | None = None) -> None:
-        if shift not in SHIFTS and not is_number(shift, low=1e-6):
-            raise ValueError(f"timesteps.shift={shift!r} must be one of {', '.join(SHIFTS)}, or a positive number")
+        if shift not in SHIFTS and not is_number(shift, *ODDS):
+            low, high = ODDS
+            raise ValueError(
+                f"timesteps.shift={shift!r} must be one of {', '.join(SHIFTS)}, or a number from {low:g} to {high:g}"
+            )
         if steps is not None:
-            check_count("timesteps.steps", steps, 1)
+            check_count("timesteps.steps", steps, 1, MAX_STEPS)
         if steps is not None and shift != "empirical":
             raise ValueError(f"timesteps.steps={steps} has no effect with timesteps.shift={shift}, only with empirical")
         self.shift, self.steps = shift, steps
@@ -72,10 +78,10 @@ class LogitNormal(Uniform):
         self, mean: float = 0.0, std: float = 1.0, shift: str | float = "resolution", steps: int | None = None
     ) -> None:
         super().__init__(shift, steps)
-        if not is_number(mean):
-            raise ValueError(f"timesteps.mean={mean!r} must be a number")
-        if not is_number(std, low=1e-6):
-            raise ValueError(f"timesteps.std={std!r} must be a positive number")
+        if not is_number(mean, -MOST_LOGIT, MOST_LOGIT):
+            raise ValueError(f"timesteps.mean={mean!r} must be a number from {-MOST_LOGIT:g} to {MOST_LOGIT:g}")
+        if not is_number(std, 1e-6, MOST_LOGIT):
+            raise ValueError(f"timesteps.std={std!r} must be a positive number up to {MOST_LOGIT:g}")
         self.mean, self.std = mean, std
 
     def unshifted(self, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from train.utils.checks import is_number
 
+LARGEST = 1e9  # of `most`; a sample with such a weight leaves nothing of the others in float32
+
 
 class Unweighted:
     """The same weight for every timestep; nothing is computed."""
@@ -30,8 +32,8 @@ class SigmaSqrt(Unweighted):
     """
 
     def __init__(self, most: float | None = 100.0) -> None:
-        if most is not None and not is_number(most, low=1):
-            raise ValueError(f"weighting.most={most!r} must be a number >= 1, or null")
+        if most is not None and not is_number(most, 1, LARGEST):
+            raise ValueError(f"weighting.most={most!r} must be a number from 1 to {LARGEST:g}, or null")
         self.most = most
 
     def __call__(self, times: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ def is_share(value: object) -> bool:
 ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     # with less, even a million steps change nothing
     **dict.fromkeys(("lr", "d0", "d_coef"), (partial(is_number, low=1e-12), "a number >= 1e-12")),
-    "eps": (partial(is_number, low=1e-37), "a number >= 1e-37"),  # in float32 a smaller one is 0
+    # in float32 a smaller one is 0, and a larger one outweighs the gradient
+    "eps": (partial(is_number, low=1e-37, high=1.0), "a number from 1e-37 to 1"),
     **dict.fromkeys(("weight_decay", "weight_lr_power", "r"), (partial(is_number, low=0), "a number >= 0")),
     **dict.fromkeys(("momentum", "beta1", "beta2", "beta3"), (is_share, "a number >= 0 and < 1")),
     **dict.fromkeys(("warmup_steps", "min_8bit_size"), (is_count, "an integer >= 0")),
@@ -58,7 +59,7 @@ ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 # the same for the items of lists, which are as long as the optimizer's default
 LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (is_share, "in [0, 1)"),
-    "eps": (partial(is_number, low=1e-37), ">= 1e-37"),
+    "eps": (partial(is_number, low=1e-37, high=1e3), "from 1e-37 to 1000"),
     "ns_coefficients": (is_number, "that are finite"),
 }
 # usual learning rates by the beginning of an optimizer's class name: below training learns nothing, above it diverges

@@ -74,9 +74,12 @@ def planned_precision(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> P
     return replace(precision, matmul="fp8" if able else "dequantized")
 
 
+REFERENCES = ("reference_columns", "reference_folders")
+
+
 def references_of(dataset: Mapping[str, Any]) -> int:
     """Return the number of references in a dataset's settings, the maximum for a mix."""
-    named = dataset.get("reference_columns") or dataset.get("reference_folders") or []
+    named: Any = next((dataset[key] for key in REFERENCES if dataset.get(key) is not None), [])
     if not isinstance(named, list):
         raise ValueError(f"dataset.reference_columns={named!r} must be a list of names, e.g. [{named}]")
     return max([len(named), *map(references_of, (dataset.get("sources") or {}).values())])

@@ -25,6 +25,7 @@ from train.objective.loss import Noised, flow_loss, noise_at
 from train.utils.checks import check_count, check_seed, is_number
 
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)
+MOST_SAMPLES = 10_000  # each takes a prediction for every timestep, at every validation
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class ValidationSettings:
     times: Sequence[float] = TIMES  # from 0 (the image) to 1 (noise); the loss at each is also reported separately
 
     def __post_init__(self) -> None:
-        check_count("validation.held_out", self.held_out)
-        check_count("validation.samples", self.samples)
+        check_count("validation.held_out", self.held_out, 0, MOST_SAMPLES)
+        check_count("validation.samples", self.samples, 0, MOST_SAMPLES)
         check_seed("validation.seed", self.seed)
         times = self.times if isinstance(self.times, list | tuple) else []
         if not times or not all(is_number(time, 0, 1) for time in times) or len({f"{t:g}" for t in times}) < len(times):
