@@ -82,10 +82,10 @@ class Trainer:
         guard = self.update_guard(untrained=first_step == 0)
         progress = Progress(settings.steps, first_step, shown=self.is_main)
         with (
+            stop_requests() as stop_request,  # also while trackers finish, which may wait for a network
             closing(self.metrics),
             closing(self.prefetcher),
             closing(progress),
-            stop_requests() as stop_request,
             checkpointer.rescue_on_error(first_step),
         ):
             self.peft_model.train()

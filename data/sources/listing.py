@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.checks import check_text
-from data.files import open_regular
+from data.files import open_regular, user_path
 from data.sources.images import SUFFIXES, UNREADABLE, shorten
 from data.sources.pixels import is_image
 
@@ -87,7 +87,7 @@ def _is_image_file(path: str) -> bool:
 
 def existing_folder(key: str, path: object) -> Path:
     """Return the folder that a setting names. Raise ValueError if there is none."""
-    folder = Path(check_text(f"dataset.{key}", path)).expanduser()
+    folder = user_path(check_text(f"dataset.{key}", path))
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise ValueError(f"dataset.{key}={str(path)!r} {problem}. Give a folder of images")

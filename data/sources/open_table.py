@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from data.files import user_path
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
@@ -20,7 +22,7 @@ ENDINGS = f"{', '.join(KINDS)} file"
 
 def is_local(path: str) -> bool:
     """Return whether `path` is, or can only be, a local file or folder; otherwise it is a Hub id."""
-    here = Path(path).expanduser().exists()
+    here = user_path(path).exists()
     return here or HUB_ID.fullmatch(path) is None or Path(path).suffix in KINDS
 
 
@@ -68,7 +70,7 @@ def other_tables(path: str, split: str) -> list[str]:
     """
     import datasets
 
-    local = Path(path).expanduser()
+    local = user_path(path)
     if not is_local(path) or not local.is_dir() or _is_saved(local):
         return []
     files = datasets.load_dataset_builder(str(local)).config.data_files or {}
@@ -80,7 +82,7 @@ def _local(path: str, revision: str | None, subset: str | None) -> Path | None:
     """Return the local path, None for a Hub id. Raise ValueError if it does not exist or is not a table."""
     if not is_local(path):
         return None
-    local = Path(path).expanduser()
+    local = user_path(path)
     if not local.exists():
         raise ValueError(f"dataset.path={path!r} does not exist. Give a {ENDINGS}, a folder of them, or a Hub id")
     if revision or subset:

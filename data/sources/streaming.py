@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from data.files import atomic_write
+from data.files import atomic_write, user_path
 from data.sources.open_table import explain_errors, is_local, open_table, table_files
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def streamed_table(path: str, split: str, revision: str | None, subset: str | No
     import datasets
     from filelock import FileLock
 
-    recipe = json.dumps([path if not is_local(path) else str(Path(path).expanduser().resolve()), split, subset, limit])
+    recipe = json.dumps([path if not is_local(path) else str(user_path(path).resolve()), split, subset, limit])
     key = hashlib.sha256(json.dumps([recipe, revision]).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "flux2-lora" / key
     kept = sorted(folder.glob("*.arrow"), key=lambda file: file.stat().st_mtime)
@@ -52,9 +52,7 @@ def streamed_table(path: str, split: str, revision: str | None, subset: str | No
 def _version(path: str, revision: str | None) -> str | None:
     """Return an identifier of the content of `path`; None if the Hub cannot be reached or does not have it."""
     if is_local(path):
-        files = [
-            (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in table_files(Path(path).expanduser())
-        ]
+        files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in table_files(user_path(path))]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:40]
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled

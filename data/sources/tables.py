@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import pyarrow as pa
 
 from data.checks import check_flag, check_int, check_text, check_texts
-from data.files import open_regular
+from data.files import open_regular, user_path
 from data.sources.base import UNUSED_COLUMNS, Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.folders import REFERENCES
@@ -169,7 +169,7 @@ class HuggingFace(Source):
                 raise ValueError(f"dataset.picture_folder={folder!r} has no effect: {self.path} contains no paths")
             return [existing_folder("picture_folder", folder)]
         if is_local(self.path):
-            table = Path(self.path).expanduser()
+            table = user_path(self.path)
             return [table if table.is_dir() else table.parent]
         if paths:
             raise ValueError(

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.checks import check_text
+from data.files import user_path
 from data.sources.base import Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, FileOpener, Picture, shorten
@@ -147,7 +148,7 @@ class _Entry:
 
 def _shards(path: str) -> list[str]:
     """Return the sorted shards of a path or pattern. Raise ValueError if there are none."""
-    place = os.path.expanduser(path)
+    place = str(user_path(path))
     if os.path.isdir(place):
         place = os.path.join(glob.escape(place), "*.tar")
     shards = sorted(file for file in ([place] if os.path.isfile(place) else glob.glob(place)) if os.path.isfile(file))

@@ -31,6 +31,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import find_variant
 from flux2.quantization.base import QuantizedLinear
 from flux2.utils import checks
+from flux2.utils.files import user_path
 from flux2.utils.text import listed
 from flux2.weights.modelspec import metadata
 from flux2.weights.streaming_writer import write_safetensors
@@ -178,7 +179,7 @@ def find(path: str | Path) -> Path:
 
     A folder of diffusers stands for its pytorch_lora_weights.safetensors.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     if place.is_file():  # PEFT's file is of no use without the configuration next to it
         return place.parent if place.name == PEFT_FILE else place
     for folder in (place, place / "adapter", *sorted(place.glob("checkpoints/step_*/adapter"), reverse=True)):

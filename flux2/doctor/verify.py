@@ -17,6 +17,7 @@ import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from flux2.models.variants import VARIANTS
+from flux2.utils.files import user_path
 from flux2.weights.sources import looks_local
 
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -40,7 +41,7 @@ def location(model: str) -> tuple[Path, str]:
         raise ValueError(f"--verify {model}: it is embedded, so git has its hashes. Run `git status` on its folder")
     where = VARIANTS[model].repo if model in VARIANTS else model
     if looks_local(where):
-        place = Path(where).expanduser()
+        place = user_path(where)
         if not place.exists():
             raise ValueError(f"--verify {model}: must be a model ({', '.join(VARIANTS)}), a repository id or a path")
         return place, ""

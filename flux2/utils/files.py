@@ -3,14 +3,18 @@
 These are written under a temporary name, flushed to the disk and renamed.
 """
 
+import glob
 import hashlib
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import xxhash
 
 
@@ -26,13 +30,18 @@ def check_new(path: Path, option: str, *, overwrite: bool) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return a new name in the folder of `path` for what is not complete yet."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    """Return a new name in the folder of `path` for what is not complete yet; it tells the host and the process."""
+    return path.with_name(f".{path.name}.{host()}-{os.getpid()}-{uuid.uuid4().hex[:4]}.part")
+
+
+def host() -> str:
+    """Return a short digest of this machine's name."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
 
 
 def remove_unfinished(path: Path) -> None:
-    """Delete what processes that were killed while writing the file `path` left behind."""
-    for file in path.parent.glob(f".{path.name}.*.part"):
+    """Delete what processes that were killed while writing the file `path` left behind. No other may be writing it."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         file.unlink()
 
 
@@ -45,6 +54,14 @@ def checksum(file: Path, *, flush: bool = False) -> str:
     return digest.hexdigest()
 
 
+def remove_abandoned(path: Path) -> None:
+    """Delete what processes of this machine that were killed left of the file or folder `path`: tens of GB perhaps."""
+    for place in path.parent.glob(f".{glob.escape(path.name)}.{host()}-*.part"):
+        process = re.fullmatch(r".*-(\d+)-[0-9a-f]{4}\.part", place.name, re.DOTALL)
+        if process and not psutil.pid_exists(int(process[1])):
+            _delete(place)
+
+
 @contextmanager
 def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Context manager that yields a temporary path for a file or folder, then flushes and renames it to `path`.
@@ -52,6 +69,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     After an exception the temporary one is deleted, and `path` is as it was. The folder of `path` must exist. Without
     `replace`, which is for files only, raise FileExistsError if another process has written `path` meanwhile.
     """
+    remove_abandoned(path)
     temporary = temporary_path(path)
     try:
         yield temporary
@@ -59,7 +77,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         if path.is_dir():
-            old = path.rename(temporary_path(path))
+            old = path.rename(temporary_path(path).with_suffix(".old"))  # no next start deletes it
             try:
                 temporary.rename(path)
             except BaseException:

@@ -30,7 +30,7 @@ CONFIG_FILE = "config.yaml"  # the run's configuration; each checkpoint has a co
 UNFINISHED_FILE = ".unfinished"  # in the run folder from the start of a run until all that its end writes is there
 NAME = re.compile(r"step_\d+", re.ASCII)  # name of a checkpoint's folder
 # names under which files are written before they are complete: `atomic_write`, `adapters.save`, `make_writable`
-LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\..+\.[0-9a-f]{8}\.part|\.saving-\w+|\.probe-\d+", re.ASCII)
+LEFTOVER = re.compile(r"\..+\.([0-9a-f]{32}\.tmp|[0-9a-f]{4}-\d+-[0-9a-f]{4}\.part)|\.saving-\w+|\.probe-\d+", re.ASCII)
 WRITTEN = (".", "adapter", "samples", "tensorboard")  # folders in the run folder that only its run writes to
 FILE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what the libraries raise for a full disk or an unreadable file
 

@@ -33,7 +33,8 @@ def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None
         write_card(config, folder, samples)
         if run_report.write_or_warn(folder) is None:
             UNSAVED.append(f"the report {folder / run_report.REPORT}")
-        (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+        if not config.hub.push:  # which `announce` does
+            (folder / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 def write_card(config: RunConfig, folder: Path, samples: int) -> None:
@@ -67,6 +68,7 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
         say(*closing_lines(adapter.parent))
     if config.hub.push:
         say(push_or_warn(adapter.parent, config.hub))
+        (adapter.parent / UNFINISHED_FILE).unlink(missing_ok=True)
     config.say(f"adapter   {adapter}")
     if note := format_notes(adapter):
         config.say(f"formats   {note}")

@@ -1,11 +1,13 @@
 """flux2.utils.files: what is written is complete or absent, and nothing else is left."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from flux2.utils.files import atomic_write, remove_unfinished
+from flux2.utils.files import atomic_write, host, remove_unfinished, temporary_path
 from flux2.utils.text import gigabytes
 
 
@@ -57,6 +59,32 @@ def test_files_of_killed_processes_are_removed_and_others_stay(tmp_path: Path) -
     (tmp_path / ".b.json.12345678.part").touch()
     remove_unfinished(tmp_path / "a.json")
     assert [file.name for file in tmp_path.iterdir()] == [".b.json.12345678.part"]
+
+
+@pytest.mark.parametrize("name", ["merged", "model [1].safetensors"])
+def test_writing_again_removes_what_a_killed_process_of_this_machine_left(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / name
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    running = temporary_path(target)  # of another thread of this process
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: killed.pid)
+        left = temporary_path(target)
+    left.mkdir()
+    (left / "half").touch()
+    elsewhere = tmp_path / f".{name}.{'0000' if host() != '0000' else '1111'}-1-abcd.part"
+    older = tmp_path / f".{name}.12345678.part"  # without a process
+    for file in (running, elsewhere, older):
+        file.touch()
+    with atomic_write(target) as unfinished:
+        unfinished.write_text("new")
+    assert set(tmp_path.iterdir()) == {target, running, elsewhere, older, left}
+    killed.kill()
+    killed.communicate()
+    with atomic_write(target) as unfinished:
+        unfinished.write_text("newer")
+    assert set(tmp_path.iterdir()) == {target, running, elsewhere, older}
 
 
 @pytest.mark.parametrize(("size", "text"), [(0, "0.0 MB"), (99.9e6, "99.9 MB"), (1e8, "0.10 GB"), (1.5e9, "1.50 GB")])

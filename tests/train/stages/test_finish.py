@@ -9,10 +9,13 @@ import pytest
 from message_helpers import holds
 from train_helpers import adapter, lines, same_tensors
 
+from flux2.utils.files import temporary_path
 from train.checkpoints.checkpoint import UNFINISHED_FILE, checkpoints
 from train.objective.objective import Objective
 from train.publishing import model_card
+from train.publishing.hub import HubSettings
 from train.reports import run_report
+from train.tracking import NoTracker
 from train.utils.signals import SIGNALS
 from train.validation.loss import FixedNoiseLoss
 from train.validation.samples import Sampler
@@ -72,15 +75,35 @@ def test_a_stop_request_while_the_report_is_written_lets_the_run_end(train, monk
     assert [signal.getsignal(name) for name in SIGNALS] == before
 
 
+def test_a_stop_request_while_the_tracker_finishes_lets_the_run_end(train, monkeypatch):
+    monkeypatch.setattr(NoTracker, "finish", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    assert (train("run") / "report.html").is_file()
+
+
+def test_killed_while_the_adapter_is_pushed_auto_pushes_it(run_command, small, monkeypatch, tmp_path):
+    run, pushed = tmp_path / "run", []
+    settings = small(f"output_dir={run}", "checkpoint_every=2", "hub.push=true", "hub.repo_id=me/cats")
+    monkeypatch.setattr(HubSettings, "check", lambda self, **_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.stages.finish.push_or_warn", killed)
+        with pytest.raises(Killed):
+            run_command(*settings)
+    monkeypatch.setattr("train.stages.finish.push_or_warn", lambda folder, settings: pushed.append(folder))
+    assert run_command(*settings, "resume=auto")[0] == 0
+    assert len(pushed) == 1
+    assert run_command(*settings, "resume=auto")[0] == 2
+    assert len(pushed) == 1
+
+
 def test_the_next_start_removes_what_a_kill_left_and_nothing_else(train, monkeypatch):
     run = train("run", "steps=2", "checkpoint_every=1", "sample_every=2", "sample.prompts=[a fox]", "sample.steps=1")
-    name, part = uuid.uuid4().hex, uuid.uuid4().hex[:8]
+    name, part = uuid.uuid4().hex, temporary_path(run / "adapter" / "samples.png")
     left = [
         run / f".metrics.jsonl.{name}.tmp",
         run / ".probe-123",
         run / "samples" / f".step_000002.png.{name}.tmp",
         run / "adapter" / f".README.md.{name}.tmp",
-        run / "adapter" / f".samples.png.{part}.part",
+        part,
         run / "adapter" / ".saving-ab_3x" / "adapter_model.safetensors",
         run / "checkpoints" / ".step_000003.part" / "adapter" / ".saving-1" / "x",
         run / "checkpoints" / ".step_000001.old" / "state.json",
