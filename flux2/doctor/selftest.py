@@ -144,7 +144,6 @@ def selftest() -> Iterator[Finding]:
     if not hasattr(diffusers, "Flux2Pipeline"):
         yield Finding("comparison with diffusers", None, f"skipped: diffusers {diffusers.__version__} has no FLUX.2")
         return
-    importlib.import_module("diffusers.utils.logging").set_verbosity_error()  # warns of a buffer that is not needed
     for what, check in CHECKS.items():
         try:
             passed, detail = check(diffusers)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import flux2
 from flux2 import adapters
+from flux2.doctor.arguments import arguments as doctor_arguments
 from flux2.generate import command as generate
 from flux2.generate.command import arguments
 from flux2.models.variants import VARIANTS
@@ -89,8 +90,9 @@ def test_there_is_a_command_for_each_section() -> None:
 
 
 def test_every_option_that_the_pages_name_is_one(capsys) -> None:
-    with pytest.raises(SystemExit):
-        arguments(["--help"])
+    for command in (arguments, doctor_arguments):
+        with pytest.raises(SystemExit):
+            command(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     named = {option for text in PAGES.values() for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)}
     assert named <= known, named - known

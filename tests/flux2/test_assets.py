@@ -2,11 +2,13 @@
 
 import random
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2Pipeline
+from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
+from transformers import Mistral3ForConditionalGeneration
 
 import flux2
 from data.synthetic import probe
@@ -49,6 +51,19 @@ def unseen(count: int, seed: int) -> list[Drawing]:
 
 def test_all_files_together_are_at_most_12_mb() -> None:
     assert sum(file.stat().st_size for file in TINY_FOLDER.rglob("*") if file.is_file()) <= 12e6
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("vae", AutoencoderKLFlux2),
+        ("transformer", Flux2Transformer2DModel),
+        ("text_encoder", Mistral3ForConditionalGeneration),
+    ],
+)
+def test_every_tensor_of_the_published_layout_is_there_and_no_other(part: str, kind: Any) -> None:
+    _, found = kind.from_pretrained(TINY_FOLDER / part, output_loading_info=True)
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("prompt", ["a small red cup on a blue background", "a trtcrd of a green fish, tarot style"])

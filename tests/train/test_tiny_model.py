@@ -13,11 +13,15 @@ from train_helpers import execute
 import flux2
 from data.synthetic.captions import EDITS
 from data.synthetic.drawings import held_out
+from flux2.models.autoencoder import Autoencoder
+from flux2.models.transformer import Transformer
+from flux2.weights.safetensors_files import part_files
 from flux2.weights.sources import TINY_FOLDER
 from train.tiny_model.autoencoder import set_groups
+from train.tiny_model.export import export
 from train.tiny_model.training import Phase, Recipe, rate
 from train.tiny_model.transformer import draw_batch, edit_shares
-from train.tiny_model.world import Catalog, catalog, make_text_encoder, make_tokenizer, render
+from train.tiny_model.world import TINY, Catalog, catalog, make_text_encoder, make_tokenizer, render
 
 
 def test_unknown_words_are_spelt_and_so_told_apart() -> None:
@@ -111,6 +115,13 @@ def test_norm_groups_change_and_weights_stay() -> None:
     set_groups(layer, 1)
     x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x), torch.nn.functional.group_norm(x, 1, eps=layer[0].eps))
+
+
+def test_a_written_folder_has_the_tensors_of_the_embedded_one(tmp_path: Path) -> None:
+    export(Transformer(TINY.transformer), Autoencoder(TINY.autoencoder), 0, tmp_path)
+    for part in ("transformer", "vae", "text_encoder"):
+        written, embedded = part_files(tmp_path / part), part_files(TINY_FOLDER / part)
+        assert written.plan == embedded.plan, part
 
 
 @pytest.mark.slow

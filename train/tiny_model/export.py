@@ -90,8 +90,8 @@ def export(model: Transformer, autoencoder: Autoencoder, text_seed: int, folder:
     for part, module, published in modules:
         tensors: dict[str, Tensor] = {}
         for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point():
-                tensors |= published(name).split(tensor.to(torch.bfloat16))
+            # the count of the autoencoder's batches is an integer: diffusers warns of a file without it
+            tensors |= published(name).split(tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
         stored = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(stored, folder / part / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
