@@ -42,6 +42,7 @@ SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
 INPUT_SCALES = ("input_scale", "scale_input", "activation_scale", "input_scale_ub")
 MARKER = "scaled_fp8"  # a tensor that marks a file as fp8
 COMFY = "comfy_quant"  # a tensor next to a weight: JSON that names its format
+COMFY_METADATA = "_quantization_metadata"  # an entry of the header: the same for all layers
 COMFY_FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 COMFY_KEYS = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape"}  # others change what a weight means
 COMFY_LIMIT = 4096  # bytes
@@ -87,8 +88,11 @@ def check_formats(files: TensorFiles) -> None:
     for name in sorted(files.names):
         if kind := FOREIGN.get(name.rpartition(".")[2]):
             raise WeightsError(f"{files[name].file}: {name} belongs to a weight in {kind}, which is not read. {ADVICE}")
-    if text := files.metadata.get("_quantization_metadata"):
-        for layer, entry in parse_table(text, files.place, "_quantization_metadata").get("layers", {}).items():
+    if (text := files.metadata.get(COMFY_METADATA)) is not None:
+        layers = parse_table(text, files.place, COMFY_METADATA).get("layers")
+        if not isinstance(layers, dict):
+            raise WeightsError(f"{files.place}: {COMFY_METADATA} has no layers: the file is damaged. {ADVICE}")
+        for layer, entry in layers.items():
             check_comfy_format(entry, f"{files.place}: {layer}")
 
 
@@ -105,7 +109,7 @@ def parse_table(text: str | bytes, file: Path, what: str) -> dict[str, Any]:
 
 def check_comfy_format(entry: Any, weight: str) -> torch.dtype:
     """Return the dtype of a weight that ComfyUI describes by `entry`. Raises WeightsError if it is not plain FP8."""
-    kind = entry.get("format") if isinstance(entry, dict) else entry
+    kind = entry.get("format") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in COMFY_FORMATS:
         raise WeightsError(f"{weight} is stored in {str(kind)[:80]}, which is not read. {ADVICE}")
     if unknown := sorted(entry.keys() - COMFY_KEYS):
@@ -143,7 +147,7 @@ def scale_block(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -
     what = f"{weight.file}: {weight.key} of shape {weight.shape} has a scale"
     if not scale.dtype.is_floating_point or scale.dtype in FP8:
         raise WeightsError(f"{what} of dtype {scale.dtype}, as in MXFP8, which is not read. {ADVICE}")
-    if prod(scale.shape) == 1 or (scale.shape[0] == weight.shape[0] == prod(scale.shape)):
+    if prod(scale.shape) == 1 or scale.shape[:1] == weight.shape[:1] == (prod(scale.shape),):
         return None
     if len(scale.shape) == len(weight.shape) == 2:
         for block in block_sizes(files, weight, scale):
@@ -158,7 +162,7 @@ def scale_block(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -
 def block_sizes(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -> list[tuple[int, int]]:
     """Return the sizes of blocks to try: that of config.json next to the file, or the usual one and an exact one."""
     config = weight.file.parent / "config.json"
-    if config.exists():
+    if config.is_file():
         described = parse_table(config.read_bytes(), config, "it").get("quantization_config") or {}
         size = described.get("weight_block_size") if isinstance(described, dict) else None
         if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):

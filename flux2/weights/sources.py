@@ -211,6 +211,11 @@ def digest_of_files(source: ModelSource, part: Part) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as handle:
+            if file.suffix == ".safetensors":
+                header = handle.read(min(size, int.from_bytes(handle.read(8), "little"), FULL_HASH_LIMIT))
+                if b".weight_scale_inv" in header:  # what was cached before these scales were read is wrong
+                    digest.update(b"scaled")
+                handle.seek(0)
             if file.suffix != ".safetensors" or size <= FULL_HASH_LIMIT:
                 hashlib.file_digest(handle, lambda: digest)
                 continue

@@ -20,6 +20,7 @@ from flux2.export import deltas
 from flux2.weights.modelspec import HASH
 from flux2.weights.streaming_writer import write_safetensors
 from train.checkpoints.checkpoint import seal
+from train.stages.saved_run import candidates
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,15 @@ def test_a_changed_configuration_is_said(copied: Callable[[str], Path], caplog: 
         (folder / PEFT_CONFIG).write_text(config.replace('"lora_alpha": 8', '"lora_alpha": 9'))
         adapters.load(base(), folder)
     assert f"{PEFT_CONFIG} was changed since it was saved" in caplog.text
+
+
+def test_evaluation_names_a_damaged_finished_adapter(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(saved("lora"), tmp_path / "adapter")
+    ((found,), damaged) = candidates(tmp_path)
+    assert (found.name, damaged) == ("finished", [])
+    flip(tmp_path / "adapter" / PEFT_FILE, -1)
+    with pytest.raises(ValueError, match=rf"{PEFT_FILE} was changed since it was saved"):
+        candidates(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "pissa", "loha", "lokr", "oft"])

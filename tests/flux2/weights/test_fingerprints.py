@@ -1,11 +1,13 @@
 """flux2.weights.sources: fingerprints change with weights and configurations, and not with folders."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import helpers
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from flux2.weights.sources import ModelSource, WeightsError, fingerprint
@@ -53,3 +55,11 @@ def test_the_fingerprint_of_a_single_file_changes_with_its_weights_and_not_with_
     assert prints[0] == prints[1] != prints[2]
     with pytest.raises(WeightsError, match=r"/gone\.safetensors\b"):
         fingerprint(ModelSource(DEV, str(tmp_path / "gone.safetensors")), "transformer")
+
+
+def test_what_was_cached_without_scales_that_are_read_now_is_not_used(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    for key, is_kept in (("a.weight_scale", True), ("a.weight_scale_inv", False)):
+        save_file({"a.weight": torch.ones(2, 2), key: torch.ones(1)}, file)
+        before = hashlib.sha256(f"{file.name} {file.stat().st_size}".encode() + file.read_bytes()).hexdigest()[:16]
+        assert (fingerprint(ModelSource(DEV, str(file)), "transformer") == before) == is_kept

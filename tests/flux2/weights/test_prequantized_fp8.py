@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from prequantized_helpers import FP8, NF4, Load, check_equal, check_stored, joined, published, weights
+from prequantized_helpers import FP8, NF4, Load, check_equal, check_stored, joined, of_size, published, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import Precision
 from flux2.weights.key_names import swap_halves
-from flux2.weights.loading import load_text_encoder, load_text_projection
+from flux2.weights.loading import load_text_encoder, load_text_projection, load_transformer
 from flux2.weights.sources import TINY_FOLDER, ModelSource, WeightsError, model_source
 
 pytest_plugins = ("prequantized_helpers",)
@@ -302,6 +302,35 @@ def test_other_markers_of_comfyui_are_refused_by_name(about: object, remedy: str
     stored[key] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     with pytest.raises(WeightsError, match=rf"single_blocks\.0\.linear1\b.*{remedy}.*bfloat16"):
         load(stored, FP8)
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ('{"layers": {"single_blocks.0.linear1": {"format": "nvfp4"}}}', r"single_blocks\.0\.linear1\b.*nvfp4"),
+        ('{"layers": {"x": "float8_e4m3fn"}}', r"\bx\b"),
+        ('{"layers": [3]}', "layers"),
+        ("{}", "layers"),
+        ("[" * 99_999, "JSON"),
+    ],
+)
+def test_the_headers_of_comfyui_are_read_too(text: str, remedy: str, load: Load, tmp_path: Path) -> None:
+    stored, meant = in_eight_bits(weights(), "weight_scale")
+    good = json.dumps({"format_version": "1.0", "layers": {"single_blocks.0.linear1": {"format": "float8_e4m3fn"}}})
+    source = ModelSource(of_size(4), str(tmp_path / "x.safetensors"))
+    save_file(stored, tmp_path / "x.safetensors", {"_quantization_metadata": good})
+    check_equal(load_transformer(source), meant)
+    save_file(stored, tmp_path / "x.safetensors", {"_quantization_metadata": text})
+    with pytest.raises(WeightsError, match=rf"x\.safetensors.*{remedy}"):
+        load_transformer(source)
+
+
+def test_a_number_in_fp8_with_several_scales_is_refused(load: Load) -> None:
+    stored = weights()
+    name = "single_blocks.0.linear1"
+    stored[f"{name}.weight"] = torch.tensor(1.0).to(torch.float8_e4m3fn)
+    with pytest.raises(WeightsError, match=rf"{name}\.weight\b.*scale.*\(3,\)"):
+        load(stored | {f"{name}.weight_scale": torch.ones(3)})
 
 
 @pytest.mark.parametrize(
