@@ -163,15 +163,15 @@ def adapter_card(base: str, license: str, kind: str = "LoRA") -> str:
 def format_notes(folder: Path) -> str:
     """Return one line on which programs cannot read the adapter in `folder`; empty if all can."""
     kind = peft_config.type_name(peft_config.read_config(folder))
-    command = f"`python -m flux2.export {folder} --format ... --out FILE` converts it to a nearly equal LoRA"
-    exact = f"`python -m flux2.export {folder} --format comfyui --out FILE` writes it unchanged for ComfyUI"
-    if kind == "LoKr":
-        return f"only PEFT and flux2.generate read this folder; {exact} and diffusers"
-    if kind == "LoHa":
-        return f"only PEFT and flux2.generate read this folder; {exact}; {command} for diffusers"
-    if kind == "DoRA":
-        return f"only PEFT, flux2.generate and diffusers read this folder; {exact}"
-    return f"only PEFT and flux2.generate read {kind}; {command} for other programs" if kind == "OFT" else ""
+    if kind not in (*PEFT_ALONE, "DoRA"):
+        return ""
+    own = "PEFT, flux2.generate and diffusers" if kind == "DoRA" else "PEFT and flux2.generate"
+    exact = {"DoRA": "ComfyUI", "LoHa": "ComfyUI", "LoKr": "ComfyUI and diffusers"}.get(kind)
+    others = {"DoRA": "kohya", "LoKr": "kohya", "LoHa": "diffusers and kohya"}.get(kind, "diffusers, ComfyUI and kohya")
+    command = f"`python -m flux2.export {folder} --format"
+    unchanged = f"{command} comfyui --out FILE` writes it unchanged for {exact}; " if exact else ""
+    converted = f"{command} ... --out FILE` converts it to a nearly equal LoRA for {others}"
+    return f"only {own} read this {kind}; {unchanged}{converted}"
 
 
 def find(path: str | Path) -> Path:
