@@ -16,7 +16,7 @@ from safetensors import safe_open
 from flux2.adapters.formats import AdapterError
 from flux2.adapters.peft_config import PEFT_CONFIG
 from flux2.utils.files import checksum
-from flux2.weights.modelspec import HASH
+from flux2.weights.modelspec import data_hash, header_hash
 
 CONFIG_HASH = "flux2_lora.adapter_config_sha256"
 STATE_FILE = "state.json"  # in a checkpoint, next to the adapter's folder; train/checkpoints writes it
@@ -36,11 +36,8 @@ def verify(file: Path) -> None:
     """
     with safe_open(file, "pt") as opened:
         about = opened.metadata() or {}
-    if (wanted := about.get(HASH)) is not None:
-        with file.open("rb") as handle:
-            handle.seek(8 + int.from_bytes(handle.read(8), "little"))
-            if f"0x{hashlib.file_digest(handle, 'sha256').hexdigest()}" != wanted.lower():
-                raise damaged(file, "its header")
+    if header_hash(about) not in (None, data_hash(file)):
+        raise damaged(file, "its header")
     config = file.parent / PEFT_CONFIG
     if CONFIG_HASH in about and config.exists() and config_hash(file.parent)[CONFIG_HASH] != about[CONFIG_HASH]:
         log.warning("adapter %s was changed since it was saved. Unless you did that, restore it from a copy", config)

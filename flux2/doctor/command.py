@@ -137,7 +137,7 @@ def verify(model: str) -> int:
     except ValueError as error:
         print("error:", error, file=sys.stderr)
         return 2
-    print(f"{counts[True]} files are as on the Hub, {counts[False]} are damaged, of {counts[None]} no hash is known")
+    print(f"{counts[True]} files are as published, {counts[False]} are damaged, of {counts[None]} no hash is known")
     return int(counts[False] > 0 or not counts[True])
 
 

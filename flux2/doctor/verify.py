@@ -18,7 +18,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from flux2.models.variants import VARIANTS
 from flux2.utils.files import user_path
-from flux2.weights.sources import looks_local
+from flux2.weights.modelspec import data_hash, header_hash
+from flux2.weights.safetensors_files import read_header
+from flux2.weights.sources import WeightsError, looks_local
 
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -52,7 +54,10 @@ def location(model: str) -> tuple[Path, str]:
 
 
 def known_hash(file: Path) -> str | None:
-    """Return the hash that the Hub gave for a file, from the cache or next to a download to another folder."""
+    """Return the hash that the Hub gave for a file, from the cache or next to a download to another folder.
+
+    A file that the Hub does not know, such as an export, may have the hash of its tensors in its header.
+    """
     blob = file.resolve()
     if blob.parent.name == "blobs" and HASH.fullmatch(blob.name):
         return blob.name
@@ -62,11 +67,13 @@ def known_hash(file: Path) -> str | None:
         if about.is_file():
             lines = about.read_text(errors="replace").splitlines()
             return lines[1] if len(lines) > 1 and HASH.fullmatch(lines[1]) else None
-    return None
+    return header_hash(read_header(file)[1]) if file.suffix == ".safetensors" else None
 
 
 def hash_like(file: Path, known: str) -> str:
     """Return the hash of a file of the kind of `known`."""
+    if known.startswith("0x"):
+        return data_hash(file)
     digest = hashlib.sha256()
     if len(known) == hashlib.sha1(usedforsecurity=False).digest_size * 2:
         digest = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
@@ -78,7 +85,7 @@ def hash_like(file: Path, known: str) -> str:
 def compare_files(model: str) -> Iterator[Comparison]:
     """Yield the result for each file of a model as soon as it is known. Raises ValueError as `location` does."""
     place, repo = location(model)
-    again = f"hf download {repo}" if repo else "the program that downloaded it"
+    again = f"hf download {repo}" if repo else "what wrote it"
     files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if not file.is_dir())
     for file in files:
         name = file.name if place.is_file() else file.relative_to(place).as_posix()
@@ -87,8 +94,11 @@ def compare_files(model: str) -> Iterator[Comparison]:
         try:
             known = known_hash(file)
             is_equal = None if known is None else hash_like(file, known) == known
-        except OSError as error:
-            yield Comparison(name, False, f"cannot be read ({error.strerror}): run {again} again")
+        except (OSError, WeightsError) as error:
+            reason = getattr(error, "strerror", None) or error
+            yield Comparison(name, False, f"cannot be read ({reason}): run {again} again")
             continue
-        remedy = f"differs from the Hub's hash {known}: delete {file.resolve()} and run {again} again"
-        yield Comparison(name, is_equal, {True: "as on the Hub", False: remedy, None: "no hash is known"}[is_equal])
+        remedy = f"differs from its hash {known}: delete {file.resolve()} and run {again} again"
+        yield Comparison(
+            name, is_equal, {True: "as it was published", False: remedy, None: "no hash is known"}[is_equal]
+        )

@@ -7,6 +7,11 @@ knows: `Flux.2-dev`, `Flux.2-klein-4b`, `Flux.2-klein-9b`, for base and distille
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
 from flux2.models.variants import find_variant
 
 PREFIX = "modelspec."
@@ -47,3 +52,16 @@ def metadata(*, base: str, title: str, lora: bool, diffusers: bool, license: str
     }
     kept = {key: value for key, value in {"base_model": base, "base_model_license": license}.items() if value}
     return {"format": "pt"} | kept | {PREFIX + key: value for key, value in spec.items() if value}
+
+
+def data_hash(file: Path) -> str:
+    """Return ModelSpec's `hash_sha256` of a file: of all bytes after the header."""
+    with file.open("rb") as handle:
+        handle.seek(8 + int.from_bytes(handle.read(8), "little"))
+        return f"0x{hashlib.file_digest(handle, 'sha256').hexdigest()}"
+
+
+def header_hash(about: Mapping[str, str]) -> str | None:
+    """Return the hash in a file's metadata as `data_hash` writes it; None if there is none, or not one of SHA-256."""
+    digits = str(about.get(HASH, "")).lower().removeprefix("0x")
+    return f"0x{digits}" if re.fullmatch("[0-9a-f]{64}", digits) else None

@@ -17,7 +17,7 @@ from flux2.adapters.formats import AdapterError
 from flux2.adapters.peft_config import PEFT_CONFIG
 from flux2.adapters.reading import PEFT_FILE, read_tensors
 from flux2.export import deltas
-from flux2.weights.modelspec import HASH
+from flux2.weights.modelspec import HASH, data_hash
 from flux2.weights.streaming_writer import write_safetensors
 from train.checkpoints.checkpoint import seal
 from train.stages.saved_run import candidates
@@ -70,6 +70,18 @@ def test_every_file_of_a_pissa_has_a_hash(saved: Callable[[str], Path]) -> None:
     for name in (PEFT_FILE, DIFFUSERS_FILE, PISSA_FILE):
         raw = (saved("pissa") / name).read_bytes()
         assert HASH in json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"], name
+
+
+def test_hashes_of_other_programs_are_read_however_they_are_spelt(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    state, file = load_file(saved("lora") / DIFFUSERS_FILE), tmp_path / "x.safetensors"
+    save_file(state, file)
+    right = data_hash(file)
+    for text in (right, right.upper(), right[2:], "unknown", ""):
+        save_file(state, file, {HASH: text})
+        adapters.load(base(), file)
+    save_file(state, file, {HASH: "1" * 64})
+    with pytest.raises(AdapterError, match="changed since"):
+        adapters.load(base(), file)
 
 
 @pytest.mark.parametrize("name", [PEFT_FILE, PEFT_CONFIG])

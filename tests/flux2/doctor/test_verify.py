@@ -6,9 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flux2.doctor import command as doctor
 from flux2.doctor.verify import hash_like
+from flux2.weights.streaming_writer import write_safetensors
 
 LARGE, SMALL = b"weights" * 1000, b'{"a": 1}'
 
@@ -40,7 +43,7 @@ def test_whole_files_of_the_cache_pass(model: str, cache: Path, capsys: pytest.C
     assert doctor.main(["--verify", model]) == 0
     text = capsys.readouterr().out
     assert re.search(r"transformer/x\.safetensors +ok", text)
-    assert "2 files are as on the Hub, 0 are damaged" in text
+    assert "2 files are as published, 0 are damaged" in text
     assert "Versions" not in text
 
 
@@ -53,7 +56,7 @@ def test_a_bit_that_flipped_is_named_with_what_to_do(
     assert doctor.main(["--verify", "dev"]) == 1
     found = capsys.readouterr().out
     assert re.search(rf"DAMAGED.*delete {blob}.*hf download black-forest-labs/FLUX\.2-dev", found)
-    assert "1 files are as on the Hub, 1 are damaged" in found
+    assert "1 files are as published, 1 are damaged" in found
 
 
 def test_a_file_that_is_gone_is_damaged(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,10 +79,23 @@ def test_a_download_to_another_folder_is_compared_too(tmp_path: Path, capsys: py
     assert doctor.main(["--verify", str(tmp_path)]) == 1
 
 
-def test_nothing_compared_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.safetensors").write_bytes(LARGE)
+def test_an_export_is_compared_with_the_hash_in_its_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "merged.safetensors"
+    write_safetensors(file, {"a": torch.randn(9)}, {})
+    assert doctor.main(["--verify", str(file)]) == 0
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
     assert doctor.main(["--verify", str(tmp_path)]) == 1
-    assert "0 files are as on the Hub, 0 are damaged, of 1 no hash is known" in capsys.readouterr().out
+    file.write_bytes(raw[:-1])
+    assert doctor.main(["--verify", str(tmp_path)]) == 1
+    assert re.search(r"DAMAGED +differs.*\n.*\n.*DAMAGED +cannot be read \(.*ends within a", capsys.readouterr().out)
+
+
+def test_nothing_compared_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors")
+    assert doctor.main(["--verify", str(tmp_path)]) == 1
+    assert "0 files are as published, 0 are damaged, of 1 no hash is known" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("model", "remedy"), [("tiny", "git"), ("./gone", "dev,.*path"), ("klein_4b", "hf download")])
