@@ -93,9 +93,10 @@ def reason(error: Exception) -> str:
 def push(run: Path, settings: HubSettings) -> str:
     """Push the adapter of a run folder with its model card to the Hub; return its address.
 
-    Raises ValueError without a finished adapter or repository, and PushError if the Hub or the network failed.
+    Raises ValueError without a finished adapter or repository, or for a damaged file, and PushError if the Hub or the
+    network failed.
     """
-    from flux2.adapters.files import PEFT_FILE  # these imports take seconds, and --help does without
+    from flux2.adapters.files import PEFT_FILE, read_tensors  # these imports take seconds, and --help does without
 
     folder = run / "adapter"
     if not (folder / PEFT_FILE).exists():
@@ -106,6 +107,8 @@ def push(run: Path, settings: HubSettings) -> str:
         raise ValueError("no repository is set. Give --repo-id owner/name")
     if links := [file.name for file in folder.rglob("*") if file.is_symlink()]:
         raise ValueError(f"{folder} holds a link, {links[0]}, which would publish a file from elsewhere. Remove it")
+    for file in sorted(folder.glob("*.safetensors")):
+        read_tensors(file)
     api = huggingface_hub.HfApi()
     try:
         repository = api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)
