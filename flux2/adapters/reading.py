@@ -27,6 +27,7 @@ from flux2.adapters.peft_config import PEFT_CONFIG
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
 from flux2.weights.modelspec import COMFY_DORA
+from flux2.weights.safetensors_files import other_kind
 
 PEFT_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # prefix of the keys in PEFT's files
@@ -93,11 +94,18 @@ def read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except AdapterError as error:
         raise AdapterError(f"adapter {file}: {error}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
-        raise AdapterError(f"adapter {file} cannot be read ({error}): it is damaged or incomplete") from error
+        raise unreadable(file, error) from error
     verify(file)
     if len(state) < len(keys):
         raise AdapterError(f"adapter {file}: it has keys both with and without {prefix}")
     return state, metadata
+
+
+def unreadable(file: Path, error: Exception) -> AdapterError:
+    """Return the error for a file that safetensors cannot read."""
+    other = other_kind(file) if isinstance(error, SafetensorError) else None
+    reason = f"is {other}" if other else f"cannot be read ({error}): it is damaged or incomplete"
+    return AdapterError(f"adapter {file} {reason}")
 
 
 def recorded_base(place: Path) -> str:
@@ -110,7 +118,7 @@ def recorded_base(place: Path) -> str:
     except ValueError as error:
         raise AdapterError(f"adapter {place}: {error}") from error
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"adapter {place} cannot be read ({error}): it is damaged or incomplete") from error
+        raise unreadable(place, error) from error
 
 
 def check_architecture(metadata: Mapping[str, str], config: peft.PeftConfig | None) -> None:

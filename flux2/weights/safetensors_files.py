@@ -43,7 +43,7 @@ ADVICE = "Give the model's safetensors files in bfloat16, FP8 or NF4"
 OTHER_ENDINGS = (".gguf", ".bin", ".pt", ".pth", ".ckpt")
 # first bytes of other files, which may have been renamed to .safetensors
 OTHER_FILES = {
-    b"GGUF": f"GGUF, which is not read. {ADVICE}",
+    b"GGUF": "GGUF, which is not read. Give safetensors files, of a model in bfloat16, FP8 or NF4",
     b"PK\x03\x04": "a PyTorch checkpoint (or another zip archive), which can run code. Give a safetensors file",
     b"\x80": "a pickle, which can run code. Give a safetensors file",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself. Download it with `hf download`",
@@ -79,6 +79,13 @@ def damaged_file(file: Path, what: str) -> WeightsError:
         f"{file} cannot be read as safetensors: {what}. It is damaged or its download is incomplete: delete it and "
         "download it again."
     )
+
+
+def other_kind(file: Path) -> str | None:
+    """Return what a file with an invalid header is, and what to do; None if that is not known."""
+    with file.open("rb") as handle:
+        first = handle.read(32)
+    return next((text for start, text in OTHER_FILES.items() if first.startswith(start)), None)
 
 
 def parse_header(file: Path, raw: bytes) -> dict[str, Any]:
@@ -133,8 +140,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             if size < 8:
                 raise damaged_file(file, f"it has {size} bytes")
             if not 2 <= length <= HEADER_LIMIT:
-                first = length.to_bytes(8, "little") + handle.read(24)
-                if other := next((text for start, text in OTHER_FILES.items() if first.startswith(start)), None):
+                if other := other_kind(file):
                     raise WeightsError(f"{file} is {other}.")
                 raise damaged_file(file, f"it starts with a header length of {length}: another kind of file, or blank")
             raw = handle.read(length)

@@ -96,7 +96,7 @@ def push(run: Path, settings: HubSettings) -> str:
     Raises ValueError without a finished adapter or repository, or for a damaged file, and PushError if the Hub or the
     network failed.
     """
-    from flux2.adapters.files import PEFT_FILE, read_tensors  # these imports take seconds, and --help does without
+    from flux2.adapters.reading import PEFT_FILE, read_tensors  # these imports take seconds, and --help does without
 
     folder = run / "adapter"
     if not (folder / PEFT_FILE).exists():

@@ -155,3 +155,20 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
     for name, tensor in state.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (b"GGUF\3\0\0\0" + bytes(64), "is GGUF.*safetensors"),
+        (b"<!DOCTYPE html><html>log in</html>", "web page.*hf download"),
+        (b"PK\3\4\x14\0\0\0" + bytes(64), "PyTorch checkpoint.*safetensors"),
+        (bytes(64), "cannot be read.*damaged"),
+    ],
+)
+def test_other_files_with_the_name_of_an_adapter_are_named(content: bytes, remedy: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    for read in (lambda: adapters.load(base(), file), lambda: deltas.variant_for([file], None)):
+        with pytest.raises(AdapterError, match=rf"x\.safetensors.*{remedy}"):
+            read()
