@@ -38,6 +38,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
 from flux2.utils.text import listed
 
+SAME_LAYERS = {"rsLoRA": "LoRA", "column DoRA": "DoRA", "split LoKr": "LoKr"}  # types, and those of their layers
 PARTS = {"double_blocks": "in double blocks", "single_blocks": "in single blocks"}
 
 
@@ -74,7 +75,7 @@ def check_compatible(model: nn.Module, kind: str) -> None:
     with other adapters the result would depend on the order; different types cannot share layers in PEFT.
     """
     present = {kind_of(module) for module in adapter_layers(model).values()}
-    kind = "LoRA" if kind == "rsLoRA" else kind
+    kind = SAME_LAYERS.get(kind, kind)
     if present and (present != {kind} or kind in ("DoRA", "OFT")):
         raise AdapterError(
             f"a {kind} adapter cannot be combined with the loaded {' and '.join(sorted(present))}: only several LoRAs "

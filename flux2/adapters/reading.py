@@ -224,7 +224,10 @@ def stored_adapter(updates: Mapping[str, Update], config: peft.PeftConfig | None
     if config is not None and kinds != {wanted := peft_config.TYPES[config.peft_type]}:
         raise AdapterError(f"its tensors are those of a {' and '.join(sorted(kinds))}, its configuration a {wanted}'s")
     if kinds == {"LoRA"}:
-        kind = "DoRA" if doras else "rsLoRA" if config is not None and peft_config.is_rslora(config) else "LoRA"
+        kind = "rsLoRA" if config is not None and peft_config.is_rslora(config) else "LoRA"
+        if doras:
+            by_rows = {pair.magnitude.ndim == 1 for pair in pairs.values() if pair.magnitude is not None}
+            kind = "DoRA" if by_rows == {True} else "column DoRA"
         return StoredAdapter(kind, pairs, note=note)
     if kinds == {"LoKr", "LoRA"} and not any(
         pair.bias is not None for pair in pairs.values()
@@ -237,7 +240,10 @@ def stored_adapter(updates: Mapping[str, Update], config: peft.PeftConfig | None
     tensors = {layer: lycoris_tensors(update) for layer, update in updates.items()}
     ranks = {layer: rank_of(found) for layer, found in tensors.items()}
     (kind,) = kinds
-    return StoredAdapter(kind, config=lycoris_config(kind, ranks), tensors=tensors, note=note)
+    config = lycoris_config(kind, ranks)
+    if any(tensor.ndim > 2 for found in tensors.values() for tensor in found.values()):
+        kind = "split LoKr"  # of separate q, k and v, which no other program has for our fused layer
+    return StoredAdapter(kind, config=config, tensors=tensors, note=note)
 
 
 def lycoris_tensors(update: Update) -> dict[str, Tensor]:

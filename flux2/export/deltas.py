@@ -25,7 +25,7 @@ from flux2.models.variants import VARIANTS, TransformerConfig, Variant, find_var
 from flux2.utils import checks
 from flux2.utils.text import listed
 
-ORDER_DEPENDENT = ("DoRA", "OFT")  # not sums: a DoRA divides by row lengths, an OFT rotates the input
+ORDER_DEPENDENT = ("DoRA", "column DoRA", "OFT")  # not sums: a DoRA divides by row lengths, an OFT rotates the input
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class AdapterDelta:
     @property
     def is_plain(self) -> bool:
         """Whether it adds a low-rank pair to each weight, independently of the weight."""
-        return bool(self.pairs) and self.kind != "DoRA"
+        return bool(self.pairs) and not self.needs_weights
 
     @property
     def needs_weights(self) -> bool:

@@ -19,6 +19,11 @@ from flux2.export import deltas
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 
 
+LOKRS = ("LoKr", "split LoKr")  # split if q, k and v are separate
+KINDS = {"lora": ("LoRA", "rsLoRA"), "dora": ("DoRA",), "columns": ("column DoRA",), "loha": ("LoHa",)}
+KINDS |= dict.fromkeys(("lokr", "lokr_both", "lokr_whole"), LOKRS)
+
+
 def place_of(writer: Writer, folder: Path) -> Path:
     return folder if writer.file != "lora.safetensors" else folder / writer.file
 
@@ -44,6 +49,7 @@ def test_a_file_adds_what_plain_arithmetic_says(
     wanted = write(writer, kind, strength, DTYPES[dtype], tmp_path, base)
     loaded = adapters.load(model, place_of(writer, tmp_path))
     assert len(loaded.layers) == 4
+    assert loaded.kind in KINDS[kind]
     unmerged = predict(model)
     adapters.merge(model)
     assert helpers.relative_error(unmerged, predict(model)) <= 1e-5
@@ -167,3 +173,18 @@ def test_a_bias_of_b_is_added_as_diffusers_adds_it_and_not_merged_or_exported(tm
         adapters.merge(model)
     with pytest.raises(AdapterError, match=r"bias to .*img_attn\.qkv"):
         deltas.read(tmp_path / "lora.safetensors", fresh())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "columns", "loha", "lokr"])
+def test_the_scale_that_is_asked_for_multiplies_the_whole_change(kind: str, tmp_path: Path) -> None:
+    writer = WRITERS["OneTrainer"]
+    wanted = write(writer, kind, "number", torch.float32, tmp_path, fresh())
+    model = fresh()
+    adapters.load(model, tmp_path / writer.file, scale=-0.5)
+    unmerged = predict(model)
+    adapters.merge(model)
+    assert helpers.relative_error(unmerged, predict(model)) <= 1e-5
+    base = fresh()
+    for layer, delta in wanted.items():
+        found = model.get_parameter(f"{layer}.weight").double() - base.get_parameter(f"{layer}.weight")
+        assert float((found + 0.5 * delta).norm() / delta.norm()) <= 1e-5, layer

@@ -15,6 +15,7 @@ import torch
 from adapter_helpers import fresh, predict
 from diffusers import Flux2Pipeline
 from export_helpers import changes, loaded
+from foreign_adapters import WRITERS, write
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -255,3 +256,17 @@ def test_the_real_command_exports_for_the_embedded_model(tmp_path: Path) -> None
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
     config = json.loads((out / "transformer" / "config.json").read_text())
     assert (config["_class_name"], config["num_single_layers"]) == ("Flux2Transformer2DModel", 4)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui"])
+@pytest.mark.parametrize("kind", ["columns", "lokr"])
+def test_what_only_other_trainers_have_is_converted_for_all_programs(
+    kind: str, form: str, command: Callable[..., int], tmp_path: Path
+) -> None:
+    """A DoRA of columns, and a LoKr of separate q, k and v: neither has a form for the fused layers."""
+    wanted = write(WRITERS["OneTrainer"], kind, "number", torch.float32, tmp_path, fresh())
+    options = ["--model", "tiny", "--format", form, "--rank", 144, "--out", "out.safetensors"]
+    assert command(tmp_path / "lora.safetensors", *options) == 0
+    found = changes(tmp_path / "out.safetensors")
+    assert found.keys() == wanted.keys()
+    assert max(helpers.relative_error(found[layer], delta) for layer, delta in wanted.items()) <= 2e-5
