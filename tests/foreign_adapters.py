@@ -141,20 +141,19 @@ def key_of(writer: Writer, name: str, side: str) -> str:
     return f"{name}.{writer.length if side == 'length' else side}"
 
 
-def settings(kind: str, strength: str) -> dict[str, Any]:
-    """PEFT's configuration: ranks by the names of MLP and MODULATION in both spellings, and one alpha by QKV's."""
+def settings(writer: Writer, kind: str, strength: str) -> dict[str, Any]:
+    """PEFT's configuration, whose patterns name layers as the program does: by whole names, ends and expressions."""
     alpha = "lora_alpha" if kind in PAIRS else "alpha"
-    ranks = {
-        r"linear1|.*to_qkv_mlp_proj": 2,
-        r"(.*txt_mlp\.2)|(.*linear_out)": 4,
-        r"norm_out.linear|.*modulation\.1": 2,
-    }
-    config = {"peft_type": "LORA" if kind in PAIRS else kind[:4].upper(), "r": 3, "rank_pattern": ranks}
+    names = writer.names
+    qkv = r"^.*\.1\.img_attn\.qkv" if names is BFL else r"attn.to_[qkv]"
+    ranks = {names[LINEAR1][0].rpartition(".")[2]: 2, names[MLP][0]: 4, names[MODULATION][0].replace(".", r"\."): 2}
+    config: dict[str, Any] = {"peft_type": "LORA" if kind in PAIRS else kind[:4].upper(), "r": 3, "rank_pattern": ranks}
     config[alpha] = {"none": 3, "number": 6, "pattern": 3, "rslora": 6}[strength]
+    config["target_modules"] = [name for parts in names.values() for name in parts]
     if strength == "none":
         config["alpha_pattern"] = ranks
     if strength == "pattern":
-        config["alpha_pattern"] = {r".*(img_attn\.qkv|attn\.to_[qkv])": 12}
+        config["alpha_pattern"] = {qkv: 12}
     if kind in PAIRS:
         config |= {"use_rslora": strength == "rslora", "use_dora": kind == "dora"}
     return config | ({"decompose_factor": 4, "decompose_both": kind == "lokr_both"} if kind.startswith("lokr") else {})
@@ -193,8 +192,7 @@ def write(
         if names == DIFFUSERS[MODULATION]:
             changes[layer] = torch.cat(changes[layer].chunk(2)[::-1])
     header = {"format": "pt"}
-    config = settings(kind, strength)
-    config["target_modules"] = [name for names in writer.names.values() for name in names]
+    config = settings(writer, kind, strength)
     if writer.strength == "header":
         prefix = "transformer." if writer.prefix else ""
         header["lora_adapter_metadata"] = json.dumps({prefix + key: value for key, value in config.items()})

@@ -16,6 +16,7 @@ from flux2 import adapters
 from flux2.adapters.formats import AdapterError
 from flux2.export import deltas
 
+ALWAYS = ("lora", "lokr_whole")  # types whose strengths differ most among programs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 
 
@@ -29,14 +30,15 @@ def place_of(writer: Writer, folder: Path) -> Path:
 
 
 def cases() -> list[object]:
-    """Every program, type, strength and dtype; `make test` runs each pair of the first two, once, and all strengths."""
+    """Every program, type, strength and dtype; `make test` runs each pair of the first two, once, and all
+    strengths of some types."""
     found: list[object] = []
     for name, writer in WRITERS.items():
         for kind in writer.types:
             strengths = strengths_of(writer, kind)
             often = (strengths[len(found) % len(strengths)], list(DTYPES)[len(found) % 3])
             for strength, dtype in product(strengths, DTYPES):
-                marks = () if (strength, dtype) == often or (kind, dtype) == ("lora", "fp32") else pytest.mark.slow
+                marks = () if (strength, dtype) == often or (dtype == "fp32" and kind in ALWAYS) else pytest.mark.slow
                 found.append(pytest.param(name, kind, strength, dtype, marks=marks))
     return found
 
