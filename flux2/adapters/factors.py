@@ -63,6 +63,11 @@ class Strength:
     where: str = ""
     is_musubi: bool = False
 
+    @staticmethod
+    def name(layer: FileLayer) -> str:
+        """Return the name by which patterns know the layer: that in the file, which has dots."""
+        return layer.name if "." in layer.name else layer.place.layer
+
     def scale(self, layer: FileLayer, rank: int | None) -> float:
         """Return the factor of a layer's update of this rank. Raises AdapterError if there are two or it is invalid."""
         alpha = layer.tensors.get("alpha")
@@ -71,10 +76,9 @@ class Strength:
                 raise AdapterError(
                     f"its strength is in the file twice: {layer.name}.alpha and {self.where}. Remove one of them"
                 )
-            name = layer.name if "." in layer.name else layer.place.layer
             if rank is not None:
-                peft_config.check_rank(self.config, name, rank, self.where)
-            return peft_config.layer_scale(self.config, name)
+                peft_config.check_rank(self.config, self.name(layer), rank, self.where)
+            return peft_config.layer_scale(self.config, self.name(layer))
         if alpha is None or rank is None:
             return 1.0
         if alpha.numel() != 1:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flux2.adapters import peft_config
 from flux2.adapters.checksums import config_hash
 from flux2.adapters.formats import AdapterError, LoraPair, rescale, to_diffusers
+from flux2.adapters.keys import check_dtype
 from flux2.adapters.loading import LoadedAdapter, attach_pairs, check_compatible, check_scale, insert, to_peft
 from flux2.adapters.reading import PEFT_FILE, PREFIX, read_adapter, recorded_base
 from flux2.adapters.tuners import adapter_layers, adapter_tensors, float_copy, kind_of, remove_adapters
@@ -301,6 +302,7 @@ def restore(wrapped: peft.PeftModel, folder: Path, name: str = "default") -> Non
             f"{listed(current.keys() ^ state.keys())}"
         )
     for key, tensor in state.items():
+        check_dtype(key, tensor)
         if tensor.shape != current[key].shape:
             raise AdapterError(
                 f"{folder}: {key} has shape {tuple(tensor.shape)} instead of {tuple(current[key].shape)}: it belongs "

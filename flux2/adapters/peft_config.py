@@ -102,14 +102,14 @@ def config_from(values: dict[str, Any], where: str) -> peft.PeftConfig:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # of other versions of PEFT
             config = peft.PeftConfig.from_peft_type(**({"peft_type": "LORA"} | values))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RecursionError) as error:
         raise ValueError(f"{where} cannot be read by PEFT {peft.__version__} ({error!r:.300})") from error
     if config.peft_type not in TYPES:
         kind = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(f"its type {kind} is not supported; it must be one of {', '.join(TYPES.values())}")
+        raise ValueError(f"its type {kind!s:.50} is not supported; it must be one of {', '.join(TYPES.values())}")
     if isinstance(config, peft.LoraConfig):
         if config.init_lora_weights not in (True, False, "gaussian", "eva"):
-            raise ValueError(f"its init_lora_weights={config.init_lora_weights!r} changes the base")
+            raise ValueError(f"its init_lora_weights={config.init_lora_weights!r:.100} changes the base")
         variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
         if used := [name for name in variants if name != "use_dora" and getattr(config, name)]:
             raise ValueError(f"it is a variant of LoRA that is not supported ({', '.join(used)})")
@@ -181,7 +181,7 @@ def check_numbers(config: Any, where: str) -> None:
         if isinstance(config, peft.LoKrConfig):
             checks.integer("decompose_factor", config.decompose_factor, -1)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {error!s:.300}") from error
 
 
 def pattern_problem(expression: str) -> str:

@@ -21,11 +21,12 @@ from flux2.adapters import peft_config
 from flux2.adapters.checksums import verify
 from flux2.adapters.factors import LohaFactors, LokrFactors, Strength, Update, join, read_update
 from flux2.adapters.formats import AdapterError, LoraPair
-from flux2.adapters.keys import check_dtype, check_keys, known_layers, match_key, parse
+from flux2.adapters.keys import FileLayer, check_dtype, check_keys, check_known, known_layers, match_key, parse
 from flux2.adapters.loading import check_saved
 from flux2.adapters.peft_config import PEFT_CONFIG
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
+from flux2.weights.key_names import transformer_module
 from flux2.weights.modelspec import COMFY_DORA
 from flux2.weights.safetensors_files import other_kind
 
@@ -87,6 +88,8 @@ def read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(file, "pt") as opened:
             keys = list(opened.keys())
             check_keys(keys)
+            if not place.is_dir():  # before anything is read: it may be a whole model. Folders have a configuration
+                check_known(keys)
             state = {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
             metadata = opened.metadata() or {}
         if COMFY_DORA in metadata:
@@ -155,6 +158,8 @@ def read_adapter(place: Path, model: Transformer) -> StoredAdapter:
 
     Raises ValueError if it is damaged, for another model, or cannot be used.
     """
+    if place.is_dir():
+        peft_config.read_config(place)  # before the tensors, which may be those of a whole model
     state, metadata = read_file(place)
     config, where = find_config(place, state, metadata)
     check_architecture(metadata, config)
@@ -193,7 +198,9 @@ def read_updates(state: Mapping[str, Tensor], model: Transformer, strength: Stre
     """Return the updates in a file by our layers, in the order of the model."""
     by_layer: dict[str, list[tuple[str, int, object]]] = {}
     places = {}
-    for layer in parse(state, model):
+    layers = parse(state, model)
+    check_patterns(strength, layers)
+    for layer in layers:
         update = read_update(layer, strength)
         by_layer.setdefault(layer.place.layer, []).append((layer.name, layer.place.start, update))
         places[layer.name] = layer.place
@@ -203,6 +210,24 @@ def read_updates(state: Mapping[str, Tensor], model: Transformer, strength: Stre
             found = sorted(by_layer[name], key=lambda part: part[1])
             updates[name] = join([(places[part], update) for part, _, update in found], [part for part, *_ in found])
     return updates
+
+
+def check_patterns(strength: Strength, layers: Sequence[FileLayer]) -> None:
+    """Raise AdapterError if a pattern names layers of the file in another program's spelling than its keys.
+
+    By the keys it would match nothing, and the strength would be another one than that of who wrote it.
+    """
+    if strength.config is None:
+        return
+    others = {name for layer in layers for name in (layer.place.layer, *transformer_module(layer.place.layer).names)}
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(strength.config, key, {}):
+            match = peft_config.compiled(pattern).match
+            if not any(match(strength.name(layer)) for layer in layers) and any(map(match, others)):
+                raise AdapterError(
+                    f"{strength.where}: {key} has {pattern!r}, which names layers in another spelling than the "
+                    f"tensors, such as {layers[0].name}. Name them alike"
+                )
 
 
 def from_state(state: Mapping[str, Tensor], model: Transformer) -> dict[str, LoraPair]:

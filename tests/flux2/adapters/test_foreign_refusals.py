@@ -185,6 +185,18 @@ def test_a_header_that_cannot_be_used_is_refused(header: str, message: str, tmp_
     refused(tmp_path / "lora.safetensors", message)
 
 
+def test_patterns_in_another_spelling_than_the_keys_are_refused(tmp_path: Path) -> None:
+    """They match nothing by the keys: a converter renamed the tensors and kept the header."""
+    header = {"r": 2, "lora_alpha": 2, "alpha_pattern": {"attn.to_out": 8}}
+    save_file(pair(LAYER), tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(header)})
+    refused(
+        tmp_path / "lora.safetensors", r"alpha_pattern has 'attn\.to_out'.*another spelling.*single_blocks\.0\.linear2"
+    )
+    header["alpha_pattern"] = {"attn.to_q": 8}  # of no layer of the file: harmless
+    save_file(pair(LAYER), tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(header)})
+    assert adapters.load(fresh(), tmp_path / "lora.safetensors").ranks == (2,)
+
+
 def test_a_strength_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     state = pair(PUBLISHED)
     state[f"{PUBLISHED}.alpha"] = torch.tensor(1.0)
