@@ -24,6 +24,7 @@ from flux2.adapters.keys import FileLayer, Place
 from flux2.utils.text import listed
 from flux2.weights.key_names import swap_halves
 
+MOST_STRENGTH = 1e6  # beyond it float32 overflows soon; trainers use up to some hundreds
 LORA = {"lora_A", "lora_B"}
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}
@@ -70,6 +71,12 @@ class Strength:
 
     def scale(self, layer: FileLayer, rank: int | None) -> float:
         """Return the factor of a layer's update of this rank. Raises AdapterError if there are two or it is invalid."""
+        found = self.factor(layer, rank)
+        if abs(found) > MOST_STRENGTH:
+            raise AdapterError(f"{layer.name} has a strength (alpha / rank) of {found:g}: the file is damaged")
+        return found
+
+    def factor(self, layer: FileLayer, rank: int | None) -> float:
         alpha = layer.tensors.get("alpha")
         if self.config is not None:
             if alpha is not None:

@@ -7,8 +7,9 @@ import helpers
 import peft
 import pytest
 import torch
-from adapter_helpers import fresh, predict
+from adapter_helpers import base, fresh, predict
 from foreign_adapters import DIFFUSERS, LINEAR1, MLP, QKV, WRITERS, Writer, change, factors, strengths_of, write
+from precision_helpers import dequantized
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -190,3 +191,14 @@ def test_the_scale_that_is_asked_for_multiplies_the_whole_change(kind: str, tmp_
     for layer, delta in wanted.items():
         found = model.get_parameter(f"{layer}.weight").double() - base.get_parameter(f"{layer}.weight")
         assert float((found + 0.5 * delta).norm() / delta.norm()) <= 1e-5, layer
+
+
+@pytest.mark.parametrize("kind", ["columns", "lokr"])
+def test_types_that_peft_does_not_have_compute_on_a_quantized_base(kind: str, tmp_path: Path) -> None:
+    writer, model, plain = WRITERS["OneTrainer"], base("nf4", "dev"), dequantized(base("nf4", "dev"))
+    write(writer, kind, "number", torch.float32, tmp_path, plain)
+    before = predict(plain, autocast=True)
+    for one in (model, plain):
+        adapters.load(one, tmp_path / writer.file)
+    assert helpers.relative_error(predict(model, autocast=True), predict(plain, autocast=True)) <= 0.02
+    assert helpers.relative_error(before, predict(plain, autocast=True)) > 0.2

@@ -145,6 +145,7 @@ OTHER = "diffusion_model.single_blocks.1.linear2"
         (pair() | {f"{KEY}.dora_scale": torch.ones(3, 1)}, r"dora_scale.*\(3, 1\)"),
         (pair() | {f"{KEY}.alpha": torch.ones(2)}, r"alpha.*\(2,\)"),
         (pair() | {f"{KEY}.alpha": torch.tensor(float("inf"))}, "alpha is inf"),
+        (pair() | {f"{KEY}.alpha": torch.tensor(1e30)}, "strength.*5e\\+29"),
         (pair() | {f"{KEY}.lora_B.bias": torch.ones(47)}, r"lora_B\.bias.*\(47,\)"),
         (
             pair(PUBLISHED) | pair("transformer.single_blocks.0.linear2"),
