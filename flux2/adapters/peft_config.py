@@ -101,7 +101,8 @@ def config_from(values: dict[str, Any], where: str) -> peft.PeftConfig:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # of other versions of PEFT
-            config = peft.PeftConfig.from_peft_type(**({"peft_type": "LORA"} | values))
+            settings = {key: value for key, value in values.items() if key != "runtime_config"}
+            config = peft.PeftConfig.from_peft_type(**({"peft_type": "LORA"} | settings))
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RecursionError) as error:
         raise ValueError(f"{where} cannot be read by PEFT {peft.__version__} ({error!r:.300})") from error
     if config.peft_type not in TYPES:

@@ -53,10 +53,10 @@ def remove(state: State, key: str, draw: random.Random) -> None:
 FAULTS: list[Callable[[State, str, random.Random], None]] = [rename, retype, reshape, swap_side, set_alpha, remove]
 
 
-@pytest.mark.parametrize("block", [pytest.param(i, marks=() if i == 0 else pytest.mark.slow) for i in range(20)])
+@pytest.mark.parametrize("block", [pytest.param(i, marks=() if i == 0 else pytest.mark.slow) for i in range(40)])
 def test_random_faults_are_one_error_or_an_adapter_that_is_the_same_everywhere(block: int, tmp_path: Path) -> None:
     base, accepted, refused = fresh(), 0, 0
-    for seed in range(25 * block, 25 * block + 25):
+    for seed in range(12 * block, 12 * block + 12):
         draw, folder = random.Random(seed), tmp_path / str(seed)
         folder.mkdir()
         writer = WRITERS[draw.choice(list(WRITERS))]
@@ -94,4 +94,5 @@ def test_random_faults_are_one_error_or_an_adapter_that_is_the_same_everywhere(b
             change = update.change(layer, weight, torch.device("cpu"))
             found = model.get_parameter(f"{layer}.weight").detach() - weight
             assert float((found - change).norm()) <= 1e-4 * float(change.norm()) + 1e-6 * float(weight.norm()), seed
-    assert min(accepted, refused) >= 2
+    assert accepted
+    assert refused
