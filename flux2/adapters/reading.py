@@ -92,8 +92,8 @@ def read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 check_known(keys)
             state = {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
             metadata = opened.metadata() or {}
-        if COMFY_DORA in metadata:
-            raise AdapterError("it is a DoRA for ComfyUI only. Give the folder that it was exported from")
+            if COMFY_DORA in metadata:
+                raise AdapterError("it is a DoRA for ComfyUI only. Give the folder from which it was exported")
     except AdapterError as error:
         raise AdapterError(f"adapter {file}: {error}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:

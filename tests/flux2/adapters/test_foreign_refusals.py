@@ -67,6 +67,7 @@ def test_a_peft_folder_of_integers_is_refused_too(tmp_path: Path) -> None:
         {"base_model": "/models/flux1-schnell"},
         {"base_model": "stabilityai/stable-diffusion-3.5-large"},
     ],
+    ids=lambda header: "-".join(header.values()),
 )
 def test_an_adapter_of_another_model_is_refused_even_if_it_fits(header: dict[str, str], tmp_path: Path) -> None:
     save_file(pair(), tmp_path / "lora.safetensors", header)
@@ -256,6 +257,15 @@ ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
 )
 def test_a_header_of_a_wrong_form_is_one_error_in_bounded_time(header: str, size: int, tmp_path: Path) -> None:
     refused(raw_file(tmp_path / "lora.safetensors", header, bytes(size)), "damaged or incomplete|more than the 20000")
+
+
+def test_a_dora_whose_lengths_are_comfyuis_is_refused(tmp_path: Path) -> None:
+    """ComfyUI divides by the rows of W: read as the lengths of a trainer, they are another model."""
+    state = pair() | {f"{KEY}.dora_scale": torch.ones(48, 1)}
+    save_file(state, tmp_path / "lora.safetensors", {"flux2_lora.dora_scale": "comfyui"})
+    refused(tmp_path / "lora.safetensors", "DoRA for ComfyUI only.*exported")
+    save_file(state, tmp_path / "lora.safetensors")
+    assert adapters.load(fresh(), tmp_path / "lora.safetensors").kind == "DoRA"
 
 
 def test_a_folder_without_an_adapter_names_the_files_that_may_be_one(tmp_path: Path) -> None:
