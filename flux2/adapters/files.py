@@ -25,7 +25,7 @@ from flux2.adapters.checksums import config_hash
 from flux2.adapters.formats import AdapterError, LoraPair, rescale, to_diffusers
 from flux2.adapters.keys import check_dtype
 from flux2.adapters.loading import LoadedAdapter, attach_pairs, check_compatible, check_scale, insert, to_peft
-from flux2.adapters.reading import PEFT_FILE, PREFIX, read_adapter, recorded_base
+from flux2.adapters.reading import PEFT_FILE, PREFIX, read_adapter, read_tensors, recorded_base
 from flux2.adapters.tuners import adapter_layers, adapter_tensors, float_copy, kind_of, remove_adapters
 from flux2.layers.fused_lora import INITIAL, subtract_initial
 from flux2.models.transformer import Transformer
@@ -209,8 +209,8 @@ def base_hint(place: Path, model: Transformer) -> str:
 def load(model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0) -> LoadedAdapter:
     """Attach the adapter at `path` to `model` for inference, in place, with its update multiplied by `scale`.
 
-    `path` is a PEFT folder, a run folder or checkpoint that holds one, or a .safetensors file with the keys of
-    diffusers, ComfyUI or kohya. Adapters that the model has already stay active. Raises AdapterError for an adapter
+    `path` is a PEFT folder, a run folder or checkpoint that holds one, or a .safetensors file of another program
+    (docs/adapters.md lists them). Adapters that the model has already stay active. Raises AdapterError for an adapter
     that cannot be used, TypeError or ValueError for an invalid scale; `model` is then unchanged.
     """
     scale = checks.number("scale", scale)
@@ -294,8 +294,7 @@ def restore(wrapped: peft.PeftModel, folder: Path, name: str = "default") -> Non
             raise AdapterError(f"{folder} holds no PiSSA that can be resumed: {PISSA_FILE} is missing")
         state, current = load_file(folder / PISSA_FILE), pissa_tensors(model, name)
     else:
-        state = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / PEFT_FILE).items()}
-        current = adapter_tensors(model, name)
+        state, current = read_tensors(folder), adapter_tensors(model, name)
     if current.keys() != state.keys():
         raise AdapterError(
             f"{folder} holds an adapter of another type, or of other layers than adapter.targets: "

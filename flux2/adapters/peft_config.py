@@ -52,11 +52,11 @@ def is_plain(config: peft.PeftConfig) -> bool:
 
 def read_config(place: Path) -> peft.PeftConfig:
     """Return the configuration in the folder `place`. Raises ValueError unless it is complete, valid and supported."""
+    if not (place / PEFT_CONFIG).is_file():  # a pipe would block
+        raise ValueError(f"{PEFT_CONFIG} is missing")
     try:
         with (place / PEFT_CONFIG).open("rb") as file:
             raw = file.read(LIMIT + 1)
-    except FileNotFoundError as error:
-        raise ValueError(f"{PEFT_CONFIG} is missing") from error
     except OSError as error:
         raise ValueError(f"{PEFT_CONFIG} cannot be read ({error.strerror})") from error
     return parse_config(raw, PEFT_CONFIG)

@@ -84,6 +84,8 @@ def read_tensors(place: Path) -> dict[str, Tensor]:
 def read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of the file `place`, or of PEFT's file in that folder without its prefix, and its header."""
     file, prefix = (place / PEFT_FILE, PREFIX) if place.is_dir() else (place, "")
+    if not file.is_file():  # a pipe would block
+        raise AdapterError(f"adapter {file} {'is not a file' if file.exists() else 'does not exist'}")
     try:
         with safe_open(file, "pt") as opened:
             keys = list(opened.keys())

@@ -24,7 +24,7 @@ from data.files import user_path
 from data.sources.base import Source
 from data.sources.images import Picture
 from flux2 import adapters
-from flux2.adapters.reading import PEFT_FILE, read_tensors
+from flux2.adapters.files import PEFT_FILE, read_tensors
 from flux2.adapters.tuners import remove_adapters
 from flux2.models.transformer import Transformer
 from flux2.prompts.remote_client import PUBLISHED

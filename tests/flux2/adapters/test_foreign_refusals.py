@@ -1,6 +1,7 @@
 """flux2.adapters.reading: what cannot be read is refused by what it is, in one sentence and in bounded time."""
 
 import json
+import os
 import struct
 import time
 from pathlib import Path
@@ -266,6 +267,15 @@ def test_a_dora_whose_lengths_are_comfyuis_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "lora.safetensors", "DoRA for ComfyUI only.*exported")
     save_file(state, tmp_path / "lora.safetensors")
     assert adapters.load(fresh(), tmp_path / "lora.safetensors").kind == "DoRA"
+
+
+@pytest.mark.parametrize("pipe", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_pipe_in_the_place_of_a_file_does_not_block(pipe: str, tmp_path: Path) -> None:
+    save_file(pair(f"base_model.model.{LAYER}"), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    (tmp_path / pipe).unlink()
+    os.mkfifo(tmp_path / pipe)
+    refused(tmp_path, f"{pipe}.*(missing|not a file)")
 
 
 def test_a_folder_without_an_adapter_names_the_files_that_may_be_one(tmp_path: Path) -> None:
