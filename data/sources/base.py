@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, overload
 from data.buckets import PIXELS_PER_LATENT
 from data.checks import check_flag, check_int, check_text
 from data.sources.captions import Captions
-from data.sources.images import BadPicture, Picture, shorten
+from data.sources.images import BadPicture, Picture, printable, shorten
 
 MAX_REFERENCES = 10  # as many as the published models were trained with
 ALPHA = "alpha"
@@ -49,7 +49,7 @@ class Bad(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{shorten(self.name)} {self.reason}"
+        return f"{shorten(self.name)} {printable(self.reason)}"
 
 
 def caption_texts(value: object, allow_empty: bool = False) -> list[str]:
@@ -163,8 +163,10 @@ class Source(Sequence[Sample]):
         if len(sample.references) > MAX_REFERENCES:
             raise ValueError(f"has {len(sample.references)} references: at most {MAX_REFERENCES} are allowed")
         for picture in (sample.target, *sample.references):
-            if any("\ud800" <= character <= "\udfff" for character in picture.name):
-                raise BadPicture(picture.name, "has a name that is not UTF-8: rename it")
+            try:
+                picture.name.encode()
+            except UnicodeEncodeError as error:  # it would be found when the name is stored, after hours of encoding
+                raise BadPicture(picture.name, "has a name that is not UTF-8: rename it") from error
             self._check_header(picture)
         mask = sample.mask
         if self._alpha:

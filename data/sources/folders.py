@@ -145,7 +145,7 @@ class Folder(Source):
                     yield Bad(path, "has a format that Pillow cannot read: convert it")
                 elif self._mask_folder is not None and not mask:
                     yield Bad(path, f"has no mask in {self._mask_folder}")
-                elif not texts and (partner := found.partner_of(stem)):
+                elif not texts and (partner := found.partner_of(stem, "._-" if self._prompt is None else ".")):
                     yield Bad(
                         path,
                         f"has no caption and, by its name, belongs to {os.path.basename(partner)}. References are the "

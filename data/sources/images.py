@@ -205,8 +205,14 @@ class _FilePart(io.RawIOBase):
         super().close()
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes for control characters and for bytes of a file name that are not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def shorten(name: str, most: int = 300) -> str:
-    """Return `name` for a message: without its middle if it is long, with escapes for what cannot be printed."""
-    if not name.isprintable():  # control characters, and bytes of a file name that are not UTF-8
-        name = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in name)
+    """Return `name` for a message, printable, without its middle if it is longer than `most` characters."""
+    name = printable(name)
     return name if len(name) <= most else f"{name[: most - 60]}...{name[-57:]}"

@@ -21,7 +21,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 MOST_TEXT = 1 << 20  # maximum bytes of a caption file
 # what is added to the name of an image for what belongs to it: cat.png and cat.control.png
 PARTNER = re.compile(
-    r"(.+)[._-](ref(erence)?\d*|control|cond(itioning|ition)?|source|src|before|input|orig(inal)?|hint|mask|depth|pose|"
+    r"(.+)([._-])(ref(erence)?\d*|control|cond(itioning|ition)?|source|src|before|input|orig(inal)?|hint|mask|depth|pose|"
     "canny|edges?)",
     re.IGNORECASE,
 )
@@ -45,10 +45,10 @@ class Listing:
         """The captions without an image of their name."""
         return [file for stem, files in self.texts.items() if stem not in self.pictures for file in files]
 
-    def partner_of(self, stem: str) -> str | None:
+    def partner_of(self, stem: str, separators: str) -> str | None:
         """Return the image that a name such as cat.control belongs to, by its looks; None if there is none."""
         found = PARTNER.fullmatch(stem)
-        return self.pictures[found[1]][0] if found and found[1] in self.pictures else None
+        return self.pictures[found[1]][0] if found and found[2] in separators and found[1] in self.pictures else None
 
 
 def list_files(folder: Path, recursive: bool = False) -> Listing:
@@ -63,7 +63,7 @@ def _collect(folder: Path, prefix: str, found: Listing, above: tuple[str, ...] |
         shown = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
     for name in (name for name, is_dir in shown if not is_dir):
         stem, suffix = os.path.splitext(name)
-        path, key = str(folder / name), unicodedata.normalize("NFC", prefix + stem)
+        path, key = os.path.join(folder, name), unicodedata.normalize("NFC", prefix + stem)
         if suffix.lower() in SUFFIXES | UNREADABLE or (not suffix and _is_image_file(path)):
             found.pictures[key].append(path)
         elif suffix == ".txt":
