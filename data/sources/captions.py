@@ -69,8 +69,10 @@ class Captions:
             raise ValueError(f"has {len(texts)} captions{orders}: at most {MOST_CAPTIONS} are allowed")
         if any("\0" in text for text in texts):
             raise ValueError("has a caption with NUL characters, as text in UTF-16 has: save it as UTF-8")
-        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-            raise ValueError("has a caption that contains a lone surrogate")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("has a caption that contains a lone surrogate") from error
         return tuple(dict.fromkeys(self._finish(order) for text in texts for order in self._orders(text)))
 
     def _orders(self, text: str) -> list[str]:

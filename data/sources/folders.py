@@ -354,6 +354,8 @@ def _names(value: object, column: str) -> list[str]:
     for name in names:
         if not isinstance(name, str) or not name:
             raise ValueError(f"has {column}={shorten(repr(value))}: it must be a file name or a list of file names")
-        if any("\ud800" <= character <= "\udfff" for character in name):
-            raise ValueError(f"has {column}={shorten(ascii(name))}: it contains a lone surrogate")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"has {column}={shorten(ascii(name))}: it contains a lone surrogate") from error
     return names
