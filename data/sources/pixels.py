@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, ImageOps
 
 # TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
+SRGB_GAMMA = 0.45455  # as PNG files state it
 COLOR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # of an ICC profile for pixels of a mode
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def decode_alpha(image: Image.Image) -> Image.Image:
 def to_srgb(image: Image.Image) -> Image.Image:
     """Return an image with its ICC profile applied (perceptual intent, as viewers do), and without it."""
     profile, alpha = image.info.get("icc_profile"), None
+    if not profile and "srgb" not in image.info:
+        _warn_of_gamma(image.info.get("gamma", SRGB_GAMMA))
     colors = image
     if image.mode in ("LA", "RGBA"):
         colors, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
@@ -72,6 +75,13 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if alpha is not None:
         result.putalpha(alpha)
     return result
+
+
+@lru_cache(maxsize=64)
+def _warn_of_gamma(gamma: float) -> None:
+    """Warn once about the gamma of PNG files that have no profile, which viewers apply, unless it is that of sRGB."""
+    if abs(gamma - SRGB_GAMMA) > 0.02:
+        log.warning("an image has the gamma %g, which is not applied: its colors may be wrong. Save it as sRGB", gamma)
 
 
 @lru_cache(maxsize=64)

@@ -21,6 +21,7 @@ from flux2.utils.files import temporary_path
 
 # TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
+SRGB_GAMMA = 0.45455  # as PNG files state it
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +46,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         key = tuple(value // 256 for value in key)
     image = ImageOps.exif_transpose(image)
     profile = image.info.pop("icc_profile", None)
+    if not profile and "srgb" not in image.info:
+        _warn_of_gamma(image.info.get("gamma", SRGB_GAMMA))
     if image.mode in ("I", "F"):
         raise ValueError(f"its mode {image.mode} has no defined white: save it with 8 or 16 bits per channel")
     if image.mode.startswith("I;16"):
@@ -74,6 +77,13 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     result = image.convert("RGB") if transform is None else transform.apply(image)
     result.info.clear()  # of the profile and the transparent color
     return result
+
+
+@lru_cache(maxsize=64)
+def _warn_of_gamma(gamma: float) -> None:
+    """Warn once about the gamma of PNG files that have no profile, which viewers apply, unless it is that of sRGB."""
+    if abs(gamma - SRGB_GAMMA) > 0.02:
+        log.warning("an image has the gamma %g, which is not applied: its colors may be wrong. Save it as sRGB", gamma)
 
 
 @lru_cache(maxsize=64)
