@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
-from train_helpers import adapter, compose, draw_picture, run_training, values
+from train_helpers import adapter, compose, draw_picture, execute, launch, run_training, values
 
 from flux2.models.positions import from_tokens
 from train.objective import objective
@@ -102,15 +102,20 @@ def test_the_first_loss_on_a_folder_of_edits_is_that_of_diffusers(
 # ------------------------------------------------------------------ the relighting experiment
 
 
-def test_a_step_trains_edits_of_several_shapes_as_their_mean(train, tmp_path, capsys, captured):
-    """Four edits of one size with references of three sizes: each step has all four, however it is split."""
-    folder = tmp_path / "edits"
+def write_varied_pairs(folder):
+    """Four edits of one size with references of three sizes."""
     for name in ("target", "source"):
         (folder / name).mkdir(parents=True)
     for i, size in enumerate([(32, 64), (64, 48), (48, 48), (48, 48)]):
         draw_picture(i, (48, 48)).save(folder / "target" / f"{i}.png")
         draw_picture(i + 9, size).save(folder / "source" / f"{i}.png")
         (folder / "target" / f"{i}.txt").write_text(f"make it {i}")
+    return folder
+
+
+def test_a_step_trains_edits_of_several_shapes_as_their_mean(train, tmp_path, capsys, captured):
+    """Each step has all four edits, however it is split."""
+    folder = write_varied_pairs(tmp_path / "edits")
     settings = ["dataset=pairs", f"dataset.path={folder}", "model.resolution=48", "steps=2"]
     together = values(train("together", *settings, "batch_size=4"))
     assert "48 x 48 (2)" in capsys.readouterr().out  # the table of buckets
@@ -120,6 +125,22 @@ def test_a_step_trains_edits_of_several_shapes_as_their_mean(train, tmp_path, ca
         assert [sorted(trainer.loader.sampler.batch(step)) for step in range(2)] == [[0, 1, 2, 3]] * 2
     train("more", *settings, "batch_size=6")
     assert "48 x 48: 4" in capsys.readouterr().out  # two of six are repeats, and that is said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_two_processes_train_edits_of_several_shapes_like_one(tmp_path, shard):
+    """A process whose samples have fewer shapes calls the model as often: with a sharded base, all would wait."""
+    edits = write_varied_pairs(tmp_path / "edits")
+    settings = ["model=tiny", "dataset=pairs", f"dataset.path={edits}", f"cache_dir={tmp_path / 'cache'}", "steps=4"]
+    settings += [f"{key}=0" for key in ("sample_every", "validate_every", "checkpoint_every")] + ["log_every=1"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    done = execute(launch("train/run.py", *settings, "batch_size=4", f"output_dir={alone}"))
+    assert done.returncode == 0, done.stderr
+    words = [*settings, "batch_size=2", f"shard={shard}", f"output_dir={together}"]
+    done = execute(launch("train/run.py", *words, processes=2), timeout=300, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert values(together) == pytest.approx(values(alone), rel=1e-5)
 
 
 def pairs_as_parquet(folder):
