@@ -154,8 +154,8 @@ def repeats(loader: Loader, what: str) -> str | None:
         [f"{width} x {height}: {count}" for (width, height), count in cast(dict[Size, int], small).items()], 5
     )
     return (
-        f"a step trains {loader.sampler.global_batch} {what} of one size, and {many(len(small), 'bucket')} of fewer "
-        f"({sizes}) repeats them within a step. A lower batch_size or a larger buckets.step avoids that"
+        f"a step trains {loader.sampler.global_batch} {what} of one size; those of {many(len(small), 'bucket')} with "
+        f"fewer ({sizes}) are repeated within a step. A lower batch_size or a larger buckets.step avoids that"
     )
 
 
