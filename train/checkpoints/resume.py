@@ -86,7 +86,7 @@ def is_finished(folder: Path) -> bool:
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return a text for every key that differs: `key=value there, value here`."""
     found: dict[str, str] = {}
-    for key in sorted({*one, *other}):
+    for key in sorted({*one, *other}, key=str):
         a, b = one.get(key), other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found |= differences(a, b, f"{prefix}{key}.")

@@ -153,7 +153,8 @@ def check_own_targets(group: str, given: Any, key: str = "") -> None:
     targets = own_targets(group)
     allowed = targets.get(key, targets[""])
     for name, value in given.items():
-        if str(name).startswith("_") and (name not in DIRECTIVES or (name == "_target_" and value not in allowed)):
+        is_ours = name in DIRECTIVES and (name != "_target_" or (isinstance(value, str) and value in allowed))
+        if str(name).startswith("_") and not is_ours:
             raise ValueError(
                 f"{group}: {name}={value!r} in the configuration of the run folder is not one of conf/{group}, and "
                 "only these are made of a run folder, which may come from someone else. To use it, correct the "

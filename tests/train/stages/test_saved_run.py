@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from omegaconf import OmegaConf
 from train_helpers import composed
 
 from flux2.prompts.remote_client import PUBLISHED
+from train.checkpoints import resume
 from train.config.instantiate import check_own_targets, own_targets
 from train.config.paths import CONFIG
 from train.evaluate import EvaluationSettings, evaluate_runs
@@ -62,6 +64,7 @@ def calls(ran):
         "in a list": folder | {"path": [load]},
         "by a path through our own module": {"_target_": "data.sources.tables.Path.touch", "self": str(ran)},
         "as the arguments of a source": folder | {"_args_": [load]},
+        "by no name": folder | {"captions": {"_target_": [load]}},
         "partially": {"_target_": "functools.partial", "_partial_": True, "func": load},
     }
 
@@ -115,3 +118,28 @@ def test_all_targets_of_conf_may_be_in_a_run_folder_and_no_other():
     for given in ({"_target_": "data.sources.Captions"}, {"captions": {"_target_": "data.sources.Folder"}}):
         with pytest.raises(ValueError, match=r"dataset: _target_='data\.sources"):
             check_own_targets("dataset", given)
+
+
+ODD = ({"_target_": "os.system"}, [[["x"]]], 10**19, -1, float("nan"), True, None, "\x1b", {})
+GROUPS = ("model", "precision", "memory", "dataset", "text_encoder", "buckets")
+
+
+@pytest.mark.parametrize(
+    ("group", "values"), [("sample", ODD[:1]), *(pytest.param(one, ODD, marks=pytest.mark.slow) for one in GROUPS)]
+)
+def test_any_value_of_any_setting_is_one_error_or_works(group, values, foreign):
+    config = OmegaConf.to_container(composed("model=tiny"), resolve=True)
+    for value in values:
+        for key in (None, *config[group]):
+            with suppress(ValueError):
+                opened(foreign(**{group: value if key is None else config[group] | {key: value}}))
+    for wrong in ('{"1": 2, "steps": 3}', '{1: 2, "steps": 3}', '{"steps": 3, "model": 3}', '{"steps": true}'):
+        (foreign() / "config.yaml").write_text(wrong)
+        with pytest.raises(ValueError, match=r"must be a group"):
+            opened(Path.cwd())
+
+
+def test_a_configuration_with_keys_of_any_type_is_compared(foreign):
+    folder = foreign()
+    (folder / "config.yaml").write_text("{1: 2, steps: 3, null: 4}")
+    assert "1=2 there" in resume.differences(resume.configuration(folder), {"steps": 3, "a": 1})["1"]
