@@ -33,6 +33,7 @@ from train.utils.console import name_process_in_errors
 from train.utils.files import make_writable
 from train.utils.memory import explain_oom, free_memory
 from train.utils.progress import ItemProgress
+from train.utils.redact import masked_text
 from train.utils.text import many
 
 PICTURES, FINGERPRINTS = "pictures.json", "fingerprints.json"  # in the cache folder
@@ -189,7 +190,7 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     cut = gather_object(text_encoder.cut) if accelerator.num_processes > 1 else text_encoder.cut
     if cut and accelerator.is_main_process:
         length = text_encoder.length or request.source.variant.text.length
-        print(f"truncated {many(len(cut), 'prompt')} to {length} tokens, e.g. {cut[0][:80]!r}")
+        print(f"truncated {many(len(cut), 'prompt')} to {length} tokens, e.g. {masked_text(cut[0])[:80]!r}")
     if pictures and (bad := fill(latents, lambda: request.load_autoencoder(device), "pictures", accelerator)):
         latents = latents.without(bad)
         request.samples.leave_out(latents.bad)

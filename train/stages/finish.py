@@ -19,6 +19,7 @@ from train.publishing.hub import push_or_warn
 from train.reports import run_report
 from train.sweeps.job import is_sweep
 from train.utils.console import UNSAVED, say, warn_unsaved
+from train.utils.redact import masked_text
 from train.utils.signals import stop_requests
 
 
@@ -77,7 +78,7 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
         config.say(f"pictures  {adapter.parent / 'samples'}")
     if (adapter.parent / run_report.REPORT).is_file():
         config.say(f"report    {adapter.parent / run_report.REPORT}")
-    config.say(f"use it    {shlex.join(words_to_generate(config, adapter, caption))}")
+    config.say(f"use it    {shlex.join(map(masked_text, words_to_generate(config, adapter, caption)))}")
 
 
 def words_to_generate(config: RunConfig, adapter: Path, caption: str) -> list[str]:

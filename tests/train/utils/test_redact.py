@@ -4,6 +4,8 @@ from train_helpers import compose
 
 from train.config.settings import RunSettings
 from train.publishing.hub import HubSettings
+from train.stages import finish
+from train.stages.memory import load_config
 from train.tracking import WandbTracker
 from train.utils.redact import MASK, is_secret, masked, masked_command, masked_settings, masked_text, may_be_secret
 
@@ -168,3 +170,14 @@ def test_a_name_that_a_mask_would_change_is_refused_if_it_holds_a_secret(make, k
         with pytest.raises(ValueError, match=rf"^{key} holds a secret.*another name") as error:
             make(secret)
         assert secret not in str(error.value)
+
+
+def test_the_command_at_the_end_of_a_run_shows_no_secret_of_a_prompt(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_TOKEN", "planted-key")
+    run, said = load_config(compose("model=tiny", "device=cpu", "sample.prompts=[a planted-key]")), []
+    monkeypatch.setattr(run, "say", said.append)
+    for name in ("closing_lines", "format_notes"):
+        monkeypatch.setattr(finish, name, lambda _: [])
+    finish.announce(run, tmp_path / "adapter", "a caption")
+    assert any(f"--prompt 'a {MASK}'" in text for text in said)
+    assert "planted-key" not in "".join(said)
