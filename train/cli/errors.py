@@ -63,6 +63,8 @@ def quoted_override(word: str, *, sweep: bool = False) -> str | None:
     if may_be_secret(key) or "\n" in value or inner[:1] in ("[", "{") or (is_list and set(inner) & set("[]{}")):
         return None  # of lists within lists it is not clear what was meant
     items = [item.strip() for item in inner.split(",")]
+    if (is_list or sweep) and any(item[:1] in ("'", '"') for item in items):
+        return None  # some are in quotes already, and a comma may be within them
     choices, forms = sweep and len(items) > 1 and not is_list, []
     for quote in "\"'":
         texts = [in_quotes(item, quote) for item in items]

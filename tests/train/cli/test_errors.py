@@ -53,7 +53,17 @@ def test_the_items_of_a_list_and_the_choices_of_a_sweep_are_quoted_one_by_one():
     assert [choice.text for choice in choices.value().list] == ["猫", "a (b)"]
 
 
-@pytest.mark.parametrize("word", ["sample.references=[[a (b)],[c]]", "x={a: (b)}", "steps=[1", "a (b)", "x=a\n(b)"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "sample.references=[[a (b)],[c]]",
+        "sample.prompts=['a, b', c (d)]",
+        "x={a: (b)}",
+        "steps=[1",
+        "a (b)",
+        "x=a\n(b)",
+    ],
+)
 def test_what_is_not_clearly_a_text_gets_general_advice(word):
     assert quoted_override(word) is None
     if word != "steps=[1":
