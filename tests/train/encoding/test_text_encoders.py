@@ -293,7 +293,7 @@ def test_the_published_endpoint_is_the_default():
         ({"url": "nowhere"}, "text_encoder.url='nowhere' is not an address"),
         ({"url": "https://me:hidden@host"}, "text_encoder.url=https://host/... must have no user, password"),
         ({"protocol": "http"}, "text_encoder.protocol='http' must be one of flux2, published, or null"),
-        ({"length": 0}, "text_encoder.length=0 must be an integer >= 1"),
+        ({"length": 0}, "text_encoder.length=0 must be an integer from 1"),
         ({"max_concurrent_requests": 0}, "text_encoder.max_concurrent_requests=0 must be an integer from 1 to 64"),
         (
             {"max_concurrent_requests": 65},
