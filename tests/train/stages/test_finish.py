@@ -175,7 +175,7 @@ def test_a_command_that_saves_everything_does_not_report_what_an_earlier_one_did
 # ------------------------------------------------------------------ an error while a step is logged
 
 
-@pytest.mark.parametrize("log_every", [1, 3])
+@pytest.mark.parametrize("log_every", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_numbers_of_a_step_whose_validation_failed_are_logged_on_resuming(train, monkeypatch, tmp_path, log_every):
     settings = ["steps=5", "validate_every=2", f"log_every={log_every}"]
     whole, run = train("whole", *settings), tmp_path / "run"
