@@ -34,6 +34,7 @@ KNOWN = {
     ("train/stages/run_folder.py", "OmegaConf.create"): "writes the composed configuration, without resolving",
     ("train/sweeps/callback.py", "OmegaConf.load"): "multirun.yaml, which Hydra has just written; nothing is resolved",
     ("train/sweeps/callback.py", "OmegaConf.create"): "the same",
+    ("train/cli/start.py", "OmegaConf.load"): "the files of conf/optimizer",
     ("train/cli/light_imports.py", "importlib.import_module"): "constant names",
     ("flux2/doctor/selftest.py", "importlib.import_module"): "constant names",
     ("flux2/doctor/selftest.py", "diffusers.AutoencoderKLFlux2.from_pretrained"): "the embedded model",
@@ -43,7 +44,6 @@ KNOWN = {
         "AutoModel.from_pretrained",
     ): "no trust_remote_code: only the library's classes",
     ("flux2/models/text_encoder.py", "PreTrainedTokenizerFast.from_pretrained"): "a class of ours to choose",
-    ("flux2/adapters/peft_config.py", "peft.PeftConfig.from_pretrained"): "reads JSON into a dataclass",
     ("data/sources/open_table.py", "datasets.load_dataset"): "no trust_remote_code: the library runs no scripts",
     ("data/sources/open_table.py", "datasets.load_from_disk"): "Arrow files and JSON",
 }

@@ -169,8 +169,9 @@ def parse(state: Mapping[str, Tensor], model: nn.Module) -> list[FileLayer]:
         named = ((key, FAMILIES.get(prefix, prefix)) for prefix, key in families.items())
         examples = ", ".join(f"{key} ({family})" for key, family in sorted(named, key=lambda item: item[::-1]))
         raise AdapterError(f"it mixes keys of several formats instead of one: {examples}")
-    if len(names := {match["adapter"] for match in matches.values()} - {None}) > 1:
-        raise AdapterError(f"it holds several adapters, {listed(names)}. Save each to its own file")
+    if len(names := {match["adapter"] for match in matches.values() if match["side"] != "alpha"}) > 1:
+        given = ["one without a name" if name is None else name for name in names]
+        raise AdapterError(f"it holds several adapters, {listed(given)}. Save each to its own file")
     by_layer: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, match in matches.items():

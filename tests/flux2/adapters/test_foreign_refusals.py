@@ -133,7 +133,7 @@ OTHER = "diffusion_model.single_blocks.1.linear2"
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (pair() | {f"{KEY}.lora_A.one.weight": torch.ones(2, 192)}, "repeats lora_A"),
+        (pair() | {f"{KEY}.lora_A.one.weight": torch.ones(2, 192)}, "several adapters"),
         (
             {key.replace(".weight", f".{name}.weight"): one for name in ("one", "two") for key, one in pair().items()},
             "several adapters, one, two",

@@ -76,13 +76,13 @@ def test_what_cannot_be_written_is_named_with_its_key(tmp_path):
 def test_a_file_is_as_it_was_where_it_cannot_be_written_whole(tmp_path, monkeypatch):
     file = tmp_path / "config.yaml"
     write_whole(file, "before")
-    whole = Path.write_text
+    whole = Path.write_bytes
 
-    def full(self, text):
-        whole(self, text[:2])
+    def full(self, content):
+        whole(self, content[:2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ValueError, match=r"config\.yaml.*No space left on device"):
         write_whole(file, "after")
     assert file.read_text() == "before"
