@@ -108,6 +108,7 @@ def test_a_picture_is_an_edit_of_its_own_source_with_its_own_seed(short):
     assert pictures[0].tobytes() != pictures[2].tobytes()
 
 
+@pytest.mark.slow  # train/demo.py runs in the fast set
 def test_the_demo_writes_its_grid_and_all_its_numbers(short, run_command, tmp_path):
     run = tmp_path / "run"
     report, out = run_demo(run_command, short, demo_edit.main, run / "demo_edit.json")

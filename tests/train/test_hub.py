@@ -202,9 +202,10 @@ def test_the_adapter_goes_to_the_hub_with_its_card_and_may_go_again(finished, th
 
     there.fails.clear()
     there.uploaded.clear()
+    (run / "adapter" / "notes.txt").unlink()
     file = run / "adapter" / "diffusers.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\7")
-    assert main([str(run)]) == 2
+    assert main([str(run), "--repo-id", "jane/tarot"]) == 2
     assert "diffusers.safetensors was changed since it was saved" in capfd.readouterr().err
     assert not there.uploaded
 

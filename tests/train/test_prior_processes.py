@@ -72,7 +72,8 @@ def test_two_processes_draw_the_pictures_of_one_each_its_share_and_none_twice(se
     assert {file.name for file in folder.iterdir()} == {*by_one, "recipe.json"}
 
 
-@pytest.mark.parametrize(("suffix", "others"), [pytest.param(".safetensors", 2, marks=pytest.mark.slow), (".png", 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "others"), [(".safetensors", 2), (".png", 1)])
 def test_after_one_of_two_is_killed_the_next_start_keeps_what_was_drawn(
     server, drawing, by_one, tmp_path, suffix, others
 ):

@@ -68,6 +68,7 @@ def test_the_table_is_what_the_jobs_logged(grid, tmp_path):
     assert all((place / str(number)).is_dir() and f'href="{number}/"' in page for number in range(4))
 
 
+@pytest.mark.slow
 def test_a_stop_request_leaves_the_table_and_says_how_to_go_on(grid, train, at_step, tmp_path, loads):
     place = tmp_path / "sweep"
     at_step(1, ask_to_stop(signal.SIGINT))

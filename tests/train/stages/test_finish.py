@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 from message_helpers import holds
-from train_helpers import adapter, lines, same_tensors
+from train_helpers import adapter, lines, same_tensors, slow_but
 
 from flux2.utils.files import temporary_path
 from train.checkpoints.checkpoint import UNFINISHED_FILE, checkpoints
@@ -34,7 +34,7 @@ def killed(*_, **__):
 # ------------------------------------------------------------------ killed at the end
 
 
-@pytest.mark.parametrize("every", [2, 0])
+@pytest.mark.parametrize("every", slow_but([2, 0], fast=[2]))
 def test_killed_between_the_adapter_and_the_report_auto_finishes_the_run(train, monkeypatch, tmp_path, every):
     run, settings = tmp_path / "run", [f"checkpoint_every={every}", "validate_every=2"]
     with monkeypatch.context() as patch:
@@ -65,7 +65,7 @@ def test_killed_before_its_new_adapter_a_run_that_trains_longer_does_not_keep_th
     assert same_tensors(adapter(run), adapter(whole))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", slow_but([signal.SIGTERM, signal.SIGINT], fast=[signal.SIGTERM]))
 def test_a_stop_request_while_the_report_is_written_lets_the_run_end(train, monkeypatch, number):
     write, before = model_card.write, [signal.getsignal(name) for name in SIGNALS]
     monkeypatch.setattr(model_card, "write", lambda *given: (os.kill(os.getpid(), number), write(*given)))
@@ -131,7 +131,9 @@ def fail(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("what", ["checkpoints", "grid", "card", "report", "metrics"])
+@pytest.mark.parametrize(
+    "what", slow_but(["checkpoints", "grid", "card", "report", "metrics"], fast=["checkpoints", "card"])
+)
 def test_the_last_lines_and_the_exit_code_say_what_is_not_saved(
     run_command, small, at_step, monkeypatch, tmp_path, what
 ):
@@ -162,6 +164,7 @@ def test_the_last_lines_and_the_exit_code_say_what_is_not_saved(
         assert (run / "checkpoints").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_command_that_saves_everything_does_not_report_what_an_earlier_one_did_not(
     run_command, small, monkeypatch, tmp_path
 ):
