@@ -85,6 +85,10 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Say) -> list[Reques
         try:
             request = parse_request(json.loads(text), index, len(lines), defaults, say)
             check_order(request, writers)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'{what}, line {number} is not a JSON object such as {{"prompt": "..."}} ({error})'
+            ) from error
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{what}, line {number}: {error}") from error
         requests.append(request)

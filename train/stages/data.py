@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 from huggingface_hub import constants
 
@@ -71,10 +71,13 @@ class TrainingData:
             config.say(f"resuming with changed samples: {changed}")
 
 
-def paths(dataset: Mapping[str, Any]) -> list[object]:
-    """Return the `path` of a dataset and of the datasets that it mixes."""
-    mixed = (dataset.get("sources") or {}).values()
-    return [dataset.get("path"), *(path for source in mixed for path in paths(source))]
+def paths(dataset: object) -> list[object]:
+    """Return the `path` of a dataset and of the datasets that it mixes; what is none is refused when it is made."""
+    if not isinstance(dataset, Mapping):
+        return []
+    mixed = dataset.get("sources")
+    sources = mixed.values() if isinstance(mixed, Mapping) else ()
+    return [dataset.get("path"), *(path for source in sources for path in paths(source))]
 
 
 def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequest:
