@@ -55,7 +55,7 @@ def round_sizes(values: dict[str, Any], say: Say) -> dict[str, Any]:
     Raises TypeError or ValueError unless they are integers >= 16.
     """
     given = {key: values[key] for key in ("width", "height") if values[key] is not None}
-    sides = {key: checks.integer(key, side, PIXELS_PER_TOKEN) for key, side in given.items()}
+    sides = {key: checks.integer(key, side, PIXELS_PER_TOKEN, checks.MAX_PIXELS) for key, side in given.items()}
     rounded = {key: round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for key, side in sides.items()}
     for key in sides:
         if sides[key] != rounded[key]:
@@ -83,7 +83,7 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Say) -> list[Reques
     requests, writers = list[Request](), dict[str, int]()  # the number of the line that writes a file
     for index, (number, text) in enumerate(lines):
         try:
-            request = parse_request(json.loads(text), index, len(lines), defaults, say)
+            request = parse_request(json.loads(text, object_pairs_hook=distinct), index, len(lines), defaults, say)
             check_order(request, writers)
         except json.JSONDecodeError as error:
             raise ValueError(
@@ -94,6 +94,15 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Say) -> list[Reques
         requests.append(request)
         writers[os.path.realpath(request.out)] = number
     return requests
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the entries of a JSON object. Raise ValueError if a key is given twice, of which JSON keeps the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice. Remove one")
+    return values
 
 
 def check_order(request: Request, writers: Mapping[str, int]) -> None:

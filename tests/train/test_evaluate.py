@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from message_helpers import holds
 from PIL import Image
 from train_helpers import pixels
@@ -176,6 +177,11 @@ def test_without_the_training_pictures_all_else_is_there(drawn):
     assert "training images" in found.notes[0]
     assert found.rows[1].to_training is None
     assert found.rows[1].to_base > 0
+    without = yaml.safe_load(config.read_text())
+    without["sample"]["prompts"] = []
+    config.write_text(yaml.safe_dump(without))
+    with pytest.raises(ValueError, match=r"prompts=null: .*training images are not available.*/gone"):
+        evaluate(run)
 
 
 def test_what_cannot_be_evaluated_is_one_clear_error(kept, tmp_path):

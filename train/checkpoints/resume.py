@@ -91,7 +91,8 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found |= differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found[f"{prefix}{key}"] = f"{prefix}{key}={a!r} there, {b!r} here"
+            was, now = ("null" if value is None else repr(value) for value in (a, b))  # as one types it
+            found[f"{prefix}{key}"] = f"{prefix}{key}={was} there, {now} here"
     return found
 
 

@@ -131,10 +131,9 @@ def unusual_rate(make: MakeOptimizer) -> list[str]:
     low, high = next(span for start, span in USUAL_RATES.items() if name.startswith(start))
     if low <= rate <= high:
         return []
-    problem = "below the usual rates: little or nothing will be learned" if rate < low else "above the usual rates"
-    problem += "" if rate < low else ": training will probably diverge"
+    side, effect = ("below", "little or nothing is learned") if rate < low else ("above", "training probably diverges")
     hint = ". It is a factor of the rate that Prodigy estimates: leave it at 1" if name == "Prodigy" else ""
-    return [f"optimizer.lr={rate:g} is far {problem} of {name} ({low:g} to {high:g}){hint}"]
+    return [f"optimizer.lr={rate:g} is far {side} the usual rates of {name} ({low:g} to {high:g}): {effect}{hint}"]
 
 
 def float_lists(make: MakeOptimizer) -> dict[str, list[float | None]]:

@@ -189,7 +189,8 @@ class SavedRun:
             captions = [sample.caption for sample in self.samples or [] if sample.caption]
             captions = list(dict.fromkeys(captions))[:MOST_CAPTIONS]
             if not captions:
-                raise ValueError("prompts=null: the run has no sample.prompts and no captions. Set prompts=['a cup'].")
+                why = self.notes[-1] if self.samples is None else "the training images have no captions"
+                raise ValueError(f"prompts=null: the run has no sample.prompts, and {why}. Set prompts=['a cup'].")
             config = config.with_prompts(captions)
             self.notes.append(f"the run has no sample.prompts: {len(captions)} training captions are the prompts")
         self.config = config

@@ -15,3 +15,18 @@ def test_a_character_that_only_looks_like_the_end_of_a_line_stays_in_its_prompt(
     (tmp_path / "many.jsonl").write_bytes("\r\n".join(raw).encode())
     defaults = dict.fromkeys(KEYS) | {"seed": 0, "out": "x.png", "images": []}
     assert [request.prompt for request in read_lines(tmp_path / "many.jsonl", defaults, print)] == prompts
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a red cup", "line 2 is not a JSON object"),
+        ('{"prompt": "a", "width": 1' + 400 * "0" + "}", "line 2: width="),
+        ('{"prompt": "a", "prompt": "b"}', "line 2: prompt is given twice"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "many.jsonl").write_text('{"prompt": "a fox"}\n' + line)
+    defaults = dict.fromkeys(KEYS) | {"seed": 0, "out": "x.png", "images": []}
+    with pytest.raises(ValueError, match=message):
+        read_lines(tmp_path / "many.jsonl", defaults, print)

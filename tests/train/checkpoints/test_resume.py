@@ -91,7 +91,7 @@ def test_one_error_lists_all_keys_that_differ(tmp_path):
     for difference in (
         "model.name=tiny ... dev",
         "adapter.rank=4 ... 8",
-        "dataset.limit=None ... 3",
+        "dataset.limit=null ... 3",
         "seed=0 ... 1",
     ):
         assert holds(str(error.value), difference)
@@ -100,7 +100,7 @@ def test_one_error_lists_all_keys_that_differ(tmp_path):
 
 def test_a_key_that_only_one_of_them_has_differs(tmp_path):
     run = make_run(tmp_path / "run", 2)
-    with pytest.raises(ValueError, match=r"adapter\.alpha=None.*\b2\b"):
+    with pytest.raises(ValueError, match=r"adapter\.alpha=null.*\b2\b"):
         look(str(run), tmp_path / "new", changed(adapter={"alpha": 2}))
 
 
