@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import ceil, prod
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,7 @@ COMFY_FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.floa
 COMFY_KEYS = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape"}  # others change what a weight means
 COMFY_LIMIT = 4096  # bytes
 SCALE_BLOCK = 128  # rows and columns that share an FP8 scale, unless config.json says otherwise
+USUAL_BLOCKS = (32, 64, 128, 256)  # sides of blocks that (1, rows) scales may stand for
 STATE = "quant_state.bitsandbytes__nf4"
 # last parts of names that only these formats have
 FOREIGN = {
@@ -135,14 +137,16 @@ def find_part(files: TensorFiles, name: str) -> StoredPart | None:
     scale = next((module + leaf for leaf in SCALES if module + leaf in files.names), None)
     tensors = {"weight": stored} | ({"weight_scale": files[scale]} if scale else {})
     unused = tuple(module + leaf for leaf in INPUT_SCALES if module + leaf in files.names)
-    block = scale_block(files, stored, files[scale]) if scale else None
+    block = scale_block(stored, files[scale]) if scale else None
     return StoredPart("fp8", stored.shape, tensors, unused, block, marker)
 
 
-def scale_block(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -> tuple[int, int] | None:
+def scale_block(weight: StoredTensor, scale: StoredTensor) -> tuple[int, int] | None:
     """Return how many rows and columns share a scale; None if there is one per tensor or per row.
 
-    Blocks at the end may be smaller. Raises WeightsError if the scales do not fit the weight.
+    Blocks at the end may be smaller. A shape (1, rows) is one per row unless it may mean something else, too.
+
+    Raises WeightsError if the scales do not fit the weight, or fit it in two ways.
     """
     what = f"{weight.file}: {weight.key} of shape {weight.shape} has a scale"
     if not scale.dtype.is_floating_point or scale.dtype in FP8:
@@ -150,8 +154,17 @@ def scale_block(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -
     if prod(scale.shape) == 1 or scale.shape[:1] == weight.shape[:1] == (prod(scale.shape),):
         return None
     if len(scale.shape) == len(weight.shape) == 2:
-        for block in block_sizes(files, weight, scale):
-            if tuple(ceil(side / n) for side, n in zip(weight.shape, block, strict=True)) == scale.shape:
+        given = configured_block(weight)
+        if given is None and scale.shape == (1, weight.shape[0]):
+            sizes = product(USUAL_BLOCKS, USUAL_BLOCKS)
+            if weight.shape[0] != weight.shape[1] and all(block_counts(weight, size) != scale.shape for size in sizes):
+                return None
+            raise WeightsError(
+                f"{what} of shape {scale.shape}, which may be one per row, per column or per block. Give one of shape "
+                f"{(weight.shape[0], 1)} for rows, or a config.json next to the file with weight_block_size"
+            )
+        for block in guessed_blocks(weight, scale) if given is None else [given]:
+            if block_counts(weight, block) == scale.shape:
                 return block
     raise WeightsError(
         f"{what} of shape {scale.shape}. Give files with one scale per tensor, per row or per block, and the "
@@ -159,14 +172,24 @@ def scale_block(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -
     )
 
 
-def block_sizes(files: TensorFiles, weight: StoredTensor, scale: StoredTensor) -> list[tuple[int, int]]:
-    """Return the sizes of blocks to try: that of config.json next to the file, or the usual one and an exact one."""
+def block_counts(weight: StoredTensor, block: tuple[int, int]) -> tuple[int, ...]:
+    """Return how many blocks of this size a matrix has in each direction."""
+    return tuple(ceil(side / n) for side, n in zip(weight.shape, block, strict=True))
+
+
+def configured_block(weight: StoredTensor) -> tuple[int, int] | None:
+    """Return the size of blocks in config.json next to the file; None if there is none."""
     config = weight.file.parent / "config.json"
     if config.is_file():
         described = parse_table(config.read_bytes(), config, "it").get("quantization_config") or {}
         size = described.get("weight_block_size") if isinstance(described, dict) else None
         if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
-            return [(size[0], size[1])]
+            return size[0], size[1]
+    return None
+
+
+def guessed_blocks(weight: StoredTensor, scale: StoredTensor) -> list[tuple[int, int]]:
+    """Return the sizes of blocks to try: the usual one and an exact one."""
     exact = [side // count for side, count in zip(weight.shape, scale.shape, strict=True) if count and not side % count]
     return [(SCALE_BLOCK, SCALE_BLOCK), *([(exact[0], exact[1])] if len(exact) == 2 else [])]
 

@@ -272,6 +272,26 @@ def test_scales_of_no_known_meaning_are_refused(scale: Tensor, load: Load, tmp_p
         load(state | {f"{name}.weight_scale": scale})
 
 
+def test_scales_in_one_row_are_one_per_row_unless_config_json_has_blocks(load: Load, tmp_path: Path) -> None:
+    stored, key, scale = weights(), "single_blocks.0.linear2", torch.rand(1, 64) + 0.5
+    stored[f"{key}.weight"] = stored[f"{key}.weight"].to(torch.float8_e4m3fn)  # (64, 256)
+    stored[f"{key}.weight_scale"] = scale
+    values = stored[f"{key}.weight"].float()
+    assert torch.equal(load(stored).get_submodule(key).weight, values * scale.t())
+    assert load(stored, FP8).get_submodule(key).rowwise
+    (tmp_path / "config.json").write_text('{"quantization_config": {"weight_block_size": [64, 4]}}')
+    assert torch.equal(load(stored).get_submodule(key).weight, values * scale.repeat_interleave(4, 1))
+
+
+@pytest.mark.parametrize("columns", [64, 64 * 64], ids=["columns?", "blocks?"])
+def test_scales_in_one_row_that_mean_two_things_are_refused(columns: int, load: Load) -> None:
+    key, stored = "single_blocks.0.linear2", weights()
+    stored[f"{key}.weight"] = torch.ones(64, columns).to(torch.float8_e4m3fn)
+    stored[f"{key}.weight_scale"] = torch.ones(1, 64)
+    with pytest.raises(WeightsError, match=rf"{key}\.weight\b.*\(1, 64\).*per row.*\(64, 1\).*weight_block_size"):
+        load(stored)
+
+
 def marker(**about: object) -> Tensor:
     return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
 
