@@ -42,6 +42,13 @@ def fp8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dt
     return torch._scaled_mm(values, weight, scale, columns, out_dtype=out, use_fast_accum=True).to(dtype)
 
 
+def check_scale(scale: Tensor) -> None:
+    """Raise ValueError unless each scale is a positive number, in float32 too."""
+    scale = scale.float()
+    if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+        raise ValueError("a scale is zero, negative or not finite")
+
+
 class Float8Linear(QuantizedLinear):
     """Stored as e4m3 with one scale per tensor or per row.
 
@@ -153,8 +160,7 @@ class Float8Linear(QuantizedLinear):
         values, scale = self.on_storage_device(tensors["weight"]), tensors["weight_scale"]
         if values.dtype != torch.float8_e4m3fn:
             raise ValueError(f"a weight in {values.dtype} was given to {self}, not in {torch.float8_e4m3fn}")
-        if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-            raise ValueError("a scale is zero, negative or not finite")
+        check_scale(scale)
         if scale.numel() not in (1, self.out_features):
             raise ValueError(f"a scale of shape {tuple(scale.shape)} was given to {self}: give one, or one per row")
         if scale.numel() == 1 and self.rowwise:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from flux2.quantization.base import QuantizedLinear
-from flux2.quantization.float8 import Float8Linear
+from flux2.quantization.float8 import Float8Linear, check_scale
 from flux2.quantization.nf4 import BLOCK, NESTED_BLOCK, Nf4Linear
 from flux2.utils.json_files import parse_json
 from flux2.utils.text import listed
@@ -272,12 +272,12 @@ class Weight:
         if part.form == "nf4":
             return self.layer(i, tensors, dtype).dequantize(dtype)
         weight = tensors[f"{i}.weight"].to(dtype)
-        scale = tensors.get(f"{i}.weight_scale")
+        scale = self.scale(i, tensors)
         if scale is not None and part.block is not None:
             for dim, (size, side) in enumerate(zip(part.block, part.shape, strict=True)):
                 scale = scale.repeat_interleave(size, dim)[(slice(None),) * dim + (slice(side),)]
-            return weight.mul_(scale.float())
-        return weight if scale is None else weight.mul_(scale.float().reshape(-1, *[1] * (weight.ndim - 1)))
+            return weight.mul_(scale)
+        return weight if scale is None else weight.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
     def layer(self, i: int, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Nf4Linear:
         """Return a 4-bit part as a separate layer."""
@@ -289,13 +289,21 @@ class Weight:
     def part_tensors(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key.removeprefix(f"{i}."): tensor for key, tensor in tensors.items() if key.startswith(f"{i}.")}
 
+    def scale(self, i: int, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the scale of an fp8 part in float32; None if it has none. Raises WeightsError unless it is usable."""
+        if (scale := tensors.get(f"{i}.weight_scale")) is None:
+            return None
+        try:
+            check_scale(scale)
+        except ValueError as error:
+            raise WeightsError(f"{self.parts[i].description} cannot be read: {error}. {ADVICE}") from error
+        return scale.float()
+
     def scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the scales of fp8 parts read together, in float32: (1,) if all are equal, otherwise (rows, 1)."""
         device = tensors["weight"].device
-        each = [
-            tensors.get(f"{i}.weight_scale", torch.ones(1, device=device)).float().reshape(-1, 1)
-            for i in range(len(self.parts))
-        ]
+        found = [self.scale(i, tensors) for i in range(len(self.parts))]
+        each = [(torch.ones(1, device=device) if scale is None else scale).reshape(-1, 1) for scale in found]
         if all(scale.numel() == 1 and torch.equal(scale, each[0]) for scale in each):
             return each[0].reshape(1)
         rows = [scale.expand(part.shape[0], 1) for scale, part in zip(each, self.parts, strict=True)]
