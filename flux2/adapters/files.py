@@ -237,8 +237,8 @@ def merge(model: nn.Module) -> None:
     The sum is computed in float32 and rounded once, to the dtype of the weight. A bfloat16 weight does not change by
     less than 0.2 to 0.4 % of itself; quantized weights would lose most of the update and are refused.
 
-    Raises AdapterError, leaving the model unchanged, if a layer is quantized, blocks are offloaded, or an adapter is
-    merged already.
+    Raises AdapterError, leaving the model unchanged, if a layer is quantized, blocks are offloaded, an adapter is
+    merged already, or a weight would not be finite; so each sum is computed twice.
     """
     if isinstance(model, peft.PeftModel):
         model = model.get_base_model()
@@ -253,6 +253,12 @@ def merge(model: nn.Module) -> None:
             raise AdapterError(f"cannot merge into {name}: {base.refusal}")
         if module.merged or any(getattr(module, "lora_bias", {}).values()):
             raise AdapterError(f"cannot merge into {name}: its adapter is merged already, or has a bias")
+    for name, module in layers.items():
+        if not bool(torch.isfinite(merged_weight(module).to(module.get_base_layer().weight.dtype)).all()):
+            raise AdapterError(
+                f"cannot merge into {name}: its weight would get NaN or infinite values, because the base has them or "
+                "the adapters overflow. Use a smaller scale, or another adapter"
+            )
     for module in layers.values():
         base = module.get_base_layer()
         base.weight.data = merged_weight(module).to(base.weight.dtype)
@@ -273,6 +279,7 @@ def merged_weight(layer: Any) -> Tensor:
             delta = layer.scaling[adapter] * (layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight)
             return weight + magnitude.strength * (rescale(weight + delta, magnitude.weight) - weight)
     base, layer.base_layer = layer.base_layer, float_copy(layer, weight.device)
+    layer.base_layer.weight.data = weight.clone()  # PEFT merges in place
     try:
         layer.merge()
         found = layer.base_layer.weight.detach()

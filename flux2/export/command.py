@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flux2.adapters import find
 from flux2.adapters.files import PEFT_FILE
-from flux2.adapters.formats import LoraPair, to_comfyui, to_diffusers, to_kohya
+from flux2.adapters.formats import AdapterError, LoraPair, to_comfyui, to_diffusers, to_kohya
 from flux2.adapters.loading import describe_ranks
 from flux2.adapters.reading import from_state
 from flux2.export import deltas, exact
@@ -146,12 +146,16 @@ def write_state(
 ) -> float:
     """Write an adapter's tensors in the requested dtype, read them back and return what `check` makes of them.
 
-    Raises ValueError if the disk has no room; `check` may raise NotReadError. OUT is then unchanged.
+    Raises AdapterError for values that are not finite, ValueError if the disk has no room; `check` may raise
+    NotReadError. OUT is then unchanged.
     """
     dtype = DTYPES[options.dtype or "fp32"]
     rounded = {
         key: tensor if key.endswith(KEPT_IN_FLOAT32) else tensor.to(dtype).contiguous() for key, tensor in state.items()
     }
+    for key, tensor in rounded.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{key} would get NaN or infinite values. Use a smaller scale, or another adapter")
     out = options.out
     check_room(out.parent, sum(tensor.nbytes for tensor in rounded.values()), f"--out {out}")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,12 @@ class AdapterDelta:
             if weight is None:
                 weight = torch.zeros(self.model.get_parameter(f"{layer}.weight").shape, device=device)
             delta = change_by_peft(self.config, layer, self.tensors[layer], weight)
-        return delta.mul_(self.scale)
+        if not bool(torch.isfinite(delta.mul_(self.scale)).all()):
+            raise AdapterError(
+                f"adapter {self.place}: it changes {layer} by NaN or infinite values. Use a smaller scale, or another "
+                "adapter"
+            )
+        return delta
 
 
 @torch.no_grad()

@@ -182,3 +182,19 @@ def test_settings_of_a_type_are_pefts() -> None:
     assert layer("dora", dropout=0.25).lora_dropout["default"].p == 0.25
     few, many = (layer("pissa", iterations=count) for count in (1, 30))
     assert not torch.equal(few.lora_A["default"].weight, many.lora_A["default"].weight)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_an_adapter_that_overflows_is_not_merged(kind: str) -> None:
+    model = base()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stirred(attached(kind, model))
+    layer, module = list(adapter_layers(model).items())[-1]
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(1e30)
+    with pytest.raises(AdapterError, match=rf"{layer}\b.*infinite.*smaller scale"):
+        adapters.merge(model)
+    assert len(adapter_layers(model)) > 1
+    for name, module in adapter_layers(model).items():
+        assert torch.equal(module.get_base_layer().weight, before[f"{name}.weight"])

@@ -32,6 +32,9 @@ from flux2.weights import streaming_writer
         (["{lora}", "--format", "full-diffusers"], r"--out[= ]out\.safetensors.*folder"),
         (["{lora}", "--format", "kohya", "--out", "there.safetensors"], r"there\.safetensors.*--overwrite"),
         (["{lora}", "--format", "kohya", "--device", "tpu"], r"device='?tpu"),
+        (["{lora}:1e300", "--format", "kohya"], r"double_blocks_0\S* .*infinite.*smaller scale"),
+        (["{loha}:1e300", "--format", "comfyui"], r"double_blocks\.0\.\S* .*infinite.*smaller scale"),
+        (["{loha}:1e300", "--format", "kohya"], r"double_blocks\.0\.\S* .*infinite.*smaller scale"),
         (["{oft}:0.5", "--format", "kohya"], r"scale=0\.5.*OFT"),
         (["{dora}", "{lora}", "--format", "full-bfl"], r"DoRA.*--format full-bfl.*--path"),
         (["{klein}", "{lora}", "--format", "kohya"], r"klein_base_4b, tiny"),
@@ -54,7 +57,7 @@ def test_whatever_is_wrong_is_one_line_and_nothing_is_written(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places: dict[str, Any] = {kind: saved(kind) for kind in ("lora", "dora", "oft")}
+    places: dict[str, Any] = {kind: saved(kind) for kind in ("lora", "dora", "loha", "oft")}
     places["klein"] = saved("lora", model="klein", base="klein_base_4b")
     places["nameless"] = saved("lora", base="somewhere")
     save_file(load_file(places["lora"] / DIFFUSERS_FILE), tmp_path / "copy.safetensors")
