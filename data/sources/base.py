@@ -18,6 +18,7 @@ from data.sources.images import BadPicture, Picture, printable, shorten
 MAX_REFERENCES = 10  # as many as the published models were trained with
 ALPHA = "alpha"
 UNUSED_COLUMNS = "columns of images, which dataset.reference_columns or dataset.mask can name"
+REPLACED = "captions, because dataset.prompt replaces all of them"
 SHOWN = 20  # names in a message about what is not used
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,13 @@ class Source(Sequence[Sample]):
         """Note what a dataset has and does not train; `_take` logs it."""
         if names:
             self._unused.setdefault(kind, []).extend(names)
+
+    def _note_captions(self, texts: Mapping[str, Sequence[str]], lone: Sequence[str]) -> None:
+        """Note the caption files that are not used: with `prompt` all, otherwise those without an image."""
+        if self._prompt is None:
+            self._note_unused("captions without an image of their name", *lone)
+        else:
+            self._note_unused(REPLACED, *(path for files in texts.values() for path in files))
 
     def _prepared(self, sample: Sample) -> Sample:
         """Return the sample with its final captions and mask. Raise ValueError with the bare reason if it is bad."""

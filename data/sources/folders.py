@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checks import check_flag, check_text, check_texts
-from data.sources.base import UNUSED_COLUMNS, Bad, Sample, Source, caption_texts
+from data.sources.base import REPLACED, UNUSED_COLUMNS, Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, Picture, file_picture, shorten
 from data.sources.listing import (
@@ -33,6 +33,7 @@ from data.sources.listing import (
 )
 
 REFERENCES = "references"
+INSTEAD = ", or set dataset.prompt, which is used instead of all captions"
 
 
 class Folder(Source):
@@ -152,12 +153,11 @@ class Folder(Source):
                         "column references of metadata.jsonl, or a folder (dataset=pairs); masks are dataset.mask",
                     )
                 elif self._prompt is None and not texts:
-                    yield Bad(path, f"has no caption: write {stem}.txt or metadata.jsonl, or set dataset.prompt")
+                    yield Bad(path, f"has no caption: write {stem}.txt or metadata.jsonl{INSTEAD}")
                 else:
                     sample = Sample(file_picture(path), (), mask=file_picture(mask[0]) if mask else None)
                     yield _with_caption(sample, self._prompt, texts)
-        if self._prompt is None:
-            self._note_unused("captions without an image of their name", *found.lone_texts)
+        self._note_captions(found.texts, found.lone_texts)
         # the masks of subfolders are those of their own images
         lone = (files[0] for stem, files in masks.items() if "/" not in stem and stem not in found.pictures)
         self._note_unused("masks without an image of their name", *lone)
@@ -171,6 +171,8 @@ class Folder(Source):
         if references is None:
             references = (REFERENCES,) * any(REFERENCES in row for _, row in rows)
         caption_column = self._caption if self._prompt is None else None
+        if self._prompt is not None:
+            self._note_unused(REPLACED, *(f"{file} line {number}" for number, row in rows if row.get(self._caption)))
         wanted = (self._image, *(self._references or ()), caption_column, self._mask_name)
         needed = [column for column in wanted if column is not None]
         for column in needed:
@@ -204,9 +206,8 @@ class Folder(Source):
             return
         pictures = [path for files in found.pictures.values() for path in files]
         self._note_unused(f"images that {file} does not name", *(p for p in pictures if _comparable(p) not in named))
-        if self._prompt is None:
-            texts = [path for stem, files in found.texts.items() if stem in found.pictures for path in files]
-            self._note_unused(f"captions, because {file} has them", *texts)
+        texts = [path for stem, files in found.texts.items() if stem in found.pictures for path in files]
+        self._note_unused(f"captions, because {file} has them" if self._prompt is None else REPLACED, *texts)
         others = [path for path in found.metadata if path != str(file)]
         self._note_unused(f"metadata of subfolders, because {file} describes them", *others)
 
@@ -282,15 +283,14 @@ class Pairs(Source):
             elif masks is not None and stem not in masked:
                 yield Bad(name, f"has no mask in {masks}")
             elif self._prompt is None and stem not in texts:
-                yield Bad(name, f"has no caption: write {stem}.txt next to it, or set dataset.prompt for all")
+                yield Bad(name, f"has no caption: write {stem}.txt next to it{INSTEAD}")
             else:
                 mask = file_picture(masked[stem][0]) if masks is not None else None
                 references = tuple(file_picture(file) for files in partners for file in files)
                 yield _with_caption(
                     Sample(file_picture(name), (), references, mask=mask), self._prompt, texts.get(stem, [])
                 )
-        if self._prompt is None:
-            self._note_unused("captions without an image of their name", *found.lone_texts)
+        self._note_captions(found.texts, found.lone_texts)
         self._note_unused(
             "masks without an image of their name", *(masked[stem][0] for stem in masked.keys() - targets)
         )

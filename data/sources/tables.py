@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from data.checks import check_flag, check_int, check_text, check_texts
 from data.files import open_regular, user_path
-from data.sources.base import UNUSED_COLUMNS, Bad, Sample, Source, caption_texts
+from data.sources.base import REPLACED, UNUSED_COLUMNS, Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.folders import REFERENCES
 from data.sources.images import SUFFIXES, BadPicture, Picture, shorten
@@ -96,6 +96,8 @@ class HuggingFace(Source):
             raise ValueError(f"dataset.split={split!r} of {self.path} is empty")
         unused = [name for name in columns.names if name not in self._pictured and _has_images(table, name)]
         self._note_unused(UNUSED_COLUMNS, *unused)
+        if self._prompt is not None and self._caption in columns.names:
+            self._note_unused(REPLACED, f"column {self._caption} of {len(table)} rows")
         self._note_unused(
             f"tables that by their names are not of dataset.split={split}", *other_tables(self.path, split)
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data.checks import check_text
 from data.files import user_path
-from data.sources.base import Bad, Sample, Source, caption_texts
+from data.sources.base import REPLACED, Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, FileOpener, Picture, shorten
 from data.sources.listing import MOST_TEXT, decode_text, is_foreign
@@ -106,6 +106,8 @@ class WebDataset(Source):
 
     def _texts(self, entry: "_Entry") -> list[str]:
         if self._prompt is not None:
+            if (part := "txt" if self._key is None else "json") in entry.parts:
+                self._note_unused(REPLACED, f"{entry.shard}/{entry.key}.{part}")
             return [self._prompt]
         if self._key is None:
             return [entry.text("txt", " (or name a key of .json with dataset.caption_column)")]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import tarfile
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -65,6 +67,29 @@ def test_captions_without_an_image_are_listed(tmp_path: Path, caplog: pytest.Log
     write(tmp_path, {"target/b.png": square(), "target/b.txt": "b", "target/gone.txt": "x", "source/b.png": square()})
     assert len(Pairs(tmp_path)) == 1
     assert "gone.txt" in warnings_of(caplog)
+
+
+def test_captions_that_the_prompt_replaces_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {f"{folder}{name}.png": square() for folder in ("", "target/", "source/") for name in "abc"}
+    texts = {f"{folder}{name}.txt": name for folder in ("", "target/") for name in "ab"}
+    write(tmp_path, files | texts)
+    write(tmp_path / "named", {"a.png": square(), "metadata.jsonl": lines({"file_name": "a.png", "text": "x"})})
+    sources: dict[str, Callable[[str | None], Source]] = {
+        r"\(2\): \S+a\.txt, \S+b\.txt": lambda prompt: Folder(tmp_path, prompt=prompt),
+        r"\(2\): \S+target/a\.txt, \S+target/b\.txt": lambda prompt: Pairs(tmp_path, prompt=prompt),
+        r"\(1\): \S+jsonl line 1": lambda prompt: Folder(tmp_path / "named", prompt=prompt),
+        r"column caption of 3 rows": lambda prompt: HuggingFace(table(tmp_path / "t.parquet"), prompt=prompt),
+        r"\(1\): \S+t\.tar/a\.txt": lambda prompt: WebDataset(
+            shard(tmp_path / "t.tar", {"a.png": square(), "a.txt": "x"}), prompt=prompt
+        ),
+    }
+    for names, source in sources.items():
+        caplog.clear()
+        source("one for all")
+        assert re.search(rf"not used: captions\b.*dataset\.prompt.*{names}", warnings_of(caplog)), names
+    for kind in (Folder, Pairs):
+        with pytest.raises(BadData, match=r"c\.png has no caption.*dataset\.prompt.* instead of all captions"):
+            kind(tmp_path)
 
 
 def test_masks_without_an_image_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
