@@ -176,6 +176,8 @@ class Source(Sequence[Sample]):
             except UnicodeEncodeError as error:  # it would be found when the name is stored, after hours of encoding
                 raise BadPicture(picture.name, "has a name that is not UTF-8: rename it") from error
             self._check_header(picture)
+        if copies := [picture.name for picture in sample.references if picture.is_same_file(sample.target)]:
+            raise ValueError(f"is its own reference, {copies[0]}, which teaches copying: name another image")
         mask = sample.mask
         if self._alpha:
             mask = sample.target.transparency() if sample.target.header.transparent else None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from data.checks import check_flag, check_int
 
 MOST_CHARACTERS = 100_000  # of a caption; the text encoders read 512 tokens
+PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 MOST_ORDERS = 1000
 MOST_CAPTIONS = 10_000  # of an image
 
@@ -48,6 +49,11 @@ class Captions:
             raise ValueError(
                 f"dataset.captions.template={self.template!r} must contain {{caption}}. For one text for all images "
                 "set dataset.prompt"
+            )
+        if self.template is not None and (others := PLACEHOLDER.findall(self.template.replace("{caption}", ""))):
+            raise ValueError(
+                f"dataset.captions.template={self.template!r} has {', '.join(others)}, and the only placeholder is "
+                "{caption}. Write the text itself; for a trigger word set dataset.captions.trigger"
             )
         if self.keep_tags and not self.shuffle_tags:
             raise ValueError(f"dataset.captions.keep_tags={self.keep_tags} has no effect without shuffle_tags")

@@ -24,10 +24,13 @@ from data.sources.listing import (
     METADATA,
     MOST_TEXT,
     Listing,
+    RepeatedKey,
+    check_unique,
     different,
     existing_folder,
     is_foreign,
     list_files,
+    parse_json,
     path_inside,
     read_text,
 )
@@ -325,9 +328,9 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also for an integer of thousands of digits
-            raise ValueError(f"{file} line {number} is not JSON ({error}). Each line must be one object") from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{file} line {number} {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{file} line {number} is {line.strip()[:80]!r}. Each line must be one JSON object")
         yield number, row
@@ -337,12 +340,15 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row), with None for missing cells. Raise ValueError for a line with too many cells."""
     reader = csv.DictReader(StringIO(read_text(file), newline=""), restkey="more", strict=True)
     try:
+        check_unique("column", [name for name in reader.fieldnames or () if name])
         for row in reader:
             if isinstance(row.get("more"), list):
                 raise ValueError(f"{file} line {reader.line_num} has more cells than columns. Quote texts with commas")
             yield reader.line_num, dict(row)
     except csv.Error as error:
         raise ValueError(f"{file} line {reader.line_num} is not CSV ({error})") from error
+    except RepeatedKey as error:
+        raise ValueError(f"{file} line {reader.line_num} {error}") from error
 
 
 def _names(value: object, column: str) -> list[str]:

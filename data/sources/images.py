@@ -6,6 +6,7 @@ and caches can list all errors of a dataset instead of stopping at the first fil
 
 import hashlib
 import io
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -96,6 +97,16 @@ class Picture:
             while block := stream.read(1 << 20):
                 digest.update(block)
         return hashlib.sha256(b"alpha " + digest.digest()).hexdigest() if self.alpha else digest.hexdigest()
+
+    def is_same_file(self, other: "Picture") -> bool:
+        """Return whether both are one file, also by a link, or one cell or file of a shard."""
+        if self.name == other.name:
+            return True
+        with self._stream() as ours, other._stream() as theirs:
+            try:
+                return os.path.sameopenfile(ours.fileno(), theirs.fileno())
+            except io.UnsupportedOperation:  # they are not files of their own, so their names tell them apart
+                return False
 
     def unchanged(self, digest: str) -> "Picture":
         """Return this image, read into memory once. Raise BadPicture if its content does not have this digest."""

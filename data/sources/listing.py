@@ -4,6 +4,7 @@ Names are compared in the Unicode form NFC, because macOS and some archives writ
 folder that contains it is skipped: its files are found without it.
 """
 
+import json
 import os
 import re
 import unicodedata
@@ -11,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.checks import check_text
 from data.files import open_regular, user_path
@@ -29,6 +31,10 @@ PARTNER = re.compile(
 
 class OutsideFolder(ValueError):  # noqa: N818
     """A dataset names a file that is not in its folder."""
+
+
+class RepeatedKey(ValueError):  # noqa: N818
+    """An object or a table has a name twice, of which readers use the last without a word."""
 
 
 @dataclass
@@ -136,6 +142,28 @@ def decode_text(content: bytes) -> str:
     if "\0" in text:
         raise ValueError("is not UTF-8 text (it has NUL characters, as UTF-16 has). Save it as UTF-8")
     return text
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raise ValueError with the bare reason for bad JSON and for a key given twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RepeatedKey:
+        raise
+    except (ValueError, RecursionError) as error:  # also for an integer of thousands of digits
+        raise ValueError(f"is not JSON ({error}): write one object") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    check_unique("key", [key for key, _ in pairs])
+    return dict(pairs)
+
+
+def check_unique(what: str, names: Sequence[str]) -> None:
+    """Raise RepeatedKey with the bare reason if one of the names is there twice."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKey(f"has the {what} {shorten(repr(twice))} twice: remove or rename one of them")
 
 
 def read_text(path: str | Path, most: int | None = None) -> str:

@@ -9,7 +9,6 @@ formats, and no samples with different numbers of references. Use it for shards 
 """
 
 import glob
-import json
 import os
 import re
 import tarfile
@@ -23,7 +22,7 @@ from data.files import user_path
 from data.sources.base import REPLACED, Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, FileOpener, Picture, shorten
-from data.sources.listing import MOST_TEXT, decode_text, is_foreign
+from data.sources.listing import MOST_TEXT, decode_text, is_foreign, parse_json
 
 REFERENCE = re.compile(r"ref(\d+)$")
 
@@ -113,9 +112,9 @@ class WebDataset(Source):
             return [entry.text("txt", " (or name a key of .json with dataset.caption_column)")]
         text = entry.text("json")
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"has a .json that is not JSON ({error})") from error
+            row = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"has a .json that {error}") from error
         if not isinstance(row, dict) or self._key not in row:
             has = ", ".join(row) if isinstance(row, dict) else shorten(repr(row))
             raise ValueError(f"has no {self._key!r} in its .json, which has: {has}")

@@ -32,7 +32,10 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "plain", CAT)  # type: ignore[arg-type]
     write(tmp_path / "described", {**CAT, "metadata.jsonl": lines(row)})
     write(tmp_path / "renamed", {**CAT, "metadata.jsonl": lines(other)})
-    write(tmp_path / "references", {**CAT, "metadata.jsonl": lines(row | {"references": ["cat.png", "cat.png"]})})
+    write(
+        tmp_path / "references",
+        {**CAT, "metadata.jsonl": lines(row | {"references": ["a.png", "a.png"]}), "a.png": CAT["cat.png"]},
+    )
     write(tmp_path / "edits", {"source/x.png": square(), "target/x.png": square(), "target/x.txt": "light"})
     write(tmp_path / "poses", {f"{name}/x.png": square() for name in ("person", "pose", "target")})
     write(tmp_path / "poses", {"target/x.txt": "pose them"})

@@ -35,9 +35,15 @@ def test_a_trigger_may_have_any_characters() -> None:
 
 
 def test_the_template_holds_the_caption_and_may_hold_the_trigger() -> None:
-    assert prepared("cup", template="a photo of {caption}, {x}") == ["a photo of cup, {x}"]
+    assert prepared("cup", template="a photo of {caption}, :{") == ["a photo of cup, :{"]
     assert prepared("cup", template="trtcrd {caption}", trigger="trtcrd") == ["trtcrd cup"]
     assert prepared("cup", template="a {caption}", trigger="trtcrd") == ["trtcrd, a cup"]
+
+
+@pytest.mark.parametrize("other", ["{trigger}", "{}", "{Caption}", "{{caption}}"])
+def test_a_placeholder_other_than_the_caption_is_refused(other: str) -> None:
+    with pytest.raises(ValueError, match=r"dataset\.captions\.template=.*\{caption\}\..*dataset\.captions\.trigger"):
+        Captions(template=f"{{caption}} {other}", trigger="trtcrd")
 
 
 def test_lines_are_captions_only_on_request() -> None:

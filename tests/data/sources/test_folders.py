@@ -25,6 +25,47 @@ def captions(samples: Folder | Pairs) -> list[str]:
     return [sample.caption for sample in samples]
 
 
+# --- what would be silently wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "key"),
+    [
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png"}\n{"file_name": "a.png", "text": "x", "text": "y"}',
+            "text",
+        ),
+        ("metadata.csv", "file_name,text,text,,\na.png,x,y,,\n", "text"),
+    ],
+)
+def test_a_key_or_column_twice_is_refused(name: str, text: str, key: str, tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": square(), name: text})
+    line = 2 if name == "metadata.jsonl" else 1
+    with pytest.raises(ValueError, match=rf"{name} line {line} has the .* '{key}' twice: remove"):
+        Folder(tmp_path)
+
+
+@pytest.mark.parametrize("reference", ["a.png", "deep/../a.png", "link.png", "hard.png"])
+def test_an_image_that_is_its_own_reference_is_refused(reference: str, tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": square(), "b.png": square(), "deep/x.txt": "x"})
+    (tmp_path / "link.png").symlink_to("a.png")
+    (tmp_path / "hard.png").hardlink_to(tmp_path / "a.png")
+    row = {"file_name": "a.png", "text": "x", "references": ["b.png", reference]}
+    write(tmp_path, {"metadata.jsonl": lines(row)})
+    with pytest.raises(BadData, match=r"a\.png is its own reference") as caught:
+        Folder(tmp_path)
+    assert str(caught.value).count("own reference") == 1
+
+
+def test_pairs_of_one_file_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"target/a.png": square(), "target/a.txt": "x", "target/b.png": square(), "target/b.txt": "x"})
+    write(tmp_path, {"source/b.png": square()})  # other files may be alike: nothing is to change in that edit
+    (tmp_path / "source/a.png").symlink_to(tmp_path / "target/a.png")
+    with pytest.raises(BadData, match=r"1 of 2 .*\n.*target/a\.png is its own reference"):
+        Pairs(tmp_path)
+
+
 # --- captions beside the pictures
 
 
@@ -81,25 +122,28 @@ def test_masks_may_be_a_folder_beside_the_pictures(tmp_path: Path) -> None:
 
 def test_metadata_gives_captions_and_references_in_the_order_of_its_lines(tmp_path: Path) -> None:
     rows: tuple[dict, ...] = (
-        {"file_name": "b.png", "text": " second ", "before": "a.png", "extra": ["a.png", "b.png"], "unused": 3},
+        {"file_name": "b.png", "text": " second ", "before": "a.png", "extra": ["a.png", "c.png"], "unused": 3},
         {"file_name": "a.png", "text": "line\u2028separator", "before": None, "extra": []},
     )
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write(tmp_path, {"a.png": square("red"), "b.png": square("blue"), "metadata.jsonl": text})
+    write(tmp_path, {"a.png": square("red"), "b.png": square("blue"), "c.png": square(), "metadata.jsonl": text})
     first, second = Folder(tmp_path, reference_columns=["before", "extra"])
     assert (first.caption, second.caption) == ("second", "line\u2028separator")
-    assert [Path(p.name).name for p in (first.target, *first.references)] == ["b.png", "a.png", "a.png", "b.png"]
+    assert [Path(p.name).name for p in (first.target, *first.references)] == ["b.png", "a.png", "a.png", "c.png"]
     assert second.references == ()
     assert Folder(tmp_path)[0].references == ()
 
 
 def test_the_column_references_is_used_by_itself_and_may_be_missing_in_a_row(tmp_path: Path) -> None:
     rows = [
-        {"file_name": "a.png", "text": "x", "references": ["sub/b.png", "c.png", "a.png"]},
+        {"file_name": "a.png", "text": "x", "references": ["sub/b.png", "c.png", "d.png"]},
         {"file_name": "a.png", "text": "y", "references": "c.png"},
         {"file_name": "a.png", "text": "z"},
     ]
-    write(tmp_path, {"a.png": square(), "sub/b.png": square("blue"), "c.png": square("white", 48)})
+    write(
+        tmp_path,
+        {"sub/b.png": square("blue"), "c.png": square("white", 48)} | dict.fromkeys(("a.png", "d.png"), square()),
+    )
     write(tmp_path, {"metadata.jsonl": lines(*rows)})
     samples = Folder(tmp_path)
     assert [[color(picture) for picture in sample.references] for sample in samples] == [

@@ -55,7 +55,7 @@ def plain_row(row: dict) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
     references = [plain_file(name) for name in names(row.get("references"))]
     texts = row.get("text") if isinstance(row.get("text"), list) else [row.get("text")]
     good = all(isinstance(text, str) and text.strip() and "\0" not in text and "\ud800" not in text for text in texts)
-    if len(targets) != 1 or None in (*targets, *references) or not texts or not good:
+    if len(targets) != 1 or targets[0] in references or None in (*targets, *references) or not texts or not good:
         return None
     return targets[0], tuple(dict.fromkeys(text.strip() for text in texts)), tuple(references)  # type: ignore[return-value]
 

@@ -131,7 +131,7 @@ def test_what_is_wrong_with_the_pictures_of_rows_is_listed_by_row(tmp_path: Path
 def test_other_kinds_of_files_are_tables_too(tmp_path: Path, ending: str) -> None:
     write(tmp_path, {"a.png": square(), "b.png": square("blue")})
     rows = [
-        {"image": "a.png", "caption": "x", "references": ["b.png", "a.png"]},
+        {"image": "a.png", "caption": "x", "references": ["b.png", "b.png"]},
         {"image": "b.png", "caption": "y", "references": []},
     ]
     file = tmp_path / f"t.{ending}"
@@ -146,6 +146,8 @@ def test_other_kinds_of_files_are_tables_too(tmp_path: Path, ending: str) -> Non
     samples = HuggingFace(file)
     assert [(sample.caption, color(sample.target)) for sample in samples] == [("x", RED), ("y", BLUE)]
     assert [len(sample.references) for sample in samples] == ([1, 0] if ending == "csv" else [2, 0])
+    with pytest.raises(BadData, match=r"row 0 of .* is its own reference"):
+        HuggingFace(file, reference_columns=["references", "image"])
 
 
 def test_a_list_without_any_reference_is_none(tmp_path: Path) -> None:
