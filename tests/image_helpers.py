@@ -81,3 +81,18 @@ def png(bits: int, channels: int, values: list[int], clear: int, gamma: float | 
         content += chunk(b"gAMA", struct.pack(">I", round(gamma * 1e5)))
     content += chunk(b"tRNS", struct.pack(">H", clear) * channels)
     return b"\x89PNG\r\n\x1a\n" + content + chunk(b"IDAT", zlib.compress(row * 16)) + chunk(b"IEND", b"")
+
+
+def gray_tiff(bits: int, values: list[int], zero_is_white: bool = False) -> bytes:
+    """A little-endian TIFF of 16 rows, each with 16 pixels of each value of gray, of 12 or 16 bits."""
+    across = np.repeat(values, 16)
+    row = across.astype("<u2").tobytes()
+    if bits == 12:  # packed from the highest bit on
+        row = int("".join(format(value, "012b") for value in across), 2).to_bytes(len(across) * 12 // 8, "big")
+    tags = {256: len(across), 257: 16, 258: bits, 259: 1, 262: 0 if zero_is_white else 1, 273: 8, 277: 1, 278: 16}
+    tags[279] = len(row) * 16
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items()
+    )
+    head = b"II*\0" + struct.pack("<I", 8 + len(row) * 16)
+    return head + row * 16 + struct.pack("<H", len(tags)) + entries + bytes(4)

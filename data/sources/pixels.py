@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 # TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
@@ -112,11 +112,13 @@ def _decoded(image: Image.Image) -> Image.Image:
     """Return an opened image, turned as EXIF says, in one of the modes L, LA, RGB, RGBA and CMYK."""
     if isinstance(key := image.info.get("transparency"), int | tuple):
         image.info["transparency"] = _key_of_pixels(key, image)
+    white, is_inverted = _gray_scale(image)
     image = ImageOps.exif_transpose(image)
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):
         levels = np.asarray(image)
-        gray = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 -> 255
+        linear = (white - levels if is_inverted else levels).astype(np.uint32)
+        gray = Image.fromarray(((linear * 510 + white) // (2 * white)).astype(np.uint8))  # rounded; white -> 255
         if (key := image.info.get("transparency")) is not None:
             gray.putalpha(Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8)))
         image = gray
@@ -131,6 +133,13 @@ def _decoded(image: Image.Image) -> Image.Image:
     if profile:
         image.info["icc_profile"] = profile
     return image
+
+
+def _gray_scale(image: Image.Image) -> tuple[int, bool]:
+    """Return the largest value of 16-bit gray, and whether 0 is white: Pillow applies neither of a TIFF's two tags."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))
+    return (4095 if bits == (12,) else 65535), tags.get(ExifTags.Base.PhotometricInterpretation) == 0
 
 
 def _key_of_pixels(key: int | tuple[int, ...], image: Image.Image) -> int | tuple[int, ...]:

@@ -15,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from flux2.utils.files import temporary_path
 
@@ -44,6 +44,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
         key *= 85 if bits == "L;2" else 17
     elif isinstance(key, tuple) and bits == "RGB;16B":
         key = tuple(value // 256 for value in key)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose gray Pillow neither scales from 12 bits nor inverts
+    white = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
+    zero_is_white = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
     image = ImageOps.exif_transpose(image)
     profile = image.info.pop("icc_profile", None)
     if not profile and "srgb" not in image.info:
@@ -52,7 +55,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"its mode {image.mode} has no defined white: save it with 8 or 16 bits per channel")
     if image.mode.startswith("I;16"):
         depths = np.asarray(image)
-        levels = np.floor(depths.astype(np.float64) / 257 + 0.5).astype(np.uint8)  # 65535 becomes 255
+        shares = (white - depths if zero_is_white else depths).astype(np.float64) / (white / 255)
+        levels = np.floor(shares + 0.5).astype(np.uint8)  # white becomes 255
         image = Image.fromarray(levels)
         if key is not None:
             image.putalpha(Image.fromarray(np.where(depths == key, 0, 255).astype(np.uint8)))

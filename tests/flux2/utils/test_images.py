@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_helpers import COATED, DISPLAY_P3, GRAY_LINEAR, LIMITED, PROPHOTO, png
+from image_helpers import COATED, DISPLAY_P3, GRAY_LINEAR, LIMITED, PROPHOTO, gray_tiff, png
 from PIL import Image
 
 from data.sources.images import Picture
@@ -43,6 +43,8 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "deep.png": Image.fromarray(DEEP).save,
     "deep.tiff": Image.fromarray(DEEP).save,
     "deep_big_endian.tiff": Image.fromarray(DEEP.astype(">u2")).save,
+    "gray12.tiff": lambda path: path.write_bytes(gray_tiff(12, [0, 9, 2048, 4095])),  # type: ignore[dict-item, return-value]
+    "inverted16.tiff": lambda path: path.write_bytes(gray_tiff(16, [0, 129, 3000, 65535], True)),  # type: ignore[dict-item, return-value]
     "turned.jpg": lambda path: COLOR.save(path, exif=turned(6)),
     "turned.png": lambda path: Image.fromarray(RAMP).save(path, exif=turned(8)),
     "turned.tiff": lambda path: COLOR.save(path, exif=turned(5)),
@@ -93,6 +95,20 @@ def test_clear_is_white_and_all_of_sixteen_bits_count() -> None:
     assert as_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     levels = np.array([[0, 128, 129, 32896, 65406, 65407, 65535]], dtype=np.uint16)
     assert np.asarray(as_rgb(Image.fromarray(levels)))[0, :, 0].tolist() == [0, 0, 1, 128, 254, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("bits", "zero_is_white", "levels"),
+    [(12, False, [0, 1, 128, 255]), (16, False, [0, 1, 128, 255]), (16, True, [255, 254, 127, 0])],
+)
+def test_gray_of_a_tiff_is_scaled_and_inverted_as_its_tags_say(
+    bits: int, zero_is_white: bool, levels: list[int], tmp_path: Path
+) -> None:
+    path, white = tmp_path / "x.tiff", 2**bits - 1
+    path.write_bytes(gray_tiff(bits, [0, round(white / 255), round(white * 128 / 255), white], zero_is_white))
+    training = Picture("x.tiff", lambda: path.open("rb"))
+    for found in (training.load(), training.load_mask().convert("RGB"), read_image(path, "--image")):
+        assert np.asarray(found)[5, ::16, 0].tolist() == levels
 
 
 def test_a_decompression_bomb_is_an_error_in_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
