@@ -7,7 +7,6 @@ configuration next to it. The state file of a checkpoint has checksums of all it
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from flux2.adapters.formats import AdapterError
 from flux2.adapters.peft_config import PEFT_CONFIG
 from flux2.utils.files import checksum
+from flux2.utils.json_files import read_json
 from flux2.weights.modelspec import data_hash, header_hash
 
 CONFIG_HASH = "flux2_lora.adapter_config_sha256"
@@ -56,12 +56,9 @@ def damaged(file: Path, where: str) -> AdapterError:
 
 def recorded_files(folder: Path) -> dict[str, str]:
     """Return the checksums that the state file next to an adapter's folder records, by the names of its files."""
-    file = folder.parent / STATE_FILE
-    if not file.is_file() or file.stat().st_size > STATE_LIMIT:
-        return {}
     try:
-        files = json.loads(file.read_bytes())["files"]
+        files = read_json(folder.parent / STATE_FILE, STATE_LIMIT)["files"]
         own = {Path(name).name: entry for name, entry in files.items() if Path(name).parent == Path(folder.name)}
         return {name: str(entry["xxh3_128"]) for name, entry in own.items()}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return {}  # of another program, or of an old version; a run that resumes reports it
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # there is none, or one of another program or an old version; a run that resumes reports it

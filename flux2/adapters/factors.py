@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import peft
@@ -110,8 +111,7 @@ def read_update(layer: FileLayer, strength: Strength) -> Update:
         readers: dict[str, Callable[[FileLayer, Strength], Update]]
         readers = {"LoRA": read_lora, "LoHa": read_loha, "LoKr": read_lokr}
         return readers[kind](layer, strength)
-    name = layer.name if "." in layer.name else layer.place.layer
-    raise AdapterError(f"{name} has only {' and '.join(sorted(sides))}: the file is incomplete")
+    raise AdapterError(f"{strength.name(layer)} has only {' and '.join(sorted(sides))}: the file is incomplete")
 
 
 def has_lokr(sides: Any) -> bool:
@@ -214,8 +214,7 @@ def join(parts: Parts, names: Sequence[str]) -> Update:
     Raises AdapterError if parts overlap, are of several types, or cannot be joined.
     """
     place, first = parts[0]
-    ends = [place.start + place.rows for place, _ in parts]
-    if any(end > place.start for end, (place, _) in zip(ends, parts[1:], strict=False)):
+    if any(above.start + above.rows > below.start for (above, _), (below, _) in pairwise(parts)):
         raise AdapterError(f"{listed(names)} are the same rows of {place.layer}: the file has them twice")
     if len({type(update) for _, update in parts}) > 1:
         raise AdapterError(f"{listed(names)} are one layer here and must be of one type")

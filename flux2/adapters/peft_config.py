@@ -20,6 +20,7 @@ from typing import Any
 import peft
 
 from flux2.utils import checks
+from flux2.utils.json_files import parse_json
 
 PEFT_CONFIG = "adapter_config.json"
 HEADER = "lora_adapter_metadata"  # key of a file's header under which diffusers writes the configuration
@@ -84,8 +85,8 @@ def load_table(raw: bytes, where: str) -> dict[str, Any]:
     if len(raw) > LIMIT:
         raise ValueError(f"{where} is larger than {LIMIT} bytes: it is not the configuration of an adapter")
     try:
-        values = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(raw)
+    except ValueError as error:
         raise ValueError(f"{where} is not JSON, or nested too deeply: the file is damaged") from error
     if not isinstance(values, dict):
         raise ValueError(f"{where} is a {type(values).__name__}, not a table of settings")

@@ -4,9 +4,10 @@
     LoHa    ComfyUI               W + (w1_a w1_b) * (w2_a w2_b)
     DoRA    ComfyUI               (W + B A) * dora_scale / |W| for each row, where PEFT has m / |W + B A|
 
-Scales are folded into a factor, because both programs ignore the alpha of a LoKr of two whole matrices; alpha is then
-left out, and otherwise is the rank. The Kronecker product of a stacked q, k, v cannot be cut in thirds: diffusers fuses
-its own layers when the keys name the fused ones. dora_scale depends on W, so it is exact for the base it is made with.
+Scales are folded into a factor, because both programs ignore the alpha of a LoKr of two whole matrices. ComfyUI divides
+any other alpha by the rank, so its files have alpha = rank; those for diffusers have no alpha. The Kronecker product of
+a stacked q, k, v cannot be cut in thirds: diffusers fuses its own layers when the keys name the fused ones. dora_scale
+depends on W, so it is exact for the base it is made with.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import itertools
 import re
 import signal
 import sys
@@ -217,17 +216,19 @@ def write(image: Image.Image, out: Path, record: Record | None, *, overwrite: bo
     out.parent.mkdir(parents=True, exist_ok=True)
     ending = out.suffix.lower()
     text = {"pnginfo": record.chunk()} if record is not None and ending == ".png" else {}
-    for number in itertools.count():
-        file = out.with_stem(f"{out.stem}_{number}") if number else out
+    file, number = out, 0
+    while True:
         try:
             with atomic_write(file, replace=overwrite) as unfinished:
                 image.save(unfinished, Image.registered_extensions()[ending], **text)
         except FileExistsError:
-            continue
-        if number:
-            say(f"{out} was written by another process meanwhile: this image is {file}")
-        return file
-    raise AssertionError("every name is taken")
+            number += 1
+            file = out.with_stem(f"{out.stem}_{number}")
+        else:
+            break
+    if number:
+        say(f"{out} was written by another process meanwhile: this image is {file}")
+    return file
 
 
 def main() -> int:

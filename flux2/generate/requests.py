@@ -1,16 +1,17 @@
 """Requests of images: prompts from the command line, or one JSON object per line of a file."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.utils import checks
 from flux2.utils.files import user_path
+from flux2.utils.json_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ def read_lines(file: Path, defaults: Mapping[str, Any], say: Say) -> list[Reques
     requests, writers = list[Request](), dict[str, int]()  # the number of the line that writes a file
     for index, (number, text) in enumerate(lines):
         try:
-            request = parse_request(json.loads(text, object_pairs_hook=distinct), index, len(lines), defaults, say)
+            request = parse_request(parse_json(text, object_pairs_hook=distinct), index, len(lines), defaults, say)
             check_order(request, writers)
-        except json.JSONDecodeError as error:
+        except JSONDecodeError as error:
             raise ValueError(
                 f'{what}, line {number} is not a JSON object such as {{"prompt": "..."}} ({error})'
             ) from error
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{what}, line {number}: {error}") from error
         requests.append(request)
         writers[os.path.realpath(request.out)] = number

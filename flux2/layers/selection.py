@@ -8,7 +8,7 @@ In a single block, attention and mlp share two fused layers: `linear1` computes 
 import re
 from collections.abc import Sequence
 
-import regex  # type: ignore[import-untyped]
+import regex
 from torch import nn
 
 _SINGLE = r"single_blocks\.\d+\.linear[12]"

@@ -6,6 +6,7 @@ import shutil
 import socket
 from types import SimpleNamespace
 
+import adapter_helpers
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard, constants
@@ -14,6 +15,7 @@ from markdown_it import MarkdownIt
 from message_helpers import holds
 from train_helpers import draw_picture, refusal
 
+from flux2 import adapters
 from flux2.export import arguments as export_arguments
 from flux2.models.variants import VARIANTS
 from train.hub import main
@@ -213,6 +215,13 @@ def test_the_adapter_goes_to_the_hub_with_its_card_and_may_go_again(finished, th
     assert main([str(run), "--repo-id", "jane/tarot"]) == 2
     assert "adapter" in capfd.readouterr().err
     assert main([str(run / "nowhere")]) == 2
+
+
+@adapter_helpers.EACH_TYPE
+def test_an_adapter_of_any_type_can_be_pushed(there, tmp_path, kind):
+    adapters.save(adapter_helpers.attached(kind, adapter_helpers.base()), tmp_path / "adapter", base="small")
+    assert main([str(tmp_path), "--repo-id", "jane/tarot"]) == 0
+    assert "adapter_model.safetensors" in there.uploaded["jane/tarot"]
 
 
 def test_a_push_that_fails_is_a_warning_with_the_command_that_does_it_later(run_command, small, there, tmp_path):

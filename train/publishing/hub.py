@@ -96,7 +96,8 @@ def push(run: Path, settings: HubSettings) -> str:
     Raises ValueError without a finished adapter or repository, or for a damaged file, and PushError if the Hub or the
     network failed.
     """
-    from flux2.adapters.reading import PEFT_FILE, read_tensors  # these imports take seconds, and --help does without
+    from flux2.adapters.checksums import verify  # these imports take seconds, and --help does without
+    from flux2.adapters.reading import PEFT_FILE
 
     folder = run / "adapter"
     if not (folder / PEFT_FILE).exists():
@@ -108,7 +109,7 @@ def push(run: Path, settings: HubSettings) -> str:
     if links := [file.name for file in folder.rglob("*") if file.is_symlink()]:
         raise ValueError(f"{folder} holds a link, {links[0]}, which would publish a file from elsewhere. Remove it")
     for file in sorted(folder.glob("*.safetensors")):
-        read_tensors(file)
+        verify(file)
     api = huggingface_hub.HfApi()
     try:
         repository = api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)

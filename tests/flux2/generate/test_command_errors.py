@@ -240,7 +240,7 @@ def test_a_text_that_cannot_be_used_is_an_error(
         ('{"prompt": "a"}\nnonsense', r"line 2\b"),
         ('["a"]', r"line 1\b.*\['a'\]"),
         ('{"seed": 1}', r"line 1\b.*prompt=None"),
-        ("[" * 100_000, r"line 1\b.*recursion"),
+        ("[" * 100_000, r"line 1\b.*nested too deeply"),
         ('{"prompt": "a", "color": "red"}', r"line 1\b.*'color'.*prompt, out, seed"),
         ('{"prompt": "a", "steps": 0}', r"line 1\b.*steps=0\b"),
         ('{"prompt": "a", "seed": "x"}', r"line 1\b.*seed='x'"),
