@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import Any
 
 from torch import Tensor
 
 from flux2.memory.ring_buffer import Copier
+
+IN_FLIGHT = 2  # copies that compute need not wait for: those of the two inputs of a double block
 
 
 class OffloadedActivation:
@@ -17,7 +20,7 @@ class OffloadedActivation:
         self.pool, self.memory = pool, pool.take(tensor.nbytes)
         weakref.finalize(self, pool.give, self.memory).atexit = False
         self.values = self.memory.view(tensor.dtype).view(tensor.shape)
-        pool.copier.start(tensor.contiguous(), self.values)
+        pool.start(tensor.contiguous(), self.values)
         self.returned: tuple[Tensor, Any] | None = None
 
     def fetch(self) -> tuple[Tensor, Any]:
@@ -25,7 +28,7 @@ class OffloadedActivation:
         if self.returned is None:
             memory = self.pool.copier.device(self.memory.nbytes)
             copy = memory.view(self.values.dtype).view(self.values.shape)
-            self.returned = copy, self.pool.copier.start(self.values, copy)
+            self.returned = copy, self.pool.start(self.values, copy)
         return self.returned
 
     def get(self) -> Tensor:
@@ -45,6 +48,8 @@ class ActivationPool:
         self.copier = copier
         self.free: dict[int, list[Tensor]] = {}
         self.held = self.most = self.copied = 0
+        self.in_flight: deque[tuple[Any, Tensor, Tensor]] = deque()
+        weakref.finalize(self, wait_for, copier, self.in_flight, 0).atexit = False
 
     def take(self, size: int) -> Tensor:
         self.held += size
@@ -53,6 +58,19 @@ class ActivationPool:
         free = self.free.get(size)
         return free.pop() if free else self.copier.host(size)
 
+    def start(self, source: Tensor, target: Tensor) -> Any:
+        """Start a copy and return its ticket; the tensors are kept until later work on the device waits for it."""
+        ticket = self.copier.start(source, target)
+        self.in_flight.append((ticket, source, target))
+        wait_for(self.copier, self.in_flight, IN_FLIGHT)
+        return ticket
+
     def give(self, memory: Tensor) -> None:
         self.held -= memory.nbytes
         self.free.setdefault(memory.nbytes, []).append(memory)
+
+
+def wait_for(copier: Copier, in_flight: deque[tuple[Any, Tensor, Tensor]], most: int) -> None:
+    """Let the device wait for the oldest copies, and forget their tensors, until at most `most` are left."""
+    while len(in_flight) > most:
+        copier.wait(in_flight.popleft()[0])

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -253,20 +254,22 @@ class Offloader:
     ) -> Callable[[Tensor], Any]:
         """Return the function that maps a tensor to what autograd keeps in one run of a block: see `unpack`."""
         pool = self.activation_pool
-        inputs_by_address = {} if pool is None else {tensor.data_ptr(): tensor for tensor in inputs}
-        offloaded: dict[int, OffloadedActivation] = {}
+        # autograd keeps `pack` as long as what it packed, so it refers to no tensor on the device
+        addresses = set() if pool is None else {memory_address(tensor) for tensor in inputs}
+        offloaded: WeakValueDictionary[Any, OffloadedActivation] = WeakValueDictionary()
 
         def pack(tensor: Tensor) -> Any:
             if streamed is not None and tensor.untyped_storage().data_ptr() in self.buffers:
                 dtype, layout = tensor.dtype, (tensor.shape, tensor.stride(), int(tensor.storage_offset()))
                 return lambda: self.buffer_of(streamed).view(dtype).as_strided(*layout)
-            address, same = tensor.data_ptr(), inputs_by_address.get(tensor.data_ptr())
-            if pool is None or same is None or (tensor.shape, tensor.dtype) != (same.shape, same.dtype):
+            address = memory_address(tensor)
+            if pool is None or address not in addresses:
                 return tensor
-            if address not in offloaded:
-                offloaded[address] = OffloadedActivation(tensor, pool)
-                run.inputs.append(offloaded[address])
-            return offloaded[address].get
+            activation = offloaded.get(address)
+            if activation is None:
+                activation = offloaded[address] = OffloadedActivation(tensor, pool)
+                run.inputs.append(activation)
+            return activation.get
 
         return pack
 
@@ -279,6 +282,11 @@ class Offloader:
                 "time: differentiate through the whole model, with one backward."
             )
         return slot.buffer
+
+
+def memory_address(tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
+    """Return equal keys for tensors of one shape and dtype at the same address."""
+    return tensor.data_ptr(), tensor.shape, tensor.dtype
 
 
 def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:

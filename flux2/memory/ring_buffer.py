@@ -44,7 +44,9 @@ class Copier:
     def start(self, source: Tensor, target: Tensor) -> Any:
         """Copy to `target`, of the same shape and dtype, after all work submitted to the device so far.
 
-        Return at once, with a ticket for `wait`.
+        Return at once, with a ticket for `wait`. The caller keeps both tensors until it has waited: memory on the device
+        that is freed earlier can be given to other work while the copy runs. (`Tensor.record_stream` would keep it for
+        the caller, but until the host notices that the copy has ended: a host that runs ahead would keep many.)
         """
         target.copy_(source)
 
@@ -61,7 +63,9 @@ class CudaCopier(Copier):
     def host(self, size: int) -> Tensor:
         """Return host memory, pinned if the system allows it; the first refusal is reported as a warning."""
         # own pages, because memory is pinned by pages and PyTorch's pinned allocator rounds up to a power of two
-        memory = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+        # and private, because containers limit shared memory
+        pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = np.frombuffer(pages, np.uint8)
         if self.pins and not pin(memory, self.place):
             self.pins = False
             warnings.warn(
@@ -79,7 +83,6 @@ class CudaCopier(Copier):
         self.stream.wait_stream(torch.cuda.current_stream(self.place))
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
-        (source if source.is_cuda else target).record_stream(self.stream)  # not reused before the copy has ended
         return self.stream.record_event()
 
     def wait(self, ticket: torch.cuda.Event) -> None:
@@ -127,6 +130,13 @@ class Slot:
     ticket: Any = None
 
 
+def finish(copier: Copier, slots: Sequence[Slot]) -> None:
+    """Wait for the copies that run, so that the memory can be freed."""
+    for slot in slots:
+        if slot.holds is not None:
+            copier.wait(slot.ticket)
+
+
 class Ring:
     """Holds the blocks that are used now and next on the device.
 
@@ -147,6 +157,7 @@ class Ring:
         self.current: int | None = None
         self.expected = list(range(len(self.hosts)))
         self.copies = self.copied = 0
+        weakref.finalize(self, finish, copier, self.slots).atexit = False
 
     def slot(self, index: int) -> Slot | None:
         return next((slot for slot in self.slots if slot.holds == index), None)

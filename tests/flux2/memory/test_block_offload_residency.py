@@ -1,6 +1,7 @@
 """flux2.memory.block_offload: what is on the device and when, that nothing stale is read, and activations."""
 
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -225,6 +226,14 @@ def test_compiled_blocks_stream_and_blocks_of_a_kind_share_a_graph(
 # ------------------------------------------------------------------ activations
 
 
+def after(call: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*args: Any) -> None:
+        call(*args)
+        then(*args)
+
+    return both
+
+
 def test_only_the_blocks_inputs_go_away_and_all_of_them() -> None:
     model = adapted()
     offloader = _made(offload(model, 0, activations=True))
@@ -262,6 +271,44 @@ def test_what_is_kept_on_the_device_does_not_grow_with_the_depth() -> None:
     grown = 4 * 2 * (3 * 4 + 5) * helpers.TRANSFORMERS["dev"].hidden * 4
     assert kept(True, 6) == kept(True, 2)
     assert kept(False, 6) - kept(False, 2) >= grown
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_what_goes_away_is_freed_and_so_is_what_came_back(policy: str) -> None:
+    model = adapted()
+    set_policy(model, policy)
+    offloader = _made(offload(model, 0, activations=True))
+    memory: list[weakref.ref[Any]] = []
+
+    def remember(block: nn.Module, args: Any) -> None:
+        memory.extend(weakref.ref(arg.untyped_storage()) for arg in args if isinstance(arg, Tensor))
+
+    for name in model.config.block_names:
+        model.get_submodule(name).register_forward_pre_hook(remember)
+    loss = predict(model).square().mean()
+    inputs = len(memory)
+    assert inputs == 3 + 2 * 2
+    assert [i for i, storage in enumerate(memory) if storage() is not None] == [inputs - 2, inputs - 1], (
+        "those that are still being copied"
+    )
+    fetched: list[weakref.ref[Any]] = []
+    start = offloader.activation_pool.start
+
+    def watch(source: Tensor, target: Tensor) -> Any:
+        fetched.append(weakref.ref(target.untyped_storage()))
+        return start(source, target)
+
+    offloader.activation_pool.start = watch
+    most = 0
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(storage() is not None for storage in fetched))
+
+    offloader.begin_backward = after(offloader.begin_backward, count)
+    loss.backward()
+    assert len(fetched) == inputs
+    assert most <= 4, "the inputs of the block that is differentiated and of the one before it"
 
 
 def test_inputs_come_back_one_block_ahead() -> None:
