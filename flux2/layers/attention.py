@@ -9,8 +9,10 @@ recompute from the projection, so they are not kept: the attention has an autogr
 q, k and v from the second run. This works with every backend, because autograd itself says what the backward needs.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flux2.layers.recompute_context import Replay, current_replay
 
 PROBE_TOKENS = 4608  # sequence length at which a backend is looked up: that of a 1024 px image
+TRIED_TOKENS, TRIED_HEAD_DIM = 512, 128  # of the attention with which cuDNN is tried
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -36,12 +39,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return full attention of three (B, H, L, head_dim), in the same shape; a second run recalls a kept result."""
     replay = current_replay()
     if replay is None or not replay.keeps_attention:
-        return F.scaled_dot_product_attention(q, k, v)
+        return attend(q, k, v)
     if replay.is_second_run:
         return RecalledAttention.apply(replay.attention, replay.saved, q, k, v)
     assert replay.attention is None, "a block has one attention"
     replay.attention = AttentionRecord(replay, q, k, v)
     return replay.saved[replay.attention.output]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return full attention of three (B, H, L, head_dim), in the same shape and dtype."""
+    if not computes_in_float32(q.device):
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+@torch.compiler.assume_constant_result
+def computes_in_float32(device: torch.device) -> bool:
+    """Return whether attention is computed in float32: on GPUs below compute capability 8.0.
+
+    Their flash and memory-efficient kernels take float16 and float32. PyTorch would compute bfloat16 with its math
+    backend, whose memory grows with the square of the tokens; float16 would overflow without loss scaling.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 class DetachedInputs(torch.autograd.Function):
@@ -88,7 +109,7 @@ class AttentionRecord:
 
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
             detached = DetachedInputs.apply(torch.ones((), requires_grad=True), *inputs)
-            output = F.scaled_dot_product_attention(*detached)
+            output = attend(*detached)
         self.start, self.ends = get_gradient_edge(output), [get_gradient_edge(tensor) for tensor in detached]
         self.output = replay.save(output.detach())
         del values.save
@@ -129,12 +150,44 @@ def check_backends(names: Any, key: str = "attention") -> None:
 def preferred_backends(names: Sequence[str] | None, device: torch.device) -> tuple[str, ...] | None:
     """Return the backends to try on `device`, best first; None stands for PyTorch's own order.
 
-    By default cuDNN comes first where it is the fastest: on Hopper and later (compute capability 9).
+    By default cuDNN comes first where it is the fastest: on Hopper and later (compute capability 9). It is left out,
+    with a warning, where it cannot compute; ValueError is raised if `names` has no other.
     """
-    if names is not None:
+    if names is None:
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        names = tuple(BACKENDS) if hopper else None
+    if names is None or "cudnn" not in names or device.type != "cuda":
+        return None if names is None else tuple(names)
+    failure = cudnn_failure(device)
+    others = tuple(name for name in names if name != "cudnn")
+    if failure is None:
         return tuple(names)
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return tuple(BACKENDS) if hopper else None
+    if not others:
+        raise ValueError(f"memory.attention={list(names)}: cuDNN cannot compute attention here ({failure}). Give null")
+    warnings.warn(f"cuDNN cannot compute attention here ({failure}); {', '.join(others)} are tried", stacklevel=2)
+    return others
+
+
+@cache
+def cudnn_failure(device: torch.device) -> str | None:
+    """Return why a small attention with backward fails with cuDNN, or None if its result is flash attention's.
+
+    That PyTorch would choose cuDNN for some shapes does not mean that cuDNN has a kernel for them.
+    """
+    inputs = torch.randn(3, 1, 2, TRIED_TOKENS, TRIED_HEAD_DIM, device=device, dtype=torch.bfloat16)
+    results: list[list[Tensor]] = []
+    for backend in ("cudnn", "flash"):
+        leaves = [part.detach().requires_grad_() for part in inputs]
+        try:
+            with sdpa_kernel(BACKENDS[backend]):
+                out = F.scaled_dot_product_attention(*leaves)
+                results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+        except RuntimeError as error:
+            return str(error).strip().splitlines()[0] if backend == "cudnn" else None  # nothing to compare with
+    difference = torch.stack([(ours - theirs).float().norm() for ours, theirs in zip(*results, strict=True)])
+    size = torch.stack([theirs.float().norm() for theirs in results[1]])
+    close = bool((difference <= 0.02 * size + 1e-3).all())
+    return None if close else "its result differs from flash attention's"
 
 
 def use_backends(names: Sequence[str] | None) -> AbstractContextManager[Any]:
@@ -154,6 +207,7 @@ def chosen_backend(
 
     Raise ValueError if none of the backends `names` supports them.
     """
+    dtype = torch.float32 if computes_in_float32(device) else dtype
     tokens = min(tokens, PROBE_TOKENS)  # the choice does not change beyond that, and the probe stays small
     q = torch.zeros(1, heads, tokens, head_dim, device=device, dtype=dtype, requires_grad=True)
     with use_backends(names):

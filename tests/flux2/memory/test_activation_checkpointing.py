@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux2 import adapters
 from flux2.layers import recompute_context
-from flux2.layers.attention import check_backends, chosen_backend, preferred_backends
+from flux2.layers.attention import check_backends, chosen_backend
 from flux2.layers.selection import BLOCK_LINEARS
 from flux2.memory.activation_checkpointing import POLICIES, set_policy
 from flux2.models.transformer import Transformer
@@ -196,11 +196,3 @@ def test_a_list_of_backends_of_which_none_can_is_an_error_that_says_so() -> None
 def test_backends_are_a_list_of_known_names(given: Any) -> None:
     with pytest.raises(ValueError, match=r"attention=.*cudnn, flash, efficient, math"):
         check_backends(given)
-
-
-def test_without_a_wish_the_order_is_pytorchs_but_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert preferred_backends(None, torch.device("cpu")) is None
-    assert preferred_backends(["math"], torch.device("cpu")) == ("math",)
-    for capability, expected in (((8, 9), None), ((9, 0), ("cudnn", "flash", "efficient", "math"))):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, value=capability: value)
-        assert preferred_backends(None, torch.device("cuda")) == expected
