@@ -39,9 +39,20 @@ def make_accelerator(device: str | None) -> Accelerator:
     chosen = pick_device(device)
     AcceleratorState._reset_state()  # a sweep runs several jobs in one process
     GradientState._reset_state()
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    environment = {"ACCELERATE_USE_FSDP": "false"}
+    if chosen.index is not None:
+        if not alone:
+            raise ValueError(
+                f"device={device} is one GPU, but several processes were started, each on a GPU of its own. Give "
+                "device=cuda, and choose the GPUs by the environment: CUDA_VISIBLE_DEVICES=1,2"
+            )
+        environment["ACCELERATE_TORCH_DEVICE"] = str(chosen)
+    if chosen.type == "cuda" and alone:
+        torch.cuda.set_device(chosen.index or 0)  # what takes the current GPU takes this one
     # train/distributed/sharding.py shards the base, with or without GPUs; Accelerate would also wrap the adapter, and
     # without GPUs it would silently do nothing
-    with patch_environment(ACCELERATE_USE_FSDP="false"):
+    with patch_environment(**environment):
         accelerator = Accelerator(
             cpu=chosen.type == "cpu",  # else processes without a GPU do not connect and train the same run twice
             mixed_precision="no",

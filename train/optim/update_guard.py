@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data.loader import copy_to_device
+from data.loader import copy_to_device, pin
 from flux2.utils.text import listed
 from train.utils.console import warn
 from train.utils.signals import SIGNALS, StopRequest
@@ -95,7 +95,7 @@ class UpdateGuard:
             asked = self.accelerator.reduce(asked, "sum")
         numbers, arrived = torch.cat([torch.stack([loss, norm]).double(), asked.double()]), None
         if self.device.type == "cuda":
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            host = pin(torch.empty(numbers.shape, dtype=numbers.dtype))
             numbers, arrived = host.copy_(numbers, non_blocking=True), torch.cuda.Event()
             arrived.record()
         self._queue.append((step, numbers, arrived))

@@ -1,12 +1,14 @@
 """What several processes do together, in real ones; and the configurations that start them."""
 
 import json
+import os
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import PartialState
@@ -15,6 +17,7 @@ from PIL import Image
 from train_helpers import CONF, adapter, compose, draw_picture, execute, launch, lines, run_training, values
 
 from flux2.weights.sources import TINY_FOLDER
+from train.distributed import processes
 from train.distributed.processes import Processes, ProcessesDiverged, make_accelerator
 from train.distributed.sharding import launched_to_shard
 
@@ -34,6 +37,27 @@ def test_alone_there_is_nothing_to_share_or_to_exchange():
     assert (model.weight.grad == 3).all()
     with pytest.raises(KeyError):  # the error itself
         alone.map({}.__getitem__, [1])
+
+
+@pytest.mark.parametrize(("given", "current"), [("cuda:1", 1), ("cuda", 0), (None, 0)])
+def test_a_run_is_on_the_gpu_that_is_named(monkeypatch, given, current):
+    """There is none here: what Accelerate is given is looked at."""
+    seen = []
+
+    def see(**options):
+        seen.append(os.environ.get("ACCELERATE_TORCH_DEVICE"))
+        return SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, is_main_process=True)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(processes, "Accelerator", see)
+    make_accelerator(given)
+    assert seen == [current, "cuda:1" if current else None]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if current:
+        with pytest.raises(ValueError, match=r"device=cuda:1 is one GPU, but several .*CUDA_VISIBLE_DEVICES=1,2"):
+            make_accelerator(given)
 
 
 def test_an_error_within_a_forward_of_all_is_one_of_its_own():

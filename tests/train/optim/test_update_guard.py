@@ -225,8 +225,7 @@ def far(monkeypatch):
     """A guard that takes the CPU for a GPU."""
     monkeypatch.setattr(guarding, "copy_to_device", lambda tensor, device: tensor)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **rest: empty(*size, **rest))
+    monkeypatch.setattr(guarding, "pin", lambda tensor: tensor)
     monkeypatch.setattr(FakeEvent, "waited", 0)
     guard = make(trained(False)[1])
     guard.device = SimpleNamespace(type="cuda")
