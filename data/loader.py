@@ -8,9 +8,11 @@ Nothing is decoded here: latents and embeddings come from the cache, one file ea
 A loader is not thread-safe.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -51,7 +53,21 @@ def copy_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy a CPU tensor to `device`, from pinned memory, so that the host need not wait for the GPU."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return pin(tensor).to(device, non_blocking=True)
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor in pinned memory, or as it is, with one warning, where the system has none left."""
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:
+        warn_of_unpinned_memory(str(error).splitlines()[0])
+        return tensor
+
+
+@cache
+def warn_of_unpinned_memory(error: str) -> None:
+    warnings.warn(f"host memory could not be pinned ({error}): the host waits for its copies to the GPU", stacklevel=3)
 
 
 class Loader:

@@ -44,9 +44,9 @@ class Copier:
     def start(self, source: Tensor, target: Tensor) -> Any:
         """Copy to `target`, of the same shape and dtype, after all work submitted to the device so far.
 
-        Return at once, with a ticket for `wait`. The caller keeps both tensors until it has waited: memory on the device
-        that is freed earlier can be given to other work while the copy runs. (`Tensor.record_stream` would keep it for
-        the caller, but until the host notices that the copy has ended: a host that runs ahead would keep many.)
+        Return at once, with a ticket for `wait`. The caller keeps both tensors until it has waited: memory on the
+        device that is freed earlier can be given to other work while the copy runs. (`Tensor.record_stream` would keep
+        it, but until the host notices that the copy has ended: a host that runs ahead would keep many.)
         """
         target.copy_(source)
 

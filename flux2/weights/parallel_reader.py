@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -113,7 +114,10 @@ class Reader(threading.local):
 
     @cached_property
     def buffer(self) -> Tensor:
-        return torch.empty(CHUNK, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        if torch.cuda.is_available():
+            with suppress(RuntimeError):  # the system has no memory to pin: copies from other memory are slower
+                return torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(CHUNK, dtype=torch.uint8)
 
     def read_chunk(self, stored: StoredTensor, offset: int, memory: Tensor, ready: torch.cuda.Event | None) -> None:
         """Fill `memory`, uint8, with the bytes of `stored` from `offset`."""

@@ -10,7 +10,7 @@ import torch
 from data.cache import Cache
 from data.cache.embeddings import plan_embeddings
 from data.cache.latents import LatentEntry
-from data.loader import Batch, Loader, _Memory
+from data.loader import Batch, Loader, _Memory, copy_to_device, warn_of_unpinned_memory
 
 SPLITS = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)]  # batch_size, gradient_accumulation, num_processes
 
@@ -170,6 +170,26 @@ def test_what_a_batch_is_changed_to_does_not_reach_the_next(tmp_path: Path) -> N
     loader = Loader(*filled(tmp_path, count=1), batch_size=1, seed=0)
     loader.micro_batches(0)[0].latents.fill_(77)
     assert loader.micro_batches(2)[0].latents.unique().tolist() == [0]
+
+
+def test_memory_that_cannot_be_pinned_is_copied_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+    copies = []
+
+    def copy(tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        copies.append(tensor)
+        return tensor
+
+    warn_of_unpinned_memory.cache_clear()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    given = torch.zeros(3)
+    with pytest.warns(UserWarning, match=r"host memory could not be pinned \(CUDA error: out of memory\)"):
+        assert copy_to_device(given, torch.device("cuda")) is given
+    copy_to_device(given, "cuda")  # a second warning would be an error
+    assert len(copies) == 2
 
 
 def test_a_batch_moves_as_a_whole() -> None:
