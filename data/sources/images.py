@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data.files import open_regular
+from data.sources.encoded_pixels import MOST_BYTES, encoded_pixels
 from data.sources.pixels import FORMATS, decode_alpha, decode_gray, decode_rgb, open_image
 
 # fmt: off
@@ -97,6 +98,18 @@ class Picture:
             while block := stream.read(1 << 20):
                 digest.update(block)
         return hashlib.sha256(b"alpha " + digest.digest()).hexdigest() if self.alpha else digest.hexdigest()
+
+    def pixel_digest(self, digest: str) -> str:
+        """Return a digest that copies share whose files differ only in metadata; `digest` if that cannot be known."""
+        with self._stream() as stream:
+            content = stream.read(MOST_BYTES + 1)
+        parts = encoded_pixels(content) if len(content) <= MOST_BYTES else None
+        if parts is None:
+            return digest
+        pixels = hashlib.sha256()
+        for part in parts:
+            pixels.update(part)
+        return pixels.hexdigest()
 
     def is_same_file(self, other: "Picture") -> bool:
         """Return whether both are one file, also by a link, or one cell or file of a shard."""
