@@ -70,15 +70,13 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(bits: int, channels: int, values: list[int], clear: int, gamma: float | None = None) -> bytes:
+def png(bits: int, channels: int, values: list[int], clear: int) -> bytes:
     """A PNG of 16 columns for each value of gray or of equal RGB, with `clear` as the transparent color."""
     across = np.repeat(values, 16 * channels)
     digits = "".join(format(value, f"0{bits}b") for value in across)
     row = b"\0" + int(digits, 2).to_bytes(len(digits) // 8, "big")
     header = struct.pack(">IIBBBBB", 16 * len(values), 16, bits, 2 if channels == 3 else 0, 0, 0, 0)
     content = chunk(b"IHDR", header)
-    if gamma is not None:
-        content += chunk(b"gAMA", struct.pack(">I", round(gamma * 1e5)))
     content += chunk(b"tRNS", struct.pack(">H", clear) * channels)
     return b"\x89PNG\r\n\x1a\n" + content + chunk(b"IDAT", zlib.compress(row * 16)) + chunk(b"IEND", b"")
 
