@@ -23,7 +23,7 @@ from data.checks import check_flag, check_int
 PIXELS_PER_LATENT = 16
 MOST_CROPS = 1000  # of an image, each of which is encoded
 MAX_RESOLUTION = 8192  # a quarter of a million tokens, far more than FLUX.2 is trained for
-FIT_VERSION = 2  # in the cache keys of latents: increase it when `fit` or data.sources.pixels change pixels
+FIT_VERSION = 2  # in cache keys of latents: increase it when `fit` or data.sources.pixels change pixels of all images
 
 Size = tuple[int, int]  # (width, height) in pixels
 

@@ -65,20 +65,18 @@ GRAY_LINEAR = profile(b"GRAY", b"mntr", {b"kTRC": _curve(1.0)})
 COATED = cmyk_profile({(1, 0, 0, 0): (55, -37, -50), (0, 1, 0, 0): (48, 74, -3), (0, 0, 0, 1): (16, 0, 0)})
 
 
-def png(bits: int, channels: int, values: list[int], clear: int, gamma: float | None = None) -> bytes:
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(bits: int, channels: int, values: list[int], clear: int) -> bytes:
     """A PNG of 16 columns for each value of gray or of equal RGB, with `clear` as the transparent color."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + checksum
-
     across = np.repeat(values, 16 * channels)
     digits = "".join(format(value, f"0{bits}b") for value in across)
     row = b"\0" + int(digits, 2).to_bytes(len(digits) // 8, "big")
     header = struct.pack(">IIBBBBB", 16 * len(values), 16, bits, 2 if channels == 3 else 0, 0, 0, 0)
     content = chunk(b"IHDR", header)
-    if gamma is not None:
-        content += chunk(b"gAMA", struct.pack(">I", round(gamma * 1e5)))
     content += chunk(b"tRNS", struct.pack(">H", clear) * channels)
     return b"\x89PNG\r\n\x1a\n" + content + chunk(b"IDAT", zlib.compress(row * 16)) + chunk(b"IEND", b"")
 

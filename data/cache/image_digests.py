@@ -15,14 +15,22 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.files import atomic_write
 from data.sources.images import Picture
 
-VERSION = 1
+VERSION = 2  # without it: all images are read again, and if their content is the same, so are their entries
 GRAIN = 2.0  # seconds; the resolution of the times of some file systems
 log = logging.getLogger(__name__)
+
+
+class ImageDigest(NamedTuple):
+    """What is stored about an image."""
+
+    content: str  # digest of the encoded file
+    size: tuple[int, int]  # (width, height) in pixels
+    pixels: str  # digest that copies share whose files differ only in metadata
 
 
 class Digests:
@@ -38,20 +46,21 @@ class Digests:
         self._used: dict[str, list[Any]] = {}
         self._changed = False
 
-    def look(self, picture: Picture) -> tuple[str, tuple[int, int]]:
-        """Return the digest of the encoded content and (width, height). Raise BadPicture if it cannot be read."""
+    def look(self, picture: Picture) -> ImageDigest:
+        """Return digests of the encoded content and (width, height). Raise BadPicture if it cannot be read."""
         before = _stamp(picture)
         if before is None:
-            return picture.digest(), picture.size
+            return _read_image(picture)
         name, stamp, settled = before
         known = self._used.get(name) or self._known.get(name)
         if known is None or known[0] != stamp:
-            known = [stamp, picture.digest(), *picture.size]
+            read = _read_image(picture)
             if not settled or _stamp(picture) != before:  # it may have changed while it was read
-                return known[1], (known[2], known[3])
+                return read
+            known = [stamp, read.content, read.pixels, *read.size]
             self._changed = True
         self._used[name] = known
-        return known[1], (known[2], known[3])
+        return ImageDigest(known[1], (known[3], known[4]), known[2])
 
     def save(self) -> None:
         """Add new digests to the file, keeping those of other processes. Raise OSError if it cannot be written."""
@@ -65,6 +74,11 @@ class Digests:
         if self._file is not None and others:
             _write(self._file, self._used)
         return others
+
+
+def _read_image(picture: Picture) -> ImageDigest:
+    content = picture.digest()
+    return ImageDigest(content, picture.size, picture.pixel_digest(content))
 
 
 def _stamp(picture: Picture) -> tuple[str, str, bool] | None:
@@ -95,12 +109,13 @@ def _read(file: Path) -> dict[str, list[Any]]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Return whether `entry` is a list of stamp, digest, width and height."""
-    if not isinstance(entry, list) or len(entry) != 4:
+    """Return whether `entry` is a list of stamp, both digests, width and height."""
+    if not isinstance(entry, list) or len(entry) != 5:
         return False
-    stamp, digest, *sides = entry
+    stamp, *digests, width, height = entry
+    sides = width, height
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
-    return isinstance(stamp, str) and isinstance(digest, str) and len(digest) == 64 and whole
+    return isinstance(stamp, str) and all(isinstance(one, str) and len(one) == 64 for one in digests) and whole
 
 
 def _write(file: Path, known: dict[str, list[Any]]) -> None:

@@ -76,6 +76,7 @@ class Work(NamedTuple):
     cut: Cut
     digest: str  # of the content at the time of planning
     original: Size
+    pixels: str  # digest that copies share whose files differ only in metadata
 
     @property
     def name(self) -> str:
@@ -256,8 +257,8 @@ class _Planner:
 
     def entry(self, sample: Sample) -> LatentEntry:
         """Return the entry of a sample. Raise BadPicture, without planning anything, if it cannot be used."""
-        digest, original = self.digests.look(sample.target)
-        references = [(picture, *self.digests.look(picture)) for picture in sample.references]
+        digest, original, pixels = self.digests.look(sample.target)
+        references = [(picture, self.digests.look(picture)) for picture in sample.references]
         mask = None if sample.mask is None else (sample.mask, *self.digests.look(sample.mask))
         if mask is not None and mask[2] != original:
             sizes = "{} x {} pixels, but its image {} x {}".format(*mask[2], *original)
@@ -268,13 +269,13 @@ class _Planner:
         cuts = self.buckets.cuts(original, size, digest)
         if references:  # which are not cropped with their image
             cuts = tuple(dict.fromkeys(Cut(mirrored=cut.mirrored) for cut in cuts))
-        caps = tuple(reference_size(*own, self.reference_max_pixels) for _, _, own in references)
+        caps = tuple(reference_size(*known.size, self.reference_max_pixels) for _, known in references)
         variants = []
         for cut in cuts:
-            key = self.add(Work(sample.target, "target", size, cut, digest, original))
+            key = self.add(Work(sample.target, "target", size, cut, digest, original, pixels))
             reference_keys = tuple(
-                self.add(Work(picture, "reference", cap, cut, content, own))
-                for (picture, content, own), cap in zip(references, caps, strict=True)
+                self.add(Work(picture, "reference", cap, cut, *known))
+                for (picture, known), cap in zip(references, caps, strict=True)
             )
             mask_key = None if mask is None else self.add(Work(mask[0], "mask", size, cut, *mask[1:]))
             variants.append(LatentEntry(size, key, caps, reference_keys, mask_key))

@@ -20,7 +20,8 @@ class CachedDataset:
     entries: tuple[LatentEntry, ...]
     prompts: dict[str, str]  # key of each prompt's embedding
     contents: tuple[str, ...]  # digest of each sample's target image
-    references: tuple[tuple[str, ...], ...] = ()  # digests of each sample's references
+    pixels: tuple[str, ...] = ()  # likewise, but equal for copies that differ only in metadata
+    references: tuple[tuple[str, ...], ...] = ()  # such digests of each sample's references
     lease: Lease | None = field(default=None, compare=False, repr=False)  # prevents pruning while this object exists
 
     def embeddings(self, prompts: Sequence[str]) -> Tensor:

@@ -12,14 +12,16 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data.files import open_regular
+from data.sources.encoded_pixels import MOST_BYTES, encoded_pixels
 from data.sources.pixels import FORMATS, decode_alpha, decode_gray, decode_rgb, open_image
+from data.sources.stated_colors import is_recolored
 
 # fmt: off
 SUFFIXES = frozenset((
@@ -64,7 +66,7 @@ class Picture:
 
     def load(self) -> Image.Image:
         """Return the first frame as 8-bit sRGB, as `data.sources.pixels.decode_rgb` converts it."""
-        return self._decoded(decode_rgb).convert("RGB")
+        return self._decoded(partial(decode_rgb, name=self.name)).convert("RGB")
 
     def load_mask(self) -> Image.Image:
         """Return the pixels as a mask, 8-bit gray ("L"), of the size `size`: the weight of each pixel in the loss."""
@@ -91,12 +93,33 @@ class Picture:
             return Header(size, image.mode, animated, image.has_transparency_data)
 
     def digest(self) -> str:
-        """Return the hexadecimal sha256 of the encoded file; with `alpha`, a digest that differs from it."""
+        """Return the hexadecimal sha256 of the encoded file, which cache entries and draws depend on.
+
+        It differs from that with `alpha`, and for an image whose stated colors older versions ignored: its cached
+        latents are of other pixels.
+        """
         digest = hashlib.sha256()
         with self._stream() as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
-        return hashlib.sha256(b"alpha " + digest.digest()).hexdigest() if self.alpha else digest.hexdigest()
+            if not self.alpha:
+                stream.seek(0)
+                with open_image(stream) as image:
+                    recolored = is_recolored(image)
+        prefix = b"alpha " if self.alpha else b"colors 1 " if recolored else None
+        return digest.hexdigest() if prefix is None else hashlib.sha256(prefix + digest.digest()).hexdigest()
+
+    def pixel_digest(self, digest: str) -> str:
+        """Return a digest that copies share whose files differ only in metadata; `digest` if that cannot be known."""
+        with self._stream() as stream:
+            content = stream.read(MOST_BYTES + 1)
+        parts = encoded_pixels(content) if len(content) <= MOST_BYTES else None
+        if parts is None:
+            return digest
+        pixels = hashlib.sha256()
+        for part in parts:
+            pixels.update(part)
+        return pixels.hexdigest()
 
     def is_same_file(self, other: "Picture") -> bool:
         """Return whether both are one file, also by a link, or one cell or file of a shard."""

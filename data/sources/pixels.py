@@ -13,9 +13,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from data.sources.stated_colors import stated_colors
+
 # TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
-SRGB_GAMMA = 0.45455  # as PNG files state it
 COLOR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # of an ICC profile for pixels of a mode
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,18 @@ def is_image(stream: BinaryIO) -> bool:
         return False
 
 
-def decode_rgb(image: Image.Image) -> Image.Image:
-    """Return 8-bit sRGB: EXIF orientation and color profile applied, on white, 16-bit gray scaled, not clipped.
+def decode_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
+    """Return 8-bit sRGB: EXIF orientation and stated colors applied, on white, 16-bit gray scaled, not clipped.
 
-    Raise ValueError for 32-bit and float images, whose white is not defined.
+    Raise ValueError for 32-bit and float images, whose white is not defined, and for HDR. Warnings contain `name`.
     """
-    image = to_srgb(_decoded(image))
+    colors = stated_colors(image)
+    if colors.is_hdr:
+        raise ValueError(colors.problem)
+    if colors.problem:
+        _warn_once(colors.problem, name)
+    image.info["icc_profile"] = colors.profile
+    image = to_srgb(_decoded(image), name)
     if image.mode != "RGBA":
         return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -59,17 +66,22 @@ def decode_alpha(image: Image.Image) -> Image.Image:
     return image.getchannel("A") if image.mode in ("LA", "RGBA") else Image.new("L", image.size, 255)
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """Return an image with its ICC profile applied (perceptual intent, as viewers do), and without it."""
+def to_srgb(image: Image.Image, name: str) -> Image.Image:
+    """Return an image with its ICC profile applied (perceptual intent, as viewers do), and without it.
+
+    A profile that is damaged, or of another color space than the pixels, is ignored, as viewers do, with a warning.
+    """
     profile, alpha = image.info.get("icc_profile"), None
-    if not profile and "srgb" not in image.info:
-        _warn_of_gamma(image.info.get("gamma", SRGB_GAMMA))
     colors = image
     if image.mode in ("LA", "RGBA"):
         colors, alpha = image.convert(image.mode[:-1]), image.getchannel("A")
     if profile and colors.mode == "L" and profile[16:20] == b"RGB ":
         colors = colors.convert("RGB")
-    transform = _transform(profile, colors.mode) if profile else None
+    transform = None
+    try:
+        transform = _transform(profile, colors.mode) if profile else None
+    except (OSError, ValueError, ImageCms.PyCMSError) as error:
+        _warn_once(f"its color profile cannot be applied ({error}) and is ignored", name)
     result = colors.convert("RGB") if transform is None else transform.apply(colors)
     result.info.clear()  # of the profile and the transparent color
     if alpha is not None:
@@ -78,27 +90,29 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 @lru_cache(maxsize=64)
-def _warn_of_gamma(gamma: float) -> None:
-    """Warn once about the gamma of PNG files that have no profile, which viewers apply, unless it is that of sRGB."""
-    if abs(gamma - SRGB_GAMMA) > 0.02:
-        log.warning("an image has the gamma %g, which is not applied: its colors may be wrong. Save it as sRGB", gamma)
+def _named(problem: str) -> list[str]:
+    """Return the list of the images that were warned about because of a problem: the same list each time."""
+    return []
+
+
+def _warn_once(problem: str, name: str) -> None:
+    """Warn about a problem with colors, by the first image that has it."""
+    if not (names := _named(problem)):
+        names.append(name)
+        log.warning("the colors of %s, and of others like it, may be wrong: %s", name, problem)
 
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return the transform of a profile to sRGB; None for that of sRGB itself, so that its pixels stay as they are.
 
-    A profile that is damaged, or of another color space than the pixels, is ignored, as viewers do, with a warning.
+    Raise ValueError for a profile of another color space than the pixels, exceptions of Pillow for a damaged one.
     """
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = source.profile.xcolor_space.strip()
-        if space != COLOR_SPACES[mode]:
-            raise ValueError(f"it is for {space} and the image has {COLOR_SPACES[mode]} pixels")
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (OSError, ValueError, ImageCms.PyCMSError) as error:
-        log.warning("an image's color profile cannot be applied (%s) and is ignored: its colors may be wrong", error)
-        return None
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = source.profile.xcolor_space.strip()
+    if space != COLOR_SPACES[mode]:
+        raise ValueError(f"it is for {space} and the image has {COLOR_SPACES[mode]} pixels")
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode == "CMYK":
         return transform
     levels = np.arange(256, dtype=np.uint8) if mode == "L" else np.linspace(0, 255, 17).astype(np.uint8)

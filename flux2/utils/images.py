@@ -18,10 +18,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from flux2.utils.files import temporary_path
+from flux2.utils.stated_colors import stated_colors
 
 # TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
-SRGB_GAMMA = 0.45455  # as PNG files state it
 log = logging.getLogger(__name__)
 
 
@@ -32,11 +32,18 @@ def open_image(path: Path) -> Image.Image:
     return Image.open(path, formats=FORMATS)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return 8-bit sRGB: EXIF rotation and color profile applied, transparency over white, 16-bit gray scaled.
+def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
+    """Return 8-bit sRGB: EXIF rotation and stated colors applied, transparency over white, 16-bit gray scaled.
 
-    Raise ValueError for the modes I and F with 32 bits per pixel, in which no value is defined as white.
+    Give the image as `Image.open` returned it: what Pillow does not read of its colors is in the file, which loading
+    the pixels closes. Warnings contain `name`. Raise ValueError for HDR, and for the modes I and F with 32 bits per
+    pixel, in which no value is defined as white.
     """
+    stated = stated_colors(image)
+    if stated.is_hdr:
+        raise ValueError(stated.problem)
+    if stated.problem:
+        _warn_once(stated.problem, name)
     key = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
     bits = tiles[0].args if tiles else None  # Pillow scales 2, 4 and 16 bits to 8, but not the key
@@ -48,9 +55,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     white = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
     zero_is_white = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
     image = ImageOps.exif_transpose(image)
-    profile = image.info.pop("icc_profile", None)
-    if not profile and "srgb" not in image.info:
-        _warn_of_gamma(image.info.get("gamma", SRGB_GAMMA))
+    image.info.pop("icc_profile", None)
     if image.mode in ("I", "F"):
         raise ValueError(f"its mode {image.mode} has no defined white: save it with 8 or 16 bits per channel")
     if image.mode.startswith("I;16"):
@@ -65,46 +70,56 @@ def as_rgb(image: Image.Image) -> Image.Image:
     is_gray = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         image = image.convert("LA" if is_gray else "RGBA")
-        colors, alpha = _in_srgb(image.convert("L" if is_gray else "RGB"), profile), image.getchannel("A")
+        colors, alpha = _in_srgb(image.convert("L" if is_gray else "RGB"), stated.profile, name), image.getchannel("A")
         colors.putalpha(alpha)
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colors).convert("RGB")
     if image.mode == "LAB":
         return image.convert("RGB")
-    return _in_srgb(image if image.mode == "CMYK" else image.convert("L" if is_gray else "RGB"), profile)
+    colors = image if image.mode == "CMYK" else image.convert("L" if is_gray else "RGB")
+    return _in_srgb(colors, stated.profile, name)
 
 
-def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return an image of the mode L, RGB or CMYK as RGB, with its ICC profile applied."""
+def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+    """Return an image of the mode L, RGB or CMYK as RGB, with its ICC profile applied.
+
+    As viewers do, ignore a profile that is damaged or of another color space than the pixels, and warn about it.
+    """
     if profile and image.mode == "L" and profile[16:20] == b"RGB ":
         image = image.convert("RGB")
-    transform = _transform(profile, image.mode) if profile else None
+    transform = None
+    try:
+        transform = _transform(profile, image.mode) if profile else None
+    except (OSError, ValueError, ImageCms.PyCMSError) as error:
+        _warn_once(f"its color profile cannot be applied ({error}) and is ignored", name)
     result = image.convert("RGB") if transform is None else transform.apply(image)
     result.info.clear()  # of the profile and the transparent color
     return result
 
 
 @lru_cache(maxsize=64)
-def _warn_of_gamma(gamma: float) -> None:
-    """Warn once about the gamma of PNG files that have no profile, which viewers apply, unless it is that of sRGB."""
-    if abs(gamma - SRGB_GAMMA) > 0.02:
-        log.warning("an image has the gamma %g, which is not applied: its colors may be wrong. Save it as sRGB", gamma)
+def _named(problem: str) -> list[str]:
+    """Return the list of the images that were warned about because of a problem: the same list each time."""
+    return []
+
+
+def _warn_once(problem: str, name: str) -> None:
+    """Warn about a problem with colors, by the first image that has it."""
+    if not (names := _named(problem)):
+        names.append(name)
+        log.warning("the colors of %s, and of others like it, may be wrong: %s", name, problem)
 
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return the transform of an ICC profile to sRGB with perceptual intent; None for sRGB itself.
 
-    As viewers do, ignore a profile that is damaged or of another color space than the pixels, and warn about it.
+    Raise ValueError for a profile of another color space than the pixels, exceptions of Pillow for a damaged one.
     """
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        space, wanted = source.profile.xcolor_space.strip(), {"L": "GRAY"}.get(mode, mode)
-        if space != wanted:
-            raise ValueError(f"it is for {space} and the image has {wanted} pixels")
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (OSError, ValueError, ImageCms.PyCMSError) as error:
-        log.warning("an image's color profile cannot be applied (%s) and is ignored: its colors may be wrong", error)
-        return None
+    source = ImageCms.ImageCmsProfile(BytesIO(profile))
+    space, wanted = source.profile.xcolor_space.strip(), {"L": "GRAY"}.get(mode, mode)
+    if space != wanted:
+        raise ValueError(f"it is for {space} and the image has {wanted} pixels")
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     if mode == "CMYK":
         return transform
     steps = np.linspace(0, 255, 256 if mode == "L" else 17).astype(np.uint8)
@@ -122,7 +137,7 @@ def read_image(path: Path, what: str) -> Image.Image:
         raise ValueError(f"{what} is not a file")
     try:
         with open_image(path) as image:
-            return as_rgb(image)
+            return as_rgb(image, str(path))
     except Exception as error:  # decoders raise OSError, SyntaxError, EOFError, DecompressionBombError and more
         raise ValueError(f"{what} cannot be read as an image ({describe_decoding_error(error)})") from error
 

@@ -1,10 +1,13 @@
 """The loop on small random models, whose losses and gradients are of the size of one."""
 
+import shutil
 import threading
 
 import pytest
 import torch
 from message_helpers import holds
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from train_helpers import CAPTIONS, PRESERVE, adapter, compose, lines, reread, same_tensors, values
 
 from flux2 import adapters
@@ -15,6 +18,7 @@ from train.objective import objective
 from train.objective.objective import Objective
 from train.stages.memory import load_config
 from train.utils.prefetch import Prefetcher
+from train.validation.loss import ValidationSettings
 
 pytest_plugins = ("train_helpers",)
 
@@ -45,6 +49,36 @@ def test_held_out_samples_are_never_trained_on(train, batches, captured):
     held = {sample.caption for sample in captured[0].validator.chosen}
     assert len(held) == 2
     assert {caption for batch in batches for caption in batch.captions} == set(CAPTIONS) - held
+
+
+@pytest.fixture
+def copies(pictures, tmp_path):
+    """The pictures, and a copy of each with a comment in its file."""
+    folder, comment = shutil.copytree(pictures, tmp_path / "copies"), PngInfo()
+    comment.add_text("Comment", "a copy")
+    for i, caption in enumerate(CAPTIONS):
+        with Image.open(folder / f"{i}.png") as image:
+            image.save(folder / f"copy{i}.png", pnginfo=comment)
+        (folder / f"copy{i}.txt").write_text(f"copy of {caption}")
+    return folder
+
+
+def test_a_copy_with_a_comment_is_held_out_with_its_image(train, batches, captured, copies):
+    train("run", f"dataset.path={copies}", "steps=12", "validation.held_out=2", "validate_every=12")
+    held = {sample.caption for sample in captured[0].validator.chosen}
+    assert held == {text for caption in held & set(CAPTIONS) for text in (caption, f"copy of {caption}")}
+    assert not held & {caption for batch in batches for caption in batch.captions}
+
+
+def test_a_run_whose_copies_were_chosen_one_by_one_is_not_resumed_silently(train, copies, monkeypatch):
+    overrides = f"dataset.path={copies}", "validation.held_out=3", "validate_every=0"
+    split = ValidationSettings.split
+    with monkeypatch.context() as earlier:
+        earlier.setattr(ValidationSettings, "split", lambda self, contents, *_: split(self, contents))
+        run = train("run", *overrides, "steps=1", "checkpoint_every=1")
+    (checkpoint,) = checkpoints(run)
+    with pytest.raises(ValueError, match=r"samples differ [\s\S]*allow_changed_data=true"):
+        train("more", *overrides, "steps=2", f"resume={checkpoint}")
 
 
 def test_each_step_but_the_first_is_prepared_ahead_in_one_thread_and_none_after_the_last(train, monkeypatch):

@@ -195,8 +195,9 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
         latents = latents.without(bad)
         request.samples.leave_out(latents.bad)
     contents = tuple(latents.work[entry.key].digest for entry in latents.entries)
-    references = tuple(tuple(latents.work[key].digest for key in entry.reference_keys) for entry in latents.entries)
-    return CachedDataset(cache, latents.entries, dict(embeddings.keys), contents, references, lease)
+    pixels = tuple(latents.work[entry.key].pixels for entry in latents.entries)
+    references = tuple(tuple(latents.work[key].pixels for key in entry.reference_keys) for entry in latents.entries)
+    return CachedDataset(cache, latents.entries, dict(embeddings.keys), contents, pixels, references, lease)
 
 
 def remove_unused(request: CacheRequest, *others: CacheRequest) -> str:

@@ -120,7 +120,7 @@ def prepare_data(config: RunConfig) -> TrainingData:
     key = [config.precision.dtype, *(config.composed[name] for name in (*DATA_GROUPS, *DATA_KEYS))]
     prepared: PreparedData = SHARED.take("data", key, lambda: prepare_samples(config), config.say, "prepared data")
     cached, settings = prepared.cached, config.settings
-    training, held_out = config.validation.split(cached.contents, cached.references)
+    training, held_out = config.validation.split(cached.contents, cached.references, cached.pixels)
     if config.validation.held_out and len(held_out) > config.validation.held_out:
         config.say(
             f"{len(held_out)} samples are held out instead of {config.validation.held_out}: samples of one image, and "

@@ -45,19 +45,23 @@ class ValidationSettings:
         if not times or not all(is_number(time, 0, 1) for time in times) or len({f"{t:g}" for t in times}) < len(times):
             raise ValueError(f"validation.times={self.times!r} must be a list of different numbers from 0 to 1")
 
-    def split(self, contents: Sequence[str], references: Sequence[Sequence[str]] = ()) -> tuple[list[int], list[int]]:
+    def split(
+        self, contents: Sequence[str], references: Sequence[Sequence[str]] = (), pixels: Sequence[str] = ()
+    ) -> tuple[list[int], list[int]]:
         """Return the indices to train on, in order, and those to validate on.
 
         Samples are held out by `contents`, the digests of their images: order does not matter, and adding images
         changes little. Samples of one image, and samples of which one's image is among the other's `references`, are
-        held out together, which may be more than `held_out`.
+        held out together, which may be more than `held_out`. One image is what has equal digests in `pixels`, which
+        `references` consist of, because copies may differ in metadata; by default these are `contents`. They decide
+        nothing else, so that a run without such copies has the samples that it had before there were any.
         """
         count = len(contents)
         ranks = [hashlib.sha256(f"{self.seed} held out {content}".encode()).hexdigest() for content in contents]
         order = sorted(range(count), key=lambda i: ranks[i])
         if not self.held_out:
             return list(range(count)), order[: self.samples]
-        groups = groups_of(contents, references)
+        groups = groups_of(pixels or contents, references)
         held_out = dict[int, None]()  # in order
         for i in order:
             if len(held_out) < self.held_out:

@@ -49,7 +49,8 @@ def test_what_was_seen_at_an_earlier_start_is_not_read_again(tmp_path: Path, rea
     picture = drawn(tmp_path / "a.png", "red")
     first = Digests(tmp_path / "index.json")
     found = first.look(picture)
-    assert found == (Picture.digest(picture), (20, 10))
+    assert found[:2] == (Picture.digest(picture), (20, 10))
+    assert found.pixels == picture.pixel_digest("")
     first.save()
     reads.clear()
     assert Digests(tmp_path / "index.json").look(picture) == found
@@ -124,10 +125,10 @@ def test_the_pictures_of_one_shard_are_told_apart_and_remembered(tmp_path: Path,
     samples = WebDataset(tmp_path / "a.tar")
     first = Digests(tmp_path / "index.json")
     found = [first.look(sample.target) for sample in samples]
-    assert [digest for digest, _ in found] == [
+    assert [known.content for known in found] == [
         file_picture(tmp_path / f"{sample.caption}.png").digest() for sample in samples
     ]
-    assert len({digest for digest, _ in found}) == 3
+    assert len({known.content for known in found}) == 3
     first.save()
     reads.clear()
     second = Digests(tmp_path / "index.json")
@@ -164,7 +165,13 @@ def test_two_processes_remember_together_and_forgetting_keeps_what_was_looked_at
     assert reads == [b.name]
 
 
-@pytest.mark.parametrize("entry", [None, [], ["x"], ["stamp", "f" * 64, "20", 10], ["stamp", "f" * 64, 0, 10]])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(None, [], ["x"], ["stamp", "f" * 64, 20, 10], ["stamp", "f" * 64, "f" * 63, 20, 10]),
+        *(["stamp", "f" * 64, "f" * 64, "20", 10], ["stamp", "f" * 64, "f" * 64, 0, 10]),
+    ],
+)
 @pytest.mark.usefixtures("later")
 def test_a_damaged_entry_of_the_index_is_read_again(tmp_path: Path, entry: object, reads: list[str]) -> None:
     a = drawn(tmp_path / "a.png", "red")
@@ -172,14 +179,15 @@ def test_a_damaged_entry_of_the_index_is_read_again(tmp_path: Path, entry: objec
     known = index.look(a)
     index.save()
     content = json.loads((tmp_path / "index.json").read_text())
-    content["pictures"] = dict.fromkeys(content["pictures"], entry)
+    ((name, (stamp, *_)),) = content["pictures"].items()
+    content["pictures"] = {name: [stamp, *entry[1:]] if entry else entry}
     (tmp_path / "index.json").write_text(json.dumps(content))
     reads.clear()
     assert Digests(tmp_path / "index.json").look(a) == known
     assert reads == [a.name]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "pictures": []}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 2, "pictures": []}'])
 def test_a_damaged_index_is_told_and_made_anew(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "index.json").write_text(content)
     index = Digests(tmp_path / "index.json")

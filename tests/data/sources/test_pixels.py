@@ -79,28 +79,11 @@ def test_a_profile_that_cannot_be_applied_is_ignored_with_a_warning(
 ) -> None:
     from data.sources import pixels
 
-    pixels._transform.cache_clear()
+    pixels._named.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert saved(Image.new("RGB", (16, 16), GREEN), icc_profile=profile).load().getpixel((3, 3)) == GREEN
     assert len([record for record in caplog.records if "color profile" in record.message]) == 1
-
-
-@pytest.mark.parametrize("gamma", [1.0, 0.45455, None])
-def test_a_gamma_that_is_not_applied_is_said(gamma: float | None, caplog: pytest.LogCaptureFixture) -> None:
-    from data.sources import pixels
-    from flux2.utils import images
-
-    pixels._warn_of_gamma.cache_clear()
-    images._warn_of_gamma.cache_clear()
-    content = png(8, 3, [0, 200], clear=77, gamma=gamma)
-    for load in (
-        lambda: Picture("x.png", lambda: io.BytesIO(content)).load(),
-        lambda: images.as_rgb(Image.open(io.BytesIO(content))),
-    ):
-        caplog.clear()
-        assert load().getpixel((20, 3)) == load().getpixel((20, 3)) == (200, 200, 200)
-        assert sum("gamma 1," in record.message for record in caplog.records) == (gamma == 1.0)  # once
 
 
 @pytest.mark.parametrize(("bits", "channels"), [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3), (16, 3)])

@@ -106,6 +106,15 @@ def test_edits_of_an_image_that_is_held_out_are_not_trained():
     )
 
 
+def test_copies_with_other_metadata_are_held_out_together_and_change_no_other_choice():
+    contents, pixels = [f"file {i}" for i in range(12)], [f"image {i % 8}" for i in range(12)]
+    references = [()] * 11 + [("image 5",)]  # 11 shows image 3, and edits image 5
+    for settings in (ValidationSettings(held_out=3, seed=seed) for seed in range(20)):
+        trained, validated = settings.split(contents, references, pixels)
+        assert not {image for i in trained for image in (pixels[i], *references[i])} & {pixels[i] for i in validated}
+        assert settings.split(contents[:8], (), pixels[:8]) == settings.split(contents[:8])  # as in earlier runs
+
+
 # ------------------------------------------------------------------ the loss at fixed noise
 
 
