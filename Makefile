@@ -6,7 +6,7 @@ CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 # Bytecode is kept also where the environment says not to: without it every test process compiles the tests again.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
-.PHONY: setup demo demo-edit test test-slow check bench docs tiny clean
+.PHONY: setup demo demo-edit test test-slow test-simulated-gpu check bench docs tiny clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test       the CPU test suite"
 	@echo "make check      lint, format, types and make test"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-simulated-gpu   CUDA code on a simulated GPU (tests/simulated_gpu): 5 GB to install, minutes to run"
 	@echo "make tiny       draw the pictures and train the embedded model again (hours)"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make bench      the side-by-side benchmarks for this machine, and README's tables from them"
@@ -40,6 +41,22 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow
 
+# An environment of its own, with a CUDA build of PyTorch; everything else has the versions of constraints.txt.
+CUDA_VENV := .venv-cuda
+CUDA_TORCH := 2.11.0
+
+$(CUDA_VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing a CUDA build of PyTorch and what the tests need into $(CUDA_VENV): 5 GB, some minutes, once"
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	grep -v '^torch==' constraints.txt > $(CUDA_VENV)/constraints.txt && echo torch==$(CUDA_TORCH) >> $(CUDA_VENV)/constraints.txt
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CUDA_VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+test-simulated-gpu: $(CUDA_VENV)/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= SIMULATED_GPU_GB=400 $(CUDA_VENV)/bin/python \
+	  tests/simulated_gpu/build.py $(CUDA_VENV)/bin/python -m pytest -n $(CORES) --dist worksteal -m 'not gpu_values' \
+	  tests/simulated_gpu tests/gpu
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,4 +79,4 @@ docs: .venv/docs-installed
 	@touch $@
 
 clean:
-	rm -rf .venv outputs .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-cuda outputs .pytest_cache .mypy_cache .ruff_cache build *.egg-info

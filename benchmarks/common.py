@@ -97,7 +97,7 @@ def limit_memory(device: torch.device, gpu_memory_gb: float) -> bool:
     """Let PyTorch allocate as much as on a GPU of this size. Return whether this GPU is large enough for that."""
     total = torch.cuda.get_device_properties(device).total_memory
     share = (gpu_memory_gb - CONTEXT_GB) * GIB / total
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device.index or 0)
     return share <= 1
 
 

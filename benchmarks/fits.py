@@ -20,6 +20,7 @@ import flux2  # noqa: F401, I001  before torch: it sets how long threads spin
 
 import argparse
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -46,6 +47,8 @@ from flux2 import adapters
 from flux2.layers.attention import preferred_backends
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.block_offload import offload, offloaded_blocks
+from flux2.memory.ring_buffer import Copier
+from flux2.models.transformer import Transformer
 from flux2.quantization.precision import Storage
 from flux2.models.variants import VARIANTS, Variant
 from train.planner.gpus import GIB, gpu, usable
@@ -103,18 +106,29 @@ def make_planner(variant: Variant, storage: Storage | None, pixels: int, in_fp8:
     return Planner(Workload(variant, model, torch.bfloat16, OPTIMIZER, (pixels, pixels), storage=storage))
 
 
-def train(case: Case, prediction: Prediction, device: torch.device, repeats: int, in_fp8: bool) -> list[float]:
-    """Return the seconds of `repeats` steps after two warm-up steps. The memory peak includes the warm-up."""
+def train(
+    case: Case,
+    prediction: Prediction,
+    device: torch.device,
+    repeats: int,
+    in_fp8: bool,
+    make_model: Callable[..., Transformer] = random_transformer,
+    copier: Callable[[torch.device], Copier] | None = None,
+) -> list[float]:
+    """Return the seconds of `repeats` steps after two warm-up steps. The memory peak includes the warm-up.
+
+    `make_model` takes the arguments of `random_transformer`, and `copier` is that of `offload`.
+    """
     choice, config = prediction.choice, case.variant.transformer
     streamed = offloaded_blocks(config, choice.offload_blocks)
     precision = make_precision(case.storage, in_fp8, choice.cache_transposed_weights)
-    model = random_transformer(config, precision, device, host=streamed)
+    model = make_model(config, precision, device, host=streamed)
     backends = preferred_backends(None, device)
     set_policy(model, choice.checkpointing, budget_gb=choice.budget_gb, attention=backends)
     attach_adapter(model, rank=16)
     for parameter in adapters.adapter_parameters(model):
         parameter.data = parameter.data.to(device)
-    offload(model, choice.offload_blocks, activations=choice.offload_activations, device=device)
+    offload(model, choice.offload_blocks, activations=choice.offload_activations, device=device, copier=copier)
     optimizer = OPTIMIZER(adapters.adapter_parameters(model))
     inputs = Inputs(config, case.pixels // 16, 512, device)
     free_memory(device)
