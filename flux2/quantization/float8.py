@@ -42,11 +42,21 @@ def fp8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dt
     return torch._scaled_mm(values, weight, scale, columns, out_dtype=out, use_fast_accum=True).to(dtype)
 
 
-def check_scale(scale: Tensor) -> None:
-    """Raise ValueError unless each scale is a positive number, in float32 too."""
+def check_scale(scale: Tensor, values: Tensor) -> None:
+    """Raise ValueError unless each scale, in float32, is a positive number with finite products, or zero for zeros.
+
+    Quantizers that divide the largest value by that of FP8 give rows of zeros the scale 0.
+
+    Args:
+        scale: Scales in a shape that multiplies `values`.
+        values: FP8 values.
+    """
     scale = scale.float()
-    if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-        raise ValueError("a scale is zero, negative or not finite")
+    if not bool(torch.isfinite(scale * torch.finfo(values.dtype).max).all()) or bool((scale < 0).any()):
+        raise ValueError("a scale is negative, or its weights are not finite")
+    is_zero = scale == 0
+    if bool(is_zero.any()) and bool((is_zero & (values.float() != 0)).any()):
+        raise ValueError("a scale is zero, but its values are not")
 
 
 class Float8Linear(QuantizedLinear):
@@ -160,9 +170,9 @@ class Float8Linear(QuantizedLinear):
         values, scale = self.on_storage_device(tensors["weight"]), tensors["weight_scale"]
         if values.dtype != torch.float8_e4m3fn:
             raise ValueError(f"a weight in {values.dtype} was given to {self}, not in {torch.float8_e4m3fn}")
-        check_scale(scale)
         if scale.numel() not in (1, self.out_features):
             raise ValueError(f"a scale of shape {tuple(scale.shape)} was given to {self}: give one, or one per row")
+        check_scale(scale.reshape(-1, 1).to(values.device), values)
         if scale.numel() == 1 and self.rowwise:
             scale = scale.reshape(1).expand(self.out_features)
         self.rowwise = scale.numel() > 1

@@ -271,33 +271,40 @@ class Weight:
         """Return a part that was read by itself, in `dtype`."""
         if part.form == "nf4":
             return self.layer(i, tensors, dtype).dequantize(dtype)
-        weight = tensors[f"{i}.weight"].to(dtype)
         scale = self.scale(i, tensors)
-        if scale is not None and part.block is not None:
-            for dim, (size, side) in enumerate(zip(part.block, part.shape, strict=True)):
-                scale = scale.repeat_interleave(size, dim)[(slice(None),) * dim + (slice(side),)]
-            return weight.mul_(scale)
-        return weight if scale is None else weight.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
+        weight = tensors[f"{i}.weight"].to(dtype)
+        return weight if scale is None else weight.mul_(scale)
 
     def layer(self, i: int, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Nf4Linear:
         """Return a 4-bit part as a separate layer."""
         rows, columns = self.parts[i].shape
         layer = Nf4Linear(columns, rows, dtype=dtype, device="meta")
-        self.adopt(layer, self.part_tensors(i, tensors))
+        self.adopt(layer, self.part_tensors(i, tensors), self.parts[i])
         return layer
 
     def part_tensors(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key.removeprefix(f"{i}."): tensor for key, tensor in tensors.items() if key.startswith(f"{i}.")}
 
     def scale(self, i: int, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the scale of an fp8 part in float32; None if it has none. Raises WeightsError unless it is usable."""
+        """Return the scales of an fp8 part in float32, in a shape that multiplies it; None if it has none.
+
+        Raises WeightsError unless they are usable.
+        """
         if (scale := tensors.get(f"{i}.weight_scale")) is None:
             return None
+        part = self.parts[i]
+        values = list(self.entry.split(tensors["weight"]).values())[i] if self.is_joined else tensors[f"{i}.weight"]
+        scale = scale.float()
+        if part.block is None:
+            scale = scale.reshape(-1, *[1] * (len(part.shape) - 1))
+        else:
+            for dim, (size, side) in enumerate(zip(part.block, part.shape, strict=True)):
+                scale = scale.repeat_interleave(size, dim)[(slice(None),) * dim + (slice(side),)]
         try:
-            check_scale(scale)
+            check_scale(scale, values)
         except ValueError as error:
-            raise WeightsError(f"{self.parts[i].description} cannot be read: {error}. {ADVICE}") from error
-        return scale.float()
+            raise WeightsError(f"{part.description} cannot be read: {error}. {ADVICE}") from error
+        return scale
 
     def scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the scales of fp8 parts read together, in float32: (1,) if all are equal, otherwise (rows, 1)."""
@@ -317,14 +324,15 @@ class Weight:
         elif isinstance(layer, Float8Linear) and self.is_joined and self.dtype == torch.float8_e4m3fn:
             joined = {"weight": tensors["weight"], "weight_scale": self.scales(tensors)}
         if joined is not None:
-            self.adopt(layer, joined)
+            self.adopt(layer, joined, self.parts[0])
         return joined is not None
 
-    def adopt(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor]) -> None:
+    def adopt(self, layer: QuantizedLinear, tensors: Mapping[str, Tensor], part: StoredPart) -> None:
+        """Put a quantized weight into the layer. Raises WeightsError that names `part` if it does not fit."""
         try:
             layer.adopt(tensors)
         except (ValueError, KeyError) as error:  # bitsandbytes raises KeyError for missing keys
-            raise WeightsError(f"{self.parts[0].description} cannot be read: {error}") from error
+            raise WeightsError(f"{part.description} cannot be read: {error}. {ADVICE}") from error
 
     def joined_nf4(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Return the storage of all parts, or None if quantization blocks run from one part into the next."""

@@ -140,7 +140,6 @@ def test_a_4_bit_weight_that_is_not_whole_is_named(suffix: str, told: str, load:
     [
         ("absmax", lambda old: old.float(), r"absmax\b.*torch\.float32.*torch\.uint8"),
         ("nested_absmax", lambda old: old.half(), r"nested_absmax\b.*torch\.float16.*torch\.float32"),
-        ("nested_absmax", lambda old: old * float("nan"), "scale.*finite"),
     ],
 )
 def test_scales_of_4_bits_that_are_others_are_named(
@@ -151,6 +150,40 @@ def test_scales_of_4_bits_that_are_others_are_named(
     stored[f"{name}.{suffix}"] = change(stored[f"{name}.{suffix}"])
     with pytest.raises(WeightsError, match=rf"/flux\.safetensors: {name}\b.*{told}"):
         load(stored, NF4)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, NF4], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("naming", [dict, published], ids=["ours", "diffusers'"])
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested_absmax"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.4e38])
+def test_a_scale_of_4_bits_that_is_not_finite_is_named(
+    value: float, nested: bool, naming: Callable[..., dict], precision: Precision | torch.dtype, load: Load
+) -> None:
+    """Quantized scales overflow where the offset is added; unquantized ones of any finite size do not."""
+    state = naming(weights())
+    name = next(key for key in state if key.endswith(("linear2.weight", "0.attn.to_v.weight")))
+    stored, _ = in_four_bits(state, nested)
+    if nested:
+        about = f"{name}.quant_state.bitsandbytes__nf4"
+        content = json.loads(bytes(stored[about].tolist())) | {"nested_offset": 3.4e37}
+        stored[about] = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+    key = "nested_absmax" if nested else "absmax"
+    stored[f"{name}.{key}"].view(-1)[-1] = value
+    if value == 3.4e38 and not nested:
+        load(stored, precision)
+        return
+    with pytest.raises(WeightsError, match=rf"/flux\.safetensors: {name}\b.*weight\.{key}\b.*finite.*bfloat16"):
+        load(stored, precision)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_block_of_zeros_has_the_scale_zero(nested: bool, load: Load) -> None:
+    state, name = weights(), "single_blocks.0.linear2.weight"
+    state[name][:, :64] = 0
+    stored, meant = in_four_bits(state, nested)
+    if not nested:
+        assert (stored[f"{name}.absmax"] == 0).sum() == 64
+    check_equal(load(stored, NF4), meant)
 
 
 @pytest.mark.parametrize(
