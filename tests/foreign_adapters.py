@@ -60,6 +60,7 @@ WRITERS = {
     "diffusers": Writer(DIFFUSERS, "transformer.", "header", PAIRS),
     "diffusers model": Writer(DIFFUSERS, "", "header", PAIRS),
     "diffusers folder": Writer(DIFFUSERS, "transformer.", "header", PAIRS, file="pytorch_lora_weights.safetensors"),
+    "diffusers before PEFT": Writer(DIFFUSERS, "transformer.", "alpha", ("lora",), down="lora.down", up="lora.up"),
     "PEFT": Writer(BFL, "base_model.model.", "config", (*PAIRS, "loha", "lokr"), file=PEFT_FILE),
     "PEFT on diffusers": Writer(DIFFUSERS, "base_model.model.", "config", (*PAIRS, *EACH[1:]), file=PEFT_FILE),
     "PEFT renamed": Writer(DIFFUSERS, "base_model.model.", "config", (*PAIRS, *EACH[1:])),

@@ -33,10 +33,16 @@ FAMILIES = {  # prefixes, and the program they belong to; others are named as th
     "lora_transformer_": "OneTrainer",
     "lycoris_": "LyCORIS",
 }
-SIDES = {"lora_down": "lora_A", "lora_up": "lora_B", "magnitude": "lora_magnitude_vector"}
+SIDES = {
+    "lora_down": "lora_A",
+    "lora_up": "lora_B",
+    "lora.down": "lora_A",  # diffusers, before PEFT
+    "lora.up": "lora_B",
+    "magnitude": "lora_magnitude_vector",
+}
 KEY = re.compile(
     rf"(?P<prefix>{DOTTED}(?:{'|'.join(UNDERSCORES)})?)(?P<layer>.+?)"
-    r"\.(?P<side>lora_[AB]|lora_down|lora_up|lora_magnitude_vector|magnitude|dora_scale|alpha"
+    r"\.(?P<side>lora_[AB]|lora[._](?:down|up)|lora_magnitude_vector|magnitude|dora_scale|alpha"
     r"|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
     r"(?:\.(?!weight(?:_|$)|bias$)(?P<adapter>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
@@ -54,8 +60,9 @@ NOT_READ = {
     r"vera_|randlora_": "an adapter with shared random factors (VeRA)",
     r"\.scalar$": "factors with a trained scalar",
     r"(weight_scale|scale_weight|weight_scale_inv|comfy_quant|absmax|quant_state|scaled_fp8)": "a quantized adapter",
+    r"_lora\.(down|up)\.": "attention processors of old diffusers versions",
     r"\.bias$": "biases of layers",
-    r"\.weight$": "whole layers instead of an adapter",
+    r"^(?!(?i:.*lora)).*\.weight$": "whole layers instead of an adapter",
 }
 
 
@@ -130,7 +137,7 @@ def check_keys(keys: Iterable[str]) -> None:
 def match_key(key: str) -> re.Match[str] | None:
     """Return the parts of a key that has a meaning here; only B may have a bias."""
     match = KEY.fullmatch(key)
-    return match if match and (match["leaf"] != "bias" or match["side"] in ("lora_B", "lora_up")) else None
+    return match if match and (match["leaf"] != "bias" or SIDES.get(match["side"], match["side"]) == "lora_B") else None
 
 
 def check_known(keys: Iterable[str]) -> None:
@@ -143,6 +150,10 @@ def check_known(keys: Iterable[str]) -> None:
         )
     if unknown := [key for key in keys if match_key(key) is None]:
         by_kind = {kind: [key for key in unknown if re.search(part, key)] for part, kind in NOT_READ.items()}
+        other_case = re.compile(KEY.pattern, re.IGNORECASE)
+        by_kind["spelled in another case than lora_A or lora_down"] = [
+            key for key in unknown if other_case.fullmatch(key)
+        ]
         kind, found = max(by_kind.items(), key=lambda item: len(item[1]))
         if found:
             raise AdapterError(

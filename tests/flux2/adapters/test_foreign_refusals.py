@@ -117,6 +117,10 @@ def test_headers_of_flux2_are_accepted(header: dict[str, str], tmp_path: Path) -
         ([f"{KEY}.lora_A.weight_scale", f"{KEY}.lora_B.weight_scale"], "quantized"),
         ([f"{KEY}.lora_A.bias"], "biases"),
         ([f"{KEY}.weight"], "whole layers"),
+        (["transformer.transformer_blocks.0.attn.processor.to_q_lora.down.weight"], "attention processors"),
+        ([f"{KEY}.LORA_A.weight", f"{KEY}.LORA_B.weight"], "another case than lora_A"),
+        ([f"{KEY}.Lora_Down.Weight", f"{KEY}.ALPHA"], "another case than lora_A"),
+        ([f"{KEY}.lora_C.weight"], "not LoRA keys"),
     ],
 )
 def test_keys_that_are_not_read_are_named_by_what_they_are(keys: list[str], kind: str, tmp_path: Path) -> None:
