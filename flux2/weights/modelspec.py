@@ -17,6 +17,7 @@ from flux2.models.variants import find_variant
 PREFIX = "modelspec."
 VERSION = "1.0.1"
 HASH = f"{PREFIX}hash_sha256"
+OWN_HASH = "flux2_lora.hash_sha256"  # the same: tools that edit tensors and copy the header leave HASH of others stale
 COMFY_DORA = "flux2_lora.dora_scale"  # key of a file whose dora_scale is ComfyUI's; other programs write m there
 NO_HASH = "0x" + "0" * 64
 BFL = "https://github.com/black-forest-labs/flux2"
@@ -61,7 +62,7 @@ def data_hash(file: Path) -> str:
         return f"0x{hashlib.file_digest(handle, 'sha256').hexdigest()}"
 
 
-def header_hash(about: Mapping[str, str]) -> str | None:
+def header_hash(about: Mapping[str, str], key: str = HASH) -> str | None:
     """Return the hash in a file's metadata as `data_hash` writes it; None if there is none, or not one of SHA-256."""
-    digits = str(about.get(HASH, "")).lower().removeprefix("0x")
+    digits = str(about.get(key, "")).lower().removeprefix("0x")
     return f"0x{digits}" if re.fullmatch("[0-9a-f]{64}", digits) else None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flux2.utils.text import gigabytes
-from flux2.weights.modelspec import HASH, NO_HASH
+from flux2.weights.modelspec import HASH, NO_HASH, OWN_HASH
 from flux2.weights.safetensors_files import DTYPE_NAMES
 
 SPARE = 64 << 20  # bytes of the disk that stay free
@@ -72,7 +72,7 @@ class SafetensorsFile:
         self._write_header(NO_HASH)
 
     def _write_header(self, digest: str) -> None:  # as many bytes for any digest
-        self.handle.write(file_header(self.plan, {**self.metadata, HASH: digest}))
+        self.handle.write(file_header(self.plan, {**self.metadata, HASH: digest, OWN_HASH: digest}))
 
     def write(self, name: str, tensor: Tensor) -> None:
         assert self.todo[:1] == [name], f"{name} is not next in {self.path}"

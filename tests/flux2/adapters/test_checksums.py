@@ -17,7 +17,7 @@ from flux2.adapters.formats import AdapterError
 from flux2.adapters.peft_config import PEFT_CONFIG
 from flux2.adapters.reading import PEFT_FILE, read_tensors
 from flux2.export import deltas
-from flux2.weights.modelspec import HASH, data_hash
+from flux2.weights.modelspec import HASH, OWN_HASH, data_hash
 from flux2.weights.streaming_writer import write_safetensors
 from train.checkpoints.checkpoint import seal
 from train.stages.saved_run import candidates
@@ -69,19 +69,31 @@ def test_a_bit_that_flipped_in_the_tensors_is_an_error(
 def test_every_file_of_a_pissa_has_a_hash(saved: Callable[[str], Path]) -> None:
     for name in (PEFT_FILE, DIFFUSERS_FILE, PISSA_FILE):
         raw = (saved("pissa") / name).read_bytes()
-        assert HASH in json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"], name
+        about = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+        assert about[HASH] == about[OWN_HASH] == data_hash(saved("pissa") / name), name
 
 
-def test_hashes_of_other_programs_are_read_however_they_are_spelt(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_stale_hash_of_another_program_is_a_warning(
+    saved: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     state, file = load_file(saved("lora") / DIFFUSERS_FILE), tmp_path / "x.safetensors"
     save_file(state, file)
     right = data_hash(file)
     for text in (right, right.upper(), right[2:], "unknown", ""):
         save_file(state, file, {HASH: text})
         adapters.load(base(), file)
+    assert not caplog.records
     save_file(state, file, {HASH: "1" * 64})
-    with pytest.raises(AdapterError, match="changed since"):
-        adapters.load(base(), file)
+    adapters.load(base(), file)
+    assert "x.safetensors has other tensors than its modelspec.hash_sha256 says" in caplog.text
+    for header in ({OWN_HASH: "1" * 64}, {OWN_HASH: "1" * 64, HASH: right}):
+        save_file(state, file, header)
+        with pytest.raises(AdapterError, match="changed since"):
+            adapters.load(base(), file)
+    caplog.clear()
+    save_file(state, file, {OWN_HASH: right, HASH: "1" * 64})
+    adapters.load(base(), file)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", [PEFT_FILE, PEFT_CONFIG])

@@ -40,7 +40,9 @@ def test_a_saved_folder_holds_whole_files_and_nothing_else(tmp_path: Path) -> No
     assert "FLUX Non-Commercial License" in (tmp_path / "adapter" / "README.md").read_text()
     with safe_open(tmp_path / "adapter" / "diffusers.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata.pop("modelspec.hash_sha256").startswith("0x")
+    hashes = {metadata.pop(f"{program}.hash_sha256") for program in ("modelspec", "flux2_lora")}
+    assert len(hashes) == 1
+    assert hashes.pop().startswith("0x")
     assert metadata == {
         "format": "pt",
         "base_model": "dev",

@@ -202,6 +202,7 @@ def test_a_file_that_says_nothing_is_known_by_its_shapes(
     recorded = metadata_of(place)
     assert recorded.keys() == {
         "format",
+        "flux2_lora.hash_sha256",
         *(f"modelspec.{key}" for key in ("implementation", "title", "date", "hash_sha256")),
     }
     options += ["--model", variant, "--overwrite"]
