@@ -24,7 +24,7 @@ from flux2.adapters.reading import from_state
 from flux2.export import deltas, exact
 from flux2.export.arguments import FULL, RANK, arguments
 from flux2.export.deltas import AdapterDelta
-from flux2.export.low_rank import decompose, distance, ratio, reduce_rank, rounding_bound, sum_pairs
+from flux2.export.low_rank import decompose, distance, ratio, reduce_rank, rounding_bound, total_pair
 from flux2.export.merge_checkpoint import NotReadError, merge
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import DTYPES
@@ -116,7 +116,7 @@ def low_rank(
     errors: Errors = {}
     for layer in layers:
         if layer not in converted:
-            pairs[layer] = sum_pairs([update.pair(layer) for update in by_layer[layer]])
+            pairs[layer] = total_pair([update.pair(layer) for update in by_layer[layer]])
             if is_explicit:
                 pairs[layer], error, size = reduce_rank(pairs[layer], options.rank, options.max_error)
                 errors[layer] = error, size
@@ -135,6 +135,9 @@ def low_rank(
         else:
             for layer in converted:
                 convert(layer, None)
+    if unchanged := sum(not pair.b.any() for pair in pairs.values()):
+        where = "all layers" if unchanged == len(pairs) else f"{unchanged} of {len(pairs)} layers"
+        say(f"note: nothing changes in {where}: the adapters are zero there, or cancel")
     return pairs, errors
 
 
@@ -268,10 +271,7 @@ def run(options: argparse.Namespace) -> Path:
         layout, metadata, dtype = FULL[options.format], modelspec.metadata(**about), DTYPES.get(options.dtype)
         with name_output_in_errors(options.out):
             merged = merge(updates, base(), source, options.out, layout, metadata, dtype, device)
-        say(
-            f"merged into {merged.layers} layers, which change by {merged.changed:.2g} of themselves; rounding loses "
-            f"{merged.lost:.2g} of the change. Read back and compared: equal bit for bit"
-        )
+        say(f"merged into {merged}. Read back and compared: equal bit for bit")
         if options.format == "full-diffusers":
             say("this is only the transformer: autoencoder, text encoder and the rest are those of the base")
         return options.out

@@ -29,6 +29,15 @@ def sum_pairs(pairs: Sequence[LoraPair]) -> LoraPair:
     return LoraPair(torch.cat([pair.a for pair in pairs]), torch.cat([pair.b for pair in pairs], dim=1))
 
 
+def total_pair(pairs: Sequence[LoraPair]) -> LoraPair:
+    """Return the sum as `sum_pairs` does, and zero of rank 1 if it cancels: what is left are errors of rounding."""
+    total = sum_pairs(pairs)
+    bound = float(total.b.double().norm() * total.a.double().norm())
+    if norm(total) <= torch.finfo(torch.float32).eps * bound < float("inf"):  # false for values that are not finite
+        return LoraPair(torch.zeros_like(total.a[:1]), torch.zeros_like(total.b[:, :1]))
+    return total
+
+
 def core(pair: LoraPair) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q_B (out, r), R_B R_A^T (r, s), Q_A (in, s) in float64, with B A = Q_B R_B R_A^T Q_A^T."""
     q_b, r_b = torch.linalg.qr(pair.b.double())

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flux2.adapters.formats import AdapterError
 from flux2.export.deltas import AdapterDelta, total_change
-from flux2.export.low_rank import norm, ratio, sum_pairs
+from flux2.export.low_rank import norm, ratio, total_pair
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
 from flux2.utils.files import atomic_write
@@ -41,6 +41,10 @@ class MergeSummary:
     layers: int
     changed: float
     lost: float
+
+    def __str__(self) -> str:
+        lost = f"rounding loses {self.lost:.2g} of the change" if self.changed else "the adapters are zero, or cancel"
+        return f"{self.layers} layers, which change by {self.changed:.2g} of themselves; {lost}"
 
 
 class NotReadError(AdapterError):
@@ -192,7 +196,7 @@ def merged_weight(
     """Return the weight with all changes in float32, and the norm of the changes."""
     of_layer = [update for update in updates if layer in update.layers]
     if all(update.is_plain for update in of_layer):
-        pair = sum_pairs([update.pair(layer) for update in of_layer])
+        pair = total_pair([update.pair(layer) for update in of_layer])
         return torch.addmm(weight, pair.b.to(device), pair.a.to(device)), norm(pair)
     change = total_change(of_layer, layer, weight, device)
     return weight + change, float(change.norm())

@@ -17,7 +17,7 @@ from diffusers import Flux2Pipeline
 from export_helpers import changes, loaded
 from foreign_adapters import WRITERS, write
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flux2 import adapters
@@ -73,6 +73,51 @@ def test_several_adapters_become_one_each_at_its_scale(
     assert command(f"{one}:0.5", f"{two}:-2", "--format", "kohya", "--out", "out.safetensors") == 0
     model = loaded((tmp_path / "out.safetensors", 1.0))
     assert helpers.relative_error(predict(model), predict(loaded((one, 0.5), (two, -2.0)))) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("scales", [(1, -1), (0.7, -0.7), (0.1, 0.2, -0.3), (0,)])
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_that_cancel_change_nothing(
+    form: str,
+    scales: tuple[float, ...],
+    dtype: str,
+    command: Callable[..., int],
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In exact arithmetic and in float32: what is left of 0.1 + 0.2 - 0.3 are errors of rounding."""
+    given = [f"{saved('lora')}:{scale:g}" for scale in scales]
+    assert command(*given, "--format", form, "--dtype", dtype, "--out", "out.safetensors") == 0
+    assert "nothing changes in all layers" in capsys.readouterr().err
+    assert changes(tmp_path / "out.safetensors") == {}
+    assert len(adapters.load(fresh(), tmp_path / "out.safetensors").layers) == 22
+
+
+def test_adapters_that_cancel_in_some_layers_are_exact_in_the_others(
+    command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention = {key: tensor for key, tensor in load_file(saved("lora") / DIFFUSERS_FILE).items() if ".attn." in key}
+    save_file(attention, tmp_path / "attention.safetensors")
+    assert command(saved("lora"), "attention.safetensors:-1", "--format", "comfyui", "--out", "out.safetensors") == 0
+    wanted = changes(saved("lora"))
+    removed = {layer for layer in wanted if "mlp" not in layer}
+    assert f"nothing changes in {len(removed)} of {len(wanted)} layers" in capsys.readouterr().err
+    found = changes(tmp_path / "out.safetensors")
+    assert found.keys() == wanted.keys() - removed
+    for layer, delta in found.items():
+        assert helpers.relative_error(delta, wanted[layer]) <= 1e-6, layer
+
+
+def test_what_is_small_next_to_what_it_is_the_sum_of_is_kept(
+    command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    place, out = saved("lora"), "out.safetensors"
+    assert command(f"{place}:1", f"{place}:-0.9999", "--format", "comfyui", "--out", out) == 0
+    wanted = changes(place)
+    for layer, delta in changes(tmp_path / out).items():
+        assert helpers.relative_error(delta, 1e-4 * wanted[layer]) <= 0.01, layer
 
 
 def test_a_dora_goes_to_diffusers_as_a_dora(

@@ -98,6 +98,19 @@ def test_a_full_checkpoint_computes_what_the_adapters_do_on_the_fly(
         assert load_file(out).keys() == fresh().state_dict().keys()
 
 
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_adapters_that_cancel_leave_the_base_as_it_is(
+    kind: str, command: Callable[..., int], saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [saved(kind), f"{saved(kind)}:-1"]
+    assert command(*given, "--format", "full-bfl", "--dtype", "bf16", "--out", "out.safetensors") == 0
+    assert re.search(
+        r"22 layers, which change by 0 of themselves; the adapters are zero, or cancel", capsys.readouterr().err
+    )
+    found = load_file("out.safetensors")
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in fresh().state_dict().items())
+
+
 def test_a_merged_checkpoint_in_bfloat16_is_the_sum_rounded_once(
     command: Callable[..., int],
     saved: Callable[..., Path],
