@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flux2 import adapters
+from flux2.adapters import files
 from flux2.adapters.files import PEFT_FILE
 from flux2.adapters.formats import AdapterError
 from flux2.adapters.tuners import adapter_layers
@@ -198,3 +199,48 @@ def test_an_adapter_that_overflows_is_not_merged(kind: str) -> None:
     assert len(adapter_layers(model)) > 1
     for name, module in adapter_layers(model).items():
         assert torch.equal(module.get_base_layer().weight, before[f"{name}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("weight", "factors", "scale", "is_finite"),
+    [
+        (1.0, 1.0, 1.0, True),
+        (-3e38, 1e18, 1.0, True),  # the sum is 2.99e38, near the largest number
+        (3e38, 1e19, 1.0, False),
+        (-3e38, 1e19, -1.0, False),
+        (1.0, 1e25, 1e-20, False),  # the product overflows before it is scaled
+        (float("nan"), 1.0, 1.0, False),
+        (float("-inf"), 1.0, 1.0, False),
+        (1.0, float("nan"), 1.0, False),
+        (1.0, 1.0, float("nan"), False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_that_is_certain_to_be_finite_computes_each_sum_once(
+    weight: float, factors: float, scale: float, is_finite: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = base(model="dev").to(dtype)
+    stirred(attached("lora", model))
+    layers = adapter_layers(model)
+    name, last = list(layers.items())[-1]
+    last.get_base_layer().weight.data[3, 5] = weight
+    last.lora_A["default"].weight.data.zero_()[0, 5] = factors
+    last.lora_B["default"].weight.data.zero_()[3, 0] = factors
+    last.scaling["default"] = scale
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    computed: list[object] = []
+    merged_weight = files.merged_weight
+    monkeypatch.setattr(files, "merged_weight", lambda layer: computed.append(layer) or merged_weight(layer))
+    if not is_finite:
+        with pytest.raises(AdapterError, match=rf"{name}\b.*infinite"):
+            adapters.merge(model)
+        assert all(
+            torch.equal(tensor.nan_to_num(), before[key].nan_to_num()) for key, tensor in model.state_dict().items()
+        )
+        return
+    adapters.merge(model)
+    found = model.get_submodule(name).weight.double()
+    wanted = before[f"{name}.base_layer.weight"].double()
+    wanted[3, 5] += scale * factors**2
+    assert float((found - wanted).abs().max()) <= torch.finfo(dtype).eps * float(wanted.abs().max())
+    assert len(computed) == len(layers) + (weight != 1)
