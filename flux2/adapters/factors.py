@@ -103,7 +103,10 @@ def read_update(layer: FileLayer, strength: Strength) -> Update:
         if not sides & known:
             continue
         if kind != "LoRA" and sides & (EXTRA - {"alpha"}):
-            raise AdapterError(f"{layer.name} is a DoRA of a {kind}, which is not read")
+            raise AdapterError(
+                f"{layer.name} is a DoRA of a {kind} (it has {listed(sides & EXTRA - {'alpha'})}), which is not read. "
+                "Merge it into the base with the program that trained it, and give the result as the base"
+            )
         if extra := sides - known - EXTRA:
             raise AdapterError(f"{layer.name} has factors of several types, {kind} and {listed(extra)}")
         if (kind == "LoKr" and not has_lokr(sides)) or (kind != "LoKr" and not known <= sides):

@@ -95,7 +95,10 @@ def read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             state = {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
             metadata = opened.metadata() or {}
             if COMFY_DORA in metadata:
-                raise AdapterError("it is a DoRA for ComfyUI only. Give the folder from which it was exported")
+                raise AdapterError(
+                    "it is a DoRA for ComfyUI only: its dora_scale holds other lengths than a trainer's. Give the run, "
+                    "checkpoint or folder from which it was exported"
+                )
     except AdapterError as error:
         raise AdapterError(f"adapter {file}: {error}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:

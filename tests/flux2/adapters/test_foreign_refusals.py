@@ -144,7 +144,7 @@ OTHER = "diffusion_model.single_blocks.1.linear2"
         ),
         (FACTORS | pair(OTHER), "several types, LoHa and LoRA"),
         (FACTORS | pair(), f"{LAYER}.*several types"),
-        (FACTORS | {f"{KEY}.dora_scale": torch.ones(48, 1)}, "DoRA of a LoHa"),
+        (FACTORS | {f"{KEY}.dora_scale": torch.ones(48, 1)}, r"DoRA of a LoHa \(it has dora_scale\).*as the base"),
         ({f"{KEY}.lokr_w1": torch.ones(4, 4), f"{KEY}.lokr_w2": torch.ones(12, 47)}, r"188 to 48.*192 to 48"),
         ({f"{KEY}.lokr_w1": torch.ones(4), f"{KEY}.lokr_w2": torch.ones(12, 48)}, r"lokr_w1.*\(4,\)"),
         ({f"{KEY}.lokr_w1": torch.ones(4, 4), f"{KEY}.lokr_w2_a": torch.ones(12, 2)}, "only lokr_w1 and lokr_w2_a"),
