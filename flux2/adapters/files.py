@@ -168,11 +168,12 @@ def format_notes(folder: Path) -> str:
         return ""
     own = "PEFT, flux2.generate and diffusers" if kind == "DoRA" else "PEFT and flux2.generate"
     exact = {"DoRA": "ComfyUI", "LoHa": "ComfyUI", "LoKr": "ComfyUI and diffusers"}.get(kind)
-    others = {"DoRA": "kohya", "LoKr": "kohya", "LoHa": "diffusers and kohya"}.get(kind, "diffusers, ComfyUI and kohya")
+    musubi = "" if kind == "DoRA" else ", and with `--format kohya` for musubi-tuner"
+    others = {"DoRA": "kohya", "LoKr": "", "LoHa": "diffusers"}.get(kind, "diffusers, ComfyUI and kohya")
     command = f"`python -m flux2.export {folder} --format"
-    unchanged = f"{command} comfyui --out FILE` writes it unchanged for {exact}; " if exact else ""
-    converted = f"{command} ... --out FILE` converts it to a nearly equal LoRA for {others}"
-    return f"only {own} read this {kind}; {unchanged}{converted}"
+    unchanged = f"; {command} comfyui --out FILE` writes it unchanged for {exact}{musubi}" if exact else ""
+    converted = f"; {command} ... --out FILE` converts it to a nearly equal LoRA for {others}" if others else ""
+    return f"only {own} read this {kind}{unchanged}{converted}"
 
 
 def find(path: str | Path) -> Path:

@@ -280,9 +280,11 @@ def run(options: argparse.Namespace) -> Path:
         with name_output_in_errors(options.out):
             worst = write_exact(updates[0], options, exact.tensors(updates[0], options.format, base, device), about)
         kind, layers = updates[0].kind, updates[0].layers
-        if kind != "LoKr":
-            say(f"note: only ComfyUI reads this {kind}; diffusers does not")
-        warn_of_layers(layers, options.format)
+        readers, others = exact.READERS[kind, options.format]
+        if others:
+            say(f"note: only {readers} can read this {kind}; for {others}, --rank {RANK} writes a nearly equal LoRA")
+        else:
+            warn_of_layers(layers, options.format)
         say(f"read back and compared: {kind} on {len(layers)} layers, largest relative error of a tensor {worst:.1e}")
         return options.out
     if not is_explicit and reason:

@@ -1,13 +1,14 @@
 """Write LoKr, LoHa and DoRA unchanged for the programs that read them, as those programs compute them:
 
-    LoKr    ComfyUI, diffusers    W + w1 (x) w2, each of them a matrix or a product of two
-    LoHa    ComfyUI               W + (w1_a w1_b) * (w2_a w2_b)
-    DoRA    ComfyUI               (W + B A) * dora_scale / |W| for each row, where PEFT has m / |W + B A|
+    LoKr    ComfyUI, musubi-tuner, diffusers    W + w1 (x) w2, each of them a matrix or a product of two
+    LoHa    ComfyUI, musubi-tuner               W + (w1_a w1_b) * (w2_a w2_b)
+    DoRA    ComfyUI                             (W + B A) * dora_scale / |W| for each row; PEFT has m / |W + B A|
 
-Scales are folded into a factor, because both programs ignore the alpha of a LoKr of two whole matrices. ComfyUI divides
-any other alpha by the rank, so its files have alpha = rank; those for diffusers have no alpha. The Kronecker product of
-a stacked q, k, v cannot be cut in thirds: diffusers fuses its own layers when the keys name the fused ones. dora_scale
-depends on W, so it is exact for the base it is made with.
+Scales are folded into a factor, because ComfyUI and diffusers ignore the alpha of a LoKr of two whole matrices. ComfyUI
+and musubi-tuner divide any other alpha by the rank, so their files have alpha = rank; those for diffusers have none.
+musubi-tuner takes w1 only as a matrix, and divides alpha by the longer side of w2 if that is one, too. The Kronecker
+product of a stacked q, k, v cannot be cut in thirds: diffusers fuses its own layers when the keys name the fused ones.
+dora_scale depends on W, so it is exact for the base it is made with.
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ import torch
 from torch import Tensor
 
 from flux2.adapters import peft_config
+from flux2.adapters.formats import KOHYA
 from flux2.export.deltas import AdapterDelta
 from flux2.weights.key_names import swap_halves, transformer_module
 from flux2.weights.loading import BaseWeights
 
-READERS = {("LoKr", "comfyui"), ("LoKr", "diffusers"), ("LoHa", "comfyui"), ("DoRA", "comfyui")}
+READERS = {  # by type and format: the programs that read the type unchanged, and others that read the format's LoRAs
+    ("LoKr", "comfyui"): ("ComfyUI and diffusers", ""),
+    ("LoKr", "diffusers"): ("diffusers", ""),
+    ("LoKr", "kohya"): ("ComfyUI and musubi-tuner", "diffusers"),
+    ("LoHa", "comfyui"): ("ComfyUI", "diffusers"),
+    ("LoHa", "kohya"): ("ComfyUI and musubi-tuner", "diffusers"),
+    ("DoRA", "comfyui"): ("ComfyUI", "diffusers"),
+}
 
 
 def obstacle(updates: Sequence[AdapterDelta], form: str) -> str | None:
@@ -63,7 +72,9 @@ def tensors(
         factors = {key: tensor.float() for key, tensor in stored.items()}
         first = next(key for key in ("hada_w1_a", "lokr_w1", "lokr_w1_a") if key in factors)
         factors[first] = factors[first] * (config.alpha / config.r * update.scale)
-        name = f"diffusion_model.{layer}"
+        name = KOHYA + layer.replace(".", "_") if form == "kohya" else f"diffusion_model.{layer}"
+        if form == "kohya" and "lokr_w1_a" in factors:
+            factors["lokr_w1"] = factors.pop("lokr_w1_a") @ factors.pop("lokr_w1_b")
         if form == "diffusers":
             published = transformer_module(layer)
             name = f"transformer.{published.names[0]}"
@@ -74,7 +85,9 @@ def tensors(
                 factors[key] = swap_halves(factors[key])
         state |= {f"{name}.{key}": tensor.contiguous() for key, tensor in factors.items()}
         products = [len(factors[key]) for key in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if key in factors]
-        if products and form == "comfyui":
+        if form == "kohya" and not products:
+            products = [max(factors["lokr_w2"].shape)]
+        if products and form != "diffusers":
             state[f"{name}.alpha"] = torch.tensor(float(products[0]))
     return state
 

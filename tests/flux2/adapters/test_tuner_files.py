@@ -51,7 +51,8 @@ def test_no_file_is_written_that_others_would_read_wrongly_and_none_of_an_earlie
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "adapter_config.json", PEFT_FILE]
     note = format_notes(tmp_path)
     assert re.search(r"flux2\.generate.*python -m flux2\.export", note)
-    assert ("unchanged for ComfyUI" in note, "nearly equal" in note) == (kind != "oft", True)
+    assert ("unchanged for ComfyUI" in note, "nearly equal" in note) == (kind != "oft", kind != "lokr")
+    assert ("musubi-tuner" in note) == (kind != "oft")
     assert "diffusers" not in (tmp_path / "README.md").read_text()
     with pytest.raises(AdapterError, match=rf"(double|single)_blocks.*{NAMES[kind]}"):
         layer_pairs(wrapped.get_base_model())

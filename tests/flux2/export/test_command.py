@@ -205,7 +205,7 @@ def test_a_product_of_low_rank_is_exact_at_the_standard_rank(
     command: Callable[..., int], saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A LoHa of rank 3 is of rank 9; its weights need no base, so none is asked for."""
-    assert command(saved("loha"), "--format", "kohya", "--out", "out.safetensors", path=False) == 0
+    assert command(saved("loha"), "--format", "diffusers", "--out", "out.safetensors", path=False) == 0
     assert re.search(r"LoHa.*rank 9\b", capsys.readouterr().err)
     wanted, found = changes(saved("loha")), changes(tmp_path / "out.safetensors")
     assert all(helpers.relative_error(found[name], delta) <= 1e-5 for name, delta in wanted.items())

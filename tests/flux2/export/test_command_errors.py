@@ -34,7 +34,7 @@ from flux2.weights import streaming_writer
         (["{lora}", "--format", "kohya", "--device", "tpu"], r"device='?tpu"),
         (["{lora}:1e300", "--format", "kohya"], r"double_blocks_0\S* .*infinite.*smaller scale"),
         (["{loha}:1e300", "--format", "comfyui"], r"double_blocks\.0\.\S* .*infinite.*smaller scale"),
-        (["{loha}:1e300", "--format", "kohya"], r"double_blocks\.0\.\S* .*infinite.*smaller scale"),
+        (["{loha}:1e300", "--format", "diffusers"], r"double_blocks\.0\.\S* .*infinite.*smaller scale"),
         (["{oft}:0.5", "--format", "kohya"], r"scale=0\.5.*OFT"),
         (["{dora}", "{lora}", "--format", "full-bfl"], r"DoRA.*--format full-bfl.*--path"),
         (["{klein}", "{lora}", "--format", "kohya"], r"klein_base_4b, tiny"),

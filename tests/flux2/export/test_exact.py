@@ -1,6 +1,7 @@
 """python -m flux2.export of LoKr, LoHa and DoRA: the weights that ComfyUI and diffusers make of the files.
 
-`comfyui` computes them from ComfyUI's formulas (comfy/weight_adapter), in float64; diffusers reads the files itself.
+`comfyui` and `musubi` compute them from ComfyUI's formulas (comfy/weight_adapter) and musubi-tuner's (networks/lokr.py
+and loha.py), in float64; diffusers reads the files itself.
 """
 
 import re
@@ -35,6 +36,9 @@ from flux2.weights.sources import TINY_FOLDER
 def comfyui(file: Path, base: dict[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:
     """What ComfyUI adds to each weight of `base`, in float64."""
     state = {key.removeprefix("diffusion_model."): tensor.double() for key, tensor in load_file(file).items()}
+    for name in [key.removesuffix(".weight") for key in base]:
+        kohya = f"lora_unet_{name.replace('.', '_')}."
+        state = {key.replace(kohya, f"{name}."): tensor for key, tensor in state.items()}
     layers = {re.sub(r"\.(lo(ra|kr|ha)|hada|alpha|dora).*", "", key) for key in state}
     found = {}
     for layer in layers:
@@ -66,6 +70,23 @@ def comfyui(file: Path, base: dict[str, Tensor], strength: float = 1.0) -> dict[
     return found
 
 
+def musubi(file: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What musubi-tuner adds to each weight of `base`, in float64."""
+    state, found = load_file(file), {}
+    for layer in (key.removesuffix(".weight") for key in base):
+        name = f"lora_unet_{layer.replace('.', '_')}."
+        own = {key.removeprefix(name): state.pop(key).double() for key in list(state) if key.startswith(name)}
+        if "lokr_w1" in own:
+            w2 = own["lokr_w2"] if "lokr_w2" in own else own["lokr_w2_a"] @ own["lokr_w2_b"]
+            rank = max(w2.shape) if "lokr_w2" in own else own["lokr_w2_a"].shape[1]
+            found[layer] = torch.kron(own["lokr_w1"], w2) * own["alpha"] / rank
+        elif own:
+            delta = (own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"])
+            found[layer] = delta * own["alpha"] / len(own["hada_w1_b"])
+    assert not state, state.keys()
+    return found
+
+
 def check(found: dict[str, Tensor], wanted: dict[str, Tensor], scale: float = 1.0) -> None:
     assert found.keys() == wanted.keys()
     for layer, delta in wanted.items():
@@ -89,14 +110,20 @@ LOKR = {
 
 
 @pytest.mark.parametrize("scale", [1, -0.5])
-@pytest.mark.parametrize("form", ["comfyui", "diffusers"])
+@pytest.mark.parametrize("form", ["comfyui", "diffusers", "kohya"])
 @pytest.mark.parametrize("case", LOKR)
-def test_a_lokr_is_exact_in_comfyui_and_diffusers(
-    case: str, form: str, scale: float, command: Callable[..., int], tmp_path: Path
+def test_a_lokr_is_exact_in_comfyui_diffusers_and_musubi(
+    case: str, form: str, scale: float, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = written(tmp_path / "adapter", "lokr", **LOKR[case])
     out = tmp_path / "out.safetensors"
     assert command(f"{place}:{scale:g}", "--format", form, "--out", out, path=False) == 0
+    assert ("note: only ComfyUI and musubi-tuner" in capsys.readouterr().err) == (form == "kohya")
+    if form == "kohya":
+        for read in (musubi, comfyui):
+            check(read(out, fresh().state_dict()), changes(place), scale)
+        check(changes(out), changes(place), scale)
+        return
     if form == "comfyui":
         check(comfyui(out, fresh().state_dict()), changes(place), scale)
         assert any(key.endswith(".alpha") for key in load_file(out)) == (case != "both are whole")
@@ -133,10 +160,16 @@ def test_a_lokr_whose_halves_cannot_be_swapped_is_converted(rows: int, is_possib
 
 
 @pytest.mark.parametrize("scale", [1, 2])
-def test_a_loha_is_exact_in_comfyui(scale: float, command: Callable[..., int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["comfyui", "kohya"])
+def test_a_loha_is_exact_in_comfyui_and_musubi(
+    form: str, scale: float, command: Callable[..., int], tmp_path: Path
+) -> None:
     place, out = written(tmp_path / "adapter", "loha", rank=3, alpha=5), tmp_path / "out.safetensors"
-    assert command(f"{place}:{scale}", "--format", "comfyui", "--out", out, path=False) == 0
+    assert command(f"{place}:{scale}", "--format", form, "--out", out, path=False) == 0
     check(comfyui(out, fresh().state_dict()), changes(place), scale)
+    check(changes(out), changes(place), scale)
+    if form == "kohya":
+        check(musubi(out, fresh().state_dict()), changes(place), scale)
 
 
 def test_a_dora_is_exact_in_comfyui_and_read_by_no_mistake_here(
