@@ -35,7 +35,7 @@ from train.config.instantiate import instantiate, parse_settings
 from train.evaluation import distances
 from train.evaluation.features import Features
 from train.evaluation.findings import find_problems
-from train.evaluation.recommend import closing_lines, recommend
+from train.evaluation.recommend import recommend, recommend_or_warn
 from train.evaluation.results import BASE, Evaluation, Row
 from train.reports import run_report
 from train.stages.saved_run import Candidate, SavedRun, candidates, check_run_folder, encoder_address
@@ -267,7 +267,7 @@ def main(config: DictConfig) -> None:
     for one in found:
         for note in one.notes:
             warn(note)
-    say(*closing_lines(found[0].folder), *find_problems(found[0].folder, found[0]))
+    say(*recommend_or_warn(found[0].folder).lines, *find_problems(found[0].folder, found[0]))
     say(f"images    {found[0].folder / 'evaluation'}", f"report    {page}")
 
 

@@ -5,13 +5,11 @@ Thresholds are wide: they find runs that a glance at the images finds too, and d
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
-from train.evaluation.recommend import FEW_SAMPLES, difference, nonfinite_steps, percent, validations
+from train.evaluation.recommend import FEW_SAMPLES, difference, nonfinite_steps, percent, training_rise, validations
 from train.evaluation.results import Evaluation, Row
-from train.tracking.metrics import LAST_LOSSES, read_metrics, series
+from train.tracking.metrics import read_metrics
 
-RISEN = 1.25  # training loss at the end divided by that at the start
 FARTHER = 1.15  # distance to the training pictures divided by the base's
 ALIKE = 0.6  # spread of the images divided by the base's
 FEW = 8  # with fewer samples, another choice of them may well rank checkpoints differently
@@ -22,11 +20,8 @@ def problems_of_training(folder: Path) -> list[str]:
     lines, found = read_metrics(folder), []
     if skipped := sum(bool(line.get("skipped")) for line in lines):
         found.append(f"{skipped} logged steps made no update, because their loss or gradient was not finite")
-    losses = [value for _, value in series(lines, "loss")]
-    if len(losses) >= 2 * LAST_LOSSES:
-        first, last = fmean(losses[:LAST_LOSSES]), fmean(losses[-LAST_LOSSES:])
-        if last > RISEN * first:
-            found.append(f"the training loss rose: from {first:.4g} to {last:.4g}, means of {LAST_LOSSES} logged steps")
+    if rise := training_rise(folder):
+        found.append(rise)
     if steps := nonfinite_steps(folder):
         found.append(f"the validation loss was not finite after step {', '.join(map(str, steps))}")
     measured = validations(folder)

@@ -13,13 +13,15 @@ from typing import Any
 
 from train.checkpoints import resume
 from train.checkpoints.checkpoint import checkpoints, step_of
-from train.tracking.metrics import MOST_VALUE, VALIDATION_FILE, read_json_lines
+from train.tracking.metrics import LAST_LOSSES, MOST_VALUE, VALIDATION_FILE, read_json_lines, read_metrics, series
 from train.utils.text import many
 
 # quantiles of Student's t for 1, 2, ... degrees of freedom; with more, 1.96 + 2.5 / degrees is close enough
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 MAX_ROWS = 10
 FEW_SAMPLES, FEW_STEPS = 4, 3  # with fewer, the lowest loss may well be chance
+RISEN = 1.25  # training loss at the end divided by that at the start, from which on a run diverged
+LOWER = "A lower optimizer.lr may help"
 HELD_OUT = "validation.held_out=4 sets 4 samples aside (in a new run)"
 
 
@@ -60,6 +62,7 @@ class Recommendation:
     checkpoint: Path | None  # None if there is none to choose from, or no loss to choose by
     reasons: list[str]  # why it is recommended, or why none is
     table: list[str] = field(default_factory=list)  # the losses, to be shown before the reasons
+    unfit: str = ""  # why the finished adapter should not be used; empty if nothing speaks against it
 
     @property
     def lines(self) -> list[str]:
@@ -131,7 +134,35 @@ def difference(one: Validation, other: Validation) -> Difference:
 
 
 def percent(loss: float, base: float) -> str:
-    return f"{100 * (loss / base - 1):+.1f} %" if base else "from 0"
+    change = 100 * (loss / base - 1) if base else math.inf
+    return f"{change:+.1f} %" if math.isfinite(change) else "from 0"
+
+
+def training_rise(folder: Path) -> str:
+    """Return that the training loss of a run rose far, with the numbers; empty if it did not."""
+    losses = [value for _, value in series(read_metrics(folder), "loss")]
+    if len(losses) < 2 * LAST_LOSSES:
+        return ""
+    first, last = fmean(losses[:LAST_LOSSES]), fmean(losses[-LAST_LOSSES:])
+    if last <= RISEN * first:
+        return ""
+    return f"the training loss rose: from {first:.4g} to {last:.4g}, means of {LAST_LOSSES} logged steps"
+
+
+def what_is_unfit(folder: Path) -> str:
+    """Return why the finished adapter of a run should not be used; empty if nothing speaks against it.
+
+    The validation decides where there is one of the base; single training losses vary with the drawn timesteps.
+    """
+    found = read_validations(folder)
+    if found and found[-1].step and not found[-1].is_finite:
+        return f"its validation loss is not finite after step {found[-1].step}"
+    if not found or found[0].step or not found[0].is_finite:
+        return training_rise(folder)
+    base, last = found[0].mean, found[-1].mean
+    if last <= base:
+        return ""
+    return f"its validation loss is {last:.4g}, and the base's {base:.4g} ({percent(last, base)})"
 
 
 def count_samples(validation: Validation, held_out: bool) -> str:
@@ -182,8 +213,19 @@ def explain(best: Validation, last: Validation, base: Validation | None) -> str:
     return f"{lower}, within the noise ({span}): either will do, so let the sample grids decide"
 
 
+def no_gain(best: Validation, base: Validation) -> str:
+    """Return why not even the checkpoint of the lowest loss is recommended: the base's is as low."""
+    loss = (
+        f"{best.mean:.4g} after step {best.step}, and the base's is {base.mean:.4g} ({percent(best.mean, base.mean)})"
+    )
+    return f"none predicts better than the base. The lowest validation loss is {loss}. {LOWER}"
+
+
 def recommend(folder: Path) -> Recommendation:
-    """Return the checkpoint with the lowest validation loss. Raises ValueError if config.yaml cannot be read."""
+    """Return the checkpoint with the lowest validation loss, if that is lower than the base's.
+
+    Raises ValueError if config.yaml or a line of losses cannot be read.
+    """
     config = resume.configuration(folder)
     validation, times = config.get("validation"), 0
     if not isinstance(validation, dict):
@@ -191,13 +233,15 @@ def recommend(folder: Path) -> Recommendation:
     if isinstance(listed := validation.get("times"), list):
         times = len(listed)
     measured, broken = validations(folder), nonfinite_steps(folder)
-    saved = {step_of(place): place for place in checkpoints(folder)}
+    saved, unfit = {step_of(place): place for place in checkpoints(folder)}, what_is_unfit(folder)
 
     def no_checkpoint(reason: str, table: Sequence[str] = ()) -> Recommendation:
-        return Recommendation(None, [f"no checkpoint is recommended: {reason}"], list(table))
+        return Recommendation(None, [f"no checkpoint is recommended: {reason}"], list(table), unfit)
 
     if not measured and broken:
         return no_checkpoint(f"no validation loss is finite. {nonfinite_cause(folder)}")
+    if not measured and unfit:
+        return no_checkpoint(f"{unfit}. {LOWER}")
     if not measured:
         key = "validation.samples=8" if config.get("validate_every") else "validate_every=50"
         return no_checkpoint(f"nothing was validated. Set {key}; {HELD_OUT}")
@@ -209,6 +253,8 @@ def recommend(folder: Path) -> Recommendation:
     lowest = min(trained, key=lambda one: one.mean, default=measured[0])
     if not chosen:
         table += table_rows(trained, lowest, base)
+        if base is not None and lowest.step and lowest.mean >= base.mean:
+            return no_checkpoint(no_gain(lowest, base), table)
         unsaved = "none was saved but the finished adapter. Set checkpoint_every=250 to have a choice"
         unvalidated = "none was validated. Set checkpoint_every to a multiple of validate_every"
         return no_checkpoint(unvalidated if saved else unsaved, table)
@@ -222,22 +268,24 @@ def recommend(folder: Path) -> Recommendation:
         table.append(f"  and {len(without)} not validated (step {steps}): {why}")
     if lowest.mean < best.mean and lowest.step:
         table.append(f"  the lowest of all, {lowest.mean:.4f}, was after step {lowest.step}, which is not kept")
+    if base is not None and best.mean >= base.mean:
+        return no_checkpoint(no_gain(best, base), table)
+    if base is None and unfit:
+        return no_checkpoint(f"{unfit}. {LOWER}", table)
     why = explain(best, chosen[-1], base)
     if len(chosen) == 1:
         gain = f", {percent(best.mean, base.mean)} against the base" if base is not None else ""
         why = f"it is the only one that was validated{gain}"
-    if base is not None and best.mean >= base.mean:
-        why += ". But the base's loss is lower: these samples show nothing that was learned"
     reasons = [f"recommended{reservation(best, chosen[-1], len(trained))} {saved[best.step]}: {why}"]
     if not held_out:
         little = "so it says little: it also falls if images are only memorized"
         reasons.append(f"  the loss is that of training samples, {little}. {HELD_OUT}")
-    return Recommendation(saved[best.step], reasons, table)
+    return Recommendation(saved[best.step], reasons, table, unfit)
 
 
-def closing_lines(folder: Path) -> list[str]:
-    """Return the lines of `recommend` for the end of a run, where an error becomes a warning."""
+def recommend_or_warn(folder: Path) -> Recommendation:
+    """Return the recommendation for the end of a run, where an error becomes a warning."""
     try:
-        return recommend(folder).lines
+        return recommend(folder)
     except (OSError, ValueError, TypeError) as error:
-        return [f"warning: no checkpoint can be recommended ({error})"]
+        return Recommendation(None, [f"warning: no checkpoint can be recommended ({error})"])

@@ -20,7 +20,7 @@ from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE
 from flux2.models.variants import Variant
 from flux2.weights.sources import looks_local
 from train.checkpoints.resume_command import NOT_REPEATED
-from train.evaluation.recommend import count_samples, percent, validations
+from train.evaluation.recommend import count_samples, percent, validations, what_is_unfit
 from train.reports.run_report import launch_command
 from train.utils.redact import masked, masked_command, masked_text
 from train.utils.text import many
@@ -147,6 +147,8 @@ def training_table(data: ModelCardData, run: Path) -> list[str]:
         samples = count_samples(last, config["validation"]["held_out"])
         gain = f", {percent(last.mean, first.mean)} against the base" if first.step == 0 and len(measured) > 1 else ""
         rows["validation loss"] = f"{last.mean:.4f} on {samples}{gain}"
+    if unfit := what_is_unfit(run):
+        rows["not recommended"] = unfit
     escaped = [(key, str(value).replace("|", "\\|")) for key, value in rows.items()]
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in escaped), ""]
 

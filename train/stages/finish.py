@@ -13,7 +13,7 @@ from flux2.quantization.precision import precision_from_name
 from train.checkpoints.checkpoint import UNFINISHED_FILE
 from train.config.run_config import RunConfig
 from train.encoding.text_encoders import RemoteTextEncoder
-from train.evaluation.recommend import closing_lines
+from train.evaluation.recommend import recommend_or_warn
 from train.publishing import model_card
 from train.publishing.hub import push_or_warn
 from train.reports import run_report
@@ -65,8 +65,9 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
     """Print the results and how to use them, with `caption` if the run samples no prompts, and push with `hub.push`."""
     if not config.accelerator.is_main_process:
         return
+    found, used = recommend_or_warn(adapter.parent), adapter
     if not is_sweep():  # a sweep ends with the lines of its best job
-        say(*closing_lines(adapter.parent))
+        say(*found.lines)
     if config.hub.push:
         say(push_or_warn(adapter.parent, config.hub))
         (adapter.parent / UNFINISHED_FILE).unlink(missing_ok=True)
@@ -78,7 +79,11 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
         config.say(f"pictures  {adapter.parent / 'samples'}")
     if (adapter.parent / run_report.REPORT).is_file():
         config.say(f"report    {adapter.parent / run_report.REPORT}")
-    config.say(f"use it    {shlex.join(map(masked_text, words_to_generate(config, adapter, caption)))}")
+    if found.unfit:
+        used = adapter if found.checkpoint is None else found.checkpoint / "adapter"
+        config.say(f"careful   the adapter of the last step is not recommended: {found.unfit}")
+    use = "try it" if found.unfit and found.checkpoint is None else "use it"
+    config.say(f"{use}    {shlex.join(map(masked_text, words_to_generate(config, used, caption)))}")
 
 
 def words_to_generate(config: RunConfig, adapter: Path, caption: str) -> list[str]:

@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 
 from flux2.utils.text import printable
 from train.checkpoints import resume
-from train.evaluation.recommend import closing_lines
+from train.evaluation.recommend import recommend_or_warn
 from train.reports import html as page
 from train.reports.html import Table, number
 from train.sweeps.records import NUMBERS, SweepJob, best_job, split_overrides
@@ -159,5 +159,5 @@ def print_table(file: Path, found: Sequence[SweepJob]) -> None:
     if best is not None and len(found) > 1:
         say(f"* lowest validation loss: {own_overrides(best, keys)}")
     if best is not None:
-        say(f"of job {best.number}:", *closing_lines(short_path(best.folder)))
+        say(f"of job {best.number}:", *recommend_or_warn(short_path(best.folder)).lines)
     say(f"table     {short_path(file)}")

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 from train_helpers import ask_to_stop
 
 from train.checkpoints.checkpoint import STATE_FILE
-from train.evaluation.recommend import MAX_ROWS, Validation, closing_lines, difference, recommend, validations
+from train.evaluation.recommend import MAX_ROWS, Validation, difference, recommend, recommend_or_warn, validations
 
 pytest_plugins = ("train_helpers",)
 
@@ -88,10 +88,80 @@ def test_how_little_a_recommendation_rests_on_is_said_with_it(run, losses, said)
     assert "beyond" not in text
 
 
-def test_a_run_that_only_got_worse_says_so(run):
-    name, text = recommended(run({0: 1.0, 200: 1.2, 400: 1.4}, [200, 400]))
-    assert name == "step_000200"
-    assert "the base's loss is lower" in text
+@pytest.mark.parametrize("saved", [[200, 400], []])
+@pytest.mark.parametrize(
+    ("base", "first", "said"),
+    [
+        (1.0, 1.2, "is 0.8 after step 200, and the base's is 0.6667 (+20.0 %)"),
+        (1.0, 1.0, "is 0.6667 after step 200, and the base's is 0.6667 (+0.0 %)"),
+        (0.0, 1.2, "is 0.8 after step 200, and the base's is 0 (from 0)"),
+        (0.0, 0.0, "is 0 after step 200, and the base's is 0 (from 0)"),
+        (1e-315, 1.2, "(from 0)"),
+    ],
+)
+def test_of_a_run_that_is_nowhere_better_than_the_base_nothing_is_recommended(run, base, first, said, saved):
+    name, text = recommended(run({0: base, 200: first, 400: 1.4}, saved))
+    assert name is None
+    reason = text.splitlines()[-1]
+    assert reason.startswith("no checkpoint is recommended: none predicts better than the base. The lowest validation ")
+    assert said in reason
+    assert "optimizer.lr" in reason
+
+
+@pytest.mark.parametrize(
+    ("losses", "unfit"),
+    [
+        ({0: 1.0, 200: 0.8, 400: 1.4}, "is 0.9333, and the base's 0.6667 (+40.0 %)"),
+        ({0: 1.0, 200: 0.8, 400: NAN}, "not finite after step 400"),
+        ({0: 1.0, 200: 0.8, 400: 0.9}, ""),
+        ({0: 0.0, 200: 0.8, 400: 0.9}, "(from 0)"),
+    ],
+)
+def test_a_finished_adapter_that_is_worse_than_the_base_is_unfit_whatever_is_recommended(run, losses, unfit):
+    found = recommend(run(losses, [200, 400]))
+    assert unfit in found.unfit
+    assert bool(found.unfit) == bool(unfit)
+    assert (found.checkpoint is None) == (losses[0] == 0)
+
+
+def write_training(folder, first, last, count=10):
+    lines = [{"step": step + 1, "loss": first if step < count else last} for step in range(2 * count)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(("losses", "saved"), [({}, [200]), ({200: 0.8, 400: 0.9}, [200, 400])])
+def test_without_a_loss_of_the_base_the_training_loss_tells_that_a_run_diverged(run, losses, saved):
+    folder = run(losses, saved)
+    write_training(folder, 1.0, 1.2)
+    assert recommend(folder).unfit == ""
+    write_training(folder, 1.0, 1.3)
+    name, text = recommended(folder)
+    assert name is None
+    assert "no checkpoint is recommended: the training loss rose: from 1 to 1.3" in text
+    assert "optimizer.lr" in text
+    write_training(folder, 1.0, 1.3, count=9)  # too few to tell
+    assert recommend(folder).unfit == ""
+
+
+def test_losses_of_the_training_do_not_overrule_a_validation_that_fell(run):
+    folder = run({0: 1.0, 200: 0.9, 400: 0.8}, [200, 400])
+    write_training(folder, 1.0, 1.3)
+    assert recommend(folder).unfit == ""
+    assert recommended(folder)[0] == "step_000400"
+
+
+def test_a_run_that_diverges_ends_without_a_recommendation_in_lines_report_and_card(run_command, small, tmp_path):
+    folder = tmp_path / "run"
+    settings = small(f"output_dir={folder}", "steps=2", "validate_every=2", "checkpoint_every=2", "optimizer.lr=30")
+    code, out, err = run_command(*settings, "validation.held_out=2", "max_grad_norm=1e9")
+    assert code == 0, err
+    assert "no checkpoint is recommended: none predicts better than the base" in out
+    assert "\nrecommended" not in out
+    assert "careful   the adapter of the last step is not recommended: its validation loss is" in out
+    assert "try it    python -m flux2.generate" in out
+    assert "use it" not in out
+    assert "No checkpoint is recommended: none predicts better" in (folder / "report.html").read_text()
+    assert "| not recommended | its validation loss is" in (folder / "adapter" / "README.md").read_text()
 
 
 def test_the_noise_is_that_of_the_paired_differences():
@@ -193,7 +263,7 @@ def test_what_cannot_be_read_is_a_warning_and_no_error(run):
         ("config.yaml", "{"),
     ):
         (folder / name).write_text(content)
-        assert closing_lines(folder)[0].startswith("warning: no checkpoint can be recommended")
+        assert recommend_or_warn(folder).lines[0].startswith("warning: no checkpoint can be recommended")
 
 
 def test_the_command_ends_with_a_recommendation_also_when_resumed(run_command, small, at_step, tmp_path):

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from train import sweep
 from train.evaluation.findings import find_problems
-from train.evaluation.recommend import closing_lines
+from train.evaluation.recommend import recommend_or_warn
 from train.reports import run_report
 from train.sweeps.records import read_jobs, record
 from train.sweeps.table import render_page
@@ -137,7 +137,7 @@ def test_no_file_of_a_folder_makes_a_script_or_a_traceback(name, tmp_path, capsy
         write(folder, "config.yaml", config())
         place, _, last = name.rpartition("/")
         write(folder / place, last, content)
-        closing_lines(folder)
+        recommend_or_warn(folder)
         said = error_of(folder)
         assert said is None or str(folder) in said, (content, said)
         if said is None:

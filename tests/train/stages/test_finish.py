@@ -1,20 +1,24 @@
 """The end of a run: what it owes is finished by the next start, and what could not be saved is said last."""
 
 import os
+import re
 import shutil
 import signal
 import uuid
 
 import pytest
 from message_helpers import holds
-from train_helpers import adapter, lines, same_tensors, slow_but
+from train_helpers import adapter, compose, lines, same_tensors, slow_but
 
 from flux2.utils.files import temporary_path
 from train.checkpoints.checkpoint import UNFINISHED_FILE, checkpoints
+from train.evaluation.recommend import Recommendation
 from train.objective.objective import Objective
 from train.publishing import model_card
 from train.publishing.hub import HubSettings
 from train.reports import run_report
+from train.stages import finish
+from train.stages.memory import load_config
 from train.tracking import NoTracker
 from train.utils.signals import SIGNALS
 from train.validation.loss import FixedNoiseLoss
@@ -116,6 +120,31 @@ def test_the_next_start_removes_what_a_kill_left_and_nothing_else(train, monkeyp
     assert not [file for file in left if file.exists()]
     assert all(file.exists() for file in kept)
     assert not [path for path in run.rglob(".*") if path not in kept]
+
+
+# ------------------------------------------------------------------ what is recommended
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "unfit", "command"),
+    [
+        (None, "", "use it    .* --adapter {}/adapter "),
+        (None, "it rose", "try it    .* --adapter {}/adapter "),
+        ("checkpoints/step_000002", "it rose", "use it    .* --adapter {}/checkpoints/step_000002/adapter "),
+        ("checkpoints/step_000002", "", "use it    .* --adapter {}/adapter "),
+    ],
+)
+def test_the_last_line_never_recommends_an_adapter_that_is_worse_than_the_base(
+    monkeypatch, tmp_path, checkpoint, unfit, command
+):
+    config, said = load_config(compose("model=tiny", "device=cpu")), []
+    found = Recommendation(checkpoint and tmp_path / checkpoint, [], [], unfit)
+    monkeypatch.setattr(config, "say", said.append)
+    monkeypatch.setattr(finish, "recommend_or_warn", lambda _: found)
+    monkeypatch.setattr(finish, "format_notes", lambda _: "")
+    finish.announce(config, tmp_path / "adapter", "a caption")
+    assert re.match(command.format(re.escape(str(tmp_path))), said[-1])
+    assert sum(text.startswith("careful") and unfit in text for text in said) == bool(unfit)
 
 
 # ------------------------------------------------------------------ what is not saved

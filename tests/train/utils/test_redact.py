@@ -176,8 +176,7 @@ def test_the_command_at_the_end_of_a_run_shows_no_secret_of_a_prompt(monkeypatch
     monkeypatch.setenv("SOME_TOKEN", "planted-key")
     run, said = load_config(compose("model=tiny", "device=cpu", "sample.prompts=[a planted-key]")), []
     monkeypatch.setattr(run, "say", said.append)
-    for name in ("closing_lines", "format_notes"):
-        monkeypatch.setattr(finish, name, lambda _: [])
+    monkeypatch.setattr(finish, "format_notes", lambda _: [])
     finish.announce(run, tmp_path / "adapter", "a caption")
     assert any(f"--prompt 'a {MASK}'" in text for text in said)
     assert "planted-key" not in "".join(said)
