@@ -11,11 +11,14 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import xxhash
+
+UNFINISHED = re.compile(r"\..*\.([0-9a-f]{4})-(\d{1,9})-[0-9a-f]{4}\.part", re.DOTALL)  # of `temporary_path`
+_CLEANED: set[str] = set()  # folders from which this process removed what killed processes left
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -54,12 +57,20 @@ def checksum(file: Path, *, flush: bool = False) -> str:
     return digest.hexdigest()
 
 
-def remove_abandoned(path: Path) -> None:
-    """Delete what processes of this machine that were killed left of the file or folder `path`: tens of GB perhaps."""
-    for place in path.parent.glob(f".{glob.escape(path.name)}.{host()}-*.part"):
-        process = re.fullmatch(r".*-(\d+)-[0-9a-f]{4}\.part", place.name, re.DOTALL)
-        if process and not psutil.pid_exists(int(process[1])):
-            _delete(place)
+def remove_abandoned(folder: Path) -> None:
+    """Delete what killed processes of this machine left in `folder`, which may be tens of GB.
+
+    Each process does this once per folder: listing it at every write would take longer the more files are written.
+    """
+    place = os.path.realpath(folder)
+    if place in _CLEANED or not os.access(place, os.R_OK):
+        return
+    _CLEANED.add(place)
+    for name in os.listdir(place):
+        found = UNFINISHED.fullmatch(name)
+        if found and found[1] == host() and not psutil.pid_exists(int(found[2])):
+            with suppress(OSError):  # of another user
+                _delete(folder / name)
 
 
 @contextmanager
@@ -69,7 +80,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     After an exception the temporary one is deleted, and `path` is as it was. The folder of `path` must exist. Without
     `replace`, which is for files only, raise FileExistsError if another process has written `path` meanwhile.
     """
-    remove_abandoned(path)
+    remove_abandoned(path.parent)
     temporary = temporary_path(path)
     try:
         yield temporary

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flux2.utils import files
 from flux2.utils.files import atomic_write, host, remove_unfinished, temporary_path
 from flux2.utils.text import gigabytes
 
@@ -82,9 +83,39 @@ def test_writing_again_removes_what_a_killed_process_of_this_machine_left(
     assert set(tmp_path.iterdir()) == {target, running, elsewhere, older, left}
     killed.kill()
     killed.communicate()
-    with atomic_write(target) as unfinished:
-        unfinished.write_text("newer")
+    monkeypatch.setattr(files, "_CLEANED", set())  # as in another process
+    with atomic_write(tmp_path / "of another name") as unfinished:
+        unfinished.write_text("new")
+    (tmp_path / "of another name").unlink()
     assert set(tmp_path.iterdir()) == {target, running, elsewhere, older}
+
+
+def test_many_writes_into_a_folder_list_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, listdir, glob = [], os.listdir, Path.glob
+    monkeypatch.setattr(os, "listdir", lambda place: (listed.append(str(place)), listdir(place))[1])
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: (listed.append(str(self)), glob(self, pattern))[1])
+    monkeypatch.chdir(tmp_path)
+    for number in range(20):
+        with atomic_write((tmp_path if number % 2 else Path()) / f"{number}.txt") as unfinished:
+            unfinished.write_text("new")
+    assert listed == [str(tmp_path)]
+    assert len(list(tmp_path.iterdir())) == 20
+
+
+def test_what_another_user_left_does_not_stop_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / f".a.{host()}-{2**22 + 7}-abcd.part"  # no process has such a number
+    left.touch()
+
+    def refuse(path: Path) -> None:
+        if path == left:
+            raise PermissionError(1, "Operation not permitted")
+        delete(path)
+
+    delete = files._delete
+    monkeypatch.setattr(files, "_delete", refuse)
+    with atomic_write(tmp_path / "b") as unfinished:
+        unfinished.write_text("new")
+    assert set(tmp_path.iterdir()) == {left, tmp_path / "b"}
 
 
 @pytest.mark.parametrize(("size", "text"), [(0, "0.0 MB"), (99.9e6, "99.9 MB"), (1e8, "0.10 GB"), (1.5e9, "1.50 GB")])
