@@ -4,6 +4,7 @@ These are written under a temporary name, flushed and renamed. Only regular file
 name would never end.
 """
 
+import errno
 import os
 import stat
 import uuid
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, a quota, a limit on file sizes
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -22,7 +25,8 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Context manager that yields a temporary path next to `path`, then flushes that file and renames it to `path`.
 
-    After an exception `path` is as it was. Its folder must exist. A killed process leaves a `.*.tmp` file behind.
+    After an exception `path` is as it was, and an error that names no file names `path`. Its folder must exist. A
+    killed process leaves a `.*.tmp` file behind.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -30,6 +34,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk, a quota or a limit on file sizes
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -156,8 +156,8 @@ class Cache:
                 file.write(data)
         except OSError as error:
             raise ValueError(
-                f"the cache {self.folder} cannot be written ({error.strerror or error}). Make room there, or give "
-                "another cache_dir. Its entries are kept, and the next start computes only the missing ones"
+                f"the cache entry {path} cannot be written ({error.strerror or error}). Make room there, or give "
+                "another cache_dir. Existing entries are kept, and the next start computes only the missing ones"
             ) from error
         return 8 + len(head) + len(data)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from data.files import user_path
+from data.files import NO_ROOM, user_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -119,5 +119,7 @@ def explain_errors(path: str, split: str) -> Iterator[None]:
     except StopIteration as error:  # raised by the library if the first file has no rows
         raise ValueError(f"dataset.path={path!r}, split={split!r} cannot be read: it has no rows") from error
     except (DatasetsError, OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise
         cause = error.__cause__ or error
         raise ValueError(f"dataset.path={path!r}, split={split!r} cannot be read: {cause}") from error

@@ -32,7 +32,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import find_variant
 from flux2.quantization.base import QuantizedLinear
 from flux2.utils import checks
-from flux2.utils.files import user_path
+from flux2.utils.files import name_write_errors, user_path, write_text
 from flux2.utils.text import listed
 from flux2.weights.modelspec import metadata
 from flux2.weights.streaming_writer import write_safetensors
@@ -99,20 +99,24 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
     model = wrapped.get_base_model()
     wrapped.peft_config[name].base_model_name_or_path = base
     kind = "PiSSA" if name + INITIAL in wrapped.peft_config else peft_config.type_name(wrapped.peft_config[name])
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch,
+        name_write_errors(folder, Path(scratch)),
+    ):
         written = Path(scratch)
         if kind == "PiSSA":
             save_pissa(model, written, base, name)
         else:
             # save_embedding_layers=False: PEFT would query the Hub to see whether embeddings were resized
-            wrapped.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+            with name_write_errors(written / PEFT_FILE):
+                wrapped.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
             written = written if name == "default" else written / name  # PEFT writes other names to a subfolder
         # PEFT's file again, with checksums in its header; the first is renamed, because its tensors are mapped from it
         unsealed = (written / PEFT_FILE).rename(written / f".{PEFT_FILE}")
         peft_config.sort_layers(written)
         write_safetensors(written / PEFT_FILE, load_file(unsealed), {"format": "pt", **config_hash(written)})
         unsealed.unlink()
-        (written / "README.md").write_text(adapter_card(base, license, kind))  # replaces PEFT's empty template
+        write_text(written / "README.md", adapter_card(base, license, kind))  # replaces PEFT's empty template
         if kind not in PEFT_ALONE:
             state = to_diffusers(layer_pairs(model, name))
             about = metadata(base=base, title=f"{kind} for {base}", lora=True, diffusers=True, license=license)
@@ -133,7 +137,8 @@ def save_pissa(model: nn.Module, folder: Path, base: str, name: str) -> None:
     config, state = to_peft(layer_pairs(model, name))
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
-    save_file({PREFIX + key: tensor for key, tensor in state.items()}, folder / PEFT_FILE)
+    with name_write_errors(folder / PEFT_FILE):
+        save_file({PREFIX + key: tensor for key, tensor in state.items()}, folder / PEFT_FILE)
     both = {key: tensor.detach().cpu().contiguous() for key, tensor in pissa_tensors(model, name).items()}
     write_safetensors(folder / PISSA_FILE, both, {"format": "pt"})
 

@@ -20,6 +20,7 @@ from typing import Any
 import peft
 
 from flux2.utils import checks
+from flux2.utils.files import write_text
 from flux2.utils.json_files import parse_json
 
 PEFT_CONFIG = "adapter_config.json"
@@ -125,7 +126,7 @@ def sort_layers(folder: Path) -> None:
     """Sort the layers in a configuration that PEFT wrote, in the order of a set: another one in each process."""
     content = json.loads((folder / PEFT_CONFIG).read_text())
     content["target_modules"] = sorted(content["target_modules"])
-    (folder / PEFT_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True))
+    write_text(folder / PEFT_CONFIG, json.dumps(content, indent=2, sort_keys=True))
 
 
 def minimal_config(config: peft.PeftConfig, layers: Sequence[str]) -> peft.PeftConfig:

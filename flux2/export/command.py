@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from flux2.quantization.precision import DTYPES
 from flux2.utils import checks
 from flux2.utils.cli import format_error, split_adapter
 from flux2.utils.device import pick_device
-from flux2.utils.files import atomic_write
+from flux2.utils.files import NotWritten, atomic_write
 from flux2.utils.images import check_target_file
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
 from flux2.utils.text import listed, printable
@@ -307,15 +306,11 @@ def run(options: argparse.Namespace) -> Path:
 
 @contextmanager
 def name_output_in_errors(out: Path) -> Iterator[None]:
-    """Context manager that turns errors of a full disk, which name no file, into a ValueError that names `out`."""
+    """Context manager that turns `NotWritten`, as for a full disk, into a ValueError that names the option."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "filename", None) is not None:
-            raise
-        raise ValueError(
-            f"--out {out} could not be written ({error}), and nothing was left: make room there, or choose another path"
-        ) from error
+    except NotWritten as error:
+        raise ValueError(f"--out {error} Nothing was left") from error
 
 
 def main() -> int:

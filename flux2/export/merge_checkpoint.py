@@ -21,7 +21,7 @@ from flux2.export.deltas import AdapterDelta, total_change
 from flux2.export.low_rank import norm, ratio, total_pair
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
-from flux2.utils.files import atomic_write
+from flux2.utils.files import atomic_write, name_write_errors, write_text
 from flux2.weights.key_names import PublishedTensor, transformer_tensor
 from flux2.weights.loading import BaseWeights
 from flux2.weights.parallel_reader import checksum
@@ -133,10 +133,11 @@ def merge(
             files: dict[Path, Plan] = {place: whole}
             if layout == "diffusers":
                 place.mkdir()
-                (place / "config.json").write_bytes(diffusers_config(source))
+                with name_write_errors(place / "config.json"):
+                    (place / "config.json").write_bytes(diffusers_config(source))
                 files, index = shards(place, whole)
                 if index is not None:
-                    (place / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+                    write_text(place / INDEX, json.dumps(index, indent=2, sort_keys=True))
             with safetensors_writer(files, metadata) as write:
                 sums, merged = write_tensors(write, updates, base, order, layout, whole, device)
             compare(part_files(place) if layout == "diffusers" else TensorFiles([place]), base.model, sums)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flux2.models.variants import Variant
 from flux2.utils import checks
-from flux2.utils.files import atomic_write
+from flux2.utils.files import NotWritten, atomic_write
 from flux2.utils.json_files import parse_json
 from flux2.utils.text import listed
 
@@ -36,8 +36,10 @@ def write(file: Path, variant: Variant, embeddings: Mapping[str, Tensor], length
     try:
         with atomic_write(file) as unfinished:
             save_file(tensors, unfinished, about)
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise ValueError(f"{file} could not be written ({error}): make room there, or choose another path") from error
+    except NotWritten as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written ({error}). Choose another path") from error
 
 
 class SavedPrompts:

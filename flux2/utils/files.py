@@ -3,6 +3,7 @@
 These are written under a temporary name, flushed to the disk and renamed.
 """
 
+import errno
 import glob
 import hashlib
 import os
@@ -16,9 +17,56 @@ from pathlib import Path
 
 import psutil
 import xxhash
+from safetensors import SafetensorError
 
 UNFINISHED = re.compile(r"\..*\.([0-9a-f]{4})-(\d{1,9})-[0-9a-f]{4}\.part", re.DOTALL)  # of `temporary_path`
 _CLEANED: set[str] = set()  # folders from which this process removed what killed processes left
+
+
+# what to do about errors of writing
+REMEDIES = {
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f)",
+    errno.EDQUOT: "Make room there, or raise the quota",
+}
+
+
+class NotWritten(OSError):  # noqa: N818
+    """A file could not be written, for example because the disk is full; `filename` and the message name it."""
+
+    def __str__(self) -> str:
+        remedy = REMEDIES.get(self.errno or 0, "Make room there, or choose another place")
+        return f"{self.filename} cannot be written ({self.strerror}). {remedy}."
+
+
+@contextmanager
+def name_write_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Context manager in which errors of writing the file `path` that name no file become `NotWritten`.
+
+    These are Python's, safetensors' and PyTorch's for a full disk, a quota or a limit on file sizes. An error that
+    names the `temporary` path under which `path` is written, or a file in it, names `path` instead.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause: BaseException | None = error if isinstance(error, OSError) else error.__context__  # of torch.save
+        if isinstance(cause, OSError) and cause.filename is not None:
+            if temporary is not None:
+                cause.filename = re.sub(f"^{re.escape(str(temporary))}", lambda _: str(path), str(cause.filename))
+            raise
+        if isinstance(cause, OSError):
+            code = cause.errno
+        else:
+            found = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
+            code = int(found[1]) if found else None
+        if code is None:
+            raise
+        raise NotWritten(code, os.strerror(code), str(path)) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to a file; an error names it."""
+    with name_write_errors(path):
+        path.write_text(text)
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -77,16 +125,18 @@ def remove_abandoned(folder: Path) -> None:
 def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Context manager that yields a temporary path for a file or folder, then flushes and renames it to `path`.
 
-    After an exception the temporary one is deleted, and `path` is as it was. The folder of `path` must exist. Without
-    `replace`, which is for files only, raise FileExistsError if another process has written `path` meanwhile.
+    After an exception the temporary one is deleted, and `path` is as it was; an error that names no file names `path`.
+    The folder of `path` must exist. Without `replace`, which is for files only, raise FileExistsError if another
+    process has written `path` meanwhile.
     """
     remove_abandoned(path.parent)
     temporary = temporary_path(path)
     try:
-        yield temporary
-        for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        with name_write_errors(path, temporary):
+            yield temporary
+            for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
         if path.is_dir():
             old = path.rename(temporary_path(path).with_suffix(".old"))  # no next start deletes it
             try:

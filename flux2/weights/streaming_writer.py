@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from flux2.utils.files import name_write_errors
 from flux2.utils.text import gigabytes
 from flux2.weights.modelspec import HASH, NO_HASH, OWN_HASH
 from flux2.weights.safetensors_files import DTYPE_NAMES
@@ -72,7 +73,11 @@ class SafetensorsFile:
         self._write_header(NO_HASH)
 
     def _write_header(self, digest: str) -> None:  # as many bytes for any digest
-        self.handle.write(file_header(self.plan, {**self.metadata, HASH: digest, OWN_HASH: digest}))
+        self._put(file_header(self.plan, {**self.metadata, HASH: digest, OWN_HASH: digest}))
+
+    def _put(self, data: bytes | memoryview) -> None:
+        with name_write_errors(self.path):
+            self.handle.write(data)
 
     def write(self, name: str, tensor: Tensor) -> None:
         assert self.todo[:1] == [name], f"{name} is not next in {self.path}"
@@ -80,13 +85,14 @@ class SafetensorsFile:
         assert (tensor.dtype, tuple(tensor.shape)) == self.plan[name], name
         data = raw_bytes(tensor)
         self.hash.update(data)
-        self.handle.write(data)
+        self._put(data)
 
     def finish(self) -> None:
         assert not self.todo, f"not written: {self.todo[:3]}"
         self.handle.seek(0)
         self._write_header("0x" + self.hash.hexdigest())
-        self.handle.close()
+        with name_write_errors(self.path):
+            self.handle.close()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import tempfile
+from contextlib import suppress
 
 import pytest
 from train_helpers import adapter, lines, same_tensors
@@ -70,3 +71,19 @@ def test_an_adapter_that_has_no_room_at_all_in_its_folder_is_kept_among_the_temp
         train("cut", "checkpoint_every=4")
     (kept,) = temporary.glob("flux2-lora-*")
     assert same_tensors(adapter(kept), adapter(whole))
+
+
+def test_the_warning_names_the_file_that_had_no_room_and_what_to_do(train, at_step, full, capfd):
+    whole = train("whole", "checkpoint_every=4") / "checkpoints" / "step_000004"
+    sizes = {file: (whole / file).stat().st_size for file in ("adapter/adapter_model.safetensors", "optimizer.pt")}
+    assert sizes["optimizer.pt"] > sizes["adapter/adapter_model.safetensors"] + 10_000
+    capfd.readouterr()
+    for number, (file, size) in enumerate(sizes.items()):
+        at_step(2, lambda size=size: full(size - 2_000))
+        with suppress(ValueError):  # the finished adapter has no room either
+            train(f"cut{number}", "checkpoint_every=2", "steps=4")
+        full(resource.RLIM_INFINITY)
+        err = capfd.readouterr().err
+        place = whole.parents[2] / f"cut{number}" / "checkpoints" / "step_000004"
+        assert f"{place} could not be saved: {place / file} cannot be written (File too large). Raise the limit" in err
+        assert ".part" not in err

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from flux2 import adapters
 from flux2.adapters.checksums import STATE_FILE
-from flux2.utils.files import checksum
+from flux2.utils.files import NotWritten, checksum, name_write_errors, write_text
 
 CONFIG_FILE = "config.yaml"  # the run's configuration; each checkpoint has a copy
 UNFINISHED_FILE = ".unfinished"  # in the run folder from the start of a run until all that its end writes is there
@@ -121,8 +121,19 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
         if file.is_file() and file.name != STATE_FILE
     }
     content = {**about, "files": files}
-    (folder / STATE_FILE).write_text(json.dumps({**content, "checksum": checksum_of(content)}, indent=1))
+    write_text(folder / STATE_FILE, json.dumps({**content, "checksum": checksum_of(content)}, indent=1))
     checksum(folder / STATE_FILE, flush=True)
+
+
+def write_content(
+    folder: Path, wrapped: peft.PeftModel, parts: Mapping[str, Stateful], base: str, license: str
+) -> None:
+    """Write the adapter and the training state; an error names the file."""
+    adapters.save(wrapped, folder / "adapter", base=base, license=license)
+    for name, part in parts.items():
+        file = folder / f"{name}.pt"
+        with name_write_errors(file), file.open("wb") as opened:  # for a path, the error would have no reason
+            torch.save(part.state_dict(), opened)
 
 
 def save(
@@ -138,16 +149,17 @@ def save(
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        adapters.save(wrapped, unfinished / "adapter", base=base, license=license)
-        for name, part in parts.items():
-            torch.save(part.state_dict(), unfinished / f"{name}.pt")
-        if (run / CONFIG_FILE).exists():
-            shutil.copyfile(run / CONFIG_FILE, unfinished / CONFIG_FILE)
-        seal(unfinished, {"step": step, "base": base, **about})
+        with name_write_errors(place, unfinished):
+            write_content(unfinished, wrapped, parts, base, license)
+            if (run / CONFIG_FILE).exists():
+                shutil.copyfile(run / CONFIG_FILE, unfinished / CONFIG_FILE)
+            seal(unfinished, {"step": step, "base": base, **about})
         old = set_aside(place) if place.exists() else None  # the run resumed from an earlier step
         unfinished.rename(place)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+    except NotWritten as error:
+        raise NotSaved(f"{place} could not be saved: {error}") from error
     except FILE_ERRORS as error:
         raise NotSaved(f"{place} could not be written ({error})") from error
     finally:

@@ -15,7 +15,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from data.files import NO_ROOM
 from data.sources.base import BadData
+from flux2.utils.files import NotWritten
 from train.config.instantiate import unknown_setting
 from train.config.paths import CONFIG
 from train.utils.redact import may_be_secret
@@ -92,7 +94,10 @@ def format_error(error: Exception, overrides: Sequence[str] = (), name: str = "t
     """Return the message of an error that a user can fix: one line, or one for each bad sample."""
     if isinstance(error, BadData):
         return str(error)
-    text = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
+    message = str(error)
+    if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename:
+        message = str(NotWritten(error.errno, error.strerror, error.filename))
+    text = " ".join(" ".join([message, *getattr(error, "__notes__", ())]).split())
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory ({text}). Try memory.checkpointing=full, then a smaller batch_size or resolution"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:

@@ -27,6 +27,7 @@ from flux2.models.pixels import to_images
 from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, TOKEN_CHANNELS
 from flux2.sampling import initial_noise, sample
+from flux2.utils.files import name_write_errors
 from train.utils.console import name_process_in_errors
 from train.utils.files import make_writable
 from train.utils.memory import explain_oom, free_memory
@@ -117,7 +118,8 @@ def draw(
         text, empty = (prepared.embeddings([prompt]).to(accelerator.device) for prompt in (recipe.prompt(index), ""))
         noise = noise.to(accelerator.device)
         sampled = sample(model, noise, text, steps=recipe.steps, guidance=recipe.guidance, empty=empty)
-        with atomic_write(latents_file(place, index)) as temporary:
+        file = latents_file(place, index)
+        with atomic_write(file) as temporary, name_write_errors(file):
             save_file({"latents": sampled[0].cpu()}, temporary)
 
     def picture(index: int, model: Autoencoder) -> None:

@@ -18,6 +18,7 @@ import huggingface_hub
 
 from flux2.adapters.files import DIFFUSERS_FILE, PEFT_FILE
 from flux2.models.variants import Variant
+from flux2.utils.files import write_text
 from flux2.weights.sources import looks_local
 from train.checkpoints.resume_command import NOT_REPEATED
 from train.evaluation.recommend import count_samples, percent, validations, what_is_unfit
@@ -218,4 +219,4 @@ def write(data: ModelCardData, run: Path) -> None:
         (run / "adapter" / name).unlink(missing_ok=True)  # of an earlier end of this run
         for grid in found:
             shutil.copyfile(grid, run / "adapter" / name)
-    (run / "adapter" / CARD).write_text(render(data, run))
+    write_text(run / "adapter" / CARD, render(data, run))

@@ -16,6 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from flux2.utils.files import write_text
 from flux2.utils.images import open_image
 from train.utils.console import warn
 from train.utils.files import reason
@@ -100,7 +101,7 @@ class WandbTracker(NoTracker):
             warn(f"tracker=wandb: {masked_text(str(error))}. The run is stored offline: {later}")
             wandb.teardown()  # otherwise the id would be in use
             self._run = wandb.init(**run | {"mode": "offline", "settings": wandb.Settings(**settings)})
-        id_file.write_text(self.run_id)
+        write_text(id_file, self.run_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

@@ -18,6 +18,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.pipeline import render
 from flux2.utils.checks import MAX_GUIDANCE, MAX_STEPS
+from flux2.utils.files import name_write_errors
 from train.distributed.processes import Share, map_serially
 from train.utils.checks import check_count, check_seed, is_number
 from train.utils.redact import masked
@@ -133,4 +134,5 @@ class Sampler:
             page = sample_grid([pictures], columns=prompts)
             info = PngInfo()  # for the report, which shows the images one by one
             info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
-            page.save(file, pnginfo=info)
+            with name_write_errors(file):
+                page.save(file, pnginfo=info)

@@ -1,6 +1,8 @@
 """data.sources.streaming: a stream becomes a local table once, whatever is asked for again later."""
 
+import errno
 import logging
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,3 +181,12 @@ def test_pictures_that_lie_elsewhere_are_in_no_stream(tmp_path: Path, monkeypatc
     table(tmp_path / "t.parquet", image=[image] * 3)
     with pytest.raises(ValueError, match=r"t\.parquet.*dataset\.streaming"):
         HuggingFace(tmp_path / "t.parquet", streaming=True)
+
+
+def test_a_full_disk_is_not_an_unreadable_table(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(data.sources.streaming, "_write", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{cache}\S+\.arrow'"):
+        HuggingFace(table(tmp_path / "t.parquet"), streaming=True)

@@ -1,14 +1,17 @@
 """flux2.utils.files: what is written is complete or absent, and nothing else is left."""
 
+import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from flux2.utils import files
-from flux2.utils.files import atomic_write, host, remove_unfinished, temporary_path
+from flux2.utils.files import NotWritten, atomic_write, host, remove_unfinished, temporary_path
 from flux2.utils.text import gigabytes
 
 
@@ -121,3 +124,47 @@ def test_what_another_user_left_does_not_stop_a_write(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(("size", "text"), [(0, "0.0 MB"), (99.9e6, "99.9 MB"), (1e8, "0.10 GB"), (1.5e9, "1.50 GB")])
 def test_sizes_are_megabytes_or_gigabytes(size: float, text: str) -> None:
     assert gigabytes(size) == text
+
+
+def full_disk(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+def save_of_torch(code: int) -> None:
+    try:
+        raise full_disk(code)
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
+
+
+def save_of_safetensors(code: int) -> None:
+    raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+
+
+def save_of_python(code: int) -> None:
+    raise full_disk(code)
+
+
+@pytest.mark.parametrize("save", [save_of_python, save_of_torch, save_of_safetensors])
+@pytest.mark.parametrize(
+    ("code", "remedy"), [(errno.ENOSPC, "Make room"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit -f")]
+)
+def test_an_error_of_writing_names_the_file_and_what_to_do(
+    save: Callable[[int], None], code: int, remedy: str, tmp_path: Path
+) -> None:
+    expected = rf"^{tmp_path}/a cannot be written \({os.strerror(code)}\)\. .*{remedy}"
+    with pytest.raises(NotWritten, match=expected) as caught, atomic_write(tmp_path / "a"):
+        save(code)
+    assert (caught.value.errno, caught.value.filename) == (code, f"{tmp_path}/a")
+
+
+def test_errors_that_name_a_file_or_are_others_stay(tmp_path: Path) -> None:
+    other = PermissionError(13, "Permission denied", "/other")
+    for error in (other, RuntimeError("CUDA error"), OSError("cannot write mode P as JPEG")):
+        with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "a"):
+            raise error
+        assert caught.value is error
+        assert "/a" not in str(error)
+    with pytest.raises(FileNotFoundError) as missing, atomic_write(tmp_path / "a") as unfinished:
+        (unfinished / "b").write_text("x")
+    assert missing.value.filename == f"{tmp_path}/a/b"

@@ -225,7 +225,10 @@ def test_what_the_system_refuses_is_one_line_and_what_was_saved_is_said_with_it(
     error = OSError(28, "No space left on device", "/x")
     error.add_note("The state after step 3 is saved in y.")
     message = run_command.refused(task=raising(error))
-    assert message == "[Errno 28] No space left on device: '/x' The state after step 3 is saved in y."
+    assert message == (
+        "/x cannot be written (No space left on device). Make room there, or choose another place. "
+        "The state after step 3 is saved in y."
+    )
 
 
 def test_of_several_processes_the_first_speaks_but_for_what_is_anothers_own(run_command, monkeypatch):

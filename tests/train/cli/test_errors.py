@@ -1,5 +1,7 @@
 """A value that Hydra cannot read is shown in the form that it can, ready to paste into a shell."""
 
+import errno
+import os
 import re
 import shlex
 
@@ -9,7 +11,8 @@ from hydra.errors import HydraException
 from message_helpers import holds
 from train_helpers import ROOT, refusal
 
-from train.cli.errors import quoted_override
+from data.files import atomic_write
+from train.cli.errors import format_error, quoted_override
 
 pytest_plugins = ("train_helpers",)
 
@@ -102,3 +105,15 @@ def test_every_setting_of_a_page_can_be_pasted(page):
                     pytest.fail(f"{word}: {error}")
                 checked += 1
     assert checked or page.stem not in ("data", "training", "resuming", "README")
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"), [(errno.ENOSPC, "Make room"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit -f")]
+)
+def test_a_full_disk_is_one_line_with_the_file_and_what_to_do(code, remedy, tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path}/a") as caught, atomic_write(tmp_path / "a"):
+        raise OSError(code, os.strerror(code))
+    message = format_error(caught.value)
+    assert message.startswith(f"{tmp_path}/a cannot be written ({os.strerror(code)}). ")
+    assert remedy in message
+    assert "Errno" in format_error(FileNotFoundError(2, "No such file or directory", "/b"))
