@@ -33,7 +33,7 @@ from train.utils.memory import OutOfMemory, explain_oom
 from train.utils.prefetch import Prefetcher
 from train.utils.progress import Progress
 from train.utils.signals import stop_requests
-from train.utils.throughput import Clock, peak_memory_gb
+from train.utils.throughput import Clock
 from train.validation.loss import FixedNoiseLoss
 from train.validation.samples import Sampler
 
@@ -92,7 +92,7 @@ class Trainer:
             if checkpointer.unlogged is not None:  # the base, or the step whose logging an error ended
                 with progress.paused():
                     self.validate_and_sample(first_step, checkpointer.unlogged)
-            clock, checkpoint_pending = Clock(), False
+            clock, checkpoint_pending = Clock(self.device), False
             for step in range(first_step, settings.steps):
                 steps_done = step + 1  # once this step is finished
 
@@ -196,7 +196,7 @@ class Trainer:
             "lr": self.learning_rate.value,
             "grad_norm": reading.norm,
             "images_per_second": round(self.loader.sampler.global_batch * clock.take(), 4),
-            "peak_memory_gb": round(peak_memory_gb(self.device), 3),
+            "peak_memory_gb": round(clock.peak_memory_gb, 3),
         }
         if not reading.bad:
             return numbers
