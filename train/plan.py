@@ -37,8 +37,8 @@ from train.config.instantiate import parse_settings
 from train.config.memory import FREE, Choice, choice_of, completed, fixed_keys, settings_of
 from train.config.run_config import RunConfig
 from train.config.settings import MemorySettings
-from train.planner.from_config import planned_precision, workload_of
-from train.planner.gpus import GIB, SIZES, Gpu, gpu, measured, usable
+from train.planner.from_config import free_bytes, free_host_memory, planned_precision, workload_of
+from train.planner.gpus import CONTEXT_GB, GIB, SIZES, Gpu, gpu, measured, usable
 from train.planner.predictor import Planner, Prediction
 from train.planner.search import choose, does_not_fit, lighter
 from train.utils.checks import check_count, is_number
@@ -94,6 +94,8 @@ def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None
     seconds = prediction.seconds(on) if median is None else median * job.accumulation
     source = f"predicted for {on.name}" if median is None else f"measured on {name}, in benchmarks/results"
     flops = sum(prediction.work.flops.values()) / 1e12
+    if not job.on_gpu:
+        return f"A step of {many(images, 'image')}: {flops:.2g} TFLOP in matrix products; on a CPU no time is predicted"
     return f"A step of {many(images, 'image')}: {seconds:.2f} s ({source}); {flops:.0f} TFLOP in matrix products"
 
 
@@ -147,6 +149,8 @@ def main(config: DictConfig) -> None:
     name = torch.cuda.get_device_name() if has_gpu else None
     if card is None and has_gpu:
         card = round(torch.cuda.get_device_properties(0).total_memory / GIB, 1)
+    elif card is None and is_chosen and not on_gpu:
+        card = round(free_bytes(torch.device("cpu")) / GIB + CONTEXT_GB, 1)
     plan = cache(lambda in_fp8: Planner(workload_of(run, on_gpu, in_fp8)))
 
     def planners(on: Gpu) -> Planner:
@@ -174,11 +178,12 @@ def main(config: DictConfig) -> None:
     console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
 
     # Whether it fits, and the time of a step.
+    target = name or f"a GPU of {card:g} GB" if on_gpu else free_host_memory(card or 0)
     fits = card is None or now.training <= usable(card)
     if card is not None and not fits:
         console.print(
-            f"As set it does not fit {card:g} GB: it needs {now.training / 1e9:.1f} GB, and only "
-            f"{usable(card) / 1e9:.1f} GB are usable"
+            f"As set it does not fit {f'{card:g} GB' if on_gpu else target}: it needs {now.training / 1e9:.1f} GB, and "
+            f"only {usable(card) / 1e9:.1f} GB are usable"
         )
     console.print(f"{'' if fits else 'If it did fit: '}{describe(planner, now, on, name)}")
     if "prompts" in now.phases and now.total("prompts") > usable(card or SMALL_GPU):
@@ -194,9 +199,8 @@ def main(config: DictConfig) -> None:
         console.print(gpu_table(planners, now.choice, fixed))
     if card is not None:
         best = choose(planner, fixed, usable(card), gpu(name, card))
-        target = f"a GPU of {card:g} GB" if name is None else name
         if best is None:
-            console.print(f"For {target}: {does_not_fit(planner, fixed, card)}")
+            console.print(f"For {target}: {does_not_fit(planner, fixed, card, '' if on_gpu else target)}")
         else:
             hint = lighter(planner) if best.moved else ""  # weights or activations leave the device
             console.print(f"For {target} memory=auto would choose {best.choice}{'. ' if hint else ''}{hint}")

@@ -137,8 +137,37 @@ def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
     run = load_config(compose(*small("memory=auto")))
     assert run.composed["memory"]["gpu_memory_gb"] == 8
     assert run.memory.checkpointing == "none"
-    assert holds(capsys.readouterr().out, "8 GB ... memory.checkpointing=none")
+    assert holds(
+        capsys.readouterr().out, "memory for 7.0 GB of free host memory: memory.checkpointing=none ... of 7.29 GB"
+    )
     assert free_bytes(torch.device("cpu")) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_on_a_cpu_nothing_is_offloaded_because_it_would_stay_in_host_memory(small, monkeypatch):
+    for free in (0, 0.15, 7):  # nothing fits, all but everything fits, everything fits
+        monkeypatch.setattr("train.planner.from_config.free_bytes", lambda device, free=free: free * GIB)
+        config = compose(*small("memory=auto"))
+        if free == 0:
+            with pytest.raises(
+                ValueError, match=r"^memory=auto, 0\.0 GB of free host memory: .*not fit.* MB of 0\.0 MB"
+            ) as caught:
+                load_config(config)
+            assert "offload" not in str(caught.value)
+            continue
+        memory = load_config(config).memory
+        assert (memory.offload_blocks, memory.offload_activations) == (0, False)
+    kept = load_config(compose(*small("memory=auto", "memory.offload_blocks=1"))).memory
+    assert kept.offload_blocks == 1
+
+
+def test_a_plan_for_a_cpu_speaks_of_host_memory_and_of_no_gpu(run_command, small, monkeypatch):
+    monkeypatch.setattr("train.plan.free_bytes", lambda device: 7 * GIB)
+    code, out, err = run_command(*small("device=cpu", "memory=auto"), task=plan.main)
+    assert code == 0, err
+    assert "For 7.0 GB of free host memory memory=auto would choose memory.checkpointing=none" in out
+    assert "on a CPU no time is predicted" in out
+    assert "RTX" not in out
+    assert "GPU" not in out
 
 
 def test_a_run_that_cannot_fit_says_what_would(small):

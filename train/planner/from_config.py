@@ -20,6 +20,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
 from flux2.quantization.precision import Precision, convert, pick_dtype
 from flux2.utils.json_files import read_json
+from flux2.utils.text import gigabytes
 from flux2.weights.sources import ModelSource
 from train.config.memory import CHOSEN, FREE, choice_of, fixed_keys, settings_of
 from train.config.run_config import RunConfig
@@ -129,6 +130,11 @@ def free_bytes(device: torch.device) -> int:
     return free + SHARED.held(device)
 
 
+def free_host_memory(gpu_memory_gb: float) -> str:
+    """Return what a plan on a CPU is for: the size of a GPU on which as much is free."""
+    return f"{gpu_memory_gb - CONTEXT_GB:.1f} GB of free host memory"
+
+
 def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
@@ -136,19 +142,20 @@ def gpu_name(device: torch.device) -> str | None:
 def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the group `memory` with its nulls chosen, and a message. Raise ValueError if nothing fits."""
     device = config.accelerator.device
-    gpu_memory_gb = memory["gpu_memory_gb"]
+    gpu_memory_gb, where = memory["gpu_memory_gb"], ""
     if gpu_memory_gb == FREE:  # the minimum of all processes, so that all choose the same
         free = torch.tensor([float(free_bytes(device))], dtype=torch.float64, device=device)
         gpu_memory_gb = round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
+        where = free_host_memory(gpu_memory_gb) if device.type == "cpu" else ""
     planner = Planner(workload_of(config, device.type == "cuda"))
     on, fixed, limit = gpu(gpu_name(device), gpu_memory_gb), fixed_keys(memory), usable(gpu_memory_gb)
     best = choose(planner, fixed, limit, on)
     if best is None:
-        raise ValueError(does_not_fit(planner, fixed, gpu_memory_gb))
+        raise ValueError(does_not_fit(planner, fixed, gpu_memory_gb, where and f"memory=auto, {where}"))
     chosen = {key: value for key, value in settings_of(best.choice).items() if key in memory}
     why = (
-        f"memory for {gpu_memory_gb:g} GB: {best.choice}, the fastest that is predicted to fit "
-        f"({best.training / 1e9:.1f} of {limit / 1e9:.1f} GB)"
+        f"memory for {where or f'{gpu_memory_gb:g} GB'}: {best.choice}, the fastest that is predicted to fit "
+        f"({gigabytes(best.training)} of {gigabytes(limit)})"
     )
     if best.moved:  # weights or activations leave the device
         why = f"{why}. {lighter(planner)}".removesuffix(". ")

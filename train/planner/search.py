@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from flux2.memory.activation_checkpointing import POLICIES
+from flux2.utils.text import gigabytes
 from train.config.memory import Choice
 from train.planner.gpus import Gpu, usable
 from train.planner.predictor import Planner, Prediction
@@ -28,6 +29,8 @@ def choices(planner: Planner, fixed: Mapping[str, Any], limit: float) -> Iterato
     """Yield predictions of choices with `fixed` keys that fit `limit` bytes, with the fewest streamed blocks each."""
     if planner.job.num_shards > 1:  # blocks of a sharded base do not stream
         fixed = {**fixed, "offload_blocks": 0, "offload_activations": False}
+    if not planner.job.on_gpu:  # offloading moves nothing out of host memory
+        fixed = {"offload_blocks": 0, "offload_activations": False, **fixed}
 
     def options(key: str, default: Iterable[Any]) -> Iterable[Any]:
         return [fixed[key]] if key in fixed else default
@@ -59,16 +62,19 @@ def step_down(planner: Planner, now: Choice, on: Gpu, short: float = 0.0) -> Cho
     return None if best is None else best.choice
 
 
-def does_not_fit(planner: Planner, fixed: Mapping[str, Any], gpu_memory_gb: float) -> str:
-    """Return the error message if no choice fits, with the smallest choice and other ways to save memory."""
+def does_not_fit(planner: Planner, fixed: Mapping[str, Any], gpu_memory_gb: float, where: str = "") -> str:
+    """Return the error message if no choice fits, with the smallest choice and other ways to save memory.
+
+    `where` names the memory, if it is not that of the setting.
+    """
     least = min(choices(planner, fixed, float("inf")), key=lambda p: p.training)
-    streams = "offload_blocks" not in fixed and planner.job.num_shards == 1
+    streams = "offload_blocks" not in fixed and planner.job.num_shards == 1 and planner.job.on_gpu
     for number in range(len(planner.weights) + 1) if streams else []:
         more = planner.predict(replace(least.choice, offload_blocks=number))
         least = min(least, more, key=lambda p: p.training)
     return (
-        f"memory.gpu_memory_gb={gpu_memory_gb:g}: this run does not fit. With {least.choice} it is predicted to need "
-        f"{least.training / 1e9:.1f} GB of {usable(gpu_memory_gb) / 1e9:.1f} GB. {smaller(planner)}"
+        f"{where or f'memory.gpu_memory_gb={gpu_memory_gb:g}'}: this run does not fit. With {least.choice} it is "
+        f"predicted to need {gigabytes(least.training)} of {gigabytes(usable(gpu_memory_gb))}. {smaller(planner)}"
     )
 
 
