@@ -12,6 +12,7 @@ Source: github.com/black-forest-labs/flux2, src/flux2/text_encoder.py.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LAYER_LINEARS = r"layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
+ADVICE = "Give the tokenizer of the model"
 DIRECTIVES = ("attn_implementation", "experts_implementation", "auto_map", "quantization_config", "use_kernels")
 MOST_TEMPLATE_STEPS = 200_000  # lines; the published templates take some 20 for a prompt
+TEMPLATE_MEMORY = 1 << 29  # bytes that rendering may add to the process
+TEMPLATE_LOCK = threading.Lock()  # the limit is that of the process
 # The line break belongs to the published message; a space instead of it would change the embeddings.
 SYSTEM_MESSAGE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
@@ -63,29 +68,63 @@ def tokenize(
     return batch["input_ids"], batch["attention_mask"]
 
 
+class EndlessTemplate(BaseException):
+    """Ends a chat template; not an Exception, which Jinja catches when it evaluates constants."""
+
+
 @contextmanager
 def bounded_template() -> Iterator[None]:
-    """Context manager in which a chat template that loops is a ValueError instead of an endless rendering.
+    """Context manager in which a chat template that loops, or takes too much memory, is a ValueError.
 
-    A template comes with the model, and Jinja's sandbox bounds `range`, but not loops in loops or macros that call
-    themselves. Each line of a template that this thread runs is counted.
+    A template comes with the model, and Jinja's sandbox bounds `range`, but not loops in loops, macros that call
+    themselves, products and widths of strings, or strings that double. Each line is counted that this thread runs in a
+    template or in the filters that one calls, also when Jinja compiles it and evaluates constants (`as_const`).
     """
     steps, before = 0, sys.gettrace()
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal steps
-        if frame.f_code.co_filename != "<template>":
+        caller = frame.f_back
+        is_template = frame.f_code.co_filename == "<template>" or frame.f_code.co_name == "as_const"
+        if not is_template and (caller is None or caller.f_trace is not trace):
             return None
         steps += 1
         if steps > MOST_TEMPLATE_STEPS:
-            raise ValueError("the chat template of the tokenizer does not end. Give the tokenizer of the model")
+            raise EndlessTemplate
         return trace
 
-    sys.settrace(trace)
-    try:
+    with bounded_memory(TEMPLATE_MEMORY):
+        sys.settrace(trace)
+        try:
+            yield
+        except EndlessTemplate as error:
+            raise ValueError(f"the chat template of the tokenizer does not end. {ADVICE}") from error
+        except (MemoryError, RecursionError, OverflowError) as error:
+            raise ValueError(f"the chat template of the tokenizer takes too much memory. {ADVICE}") from error
+        finally:
+            sys.settrace(before)
+
+
+@contextmanager
+def bounded_memory(room: int) -> Iterator[None]:
+    """Context manager in which the process gets at most `room` bytes more on Linux; beyond it is a MemoryError.
+
+    The limit is on the address space, and holds for all threads, so it must be short and wide.
+    """
+    if sys.platform != "linux":
         yield
-    finally:
-        sys.settrace(before)
+        return
+    import resource  # Windows has none
+
+    with TEMPLATE_LOCK:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = psutil.Process().memory_info().vms + room
+        others = [bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([limit, *others]), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def without_directives(config: dict[str, Any]) -> dict[str, Any]:

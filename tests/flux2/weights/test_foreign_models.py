@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux2.models.text_encoder import build, chat, load_tokenizer, tokenize, without_directives
+from flux2.models.text_encoder import TEMPLATE_MEMORY, build, chat, load_tokenizer, tokenize, without_directives
 from flux2.models.variants import VARIANTS
 from flux2.weights.loading import load_text_encoder
 from flux2.weights.safetensors_files import TensorFiles, part_files
@@ -176,3 +176,56 @@ def test_a_template_that_loops_is_an_error(template: str) -> None:
     tokenizer.chat_template = published
     assert tokenizer.apply_chat_template(chat("a cup " * 999, "mistral"), tokenize=False).count("a cup") == 999
     assert tokenize(tokenizer, ["a cup " * 999] * 9, "mistral", 8)[0].shape == (9, 8)
+
+
+DOUBLE = (
+    "{% set ns = namespace(x='xxxxxxxx') %}{% for a in range(60) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x|length }}"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{{ messages[0].role * 10**10 }}",
+        "{{ ([messages] * 10**10)|length }}",
+        "{{ 'x'|center(10**10) }}",
+        "{{ 'x'.ljust(10**10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ '%10000000000d'|format(1) }}",
+        "{{ '{:>10000000000}'.format('x') }}",
+        "{{ {'a': 1}|tojson(indent=10**10) }}",
+        "{{ 'a\nb'|indent(10**10) }}",
+        "{{ (1).to_bytes(10**10) }}",
+        DOUBLE.replace("STEP", "ns.x + ns.x"),
+        DOUBLE.replace("STEP", "ns.x ~ ns.x"),
+        DOUBLE.replace("STEP", "ns.x.replace('x', 'xx')"),
+        DOUBLE.replace("STEP", "[ns.x, ns.x]").replace("ns.x|length", "ns.x|string|length"),
+        DOUBLE.replace("{% set ns.x = STEP %}", "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}"),
+        "{% macro f(n) %}{% set y = f(n - 1) if n else 'xxxxxxxx' %}{{ y }}{{ y }}{% endmacro %}{{ f(60) }}",
+        "{{ []|slice(10**10)|list|length }}",
+        "{{ messages|slice(10**10)|list|length }}",
+        "{{ lipsum(n=10**7, html=false) }}",
+    ],
+)
+def test_a_template_that_takes_all_memory_is_an_error_and_the_limit_ends_with_it(template: str) -> None:
+    import resource
+
+    tokenizer = load_tokenizer(TINY_FOLDER / "tokenizer")
+    tokenizer.chat_template = template
+    before, start = resource.getrlimit(resource.RLIMIT_AS), time.monotonic()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"the chat template of the tokenizer (takes too much memory|does not end)"):
+        tokenize(tokenizer, ["a cup"], "mistral", 8)
+    assert time.monotonic() - start < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1.1 * 2**20  # KiB
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert len(bytes(2 * TEMPLATE_MEMORY)) == 2 * TEMPLATE_MEMORY, "nothing of the limit is left"
+
+
+def test_filters_that_loop_without_a_line_of_the_template_are_an_error() -> None:
+    tokenizer = load_tokenizer(TINY_FOLDER / "tokenizer")
+    tokenizer.chat_template = "{{ messages|slice(10**12)|select('none')|first }}"
+    with pytest.raises(ValueError, match="chat template of the tokenizer does not end"):
+        tokenize(tokenizer, ["a cup"], "mistral", 8)
