@@ -172,12 +172,12 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     total = len(prompts) + len(plain)
     run.say(f"{total} images of the base, then {run.settings.steps} steps, then as many images")
     base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
-    with closing(ItemProgress("pictures", shown=run.accelerator.is_main_process)) as count:
+    with closing(ItemProgress("images", shown=run.accelerator.is_main_process)) as count:
         images["cards_before"] = draw(base, prompts, count, 0, total)
         images["plain_before"] = draw(base, plain, count, len(prompts), total)
 
     adapter, seconds = train_and_load(run, location, base)
-    with closing(ItemProgress("pictures", shown=run.accelerator.is_main_process)) as count:
+    with closing(ItemProgress("images", shown=run.accelerator.is_main_process)) as count:
         total += len(prompts)
         images["cards_after"] = draw(base, prompts, count, 0, total)
         images["plain_after"] = draw(base, plain, count, len(prompts), total)

@@ -53,7 +53,7 @@ def edit_sources(pipe: Pipeline, sources: Sequence[Image.Image], prompts: Sequen
     text, empty = pipe.embeddings(prompts)
     references = torch.cat([pipe.encode_references([source])[0] for source in sources])
     pictures: list[Image.Image] = []
-    with closing(ItemProgress("pictures", shown=os.environ.get("RANK", "0") == "0")) as count:
+    with closing(ItemProgress("images", shown=os.environ.get("RANK", "0") == "0")) as count:
         for start in range(0, len(sources), BATCH):
             part = slice(start, start + BATCH)
             pictures += render(

@@ -139,7 +139,7 @@ def evaluate(run: SavedRun, features: Features, settings: EvaluationSettings, ch
     work += [(chosen, strength, run.seeds[:1]) for strength in strengths if strength not in (0, 1)]
     try:
         total = sum(len(run.missing(*one)) for one in work)
-        with closing(ItemProgress("pictures")) as count:
+        with closing(ItemProgress("images")) as count:
             done = itertools.count(1)
             for one in work:
                 for _ in run.draw(*one):

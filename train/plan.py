@@ -70,13 +70,13 @@ def phase_table(prediction: Prediction, on_gpu: bool) -> Table:
 def gpu_table(planners: Callable[[Gpu], Planner], settings: Choice, fixed: Mapping[str, Any]) -> Table:
     """Return the table of GPU sizes: whether the run fits as set, and what memory=auto would choose."""
     table = Table(title="Which GPU it fits, as predicted", box=SIMPLE, title_justify="left")
-    for name in ("GPU", "caching: prompts", "pictures", "training as set", "memory=auto would choose", "s/step"):
+    for name in ("GPU", "caching: prompts", "caching: images", "training as set", "memory=auto would choose", "s/step"):
         table.add_column(name, justify="right" if name in ("GPU", "s/step") else "left")
     for gpu_memory_gb in SIZES:
         limit, on = usable(gpu_memory_gb), gpu(None, gpu_memory_gb)
         planner = planners(on)
         now, best = planner.predict(settings), choose(planner, fixed, limit, on)
-        totals = [now.total(phase) if phase in now.phases else None for phase in ("prompts", "pictures")]
+        totals = [now.total(phase) if phase in now.phases else None for phase in ("prompts", "images")]
         table.add_row(
             f"{gpu_memory_gb} GB",
             *("" if total is None else "yes" if total <= limit else "no" for total in (*totals, now.training)),

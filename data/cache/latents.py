@@ -166,7 +166,7 @@ class LatentPlan:
             else:
                 latents, expected = encode([image]), (1, *latent_shape(image.size))
                 assert tuple(latents.shape) == expected, f"encode returned {tuple(latents.shape)} for {expected}"
-                check_finite(latents, f"the autoencoder's latents of picture {work.picture.name}")
+                check_finite(latents, f"the autoencoder's latents of image {work.picture.name}")
                 tensor = latents[0]
             return self.cache.put(key, {work.name: tensor}, {"picture": work.picture.name})
 

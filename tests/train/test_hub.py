@@ -250,7 +250,7 @@ def test_the_card_of_a_run_says_what_it_is_and_how_it_is_used(finished):
     assert "--adapter lora --prompt 'a red cup'" in text
     assert "accelerate launch train/run.py " in text
     assert "hub.repo_id=jane/tarot" in text
-    assert "| steps | 2 of 2 pictures |" in text
+    assert "| steps | 2 of 2 images |" in text
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"| validation loss | {last['validation_loss']:.4f} on 6 training samples" in text
 
@@ -321,7 +321,7 @@ def test_an_adapter_that_diffusers_cannot_read_is_not_offered_to_it(described):
 def test_edits_are_shown_as_such(described):
     text, data = described("dev", edits=True)
     assert data.pipeline_tag == "image-to-image"
-    assert "--image picture.png" in text
+    assert "--image image.png" in text
     assert "pipe(image=picture, prompt=" in text
 
 

@@ -95,7 +95,7 @@ def test_the_first_step_has_nothing_to_save(no_advice, small, at_step, tmp_path)
             "train.validation.samples.Sampler.write_grid", "sampling after step 2", True, marks=pytest.mark.slow
         ),
         pytest.param("torch.optim.AdamW.step", "update of step 1", False, marks=pytest.mark.slow),
-        ("flux2.models.autoencoder.Autoencoder.encode", "encoding pictures", False),
+        ("flux2.models.autoencoder.Autoencoder.encode", "encoding images", False),
         ("flux2.models.text_encoder.TextEncoder.encode", "encoding prompts", False),
     ],
 )
@@ -126,4 +126,4 @@ def test_the_advice_is_a_setting_that_takes_less(small):
     assert holds(said, "precision=fp8 ... batch_size=1 ... gradient_accumulation ... buckets.resolution")
     for way in ("text_encoder.storage=nf4", "text_encoder=remote", "train/cache.py"):
         assert way in advice(run, OutOfMemory("", "prompts", 0, 0))
-    assert "reference_resolution" in advice(run, OutOfMemory("", "pictures", 0, 0))
+    assert "reference_resolution" in advice(run, OutOfMemory("", "images", 0, 0))

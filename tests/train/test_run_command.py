@@ -130,7 +130,7 @@ def test_the_last_lines_say_where_everything_is_and_how_it_is_used(run_command, 
     assert out.splitlines()[-5:] == [
         f"adapter   {run}/adapter",
         f"numbers   {run}/metrics.jsonl",
-        f"pictures  {run}/samples",
+        f"samples   {run}/samples",
         f"report    {run}/report.html",
         f"use it    python -m flux2.generate --model small_dev --path {model_folders('dev')} --adapter {run}/adapter "
         f"--prompt 'a cup'\"'\"'s fox' --image {room}",

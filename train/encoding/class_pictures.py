@@ -145,7 +145,7 @@ def draw(
         kept = count - len(undecoded)
         say(f"drawing {many(len(undecoded), 'class image')} into {place}" + (f"; {kept} exist already" if kept else ""))
     _each(undrawn, transformer, latents, accelerator, "drawn", "samples")
-    _each(undecoded, autoencoder, picture, accelerator, "decoded", "pictures")
+    _each(undecoded, autoencoder, picture, accelerator, "decoded", "images")
     return ClassPictureFolder(place, recipe, count)
 
 

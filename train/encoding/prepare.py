@@ -191,7 +191,7 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     if cut and accelerator.is_main_process:
         length = text_encoder.length or request.source.variant.text.length
         print(f"truncated {many(len(cut), 'prompt')} to {length} tokens, e.g. {masked_text(cut[0])[:80]!r}")
-    if pictures and (bad := fill(latents, lambda: request.load_autoencoder(device), "pictures", accelerator)):
+    if pictures and (bad := fill(latents, lambda: request.load_autoencoder(device), "images", accelerator)):
         latents = latents.without(bad)
         request.samples.leave_out(latents.bad)
     contents = tuple(latents.work[entry.key].digest for entry in latents.entries)

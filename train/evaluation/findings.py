@@ -58,19 +58,19 @@ def problems_of_images(evaluation: Evaluation) -> list[str]:
         found.append(f"images that could not be computed, because their pixels were not finite: {counts}")
     if farther := [row for row in rows if ratio(row.to_training, base.to_training) > FARTHER]:
         found.append(
-            "farther from the training pictures than the base, although an adapter should come nearer: "
+            "farther from the training images than the base, although an adapter should come nearer: "
             f"{values(farther, 'to_training')}"
         )
     if alike := [row for row in rows if 0 <= ratio(row.spread, base.spread) < ALIKE]:
         found.append(
             "images of different prompts and seeds are far more alike than the base's. They seem to ignore their "
-            f"prompts, unless the training pictures are as alike: distance between two {values(alike, 'spread')}"
+            f"prompts, unless the training images are as alike: distance between two {values(alike, 'spread')}"
         )
     for row in rows:
         if row.suspicious:
             found.append(
-                f"{row.name}: {row.suspicious} of {len(row.files)} images are nearer to a training picture than "
-                "training pictures are to one another: check them below"
+                f"{row.name}: {row.suspicious} of {len(row.files)} images are nearer to a training image than "
+                "training images are to one another: check them below"
             )
     return found
 

@@ -182,7 +182,7 @@ def advice(config: RunConfig, error: OutOfMemory) -> str:
             "Quantize the text encoder (text_encoder.storage=nf4), use one on another machine (text_encoder=remote), "
             "or fill the cache where there is more memory (train/cache.py, or device=cpu)."
         )
-    if error.phase == "pictures":
+    if error.phase == "images":
         return "Set a smaller buckets.resolution or reference_resolution."
     device = config.accelerator.device
     planner, now = Planner(workload_of(config, device.type == "cuda")), choice_of(config.composed["memory"])

@@ -63,7 +63,7 @@ class Prediction:
     @property
     def training(self) -> float:
         """The peak of the phases with the transformer loaded."""
-        return max(self.total(phase) for phase in self.phases if phase not in ("prompts", "pictures"))
+        return max(self.total(phase) for phase in self.phases if phase not in ("prompts", "images"))
 
     def seconds(self, gpu: Gpu) -> float:
         """Return the time of a step: the longer of compute and copies, plus the unhidden part of the other."""
@@ -261,7 +261,7 @@ class Planner:
             predicted = tokens(job.class_pixels)
             shape = Shape(1, predicted, job.text_tokens, predicted)
             streamed_then, ring_then = self.count_streamed(choice.offload_blocks, self.weights)
-            phases["class pictures"] = {
+            phases["class images"] = {
                 "weights of blocks": sum(self.weights) - streamed_then,
                 "buffers of streamed blocks": ring_then,
                 "other weights": self.other_weights,
@@ -290,5 +290,5 @@ class Planner:
             held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
             phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
         working = max(encode, decode) if job.class_pixels else encode  # class images are decoded
-        phases["pictures"] = {"autoencoder": weights, "working set": working, **libraries}
+        phases["images"] = {"autoencoder": weights, "working set": working, **libraries}
         return phases

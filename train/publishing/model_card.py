@@ -132,8 +132,8 @@ def training_table(data: ModelCardData, run: Path) -> list[str]:
     preservation = config.get("preservation", {})
     rows = {
         "base": f"{data.variant.repo or data.variant.name} ({data.precision}){weights}",
-        "pictures": f"{data.samples}, at {config['buckets']['resolution']} px",
-        "steps": f"{config['steps']} of {many(data.images, 'picture')}",
+        "images": f"{data.samples}, at {config['buckets']['resolution']} px",
+        "steps": f"{config['steps']} of {many(data.images, 'image')}",
         "adapter": code(settings(config["adapter"])),
         "optimizer": code(settings(config["optimizer"])),
         **({"average": f"`ema_decay={config['ema_decay']}`"} if config.get("ema_decay") else {}),
@@ -166,7 +166,7 @@ def usage(data: ModelCardData, folder: Path) -> list[str]:
     variant, local = data.variant, "lora" if data.place else "FOLDER"
     prompt = masked_command([data.prompts[0]]) if data.prompts else '"..."'
     fetch = f"hf download {data.place} --local-dir lora\n" if data.place else ""
-    image = " --image picture.png" if data.edits else ""
+    image = " --image image.png" if data.edits else ""
     command = f"python -m flux2.generate --model {variant.name} --adapter {local}{image} --prompt {prompt}"
     parts = ["## Use\n", "With flux2-lora:\n", code_block("sh", f"{fetch}{command}")]
     if variant.repo and (folder / DIFFUSERS_FILE).exists():

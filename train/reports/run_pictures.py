@@ -134,14 +134,14 @@ def strength_cells(evaluation: Evaluation) -> list[Cell]:
 
 
 def distance_table(rows: Sequence[Row], *, chosen: str = "", caption: str = "", prefix: str = "") -> Table:
-    """Return how far the images of each row are from the base's and from the training pictures."""
+    """Return how far the images of each row are from the base's and from the training images."""
     lines = []
     for row in rows:
         distances = [number(value, ".3f") for value in (row.to_base, row.to_training, row.spread)]
         near: str | int = "" if row.to_training is None else row.suspicious
         marked = Markup("<span class=suspicious>{}</span>").format(near) if near else near
         lines.append([prefix + row.name, *distances, marked, row.failed])
-    names = ("to the base", "to the nearest training picture", "between two", "suspiciously near", "not computed")
+    names = ("to the base", "to the nearest training image", "between two", "suspiciously near", "not computed")
     return Table([""], names, lines, [row.name == chosen for row in rows], caption)
 
 

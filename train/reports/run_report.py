@@ -111,7 +111,7 @@ def loss_charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     charts = {"Training loss": training, "Validation loss": validation}
     if len(runs) == 1:
         times = [Curve(name, points, color) for color, (name, points) in enumerate(runs[0].times.items())]
-        charts["Validation loss by time (0 the picture, 1 noise)"] = times
+        charts["Validation loss by time (0 the image, 1 noise)"] = times
         for title, name, key in (
             ("Gradient norm before clipping", "norm", "grad_norm"),
             ("Learning rate", "rate", "lr"),
@@ -133,7 +133,9 @@ def loss_table(run: RunSummary) -> Table:
         by_time = [number(each.get(step), ".4f") for each in times.values()]
         rows.append([f"step {step}" if step else BASE, f"{losses[step]:.4f}", gain, *by_time])
     best = [step == run.recommended for step in shown]
-    return Table([""], ["mean", "vs. base", *times], rows, best, f"Validation loss by checkpoint and time: {run.label}")
+    return Table(
+        ["checkpoint"], ["mean", "vs. base", *times], rows, best, f"Validation loss by checkpoint and time: {run.label}"
+    )
 
 
 def speed_table(runs: Sequence[RunSummary]) -> Table:

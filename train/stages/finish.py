@@ -76,7 +76,7 @@ def announce(config: RunConfig, adapter: Path, caption: str) -> None:
         config.say(f"formats   {note}")
     config.say(f"numbers   {adapter.parent / 'metrics.jsonl'}")
     if config.sample.prompts and config.settings.sample_every:
-        config.say(f"pictures  {adapter.parent / 'samples'}")
+        config.say(f"samples   {adapter.parent / 'samples'}")
     if (adapter.parent / run_report.REPORT).is_file():
         config.say(f"report    {adapter.parent / run_report.REPORT}")
     if found.unfit:

@@ -109,7 +109,7 @@ def save_grid(pixels: Tensor, file: Path, columns: int = 16) -> None:
 def encode_pictures(autoencoder: Autoencoder, pictures: np.ndarray, file: Path) -> Tensor:
     """Return normalized latents, (N, 128, 8, 8) bfloat16, and set the autoencoder's statistics from them."""
     if not file.exists():
-        print(f"encoding {len(pictures)} pictures")
+        print(f"encoding {len(pictures)} images")
         parts = [patchify(autoencoder.moments(to_pixels(pictures[i : i + 64]))[0]) for i in range(0, len(pictures), 64)]
         latents = torch.cat(parts)
         mean, var = latents.mean((0, 2, 3)), latents.var((0, 2, 3))

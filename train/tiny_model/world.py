@@ -195,7 +195,7 @@ def catalog(seed: int, drawings: int, edits: int, scenes: int) -> Catalog:
 def draw_pictures(jobs: list[Job], file: Path) -> np.ndarray:
     """Return the images of `jobs`, (N, 128, 128, 3) uint8, stored in `file`."""
     if not file.exists():
-        print(f"drawing {len(jobs)} pictures")
+        print(f"drawing {len(jobs)} images")
         with Pool(os.cpu_count()) as pool:
             pictures = np.stack(pool.map(render, jobs, chunksize=256))
         with atomic_write(file) as temporary, temporary.open("wb") as stream:

@@ -135,8 +135,8 @@ def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
     assert planner.class_share == 0.5
     assert sum(read.work.flops.values()) == pytest.approx(1.5 * sum(plain.work.flops.values()))
     assert read.phases["step"] == plain.phases["step"]  # one after the other, and never the larger
-    assert "class pictures" not in read.phases
-    assert 0 < made.total("class pictures") < made.total("step")
+    assert "class images" not in read.phases
+    assert 0 < made.total("class images") < made.total("step")
     assert not planner.job.usual
 
 

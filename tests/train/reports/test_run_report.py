@@ -106,9 +106,9 @@ def test_the_page_says_what_was_measured_masks_secrets_and_escapes_texts(run, ma
     words = texts(text)
     assert "Recommended, on 3 samples alone, checkpoints/step_000040" in words
     assert "It rests on" not in words  # the line above says that already
-    for found in ("step 40 1.8000", "nearer than 100% of the training pictures", "step 40 1 of 2", "8 (8 to 8)"):
+    for found in ("step 40 1.8000", "nearer than 100% of the training images", "step 40 1 of 2", "8 (8 to 8)"):
         assert found in words  # 1.8 is the last validation loss: 2 - 0.8 + 0.5 + 0.1
-    assert "Each of the 9 training pictures is 5.000 from its nearest other (median; 1.000 to 9.000)" in words
+    assert "Each of the 9 training images is 5.000 from its nearest other (median; 1.000 to 9.000)" in words
 
 
 def test_nothing_is_fetched_by_the_page(run):

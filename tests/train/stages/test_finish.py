@@ -49,7 +49,7 @@ def test_killed_between_the_adapter_and_the_report_auto_finishes_the_run(train, 
     assert not (run / "report.html").exists()
     assert train("run", *settings, "resume=auto") == run
     assert (run / "report.html").is_file()
-    assert "| steps | 4 of 2 pictures |" in (run / "adapter" / "README.md").read_text()
+    assert "| steps | 4 of 2 images |" in (run / "adapter" / "README.md").read_text()
     assert same_tensors(adapter(run), before)
     assert lines(run) == numbers
     assert not (run / UNFINISHED_FILE).exists()
