@@ -178,7 +178,7 @@ def main(config: DictConfig) -> None:
     console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
 
     # Whether it fits, and the time of a step.
-    target = name or f"a GPU of {card:g} GB" if on_gpu else free_host_memory(card or 0)
+    target = (name or f"a GPU of {card or 0:g} GB") if on_gpu else free_host_memory(card or 0)
     fits = card is None or now.training <= usable(card)
     if card is not None and not fits:
         console.print(

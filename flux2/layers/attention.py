@@ -55,7 +55,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
-@torch.compiler.assume_constant_result
 def computes_in_float32(device: torch.device) -> bool:
     """Return whether attention is computed in float32: on GPUs below compute capability 8.0.
 

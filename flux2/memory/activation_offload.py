@@ -20,7 +20,7 @@ class OffloadedActivation:
         self.pool, self.memory = pool, pool.take(tensor.nbytes)
         weakref.finalize(self, pool.give, self.memory).atexit = False
         self.values = self.memory.view(tensor.dtype).view(tensor.shape)
-        pool.start(tensor.contiguous(), self.values)
+        pool.start(tensor.detach().contiguous(), self.values)  # kept for a while, without its history
         self.returned: tuple[Tensor, Any] | None = None
 
     def fetch(self) -> tuple[Tensor, Any]:
@@ -33,7 +33,7 @@ class OffloadedActivation:
 
     def get(self) -> Tensor:
         copy, ticket = self.fetch()
-        self.pool.copier.wait(ticket)
+        self.pool.wait(ticket)
         return copy
 
 
@@ -64,6 +64,13 @@ class ActivationPool:
         self.in_flight.append((ticket, source, target))
         wait_for(self.copier, self.in_flight, IN_FLIGHT)
         return ticket
+
+    def wait(self, ticket: Any) -> None:
+        """Let later work on the device wait for a copy, and forget its tensors."""
+        self.copier.wait(ticket)
+        for index in reversed(range(len(self.in_flight))):
+            if self.in_flight[index][0] is ticket:
+                del self.in_flight[index]
 
     def give(self, memory: Tensor) -> None:
         self.held -= memory.nbytes

@@ -264,7 +264,7 @@ class Offloader:
                 return lambda: self.buffer_of(streamed).view(dtype).as_strided(*layout)
             address = memory_address(tensor)
             if pool is None or address not in addresses:
-                return tensor
+                return tensor.detach()  # an output with its history would keep its own graph until the backward
             activation = offloaded.get(address)
             if activation is None:
                 activation = offloaded[address] = OffloadedActivation(tensor, pool)

@@ -63,13 +63,12 @@ def file_header(plan: Plan, metadata: Mapping[str, str]) -> bytes:
 
 
 class SafetensorsFile:
-    """A file that is being written."""
+    """A file that is being written to `handle`, which is open at `path`."""
 
-    def __init__(self, path: Path, plan: Plan, metadata: Mapping[str, str]) -> None:
-        self.path, self.plan, self.metadata = path, plan, metadata
+    def __init__(self, path: Path, handle: BinaryIO, plan: Plan, metadata: Mapping[str, str]) -> None:
+        self.path, self.handle, self.plan, self.metadata = path, handle, plan, metadata
         self.todo = list(plan)
         self.hash = hashlib.sha256()
-        self.handle: BinaryIO = path.open("wb")
         self._write_header(NO_HASH)
 
     def _write_header(self, digest: str) -> None:  # as many bytes for any digest
@@ -106,8 +105,9 @@ def safetensors_writer(
     with ExitStack() as stack:
         files: list[SafetensorsFile] = []
         for path, plan in plans.items():
-            files.append(SafetensorsFile(path, plan, metadata))
-            stack.callback(files[-1].handle.close)
+            handle = path.open("wb")
+            stack.callback(handle.close)
+            files.append(SafetensorsFile(path, handle, plan, metadata))
         file_of = {name: file for file in files for name in file.plan}
         yield lambda name, tensor: file_of[name].write(name, tensor)
         for file in files:

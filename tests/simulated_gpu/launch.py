@@ -15,9 +15,12 @@ library = ctypes.CDLL(os.path.join(os.environ["SIMULATED_GPU"], "libsimulated_gp
 library.simulated_gpu_answer_ones(1)
 if os.environ.get("MOST") and "accelerate.commands.launch" not in sys.argv:
     library.simulated_gpu_most.restype = ctypes.c_size_t
-    count = int(os.environ.get("SIMULATED_GPU_COUNT", "1"))
-    rank = os.environ.get("RANK", "0")
-    atexit.register(lambda: print(f"most of {rank}:", *(library.simulated_gpu_most(i) for i in range(count)), flush=True))
+
+    def tell_most(rank: str = os.environ.get("RANK", "0")) -> None:
+        count = int(os.environ.get("SIMULATED_GPU_COUNT", "1"))
+        print(f"most of {rank}:", *(library.simulated_gpu_most(index) for index in range(count)), flush=True)
+
+    atexit.register(tell_most)
 if os.environ.get("GLOO"):
     import torch.distributed
 

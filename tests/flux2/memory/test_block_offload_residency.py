@@ -1,5 +1,6 @@
 """flux2.memory.block_offload: what is on the device and when, that nothing stale is read, and activations."""
 
+import gc
 import re
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 from flux2 import adapters
-from flux2.memory.activation_checkpointing import set_policy
+from flux2.memory.activation_checkpointing import POLICIES, set_policy
+from flux2.memory.activation_offload import IN_FLIGHT
 from flux2.memory.block_offload import Offloader, StreamedBlock, offload
 from flux2.memory.ring_buffer import Copier
 from flux2.models.transformer import Transformer
@@ -309,6 +311,31 @@ def test_what_goes_away_is_freed_and_so_is_what_came_back(policy: str) -> None:
     loss.backward()
     assert len(fetched) == inputs
     assert most <= 4, "the inputs of the block that is differentiated and of the one before it"
+    assert not offloader.activation_pool.in_flight
+    assert not any(storage() is not None for storage in fetched)
+
+
+@pytest.mark.parametrize(("blocks", "activations"), [(1.0, False), (0, True)])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_forward_that_no_backward_follows_leaves_nothing(policy: str, blocks: float, activations: bool) -> None:
+    """As where a later block runs out of memory."""
+    model = adapted()
+    set_policy(model, policy, budget_gb=1e-4 if policy == "budget" else None)
+    offload(model, blocks, activations=activations)
+    results: list[weakref.ref[Any]] = []
+
+    def remember(block: nn.Module, args: Any, out: Any) -> None:
+        parts = out if isinstance(out, tuple) else (out,)
+        results.extend(weakref.ref(part.untyped_storage()) for part in parts)
+
+    for name in model.config.block_names:
+        for module in model.get_submodule(name).modules():
+            module.register_forward_hook(remember)
+    predict(model).square().mean()
+    gc.collect()
+    assert len(results) > 10
+    left = {storage._cdata for storage in (reference() for reference in results) if storage is not None}
+    assert len(left) <= (IN_FLIGHT if activations else 0), "inputs that are being copied"
 
 
 def test_inputs_come_back_one_block_ahead() -> None:
