@@ -49,7 +49,7 @@ from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.memory.ring_buffer import Copier
 from flux2.models.transformer import Transformer
-from flux2.quantization.precision import Storage
+from flux2.quantization.precision import Precision, Storage
 from flux2.models.variants import VARIANTS, Variant
 from train.planner.gpus import GIB, gpu, usable
 from train.planner.search import choose
@@ -149,7 +149,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     """Return the predicted and the measured time and memory of a case."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     card = gpu(name, case.gpu_memory_gb)
-    in_fp8 = make_precision(case.storage, in_fp8=True).multiplies_in_fp8(device)
+    in_fp8 = Precision(torch.bfloat16, case.storage).multiplies_in_fp8(device)
     planner = make_planner(case.variant, case.storage, case.pixels, in_fp8)
     prediction = choose(planner, {}, usable(case.gpu_memory_gb), card)
     if prediction is None:

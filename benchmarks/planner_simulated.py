@@ -33,8 +33,7 @@ import torch
 
 from benchmarks.common import free_memory, limit_memory, write_result
 from benchmarks.fits import Case, make_planner, train
-from benchmarks.models import make_precision
-from flux2.quantization.precision import Storage
+from flux2.quantization.precision import Precision, Storage
 from simulated_gpu.build import environment
 from simulated_gpu.simulated import RepeatedCopier, device, empty_transformer
 from train.config.memory import settings_of
@@ -69,7 +68,7 @@ def planner_of(case: tuple[str, Storage | None, int], in_fp8: bool) -> Planner:
 def simulate(case: Case) -> dict[str, Any]:
     """Return predicted and simulated memory of a case, in GB."""
     place, card = torch.device("cuda"), card_of(case)
-    in_fp8 = make_precision(case.storage, in_fp8=True).multiplies_in_fp8(place)
+    in_fp8 = Precision(torch.bfloat16, case.storage).multiplies_in_fp8(place)
     prediction = choose(
         planner_of((case.model, case.storage, case.pixels), in_fp8), {}, usable(case.gpu_memory_gb), card
     )

@@ -6,6 +6,7 @@ Begin with pipeline.py, which loads a model once and generates many images; mode
 import logging
 import os
 import platform
+import sys
 from typing import TYPE_CHECKING, Any
 
 # OpenMP threads that wait for each other spin before they sleep, with libgomp for 300,000 rounds by default: 4 ms on a
@@ -17,6 +18,12 @@ from typing import TYPE_CHECKING, Any
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what the user sets stays
 if platform.machine() in ("x86_64", "AMD64") and not os.environ.keys() & set(SPIN_VARIABLES):
     os.environ["GOMP_SPINCOUNT"] = "10000"
+
+# The allocator's segments grow where they are, instead of being of fixed sizes: less memory is lost to fragments, and
+# what is predicted to fit needs no second attempt (benchmarks/planner_simulated.py). PyTorch has this on Linux only.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # what the user sets stays
+if sys.platform == "linux" and not os.environ.keys() & set(ALLOCATOR_VARIABLES):
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 # bitsandbytes, imported by PEFT, warns on some CPUs that a kernel could not be downloaded; flux2 does not use it
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -99,3 +99,17 @@ def test_the_openmp_of_torch_reads_what_flux2_sets():
     _, _, ours = python("-c", load, **unset | {"OMP_DISPLAY_ENV": "VERBOSE"})
     assert "GOMP_SPINCOUNT = '300000'" in default
     assert "GOMP_SPINCOUNT = '10000'" in ours
+
+
+def test_the_allocator_is_told_how_to_grow_unless_the_user_tells_it() -> None:
+    show = "import flux2, os; print([os.environ.get(name) for name in flux2.ALLOCATOR_VARIABLES])"
+    given = {name: value for name, value in os.environ.items() if name not in flux2.ALLOCATOR_VARIABLES}
+    for own, expected in (
+        ({}, ["expandable_segments:True", None]),
+        ({"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.8"}, ["garbage_collection_threshold:0.8", None]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, [None, "backend:native"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", show], env=given | own, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == str(expected)

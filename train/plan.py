@@ -37,8 +37,8 @@ from train.config.instantiate import parse_settings
 from train.config.memory import FREE, Choice, choice_of, completed, fixed_keys, settings_of
 from train.config.run_config import RunConfig
 from train.config.settings import MemorySettings
-from train.planner.from_config import free_bytes, free_host_memory, planned_precision, workload_of
-from train.planner.gpus import CONTEXT_GB, GIB, SIZES, Gpu, gpu, measured, usable
+from train.planner.from_config import free_bytes, free_host_memory, limit_of, planned_precision, workload_of
+from train.planner.gpus import CONTEXT_GB, GIB, SIZES, Gpu, gpu, measured
 from train.planner.predictor import Planner, Prediction
 from train.planner.search import choose, does_not_fit, lighter
 from train.utils.checks import check_count, is_number
@@ -67,13 +67,14 @@ def phase_table(prediction: Prediction, on_gpu: bool) -> Table:
     return table
 
 
-def gpu_table(planners: Callable[[Gpu], Planner], settings: Choice, fixed: Mapping[str, Any]) -> Table:
+def gpu_table(planners: Callable[[Gpu], Planner], settings: Choice, memory: Mapping[str, Any]) -> Table:
     """Return the table of GPU sizes: whether the run fits as set, and what memory=auto would choose."""
+    fixed = fixed_keys(memory) if memory.get("gpu_memory_gb") is not None else {}
     table = Table(title="Which GPU it fits, as predicted", box=SIMPLE, title_justify="left")
     for name in ("GPU", "caching: prompts", "caching: images", "training as set", "memory=auto would choose", "s/step"):
         table.add_column(name, justify="right" if name in ("GPU", "s/step") else "left")
     for gpu_memory_gb in SIZES:
-        limit, on = usable(gpu_memory_gb), gpu(None, gpu_memory_gb)
+        limit, on = limit_of(memory, gpu_memory_gb), gpu(None, gpu_memory_gb)
         planner = planners(on)
         now, best = planner.predict(settings), choose(planner, fixed, limit, on)
         totals = [now.total(phase) if phase in now.phases else None for phase in ("prompts", "images")]
@@ -161,8 +162,8 @@ def main(config: DictConfig) -> None:
     fixed = fixed_keys(memory) if is_chosen else {}  # otherwise its values are the group's defaults
     now = planner.predict(choice_of(run.composed["memory"]))
     if is_chosen and card is not None:
-        now = choose(planner, fixed, usable(card), gpu(name, card)) or now
-    on = gpu(name, card or next((size for size in SIZES if now.training <= usable(size)), SIZES[-1]))
+        now = choose(planner, fixed, limit_of(memory, card), gpu(name, card)) or now
+    on = gpu(name, card or next((size for size in SIZES if now.training <= limit_of(memory, size)), SIZES[-1]))
     planner = planners(on)
     now = planner.predict(now.choice)
 
@@ -179,14 +180,15 @@ def main(config: DictConfig) -> None:
 
     # Whether it fits, and the time of a step.
     target = (name or f"a GPU of {card or 0:g} GB") if on_gpu else free_host_memory(card or 0)
-    fits = card is None or now.training <= usable(card)
+    limit = limit_of(memory, card or 0)
+    fits = card is None or now.training <= limit
     if card is not None and not fits:
         console.print(
             f"As set it does not fit {f'{card:g} GB' if on_gpu else target}: it needs {now.training / 1e9:.1f} GB, and "
-            f"only {usable(card) / 1e9:.1f} GB are usable"
+            f"only {limit / 1e9:.1f} GB are usable"
         )
     console.print(f"{'' if fits else 'If it did fit: '}{describe(planner, now, on, name)}")
-    if "prompts" in now.phases and now.total("prompts") > usable(card or SMALL_GPU):
+    if "prompts" in now.phases and now.total("prompts") > limit_of(memory, card or SMALL_GPU):
         console.print(
             f"The text encoder needs {now.total('prompts') / 1e9:.1f} GB once, before training. Set "
             "text_encoder.storage=nf4 to reduce this, or text_encoder=remote to run it elsewhere."
@@ -196,11 +198,12 @@ def main(config: DictConfig) -> None:
 
     # What memory=auto would choose.
     if on_gpu:
-        console.print(gpu_table(planners, now.choice, fixed))
+        console.print(gpu_table(planners, now.choice, memory))
     if card is not None:
-        best = choose(planner, fixed, usable(card), gpu(name, card))
+        best = choose(planner, fixed, limit_of(memory, card), gpu(name, card))
         if best is None:
-            console.print(f"For {target}: {does_not_fit(planner, fixed, card, '' if on_gpu else target)}")
+            where = f"memory.gpu_memory_gb={card:g}" if on_gpu else target
+            console.print(f"For {target}: {does_not_fit(planner, fixed, limit, where)}")
         else:
             hint = lighter(planner) if best.moved else ""  # weights or activations leave the device
             console.print(f"For {target} memory=auto would choose {best.choice}{'. ' if hint else ''}{hint}")

@@ -137,14 +137,15 @@ def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
     run = load_config(compose(*small("memory=auto")))
     assert run.composed["memory"]["gpu_memory_gb"] == 8
     assert run.memory.checkpointing == "none"
-    assert holds(
-        capsys.readouterr().out, "memory for 7.0 GB of free host memory: memory.checkpointing=none ... of 7.29 GB"
-    )
+    said = "memory for 7.0 GB of free host memory: memory.checkpointing=none ... of 6.56 GB; memory.headroom_gb=0.7 is"
+    assert holds(capsys.readouterr().out, said)
+    load_config(compose(*small("memory=auto", "memory.headroom_gb=0")))
+    assert capsys.readouterr().out.rstrip().endswith("of 7.29 GB)")
     assert free_bytes(torch.device("cpu")) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
 def test_on_a_cpu_nothing_is_offloaded_because_it_would_stay_in_host_memory(small, monkeypatch):
-    for free in (0, 0.15, 7):  # nothing fits, all but everything fits, everything fits
+    for free in (0, 0.85, 7):  # nothing fits, all but everything fits, everything fits
         monkeypatch.setattr("train.planner.from_config.free_bytes", lambda device, free=free: free * GIB)
         config = compose(*small("memory=auto"))
         if free == 0:
@@ -168,6 +169,12 @@ def test_a_plan_for_a_cpu_speaks_of_host_memory_and_of_no_gpu(run_command, small
     assert "on a CPU no time is predicted" in out
     assert "RTX" not in out
     assert "GPU" not in out
+
+
+@pytest.mark.parametrize("given", [-1, "1e9", "much", "true"])
+def test_a_headroom_is_a_number_of_gb(small, given):
+    with pytest.raises(ValueError, match=r"headroom_gb=.* must be a number of GB from 0"):
+        load_config(compose(*small("memory=auto", f"memory.headroom_gb={given}")))
 
 
 def test_a_run_that_cannot_fit_says_what_would(small):

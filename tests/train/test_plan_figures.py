@@ -230,7 +230,8 @@ def test_every_gpu_has_its_figures():
         assert gpu(name, size).name in name
     assert {gpu(None, size).size for size in SIZES} == set(SIZES)
     assert all(known.bf16 < (known.fp8 or 1e9) for known in gpus.GPUS)
-    assert usable(24) == int(23 * GIB * 0.97)
+    assert usable(24) == int(22.3 * GIB * 0.97)
+    assert usable(24, 0) == int(23 * GIB * 0.97)
 
 
 def test_trained_parameters_are_the_adapters():

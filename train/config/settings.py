@@ -174,6 +174,7 @@ class MemorySettings:
     offload_activations: bool = False
     cache_transposed_weights: bool = False
     gpu_memory_gb: float | str | None = None
+    headroom_gb: float = 0.0
 
     def __post_init__(self) -> None:
         check_policy(self.checkpointing, self.budget_gb)
@@ -187,6 +188,8 @@ class MemorySettings:
         given = self.gpu_memory_gb
         if given is not None and given != FREE and not is_number(given, 1, MOST_GB):
             raise ValueError(f"gpu_memory_gb={given!r} must be a number of GB from 1 to {MOST_GB:g}, `{FREE}`, or null")
+        if not is_number(self.headroom_gb, 0, MOST_GB):
+            raise ValueError(f"headroom_gb={self.headroom_gb!r} must be a number of GB from 0 to {MOST_GB:g}")
 
     def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
         """Apply checkpointing, attention backend and compilation to the blocks of `model`, which runs on `device`."""

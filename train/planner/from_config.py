@@ -24,7 +24,7 @@ from flux2.utils.text import gigabytes
 from flux2.weights.sources import ModelSource
 from train.config.memory import CHOSEN, FREE, choice_of, fixed_keys, settings_of
 from train.config.run_config import RunConfig
-from train.planner.gpus import CONTEXT_GB, GIB, gpu, usable
+from train.planner.gpus import CONTEXT_GB, GIB, HEADROOM_GB, gpu, usable
 from train.planner.predictor import Planner
 from train.planner.search import choose, does_not_fit, lighter, smaller, step_down
 from train.planner.workload import Workload, tokens
@@ -139,6 +139,16 @@ def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
+def limit_of(memory: Mapping[str, Any], gpu_memory_gb: float) -> int:
+    """Return the bytes that tensors can use, with the headroom of the group `memory`."""
+    return usable(gpu_memory_gb, memory.get("headroom_gb", HEADROOM_GB))
+
+
+def headroom_text(memory: Mapping[str, Any]) -> str:
+    headroom = memory.get("headroom_gb", HEADROOM_GB)
+    return f"; memory.headroom_gb={headroom:g} is left to other programs" if headroom else ""
+
+
 def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the group `memory` with its nulls chosen, and a message. Raise ValueError if nothing fits."""
     device = config.accelerator.device
@@ -148,14 +158,15 @@ def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any
         gpu_memory_gb = round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
         where = free_host_memory(gpu_memory_gb) if device.type == "cpu" else ""
     planner = Planner(workload_of(config, device.type == "cuda"))
-    on, fixed, limit = gpu(gpu_name(device), gpu_memory_gb), fixed_keys(memory), usable(gpu_memory_gb)
+    on, fixed, limit = gpu(gpu_name(device), gpu_memory_gb), fixed_keys(memory), limit_of(memory, gpu_memory_gb)
     best = choose(planner, fixed, limit, on)
     if best is None:
-        raise ValueError(does_not_fit(planner, fixed, gpu_memory_gb, where and f"memory=auto, {where}"))
+        named = f"memory=auto, {where}" if where else f"memory.gpu_memory_gb={gpu_memory_gb:g}"
+        raise ValueError(does_not_fit(planner, fixed, limit, named))
     chosen = {key: value for key, value in settings_of(best.choice).items() if key in memory}
     why = (
         f"memory for {where or f'{gpu_memory_gb:g} GB'}: {best.choice}, the fastest that is predicted to fit "
-        f"({gigabytes(best.training)} of {gigabytes(limit)})"
+        f"({gigabytes(best.training)} of {gigabytes(limit)}{headroom_text(memory)})"
     )
     if best.moved:  # weights or activations leave the device
         why = f"{why}. {lighter(planner)}".removesuffix(". ")
@@ -172,7 +183,7 @@ def still_fits(config: RunConfig, kept: Mapping[str, Any]) -> bool:
     planner = Planner(workload_of(config, config.accelerator.device.type == "cuda"))
     if kept.get("cache_transposed_weights") and not planner.has_layouts:
         return False
-    return planner.predict(choice_of(kept)).training <= usable(config.composed["memory"]["gpu_memory_gb"])
+    return planner.predict(choice_of(kept)).training <= limit_of(kept, config.composed["memory"]["gpu_memory_gb"])
 
 
 def advice(config: RunConfig, error: OutOfMemory) -> str:

@@ -18,13 +18,14 @@ from train.planner.step_memory import Work
 GIB = 2**30
 SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GB as advertised, which are about as many GiB
 CONTEXT_GB = 1  # used by the driver, the CUDA context and the display before PyTorch allocates anything
+HEADROOM_GB = 0.7  # left for what a desktop takes later, such as a browser; the setting memory.headroom_gb
 MARGIN = 0.03  # share of the rest that the allocator loses to fragmentation
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
-def usable(gpu_memory_gb: float) -> int:
-    """Return the bytes that tensors can use on a GPU of this size."""
-    return int(max(gpu_memory_gb - CONTEXT_GB, 0) * GIB * (1 - MARGIN))
+def usable(gpu_memory_gb: float, headroom_gb: float = HEADROOM_GB) -> int:
+    """Return the bytes that tensors can use on a GPU of this size, of which other programs take `headroom_gb`."""
+    return int(max(gpu_memory_gb - CONTEXT_GB - headroom_gb, 0) * GIB * (1 - MARGIN))
 
 
 @dataclass(frozen=True)

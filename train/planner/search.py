@@ -10,7 +10,7 @@ from typing import Any
 from flux2.memory.activation_checkpointing import POLICIES
 from flux2.utils.text import gigabytes
 from train.config.memory import Choice
-from train.planner.gpus import Gpu, usable
+from train.planner.gpus import Gpu
 from train.planner.predictor import Planner, Prediction
 
 
@@ -62,10 +62,10 @@ def step_down(planner: Planner, now: Choice, on: Gpu, short: float = 0.0) -> Cho
     return None if best is None else best.choice
 
 
-def does_not_fit(planner: Planner, fixed: Mapping[str, Any], gpu_memory_gb: float, where: str = "") -> str:
-    """Return the error message if no choice fits, with the smallest choice and other ways to save memory.
+def does_not_fit(planner: Planner, fixed: Mapping[str, Any], limit: float, where: str) -> str:
+    """Return the error message if no choice fits `limit` bytes, with the smallest choice and other ways to save memory.
 
-    `where` names the memory, if it is not that of the setting.
+    `where` names the memory.
     """
     least = min(choices(planner, fixed, float("inf")), key=lambda p: p.training)
     streams = "offload_blocks" not in fixed and planner.job.num_shards == 1 and planner.job.on_gpu
@@ -73,8 +73,8 @@ def does_not_fit(planner: Planner, fixed: Mapping[str, Any], gpu_memory_gb: floa
         more = planner.predict(replace(least.choice, offload_blocks=number))
         least = min(least, more, key=lambda p: p.training)
     return (
-        f"{where or f'memory.gpu_memory_gb={gpu_memory_gb:g}'}: this run does not fit. With {least.choice} it is "
-        f"predicted to need {gigabytes(least.training)} of {gigabytes(usable(gpu_memory_gb))}. {smaller(planner)}"
+        f"{where}: this run does not fit. With {least.choice} it is predicted to need {gigabytes(least.training)} of "
+        f"{gigabytes(limit)}. {smaller(planner)}"
     )
 
 
