@@ -26,7 +26,16 @@ PRECISIONS = [
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16", "fp8", "nf4"])
 @pytest.mark.parametrize(
-    "make", [attach, attach_dora, attach_pissa, attach_loha, attach_lokr, attach_oft], ids=lambda make: make.__name__
+    "make",
+    [
+        attach,
+        attach_dora,
+        pytest.param(attach_pissa, marks=pytest.mark.gpu_values),  # its SVD is cuSOLVER's
+        attach_loha,
+        attach_lokr,
+        attach_oft,
+    ],
+    ids=lambda make: make.__name__,
 )
 def test_every_type_begins_as_the_base_learns_and_is_taken_off(make: Any, precision: Precision) -> None:
     model = load_transformer(model_source("tiny"), "cuda", precision)

@@ -122,6 +122,7 @@ def test_weights_and_activations_wait_in_pinned_memory() -> None:
         assert parameter.is_cuda == ("lora_" in name or "_blocks." not in name), name
 
 
+@pytest.mark.gpu_values
 def test_copies_run_beside_the_compute() -> None:
     model, given = random_model(), inputs(side=64)
     computing = milliseconds(lambda: step(model, given))
@@ -143,6 +144,7 @@ def test_copies_run_beside_the_compute() -> None:
     assert together < max(computing, copying) + 0.5 * min(computing, copying)
 
 
+@pytest.mark.gpu_values
 def test_copies_are_on_a_stream_of_their_own() -> None:
     model, given = random_model(), inputs()
     streaming(model)

@@ -44,6 +44,7 @@ def rounded(x: Tensor) -> Tensor:
     return values.double() * scale.double()
 
 
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("options", [{}, {"rowwise": True}, {"cache_transposed_weights": True}], ids=str)
 def test_fp8_products_on_a_gpu_are_those_of_rows_rounded_to_e4m3(options: dict[str, Any]) -> None:
     needs_fp8()
@@ -62,6 +63,7 @@ def test_fp8_products_on_a_gpu_are_those_of_rows_rounded_to_e4m3(options: dict[s
     assert close(linear.input_gradient(dy.cuda()), expected[1]) < 5e-3
 
 
+@pytest.mark.gpu_values
 def test_nf4_layers_on_a_gpu_share_one_buffer_and_multiply_with_the_weight_that_is_stored() -> None:
     space = Workspace()
     layers = []
@@ -83,6 +85,7 @@ def test_nf4_layers_on_a_gpu_share_one_buffer_and_multiply_with_the_weight_that_
         assert close(moved.dequantize(torch.float32), weight) < 1e-5
 
 
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("storage", ["fp8", "nf4"])
 def test_a_step_on_a_gpu_has_the_gradients_of_float32(storage: Any) -> None:
     config = replace(KLEIN_4B, heads=4, double_blocks=1, single_blocks=2, text_width=768)

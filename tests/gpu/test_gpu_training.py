@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.gpu_values
 def test_pictures_of_the_gpu_are_those_of_the_cpu() -> None:
     prompt = "a small red cup on a blue background"
     on_cpu = flux2.load("tiny", device="cpu", precision="fp32").generate(prompt)[0]
@@ -32,6 +33,7 @@ def test_pictures_of_the_gpu_are_those_of_the_cpu() -> None:
     assert difference.abs().mean() < 2
 
 
+@pytest.mark.gpu_values
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_lowers_the_validation_loss(precision: str, tmp_path: Path) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

