@@ -102,11 +102,22 @@ class Planner:
         set_transposed_cache(job.model, both)
         return train_block(job.model, block, job.model.run_block, job.shape, job.dtype, job.autocast)
 
-    def _blocks(self, policy: str, budget_gb: float | None = None, both: bool = False) -> tuple[int, int, Work]:
-        """Return (kept bytes, working set) at the peak of a step, and its work. `both`: cache transposed weights."""
+    def _blocks(
+        self, policy: str, budget_gb: float | None = None, both: bool = False, away: bool = False
+    ) -> tuple[int, int, Work]:
+        """Return (kept bytes, working set) at the peak of a step, and its work.
+
+        `both`: cache transposed weights. `away`: the inputs of recomputed blocks are not kept on the device.
+        """
         kept = self.kept_within(budget_gb) if policy == "budget" and budget_gb is not None else 0
         policies = ["full" if policy == "budget" else policy] * (len(self.kinds) - kept) + ["none"] * kept
         costs = [self.cost(policy, block, both) for policy, block in zip(policies, self.kinds, strict=True)]
+        if away:
+            recomputed = [policy != "none" for policy in policies]
+            costs = [
+                replace(cost, kept=cost.kept - self.boundary * leaves)
+                for cost, leaves in zip(costs, recomputed, strict=True)
+            ]
         work = sum((cost.work for cost in costs), self.end.work)
         if self.job.held:
             work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
@@ -126,6 +137,12 @@ class Planner:
             needed += kept_bytes(config, kind, "none", *stream) - kept_bytes(config, kind, "full", *stream)
         rounded = (math.ceil(needed / 10 ** (9 - digits)) / 10**digits for digits in range(1, 4))
         return next((budget for budget in rounded if self.kept_within(budget) == count), math.ceil(needed / 1e5) / 1e4)
+
+    @property
+    def boundary(self) -> int:
+        """Bytes of the tokens between two blocks."""
+        shape = self.job.shape
+        return shape.rows * shape.tokens * self.job.model.config.hidden * self.job.dtype.itemsize
 
     def _inference(self, shape: Shape, autocast: bool) -> tuple[int, Work]:
         """Return peak bytes and work of one prediction without gradients."""
@@ -213,17 +230,17 @@ class Planner:
     def _predict(self, choice: Choice) -> Prediction:
         job = self.job
         weights = self.block_weights(choice.cache_transposed_weights)
-        kept, working, work = self.blocks(choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights)
+        given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
+        kept, working, work = self.blocks(*given)
         streamed, ring = self.count_streamed(choice.offload_blocks, weights)
         work += work * self.class_share
         passes = job.accumulation * (2 if job.class_rows else 1)
         moved = 2.0 * streamed * passes
-        boundary = job.shape.rows * job.shape.tokens * job.model.config.hidden * job.dtype.itemsize
         away = 0
         if choice.offload_activations:
             whole = len(self.kinds) if choice.checkpointing == "none" else self.kept_within(choice.budget_gb or 0.0)
-            away = boundary * (len(self.kinds) - whole)
-            kept += min(2 * boundary, away) - away  # two are being copied
+            away = self.boundary * (len(self.kinds) - whole)
+            kept += min(2 * self.boundary, away)  # two are being copied
             moved += 2.0 * away * job.accumulation * (1 + self.class_share)
         here, gathered = sum(weights) - streamed, 0
         if job.num_shards > 1:  # all-gathered in forward and backward
