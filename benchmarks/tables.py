@@ -1,8 +1,8 @@
-"""Write the tables of README.md from the results of the benchmarks: `python benchmarks/tables.py`.
+"""Write the tables of the documentation from the results of the benchmarks: `python benchmarks/tables.py`.
 
-A table in README.md is between `<!-- table: name -->` and `<!-- end -->`. It is made from benchmarks/results/*.json,
-except `fits`, which the planner predicts (train/planner/predictor.py). `--check` writes nothing and fails if a table is
-not up to date.
+A table in README.md or docs/memory.md is between `<!-- table: name -->` and `<!-- end -->`. It is made from
+benchmarks/results/*.json, except `fits`, which the planner predicts (train/planner/predictor.py). `--check` writes
+nothing and fails if a table is not up to date.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from train.planner.gpus import gpu, usable
 from train.planner.predictor import Planner
 from train.planner.search import choose
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "memory.md")
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GPU_SIZES = (8, 12, 16, 24, 32, 48, 80, 141)
 MODELS = {"dev": "dev", "klein_base_9b": "klein base 9B", "klein_base_4b": "klein base 4B"}
@@ -73,6 +73,19 @@ def fits() -> str:
                 cells.append("no" if prediction is None else f"{prediction.seconds(card):.1f}{'*' if offloads else ''}")
             rows.append([f"{title}, {storage or 'bf16'}", *cells])
     return markdown(["predicted s/step", *(f"{size} GB ({card.name})" for size, card in cards.items())], rows)
+
+
+def simulated() -> str:
+    """Return the peaks that benchmarks/planner_simulated.py found: predicted, simulated and reserved, in GB."""
+    runs = read_result("planner_simulated")["runs"]
+    rows = []
+    for name, title in MODELS.items():
+        for storage in ("bf16", "fp8", "nf4"):
+            found = [runs[f"{name} {storage} 1024 {size}"].get("GB") for size in GPU_SIZES]
+            keys = ("predicted", "simulated", "reserved")
+            cells = ["no" if one is None else " / ".join(f"{one[key]:.1f}" for key in keys) for one in found]
+            rows.append([f"{title}, {storage}", *cells])
+    return markdown(["GB", *(f"{size} GB" for size in GPU_SIZES)], rows)
 
 
 # ------------------------------------------------------------------ measurements
@@ -148,7 +161,12 @@ def precisions() -> str:
     return markdown(head, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"fits": fits, "steps": steps, "precisions": precisions}
+TABLES: dict[str, Callable[[], str]] = {
+    "fits": fits,
+    "simulated": simulated,
+    "steps": steps,
+    "precisions": precisions,
+}
 
 
 def update_tables(text: str, names: Sequence[str] = tuple(TABLES)) -> str:
@@ -157,7 +175,7 @@ def update_tables(text: str, names: Sequence[str] = tuple(TABLES)) -> str:
     def replace(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
         if name not in TABLES:
-            raise ValueError(f"README.md: unknown table {name!r}. Use one of {', '.join(TABLES)}.")
+            raise ValueError(f"unknown table {name!r}. Use one of {', '.join(TABLES)}.")
         return begin + TABLES[name]() + end if name in names else match.group()
 
     return TABLE.sub(replace, text)
@@ -165,14 +183,15 @@ def update_tables(text: str, names: Sequence[str] = tuple(TABLES)) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README.md is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not up to date")
     options = parser.parse_args()
-    before = README.read_text()
-    after = update_tables(before)
-    if options.check and after != before:
-        sys.exit("README.md: its tables are not up to date. Run python benchmarks/tables.py.")
-    README.write_text(after)
-    print(f"{README.name}: {'up to date' if after == before else 'written'}")
+    for page in PAGES:
+        before = page.read_text()
+        after = update_tables(before)
+        if options.check and after != before:
+            sys.exit(f"{page.name}: its tables are not up to date. Run python benchmarks/tables.py.")
+        page.write_text(after)
+        print(f"{page.name}: {'up to date' if after == before else 'written'}")
 
 
 if __name__ == "__main__":

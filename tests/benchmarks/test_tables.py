@@ -1,12 +1,17 @@
-"""The tables of README.md are those of the committed results and of the planner."""
+"""The tables of the documentation are those of the committed results and of the planner."""
 
 import pytest
 
 from benchmarks import tables
+from benchmarks.fits import Case, make_planner
+from train.config.memory import settings_of
+from train.planner.gpus import GIB, HEADROOM_GB, gpu, usable
+from train.planner.predictor import LIBRARIES
+from train.planner.search import choose
 
 
 def test_the_measured_tables_are_those_of_the_results():
-    text = tables.README.read_text()
+    text = "".join(page.read_text() for page in tables.PAGES)
     places = {match.group(2) for match in tables.TABLE.finditer(text)}
     assert places == set(tables.TABLES)
     assert tables.update_tables(text, sorted(places - {"fits"})) == text, "run python benchmarks/tables.py"
@@ -14,8 +19,35 @@ def test_the_measured_tables_are_those_of_the_results():
 
 @pytest.mark.slow
 def test_the_predicted_table_is_the_planners():
-    text = tables.README.read_text()
+    text = tables.PAGES[0].read_text()
     assert tables.update_tables(text, ["fits"]) == text, "run python benchmarks/tables.py"
+
+
+RUNS = tables.read_result("planner_simulated")["runs"]
+
+
+def test_predictions_are_at_most_3_percent_above_the_simulated_peaks_and_never_below():
+    assert len(RUNS) == 3 * 3 * len(tables.GPU_SIZES)
+    for name, run in RUNS.items():
+        if run.get("skipped") != "predicted not to fit":
+            assert 1 <= run["predicted / simulated"] <= 1.03, name
+            assert run["retries"] == 0, name
+            left = run["GB"]["limit"] - run["GB"]["reserved"]
+            assert left >= HEADROOM_GB * GIB / 1e9, f"{name} leaves {left:.2f} GB to other programs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RUNS if name.endswith((" 12", " 80"))])
+def test_the_simulated_runs_had_the_settings_that_are_chosen_now(name):
+    run = RUNS[name]
+    case = Case(**run["case"])
+    planner = make_planner(case.variant, case.storage, case.pixels, run["capability"] >= 89)
+    found = choose(planner, {}, usable(case.gpu_memory_gb), gpu(None, case.gpu_memory_gb))
+    if found is None:
+        assert run["skipped"] == "predicted not to fit"
+    else:
+        assert settings_of(found.choice) == run["memory"], "run benchmarks/planner_simulated.py"
+        assert (found.training - LIBRARIES) / 1e9 == pytest.approx(run["GB"]["predicted"], rel=1e-6)
 
 
 def test_only_the_tables_are_written(monkeypatch):
