@@ -9,6 +9,7 @@ predicted from shapes (train/planner/predictor.py, docs/memory.md), without weig
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -37,8 +38,15 @@ from train.config.instantiate import parse_settings
 from train.config.memory import FREE, Choice, choice_of, completed, fixed_keys, settings_of
 from train.config.run_config import RunConfig
 from train.config.settings import MemorySettings
-from train.planner.from_config import free_bytes, free_host_memory, limit_of, planned_precision, workload_of
-from train.planner.gpus import CONTEXT_GB, GIB, SIZES, Gpu, gpu, measured
+from train.planner.from_config import (
+    free_bytes,
+    free_host_memory,
+    headroom_text,
+    limit_of,
+    planned_precision,
+    workload_of,
+)
+from train.planner.gpus import CONTEXT_GB, GIB, SIZES, Gpu, gpu, measured, usable
 from train.planner.predictor import Planner, Prediction
 from train.planner.search import choose, does_not_fit, lighter
 from train.utils.checks import check_count, is_number
@@ -125,8 +133,8 @@ def take_options(given: dict[str, Any]) -> tuple[float | None, int]:
         raise ValueError(f"processes={processes} needs shard=true: without it each process needs what one alone needs")
     if processes == 1 and given.get("shard") is True:
         raise ValueError("shard=true shards the base over several processes. Add their number: +processes=4.")
-    if given.get("device") not in (None, "cpu", "cuda"):
-        raise ValueError(f"device={given['device']!r} must be cuda or cpu, or null")
+    if given.get("device") is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(given["device"])):
+        raise ValueError(f"device={given['device']!r} must be cuda, cuda:1 or cpu, or null")
     memory = given["memory"]
     if not isinstance(memory, dict):
         raise ValueError(f"memory={memory!r} must be a group of settings; see conf/train.yaml")
@@ -141,15 +149,16 @@ def main(config: DictConfig) -> None:
     given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     card, processes = take_options(given)
     on_gpu, memory = given.get("device") != "cpu", given["memory"]
+    place = torch.device("cuda", torch.device(given.get("device") or "cuda").index or 0)
     is_chosen = memory.get("gpu_memory_gb") is not None
     given["memory"] = completed(memory) | ({"gpu_memory_gb": None} if "gpu_memory_gb" in memory else {})
     given["device"] = "cpu"
     run = RunConfig(OmegaConf.create(given), planned_processes=processes)
 
     has_gpu = torch.cuda.is_available() and on_gpu
-    name = torch.cuda.get_device_name() if has_gpu else None
+    name = torch.cuda.get_device_name(place) if has_gpu else None
     if card is None and has_gpu:
-        card = round(torch.cuda.get_device_properties(0).total_memory / GIB, 1)
+        card = round(torch.cuda.get_device_properties(place).total_memory / GIB, 1)
     elif card is None and is_chosen and not on_gpu:
         card = round(free_bytes(torch.device("cpu")) / GIB + CONTEXT_GB, 1)
     plan = cache(lambda in_fp8: Planner(workload_of(run, on_gpu, in_fp8)))
@@ -185,7 +194,7 @@ def main(config: DictConfig) -> None:
     if card is not None and not fits:
         console.print(
             f"As set it does not fit {f'{card:g} GB' if on_gpu else target}: it needs {now.training / 1e9:.1f} GB, and "
-            f"only {limit / 1e9:.1f} GB are usable"
+            f"only {limit / 1e9:.1f} GB are usable{headroom_text(memory)}"
         )
     console.print(f"{'' if fits else 'If it did fit: '}{describe(planner, now, on, name)}")
     if "prompts" in now.phases and now.total("prompts") > limit_of(memory, card or SMALL_GPU):
@@ -203,10 +212,11 @@ def main(config: DictConfig) -> None:
         best = choose(planner, fixed, limit_of(memory, card), gpu(name, card))
         if best is None:
             where = f"memory.gpu_memory_gb={card:g}" if on_gpu else target
-            console.print(f"For {target}: {does_not_fit(planner, fixed, limit, where)}")
+            console.print(f"For {target}: {does_not_fit(planner, fixed, limit, usable(card, 0), where)}")
         else:
-            hint = lighter(planner) if best.moved else ""  # weights or activations leave the device
-            console.print(f"For {target} memory=auto would choose {best.choice}{'. ' if hint else ''}{hint}")
+            hint = f". {lighter(planner)}" if best.moved else ""  # weights or activations leave the device
+            hint = f"{headroom_text(memory)}{hint}".removesuffix(". ")
+            console.print(f"For {target} memory=auto would choose {best.choice}{hint}")
 
 
 if __name__ == "__main__":

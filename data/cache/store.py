@@ -12,6 +12,7 @@ and passes it to `plan.fill` only if there are any. Encoders get ONE image or pr
 depends on the neighbors, and the cache must not depend on which entries happened to be missing together.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -155,9 +156,11 @@ class Cache:
                 file.write(len(head).to_bytes(8, "little") + head)
                 file.write(data)
         except OSError as error:
+            too_large = error.errno == errno.EFBIG
+            remedy = "Raise the limit on file sizes (ulimit -f)" if too_large else "Make room there"
             raise ValueError(
-                f"the cache entry {path} cannot be written ({error.strerror or error}). Make room there, or give "
-                "another cache_dir. Existing entries are kept, and the next start computes only the missing ones"
+                f"the cache entry {path} cannot be written ({error.strerror or error}). {remedy}, or give another "
+                "cache_dir. Existing entries are kept, and the next start computes only the missing ones"
             ) from error
         return 8 + len(head) + len(data)
 

@@ -38,7 +38,7 @@ def encoded_pixels(content: bytes) -> list[memoryview] | None:
 def _png(content: bytes) -> Iterator[memoryview]:
     """Yield kind and data of chunks; of the pixels only the data, which a copy may split into other chunks."""
     view, at, previous = memoryview(content), len(_PNG), b""
-    while previous != b"IEND":
+    while previous != b"IEND" and not (previous == b"IDAT" and at == len(content)):  # decoders do without the end
         length, kind = struct.unpack_from(">I4s", content, at)
         end = at + 8 + length
         if end + 4 > len(content):
@@ -55,7 +55,10 @@ def _jpeg(content: bytes) -> Iterator[memoryview]:
     """Yield segments and scans up to the end of the first image, except comments and those of applications."""
     view, at = memoryview(content), 2
     while marker := _JPEG_MARKER.search(content, at):
-        yield view[at : marker.start()]  # of a scan
+        end = marker.start()
+        while end > at and content[end - 1] == 0xFF:  # which may fill up the space before a marker
+            end -= 1
+        yield view[at:end]  # of a scan
         kind = content[marker.end() - 1]
         if kind == _END_OF_IMAGE:
             return

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from data.sources.stated_colors import stated_colors
+from data.sources.stated_colors import stated_colors, warn_of_colors
 
 # TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
@@ -44,7 +44,7 @@ def decode_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     if colors.is_hdr:
         raise ValueError(colors.problem)
     if colors.problem:
-        _warn_once(colors.problem, name)
+        warn_of_colors(colors.problem, name)
     image.info["icc_profile"] = colors.profile
     image = to_srgb(_decoded(image), name)
     if image.mode != "RGBA":
@@ -81,25 +81,12 @@ def to_srgb(image: Image.Image, name: str) -> Image.Image:
     try:
         transform = _transform(profile, colors.mode) if profile else None
     except (OSError, ValueError, ImageCms.PyCMSError) as error:
-        _warn_once(f"its color profile cannot be applied ({error}) and is ignored", name)
+        warn_of_colors(f"its color profile cannot be applied ({error}) and is ignored", name)
     result = colors.convert("RGB") if transform is None else transform.apply(colors)
     result.info.clear()  # of the profile and the transparent color
     if alpha is not None:
         result.putalpha(alpha)
     return result
-
-
-@lru_cache(maxsize=64)
-def _named(problem: str) -> list[str]:
-    """Return the list of the images that were warned about because of a problem: the same list each time."""
-    return []
-
-
-def _warn_once(problem: str, name: str) -> None:
-    """Warn about a problem with colors, by the first image that has it."""
-    if not (names := _named(problem)):
-        names.append(name)
-        log.warning("the colors of %s, and of others like it, may be wrong: %s", name, problem)
 
 
 @lru_cache(maxsize=64)

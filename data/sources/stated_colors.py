@@ -8,13 +8,16 @@ a file in the same colors.
 The order of a PNG is that of its standard, third edition: cICP, iCCP, sRGB, gAMA with cHRM.
 """
 
+import logging
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+log = logging.getLogger(__name__)
 Point = tuple[float, float]  # chromaticity x, y
 D65 = (0.3127, 0.329)
 SRGB = (D65, (0.64, 0.33), (0.30, 0.60), (0.15, 0.06))  # white, red, green, blue
@@ -70,6 +73,19 @@ def stated_colors(image: Image.Image) -> StatedColors:
     return numbers._replace(problem=problem or numbers.problem)
 
 
+@lru_cache(maxsize=64)
+def _named(problem: str) -> list[str]:
+    """Return the list of the images that were warned about because of a problem: the same list each time."""
+    return []
+
+
+def warn_of_colors(problem: str, name: str) -> None:
+    """Warn about a problem with colors, by the first image that has it."""
+    if not (names := _named(problem)):
+        names.append(name)
+        log.warning("the colors of %s, and of others like it, may be wrong: %s", name, problem)
+
+
 def is_recolored(image: Image.Image) -> bool:
     """Return whether an opened image states its colors otherwise than by the ICC profile that Pillow gives."""
     found = stated_colors(image)
@@ -86,6 +102,9 @@ def _read(stream: IO[bytes], kind: str, profile: bytes | None) -> StatedColors |
         for box in _color_boxes(stream, (b"meta", b"iprp", b"ipco")):
             if box.startswith(b"nclx"):
                 return _from_codes(*struct.unpack_from(">HH", box, 4))  # the decoder applies matrix and range
+        return None
+    stream.seek(0)
+    if stream.read(2) == b"\xff\x4f":  # a codestream without boxes
         return None
     found = None
     for box in _color_boxes(stream, (b"jp2h",)):

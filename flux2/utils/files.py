@@ -48,7 +48,8 @@ def name_write_errors(path: Path, temporary: Path | None = None) -> Iterator[Non
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        cause: BaseException | None = error if isinstance(error, OSError) else error.__context__  # of torch.save
+        # PyTorch raises RuntimeError from an OSError; the context of the others is what was handled before
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError) and cause.filename is not None:
             if temporary is not None:
                 cause.filename = re.sub(f"^{re.escape(str(temporary))}", lambda _: str(path), str(cause.filename))

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from flux2.utils.files import temporary_path
-from flux2.utils.stated_colors import stated_colors
+from flux2.utils.stated_colors import stated_colors, warn_of_colors
 
 # TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA")
@@ -43,7 +43,7 @@ def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     if stated.is_hdr:
         raise ValueError(stated.problem)
     if stated.problem:
-        _warn_once(stated.problem, name)
+        warn_of_colors(stated.problem, name)
     key = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
     bits = tiles[0].args if tiles else None  # Pillow scales 2, 4 and 16 bits to 8, but not the key
@@ -90,23 +90,10 @@ def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
     try:
         transform = _transform(profile, image.mode) if profile else None
     except (OSError, ValueError, ImageCms.PyCMSError) as error:
-        _warn_once(f"its color profile cannot be applied ({error}) and is ignored", name)
+        warn_of_colors(f"its color profile cannot be applied ({error}) and is ignored", name)
     result = image.convert("RGB") if transform is None else transform.apply(image)
     result.info.clear()  # of the profile and the transparent color
     return result
-
-
-@lru_cache(maxsize=64)
-def _named(problem: str) -> list[str]:
-    """Return the list of the images that were warned about because of a problem: the same list each time."""
-    return []
-
-
-def _warn_once(problem: str, name: str) -> None:
-    """Warn about a problem with colors, by the first image that has it."""
-    if not (names := _named(problem)):
-        names.append(name)
-        log.warning("the colors of %s, and of others like it, may be wrong: %s", name, problem)
 
 
 @lru_cache(maxsize=64)

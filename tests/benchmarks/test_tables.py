@@ -4,8 +4,8 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.fits import Case, make_planner
-from train.config.memory import settings_of
-from train.planner.gpus import GIB, HEADROOM_GB, gpu, usable
+from train.config.memory import HEADROOM_GB, settings_of
+from train.planner.gpus import GIB, gpu, usable
 from train.planner.predictor import LIBRARIES
 from train.planner.search import choose
 

@@ -5,7 +5,6 @@ import os
 collect_ignore_glob = [] if "SIMULATED_GPU" in os.environ else ["test_*.py"]
 
 if "SIMULATED_GPU" in os.environ:
-    import ctypes
+    from simulated_gpu.simulated import device
 
-    library = ctypes.CDLL(os.path.join(os.environ["SIMULATED_GPU"], "libsimulated_gpu.so"))
-    library.simulated_gpu_answer_ones(1)
+    device().simulated_gpu_answer_ones(1)

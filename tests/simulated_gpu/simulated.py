@@ -24,7 +24,6 @@ from flux2.quantization.precision import Precision, convert
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(__file__).with_name("launch.py")
-ACTIVE = "SIMULATED_GPU" in os.environ
 
 
 @cache

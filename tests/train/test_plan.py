@@ -137,7 +137,7 @@ def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
     run = load_config(compose(*small("memory=auto")))
     assert run.composed["memory"]["gpu_memory_gb"] == 8
     assert run.memory.checkpointing == "none"
-    said = "memory for 7.0 GB of free host memory: memory.checkpointing=none ... of 6.56 GB; memory.headroom_gb=0.7 is"
+    said = "memory for 7.52 GB of free host memory: memory.checkpointing=none ... of 6.56 GB; memory.headroom_gb=0.7 is"
     assert holds(capsys.readouterr().out, said)
     load_config(compose(*small("memory=auto", "memory.headroom_gb=0")))
     assert capsys.readouterr().out.rstrip().endswith("of 7.29 GB)")
@@ -150,7 +150,7 @@ def test_on_a_cpu_nothing_is_offloaded_because_it_would_stay_in_host_memory(smal
         config = compose(*small("memory=auto"))
         if free == 0:
             with pytest.raises(
-                ValueError, match=r"^memory=auto, 0\.0 GB of free host memory: .*not fit.* MB of 0\.0 MB"
+                ValueError, match=r"^memory=auto, 0\.0 MB of free host memory: .*not fit.* MB of 0\.0 MB"
             ) as caught:
                 load_config(config)
             assert "offload" not in str(caught.value)
@@ -165,7 +165,7 @@ def test_a_plan_for_a_cpu_speaks_of_host_memory_and_of_no_gpu(run_command, small
     monkeypatch.setattr("train.plan.free_bytes", lambda device: 7 * GIB)
     code, out, err = run_command(*small("device=cpu", "memory=auto"), task=plan.main)
     assert code == 0, err
-    assert "For 7.0 GB of free host memory memory=auto would choose memory.checkpointing=none" in out
+    assert "For 7.52 GB of free host memory memory=auto would choose memory.checkpointing=none" in out
     assert "on a CPU no time is predicted" in out
     assert "RTX" not in out
     assert "GPU" not in out
@@ -180,6 +180,21 @@ def test_a_headroom_is_a_number_of_gb(small, given):
 def test_a_run_that_cannot_fit_says_what_would(small):
     with pytest.raises(ValueError, match=r"memory\.gpu_memory_gb=1\b.* memory\.checkpointing=\w+"):
         load_config(compose(*small("memory=auto", "memory.gpu_memory_gb=1")))
+
+
+def test_a_headroom_that_is_in_the_way_is_named(small):
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load_config(compose(*small("memory=auto", "memory.headroom_gb=0", "memory.gpu_memory_gb=1")))
+    assert "headroom" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"It would fit with memory\.headroom_gb=0"):
+        load_config(compose(*small("memory=auto", "memory.headroom_gb=8", "memory.gpu_memory_gb=8")))
+
+
+@pytest.mark.parametrize(("device", "known"), [("cuda:1", True), ("mps", False), ("cuda:x", False)])
+def test_a_plan_is_made_for_every_device_that_a_run_takes(run_command, small, device, known):
+    code, _, err = run_command(*small(f"device={device}"), task=plan.main)
+    assert (code == 0) == known, err
+    assert known or "must be cuda, cuda:1 or cpu" in err
 
 
 def test_a_resumed_run_keeps_what_was_chosen_for_it(train, small, monkeypatch, tmp_path, capsys):

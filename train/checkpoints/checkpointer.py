@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -111,12 +112,15 @@ class Checkpointer:
 
     def save_to_temporary_folder(self) -> str:
         """Write the adapter to a temporary folder when its own disk is full; return a sentence that says where."""
+        place = None
         try:
             place = Path(tempfile.mkdtemp(prefix="flux2-lora-"))
             with self.evaluation_weights.swapped():
                 adapters.save(self.peft_model, place / "adapter", base=self.base, license=self.license)
         except checkpoint.FILE_ERRORS as error:
-            return f"A temporary folder cannot be written either ({error}). "
+            if place is not None:
+                shutil.rmtree(place, ignore_errors=True)
+            return f"A temporary folder cannot be written either ({str(error).rstrip('.')}). "
         return f"It is kept in {place / 'adapter'}: move it to a safe place. "
 
     def is_finite(self) -> bool:
@@ -185,7 +189,8 @@ class Checkpointer:
                 with self.evaluation_weights.swapped():
                     adapters.save(self.peft_model, folder, base=self.base, license=self.license)
             except checkpoint.FILE_ERRORS as error:
-                done = f"all {steps} steps are done, but the adapter cannot be written to {folder} ({error})."
+                reason = str(error).rstrip(".")
+                done = f"all {steps} steps are done, but the adapter cannot be written to {folder} ({reason})."
                 rescued = self.rescue(steps)
                 copy = "" if self.saved == steps else self.save_to_temporary_folder()
                 raise TrainingError(f"{done} {copy}Make room there first. {rescued}") from error

@@ -20,7 +20,7 @@ from flux2.utils.checks import MAX_GUIDANCE, MAX_PIXELS
 from flux2.weights.sources import ModelSource, model_source
 from train.checkpoints.rotation import Rotation
 from train.config.instantiate import how_to_quote
-from train.config.memory import FREE
+from train.config.memory import FREE, HEADROOM_GB
 from train.utils.checks import check_count, check_seed, is_number
 from train.utils.redact import check_no_secret
 
@@ -174,7 +174,7 @@ class MemorySettings:
     offload_activations: bool = False
     cache_transposed_weights: bool = False
     gpu_memory_gb: float | str | None = None
-    headroom_gb: float = 0.0
+    headroom_gb: float = HEADROOM_GB
 
     def __post_init__(self) -> None:
         check_policy(self.checkpointing, self.budget_gb)

@@ -22,9 +22,9 @@ from flux2.quantization.precision import Precision, convert, pick_dtype
 from flux2.utils.json_files import read_json
 from flux2.utils.text import gigabytes
 from flux2.weights.sources import ModelSource
-from train.config.memory import CHOSEN, FREE, choice_of, fixed_keys, settings_of
+from train.config.memory import CHOSEN, FREE, HEADROOM_GB, choice_of, fixed_keys, settings_of
 from train.config.run_config import RunConfig
-from train.planner.gpus import CONTEXT_GB, GIB, HEADROOM_GB, gpu, usable
+from train.planner.gpus import CONTEXT_GB, GIB, gpu, usable
 from train.planner.predictor import Planner
 from train.planner.search import choose, does_not_fit, lighter, smaller, step_down
 from train.planner.workload import Workload, tokens
@@ -132,7 +132,7 @@ def free_bytes(device: torch.device) -> int:
 
 def free_host_memory(gpu_memory_gb: float) -> str:
     """Return what a plan on a CPU is for: the size of a GPU on which as much is free."""
-    return f"{gpu_memory_gb - CONTEXT_GB:.1f} GB of free host memory"
+    return f"{gigabytes((gpu_memory_gb - CONTEXT_GB) * GIB)} of free host memory"
 
 
 def gpu_name(device: torch.device) -> str | None:
@@ -162,7 +162,7 @@ def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any
     best = choose(planner, fixed, limit, on)
     if best is None:
         named = f"memory=auto, {where}" if where else f"memory.gpu_memory_gb={gpu_memory_gb:g}"
-        raise ValueError(does_not_fit(planner, fixed, limit, named))
+        raise ValueError(does_not_fit(planner, fixed, limit, usable(gpu_memory_gb, 0), named))
     chosen = {key: value for key, value in settings_of(best.choice).items() if key in memory}
     why = (
         f"memory for {where or f'{gpu_memory_gb:g} GB'}: {best.choice}, the fastest that is predicted to fit "

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.config.memory import HEADROOM_GB
 from train.planner.step_memory import Work
 
 GIB = 2**30
 SIZES = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GB as advertised, which are about as many GiB
 CONTEXT_GB = 1  # used by the driver, the CUDA context and the display before PyTorch allocates anything
-HEADROOM_GB = 0.7  # left for what a desktop takes later, such as a browser; the setting memory.headroom_gb
 MARGIN = 0.03  # share of the rest that the allocator loses to fragmentation
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 

@@ -62,19 +62,21 @@ def step_down(planner: Planner, now: Choice, on: Gpu, short: float = 0.0) -> Cho
     return None if best is None else best.choice
 
 
-def does_not_fit(planner: Planner, fixed: Mapping[str, Any], limit: float, where: str) -> str:
+def does_not_fit(planner: Planner, fixed: Mapping[str, Any], limit: float, most: float, where: str) -> str:
     """Return the error message if no choice fits `limit` bytes, with the smallest choice and other ways to save memory.
 
-    `where` names the memory.
+    `most` are the bytes without memory.headroom_gb, and `where` names the memory.
     """
     least = min(choices(planner, fixed, float("inf")), key=lambda p: p.training)
     streams = "offload_blocks" not in fixed and planner.job.num_shards == 1 and planner.job.on_gpu
     for number in range(len(planner.weights) + 1) if streams else []:
         more = planner.predict(replace(least.choice, offload_blocks=number))
         least = min(least, more, key=lambda p: p.training)
+    would_fit = least.training <= most
+    headroom = "It would fit with memory.headroom_gb=0, which leaves nothing to other programs. " if would_fit else ""
     return (
         f"{where}: this run does not fit. With {least.choice} it is predicted to need {gigabytes(least.training)} of "
-        f"{gigabytes(limit)}. {smaller(planner)}"
+        f"{gigabytes(limit)}. {headroom}{smaller(planner)}"
     )
 
 
@@ -84,7 +86,7 @@ def lighter(planner: Planner) -> str:
     now = element[planner.job.precision]
     weights = sum(planner.weights) / now
     savings = [
-        f"{weights * (now - element[name]) / 1e9:.1f} GB smaller with precision={name}"
+        f"{gigabytes(weights * (now - element[name]))} smaller with precision={name}"
         for name in ("fp8", "nf4")
         if element[name] < now
     ]

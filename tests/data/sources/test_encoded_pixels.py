@@ -67,6 +67,8 @@ COPIES = {
     "png private": (PNG, with_chunk(PNG, b"prVt", bytes(100))),
     "png pixels in other chunks": (PNG, split_pixels(PNG)),
     "png profile": (PNG, encoded("PNG", icc_profile=DISPLAY_P3)),
+    "png without end": (PNG, PNG[:-12]),
+    "jpeg fill bytes": (JPEG, JPEG.replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1)),
     "png resolution": (PNG, encoded("PNG", dpi=(300, 300))),
     "jpeg comment": (JPEG, with_segment(JPEG, 0xFE, b"a fox \xff\xd9")),
     "jpeg exif": (JPEG, encoded("JPEG", exif=TURNED)),

@@ -77,9 +77,9 @@ def test_transparency_and_masks_are_not_changed_by_a_profile() -> None:
 def test_a_profile_that_cannot_be_applied_is_ignored_with_a_warning(
     profile: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from data.sources import pixels
+    from data.sources import stated_colors
 
-    pixels._named.cache_clear()
+    stated_colors._named.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert saved(Image.new("RGB", (16, 16), GREEN), icc_profile=profile).load().getpixel((3, 3)) == GREEN

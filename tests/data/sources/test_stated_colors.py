@@ -12,9 +12,11 @@ import pytest
 from image_helpers import DISPLAY_P3, GRAY_LINEAR, PROPHOTO, SRGB, chunk
 from PIL import Image
 
+from data.sources import stated_colors as training_colors
 from data.sources.images import BadPicture, Picture
 from data.sources.stated_colors import stated_colors
 from flux2.utils import images
+from flux2.utils import stated_colors as inference_colors
 
 ROOT = Path(__file__).resolve().parents[3]
 GREEN, GREEN_IN_P3 = (40, 170, 60), (84, 168, 75)
@@ -29,10 +31,8 @@ BT2020_TO_SRGB = np.array(
 
 @pytest.fixture(autouse=True)
 def no_earlier_warnings() -> None:
-    from data.sources import pixels
-
-    pixels._named.cache_clear()
-    images._named.cache_clear()
+    training_colors._named.cache_clear()
+    inference_colors._named.cache_clear()
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -158,7 +158,13 @@ def test_images_in_srgb_keep_every_bit_and_their_cache_entry(name: str, load: Ca
 
 
 @both
-def test_other_formats_in_srgb_keep_every_bit(load: Callable[[bytes], Image.Image]) -> None:
+def test_other_formats_in_srgb_keep_every_bit(
+    load: Callable[[bytes], Image.Image], caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = io.BytesIO()
+    NOISE.save(stream, "JPEG2000", no_jp2=True)  # a codestream without boxes
+    assert load(stream.getvalue()).tobytes() == NOISE.tobytes()
+    assert not caplog.records
     plain, linear = jp2(b"\1\0\0\0\0\0\x10", image=NOISE), Image.new("L", (32, 32), 128)
     assert load(plain).tobytes() == NOISE.tobytes()
     assert load(jp2(b"\2\0\0" + SRGB, image=NOISE)).tobytes() == NOISE.tobytes()

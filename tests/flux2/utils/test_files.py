@@ -158,6 +158,21 @@ def test_an_error_of_writing_names_the_file_and_what_to_do(
     assert (caught.value.errno, caught.value.filename) == (code, f"{tmp_path}/a")
 
 
+def save_elsewhere(place: Path) -> None:
+    try:
+        raise NotWritten(errno.EFBIG, "File too large", "/first")
+    except OSError:
+        with atomic_write(place):
+            save_of_safetensors(errno.EFBIG)
+
+
+def test_an_error_that_follows_another_names_its_own_file(tmp_path: Path) -> None:
+    """As of the temporary copy of an adapter that could not be written to its own place."""
+    with pytest.raises(NotWritten) as caught:
+        save_elsewhere(tmp_path / "second")
+    assert caught.value.filename == f"{tmp_path}/second"
+
+
 def test_errors_that_name_a_file_or_are_others_stay(tmp_path: Path) -> None:
     other = PermissionError(13, "Permission denied", "/other")
     for error in (other, RuntimeError("CUDA error"), OSError("cannot write mode P as JPEG")):
