@@ -38,6 +38,8 @@ def verify(file: Path) -> None:
     with safe_open(file, "pt") as opened:
         about = opened.metadata() or {}
     recorded = header_hash(about, OWN_HASH), header_hash(about, HASH)
+    if OWN_HASH in about and recorded[0] is None:
+        raise damaged(file, "its header")
     if any(recorded):
         found = data_hash(file)
         if recorded[0] not in (None, found):

@@ -38,11 +38,12 @@ SIDES = {
     "lora_up": "lora_B",
     "lora.down": "lora_A",  # diffusers, before PEFT
     "lora.up": "lora_B",
+    "lora.alpha": "alpha",
     "magnitude": "lora_magnitude_vector",
 }
 KEY = re.compile(
     rf"(?P<prefix>{DOTTED}(?:{'|'.join(UNDERSCORES)})?)(?P<layer>.+?)"
-    r"\.(?P<side>lora_[AB]|lora[._](?:down|up)|lora_magnitude_vector|magnitude|dora_scale|alpha"
+    r"\.(?P<side>lora_[AB]|lora[._](?:down|up)|lora_magnitude_vector|magnitude|dora_scale|(?:lora\.)?alpha"
     r"|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
     r"(?:\.(?!weight(?:_|$)|bias$)(?P<adapter>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
@@ -180,7 +181,7 @@ def parse(state: Mapping[str, Tensor], model: nn.Module) -> list[FileLayer]:
         named = ((key, FAMILIES.get(prefix, prefix)) for prefix, key in families.items())
         examples = ", ".join(f"{key} ({family})" for key, family in sorted(named, key=lambda item: item[::-1]))
         raise AdapterError(f"it mixes keys of several formats instead of one: {examples}")
-    if len(names := {match["adapter"] for match in matches.values() if match["side"] != "alpha"}) > 1:
+    if len(names := {match["adapter"] for match in matches.values() if not match["side"].endswith("alpha")}) > 1:
         given = ["one without a name" if name is None else name for name in names]
         raise AdapterError(f"it holds several adapters, {listed(given)}. Save each to its own file")
     by_layer: dict[str, dict[str, Tensor]] = {}

@@ -96,6 +96,13 @@ def test_kohyas_keys_with_diffusers_names_are_read_too() -> None:
         assert all(torch.equal(back[layer].b, pair.b) for layer, pair in pairs.items())
 
 
+def test_an_alpha_is_read_under_the_name_of_its_pair() -> None:
+    (pair,) = random_pairs(layers=[QKV], rank=2).values()
+    state = {f"{QKV}.lora.down.weight": pair.a, f"{QKV}.lora.up.weight": pair.b, f"{QKV}.lora.alpha": torch.tensor(1.0)}
+    back = from_state(state, fresh())[QKV]
+    assert torch.equal(back.b @ back.a, 0.5 * pair.b @ pair.a)
+
+
 def comfy_pair(layer: str = QKV) -> dict[str, Tensor]:
     return to_comfyui(random_pairs(layers=[layer]))
 
