@@ -61,10 +61,9 @@ def run_recomputed(backends: Sequence[str] | None, keeps_attention: bool, block:
     with use_backends(backends):
         if not torch.is_grad_enabled():
             return block(*args)
-        options: dict[str, Any] = {}
-        if keeps_attention:
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_OPERATIONS)
-        return checkpoint(block, *args, use_reentrant=False, **options)
+        # Without a context, PyTorch 2.11 keeps what an autograd Function computes, such as every frozen product.
+        contexts = partial(create_selective_checkpoint_contexts, ATTENTION_OPERATIONS if keeps_attention else [])
+        return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
 def compile_runners(

@@ -25,6 +25,23 @@ Device = torch.device | str | None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that bitsandbytes quantizes from and to
 
 
+def backward_operation(name: str, function: Callable[..., Tensor], fake: Callable[..., Tensor], schema: str) -> Any:
+    """Return `function` as one operation of PyTorch, named flux2::`name`, that compilers do not look into.
+
+    The last argument of its schema, which is added here, is any tensor of the backward, or None in the forward. Without
+    it a compiler sees that the forward and the backward compute the same from a weight, and keeps the result, as large
+    as an unquantized weight, from one to the other.
+    """
+    operation = torch.library.custom_op(
+        f"flux2::{name}",
+        lambda *args: function(*args[:-1]),
+        mutates_args=(),
+        schema=schema.replace(")", ", Tensor? after)", 1),
+    )
+    operation.register_fake(lambda *args: fake(*args[:-1]))
+    return operation
+
+
 def kernels() -> Any:
     """Return bitsandbytes.functional, imported on first use because that takes a second."""
     import bitsandbytes.functional
@@ -131,8 +148,11 @@ class QuantizedLinear(nn.Linear):
         """Return the weight (out, in) in newly allocated memory."""
         raise NotImplementedError
 
-    def weight_for_product(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight (out, in) for one product, possibly in a buffer that the next product overwrites."""
+    def weight_for_product(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+        """Return the weight (out, in) for one product, possibly in a buffer that the next product overwrites.
+
+        `after` is a tensor of the backward if the product is one (`backward_operation`).
+        """
         return self.dequantize(dtype)
 
     def product(self, x: Tensor) -> Tensor:
@@ -142,7 +162,7 @@ class QuantizedLinear(nn.Linear):
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """Return dy W: (..., out) -> (..., in) in the dtype of dy."""
-        dx = flatten_rows(dy) @ self.weight_for_product(dy.dtype)
+        dx = flatten_rows(dy) @ self.weight_for_product(dy.dtype, after=dy)
         return dx.view(*dy.shape[:-1], self.in_features)
 
     def store(self, weight: Tensor) -> None:

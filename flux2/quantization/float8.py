@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux2.layers.frozen_linear import flatten_rows
-from flux2.quantization.base import Device, QuantizedLinear
+from flux2.quantization.base import Device, QuantizedLinear, backward_operation
 
 E4M3_MAX = 448.0
 CHUNK = 1 << 21  # elements quantized at once, so that float32 copies stay small compared to a large weight
@@ -40,6 +40,21 @@ def fp8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dt
     columns = weight_scale.expand(1, weight.shape[1]).contiguous()
     out = torch.bfloat16 if x.is_cuda else dtype  # a GPU returns only bfloat16 with these scales
     return torch._scaled_mm(values, weight, scale, columns, out_dtype=out, use_fast_accum=True).to(dtype)
+
+
+copy_operation = backward_operation(
+    "fp8_copy",
+    lambda values, dtype: values.to(dtype, copy=True, memory_format=torch.contiguous_format),
+    lambda values, dtype: torch.empty(values.shape, dtype=dtype, device=values.device),
+    "(Tensor values, ScalarType dtype) -> Tensor",
+)
+
+
+def copied(values: Tensor, dtype: torch.dtype, after: Tensor | None) -> Tensor:
+    """Return a copy of `values` in `dtype`, row-major; `after` is that of `backward_operation`."""
+    if torch.compiler.is_compiling():
+        return copy_operation(values, dtype, after)
+    return values.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def check_scale(scale: Tensor, values: Tensor) -> None:
@@ -105,9 +120,9 @@ class Float8Linear(QuantizedLinear):
         """(out, in) in e4m3, row-major."""
         return self.qweight.view(torch.float8_e4m3fn)
 
-    def transposed(self) -> Tensor:
-        """(in, out) in e4m3, row-major: cached or copied."""
-        transposed = self.qweight_t if self.cache_transposed_weights else self.qweight.t().contiguous()
+    def transposed(self, after: Tensor | None = None) -> Tensor:
+        """(in, out) in e4m3, row-major: cached or copied; `after` is that of `backward_operation`."""
+        transposed = self.qweight_t if self.cache_transposed_weights else copied(self.qweight.t(), torch.uint8, after)
         return transposed.view(torch.float8_e4m3fn)
 
     def scales(self) -> Tensor:
@@ -131,9 +146,9 @@ class Float8Linear(QuantizedLinear):
             rows = rows * weight_scale
             weight_scale = torch.ones(1, device=rows.device)
         if self.backward_fp8:
-            dx = fp8_product(rows, self.transposed().t(), weight_scale, dy.dtype)
+            dx = fp8_product(rows, self.transposed(dy).t(), weight_scale, dy.dtype)
         else:
-            dx = (rows.to(dy.dtype) @ self.values().to(dy.dtype)).mul_(weight_scale)
+            dx = (rows.to(dy.dtype) @ copied(self.values(), dy.dtype, dy)).mul_(weight_scale)
         return dx.view(*dy.shape[:-1], self.in_features)
 
     def store(self, weight: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flux2.quantization.base import KERNEL_DTYPES, Device, QuantizedLinear, kernels
+from flux2.quantization.base import KERNEL_DTYPES, Device, QuantizedLinear, backward_operation, kernels
 
 BLOCK = 64  # elements per scale
 PART = 1 << 18  # elements quantized at once: on a CPU bitsandbytes holds 32 float32 values for each
@@ -62,18 +62,13 @@ def unpack(
     return weight.view(shape).to(dtype)
 
 
-# `unpack` as one operation that `torch.compile` does not trace into
-unpack_op = torch.library.custom_op(
-    "flux2::nf4_unpack",
+unpack_operation = backward_operation(
+    "nf4_unpack",
     lambda packed, absmax, nested, offset, rows, columns, dtype: unpack(
         packed, (absmax, nested, offset), (rows, columns), dtype
     ),
-    mutates_args=(),
-    schema="(Tensor packed, Tensor absmax, Tensor? nested, Tensor offset, int rows, int columns, ScalarType dtype)"
-    " -> Tensor",
-)
-unpack_op.register_fake(
-    lambda packed, absmax, nested, offset, rows, columns, dtype: packed.new_empty(rows, columns, dtype=dtype)
+    lambda packed, absmax, nested, offset, rows, columns, dtype: packed.new_empty(rows, columns, dtype=dtype),
+    "(Tensor packed, Tensor absmax, Tensor? nested, Tensor offset, int rows, int columns, ScalarType dtype) -> Tensor",
 )
 
 
@@ -143,20 +138,20 @@ class Nf4Linear(QuantizedLinear):
         """Return bitsandbytes' description of the storage, to be dequantized to `dtype` and `shape`."""
         return quant_state(self.scales, dtype, shape)
 
-    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         """Return the weight (out, in), in `out` (out * in elements of `dtype`) if that is given."""
         shape = (self.out_features, self.in_features)
         if self.qweight.is_meta:  # not supported by bitsandbytes
             return torch.empty(shape, dtype=dtype, device="meta")
         if torch.compiler.is_compiling():
-            return unpack_op(self.qweight, *self.scales, *shape, dtype)
+            return unpack_operation(self.qweight, *self.scales, *shape, dtype, after)
         return unpack(self.qweight, self.scales, shape, dtype, out)
 
-    def weight_for_product(self, dtype: torch.dtype) -> Tensor:
+    def weight_for_product(self, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """Return the weight (out, in), in the workspace where the kernel can write into it."""
         device = self.qweight.device
         if device.type not in self.out_devices or dtype == torch.float64 or torch.compiler.is_compiling():
-            return self.dequantize(dtype)
+            return self.dequantize(dtype, after=after)
         return self.dequantize(dtype, self.workspace.take(self.in_features * self.out_features, dtype, device))
 
     def store(self, weight: Tensor) -> None:

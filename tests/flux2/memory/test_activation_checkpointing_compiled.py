@@ -1,5 +1,6 @@
 """flux2.memory.activation_checkpointing: compiled blocks compute the same, and nothing twice that need not be."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import helpers
@@ -7,6 +8,7 @@ import pytest
 import torch
 from checkpointing_helpers import assert_gradients_near, gradients, with_adapter
 from compiler_helpers import Graphs, blocks_of
+from torch import Tensor
 
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.quantization.float8 import Float8Linear
@@ -56,20 +58,29 @@ def test_compilation_goes_on_for_as_many_shapes_as_are_expected() -> None:
     assert limit >= 3 * 2 * 2, "for each shape: two kinds of blocks, with gradients and without"
 
 
+@pytest.mark.parametrize("policy", ["full", "none"])
 @pytest.mark.parametrize(
-    ("kind", "operation", "forward", "backward"),
-    # backward: again, and for the gradient of its input; a weight is unpacked once for both
-    [(Float8Linear, "aten._scaled_mm.default", 1, 2), (Nf4Linear, "flux2.nf4_unpack.default", 1, 1)],
+    ("kind", "operations"),
+    [(Float8Linear, ("aten._scaled_mm.default", "flux2.fp8_copy.default")), (Nf4Linear, ("flux2.nf4_unpack.default",))],
 )
-def test_a_block_with_a_quantized_layer_compiles(kind: Any, operation: str, forward: int, backward: int) -> None:
+def test_a_block_with_a_quantized_layer_compiles_and_keeps_no_copy_of_its_weight(
+    kind: Any, operations: Sequence[str], policy: str
+) -> None:
     model = with_adapter(helpers.transformer_of(0, 1), targets=blocks_of(0))
     model.txt_in.requires_grad_(True)  # so that the block's input has a gradient, as that of all blocks but the first
     base = model.single_blocks[0].linear1.base_layer
     layer = kind(base.in_features, base.out_features)
     layer.store(base.weight)
     model.single_blocks[0].linear1.base_layer = layer
-    expected, graphs = gradients(model, "full"), Graphs()
-    set_policy(model, "full", compile=True, compiler=graphs.backend)
-    assert_gradients_near(model, expected)
-    assert [graph[operation] for graph in graphs.forward] == [forward]
-    assert [graph[operation] for graph in graphs.backward] == [backward]
+    expected, graphs = gradients(model, policy), Graphs()
+    set_policy(model, policy, compile=True, compiler=graphs.backend)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        assert_gradients_near(model, expected)
+    assert not [x for x in kept if x.numel() == layer.in_features * layer.out_features and x.dtype != torch.uint8]
+    product, *of_weight = operations
+    again = int(policy == "full")
+    assert [graph[product] for graph in graphs.forward] == [1]
+    assert [graph[product] for graph in graphs.backward] == [1 + again]  # for the gradient of its input, and again
+    for name in of_weight:
+        assert [graph[name] for graph in (*graphs.forward, *graphs.backward)] == [0, 1]
