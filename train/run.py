@@ -73,7 +73,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
             images_per_step=config.images_per_step,
             metrics=metrics,
             rotation=settings.rotation,
-            extra_state={"data": data.manifest.digest},
+            extra_state=data.state,
         )
         first_step = checkpointer.load()
         if accelerator.is_main_process:

@@ -7,6 +7,7 @@ LoHa, LoKr and OFT are PEFT's only.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ from flux2.weights.streaming_writer import write_safetensors
 DIFFUSERS_FILE = "diffusers.safetensors"
 DIFFUSERS_FOLDER_FILE = "pytorch_lora_weights.safetensors"  # what diffusers itself writes to a folder
 PISSA_FILE = "pissa.safetensors"
+UNFINISHED_FILE = ".unfinished"  # in a run folder from the start of the run until all that its end writes is there
+CHECKPOINT = re.compile(r"step_\d+", re.ASCII)  # name of a checkpoint's folder
 PEFT_ALONE = ("LoHa", "LoKr", "OFT")  # types that no other format holds
 
 
@@ -184,12 +187,19 @@ def format_notes(folder: Path) -> str:
 def find(path: str | Path) -> Path:
     """Return what to load for `path`: a safetensors file, or a PEFT folder, possibly inside a run or checkpoint.
 
-    A folder of diffusers stands for its pytorch_lora_weights.safetensors.
+    A run stands for its adapter, or its newest checkpoint; if it has not ended, for the one that was written last,
+    because the adapter may be from before the run was made longer. A folder of diffusers stands for its
+    pytorch_lora_weights.safetensors.
     """
     place = user_path(path)
     if place.is_file():  # PEFT's file is of no use without the configuration next to it
         return place.parent if place.name == PEFT_FILE else place
-    for folder in (place, place / "adapter", *sorted(place.glob("checkpoints/step_*/adapter"), reverse=True)):
+    steps = [step for step in place.glob("checkpoints/step_*") if CHECKPOINT.fullmatch(step.name)]
+    saved = [step / "adapter" for step in sorted(steps, key=lambda step: int(step.name[5:]), reverse=True)]
+    in_run = [folder for folder in (place / "adapter", *saved) if (folder / PEFT_FILE).exists()]
+    if (place / UNFINISHED_FILE).exists():
+        in_run.sort(key=lambda folder: (folder / PEFT_FILE).stat().st_mtime_ns, reverse=True)
+    for folder in (place, *in_run):
         if (folder / PEFT_FILE).exists():
             return folder
     if (place / DIFFUSERS_FOLDER_FILE).is_file():

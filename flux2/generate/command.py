@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from flux2.adapters import find
 from flux2.generate import metadata
 from flux2.generate.arguments import option_parser
 from flux2.generate.metadata import NamedFile, Record
@@ -23,10 +24,12 @@ from flux2.quantization.precision import describe
 from flux2.utils import checks
 from flux2.utils.cli import format_error, is_out_of_memory, split_adapter
 from flux2.utils.device import pick_device
-from flux2.utils.files import atomic_write, check_new
+from flux2.utils.files import atomic_write, check_new, user_path
 from flux2.utils.images import check_target_file, check_writable, read_image
 from flux2.utils.signals import exit_code, sigterm_as_interrupt
 from flux2.utils.text import printable
+from flux2.weights.loading import text_encoder_fingerprint
+from flux2.weights.sources import fingerprint
 
 MAX_COUNT = 10_000
 PLACES = ("path", "autoencoder", "text_encoder")
@@ -38,11 +41,13 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(["upsample", "merge", "verbose", "overwrite"], False),
     **{"model": "tiny", "out": Path("out.png"), "seed": 0, "count": 1, "offload_blocks": 0, "metadata": True},
     **{"image": [], "adapter": [], "asked": {}},  # asked: original prompts, by the prompts they were rewritten to
+    "models": {},  # digests of those that the image of --from-image was made with
 }
 # recorded settings that are dropped if the given option replaces them
 REPLACED = {
-    "embeddings": ("embeddings", "text_encoder", "text_storage"),
-    "text_encoder": ("embeddings", "text_storage"),
+    "embeddings": ("embeddings", "text_encoder", "text_storage", "models"),
+    "text_encoder": ("embeddings", "text_storage", "models"),
+    **dict.fromkeys(["path", "autoencoder"], ("models",)),
     "text_storage": ("embeddings",),
     "upsample": ("embeddings",),
 }
@@ -92,6 +97,7 @@ def options_from_image(file: Path, explicit: Mapping[str, Any]) -> dict[str, Any
                 "If it is yours, give it with --text-encoder"
             )
         recorded["embeddings"] = None if record.embeddings is None else Path(record.embeddings.path)
+        recorded["models"] = record.models
     return recorded
 
 
@@ -164,6 +170,7 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
         recorded = {key: getattr(options, key) for key in ("model", *PLACES, "text_storage")}
         recorded |= {"precision": pipeline.precision.name, "adapters": adapter_files, "merged": options.merge}
         recorded["embeddings"] = None if options.embeddings is None else NamedFile.from_path(options.embeddings)
+        recorded["models"] = digests_of_models(pipeline, options)
         for request in requests:
             settings = {key: getattr(request, key) for key in ("prompt", *SAMPLING)}
             references = [pictures[path] for path in request.images]
@@ -175,6 +182,17 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
                 yield file
 
 
+def digests_of_models(pipeline: Pipeline, options: argparse.Namespace) -> dict[str, str]:
+    """Return a digest of each model that is loaded here; say which differ from those of --from-image."""
+    digests = {"transformer": fingerprint(pipeline.source, "transformer")}
+    digests["autoencoder"] = fingerprint(pipeline.source, "vae")
+    if options.embeddings is None and not re.match(r"https?:", options.text_encoder or ""):
+        digests["text encoder"] = text_encoder_fingerprint(pipeline.source)
+    if changed := [what for what, digest in digests.items() if options.models.get(what, digest) != digest]:
+        say(f"--from-image {options.from_image}: {' and '.join(changed)} changed since, so the image may be another")
+    return digests
+
+
 def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
     """Load the transformer and the adapters, and report both."""
     transformer = pipeline.transformer
@@ -182,7 +200,9 @@ def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[str, float]], opt
         say(describe(transformer, pipeline.precision, pipeline.device))
     for path, scale in adapters:
         loaded = pipeline.load_adapter(path, scale)
-        say(f"adapter {path}{'' if scale == 1 else f' at scale {scale:g}'}: {loaded}")
+        place, given = find(path), user_path(path)
+        chosen = f" ({place.relative_to(given)})" if given in place.parents else ""  # of a run folder
+        say(f"adapter {path}{chosen}{'' if scale == 1 else f' at scale {scale:g}'}: {loaded}")
         if options.verbose:
             say(f"  layers: {loaded.listing()}")
     if options.merge:

@@ -87,6 +87,7 @@ class Record:
     images: Sequence[NamedFile] = ()
     adapters: Sequence[NamedFile] = ()
     merged: bool = False
+    models: Mapping[str, str] = dataclasses.field(default_factory=dict)  # digests of the files of those used here
 
     def chunk(self) -> PngInfo:
         """Return the record for Pillow: `image.save(file, pnginfo=record.chunk())`."""
@@ -132,6 +133,9 @@ def parse_record(record: Any) -> Record:
         raise TypeError(f"precision={record['precision']!r} must be a string")
     if not isinstance(record.get("merged", False), bool):
         raise TypeError(f"merged={record['merged']!r} must be true or false")
+    models = record.get("models", {})
+    if not isinstance(models, Mapping) or not all(isinstance(digest, str) for digest in models.values()):
+        raise TypeError(f"models={models!r} must be an object with strings")
     (prompt,) = checks.strings("prompt", record["prompt"])
     (seed,) = checks.seeds(record["seed"], 1)
     checks.size(record["width"], record["height"], 1)

@@ -24,11 +24,10 @@ from safetensors import SafetensorError
 
 from flux2 import adapters
 from flux2.adapters.checksums import STATE_FILE
+from flux2.adapters.files import CHECKPOINT
 from flux2.utils.files import NotWritten, checksum, name_write_errors, write_text
 
 CONFIG_FILE = "config.yaml"  # the run's configuration; each checkpoint has a copy
-UNFINISHED_FILE = ".unfinished"  # in the run folder from the start of a run until all that its end writes is there
-NAME = re.compile(r"step_\d+", re.ASCII)  # name of a checkpoint's folder
 # names under which files are written before they are complete: `atomic_write`, `adapters.save`, `make_writable`
 LEFTOVER = re.compile(r"\..+\.([0-9a-f]{32}\.tmp|[0-9a-f]{4}-\d+-[0-9a-f]{4}\.part)|\.saving-\w+|\.probe-\d+", re.ASCII)
 WRITTEN = (".", "adapter", "samples", "tensorboard")  # folders in the run folder that only its run writes to
@@ -61,7 +60,7 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first; `check` verifies that one can be read."""
     found = [path.parent for path in folder.glob(f"checkpoints/step_*/{STATE_FILE}")]
-    return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in found if CHECKPOINT.fullmatch(path.name)), key=step_of)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     entries = found["files"].values() if isinstance(found["files"], dict) else [None]
     if not all(isinstance(entry, dict) and {"size", "xxh3_128"} <= entry.keys() for entry in entries):
         raise unusable(checkpoint, f"{file} does not list size and checksum of each file")
-    if NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != found["step"]:
+    if CHECKPOINT.fullmatch(checkpoint.name) and step_of(checkpoint) != found["step"]:
         raise ValueError(
             f"{checkpoint} is the checkpoint of step {found['step']}, according to {STATE_FILE}. Rename it to "
             f"step_{found['step']:06d}, or delete it"

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from data.files import user_path
-from flux2.adapters.files import PEFT_FILE
+from flux2.adapters.files import PEFT_FILE, UNFINISHED_FILE
 from train.checkpoints.checkpoint import (
     CONFIG_FILE,
     STATE_FILE,
-    UNFINISHED_FILE,
     check,
     checkpoints,
     read_state,
     step_of,
 )
-from train.tracking.metrics import METRICS_FILE
+from train.checkpoints.data_manifest import DATA_FILE
+from train.tracking.metrics import METRICS_FILE, VALIDATION_FILE
 from train.utils.files import read_yaml
 from train.utils.lock import IN_USE, InUse, in_use
 
@@ -37,6 +37,8 @@ FREE_KEYS = set(
 )
 # samples may be in another place on another machine; train/checkpoints/data_manifest.py compares their content
 PLACES = re.compile(r"(dataset|preservation\.dataset)(\.sources\.[^=]+)?\.path|preservation\.folder")
+# what only a run writes into its folder, any of which tells that there is one, also if the rest was deleted
+OF_A_RUN = (CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, DATA_FILE, "checkpoints", "adapter", "samples", "report.html")
 COPIES = f". Restore it from the copy in a complete checkpoint, checkpoints/step_*/{CONFIG_FILE}"
 
 
@@ -123,8 +125,8 @@ class NewRun:
 
     @property
     def occupied(self) -> bool:
-        """Whether the chosen folder already holds a run."""
-        return self.chosen and any((self.folder / name).exists() for name in (CONFIG_FILE, "checkpoints", METRICS_FILE))
+        """Whether the chosen folder already holds a run, or a part of one that this run would replace."""
+        return self.chosen and any((self.folder / name).exists() for name in OF_A_RUN)
 
     def conflicts(self, folder: Path, start: Path | None, *, moved: bool = True) -> str:
         """Return the differences that prevent resuming the run in `folder` from `start`; empty if there are none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from huggingface_hub import constants
 
@@ -15,6 +15,7 @@ from data.files import user_path
 from data.loader import Loader
 from data.sources import Source
 from flux2.utils.text import listed
+from flux2.weights.sources import fingerprint
 from train.checkpoints.checkpoint import read_state
 from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import RunLocation
@@ -53,22 +54,33 @@ class TrainingData:
     prepared: PreparedData  # all samples of the dataset
     names: list[str]  # of the training samples, in the order of the loader's indices
     manifest: TrainedData  # content digests of the training samples, so that a resumed run detects changes
+    models: Mapping[str, str]  # digests of the models that are trained on, likewise
     loader: Loader  # of this process's micro-batches
     prior: ClassPictures | None  # class images and their loader
     validator: FixedNoiseLoss | None  # None without validation samples
 
     def check_unchanged(self, config: RunConfig, location: RunLocation) -> None:
-        """Raise ValueError if a resumed run would train on changed samples without allow_changed_data=true."""
+        """Raise ValueError if a resumed run would train on other samples or models without allow_changed_data=true."""
         if location.checkpoint is None:
             return
-        changed = self.manifest.difference(location.origin, read_state(location.checkpoint).get("data", ""))
-        if changed and not config.settings.allow_changed_data:
-            raise ValueError(
-                f"the samples differ from those that {location.checkpoint} was trained on: {changed}. Restore those "
-                "samples, start a new run, or set allow_changed_data=true."
-            )
-        if changed:
-            config.say(f"resuming with changed samples: {changed}")
+        state = read_state(location.checkpoint)
+        before = state["models"] if isinstance(state.get("models"), Mapping) else {}  # older versions kept none
+        others = [what for what, digest in self.models.items() if before.get(what, digest) != digest]
+        changes = {"samples": self.manifest.difference(location.origin, state.get("data", ""))}
+        changes |= {"models": f"{' and '.join(others)} of model={config.variant.name} changed" if others else None}
+        for what, changed in changes.items():
+            if changed and not config.settings.allow_changed_data:
+                raise ValueError(
+                    f"the {what} differ from those that {location.checkpoint} was trained on: {changed}. Restore those "
+                    f"{what}, start a new run, or set allow_changed_data=true."
+                )
+            if changed:
+                config.say(f"resuming with changed {what}: {changed}")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `check_unchanged` compares, for the checkpoints."""
+        return {"data": self.manifest.digest, "models": dict(self.models)}
 
 
 def paths(dataset: object) -> list[object]:
@@ -131,6 +143,8 @@ def prepare_data(config: RunConfig) -> TrainingData:
     if prepared.classes is not None:
         all_samples, all_entries = [*samples, *prepared.classes[0]], [*entries, *prepared.classes[1].entries]
     manifest = TrainedData.from_samples(all_samples, all_entries)
+    # the key of an embedding also identifies the text encoder, wherever that is
+    models = {"the transformer": fingerprint(config.source, "transformer"), "the text encoder": cached.prompts[""]}
     shards = {
         "gradient_accumulation": settings.gradient_accumulation,
         "num_processes": config.accelerator.num_processes,
@@ -146,7 +160,7 @@ def prepare_data(config: RunConfig) -> TrainingData:
     noise = config.validation.seed, config.validation.times
     validator = FixedNoiseLoss(cached, chosen, *noise, config.processes.map, settings.batch_size) if chosen else None
     names = [sample.name for sample in samples]
-    return TrainingData(prepared, names, manifest, loader, prior, validator)
+    return TrainingData(prepared, names, manifest, models, loader, prior, validator)
 
 
 def repeats(loader: Loader, what: str) -> str | None:

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from flux2.adapters.files import format_notes
+from flux2.adapters.files import UNFINISHED_FILE, format_notes
 from flux2.quantization.precision import precision_from_name
-from train.checkpoints.checkpoint import UNFINISHED_FILE
 from train.config.run_config import RunConfig
 from train.encoding.text_encoders import RemoteTextEncoder
 from train.evaluation.recommend import recommend_or_warn

@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from data.files import user_path
-from train.checkpoints.checkpoint import CONFIG_FILE, UNFINISHED_FILE
+from flux2.adapters.files import UNFINISHED_FILE
+from train.checkpoints.checkpoint import CONFIG_FILE
 from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import NewRun, RunLocation, find
 from train.config.run_config import RunConfig

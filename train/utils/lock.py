@@ -1,7 +1,7 @@
 """A lock on a run folder, so that one run at a time writes there.
 
-It is an flock on `.lock` in the folder, which the operating system releases when the process ends, in whatever way, so
-a stale lock cannot block the next run. Without such locks (Windows, some network file systems) nothing is locked.
+It is an flock on `.run.lock` in the folder, which the operating system releases when the process ends, in whatever way,
+so a stale lock cannot block the next run. Without such locks (Windows, some network file systems) nothing is locked.
 filelock does not replace it: it cannot ask for a lock without creating the file or with read access alone, and on file
 systems without flock it falls back to a file that a killed process leaves behind.
 """
@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK_FILE = ".lock"
+LOCK_FILE = ".run.lock"  # not the `.lock` of a cache, which may be in the same folder
 IN_USE = "{} is in use: another run writes there now. Wait until it ends, or choose another folder"
 TAKEN = (errno.EAGAIN, errno.EACCES)
 

@@ -150,6 +150,26 @@ def test_a_run_folder_gives_its_final_adapter_else_its_newest_checkpoint(tmp_pat
     assert adapters.find(tmp_path / "adapter" / "diffusers.safetensors").name == "diffusers.safetensors"
 
 
+def test_checkpoints_are_ordered_by_their_steps_and_no_other_folder_is_one(tmp_path: Path) -> None:
+    for place in ("step_1000000", "step_999750", "step_9999999_old", "step_"):
+        adapters.save(trained()[0], tmp_path / "checkpoints" / place / "adapter", base="small")
+    assert adapters.find(tmp_path) == tmp_path / "checkpoints/step_1000000/adapter"
+
+
+def test_an_unfinished_run_gives_what_it_wrote_last(tmp_path: Path) -> None:
+    """The adapter of a run that is made longer is that of its earlier end."""
+    places = [tmp_path / place for place in ("checkpoints/step_000001/adapter", "adapter")]
+    places.append(tmp_path / "checkpoints/step_000004/adapter")
+    for second, place in enumerate(places):
+        adapters.save(trained()[0], place, base="small")
+        os.utime(place / "adapter_model.safetensors", (second, second))
+    assert adapters.find(tmp_path) == tmp_path / "adapter"
+    (tmp_path / ".unfinished").touch()
+    assert adapters.find(tmp_path) == places[2]
+    os.utime(tmp_path / "adapter/adapter_model.safetensors", (9, 9))  # stopped between the adapter and the report
+    assert adapters.find(tmp_path) == tmp_path / "adapter"
+
+
 def test_nothing_to_load_is_an_error_that_says_what_can_be_given(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"gone'.*adapter_model\.safetensors"):
         adapters.find(tmp_path / "gone")

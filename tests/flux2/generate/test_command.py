@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from adapter_helpers import write_adapter
 from generate_helpers import repeat
 from PIL import Image
 from remote_helpers import SECRET, FakeServer
+from safetensors.torch import load_file, save_file
 
 from flux2 import adapters
 from flux2.generate import metadata
@@ -168,6 +170,25 @@ def test_a_picture_is_made_again_from_what_it_says(command: Callable[..., int], 
     for changed in (["--seed", "8"], ["--adapter", "lora:1.0"], ["--prompt", "a fox"], ["--steps", "3"]):
         assert repeat("--from-image", "one.png", "--out", "other.png", "--overwrite", *changed) == 0
         assert np.abs(pixels(tmp_path / "other.png") - pixels(tmp_path / "one.png")).max() > 3, changed
+
+
+def test_models_that_changed_since_are_named(
+    command: Callable[..., int],
+    model_folders: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(model_folders("dev"), tmp_path / "base")
+    assert command("--path", "base", "--out", "one.png") == 0
+    assert repeat("--from-image", "one.png", "--out", "two.png") == 0
+    assert "changed since" not in capsys.readouterr().err
+    for part in ("transformer", "vae"):
+        file = sorted((tmp_path / "base" / part).glob("*.safetensors"))[0]
+        save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file)
+    assert repeat("--from-image", "one.png", "--out", "three.png") == 0
+    assert "--from-image one.png: transformer and autoencoder changed since" in capsys.readouterr().err
+    assert repeat("--from-image", "one.png", "--path", "base", "--out", "four.png") == 0
+    assert "changed since" not in capsys.readouterr().err
 
 
 def test_merged_adapters_make_the_picture_and_it_is_made_again_merged(

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from message_helpers import holds
+from safetensors.torch import load_file, save_file
 from train_helpers import CAPTIONS, draw_picture, lines
 
 from data.cache.latents import LatentEntry
 from train.checkpoints.checkpoint import checkpoints, read_state
 from train.checkpoints.data_manifest import TrainedData
+from train.stages.data import TrainingData
 
 pytest_plugins = ("train_helpers",)
 
@@ -86,3 +88,24 @@ def test_a_run_goes_on_with_changed_samples_only_if_it_may(train, pictures, tmp_
     assert holds(capfd.readouterr().out, "6 samples ... 2 changed")
     assert read_state(checkpoints(run)[-1])["data"] != before
     assert json.loads((run / "data.json").read_text())["marks"] != kept["marks"]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [("transformer", "the transformer of"), ("text_encoder", "the text encoder of")]
+)
+def test_a_run_goes_on_with_other_models_at_the_same_place_only_if_it_may(
+    train, model_folders, tmp_path, part, said, capfd, monkeypatch
+):
+    models = shutil.copytree(model_folders("dev"), tmp_path / "models")
+    settings = f"model.path={models}", "checkpoint_every=1"
+    train("run", *settings, "steps=1")
+    file = sorted((models / part).glob("*.safetensors"))[0]
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=rf"models differ .*step_000001.*{said}.*allow_changed_data=true"):
+        train("run", *settings, "steps=2", "resume=auto")
+    train("run", *settings, "steps=2", "resume=auto", "allow_changed_data=true")
+    assert f"resuming with changed models: {said}" in capfd.readouterr().out
+    with monkeypatch.context() as older:
+        older.setattr(TrainingData, "state", property(lambda data: {"data": data.manifest.digest}))
+        train("run", *settings, "steps=3", "resume=auto")
+    train("run", *settings, "steps=4", "resume=auto")

@@ -21,6 +21,15 @@ def test_a_new_run_into_the_folder_of_another_is_refused(tmp_path):
         look(None, tmp_path / "run", chosen=True)
 
 
+@pytest.mark.parametrize("name", ["adapter", "samples", "report.html", "data.json", "validation.jsonl"])
+def test_a_part_of_a_run_is_not_written_over(tmp_path, name):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / name).touch()
+    for resume in (None, "auto"):
+        with pytest.raises(ValueError, match="output_dir"):
+            look(resume, tmp_path / "x", chosen=True)
+
+
 def test_a_run_folder_goes_on_from_its_newest_checkpoint(tmp_path):
     run = make_run(tmp_path / "run", 2, 10, 9)
     place = look(str(run), tmp_path / "new")

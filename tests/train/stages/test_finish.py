@@ -10,8 +10,9 @@ import pytest
 from message_helpers import holds
 from train_helpers import adapter, compose, lines, same_tensors, slow_but
 
+from flux2.adapters.files import UNFINISHED_FILE
 from flux2.utils.files import temporary_path
-from train.checkpoints.checkpoint import UNFINISHED_FILE, checkpoints
+from train.checkpoints.checkpoint import checkpoints
 from train.evaluation.recommend import Recommendation
 from train.objective.objective import Objective
 from train.publishing import model_card
