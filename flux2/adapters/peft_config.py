@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,9 @@ import peft
 from flux2.utils import checks
 from flux2.utils.files import write_text
 from flux2.utils.json_files import parse_json
+from flux2.utils.text import listed
 
+log = logging.getLogger(__name__)
 PEFT_CONFIG = "adapter_config.json"
 HEADER = "lora_adapter_metadata"  # key of a file's header under which diffusers writes the configuration
 LIMIT = 1 << 20  # bytes of a configuration
@@ -111,7 +114,7 @@ def config_from(values: dict[str, Any], where: str) -> peft.PeftConfig:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"its type {kind!s:.50} is not supported; it must be one of {', '.join(TYPES.values())}")
     if isinstance(config, peft.LoraConfig):
-        if config.init_lora_weights not in (True, False, "gaussian", "eva"):
+        if config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
             raise ValueError(f"its init_lora_weights={config.init_lora_weights!r:.100} changes the base")
         variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
         if used := [name for name in variants if name != "use_dora" and getattr(config, name)]:
@@ -119,7 +122,27 @@ def config_from(values: dict[str, Any], where: str) -> peft.PeftConfig:
     if replaced := getattr(config, "modules_to_save", None):
         raise ValueError(f"it replaces whole layers in addition to the adapter (modules_to_save={replaced!r:.200})")
     check_numbers(config, where)
+    check_keys(config, settings, where)
     return config
+
+
+def check_keys(config: peft.PeftConfig, settings: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless `settings` give rank and alpha, for which PEFT has defaults, and switch nothing on that
+    this version of PEFT does not know."""
+    if missing := [key for key in NEEDED[config.peft_type][:2] if config.peft_type != "OFT" and key not in settings]:
+        raise ValueError(
+            f"{where} does not give {' and '.join(missing)}, so the adapter's strength is unknown. Restore what PEFT "
+            "wrote"
+        )
+    known = {field.name for field in dataclasses.fields(config)}
+    unknown = {key: value for key, value in settings.items() if key not in known}
+    if used := [key for key, value in unknown.items() if value is True or (value and isinstance(value, dict | list))]:
+        raise ValueError(
+            f"{where} has settings that PEFT {peft.__version__} does not know ({listed(used)}), so it may be another "
+            "kind of adapter. Install a newer PEFT"
+        )
+    if others := [key for key, value in unknown.items() if value]:
+        log.warning("%s has settings that PEFT %s does not know; they are ignored: %s", where, peft.__version__, others)
 
 
 def sort_layers(folder: Path) -> None:

@@ -41,7 +41,7 @@ def check_flag(key: str, value: Any) -> bool:
 
 
 def check_dropout(key: str, value: Any) -> float:
-    return require(key, value, is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+    return require(key, value, is_number(value) and 0 <= value <= 0.95, "a number from 0 to 0.95")
 
 
 def target_layers(model: nn.Module, targets: Targets) -> list[str]:

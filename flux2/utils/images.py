@@ -140,7 +140,7 @@ def check_writable(path: Path, what: str) -> None:
     """Raise ValueError, starting with `what`, unless Pillow can save an RGB image at `path`. Write nothing."""
     extension = path.suffix.lower()
     image_format = Image.registered_extensions().get(extension)
-    if image_format is None:
+    if image_format in (None, "ICO", "ICNS"):  # icons are scaled to sizes of their own
         raise ValueError(f"{what} must end in an image extension, such as .png or .jpg")
     try:
         Image.new("RGB", (16, 16)).save(BytesIO(), image_format)

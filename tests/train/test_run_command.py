@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.utils import DynamoBackend
 from message_helpers import holds
 from omegaconf import OmegaConf
 from train_helpers import (
@@ -71,6 +72,30 @@ def test_a_launcher_set_up_for_another_kind_of_parallelism_is_refused(monkeypatc
     monkeypatch.setattr(train.distributed.processes, "Accelerator", lambda **kwargs: fake)
     with pytest.raises(ValueError, match=r"DEEPSPEED.*--multi_gpu.*shard=true"):
         make_accelerator("cpu")
+
+
+@pytest.mark.parametrize("library", ["DEEPSPEED", "MEGATRON_LM"])
+def test_a_library_that_is_not_used_is_refused_before_it_is_imported(monkeypatch, library):
+    monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
+    with pytest.raises(ValueError, match=rf"{library}.*--multi_gpu.*shard=true"):
+        make_accelerator("cpu")
+
+
+def test_settings_of_the_launcher_that_have_no_effect_are_named(monkeypatch, capfd):
+    for name, off, value, said in (
+        ("MIXED_PRECISION", "no", "bf16", "precision=bf16"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1", "4", "gradient_accumulation"),
+        ("DYNAMO_BACKEND", "NO", "INDUCTOR", "memory.compile=true"),
+    ):
+        monkeypatch.setenv(f"ACCELERATE_{name}", off)
+        make_accelerator("cpu")
+        assert capfd.readouterr().err == ""
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+        accelerator = make_accelerator("cpu")
+        said = f"warning: {name.lower()}={value} of accelerate launch has no effect: it is set by {said}"
+        assert said in capfd.readouterr().err
+        assert accelerator.state.dynamo_plugin.backend == DynamoBackend.NO
+        monkeypatch.delenv(f"ACCELERATE_{name}")
 
 
 def test_the_launchers_mixed_precision_does_not_change_the_runs(train, reference, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -21,13 +21,32 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flux2.adapters import adapter_parameters
 from flux2.utils.device import pick_device
+from train.utils.console import warn
 
 # Timeout of collective operations instead of NCCL's ten minutes, for long work of one process such as encoding. The
 # launcher notices a process that ends at once.
 PATIENCE = timedelta(hours=2)
 
+INSTEAD = "Use accelerate launch --multi_gpu --num_processes 2 ..., and shard=true to shard the model"
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Warn about settings of `accelerate launch` that have no effect here. Raise ValueError for other libraries."""
+    for library in ("DEEPSPEED", "MEGATRON_LM"):
+        if environment.get(f"ACCELERATE_USE_{library}", "false").lower() == "true":
+            raise ValueError(f"accelerate launch was configured for {library}, which is not supported. {INSTEAD}")
+    if environment.get("LOCAL_RANK", "0") != "0":
+        return
+    for name, off, key in (
+        ("MIXED_PRECISION", "no", "precision=bf16"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1", "gradient_accumulation"),
+        ("DYNAMO_BACKEND", "no", "memory.compile=true"),
+    ):
+        if (value := environment.get(f"ACCELERATE_{name}", off)).lower() != off:
+            warn(f"{name.lower()}={value} of accelerate launch has no effect: it is set by {key}")
 
 
 def make_accelerator(device: str | None) -> Accelerator:
@@ -37,10 +56,11 @@ def make_accelerator(device: str | None) -> Accelerator:
     prepared model would also autocast when it draws samples, which inference does not.
     """
     chosen = pick_device(device)
+    check_launcher(os.environ)
     AcceleratorState._reset_state()  # a sweep runs several jobs in one process
     GradientState._reset_state()
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    environment = {"ACCELERATE_USE_FSDP": "false"}
+    environment = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_DYNAMO_BACKEND": "no"}
     if chosen.index is not None:
         if not alone:
             raise ValueError(
@@ -63,8 +83,8 @@ def make_accelerator(device: str | None) -> Accelerator:
         )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(
-            f"accelerate launch was configured for {accelerator.distributed_type.value}, which is not supported. Use "
-            "accelerate launch --multi_gpu --num_processes 2 ..., and shard=true to shard the model"
+            f"accelerate launch was configured for {accelerator.distributed_type.value}, which is not supported. "
+            f"{INSTEAD}"
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     assert accelerator.num_processes == world, f"{accelerator.num_processes} processes are connected, not {world}"

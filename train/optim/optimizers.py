@@ -69,6 +69,7 @@ USUAL_RATES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("Adam", "Adafactor", "RAdam", "NAdam", "Muon"), (1e-7, 0.1)),
     "": (1e-9, 1.0),  # any other
 }
+MOST_SHRINKING = 0.1  # of the weights in a step, from which on weight decay is probably unintended
 
 
 def settings_of(make: MakeOptimizer) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def check_settings(make: MakeOptimizer) -> None:
 
 def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
     """Return warnings about optimizer and schedule settings that are valid but probably unintended."""
-    warnings = unusual_rate(make)
+    warnings = unusual_rate(make) or unusual_effects(settings_of(make), steps)
     if not isinstance(schedule, Constant):
         return warnings
     warmup, after = schedule.warmup(steps), steps - schedule.warmup(steps)
@@ -134,6 +135,26 @@ def unusual_rate(make: MakeOptimizer) -> list[str]:
     side, effect = ("below", "little or nothing is learned") if rate < low else ("above", "training probably diverges")
     hint = ". It is a factor of the rate that Prodigy estimates: leave it at 1" if name == "Prodigy" else ""
     return [f"optimizer.lr={rate:g} is far {side} the usual rates of {name} ({low:g} to {high:g}): {effect}{hint}"]
+
+
+def unusual_effects(settings: dict[str, Any], steps: int) -> list[str]:
+    """Return warnings about settings with which an optimizer updates little, or undoes its updates."""
+    warnings, shrinking = [], (settings.get("lr") or 0) * (settings.get("weight_decay") or 0)
+    if shrinking >= MOST_SHRINKING:
+        warnings.append(
+            f"optimizer.weight_decay={settings['weight_decay']:g} times optimizer.lr={settings['lr']:g} takes "
+            f"{min(shrinking, 1):.0%} of the weights away in each step: little or nothing is learned"
+        )
+    if (settings.get("warmup_steps") or 0) >= steps:
+        warnings.append(
+            f"optimizer.warmup_steps={settings['warmup_steps']} takes all of steps={steps}: optimizer.lr is not reached"
+        )
+    factor = settings.get("d_coef")
+    if factor is not None and not 0.1 <= factor <= 10:
+        warnings.append(
+            f"optimizer.d_coef={factor:g} is far from 1: the rate that Prodigy estimates is multiplied by it"
+        )
+    return warnings
 
 
 def float_lists(make: MakeOptimizer) -> dict[str, list[float | None]]:

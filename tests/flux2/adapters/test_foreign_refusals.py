@@ -182,7 +182,13 @@ GOOD = {"transformer.r": 2, "transformer.lora_alpha": 1}
         (json.dumps(GOOD | {"transformer.use_rslora": "no"}), "use_rslora='no' must be true or false"),
         (json.dumps(GOOD | {"transformer.use_dora": True}), r"use_dora=True.*no lora_magnitude_vector"),
         (json.dumps(GOOD | {"transformer.init_lora_weights": "pissa"}), "init_lora_weights='pissa' changes the base"),
-        (json.dumps(GOOD | {"transformer.peft_type": "LOHA"}), r"cannot be read|tensors are those of a LoRA"),
+        (json.dumps(GOOD | {"transformer.peft_type": "LOHA"}), "does not give alpha"),
+        (json.dumps(GOOD | {"transformer.peft_type": "LOHA", "transformer.alpha": 2}), "tensors are those of a LoRA"),
+        ("{}", "does not give r and lora_alpha"),
+        (json.dumps({"transformer.r": 2, "transformer.alpha": 4}), "does not give lora_alpha"),
+        (json.dumps({"default": {"r": 2, "lora_alpha": 4}}), "does not give r and lora_alpha"),
+        (json.dumps(GOOD | {"transformer.use_newthing": True}), r"does not know \(use_newthing\).*newer PEFT"),
+        (json.dumps(GOOD | {"transformer.newthing_config": {"a": 1}}), r"does not know \(newthing_config\)"),
         (json.dumps(GOOD | {"transformer.alpha_pattern": {"(a+)+$": 4}}), "repeats a group"),
     ],
 )
@@ -190,6 +196,22 @@ def test_a_header_that_cannot_be_used_is_refused(header: str, message: str, tmp_
     state = pair(PUBLISHED)
     save_file(state, tmp_path / "lora.safetensors", {"lora_adapter_metadata": header})
     refused(tmp_path / "lora.safetensors", message)
+
+
+def test_settings_that_switch_nothing_on_are_named_at_most(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    header = {
+        "r": 2,
+        "lora_alpha": 2,
+        "init_lora_weights": "orthogonal",
+        "use_newthing": False,
+        "newthing_config": {},
+        "newthing_path": None,
+    }
+    for more, said in (({}, []), ({"newthing_groups": 16}, ["newthing_groups"])):
+        save_file(pair(LAYER), tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(header | more)})
+        assert adapters.load(fresh(), tmp_path / "lora.safetensors").ranks == (2,)
+        assert ("they are ignored: ['newthing_groups']" in caplog.text) == bool(said)
+        assert "newthing_config" not in caplog.text
 
 
 def test_patterns_in_another_spelling_than_the_keys_are_refused(tmp_path: Path) -> None:

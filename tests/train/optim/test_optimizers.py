@@ -252,6 +252,15 @@ def test_what_an_optimizer_leaves_empty_may_be_left_empty():
         (["schedule=restarts", "schedule.cycles=6"], 12, ""),
         (["schedule=wsd"], 4, "schedule.decay=0.2 ... 4"),
         (["schedule=wsd"], 5, ""),
+        (
+            ["optimizer.weight_decay=1e4", "optimizer.lr=1e-4"],
+            300,
+            "weight_decay=10000 ... lr=0.0001 ... 100% ... little",
+        ),
+        (["optimizer.weight_decay=1", "optimizer.lr=1e-2"], 300, ""),
+        (["optimizer=schedulefree", "+optimizer.warmup_steps=300"], 300, "optimizer.warmup_steps=300 ... steps=300"),
+        (["optimizer=schedulefree", "+optimizer.warmup_steps=299"], 300, ""),
+        (["optimizer=prodigy", "optimizer.d_coef=1e-9"], 300, "optimizer.d_coef=1e-09 ... far from 1"),
     ],
 )
 def test_what_is_hardly_meant_is_a_warning(settings, steps, said, capfd):
