@@ -269,11 +269,11 @@ def set_policy(
         compiler: Backend of `torch.compile`.
     """
     check_policy(policy, budget_gb)
+    plain = partial(compile_blocks.run_kept, attention)
+    runs: tuple[Run, Run, Run] = plain, partial(run_recomputed, plain, False), partial(run_recomputed, plain, True)
     if compile:
-        keep, recompute, selective = compile_blocks.compile_runners(attention, shapes, compiler)
-    else:
-        keep = partial(compile_blocks.run_kept, attention)
-        recompute, selective = (partial(run_recomputed, keep, keeps_attention) for keeps_attention in (False, True))
+        runs = compile_blocks.compile_runners(attention, shapes, runs, compiler)
+    keep, recompute, selective = runs
     if budget_gb is None:
         model.run_block = {"none": keep, "full": recompute, "selective": selective}[policy]
     else:

@@ -10,9 +10,14 @@ Adapters are compiled as plain operations (`FusedLora.forward`), and so are quan
 `FrozenProduct`. LoRA dropout draws other random numbers than without compilation.
 
 If the compiler cannot trace a layer, PyTorch runs the whole block uncompiled and only warns about it; `check_compiles`
-therefore rejects such layers.
+therefore rejects such layers. If it fails, for example because there is no C++ compiler or no Triton, blocks run
+uncompiled from then on, after one warning.
 """
 
+from __future__ import annotations
+
+import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +32,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from flux2.layers.attention import use_backends
 from flux2.quantization.base import QuantizedLinear
 
+log = logging.getLogger(__name__)
 BLOCK_KINDS = 2
 MODES = 10  # with or without gradients, input gradients, the adapter, streaming
 # the attention kernels that are one operation; the backend `math` has several, which are recomputed
@@ -66,15 +72,54 @@ def run_recomputed(backends: Sequence[str] | None, keeps_attention: bool, block:
         return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
+class Compiled:
+    """Functions that are compiled until the compiler fails at any of them, and then run as they are."""
+
+    def __init__(self, backend: str | Callable[..., Any]) -> None:
+        self.backend, self.works = backend, True
+
+    def __call__(self, run: Callable[..., Any], uncompiled: Callable[..., Any], *bound: Any) -> Callable[..., Any]:
+        """Return `run` compiled, with its first arguments bound; from the first failure on it is `uncompiled`."""
+        compiled = torch.compile(run, dynamic=False, backend=self.backend)
+
+        def either(*args: Any) -> Any:
+            if self.works:
+                try:
+                    return compiled(*bound, *args)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    self.works = False
+                    log.warning("memory.compile: blocks run uncompiled, because that failed: %s", compiler_error(error))
+            return uncompiled(*args)
+
+        return either
+
+
+def compiler_error(error: BaseException) -> str:
+    """Return the first line of an error of PyTorch's compiler; empty for any other error."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or not isinstance(error, dynamo.exc.TorchDynamoException):
+        return ""
+    cause = getattr(error, "inner_exception", error)
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]:.300}"
+
+
 def compile_runners(
-    backends: Sequence[str] | None, shapes: int, backend: str | Callable[..., Any] = "inductor"
+    backends: Sequence[str] | None,
+    shapes: int,
+    uncompiled: Sequence[Callable[..., Any]],
+    backend: str | Callable[..., Any] = "inductor",
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """Return compiled functions that run a block: one keeps everything, one recomputes, one keeps the attention.
 
-    `shapes` is the expected number of different token shapes; the other arguments are those of `set_policy`.
+    `shapes` is the expected number of different token shapes, `uncompiled` are three such functions for a machine on
+    which the compiler fails; the other arguments are those of `set_policy`.
     """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, BLOCK_KINDS * MODES * shapes)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * limits.recompile_limit)
-    kept, recomputed = (torch.compile(run, dynamic=False, backend=backend) for run in (run_kept, run_recomputed))
-    return partial(kept, backends), partial(recomputed, backends, False), partial(recomputed, backends, True)
+    compiled, (keep, recompute, selective) = Compiled(backend), uncompiled
+    return (
+        compiled(run_kept, keep, backends),
+        compiled(run_recomputed, recompute, backends, False),
+        compiled(run_recomputed, selective, backends, True),
+    )

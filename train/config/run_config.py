@@ -144,7 +144,7 @@ class RunConfig:
         self._check_storage(model)
         if self.processes.sharded:
             check_adapter(model)
-        if self.memory.compile:
+        if self.memory.compile is True:
             check_compiles(model)
         shapes = [parameter.shape for parameter in adapter_parameters(model)]
         one = torch.zeros((), device=self.accelerator.device)  # expanding it to a shape takes no memory

@@ -20,7 +20,7 @@ from flux2.utils.checks import MAX_GUIDANCE, MAX_PIXELS
 from flux2.weights.sources import ModelSource, model_source
 from train.checkpoints.rotation import Rotation
 from train.config.instantiate import how_to_quote
-from train.config.memory import FREE, HEADROOM_GB
+from train.config.memory import AUTO, FREE, HEADROOM_GB
 from train.utils.checks import check_count, check_seed, is_number
 from train.utils.redact import check_no_secret
 
@@ -168,7 +168,7 @@ class MemorySettings:
 
     checkpointing: str
     budget_gb: float | None = None
-    compile: bool = False
+    compile: bool | str = False
     attention: list[str] | None = None
     offload_blocks: int | float = 0
     offload_activations: bool = False
@@ -182,7 +182,9 @@ class MemorySettings:
             raise ValueError(f"memory.budget_gb={self.budget_gb!r} must be a number of GB from 0 to {MOST_GB:g}")
         check_backends(self.attention, "memory.attention")
         check_offload_blocks(self.offload_blocks, "memory.offload_blocks")
-        for key in ("compile", "offload_activations", "cache_transposed_weights"):
+        if self.compile != AUTO and not isinstance(self.compile, bool):
+            raise ValueError(f"memory.compile={self.compile!r} must be true, false or auto")
+        for key in ("offload_activations", "cache_transposed_weights"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
         given = self.gpu_memory_gb
@@ -198,7 +200,7 @@ class MemorySettings:
             self.checkpointing,
             budget_gb=self.budget_gb,
             attention=preferred_backends(self.attention, device),
-            compile=self.compile,
+            compile=self.compile is True,
             shapes=4 * len(buckets.sizes),  # references, validation and sampling add further shapes
         )
 
@@ -206,7 +208,7 @@ class MemorySettings:
         """Raise ValueError for a setting that does not work with a sharded base."""
         for key, off in (("offload_blocks", 0), ("offload_activations", False), ("compile", False)):
             value = getattr(self, key)
-            if value:
+            if value and value != AUTO:
                 raise ValueError(
                     f"memory.{key}={str(value).lower()} does not work with shard=true, because a block is gathered "
                     f"only while it runs. Set memory.{key}={str(off).lower()} or shard=false."

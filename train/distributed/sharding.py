@@ -20,6 +20,7 @@ from torch import nn
 
 from flux2.layers.fused_lora import INITIAL
 from flux2.models.transformer import Transformer
+from train.distributed.processes import Processes
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -54,9 +55,9 @@ def launched_to_shard(environment: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
-def check_processes(count: int) -> None:
-    """Raise ValueError unless there are several processes."""
-    if count < 2:
+def check_processes(processes: Processes) -> None:
+    """Raise ValueError if the base is to be sharded by one process."""
+    if processes.sharded and processes.accelerator.num_processes < 2:
         raise ValueError(
             "shard=true needs several processes, and this is one. Start with accelerate launch --multi_gpu "
             "--num_processes 2 ..., or set shard=false (and do not configure accelerate for FSDP)"

@@ -115,7 +115,7 @@ def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workloa
         validates=settings.validate_every > 0 and bool(config.validation.held_out or config.validation.samples),
         on_gpu=on_gpu,
         storage=precision.storage,
-        compiled=config.memory.compile,
+        compiled=config.memory.compile is True,
         usual=not held and prior is None and precision == plain and config.memory.attention is None,
         text_sizes=text_sizes(config.source),
         text_storage=config.text_encoder.storage,

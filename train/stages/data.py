@@ -78,6 +78,13 @@ class TrainingData:
                 config.say(f"resuming with changed {what}: {changed}")
 
     @property
+    def shapes(self) -> int:
+        """The number of token shapes in training, at most."""
+        entries, prior = self.prepared.cached.entries, self.prepared.classes
+        shapes = {entry.bucket for entry in (*entries, *(prior[1].entries if prior else ()))}
+        return len(shapes | {(size, ()) for size, _ in shapes})  # references may be dropped
+
+    @property
     def state(self) -> dict[str, Any]:
         """What `check_unchanged` compares, for the checkpoints."""
         return {"data": self.manifest.digest, "models": dict(self.models)}

@@ -8,10 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from flux2.memory.compile_blocks import compiler_error
 from train.checkpoints.resume import RunLocation
-from train.config.memory import choice_of
+from train.config.memory import AUTO, choice_of
 from train.config.run_config import RunConfig
+from train.planner.compilation import compiles
 from train.planner.from_config import advice, planned, still_fits
+from train.stages.data import TrainingData
 from train.utils.console import name_process_in_errors
 from train.utils.memory import OutOfMemory
 
@@ -43,11 +46,29 @@ def keep_resumed_memory(config: RunConfig, location: RunLocation) -> RunConfig:
     return config
 
 
+def choose_compile(config: RunConfig, location: RunLocation, data: TrainingData) -> RunConfig:
+    """Return the configuration with memory.compile=auto decided: as in the run that is resumed, else by the saving."""
+    if config.memory.compile != AUTO:
+        return config
+    before = {} if location.checkpoint is None else location.resumed_config.get("memory", {})
+    if isinstance(before.get("compile"), bool):
+        chosen, why = before["compile"], "as in the resumed run"
+    else:
+        chosen, why = compiles(config, data.shapes)
+    config.say(f"memory.compile={str(chosen).lower()}: {why}")
+    return config.with_memory({**config.composed["memory"], "compile": chosen})
+
+
 @contextmanager
 def memory_advice(config: RunConfig) -> Iterator[None]:
-    """Context manager that turns an out-of-memory error into a ValueError with the planner's advice."""
+    """Context manager that turns out of memory, and an error of the compiler, into a ValueError with advice."""
     try:
         yield
     except OutOfMemory as error:
         with name_process_in_errors(config.accelerator.process_index):
             raise ValueError(f"{error.what} {advice(config, error)} {error.saved}".strip()) from None
+    except Exception as error:
+        if not (what := compiler_error(error)):
+            raise
+        with name_process_in_errors(config.accelerator.process_index):
+            raise ValueError(f"PyTorch failed to compile a block ({what}). Set memory.compile=false") from error

@@ -43,7 +43,7 @@ class LoadedModel:
     def release(self, config: RunConfig) -> None:
         """Remove the adapter, so that the next sweep job can reuse the base; drop a base that cannot be reused."""
         # compiled code is specific to the replaced layers
-        if SHARED.keeps and (config.memory.compile or not self.base.remove_adapter(self.peft_model)):
+        if SHARED.keeps and (config.memory.compile is True or not self.base.remove_adapter(self.peft_model)):
             SHARED.drop("transformer")
 
 

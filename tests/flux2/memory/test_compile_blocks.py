@@ -1,6 +1,7 @@
 """flux2.memory.compile_blocks: which adapters are compiled with the blocks, and which are refused."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import relative_error, transformer_inputs, transformer_of
 
 from flux2 import adapters
 from flux2.memory.activation_checkpointing import set_policy
-from flux2.memory.compile_blocks import check_compiles
+from flux2.memory.compile_blocks import check_compiles, compiler_error
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import convert
 
@@ -70,3 +71,30 @@ def test_a_refused_type_is_one_that_pytorch_does_not_compile() -> None:
         set_policy(model, "full", compile=True, compiler=graphs.backend)
         step(model)
         assert not graphs.forward, kind
+
+
+def test_where_the_compiler_fails_blocks_run_uncompiled_after_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here\nand a second line")
+
+    model = transformer_of(0, 2)
+    stirred(attached("lora", model, targets=blocks_of(0)))
+    for policy in ("none", "full", "selective"):
+        torch._dynamo.reset()
+        set_policy(model, policy)
+        loss, gradients = step(model)
+        caplog.clear()
+        set_policy(model, policy, compile=True, compiler=broken)
+        for _ in range(2):
+            found = step(model)
+            assert found[0] == loss
+            assert all(map(torch.equal, found[1], gradients))
+        (said,) = (record.message for record in caplog.records if record.name.startswith("flux2."))
+        assert "memory.compile: blocks run uncompiled" in said
+        assert "no compiler here" in said
+        assert "second line" not in said
+
+
+def test_an_error_of_a_block_is_none_of_the_compiler() -> None:
+    assert compiler_error(RuntimeError("out of memory")) == ""
+    assert "why" in compiler_error(torch._dynamo.exc.Unsupported("why"))
