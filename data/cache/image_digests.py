@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from data.files import atomic_write
 from data.sources.images import Picture
 
-VERSION = 2  # without it: all images are read again, and if their content is the same, so are their entries
+VERSION = 3  # without it: all images are read again, and if their content is the same, so are their entries
 GRAIN = 2.0  # seconds; the resolution of the times of some file systems
 log = logging.getLogger(__name__)
 

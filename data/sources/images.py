@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data.files import open_regular
 from data.sources.encoded_pixels import MOST_BYTES, encoded_pixels
+from data.sources.misread_pixels import PADDING, misreading
 from data.sources.pixels import FORMATS, decode_alpha, decode_gray, decode_rgb, open_image
 from data.sources.stated_colors import is_recolored
 
@@ -90,24 +91,24 @@ class Picture:
             animated = image.format != "MPO" and bool(getattr(image, "is_animated", False))
             width, height = image.size
             size = (height, width) if sideways else (width, height)
-            return Header(size, image.mode, animated, image.has_transparency_data)
+            transparent = misreading(image) != PADDING and image.has_transparency_data
+            return Header(size, image.mode, animated, transparent)
 
     def digest(self) -> str:
         """Return the hexadecimal sha256 of the encoded file, which cache entries and draws depend on.
 
-        It differs from that with `alpha`, and for an image whose stated colors older versions ignored: its cached
-        latents are of other pixels.
+        It differs from that with `alpha`, and for an image whose stated colors older versions ignored or whose pixels
+        they misread: its cached latents are of other pixels.
         """
         digest = hashlib.sha256()
         with self._stream() as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
-            if not self.alpha:
-                stream.seek(0)
-                with open_image(stream) as image:
-                    recolored = is_recolored(image)
-        prefix = b"alpha " if self.alpha else b"colors 1 " if recolored else None
-        return digest.hexdigest() if prefix is None else hashlib.sha256(prefix + digest.digest()).hexdigest()
+            stream.seek(0)
+            with open_image(stream) as image:
+                prefix = b"alpha " if self.alpha else b"colors 1 " if is_recolored(image) else b""
+                prefix += b"pixels 1 " if misreading(image) else b""
+        return hashlib.sha256(prefix + digest.digest()).hexdigest() if prefix else digest.hexdigest()
 
     def pixel_digest(self, digest: str) -> str:
         """Return a digest that copies share whose files differ only in metadata; `digest` if that cannot be known."""

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from data.sources.misread_pixels import correct_pixels
 from data.sources.stated_colors import stated_colors, warn_of_colors
 
 # TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
@@ -111,7 +112,8 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 def _decoded(image: Image.Image) -> Image.Image:
     """Return an opened image, turned as EXIF says, in one of the modes L, LA, RGB, RGBA and CMYK."""
-    if isinstance(key := image.info.get("transparency"), int | tuple):
+    image = correct_pixels(image)
+    if isinstance(key := image.info.get("transparency"), int):
         image.info["transparency"] = _key_of_pixels(key, image)
     white, is_inverted = _gray_scale(image)
     image = ImageOps.exif_transpose(image)
@@ -143,12 +145,8 @@ def _gray_scale(image: Image.Image) -> tuple[int, bool]:
     return (4095 if bits == (12,) else 65535), tags.get(ExifTags.Base.PhotometricInterpretation) == 0
 
 
-def _key_of_pixels(key: int | tuple[int, ...], image: Image.Image) -> int | tuple[int, ...]:
-    """Return the transparent color of a PNG in the values of its pixels: Pillow scales 2, 4 and 16 bits to 8."""
+def _key_of_pixels(key: int, image: Image.Image) -> int:
+    """Return the transparent gray of a PNG in the values of its pixels: Pillow scales 2 and 4 bits to 8."""
     tiles = getattr(image, "tile", None)
     mode = tiles[0].args if tiles else None
-    if isinstance(key, int) and mode in ("L;2", "L;4"):
-        return key * (85 if mode == "L;2" else 17)
-    if isinstance(key, tuple) and mode == "RGB;16B":
-        return tuple(value >> 8 for value in key)
-    return key
+    return key * (85 if mode == "L;2" else 17 if mode == "L;4" else 1)

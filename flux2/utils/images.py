@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from flux2.utils.files import temporary_path
+from flux2.utils.misread_pixels import correct_pixels
 from flux2.utils.stated_colors import stated_colors, warn_of_colors
 
 # TGA has no mark of its own, so it is tried last; a phone's MPO is opened as JPEG
@@ -44,13 +45,12 @@ def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
         raise ValueError(stated.problem)
     if stated.problem:
         warn_of_colors(stated.problem, name)
+    image = correct_pixels(image)
     key = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
-    bits = tiles[0].args if tiles else None  # Pillow scales 2, 4 and 16 bits to 8, but not the key
+    bits = tiles[0].args if tiles else None  # Pillow scales 2 and 4 bits to 8, but not the key
     if isinstance(key, int) and bits in ("L;2", "L;4"):
         key *= 85 if bits == "L;2" else 17
-    elif isinstance(key, tuple) and bits == "RGB;16B":
-        key = tuple(value // 256 for value in key)
     tags = getattr(image, "tag_v2", {})  # of a TIFF, whose gray Pillow neither scales from 12 bits nor inverts
     white = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
     zero_is_white = tags.get(ExifTags.Base.PhotometricInterpretation) == 0

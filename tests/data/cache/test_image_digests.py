@@ -187,7 +187,7 @@ def test_a_damaged_entry_of_the_index_is_read_again(tmp_path: Path, entry: objec
     assert reads == [a.name]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 2, "pictures": []}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 3}', '{"version": 3, "pictures": []}'])
 def test_a_damaged_index_is_told_and_made_anew(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "index.json").write_text(content)
     index = Digests(tmp_path / "index.json")
