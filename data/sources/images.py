@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from data.files import open_regular
 from data.sources.encoded_pixels import MOST_BYTES, encoded_pixels
 from data.sources.misread_pixels import PADDING, misreading
-from data.sources.pixels import FORMATS, decode_alpha, decode_gray, decode_rgb, open_image
+from data.sources.pixels import FORMATS, TransparentEverywhere, decode_alpha, decode_gray, decode_rgb, open_image
 from data.sources.stated_colors import is_recolored
 
 # fmt: off
@@ -174,6 +174,8 @@ class Picture:
     def _bad(self, error: Exception) -> BadPicture:
         if isinstance(error, BadPicture):
             return error
+        if isinstance(error, TransparentEverywhere):
+            return BadPicture(self.name, str(error))
         if isinstance(error, FileNotFoundError):
             hint = ": its name has a backslash, and folders are separated by /" if "\\" in self.name else ""
             return BadPicture(self.name, f"does not exist{hint}")

@@ -22,6 +22,10 @@ COLOR_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # of an ICC profile 
 log = logging.getLogger(__name__)
 
 
+class TransparentEverywhere(ValueError):  # noqa: N818
+    """An image of which nothing is left on white."""
+
+
 def open_image(stream: BinaryIO) -> Image.Image:
     """Return an encoded image, of which only the header is read. Raise Pillow's exceptions for any other format."""
     return Image.open(stream, formats=FORMATS)
@@ -39,7 +43,8 @@ def is_image(stream: BinaryIO) -> bool:
 def decode_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     """Return 8-bit sRGB: EXIF orientation and stated colors applied, on white, 16-bit gray scaled, not clipped.
 
-    Raise ValueError for 32-bit and float images, whose white is not defined, and for HDR. Warnings contain `name`.
+    Raise ValueError for 32-bit and float images, whose white is not defined, for HDR, and for an image that is
+    transparent everywhere. Warnings contain `name`.
     """
     colors = stated_colors(image)
     if colors.is_hdr:
@@ -48,16 +53,17 @@ def decode_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
         warn_of_colors(colors.problem, name)
     image.info["icc_profile"] = colors.profile
     image = to_srgb(_decoded(image), name)
-    if image.mode != "RGBA":
-        return image.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return _on_white(image) if image.mode == "RGBA" else image.convert("RGB")
 
 
 def decode_gray(image: Image.Image) -> Image.Image:
-    """Return the pixels as 8-bit gray, on white. They are weights and no colors: a profile does not change them."""
+    """Return the pixels as 8-bit gray, on white. They are weights and no colors: a profile does not change them.
+
+    Raise ValueError as `decode_rgb` does, except for HDR.
+    """
     image = _decoded(image)
     if image.mode in ("LA", "RGBA"):
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+        image = _on_white(image.convert("RGBA"))
     return (image if image.mode == "L" else image.convert("RGB")).convert("L")
 
 
@@ -65,6 +71,12 @@ def decode_alpha(image: Image.Image) -> Image.Image:
     """Return the alpha channel, 8-bit gray; 255 everywhere if nothing is transparent."""
     image = _decoded(image)
     return image.getchannel("A") if image.mode in ("LA", "RGBA") else Image.new("L", image.size, 255)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.getchannel("A").getextrema() == (0, 0):
+        raise TransparentEverywhere("is transparent everywhere, so only white would be left of it")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def to_srgb(image: Image.Image, name: str) -> Image.Image:

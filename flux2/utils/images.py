@@ -37,8 +37,8 @@ def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     """Return 8-bit sRGB: EXIF rotation and stated colors applied, transparency over white, 16-bit gray scaled.
 
     Give the image as `Image.open` returned it: what Pillow does not read of its colors is in the file, which loading
-    the pixels closes. Warnings contain `name`. Raise ValueError for HDR, and for the modes I and F with 32 bits per
-    pixel, in which no value is defined as white.
+    the pixels closes. Warnings contain `name`. Raise ValueError for HDR, for an image that is transparent everywhere,
+    and for the modes I and F with 32 bits per pixel, in which no value is defined as white.
     """
     stated = stated_colors(image)
     if stated.is_hdr:
@@ -71,6 +71,8 @@ def as_rgb(image: Image.Image, name: str = "an image") -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("LA" if is_gray else "RGBA")
         colors, alpha = _in_srgb(image.convert("L" if is_gray else "RGB"), stated.profile, name), image.getchannel("A")
+        if alpha.getextrema() == (0, 0):
+            raise ValueError("it is transparent everywhere, so only white would be left of it")
         colors.putalpha(alpha)
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colors).convert("RGB")
     if image.mode == "LAB":

@@ -169,6 +169,19 @@ def test_pictures_that_cannot_be_decoded_are_all_found_and_their_samples_left_ou
     assert planned.missing == 2, "the next start tries them again"
 
 
+def test_a_picture_that_is_transparent_everywhere_makes_its_sample_bad(tmp_path: Path) -> None:
+    content = BytesIO()
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(content, "PNG")
+    clear, good = Picture("clear", lambda: BytesIO(content.getvalue())), noise((64, 64))
+    samples = [Sample(clear, ("",)), Sample(good, ("",), (clear,)), Sample(good, ("",), mask=clear)]
+    samples.append(Sample(good, ("",)))
+    planned = plan(Cache(tmp_path), samples)
+    rest = planned.without(planned.fill(averages))
+    assert len(rest.entries) == 1
+    assert rest.bad[0].startswith("is transparent everywhere")
+    assert all(rest.bad[at].startswith("has clear, which is transparent everywhere") for at in (1, 2))
+
+
 def test_a_changed_picture_recomputes_itself_alone(tmp_path: Path) -> None:
     def draw(name: str, age: float) -> Picture:
         (tmp_path / "pictures").mkdir(exist_ok=True)

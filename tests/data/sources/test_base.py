@@ -69,7 +69,10 @@ CONVERTED = {
     "cmyk tiff": (one(encoded(Image.new("CMYK", (16, 16), (0, 0, 0, 127)), "TIFF"), "x.tif"), GRAY),
     "16 bits": (one(pixels16()), GRAY),
     "palette": (one(encoded(Image.new("RGB", (16, 16), GRAY).quantize())), GRAY),
-    "palette with a clear color": (one(encoded(Image.new("P", (16, 16), 0), transparency=0)), (255, 255, 255)),
+    "palette with a clear color": (
+        one(encoded(Image.frombytes("P", (16, 16), b"\1" + bytes(255)), transparency=0)),
+        (255, 255, 255),
+    ),
     "one bit": (one(encoded(Image.new("1", (16, 16), 1))), (255, 255, 255)),
     "another format than its name says": (one(square("#808080", kind="BMP")), GRAY),
     "one frame": (one(square("#808080", kind="GIF"), "x.gif"), GRAY),

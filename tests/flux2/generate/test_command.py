@@ -127,9 +127,16 @@ def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: p
     assert split_adapter("C:/adapters") == ("C:/adapters", 1.0)
 
 
-def test_a_clear_reference_is_the_white_that_training_saw(command: Callable[..., int], tmp_path: Path) -> None:
+def test_a_clear_reference_is_the_white_that_training_saw(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert command("--image", "clear.png") == 2
+    assert re.search(r"error: --image clear\.png\b.*transparent everywhere", capsys.readouterr().err)
     for name, color in (("clear", (0, 0, 0, 0)), ("white", "white"), ("black", "black")):
-        Image.new("RGBA", (32, 32), color).save(tmp_path / f"{name}.png")
+        image = Image.new("RGBA", (32, 32), color)
+        image.putpixel((0, 0), (0, 0, 0, 255) if name == "black" else (255, 255, 255, 255))
+        image.save(tmp_path / f"{name}.png")
         assert command("--image", f"{name}.png", "--out", f"{name}_out.png") == 0
     made = {name: pixels(tmp_path / f"{name}_out.png") for name in ("clear", "white", "black")}
     assert (made["clear"] == made["white"]).all()

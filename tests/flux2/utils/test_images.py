@@ -70,7 +70,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "float.tiff": Image.fromarray(DEEP.astype(np.float32)).save,
     "no.png": lambda path: path.write_text("no picture"),  # type: ignore[dict-item, return-value]
 }
-REFUSED = {"whole.tiff", "float.tiff", "no.png"}
+REFUSED = {"clear.png", "whole.tiff", "float.tiff", "no.png"}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -92,7 +92,9 @@ def test_a_file_gives_the_same_pixels_as_in_training_or_is_refused_by_both(name:
 
 
 def test_clear_is_white_and_all_of_sixteen_bits_count() -> None:
-    assert as_rgb(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 0, 255))
+    assert as_rgb(image).getpixel((0, 0)) == (255, 255, 255)
     levels = np.array([[0, 128, 129, 32896, 65406, 65407, 65535]], dtype=np.uint16)
     assert np.asarray(as_rgb(Image.fromarray(levels)))[0, :, 0].tolist() == [0, 0, 1, 128, 254, 255, 255]
 
