@@ -103,7 +103,7 @@ class Source(Sequence[Sample]):
         self._alpha, self._mask_name = mask == ALPHA, None if mask == ALPHA else mask
         self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
         self._samples: list[Sample] = []
-        self._unused: dict[str, list[str]] = {}
+        self._notes: dict[str, list[str]] = {}
 
     @property
     def allow_empty(self) -> bool:
@@ -146,18 +146,21 @@ class Source(Sequence[Sample]):
                 self.bad.append(Bad(sample.name, f"{what}{error.reason}"))
             except ValueError as error:
                 self.bad.append(Bad(sample.name, str(error)))
-        for kind, names in self._unused.items():
+        for kind, names in self._notes.items():
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             shown = ", ".join(map(shorten, names[:SHOWN]))
-            log.warning("%s: not used: %s (%d): %s%s", self.where, kind, len(names), shown, more)
+            log.warning("%s: %s (%d): %s%s", self.where, kind, len(names), shown, more)
         if not self._samples and not self.bad:
             raise BadData(f"{self.where} has no samples{hint}")
         self._check_bad(self.bad)
 
     def _note_unused(self, kind: str, *names: str) -> None:
         """Note what a dataset has and does not train; `_take` logs it."""
+        self._note(f"not used: {kind}", *names)
+
+    def _note(self, what: str, *names: str) -> None:
         if names:
-            self._unused.setdefault(kind, []).extend(names)
+            self._notes.setdefault(what, []).extend(names)
 
     def _note_captions(self, texts: Mapping[str, Sequence[str]], lone: Sequence[str]) -> None:
         """Note the caption files that are not used: with `prompt` all, otherwise those without an image."""

@@ -36,6 +36,10 @@ from data.sources.listing import (
 )
 
 REFERENCES = "references"
+TRAINED_PARTNERS = (
+    "trained, although by their names they belong to other images. If they do, move them out of the folder (masks are "
+    "dataset.mask, references dataset=pairs or the column references of metadata.jsonl)"
+)
 INSTEAD = ", or set dataset.prompt, which is used instead of all captions"
 
 
@@ -149,7 +153,7 @@ class Folder(Source):
                     yield Bad(path, "has a format that Pillow cannot read: convert it")
                 elif self._mask_folder is not None and not mask:
                     yield Bad(path, f"has no mask in {self._mask_folder}")
-                elif not texts and (partner := found.partner_of(stem, "._-" if self._prompt is None else ".")):
+                elif not texts and (partner := found.partner_of(stem, is_certain=self._prompt is not None)):
                     yield Bad(
                         path,
                         f"has no caption and, by its name, belongs to {os.path.basename(partner)}. References are the "
@@ -158,6 +162,8 @@ class Folder(Source):
                 elif self._prompt is None and not texts:
                     yield Bad(path, f"has no caption: write {stem}.txt or metadata.jsonl{INSTEAD}")
                 else:
+                    if not texts and found.partner_of(stem):
+                        self._note(TRAINED_PARTNERS, path)
                     sample = Sample(file_picture(path), (), mask=file_picture(mask[0]) if mask else None)
                     yield _with_caption(sample, self._prompt, texts)
         self._note_captions(found.texts, found.lone_texts)

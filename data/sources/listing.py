@@ -21,11 +21,15 @@ from data.sources.pixels import is_image
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 MOST_TEXT = 1 << 20  # maximum bytes of a caption file
-# what is added to the name of an image for what belongs to it: cat.png and cat.control.png
+# what is added to the name of an image for what belongs to it: cat.png and cat.control.png, OneTrainer's cat-masklabel
 PARTNER = re.compile(
-    r"(.+)([._-])(ref(erence)?\d*|control|cond(itioning|ition)?|source|src|before|input|orig(inal)?|hint|mask|depth|pose|"
-    "canny|edges?)",
+    r"(.+)([._-])(ref(erence)?\d*|control|cond(itioning|ition|label)?|source|src|before|input|orig(inal)?|hint|"
+    "mask(label)?|depth(map)?|normal(map|s)?|pose|canny|edges?)",
     re.IGNORECASE,
+)
+# of thumbnails, deleted files and the like, which NAS systems, macOS and Windows put into any folder
+SYSTEM_FOLDERS = frozenset(
+    "@eaDir/@__thumb/@Recycle/#recycle/__MACOSX/$RECYCLE.BIN/System Volume Information/lost+found".split("/")
 )
 
 
@@ -51,14 +55,24 @@ class Listing:
         """The captions without an image of their name."""
         return [file for stem, files in self.texts.items() if stem not in self.pictures for file in files]
 
-    def partner_of(self, stem: str, separators: str) -> str | None:
-        """Return the image that a name such as cat.control belongs to, by its looks; None if there is none."""
+    def partner_of(self, stem: str, is_certain: bool = False) -> str | None:
+        """Return the image that a name such as cat.control belongs to, by its looks; None if there is none.
+
+        With `is_certain`, a word that a name may have anyway, such as cat_source, does not count.
+        """
         found = PARTNER.fullmatch(stem)
-        return self.pictures[found[1]][0] if found and found[2] in separators and found[1] in self.pictures else None
+        if not found or found[1] not in self.pictures:
+            return None
+        if is_certain and found[2] != "." and not found[3].lower().endswith("label"):
+            return None
+        return self.pictures[found[1]][0]
 
 
 def list_files(folder: Path, recursive: bool = False) -> Listing:
-    """Return the files in a folder in the order of their names, subfolders after files, without hidden ones."""
+    """Return the files in a folder in the order of their names, subfolders after files.
+
+    Hidden files and folders, and folders of an operating system, are left out.
+    """
     found = Listing()
     _collect(folder, "", found, (os.path.realpath(folder),) if recursive else None)
     return found
@@ -77,6 +91,8 @@ def _collect(folder: Path, prefix: str, found: Listing, above: tuple[str, ...] |
         elif name in METADATA:
             found.metadata.append(path)
     for name in (name for name, is_dir in shown if is_dir):
+        if name in SYSTEM_FOLDERS:
+            continue
         if above is None:
             found.folders.append(name)
         elif (real := os.path.realpath(folder / name)) not in above:

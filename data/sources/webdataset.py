@@ -22,7 +22,7 @@ from data.files import user_path
 from data.sources.base import REPLACED, Bad, Sample, Source, caption_texts
 from data.sources.captions import Captions
 from data.sources.images import SUFFIXES, FileOpener, Picture, shorten
-from data.sources.listing import MOST_TEXT, decode_text, is_foreign, parse_json
+from data.sources.listing import MOST_TEXT, SYSTEM_FOLDERS, decode_text, is_foreign, parse_json
 
 REFERENCE = re.compile(r"ref(\d+)$")
 
@@ -175,6 +175,8 @@ def _entries(shard: str) -> tuple[list[_Entry], Exception | None]:
                 folder, name = os.path.split(member.name)
                 stem, dot, part = name.partition(".")
                 if not (member.isreg() or member.islnk() or member.issym()) or not dot or not stem:
+                    continue
+                if not SYSTEM_FOLDERS.isdisjoint(folder.split("/")):
                     continue
                 key = unicodedata.normalize("NFC", f"{folder}/{stem}" if folder else stem)
                 entry = entries.setdefault(key, _Entry(shard, key))
