@@ -1,15 +1,17 @@
 """Open a table with the `datasets` library, and turn all its exceptions into one ValueError with a remedy."""
 
+import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from data.files import NO_ROOM, user_path
+from data.sources.listing import check_unique
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[\w.-]+)?")
 KINDS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 DESCRIPTIONS = ("metadata.jsonl", "metadata.csv", "dataset_infos.json", "dataset_info.json")  # no tables themselves
+# only an empty cell of a CSV is null, and not a caption such as None, NA or nan, as pandas has it
+CSV_TEXTS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 ENDINGS = f"{', '.join(KINDS)} file"
 
 
@@ -42,18 +46,60 @@ def open_table(
     if streaming and is_saved:
         raise ValueError(f"dataset.path={path!r} was written by save_to_disk. Remove dataset.streaming")
     with explain_errors(path, split):
-        if local is None:
-            return datasets.load_dataset(path, subset, split=split, revision=revision, streaming=streaming)
         if is_saved:
+            assert local is not None
             saved = datasets.load_from_disk(str(local))  # a table that was saved alone may have no name of its split
             splits: dict[str, Dataset] = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
             if split not in splits:
                 raise ValueError(f"no such split. The splits are: {', '.join(splits)}")
             return splits[split]
-        place = {"path": str(local)}
-        if local.is_file():
-            place = {"path": KINDS[local.suffix], "data_files": str(local)}
-        return datasets.load_dataset(split=split, streaming=streaming, **place)
+        place: tuple[str | None, ...] = (path, subset)
+        settings: dict[str, Any] = {"revision": revision}
+        files, is_csv = [], False
+        if local is not None:
+            place, settings, files = (str(local),), {}, table_files(local)
+            if local.is_file():
+                place, settings = (KINDS[local.suffix],), {"data_files": str(local)}
+            is_csv = datasets.load_dataset_builder(*place, **settings).info.builder_name == "csv"
+        settings |= {"split": split, "streaming": streaming}
+        table = datasets.load_dataset(*place, **settings, **(CSV_TEXTS if is_csv else {}))
+        if table.info.builder_name == "csv":
+            if streaming:  # its columns are not known before all of it is read
+                raise ValueError("a CSV cannot be streamed. Remove dataset.streaming")
+            others = other_tables(path, split)
+            _check_csv([file for file in files if str(file.relative_to(str(local))) not in others], table.column_names)
+            if not is_csv:  # on the Hub
+                table = datasets.load_dataset(*place, **settings, **CSV_TEXTS)
+        return table
+
+
+def _check_csv(files: Sequence[Path], columns: Sequence[str]) -> None:
+    """Raise ValueError for a name twice in a header, or a row with more cells, of which pandas says nothing.
+
+    pandas renames the second column, and takes the first cell of all rows as their index. Without `files`, which are
+    local, only the `columns` show it.
+    """
+    for file in (file for file in files if file.suffix == ".csv"):
+        with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+            rows = (row for row in csv.reader(stream) if len(row) > 1 or "".join(row).strip())
+            try:
+                header, first = next(rows, []), next(rows, [])
+                check_unique("column", [name for name in header if name])
+            except csv.Error:  # pandas has a message for it
+                continue
+            except ValueError as error:
+                raise ValueError(f"{file} {error}") from None
+        if len(first) > len(header):
+            raise ValueError(
+                f"{file} has {len(header)} columns, and {len(first)} cells in its first row: quote texts with commas, "
+                "and name all columns"
+            )
+    if files:
+        return
+    if any(name.startswith("__index_level_") for name in columns):
+        raise ValueError("its rows have more cells than its header: correct a local copy")
+    if twice := [name for name in columns if f"{name}.1" in columns]:
+        raise ValueError(f"its header has the column {twice[0]!r} twice: correct a local copy")
 
 
 def table_files(local: Path) -> list[Path]:
