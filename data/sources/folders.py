@@ -8,6 +8,7 @@ files that they point to.
 import csv
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -40,6 +41,8 @@ TRAINED_PARTNERS = (
     "trained, although by their names they belong to other images. If they do, move them out of the folder (masks are "
     "dataset.mask, references dataset=pairs or the column references of metadata.jsonl)"
 )
+OTHER_FILES = "files that may hold captions: for cat.png cat.txt is read"
+REPEATS = re.compile(r"([2-9]|[1-9]\d{1,2})_.+")  # kohya's name of a folder whose images it repeats: 10_cat
 INSTEAD = ", or set dataset.prompt, which is used instead of all captions"
 
 
@@ -167,6 +170,13 @@ class Folder(Source):
                     sample = Sample(file_picture(path), (), mask=file_picture(mask[0]) if mask else None)
                     yield _with_caption(sample, self._prompt, texts)
         self._note_captions(found.texts, found.lone_texts)
+        self._note_unused(f"{OTHER_FILES}, or {' or '.join(METADATA)}", *found.unread)
+        if folder != self.path and found.pictures and REPEATS.fullmatch(folder.name):
+            self._note_unused(
+                "numbers in names of folders, which kohya's scripts read as repeats. To repeat images, make each "
+                "folder a source of dataset=mix and set dataset.repeats",
+                str(folder),
+            )
         # the masks of subfolders are those of their own images
         lone = (files[0] for stem, files in masks.items() if "/" not in stem and stem not in found.pictures)
         self._note_unused("masks without an image of their name", *lone)
@@ -217,6 +227,7 @@ class Folder(Source):
         self._note_unused(f"images that {file} does not name", *(p for p in pictures if _comparable(p) not in named))
         texts = [path for stem, files in found.texts.items() if stem in found.pictures for path in files]
         self._note_unused(f"captions, because {file} has them" if self._prompt is None else REPLACED, *texts)
+        self._note_unused(f"files that may hold captions, because {file} has them", *found.unread)
         others = [path for path in found.metadata if path != str(file)]
         self._note_unused(f"metadata of subfolders, because {file} describes them", *others)
 
@@ -275,7 +286,8 @@ class Pairs(Source):
     ) -> Iterator[Sample | Bad]:
         found = list_files(target, recursive=True)
         targets, texts = found.pictures, found.texts
-        references_by_stem = [list_files(folder, recursive=True).pictures for folder in sources]
+        references = [list_files(folder, recursive=True) for folder in sources]
+        references_by_stem = [files.pictures for files in references]
         masked = list_files(masks, recursive=True).pictures if masks is not None else {}
         for stem, (name, *same) in targets.items():
             partners = [files.get(stem, []) for files in references_by_stem]
@@ -295,11 +307,17 @@ class Pairs(Source):
                 yield Bad(name, f"has no caption: write {stem}.txt next to it{INSTEAD}")
             else:
                 mask = file_picture(masked[stem][0]) if masks is not None else None
-                references = tuple(file_picture(file) for files in partners for file in files)
+                originals = tuple(file_picture(file) for files in partners for file in files)
                 yield _with_caption(
-                    Sample(file_picture(name), (), references, mask=mask), self._prompt, texts.get(stem, [])
+                    Sample(file_picture(name), (), originals, mask=mask), self._prompt, texts.get(stem, [])
                 )
         self._note_captions(found.texts, found.lone_texts)
+        texts_of_references = [path for files in references for texts in files.texts.values() for path in texts]
+        self._note_unused(f"captions of references: those in {target} count", *texts_of_references)
+        listings = [list_files(self.path), found, *references]
+        metadata = dict.fromkeys(path for files in listings for path in files.metadata)
+        self._note_unused("metadata, which dataset=folder reads, with references in its column references", *metadata)
+        self._note_unused(OTHER_FILES, *dict.fromkeys(path for files in listings for path in files.unread))
         self._note_unused(
             "masks without an image of their name", *(masked[stem][0] for stem in masked.keys() - targets)
         )

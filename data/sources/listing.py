@@ -21,6 +21,7 @@ from data.sources.pixels import is_image
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 MOST_TEXT = 1 << 20  # maximum bytes of a caption file
+UNREAD = (".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # may hold captions under names that are not read
 # what is added to the name of an image for what belongs to it: cat.png and cat.control.png, OneTrainer's cat-masklabel
 PARTNER = re.compile(
     r"(.+)([._-])(ref(erence)?\d*|control|cond(itioning|ition|label)?|source|src|before|input|orig(inal)?|hint|"
@@ -48,6 +49,7 @@ class Listing:
     pictures: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     texts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     metadata: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # files that may hold captions, and are not read
     folders: list[str] = field(default_factory=list)  # names of subfolders
 
     @property
@@ -86,10 +88,12 @@ def _collect(folder: Path, prefix: str, found: Listing, above: tuple[str, ...] |
         path, key = os.path.join(folder, name), unicodedata.normalize("NFC", prefix + stem)
         if suffix.lower() in SUFFIXES | UNREADABLE or (not suffix and _is_image_file(path)):
             found.pictures[key].append(path)
-        elif suffix == ".txt":
+        elif suffix.lower() == ".txt":
             found.texts[key].append(path)
         elif name in METADATA:
             found.metadata.append(path)
+        elif suffix.lower() in UNREAD:
+            found.unread.append(path)
     for name in (name for name, is_dir in shown if is_dir):
         if name in SYSTEM_FOLDERS:
             continue

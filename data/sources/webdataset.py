@@ -59,6 +59,11 @@ class WebDataset(Source):
 
     def _found(self, shard: str) -> Iterator[Sample | Bad]:
         entries, damage = _entries(shard)
+        read = "txt" if self._key is None else "json"
+        endings = dict.fromkeys(part for entry in entries for part in entry.parts)
+        others = [end for end in endings if end != read and os.path.splitext(f"x.{end}")[1].lower() not in SUFFIXES]
+        kind = f"further files of samples (captions are .{read}, or with dataset.caption_column a key of .json)"
+        self._note_unused(kind, *(f"{shard}/*.{end}" for end in others))
         for entry in entries:
             name = f"{shard}/{entry.key}"
             try:
@@ -178,6 +183,7 @@ def _entries(shard: str) -> tuple[list[_Entry], Exception | None]:
                     continue
                 if not SYSTEM_FOLDERS.isdisjoint(folder.split("/")):
                     continue
+                part = part.lower() if part.lower() in ("txt", "json") else part
                 key = unicodedata.normalize("NFC", f"{folder}/{stem}" if folder else stem)
                 entry = entries.setdefault(key, _Entry(shard, key))
                 if part in entry.parts:
