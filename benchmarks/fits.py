@@ -149,7 +149,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     """Return the predicted and the measured time and memory of a case."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     card = gpu(name, case.gpu_memory_gb)
-    in_fp8 = Precision(torch.bfloat16, case.storage).multiplies_in_fp8(device)
+    in_fp8 = Precision(torch.bfloat16, case.storage).multiplies_in_8_bits(device)
     planner = make_planner(case.variant, case.storage, case.pixels, in_fp8)
     prediction = choose(planner, {}, usable(case.gpu_memory_gb), card)
     if prediction is None:

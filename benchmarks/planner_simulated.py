@@ -68,7 +68,7 @@ def planner_of(case: tuple[str, Storage | None, int], in_fp8: bool) -> Planner:
 def simulate(case: Case) -> dict[str, Any]:
     """Return predicted and simulated memory of a case, in GB."""
     place, card = torch.device("cuda"), card_of(case)
-    in_fp8 = Precision(torch.bfloat16, case.storage).multiplies_in_fp8(place)
+    in_fp8 = Precision(torch.bfloat16, case.storage).multiplies_in_8_bits(place)
     prediction = choose(
         planner_of((case.model, case.storage, case.pixels), in_fp8), {}, usable(case.gpu_memory_gb), card
     )

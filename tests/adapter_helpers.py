@@ -33,6 +33,7 @@ PRECISIONS = {
     "fp32": Precision(),
     "bf16": Precision(torch.bfloat16),
     "fp8": Precision(torch.bfloat16, "fp8"),
+    "int8": Precision(torch.bfloat16, "int8"),
     "nf4": Precision(torch.bfloat16, "nf4"),
 }
 EACH_TYPE = pytest.mark.parametrize("kind", TYPES)

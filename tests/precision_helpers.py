@@ -15,12 +15,15 @@ from flux2.models.transformer import Transformer
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Precision, convert
 
-FP8, NF4 = Precision(storage="fp8", matmul="fp8"), Precision(storage="nf4")
+FP8, INT8, NF4 = Precision(storage="fp8", matmul="fp8"), Precision(storage="int8"), Precision(storage="nf4")
 PRECISIONS = {
     "fp8": FP8,
     "fp8_rows": replace(FP8, rowwise=True),
     "fp8_bf16_backward": replace(FP8, backward="bf16"),
     "fp8_dequantized": replace(FP8, matmul="dequantized"),
+    "int8": INT8,
+    "int8_rotated": replace(INT8, rotate=True),
+    "int8_dequantized": replace(INT8, matmul="dequantized"),
     "nf4": NF4,
 }
 EACH = pytest.mark.parametrize("name", list(PRECISIONS))

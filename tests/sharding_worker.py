@@ -36,9 +36,10 @@ PRECISIONS = {
     "fp32": Precision(torch.float32),
     "bf16": Precision(torch.bfloat16),
     "fp8": Precision(torch.float32, "fp8"),
+    "int8": Precision(torch.float32, "int8", rotate=True),
     "nf4": Precision(torch.float32, "nf4"),
 }
-CASES = [("fp32", "full"), ("fp32", "none"), ("bf16", "selective"), ("fp8", "full"), ("nf4", "none")]
+CASES = [("fp32", "full"), ("fp32", "none"), ("bf16", "selective"), ("fp8", "full"), ("int8", "none"), ("nf4", "none")]
 SIZES = {0: [(2, 2), (3, 5)], 1: [(4, 4), (1, 2)]}  # tokens of a process's micro-batches
 # every kind of place: in blocks, in layers that are modules of their own, and where only the weight is read
 TARGETS = [*BLOCK_LINEARS, "img_in", "txt_in", "time_in.in_layer", "final_layer.linear"]

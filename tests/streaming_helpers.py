@@ -21,6 +21,7 @@ PRECISIONS = {
     "fp8": Precision(storage="fp8", matmul="fp8"),
     "fp8 stored": Precision(torch.bfloat16, storage="fp8", rowwise=True, matmul="dequantized"),
     "fp8 twice": Precision(torch.bfloat16, storage="fp8", matmul="fp8", cache_transposed_weights=True),
+    "int8": Precision(torch.bfloat16, storage="int8", rotate=True, cache_transposed_weights=True),
     "nf4": Precision(storage="nf4"),
 }
 

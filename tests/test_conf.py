@@ -132,7 +132,9 @@ def test_the_adapter_covers_the_layers_that_attach_does_by_default():
     assert compose().adapter.targets == attach.__kwdefaults__["targets"] == "blocks"
 
 
-@pytest.mark.parametrize(("choice", "storage"), [("auto", None), ("fp32", None), ("fp8", "fp8"), ("nf4", "nf4")])
+@pytest.mark.parametrize(
+    ("choice", "storage"), [("auto", None), ("fp32", None), ("fp8", "fp8"), ("int8", "int8"), ("nf4", "nf4")]
+)
 def test_a_precision_is_the_one_of_that_name_in_the_library(choice, storage):
     run = load_config(compose(f"precision={choice}", "device=cpu"))
     assert run.precision == precision_from_name(choice, torch.device("cpu"))
@@ -140,9 +142,11 @@ def test_a_precision_is_the_one_of_that_name_in_the_library(choice, storage):
     assert not run.precision.cache_transposed_weights
 
 
-def test_every_setting_of_fp8_is_in_its_file():
+def test_every_setting_of_fp8_and_int8_is_in_its_file():
     chosen_with_memory = {"cache_transposed_weights"}
-    assert set(compose("precision=fp8").precision) == {field.name for field in fields(Precision)} - chosen_with_memory
+    every = {field.name for field in fields(Precision)} - chosen_with_memory
+    assert set(compose("precision=fp8").precision) == every - {"rotate"}
+    assert set(compose("precision=int8").precision) == every - {"rowwise"}
     assert set(compose("memory=default").memory) >= chosen_with_memory
 
 

@@ -18,7 +18,7 @@ from flux2.doctor.arguments import arguments
 from flux2.doctor.selftest import selftest
 from flux2.doctor.verify import compare_files
 from flux2.models.variants import VARIANTS
-from flux2.quantization.precision import FP8_CAPABILITY
+from flux2.quantization.precision import CAPABILITY, dotted
 from flux2.utils.files import user_path
 from flux2.utils.text import gigabytes
 from flux2.weights.sources import Part, is_available, model_source
@@ -55,10 +55,15 @@ def devices() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         capability = torch.cuda.get_device_capability(index)
         free, total = torch.cuda.mem_get_info(index)
-        fp8 = "FP8 products" if capability >= FP8_CAPABILITY else "no FP8 products (8.9 and above)"
-        name = f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}"
+        products = ", ".join(
+            f"{kind.upper()} products"
+            if capability >= needed
+            else f"no {kind.upper()} products ({dotted(needed)} and up)"
+            for kind, needed in CAPABILITY.items()
+        )
+        name = f"{torch.cuda.get_device_name(index)}, compute capability {dotted(capability)}"
         free_memory = f"{gigabytes(free)} of {gigabytes(total)} free"
-        yield f"GPU {index}", f"{name}, {fp8}, {free_memory}, CUDA {torch.version.cuda}"
+        yield f"GPU {index}", f"{name}, {products}, {free_memory}, CUDA {torch.version.cuda}"
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "CPU", f"{cores} cores, {gigabytes(memory.available)} of {gigabytes(memory.total)} free"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from flux2.layers.selection import linear_names
 from flux2.models.variants import TextConfig
 from flux2.quantization.base import swap_linears
-from flux2.quantization.int8 import Int8Linear
+from flux2.quantization.blockwise_int8 import BlockwiseInt8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
 from flux2.utils.choices import TEXT_STORAGES, TextStorage
 
@@ -169,7 +169,7 @@ def quantize_text_encoder(model: nn.Module, storage: TextStorage, dtype: torch.d
 
     `model` is on the meta device: each weight is quantized when it is loaded.
     """
-    nf4, int8 = partial(Nf4Linear, dtype=dtype, workspace=Workspace()), partial(Int8Linear, dtype=dtype)
+    nf4, int8 = partial(Nf4Linear, dtype=dtype, workspace=Workspace()), partial(BlockwiseInt8Linear, dtype=dtype)
     names = linear_names(model, [LAYER_LINEARS], "layers of the text encoder")
     swap_linears(model, names, nf4 if storage == "nf4" else int8)
 

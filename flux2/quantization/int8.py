@@ -1,47 +1,143 @@
-"""Frozen linear layers in 8 bits: 255 evenly spaced values in blocks of 64, each with a float32 scale.
+"""Frozen linear layers in INT8 (eight_bit.py): integers from -127 to 127 with one scale per row of the weight.
 
-For text encoders, with bitsandbytes' blockwise kernels. Not LLM.int8(), which also rounds the inputs of a product and
-sets its outlier columns apart by the content of the batch: an embedding would depend on the prompts encoded with it.
+The sums of a product are exact integers in 32 bits. From them on, the result is computed as on any device:
+
+    y  = x W^T = (q_x q^T) * s * s_x                 s per output column, s_x per token
+    dx = dy W  = (q_dy q) * s_dy                     q_dy: dy * s, quantized by token
+
+A block Hadamard rotation (QuIP#, arXiv 2402.04396; QuaRot, arXiv 2404.00456) spreads columns with large values over
+their block, so that fewer values of a row are rounded to zero. H is orthonormal and symmetric, so H H = 1:
+
+    y = x W^T = (x H) (W H)^T        W H is what is stored        dx = (dy (W H)) H
 """
 
-from functools import lru_cache
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux2.quantization.base import KERNEL_DTYPES, Device, QuantizedLinear, kernels
+from flux2.quantization.base import Device
+from flux2.quantization.eight_bit import LARGEST, SMALLEST_SCALE, EightBitLinear, row_maxima
 
-BLOCK = 64  # elements per scale
-
-
-@lru_cache
-def value_map(device: torch.device) -> Tensor:
-    """Return the values from -1 to 1 that elements are rounded to, relative to the largest element of their block."""
-    return kernels().create_linear_map(signed=True, total_bits=8).to(device)
+ROTATION, LEAST_ROTATION = 256, 16  # columns of a rotated block: the largest and the smallest number
+WORKSPACE = 1 << 27  # elements of a result that are computed at once
+MOST_PADDED = 16  # a product on a GPU needs more rows than this
 
 
-class Int8Linear(QuantizedLinear):
-    """Stored in 8 bits plus half a bit for the scales; dequantized for each product."""
+def rotation_block(in_features: int) -> int:
+    """Return the largest power of two up to `ROTATION` that divides `in_features`.
+
+    Raise ValueError if that is below `LEAST_ROTATION`: so few columns hide no outlier.
+    """
+    block = min(in_features & -in_features, ROTATION)
+    if block < LEAST_ROTATION:
+        raise ValueError(
+            f"precision.rotate=true: {in_features} input features are no multiple of {LEAST_ROTATION}, the smallest "
+            "block that can be rotated. Set precision.rotate=false, or leave this layer out of precision.layers."
+        )
+    return block
+
+
+def hadamard_signs(size: int, device: Device = None) -> Tensor:
+    """Return Sylvester's Hadamard matrix (size, size) of 1 and -1 in int8; `size` is a power of two."""
+    signs = torch.ones(1, 1, dtype=torch.int8, device=device)
+    while len(signs) < size:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    return signs
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, K) -> values (M, K) in int8 and scales (M, 1) in float32: x = scales * values, up to half a scale.
+
+    A row with NaN or infinity has a scale that is not finite. Around 1536 float16 has steps of one, so adding that
+    rounds to an integer, which is the low byte of the sum: 9 bytes a number are read and written, instead of 21 with
+    one operation for each of division, rounding and conversion.
+    """
+    scale = (row_maxima(x) / LARGEST[torch.int8]).clamp(min=SMALLEST_SCALE)
+    sums = x.new_empty(x.shape, dtype=torch.float16)
+    torch.addcmul(scale.new_full((1, 1), 1536.0), x, 1 / scale, out=sums)  # computed in float32 or above
+    return sums.view(torch.int16).to(torch.int8), scale
+
+
+def integer_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight, (M, K) and (K, N) in int8, exactly: (M, N) in int32. K is at most 2^31 / 127^2 = 133,144."""
+    if x.is_cuda and len(x) <= MOST_PADDED:
+        return torch._int_mm(F.pad(x, (0, 0, 0, MOST_PADDED + 1 - len(x))), weight)[: len(x)]
+    return torch._int_mm(x, weight)
+
+
+def int8_product(x: Tensor, weight: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+    """Quantize the rows of x (M, K) and return (x * before) @ weight * after: (M, N) in the dtype of x.
+
+    `weight` (K, N) is int8, column-major; `before` (K,) and `after` (N,) are float32. Some rows are computed at a time,
+    as many as `WORKSPACE` allows, because the integer sums have 4 bytes each.
+    """
+    y = x.new_empty(len(x), weight.shape[1])
+    pieces = -(-len(x) * weight.shape[1] // WORKSPACE)
+    step = max(1, -(-len(x) // max(1, pieces)))
+    for rows, out in zip(x.split(step), y.split(step), strict=True):
+        values, scale = quantize_rows(rows if before is None else torch.mul(rows, before, out=torch.empty_like(rows)))
+        sums = integer_product(values, weight)
+        torch.mul(sums, scale if after is None else after, out=out)  # in the dtype of x, without a float32 copy
+        if after is not None:
+            out.mul_(scale)
+    return y
+
+
+class Int8Linear(EightBitLinear):
+    """Stored in int8 with one scale per row.
+
+    Attributes:
+        block: Number of columns that are rotated together; 0 without rotation.
+    """
 
     kind = "int8"
-    absmax: nn.Parameter
+    values_dtype = torch.int8
+    multiple = 8
+    rotation: nn.Parameter  # signs of the Hadamard matrix (block, block)
 
     def __init__(
-        self, in_features: int, out_features: int, *, dtype: torch.dtype = torch.float32, device: Device = None
+        self, in_features: int, out_features: int, *, device: Device = None, rotate: bool = False, **options: Any
     ) -> None:
-        super().__init__(in_features, out_features, dtype)
-        size = in_features * out_features
-        self.allocate(device, qweight=(size,), absmax=(4 * -(-size // BLOCK),))
+        super().__init__(in_features, out_features, device=device, rowwise=True, **options)
+        self.block = rotation_block(in_features) if rotate else 0
+        if rotate:
+            self.hold("rotation", hadamard_signs(self.block, device))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        if not self.block:
+            return x
+        signs = self.rotation.view(torch.int8).to(x.dtype)
+        return (x.reshape(-1, self.block) @ signs.mul_(self.block**-0.5)).view(x.shape)
+
+    def multiply(self, x: Tensor, weight: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+        return int8_product(x, weight, before, after)
+
+    def storage(self) -> dict[str, Tensor]:
+        """Return `weight` (out, in) in int8, `weight_scale` (out, 1) in float32, if rotated `weight_rotation` ()."""
+        block = {"weight_rotation": torch.tensor(self.block, dtype=torch.int32)} if self.block else {}
+        return super().storage() | block
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Adopt what `storage` returns. Raise ValueError if it is rotated in other blocks than this layer, or not."""
+        block = int(tensors["weight_rotation"]) if "weight_rotation" in tensors else 0
+        if block != self.block:
+            raise ValueError(
+                f"a weight rotated in blocks of {block} was given to {self}: 0 is without rotation. Set "
+                f"precision.rotate={str(block > 0).lower()}, or quantize the weight again."
+            )
+        super().adopt(tensors)
+        if block and self.rotation.is_meta:
+            self.hold("rotation", hadamard_signs(block, self.qweight.device))
 
     def store(self, weight: Tensor) -> None:
-        weight = self.on_storage_device(weight)
-        codes, state = kernels().quantize_blockwise(weight, code=value_map(weight.device), blocksize=BLOCK)
-        self.hold("qweight", codes.reshape(-1))
-        self.hold("absmax", state.absmax)
+        if self.block and self.rotation.is_meta:
+            self.hold("rotation", hadamard_signs(self.block, weight.device))
+        super().store(weight)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        exact = dtype if dtype in KERNEL_DTYPES else torch.float32
-        absmax, code = self.absmax.view(torch.float32), value_map(self.qweight.device)
-        state = kernels().QuantState(absmax, code=code, blocksize=BLOCK, dtype=exact)
-        weight = kernels().dequantize_blockwise(self.qweight, state)
-        return weight.view(self.out_features, self.in_features).to(dtype)
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", rotated in blocks of {self.block}" if self.block else "")

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from flux2.quantization.base import QuantizedLinear
-from flux2.quantization.float8 import Float8Linear, check_scale
+from flux2.quantization.eight_bit import check_scale
+from flux2.quantization.float8 import Float8Linear
 from flux2.quantization.nf4 import BLOCK, NESTED_BLOCK, Nf4Linear
 from flux2.utils.json_files import parse_json
 from flux2.utils.text import listed

@@ -58,6 +58,7 @@ def test_merged_adapters_make_the_same_picture_in_plain_layers(pipe: Pipeline, t
     [
         ("nf4", 0, "precision=nf4.*precision=bf16 or fp32"),
         ("fp8", 0, "precision=fp8.*precision=bf16 or fp32"),
+        ("int8", 0, "precision=int8.*precision=bf16 or fp32"),
         (None, 1, r"merge.*offload_blocks=0\b"),
     ],
 )

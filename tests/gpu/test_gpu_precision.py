@@ -15,7 +15,7 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import KLEIN_4B
 from flux2.quantization.float8 import Float8Linear, quantize_rows
 from flux2.quantization.nf4 import Nf4Linear, Workspace
-from flux2.quantization.precision import FP8_CAPABILITY, Precision, convert
+from flux2.quantization.precision import CAPABILITY, Precision, convert
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,7 @@ IN, OUT, TOKENS = 768, 1536, 300
 
 
 def needs_fp8() -> None:
-    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+    if torch.cuda.get_device_capability() < CAPABILITY["fp8"]:
         pytest.skip("this GPU has no FP8 products: compute capability 8.9 is needed")
 
 

@@ -24,7 +24,7 @@ CUDA = torch.device("cuda")
 def main(storage: str) -> None:
     warnings.simplefilter("ignore")
     config = replace(DEV, double_blocks=1, single_blocks=1)
-    in_fp8 = storage == "fp8" and Precision(torch.bfloat16, "fp8").multiplies_in_fp8(CUDA)
+    in_fp8 = storage == "fp8" and Precision(torch.bfloat16, "fp8").multiplies_in_8_bits(CUDA)
     model = empty_transformer(config, make_precision(None if storage == "bf16" else storage, in_fp8), CUDA)
     backends = preferred_backends(None, CUDA)
     set_policy(model, "full", attention=backends)

@@ -7,7 +7,6 @@ import torch
 from train_helpers import adapter, compose, lines, reread, run_training, same_tensors, values
 
 from flux2.quantization.base import QuantizedLinear
-from flux2.quantization.precision import precision_from_name
 from flux2.weights.loading import load_transformer
 from train.stages.memory import load_config
 
@@ -16,6 +15,8 @@ pytest_plugins = ("train_helpers",)
 PRECISIONS = {
     "fp8": ["precision=fp8"],
     "fp8_matmul": ["precision=fp8", "precision.matmul=fp8"],
+    "int8": ["precision=int8"],
+    "int8_rotated": ["precision=int8", "precision.rotate=true"],
     "nf4": ["precision=nf4"],
 }
 
@@ -25,7 +26,9 @@ PRECISIONS = {
     [
         ("dev", "fp8"),
         ("klein", "fp8_matmul"),
+        ("dev", "int8"),
         ("dev", "nf4"),
+        pytest.param("klein", "int8_rotated", marks=pytest.mark.slow),
         pytest.param("klein", "fp8", marks=pytest.mark.slow),
         pytest.param("dev", "fp8_matmul", marks=pytest.mark.slow),
         pytest.param("klein", "nf4", marks=pytest.mark.slow),
@@ -45,9 +48,8 @@ def test_a_base_in_few_bits_trains_a_float32_adapter_and_stays_as_it_is(train, r
     kinds = {parameter.dtype for key, parameter in model.named_parameters() if "lora_" in key}
     assert kinds == {torch.float32}
     assert adapter(run).keys() == adapter(exact).keys()
-    loaded = load_transformer(
-        load_config(compose(*reread(run))).source, "cpu", precision_from_name(storage, torch.device("cpu"))
-    )
+    precision = load_config(compose(*PRECISIONS[name], "device=cpu")).precision
+    loaded = load_transformer(load_config(compose(*reread(run))).source, "cpu", precision)
     stored = {key: value for key, value in loaded.named_parameters() if "qweight" in key}
     now = {key.replace(".base_layer", ""): value for key, value in model.named_parameters() if "qweight" in key}
     assert len(stored) == len(layers)
@@ -55,7 +57,7 @@ def test_a_base_in_few_bits_trains_a_float32_adapter_and_stays_as_it_is(train, r
 
 
 def test_recomputing_activations_changes_no_loss_in_few_bits(train):
-    for storage in ("fp8", "nf4"):
+    for storage in ("fp8", "int8", "nf4"):
         runs = [
             train(f"{storage}_{policy}", f"precision={storage}", f"memory.checkpointing={policy}", "steps=2")
             for policy in ("none", "full")

@@ -145,6 +145,7 @@ class PrecisionSettings:
     rowwise: bool | None = None
     backward: str | None = None
     matmul: str | None = None
+    rotate: bool | None = None
 
     def on(self, device: torch.device) -> Precision:
         """Return the precision on `device`. Raise ValueError for a value it does not support or that has no effect."""
@@ -157,8 +158,8 @@ class PrecisionSettings:
             if not isinstance(self.layers, list) or not all(isinstance(layer, str) for layer in self.layers):
                 raise ValueError(f"precision.layers={self.layers!r} must be a list of regular expressions")
             given["layers"] = tuple(self.layers)
-        precision = replace(Precision(pick_dtype(self.dtype, device)), **given)
-        precision.multiplies_in_fp8(device)
+        precision = Precision(pick_dtype(self.dtype, device), **given)
+        precision.multiplies_in_8_bits(device)
         return precision
 
 
@@ -217,13 +218,13 @@ class MemorySettings:
     def with_layouts(self, precision: Precision) -> Precision:
         """Return `precision` with `cache_transposed_weights` set. Raise ValueError where that would have no effect."""
         for key, value, needed in (
-            ("storage", precision.storage or "null", "fp8"),
-            ("backward", precision.backward, "fp8"),
-            ("matmul", precision.matmul, ("auto", "fp8")),
+            ("storage", precision.storage or "null", ("fp8", "int8")),
+            ("backward", precision.backward, ("fp8", "int8")),
+            ("matmul", precision.matmul, ("auto", "fp8", "int8")),
         ):
             if self.cache_transposed_weights and value not in needed:
                 raise ValueError(
                     f"memory.cache_transposed_weights=true has no effect with precision.{key}={value}: it needs "
-                    "gradients that are multiplied in FP8"
+                    "gradients that are multiplied in 8 bits (precision=fp8 or int8)"
                 )
         return replace(precision, cache_transposed_weights=self.cache_transposed_weights)

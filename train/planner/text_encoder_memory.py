@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from flux2.models.variants import TextConfig
-from flux2.quantization.int8 import BLOCK
+from flux2.quantization.blockwise_int8 import BLOCK
 from flux2.quantization.nf4 import NESTED_BLOCK
 
 # config.json values of the published text encoders, by kind and hidden size

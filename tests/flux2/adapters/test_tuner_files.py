@@ -180,7 +180,7 @@ def test_a_merged_adapter_is_the_same_model_in_plain_layers(kind: str, precision
     assert helpers.relative_error(predict(model), wanted) <= (1e-6 if precision == "fp32" else 0.01)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+@pytest.mark.parametrize("precision", ["fp8", "int8", "nf4"])
 @EACH_TYPE
 def test_merging_into_a_quantized_base_is_refused(kind: str, precision: str) -> None:
     wrapped = stirred(attached(kind, base(precision)))

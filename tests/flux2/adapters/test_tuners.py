@@ -95,14 +95,15 @@ def gradients(model: nn.Module, autocast: bool = False) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("storage", ["fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["fp8", "int8", "nf4"])
 @EACH_TYPE
 def test_gradients_on_a_quantized_base_are_those_on_the_dequantized(kind: str, storage: Any) -> None:
     """All in float32 but the storage of the weights."""
+    matmul: Any = "auto" if storage == "nf4" else "dequantized"
     found = []
     for change in (lambda model: model, dequantized):
         model = helpers.transformer("klein")
-        convert(model, Precision(storage=storage))
+        convert(model, Precision(storage=storage, matmul=matmul))
         found.append(gradients(stirred(attached(kind, change(model)))))
     for ours, wanted in zip(*found, strict=True):
         assert wanted.norm() > 0
@@ -203,7 +204,7 @@ def test_a_pissa_starts_at_the_weights_largest_directions_and_has_pissas_gradien
 
 
 def test_the_table_of_types_and_precisions_is_what_is_tested() -> None:
-    rows = re.findall(r"^\| (\w+) \|((?: (?:yes|no) \|){4})$", DOCS.read_text(), re.M)
+    rows = re.findall(r"^\| (\w+) \|((?: (?:yes|no) \|){5})$", DOCS.read_text(), re.M)
     assert [kind for kind, _ in rows] == ["LoRA", "rsLoRA", "DoRA", "PiSSA", "LoHa", "LoKr", "OFT"]
     found = {(kind.lower(), name) for kind, cells in rows for name, cell in
              zip(PRECISIONS, re.findall(r"yes|no", cells), strict=True) if cell == "yes"}  # fmt: skip

@@ -71,7 +71,10 @@ def test_folders_are_counted_and_a_home_is_not_named(tmp_path, monkeypatch) -> N
     assert "GB" not in doctor.size(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(("capability", "words"), [((9, 0), ", FP8 products,"), ((8, 6), "no FP8 products")])
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [((9, 0), ", FP8 products, INT8 products,"), ((8, 6), "no FP8 products (8.9 and up), INT8"), ((7, 0), "no INT8")],
+)
 def test_a_gpu_is_described(capability, words, monkeypatch) -> None:
     cuda = SimpleNamespace(
         is_available=lambda: True,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.quantization.float8 import Float8Linear
+from flux2.quantization.int8 import Int8Linear
 from flux2.quantization.nf4 import Nf4Linear
 
 
@@ -61,7 +62,11 @@ def test_compilation_goes_on_for_as_many_shapes_as_are_expected() -> None:
 @pytest.mark.parametrize("policy", ["full", "none"])
 @pytest.mark.parametrize(
     ("kind", "operations"),
-    [(Float8Linear, ("aten._scaled_mm.default", "flux2.fp8_copy.default")), (Nf4Linear, ("flux2.nf4_unpack.default",))],
+    [
+        (Float8Linear, ("aten._scaled_mm.default", "flux2.weight_copy.default")),
+        (Int8Linear, ("aten._int_mm.default", "flux2.weight_copy.default")),
+        (Nf4Linear, ("flux2.nf4_unpack.default",)),
+    ],
 )
 def test_a_block_with_a_quantized_layer_compiles_and_keeps_no_copy_of_its_weight(
     kind: Any, operations: Sequence[str], policy: str

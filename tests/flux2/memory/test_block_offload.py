@@ -109,7 +109,13 @@ def cases(names: str, rows: Any, columns: Any, often: Any) -> pytest.MarkDecorat
     PRECISIONS,
     {
         *(("none", "bf16"), ("none", "nf4"), ("none", "fp8 twice"), ("full", "fp32"), ("full", "nf4"), ("full", "fp8")),
-        *(("selective", "bf16"), ("selective", "fp8 stored"), ("budget", "fp8 twice"), ("budget", "nf4")),
+        *(
+            ("selective", "bf16"),
+            ("selective", "fp8 stored"),
+            ("budget", "fp8 twice"),
+            ("budget", "nf4"),
+            ("none", "int8"),
+        ),
     },
 )
 def test_loss_and_gradients_are_bit_for_bit_those_without_streaming(

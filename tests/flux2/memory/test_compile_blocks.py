@@ -15,8 +15,8 @@ from flux2.memory.compile_blocks import check_compiles, compiler_error
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import convert
 
-REFUSED = {("dora", precision) for precision in ("fp32", "bf16", "fp8", "nf4")} | {
-    (kind, precision) for kind in ("loha", "lokr") for precision in ("fp8", "nf4")
+REFUSED = {("dora", precision) for precision in ("fp32", "bf16", "fp8", "int8", "nf4")} | {
+    (kind, precision) for kind in ("loha", "lokr") for precision in ("fp8", "int8", "nf4")
 }
 
 
@@ -49,7 +49,7 @@ def test_each_type_is_compiled_whole_and_gives_the_same(kind: str, doubles: int)
     assert min(graph["aten.mm.default"] + graph["aten.bmm.default"] for graph in graphs.forward) >= 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("kind", TYPES)
 def test_what_would_not_be_compiled_is_refused(kind: str, precision: str) -> None:
     model = base(precision)

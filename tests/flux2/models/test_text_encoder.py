@@ -20,7 +20,7 @@ from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 from flux2.models.text_encoder import SYSTEM_MESSAGE, TextEncoder, build, chat, load_tokenizer, tokenize
 from flux2.models.variants import MISTRAL, TextConfig
 from flux2.quantization.base import QuantizedLinear
-from flux2.quantization.int8 import Int8Linear
+from flux2.quantization.blockwise_int8 import BlockwiseInt8Linear
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.weights.loading import load_text_encoder
 from flux2.weights.sources import ModelSource, WeightsError
@@ -252,7 +252,7 @@ def linears(encoder: TextEncoder) -> dict[str, torch.nn.Linear]:
     return {name: module for name, module in encoder.model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
-@pytest.mark.parametrize(("storage", "layer", "limit"), [("nf4", Nf4Linear, 0.5), ("int8", Int8Linear, 0.05)])
+@pytest.mark.parametrize(("storage", "layer", "limit"), [("nf4", Nf4Linear, 0.5), ("int8", BlockwiseInt8Linear, 0.05)])
 def test_quantized_layers_compute_with_their_rounded_weights(
     source: ModelSource, storage: str, layer: type[QuantizedLinear], limit: float
 ) -> None:
@@ -277,7 +277,7 @@ def test_each_linear_is_quantized_before_the_next_but_one_is_read(
     storage: str, source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In whole the float weights are never in memory: at most what is read ahead beside the one that is quantized."""
-    layer, alive, most = {"nf4": Nf4Linear, "int8": Int8Linear}[storage], [], []
+    layer, alive, most = {"nf4": Nf4Linear, "int8": BlockwiseInt8Linear}[storage], [], []
     store = layer.store
 
     def watched(self: QuantizedLinear, weight: Tensor) -> None:

@@ -1,20 +1,19 @@
-"""Layers in FP8 and NF4: what they store, how it is read, and what they refuse."""
+"""Layers in FP8, INT8 and NF4: what they store, how it is read, and what they refuse."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes as bnb
 import helpers
 import pytest
 import torch
-from quantized_helpers import FLOAT8, IN, KINDS, OPTIONS, OUT, layer, random_weight, rows
+from quantized_helpers import FLOAT8, IN, KINDS, OPTIONS, OUT, class_of, layer, random_weight, rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux2.quantization import float8, nf4
+from flux2.quantization import eight_bit, nf4
 from flux2.quantization.float8 import Float8Linear
 from flux2.quantization.nf4 import Nf4Linear
 
@@ -35,17 +34,17 @@ def test_fp8_weights_are_scaled_to_the_range_of_e4m3(rowwise: bool) -> None:
 
 def test_a_weight_of_zeros_and_one_with_rows_of_zeros_are_exact() -> None:
     for weight in (torch.zeros(32, 16), torch.cat([torch.zeros(16, 16), torch.ones(16, 16)])):
-        for kind in ("fp8", "fp8_rows", "nf4"):
+        for kind in ("fp8", "fp8_rows", "int8", "nf4"):
             linear = layer(kind, weight)
             assert torch.equal(linear.weight + 0, weight)
             assert torch.equal(linear(torch.zeros(3, 16)), torch.zeros(3, 32))
 
 
 def test_quantizing_in_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in ("fp8", "fp8_rows", "nf4"):
+    for kind in ("fp8", "fp8_rows", "int8", "nf4"):
         whole = dict(layer(kind).named_parameters())
         with monkeypatch.context() as patch:
-            for module, size in ((float8, "CHUNK"), (nf4, "PART")):
+            for module, size in ((eight_bit, "CHUNK"), (nf4, "PART")):
                 patch.setattr(module, size, 640)
             pieces = dict(layer(kind).named_parameters())
         assert whole.keys() == pieces.keys()
@@ -151,6 +150,8 @@ def changed(kind: str, **other: Tensor | None) -> dict[str, Tensor]:
         ("fp8", changed("fp8", weight_scale=torch.ones(3)), r"scale.*\(3,\)"),
         ("fp8", changed("fp8", weight=torch.zeros(OUT, IN)), r"weight.*torch\.float32"),
         ("fp8", layer("fp8", random_weight(rows=32)).storage(), r"weight.*\(32, 64\)"),
+        ("int8", changed("int8", weight_scale=None), r"\bweight_scale missing"),
+        ("int8", changed("int8", weight=layer("fp8").storage()["weight"]), r"weight.*float8_e4m3fn.*torch\.int8"),
         ("nf4", changed("nf4", weight__absmax=None), r"\bweight\.absmax missing"),
         ("nf4", changed("nf4", weight__nested_quant_map=None), r"\bweight\.nested_quant_map missing"),
         ("nf4", layer("nf4", random_weight(rows=32)).storage(), r"\(32, 64\).*\(160, 64\)"),
@@ -168,7 +169,7 @@ def test_a_weight_that_is_not_the_layers_is_refused(kind: str, tensors: dict[str
 
 
 def test_a_weight_of_another_shape_is_not_stored() -> None:
-    for kind in ("fp8", "nf4"):
+    for kind in ("fp8", "int8", "nf4"):
         with pytest.raises(ValueError, match=r"\(64, 160\).*Linear\(in_features=64"):
             layer(kind).store(random_weight().t())
 
@@ -193,11 +194,12 @@ def test_a_layer_without_memory_has_the_bytes_that_it_will_have(out: int, column
         "fp8": size + 4,
         "fp8_rows": size + 4 * out,
         "fp8_both_layouts": 2 * size + 4,
+        "int8": size + 4 * out,
+        "int8_both_layouts": 2 * size + 4 * out,
         "nf4": size // 2 + blocks + 4 * math.ceil(blocks / 256) + 4,
     }
     for kind, count in expected.items():
-        make: Any = Nf4Linear if kind == "nf4" else Float8Linear
-        linear = make(columns, out, device="meta", **OPTIONS.get(kind, {}))
+        linear = class_of(kind)(columns, out, device="meta", **OPTIONS.get(kind, {}))
         assert all(parameter.is_meta for parameter in linear.parameters())
         assert sum(parameter.nbytes for parameter in linear.parameters()) == count
         if out < 1000:

@@ -1,4 +1,4 @@
-"""Products of layers in FP8 and NF4: with which numbers, in which dtype, and how many."""
+"""Products of layers in FP8, INT8 and NF4: with which numbers, in which dtype, and how many."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import bitsandbytes as bnb
 import helpers
 import pytest
 import torch
-from quantized_helpers import FLOAT8, IN, KINDS, OUT, layer, random_weight, rows
+from quantized_helpers import FLOAT8, IN, KINDS, OPTIONS, OUT, layer, random_weight, rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,12 +42,12 @@ def test_fp8_products_are_those_of_rows_rounded_to_e4m3(kind: str) -> None:
     assert helpers.relative_error(linear.input_gradient(dy), dy.double() @ weight) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["fp8_bf16_backward", "fp8_dequantized", "fp8_rows_dequantized", "nf4"])
+@pytest.mark.parametrize("kind", [*(kind for kind in OPTIONS if "dequantized" in kind or "bf16" in kind), "nf4"])
 def test_products_that_are_not_in_fp8_are_those_of_the_dequantized_weight(kind: str) -> None:
     linear = layer(kind)
     weight = linear.weight.double()
     x, dy = rows(), rows(width=OUT, seed=2)
-    if kind != "fp8_bf16_backward":
+    if "bf16" not in kind:
         assert helpers.relative_error(linear.product(x), x.double() @ weight.t()) < 1e-6
     assert helpers.relative_error(linear.input_gradient(dy), dy.double() @ weight) < 1e-6
 
@@ -90,7 +90,7 @@ class Matrices(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "matmul", "linear", "_scaled_mm"):
+        if name in ("mm", "addmm", "bmm", "matmul", "linear", "_scaled_mm", "_int_mm"):
             self.seen.append((name, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -101,14 +101,34 @@ def test_forward_and_backward_are_one_product_each_and_none_is_a_weight_gradient
     x = rows().requires_grad_()
     with Matrices() as products:
         linear(x).sum().backward()
-    shapes = [
-        tuple(tuple(argument.shape) for argument in args[-2:]) for name, args, _ in products.seen if "_s" not in name
-    ]
-    shapes += [tuple(tuple(argument.shape) for argument in args[:2]) for name, args, _ in products.seen if "_s" in name]
-    assert sorted(shapes) == [((10, IN), (IN, OUT)), ((10, OUT), (OUT, IN))]
-    in_fp8 = [name == "_scaled_mm" for name, _, _ in products.seen]
-    backward_fp8 = kind in ("fp8", "fp8_rows", "fp8_both_layouts")
-    assert in_fp8 == [backward_fp8 or kind == "fp8_bf16_backward", backward_fp8]
+    shapes = [tuple(tuple(argument.shape) for argument in args[:2]) for _, args, _ in products.seen]
+    rotations = [((10, IN), (IN, IN))] * (2 if kind == "int8_rotated" else 0)  # of the input and of its gradient
+    assert sorted(shapes) == sorted([((10, IN), (IN, OUT)), ((10, OUT), (OUT, IN)), *rotations])
+    in_8_bits = [name in ("_scaled_mm", "_int_mm") for name, args, _ in products.seen if args[1].shape != (IN, IN)]
+    backward = kind != "nf4" and "dequantized" not in kind and "bf16" not in kind
+    assert in_8_bits == [backward or "bf16" in kind, backward]
+
+
+def strided_products(kind: str, device: str) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """The products in 8 bits of a part of a wider input, with a gradient that comes transposed."""
+    linear = layer(kind).to(device)
+    x = torch.randn(2, 5, 3 * IN, device=device)[..., IN : 2 * IN].requires_grad_()
+    with Matrices() as products:
+        linear(x).backward(torch.randn(OUT, 5, 2, device=device).permute(2, 1, 0))
+    return [seen for seen in products.seen if seen[0] in ("_scaled_mm", "_int_mm")]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_rotated", "int8_both_layouts"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_int8_products_keep_to_the_rules_of_cuda(kind: str, device: str) -> None:
+    """A row-major and B column-major, for which every GPU has a kernel, and sides that are multiples of 8."""
+    products = strided_products(kind, device)
+    assert [name for name, _, _ in products] == ["_int_mm"] * 2
+    for (_, (a, b), _), (inner, outer) in zip(products, ((IN, OUT), (OUT, IN)), strict=True):
+        assert (a.dtype, b.dtype) == (torch.int8, torch.int8)
+        assert (a.shape, a.stride()) == ((10, inner), (inner, 1))
+        assert (b.shape, b.stride()) == ((inner, outer), (1, inner))
+        assert inner % 8 == outer % 8 == 0
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp8_rows", "fp8_both_layouts"])
@@ -116,13 +136,9 @@ def test_forward_and_backward_are_one_product_each_and_none_is_a_weight_gradient
 def test_fp8_products_keep_to_the_rules_of_cuda(kind: str, device: str) -> None:
     """A row-major, B column-major, sides multiples of 16, one scale a row and one a column, contiguous, in float32.
     The CPU would take less strict arguments, the meta device checks some of these itself."""
-    linear = layer(kind).to(device)
-    # a gradient that comes transposed, and a part of a wider input
-    x = torch.randn(2, 5, 3 * IN, device=device)[..., IN : 2 * IN].requires_grad_()
-    with Matrices() as products:
-        linear(x).backward(torch.randn(OUT, 5, 2, device=device).permute(2, 1, 0))
-    assert [name for name, _, _ in products.seen] == ["_scaled_mm"] * 2
-    for (_, args, _), (inner, outer) in zip(products.seen, ((IN, OUT), (OUT, IN)), strict=True):
+    products = strided_products(kind, device)
+    assert [name for name, _, _ in products] == ["_scaled_mm"] * 2
+    for (_, args, _), (inner, outer) in zip(products, ((IN, OUT), (OUT, IN)), strict=True):
         a, b, a_scale, b_scale = args[:4]
         assert (a.dtype, b.dtype, a_scale.dtype, b_scale.dtype) == (FLOAT8, FLOAT8, torch.float32, torch.float32)
         assert (a.shape, a.stride()) == ((10, inner), (inner, 1))
@@ -190,7 +206,7 @@ def test_the_layers_of_a_model_dequantize_into_one_buffer(monkeypatch: pytest.Mo
     assert copy.deepcopy(small).workspace._buffers == {}
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8_rows", "nf4"])
+@pytest.mark.parametrize("kind", ["fp8", "fp8_rows", "int8", "int8_rotated", "nf4"])
 def test_a_compiled_layer_is_one_graph_with_the_same_results(kind: str) -> None:
     linear, plain = layer(kind), layer(kind)
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""LoRA on models in FP8 and NF4: what it learns, how it is saved, and where it is merged."""
+"""LoRA on models in FP8, INT8 and NF4: what it learns, how it is saved, and where it is merged."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def embedded_inputs(kind: Transformer) -> dict[str, Any]:
     return inputs | {"guidance": torch.ones(4)}
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_rows", "fp8_bf16_backward", "fp8_dequantized"])
-def test_fp8_gradients_of_the_embedded_models_adapter_are_those_of_float32(name: str) -> None:
-    """Over the whole adapter, which is the direction that a step takes: 0.9991 was measured, and 0.991 for the worst
-    single tensor."""
+@pytest.mark.parametrize("name", [name for name in PRECISIONS if name != "nf4"])
+def test_gradients_of_the_embedded_models_adapter_in_8_bits_are_those_of_float32(name: str) -> None:
+    """Over the whole adapter, which is the direction that a step takes: 0.9990 was measured for FP8, and 0.988 for its
+    worst single tensor; 0.99987 and 0.9971 for INT8, 0.99991 and 0.9990 with rotation."""
     source = model_source("tiny")
     exact = with_adapter(load_transformer(source))
     ours = with_adapter(load_transformer(source, "cpu", PRECISIONS[name]))
@@ -66,8 +66,8 @@ def test_fp8_gradients_of_the_embedded_models_adapter_are_those_of_float32(name:
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     each = {key: cosine(found[key], wanted[key]) for key in wanted}
     whole = cosine(*(torch.cat([tensors[key].flatten() for key in wanted]) for tensors in (found, wanted)))
-    assert 0.998 <= whole < 1
-    assert min(each.values()) >= 0.985
+    assert (0.998 if "fp8" in name else 0.9997) <= whole < 1
+    assert min(each.values()) >= (0.985 if "fp8" in name else 0.996)
 
 
 @EACH
@@ -80,7 +80,7 @@ def test_gradients_on_a_dequantized_base_are_those_of_lora_on_its_weights(name: 
     found, wanted = lora_gradients(ours, inputs), lora_gradients(plain, inputs)
     assert found.keys() == wanted.keys()
     error = max(helpers.relative_error(found[key], wanted[key]) for key in wanted)
-    if name in ("nf4", "fp8_dequantized"):
+    if name == "nf4" or "dequantized" in name:
         assert error < 1e-5
     else:
         assert 1e-3 < error < 0.5  # activations are rounded too
@@ -95,7 +95,7 @@ class Results(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "_scaled_mm"):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "_scaled_mm", "_int_mm"):
             self.shapes.append(tuple(result.shape))
         return result
 
@@ -177,7 +177,7 @@ def test_an_adapter_is_not_merged_into_a_quantized_base_but_refused(name: str) -
         assert torch.equal(model(**inputs), before)
 
 
-@pytest.mark.parametrize("name", ["fp8", "nf4"])
+@pytest.mark.parametrize("name", ["fp8", "int8_rotated", "nf4"])
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
 def test_a_beginning_that_changes_the_base_is_refused_on_a_quantized_one(name: str, start: str) -> None:
     model = model_in(name)
@@ -189,7 +189,7 @@ def test_a_beginning_that_changes_the_base_is_refused_on_a_quantized_one(name: s
     assert torch.equal((layer.base_layer if isinstance(layer, LoraLayer) else layer).weight + 0, before)
 
 
-@pytest.mark.parametrize("name", ["fp8", "nf4"])
+@pytest.mark.parametrize("name", ["fp8", "int8_rotated", "nf4"])
 @pytest.mark.parametrize(
     "config",
     [

@@ -29,7 +29,8 @@ from flux2.weights.sources import ModelSource
 
 CONFIG = replace(helpers.TRANSFORMERS["dev"], heads=4, double_blocks=1, single_blocks=1, guidance=False)
 SMALL = replace(VARIANTS["dev"], name="small", repo="", transformer=CONFIG)
-NF4, FP8 = Precision(storage="nf4"), Precision(storage="fp8")
+NF4, FP8, INT8 = Precision(storage="nf4"), Precision(storage="fp8"), Precision(storage="int8")
+ROTATED = Precision(storage="int8", rotate=True)
 # what is reported of a copy
 READ, WRITTEN = r"\bread\b.*\bcop(y|ies)\b", r"\bwrit\w+\b.*\bcop(y|ies)\b"
 
@@ -92,8 +93,8 @@ def equal(model: Transformer, other: Transformer) -> bool:
 
 @pytest.mark.parametrize(
     "precision",
-    [NF4, FP8, Precision(storage="fp8", rowwise=True), Precision(storage="nf4", dtype=torch.bfloat16)],
-    ids=["nf4", "fp8", "fp8 rows", "nf4 beside bf16"],
+    [NF4, FP8, Precision(storage="fp8", rowwise=True), INT8, ROTATED, Precision(storage="nf4", dtype=torch.bfloat16)],
+    ids=["nf4", "fp8", "fp8 rows", "int8", "int8 rotated", "nf4 beside bf16"],
 )
 def test_the_second_load_reads_the_copy_and_is_the_same_bit_for_bit(
     precision: Precision, place: RunLocation, no_source: Callable[[], None]
@@ -135,6 +136,8 @@ def test_every_recipe_has_a_copy_of_its_own(place: RunLocation, monkeypatch: pyt
     recipes = [
         NF4,
         FP8,
+        INT8,
+        ROTATED,
         Precision(storage="fp8", rowwise=True),
         Precision(storage="nf4", dtype=torch.bfloat16),
         Precision(storage="nf4", layers=(r"single_blocks\.\d+\.linear[12]",)),
