@@ -39,6 +39,7 @@ from train.config.memory import FREE, Choice, choice_of, completed, fixed_keys, 
 from train.config.run_config import RunConfig
 from train.config.settings import MemorySettings
 from train.planner.from_config import (
+    faster,
     free_bytes,
     free_host_memory,
     headroom_text,
@@ -197,6 +198,8 @@ def main(config: DictConfig) -> None:
             f"only {limit / 1e9:.1f} GB are usable{headroom_text(memory)}"
         )
     console.print(f"{'' if fits else 'If it did fit: '}{describe(planner, now, on, name)}")
+    if on_gpu and (hint := faster(run, now, on)):
+        console.print(hint)
     if "prompts" in now.phases and now.total("prompts") > limit_of(memory, card or SMALL_GPU):
         console.print(
             f"The text encoder needs {now.total('prompts') / 1e9:.1f} GB once, before training. Set "
@@ -212,9 +215,9 @@ def main(config: DictConfig) -> None:
         best = choose(planner, fixed, limit_of(memory, card), gpu(name, card))
         if best is None:
             where = f"memory.gpu_memory_gb={card:g}" if on_gpu else target
-            console.print(f"For {target}: {does_not_fit(planner, fixed, limit, usable(card, 0), where)}")
+            console.print(f"For {target}: {does_not_fit(planner, fixed, limit, usable(card, 0), where, on)}")
         else:
-            hint = f". {lighter(planner)}" if best.moved else ""  # weights or activations leave the device
+            hint = f". {lighter(planner, on)}" if best.moved else ""  # weights or activations leave the device
             hint = f"{headroom_text(memory)}{hint}".removesuffix(". ")
             console.print(f"For {target} memory=auto would choose {best.choice}{hint}")
 

@@ -9,14 +9,16 @@ from planner_helpers import H200, job
 from train.config.memory import Choice
 from train.planner import from_config as choosing
 from train.planner import search
-from train.planner.gpus import SIZES, usable
+from train.planner.gpus import SIZES, gpu, usable
 from train.planner.predictor import Planner
 from train.planner.search import choose, step_down
 
 pytest_plugins = ("planner_helpers",)
 
 
-@pytest.mark.parametrize("storage", [None, "fp8", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "storage", [None, "fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "nf4"))]
+)
 def test_a_choice_fits_and_a_larger_card_never_gets_a_slower_one(planner, storage):
     found = planner("dev", storage=storage)
     times = []
@@ -88,9 +90,10 @@ def test_an_advice_saves_something(planner):
 
 
 def test_of_a_lighter_precision_it_is_said_how_much_it_takes_less(planner):
-    said = search.lighter(planner("dev"))
+    assert holds(search.lighter(planner("dev"), gpu("RTX 3090", 24)), "precision=int8 ... precision=nf4")
+    said = search.lighter(planner("dev"), H200)
     assert holds(said, "31.41 GB ... precision=fp8 ... 46.61 GB ... precision=nf4")
-    assert search.lighter(planner("dev", storage="nf4")) == ""
+    assert search.lighter(planner("dev", storage="nf4"), H200) == ""
 
 
 def test_nothing_leaves_the_device_that_need_not(planner):

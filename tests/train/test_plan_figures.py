@@ -36,6 +36,7 @@ pytest_plugins = ("train_helpers", "planner_helpers")
     [
         ("dev", None, 64.4),
         ("dev", "fp8", 33.0),
+        ("dev", "int8", 33.0),
         ("dev", "nf4", 17.8),
         ("klein_base_9b", None, 18.2),
         ("klein_base_9b", "fp8", 9.4),
@@ -50,8 +51,9 @@ def test_weights_take_what_their_shapes_say(planner, name, storage, expected):
     assert (sum(found.weights) + found.other_weights) / 1e9 == pytest.approx(expected, rel=0.02)
 
 
-def test_two_layouts_of_fp8_take_what_bfloat16_takes():
-    precision = Precision(torch.bfloat16, "fp8", matmul="fp8", cache_transposed_weights=True)
+@pytest.mark.parametrize("storage", ["fp8", "int8"])
+def test_two_layouts_in_8_bits_take_what_bfloat16_takes(storage):
+    precision = Precision(torch.bfloat16, storage, matmul=storage, cache_transposed_weights=True)
     model = skeleton(VARIANTS["dev"], precision, lambda model: attach(model, rank=1))
     found = Planner(Workload(VARIANTS["dev"], model, torch.bfloat16, ADAMW, (16, 16)))
     assert found.has_layouts
@@ -225,11 +227,29 @@ def test_on_a_card_without_fp8_products_they_are_planned_in_bf16():
     assert "fp8" not in old.blocks("full")[2].flops
 
 
+def test_integer_products_are_counted_as_such_and_are_all_products_of_the_base():
+    quick, exact = (Planner(job("klein_base_4b", storage=storage)) for storage in ("fp8", "int8"))
+    eight_bits = [found.blocks("full")[2].flops for found in (quick, exact)]
+    assert eight_bits[0]["fp8"] == eight_bits[1]["int8"] > 0
+    assert eight_bits[0].keys() - {"fp8"} == eight_bits[1].keys() - {"int8"}
+
+
+def test_int8_is_proposed_where_it_is_predicted_to_be_faster_than_fp8():
+    run = load_config(compose("model=klein_base_4b", "device=cpu", "precision=fp8"))
+    now = Planner(choosing.workload_of(run, True)).predict(Choice("full"))
+    assert choosing.faster(run, now, gpu("RTX 4090", 24)).startswith("With precision=int8 a step is predicted to take ")
+    assert choosing.faster(run, now, H200) == ""
+    for words in (("precision=fp8", "precision.matmul=dequantized"), ("precision=nf4",), ("precision=int8",)):
+        other = load_config(compose("model=klein_base_4b", "device=cpu", *words))
+        assert choosing.faster(other, now, gpu("RTX 4090", 24)) == ""
+
+
 def test_every_gpu_has_its_figures():
     for name, size in (("NVIDIA GeForce RTX 4090", 24), ("NVIDIA H100 80GB HBM3", 80), ("NVIDIA A100-SXM4-40GB", 40)):
         assert gpu(name, size).name in name
     assert {gpu(None, size).size for size in SIZES} == set(SIZES)
     assert all(known.bf16 < (known.fp8 or 1e9) for known in gpus.GPUS)
+    assert all(max(known.bf16, (known.fp8 or 0) * 0.99) < known.int8 for known in gpus.GPUS)
     assert usable(24) == int(22.3 * GIB * 0.97)
     assert usable(24, 0) == int(23 * GIB * 0.97)
 

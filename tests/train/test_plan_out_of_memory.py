@@ -123,7 +123,7 @@ def test_the_advice_is_a_setting_that_takes_less(small):
     said = advice(run, OutOfMemory("", "step", 0, 0))
     assert "memory.checkpointing=" in said
     said = advice(run, OutOfMemory("", "step", 10**15, 0))
-    assert holds(said, "precision=fp8 ... batch_size=1 ... gradient_accumulation ... buckets.resolution")
+    assert holds(said, "precision=int8 ... batch_size=1 ... gradient_accumulation ... buckets.resolution")
     for way in ("text_encoder.storage=nf4", "text_encoder=remote", "train/cache.py"):
         assert way in advice(run, OutOfMemory("", "prompts", 0, 0))
     assert "reference_resolution" in advice(run, OutOfMemory("", "images", 0, 0))

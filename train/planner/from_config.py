@@ -18,14 +18,14 @@ from data.buckets import reference_size
 from data.files import user_path
 from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
-from flux2.quantization.precision import Precision, convert, pick_dtype
+from flux2.quantization.precision import Backward, Precision, convert, pick_dtype
 from flux2.utils.json_files import read_json
 from flux2.utils.text import gigabytes
 from flux2.weights.sources import ModelSource
 from train.config.memory import CHOSEN, FREE, HEADROOM_GB, choice_of, fixed_keys, settings_of
 from train.config.run_config import RunConfig
-from train.planner.gpus import CONTEXT_GB, GIB, gpu, usable
-from train.planner.predictor import Planner
+from train.planner.gpus import CONTEXT_GB, GIB, Gpu, gpu, usable
+from train.planner.predictor import Planner, Prediction
 from train.planner.search import choose, does_not_fit, lighter, smaller, step_down
 from train.planner.workload import Workload, tokens
 from train.sweeps.reuse import SHARED
@@ -71,7 +71,7 @@ def planned_precision(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> P
     precision = Precision(dtype, **given)
     if precision.storage != "fp8" or precision.matmul != "auto" or not on_gpu:
         return precision
-    able = precision.multiplies_in_fp8("cuda") if torch.cuda.is_available() else in_fp8
+    able = precision.multiplies_in_8_bits("cuda") if torch.cuda.is_available() else in_fp8
     return replace(precision, matmul="fp8" if able else "dequantized")
 
 
@@ -86,15 +86,18 @@ def references_of(dataset: Mapping[str, Any]) -> int:
     return max([len(named), *map(references_of, (dataset.get("sources") or {}).values())])
 
 
-def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workload:
-    """Return what determines memory and step time, for squares of the largest bucket; `in_fp8` as above."""
+def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True, precision: Precision | None = None) -> Workload:
+    """Return what determines memory and step time, for squares of the largest bucket.
+
+    `precision` is `planned_precision` by default, with `in_fp8` as there.
+    """
     settings, side = config.settings, config.buckets.largest
     samples = bool(config.sample.prompts) and settings.sample_every > 0
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
     held = min(config.preservation.samples, settings.batch_size) if config.preservation.active else 0
     prior = config.prior
-    precision = planned_precision(config, on_gpu, in_fp8)
+    precision = precision or planned_precision(config, on_gpu, in_fp8)
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
     return Workload(
         variant=config.variant,
@@ -122,6 +125,20 @@ def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True) -> Workloa
         text_here=config.text_encoder.here,
         num_shards=config.num_shards,
     )
+
+
+def faster(config: RunConfig, now: Prediction, on: Gpu) -> str:
+    """Return a sentence if a run in FP8, predicted as `now`, is predicted to be faster in INT8; otherwise empty."""
+    given, matmul = planned_precision(config, on_gpu=True), config.composed["precision"].get("matmul")
+    if given.storage != "fp8" or matmul == "dequantized" or on.int8 <= (on.fp8 or 0):
+        return ""
+    backward: Backward = "int8" if given.backward == "fp8" else "bf16"
+    precision = replace(given, storage="int8", rowwise=False, backward=backward, matmul="auto")
+    planner = Planner(workload_of(config, True, precision=precision))
+    seconds = planner.predict(now.choice).seconds(on), now.seconds(on)
+    if seconds[0] >= seconds[1]:
+        return ""
+    return f"With precision=int8 a step is predicted to take {seconds[0]:.2f} s instead of {seconds[1]:.2f} s."
 
 
 def free_bytes(device: torch.device) -> int:
@@ -162,14 +179,16 @@ def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any
     best = choose(planner, fixed, limit, on)
     if best is None:
         named = f"memory=auto, {where}" if where else f"memory.gpu_memory_gb={gpu_memory_gb:g}"
-        raise ValueError(does_not_fit(planner, fixed, limit, usable(gpu_memory_gb, 0), named))
+        raise ValueError(does_not_fit(planner, fixed, limit, usable(gpu_memory_gb, 0), named, on))
     chosen = {key: value for key, value in settings_of(best.choice).items() if key in memory}
     why = (
         f"memory for {where or f'{gpu_memory_gb:g} GB'}: {best.choice}, the fastest that is predicted to fit "
         f"({gigabytes(best.training)} of {gigabytes(limit)}{headroom_text(memory)})"
     )
-    if best.moved:  # weights or activations leave the device
-        why = f"{why}. {lighter(planner)}".removesuffix(". ")
+    hints = [lighter(planner, on)] if best.moved else []  # weights or activations leave the device
+    if planner.job.on_gpu:
+        hints.append(faster(config, best, on))
+    why = ". ".join([why, *(hint.removesuffix(".") for hint in hints if hint)])
     return dict(memory) | chosen | {"gpu_memory_gb": gpu_memory_gb}, why
 
 
@@ -201,6 +220,6 @@ def advice(config: RunConfig, error: OutOfMemory) -> str:
     before = planner.predict(now).training
     smaller_choice = step_down(planner, now, on, max(error.asked - error.free, LEAST_STEP * before))
     if smaller_choice is None:
-        return smaller(planner)
+        return smaller(planner, on)
     after = planner.predict(smaller_choice).training
     return f"Set {smaller_choice} (predicted: {after / 1e9:.1f} GB instead of {before / 1e9:.1f} GB)."

@@ -36,7 +36,10 @@ from flux2.quantization.nf4 import Nf4Linear
 GRANULE = 512  # bytes; the CUDA allocator rounds sizes up to multiples of it
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
-KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16", torch.float8_e4m3fn: "fp8"}
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}
+KINDS |= {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
+# the functions that count operations; PyTorch has none for products of integers
+PRODUCTS = flop_registry | {torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm]}
 
 
 @dataclass
@@ -100,10 +103,11 @@ class AllocationCounter(TorchDispatchMode):
         outputs = tensors_in(out)
         is_new = [self.hold(tensor) for tensor in outputs]
         packet = func._overloadpacket
-        if packet in flop_registry:
+        if packet in PRODUCTS:
             self.multiply(packet, args, kwargs or {}, out)
         elif (any(is_new) or func._schema.is_mutable) and "empty" not in packet.__name__:
-            read = [] if packet.__name__ == "fill_" else tensors_in((args, kwargs))
+            given = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+            read = [] if packet.__name__ == "fill_" else tensors_in((args, given))
             self.work.bytes += size([*read, *outputs])
         return out
 
@@ -112,7 +116,7 @@ class AllocationCounter(TorchDispatchMode):
         first = args[0]
         attention = {FLASH: "attention", FLASH_BACKWARD: "attention_backward"}
         kind = attention.get(packet) or KINDS.get(first.dtype, "bf16")
-        flops = flop_registry[packet](*args, **kwargs, out_val=out)
+        flops = PRODUCTS[packet](*args, **kwargs, out_val=out)
         self.work.flops[kind] = self.work.flops.get(kind, 0.0) + flops
         if packet is FLASH_BACKWARD and first.dtype != torch.float32:
             # the kernels accumulate the gradient of the queries in a float32 buffer
