@@ -1,12 +1,13 @@
 """Train the demo on a base of each precision: does a LoRA learn the same on 8 and 4 bits as on 32?
 
-    python benchmarks/demo_precisions.py
+    python benchmarks/demo_precisions.py                 all of them, an hour
+    python benchmarks/demo_precisions.py --only int8     some; the others keep their results
 
-Trains conf/experiment/demo.yaml with three seeds on the embedded model in float32, in FP8 (products in FP8 too, forward
-and backward, as on a GPU) and in NF4, and measures the result as train/demo.py does. A precision passes if its mean
-lies within the spread of the float32 seeds, widened by one image of the 48. The last validation loss is written but
-not judged, because the loss of the base differs between precisions. Results are written to
-benchmarks/results/demo_precisions.json with the hardware and the versions.
+Trains conf/experiment/demo.yaml with three seeds on the embedded model in float32, in FP8 and INT8 (products in 8 bits
+too, forward and backward, as on a GPU), in INT8 with rotation and in NF4, and measures the result as train/demo.py
+does. A precision passes if its mean lies within the spread of the float32 seeds, widened by one image of the 48. The
+last validation loss is written but not judged, because the loss of the base differs between precisions. Results are
+written to benchmarks/results/demo_precisions.json with the hardware and the versions.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from train import demo
 PRECISIONS = {
     "fp32": ["precision=fp32"],
     "fp8": ["precision=fp8", "precision.matmul=fp8"],
+    "int8": ["precision=int8"],
+    "int8_rotated": ["precision=int8", "precision.rotate=true"],
     "nf4": ["precision=nf4"],
 }
 MEASURES = ("style_moved", "plain_style_moved", "subjects_right", "plain_subjects_right")
@@ -79,19 +82,12 @@ def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=integer_type(1), default=3, help="runs per precision")
+    parser.add_argument("--only", action="append", choices=PRECISIONS, help="train this one; may be repeated")
     parser.add_argument("--out", type=Path, default=RESULTS / "demo_precisions.json")
     parser.add_argument("overrides", nargs="*", help="settings of the runs, e.g. steps=4")
     options = parser.parse_args(argv)
 
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in PRECISIONS}
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(options.seeds):
-            for name, settings in PRECISIONS.items():
-                print(f"--- {name}, seed {seed}", flush=True)
-                folder = Path(scratch) / f"{name}_{seed}"
-                overrides = [*settings, f"seed={seed}", *options.overrides]
-                runs[name].append(train_demo(overrides, folder, Path(scratch) / "cache"))
-    result = {
+    about = {
         "what": f"conf/experiment/demo.yaml {shlex.join(options.overrides)}".strip(),
         "settings": PRECISIONS,
         "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
@@ -101,9 +97,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "peft": peft.__version__,
         },
         "seeds": options.seeds,
-        "summary": summarize(runs),
-        "runs": runs,
     }
+    trained: dict[str, list[dict[str, Any]]] = {name: [] for name in options.only or PRECISIONS}
+    before = json.loads(options.out.read_text()) if options.only else about | {"runs": {}}
+    for key in about.keys() - {"settings"}:
+        if before[key] != about[key]:
+            parser.error(
+                f"--only: {options.out} has {key} {before[key]!r} instead of {about[key]!r}. Leave out --only."
+            )
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(options.seeds):
+            for name in trained:
+                print(f"--- {name}, seed {seed}", flush=True)
+                folder = Path(scratch) / f"{name}_{seed}"
+                overrides = [*PRECISIONS[name], f"seed={seed}", *options.overrides]
+                trained[name].append(train_demo(overrides, folder, Path(scratch) / "cache"))
+    every = before["runs"] | trained
+    runs = {name: every[name] for name in PRECISIONS if name in every}
+    result = about | {"summary": summarize(runs), "runs": runs}
     write_result(options.out, result)
     for name, measures in result["summary"].items():
         shown = ", ".join(f"{key} {value['mean']:.3f}" for key, value in measures.items())

@@ -89,12 +89,15 @@ CASES = [
     Case("dev", None, 1024, 80),
     Case("dev", "fp8", 1024, 80),
     Case("dev", "fp8", 1024, 141),
+    Case("dev", "int8", 1024, 32),
+    Case("dev", "int8", 1024, 80),
     Case("klein_base_9b", "nf4", 1024, 12),
     Case("klein_base_9b", None, 1024, 24),
     Case("klein_base_4b", None, 1024, 8),
     Case("klein_base_4b", None, 1024, 24),
     Case("small", None, 128, 8),
     Case("small", "fp8", 128, 8),
+    Case("small", "int8", 128, 8),
     Case("small", "nf4", 128, 8),
 ]
 

@@ -116,6 +116,9 @@ CASES = [
     Case(False, "fp8", compile=True),
     Case(False, "fp8", "selective", compile=True),
     Case(False, "fp8", "none", compile=True),
+    Case(False, "int8"),
+    Case(False, "int8", "selective"),
+    Case(False, "int8", compile=True),
     Case(False, "nf4"),
     Case(False, "nf4", "selective"),
     Case(True, "bf16", cudnn=False),
@@ -190,7 +193,7 @@ def time_runs(step: Callable[[], Any], repeats: int, device: torch.device) -> li
 
 
 def measure_limits(config: TransformerConfig, tokens: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """Return the measured TFLOP/s of the largest product of a block, in bf16 and FP8, and of attention."""
+    """Return the measured TFLOP/s of the largest product of a block, in bf16, FP8 and INT8, and of attention."""
     k, n = config.hidden, 3 * config.hidden + 2 * config.mlp_width
     x, w = (torch.randn(rows, k, device=device, dtype=torch.bfloat16) for rows in (tokens, n))
     q = torch.randn(1, config.heads, tokens, config.head_dim, device=device, dtype=torch.bfloat16)
@@ -208,6 +211,8 @@ def measure_limits(config: TransformerConfig, tokens: int, device: torch.device,
     if device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9):
         scaled_product = partial(torch._scaled_mm, x8, w8.t(), one, one, out_dtype=torch.bfloat16)
         operations["fp8"] = (scaled_product, 2 * tokens * k * n)
+    x_int8, w_int8 = (tensor.mul(40).clamp(-127, 127).to(torch.int8) for tensor in (x, w))
+    operations["int8"] = (lambda: torch._int_mm(x_int8, w_int8.t()), 2 * tokens * k * n)
     rates = {}
     for name, (run, flops) in operations.items():
         time_runs(run, 3, device)

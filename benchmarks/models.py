@@ -39,8 +39,8 @@ def make_precision(storage: Storage | None, in_fp8: bool, cache_transposed: bool
 
     Args:
         storage: Storage of the block linears; None keeps bfloat16.
-        in_fp8: Whether FP8 layers multiply in FP8.
-        cache_transposed: Whether FP8 layers also keep their weights transposed.
+        in_fp8: Whether FP8 layers multiply in FP8; INT8 layers always multiply in INT8.
+        cache_transposed: Whether layers in 8 bits also keep their weights transposed.
     """
     matmul: Matmul = "auto" if storage != "fp8" else "fp8" if in_fp8 else "dequantized"
     return Precision(torch.bfloat16, storage, matmul=matmul, cache_transposed_weights=cache_transposed)

@@ -1,7 +1,8 @@
 """Compare the planner's memory with what PyTorch's allocator holds on a simulated GPU, for every GPU size.
 
-    .venv-cuda/bin/python benchmarks/planner_simulated.py                       all cases, about half an hour
-    .venv-cuda/bin/python benchmarks/planner_simulated.py --only "dev nf4"      some of them
+    .venv-cuda/bin/python benchmarks/planner_simulated.py                       all cases, about 40 minutes
+    .venv-cuda/bin/python benchmarks/planner_simulated.py --only "dev nf4"      some of them; the others keep
+                                                                        their results
 
 Needs an environment with a CUDA build of PyTorch (`make .venv-cuda/installed`), and no GPU: see
 tests/simulated_gpu/README.md. For each model, precision and GPU size the planner chooses the group `memory`, and steps
@@ -48,7 +49,7 @@ CASES = [
     Case(model, storage, 1024, size)
     for size in (*(size for size in SIZES if size != 96),)
     for model in ("dev", "klein_base_9b", "klein_base_4b")
-    for storage in (None, "fp8", "nf4")
+    for storage in (None, "fp8", "int8", "nf4")
 ]
 
 
@@ -112,7 +113,7 @@ def main() -> None:
             "what": "training steps with memory as chosen by the planner: one image, rank 16, AdamW; simulated",
             "hardware": "simulated GPU (tests/simulated_gpu)",
             "versions": {"torch": torch.__version__},
-            "runs": {},
+            "runs": json.loads(options.out.read_text())["runs"] if options.only and options.out.exists() else {},
         }
         for number in sorted({capability(case) for case in cases}):
             command = [sys.executable, __file__, "--only", options.only, "--capability", str(number)]

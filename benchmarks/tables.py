@@ -65,7 +65,7 @@ def fits() -> str:
     cards = {size: gpu(None, size) for size in GPU_SIZES}
     rows = []
     for name, title in MODELS.items():
-        for storage in (None, "fp8", "nf4"):
+        for storage in (None, "fp8", "int8", "nf4"):
             cells = []
             for size, card in cards.items():
                 prediction = choose(cached_planner(name, storage, card.fp8 is not None), {}, usable(size), card)
@@ -80,7 +80,7 @@ def simulated() -> str:
     runs = read_result("planner_simulated")["runs"]
     rows = []
     for name, title in MODELS.items():
-        for storage in ("bf16", "fp8", "nf4"):
+        for storage in ("bf16", "fp8", "int8", "nf4"):
             found = [runs[f"{name} {storage} 1024 {size}"].get("GB") for size in GPU_SIZES]
             keys = ("predicted", "simulated", "reserved")
             cells = ["no" if one is None else " / ".join(f"{one[key]:.1f}" for key in keys) for one in found]

@@ -64,7 +64,7 @@ def train() -> list[str]:
         arrow((174, 335), (202, 335)),
         *box(204, 298, 150, STEP, "Noise, timestep", "x_t = (1 - t) x + t e", "train/objective"),
         arrow((354, 335), (382, 335)),
-        *box(384, 298, 130, MODEL, "Transformer", "frozen: fp32, bf16,", "fp8 or nf4"),
+        *box(384, 298, 130, MODEL, "Transformer", "frozen: fp32, bf16,", "fp8, int8 or nf4"),
         *box(514, 298, 110, TRAINED, "Adapter", "trained, float32", "flux2/adapters"),
         arrow((624, 335), (652, 335)),
         *box(654, 298, 130, STEP, "Loss", "distance from e - x", "train/objective"),

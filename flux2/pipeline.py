@@ -302,12 +302,12 @@ def load(
         text_encoder: Repository id or folder of the text encoder, if it is not at `path`, or the address of a server
             (flux2/prompts/remote_client.py); it then takes no memory here.
         device: `cuda`, `cuda:1` or `cpu`; by default the GPU if there is one.
-        precision: `fp32`, `bf16`, `fp8` or `nf4` for the transformer (flux2/quantization/precision.py). By default, and
-            for the text encoder with `fp8` and `nf4`, bf16 on a GPU and fp32 on a CPU.
+        precision: `fp32`, `bf16`, `fp8`, `int8` or `nf4` for the transformer (flux2/quantization/precision.py). By
+            default, and for the text encoder with the last three, bf16 on a GPU and fp32 on a CPU.
         keep_text_encoder: Whether the text encoder stays in memory between calls; by default only for `tiny`.
         offload_blocks: Transformer blocks that stay in host memory and stream to the device: a number, or a share from
             0.0 to 1.0.
-        cache: Folder of quantized copies, which make the next start in `fp8` or `nf4` faster; by default the value of
+        cache: Folder of quantized copies, which make the next start in `fp8`, `int8` or `nf4` faster; by default the value of
             the environment variable FLUX2_CACHE, or none.
         tiled: Whether to decode in stripes, which takes less memory and more time; by default above a megapixel.
         text_storage: `nf4` or `int8` for text encoder layers in 4 or 8 bits; by default the dtype of the rest.

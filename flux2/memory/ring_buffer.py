@@ -70,7 +70,7 @@ class CudaCopier(Copier):
             self.pins = False
             warnings.warn(
                 f"{size / 1e9:.2f} GB of host memory could not be pinned, so blocks stream from ordinary memory: the "
-                "device waits for each copy. Choose a smaller memory.offload_blocks, or precision=fp8 or nf4; in a "
+                "device waits for each copy. Choose a smaller memory.offload_blocks, or precision=int8 or nf4; in a "
                 "container, raise its memory limit.",
                 stacklevel=2,
             )

@@ -31,7 +31,7 @@ def test_a_precision_passes_if_its_mean_lies_within_the_seeds_of_float32():
     assert nearly["nf4"]["subjects_right"]["within_fp32"]
 
 
-def test_every_precision_is_trained_at_every_seed_and_written_with_hardware_and_versions(monkeypatch, tmp_path):
+def test_every_precision_is_trained_at_every_seed_and_written_with_hardware_and_versions(monkeypatch, tmp_path, capsys):
     trained = []
 
     def fake(overrides, folder, cache):
@@ -42,8 +42,15 @@ def test_every_precision_is_trained_at_every_seed_and_written_with_hardware_and_
     out = tmp_path / "results" / "demo.json"
     result = benchmark.main(["--seeds", "2", "--out", str(out), "steps=4"])
     assert json.loads(out.read_text()) == result
-    assert [name for name, _ in trained] == ["fp32_0", "fp8_0", "nf4_0", "fp32_1", "fp8_1", "nf4_1"]
-    assert trained[4][1] == ["precision=fp8", "precision.matmul=fp8", "seed=1", "steps=4"]
+    assert [name for name, _ in trained] == [f"{name}_{seed}" for seed in (0, 1) for name in benchmark.PRECISIONS]
+    assert trained[6] == ("fp8_1", ["precision=fp8", "precision.matmul=fp8", "seed=1", "steps=4"])
     assert result["hardware"]
     assert set(result["versions"]) == {"torch", "bitsandbytes", "peft"}
-    assert [len(runs) for runs in result["runs"].values()] == [2, 2, 2]
+    assert [len(runs) for runs in result["runs"].values()] == [2] * 5
+    trained.clear()
+    again = benchmark.main(["--seeds", "2", "--only", "int8", "--only", "nf4", "--out", str(out), "steps=4"])
+    assert [name for name, _ in trained] == ["int8_0", "nf4_0", "int8_1", "nf4_1"]
+    assert again == result
+    with pytest.raises(SystemExit):
+        benchmark.main(["--seeds", "2", "--only", "int8", "--out", str(out), "steps=5"])
+    assert "steps=4' instead of 'conf/experiment/demo.yaml steps=5'" in capsys.readouterr().err

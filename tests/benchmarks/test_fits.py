@@ -15,7 +15,9 @@ from train.config.memory import Choice
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("storage", ["nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in (None, "fp8"))])
+@pytest.mark.parametrize(
+    "storage", ["nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in (None, "fp8", "int8"))]
+)
 def test_a_case_trains_with_the_chosen_memory_settings(storage):
     case = fits.Case("small", storage, 128, 8)
     planner = fits.make_planner(case.variant, storage, 128, in_fp8=False)

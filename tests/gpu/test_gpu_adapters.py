@@ -20,11 +20,12 @@ PRECISIONS = [
     Precision(),
     Precision(torch.bfloat16),
     Precision(torch.bfloat16, "fp8"),
+    Precision(torch.bfloat16, "int8"),
     Precision(torch.bfloat16, "nf4"),
 ]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32", "bf16", "fp8", "int8", "nf4"])
 @pytest.mark.parametrize(
     "make",
     [

@@ -91,7 +91,7 @@ def streaming(model: Transformer, **options: Any) -> Offloader:
 
 
 @pytest.mark.parametrize("activations", [False, True])
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_streaming_changes_no_loss_and_no_gradient_beyond_rounding(
     policy: str, precision: str, activations: bool
@@ -162,7 +162,7 @@ def test_copies_are_on_a_stream_of_their_own() -> None:
     assert not copies & compute
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8", "nf4"])
 def test_the_device_holds_what_is_resident_and_the_ring_from_loading_on(precision: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(CONFIG).state_dict().items()}

@@ -24,8 +24,9 @@ CUDA = torch.device("cuda")
 def main(storage: str) -> None:
     warnings.simplefilter("ignore")
     config = replace(DEV, double_blocks=1, single_blocks=1)
-    in_fp8 = storage == "fp8" and Precision(torch.bfloat16, "fp8").multiplies_in_8_bits(CUDA)
-    model = empty_transformer(config, make_precision(None if storage == "bf16" else storage, in_fp8), CUDA)
+    stored = None if storage == "bf16" else storage
+    in_8_bits = Precision(torch.bfloat16, stored).multiplies_in_8_bits(CUDA)
+    model = empty_transformer(config, make_precision(stored, in_8_bits), CUDA)
     backends = preferred_backends(None, CUDA)
     set_policy(model, "full", attention=backends)
     adapters.attach(model, rank=16)
@@ -41,7 +42,7 @@ def main(storage: str) -> None:
         attend(*leaves).backward(torch.ones_like(leaves[0]))
     found = {
         "backend": chosen_backend(backends, config.heads, config.head_dim, 4608, CUDA, torch.bfloat16),
-        "in fp8": in_fp8,
+        "in 8 bits": in_8_bits,
         "attention peak": torch.cuda.max_memory_allocated() - before,
     }
     print(json.dumps(found))

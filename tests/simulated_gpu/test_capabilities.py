@@ -20,11 +20,11 @@ def step(capability: int, storage: str, **settings: object) -> dict[str, object]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("storage", ["bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4"])
 def test_a_step_runs_and_its_attention_takes_no_square_of_memory(capability: int, storage: str) -> None:
     found = step(capability, storage)
     assert found["backend"] == ("efficient" if capability == 75 else "cudnn" if capability >= 90 else "flash")
-    assert found["in fp8"] == (storage == "fp8" and capability >= 89)
+    assert found["in 8 bits"] == (storage == "int8" or (storage == "fp8" and capability >= 89))
     square = 48 * 4608**2 * 2  # bytes of one matrix of attention weights in bfloat16
     assert found["attention peak"] < square
 

@@ -43,7 +43,10 @@ def test_a_run_resumes(trained: Path, cache: Path) -> None:
     assert steps(folder) == [3, 4]
 
 
-@pytest.mark.parametrize("options", [[], ["--stream-blocks", "1.0"], ["--precision", "fp8"], ["--precision", "fp32"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--stream-blocks", "1.0"], ["--precision", "fp8"], ["--precision", "int8"], ["--precision", "fp32"]],
+)
 def test_images_are_generated(trained: Path, tmp_path: Path, options: list[str]) -> None:
     out = tmp_path / "a.png"
     run("-m", "flux2.generate", "--model", "tiny", "--adapter", trained / "adapter", "--prompt", "a red cup",
@@ -71,6 +74,7 @@ def test_an_adapter_is_exported_on_the_device(trained: Path, tmp_path: Path) -> 
     [
         ["precision=fp32"],
         ["precision=fp8", "quantized_cache_dir=null"],
+        ["precision=int8", "precision.rotate=true", "quantized_cache_dir=null"],
         ["memory.offload_blocks=1.0", "memory.offload_activations=true"],
         ["memory.checkpointing=selective", "gradient_accumulation=2", "batch_size=2"],
         ["adapter=dora", "optimizer=adafactor"],

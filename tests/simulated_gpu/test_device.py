@@ -7,6 +7,7 @@ import torch
 from simulated_gpu.simulated import device, refusing_after, run
 
 from flux2.quantization.float8 import fp8_product, quantize_rows
+from flux2.quantization.int8 import integer_product
 
 CUDA = torch.device("cuda")
 
@@ -43,8 +44,19 @@ def test_products_check_scales_and_layouts_as_on_a_gpu() -> None:
         torch._scaled_mm(values, weight, scales[:16], one.expand(1, 48).contiguous(), out_dtype=torch.bfloat16)
 
 
+def test_integer_products_check_sizes_as_on_a_gpu() -> None:
+    weight = torch.empty(48, 64, device=CUDA, dtype=torch.int8).t()
+    for count in (1, 16, 17, 40):  # up to 16 rows are padded
+        assert integer_product(torch.empty(count, 64, device=CUDA, dtype=torch.int8), weight).shape == (count, 48)
+    with pytest.raises(RuntimeError, match="greater than 16"):
+        torch._int_mm(torch.empty(16, 64, device=CUDA, dtype=torch.int8), weight)
+    with pytest.raises(RuntimeError, match="multiple of 8"):
+        integer_product(torch.empty(40, 60, device=CUDA, dtype=torch.int8), weight[:60])
+
+
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
 def test_a_device_is_what_the_environment_says(capability: int) -> None:
     said = run("-m", "flux2.doctor", capability=capability, gb=12, count=2, name="Card")
     assert said.count(f"Card, compute capability {capability // 10}.{capability % 10}") == 2
     assert ("no FP8 products" in said) == (capability < 89)
+    assert "no INT8 products" not in said

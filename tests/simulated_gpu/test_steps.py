@@ -81,7 +81,7 @@ def steps(model: nn.Module, config: TransformerConfig, count: int = 2, side: int
 
 @pytest.mark.parametrize("blocks", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("inputs", [False, True])
-@pytest.mark.parametrize("storage", [None, "fp8", "nf4"])
+@pytest.mark.parametrize("storage", [None, "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_step_of_every_kind_has_its_tensors_in_their_places(
     policy: str, storage: Storage | None, inputs: bool, blocks: float
@@ -96,7 +96,7 @@ def test_a_step_of_every_kind_has_its_tensors_in_their_places(
         assert parameter.is_cuda != waits, name
 
 
-@pytest.mark.parametrize("storage", [None, "fp8", "nf4"])
+@pytest.mark.parametrize("storage", [None, "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("kind", ["dora", "lokr", "loha", "oft"])
 @pytest.mark.parametrize("name", ["klein_base_4b", "klein_base_9b"])
 def test_adapters_of_every_type_train_on_every_storage(name: str, kind: str, storage: Storage | None) -> None:
@@ -106,7 +106,7 @@ def test_adapters_of_every_type_train_on_every_storage(name: str, kind: str, sto
 
 
 def test_layers_are_stored_as_asked() -> None:
-    for storage in ("fp8", "nf4"):
+    for storage in ("fp8", "int8", "nf4"):
         model = make(SHALLOW["klein_base_4b"], storage, "full", ATTACH["lora"], 0.0, False)
         kinds = {module.kind for module in model.modules() if isinstance(module, QuantizedLinear)}
         assert kinds == {storage}

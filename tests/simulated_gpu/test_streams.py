@@ -24,7 +24,7 @@ def races(*case: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("storage", ["bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4"])
 def test_streaming_and_offloading_have_no_race(storage: str) -> None:
     for line in races(storage, *POLICIES).splitlines():
         assert line.endswith("no race"), line

@@ -93,7 +93,7 @@ class Planner:
 
     @cached_property
     def has_layouts(self) -> bool:
-        """Whether layers multiply gradients in FP8, so that transposed weights can be cached."""
+        """Whether layers multiply gradients in 8 bits, so that transposed weights can be cached."""
         return set_transposed_cache(self.job.model, enabled=False) > 0
 
     def _cost(self, policy: str, block: nn.Module, both: bool) -> Cost:

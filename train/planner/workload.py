@@ -36,7 +36,7 @@ class Workload:
     class_pixels: tuple[int, int] | None = None  # of the class images that the base generates before training
     validates: bool = False  # whether a validation loss is computed
     on_gpu: bool = True  # otherwise everything is in host memory
-    storage: str | None = None  # of the quantized layers: fp8, nf4, or None
+    storage: str | None = None  # of the quantized layers: fp8, int8, nf4, or None
     compiled: bool = False  # whether blocks are compiled; memory is counted as if they were not
     usual: bool = True  # whether the run has the precision and attention of the benchmarks and no preservation
     text_sizes: Mapping[str, int] = field(default_factory=dict)

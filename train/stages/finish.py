@@ -47,7 +47,7 @@ def write_card(config: RunConfig, folder: Path, samples: int) -> None:
         samples=samples,
         images=config.images_per_step,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        precision=config.precision.name,
+        precision=config.precision.recipe,
         prompts=config.sample.prompts,
         edits=bool(config.sample.files),
         overrides=list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None,
