@@ -307,8 +307,8 @@ def load(
         keep_text_encoder: Whether the text encoder stays in memory between calls; by default only for `tiny`.
         offload_blocks: Transformer blocks that stay in host memory and stream to the device: a number, or a share from
             0.0 to 1.0.
-        cache: Folder of quantized copies, which make the next start in `fp8`, `int8` or `nf4` faster; by default the value of
-            the environment variable FLUX2_CACHE, or none.
+        cache: Folder of quantized copies, which make the next start in `fp8`, `int8` or `nf4` faster; by default the
+            value of the environment variable FLUX2_CACHE, or none.
         tiled: Whether to decode in stripes, which takes less memory and more time; by default above a megapixel.
         text_storage: `nf4` or `int8` for text encoder layers in 4 or 8 bits; by default the dtype of the rest.
         embeddings: File written by `Pipeline.save_embeddings`. Only its prompts can be used; no text encoder is loaded.

@@ -1,6 +1,7 @@
 """Products with frozen weights that save as little as possible for the backward and form no weight gradient.
 
-A frozen linear may store its weight in any form (float, FP8, INT8, NF4). Training needs two products of it, with W (out, in):
+A frozen linear may store its weight in any form (float, FP8, INT8, NF4). Training needs two products of it, with W
+(out, in):
 
     product(linear, x)          = x W^T     the forward
     input_gradient(linear, dy)  = dy W      the backward

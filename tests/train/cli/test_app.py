@@ -121,7 +121,7 @@ def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(mistake, sa
     [
         ("precision=fp8 precision.matmul=fast", "precision.matmul=fast ... auto, fp8"),
         ("precision=fp8 precision.rowwise=some", "precision.rowwise=some ... true ... false"),
-        ("precision=fp8 precision.storage=int4", "precision.storage=int4 ... null, fp8, nf4"),
+        ("precision=fp8 precision.storage=int4", "precision.storage=int4 ... null, fp8, int8, nf4"),
         ("precision=nf4 precision.layers=[linear9]", "precision.layers ... linear9"),
         ("precision=nf4 precision.layers=[]", "precision.layers ... empty"),
         ("precision=nf4 +precision.rowwise=true", "precision.rowwise=True ... precision.storage=nf4"),
@@ -133,10 +133,20 @@ def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(mistake, sa
             "precision=fp8 memory.cache_transposed_weights=true precision.backward=bf16",
             "memory.cache_transposed_weights=true ... precision.backward=bf16",
         ),
+        (
+            "precision=int8 memory.cache_transposed_weights=true precision.matmul=dequantized",
+            "memory.cache_transposed_weights=true ... precision.matmul=dequantized",
+        ),
+        ("precision=int8 precision.matmul=fp8", "precision.matmul='fp8' ... auto, int8, dequantized"),
+        ("precision=int8 precision.backward=fp8", "precision.backward='fp8' ... int8, bf16"),
+        ("precision=fp8 precision.rotate=true", "precision.rotate=true ... not a setting"),
+        ("precision=fp8 +precision.rotate=true", "precision.rotate=true ... precision.storage=fp8 ... precision=int8"),
+        ("precision=nf4 +precision.rotate=true", "precision.rotate=True ... precision.storage=nf4"),
+        ("precision=int8 +precision.rowwise=true", "precision.rowwise=true ... precision.storage=int8"),
         ("memory.cache_transposed_weights=1", "memory.cache_transposed_weights=1 ... true ... false"),
         ("+precision.backward=bf16", "precision.backward=bf16 ... precision.storage=None"),
         ("precision=nf4 precision.rowwise=true", "precision.rowwise=true ... not a setting"),
-        ("precision=int4", "precision=int4 ... auto, bf16, fp32, fp8, nf4"),
+        ("precision=int4", "precision=int4 ... auto, bf16, fp32, fp8, int8, nf4"),
     ],
 )
 def test_a_precision_that_cannot_be_is_refused_before_anything_is_loaded(mistake, said):
