@@ -146,7 +146,8 @@ def test_a_mistyped_value_is_named_with_its_key_and_what_is_accepted(mistake, sa
         ("memory.cache_transposed_weights=1", "memory.cache_transposed_weights=1 ... true ... false"),
         ("+precision.backward=bf16", "precision.backward=bf16 ... precision.storage=None"),
         ("precision=nf4 precision.rowwise=true", "precision.rowwise=true ... not a setting"),
-        ("precision=int4", "precision=int4 ... auto, bf16, fp32, fp8, int8, nf4"),
+        ("precision=half", "precision=half ... auto, bf16, fp32, fp8, int8, nf4"),
+        ("precision=int4", "precision=int4 ... did you mean int8"),
     ],
 )
 def test_a_precision_that_cannot_be_is_refused_before_anything_is_loaded(mistake, said):
