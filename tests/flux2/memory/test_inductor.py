@@ -44,7 +44,7 @@ def step(model: Transformer, autocast: bool = False, **inputs: Any) -> list[torc
 
 @pytest.mark.parametrize(
     ("precision", "policy", "doubles"),
-    [(precision, policy, 0) for precision in ("fp32", "fp8", "nf4") for policy in ("none", "full", "selective")]
+    [(precision, policy, 0) for precision in ("fp32", "fp8", "int8", "nf4") for policy in ("none", "full", "selective")]
     + [("fp32", "full", 2), ("nf4", "selective", 2)],
 )
 def test_the_gradients_are_those_of_uncompiled_blocks(precision: str, policy: str, doubles: int) -> None:
