@@ -160,7 +160,8 @@ class Folder(Source):
                     yield Bad(
                         path,
                         f"has no caption and, by its name, belongs to {os.path.basename(partner)}. References are the "
-                        "column references of metadata.jsonl, or a folder (dataset=pairs); masks are dataset.mask",
+                        "column references of metadata.jsonl, or a folder (dataset=pairs); masks are dataset.mask. "
+                        "Rename it if it is an image of its own",
                     )
                 elif self._prompt is None and not texts:
                     yield Bad(path, f"has no caption: write {stem}.txt or metadata.jsonl{INSTEAD}")
@@ -170,7 +171,10 @@ class Folder(Source):
                     sample = Sample(file_picture(path), (), mask=file_picture(mask[0]) if mask else None)
                     yield _with_caption(sample, self._prompt, texts)
         self._note_captions(found.texts, found.lone_texts)
-        self._note_unused(f"{OTHER_FILES}, or {' or '.join(METADATA)}", *found.unread)
+        instead = (
+            f"{OTHER_FILES}, or {' or '.join(METADATA)}" if self._prompt is None else f"files that may hold {REPLACED}"
+        )
+        self._note_unused(instead, *found.unread)
         if folder != self.path and found.pictures and REPEATS.fullmatch(folder.name):
             self._note_unused(
                 "numbers in names of folders, which kohya's scripts read as repeats. To repeat images, make each "
@@ -317,7 +321,8 @@ class Pairs(Source):
         listings = [list_files(self.path), found, *references]
         metadata = dict.fromkeys(path for files in listings for path in files.metadata)
         self._note_unused("metadata, which dataset=folder reads, with references in its column references", *metadata)
-        self._note_unused(OTHER_FILES, *dict.fromkeys(path for files in listings for path in files.unread))
+        unread = dict.fromkeys(path for files in listings for path in files.unread)
+        self._note_unused(OTHER_FILES if self._prompt is None else f"files that may hold {REPLACED}", *unread)
         self._note_unused(
             "masks without an image of their name", *(masked[stem][0] for stem in masked.keys() - targets)
         )

@@ -20,6 +20,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9_-][\w.-]*(/[\w.-]+)?")
 KINDS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 DESCRIPTIONS = ("metadata.jsonl", "metadata.csv", "dataset_infos.json", "dataset_info.json")  # no tables themselves
 # only an empty cell of a CSV is null, and not a caption such as None, NA or nan, as pandas has it
+CSV_DEFAULTS: dict[str, Any] = {"sep": ",", "delimiter": None, "names": None, "header": "infer", "skiprows": None}
 CSV_TEXTS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 ENDINGS = f"{', '.join(KINDS)} file"
 
@@ -60,7 +61,10 @@ def open_table(
             place, settings, files = (str(local),), {}, table_files(local)
             if local.is_file():
                 place, settings = (KINDS[local.suffix],), {"data_files": str(local)}
-            is_csv = datasets.load_dataset_builder(*place, **settings).info.builder_name == "csv"
+            builder = datasets.load_dataset_builder(*place, **settings)
+            is_csv = builder.info.builder_name == "csv"
+            if any(getattr(builder.config, key, default) != default for key, default in CSV_DEFAULTS.items()):
+                files = []  # the folder's README says how its tables are to be read
         settings |= {"split": split, "streaming": streaming}
         table = datasets.load_dataset(*place, **settings, **(CSV_TEXTS if is_csv else {}))
         if table.info.builder_name == "csv":

@@ -187,21 +187,19 @@ def format_notes(folder: Path) -> str:
 def find(path: str | Path) -> Path:
     """Return what to load for `path`: a safetensors file, or a PEFT folder, possibly inside a run or checkpoint.
 
-    A run stands for its adapter, or its newest checkpoint; if it has not ended, for the one that was written last,
-    because the adapter may be from before the run was made longer. A folder of diffusers stands for its
-    pytorch_lora_weights.safetensors.
+    A run stands for its adapter, or its newest checkpoint, also if it has not ended and its adapter is older, from
+    before it was made longer. A folder of diffusers stands for its pytorch_lora_weights.safetensors.
     """
     place = user_path(path)
     if place.is_file():  # PEFT's file is of no use without the configuration next to it
         return place.parent if place.name == PEFT_FILE else place
     steps = [step for step in place.glob("checkpoints/step_*") if CHECKPOINT.fullmatch(step.name)]
     saved = [step / "adapter" for step in sorted(steps, key=lambda step: int(step.name[5:]), reverse=True)]
-    in_run = [folder for folder in (place / "adapter", *saved) if (folder / PEFT_FILE).exists()]
-    if (place / UNFINISHED_FILE).exists():
-        in_run.sort(key=lambda folder: (folder / PEFT_FILE).stat().st_mtime_ns, reverse=True)
-    for folder in (place, *in_run):
-        if (folder / PEFT_FILE).exists():
-            return folder
+    found = [folder for folder in (place, place / "adapter", *saved) if (folder / PEFT_FILE).exists()]
+    if (place / UNFINISHED_FILE).exists() and found[:1] == [place / "adapter"] and len(found) > 1:
+        return max(found[:2], key=lambda folder: (folder / PEFT_FILE).stat().st_mtime_ns)
+    if found:
+        return found[0]
     if (place / DIFFUSERS_FOLDER_FILE).is_file():
         return place / DIFFUSERS_FOLDER_FILE
     what = "no adapter was found in this folder" if place.exists() else "does not exist"

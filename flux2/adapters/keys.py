@@ -22,7 +22,7 @@ from flux2.weights.key_names import transformer_module
 TENSORS = 20_000  # in a file; an adapter of every layer of the largest model has at most 1,500
 KEY_LENGTH = 400
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
-DOTTED = r"(?:(?:base_model|model|diffusion_model|transformer|module|_orig_mod)\.)*"
+DOTTED = r"(?:(?:base_model|model|diffusion_model|transformer)\.)*"
 UNDERSCORES = ("lora_unet_", "lora_transformer_", "lycoris_")
 FAMILIES = {  # prefixes, and the program they belong to; others are named as they are
     "": "no prefix",
@@ -189,7 +189,6 @@ def parse(state: Mapping[str, Tensor], model: nn.Module) -> list[FileLayer]:
     unknown = []
     for key, match in matches.items():
         name = re.sub(r"^sformer_blocks\.", "transformer_blocks.", match["layer"])  # as some exports cut the prefix
-        name = name.replace("._orig_mod.", ".")  # of blocks that were compiled
         if name.replace(".", "_") not in places:
             unknown.append(match["prefix"] + name if match["prefix"].endswith("_") else name)
             continue

@@ -28,6 +28,7 @@ from flux2.utils.text import listed
 log = logging.getLogger(__name__)
 PEFT_CONFIG = "adapter_config.json"
 HEADER = "lora_adapter_metadata"  # key of a file's header under which diffusers writes the configuration
+WRAPPERS = re.compile(r"(^\^?|\\?\.)(?:_orig_mod|module)\\?\.")
 LIMIT = 1 << 20  # bytes of a configuration
 PATTERNS = 4096  # entries of rank_pattern or alpha_pattern
 PATTERN_LENGTH = 500
@@ -97,6 +98,13 @@ def load_table(raw: bytes, where: str) -> dict[str, Any]:
     return values
 
 
+def unwrapped(name: str) -> str:
+    """Return a name, or a pattern of names, without what compiled and parallel models add: `_orig_mod.`, `module.`."""
+    while name != (name := WRAPPERS.sub(r"\1", name)):
+        pass
+    return name
+
+
 def parse_config(raw: bytes, where: str) -> peft.PeftConfig:
     return config_from(load_table(raw, where), where)
 
@@ -107,6 +115,9 @@ def config_from(values: dict[str, Any], where: str) -> peft.PeftConfig:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # of other versions of PEFT
             settings = {key: value for key, value in values.items() if key != "runtime_config"}
+            for key in ("rank_pattern", "alpha_pattern"):
+                if isinstance(pattern := settings.get(key), dict):
+                    settings[key] = {unwrapped(name): value for name, value in pattern.items()}
             config = peft.PeftConfig.from_peft_type(**({"peft_type": "LORA"} | settings))
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, RecursionError) as error:
         raise ValueError(f"{where} cannot be read by PEFT {peft.__version__} ({error!r:.300})") from error

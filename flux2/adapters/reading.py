@@ -92,7 +92,7 @@ def read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             check_keys(keys)
             if not place.is_dir():  # before anything is read: it may be a whole model. Folders have a configuration
                 check_known(keys)
-            state = {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
+            state = {peft_config.unwrapped(key.removeprefix(prefix)): opened.get_tensor(key) for key in keys}
             metadata = opened.metadata() or {}
             if COMFY_DORA in metadata:
                 raise AdapterError(
@@ -105,7 +105,7 @@ def read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise unreadable(file, error) from error
     verify(file)
     if len(state) < len(keys):
-        raise AdapterError(f"adapter {file}: it has keys both with and without {prefix}")
+        raise AdapterError(f"adapter {file}: some of its keys differ in nothing but a prefix such as {PREFIX}")
     return state, metadata
 
 

@@ -201,7 +201,7 @@ def fingerprint(source: ModelSource, part: Part) -> str:
 def digest_of_files(source: ModelSource, part: Part) -> str:
     """Return a digest of the part's files. Raises WeightsError if there are none."""
     single = source.file(part)
-    files = [single] if single else sorted(file for file in source.folder(part).glob("*.*") if file.is_file())
+    files = [single] if single else sorted(file for file in source.folder(part).glob("[!.]*.*") if file.is_file())
     if not any(file.suffix == ".safetensors" for file in files) and part != "tokenizer":
         raise WeightsError(f"{source.folder(part)} holds no .safetensors file")
     if not files:

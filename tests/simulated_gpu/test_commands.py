@@ -43,6 +43,23 @@ def test_a_run_resumes(trained: Path, cache: Path) -> None:
     assert steps(folder) == [3, 4]
 
 
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_blocks_are_compiled_for_every_generation(capability: int, cache: Path, tmp_path: Path) -> None:
+    """By Triton, whose compiler is the real one."""
+    where = f"output_dir={tmp_path}/run", f"cache_dir={cache}"
+    said = run(
+        *DEBUG, "memory.compile=true", *where, capability=capability, TORCHINDUCTOR_CACHE_DIR=tmp_path / "compiled"
+    )
+    assert "uncompiled" not in said
+    assert list((tmp_path / "compiled").rglob("*.cubin"))
+    assert steps(tmp_path / "run") == [1, 2]
+
+
+def test_a_short_run_is_not_worth_compiling(cache: Path, tmp_path: Path) -> None:
+    said = run(*DEBUG, "memory.compile=auto", f"output_dir={tmp_path}/run", f"cache_dir={cache}")
+    assert "memory.compile=false: 2 steps are predicted to be 0 s shorter" in said
+
+
 @pytest.mark.parametrize(
     "options",
     [[], ["--stream-blocks", "1.0"], ["--precision", "fp8"], ["--precision", "int8"], ["--precision", "fp32"]],

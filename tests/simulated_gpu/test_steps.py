@@ -105,6 +105,26 @@ def test_adapters_of_every_type_train_on_every_storage(name: str, kind: str, sto
     steps(model, config, 1, side=32)
 
 
+@pytest.mark.parametrize("storage", [None, "fp8", "int8", "nf4"])
+@pytest.mark.parametrize("policy", ["full", "selective", "none"])
+def test_compiled_blocks_take_no_more_memory(policy: str, storage: Storage | None) -> None:
+    """Most of what they would: weights that are dequantized or transposed in the forward and kept for the backward."""
+    config, peaks = SHALLOW["klein_base_4b"], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._C._cuda_clearCublasWorkspaces()
+        model = make(config, storage, policy, ATTACH["lora"], 0.0, False)
+        set_policy(model, policy, compile=compiled)
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        steps(model, config, 1)
+        torch.cuda.reset_peak_memory_stats()
+        steps(model, config, 1)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del model
+    assert peaks[1] < 1.02 * peaks[0]
+
+
 def test_layers_are_stored_as_asked() -> None:
     for storage in ("fp8", "int8", "nf4"):
         model = make(SHALLOW["klein_base_4b"], storage, "full", ATTACH["lora"], 0.0, False)

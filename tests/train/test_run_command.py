@@ -83,16 +83,16 @@ def test_a_library_that_is_not_used_is_refused_before_it_is_imported(monkeypatch
 
 def test_settings_of_the_launcher_that_have_no_effect_are_named(monkeypatch, capfd):
     for name, off, value, said in (
-        ("MIXED_PRECISION", "no", "bf16", "precision=bf16"),
+        ("MIXED_PRECISION", "no", "bf16", "precision"),
         ("GRADIENT_ACCUMULATION_STEPS", "1", "4", "gradient_accumulation"),
-        ("DYNAMO_BACKEND", "NO", "INDUCTOR", "memory.compile=true"),
+        ("DYNAMO_BACKEND", "NO", "INDUCTOR", "memory.compile"),
     ):
         monkeypatch.setenv(f"ACCELERATE_{name}", off)
         make_accelerator("cpu")
         assert capfd.readouterr().err == ""
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
         accelerator = make_accelerator("cpu")
-        said = f"warning: {name.lower()}={value} of accelerate launch has no effect: it is set by {said}"
+        said = f"warning: {name.lower()}={value} of accelerate has no effect: {said} decides"
         assert said in capfd.readouterr().err
         assert accelerator.state.dynamo_plugin.backend == DynamoBackend.NO
         monkeypatch.delenv(f"ACCELERATE_{name}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from data.files import user_path
 from flux2.adapters.files import PEFT_FILE, UNFINISHED_FILE
+from flux2.utils.text import listed
 from train.checkpoints.checkpoint import (
     CONFIG_FILE,
     STATE_FILE,
@@ -124,9 +125,14 @@ class NewRun:
     say: Callable[[str], None]  # receives what was skipped, and why, and whether `auto` starts a new run
 
     @property
-    def occupied(self) -> bool:
-        """Whether the chosen folder already holds a run, or a part of one that this run would replace."""
-        return self.chosen and any((self.folder / name).exists() for name in OF_A_RUN)
+    def occupied(self) -> str:
+        """What the chosen folder already holds of a run, which this run would replace; empty if nothing."""
+        places = [self.folder / name for name in OF_A_RUN] if self.chosen else []
+        return listed([place.name for place in places if place.is_file() or (place.is_dir() and any(place.iterdir()))])
+
+    @property
+    def can_continue(self) -> bool:
+        return (self.folder / CONFIG_FILE).exists() or bool(checkpoints(self.folder))
 
     def conflicts(self, folder: Path, start: Path | None, *, moved: bool = True) -> str:
         """Return the differences that prevent resuming the run in `folder` from `start`; empty if there are none.
@@ -160,12 +166,18 @@ def find(resume: str | None, new: NewRun) -> RunLocation:
         raise InUse(IN_USE.format(new.folder))
     if resume is None:
         if new.occupied:
+            or_resume = ", or resume with resume=auto" if new.can_continue else ""
             raise ValueError(
-                f"output_dir={str(new.folder)!r} already holds a run. Choose another folder, or resume with resume=auto"
+                f"output_dir={str(new.folder)!r} already holds a run ({new.occupied}). Choose another folder{or_resume}"
             )
         return RunLocation(new.folder)
     if resume != "auto":
         return from_path(resume, new)
+    if new.occupied and not new.can_continue:
+        raise ValueError(
+            f"output_dir={str(new.folder)!r} holds parts of a run that cannot be resumed ({new.occupied}) and would be "
+            "overwritten. Move them, or choose another folder"
+        )
     if new.occupied:
         return continue_in_folder(new)
     return new.start_new() if new.chosen else find_unfinished(new)

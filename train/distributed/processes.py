@@ -41,12 +41,12 @@ def check_launcher(environment: Mapping[str, str]) -> None:
     if environment.get("LOCAL_RANK", "0") != "0":
         return
     for name, off, key in (
-        ("MIXED_PRECISION", "no", "precision=bf16"),
+        ("MIXED_PRECISION", "no", "precision"),
         ("GRADIENT_ACCUMULATION_STEPS", "1", "gradient_accumulation"),
-        ("DYNAMO_BACKEND", "no", "memory.compile=true"),
+        ("DYNAMO_BACKEND", "no", "memory.compile"),
     ):
         if (value := environment.get(f"ACCELERATE_{name}", off)).lower() != off:
-            warn(f"{name.lower()}={value} of accelerate launch has no effect: it is set by {key}")
+            warn(f"{name.lower()}={value} of accelerate has no effect: {key} decides")
 
 
 def make_accelerator(device: str | None) -> Accelerator:

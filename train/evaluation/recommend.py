@@ -21,7 +21,7 @@ T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 MAX_ROWS = 10
 FEW_SAMPLES, FEW_STEPS = 4, 3  # with fewer, the lowest loss may well be chance
 RISEN = 1.25  # training loss at the end divided by that at the start, from which on a run diverged
-EXPLODED = 10  # the same against the lowest of the start: a run can diverge within it
+EXPLODED = 2  # the lowest training loss at the end divided by the first two: a run can diverge within its start
 LOWER = "A lower optimizer.lr may help"
 HELD_OUT = "validation.held_out=4 sets 4 samples aside (in a new run)"
 
@@ -144,11 +144,11 @@ def training_rise(folder: Path) -> str:
     losses = [value for _, value in series(read_metrics(folder), "loss")]
     if len(losses) < 2 * LAST_LOSSES:
         return ""
-    first, last, lowest = fmean(losses[:LAST_LOSSES]), fmean(losses[-LAST_LOSSES:]), min(losses[:LAST_LOSSES])
+    first, last, before = fmean(losses[:LAST_LOSSES]), fmean(losses[-LAST_LOSSES:]), max(losses[:2])
     if last > RISEN * first:
         return f"the training loss rose: from {first:.4g} to {last:.4g}, means of {LAST_LOSSES} logged steps"
-    if last > EXPLODED * lowest:
-        return f"the training loss rose early: from {lowest:.4g} to {last:.4g}, mean of {LAST_LOSSES} logged steps"
+    if last > first and min(losses[-LAST_LOSSES:]) > EXPLODED * before:
+        return f"the training loss rose early: from {before:.4g} to {last:.4g}, mean of {LAST_LOSSES} logged steps"
     return ""
 
 

@@ -104,7 +104,7 @@ def check_settings(make: MakeOptimizer) -> None:
 
 def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
     """Return warnings about optimizer and schedule settings that are valid but probably unintended."""
-    warnings = unusual_rate(make) or unusual_effects(settings_of(make), steps)
+    warnings = unusual_rate(make) or unusual_effects(make, steps)
     if not isinstance(schedule, Constant):
         return warnings
     warmup, after = schedule.warmup(steps), steps - schedule.warmup(steps)
@@ -137,10 +137,12 @@ def unusual_rate(make: MakeOptimizer) -> list[str]:
     return [f"optimizer.lr={rate:g} is far {side} the usual rates of {name} ({low:g} to {high:g}): {effect}{hint}"]
 
 
-def unusual_effects(settings: dict[str, Any], steps: int) -> list[str]:
+def unusual_effects(make: MakeOptimizer, steps: int) -> list[str]:
     """Return warnings about settings with which an optimizer updates little, or undoes its updates."""
+    settings, name = settings_of(make), getattr(getattr(make, "func", make), "__name__", "")
     warnings, shrinking = [], (settings.get("lr") or 0) * (settings.get("weight_decay") or 0)
-    if shrinking >= MOST_SHRINKING:
+    # Prodigy multiplies the rate by its estimate, and Adam adds the decay to the gradient
+    if shrinking >= MOST_SHRINKING and name not in ("Prodigy", "Adam"):
         warnings.append(
             f"optimizer.weight_decay={settings['weight_decay']:g} times optimizer.lr={settings['lr']:g} takes "
             f"{min(shrinking, 1):.0%} of the weights away in each step: little or nothing is learned"

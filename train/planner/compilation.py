@@ -30,6 +30,8 @@ def compiles(config: RunConfig, shapes: int) -> tuple[bool, str]:
         return False, "only on a GPU is compiled code predicted to be faster"
     if config.processes.sharded:
         return False, "a sharded base is not compiled"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False, "PyTorch compiles no bfloat16 for GPUs below compute capability 8.0"
     if missing := missing_tools():
         return False, f"{missing} is not installed"
     planner = Planner(workload_of(config, on_gpu=True))

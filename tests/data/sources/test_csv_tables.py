@@ -8,6 +8,7 @@ from data_helpers import COLORS, keep_caches_in, square, write
 
 from data.sources.base import BadData
 from data.sources.captions import Captions
+from data.sources.open_table import open_table
 from data.sources.tables import HuggingFace
 
 WORDS = ["NA", "None", "null", "nan", "N/A", "#N/A", "NULL", "NaN", "<NA>"]
@@ -94,3 +95,14 @@ def test_what_only_looks_like_it_is_read(tmp_path: Path) -> None:
     text = '\ufeff\n \nimage,caption,v1,v1.1\n\n"red.png","a dog, ""sitting""\non a bed",1,2\nlime.png,short\n'
     samples = HuggingFace(csv_file(tmp_path, text))
     assert [sample.caption for sample in samples] == ['a dog, "sitting"\non a bed', "short"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [("sep: ';'", "image;text\nx.png;a, b\n"), ("names: [image, text]", "x.png,a\nx.png,a\n")],
+)
+def test_a_table_is_read_as_its_readme_says(settings: str, text: str, tmp_path: Path) -> None:
+    configs = f"configs:\n- config_name: default\n  data_files: a.csv\n  {settings}\n"
+    (tmp_path / "README.md").write_text(f"---\n{configs}---\n")
+    (tmp_path / "a.csv").write_text(text)
+    assert open_table(str(tmp_path), "train", None, None).column_names == ["image", "text"]

@@ -1,6 +1,8 @@
 """Saved LoRAs in the forms that PEFT, diffusers and ComfyUI read alike, at their ranks, alphas and scales."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import helpers
 import peft
 import pytest
 import torch
-from adapter_helpers import EVERY, fresh, merged, predict, trained
+from adapter_helpers import EVERY, attached, base, fresh, merged, predict, stirred, trained
 from diffusers import Flux2Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +20,7 @@ from flux2.adapters import files as adapter_files
 from flux2.adapters.files import layer_pairs
 from flux2.adapters.formats import to_comfyui, to_diffusers
 from flux2.adapters.loading import attach_pairs
-from flux2.adapters.reading import from_state
+from flux2.adapters.reading import PREFIX, from_state
 from flux2.layers.selection import BLOCK_LINEARS
 
 
@@ -233,3 +235,39 @@ def test_scale_zero_is_the_base(tmp_path: Path) -> None:
     model = fresh()
     adapters.load(model, tmp_path, scale=0.0)
     assert torch.equal(predict(model), predict(fresh()))
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "module.": lambda name: f"module.{name}",
+    "_orig_mod.": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "each block": lambda name: re.sub(r"(blocks\.\d+)", r"\1._orig_mod", name),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "oft"])
+def test_names_of_compiled_and_parallel_models_are_those_of_the_model(kind: str, wrap: str, tmp_path: Path) -> None:
+    """Also in the patterns of ranks and alphas, which would match nothing, escaped or not."""
+    model, rename = base(), WRAPPED[wrap]
+    adapters.save(stirred(attached(kind, model)), tmp_path / "plain", base="small")
+    config = json.loads((tmp_path / "plain/adapter_config.json").read_text())
+    state = load_file(tmp_path / "plain/adapter_model.safetensors")
+    layer = "single_blocks.0.linear1"
+    assert any(layer in key for key in state)
+    if kind != "oft":
+        config["alpha_pattern"] = {layer: 32}
+    (tmp_path / "plain/adapter_config.json").write_text(json.dumps(config))
+    for escaped in (False, True):
+        folder = tmp_path / f"wrapped{escaped}"
+        folder.mkdir()
+        if kind != "oft":
+            named = rename(layer)
+            config["alpha_pattern"] = {re.escape(named) if escaped else named: 32}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        renamed = {f"{PREFIX}{rename(key.removeprefix(PREFIX))}": tensor for key, tensor in state.items()}
+        save_file(renamed, folder / "adapter_model.safetensors")
+        plain, wrapped = base(), base()
+        adapters.load(plain, tmp_path / "plain")
+        adapters.load(wrapped, folder)
+        assert torch.equal(predict(wrapped), predict(plain))

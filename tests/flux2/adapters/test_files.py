@@ -168,6 +168,9 @@ def test_an_unfinished_run_gives_what_it_wrote_last(tmp_path: Path) -> None:
     assert adapters.find(tmp_path) == places[2]
     os.utime(tmp_path / "adapter/adapter_model.safetensors", (9, 9))  # stopped between the adapter and the report
     assert adapters.find(tmp_path) == tmp_path / "adapter"
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    os.utime(places[0] / "adapter_model.safetensors", (99, 99))  # of a copy: steps count, not times
+    assert adapters.find(tmp_path) == places[2]
 
 
 def test_nothing_to_load_is_an_error_that_says_what_can_be_given(tmp_path: Path) -> None:

@@ -96,14 +96,6 @@ def test_kohyas_keys_with_diffusers_names_are_read_too() -> None:
         assert all(torch.equal(back[layer].b, pair.b) for layer, pair in pairs.items())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "transformer._orig_mod.", "base_model.model.module."])
-def test_wrappers_around_the_model_and_its_blocks_are_no_part_of_a_name(prefix: str) -> None:
-    (pair,) = random_pairs(layers=[QKV], rank=2).values()
-    for name in (QKV, QKV.replace("1.", "1._orig_mod.")):
-        state = {f"{prefix}{name}.lora_A.weight": pair.a, f"{prefix}{name}.lora_B.weight": pair.b}
-        assert torch.equal(from_state(state, fresh())[QKV].b, pair.b)
-
-
 @pytest.mark.parametrize("alpha", [torch.tensor(True), torch.tensor(1 + 1j)])
 def test_an_alpha_that_is_no_number_is_refused(alpha: Tensor) -> None:
     with pytest.raises(AdapterError, match=r"alpha has dtype"):

@@ -82,3 +82,13 @@ def test_nothing_new_writes_nothing_and_without_a_file_nothing_is_known(tmp_path
     nowhere.set("a", "b")
     nowhere.save()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hidden_files_are_no_part_of_a_model(tmp_path: Path) -> None:
+    shutil.copytree(TINY_FOLDER, tmp_path / "model")
+    source = model_source("tiny", str(tmp_path / "model"))
+    before = fingerprint(source, "transformer")
+    (tmp_path / "model/transformer/.DS_Store").write_bytes(b"x")
+    assert fingerprint(source, "transformer") == before
+    (tmp_path / "model/transformer/more.json").write_bytes(b"{}")
+    assert fingerprint(source, "transformer") != before

@@ -21,13 +21,21 @@ def test_a_new_run_into_the_folder_of_another_is_refused(tmp_path):
         look(None, tmp_path / "run", chosen=True)
 
 
-@pytest.mark.parametrize("name", ["adapter", "samples", "report.html", "data.json", "validation.jsonl"])
+@pytest.mark.parametrize("name", ["adapter", "samples", "checkpoints", "report.html", "data.json", "validation.jsonl"])
 def test_a_part_of_a_run_is_not_written_over(tmp_path, name):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / name).touch()
+    place = tmp_path / "x" / name
+    place.mkdir(parents=True)
     for resume in (None, "auto"):
-        with pytest.raises(ValueError, match="output_dir"):
-            look(resume, tmp_path / "x", chosen=True)
+        assert look(resume, tmp_path / "x", chosen=True).checkpoint is None  # an empty folder is none
+    if place.suffix:
+        place.rmdir()
+        place.touch()
+    else:
+        (place / "file").touch()
+    with pytest.raises(ValueError, match=rf"already holds a run \({name}\)\. Choose another folder$"):
+        look(None, tmp_path / "x", chosen=True)
+    with pytest.raises(ValueError, match=rf"cannot be resumed \({name}\).*Move them"):
+        look("auto", tmp_path / "x", chosen=True)
 
 
 def test_a_run_folder_goes_on_from_its_newest_checkpoint(tmp_path):

@@ -33,15 +33,18 @@ def test_a_configuration_that_is_none_is_named_and_not_compared(tmp_path, text):
         assert len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl"])
-def test_a_run_without_its_configuration_is_not_written_over(tmp_path, left):
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [("checkpoints", r"resume=auto.*config\.yaml"), ("metrics.jsonl", "cannot be resumed .*Move them")],
+)
+def test_a_run_without_its_configuration_is_not_written_over(tmp_path, left, said):
     run = make_run(tmp_path / "run", *([2] if left == "checkpoints" else []))
     (run / "config.yaml").unlink()
     if left == "metrics.jsonl":
         (run / left).touch()
-    with pytest.raises(ValueError, match="resume"):
+    with pytest.raises(ValueError, match=rf"already holds a run .*{left}"):
         look(None, run, chosen=True)
-    with pytest.raises(ValueError, match=r"resume=auto.*config\.yaml"):
+    with pytest.raises(ValueError, match=said):
         look("auto", run, chosen=True)
 
 

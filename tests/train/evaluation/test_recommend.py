@@ -141,11 +141,20 @@ def test_without_a_loss_of_the_base_the_training_loss_tells_that_a_run_diverged(
     assert "optimizer.lr" in text
     write_training(folder, 1.0, 1.3, count=9)  # too few to tell
     assert recommend(folder).unfit == ""
-    for first, unfit in ((1.0, "the training loss rose early: from 1 to 50"), (5.1, "")):
+    for first, unfit in ((1.0, "the training loss rose early: from 1 to 50"), (25.1, "")):
         lines = [{"step": step + 1, "loss": first if step < 2 else 50.0} for step in range(20)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert recommend(folder).unfit.startswith(unfit)
         assert bool(recommend(folder).unfit) == bool(unfit)
+
+
+def test_single_low_losses_at_the_start_are_no_divergence(run):
+    """A loss varies with the drawn timestep, and with weighting=bell twentyfold."""
+    folder = run({}, [200])
+    losses = [1.6, 0.08, *[1.7] * 8, *[1.4] * 10]
+    lines = [{"step": step + 1, "loss": loss} for step, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert recommend(folder).unfit == ""
 
 
 def test_losses_of_the_training_do_not_overrule_a_validation_that_fell(run):

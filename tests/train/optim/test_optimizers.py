@@ -258,6 +258,7 @@ def test_what_an_optimizer_leaves_empty_may_be_left_empty():
             "weight_decay=10000 ... lr=0.0001 ... 100% ... little",
         ),
         (["optimizer.weight_decay=1", "optimizer.lr=1e-2"], 300, ""),
+        (["optimizer=prodigy", "optimizer.weight_decay=0.1"], 300, ""),
         (["optimizer=schedulefree", "+optimizer.warmup_steps=300"], 300, "optimizer.warmup_steps=300 ... steps=300"),
         (["optimizer=schedulefree", "+optimizer.warmup_steps=299"], 300, ""),
         (["optimizer=prodigy", "optimizer.d_coef=1e-9"], 300, "optimizer.d_coef=1e-09 ... far from 1"),

@@ -22,6 +22,7 @@ def decided(monkeypatch):
     monkeypatch.setattr(compilation, "gpu_name", lambda device: "NVIDIA H100")
     properties = SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     def decide(*overrides):
         config = copy.copy(load_config(compose("device=cpu", "model=dev", "memory.compile=auto", *overrides)))
@@ -43,6 +44,10 @@ def test_what_cannot_be_compiled_is_not(decided, monkeypatch):
     assert decided("adapter=dora", "steps=2000") == (False, "the layers of this adapter cannot be compiled")
     monkeypatch.setattr(compilation, "missing_tools", lambda: "Triton")
     assert decided("steps=2000") == (False, "Triton is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    chosen, why = decided("steps=2000")
+    assert not chosen
+    assert "below compute capability 8.0" in why
 
 
 def test_a_c_compiler_is_needed(monkeypatch):
