@@ -1,8 +1,8 @@
 """Write the tables of the documentation from the results of the benchmarks: `python benchmarks/tables.py`.
 
-A table in README.md or docs/memory.md is between `<!-- table: name -->` and `<!-- end -->`. It is made from
-benchmarks/results/*.json, except `fits`, which the planner predicts (train/planner/predictor.py). `--check` writes
-nothing and fails if a table is not up to date.
+A table in one of `PAGES` is between `<!-- table: name -->` and `<!-- end -->`. It is made from benchmarks/results/*.json,
+except `fits` and `limits`, which the planner predicts (train/planner/predictor.py). `--check` writes nothing and
+fails if a table is not up to date.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +28,7 @@ from train.planner.gpus import gpu, usable
 from train.planner.predictor import Planner
 from train.planner.search import choose
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "memory.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "memory.md", ROOT / "docs" / "performance.md")
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GPU_SIZES = (8, 12, 16, 24, 32, 48, 80, 141)
 MODELS = {"dev": "dev", "klein_base_9b": "klein base 9B", "klein_base_4b": "klein base 4B"}
@@ -73,6 +74,56 @@ def fits() -> str:
                 cells.append("no" if prediction is None else f"{prediction.seconds(card):.1f}{'*' if offloads else ''}")
             rows.append([f"{title}, {storage or 'bf16'}", *cells])
     return markdown(["predicted s/step", *(f"{size} GB ({card.name})" for size, card in cards.items())], rows)
+
+
+def limits() -> str:
+    """Return the seconds of a step of dev by what takes them, with memory as chosen for a typical GPU of each size."""
+    cards = {size: gpu(None, size) for size in (12, 16, 24, 32, 48, 80, 141)}
+    rows = []
+    for storage in (None, "fp8", "int8", "nf4"):
+        cells = []
+        for size, card in cards.items():
+            found = choose(cached_planner("dev", storage, card.fp8 is not None), {}, usable(size), card)
+            if found is None:
+                cells.append("no")
+                continue
+            products = card.seconds(replace(found.work, bytes=0))
+            parts = products, card.seconds(found.work) - products, found.moved / (card.bus * 1e9)
+            compiled = replace(found, compiled=True).seconds(card)
+            cells.append(f"{' / '.join(f'{part:.1f}' for part in parts)} ({found.seconds(card):.1f}, {compiled:.1f})")
+        rows.append([storage or "bf16", *cells])
+    return markdown(["s/step of dev", *(f"{size} GB ({card.name})" for size, card in cards.items())], rows)
+
+
+def compilation() -> str:
+    """Return memory and CPU seconds of benchmarks/compilation_simulated.py."""
+    rows = []
+    for name, policies in read_result("compilation_simulated").get("runs", {}).items():
+        storage, capability = name.split()
+        for policy, one in policies.items():
+            memory = [f"{one[key]:.2f}" for key in ("uncompiled GB", "compiled GB")]
+            place = f"{storage}, {policy}, {int(capability) / 10:.1f}"
+            rows.append([place, *memory, f"{one['CPU seconds a graph']:.0f}"])
+    head = ["base, checkpointing, capability", "uncompiled, GB", "compiled, GB", "CPU seconds to compile a graph"]
+    return markdown(head, rows)
+
+
+def recompute() -> str:
+    """Return times and memory of benchmarks/recompute.py, ours and PyTorch's."""
+    times, memory = read_result("recompute_cpu").get("policies", {}), read_result("recompute_simulated")
+    rows = []
+    for policy, one in times.items():
+        cells = [f"{one['seconds'][side]:.2f} s" for side in ("ours", "torch")]
+        rows.append([f"step, {policy}, measured on a CPU", *cells, f"{one['ours / torch']:.2f}"])
+    for name, one in memory.get("checkpointing, GB", {}).items():
+        for what in ("kept", "peak"):
+            ours, torch = one["ours"][what], one["torch"][what]
+            rows.append([f"{what}, {name}, simulated", f"{ours:.2f} GB", f"{torch:.2f} GB", f"{ours / torch:.2f}"])
+    for name, one in memory.get("offload of all blocks, peak in GB", {}).items():
+        theirs = one["FSDP2"]
+        cells = ["fails", ""] if isinstance(theirs, str) else [f"{theirs:.2f} GB", f"{one['ours'] / theirs:.2f}"]
+        rows.append([f"peak, all blocks offloaded, {name}, simulated", f"{one['ours']:.2f} GB", *cells])
+    return markdown(["", "ours", "PyTorch's", "ratio"], rows)
 
 
 def simulated() -> str:
@@ -163,6 +214,9 @@ def precisions() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "fits": fits,
+    "limits": limits,
+    "compilation": compilation,
+    "recompute": recompute,
     "simulated": simulated,
     "steps": steps,
     "precisions": precisions,
