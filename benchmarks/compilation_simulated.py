@@ -49,7 +49,7 @@ CUDA = torch.device("cuda")
 def step(storage: str, policy: str, compile: bool) -> dict[str, Any]:
     """Return the CPU seconds of the first step, and the GB that steps take in addition to model and batch."""
     config = replace(DEV, double_blocks=2, single_blocks=3)
-    in_fp8 = storage == "fp8" and Precision(torch.bfloat16, "fp8").multiplies_in_fp8(CUDA)
+    in_fp8 = storage == "fp8" and Precision(torch.bfloat16, "fp8").multiplies_in_8_bits(CUDA)
     model = empty_transformer(config, make_precision(None if storage == "bf16" else storage, in_fp8), CUDA)
     set_policy(model, policy, attention=preferred_backends(None, CUDA), compile=compile)
     adapters.attach(model, rank=16)

@@ -1,8 +1,8 @@
 """Write the tables of the documentation from the results of the benchmarks: `python benchmarks/tables.py`.
 
-A table in one of `PAGES` is between `<!-- table: name -->` and `<!-- end -->`. It is made from benchmarks/results/*.json,
-except `fits` and `limits`, which the planner predicts (train/planner/predictor.py). `--check` writes nothing and
-fails if a table is not up to date.
+A table in one of `PAGES` is between `<!-- table: name -->` and `<!-- end -->`. It is made from the files of
+benchmarks/results, except `fits` and `limits`, which the planner predicts (train/planner/predictor.py). `--check`
+writes nothing and fails if a table is not up to date.
 """
 
 from __future__ import annotations

@@ -177,7 +177,9 @@ class EightBitLinear(QuantizedLinear):
         scale = (largest / LARGEST[self.values_dtype]).clamp(min=1e-12)
         scales = scale.expand(self.out_features, 1).split(len(parts[0]))
         for part, into, each in zip(parts, values.split(len(parts[0])), scales, strict=True):
-            into.copy_(round_to(self.rotate(part.float()) / each, self.values_dtype))
+            # with one scale in the dtype of the weight, as it always was: quantized copies stay equal bit for bit
+            scaled = self.rotate(part.float()) / each if self.rowwise else part / scale
+            into.copy_(round_to(scaled, self.values_dtype))
         self.hold_all(values, scale.reshape(-1))
 
     def hold_all(self, values: Tensor, scale: Tensor) -> None:

@@ -85,7 +85,7 @@ def test_a_run_keeps_a_quantized_copy_that_the_next_one_reads(train, tmp_path, m
 
 @pytest.mark.slow
 def test_the_first_steps_of_the_demo_have_the_losses_of_float32(tmp_path):
-    """To 1 % in FP8 (0.5 % was measured) and 3 % in NF4 (1.6 %)."""
+    """To 1 % in 8 bits (0.5 % was measured) and 3 % in NF4 (1.6 %)."""
     losses = {}
     for name, overrides in {"fp32": ["precision=fp32"], **PRECISIONS}.items():
         run = load_config(

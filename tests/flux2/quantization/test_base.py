@@ -168,6 +168,17 @@ def test_a_weight_that_is_not_the_layers_is_refused(kind: str, tensors: dict[str
     assert all(torch.equal(parameter, before[name]) for name, parameter in linear.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_is_stored_as_in_every_version_bit_for_bit(dtype: torch.dtype) -> None:
+    """Divided in the dtype of the weight: quantized copies of before are those of now."""
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layer = Float8Linear(48, 64)
+    layer.store(weight)
+    scale = weight.abs().max().float() / 448
+    assert torch.equal(layer.qweight, (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+    assert torch.equal(layer.scale.view(torch.float32), scale[None])
+
+
 def test_a_weight_of_another_shape_is_not_stored() -> None:
     for kind in ("fp8", "int8", "nf4"):
         with pytest.raises(ValueError, match=r"\(64, 160\).*Linear\(in_features=64"):
