@@ -170,7 +170,8 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     images: dict[str, list[Image.Image]] = {}
 
     total = len(prompts) + len(plain)
-    run.say(f"{total} images of the base, then {run.settings.steps} steps, then as many images")
+    after = total + len(prompts)  # the cards once more, with the adapter switched off
+    run.say(f"{total} images of the base, then {run.settings.steps} steps, then {after} images")
     base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
     with closing(ItemProgress("images", shown=run.accelerator.is_main_process)) as count:
         images["cards_before"] = draw(base, prompts, count, 0, total)
@@ -178,11 +179,10 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
     adapter, seconds = train_and_load(run, location, base)
     with closing(ItemProgress("images", shown=run.accelerator.is_main_process)) as count:
-        total += len(prompts)
-        images["cards_after"] = draw(base, prompts, count, 0, total)
-        images["plain_after"] = draw(base, plain, count, len(prompts), total)
+        images["cards_after"] = draw(base, prompts, count, 0, after)
+        images["plain_after"] = draw(base, plain, count, len(prompts), after)
         with adapters_disabled(base.transformer):
-            again = draw(base, prompts, count, len(prompts) + len(plain), total)
+            again = draw(base, prompts, count, total, after)
 
     cards = sum(probe.style_distance(sample.target.load()) for sample in dataset) / len(dataset)
     scores = {name: score_pictures(drawn, pairs) for name, drawn in images.items()}

@@ -248,7 +248,7 @@ def test_the_card_of_a_run_says_what_it_is_and_how_it_is_used(finished):
     assert "![With the adapter](samples.png)" in text
     assert "1. a red cup" in text
     assert "--adapter lora --prompt 'a red cup'" in text
-    assert "accelerate launch train/run.py " in text
+    assert "python train/run.py " in text
     assert "hub.repo_id=jane/tarot" in text
     assert "| steps | 2 of 2 images |" in text
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])

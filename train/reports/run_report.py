@@ -89,8 +89,8 @@ class RunSummary:
 def launch_command(overrides: Sequence[str], processes: int, dropped: Sequence[str]) -> str:
     """Return the command that starts a training, without secrets and without the settings in `dropped`."""
     words = [word for word in overrides if word.lstrip("+").partition("=")[0] not in dropped]
-    several = f"--num_processes {processes} " if processes > 1 else ""
-    return f"accelerate launch {several}train/run.py {masked_command(words)}".rstrip()
+    start = f"accelerate launch --num_processes {processes}" if processes > 1 else "python"
+    return f"{start} train/run.py {masked_command(words)}".rstrip()
 
 
 def note_command(folder: Path, overrides: Sequence[str], processes: int = 1, *, resumed: bool = False) -> None:

@@ -179,7 +179,7 @@ def test_the_command_is_kept_without_secrets_and_where_it_is_resumed(run):
     run_report.note_command(run, ["steps=80", f"resume={run}"], resumed=True)
     first, second = (run / "command.txt").read_text().splitlines()
     assert first == "accelerate launch --num_processes 2 train/run.py +experiment=demo 'tracker.api_key=***'"
-    assert second == f"accelerate launch train/run.py steps=80 resume={run}"
+    assert second == f"python train/run.py steps=80 resume={run}"
     assert "+experiment=demo" in run_report.render(run)
 
 
