@@ -16,7 +16,7 @@ from train.planner.gpus import GIB, gpu
 from train.planner.predictor import Planner
 from train.utils.text import many
 
-# Seconds to compile a graph, forward and backward: for a block of dev they are 6 to 12 CPU seconds on a simulated GPU
+# Seconds to compile a graph, forward and backward: for a block of dev they are 7 to 17 CPU seconds on a simulated GPU
 # (benchmarks/results/compilation_simulated.json)
 SECONDS_PER_GRAPH = 15
 GRAPHS = 3  # of a shape: double blocks, single blocks, and the first block, whose input has no gradient
