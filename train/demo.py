@@ -170,8 +170,8 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
     images: dict[str, list[Image.Image]] = {}
 
     total = len(prompts) + len(plain)
-    after = total + len(prompts)  # the cards once more, with the adapter switched off
-    run.say(f"{total} images of the base, then {run.settings.steps} steps, then {after} images")
+    again_too = total + len(prompts)  # the cards once more, with the adapter switched off
+    run.say(f"{total} images of the base, then {run.settings.steps} steps, then {again_too} images")
     base = Pipeline(run.source, run.accelerator.device, run.precision, keep_text_encoder=True, cache=run.copies)
     with closing(ItemProgress("images", shown=run.accelerator.is_main_process)) as count:
         images["cards_before"] = draw(base, prompts, count, 0, total)
@@ -179,10 +179,10 @@ def demonstrate(run: RunConfig, location: RunLocation) -> None:
 
     adapter, seconds = train_and_load(run, location, base)
     with closing(ItemProgress("images", shown=run.accelerator.is_main_process)) as count:
-        images["cards_after"] = draw(base, prompts, count, 0, after)
-        images["plain_after"] = draw(base, plain, count, len(prompts), after)
+        images["cards_after"] = draw(base, prompts, count, 0, again_too)
+        images["plain_after"] = draw(base, plain, count, len(prompts), again_too)
         with adapters_disabled(base.transformer):
-            again = draw(base, prompts, count, total, after)
+            again = draw(base, prompts, count, total, again_too)
 
     cards = sum(probe.style_distance(sample.target.load()) for sample in dataset) / len(dataset)
     scores = {name: score_pictures(drawn, pairs) for name, drawn in images.items()}
