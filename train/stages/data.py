@@ -150,8 +150,10 @@ def prepare_data(config: RunConfig) -> TrainingData:
     if prepared.classes is not None:
         all_samples, all_entries = [*samples, *prepared.classes[0]], [*entries, *prepared.classes[1].entries]
     manifest = TrainedData.from_samples(all_samples, all_entries)
-    # the key of an embedding also identifies the text encoder, wherever that is
-    models = {"the transformer": fingerprint(config.source, "transformer"), "the text encoder": cached.prompts[""]}
+    # The key of an embedding also identifies the text encoder, wherever that is, and the dtype, which another device
+    # may change: only keys of one dtype are compared.
+    encoder = f"the text encoder in {str(config.precision.dtype).removeprefix('torch.')}"
+    models = {"the transformer": fingerprint(config.source, "transformer"), encoder: cached.prompts[""]}
     shards = {
         "gradient_accumulation": settings.gradient_accumulation,
         "num_processes": config.accelerator.num_processes,

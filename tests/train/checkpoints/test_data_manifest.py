@@ -91,21 +91,26 @@ def test_a_run_goes_on_with_changed_samples_only_if_it_may(train, pictures, tmp_
 
 
 @pytest.mark.parametrize(
-    ("part", "said"), [("transformer", "the transformer of"), ("text_encoder", "the text encoder of")]
+    ("part", "said"), [("transformer", "the transformer of"), ("text_encoder", "the text encoder in float32 of")]
 )
 def test_a_run_goes_on_with_other_models_at_the_same_place_only_if_it_may(
     train, model_folders, tmp_path, part, said, capfd, monkeypatch
 ):
     models = shutil.copytree(model_folders("dev"), tmp_path / "models")
     settings = f"model.path={models}", "checkpoint_every=1"
-    train("run", *settings, "steps=1")
+    run = train("run", *settings, "steps=1")
+    assert read_state(checkpoints(run)[-1])["models"].keys() == {"the transformer", "the text encoder in float32"}
     file = sorted((models / part).glob("*.safetensors"))[0]
     save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file)
     with pytest.raises(ValueError, match=rf"models differ .*step_000001.*{said}.*allow_changed_data=true"):
         train("run", *settings, "steps=2", "resume=auto")
     train("run", *settings, "steps=2", "resume=auto", "allow_changed_data=true")
     assert f"resuming with changed models: {said}" in capfd.readouterr().out
-    with monkeypatch.context() as older:
-        older.setattr(TrainingData, "state", property(lambda data: {"data": data.manifest.digest}))
-        train("run", *settings, "steps=3", "resume=auto")
-    train("run", *settings, "steps=4", "resume=auto")
+    other = {"models": {"the text encoder in bfloat16": "of a run on a GPU"}}
+    for steps, models in ((3, {}), (5, other)):  # as older versions wrote it
+        with monkeypatch.context() as before:
+            before.setattr(
+                TrainingData, "state", property(lambda data, models=models: {"data": data.manifest.digest} | models)
+            )
+            train("run", *settings, f"steps={steps}", "resume=auto")
+        train("run", *settings, f"steps={steps + 1}", "resume=auto")
