@@ -1,6 +1,7 @@
 """How commands start: `--help` without the libraries that take seconds, and OpenMP threads that spin briefly."""
 
 import json
+import mmap
 import os
 import platform
 import subprocess
@@ -113,3 +114,22 @@ def test_the_allocator_is_told_how_to_grow_unless_the_user_tells_it() -> None:
             [sys.executable, "-c", show], env=given | own, cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == str(expected)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_of_a_step_is_kept_for_the_next_unless_the_user_decides_it():
+    steps = """
+import flux2, resource, torch
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.zeros(4 << 20) for _ in range(8)]  # 16 MB each
+    del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([step() for _ in range(5)])
+"""
+    pages = 8 * (16 << 20) // mmap.PAGESIZE
+    unset = dict.fromkeys(flux2.HEAP_VARIABLES)
+    for own, faults in (({}, [0, 0]), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, [pages, pages])):
+        code, out, err = python("-c", steps, **unset | own)
+        assert code == 0, err
+        assert json.loads(out)[3:] == pytest.approx(faults, abs=0.1 * pages)

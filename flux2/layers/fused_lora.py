@@ -60,7 +60,8 @@ class LoraProduct(torch.autograd.Function):
         if needs_a:
             da = (dh.t() @ flatten_rows(x)).to(a.dtype)
         if needs_b:
-            db = (dy_rows.t() @ h).to(b.dtype)
+            # not dy^T h: on a CPU, products with few rows are faster than those with few columns
+            db = (h.t() @ dy_rows).t().contiguous().to(b.dtype)
             if ctx.scale != 1:
                 db *= ctx.scale
         if needs_x:
