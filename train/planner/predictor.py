@@ -17,7 +17,7 @@ from torch import nn
 from flux2.adapters import adapter_parameters
 from flux2.memory.activation_checkpointing import blocks_within, kept_bytes, set_policy
 from flux2.memory.block_offload import offloaded_blocks, streamed_tensors
-from flux2.memory.ring_buffer import RING, slot_sizes
+from flux2.memory.ring_buffer import RING, most_held
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import set_transposed_cache
 from train.config.memory import Choice
@@ -225,7 +225,7 @@ class Planner:
         config = self.job.model.config
         by_name = dict(zip(config.block_names, weights, strict=True))
         sizes = [by_name[name] for name in offloaded_blocks(config, given)]
-        return sum(sizes), sum(slot_sizes(sizes, RING)) if sizes else 0
+        return sum(sizes), most_held(sizes, RING) if sizes else 0
 
     def _predict(self, choice: Choice) -> Prediction:
         job = self.job

@@ -11,7 +11,7 @@ from offload_helpers import LateCopier
 from torch import Tensor
 
 from flux2.memory import ring_buffer as ring_module
-from flux2.memory.ring_buffer import Copier, CudaCopier, Order, Ring, expected_blocks, slot_sizes
+from flux2.memory.ring_buffer import Copier, CudaCopier, Order, Ring, expected_blocks, most_held
 
 
 class Recorder(LateCopier):
@@ -141,11 +141,25 @@ def test_what_comes_next(index: int, order: Order, expected: list[int]) -> None:
     assert expected_blocks(index, order, 4) == expected
 
 
-def test_buffers_are_as_large_as_neighbors_need() -> None:
-    assert slot_sizes([2, 2, 1, 1]) == [2, 2]
-    assert slot_sizes([2, 1, 1, 1, 1]) == [2, 1]
-    assert slot_sizes([1, 1, 1], ring=2) == [1, 1]
-    assert slot_sizes([3, 1], ring=4) == [3, 1]
+def test_buffers_are_as_large_as_their_blocks() -> None:
+    sizes = [24, 24, 8, 8, 8]
+    ring, copier = made(sizes)
+
+    def held() -> list[int]:
+        assert all(slot.buffer.nbytes == sizes[slot.holds] for slot in ring.slots if slot.holds is not None)
+        return sorted(slot.buffer.nbytes for slot in ring.slots)
+
+    assert held() == [0, 0]
+    for index, expected in enumerate([[24, 24], [8, 24], [8, 8], [8, 8], [8, 8]]):
+        ring.use(index, "forward")
+        assert held() == expected
+    ring.use(2, "backward")
+    assert held() == [8, 24]
+    copies = ring.copies
+    visit(ring, copier, 1, "backward")
+    assert held() == [24, 24]
+    assert ring.copies == copies + 1
+    assert [most_held(sizes), most_held(sizes[1:]), most_held(sizes[2:]), most_held([3], 4)] == [48, 32, 16, 3]
 
 
 def test_a_ring_needs_a_buffer() -> None:
