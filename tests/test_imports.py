@@ -7,6 +7,7 @@ Every import counts, whether it is at the top of a file, in a function or under 
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -197,18 +198,31 @@ LONGEST = {"train/run.py": 120, "train/loop.py": 250}  # lines; they read from t
 FOLDERS = (*OURS, "docs")
 
 
+@cache
+def definitions(file: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """The functions and classes of a file, parsed once for all tests."""
+    found, waiting = [], [ast.parse(file.read_text())]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.append(node)
+            if isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):
+                waiting.append(node)
+    return found
+
+
 @pytest.mark.parametrize("top", sorted(FOLDERS))
 def test_files_and_functions_are_short(top):
     for file in (ROOT / top).rglob("*.py"):
-        source, name = file.read_text(), str(file.relative_to(ROOT))
-        assert source.count("\n") <= LONGEST.get(name, 400), name
-        for node in ast.walk(ast.parse(source)):
+        name = str(file.relative_to(ROOT))
+        assert file.read_text().count("\n") <= LONGEST.get(name, 400), name
+        for node in definitions(file):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 80, f"{name}: {node.name}"
 
 
 @pytest.mark.parametrize("top", TOPS)
 def test_no_two_classes_of_a_top_folder_share_a_name(top):
-    trees = [ast.parse(file.read_text()) for file in (ROOT / top).rglob("*.py")]
-    names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    found = [node for file in (ROOT / top).rglob("*.py") for node in definitions(file)]
+    names = [node.name for node in found if isinstance(node, ast.ClassDef)]
     assert sorted(names) == sorted(set(names))

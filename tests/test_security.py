@@ -35,6 +35,7 @@ KNOWN = {
     ("train/sweeps/callback.py", "OmegaConf.load"): "multirun.yaml, which Hydra has just written; nothing is resolved",
     ("train/sweeps/callback.py", "OmegaConf.create"): "the same",
     ("train/cli/start.py", "OmegaConf.load"): "the files of conf/optimizer",
+    ("flux2/__init__.py", "ctypes.CDLL"): "the C library that runs already",
     ("train/cli/light_imports.py", "importlib.import_module"): "constant names",
     ("flux2/doctor/selftest.py", "importlib.import_module"): "constant names",
     ("flux2/doctor/selftest.py", "diffusers.AutoencoderKLFlux2.from_pretrained"): "the embedded model",

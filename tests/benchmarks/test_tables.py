@@ -10,6 +10,7 @@ from train.planner.predictor import LIBRARIES
 from train.planner.search import choose
 
 
+@pytest.mark.slow
 def test_the_measured_tables_are_those_of_the_results():
     text = "".join(page.read_text() for page in tables.PAGES)
     places = {match.group(2) for match in tables.TABLE.finditer(text)}

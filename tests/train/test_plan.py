@@ -66,6 +66,7 @@ def test_the_command_prints_the_plan_offline_and_without_weights(run_command, of
     assert psutil.Process().memory_info().rss - before < 1e9
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_before_the_time_of_a_step(run_command, offline):
     code, out, err = run_command("+experiment=tarot", "+card=24", "batch_size=1", task=plan.main)
     assert code == 0, err
@@ -144,6 +145,7 @@ def test_the_free_memory_of_the_device_is_asked_for(small, monkeypatch, capsys):
     assert free_bytes(torch.device("cpu")) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
+@pytest.mark.slow
 def test_on_a_cpu_nothing_is_offloaded_because_it_would_stay_in_host_memory(small, monkeypatch):
     for free in (0, 0.85, 7):  # nothing fits, all but everything fits, everything fits
         monkeypatch.setattr("train.planner.from_config.free_bytes", lambda device, free=free: free * GIB)

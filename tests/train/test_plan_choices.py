@@ -17,7 +17,7 @@ pytest_plugins = ("planner_helpers",)
 
 
 @pytest.mark.parametrize(
-    "storage", [None, "fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "nf4"))]
+    "storage", ["fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in (None, "int8", "nf4"))]
 )
 def test_a_choice_fits_and_a_larger_card_never_gets_a_slower_one(planner, storage):
     found = planner("dev", storage=storage)

@@ -234,6 +234,7 @@ def test_integer_products_are_counted_as_such_and_are_all_products_of_the_base()
     assert eight_bits[0].keys() - {"fp8"} == eight_bits[1].keys() - {"int8"}
 
 
+@pytest.mark.slow
 def test_int8_is_proposed_where_it_is_predicted_to_be_faster_than_fp8():
     run = load_config(compose("model=klein_base_4b", "device=cpu", "precision=fp8"))
     now = Planner(choosing.workload_of(run, True)).predict(Choice("full"))

@@ -59,6 +59,7 @@ def test_another_precision_frees_the_old_transformer_before_it_is_loaded(grid, l
     assert USED not in out
 
 
+@pytest.mark.slow
 def test_what_a_job_left_is_freed_before_an_encoder_is_loaded(grid, monkeypatch):
     held, at_start = [], []
     load, prepare = LocalTextEncoder.load, train.stages.data.prepare_samples

@@ -19,6 +19,7 @@ from train.sweeps.table import arrange, render_page
 pytest_plugins = ("train_helpers", "sweep_helpers")
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_jobs_logged(grid, tmp_path):
     code, out, err = grid("adapter.rank=0,4", "optimizer.lr=1e-3,1e-2", "steps=12", *LOOKS)
     assert code == 2, err

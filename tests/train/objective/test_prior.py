@@ -125,6 +125,7 @@ def test_class_pictures_are_among_the_samples_of_a_bad_step(train, given, monkey
 # ------------------------------------------------------------------ planner and settings
 
 
+@pytest.mark.slow
 def test_the_planner_counts_their_pass_and_their_drawing(small, given, drawn):
     def planned(*settings):
         run = load_config(compose(*small("batch_size=4", *settings)))
