@@ -119,6 +119,29 @@ def most_held(sizes: Sequence[int], ring: int = RING) -> int:
     return max(sum(sizes[(i + j) % len(sizes)] for j in range(min(ring, len(sizes)))) for i in range(len(sizes)))
 
 
+def bytes_held(sizes: Sequence[int | None], ring: int = RING) -> tuple[list[int], list[int]]:
+    """Return the bytes in the buffers while each block of a model runs: in the forward, and in the backward.
+
+    Args:
+        sizes: Bytes of each block of the model that streams, None for the others, in the order of the forward.
+        ring: Number of buffers.
+    """
+    streamed = [size for size in sizes if size is not None]
+    place = iter(range(len(streamed)))
+    index = [None if size is None else next(place) for size in sizes]
+    waiting = expected_blocks(0, "backward", len(streamed)) if streamed else []  # what the step before has left
+    passes: dict[Order, list[int]] = {"forward": [0] * len(sizes), "backward": [0] * len(sizes)}
+    order: Order
+    for order in ("forward", "backward"):
+        for block in range(len(sizes)) if order == "forward" else reversed(range(len(sizes))):
+            held, used = waiting, index[block]
+            if used is not None:
+                waiting = expected_blocks(used, order, len(streamed))
+                held = [used, *(other for other in waiting if other != used)]
+            passes[order][block] = sum(streamed[one] for one in held[:ring])
+    return passes["forward"], passes["backward"]
+
+
 @dataclass
 class Slot:
     """A buffer on the device, as large as the block that it holds or receives, and the ticket of that copy."""

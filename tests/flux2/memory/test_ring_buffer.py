@@ -11,7 +11,7 @@ from offload_helpers import LateCopier
 from torch import Tensor
 
 from flux2.memory import ring_buffer as ring_module
-from flux2.memory.ring_buffer import Copier, CudaCopier, Order, Ring, expected_blocks, most_held
+from flux2.memory.ring_buffer import Copier, CudaCopier, Order, Ring, bytes_held, expected_blocks, most_held
 
 
 class Recorder(LateCopier):
@@ -160,6 +160,26 @@ def test_buffers_are_as_large_as_their_blocks() -> None:
     assert held() == [24, 24]
     assert ring.copies == copies + 1
     assert [most_held(sizes), most_held(sizes[1:]), most_held(sizes[2:]), most_held([3], 4)] == [48, 32, 16, 3]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [[24, 24, 8, 8, 8], [None, 24, None, None, 8, 8, None, 8], [None, 16], [8]])
+def test_what_the_planner_counts_is_what_the_buffers_take(sizes: list[int | None], size: int) -> None:
+    ring, _ = made([each for each in sizes if each is not None], size)
+    index = [sum(each is not None for each in sizes[:i]) for i in range(len(sizes))]
+
+    def run(block: int, order: Order) -> int:
+        if sizes[block] is not None:
+            ring.use(index[block], order)
+        taken = sum(slot.buffer.nbytes for slot in ring.slots)
+        if sizes[block] is not None:
+            ring.release()
+        return taken
+
+    for _ in range(3):
+        forward = [run(block, "forward") for block in range(len(sizes))]
+        backward = [run(block, "backward") for block in reversed(range(len(sizes)))]
+    assert (forward, backward[::-1]) == bytes_held(sizes, size)
 
 
 def test_a_ring_needs_a_buffer() -> None:
