@@ -55,7 +55,8 @@ from train.planner.gpus import GIB, gpu, usable
 from train.planner.search import choose
 from train.config.memory import settings_of
 from train.planner.from_config import skeleton
-from train.planner.predictor import LIBRARIES, Planner, Prediction
+from train.planner.prediction import Prediction
+from train.planner.predictor import LIBRARIES, Planner
 from train.planner.workload import Workload
 
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)

@@ -7,7 +7,7 @@ inference later gives the same images.
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from flux2 import adapters
 from flux2.adapters.loading import LoadedAdapter
 from flux2.memory.block_offload import offload, offloaded_blocks
+from flux2.memory.model_split import split_model
 from flux2.models import tiled_decoding
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import reference_image, to_images, to_pixels
@@ -111,9 +112,10 @@ class Pipeline:
         cache: Path | None = None,
         text: TextSource | None = None,
         tiled: bool | None = None,
+        devices: Mapping[str, torch.device] | None = None,
     ) -> None:
         self.source, self.variant, self.device, self.precision = source, source.variant, device, precision
-        self.cache, self.tiled, self.offload_blocks = cache, tiled, offload_blocks
+        self.cache, self.tiled, self.offload_blocks, self.devices = cache, tiled, offload_blocks, devices or {}
         self.streamed = offloaded_blocks(self.variant.transformer, offload_blocks)
         self.prompts = Prompts(source, device, precision.dtype, replace(text or TextSource(), keep=keep_text_encoder))
         self.adapter_count = 0
@@ -127,8 +129,15 @@ class Pipeline:
     def transformer(self) -> Transformer:
         say = partial(print, file=sys.stderr)
         transformer = load_transformer(
-            self.source, self.device, self.precision, host=self.streamed, cache=self.cache, say=say
+            self.source,
+            self.device,
+            self.precision,
+            cache=self.cache,
+            host=self.streamed,
+            devices=self.devices,
+            say=say,
         )
+        split_model(transformer, self.devices)
         offload(transformer, self.offload_blocks, device=self.device)
         return transformer
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data.loader import Loader
 from data.sampler import derived_generator
 from flux2.adapters import adapter_parameters
+from flux2.utils.device import seed_devices
 from train.checkpoints.checkpointer import Checkpointer
 from train.config.settings import LoopSettings
 from train.distributed.processes import Processes, ProcessesDiverged
@@ -65,6 +66,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.accelerator = self.processes.accelerator
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.devices = [self.device, *dict.fromkeys(self.peft_model.get_base_model().devices.values())]
         self.prefetcher: Prefetcher[list[MicroBatch]] = Prefetcher(
             lambda step: self.objective.micro_batches(self.loader, step)
         )
@@ -92,7 +94,7 @@ class Trainer:
             if checkpointer.unlogged is not None:  # the base, or the step whose logging an error ended
                 with progress.paused():
                     self.validate_and_sample(first_step, checkpointer.unlogged)
-            clock, checkpoint_pending = Clock(self.device), False
+            clock, checkpoint_pending = Clock(self.devices), False
             for step in range(first_step, settings.steps):
                 steps_done = step + 1  # once this step is finished
 
@@ -178,12 +180,9 @@ class Trainer:
         return Losses(total + prior, flow, preservation, prior)
 
     def seed_dropout(self, step: int) -> None:
-        """Seed the dropout of layers, per process. (`torch.manual_seed` takes 1 ms: it seeds every kind of device.)"""
+        """Seed the dropout of layers, per process."""
         generator = derived_generator(self.settings.seed, "layers", step, self.accelerator.process_index)
-        seed = int(torch.randint(2**31, (), generator=generator))
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        seed_devices(int(torch.randint(2**31, (), generator=generator)), self.devices)
 
     def values(self, losses: Losses, reading: Reading, clock: Clock) -> dict[str, float]:
         """Return the metrics to log for a step; for a step without an update, only the finite ones."""
@@ -196,7 +195,7 @@ class Trainer:
             "lr": self.learning_rate.value,
             "grad_norm": reading.norm,
             "images_per_second": round(self.loader.sampler.global_batch * clock.take(), 4),
-            "peak_memory_gb": round(clock.peak_memory_gb, 3),
+            **clock.peak_memory(),
         }
         if not reading.bad:
             return numbers

@@ -4,7 +4,8 @@ Prints the memory of each phase, the GPUs that it fits, and what `memory=auto` w
 predicted from shapes (train/planner/predictor.py, docs/memory.md), without weights, network or GPU.
 
 `+card=24` plans for a GPU of 24 GB, like `memory=24gb`; the default is the GPU of this machine, if there is one.
-`shard=true +processes=4` plans for each of four processes that share the base (docs/scaling.md).
+`shard=true +processes=4` plans for each of four processes that share the base (docs/scaling.md), `memory.split=auto
++cards=2` for one process that divides the model over two GPUs (docs/memory.md).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if __name__ == "__main__":  # sys.path begins with the script's folder, whose mo
     import_lightly()
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -35,7 +36,7 @@ from rich.table import Table
 
 from train.cli.app import command
 from train.config.instantiate import parse_settings
-from train.config.memory import FREE, Choice, choice_of, completed, fixed_keys, settings_of
+from train.config.memory import AUTO, FREE, Choice, choice_of, completed, fixed_keys, settings_of
 from train.config.run_config import RunConfig
 from train.config.settings import MemorySettings
 from train.planner.from_config import (
@@ -45,10 +46,12 @@ from train.planner.from_config import (
     headroom_text,
     limit_of,
     planned_precision,
+    split_hint,
     workload_of,
 )
 from train.planner.gpus import CONTEXT_GB, GIB, SIZES, Gpu, gpu, measured, usable
-from train.planner.predictor import Planner, Prediction
+from train.planner.prediction import Prediction
+from train.planner.predictor import Planner
 from train.planner.search import choose, does_not_fit, lighter
 from train.utils.checks import check_count, is_number
 from train.utils.text import many
@@ -60,37 +63,42 @@ def gigabytes(value: float) -> str:
     return "" if not value else f"{value / 1e9:.2f}" if value < 9.95e8 else f"{value / 1e9:.1f}"
 
 
-def phase_table(prediction: Prediction, on_gpu: bool) -> Table:
-    """Return the table of predicted memory by component and phase."""
-    where = "on the GPU" if on_gpu else "in host memory"
-    table = Table(title=f"Predicted memory {where} in GB, with {prediction.choice}", box=SIMPLE, title_justify="left")
-    table.add_column("")
-    for phase in prediction.phases:
-        table.add_column(phase, justify="right")
-    for name in dict.fromkeys(name for parts in prediction.phases.values() for name in parts):
-        values = [parts.get(name, 0) for parts in prediction.phases.values()]
-        if any(values):
-            table.add_row(name, *map(gigabytes, values))
-    table.add_section()
-    table.add_row("total", *(gigabytes(prediction.total(phase)) for phase in prediction.phases), style="bold")
-    return table
+def phase_tables(prediction: Prediction, on_gpu: bool) -> Iterator[Table]:
+    """Yield the table of predicted memory by component and phase of each device."""
+    for number, phases in enumerate((prediction.phases, *prediction.later_phases)):
+        where = "on the GPU" if on_gpu else "in host memory"
+        if prediction.split:
+            where = f"on GPU {number + 1} of {len(prediction.split)} ({many(prediction.split[number], 'block')})"
+        title = f"Predicted memory {where} in GB, with {prediction.settings}"
+        table = Table(title=title, box=SIMPLE, title_justify="left")
+        table.add_column("")
+        for phase in phases:
+            table.add_column(phase, justify="right")
+        for name in dict.fromkeys(name for parts in phases.values() for name in parts):
+            values = [parts.get(name, 0) for parts in phases.values()]
+            if any(values):
+                table.add_row(name, *map(gigabytes, values))
+        table.add_section()
+        table.add_row("total", *(gigabytes(sum(parts.values())) for parts in phases.values()), style="bold")
+        yield table
 
 
-def gpu_table(planners: Callable[[Gpu], Planner], settings: Choice, memory: Mapping[str, Any]) -> Table:
+def gpu_table(planners: Callable[[Gpu], Planner], settings: Prediction, memory: Mapping[str, Any]) -> Table:
     """Return the table of GPU sizes: whether the run fits as set, and what memory=auto would choose."""
     fixed = fixed_keys(memory) if memory.get("gpu_memory_gb") is not None else {}
-    table = Table(title="Which GPU it fits, as predicted", box=SIMPLE, title_justify="left")
+    which = f"Which GPUs it fits, {len(settings.split)} of a size" if settings.split else "Which GPU it fits"
+    table = Table(title=f"{which}, as predicted", box=SIMPLE, title_justify="left")
     for name in ("GPU", "caching: prompts", "caching: images", "training as set", "memory=auto would choose", "s/step"):
         table.add_column(name, justify="right" if name in ("GPU", "s/step") else "left")
     for gpu_memory_gb in SIZES:
         limit, on = limit_of(memory, gpu_memory_gb), gpu(None, gpu_memory_gb)
         planner = planners(on)
-        now, best = planner.predict(settings), choose(planner, fixed, limit, on)
+        now, best = planner.predict(settings.choice), choose(planner, fixed, limit, on)
         totals = [now.total(phase) if phase in now.phases else None for phase in ("prompts", "images")]
         table.add_row(
             f"{gpu_memory_gb} GB",
             *("" if total is None else "yes" if total <= limit else "no" for total in (*totals, now.training)),
-            "nothing fits" if best is None else str(best.choice).replace("memory.", ""),
+            "nothing fits" if best is None else best.settings.replace("memory.", ""),
             "" if best is None else f"{best.seconds(on):.2f} ({on.name})",
         )
     return table
@@ -124,6 +132,19 @@ def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
     }
 
 
+def take_cards(given: dict[str, Any]) -> int | None:
+    """Remove `cards` from the configuration; return the number of GPUs for memory.split=auto, None without it.
+
+    By default it is the number of visible GPUs, at least two. Raises ValueError for a bad value.
+    """
+    cards, split = given.pop("cards", None), given["memory"].get("split")
+    if cards is not None:
+        check_count("cards", cards, 2)
+        if split != AUTO:
+            raise ValueError(f"cards={cards} divides the model over GPUs, which needs memory.split={AUTO}. Add it.")
+    return (cards or max(2, torch.cuda.device_count())) if split == AUTO else None
+
+
 def take_options(given: dict[str, Any]) -> tuple[float | None, int]:
     """Remove `card` and `processes` from the configuration and return them. Raise ValueError for a bad value."""
     card, processes = given.pop("card", None), given.pop("processes", 1)
@@ -149,6 +170,7 @@ def main(config: DictConfig) -> None:
     """Print the plan of one configuration."""
     given: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     card, processes = take_options(given)
+    cards = take_cards(given)
     on_gpu, memory = given.get("device") != "cpu", given["memory"]
     place = torch.device("cuda", torch.device(given.get("device") or "cuda").index or 0)
     is_chosen = memory.get("gpu_memory_gb") is not None
@@ -162,7 +184,7 @@ def main(config: DictConfig) -> None:
         card = round(torch.cuda.get_device_properties(place).total_memory / GIB, 1)
     elif card is None and is_chosen and not on_gpu:
         card = round(free_bytes(torch.device("cpu")) / GIB + CONTEXT_GB, 1)
-    plan = cache(lambda in_fp8: Planner(workload_of(run, on_gpu, in_fp8)))
+    plan = cache(lambda in_fp8: Planner(workload_of(run, on_gpu, in_fp8, num_gpus=cards)))
 
     def planners(on: Gpu) -> Planner:
         return plan(on.fp8 is not None or planned_precision(run, on_gpu).matmul != "fp8")
@@ -184,17 +206,21 @@ def main(config: DictConfig) -> None:
         f"with {shape.text} text tokens, {planner.job.trained_parameters:,} trained parameters"
         + (f"; for each of {processes} processes with a sharded base" if processes > 1 else "")
     )
-    console.print(phase_table(now, on_gpu))
+    for table in phase_tables(now, on_gpu):
+        console.print(table)
     host = ", ".join(f"{part} {gigabytes(value)}" for part, value in now.host.items() if value)
     console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
 
     # Whether it fits, and the time of a step.
-    target = (name or f"a GPU of {card or 0:g} GB") if on_gpu else free_host_memory(card or 0)
+    one = name or f"a GPU of {card or 0:g} GB"
+    target = (f"{len(now.split)} x {name or f'{card or 0:g} GB'}" if now.split else one) if on_gpu else ""
+    target = target or free_host_memory(card or 0)
     limit = limit_of(memory, card or 0)
     fits = card is None or now.training <= limit
     if card is not None and not fits:
         console.print(
-            f"As set it does not fit {f'{card:g} GB' if on_gpu else target}: it needs {now.training / 1e9:.1f} GB, and "
+            f"As set it does not fit {f'{card:g} GB' if on_gpu else target}: it needs {now.training / 1e9:.1f} GB"
+            f"{' on one of them' if now.split else ''}, and "
             f"only {limit / 1e9:.1f} GB are usable{headroom_text(memory)}"
         )
     console.print(f"{'' if fits else 'If it did fit: '}{describe(planner, now, on, name)}")
@@ -210,7 +236,7 @@ def main(config: DictConfig) -> None:
 
     # What memory=auto would choose.
     if on_gpu:
-        console.print(gpu_table(planners, now.choice, memory))
+        console.print(gpu_table(planners, now, memory))
     if card is not None:
         best = choose(planner, fixed, limit_of(memory, card), gpu(name, card))
         if best is None:
@@ -219,7 +245,9 @@ def main(config: DictConfig) -> None:
         else:
             hint = f". {lighter(planner, on)}" if best.moved else ""  # weights or activations leave the device
             hint = f"{headroom_text(memory)}{hint}".removesuffix(". ")
-            console.print(f"For {target} memory=auto would choose {best.choice}{hint}")
+            console.print(f"For {target} memory=auto would choose {best.settings}{hint}")
+        if has_gpu and (best is None or best.moved) and (hint := split_hint(run, memory, best, card, on)):
+            console.print(hint)
 
 
 if __name__ == "__main__":

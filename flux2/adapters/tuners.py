@@ -48,8 +48,8 @@ def layer_adapter_tensors(layer: Any) -> list[Tensor]:
 
 def to_device(model: Transformer) -> None:
     """Move adapters to the device that computes; the layers of offloaded blocks themselves are in host memory."""
-    device = model.img_in.weight.device
-    for layer in adapter_layers(model).values():
+    for name, layer in adapter_layers(model).items():
+        device = model.device_of(name)
         for tensor in layer_adapter_tensors(layer):
             if tensor.device != device:
                 tensor.data = tensor.data.to(device)

@@ -50,6 +50,7 @@ class Transformer(nn.Module):
     Attributes:
         run_block: Function that runs a block with its arguments: directly, or under a policy of flux2/memory.
         has_offloaded_blocks: Whether weights of blocks are in host memory (flux2/memory/block_offload.py).
+        devices: Devices of the modules that do not compute on the device of `img_in` (flux2/memory/model_split.py).
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -57,6 +58,7 @@ class Transformer(nn.Module):
         self.config = config
         self.run_block: Callable[..., Any] = call
         self.has_offloaded_blocks = False
+        self.devices: dict[str, torch.device] = {}
         self.img_in = nn.Linear(config.channels, config.hidden, bias=False)
         # training replaces it by the identity where cached embeddings are already projected
         self.txt_in: nn.Module = nn.Linear(config.text_width, config.hidden, bias=False)
@@ -114,7 +116,13 @@ class Transformer(nn.Module):
         # 4. the image tokens back to latent channels
         start = text.shape[1]
         stop = x.shape[1] if keep is None else start + keep
-        return self.final_layer(x[:, start:stop], time)
+        return self.final_layer(x[:, start:stop], time.to(x.device)).to(tokens.device)
+
+    def device_of(self, name: str) -> torch.device:
+        """Return the device on which the parameter or module called `name` computes."""
+        child, _, rest = name.partition(".")
+        block = f"{child}.{rest.partition('.')[0]}"
+        return self.devices.get(block) or self.devices.get(child) or self.img_in.weight.device
 
     def embed_time(self, timestep: Tensor, guidance: Tensor | None) -> Tensor:
         """Return the embedding (B, D) of timesteps (B,) in [0, 1] and, for guided models, of guidance values (B,)."""

@@ -61,10 +61,20 @@ class FillCounts:
         return text + (f", {self.unused} input scales are not used" if self.unused else "")
 
 
-def device_chooser(host: Sequence[str], device: torch.device) -> Callable[[str], torch.device]:
-    """Return a function that maps a name to its device: the CPU inside the modules `host`, else `device`."""
-    inside = tuple(f"{module}." for module in host)
-    return lambda name: torch.device("cpu") if name.startswith(inside) else device
+def device_chooser(
+    host: Sequence[str], device: torch.device, devices: Mapping[str, torch.device] | None = None
+) -> Callable[[str], torch.device]:
+    """Return a function that maps a name to its device: by the module in `host` (the CPU) or `devices`, else `device`.
+
+    The modules are children of the model or elements of its lists: `final_layer`, `double_blocks.0`.
+    """
+    places = {**(devices or {}), **dict.fromkeys(host, torch.device("cpu"))}
+
+    def device_of(name: str) -> torch.device:
+        child, _, rest = name.partition(".")
+        return places.get(f"{child}.{rest.partition('.')[0]}", places.get(child, device))
+
+    return device_of
 
 
 def fill(
@@ -78,6 +88,7 @@ def fill(
     host: Sequence[str] = (),
     digests: Digests | None = None,
     modules: Mapping[str, Callable[[], None]] | None = None,
+    devices: Mapping[str, torch.device] | None = None,
 ) -> FillCounts:
     """Fill a model built on the meta device.
 
@@ -90,10 +101,11 @@ def fill(
         ignored: Returns whether a name in `files` may stay unread.
         host: Modules whose tensors stay in host memory; they are still quantized on `device`.
         digests: Receives the checksums of everything that is read.
+        devices: Devices of the modules, by name, that are not on `device`.
         modules: Modules, by name, that are filled one after the other; the value is called when its module is filled.
     """
     device = torch.device(device)
-    device_of = device_chooser(host, device)
+    device_of, quantizes_on = device_chooser(host, device, devices), device_chooser((), device, devices)
     weights = match_weights(model, files, published, ignored, what)
     filled = FillCounts(unused=sum(len(part.unused) for one in weights.values() for part in one.parts))
 
@@ -120,7 +132,7 @@ def fill(
             module.to(final_device)
 
         is_converted = isinstance(module, QuantizedLinear) or not weight.is_plain
-        return ReadTask(weight.reads(device if is_converted else final_device), store)
+        return ReadTask(weight.reads(quantizes_on(name) if is_converted else final_device), store)
 
     tasks = {name: read_task(name, weight) for name, weight in weights.items()}
     run_tasks(group_by_module(tasks, modules or {}), digests)
@@ -220,6 +232,7 @@ def load_transformer(
     *,
     cache: Path | None = None,
     host: Sequence[str] = (),
+    devices: Mapping[str, torch.device] | None = None,
     say: Callable[[str], None] = print,
     ready: Callable[[nn.Module], None] | None = None,
 ) -> Transformer:
@@ -229,6 +242,7 @@ def load_transformer(
         cache: Folder of quantized copies (flux2/weights/quantized_cache.py). A copy of these files in this precision is
             loaded instead of the files; without one, a copy is written if anything was quantized. None: no copies.
         host: Modules (`single_blocks.3`) that stay in host memory; they are still quantized on `device`.
+        devices: Devices of the modules, by name, that are not on `device` (flux2/memory/model_split.py).
         say: Receives a line for each copy that is read or written, and for files that are quantized.
         ready: Called with each block as soon as it is filled, and with the model at the end. It may replace parameters
             with shards of them; no quantized copy is written then.
@@ -251,14 +265,15 @@ def load_transformer(
     copies, found = None, False
     if cache is not None and precision.storage is not None:
         copies = QuantizedCache(cache, source.variant.name, files, model, precision, say)
-        found = copies.read(model, device_chooser(host, device), blocks(model))
+        found = copies.read(model, device_chooser(host, device, devices), blocks(model))
         if not found:
             model = build()  # without the tensors of a damaged copy
     if not found:
         published, ignored = transformer_names(model, files)
         digests = Digests() if copies is not None and ready is None else None
         what = f"the transformer of {source.variant.name}"
-        filled = fill(model, files, published, what, device, precision.dtype, ignored, host, digests, blocks(model))
+        modules = blocks(model)
+        filled = fill(model, files, published, what, device, precision.dtype, ignored, host, digests, modules, devices)
         if description := filled.description(files):
             say(description)
         if copies and digests and filled.quantized:

@@ -105,12 +105,11 @@ def needs_staging(memory: Tensor) -> bool:
 
 
 class Reader(threading.local):
-    """Reads chunks into memory on any device. Each thread has its own staging buffer, and stream for its copies."""
+    """Reads chunks into memory on any device. Each thread has its own staging buffer, and a stream for each device."""
 
-    stream: torch.cuda.Stream | None = None
-
-    def __init__(self, digests: Digests | None) -> None:
+    def __init__(self, digests: Digests | None) -> None:  # called in each thread
         self.digests = digests
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @cached_property
     def buffer(self) -> Tensor:
@@ -135,12 +134,13 @@ class Reader(threading.local):
         if ready is None:
             memory.copy_(source)
             return
-        if self.stream is None:
-            self.stream = torch.cuda.Stream(memory.device)
-        with torch.cuda.stream(self.stream):
-            self.stream.wait_event(ready)  # the memory may have been another tensor's that is still in use
+        stream = self.streams.get(memory.device)
+        if stream is None:
+            stream = self.streams[memory.device] = torch.cuda.Stream(memory.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)  # the memory may have been another tensor's that is still in use
             memory.copy_(source, non_blocking=True)
-        self.stream.synchronize()
+        stream.synchronize()
 
 
 def group_by_module(tasks: Mapping[str, ReadTask], modules: Mapping[str, Callable[[], None]]) -> list[ReadTask]:

@@ -123,7 +123,7 @@ def test_an_optimizer_is_measured_by_a_step_of_it():
 def test_the_text_encoders_are_as_large_as_published():
     found = {}
     for name in ("dev", "klein_base_9b", "klein_base_4b"):
-        phases = Planner(replace(job("tiny"), variant=VARIANTS[name])).encoders({})
+        phases = Planner(replace(job("tiny"), variant=VARIANTS[name])).encoders()
         found[name] = phases["prompts"]["text encoder"] / 1e9
     # of 24, 8.2 and 4.0 billion parameters those of the layers that are read, in two bytes, without output heads
     assert found == pytest.approx({"dev": 34.7, "klein_base_9b": 11.7, "klein_base_4b": 6.2}, rel=0.02)
@@ -142,13 +142,13 @@ def test_a_text_encoder_on_this_disk_is_counted_by_its_own_sizes():
 def test_a_text_encoder_in_less_memory_is_counted_as_it_is_kept(storage):
     run = load_config(compose("model=tiny", "device=cpu", f"text_encoder.storage={storage}"))
     model = load_text_encoder(run.source, dtype=torch.float32, storage=storage).model
-    phases = Planner(choosing.workload_of(run, on_gpu=False)).encoders({})
+    phases = Planner(choosing.workload_of(run, on_gpu=False)).encoders()
     assert phases["prompts"]["text encoder"] == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_a_text_encoder_elsewhere_takes_no_memory_here():
     run = load_config(compose("model=tiny", "device=cpu", "text_encoder=remote"))
-    assert "prompts" not in Planner(choosing.workload_of(run, on_gpu=False)).encoders({})
+    assert "prompts" not in Planner(choosing.workload_of(run, on_gpu=False)).encoders()
 
 
 def test_the_references_that_a_dataset_names_are_counted():

@@ -22,12 +22,13 @@ from flux2.adapters import adapter_parameters
 from flux2.layers.attention import chosen_backend, preferred_backends
 from flux2.memory.block_offload import offloaded_blocks
 from flux2.memory.compile_blocks import check_compiles
+from flux2.memory.model_split import check_split, module_devices, split_devices
 from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
 from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
 from flux2.quantization.precision import convert
 from train.config.instantiate import check_own_targets, instantiate, parse_settings
-from train.config.memory import completed
+from train.config.memory import AUTO, completed
 from train.config.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import check_adapter, launched_to_shard
@@ -99,6 +100,7 @@ class RunConfig:
         self.source = self.model.source()
         self.accelerator = make_accelerator(self.settings.device)
         self.processes = Processes(self.accelerator, self.settings.shard or launched_to_shard())
+        self._check_split()
         self.precision = self.memory.with_layouts(precision.on(self.accelerator.device))
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
         check_installed(self.composed["optimizer"].get("_target_"))
@@ -171,6 +173,34 @@ class RunConfig:
                 f"embedding_storage={storage!r} stores the output of the layer txt_in, but adapter.targets trains that "
                 "layer. Remove txt_in from adapter.targets, or set embedding_storage=full or fp8."
             )
+
+    def _check_split(self) -> None:
+        """Raise ValueError if the model cannot be divided as `memory.split` says, or not in these processes."""
+        split = self.memory.split
+        if split is None:
+            return
+        if self.processes.sharded or self.accelerator.num_processes > 1:
+            several = "shard=true" if self.processes.sharded else f"{self.accelerator.num_processes} processes"
+            raise ValueError(
+                f"memory.split={split} divides the model over the GPUs of one process, and does not work with "
+                f"{several}. Set memory.split=null, or start one process with shard=false."
+            )
+        if isinstance(split, list):
+            check_split(self.variant.transformer, split, "memory.split")
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices of the model, several with `memory.split`. Raise ValueError if there are not as many GPUs."""
+        device, split = self.accelerator.device, self.memory.split
+        if split is None:
+            return [device]
+        return split_devices(device, None if split == AUTO else len(split), f"memory.split={split}")
+
+    @property
+    def module_devices(self) -> dict[str, torch.device]:
+        """The devices of the modules that are not on the first of `devices`."""
+        split = self.memory.parts
+        return module_devices(self.variant.transformer, split, self.devices) if split else {}
 
     @property
     def streamed(self) -> list[str]:

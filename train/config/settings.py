@@ -21,7 +21,7 @@ from flux2.weights.sources import ModelSource, model_source
 from train.checkpoints.rotation import Rotation
 from train.config.instantiate import how_to_quote
 from train.config.memory import AUTO, FREE, HEADROOM_GB
-from train.utils.checks import check_count, check_seed, is_number
+from train.utils.checks import check_count, check_seed, is_count, is_number
 from train.utils.redact import check_no_secret
 
 STORAGES = ("full", "projected", "fp8", "projected_fp8")  # of prompt embeddings
@@ -174,6 +174,7 @@ class MemorySettings:
     offload_blocks: int | float = 0
     offload_activations: bool = False
     cache_transposed_weights: bool = False
+    split: list[int] | str | None = None
     gpu_memory_gb: float | str | None = None
     headroom_gb: float = HEADROOM_GB
 
@@ -188,11 +189,35 @@ class MemorySettings:
         for key in ("offload_activations", "cache_transposed_weights"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"memory.{key}={getattr(self, key)!r} must be true or false")
+        self.check_split()
         given = self.gpu_memory_gb
         if given is not None and given != FREE and not is_number(given, 1, MOST_GB):
             raise ValueError(f"gpu_memory_gb={given!r} must be a number of GB from 1 to {MOST_GB:g}, `{FREE}`, or null")
         if not is_number(self.headroom_gb, 0, MOST_GB):
             raise ValueError(f"headroom_gb={self.headroom_gb!r} must be a number of GB from 0 to {MOST_GB:g}")
+
+    def check_split(self) -> None:
+        """Raise ValueError for a bad `split`, and for settings that do not work with one."""
+        if self.split is None:
+            return
+        is_list = isinstance(self.split, list) and len(self.split) > 1
+        if self.split != AUTO and not (is_list and all(is_count(count, 1) for count in self.split)):
+            raise ValueError(
+                f"memory.split={self.split!r} must be `{AUTO}`, or a list with the number of blocks on each of several "
+                "GPUs, each an integer >= 1, or null"
+            )
+        for key, off in (("offload_blocks", 0), ("offload_activations", False)):
+            if value := getattr(self, key):
+                raise ValueError(
+                    f"memory.{key}={str(value).lower()} does not work with memory.split, because offload is set up for "
+                    f"one GPU. Set memory.{key}={str(off).lower()} or memory.split=null."
+                )
+
+    @property
+    def parts(self) -> list[int]:
+        """Number of blocks on each GPU that the model is divided over; empty for one device."""
+        assert not isinstance(self.split, str), "the planner chooses it before"
+        return self.split or []
 
     def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
         """Apply checkpointing, attention backend and compilation to the blocks of `model`, which runs on `device`."""
@@ -202,7 +227,8 @@ class MemorySettings:
             budget_gb=self.budget_gb,
             attention=preferred_backends(self.attention, device),
             compile=self.compile is True,
-            shapes=4 * len(buckets.sizes),  # references, validation and sampling add further shapes
+            # references, validation and sampling add further shapes, and each GPU has its own graphs
+            shapes=4 * len(buckets.sizes) * (len(self.split) if isinstance(self.split, list) else 1),
         )
 
     def check_sharded(self) -> None:

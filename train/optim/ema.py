@@ -38,9 +38,13 @@ class Ema:
         """Update the average, unless `left_out`, shape (), is 1 for a skipped update; does not synchronize."""
         made = torch.ones_like(self.updates) if left_out is None else 1 - left_out.to(self.updates)
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        change = torch._foreach_sub([parameter.float() for parameter in self.parameters], self.average)
-        torch._foreach_mul_(change, (1 - decay) * made)
-        torch._foreach_add_(self.average, change)
+        for device in dict.fromkeys(average.device for average in self.average):
+            pairs = zip(self.parameters, self.average, strict=True)
+            own = [(parameter.float(), average) for parameter, average in pairs if average.device == device]
+            parameters, averages = zip(*own, strict=True)
+            change = torch._foreach_sub(parameters, averages)
+            torch._foreach_mul_(change, ((1 - decay) * made).to(device))
+            torch._foreach_add_(averages, change)
         self.updates += made
 
     def state_dict(self) -> dict[str, Any]:

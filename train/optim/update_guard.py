@@ -79,6 +79,7 @@ class UpdateGuard:
 
         The result is on the device: reading it makes the host wait, `torch.where` and a weight of 0 do not.
         """
+        norm = norm.to(loss.device)  # it is on the device of the first gradient
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         if self.on_device:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
@@ -93,7 +94,7 @@ class UpdateGuard:
         asked = copy_to_device(torch.tensor([float(number == request.number) for number in SIGNALS]), self.device)
         if self.accelerator.num_processes > 1:
             asked = self.accelerator.reduce(asked, "sum")
-        numbers, arrived = torch.cat([torch.stack([loss, norm]).double(), asked.double()]), None
+        numbers, arrived = torch.cat([torch.stack([loss, norm.to(loss.device)]).double(), asked.double()]), None
         if self.device.type == "cuda":
             host = pin(torch.empty(numbers.shape, dtype=numbers.dtype))
             numbers, arrived = host.copy_(numbers, non_blocking=True), torch.cuda.Event()

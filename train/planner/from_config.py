@@ -22,10 +22,11 @@ from flux2.quantization.precision import Backward, Precision, convert, pick_dtyp
 from flux2.utils.json_files import read_json
 from flux2.utils.text import gigabytes
 from flux2.weights.sources import ModelSource
-from train.config.memory import CHOSEN, FREE, HEADROOM_GB, choice_of, fixed_keys, settings_of
+from train.config.memory import AUTO, CHOSEN, FREE, HEADROOM_GB, choice_of, fixed_keys, settings_of
 from train.config.run_config import RunConfig
 from train.planner.gpus import CONTEXT_GB, GIB, Gpu, gpu, usable
-from train.planner.predictor import Planner, Prediction
+from train.planner.prediction import Prediction
+from train.planner.predictor import Planner
 from train.planner.search import choose, does_not_fit, lighter, smaller, step_down
 from train.planner.workload import Workload, tokens
 from train.sweeps.reuse import SHARED
@@ -86,11 +87,20 @@ def references_of(dataset: Mapping[str, Any]) -> int:
     return max([len(named), *map(references_of, (dataset.get("sources") or {}).values())])
 
 
-def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True, precision: Precision | None = None) -> Workload:
+def workload_of(
+    config: RunConfig,
+    on_gpu: bool,
+    in_fp8: bool = True,
+    precision: Precision | None = None,
+    num_gpus: int | None = None,
+) -> Workload:
     """Return what determines memory and step time, for squares of the largest bucket.
 
-    `precision` is `planned_precision` by default, with `in_fp8` as there.
+    `precision` is `planned_precision` by default, with `in_fp8` as there. `num_gpus` divide the blocks as evenly as
+    possible; by default it is what memory.split says.
     """
+    split = config.memory.split if num_gpus is None else None
+    num_gpus = num_gpus or (1 if split is None else len(config.devices) if split == AUTO else len(split))
     settings, side = config.settings, config.buckets.largest
     samples = bool(config.sample.prompts) and settings.sample_every > 0
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]
@@ -119,11 +129,13 @@ def workload_of(config: RunConfig, on_gpu: bool, in_fp8: bool = True, precision:
         on_gpu=on_gpu,
         storage=precision.storage,
         compiled=config.memory.compile is True,
-        usual=not held and prior is None and precision == plain and config.memory.attention is None,
+        usual=not held and prior is None and precision == plain and config.memory.attention is None and num_gpus == 1,
         text_sizes=text_sizes(config.source),
         text_storage=config.text_encoder.storage,
         text_here=config.text_encoder.here,
         num_shards=config.num_shards,
+        num_gpus=num_gpus,
+        split=tuple(split) if isinstance(split, list) else None,
     )
 
 
@@ -134,7 +146,7 @@ def faster(config: RunConfig, now: Prediction, on: Gpu) -> str:
         return ""
     backward: Backward = "int8" if given.backward == "fp8" else "bf16"
     precision = replace(given, storage="int8", rowwise=False, backward=backward, matmul="auto")
-    planner = Planner(workload_of(config, True, precision=precision))
+    planner = Planner(workload_of(config, True, precision=precision, num_gpus=len(now.peaks)))
     seconds = planner.predict(now.choice).seconds(on), now.seconds(on)
     if seconds[0] >= seconds[1]:
         return ""
@@ -170,8 +182,9 @@ def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any
     """Return the group `memory` with its nulls chosen, and a message. Raise ValueError if nothing fits."""
     device = config.accelerator.device
     gpu_memory_gb, where = memory["gpu_memory_gb"], ""
-    if gpu_memory_gb == FREE:  # the minimum of all processes, so that all choose the same
-        free = torch.tensor([float(free_bytes(device))], dtype=torch.float64, device=device)
+    if gpu_memory_gb == FREE:  # the minimum of all processes, so that all choose the same, and of all their devices
+        least = min(map(free_bytes, config.devices))
+        free = torch.tensor([float(least)], dtype=torch.float64, device=device)
         gpu_memory_gb = round(config.accelerator.gather(free).min().item() / GIB + CONTEXT_GB, 1)
         where = free_host_memory(gpu_memory_gb) if device.type == "cpu" else ""
     planner = Planner(workload_of(config, device.type == "cuda"))
@@ -181,9 +194,11 @@ def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any
         named = f"memory=auto, {where}" if where else f"memory.gpu_memory_gb={gpu_memory_gb:g}"
         raise ValueError(does_not_fit(planner, fixed, limit, usable(gpu_memory_gb, 0), named, on))
     chosen = {key: value for key, value in settings_of(best.choice).items() if key in memory}
+    chosen |= {"split": list(best.split)} if best.split else {}
+    gpus = f"{len(best.split)} GPUs of " if best.split else ""
     why = (
-        f"memory for {where or f'{gpu_memory_gb:g} GB'}: {best.choice}, the fastest that is predicted to fit "
-        f"({gigabytes(best.training)} of {gigabytes(limit)}{headroom_text(memory)})"
+        f"memory for {where or f'{gpus}{gpu_memory_gb:g} GB'}: {best.settings}, the fastest that is predicted to fit "
+        f"({' and '.join(map(gigabytes, best.peaks))} of {gigabytes(limit)}{headroom_text(memory)})"
     )
     hints = [lighter(planner, on)] if best.moved else []  # weights or activations leave the device
     if planner.job.on_gpu:
@@ -192,14 +207,46 @@ def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any
     return dict(memory) | chosen | {"gpu_memory_gb": gpu_memory_gb}, why
 
 
+def planned_split(config: RunConfig) -> tuple[dict[str, Any], str]:
+    """Return the group `memory` with memory.split=auto replaced by numbers of blocks, and a message."""
+    memory = config.composed["memory"]
+    best = Planner(workload_of(config, on_gpu=True)).predict(choice_of(memory))
+    why = f"{best.settings}: predicted to need {' and '.join(map(gigabytes, best.peaks))}"
+    return dict(memory) | {"split": list(best.split)}, why
+
+
+def split_hint(
+    config: RunConfig, memory: Mapping[str, Any], now: Prediction | None, gpu_memory_gb: float, on: Gpu
+) -> str:
+    """Return a sentence if all visible GPUs fit what one does not, or fits with offload only; otherwise empty.
+
+    `now` is the best choice for one GPU of `gpu_memory_gb`.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or config.memory.split is not None or config.processes.sharded:
+        return ""
+    planner = Planner(workload_of(config, on_gpu=True, num_gpus=gpus))
+    best = choose(planner, fixed_keys(memory), limit_of(memory, gpu_memory_gb), on)
+    if best is None or (now is not None and now.seconds(on) <= best.seconds(on)):
+        return ""
+    return (
+        f"memory.split={AUTO} would divide the model over the {gpus} GPUs of this machine, with {best.settings}: "
+        f"{best.seconds(on):.2f} s a step, predicted."
+    )
+
+
 def still_fits(config: RunConfig, kept: Mapping[str, Any]) -> bool:
     """Return whether the group `memory` of a resumed run agrees with the current settings and still fits."""
     chosen, given = set(CHOSEN) & kept.keys(), fixed_keys(config.given_memory)
     if kept.get("gpu_memory_gb") is None or any(kept.get(key) != value for key, value in given.items()):
         return False
+    split = config.given_memory.get("split")  # with `auto`, numbers for as many GPUs as now
+    wanted = config.memory.split if split != AUTO else kept.get("split")
+    if kept.get("split") != wanted or len(kept.get("split") or []) != len(config.memory.parts):
+        return False
     if any(kept[key] is None for key in chosen - {"budget_gb"}) or chosen != set(CHOSEN) & config.given_memory.keys():
         return False
-    planner = Planner(workload_of(config, config.accelerator.device.type == "cuda"))
+    planner = Planner(workload_of(config.with_memory(dict(kept)), config.accelerator.device.type == "cuda"))
     if kept.get("cache_transposed_weights") and not planner.has_layouts:
         return False
     return planner.predict(choice_of(kept)).training <= limit_of(kept, config.composed["memory"]["gpu_memory_gb"])

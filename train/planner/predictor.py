@@ -3,13 +3,17 @@
 `Planner` counts the blocks of a job once (train/planner/step_memory.py); a prediction for a choice of the group
 `memory` is then a cheap sum. The phases are the encoders, one after the other, before training; the step; and between
 steps the update, validation and samples.
+
+If the blocks are divided over several GPUs (flux2/memory/model_split.py), each GPU has a prediction of its own, for its
+part of the model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 
 from torch import nn
@@ -22,8 +26,9 @@ from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import set_transposed_cache
 from train.config.memory import Choice
 from train.optim.optimizers import averages_weights
-from train.planner.gpus import Gpu
+from train.planner.division import Part, divide, parts_of
 from train.planner.optimizer_memory import optimizer_bytes
+from train.planner.prediction import Prediction, training_peak
 from train.planner.step_memory import (
     Cost,
     Shape,
@@ -41,34 +46,8 @@ from train.planner.workload import Workload, frozen, tokens
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
 PROCESS = 3.0e9  # assumed: Python with its libraries and CUDA's share of host memory
-NOT_OVERLAPPED = 0.1  # assumed: the share of the shorter of copies and compute that the longer does not hide
 GATHERED = 3  # assumed: gathered blocks, the current one and two buffers for the next one
 READ_AHEAD = 2.0e9  # maximum of cache entries that data.loader prefetches
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes on the device by phase and component, bytes in host memory by component, and the work of a step."""
-
-    choice: Choice
-    phases: Mapping[str, Mapping[str, float]]
-    host: Mapping[str, float]
-    work: Work
-    moved: float  # bytes copied between host and device per step
-    compiled: bool = False  # whether elementwise operations are fused
-
-    def total(self, phase: str) -> float:
-        return sum(self.phases[phase].values())
-
-    @property
-    def training(self) -> float:
-        """The peak of the phases with the transformer loaded."""
-        return max(self.total(phase) for phase in self.phases if phase not in ("prompts", "images"))
-
-    def seconds(self, gpu: Gpu) -> float:
-        """Return the time of a step: the longer of compute and copies, plus the unhidden part of the other."""
-        both = gpu.seconds(self.work, fused=self.compiled), self.moved / (gpu.bus * 1e9)
-        return max(both) + NOT_OVERLAPPED * min(both)
 
 
 class Planner:
@@ -78,6 +57,7 @@ class Planner:
         self.job = job
         self.predict, self.blocks, self.cost = cache(self._predict), cache(self._blocks), cache(self._cost)
         self.inference, self.block_weights = cache(self._inference), cache(self._block_weights)
+        self.costs, self.peak, self.adapter_of = cache(self._costs), cache(self._peak), cache(self._adapter_of)
 
     @cached_property
     def kinds(self) -> list[nn.Module]:
@@ -102,13 +82,8 @@ class Planner:
         set_transposed_cache(job.model, both)
         return train_block(job.model, block, job.model.run_block, job.shape, job.dtype, job.autocast)
 
-    def _blocks(
-        self, policy: str, budget_gb: float | None = None, both: bool = False, away: bool = False
-    ) -> tuple[int, int, Work]:
-        """Return (kept bytes, working set) at the peak of a step, and its work.
-
-        `both`: cache transposed weights. `away`: the inputs of recomputed blocks are not kept on the device.
-        """
+    def _costs(self, policy: str, budget_gb: float | None, both: bool, away: bool) -> list[Cost]:
+        """Return the cost of each block. Arguments as in `_blocks`."""
         kept = self.kept_within(budget_gb) if policy == "budget" and budget_gb is not None else 0
         policies = ["full" if policy == "budget" else policy] * (len(self.kinds) - kept) + ["none"] * kept
         costs = [self.cost(policy, block, both) for policy, block in zip(policies, self.kinds, strict=True)]
@@ -118,10 +93,30 @@ class Planner:
                 replace(cost, kept=cost.kept - self.boundary * leaves)
                 for cost, leaves in zip(costs, recomputed, strict=True)
             ]
+        return costs
+
+    def _blocks(
+        self,
+        policy: str,
+        budget_gb: float | None = None,
+        both: bool = False,
+        away: bool = False,
+        part: Part | None = None,
+    ) -> tuple[int, int, Work]:
+        """Return (kept bytes, working set) at the peak of a step on the device of `part`, and the work of the step.
+
+        `both`: cache transposed weights. `away`: the inputs of recomputed blocks are not kept on the device.
+        """
+        costs, part = self.costs(policy, budget_gb, both, away), part or self.whole
         work = sum((cost.work for cost in costs), self.end.work)
         if self.job.held:
             work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
-        return *step(costs, self.end), work
+        end = self.end if part.is_last else Cost(0, 0, 0, Work())
+        return *step(costs[part.start : part.stop], end), work
+
+    @property
+    def whole(self) -> Part:
+        return Part(0, len(self.kinds))
 
     def kept_within(self, budget_gb: float) -> int:
         """Return how many of the last blocks `checkpointing=budget` keeps without recompute."""
@@ -162,26 +157,62 @@ class Planner:
         """Bytes of the base in each block, without transposed weights."""
         return self.block_weights(False)
 
-    @cached_property
+    @property
     def other_weights(self) -> int:
-        inside = {id(tensor) for block in self.job.blocks for tensor in streamed_tensors(block)}
-        return size(tensor for tensor in frozen(self.job.model) if id(tensor) not in inside)
+        """Bytes of the base outside of blocks, and of frozen tensors of adapters."""
+        return self.other_weights_of(self.whole)
+
+    def other_weights_of(self, part: Part) -> int:
+        return sum(self.adapter_constants[part.start : part.stop]) + sum(
+            self.outside[module] for module in self.ends(part)
+        )
 
     @cached_property
+    def adapter_constants(self) -> list[int]:
+        """Bytes of the frozen tensors of adapters in each block."""
+        return [size(frozen(block)) - size(streamed_tensors(block)) for block in self.job.blocks]
+
+    @cached_property
+    def outside(self) -> dict[nn.Module, int]:
+        """Bytes of the base in each module outside of blocks."""
+        return {module: size(frozen(module)) for module in self.ends(self.whole)}
+
+    def ends(self, part: Part) -> list[nn.Module]:
+        """Return the modules outside of blocks that are on the device of a part (flux2/memory/model_split.py)."""
+        model = self.job.model
+        outside = [child for child in model.children() if not isinstance(child, nn.ModuleList)]
+        return [child for child in outside if (part.is_last if child is model.final_layer else part.is_first)]
+
+    @property
     def adapter(self) -> dict[str, float]:
-        parameters = adapter_parameters(self.job.model)
+        """Bytes of the whole adapter, and of what training keeps for it."""
+        return self.adapter_of(self.whole)
+
+    def _adapter_of(self, part: Part) -> dict[str, float]:
+        modules = [*self.ends(part), *self.job.blocks[part.start : part.stop]]
+        parameters = [parameter for module in modules for parameter in adapter_parameters(module)]
+        counted = Counter(tuple(parameter.shape) for parameter in parameters)
         return {
             "adapter": size(parameters),
             "its gradients": size(parameters),
-            "optimizer": optimizer_bytes(self.job.optimizer, parameters),
-            "its average": 4 * self.job.trained_parameters if self.job.averaged else 0,
+            "optimizer": sum(count * self.optimizer_bytes[shape] for shape, count in counted.items()),
+            "its average": 4 * sum(parameter.numel() for parameter in parameters) if self.job.averaged else 0,
         }
 
     @cached_property
+    def optimizer_bytes(self) -> dict[tuple[int, ...], int]:
+        """Bytes of the optimizer's state for one parameter of each shape."""
+        shapes = {tuple(parameter.shape): parameter for parameter in adapter_parameters(self.job.model)}
+        return {shape: optimizer_bytes(self.job.optimizer, [one]) for shape, one in shapes.items()}
+
+    @property
     def swapped(self) -> int:
         """Bytes of the trained weights, stored while their average is validated, sampled and saved."""
+        return self.swapped_of(self.whole)
+
+    def swapped_of(self, part: Part) -> int:
         kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
-        return size(adapter_parameters(self.job.model)) if kept else 0
+        return int(self.adapter_of(part)["adapter"]) if kept else 0
 
     @property
     def class_share(self) -> float:
@@ -220,6 +251,14 @@ class Planner:
         stream = shape.tokens * config.hidden * job.dtype.itemsize
         return shape.rows * (row + stream) + shape.tokens * config.head_dim * 4
 
+    def inputs_of(self, part: Part) -> int:
+        """Bytes of what the device of `part` receives: the micro-batch on the first, else tokens and rotary angles."""
+        shape = self.job.shape
+        if part.is_first:
+            returned = shape.rows * shape.predicted * self.job.model.config.channels * 12  # prediction and its gradient
+            return self.inputs + returned * (not part.is_last)
+        return self.boundary + shape.tokens * self.job.model.config.head_dim * 8
+
     def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
         """Return the bytes of the streamed blocks, and of the ring buffer they stream through."""
         config = self.job.model.config
@@ -227,65 +266,35 @@ class Planner:
         sizes = [by_name[name] for name in offloaded_blocks(config, given)]
         return sum(sizes), most_held(sizes, RING) if sizes else 0
 
+    def count_away(self, choice: Choice) -> int:
+        """Return the bytes of the block inputs that are in host memory between forward and backward."""
+        if not choice.offload_activations:
+            return 0
+        whole = len(self.kinds) if choice.checkpointing == "none" else self.kept_within(choice.budget_gb or 0.0)
+        return self.boundary * (len(self.kinds) - whole)
+
+    @cached_property
+    def gathered(self) -> int:
+        """Bytes of the weights that a process with a sharded base gathers."""
+        layers = [child for child in self.job.model.children() if not isinstance(child, nn.ModuleList)]
+        permanent = sum(size(frozen(layer)) for layer in layers if isinstance(layer, nn.Linear))
+        return GATHERED * max([*self.weights, *(size(frozen(layer)) for layer in layers)]) + permanent
+
     def _predict(self, choice: Choice) -> Prediction:
         job = self.job
+        split = (job.split or self.divide(choice)) if job.num_gpus > 1 else ()
+        first, *later = [self.phases(choice, part) for part in (parts_of(split) if split else [self.whole])]
         weights = self.block_weights(choice.cache_transposed_weights)
+        streamed, away = self.count_streamed(choice.offload_blocks, weights)[0], self.count_away(choice)
         given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
-        kept, working, work = self.blocks(*given)
-        streamed, ring = self.count_streamed(choice.offload_blocks, weights)
+        work = self.blocks(*given)[2]
         work += work * self.class_share
         passes = job.accumulation * (2 if job.class_rows else 1)
-        moved = 2.0 * streamed * passes
-        away = 0
-        if choice.offload_activations:
-            whole = len(self.kinds) if choice.checkpointing == "none" else self.kept_within(choice.budget_gb or 0.0)
-            away = self.boundary * (len(self.kinds) - whole)
-            kept += min(2 * self.boundary, away)  # two are being copied
-            moved += 2.0 * away * job.accumulation * (1 + self.class_share)
-        here, gathered = sum(weights) - streamed, 0
+        moved = 2.0 * streamed * passes + 2.0 * away * job.accumulation * (1 + self.class_share)
         if job.num_shards > 1:  # all-gathered in forward and backward
-            layers = [child for child in job.model.children() if not isinstance(child, nn.ModuleList)]
-            gathered = GATHERED * max([*weights, *(size(frozen(layer)) for layer in layers)])
-            gathered += sum(size(frozen(layer)) for layer in layers if isinstance(layer, nn.Linear))  # permanently
-            moved += 2.0 * (here + self.other_weights) * (1 - 1 / job.num_shards) * passes
-        libraries = {"libraries (assumed)": LIBRARIES} if job.on_gpu else {}
-        resident: dict[str, float] = {
-            "weights of blocks": here / job.num_shards,
-            "buffers of streamed blocks": ring,
-            "gathered weights": gathered,
-            "other weights": self.other_weights / job.num_shards,
-            **self.adapter,
-            "dequantized layer": self.workspace,
-            "autoencoder": self.autoencoder[0] if job.sample_pixels else 0,
-            **libraries,
-        }
-        phases: dict[str, dict[str, float]] = {
-            **self.encoders(libraries),
-            "step": {**resident, "micro-batch": self.inputs, "kept for backward": kept, "working set": working},
-            "update": {**resident, "working set": self.adapter["adapter"]},
-        }
-        idle = {key: value for key, value in resident.items() if key != "its gradients"}
-        idle["trained weights"] = self.swapped
-        if job.validates:
-            shape = replace(job.shape, rows=1)
-            phases["validation"] = {**idle, "working set": self.inference(shape, job.autocast)[0]}
-        if job.sample_pixels:
-            predicted, edited = tokens(job.sample_pixels), sum(map(tokens, job.sample_references))
-            shape = Shape(1, predicted + edited, job.text_tokens, predicted)
-            working = max(self.inference(shape, False)[0], self.autoencoder[2], self.reference_encoder)
-            phases["samples"] = {**idle, "working set": working}
-        if job.class_pixels:
-            predicted = tokens(job.class_pixels)
-            shape = Shape(1, predicted, job.text_tokens, predicted)
-            streamed_then, ring_then = self.count_streamed(choice.offload_blocks, self.weights)
-            phases["class images"] = {
-                "weights of blocks": sum(self.weights) - streamed_then,
-                "buffers of streamed blocks": ring_then,
-                "other weights": self.other_weights,
-                "dequantized layer": self.workspace,
-                "working set": self.inference(shape, False)[0],
-                **libraries,
-            }
+            here = sum(weights) - streamed + self.other_weights
+            moved += 2.0 * here * (1 - 1 / job.num_shards) * passes
+        between = 2.0 * self.boundary * len(later) * job.accumulation * (1 + self.class_share)
         host = {
             "streamed blocks": streamed,
             "block inputs": away,
@@ -293,11 +302,74 @@ class Planner:
             "cache entries read": READ_AHEAD,
             "process (assumed)": PROCESS,
         }
-        return Prediction(choice, phases, host, work * job.accumulation, moved, job.compiled)
+        work *= job.accumulation
+        return Prediction(
+            choice, self.encoders() | first, host, work, moved, job.compiled, tuple(split), later, between
+        )
 
-    def encoders(self, libraries: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    def phases(self, choice: Choice, part: Part) -> dict[str, dict[str, float]]:
+        """Return the memory of the device of `part` by component, in each phase with the transformer loaded."""
+        job, libraries = self.job, self.libraries
+        weights = self.block_weights(choice.cache_transposed_weights)
+        given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
+        kept, working, _ = self.blocks(*given, part)
+        kept += min(2 * self.boundary, self.count_away(choice))  # two are being copied
+        streamed, ring = self.count_streamed(choice.offload_blocks, weights)
+        adapter, others = self.adapter_of(part), self.other_weights_of(part)
+        resident: dict[str, float] = {
+            "weights of blocks": (sum(weights[part.start : part.stop]) - streamed) / job.num_shards,
+            "buffers of streamed blocks": ring,
+            "gathered weights": self.gathered if job.num_shards > 1 else 0,
+            "other weights": others / job.num_shards,
+            **adapter,
+            "dequantized layer": self.workspace,
+            "autoencoder": self.autoencoder[0] if job.sample_pixels and part.is_first else 0,
+            **libraries,
+        }
+        inputs = self.inputs_of(part)
+        phases: dict[str, dict[str, float]] = {
+            "step": {**resident, "micro-batch": inputs, "kept for backward": kept, "working set": working},
+            "update": {**resident, "working set": adapter["adapter"]},
+        }
+        idle = {key: value for key, value in resident.items() if key != "its gradients"}
+        idle["trained weights"] = self.swapped_of(part)
+        if job.validates:
+            shape = replace(job.shape, rows=1)
+            phases["validation"] = {**idle, "working set": self.inference(shape, job.autocast)[0]}
+        if job.sample_pixels:
+            predicted, edited = tokens(job.sample_pixels), sum(map(tokens, job.sample_references))
+            shape = Shape(1, predicted + edited, job.text_tokens, predicted)
+            working = self.inference(shape, False)[0]
+            images = (self.autoencoder[2], self.reference_encoder) if part.is_first else ()
+            phases["samples"] = {**idle, "working set": max([working, *images])}
+        if job.class_pixels:
+            predicted = tokens(job.class_pixels)
+            shape = Shape(1, predicted, job.text_tokens, predicted)
+            streamed_then, ring_then = self.count_streamed(choice.offload_blocks, self.weights)
+            phases["class images"] = {
+                "weights of blocks": sum(self.weights[part.start : part.stop]) - streamed_then,
+                "buffers of streamed blocks": ring_then,
+                "other weights": others,
+                "dequantized layer": self.workspace,
+                "working set": self.inference(shape, False)[0],
+                **libraries,
+            }
+        return phases
+
+    @property
+    def libraries(self) -> dict[str, float]:
+        return {"libraries (assumed)": LIBRARIES} if self.job.on_gpu else {}
+
+    def divide(self, choice: Choice) -> tuple[int, ...]:
+        """Return the number of blocks on each of the job's GPUs, as even as their memory allows."""
+        return divide(len(self.kinds), self.job.num_gpus, lambda part: self.peak(choice, part))
+
+    def _peak(self, choice: Choice, part: Part) -> float:
+        return training_peak(self.phases(choice, part))
+
+    def encoders(self) -> dict[str, dict[str, float]]:
         """Return the phases that fill the cache; a run with a complete cache skips them."""
-        job = self.job
+        job, libraries = self.job, self.libraries
         weights, encode, decode = self.autoencoder
         phases: dict[str, dict[str, float]] = {}
         width = job.variant.transformer.text_width // len(job.variant.text.layers)

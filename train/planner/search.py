@@ -11,7 +11,8 @@ from flux2.memory.activation_checkpointing import POLICIES
 from flux2.utils.text import gigabytes
 from train.config.memory import Choice
 from train.planner.gpus import Gpu
-from train.planner.predictor import Planner, Prediction
+from train.planner.prediction import Prediction
+from train.planner.predictor import Planner
 
 
 def policies(planner: Planner, fixed: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
@@ -27,7 +28,7 @@ def policies(planner: Planner, fixed: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 def choices(planner: Planner, fixed: Mapping[str, Any], limit: float) -> Iterator[Prediction]:
     """Yield predictions of choices with `fixed` keys that fit `limit` bytes, with the fewest streamed blocks each."""
-    if planner.job.num_shards > 1:  # blocks of a sharded base do not stream
+    if planner.job.num_shards > 1 or planner.job.num_gpus > 1:  # these do not work together
         fixed = {**fixed, "offload_blocks": 0, "offload_activations": False}
     if not planner.job.on_gpu:  # offloading moves nothing out of host memory
         fixed = {"offload_blocks": 0, "offload_activations": False, **fixed}
@@ -68,15 +69,16 @@ def does_not_fit(planner: Planner, fixed: Mapping[str, Any], limit: float, most:
     `most` are the bytes without memory.headroom_gb, and `where` names the memory.
     """
     least = min(choices(planner, fixed, float("inf")), key=lambda p: p.training)
-    streams = "offload_blocks" not in fixed and planner.job.num_shards == 1 and planner.job.on_gpu
+    can_stream = planner.job.num_shards == planner.job.num_gpus == 1 and planner.job.on_gpu
+    streams = "offload_blocks" not in fixed and can_stream
     for number in range(len(planner.weights) + 1) if streams else []:
         more = planner.predict(replace(least.choice, offload_blocks=number))
         least = min(least, more, key=lambda p: p.training)
     would_fit = least.training <= most
     headroom = "It would fit with memory.headroom_gb=0, which leaves nothing to other programs. " if would_fit else ""
     return (
-        f"{where}: this run does not fit. With {least.choice} it is predicted to need {gigabytes(least.training)} of "
-        f"{gigabytes(limit)}. {headroom}{smaller(planner, on)}"
+        f"{where}: this run does not fit. With {least.settings} it is predicted to need {gigabytes(least.training)} of "
+        f"{gigabytes(limit)}{' on a GPU' if least.split else ''}. {headroom}{smaller(planner, on)}"
     )
 
 

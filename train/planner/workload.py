@@ -43,6 +43,8 @@ class Workload:
     text_storage: str | None = None  # of the text encoder's layers: nf4, int8, or None
     text_here: bool = True  # whether the text encoder runs on this machine
     num_shards: int = 1  # number of processes that the base is sharded over
+    num_gpus: int = 1  # GPUs that the blocks are divided over
+    split: tuple[int, ...] | None = None  # number of blocks on each; None: as even as their memory allows
 
     @property
     def precision(self) -> str:

@@ -144,12 +144,14 @@ def speed_table(runs: Sequence[RunSummary]) -> Table:
     for run in runs:
         losses = run.series("validation_loss")
         ends = [dict(losses).get(0), min((loss for _, loss in losses), default=None), losses[-1][1] if losses else None]
-        speeds, memory = ([value for _, value in run.series(key)] for key in ("images_per_second", "peak_memory_gb"))
+        speeds = [value for _, value in run.series("images_per_second")]
+        peaks = dict.fromkeys(key for line in run.lines for key in line if key.startswith("peak_memory_gb"))
+        memory = [number(max((value for _, value in run.series(key)), default=None), ".2f") for key in peaks]
         speed = f"{median(speeds):.3g} ({min(speeds):.3g} to {max(speeds):.3g})" if speeds else ""
         steps = max((line["step"] for line in run.lines), default=0)
         counts = [number(count, "d") for count in (steps, run.recommended)]
         rows.append([run.label, *counts, *(number(loss, ".4f") for loss in ends), speed])
-        rows[-1].append(number(max(memory, default=None), ".2f"))
+        rows[-1].append(" + ".join(memory))  # of each device
     names = ("steps", "recommended", "base's loss", "lowest", "last", "images/s: median (range)", "peak memory, GB")
     return Table(["run"], names, rows)
 

@@ -53,7 +53,8 @@ def draw_class_images(config: RunConfig, prepared: CachedDataset) -> Source:
                 "preservation.prompts: a sharded base cannot draw class images. Draw them in a run with shard=false "
                 "(and memory.offload_blocks=1.0 if they do not fit); later runs reuse them."
             )
-        pipe = Pipeline(config.source, device, precision, False, config.memory.offload_blocks, config.copies)
+        blocks, devices = config.memory.offload_blocks, config.module_devices
+        pipe = Pipeline(config.source, device, precision, False, blocks, config.copies, devices=devices)
         transformer = pipe.transformer
         if config.settings.embedding_storage.startswith("projected"):
             transformer.txt_in = nn.Identity()  # stored embeddings are its output

@@ -39,14 +39,15 @@ def write_card_and_report(config: RunConfig, folder: Path, samples: int) -> None
 
 def write_card(config: RunConfig, folder: Path, samples: int) -> None:
     """Write the model card, or warn."""
-    device = config.accelerator.device
+    device, count = config.accelerator.device, len(config.devices)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     data = model_card.ModelCardData(
         name=config.settings.name,
         variant=config.variant,
         config=config.composed,
         samples=samples,
         images=config.images_per_step,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=f"{count} x {kind}" if count > 1 else kind,
         precision=config.precision.recipe,
         prompts=config.sample.prompts,
         edits=bool(config.sample.files),

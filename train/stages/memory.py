@@ -13,7 +13,7 @@ from train.checkpoints.resume import RunLocation
 from train.config.memory import AUTO, choice_of
 from train.config.run_config import RunConfig
 from train.planner.compilation import compiles
-from train.planner.from_config import advice, planned, still_fits
+from train.planner.from_config import advice, planned, planned_split, still_fits
 from train.stages.data import TrainingData
 from train.utils.console import name_process_in_errors
 from train.utils.memory import OutOfMemory
@@ -25,10 +25,17 @@ def load_config(config: DictConfig | dict[str, Any]) -> RunConfig:
 
 
 def choose_memory(config: RunConfig) -> RunConfig:
-    """Return the configuration with the null keys of `memory` chosen by the planner, if `gpu_memory_gb` is set."""
-    if config.memory.gpu_memory_gb is None:
+    """Return the configuration with the null keys of `memory`, and `split=auto`, chosen by the planner.
+
+    Null keys are chosen if `gpu_memory_gb` is set. Raises ValueError if there are fewer GPUs than `split` needs.
+    """
+    is_divided = len(config.devices) > 1
+    if config.memory.gpu_memory_gb is not None:
+        chosen, why = planned(config, config.given_memory)
+    elif is_divided and config.memory.split == AUTO:
+        chosen, why = planned_split(config)
+    else:
         return config
-    chosen, why = planned(config, config.given_memory)
     config = config.with_memory(chosen)
     config.say(why)
     return config

@@ -12,6 +12,7 @@ from torch import nn
 from data.cache.prepared import CachedDataset
 from flux2.adapters import adapter_parameters
 from flux2.memory.block_offload import offload
+from flux2.memory.model_split import split_model
 from flux2.models.pixels import reference_image, to_pixels
 from flux2.quantization.precision import describe
 from flux2.utils.text import gigabytes
@@ -21,6 +22,7 @@ from train.distributed.sharding import attach_sharded, local_bytes, sharder, tot
 from train.sweeps.reuse import SHARED, Base
 from train.utils.console import name_process_in_errors
 from train.utils.memory import explain_oom
+from train.utils.text import many
 from train.validation.samples import Sampler
 
 
@@ -60,7 +62,7 @@ def load_model(config: RunConfig) -> LoadedModel:
         config.memory.apply(base.transformer, config.accelerator.device, config.buckets)
         attach = partial(attach_sharded, config.make_adapter) if config.processes.sharded else config.make_adapter
         peft_model = attach(base.transformer, seed=config.settings.seed)
-        offload_blocks(config, base)
+        place_blocks(config, base)
     return LoadedModel(base, peft_model)
 
 
@@ -78,7 +80,14 @@ def load_base(config: RunConfig) -> Base:
     config.say(f"loading the transformer of {config.variant.name} ({config.precision.name}) onto {device}")
     ready = sharder(device) if sharded else None
     transformer = load_transformer(
-        config.source, device, config.precision, host=config.streamed, cache=config.copies, say=config.say, ready=ready
+        config.source,
+        device,
+        config.precision,
+        cache=config.copies,
+        host=config.streamed,
+        devices=config.module_devices,
+        say=config.say,
+        ready=ready,
     )
     config.say(describe(transformer, config.precision, device))
     if sharded:
@@ -91,9 +100,14 @@ def load_base(config: RunConfig) -> Base:
     return Base(transformer, check=SHARED.keeps and not sharded)
 
 
-def offload_blocks(config: RunConfig, base: Base) -> None:
-    """Set up offloading of blocks and activations to host memory as configured."""
+def place_blocks(config: RunConfig, base: Base) -> None:
+    """Set up the division over several GPUs, or offloading of blocks and activations to host memory, as configured."""
     memory, device = config.memory, config.accelerator.device
+    if memory.parts:
+        split_model(base.transformer, config.module_devices)
+        parts = [f"{many(n, 'block')} on {at}" for n, at in zip(memory.parts, config.devices, strict=True)]
+        config.say(f"the model is divided: {', '.join(parts)}")
+        return
     if base.offloader is None:
         activations = memory.offload_activations
         base.offloader = offload(base.transformer, memory.offload_blocks, activations=activations, device=device)

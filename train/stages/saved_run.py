@@ -35,7 +35,7 @@ from train.config.paths import CONFIG
 from train.encoding.prepare import prepare
 from train.stages.data import cache_request, paths
 from train.stages.memory import load_config
-from train.stages.model import load_sampler, offload_blocks, shared_base
+from train.stages.model import load_sampler, place_blocks, shared_base
 from train.utils.files import make_writable, read_image, read_yaml, write_whole
 from train.utils.memory import free_memory
 from train.validation.samples import Sampler
@@ -121,6 +121,12 @@ def check_address(folder: Path, config: Mapping[str, Any], given: str | None) ->
         )
 
 
+def usable_split(memory: object) -> list[int] | None:
+    """Return the division over GPUs of a run's group `memory`, None if there was none or this machine has fewer."""
+    split = memory.get("split") if isinstance(memory, dict) else None
+    return split if isinstance(split, list) and len(split) <= torch.cuda.device_count() else None
+
+
 def configuration(
     folder: Path, device: str | None, sample: Mapping[str, Any], text_encoder_url: str | None = None
 ) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def configuration(
     streamed = memory.get("offload_blocks", 0) if isinstance(memory, dict) else 0
     return {
         **config,
-        "memory": {"checkpointing": "none", "offload_blocks": streamed},
+        "memory": {"checkpointing": "none", "offload_blocks": streamed, "split": usable_split(memory)},
         "validation": {},
         "hub": {},
         "sample": {**(own if isinstance(own, dict) else {}), **sample},
@@ -212,7 +218,7 @@ class SavedRun:
     def transformer(self) -> Transformer:
         base = shared_base(self.config)
         self.config.memory.apply(base.transformer, self.config.accelerator.device, self.config.buckets)
-        offload_blocks(self.config, base)
+        place_blocks(self.config, base)
         return base.transformer
 
     def free_transformer(self) -> None:

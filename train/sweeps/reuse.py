@@ -75,7 +75,8 @@ class SharedObjects:
         """Return the bytes on `device` of the previous job's models, which are freed if this job needs others."""
         models = [thing for _, thing in self._stored.values() if isinstance(thing, Base | nn.Module)]
         tensors = chain.from_iterable(tensors_of(m.transformer if isinstance(m, Base) else m) for m in models)
-        return sum(tensor.nbytes for _, tensor in tensors if tensor.device.type == device.type)
+        kind, index = device.type, device.index
+        return sum(t.nbytes for _, t in tensors if t.device.type == kind and index in (None, t.device.index))
 
 
 SHARED = SharedObjects()  # the only state that jobs of this process share

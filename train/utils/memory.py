@@ -43,6 +43,12 @@ class OutOfMemory(ValueError):  # noqa: N818
         return f"out of memory {self.doing}: {asked}{free}."
 
 
+def parse_gpu(text: str) -> str:
+    """Return where PyTorch's message says that memory ran out, ` on cuda:1`; empty if there is only one GPU."""
+    found = re.search(r"GPU (\d+) has a total capacity", text)
+    return f" on cuda:{found[1]}" if found and torch.cuda.device_count() > 1 else ""
+
+
 def parse_amounts(text: str) -> tuple[int, int]:
     """Return (requested, free) bytes in PyTorch's message; 0 if it does not contain them."""
     number = r"([\d.]+) (bytes|[KMGT]iB|B)"
@@ -65,7 +71,7 @@ def explain_oom(doing: str, phase: str, device: torch.device) -> Iterator[None]:
         asked, free = parse_amounts(str(error))
         traceback.clear_frames(error.__traceback__)  # the frames refer to the tensors of the step
         error.__traceback__ = None
-        failed = OutOfMemory(doing, phase, asked, free)
+        failed = OutOfMemory(f"{doing}{parse_gpu(str(error))}", phase, asked, free)
     if failed is not None:
         free_memory()
         if device.type != "cuda" and not failed.free:

@@ -66,10 +66,10 @@ class Progress:
             self._bar.update()
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Show the logged `loss`, which is absent if it is not finite, and `peak_memory_gb` of the last step."""
-        loss, memory = values.get("loss"), values.get("peak_memory_gb")
+        """Show the logged `loss`, which is absent if it is not finite, and the peak memory of each device."""
+        loss, memory = values.get("loss"), [f"{values[key]:.1f}" for key in values if key.startswith("peak_memory_gb")]
         text = "loss not finite" if loss is None else f"loss {loss:.4f}"
-        self._logged = text if memory is None else f"{text}, {memory:.1f} GB"
+        self._logged = f"{text}, {' + '.join(memory)} GB" if memory else text
         if self.shown and not self.is_bar:
             elapsed = tqdm.format_interval(self.clock() - self._began)
             print(f"{self.done}/{self.total} [{elapsed}, {self.text()}]", file=self.stream, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,18 +18,18 @@ class Clock:
     GPU, cannot be reset and includes them.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.peak_memory_gb = device, 0.0
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.peaks = dict.fromkeys(devices, 0.0)  # GB
         self.steps, self.spent, self.began = 0, 0.0, time.perf_counter()
-        reset_peak_memory(device)
+        self.reset_peaks()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Context manager that does not count the time."""
         self.spent += time.perf_counter() - self.began
-        self.peak_memory_gb = max(self.peak_memory_gb, peak_memory_gb(self.device))
+        self.peaks = {device: max(peak, peak_memory_gb(device)) for device, peak in self.peaks.items()}
         yield
-        reset_peak_memory(self.device)
+        self.reset_peaks()
         self.began = time.perf_counter()
 
     def take(self) -> float:
@@ -38,10 +38,16 @@ class Clock:
         self.steps, self.spent = 0, 0.0
         return speed
 
+    def reset_peaks(self) -> None:
+        for device in self.peaks:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
 
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    def peak_memory(self) -> dict[str, float]:
+        """Return the metrics of peak memory in GB: `peak_memory_gb`, and with `/cuda:1` that of each further device."""
+        numbers = (round(peak, 3) for peak in self.peaks.values())
+        names = ("peak_memory_gb" + (f"/{device}" if i else "") for i, device in enumerate(self.peaks))
+        return dict(zip(names, numbers, strict=True))
 
 
 def peak_memory_gb(device: torch.device) -> float:
