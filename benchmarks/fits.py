@@ -47,6 +47,7 @@ from flux2 import adapters
 from flux2.layers.attention import preferred_backends
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.block_offload import offload, offloaded_blocks
+from flux2.memory.model_split import module_devices, split_devices, split_model
 from flux2.memory.ring_buffer import Copier
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import Precision, Storage
@@ -70,10 +71,12 @@ class Case:
     storage: Storage | None
     pixels: int
     gpu_memory_gb: float
+    num_gpus: int = 1  # that the model is divided over
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.storage or 'bf16'} {self.pixels} {self.gpu_memory_gb:g}"
+        gpus = f"{self.num_gpus}x" if self.num_gpus > 1 else ""
+        return f"{self.model} {self.storage or 'bf16'} {self.pixels} {gpus}{self.gpu_memory_gb:g}"
 
     @property
     def variant(self) -> Variant:
@@ -103,11 +106,14 @@ CASES = [
 ]
 
 
-def make_planner(variant: Variant, storage: Storage | None, pixels: int, in_fp8: bool, rank: int = 16) -> Planner:
+def make_planner(
+    variant: Variant, storage: Storage | None, pixels: int, in_fp8: bool, rank: int = 16, num_gpus: int = 1
+) -> Planner:
     """Return the planner of a run with AdamW and one image per step, without sample grids and validation."""
     precision = make_precision(storage, in_fp8)
     model = skeleton(variant, precision, lambda model: adapters.attach(model, rank=rank))
-    return Planner(Workload(variant, model, torch.bfloat16, OPTIMIZER, (pixels, pixels), storage=storage))
+    size = (pixels, pixels)
+    return Planner(Workload(variant, model, torch.bfloat16, OPTIMIZER, size, storage=storage, num_gpus=num_gpus))
 
 
 def train(
@@ -126,18 +132,23 @@ def train(
     choice, config = prediction.choice, case.variant.transformer
     streamed = offloaded_blocks(config, choice.offload_blocks)
     precision = make_precision(case.storage, in_fp8, choice.cache_transposed_weights)
-    model = make_model(config, precision, device, host=streamed)
+    devices: dict[str, torch.device] = {}
+    if prediction.split:
+        devices = module_devices(config, prediction.split, split_devices(device, len(prediction.split)))
+    model = make_model(config, precision, device, host=streamed, devices=devices)
     backends = preferred_backends(None, device)
     set_policy(model, choice.checkpointing, budget_gb=choice.budget_gb, attention=backends)
     attach_adapter(model, rank=16)
     for parameter in adapters.adapter_parameters(model):
         parameter.data = parameter.data.to(device)
+    split_model(model, devices)
     offload(model, choice.offload_blocks, activations=choice.offload_activations, device=device, copier=copier)
     optimizer = OPTIMIZER(adapters.adapter_parameters(model))
     inputs = Inputs(config, case.pixels // 16, 512, device)
     free_memory(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    for place in {device, *devices.values()}:
+        if place.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(place)
 
     times = []
     for _ in range(repeats + 2):

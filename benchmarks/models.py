@@ -23,6 +23,7 @@ from flux2.models.variants import DEV, KLEIN_4B, KLEIN_9B, TransformerConfig
 from flux2.quantization.base import QuantizedLinear
 from flux2.quantization.precision import Matmul, Precision, Storage, convert
 from flux2.weights.key_names import transformer_tensor
+from flux2.weights.loading import device_chooser
 
 SMALL = TransformerConfig(heads=2, head_dim=64, double_blocks=1, single_blocks=2, text_width=64, guidance=False,
                           rope_axes=(16, 16, 16, 16))  # fmt: skip
@@ -55,7 +56,11 @@ def random_weight(name: str, shape: torch.Size, device: torch.device, dtype: tor
 
 
 def random_transformer(
-    config: TransformerConfig, precision: Precision, device: torch.device, host: Collection[str] = ()
+    config: TransformerConfig,
+    precision: Precision,
+    device: torch.device,
+    host: Collection[str] = (),
+    devices: Mapping[str, torch.device] | None = None,
 ) -> Transformer:
     """Return our transformer. At most one layer at a time exists both in full precision and quantized.
 
@@ -64,17 +69,19 @@ def random_transformer(
         precision: Precision of its weights.
         device: Device on which the weights are drawn.
         host: Names of the blocks whose weights are moved to host memory.
+        devices: Devices of the modules that are not on `device`.
     """
+    device_of = device_chooser((), device, devices)
     with torch.device("meta"):
         model = Transformer(config).to(precision.dtype)
     convert(model, precision, device)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             sizes = torch.Size((module.out_features, module.in_features))
-            module.store(random_weight(f"{name}.weight", sizes, device, precision.dtype))
+            module.store(random_weight(f"{name}.weight", sizes, device_of(f"{name}."), precision.dtype))
         else:
             for leaf, old in list(module.named_parameters(recurse=False)):
-                weight = random_weight(f"{name}.{leaf}", old.shape, device, precision.dtype)
+                weight = random_weight(f"{name}.{leaf}", old.shape, device_of(f"{name}."), precision.dtype)
                 setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
         is_leaf = next(module.children(), None) is None
         if is_leaf and any(name.startswith(f"{block}.") for block in host):

@@ -6,7 +6,8 @@
 
 Needs an environment with a CUDA build of PyTorch (`make .venv-cuda/installed`), and no GPU: see
 tests/simulated_gpu/README.md. For each model, precision and GPU size the planner chooses the group `memory`, and steps
-of the true size run in the memory of such a GPU, at the compute capability of a common one of that size. Allocations
+of the true size run in the memory of such a GPU, at the compute capability of a common one of that size, and for some
+cases of two such GPUs that the model is divided over. Allocations
 and frees are the real ones; kernels compute nothing, so there are no times, and the workspaces inside cuBLAS and cuDNN
 do not show. The workspace that PyTorch allocates for cuBLAS is taken off: the planner counts it with the libraries.
 """
@@ -50,6 +51,11 @@ CASES = [
     for size in (*(size for size in SIZES if size != 96),)
     for model in ("dev", "klein_base_9b", "klein_base_4b")
     for storage in (None, "fp8", "int8", "nf4")
+] + [
+    Case(model, storage, 1024, size, num_gpus=2)
+    for size in (12, 16, 24, 32, 48)
+    for model in ("dev", "klein_base_9b")
+    for storage in (None, "fp8", "int8", "nf4")
 ]
 
 
@@ -62,43 +68,53 @@ def capability(case: Case) -> int:
 
 
 @cache
-def planner_of(case: tuple[str, Storage | None, int], in_fp8: bool) -> Planner:
-    return make_planner(Case(*case, 0).variant, case[1], case[2], in_fp8)
+def planner_of(model: str, storage: Storage | None, pixels: int, num_gpus: int, in_fp8: bool) -> Planner:
+    return make_planner(Case(model, storage, pixels, 0).variant, storage, pixels, in_fp8, num_gpus=num_gpus)
 
 
 def simulate(case: Case) -> dict[str, Any]:
     """Return predicted and simulated memory of a case, in GB."""
-    place, card = torch.device("cuda"), card_of(case)
+    place, card = torch.device("cuda", 0), card_of(case)
+    places = [torch.device("cuda", index) for index in range(case.num_gpus)]
     in_fp8 = Precision(torch.bfloat16, case.storage).multiplies_in_8_bits(place)
-    prediction = choose(
-        planner_of((case.model, case.storage, case.pixels), in_fp8), {}, usable(case.gpu_memory_gb), card
-    )
+    planner = planner_of(case.model, case.storage, case.pixels, case.num_gpus, in_fp8)
+    prediction = choose(planner, {}, usable(case.gpu_memory_gb), card)
     if prediction is None:
         return {"skipped": "predicted not to fit"}
-    limit_memory(place, case.gpu_memory_gb)
-    torch.cuda.reset_accumulated_memory_stats()
+    for each in places:
+        limit_memory(each, case.gpu_memory_gb)
+        torch.cuda.reset_accumulated_memory_stats(each)
     try:
         train(case, prediction, place, 1, in_fp8, empty_transformer, RepeatedCopier)
     except torch.OutOfMemoryError as error:
         return {"memory": settings_of(prediction.choice), "out of memory": str(error).splitlines()[0]}
-    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    peaks = [(torch.cuda.max_memory_allocated(each), torch.cuda.max_memory_reserved(each)) for each in places]
     free_memory(place)
-    before = torch.cuda.memory_allocated()
+    before = [torch.cuda.memory_allocated(each) for each in places]
     torch._C._cuda_clearCublasWorkspaces()
-    workspace = before - torch.cuda.memory_allocated()
-    predicted = prediction.training - LIBRARIES
-    return {
-        "memory": settings_of(prediction.choice),
-        "GB": {
-            "predicted": predicted / 1e9,
+    found = []
+    for each, (peak, reserved), bytes_before, predicted in zip(places, peaks, before, prediction.peaks, strict=True):
+        workspace = bytes_before - torch.cuda.memory_allocated(each)
+        gigabytes = {
+            "predicted": (predicted - LIBRARIES) / 1e9,
             "simulated": (peak - workspace) / 1e9,
             "cuBLAS": workspace / 1e9,
             "reserved": reserved / 1e9,
             "limit": (case.gpu_memory_gb - CONTEXT_GB) * GIB / 1e9,
-        },
-        "predicted / simulated": predicted / (peak - workspace),
-        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
-    }
+        }
+        found.append(
+            {
+                "GB": gigabytes,
+                "predicted / simulated": (predicted - LIBRARIES) / (peak - workspace),
+                "retries": torch.cuda.memory_stats(each)["num_alloc_retries"],
+            }
+        )
+    memory = settings_of(prediction.choice)
+    return (
+        {"memory": memory, "split": prediction.split, "GPUs": found}
+        if prediction.split
+        else {"memory": memory, **found[0]}
+    )
 
 
 def main() -> None:
@@ -117,7 +133,7 @@ def main() -> None:
         }
         for number in sorted({capability(case) for case in cases}):
             command = [sys.executable, __file__, "--only", options.only, "--capability", str(number)]
-            given = environment(capability=number, gb=150, context_mb=0)
+            given = environment(capability=number, gb=150, context_mb=0, count=2)
             done = subprocess.run(command, env=given, stdout=subprocess.PIPE, text=True, check=True)
             result["runs"] |= json.loads(done.stdout.splitlines()[-1])
             write_result(options.out, result)

@@ -139,6 +139,22 @@ def simulated() -> str:
     return markdown(["GB", *(f"{size} GB" for size in GPU_SIZES)], rows)
 
 
+def split() -> str:
+    """Return the peaks of benchmarks/planner_simulated.py on two GPUs: blocks, predicted and simulated GB of each."""
+    runs = read_result("planner_simulated")["runs"]
+    sizes, rows = (12, 16, 24, 32, 48), []
+    for name in ("dev", "klein_base_9b"):
+        for storage in ("bf16", "fp8", "int8", "nf4"):
+            cells = []
+            for size in sizes:
+                run = runs[f"{name} {storage} 1024 2x{size}"]
+                peaks = [one["GB"] for one in run.get("GPUs", [])]
+                each = [f"{one['predicted']:.1f} / {one['simulated']:.1f}" for one in peaks]
+                cells.append(f"{'+'.join(map(str, run['split']))}: {', '.join(each)}" if each else "no")
+            rows.append([f"{MODELS[name]}, {storage}", *cells])
+    return markdown(["GB", *(f"2 x {size} GB" for size in sizes)], rows)
+
+
 # ------------------------------------------------------------------ measurements
 
 
@@ -218,6 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compilation": compilation,
     "recompute": recompute,
     "simulated": simulated,
+    "split": split,
     "steps": steps,
     "precisions": precisions,
 }

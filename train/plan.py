@@ -117,6 +117,15 @@ def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None
     return f"A step of {many(images, 'image')}: {seconds:.2f} s ({source}); {flops:.0f} TFLOP in matrix products"
 
 
+def planned_memory(prediction: Prediction, on_gpu: bool, name: str | None, card: float) -> str:
+    """Return what a plan is for: a GPU by its name or its memory in GB, several of them, or free host memory."""
+    if not on_gpu:
+        return free_host_memory(card)
+    if prediction.split:
+        return f"{len(prediction.split)} x {name or f'{card:g} GB'}"
+    return name or f"a GPU of {card:g} GB"
+
+
 def setting(planner: Planner, choice: Choice) -> dict[str, Any]:
     """Return the `setting` of a case in benchmarks/results that measured this job and choice."""
     job = planner.job
@@ -138,6 +147,8 @@ def take_cards(given: dict[str, Any]) -> int | None:
     By default it is the number of visible GPUs, at least two. Raises ValueError for a bad value.
     """
     cards, split = given.pop("cards", None), given["memory"].get("split")
+    if split is not None and given.get("device") == "cpu":
+        raise ValueError(f"memory.split={split} divides a model over GPUs, and this is device=cpu. Omit one of them.")
     if cards is not None:
         check_count("cards", cards, 2)
         if split != AUTO:
@@ -212,9 +223,7 @@ def main(config: DictConfig) -> None:
     console.print(f"Host memory, predicted: {sum(now.host.values()) / 1e9:.1f} GB ({host})")
 
     # Whether it fits, and the time of a step.
-    one = name or f"a GPU of {card or 0:g} GB"
-    target = (f"{len(now.split)} x {name or f'{card or 0:g} GB'}" if now.split else one) if on_gpu else ""
-    target = target or free_host_memory(card or 0)
+    target = planned_memory(now, on_gpu, name, card or 0)
     limit = limit_of(memory, card or 0)
     fits = card is None or now.training <= limit
     if card is not None and not fits:

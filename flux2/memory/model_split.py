@@ -29,7 +29,7 @@ def check_split(config: TransformerConfig, split: Sequence[int], key: str = "spl
     """Raise ValueError unless the numbers of blocks in `split` add up to those of the model; `key` is the setting."""
     if sum(split) != config.double_blocks + config.single_blocks:
         raise ValueError(
-            f"{key}={list(split)} has {sum(split)} blocks, and the model {config.double_blocks} double and "
+            f"{key}={list(split)} has {sum(split)} blocks, and the model has {config.double_blocks} double and "
             f"{config.single_blocks} single blocks. Give numbers that add up to "
             f"{config.double_blocks + config.single_blocks}."
         )

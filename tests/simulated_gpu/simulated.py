@@ -6,7 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from flux2.memory.ring_buffer import CudaCopier
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
 from flux2.quantization.precision import Precision, convert
+from flux2.weights.loading import device_chooser
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(__file__).with_name("launch.py")
@@ -62,14 +63,19 @@ class RepeatedCopier(CudaCopier):
 
 
 def empty_transformer(
-    config: TransformerConfig, precision: Precision, place: torch.device, host: Collection[str] = ()
+    config: TransformerConfig,
+    precision: Precision,
+    place: torch.device,
+    host: Sequence[str] = (),
+    devices: Mapping[str, torch.device] | None = None,
 ) -> Transformer:
-    """Return a transformer whose weights are not set; those of the blocks `host` are in host memory."""
+    """Return a transformer whose weights are not set: on `place`, in host memory, or on the `devices` of modules."""
+    device_of = device_chooser(host, place, devices)
     with torch.device("meta"):
         model = Transformer(config).to(precision.dtype)
     convert(model, precision, place)
     for name, module in model.named_modules():
-        there = "cpu" if any(name.startswith(f"{block}.") for block in host) else place
+        there = device_of(f"{name}.")
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, leaf, nn.Parameter(torch.empty_like(parameter, device=there), requires_grad=False))
     return model
