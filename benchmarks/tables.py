@@ -142,7 +142,7 @@ def simulated() -> str:
 def split() -> str:
     """Return the peaks of benchmarks/planner_simulated.py on two GPUs: blocks, predicted and simulated GB of each."""
     runs = read_result("planner_simulated")["runs"]
-    sizes, rows = (12, 16, 24, 32, 48), []
+    sizes, rows = (16, 24, 32), []
     for name in ("dev", "klein_base_9b"):
         for storage in ("bf16", "fp8", "int8", "nf4"):
             cells = []

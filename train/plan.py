@@ -255,7 +255,7 @@ def main(config: DictConfig) -> None:
             hint = f". {lighter(planner, on)}" if best.moved else ""  # weights or activations leave the device
             hint = f"{headroom_text(memory)}{hint}".removesuffix(". ")
             console.print(f"For {target} memory=auto would choose {best.settings}{hint}")
-        if has_gpu and (best is None or best.moved) and (hint := split_hint(run, memory, best, card, on)):
+        if has_gpu and (hint := split_hint(run, memory, best, card, on)):
             console.print(hint)
 
 

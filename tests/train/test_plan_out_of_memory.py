@@ -38,6 +38,14 @@ def test_the_amounts_are_read_from_pytorchs_messages():
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
+@pytest.mark.parametrize(("gpus", "where"), [(2, "in a step on cuda:0:"), (1, "in a step:")])
+def test_one_of_several_gpus_is_named(monkeypatch, gpus, where):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(OutOfMemory) as caught, explain_oom("in a step", "step", torch.device("cuda")):
+        raise_for_gpu()
+    assert str(caught.value).startswith(f"out of memory {where} 2.68 GB asked for, 1.61 GB free.")
+
+
 def test_other_errors_pass_and_the_step_is_let_go():
     with pytest.raises(RuntimeError, match=r"^shapes$"), explain_oom("", "step", torch.device("cpu")):
         raise RuntimeError("shapes")

@@ -14,8 +14,10 @@ from message_helpers import holds
 from train_helpers import adapter, compose, lines, refusal, same_tensors, values
 
 from flux2.memory.model_split import SplitRunner
+from flux2.quantization.precision import Precision
 from train.planner import from_config
 from train.stages.memory import load_config
+from train.stages.saved_run import SavedRun
 
 pytest_plugins = ("train_helpers",)
 
@@ -135,3 +137,20 @@ def test_more_gpus_than_blocks_are_refused(small: Callable[..., list[str]], monk
     monkeypatch.setattr("train.config.run_config.split_devices", lambda *arguments: [cpu] * 6)
     with pytest.raises(ValueError, match=r"^memory\.split divides 5 blocks over 6 GPUs"):
         load_config(compose(*small("memory.split=auto")))
+
+
+def test_an_evaluation_says_that_it_is_on_one_device(train: Callable[..., Path], ran: list[SplitRunner]) -> None:
+    folder = train("run", "memory.split=[1,4]", "checkpoint_every=2")
+    saved = SavedRun(folder, "cpu", {"prompts": ["a cup"]}, [0])
+    assert "the model was divided over 2 GPUs in training, and is on one device here" in saved.notes
+    assert saved.config.memory.split is None
+
+
+def test_gpus_that_multiply_differently_are_refused(
+    small: Callable[..., list[str]], ran: list[SplitRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = torch.device("meta")
+    monkeypatch.setattr("train.config.run_config.split_devices", lambda *arguments: [torch.device("cpu"), meta])
+    monkeypatch.setattr(Precision, "multiplies_in_8_bits", lambda self, device: torch.device(device) != meta)
+    with pytest.raises(ValueError, match=r"^memory\.split=\[2, 3\]: meta does not multiply in fp8, as other GPUs"):
+        load_config(compose(*small("precision=fp8", "memory.split=[2,3]")))

@@ -192,7 +192,9 @@ def planned(config: RunConfig, memory: Mapping[str, Any]) -> tuple[dict[str, Any
     best = choose(planner, fixed, limit, on)
     if best is None:
         named = f"memory=auto, {where}" if where else f"memory.gpu_memory_gb={gpu_memory_gb:g}"
-        raise ValueError(does_not_fit(planner, fixed, limit, usable(gpu_memory_gb, 0), named, on))
+        message = does_not_fit(planner, fixed, limit, usable(gpu_memory_gb, 0), named, on)
+        hint = split_hint(config, memory, None, gpu_memory_gb, on) if device.type == "cuda" else ""
+        raise ValueError(f"{message} {hint}".strip())
     chosen = {key: value for key, value in settings_of(best.choice).items() if key in memory}
     chosen |= {"split": list(best.split)} if best.split else {}
     gpus = f"{len(best.split)} GPUs of " if best.split else ""
@@ -218,20 +220,21 @@ def planned_split(config: RunConfig) -> tuple[dict[str, Any], str]:
 def split_hint(
     config: RunConfig, memory: Mapping[str, Any], now: Prediction | None, gpu_memory_gb: float, on: Gpu
 ) -> str:
-    """Return a sentence if all visible GPUs fit what one does not, or fits with offload only; otherwise empty.
+    """Return a sentence if all visible GPUs fit what one does not fit, or only with offload; otherwise empty.
 
     `now` is the best choice for one GPU of `gpu_memory_gb`.
     """
     gpus = torch.cuda.device_count()
-    if gpus < 2 or config.memory.split is not None or config.processes.sharded:
+    is_possible = gpus > 1 and config.memory.split is None and not config.processes.sharded
+    if not is_possible or (now is not None and not now.moved):
         return ""
     planner = Planner(workload_of(config, on_gpu=True, num_gpus=gpus))
     best = choose(planner, fixed_keys(memory), limit_of(memory, gpu_memory_gb), on)
-    if best is None or (now is not None and now.seconds(on) <= best.seconds(on)):
+    if best is None:
         return ""
     return (
-        f"memory.split={AUTO} would divide the model over the {gpus} GPUs of this machine, with {best.settings}: "
-        f"{best.seconds(on):.2f} s a step, predicted."
+        f"memory.split={AUTO} would divide the model over the {gpus} GPUs of this machine and offload nothing, with "
+        f"{best.settings}: {best.seconds(on):.2f} s a step, predicted."
     )
 
 

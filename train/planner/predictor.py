@@ -273,12 +273,11 @@ class Planner:
         whole = len(self.kinds) if choice.checkpointing == "none" else self.kept_within(choice.budget_gb or 0.0)
         return self.boundary * (len(self.kinds) - whole)
 
-    @cached_property
-    def gathered(self) -> int:
-        """Bytes of the weights that a process with a sharded base gathers."""
+    def gathered(self, weights: Sequence[int]) -> int:
+        """Return the bytes of the weights that a process with a sharded base gathers; `weights` are those of blocks."""
         layers = [child for child in self.job.model.children() if not isinstance(child, nn.ModuleList)]
         permanent = sum(size(frozen(layer)) for layer in layers if isinstance(layer, nn.Linear))
-        return GATHERED * max([*self.weights, *(size(frozen(layer)) for layer in layers)]) + permanent
+        return GATHERED * max([*weights, *(size(frozen(layer)) for layer in layers)]) + permanent
 
     def _predict(self, choice: Choice) -> Prediction:
         job = self.job
@@ -319,7 +318,7 @@ class Planner:
         resident: dict[str, float] = {
             "weights of blocks": (sum(weights[part.start : part.stop]) - streamed) / job.num_shards,
             "buffers of streamed blocks": ring,
-            "gathered weights": self.gathered if job.num_shards > 1 else 0,
+            "gathered weights": self.gathered(weights) if job.num_shards > 1 else 0,
             "other weights": others / job.num_shards,
             **adapter,
             "dequantized layer": self.workspace,

@@ -30,6 +30,7 @@ def choose_memory(config: RunConfig) -> RunConfig:
     Null keys are chosen if `gpu_memory_gb` is set. Raises ValueError if there are fewer GPUs than `split` needs.
     """
     is_divided = len(config.devices) > 1
+    check_products(config)
     if config.memory.gpu_memory_gb is not None:
         chosen, why = planned(config, config.given_memory)
     elif is_divided and config.memory.split == AUTO:
@@ -39,6 +40,18 @@ def choose_memory(config: RunConfig) -> RunConfig:
     config = config.with_memory(chosen)
     config.say(why)
     return config
+
+
+def check_products(config: RunConfig) -> None:
+    """Raise ValueError if only some GPUs of a divided model multiply in 8 bits: its layers are made for one kind."""
+    able = {device: config.precision.multiplies_in_8_bits(device) for device in config.devices}
+    if len(set(able.values())) > 1:
+        unable = next(device for device, multiplies in able.items() if not multiplies)
+        raise ValueError(
+            f"memory.split={config.memory.split}: {unable} does not multiply in {config.precision.storage}, as other "
+            "GPUs here do. Set precision.matmul=dequantized or precision=int8, or choose equal GPUs with "
+            "CUDA_VISIBLE_DEVICES."
+        )
 
 
 def keep_resumed_memory(config: RunConfig, location: RunLocation) -> RunConfig:

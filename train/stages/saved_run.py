@@ -121,10 +121,11 @@ def check_address(folder: Path, config: Mapping[str, Any], given: str | None) ->
         )
 
 
-def usable_split(memory: object) -> list[int] | None:
-    """Return the division over GPUs of a run's group `memory`, None if there was none or this machine has fewer."""
+def split_of(config: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of blocks on each GPU of a run whose model was divided, else an empty list."""
+    memory = config.get("memory")
     split = memory.get("split") if isinstance(memory, dict) else None
-    return split if isinstance(split, list) and len(split) <= torch.cuda.device_count() else None
+    return split if isinstance(split, list) else []
 
 
 def configuration(
@@ -141,9 +142,11 @@ def configuration(
         config[group] = read_yaml(CONFIG / group / f"{choices[group]}.yaml")
     memory, own = config.get("memory"), config.get("sample")
     streamed = memory.get("offload_blocks", 0) if isinstance(memory, dict) else 0
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    split = split_of(config) if len(split_of(config)) <= gpus else []
     return {
         **config,
-        "memory": {"checkpointing": "none", "offload_blocks": streamed, "split": usable_split(memory)},
+        "memory": {"checkpointing": "none", "offload_blocks": streamed, "split": split or None},
         "validation": {},
         "hub": {},
         "sample": {**(own if isinstance(own, dict) else {}), **sample},
@@ -182,6 +185,8 @@ class SavedRun:
         if config.accelerator.num_processes > 1:
             raise ValueError("evaluation runs in one process only. Start it with python, not with accelerate launch.")
         make_writable(self.place / "pictures", "evaluation folder")
+        if not config.memory.parts and (count := len(split_of(resume.configuration(folder)))):
+            self.notes.append(f"the model was divided over {count} GPUs in training, and is on one device here")
         self.samples: Source | None = None  # None if the training images are not available
         try:
             self.samples = config.instantiate("dataset")

@@ -39,6 +39,13 @@ def test_a_line_has_the_loss_the_speed_what_is_left_and_the_memory(clock):
     assert stream.getvalue().splitlines()[-1] == "4/10 [00:06, 1.50 s/step, 00:09 left, loss 0.2500, 21.9 GB]"
 
 
+def test_the_memory_of_each_device_is_shown(clock):
+    stream = io.StringIO()
+    progress = Progress(10, stream=stream, clock=clock)
+    steps(progress, clock, 4, 1.5, **{"loss": 0.25, "peak_memory_gb": 21.94, "peak_memory_gb/cuda:1": 20.0})
+    assert stream.getvalue().splitlines()[-1].endswith("loss 0.2500, 21.9 + 20.0 GB]")
+
+
 def test_where_nobody_watches_there_is_a_line_for_what_is_logged_and_no_other(clock):
     stream = io.StringIO()
     progress = Progress(10, stream=stream, clock=clock)

@@ -25,6 +25,17 @@ def test_the_peak_memory_of_a_gpu_is_that_of_the_steps(allocator):
     assert peaks == [8, 8, 9]
 
 
+def test_each_device_has_its_peak(monkeypatch):
+    peaks = {torch.device("cuda", 0): 2e9, torch.device("cuda", 1): 3e9}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.__getitem__)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update({device: 0.0}))
+    clock = Clock(list(peaks))
+    assert set(peaks.values()) == {0.0}
+    peaks.update({torch.device("cuda", 0): 5e9, torch.device("cuda", 1): 4e9})
+    with clock.paused():
+        assert clock.peak_memory() == {"peak_memory_gb": 5.0, "peak_memory_gb/cuda:1": 4.0}
+
+
 def test_without_a_gpu_the_peak_memory_is_that_of_the_process(allocator):
     clock = Clock([torch.device("cpu")])
     with clock.paused():
