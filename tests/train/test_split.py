@@ -18,6 +18,7 @@ from flux2.quantization.precision import Precision
 from train.planner import from_config
 from train.stages.memory import load_config
 from train.stages.saved_run import SavedRun
+from train.sweeps.reuse import SHARED
 
 pytest_plugins = ("train_helpers",)
 
@@ -137,6 +138,24 @@ def test_more_gpus_than_blocks_are_refused(small: Callable[..., list[str]], monk
     monkeypatch.setattr("train.config.run_config.split_devices", lambda *arguments: [cpu] * 6)
     with pytest.raises(ValueError, match=r"^memory\.split divides 5 blocks over 6 GPUs"):
         load_config(compose(*small("memory.split=auto")))
+
+
+def test_jobs_of_a_sweep_use_a_divided_model_again(
+    train: Callable[..., Path],
+    ran: list[SplitRunner],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("train.run.is_sweep", lambda: True)
+    try:
+        first, second = (train(name, "memory.split=[3,2]") for name in ("first", "second"))
+        assert "using the transformer of the previous job" in capsys.readouterr().out
+        train("third", "memory.split=[2,3]")
+        assert "using the transformer of the previous job" not in capsys.readouterr().out
+    finally:
+        SHARED.free()
+    same_runs(first, second)
+    assert len(ran) == 3
 
 
 def test_an_evaluation_says_that_it_is_on_one_device(train: Callable[..., Path], ran: list[SplitRunner]) -> None:
