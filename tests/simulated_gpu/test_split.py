@@ -24,6 +24,7 @@ from flux2.memory.model_split import module_devices, split_devices, split_model
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, TransformerConfig
 from flux2.quantization.precision import Storage
+from flux2.utils.device import seed_devices
 from flux2.weights.loading import load_transformer
 from flux2.weights.parallel_reader import Reader
 from flux2.weights.sources import model_source
@@ -144,6 +145,12 @@ def test_compiled_blocks_run_on_their_devices(storage: Storage | None) -> None:
     torch._dynamo.reset()
 
 
+def test_each_device_draws_other_dropout() -> None:
+    seed_devices(5, [FIRST, SECOND])
+    assert [torch.cuda.default_generators[index].initial_seed() for index in range(2)] == [5, 6]
+    assert torch.initial_seed() == 5
+
+
 def test_weights_are_read_to_both_devices_on_a_stream_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy on another device's stream would not be waited for, and its buffer is reused at once."""
     devices = module_devices(VARIANTS["tiny"].transformer, [2, 4], [FIRST, SECOND])
@@ -242,6 +249,7 @@ def test_it_resumes_with_and_without_a_split(
         ["precision=fp8"],
         ["adapter=lokr", "ema_decay=0.9"],
         ["adapter=dora", "adapter.dropout=0.2"],
+        ["adapter.targets=['single_blocks.*linear1']", "ema_decay=0.9"],  # no gradient is on the first device
         ["memory.compile=true"],
         ["embedding_storage=projected", "preservation=base", "preservation.prompts=[a card]"],
         ["preservation=prior", "preservation.prompts=[a card]", "preservation.count=2", "preservation.steps=2"],
