@@ -31,6 +31,7 @@ from train.planner.search import choose
 PAGES = (ROOT / "README.md", ROOT / "docs" / "memory.md", ROOT / "docs" / "performance.md")
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GPU_SIZES = (8, 12, 16, 24, 32, 48, 80, 141)
+PAIR_SIZES = (16, 24, 32)  # of two GPUs that a model is divided over
 MODELS = {"dev": "dev", "klein_base_9b": "klein base 9B", "klein_base_4b": "klein base 4B"}
 MEASURES = {
     "style_moved": "style moved",
@@ -142,17 +143,17 @@ def simulated() -> str:
 def split() -> str:
     """Return the peaks of benchmarks/planner_simulated.py on two GPUs: blocks, predicted and simulated GB of each."""
     runs = read_result("planner_simulated")["runs"]
-    sizes, rows = (16, 24, 32), []
+    rows = []
     for name in ("dev", "klein_base_9b"):
         for storage in ("bf16", "fp8", "int8", "nf4"):
             cells = []
-            for size in sizes:
+            for size in PAIR_SIZES:
                 run = runs[f"{name} {storage} 1024 2x{size}"]
                 peaks = [one["GB"] for one in run.get("GPUs", [])]
                 each = [f"{one['predicted']:.1f} / {one['simulated']:.1f}" for one in peaks]
                 cells.append(f"{'+'.join(map(str, run['split']))}: {', '.join(each)}" if each else "no")
             rows.append([f"{MODELS[name]}, {storage}", *cells])
-    return markdown(["GB", *(f"2 x {size} GB" for size in sizes)], rows)
+    return markdown(["GB", *(f"2 x {size} GB" for size in PAIR_SIZES)], rows)
 
 
 # ------------------------------------------------------------------ measurements
