@@ -56,6 +56,9 @@ test-simulated-gpu: $(CUDA_VENV)/installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= SIMULATED_GPU_GB=400 $(CUDA_VENV)/bin/python \
 	  tests/simulated_gpu/build.py $(CUDA_VENV)/bin/python -m pytest -n $(CORES) --dist worksteal -m 'not gpu_values' \
 	  tests/simulated_gpu tests/gpu
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= SIMULATED_GPU_GB=400 SIMULATED_GPU_COUNT=2 \
+	  $(CUDA_VENV)/bin/python tests/simulated_gpu/build.py $(CUDA_VENV)/bin/python -m pytest -n $(CORES) \
+	  --dist worksteal -m 'not gpu_values' tests/simulated_gpu/test_split.py
 
 check: setup
 	$(BIN)/ruff check .
