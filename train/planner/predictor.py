@@ -21,7 +21,7 @@ from torch import nn
 from flux2.adapters import adapter_parameters
 from flux2.memory.activation_checkpointing import blocks_within, kept_bytes, set_policy
 from flux2.memory.block_offload import offloaded_blocks, streamed_tensors
-from flux2.memory.ring_buffer import RING, most_held
+from flux2.memory.ring_buffer import bytes_held, most_held
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import set_transposed_cache
 from train.config.memory import Choice
@@ -102,17 +102,20 @@ class Planner:
         both: bool = False,
         away: bool = False,
         part: Part | None = None,
-    ) -> tuple[int, int, Work]:
-        """Return (kept bytes, working set) at the peak of a step on the device of `part`, and the work of the step.
+        streamed: int | float = 0,
+    ) -> tuple[int, int, int, Work]:
+        """Return what a step takes at its peak on the device of `part`, and the work of the step.
 
-        `both`: cache transposed weights. `away`: the inputs of recomputed blocks are not kept on the device.
+        That is (kept bytes, working set, buffers of streamed blocks). `both`: cache transposed weights. `away`: the
+        inputs of recomputed blocks are not kept on the device. `streamed`: number or share of blocks that stream.
         """
         costs, part = self.costs(policy, budget_gb, both, away), part or self.whole
         work = sum((cost.work for cost in costs), self.end.work)
         if self.job.held:
             work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
         end = self.end if part.is_last else Cost(0, 0, 0, Work())
-        return *step(costs[part.start : part.stop], end), work
+        buffers = bytes_held(self.streamed_sizes(streamed, self.block_weights(both))) if part == self.whole else None
+        return *step(costs[part.start : part.stop], end, buffers), work
 
     @property
     def whole(self) -> Part:
@@ -259,12 +262,16 @@ class Planner:
             return self.inputs + returned * (not part.is_last)
         return self.boundary + shape.tokens * self.job.model.config.head_dim * 8
 
-    def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
-        """Return the bytes of the streamed blocks, and of the ring buffer they stream through."""
+    def streamed_sizes(self, given: int | float, weights: Sequence[int]) -> list[int | None]:
+        """Return the bytes of each block that streams, None for the others."""
         config = self.job.model.config
-        by_name = dict(zip(config.block_names, weights, strict=True))
-        sizes = [by_name[name] for name in offloaded_blocks(config, given)]
-        return sum(sizes), most_held(sizes, RING) if sizes else 0
+        streamed = {*offloaded_blocks(config, given)}
+        return [size if name in streamed else None for name, size in zip(config.block_names, weights, strict=True)]
+
+    def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
+        """Return the bytes of the streamed blocks, and the most of the buffers that they stream through."""
+        sizes = [size for size in self.streamed_sizes(given, weights) if size is not None]
+        return sum(sizes), most_held(sizes) if sizes else 0
 
     def count_away(self, choice: Choice) -> int:
         """Return the bytes of the block inputs that are in host memory between forward and backward."""
@@ -286,7 +293,7 @@ class Planner:
         weights = self.block_weights(choice.cache_transposed_weights)
         streamed, away = self.count_streamed(choice.offload_blocks, weights)[0], self.count_away(choice)
         given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
-        work = self.blocks(*given)[2]
+        work = self.blocks(*given)[3]
         work += work * self.class_share
         passes = job.accumulation * (2 if job.class_rows else 1)
         moved = 2.0 * streamed * passes + 2.0 * away * job.accumulation * (1 + self.class_share)
@@ -311,7 +318,7 @@ class Planner:
         job, libraries = self.job, self.libraries
         weights = self.block_weights(choice.cache_transposed_weights)
         given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
-        kept, working, _ = self.blocks(*given, part)
+        kept, working, buffers, _ = self.blocks(*given, part, choice.offload_blocks)
         kept += min(2 * self.boundary, self.count_away(choice))  # two are being copied
         streamed, ring = self.count_streamed(choice.offload_blocks, weights)
         adapter, others = self.adapter_of(part), self.other_weights_of(part)
@@ -327,7 +334,13 @@ class Planner:
         }
         inputs = self.inputs_of(part)
         phases: dict[str, dict[str, float]] = {
-            "step": {**resident, "micro-batch": inputs, "kept for backward": kept, "working set": working},
+            "step": {
+                **resident,
+                "buffers of streamed blocks": buffers,
+                "micro-batch": inputs,
+                "kept for backward": kept,
+                "working set": working,
+            },
             "update": {**resident, "working set": adapter["adapter"]},
         }
         idle = {key: value for key, value in resident.items() if key != "its gradients"}

@@ -302,12 +302,18 @@ def heaviest(blocks: Iterable[nn.Module]) -> nn.Module | None:
     return max(blocks, key=lambda block: sum(p.numel() for p in adapter_parameters(block)), default=None)
 
 
-def step(costs: Sequence[Cost], end: Cost) -> tuple[int, int]:
-    """Return (kept bytes, working set) at the peak of one forward and backward through blocks in order."""
+def step(
+    costs: Sequence[Cost], end: Cost, buffers: tuple[Sequence[int], Sequence[int]] | None = None
+) -> tuple[int, int, int]:
+    """Return (kept bytes, working set, buffers) at the peak of one forward and backward through blocks in order.
+
+    `buffers` are those of streamed blocks (`ring_buffer.bytes_held`).
+    """
     kept = [0, *accumulate(cost.kept for cost in costs)]
-    peaks = [(before, cost.forward) for before, cost in zip(kept[:-1], costs, strict=True)]
-    peaks.append((kept[-1], end.backward))
-    peaks += reversed([(after, cost.backward) for after, cost in zip(kept[1:], costs, strict=True)])
+    forward, backward = buffers or ([0] * len(costs), [0] * len(costs))
+    peaks = [(kept[i], cost.forward, forward[i]) for i, cost in enumerate(costs)]
+    peaks.append((kept[-1], end.backward, forward[-1] if forward else 0))
+    peaks += reversed([(kept[i + 1], cost.backward, backward[i]) for i, cost in enumerate(costs)])
     return max(peaks, key=sum)
 
 
