@@ -33,10 +33,7 @@ class EmbeddingPlan:
     @property
     def missing(self) -> int:
         """The number of entries that are missing from the cache or incomplete."""
-        return sum(map(self.lacks, set(self.keys.values())))
-
-    def lacks(self, key: str) -> bool:
-        return not self.cache.holds(key, "embeddings", EMBEDDING_SHAPE)
+        return len(self.cache.lacking(list(self.keys.values()), expected_tensor))
 
     def size(self, length: int, width: int, dtype: torch.dtype) -> int:
         """Return the bytes of one entry's tensors, for embeddings (length, width) of `dtype`."""
@@ -67,7 +64,7 @@ class EmbeddingPlan:
             tensors = pack(embeddings[0]) if self.fp8 else {"embeddings": embeddings[0]}
             return self.cache.put(key, tensors, {"prompt": prompts[key]})
 
-        fill_share(self.cache, self.lacks, list(prompts), compute, process_index, num_processes, progress, workers)
+        fill_share(self.cache, expected_tensor, list(prompts), compute, process_index, num_processes, progress, workers)
 
 
 def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str, fp8: bool = False) -> EmbeddingPlan:
@@ -79,6 +76,11 @@ def plan_embeddings(cache: Cache, prompts: Sequence[str], encoder_id: str, fp8: 
     storage = {"storage": "fp8"} if fp8 else {}
     keys = {prompt: cache.key("embeddings", prompt=prompt, encoder=encoder_id, **storage) for prompt in prompts}
     return EmbeddingPlan(cache, keys, fp8)
+
+
+def expected_tensor(key: str) -> tuple[str, Shape]:
+    """Return name and shape of an entry's tensor."""
+    return "embeddings", EMBEDDING_SHAPE
 
 
 def pack(embeddings: Tensor) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from data.buckets import (
     reference_size,
 )
 from data.cache.image_digests import Digests
-from data.cache.store import Cache, Progress, check_finite, fill_share
+from data.cache.store import Cache, Progress, Shape, check_finite, fill_share
 from data.sources import Sample
 from data.sources.images import BadPicture, Picture, shorten
 
@@ -121,15 +121,16 @@ class LatentPlan:
     @property
     def lacking(self) -> list[str]:
         """The keys of the entries that are missing from the cache, incomplete or of another shape."""
-        return [key for key in self.work if self.lacks(key)]
+        return self.cache.lacking(list(self.work), self.expected)
 
     @property
     def missing(self) -> int:
         return len(self.lacking)
 
-    def lacks(self, key: str) -> bool:
+    def expected(self, key: str) -> tuple[str, Shape]:
+        """Return name and shape of an entry's tensor."""
         work = self.work[key]
-        return not self.cache.holds(key, work.name, work.shape)
+        return work.name, work.shape
 
     def size(self, key: str) -> int:
         """Return the bytes of an entry's tensor: 1 per number of a mask, 4 per number of latents."""
@@ -170,7 +171,7 @@ class LatentPlan:
                 tensor = latents[0]
             return self.cache.put(key, {work.name: tensor}, {"picture": work.picture.name})
 
-        fill_share(self.cache, self.lacks, list(self.work), compute, process_index, num_processes, progress)
+        fill_share(self.cache, self.expected, list(self.work), compute, process_index, num_processes, progress)
         return bad
 
     def without(self, bad: Mapping[str, BadPicture]) -> "LatentPlan":

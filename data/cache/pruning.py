@@ -5,12 +5,17 @@ locks when a process ends, in whatever way, so a stale lock cannot block either.
 """
 
 import json
+import logging
 import re
 from collections.abc import Collection
+from contextlib import closing
 from pathlib import Path
 from typing import IO
 
-from data.cache.store import MAX_HEADER, Cache
+import numpy as np
+
+from data.cache.packs import MAX_HEADER, PackWriter, read_records
+from data.cache.store import Cache
 
 try:
     import fcntl
@@ -19,6 +24,9 @@ except ImportError:  # Windows
 
 LOCK_FILE = ".lock"
 ENTRY = re.compile(r"([0-9a-f]{64})\.safetensors")
+WELL_USED = 0.75  # share of a pack's bytes from which on it is not rewritten
+log = logging.getLogger(__name__)
+Removed = dict[str, tuple[int, int]]  # number and bytes of the entries of each kind
 
 
 class Lease:
@@ -47,26 +55,63 @@ class Lease:
         self.close()
 
 
-def prune(cache: Cache, used: Collection[str]) -> dict[str, tuple[int, int]]:
-    """Delete every entry whose key is not in `used`; return the number and bytes of each kind of entry.
+def prune(cache: Cache, used: Collection[str]) -> Removed:
+    """Delete the entries whose keys are not in `used`; return the number and bytes of each kind of entry.
 
-    Files that are not entries are kept. Raises ValueError if a run is using the cache, or if that cannot be determined,
+    Packs of which less than `WELL_USED` is used are rewritten; unused entries of all others stay and are logged. Files
+    that are not entries are kept. Raises ValueError if a run is using the cache, or if that cannot be determined,
     and OSError if a file cannot be deleted.
     """
     if not cache.folder.is_dir():
         return {}
     with (cache.folder / LOCK_FILE).open("a") as lock:
         _lock_alone(lock, cache.folder)
-        removed: dict[str, tuple[int, int]] = {}
+        removed: Removed = {}
         for path in sorted(cache.folder.glob("[0-9a-f][0-9a-f]/*.safetensors")):
             name = ENTRY.fullmatch(path.name)
             if name is None or name[1] in used or name[1][:2] != path.parent.name:
                 continue
             kind, size = _kind(path), path.stat().st_size
             path.unlink()
-            count, total = removed.get(kind, (0, 0))
-            removed[kind] = count + 1, total + size
+            _count(removed, kind, size)
+        _prune_packs(cache, used, removed)
         return removed
+
+
+def _prune_packs(cache: Cache, used: Collection[str], removed: Removed) -> None:
+    """Rewrite packs that hold few used entries, and delete those that hold none.
+
+    The entries are in a new pack before the old one goes, so a killed prune loses none; the next one drops the copies.
+    """
+    cache.packs.refresh()
+    halves, seen = {bytes.fromhex(key[:32]) for key in used}, set[bytes]()
+    staying = 0
+    for pack in sorted(cache.packs.folder.glob("*.pack"), reverse=True):  # of several copies the newest counts
+        records, size = read_records(pack), pack.stat().st_size
+        keys = [raw.tobytes() for raw in records["key"]]
+        is_kept = np.zeros(len(records), bool)
+        for row in reversed(range(len(keys))):
+            is_kept[row] = keys[row] in halves and keys[row] not in seen
+            seen.add(keys[row])
+        kept, others = records[is_kept], records[~is_kept]
+        if len(kept) and kept["size"].sum() >= WELL_USED * size:
+            staying += len(others)
+            continue
+        for form, length in zip(others["form"].tolist(), others["size"].tolist(), strict=True):
+            _count(removed, min(cache.packs.shapes(form), default="nothing"), length)
+        with closing(PackWriter(pack.parent, flushes=False)) as writer, pack.open("rb") as file:
+            for record in kept:
+                file.seek(record["begin"])
+                writer.append(record["key"].tobytes().hex(), int(record["form"]), file.read(record["size"]))
+        pack.with_suffix(".index").unlink(missing_ok=True)
+        pack.unlink()
+    if staying:
+        log.info("%d unused entries stay in packs of %s that are used otherwise", staying, cache.packs.folder)
+
+
+def _count(removed: Removed, kind: str, size: int) -> None:
+    count, total = removed.get(kind, (0, 0))
+    removed[kind] = count + 1, total + size
 
 
 def _lock_alone(lock: IO[str], folder: Path) -> None:

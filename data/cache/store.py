@@ -19,9 +19,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import cache as memoized
 from itertools import accumulate
 from pathlib import Path
 
@@ -32,9 +33,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from data.cache.packs import MAX_HEADER, Packs, PackWriter, Place, form_of
 from data.files import atomic_write, user_path
 
-MAX_HEADER = 1 << 20  # bytes; the header of an entry has a few hundred
+PACK_ABOVE = 10_000  # entries of a plan from which on new ones go into packs
+PACKS = "packs"  # folder of the packs in that of the cache
 HEAD = 1 << 10  # bytes of the first read, which contain almost every header
 UNFINISHED_SECONDS = 24 * 3600.0  # age from which a temporary file belongs to a process that has ended
 CHECKSUM = "xxh3_64"  # key of the checksum in the metadata of an entry
@@ -44,11 +47,12 @@ Progress = Callable[[int, int, int], None]  # (entries done, entries to do, byte
 
 
 class Cache:
-    """A folder of tensors, with one safetensors file per entry at `folder/ab/abcdef....safetensors`.
+    """A folder of tensors, with one safetensors file per entry at `folder/ab/abcdef....safetensors`, or in packs.
 
-    Files are written atomically, so processes may share a folder and be killed at any time; a killed one leaves a
-    `.tmp` file that is never read, and `sweep` deletes it a day later. A checksum detects later damage when an entry is
-    read; entries of earlier versions have none and are read unchecked.
+    Packs (data/cache/packs.py) hold the entries that are stored within `packing`, byte by byte as files would. Files
+    are written atomically, so processes may share a folder and be killed at any time; a killed one leaves a `.tmp` file
+    that is never read, and `sweep` deletes it a day later. A checksum detects later damage when an entry is read;
+    entries of earlier versions have none and are read unchecked.
     """
 
     shared = True  # whether all processes see the entries that one stores
@@ -58,6 +62,8 @@ class Cache:
             raise ValueError(f"cache folder {folder!r} is {type(folder).__name__}: it must be a path")
         self.folder = user_path(folder)
         self._root = f"{self.folder}{os.sep}"
+        self.packs = Packs(self.folder / PACKS)
+        self._writer: PackWriter | None = None
         self._warned_unchecked = False
 
     @staticmethod
@@ -67,13 +73,38 @@ class Cache:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def path(self, key: str) -> Path:
+        """Return the path of an entry that is a file of its own."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def __str__(self) -> str:
         return str(self.folder)
 
-    def holds(self, key: str, name: str, shape: Shape) -> bool:
-        """Return whether there is a complete entry with a tensor `name` of `shape`; reads only its header."""
+    @contextmanager
+    def packing(self, entries: int) -> Iterator[None]:
+        """Context manager in which `put` adds to packs, if there are more than `PACK_ABOVE` entries in all."""
+        self._writer = writer = PackWriter(self.folder / PACKS) if entries > PACK_ABOVE else None
+        try:
+            yield
+        finally:
+            self._writer = None
+            if writer is not None:
+                writer.close()
+
+    def lacking(self, keys: Sequence[str], expected: Callable[[str], tuple[str, Shape]]) -> list[str]:
+        """Return the keys without a complete entry that has the expected (name, shape) of a tensor.
+
+        Packs that changed are read again, once for all keys.
+        """
+        self.packs.refresh()
+        fits = memoized(lambda form, name, shape: is_in(self.packs.shapes(form), name, shape))
+        return [
+            key
+            for key, form in zip(keys, self.packs.forms(keys), strict=True)
+            if not (form is not None and fits(form, *expected(key))) and not self._has_file(key, *expected(key))
+        ]
+
+    def _has_file(self, key: str, name: str, shape: Shape) -> bool:
+        """Return whether there is a complete file with a tensor `name` of `shape`; reads only its header."""
         try:  # system calls instead of pathlib: a start may check 100,000 entries
             file = os.open(f"{self._root}{key[:2]}{os.sep}{key}.safetensors", os.O_RDONLY)
         except OSError:
@@ -98,9 +129,13 @@ class Cache:
             found = ", ".join(f"{other} {tuple(tensor.shape)}" for other, tensor in tensors.items()) or "nothing"
             wanted = ", ".join("any" if side is None else str(side) for side in shape)
             raise ValueError(
-                f"cache entry {self.path(key)} contains {found} instead of {name} ({wanted}). Delete it and rerun"
+                f"cache entry {self.place(key)} contains {found} instead of {name} ({wanted}). Delete it and rerun"
             )
         return tensors[name]
+
+    def place(self, key: str) -> Path | Place:
+        """Return where an entry is: in a pack, or in a file of its own."""
+        return self.packs.find(key) or self.path(key)
 
     def sweep(self) -> None:
         """Delete incomplete files that processes left behind which were killed at least a day ago."""
@@ -112,19 +147,19 @@ class Cache:
     def get(self, key: str) -> dict[str, Tensor]:
         """Return an entry in CPU memory, in the dtypes that it was stored in.
 
-        Raises ValueError if it is missing or damaged. A damaged entry is deleted, because `holds`, which does not read
-        the data, would accept it again.
+        Raises ValueError if it is missing or damaged. A damaged entry is deleted, because `lacking`, which does not
+        read the data, would accept it again.
         """
-        path = self.path(key)
-        try:
-            content = path.read_bytes()  # not memory-mapped, so that prefetching really reads
+        place = self.place(key)
+        try:  # not memory-mapped, so that prefetching really reads
+            content = place.read() if isinstance(place, Place) else place.read_bytes()
             tensors = load(content)
         except FileNotFoundError as error:
-            raise ValueError(f"cache entry {path} does not exist. Fill the cache again") from error
+            raise ValueError(f"cache entry {place} does not exist. Fill the cache again") from error
         except SafetensorError as error:
-            raise ValueError(f"cache entry {path} is damaged ({error}): {_removed(path)}") from error
+            raise ValueError(f"cache entry {place} is damaged ({error}): {self._remove(key, place)}") from error
         except OSError as error:
-            raise ValueError(f"cache entry {path} cannot be read ({error}). Delete it and rerun") from error
+            raise ValueError(f"cache entry {place} cannot be read ({error}). Delete it and rerun") from error
         begin = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:begin])
         stored = header.pop("__metadata__", {}).get(CHECKSUM)
@@ -133,7 +168,7 @@ class Cache:
                 log.warning("%s has entries of an earlier version, without a checksum: read unchecked", self.folder)
             self._warned_unchecked = True
         elif stored != checksum(header, memoryview(content)[begin:]):
-            raise ValueError(f"cache entry {path} is damaged (wrong checksum): {_removed(path)}")
+            raise ValueError(f"cache entry {place} is damaged (wrong checksum): {self._remove(key, place)}")
         return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
@@ -150,19 +185,36 @@ class Cache:
         described = {"__metadata__": {**metadata, CHECKSUM: checksum(header, data)}, **header}
         head = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
         head += b" " * (-len(head) % 8)
+        writer = self._writer
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary, temporary.open("xb") as file:
-                file.write(len(head).to_bytes(8, "little") + head)
-                file.write(data)
+            if writer is not None:
+                writer.append(key, form_of(header), b"".join((len(head).to_bytes(8, "little"), head, data)))
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as temporary, temporary.open("xb") as file:
+                    file.write(len(head).to_bytes(8, "little") + head)
+                    file.write(data)
         except OSError as error:
+            place = path if writer is None else writer.folder
             too_large = error.errno == errno.EFBIG
             remedy = "Raise the limit on file sizes (ulimit -f)" if too_large else "Make room there"
             raise ValueError(
-                f"the cache entry {path} cannot be written ({error.strerror or error}). {remedy}, or give another "
+                f"the cache entry {place} cannot be written ({error.strerror or error}). {remedy}, or give another "
                 "cache_dir. Existing entries are kept, and the next start computes only the missing ones"
             ) from error
         return 8 + len(head) + len(data)
+
+    def _remove(self, key: str, place: Path | Place) -> str:
+        """Delete a damaged entry; return what was done, or what to do."""
+        try:
+            if isinstance(place, Place):
+                self.packs.remove(key)
+            else:
+                place.unlink(missing_ok=True)
+        except OSError as error:
+            whole = f"delete {place.pack}" if isinstance(place, Place) else "delete it"
+            return f"{whole} ({error.strerror}) and rerun"
+        return "it was deleted; rerun to recompute it"
 
     def free(self) -> int:
         """Return the number of bytes that can still be stored."""
@@ -179,7 +231,10 @@ class MemoryCache(Cache):
         super().__init__("memory")
         self._entries: dict[str, dict[str, Tensor]] = {}
 
-    def holds(self, key: str, name: str, shape: Shape) -> bool:
+    def lacking(self, keys: Sequence[str], expected: Callable[[str], tuple[str, Shape]]) -> list[str]:
+        return [key for key in keys if not self._has(key, *expected(key))]
+
+    def _has(self, key: str, name: str, shape: Shape) -> bool:
         return name in self._entries.get(key, ()) and has_shape(tuple(self._entries[key][name].shape), shape)
 
     def get(self, key: str) -> dict[str, Tensor]:
@@ -206,21 +261,18 @@ def checksum(header: Mapping[str, object], data: memoryview) -> str:
     return digest.hexdigest()
 
 
-def _removed(path: Path) -> str:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        return f"delete it ({error.strerror}) and rerun"
-    return "it was deleted; rerun to recompute it"
-
-
 def has_shape(found: tuple[int, ...], wanted: Shape) -> bool:
     return len(found) == len(wanted) and all(a > 0 if b is None else a == b for a, b in zip(found, wanted, strict=True))
 
 
+def is_in(shapes: Mapping[str, tuple[int, ...]], name: str, wanted: Shape) -> bool:
+    """Return whether there is a tensor `name` of the wanted shape among `shapes`."""
+    return name in shapes and has_shape(shapes[name], wanted)
+
+
 def fill_share(
     cache: Cache,
-    lacks: Callable[[str], bool],
+    expected: Callable[[str], tuple[str, Shape]],
     keys: Sequence[str],
     work: Callable[[str], int],
     process_index: int,
@@ -234,19 +286,21 @@ def fill_share(
     for them, and shares of two different lists could leave entries that no process computes.
 
     `work` stores an entry and returns its bytes. With several workers it runs in as many threads, and the first error
-    is raised at once, without waiting for other threads, which may wait for an answer that never comes.
+    is raised at once, without waiting for other threads, which may wait for an answer that never comes. Entries of
+    more than `PACK_ABOVE` keys go into packs.
     """
     assert 0 <= process_index < num_processes
     cache.sweep()
-    missing = [key for key in (keys[process_index::num_processes] if cache.shared else keys) if lacks(key)]
+    missing = cache.lacking(keys[process_index::num_processes] if cache.shared else keys, expected)
     pool = ThreadPoolExecutor(workers)
     sizes: Iterable[int] = map(work, missing)  # a single worker is this thread, which loaded the model
     if workers > 1:
         sizes = (future.result() for future in as_completed([pool.submit(work, key) for key in missing]))
     try:
-        for done, stored in enumerate(accumulate(sizes), start=1):
-            if progress is not None:
-                progress(done, len(missing), stored)
+        with cache.packing(len(keys)):
+            for done, stored in enumerate(accumulate(sizes), start=1):
+                if progress is not None:
+                    progress(done, len(missing), stored)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -366,7 +366,8 @@ def test_a_cache_in_memory_holds_what_it_is_given_and_shares_nothing(tmp_path: P
         assert torch.equal(cache.get(key)["latents"], disk.cache.get(key)["latents"])
     with pytest.raises(ValueError, match="process"):
         cache.get("ab" * 32)
-    assert not cache.holds(next(iter(planned.work)), "latents", (1, 2, 3))
+    key = next(iter(planned.work))
+    assert cache.lacking([key], lambda _: ("latents", (1, 2, 3))) == [key]
     assert cache.free() > 0
 
 
