@@ -42,7 +42,11 @@ class Cut:
     @property
     def recipe(self) -> dict[str, object]:
         """Fields of a cache key: none for the center crop, so that its entries do not depend on these options."""
-        return {key: value for key, value in asdict(self).items() if value != getattr(MIDDLE, key)}
+        return (
+            {}
+            if self is MIDDLE
+            else {key: value for key, value in asdict(self).items() if value != getattr(MIDDLE, key)}
+        )
 
 
 MIDDLE = Cut()

@@ -31,7 +31,7 @@ from data.buckets import (
     lost,
     reference_size,
 )
-from data.cache.image_digests import Digests
+from data.cache.image_digests import Digests, content_digest
 from data.cache.store import Cache, Progress, Shape, check_finite, fill_share
 from data.sources import Sample
 from data.sources.images import BadPicture, Picture, shorten
@@ -74,9 +74,6 @@ class Work(NamedTuple):
     kind: str  # target, reference or mask
     size: Size
     cut: Cut
-    digest: str  # of the content at the time of planning
-    original: Size
-    pixels: str  # digest that copies share whose files differ only in metadata
 
     @property
     def name(self) -> str:
@@ -89,7 +86,8 @@ class Work(NamedTuple):
 
     @property
     def is_enlarged(self) -> bool:
-        return self.size[0] > self.original[0] or self.size[1] > self.original[1]
+        original = self.picture.size
+        return self.size[0] > original[0] or self.size[1] > original[1]
 
 
 @dataclass
@@ -186,7 +184,8 @@ class LatentPlan:
         return replace(self, entries=tuple(good), work=work, bad=reasons)
 
     def _image(self, work: Work) -> Image.Image:
-        picture = work.picture.unchanged(work.digest)  # otherwise changed content would be stored under the old key
+        # otherwise changed content would be stored under the old key
+        picture = work.picture.unchanged(content_digest(work.picture))
         if work.kind == "mask":
             mask = fit_mask(picture.load_mask(), work.size, work.cut)
             if mask.getbbox() is None:
@@ -233,11 +232,11 @@ def plan_latents(
     table: dict[Size, BucketRow] = {}
     for entry in entries:
         row = table.setdefault(entry.size, BucketRow(own=entry.size not in buckets.sizes))
-        row.add(lost(planner.work[entry.key].original, entry.size))
+        row.add(lost(planner.work[entry.key].picture.size, entry.size))
         row.references[entry.reference_sizes] += 1
     images = [work for work in planner.work.values() if work.kind != "mask"]
     if enlarged := [work for work in images if work.is_enlarged]:
-        example = "{}, {} x {}".format(shorten(enlarged[0].picture.name), *enlarged[0].original)
+        example = "{}, {} x {}".format(shorten(enlarged[0].picture.name), *enlarged[0].picture.size)
         log.warning(
             "%d of %d images are smaller than the size that they are trained at and are scaled up, such as %s",
             *(len(enlarged), len(images), example),
@@ -258,33 +257,34 @@ class _Planner:
 
     def entry(self, sample: Sample) -> LatentEntry:
         """Return the entry of a sample. Raise BadPicture, without planning anything, if it cannot be used."""
-        digest, original, pixels = self.digests.look(sample.target)
-        references = [(picture, self.digests.look(picture)) for picture in sample.references]
-        mask = None if sample.mask is None else (sample.mask, *self.digests.look(sample.mask))
-        if mask is not None and mask[2] != original:
-            sizes = "{} x {} pixels, but its image {} x {}".format(*mask[2], *original)
-            raise BadPicture(mask[0].name, f"is a mask and has {sizes}")
+        digest, original, _ = self.digests.look(sample.target)
+        caps = tuple(
+            reference_size(*self.digests.look(picture).size, self.reference_max_pixels) for picture in sample.references
+        )
+        if sample.mask is not None and (mask_size := self.digests.look(sample.mask).size) != original:
+            sizes = "{} x {} pixels, but its image {} x {}".format(*mask_size, *original)
+            raise BadPicture(sample.mask.name, f"is a mask and has {sizes}")
         size = self.assign(*original)
         if size is None:
             raise BadPicture(sample.target.name, self.buckets.too_small(*original))
         cuts = self.buckets.cuts(original, size, digest)
-        if references:  # which are not cropped with their image
+        if sample.references:  # which are not cropped with their image
             cuts = tuple(dict.fromkeys(Cut(mirrored=cut.mirrored) for cut in cuts))
-        caps = tuple(reference_size(*known.size, self.reference_max_pixels) for _, known in references)
         variants = []
         for cut in cuts:
-            key = self.add(Work(sample.target, "target", size, cut, digest, original, pixels))
+            key = self.add(Work(sample.target, "target", size, cut))
             reference_keys = tuple(
-                self.add(Work(picture, "reference", cap, cut, *known))
-                for (picture, known), cap in zip(references, caps, strict=True)
+                self.add(Work(picture, "reference", cap, cut))
+                for picture, cap in zip(sample.references, caps, strict=True)
             )
-            mask_key = None if mask is None else self.add(Work(mask[0], "mask", size, cut, *mask[1:]))
+            mask_key = None if sample.mask is None else self.add(Work(sample.mask, "mask", size, cut))
             variants.append(LatentEntry(size, key, caps, reference_keys, mask_key))
-        return replace(variants[0], others=tuple(variants[1:]))
+        return replace(variants[0], others=tuple(variants[1:])) if len(variants) > 1 else variants[0]
 
     def add(self, work: Work) -> str:
         """Collect an image to encode, unless it is known, and return its key."""
-        recipe = {"picture": work.digest, "size": work.size, "fit": FIT_VERSION, **work.cut.recipe}
+        content = self.digests.look(work.picture).content
+        recipe = {"picture": content, "size": work.size, "fit": FIT_VERSION, **work.cut.recipe}
         if work.kind != "mask":
             recipe |= {"encoder": self.encoder_id, "reference": work.kind == "reference"}
         key = self.cache.key(work.name, **recipe)

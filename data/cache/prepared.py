@@ -1,7 +1,8 @@
 """The cached form of a dataset, which training reads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -10,6 +11,34 @@ from data.cache.embeddings import unpack
 from data.cache.latents import LatentEntry
 from data.cache.pruning import Lease
 from data.cache.store import Cache
+from data.sources.images import Picture
+
+
+class HexDigests(Sequence[str]):
+    """The digests of images as hexadecimal texts, which are made when they are asked for: as texts they take 113 bytes.
+
+    `part` 0 is the digest of the content, 1 that of the pixels.
+    """
+
+    def __init__(self, pictures: Iterable[Picture], part: int) -> None:
+        self._digests = b"".join(
+            [picture.digests[32 * part : 32 * part + 32] for picture in pictures if picture.digests]
+        )
+
+    def __len__(self) -> int:
+        return len(self._digests) // 32
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        first = 32 * (index % len(self))
+        return self._digests[first : first + 32].hex()
 
 
 @dataclass(frozen=True)
@@ -19,8 +48,8 @@ class CachedDataset:
     cache: Cache
     entries: tuple[LatentEntry, ...]
     prompts: dict[str, str]  # key of each prompt's embedding
-    contents: tuple[str, ...]  # digest of each sample's target image
-    pixels: tuple[str, ...] = ()  # likewise, but equal for copies that differ only in metadata
+    contents: Sequence[str]  # digest of each sample's target image
+    pixels: Sequence[str] = ()  # likewise, but equal for copies that differ only in metadata
     references: tuple[tuple[str, ...], ...] = ()  # such digests of each sample's references
     lease: Lease | None = field(default=None, compare=False, repr=False)  # prevents pruning while this object exists
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, overload
 from data.buckets import PIXELS_PER_LATENT
 from data.checks import check_flag, check_int, check_text
 from data.sources.captions import Captions
-from data.sources.images import BadPicture, Picture, printable, shorten
+from data.sources.images import KNOWN_FILES, BadPicture, Picture, printable, shorten
 
 MAX_REFERENCES = 10  # as many as the published models were trained with
 ALPHA = "alpha"
@@ -102,6 +102,7 @@ class Source(Sequence[Sample]):
         self._preparation, self._first_frame = captions or Captions(), first_frame
         self._alpha, self._mask_name = mask == ALPHA, None if mask == ALPHA else mask
         self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
+        self._known = KNOWN_FILES.get()
         self._samples: list[Sample] = []
         self._notes: dict[str, list[str]] = {}
 
@@ -193,6 +194,8 @@ class Source(Sequence[Sample]):
 
     def _check_header(self, picture: Picture) -> None:
         """Raise BadPicture if the header shows that the image cannot be trained on."""
+        if self._known is not None:
+            self._known.recall(picture)
         header = picture.header
         if min(header.size) < PIXELS_PER_LATENT:
             size = " x ".join(map(str, header.size))

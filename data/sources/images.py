@@ -11,10 +11,11 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -57,13 +58,16 @@ class Header(NamedTuple):
     transparent: bool  # has an alpha channel or a transparent color
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """One image that is opened on demand. All methods raise BadPicture if it cannot be read."""
 
     name: str  # in messages: a path, or "row 12 of X, column image"
     open: Callable[[], BinaryIO] = field(repr=False)  # returns a new stream of the encoded file
     alpha: bool = False  # use the alpha channel as gray pixels: black where transparent, white where opaque
+    # what is known of it once it was read, or recalled from an earlier start
+    _header: Header | None = field(default=None, init=False, repr=False, compare=False)
+    digests: bytes | None = field(default=None, init=False, repr=False, compare=False)  # of content and of pixels
 
     def load(self) -> Image.Image:
         """Return the first frame as 8-bit sRGB, as `data.sources.pixels.decode_rgb` converts it."""
@@ -78,9 +82,20 @@ class Picture:
         """(width, height) in pixels of the result of `load`, from the header alone."""
         return self.header.size
 
-    @cached_property
+    @property
     def header(self) -> Header:
         """The header, which is read once."""
+        if self._header is None:
+            self.remember(self._read_header(), self.digests)
+        assert self._header is not None
+        return self._header
+
+    def remember(self, header: Header, digests: bytes | None) -> None:
+        """Take these as the header and the digests of this image, 64 bytes."""
+        object.__setattr__(self, "_header", header)
+        object.__setattr__(self, "digests", digests)
+
+    def _read_header(self) -> Header:
         with self._stream() as stream, open_image(stream) as image:
             # Pillow decodes a whole PNG to look for EXIF after its pixels, where few files have it.
             header_suffices = image.format == "PNG" and not self._metadata_follows_pixels()
@@ -188,6 +203,19 @@ class Picture:
             )
         what = re.sub(r" '?<[\w.]+[ >].*", "", str(error))  # Pillow's messages contain the repr of the stream
         return BadPicture(self.name, f"cannot be read ({type(error).__name__}: {shorten(what)})")
+
+
+class KnownFiles(Protocol):
+    """What earlier starts found out about files (data/cache/image_digests.py)."""
+
+    def recall(self, picture: Picture) -> None:
+        """Give `picture` its header and digests if they are known and its file has not changed since."""
+
+    def listing(self, path: str, read: Callable[[], Any]) -> Any:
+        """Return a JSON value that describes a file: the stored one, or if there is none the result of `read`."""
+
+
+KNOWN_FILES: ContextVar[KnownFiles | None] = ContextVar("KNOWN_FILES", default=None)  # of sources that are opened now
 
 
 def file_picture(path: str | Path) -> Picture:

@@ -16,12 +16,12 @@ from torch import Tensor
 from data.buckets import Buckets
 from data.cache import Cache
 from data.cache.embeddings import EmbeddingPlan, plan_embeddings
-from data.cache.image_digests import Digests
+from data.cache.image_digests import Digests, pixel_digest
 from data.cache.latents import LatentPlan, plan_latents
-from data.cache.prepared import CachedDataset
+from data.cache.prepared import CachedDataset, HexDigests
 from data.cache.pruning import Lease, prune
 from data.sources import Source
-from data.sources.images import BadPicture
+from data.sources.images import BadPicture, Picture
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.pixels import to_pixels
 from flux2.utils.text import gigabytes
@@ -36,7 +36,7 @@ from train.utils.progress import ItemProgress
 from train.utils.redact import masked_text
 from train.utils.text import many
 
-PICTURES, FINGERPRINTS = "pictures.json", "fingerprints.json"  # in the cache folder
+PICTURES, FINGERPRINTS = "pictures.sqlite", "fingerprints.json"  # in the cache folder
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class CacheRequest:
     storage: str = "full"  # of embeddings, one of `STORAGES`
     before_loading: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
     table: str = "Buckets"  # title of the bucket table
+    digests: Digests = field(default_factory=Digests, compare=False, repr=False)  # what is known of the images
 
     @property
     def projected(self) -> bool:
@@ -68,10 +69,10 @@ class CacheRequest:
         wanted = list(dict.fromkeys([*captions, "", *self.prompts]))
         return plan_embeddings(self.cache, wanted, identity, fp8=self.storage.endswith("fp8"))
 
-    def plan_latents(self, digests: Digests) -> LatentPlan:
+    def plan_latents(self) -> LatentPlan:
         """Return the plan, and skip `samples` with bad images; too many of them are an error."""
         identity = f"{fingerprint(self.source, 'vae')} float32"
-        plan = plan_latents(self.cache, self.samples, self.buckets, identity, self.reference_pixels, digests)
+        plan = plan_latents(self.cache, self.samples, self.buckets, identity, self.reference_pixels, self.digests)
         if plan.bad:
             self.samples.leave_out(plan.bad)
         return plan
@@ -159,11 +160,10 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     """
     cache, device = request.cache, accelerator.device
     lease = Lease(cache)
-    digests = Digests(cache.folder / PICTURES if cache.shared else None)
     known = Fingerprints(cache.folder / FINGERPRINTS if cache.shared else None)
     request = replace(request, source=replace(request.source, fingerprints=known))
     # images first, so that their errors are known before the slow text encoder runs
-    latents = request.plan_latents(digests)
+    latents = request.plan_latents()
     embeddings = request.plan_embeddings()
     if accelerator.is_main_process and latents.entries:
         show_buckets(latents, request.buckets, request.samples.bad, request.table)
@@ -176,9 +176,9 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
         summary = request.check_space(embeddings, prompts, latents, pictures)
         if accelerator.is_main_process:
             print(summary, flush=True)
+    request.digests.save()
     if accelerator.is_main_process and cache.shared:
         with suppress(OSError):  # for a read-only cache, the next start reads all files again
-            digests.save()
             known.save()
     text_encoder = request.text_encoder
     try:
@@ -194,9 +194,11 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     if pictures and (bad := fill(latents, lambda: request.load_autoencoder(device), "images", accelerator)):
         latents = latents.without(bad)
         request.samples.leave_out(latents.bad)
-    contents = tuple(latents.work[entry.key].digest for entry in latents.entries)
-    pixels = tuple(latents.work[entry.key].pixels for entry in latents.entries)
-    references = tuple(tuple(latents.work[key].pixels for key in entry.reference_keys) for entry in latents.entries)
+    targets = [latents.work[entry.key].picture for entry in latents.entries]
+    contents, pixels = HexDigests(targets, 0), HexDigests(targets, 1)
+    references = tuple(
+        tuple(pixel_digest(latents.work[key].picture) for key in entry.reference_keys) for entry in latents.entries
+    )
     return CachedDataset(cache, latents.entries, dict(embeddings.keys), contents, pixels, references, lease)
 
 
@@ -206,12 +208,15 @@ def remove_unused(request: CacheRequest, *others: CacheRequest) -> str:
     if not cache.shared:
         raise ValueError("prune=true has nothing to prune: cache_dir=null stores nothing on disk")
     known = Fingerprints(cache.folder / FINGERPRINTS)
-    digests, used = Digests(cache.folder / PICTURES), set[str]()
+    used, pictures = set[str](), list[Picture]()
     for each in (request, *others):
         own = replace(each, source=replace(each.source, fingerprints=known))
-        used |= {*own.plan_latents(digests).work, *own.plan_embeddings().keys.values()}
+        latents = own.plan_latents()
+        used |= {*latents.work, *own.plan_embeddings().keys.values()}
+        pictures += [work.picture for work in latents.work.values()]
     removed = prune(cache, used)
-    digests.forget_others()
+    request.digests.forget_others(pictures)
+    request.digests.close()
     if not removed:
         return f"nothing was deleted from {cache}: all entries are used"
     kinds = ", ".join(f"{count} {kind} ({gigabytes(size)})" for kind, (count, size) in sorted(removed.items()))

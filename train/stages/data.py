@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from data.buckets import Size
 from data.cache import Cache, MemoryCache
+from data.cache.image_digests import Digests
 from data.cache.prepared import CachedDataset
 from data.files import user_path
 from data.loader import Loader
@@ -20,7 +21,7 @@ from train.checkpoints.checkpoint import read_state
 from train.checkpoints.data_manifest import TrainedData
 from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
-from train.encoding.prepare import CacheRequest, prepare
+from train.encoding.prepare import PICTURES, CacheRequest, prepare
 from train.objective.objective import Objective
 from train.objective.prior import ClassPictures
 from train.stages.class_data import class_dataset, class_loader, draw_class_images, make_loader
@@ -107,17 +108,23 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
     source = config.source
     if is_offline([*paths(config.composed["dataset"]), source.path, source.autoencoder, source.text_encoder]):
         config.say(f"{constants.ENDPOINT} cannot be reached: using downloaded files only")
+    store = MemoryCache() if cache is None else Cache(cache)
+    digests = Digests(store.folder / PICTURES if store.shared else None, writes=config.accelerator.is_main_process)
+    if samples is None:
+        with digests.in_use():
+            samples = config.instantiate("dataset")
     return CacheRequest(
         source,
         config.text_encoder,
-        MemoryCache() if cache is None else Cache(cache),
-        config.instantiate("dataset") if samples is None else samples,
+        store,
+        samples,
         [*config.sample.prompts, *(config.prior or config.preservation).prompts],
         config.buckets,
         config.settings.reference_resolution**2,
         config.precision.dtype,
         config.settings.embedding_storage,
         before_loading=SHARED.free,  # models that the previous sweep job left in memory
+        digests=digests,
     )
 
 
@@ -127,11 +134,14 @@ def prepare_samples(config: RunConfig) -> PreparedData:
     captions = [caption for sample in classes or [] for caption in sample.captions]  # encoded in the same pass
     cached = prepare(config.accelerator, replace(request, prompts=[*request.prompts, *captions]))
     if config.prior is None:
+        request.digests.close()
         return PreparedData(request.samples, cached)
     source = draw_class_images(config, cached) if classes is None else classes
     config.say(f"class images: {len(source)} from {source.where}")
     class_request = replace(request, samples=source, prompts=[], table="Buckets of the class images")
-    return PreparedData(request.samples, cached, (source, prepare(config.accelerator, class_request)))
+    cached_classes = prepare(config.accelerator, class_request)
+    request.digests.close()
+    return PreparedData(request.samples, cached, (source, cached_classes))
 
 
 def prepare_data(config: RunConfig) -> TrainingData:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import sqlite3
 import tarfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from data.cache import image_digests
 from data.cache.image_digests import Digests
-from data.sources import WebDataset
+from data.sources import Sample, WebDataset
 from data.sources.images import BadPicture, Picture, file_picture
 
 
@@ -45,15 +47,20 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("later")
-def test_what_was_seen_at_an_earlier_start_is_not_read_again(tmp_path: Path, reads: list[str]) -> None:
+def test_what_was_seen_at_an_earlier_start_is_not_read_again(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     picture = drawn(tmp_path / "a.png", "red")
-    first = Digests(tmp_path / "index.json")
+    first = Digests(tmp_path / "index.sqlite")
     found = first.look(picture)
     assert found[:2] == (Picture.digest(picture), (20, 10))
     assert found.pixels == picture.pixel_digest("")
     first.save()
     reads.clear()
-    assert Digests(tmp_path / "index.json").look(picture) == found
+    again = file_picture(picture.name)
+    monkeypatch.setattr(Picture, "_read_header", None)  # an earlier start read that too
+    assert Digests(tmp_path / "index.sqlite").look(again) == found
+    assert again.header == picture.header
     assert reads == []
 
 
@@ -62,7 +69,7 @@ def test_what_was_seen_at_an_earlier_start_is_not_read_again(tmp_path: Path, rea
 def test_whatever_may_have_changed_is_read_again(tmp_path: Path, reads: list[str], change: str) -> None:
     path = tmp_path / "a.bmp"  # whose length does not depend on its content
     picture = drawn(path, "red")
-    index = Digests(tmp_path / "index.json")
+    index = Digests(tmp_path / "index.sqlite")
     before = index.look(picture)
     index.save()
     status = path.stat()
@@ -81,18 +88,18 @@ def test_whatever_may_have_changed_is_read_again(tmp_path: Path, reads: list[str
         os.utime(tmp_path / "b.bmp", ns=(status.st_atime_ns, status.st_mtime_ns))
         os.replace(tmp_path / "b.bmp", path)
     reads.clear()
-    found = Digests(tmp_path / "index.json").look(file_picture(path))
+    found = Digests(tmp_path / "index.sqlite").look(file_picture(path))
     assert reads == [str(path)]
     assert (found == before) is (change == "mtime")  # the content decides, and it is the same
 
 
 def test_a_file_that_was_written_just_now_is_not_remembered(tmp_path: Path, reads: list[str]) -> None:
     picture = drawn(tmp_path / "a.png", "red", age=0)
-    index = Digests(tmp_path / "index.json")
+    index = Digests(tmp_path / "index.sqlite")
     index.look(picture)
     index.save()
-    assert not (tmp_path / "index.json").exists()
-    index.look(picture)
+    assert not (tmp_path / "index.sqlite").exists()
+    index.look(file_picture(tmp_path / "a.png"))
     assert len(reads) == 2
 
 
@@ -100,7 +107,7 @@ def test_a_file_that_was_written_just_now_is_not_remembered(tmp_path: Path, read
 def test_a_picture_and_its_transparency_are_two_things(tmp_path: Path) -> None:
     Image.new("RGBA", (20, 10), (255, 0, 0, 9)).save(tmp_path / "a.png")
     picture = file_picture(tmp_path / "a.png")
-    index = Digests(tmp_path / "index.json")
+    index = Digests(tmp_path / "index.sqlite")
     found = {index.look(each)[0] for each in (picture, picture.transparency(), picture, picture.transparency())}
     assert found == {picture.digest(), picture.transparency().digest()}
     assert len(found) == 2
@@ -108,9 +115,9 @@ def test_a_picture_and_its_transparency_are_two_things(tmp_path: Path) -> None:
 
 def test_what_has_no_place_is_read_each_time(tmp_path: Path, reads: list[str]) -> None:
     drawn(tmp_path / "a.png", "red")
-    index = Digests(tmp_path / "index.json")
-    cell = Picture("row 5", lambda: (tmp_path / "a.png").open("rb"))
-    assert index.look(cell) == index.look(cell)
+    index = Digests(tmp_path / "index.sqlite")
+    cells = [Picture("row 5", lambda: (tmp_path / "a.png").open("rb")) for _ in range(2)]
+    assert index.look(cells[0]) == index.look(cells[1])
     assert reads == ["row 5", "row 5"]
 
 
@@ -122,23 +129,26 @@ def test_the_pictures_of_one_shard_are_told_apart_and_remembered(tmp_path: Path,
             shard.add(tmp_path / f"{name}.png", f"{name}.png")
             (tmp_path / f"{name}.txt").write_text(name)
             shard.add(tmp_path / f"{name}.txt", f"{name}.txt")
-    samples = WebDataset(tmp_path / "a.tar")
-    first = Digests(tmp_path / "index.json")
-    found = [first.look(sample.target) for sample in samples]
+
+    def samples() -> list[Sample]:
+        return list(WebDataset(tmp_path / "a.tar"))
+
+    first = Digests(tmp_path / "index.sqlite")
+    found = [first.look(sample.target) for sample in samples()]
     assert [known.content for known in found] == [
-        file_picture(tmp_path / f"{sample.caption}.png").digest() for sample in samples
+        file_picture(tmp_path / f"{sample.caption}.png").digest() for sample in samples()
     ]
     assert len({known.content for known in found}) == 3
     first.save()
     reads.clear()
-    second = Digests(tmp_path / "index.json")
-    assert [second.look(sample.target) for sample in samples] == found
+    second = Digests(tmp_path / "index.sqlite")
+    assert [second.look(sample.target) for sample in samples()] == found
     assert reads == []
 
 
 def test_a_file_that_is_gone_is_a_bad_picture(tmp_path: Path) -> None:
     with pytest.raises(BadPicture, match=r"exist|found"):
-        Digests(tmp_path / "index.json").look(file_picture(tmp_path / "none.png"))
+        Digests(tmp_path / "index.sqlite").look(file_picture(tmp_path / "none.png"))
 
 
 @pytest.mark.usefixtures("later")
@@ -146,50 +156,189 @@ def test_two_processes_remember_together_and_forgetting_keeps_what_was_looked_at
     tmp_path: Path, reads: list[str]
 ) -> None:
     a, b = drawn(tmp_path / "a.png", "red"), drawn(tmp_path / "b.png", "blue")
-    one, other = Digests(tmp_path / "index.json"), Digests(tmp_path / "index.json")
+    one, other = Digests(tmp_path / "index.sqlite"), Digests(tmp_path / "index.sqlite")
     one.look(a)
     other.look(b)
     one.save()
     other.save()
     reads.clear()
-    third = Digests(tmp_path / "index.json")
-    third.look(a)
-    third.look(b)
+
+    def looked(*names: str) -> Digests:
+        index = Digests(tmp_path / "index.sqlite")
+        for name in names:
+            index.look(file_picture(name))
+        return index
+
+    looked(a.name, b.name)
     assert reads == []
-    fourth = Digests(tmp_path / "index.json")
-    fourth.look(a)
-    assert fourth.forget_others() == 1
-    fifth = Digests(tmp_path / "index.json")
-    fifth.look(a)
-    fifth.look(b)
+    looked(a.name).forget_others([a])
+    looked(a.name, b.name)
     assert reads == [b.name]
 
 
 @pytest.mark.parametrize(
-    "entry",
+    ("column", "value"),
     [
-        *(None, [], ["x"], ["stamp", "f" * 64, 20, 10], ["stamp", "f" * 64, "f" * 63, 20, 10]),
-        *(["stamp", "f" * 64, "f" * 64, "20", 10], ["stamp", "f" * 64, "f" * 64, 0, 10]),
+        *(("digests", None), ("digests", "x" * 64), ("digests", b"x" * 63), ("stamp", None)),
+        *(("width", None), ("width", 0), ("height", -1)),
     ],
 )
 @pytest.mark.usefixtures("later")
-def test_a_damaged_entry_of_the_index_is_read_again(tmp_path: Path, entry: object, reads: list[str]) -> None:
+def test_a_damaged_row_is_read_again(tmp_path: Path, column: str, value: object, reads: list[str]) -> None:
     a = drawn(tmp_path / "a.png", "red")
-    index = Digests(tmp_path / "index.json")
+    index = Digests(tmp_path / "index.sqlite")
     known = index.look(a)
     index.save()
-    content = json.loads((tmp_path / "index.json").read_text())
-    ((name, (stamp, *_)),) = content["pictures"].items()
-    content["pictures"] = {name: [stamp, *entry[1:]] if entry else entry}
-    (tmp_path / "index.json").write_text(json.dumps(content))
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as database, database:
+        database.execute(f"UPDATE pictures SET {column} = ?", (value,))
     reads.clear()
-    assert Digests(tmp_path / "index.json").look(a) == known
+    assert Digests(tmp_path / "index.sqlite").look(file_picture(a.name)) == known
     assert reads == [a.name]
 
 
+# ------------------------------------------------------------------ a database that cannot be used
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("damage", ["no database", "torn", "another version"])
+def test_a_damaged_database_is_replaced(
+    tmp_path: Path, damage: str, reads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "index.sqlite"
+    a = drawn(tmp_path / "a.png", "red")
+    index = Digests(file)
+    index.look(a)
+    index.save()
+    if damage == "no database":
+        file.write_bytes(b"x" * 10_000)
+    elif damage == "torn":
+        content = file.read_bytes()
+        file.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    else:
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("PRAGMA user_version = 99")
+    reads.clear()
+    index = Digests(file)
+    index.look(file_picture(a.name))
+    index.look(file_picture(a.name))
+    assert reads == [a.name] * 2
+    assert [record.getMessage().count(str(file)) for record in caplog.records] == [1] * (damage != "another version")
+    index.save()
+    Digests(file).look(file_picture(a.name))
+    assert reads == [a.name] * 2
+
+
+@pytest.mark.usefixtures("later")
+def test_a_locked_database_stops_nothing_and_is_told_once(
+    tmp_path: Path, reads: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_digests, "PATIENCE", 0.05)
+    file = tmp_path / "index.sqlite"
+    a, b = drawn(tmp_path / "a.png", "red"), drawn(tmp_path / "b.png", "blue")
+    index = Digests(file)
+    index.look(a)
+    index.save()
+    reads.clear()
+    with closing(sqlite3.connect(file, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        index = Digests(file)
+        for name in (a.name, b.name, a.name):
+            index.look(file_picture(name))
+        assert reads == [a.name, b.name, a.name]
+        assert len(caplog.records) == 1
+        index.save()
+        index.look(file_picture(b.name))
+        index.save()
+        assert len(caplog.records) == 2
+    reads.clear()
+    Digests(file).look(file_picture(a.name))
+    assert reads == []
+
+
+@pytest.mark.usefixtures("later")
+def test_a_reader_does_not_keep_others_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_digests, "PATIENCE", 0.05)
+    file = tmp_path / "index.sqlite"
+    a, b = drawn(tmp_path / "a.png", "red"), drawn(tmp_path / "b.png", "blue")
+    first = Digests(file)
+    first.look(a)
+    first.save()
+    reader, writer = Digests(file, writes=False), Digests(file)
+    reader.look(file_picture(a.name))
+    reader.save()
+    writer.look(b)
+    writer.save()
+    with closing(sqlite3.connect(file)) as database:
+        assert database.execute("SELECT count(*) FROM pictures").fetchone() == (2,)
+
+
+@pytest.mark.usefixtures("later")
+def test_a_writer_killed_in_a_transaction_leaves_what_was_there(tmp_path: Path, reads: list[str]) -> None:
+    file = tmp_path / "index.sqlite"
+    a = drawn(tmp_path / "a.png", "red")
+    index = Digests(file)
+    index.look(a)
+    index.save()
+    child = os.fork()
+    if child == 0:
+        database = sqlite3.connect(file, isolation_level=None)
+        database.execute("PRAGMA cache_size = 1")  # so that pages are written before the end
+        database.execute("BEGIN")
+        database.execute("DELETE FROM pictures")
+        database.executemany("INSERT INTO listings VALUES (?, '', ?)", ((str(i), "x" * 3000) for i in range(99)))
+        os._exit(9)
+    os.waitpid(child, 0)
+    assert Path(f"{file}-journal").exists()
+    reads.clear()
+    Digests(file).look(file_picture(a.name))
+    assert reads == []
+
+
+@pytest.mark.usefixtures("later")
+def test_a_process_that_does_not_write_makes_no_file(tmp_path: Path) -> None:
+    index = Digests(tmp_path / "index.sqlite", writes=False)
+    index.look(drawn(tmp_path / "a.png", "red"))
+    index.save()
+    assert not (tmp_path / "index.sqlite").exists()
+
+
+@pytest.mark.usefixtures("later")
+def test_rows_are_written_while_images_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_digests, "BATCH", 2)
+    index = Digests(tmp_path / "cache" / "index.sqlite")
+    for number in range(3):
+        index.look(drawn(tmp_path / f"{number}.png", "red"))
+    with closing(sqlite3.connect(tmp_path / "cache" / "index.sqlite")) as database:
+        assert database.execute("SELECT count(*) FROM pictures").fetchone() == (2,)
+
+
+# ------------------------------------------------------------------ earlier versions
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_json_of_earlier_versions_is_imported(tmp_path: Path, reads: list[str], writes: bool) -> None:
+    pictures = [drawn(tmp_path / f"{name}.png", name) for name in ("red", "blue")]
+    known = {}
+    for picture in pictures:
+        status = os.stat(picture.name)
+        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+        content = picture.digest()
+        known[json.dumps([picture.name, "", False])] = [stamp, content, picture.pixel_digest(content), 20, 10]
+    (tmp_path / "index.json").write_text(json.dumps({"version": 3, "pictures": known}))
+    reads.clear()
+    for _ in range(2):
+        index = Digests(tmp_path / "index.sqlite", writes)
+        assert index.look(file_picture(pictures[0].name)).content == known[json.dumps([pictures[0].name, "", False])][1]
+        index.save()
+        assert (tmp_path / "index.json").exists() is not writes
+    Digests(tmp_path / "index.sqlite").look(file_picture(pictures[1].name))
+    assert reads == []
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 3}', '{"version": 3, "pictures": []}'])
-def test_a_damaged_index_is_told_and_made_anew(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_json_is_told(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "index.json").write_text(content)
-    index = Digests(tmp_path / "index.json")
+    index = Digests(tmp_path / "index.sqlite")
     assert str(tmp_path) in caplog.text
     assert index.look(drawn(tmp_path / "a.png", "red"))[1] == (20, 10)
