@@ -283,8 +283,7 @@ class _Planner:
 
     def add(self, work: Work) -> str:
         """Collect an image to encode, unless it is known, and return its key."""
-        content = self.digests.look(work.picture).content
-        recipe = {"picture": content, "size": work.size, "fit": FIT_VERSION, **work.cut.recipe}
+        recipe = {"picture": content_digest(work.picture), "size": work.size, "fit": FIT_VERSION, **work.cut.recipe}
         if work.kind != "mask":
             recipe |= {"encoder": self.encoder_id, "reference": work.kind == "reference"}
         key = self.cache.key(work.name, **recipe)

@@ -41,6 +41,7 @@ PACKS = "packs"  # folder of the packs in that of the cache
 HEAD = 1 << 10  # bytes of the first read, which contain almost every header
 UNFINISHED_SECONDS = 24 * 3600.0  # age from which a temporary file belongs to a process that has ended
 CHECKSUM = "xxh3_64"  # key of the checksum in the metadata of an entry
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 Shape = tuple[int | None, ...]  # expected shape of a tensor; None is any side >= 1
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int, int], None]  # (entries done, entries to do, bytes stored), by this process
@@ -69,8 +70,7 @@ class Cache:
     @staticmethod
     def key(kind: str, **recipe: object) -> str:
         """Return the hexadecimal sha256 of the recipe as canonical JSON, whatever the order of its arguments."""
-        text = json.dumps([kind, recipe], sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(CANONICAL.encode([kind, recipe]).encode()).hexdigest()
 
     def path(self, key: str) -> Path:
         """Return the path of an entry that is a file of its own."""

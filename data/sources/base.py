@@ -7,7 +7,7 @@ that only a decoder finds are added to the same list later, by `Source.leave_out
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
@@ -23,7 +23,7 @@ SHOWN = 20  # names in a message about what is not used
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One training example: an image, and the images that it is an edit of."""
 
@@ -190,7 +190,8 @@ class Source(Sequence[Sample]):
             if mask.size != sample.target.size:
                 sizes = " x ".join(map(str, mask.size)), " x ".join(map(str, sample.target.size))
                 raise ValueError(f"has the mask {mask.name} of {sizes[0]} pixels for an image of {sizes[1]}")
-        return replace(sample, captions=self._preparation.prepare(sample.captions), mask=mask)
+        captions = self._preparation.prepare(sample.captions)
+        return Sample(sample.target, captions, sample.references, sample.weight, mask)
 
     def _check_header(self, picture: Picture) -> None:
         """Raise BadPicture if the header shows that the image cannot be trained on."""

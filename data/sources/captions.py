@@ -83,9 +83,11 @@ class Captions:
 
     def _orders(self, text: str) -> list[str]:
         """Return the caption with its tags in every order that is drawn."""
+        if not self.shuffle_tags:
+            return [text]
         tags = [tag.strip() for tag in text.split(",") if tag.strip()]
         fixed, loose = tags[: self.keep_tags], tags[self.keep_tags :]
-        if not self.shuffle_tags or len(loose) < 2:
+        if len(loose) < 2:
             return [text]
         return [", ".join([*fixed, *self._shuffled(loose, text, number)]) for number in range(self.shuffle_tags)]
 

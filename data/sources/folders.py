@@ -5,7 +5,6 @@ a downloaded dataset cannot read other files of this machine. Symbolic links are
 files that they point to.
 """
 
-import csv
 import json
 import os
 import re
@@ -13,7 +12,6 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,14 @@ from data.sources.listing import (
     METADATA,
     MOST_TEXT,
     Listing,
-    RepeatedKey,
-    check_unique,
     different,
     existing_folder,
     is_foreign,
+    is_image_name,
     list_files,
-    parse_json,
     path_inside,
+    read_csv,
+    read_jsonl,
     read_text,
 )
 
@@ -186,7 +184,7 @@ class Folder(Source):
         self._note_unused("masks without an image of their name", *lone)
 
     def _from_metadata(self, file: Path) -> Iterator[Sample | Bad]:
-        rows = list(_jsonl(file) if file.suffix == ".jsonl" else _csv(file))
+        rows = list(read_jsonl(file) if file.suffix == ".jsonl" else read_csv(file))
         if not rows:
             raise ValueError(f"{file} is empty. Write one line for each image")
         self._note_what_is_not_named(file, [row for _, row in rows])
@@ -198,6 +196,7 @@ class Folder(Source):
             self._note_unused(REPLACED, *(f"{file} line {number}" for number, row in rows if row.get(self._caption)))
         wanted = (self._image, *(self._references or ()), caption_column, self._mask_name)
         needed = [column for column in wanted if column is not None]
+        self._folder = file.parent
         for column in needed:
             if not any(column in row for _, row in rows):
                 raise ValueError(f"{file} has no column {column!r}; it has: {', '.join(rows[0][1])}")
@@ -205,9 +204,9 @@ class Folder(Source):
             try:
                 if missing := [column for column in needed if column not in row]:
                     raise ValueError(f"has no column {missing[0]!r}; it has: {', '.join(row)}")
-                target = self._picture(file, row, self._image)
-                others = [self._inside(file, name) for column in references for name in _names(row.get(column), column)]
-                mask = self._picture(file, row, self._mask_name) if self._mask_name and row[self._mask_name] else None
+                target = self._picture(row, self._image)
+                others = [self._inside(name) for column in references for name in _names(row.get(column), column)]
+                mask = self._picture(row, self._mask_name) if self._mask_name and row[self._mask_name] else None
                 texts = (
                     [self._prompt] if self._prompt is not None else caption_texts(row[self._caption], self.allow_empty)
                 )
@@ -218,33 +217,42 @@ class Folder(Source):
     def _note_what_is_not_named(self, file: Path, rows: Sequence[dict[str, Any]]) -> None:
         """Note images, captions and metadata below the folder of `file` that it leaves out, and its unused columns."""
         used = {self._image, self._mask_name, *(self._references or (REFERENCES,))}
-        cells = [(column, name) for row in rows for column, cell in row.items() for name in _texts(cell)]
-        named = {_comparable(file.parent / name) for _, name in cells}
-        columns = dict.fromkeys(column for column, name in cells if os.path.splitext(name)[1].lower() in SUFFIXES)
-        self._note_unused(UNUSED_COLUMNS, *(column for column in columns if column not in used))
+
+        def cells() -> Iterator[tuple[str, str]]:  # not a list: there may be millions
+            return ((column, name) for row in rows for column, cell in row.items() for name in _texts(cell))
+
+        names = {name for _, name in cells()}
+        others = (column for column, name in cells() if column not in used and is_image_name(name))
+        self._note_unused(UNUSED_COLUMNS, *dict.fromkeys(others))
         try:
             found = list_files(file.parent, recursive=True)
         except OSError as error:
             self._note_unused("folders that cannot be read", str(error))
             return
-        pictures = [path for files in found.pictures.values() for path in files]
-        self._note_unused(f"images that {file} does not name", *(p for p in pictures if _comparable(p) not in named))
+        begin = len(f"{file.parent}/")
+        unnamed = [path for files in found.pictures.values() for path in files if path[begin:] not in names]
+        if unnamed:  # or named in another way, such as ./a.png
+            named = {_comparable(file.parent / name) for name in names}
+            unnamed = [path for path in unnamed if _comparable(path) not in named]
+        self._note_unused(f"images that {file} does not name", *unnamed)
         texts = [path for stem, files in found.texts.items() if stem in found.pictures for path in files]
         self._note_unused(f"captions, because {file} has them" if self._prompt is None else REPLACED, *texts)
         self._note_unused(f"files that may hold captions, because {file} has them", *found.unread)
-        others = [path for path in found.metadata if path != str(file)]
-        self._note_unused(f"metadata of subfolders, because {file} describes them", *others)
+        metadata = [path for path in found.metadata if path != str(file)]
+        self._note_unused(f"metadata of subfolders, because {file} describes them", *metadata)
 
-    def _picture(self, file: Path, row: dict[str, Any], column: str) -> Picture:
+    def _picture(self, row: dict[str, Any], column: str) -> Picture:
         names = _names(row.get(column), column)
         if len(names) != 1:
             raise ValueError(f"has {column}={row.get(column)!r}: it must be one file name")
-        return self._inside(file, names[0])
+        return self._inside(names[0])
 
-    def _inside(self, file: Path, name: str) -> Picture:
-        """Return the image that `file` names. Raise ValueError if it is not in the folder of `file`."""
-        path = path_inside(file.parent, name)
-        return self._pictures.setdefault(path, file_picture(path))
+    def _inside(self, name: str) -> Picture:
+        """Return the image of this name in the folder of the metadata. Raise ValueError if it is not inside."""
+        path = path_inside(self._folder, name)
+        if (picture := self._pictures.get(path)) is None:
+            picture = self._pictures[path] = file_picture(path)
+        return picture
 
 
 class Pairs(Source):
@@ -349,35 +357,6 @@ def _texts(cell: object) -> Iterator[str]:
         with suppress(ValueError, RecursionError):
             cell = json.loads(cell)
     yield from (text for text in (cell if isinstance(cell, list) else [cell]) if isinstance(text, str))
-
-
-def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, row). Raise ValueError for a line that is not a JSON object."""
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"{file} line {number} {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{file} line {number} is {line.strip()[:80]!r}. Each line must be one JSON object")
-        yield number, row
-
-
-def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, row), with None for missing cells. Raise ValueError for a line with too many cells."""
-    reader = csv.DictReader(StringIO(read_text(file), newline=""), restkey="more", strict=True)
-    try:
-        check_unique("column", [name for name in reader.fieldnames or () if name])
-        for row in reader:
-            if isinstance(row.get("more"), list):
-                raise ValueError(f"{file} line {reader.line_num} has more cells than columns. Quote texts with commas")
-            yield reader.line_num, dict(row)
-    except csv.Error as error:
-        raise ValueError(f"{file} line {reader.line_num} is not CSV ({error})") from error
-    except RepeatedKey as error:
-        raise ValueError(f"{file} line {reader.line_num} {error}") from error
 
 
 def _names(value: object, column: str) -> list[str]:

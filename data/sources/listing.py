@@ -4,13 +4,15 @@ Names are compared in the Unicode form NFC, because macOS and some archives writ
 folder that contains it is skipped: its files are found without it.
 """
 
+import csv
 import json
 import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ PARTNER = re.compile(
     "mask(label)?|depth(map)?|normal(map|s)?|pose|canny|edges?)",
     re.IGNORECASE,
 )
+PLAIN = re.compile(r"[\w-][\w .-]*(/[\w-][\w .-]*)*", re.ASCII)  # a name that means the same after os.path.normpath
 # of thumbnails, deleted files and the like, which NAS systems, macOS and Windows put into any folder
 SYSTEM_FOLDERS = frozenset(
     "@eaDir/@__thumb/@Recycle/#recycle/__MACOSX/$RECYCLE.BIN/System Volume Information/lost+found".split("/")
@@ -125,6 +128,8 @@ def path_inside(folder: Path, name: str) -> str:
 
     Raise OutsideFolder if it is not inside the folder.
     """
+    if PLAIN.fullmatch(name):  # of a million names, nearly all
+        return f"{folder}/{name}" if str(folder) != "/" else f"/{name}"
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))
     if not path.startswith(root.rstrip(os.sep) + os.sep):
@@ -141,6 +146,11 @@ def _existing_form(root: str, relative: str) -> str:
         forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
         place = next((path for form in forms if os.path.exists(path := os.path.join(place, form))), f"{place}/{part}")
     return os.path.relpath(place, root)
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a text ends as the names of images do."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def is_foreign(name: str) -> bool:
@@ -167,7 +177,7 @@ def decode_text(content: bytes) -> str:
 def parse_json(text: str) -> Any:
     """Return the value of a JSON text. Raise ValueError with the bare reason for bad JSON and for a key given twice."""
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return DECODER.decode(text)
     except RepeatedKey:
         raise
     except (ValueError, RecursionError) as error:  # also for an integer of thousands of digits
@@ -175,8 +185,13 @@ def parse_json(text: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    check_unique("key", [key for key, _ in pairs])
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        check_unique("key", [key for key, _ in pairs])
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)  # `json.loads` makes one for every line
 
 
 def check_unique(what: str, names: Sequence[str]) -> None:
@@ -202,3 +217,32 @@ def read_text(path: str | Path, most: int | None = None) -> str:
         return decode_text(content).replace("\r\n", "\n").replace("\r", "\n")
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
+
+
+def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row). Raise ValueError for a line that is not a JSON object."""
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{file} line {number} {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file} line {number} is {line.strip()[:80]!r}. Each line must be one JSON object")
+        yield number, row
+
+
+def read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row), with None for missing cells. Raise ValueError for a line with too many cells."""
+    reader = csv.DictReader(StringIO(read_text(file), newline=""), restkey="more", strict=True)
+    try:
+        check_unique("column", [name for name in reader.fieldnames or () if name])
+        for row in reader:
+            if isinstance(row.get("more"), list):
+                raise ValueError(f"{file} line {reader.line_num} has more cells than columns. Quote texts with commas")
+            yield reader.line_num, dict(row)
+    except csv.Error as error:
+        raise ValueError(f"{file} line {reader.line_num} is not CSV ({error})") from error
+    except RepeatedKey as error:
+        raise ValueError(f"{file} line {reader.line_num} {error}") from error
