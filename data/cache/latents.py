@@ -33,6 +33,7 @@ from data.buckets import (
 )
 from data.cache.image_digests import Digests, content_digest
 from data.cache.store import Cache, Progress, Shape, check_finite, fill_share
+from data.memory import without_collection
 from data.sources import Sample
 from data.sources.images import BadPicture, Picture, shorten
 
@@ -197,6 +198,7 @@ class LatentPlan:
         return fit(image, work.size, work.cut)
 
 
+@without_collection()
 def plan_latents(
     cache: Cache,
     samples: Sequence[Sample],

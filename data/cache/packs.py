@@ -58,9 +58,10 @@ class Packs:
         self.folder = folder
         self._seen: list[tuple[str, int, int]] = []  # name, size and time of each index
         self._files: list[Path] = []
-        self._records = np.empty(0, RECORD)
-        self._pack_of = np.empty(0, np.uint32)
-        self._high = np.empty(0, np.uint64)  # first words of the keys, sorted
+        self._records = np.empty(0, RECORD)  # of all packs, one after the other
+        self._ends = np.empty(0, np.int64)  # for each pack, the number of records up to its last
+        self._order = np.empty(0, np.int32)  # the records in the order of their keys
+        self._high = np.empty(0, np.uint64)  # first words of the keys in this order
         self._shapes: dict[int, Shapes] = {}
 
     def refresh(self) -> bool:
@@ -79,26 +80,28 @@ class Packs:
             return False
         self._seen, self._files = seen, [self.folder / f"{name.removesuffix('.index')}.pack" for name, *_ in seen]
         each = [read_records(file) for file in self._files]
-        records = np.concatenate([np.empty(0, RECORD), *each])
-        owners = np.repeat(np.arange(len(each), dtype=np.uint32), [len(one) for one in each])
-        order = np.lexsort((records["key"][:, 1], records["key"][:, 0]))  # stable: of equal keys the newest is last
-        self._records, self._pack_of = records[order], owners[order]
-        self._high = np.ascontiguousarray(self._records["key"][:, 0])
+        self._ends = np.cumsum([len(one) for one in each], dtype=np.int64)
+        self._records = each[0] if len(each) == 1 else np.concatenate([np.empty(0, RECORD), *each])
+        del each
+        keys = self._records["key"]
+        self._order = np.lexsort((keys[:, 1], keys[:, 0])).astype(np.int32)  # stable: of equal keys the newest is last
+        self._high = keys[self._order, 0]
         self._shapes = {}
         return True
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Return the number of each key's record, -1 for those that no pack has."""
         wanted = packed_keys(keys)
-        rows = np.searchsorted(self._high, wanted[:, 0], side="right") - 1
-        if not len(self._high):
-            return rows
+        if not len(self._order):
+            return np.full(len(keys), -1)
+        places = np.searchsorted(self._high, wanted[:, 0], side="right") - 1
         while True:  # two keys that differ only in their second words are possible, though none will be met
-            other = (rows >= 0) & (self._high[rows] == wanted[:, 0]) & (self._records["key"][rows, 1] != wanted[:, 1])
+            alike = (places >= 0) & (self._high[places] == wanted[:, 0])
+            other = alike & (self._records["key"][self._order[places], 1] != wanted[:, 1])
             if not other.any():
                 break
-            rows[other] -= 1
-        return np.where((rows >= 0) & (self._high[rows] == wanted[:, 0]), rows, -1)
+            places[other] -= 1
+        return np.where(alike, self._order[places], -1)
 
     def forms(self, keys: Sequence[str]) -> list[int | None]:
         """Return the hash of the header of each entry, None for those that no pack has."""
@@ -125,7 +128,7 @@ class Packs:
         if row < 0:
             return None
         record = self._records[row]
-        return Place(self._files[self._pack_of[row]], int(record["begin"]), int(record["size"]))
+        return Place(self._file_of(row), int(record["begin"]), int(record["size"]))
 
     def remove(self, key: str) -> None:
         """Erase the records of an entry, so that it counts as missing. Raise OSError if that is not possible."""
@@ -139,10 +142,13 @@ class Packs:
                     stream.write(bytes(RECORD.itemsize))
         self.refresh()
 
+    def _file_of(self, row: int) -> Path:
+        return self._files[int(np.searchsorted(self._ends, row, side="right"))]
+
     def _read_shapes(self, row: int, form: int) -> Shapes | None:
         record = self._records[row]
         try:
-            with self._files[self._pack_of[row]].open("rb") as file:
+            with self._file_of(row).open("rb") as file:
                 file.seek(int(record["begin"]))
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(min(length, MAX_HEADER)))
@@ -208,7 +214,9 @@ class PackWriter:
 
 def packed_keys(keys: Sequence[str]) -> np.ndarray:
     """Return the first halves of hexadecimal keys as numbers (len(keys), 2)."""
-    return np.frombuffer(bytes.fromhex("".join([key[:32] for key in keys])), "<u8").reshape(-1, 2)
+    parts = (keys[start : start + 10_000] for start in range(0, len(keys), 10_000))  # or a million texts are made
+    content = b"".join([bytes.fromhex("".join([key[:32] for key in part])) for part in parts])
+    return np.frombuffer(content, "<u8").reshape(-1, 2)
 
 
 def form_of(header: object) -> int:

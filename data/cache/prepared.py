@@ -1,6 +1,6 @@
 """The cached form of a dataset, which training reads."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -47,7 +47,7 @@ class CachedDataset:
 
     cache: Cache
     entries: tuple[LatentEntry, ...]
-    prompts: dict[str, str]  # key of each prompt's embedding
+    prompts: Mapping[str, str]  # key of each prompt's embedding
     contents: Sequence[str]  # digest of each sample's target image
     pixels: Sequence[str] = ()  # likewise, but equal for copies that differ only in metadata
     references: tuple[tuple[str, ...], ...] = ()  # such digests of each sample's references

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
 from data.checks import check_flag, check_int, check_text
+from data.memory import without_collection
 from data.sources.captions import Captions
 from data.sources.images import KNOWN_FILES, BadPicture, Picture, printable, shorten
 
@@ -128,6 +129,7 @@ class Source(Sequence[Sample]):
         self._samples = [sample for index, sample in enumerate(self._samples) if index not in reasons]
         self._check_bad(list(reasons))
 
+    @without_collection()
     def _take(self, found: Iterable[Sample | Bad], hint: str = "") -> None:
         """Check, prepare and keep the samples found. Raise BadData as `leave_out` does, and, with `hint`, for none."""
         seen = set()

@@ -89,6 +89,7 @@ class Folder(Source):
         beneath = "" if recursive else "; set dataset.recursive=true to include subfolders"
         found = self._found(self.path, (os.path.realpath(self.path),))
         self._take(found, f": it contains no images ({endings}){beneath}")
+        self._pictures.clear()
         columns: dict[str, tuple[object, object]] = {
             "caption_column": (self._caption, "text"),
             "image_column": (self._image, "file_name"),
@@ -200,7 +201,9 @@ class Folder(Source):
         for column in needed:
             if not any(column in row for _, row in rows):
                 raise ValueError(f"{file} has no column {column!r}; it has: {', '.join(rows[0][1])}")
-        for number, row in rows:
+        rows.reverse()
+        while rows:  # each is freed when its sample is made: a million of them take half a gigabyte
+            number, row = rows.pop()
             try:
                 if missing := [column for column in needed if column not in row]:
                     raise ValueError(f"has no column {missing[0]!r}; it has: {', '.join(row)}")

@@ -199,7 +199,7 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     references = tuple(
         tuple(pixel_digest(latents.work[key].picture) for key in entry.reference_keys) for entry in latents.entries
     )
-    return CachedDataset(cache, latents.entries, dict(embeddings.keys), contents, pixels, references, lease)
+    return CachedDataset(cache, latents.entries, embeddings.keys, contents, pixels, references, lease)
 
 
 def remove_unused(request: CacheRequest, *others: CacheRequest) -> str:
