@@ -34,7 +34,7 @@ ORDER = {
     """,
     "data": """
         __init__
-        checks files
+        checks files memory
         buckets sampler synthetic
         sources
         cache
