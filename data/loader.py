@@ -8,11 +8,13 @@ Nothing is decoded here: latents and embeddings come from the cache, one file ea
 A loader is not thread-safe.
 """
 
+import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,15 +120,16 @@ class Loader:
             raise ValueError(f"memory_limit_gb={memory_limit_gb!r} must be a number >= 0")
         if reference_dropout > 0 and not any(entry.reference_keys for entry in entries):
             raise ValueError(f"reference_dropout={reference_dropout} has no effect: no sample has references")
-        needed = {caption for variants in captions for caption in variants} | ({""} if caption_dropout > 0 else set())
-        if unknown := sorted(needed - embedding_keys.keys()):
+        needed = itertools.chain(itertools.chain.from_iterable(captions), [""] * (caption_dropout > 0))
+        if unknown := sorted({caption for caption in needed if caption not in embedding_keys}):
             raise ValueError(f"{len(unknown)} prompts have no embedding, such as {unknown[0]!r}. Plan them too")
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.gradient_accumulation = check_int("gradient_accumulation", gradient_accumulation, 1)
         self.num_processes, self.process_index = num_processes, process_index
         self.seed, self.caption_dropout, self.reference_dropout = seed, caption_dropout, reference_dropout
         global_batch = batch_size * gradient_accumulation * num_processes
-        buckets = pool_shapes([entry.bucket for entry in entries], global_batch)
+        shapes: dict[Any, Any] = {}  # one object of each for all samples
+        buckets = pool_shapes([shapes.setdefault(entry.bucket, entry.bucket) for entry in entries], global_batch)
         self.sampler = BucketSampler(buckets, global_batch, seed, weights)
         self._entries, self._captions, self._embedding_keys = entries, captions, embedding_keys
         self._cache = cache

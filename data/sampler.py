@@ -129,8 +129,10 @@ class _Passes:
     """
 
     def __init__(self, indices: np.ndarray, weights: np.ndarray, offsets: np.ndarray) -> None:
-        self._indices, self._weights, self._offsets = indices, weights[indices], offsets[indices]
-        self.plain = bool((self._weights == 1).all())
+        self._indices = indices
+        self.plain = bool((weights[indices] == 1).all())
+        chosen = slice(0) if self.plain else indices
+        self._weights, self._offsets = weights[chosen], offsets[chosen]  # not needed if all weights are 1
         self._total = float(self._weights.sum())
         self.before = lru_cache(maxsize=8)(self._before)
 

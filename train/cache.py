@@ -4,11 +4,13 @@ Training also computes missing entries. This command prepares a dataset on a mac
 encoder of dev needs 35 GB in bfloat16), so that training elsewhere loads neither. One encoder is in memory at a time;
 each of several processes fills its share.
 
+`+share=2/8` fills the second of eight shares, on one of eight machines with a disk that all of them can write.
 `+prune=true` computes nothing and removes the entries that no sample of this configuration uses.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -27,16 +29,31 @@ from train.stages.data import cache_request, prepare_samples
 from train.stages.memory import load_config
 
 
+def parse_share(share: object) -> tuple[int, int]:
+    """Return "2/8" as (1, 8). Raise ValueError for anything that is not a share."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", str(share))
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError(f"share={share!r} must be I/N with I from 1 to N, such as 2/8: the second of eight shares")
+    return int(found[1]) - 1, int(found[2])
+
+
 def main(config: DictConfig) -> None:
     """Fill or prune the cache of one configuration."""
     given = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     prunes = given.pop("prune", False)
+    share = given.pop("share", "1/1")
     if not isinstance(prunes, bool):
         raise ValueError(f"prune={prunes!r} must be true or false")
+    if prunes and share != "1/1":
+        raise ValueError(f"share={share} has no effect with prune=true. Remove one of them")
     run = load_config(OmegaConf.create(given))
     if not prunes:
-        prepare_samples(run)
-        run.say(f"the cache in {run.settings.cache_dir} is complete")
+        index, count = parse_share(share)
+        if count > 1 and run.prior is not None and run.prior.dataset is None:
+            raise ValueError(f"share={share}: class images are drawn by a start that fills everything. Remove it")
+        prepare_samples(run, (index, count))
+        what = f"share {share} of the cache" if count > 1 else "the cache"
+        run.say(f"{what} in {run.settings.cache_dir} is complete")
     elif run.accelerator.is_main_process:
         request = cache_request(run)
         print(remove_unused(request, *class_cache_requests(run, request)))

@@ -135,7 +135,7 @@ class Digests:
 
     def save(self) -> None:
         """Write what is new. Where that is not possible, a warning says so, once."""
-        self._end_reading()
+        self.release()
         if self._file is None or not self._writes or not (self._pictures or self._listings):
             return
         try:
@@ -159,7 +159,7 @@ class Digests:
         self._pictures, self._listings = [], []
 
     def forget_others(self, pictures: Iterable[Picture]) -> None:
-        """Delete what is known of all other images. Raise OSError if that is not possible."""
+        """Delete what is known of all other images. Where that is not possible, a warning says so."""
         self.save()
         if self._file is None or not self._file.exists():
             return
@@ -174,11 +174,13 @@ class Digests:
                     database.execute(f"DELETE FROM {table} WHERE place NOT IN (SELECT place FROM used)")
                 database.execute("COMMIT")
         except sqlite3.Error as error:
-            raise OSError(f"{self._file} cannot be written ({error})") from error
+            log.warning(
+                "%s cannot be written (%s): it keeps what is known of images that are not used", self._file, error
+            )
 
     def close(self) -> None:
         """Close the database. What is asked for afterwards is read from the files."""
-        self._end_reading()
+        self.release()
         if self._database is not None:
             self._database.close()
         self._database = self._imported = None
@@ -211,13 +213,14 @@ class Digests:
             found: tuple[Any, ...] | None = self._database.execute(query, (place,)).fetchone()
             self._lookups += 1
             if found is None or self._lookups % BATCH == 0:  # reading the file takes time, and others want to write
-                self._end_reading()
+                self.release()
             return found
         except sqlite3.Error as error:
             self._give_up(error)
             return None
 
-    def _end_reading(self) -> None:
+    def release(self) -> None:
+        """Let other processes write."""
         with suppress(sqlite3.Error):
             if self._database is not None and self._database.in_transaction:
                 self._database.execute("COMMIT")

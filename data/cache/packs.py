@@ -214,9 +214,7 @@ class PackWriter:
 
 def packed_keys(keys: Sequence[str]) -> np.ndarray:
     """Return the first halves of hexadecimal keys as numbers (len(keys), 2)."""
-    parts = (keys[start : start + 10_000] for start in range(0, len(keys), 10_000))  # or a million texts are made
-    content = b"".join([bytes.fromhex("".join([key[:32] for key in part])) for part in parts])
-    return np.frombuffer(content, "<u8").reshape(-1, 2)
+    return np.frombuffer(bytes.fromhex("".join([key[:32] for key in keys])), "<u8").reshape(-1, 2)
 
 
 def form_of(header: object) -> int:

@@ -1,6 +1,6 @@
 """The cached form of a dataset, which training reads."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -20,13 +20,11 @@ class HexDigests(Sequence[str]):
     `part` 0 is the digest of the content, 1 that of the pixels.
     """
 
-    def __init__(self, pictures: Iterable[Picture], part: int) -> None:
-        self._digests = b"".join(
-            [picture.digests[32 * part : 32 * part + 32] for picture in pictures if picture.digests]
-        )
+    def __init__(self, pictures: Sequence[Picture], part: int) -> None:
+        self._pictures, self._bytes = pictures, slice(32 * part, 32 * part + 32)
 
     def __len__(self) -> int:
-        return len(self._digests) // 32
+        return len(self._pictures)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -35,10 +33,9 @@ class HexDigests(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        first = 32 * (index % len(self))
-        return self._digests[first : first + 32].hex()
+        digests = self._pictures[index].digests
+        assert digests is not None
+        return digests[self._bytes].hex()
 
 
 @dataclass(frozen=True)

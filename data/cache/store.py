@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from functools import cache as memoized
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 import psutil
@@ -38,6 +38,7 @@ from data.files import atomic_write, user_path
 
 PACK_ABOVE = 10_000  # entries of a plan from which on new ones go into packs
 PACKS = "packs"  # folder of the packs in that of the cache
+KEYS_AT_ONCE = 10_000  # that are looked up together
 HEAD = 1 << 10  # bytes of the first read, which contain almost every header
 UNFINISHED_SECONDS = 24 * 3600.0  # age from which a temporary file belongs to a process that has ended
 CHECKSUM = "xxh3_64"  # key of the checksum in the metadata of an entry
@@ -90,16 +91,19 @@ class Cache:
             if writer is not None:
                 writer.close()
 
-    def lacking(self, keys: Sequence[str], expected: Callable[[str], tuple[str, Shape]]) -> list[str]:
+    def lacking(self, keys: Iterable[str], expected: Callable[[str], tuple[str, Shape]]) -> list[str]:
         """Return the keys without a complete entry that has the expected (name, shape) of a tensor.
 
         Packs that changed are read again, once for all keys.
         """
         self.packs.refresh()
+        waiting = iter(keys)
+        parts = iter(lambda: list(islice(waiting, KEYS_AT_ONCE)), [])
         fits = memoized(lambda form, name, shape: is_in(self.packs.shapes(form), name, shape))
         return [
             key
-            for key, form in zip(keys, self.packs.forms(keys), strict=True)
+            for part in parts
+            for key, form in zip(part, self.packs.forms(part), strict=True)
             if not (form is not None and fits(form, *expected(key))) and not self._has_file(key, *expected(key))
         ]
 
@@ -231,7 +235,7 @@ class MemoryCache(Cache):
         super().__init__("memory")
         self._entries: dict[str, dict[str, Tensor]] = {}
 
-    def lacking(self, keys: Sequence[str], expected: Callable[[str], tuple[str, Shape]]) -> list[str]:
+    def lacking(self, keys: Iterable[str], expected: Callable[[str], tuple[str, Shape]]) -> list[str]:
         return [key for key in keys if not self._has(key, *expected(key))]
 
     def _has(self, key: str, name: str, shape: Shape) -> bool:

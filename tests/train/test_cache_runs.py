@@ -24,7 +24,7 @@ from train_helpers import (
     values,
 )
 
-from data.cache import Cache
+from data.cache import Cache, store
 from train import cache
 from train.stages.data import prepare_samples
 from train.stages.memory import load_config
@@ -60,6 +60,17 @@ def test_a_run_from_the_cache_equals_one_that_keeps_nothing_on_disk_to_the_bit(t
     assert new == set()
     assert lines(cached) == lines(again) == lines(uncached)
     assert values(cached)[0] != values(train("middle", "steps=1", CUTS[0], CUTS[3]))[0]
+
+
+def test_a_run_from_packs_equals_one_from_files_to_the_bit(train, tmp_path, monkeypatch):
+    files = train("files", f"cache_dir={tmp_path / 'files'}", *CUTS)
+    monkeypatch.setattr(store, "PACK_ABOVE", 0)
+    packed = train("packed", f"cache_dir={tmp_path / 'packs'}", *CUTS)
+    mixed = train("mixed", f"cache_dir={tmp_path / 'files'}", *CUTS)
+    assert lines(files) == lines(packed) == lines(mixed)
+    assert entries(tmp_path / "packs") == {}
+    assert len(list((tmp_path / "packs").rglob("*.pack"))) == 2  # embeddings and latents
+    assert list((tmp_path / "files").rglob("*.pack")) == []
 
 
 def test_without_a_cache_folder_copies_of_models_have_none_either():
@@ -206,6 +217,30 @@ def entries(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*.safetensors")}
 
 
+def test_shares_of_starts_that_know_nothing_of_each_other_fill_what_one_does(run_command, small, tmp_path, events):
+    found = {}
+    for name, shares in {"one": ["1/1"], "three": ["1/3", "3/3", "2/3"]}.items():
+        counts = []
+        for share in shares:
+            code, out, err = run_command(*small(f"cache_dir={tmp_path / name}"), f"+share={share}", task=cache.main)
+            assert code == 0, err
+            counts.append(len(entries(tmp_path / name)))
+        assert sorted(set(counts)) == counts, "each share adds to the others"
+        found[name] = {path.name: path.read_bytes() for path in entries(tmp_path / name)}
+        assert (f"share {share} of the cache" in out) is (name == "three")
+    assert found["one"] == found["three"]
+    assert len(found["one"]) == 2 * len(CAPTIONS) + 1
+
+
+@pytest.mark.parametrize("share", ["0/2", "3/2", "2", "1/0", "a/b", "1/2/3", "[1,2]", "true"])
+def test_a_wrong_share_is_refused(small, tmp_path, share):
+    arguments = small(f"cache_dir={tmp_path / 'cache'}", f"+share={share}")
+    assert holds(refusal(*arguments, task=cache.main), "share= ... must be I/N ... 2/8")
+    assert not (tmp_path / "cache").exists()
+    pruning = small(f"cache_dir={tmp_path / 'cache'}", "+share=1/2", "+prune=true")
+    assert holds(refusal(*pruning, task=cache.main), "share=1/2 has no effect with prune=true")
+
+
 KILLED = """
 import os, signal, sys
 from data.cache import store as cache
@@ -260,3 +295,32 @@ def test_two_processes_fill_what_one_does(tmp_path):
     one, two = ({path.name: path.read_bytes() for path in entries(tmp_path / name)} for name in ("one", "two"))
     assert len(one) == 49
     assert one == two
+
+
+PACKED = """
+import sys
+from data.cache import store
+from train.cli.app import command
+from train.cache import main
+
+store.PACK_ABOVE = 0
+sys.argv[0] = "train/cache.py"
+command(main)
+"""
+
+
+@pytest.mark.slow
+def test_four_processes_fill_packs_with_the_entries_of_one(tmp_path):
+    script = tmp_path / "packed.py"
+    script.write_text(PACKED)
+    command = [*launch(str(script), processes=4), f"cache_dir={tmp_path / 'four'}"]
+    done = execute(command, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    done = execute([sys.executable, str(ROOT / "train" / "cache.py"), f"cache_dir={tmp_path / 'one'}"])
+    assert done.returncode == 0, done.stderr
+    one, four = entries(tmp_path / "one"), Cache(tmp_path / "four")
+    assert entries(tmp_path / "four") == {}
+    assert len(list((tmp_path / "four").rglob("*.pack"))) == 8  # of each process for embeddings, and for latents
+    assert len(one) == 49
+    for path in one:
+        assert four.place(path.stem).read() == path.read_bytes()

@@ -7,8 +7,9 @@ in the run folder, the digest in every checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import xxhash
@@ -19,6 +20,7 @@ from flux2.utils.text import listed
 from train.utils.files import write_whole
 
 DATA_FILE = "data.json"
+PIECE = 10_000  # texts that are written together
 SHOWN = 5  # names in a message
 
 
@@ -45,7 +47,8 @@ class TrainedData:
 
     def write(self, folder: Path) -> None:
         """Write the marks into a run folder. Raises ValueError if that fails."""
-        write_whole(folder / DATA_FILE, json.dumps({"names": self.names, "marks": self.marks}))
+        pieces = ('{"names": [', _listed(self.names), '], "marks": [', _listed(self.marks), "]}")
+        write_whole(folder / DATA_FILE, chain.from_iterable([one] if isinstance(one, str) else one for one in pieces))
 
     def difference(self, folder: Path, digest: str) -> str | None:
         """Return how the samples' content differs from the run's in `folder` with this `digest`; None if equal."""
@@ -66,3 +69,9 @@ class TrainedData:
         }
         parts = [f"{len(names)} {what} ({listed(names, SHOWN)})" for what, names in changes.items() if names]
         return f"of {len(there.names)} samples " + ", ".join(parts or ["all are the same, in another order"])
+
+
+def _listed(texts: Sequence[str]) -> Iterator[str]:
+    """Yield the items of a JSON list in pieces: the text of a million takes hundreds of megabytes."""
+    for start in range(0, len(texts), PIECE):
+        yield ", " * (start > 0) + json.dumps(texts[start : start + PIECE])[1:-1]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache as memoized
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -55,6 +56,7 @@ class CacheRequest:
     storage: str = "full"  # of embeddings, one of `STORAGES`
     before_loading: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
     table: str = "Buckets"  # title of the bucket table
+    share: tuple[int, int] = (0, 1)  # this start fills every n-th missing entry, from the i-th on: (i, n)
     digests: Digests = field(default_factory=Digests, compare=False, repr=False)  # what is known of the images
 
     @property
@@ -73,6 +75,7 @@ class CacheRequest:
         """Return the plan, and skip `samples` with bad images; too many of them are an error."""
         identity = f"{fingerprint(self.source, 'vae')} float32"
         plan = plan_latents(self.cache, self.samples, self.buckets, identity, self.reference_pixels, self.digests)
+        self.digests.release()
         if plan.bad:
             self.samples.leave_out(plan.bad)
         return plan
@@ -125,11 +128,13 @@ def fill(
     load: Callable[[], Callable[..., Tensor]],
     what: str,
     accelerator: Accelerator,
+    share: tuple[int, int] = (0, 1),
     **options: int,
 ) -> dict[str, BadPicture]:
     """Load an encoder, compute the missing entries of `plan`, and free it; do nothing if no entry is missing.
 
-    `options` are those of `plan.fill`. Returns the errors of images that cannot be decoded, the same in all processes.
+    The processes divide `share`; `options` are those of `plan.fill`. Returns the errors of images that cannot be
+    decoded, the same in all processes.
     """
     missing = plan.missing
     accelerator.wait_for_everyone()  # all must count the missing entries before a fast process fills any
@@ -143,7 +148,9 @@ def fill(
             def progress(done: int, total: int, stored: int) -> None:
                 bar.update(done, total, gigabytes(stored))
 
-            bad = plan.fill(encode, accelerator.process_index, accelerator.num_processes, progress, **options) or {}
+            processes = accelerator.num_processes
+            index = share[0] * processes + accelerator.process_index
+            bad = plan.fill(encode, index, share[1] * processes, progress, **options) or {}
         del encode
         free_memory()
     accelerator.wait_for_everyone()
@@ -154,7 +161,7 @@ def fill(
 
 
 def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
-    """Fill the cache with the latents of every sample and the embeddings of every caption and prompt.
+    """Fill the cache, or this start's share, with the latents of all samples and the embeddings of all their prompts.
 
     Raises ValueError for a cache that cannot be written or is too small, and for more bad images than allowed.
     """
@@ -184,14 +191,16 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
     try:
         if prompts:
             workers = text_encoder.max_concurrent_requests
-            fill(embeddings, lambda: request.load_text_encoder(device), "prompts", accelerator, workers=workers)
+            load = partial(request.load_text_encoder, device)
+            fill(embeddings, load, "prompts", accelerator, request.share, workers=workers)
     finally:
         text_encoder.close()
     cut = gather_object(text_encoder.cut) if accelerator.num_processes > 1 else text_encoder.cut
     if cut and accelerator.is_main_process:
         length = text_encoder.length or request.source.variant.text.length
         print(f"truncated {many(len(cut), 'prompt')} to {length} tokens, e.g. {masked_text(cut[0])[:80]!r}")
-    if pictures and (bad := fill(latents, lambda: request.load_autoencoder(device), "images", accelerator)):
+    load_autoencoder = partial(request.load_autoencoder, device)
+    if pictures and (bad := fill(latents, load_autoencoder, "images", accelerator, request.share)):
         latents = latents.without(bad)
         request.samples.leave_out(latents.bad)
     targets = [latents.work[entry.key].picture for entry in latents.entries]

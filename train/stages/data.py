@@ -128,9 +128,9 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
     )
 
 
-def prepare_samples(config: RunConfig) -> PreparedData:
-    """Fill the cache for training, including class images."""
-    request, classes = cache_request(config), class_dataset(config)
+def prepare_samples(config: RunConfig, share: tuple[int, int] = (0, 1)) -> PreparedData:
+    """Fill the cache for training, including class images, or a share of it: every n-th entry, as (i, n)."""
+    request, classes = replace(cache_request(config), share=share), class_dataset(config)
     captions = [caption for sample in classes or [] for caption in sample.captions]  # encoded in the same pass
     cached = prepare(config.accelerator, replace(request, prompts=[*request.prompts, *captions]))
     if config.prior is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,16 @@ def make_new(folder: Path) -> Path:
             raise ValueError(f"{folder} cannot be created ({reason(error)}). Set another output_dir=...") from error
 
 
-def write_whole(file: Path, content: str | Image.Image) -> None:
-    """Write a text, or an image as PNG, to `file` atomically. Raise ValueError if that fails."""
+def write_whole(file: Path, content: str | Iterator[str] | Image.Image) -> None:
+    """Write a text, also in pieces, or an image as PNG, to `file` atomically. Raise ValueError if that fails."""
     try:
         with atomic_write(file) as temporary:
-            if isinstance(content, str):
-                temporary.write_bytes(content.encode(errors="backslashreplace"))  # names that are not UTF-8
-            else:
+            if isinstance(content, Image.Image):
                 content.save(temporary, "PNG")
+            else:
+                pieces = [content] if isinstance(content, str) else content
+                with temporary.open("wb") as stream:
+                    stream.writelines(piece.encode(errors="backslashreplace") for piece in pieces)  # not UTF-8: names
     except OSError as error:
         raise ValueError(
             f"{file} cannot be written ({reason(error)}). Make room there, or remove what is in its place"

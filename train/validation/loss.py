@@ -7,6 +7,7 @@ samples the curve becomes readable, above all on held-out samples.
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,10 +58,13 @@ class ValidationSettings:
         nothing else, so that a run without such copies has the samples that it had before there were any.
         """
         count = len(contents)
-        ranks = [hashlib.sha256(f"{self.seed} held out {content}".encode()).hexdigest() for content in contents]
-        order = sorted(range(count), key=lambda i: ranks[i])
+
+        def rank(i: int) -> bytes:
+            return hashlib.sha256(f"{self.seed} held out {contents[i]}".encode()).digest()
+
         if not self.held_out:
-            return list(range(count)), order[: self.samples]
+            return list(range(count)), heapq.nsmallest(self.samples, range(count), key=rank)
+        order = sorted(range(count), key=rank)
         groups = groups_of(pixels or contents, references)
         held_out = dict[int, None]()  # in order
         for i in order:
