@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.checks import check_text
 from data.files import user_path
@@ -58,7 +59,7 @@ class WebDataset(Source):
             raise ValueError(f"dataset.mask={mask!r}: no sample has a file such as NAME.{mask}.png")
 
     def _found(self, shard: str) -> Iterator[Sample | Bad]:
-        entries, damage = _entries(shard)
+        entries, damage = self._entries_of(shard)
         read = "txt" if self._key is None else "json"
         endings = dict.fromkeys(part for entry in entries for part in entry.parts)
         others = [end for end in endings if end != read and os.path.splitext(f"x.{end}")[1].lower() not in SUFFIXES]
@@ -72,6 +73,24 @@ class WebDataset(Source):
                 yield Bad(name, str(error))
         if damage is not None:
             yield Bad(shard, f"cannot be read as an uncompressed tar file ({damage}): unpack a .gz, or copy it again")
+
+    def _entries_of(self, shard: str) -> "tuple[list[_Entry], Exception | None]":
+        """Return what `_entries` does; what earlier starts know of a shard that is whole is not read from it again."""
+
+        def read() -> list[Any]:
+            entries, damage = _entries(shard)
+            if damage is not None:
+                raise _DamagedShard(entries, damage)
+            return [(entry.key, entry.parts, entry.linked, entry.twice) for entry in entries]
+
+        try:
+            found = read() if self._known is None else self._known.listing(shard, read)
+            return [
+                _Entry(shard, key, {part: (begin, length) for part, (begin, length) in parts.items()}, linked, twice)
+                for key, parts, linked, twice in found
+            ], None
+        except _DamagedShard as error:
+            return error.entries, error.damage
 
     def _sample(self, entry: "_Entry", name: str) -> Sample:
         """Return the sample. Raise ValueError with the bare reason if it has no image or caption, or several."""
@@ -124,6 +143,12 @@ class WebDataset(Source):
             has = ", ".join(row) if isinstance(row, dict) else shorten(repr(row))
             raise ValueError(f"has no {self._key!r} in its .json, which has: {has}")
         return caption_texts(row[self._key], self.allow_empty)
+
+
+class _DamagedShard(Exception):  # noqa: N818
+    def __init__(self, entries: "list[_Entry]", damage: Exception) -> None:
+        super().__init__(str(damage))
+        self.entries, self.damage = entries, damage
 
 
 @dataclass

@@ -9,11 +9,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from data_helpers import shard, square
 from PIL import Image
 
 from data.cache import image_digests
 from data.cache.image_digests import Digests
-from data.sources import Sample, WebDataset
+from data.sources import Sample, WebDataset, webdataset
 from data.sources.images import BadPicture, Picture, file_picture
 
 
@@ -342,3 +343,44 @@ def test_damaged_json_is_told(tmp_path: Path, content: str, caplog: pytest.LogCa
     index = Digests(tmp_path / "index.sqlite")
     assert str(tmp_path) in caplog.text
     assert index.look(drawn(tmp_path / "a.png", "red"))[1] == (20, 10)
+
+
+# ------------------------------------------------------------------ listings of shards
+
+
+def opened(folder: Path, **settings: object) -> list[Sample]:
+    index = Digests(folder / "index.sqlite")
+    with index.in_use():
+        samples = list(WebDataset(folder / "a.tar", **settings))  # type: ignore[arg-type]
+    for sample in samples:
+        index.look(sample.target)
+    index.save()
+    return samples
+
+
+@pytest.mark.usefixtures("later")
+def test_a_shard_that_is_known_is_not_listed_again_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    files = {"a.png": square("red"), "a.txt": "x", "b.png": square("blue"), "b.txt": "y"}
+    shard(tmp_path / "a.tar", files)
+    first = opened(tmp_path)
+    listings: list[str] = []
+    read = webdataset._entries
+    monkeypatch.setattr(webdataset, "_entries", lambda path: (listings.append(path), read(path))[1])
+    monkeypatch.setattr(Picture, "_read_header", None)
+    reads.clear()
+    assert opened(tmp_path) == first
+    assert (listings, reads) == ([], [])
+    monkeypatch.undo()
+    shard(tmp_path / "a.tar", files | {"c.png": square("lime"), "c.txt": "z"})
+    assert [sample.caption for sample in opened(tmp_path)] == ["x", "y", "z"]
+
+
+@pytest.mark.usefixtures("later")
+def test_a_damaged_shard_is_listed_each_time(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", {"a.png": square("red"), "a.txt": "x", "b.png": square("blue"), "b.txt": "y"})
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[:2100])  # within the header of the third file
+    for _ in range(2):
+        assert [sample.caption for sample in opened(tmp_path, max_bad=2)] == ["x"]
