@@ -241,6 +241,26 @@ def test_a_full_disk_is_said_and_keeps_what_was_stored(tmp_path: Path, monkeypat
     assert planned.cache.get(planned.keys["b"])["embeddings"][0, 0] == 1
 
 
+def test_after_a_part_was_written_the_next_entry_is_where_its_record_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(file: int, content: bytes) -> int:
+        monkeypatch.undo()
+        os.write(file, content[:3])
+        raise OSError("no space left on device")
+
+    writer = PackWriter(tmp_path)
+    writer.append(KEYS[0], 5, b"first")
+    monkeypatch.setattr(os, "write", torn)
+    with pytest.raises(OSError, match="space"):
+        writer.append(KEYS[1], 5, b"second")
+    writer.append(KEYS[2], 5, b"third")
+    writer.close()
+    packs = Packs(tmp_path)
+    found = [packs.find(key) for key in KEYS[:3]]
+    assert [place and place.read() for place in found] == [b"first", None, b"third"]
+
+
 # ------------------------------------------------------------------ pruning
 
 
