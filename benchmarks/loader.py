@@ -132,7 +132,7 @@ def measure_start(folder: Path, cache: Cache) -> dict[str, Any]:
     listed, samples = time_computing(lambda: Folder(folder))
 
     def plan() -> Any:
-        digests = Digests(cache.folder / "pictures.json")
+        digests = Digests(cache.folder / "pictures.sqlite")
         latents = plan_latents(cache, samples, Buckets(32), "vae", 32**2, digests)
         embeddings = plan_embeddings(cache, [sample.caption for sample in samples], "text")
         if cache.folder.is_dir():
