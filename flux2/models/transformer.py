@@ -25,7 +25,7 @@ Shapes: B images, N image tokens (with references), T text tokens, L = T + N, H 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import call
 from typing import Any
 
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from flux2.layers.attention import attention
 from flux2.layers.frozen_linear import TailLinear
+from flux2.layers.fused_elementwise import FusedModule, modulated_norm, project_heads, swiglu
 from flux2.models.variants import TransformerConfig
 
 # The last linear of an attention, an mlp and a single block is a `TailLinear`: an `nn.Linear` whose output activation
@@ -138,7 +139,7 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden, eps=config.eps, elementwise_affine=False)
+        self.norm = ModulatedNorm(config.hidden, config.eps)
         self.img_attn = Attention(config)
         self.img_mlp = mlp(config)
         self.txt_attn = Attention(config)
@@ -152,17 +153,16 @@ class DoubleBlock(nn.Module):
         (text_shift1, text_scale1, text_gate1), (text_shift2, text_scale2, text_gate2) = text_mod
 
         # joint attention over text and image
-        image_qkv = self.img_attn.project(modulate(self.norm(image), shift1, scale1))
-        text_qkv = self.txt_attn.project(modulate(self.norm(text), text_shift1, text_scale1))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # (B, H, L, head_dim)
-        attended = attend(q, k, v, rope)  # (B, L, D)
+        image_qkv = self.img_attn.qkv(self.norm(image, shift1, scale1))
+        text_qkv = self.txt_attn.qkv(self.norm(text, text_shift1, text_scale1))
+        attended = attend(*join_heads([(text_qkv, self.txt_attn.norm), (image_qkv, self.img_attn.norm)], rope))
         text_attended, image_attended = attended.split([text.shape[1], image.shape[1]], dim=1)
 
         # x += gate1 * proj(attended);  x += gate2 * mlp(m2(x))
         image = torch.addcmul(image, gate1, self.img_attn.proj(image_attended))
-        image = torch.addcmul(image, gate2, self.img_mlp(modulate(self.norm(image), shift2, scale2)))
+        image = torch.addcmul(image, gate2, self.img_mlp(self.norm(image, shift2, scale2)))
         text = torch.addcmul(text, text_gate1, self.txt_attn.proj(text_attended))
-        text = torch.addcmul(text, text_gate2, self.txt_mlp(modulate(self.norm(text), text_shift2, text_scale2)))
+        text = torch.addcmul(text, text_gate2, self.txt_mlp(self.norm(text, text_shift2, text_scale2)))
         return image, text
 
 
@@ -172,7 +172,7 @@ class SingleBlock(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.split = [3 * config.hidden, 2 * config.mlp_width]
-        self.pre_norm = nn.LayerNorm(config.hidden, eps=config.eps, elementwise_affine=False)
+        self.pre_norm = ModulatedNorm(config.hidden, config.eps)
         self.linear1 = nn.Linear(config.hidden, sum(self.split), bias=False)
         self.linear2 = TailLinear(config.hidden + config.mlp_width, config.hidden, bias=False)
         self.norm = QKNorm(config.head_dim, config.eps)
@@ -181,9 +181,16 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, mod: Modulation, rope: RotaryAngles) -> Tensor:
         """Return x (B, L, D) after this block, in the same shape."""
         shift, scale, gate = mod
-        qkv, h = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.split, dim=-1)
-        q, k, v = self.norm(qkv)
-        return torch.addcmul(x, gate, self.linear2(torch.cat([attend(q, k, v, rope), self.act(h)], dim=-1)))
+        projected = self.linear1(self.pre_norm(x, shift, scale))  # q, k, v and the input of SwiGLU
+        q, k, v, activated = self.split_heads(projected, rope)
+        return torch.addcmul(x, gate, self.linear2(torch.cat([attend(q, k, v), activated], dim=-1)))
+
+    def split_heads(self, projected: Tensor, rope: RotaryAngles) -> tuple[Tensor, ...]:
+        """Split the output of linear1 into rotated q, k, and v (B, H, L, head_dim), and the activated mlp (B, L, M)."""
+        if self.norm.fuses(projected, *self.norm.weights):
+            return project_heads(self.norm.eps, *rope[:2], [(projected, *self.norm.weights)], mlp=self.split[1])
+        qkv, h = projected.split(self.split, dim=-1)
+        return *join_heads([(qkv, self.norm)], rope), self.act(h)
 
 
 class FinalLayer(nn.Module):
@@ -191,13 +198,13 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden, eps=config.eps, elementwise_affine=False)
+        self.norm = ModulatedNorm(config.hidden, config.eps)
         self.linear = nn.Linear(config.hidden, config.channels, bias=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden, 2 * config.hidden, bias=False))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        return self.linear(self.norm(x, shift, scale))
 
 
 class Attention(nn.Module):
@@ -209,17 +216,25 @@ class Attention(nn.Module):
         self.norm = QKNorm(config.head_dim, config.eps)
         self.proj = TailLinear(config.hidden, config.hidden, bias=False)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return normalized q and k, and v, of x (B, L, D); each (B, H, L, head_dim)."""
-        return self.norm(self.qkv(x))
+
+class ModulatedNorm(FusedModule, nn.LayerNorm):
+    """Layer norm without weights, modulated: x (B, L, D) -> (1 + scale) * norm(x) + shift."""
+
+    def __init__(self, hidden: int, eps: float) -> None:
+        super().__init__(hidden, eps=eps, elementwise_affine=False)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        if self.fuses(x, shift, scale):
+            return modulated_norm(x, shift, scale, self.eps)
+        return torch.addcmul(shift, super().forward(x), 1 + scale)
 
 
-class QKNorm(nn.Module):
+class QKNorm(FusedModule, nn.Module):
     """Split of q, k and v into heads, with a norm of q and of k over each head."""
 
     def __init__(self, head_dim: int, eps: float) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.eps = head_dim, eps
         self.query_norm = RMSNorm(head_dim, eps)
         self.key_norm = RMSNorm(head_dim, eps)
 
@@ -227,6 +242,10 @@ class QKNorm(nn.Module):
         """Split qkv (B, L, 3 * D) into normalized q and k, and v; each (B, H, L, head_dim)."""
         q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         return self.query_norm(q), self.key_norm(k), v
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        return self.query_norm.scale, self.key_norm.scale
 
 
 class RMSNorm(nn.Module):
@@ -241,10 +260,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.scale.float(), self.eps).to(x.dtype)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(FusedModule, nn.Module):
     """SiLU of the first half times the second half: (..., 2 * M) -> (..., M)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fuses(x):
+            return swiglu(x)
         gate, value = x.chunk(2, dim=-1)
         return F.silu(gate) * value
 
@@ -257,9 +278,20 @@ def mlp(config: TransformerConfig) -> nn.Sequential:
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rope: RotaryAngles) -> Tensor:
-    """Rotate q and k, then apply full attention: three of (B, H, L, head_dim) -> (B, L, D)."""
-    return attention(apply_rope(q, rope), apply_rope(k, rope), v).transpose(1, 2).flatten(2)
+def join_heads(streams: Sequence[tuple[Tensor, QKNorm]], rope: RotaryAngles) -> tuple[Tensor, ...]:
+    """Return rotated q and k, and v, of (B, L_i, 3 * D) of one stream after the other: each (B, H, L, head_dim)."""
+    qkv, norm = streams[0]
+    if all(norm.fuses(qkv, *norm.weights) for qkv, norm in streams):
+        return project_heads(norm.eps, *rope[:2], [(qkv, *norm.weights) for qkv, norm in streams])
+    q, k, v = norm(qkv)
+    for qkv, norm in streams[1:]:
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), norm(qkv), strict=True))
+    return apply_rope(q, rope), apply_rope(k, rope), v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention of three (B, H, L, head_dim) -> (B, L, D)."""
+    return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class MLPEmbedder(nn.Module):
@@ -290,10 +322,6 @@ class SharedModulation(nn.Module):
     def forward(self, time: Tensor) -> list[Modulation]:
         parts = self.lin(F.silu(time))[:, None].chunk(3 * self.sets, dim=-1)
         return [(parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.sets)]
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)
 
 
 def rotary_angles(positions: Tensor, axes: tuple[int, ...], theta: int) -> RotaryAngles:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux2.layers.frozen_linear import flatten_rows
+from flux2.layers.fused_elementwise import FusedModule
 from flux2.quantization.base import Device, QuantizedLinear, backward_operation
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -70,7 +71,7 @@ def check_scale(scale: Tensor, values: Tensor) -> None:
         raise ValueError("a scale is zero, but its values are not")
 
 
-class EightBitLinear(QuantizedLinear):
+class EightBitLinear(FusedModule, QuantizedLinear):
     """Stored in 8 bits with one scale per tensor or per row; a subclass says in which numbers, and multiplies them.
 
     Attributes:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flux2.layers import fused_elementwise
 from flux2.quantization.base import Device
 from flux2.quantization.eight_bit import LARGEST, SMALLEST_SCALE, EightBitLinear, row_maxima
 
@@ -70,17 +71,21 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(x, weight)
 
 
-def int8_product(x: Tensor, weight: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+def int8_product(x: Tensor, weight: Tensor, before: Tensor | None, after: Tensor | None, fused: bool = False) -> Tensor:
     """Quantize the rows of x (M, K) and return (x * before) @ weight * after: (M, N) in the dtype of x.
 
     `weight` (K, N) is int8, column-major; `before` (K,) and `after` (N,) are float32. Some rows are computed at a time,
-    as many as `WORKSPACE` allows, because the integer sums have 4 bytes each.
+    as many as `WORKSPACE` allows, because the integer sums have 4 bytes each. `fused`: quantize with a Triton kernel.
     """
     y = x.new_empty(len(x), weight.shape[1])
     pieces = -(-len(x) * weight.shape[1] // WORKSPACE)
     step = max(1, -(-len(x) // max(1, pieces)))
     for rows, out in zip(x.split(step), y.split(step), strict=True):
-        values, scale = quantize_rows(rows if before is None else torch.mul(rows, before, out=torch.empty_like(rows)))
+        if fused:
+            values, scale = fused_elementwise.quantize_rows(rows, before, torch.int8, SMALLEST_SCALE)
+        else:
+            scaled = rows if before is None else torch.mul(rows, before, out=torch.empty_like(rows))
+            values, scale = quantize_rows(scaled)
         sums = integer_product(values, weight)
         torch.mul(sums, scale if after is None else after, out=out)  # in the dtype of x, without a float32 copy
         if after is not None:
@@ -115,7 +120,7 @@ class Int8Linear(EightBitLinear):
         return (x.reshape(-1, self.block) @ signs.mul_(self.block**-0.5)).view(x.shape)
 
     def multiply(self, x: Tensor, weight: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
-        return int8_product(x, weight, before, after)
+        return int8_product(x, weight, before, after, self.fuses(x))
 
     def storage(self) -> dict[str, Tensor]:
         """Return `weight` (out, in) in int8, `weight_scale` (out, 1) in float32, if rotated `weight_rotation` ()."""

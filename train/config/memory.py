@@ -8,7 +8,8 @@ from typing import Any
 
 # keys of `memory` that may be null
 CHOSEN = ("checkpointing", "budget_gb", "offload_blocks", "offload_activations", "cache_transposed_weights")
-# memory.compile: true where that is predicted to save time; memory.split: as even as memory allows
+# memory.compile: true where that is predicted to save time; memory.split: as even as memory allows; memory.kernels:
+# triton where it works
 AUTO = "auto"
 FREE = "free"  # memory.gpu_memory_gb: the memory that is free on this device
 HEADROOM_GB = 0.7  # GiB that memory.headroom_gb leaves to what a desktop takes later, such as a browser

@@ -14,6 +14,7 @@ from data.buckets import Buckets
 from flux2.layers.attention import check_backends, preferred_backends
 from flux2.memory.activation_checkpointing import check_policy, set_policy
 from flux2.memory.block_offload import check_offload_blocks
+from flux2.memory.kernels import check_kernels, use_kernels
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import Precision, pick_dtype
 from flux2.utils.checks import MAX_GUIDANCE, MAX_PIXELS
@@ -170,6 +171,7 @@ class MemorySettings:
     checkpointing: str
     budget_gb: float | None = None
     compile: bool | str = False
+    kernels: str = "torch"
     attention: list[str] | None = None
     offload_blocks: int | float = 0
     offload_activations: bool = False
@@ -182,6 +184,7 @@ class MemorySettings:
         check_policy(self.checkpointing, self.budget_gb)
         if self.budget_gb is not None and self.budget_gb > MOST_GB:
             raise ValueError(f"memory.budget_gb={self.budget_gb!r} must be a number of GB from 0 to {MOST_GB:g}")
+        check_kernels(self.kernels)
         check_backends(self.attention, "memory.attention")
         check_offload_blocks(self.offload_blocks, "memory.offload_blocks")
         if self.compile != AUTO and not isinstance(self.compile, bool):
@@ -220,7 +223,8 @@ class MemorySettings:
         return self.split or []
 
     def apply(self, model: Transformer, device: torch.device, buckets: Buckets) -> None:
-        """Apply checkpointing, attention backend and compilation to the blocks of `model`, which runs on `device`."""
+        """Apply checkpointing, attention backend, compilation and kernels to `model`, which runs on `device`."""
+        use_kernels(model, self.kernels == "triton")
         set_policy(
             model,
             self.checkpointing,

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from flux2.memory.compile_blocks import compiler_error
+from flux2.memory.kernels import choose_kernels
 from train.checkpoints.resume import RunLocation
 from train.config.memory import AUTO, choice_of
 from train.config.run_config import RunConfig
@@ -77,6 +78,20 @@ def choose_compile(config: RunConfig, location: RunLocation, data: TrainingData)
         chosen, why = compiles(config, data.shapes)
     config.say(f"memory.compile={str(chosen).lower()}: {why}")
     return config.with_memory({**config.composed["memory"], "compile": chosen})
+
+
+def keep_kernels(config: RunConfig, location: RunLocation) -> RunConfig:
+    """Return the configuration with memory.kernels decided: auto is as in the run that is resumed, else by a trial.
+
+    Raise ValueError if memory.kernels=triton cannot be used.
+    """
+    given = config.memory.kernels
+    before = {} if location.checkpoint is None else location.resumed_config.get("memory", {})
+    kept = given == AUTO and before.get("kernels", "torch") == "torch" and location.checkpoint is not None
+    chosen = "torch" if kept else choose_kernels(given, config.accelerator.device)
+    if given == AUTO:
+        config.say(f"memory.kernels={chosen}{': as in the resumed run' if kept else ''}")
+    return config if chosen == given else config.with_memory({**config.composed["memory"], "kernels": chosen})
 
 
 @contextmanager
