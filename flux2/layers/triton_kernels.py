@@ -135,9 +135,9 @@ def heads(
         tl.store(v + offsets, values, mask)
     else:
         weight = tl.load((q_weight if part == 0 else k_weight) + columns, columns < head_dim, 0.0).to(tl.float32)
-        values = values.to(tl.float32)
-        inverse = 1.0 / tl.sqrt(tl.sum(values * values, 1) / head_dim + eps)
-        normed = rounded(values * inverse[:, None] * weight, x.dtype.element_ty)
+        numbers = values.to(tl.float32)
+        inverse = 1.0 / tl.sqrt(tl.sum(numbers * numbers, 1) / head_dim + eps)
+        normed = rounded(numbers * inverse[:, None] * weight, x.dtype.element_ty)
         angles = (start + token) * (head_dim // 2) + pairs
         c, s = tl.load(cos + angles, pairs < head_dim // 2, 0.0), tl.load(sin + angles, pairs < head_dim // 2, 0.0)
         tl.store((q if part == 0 else k) + offsets, turned(normed, c, s, HEADS, PAIRS).to(q.dtype.element_ty), mask)
@@ -158,8 +158,7 @@ def heads_gradient(
     offsets = part * count * head_dim + head * head_dim + columns
     target = dx + batch * dx_batch + token * dx_token + offsets
     if part == 2:
-        values = tl.load(dv + batch * dv_batch + head * dv_head + at * dv_token + columns, mask, 0.0)
-        tl.store(target, values, mask)
+        tl.store(target, tl.load(dv + batch * dv_batch + head * dv_head + at * dv_token + columns, mask, 0.0), mask)
     else:
         if part == 0:
             source = dq + batch * dq_batch + head * dq_head + at * dq_token + columns
