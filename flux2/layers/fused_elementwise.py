@@ -166,9 +166,10 @@ class FusedHeads(torch.autograd.Function):
         start = 0
         for x, *weights in zip(projections, streams[1::3], streams[2::3], strict=True):
             tokens = x.shape[1]
-            grid = batch * tokens, -(-count // HEADS), 3 if joins else 2
+            parts = 3 if joins else 2
+            grid = batch * tokens, -(-count // HEADS), parts
             sizes = tokens, start, count, x.stride(0), x.stride(1), q.stride(0), head_dim, eps
-            launch("heads", grid, x, q, k, v, *weights, cos, sin, *sizes, **ctx.blocks)
+            launch("heads", grid, x[..., : parts * hidden], q, k, v, *weights, cos, sin, *sizes, **ctx.blocks)
             start += tokens
         ctx.hidden, ctx.eps = hidden, eps
         ctx.save_for_backward(cos, sin, *streams)
@@ -191,8 +192,8 @@ class FusedHeads(torch.autograd.Function):
             batch, tokens, _ = x.shape
             sizes = tokens, start, count, x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), *strides, head_dim
             grid = batch * tokens, -(-count // HEADS), 3
-            arguments = x, *weights, cos, sin, *gradients[:3], dx, *sizes, ctx.eps
-            launch("heads_gradient", grid, *arguments, **ctx.blocks)
+            arguments = x[..., : 2 * ctx.hidden], *weights, cos, sin, *gradients[:3], dx[..., : 3 * ctx.hidden], *sizes
+            launch("heads_gradient", grid, *arguments, ctx.eps, **ctx.blocks)
             for dy in gradients[3:]:
                 compute_swiglu_gradient(x[..., 3 * ctx.hidden :], dy, dx[..., 3 * ctx.hidden :])
             results += [dx, None, None]

@@ -108,6 +108,7 @@ def workload_of(
     held = min(config.preservation.samples, settings.batch_size) if config.preservation.active else 0
     prior = config.prior
     precision = precision or planned_precision(config, on_gpu, in_fp8)
+    is_usual = config.memory.attention is None and config.memory.kernels == "torch" and num_gpus == 1
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
     return Workload(
         variant=config.variant,
@@ -129,7 +130,8 @@ def workload_of(
         on_gpu=on_gpu,
         storage=precision.storage,
         compiled=config.memory.compile is True,
-        usual=not held and prior is None and precision == plain and config.memory.attention is None and num_gpus == 1,
+        kernels=on_gpu and config.memory.kernels == "triton" and config.memory.compile is not True,
+        usual=is_usual and precision == plain and not held and prior is None,
         text_sizes=text_sizes(config.source),
         text_storage=config.text_encoder.storage,
         text_here=config.text_encoder.here,

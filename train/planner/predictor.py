@@ -21,6 +21,7 @@ from torch import nn
 from flux2.adapters import adapter_parameters
 from flux2.memory.activation_checkpointing import blocks_within, kept_bytes, set_policy
 from flux2.memory.block_offload import offloaded_blocks, streamed_tensors
+from flux2.memory.kernels import use_kernels
 from flux2.memory.ring_buffer import bytes_held, most_held
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import set_transposed_cache
@@ -55,6 +56,7 @@ class Planner:
 
     def __init__(self, job: Workload) -> None:
         self.job = job
+        use_kernels(job.model, job.kernels)
         self.predict, self.blocks, self.cost = cache(self._predict), cache(self._blocks), cache(self._cost)
         self.inference, self.block_weights = cache(self._inference), cache(self._block_weights)
         self.costs, self.peak, self.adapter_of = cache(self._costs), cache(self._peak), cache(self._adapter_of)

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from flux2.adapters import adapter_parameters
+from flux2.layers import fused_elementwise
 from flux2.memory.activation_checkpointing import tensors_in
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.transformer import DoubleBlock, RotaryAngles, Transformer
@@ -123,6 +124,15 @@ class AllocationCounter(TorchDispatchMode):
             self.peak = max(self.peak, self.live + 4 * first.numel())
 
 
+@torch.library.custom_op("flux2::traffic", mutates_args=(), schema="(Tensor[] tensors) -> Tensor")
+def traffic(tensors: Sequence[Tensor]) -> Tensor:
+    """Stand for a Triton kernel: read and write these tensors, and return an empty one."""
+    return tensors[0].new_empty(0)
+
+
+traffic.register_fake(lambda tensors: tensors[0].new_empty(0))
+
+
 class Rms(torch.autograd.Function):
     """`F.rms_norm` with the memory of the fused GPU kernel, which saves its input and one number per row."""
 
@@ -141,8 +151,8 @@ class Rms(torch.autograd.Function):
 def gpu_kernels() -> Iterator[None]:
     """Context manager that substitutes GPU behavior for operations whose CPU kernels keep other tensors.
 
-    Attention is flash attention, a norm is one kernel, layer norm returns float32 under autocast, and NF4 layers share
-    one buffer. The functions are patched, because a dispatch mode would not reach the recompute in the backward.
+    Attention is flash attention, a norm is one kernel, layer norm returns float32 under autocast, NF4 layers share one
+    buffer, and modules that use Triton kernels (flux2/memory/kernels.py) read and write what those do. The functions are patched, because a dispatch mode would not reach the recompute in the backward.
     """
     layer_norm = F.layer_norm
 
@@ -163,11 +173,16 @@ def gpu_kernels() -> Iterator[None]:
         scales = layer.absmax.float()
         return weight.fill_(scales.numel())
 
+    def launch(name: str, grid: Any, *args: Any, **options: Any) -> None:
+        traffic(tensors_in(args))
+
     with ExitStack() as stack:
         for owner, name, value in (
             (F, "scaled_dot_product_attention", attention),
             (F, "layer_norm", float_norm),
             (F, "rms_norm", rms_norm),
+            (fused_elementwise, "launch", launch),
+            (fused_elementwise, "runs_on_gpu", lambda x: True),
             (Nf4Linear, "out_devices", ("cpu", "cuda")),
             (Nf4Linear, "dequantize", dequantize),
         ):

@@ -38,7 +38,8 @@ class Workload:
     on_gpu: bool = True  # otherwise everything is in host memory
     storage: str | None = None  # of the quantized layers: fp8, int8, nf4, or None
     compiled: bool = False  # whether blocks are compiled; memory is counted as if they were not
-    usual: bool = True  # whether the run has the precision and attention of the benchmarks and no preservation
+    kernels: bool = False  # whether Triton kernels compute what lies between the products
+    usual: bool = True  # whether the run has the precision, attention and kernels of the benchmarks, no preservation
     text_sizes: Mapping[str, int] = field(default_factory=dict)
     text_storage: str | None = None  # of the text encoder's layers: nf4, int8, or None
     text_here: bool = True  # whether the text encoder runs on this machine
