@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from types import ModuleType
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,10 @@ import torch
 
 from flux2.layers import fused_elementwise
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton comes with PyTorch for GPUs, and on Linux with the extra `dev`",
+)
 NUMPY_INTEGERS = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 TORCH_INTEGERS = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
 
@@ -26,11 +31,8 @@ def convert_float(values: Any, source: Any, target: Any, rounding_mode: Any) -> 
     return numbers.view(integers).numpy().reshape(values.shape)
 
 
-def interpreted_kernels(patch: pytest.MonkeyPatch, source: str | None = None) -> ModuleType:
-    """Make `fused_elementwise` run interpreted kernels on CPU tensors until `patch` is undone; return their module.
-
-    `source` replaces the text of the module, for tests that need a faulty one.
-    """
+def interpret_kernels(patch: pytest.MonkeyPatch) -> Counter[str]:
+    """Run interpreted kernels on CPU tensors until `patch` is undone; return the number of launches of each."""
     from triton import JITFunction, language
     from triton.runtime import interpreter
 
@@ -47,4 +49,34 @@ def interpreted_kernels(patch: pytest.MonkeyPatch, source: str | None = None) ->
     patch.setitem(sys.modules, "flux2.layers.triton_kernels", module)
     patch.setattr("flux2.layers.triton_kernels", module, raising=False)
     patch.setattr(fused_elementwise, "runs_on_gpu", lambda x: True)
-    return module
+
+    launches: Counter[str] = Counter()
+    launch = fused_elementwise.launch
+
+    def counted(name: str, *args: Any, **options: Any) -> None:
+        launches[name] += 1
+        launch(name, *args, **options)
+
+    patch.setattr(fused_elementwise, "launch", counted)
+    return launches
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel: its name, its arguments, and its constants and options."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def record_launches(patch: pytest.MonkeyPatch) -> list[Launch]:
+    """Make `fused_elementwise` append its launches to a list instead of running them, also on CPU tensors."""
+    launches: list[Launch] = []
+
+    def record(name: str, grid: Any, *arguments: Any, **options: Any) -> None:
+        launches.append(Launch(name, arguments, options))
+
+    patch.setattr(fused_elementwise, "runs_on_gpu", lambda x: True)
+    patch.setattr(fused_elementwise, "launch", record)
+    return launches

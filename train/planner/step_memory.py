@@ -152,7 +152,8 @@ def gpu_kernels() -> Iterator[None]:
     """Context manager that substitutes GPU behavior for operations whose CPU kernels keep other tensors.
 
     Attention is flash attention, a norm is one kernel, layer norm returns float32 under autocast, NF4 layers share one
-    buffer, and modules that use Triton kernels (flux2/memory/kernels.py) read and write what those do. The functions are patched, because a dispatch mode would not reach the recompute in the backward.
+    buffer, and modules that use Triton kernels (flux2/memory/kernels.py) read and write what those do. The functions
+    are patched, because a dispatch mode would not reach the recompute in the backward.
     """
     layer_norm = F.layer_norm
 

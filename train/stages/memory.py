@@ -85,13 +85,14 @@ def keep_kernels(config: RunConfig, location: RunLocation) -> RunConfig:
 
     Raise ValueError if memory.kernels=triton cannot be used.
     """
-    given = config.memory.kernels
-    before = {} if location.checkpoint is None else location.resumed_config.get("memory", {})
-    kept = given == AUTO and before.get("kernels", "torch") == "torch" and location.checkpoint is not None
+    given, resumed = config.given_memory.get("kernels", "torch"), location.checkpoint is not None
+    kept = given == AUTO and resumed and location.resumed_config.get("memory", {}).get("kernels", "torch") == "torch"
     chosen = "torch" if kept else choose_kernels(given, config.accelerator.device)
     if given == AUTO:
         config.say(f"memory.kernels={chosen}{': as in the resumed run' if kept else ''}")
-    return config if chosen == given else config.with_memory({**config.composed["memory"], "kernels": chosen})
+    if chosen == config.memory.kernels:
+        return config
+    return config.with_memory({**config.composed["memory"], "kernels": chosen})
 
 
 @contextmanager
