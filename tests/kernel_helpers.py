@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +33,46 @@ def convert_float(values: Any, source: Any, target: Any, rounding_mode: Any) -> 
     return numbers.view(integers).numpy().reshape(values.shape)
 
 
-def interpret_kernels(patch: pytest.MonkeyPatch) -> Counter[str]:
-    """Run interpreted kernels on CPU tensors until `patch` is undone; return the number of launches of each."""
+@contextmanager
+def interpreted_kernels() -> Iterator[Counter[str]]:
+    """Context manager in which interpreted kernels run on CPU tensors; it yields the number of launches of each."""
     from triton import JITFunction, language
     from triton.runtime import interpreter
 
-    patch.setenv("TRITON_INTERPRET", "1")
-    patch.setattr(interpreter, "_convert_float", convert_float)
-    for owner in (language, language.standard):  # Triton's own functions, which were defined without the variable
-        for name, function in list(vars(owner).items()):
-            if isinstance(function, JITFunction):
-                patch.setattr(owner, name, interpreter.InterpretedFunction(function.fn))
+    with restored_language(interpreter), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(interpreter, "_convert_float", convert_float)
+        for owner in (language, language.standard):  # Triton's own functions, which were defined without the variable
+            for name, function in list(vars(owner).items()):
+                if isinstance(function, JITFunction):
+                    patch.setattr(owner, name, interpreter.InterpretedFunction(function.fn))
+        yield run_interpreted(patch)
+
+
+@contextmanager
+def restored_language(interpreter: Any) -> Iterator[None]:
+    """Context manager that undoes what the interpreter does to Triton's language: Triton 3.6 leaves some of it."""
+    originals: dict[tuple[int, str], tuple[Any, Any]] = {}
+    set_attribute = interpreter._LangPatchScope.set_attr
+
+    def recorded(scope: Any, owner: Any, name: str, value: Any) -> None:
+        originals.setdefault((id(owner), name), (owner, vars(owner).get(name)))
+        set_attribute(scope, owner, name, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter._LangPatchScope, "set_attr", recorded)
+        try:
+            yield
+        finally:
+            for (_, name), (owner, value) in originals.items():
+                if value is not None:
+                    setattr(owner, name, value)
+                elif name in vars(owner):
+                    delattr(owner, name)
+
+
+def run_interpreted(patch: pytest.MonkeyPatch) -> Counter[str]:
+    """Make `fused_elementwise` launch kernels that are defined now, on any tensors, and count the launches."""
     spec = importlib.util.find_spec("flux2.layers.triton_kernels")
     assert spec is not None
     module = importlib.util.module_from_spec(spec)

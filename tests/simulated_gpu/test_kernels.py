@@ -32,9 +32,9 @@ def peak_and_launches(storage: Storage | None, policy: str, kernels: bool, block
 @pytest.mark.parametrize("policy", POLICIES)
 def test_kernels_take_less_memory_and_fewer_launches(policy: str, storage: Storage | None) -> None:
     (eager, many), (fused, few) = (peak_and_launches(storage, policy, kernels, 0.0) for kernels in (False, True))
-    # the most was 0.94 with nf4, whose peak is a dequantized weight, and 0.62
-    assert fused < 0.96 * eager
-    assert few < 0.65 * many
+    # at most 0.90, with nf4, which dequantizes weights, and 0.58 were seen
+    assert fused < 0.92 * eager
+    assert few < 0.6 * many
 
 
 def test_blocks_that_stream_run_with_kernels() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers import relative_error
-from kernel_helpers import interpret_kernels, needs_triton
+from kernel_helpers import interpreted_kernels, needs_triton
 from torch import Tensor
 
 from flux2 import adapters
@@ -41,8 +41,8 @@ SMALL = TransformerConfig(
 @pytest.fixture(autouse=True)
 def launches() -> Iterator[Counter[str]]:
     """Kernels run in Triton's interpreter, and launches are counted."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield interpret_kernels(patch)
+    with interpreted_kernels() as counts:
+        yield counts
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_helpers import interpret_kernels, needs_triton
+from kernel_helpers import interpreted_kernels, needs_triton
 
 from flux2.layers import fused_elementwise
 from flux2.memory import kernels
@@ -29,10 +29,10 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @needs_triton
-def test_a_trial_of_every_kernel_gives_the_results_of_pytorch(tried: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = interpret_kernels(monkeypatch)
+def test_a_trial_of_every_kernel_gives_the_results_of_pytorch(tried: Any) -> None:
     state = torch.get_rng_state()
-    assert tried() is None
+    with interpreted_kernels() as launches:
+        assert tried() is None
     assert torch.equal(torch.get_rng_state(), state), "random numbers of the run stay as they are"
     assert len(launches) == 7
 
@@ -42,17 +42,18 @@ def test_a_trial_of_every_kernel_gives_the_results_of_pytorch(tried: Any, monkey
 def test_a_kernel_that_computes_something_else_is_seen(
     name: str, output: int, tried: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interpret_kernels(monkeypatch)
-    launch = fused_elementwise.launch
+    with interpreted_kernels():
+        launch = fused_elementwise.launch
 
-    def faulty(kernel: str, grid: Any, *args: Any, **options: Any) -> None:
-        launch(kernel, grid, *args, **options)
-        if kernel == name:
-            args[output].mul_(1.3)
+        def faulty(kernel: str, grid: Any, *args: Any, **options: Any) -> None:
+            launch(kernel, grid, *args, **options)
+            if kernel == name:
+                args[output].mul_(1.3)
 
-    monkeypatch.setattr(fused_elementwise, "launch", faulty)
-    expected = "fp8" if name == "quantized_rows" else "bf16"
-    assert tried() == f"its results differ from PyTorch's with precision={expected}"
+        monkeypatch.setattr(fused_elementwise, "launch", faulty)
+        expected = "fp8" if name == "quantized_rows" else "bf16"
+        assert tried() == f"its results differ from PyTorch's with precision={expected}"
+        monkeypatch.undo()
 
 
 def test_what_is_missing_is_a_reason_and_out_of_memory_an_error(tried: Any, monkeypatch: pytest.MonkeyPatch) -> None:
