@@ -1,8 +1,8 @@
 """Write the tables of the documentation from the results of the benchmarks: `python benchmarks/tables.py`.
 
 A table in one of `PAGES` is between `<!-- table: name -->` and `<!-- end -->`. It is made from the files of
-benchmarks/results, except `fits` and `limits`, which the planner predicts (train/planner/predictor.py). `--check`
-writes nothing and fails if a table is not up to date.
+benchmarks/results, except `fits`, `limits` and `kernels`, which the planner predicts (train/planner/predictor.py).
+`--check` writes nothing and fails if a table is not up to date.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 from benchmarks.fits import make_planner
 from flux2.models.variants import VARIANTS
+from train.config.memory import Choice
 from train.planner.gpus import gpu, usable
 from train.planner.predictor import Planner
 from train.planner.search import choose
@@ -106,6 +107,34 @@ def compilation() -> str:
             place = f"{storage}, {policy}, {int(capability) / 10:.1f}"
             rows.append([place, *memory, f"{one['CPU seconds a graph']:.0f}"])
     head = ["base, checkpointing, capability", "uncompiled, GB", "compiled, GB", "CPU seconds to compile a graph"]
+    return markdown(head, rows)
+
+
+def kernels() -> str:
+    """Return what lies between the products of a step of dev with full recompute, and the step's time on an H200."""
+    card, rows = gpu("H200", 141), []
+    for storage in (None, "fp8", "int8", "nf4"):
+        planners = [make_planner(VARIANTS["dev"], storage, 1024, True) for _ in range(2)]
+        planners[1] = Planner(replace(planners[1].job, kernels=True))
+        eager, fused = (planner.predict(Choice(checkpointing="full")) for planner in planners)
+        seconds = [one.seconds(card) for one in (eager, fused, replace(eager, compiled=True))]
+        moved = [f"{one.work.bytes / 1e9:.0f} GB" for one in (eager, fused)]
+        rows.append([storage or "bf16", *moved, *(f"{value:.2f} s" for value in seconds)])
+    head = ["base", "moved, torch", "moved, triton", "step, torch", "step, triton", "step, compiled"]
+    return markdown(head, rows)
+
+
+def kernel_memory() -> str:
+    """Return memory and launches of benchmarks/kernels_simulated.py."""
+    rows = []
+    for name, policies in read_result("kernels_simulated").get("runs", {}).items():
+        storage, capability = name.split()
+        for policy, one in policies.items():
+            sides = one["torch"], one["triton"]
+            figures = [*(f"{side['GB']:.2f} GB" for side in sides), *(f"{side['launches']:,}" for side in sides)]
+            if capability == "90":
+                rows.append([f"{storage}, {policy}", *figures])
+    head = ["base, checkpointing", "torch", "triton", "launches, torch", "launches, triton"]
     return markdown(head, rows)
 
 
@@ -233,6 +262,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fits": fits,
     "limits": limits,
     "compilation": compilation,
+    "kernels": kernels,
+    "kernel_memory": kernel_memory,
     "recompute": recompute,
     "simulated": simulated,
     "split": split,

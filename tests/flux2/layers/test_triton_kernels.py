@@ -55,13 +55,14 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def assert_within_one_rounding(ours: Tensor, theirs: Tensor) -> None:
-    """Raise AssertionError unless float32 differs by 1e-6 of the tensor, and others by their last bit."""
+    """Raise AssertionError unless float32 differs by 1e-6 of the tensor, and few of the others by their last bit."""
     assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
     if ours.dtype == torch.float32:
         assert relative_error(ours, theirs) < 1e-6
         return
     step = torch.finfo(ours.dtype).eps * theirs.float().abs() + torch.finfo(ours.dtype).smallest_normal
     assert ((ours.float() - theirs.float()).abs() <= step).all()
+    assert (ours == theirs).float().mean() > 0.98, "what PyTorch rounds between two operations is rounded"
 
 
 def assert_same_gradients(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -114,7 +115,6 @@ def test_under_autocast_the_norm_is_not_rounded_before_it_is_modulated() -> None
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x, shift, scale)
     assert_within_one_rounding(y, expected.bfloat16())
-    assert (y == expected.bfloat16()).float().mean() > 0.99, "nothing else is rounded"
     assert_same_gradients([*torch.autograd.grad(y, x, torch.ones_like(y))], [gradient])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import relative_error
 from kernel_helpers import interpreted_kernels, needs_triton
 
 from flux2.layers import fused_elementwise
@@ -35,6 +36,18 @@ def test_a_trial_of_every_kernel_gives_the_results_of_pytorch(tried: Any) -> Non
         assert tried() is None
     assert torch.equal(torch.get_rng_state(), state), "random numbers of the run stay as they are"
     assert len(launches) == 7
+
+
+@needs_triton
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_a_step_under_the_autocast_of_a_gpu_has_the_same_numbers(storage: Any, tried: Any) -> None:
+    """They had the same bits where the exponentials of NumPy, which interprets, are those of PyTorch."""
+    model = kernels.tried_model(storage, CPU)
+    expected = kernels.tried_step(model)
+    kernels.use_kernels(model, True)
+    with interpreted_kernels():
+        for one, other in zip(kernels.tried_step(model), expected, strict=True):
+            assert relative_error(one, other) < 1e-3
 
 
 @needs_triton
