@@ -25,7 +25,7 @@ Shapes: B images, N image tokens (with references), T text tokens, L = T + N, H 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import call
 from typing import Any
 
@@ -42,6 +42,8 @@ from flux2.models.variants import TransformerConfig
 # checkpointing can skip, or recall, when it runs the block again in the backward (flux2/layers/recompute_context.py).
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate; each (B, 1, D)
+# q, k, v, each (B, H, L, head_dim); for kernels the product qkv (B, L, 3 * D) and the weights of the norms of q and k
+Stream = tuple[Tensor, Tensor, Tensor]
 RotaryAngles = tuple[Tensor, Tensor, Tensor]  # cos, sin, cos + i sin of each token; each (1, 1, L, head_dim / 2)
 
 
@@ -153,9 +155,14 @@ class DoubleBlock(nn.Module):
         (text_shift1, text_scale1, text_gate1), (text_shift2, text_scale2, text_gate2) = text_mod
 
         # joint attention over text and image
-        image_qkv = self.img_attn.qkv(self.norm(image, shift1, scale1))
-        text_qkv = self.txt_attn.qkv(self.norm(text, text_shift1, text_scale1))
-        attended = attend(*join_heads([(text_qkv, self.txt_attn.norm), (image_qkv, self.img_attn.norm)], rope))
+        fused = all(part.norm.fuses(image, *part.norm.weights) for part in (self.img_attn, self.txt_attn))
+        image_qkv = self.img_attn.project(self.norm(image, shift1, scale1), fused)
+        text_qkv = self.txt_attn.project(self.norm(text, text_shift1, text_scale1), fused)
+        if fused:
+            q, k, v = project_heads(self.txt_attn.norm.eps, *rope[:2], [text_qkv, image_qkv])  # (B, H, L, head_dim)
+        else:
+            q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))
+        attended = attend(q, k, v, None if fused else rope)  # (B, L, D)
         text_attended, image_attended = attended.split([text.shape[1], image.shape[1]], dim=1)
 
         # x += gate1 * proj(attended);  x += gate2 * mlp(m2(x))
@@ -182,15 +189,16 @@ class SingleBlock(nn.Module):
         """Return x (B, L, D) after this block, in the same shape."""
         shift, scale, gate = mod
         projected = self.linear1(self.pre_norm(x, shift, scale))  # q, k, v and the input of SwiGLU
-        q, k, v, activated = self.split_heads(projected, rope)
-        return torch.addcmul(x, gate, self.linear2(torch.cat([attend(q, k, v), activated], dim=-1)))
-
-    def split_heads(self, projected: Tensor, rope: RotaryAngles) -> tuple[Tensor, ...]:
-        """Split the output of linear1 into rotated q, k, and v (B, H, L, head_dim), and the activated mlp (B, L, M)."""
         if self.norm.fuses(projected, *self.norm.weights):
-            return project_heads(self.norm.eps, *rope[:2], [(projected, *self.norm.weights)], mlp=self.split[1])
-        qkv, h = projected.split(self.split, dim=-1)
-        return *join_heads([(qkv, self.norm)], rope), self.act(h)
+            streams = [(projected, *self.norm.weights)]
+            q, k, v, activated = project_heads(self.norm.eps, *rope[:2], streams, mlp=self.split[1])
+            mixed = torch.cat([attend(q, k, v, None), activated], dim=-1)
+            del q, k, v, activated  # copied, and not needed by the last linear
+        else:
+            qkv, h = projected.split(self.split, dim=-1)
+            q, k, v = self.norm(qkv)
+            mixed = torch.cat([attend(q, k, v, rope), self.act(h)], dim=-1)
+        return torch.addcmul(x, gate, self.linear2(mixed))
 
 
 class FinalLayer(nn.Module):
@@ -215,6 +223,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.norm = QKNorm(config.head_dim, config.eps)
         self.proj = TailLinear(config.hidden, config.hidden, bias=False)
+
+    def project(self, x: Tensor, fused: bool) -> Stream:
+        """Return normalized q and k, and v, of x (B, L, D); if `fused`, what `project_heads` makes them of."""
+        qkv = self.qkv(x)
+        return (qkv, *self.norm.weights) if fused else self.norm(qkv)
 
 
 class ModulatedNorm(FusedModule, nn.LayerNorm):
@@ -278,19 +291,10 @@ def mlp(config: TransformerConfig) -> nn.Sequential:
     )
 
 
-def join_heads(streams: Sequence[tuple[Tensor, QKNorm]], rope: RotaryAngles) -> tuple[Tensor, ...]:
-    """Return rotated q and k, and v, of (B, L_i, 3 * D) of one stream after the other: each (B, H, L, head_dim)."""
-    qkv, norm = streams[0]
-    if all(norm.fuses(qkv, *norm.weights) for qkv, norm in streams):
-        return project_heads(norm.eps, *rope[:2], [(qkv, *norm.weights) for qkv, norm in streams])
-    q, k, v = norm(qkv)
-    for qkv, norm in streams[1:]:
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), norm(qkv), strict=True))
-    return apply_rope(q, rope), apply_rope(k, rope), v
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention of three (B, H, L, head_dim) -> (B, L, D)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: RotaryAngles | None) -> Tensor:
+    """Rotate q and k, unless `rope` is None, and apply full attention: three of (B, H, L, head_dim) -> (B, L, D)."""
+    if rope is not None:
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
     return attention(q, k, v).transpose(1, 2).flatten(2)
 
 

@@ -13,16 +13,15 @@ from torch import Tensor
 
 from flux2 import adapters
 from flux2.layers import fused_elementwise
-from flux2.layers.fused_elementwise import ROW_BLOCK, quantize_rows
+from flux2.layers.fused_elementwise import ROW_BLOCK, project_heads, quantize_rows
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.kernels import use_kernels
 from flux2.models.transformer import (
     ModulatedNorm,
     QKNorm,
-    SingleBlock,
     SwiGLU,
     Transformer,
-    join_heads,
+    apply_rope,
     rotary_angles,
 )
 from flux2.models.variants import TransformerConfig
@@ -174,15 +173,14 @@ def test_heads_of_two_streams_and_their_gradients(dtype: torch.dtype, heads: int
     streams = [stream.requires_grad_() for stream in streams]
     norms = [make_norm(head_dim, seed, dtype) for seed in (5, 6)]
     rope = angles(5, head_dim)
-    pairs = list(zip(streams, norms, strict=True))
     # gradients in a layout in which attention may return them, and in another one
     gradients = [random(2, 5, heads, head_dim, seed=seed, dtype=dtype).transpose(1, 2) for seed in (7, 8)]
     gradients.append(random(2, heads, head_dim, 5, seed=9, dtype=dtype).transpose(2, 3))
-    expected = join_heads(pairs, rope)
+    q, k, v = (torch.cat(p, dim=2) for p in zip(*map(QKNorm.__call__, norms, streams), strict=True))
+    expected = apply_rope(q, rope), apply_rope(k, rope), v
     theirs = torch.autograd.grad(expected, streams, gradients)
-    for norm in norms:
-        norm.kernels = True
-    results = join_heads(pairs, rope)
+    fused = [(stream, *norm.weights) for stream, norm in zip(streams, norms, strict=True)]
+    results = project_heads(norms[0].eps, *rope[:2], fused)
     for one, other in zip(results, expected, strict=True):
         assert_within_one_rounding(one, other)
     assert_same_gradients([*torch.autograd.grad(results, streams, gradients)], [*theirs])
@@ -190,15 +188,15 @@ def test_heads_of_two_streams_and_their_gradients(dtype: torch.dtype, heads: int
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_projection_of_heads_and_mlp_has_one_gradient(dtype: torch.dtype, launches: Counter[str]) -> None:
-    block = SingleBlock(SMALL)
-    block.norm = make_norm(SMALL.head_dim, 5, dtype)
-    projected = random(2, 3, sum(block.split), seed=1, dtype=dtype).requires_grad_()
+    norm, act, sizes = make_norm(SMALL.head_dim, 5, dtype), SwiGLU(), [3 * SMALL.hidden, 2 * SMALL.mlp_width]
+    projected = random(2, 3, sum(sizes), seed=1, dtype=dtype).requires_grad_()
     rope = angles(3, SMALL.head_dim)
-    expected = block.split_heads(projected, rope)
+    qkv, h = projected.split(sizes, dim=-1)
+    q, k, v = norm(qkv)
+    expected = apply_rope(q, rope), apply_rope(k, rope), v, act(h)
     gradients = [random(*part.shape, seed=seed, dtype=dtype) for seed, part in enumerate(expected)]
     theirs = torch.autograd.grad(expected, projected, gradients)
-    use_kernels(block, True)
-    results = block.split_heads(projected, rope)
+    results = project_heads(norm.eps, *rope[:2], [(projected, *norm.weights)], mlp=sizes[1])
     for one, other in zip(results, expected, strict=True):
         assert_within_one_rounding(one, other)
     assert results[2].untyped_storage().data_ptr() == projected.untyped_storage().data_ptr(), "v is not copied"
