@@ -313,6 +313,15 @@ def train_end(model: Transformer, shape: Shape, dtype: torch.dtype, autocast: bo
         return Cost(0, 0, count.peak, count.work)
 
 
+def compiled_copy(model: Transformer, shape: Shape, dtype: torch.dtype) -> int:
+    """Return the bytes that compiled blocks in INT8 take more than uncompiled ones: those of the widest output.
+
+    Compilers keep it next to its integer sums; simulated (benchmarks/results/compilation_simulated.json).
+    """
+    widest = max(layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear))
+    return shape.rows * shape.tokens * widest * dtype.itemsize
+
+
 def heaviest(blocks: Iterable[nn.Module]) -> nn.Module | None:
     """Return the block with the most trained parameters; blocks of a kind differ only in their adapter layers."""
     return max(blocks, key=lambda block: sum(p.numel() for p in adapter_parameters(block)), default=None)

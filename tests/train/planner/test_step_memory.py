@@ -2,8 +2,10 @@
 profiler.
 """
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import helpers
 import pytest
@@ -14,12 +16,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from flux2.adapters.tuners import attach
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.transformer import Transformer
+from flux2.models.variants import DEV
 from flux2.quantization.nf4 import Nf4Linear, quant_map
 from train.planner import step_memory
 from train.planner.step_memory import (
     AllocationCounter,
     Shape,
     autoencoder_peaks,
+    compiled_copy,
     gpu_kernels,
     size,
     step,
@@ -27,6 +31,7 @@ from train.planner.step_memory import (
     train_end,
 )
 
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = replace(helpers.TRANSFORMERS["dev"], double_blocks=2, single_blocks=3)
 SHAPE = Shape(2, 96, 32, 96)
 
@@ -206,3 +211,16 @@ def test_a_picture_in_the_autoencoder_takes_more_the_larger_it_is():
 
 def test_sizes_are_bytes():
     assert size([torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)]) == 16
+
+
+def test_what_compiled_blocks_take_more_is_counted():
+    found = json.loads((ROOT / "benchmarks/results/compilation_simulated.json").read_text())["runs"]
+    shape = Shape(1, 4096, 512, 4096)
+    with torch.device("meta"):
+        copy = compiled_copy(Transformer(replace(DEV, double_blocks=1, single_blocks=1)), shape, torch.bfloat16)
+    for name, policies in found.items():
+        for policy, run in policies.items():
+            more = (run["compiled GB"] - run["uncompiled GB"]) * 1e9
+            assert more < (copy if name.startswith("int8") else 60e6), (name, policy)
+            if name.startswith("int8") and policy == "full":
+                assert more > 0.8 * copy  # it is needed
