@@ -27,6 +27,7 @@ setup: .venv/installed
 	@echo "installing what is needed into .venv: some GB, some minutes, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[triton]'
 	@touch $@
 
 demo: setup

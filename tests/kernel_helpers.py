@@ -18,7 +18,7 @@ from flux2.layers import fused_elementwise
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
-    reason="Triton comes with PyTorch for GPUs, and on Linux with the extra `dev`",
+    reason="Triton comes with PyTorch for GPUs, and otherwise with the extra `triton`",
 )
 NUMPY_INTEGERS = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 TORCH_INTEGERS = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
