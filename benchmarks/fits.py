@@ -44,7 +44,7 @@ from benchmarks.common import (
 )
 from benchmarks.models import MODELS, Inputs, attach_adapter, make_precision, random_transformer
 from flux2 import adapters
-from flux2.layers.attention import preferred_backends
+from flux2.layers.attention import computes_in_float32, preferred_backends
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.memory.model_split import module_devices, split_devices, split_model
@@ -113,7 +113,9 @@ def make_planner(
     precision = make_precision(storage, in_fp8)
     model = skeleton(variant, precision, lambda model: adapters.attach(model, rank=rank))
     size = (pixels, pixels)
-    return Planner(Workload(variant, model, torch.bfloat16, OPTIMIZER, size, storage=storage, num_gpus=num_gpus))
+    in_float32 = torch.cuda.is_available() and computes_in_float32(torch.device("cuda"))
+    more = {"float32_attention": in_float32, "storage": storage, "num_gpus": num_gpus}
+    return Planner(Workload(variant, model, torch.bfloat16, OPTIMIZER, size, **more))
 
 
 def train(

@@ -37,3 +37,11 @@ def test_where_cudnn_has_no_plan_flash_attention_computes() -> None:
 def test_a_run_ends_on_every_generation(capability: int, tmp_path: Path) -> None:
     said = run(*RUN, f"output_dir={tmp_path}/run", f"cache_dir={tmp_path}/cache", capability=capability)
     assert "attention: " + ("efficient" if capability == 75 else "cudnn" if capability >= 90 else "flash") in said
+
+
+@pytest.mark.parametrize(("storage", "size"), [("bf16", 16), ("int8", 16), ("nf4", 12)])
+def test_attention_in_float32_is_planned(storage: str, size: int) -> None:
+    """GPUs of capability 7.5 have no attention in bfloat16 that is linear in memory."""
+    said = run(Path(__file__).with_name("planned.py"), "klein_base_4b", storage, size, capability=75, gb=150)
+    (found,) = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
+    assert 1 <= found["predicted / simulated"] < 1.03, found

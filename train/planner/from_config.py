@@ -16,6 +16,7 @@ import torch
 
 from data.buckets import reference_size
 from data.files import user_path
+from flux2.layers.attention import computes_in_float32
 from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
 from flux2.quantization.precision import Backward, Precision, convert, pick_dtype
@@ -128,6 +129,7 @@ def workload_of(
         class_pixels=config.class_image_size if prior and prior.draws else None,
         validates=settings.validate_every > 0 and bool(config.validation.held_out or config.validation.samples),
         on_gpu=on_gpu,
+        float32_attention=on_gpu and computes_in_float32(config.accelerator.device),
         storage=precision.storage,
         compiled=config.memory.compile is True,
         kernels=on_gpu and config.memory.kernels == "triton" and config.memory.compile is not True,

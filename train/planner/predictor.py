@@ -354,13 +354,13 @@ class Planner:
             phases["validation"] = {**idle, "working set": self.inference(shape, job.autocast)[0]}
         if job.sample_pixels:
             predicted, edited = tokens(job.sample_pixels), sum(map(tokens, job.sample_references))
-            shape = Shape(1, predicted + edited, job.text_tokens, predicted)
+            shape = replace(job.shape, rows=1, image=predicted + edited, predicted=predicted)
             working = self.inference(shape, False)[0]
             images = (self.autoencoder[2], self.reference_encoder) if part.is_first else ()
             phases["samples"] = {**idle, "working set": max([working, *images])}
         if job.class_pixels:
             predicted = tokens(job.class_pixels)
-            shape = Shape(1, predicted, job.text_tokens, predicted)
+            shape = replace(job.shape, rows=1, image=predicted, predicted=predicted)
             streamed_then, ring_then = self.count_streamed(choice.offload_blocks, self.weights)
             phases["class images"] = {
                 "weights of blocks": sum(self.weights[part.start : part.stop]) - streamed_then,

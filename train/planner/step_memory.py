@@ -148,16 +148,19 @@ class Rms(torch.autograd.Function):
 
 
 @contextmanager
-def gpu_kernels() -> Iterator[None]:
+def gpu_kernels(float32_attention: bool = False) -> Iterator[None]:
     """Context manager that substitutes GPU behavior for operations whose CPU kernels keep other tensors.
 
-    Attention is flash attention, a norm is one kernel, layer norm returns float32 under autocast, NF4 layers share one
+    Attention is flash attention, or the efficient one in float32, which keeps the same, a norm is one kernel, layer norm returns float32 under autocast, NF4 layers share one
     buffer, and modules that use Triton kernels (flux2/memory/kernels.py) read and write what those do. The functions
     are patched, because a dispatch mode would not reach the recompute in the backward.
     """
     layer_norm = F.layer_norm
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if float32_attention:
+            with torch.autocast("cpu", enabled=False):
+                return FLASH(q.float(), k.float(), v.float(), 0.0, False, False)[0].to(q.dtype)
         if torch.is_autocast_enabled("cpu"):
             q, k, v = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (q, k, v))
         return FLASH(q, k, v, 0.0, False, False)[0]
@@ -225,6 +228,7 @@ class Shape:
     image: int
     text: int
     predicted: int  # image tokens that are no reference tokens, and get a prediction
+    float32_attention: bool = False  # as on GPUs below compute capability 8.0 (flux2/layers/attention.py)
 
     @property
     def tokens(self) -> int:
@@ -266,7 +270,7 @@ def train_block(
     model: Transformer, block: nn.Module, run: Callable[..., Any], shape: Shape, dtype: torch.dtype, autocast: bool
 ) -> Cost:
     """Return the cost of training a block of `model` (on the meta device) with `run`, a `Transformer.run_block`."""
-    with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True):
+    with gpu_kernels(shape.float32_attention), FakeTensorMode(allow_non_fake_inputs=True):
         block, (tokens, rest), count = fake_block(model, block, shape, dtype)
         lives = [0]
         with count:
@@ -288,7 +292,8 @@ def train_block(
 
 def infer_block(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.dtype, autocast: bool) -> Cost:
     """Return the cost of a block without gradients, as in sampling and validation."""
-    with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    kernels = gpu_kernels(shape.float32_attention)
+    with kernels, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         block, (tokens, rest), count = fake_block(model, block, shape, dtype)
         with count, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = block(*tokens, *rest)

@@ -36,6 +36,7 @@ class Workload:
     class_pixels: tuple[int, int] | None = None  # of the class images that the base generates before training
     validates: bool = False  # whether a validation loss is computed
     on_gpu: bool = True  # otherwise everything is in host memory
+    float32_attention: bool = False  # as on GPUs below compute capability 8.0
     storage: str | None = None  # of the quantized layers: fp8, int8, nf4, or None
     compiled: bool = False  # whether blocks are compiled; memory is counted as if they were not
     kernels: bool = False  # whether Triton kernels compute what lies between the products
@@ -60,7 +61,7 @@ class Workload:
     def shape(self) -> Shape:
         predicted = tokens(self.pixels)
         image = predicted + sum(tokens(reference) for reference in self.references)
-        return Shape(self.rows, image, self.text_tokens, predicted)
+        return Shape(self.rows, image, self.text_tokens, predicted, self.float32_attention)
 
     @property
     def trained_parameters(self) -> int:
