@@ -151,9 +151,10 @@ class Rms(torch.autograd.Function):
 def gpu_kernels(float32_attention: bool = False) -> Iterator[None]:
     """Context manager that substitutes GPU behavior for operations whose CPU kernels keep other tensors.
 
-    Attention is flash attention, or the efficient one in float32, which keeps the same, a norm is one kernel, layer norm returns float32 under autocast, NF4 layers share one
-    buffer, and modules that use Triton kernels (flux2/memory/kernels.py) read and write what those do. The functions
-    are patched, because a dispatch mode would not reach the recompute in the backward.
+    Attention is flash attention, or the efficient one in float32, which keeps as many tensors. A norm is one kernel,
+    layer norm returns float32 under autocast, NF4 layers share one buffer, and modules that use Triton kernels
+    (flux2/memory/kernels.py) read and write what those do. The functions are patched, because a dispatch mode would not
+    reach the recompute in the backward.
     """
     layer_norm = F.layer_norm
 
