@@ -52,10 +52,11 @@ class Place:
 
 
 class Packs:
-    """The entries of all packs in a folder, which may grow while this object exists."""
+    """The entries of all packs in a folder, which may grow while this object exists. Threads may share it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock = threading.RLock()  # a lookup while the records are read again would return another entry
         self._seen: list[tuple[str, int, int]] = []  # name, size and time of each index
         self._files: list[Path] = []
         self._records = np.empty(0, RECORD)  # of all packs, one after the other
@@ -66,28 +67,20 @@ class Packs:
 
     def refresh(self) -> bool:
         """Read the records again if any pack has changed; return whether one had."""
-        try:
-            with os.scandir(self.folder) as found:
-                seen = sorted(
-                    (entry.name, status.st_size, status.st_mtime_ns)
-                    for entry in found
-                    if entry.name.endswith(".index")
-                    for status in [entry.stat()]
-                )
-        except OSError:  # there is no such folder, or a pack was deleted just now
-            seen = []
-        if seen == self._seen:
-            return False
-        self._seen, self._files = seen, [self.folder / f"{name.removesuffix('.index')}.pack" for name, *_ in seen]
-        each = [read_records(file) for file in self._files]
-        self._ends = np.cumsum([len(one) for one in each], dtype=np.int64)
-        self._records = each[0] if len(each) == 1 else np.concatenate([np.empty(0, RECORD), *each])
-        del each
-        keys = self._records["key"]
-        self._order = np.lexsort((keys[:, 1], keys[:, 0])).astype(np.int32)  # stable: of equal keys the newest is last
-        self._high = keys[self._order, 0]
-        self._shapes = {}
-        return True
+        with self._lock:
+            seen = _indices(self.folder)
+            if seen == self._seen:
+                return False
+            self._seen, self._files = seen, [self.folder / f"{name.removesuffix('.index')}.pack" for name, *_ in seen]
+            each = [read_records(file) for file in self._files]
+            self._ends = np.cumsum([len(one) for one in each], dtype=np.int64)
+            self._records = each[0] if len(each) == 1 else np.concatenate([np.empty(0, RECORD), *each])
+            del each
+            keys = self._records["key"]
+            self._order = np.lexsort((keys[:, 1], keys[:, 0])).astype(np.int32)  # stable: of equal keys newest last
+            self._high = keys[self._order, 0]
+            self._shapes = {}
+            return True
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Return the number of each key's record, -1 for those that no pack has."""
@@ -105,35 +98,38 @@ class Packs:
 
     def forms(self, keys: Sequence[str]) -> list[int | None]:
         """Return the hash of the header of each entry, None for those that no pack has."""
-        rows = self.rows(keys)
-        if not len(self._records):
-            return [None] * len(rows)
-        forms: list[int | None] = self._records["form"][rows].tolist()
+        with self._lock:
+            rows = self.rows(keys)
+            if not len(self._records):
+                return [None] * len(rows)
+            forms: list[int | None] = self._records["form"][rows].tolist()
         for absent in np.flatnonzero(rows < 0).tolist():
             forms[absent] = None
         return forms
 
     def shapes(self, form: int) -> Shapes:
         """Return the shapes of the tensors of entries with this hash of their headers; none if none can be read."""
-        if form not in self._shapes:
-            alike = np.flatnonzero(self._records["form"] == form)[:100].tolist()  # one of them will be undamaged
-            self._shapes[form] = next(filter(None, (self._read_shapes(row, form) for row in alike)), {})
-        return self._shapes[form]
+        with self._lock:
+            if form not in self._shapes:
+                alike = np.flatnonzero(self._records["form"] == form)[:100].tolist()  # one of them will be undamaged
+                self._shapes[form] = next(filter(None, (self._read_shapes(row, form) for row in alike)), {})
+            return self._shapes[form]
 
     def find(self, key: str) -> Place | None:
         """Return where an entry is, also one that was added by another process just now; None if it is in no pack."""
-        row = int(self.rows([key])[0])
-        if row < 0 and self.refresh():
+        with self._lock:
             row = int(self.rows([key])[0])
-        if row < 0:
-            return None
-        record = self._records[row]
-        return Place(self._file_of(row), int(record["begin"]), int(record["size"]))
+            if row < 0 and self.refresh():
+                row = int(self.rows([key])[0])
+            if row < 0:
+                return None
+            record = self._records[row]
+            return Place(self._file_of(row), int(record["begin"]), int(record["size"]))
 
     def remove(self, key: str) -> None:
         """Erase the records of an entry, so that it counts as missing. Raise OSError if that is not possible."""
         wanted = packed_keys([key])[0]
-        for file in self._files:
+        for file in list(self._files):
             index = file.with_suffix(".index")
             with suppress(FileNotFoundError), index.open("r+b") as stream:
                 records = np.fromfile(stream, RECORD)
@@ -241,6 +237,18 @@ def read_records(pack: Path) -> np.ndarray:
     begins, sizes = records["begin"], records["size"]
     within = (begins <= size) & (sizes <= size) & (sizes > 0) & (begins + sizes <= size)
     return records[within & (records["check"] == _checks(records))]
+
+
+def _indices(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of each index in a folder, sorted by name; none if there is no such folder."""
+    found = list[tuple[str, int, int]]()
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # this pack was deleted just now, and the others stay
+                if entry.name.endswith(".index"):
+                    status = entry.stat()
+                    found.append((entry.name, status.st_size, status.st_mtime_ns))
+    return sorted(found)
 
 
 def _checks(records: np.ndarray) -> np.ndarray:

@@ -3,13 +3,16 @@
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cache_helpers import encode_images, encode_prompts, files, plan, refuse
 
 from data.cache import Cache, store
+from data.cache import packs as packs_module
 from data.cache.embeddings import EmbeddingPlan, plan_embeddings
 from data.cache.packs import RECORD, Packs, PackWriter, packed_keys
 from data.cache.pruning import Lease, prune
@@ -99,6 +102,42 @@ def test_two_writers_never_share_a_pack(tmp_path: Path) -> None:
     assert [place.read() for place in found if place] == [bytes([number]) * 10 for number in range(len(KEYS))]
     assert len({place.pack for place in found if place}) == 2
     assert packs.find("ff" * 32) is None
+
+
+def test_a_lookup_while_another_thread_reads_the_records_again_finds_its_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers = [PackWriter(tmp_path) for _ in range(2)]
+    writers[0].append(KEYS[0], 5, b"first")
+    packs = Packs(tmp_path)
+    packs.refresh()
+    before = set(tmp_path.iterdir())
+    writers[1].append(KEYS[1], 5, b"other")
+    for file in set(tmp_path.iterdir()) - before:  # of a machine whose clock is behind: before the others
+        file.rename(tmp_path / f"0{file.suffix}")
+    found: list[bytes] = []
+    thread = threading.Thread(target=lambda: found.append(packs.find(KEYS[0]).read()))  # type: ignore[union-attr]
+    read = packs_module.read_records
+
+    def slow(pack: Path) -> np.ndarray:
+        if thread.ident is None:
+            thread.start()
+        thread.join(0.2)
+        return read(pack)
+
+    monkeypatch.setattr(packs_module, "read_records", slow)
+    assert packs.find(KEYS[1]).read() == b"other"  # type: ignore[union-attr]
+    thread.join()
+    assert found == [b"first"]
+    for writer in writers:
+        writer.close()
+
+
+def test_a_pack_that_is_deleted_while_packs_are_listed_hides_no_other(tmp_path: Path) -> None:
+    planned = filled(tmp_path)
+    (tmp_path / "packs/gone.index").symlink_to(tmp_path / "gone")  # whose stat fails as that of a deleted file does
+    assert plan_embeddings(Cache(tmp_path), PROMPTS, "text").missing == 0
+    assert planned.cache.get(planned.keys["b"])["embeddings"][0, 0] == 1
 
 
 def test_a_full_pack_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
