@@ -147,12 +147,14 @@ def take_cards(given: dict[str, Any]) -> int | None:
     By default it is the number of visible GPUs, at least two. Raises ValueError for a bad value.
     """
     cards, split = given.pop("cards", None), given["memory"].get("split")
-    if split is not None and given.get("device") == "cpu":
-        raise ValueError(f"memory.split={split} divides a model over GPUs, and this is device=cpu. Omit one of them.")
+    if given.get("device") == "cpu" and (split is not None or cards is not None):
+        what = f"cards={cards}" if split is None else f"memory.split={split}"
+        raise ValueError(f"{what} divides a model over GPUs, and this is device=cpu. Omit one of them.")
     if cards is not None:
         check_count("cards", cards, 2)
         if split != AUTO:
-            raise ValueError(f"cards={cards} divides the model over GPUs, which needs memory.split={AUTO}. Add it.")
+            remedy = "Add it" if split is None else f"Set it instead of {split}, or omit cards"
+            raise ValueError(f"cards={cards} divides the model over GPUs, which needs memory.split={AUTO}. {remedy}.")
     return (cards or max(2, torch.cuda.device_count())) if split == AUTO else None
 
 

@@ -35,17 +35,18 @@ def check_split(config: TransformerConfig, split: Sequence[int], key: str = "spl
         )
 
 
-def split_devices(first: torch.device, count: int | None = None, key: str = "split") -> list[torch.device]:
+def split_devices(first: torch.device, count: int | None = None, setting: str = "split=auto") -> list[torch.device]:
     """Return `count` GPUs, by default all that are visible: `first`, then the others in order.
 
-    Raises ValueError, naming the setting `key`, if `first` is no GPU, or if fewer than `count`, or two, are visible.
+    Raises ValueError, naming the `setting`, if `first` is no GPU, or if fewer than `count`, or two, are visible.
     """
+    key = setting.partition("=")[0]
     if first.type != "cuda":
-        raise ValueError(f"{key} divides a model over GPUs, and this is device={first}. Set {key}=null.")
+        raise ValueError(f"{setting} divides a model over GPUs, and this is device={first}. Set {key}=null.")
     visible, needed = torch.cuda.device_count(), count or 2
     if visible < needed:
         raise ValueError(
-            f"{key} needs {needed} GPUs, and PyTorch sees {visible}. Set {key}=null, or make more visible."
+            f"{setting} needs {needed} GPUs, and PyTorch sees {visible}. Set {key}=null, or make more visible."
         )
     index = first.index or 0
     order = [index, *(other for other in range(visible) if other != index)]

@@ -36,7 +36,7 @@ def divide(total: int, count: int, peak: Callable[[Part], float]) -> tuple[int, 
     if best is None:
         raise ValueError(
             f"memory.split divides {total} blocks over {count} GPUs, which is less than one block for each. Make fewer "
-            "GPUs visible (CUDA_VISIBLE_DEVICES)."
+            "GPUs visible (CUDA_VISIBLE_DEVICES), or give train/plan.py fewer, such as +cards=2."
         )
     while high - low > BALANCE:
         middle = (low + high) / 2

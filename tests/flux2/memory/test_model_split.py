@@ -70,10 +70,10 @@ def test_the_named_device_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("count", "needed"), [(None, 2), (2, 2), (3, 3)])
 def test_fewer_gpus_than_needed_are_an_error(monkeypatch: pytest.MonkeyPatch, count: int | None, needed: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match=rf"^memory\.split needs {needed} GPUs, and PyTorch sees 1\."):
-        split_devices(FIRST, count, "memory.split")
-    with pytest.raises(ValueError, match=r"^memory\.split divides a model over GPUs, and this is device=cpu\."):
-        split_devices(torch.device("cpu"), count, "memory.split")
+    with pytest.raises(ValueError, match=rf"^memory\.split=x needs {needed} GPUs, .* sees 1\. Set memory\.split=null"):
+        split_devices(FIRST, count, "memory.split=x")
+    with pytest.raises(ValueError, match=r"^memory\.split=x divides .* device=cpu\. Set memory\.split=null\.$"):
+        split_devices(torch.device("cpu"), count, "memory.split=x")
 
 
 class Moves(TorchDispatchMode):

@@ -129,6 +129,9 @@ def test_the_command_shows_each_gpu(run_command) -> None:
     ("words", "message"),
     [
         (["+cards=2"], "cards=2 divides the model over GPUs, which needs memory.split=auto."),
+        (["+cards=2", "memory.split=[2,3]"], "memory.split=auto. Set it instead of [2, 3], or omit cards."),
+        (["+cards=2", "device=cpu"], "cards=2 divides a model over GPUs, and this is device=cpu. Omit one of them."),
+        (["+cards=99", "memory.split=auto"], "over 99 GPUs ... CUDA_VISIBLE_DEVICES), or give ... such as +cards=2."),
         (["+cards=1", "memory.split=auto"], "cards=1 must be an integer >= 2"),
         (["memory.split=auto", "device=cpu"], "memory.split=auto ... device=cpu"),
         (["memory.split=auto", "shard=true", "+processes=4"], "memory.split=auto ... shard=true"),
