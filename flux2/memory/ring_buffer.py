@@ -227,8 +227,9 @@ class Ring:
                 slot.holds, slot.buffer = None, slot.buffer.new_empty(0)  # freed before the next is allocated
                 with torch.inference_mode(False):  # training uses what a sample grid allocated
                     slot.buffer = self.copier.device(host.nbytes)
-            slot.holds = index
+            slot.holds = None  # a copy that is interrupted leaves bytes of two blocks
             slot.ticket = self.copier.start(host, slot.buffer)
+            slot.holds = index
             self.copies += 1
             self.copied += host.nbytes
         return slot

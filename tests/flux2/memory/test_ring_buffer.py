@@ -141,6 +141,46 @@ def test_what_comes_next(index: int, order: Order, expected: list[int]) -> None:
     assert expected_blocks(index, order, 4) == expected
 
 
+@pytest.mark.parametrize("fails", ["device", "start"])
+@pytest.mark.parametrize("sizes", [[8] * 4, [24, 8, 24, 8, 8]])
+def test_a_step_after_one_that_failed_is_right(fails: str, sizes: list[int]) -> None:
+    class Interrupted(Copier):
+        calls = at = 0
+
+        def count(self, name: str) -> bool:
+            self.calls += name == fails
+            return name == fails and self.calls == self.at
+
+        def device(self, size: int) -> Tensor:
+            if self.count("device"):
+                raise torch.OutOfMemoryError
+            return super().device(size)
+
+        def start(self, source: Tensor, target: Tensor) -> None:
+            half = len(source) // 2
+            target[:half] = source[:half]
+            if self.count("start"):
+                raise KeyboardInterrupt
+            super().start(source, target)
+
+    blocks = range(len(sizes))
+    hosts = [torch.full((size,), i, dtype=torch.uint8) for i, size in zip(blocks, sizes, strict=True)]
+    order: list[tuple[int, Order]] = [(i, "forward") for i in blocks] + [(i, "backward") for i in reversed(blocks)]
+    failed = 0
+    for at in range(1, 15):
+        copier = Interrupted()
+        ring = Ring(hosts, copier)
+        copier.calls, copier.at = 0, at
+        for _ in range(3):
+            try:
+                for index, direction in order:
+                    assert torch.equal(ring.use(index, direction), hosts[index])
+                    ring.release()
+            except (KeyboardInterrupt, torch.OutOfMemoryError):
+                failed += 1
+    assert failed >= 2
+
+
 def test_buffers_are_as_large_as_their_blocks() -> None:
     sizes = [24, 24, 8, 8, 8]
     ring, copier = made(sizes)
