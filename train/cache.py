@@ -47,6 +47,8 @@ def main(config: DictConfig) -> None:
     if prunes and share != "1/1":
         raise ValueError(f"share={share} has no effect with prune=true. Remove one of them")
     run = load_config(OmegaConf.create(given))
+    if run.settings.cache_dir is None:
+        raise ValueError("cache_dir=null stores nothing on disk, so there is nothing to fill or prune. Set a folder.")
     if not prunes:
         index, count = parse_share(share)
         if count > 1 and run.prior is not None and run.prior.dataset is None:

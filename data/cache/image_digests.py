@@ -290,7 +290,7 @@ def _is_valid(digests: Any, width: Any, height: Any) -> bool:
 
 
 def _connect(file: Path, mode: str) -> sqlite3.Connection:
-    uri = f"file:{quote(os.fsencode(file.absolute()))}?mode={mode}"
+    uri = f"file://{quote(os.fsencode(file.absolute()))}?mode={mode}"  # a path may begin with //, like a host
     return sqlite3.connect(uri, uri=True, timeout=PATIENCE, isolation_level=None)
 
 

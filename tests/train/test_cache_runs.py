@@ -200,6 +200,19 @@ def test_pruning_keeps_what_the_configuration_uses_and_says_what_went(run_comman
     assert holds(refusal(*settings, "+prune=maybe", task=cache.main), "prune=maybe ... true ... false")
 
 
+@pytest.mark.parametrize("option", ["+share=1/2", "+prune=true", "+share=1/1"])
+def test_a_cache_that_is_not_on_disk_is_not_filled_or_pruned(small, events, option):
+    refused = refusal(*small("cache_dir=null"), option, task=cache.main)
+    assert refused.startswith("cache_dir=null stores nothing on disk")
+    assert events == []
+
+
+def test_a_cache_folder_that_is_not_there_is_not_pruned(small, tmp_path):
+    arguments = small(f"cache_dir={tmp_path / 'typo'}", "+prune=true")
+    assert holds(refusal(*arguments, task=cache.main), f"cache_dir='{tmp_path / 'typo'}' does not exist")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_pruned_while_a_run_is_prepared(run_command, small, tmp_path):
     settings = small(f"cache_dir={tmp_path / 'cache'}")
     result = prepare_samples(load_config(compose(*settings))).cached

@@ -214,8 +214,8 @@ def prepare(accelerator: Accelerator, request: CacheRequest) -> CachedDataset:
 def remove_unused(request: CacheRequest, *others: CacheRequest) -> str:
     """Delete all cache entries that no request needs; return a summary. Raise ValueError if a run uses the cache."""
     cache = request.cache
-    if not cache.shared:
-        raise ValueError("prune=true has nothing to prune: cache_dir=null stores nothing on disk")
+    if not cache.folder.is_dir():
+        raise ValueError(f"cache_dir={str(cache)!r} does not exist, so there is nothing to prune. Give its folder.")
     known = Fingerprints(cache.folder / FINGERPRINTS)
     used, pictures = set[str](), list[Picture]()
     for each in (request, *others):

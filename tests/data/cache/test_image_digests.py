@@ -94,6 +94,20 @@ def test_whatever_may_have_changed_is_read_again(tmp_path: Path, reads: list[str
     assert (found == before) is (change == "mtime")  # the content decides, and it is the same
 
 
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("name", ["a b%41?c#d", "ü", os.fsdecode(b"\xff"), "/"])
+def test_a_folder_of_any_name_has_a_database(tmp_path: Path, reads: list[str], name: str) -> None:
+    folder = Path(f"/{tmp_path}") if name == "/" else tmp_path / name  # two slashes are not a host
+    folder.mkdir(exist_ok=True)
+    picture = drawn(folder / "a.png", "red")
+    for _ in range(2):
+        index = Digests(folder / "index.sqlite")
+        index.look(file_picture(picture.name))
+        index.save()
+    assert len(reads) == 1
+    assert (folder / "index.sqlite").is_file()
+
+
 def test_a_file_that_was_written_just_now_is_not_remembered(tmp_path: Path, reads: list[str]) -> None:
     picture = drawn(tmp_path / "a.png", "red", age=0)
     index = Digests(tmp_path / "index.sqlite")
