@@ -39,6 +39,9 @@ TABLES = (
     "mode TEXT, animated INTEGER, transparent INTEGER) WITHOUT ROWID",
     "CREATE TABLE listings (place BLOB PRIMARY KEY, stamp TEXT, content TEXT)",
 )
+FIND_PICTURE = (  # by its columns: without one of them, the database is replaced
+    "SELECT place, stamp, digests, width, height, mode, animated, transparent FROM pictures WHERE place = ?"
+)
 INSERT_PICTURE = "INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 log = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ class Digests:
         if where is None or picture.digests is not None:
             return
         place = _place(*where, picture.alpha)
-        found = self._find("SELECT * FROM pictures WHERE place = ?", place)
+        found = self._find(FIND_PICTURE, place)
         if found is None or found[1] != (stamp := self._stamp(where[0])) or not _is_valid(*found[2:5]):
             return
         if found[5] is None:  # imported from an earlier version, which kept no headers
@@ -122,7 +125,7 @@ class Digests:
     def listing(self, path: str, read: Callable[[], Any]) -> Any:
         """Return a JSON value that describes a file: the stored one, or if there is none the result of `read`."""
         place, stamp = _place(path, "", False), settled_stamp(path)
-        found = self._find("SELECT * FROM listings WHERE place = ?", place)
+        found = self._find("SELECT place, stamp, content FROM listings WHERE place = ?", place)
         if found is not None and stamp and found[1] == stamp:
             with suppress(ValueError, TypeError):
                 return json.loads(found[2])
@@ -227,7 +230,9 @@ class Digests:
 
     def _give_up(self, error: sqlite3.Error) -> None:
         log.warning("%s cannot be read (%s): all images are read again", self._file, error)
-        self._is_unusable |= not isinstance(error, sqlite3.OperationalError)  # damaged, not locked: write another
+        without_tables = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+        # damaged, not locked: write another
+        self._is_unusable |= without_tables or not isinstance(error, sqlite3.OperationalError)
         self._database = None
 
     def _stamp(self, path: str) -> str:

@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 
 from data.cache.packs import MAX_HEADER, PackWriter, read_records
-from data.cache.store import Cache
+from data.cache.store import Cache, writing
 
 try:
     import fcntl
@@ -59,8 +59,8 @@ def prune(cache: Cache, used: Collection[str]) -> Removed:
     """Delete the entries whose keys are not in `used`; return the number and bytes of each kind of entry.
 
     Packs of which less than `WELL_USED` is used are rewritten; unused entries of all others stay and are logged. Files
-    that are not entries are kept. Raises ValueError if a run is using the cache, or if that cannot be determined,
-    and OSError if a file cannot be deleted.
+    that are not entries are kept. Raises ValueError if a run is using the cache, or if that cannot be determined, or if
+    a pack cannot be rewritten, and OSError if a file cannot be deleted.
     """
     if not cache.folder.is_dir():
         return {}
@@ -99,7 +99,11 @@ def _prune_packs(cache: Cache, used: Collection[str], removed: Removed) -> None:
             continue
         for form, length in zip(others["form"].tolist(), others["size"].tolist(), strict=True):
             _count(removed, min(cache.packs.shapes(form), default="nothing"), length)
-        with closing(PackWriter(pack.parent, flushes=False)) as writer, pack.open("rb") as file:
+        with (
+            writing(pack.parent),
+            closing(PackWriter(pack.parent, flushes=False)) as writer,
+            pack.open("rb") as file,
+        ):
             for record in kept:
                 file.seek(record["begin"])
                 writer.append(record["key"].tobytes().hex(), int(record["form"]), file.read(record["size"]))

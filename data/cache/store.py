@@ -89,7 +89,8 @@ class Cache:
         finally:
             self._writer = None
             if writer is not None:
-                writer.close()
+                with writing(writer.folder):  # some network disks report a full disk only here
+                    writer.close()
 
     def lacking(self, keys: Iterable[str], expected: Callable[[str], tuple[str, Shape]]) -> list[str]:
         """Return the keys without a complete entry that has the expected (name, shape) of a tensor.
@@ -190,7 +191,7 @@ class Cache:
         head = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
         head += b" " * (-len(head) % 8)
         writer = self._writer
-        try:
+        with writing(path if writer is None else writer.folder):
             if writer is not None:
                 writer.append(key, form_of(header), b"".join((len(head).to_bytes(8, "little"), head, data)))
             else:
@@ -198,14 +199,6 @@ class Cache:
                 with atomic_write(path) as temporary, temporary.open("xb") as file:
                     file.write(len(head).to_bytes(8, "little") + head)
                     file.write(data)
-        except OSError as error:
-            place = path if writer is None else writer.folder
-            too_large = error.errno == errno.EFBIG
-            remedy = "Raise the limit on file sizes (ulimit -f)" if too_large else "Make room there"
-            raise ValueError(
-                f"the cache entry {place} cannot be written ({error.strerror or error}). {remedy}, or give another "
-                "cache_dir. Existing entries are kept, and the next start computes only the missing ones"
-            ) from error
         return 8 + len(head) + len(data)
 
     def _remove(self, key: str, place: Path | Place) -> str:
@@ -256,6 +249,24 @@ class MemoryCache(Cache):
 
     def free(self) -> int:
         return psutil.virtual_memory().available
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Context manager that turns an OSError while entries are written to `place` into a ValueError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedies = {
+            errno.EFBIG: "Raise the limit on file sizes (ulimit -f)",
+            errno.ENOSPC: "Make room there",
+            errno.EDQUOT: "Make room there",
+        }
+        raise ValueError(
+            f"the cache entry {place} cannot be written ({error.strerror or error}). "
+            f"{remedies.get(error.errno or 0, 'Correct that')}, or give another cache_dir. "
+            "Existing entries are kept, and the next start computes only the missing ones"
+        ) from error
 
 
 def checksum(header: Mapping[str, object], data: memoryview) -> str:

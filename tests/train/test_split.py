@@ -124,7 +124,10 @@ def test_a_resumed_run_keeps_the_division_that_was_chosen(
             "memory.split=auto memory.offload_activations=true",
             "memory.offload_activations=true does not work ... Set memory.offload_activations=false",
         ),
-        ("memory.split=[2,3]", "memory.split=[2, 3] divides a model over GPUs, and this is device=cpu. Set memory.split=null."),
+        (
+            "memory.split=[2,3]",
+            "memory.split=[2, 3] divides a model over GPUs, and this is device=cpu. Set memory.split=null.",
+        ),
         (
             "memory.split=auto",
             "memory.split=auto divides a model over GPUs, and this is device=cpu. Set memory.split=null.",

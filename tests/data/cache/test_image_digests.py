@@ -215,7 +215,7 @@ def test_a_damaged_row_is_read_again(tmp_path: Path, column: str, value: object,
 
 
 @pytest.mark.usefixtures("later")
-@pytest.mark.parametrize("damage", ["no database", "torn", "another version"])
+@pytest.mark.parametrize("damage", ["no database", "torn", "another version", "no table", "no column"])
 def test_a_damaged_database_is_replaced(
     tmp_path: Path, damage: str, reads: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,8 +230,13 @@ def test_a_damaged_database_is_replaced(
         content = file.read_bytes()
         file.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
     else:
+        changes = {
+            "another version": "PRAGMA user_version = 99",
+            "no table": "DROP TABLE pictures",
+            "no column": "ALTER TABLE pictures DROP COLUMN transparent",
+        }
         with closing(sqlite3.connect(file)) as database:
-            database.execute("PRAGMA user_version = 99")
+            database.execute(changes[damage])
     reads.clear()
     index = Digests(file)
     index.look(file_picture(a.name))

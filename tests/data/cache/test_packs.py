@@ -1,5 +1,6 @@
 """data.cache.packs: entries in packs are those of files, and a pack is read as far as it is whole."""
 
+import errno
 import os
 import re
 import signal
@@ -278,6 +279,39 @@ def test_a_full_disk_is_said_and_keeps_what_was_stored(tmp_path: Path, monkeypat
     monkeypatch.setattr(store, "PACK_ABOVE", 0)
     assert planned.missing == 3
     assert planned.cache.get(planned.keys["b"])["embeddings"][0, 0] == 1
+
+
+def test_a_disk_that_is_full_when_a_pack_is_closed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = os.close
+
+    def full(file: int) -> None:
+        is_pack = os.readlink(f"/proc/self/fd/{file}").endswith(".pack")
+        close(file)
+        if is_pack:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    planned = plan_embeddings(Cache(tmp_path), PROMPTS, "text")
+    monkeypatch.setattr(os, "close", full)
+    message = rf"{tmp_path}.*packs cannot be written \(Disk quota exceeded\)\. Make room there.*cache_dir"
+    with pytest.raises(ValueError, match=message):
+        planned.fill(encode_prompts)
+
+
+def test_a_full_disk_does_not_lose_entries_that_pruning_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    planned = filled(tmp_path)
+    monkeypatch.setattr(packs_module, "_write", full)
+    with pytest.raises(ValueError, match=r"packs cannot be written \(No space left on device\)\. Make room there"):
+        prune(Cache(tmp_path), {planned.keys["b"]})
+    assert plan_embeddings(Cache(tmp_path), PROMPTS, "text").missing == 0
+
+
+def test_a_folder_of_packs_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "packs").touch()
+    with pytest.raises(ValueError, match=r"packs cannot be written \(File exists\)\. Correct that, or give another"):
+        filled(tmp_path)
 
 
 def test_after_a_part_was_written_the_next_entry_is_where_its_record_says(
