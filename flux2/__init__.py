@@ -30,9 +30,11 @@ if sys.platform == "linux" and not os.environ.keys() & set(ALLOCATOR_VARIABLES):
 # most 64 MB on. A step on a CPU then gets the same pages again, one fault and 4 KB of zeros at a time: some percent of
 # its time. 1 GB is kept instead; tensors above 32 MB are mapped on their own, and go back when they are freed.
 HEAP_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")  # what the user sets stays
-if platform.libc_ver()[0] == "glibc" and not os.environ.keys() & set(HEAP_VARIABLES):
-    ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD of malloc.h
-    ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+if sys.platform == "linux" and not os.environ.keys() & set(HEAP_VARIABLES):
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 # bitsandbytes, imported by PEFT, warns on some CPUs that a kernel could not be downloaded; flux2 does not use it
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -133,3 +133,18 @@ print([step() for _ in range(5)])
         code, out, err = python("-c", steps, **unset | own)
         assert code == 0, err
         assert json.loads(out)[3:] == pytest.approx(faults, abs=0.1 * pages)
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        "ctypes.CDLL = lambda name: object()",  # musl, whatever the interpreter was built for
+        "sys.platform = 'win32'; ctypes.CDLL = None",
+        "sys.platform = 'darwin'; sys.executable = '/not/readable'; os.confstr = None; ctypes.CDLL = None",
+    ],
+)
+def test_flux2_is_imported_where_there_is_no_glibc(system):
+    code, _, err = python(
+        "-c", f"import ctypes, os, sys; {system}; import flux2", **dict.fromkeys(flux2.HEAP_VARIABLES)
+    )
+    assert code == 0, err

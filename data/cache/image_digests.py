@@ -189,7 +189,10 @@ class Digests:
         self._database = self._imported = None
 
     def __del__(self) -> None:
-        self.close()  # a connection is in a reference cycle, and would keep its lock until it is collected
+        # a connection is in a reference cycle, and would keep its lock until it is collected; at the end of the process
+        # nothing but its own methods is left, so no `release`
+        if self._database is not None:
+            self._database.close()
 
     def _open(self, file: Path) -> sqlite3.Connection | None:
         """Return the database to read from, in memory for a .json file; None if there is neither."""
@@ -296,7 +299,8 @@ def _is_valid(digests: Any, width: Any, height: Any) -> bool:
 
 def _connect(file: Path, mode: str) -> sqlite3.Connection:
     uri = f"file://{quote(os.fsencode(file.absolute()))}?mode={mode}"  # a path may begin with //, like a host
-    return sqlite3.connect(uri, uri=True, timeout=PATIENCE, isolation_level=None)
+    # any thread may run the garbage collector, which closes it
+    return sqlite3.connect(uri, uri=True, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
 
 
 def _version(database: sqlite3.Connection) -> int:

@@ -3,7 +3,10 @@
 import json
 import os
 import sqlite3
+import subprocess
+import sys
 import tarfile
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -403,3 +406,39 @@ def test_a_damaged_shard_is_listed_each_time(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(content[:2100])  # within the header of the third file
     for _ in range(2):
         assert [sample.caption for sample in opened(tmp_path, max_bad=2)] == ["x"]
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("state", ["index.look(file_picture(picture.name))", "index.close()", "pass"])
+def test_the_end_of_a_process_is_silent(tmp_path: Path, state: str) -> None:
+    picture = drawn(tmp_path / "a.png", "red")
+    first = Digests(tmp_path / "index.sqlite")
+    first.look(picture)
+    first.save()
+    code = f"""
+from data.cache import image_digests
+from data.cache.image_digests import Digests
+from data.sources.images import file_picture
+picture = file_picture({picture.name!r})
+index = Digests(__import__("pathlib").Path({str(tmp_path / "index.sqlite")!r}))
+{state}
+image_digests.kept = index  # after what its methods use, so that this is gone before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.usefixtures("later")
+def test_another_thread_may_collect_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    picture = drawn(tmp_path / "a.png", "red")
+    first = Digests(tmp_path / "index.sqlite")
+    first.look(picture)
+    first.save()
+    held = [Digests(tmp_path / "index.sqlite")]
+    held[0].look(file_picture(picture.name))
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    assert ignored == []
