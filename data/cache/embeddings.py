@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.cache.store import Cache, Progress, Shape, check_finite, fill_share
+from data.cache.store import Cache, Progress, Shape, check_finite, fill_share, share_of
 from data.sources.images import shorten
 
 EMBEDDING_SHAPE: Shape = (None, None)
@@ -55,6 +55,11 @@ class EmbeddingPlan:
     def missing(self) -> int:
         """The number of entries that are missing from the cache or incomplete."""
         return len(self.cache.lacking(self.keys.values(), expected_tensor))
+
+    def missing_in(self, process_index: int, num_processes: int) -> int:
+        """Return the number of missing entries in one process's share."""
+        keys = share_of(self.cache, list(self.keys.values()), process_index, num_processes)
+        return len(self.cache.lacking(keys, expected_tensor))
 
     def size(self, length: int, width: int, dtype: torch.dtype) -> int:
         """Return the bytes of one entry's tensors, for embeddings (length, width) of `dtype`."""

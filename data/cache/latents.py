@@ -32,7 +32,7 @@ from data.buckets import (
     reference_size,
 )
 from data.cache.image_digests import Digests, content_digest
-from data.cache.store import Cache, Progress, Shape, check_finite, fill_share
+from data.cache.store import Cache, Progress, Shape, check_finite, fill_share, share_of
 from data.memory import without_collection
 from data.sources import Sample
 from data.sources.images import BadPicture, Picture, shorten
@@ -125,6 +125,11 @@ class LatentPlan:
     @property
     def missing(self) -> int:
         return len(self.lacking)
+
+    def missing_in(self, process_index: int, num_processes: int) -> int:
+        """Return the number of missing entries in one process's share."""
+        keys = share_of(self.cache, list(self.work), process_index, num_processes)
+        return len(self.cache.lacking(keys, self.expected))
 
     def expected(self, key: str) -> tuple[str, Shape]:
         """Return name and shape of an entry's tensor."""

@@ -285,6 +285,16 @@ def is_in(shapes: Mapping[str, tuple[int, ...]], name: str, wanted: Shape) -> bo
     return name in shapes and has_shape(shapes[name], wanted)
 
 
+def share_of(cache: Cache, keys: Sequence[str], process_index: int, num_processes: int) -> Sequence[str]:
+    """Return the keys that a process fills: every n-th, or all if the cache is not shared.
+
+    `keys` are *all* keys, not the missing ones: another process may fill entries before this one looks for them, and
+    shares of two different lists could leave entries that no process computes.
+    """
+    assert 0 <= process_index < num_processes
+    return keys[process_index::num_processes] if cache.shared else keys
+
+
 def fill_share(
     cache: Cache,
     expected: Callable[[str], tuple[str, Shape]],
@@ -297,16 +307,12 @@ def fill_share(
 ) -> None:
     """Call `work` for the missing keys of this process's share, all if the cache is not shared; report progress.
 
-    A share is every n-th of *all* keys, not of the missing ones: another process may fill entries before this one looks
-    for them, and shares of two different lists could leave entries that no process computes.
-
     `work` stores an entry and returns its bytes. With several workers it runs in as many threads, and the first error
     is raised at once, without waiting for other threads, which may wait for an answer that never comes. Entries of
     more than `PACK_ABOVE` keys go into packs.
     """
-    assert 0 <= process_index < num_processes
     cache.sweep()
-    missing = cache.lacking(keys[process_index::num_processes] if cache.shared else keys, expected)
+    missing = cache.lacking(share_of(cache, keys, process_index, num_processes), expected)
     pool = ThreadPoolExecutor(workers)
     sizes: Iterable[int] = map(work, missing)  # a single worker is this thread, which loaded the model
     if workers > 1:

@@ -153,8 +153,8 @@ def test_a_process_looks_for_missing_entries_before_any_other_can_have_filled_th
     order = []
 
     class Plan:
-        @property
-        def missing(self):
+        def missing_in(self, process_index, num_processes):
+            assert (process_index, num_processes) == (0, 1)
             order.append("look")
             return 1
 

@@ -245,6 +245,13 @@ def test_shares_of_starts_that_know_nothing_of_each_other_fill_what_one_does(run
     assert len(found["one"]) == 2 * len(CAPTIONS) + 1
 
 
+def test_a_share_that_is_complete_loads_no_encoder(run_command, small, tmp_path, events):
+    for expected in (["text encoder loaded", "autoencoder loaded"], []):
+        run_command(*small(f"cache_dir={tmp_path / 'cache'}"), "+share=1/3", task=cache.main)
+        assert [event for event in events if "loaded" in event] == expected
+        events.clear()
+
+
 @pytest.mark.parametrize("share", ["0/2", "3/2", "2", "1/0", "a/b", "1/2/3", "[1,2]", "true"])
 def test_a_wrong_share_is_refused(small, tmp_path, share):
     arguments = small(f"cache_dir={tmp_path / 'cache'}", f"+share={share}")

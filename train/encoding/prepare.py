@@ -131,12 +131,14 @@ def fill(
     share: tuple[int, int] = (0, 1),
     **options: int,
 ) -> dict[str, BadPicture]:
-    """Load an encoder, compute the missing entries of `plan`, and free it; do nothing if no entry is missing.
+    """Load an encoder, compute this process's missing entries of `plan`, and free it; do nothing if there are none.
 
     The processes divide `share`; `options` are those of `plan.fill`. Returns the errors of images that cannot be
     decoded, the same in all processes.
     """
-    missing = plan.missing
+    processes = accelerator.num_processes
+    index = share[0] * processes + accelerator.process_index
+    missing = plan.missing_in(index, share[1] * processes)
     accelerator.wait_for_everyone()  # all must count the missing entries before a fast process fills any
     bad: dict[str, BadPicture] = {}
     if missing:
@@ -148,8 +150,6 @@ def fill(
             def progress(done: int, total: int, stored: int) -> None:
                 bar.update(done, total, gigabytes(stored))
 
-            processes = accelerator.num_processes
-            index = share[0] * processes + accelerator.process_index
             bad = plan.fill(encode, index, share[1] * processes, progress, **options) or {}
         del encode
         free_memory()
