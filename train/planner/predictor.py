@@ -43,7 +43,7 @@ from train.planner.step_memory import (
     train_block,
     train_end,
 )
-from train.planner.text_encoder_memory import TEXT_SIZES, text_encoder_bytes
+from train.planner.text_encoder_memory import prompts_phase
 from train.planner.workload import Workload, frozen, tokens
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
@@ -106,19 +106,28 @@ class Planner:
         away: bool = False,
         part: Part | None = None,
         streamed: int | float = 0,
-    ) -> tuple[int, int, int, Work]:
+    ) -> tuple[int, int, int, int, Work]:
         """Return what a step takes at its peak on the device of `part`, and the work of the step.
 
-        That is (kept bytes, working set, buffers of streamed blocks). `both`: cache transposed weights. `away`: the
-        inputs of recomputed blocks are not kept on the device. `streamed`: number or share of blocks that stream.
+        That is (kept bytes, working set, buffers of streamed blocks, gradients). `both`: cache transposed weights.
+        `away`: inputs of recomputed blocks are not kept on the device. `streamed`: number or share that streams.
         """
         costs, part = self.costs(policy, budget_gb, both, away), part or self.whole
         work = sum((cost.work for cost in costs), self.end.work)
         if self.job.held:
             work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
         end = self.end if part.is_last else Cost(0, 0, 0, Work())
-        buffers = bytes_held(self.streamed_sizes(streamed, self.block_weights(both))) if part == self.whole else None
-        return *step(costs[part.start : part.stop], end, buffers), work
+        buffers = bytes_held(self.streamed_sizes(streamed, self.block_weights(both))[part.start : part.stop])
+        kept, working, held, gradients = step(costs[part.start : part.stop], end, (buffers, self.gradients_of(part)))
+        return kept, working, held, gradients, work
+
+    def gradients_of(self, part: Part) -> tuple[list[int], list[int]]:
+        """Return the bytes of the adapter's gradients while each block runs, in the forward and in the backward."""
+        blocks = [size(adapter_parameters(block)) for block in self.job.blocks[part.start : part.stop]]
+        every = int(self.adapter_of(part)["its gradients"])
+        if self.job.keeps_gradients:
+            return [every] * len(blocks), [every] * len(blocks)
+        return [0] * len(blocks), [every - sum(blocks[:i]) for i in range(len(blocks))]
 
     @property
     def whole(self) -> Part:
@@ -211,12 +220,8 @@ class Planner:
         shapes = {tuple(parameter.shape): parameter for parameter in adapter_parameters(self.job.model)}
         return {shape: optimizer_bytes(self.job.optimizer, [one]) for shape, one in shapes.items()}
 
-    @property
-    def swapped(self) -> int:
-        """Bytes of the trained weights, stored while their average is validated, sampled and saved."""
-        return self.swapped_of(self.whole)
-
     def swapped_of(self, part: Part) -> int:
+        """Return the bytes of the trained weights, stored while their average is validated, sampled and saved."""
         kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
         return int(self.adapter_of(part)["adapter"]) if kept else 0
 
@@ -296,7 +301,7 @@ class Planner:
         weights = self.block_weights(choice.cache_transposed_weights)
         streamed, away = self.count_streamed(choice.offload_blocks, weights)[0], self.count_away(choice)
         given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
-        work = self.blocks(*given)[3]
+        work = self.blocks(*given)[-1]
         work += work * self.class_share
         passes = job.accumulation * (2 if job.class_rows else 1)
         moved = 2.0 * streamed * passes + 2.0 * away * job.accumulation * (1 + self.class_share)
@@ -321,7 +326,7 @@ class Planner:
         job, libraries = self.job, self.libraries
         weights = self.block_weights(choice.cache_transposed_weights)
         given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
-        kept, working, buffers, _ = self.blocks(*given, part, choice.offload_blocks)
+        kept, working, buffers, gradients, _ = self.blocks(*given, part, choice.offload_blocks)
         kept += min(2 * self.boundary, self.count_away(choice))  # two are being copied
         working += compiled_copy(job.model, job.shape, job.dtype) if job.compiled and job.storage == "int8" else 0
         streamed, ring = self.count_streamed(choice.offload_blocks, weights)
@@ -341,6 +346,7 @@ class Planner:
             "step": {
                 **resident,
                 "buffers of streamed blocks": buffers,
+                "its gradients": gradients,
                 "micro-batch": inputs,
                 "kept for backward": kept,
                 "working set": working,
@@ -385,15 +391,8 @@ class Planner:
 
     def encoders(self) -> dict[str, dict[str, float]]:
         """Return the phases that fill the cache; a run with a complete cache skips them."""
-        job, libraries = self.job, self.libraries
         weights, encode, decode = self.autoencoder
-        phases: dict[str, dict[str, float]] = {}
-        width = job.variant.transformer.text_width // len(job.variant.text.layers)
-        sizes = job.text_sizes or TEXT_SIZES.get((job.variant.text.kind, width))
-        if sizes and job.text_here:
-            kept = job.dtype, sizes, job.text_storage
-            held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
-            phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
-        working = max(encode, decode) if job.class_pixels else encode  # class images are decoded
-        phases["images"] = {"autoencoder": weights, "working set": working, **libraries}
-        return phases
+        working = max(encode, decode) if self.job.class_pixels else encode  # class images are decoded
+        images = {"autoencoder": weights, "working set": working, **self.libraries}
+        prompts = prompts_phase(self.job)
+        return ({"prompts": prompts | self.libraries} if prompts else {}) | {"images": images}

@@ -333,18 +333,15 @@ def heaviest(blocks: Iterable[nn.Module]) -> nn.Module | None:
     return max(blocks, key=lambda block: sum(p.numel() for p in adapter_parameters(block)), default=None)
 
 
-def step(
-    costs: Sequence[Cost], end: Cost, buffers: tuple[Sequence[int], Sequence[int]] | None = None
-) -> tuple[int, int, int]:
-    """Return (kept bytes, working set, buffers) at the peak of one forward and backward through blocks in order.
+def step(costs: Sequence[Cost], end: Cost, more: Sequence[tuple[Sequence[int], Sequence[int]]] = ()) -> tuple[int, ...]:
+    """Return what a forward and backward through blocks in order take at the peak: (kept bytes, working set, *more).
 
-    `buffers` are those of streamed blocks (`ring_buffer.bytes_held`).
+    `more` are other bytes on the device while each block runs, in the forward and in the backward.
     """
     kept = [0, *accumulate(cost.kept for cost in costs)]
-    forward, backward = buffers or ([0] * len(costs), [0] * len(costs))
-    peaks = [(kept[i], cost.forward, forward[i]) for i, cost in enumerate(costs)]
-    peaks.append((kept[-1], end.backward, forward[-1] if forward else 0))
-    peaks += reversed([(kept[i + 1], cost.backward, backward[i]) for i, cost in enumerate(costs)])
+    peaks = [(kept[i], cost.forward, *(forward[i] for forward, _ in more)) for i, cost in enumerate(costs)]
+    peaks.append((kept[-1], end.backward, *(forward[-1] for forward, _ in more)))
+    peaks += [(kept[i + 1], cost.backward, *(backward[i] for _, backward in more)) for i, cost in enumerate(costs)]
     return max(peaks, key=sum)
 
 
