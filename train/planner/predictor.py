@@ -328,6 +328,7 @@ class Planner:
         given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
         kept, working, buffers, gradients, _ = self.blocks(*given, part, choice.offload_blocks)
         kept += min(2 * self.boundary, self.count_away(choice))  # two are being copied
+        working += self.boundary  # simulated peaks have up to one tensor of tokens more than is counted
         working += compiled_copy(job.model, job.shape, job.dtype) if job.compiled and job.storage == "int8" else 0
         streamed, ring = self.count_streamed(choice.offload_blocks, weights)
         adapter, others = self.adapter_of(part), self.other_weights_of(part)
