@@ -159,6 +159,8 @@ class Buckets:
 
         A crop moves only along the side that is cropped: variants may be equal, and then share a cache entry.
         """
+        if not self.random_crops and not self.flip:
+            return (MIDDLE,)
         crops = [_draw(picture, size, digest, number) for number in range(self.random_crops)] or [MIDDLE]
         return (*crops, *(Cut(crop.at, mirrored=True) for crop in crops if self.flip))
 

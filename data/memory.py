@@ -1,8 +1,19 @@
 """Memory of data with millions of objects."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the items in lists of `size`, the last one shorter."""
+    waiting = iter(items)
+    while part := list(islice(waiting, size)):
+        yield part
 
 
 @contextmanager

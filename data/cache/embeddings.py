@@ -26,12 +26,12 @@ class PromptKeys(Mapping[str, str]):
     """The cache key of each prompt's embedding, made when it is asked for: a million of them take 113 MB."""
 
     def __init__(self, prompts: Iterable[str], recipe: Mapping[str, str]) -> None:
-        self._prompts, self._recipe = dict.fromkeys(prompts), recipe
+        self._prompts, self._key_of = dict.fromkeys(prompts), Cache.keys("embeddings", "prompt", **recipe)
 
     def __getitem__(self, prompt: str) -> str:
         if prompt not in self._prompts:
             raise KeyError(prompt)
-        return Cache.key("embeddings", prompt=prompt, **self._recipe)
+        return self._key_of(prompt)
 
     def __contains__(self, prompt: object) -> bool:
         return prompt in self._prompts

@@ -20,28 +20,30 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from data.sources.images import KNOWN_FILES, Header, Picture
+from data.sources.images import KNOWN_FILES, BadPicture, Header, Picture
 
 VERSION = 4  # of the database: with another one all images are read again
 JSON_VERSION = 3  # of the .json file that earlier versions wrote, which is imported
 GRAIN = 2.0  # seconds; the resolution of the times of some file systems
-BATCH = 10_000  # rows that are read or written in one transaction
+BATCH = 10_000  # rows that are written in one transaction
+QUERY = 500  # rows that are read in one query: SQLite may be built for 999 parameters
 PATIENCE = 60.0  # seconds to wait while another process writes
 TABLES = (
     "CREATE TABLE pictures (place BLOB PRIMARY KEY, stamp TEXT, digests BLOB, width INTEGER, height INTEGER, "
     "mode TEXT, animated INTEGER, transparent INTEGER) WITHOUT ROWID",
     "CREATE TABLE listings (place BLOB PRIMARY KEY, stamp TEXT, content TEXT)",
 )
-FIND_PICTURE = (  # by its columns: without one of them, the database is replaced
-    "SELECT place, stamp, digests, width, height, mode, animated, transparent FROM pictures WHERE place = ?"
-)
+COLUMNS = {  # by their names: without one of them, the database is replaced
+    "pictures": "place, stamp, digests, width, height, mode, animated, transparent",
+    "listings": "place, stamp, content",
+}
 INSERT_PICTURE = "INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,6 @@ class Digests:
         self._is_unusable = False  # damaged or of another version: to be replaced
         self._pictures, self._listings = list[tuple[Any, ...]](), list[tuple[Any, ...]]()  # rows to write
         self._last = "", ""  # path and stamp of the file that was asked for last: a shard has many images
-        self._lookups = 0
         self._database: sqlite3.Connection | None = None
         self._imported: sqlite3.Connection | None = None
         self._database = None if file is None else self._open(file)
@@ -84,28 +85,32 @@ class Digests:
         finally:
             KNOWN_FILES.reset(token)
 
-    def recall(self, picture: Picture) -> None:
-        """Give `picture` its header and digests if they are known and its file has not changed since."""
-        where: tuple[str, str] | None = getattr(picture.open, "place", None)
-        if where is None or picture.digests is not None:
-            return
-        place = _place(*where, picture.alpha)
-        found = self._find(FIND_PICTURE, place)
-        if found is None or found[1] != (stamp := self._stamp(where[0])) or not _is_valid(*found[2:5]):
-            return
-        if found[5] is None:  # imported from an earlier version, which kept no headers
-            header = picture.header
-            self._pictures.append((place, stamp, found[2], *_columns(header)))
-        else:
-            header = _header(*found[3:])
-        picture.remember(header, found[2])
+    def recall(self, pictures: Iterable[Picture]) -> None:
+        """Give pictures their headers and digests if these are known and their files have not changed since."""
+        asked = [
+            (picture, where[0], _place(*where, picture.alpha))
+            for picture in pictures
+            if picture.digests is None and (where := getattr(picture.open, "place", None)) is not None
+        ]
+        rows = self._find("pictures", [place for *_, place in asked])
+        for picture, path, place in asked:
+            row = rows.get(place)
+            if row is None or row[1] != self._stamp(path) or not _is_valid(*row[2:5]):
+                continue
+            if row[5] is not None:
+                picture.remember(_header(*row[3:]), row[2])
+                continue
+            with suppress(BadPicture):  # imported from an earlier version, which kept no headers
+                picture.remember(picture.header, row[2])
+                self._pictures.append((place, row[1], row[2], *_columns(picture.header)))
 
     def look(self, picture: Picture) -> ImageDigest:
         """Return digests of the encoded content and (width, height). Raise BadPicture if it cannot be read.
 
         What a picture was given once, by `recall` or from its file, it keeps.
         """
-        self.recall(picture)
+        if picture.digests is None:
+            self.recall([picture])
         if picture.digests is None:
             self._read(picture)
         return ImageDigest(content_digest(picture), picture.size, pixel_digest(picture))
@@ -125,7 +130,7 @@ class Digests:
     def listing(self, path: str, read: Callable[[], Any]) -> Any:
         """Return a JSON value that describes a file: the stored one, or if there is none the result of `read`."""
         place, stamp = _place(path, "", False), settled_stamp(path)
-        found = self._find("SELECT place, stamp, content FROM listings WHERE place = ?", place)
+        found = self._find("listings", [place]).get(place)
         if found is not None and stamp and found[1] == stamp:
             with suppress(ValueError, TypeError):
                 return json.loads(found[2])
@@ -138,7 +143,6 @@ class Digests:
 
     def save(self) -> None:
         """Write what is new. Where that is not possible, a warning says so, once."""
-        self.release()
         if self._file is None or not self._writes or not (self._pictures or self._listings):
             return
         try:
@@ -183,7 +187,6 @@ class Digests:
 
     def close(self) -> None:
         """Close the database. What is asked for afterwards is read from the files."""
-        self.release()
         if self._database is not None:
             self._database.close()
         self._database = self._imported = None
@@ -209,27 +212,20 @@ class Digests:
             self._give_up(error)
         return None
 
-    def _find(self, query: str, place: bytes) -> tuple[Any, ...] | None:
-        """Return a row; None if there is none, or if the database cannot be read."""
-        if self._database is None:
-            return None
+    def _find(self, table: str, places: Sequence[bytes]) -> dict[bytes, tuple[Any, ...]]:
+        """Return the rows of a table by their places, without those that are not known or cannot be read.
+
+        One query finds many: each one locks the database, which takes longer than finding a row.
+        """
+        found: dict[bytes, tuple[Any, ...]] = {}
         try:
-            if not self._database.in_transaction:
-                self._database.execute("BEGIN")  # a lock for each query would take longer than the query
-            found: tuple[Any, ...] | None = self._database.execute(query, (place,)).fetchone()
-            self._lookups += 1
-            if found is None or self._lookups % BATCH == 0:  # reading the file takes time, and others want to write
-                self.release()
-            return found
+            for begin in range(0, len(places) if self._database is not None else 0, QUERY):
+                part = places[begin : begin + QUERY]
+                query = f"SELECT {COLUMNS[table]} FROM {table} WHERE place IN ({', '.join('?' * len(part))})"
+                found.update((row[0], row) for row in self._database.execute(query, part))
         except sqlite3.Error as error:
             self._give_up(error)
-            return None
-
-    def release(self) -> None:
-        """Let other processes write."""
-        with suppress(sqlite3.Error):
-            if self._database is not None and self._database.in_transaction:
-                self._database.execute("COMMIT")
+        return found
 
     def _give_up(self, error: sqlite3.Error) -> None:
         log.warning("%s cannot be read (%s): all images are read again", self._file, error)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as memoized
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -33,11 +34,12 @@ from data.buckets import (
 )
 from data.cache.image_digests import Digests, content_digest
 from data.cache.store import Cache, Progress, Shape, check_finite, fill_share, share_of
-from data.memory import without_collection
+from data.memory import in_parts, without_collection
 from data.sources import Sample
 from data.sources.images import BadPicture, Picture, shorten
 
 LATENT_CHANNELS = 128
+AT_ONCE = 1000  # samples whose images are looked up together
 log = logging.getLogger(__name__)
 
 
@@ -225,7 +227,7 @@ def plan_latents(
     """
     planner = _Planner(cache, buckets, encoder_id, reference_max_pixels, digests or Digests())
     entries, bad = [], {}
-    for number, sample in enumerate(samples):
+    for number, sample in enumerate(chain.from_iterable(map(planner.recalled, in_parts(samples, AT_ONCE)))):
         try:
             entries.append(planner.entry(sample))
         except BadPicture as error:
@@ -238,7 +240,8 @@ def plan_latents(
         )
     table: dict[Size, BucketRow] = {}
     for entry in entries:
-        row = table.setdefault(entry.size, BucketRow(own=entry.size not in buckets.sizes))
+        if (row := table.get(entry.size)) is None:
+            row = table[entry.size] = BucketRow(own=entry.size not in buckets.sizes)
         row.add(lost(planner.work[entry.key].picture.size, entry.size))
         row.references[entry.reference_sizes] += 1
     images = [work for work in planner.work.values() if work.kind != "mask"]
@@ -259,22 +262,28 @@ class _Planner:
     ) -> None:
         self.cache, self.buckets, self.encoder_id = cache, buckets, encoder_id
         self.reference_max_pixels, self.digests = reference_max_pixels, digests
-        self.assign = memoized(buckets.assign)
+        self.assign, self.key_of = memoized(buckets.assign), memoized(self._keys)
         self.work: dict[str, Work] = {}
+
+    def recalled(self, samples: list[Sample]) -> list[Sample]:
+        """Return the same, with what earlier starts know of the images."""
+        self.digests.recall(picture for sample in samples for picture in sample.pictures)
+        return samples
 
     def entry(self, sample: Sample) -> LatentEntry:
         """Return the entry of a sample. Raise BadPicture, without planning anything, if it cannot be used."""
-        digest, original, _ = self.digests.look(sample.target)
-        caps = tuple(
-            reference_size(*self.digests.look(picture).size, self.reference_max_pixels) for picture in sample.references
-        )
-        if sample.mask is not None and (mask_size := self.digests.look(sample.mask).size) != original:
-            sizes = "{} x {} pixels, but its image {} x {}".format(*mask_size, *original)
+        for picture in sample.pictures:
+            if picture.digests is None:
+                self.digests.look(picture)
+        original = sample.target.size
+        caps = tuple(reference_size(*picture.size, self.reference_max_pixels) for picture in sample.references)
+        if sample.mask is not None and sample.mask.size != original:
+            sizes = "{} x {} pixels, but its image {} x {}".format(*sample.mask.size, *original)
             raise BadPicture(sample.mask.name, f"is a mask and has {sizes}")
         size = self.assign(*original)
         if size is None:
             raise BadPicture(sample.target.name, self.buckets.too_small(*original))
-        cuts = self.buckets.cuts(original, size, digest)
+        cuts = self.buckets.cuts(original, size, content_digest(sample.target))
         if sample.references:  # which are not cropped with their image
             cuts = tuple(dict.fromkeys(Cut(mirrored=cut.mirrored) for cut in cuts))
         variants = []
@@ -290,12 +299,17 @@ class _Planner:
 
     def add(self, work: Work) -> str:
         """Collect an image to encode, unless it is known, and return its key."""
-        recipe = {"picture": content_digest(work.picture), "size": work.size, "fit": FIT_VERSION, **work.cut.recipe}
-        if work.kind != "mask":
-            recipe |= {"encoder": self.encoder_id, "reference": work.kind == "reference"}
-        key = self.cache.key(work.name, **recipe)
+        key = self.key_of(work.kind, work.size, work.cut)(content_digest(work.picture))
         self.work.setdefault(key, work)
         return key
+
+    def _keys(self, kind: str, size: Size, cut: Cut) -> Callable[[str], str]:
+        """Return a function from the digest of an image to its key."""
+        recipe = {"size": size, "fit": FIT_VERSION, **cut.recipe}
+        if kind == "mask":
+            return Cache.keys("mask", "picture", **recipe)
+        recipe |= {"encoder": self.encoder_id, "reference": kind == "reference"}
+        return Cache.keys("latents", "picture", **recipe)
 
 
 def _reason(target: Picture, error: BadPicture) -> str:

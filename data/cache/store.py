@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from functools import cache as memoized
-from itertools import accumulate, islice
+from itertools import accumulate
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from data.cache.packs import MAX_HEADER, Packs, PackWriter, Place, form_of
 from data.files import atomic_write, user_path
+from data.memory import in_parts
 
 PACK_ABOVE = 10_000  # entries of a plan from which on new ones go into packs
 PACKS = "packs"  # folder of the packs in that of the cache
@@ -73,6 +75,13 @@ class Cache:
         """Return the hexadecimal sha256 of the recipe as canonical JSON, whatever the order of its arguments."""
         return hashlib.sha256(CANONICAL.encode([kind, recipe]).encode()).hexdigest()
 
+    @staticmethod
+    def keys(kind: str, varying: str, **recipe: object) -> Callable[[str], str]:
+        """Return a function from a text in the field `varying` to the key, for many keys of the same other fields."""
+        # no value of a recipe is this character alone
+        before, after = CANONICAL.encode([kind, recipe | {varying: "\0"}]).split(CANONICAL.encode("\0"))
+        return lambda text: hashlib.sha256(f"{before}{encode_basestring_ascii(text)}{after}".encode()).hexdigest()
+
     def path(self, key: str) -> Path:
         """Return the path of an entry that is a file of its own."""
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -98,12 +107,10 @@ class Cache:
         Packs that changed are read again, once for all keys.
         """
         self.packs.refresh()
-        waiting = iter(keys)
-        parts = iter(lambda: list(islice(waiting, KEYS_AT_ONCE)), [])
         fits = memoized(lambda form, name, shape: is_in(self.packs.shapes(form), name, shape))
         return [
             key
-            for part in parts
+            for part in in_parts(keys, KEYS_AT_ONCE)
             for key, form in zip(part, self.packs.forms(part), strict=True)
             if not (form is not None and fits(form, *expected(key))) and not self._has_file(key, *expected(key))
         ]

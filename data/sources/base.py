@@ -6,13 +6,13 @@ that only a decoder finds are added to the same list later, by `Source.leave_out
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
 from data.checks import check_flag, check_int, check_text
-from data.memory import without_collection
+from data.memory import in_parts, without_collection
 from data.sources.captions import Captions
 from data.sources.images import KNOWN_FILES, BadPicture, Picture, printable, shorten
 
@@ -21,6 +21,7 @@ ALPHA = "alpha"
 UNUSED_COLUMNS = "columns of images, which dataset.reference_columns or dataset.mask can name"
 REPLACED = "captions, because dataset.prompt replaces all of them"
 SHOWN = 20  # names in a message about what is not used
+AT_ONCE = 1000  # samples whose images are looked up together
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +43,11 @@ class Sample:
     def caption(self) -> str:
         """The first caption."""
         return self.captions[0]
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All its images: target, references, mask."""
+        return (self.target, *self.references, *((self.mask,) if self.mask is not None else ()))
 
 
 class Bad(NamedTuple):
@@ -133,7 +139,7 @@ class Source(Sequence[Sample]):
     def _take(self, found: Iterable[Sample | Bad], hint: str = "") -> None:
         """Check, prepare and keep the samples found. Raise BadData as `leave_out` does, and, with `hint`, for none."""
         seen = set()
-        for sample in found:
+        for sample in self._recalled(found):
             if isinstance(sample, Bad):
                 self.bad.append(sample)
                 continue
@@ -156,6 +162,13 @@ class Source(Sequence[Sample]):
         if not self._samples and not self.bad:
             raise BadData(f"{self.where} has no samples{hint}")
         self._check_bad(self.bad)
+
+    def _recalled(self, found: Iterable[Sample | Bad]) -> Iterator[Sample | Bad]:
+        """Yield the same, with what earlier starts know of the images."""
+        for part in in_parts(found, AT_ONCE):
+            if self._known is not None:
+                self._known.recall(picture for one in part if isinstance(one, Sample) for picture in one.pictures)
+            yield from part
 
     def _note_unused(self, kind: str, *names: str) -> None:
         """Note what a dataset has and does not train; `_take` logs it."""
@@ -193,12 +206,12 @@ class Source(Sequence[Sample]):
                 sizes = " x ".join(map(str, mask.size)), " x ".join(map(str, sample.target.size))
                 raise ValueError(f"has the mask {mask.name} of {sizes[0]} pixels for an image of {sizes[1]}")
         captions = self._preparation.prepare(sample.captions)
+        if captions == sample.captions and mask is sample.mask:
+            return sample
         return Sample(sample.target, captions, sample.references, sample.weight, mask)
 
     def _check_header(self, picture: Picture) -> None:
         """Raise BadPicture if the header shows that the image cannot be trained on."""
-        if self._known is not None:
-            self._known.recall(picture)
         header = picture.header
         if min(header.size) < PIXELS_PER_LATENT:
             size = " x ".join(map(str, header.size))

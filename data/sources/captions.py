@@ -66,19 +66,21 @@ class Captions:
         texts = [text.strip() for text in texts] or [""]
         if not all(texts) and not self.allow_empty:
             raise ValueError("has an empty caption: write one, or allow it with dataset.captions.allow_empty=true")
-        if any(len(text) > MOST_CHARACTERS for text in texts):
+        if max(map(len, texts)) > MOST_CHARACTERS:
             raise ValueError(
                 f"has a caption of {max(map(len, texts))} characters: at most {MOST_CHARACTERS} are allowed"
             )
         if len(texts) * max(self.shuffle_tags, 1) > MOST_CAPTIONS:
             orders = f" in {self.shuffle_tags} orders" if self.shuffle_tags else ""
             raise ValueError(f"has {len(texts)} captions{orders}: at most {MOST_CAPTIONS} are allowed")
-        if any("\0" in text for text in texts):
+        if "\0" in (together := "".join(texts)):
             raise ValueError("has a caption with NUL characters, as text in UTF-16 has: save it as UTF-8")
         try:
-            "".join(texts).encode()
+            together.encode()
         except UnicodeEncodeError as error:
             raise ValueError("has a caption that contains a lone surrogate") from error
+        if not self.shuffle_tags and self.template is None and self.trigger is None:
+            return tuple(dict.fromkeys(texts))
         return tuple(dict.fromkeys(self._finish(order) for text in texts for order in self._orders(text)))
 
     def _orders(self, text: str) -> list[str]:

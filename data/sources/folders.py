@@ -220,13 +220,14 @@ class Folder(Source):
     def _note_what_is_not_named(self, file: Path, rows: Sequence[dict[str, Any]]) -> None:
         """Note images, captions and metadata below the folder of `file` that it leaves out, and its unused columns."""
         used = {self._image, self._mask_name, *(self._references or (REFERENCES,))}
-
-        def cells() -> Iterator[tuple[str, str]]:  # not a list: there may be millions
-            return ((column, name) for row in rows for column, cell in row.items() for name in _texts(cell))
-
-        names = {name for _, name in cells()}
-        others = (column for column, name in cells() if column not in used and is_image_name(name))
-        self._note_unused(UNUSED_COLUMNS, *dict.fromkeys(others))
+        names, others = set[str](), dict[str, None]()
+        for row in rows:
+            for column, cell in row.items():
+                texts = _texts(cell)
+                names.update(texts)
+                if column not in used and column not in others and any(map(is_image_name, texts)):
+                    others[column] = None
+        self._note_unused(UNUSED_COLUMNS, *others)
         try:
             found = list_files(file.parent, recursive=True)
         except OSError as error:
@@ -238,8 +239,8 @@ class Folder(Source):
             named = {_comparable(file.parent / name) for name in names}
             unnamed = [path for path in unnamed if _comparable(path) not in named]
         self._note_unused(f"images that {file} does not name", *unnamed)
-        texts = [path for stem, files in found.texts.items() if stem in found.pictures for path in files]
-        self._note_unused(f"captions, because {file} has them" if self._prompt is None else REPLACED, *texts)
+        captions = [path for stem, files in found.texts.items() if stem in found.pictures for path in files]
+        self._note_unused(f"captions, because {file} has them" if self._prompt is None else REPLACED, *captions)
         self._note_unused(f"files that may hold captions, because {file} has them", *found.unread)
         metadata = [path for path in found.metadata if path != str(file)]
         self._note_unused(f"metadata of subfolders, because {file} describes them", *metadata)
@@ -354,12 +355,14 @@ def _comparable(path: str | Path) -> str:
     return unicodedata.normalize("NFC", os.path.normpath(path))
 
 
-def _texts(cell: object) -> Iterator[str]:
-    """Yield the strings of a cell of metadata: one, those of a list, or those of a list that is written as JSON."""
-    if isinstance(cell, str) and cell.startswith("["):
+def _texts(cell: object) -> tuple[str, ...]:
+    """Return the strings of a cell of metadata: one, those of a list, or those of a list that is written as JSON."""
+    if isinstance(cell, str):
+        if not cell.startswith("["):
+            return (cell,)
         with suppress(ValueError, RecursionError):
             cell = json.loads(cell)
-    yield from (text for text in (cell if isinstance(cell, list) else [cell]) if isinstance(text, str))
+    return tuple(text for text in (cell if isinstance(cell, list) else [cell]) if isinstance(text, str))
 
 
 def _names(value: object, column: str) -> list[str]:

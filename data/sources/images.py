@@ -9,7 +9,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -208,8 +208,8 @@ class Picture:
 class KnownFiles(Protocol):
     """What earlier starts found out about files (data/cache/image_digests.py)."""
 
-    def recall(self, picture: Picture) -> None:
-        """Give `picture` its header and digests if they are known and its file has not changed since."""
+    def recall(self, pictures: Iterable[Picture]) -> None:
+        """Give pictures their headers and digests if these are known and their files have not changed since."""
 
     def listing(self, path: str, read: Callable[[], Any]) -> Any:
         """Return a JSON value that describes a file: the stored one, or if there is none the result of `read`."""

@@ -23,6 +23,7 @@ from data.sources.pixels import is_image
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 MOST_TEXT = 1 << 20  # maximum bytes of a caption file
+NAMED_AS_IMAGES = SUFFIXES | UNREADABLE
 UNREAD = (".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # may hold captions under names that are not read
 # what is added to the name of an image for what belongs to it: cat.png and cat.control.png, OneTrainer's cat-masklabel
 PARTNER = re.compile(
@@ -86,16 +87,18 @@ def list_files(folder: Path, recursive: bool = False) -> Listing:
 def _collect(folder: Path, prefix: str, found: Listing, above: tuple[str, ...] | None) -> None:
     with os.scandir(folder) as entries:
         shown = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    beginning = os.path.join(folder, "")
     for name in (name for name, is_dir in shown if not is_dir):
-        stem, suffix = os.path.splitext(name)
-        path, key = os.path.join(folder, name), unicodedata.normalize("NFC", prefix + stem)
-        if suffix.lower() in SUFFIXES | UNREADABLE or (not suffix and _is_image_file(path)):
+        stem, dot, ending = name.rpartition(".")  # of a million names, faster than os.path.splitext
+        stem, suffix = (stem, f".{ending}".lower()) if dot else (name, "")
+        path, key = beginning + name, unicodedata.normalize("NFC", prefix + stem)
+        if suffix in NAMED_AS_IMAGES or (not suffix and _is_image_file(path)):
             found.pictures[key].append(path)
-        elif suffix.lower() == ".txt":
+        elif suffix == ".txt":
             found.texts[key].append(path)
         elif name in METADATA:
             found.metadata.append(path)
-        elif suffix.lower() in UNREAD:
+        elif suffix in UNREAD:
             found.unread.append(path)
     for name in (name for name, is_dir in shown if is_dir):
         if name in SYSTEM_FOLDERS:

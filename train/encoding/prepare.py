@@ -75,7 +75,6 @@ class CacheRequest:
         """Return the plan, and skip `samples` with bad images; too many of them are an error."""
         identity = f"{fingerprint(self.source, 'vae')} float32"
         plan = plan_latents(self.cache, self.samples, self.buckets, identity, self.reference_pixels, self.digests)
-        self.digests.release()
         if plan.bad:
             self.samples.leave_out(plan.bad)
         return plan
