@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from data.memory import in_parts
 from data.sources.images import KNOWN_FILES, BadPicture, Header, Picture
 
 VERSION = 4  # of the database: with another one all images are read again
@@ -59,9 +60,9 @@ class ImageDigest(NamedTuple):
 class Digests:
     """Digests and headers of images, stored in the database `file` if there is one.
 
-    An image is stored if its `open` has an attribute `place`: the path of its file, and the part of that file. All
-    others are read at each start. A file of the same name with the extension .json, which earlier versions wrote, is
-    imported, and deleted when the database is written.
+    An image is stored if its `open` has an attribute `place` that is not None: the path of its file, and the part of
+    that file. All others are read at each start. A file of the same name with the extension .json, which earlier
+    versions wrote, is imported, and deleted when the database is written.
 
     Args:
         writes: Write what is new; of several processes one should.
@@ -90,7 +91,7 @@ class Digests:
         asked = [
             (picture, where[0], _place(*where, picture.alpha))
             for picture in pictures
-            if picture.digests is None and (where := getattr(picture.open, "place", None)) is not None
+            if picture.digests is None and (where := _where(picture)) is not None
         ]
         rows = self._find("pictures", [place for *_, place in asked])
         for picture, path, place in asked:
@@ -117,7 +118,7 @@ class Digests:
 
     def _read(self, picture: Picture) -> None:
         """Read an image, and store what is found if its file is old enough and does not change meanwhile."""
-        where: tuple[str, str] | None = getattr(picture.open, "place", None)
+        where = _where(picture)
         before = "" if where is None else settled_stamp(where[0])
         content = picture.digest()
         digests = bytes.fromhex(content + picture.pixel_digest(content))
@@ -170,7 +171,7 @@ class Digests:
         self.save()
         if self._file is None or not self._file.exists():
             return
-        places = ((picture.open.place, picture.alpha) for picture in pictures if hasattr(picture.open, "place"))
+        places = ((where, picture.alpha) for picture in pictures if (where := _where(picture)) is not None)
         used = ((_place(path, each, alpha),) for (path, part), alpha in places for each in {part, ""})
         try:
             with closing(_connect(self._file, "rw")) as database:
@@ -218,9 +219,10 @@ class Digests:
         One query finds many: each one locks the database, which takes longer than finding a row.
         """
         found: dict[bytes, tuple[Any, ...]] = {}
+        if self._database is None:
+            return found
         try:
-            for begin in range(0, len(places) if self._database is not None else 0, QUERY):
-                part = places[begin : begin + QUERY]
+            for part in in_parts(places, QUERY):
                 query = f"SELECT {COLUMNS[table]} FROM {table} WHERE place IN ({', '.join('?' * len(part))})"
                 found.update((row[0], row) for row in self._database.execute(query, part))
         except sqlite3.Error as error:
@@ -271,6 +273,11 @@ def settled_stamp(path: str) -> str:
 @lru_cache(maxsize=64)
 def _absolute(folder: str) -> str:
     return os.path.abspath(folder)
+
+
+def _where(picture: Picture) -> tuple[str, str] | None:
+    where: tuple[str, str] | None = getattr(picture.open, "place", None)
+    return where
 
 
 def _place(path: str, part: str, alpha: bool) -> bytes:

@@ -10,7 +10,7 @@ That makes it possible to train on a part of a dataset that is too large to down
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -24,6 +24,7 @@ from data.sources.captions import Captions
 from data.sources.folders import REFERENCES
 from data.sources.images import SUFFIXES, BadPicture, Picture, shorten
 from data.sources.listing import OutsideFolder, existing_folder, path_inside
+from data.sources.mapped_files import MappedFiles
 from data.sources.open_table import is_local, open_table, other_tables
 from data.sources.pixels import is_image
 from data.sources.streaming import streamed_table
@@ -102,6 +103,7 @@ class HuggingFace(Source):
             f"tables that by their names are not of dataset.split={split}", *other_tables(self.path, split)
         )
         self._tables = {column: table.select_columns([column]).with_format("arrow") for column in self._pictured}
+        self._mapped = MappedFiles(table.data.column(column) for column in self._pictured)
         self._take(self._found(table))
 
     def _found(self, table: "Dataset") -> Iterator[Sample | Bad]:
@@ -134,9 +136,18 @@ class HuggingFace(Source):
 
     def _picture(self, index: int, column: str, item: int | None = None) -> Picture:
         name = f"row {index} of {self.path}, column {column}" + ("" if item is None else f"[{item}]")
-        return Picture(name, partial(self._open, name, index, column, item))
+        return Picture(name, CellOpener(self, name, index, column, item))
 
-    def _open(self, name: str, index: int, column: str, item: int | None) -> BinaryIO:
+    def place(self, index: int, column: str, item: int | None) -> tuple[str, str] | None:
+        """Return the file that the bytes of an image are in, and the part of it; None for a path and a copy."""
+        cells = self._tables[column][index].column(0).chunk(0)
+        cells = cells if item is None else cells.flatten().slice(item, 1)
+        if pa.types.is_struct(cells.type):
+            cells = cells.field("bytes")
+        return self._mapped.place(cells)
+
+    def open(self, name: str, index: int, column: str, item: int | None) -> BinaryIO:
+        """Return a stream of an encoded image. Raise BadPicture, with `name`, if there is none."""
         cell = self._cell(index, column, item)
         roots = self._roots
         if cell.is_valid and pa.types.is_struct(cell.type):  # bytes and path, one of which may be null
@@ -196,6 +207,25 @@ class HuggingFace(Source):
             if not (empty or (_is_text(item) if key == "caption_column" else is_bytes or _may_be_path(item))):
                 wanted = "text" if key == "caption_column" else "images, encoded bytes, or paths"
                 raise ValueError(f"dataset.{key}={column!r} of {self.path} contains {kind}: it must contain {wanted}")
+
+
+@dataclass(frozen=True, slots=True)
+class CellOpener:
+    """Function that opens the image in a cell of a table."""
+
+    source: HuggingFace
+    name: str
+    index: int
+    column: str
+    item: int | None
+
+    @property
+    def place(self) -> tuple[str, str] | None:
+        """The file and the part of it that is read, for `data.cache.image_digests`; None where that is not certain."""
+        return self.source.place(self.index, self.column, self.item)
+
+    def __call__(self) -> BinaryIO:
+        return self.source.open(self.name, self.index, self.column, self.item)
 
 
 def _has_images(table: "Dataset", column: str) -> bool:
