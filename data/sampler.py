@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
@@ -57,18 +57,16 @@ class BucketSampler:
         if not (np.isfinite(given).all() and (given >= 0).all() and given.any()):
             raise ValueError("the weights of samples must be numbers >= 0, and not all 0")
         offsets = torch.rand(len(buckets), generator=derived_generator(seed, "weights"), dtype=torch.float64).numpy()
-        members: dict[Hashable, list[int]] = defaultdict(list)
-        for index, bucket in enumerate(buckets):
-            members[bucket].append(index)
-        self._bucket_of = np.empty(len(buckets), dtype=np.int64)
-        self._passes = []
+        numbers: dict[Hashable, int] = {}  # of the buckets, in the order of their first samples
+        each = (numbers.setdefault(bucket, len(numbers)) for bucket in buckets)
+        self._bucket_of = np.fromiter(each, np.int64, len(buckets))
+        counts = np.bincount(self._bucket_of)
         # buckets with fewer samples than a batch, which repeats them
-        self.small = {bucket: len(indices) for bucket, indices in members.items() if len(indices) < global_batch}
-        for number, indices in enumerate(members.values()):
-            self._bucket_of[indices] = number
-            self._passes.append(_Passes(np.array(indices), given, offsets))
+        self.small = {bucket: int(counts[n]) for bucket, n in numbers.items() if counts[n] < global_batch}
+        members = np.split(np.argsort(self._bucket_of, kind="stable"), np.cumsum(counts)[:-1])
+        self._passes = [_Passes(indices, given, offsets) for indices in members]
         self._cycles = _Passes(np.arange(len(buckets)), given, offsets)
-        self._order = lru_cache(maxsize=2 * len(members) + 2)(self._shuffled)
+        self._order = lru_cache(maxsize=2 * len(numbers) + 2)(self._shuffled)
 
     def batch(self, step: int) -> list[int]:
         """Return the sample indices of a step (from 0), by position in the global batch; all from one bucket."""

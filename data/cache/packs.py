@@ -72,10 +72,14 @@ class Packs:
             if seen == self._seen:
                 return False
             self._seen, self._files = seen, [self.folder / f"{name.removesuffix('.index')}.pack" for name, *_ in seen]
-            each = [read_records(file) for file in self._files]
-            self._ends = np.cumsum([len(one) for one in each], dtype=np.int64)
-            self._records = each[0] if len(each) == 1 else np.concatenate([np.empty(0, RECORD), *each])
-            del each
+            # filled file by file: a second copy of the records would take 48 bytes for each entry
+            records, ends = np.empty(sum(size // RECORD.itemsize for _, size, _ in seen), RECORD), [0]
+            for file, (_, size, _) in zip(self._files, seen, strict=True):
+                valid = read_records(file)[: size // RECORD.itemsize]  # it may have grown meanwhile
+                ends.append(ends[-1] + len(valid))
+                records[ends[-2] : ends[-1]] = valid
+                del valid
+            self._records, self._ends = records[: ends[-1]], np.array(ends[1:], dtype=np.int64)
             keys = self._records["key"]
             self._order = np.lexsort((keys[:, 1], keys[:, 0])).astype(np.int32)  # stable: of equal keys newest last
             self._high = keys[self._order, 0]

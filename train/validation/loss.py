@@ -48,7 +48,7 @@ class ValidationSettings:
 
     def split(
         self, contents: Sequence[str], references: Sequence[Sequence[str]] = (), pixels: Sequence[str] = ()
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[Sequence[int], list[int]]:
         """Return the indices to train on, in order, and those to validate on.
 
         Samples are held out by `contents`, the digests of their images: order does not matter, and adding images
@@ -63,7 +63,7 @@ class ValidationSettings:
             return hashlib.sha256(f"{self.seed} held out {contents[i]}".encode()).digest()
 
         if not self.held_out:
-            return list(range(count)), heapq.nsmallest(self.samples, range(count), key=rank)
+            return range(count), heapq.nsmallest(self.samples, range(count), key=rank)
         order = sorted(range(count), key=rank)
         groups = groups_of(pixels or contents, references)
         held_out = dict[int, None]()  # in order

@@ -33,7 +33,7 @@ def test_held_out_samples_are_not_trained_on_and_the_others_all_are():
 
 def test_without_held_out_samples_all_are_trained_on_and_some_validated():
     trained, validated = ValidationSettings(held_out=0, samples=4).split(CONTENTS[:10])
-    assert trained == list(range(10))
+    assert list(trained) == list(range(10))
     assert len(set(validated)) == 4
     assert sorted(ValidationSettings(samples=99).split(CONTENTS[:5])[1]) == list(range(5))
     assert ValidationSettings(samples=0).split(CONTENTS[:5])[1] == []
