@@ -130,7 +130,8 @@ class _Passes:
         self._indices = indices
         self.plain = bool((weights[indices] == 1).all())
         chosen = slice(0) if self.plain else indices
-        self._weights, self._offsets = weights[chosen], offsets[chosen]  # not needed if all weights are 1
+        # not needed if all weights are 1: copies, because a view would hold the whole array
+        self._weights, self._offsets = weights[chosen].copy(), offsets[chosen].copy()
         self._total = float(self._weights.sum())
         self.before = lru_cache(maxsize=8)(self._before)
 
