@@ -59,13 +59,14 @@ class BucketSampler:
         offsets = torch.rand(len(buckets), generator=derived_generator(seed, "weights"), dtype=torch.float64).numpy()
         numbers: dict[Hashable, int] = {}  # of the buckets, in the order of their first samples
         each = (numbers.setdefault(bucket, len(numbers)) for bucket in buckets)
-        self._bucket_of = np.fromiter(each, np.int64, len(buckets))
+        self._bucket_of = np.fromiter(each, np.int32, len(buckets))
         counts = np.bincount(self._bucket_of)
         # buckets with fewer samples than a batch, which repeats them
         self.small = {bucket: int(counts[n]) for bucket, n in numbers.items() if counts[n] < global_batch}
-        members = np.split(np.argsort(self._bucket_of, kind="stable"), np.cumsum(counts)[:-1])
+        order = np.argsort(self._bucket_of, kind="stable").astype(np.int32)
+        members = np.split(order, np.cumsum(counts)[:-1])
         self._passes = [_Passes(indices, given, offsets) for indices in members]
-        self._cycles = _Passes(np.arange(len(buckets)), given, offsets)
+        self._cycles = _Passes(np.arange(len(buckets), dtype=np.int32), given, offsets)
         self._order = lru_cache(maxsize=2 * len(numbers) + 2)(self._shuffled)
 
     def batch(self, step: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -53,7 +53,7 @@ class TrainingData:
     """The data that one run trains and validates on."""
 
     prepared: PreparedData  # all samples of the dataset
-    names: list[str]  # of the training samples, in the order of the loader's indices
+    names: Sequence[str]  # of the training samples, in the order of the loader's indices
     manifest: TrainedData  # content digests of the training samples, so that a resumed run detects changes
     models: Mapping[str, str]  # digests of the models that are trained on, likewise
     loader: Loader  # of this process's micro-batches
@@ -178,7 +178,7 @@ def prepare_data(config: RunConfig) -> TrainingData:
     chosen = chosen_samples(prepared.samples, cached, held_out)
     noise = config.validation.seed, config.validation.times
     validator = FixedNoiseLoss(cached, chosen, *noise, config.processes.map, settings.batch_size) if chosen else None
-    names = [sample.name for sample in samples]
+    names = manifest.names[: len(samples)]
     return TrainingData(prepared, names, manifest, models, loader, prior, validator)
 
 
