@@ -46,6 +46,12 @@ def test_a_key_depends_on_kind_and_recipe_but_not_on_the_order_of_arguments() ->
     assert Cache.key("a", c="x", b=(1, 2)) == hashlib.sha256(b'["a",{"b":[1,2],"c":"x"}]').hexdigest()
 
 
+@pytest.mark.parametrize("text", ["a", 'q"\\', "é\n", "\0", ""])
+def test_keys_that_differ_in_one_field_are_those_of_the_whole_recipes(text: str) -> None:
+    key_of = Cache.keys("latents", "picture", encoder='"', size=(64, 32))
+    assert key_of(text) == Cache.key("latents", encoder='"', picture=text, size=(64, 32))
+
+
 def test_a_process_killed_while_writing_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path)
     child = os.fork()  # a fresh interpreter would spend seconds importing torch
