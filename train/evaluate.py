@@ -45,6 +45,7 @@ from train.utils.files import read_image, write_whole
 from train.utils.memory import free_memory
 from train.utils.progress import ItemProgress
 from train.utils.redact import masked_command, masked_text
+from train.utils.text import many
 from train.validation.sample_grid import sample_grid
 from train.validation.samples import is_string_list
 
@@ -245,7 +246,9 @@ def evaluate_runs(settings: EvaluationSettings, features: Features) -> list[Eval
             first = run.config.sample
             sample = {key: getattr(first, key) for key in DRAWING_KEYS}
             sample |= {"prompts": run.prompts, "references": first.edits}
-        run.config.say(f"evaluating {folder}: {run.config.variant.name}, {len(run.prompts)} prompts, seeds {run.seeds}")
+        run.config.say(
+            f"evaluating {folder}: {run.config.variant.name}, {many(len(run.prompts), 'prompt')}, seeds {run.seeds}"
+        )
         found.append(evaluate(run, features, settings, chosen_alone=number > 0))
         del run
         free_memory()

@@ -105,7 +105,7 @@ def gpu_table(planners: Callable[[Gpu], Planner], settings: Prediction, memory: 
 
 
 def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None) -> str:
-    """Return a sentence with the time of a step, measured if benchmarks/results has this GPU and setting."""
+    """Return the images and the time of a step, measured if benchmarks/results has this GPU and setting."""
     job = planner.job
     median = measured(name, setting(planner, prediction.choice)) if job.usual else None
     images = (job.rows - job.held) * job.accumulation
@@ -113,8 +113,8 @@ def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None
     source = f"predicted for {on.name}" if median is None else f"measured on {name}, in benchmarks/results"
     flops = sum(prediction.work.flops.values()) / 1e12
     if not job.on_gpu:
-        return f"A step of {many(images, 'image')}: {flops:.2g} TFLOP in matrix products; on a CPU no time is predicted"
-    return f"A step of {many(images, 'image')}: {seconds:.2f} s ({source}); {flops:.0f} TFLOP in matrix products"
+        return f"{many(images, 'image')}: {flops:.2g} TFLOP in matrix products; on a CPU no time is predicted"
+    return f"{many(images, 'image')}: {seconds:.2f} s ({source}); {flops:.0f} TFLOP in matrix products"
 
 
 def planned_memory(prediction: Prediction, on_gpu: bool, name: str | None, card: float) -> str:
@@ -234,7 +234,7 @@ def main(config: DictConfig) -> None:
             f"{' on one of them' if now.split else ''}, and "
             f"only {limit / 1e9:.1f} GB are usable{headroom_text(memory)}"
         )
-    console.print(f"{'' if fits else 'If it did fit: '}{describe(planner, now, on, name)}")
+    console.print(f"{'A' if fits else 'If it did fit, a'} step of {describe(planner, now, on, name)}")
     if on_gpu and (hint := faster(run, now, on)):
         console.print(hint)
     if "prompts" in now.phases and now.total("prompts") > limit_of(memory, card or SMALL_GPU):

@@ -11,8 +11,8 @@ from flux2.prompts.remote_client import TOKEN, is_loopback
 from flux2.quantization.precision import pick_dtype
 from flux2.serve.arguments import arguments
 from flux2.utils import checks
+from flux2.utils.cli import format_error
 from flux2.utils.device import pick_device
-from flux2.utils.text import printable
 from flux2.weights.loading import embedding_identity, load_text_encoder, text_encoder_fingerprint
 from flux2.weights.sources import model_source
 
@@ -97,7 +97,7 @@ def main() -> int:
     try:
         run(options)
     except (ValueError, TypeError, OSError) as error:
-        print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
+        print("error:", format_error(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while the model is loaded
         print("interrupted", file=sys.stderr)

@@ -116,6 +116,8 @@ def format_error(error: Exception, overrides: Sequence[str] = (), name: str = "t
         return f"{word[1]} is several values, which need -m (a sweep). If it is one text, write {quoted}"
     if found := re.match(r"Could not override '(.+?)'", text):
         words = [item for item in overrides if item.lstrip("+~").partition("=")[0] == found[1]] or [found[1]]
+        if found[1] == "accelerate":
+            return f"{words[0]}: conf/accelerate is for the launcher: accelerate launch --config_file FILE train/run.py"
         if (CONFIG / found[1]).is_dir():
             return f"{words[0]}: no {found[1]} is chosen yet. Write +{words[0]}"
         return unknown_setting(words[0], known_settings(overrides, name))

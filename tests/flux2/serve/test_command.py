@@ -110,6 +110,7 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(command: Callable
         (["--batch", "0"], r"--batch[= ]0\b"),
         (["--max-body", "-1"], r"--max-body[= ]-1\b"),
         (["--path", "/gone"], r"'/gone'"),
+        (["--model", "dev"], r"--path /path/to"),
         (["--device", "cuda:7"], r"device='?cuda:7"),
     ],
 )

@@ -81,6 +81,10 @@ def test_a_text_with_a_comma_is_not_silently_a_sweep(run_command):
     assert holds(run_command.refused("dataset=folder", "dataset.prompt=choice(a)"), "dataset.prompt=choice(a) ... -m")
 
 
+def test_configurations_of_the_launcher_are_no_setting():
+    assert holds(refusal("accelerate=ddp"), "accelerate=ddp ... accelerate launch --config_file")
+
+
 def test_a_secret_is_not_repeated():
     assert "hidden" not in refusal("+tracker.api_key=hidden (2)")
 
