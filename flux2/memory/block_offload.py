@@ -36,7 +36,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from flux2.adapters.tuners import adapter_layers, layer_adapter_tensors
 from flux2.memory.activation_offload import ActivationPool, OffloadedActivation
-from flux2.memory.ring_buffer import ALIGNMENT, RING, Copier, Order, Ring, copier_for, most_held
+from flux2.memory.ring_buffer import ALIGNMENT, RING, Copier, Order, Ring, copier_for
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
 
@@ -167,6 +167,7 @@ class Offloader:
         self.blocks = [StreamedBlock(name, i, modules[i], copier) for i, name in enumerate(names)]
         self.streamed_blocks = dict(zip(modules, self.blocks, strict=True))
         self.ring = Ring([streamed.host for streamed in self.blocks], copier, ring)
+        self.buffers = {slot.buffer.untyped_storage().data_ptr() for slot in self.ring.slots}
         self.reattach(model)
         model.has_offloaded_blocks = bool(self.blocks)
 
@@ -186,14 +187,14 @@ class Offloader:
 
     @property
     def ring_bytes(self) -> int:
-        """Return the most bytes that the buffers on the device take."""
-        return most_held([block.host.nbytes for block in self.blocks]) if self.blocks else 0
+        """Return the bytes of the buffers on the device."""
+        return sum(slot.buffer.nbytes for slot in self.ring.slots)
 
     def __str__(self) -> str:
         """Return one line about what is offloaded."""
         blocks = (
             f"{len(self.blocks)} blocks stream: {self.host_bytes / 1e9:.3g} GB in host memory, "
-            f"up to {self.ring_bytes / 1e9:.3g} GB of buffers on {self.device}"
+            f"{self.ring_bytes / 1e9:.3g} GB of buffers on {self.device}"
         )
         parts = [blocks] if self.blocks else []
         if self.activation_pool is not None:
@@ -258,7 +259,7 @@ class Offloader:
         offloaded: WeakValueDictionary[Any, OffloadedActivation] = WeakValueDictionary()
 
         def pack(tensor: Tensor) -> Any:
-            if streamed is not None and tensor.untyped_storage().data_ptr() == self.buffer_of(streamed).data_ptr():
+            if streamed is not None and tensor.untyped_storage().data_ptr() in self.buffers:
                 dtype, layout = tensor.dtype, (tensor.shape, tensor.stride(), int(tensor.storage_offset()))
                 return lambda: self.buffer_of(streamed).view(dtype).as_strided(*layout)
             address = memory_address(tensor)

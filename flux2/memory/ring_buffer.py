@@ -114,37 +114,16 @@ def expected_blocks(index: int, order: Order, count: int) -> list[int]:
     return list(dict.fromkeys(expected[order]))
 
 
-def most_held(sizes: Sequence[int], ring: int = RING) -> int:
-    """Return the most bytes that the buffers take: those of `ring` neighbors among blocks of these sizes."""
-    return max(sum(sizes[(i + j) % len(sizes)] for j in range(min(ring, len(sizes)))) for i in range(len(sizes)))
-
-
-def bytes_held(sizes: Sequence[int | None], ring: int = RING) -> tuple[list[int], list[int]]:
-    """Return the bytes in the buffers while each block of a model runs: in the forward, and in the backward.
-
-    Args:
-        sizes: Bytes of each block of the model that streams, None for the others, in the order of the forward.
-        ring: Number of buffers.
-    """
-    streamed = [size for size in sizes if size is not None]
-    place = iter(range(len(streamed)))
-    index = [None if size is None else next(place) for size in sizes]
-    waiting = expected_blocks(0, "backward", len(streamed)) if streamed else []  # what the step before has left
-    passes: dict[Order, list[int]] = {"forward": [0] * len(sizes), "backward": [0] * len(sizes)}
-    order: Order
-    for order in ("forward", "backward"):
-        for block in range(len(sizes)) if order == "forward" else reversed(range(len(sizes))):
-            held, used = waiting, index[block]
-            if used is not None:
-                waiting = expected_blocks(used, order, len(streamed))
-                held = [used, *(other for other in waiting if other != used)]
-            passes[order][block] = sum(streamed[one] for one in held[:ring])
-    return passes["forward"], passes["backward"]
+def slot_sizes(sizes: Sequence[int], ring: int = RING) -> list[int]:
+    """Return the bytes of each buffer, largest first, such that any `ring` neighbors of these sizes fit together."""
+    ring = min(ring, len(sizes))
+    windows = [sorted((sizes[(i + j) % len(sizes)] for j in range(ring)), reverse=True) for i in range(len(sizes))]
+    return [max(column) for column in zip(*windows, strict=True)]
 
 
 @dataclass
 class Slot:
-    """A buffer on the device, as large as the block that it holds or receives, and the ticket of that copy."""
+    """A buffer on the device, the block that it holds or receives, and the ticket of that copy."""
 
     buffer: Tensor
     holds: int | None = None
@@ -161,9 +140,6 @@ def finish(copier: Copier, slots: Sequence[Slot]) -> None:
 class Ring:
     """Holds the blocks that are used now and next on the device.
 
-    A buffer has the size of its block. Where a block of another size comes, it is freed and allocated again, because
-    the double blocks are twice as large as the single ones, at whose turn a step takes the most memory.
-
     Args:
         hosts: Bytes of each block in host memory, (size,) uint8, in the order of the forward. They are only read.
         size: Number of buffers, >= 1. With 1, nothing is prefetched.
@@ -177,7 +153,7 @@ class Ring:
         if size < 1:
             raise ValueError(f"ring={size} must be an integer >= 1")
         self.hosts, self.copier = list(hosts), copier
-        self.slots = [Slot(copier.device(0)) for _ in self.hosts[:size]]
+        self.slots = [Slot(copier.device(nbytes)) for nbytes in slot_sizes([host.nbytes for host in hosts], size)]
         self.current: int | None = None
         self.expected = list(range(len(self.hosts)))
         self.copies = self.copied = 0
@@ -187,14 +163,14 @@ class Ring:
         return next((slot for slot in self.slots if slot.holds == index), None)
 
     def use(self, index: int, order: Order) -> Tensor:
-        """Return the buffer with the bytes of block `index`, and prefetch the blocks expected next.
+        """Return the buffer that starts with the bytes of block `index`, and prefetch the blocks expected next.
 
         The buffer is valid until `release`; the block in use before is released.
         """
         self.current = index
         self.expected = expected_blocks(index, order, len(self.hosts))
         slot = self.slot(index) or self.load(index, self.wanted()) or self.load(index, ())
-        assert slot is not None  # with nothing to keep, every buffer is free
+        assert slot is not None, f"no buffer is as large as block {index}"
         self.prefetch()
         self.copier.wait(slot.ticket)
         return slot.buffer
@@ -217,18 +193,13 @@ class Ring:
                 self.load(index, wanted)
 
     def load(self, index: int, keep: Collection[int]) -> Slot | None:
-        """Start the copy of a block into a buffer that holds none of `keep`; return None if there is no such buffer."""
+        """Start the copy of a block into the smallest buffer that is large enough and holds none of `keep`."""
         host = self.hosts[index]
-        free = [slot for slot in self.slots if slot.holds not in keep]
-        slot = next((slot for slot in free if slot.buffer.nbytes == host.nbytes), free[0] if free else None)
+        fitting = [slot for slot in self.slots if slot.holds not in keep and slot.buffer.nbytes >= host.nbytes]
+        slot = min(fitting, key=lambda slot: slot.buffer.nbytes, default=None)
         if slot is not None:
-            if slot.buffer.nbytes != host.nbytes:
-                finish(self.copier, [slot])
-                slot.holds, slot.buffer = None, slot.buffer.new_empty(0)  # freed before the next is allocated
-                with torch.inference_mode(False):  # training uses what a sample grid allocated
-                    slot.buffer = self.copier.device(host.nbytes)
-            slot.holds = None  # a copy that is interrupted leaves bytes of two blocks
-            slot.ticket = self.copier.start(host, slot.buffer)
+            slot.holds = None  # if the copy is interrupted, it holds a part of one block and a part of another
+            slot.ticket = self.copier.start(host, slot.buffer[: host.nbytes])
             slot.holds = index
             self.copies += 1
             self.copied += host.nbytes

@@ -137,7 +137,6 @@ def workload_of(
         text_sizes=text_sizes(config.source),
         text_storage=config.text_encoder.storage,
         text_here=config.text_encoder.here,
-        num_processes=config.planned_processes or config.accelerator.num_processes,
         num_shards=config.num_shards,
         num_gpus=num_gpus,
         split=tuple(split) if isinstance(split, list) else None,

@@ -22,7 +22,7 @@ from flux2.adapters import adapter_parameters
 from flux2.memory.activation_checkpointing import blocks_within, kept_bytes, set_policy
 from flux2.memory.block_offload import offloaded_blocks, streamed_tensors
 from flux2.memory.kernels import use_kernels
-from flux2.memory.ring_buffer import bytes_held, most_held
+from flux2.memory.ring_buffer import RING, slot_sizes
 from flux2.quantization.nf4 import Nf4Linear
 from flux2.quantization.precision import set_transposed_cache
 from train.config.memory import Choice
@@ -43,7 +43,7 @@ from train.planner.step_memory import (
     train_block,
     train_end,
 )
-from train.planner.text_encoder_memory import prompts_phase
+from train.planner.text_encoder_memory import TEXT_SIZES, text_encoder_bytes
 from train.planner.workload import Workload, frozen, tokens
 
 LIBRARIES = 0.3e9  # assumed: workspaces of cuBLAS and cuDNN
@@ -105,29 +105,17 @@ class Planner:
         both: bool = False,
         away: bool = False,
         part: Part | None = None,
-        streamed: int | float = 0,
-    ) -> tuple[int, int, int, int, Work]:
-        """Return what a step takes at its peak on the device of `part`, and the work of the step.
+    ) -> tuple[int, int, Work]:
+        """Return (kept bytes, working set) at the peak of a step on the device of `part`, and the work of the step.
 
-        That is (kept bytes, working set, buffers of streamed blocks, gradients). `both`: cache transposed weights.
-        `away`: inputs of recomputed blocks are not kept on the device. `streamed`: number or share that streams.
+        `both`: cache transposed weights. `away`: the inputs of recomputed blocks are not kept on the device.
         """
         costs, part = self.costs(policy, budget_gb, both, away), part or self.whole
         work = sum((cost.work for cost in costs), self.end.work)
         if self.job.held:
             work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
         end = self.end if part.is_last else Cost(0, 0, 0, Work())
-        buffers = bytes_held(self.streamed_sizes(streamed, self.block_weights(both))[part.start : part.stop])
-        kept, working, held, gradients = step(costs[part.start : part.stop], end, (buffers, self.gradients_of(part)))
-        return kept, working, held, gradients, work
-
-    def gradients_of(self, part: Part) -> tuple[list[int], list[int]]:
-        """Return the bytes of the adapter's gradients while each block runs, in the forward and in the backward."""
-        blocks = [size(adapter_parameters(block)) for block in self.job.blocks[part.start : part.stop]]
-        every = int(self.adapter_of(part)["its gradients"])
-        if self.job.keeps_gradients:
-            return [every] * len(blocks), [every] * len(blocks)
-        return [0] * len(blocks), [every - sum(blocks[:i]) for i in range(len(blocks))]
+        return *step(costs[part.start : part.stop], end), work
 
     @property
     def whole(self) -> Part:
@@ -220,8 +208,12 @@ class Planner:
         shapes = {tuple(parameter.shape): parameter for parameter in adapter_parameters(self.job.model)}
         return {shape: optimizer_bytes(self.job.optimizer, [one]) for shape, one in shapes.items()}
 
+    @property
+    def swapped(self) -> int:
+        """Bytes of the trained weights, stored while their average is validated, sampled and saved."""
+        return self.swapped_of(self.whole)
+
     def swapped_of(self, part: Part) -> int:
-        """Return the bytes of the trained weights, stored while their average is validated, sampled and saved."""
         kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
         return int(self.adapter_of(part)["adapter"]) if kept else 0
 
@@ -270,16 +262,12 @@ class Planner:
             return self.inputs + returned * (not part.is_last)
         return self.boundary + shape.tokens * self.job.model.config.head_dim * 8
 
-    def streamed_sizes(self, given: int | float, weights: Sequence[int]) -> list[int | None]:
-        """Return the bytes of each block that streams, None for the others."""
-        config = self.job.model.config
-        streamed = {*offloaded_blocks(config, given)}
-        return [size if name in streamed else None for name, size in zip(config.block_names, weights, strict=True)]
-
     def count_streamed(self, given: int | float, weights: Sequence[int]) -> tuple[int, int]:
-        """Return the bytes of the streamed blocks, and the most of the buffers that they stream through."""
-        sizes = [size for size in self.streamed_sizes(given, weights) if size is not None]
-        return sum(sizes), most_held(sizes) if sizes else 0
+        """Return the bytes of the streamed blocks, and of the ring buffer they stream through."""
+        config = self.job.model.config
+        by_name = dict(zip(config.block_names, weights, strict=True))
+        sizes = [by_name[name] for name in offloaded_blocks(config, given)]
+        return sum(sizes), sum(slot_sizes(sizes, RING)) if sizes else 0
 
     def count_away(self, choice: Choice) -> int:
         """Return the bytes of the block inputs that are in host memory between forward and backward."""
@@ -301,7 +289,7 @@ class Planner:
         weights = self.block_weights(choice.cache_transposed_weights)
         streamed, away = self.count_streamed(choice.offload_blocks, weights)[0], self.count_away(choice)
         given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
-        work = self.blocks(*given)[-1]
+        work = self.blocks(*given)[2]
         work += work * self.class_share
         passes = job.accumulation * (2 if job.class_rows else 1)
         moved = 2.0 * streamed * passes + 2.0 * away * job.accumulation * (1 + self.class_share)
@@ -326,9 +314,8 @@ class Planner:
         job, libraries = self.job, self.libraries
         weights = self.block_weights(choice.cache_transposed_weights)
         given = choice.checkpointing, choice.budget_gb, choice.cache_transposed_weights, choice.offload_activations
-        kept, working, buffers, gradients, _ = self.blocks(*given, part, choice.offload_blocks)
+        kept, working, _ = self.blocks(*given, part)
         kept += min(2 * self.boundary, self.count_away(choice))  # two are being copied
-        working += self.boundary  # simulated peaks have up to one tensor of tokens more than is counted
         working += compiled_copy(job.model, job.shape, job.dtype) if job.compiled and job.storage == "int8" else 0
         streamed, ring = self.count_streamed(choice.offload_blocks, weights)
         adapter, others = self.adapter_of(part), self.other_weights_of(part)
@@ -344,14 +331,7 @@ class Planner:
         }
         inputs = self.inputs_of(part)
         phases: dict[str, dict[str, float]] = {
-            "step": {
-                **resident,
-                "buffers of streamed blocks": buffers,
-                "its gradients": gradients,
-                "micro-batch": inputs,
-                "kept for backward": kept,
-                "working set": working,
-            },
+            "step": {**resident, "micro-batch": inputs, "kept for backward": kept, "working set": working},
             "update": {**resident, "working set": adapter["adapter"]},
         }
         idle = {key: value for key, value in resident.items() if key != "its gradients"}
@@ -392,8 +372,15 @@ class Planner:
 
     def encoders(self) -> dict[str, dict[str, float]]:
         """Return the phases that fill the cache; a run with a complete cache skips them."""
+        job, libraries = self.job, self.libraries
         weights, encode, decode = self.autoencoder
-        working = max(encode, decode) if self.job.class_pixels else encode  # class images are decoded
-        images = {"autoencoder": weights, "working set": working, **self.libraries}
-        prompts = prompts_phase(self.job)
-        return ({"prompts": prompts | self.libraries} if prompts else {}) | {"images": images}
+        phases: dict[str, dict[str, float]] = {}
+        width = job.variant.transformer.text_width // len(job.variant.text.layers)
+        sizes = job.text_sizes or TEXT_SIZES.get((job.variant.text.kind, width))
+        if sizes and job.text_here:
+            kept = job.dtype, sizes, job.text_storage
+            held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
+            phases["prompts"] = {"text encoder": held, "working set": activations, **libraries}
+        working = max(encode, decode) if job.class_pixels else encode  # class images are decoded
+        phases["images"] = {"autoencoder": weights, "working set": working, **libraries}
+        return phases

@@ -333,15 +333,12 @@ def heaviest(blocks: Iterable[nn.Module]) -> nn.Module | None:
     return max(blocks, key=lambda block: sum(p.numel() for p in adapter_parameters(block)), default=None)
 
 
-def step(costs: Sequence[Cost], end: Cost, more: Sequence[tuple[Sequence[int], Sequence[int]]] = ()) -> tuple[int, ...]:
-    """Return what a forward and backward through blocks in order take at the peak: (kept bytes, working set, *more).
-
-    `more` are other bytes on the device while each block runs, in the forward and in the backward.
-    """
+def step(costs: Sequence[Cost], end: Cost) -> tuple[int, int]:
+    """Return (kept bytes, working set) at the peak of one forward and backward through blocks in order."""
     kept = [0, *accumulate(cost.kept for cost in costs)]
-    peaks = [(kept[i], cost.forward, *(forward[i] for forward, _ in more)) for i, cost in enumerate(costs)]
-    peaks.append((kept[-1], end.backward, *(forward[-1] for forward, _ in more)))
-    peaks += [(kept[i + 1], cost.backward, *(backward[i] for _, backward in more)) for i, cost in enumerate(costs)]
+    peaks = [(before, cost.forward) for before, cost in zip(kept[:-1], costs, strict=True)]
+    peaks.append((kept[-1], end.backward))
+    peaks += reversed([(after, cost.backward) for after, cost in zip(kept[1:], costs, strict=True)])
     return max(peaks, key=sum)
 
 

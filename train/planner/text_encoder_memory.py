@@ -9,7 +9,6 @@ import torch
 from flux2.models.variants import TextConfig
 from flux2.quantization.blockwise_int8 import BLOCK
 from flux2.quantization.nf4 import NESTED_BLOCK
-from train.planner.workload import Workload
 
 # config.json values of the published text encoders, by kind and hidden size
 TEXT_SIZES = {
@@ -47,14 +46,3 @@ def text_encoder_bytes(
     # the outputs of all layers are returned, and one layer's MLP is active
     activations = length * (width * (layers + 1) + 3 * sizes["mlp"] + 2 * width) + (max(linears) if storage else 0)
     return layers * layer + element * sizes["words"] * width, element * activations
-
-
-def prompts_phase(job: Workload) -> dict[str, float]:
-    """Return the bytes for encoding prompts by component; nothing if that is done elsewhere, or sizes are unknown."""
-    width = job.variant.transformer.text_width // len(job.variant.text.layers)
-    sizes = job.text_sizes or TEXT_SIZES.get((job.variant.text.kind, width))
-    if not sizes or not job.text_here:
-        return {}
-    kept = job.dtype, sizes, job.text_storage
-    held, activations = text_encoder_bytes(job.variant.text, width, job.text_tokens, *kept)
-    return {"text encoder": held, "working set": activations}

@@ -44,7 +44,6 @@ class Workload:
     text_sizes: Mapping[str, int] = field(default_factory=dict)
     text_storage: str | None = None  # of the text encoder's layers: nf4, int8, or None
     text_here: bool = True  # whether the text encoder runs on this machine
-    num_processes: int = 1  # whose gradients are averaged
     num_shards: int = 1  # number of processes that the base is sharded over
     num_gpus: int = 1  # GPUs that the blocks are divided over
     split: tuple[int, ...] | None = None  # number of blocks on each; None: as even as their memory allows
@@ -63,12 +62,6 @@ class Workload:
         predicted = tokens(self.pixels)
         image = predicted + sum(tokens(reference) for reference in self.references)
         return Shape(self.rows, image, self.text_tokens, predicted, self.float32_attention)
-
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether gradients exist when a forward begins: of earlier micro-batches, or in the buffers of processes."""
-        several = self.accumulation > 1 or self.class_rows > 0 or (self.rows > 1 and bool(self.references))
-        return several or self.num_processes > 1
 
     @property
     def trained_parameters(self) -> int:

@@ -66,8 +66,8 @@ def test_the_parts_hold_the_model_once(planner: Callable[..., Planner], storage:
     assert prediction.split == (20, 36)
     assert len(prediction.peaks) == 2
     for name in ("weights of blocks", "other weights", "adapter", "its gradients", "optimizer"):
-        held = [phases["update"][name] for phases in (prediction.phases, *prediction.later_phases)]
-        assert sum(held) == whole.phases["update"][name], name
+        held = [phases["step"][name] for phases in (prediction.phases, *prediction.later_phases)]
+        assert sum(held) == whole.phases["step"][name], name
         assert min(held) > 0, name
     weights = [phases["step"]["weights of blocks"] for phases in (prediction.phases, *prediction.later_phases)]
     assert weights == [sum(one.weights[:20]), sum(one.weights[20:])]

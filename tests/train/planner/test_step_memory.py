@@ -13,13 +13,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from flux2.adapters import adapter_parameters
 from flux2.adapters.tuners import attach
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.transformer import Transformer
 from flux2.models.variants import DEV
 from flux2.quantization.nf4 import Nf4Linear, quant_map
-from train.config.memory import Choice
 from train.planner import step_memory
 from train.planner.step_memory import (
     AllocationCounter,
@@ -32,8 +30,6 @@ from train.planner.step_memory import (
     train_block,
     train_end,
 )
-
-pytest_plugins = ("planner_helpers",)
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = replace(helpers.TRANSFORMERS["dev"], double_blocks=2, single_blocks=3)
@@ -228,17 +224,3 @@ def test_what_compiled_blocks_take_more_is_counted():
             assert more < (copy if name.startswith("int8") else 60e6), (name, policy)
             if name.startswith("int8") and policy == "full":
                 assert more > 0.8 * copy  # it is needed
-
-
-def test_gradients_are_counted_when_they_exist(planner):
-    first, kept = planner("dev"), planner("dev", accumulation=2)
-    blocks = [size(adapter_parameters(block)) for block in first.job.blocks]
-    forward, backward = first.gradients_of(first.whole)
-    assert set(forward) == {0}
-    assert [backward[0], backward[-1]] == [sum(blocks), blocks[-1]]
-    for found in kept.gradients_of(kept.whole):
-        assert found == [sum(blocks)] * 56
-    peak = first.predict(Choice("full")).phases["step"]["its gradients"]
-    assert peak < 0.1 * sum(blocks)  # where the backward begins
-    for more in ({"class_rows": 1}, {"num_processes": 2}, {"rows": 2, "references": [(512, 512)]}):
-        assert replace(first.job, **more).keeps_gradients
