@@ -214,11 +214,11 @@ def test_a_template_that_takes_all_memory_is_an_error_and_the_limit_ends_with_it
 
     tokenizer = load_tokenizer(TINY_FOLDER / "tokenizer")
     tokenizer.chat_template = template
-    before, start = resource.getrlimit(resource.RLIMIT_AS), time.monotonic()
+    before, start = resource.getrlimit(resource.RLIMIT_AS), time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"the chat template of the tokenizer (takes too much memory|does not end)"):
         tokenize(tokenizer, ["a cup"], "mistral", 8)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1.1 * 2**20  # KiB
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     assert len(bytes(2 * TEMPLATE_MEMORY)) == 2 * TEMPLATE_MEMORY, "nothing of the limit is left"
