@@ -60,8 +60,9 @@ class LoraProduct(torch.autograd.Function):
         if needs_a:
             da = (dh.t() @ flatten_rows(x)).to(a.dtype)
         if needs_b:
-            # not dy^T h: on a CPU, products with few rows are faster than those with few columns
-            db = (h.t() @ dy_rows).t().contiguous().to(b.dtype)
+            # on a CPU, products with few rows are faster than those with few columns
+            db = (h.t() @ dy_rows).t().contiguous() if dy.device.type == "cpu" else dy_rows.t() @ h
+            db = db.to(b.dtype)
             if ctx.scale != 1:
                 db *= ctx.scale
         if needs_x:

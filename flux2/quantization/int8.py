@@ -84,8 +84,10 @@ def int8_product(x: Tensor, weight: Tensor, before: Tensor | None, after: Tensor
         if fused:
             values, scale = fused_elementwise.quantize_rows(rows, before, torch.int8, SMALLEST_SCALE)
         else:
-            scaled = rows if before is None else torch.mul(rows, before, out=torch.empty_like(rows))
-            values, scale = quantize_rows(scaled)
+            # not in a variable, in which it would stay while the product runs
+            values, scale = quantize_rows(
+                rows if before is None else torch.mul(rows, before, out=torch.empty_like(rows))
+            )
         sums = integer_product(values, weight)
         torch.mul(sums, scale if after is None else after, out=out)  # in the dtype of x, without a float32 copy
         if after is not None:
