@@ -20,10 +20,6 @@ sys.path.insert(1, str(ROOT / "tests"))
 
 import flux2  # noqa: F401, I001  before torch: it sets how long threads spin
 
-import argparse
-import json
-import subprocess
-import tempfile
 import time
 from dataclasses import replace
 from typing import Any
@@ -31,18 +27,18 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.common import free_memory, write_result
+from benchmarks.common import free_memory
 from benchmarks.models import Inputs, make_precision
+from benchmarks.simulated_cases import run_cases
 from flux2 import adapters
 from flux2.layers.attention import preferred_backends
 from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.variants import DEV
 from flux2.quantization.precision import Precision
-from simulated_gpu.build import environment
-from simulated_gpu.simulated import device, empty_transformer
+from simulated_gpu.simulated import empty_transformer
 
 RESULT = ROOT / "benchmarks" / "results" / "compilation_simulated.json"
-STORAGES, CAPABILITIES, POLICIES = ("bf16", "fp8", "int8", "nf4"), (90, 120), ("full", "selective", "none")
+CAPABILITIES = (90, 120)
 CUDA = torch.device("cuda")
 
 
@@ -78,33 +74,9 @@ def compare(storage: str, policy: str) -> dict[str, Any]:
     return found | {"CPU seconds a graph": compiled["CPU seconds"] / graphs}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="run only cases whose name contains this, e.g. 'nf4 90'")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # of the process that runs it
-    options = parser.parse_args()
-    if options.case is not None:
-        device().simulated_gpu_answer_ones(1)
-        print(json.dumps({policy: compare(options.case, policy) for policy in POLICIES}))
-        return
-    result: dict[str, Any] = {
+if __name__ == "__main__":
+    about = {
         "what": "steps of two double and three single blocks of dev, 1024 px: simulated memory, measured CPU time",
         "hardware": "simulated GPU (tests/simulated_gpu), two CPU cores",
-        "versions": {"torch": torch.__version__},
-        "runs": {},
     }
-    for name in (f"{storage} {number}" for number in CAPABILITIES for storage in STORAGES):
-        if options.only in name:
-            storage, number = name.split()
-            with tempfile.TemporaryDirectory() as cache:  # nothing is compiled yet
-                given = environment(capability=int(number), gb=150) | {"TORCHINDUCTOR_CACHE_DIR": cache}
-                command = [sys.executable, __file__, "--case", storage]
-                done = subprocess.run(command, env=given, stdout=subprocess.PIPE, text=True, check=True)
-            result["runs"][name] = json.loads(done.stdout.splitlines()[-1])
-            print(name, json.dumps(result["runs"][name]), flush=True)
-            write_result(options.out, result)
-
-
-if __name__ == "__main__":
-    main()
+    run_cases(__file__, about, CAPABILITIES, compare, RESULT)

@@ -10,7 +10,6 @@ tokens.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -20,17 +19,15 @@ sys.path.insert(1, str(ROOT / "tests"))
 
 import flux2  # noqa: F401, I001  before torch: it sets how long threads spin
 
-import argparse
-import json
-import subprocess
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.common import free_memory, write_result
+from benchmarks.common import free_memory
 from benchmarks.models import Inputs, make_precision
+from benchmarks.simulated_cases import run_cases
 from flux2 import adapters
 from flux2.layers import fused_elementwise
 from flux2.layers.attention import preferred_backends
@@ -38,11 +35,10 @@ from flux2.memory.activation_checkpointing import set_policy
 from flux2.memory.kernels import use_kernels
 from flux2.models.variants import DEV
 from flux2.quantization.precision import Precision
-from simulated_gpu.build import environment
 from simulated_gpu.simulated import device, empty_transformer
 
 RESULT = ROOT / "benchmarks" / "results" / "kernels_simulated.json"
-STORAGES, CAPABILITIES, POLICIES = ("bf16", "fp8", "int8", "nf4"), (80, 90, 120), ("full", "selective", "none")
+CAPABILITIES = (80, 90, 120)
 CUDA = torch.device("cuda")
 
 
@@ -90,32 +86,9 @@ def compare(storage: str, policy: str) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="run only cases whose name contains this, e.g. 'nf4 90'")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # of the process that runs it
-    options = parser.parse_args()
-    if options.case is not None:
-        device().simulated_gpu_answer_ones(1)
-        print(json.dumps({policy: compare(options.case, policy) for policy in POLICIES}))
-        return
-    result: dict[str, Any] = {
+if __name__ == "__main__":
+    about = {
         "what": "steps of two double and three single blocks of dev, 1024 px: simulated memory and launches",
         "hardware": "simulated GPU (tests/simulated_gpu)",
-        "versions": {"torch": torch.__version__},
-        "runs": {},
     }
-    for name in (f"{storage} {number}" for number in CAPABILITIES for storage in STORAGES):
-        if options.only in name:
-            storage, number = name.split()
-            given = environment(capability=int(number), gb=150)
-            command = [sys.executable, __file__, "--case", storage]
-            done = subprocess.run(command, env=os.environ | given, stdout=subprocess.PIPE, text=True, check=True)
-            result["runs"][name] = json.loads(done.stdout.splitlines()[-1])
-            print(name, json.dumps(result["runs"][name]), flush=True)
-            write_result(options.out, result)
-
-
-if __name__ == "__main__":
-    main()
+    run_cases(__file__, about, CAPABILITIES, compare, RESULT)

@@ -50,6 +50,17 @@ from train.stages.memory import load_config
 from train.stages.run_folder import claim_run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
+# settings of a run in which all that happens between steps happens
+EVENTS = [
+    "gradient_accumulation=2",
+    "validate_every=2",
+    "sample_every=2",
+    "sample.prompts=[a red cup]",
+    "sample.steps=2",
+    "preservation=base",
+    "preservation.prompts=[a cup]",
+    "preservation.weight=1.0",
+]
 CONF = ROOT / "conf"
 # a word of the small tokenizer's each, so that no two captions have the same embedding
 CAPTIONS = ["a red cup", "a blue fox", "the small card", "a tarot cup", "trtcrd in red", "the blue background"]

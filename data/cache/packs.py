@@ -161,7 +161,8 @@ class Packs:
 class PackWriter:
     """Appends entries to packs of its own, begun when they are needed. Threads may share it.
 
-    An entry is on the disk when `append` returns, or without `flushes` when `close` does.
+    The bytes of an entry are on the disk before its record is written, or without `flushes` when `close` returns. A
+    record that the system had not written yet when it stopped counts as missing.
     """
 
     def __init__(self, folder: Path, flushes: bool = True) -> None:

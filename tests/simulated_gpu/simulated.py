@@ -6,9 +6,9 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from simulated_gpu.build import environment
 from torch import Tensor, nn
 
+from flux2 import adapters
 from flux2.memory import ring_buffer
 from flux2.memory.ring_buffer import CudaCopier
 from flux2.models.transformer import Transformer
@@ -25,6 +26,13 @@ from flux2.weights.loading import device_chooser
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(__file__).with_name("launch.py")
+ATTACH: dict[str, Callable[..., None]] = {
+    "lora": partial(adapters.attach, rank=16),
+    "dora": partial(adapters.attach_dora, rank=16),
+    "lokr": partial(adapters.attach_lokr, rank=16),
+    "loha": partial(adapters.attach_loha, rank=16),
+    "oft": partial(adapters.attach_oft, block_size=32),
+}
 
 
 @cache

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from simulated_gpu.simulated import empty_transformer, run
+from simulated_gpu.simulated import ATTACH, empty_transformer, run
 
 from benchmarks.fits import Case
 from benchmarks.models import Inputs, make_precision
@@ -34,13 +34,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs SIM
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 SHALLOW = replace(VARIANTS["klein_base_4b"].transformer, double_blocks=2, single_blocks=3)
 STORAGES: list[Storage | None] = [None, "fp8", "int8", "nf4"]
-ATTACH: dict[str, Callable[..., None]] = {
-    "lora": partial(adapters.attach, rank=16),
-    "dora": partial(adapters.attach_dora, rank=16),
-    "lokr": partial(adapters.attach_lokr, rank=16),
-    "loha": partial(adapters.attach_loha, rank=16),
-    "oft": partial(adapters.attach_oft, block_size=32),
-}
 OPTIMIZERS = ["adamw_8bit", "adafactor", "lion", "muon"]
 OPTIMIZERS += ["prodigy"] * bool(find_spec("prodigyopt")) + ["schedulefree"] * bool(find_spec("schedulefree"))
 

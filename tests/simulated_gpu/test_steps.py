@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from simulated_gpu.simulated import RepeatedCopier, empty_transformer, refusing_after
+from simulated_gpu.simulated import ATTACH, RepeatedCopier, empty_transformer, refusing_after
 from torch import nn
 
 from benchmarks.models import Inputs, make_precision
@@ -26,13 +25,6 @@ CUDA = torch.device("cuda")
 SHALLOW = {
     name: replace(VARIANTS[name].transformer, double_blocks=2, single_blocks=3)
     for name in ("dev", "klein_base_9b", "klein_base_4b")
-}
-ATTACH: dict[str, Callable[..., None]] = {
-    "lora": partial(adapters.attach, rank=16),
-    "dora": partial(adapters.attach_dora, rank=16),
-    "lokr": partial(adapters.attach_lokr, rank=16),
-    "loha": partial(adapters.attach_loha, rank=16),
-    "oft": partial(adapters.attach_oft, block_size=32),
 }
 
 

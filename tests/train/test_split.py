@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from message_helpers import holds
-from train_helpers import adapter, compose, lines, refusal, same_tensors, values
+from train_helpers import EVENTS, adapter, compose, lines, refusal, same_tensors, values
 
 from flux2.memory.model_split import SplitRunner
 from flux2.quantization.precision import Precision
@@ -22,17 +22,7 @@ from train.sweeps.reuse import SHARED
 
 pytest_plugins = ("train_helpers",)
 
-EVENTS = [
-    "gradient_accumulation=2",
-    "validate_every=2",
-    "sample_every=2",
-    "sample.prompts=[a red cup]",
-    "sample.steps=2",
-    "preservation=base",
-    "preservation.prompts=[a cup]",
-    "preservation.weight=1.0",
-    "ema_decay=0.9",
-]
+SETTINGS = [*EVENTS, "ema_decay=0.9"]
 
 
 @pytest.fixture
@@ -63,7 +53,7 @@ def same_runs(one: Path, other: Path) -> None:
 def test_a_divided_model_trains_the_same(
     train: Callable[..., Path], ran: list[SplitRunner], precision: str, policy: str
 ) -> None:
-    settings = [f"precision={precision}", f"memory.checkpointing={policy}", *EVENTS]
+    settings = [f"precision={precision}", f"memory.checkpointing={policy}", *SETTINGS]
     whole = train("whole", *settings)
     assert ran == []
     same_runs(train("divided", *settings, "memory.split=[3,2]"), whole)

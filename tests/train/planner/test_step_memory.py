@@ -18,6 +18,7 @@ from flux2.memory.activation_checkpointing import set_policy
 from flux2.models.transformer import Transformer
 from flux2.models.variants import DEV
 from flux2.quantization.nf4 import Nf4Linear, quant_map
+from train.config.memory import Choice
 from train.planner import step_memory
 from train.planner.step_memory import (
     AllocationCounter,
@@ -30,6 +31,8 @@ from train.planner.step_memory import (
     train_block,
     train_end,
 )
+
+pytest_plugins = ("planner_helpers",)
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = replace(helpers.TRANSFORMERS["dev"], double_blocks=2, single_blocks=3)
@@ -224,3 +227,18 @@ def test_what_compiled_blocks_take_more_is_counted():
             assert more < (copy if name.startswith("int8") else 60e6), (name, policy)
             if name.startswith("int8") and policy == "full":
                 assert more > 0.8 * copy  # it is needed
+
+
+def test_a_plan_has_what_compiled_blocks_and_attention_in_float32_take_more(planner):
+    plain, compiled = planner("dev", storage="int8"), planner("dev", storage="int8", compiled=True)
+    shape = plain.job.shape
+
+    def working_set(found):
+        return found.predict(Choice("full")).phases["step"]["working set"]
+
+    copy = compiled_copy(plain.job.model, shape, torch.bfloat16)
+    assert copy == 4608 * 55296 * 2
+    assert working_set(compiled) - working_set(plain) == copy
+    token = shape.tokens * 6144 * 4  # bytes of the tokens in float32
+    more = working_set(planner("dev", float32_attention=True)) - working_set(planner("dev"))
+    assert token <= more < 8 * token
