@@ -32,9 +32,7 @@ def run_cases(
     """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--only", default="", help="run only cases whose name contains this, e.g. 'nf4 90'"
-    )
+    parser.add_argument("--only", default="", help="run only cases whose name contains this, e.g. 'nf4 90'")
     parser.add_argument("--out", type=Path, default=result)
     parser.add_argument("--case", help=argparse.SUPPRESS)  # of the process that runs it
     options = parser.parse_args()
