@@ -197,6 +197,8 @@ def test_an_adapter_config_of_any_value_changes_nothing_else_or_is_refused(count
         scale = 1.0
         if key == "lora_alpha" and isinstance(value, int | float):
             scale = value / config[key]
+        elif key.endswith("_pattern") and isinstance(value, dict):
+            pass  # as in PEFT: a pattern that names no layer changes nothing
         elif key in meant and (value or config[key]) and value != config[key]:
             with pytest.raises(adapters.AdapterError):
                 updates(tmp_path)

@@ -20,7 +20,7 @@ from flux2.generate.metadata import NamedFile, Record
 from flux2.generate.progress import CLEAR, Screen
 from flux2.generate.requests import Request, parse_request, read_lines, round_sizes
 from flux2.pipeline import Pipeline, load
-from flux2.quantization.precision import describe
+from flux2.quantization.precision import caution, describe
 from flux2.utils import checks
 from flux2.utils.cli import format_error, is_out_of_memory, split_adapter
 from flux2.utils.device import pick_device
@@ -198,6 +198,8 @@ def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[str, float]], opt
     transformer = pipeline.transformer
     if pipeline.precision.storage is not None:
         say(describe(transformer, pipeline.precision, pipeline.device))
+    if inexact := caution(transformer):
+        say(f"warning: {inexact}. Images are more exact with --precision fp8 or bf16")
     for path, scale in adapters:
         loaded = pipeline.load_adapter(path, scale)
         place, given = find(path), user_path(path)

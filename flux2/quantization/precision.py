@@ -25,6 +25,7 @@ from flux2.quantization.float8 import Float8Linear
 from flux2.quantization.int8 import Int8Linear
 from flux2.quantization.nf4 import Nf4Linear, Workspace
 from flux2.utils.choices import PRECISIONS
+from flux2.utils.text import listed
 
 Storage = Literal["fp8", "int8", "nf4"]
 Backward = Literal["fp8", "int8", "bf16"]
@@ -217,6 +218,17 @@ def describe(model: nn.Module, precision: Precision, device: torch.device | str 
     if odd := len(layers) - len(multiplying):
         text += f", and in {rest} for {odd} layers whose sizes are no multiples of {multiplying[0].multiple}"
     return text
+
+
+def caution(model: nn.Module) -> str:
+    """Return a sentence about layers whose INT8 products are inexact; empty if there are none."""
+    coarse = [name for name, layer in model.named_modules() if isinstance(layer, Int8Linear) and layer.is_coarse()]
+    if not coarse:
+        return ""
+    return (
+        f"int8 is inexact for {listed(coarse, 2)}: a few columns are so large that half of the weights are rounded to "
+        "integers from -2 to 2, where 127 is the largest"
+    )
 
 
 def _why_not_in_8_bits(precision: Precision, device: torch.device) -> str:

@@ -14,13 +14,13 @@ from flux2.adapters import adapter_parameters
 from flux2.memory.block_offload import offload
 from flux2.memory.model_split import split_model
 from flux2.models.pixels import reference_image, to_pixels
-from flux2.quantization.precision import describe
+from flux2.quantization.precision import caution, describe
 from flux2.utils.text import gigabytes
 from flux2.weights.loading import load_autoencoder, load_transformer
 from train.config.run_config import RunConfig
 from train.distributed.sharding import attach_sharded, local_bytes, sharder, total_bytes
 from train.sweeps.reuse import SHARED, Base
-from train.utils.console import name_process_in_errors
+from train.utils.console import name_process_in_errors, warn
 from train.utils.memory import explain_oom
 from train.utils.text import many
 from train.validation.samples import Sampler
@@ -90,6 +90,9 @@ def load_base(config: RunConfig) -> Base:
         ready=ready,
     )
     config.say(describe(transformer, config.precision, device))
+    if inexact := caution(transformer):
+        remedy = "Use bf16 or fp8" if config.precision.rotate else "Set precision.rotate=true, or use fp8"
+        warn(f"{inexact}. {remedy}")
     if sharded:
         config.say(
             f"the base is sharded: each of {config.num_shards} processes holds {gigabytes(local_bytes(transformer))} "

@@ -283,3 +283,11 @@ def test_a_file_of_prompts_makes_what_its_lines_say(
     assert (made[2].guidance, [image.path for image in made[2].images]) == (2, ["a.png"])
     assert repeat("--path", command.path, *sizes, "--prompt", "a fox", "--seed", "5", "--out", "alone.png") == 0
     assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "x" / "y_000.png").read_bytes()
+
+
+def test_a_model_for_which_int8_is_inexact_is_named(command, capsys, monkeypatch):
+    assert command("--precision", "int8", "--out", "exact.png") == 0
+    assert "inexact" not in capsys.readouterr().err
+    monkeypatch.setattr("flux2.quantization.int8.COARSE", 60)
+    assert command("--precision", "int8", "--out", "inexact.png") == 0
+    assert re.search(r"warning: int8 is inexact for double_blocks.*--precision fp8 or bf16", capsys.readouterr().err)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flux2.quantization import int8
 from flux2.quantization.int8 import Int8Linear, hadamard_signs, integer_product, quantize_rows, rotation_block
-from flux2.quantization.precision import Precision, convert
+from flux2.quantization.precision import Precision, caution, convert
 
 
 def cosine(ours: Tensor, reference: Tensor) -> float:
@@ -166,9 +166,31 @@ def test_rotation_keeps_products_and_gradients_where_some_columns_are_large(size
         assert cosine(linear.input_gradient(dy), dy @ weight) > 0.9999
         linear.store(spiked)
         found[rotate] = forward, cosine(linear.input_gradient(dy)[:, ~large], (dy @ spiked)[:, ~large])
+        assert linear.is_coarse() == (not rotate)
     assert min(found[True]) >= 0.9995
     assert 0.996 < found[False][0] < 0.999
     assert 0.98 < found[False][1] < 0.992
+
+
+def test_a_layer_with_less_than_the_gates_gradient_is_named_and_no_other() -> None:
+    """A gradient's cosine below 0.995, for columns that are ever larger; zeros and a missing weight are not inexact."""
+    generator = torch.Generator().manual_seed(0)
+    weight, dy = torch.randn(128, 512, generator=generator), torch.randn(64, 128, generator=generator)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(512, 128, bias=False) for name in "abcd"})
+    convert(model, Precision(storage="int8", layers=tuple("abcd")))
+    found = []
+    for factor in (1, 4, 8, 12, 16, 20, 30, 100):
+        spiked = weight.clone()
+        spiked[:, ::200] *= factor
+        model["b"].store(spiked)  # type: ignore[operator]
+        exact = cosine(model["b"].input_gradient(dy)[:, 1:200], (dy @ spiked)[:, 1:200])  # type: ignore[operator]
+        found.append((exact, caution(model)))
+    assert all(said for exact, said in found if exact < 0.995)
+    assert not any(said for exact, said in found if exact > 0.998)
+    assert found[-1][1].startswith("int8 is inexact for b: a few columns")
+    model["b"].store(torch.cat([weight[:9], torch.zeros(119, 512)]))  # type: ignore[operator]
+    model["c"].store(torch.zeros(128, 512))  # type: ignore[operator]
+    assert caution(model) == caution(torch.nn.ModuleDict({"d": Int8Linear(512, 128, device="meta")})) == ""
 
 
 # ------------------------------------------------------------------ models
