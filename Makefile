@@ -53,13 +53,14 @@ $(CUDA_VENV)/installed: pyproject.toml constraints.txt
 	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CUDA_VENV)/constraints.txt -e '.[dev]'
 	@touch $@
 
+# Both runs write tests/simulated_gpu/results.json.
+SIMULATED := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= SIMULATED_GPU_GB=400 SIMULATED_GPU_RESULTS=1
+SIMULATED_PYTEST := $(CUDA_VENV)/bin/python tests/simulated_gpu/build.py $(CUDA_VENV)/bin/python -m pytest \
+  -n $(CORES) --dist worksteal -m 'not gpu_values'
+
 test-simulated-gpu: $(CUDA_VENV)/installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= SIMULATED_GPU_GB=400 $(CUDA_VENV)/bin/python \
-	  tests/simulated_gpu/build.py $(CUDA_VENV)/bin/python -m pytest -n $(CORES) --dist worksteal -m 'not gpu_values' \
-	  tests/simulated_gpu tests/gpu
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= SIMULATED_GPU_GB=400 SIMULATED_GPU_COUNT=2 \
-	  $(CUDA_VENV)/bin/python tests/simulated_gpu/build.py $(CUDA_VENV)/bin/python -m pytest -n $(CORES) \
-	  --dist worksteal -m 'not gpu_values' tests/simulated_gpu/test_split.py
+	$(SIMULATED) SIMULATED_GPU_COUNT=1 $(SIMULATED_PYTEST) tests/simulated_gpu tests/gpu
+	$(SIMULATED) SIMULATED_GPU_COUNT=2 $(SIMULATED_PYTEST) tests/simulated_gpu/test_split.py
 
 check: setup
 	$(BIN)/ruff check .
