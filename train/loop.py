@@ -22,18 +22,18 @@ from flux2.adapters import adapter_parameters
 from flux2.utils.device import seed_devices
 from train.checkpoints.checkpointer import Checkpointer
 from train.config.settings import LoopSettings
-from train.distributed.processes import Processes, ProcessesDiverged
+from train.distributed.processes import Processes
 from train.objective.loss import Losses
 from train.objective.objective import MicroBatch, Objective
 from train.optim.ema import EvaluationWeights
 from train.optim.schedules import LearningRate
 from train.optim.update_guard import Reading, UpdateGuard, clip
 from train.tracking.metrics import Metrics
-from train.utils.console import warn_unsaved
-from train.utils.memory import OutOfMemory, explain_oom
+from train.utils.console import warn
+from train.utils.memory import explain_oom
 from train.utils.prefetch import Prefetcher
 from train.utils.progress import Progress
-from train.utils.signals import stop_requests
+from train.utils.signals import sample_requests, stop_requests
 from train.utils.throughput import Clock
 from train.validation.loss import FixedNoiseLoss
 from train.validation.samples import Sampler
@@ -85,6 +85,7 @@ class Trainer:
         progress = Progress(settings.steps, first_step, shown=self.is_main)
         with (
             stop_requests() as stop_request,  # also while trackers finish, which may wait for a network
+            sample_requests(self.folder / "sample") as sample_request,
             closing(self.metrics),
             closing(self.prefetcher),
             closing(progress),
@@ -94,7 +95,7 @@ class Trainer:
             if checkpointer.unlogged is not None:  # the base, or the step whose logging an error ended
                 with progress.paused():
                     self.validate_and_sample(first_step, checkpointer.unlogged)
-            clock, checkpoint_pending = Clock(self.devices), False
+            clock, checkpoint_pending, sample_pending = Clock(self.devices), False, False
             for step in range(first_step, settings.steps):
                 steps_done = step + 1  # once this step is finished
 
@@ -114,9 +115,9 @@ class Trainer:
                 checkpointer.completed_steps = steps_done
 
                 # 3. At intervals: log, validate, sample, save. With a fused optimizer, the host waits only here.
-                guard.queue_reading(step, losses.total, norm, stop_request)
+                guard.queue_reading(step, losses.total, norm, stop_request, sample_request.take())
                 checkpoint_pending = checkpoint_pending or is_due("checkpoint_every", steps_done)
-                needs_host_sync = checkpoint_pending or self.needs_host_sync(steps_done)
+                needs_host_sync = checkpoint_pending or sample_pending or self.needs_host_sync(steps_done)
                 readings = guard.read_finished_steps(wait=needs_host_sync)
                 clock.steps += 1
                 progress.update()
@@ -124,13 +125,14 @@ class Trainer:
                 if needs_host_sync:
                     with clock.paused(), progress.paused():
                         values = self.values(losses, readings[-1], clock) if is_due("log_every", steps_done) else {}
-                        self.validate_and_sample(steps_done, values)
+                        self.validate_and_sample(steps_done, values, sample_now=sample_pending)
                         if values:
                             progress.log(values)
                         # not while updates are being skipped: the checkpoint is saved after the next good step
                         if checkpoint_pending and not guard.skipped and steps_done < settings.steps:
                             checkpointer.save(steps_done)
                             checkpoint_pending = False
+                sample_pending = any(reading.sample for reading in readings)  # drawn after the next step
 
                 # 4. Stop if a signal asked for it, in all processes at the same step.
                 if steps_done < settings.steps and (number := guard.find_stop_signal(stop_request, readings)):
@@ -212,7 +214,7 @@ class Trainer:
         keys = ("log_every", "validate_every", "sample_every")
         return steps_done == self.settings.steps or any(self.settings.is_due(key, steps_done) for key in keys)
 
-    def validate_and_sample(self, steps_done: int, values: dict[str, float]) -> None:
+    def validate_and_sample(self, steps_done: int, values: dict[str, float], *, sample_now: bool = False) -> None:
         """Log `values`, and validate and sample if due after `steps_done` steps; each process does its share."""
         self.checkpointer.unlogged = values
         if self.validator is not None and self.settings.is_due("validate_every", steps_done):
@@ -225,18 +227,14 @@ class Trainer:
         if values and self.is_main:
             self.metrics.log(steps_done, **values)
         self.checkpointer.note_logged(steps_done, values)
-        if self.sampler is not None and self.settings.is_due("sample_every", steps_done):
+        if self.sampler is not None and (sample_now or self.settings.is_due("sample_every", steps_done)):
             file = self.folder / "samples" / f"step_{steps_done:06d}.png"
-            try:
-                with explain_oom(f"while sampling after step {steps_done}", "samples", self.device), self.evaluation():
-                    self.sampler.write_grid(self.peft_model.get_base_model(), file, write=self.is_main)
-                if self.is_main:
-                    self.metrics.picture(steps_done, file)
-            except (OutOfMemory, ProcessesDiverged):
-                raise
-            except Exception as error:  # a full disk, an image library: no reason to lose the training
-                if self.is_main:
-                    warn_unsaved(f"no grid of step {steps_done} ({type(error).__name__}: {error}); training continues")
+            with explain_oom(f"while sampling after step {steps_done}", "samples", self.device), self.evaluation():
+                written = self.sampler.write_or_warn(self.peft_model.get_base_model(), file, write=self.is_main)
+            if written and self.is_main:
+                self.metrics.picture(steps_done, file)
+        elif sample_now and self.is_main:
+            warn("a sample grid was asked for, but this run has none: set sample.prompts, and sample_every above 0")
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

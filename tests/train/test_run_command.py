@@ -266,14 +266,17 @@ def test_a_mistake_on_the_command_line_of_the_entry_file_is_one_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_request_to_the_launcher_of_two_processes_saves_once(pictures, tmp_path, number):
+def test_two_processes_draw_a_grid_when_asked_and_a_stop_request_to_their_launcher_saves_once(
+    pictures, tmp_path, number
+):
     """A Ctrl-C reaches launcher and processes alike, and the launcher then signals them again."""
     model = random_tiny(tmp_path / "model")
     cut = tmp_path / "cut"
     arguments = [
         *("model=tiny", f"model.path={model}", "model.resolution=48", "batch_size=1", "log_every=1"),
         *("dataset=folder", f"dataset.path={pictures}", f"cache_dir={tmp_path / 'cache'}", "steps=100000"),
-        *("sample_every=0", "validate_every=0", "checkpoint_every=0", f"output_dir={cut}"),
+        *("sample_every=100000", "sample.prompts=[a fox, a cup]", "sample.steps=1"),
+        *("validate_every=0", "checkpoint_every=0", f"output_dir={cut}"),
     ]
     process = subprocess.Popen(
         [*launch("train/run.py", processes=2), *arguments],
@@ -285,10 +288,16 @@ def test_a_stop_request_to_the_launcher_of_two_processes_saves_once(pictures, tm
     )
     metrics = cut / "metrics.jsonl"
     deadline = time.monotonic() + 400
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def wait(condition):
+        while not condition():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    wait(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    (cut / "sample").touch()
+    wait(lambda: not (cut / "sample").exists() and len(list((cut / "samples").glob("step_*.png"))) == 2)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:

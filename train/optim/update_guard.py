@@ -39,6 +39,7 @@ class Reading:
     loss: float  # the differentiated one
     norm: float  # of the gradient before clipping
     stop_signal: int | None = None  # number of the stop signal that any of the processes received
+    sample: bool = False  # whether a sample grid was asked for
 
     @property
     def bad(self) -> bool:
@@ -89,9 +90,10 @@ class UpdateGuard:
             self.optimizer.step()
         return bad
 
-    def queue_reading(self, step: int, loss: Tensor, norm: Tensor, request: StopRequest) -> None:
-        """Start the copy of a step to the host: loss and norm, shape (), and the stop signals of the processes."""
-        asked = copy_to_device(torch.tensor([float(number == request.number) for number in SIGNALS]), self.device)
+    def queue_reading(self, step: int, loss: Tensor, norm: Tensor, request: StopRequest, sample: bool) -> None:
+        """Start the copy of a step to the host: loss and norm, shape (), and what the processes were asked for."""
+        flags = [sample, *(number == request.number for number in SIGNALS)]
+        asked = copy_to_device(torch.tensor(flags, dtype=torch.float32), self.device)
         if self.accelerator.num_processes > 1:
             asked = self.accelerator.reduce(asked, "sum")
         numbers, arrived = torch.cat([torch.stack([loss, norm.to(loss.device)]).double(), asked.double()]), None
@@ -112,9 +114,9 @@ class UpdateGuard:
             step, numbers, arrived = self._queue.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            loss, norm, *flags = numbers.tolist()
+            loss, norm, sample, *flags = numbers.tolist()
             stop_signal = next((number for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)
-            readings.append(Reading(step, loss, norm, stop_signal))
+            readings.append(Reading(step, loss, norm, stop_signal, bool(sample)))
             self._count(readings[-1])
         return readings
 

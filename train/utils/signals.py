@@ -1,9 +1,10 @@
-"""Requests to stop: the effect of signals on a run, and its exit code.
+"""Requests to stop and to sample: the effect of signals on a run, and its exit code.
 
 SIGINT (Ctrl-C), SIGTERM (a scheduler, `kill`), SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning before the time
 limit: `--signal=USR1@120`) make the run finish its step, save and end. While it loads and caches there is nothing to
 save, and it ends at once. train/loop.py sees the request, `Checkpointer.save_and_raise_interrupted` saves. The exit
-code is 128 + the signal's number, as a shell reports a killed process.
+code is 128 + the signal's number, as a shell reports a killed process. SIGUSR2, or a file `sample` in the run folder,
+asks for a sample grid.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from train.utils.console import is_first_process
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+SAMPLING = tuple(getattr(signal, name) for name in ("SIGUSR2",) if hasattr(signal, name))
 STOPPING = b"\nstopping after this step; a second signal stops at once, without saving\n"
 EARLY = (
     "stopped by {} with nothing lost: caches on disk keep what was computed, and checkpoints are unchanged. The same "
@@ -51,9 +54,28 @@ class StopRequest:
         return self.number is not None
 
 
+@dataclass
+class SampleRequest:
+    """Asks for a sample grid: by a signal to any process, or by `file`, which the first process looks for."""
+
+    file: Path
+    signaled: bool = False
+
+    def take(self) -> bool:
+        """Return whether a grid was asked for since the last call, and delete the file, which must be possible."""
+        asked, self.signaled = self.signaled, False
+        if is_first_process():
+            with suppress(OSError):
+                self.file.unlink()
+                asked = True
+        return asked
+
+
 @contextmanager
-def signal_handlers(note: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
-    """Context manager that calls `note` for each of `SIGNALS`, with a function that restores the handlers.
+def signal_handlers(
+    note: Callable[[int, Callable[[], None]], None], numbers: Iterable[signal.Signals] = SIGNALS
+) -> Iterator[None]:
+    """Context manager that calls `note` for each of `numbers`, with a function that restores the handlers.
 
     SIGHUP stays ignored if it is, as under nohup. Outside the main thread no handlers can be set.
     """
@@ -67,7 +89,7 @@ def signal_handlers(note: Callable[[int, Callable[[], None]], None]) -> Iterator
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for name in SIGNALS:
+        for name in numbers:
             if signal.Signals(name).name != "SIGHUP" or signal.getsignal(name) != signal.SIG_IGN:
                 before[name] = signal.signal(name, handler)
     try:
@@ -98,11 +120,27 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
 
 
-def stopped_at_once() -> AbstractContextManager[None]:
-    """Return a context manager in which the first of `SIGNALS` raises `Stopped` immediately; the next one kills."""
+@contextmanager
+def sample_requests(file: Path) -> Iterator[SampleRequest]:
+    """Context manager that records requests for a sample grid in the object it yields."""
+    request = SampleRequest(file)
 
     def note(number: int, restore: Callable[[], None]) -> None:
-        restore()
-        raise Stopped(number=number)
+        request.signaled = True
 
-    return signal_handlers(note)
+    with signal_handlers(note, SAMPLING):
+        yield request
+
+
+def stopped_at_once() -> AbstractContextManager[None]:
+    """Return a context manager in which the first of `SIGNALS` raises `Stopped` immediately; the next one kills.
+
+    A request for a sample grid has no effect.
+    """
+
+    def note(number: int, restore: Callable[[], None]) -> None:
+        if number not in SAMPLING:
+            restore()
+            raise Stopped(number=number)
+
+    return signal_handlers(note, (*SIGNALS, *SAMPLING))

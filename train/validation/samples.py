@@ -18,9 +18,11 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.pipeline import render
 from flux2.utils.checks import MAX_GUIDANCE, MAX_STEPS
+from flux2.utils.cli import is_out_of_memory
 from flux2.utils.files import name_write_errors
-from train.distributed.processes import Share, map_serially
+from train.distributed.processes import ProcessesDiverged, Share, map_serially
 from train.utils.checks import check_count, check_seed, is_number
+from train.utils.console import warn_unsaved
 from train.utils.redact import masked
 from train.validation.sample_grid import LAYOUT, sample_grid
 
@@ -136,3 +138,15 @@ class Sampler:
             info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
             with name_write_errors(file):
                 page.save(file, pnginfo=info)
+
+    def write_or_warn(self, model: Transformer, file: Path, *, write: bool = True) -> bool:
+        """Write the grid and return whether that succeeded. A full disk is no reason to lose the training."""
+        try:
+            self.write_grid(model, file, write=write)
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, ProcessesDiverged):
+                raise
+            if write:
+                warn_unsaved(f"no grid {file.name} ({type(error).__name__}: {error}); training continues")
+            return False
+        return True

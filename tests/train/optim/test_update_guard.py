@@ -14,7 +14,7 @@ from train import loop
 from train.checkpoints.checkpoint import checkpoints
 from train.loop import Trainer
 from train.optim import update_guard as guarding
-from train.optim.update_guard import TrainingError, UpdateGuard, clip
+from train.optim.update_guard import Reading, TrainingError, UpdateGuard, clip
 from train.utils.signals import SIGNALS, StopRequest
 
 pytest_plugins = ("train_helpers",)
@@ -232,10 +232,10 @@ def far(monkeypatch):
     return guard
 
 
-def send(guard, step, loss=1.0, number=None):
+def send(guard, step, loss=1.0, number=None, sample=False):
     request = StopRequest()
     request.number = number
-    guard.queue_reading(step, torch.tensor(loss), torch.tensor(2.0), request)
+    guard.queue_reading(step, torch.tensor(loss), torch.tensor(2.0), request, sample=sample)
 
 
 def test_of_a_gpu_the_host_knows_a_step_when_the_next_one_is_under_way(far):
@@ -244,10 +244,11 @@ def test_of_a_gpu_the_host_knows_a_step_when_the_next_one_is_under_way(far):
     assert FakeEvent.waited == 0
     send(far, 1, number=SIGNALS[1])
     (reading,) = far.read_finished_steps(wait=False)
-    assert (reading.step, reading.loss, reading.norm, reading.stop_signal) == (0, 1.0, 2.0, None)
-    (reading,) = far.read_finished_steps(wait=True)
-    assert (reading.step, reading.stop_signal) == (1, SIGNALS[1])
-    assert FakeEvent.waited == 2
+    assert reading == Reading(0, 1.0, 2.0, None, sample=False)
+    send(far, 2, sample=True)
+    readings = far.read_finished_steps(wait=True)
+    assert readings == [Reading(1, 1.0, 2.0, SIGNALS[1], sample=False), Reading(2, 1.0, 2.0, None, sample=True)]
+    assert FakeEvent.waited == 3
 
 
 def test_of_a_gpu_bad_steps_are_counted_when_they_are_known(far, capfd):

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from message_helpers import holds
-from train_helpers import ask_to_stop, lines, values
+from train_helpers import adapter, ask_to_stop, lines, same_tensors, values
 
 from flux2 import adapters
 from train.checkpoints.checkpoint import checkpoints
 from train.optim.update_guard import TrainingError
 from train.tracking import NoTracker
 from train.utils import signals
-from train.utils.signals import SIGNALS, Interrupted, stop_requests
+from train.utils.signals import SIGNALS, Interrupted, sample_requests, stop_requests, stopped_at_once
 from train.validation.samples import Sampler
 
 pytest_plugins = ("train_helpers",)
@@ -65,6 +65,53 @@ def test_stopped_at_once_the_last_checkpoint_is_named(train, at_step, tmp_path):
         train("other")
 
 
+# ------------------------------------------------------------------ sampling
+
+
+@pytest.mark.parametrize("way", ["file", "signal"])
+def test_a_grid_that_is_asked_for_is_drawn_after_the_next_step_and_changes_no_loss(train, at_step, way, tmp_path):
+    settings = ["sample_every=100", "sample.prompts=[a fox]", "sample.steps=1", "log_every=100"]
+    plain = train("plain", *settings)
+    file = tmp_path / "run" / "sample"
+    at_step(1, file.touch if way == "file" else ask_to_stop(signal.SIGUSR2))
+    run = train("run", *settings)
+    assert [path.name for path in sorted((run / "samples").iterdir())] == [
+        f"step_00000{step}.png" for step in (0, 3, 4)
+    ]
+    assert not file.exists()
+    assert same_tensors(adapter(run), adapter(plain))
+
+
+def test_a_grid_that_cannot_be_drawn_as_there_are_no_prompts_is_a_warning(train, at_step, capfd):
+    at_step(1, ask_to_stop(signal.SIGUSR2))
+    run = train("run")
+    assert not (run / "samples").exists()
+    assert holds(capfd.readouterr().err, "a sample grid was asked for ... sample.prompts")
+
+
+def test_before_training_a_request_for_a_grid_has_no_effect_and_none_ends_a_run():
+    before = signal.getsignal(signal.SIGUSR2)
+    with stopped_at_once():
+        signal.raise_signal(signal.SIGUSR2)
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_a_request_is_taken_once_and_the_file_by_the_first_process(tmp_path, monkeypatch):
+    with sample_requests(tmp_path / "sample") as request:
+        assert not request.take()
+        request.file.touch()
+        monkeypatch.setenv("RANK", "1")
+        assert not request.take()
+        signal.raise_signal(signal.SIGUSR2)
+        assert request.take()
+        assert not request.take()
+        monkeypatch.setenv("RANK", "0")
+        assert request.take()
+        assert not request.take()
+    (tmp_path / "sample").mkdir()
+    assert not request.take()  # a folder asks for nothing, and stays
+
+
 # ------------------------------------------------------------------ failing
 
 
@@ -101,7 +148,7 @@ def test_a_grid_that_fails_is_a_warning(train, monkeypatch, capfd):
     assert (train("run", *settings) / "adapter").exists()
     said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert len(said) == 3
-    assert holds(said[1], "step 2 ... OSError: disk full")
+    assert holds(said[1], "step_000002.png ... OSError: disk full")
 
 
 def test_a_tracker_that_fails_is_one_warning(train, monkeypatch, capfd):
