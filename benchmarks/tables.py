@@ -1,7 +1,7 @@
 """Write the tables of the documentation from the results of the benchmarks: `python benchmarks/tables.py`.
 
 A table in one of `PAGES` is between `<!-- table: name -->` and `<!-- end -->`. It is made from the files of
-benchmarks/results, except `fits`, `limits` and `kernels`, which the planner predicts (train/planner/predictor.py).
+benchmarks/results; `fits`, `host`, `limits` and `kernels` are predicted by the planner (train/planner/predictor.py).
 `--check` writes nothing and fails if a table is not up to date.
 """
 
@@ -25,7 +25,8 @@ from benchmarks.common import RESULTS
 from benchmarks.fits import make_planner
 from flux2.models.variants import VARIANTS
 from train.config.memory import Choice
-from train.planner.gpus import gpu, usable
+from train.planner.gpus import Gpu, gpu, usable
+from train.planner.prediction import Prediction
 from train.planner.predictor import Planner
 from train.planner.search import choose
 
@@ -63,8 +64,8 @@ def cached_planner(name: str, storage: str | None, in_fp8: bool) -> Planner:
     return make_planner(VARIANTS[name], storage, 1024, in_fp8)
 
 
-def fits() -> str:
-    """Return the predicted seconds per step on a typical GPU of each size, with an asterisk if blocks are offloaded."""
+def choices(what: str, show: Callable[[Prediction, Gpu], str]) -> str:
+    """Return a table of what is chosen for a typical GPU of each size: `show` of each prediction that fits."""
     cards = {size: gpu(None, size) for size in GPU_SIZES}
     rows = []
     for name, title in MODELS.items():
@@ -72,10 +73,26 @@ def fits() -> str:
             cells = []
             for size, card in cards.items():
                 prediction = choose(cached_planner(name, storage, card.fp8 is not None), {}, usable(size), card)
-                offloads = prediction is not None and prediction.choice.offload_blocks
-                cells.append("no" if prediction is None else f"{prediction.seconds(card):.1f}{'*' if offloads else ''}")
+                cells.append("no" if prediction is None else show(prediction, card))
             rows.append([f"{title}, {storage or 'bf16'}", *cells])
-    return markdown(["predicted s/step", *(f"{size} GB ({card.name})" for size, card in cards.items())], rows)
+    return markdown([what, *(f"{size} GB ({card.name})" for size, card in cards.items())], rows)
+
+
+def fits() -> str:
+    """Return the predicted seconds per step, with an asterisk if blocks are offloaded."""
+    return choices(
+        "predicted s/step", lambda one, card: f"{one.seconds(card):.1f}{'*' * bool(one.choice.offload_blocks)}"
+    )
+
+
+def host() -> str:
+    """Return the predicted host memory in GB, and how much of it is pinned, if any."""
+
+    def show(prediction: Prediction, card: Gpu) -> str:
+        pinned = prediction.host["streamed blocks"] + prediction.host["block inputs"]
+        return f"{sum(prediction.host.values()) / 1e9:.0f}{f' ({pinned / 1e9:.0f})' if pinned else ''}"
+
+    return choices("GB of host memory (pinned)", show)
 
 
 def limits() -> str:
@@ -260,6 +277,7 @@ def precisions() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "fits": fits,
+    "host": host,
     "limits": limits,
     "compilation": compilation,
     "kernels": kernels,
