@@ -58,7 +58,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
             f"{many(len(data.names), 'sample')}, {model.parameter_count:,} trained parameters, "
             f"{many(settings.steps, 'step')} in {location.folder}"
         )
-        sampler = load_sampler(config, data.prepared.cached)
+        sampler = load_sampler(config, data.prepared.cached, model.peft_model)
 
         # Restore the resumed state. Nothing in the run folder changes before it is read.
         metrics = Metrics(location.folder, config.tracker)

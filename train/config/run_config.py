@@ -27,6 +27,8 @@ from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
 from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
 from flux2.quantization.precision import convert
+from flux2.utils.text import listed
+from flux2.weights.sources import ModelSource, model_source
 from train.config.instantiate import check_own_targets, instantiate, parse_settings
 from train.config.memory import AUTO, completed
 from train.config.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
@@ -41,6 +43,7 @@ from train.publishing.hub import HubSettings
 from train.utils.console import say, warn
 from train.validation.loss import ValidationSettings
 from train.validation.samples import SampleSettings
+from train.validation.twin import twins
 
 # fmt: off
 GROUPS = (
@@ -101,6 +104,7 @@ class RunConfig:
         self.accelerator = make_accelerator(self.settings.device)
         self.processes = Processes(self.accelerator, self.settings.shard or launched_to_shard())
         self._check_split()
+        self.twin = self._twin_source()
         self.precision = self.memory.with_layouts(precision.on(self.accelerator.device))
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
         check_installed(self.composed["optimizer"].get("_target_"))
@@ -187,6 +191,25 @@ class RunConfig:
             )
         if isinstance(split, list):
             check_split(self.variant.transformer, split, "memory.split")
+
+    def _twin_source(self) -> ModelSource | None:
+        """Return the model that draws the sample grids instead of the one that trains, if there is one."""
+        name, names, storage = self.sample.model, twins(self.variant), self.settings.embedding_storage
+        if name is None:
+            return None
+        if name not in names:
+            raise ValueError(
+                f"sample.model={name!r} must have the sizes and the text encoder of model={self.variant.name}, whose "
+                f"adapter it takes: {listed(names) or 'no other model has them'}. null draws with the model that trains"
+            )
+        for key, used in {
+            "embedding_storage": storage if storage.startswith("projected") else None,  # by the layer of one model
+            "shard": self.processes.sharded or None,
+            "memory.split": self.memory.split,
+        }.items():
+            if used is not None:
+                raise ValueError(f"sample.model={name} does not work with {key}={used}. Change one of them")
+        return model_source(name, self.sample.path)
 
     @property
     def devices(self) -> list[torch.device]:

@@ -120,6 +120,7 @@ def workload_of(
         references=[(settings.reference_resolution,) * 2 for _ in range(references_of(config.composed["dataset"]))],
         sample_pixels=(config.sample.width or side, config.sample.height or side) if samples else None,
         sample_references=max(edited, key=lambda sizes: sum(map(tokens, sizes)), default=[]),
+        twin=samples and config.twin is not None,
         text_tokens=config.text_encoder.length or config.variant.text.length,
         rows=settings.batch_size + held,
         held=held,

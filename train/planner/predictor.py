@@ -276,6 +276,12 @@ class Planner:
         whole = len(self.kinds) if choice.checkpointing == "none" else self.kept_within(choice.budget_gb or 0.0)
         return self.boundary * (len(self.kinds) - whole)
 
+    @property
+    def twin(self) -> int:
+        """Bytes of the model that draws the samples, whose blocks stream to a GPU, without its adapter."""
+        blocks = self.count_streamed(1.0, self.weights)[1] if self.job.on_gpu else sum(self.weights)
+        return blocks + self.other_weights + self.workspace
+
     def gathered(self, weights: Sequence[int]) -> int:
         """Return the bytes of the weights that a process with a sharded base gathers; `weights` are those of blocks."""
         layers = [child for child in self.job.model.children() if not isinstance(child, nn.ModuleList)]
@@ -300,6 +306,7 @@ class Planner:
         host = {
             "streamed blocks": streamed,
             "block inputs": away,
+            "sampling model": sum(self.weights) if job.twin and job.on_gpu else 0,
             "while loading": self.while_loading,
             "cache entries read": READ_AHEAD,
             "process (assumed)": PROCESS,
@@ -344,7 +351,8 @@ class Planner:
             shape = replace(job.shape, rows=1, image=predicted + edited, predicted=predicted)
             working = self.inference(shape, False)[0]
             images = (self.autoencoder[2], self.reference_encoder) if part.is_first else ()
-            phases["samples"] = {**idle, "working set": max([working, *images])}
+            twin = {"sampling model": self.twin + adapter["adapter"]} if job.twin else {}
+            phases["samples"] = {**idle, **twin, "working set": max([working, *images])}
         if job.class_pixels:
             predicted = tokens(job.class_pixels)
             shape = replace(job.shape, rows=1, image=predicted, predicted=predicted)

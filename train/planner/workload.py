@@ -27,6 +27,7 @@ class Workload:
     references: Sequence[tuple[int, int]] = ()  # sizes of its references
     sample_pixels: tuple[int, int] | None = None  # of the sampled images; None without sample grids
     sample_references: Sequence[tuple[int, int]] = ()  # of the sample prompt with the most reference tokens
+    twin: bool = False  # whether another model of this size draws the samples
     text_tokens: int = 512
     rows: int = 1  # images in a micro-batch, including those that base preservation adds
     held: int = 0  # the images that base preservation adds, which the base predicts too

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import peft
@@ -16,7 +16,7 @@ from flux2.memory.model_split import split_model
 from flux2.models.pixels import reference_image, to_pixels
 from flux2.quantization.precision import caution, describe
 from flux2.utils.text import gigabytes
-from flux2.weights.loading import load_autoencoder, load_transformer
+from flux2.weights.loading import load_autoencoder, load_transformer, tensor_files
 from train.config.run_config import RunConfig
 from train.distributed.sharding import attach_sharded, local_bytes, sharder, total_bytes
 from train.sweeps.reuse import SHARED, Base
@@ -24,6 +24,7 @@ from train.utils.console import name_process_in_errors, warn
 from train.utils.memory import explain_oom
 from train.utils.text import many
 from train.validation.samples import Sampler
+from train.validation.twin import Twin
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,11 @@ def place_blocks(config: RunConfig, base: Base) -> None:
         config.say(str(base.offloader))
 
 
-def load_sampler(config: RunConfig, cached: CachedDataset) -> Sampler | None:
-    """Return the sampler of the run's sample grids; None without sample grids."""
+def load_sampler(config: RunConfig, cached: CachedDataset, peft_model: peft.PeftModel | None = None) -> Sampler | None:
+    """Return the sampler of the run's sample grids; None without sample grids.
+
+    With `peft_model`, the model that trains, `sample.model` draws the grids.
+    """
     if not config.sample.prompts or not config.settings.sample_every:
         return None
     device = config.accelerator.device
@@ -137,4 +141,9 @@ def load_sampler(config: RunConfig, cached: CachedDataset) -> Sampler | None:
         width, height = config.buckets.nearest(*(images[0].size if images else (1, 1)))
         sizes.append((config.sample.width or width, config.sample.height or height))
     text, empty = cached.embeddings(config.sample.prompts), cached.embeddings([""])
-    return Sampler(config.sample, config.variant, autoencoder, text, empty, references, sizes, config.processes.map)
+    twin, variant = None, config.variant
+    if config.twin is not None and peft_model is not None:
+        tensor_files(config.twin, "transformer")  # now, and not at the first grid
+        precision = replace(config.precision, cache_transposed_weights=False)  # there is no backward
+        twin, variant = Twin(config.twin, peft_model, device, precision, config.copies), config.twin.variant
+    return Sampler(config.sample, variant, autoencoder, text, empty, references, sizes, twin, config.processes.map)

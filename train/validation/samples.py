@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from train.utils.checks import check_count, check_seed, is_number
 from train.utils.console import warn_unsaved
 from train.utils.redact import masked
 from train.validation.sample_grid import LAYOUT, sample_grid
+from train.validation.twin import Twin
 
 WIDEST = 8192  # maximum width and height of an image in a sample grid
 
@@ -46,8 +48,15 @@ class SampleSettings:
     height: int | None = None
     steps: int | None = None  # None: the model's own, as of guidance
     guidance: float | None = None
+    model: str | None = None  # that draws with the adapter instead of the one that trains: its distilled twin
+    path: str | None = None  # of that model, as model.path
 
     def __post_init__(self) -> None:
+        for key in ("model", "path"):
+            if not isinstance(value := getattr(self, key), str | None):
+                raise ValueError(f"sample.{key}={value!r} must be a string or null")
+        if self.path is not None and self.model is None:
+            raise ValueError(f"sample.path={self.path!r} has no effect without sample.model, whose files it names")
         if not is_string_list(self.prompts):
             raise ValueError(f"sample.prompts={self.prompts!r} must be a list of strings")
         if not is_string_list(self.references):
@@ -92,12 +101,13 @@ class Sampler:
     """Draws the sample grids of a run with the same function as inference."""
 
     settings: SampleSettings
-    variant: Variant
+    variant: Variant  # of the model that draws
     autoencoder: Autoencoder
     text: Tensor  # (P, T, text_width) embeddings of the prompts
     empty: Tensor  # (1, T, text_width) embedding of the empty prompt
     references: Sequence[Sequence[Tensor]]  # latents (1, 128, h, w) of the references of each prompt
     sizes: Sequence[tuple[int, int]]  # (width, height) in pixels of each prompt's image
+    twin: Twin | None = None  # the model that draws, of `variant`
     share: Share = map_serially  # distributes the images over the processes, all of which must call `write_grid`
 
     @property
@@ -129,11 +139,12 @@ class Sampler:
 
     def write_grid(self, model: Transformer, file: Path, *, write: bool = True) -> None:
         """Draw the images and write them with their prompts to `file`, in one of several processes."""
-        pictures = self.pictures(model)
+        with nullcontext(model) if self.twin is None else self.twin.loaded() as drawing:
+            pictures = self.pictures(drawing)
         if write:
             file.parent.mkdir(parents=True, exist_ok=True)
             prompts = masked(list(self.settings.prompts))
-            page = sample_grid([pictures], columns=prompts)
+            page = sample_grid([pictures], columns=prompts, names=[self.variant.name] if self.twin else [])
             info = PngInfo()  # for the report, which shows the images one by one
             info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
             with name_write_errors(file):
