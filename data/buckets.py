@@ -13,15 +13,17 @@ Sides are multiples of 16 pixels, one latent: the autoencoder halves three times
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from PIL import Image, ImageOps
+from PIL.ImageEnhance import Brightness, Color, Contrast
 
 from data.checks import check_flag, check_int
 
 PIXELS_PER_LATENT = 16
 MOST_CROPS = 1000  # of an image, each of which is encoded
+MOST_COLOR, MOST_ROTATION = 0.5, 20.0
 MAX_RESOLUTION = 8192  # a quarter of a million tokens, far more than FLUX.2 is trained for
 FIT_VERSION = 2  # in cache keys of latents: increase it when `fit` or data.sources.pixels change pixels of all images
 
@@ -38,6 +40,8 @@ class Cut:
 
     at: tuple[int, int] = (500, 500)
     mirrored: bool = False  # flipped horizontally
+    turned: int = 0  # counterclockwise, in hundredths of a degree, before it is cropped
+    light: tuple[int, int, int] = (1000, 1000, 1000)  # factors of brightness, contrast, saturation, in thousandths
 
     @property
     def recipe(self) -> dict[str, object]:
@@ -47,6 +51,11 @@ class Cut:
             if self is MIDDLE
             else {key: value for key, value in asdict(self).items() if value != getattr(MIDDLE, key)}
         )
+
+    @property
+    def of_mask(self) -> "Cut":
+        """The same part of the image's mask, which has no colors."""
+        return replace(self, light=MIDDLE.light)
 
 
 MIDDLE = Cut()
@@ -67,6 +76,8 @@ class Buckets:
     min_resolution: int | None = None
     random_crops: int = 0  # number of cached crops of each image, drawn once by its content; 0: only the center
     flip: bool = False  # also cache a mirrored copy of each crop
+    color: float = 0.0  # maximum change of brightness, contrast and saturation of random crops, as a share
+    rotation: float = 0.0  # maximum angle by which random crops are turned, in degrees
 
     def __post_init__(self) -> None:
         _check_side("step", self.step, PIXELS_PER_LATENT)
@@ -80,6 +91,12 @@ class Buckets:
         check_flag("upscale", self.upscale)
         check_flag("flip", self.flip)
         check_int("random_crops", self.random_crops, 0, MOST_CROPS)
+        for key, highest in (("color", MOST_COLOR), ("rotation", MOST_ROTATION)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest:
+                raise ValueError(f"{key}={value!r} must be a number from 0 to {highest:g}")
+            if value and not self.random_crops:
+                raise ValueError(f"{key}={value!r} has no effect without random_crops, the number of changed copies")
         least, most = self.min_resolution, self.resolutions[-1]
         if least is not None and (not isinstance(least, int) or isinstance(least, bool) or not 1 <= least <= most):
             raise ValueError(f"min_resolution={least!r} must be from 1 to the smallest resolution, {most}, or null")
@@ -161,14 +178,22 @@ class Buckets:
         """
         if not self.random_crops and not self.flip:
             return (MIDDLE,)
-        crops = [_draw(picture, size, digest, number) for number in range(self.random_crops)] or [MIDDLE]
-        return (*crops, *(Cut(crop.at, mirrored=True) for crop in crops if self.flip))
+        crops = [self._draw(picture, size, digest, number) for number in range(self.random_crops)] or [MIDDLE]
+        return (*crops, *(replace(crop, mirrored=True) for crop in crops if self.flip))
 
+    def _draw(self, picture: Size, size: Size, digest: str, number: int) -> Cut:
+        def draw(what: str, values: int) -> int:
+            return int(hashlib.sha256(f"{what} {number} {digest}".encode()).hexdigest()[:8], 16) * values >> 32
 
-def _draw(picture: Size, size: Size, digest: str, number: int) -> Cut:
-    drawn = int(hashlib.sha256(f"crop {number} {digest}".encode()).hexdigest()[:8], 16) * 1001 >> 32  # 0 to 1000
-    wider = picture[0] * size[1] - picture[1] * size[0]
-    return MIDDLE if wider == 0 else Cut((drawn, 500)) if wider > 0 else Cut((500, drawn))
+        drawn, wider = draw("crop", 1001), picture[0] * size[1] - picture[1] * size[0]
+        crop = MIDDLE if wider == 0 else Cut((drawn, 500)) if wider > 0 else Cut((500, drawn))
+        most, angle = round(1000 * self.color), round(100 * self.rotation)
+        if most:
+            brightness, contrast, saturation = (
+                1000 - most + draw(what, 2 * most + 1) for what in ("brightness", "contrast", "saturation")
+            )
+            crop = replace(crop, light=(brightness, contrast, saturation))
+        return replace(crop, turned=draw("rotation", 2 * angle + 1) - angle) if angle else crop
 
 
 def lost(picture: Size, size: Size) -> float:
@@ -178,15 +203,33 @@ def lost(picture: Size, size: Size) -> float:
 
 
 def fit(image: Image.Image, size: Size, cut: Cut = MIDDLE) -> Image.Image:
-    """Resize (Lanczos) to cover `size` without distortion, and crop to exactly `size`."""
+    """Resize (Lanczos) to cover `size` without distortion, and crop to exactly `size`.
+
+    A turned image first loses its corners and a border, so that nothing of the result is outside of it.
+    """
     centering = (cut.at[0] / 1000, cut.at[1] / 1000)
+    if cut.turned:
+        image = turned(image, cut.turned / 100)
     cropped = ImageOps.fit(image, size, method=Image.Resampling.LANCZOS, centering=centering)
+    for kind, factor in zip((Brightness, Contrast, Color), cut.light, strict=True):
+        if factor != 1000:
+            cropped = kind(cropped).enhance(factor / 1000)
     return ImageOps.mirror(cropped) if cut.mirrored else cropped
+
+
+def turned(image: Image.Image, degrees: float) -> Image.Image:
+    """Return an image turned around its center, cropped to the largest part of its aspect ratio within it."""
+    angle, (width, height) = math.radians(abs(degrees)), image.size
+    share = 1 / (math.cos(angle) + max(width / height, height / width) * math.sin(angle))
+    inner = max(math.floor(width * share) - 1, 1), max(math.floor(height * share) - 1, 1)
+    left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+    whole = image.rotate(degrees, Image.Resampling.BICUBIC)
+    return whole.crop((left, top, left + inner[0], top + inner[1]))
 
 
 def fit_mask(mask: Image.Image, size: Size, cut: Cut = MIDDLE) -> Image.Image:
     """Crop a mask ("L") as `fit` crops its image, and average it over each latent: width / 16 x height / 16."""
-    return fit(mask, size, cut).reduce(PIXELS_PER_LATENT)
+    return fit(mask, size, cut.of_mask).reduce(PIXELS_PER_LATENT)
 
 
 def reference_size(width: int, height: int, max_pixels: int) -> Size:

@@ -293,7 +293,7 @@ class _Planner:
                 self.add(Work(picture, "reference", cap, cut))
                 for picture, cap in zip(sample.references, caps, strict=True)
             )
-            mask_key = None if sample.mask is None else self.add(Work(sample.mask, "mask", size, cut))
+            mask_key = None if sample.mask is None else self.add(Work(sample.mask, "mask", size, cut.of_mask))
             variants.append(LatentEntry(size, key, caps, reference_keys, mask_key))
         return replace(variants[0], others=tuple(variants[1:])) if len(variants) > 1 else variants[0]
 

@@ -32,6 +32,7 @@ class Captions:
     split_lines: bool = False  # use each line of a text as a separate caption
     shuffle_tags: int = 0  # number of orders of a caption's comma-separated tags; 0 keeps the tags as they are
     keep_tags: int = 0  # number of tags at the beginning that stay in place
+    tag_dropout: float = 0.0  # share of the other tags that each order leaves out
     allow_empty: bool = False  # train an empty caption with the empty prompt; otherwise it counts as bad
     seed: int = 0  # of the orders, which depend only on it and the caption
 
@@ -55,8 +56,14 @@ class Captions:
                 f"dataset.captions.template={self.template!r} has {', '.join(others)}, and the only placeholder is "
                 "{caption}. Write the text itself; for a trigger word set dataset.captions.trigger"
             )
-        if self.keep_tags and not self.shuffle_tags:
-            raise ValueError(f"dataset.captions.keep_tags={self.keep_tags} has no effect without shuffle_tags")
+        dropout = self.tag_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dataset.captions.tag_dropout={dropout!r} must be a number from 0, below 1")
+        for key in ("keep_tags", "tag_dropout"):
+            if (value := getattr(self, key)) and not self.shuffle_tags:
+                raise ValueError(
+                    f"dataset.captions.{key}={value} has no effect without shuffle_tags, the number of orders"
+                )
 
     def prepare(self, texts: Sequence[str]) -> tuple[str, ...]:
         """Return the distinct captions of one image. Raise ValueError with the bare reason if one is not allowed."""
@@ -89,15 +96,20 @@ class Captions:
             return [text]
         tags = [tag.strip() for tag in text.split(",") if tag.strip()]
         fixed, loose = tags[: self.keep_tags], tags[self.keep_tags :]
-        if len(loose) < 2:
+        if len(loose) < (1 if self.tag_dropout else 2):
             return [text]
-        return [", ".join([*fixed, *self._shuffled(loose, text, number)]) for number in range(self.shuffle_tags)]
+        orders = ([*fixed, *self._shuffled(loose, text, number)] for number in range(self.shuffle_tags))
+        return [", ".join(order or loose[:1]) for order in orders]
 
     def _shuffled(self, tags: list[str], text: str, number: int) -> list[str]:
-        """Order the tags by a hash of each, not by a running generator, so that captions do not affect each other."""
-        content = f"{self.seed} {number} {text}"
+        """Order the tags by a hash of each, not by a running generator, so that captions do not affect each other.
+
+        Its last bytes decide which are left out.
+        """
+        content, least = f"{self.seed} {number} {text}", self.tag_dropout * 2**32
         ranks = [hashlib.sha256(f"{index} {content}".encode()).digest() for index in range(len(tags))]
-        return [tag for _, tag in sorted(zip(ranks, tags, strict=True))]
+        ordered = sorted(zip(ranks, tags, strict=True))
+        return [tag for rank, tag in ordered if int.from_bytes(rank[-4:], "big") >= least]
 
     def _finish(self, text: str) -> str:
         if self.template is not None:

@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageOps, ImageStat
 
-from data.buckets import MIDDLE, Buckets, Cut, fit, fit_mask, fit_reference, lost, reference_size
+from data.buckets import MIDDLE, Buckets, Cut, fit, fit_mask, fit_reference, lost, reference_size, turned
 
 FIRST_CROPS = [500, 874, 243]
 
@@ -60,6 +60,11 @@ def test_max_aspect_one_leaves_only_the_square() -> None:
         ({"resolution": 512, "random_crops": -1}, "random_crops=-1"),
         ({"resolution": 512, "random_crops": 1_000_000_000}, "random_crops=1000000000.*1000"),
         ({"resolution": 512, "random_crops": True}, "random_crops=True"),
+        ({"resolution": 512, "color": 0.1}, r"color=0\.1 has no effect without random_crops"),
+        ({"resolution": 512, "rotation": 3}, "rotation=3 has no effect without random_crops"),
+        ({"resolution": 512, "color": 0.6, "random_crops": 1}, r"color=0\.6 must be a number from 0 to 0\.5"),
+        ({"resolution": 512, "rotation": -1, "random_crops": 1}, "rotation=-1 must be a number from 0 to 20"),
+        ({"resolution": 512, "rotation": True, "random_crops": 1}, "rotation=True"),
         ({"resolution": [512, 256], "min_resolution": 257}, r"min_resolution=257\b.*\b256\b"),
         ({"resolution": 512, "min_resolution": 64, "upscale": True}, "min_resolution=64.*upscale"),
     ],
@@ -181,6 +186,62 @@ def test_every_crop_is_there_mirrored_too() -> None:
     cuts = Buckets(64, random_crops=3, flip=True).cuts((200, 100), (64, 64), "ab")
     assert [cut.at for cut in cuts[:3]] == [cut.at for cut in cuts[3:]]
     assert [cut.mirrored for cut in cuts] == [False] * 3 + [True] * 3
+
+
+def test_colors_and_angles_of_crops_are_drawn_by_content_within_their_limits() -> None:
+    buckets = Buckets(64, random_crops=200, color=0.1, rotation=3)
+    cuts = buckets.cuts((100, 100), (64, 64), "ab")
+    assert cuts == buckets.cuts((100, 100), (64, 64), "ab") != buckets.cuts((100, 100), (64, 64), "cd")
+    for part in range(3):
+        factors = sorted(cut.light[part] for cut in cuts)
+        assert 900 <= factors[0] < 910
+        assert 1090 < factors[-1] <= 1100
+        assert 980 < sum(factors) / 200 < 1020
+    assert len({cut.light[0] - cut.light[1] for cut in cuts}) > 50  # each is drawn for itself
+    angles = sorted(cut.turned for cut in cuts)
+    assert -300 <= angles[0] < -280
+    assert 280 < angles[-1] <= 300
+    crops = Buckets(64, random_crops=200).cuts((200, 100), (64, 64), "ab")
+    both = buckets.cuts((200, 100), (64, 64), "ab")
+    assert [cut.at for cut in both] == [cut.at for cut in crops]
+    assert both[0].recipe.keys() == {"at", "light", "turned"} - ({"at"} if both[0].at == (500, 500) else set())
+
+
+def test_colors_of_a_crop_are_changed_by_their_factors() -> None:
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    red = ImageChops.multiply(picture, Image.new("RGB", picture.size, (255, 128, 64)))
+    gray = ImageStat.Stat(red.convert("L")).mean[0]
+
+    def mean(cut: Cut) -> list[float]:
+        return ImageStat.Stat(fit(red, (64, 64), cut)).mean
+
+    plain = mean(MIDDLE)
+    assert mean(Cut(light=(900, 1000, 1000))) == pytest.approx([0.9 * value for value in plain], abs=0.6)
+    assert mean(Cut(light=(1000, 800, 1000))) == pytest.approx([gray + 0.8 * (one - gray) for one in plain], abs=0.8)
+    assert mean(Cut(light=(1000, 1000, 1200)))[0] > plain[0] + 3
+    assert mean(Cut(light=(1000, 1000, 500)))[2] > plain[2] + 10
+
+
+@pytest.mark.parametrize("size", [(480, 480), (800, 400), (300, 650)])
+@pytest.mark.parametrize("degrees", [-20.0, -0.5, 3.0])
+def test_a_turned_picture_has_no_corner_from_outside_and_its_aspect(size: tuple[int, int], degrees: float) -> None:
+    white = fit(Image.new("RGB", size, "white"), (48, 48), Cut(turned=round(100 * degrees)))
+    assert white.getextrema() == ((255, 255),) * 3
+    inner = turned(Image.new("RGB", size, "white"), degrees)
+    assert inner.width / inner.height == pytest.approx(size[0] / size[1], rel=0.03)
+    shares = {-20.0: 0.5, -0.5: 0.97, 3.0: 0.8}
+    assert inner.width / size[0] > shares[degrees]
+
+
+def test_a_picture_is_turned_counterclockwise_and_so_is_its_mask() -> None:
+    left = Image.new("L", (128, 128), 0)
+    left.paste(255, (64, 0, 128, 128))  # the right half is white: turned, its edge leans to the left at the top
+    found = fit(left.convert("RGB"), (128, 128), Cut(turned=1000))
+    edges = [next(x for x in range(128) if found.getpixel((x, y))[0] > 128) for y in (8, 120)]
+    assert edges[0] < 64 < edges[1]
+    mask = fit_mask(left, (128, 128), Cut(turned=1000, light=(500, 500, 500)))
+    assert mask.tobytes() == fit_mask(left, (128, 128), Cut(turned=1000)).tobytes()
+    assert mask.getpixel((7, 7)) == 255
 
 
 def test_a_cut_is_a_part_of_the_picture_and_adds_to_a_key_only_if_it_is_not_the_middle() -> None:

@@ -61,9 +61,14 @@ def show_buckets(plan: LatentPlan, buckets: Buckets, left_out: Sequence[object],
     with_references = sum(bool(entry.reference_sizes) for entry in plan.entries)
     console.print(f"samples with references: {with_references or 'none'} of {len(plan.entries)}")
     variants = max(buckets.random_crops, 1) * (2 if buckets.flip else 1)
-    if variants > 1:
-        crops = f"{buckets.random_crops} crops" if buckets.random_crops else "the center crop"
-        console.print(f"cached for each image: {crops}{', also mirrored' if buckets.flip else ''}")
+    if variants > 1 or buckets.color or buckets.rotation:
+        crops = many(buckets.random_crops, "crop") if buckets.random_crops else "the center crop"
+        changes = (
+            (buckets.color, f"with colors changed by up to {buckets.color:.0%}"),
+            (buckets.rotation, f"turned by up to {buckets.rotation:g} degrees"),
+            (buckets.flip, "also mirrored"),
+        )
+        console.print("cached for each image: " + ", ".join([crops, *(text for used, text in changes if used)]))
     if plan.middles:
         console.print(f"center crop because of their references: {many(plan.middles, 'sample')}")
     for bad in left_out[:MOST_ROWS]:

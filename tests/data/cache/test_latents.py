@@ -94,6 +94,15 @@ def test_random_crops_of_which_no_sample_can_have_any_are_refused(tmp_path: Path
         plan(Cache(tmp_path), samples, buckets=Buckets(64, random_crops=2))
 
 
+def test_crops_of_other_colors_share_a_mask_and_turned_ones_do_not(tmp_path: Path) -> None:
+    samples = [Sample(noise((64, 64)), ("",), mask=noise((64, 64), "L"))]
+    for settings, masks in (({"color": 0.2}, 1), ({"rotation": 5}, 3)):
+        planned = plan(Cache(tmp_path), samples, buckets=Buckets(64, random_crops=3, **settings))
+        variants = planned.entries[0].variants
+        assert len({variant.key for variant in variants}) == 3
+        assert len({variant.mask_key for variant in variants}) == masks
+
+
 def test_a_mask_is_stored_at_latent_size_cut_with_its_picture_and_needs_no_encoder(tmp_path: Path) -> None:
     cache, mask = Cache(tmp_path), noise((200, 100), "L")
     samples = [Sample(noise((200, 100)), ("",), mask=mask), Sample(noise((64, 64)), ("",))]

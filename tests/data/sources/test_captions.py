@@ -72,6 +72,26 @@ def test_every_order_of_tags_is_drawn_about_equally_often() -> None:
         assert 70 <= orders.count(order) <= 130
 
 
+def test_orders_leave_out_their_share_of_the_tags_each_about_equally_often() -> None:
+    text = "t, " + ", ".join("abcdefgh")
+    found = prepared(text, shuffle_tags=1000, keep_tags=1, tag_dropout=0.25)
+    assert all(caption.startswith("t") for caption in found)
+    counts = [sum(tag in caption.split(", ") for caption in found) / len(found) for tag in "abcdefgh"]
+    assert all(0.7 <= count <= 0.8 for count in counts)
+    plain = prepared(text, shuffle_tags=1000, keep_tags=1)
+    kept = [
+        [tag for tag in order.split(", ") if tag in drawn.split(", ")]
+        for order, drawn in zip(plain[:3], found, strict=False)
+    ]
+    assert [", ".join(order) for order in kept[:3]] == found[:3]  # the orders are those without dropout
+
+
+def test_one_tag_is_left_where_dropout_would_leave_none() -> None:
+    assert set(prepared("a, b", shuffle_tags=50, tag_dropout=0.9)) == {"a", "b"}
+    assert set(prepared("t, a", shuffle_tags=50, keep_tags=1, tag_dropout=0.5)) == {"t", "t, a"}
+    assert prepared("a", shuffle_tags=50, tag_dropout=0.9) == ["a"]
+
+
 def test_one_tag_is_left_as_it_is_and_never_lost() -> None:
     assert prepared("a cat", shuffle_tags=3) == ["a cat"]
     assert prepared("a, b", shuffle_tags=3, keep_tags=5) == ["a, b"]
@@ -119,6 +139,10 @@ def test_half_a_character_is_refused() -> None:
         ({"shuffle_tags": 1_000_000_000}, r"shuffle_tags=1000000000\b.*1000\b"),
         ({"shuffle_tags": True}, r"shuffle_tags=True\b"),
         ({"keep_tags": 1}, "keep_tags=1.*shuffle_tags"),
+        ({"tag_dropout": 0.1}, r"tag_dropout=0\.1.*shuffle_tags"),
+        ({"tag_dropout": 1, "shuffle_tags": 2}, "tag_dropout=1 must"),
+        ({"tag_dropout": True, "shuffle_tags": 2}, "tag_dropout=True must"),
+        ({"tag_dropout": "x", "shuffle_tags": 2}, "tag_dropout='x' must"),
         ({"split_lines": "yes"}, "split_lines='yes'"),
         ({"allow_empty": None}, "allow_empty=None"),
     ],

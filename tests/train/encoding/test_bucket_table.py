@@ -52,3 +52,7 @@ def test_variants_are_told(capsys) -> None:
     assert "cached for each image: the center crop, also mirrored".split() in said(
         capsys, [(64, 64)], Buckets(64, flip=True)
     )
+    assert "1 crop, with colors changed by up to 10%, turned by up to 2.5 degrees".split() in [
+        words[-len("1 crop, with colors changed by up to 10%, turned by up to 2.5 degrees".split()) :]
+        for words in said(capsys, [(64, 64)], Buckets(64, random_crops=1, color=0.1, rotation=2.5))
+    ]
