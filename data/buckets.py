@@ -78,6 +78,7 @@ class Buckets:
     flip: bool = False  # also cache a mirrored copy of each crop
     color: float = 0.0  # maximum change of brightness, contrast and saturation of random crops, as a share
     rotation: float = 0.0  # maximum angle by which random crops are turned, in degrees
+    each_resolution: bool = False  # train an image at every resolution whose bucket it fills, not only the largest
 
     def __post_init__(self) -> None:
         _check_side("step", self.step, PIXELS_PER_LATENT)
@@ -88,6 +89,9 @@ class Buckets:
             raise ValueError(f"resolution={list(given)!r} must be one side or several different ones")
         if not isinstance(self.max_aspect, int | float) or not 1.0 <= self.max_aspect < math.inf:
             raise ValueError(f"max_aspect={self.max_aspect!r} must be a number of at least 1 (1: only the square)")
+        check_flag("each_resolution", self.each_resolution)
+        if self.each_resolution and len(given) < 2:
+            raise ValueError(f"each_resolution=true has no effect with one resolution, {given[0]}. Give a list of them")
         check_flag("upscale", self.upscale)
         check_flag("flip", self.flip)
         check_int("random_crops", self.random_crops, 0, MOST_CROPS)
@@ -142,18 +146,21 @@ class Buckets:
         aspect = math.log(width / height)
         return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
 
-    def assign(self, width: int, height: int) -> Size | None:
-        """Return the bucket of an image of these pixels; None if it is too small.
+    def filled(self, width: int, height: int) -> tuple[int, ...]:
+        """Return the resolutions, the largest first, whose bucket of the nearest aspect ratio an image fills."""
+        nearest = {resolution: self.nearest(width, height, resolution) for resolution in self.resolutions}
+        return tuple(one for one, size in nearest.items() if width >= size[0] and height >= size[1])
 
-        This is the first bucket that the image fills among those of the nearest aspect ratio (by the ratio of the
-        ratios) at each resolution. If it fills none: with `upscale` the one of the smallest resolution, otherwise the
-        largest size on the grid within the image and `max_aspect`.
+    def assign(self, width: int, height: int, resolution: int | None = None) -> Size | None:
+        """Return the bucket of an image of these pixels, at a resolution that it fills; None if it is too small.
+
+        By default this is the first bucket that the image fills among those of the nearest aspect ratio (by the ratio
+        of the ratios) at each resolution. If it fills none: with `upscale` the one of the smallest resolution,
+        otherwise the largest size on the grid within the image and `max_aspect`.
         """
-        for resolution in self.resolutions:
-            size = self.nearest(width, height, resolution)
-            if width >= size[0] and height >= size[1]:
-                return size
-        return size if self.upscale else self._own(width, height)
+        if filled := self.filled(width, height):
+            return self.nearest(width, height, resolution or filled[0])
+        return self.nearest(width, height, self.resolutions[-1]) if self.upscale else self._own(width, height)
 
     def _own(self, width: int, height: int) -> Size | None:
         width, height = (side // self.step * self.step for side in (width, height))

@@ -280,7 +280,7 @@ class _Planner:
         if sample.mask is not None and sample.mask.size != original:
             sizes = "{} x {} pixels, but its image {} x {}".format(*sample.mask.size, *original)
             raise BadPicture(sample.mask.name, f"is a mask and has {sizes}")
-        size = self.assign(*original)
+        size = self.assign(*original, sample.resolution)
         if size is None:
             raise BadPicture(sample.target.name, self.buckets.too_small(*original))
         cuts = self.buckets.cuts(original, size, content_digest(sample.target))

@@ -6,8 +6,8 @@ that only a decoder finds are added to the same list later, by `Source.leave_out
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, overload
 
 from data.buckets import PIXELS_PER_LATENT
@@ -34,6 +34,7 @@ class Sample:
     references: tuple[Picture, ...] = ()  # in the order in which the caption counts them
     weight: float = 1.0  # frequency relative to other samples; 3.0 is three times in every pass over the data
     mask: Picture | None = None  # loss weight of the target's pixels, white 1 and black 0; None: 1 everywhere
+    resolution: int | None = None  # one of the buckets' that it is trained at; None: the largest that it fills
 
     @property
     def name(self) -> str:
@@ -129,9 +130,18 @@ class Source(Sequence[Sample]):
         chosen = self._samples[index]
         return chosen if isinstance(chosen, Sample) else tuple(chosen)
 
+    def repeat_at(self, resolutions: Callable[[int, int], Sequence[int]]) -> None:
+        """Repeat each sample for each resolution that `resolutions` returns for the size of its image, if any."""
+        self._samples = [
+            replace(sample, resolution=resolution)
+            for sample in self._samples
+            for resolution in resolutions(*sample.target.size) or (None,)
+        ]
+
     def leave_out(self, reasons: Mapping[int, str]) -> None:
         """Skip samples that cannot be decoded, given as index: reason. Raise BadData if more than `max_bad` are bad."""
-        self.bad += [Bad(self._samples[index].name, reason) for index, reason in sorted(reasons.items())]
+        found = (Bad(self._samples[index].name, reason) for index, reason in sorted(reasons.items()))
+        self.bad = list(dict.fromkeys([*self.bad, *found]))  # one image may be several samples
         self._samples = [sample for index, sample in enumerate(self._samples) if index not in reasons]
         self._check_bad(list(reasons))
 

@@ -65,6 +65,8 @@ def test_max_aspect_one_leaves_only_the_square() -> None:
         ({"resolution": 512, "color": 0.6, "random_crops": 1}, r"color=0\.6 must be a number from 0 to 0\.5"),
         ({"resolution": 512, "rotation": -1, "random_crops": 1}, "rotation=-1 must be a number from 0 to 20"),
         ({"resolution": 512, "rotation": True, "random_crops": 1}, "rotation=True"),
+        ({"resolution": 512, "each_resolution": True}, "each_resolution=true has no effect with one resolution, 512"),
+        ({"resolution": [512, 256], "each_resolution": 1}, "each_resolution=1"),
         ({"resolution": [512, 256], "min_resolution": 257}, r"min_resolution=257\b.*\b256\b"),
         ({"resolution": 512, "min_resolution": 64, "upscale": True}, "min_resolution=64.*upscale"),
     ],
@@ -121,6 +123,15 @@ def test_a_reference_is_cropped_in_the_middle_and_not_scaled_when_it_fits():
 
 def test_a_reference_that_is_too_large_is_shrunk_to_its_reference_size():
     assert fit_reference(Image.new("RGB", (640, 320)), 128**2).size == reference_size(640, 320, 128**2) == (176, 80)
+
+
+def test_a_picture_has_a_bucket_at_each_resolution_that_it_fills() -> None:
+    buckets = Buckets([64, 256, 128])
+    assert buckets.filled(1000, 1000) == (256, 128, 64)
+    assert buckets.filled(250, 140) == (128, 64)
+    assert buckets.filled(40, 40) == ()
+    assert [buckets.assign(1000, 1000, side) for side in (None, 256, 128)] == [(256, 256), (256, 256), (128, 128)]
+    assert buckets.assign(250, 140, 64) == buckets.nearest(250, 140, 64)
 
 
 def test_a_picture_goes_to_the_largest_resolution_that_it_fills() -> None:

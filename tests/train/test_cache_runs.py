@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -344,3 +345,26 @@ def test_four_processes_fill_packs_with_the_entries_of_one(tmp_path):
     assert len(one) == 49
     for path in one:
         assert four.place(path.stem).read() == path.read_bytes()
+
+
+def test_each_picture_is_trained_at_every_resolution_that_it_fills_and_a_resumed_run_goes_on_alike(train, small):
+    settings = ["buckets.resolution=[32,48]", "buckets.each_resolution=true", "steps=6", "checkpoint_every=3"]
+    run = train("run", *settings)
+    data = prepare_samples(load_config(compose(*small(*settings))))
+    found = zip(data.samples, data.cached.entries, strict=True)
+    sizes = [(Path(sample.name).name, entry.size) for sample, entry in found]
+    assert sizes == [(f"{i}.png", size) for i in range(6) for size in [(48, 48) if i < 4 else (64, 32), (32, 32)]]
+    again = train("again", *settings, f"resume={run / 'checkpoints' / 'step_000003'}")
+    assert lines(again)[-3:] == lines(run)[-3:]
+    largest = train("largest", *settings[:1], *settings[2:])
+    assert lines(largest) != lines(run)
+
+
+def test_a_picture_that_cannot_be_decoded_is_one_bad_sample_at_all_its_resolutions(train, pictures, tmp_path, caplog):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    content = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(content[: len(content) // 2])
+    settings = [f"dataset.path={folder}", "buckets.resolution=[32,48]", "buckets.each_resolution=true", "steps=1"]
+    train("run", *settings, "dataset.max_bad=1", f"cache_dir={tmp_path / 'cache'}")
+    assert "1 of 11 samples" in caplog.text

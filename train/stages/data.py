@@ -113,6 +113,8 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
     if samples is None:
         with digests.in_use():
             samples = config.instantiate("dataset")
+        if config.buckets.each_resolution:
+            samples.repeat_at(config.buckets.filled)
     return CacheRequest(
         source,
         config.text_encoder,
