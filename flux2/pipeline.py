@@ -22,6 +22,7 @@ from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.memory.model_split import split_model
 from flux2.models import tiled_decoding
 from flux2.models.autoencoder import Autoencoder
+from flux2.models.inpainting import Inpainting
 from flux2.models.pixels import reference_image, to_images, to_pixels
 from flux2.models.text_encoder import TextStorage
 from flux2.models.transformer import Transformer
@@ -29,7 +30,7 @@ from flux2.models.variants import PIXELS_PER_TOKEN, get_variant
 from flux2.prompts.embeddings import Prompts, TextSource, free_memory, text_source
 from flux2.prompts.upsampling import load_upsampler
 from flux2.quantization.precision import Precision, precision_from_name
-from flux2.sampling import initial_noise, sample
+from flux2.sampling import Start, initial_noise, sample
 from flux2.utils import checks
 from flux2.utils.device import pick_device
 from flux2.utils.files import user_path
@@ -66,6 +67,7 @@ def render(
     guidance: float,
     references: Sequence[Tensor] = (),
     empty: Tensor | None = None,
+    start: Start | None = None,
     tiled: bool | None = None,
     progress: Callable[[Tensor], None] | None = None,
 ) -> list[Image.Image]:
@@ -78,7 +80,7 @@ def render(
         references: Latents (B, 128, h_i, w_i).
         empty: (1, T, text_width) embeddings for classifier-free guidance.
         tiled: Whether to decode in stripes, with less memory (`tiled_decoding`); by default above a megapixel.
-        steps, guidance, progress: As in `sampling.sample`.
+        steps, guidance, start, progress: As in `sampling.sample`.
     """
     checks.size(width, height, PIXELS_PER_TOKEN)
     device, parameter = next(transformer.parameters()).device, next(autoencoder.parameters())
@@ -91,6 +93,7 @@ def render(
         guidance=guidance,
         references=[reference.to(device) for reference in references],
         empty=None if empty is None else empty.to(device),
+        start=start,
         progress=progress,
     )
     in_stripes = width * height > TILED_PIXELS if tiled is None else tiled
@@ -214,17 +217,21 @@ class Pipeline:
         return encoded[: len(prompts)], encoded[len(prompts) :] if classifier_free else None
 
     @torch.no_grad()
-    def encode_references(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """Return latents (1, 128, h, w) of each reference at its own size."""
+    def encode_references(self, images: Sequence[Image.Image], inpainting: Inpainting | None = None) -> list[Tensor]:
+        """Return latents (1, 128, h, w) of each reference at its own size, the first at that of `inpainting`."""
         limit = ONE_REFERENCE_PIXELS if len(images) == 1 else MANY_REFERENCES_PIXELS
-        sized = [to_pixels([reference_image(image, limit)]).to(self.device) for image in images]
-        return [self.autoencoder.encode(pixels) for pixels in sized]
+        first = [] if inpainting is None else [inpainting.pixels()]
+        sized = first + [to_pixels([reference_image(image, limit)]) for image in images[len(first) :]]
+        return [self.autoencoder.encode(pixels.to(self.device)) for pixels in sized]
 
     def generate(
         self,
         prompt: str | Sequence[str],
         *,
         references: Sequence[Image.Image] = (),
+        mask: Image.Image | None = None,
+        strength: float | None = None,
+        mask_crop: int | None = None,
         seed: int | Sequence[int] = 0,
         width: int | None = None,
         height: int | None = None,
@@ -241,6 +248,9 @@ class Pipeline:
         Args:
             prompt: One or several prompts.
             references: Images to edit or to use as reference, shared by all prompts.
+            mask: What is repainted of the first reference: white is, black stays. Images then have its size.
+            strength: Share of the steps, which start from the first reference with noise; by default 0.8 with a mask.
+            mask_crop: Margin in pixels around the mask, of which the model then computes the region alone.
             seed: Seed of the first prompt, counted up for the next ones; or one seed per prompt.
             width, height: Multiples of 16; by default the size of the first reference, else that of the variant.
             steps, guidance: By default those of the variant.
@@ -258,18 +268,20 @@ class Pipeline:
         length = None if length is None else checks.integer("length", length, 1, checks.MAX_LENGTH)
         batch_size = checks.integer("batch_size", batch_size, 1)
         references = check_references(references)
+        inpainting = Inpainting.from_arguments(references, mask, strength, mask_crop, width, height)
 
         # 2. encode prompts and references
         text, empty = self.embeddings(prompts, guidance, length)
-        latents = self.encode_references(references)
+        latents = self.encode_references(references, inpainting)
         sides = [side * unit for side in latents[0].shape[2:]] if latents else 2 * [self.variant.resolution]
-        height = sides[0] if height is None else height
-        width = sides[1] if width is None else width
+        height = sides[0] if height is None or inpainting else height
+        width = sides[1] if width is None or inpainting else width
+        start = Start(latents[0], inpainting.strength, inpainting.token_mask()) if inpainting else None
 
         # 3. render in batches
         images: list[Image.Image] = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
+        for first in range(0, len(prompts), batch_size):
+            part = slice(first, first + batch_size)
             images += render(
                 self.transformer,
                 self.autoencoder,
@@ -281,10 +293,11 @@ class Pipeline:
                 guidance=guidance,
                 references=[latent.expand(len(text[part]), -1, -1, -1) for latent in latents],
                 empty=empty,
+                start=start,
                 tiled=self.tiled,
                 progress=progress,
             )
-        return images
+        return [inpainting.paste(image) for image in images] if inpainting else images
 
 
 def load(

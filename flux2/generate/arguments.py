@@ -50,10 +50,13 @@ def option_parser() -> argparse.ArgumentParser:
         type=user_path,
         metavar="FILE",
         help='one JSON object per line: {"prompt": ...} and, if they differ, seed, width, height, steps, guidance, '
-        "images, out",
+        "images, mask, strength, mask_crop, out",
     )
     add("--from-image", type=user_path, metavar="PNG", help="repeat this image; other options replace recorded ones")
     add("--image", action="append", type=user_path, help="reference image; repeatable, up to ten")
+    add("--mask", type=user_path, metavar="FILE", help="repaint the first --image where this image is white")
+    add("--strength", type=float, help="start from the first --image with this share of the steps; 0.8 with --mask")
+    add("--mask-crop", type=int, metavar="PIXELS", help="compute only the mask's region and this margin around it")
     add("--adapter", action="append", metavar="PATH[:SCALE]", help="folder or file; repeatable")
     add("--out", type=user_path, help="output file; several are numbered (out.png)")
     add("--overwrite", action="store_true", help="replace output files that exist, which is an error otherwise")

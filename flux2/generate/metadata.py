@@ -85,6 +85,9 @@ class Record:
     embeddings: NamedFile | None = None
     asked: str | None = None
     images: Sequence[NamedFile] = ()
+    mask: NamedFile | None = None
+    strength: float | None = None
+    mask_crop: int | None = None
     adapters: Sequence[NamedFile] = ()
     merged: bool = False
     models: Mapping[str, str] = dataclasses.field(default_factory=dict)  # digests of the files of those used here
@@ -141,9 +144,11 @@ def parse_record(record: Any) -> Record:
     checks.size(record["width"], record["height"], 1)
     steps, guidance = checks.steps(record["steps"]), checks.guidance(record["guidance"])
     values = {**record, "prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance}
-    if record.get("embeddings") is not None:
-        values["embeddings"] = parse_named_file(record["embeddings"])
+    values |= {key: parse_named_file(record[key]) for key in ("embeddings", "mask") if record.get(key) is not None}
     files = {key: [parse_named_file(entry) for entry in record.get(key, [])] for key in ("images", "adapters")}
+    checks.inpainting(
+        len(files["images"]), values.get("mask") is not None, record.get("strength"), record.get("mask_crop")
+    )
     return Record(**values | files)
 
 
@@ -157,9 +162,10 @@ def parse_named_file(entry: Any) -> NamedFile:
 
 def check_unchanged(record: Record, what: str) -> None:
     """Raise ValueError, starting with `what`, if a file of `record` is missing or has changed."""
-    embeddings = [] if record.embeddings is None else [record.embeddings]
+    embeddings, masks = ([] if one is None else [one] for one in (record.embeddings, record.mask))
     for kind, files, option in (
         ("reference", record.images, "--image"),
+        ("mask", masks, "--mask"),
         ("embeddings file", embeddings, "--embeddings, or use --text-encoder"),
         ("adapter", record.adapters, "--adapter"),
     ):
