@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from flux2 import adapters
-from flux2.adapters.loading import LoadedAdapter
+from flux2.adapters.loading import LoadedAdapter, check_scale
+from flux2.adapters.strengths import parse_ranges
 from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.memory.model_split import split_model
 from flux2.models import tiled_decoding
@@ -121,7 +122,8 @@ class Pipeline:
         self.cache, self.tiled, self.offload_blocks, self.devices = cache, tiled, offload_blocks, devices or {}
         self.streamed = offloaded_blocks(self.variant.transformer, offload_blocks)
         self.prompts = Prompts(source, device, precision.dtype, replace(text or TextSource(), keep=keep_text_encoder))
-        self.adapter_count = 0
+        self.adapter_count = 0  # of all that were loaded, also of those that are gone
+        self._loaded: dict[str, LoadedAdapter] = {}
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -144,16 +146,41 @@ class Pipeline:
         offload(transformer, self.offload_blocks, device=self.device)
         return transformer
 
-    def load_adapter(self, path: str | Path, scale: float = 1.0) -> LoadedAdapter:
-        """Add an adapter with its update multiplied by `scale`, and return its type, layers and ranks.
+    @property
+    def adapters(self) -> list[LoadedAdapter]:
+        """Return what is loaded and not merged: name, path, scale, ranges, type, layers and ranks of each adapter."""
+        return list(self._loaded.values())
 
-        `adapters.load` documents the accepted files. Several adapters of one type add up. Raise TypeError or ValueError
-        for a scale or an adapter that cannot be used; the pipeline is unchanged then.
+    def load_adapter(self, path: str | Path, scale: float = 1.0, ranges: str = "") -> LoadedAdapter:
+        """Add an adapter with its update multiplied by `scale`, and return its name, type, layers and ranks.
+
+        `adapters.load` documents the accepted files. Several adapters of one type add up. `ranges` multiply the scale
+        in some blocks or at some times, such as `double.0-3=0.5,time.0.5-1=0` (flux2/adapters/strengths.py). Raise
+        TypeError or ValueError for a scale, ranges or an adapter that cannot be used; the pipeline is unchanged then.
         """
         scale = checks.number("scale", scale)
-        loaded = adapters.load(self.transformer, path, name=f"adapter_{self.adapter_count}", scale=scale)
+        parse_ranges(ranges, self.variant.transformer)
+        name = f"adapter_{self.adapter_count}"
+        self._loaded[name] = adapters.load(self.transformer, path, name=name, scale=scale, ranges=ranges)
         self.adapter_count += 1
-        return loaded
+        return self._loaded[name]
+
+    def set_adapter_scale(self, name: str, scale: float) -> None:
+        """Change the scale of the loaded adapter `name`; its ranges stay. Raise ValueError if it is not loaded."""
+        self._check_loaded(name)
+        check_scale(self._loaded[name].kind, scale := checks.number("scale", scale))
+        adapters.set_scale(self.transformer, name, scale)
+        self._loaded[name] = replace(self._loaded[name], scale=scale)
+
+    def unload_adapter(self, name: str) -> None:
+        """Remove the loaded adapter `name`; images are those without it, bit for bit. Raise ValueError for others."""
+        self._check_loaded(name)
+        adapters.unload(self.transformer, name)
+        del self._loaded[name]
+
+    def _check_loaded(self, name: str) -> None:
+        if name not in self._loaded:
+            raise ValueError(f"adapter {name!r} is not loaded. Loaded are: {', '.join(self._loaded) or 'none'}")
 
     def merge_adapters(self) -> None:
         """Merge the loaded adapters into the weights permanently, so that images take no longer than without them.
@@ -161,9 +188,10 @@ class Pipeline:
         Raise ValueError if no adapter is loaded or `check_mergeable` fails; the pipeline is unchanged then.
         """
         self.check_mergeable()
-        if not self.adapter_count:
+        if not self._loaded:
             raise ValueError("there is no adapter to merge: load one first")
         adapters.merge(self.transformer)
+        self._loaded.clear()
 
     def check_mergeable(self) -> None:
         """Raise ValueError if adapters cannot be merged into the base. Load nothing."""

@@ -14,12 +14,14 @@ from typing import Any
 from PIL import Image
 
 from flux2.adapters import find
+from flux2.adapters.strengths import parse_ranges
 from flux2.generate import metadata
 from flux2.generate.arguments import option_parser
 from flux2.generate.metadata import NamedFile, Record
 from flux2.generate.progress import CLEAR, Screen
 from flux2.generate.requests import Request, parse_request, read_lines, round_sizes
 from flux2.models.inpainting import Inpainting
+from flux2.models.variants import get_variant
 from flux2.pipeline import Pipeline, load
 from flux2.quantization.precision import caution, describe
 from flux2.utils import checks
@@ -89,7 +91,7 @@ def options_from_image(file: Path, explicit: Mapping[str, Any]) -> dict[str, Any
         "prompt": [record.prompt],
         "image": [Path(image.path) for image in record.images],
         "mask": None if record.mask is None else Path(record.mask.path),
-        "adapter": [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters],
+        "adapter": [adapter.option() for adapter in record.adapters],
         "merge": record.merged,
         "asked": {} if record.asked is None else {record.prompt: record.asked},
     }
@@ -152,9 +154,9 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
             check_new(request.out, "--out", overwrite=options.overwrite)
     pictures = read_images(requests)
     images = {path: NamedFile.from_path(path) for path in pictures if path is not None}
-    adapters = [split_adapter(adapter) for adapter in options.adapter]
     # before the model is loaded, which takes minutes
-    adapter_files = [NamedFile.from_adapter(path, scale) for path, scale in adapters]
+    adapter_files = [NamedFile.from_adapter(*split_adapter(adapter)) for adapter in options.adapter]
+    check_ranges(adapter_files, options)
     pipeline = load(options.model, options.path, **{key: getattr(options, key) for key in LOADED})
     if options.merge:
         pipeline.check_mergeable()
@@ -173,7 +175,7 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
         guidance = next((request.guidance for request in requests if request.guidance != 1), 1.0)
         pipeline.embeddings([request.prompt for request in requests], guidance)
         screen.status("loading the transformer")
-        load_adapters(pipeline, adapters, options)
+        load_adapters(pipeline, adapter_files, options)
         screen.begin()
         recorded = {key: getattr(options, key) for key in ("model", *PLACES, "text_storage")}
         recorded |= {"precision": pipeline.precision.name, "adapters": adapter_files, "merged": options.merge}
@@ -237,18 +239,27 @@ def digests_of_models(pipeline: Pipeline, options: argparse.Namespace) -> dict[s
     return digests
 
 
-def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
+def check_ranges(adapters: Sequence[NamedFile], options: argparse.Namespace) -> None:
+    """Raises ValueError for ranges of adapters that the model has not, or that merging cannot keep."""
+    for adapter in adapters:
+        ranges = parse_ranges(adapter.ranges, get_variant(options.model).transformer)
+        if ranges.times and options.merge:
+            raise ValueError(f"--adapter {adapter.option()}: a merged adapter has no times. Remove them, or --merge")
+
+
+def load_adapters(pipeline: Pipeline, adapters: Sequence[NamedFile], options: argparse.Namespace) -> None:
     """Load the transformer and the adapters, and report both."""
     transformer = pipeline.transformer
     if pipeline.precision.storage is not None:
         say(describe(transformer, pipeline.precision, pipeline.device))
     if inexact := caution(transformer):
         say(f"warning: {inexact}. Images are more exact with --precision fp8 or bf16")
-    for path, scale in adapters:
-        loaded = pipeline.load_adapter(path, scale)
-        place, given = find(path), user_path(path)
+    for one in adapters:
+        loaded = pipeline.load_adapter(one.path, one.scale, one.ranges)
+        place, given = find(one.path), user_path(one.path)
         chosen = f" ({place.relative_to(given)})" if given in place.parents else ""  # of a run folder
-        say(f"adapter {path}{chosen}{'' if scale == 1 else f' at scale {scale:g}'}: {loaded}")
+        strength = ("" if one.scale == 1 else f" at scale {one.scale:g}") + (f", {one.ranges}" if one.ranges else "")
+        say(f"adapter {one.path}{chosen}{strength}: {loaded}")
         if options.verbose:
             say(f"  layers: {loaded.listing()}")
     if options.merge:
