@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from flux2 import adapters
-from flux2.adapters.loading import LoadedAdapter
+from flux2.adapters.loading import LoadedAdapter, check_scale
+from flux2.adapters.strengths import parse_ranges
 from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.memory.model_split import split_model
 from flux2.models import tiled_decoding
 from flux2.models.autoencoder import Autoencoder
+from flux2.models.inpainting import Inpainting
 from flux2.models.pixels import reference_image, to_images, to_pixels
 from flux2.models.text_encoder import TextStorage
 from flux2.models.transformer import Transformer
@@ -29,7 +31,7 @@ from flux2.models.variants import PIXELS_PER_TOKEN, get_variant
 from flux2.prompts.embeddings import Prompts, TextSource, free_memory, text_source
 from flux2.prompts.upsampling import load_upsampler
 from flux2.quantization.precision import Precision, precision_from_name
-from flux2.sampling import initial_noise, sample
+from flux2.sampling import Start, initial_noise, sample
 from flux2.utils import checks
 from flux2.utils.device import pick_device
 from flux2.utils.files import user_path
@@ -66,6 +68,7 @@ def render(
     guidance: float,
     references: Sequence[Tensor] = (),
     empty: Tensor | None = None,
+    start: Start | None = None,
     tiled: bool | None = None,
     progress: Callable[[Tensor], None] | None = None,
 ) -> list[Image.Image]:
@@ -78,7 +81,7 @@ def render(
         references: Latents (B, 128, h_i, w_i).
         empty: (1, T, text_width) embeddings for classifier-free guidance.
         tiled: Whether to decode in stripes, with less memory (`tiled_decoding`); by default above a megapixel.
-        steps, guidance, progress: As in `sampling.sample`.
+        steps, guidance, start, progress: As in `sampling.sample`.
     """
     checks.size(width, height, PIXELS_PER_TOKEN)
     device, parameter = next(transformer.parameters()).device, next(autoencoder.parameters())
@@ -91,6 +94,7 @@ def render(
         guidance=guidance,
         references=[reference.to(device) for reference in references],
         empty=None if empty is None else empty.to(device),
+        start=start,
         progress=progress,
     )
     in_stripes = width * height > TILED_PIXELS if tiled is None else tiled
@@ -118,7 +122,8 @@ class Pipeline:
         self.cache, self.tiled, self.offload_blocks, self.devices = cache, tiled, offload_blocks, devices or {}
         self.streamed = offloaded_blocks(self.variant.transformer, offload_blocks)
         self.prompts = Prompts(source, device, precision.dtype, replace(text or TextSource(), keep=keep_text_encoder))
-        self.adapter_count = 0
+        self.adapter_count = 0  # of all that were loaded, also of those that are gone
+        self._loaded: dict[str, LoadedAdapter] = {}
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -141,16 +146,41 @@ class Pipeline:
         offload(transformer, self.offload_blocks, device=self.device)
         return transformer
 
-    def load_adapter(self, path: str | Path, scale: float = 1.0) -> LoadedAdapter:
-        """Add an adapter with its update multiplied by `scale`, and return its type, layers and ranks.
+    @property
+    def adapters(self) -> list[LoadedAdapter]:
+        """Return what is loaded and not merged: name, path, scale, ranges, type, layers and ranks of each adapter."""
+        return list(self._loaded.values())
 
-        `adapters.load` documents the accepted files. Several adapters of one type add up. Raise TypeError or ValueError
-        for a scale or an adapter that cannot be used; the pipeline is unchanged then.
+    def load_adapter(self, path: str | Path, scale: float = 1.0, ranges: str = "") -> LoadedAdapter:
+        """Add an adapter with its update multiplied by `scale`, and return its name, type, layers and ranks.
+
+        `adapters.load` documents the accepted files. Several adapters of one type add up. `ranges` multiply the scale
+        in some blocks or at some times, such as `double.0-3=0.5,time.0.5-1=0` (flux2/adapters/strengths.py). Raise
+        TypeError or ValueError for a scale, ranges or an adapter that cannot be used; the pipeline is unchanged then.
         """
         scale = checks.number("scale", scale)
-        loaded = adapters.load(self.transformer, path, name=f"adapter_{self.adapter_count}", scale=scale)
+        parse_ranges(ranges, self.variant.transformer)
+        name = f"adapter_{self.adapter_count}"
+        self._loaded[name] = adapters.load(self.transformer, path, name=name, scale=scale, ranges=ranges)
         self.adapter_count += 1
-        return loaded
+        return self._loaded[name]
+
+    def set_adapter_scale(self, name: str, scale: float) -> None:
+        """Change the scale of the loaded adapter `name`; its ranges stay. Raise ValueError if it is not loaded."""
+        self._check_loaded(name)
+        check_scale(self._loaded[name].kind, scale := checks.number("scale", scale))
+        adapters.set_scale(self.transformer, name, scale)
+        self._loaded[name] = replace(self._loaded[name], scale=scale)
+
+    def unload_adapter(self, name: str) -> None:
+        """Remove the loaded adapter `name`; images are those without it, bit for bit. Raise ValueError for others."""
+        self._check_loaded(name)
+        adapters.unload(self.transformer, name)
+        del self._loaded[name]
+
+    def _check_loaded(self, name: str) -> None:
+        if name not in self._loaded:
+            raise ValueError(f"adapter {name!r} is not loaded. Loaded are: {', '.join(self._loaded) or 'none'}")
 
     def merge_adapters(self) -> None:
         """Merge the loaded adapters into the weights permanently, so that images take no longer than without them.
@@ -158,9 +188,10 @@ class Pipeline:
         Raise ValueError if no adapter is loaded or `check_mergeable` fails; the pipeline is unchanged then.
         """
         self.check_mergeable()
-        if not self.adapter_count:
+        if not self._loaded:
             raise ValueError("there is no adapter to merge: load one first")
         adapters.merge(self.transformer)
+        self._loaded.clear()
 
     def check_mergeable(self) -> None:
         """Raise ValueError if adapters cannot be merged into the base. Load nothing."""
@@ -214,17 +245,21 @@ class Pipeline:
         return encoded[: len(prompts)], encoded[len(prompts) :] if classifier_free else None
 
     @torch.no_grad()
-    def encode_references(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """Return latents (1, 128, h, w) of each reference at its own size."""
+    def encode_references(self, images: Sequence[Image.Image], inpainting: Inpainting | None = None) -> list[Tensor]:
+        """Return latents (1, 128, h, w) of each reference at its own size, the first at that of `inpainting`."""
         limit = ONE_REFERENCE_PIXELS if len(images) == 1 else MANY_REFERENCES_PIXELS
-        sized = [to_pixels([reference_image(image, limit)]).to(self.device) for image in images]
-        return [self.autoencoder.encode(pixels) for pixels in sized]
+        first = [] if inpainting is None else [inpainting.pixels()]
+        sized = first + [to_pixels([reference_image(image, limit)]) for image in images[len(first) :]]
+        return [self.autoencoder.encode(pixels.to(self.device)) for pixels in sized]
 
     def generate(
         self,
         prompt: str | Sequence[str],
         *,
         references: Sequence[Image.Image] = (),
+        mask: Image.Image | None = None,
+        strength: float | None = None,
+        mask_crop: int | None = None,
         seed: int | Sequence[int] = 0,
         width: int | None = None,
         height: int | None = None,
@@ -241,6 +276,9 @@ class Pipeline:
         Args:
             prompt: One or several prompts.
             references: Images to edit or to use as reference, shared by all prompts.
+            mask: What is repainted of the first reference: white is, black stays. Images then have its size.
+            strength: Share of the steps, which start from the first reference with noise; by default 0.8 with a mask.
+            mask_crop: Margin in pixels around the mask, of which the model then computes the region alone.
             seed: Seed of the first prompt, counted up for the next ones; or one seed per prompt.
             width, height: Multiples of 16; by default the size of the first reference, else that of the variant.
             steps, guidance: By default those of the variant.
@@ -258,18 +296,20 @@ class Pipeline:
         length = None if length is None else checks.integer("length", length, 1, checks.MAX_LENGTH)
         batch_size = checks.integer("batch_size", batch_size, 1)
         references = check_references(references)
+        inpainting = Inpainting.from_arguments(references, mask, strength, mask_crop, width, height)
 
         # 2. encode prompts and references
         text, empty = self.embeddings(prompts, guidance, length)
-        latents = self.encode_references(references)
+        latents = self.encode_references(references, inpainting)
         sides = [side * unit for side in latents[0].shape[2:]] if latents else 2 * [self.variant.resolution]
-        height = sides[0] if height is None else height
-        width = sides[1] if width is None else width
+        height = sides[0] if height is None or inpainting else height
+        width = sides[1] if width is None or inpainting else width
+        start = Start(latents[0], inpainting.strength, inpainting.token_mask()) if inpainting else None
 
         # 3. render in batches
         images: list[Image.Image] = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
+        for first in range(0, len(prompts), batch_size):
+            part = slice(first, first + batch_size)
             images += render(
                 self.transformer,
                 self.autoencoder,
@@ -281,10 +321,11 @@ class Pipeline:
                 guidance=guidance,
                 references=[latent.expand(len(text[part]), -1, -1, -1) for latent in latents],
                 empty=empty,
+                start=start,
                 tiled=self.tiled,
                 progress=progress,
             )
-        return images
+        return [inpainting.paste(image) for image in images] if inpainting else images
 
 
 def load(

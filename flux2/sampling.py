@@ -8,6 +8,7 @@ Source: github.com/black-forest-labs/flux2, src/flux2/sampling.py (`get_schedule
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -51,16 +52,43 @@ def initial_noise(seeds: Sequence[int], height: int, width: int) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+@dataclass(frozen=True)
+class Start:
+    """An image that sampling starts from, with noise on it, instead of from noise alone.
+
+    Attributes:
+        latents: (B or 1, 128, h, w) of the image.
+        strength: Share of the steps that are computed, above 0 and at most 1; 1 starts from noise alone.
+        mask: (B or 1, 1, h, w) from 0, where the image stays, to 1, where it is repainted; None: 1 everywhere.
+    """
+
+    latents: Tensor
+    strength: float
+    mask: Tensor | None = None
+
+
+def first_step(steps: int, strength: float) -> int:
+    """Return the number of steps that are left out at `strength`, at least one less than `steps`."""
+    return min(int(steps - min(steps * strength, steps)), steps - 1)
+
+
 def euler(
-    flow: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, progress: Callable[[Tensor], None] | None = None
+    flow: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    times: Tensor,
+    progress: Callable[[Tensor], None] | None = None,
+    blend: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Integrate dx/ds = flow(x, s) along `times`, with x in float32 whatever dtype the model computes in.
 
-    `flow` receives x and the time as a (B,) tensor; `progress` is called with x after every step.
+    `flow` receives x and the time as a (B,) tensor. After every step, `blend` returns the x to continue with from x and
+    the time that it has reached, and `progress` is called with it.
     """
     x = x.float()
     for now, after in pairwise(times):
         x = x + (after - now) * flow(x, now.expand(x.shape[0])).float()
+        if blend is not None:
+            x = blend(x, after)
         if progress is not None:
             progress(x)
     return x
@@ -76,6 +104,7 @@ def sample(
     guidance: float,
     references: Sequence[Tensor] = (),
     empty: Tensor | None = None,
+    start: Start | None = None,
     progress: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Denoise `noise` to latents (B, 128, h, w) in float32.
@@ -87,6 +116,8 @@ def sample(
             `empty + g * (prompt - empty)`; 1 turns it off.
         references: Latents (B, 128, h_i, w_i) of reference images.
         empty: (B or 1, T, text_width) embeddings of the empty prompt, required for classifier-free guidance.
+        start: An image to start from. After every step, what its mask keeps is the image again, with as much of the
+            same noise as the step has left.
         progress: Function called with the tokens after every step.
     """
     guidance = checks.guidance(guidance)
@@ -107,4 +138,15 @@ def sample(
         return flows[0] if len(flows) == 1 else flows[1] + guidance * (flows[0] - flows[1])
 
     times = schedule(steps, x.shape[1]).to(x.device)
-    return from_tokens(euler(flow, x, times, progress), height, width)
+    if start is None:
+        return from_tokens(euler(flow, x, times, progress), height, width)
+    times = times[first_step(steps, start.strength) :]
+    image, mask = to_tokens(start.latents).to(x), None if start.mask is None else to_tokens(start.mask).to(x)
+
+    def noisy(time: Tensor) -> Tensor:
+        return time * x + (1 - time) * image
+
+    def blend(tokens: Tensor, time: Tensor) -> Tensor:
+        return tokens if mask is None else (1 - mask) * noisy(time) + mask * tokens
+
+    return from_tokens(euler(flow, noisy(times[0]), times, progress, blend), height, width)

@@ -5,6 +5,8 @@ for the saved form.
 
 from flux2.adapters.files import adapter_parameters, adapters_disabled, find, load, merge, restore, save
 from flux2.adapters.formats import AdapterError
+from flux2.adapters.loading import unload
+from flux2.adapters.strengths import set_scale
 from flux2.adapters.tuners import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa, detach
 
 __all__ = [
@@ -23,4 +25,6 @@ __all__ = [
     "merge",
     "restore",
     "save",
+    "set_scale",
+    "unload",
 ]

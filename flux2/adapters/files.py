@@ -27,6 +27,7 @@ from flux2.adapters.formats import AdapterError, LoraPair, rescale, to_diffusers
 from flux2.adapters.keys import check_dtype
 from flux2.adapters.loading import LoadedAdapter, attach_pairs, check_compatible, check_scale, insert, to_peft
 from flux2.adapters.reading import PEFT_FILE, PREFIX, read_adapter, read_tensors, recorded_base
+from flux2.adapters.strengths import parse_ranges, strengths
 from flux2.adapters.tuners import adapter_layers, adapter_tensors, float_copy, kind_of, remove_adapters
 from flux2.layers.fused_lora import INITIAL, subtract_initial
 from flux2.models.transformer import Transformer
@@ -220,28 +221,34 @@ def base_hint(place: Path, model: Transformer) -> str:
     return "" if base is None or base.transformer == model.config else f" Its recorded base is {base.name}."
 
 
-def load(model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0) -> LoadedAdapter:
+def load(
+    model: Transformer, path: str | Path, *, name: str = "default", scale: float = 1.0, ranges: str = ""
+) -> LoadedAdapter:
     """Attach the adapter at `path` to `model` for inference, in place, with its update multiplied by `scale`.
+
+    `ranges` are factors on the scale for blocks and times (`flux2.adapters.strengths`).
 
     `path` is a PEFT folder, a run folder or checkpoint that holds one, or a .safetensors file of another program
     (docs/adapters.md lists them). Adapters that the model has already stay active. Raises AdapterError for an adapter
     that cannot be used, TypeError or ValueError for an invalid scale; `model` is then unchanged.
     """
     scale = checks.number("scale", scale)
+    parsed = parse_ranges(ranges, model.config)
     place = find(path)
     try:
         stored = read_adapter(place, model)
         check_compatible(model, stored.kind)
-        check_scale(stored.kind, scale)
+        check_scale(stored.kind, scale, ranges)
+        parsed.check_layers(stored.layers)
         if stored.config is None:
-            attach_pairs(model, stored.pairs, name, scale)
+            attach_pairs(model, stored.pairs, name, scale, parsed)
         else:
             state = {f"{layer}.{key}": one for layer, found in stored.tensors.items() for key, one in found.items()}
-            insert(model, stored.config, state, name, scale)
+            insert(model, stored.config, state, name, scale, parsed)
     except ValueError as error:
         text = str(error) + base_hint(place, model)
         raise AdapterError(text if text.startswith("adapter ") else f"adapter {place}: {text}") from error
-    return LoadedAdapter(stored.kind, stored.layers, stored.ranks, stored.note)
+    return LoadedAdapter(stored.kind, stored.layers, stored.ranks, stored.note, name, str(path), scale, ranges)
 
 
 @torch.no_grad()
@@ -275,6 +282,9 @@ def merge(model: nn.Module) -> None:
                 f"cannot merge into {name}: its weight would get NaN or infinite values, because the base has them or "
                 "the adapters overflow. Use a smaller scale, or another adapter"
             )
+    for name, strength in strengths(model).items():
+        if strength.ranges.times:
+            raise AdapterError(f"cannot merge {name}: its strength depends on the time, and a weight has one value")
     for module in layers.values():
         base = module.get_base_layer()
         base.weight.data = merged_weight(module).to(base.weight.dtype)

@@ -24,11 +24,14 @@ from flux2.adapters import peft_config
 from flux2.adapters.formats import AdapterError, LoraPair, rescale
 from flux2.adapters.keys import check_dtype
 from flux2.adapters.peft_config import PEFT_CONFIG
+from flux2.adapters.strengths import AdapterStrength, Ranges, strengths
 from flux2.adapters.tuners import (
     adapter_layers,
     adapter_tensors,
     disable_module_dropout,
     kind_of,
+    remove_adapters,
+    restore_layer,
     set_factors,
     to_device,
 )
@@ -39,6 +42,7 @@ from flux2.models.variants import TransformerConfig
 from flux2.utils.text import listed
 
 SAME_LAYERS = {"rsLoRA": "LoRA", "column DoRA": "DoRA", "split LoKr": "LoKr"}  # types, and those of their layers
+NO_RANGES = Ranges()
 PARTS = {"double_blocks": "in double blocks", "single_blocks": "in single blocks"}
 
 
@@ -50,6 +54,10 @@ class LoadedAdapter:
     layers: tuple[str, ...]
     ranks: tuple[int, ...] = ()
     note: str = ""  # what is not certain
+    name: str = ""  # in the model
+    path: str = ""  # as it was given
+    scale: float = 1.0
+    ranges: str = ""  # factors on the scale (flux2/adapters/strengths.py)
 
     def __str__(self) -> str:
         size = f" of {describe_ranks(self.ranks)}" if self.ranks else ""
@@ -84,9 +92,11 @@ def check_compatible(model: nn.Module, kind: str) -> None:
         )
 
 
-def attach_pairs(model: Transformer, pairs: Mapping[str, LoraPair], name: str, scale: float = 1.0) -> None:
+def attach_pairs(
+    model: Transformer, pairs: Mapping[str, LoraPair], name: str, scale: float = 1.0, ranges: Ranges = NO_RANGES
+) -> None:
     """Add an adapter of these pairs to `model`, in place, active and frozen."""
-    insert(model, *to_peft(pairs), name, scale)
+    insert(model, *to_peft(pairs), name, scale, ranges)
 
 
 def to_peft(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
@@ -111,7 +121,14 @@ def to_peft(pairs: Mapping[str, LoraPair]) -> tuple[peft.LoraConfig, dict[str, T
     return config, state
 
 
-def insert(model: Transformer, config: peft.PeftConfig, state: Mapping[str, Tensor], name: str, scale: float) -> None:
+def insert(
+    model: Transformer,
+    config: peft.PeftConfig,
+    state: Mapping[str, Tensor],
+    name: str,
+    scale: float,
+    ranges: Ranges = NO_RANGES,
+) -> None:
     """Add an adapter with the tensors `state`, by PEFT's keys without its prefix, in place, active and frozen."""
     inject(model, config, name)
     device = model.img_in.weight.device  # not the layer's own: offloaded blocks are in host memory
@@ -120,14 +137,32 @@ def insert(model: Transformer, config: peft.PeftConfig, state: Mapping[str, Tens
         if name in getattr(module, "lora_magnitude_vector", {}):
             magnitude = module.lora_magnitude_vector[name]
             magnitude.__class__ = ScaledDora if magnitude.weight.ndim == 1 else ColumnDora
-            magnitude.strength = scale
-        elif name in getattr(module, "scaling", {}):
-            module.scaling[name] *= scale
+    strengths(model)[name] = AdapterStrength(model, name, scale, ranges)
     fuse_lora(model)
     to_device(model)
+    activate_all(model)
+
+
+def activate_all(model: nn.Module) -> None:
+    """Make all adapters of each layer active, in the order in which they were added, and frozen."""
     for module in adapter_layers(model).values():
         module.set_adapter(sorted(module._get_available_adapters(), key=list(module.r).index))
     model.requires_grad_(False)
+
+
+def unload(model: Transformer, name: str) -> None:
+    """Remove a loaded adapter, in place. Layers without another one are those of the base again."""
+    strengths(model).pop(name).close()
+    if list(model.peft_config) == [name]:  # type: ignore[arg-type]
+        remove_adapters(model)
+        return
+    del model.peft_config[name]  # type: ignore[operator, union-attr]
+    for layer, module in adapter_layers(model).items():
+        if module._get_available_adapters() == {name}:
+            restore_layer(model, layer)
+        elif name in module._get_available_adapters():
+            module.delete_adapter(name)
+    activate_all(model)
 
 
 def fill_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor], device: torch.device) -> None:
@@ -167,10 +202,11 @@ class ColumnDora(ScaledDora):
         return F.linear(x, (changed - weight).to(x.dtype)) * self.strength
 
 
-def check_scale(kind: str, scale: float) -> None:
-    """Raise AdapterError for a scale other than 1 of a type without scale."""
-    if kind == "OFT" and scale != 1:
-        raise AdapterError(f"scale={scale:g}: an OFT adapter rotates the layers' inputs and has no scale. Use 1")
+def check_scale(kind: str, scale: float, ranges: str = "") -> None:
+    """Raise AdapterError for a scale other than 1, or ranges, of a type without scale."""
+    if kind == "OFT" and (scale != 1 or ranges):
+        what = f"ranges={ranges}" if ranges else f"scale={scale:g}"
+        raise AdapterError(f"{what}: an OFT adapter rotates the layers' inputs and has no scale. Use 1")
 
 
 def check_saved(

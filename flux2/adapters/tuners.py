@@ -361,11 +361,18 @@ def kind_of(layer: Any) -> str:
 
 def remove_adapters(model: nn.Module) -> None:
     """Replace layers that have adapters by the base's layers."""
-    for name, module in adapter_layers(model).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    for name in adapter_layers(model):
+        restore_layer(model, name)
+    for strength in vars(model).pop("adapter_strengths", {}).values():  # flux2/adapters/strengths.py
+        strength.close()
     if hasattr(model, "peft_config"):
         del model.peft_config
+
+
+def restore_layer(model: nn.Module, name: str) -> None:
+    """Replace the layer `name`, which has adapters, by the base's layer."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, model.get_submodule(name).get_base_layer())  # type: ignore[operator]
 
 
 def detach(wrapped: peft.PeftModel) -> Transformer:

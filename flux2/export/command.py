@@ -232,10 +232,14 @@ def run(options: argparse.Namespace) -> Path:
     check_options(options)
     device = pick_device(options.device)
     adapters = [split_adapter(adapter) for adapter in options.adapter]
-    places = [find(path) for path, _ in adapters]
+    if with_ranges := [option for option, (*_, ranges) in zip(options.adapter, adapters, strict=True) if ranges]:
+        raise ValueError(
+            f"{with_ranges[0]}: ranges are not exported, only flux2.generate has them. Give ADAPTER[:SCALE]"
+        )
+    places = [find(path) for path, *_ in adapters]
     variant, certain = deltas.variant_for(places, options.model)
     model = deltas.skeleton(variant.transformer)
-    updates = [deltas.read(place, model, scale) for place, (_, scale) in zip(places, adapters, strict=True)]
+    updates = [deltas.read(place, model, scale) for place, (_, scale, _) in zip(places, adapters, strict=True)]
     deltas.check_together(updates)
     for update in updates:
         say(f"{update.place}{'' if update.scale == 1 else f' at scale {update.scale:g}'}: {update.description()}")

@@ -20,29 +20,7 @@ def option_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--model", choices=list(VARIANTS), help="variant of FLUX.2 (tiny)")
-    add("--path", help="repository id, folder or .safetensors file; default: the published one")
-    add("--autoencoder", help="the same for the autoencoder, if it is not in PATH")
-    add(
-        "--text-encoder", help="the same for the text encoder and its tokenizer; or the address of a server, http://..."
-    )
-    add(
-        "--text-storage",
-        choices=TEXT_STORAGES,
-        help="store the text encoder's layers in 4 or 8 bits; default: as the rest",
-    )
-    add(
-        "--embeddings",
-        type=user_path,
-        metavar="FILE",
-        help="file of --save-embeddings, whose prompts need no text encoder",
-    )
-    add(
-        "--save-embeddings",
-        type=user_path,
-        metavar="FILE",
-        help="write the prompts' embeddings and generate no images",
-    )
+    add_model_options(parser)
     add("--prompt", action="append", help="prompt; repeat for more images")
     add("--upsample", action="store_true", help="let dev's text encoder rewrite the prompts in more detail")
     add(
@@ -50,11 +28,20 @@ def option_parser() -> argparse.ArgumentParser:
         type=user_path,
         metavar="FILE",
         help='one JSON object per line: {"prompt": ...} and, if they differ, seed, width, height, steps, guidance, '
-        "images, out",
+        "images, mask, strength, mask_crop, out",
     )
     add("--from-image", type=user_path, metavar="PNG", help="repeat this image; other options replace recorded ones")
     add("--image", action="append", type=user_path, help="reference image; repeatable, up to ten")
-    add("--adapter", action="append", metavar="PATH[:SCALE]", help="folder or file; repeatable")
+    add("--mask", type=user_path, metavar="FILE", help="repaint the first --image where this image is white")
+    add("--strength", type=float, help="start from the first --image with this share of the steps; 0.8 with --mask")
+    add("--mask-crop", type=int, metavar="PIXELS", help="compute only the mask's region and this margin around it")
+    add(
+        "--adapter",
+        action="append",
+        metavar="PATH[:SCALE[,RANGES]]",
+        help="folder or file; repeatable. RANGES multiply SCALE in some blocks or at some times: "
+        "double.0-3=0.5,single=0,time.0.5-1=0",
+    )
     add("--out", type=user_path, help="output file; several are numbered (out.png)")
     add("--overwrite", action="store_true", help="replace output files that exist, which is an error otherwise")
     add("--seed", type=int, help="seed of the first image; the next ones count up (0)")
@@ -86,6 +73,34 @@ def option_parser() -> argparse.ArgumentParser:
     add("--cache", type=folder_argument, help="folder of quantized copies; default: FLUX2_CACHE")
     add("--no-metadata", dest="metadata", action="store_false", help="do not record in the PNG how it was made")
     return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the model's files and the embeddings of prompts."""
+    add = parser.add_argument
+    add("--model", choices=list(VARIANTS), help="variant of FLUX.2 (tiny)")
+    add("--path", help="repository id, folder or .safetensors file; default: the published one")
+    add("--autoencoder", help="the same for the autoencoder, if it is not in PATH")
+    add(
+        "--text-encoder", help="the same for the text encoder and its tokenizer; or the address of a server, http://..."
+    )
+    add(
+        "--text-storage",
+        choices=TEXT_STORAGES,
+        help="store the text encoder's layers in 4 or 8 bits; default: as the rest",
+    )
+    add(
+        "--embeddings",
+        type=user_path,
+        metavar="FILE",
+        help="file of --save-embeddings, whose prompts need no text encoder",
+    )
+    add(
+        "--save-embeddings",
+        type=user_path,
+        metavar="FILE",
+        help="write the prompts' embeddings and generate no images",
+    )
 
 
 def folder_argument(text: str) -> Path:

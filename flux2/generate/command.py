@@ -14,11 +14,14 @@ from typing import Any
 from PIL import Image
 
 from flux2.adapters import find
+from flux2.adapters.strengths import parse_ranges
 from flux2.generate import metadata
 from flux2.generate.arguments import option_parser
 from flux2.generate.metadata import NamedFile, Record
 from flux2.generate.progress import CLEAR, Screen
 from flux2.generate.requests import Request, parse_request, read_lines, round_sizes
+from flux2.models.inpainting import Inpainting
+from flux2.models.variants import get_variant
 from flux2.pipeline import Pipeline, load
 from flux2.quantization.precision import caution, describe
 from flux2.utils import checks
@@ -34,10 +37,11 @@ from flux2.weights.sources import fingerprint
 MAX_COUNT = 10_000
 PLACES = ("path", "autoencoder", "text_encoder")
 SAMPLING = ("seed", "width", "height", "steps", "guidance")
+INPAINTING = ("mask", "strength", "mask_crop")
 # options that flux2.pipeline.load takes under the same name
 LOADED = (*PLACES[1:], "device", "precision", "offload_blocks", "cache", "tiled", "text_storage", "embeddings")
 DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys([*PLACES, *SAMPLING, *LOADED, "prompt", "prompts", "from_image", "save_embeddings"]),
+    **dict.fromkeys([*PLACES, *SAMPLING, *INPAINTING, *LOADED, "prompt", "prompts", "from_image", "save_embeddings"]),
     **dict.fromkeys(["upsample", "merge", "verbose", "overwrite"], False),
     **{"model": "tiny", "out": Path("out.png"), "seed": 0, "count": 1, "offload_blocks": 0, "metadata": True},
     **{"image": [], "adapter": [], "asked": {}},  # asked: original prompts, by the prompts they were rewritten to
@@ -77,14 +81,17 @@ def options_from_image(file: Path, explicit: Mapping[str, Any]) -> dict[str, Any
     what = f"--from-image {file}"
     record = metadata.read(file, what)
     replaced: dict[str, Any] = {f"{option}s": [] for option in ("image", "adapter") if option in explicit}
+    if "mask" in explicit:
+        replaced["mask"] = None
     if any("embeddings" in REPLACED.get(option, ()) for option in explicit):
         replaced["embeddings"] = None
     metadata.check_unchanged(dataclasses.replace(record, **replaced), what)
     recorded = {
-        **{key: getattr(record, key) for key in ("model", "precision", *SAMPLING)},
+        **{key: getattr(record, key) for key in ("model", "precision", *SAMPLING, "strength", "mask_crop")},
         "prompt": [record.prompt],
         "image": [Path(image.path) for image in record.images],
-        "adapter": [f"{adapter.path}:{adapter.scale!r}" for adapter in record.adapters],
+        "mask": None if record.mask is None else Path(record.mask.path),
+        "adapter": [adapter.option() for adapter in record.adapters],
         "merge": record.merged,
         "asked": {} if record.asked is None else {record.prompt: record.asked},
     }
@@ -105,7 +112,7 @@ def make_requests(options: argparse.Namespace) -> list[Request]:
     """Return the requested images. Raises ValueError for what is wrong independently of the model."""
     if not 1 <= options.count <= MAX_COUNT:
         raise ValueError(f"--count {options.count} must be an integer from 1 to {MAX_COUNT}")
-    shared = {key: getattr(options, key) for key in (*SAMPLING, "out")} | {"images": options.image}
+    shared = {key: getattr(options, key) for key in (*SAMPLING, *INPAINTING, "out")} | {"images": options.image}
     if options.prompts is not None:
         if options.count > 1:
             raise ValueError(f"--count {options.count} has no effect with --prompts: write one line per image")
@@ -126,9 +133,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--save-embeddings and --embeddings exclude each other")
     if options.save_embeddings.suffix != ".safetensors":
         raise ValueError(f"--save-embeddings {options.save_embeddings} must end in .safetensors")
-    for name in ("adapter", "merge") if options.upsample else ("adapter", "merge", "image"):  # which rewriting uses
+    unused = ("adapter", "merge", *INPAINTING)
+    for name in unused if options.upsample else (*unused, "image"):  # which rewriting uses
         if name in options.given and getattr(options, name):
-            raise ValueError(f"--{name} has no effect with --save-embeddings, which generates no images: remove it")
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect with --save-embeddings, which generates no images: remove it"
+            )
     check_target_file(options.save_embeddings, f"--save-embeddings {options.save_embeddings}")
     check_new(options.save_embeddings, "--save-embeddings", overwrite=options.overwrite)
 
@@ -142,16 +152,16 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
         for request in requests:
             check_writable(request.out, f"--out {request.out}")
             check_new(request.out, "--out", overwrite=options.overwrite)
-    pictures = {path: read_image(path, f"--image {path}") for request in requests for path in request.images}
-    images = {path: NamedFile.from_path(path) for path in pictures}
-    adapters = [split_adapter(adapter) for adapter in options.adapter]
+    pictures = read_images(requests)
+    images = {path: NamedFile.from_path(path) for path in pictures if path is not None}
     # before the model is loaded, which takes minutes
-    adapter_files = [NamedFile.from_adapter(path, scale) for path, scale in adapters]
+    adapter_files = [NamedFile.from_adapter(*split_adapter(adapter)) for adapter in options.adapter]
+    check_ranges(adapter_files, options)
     pipeline = load(options.model, options.path, **{key: getattr(options, key) for key in LOADED})
     if options.merge:
         pipeline.check_mergeable()
     requests = [request.complete(pipeline.variant) for request in requests]
-    with closing(Screen(sum(request.steps or 0 for request in requests))) as screen:
+    with closing(Screen(sum(request.computed_steps for request in requests))) as screen:
         if options.upsample:
             screen.status("rewriting prompts")
             requests, originals = upsample_prompts(pipeline, requests, pictures)
@@ -165,21 +175,57 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
         guidance = next((request.guidance for request in requests if request.guidance != 1), 1.0)
         pipeline.embeddings([request.prompt for request in requests], guidance)
         screen.status("loading the transformer")
-        load_adapters(pipeline, adapters, options)
+        load_adapters(pipeline, adapter_files, options)
         screen.begin()
         recorded = {key: getattr(options, key) for key in ("model", *PLACES, "text_storage")}
         recorded |= {"precision": pipeline.precision.name, "adapters": adapter_files, "merged": options.merge}
         recorded["embeddings"] = None if options.embeddings is None else NamedFile.from_path(options.embeddings)
         recorded["models"] = digests_of_models(pipeline, options)
         for request in requests:
-            settings = {key: getattr(request, key) for key in ("prompt", *SAMPLING)}
-            references = [pictures[path] for path in request.images]
-            (image,) = pipeline.generate(**settings, references=references, progress=lambda _: screen.step())
-            settings |= {"width": image.width, "height": image.height, "asked": options.asked.get(request.prompt)}
-            record = Record(**settings, **recorded, images=[images[path] for path in request.images])
+            image, settings = draw(pipeline, request, pictures, screen)
+            settings |= {
+                "images": [images[path] for path in request.images],
+                "mask": images[request.mask] if request.mask else None,
+            }
+            record = Record(**settings, **recorded, asked=options.asked.get(request.prompt))
             file = write(image, request.out, record if options.metadata else None, overwrite=options.overwrite)
-            with screen.image_done(f"{file}: {request.steps} steps"):
+            with screen.image_done(f"{file}: {request.computed_steps} steps"):
                 yield file
+
+
+def read_images(requests: Sequence[Request]) -> dict[Path | None, Image.Image]:
+    """Return the images that the requests read, by their files. Raises ValueError for what cannot be repainted."""
+    pictures: dict[Path | None, Image.Image] = {}
+    for request in requests:
+        for path in request.inputs:
+            if path not in pictures:
+                pictures[path] = read_image(path, f"--{'mask' if path == request.mask else 'image'} {path}")
+        inpainting_of(request, pictures)
+    return pictures
+
+
+def inpainting_of(request: Request, pictures: Mapping[Path | None, Image.Image]) -> Inpainting | None:
+    references = [pictures[path] for path in request.images]
+    sizes = request.width, request.height
+    return Inpainting.from_arguments(
+        references, pictures.get(request.mask), request.strength, request.mask_crop, *sizes
+    )
+
+
+def draw(
+    pipeline: Pipeline, request: Request, pictures: Mapping[Path | None, Image.Image], screen: Screen
+) -> tuple[Image.Image, dict[str, Any]]:
+    """Return the image of a complete request, and the settings that give it again."""
+    settings = {key: getattr(request, key) for key in ("prompt", *SAMPLING, "strength", "mask_crop")}
+    if inpainting := inpainting_of(request, pictures):
+        settings |= {"width": inpainting.size[0], "height": inpainting.size[1]}
+    (image,) = pipeline.generate(
+        **settings,
+        references=[pictures[path] for path in request.images],
+        mask=pictures.get(request.mask),
+        progress=lambda _: screen.step(),
+    )
+    return image, settings if inpainting else settings | {"width": image.width, "height": image.height}
 
 
 def digests_of_models(pipeline: Pipeline, options: argparse.Namespace) -> dict[str, str]:
@@ -193,18 +239,27 @@ def digests_of_models(pipeline: Pipeline, options: argparse.Namespace) -> dict[s
     return digests
 
 
-def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
+def check_ranges(adapters: Sequence[NamedFile], options: argparse.Namespace) -> None:
+    """Raises ValueError for ranges of adapters that the model has not, or that merging cannot keep."""
+    for adapter in adapters:
+        ranges = parse_ranges(adapter.ranges, get_variant(options.model).transformer)
+        if ranges.times and options.merge:
+            raise ValueError(f"--adapter {adapter.option()}: a merged adapter has no times. Remove them, or --merge")
+
+
+def load_adapters(pipeline: Pipeline, adapters: Sequence[NamedFile], options: argparse.Namespace) -> None:
     """Load the transformer and the adapters, and report both."""
     transformer = pipeline.transformer
     if pipeline.precision.storage is not None:
         say(describe(transformer, pipeline.precision, pipeline.device))
     if inexact := caution(transformer):
         say(f"warning: {inexact}. Images are more exact with --precision fp8 or bf16")
-    for path, scale in adapters:
-        loaded = pipeline.load_adapter(path, scale)
-        place, given = find(path), user_path(path)
+    for one in adapters:
+        loaded = pipeline.load_adapter(one.path, one.scale, one.ranges)
+        place, given = find(one.path), user_path(one.path)
         chosen = f" ({place.relative_to(given)})" if given in place.parents else ""  # of a run folder
-        say(f"adapter {path}{chosen}{'' if scale == 1 else f' at scale {scale:g}'}: {loaded}")
+        strength = ("" if one.scale == 1 else f" at scale {one.scale:g}") + (f", {one.ranges}" if one.ranges else "")
+        say(f"adapter {one.path}{chosen}{strength}: {loaded}")
         if options.verbose:
             say(f"  layers: {loaded.listing()}")
     if options.merge:
@@ -212,7 +267,7 @@ def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[str, float]], opt
 
 
 def upsample_prompts(
-    pipeline: Pipeline, requests: list[Request], pictures: Mapping[Path, Image.Image]
+    pipeline: Pipeline, requests: list[Request], pictures: Mapping[Path | None, Image.Image]
 ) -> tuple[list[Request], dict[str, str]]:
     """Return the requests with their prompts rewritten, and the original prompts by the new ones.
 

@@ -34,23 +34,29 @@ def sha256(file: Path) -> str:
 class NamedFile:
     """A file as it was given, and the SHA-256 of its content.
 
-    An adapter has a `scale`, and `config_sha256` if PEFT's configuration, which has the alpha, is in a file of its own.
+    An adapter has a `scale` and `ranges` of it, and `config_sha256` if PEFT's configuration, which has the alpha, is in
+    a file of its own.
     """
 
     path: str
     sha256: str
     scale: float = 1.0
     config_sha256: str | None = None
+    ranges: str = ""
 
     @classmethod
     def from_path(cls, path: Path) -> Self:
         return cls(str(path), sha256(path))
 
     @classmethod
-    def from_adapter(cls, path: str, scale: float) -> Self:
+    def from_adapter(cls, path: str, scale: float, ranges: str) -> Self:
         """Return the files of the adapter at `path`. Raises AdapterError if there are none."""
         tensors, config = adapter_files(path)
-        return cls(path, sha256(tensors), scale, None if config is None else sha256(config))
+        return cls(path, sha256(tensors), scale, None if config is None else sha256(config), ranges)
+
+    def option(self) -> str:
+        """Return what `--adapter` was given."""
+        return f"{self.path}:{self.scale!r}{',' if self.ranges else ''}{self.ranges}"
 
 
 def adapter_files(adapter: str) -> tuple[Path, Path | None]:
@@ -85,6 +91,9 @@ class Record:
     embeddings: NamedFile | None = None
     asked: str | None = None
     images: Sequence[NamedFile] = ()
+    mask: NamedFile | None = None
+    strength: float | None = None
+    mask_crop: int | None = None
     adapters: Sequence[NamedFile] = ()
     merged: bool = False
     models: Mapping[str, str] = dataclasses.field(default_factory=dict)  # digests of the files of those used here
@@ -141,9 +150,11 @@ def parse_record(record: Any) -> Record:
     checks.size(record["width"], record["height"], 1)
     steps, guidance = checks.steps(record["steps"]), checks.guidance(record["guidance"])
     values = {**record, "prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance}
-    if record.get("embeddings") is not None:
-        values["embeddings"] = parse_named_file(record["embeddings"])
+    values |= {key: parse_named_file(record[key]) for key in ("embeddings", "mask") if record.get(key) is not None}
     files = {key: [parse_named_file(entry) for entry in record.get(key, [])] for key in ("images", "adapters")}
+    checks.inpainting(
+        len(files["images"]), values.get("mask") is not None, record.get("strength"), record.get("mask_crop")
+    )
     return Record(**values | files)
 
 
@@ -152,14 +163,17 @@ def parse_named_file(entry: Any) -> NamedFile:
         raise ValueError(f"{entry!r} is not a file with path and sha256")
     if not isinstance(config := entry.get("config_sha256"), str | None):
         raise TypeError(f"config_sha256={config!r} must be a string or null")
-    return NamedFile(entry["path"], entry["sha256"], checks.number("scale", entry.get("scale", 1.0)), config)
+    if not isinstance(ranges := entry.get("ranges", ""), str):
+        raise TypeError(f"ranges={ranges!r} must be a string")
+    return NamedFile(entry["path"], entry["sha256"], checks.number("scale", entry.get("scale", 1.0)), config, ranges)
 
 
 def check_unchanged(record: Record, what: str) -> None:
     """Raise ValueError, starting with `what`, if a file of `record` is missing or has changed."""
-    embeddings = [] if record.embeddings is None else [record.embeddings]
+    embeddings, masks = ([] if one is None else [one] for one in (record.embeddings, record.mask))
     for kind, files, option in (
         ("reference", record.images, "--image"),
+        ("mask", masks, "--mask"),
         ("embeddings file", embeddings, "--embeddings, or use --text-encoder"),
         ("adapter", record.adapters, "--adapter"),
     ):
@@ -167,7 +181,8 @@ def check_unchanged(record: Record, what: str) -> None:
             file, config = adapter_files(named.path) if kind == "adapter" else (Path(named.path), None)
             if not file.is_file():
                 raise ValueError(f"{what}: the {kind} {named.path} does not exist. Give it with {option}")
-            found = NamedFile(named.path, sha256(file), named.scale, None if config is None else sha256(config))
+            digest = None if config is None else sha256(config)
+            found = dataclasses.replace(named, sha256=sha256(file), config_sha256=digest)
             if named.config_sha256 is None:  # recorded by an older version
                 found = dataclasses.replace(found, config_sha256=None)
             if found != named:

@@ -8,7 +8,9 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+from flux2.models.inpainting import STRENGTH
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
+from flux2.sampling import first_step
 from flux2.utils import checks
 from flux2.utils.files import user_path
 from flux2.utils.json_files import parse_json
@@ -29,11 +31,15 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     images: tuple[Path, ...] = ()
+    mask: Path | None = None
+    strength: float | None = None
+    mask_crop: int | None = None
 
     def __post_init__(self) -> None:
         checks.strings("prompt", self.prompt)
         checks.seeds(self.seed, 1)
         checks.reference_count(len(self.images))
+        checks.inpainting(len(self.images), self.mask is not None, self.strength, self.mask_crop)
         checks.size(self.width or PIXELS_PER_TOKEN, self.height or PIXELS_PER_TOKEN, PIXELS_PER_TOKEN)
         if self.steps is not None:
             checks.steps(self.steps)
@@ -41,9 +47,21 @@ class Request:
             checks.guidance(self.guidance)
 
     def complete(self, variant: Variant) -> "Request":
-        """Return the request with the steps and the guidance of `variant` if it has none."""
+        """Return the request with the steps and the guidance of `variant` if it has none, and the usual strength."""
         guidance = variant.guidance if self.guidance is None else self.guidance
-        return dataclasses.replace(self, steps=self.steps or variant.steps, guidance=guidance)
+        strength = STRENGTH if self.mask is not None and self.strength is None else self.strength
+        return dataclasses.replace(self, steps=self.steps or variant.steps, guidance=guidance, strength=strength)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Return the image files that it reads."""
+        return self.images if self.mask is None else (*self.images, self.mask)
+
+    @property
+    def computed_steps(self) -> int:
+        """Return the number of steps of a complete request that are computed."""
+        steps = self.steps or 0
+        return steps if self.strength is None else steps - first_step(steps, self.strength)
 
 
 KEYS = tuple(entry.name for entry in dataclasses.fields(Request))
@@ -110,12 +128,10 @@ def check_order(request: Request, writers: Mapping[str, int]) -> None:
     """Raise ValueError if `request` writes or reads a file that an earlier line writes, by the path of its file."""
     if earlier := writers.get(os.path.realpath(request.out)):
         raise ValueError(f"line {earlier} writes {request.out} too: give one of them another out")
-    for image in request.images:  # they are read before the first image is generated
+    for image in request.inputs:  # they are read before the first image is generated
         if earlier := writers.get(os.path.realpath(image)):
-            raise ValueError(
-                f"images contains {image}, which line {earlier} writes: generate that line first, with a command of "
-                "its own"
-            )
+            what = f"mask={image} is what" if image == request.mask else f"images contains {image}, which"
+            raise ValueError(f"{what} line {earlier} writes: generate that line first, with a command of its own")
 
 
 def parse_request(line: Any, index: int, count: int, defaults: Mapping[str, Any], say: Say) -> Request:
@@ -134,4 +150,7 @@ def parse_request(line: Any, index: int, count: int, defaults: Mapping[str, Any]
         out = out.parent / user_path(name) if name else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
     if not isinstance(images, list) or not all(isinstance(path, str | Path) for path in images):
         raise ValueError(f"images={images!r} must be a list of paths")
-    return Request(**round_sizes(values | {"out": out, "images": tuple(map(user_path, images))}, say))
+    if not isinstance(mask := values.get("mask"), str | Path | None):
+        raise ValueError(f"mask={mask!r} must be a path")
+    files = {"out": out, "images": tuple(map(user_path, images)), "mask": None if mask is None else user_path(mask)}
+    return Request(**round_sizes(values | files, say))

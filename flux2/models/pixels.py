@@ -29,12 +29,18 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in array]
 
 
+def limited_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """Return the size of an image that is scaled down to at most `max_pixels`."""
+    if width * height <= max_pixels:
+        return width, height
+    # integers: a float root just below a multiple of 16 would lose a token
+    return isqrt(max_pixels * width // height), isqrt(max_pixels * height // width)
+
+
 def reference_image(image: Image.Image, max_pixels: int) -> Image.Image:
     """Return a reference as the model sees it: at most `max_pixels`, center-cropped to multiples of 16."""
     image = as_rgb(image)
-    width, height = image.size
-    if width * height > max_pixels:  # integers: a float root just below a multiple of 16 would lose a token
-        width, height = isqrt(max_pixels * width // height), isqrt(max_pixels * height // width)
+    width, height = limited_size(*image.size, max_pixels)
     if min(width, height) < PIXELS_PER_TOKEN:
         raise ValueError(f"a reference of {width} x {height} pixels is too small: each side must be at least 16")
     if (width, height) != image.size:

@@ -69,6 +69,21 @@ def reference_count(count: int) -> None:
         raise ValueError(f"{count} references are given, but FLUX.2 takes at most {MAX_REFERENCES}: remove some")
 
 
+def inpainting(
+    references: int, has_mask: bool, strength: object = None, mask_crop: object = None
+) -> tuple[float | None, int | None]:
+    """Return `strength` and `mask_crop`. Raise an error if they cannot be used, or not with what else is given."""
+    if mask_crop is not None and not has_mask:
+        raise ValueError(f"mask_crop={mask_crop} has no effect without mask: it is the margin of the region around it")
+    if (has_mask or strength is not None) and not references:
+        what = "mask" if has_mask else f"strength={strength}"
+        raise ValueError(f"{what} needs the image that is changed: give it as the first reference")
+    share = None if strength is None else number("strength", strength)
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"strength={strength} must be above 0 and at most 1")
+    return share, None if mask_crop is None else integer("mask_crop", mask_crop, 0, MAX_PIXELS)
+
+
 def steps(value: object) -> int:
     return integer("steps", value, 1, MAX_STEPS)
 

@@ -12,18 +12,25 @@ from flux2.utils.text import printable
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
 
-def split_adapter(option: str) -> tuple[str, float]:
-    """Split `PATH[:SCALE]`; a colon can belong to the path. Raise ValueError for a scale that is not finite."""
-    path, colon, scale = option.rpartition(":")
+def split_adapter(option: str) -> tuple[str, float, str]:
+    """Split `PATH[:SCALE[,RANGES]]` or `PATH:RANGES` into path, scale and ranges; a colon can belong to the path.
+
+    Ranges (flux2/adapters/strengths.py) are recognized by their form and not checked. Raise ValueError for a scale that
+    is not finite.
+    """
+    path, colon, strength = option.rpartition(":")
+    if not colon or Path(option).exists():
+        return option, 1.0, ""
+    scale, _, ranges = strength.partition(",")
+    if re.fullmatch(r"[\w.-]+=[^/\\]*", strength):
+        return path, 1.0, strength
     try:
         value = float(scale)
     except ValueError:
-        return option, 1.0
-    if not colon or Path(option).exists():
-        return option, 1.0
+        return option, 1.0, ""
     if not math.isfinite(value):
         raise ValueError(f"--adapter {option}: the scale {scale} must be a finite number")
-    return path, value
+    return path, value, ranges
 
 
 def format_error(error: Exception) -> str:

@@ -39,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapters.save(wrapped, made / name, base="tiny")
     for name in ("room", "cup"):
         Image.new("RGB", (64, 64), "red").save(made / f"{name}.png")
+    Image.new("L", (64, 64), "white").save(made / "mask.png")
     (made / "many.jsonl").write_text(
         json.dumps({"prompt": "at night", "seed": 3, "images": ["room.png"], "out": "n.png"})
     )

@@ -8,7 +8,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from adapter_helpers import write_adapter
+from adapter_helpers import attached, base, stirred, write_adapter
 from pipeline_helpers import difference, picture
 
 from flux2 import adapters
@@ -51,6 +51,60 @@ def test_merged_adapters_make_the_same_picture_in_plain_layers(pipe: Pipeline, t
     pipe.load_adapter(tmp_path / "0", -0.5)
     pipe.load_adapter(tmp_path / "1", -0.5)
     assert difference(pipe.generate(**options), base) <= 1, "others can be loaded on top"
+
+
+def test_what_is_loaded_is_listed_rescaled_and_unloaded(pipe: Pipeline, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"prompt": "a cup", "width": 32, "height": 32, "steps": 2}
+    base = pipe.generate(**options)
+    assert pipe.adapters == []
+    for i in range(2):
+        write_adapter(tmp_path / str(i), i, "klein")
+    first = pipe.load_adapter(tmp_path / "0", 0.5)
+    alone = pipe.generate(**options)
+    second = pipe.load_adapter(tmp_path / "1", ranges="single=0.5,time.0-0.5=0")
+    listed = [(one.name, one.path, one.scale, one.ranges, one.kind, one.ranks[0]) for one in pipe.adapters]
+    assert listed == [
+        (first.name, str(tmp_path / "0"), 0.5, "", "LoRA", 2),
+        (second.name, str(tmp_path / "1"), 1.0, "single=0.5,time.0-0.5=0", "LoRA", 2),
+    ]
+    both = pipe.generate(**options)
+    assert difference(both, alone) > 3
+    pipe.set_adapter_scale(second.name, 0)
+    assert pipe.adapters[1].scale == 0
+    assert difference(pipe.generate(**options), alone) <= 1
+    pipe.set_adapter_scale(second.name, 1)
+    assert difference(pipe.generate(**options), both) == 0
+    pipe.unload_adapter(second.name)
+    assert difference(pipe.generate(**options), alone) == 0
+    pipe.unload_adapter(first.name)
+    assert difference(pipe.generate(**options), base) == 0
+    for refused in (lambda: pipe.unload_adapter(first.name), lambda: pipe.set_adapter_scale("style", 1)):
+        with pytest.raises(ValueError, match=r"is not loaded\. Loaded are: none"):
+            refused()
+    third = pipe.load_adapter(tmp_path / "0", 0.5)
+    assert third.name not in (first.name, second.name)
+    with pytest.raises(ValueError, match=r"scale=nan"):
+        pipe.set_adapter_scale(third.name, float("nan"))
+    assert difference(pipe.generate(**options), alone) == 0
+    pipe.merge_adapters()
+    assert pipe.adapters == []
+    with pytest.raises(ValueError, match="there is no adapter to merge"):
+        pipe.merge_adapters()
+
+
+def test_an_oft_cannot_be_rescaled_and_a_time_cannot_be_merged(pipe: Pipeline, tmp_path: Path) -> None:
+    adapters.save(stirred(attached("oft", base())), tmp_path / "oft", base="small")
+    oft = pipe.load_adapter(tmp_path / "oft")
+    with pytest.raises(ValueError, match=r"scale=0\.5: an OFT"):
+        pipe.set_adapter_scale(oft.name, 0.5)
+    pipe.unload_adapter(oft.name)
+    write_adapter(tmp_path / "lora", 0, "klein")
+    pipe.load_adapter(tmp_path / "lora", ranges="time.0-0.5=0")
+    with pytest.raises(ValueError, match=r"cannot merge adapter_1: its strength depends on the time"):
+        pipe.merge_adapters()
+    assert len(pipe.adapters) == 1
+    with pytest.raises(ValueError, match=r"ranges=double\.7=1"):
+        pipe.load_adapter(tmp_path / "lora", ranges="double.7=1")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from flux2.weights import streaming_writer
         (["{lora}:1e300", "--format", "kohya"], r"double_blocks_0\S* .*infinite.*smaller scale"),
         (["{loha}:1e300", "--format", "comfyui"], r"double_blocks\.0\.\S* .*infinite.*smaller scale"),
         (["{loha}:1e300", "--format", "diffusers"], r"double_blocks\.0\.\S* .*infinite.*smaller scale"),
+        (["{lora}:0.5,single=0", "--format", "kohya"], r":0\.5,single=0: ranges are not exported.*ADAPTER\[:SCALE\]"),
         (["{oft}:0.5", "--format", "kohya"], r"scale=0\.5.*OFT"),
         (["{dora}", "{lora}", "--format", "full-bfl"], r"DoRA.*--format full-bfl.*--path"),
         (["{klein}", "{lora}", "--format", "kohya"], r"klein_base_4b, tiny"),

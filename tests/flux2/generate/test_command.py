@@ -120,11 +120,14 @@ def test_references_and_adapters_with_scales_are_used(command: Callable[..., int
 def test_a_scale_is_told_from_a_colon_in_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run:2").mkdir()
-    assert split_adapter("a/b:0.7") == ("a/b", 0.7)
-    assert split_adapter("a/b:-1") == ("a/b", -1.0)
-    assert split_adapter("run:2") == ("run:2", 1.0)
-    assert split_adapter("run:2:0.5") == ("run:2", 0.5)
-    assert split_adapter("C:/adapters") == ("C:/adapters", 1.0)
+    assert split_adapter("a/b:0.7") == ("a/b", 0.7, "")
+    assert split_adapter("a/b:-1") == ("a/b", -1.0, "")
+    assert split_adapter("run:2") == ("run:2", 1.0, "")
+    assert split_adapter("run:2:0.5") == ("run:2", 0.5, "")
+    assert split_adapter("C:/adapters") == ("C:/adapters", 1.0, "")
+    assert split_adapter("C:/adapters=1") == ("C:/adapters=1", 1.0, "")
+    assert split_adapter("run:2:0.5,single=0,time.0.5-1=2") == ("run:2", 0.5, "single=0,time.0.5-1=2")
+    assert split_adapter("C:/a:double.0-3=0.5,single=0") == ("C:/a", 1.0, "double.0-3=0.5,single=0")
 
 
 def test_a_clear_reference_is_the_white_that_training_saw(
@@ -177,6 +180,31 @@ def test_a_picture_is_made_again_from_what_it_says(command: Callable[..., int], 
     for changed in (["--seed", "8"], ["--adapter", "lora:1.0"], ["--prompt", "a fox"], ["--steps", "3"]):
         assert repeat("--from-image", "one.png", "--out", "other.png", "--overwrite", *changed) == 0
         assert np.abs(pixels(tmp_path / "other.png") - pixels(tmp_path / "one.png")).max() > 3, changed
+
+
+def test_strengths_by_block_and_time_are_used_and_recorded(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tmp_path / "lora")
+    given = {
+        "whole": "lora:0.5",
+        "blocks": "lora:0.5,double=0,single.1-2=2",
+        "late": "lora:0.5,time.0.9-1=0",
+        "none": "lora:double=0,single=0",
+    }
+    for name, adapter in given.items():
+        assert command("--adapter", adapter, "--out", f"{name}.png") == 0
+    assert "adapter lora at scale 0.5, time.0.9-1=0: LoRA" in capsys.readouterr().err
+    assert command("--out", "plain.png") == 0
+    made = {name: pixels(tmp_path / f"{name}.png") for name in (*given, "plain")}
+    assert (made["none"] == made["plain"]).all()
+    names = ["whole", "blocks", "late", "plain"]
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            assert np.abs(made[name] - made[other]).max() > 3, (name, other)
+    for name in ("blocks", "late"):
+        assert repeat("--from-image", f"{name}.png", "--out", f"{name}_again.png") == 0
+        assert (tmp_path / f"{name}_again.png").read_bytes() == (tmp_path / f"{name}.png").read_bytes()
 
 
 def test_models_that_changed_since_are_named(

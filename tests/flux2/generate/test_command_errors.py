@@ -29,6 +29,12 @@ ROOT = Path(__file__).resolve().parents[3]
         (["--adapter", "gone"], r"adapter 'gone'.*adapter_model\.safetensors"),
         (["--adapter", "gone:0.5"], r"adapter 'gone'"),
         (["--adapter", "broken.safetensors"], r"adapter broken\.safetensors"),
+        (["--adapter", "lora:0.5,triple=1"], r"ranges=triple=1 is not a range"),
+        (["--adapter", "lora:single.9=1"], r"ranges=single\.9=1: numbers of single blocks .* 0 to 2"),
+        (
+            ["--adapter", "lora:time.0-1=2", "--merge"],
+            r"--adapter lora:1\.0,time\.0-1=2: a merged adapter has no times",
+        ),
         (["--image", "gone.png"], r"--image[= ]gone\.png"),
         (["--image", "broken.png"], r"--image[= ]broken\.png"),
         (["--image", "cut.png"], r"--image[= ]cut\.png"),
@@ -79,6 +85,7 @@ def test_whatever_is_wrong_is_one_line_and_exit_code_2(
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-40])
     Image.new("RGB", (8, 64)).save(tmp_path / "thin.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "small.png")
+    write_adapter(tmp_path / "lora")
     assert command(*arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
