@@ -23,7 +23,6 @@ from train.config.run_config import RunConfig
 from train.distributed.sharding import check_processes
 from train.loop import Trainer
 from train.optim.ema import EvaluationWeights
-from train.optim.optimizers import build_optimizer
 from train.optim.schedules import LearningRate
 from train.stages.data import PreparedData, make_objective, prepare_data
 from train.stages.finish import announce, write_card_and_report
@@ -51,7 +50,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
 
         # Load the frozen base in its precision and attach the adapter.
         model = load_model(config)
-        optimizer = build_optimizer(config.make_optimizer, model.trained_parameters)
+        optimizer = model.build_optimizer(config)
         learning_rate = LearningRate(optimizer, config.schedule, settings.steps)
         evaluation_weights = EvaluationWeights(model.trained_parameters, optimizer, settings.ema_decay)
         config.say(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from train.objective.preservation import Preservation
 from train.objective.prior import PriorPreservation
 from train.optim.ema import check_one_average
 from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
+from train.optim.parameter_groups import RateSettings
 from train.publishing.hub import HubSettings
 from train.utils.console import say, warn
 from train.validation.loss import ValidationSettings
@@ -104,7 +105,10 @@ class RunConfig:
         self.precision = self.memory.with_layouts(precision.on(self.accelerator.device))
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
         check_installed(self.composed["optimizer"].get("_target_"))
-        self.make_optimizer = self.instantiate("optimizer", "params")
+        rates = [field.name for field in fields(RateSettings)]
+        given = {key: value for key, value in self.composed["optimizer"].items() if key in rates}
+        self.rates: RateSettings = parse_settings("optimizer", given, RateSettings)
+        self.make_optimizer = self.instantiate("optimizer", "params", others=rates)
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
         self.timesteps.sampled_in(self.variant.steps)
@@ -151,10 +155,12 @@ class RunConfig:
         shapes = [parameter.shape for parameter in adapter_parameters(model)]
         one = torch.zeros((), device=self.accelerator.device)  # expanding it to a shape takes no memory
         parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
-        check_one_average(build_optimizer(self.make_optimizer, parameters), self.settings.ema_decay)
+        factors = self.rates.factors(model)
+        optimizer = build_optimizer(self.make_optimizer, parameters, factors)
+        check_one_average(optimizer, self.settings.ema_decay)
         try_out(self.make_optimizer, self.accelerator.device)
         if self.accelerator.is_main_process:
-            for warning in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps):
+            for warning in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps, factors):
                 warn(warning)
         if self.prior is not None:
             self.prior.images_per_batch(self.settings.batch_size)
@@ -255,11 +261,15 @@ class RunConfig:
         """Number of processes that the base is sharded over; 1 without sharding."""
         return (self.planned_processes or self.accelerator.num_processes) if self.processes.sharded else 1
 
-    def instantiate(self, group: str, *excluded: str) -> Any:
-        """Return the object of a group with a `_target_`; its arguments `excluded` are no settings."""
+    def instantiate(self, group: str, *excluded: str, others: Sequence[str] = ()) -> Any:
+        """Return the object of a group with a `_target_`; its arguments `excluded` are no settings.
+
+        The settings `others` of the group are not its arguments.
+        """
         if self.is_saved:
             check_own_targets(group, self.composed[group])
-        return instantiate(group, self.composed[group], excluded)
+        given = {key: value for key, value in self.composed[group].items() if key not in others}
+        return instantiate(group, given, excluded)
 
     def say(self, text: str) -> None:
         """Print a line in the main process only."""

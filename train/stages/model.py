@@ -19,6 +19,7 @@ from flux2.utils.text import gigabytes
 from flux2.weights.loading import load_autoencoder, load_transformer
 from train.config.run_config import RunConfig
 from train.distributed.sharding import attach_sharded, local_bytes, sharder, total_bytes
+from train.optim.optimizers import build_optimizer
 from train.sweeps.reuse import SHARED, Base
 from train.utils.console import name_process_in_errors, warn
 from train.utils.memory import explain_oom
@@ -41,6 +42,10 @@ class LoadedModel:
     @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.trained_parameters)
+
+    def build_optimizer(self, config: RunConfig) -> torch.optim.Optimizer:
+        """Build the configured optimizer of the adapter, with the learning rates of its layers."""
+        return build_optimizer(config.make_optimizer, self.trained_parameters, config.rates.factors(self.peft_model))
 
     def release(self, config: RunConfig) -> None:
         """Remove the adapter, so that the next sweep job can reuse the base; drop a base that cannot be reused."""

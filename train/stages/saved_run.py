@@ -140,6 +140,7 @@ def configuration(
     choices = {str(key): value for entry in groups for key, value in entry.items()}
     for group in TRAINING_ONLY:
         config[group] = read_yaml(CONFIG / group / f"{choices[group]}.yaml")
+        config[group].pop("defaults", None)  # what is included has defaults in the code too
     memory, own = config.get("memory"), config.get("sample")
     streamed = memory.get("offload_blocks", 0) if isinstance(memory, dict) else 0
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
