@@ -49,7 +49,7 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
         config = choose_compile(config, location, data)
 
         # Load the frozen base in its precision and attach the adapter.
-        model = load_model(config)
+        model = load_model(config, location)
         optimizer = model.build_optimizer(config)
         learning_rate = LearningRate(optimizer, config.schedule, settings.steps)
         evaluation_weights = EvaluationWeights(model.trained_parameters, optimizer, settings.ema_decay)
@@ -72,11 +72,11 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
             images_per_step=config.images_per_step,
             metrics=metrics,
             rotation=settings.rotation,
-            extra_state=data.state,
+            extra_state={**data.state, **model.state},
         )
         first_step = checkpointer.load()
         if accelerator.is_main_process:
-            record_start(config, location, data.manifest)
+            record_start(config, location, data.manifest, model.state)
             metrics.start(settings.name, config.composed, checkpointer.logged_steps(first_step))
 
         # Train, then write the model card and the report.

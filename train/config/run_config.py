@@ -19,6 +19,7 @@ from data.buckets import Buckets
 from data.files import user_path
 from data.sources.images import FileOpener, Picture
 from flux2.adapters import adapter_parameters
+from flux2.adapters.warm_start import start_from
 from flux2.layers.attention import chosen_backend, preferred_backends
 from flux2.memory.block_offload import offloaded_blocks
 from flux2.memory.compile_blocks import check_compiles
@@ -29,7 +30,7 @@ from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
 from flux2.quantization.precision import convert
 from train.config.instantiate import check_own_targets, instantiate, parse_settings
 from train.config.memory import AUTO, completed
-from train.config.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
+from train.config.settings import AdapterStart, MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import check_adapter, launched_to_shard
 from train.encoding.text_encoders import PromptEncoder
@@ -49,6 +50,12 @@ GROUPS = (
     "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
 )
 # fmt: on
+# settings of groups with a `_target_` that are not its arguments: all choices of the group have them
+OWN: dict[str, type] = {"adapter": AdapterStart, "optimizer": RateSettings}
+
+
+def own_names(group: str) -> set[str]:
+    return {field.name for field in fields(OWN[group])} if group in OWN else set()
 
 
 def open_image(path: str) -> Picture:
@@ -104,11 +111,10 @@ class RunConfig:
         self._check_split()
         self.precision = self.memory.with_layouts(precision.on(self.accelerator.device))
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
+        self.adapter_start: AdapterStart = self._own_settings("adapter")
         check_installed(self.composed["optimizer"].get("_target_"))
-        rates = [field.name for field in fields(RateSettings)]
-        given = {key: value for key, value in self.composed["optimizer"].items() if key in rates}
-        self.rates: RateSettings = parse_settings("optimizer", given, RateSettings)
-        self.make_optimizer = self.instantiate("optimizer", "params", others=rates)
+        self.make_optimizer = self.instantiate("optimizer", "params")
+        self.rates: RateSettings = self._own_settings("optimizer")
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
         self.timesteps.sampled_in(self.variant.steps)
@@ -146,6 +152,7 @@ class RunConfig:
                 model = Transformer(self.variant.transformer)
                 convert(model, self.precision, self.accelerator.device)
                 self.make_adapter(model, seed=self.settings.seed)
+        self._check_start(model)
         self.memory.apply(model, self.accelerator.device, self.buckets)
         self._check_storage(model)
         if self.processes.sharded:
@@ -169,6 +176,11 @@ class RunConfig:
         for path in self.sample.files:
             open_image(path).load()
         return self
+
+    def _check_start(self, model: Transformer) -> None:
+        """Raise ValueError if the adapter cannot start from `adapter.init`; a resumed run does not read it."""
+        if self.adapter_start.init is not None and self.settings.resume is None:
+            start_from(model, self.adapter_start.init)
 
     def _check_storage(self, model: nn.Module) -> None:
         """Raise ValueError if embeddings are stored as the output of a trained layer."""
@@ -261,15 +273,21 @@ class RunConfig:
         """Number of processes that the base is sharded over; 1 without sharding."""
         return (self.planned_processes or self.accelerator.num_processes) if self.processes.sharded else 1
 
-    def instantiate(self, group: str, *excluded: str, others: Sequence[str] = ()) -> Any:
-        """Return the object of a group with a `_target_`; its arguments `excluded` are no settings.
-
-        The settings `others` of the group are not its arguments.
-        """
+    def instantiate(self, group: str, *excluded: str) -> Any:
+        """Return the object of a group with a `_target_`; its arguments `excluded` are no settings."""
         if self.is_saved:
             check_own_targets(group, self.composed[group])
-        given = {key: value for key, value in self.composed[group].items() if key not in others}
-        return instantiate(group, given, excluded)
+        own = own_names(group)
+        return instantiate(
+            group, {key: value for key, value in self.composed[group].items() if key not in own}, excluded
+        )
+
+    def _own_settings(self, group: str) -> Any:
+        """Return the settings of a group with a `_target_` that are not arguments of it."""
+        own = own_names(group)
+        return parse_settings(
+            group, {key: value for key, value in self.composed[group].items() if key in own}, OWN[group]
+        )
 
     def say(self, text: str) -> None:
         """Print a line in the main process only."""

@@ -137,6 +137,17 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class AdapterStart:
+    """The settings of the group `adapter` that every type has: the saved adapter that a new one starts from."""
+
+    init: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.init == "":
+            raise ValueError("adapter.init='' must not be empty: leave it out, or set null")
+
+
+@dataclass(frozen=True)
 class PrecisionSettings:
     """The group `precision` of the frozen base. Missing keys default as in `flux2.quantization.precision.Precision`."""
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import peft
 import torch
 from torch import nn
 
 from data.cache.prepared import CachedDataset
+from data.files import user_path
 from flux2.adapters import adapter_parameters
+from flux2.adapters.warm_start import start_from
 from flux2.memory.block_offload import offload
 from flux2.memory.model_split import split_model
 from flux2.models.pixels import reference_image, to_pixels
 from flux2.quantization.precision import caution, describe
 from flux2.utils.text import gigabytes
 from flux2.weights.loading import load_autoencoder, load_transformer
+from train.checkpoints.checkpoint import read_state
+from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
 from train.distributed.sharding import attach_sharded, local_bytes, sharder, total_bytes
 from train.optim.optimizers import build_optimizer
@@ -26,13 +32,20 @@ from train.utils.memory import explain_oom
 from train.utils.text import many
 from train.validation.samples import Sampler
 
+START = "adapter_start"  # key of a checkpoint's state
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The base, which a later sweep job may reuse, and PEFT's wrapper around it with the adapter."""
+    """The base, which a later sweep job may reuse, and PEFT's wrapper around it with the adapter.
+
+    Attributes:
+        state: What the checkpoints record of the saved adapter that it started from.
+    """
 
     base: Base
     peft_model: peft.PeftModel
+    state: Mapping[str, Any]
 
     @property
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -54,8 +67,8 @@ class LoadedModel:
             SHARED.drop("transformer")
 
 
-def load_model(config: RunConfig) -> LoadedModel:
-    """Load the transformer, apply the memory settings, attach the adapter, and set up offloading."""
+def load_model(config: RunConfig, location: RunLocation) -> LoadedModel:
+    """Load the transformer, apply the memory settings, attach and start the adapter, and set up offloading."""
     config.say(
         f"{config.variant.name} ({config.precision.name}) on {config.accelerator.device}; "
         f"processes: {config.accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
@@ -67,8 +80,25 @@ def load_model(config: RunConfig) -> LoadedModel:
         config.memory.apply(base.transformer, config.accelerator.device, config.buckets)
         attach = partial(attach_sharded, config.make_adapter) if config.processes.sharded else config.make_adapter
         peft_model = attach(base.transformer, seed=config.settings.seed)
+        state = start_adapter(config, location, peft_model)
         place_blocks(config, base)
-    return LoadedModel(base, peft_model)
+    return LoadedModel(base, peft_model, state)
+
+
+def start_adapter(config: RunConfig, location: RunLocation, peft_model: peft.PeftModel) -> dict[str, Any]:
+    """Set a new run's adapter to the saved one at `adapter.init`; return what the run records of it.
+
+    A resumed run does not read it: its checkpoint has the adapter, and what the run began with recorded.
+    """
+    path = config.adapter_start.init
+    if path is None:
+        return {}
+    if location.checkpoint is not None:
+        return {START: read_state(location.checkpoint).get(START)}
+    start = start_from(peft_model, path)
+    new = f"; {many(start.new_layers, 'layer')} that it does not have begin new" if start.new_layers else ""
+    config.say(f"the adapter starts from {path}: {start.adapter}{new}")
+    return {START: {"path": str(user_path(path).resolve()), "digest": start.digest}}
 
 
 def shared_base(config: RunConfig) -> Base:
