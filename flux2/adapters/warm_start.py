@@ -1,14 +1,18 @@
-"""Start a new adapter at the values of a saved one of any format that `load` reads, to train it further.
+"""Start a new adapter at the values of a saved one of any format that `load` reads, or train it next to that one.
 
-Both are of one type. The saved one may have less than the new one: fewer layers, a smaller rank, another alpha. The
-first prediction is still that of the saved one: the change of scale is folded into one factor, and where the rank
-grows, the factors keep their new initialization, in which one of two is zero, so that the other gets a gradient. Only
-the products that a new LoHa and LoKr begin with are not zero, and one of their factors is padded with zeros.
+`start_from` trains the saved one further. Both are of one type. The saved one may have less than the new one: fewer
+layers, a smaller rank, another alpha. The first prediction is still that of the saved one: the change of scale is
+folded into one factor, and where the rank grows, the factors keep their new initialization, in which one of two is
+zero, so that the other gets a gradient. Only the products that a new LoHa and LoKr begin with are not zero, and one of
+their factors is padded with zeros.
+
+`attach_frozen` leaves a saved LoRA as it is, active next to the new one: the new one learns what is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,12 @@ import xxhash
 from torch import Tensor, nn
 
 from flux2.adapters import peft_config
-from flux2.adapters.files import find
+from flux2.adapters.files import adapter_parameters, find
 from flux2.adapters.formats import AdapterError
-from flux2.adapters.loading import LoadedAdapter
+from flux2.adapters.loading import LoadedAdapter, attach_pairs
 from flux2.adapters.reading import StoredAdapter, read_adapter
 from flux2.adapters.tuners import adapter_layers, adapter_tensors
-from flux2.layers.fused_lora import INITIAL
+from flux2.layers.fused_lora import FROZEN, INITIAL
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
 
@@ -33,6 +37,7 @@ ROWS = ("lora_A.weight", "hada_w1_b", "hada_w2_b", "lokr_w1_b", "lokr_w2_b")  # 
 COLUMNS = ("lora_B.weight", "hada_w1_a", "hada_w2_a", "lokr_w1_a", "lokr_w2_a")  # (..., rank)
 ZEROS = ("hada_w1_a", "lokr_w2_a")  # the columns that are padded with zeros
 SCALED = ("hada_w1_a", "lokr_w1", "lokr_w1_a")  # the factor that a difference of scales is folded into
+LORAS = {"LoRA", "rsLoRA"}  # types that differ only in scale
 SAME_SETTINGS = "Set the adapter's settings as they were"
 
 
@@ -51,39 +56,89 @@ def start_from(model: nn.Module, path: str | Path, name: str = "default") -> War
     On a model on the meta device it only checks. Raises AdapterError, leaving the adapter unchanged, if the saved one
     cannot be read, is of another type, or has layers or ranks that the attached one does not.
     """
-    model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    assert isinstance(model, Transformer)
-    with torch.device("meta"):
-        skeleton = Transformer(model.config)  # the shapes of the weights, also if those are sharded
+    model = transformer_in(model)
     current, layers = adapter_tensors(model, name), adapter_layers(model)
-    try:
-        stored = read_adapter(find(path), skeleton)
+    with named_errors(path):
+        stored = read_stored(model, path)
         check_type(stored, model, name)
         check_layers(stored, layers)
         scaled = rescaled(stored, {layer: getattr(layers[layer], "scaling", {}).get(name) for layer in stored.layers})
         if other := scaled.keys() - current.keys():
             raise AdapterError(f"it has {listed(other)}, which the new adapter does not. {SAME_SETTINGS}")
         values = {key: padded(key, tensor, current[key].detach()) for key, tensor in scaled.items()}
+    for key, value in values.items():
+        current[key].data.copy_(value)
+    return WarmStart(described(stored), digest(stored), len(layers) - len(stored.layers))
+
+
+def attach_frozen(model: nn.Module, path: str | Path, name: str = "default") -> WarmStart:
+    """Add the saved LoRA at `path` to a model with the attached LoRA `name`, active and frozen.
+
+    Raises AdapterError, leaving the model unchanged, if it cannot be read, or if one of both is no plain LoRA.
+    """
+    model = transformer_in(model)
+    with named_errors(path):
+        stored = read_stored(model, path)
+        kinds = {type_of(model, name), stored.kind}
+        if not kinds <= LORAS:
+            raise AdapterError(
+                f"adapter.init_mode=frozen adds up two LoRAs, and not a {' and a '.join(sorted(kinds - LORAS))}. Use "
+                "adapter=lora or rslora next to a saved LoRA"
+            )
+        check_no_bias(stored)
+    trained = adapter_parameters(model)
+    attach_pairs(model, stored.pairs, FROZEN)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return WarmStart(described(stored), digest(stored), 0)
+
+
+def transformer_in(model: nn.Module) -> Transformer:
+    model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    assert isinstance(model, Transformer)
+    return model
+
+
+@contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Context manager that raises ValueErrors as AdapterErrors that name the setting."""
+    try:
+        yield
     except ValueError as error:
         text = str(error).removeprefix(f"adapter {str(path)!r}: ")
         raise AdapterError(f"adapter.init={str(path)!r}: {text}") from error
-    for key, value in values.items():
-        current[key].data.copy_(value)
-    described = LoadedAdapter(stored.kind, stored.layers, stored.ranks, stored.note)
-    return WarmStart(described, digest(stored), len(layers) - len(stored.layers))
+
+
+def read_stored(model: Transformer, path: str | Path) -> StoredAdapter:
+    """Return the saved adapter, checked against names and shapes of `model`."""
+    with torch.device("meta"):
+        skeleton = Transformer(model.config)  # the shapes of the weights, also if those are sharded
+    return read_adapter(find(path), skeleton)
+
+
+def described(stored: StoredAdapter) -> LoadedAdapter:
+    return LoadedAdapter(stored.kind, stored.layers, stored.ranks, stored.note)
+
+
+def type_of(model: Any, name: str) -> str:
+    """Return the type of the attached adapter `name`."""
+    return "PiSSA" if name + INITIAL in model.peft_config else peft_config.type_name(model.peft_config[name])
+
+
+def check_no_bias(stored: StoredAdapter) -> None:
+    if biased := [layer for layer, pair in stored.pairs.items() if pair.bias is not None]:
+        raise AdapterError(f"it has biases ({listed(biased)}), which are not trained here")
 
 
 def check_type(stored: StoredAdapter, model: Any, name: str) -> None:
     """Raise AdapterError unless the saved adapter is of the type of the new one; LoRA and rsLoRA differ in scale."""
-    config = model.peft_config[name]
-    kind = "PiSSA" if name + INITIAL in model.peft_config else peft_config.type_name(config)
-    if stored.kind != kind and not {kind, stored.kind} <= {"LoRA", "rsLoRA"}:
+    config, kind = model.peft_config[name], type_of(model, name)
+    if stored.kind != kind and not {kind, stored.kind} <= LORAS:
         remedy = "A PiSSA begins at directions of the base. Use adapter=lora, also for a saved PiSSA"
         if kind != "PiSSA":
             remedy = f"Set adapter={stored.kind.lower()}" if stored.kind.isalpha() else "Its type is not trained here"
         raise AdapterError(f"it is a {stored.kind}, and the new adapter is a {kind}. {remedy}")
-    if biased := [layer for layer, pair in stored.pairs.items() if pair.bias is not None]:
-        raise AdapterError(f"it has biases ({listed(biased)}), which are not trained here")
+    check_no_bias(stored)
     for key in ("use_cayley_neumann", "num_cayley_neumann_terms", "coft") if kind == "OFT" else ():
         was, now = getattr(stored.config, key), getattr(config, key)
         if was != now:

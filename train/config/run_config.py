@@ -19,8 +19,9 @@ from data.buckets import Buckets
 from data.files import user_path
 from data.sources.images import FileOpener, Picture
 from flux2.adapters import adapter_parameters
-from flux2.adapters.warm_start import start_from
+from flux2.adapters.warm_start import attach_frozen, start_from
 from flux2.layers.attention import chosen_backend, preferred_backends
+from flux2.layers.fused_lora import FROZEN
 from flux2.memory.block_offload import offloaded_blocks
 from flux2.memory.compile_blocks import check_compiles
 from flux2.memory.model_split import check_split, module_devices, split_devices
@@ -151,7 +152,7 @@ class RunConfig:
             with torch.device("meta"):
                 model = Transformer(self.variant.transformer)
                 convert(model, self.precision, self.accelerator.device)
-                self.make_adapter(model, seed=self.settings.seed)
+                self.attach_adapter(model)
         self._check_start(model)
         self.memory.apply(model, self.accelerator.device, self.buckets)
         self._check_storage(model)
@@ -179,17 +180,21 @@ class RunConfig:
 
     def _check_start(self, model: Transformer) -> None:
         """Raise ValueError if the adapter cannot start from `adapter.init`; a resumed run does not read it."""
-        if self.adapter_start.init is not None and self.settings.resume is None:
-            start_from(model, self.adapter_start.init)
+        start = self.adapter_start
+        if start.init is not None and not start.is_frozen and self.settings.resume is None:
+            start_from(model, start.init)
 
     def _check_storage(self, model: nn.Module) -> None:
         """Raise ValueError if embeddings are stored as the output of a trained layer."""
-        trained = [name for name, tensor in model.named_parameters() if tensor.requires_grad and "txt_in" in name]
+        inside = [(name, tensor) for name, tensor in model.named_parameters() if "txt_in" in name]
+        trained, frozen = any(tensor.requires_grad for _, tensor in inside), any(FROZEN in name for name, _ in inside)
         storage = self.settings.embedding_storage
-        if trained and storage.startswith("projected"):
+        if (trained or frozen) and storage.startswith("projected"):
+            what = "adapter.targets trains" if trained else "adapter.init changes"
+            remedy = "Remove txt_in from adapter.targets, or set" if trained else "Set"
             raise ValueError(
-                f"embedding_storage={storage!r} stores the output of the layer txt_in, but adapter.targets trains that "
-                "layer. Remove txt_in from adapter.targets, or set embedding_storage=full or fp8."
+                f"embedding_storage={storage!r} stores the output of the layer txt_in, but {what} that layer. {remedy} "
+                "embedding_storage=full or fp8."
             )
 
     def _check_split(self) -> None:
@@ -288,6 +293,13 @@ class RunConfig:
         return parse_settings(
             group, {key: value for key, value in self.composed[group].items() if key in own}, OWN[group]
         )
+
+    def attach_adapter(self, model: Transformer) -> nn.Module:
+        """Attach the configured adapter, and the saved one that is frozen next to it, to a model to plan or check."""
+        wrapped: nn.Module = self.make_adapter(model, seed=self.settings.seed)
+        if self.adapter_start.is_frozen:
+            attach_frozen(wrapped, self.adapter_start.init or "")
+        return wrapped
 
     def say(self, text: str) -> None:
         """Print a line in the main process only."""

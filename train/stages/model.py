@@ -14,7 +14,7 @@ from torch import nn
 from data.cache.prepared import CachedDataset
 from data.files import user_path
 from flux2.adapters import adapter_parameters
-from flux2.adapters.warm_start import start_from
+from flux2.adapters.warm_start import attach_frozen, start_from
 from flux2.memory.block_offload import offload
 from flux2.memory.model_split import split_model
 from flux2.models.pixels import reference_image, to_pixels
@@ -86,18 +86,26 @@ def load_model(config: RunConfig, location: RunLocation) -> LoadedModel:
 
 
 def start_adapter(config: RunConfig, location: RunLocation, peft_model: peft.PeftModel) -> dict[str, Any]:
-    """Set a new run's adapter to the saved one at `adapter.init`; return what the run records of it.
+    """Start a new run's adapter from the saved one at `adapter.init`; return what the run records of it.
 
-    A resumed run does not read it: its checkpoint has the adapter, and what the run began with recorded.
+    A resumed run reads it only if it is frozen: otherwise the checkpoint has the adapter. Raises ValueError if the
+    frozen one has changed since.
     """
-    path = config.adapter_start.init
+    path, is_frozen = config.adapter_start.init, config.adapter_start.is_frozen
     if path is None:
         return {}
-    if location.checkpoint is not None:
-        return {START: read_state(location.checkpoint).get(START)}
-    start = start_from(peft_model, path)
+    recorded = None if location.checkpoint is None else read_state(location.checkpoint).get(START)
+    if location.checkpoint is not None and not is_frozen:
+        return {START: recorded}
+    start = attach_frozen(peft_model, path) if is_frozen else start_from(peft_model, path)
+    if recorded is not None and recorded["digest"] != start.digest:
+        raise ValueError(
+            f"adapter.init={path!r} has other values than when the run began, and would change what is trained. "
+            "Restore it, or start a new run"
+        )
     new = f"; {many(start.new_layers, 'layer')} that it does not have begin new" if start.new_layers else ""
-    config.say(f"the adapter starts from {path}: {start.adapter}{new}")
+    verb = "trains next to the frozen one" if is_frozen else "starts from the one"
+    config.say(f"the adapter {verb} at {path}: {start.adapter}{new}")
     return {START: {"path": str(user_path(path).resolve()), "digest": start.digest}}
 
 

@@ -11,10 +11,10 @@ from message_helpers import holds
 from safetensors.torch import save_file
 
 from flux2 import adapters
-from flux2.adapters.files import layer_pairs
+from flux2.adapters.files import adapter_parameters, layer_pairs
 from flux2.adapters.formats import AdapterError, to_comfyui, to_diffusers, to_kohya
 from flux2.adapters.tuners import adapter_tensors
-from flux2.adapters.warm_start import start_from
+from flux2.adapters.warm_start import attach_frozen, start_from
 
 # (the factor that is zero in new directions, the factor that is not) of each product
 FACTORS = {"loha": [("hada_w1_a", "hada_w1_b"), ("hada_w2_b", "hada_w2_a")]}
@@ -140,3 +140,61 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(kind, options, onto, o
 def test_a_path_without_an_adapter_is_refused_with_what_to_give(tmp_path):
     with pytest.raises(AdapterError, match=r"adapter\.init='/nowhere': does not exist\. Give an adapter folder"):
         start_from(attached("lora", base()), "/nowhere")
+
+
+# ------------------------------------------------------------------ next to a frozen one
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_a_lora_next_to_a_frozen_one_begins_with_its_prediction_and_trains_alone(precision, tmp_path):
+    close = 1e-5 if precision == "fp32" else 1e-2  # activations in bfloat16
+    old, folder = saved(tmp_path, "rslora")
+    new = attached("lora", base(precision), targets=[*FEWER, r"single_blocks\.0\.linear1"], alpha=3)
+    trained = adapter_parameters(new)
+    before = predict(new)
+    start = attach_frozen(new, folder)
+    assert len(start.adapter.layers) == 12
+    assert [id(one) for one in adapter_parameters(new)] == [id(one) for one in trained]
+    alone = base(precision)
+    adapters.load(alone, folder)
+    assert relative_error(predict(new), predict(alone)) <= close
+    assert relative_error(predict(new), before) > 5 * close
+    stirred(new)
+    adapters.save(new, tmp_path / "new", base="small")
+    adapters.load(alone, tmp_path / "new", name="second")
+    assert relative_error(predict(new), predict(alone)) <= close
+    assert relative_error(predict(new), predict(old)) > 5 * close
+    with adapters.adapters_disabled(new):
+        assert torch.equal(predict(new), predict(base(precision)))
+
+
+def test_its_gradient_is_that_on_a_base_with_the_frozen_one_merged_and_the_layers_are_fused(tmp_path):
+    _, folder = saved(tmp_path, "lora")
+    new = stirred(attached("lora", base(), alpha=3, targets=FEWER))
+    merged = base()
+    adapters.load(merged, folder)
+    adapters.merge(merged)
+    other = stirred(attached("lora", merged, alpha=3, targets=FEWER))
+    start = attach_frozen(new, folder)
+    names = {module.plain_adapter() for module in new.modules() if hasattr(module, "plain_adapter")}
+    assert names == {"default", "_frozen"}
+    for wrapped in (new, other):
+        model = wrapped.get_base_model()
+        model(**transformer_inputs(model.config)).square().mean().backward()
+    for one, expected in zip(adapter_parameters(new), adapter_parameters(other), strict=True):
+        torch.testing.assert_close(one.grad, expected.grad, rtol=1e-4, atol=1e-7)
+    frozen = adapter_tensors(new.get_base_model(), "_frozen")
+    assert len(frozen) == 2 * len(start.adapter.layers)
+    assert all(not tensor.requires_grad and tensor.grad is None for tensor in frozen.values())
+    detached = adapters.detach(new)
+    assert torch.equal(predict(detached), predict(base()))
+
+
+@pytest.mark.parametrize(("kind", "onto"), [("dora", "lora"), ("lora", "dora"), ("loha", "loha"), ("lora", "pissa")])
+def test_only_two_loras_add_up_and_another_is_refused(kind, onto, tmp_path):
+    _, folder = saved(tmp_path, kind)
+    new = attached(onto, base())
+    before = predict(new)
+    with pytest.raises(AdapterError, match=r"adapter\.init=.*frozen adds up two LoRAs, and not a .*adapter=lora"):
+        attach_frozen(new, folder)
+    assert torch.equal(predict(new), before)
