@@ -20,7 +20,7 @@ from flux2.adapters.tuners import attach
 from flux2.quantization.precision import Precision, precision_from_name
 from train.cli.errors import all_keys
 from train.config.instantiate import instantiate, parse_settings
-from train.config.run_config import GROUPS
+from train.config.run_config import GROUPS, own_names
 from train.evaluate import EvaluationSettings
 from train.stages.data import cache_request, paths
 from train.stages.memory import load_config
@@ -78,7 +78,9 @@ def test_every_choice_composes_and_makes_its_objects(group, choice):
         assert run.composed[group] == given
     if group in OBJECTS:
         made, target = getattr(run, OBJECTS[group]), get_object(config[group]._target_)
-        settings = {key: value for key, value in run.composed[group].items() if not key.startswith("_")}
+        elsewhere = own_names(group)
+        given = run.composed[group].items()
+        settings = {key: value for key, value in given if not key.startswith("_") and key not in elsewhere}
         if config[group].get("_partial_"):
             assert isinstance(made, partial)
             assert made.func is target

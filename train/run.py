@@ -23,7 +23,6 @@ from train.config.run_config import RunConfig
 from train.distributed.sharding import check_processes
 from train.loop import Trainer
 from train.optim.ema import EvaluationWeights
-from train.optim.optimizers import build_optimizer
 from train.optim.schedules import LearningRate
 from train.stages.data import PreparedData, make_objective, prepare_data
 from train.stages.finish import announce, write_card_and_report
@@ -50,8 +49,8 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
         config = choose_compile(config, location, data)
 
         # Load the frozen base in its precision and attach the adapter.
-        model = load_model(config)
-        optimizer = build_optimizer(config.make_optimizer, model.trained_parameters)
+        model = load_model(config, location)
+        optimizer = model.build_optimizer(config)
         learning_rate = LearningRate(optimizer, config.schedule, settings.steps)
         evaluation_weights = EvaluationWeights(model.trained_parameters, optimizer, settings.ema_decay)
         config.say(
@@ -73,11 +72,11 @@ def train(config: RunConfig, location: RunLocation) -> tuple[Path, PreparedData]
             images_per_step=config.images_per_step,
             metrics=metrics,
             rotation=settings.rotation,
-            extra_state=data.state,
+            extra_state={**data.state, **model.state},
         )
         first_step = checkpointer.load()
         if accelerator.is_main_process:
-            record_start(config, location, data.manifest)
+            record_start(config, location, data.manifest, model.state)
             metrics.start(settings.name, config.composed, checkpointer.logged_steps(first_step))
 
         # Train, then write the model card and the report.

@@ -15,10 +15,10 @@ Targets = str | Sequence[str]
 ALPHAS = 1e-6, 1e6  # beyond these limits the scale of an update rounds to nothing or to infinity
 
 
-def require(key: str, value: Any, is_valid: bool, accepted: str) -> Any:
-    """Return `value`. Raises AdapterError, naming adapter.`key` and what is accepted, unless it is valid."""
+def require(key: str, value: Any, is_valid: bool, accepted: str, group: str = "adapter") -> Any:
+    """Return `value`. Raises AdapterError, naming `group`.`key` and what is accepted, unless it is valid."""
     if not is_valid:
-        raise AdapterError(f"adapter.{key}={value!r} must be {accepted}")
+        raise AdapterError(f"{group}.{key}={value!r} must be {accepted}")
     return value
 
 
@@ -58,33 +58,36 @@ def target_layers(model: nn.Module, targets: Targets) -> list[str]:
         raise AdapterError(str(error)) from error
 
 
-def values_by_layer(key: str, pattern: Any, layers: Sequence[str], check: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """Return the values that `adapter.<key>`, a mapping of targets to numbers or None, gives to some of `layers`.
+def values_by_layer(
+    key: str, pattern: Any, layers: Sequence[str], check: Callable[[str, Any], Any], group: str = "adapter"
+) -> dict[str, Any]:
+    """Return the values that `group`.`key`, a mapping of targets to numbers or None, gives to some of `layers`.
 
     Raises AdapterError if a pattern is not a regular expression, matches no layer, or has a value that `check` refuses;
     or if two match one layer, as files and command lines do not preserve the order that would decide.
     """
     pattern = {} if pattern is None else pattern
-    require(key, pattern, isinstance(pattern, Mapping), "a mapping of presets or regular expressions to numbers")
+    accepted = "a mapping of presets or regular expressions to numbers"
+    require(key, pattern, isinstance(pattern, Mapping), accepted, group)
     values: dict[str, Any] = {}
     target_of: dict[str, str] = {}
     for target, value in pattern.items():
         if not isinstance(target, str):
-            raise AdapterError(f"adapter.{key}: {target!r} must be a preset or a regular expression")
+            raise AdapterError(f"{group}.{key}: {target!r} must be a preset or a regular expression")
         try:
             names = matching_names(layers, target)
         except re.error as error:
-            raise AdapterError(f"adapter.{key}: {target!r} is not a regular expression ({error})") from error
+            raise AdapterError(f"{group}.{key}: {target!r} is not a regular expression ({error})") from error
         if not names:
             raise AdapterError(
-                f"adapter.{key}: {target!r} matches none of the {len(layers)} layers of adapter.targets, which are "
+                f"{group}.{key}: {target!r} matches none of the {len(layers)} layers of adapter.targets, which are "
                 f"{layer_kinds(layers)}"
             )
         check(f"{key}: {target!r}", value)
         for name in names:
             if name in target_of:
                 raise AdapterError(
-                    f"adapter.{key}: {target_of[name]!r} and {target!r} both match {name}. Change them to match it once"
+                    f"{group}.{key}: {target_of[name]!r} and {target!r} both match {name}. Change them to match it once"
                 )
             target_of[name], values[name] = target, value
     return values

@@ -21,6 +21,7 @@ from flux2.layers.frozen_linear import TailLinear, cast_for_autocast, flatten_ro
 from flux2.layers.recompute_context import current_replay
 
 INITIAL = "_initial"  # suffix of the adapter that subtracts the initial PiSSA update (flux2/adapters/tuners.py)
+FROZEN = "_frozen"  # name of a saved LoRA that is active next to the trained one (flux2/adapters/warm_start.py)
 
 
 class LoraProduct(torch.autograd.Function):
@@ -82,13 +83,14 @@ class FusedLora(lora.Linear):
     def plain_adapter(self) -> str | None:
         """Return the active adapter if PEFT's forward for it is just base + scale * B A x, else None.
 
-        None if: no or several adapters are active (except a PiSSA with its initial update), dropout is applied, the
-        adapter is a variant (DoRA and others) or has a bias, or the base is trained or has a forward of its own.
+        None if: no or several adapters are active (except a PiSSA with its initial update, and a LoRA next to a frozen
+        one), dropout is applied, the adapter is a variant (DoRA and others) or has a bias, or the base is trained or
+        has a forward of its own.
         """
         if self.disable_adapters or self.merged or self.fan_in_fan_out:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if not active or active[1:] not in ([], [active[0] + INITIAL]):
+        if not active or active[1:] not in ([], [active[0] + INITIAL], [FROZEN]):
             return None
         name, dropout = active[0], self.lora_dropout[active[0]]
         drops = not isinstance(dropout, nn.Identity) and dropout.training
@@ -105,6 +107,9 @@ class FusedLora(lora.Linear):
         a, b, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         if name + INITIAL in self.active_adapters:
             a, b = subtract_initial(a, b, self.lora_A[name + INITIAL].weight, self.lora_B[name + INITIAL].weight)
+        elif name != FROZEN and FROZEN in self.active_adapters:  # one pair of both ranks
+            a = torch.cat([a, self.lora_A[FROZEN].weight])
+            b = torch.cat([b, self.lora_B[FROZEN].weight * (self.scaling[FROZEN] / scale)], dim=1)
         x = cast_for_autocast(x)
         if torch.compiler.is_compiling():  # the compiler fuses these operations and chooses what is kept
             return self.base_layer(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale

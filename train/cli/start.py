@@ -26,7 +26,7 @@ def prepare_hydra() -> None:
 
     def rate_for(optimizers: str, rate: float, _parent_: Any) -> float:
         """Return `rate` if the chosen optimizer is one of `optimizers`, else the rate in the file of the chosen one."""
-        rates = {file.stem: OmegaConf.load(file) for file in sorted((CONFIG / "optimizer").glob("*.yaml"))}
+        rates = {file.stem: OmegaConf.load(file) for file in sorted((CONFIG / "optimizer").glob("[!_]*.yaml"))}
         target = _parent_.get("_target_")  # none if the experiment's file is read by itself
         if target is None or target in [rates[name]._target_ for name in optimizers.split()]:
             return rate

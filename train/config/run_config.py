@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from data.buckets import Buckets
 from data.files import user_path
 from data.sources.images import FileOpener, Picture
 from flux2.adapters import adapter_parameters
+from flux2.adapters.warm_start import attach_frozen, start_from
 from flux2.layers.attention import chosen_backend, preferred_backends
+from flux2.layers.fused_lora import FROZEN
 from flux2.memory.block_offload import offloaded_blocks
 from flux2.memory.compile_blocks import check_compiles
 from flux2.memory.model_split import check_split, module_devices, split_devices
@@ -31,7 +33,7 @@ from flux2.utils.text import listed
 from flux2.weights.sources import ModelSource, model_source
 from train.config.instantiate import check_own_targets, instantiate, parse_settings
 from train.config.memory import AUTO, completed
-from train.config.settings import MemorySettings, ModelSettings, PrecisionSettings, RunSettings
+from train.config.settings import AdapterStart, MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import check_adapter, launched_to_shard
 from train.encoding.text_encoders import PromptEncoder
@@ -39,6 +41,7 @@ from train.objective.preservation import Preservation
 from train.objective.prior import PriorPreservation
 from train.optim.ema import check_one_average
 from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
+from train.optim.parameter_groups import RateSettings
 from train.publishing.hub import HubSettings
 from train.utils.console import say, warn
 from train.validation.loss import ValidationSettings
@@ -51,6 +54,12 @@ GROUPS = (
     "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
 )
 # fmt: on
+# settings of groups with a `_target_` that are not its arguments: all choices of the group have them
+OWN: dict[str, type] = {"adapter": AdapterStart, "optimizer": RateSettings}
+
+
+def own_names(group: str) -> set[str]:
+    return {field.name for field in fields(OWN[group])} if group in OWN else set()
 
 
 def open_image(path: str) -> Picture:
@@ -107,8 +116,10 @@ class RunConfig:
         self.twin = self._twin_source()
         self.precision = self.memory.with_layouts(precision.on(self.accelerator.device))
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
+        self.adapter_start: AdapterStart = self._own_settings("adapter")
         check_installed(self.composed["optimizer"].get("_target_"))
         self.make_optimizer = self.instantiate("optimizer", "params")
+        self.rates: RateSettings = self._own_settings("optimizer")
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
         self.timesteps.sampled_in(self.variant.steps)
@@ -145,7 +156,8 @@ class RunConfig:
             with torch.device("meta"):
                 model = Transformer(self.variant.transformer)
                 convert(model, self.precision, self.accelerator.device)
-                self.make_adapter(model, seed=self.settings.seed)
+                self.attach_adapter(model)
+        self._check_start(model)
         self.memory.apply(model, self.accelerator.device, self.buckets)
         self._check_storage(model)
         if self.processes.sharded:
@@ -155,10 +167,12 @@ class RunConfig:
         shapes = [parameter.shape for parameter in adapter_parameters(model)]
         one = torch.zeros((), device=self.accelerator.device)  # expanding it to a shape takes no memory
         parameters = [nn.Parameter(one.expand(shape)) for shape in shapes]
-        check_one_average(build_optimizer(self.make_optimizer, parameters), self.settings.ema_decay)
+        factors = self.rates.factors(model)
+        optimizer = build_optimizer(self.make_optimizer, parameters, factors)
+        check_one_average(optimizer, self.settings.ema_decay)
         try_out(self.make_optimizer, self.accelerator.device)
         if self.accelerator.is_main_process:
-            for warning in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps):
+            for warning in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps, factors):
                 warn(warning)
         if self.prior is not None:
             self.prior.images_per_batch(self.settings.batch_size)
@@ -168,14 +182,23 @@ class RunConfig:
             open_image(path).load()
         return self
 
+    def _check_start(self, model: Transformer) -> None:
+        """Raise ValueError if the adapter cannot start from `adapter.init`; a resumed run does not read it."""
+        start = self.adapter_start
+        if start.init is not None and not start.is_frozen and self.settings.resume is None:
+            start_from(model, start.init)
+
     def _check_storage(self, model: nn.Module) -> None:
         """Raise ValueError if embeddings are stored as the output of a trained layer."""
-        trained = [name for name, tensor in model.named_parameters() if tensor.requires_grad and "txt_in" in name]
+        inside = [(name, tensor) for name, tensor in model.named_parameters() if "txt_in" in name]
+        trained, frozen = any(tensor.requires_grad for _, tensor in inside), any(FROZEN in name for name, _ in inside)
         storage = self.settings.embedding_storage
-        if trained and storage.startswith("projected"):
+        if (trained or frozen) and storage.startswith("projected"):
+            what = "adapter.targets trains" if trained else "adapter.init changes"
+            remedy = "Remove txt_in from adapter.targets, or set" if trained else "Set"
             raise ValueError(
-                f"embedding_storage={storage!r} stores the output of the layer txt_in, but adapter.targets trains that "
-                "layer. Remove txt_in from adapter.targets, or set embedding_storage=full or fp8."
+                f"embedding_storage={storage!r} stores the output of the layer txt_in, but {what} that layer. {remedy} "
+                "embedding_storage=full or fp8."
             )
 
     def _check_split(self) -> None:
@@ -282,7 +305,24 @@ class RunConfig:
         """Return the object of a group with a `_target_`; its arguments `excluded` are no settings."""
         if self.is_saved:
             check_own_targets(group, self.composed[group])
-        return instantiate(group, self.composed[group], excluded)
+        own = own_names(group)
+        return instantiate(
+            group, {key: value for key, value in self.composed[group].items() if key not in own}, excluded
+        )
+
+    def _own_settings(self, group: str) -> Any:
+        """Return the settings of a group with a `_target_` that are not arguments of it."""
+        own = own_names(group)
+        return parse_settings(
+            group, {key: value for key, value in self.composed[group].items() if key in own}, OWN[group]
+        )
+
+    def attach_adapter(self, model: Transformer) -> nn.Module:
+        """Attach the configured adapter, and the saved one that is frozen next to it, to a model to plan or check."""
+        wrapped: nn.Module = self.make_adapter(model, seed=self.settings.seed)
+        if self.adapter_start.is_frozen:
+            attach_frozen(wrapped, self.adapter_start.init or "")
+        return wrapped
 
     def say(self, text: str) -> None:
         """Print a line in the main process only."""

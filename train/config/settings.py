@@ -26,6 +26,7 @@ from train.utils.checks import check_count, check_seed, is_count, is_number
 from train.utils.redact import check_no_secret
 
 STORAGES = ("full", "projected", "fp8", "projected_fp8")  # of prompt embeddings
+INIT_MODES = ("continue", "frozen")  # what a run does with the adapter that it starts from
 MOST = 1 << 20  # images in a batch, and micro-batches in a step
 MOST_STEPS = 10**9  # a second each would take 30 years
 MOST_GB = 1e6  # of the memory of a device
@@ -134,6 +135,27 @@ class ModelSettings:
 
     def source(self) -> ModelSource:
         return model_source(self.name, self.path, self.autoencoder, self.text_encoder)
+
+
+@dataclass(frozen=True)
+class AdapterStart:
+    """The settings of the group `adapter` that every type has: the saved adapter that a new one starts from."""
+
+    init: str | None = None
+    init_mode: str = "continue"
+
+    def __post_init__(self) -> None:
+        if self.init == "":
+            raise ValueError("adapter.init='' must not be empty: leave it out, or set null")
+        if self.init_mode not in INIT_MODES:
+            raise ValueError(f"adapter.init_mode={self.init_mode!r} must be one of {', '.join(INIT_MODES)}")
+        if self.is_frozen and self.init is None:
+            raise ValueError("adapter.init_mode='frozen' has no effect without a saved adapter. Set adapter.init=PATH")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the saved adapter stays as it is, active next to the trained one."""
+        return self.init_mode == "frozen"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train.optim.parameter_groups import parameter_groups
 from train.optim.schedules import Constant, Restarts, Schedule, StableDecay
 from train.utils.checks import is_count, is_number
 
@@ -76,6 +77,10 @@ def settings_of(make: MakeOptimizer) -> dict[str, Any]:
     return dict(getattr(make, "keywords", {}))
 
 
+def class_name(make: MakeOptimizer) -> str:
+    return str(getattr(getattr(make, "func", make), "__name__", ""))
+
+
 def refusal(make: MakeOptimizer, problem: str) -> ValueError:
     settings = ", ".join(f"optimizer.{key}={value!r}" for key, value in settings_of(make).items())
     return ValueError(f"{problem}: {settings}")
@@ -102,9 +107,12 @@ def check_settings(make: MakeOptimizer) -> None:
             raise ValueError(f"optimizer.{key}={value!r} must be {ACCEPTED[key][1]}")
 
 
-def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> list[str]:
-    """Return warnings about optimizer and schedule settings that are valid but probably unintended."""
-    warnings = unusual_rate(make) or unusual_effects(make, steps)
+def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int, factors: Sequence[float] = ()) -> list[str]:
+    """Return warnings about optimizer and schedule settings that are valid but probably unintended.
+
+    `factors` are those of the learning rates of parameters.
+    """
+    warnings = unusual_rate(make, factors or [1.0]) or unusual_effects(make, steps)
     if not isinstance(schedule, Constant):
         return warnings
     warmup, after = schedule.warmup(steps), steps - schedule.warmup(steps)
@@ -124,22 +132,28 @@ def unusual_settings(make: MakeOptimizer, schedule: Schedule, steps: int) -> lis
     return warnings
 
 
-def unusual_rate(make: MakeOptimizer) -> list[str]:
-    """Return a warning if the learning rate is probably that of another optimizer."""
-    rate, name = settings_of(make).get("lr"), getattr(getattr(make, "func", make), "__name__", "")
+def unusual_rate(make: MakeOptimizer, factors: Sequence[float]) -> list[str]:
+    """Return a warning if the learning rate of any parameter is probably that of another optimizer."""
+    rate, name = settings_of(make).get("lr"), class_name(make)
     if rate is None:  # its default, which is allowed if the optimizer chooses the rate
         return []
     low, high = next(span for start, span in USUAL_RATES.items() if name.startswith(start))
-    if low <= rate <= high:
+    wrong = [factor for factor in factors if not low <= rate * factor <= high]
+    if not wrong:
         return []
-    side, effect = ("below", "little or nothing is learned") if rate < low else ("above", "training probably diverges")
+    factor = max(wrong, key=lambda factor: abs(math.log(factor)))
+    is_low = rate * factor < low
+    side, effect = ("below", "little or nothing is learned") if is_low else ("above", "training probably diverges")
+    scaled = "" if factor == 1 else f" times {factor:g} (optimizer.lora_plus_ratio, optimizer.layer_rates)"
     hint = ". It is a factor of the rate that Prodigy estimates: leave it at 1" if name == "Prodigy" else ""
-    return [f"optimizer.lr={rate:g} is far {side} the usual rates of {name} ({low:g} to {high:g}): {effect}{hint}"]
+    return [
+        f"optimizer.lr={rate:g}{scaled} is far {side} the usual rates of {name} ({low:g} to {high:g}): {effect}{hint}"
+    ]
 
 
 def unusual_effects(make: MakeOptimizer, steps: int) -> list[str]:
     """Return warnings about settings with which an optimizer updates little, or undoes its updates."""
-    settings, name = settings_of(make), getattr(getattr(make, "func", make), "__name__", "")
+    settings, name = settings_of(make), class_name(make)
     warnings, shrinking = [], (settings.get("lr") or 0) * (settings.get("weight_decay") or 0)
     # Prodigy multiplies the rate by its estimate, and Adam adds the decay to the gradient
     if shrinking >= MOST_SHRINKING and name not in ("Prodigy", "Adam"):
@@ -165,16 +179,27 @@ def float_lists(make: MakeOptimizer) -> dict[str, list[float | None]]:
     return {key: [None if item is None else float(item) for item in value] for key, value in given.items()}
 
 
-def build_optimizer(make: MakeOptimizer, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(
+    make: MakeOptimizer, parameters: Sequence[nn.Parameter], factors: Sequence[float] | None = None
+) -> torch.optim.Optimizer:
     """Build the configured optimizer, ready to train. Raise ValueError naming the settings that it rejects.
 
-    `fused: auto` is true if all parameters are on a GPU; on a CPU the fused kernel rounds differently.
+    `factors` are those of each parameter's learning rate, which `LearningRate` applies; None is 1 for all. `fused:
+    auto` is true if all parameters are on a GPU; on a CPU the fused kernel rounds differently.
     """
     check_settings(make)
+    factors = factors or [1.0] * len(parameters)
+    if len(set(factors)) > 1 and class_name(make) == "Prodigy":
+        raise ValueError(
+            "optimizer.lora_plus_ratio and optimizer.layer_rates do not work with optimizer=prodigy, which estimates "
+            "one learning rate for all parameters. Set both to null, or choose another optimizer"
+        )
     make = partial(make, **float_lists(make))
     fused = {"fused": all(parameter.is_cuda for parameter in parameters) or None}
     try:
-        optimizer = make(list(parameters), **(fused if settings_of(make).get("fused") == "auto" else {}))
+        optimizer = make(
+            parameter_groups(parameters, factors), **(fused if settings_of(make).get("fused") == "auto" else {})
+        )
     except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
         if MATRICES_ONLY in str(error):
             dims = " and ".join(map(str, sorted({parameter.ndim for parameter in parameters} - {2})))

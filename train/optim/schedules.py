@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from train.optim.parameter_groups import FACTOR
 from train.utils.checks import check_count, is_count, is_number
 
 
@@ -99,21 +100,22 @@ class StableDecay(Linear):
 class LearningRate:
     """Sets the learning rate of each step: the configured rate times the factor of the schedule.
 
+    Parameter groups with a factor of their own (train/optim/parameter_groups.py) get that rate times their factor.
     Create it before a checkpoint is loaded: the state of an optimizer contains the rate of its last step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> None:
         self.optimizer, self.schedule, self.steps = optimizer, schedule, steps
         self.base: float = optimizer.param_groups[0]["lr"]
+        self.rate = self.base  # of the current step, without the factors of groups
 
     def set(self, step: int) -> None:
         """Set the learning rate of `step` (from 0)."""
-        rate = self.base * self.schedule.factor(step, self.steps)
+        self.rate = self.base * self.schedule.factor(step, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate * group.get(FACTOR, 1.0)
 
     @property
     def value(self) -> float:
-        """The current learning rate, including Prodigy's estimate (`d`)."""
-        group = self.optimizer.param_groups[0]
-        return float(group["lr"] * group.get("d", 1.0))
+        """The current learning rate without the factors of groups, including Prodigy's estimate (`d`)."""
+        return float(self.rate * self.optimizer.param_groups[0].get("d", 1.0))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import psutil
@@ -113,7 +112,7 @@ def workload_of(
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
     return Workload(
         variant=config.variant,
-        model=skeleton(config.variant, precision, partial(config.make_adapter, seed=settings.seed)),
+        model=skeleton(config.variant, precision, config.attach_adapter),
         dtype=precision.dtype,
         optimizer=config.make_optimizer,
         pixels=(side, side),

@@ -129,12 +129,15 @@ def training_table(data: ModelCardData, run: Path) -> list[str]:
     config = masked(data.config)
     path = config["model"].get("path")
     weights = "" if path is None else ", local weights" if looks_local(path) else f", weights of {code(path)}"
-    preservation = config.get("preservation", {})
+    preservation, start = config.get("preservation", {}), config["adapter"].get("init")
+    is_frozen = config["adapter"].get("init_mode") == "frozen"
+    how_started = "trained next to, and used with" if is_frozen else "started from"
     rows = {
         "base": f"{data.variant.repo or data.variant.name} ({data.precision}){weights}",
         "images": f"{data.samples}, at {config['buckets']['resolution']} px",
         "steps": f"{config['steps']} of {many(data.images, 'image')}",
-        "adapter": code(settings(config["adapter"])),
+        "adapter": code(settings({**config["adapter"], "init": None, "init_mode": None})),
+        **({how_started: f"another adapter, {code(Path(start).name)}"} if start else {}),
         "optimizer": code(settings(config["optimizer"])),
         **({"average": f"`ema_decay={config['ema_decay']}`"} if config.get("ema_decay") else {}),
         **({"preservation": code(settings(preservation))} if preservation.get("weight") else {}),

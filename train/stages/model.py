@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import peft
 import torch
 from torch import nn
 
 from data.cache.prepared import CachedDataset
+from data.files import user_path
 from flux2.adapters import adapter_parameters
+from flux2.adapters.warm_start import attach_frozen, start_from
 from flux2.memory.block_offload import offload
 from flux2.memory.model_split import split_model
 from flux2.models.pixels import reference_image, to_pixels
 from flux2.quantization.precision import caution, describe
 from flux2.utils.text import gigabytes
 from flux2.weights.loading import load_autoencoder, load_transformer, tensor_files
+from train.checkpoints.checkpoint import read_state
+from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
 from train.distributed.sharding import attach_sharded, local_bytes, sharder, total_bytes
+from train.optim.optimizers import build_optimizer
 from train.sweeps.reuse import SHARED, Base
 from train.utils.console import name_process_in_errors, warn
 from train.utils.memory import explain_oom
@@ -26,13 +33,20 @@ from train.utils.text import many
 from train.validation.samples import Sampler
 from train.validation.twin import Twin
 
+START = "adapter_start"  # key of a checkpoint's state
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The base, which a later sweep job may reuse, and PEFT's wrapper around it with the adapter."""
+    """The base, which a later sweep job may reuse, and PEFT's wrapper around it with the adapter.
+
+    Attributes:
+        state: What the checkpoints record of the saved adapter that it started from.
+    """
 
     base: Base
     peft_model: peft.PeftModel
+    state: Mapping[str, Any]
 
     @property
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -43,6 +57,10 @@ class LoadedModel:
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.trained_parameters)
 
+    def build_optimizer(self, config: RunConfig) -> torch.optim.Optimizer:
+        """Build the configured optimizer of the adapter, with the learning rates of its layers."""
+        return build_optimizer(config.make_optimizer, self.trained_parameters, config.rates.factors(self.peft_model))
+
     def release(self, config: RunConfig) -> None:
         """Remove the adapter, so that the next sweep job can reuse the base; drop a base that cannot be reused."""
         # compiled code is specific to the replaced layers
@@ -50,8 +68,8 @@ class LoadedModel:
             SHARED.drop("transformer")
 
 
-def load_model(config: RunConfig) -> LoadedModel:
-    """Load the transformer, apply the memory settings, attach the adapter, and set up offloading."""
+def load_model(config: RunConfig, location: RunLocation) -> LoadedModel:
+    """Load the transformer, apply the memory settings, attach and start the adapter, and set up offloading."""
     config.say(
         f"{config.variant.name} ({config.precision.name}) on {config.accelerator.device}; "
         f"processes: {config.accelerator.num_processes}, CPU threads each: {torch.get_num_threads()}; "
@@ -63,8 +81,33 @@ def load_model(config: RunConfig) -> LoadedModel:
         config.memory.apply(base.transformer, config.accelerator.device, config.buckets)
         attach = partial(attach_sharded, config.make_adapter) if config.processes.sharded else config.make_adapter
         peft_model = attach(base.transformer, seed=config.settings.seed)
+        state = start_adapter(config, location, peft_model)
         place_blocks(config, base)
-    return LoadedModel(base, peft_model)
+    return LoadedModel(base, peft_model, state)
+
+
+def start_adapter(config: RunConfig, location: RunLocation, peft_model: peft.PeftModel) -> dict[str, Any]:
+    """Start a new run's adapter from the saved one at `adapter.init`; return what the run records of it.
+
+    A resumed run reads it only if it is frozen: otherwise the checkpoint has the adapter. Raises ValueError if the
+    frozen one has changed since.
+    """
+    path, is_frozen = config.adapter_start.init, config.adapter_start.is_frozen
+    if path is None:
+        return {}
+    recorded = None if location.checkpoint is None else read_state(location.checkpoint).get(START)
+    if location.checkpoint is not None and not is_frozen:
+        return {START: recorded}
+    start = attach_frozen(peft_model, path) if is_frozen else start_from(peft_model, path)
+    if recorded is not None and recorded["digest"] != start.digest:
+        raise ValueError(
+            f"adapter.init={path!r} has other values than when the run began, and would change what is trained. "
+            "Restore it, or start a new run"
+        )
+    new = f"; {many(start.new_layers, 'layer')} that it does not have begin new" if start.new_layers else ""
+    verb = "trains next to the frozen one" if is_frozen else "starts from the one"
+    config.say(f"the adapter {verb} at {path}: {start.adapter}{new}")
+    return {START: {"path": str(user_path(path).resolve()), "digest": start.digest}}
 
 
 def shared_base(config: RunConfig) -> Base:

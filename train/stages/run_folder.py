@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +24,8 @@ from train.utils.console import say
 from train.utils.files import make_new, make_writable, write_whole
 from train.utils.lock import InUse, Lock
 from train.utils.redact import masked
+
+START_FILE = "adapter_start.json"  # the saved adapter that a run started from
 
 
 @contextmanager
@@ -70,14 +73,19 @@ def find_and_lock(config: RunConfig) -> tuple[RunLocation, Lock]:
             # another run has just taken it: look for a free one
 
 
-def record_start(config: RunConfig, location: RunLocation, data: TrainedData) -> None:
-    """Write configuration, data manifest and command to the run folder, after the checkpoint has been read."""
+def record_start(config: RunConfig, location: RunLocation, data: TrainedData, started: Mapping[str, Any]) -> None:
+    """Write configuration, data manifest and command to the run folder, after the checkpoint has been read.
+
+    `started` is what the run records of the adapter that it started from; empty without one.
+    """
     if location.checkpoint is not None:
         config.say(f"resuming from {location.checkpoint}")
     write_whole(location.folder / UNFINISHED_FILE, "resume=auto finishes this run\n")
     text = OmegaConf.to_yaml(OmegaConf.create(masked(config.composed)))
     write_whole(location.folder / CONFIG_FILE, text)
     data.write(location.folder)
+    if started:
+        write_whole(location.folder / START_FILE, json.dumps(started, indent=1))
     if HydraConfig.initialized():
         words, processes = HydraConfig.get().overrides.task, config.accelerator.num_processes
         run_report.note_command(location.folder, words, processes, resumed=location.checkpoint is not None)

@@ -134,12 +134,19 @@ def configuration(
     """Return the configuration of a run, changed for inference: `sample` overrides its group `sample`."""
     config = resume.configuration(folder)
     check_address(folder, config, text_encoder_url)
+    adapter = config.get("adapter")
+    if isinstance(adapter, dict) and adapter.get("init_mode") == "frozen":
+        raise ValueError(
+            f"{folder} trained an adapter next to a frozen one, and without that one its images would be others. Draw "
+            "them with python -m flux2.generate --adapter FROZEN --adapter NEW"
+        )
     if text_encoder_url is not None and encoder_address(config) is not None:
         config["text_encoder"] = {**config["text_encoder"], "url": text_encoder_url}
     groups = [entry for entry in read_yaml(CONFIG / "train.yaml")["defaults"] if isinstance(entry, dict)]
     choices = {str(key): value for entry in groups for key, value in entry.items()}
     for group in TRAINING_ONLY:
         config[group] = read_yaml(CONFIG / group / f"{choices[group]}.yaml")
+        config[group].pop("defaults", None)  # what is included has defaults in the code too
     memory, own = config.get("memory"), config.get("sample")
     streamed = memory.get("offload_blocks", 0) if isinstance(memory, dict) else 0
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
