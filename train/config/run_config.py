@@ -24,7 +24,7 @@ from flux2.memory.block_offload import offloaded_blocks
 from flux2.memory.compile_blocks import check_compiles
 from flux2.memory.model_split import check_split, module_devices, split_devices
 from flux2.models.transformer import Transformer
-from flux2.models.variants import Variant
+from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
 from flux2.quantization.precision import convert
 from train.config.instantiate import check_own_targets, instantiate, parse_settings
@@ -45,7 +45,7 @@ from train.validation.samples import SampleSettings
 # fmt: off
 GROUPS = (
     "model", "precision", "memory", "adapter", "dataset", "text_encoder", "optimizer", "schedule", "timesteps",
-    "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
+    "loss", "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
 )
 # fmt: on
 
@@ -108,6 +108,9 @@ class RunConfig:
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
         self.timesteps.sampled_in(self.variant.steps)
+        for width, height in self.buckets.sizes:
+            self.timesteps.check_range((width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN))
+        self.loss = self.instantiate("loss")
         self.weighting = self.instantiate("weighting")
         self._preservation: Preservation | PriorPreservation = self.instantiate("preservation")
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")

@@ -1,7 +1,7 @@
 """The loss that a step minimizes: the flow loss at random timesteps plus the terms that preserve the base.
 
-`Objective` bundles the groups `timesteps`, `weighting` and `preservation` with the model's guidance and the precision
-of matrix products, so that the training loop needs only one call: the losses of a micro-batch.
+`Objective` bundles the groups `timesteps`, `loss`, `weighting` and `preservation` with the model's guidance and the
+precision of matrix products, so that the training loop needs only one call: the losses of a micro-batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batch, Loader, copy_to_device
-from train.objective.loss import Losses, Noised, NoiseDraw, add_noise, draw, training_loss
+from flux2.adapters import adapters_disabled
+from train.objective.loss import MSE, flow_loss
+from train.objective.noise import Noised, NoiseDraw, add_noise, draw, joined
 from train.objective.preservation import Preservation
 from train.objective.prior import ClassPictures
 from train.objective.timesteps import Uniform
@@ -41,12 +43,56 @@ class Inputs:
 
     Attributes:
         text: (B, T, D) embeddings of the captions.
+        weights: (B,) weights of the samples, which do not apply to preservation; None is 1 for all.
         preserved: (P, T, D) embeddings of the prompts with which the first P samples are compared to the base, if any.
     """
 
     noised: Noised
     text: Tensor
-    preserved: Tensor | None
+    weights: Tensor | None = None
+    preserved: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of a micro-batch or step.
+
+    Attributes:
+        total: Loss to differentiate; the others are detached.
+        preservation: Preservation loss before its weight; 0 without preservation.
+        prior: Weighted loss of the class images (train/objective/prior.py) of a whole step.
+    """
+
+    total: Tensor
+    flow: Tensor
+    preservation: Tensor
+    prior: Tensor | None = None
+
+
+def training_loss(
+    model: nn.Module, inputs: Inputs, guidance: float | None, loss: MSE | None = None, weight: float = 0.0
+) -> Losses:
+    """Return the losses of one micro-batch.
+
+    Args:
+        model: Transformer with its adapter, or a wrapper around it.
+        loss: Distance of predictions and targets; None is the mean squared error.
+        weight: Weight of base preservation, which is always a mean squared error.
+    """
+    noised, loss = inputs.noised, loss or flow_loss
+    preserved = [] if inputs.preserved is None else [inputs.preserved]
+    rows = [slice(0, len(text)) for text in (inputs.text, *preserved)]
+    base = None
+    if preserved:
+        with torch.no_grad(), adapters_disabled(model):
+            base = noised.predict(model, joined(preserved), guidance, *rows[1:])
+    prediction = noised.predict(model, joined([inputs.text, *preserved]), guidance, *rows)
+    trained, held = prediction[rows[0]], prediction[rows[0].stop :]
+    flow = loss(trained, noised.target, noised.mask, inputs.weights, noised.times)
+    if base is None:
+        return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
+    difference = flow_loss(held, base)
+    return Losses(flow + weight * difference, flow.detach(), difference.detach())
 
 
 @dataclass(frozen=True)
@@ -63,6 +109,7 @@ class Objective:
 
     seed: int
     timesteps: Uniform
+    loss: MSE
     weighting: Unweighted
     preservation: Preservation = field(default_factory=Preservation)
     preserved: Mapping[str, Tensor] = field(default_factory=dict)
@@ -89,9 +136,7 @@ class Objective:
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """Return the losses of a micro-batch; `model` is the transformer with its adapter, or a wrapper around it."""
         with self.autocast(inputs.text.device):
-            weights = self.weighting(inputs.noised.times)
-            weight = self.preservation.weight
-            return training_loss(model, inputs.noised, inputs.text, self.guidance, weight, inputs.preserved, weights)
+            return training_loss(model, inputs, self.guidance, self.loss, self.preservation.weight)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Context manager for matrix products in `dtype`; adapter and losses stay in float32."""
@@ -107,4 +152,7 @@ class Objective:
                 torch.stack([self.preserved[prompt] for prompt in prompts]), batch.embeddings.device
             )
             preserved = preserved.to(batch.embeddings.dtype)
-        return Inputs(noised, batch.embeddings, preserved)
+        weights = self.weighting(noised.times)
+        if batch.weights is not None:
+            weights = batch.weights if weights is None else weights * batch.weights
+        return Inputs(noised, batch.embeddings, weights, preserved)

@@ -199,5 +199,5 @@ def make_objective(config: RunConfig, data: TrainingData) -> Objective:
     """Return the training objective, with the embeddings of the preservation prompts."""
     prompts = list(config.preservation.prompts) if config.preservation.active else []
     embeddings = dict(zip(prompts, data.prepared.cached.embeddings(prompts), strict=True)) if prompts else {}
-    settings = config.timesteps, config.weighting, config.preservation
+    settings = config.timesteps, config.loss, config.weighting, config.preservation
     return Objective(config.settings.seed, *settings, embeddings, data.prior, config.guidance, config.autocast)
