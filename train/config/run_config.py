@@ -33,6 +33,7 @@ from train.config.settings import MemorySettings, ModelSettings, PrecisionSettin
 from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import check_adapter, launched_to_shard
 from train.encoding.text_encoders import PromptEncoder
+from train.objective.loss import MSE
 from train.objective.preservation import Preservation
 from train.objective.prior import PriorPreservation
 from train.optim.ema import check_one_average
@@ -110,7 +111,7 @@ class RunConfig:
         self.timesteps.sampled_in(self.variant.steps)
         for width, height in self.buckets.sizes:
             self.timesteps.check_range((width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN))
-        self.loss = self.instantiate("loss")
+        self.loss: MSE = self.instantiate("loss")
         self.weighting = self.instantiate("weighting")
         self._preservation: Preservation | PriorPreservation = self.instantiate("preservation")
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")

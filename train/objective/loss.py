@@ -3,25 +3,72 @@
 A loss is the mean over each sample's tokens, and then over samples. If samples have masks, the first mean is weighted
 by a sample's mask and the second is not: the masked area does not change the weight of a sample, nor does it matter
 which samples share a micro-batch. Weights of samples by timestep are in train/objective/weighting.py.
+
+Outside of a mask m a sample may still count: with m' = clamp(m, unmasked_weight, 1), the loss of a token is
+
+    m' distance(prediction, target) + unmasked_prior (1 - m') distance(prediction, base),
+
+and each of the two is a mean weighted by m' and by 1 - m'. The base is the model without its adapter, so what the mask
+leaves out is held to what it was. (OneTrainer, modules/util/loss/masked_loss.py.)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.loader import Batch
+from data.sampler import derived_generator
 from train.utils.checks import is_number
 
+MOST_PRIOR = 1e6  # of `unmasked_prior`; with more nothing is learned inside the mask
 DELTAS = (1e-6, 1e6)  # below, a Huber loss is the absolute error in float32; above, it is the squared error
 SCHEDULES = ("constant", "exponential")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MSE:
-    """The mean of `d^2` over differences d of prediction and target."""
+    """The mean of `d^2` over differences d of prediction and target.
+
+    Attributes:
+        unmasked_weight: Least weight of a token in its sample's mask.
+        unmasked_prior: Weight of the distance to the base's prediction outside of the mask.
+        unmasked_probability: Share of samples that train without their mask.
+    """
+
+    unmasked_weight: float = 0.0
+    unmasked_prior: float = 0.0
+    unmasked_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("unmasked_weight", "unmasked_probability"):
+            value = getattr(self, key)
+            if not is_number(value, 0, 1) or value == 1:
+                raise ValueError(
+                    f"loss.{key}={value!r} must be a number >= 0 and < 1. To train without masks, set dataset.mask=null"
+                )
+        if not is_number(self.unmasked_prior, 0, MOST_PRIOR):
+            raise ValueError(f"loss.unmasked_prior={self.unmasked_prior!r} must be a number from 0 to {MOST_PRIOR:g}")
+
+    def check_masks(self, *, any_mask: bool) -> None:
+        """Raise ValueError if a setting of masks is given and no sample has a mask."""
+        for key in ("unmasked_weight", "unmasked_prior", "unmasked_probability"):
+            if getattr(self, key) and not any_mask:
+                raise ValueError(
+                    f"loss.{key}={getattr(self, key)} has no effect: no sample has a mask. Set dataset.mask, or "
+                    f"loss.{key}=0"
+                )
+
+    def with_drawn_masks(self, batch: Batch, seed: int, step: int) -> Batch:
+        """Return the batch in which samples that are drawn by (seed, step, position) have no mask."""
+        if batch.mask is None or not self.unmasked_probability:
+            return batch
+        generators = (derived_generator(seed, "unmasked", step, position) for position in batch.positions)
+        drawn = torch.stack([torch.rand((), generator=one) for one in generators]) < self.unmasked_probability
+        return replace(batch, mask=torch.where(drawn[:, None, None, None], 1.0, batch.mask))
 
     def __call__(
         self,
@@ -30,8 +77,11 @@ class MSE:
         mask: Tensor | None = None,
         weights: Tensor | None = None,
         times: Tensor | None = None,
+        base: Tensor | None = None,
     ) -> Tensor:
         """Return the loss, shape (), of (B, n, C) tokens at timesteps (B,), which only some losses use.
+
+        `base` is the base's prediction, for `unmasked_prior`.
 
         Per sample: sum(mask * mean over C of the distances) / sum(mask), with mask (B, n, 1). Over the batch: the mean
         of sample losses times weights (B,). A sample whose mask is 0 everywhere, as in a crop without unmasked pixels,
@@ -39,7 +89,11 @@ class MSE:
         """
         if mask is None and weights is None:
             return self.mean(prediction, target, times)
+        if mask is not None:
+            mask = mask.clamp(min=self.unmasked_weight)
         losses = mean_of_tokens(self.distances(prediction, target, times), mask)
+        if mask is not None and base is not None:
+            losses = losses + self.unmasked_prior * mean_of_tokens(self.distances(prediction, base, times), 1 - mask)
         return (losses if weights is None else losses * weights).mean()
 
     def mean(self, prediction: Tensor, target: Tensor, times: Tensor | None) -> Tensor:
@@ -76,6 +130,7 @@ class Huber(MAE):
     delta_schedule: str = "constant"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not is_number(self.delta, *DELTAS):
             low, high = DELTAS
             raise ValueError(f"loss.delta={self.delta!r} must be a number from {low:g} to {high:g}")

@@ -6,7 +6,7 @@ precision of matrix products, so that the training loop needs only one call: the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,18 +81,27 @@ def training_loss(
     """
     noised, loss = inputs.noised, loss or flow_loss
     preserved = [] if inputs.preserved is None else [inputs.preserved]
-    rows = [slice(0, len(text)) for text in (inputs.text, *preserved)]
-    base = None
-    if preserved:
+
+    # What the adapter is compared to: the base's predictions, which come from one forward without a gradient.
+    base: Sequence[Tensor] = []
+    if frozen := [*([inputs.text] if loss.unmasked_prior else []), *preserved]:
         with torch.no_grad(), adapters_disabled(model):
-            base = noised.predict(model, joined(preserved), guidance, *rows[1:])
-    prediction = noised.predict(model, joined([inputs.text, *preserved]), guidance, *rows)
-    trained, held = prediction[rows[0]], prediction[rows[0].stop :]
-    flow = loss(trained, noised.target, noised.mask, inputs.weights, noised.times)
-    if base is None:
+            base = predict_each(model, noised, frozen, guidance)
+    flow_base = base[0] if loss.unmasked_prior else None
+
+    # The adapter's own predictions, in one forward.
+    trained, *held = predict_each(model, noised, [inputs.text, *preserved], guidance)
+    flow = loss(trained, noised.target, noised.mask, inputs.weights, noised.times, flow_base)
+    if not held:
         return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
-    difference = flow_loss(held, base)
+    difference = flow_loss(held[0], base[-1])
     return Losses(flow + weight * difference, flow.detach(), difference.detach())
+
+
+def predict_each(model: nn.Module, noised: Noised, texts: Sequence[Tensor], guidance: float | None) -> Sequence[Tensor]:
+    """Return the prediction of the first samples with each of the embeddings (R, T, D), all from one forward."""
+    rows = [slice(0, len(text)) for text in texts]
+    return noised.predict(model, joined(texts), guidance, *rows).split([row.stop for row in rows])
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ class Objective:
         """Return this process's micro-batches of `step` with their noise, those of class images last."""
 
         def noisy(batch: Batch, seed: int, weight: float, is_prior: bool) -> MicroBatch:
+            batch = self.loss.with_drawn_masks(batch, seed, step)
             return MicroBatch(batch, draw(batch, self.timesteps, seed, step), weight, is_prior)
 
         def part(batch: Batch, whole: Loader) -> float:  # a micro-batch of several shapes is in several batches
