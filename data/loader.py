@@ -39,6 +39,7 @@ class Batch:
     indices: list[int]  # of the samples in the dataset
     positions: list[int]  # in the global batch; they determine noise and timesteps
     mask: Tensor | None = None  # (B, 1, H/16, W/16), weights in the loss from 0 to 1; None if no sample has a mask
+    weights: Tensor | None = None  # (B,) factors of the samples' losses; None is 1 for all
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Batch":
         """Return the batch with its tensors on `device` as `dtype`, without waiting for the copies."""
@@ -48,6 +49,7 @@ class Batch:
             references=[copy_to_device(reference, device).to(dtype) for reference in self.references],
             embeddings=copy_to_device(self.embeddings, device).to(dtype),
             mask=None if self.mask is None else copy_to_device(self.mask, device).to(dtype),
+            weights=None if self.weights is None else copy_to_device(self.weights, device).to(dtype),
         )
 
 
@@ -85,6 +87,7 @@ class Loader:
         cache, entries, captions: Filled cache; latent entry and captions of each sample, in sample order.
         embedding_keys: Cache key of each caption's embedding, and of "" if captions are dropped.
         weights: Frequency of training of each sample relative to others; None is 1 for all.
+        loss_weights: Factor of the loss of each sample; None is 1 for all.
         caption_dropout: Probability, from 0 to 1, of training a sample with the empty prompt.
         reference_dropout: Probability, from 0 to 1, of training the samples of a step without their references. It is
             drawn once for all samples of a step, because token shapes differ with and without references.
@@ -106,6 +109,7 @@ class Loader:
         process_index: int = 0,
         seed: int,
         weights: Sequence[float] | None = None,
+        loss_weights: Sequence[float] | None = None,
         caption_dropout: float = 0.0,
         reference_dropout: float = 0.0,
         memory_limit_gb: float = 2.0,
@@ -132,6 +136,7 @@ class Loader:
         buckets = pool_shapes([shapes.setdefault(entry.bucket, entry.bucket) for entry in entries], global_batch)
         self.sampler = BucketSampler(buckets, global_batch, seed, weights)
         self._entries, self._captions, self._embedding_keys = entries, captions, embedding_keys
+        self._loss_weights = loss_weights if loss_weights and set(loss_weights) != {1} else None
         self._cache = cache
         self._memory = _Memory(cache, memory_limit_gb * 1e9)
 
@@ -167,6 +172,7 @@ class Loader:
             entries.append(variants[self._draw("variant", step, position, len(variants))])
             captions.append(self._caption(step, position, index))
         size, reference_sizes = entries[0].bucket
+        factors = self._loss_weights
         if self._drops_references(step):
             reference_sizes = ()
         return Batch(
@@ -180,6 +186,7 @@ class Loader:
             indices=indices,
             positions=list(positions),
             mask=self._masks([entry.mask_key for entry in entries], size),
+            weights=None if factors is None else torch.tensor([factors[index] for index in indices]),
         )
 
     def _caption(self, step: int, position: int, index: int) -> str:

@@ -7,6 +7,8 @@ import helpers
 import torch
 
 from data.loader import Batch
+from train.objective.noise import Noised
+from train.objective.objective import Inputs, Losses, training_loss
 
 
 def batch_of(
@@ -49,3 +51,16 @@ def stir(wrapped: torch.nn.Module) -> None:
 def masked(batch: Batch, seed: int = 0) -> Batch:
     shape = (len(batch.positions), 1, *batch.latents.shape[2:])
     return replace(batch, mask=torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def losses_of(
+    model: torch.nn.Module,
+    noised: Noised,
+    text: torch.Tensor,
+    guidance: float | None,
+    weight: float = 0.0,
+    preserved: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> Losses:
+    """The losses of a micro-batch with the mean squared error."""
+    return training_loss(model, Inputs(noised, text, weights, preserved), guidance, weight=weight)

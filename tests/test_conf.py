@@ -49,6 +49,7 @@ OBJECTS = {
     "optimizer": "make_optimizer",
     "schedule": "schedule",
     "timesteps": "timesteps",
+    "loss": "loss",
     "weighting": "weighting",
     "preservation": "_preservation",
     "text_encoder": "text_encoder",

@@ -42,7 +42,7 @@ from train.cli.errors import USER_ERRORS, format_error
 from train.config.run_config import RunConfig
 from train.loop import Trainer
 from train.objective import objective
-from train.objective.loss import Noised, add_noise, draw
+from train.objective.noise import Noised, add_noise, draw
 from train.objective.timesteps import Uniform
 from train.run import main
 from train.run import train as run_stages

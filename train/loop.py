@@ -23,8 +23,7 @@ from flux2.utils.device import seed_devices
 from train.checkpoints.checkpointer import Checkpointer
 from train.config.settings import LoopSettings
 from train.distributed.processes import Processes
-from train.objective.loss import Losses
-from train.objective.objective import MicroBatch, Objective
+from train.objective.objective import Losses, MicroBatch, Objective
 from train.optim.ema import EvaluationWeights
 from train.optim.schedules import LearningRate
 from train.optim.update_guard import Reading, UpdateGuard, clip

@@ -18,6 +18,7 @@ from data.sources.images import KNOWN_FILES, BadPicture, Picture, printable, sho
 
 MAX_REFERENCES = 10  # as many as the published models were trained with
 ALPHA = "alpha"
+LOSS_WEIGHTS = (1e-6, 1e6)  # with less a dataset trains nothing, and with more nothing else does
 UNUSED_COLUMNS = "columns of images, which dataset.reference_columns or dataset.mask can name"
 REPLACED = "captions, because dataset.prompt replaces all of them"
 SHOWN = 20  # names in a message about what is not used
@@ -35,6 +36,7 @@ class Sample:
     weight: float = 1.0  # frequency relative to other samples; 3.0 is three times in every pass over the data
     mask: Picture | None = None  # loss weight of the target's pixels, white 1 and black 0; None: 1 everywhere
     resolution: int | None = None  # one of the buckets' that it is trained at; None: the largest that it fills
+    loss_weight: float = 1.0  # factor of its loss
 
     @property
     def name(self) -> str:
@@ -90,6 +92,7 @@ class Source(Sequence[Sample]):
         first_frame: Train on the first frame of an animated image, which otherwise counts as bad.
         max_bad: Number of bad samples that are skipped; more of them are an error.
         prompt: One caption for all images, instead of any others; the subclass reads it.
+        loss_weight: Factor of the loss of every sample.
     """
 
     def __init__(
@@ -100,16 +103,22 @@ class Source(Sequence[Sample]):
         first_frame: bool = False,
         max_bad: int = 0,
         prompt: str | None = None,
+        loss_weight: float = 1.0,
     ) -> None:
         if captions is not None and not isinstance(captions, Captions):
             raise ValueError(f"dataset.captions={captions!r} must be made by data.sources.captions.Captions, or null")
         if mask is not None:
             check_text("dataset.mask", mask)
         check_flag("dataset.first_frame", first_frame)
+        low, high = LOSS_WEIGHTS
+        is_number = isinstance(loss_weight, int | float) and not isinstance(loss_weight, bool)
+        if not is_number or not low <= loss_weight <= high:
+            raise ValueError(f"dataset.loss_weight={loss_weight!r} must be a number from {low:g} to {high:g}")
         self.where, self.max_bad, self.bad = where, check_int("dataset.max_bad", max_bad, 0), list[Bad]()
         self._preparation, self._first_frame = captions or Captions(), first_frame
         self._alpha, self._mask_name = mask == ALPHA, None if mask == ALPHA else mask
         self._prompt = None if prompt is None else check_text("dataset.prompt", prompt)
+        self._loss_weight = float(loss_weight)
         self._known = KNOWN_FILES.get()
         self._samples: list[Sample] = []
         self._notes: dict[str, list[str]] = {}
@@ -216,9 +225,9 @@ class Source(Sequence[Sample]):
                 sizes = " x ".join(map(str, mask.size)), " x ".join(map(str, sample.target.size))
                 raise ValueError(f"has the mask {mask.name} of {sizes[0]} pixels for an image of {sizes[1]}")
         captions = self._preparation.prepare(sample.captions)
-        if captions == sample.captions and mask is sample.mask:
+        if captions == sample.captions and mask is sample.mask and sample.loss_weight == self._loss_weight:
             return sample
-        return Sample(sample.target, captions, sample.references, sample.weight, mask)
+        return Sample(sample.target, captions, sample.references, sample.weight, mask, self._loss_weight)
 
     def _check_header(self, picture: Picture) -> None:
         """Raise BadPicture if the header shows that the image cannot be trained on."""

@@ -55,7 +55,7 @@ class Folder(Source):
         recursive: Include subfolders. A metadata file describes everything below its folder.
         mask: "alpha", or a column of the metadata (null: no mask), or without metadata a folder in `path` that has an
             image of the same name for each.
-        prompt, captions, first_frame, max_bad: As in `Source`.
+        prompt, captions, first_frame, max_bad, loss_weight: As in `Source`.
 
     Samples are in the order of the metadata, or else of the file names, subfolders after files. Raises ValueError for a
     folder or column that does not exist or metadata that cannot be read, and BadData for samples that cannot be used.
@@ -73,9 +73,10 @@ class Folder(Source):
         captions: Captions | None = None,
         first_frame: bool = False,
         max_bad: int = 0,
+        loss_weight: float = 1.0,
     ) -> None:
         self.path = existing_folder("path", path)
-        super().__init__(str(self.path), captions, mask, first_frame, max_bad, prompt)
+        super().__init__(str(self.path), captions, mask, first_frame, max_bad, prompt, loss_weight)
         self._mask_folder = None if self._mask_name is None else self.path / self._mask_name
         self._caption = check_text("dataset.caption_column", caption_column)
         self._image = check_text("dataset.image_column", image_column)
@@ -268,7 +269,7 @@ class Pairs(Source):
         prompt: One instruction for all images, instead of the `.txt` files.
         incomplete: Accept images that a reference folder lacks, without that reference; otherwise they count as bad.
         mask: "alpha", or a folder of images with the same names.
-        captions, first_frame, max_bad: As in `Source`.
+        captions, first_frame, max_bad, loss_weight: As in `Source`.
 
     Samples are in the order of the targets' names. Raises ValueError for a folder that does not exist, and BadData for
     samples that cannot be used, including references without a target.
@@ -285,9 +286,10 @@ class Pairs(Source):
         captions: Captions | None = None,
         first_frame: bool = False,
         max_bad: int = 0,
+        loss_weight: float = 1.0,
     ) -> None:
         self.path = existing_folder("path", path)
-        super().__init__(str(self.path), captions, mask, first_frame, max_bad, prompt)
+        super().__init__(str(self.path), captions, mask, first_frame, max_bad, prompt, loss_weight)
         references = check_texts("dataset.reference_folders", reference_folders)
         if not references:
             raise ValueError("dataset.reference_folders is empty. Name a folder, or use dataset=folder")

@@ -49,7 +49,7 @@ class HuggingFace(Source):
         limit: Number of rows to use, from the first; null is all.
         picture_folder: Base folder of paths; by default the folder of a local table. Paths must not leave it.
         mask: "alpha", or a column like `image_column`; null is no mask.
-        prompt, captions, first_frame, max_bad: As in `Source`.
+        prompt, captions, first_frame, max_bad, loss_weight: As in `Source`.
 
     Raises ValueError if the table, split or column does not exist, naming those that do, and BadData for rows that
     cannot be used.
@@ -72,9 +72,10 @@ class HuggingFace(Source):
         captions: Captions | None = None,
         first_frame: bool = False,
         max_bad: int = 0,
+        loss_weight: float = 1.0,
     ) -> None:
         self.path = check_text("dataset.path", path)
-        super().__init__(self.path, captions, mask, first_frame, max_bad, prompt)
+        super().__init__(self.path, captions, mask, first_frame, max_bad, prompt, loss_weight)
         for key, value in (("revision", revision), ("subset", subset)):
             if value is not None:
                 check_text(f"dataset.{key}", value)

@@ -36,7 +36,7 @@ class WebDataset(Source):
         caption_column: Key of the sample's .json that holds a text or a list of texts; null for its .txt.
         mask: "alpha", or the part of the file name between the dots ("mask" for 0001.mask.png), which a sample may
             lack.
-        prompt, captions, first_frame, max_bad: As in `Source`.
+        prompt, captions, first_frame, max_bad, loss_weight: As in `Source`.
 
     The image to learn has no name between the dots; the references are ref0, ref1, ... in the order of their numbers.
     Raises ValueError for a path without shards, and BadData for unusable samples and unreadable shards.
@@ -51,8 +51,9 @@ class WebDataset(Source):
         captions: Captions | None = None,
         first_frame: bool = False,
         max_bad: int = 0,
+        loss_weight: float = 1.0,
     ) -> None:
-        super().__init__(check_text("dataset.path", path), captions, mask, first_frame, max_bad, prompt)
+        super().__init__(check_text("dataset.path", path), captions, mask, first_frame, max_bad, prompt, loss_weight)
         self._key = None if caption_column is None else check_text("dataset.caption_column", caption_column)
         self._take((found for shard in _shards(str(path)) for found in self._found(shard)), ": the shards are empty")
         if self._mask_name is not None and not any(sample.mask for sample in self):

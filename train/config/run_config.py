@@ -26,7 +26,7 @@ from flux2.memory.block_offload import offloaded_blocks
 from flux2.memory.compile_blocks import check_compiles
 from flux2.memory.model_split import check_split, module_devices, split_devices
 from flux2.models.transformer import Transformer
-from flux2.models.variants import Variant
+from flux2.models.variants import PIXELS_PER_TOKEN, Variant
 from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
 from flux2.quantization.precision import convert
 from flux2.utils.text import listed
@@ -37,6 +37,7 @@ from train.config.settings import AdapterStart, MemorySettings, ModelSettings, P
 from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import check_adapter, launched_to_shard
 from train.encoding.text_encoders import PromptEncoder
+from train.objective.loss import MSE
 from train.objective.preservation import Preservation
 from train.objective.prior import PriorPreservation
 from train.optim.ema import check_one_average
@@ -51,7 +52,7 @@ from train.validation.twin import twins
 # fmt: off
 GROUPS = (
     "model", "precision", "memory", "adapter", "dataset", "text_encoder", "optimizer", "schedule", "timesteps",
-    "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
+    "loss", "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
 )
 # fmt: on
 # settings of groups with a `_target_` that are not its arguments: all choices of the group have them
@@ -123,6 +124,9 @@ class RunConfig:
         self.schedule = self.instantiate("schedule")
         self.timesteps = self.instantiate("timesteps")
         self.timesteps.sampled_in(self.variant.steps)
+        for width, height in self.buckets.sizes:
+            self.timesteps.check_range((width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN))
+        self.loss: MSE = self.instantiate("loss")
         self.weighting = self.instantiate("weighting")
         self._preservation: Preservation | PriorPreservation = self.instantiate("preservation")
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")

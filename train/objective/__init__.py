@@ -1,20 +1,26 @@
 """The training objective: flow loss, timestep distributions, loss weighting, and preservation of the base. The package
-implements conf/timesteps, conf/weighting and conf/preservation. It imports only packages that are earlier in README's
-list. Begin with loss.py.
+implements conf/timesteps, conf/loss, conf/weighting and conf/preservation. It imports only packages that are earlier in
+README's list. Begin with noise.py, then objective.py.
 """
 
+from train.objective.loss import MAE, MSE, Huber, PseudoHuber
 from train.objective.preservation import Preservation
 from train.objective.prior import PriorPreservation
-from train.objective.timesteps import LogitNormal, Mode, Uniform
+from train.objective.timesteps import LogitNormal, LogSNR, Mode, Uniform
 from train.objective.weighting import Bell, Cosmap, SigmaSqrt, Unweighted
 
 __all__ = [
+    "MAE",
+    "MSE",
     "Bell",
     "Cosmap",
+    "Huber",
+    "LogSNR",
     "LogitNormal",
     "Mode",
     "Preservation",
     "PriorPreservation",
+    "PseudoHuber",
     "SigmaSqrt",
     "Uniform",
     "Unweighted",

@@ -1,171 +1,177 @@
-"""The flow loss at random timesteps, with base preservation on plain prompts.
+"""How far predictions are from their targets: the group `loss`, with masks and weights of samples.
 
-The latents x of an image and noise e of the same shape are mixed at a timestep s in [0, 1],
+A loss is the mean over each sample's tokens, and then over samples. If samples have masks, the first mean is weighted
+by a sample's mask and the second is not: the masked area does not change the weight of a sample, nor does it matter
+which samples share a micro-batch. Weights of samples by timestep are in train/objective/weighting.py.
 
-    x_s = (1 - s) x + s e,        target = e - x,        loss = mean (model(x_s, s) - target)^2
+Outside of a mask m a sample may still count: with m' = clamp(m, unmasked_weight, 1), the loss of a token is
 
-as in rectified flow (Liu et al. 2022; Esser et al. 2024). If samples have masks, the mean over each sample's tokens is
-weighted by its mask, and the mean over samples is not: the masked area does not change the weight of a sample, nor does
-it matter which samples share a micro-batch. Timesteps are drawn in train/objective/timesteps.py, and weights of samples
-by timestep are in train/objective/weighting.py. Noise and timestep of a sample depend only on (seed, step, its position
-in the global batch), so a loss curve is the same after a resume and for every split of a batch.
+    m' distance(prediction, target) + unmasked_prior (1 - m') distance(prediction, base),
+
+and each of the two is a mean weighted by m' and by 1 - m'. The base is the model without its adapter, so what the mask
+leaves out is held to what it was. (OneTrainer, modules/util/loss/masked_loss.py.)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.loader import Batch, copy_to_device
+from data.loader import Batch
 from data.sampler import derived_generator
-from flux2.adapters import adapters_disabled
-from flux2.models.positions import positions_with_references, text_positions, to_tokens, with_references
-from train.objective.timesteps import Uniform
+from train.utils.checks import is_number
 
-# ------------------------------------------------------------------ inputs and targets
+MOST_PRIOR = 1e6  # of `unmasked_prior`; with more nothing is learned inside the mask
+DELTAS = (1e-6, 1e6)  # below, a Huber loss is the absolute error in float32; above, it is the squared error
+SCHEDULES = ("constant", "exponential")
 
 
-@dataclass(frozen=True)
-class Noised:
-    """A noisy batch as input of the model.
+@dataclass(frozen=True, kw_only=True)
+class MSE:
+    """The mean of `d^2` over differences d of prediction and target.
 
     Attributes:
-        tokens: (B, N, 128), the n tokens of the noisy images, then those of the references.
-        positions: (N, 4) positions of `tokens`.
-        text_at: (T, 4) positions of the text tokens.
-        times: (B,) timesteps.
-        target: (B, n, 128) flow.
-        mask: (B, n, 1), weights of the images' tokens from 0 to 1; None is 1 for all.
+        unmasked_weight: Least weight of a token in its sample's mask.
+        unmasked_prior: Weight of the distance to the base's prediction outside of the mask.
+        unmasked_probability: Share of samples that train without their mask.
     """
 
-    tokens: Tensor
-    positions: Tensor
-    text_at: Tensor
-    times: Tensor
-    target: Tensor
-    mask: Tensor | None = None
+    unmasked_weight: float = 0.0
+    unmasked_prior: float = 0.0
+    unmasked_probability: float = 0.0
 
-    def predict(self, model: nn.Module, text: Tensor, guidance: float | None, rows: slice = slice(None)) -> Tensor:
-        """Return the float32 prediction (B, n, 128) for the chosen rows, given their embeddings `text`."""
-        times = self.times[rows]
-        value = None if guidance is None else torch.full_like(times, guidance)
-        tokens = self.tokens[rows]
-        return model(tokens, self.positions, text, self.text_at, times, value, keep=self.target.shape[1]).float()
+    def __post_init__(self) -> None:
+        for key in ("unmasked_weight", "unmasked_probability"):
+            value = getattr(self, key)
+            if not is_number(value, 0, 1) or value == 1:
+                raise ValueError(
+                    f"loss.{key}={value!r} must be a number >= 0 and < 1. To train without masks, set dataset.mask=null"
+                )
+        if not is_number(self.unmasked_prior, 0, MOST_PRIOR):
+            raise ValueError(f"loss.unmasked_prior={self.unmasked_prior!r} must be a number from 0 to {MOST_PRIOR:g}")
 
+    def check_masks(self, *, any_mask: bool) -> None:
+        """Raise ValueError if a setting of masks is given and no sample has a mask."""
+        for key in ("unmasked_weight", "unmasked_prior", "unmasked_probability"):
+            if getattr(self, key) and not any_mask:
+                raise ValueError(
+                    f"loss.{key}={getattr(self, key)} has no effect: no sample has a mask. Set dataset.mask, or "
+                    f"loss.{key}=0"
+                )
 
-def noise_at(batch: Batch, times: Tensor, noise: Tensor) -> Noised:
-    """Mix a batch with given noise (B, 128, h, w) at given times (B,)."""
-    latents = batch.latents
-    s = times[:, None, None, None]
-    noisy = (1 - s) * latents + s * noise
-    return Noised(
-        tokens=with_references(to_tokens(noisy), batch.references),
-        positions=positions_with_references(latents, batch.references),
-        text_at=text_positions(batch.embeddings.shape[1], latents.device),
-        times=times,
-        target=to_tokens(noise - latents),
-        mask=None if batch.mask is None else to_tokens(batch.mask),
-    )
+    def with_drawn_masks(self, batch: Batch, seed: int, step: int) -> Batch:
+        """Return the batch in which samples that are drawn by (seed, step, position) have no mask."""
+        if batch.mask is None or not self.unmasked_probability:
+            return batch
+        generators = (derived_generator(seed, "unmasked", step, position) for position in batch.positions)
+        drawn = torch.stack([torch.rand((), generator=one) for one in generators]) < self.unmasked_probability
+        return replace(batch, mask=torch.where(drawn[:, None, None, None], 1.0, batch.mask))
 
+    def __call__(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        times: Tensor | None = None,
+        base: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss, shape (), of (B, n, C) tokens at timesteps (B,), which only some losses use.
 
-@dataclass(frozen=True)
-class NoiseDraw:
-    """The random part of a batch, on the CPU: `times` (B,) and `noise` (B, 128, h, w), float32."""
+        `base` is the base's prediction, for `unmasked_prior`.
 
-    times: Tensor
-    noise: Tensor
+        Per sample: sum(mask * mean over C of the distances) / sum(mask), with mask (B, n, 1). Over the batch: the mean
+        of sample losses times weights (B,). A sample whose mask is 0 everywhere, as in a crop without unmasked pixels,
+        has loss 0. None is 1 everywhere.
+        """
+        if mask is None and weights is None:
+            return self.mean(prediction, target, times)
+        if mask is not None:
+            mask = mask.clamp(min=self.unmasked_weight)
+        losses = mean_of_tokens(self.distances(prediction, target, times), mask)
+        if mask is not None and base is not None:
+            losses = losses + self.unmasked_prior * mean_of_tokens(self.distances(prediction, base, times), 1 - mask)
+        return (losses if weights is None else losses * weights).mean()
 
-
-def draw(batch: Batch, timesteps: Uniform, seed: int, step: int) -> NoiseDraw:
-    """Draw noise and timesteps as functions of (seed, step, position)."""
-    shape = batch.latents.shape[1:]
-    noise = torch.empty(len(batch.positions), *shape)
-    for sample, p in zip(noise, batch.positions, strict=True):
-        sample.normal_(generator=derived_generator(seed, "noise", step, p))
-    tokens = shape[1] * shape[2]
-    times = [timesteps.draw(derived_generator(seed, "time", step, p), tokens) for p in batch.positions]
-    return NoiseDraw(torch.stack(times), noise)
-
-
-def add_noise(batch: Batch, drawn: NoiseDraw) -> Noised:
-    """Mix a batch, float32 on any device, with its noise at its timesteps."""
-    device = batch.latents.device
-    return noise_at(batch, copy_to_device(drawn.times, device), copy_to_device(drawn.noise, device))
-
-
-def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
-    """Return the mean squared difference, shape (), of (B, n, C) tokens.
-
-    Per sample: sum(mask * mean over C of the squares) / sum(mask), with mask (B, n, 1). Over the batch: the mean of
-    sample losses times weights (B,). A sample whose mask is 0 everywhere, as in a crop without unmasked pixels, has
-    loss 0. None is 1 everywhere.
-    """
-    if mask is None and weights is None:
+    def mean(self, prediction: Tensor, target: Tensor, times: Tensor | None) -> Tensor:
+        """Return the mean distance, shape (), of all numbers of all tokens."""
         return F.mse_loss(prediction, target)
-    squares = (prediction - target).square().mean(-1, keepdim=True)  # (B, n, 1)
-    if mask is None:
-        losses = squares.mean((1, 2))
-    else:
-        counted = mask.sum((1, 2))
-        losses = (squares * mask).sum((1, 2)) / torch.where(counted > 0, counted, 1)
-    return (losses if weights is None else losses * weights).mean()
 
-
-# ------------------------------------------------------------------ preservation
+    def distances(self, prediction: Tensor, target: Tensor, times: Tensor | None) -> Tensor:
+        """Return the distance of each number, shape (B, n, C)."""
+        return (prediction - target).square()
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Losses of a micro-batch or step.
+class MAE(MSE):
+    """The mean of `|d|`: a large difference has no more influence than a small one."""
+
+    def mean(self, prediction: Tensor, target: Tensor, times: Tensor | None) -> Tensor:
+        return self.distances(prediction, target, times).mean()
+
+    def distances(self, prediction: Tensor, target: Tensor, times: Tensor | None) -> Tensor:
+        return (prediction - target).abs()
+
+
+@dataclass(frozen=True)
+class Huber(MAE):
+    """The mean of `d^2 / 2` up to |d| = delta, and of `delta (|d| - delta / 2)` beyond.
 
     Attributes:
-        total: Loss to differentiate; the others are detached.
-        preservation: Preservation loss before its weight; 0 without preservation.
-        prior: Weighted loss of the class images (train/objective/prior.py) of a whole step.
+        delta: Difference from which the loss grows linearly.
+        delta_schedule: `constant`, or `exponential`: delta^t at timestep t, from 1 at the image to `delta` at the
+            noise, as `huber_schedule` of kohya's scripts: outliers count less where there is more noise.
     """
 
-    total: Tensor
-    flow: Tensor
-    preservation: Tensor
-    prior: Tensor | None = None
+    delta: float = 0.1
+    delta_schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.delta, *DELTAS):
+            low, high = DELTAS
+            raise ValueError(f"loss.delta={self.delta!r} must be a number from {low:g} to {high:g}")
+        if self.delta_schedule not in SCHEDULES:
+            raise ValueError(f"loss.delta_schedule={self.delta_schedule!r} must be one of {', '.join(SCHEDULES)}")
+        if self.delta_schedule != "constant" and self.delta == 1:
+            raise ValueError(
+                f"loss.delta_schedule={self.delta_schedule} has no effect with loss.delta=1, whose powers are 1. Set "
+                "another loss.delta, or loss.delta_schedule=constant"
+            )
+
+    def distances(self, prediction: Tensor, target: Tensor, times: Tensor | None) -> Tensor:
+        d, delta = (prediction - target).abs(), self.delta_at(times)
+        return torch.where(d <= delta, d.square() / 2, delta * (d - delta / 2))
+
+    def delta_at(self, times: Tensor | None) -> float | Tensor:
+        """Return `delta`, or with a schedule that of each timestep (B,), shape (B, 1, 1)."""
+        if self.delta_schedule == "constant":
+            return self.delta
+        assert times is not None
+        return self.delta ** times[:, None, None]
 
 
-def training_loss(
-    model: nn.Module,
-    noised: Noised,
-    text: Tensor,
-    guidance: float | None,
-    weight: float = 0.0,
-    plain: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> Losses:
-    """Return the losses of one micro-batch.
+@dataclass(frozen=True)
+class PseudoHuber(Huber):
+    """The mean of `sqrt(d^2 + delta^2) - delta`: smooth, |d| - delta for large and d^2 / (2 delta) for small |d|."""
 
-    Args:
-        model: Transformer with its adapter, or a wrapper around it.
-        text: (B, T, text_width) embeddings of the captions.
-        weight: Weight of base preservation.
-        plain: (P, T, text_width) embeddings of plain prompts, with which the predictions for the first P samples are
-            compared to the base's.
-        weights: (B,) weights of the samples by timestep, which do not apply to preservation.
-    """
-    if plain is None:
-        flow = flow_loss(noised.predict(model, text, guidance), noised.target, noised.mask, weights)
-        return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
-    batch, held = len(text), slice(0, len(plain))
-    with torch.no_grad(), adapters_disabled(model):
-        base = noised.predict(model, plain, guidance, held)
-    together = Noised(
-        torch.cat([noised.tokens, noised.tokens[held]]),
-        noised.positions,
-        noised.text_at,
-        torch.cat([noised.times, noised.times[held]]),
-        noised.target,
-    )
-    prediction = together.predict(model, torch.cat([text, plain]), guidance)
-    flow = flow_loss(prediction[:batch], noised.target, noised.mask, weights)
-    difference = F.mse_loss(prediction[batch:], base)
-    return Losses(flow + weight * difference, flow.detach(), difference.detach())
+    delta: float = 0.01
+
+    def distances(self, prediction: Tensor, target: Tensor, times: Tensor | None) -> Tensor:
+        delta = self.delta_at(times)
+        return ((prediction - target).square() + delta**2).sqrt() - delta
+
+
+def mean_of_tokens(distances: Tensor, mask: Tensor | None) -> Tensor:
+    """Return each sample's mean (B,) of (B, n, C), its tokens weighted by mask (B, n, 1); 0 for a mask of zeros."""
+    distances = distances.mean(-1, keepdim=True)  # (B, n, 1)
+    if mask is None:
+        return distances.mean((1, 2))
+    counted = mask.sum((1, 2))
+    return (distances * mask).sum((1, 2)) / torch.where(counted > 0, counted, 1)
+
+
+flow_loss = MSE()  # of validation and preservation, which are the same in every run

@@ -1,19 +1,21 @@
 """The loss that a step minimizes: the flow loss at random timesteps plus the terms that preserve the base.
 
-`Objective` bundles the groups `timesteps`, `weighting` and `preservation` with the model's guidance and the precision
-of matrix products, so that the training loop needs only one call: the losses of a micro-batch.
+`Objective` bundles the groups `timesteps`, `loss`, `weighting` and `preservation` with the model's guidance and the
+precision of matrix products, so that the training loop needs only one call: the losses of a micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from data.loader import Batch, Loader, copy_to_device
-from train.objective.loss import Losses, Noised, NoiseDraw, add_noise, draw, training_loss
+from flux2.adapters import adapters_disabled
+from train.objective.loss import MSE, flow_loss
+from train.objective.noise import Noised, NoiseDraw, add_noise, draw, joined
 from train.objective.preservation import Preservation
 from train.objective.prior import ClassPictures
 from train.objective.timesteps import Uniform
@@ -41,12 +43,65 @@ class Inputs:
 
     Attributes:
         text: (B, T, D) embeddings of the captions.
+        weights: (B,) weights of the samples, which do not apply to preservation; None is 1 for all.
         preserved: (P, T, D) embeddings of the prompts with which the first P samples are compared to the base, if any.
     """
 
     noised: Noised
     text: Tensor
-    preserved: Tensor | None
+    weights: Tensor | None = None
+    preserved: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of a micro-batch or step.
+
+    Attributes:
+        total: Loss to differentiate; the others are detached.
+        preservation: Preservation loss before its weight; 0 without preservation.
+        prior: Weighted loss of the class images (train/objective/prior.py) of a whole step.
+    """
+
+    total: Tensor
+    flow: Tensor
+    preservation: Tensor
+    prior: Tensor | None = None
+
+
+def training_loss(
+    model: nn.Module, inputs: Inputs, guidance: float | None, loss: MSE | None = None, weight: float = 0.0
+) -> Losses:
+    """Return the losses of one micro-batch.
+
+    Args:
+        model: Transformer with its adapter, or a wrapper around it.
+        loss: Distance of predictions and targets; None is the mean squared error.
+        weight: Weight of base preservation, which is always a mean squared error.
+    """
+    noised, loss = inputs.noised, loss or flow_loss
+    preserved = [] if inputs.preserved is None else [inputs.preserved]
+
+    # What the adapter is compared to: the base's predictions, which come from one forward without a gradient.
+    base: Sequence[Tensor] = []
+    if frozen := [*([inputs.text] if loss.unmasked_prior else []), *preserved]:
+        with torch.no_grad(), adapters_disabled(model):
+            base = predict_each(model, noised, frozen, guidance)
+    flow_base = base[0] if loss.unmasked_prior else None
+
+    # The adapter's own predictions, in one forward.
+    trained, *held = predict_each(model, noised, [inputs.text, *preserved], guidance)
+    flow = loss(trained, noised.target, noised.mask, inputs.weights, noised.times, flow_base)
+    if not held:
+        return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
+    difference = flow_loss(held[0], base[-1])
+    return Losses(flow + weight * difference, flow.detach(), difference.detach())
+
+
+def predict_each(model: nn.Module, noised: Noised, texts: Sequence[Tensor], guidance: float | None) -> Sequence[Tensor]:
+    """Return the prediction of the first samples with each of the embeddings (R, T, D), all from one forward."""
+    rows = [slice(0, len(text)) for text in texts]
+    return noised.predict(model, joined(texts), guidance, *rows).split([row.stop for row in rows])
 
 
 @dataclass(frozen=True)
@@ -63,6 +118,7 @@ class Objective:
 
     seed: int
     timesteps: Uniform
+    loss: MSE
     weighting: Unweighted
     preservation: Preservation = field(default_factory=Preservation)
     preserved: Mapping[str, Tensor] = field(default_factory=dict)
@@ -74,6 +130,7 @@ class Objective:
         """Return this process's micro-batches of `step` with their noise, those of class images last."""
 
         def noisy(batch: Batch, seed: int, weight: float, is_prior: bool) -> MicroBatch:
+            batch = self.loss.with_drawn_masks(batch, seed, step)
             return MicroBatch(batch, draw(batch, self.timesteps, seed, step), weight, is_prior)
 
         def part(batch: Batch, whole: Loader) -> float:  # a micro-batch of several shapes is in several batches
@@ -89,9 +146,7 @@ class Objective:
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """Return the losses of a micro-batch; `model` is the transformer with its adapter, or a wrapper around it."""
         with self.autocast(inputs.text.device):
-            weights = self.weighting(inputs.noised.times)
-            weight = self.preservation.weight
-            return training_loss(model, inputs.noised, inputs.text, self.guidance, weight, inputs.preserved, weights)
+            return training_loss(model, inputs, self.guidance, self.loss, self.preservation.weight)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Context manager for matrix products in `dtype`; adapter and losses stay in float32."""
@@ -107,4 +162,7 @@ class Objective:
                 torch.stack([self.preserved[prompt] for prompt in prompts]), batch.embeddings.device
             )
             preserved = preserved.to(batch.embeddings.dtype)
-        return Inputs(noised, batch.embeddings, preserved)
+        weights = self.weighting(noised.times)
+        if batch.weights is not None:
+            weights = batch.weights if weights is None else weights * batch.weights
+        return Inputs(noised, batch.embeddings, weights, preserved)

@@ -106,7 +106,7 @@ def workload_of(
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
     held = min(config.preservation.samples, settings.batch_size) if config.preservation.active else 0
-    prior = config.prior
+    prior, outside = config.prior, settings.batch_size if config.loss.unmasked_prior else 0
     precision = precision or planned_precision(config, on_gpu, in_fp8)
     is_usual = config.memory.attention is None and config.memory.kernels == "torch" and num_gpus == 1
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
@@ -123,6 +123,7 @@ def workload_of(
         text_tokens=config.text_encoder.length or config.variant.text.length,
         rows=settings.batch_size + held,
         held=held,
+        frozen_rows=[held + outside] if held + outside else [],
         accumulation=settings.gradient_accumulation,
         averaged=settings.ema_decay > 0,
         class_rows=prior.images_per_batch(settings.batch_size) if prior else 0,
@@ -133,7 +134,7 @@ def workload_of(
         storage=precision.storage,
         compiled=config.memory.compile is True,
         kernels=on_gpu and config.memory.kernels == "triton" and config.memory.compile is not True,
-        usual=is_usual and precision == plain and not held and prior is None,
+        usual=is_usual and precision == plain and not held + outside and prior is None,
         text_sizes=text_sizes(config.source),
         text_storage=config.text_encoder.storage,
         text_here=config.text_encoder.here,

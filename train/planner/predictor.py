@@ -112,8 +112,8 @@ class Planner:
         """
         costs, part = self.costs(policy, budget_gb, both, away), part or self.whole
         work = sum((cost.work for cost in costs), self.end.work)
-        if self.job.held:
-            work += self.inference(replace(self.job.shape, rows=self.job.held), self.job.autocast)[1]
+        for rows in self.job.frozen_rows:
+            work += self.inference(replace(self.job.shape, rows=rows), self.job.autocast)[1]
         end = self.end if part.is_last else Cost(0, 0, 0, Work())
         return *step(costs[part.start : part.stop], end), work
 
@@ -298,11 +298,13 @@ class Planner:
         work = self.blocks(*given)[2]
         work += work * self.class_share
         passes = job.accumulation * (2 if job.class_rows else 1)
-        moved = 2.0 * streamed * passes + 2.0 * away * job.accumulation * (1 + self.class_share)
+        forwards = 2.0 + len(job.frozen_rows)  # and the backward
+        moved = forwards * streamed * passes + 2.0 * away * job.accumulation * (1 + self.class_share)
         if job.num_shards > 1:  # all-gathered in forward and backward
             here = sum(weights) - streamed + self.other_weights
-            moved += 2.0 * here * (1 - 1 / job.num_shards) * passes
-        between = 2.0 * self.boundary * len(later) * job.accumulation * (1 + self.class_share)
+            moved += forwards * here * (1 - 1 / job.num_shards) * passes
+        crossed = 2.0 + sum(job.frozen_rows) / job.rows
+        between = crossed * self.boundary * len(later) * job.accumulation * (1 + self.class_share)
         host = {
             "streamed blocks": streamed,
             "block inputs": away,

@@ -30,7 +30,8 @@ class Workload:
     twin: bool = False  # whether another model of this size draws the samples
     text_tokens: int = 512
     rows: int = 1  # images in a micro-batch, including those that base preservation adds
-    held: int = 0  # the images that base preservation adds, which the base predicts too
+    held: int = 0  # the images that base preservation adds
+    frozen_rows: Sequence[int] = ()  # images of each prediction without a gradient that a micro-batch makes first
     accumulation: int = 1
     averaged: bool = False  # whether an EMA of the adapter is kept
     class_rows: int = 0  # class images in their own micro-batch

@@ -84,7 +84,10 @@ def make_loader(
 ) -> Loader:
     """Return a loader of `samples` with their `entries`; `settings` are those of `data.loader.Loader`."""
     captions, weights = [sample.captions for sample in samples], [sample.weight for sample in samples]
-    return Loader(cached.cache, entries, captions, cached.prompts, weights=weights, **settings)
+    loss_weights = [sample.loss_weight for sample in samples]
+    return Loader(
+        cached.cache, entries, captions, cached.prompts, weights=weights, loss_weights=loss_weights, **settings
+    )
 
 
 def class_loader(

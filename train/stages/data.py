@@ -161,6 +161,7 @@ def prepare_data(config: RunConfig) -> TrainingData:
     all_samples, all_entries = samples, entries
     if prepared.classes is not None:
         all_samples, all_entries = [*samples, *prepared.classes[0]], [*entries, *prepared.classes[1].entries]
+    config.loss.check_masks(any_mask=any(entry.mask_key for entry in all_entries))
     manifest = TrainedData.from_samples(all_samples, all_entries)
     # The key of an embedding also identifies the text encoder, wherever that is, and the dtype, which another device
     # may change: only keys of one dtype are compared.
@@ -201,5 +202,5 @@ def make_objective(config: RunConfig, data: TrainingData) -> Objective:
     """Return the training objective, with the embeddings of the preservation prompts."""
     prompts = list(config.preservation.prompts) if config.preservation.active else []
     embeddings = dict(zip(prompts, data.prepared.cached.embeddings(prompts), strict=True)) if prompts else {}
-    settings = config.timesteps, config.weighting, config.preservation
+    settings = config.timesteps, config.loss, config.weighting, config.preservation
     return Objective(config.settings.seed, *settings, embeddings, data.prior, config.guidance, config.autocast)

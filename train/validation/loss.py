@@ -22,7 +22,8 @@ from data.loader import Batch
 from data.sampler import derived_generator
 from data.sources.base import Sample
 from train.distributed.processes import Share, map_serially
-from train.objective.loss import Noised, flow_loss, noise_at
+from train.objective.loss import flow_loss
+from train.objective.noise import Noised, noise_at
 from train.utils.checks import check_count, check_seed, is_number
 
 TIMES = (0.15, 0.35, 0.55, 0.75, 0.95)

@@ -6,7 +6,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_helpers import batch_of, masked, stir
+from loss_helpers import batch_of, losses_of, masked, stir
 from train_helpers import drawn_and_mixed
 
 from data.loader import Batch
@@ -14,7 +14,8 @@ from flux2 import adapters
 from flux2.adapters.files import layer_pairs
 from flux2.models.positions import from_tokens, to_tokens
 from flux2.sampling import shift
-from train.objective.loss import Noised, flow_loss, noise_at, training_loss
+from train.objective.loss import flow_loss
+from train.objective.noise import Noised, noise_at
 from train.objective.preservation import Preservation
 from train.objective.timesteps import LogitNormal, Uniform
 
@@ -155,7 +156,7 @@ def test_the_loss_is_the_mean_squared_difference_to_the_target(model):
     stir(model)
     batch = batch_of(2, references=REFERENCES[:1])
     noised = drawn_and_mixed(batch, LogitNormal(), 0, 0)
-    losses = training_loss(model, noised, batch.embeddings, 2.0)
+    losses = losses_of(model, noised, batch.embeddings, 2.0)
     with torch.no_grad():
         guidance = torch.full((2,), 2.0)
         prediction = model(
@@ -165,12 +166,12 @@ def test_the_loss_is_the_mean_squared_difference_to_the_target(model):
     assert losses.flow == losses.total
     assert losses.preservation == 0
     assert not losses.flow.requires_grad
-    assert training_loss(model, noised, batch.embeddings, 3.0).total != losses.total
+    assert losses_of(model, noised, batch.embeddings, 3.0).total != losses.total
 
 
 def test_only_the_adapter_has_gradients(model):
     batch = batch_of(2)
-    training_loss(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0).total.backward()
+    losses_of(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0).total.backward()
     gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert gradients == {name for name, parameter in model.named_parameters() if "lora_" in name}
     assert len(gradients) == 2 * len(layer_pairs(model.get_base_model()))
@@ -207,7 +208,7 @@ def test_a_step_has_the_prediction_target_and_loss_of_diffusers(kind, guidance, 
     ours = from_tokens(noised.predict(model, batch.embeddings, guidance), 3, 4)
     assert helpers.relative_error(ours, predicted) <= 1e-5
     assert torch.equal(from_tokens(noised.target, 3, 4), target)
-    total = training_loss(model, noised, batch.embeddings, guidance).total
+    total = losses_of(model, noised, batch.embeddings, guidance).total
     assert total.item() == pytest.approx(losses.mean().item(), rel=1e-5)
     assert abs(losses[0] - losses[1]) > 0.01 * losses[0], "the two samples say the same"
     if references:  # and they count: without them the prediction is another
@@ -223,7 +224,7 @@ def held(model, weight=1.0, count=2):
     batch = batch_of(3)
     plain = batch_of(count, start=20).embeddings
     return (
-        training_loss(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0, weight, plain),
+        losses_of(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0, weight, plain),
         batch,
         plain,
     )
@@ -231,7 +232,7 @@ def held(model, weight=1.0, count=2):
 
 def test_a_fresh_adapter_has_nothing_to_preserve(model):
     losses, batch, _ = held(model)
-    alone = training_loss(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0)
+    alone = losses_of(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0)
     assert losses.preservation.item() < 1e-10
     torch.testing.assert_close(losses.flow, alone.flow)
     (losses.total - alone.total).backward()  # what the part adds
@@ -266,7 +267,7 @@ def test_the_part_pulls_towards_the_base_and_the_base_gets_no_gradient(model):
     differences = []
     for _ in range(4):
         losses, batch, _ = held(model)
-        alone = training_loss(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0)
+        alone = losses_of(model, drawn_and_mixed(batch, LogitNormal(), 0, 0), batch.embeddings, 1.0)
         differences.append(losses.preservation.item())
         optimizer.zero_grad()
         (losses.total - alone.total).backward()
@@ -325,8 +326,8 @@ def test_a_batch_as_the_model_sees_it_keeps_its_rows_together():
     noised = drawn_and_mixed(batch_of(2), LogitNormal(), 0, 0)
     turned = replace(noised, tokens=noised.tokens.flip(0), times=noised.times.flip(0), target=noised.target.flip(0))
     model, text = helpers.transformers("dev")[0], batch_of(2).embeddings
-    straight = training_loss(model, noised, text, 1.0).total
-    torch.testing.assert_close(training_loss(model, turned, text.flip(0), 1.0).total, straight)
+    straight = losses_of(model, noised, text, 1.0).total
+    torch.testing.assert_close(losses_of(model, turned, text.flip(0), 1.0).total, straight)
     assert isinstance(turned, Noised)
 
 
@@ -358,7 +359,7 @@ def test_masks_do_not_tie_a_sample_to_its_micro_batch(model):
     parts = [replace(batch_of(2, start=2 * i), mask=whole.mask[2 * i : 2 * i + 2]) for i in range(2)]
 
     def loss(batch: Batch) -> torch.Tensor:
-        return training_loss(model, drawn_and_mixed(batch, Uniform(), 0, 1), batch.embeddings, 1.0).flow
+        return losses_of(model, drawn_and_mixed(batch, Uniform(), 0, 1), batch.embeddings, 1.0).flow
 
     torch.testing.assert_close(loss(whole), (loss(parts[0]) + loss(parts[1])) / 2)
     assert loss(whole) != loss(replace(whole, mask=None))
@@ -373,9 +374,9 @@ def test_what_is_masked_out_has_no_gradient_and_references_are_not_masked(model)
     assert noised.mask.flatten().tolist() == [0, 0, 0, 0, 0, 1]
     prediction = noised.predict(model, batch.embeddings, 1.0)
     expected = (prediction[:, 5] - noised.target[:, 5]).square().mean()
-    torch.testing.assert_close(training_loss(model, noised, batch.embeddings, 1.0).flow, expected)
+    torch.testing.assert_close(losses_of(model, noised, batch.embeddings, 1.0).flow, expected)
     plain = batch.embeddings.flip(1)
-    losses = training_loss(model, noised, batch.embeddings, 1.0, 0.5, plain)
+    losses = losses_of(model, noised, batch.embeddings, 1.0, 0.5, plain)
     torch.testing.assert_close(losses.flow, expected.detach())
-    unmasked = training_loss(model, replace(noised, mask=None), batch.embeddings, 1.0, 0.5, plain)
+    unmasked = losses_of(model, replace(noised, mask=None), batch.embeddings, 1.0, 0.5, plain)
     torch.testing.assert_close(losses.preservation, unmasked.preservation)

@@ -6,7 +6,8 @@ import torch
 from train_helpers import compose
 
 from flux2.sampling import schedule, shift
-from train.objective.timesteps import LogitNormal, Mode, Uniform
+from train.objective import objective
+from train.objective.timesteps import LogitNormal, LogSNR, Mode, Uniform
 from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
@@ -29,6 +30,11 @@ def mode(share, scale):
     return 1 - u - scale * (math.cos(math.pi * u / 2) ** 2 - 1 + u)
 
 
+def signal_to_noise(share, mean, std):
+    """sigmoid(-l / 2) of a normal l, which falls as l rises."""
+    return 1 / (1 + math.exp(NormalDist(mean, std).inv_cdf(1 - share) / 2))
+
+
 def times_odds(time, factor):
     odds = factor * time / (1 - time)
     return odds / (1 + odds)
@@ -47,6 +53,8 @@ def times_odds(time, factor):
         (Mode(), 64, lambda q: mode(q, 1.29)),
         (Mode(-0.8), 64, lambda q: mode(q, -0.8)),
         (Mode(1.0, 3.0), 64, lambda q: times_odds(mode(q, 1.0), 3.0)),
+        (LogSNR(), 64, lambda q: signal_to_noise(q, -6.0, 2.0)),
+        (LogSNR(1.0, 3.0, 2.0), 64, lambda q: times_odds(signal_to_noise(q, 1.0, 3.0), 2.0)),
     ],
 )
 def test_the_draws_of_a_density_have_the_quantiles_of_its_closed_form(timesteps, tokens, quantile):
@@ -56,6 +64,51 @@ def test_the_draws_of_a_density_have_the_quantiles_of_its_closed_form(timesteps,
     for share in (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98):
         below = (times < quantile(share)).float().mean().item()
         assert below == pytest.approx(share, abs=KOLMOGOROV)
+
+
+@pytest.mark.parametrize(
+    ("make", "tokens"),
+    [
+        (lambda **more: Uniform(2.5, **more), 64),
+        (lambda **more: LogitNormal(**more), 1024),
+        (lambda **more: LogitNormal(-0.5, 0.7, "none", **more), 64),
+        (lambda **more: Mode(**more), 64),
+        (lambda **more: Mode(-0.8, 3.0, **more), 64),
+        (lambda **more: LogSNR(**more), 64),
+    ],
+)
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.8), (0.0, 0.6), (0.7, 1.0)])
+def test_a_range_keeps_the_shape_of_the_distribution_in_it(make, tokens, low, high):
+    every, times = draws(make(), tokens, 20_000), draws(make(min=low, max=high), tokens)
+    assert times.dtype == torch.float32
+    assert low <= times.min() < times.max() <= high
+    within = every[(every >= low) & (every <= high)]
+    assert len(within) > 80
+    allowed = KOLMOGOROV + 1.63 / math.sqrt(len(within))
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+        below = (times < within.quantile(share)).float().mean().item()
+        assert below == pytest.approx(share, abs=allowed)
+
+
+def test_the_whole_range_is_to_the_bit_no_range():
+    assert torch.equal(draws(LogitNormal(min=0, max=1), 64, 50), draws(LogitNormal(), 64, 50))
+
+
+def test_a_range_with_almost_nothing_of_the_distribution_is_refused_for_the_sizes_of_the_run():
+    few = ["timesteps.shift=none", "timesteps.std=0.1", "timesteps.min=0.9"]
+    with pytest.raises(ValueError, match=r"timesteps\.min=0\.9 with timesteps\.max=1\.0: only .*tokens"):
+        load_config(compose("device=cpu", *few))
+    load_config(compose("device=cpu", *few, "timesteps.min=0.6"))
+
+
+def test_a_run_with_a_range_trains_in_it(train, batches, monkeypatch):
+    seen, add = [], objective.add_noise
+    monkeypatch.setattr(objective, "add_noise", lambda batch, drawn: (seen.append(drawn.times), add(batch, drawn))[1])
+    train("run", "timesteps.min=0.55", "timesteps.max=0.7")
+    times = torch.cat(seen)
+    assert len(set(times.tolist())) == len(times) == 8
+    assert times.min() >= 0.55
+    assert times.max() <= 0.7
 
 
 @pytest.mark.parametrize("steps", [4, 28, 50])
@@ -110,6 +163,10 @@ def test_a_shift_of_one_is_none():
         (lambda: Uniform("none", 4), r"timesteps\.steps=4 has no effect with timesteps\.shift=none"),
         (lambda: Mode(1.8), r"timesteps\.scale=1\.8"),
         (lambda: Mode("x"), r"timesteps\.scale='?x'?"),
+        (lambda: Mode(min=-0.1), r"timesteps\.min=-0\.1 must be a number from 0 to 1"),
+        (lambda: Uniform(max=2), r"timesteps\.max=2 must be a number from 0 to 1"),
+        (lambda: LogitNormal(min=0.5, max=0.5), r"timesteps\.min=0\.5 must be less than timesteps\.max=0\.5"),
+        (lambda: LogSNR(mean=21), r"timesteps\.mean=21 must be a number from -20 to 20"),
     ],
 )
 def test_a_refused_setting_is_named_with_its_value(make, said):

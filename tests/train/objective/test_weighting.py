@@ -5,11 +5,11 @@ import helpers
 import pytest
 import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
-from loss_helpers import batch_of, masked, stir
+from loss_helpers import batch_of, losses_of, masked, stir
 from train_helpers import drawn_and_mixed, values
 
 from flux2 import adapters
-from train.objective.loss import flow_loss, training_loss
+from train.objective.loss import flow_loss
 from train.objective.timesteps import LogitNormal
 from train.objective.weighting import Bell, Cosmap, SigmaSqrt, Unweighted
 
@@ -67,13 +67,13 @@ def test_weights_go_to_the_samples_of_their_times_and_not_to_the_preserved_part(
     noised, plain = drawn_and_mixed(whole, LogitNormal(), 0, 0), batch_of(2, start=20).embeddings
     weights = Cosmap()(noised.times)
     assert weights.std() > 0.05
-    losses = training_loss(model, noised, whole.embeddings, 1.0, 0.5, plain, weights)
+    losses = losses_of(model, noised, whole.embeddings, 1.0, 0.5, plain, weights)
     alone = [
-        training_loss(model, drawn_and_mixed(one, LogitNormal(), 0, 0), one.embeddings, 1.0).flow
+        losses_of(model, drawn_and_mixed(one, LogitNormal(), 0, 0), one.embeddings, 1.0).flow
         for one in (replace(batch_of(1, start=i), mask=whole.mask[i : i + 1]) for i in range(3))
     ]
     torch.testing.assert_close(losses.flow, (torch.stack(alone) * weights).mean())
-    unweighted = training_loss(model, noised, whole.embeddings, 1.0, 0.5, plain)
+    unweighted = losses_of(model, noised, whole.embeddings, 1.0, 0.5, plain)
     torch.testing.assert_close(losses.preservation, unweighted.preservation)
     torch.testing.assert_close(losses.total.detach(), losses.flow + 0.5 * losses.preservation)
 

@@ -1,0 +1,49 @@
+"""Runs with every part of the objective: resumed to the bit."""
+
+import pytest
+from PIL import Image
+from train_helpers import CAPTIONS, adapter, draw_picture, lines, same_tensors
+
+pytest_plugins = ("train_helpers",)
+
+RESUMED = {
+    "distance": [
+        "loss=huber",
+        "loss.delta_schedule=exponential",
+        "timesteps=log_snr",
+        "timesteps.max=0.97",
+        "dataset.loss_weight=2",
+    ],
+    "masks": [
+        "dataset.mask=alpha",
+        "loss.unmasked_weight=0.1",
+        "loss.unmasked_prior=0.5",
+        "loss.unmasked_probability=0.5",
+        "adapter.dropout=0.2",
+    ],
+}
+
+
+@pytest.fixture
+def cut_out(tmp_path):
+    """A folder of captioned pictures whose right part is transparent."""
+    folder = tmp_path / "cut_out"
+    folder.mkdir()
+    alpha = Image.new("L", (48, 48))
+    alpha.paste(255, (0, 0, 24, 48))
+    for number, caption in enumerate(CAPTIONS):
+        picture = draw_picture(number, (48, 48))
+        picture.putalpha(alpha)
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
+@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
+def test_a_run_goes_on_to_the_bit(train, cut_out, settings):
+    settings = [f"dataset.path={cut_out}", *settings, "checkpoint_every=2"]
+    whole = train("whole", *settings)
+    rest = train("rest", *settings, f"resume={whole / 'checkpoints' / 'step_000002'}")
+    assert lines(rest) == [line for line in lines(whole) if line["step"] > 2]
+    assert len(lines(whole)) == 4
+    assert same_tensors(adapter(rest), adapter(whole))
