@@ -227,7 +227,7 @@ class Source(Sequence[Sample]):
         captions = self._preparation.prepare(sample.captions)
         if captions == sample.captions and mask is sample.mask and sample.loss_weight == self._loss_weight:
             return sample
-        return Sample(sample.target, captions, sample.references, sample.weight, mask, self._loss_weight)
+        return replace(sample, captions=captions, mask=mask, loss_weight=self._loss_weight)
 
     def _check_header(self, picture: Picture) -> None:
         """Raise BadPicture if the header shows that the image cannot be trained on."""
