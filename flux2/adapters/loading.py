@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from flux2.adapters.tuners import (
     set_factors,
     to_device,
 )
-from flux2.layers.fused_lora import fuse_lora
+from flux2.layers.fused_lora import FROZEN, fuse_lora
 from flux2.layers.selection import layer_kinds
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TransformerConfig
@@ -200,6 +201,34 @@ class ColumnDora(ScaledDora):
         delta = given["scaling"] * (given["lora_B"].weight @ given["lora_A"].weight)
         changed = rescale(weight + delta, self.weight)
         return F.linear(x, (changed - weight).to(x.dtype)) * self.strength
+
+
+@contextmanager
+def scaled(model: nn.Module, scale: float) -> Iterator[None]:
+    """Context manager in which the updates of the adapters of `model`, but not a frozen one, are multiplied by `scale`.
+
+    Raise AdapterError for an adapter without scale.
+    """
+    layers = adapter_layers(model).values()
+    for kind in sorted({kind_of(module) for module in layers}):
+        check_scale(kind, scale)
+    names = dict.fromkeys(name for module in layers for name in getattr(module, "scaling", {}) if name != FROZEN)
+    vectors = [vector for module in layers for vector in getattr(module, "lora_magnitude_vector", {}).values()]
+    trained = [vector for vector in vectors if type(vector) is DoraLinearLayer]
+    for vector in trained:
+        vector.__class__ = ScaledDora
+    held = [AdapterStrength(model, name, 1.0, NO_RANGES) for name in names]
+    try:
+        for one in held:
+            one.scale = scale
+            one.apply()
+        yield
+    finally:
+        for one in held:
+            one.scale = 1.0
+            one.apply()
+        for vector in trained:
+            vector.__class__ = DoraLinearLayer
 
 
 def check_scale(kind: str, scale: float, ranges: str = "") -> None:

@@ -109,7 +109,8 @@ class FusedLora(lora.Linear):
             a, b = subtract_initial(a, b, self.lora_A[name + INITIAL].weight, self.lora_B[name + INITIAL].weight)
         elif name != FROZEN and FROZEN in self.active_adapters:  # one pair of both ranks
             a = torch.cat([a, self.lora_A[FROZEN].weight])
-            b = torch.cat([b, self.lora_B[FROZEN].weight * (self.scaling[FROZEN] / scale)], dim=1)
+            b = torch.cat([b * scale, self.lora_B[FROZEN].weight * self.scaling[FROZEN]], dim=1)
+            scale = 1.0
         x = cast_for_autocast(x)
         if torch.compiler.is_compiling():  # the compiler fuses these operations and chooses what is kept
             return self.base_layer(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale

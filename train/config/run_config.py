@@ -19,6 +19,8 @@ from data.buckets import Buckets
 from data.files import user_path
 from data.sources.images import FileOpener, Picture
 from flux2.adapters import adapter_parameters
+from flux2.adapters.loading import check_scale
+from flux2.adapters.tuners import adapter_layers, kind_of
 from flux2.adapters.warm_start import attach_frozen, start_from
 from flux2.layers.attention import chosen_backend, preferred_backends
 from flux2.layers.fused_lora import FROZEN
@@ -180,6 +182,9 @@ class RunConfig:
                 warn(warning)
         if self.prior is not None:
             self.prior.images_per_batch(self.settings.batch_size)
+        for kind in {kind_of(layer) for layer in adapter_layers(model).values()}:
+            for scale in self.sample.scales:
+                check_scale(kind, scale)
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)
         for path in self.sample.files:

@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from flux2.adapters.loading import scaled
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
@@ -28,6 +29,7 @@ from train.utils.redact import masked
 from train.validation.sample_grid import LAYOUT, sample_grid
 from train.validation.twin import Twin
 
+SCALES = (-10.0, 10.0)
 WIDEST = 8192  # maximum width and height of an image in a sample grid
 
 
@@ -48,6 +50,7 @@ class SampleSettings:
     height: int | None = None
     steps: int | None = None  # None: the model's own, as of guidance
     guidance: float | None = None
+    scales: Sequence[float] = (1.0,)  # of the adapter, with a row of images each
     model: str | None = None  # that draws with the adapter instead of the one that trains: its distilled twin
     path: str | None = None  # of that model, as model.path
 
@@ -82,6 +85,13 @@ class SampleSettings:
             check_count("sample.steps", self.steps, 1, MAX_STEPS)
         if self.guidance is not None and not is_number(self.guidance, 0, MAX_GUIDANCE):
             raise ValueError(f"sample.guidance={self.guidance!r} must be a number from 0 to {MAX_GUIDANCE:g}")
+
+        scales = self.scales if isinstance(self.scales, list | tuple) else []
+        if not scales or not all(is_number(scale, *SCALES) for scale in scales) or len(set(scales)) < len(scales):
+            low, high = SCALES
+            raise ValueError(
+                f"sample.scales={self.scales!r} must be a list of different numbers from {low:g} to {high:g}"
+            )
 
     @property
     def edits(self) -> list[list[str]]:
@@ -137,16 +147,33 @@ class Sampler:
         """Draw one image for each prompt, independent of the others."""
         return self.share(lambda i: self.picture(model, i, self.settings.seed + i), range(len(self.sizes)))
 
+    def rows(self, model: Transformer) -> list[list[Image.Image]]:
+        """Draw the images at each scale of the adapter."""
+        rows = []
+        with nullcontext(model) if self.twin is None else self.twin.loaded() as drawing:
+            for scale in self.settings.scales:
+                with nullcontext() if scale == 1 else scaled(drawing, scale):
+                    rows.append(self.pictures(drawing))
+        return rows
+
+    @property
+    def row_names(self) -> list[str]:
+        """The model that draws and the scale of each row, if they are not the one that trains and 1."""
+        model, scales = [self.variant.name] if self.twin else [], self.settings.scales
+        names = [", ".join([*model, *([f"scale {scale:g}"] if list(scales) != [1] else [])]) for scale in scales]
+        return names if any(names) else []
+
     def write_grid(self, model: Transformer, file: Path, *, write: bool = True) -> None:
         """Draw the images and write them with their prompts to `file`, in one of several processes."""
-        with nullcontext(model) if self.twin is None else self.twin.loaded() as drawing:
-            pictures = self.pictures(drawing)
+        rows = self.rows(model)
         if write:
             file.parent.mkdir(parents=True, exist_ok=True)
             prompts = masked(list(self.settings.prompts))
-            page = sample_grid([pictures], columns=prompts, names=[self.variant.name] if self.twin else [])
+            page = sample_grid(rows, columns=prompts, names=self.row_names)
             info = PngInfo()  # for the report, which shows the images one by one
-            info.add_itxt(LAYOUT, json.dumps({"prompts": prompts, "boxes": page.info["boxes"]}))
+            scales = [f" (scale {scale:g})" if scale != 1 else "" for scale in self.settings.scales]
+            each = [prompt + scale for scale in scales for prompt in prompts]
+            info.add_itxt(LAYOUT, json.dumps({"prompts": each, "boxes": page.info["boxes"]}))
             with name_write_errors(file):
                 page.save(file, pnginfo=info)
 

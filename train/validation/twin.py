@@ -17,6 +17,10 @@ import peft
 import torch
 
 from flux2 import adapters
+from flux2.adapters.files import layer_pairs
+from flux2.adapters.loading import attach_pairs
+from flux2.adapters.tuners import adapter_layers
+from flux2.layers.fused_lora import FROZEN
 from flux2.models.transformer import Transformer
 from flux2.models.variants import VARIANTS, Variant
 from flux2.pipeline import Pipeline
@@ -54,6 +58,9 @@ class Twin:
             with tempfile.TemporaryDirectory() as folder:
                 adapters.save(self.peft_model, Path(folder), base=self.source.variant.name)
                 pipeline.load_adapter(folder)
+            trained = self.peft_model.get_base_model()
+            if any(FROZEN in layer.r for layer in adapter_layers(trained).values()):  # adapter.init_mode=frozen
+                attach_pairs(pipeline.transformer, layer_pairs(trained, FROZEN), FROZEN)
             yield pipeline.transformer
         finally:
             del pipeline

@@ -252,6 +252,10 @@ def test_runs_of_other_seeds_and_orders_start_from_the_same_validation_loss(trai
         ({"height": "x"}, r"sample\.height='?x'?"),
         ({"steps": 0}, r"sample\.steps=0"),
         ({"guidance": -1}, r"sample\.guidance=-1"),
+        ({"scales": []}, r"sample\.scales=\[\]"),
+        ({"scales": [1.0, 1.0]}, r"sample\.scales=\[1\.0, 1\.0\] must be a list of different numbers"),
+        ({"scales": [11]}, r"sample\.scales=\[11\].*from -10 to 10"),
+        ({"scales": 1.0}, r"sample\.scales=1\.0"),
     ],
 )
 def test_a_refused_setting_of_the_grids_is_named_with_its_value(settings, said):

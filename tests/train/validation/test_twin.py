@@ -7,12 +7,15 @@ import helpers
 import pytest
 import torch
 from message_helpers import holds
+from omegaconf import OmegaConf
 from PIL import Image
 from planner_helpers import job
 from safetensors.torch import load_file, save_file
 from train_helpers import compose, lines, pixels
 
 import flux2
+from flux2.adapters.formats import AdapterError
+from flux2.adapters.loading import scaled
 from flux2.models.variants import VARIANTS
 from train.config.memory import Choice
 from train.config.run_config import RunConfig
@@ -67,6 +70,60 @@ def test_the_grid_shows_which_model_drew_it(train, fast):
     first, second = (Image.open(run / "samples" / "step_000000.png") for run in (other, own))
     assert first.width > second.width  # a name is left of the row
     assert len(split_grid(first)) == len(split_grid(second)) == 2
+
+
+@pytest.mark.parametrize("adapter", ["lora", "pissa", "dora", "lokr", "loha"])
+def test_the_rows_of_a_grid_are_images_at_the_scales_of_the_adapter_in_inference(train, adapter):
+    settings = [*SAMPLES, f"adapter={adapter}", "adapter.rank=4", "sample.scales=[0,0.5,1]", "sample.steps=2"]
+    run = train("run", *settings, kind="klein")
+    grid = split_grid(Image.open(run / "samples" / "step_000004.png"))
+    assert [prompt for prompt, _ in grid] == [
+        f"{prompt}{scale}" for scale in (" (scale 0)", " (scale 0.5)", "") for prompt in ("a fox", "a cup")
+    ]
+    pipe = flux2.load("small_klein", path=str(OmegaConf.load(run / "config.yaml").model.path), device="cpu")
+    pipe.load_adapter(run)
+    for row, scale in enumerate((0, 0.5, 1)):
+        with scaled(pipe.transformer, scale):
+            for i, (prompt, shown) in enumerate(grid[2 * row : 2 * row + 2]):
+                (drawn,) = pipe.generate(prompt.partition(" (")[0], seed=i, width=48, height=48, steps=2)
+                factor = shown.width // 48
+                assert abs(pixels(shown)[::factor, ::factor] - pixels(drawn)).max() <= 1
+    assert len({shown.tobytes() for _, shown in grid}) == 6
+    plain = train("plain", *settings[:-2], "sample.steps=2", kind="klein")
+    assert lines(run) == lines(plain)
+    last = split_grid(Image.open(plain / "samples" / "step_000004.png"))
+    assert [shown.tobytes() for _, shown in last] == [shown.tobytes() for _, shown in grid[4:]]
+
+
+def test_a_frozen_adapter_keeps_its_scale_in_a_grid_and_is_part_of_what_the_other_model_draws(train, fast, tmp_path):
+    first = train("first", *SAMPLES, kind="klein")
+    settings = [*SAMPLES, f"adapter.init={first}", "adapter.init_mode=frozen", "sample.steps=2", "steps=1"]
+    run = train("run", *settings, "sample_every=1", "sample.scales=[0,1]", kind="klein")
+    pipe = flux2.load("small_klein", path=str(OmegaConf.load(run / "config.yaml").model.path), device="cpu")
+    other = flux2.load("small_klein_fast", path=fast[1].partition("=")[2], device="cpu")
+    twin = train("twin", *settings, *fast, "sample_every=1", kind="klein")
+    for pipeline, folder, each in ((pipe, run, 2), (other, twin, 1)):
+        pipeline.load_adapter(first)
+        grid = split_grid(Image.open(folder / "samples" / "step_000000.png"))
+        assert len(grid) == 2 * each
+        for i, (prompt, shown) in enumerate(grid):  # the trained one begins at zero
+            (drawn,) = pipeline.generate(prompt.partition(" (")[0], seed=i % 2, width=48, height=48, steps=2)
+            factor = shown.width // 48
+            assert abs(pixels(shown)[::factor, ::factor] - pixels(drawn)).max() <= 1
+    grid = split_grid(Image.open(run / "samples" / "step_000001.png"))
+    (drawn,) = pipe.generate("a fox", seed=0, width=48, height=48, steps=2)
+    assert abs(pixels(grid[0][1])[::factor, ::factor] - pixels(drawn)).max() <= 1
+    assert grid[0][1].tobytes() != grid[2][1].tobytes()
+
+
+def test_scales_of_an_adapter_without_scale_are_refused(small):
+    given = [
+        one
+        for one in small(*SAMPLES, "adapter=oft", "adapter.block_size=8", "sample.scales=[0.5]")
+        if "adapter.rank" not in one
+    ]
+    with pytest.raises(AdapterError, match=r"scale=0\.5: an OFT"):
+        RunConfig(compose(*given)).dry_run()
 
 
 def test_published_models_draw_for_their_base():
