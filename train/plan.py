@@ -1,7 +1,8 @@
 """Predict the memory and the step time of a training run: `python train/plan.py +experiment=tarot [+card=24]`.
 
-Prints the memory of each phase, the GPUs that it fits, and what `memory=auto` would choose there. Everything is
-predicted from shapes (train/planner/predictor.py, docs/memory.md), without weights, network or GPU.
+Prints the memory of each phase, the GPUs that it fits, what `memory=auto` would choose there, and how often each image
+is trained, if the images are on this machine. Memory and time are predicted from shapes (train/planner/predictor.py,
+docs/memory.md), without weights, network or GPU.
 
 `+card=24` plans for a GPU of 24 GB, like `memory=24gb`; the default is the GPU of this machine, if there is one.
 `shard=true +processes=4` plans for each of four processes that share the base (docs/scaling.md), `memory.split=auto
@@ -34,6 +35,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from data.files import user_path
 from train.cli.app import command
 from train.config.instantiate import parse_settings
 from train.config.memory import AUTO, FREE, Choice, choice_of, completed, fixed_keys, settings_of
@@ -53,10 +55,12 @@ from train.planner.gpus import CONTEXT_GB, GIB, SIZES, Gpu, gpu, measured, usabl
 from train.planner.prediction import Prediction
 from train.planner.predictor import Planner
 from train.planner.search import choose, does_not_fit, lighter
+from train.stages.data import paths
 from train.utils.checks import check_count, is_number
 from train.utils.text import many
 
 SMALL_GPU = 24  # GB
+FEW_TIMES, MANY_TIMES = 20, 300  # that an image is trained
 
 
 def gigabytes(value: float) -> str:
@@ -115,6 +119,25 @@ def describe(planner: Planner, prediction: Prediction, on: Gpu, name: str | None
     if not job.on_gpu:
         return f"{many(images, 'image')}: {flops:.2g} TFLOP in matrix products; on a CPU no time is predicted"
     return f"{many(images, 'image')}: {seconds:.2f} s ({source}); {flops:.0f} TFLOP in matrix products"
+
+
+def times_seen(run: RunConfig) -> str:
+    """Return how often each image is trained, with a hint at both ends; empty for a dataset that is not here."""
+    where = paths(run.composed["dataset"])
+    if not all(isinstance(place, str) and user_path(place).exists() for place in where if place is not None):
+        return ""
+    try:
+        samples = run.instantiate("dataset")
+    except ValueError as error:
+        return f"The images cannot be counted: {error}"
+    steps, drawn = run.settings.steps, run.settings.batch_size * run.settings.gradient_accumulation
+    seen = steps * drawn * (run.planned_processes or run.accelerator.num_processes) / len(samples)
+    text = f"{many(len(samples), 'sample')}, {many(steps, 'step')}: each is trained {seen:.3g} times on average."
+    if seen < FEW_TIMES:
+        return f"{text} That is little: others report 30 times for a style and 100 for a character (conf/experiment)."
+    if seen > MANY_TIMES:
+        return f"{text} That is much, and may reproduce the images: keep checkpoints, and hold images out to see when."
+    return text
 
 
 def planned_memory(prediction: Prediction, on_gpu: bool, name: str | None, card: float) -> str:
@@ -235,8 +258,8 @@ def main(config: DictConfig) -> None:
             f"only {limit / 1e9:.1f} GB are usable{headroom_text(memory)}"
         )
     console.print(f"{'A' if fits else 'If it did fit, a'} step of {describe(planner, now, on, name)}")
-    if on_gpu and (hint := faster(run, now, on)):
-        console.print(hint)
+    for hint in (faster(run, now, on) if on_gpu else "", times_seen(run)):
+        console.print(hint, soft_wrap=True, end="\n" if hint else "")
     if "prompts" in now.phases and now.total("prompts") > limit_of(memory, card or SMALL_GPU):
         console.print(
             f"The text encoder needs {now.total('prompts') / 1e9:.1f} GB once, before training. Set "

@@ -100,6 +100,28 @@ def test_bad_input_is_one_message(arguments, said):
     assert holds(message, said), message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said", "unsaid"),
+    [
+        (
+            ["steps=100"],
+            "24 samples, 100 steps: each is trained 16.7 times on average. That is little: ... 30 ... 100",
+            "",
+        ),
+        (["steps=300"], "24 samples, 300 steps: each is trained 50 times on average.", "That is"),
+        (["steps=2000"], "each is trained 333 times on average. That is much", "little"),
+        (["steps=100", "gradient_accumulation=3"], "each is trained 50 times", "That is"),
+        (["dataset=huggingface", "dataset.path=someone/cards"], "24 GB", "is trained"),
+        (["dataset=folder", "dataset.path=tests"], "The images cannot be counted: ... tests", "is trained"),
+    ],
+)
+def test_a_plan_says_how_often_each_image_is_trained(run_command, arguments, said, unsaid):
+    code, out, err = run_command("model=tiny", "batch_size=4", "+card=24", *arguments, task=plan.main)
+    assert (code, err) == (0, "")
+    assert holds(out, said), out
+    assert not unsaid or unsaid not in out
+
+
 def test_a_measured_micro_batch_counts_as_often_as_it_is_computed(planner, tmp_path, monkeypatch):
     found = planner("klein_base_4b")
     case = {"setting": plan.setting(found, Choice("full")), "seconds": {"median": 0.25}}
