@@ -33,7 +33,7 @@ from train.checkpoints import resume
 from train.cli.app import command
 from train.config.instantiate import instantiate, parse_settings
 from train.evaluation import distances
-from train.evaluation.features import Features
+from train.evaluation.features import Clip, Features
 from train.evaluation.findings import find_problems
 from train.evaluation.recommend import recommend, recommend_or_warn
 from train.evaluation.results import BASE, Evaluation, Row
@@ -200,12 +200,18 @@ def measure(result: Evaluation, run: SavedRun, features: Features, training_pict
         loads.append(one.load)
     trained = distances.TrainingDistances.from_vectors(vectors) if vectors else None
     result.own = trained.own if trained else ()
+    prompts: list[Tensor] = []
+    if isinstance(features, Clip):
+        prompts = list(map(features.load_text(run.config.accelerator.device), result.prompts))
     bases = dict(zip(result.columns, map(vector, result.base.files), strict=True))
     first = [column for column in result.columns if column[1] == run.seeds[0]]
     for row, columns in [*((row, result.columns) for row in result.rows), *((row, first) for row in result.strengths)]:
         own = [vector(file) for file in row.files]
         pairs = [(one, bases[column]) for one, column in zip(own, columns, strict=True)]
         row.to_base = distances.mean_distance([(a, b) for a, b in pairs if a is not None and b is not None])
+        if prompts:
+            fits = [float(one @ prompts[i]) for one, (i, _) in zip(own, columns, strict=True) if one is not None]
+            row.to_prompt = sum(fits) / len(fits) if fits else None
         row.spread = distances.spread([one for one in own if one is not None])
         row.nearest = [None if one is None or trained is None else trained.nearest(one) for one in own]
         near = [one.distance for one in row.nearest if one is not None]

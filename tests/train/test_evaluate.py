@@ -14,7 +14,7 @@ from flux2.pipeline import Pipeline
 from train.checkpoints.checkpoint import checkpoints
 from train.evaluate import EvaluationSettings, evaluate_runs, main
 from train.evaluation import distances
-from train.evaluation.features import Latents, Vision
+from train.evaluation.features import Latents
 from train.evaluation.findings import caution, find_problems
 from train.reports import run_report
 from train.utils.files import write_whole
@@ -332,18 +332,3 @@ def test_few_training_pictures_make_nothing_suspicious():
 def test_spread_is_the_mean_distance_of_two():
     assert distances.spread([torch.tensor([0.0]), torch.tensor([3.0]), torch.tensor([6.0])]) == 4
     assert distances.spread([torch.tensor([0.0])]) is None
-
-
-def test_a_vision_model_compares_by_its_first_token(tmp_path):
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dino")
-    describe = Vision(str(tmp_path / "dino"), side=28).load(lambda: pytest.fail("not needed"), torch.device("cpu"))
-    red, blue = (describe(Image.new("RGB", (40, 30), color)) for color in ("red", "blue"))
-    assert red.shape == (16,)
-    assert float(red.norm()) == pytest.approx(1)
-    assert float((red - blue).norm()) > 0.01
-    with pytest.raises(ValueError, match=r"features\.path='?/nowhere"):
-        Vision("/nowhere").load(lambda: pytest.fail("not needed"), torch.device("cpu"))

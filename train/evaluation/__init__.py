@@ -3,6 +3,6 @@ no configuration object. The package implements conf/features. It imports only p
 list. Begin with recommend.py.
 """
 
-from train.evaluation.features import Latents, Vision
+from train.evaluation.features import Clip, Latents, Vision
 
-__all__ = ["Latents", "Vision"]
+__all__ = ["Clip", "Latents", "Vision"]

@@ -1,10 +1,12 @@
 """What an evaluation compares images by: the group `features`. A model gives a vector for each image.
 
 `Latents` needs nothing but the run's own autoencoder. Its distances depend on place and color, so they find copies and
-say little about what an image shows. `Vision` uses a vision transformer, whose distances depend on content.
+say little about what an image shows. `Vision` uses a vision transformer, whose distances depend on content. `Clip`
+also compares an image with its prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +71,8 @@ class Vision:
         std: Standard deviation of red, green and blue, likewise.
     """
 
+    remedy = "give a vision transformer that transformers can open, or use features=latents"
+
     def __init__(
         self,
         path: str,
@@ -88,26 +92,68 @@ class Vision:
         self.name = f"{path} at {side} x {side} px"
 
     def load(self, autoencoder: Callable[[], Autoencoder], device: torch.device) -> Describe:
-        from transformers import AutoModel
-
-        remedy = "give a vision transformer that transformers can open, or use features=latents"
-        try:
-            model: Any = AutoModel.from_pretrained(self.path, dtype=torch.float32)
-            model = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)
-        except Exception as error:  # transformers, the Hub and safetensors each have their own
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise ValueError(f"features.path={self.path!r} cannot be loaded ({reason}): {remedy}") from error
+        model = self.opened("AutoModel").to(device).eval().requires_grad_(False)
         mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (self.mean, self.std))
 
         @torch.no_grad()
         def describe(image: Image.Image) -> Tensor:
             square = image.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
             pixels = ((to_pixels([square]) + 1) / 2 - mean) / std
-            try:
-                vector = model(pixel_values=pixels.to(device)).last_hidden_state[0].float().cpu()
-                return F.normalize(vector[0], dim=0)
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                raise ValueError(f"features.path={self.path!r} gives no image vectors ({reason}): {remedy}") from error
+            with self.named_errors("gives no image vectors"):
+                return F.normalize(self.image_vector(model, pixels.to(device)).float().cpu(), dim=0)
 
         return describe
+
+    def image_vector(self, model: Any, pixels: Tensor) -> Tensor:
+        """(1, 3, side, side) -> (D,), not yet of length 1."""
+        return getattr(model, "vision_model", model)(pixel_values=pixels).last_hidden_state[0, 0]
+
+    def opened(self, kind: str) -> Any:
+        """Return what a class of transformers opens at `path`."""
+        import transformers
+
+        with self.named_errors("cannot be loaded"):
+            options: dict[str, Any] = {"dtype": torch.float32} if kind == "AutoModel" else {}
+            return getattr(transformers, kind).from_pretrained(self.path, **options)
+
+    @contextmanager
+    def named_errors(self, what: str) -> Iterator[None]:
+        """Context manager that raises ValueError with the setting and a remedy for any error."""
+        try:
+            yield
+        except Exception as error:  # transformers, the Hub and safetensors each have their own
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(f"features.path={self.path!r} {what} ({reason}): {self.remedy}") from error
+
+
+class Clip(Vision):
+    """CLIP, or a model of the same kind such as SigLIP: vectors of images and of prompts, of length 1.
+
+    The cosine of an image's vector and its prompt's is what others call the CLIP score, there multiplied by 100
+    (Hessel et al. 2021, which also cuts it off at 0).
+    """
+
+    remedy = "give a model with get_image_features and get_text_features, such as openai/clip-vit-base-patch32"
+
+    def image_vector(self, model: Any, pixels: Tensor) -> Tensor:
+        return pooled(model.get_image_features(pixel_values=pixels))
+
+    def load_text(self, device: torch.device) -> Callable[[str], Tensor]:
+        """Return a function from a prompt, cut at the model's number of tokens, to its vector (D,)."""
+        model, tokenizer = self.opened("AutoModel").to(device).eval(), self.opened("AutoTokenizer")
+        longest = getattr(model.config, "text_config", model.config).max_position_embeddings
+
+        @torch.no_grad()
+        def describe(prompt: str) -> Tensor:
+            with self.named_errors("gives no text vectors"):
+                tokens = tokenizer(
+                    [prompt], padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+                )
+                return F.normalize(pooled(model.get_text_features(**tokens.to(device))).float().cpu(), dim=0)
+
+        return describe
+
+
+def pooled(output: Any) -> Tensor:
+    """Return the vector of one image or text, which newer versions of transformers wrap in an output."""
+    return getattr(output, "pooler_output", output)[0]

@@ -24,6 +24,7 @@ class Row:
     to_base: float | None = None  # mean distance from an image to the base's with the same prompt and seed
     spread: float | None = None  # mean distance between two of the row's own images
     nearest: list[Nearest | None] = field(default_factory=list)  # of each image; None without training images
+    to_prompt: float | None = None  # mean cosine of an image's vector and its prompt's; None for features without text
 
     @property
     def failed(self) -> int:

@@ -134,14 +134,21 @@ def strength_cells(evaluation: Evaluation) -> list[Cell]:
 
 
 def distance_table(rows: Sequence[Row], *, chosen: str = "", caption: str = "", prefix: str = "") -> Table:
-    """Return how far the images of each row are from the base's and from the training images."""
-    lines = []
+    """Return how far the images of each row are from the base's and from the training images, and fit their prompts."""
+    lines, has_text = [], any(row.to_prompt is not None for row in rows)
     for row in rows:
-        distances = [number(value, ".3f") for value in (row.to_base, row.to_training, row.spread)]
+        values = (row.to_base, row.to_training, row.spread, *((row.to_prompt,) if has_text else ()))
+        distances = [number(value, ".3f") for value in values]
         near: str | int = "" if row.to_training is None else row.suspicious
         marked = Markup("<span class=suspicious>{}</span>").format(near) if near else near
         lines.append([prefix + row.name, *distances, marked, row.failed])
-    names = ("to the base", "to the nearest training image", "between two", "suspiciously near", "not computed")
+    measured = (
+        "to the base",
+        "to the nearest training image",
+        "between two",
+        *(("fits the prompt",) if has_text else ()),
+    )
+    names = (*measured, "suspiciously near", "not computed")
     return Table([""], names, lines, [row.name == chosen for row in rows], caption)
 
 
