@@ -25,7 +25,7 @@ from flux2.memory.compile_blocks import check_compiles
 from flux2.memory.model_split import check_split, module_devices, split_devices
 from flux2.models.transformer import Transformer
 from flux2.models.variants import Variant
-from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
+from flux2.pipeline import reference_limit
 from flux2.quantization.precision import convert
 from train.config.instantiate import check_own_targets, instantiate, parse_settings
 from train.config.memory import AUTO, completed
@@ -275,5 +275,5 @@ class RunConfig:
 
     def sample_references(self, paths: Sequence[str]) -> tuple[list[Picture], int]:
         """Return the reference images of a sample prompt, and the maximum number of pixels of each."""
-        limit = ONE_REFERENCE_PIXELS if len(paths) == 1 else MANY_REFERENCES_PIXELS
+        limit = reference_limit(self.variant, len(paths))
         return [open_image(path) for path in paths], limit
