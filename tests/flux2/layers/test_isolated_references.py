@@ -79,15 +79,20 @@ def test_the_latents_of_every_step_are_diffusers(references: Sequence[Any], pipe
         callback_on_step_end=keep,
     ).images
     options: dict[str, Any] = {"seed": 7, "width": 48, "height": 32, "steps": 4, "guidance": 1.0}
+    counts: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
     images = pipe.generate(["a cup", "a fox"], references=references, progress=ours.append, **options)
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     assert difference(images, wanted) <= 2
+    tokens = 6 + sum(image.width * image.height // 256 for image in references)
+    assert counts == [tokens, 6, 6, 6], "later steps have no tokens of references"
     pipe.reference_cache = False
     again = list[Tensor]()
     pipe.generate(["a cup", "a fox"], references=references, progress=again.append, **options)
     torch.testing.assert_close(again[-1], ours[-1], rtol=0, atol=1e-5)
+    assert counts[4:] == [tokens] * 4
 
 
 def test_a_forward_with_references_is_diffusers_and_fills_the_cache_for_the_next() -> None:
