@@ -19,6 +19,7 @@ from torch import Tensor
 from flux2 import adapters
 from flux2.adapters.loading import LoadedAdapter, check_scale
 from flux2.adapters.strengths import parse_ranges
+from flux2.layers.isolated_references import NO_CACHE
 from flux2.memory.block_offload import offload, offloaded_blocks
 from flux2.memory.model_split import split_model
 from flux2.models import tiled_decoding
@@ -27,7 +28,7 @@ from flux2.models.inpainting import Inpainting
 from flux2.models.pixels import reference_image, to_images, to_pixels
 from flux2.models.text_encoder import TextStorage
 from flux2.models.transformer import Transformer
-from flux2.models.variants import PIXELS_PER_TOKEN, get_variant
+from flux2.models.variants import PIXELS_PER_TOKEN, Variant, get_variant
 from flux2.prompts.embeddings import Prompts, TextSource, free_memory, text_source
 from flux2.prompts.upsampling import load_upsampler
 from flux2.quantization.precision import Precision, precision_from_name
@@ -41,6 +42,13 @@ from flux2.weights.sources import ModelSource, model_source
 ONE_REFERENCE_PIXELS = 2024**2  # limits of the reference code for one and for several references
 MANY_REFERENCES_PIXELS = 1024**2
 TILED_PIXELS = 1024**2  # larger images are decoded in stripes by default
+
+
+def reference_limit(variant: Variant, count: int) -> int:
+    """Return the maximum number of pixels of each of `count` references."""
+    return (
+        ONE_REFERENCE_PIXELS if count == 1 and not variant.transformer.isolated_references else MANY_REFERENCES_PIXELS
+    )
 
 
 def check_references(images: object) -> list[Image.Image]:
@@ -69,6 +77,7 @@ def render(
     references: Sequence[Tensor] = (),
     empty: Tensor | None = None,
     start: Start | None = None,
+    cached: bool | None = None,
     tiled: bool | None = None,
     progress: Callable[[Tensor], None] | None = None,
 ) -> list[Image.Image]:
@@ -81,7 +90,7 @@ def render(
         references: Latents (B, 128, h_i, w_i).
         empty: (1, T, text_width) embeddings for classifier-free guidance.
         tiled: Whether to decode in stripes, with less memory (`tiled_decoding`); by default above a megapixel.
-        steps, guidance, start, progress: As in `sampling.sample`.
+        steps, guidance, start, cached, progress: As in `sampling.sample`.
     """
     checks.size(width, height, PIXELS_PER_TOKEN)
     device, parameter = next(transformer.parameters()).device, next(autoencoder.parameters())
@@ -95,6 +104,7 @@ def render(
         references=[reference.to(device) for reference in references],
         empty=None if empty is None else empty.to(device),
         start=start,
+        cached=cached,
         progress=progress,
     )
     in_stripes = width * height > TILED_PIXELS if tiled is None else tiled
@@ -117,9 +127,11 @@ class Pipeline:
         text: TextSource | None = None,
         tiled: bool | None = None,
         devices: Mapping[str, torch.device] | None = None,
+        reference_cache: bool | None = None,
     ) -> None:
         self.source, self.variant, self.device, self.precision = source, source.variant, device, precision
         self.cache, self.tiled, self.offload_blocks, self.devices = cache, tiled, offload_blocks, devices or {}
+        self.reference_cache = reference_cache
         self.streamed = offloaded_blocks(self.variant.transformer, offload_blocks)
         self.prompts = Prompts(source, device, precision.dtype, replace(text or TextSource(), keep=keep_text_encoder))
         self.adapter_count = 0  # of all that were loaded, also of those that are gone
@@ -247,7 +259,7 @@ class Pipeline:
     @torch.no_grad()
     def encode_references(self, images: Sequence[Image.Image], inpainting: Inpainting | None = None) -> list[Tensor]:
         """Return latents (1, 128, h, w) of each reference at its own size, the first at that of `inpainting`."""
-        limit = ONE_REFERENCE_PIXELS if len(images) == 1 else MANY_REFERENCES_PIXELS
+        limit = reference_limit(self.variant, len(images))
         first = [] if inpainting is None else [inpainting.pixels()]
         sized = first + [to_pixels([reference_image(image, limit)]) for image in images[len(first) :]]
         return [self.autoencoder.encode(pixels.to(self.device)) for pixels in sized]
@@ -322,6 +334,7 @@ class Pipeline:
                 references=[latent.expand(len(text[part]), -1, -1, -1) for latent in latents],
                 empty=empty,
                 start=start,
+                cached=self.reference_cache,
                 tiled=self.tiled,
                 progress=progress,
             )
@@ -342,6 +355,7 @@ def load(
     tiled: bool | None = None,
     text_storage: TextStorage | None = None,
     embeddings: str | os.PathLike[str] | None = None,
+    reference_cache: bool | None = None,
 ) -> Pipeline:
     """Return a pipeline for the model called `name` (see `variants.VARIANTS`).
 
@@ -362,9 +376,14 @@ def load(
         tiled: Whether to decode in stripes, which takes less memory and more time; by default above a megapixel.
         text_storage: `nf4` or `int8` for text encoder layers in 4 or 8 bits; by default the dtype of the rest.
         embeddings: File written by `Pipeline.save_embeddings`. Only its prompts can be used; no text encoder is loaded.
+        reference_cache: Whether keys and values of references are computed at the first step and kept; by default, and
+            possible, only for `klein_9b_kv`.
     """
-    if not isinstance(tiled, bool | None):
-        raise ValueError(f"tiled={tiled!r} must be True, False or None")
+    for key, value in (("tiled", tiled), ("reference_cache", reference_cache)):
+        if not isinstance(value, bool | None):
+            raise ValueError(f"{key}={value!r} must be True, False or None")
+    if reference_cache and not get_variant(name).transformer.isolated_references:
+        raise ValueError(NO_CACHE)
     paths = (path, autoencoder, text_encoder)
     path, autoencoder, text_encoder = (os.fspath(one) if isinstance(one, os.PathLike) else one for one in paths)
     text, text_encoder = text_source(get_variant(name), text_encoder, embeddings, text_storage)
@@ -373,4 +392,5 @@ def load(
     keep = name == "tiny" if keep_text_encoder is None else keep_text_encoder
     cache = cache or os.environ.get("FLUX2_CACHE")
     folder = user_path(cache) if cache else None
-    return Pipeline(source, target, precision_from_name(precision, target), keep, offload_blocks, folder, text, tiled)
+    chosen = precision_from_name(precision, target)
+    return Pipeline(source, target, chosen, keep, offload_blocks, folder, text, tiled, reference_cache=reference_cache)

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from flux2.layers.isolated_references import ReferenceCache
 from flux2.models.positions import from_tokens, positions_with_references, text_positions, to_tokens, with_references
 from flux2.models.transformer import Transformer
 from flux2.models.variants import TOKEN_CHANNELS
@@ -105,6 +106,7 @@ def sample(
     references: Sequence[Tensor] = (),
     empty: Tensor | None = None,
     start: Start | None = None,
+    cached: bool | None = None,
     progress: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Denoise `noise` to latents (B, 128, h, w) in float32.
@@ -118,6 +120,8 @@ def sample(
         empty: (B or 1, T, text_width) embeddings of the empty prompt, required for classifier-free guidance.
         start: An image to start from. After every step, what its mask keeps is the image again, with as much of the
             same noise as the step has left.
+        cached: Whether keys and values of isolated references are computed once and kept; by default if the model has
+            isolated references (flux2/layers/isolated_references.py).
         progress: Function called with the tokens after every step.
     """
     guidance = checks.guidance(guidance)
@@ -132,9 +136,19 @@ def sample(
             raise ValueError(f"guidance={guidance}: this model needs the embeddings of the empty prompt. Pass empty.")
         prompts.append(empty.expand_as(text))
 
+    cached = model.config.isolated_references if cached is None else cached
+    cache = ReferenceCache() if cached and references else None
+
+    def predict(tokens: Tensor, prompt: Tensor, time: Tensor) -> Tensor:
+        keep = tokens.shape[1]
+        if cache is None:
+            return model(with_references(tokens, references), positions, prompt, prompt_positions, time, value, keep)
+        given = tokens if cache.blocks else with_references(tokens, references)
+        at = positions[: given.shape[1]]
+        return model(given, at, prompt, prompt_positions, time, value, keep, cache)
+
     def flow(tokens: Tensor, time: Tensor) -> Tensor:
-        inputs, keep = with_references(tokens, references), tokens.shape[1]
-        flows = [model(inputs, positions, prompt, prompt_positions, time, value, keep) for prompt in prompts]
+        flows = [predict(tokens, prompt, time) for prompt in prompts]
         return flows[0] if len(flows) == 1 else flows[1] + guidance * (flows[0] - flows[1])
 
     times = schedule(steps, x.shape[1]).to(x.device)

@@ -65,6 +65,11 @@ def option_parser() -> argparse.ArgumentParser:
         help="decode in stripes, which needs less memory; default: for images above a megapixel",
     )
     add(
+        "--reference-cache",
+        action=argparse.BooleanOptionalAction,
+        help="compute references at the first step only, with more memory (klein_9b_kv); default: if the model can",
+    )
+    add(
         "--merge",
         action=argparse.BooleanOptionalAction,
         help="merge the adapters into the weights (fp32, bf16): faster, but rounded in bf16",

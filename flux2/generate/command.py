@@ -39,7 +39,17 @@ PLACES = ("path", "autoencoder", "text_encoder")
 SAMPLING = ("seed", "width", "height", "steps", "guidance")
 INPAINTING = ("mask", "strength", "mask_crop")
 # options that flux2.pipeline.load takes under the same name
-LOADED = (*PLACES[1:], "device", "precision", "offload_blocks", "cache", "tiled", "text_storage", "embeddings")
+LOADED = (
+    *PLACES[1:],
+    "device",
+    "precision",
+    "offload_blocks",
+    "cache",
+    "tiled",
+    "text_storage",
+    "embeddings",
+    "reference_cache",
+)
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys([*PLACES, *SAMPLING, *INPAINTING, *LOADED, "prompt", "prompts", "from_image", "save_embeddings"]),
     **dict.fromkeys(["upsample", "merge", "verbose", "overwrite"], False),

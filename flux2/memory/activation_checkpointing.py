@@ -188,6 +188,7 @@ def kept_bytes(config: TransformerConfig, kind: str, policy: str, tokens: int, i
     numbers = (1 + 1 + 2 + 1) * hidden + (2 + 1 + 1) * mlp
     if double:  # copies of v and attention (joined, split), input of the mlp, modulated input of the mlp
         numbers += (1 + 1 + 1 + 1) * hidden + (0 if in_float32 else 3 * hidden)
+        numbers += hidden * config.isolated_references  # their attention and that of other tokens, also joined
     else:  # q, k, v share memory with the input of SwiGLU; attention concatenated with the mlp
         numbers += (3 + 1) * hidden
     return tokens * (itemsize * numbers + 4 * in_float32)

@@ -36,12 +36,22 @@ from torch import Tensor, nn
 from flux2.layers.attention import attention
 from flux2.layers.frozen_linear import TailLinear
 from flux2.layers.fused_elementwise import FusedModule, modulated_norm, project_heads, swiglu
+from flux2.layers.isolated_references import (
+    NO_CACHE,
+    BlockCache,
+    Modulation,
+    ReferenceCache,
+    add_gated,
+    in_parts,
+    isolated_attention,
+    isolation,
+    joined,
+)
 from flux2.models.variants import TransformerConfig
 
 # The last linear of an attention, an mlp and a single block is a `TailLinear`: an `nn.Linear` whose output activation
 # checkpointing can skip, or recall, when it runs the block again in the backward (flux2/layers/recompute_context.py).
 
-Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate; each (B, 1, D)
 # q, k, v, each (B, H, L, head_dim); for kernels the product qkv (B, L, 3 * D) and the weights of the norms of q and k
 Stream = tuple[Tensor, Tensor, Tensor]
 RotaryAngles = tuple[Tensor, Tensor, Tensor]  # cos, sin, cos + i sin of each token; each (1, 1, L, head_dim / 2)
@@ -84,6 +94,7 @@ class Transformer(nn.Module):
         timestep: Tensor,
         guidance: Tensor | None = None,
         keep: int | None = None,
+        cache: ReferenceCache | None = None,
     ) -> Tensor:
         """Predict the flow `noise - image` of noisy latent tokens: (B, keep, 128) in the dtype of the weights.
 
@@ -93,15 +104,26 @@ class Transformer(nn.Module):
                 20, ...), row h, column w, and l = 0 (flux2/models/positions.py).
             text: (B, T, text_width) prompt embeddings.
             text_positions: (T, 4) integers (0, 0, 0, l) of `text`: l is the index of the token in the prompt.
-            timestep: (B,) in [0, 1]; 1 is pure noise. References share it with the image.
+            timestep: (B,) in [0, 1]; 1 is pure noise. References share it with the image, unless they are isolated.
             guidance: (B,) guidance values; required if and only if the model has a guidance embedding.
             keep: Number of leading tokens to predict (the image's, without references); all by default.
+            cache: Of isolated references: empty, to be filled from `tokens`, or filled, instead of references in them.
         """
+        if cache is not None and not self.config.isolated_references:
+            raise ValueError(NO_CACHE)
         # 1. time -> modulation, positions -> rotary angles; shared by all blocks
         time = self.embed_time(timestep, guidance)  # (B, D)
         image_mod = self.double_stream_modulation_img(time)
         text_mod = self.double_stream_modulation_txt(time)
         single_mod = self.single_stream_modulation(time)[0]
+        references = 0 if keep is None or not self.config.isolated_references else tokens.shape[1] - keep
+        if references:
+            clean = self.embed_time(torch.zeros_like(timestep), guidance)
+            image_mod = joined(image_mod, self.double_stream_modulation_img(clean))
+            (single_mod,) = joined([single_mod], self.single_stream_modulation(clean))
+        if cache is not None and not cache.blocks:
+            cache.blocks = [BlockCache() for _ in self.config.block_names]
+        caches = iter([None] * len(self.config.block_names) if cache is None else cache.blocks)
         rope = rotary_angles(torch.cat([text_positions, positions]), self.config.rope_axes, self.config.rope_theta)
 
         # 2. both streams to the hidden width, then through the double blocks
@@ -109,12 +131,13 @@ class Transformer(nn.Module):
         image = self.img_in(tokens.to(dtype))  # (B, N, D)
         text = self.txt_in(text.to(dtype))  # (B, T, D)
         for block in self.double_blocks:
-            image, text = self.run_block(block, image, text, image_mod, text_mod, rope)
+            isolated = isolation(references, next(caches))
+            image, text = self.run_block(block, image, text, image_mod, text_mod, rope, *isolated)
 
         # 3. one stream through the single blocks
         x = torch.cat([text, image], dim=1)  # (B, L, D)
         for block in self.single_blocks:
-            x = self.run_block(block, x, single_mod, rope)
+            x = self.run_block(block, x, single_mod, rope, *isolation(references, next(caches)))
 
         # 4. the image tokens back to latent channels
         start = text.shape[1]
@@ -148,26 +171,38 @@ class DoubleBlock(nn.Module):
         self.txt_mlp = mlp(config)
 
     def forward(
-        self, image: Tensor, text: Tensor, image_mod: list[Modulation], text_mod: list[Modulation], rope: RotaryAngles
+        self,
+        image: Tensor,
+        text: Tensor,
+        image_mod: list[Modulation],
+        text_mod: list[Modulation],
+        rope: RotaryAngles,
+        references: int = 0,
+        cache: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return image (B, N, D) and text (B, T, D) after this block, in the same shapes."""
+        """Return image (B, N, D) and text (B, T, D) after this block, in the same shapes.
+
+        The last `references` tokens of `image` are isolated; `cache` is as in `isolated_attention`.
+        """
         (shift1, scale1, gate1), (shift2, scale2, gate2) = image_mod
         (text_shift1, text_scale1, text_gate1), (text_shift2, text_scale2, text_gate2) = text_mod
 
         # joint attention over text and image
         fused = all(part.norm.fuses(image, *part.norm.weights) for part in (self.img_attn, self.txt_attn))
-        image_qkv = self.img_attn.project(self.norm(image, shift1, scale1), fused)
+        modulated = in_parts(self.norm, references, [image], [shift1, scale1])
+        image_qkv = self.img_attn.project(modulated, fused)
         text_qkv = self.txt_attn.project(self.norm(text, text_shift1, text_scale1), fused)
         if fused:
             q, k, v = project_heads(self.txt_attn.norm.eps, *rope[:2], [text_qkv, image_qkv])  # (B, H, L, head_dim)
         else:
             q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))
-        attended = attend(q, k, v, None if fused else rope)  # (B, L, D)
+        attended = attend(q, k, v, None if fused else rope, *isolation(references, cache))  # (B, L, D)
         text_attended, image_attended = attended.split([text.shape[1], image.shape[1]], dim=1)
 
         # x += gate1 * proj(attended);  x += gate2 * mlp(m2(x))
-        image = torch.addcmul(image, gate1, self.img_attn.proj(image_attended))
-        image = torch.addcmul(image, gate2, self.img_mlp(self.norm(image, shift2, scale2)))
+        image = in_parts(add_gated, references, [image, self.img_attn.proj(image_attended)], [gate1])
+        modulated = in_parts(self.norm, references, [image], [shift2, scale2])
+        image = in_parts(add_gated, references, [image, self.img_mlp(modulated)], [gate2])
         text = torch.addcmul(text, text_gate1, self.txt_attn.proj(text_attended))
         text = torch.addcmul(text, text_gate2, self.txt_mlp(self.norm(text, text_shift2, text_scale2)))
         return image, text
@@ -185,20 +220,24 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.head_dim, config.eps)
         self.act = SwiGLU()
 
-    def forward(self, x: Tensor, mod: Modulation, rope: RotaryAngles) -> Tensor:
-        """Return x (B, L, D) after this block, in the same shape."""
+    def forward(
+        self, x: Tensor, mod: Modulation, rope: RotaryAngles, references: int = 0, cache: BlockCache | None = None
+    ) -> Tensor:
+        """Return x (B, L, D) after this block, in the same shape; `references` and `cache` as in a double block."""
         shift, scale, gate = mod
-        projected = self.linear1(self.pre_norm(x, shift, scale))  # q, k, v and the input of SwiGLU
+        projected = self.linear1(
+            in_parts(self.pre_norm, references, [x], [shift, scale])
+        )  # q, k, v and the input of SwiGLU
         if self.norm.fuses(projected, *self.norm.weights):
             streams = [(projected, *self.norm.weights)]
             q, k, v, activated = project_heads(self.norm.eps, *rope[:2], streams, mlp=self.split[1])
-            mixed = torch.cat([attend(q, k, v, None), activated], dim=-1)
+            mixed = torch.cat([attend(q, k, v, None, *isolation(references, cache)), activated], dim=-1)
             del q, k, v, activated  # copied, and not needed by the last linear
         else:
             qkv, h = projected.split(self.split, dim=-1)
             q, k, v = self.norm(qkv)
-            mixed = torch.cat([attend(q, k, v, rope), self.act(h)], dim=-1)
-        return torch.addcmul(x, gate, self.linear2(mixed))
+            mixed = torch.cat([attend(q, k, v, rope, *isolation(references, cache)), self.act(h)], dim=-1)
+        return in_parts(add_gated, references, [x, self.linear2(mixed)], [gate])
 
 
 class FinalLayer(nn.Module):
@@ -291,11 +330,18 @@ def mlp(config: TransformerConfig) -> nn.Sequential:
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rope: RotaryAngles | None) -> Tensor:
-    """Rotate q and k, unless `rope` is None, and apply full attention: three of (B, H, L, head_dim) -> (B, L, D)."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, rope: RotaryAngles | None, references: int = 0, cache: BlockCache | None = None
+) -> Tensor:
+    """Rotate q and k, unless `rope` is None, and apply attention: three of (B, H, L, head_dim) -> (B, L, D).
+
+    Attention is full unless there are isolated references (flux2/layers/isolated_references.py).
+    """
     if rope is not None:
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-    return attention(q, k, v).transpose(1, 2).flatten(2)
+    is_full = not references and cache is None
+    attended = attention(q, k, v) if is_full else isolated_attention(q, k, v, references, cache)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class MLPEmbedder(nn.Module):

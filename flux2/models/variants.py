@@ -17,7 +17,7 @@ PIXELS_PER_TOKEN = 16  # one token covers 16 x 16 pixels in every model
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the transformer."""
+    """Sizes of the transformer, and whether its references see themselves alone (layers/isolated_references.py)."""
 
     heads: int
     double_blocks: int
@@ -31,6 +31,7 @@ class TransformerConfig:
     channels: int = TOKEN_CHANNELS
     time_width: int = 256
     eps: float = 1e-6
+    isolated_references: bool = False
 
     def __post_init__(self) -> None:
         if sum(self.rope_axes) != self.head_dim:
@@ -109,11 +110,19 @@ _klein_base_9b = Variant(
 )
 _klein_base_4b = Variant("klein_base_4b", "black-forest-labs/FLUX.2-klein-base-4B", KLEIN_4B, QWEN3, 50, 4.0)
 _klein_9b = replace(_klein_base_9b, name="klein_9b", repo="black-forest-labs/FLUX.2-klein-9B", steps=4, guidance=1.0)
+_klein_9b_kv = replace(
+    _klein_9b,
+    name="klein_9b_kv",
+    repo="black-forest-labs/FLUX.2-klein-9b-kv",
+    transformer=replace(KLEIN_9B, isolated_references=True),
+)
 _klein_4b = replace(_klein_base_4b, name="klein_4b", repo="black-forest-labs/FLUX.2-klein-4B", steps=4, guidance=1.0)
 _tiny_text = TextConfig(kind="mistral", layers=(1, 2, 3), length=32)
 _tiny_autoencoder = AutoencoderConfig(widths=(16, 32, 48, 64), blocks=1, groups=1)
 _tiny = Variant("tiny", "", TINY, _tiny_text, 16, 2.0, resolution=128, autoencoder=_tiny_autoencoder)
-VARIANTS = {record.name: record for record in (_tiny, _dev, _klein_base_9b, _klein_9b, _klein_base_4b, _klein_4b)}
+VARIANTS = {
+    record.name: record for record in (_tiny, _dev, _klein_base_9b, _klein_9b, _klein_9b_kv, _klein_base_4b, _klein_4b)
+}
 
 
 def get_variant(name: str) -> Variant:

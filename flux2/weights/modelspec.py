@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "dev": "Flux.2-dev",
     "klein_base_9b": "Flux.2-klein-9b",
     "klein_9b": "Flux.2-klein-9b",
+    "klein_9b_kv": "Flux.2-klein-9b",
     "klein_base_4b": "Flux.2-klein-4b",
     "klein_4b": "Flux.2-klein-4b",
     "tiny": "flux2-lora-tiny",  # ours, with sizes that no other program knows

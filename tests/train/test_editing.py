@@ -1,19 +1,23 @@
 """Image-to-image from picture files to the loss, as diffusers makes it of the same files; the relighting experiment."""
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 
 import datasets
 import helpers
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
-from train_helpers import adapter, compose, draw_picture, execute, launch, run_training, values
+from train_helpers import adapter, ask_to_stop, compose, draw_picture, execute, launch, lines, run_training, values
 
 from flux2.models.positions import from_tokens
+from flux2.models.variants import VARIANTS
 from train.objective import objective
 from train.stages.memory import load_config
+from train.utils.signals import Interrupted
 
 pytest_plugins = ("train_helpers",)
 
@@ -97,6 +101,49 @@ def test_the_first_loss_on_a_folder_of_edits_is_that_of_diffusers(
         time = noised.times[row : row + 1]
         losses.append(helpers.published_step(reference, latents, others, embeddings, time, noise, guidance)[2])
     assert values(run) == [pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)]
+
+
+def test_training_klein_kv_has_the_loss_of_diffusers_kv_forward_and_resumes_exactly(train, edits, at_step, monkeypatch):
+    """The references see themselves alone, at time 0: on a small random model in the place of klein_9b_kv."""
+    variant = VARIANTS["small_klein"]
+    isolated = replace(variant.transformer, isolated_references=True)
+    monkeypatch.setitem(VARIANTS, "small_klein", replace(variant, transformer=isolated))
+    folder = edits(2)[0]
+    seen = []
+
+    def spy(batch, *arguments):
+        seen.append((batch, add_noise(batch, *arguments)))
+        return seen[-1][1]
+
+    add_noise = objective.add_noise
+    monkeypatch.setattr(objective, "add_noise", spy)
+    references = [f"dataset.path={folder}", "dataset.reference_columns=[references]", "reference_resolution=64"]
+    whole = train("run", *references, kind="klein")
+    batch, noised = seen[0]
+    parts = helpers.reference_parts("klein")
+    made = Flux2KleinKVPipeline(**parts | {"transformer": deepcopy(parts["transformer"])})
+    count = noised.tokens.shape[1] - noised.target.shape[1]
+    both = noised.tokens, noised.positions
+    turned = [torch.cat([one[..., -count:, :], one[..., :-count, :]], dim=-2) for one in both]  # references first
+    with torch.no_grad():
+        prediction = made.transformer(
+            hidden_states=turned[0],
+            encoder_hidden_states=batch.embeddings.float(),
+            timestep=noised.times,
+            img_ids=turned[1],
+            txt_ids=noised.text_at,
+            kv_cache_mode="extract",
+            num_ref_tokens=count,
+            return_dict=False,
+        )[0]
+    wanted = (prediction - noised.target).square().mean().item()
+    assert values(whole)[0] == pytest.approx(wanted, rel=1e-5)
+    at_step(2, ask_to_stop())
+    with pytest.raises(Interrupted):
+        train("cut", *references, kind="klein")
+    assert lines(train("cut", *references, "resume=auto", kind="klein")) == lines(whole)
+    monkeypatch.setitem(VARIANTS, "small_klein", variant)
+    assert values(train("ordinary", *references, "steps=1", kind="klein"))[0] != pytest.approx(wanted, rel=1e-4)
 
 
 # ------------------------------------------------------------------ the relighting experiment

@@ -29,7 +29,7 @@ from flux2.memory.compile_blocks import check_compiles
 from flux2.memory.model_split import check_split, module_devices, split_devices
 from flux2.models.transformer import Transformer
 from flux2.models.variants import PIXELS_PER_TOKEN, Variant
-from flux2.pipeline import MANY_REFERENCES_PIXELS, ONE_REFERENCE_PIXELS
+from flux2.pipeline import reference_limit
 from flux2.quantization.precision import convert
 from flux2.utils.text import listed
 from flux2.weights.sources import ModelSource, model_source
@@ -347,5 +347,5 @@ class RunConfig:
 
     def sample_references(self, paths: Sequence[str]) -> tuple[list[Picture], int]:
         """Return the reference images of a sample prompt, and the maximum number of pixels of each."""
-        limit = ONE_REFERENCE_PIXELS if len(paths) == 1 else MANY_REFERENCES_PIXELS
+        limit = reference_limit(self.variant, len(paths))
         return [open_image(path) for path in paths], limit

@@ -354,7 +354,7 @@ class Planner:
             working = self.inference(shape, False)[0]
             images = (self.autoencoder[2], self.reference_encoder) if part.is_first else ()
             twin = {"sampling model": self.twin + adapter["adapter"]} if job.twin else {}
-            phases["samples"] = {**idle, **twin, "working set": max([working, *images])}
+            phases["samples"] = {**idle, **twin, "working set": max([working + self.cached(edited, part), *images])}
         if job.class_pixels:
             predicted = tokens(job.class_pixels)
             shape = replace(job.shape, rows=1, image=predicted, predicted=predicted)
@@ -368,6 +368,12 @@ class Planner:
                 **libraries,
             }
         return phases
+
+    def cached(self, references: int, part: Part) -> int:
+        """Return the bytes of isolated references' keys and values that sampling keeps on the device of a part."""
+        config = self.job.model.config
+        one = 2 * references * config.hidden * self.job.dtype.itemsize
+        return (part.stop - part.start) * one if config.isolated_references else 0
 
     @property
     def libraries(self) -> dict[str, float]:

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from flux2.adapters import adapter_parameters
 from flux2.layers import fused_elementwise
+from flux2.layers.isolated_references import isolation
 from flux2.memory.activation_checkpointing import tensors_in
 from flux2.models.autoencoder import Autoencoder
 from flux2.models.transformer import DoubleBlock, RotaryAngles, Transformer
@@ -241,16 +242,19 @@ def arguments(model: Transformer, block: nn.Module, shape: Shape, dtype: torch.d
     config = model.config
     each = (1, 1, shape.tokens, config.head_dim // 2)
     angles: RotaryAngles = (torch.empty(each), torch.empty(each), torch.empty(each, dtype=torch.complex64))
+    references = shape.image - shape.predicted if config.isolated_references else 0
+    of_image, rest = 2 if references else 1, [angles, *isolation(references, None)]
 
-    def modulation() -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape.rows, 1, config.hidden, dtype=dtype) for _ in range(3))
+    def modulation(parts: int) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape.rows, parts, config.hidden, dtype=dtype) for _ in range(3))
 
     def tokens(count: int) -> Tensor:
         return torch.empty(shape.rows, count, config.hidden, dtype=dtype, requires_grad=True)
 
     if isinstance(block, DoubleBlock):
-        return [tokens(shape.image), tokens(shape.text)], [[modulation(), modulation()] for _ in range(2)] + [angles]
-    return [tokens(shape.tokens)], [modulation(), angles]
+        streams = [[modulation(parts), modulation(parts)] for parts in (of_image, 1)]
+        return [tokens(shape.image), tokens(shape.text)], [*streams, *rest]
+    return [tokens(shape.tokens)], [modulation(of_image), *rest]
 
 
 def fake_block(

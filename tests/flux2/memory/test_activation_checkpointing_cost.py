@@ -131,9 +131,13 @@ def test_selective_keeps_the_attention_but_not_what_goes_into_it() -> None:
 # ------------------------------------------------------------------ budget
 
 
-def saved_in_blocks(policy: str, dtype: torch.dtype, size: tuple[int, int] = (8, 8)) -> dict[str, int]:
+FOUR_BLOCKS = TransformerConfig(heads=4, double_blocks=2, single_blocks=2, text_width=64, guidance=False)
+
+
+def saved_in_blocks(
+    policy: str, dtype: torch.dtype, size: tuple[int, int] = (8, 8), config: TransformerConfig = FOUR_BLOCKS
+) -> dict[str, int]:
     """Bytes of distinct memory, weights apart, that autograd holds for the last block of each kind."""
-    config = TransformerConfig(heads=4, double_blocks=2, single_blocks=2, text_width=64, guidance=False)
     torch.manual_seed(0)
     model = Transformer(config).to(dtype)
     adapters.attach(model, rank=4)
@@ -160,15 +164,20 @@ def saved_in_blocks(policy: str, dtype: torch.dtype, size: tuple[int, int] = (8,
 
     model.run_block = counting
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        model(**helpers.transformer_inputs(config, 1, size, text=32))
+        model(**helpers.transformer_inputs(config, 1, size, text=32), keep=size[0] * size[1] // 2)
     return found
 
 
+@pytest.mark.parametrize("isolated", [False, True], ids=["", "isolated references"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", ["none", "full", "selective"])
-def test_bytes_counted_from_shapes_are_those_that_autograd_holds(policy: str, dtype: torch.dtype) -> None:
-    config = TransformerConfig(heads=4, double_blocks=2, single_blocks=2, text_width=64, guidance=False)
-    for kind, size in saved_in_blocks(policy, dtype).items():
+def test_bytes_counted_from_shapes_are_those_that_autograd_holds(
+    policy: str, dtype: torch.dtype, isolated: bool
+) -> None:
+    config = replace(FOUR_BLOCKS, isolated_references=isolated)
+    for kind, size in saved_in_blocks(policy, dtype, config=config).items():
+        if policy == "selective" and isolated:  # which computes the references' attention again
+            size += 32 * config.hidden * dtype.itemsize
         assert kept_bytes(config, kind, policy, 8 * 8 + 32, dtype.itemsize) == pytest.approx(size, rel=0.04), kind
 
 

@@ -16,6 +16,7 @@ from flux2.models.variants import DEV, KLEIN_4B, KLEIN_9B, VARIANTS, Autoencoder
         ("dev", "FLUX.2-dev", 6144, 48, (8, 48), 3 * 5120, True, 28, 4.0),
         ("klein_base_9b", "FLUX.2-klein-base-9B", 4096, 32, (8, 24), 3 * 4096, False, 50, 4.0),
         ("klein_9b", "FLUX.2-klein-9B", 4096, 32, (8, 24), 3 * 4096, False, 4, 1.0),
+        ("klein_9b_kv", "FLUX.2-klein-9b-kv", 4096, 32, (8, 24), 3 * 4096, False, 4, 1.0),
         ("klein_base_4b", "FLUX.2-klein-base-4B", 3072, 24, (5, 20), 3 * 2560, False, 50, 4.0),
         ("klein_4b", "FLUX.2-klein-4B", 3072, 24, (5, 20), 3 * 2560, False, 4, 1.0),
     ],
@@ -84,11 +85,21 @@ def test_only_the_klein_bases_sample_with_classifier_free_guidance() -> None:
 
 
 def test_only_the_4b_models_are_free_of_a_license_to_accept() -> None:
-    assert {name for name, found in VARIANTS.items() if found.license} == {"dev", "klein_9b", "klein_base_9b"}
+    assert {name for name, found in VARIANTS.items() if found.license} == {
+        "dev",
+        "klein_9b",
+        "klein_9b_kv",
+        "klein_base_9b",
+    }
+
+
+def test_references_are_isolated_in_the_kv_model_alone() -> None:
+    assert [name for name, found in VARIANTS.items() if found.transformer.isolated_references] == ["klein_9b_kv"]
+    assert replace(get_variant("klein_9b_kv").transformer, isolated_references=False) == KLEIN_9B
 
 
 def test_an_unknown_model_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"model='flux1'.*tiny, dev, klein_base_9b, klein_9b, klein_base_4b, klein_4b"):
+    with pytest.raises(ValueError, match=r"model='flux1'.*tiny, dev, .*_9b, klein_9b_kv, klein_base_4b, klein_4b"):
         get_variant("flux1")
 
 

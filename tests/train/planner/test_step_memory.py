@@ -50,9 +50,9 @@ def as_on_a_cpu(monkeypatch):
     monkeypatch.setattr(step_memory, "gpu_kernels", no_kernels)
 
 
-def model(device="cpu") -> Transformer:
+def model(device="cpu", config=CONFIG) -> Transformer:
     with torch.device(device):
-        made = Transformer(CONFIG)
+        made = Transformer(config)
         attach(made, rank=4)
     return made.train()
 
@@ -70,42 +70,55 @@ def inputs(shape: Shape):
     return made
 
 
-def whole_step(network: Transformer) -> tuple[int, int]:
+def whole_step(network: Transformer, shape: Shape = SHAPE) -> tuple[int, int]:
     """(kept after the forward, peak), in bytes, of a forward and backward through a whole model, really run."""
-    given = inputs(SHAPE)
+    given = inputs(shape)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     known = [*network.parameters(), *grads, *(value for value in given.values() if value is not None)]
     with AllocationCounter(known) as count:
-        loss = network(**given).square().mean()
+        loss = network(**given, keep=shape.predicted).square().mean()
         kept = count.live
         loss.backward()
     return kept, count.peak
 
 
+@pytest.mark.parametrize("isolated", [False, True], ids=["", "isolated references"])
 @pytest.mark.parametrize("policy", ["none", "full", "selective"])
-def test_a_model_takes_the_sum_of_its_blocks(policy, as_on_a_cpu):
-    network = model()
+def test_a_model_takes_the_sum_of_its_blocks(policy, isolated, as_on_a_cpu):
+    config, shape = replace(CONFIG, isolated_references=isolated), replace(SHAPE, predicted=64 if isolated else 96)
+    network = model(config=config)
     set_policy(network, policy)
-    kept, peak = whole_step(network)
-    shadow = model("meta")
+    kept, peak = whole_step(network, shape)
+    shadow = model("meta", config)
     costs = [
-        train_block(shadow, block, runner(policy), SHAPE, torch.float32, False)
+        train_block(shadow, block, runner(policy), shape, torch.float32, False)
         for block in [*shadow.double_blocks, *shadow.single_blocks]
     ]
-    stream = 4 * SHAPE.rows * SHAPE.tokens * CONFIG.hidden
-    outside = outside_blocks(SHAPE)
-    prediction = 4 * SHAPE.rows * SHAPE.predicted * CONFIG.channels
-    end = train_end(shadow, SHAPE, torch.float32, False)
+    stream = 4 * shape.rows * shape.tokens * CONFIG.hidden
+    outside = outside_blocks(shape, isolated)
+    prediction = 4 * shape.rows * shape.predicted * CONFIG.channels
+    end = train_end(shadow, shape, torch.float32, False)
     assert sum(cost.kept for cost in costs) + stream + outside + prediction == pytest.approx(kept, rel=0.03)
     assert sum(step(costs, end)) + stream + outside == pytest.approx(peak, rel=0.02)
 
 
-def outside_blocks(shape: Shape) -> int:
+def test_keys_and_values_of_isolated_references_are_counted_where_samples_are_drawn(planner):
+    """In bfloat16 for each of 32 blocks; the working set of klein 9B's samples has none."""
+    pixels = (1024, 1024)
+    samples = {"sample_pixels": pixels, "sample_references": (pixels, pixels)}
+    found, other = (planner(name, **samples) for name in ("klein_9b_kv", "klein_9b"))
+    assert found.cached(8192, found.whole) == 32 * 2 * 8192 * 4096 * 2
+    assert other.cached(8192, other.whole) == 0
+    needed = [one.phases(Choice("full"), one.whole)["samples"]["working set"] for one in (found, other)]
+    assert needed[0] - needed[1] > 0.8 * found.cached(8192, found.whole)
+
+
+def outside_blocks(shape: Shape, isolated: bool = False) -> int:
     """Bytes that stay while blocks run and belong to none: modulations and angles."""
-    sets = 2 * 2 * 3 + 3
+    sets = 2 * 2 * 3 + 3 + isolated * 2 * (2 * 3 + 3)
     return 4 * (shape.rows * CONFIG.hidden * sets + shape.tokens * CONFIG.head_dim)
 
 
