@@ -5,6 +5,7 @@ for the saved form.
 
 from flux2.adapters.files import adapter_parameters, adapters_disabled, find, load, merge, restore, save
 from flux2.adapters.formats import AdapterError
+from flux2.adapters.tlora import attach_tlora
 from flux2.adapters.tuners import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa, detach
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "attach_lokr",
     "attach_oft",
     "attach_pissa",
+    "attach_tlora",
     "detach",
     "find",
     "load",

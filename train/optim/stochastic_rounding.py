@@ -32,11 +32,11 @@ def to_bfloat16(model: nn.Module) -> None:
     """Convert the trained weights of a LoRA to bfloat16, in place. Raises AdapterError for another type."""
     kinds = {kind_of(layer) for layer in adapter_layers(model).values()}
     is_pissa = any(name.endswith(INITIAL) for name in getattr(model, "peft_config", {}))
-    if kinds != {"LoRA"} or is_pissa:
+    if not kinds <= {"LoRA", "T-LoRA"} or is_pissa:
         kind = "PiSSA" if is_pissa else " and ".join(sorted(kinds))
         raise AdapterError(
             f"adapter.dtype=bf16: a {kind} computes with its weights before they meet the activations, and would round "
-            "more than its updates. Use adapter=lora or rslora, or adapter.dtype=fp32"
+            "more than its updates. Use adapter=lora, rslora or tlora, or adapter.dtype=fp32"
         )
     for parameter in adapter_parameters(model):
         parameter.data = parameter.data.to(torch.bfloat16)
