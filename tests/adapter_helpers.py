@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flux2 import adapters
 from flux2.adapters.formats import LoraPair
+from flux2.adapters.tlora import attach_tlora
 from flux2.adapters.tuners import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import Precision, convert
@@ -28,6 +29,7 @@ TYPES: dict[str, tuple[Attach, dict[str, Any]]] = {
     "loha": (attach_loha, {"rank": 4, "alpha": 8}),
     "lokr": (attach_lokr, {"rank": 4, "alpha": 8}),
     "oft": (attach_oft, {"block_size": 16}),
+    "tlora": (attach_tlora, {"rank": 4, "alpha": 8}),
 }
 PRECISIONS = {
     "fp32": Precision(),
@@ -37,7 +39,14 @@ PRECISIONS = {
     "nf4": Precision(torch.bfloat16, "nf4"),
 }
 EACH_TYPE = pytest.mark.parametrize("kind", TYPES)
-NAMES = {"lora": "LoRA", "dora": "DoRA", "oft": "OFT", "loha": "LoHa", "lokr": "LoKr"}  # as messages call them
+NAMES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "oft": "OFT",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "tlora": "T-LoRA",
+}  # as messages call them
 EVERY = [".*"]  # every linear, the modulation and the final layer too
 
 

@@ -26,7 +26,7 @@ from train.distributed.processes import Processes
 from train.objective.objective import Losses, MicroBatch, Objective
 from train.optim.ema import EvaluationWeights
 from train.optim.schedules import LearningRate
-from train.optim.update_guard import Reading, UpdateGuard, clip
+from train.optim.update_guard import Reading, UpdateGuard, clear_gradients, clip
 from train.tracking.metrics import Metrics
 from train.utils.console import warn
 from train.utils.memory import explain_oom
@@ -109,7 +109,7 @@ class Trainer:
                 checkpointer.completed_steps = None
                 with explain_oom(f"in the optimizer's update of step {steps_done}", "update", self.device):
                     skipped = guard.update(losses.total, norm)  # with a fused optimizer, the host does not wait
-                self.optimizer.zero_grad(set_to_none=True)
+                clear_gradients(parameters)
                 self.evaluation_weights.update(skipped)
                 checkpointer.completed_steps = steps_done
 

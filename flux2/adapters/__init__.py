@@ -7,6 +7,7 @@ from flux2.adapters.files import adapter_parameters, adapters_disabled, find, lo
 from flux2.adapters.formats import AdapterError
 from flux2.adapters.loading import unload
 from flux2.adapters.strengths import set_scale
+from flux2.adapters.tlora import attach_tlora
 from flux2.adapters.tuners import attach, attach_dora, attach_loha, attach_lokr, attach_oft, attach_pissa, detach
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "attach_lokr",
     "attach_oft",
     "attach_pissa",
+    "attach_tlora",
     "detach",
     "find",
     "load",

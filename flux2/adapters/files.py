@@ -21,12 +21,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flux2.adapters import peft_config
+from flux2.adapters import peft_config, tlora
 from flux2.adapters.checksums import config_hash
 from flux2.adapters.formats import AdapterError, LoraPair, rescale, to_diffusers
 from flux2.adapters.keys import check_dtype
 from flux2.adapters.loading import LoadedAdapter, attach_pairs, check_compatible, check_scale, insert, to_peft
-from flux2.adapters.reading import PEFT_FILE, PREFIX, read_adapter, read_tensors, recorded_base
+from flux2.adapters.reading import PEFT_FILE, PREFIX, read_adapter, read_file, read_tensors, recorded_base
 from flux2.adapters.strengths import parse_ranges, strengths
 from flux2.adapters.tuners import adapter_layers, adapter_tensors, float_copy, kind_of, remove_adapters
 from flux2.layers.fused_lora import INITIAL, subtract_initial
@@ -44,7 +44,7 @@ DIFFUSERS_FOLDER_FILE = "pytorch_lora_weights.safetensors"  # what diffusers its
 PISSA_FILE = "pissa.safetensors"
 UNFINISHED_FILE = ".unfinished"  # in a run folder from the start of the run until all that its end writes is there
 CHECKPOINT = re.compile(r"step_\d+", re.ASCII)  # name of a checkpoint's folder
-PEFT_ALONE = ("LoHa", "LoKr", "OFT")  # types that no other format holds
+PEFT_ALONE = ("LoHa", "LoKr", "OFT", "T-LoRA")  # types that no other format holds
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -102,7 +102,9 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
     folder.mkdir(parents=True, exist_ok=True)
     model = wrapped.get_base_model()
     wrapped.peft_config[name].base_model_name_or_path = base
+    scheduled = tlora.header(model)
     kind = "PiSSA" if name + INITIAL in wrapped.peft_config else peft_config.type_name(wrapped.peft_config[name])
+    kind = "T-LoRA" if scheduled else kind
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch,
         name_write_errors(folder, Path(scratch)),
@@ -118,7 +120,9 @@ def save(wrapped: peft.PeftModel, folder: Path, *, base: str, license: str = "",
         # PEFT's file again, with checksums in its header; the first is renamed, because its tensors are mapped from it
         unsealed = (written / PEFT_FILE).rename(written / f".{PEFT_FILE}")
         peft_config.sort_layers(written)
-        write_safetensors(written / PEFT_FILE, load_file(unsealed), {"format": "pt", **config_hash(written)})
+        write_safetensors(
+            written / PEFT_FILE, load_file(unsealed), {"format": "pt", **config_hash(written), **scheduled}
+        )
         unsealed.unlink()
         write_text(written / "README.md", adapter_card(base, license, kind))  # replaces PEFT's empty template
         if kind not in PEFT_ALONE:
@@ -163,16 +167,21 @@ def adapter_card(base: str, license: str, kind: str = "LoRA") -> str:
     if kind not in PEFT_ALONE:
         weights = f'weight_name="{DIFFUSERS_FILE}"'
         files += f"- `{DIFFUSERS_FILE}`: for diffusers' `pipeline.load_lora_weights(folder, {weights})`\n"
+    convert = ", and `python -m flux2.export FOLDER --format comfyui --out FILE` converts it"
+    if kind == "T-LoRA":
+        files += "\nOther programs would use all of its directions at every timestep, which is another adapter.\n"
+        convert = ""
     return (
         f"---\n{hub}tags:\n- lora\n- flux2\n---\n# {kind} for {base}\n{terms}\n{files}"
-        "\n`python -m flux2.generate --prompt ... --adapter FOLDER` generates images with it, and "
-        "`python -m flux2.export FOLDER --format comfyui --out FILE` converts it.\n"
+        f"\n`python -m flux2.generate --prompt ... --adapter FOLDER` generates images with it{convert}.\n"
     )
 
 
 def format_notes(folder: Path) -> str:
     """Return one line on which programs cannot read the adapter in `folder`; empty if all can."""
     kind = peft_config.type_name(peft_config.read_config(folder))
+    if tlora.read_schedule(read_file(folder)[1]) is not None:
+        return "only flux2.generate reads this T-LoRA: other programs would use all directions at every timestep"
     if kind not in (*PEFT_ALONE, "DoRA"):
         return ""
     own = "PEFT, flux2.generate and diffusers" if kind == "DoRA" else "PEFT and flux2.generate"
@@ -242,6 +251,8 @@ def load(
         parsed.check_layers(stored.layers)
         if stored.config is None:
             attach_pairs(model, stored.pairs, name, scale, parsed)
+            if stored.schedule is not None:
+                tlora.set_schedule(model, stored.schedule)
         else:
             state = {f"{layer}.{key}": one for layer, found in stored.tensors.items() for key, one in found.items()}
             insert(model, stored.config, state, name, scale, parsed)
@@ -272,6 +283,8 @@ def merge(model: nn.Module) -> None:
     for name, module in layers.items():
         if isinstance(base := module.get_base_layer(), QuantizedLinear):
             raise AdapterError(f"cannot merge into {name}: {base.refusal}")
+        if kind_of(module) == "T-LoRA":
+            raise AdapterError(f"cannot merge into {name}: the rank of a T-LoRA depends on the timestep")
         if module.merged or any(getattr(module, "lora_bias", {}).values()):
             raise AdapterError(f"cannot merge into {name}: its adapter is merged already, or has a bias")
     for name, module in layers.items():

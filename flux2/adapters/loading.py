@@ -85,7 +85,7 @@ def check_compatible(model: nn.Module, kind: str) -> None:
     """
     present = {kind_of(module) for module in adapter_layers(model).values()}
     kind = SAME_LAYERS.get(kind, kind)
-    if present and (present != {kind} or kind in ("DoRA", "OFT")):
+    if present and (present != {kind} or kind in ("DoRA", "OFT", "T-LoRA")):
         raise AdapterError(
             f"a {kind} adapter cannot be combined with the loaded {' and '.join(sorted(present))}: only several LoRAs "
             "(rsLoRA and PiSSA included), several LoHas or several LoKrs add up. Merge the first into the base, or "

@@ -24,6 +24,8 @@ from flux2.adapters.formats import AdapterError, LoraPair
 from flux2.adapters.keys import FileLayer, check_dtype, check_keys, check_known, known_layers, match_key, parse
 from flux2.adapters.loading import check_saved
 from flux2.adapters.peft_config import PEFT_CONFIG
+from flux2.adapters.tlora import read_schedule
+from flux2.layers.rank_schedule import RankSchedule
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
 from flux2.weights.key_names import transformer_module
@@ -49,6 +51,7 @@ class StoredAdapter:
     config: peft.PeftConfig | None = None
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     note: str = ""  # what is not certain
+    schedule: RankSchedule | None = None  # of a T-LoRA
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -180,7 +183,12 @@ def read_adapter(place: Path, model: Transformer) -> StoredAdapter:
         )
     is_musubi = "lokr_factor" in state or "networks.lokr" in metadata.get("ss_network_module", "")
     updates = read_updates(state, model, Strength(config, where, is_musubi))
-    return stored_adapter(updates, config, NO_STRENGTH if is_without_strength(state, config) else "")
+    found = stored_adapter(updates, config, NO_STRENGTH if is_without_strength(state, config) else "")
+    if (schedule := read_schedule(metadata)) is None:
+        return found
+    if found.kind != "LoRA" or schedule.min_rank >= min(found.ranks):
+        raise AdapterError(f"its header has a schedule of ranks that does not fit its {found.kind}")
+    return replace(found, kind="T-LoRA", schedule=schedule)
 
 
 def is_without_strength(state: Mapping[str, Tensor], config: peft.PeftConfig | None) -> bool:

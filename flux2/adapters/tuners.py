@@ -38,6 +38,8 @@ from flux2.layers.fused_lora import INITIAL, fuse_lora
 from flux2.models.transformer import Transformer
 from flux2.utils.text import listed
 
+HOOK = "rank_schedule_hook"  # attribute of a transformer with a T-LoRA (flux2/adapters/tlora.py)
+
 
 def layer_adapter_tensors(layer: Any) -> list[Tensor]:
     """Return the parameters and buffers of an adapted layer without those of its base layer."""
@@ -354,6 +356,8 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 def kind_of(layer: Any) -> str:
     """Return the type of a layer's adapters; rsLoRA and PiSSA count as LoRA."""
+    if getattr(layer, "rank_schedule", None) is not None:
+        return "T-LoRA"
     if isinstance(layer, LoraLayer):
         return "DoRA" if len(layer.lora_magnitude_vector) else "LoRA"
     return "LoHa" if isinstance(layer, LohaLinear) else "LoKr" if isinstance(layer, LokrLinear) else "OFT"
@@ -367,6 +371,8 @@ def remove_adapters(model: nn.Module) -> None:
         strength.close()
     if hasattr(model, "peft_config"):
         del model.peft_config
+    if HOOK in vars(model):
+        vars(model).pop(HOOK).remove()
 
 
 def restore_layer(model: nn.Module, name: str) -> None:

@@ -22,7 +22,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from flux2.adapters import peft_config
+from flux2.adapters import peft_config, tlora
 from flux2.adapters.files import adapter_parameters, find
 from flux2.adapters.formats import AdapterError
 from flux2.adapters.loading import LoadedAdapter, attach_pairs
@@ -122,6 +122,8 @@ def described(stored: StoredAdapter) -> LoadedAdapter:
 
 def type_of(model: Any, name: str) -> str:
     """Return the type of the attached adapter `name`."""
+    if tlora.schedule_of(model) is not None:
+        return "T-LoRA"
     return "PiSSA" if name + INITIAL in model.peft_config else peft_config.type_name(model.peft_config[name])
 
 
@@ -136,8 +138,11 @@ def check_type(stored: StoredAdapter, model: Any, name: str) -> None:
     if stored.kind != kind and not {kind, stored.kind} <= LORAS:
         remedy = "A PiSSA begins at directions of the base. Use adapter=lora, also for a saved PiSSA"
         if kind != "PiSSA":
-            remedy = f"Set adapter={stored.kind.lower()}" if stored.kind.isalpha() else "Its type is not trained here"
+            named = stored.kind.replace("-", "").lower()
+            remedy = f"Set adapter={named}" if named.isalpha() else "Its type is not trained here"
         raise AdapterError(f"it is a {stored.kind}, and the new adapter is a {kind}. {remedy}")
+    if stored.schedule != tlora.schedule_of(model):
+        raise AdapterError(f"its min_rank and exponent are others. {SAME_SETTINGS}")
     check_no_bias(stored)
     for key in ("use_cayley_neumann", "num_cayley_neumann_terms", "coft") if kind == "OFT" else ():
         was, now = getattr(stored.config, key), getattr(config, key)

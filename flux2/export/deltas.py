@@ -116,6 +116,10 @@ def read(path: str | Path, model: Transformer, scale: float = 1.0) -> AdapterDel
     try:
         stored = read_adapter(place, model)
         check_scale(stored.kind, scale)
+        if stored.schedule is not None:
+            raise AdapterError(
+                "the rank of a T-LoRA depends on the timestep, which no weight and no other format holds"
+            )
         if biased := [layer for layer, pair in stored.pairs.items() if pair.bias is not None]:
             raise AdapterError(f"it adds a bias to {listed(biased, 2)}, which no weight and no other format holds")
     except ValueError as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flux2.layers.frozen_linear import TailLinear, cast_for_autocast, flatten_rows, input_gradient, product
+from flux2.layers.rank_schedule import RankSchedule
 from flux2.layers.recompute_context import current_replay
 
 INITIAL = "_initial"  # suffix of the adapter that subtracts the initial PiSSA update (flux2/adapters/tuners.py)
@@ -27,14 +28,17 @@ FROZEN = "_frozen"  # name of a saved LoRA that is active next to the trained on
 class LoraProduct(torch.autograd.Function):
     """`product` plus a low-rank update: (..., in) -> (..., out).
 
-    `apply` takes the frozen linear, x (..., in), A (rank, in), B (out, rank) and the scale of the update. A and B are
-    used in the dtype of x; their gradients have their own dtypes.
+    `apply` takes the frozen linear, x (..., in), A (rank, in), B (out, rank), the scale of the update, and None or a
+    mask of the active directions of each sample, (B, rank) for x (B, ..., in). A and B are used in the dtype of x;
+    their gradients have their own dtypes.
     """
 
     @staticmethod
-    def forward(ctx: Any, linear: nn.Linear, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.linear, ctx.scale = linear, scale
-        h = F.linear(flatten_rows(x), a.to(x.dtype))  # (tokens, rank)
+    def forward(
+        ctx: Any, linear: nn.Linear, x: Tensor, a: Tensor, b: Tensor, scale: float, mask: Tensor | None
+    ) -> Tensor:
+        ctx.linear, ctx.scale, ctx.mask = linear, scale, mask
+        h = mask_rows(F.linear(flatten_rows(x), a.to(x.dtype)), mask)  # (tokens, rank)
 
         def compute() -> Tensor:
             y = product(linear, x)
@@ -43,7 +47,7 @@ class LoraProduct(torch.autograd.Function):
 
         replay = current_replay()
         y = replay.output(linear, x, compute) if replay else compute()
-        _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_a else None, h if needs_b else None, a, b)
         return y
 
@@ -51,13 +55,14 @@ class LoraProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a, b = ctx.saved_tensors
-        _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
+        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         dy_rows = flatten_rows(dy)
         dx = da = db = None
         if needs_x or needs_a:
             dh = dy_rows @ b.to(dy.dtype)
             if ctx.scale != 1:
                 dh *= ctx.scale
+            dh = mask_rows(dh, ctx.mask)
         if needs_a:
             da = (dh.t() @ flatten_rows(x)).to(a.dtype)
         if needs_b:
@@ -69,7 +74,14 @@ class LoraProduct(torch.autograd.Function):
         if needs_x:
             dx = input_gradient(ctx.linear, dy)
             dx.view(-1, dx.shape[-1]).addmm_(dh, a.to(dx.dtype))
-        return None, dx, da, db, None
+        return None, dx, da, db, None, None
+
+
+def mask_rows(h: Tensor, mask: Tensor | None) -> Tensor:
+    """Return `h` (tokens, rank), in place, with the rows of each sample multiplied by its row of `mask` (B, rank)."""
+    if mask is not None:
+        h.view(len(mask), -1, h.shape[1]).mul_(mask[:, None].to(h.dtype))
+    return h
 
 
 def subtract_initial(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +91,8 @@ def subtract_initial(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tens
 
 class FusedLora(lora.Linear):
     """PEFT's LoRA layer, computed by `LoraProduct` where the adapter is plain. `fuse_lora` converts PEFT's layers."""
+
+    rank_schedule: RankSchedule | None = None  # of a T-LoRA
 
     def plain_adapter(self) -> str | None:
         """Return the active adapter if PEFT's forward for it is just base + scale * B A x, else None.
@@ -114,7 +128,8 @@ class FusedLora(lora.Linear):
         x = cast_for_autocast(x)
         if torch.compiler.is_compiling():  # the compiler fuses these operations and chooses what is kept
             return self.base_layer(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
-        return LoraProduct.apply(self.base_layer, x, a, b, scale)
+        mask = None if self.rank_schedule is None else self.rank_schedule.mask(len(a), x)
+        return LoraProduct.apply(self.base_layer, x, a, b, scale, mask)
 
 
 def fuse_lora(model: nn.Module) -> None:

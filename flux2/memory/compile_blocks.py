@@ -50,6 +50,8 @@ def check_compiles(model: nn.Module) -> None:
         elif isinstance(layer, LoHaLayer | LoKrLayer) and isinstance(layer.get_base_layer(), QuantizedLinear):
             kind = "LoHa (adapter=loha)" if isinstance(layer, LoHaLayer) else "LoKr (adapter=lokr)"
             what, instead = f"a {kind} on a quantized base", "choose precision=bf16 or another type of adapter"
+        elif getattr(layer, "rank_schedule", None) is not None:
+            what, instead = "a T-LoRA (adapter=tlora), which masks by timestep", "choose another type of adapter"
         else:
             continue
         raise ValueError(

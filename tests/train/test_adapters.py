@@ -14,7 +14,7 @@ from train.stages.memory import load_config
 
 pytest_plugins = ("train_helpers",)
 
-TYPES = ("lora", "rslora", "dora", "pissa", "loha", "lokr", "oft")
+TYPES = ("lora", "rslora", "dora", "pissa", "loha", "lokr", "oft", "tlora")
 NAMES = {
     "lora": "LoRA",
     "rslora": "rsLoRA",
@@ -23,6 +23,7 @@ NAMES = {
     "loha": "LoHa",
     "lokr": "LoKr",
     "oft": "OFT",
+    "tlora": "T-LoRA",
 }
 
 
@@ -41,7 +42,7 @@ def typed(small, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("kind", slow_but(TYPES, fast=("dora", "lokr")))
+@pytest.mark.parametrize("kind", slow_but(TYPES, fast=("dora", "lokr", "tlora")))
 def test_every_type_lowers_the_validation_loss_is_used_and_goes_on_bit_for_bit(kind, typed, tmp_path, capsys):
     every = ["validate_every=8", "checkpoint_every=4", "batch_size=4", "steps=8", "optimizer.lr=2e-2"]
     run = typed(kind, "whole", *every)

@@ -35,7 +35,7 @@ from flux2.utils.text import listed
 from flux2.weights.sources import ModelSource, model_source
 from train.config.instantiate import check_own_targets, instantiate, parse_settings
 from train.config.memory import AUTO, completed
-from train.config.settings import AdapterStart, MemorySettings, ModelSettings, PrecisionSettings, RunSettings
+from train.config.settings import AdapterSettings, MemorySettings, ModelSettings, PrecisionSettings, RunSettings
 from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import check_adapter, launched_to_shard
 from train.encoding.text_encoders import PromptEncoder
@@ -45,6 +45,7 @@ from train.objective.prior import PriorPreservation
 from train.optim.ema import check_one_average
 from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
 from train.optim.parameter_groups import RateSettings
+from train.optim.stochastic_rounding import check_averages, to_bfloat16
 from train.publishing.hub import HubSettings
 from train.utils.console import say, warn
 from train.validation.loss import ValidationSettings
@@ -58,7 +59,7 @@ GROUPS = (
 )
 # fmt: on
 # settings of groups with a `_target_` that are not its arguments: all choices of the group have them
-OWN: dict[str, type] = {"adapter": AdapterStart, "optimizer": RateSettings}
+OWN: dict[str, type] = {"adapter": AdapterSettings, "optimizer": RateSettings}
 
 
 def own_names(group: str) -> set[str]:
@@ -119,7 +120,7 @@ class RunConfig:
         self.twin = self._twin_source()
         self.precision = self.memory.with_layouts(precision.on(self.accelerator.device))
         self.make_adapter = self.instantiate("adapter", "model", "seed", "name")
-        self.adapter_start: AdapterStart = self._own_settings("adapter")
+        self.adapter: AdapterSettings = self._own_settings("adapter")
         check_installed(self.composed["optimizer"].get("_target_"))
         self.make_optimizer = self.instantiate("optimizer", "params")
         self.rates: RateSettings = self._own_settings("optimizer")
@@ -176,6 +177,8 @@ class RunConfig:
         factors = self.rates.factors(model)
         optimizer = build_optimizer(self.make_optimizer, parameters, factors)
         check_one_average(optimizer, self.settings.ema_decay)
+        if self.adapter.is_bfloat16:
+            check_averages(optimizer)
         try_out(self.make_optimizer, self.accelerator.device)
         if self.accelerator.is_main_process:
             for warning in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps, factors):
@@ -193,7 +196,7 @@ class RunConfig:
 
     def _check_start(self, model: Transformer) -> None:
         """Raise ValueError if the adapter cannot start from `adapter.init`; a resumed run does not read it."""
-        start = self.adapter_start
+        start = self.adapter
         if start.init is not None and not start.is_frozen and self.settings.resume is None:
             start_from(model, start.init)
 
@@ -329,8 +332,10 @@ class RunConfig:
     def attach_adapter(self, model: Transformer) -> nn.Module:
         """Attach the configured adapter, and the saved one that is frozen next to it, to a model to plan or check."""
         wrapped: nn.Module = self.make_adapter(model, seed=self.settings.seed)
-        if self.adapter_start.is_frozen:
-            attach_frozen(wrapped, self.adapter_start.init or "")
+        if self.adapter.is_frozen:
+            attach_frozen(wrapped, self.adapter.init or "")
+        if self.adapter.is_bfloat16:
+            to_bfloat16(wrapped)
         return wrapped
 
     def say(self, text: str) -> None:

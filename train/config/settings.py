@@ -27,6 +27,7 @@ from train.utils.redact import check_no_secret
 
 STORAGES = ("full", "projected", "fp8", "projected_fp8")  # of prompt embeddings
 INIT_MODES = ("continue", "frozen")  # what a run does with the adapter that it starts from
+DTYPES = ("fp32", "bf16")  # of the trained weights
 MOST = 1 << 20  # images in a batch, and micro-batches in a step
 MOST_STEPS = 10**9  # a second each would take 30 years
 MOST_GB = 1e6  # of the memory of a device
@@ -138,17 +139,20 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class AdapterStart:
-    """The settings of the group `adapter` that every type has: the saved adapter that a new one starts from."""
+class AdapterSettings:
+    """The settings of the group `adapter` that every type has: what a new one starts from, and the dtype of weights."""
 
     init: str | None = None
     init_mode: str = "continue"
+    dtype: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.init == "":
             raise ValueError("adapter.init='' must not be empty: leave it out, or set null")
         if self.init_mode not in INIT_MODES:
             raise ValueError(f"adapter.init_mode={self.init_mode!r} must be one of {', '.join(INIT_MODES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"adapter.dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.is_frozen and self.init is None:
             raise ValueError("adapter.init_mode='frozen' has no effect without a saved adapter. Set adapter.init=PATH")
 
@@ -156,6 +160,11 @@ class AdapterStart:
     def is_frozen(self) -> bool:
         """Whether the saved adapter stays as it is, active next to the trained one."""
         return self.init_mode == "frozen"
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether the trained weights are bfloat16, rounded stochastically."""
+        return self.dtype == "bf16"
 
 
 @dataclass(frozen=True)

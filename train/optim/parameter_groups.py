@@ -63,7 +63,7 @@ class RateSettings:
         if self.lora_plus_ratio is not None and not has_b:
             raise ValueError(
                 f"optimizer.lora_plus_ratio={self.lora_plus_ratio:g} is the rate of a LoRA's B over that of its A, and "
-                "this type of adapter has neither. Set it to null, or use adapter=lora, rslora, dora or pissa"
+                "this type of adapter has neither. Set it to null, or use adapter=lora, rslora, tlora, dora or pissa"
             )
         return list(trained.values())
 

@@ -52,10 +52,16 @@ def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     Like `nn.utils.clip_grad_norm_`, which multiplies small gradients by 1. On a CPU this is skipped; on a GPU the host
     would have to wait for the norm.
     """
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]).float()
     if most and not (norm.device.type == "cpu" and norm < most - 1e-6):  # torch adds 1e-6 to the norm
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm
+
+
+def clear_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Free the gradients, also those of parameters that the optimizer updates through copies."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 @dataclass

@@ -29,6 +29,15 @@ def optimizer_bytes(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> 
     return sum(count * each[shape] for shape, count in counted.items())
 
 
+def update_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Return the bytes that an update needs in addition to parameters, gradients and state: a result for each number.
+
+    bfloat16 parameters get float32 copies, and float32 gradients in place of theirs
+    (train/optim/stochastic_rounding.py).
+    """
+    return sum(p.numel() * (4 if p.itemsize == 4 else 3 * 4 - p.itemsize) for p in parameters)
+
+
 def state_bytes(make: MakeOptimizer, shape: tuple[int, ...]) -> int:
     """Return the bytes of the state of one parameter of `shape`, which has at least one dimension.
 

@@ -28,7 +28,7 @@ from flux2.quantization.precision import set_transposed_cache
 from train.config.memory import Choice
 from train.optim.optimizers import averages_weights
 from train.planner.division import Part, divide, parts_of
-from train.planner.optimizer_memory import optimizer_bytes
+from train.planner.optimizer_memory import optimizer_bytes, update_bytes
 from train.planner.prediction import Prediction, training_peak
 from train.planner.step_memory import (
     Cost,
@@ -191,9 +191,12 @@ class Planner:
         """Bytes of the whole adapter, and of what training keeps for it."""
         return self.adapter_of(self.whole)
 
-    def _adapter_of(self, part: Part) -> dict[str, float]:
+    def parameters_of(self, part: Part) -> list[nn.Parameter]:
         modules = [*self.ends(part), *self.job.blocks[part.start : part.stop]]
-        parameters = [parameter for module in modules for parameter in adapter_parameters(module)]
+        return [parameter for module in modules for parameter in adapter_parameters(module)]
+
+    def _adapter_of(self, part: Part) -> dict[str, float]:
+        parameters = self.parameters_of(part)
         counted = Counter(tuple(parameter.shape) for parameter in parameters)
         return {
             "adapter": size(parameters),
@@ -341,7 +344,7 @@ class Planner:
         inputs = self.inputs_of(part)
         phases: dict[str, dict[str, float]] = {
             "step": {**resident, "micro-batch": inputs, "kept for backward": kept, "working set": working},
-            "update": {**resident, "working set": adapter["adapter"]},
+            "update": {**resident, "working set": update_bytes(self.parameters_of(part))},
         }
         idle = {key: value for key, value in resident.items() if key != "its gradients"}
         idle["trained weights"] = self.swapped_of(part)

@@ -96,8 +96,8 @@ def words_to_generate(config: RunConfig, adapter: Path, caption: str) -> list[st
         words += ["--text-encoder", config.text_encoder.url]
     if config.precision.name != precision_from_name(None, config.accelerator.device).name:
         words += ["--precision", config.precision.name]
-    if config.adapter_start.is_frozen:
-        words += ["--adapter", str(config.adapter_start.init)]
+    if config.adapter.is_frozen:
+        words += ["--adapter", str(config.adapter.init)]
     words += ["--adapter", str(adapter), "--prompt", config.sample.prompts[0] if config.sample.prompts else caption]
     for path in config.sample.edits[0] if config.sample.prompts else []:
         words += ["--image", path]

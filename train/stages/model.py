@@ -26,6 +26,7 @@ from train.checkpoints.resume import RunLocation
 from train.config.run_config import RunConfig
 from train.distributed.sharding import attach_sharded, local_bytes, sharder, total_bytes
 from train.optim.optimizers import build_optimizer
+from train.optim.stochastic_rounding import build_rounded_optimizer, to_bfloat16
 from train.sweeps.reuse import SHARED, Base
 from train.utils.console import name_process_in_errors, warn
 from train.utils.memory import explain_oom
@@ -59,7 +60,10 @@ class LoadedModel:
 
     def build_optimizer(self, config: RunConfig) -> torch.optim.Optimizer:
         """Build the configured optimizer of the adapter, with the learning rates of its layers."""
-        return build_optimizer(config.make_optimizer, self.trained_parameters, config.rates.factors(self.peft_model))
+        parameters, factors = self.trained_parameters, config.rates.factors(self.peft_model)
+        if config.adapter.is_bfloat16:
+            return build_rounded_optimizer(config.make_optimizer, parameters, factors, config.settings.seed)
+        return build_optimizer(config.make_optimizer, parameters, factors)
 
     def release(self, config: RunConfig) -> None:
         """Remove the adapter, so that the next sweep job can reuse the base; drop a base that cannot be reused."""
@@ -82,6 +86,8 @@ def load_model(config: RunConfig, location: RunLocation) -> LoadedModel:
         attach = partial(attach_sharded, config.make_adapter) if config.processes.sharded else config.make_adapter
         peft_model = attach(base.transformer, seed=config.settings.seed)
         state = start_adapter(config, location, peft_model)
+        if config.adapter.is_bfloat16:
+            to_bfloat16(peft_model)
         place_blocks(config, base)
     return LoadedModel(base, peft_model, state)
 
@@ -92,7 +98,7 @@ def start_adapter(config: RunConfig, location: RunLocation, peft_model: peft.Pef
     A resumed run reads it only if it is frozen: otherwise the checkpoint has the adapter. Raises ValueError if the
     frozen one has changed since.
     """
-    path, is_frozen = config.adapter_start.init, config.adapter_start.is_frozen
+    path, is_frozen = config.adapter.init, config.adapter.is_frozen
     if path is None:
         return {}
     recorded = None if location.checkpoint is None else read_state(location.checkpoint).get(START)

@@ -204,8 +204,8 @@ def test_a_pissa_starts_at_the_weights_largest_directions_and_has_pissas_gradien
 
 
 def test_the_table_of_types_and_precisions_is_what_is_tested() -> None:
-    rows = re.findall(r"^\| (\w+) \|((?: (?:yes|no) \|){5})$", DOCS.read_text(), re.M)
-    assert [kind for kind, _ in rows] == ["LoRA", "rsLoRA", "DoRA", "PiSSA", "LoHa", "LoKr", "OFT"]
-    found = {(kind.lower(), name) for kind, cells in rows for name, cell in
+    rows = re.findall(r"^\| ([\w-]+) \|((?: (?:yes|no) \|){5})$", DOCS.read_text(), re.M)
+    assert [kind for kind, _ in rows] == ["LoRA", "rsLoRA", "DoRA", "PiSSA", "LoHa", "LoKr", "OFT", "T-LoRA"]
+    found = {(kind.lower().replace("-", ""), name) for kind, cells in rows for name, cell in
              zip(PRECISIONS, re.findall(r"yes|no", cells), strict=True) if cell == "yes"}  # fmt: skip
     assert found == SUPPORTED

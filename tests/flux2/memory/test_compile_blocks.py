@@ -15,7 +15,7 @@ from flux2.memory.compile_blocks import check_compiles, compiler_error
 from flux2.models.transformer import Transformer
 from flux2.quantization.precision import convert
 
-REFUSED = {("dora", precision) for precision in ("fp32", "bf16", "fp8", "int8", "nf4")} | {
+REFUSED = {(kind, precision) for kind in ("dora", "tlora") for precision in PRECISIONS} | {
     (kind, precision) for kind in ("loha", "lokr") for precision in ("fp8", "int8", "nf4")
 }
 

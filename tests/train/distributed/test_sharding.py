@@ -189,7 +189,7 @@ def one_process():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
-@pytest.mark.parametrize("kind", ["rslora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize("kind", ["rslora", "loha", "lokr", "oft", "tlora"])
 @pytest.mark.filterwarnings("ignore:.*pre_backward")
 def test_an_adapter_of_each_other_type_on_a_sharded_base_learns_the_same(one_process, kind, precision):
     """To the bit, in layers of blocks and of others. A plain LoRA does so in two processes, above."""
