@@ -42,6 +42,7 @@ NEEDS = {
     ("dataset", "pairs"): ["dataset.path=/pictures"],
     ("dataset", "webdataset"): ["dataset.path=/shards"],
     ("preservation", "base"): ["preservation.prompts=[a cup]"],
+    ("preservation", "class"): ["preservation.trigger=trtcrd"],
     ("preservation", "prior"): ["preservation.prompts=[a cup]"],
 }
 OBJECTS = {

@@ -34,7 +34,7 @@ from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import check_adapter, launched_to_shard
 from train.encoding.text_encoders import PromptEncoder
 from train.objective.loss import MSE
-from train.objective.preservation import Preservation
+from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import PriorPreservation
 from train.optim.ema import check_one_average
 from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
@@ -113,7 +113,7 @@ class RunConfig:
             self.timesteps.check_range((width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN))
         self.loss: MSE = self.instantiate("loss")
         self.weighting = self.instantiate("weighting")
-        self._preservation: Preservation | PriorPreservation = self.instantiate("preservation")
+        self._preservation: Preservation | BlankPreservation | PriorPreservation = self.instantiate("preservation")
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
 
@@ -222,9 +222,9 @@ class RunConfig:
         return self.source.variant
 
     @property
-    def preservation(self) -> Preservation:
-        """Base preservation; inactive unless `preservation=base`."""
-        return self._preservation if isinstance(self._preservation, Preservation) else Preservation()
+    def preservation(self) -> Preservation | BlankPreservation:
+        """Preservation of the base's predictions; inactive with `preservation=none` and `prior`."""
+        return Preservation() if isinstance(self._preservation, PriorPreservation) else self._preservation
 
     @property
     def prior(self) -> PriorPreservation | None:

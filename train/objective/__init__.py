@@ -4,7 +4,7 @@ README's list. Begin with noise.py, then objective.py.
 """
 
 from train.objective.loss import MAE, MSE, Huber, PseudoHuber
-from train.objective.preservation import Preservation
+from train.objective.preservation import BlankPreservation, ClassPreservation, Preservation
 from train.objective.prior import PriorPreservation
 from train.objective.timesteps import LogitNormal, LogSNR, Mode, Uniform
 from train.objective.weighting import Bell, Cosmap, SigmaSqrt, Unweighted
@@ -13,6 +13,8 @@ __all__ = [
     "MAE",
     "MSE",
     "Bell",
+    "BlankPreservation",
+    "ClassPreservation",
     "Cosmap",
     "Huber",
     "LogSNR",

@@ -6,7 +6,7 @@ precision of matrix products, so that the training loop needs only one call: the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from data.loader import Batch, Loader, copy_to_device
 from flux2.adapters import adapters_disabled
 from train.objective.loss import MSE, flow_loss
 from train.objective.noise import Noised, NoiseDraw, add_noise, draw, joined
-from train.objective.preservation import Preservation
+from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import ClassPictures
 from train.objective.timesteps import Uniform
 from train.objective.weighting import Unweighted
@@ -29,12 +29,16 @@ class MicroBatch:
     Attributes:
         weight: Weight of its loss in the step.
         is_prior: Whether these are class images.
+        preserved: (P, T, D) embeddings of the prompts with which the first P samples are compared to the base, if any.
+        preserved_weights: (P,) their weights in that comparison; None is 1 for all.
     """
 
     batch: Batch
     noise: NoiseDraw
     weight: float = 1.0
     is_prior: bool = False
+    preserved: Tensor | None = None
+    preserved_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,14 @@ class Inputs:
     Attributes:
         text: (B, T, D) embeddings of the captions.
         weights: (B,) weights of the samples, which do not apply to preservation; None is 1 for all.
-        preserved: (P, T, D) embeddings of the prompts with which the first P samples are compared to the base, if any.
+        preserved, preserved_weights: As in `MicroBatch`.
     """
 
     noised: Noised
     text: Tensor
     weights: Tensor | None = None
     preserved: Tensor | None = None
+    preserved_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def training_loss(
     flow = loss(trained, noised.target, noised.mask, inputs.weights, noised.times, flow_base)
     if not held:
         return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
-    difference = flow_loss(held[0], base[-1])
+    difference = flow_loss(held[0], base[-1], None, inputs.preserved_weights)
     return Losses(flow + weight * difference, flow.detach(), difference.detach())
 
 
@@ -110,7 +115,6 @@ class Objective:
 
     Attributes:
         seed: The run's seed.
-        preserved: Embedding (T, D) of each prompt of `preservation`.
         prior: The class images of prior preservation; None without them.
         guidance: The guidance scale for a guidance-distilled model; None for other models.
         dtype: The dtype of matrix products; None is the adapter's.
@@ -120,8 +124,7 @@ class Objective:
     timesteps: Uniform
     loss: MSE
     weighting: Unweighted
-    preservation: Preservation = field(default_factory=Preservation)
-    preserved: Mapping[str, Tensor] = field(default_factory=dict)
+    preservation: Preservation | BlankPreservation = field(default_factory=Preservation)
     prior: ClassPictures | None = None
     guidance: float | None = None
     dtype: torch.dtype | None = None
@@ -131,7 +134,8 @@ class Objective:
 
         def noisy(batch: Batch, seed: int, weight: float, is_prior: bool) -> MicroBatch:
             batch = self.loss.with_drawn_masks(batch, seed, step)
-            return MicroBatch(batch, draw(batch, self.timesteps, seed, step), weight, is_prior)
+            noise = draw(batch, self.timesteps, seed, step)
+            return MicroBatch(batch, noise, weight, is_prior, *self.preserve(loader, batch, step))
 
         def part(batch: Batch, whole: Loader) -> float:  # a micro-batch of several shapes is in several batches
             return len(batch.indices) / whole.batch_size
@@ -143,6 +147,14 @@ class Objective:
         weighted = [(batch, prior.weight * part(batch, prior.loader)) for batch in prior.micro_batches(step)]
         return samples + [noisy(batch, prior.seed, weight, True) for batch, weight in weighted]
 
+    def preserve(self, loader: Loader, batch: Batch, step: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the embeddings of the preservation prompts of a batch and their weights, on the CPU."""
+        if not self.preservation.active:
+            return None, None
+        prompts = self.preservation.prompts_for(batch.captions, self.seed, step, batch.positions)
+        weights = self.preservation.weights(batch.captions, prompts)
+        return loader.embeddings(prompts), None if weights is None else torch.tensor(weights)
+
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """Return the losses of a micro-batch; `model` is the transformer with its adapter, or a wrapper around it."""
         with self.autocast(inputs.text.device):
@@ -152,17 +164,15 @@ class Objective:
         """Context manager for matrix products in `dtype`; adapter and losses stay in float32."""
         return torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
-    def prepare(self, micro_batch: MicroBatch, step: int, device: torch.device) -> Inputs:
-        """Copy a micro-batch to `device`, add its noise, and draw its preservation prompts."""
+    def prepare(self, micro_batch: MicroBatch, device: torch.device) -> Inputs:
+        """Copy a micro-batch to `device` and add its noise."""
         batch = micro_batch.batch.to(device, torch.float32)
-        noised, preserved = add_noise(batch, micro_batch.noise), None
-        if self.preservation.active:
-            prompts = self.preservation.choose(self.seed, step, batch.positions[: self.preservation.samples])
-            preserved = copy_to_device(
-                torch.stack([self.preserved[prompt] for prompt in prompts]), batch.embeddings.device
-            )
-            preserved = preserved.to(batch.embeddings.dtype)
+        noised = add_noise(batch, micro_batch.noise)
+        others = [
+            None if tensor is None else copy_to_device(tensor, device).to(torch.float32)
+            for tensor in (micro_batch.preserved, micro_batch.preserved_weights)
+        ]
         weights = self.weighting(noised.times)
         if batch.weights is not None:
             weights = batch.weights if weights is None else weights * batch.weights
-        return Inputs(noised, batch.embeddings, weights, preserved)
+        return Inputs(noised, batch.embeddings, weights, *others)

@@ -106,7 +106,7 @@ def workload_of(
     samples = bool(config.sample.prompts) and settings.sample_every > 0
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
-    held = min(config.preservation.samples, settings.batch_size) if config.preservation.active else 0
+    held = config.preservation.rows(settings.batch_size)
     prior, outside = config.prior, settings.batch_size if config.loss.unmasked_prior else 0
     precision = precision or planned_precision(config, on_gpu, in_fp8)
     is_usual = config.memory.attention is None and config.memory.kernels == "torch" and num_gpus == 1

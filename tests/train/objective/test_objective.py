@@ -21,6 +21,14 @@ RESUMED = {
         "loss.unmasked_probability=0.5",
         "adapter.dropout=0.2",
     ],
+    "class": [
+        "preservation=class",
+        "dataset.captions.trigger=trtcrd",
+        "dataset.captions.shuffle_tags=2",
+        "preservation.samples=1",
+        "caption_dropout=0.3",
+    ],
+    "blank": ["preservation=blank", "caption_dropout=0.3", "gradient_accumulation=2", "batch_size=1"],
 }
 
 
