@@ -36,6 +36,7 @@ from train.encoding.text_encoders import PromptEncoder
 from train.objective.loss import MSE
 from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import PriorPreservation
+from train.objective.target import Flow
 from train.optim.ema import check_one_average
 from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
 from train.publishing.hub import HubSettings
@@ -46,7 +47,7 @@ from train.validation.samples import SampleSettings
 # fmt: off
 GROUPS = (
     "model", "precision", "memory", "adapter", "dataset", "text_encoder", "optimizer", "schedule", "timesteps",
-    "loss", "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
+    "target", "loss", "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
 )
 # fmt: on
 
@@ -111,6 +112,8 @@ class RunConfig:
         self.timesteps.sampled_in(self.variant.steps)
         for width, height in self.buckets.sizes:
             self.timesteps.check_range((width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN))
+        self.target: Flow = self.instantiate("target")
+        self.target.check(self.variant, self.settings.keep_best)
         self.loss: MSE = self.instantiate("loss")
         self.weighting = self.instantiate("weighting")
         self._preservation: Preservation | BlankPreservation | PriorPreservation = self.instantiate("preservation")
@@ -158,7 +161,9 @@ class RunConfig:
         check_one_average(build_optimizer(self.make_optimizer, parameters), self.settings.ema_decay)
         try_out(self.make_optimizer, self.accelerator.device)
         if self.accelerator.is_main_process:
-            for warning in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps):
+            scale = self.variant.guidance if self.sample.guidance is None else self.sample.guidance
+            guidance = self.target.warnings(scale) if self.sample.prompts and self.settings.sample_every else []
+            for warning in [*unusual_settings(self.make_optimizer, self.schedule, self.settings.steps), *guidance]:
                 warn(warning)
         if self.prior is not None:
             self.prior.images_per_batch(self.settings.batch_size)

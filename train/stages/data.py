@@ -201,4 +201,4 @@ def repeats(loader: Loader, what: str) -> str | None:
 def make_objective(config: RunConfig, data: TrainingData) -> Objective:
     """Return the training objective."""
     settings = config.timesteps, config.loss, config.weighting, config.preservation
-    return Objective(config.settings.seed, *settings, data.prior, config.guidance, config.autocast)
+    return Objective(config.settings.seed, *settings, data.prior, config.target, config.guidance, config.autocast)
