@@ -181,7 +181,7 @@ class Loader:
                 self._stack("latents", [entry.reference_keys[number] for entry in entries], latent_shape(each))
                 for number, each in enumerate(reference_sizes)
             ],
-            embeddings=self._embeddings([self._embedding_keys[caption] for caption in captions]),
+            embeddings=self.embeddings(captions),
             captions=captions,
             indices=indices,
             positions=list(positions),
@@ -208,10 +208,10 @@ class Loader:
         """Return one tensor of every entry, stacked. Raise ValueError, naming the entry, for another shape."""
         return torch.stack([self._cache.pick(key, self._memory.get(key), name, shape) for key in keys])
 
-    def _embeddings(self, keys: Sequence[str]) -> Tensor:
-        """Return the embeddings (B, L, D). Raise ValueError, naming the entry, if shapes differ."""
+    def embeddings(self, prompts: Sequence[str]) -> Tensor:
+        """Return the embeddings (B, L, D) of prompts. Raise ValueError, naming the entry, if shapes differ."""
         stacked: list[Tensor] = []
-        for key in keys:
+        for key in (self._embedding_keys[prompt] for prompt in prompts):
             shape = tuple(stacked[0].shape) if stacked else EMBEDDING_SHAPE
             stacked.append(unpack(self._cache, key, self._memory.get(key), shape))
         return torch.stack(stacked)

@@ -41,7 +41,9 @@ NEEDS = {
     ("dataset", "mix"): ["+dataset@dataset.sources.cats=folder", "dataset.sources.cats.path=/pictures"],
     ("dataset", "pairs"): ["dataset.path=/pictures"],
     ("dataset", "webdataset"): ["dataset.path=/shards"],
+    ("target", "contrastive"): ["model=klein_base_4b", "device=cpu"],
     ("preservation", "base"): ["preservation.prompts=[a cup]"],
+    ("preservation", "class"): ["preservation.trigger=trtcrd"],
     ("preservation", "prior"): ["preservation.prompts=[a cup]"],
 }
 OBJECTS = {
@@ -49,6 +51,7 @@ OBJECTS = {
     "optimizer": "make_optimizer",
     "schedule": "schedule",
     "timesteps": "timesteps",
+    "target": "target",
     "loss": "loss",
     "weighting": "weighting",
     "preservation": "_preservation",

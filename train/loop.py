@@ -163,7 +163,7 @@ class Trainer:
         count, rows = self.settings.gradient_accumulation, list[Tensor]()  # (total, flow, preservation), weighted
         prior_losses = [torch.zeros((), device=self.device)]
         for i, micro_batch in enumerate(micro_batches):
-            inputs = self.objective.prepare(micro_batch, step, self.device)
+            inputs = self.objective.prepare(micro_batch, self.device)
             if i == 0 and step + 1 < self.settings.steps:
                 self.prefetcher.begin(step + 1)
             is_last = i == len(micro_batches) - 1  # DDP averages gradients then; for a sharded base, see below

@@ -10,7 +10,7 @@ from train_helpers import CONF, ROOT, compose
 from train.stages.memory import load_config
 
 TEXT = (ROOT / "docs" / "training.md").read_text()
-GROUPS = ("timesteps", "loss", "weighting", "preservation", "optimizer", "schedule")
+GROUPS = ("timesteps", "target", "loss", "weighting", "preservation", "optimizer", "schedule")
 COMMANDS = [shlex.split(line)[2:] for line in re.findall(r"^python train/run\.py .*$", TEXT, re.MULTILINE)]
 
 

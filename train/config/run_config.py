@@ -40,8 +40,9 @@ from train.distributed.processes import Processes, make_accelerator
 from train.distributed.sharding import check_adapter, launched_to_shard
 from train.encoding.text_encoders import PromptEncoder
 from train.objective.loss import MSE
-from train.objective.preservation import Preservation
+from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import PriorPreservation
+from train.objective.target import Flow
 from train.optim.ema import check_one_average
 from train.optim.optimizers import build_optimizer, check_installed, try_out, unusual_settings
 from train.optim.parameter_groups import RateSettings
@@ -55,7 +56,7 @@ from train.validation.twin import twins
 # fmt: off
 GROUPS = (
     "model", "precision", "memory", "adapter", "dataset", "text_encoder", "optimizer", "schedule", "timesteps",
-    "loss", "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
+    "target", "loss", "weighting", "preservation", "tracker", "buckets", "validation", "sample", "hub",
 )
 # fmt: on
 # settings of groups with a `_target_` that are not its arguments: all choices of the group have them
@@ -129,9 +130,11 @@ class RunConfig:
         self.timesteps.sampled_in(self.variant.steps)
         for width, height in self.buckets.sizes:
             self.timesteps.check_range((width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN))
+        self.target: Flow = self.instantiate("target")
+        self.target.check(self.variant, self.settings.keep_best)
         self.loss: MSE = self.instantiate("loss")
         self.weighting = self.instantiate("weighting")
-        self._preservation: Preservation | PriorPreservation = self.instantiate("preservation")
+        self._preservation: Preservation | BlankPreservation | PriorPreservation = self.instantiate("preservation")
         self.text_encoder: PromptEncoder = self.instantiate("text_encoder")
         self.tracker = self.instantiate("tracker")
 
@@ -181,7 +184,11 @@ class RunConfig:
             check_averages(optimizer)
         try_out(self.make_optimizer, self.accelerator.device)
         if self.accelerator.is_main_process:
-            for warning in unusual_settings(self.make_optimizer, self.schedule, self.settings.steps, factors):
+            drawing = self.variant if self.twin is None else self.twin.variant
+            scale = drawing.guidance if self.sample.guidance is None else self.sample.guidance
+            guidance = self.target.warnings(scale) if self.sample.prompts and self.settings.sample_every else []
+            unusual = unusual_settings(self.make_optimizer, self.schedule, self.settings.steps, factors)
+            for warning in [*unusual, *guidance]:
                 warn(warning)
         if self.prior is not None:
             self.prior.images_per_batch(self.settings.batch_size)
@@ -276,9 +283,9 @@ class RunConfig:
         return self.source.variant
 
     @property
-    def preservation(self) -> Preservation:
-        """Base preservation; inactive unless `preservation=base`."""
-        return self._preservation if isinstance(self._preservation, Preservation) else Preservation()
+    def preservation(self) -> Preservation | BlankPreservation:
+        """Preservation of the base's predictions; inactive with `preservation=none` and `prior`."""
+        return Preservation() if isinstance(self._preservation, PriorPreservation) else self._preservation
 
     @property
     def prior(self) -> PriorPreservation | None:

@@ -1,11 +1,12 @@
 """The training objective: flow loss, timestep distributions, loss weighting, and preservation of the base. The package
-implements conf/timesteps, conf/loss, conf/weighting and conf/preservation. It imports only packages that are earlier in
-README's list. Begin with noise.py, then objective.py.
+implements conf/timesteps, conf/target, conf/loss, conf/weighting and conf/preservation. It imports only packages that
+are earlier in README's list. Begin with noise.py, then objective.py.
 """
 
 from train.objective.loss import MAE, MSE, Huber, PseudoHuber
-from train.objective.preservation import Preservation
+from train.objective.preservation import BlankPreservation, ClassPreservation, Preservation
 from train.objective.prior import PriorPreservation
+from train.objective.target import ContrastiveGuidance, Flow
 from train.objective.timesteps import LogitNormal, LogSNR, Mode, Uniform
 from train.objective.weighting import Bell, Cosmap, SigmaSqrt, Unweighted
 
@@ -13,7 +14,11 @@ __all__ = [
     "MAE",
     "MSE",
     "Bell",
+    "BlankPreservation",
+    "ClassPreservation",
+    "ContrastiveGuidance",
     "Cosmap",
+    "Flow",
     "Huber",
     "LogSNR",
     "LogitNormal",

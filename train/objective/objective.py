@@ -6,7 +6,8 @@ precision of matrix products, so that the training loop needs only one call: the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,9 @@ from data.loader import Batch, Loader, copy_to_device
 from flux2.adapters import adapters_disabled
 from train.objective.loss import MSE, flow_loss
 from train.objective.noise import Noised, NoiseDraw, add_noise, draw, joined
-from train.objective.preservation import Preservation
+from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import ClassPictures
+from train.objective.target import ContrastiveGuidance, Flow
 from train.objective.timesteps import Uniform
 from train.objective.weighting import Unweighted
 
@@ -29,12 +31,18 @@ class MicroBatch:
     Attributes:
         weight: Weight of its loss in the step.
         is_prior: Whether these are class images.
+        preserved: (P, T, D) embeddings of the prompts with which the first P samples are compared to the base, if any.
+        preserved_weights: (P,) their weights in that comparison; None is 1 for all.
+        empty: (1, T, D) embedding of the empty prompt for contrastive guidance, if that is the target.
     """
 
     batch: Batch
     noise: NoiseDraw
     weight: float = 1.0
     is_prior: bool = False
+    preserved: Tensor | None = None
+    preserved_weights: Tensor | None = None
+    empty: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,17 @@ class Inputs:
     Attributes:
         text: (B, T, D) embeddings of the captions.
         weights: (B,) weights of the samples, which do not apply to preservation; None is 1 for all.
-        preserved: (P, T, D) embeddings of the prompts with which the first P samples are compared to the base, if any.
+        preserved, preserved_weights, empty: As in `MicroBatch`.
+        has_caption: (B,) whether a sample has a caption that is not empty; needed with `empty`.
     """
 
     noised: Noised
     text: Tensor
     weights: Tensor | None = None
     preserved: Tensor | None = None
+    preserved_weights: Tensor | None = None
+    empty: Tensor | None = None
+    has_caption: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,12 @@ class Losses:
 
 
 def training_loss(
-    model: nn.Module, inputs: Inputs, guidance: float | None, loss: MSE | None = None, weight: float = 0.0
+    model: nn.Module,
+    inputs: Inputs,
+    guidance: float | None,
+    loss: MSE | None = None,
+    weight: float = 0.0,
+    target: Flow | None = None,
 ) -> Losses:
     """Return the losses of one micro-batch.
 
@@ -78,6 +95,7 @@ def training_loss(
         model: Transformer with its adapter, or a wrapper around it.
         loss: Distance of predictions and targets; None is the mean squared error.
         weight: Weight of base preservation, which is always a mean squared error.
+        target: What predictions are compared to; None is the flow.
     """
     noised, loss = inputs.noised, loss or flow_loss
     preserved = [] if inputs.preserved is None else [inputs.preserved]
@@ -88,14 +106,32 @@ def training_loss(
         with torch.no_grad(), adapters_disabled(model):
             base = predict_each(model, noised, frozen, guidance)
     flow_base = base[0] if loss.unmasked_prior else None
+    aim = noised.target
+    if isinstance(target, ContrastiveGuidance):
+        assert inputs.empty is not None
+        assert inputs.has_caption is not None
+        with torch.no_grad(), without_dropout(model):
+            unconditional = noised.predict(model, inputs.empty.expand(len(aim), -1, -1), guidance)
+        aim = target.guided(aim, unconditional, noised.times, inputs.has_caption)
 
     # The adapter's own predictions, in one forward.
     trained, *held = predict_each(model, noised, [inputs.text, *preserved], guidance)
-    flow = loss(trained, noised.target, noised.mask, inputs.weights, noised.times, flow_base)
+    flow = loss(trained, aim, noised.mask, inputs.weights, noised.times, flow_base)
     if not held:
         return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
-    difference = flow_loss(held[0], base[-1])
+    difference = flow_loss(held[0], base[-1], None, inputs.preserved_weights)
     return Losses(flow + weight * difference, flow.detach(), difference.detach())
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Context manager in which the adapter of a model in training has no dropout."""
+    is_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(is_training)
 
 
 def predict_each(model: nn.Module, noised: Noised, texts: Sequence[Tensor], guidance: float | None) -> Sequence[Tensor]:
@@ -110,7 +146,6 @@ class Objective:
 
     Attributes:
         seed: The run's seed.
-        preserved: Embedding (T, D) of each prompt of `preservation`.
         prior: The class images of prior preservation; None without them.
         guidance: The guidance scale for a guidance-distilled model; None for other models.
         dtype: The dtype of matrix products; None is the adapter's.
@@ -120,9 +155,9 @@ class Objective:
     timesteps: Uniform
     loss: MSE
     weighting: Unweighted
-    preservation: Preservation = field(default_factory=Preservation)
-    preserved: Mapping[str, Tensor] = field(default_factory=dict)
+    preservation: Preservation | BlankPreservation = field(default_factory=Preservation)
     prior: ClassPictures | None = None
+    target: Flow = field(default_factory=Flow)
     guidance: float | None = None
     dtype: torch.dtype | None = None
 
@@ -131,7 +166,9 @@ class Objective:
 
         def noisy(batch: Batch, seed: int, weight: float, is_prior: bool) -> MicroBatch:
             batch = self.loss.with_drawn_masks(batch, seed, step)
-            return MicroBatch(batch, draw(batch, self.timesteps, seed, step), weight, is_prior)
+            noise = draw(batch, self.timesteps, seed, step)
+            empty = loader.embeddings([""]) if isinstance(self.target, ContrastiveGuidance) else None
+            return MicroBatch(batch, noise, weight, is_prior, *self.preserve(loader, batch, step), empty)
 
         def part(batch: Batch, whole: Loader) -> float:  # a micro-batch of several shapes is in several batches
             return len(batch.indices) / whole.batch_size
@@ -143,26 +180,36 @@ class Objective:
         weighted = [(batch, prior.weight * part(batch, prior.loader)) for batch in prior.micro_batches(step)]
         return samples + [noisy(batch, prior.seed, weight, True) for batch, weight in weighted]
 
+    def preserve(self, loader: Loader, batch: Batch, step: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the embeddings of the preservation prompts of a batch and their weights, on the CPU."""
+        if not self.preservation.active:
+            return None, None
+        prompts = self.preservation.prompts_for(batch.captions, self.seed, step, batch.positions)
+        weights = self.preservation.weights(batch.captions, prompts)
+        return loader.embeddings(prompts), None if weights is None else torch.tensor(weights)
+
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """Return the losses of a micro-batch; `model` is the transformer with its adapter, or a wrapper around it."""
         with self.autocast(inputs.text.device):
-            return training_loss(model, inputs, self.guidance, self.loss, self.preservation.weight)
+            return training_loss(model, inputs, self.guidance, self.loss, self.preservation.weight, self.target)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Context manager for matrix products in `dtype`; adapter and losses stay in float32."""
         return torch.autocast(device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
-    def prepare(self, micro_batch: MicroBatch, step: int, device: torch.device) -> Inputs:
-        """Copy a micro-batch to `device`, add its noise, and draw its preservation prompts."""
+    def prepare(self, micro_batch: MicroBatch, device: torch.device) -> Inputs:
+        """Copy a micro-batch to `device` and add its noise."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else copy_to_device(tensor, device).to(torch.float32)
+
         batch = micro_batch.batch.to(device, torch.float32)
-        noised, preserved = add_noise(batch, micro_batch.noise), None
-        if self.preservation.active:
-            prompts = self.preservation.choose(self.seed, step, batch.positions[: self.preservation.samples])
-            preserved = copy_to_device(
-                torch.stack([self.preserved[prompt] for prompt in prompts]), batch.embeddings.device
-            )
-            preserved = preserved.to(batch.embeddings.dtype)
+        noised = add_noise(batch, micro_batch.noise)
         weights = self.weighting(noised.times)
         if batch.weights is not None:
             weights = batch.weights if weights is None else weights * batch.weights
-        return Inputs(noised, batch.embeddings, weights, preserved)
+        has_caption = None
+        if micro_batch.empty is not None:
+            has_caption = copy_to_device(torch.tensor([caption != "" for caption in batch.captions]), device)
+        preserved = moved(micro_batch.preserved), moved(micro_batch.preserved_weights)
+        return Inputs(noised, batch.embeddings, weights, *preserved, moved(micro_batch.empty), has_caption)

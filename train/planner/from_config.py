@@ -24,6 +24,7 @@ from flux2.utils.text import gigabytes
 from flux2.weights.sources import ModelSource
 from train.config.memory import AUTO, CHOSEN, FREE, HEADROOM_GB, choice_of, fixed_keys, settings_of
 from train.config.run_config import RunConfig
+from train.objective.target import ContrastiveGuidance
 from train.planner.gpus import CONTEXT_GB, GIB, Gpu, gpu, usable
 from train.planner.prediction import Prediction
 from train.planner.predictor import Planner
@@ -105,8 +106,9 @@ def workload_of(
     samples = bool(config.sample.prompts) and settings.sample_every > 0
     each = [config.sample_references(paths) for paths in config.sample.edits if samples]
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
-    held = min(config.preservation.samples, settings.batch_size) if config.preservation.active else 0
+    held = config.preservation.rows(settings.batch_size)
     prior, outside = config.prior, settings.batch_size if config.loss.unmasked_prior else 0
+    unconditional = settings.batch_size if isinstance(config.target, ContrastiveGuidance) else 0
     precision = precision or planned_precision(config, on_gpu, in_fp8)
     is_usual = config.memory.attention is None and config.memory.kernels == "torch" and num_gpus == 1
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
@@ -123,7 +125,7 @@ def workload_of(
         text_tokens=config.text_encoder.length or config.variant.text.length,
         rows=settings.batch_size + held,
         held=held,
-        frozen_rows=[held + outside] if held + outside else [],
+        frozen_rows=[rows for rows in (held + outside, unconditional) if rows],
         accumulation=settings.gradient_accumulation,
         averaged=settings.ema_decay > 0,
         class_rows=prior.images_per_batch(settings.batch_size) if prior else 0,
@@ -134,7 +136,7 @@ def workload_of(
         storage=precision.storage,
         compiled=config.memory.compile is True,
         kernels=on_gpu and config.memory.kernels == "triton" and config.memory.compile is not True,
-        usual=is_usual and precision == plain and not held + outside and prior is None,
+        usual=is_usual and precision == plain and not held + outside + unconditional and prior is None,
         text_sizes=text_sizes(config.source),
         text_storage=config.text_encoder.storage,
         text_here=config.text_encoder.here,

@@ -115,12 +115,14 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
             samples = config.instantiate("dataset")
         if config.buckets.each_resolution:
             samples.repeat_at(config.buckets.filled)
+    captions = (caption for sample in samples for caption in sample.captions)
+    preserved = config.preservation.all_prompts(captions) if config.prior is None else config.prior.prompts
     return CacheRequest(
         source,
         config.text_encoder,
         store,
         samples,
-        [*config.sample.prompts, *(config.prior or config.preservation).prompts],
+        [*config.sample.prompts, *preserved],
         config.buckets,
         config.settings.reference_resolution**2,
         config.precision.dtype,
@@ -199,8 +201,6 @@ def repeats(loader: Loader, what: str) -> str | None:
 
 
 def make_objective(config: RunConfig, data: TrainingData) -> Objective:
-    """Return the training objective, with the embeddings of the preservation prompts."""
-    prompts = list(config.preservation.prompts) if config.preservation.active else []
-    embeddings = dict(zip(prompts, data.prepared.cached.embeddings(prompts), strict=True)) if prompts else {}
+    """Return the training objective."""
     settings = config.timesteps, config.loss, config.weighting, config.preservation
-    return Objective(config.settings.seed, *settings, embeddings, data.prior, config.guidance, config.autocast)
+    return Objective(config.settings.seed, *settings, data.prior, config.target, config.guidance, config.autocast)

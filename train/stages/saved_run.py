@@ -41,7 +41,17 @@ from train.utils.memory import free_memory
 from train.validation.samples import Sampler
 
 FOLDER = "evaluation"  # in the run folder
-TRAINING_ONLY = ("adapter", "optimizer", "schedule", "timesteps", "loss", "weighting", "preservation", "tracker")
+TRAINING_ONLY = (
+    "adapter",
+    "optimizer",
+    "schedule",
+    "timesteps",
+    "target",
+    "loss",
+    "weighting",
+    "preservation",
+    "tracker",
+)
 MOST_CAPTIONS = 4  # captions that are used as prompts if the run has none
 
 

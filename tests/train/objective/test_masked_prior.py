@@ -95,6 +95,7 @@ def test_masks_are_dropped_at_the_rate_asked_for_by_seed_step_and_position():
         part = replace(batch_of(3, start=4), mask=batch.mask[4:7])
         assert torch.equal(loss.with_drawn_masks(part, 5, step).mask, mask[4:7])
         dropped += flags
+    assert len({tuple(dropped[start : start + 8]) for start in range(0, 1600, 8)}) > 50  # each by its position
     assert sum(dropped) / len(dropped) == pytest.approx(0.3, abs=3 * math.sqrt(0.3 * 0.7 / 1600))
     assert MSE().with_drawn_masks(batch, 5, 0) is batch
 

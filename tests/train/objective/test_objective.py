@@ -21,6 +21,21 @@ RESUMED = {
         "loss.unmasked_probability=0.5",
         "adapter.dropout=0.2",
     ],
+    "class": [
+        "preservation=class",
+        "dataset.captions.trigger=trtcrd",
+        "dataset.captions.shuffle_tags=2",
+        "preservation.samples=1",
+        "caption_dropout=0.3",
+    ],
+    "contrastive": [
+        "target=contrastive",
+        "target.schedule=sigma",
+        "target.optimized_scale=true",
+        "adapter.dropout=0.2",
+        "caption_dropout=0.3",
+    ],
+    "blank": ["preservation=blank", "caption_dropout=0.3", "gradient_accumulation=2", "batch_size=1"],
 }
 
 
@@ -41,9 +56,10 @@ def cut_out(tmp_path):
 
 @pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
 def test_a_run_goes_on_to_the_bit(train, cut_out, settings):
+    kind = "klein" if "target=contrastive" in settings else "dev"
     settings = [f"dataset.path={cut_out}", *settings, "checkpoint_every=2"]
-    whole = train("whole", *settings)
-    rest = train("rest", *settings, f"resume={whole / 'checkpoints' / 'step_000002'}")
+    whole = train("whole", *settings, kind=kind)
+    rest = train("rest", *settings, f"resume={whole / 'checkpoints' / 'step_000002'}", kind=kind)
     assert lines(rest) == [line for line in lines(whole) if line["step"] > 2]
     assert len(lines(whole)) == 4
     assert same_tensors(adapter(rest), adapter(whole))
