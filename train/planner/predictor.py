@@ -211,12 +211,8 @@ class Planner:
         shapes = {tuple(parameter.shape): parameter for parameter in adapter_parameters(self.job.model)}
         return {shape: optimizer_bytes(self.job.optimizer, [one]) for shape, one in shapes.items()}
 
-    @property
-    def swapped(self) -> int:
-        """Bytes of the trained weights, stored while their average is validated, sampled and saved."""
-        return self.swapped_of(self.whole)
-
     def swapped_of(self, part: Part) -> int:
+        """Bytes of the trained weights, stored while their average is validated, sampled and saved."""
         kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
         return int(self.adapter_of(part)["adapter"]) if kept else 0
 

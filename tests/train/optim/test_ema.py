@@ -202,6 +202,6 @@ def test_the_planner_counts_the_average_and_what_is_swapped_out(small):
     planner, with_it = phases(EMA)
     without = phases()[1]
     count = 4 * sum(p.numel() for p in planner.job.model.parameters() if p.requires_grad)
-    assert planner.adapter["its average"] == planner.swapped == count > 0
+    assert planner.adapter["its average"] == planner.swapped_of(planner.whole) == count > 0
     assert sum(with_it["step"].values()) == sum(without["step"].values()) + count
     assert sum(with_it["validation"].values()) == sum(without["validation"].values()) + 2 * count
