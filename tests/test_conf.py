@@ -42,6 +42,7 @@ NEEDS = {
     ("dataset", "pairs"): ["dataset.path=/pictures"],
     ("dataset", "webdataset"): ["dataset.path=/shards"],
     ("target", "contrastive"): ["model=klein_base_4b", "device=cpu"],
+    ("target", "slider"): ["target.positive=old", "target.negative=young"],
     ("preservation", "base"): ["preservation.prompts=[a cup]"],
     ("preservation", "class"): ["preservation.trigger=trtcrd"],
     ("preservation", "prior"): ["preservation.prompts=[a cup]"],
@@ -194,8 +195,9 @@ def test_the_datasets_are_made_from_their_files(pictures, parquet):
 
 def composed(name, *overrides):
     """An experiment, with the images that it asks for."""
-    images = OmegaConf.is_missing(compose(f"+experiment={name}").dataset, "path")
-    return compose(f"+experiment={name}", *(["dataset.path=/pictures"] if images else []), *overrides)
+    given = {"dataset.path": "/pictures", "target.positive": "old", "target.negative": "young"}
+    missing = OmegaConf.missing_keys(compose(f"+experiment={name}"))
+    return compose(f"+experiment={name}", *(f"{key}={given[key]}" for key in sorted(missing)), *overrides)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

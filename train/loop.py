@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data.loader import Loader
 from data.sampler import derived_generator
 from flux2.adapters import adapter_parameters
+from flux2.adapters.loading import scaled
 from flux2.utils.device import seed_devices
 from train.checkpoints.checkpointer import Checkpointer
 from train.config.settings import LoopSettings
@@ -167,7 +168,8 @@ class Trainer:
             if i == 0 and step + 1 < self.settings.steps:
                 self.prefetcher.begin(step + 1)
             is_last = i == len(micro_batches) - 1  # DDP averages gradients then; for a sharded base, see below
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            scale = scaled(self.peft_model, inputs.scale) if inputs.scale != 1 else nullcontext()
+            with nullcontext() if is_last else self.accelerator.no_sync(model), scale:  # which recomputation sees too
                 losses = self.objective.losses(model, inputs)
                 self.accelerator.backward(losses.total * micro_batch.weight / count)
             if micro_batch.is_prior:

@@ -193,7 +193,7 @@ class RunConfig:
         if self.prior is not None:
             self.prior.images_per_batch(self.settings.batch_size)
         for kind in {kind_of(layer) for layer in adapter_layers(model).values()}:
-            for scale in self.sample.scales:
+            for scale in {*self.sample.scales, *map(self.target.adapter_scale, range(2))}:
                 check_scale(kind, scale)
         self.attention_backend()
         assert all(model.get_submodule(block) for block in self.streamed)

@@ -19,7 +19,7 @@ from train.objective.loss import MSE, flow_loss
 from train.objective.noise import Noised, NoiseDraw, add_noise, draw, joined
 from train.objective.preservation import BlankPreservation, Preservation
 from train.objective.prior import ClassPictures
-from train.objective.target import ContrastiveGuidance, Flow
+from train.objective.target import ContrastiveGuidance, Flow, Slider
 from train.objective.timesteps import Uniform
 from train.objective.weighting import Unweighted
 
@@ -34,6 +34,9 @@ class MicroBatch:
         preserved: (P, T, D) embeddings of the prompts with which the first P samples are compared to the base, if any.
         preserved_weights: (P,) their weights in that comparison; None is 1 for all.
         empty: (1, T, D) embedding of the empty prompt for contrastive guidance, if that is the target.
+        guides: (B, T, D) embeddings of each list of prompts that the target is made of; the last are trained instead of
+            the captions.
+        scale: Scale of the adapter.
     """
 
     batch: Batch
@@ -43,6 +46,8 @@ class MicroBatch:
     preserved: Tensor | None = None
     preserved_weights: Tensor | None = None
     empty: Tensor | None = None
+    guides: Sequence[Tensor] = ()
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Inputs:
     Attributes:
         text: (B, T, D) embeddings of the captions.
         weights: (B,) weights of the samples, which do not apply to preservation; None is 1 for all.
-        preserved, preserved_weights, empty: As in `MicroBatch`.
+        preserved, preserved_weights, empty, guides, scale: As in `MicroBatch`.
         has_caption: (B,) whether a sample has a caption that is not empty; needed with `empty`.
     """
 
@@ -63,6 +68,8 @@ class Inputs:
     preserved_weights: Tensor | None = None
     empty: Tensor | None = None
     has_caption: Tensor | None = None
+    guides: Sequence[Tensor] = ()
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,18 @@ def training_loss(
     noised, loss = inputs.noised, loss or flow_loss
     preserved = [] if inputs.preserved is None else [inputs.preserved]
 
+    aim, text = noised.target, inputs.guides[-1] if inputs.guides else inputs.text
+
     # What the adapter is compared to: the base's predictions, which come from one forward without a gradient.
     base: Sequence[Tensor] = []
-    if frozen := [*([inputs.text] if loss.unmasked_prior else []), *preserved]:
+    if frozen := [*([text] if loss.unmasked_prior else []), *preserved]:
         with torch.no_grad(), adapters_disabled(model):
             base = predict_each(model, noised, frozen, guidance)
     flow_base = base[0] if loss.unmasked_prior else None
-    aim = noised.target
+    if isinstance(target, Slider) and inputs.guides:
+        with torch.no_grad(), adapters_disabled(model):
+            positive, negative, neutral = predict_each(model, noised, inputs.guides, guidance)
+        aim = target.moved(positive, negative, neutral, inputs.scale)
     if isinstance(target, ContrastiveGuidance):
         assert inputs.empty is not None
         assert inputs.has_caption is not None
@@ -115,7 +127,7 @@ def training_loss(
         aim = target.guided(aim, unconditional, noised.times, inputs.has_caption)
 
     # The adapter's own predictions, in one forward.
-    trained, *held = predict_each(model, noised, [inputs.text, *preserved], guidance)
+    trained, *held = predict_each(model, noised, [text, *preserved], guidance)
     flow = loss(trained, aim, noised.mask, inputs.weights, noised.times, flow_base)
     if not held:
         return Losses(flow, flow.detach(), torch.zeros_like(flow.detach()))
@@ -168,7 +180,10 @@ class Objective:
             batch = self.loss.with_drawn_masks(batch, seed, step)
             noise = draw(batch, self.timesteps, seed, step)
             empty = loader.embeddings([""]) if isinstance(self.target, ContrastiveGuidance) else None
-            return MicroBatch(batch, noise, weight, is_prior, *self.preserve(loader, batch, step), empty)
+            prompts = [] if is_prior else self.target.prompts_for(batch.captions)
+            guides = [loader.embeddings(each) for each in prompts]
+            scale, preserved = self.target.adapter_scale(step), self.preserve(loader, batch, step)
+            return MicroBatch(batch, noise, weight, is_prior, *preserved, empty, guides, scale)
 
         def part(batch: Batch, whole: Loader) -> float:  # a micro-batch of several shapes is in several batches
             return len(batch.indices) / whole.batch_size
@@ -212,4 +227,6 @@ class Objective:
         if micro_batch.empty is not None:
             has_caption = copy_to_device(torch.tensor([caption != "" for caption in batch.captions]), device)
         preserved = moved(micro_batch.preserved), moved(micro_batch.preserved_weights)
-        return Inputs(noised, batch.embeddings, weights, *preserved, moved(micro_batch.empty), has_caption)
+        guides = [tensor for guide in micro_batch.guides if (tensor := moved(guide)) is not None]
+        empty = moved(micro_batch.empty), has_caption
+        return Inputs(noised, batch.embeddings, weights, *preserved, *empty, guides, micro_batch.scale)

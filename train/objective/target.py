@@ -8,11 +8,21 @@ gradient, the target is
 
 so the adapter learns the guided prediction, and is sampled with one prediction per step instead of two. (ai-toolkit,
 `do_guidance_loss`; alpha as in "CFG-Zero*", Fan et al. 2025.)
+
+A slider learns a direction between two prompts from the base alone. With the base's predictions P, N, Z for a positive,
+a negative and a neutral prompt from the same noisy latents, the target of the neutral prompt is
+
+    Z + g (P - N) at scale 1 of the adapter,        Z - g (P - N) at scale -1,
+
+each brought to the mean and standard deviation of Z, so that images keep their contrast. (Concept Sliders, Gandikota et
+al. 2023; in this form in ai-toolkit, ConceptSliderTrainer.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,6 +32,8 @@ from flux2.utils.checks import MAX_GUIDANCE
 from train.utils.checks import is_number
 
 SCHEDULES = ("constant", "sigma")
+CAPTION = "{caption}"  # stands for the sample's caption
+GUIDANCES = (0.01, 100.0)  # of a slider
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,18 @@ class Flow:
 
     def check(self, variant: Variant, keep_best: int) -> None:
         """Raise ValueError if this target does not suit the model, or checkpoints that are kept by validation loss."""
+
+    def prompts_for(self, captions: Sequence[str]) -> list[list[str]]:
+        """Return lists of a prompt for each sample, whose predictions the target is made of."""
+        return []
+
+    def all_prompts(self, captions: Iterable[str]) -> Iterable[str]:
+        """Return every prompt that `prompts_for` may return, to be encoded."""
+        return []
+
+    def adapter_scale(self, step: int) -> float:
+        """Return the scale of the adapter at which a step trains it."""
+        return 1.0
 
     def warnings(self, sample_guidance: float) -> list[str]:
         """Return warnings about the guidance scale of sample grids."""
@@ -99,3 +123,59 @@ class ContrastiveGuidance(Flow):
         if self.optimized_scale:
             u = u * ((flow * u).sum((1, 2), keepdim=True) / u.square().sum((1, 2), keepdim=True))
         return torch.where(has_caption[:, None, None], u + scale * (flow - u), flow)
+
+
+@dataclass(frozen=True)
+class Slider(Flow):
+    """A direction between two prompts, in which {caption} stands for the sample's caption.
+
+    Even steps train the adapter at scale 1, odd ones at -1.
+
+    Attributes:
+        positive, negative: Prompts at the ends.
+        neutral: Prompt that is moved.
+        guidance: Factor g of the difference.
+    """
+
+    positive: str
+    negative: str
+    neutral: str = CAPTION
+    guidance: float = 3.0
+
+    def __post_init__(self) -> None:
+        for key in ("positive", "negative", "neutral"):
+            if not isinstance(value := getattr(self, key), str):
+                raise ValueError(f"target.{key}={value!r} must be a prompt, in which {CAPTION} is the sample's caption")
+        if self.positive.strip() == self.negative.strip():
+            raise ValueError(
+                f"target.positive={self.positive!r} and target.negative are the same, so there is no direction between "
+                "them. Give the two ends"
+            )
+        low, high = GUIDANCES
+        if not is_number(self.guidance, low, high):
+            raise ValueError(f"target.guidance={self.guidance!r} must be a number from {low:g} to {high:g}")
+
+    def check(self, variant: Variant, keep_best: int) -> None:
+        if keep_best:
+            raise ValueError(
+                f"keep_best={keep_best} with target=slider: the validation loss compares to the flow of the images, "
+                "which a slider does not learn. Set keep_best=0"
+            )
+
+    def prompts_for(self, captions: Sequence[str]) -> list[list[str]]:
+        """Return the positive, the negative and the neutral prompts."""
+        forms = self.positive, self.negative, self.neutral
+        return [[form.replace(CAPTION, caption) for caption in captions] for form in forms]
+
+    def all_prompts(self, captions: Iterable[str]) -> Iterable[str]:
+        return chain.from_iterable(self.prompts_for([*captions, ""]))
+
+    def adapter_scale(self, step: int) -> float:
+        return 1.0 if step % 2 == 0 else -1.0
+
+    def moved(self, positive: Tensor, negative: Tensor, neutral: Tensor, scale: float) -> Tensor:
+        """Return the target (B, n, C) at a scale of the adapter, 1 or -1, for predictions (B, n, C)."""
+        moved = neutral + scale * self.guidance * (positive - negative)
+        ends = (1, 2)
+        off = moved - moved.mean(ends, keepdim=True)
+        return neutral.mean(ends, keepdim=True) + off * (neutral.std(ends, keepdim=True) / off.std(ends, keepdim=True))

@@ -108,7 +108,8 @@ def workload_of(
     edited = [[reference_size(*picture.size, limit) for picture in pictures] for pictures, limit in each]
     held = config.preservation.rows(settings.batch_size)
     prior, outside = config.prior, settings.batch_size if config.loss.unmasked_prior else 0
-    unconditional = settings.batch_size if isinstance(config.target, ContrastiveGuidance) else 0
+    guides = 1 if isinstance(config.target, ContrastiveGuidance) else len(config.target.prompts_for([]))
+    guided = guides * settings.batch_size
     precision = precision or planned_precision(config, on_gpu, in_fp8)
     is_usual = config.memory.attention is None and config.memory.kernels == "torch" and num_gpus == 1
     plain = Precision(precision.dtype, precision.storage, matmul=precision.matmul)
@@ -125,7 +126,7 @@ def workload_of(
         text_tokens=config.text_encoder.length or config.variant.text.length,
         rows=settings.batch_size + held,
         held=held,
-        frozen_rows=[rows for rows in (held + outside, unconditional) if rows],
+        frozen_rows=[rows for rows in (held + outside, guided) if rows],
         accumulation=settings.gradient_accumulation,
         averaged=settings.ema_decay > 0,
         class_rows=prior.images_per_batch(settings.batch_size) if prior else 0,
@@ -136,7 +137,7 @@ def workload_of(
         storage=precision.storage,
         compiled=config.memory.compile is True,
         kernels=on_gpu and config.memory.kernels == "triton" and config.memory.compile is not True,
-        usual=is_usual and precision == plain and not held + outside + unconditional and prior is None,
+        usual=is_usual and precision == plain and not held + outside + guided and prior is None,
         text_sizes=text_sizes(config.source),
         text_storage=config.text_encoder.storage,
         text_here=config.text_encoder.here,

@@ -213,8 +213,8 @@ class Planner:
 
     def swapped_of(self, part: Part) -> int:
         """Bytes of the trained weights, stored while their average is validated, sampled and saved."""
-        kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
-        return int(self.adapter_of(part)["adapter"]) if kept else 0
+        is_kept = self.job.averaged or averages_weights(getattr(self.job.optimizer, "func", None))
+        return int(is_kept and self.adapter_of(part)["adapter"])
 
     @property
     def class_share(self) -> float:
@@ -300,8 +300,7 @@ class Planner:
         forwards = 2.0 + len(job.frozen_rows)  # and the backward
         moved = forwards * streamed * passes + 2.0 * away * job.accumulation * (1 + self.class_share)
         if job.num_shards > 1:  # all-gathered in forward and backward
-            here = sum(weights) - streamed + self.other_weights
-            moved += forwards * here * (1 - 1 / job.num_shards) * passes
+            moved += forwards * (sum(weights) - streamed + self.other_weights) * (1 - 1 / job.num_shards) * passes
         crossed = 2.0 + sum(job.frozen_rows) / job.rows
         between = crossed * self.boundary * len(later) * job.accumulation * (1 + self.class_share)
         host = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -115,14 +115,17 @@ def cache_request(config: RunConfig, samples: Source | None = None) -> CacheRequ
             samples = config.instantiate("dataset")
         if config.buckets.each_resolution:
             samples.repeat_at(config.buckets.filled)
-    captions = (caption for sample in samples for caption in sample.captions)
-    preserved = config.preservation.all_prompts(captions) if config.prior is None else config.prior.prompts
+
+    def captions() -> Iterator[str]:
+        return (caption for sample in samples for caption in sample.captions)
+
+    preserved = config.preservation.all_prompts(captions()) if config.prior is None else config.prior.prompts
     return CacheRequest(
         source,
         config.text_encoder,
         store,
         samples,
-        [*config.sample.prompts, *preserved],
+        [*config.sample.prompts, *preserved, *config.target.all_prompts(captions())],
         config.buckets,
         config.settings.reference_resolution**2,
         config.precision.dtype,

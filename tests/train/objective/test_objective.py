@@ -35,6 +35,7 @@ RESUMED = {
         "adapter.dropout=0.2",
         "caption_dropout=0.3",
     ],
+    "slider": ["target=slider", "target.positive='old {caption}'", "target.negative=a fox", "caption_dropout=0.3"],
     "blank": ["preservation=blank", "caption_dropout=0.3", "gradient_accumulation=2", "batch_size=1"],
 }
 
