@@ -38,6 +38,8 @@ FREE_KEYS = set(
 )
 # samples may be in another place on another machine; train/checkpoints/data_manifest.py compares their content
 PLACES = re.compile(r"(dataset|preservation\.dataset)(\.sources\.[^=]+)?\.path|preservation\.folder")
+# keys that older runs do not have, with the value that they had the effect of
+ADDED = {"adapter.init_mode": "continue", "adapter.dtype": "fp32"}
 # what only a run writes into its folder, any of which tells that there is one, also if the rest was deleted
 OF_A_RUN = (CONFIG_FILE, METRICS_FILE, VALIDATION_FILE, DATA_FILE, "checkpoints", "adapter", "samples", "report.html")
 COPIES = f". Restore it from the copy in a complete checkpoint, checkpoints/step_*/{CONFIG_FILE}"
@@ -87,10 +89,10 @@ def is_finished(folder: Path) -> bool:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a text for every key that differs: `key=value there, value here`."""
+    """Return a text for every key that differs: `key=value there, value here`; `one` may be from an older version."""
     found: dict[str, str] = {}
     for key in sorted({*one, *other}, key=str):
-        a, b = one.get(key), other.get(key)
+        a, b = one.get(key, ADDED.get(f"{prefix}{key}")), other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found |= differences(a, b, f"{prefix}{key}.")
         elif a != b:

@@ -121,6 +121,14 @@ def test_a_key_that_only_one_of_them_has_differs(tmp_path):
         look(str(run), tmp_path / "new", changed(adapter={"alpha": 2}))
 
 
+def test_a_run_from_before_a_key_goes_on_with_what_the_key_was_then(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    new = {"init": None, "init_mode": "continue", "dtype": "fp32"}
+    assert look(str(run), tmp_path / "new", changed(adapter=new)).step == 2
+    with pytest.raises(ValueError, match=r"adapter\.dtype='fp32' there, 'bf16' here"):
+        look(str(run), tmp_path / "new", changed(adapter=new | {"dtype": "bf16"}))
+
+
 def test_keys_that_change_nothing_learned_may_differ(tmp_path):
     run = make_run(tmp_path / "run", 2)
     config = changed(steps=20, name="b", sample={"prompts": ["a"]}) | {"log_every": 3, "cache_dir": "/x"}

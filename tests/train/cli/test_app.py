@@ -304,7 +304,7 @@ def test_each_command_is_an_entry_file_of_its_own(server, words, way):
 def test_help_lists_the_groups_and_the_settings(run_command):
     code, out, err = run_command("--help")
     assert (code, err) == (0, "")
-    assert "optimizer: adafactor, adamw, adamw_8bit" in out
+    assert "optimizer: _common, adafactor, adamw, adamw_8bit" in out
     assert "rank: 16" in out
 
 

@@ -27,7 +27,7 @@ def by_name(model, factors):
     return dict(zip(names, factors, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "tlora"])
 def test_the_rate_of_b_is_multiplied_and_no_other(kind):
     model = attached(kind, base())
     found = by_name(model, RateSettings(lora_plus_ratio=16).factors(model))
