@@ -36,6 +36,7 @@ class Sample:
     weight: float = 1.0  # frequency relative to other samples; 3.0 is three times in every pass over the data
     mask: Picture | None = None  # loss weight of the target's pixels, white 1 and black 0; None: 1 everywhere
     loss_weight: float = 1.0  # factor of its loss
+    rejected: Picture | None = None  # the image of its size that the target is preferred over
 
     @property
     def name(self) -> str:
@@ -48,8 +49,8 @@ class Sample:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """All its images: target, references, mask."""
-        return (self.target, *self.references, *((self.mask,) if self.mask is not None else ()))
+        """All its images: target, references, mask, rejected."""
+        return (self.target, *self.references, *(other for other in (self.mask, self.rejected) if other is not None))
 
 
 class Bad(NamedTuple):
