@@ -129,7 +129,7 @@ def training_table(data: ModelCardData, run: Path) -> list[str]:
     config = masked(data.config)
     path = config["model"].get("path")
     weights = "" if path is None else ", local weights" if looks_local(path) else f", weights of {code(path)}"
-    preservation = config.get("preservation", {})
+    preservation, target = config.get("preservation", {}), config.get("target", {})
     rows = {
         "base": f"{data.variant.repo or data.variant.name} ({data.precision}){weights}",
         "images": f"{data.samples}, at {config['buckets']['resolution']} px",
@@ -137,6 +137,7 @@ def training_table(data: ModelCardData, run: Path) -> list[str]:
         "adapter": code(settings(config["adapter"])),
         "optimizer": code(settings(config["optimizer"])),
         **({"average": f"`ema_decay={config['ema_decay']}`"} if config.get("ema_decay") else {}),
+        **({"target": f"{code(settings(target))}, sampled with a guidance scale of 1"} if target.get("scale") else {}),
         **({"preservation": code(settings(preservation))} if preservation.get("weight") else {}),
         "schedule": code(settings(config["schedule"])),
         "seed": config["seed"],
